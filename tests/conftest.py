@@ -1,0 +1,63 @@
+"""Shared fixtures: tiny real models, and optional real data that tests use when it is there."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+
+SHARED = Path(os.environ.get("CHAINLORA_TEST_DATA", Path(__file__).resolve().parents[2] / "shared"))
+ARCHITECTURES = ("opt", "gpt2", "llama")
+
+
+def tiny_model(architecture: str, *, dtype: torch.dtype = torch.float32, seed: int = 0, **overrides):
+    """A randomly initialised real model of two layers.
+
+    `llama` has grouped-query attention (4 heads, 2 key-value heads) and tied embeddings; `gpt2` has Conv1D.
+    """
+    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
+
+    torch.manual_seed(seed)
+    common = {"vocab_size": 131, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    if architecture == "opt":
+        config = OPTConfig(
+            hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=128,
+            word_embed_proj_dim=32, dropout=0.0, **common | overrides,
+        )
+        model = OPTForCausalLM(config)
+    elif architecture == "gpt2":
+        config = GPT2Config(
+            n_embd=32, n_layer=2, n_head=4, n_positions=128, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+            **common | overrides,
+        )
+        model = GPT2LMHeadModel(config)
+    elif architecture == "llama":
+        config = LlamaConfig(
+            hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+            max_position_embeddings=128, tie_word_embeddings=True, **common | overrides,
+        )
+        model = LlamaForCausalLM(config)
+    else:
+        raise ValueError(architecture)
+    return model.to(dtype).eval()
+
+
+@pytest.fixture
+def shared_data() -> Path:
+    path = SHARED / "data"
+    if not path.is_dir():
+        pytest.skip("no shared data beside the checkout (set CHAINLORA_TEST_DATA)")
+    return path
+
+
+@pytest.fixture
+def shared_models() -> Path:
+    path = SHARED / "models"
+    if not path.is_dir():
+        pytest.skip("no shared models beside the checkout (set CHAINLORA_TEST_DATA)")
+    return path
