@@ -1,0 +1,309 @@
+"""What a run is: every key a config file or a keyword can set, with its default and its reason.
+
+A config is frozen, refuses keys it does not know, and is complete once loaded: `None` means off. It imports no
+tensor library, so that the command line can check a file in milliseconds.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from .errors import ConfigError, nearest
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), populate_by_name=True)
+
+
+class LinkConfig(_Frozen):
+    """One LoRA of the chain.
+
+    The update is ``scaling · B · A`` with ``A`` (rank × in) and ``B`` (out × rank); ``scaling = alpha / rank``, or
+    ``alpha / √rank`` with `rslora` (arXiv 2312.03732).
+    """
+
+    rank: int = Field(8, ge=1)
+    alpha: float = Field(16.0, gt=0)
+    rslora: bool = False
+    dropout: float = Field(0.0, ge=0, lt=1)
+    init: Literal["gaussian", "kaiming", "gradient", "pissa"] = "kaiming"
+    lora_bias: bool = False
+    dora: bool = False
+    target_modules: tuple[str, ...] | str = ("q_proj", "v_proj")
+    exclude_modules: tuple[str, ...] | str | None = None
+    extra_modules: tuple[str, ...] = ()
+    train_factors: Literal["both", "A", "B"] = "both"
+
+    @property
+    def scaling(self) -> float:
+        """Factor in front of B·A."""
+        return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
+
+    @model_validator(mode="after")
+    def _check(self) -> LinkConfig:
+        if not self.target_modules:
+            raise ValueError("`target_modules` must name at least one module (got none); use e.g. all-linear")
+        if self.init == "pissa" and self.train_factors != "both":
+            raise ValueError("`init: pissa` trains both factors (got train_factors: "
+                             f"{self.train_factors}); use init: kaiming or train_factors: both")
+        if self.init == "gradient" and self.train_factors == "A":
+            raise ValueError("`init: gradient` points A along the gradient and trains B (got train_factors: A); "
+                             "use train_factors: both or B")
+        if self.dora and (self.init == "pissa" or self.train_factors != "both"):
+            raise ValueError("`dora` works with init gaussian or kaiming and train_factors: both "
+                             f"(got {self.init}, {self.train_factors})")
+        return self
+
+
+class ChainConfig(_Frozen):
+    """The chain: how long, how wide, how long each link is tuned.
+
+    `ranks` is chain length and rank step-down in one; an empty list trains nothing (zero-shot). When the ranks differ
+    and `alpha` is one number, `alpha_policy` decides: ``proportional`` keeps the *scaling* of the first link
+    (alpha_k = alpha · rank_k / rank_0, so one learning rate serves every link), ``fixed`` keeps *alpha* (scaling grows
+    as the rank drops).
+    """
+
+    ranks: tuple[int, ...] = (8, 8)
+    alpha: float | tuple[float, ...] = 16.0
+    alpha_policy: Literal["proportional", "fixed"] = "proportional"
+    rslora: bool = False
+    dropout: float = Field(0.0, ge=0, lt=1)
+    init: Literal["gaussian", "kaiming", "gradient", "pissa"] = "kaiming"
+    init_batches: int = Field(4, ge=1, description="batches the gradient start looks at")
+    lora_bias: bool = False
+    dora: bool = False
+    target_modules: tuple[str, ...] | str = "all-linear"
+    exclude_modules: tuple[str, ...] | str | None = None
+    extra_modules: tuple[str, ...] = ()
+    train_factors: Literal["both", "A", "B"] = "both"
+    epochs: tuple[float, ...] | None = None
+    steps: tuple[int, ...] | None = None
+    hold: Literal["tied", "carried"] = "tied"
+    tune: Literal["lora", "full"] = "lora"
+
+    @field_validator("ranks")
+    @classmethod
+    def _ranks(cls, ranks: tuple[int, ...]) -> tuple[int, ...]:
+        for position, rank in enumerate(ranks):
+            if rank < 1:
+                raise ValueError(f"`ranks` must be positive integers (got {rank} at position {position})")
+        return ranks
+
+    @model_validator(mode="after")
+    def _check(self) -> ChainConfig:
+        if self.epochs is not None and self.steps is not None:
+            raise ValueError("give `epochs` or `steps`, not both (got both); remove one")
+        for key in ("epochs", "steps"):
+            lengths = getattr(self, key)
+            if lengths is None:
+                continue
+            if len(lengths) != len(self.ranks):
+                raise ValueError(f"`ranks` and `{key}` must be of one length "
+                                 f"(got {len(self.ranks)} and {len(lengths)}); give one entry a link")
+            if any(length <= 0 for length in lengths):
+                raise ValueError(f"`{key}` must be positive (got {list(lengths)})")
+        if isinstance(self.alpha, tuple) and len(self.alpha) != len(self.ranks):
+            raise ValueError(f"`alpha` must be one number or one a link (got {len(self.alpha)} for "
+                             f"{len(self.ranks)} ranks)")
+        if self.dora and self.hold == "carried":
+            raise ValueError("`dora` cannot be carried (its update is not low-rank; got hold: carried); use hold: tied")
+        return self
+
+    def links(self) -> list[LinkConfig]:
+        """Return one `LinkConfig` a link, scaling policy applied."""
+        shared = {key: getattr(self, key) for key in LinkConfig.model_fields if key not in ("rank", "alpha")}
+        return [LinkConfig(rank=rank, alpha=self._alpha(index, rank), **shared) for index, rank in enumerate(self.ranks)]
+
+    def _alpha(self, index: int, rank: int) -> float:
+        if isinstance(self.alpha, tuple):
+            return self.alpha[index]
+        if self.alpha_policy == "fixed":
+            return self.alpha
+        ratio = rank / self.ranks[0]
+        return self.alpha * (ratio**0.5 if self.rslora else ratio)
+
+
+class DataConfig(_Frozen):
+    """Where the rows come from: a task by name or file, or the user's own files."""
+
+    task: str | None = None
+    dir: str | None = None
+    train: str | None = None
+    validation: str | None = None
+    test: str | None = None
+    format: Literal["auto", "completion", "chat", "text"] = "auto"
+    num_train: int | None = Field(None, ge=1)
+    num_validation: int | None = Field(None, ge=1)
+    num_test: int | None = Field(None, ge=1)
+    data_seed: int = 0
+    sampling: Literal["protocol", "saner"] = "protocol"
+    max_length: int | None = Field(None, ge=2, description="tokens; None is the model's context")
+    truncation: Literal["error", "left"] | None = Field(None, description="None: the task's own, error for files")
+    shots: int = Field(0, ge=0, description="demonstrations before each prompt (in-context)")
+
+    @model_validator(mode="after")
+    def _check(self) -> DataConfig:
+        if self.task is None and self.train is None and self.dir is None:
+            raise ValueError("`data` must name a `task` or a `train` file (got neither); e.g. data: {train: my.jsonl}")
+        if self.task is not None and self.train is not None and self.dir is not None:
+            raise ValueError("`data.dir` and `data.train` exclude each other (got both); keep one")
+        return self
+
+
+class TrainConfig(_Frozen):
+    """How a link is tuned. Defaults follow the paper where it speaks (AdamW, linear decay, batch 8)."""
+
+    lr: float = Field(1e-3, gt=0)
+    lora_plus_ratio: float = Field(1.0, gt=0, description="learning rate of B over that of A (arXiv 2402.12354)")
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    restart_schedule: bool = False
+    warmup_steps: int = Field(0, ge=0)
+    restart_warmup_steps: int | None = Field(None, ge=0, description="warm-up of later links; None: warmup_steps if "
+                                             "the schedule restarts, else 0")
+    batch_size: int = Field(8, ge=1)
+    gradient_accumulation: int = Field(1, ge=1)
+    group_by_length: bool = False
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    seed: int = 0
+    weight_decay: float = Field(0.0, ge=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(1e-8, gt=0)
+    max_grad_norm: float | None = Field(1.0, gt=0)
+    optimizer_reset: Literal["full", "prune"] = "full"
+    prune_fraction: float = Field(0.99, ge=0, le=1, description="of the moments, by size (arXiv 2307.05695)")
+    eval_every: int | None = Field(None, ge=1, description="steps; knots are always evaluated")
+    select_metric: str | None = Field(None, description="metric that picks the best point; None: the task's own")
+    keep_best: bool = False
+    early_stop: int | None = Field(None, ge=1, description="evaluations without improvement")
+    save_every: int | None = Field(100, ge=1, description="steps between checkpoints; None: at knots only")
+    gradient_checkpointing: bool = False
+    speedups: Literal["auto", "off"] = "auto"
+    trackers: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _check(self) -> TrainConfig:
+        if self.optimizer_reset == "prune" and self.prune_fraction == 0:
+            raise ValueError("`optimizer_reset: prune` needs prune_fraction above 0 (got 0)")
+        return self
+
+
+class RunConfig(_Frozen):
+    """One run: model, data, chain, training, output."""
+
+    model: str
+    data: DataConfig
+    chain: ChainConfig = ChainConfig()
+    train: TrainConfig = TrainConfig()
+    output: str | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> RunConfig:
+        chain, train = self.chain, self.train
+        if chain.ranks and chain.epochs is None and chain.steps is None:
+            raise ValueError("`chain` must say how long each link is tuned (got neither epochs nor steps); "
+                             f"e.g. epochs: {[1] * len(chain.ranks)}")
+        if train.optimizer_reset == "prune" and len(set(chain.ranks)) > 1:
+            raise ValueError("`optimizer_reset: prune` keeps moments over a knot, so all ranks must be equal "
+                             f"(got {list(chain.ranks)}); use optimizer_reset: full")
+        if (train.early_stop or train.keep_best) and not (self.data.validation or self.data.task or self.data.dir):
+            raise ValueError("`early_stop` and `keep_best` need validation rows (got none); give data.validation")
+        return self
+
+
+def load_config(path: str | Path, overrides: Sequence[tuple[str, str]] = ()) -> RunConfig:
+    """Read a YAML file, apply ``("key.sub", "value")`` overrides (values parsed as YAML), and check it.
+
+    Raises:
+        ConfigError: unreadable file, unknown key (nearest named), wrong value.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"config file must be readable (got {path}: {error.strerror}); check the path") from None
+    try:
+        tree = yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" line {mark.line + 1}" if mark else ""
+        raise ConfigError(f"config file must be YAML (got {path}{where}: {getattr(error, 'problem', error)})") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"config file must hold a mapping of keys (got {type(tree).__name__} in {path})")
+    for key, value in overrides:
+        set_key(tree, key, value)
+    return make_config(tree)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads ``1e-3`` as a string; this loader reads it as the number everybody means."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:[0-9][0-9_]*)(?:\.[0-9_]*)?(?:[eE][-+]?[0-9]+)$"),
+    list("-+0123456789"),
+)
+
+
+def parse_yaml(text: str) -> Any:
+    """Parse YAML as config files are parsed (``1e-3`` is a number)."""
+    return yaml.load(text, _Loader)
+
+
+def set_key(tree: dict[str, Any], dotted: str, value: str) -> None:
+    """Set ``tree["a"]["b"]`` from ``"a.b"``; the value is parsed as YAML."""
+    *parents, last = dotted.split(".")
+    for part in parents:
+        tree = tree.setdefault(part, {})
+        if not isinstance(tree, dict):
+            raise ConfigError(f"`{dotted}` must name a key inside a section (got {part!r}, which is a value)")
+    tree[last] = parse_yaml(value)
+
+
+def make_config(tree: Mapping[str, Any]) -> RunConfig:
+    """Check a nested mapping and return the frozen config. Raises ConfigError with every problem in one line."""
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError("; ".join(dict.fromkeys(_describe(item) for item in error.errors()))) from None
+
+
+def link_config(**keys: Any) -> LinkConfig:
+    """Build a `LinkConfig` with chainlora's one-line errors instead of pydantic's."""
+    try:
+        return LinkConfig(**keys)
+    except ValidationError as error:
+        raise ConfigError("; ".join(dict.fromkeys(_describe(item, LinkConfig) for item in error.errors()))) from None
+
+
+def dump_config(config: RunConfig) -> str:
+    """Return the resolved config as YAML; loading it gives the same config."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def _describe(item: Any, root: type[BaseModel] = RunConfig) -> str:
+    location = [str(part) for part in item["loc"]]
+    keys = [part for part in location if not part.isdigit() and "[" not in part and part not in ("str", "float", "int")]
+    dotted = ".".join(keys)
+    if item["type"] == "extra_forbidden":
+        return f"unknown key `{dotted}`{nearest(keys[-1], _keys_at(root, keys[:-1]))}"
+    if item["type"] == "missing":
+        return f"`{dotted}` must be given"
+    if item["type"] == "value_error":
+        return str(item["ctx"]["error"])
+    message = item["msg"][:1].lower() + item["msg"][1:]
+    return f"`{dotted}`: {message} (got {item['input']!r})"
+
+
+def _keys_at(root: type[BaseModel], path: Sequence[str]) -> list[str]:
+    model = root
+    for part in path:
+        model = model.model_fields[part].annotation  # type: ignore[assignment]
+    return list(model.model_fields)
