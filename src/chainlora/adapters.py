@@ -1,0 +1,329 @@
+"""The seam to PEFT: put one LoRA on a model, read and write its factors, take it off, save it, load it.
+
+This is the only module that imports `peft`. A layer is asked whether it is adapted (`isinstance`), names are never
+matched by substring. The model stays the user's own object: adapted layers are swapped in place.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from peft.tuners.lora import LoraLayer
+from peft.utils import ModulesToSaveWrapper
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from .config import LinkConfig
+from .errors import ModelError, RunError
+
+LIVE = "link"
+CARRIED = "carried"
+_PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True, slots=True)
+class Factors:
+    """One module's share of a link, float32 on the CPU: ``A`` (rank × in), ``B`` (out × rank).
+
+    `bias` (out) is LoRA's own bias on B; `magnitude` (out) is DoRA's (arXiv 2402.09353).
+    """
+
+    a: Tensor
+    b: Tensor
+    bias: Tensor | None = None
+    magnitude: Tensor | None = None
+
+
+@dataclass
+class Adapter:
+    """A LoRA that sits on the model: its tuner layers by module path, and the extra modules it trains."""
+
+    tuner: peft.LoraModel
+    config: LinkConfig
+    layers: dict[str, LoraLayer]
+    extra: dict[str, nn.Module] = field(default_factory=dict)
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Yield the parameters this link trains."""
+        for layer in self.layers.values():
+            yield from _trained(layer, self.config)
+        for module in self.extra.values():
+            yield from module.parameters()
+
+    def named_factor(self, factor: str) -> list[nn.Parameter]:
+        """Return the trained parameters of factor ``"A"`` or ``"B"`` (with B's bias and magnitude)."""
+        picked = []
+        for layer in self.layers.values():
+            a = layer.lora_A[LIVE].weight
+            picked += [p for p in _trained(layer, self.config) if (p is a) == (factor == "A")]
+        return picked
+
+
+def _trained(layer: LoraLayer, config: LinkConfig) -> Iterator[nn.Parameter]:
+    a, b = layer.lora_A[LIVE], layer.lora_B[LIVE]
+    if config.train_factors != "B":
+        yield a.weight
+    if config.train_factors != "A":
+        yield from b.parameters()
+    if LIVE in layer.lora_magnitude_vector:
+        yield from layer.lora_magnitude_vector[LIVE].parameters()
+
+
+def base_layer(layer: LoraLayer) -> nn.Module:
+    """Return the frozen layer below a tuner layer."""
+    return layer.get_base_layer()
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Say whether the module stores its weight (in × out), as GPT-2's Conv1D does."""
+    return isinstance(module, Conv1D)
+
+
+def target_candidates(model: nn.Module) -> list[str]:
+    """Return the last path parts of every Linear or Conv1D, most frequent first: what `target_modules` can name."""
+    counts: dict[str, int] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | Conv1D):
+            last = name.rpartition(".")[2]
+            counts[last] = counts.get(last, 0) + 1
+    return sorted(counts, key=lambda last: (-counts[last], last))
+
+
+def attach(model: nn.Module, config: LinkConfig) -> Adapter:
+    """Put a fresh LoRA on `model` in place: adapter weights in float32, the rest frozen.
+
+    Factors hold PEFT's own start; the caller sets them. Raises ModelError when nothing matches, when a matched layer
+    is neither Linear nor Conv1D, when a target shares its storage (tied head), or `lora_bias` finds no bias.
+    """
+    if any(isinstance(module, LoraLayer) for module in model.modules()):
+        raise ModelError("a chain needs a model without adapters (got one that already has LoRA layers); "
+                         "merge or unload them first")
+    _check_targets(model, config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tuner = peft.LoraModel(model, _peft_config(config), LIVE)
+    adapter = Adapter(tuner, config, _layers(model), _extra_modules(model))
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for parameter in adapter.parameters():
+        parameter.data = parameter.data.float()
+        parameter.requires_grad_(True)
+    for layer in adapter.layers.values():  # a frozen factor is kept in float32 as well
+        layer.lora_A[LIVE].weight.data = layer.lora_A[LIVE].weight.data.float()
+        layer.lora_B[LIVE].weight.data = layer.lora_B[LIVE].weight.data.float()
+    return adapter
+
+
+def detach(adapter: Adapter) -> None:
+    """Take the LoRA off in place: the model has its plain layers back, weights untouched."""
+    adapter.tuner.unload()
+    model = adapter.tuner.model
+    for attribute in ("peft_config", "peft_type", "_hf_peft_config_loaded"):
+        if attribute in vars(model):
+            delattr(model, attribute)
+    adapter.layers, adapter.extra = {}, {}
+
+
+def same_shape(adapter: Adapter, config: LinkConfig) -> bool:
+    """Say whether the next link fits into this one's tensors (then parameters and compiled graphs live on)."""
+    return adapter.config.model_copy(update={"alpha": config.alpha, "init": config.init}) == config
+
+
+def set_factors(adapter: Adapter, name: str, factors: Factors) -> None:
+    """Write one module's factors, in place."""
+    layer = adapter.layers[name]
+    with torch.no_grad():
+        layer.lora_A[LIVE].weight.copy_(factors.a)
+        layer.lora_B[LIVE].weight.copy_(factors.b)
+        if layer.lora_B[LIVE].bias is not None:
+            layer.lora_B[LIVE].bias.copy_(torch.zeros(()) if factors.bias is None else factors.bias)
+        if LIVE in layer.lora_magnitude_vector and factors.magnitude is not None:
+            layer.lora_magnitude_vector[LIVE].weight.copy_(factors.magnitude)
+
+
+def get_factors(adapter: Adapter, name: str) -> Factors:
+    """Copy one module's factors to float32 on the CPU."""
+    layer = adapter.layers[name]
+    b = layer.lora_B[LIVE]
+    magnitude = layer.lora_magnitude_vector[LIVE].weight if LIVE in layer.lora_magnitude_vector else None
+    return Factors(_host(layer.lora_A[LIVE].weight), _host(b.weight), None if b.bias is None else _host(b.bias),
+                   None if magnitude is None else _host(magnitude))
+
+
+def set_scaling(adapter: Adapter, config: LinkConfig) -> None:
+    """Give a reused adapter the next link's scaling and settings."""
+    for layer in adapter.layers.values():
+        layer.scaling[LIVE] = config.scaling
+        layer.lora_alpha[LIVE] = config.alpha
+    adapter.config = config
+
+
+def reset_magnitude(adapter: Adapter, name: str) -> None:
+    """Set DoRA's magnitude to the row norms of the weight as it is now, so that the new link is a no-op."""
+    layer = adapter.layers[name]
+    weight = layer.get_base_layer().weight.detach().float()
+    weight = weight.T if is_transposed(layer.get_base_layer()) else weight
+    with torch.no_grad():
+        layer.lora_magnitude_vector[LIVE].weight.copy_(torch.linalg.norm(weight, dim=1))
+
+
+def carry(adapter: Adapter, stacked: Mapping[str, Factors]) -> None:
+    """Hold earlier links beside the base as one frozen branch; the scalings are folded into the factors B."""
+    tuner = adapter.tuner
+    rank = max((factors.a.shape[0] for factors in stacked.values()), default=0)
+    if not rank:
+        return
+    pattern = {re.escape(name): factors.a.shape[0] for name, factors in stacked.items()}
+    config = peft.LoraConfig(r=rank, lora_alpha=rank, rank_pattern=pattern, alpha_pattern=dict(pattern),
+                             target_modules=list(stacked), init_lora_weights=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tuner.peft_config[CARRIED] = config
+        tuner.inject_adapter(tuner.model, CARRIED)
+        tuner.set_adapter([CARRIED, LIVE])
+    for name, layer in adapter.layers.items():
+        if CARRIED in layer.lora_A:
+            with torch.no_grad():
+                layer.lora_A[CARRIED].weight.data = stacked[name].a.to(layer.lora_A[LIVE].weight)
+                layer.lora_B[CARRIED].weight.data = stacked[name].b.to(layer.lora_B[LIVE].weight)
+            layer.scaling[CARRIED] = 1.0
+    for parameter in tuner.model.parameters():
+        parameter.requires_grad_(False)
+    for parameter in adapter.parameters():
+        parameter.requires_grad_(True)
+
+
+def _host(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", torch.float32, copy=True)
+
+
+def _layers(model: nn.Module) -> dict[str, LoraLayer]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+
+
+def _extra_modules(model: nn.Module) -> dict[str, nn.Module]:
+    return {name: module.modules_to_save[LIVE] for name, module in model.named_modules()
+            if isinstance(module, ModulesToSaveWrapper)}
+
+
+def _peft_config(config: LinkConfig, **overrides: Any) -> peft.LoraConfig:
+    keys: dict[str, Any] = {
+        "r": config.rank, "lora_alpha": config.alpha, "lora_dropout": config.dropout, "use_rslora": config.rslora,
+        "use_dora": config.dora, "lora_bias": config.lora_bias, "target_modules": _listed(config.target_modules),
+        "exclude_modules": _listed(config.exclude_modules), "modules_to_save": list(config.extra_modules) or None,
+        "task_type": "CAUSAL_LM",
+    }
+    return peft.LoraConfig(**keys | overrides)
+
+
+def _listed(value: tuple[str, ...] | str | None) -> list[str] | str | None:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _check_targets(model: nn.Module, config: LinkConfig) -> None:
+    matched = matched_modules(model, config)
+    if not matched:
+        raise ModelError(f"`target_modules` must match at least one module (got {_listed(config.target_modules)}, "
+                         f"excluding {_listed(config.exclude_modules)}); candidates: "
+                         f"{', '.join(target_candidates(model))}, or all-linear")
+    head, embedding = _tied(model)
+    for name, module in matched.items():
+        if not isinstance(module, nn.Linear | Conv1D):
+            raise ModelError(f"only Linear and Conv1D layers can be linked (got {type(module).__name__} at {name}); "
+                             f"candidates: {', '.join(target_candidates(model))}")
+        if module is head:
+            raise ModelError(f"`target_modules` must not name a head tied to the input embedding (got {name}): its "
+                             "merge would change the embedding too; exclude it, or untie the weights")
+        if config.lora_bias and module.bias is None:
+            raise ModelError(f"`lora_bias` needs a bias in the layer it is merged into (got {name} without one); "
+                             "set lora_bias: false")
+    if isinstance(config.target_modules, tuple):
+        unmatched = [t for t in config.target_modules if not any(_named(name, t) for name in matched)]
+        if unmatched:
+            raise ModelError(f"every name in `target_modules` must match (got {unmatched[0]!r}, which matches "
+                             f"nothing); candidates: {', '.join(target_candidates(model))}")
+    for extra in config.extra_modules:
+        found = [(name, module) for name, module in model.named_modules() if _named(name, extra)]
+        if not found:
+            raise ModelError(f"`extra_modules` must match a module (got {extra!r}, which matches nothing)")
+        if any(module in (head, embedding) for _, module in found):
+            raise ModelError(f"`extra_modules` must not name a tied head or embedding (got {extra!r}): training one "
+                             "would change the other; untie the weights first")
+
+
+def matched_modules(model: nn.Module, config: LinkConfig) -> dict[str, nn.Module]:
+    """Return the modules a link would adapt, by path, as PEFT itself picks them (for `all-linear`: not the head)."""
+    from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        resolved = _maybe_include_all_linear_layers(_peft_config(config), model)
+    return {name: module for name, module in model.named_modules()
+            if name and check_target_module_exists(resolved, name)}
+
+
+def _named(path: str, last: str) -> bool:
+    return path == last or path.endswith("." + last)
+
+
+def _tied(model: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
+    """Return (head, embedding) when they share one weight, else (None, None)."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    if head is None or embedding is None or head.weight is not embedding.weight:
+        return None, None
+    return head, embedding
+
+
+def save_adapter(directory: Path, factors: Mapping[str, Factors], config: LinkConfig, *, rank: int, alpha: float,
+                 base: str, extra: Mapping[str, Tensor] | None = None) -> None:
+    """Write an ordinary PEFT adapter: ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+    `rank` and `alpha` are of the stored factors (a PiSSA link stores twice its tuned rank). `extra` maps
+    parameter paths of trained extra modules to their weights.
+    """
+    tensors: dict[str, Tensor] = {}
+    for name, share in factors.items():
+        tensors[f"{_PREFIX}{name}.lora_A.weight"] = share.a.contiguous()
+        tensors[f"{_PREFIX}{name}.lora_B.weight"] = share.b.contiguous()
+        if share.bias is not None:
+            tensors[f"{_PREFIX}{name}.lora_B.bias"] = share.bias
+        if share.magnitude is not None:
+            tensors[f"{_PREFIX}{name}.lora_magnitude_vector"] = share.magnitude
+    for path, weight in (extra or {}).items():
+        tensors[f"{_PREFIX}{path}"] = weight.contiguous()
+    directory.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+    written = _peft_config(config, r=rank, lora_alpha=alpha, base_model_name_or_path=base, inference_mode=True,
+                           target_modules=sorted(factors), exclude_modules=None, init_lora_weights=True)
+    written.save_pretrained(str(directory))
+
+
+def load_adapter(directory: Path) -> tuple[dict[str, Factors], dict[str, Tensor], dict[str, Any]]:
+    """Read a saved adapter: factors by module, extra weights by parameter path, and its PEFT config as a dict."""
+    try:
+        tensors = load_file(directory / "adapter_model.safetensors")
+        config = json.loads((directory / "adapter_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunError(f"a link must be a whole PEFT adapter (got {directory}: {error}); "
+                       "the run directory is half there") from None
+    except Exception as error:  # safetensors raises its own class for a truncated file
+        raise RunError(f"a link's weights must be readable (got {directory}: {error})") from None
+    tensors = {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()}
+    modules = [name.removesuffix(".lora_A.weight") for name in tensors if name.endswith(".lora_A.weight")]
+    factors = {}
+    for name in modules:
+        factors[name] = Factors(tensors.pop(f"{name}.lora_A.weight").float(),
+                                tensors.pop(f"{name}.lora_B.weight").float(),
+                                tensors.pop(f"{name}.lora_B.bias", None),
+                                tensors.pop(f"{name}.lora_magnitude_vector", None))
+    return factors, tensors, config
