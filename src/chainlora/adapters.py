@@ -78,9 +78,9 @@ def _trained(layer: LoraLayer, config: LinkConfig) -> Iterator[nn.Parameter]:
         yield from layer.lora_magnitude_vector[LIVE].parameters()
 
 
-def base_layer(layer: LoraLayer) -> nn.Module:
-    """Return the frozen layer below a tuner layer."""
-    return layer.get_base_layer()
+def base_layer(layer: nn.Module) -> nn.Module:
+    """Return the frozen layer below a tuner layer, or the layer itself when it is not adapted."""
+    return layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
 
 
 def is_transposed(module: nn.Module) -> bool:
@@ -112,15 +112,38 @@ def attach(model: nn.Module, config: LinkConfig) -> Adapter:
         warnings.simplefilter("ignore")
         tuner = peft.LoraModel(model, _peft_config(config), LIVE)
     adapter = Adapter(tuner, config, _layers(model), _extra_modules(model))
-    for parameter in model.parameters():
+    for layer in adapter.layers.values():
+        for part in (layer.lora_A, layer.lora_B, layer.lora_magnitude_vector):
+            part.float()
+    for module in adapter.extra.values():
+        _train_in_float32(module)
+    _train_only(adapter)
+    return adapter
+
+
+def _train_only(adapter: Adapter) -> None:
+    for parameter in adapter.tuner.model.parameters():
         parameter.requires_grad_(False)
     for parameter in adapter.parameters():
-        parameter.data = parameter.data.float()
         parameter.requires_grad_(True)
-    for layer in adapter.layers.values():  # a frozen factor is kept in float32 as well
-        layer.lora_A[LIVE].weight.data = layer.lora_A[LIVE].weight.data.float()
-        layer.lora_B[LIVE].weight.data = layer.lora_B[LIVE].weight.data.float()
-    return adapter
+
+
+def _train_in_float32(module: nn.Module) -> None:
+    """Keep an extra module's weights in float32 (a bfloat16 weight loses small updates), cast at its borders."""
+    if all(parameter.dtype == torch.float32 for parameter in module.parameters()):
+        return
+    module.float()
+    dtypes: list[torch.dtype] = []
+
+    def widen(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        dtypes[:] = [inputs[0].dtype]
+        return tuple(i.float() if torch.is_tensor(i) and i.is_floating_point() else i for i in inputs)
+
+    def narrow(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+        return output.to(dtypes[0]) if dtypes[0].is_floating_point else output
+
+    module.register_forward_pre_hook(widen)
+    module.register_forward_hook(narrow)
 
 
 def detach(adapter: Adapter) -> None:
@@ -159,7 +182,7 @@ def get_factors(adapter: Adapter, name: str) -> Factors:
                    None if magnitude is None else _host(magnitude))
 
 
-def set_scaling(adapter: Adapter, config: LinkConfig) -> None:
+def set_config(adapter: Adapter, config: LinkConfig) -> None:
     """Give a reused adapter the next link's scaling and settings."""
     for layer in adapter.layers.values():
         layer.scaling[LIVE] = config.scaling
@@ -167,24 +190,63 @@ def set_scaling(adapter: Adapter, config: LinkConfig) -> None:
     adapter.config = config
 
 
-def reset_magnitude(adapter: Adapter, name: str) -> None:
-    """Set DoRA's magnitude to the row norms of the weight as it is now, so that the new link is a no-op."""
-    layer = adapter.layers[name]
-    weight = layer.get_base_layer().weight.detach().float()
-    weight = weight.T if is_transposed(layer.get_base_layer()) else weight
+def zero(adapter: Adapter) -> None:
+    """Make the adapter add nothing: both factors and the bias to zero, in place."""
     with torch.no_grad():
-        layer.lora_magnitude_vector[LIVE].weight.copy_(torch.linalg.norm(weight, dim=1))
+        for layer in adapter.layers.values():
+            layer.lora_A[LIVE].weight.zero_()
+            for parameter in layer.lora_B[LIVE].parameters():
+                parameter.zero_()
+
+
+def reset_magnitudes(adapter: Adapter) -> None:
+    """Set DoRA's magnitudes to the row norms of the weights as they are now, so that the link is a no-op."""
+    for layer in adapter.layers.values():
+        if LIVE in layer.lora_magnitude_vector:
+            base = layer.get_base_layer()
+            weight = base.weight.detach().float()
+            norms = torch.linalg.norm(weight, dim=0 if is_transposed(base) else 1)
+            with torch.no_grad():
+                layer.lora_magnitude_vector[LIVE].weight.copy_(norms)
+
+
+def touched_parameters(adapter: Adapter) -> Iterator[tuple[str, Tensor]]:
+    """Yield (path on the plain model, parameter) of all a link may change: base layers and extra modules."""
+    for name, layer in adapter.layers.items():
+        base = layer.get_base_layer()
+        yield f"{name}.weight", base.weight
+        if getattr(base, "bias", None) is not None:
+            yield f"{name}.bias", base.bias
+    for name, module in adapter.extra.items():
+        for key, parameter in module.named_parameters():
+            yield f"{name}.{key}", parameter
+
+
+def get_extra(adapter: Adapter) -> dict[str, Tensor]:
+    """Copy the trained extra modules' weights, by path on the plain model, to float32 on the CPU."""
+    return {f"{name}.{key}": _host(parameter) for name, module in adapter.extra.items()
+            for key, parameter in module.named_parameters()}
+
+
+def set_extra(model: nn.Module, adapter: Adapter | None, weights: Mapping[str, Tensor]) -> None:
+    """Write extra modules' weights: into the adapter's own copies where it has them, else into the model."""
+    copies = {f"{name}.{key}": parameter for name, module in (adapter.extra if adapter else {}).items()
+              for key, parameter in module.named_parameters()}
+    with torch.no_grad():
+        for path, weight in weights.items():
+            (copies[path] if path in copies else model.get_parameter(path)).copy_(weight)
 
 
 def carry(adapter: Adapter, stacked: Mapping[str, Factors]) -> None:
-    """Hold earlier links beside the base as one frozen branch; the scalings are folded into the factors B."""
+    """Hold earlier links beside the base as one frozen branch; their scalings are folded into B and the bias."""
     tuner = adapter.tuner
     rank = max((factors.a.shape[0] for factors in stacked.values()), default=0)
     if not rank:
         return
     pattern = {re.escape(name): factors.a.shape[0] for name, factors in stacked.items()}
     config = peft.LoraConfig(r=rank, lora_alpha=rank, rank_pattern=pattern, alpha_pattern=dict(pattern),
-                             target_modules=list(stacked), init_lora_weights=True)
+                             target_modules=list(stacked), init_lora_weights=True,
+                             lora_bias=any(factors.bias is not None for factors in stacked.values()))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         tuner.peft_config[CARRIED] = config
@@ -195,11 +257,11 @@ def carry(adapter: Adapter, stacked: Mapping[str, Factors]) -> None:
             with torch.no_grad():
                 layer.lora_A[CARRIED].weight.data = stacked[name].a.to(layer.lora_A[LIVE].weight)
                 layer.lora_B[CARRIED].weight.data = stacked[name].b.to(layer.lora_B[LIVE].weight)
+                bias = stacked[name].bias
+                if bias is not None:
+                    layer.lora_B[CARRIED].bias.data = bias.to(layer.lora_B[LIVE].weight)
             layer.scaling[CARRIED] = 1.0
-    for parameter in tuner.model.parameters():
-        parameter.requires_grad_(False)
-    for parameter in adapter.parameters():
-        parameter.requires_grad_(True)
+    _train_only(adapter)
 
 
 def _host(tensor: Tensor) -> Tensor:

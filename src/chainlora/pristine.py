@@ -45,6 +45,11 @@ class PristineWeights:
         return self._copies[path].to(torch.float32, copy=True)
 
     @property
+    def paths(self) -> list[str]:
+        """Paths of every remembered parameter."""
+        return [*self._where, *self._copies]
+
+    @property
     def num_copied(self) -> int:
         """Number of parameters held as host copies, for want of a checkpoint that has them."""
         return len(self._copies)
