@@ -147,9 +147,12 @@ def _train_in_float32(module: nn.Module) -> None:
 
 
 def detach(adapter: Adapter) -> None:
-    """Take the LoRA off in place: the model has its plain layers back, weights untouched."""
-    adapter.tuner.unload()
+    """Take the LoRA off in place: the model has its plain layers back, and its extra modules as they were before."""
     model = adapter.tuner.model
+    originals = {name: model.get_submodule(name).original_module for name in adapter.extra}
+    adapter.tuner.unload()
+    for name, module in originals.items():
+        model.set_submodule(name, module)
     for attribute in ("peft_config", "peft_type", "_hf_peft_config_loaded"):
         if attribute in vars(model):
             delattr(model, attribute)
