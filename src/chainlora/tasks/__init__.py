@@ -1,0 +1,29 @@
+"""Tasks: one small data file each, and what turns its rows into prompts.
+
+    schema.py     what a task file may say; `load_task`, `list_tasks`
+    rendering.py  a row and a task's templates give a `Rendered` prompt with candidates or a completion
+    rows.py       rows from JSONL, JSON, CSV, Parquet or the Hub, each with the place it came from
+    sampling.py   the splits of a task on disk or on the Hub, and the samples a run draws from them
+
+Adding a task is writing one YAML file; no Python is touched. The shipped files follow the MeZO protocol
+(arXiv 2305.17333), which the chain-of-LoRA paper follows. See docs/tasks.md.
+"""
+
+from .rendering import Rendered
+from .rows import Row, load_rows, where
+from .sampling import explode_rows, load_split, majority_rate, sample_splits
+from .schema import Task, list_tasks, load_task
+
+__all__ = [
+    "Rendered",
+    "Row",
+    "Task",
+    "explode_rows",
+    "list_tasks",
+    "load_rows",
+    "load_split",
+    "load_task",
+    "majority_rate",
+    "sample_splits",
+    "where",
+]
