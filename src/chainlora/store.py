@@ -107,15 +107,19 @@ class RunDirectory:
         """
         if self.exists and resume:
             return self._find(config, base)
-        if self.path.exists() and any(self.path.iterdir()):
+        if self.path.exists() and not (resume and self._barely_begun()) and any(self.path.iterdir()):
             remedy = "pass --resume to go on with it" if self.exists else "it is not a whole run"
             raise RunError(f"`output` must be a new or empty directory (got {self.path}, which is not empty); {remedy}, "
                            "or choose another output")
         self.path.mkdir(parents=True, exist_ok=True)
         (self / "config.yaml").write_text(dump_config(config), encoding="utf-8")
-        (self / "links").mkdir()
+        (self / "links").mkdir(exist_ok=True)
         self.write_manifest(base, config, [], Progress())
         return Progress()
+
+    def _barely_begun(self) -> bool:
+        """Whether a run was killed here before it wrote its manifest: nothing in it is worth keeping."""
+        return {entry.name for entry in self.path.iterdir()} <= {"config.yaml", "links", "chain.json.new"}
 
     def _find(self, config: RunConfig, base: Mapping[str, Any]) -> Progress:
         manifest = self.manifest()
@@ -147,7 +151,7 @@ class RunDirectory:
         """Write ``chain.json``: last, after everything it names."""
         write_json(self / "chain.json", {
             "format": FORMAT, "base": dict(base), "seed": config.train.seed, "hold": config.chain.hold,
-            "links": [_describe(link) for link in links], "selected": dict(selected) if selected else None,
+            "links": [describe_link(link) for link in links], "selected": dict(selected) if selected else None,
             "progress": asdict(progress), "versions": versions(),
         })
 
@@ -180,7 +184,7 @@ class RunDirectory:
         name = f"checkpoints/{progress.step:08d}"
         scratch = self._scratch(name)
         write_link(scratch, link, base)
-        save_file(_optimizer_tensors(optimizer), scratch / "optimizer.safetensors")
+        save_file(optimizer_tensors(optimizer), scratch / "optimizer.safetensors")
         write_json(scratch / "progress.json", asdict(progress))
         _swap(scratch, self / name)
         self.drop_checkpoints(keep=name)
@@ -192,6 +196,16 @@ class RunDirectory:
             return None
         entry = {"index": progress.link, "config": config.model_dump(mode="json"), "num_steps": 0}
         return read_link(folder, entry), load_file(folder / "optimizer.safetensors")
+
+    def save_moments(self, tensors: Mapping[str, Tensor]) -> None:
+        """Keep a link's optimizer state over its knot (ReLoRA only)."""
+        scratch = self / "moments.safetensors.new"
+        save_file(dict(tensors), scratch)
+        scratch.replace(self / "moments.safetensors")
+
+    def load_moments(self) -> dict[str, Tensor]:
+        """Read what `save_moments` kept."""
+        return load_file(self / "moments.safetensors")
 
     def drop_checkpoints(self, keep: str | None = None) -> None:
         """Remove checkpoints other than `keep`."""
@@ -246,11 +260,6 @@ def read_link(folder: Path, entry: Mapping[str, Any]) -> Link:
     return Link(entry["index"], config, factors, extra, entry["num_steps"])
 
 
-def describe_link(link: Link) -> dict[str, Any]:
-    """Return a link's manifest entry."""
-    return _describe(link)
-
-
 def optimizer_from_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
     """Give a fresh optimizer the state that `save_checkpoint` wrote."""
     state = optimizer.state_dict()
@@ -261,13 +270,15 @@ def optimizer_from_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[st
     optimizer.load_state_dict({"state": rebuilt, "param_groups": state["param_groups"]})
 
 
-def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Return an optimizer's state as flat tensors, ``"<parameter>.<key>"``."""
     return {f"{position}.{key}": value.detach().cpu().contiguous()
             for position, values in optimizer.state_dict()["state"].items()
             for key, value in values.items() if torch.is_tensor(value)}
 
 
-def _describe(link: Link) -> dict[str, Any]:
+def describe_link(link: Link) -> dict[str, Any]:
+    """Return a link's manifest entry: enough, with its adapter, to read it back."""
     return {"index": link.index, "directory": f"links/{link.index:03d}", "rank": link.rank, "scaling": link.scaling,
             "num_steps": link.num_steps, "config": link.config.model_dump(mode="json")}
 

@@ -1,0 +1,282 @@
+"""The command line: parse, call, print. Results to stdout, progress and logs to stderr.
+
+Exit status: 0 done, 1 our error in one line, 2 wrong usage. A traceback only with ``--debug``. Imports of torch and
+of what needs it wait until a verb runs, so that ``--help`` is quick.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from . import __version__
+from .errors import ChainLoRAError, ConfigError, RunError
+
+_HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and exit with its status."""
+    sys.exit(run(list(sys.argv[1:] if arguments is None else arguments)))
+
+
+def run(arguments: list[str]) -> int:
+    """Run the command line and return its exit status."""
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    try:
+        status = cli.main(arguments, prog_name="chainlora", standalone_mode=False)
+        return status if isinstance(status, int) else 0
+    except click.UsageError as error:
+        error.show()
+        return 2
+    except click.exceptions.Abort:
+        return 130
+    except click.ClickException as error:
+        return _fail(error.format_message(), debug)
+    except KeyboardInterrupt:
+        click.echo("chainlora: interrupted; go on with --resume", err=True)
+        return 130
+    except ChainLoRAError as error:
+        return _fail(str(error), debug)
+    except Exception as error:
+        return _fail(f"unexpected {type(error).__name__}: {_one_line(error)} (run with --debug for the traceback)", debug)
+
+
+def _fail(message: str, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    click.echo(f"chainlora: error: {message}", err=True)
+    return 1
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:400]
+
+
+@click.group(context_settings=_HELP)
+@click.version_option(__version__, prog_name="chainlora")
+@click.option("--debug", is_flag=True, help="Show tracebacks and debug logs (may stand anywhere).")
+def cli(debug: bool) -> None:
+    """Chain of LoRA fine-tuning (arXiv 2401.04151): tune a LoRA, tie a knot, extend the chain."""
+
+
+_json = click.option("--json", "as_json", is_flag=True, help="Print exactly one JSON object on stdout.")
+
+
+def _quiet() -> None:
+    """Send our warnings to stderr in one line each, and keep the libraries' chatter away."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="chainlora: %(message)s")
+
+
+def _print_json(value: Any) -> None:
+    click.echo(json.dumps(value, ensure_ascii=False))
+
+
+@cli.command(context_settings=_HELP)
+@click.option("--output", default="demo-run", show_default=True, help="Run directory to write.")
+@_json
+def demo(output: str, as_json: bool) -> None:
+    """Fine-tune SmolLM2-135M to name the topic of BBC headlines by a chain of LoRA, and show what each link brought."""
+    _quiet()
+    from .demo import run_demo
+
+    result = run_demo(output, echo=_to_stderr if as_json else click.echo, listener_for=_progress)
+    if as_json:
+        _print_json(result)
+
+
+def _to_stderr(text: str = "") -> None:
+    click.echo(text, err=True)
+
+
+@cli.command(context_settings=_HELP | {"ignore_unknown_options": True, "allow_extra_args": True})
+@click.argument("config", type=click.Path())
+@click.option("--resume", is_flag=True, help="Go on with a run that was stopped or killed, to the same bits.")
+@_json
+@click.pass_context
+def train(context: click.Context, config: str, resume: bool, as_json: bool) -> None:
+    """Fine-tune by a chain of LoRA as CONFIG (YAML) says.
+
+    Any key of the config can be set on the command line: --train.lr 5e-4 --chain.ranks "[8, 8]" --output runs/a
+    """
+    from .config import load_config
+
+    settings = load_config(config, _overrides(context.args))
+    if settings.output is None:
+        raise ConfigError("`output` must name a directory for the run (got none); add it to the config or pass --output")
+    _quiet()
+    from .inspection import read_records
+    from .plots import plot_training
+    from .train import train as run_training
+
+    result = run_training(settings, resume=resume, listener=_progress())
+    output = Path(settings.output)
+    plot_training(read_records(output / "metrics.jsonl"), output / "training.png")
+    if as_json:
+        _print_json(result)
+    else:
+        _show_result(result, output)
+
+
+def _overrides(arguments: list[str]) -> list[tuple[str, str]]:
+    """Read ``--key.sub VALUE`` and ``--key.sub=VALUE`` pairs."""
+    pairs = []
+    rest = iter(arguments)
+    for argument in rest:
+        if not argument.startswith("--"):
+            raise click.UsageError(f"unexpected argument {argument!r}; config keys are set with --key.sub VALUE")
+        key, equals, value = argument[2:].partition("=")
+        if not equals:
+            value = next(rest, "")
+            if not value:
+                raise click.UsageError(f"--{key} needs a value")
+        pairs.append((key.replace("-", "_"), value))
+    return pairs
+
+
+def _progress() -> Callable[[Any], None]:
+    from .progress import progress_listener
+
+    return progress_listener()
+
+
+def _show_result(result: dict[str, Any], output: Path) -> None:
+    from .progress import show_links
+
+    show_links(output)
+    for split, metrics in result["metrics"].items():
+        click.echo(f"{split}: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
+    click.echo(f"{result['steps']} steps, {result['tokens']} tokens, {result['wall_s']:.0f} s, peak memory "
+               f"{result['peak_memory_mb']} MiB; run directory {output}")
+
+
+@cli.command(name="eval", context_settings=_HELP)
+@click.argument("run_or_model")
+@click.option("--task", required=True, help="Task name (see `chainlora tasks`) or a task file.")
+@click.option("--data", default=None, help="Folder with the task's rows; without it they come from the Hub.")
+@click.option("--split", default="validation", show_default=True)
+@click.option("--limit", type=click.IntRange(min=1), default=None, help="Only the first N rows, in file order.")
+@click.option("--links", type=click.IntRange(min=0), default=None, help="The chain as it was after K links.")
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default=None, help="Default: the run's, or float32.")
+@click.option("--predictions", type=click.Path(dir_okay=False), default=None, help="Write one JSON line a row.")
+@_json
+def evaluate(run_or_model: str, task: str, data: str | None, split: str, limit: int | None, links: int | None,
+             dtype: str | None, predictions: str | None, as_json: bool) -> None:
+    """Score a run or a model on a task."""
+    from .tasks import load_task
+
+    chosen = load_task(task)
+    _quiet()
+    from .scoring import evaluate_task
+
+    is_run = (Path(run_or_model) / "chain.json").is_file()
+    if links is not None and not is_run:
+        raise RunError(f"--links needs a run directory (got {run_or_model}, which holds no chain.json)")
+    result = evaluate_task(run_or_model, chosen, data=data, split=split, limit=limit, num_links=links, dtype=dtype,
+                           is_run=is_run, predictions=predictions)
+    if as_json:
+        _print_json(result)
+    else:
+        shown = ", ".join(f"{name} {value:.4f}" for name, value in result["metrics"].items())
+        click.echo(f"{result['task']} {result['split']}: {shown} ({result['rows']} rows)")
+
+
+@cli.command(context_settings=_HELP)
+@click.argument("run", type=click.Path())
+@_json
+def inspect(run: str, as_json: bool) -> None:
+    """Show what each link of RUN brought, and write chain.png beside it."""
+    _need_run(run)
+    _quiet()
+    from .inspection import inspect_run
+    from .plots import plot_chain
+    from .progress import show_inspection
+
+    found = inspect_run(run)
+    if found["links"]:
+        plot_chain(found, Path(run) / "chain.png")
+    if as_json:
+        _print_json(found)
+    else:
+        show_inspection(found)
+
+
+def _need_run(run: str) -> None:
+    """Refuse what is no run directory before anything heavy is imported."""
+    if not (Path(run) / "chain.json").is_file():
+        raise RunError(f"RUN must be a run directory (got {run}, which holds no chain.json); "
+                       "it is the `output` of chainlora train")
+
+
+@cli.command(context_settings=_HELP)
+@click.argument("run", type=click.Path())
+@click.option("--to", "target", type=click.Choice(["merged", "adapter"]), required=True,
+              help="A transformers checkpoint, or one PEFT adapter.")
+@click.option("--output", required=True, type=click.Path(), help="New directory to write.")
+@click.option("--rank", type=int, default=None, help="Compress the adapter to this rank.")
+@click.option("--tolerance", type=float, default=None, help="Compress the adapter to this relative error.")
+@click.option("--links", type=click.IntRange(min=0), default=None, help="The chain as it was after K links.")
+@_json
+def export(run: str, target: str, output: str, rank: int | None, tolerance: float | None, links: int | None,
+           as_json: bool) -> None:
+    """Turn RUN into a merged checkpoint or one PEFT adapter (exact, rank Σr, or compressed)."""
+    _need_run(run)
+    if target == "merged" and (rank is not None or tolerance is not None):
+        raise click.UsageError("--rank and --tolerance compress an adapter; use them with --to adapter")
+    _quiet()
+    from .export import export_adapter, export_merged
+
+    if target == "merged":
+        done = export_merged(run, output, num_links=links)
+    else:
+        done = export_adapter(run, output, rank=rank, tolerance=tolerance, num_links=links)
+    if as_json:
+        _print_json(done)
+        return
+    if target == "adapter":
+        kind = "exact" if done["exact"] else f"relative error {done['error']:.3e}"
+        click.echo(f"adapter of rank {done['rank']} ({kind}) from {done['links']} link(s) in {output}")
+    else:
+        click.echo(f"merged checkpoint ({done['dtype']}) of {done['links']} link(s) in {output}")
+
+
+@cli.command(context_settings=_HELP)
+@click.argument("name", required=False)
+@_json
+def tasks(name: str | None, as_json: bool) -> None:
+    """List the tasks, or show one with its prompt, labels and source."""
+    from .tasks import list_tasks, load_task
+
+    if name is not None:
+        task = load_task(name)
+        if as_json:
+            _print_json(task.model_dump(mode="json"))
+        else:
+            click.echo(_task_text(task))
+        return
+    found = [load_task(each) for each in list_tasks()]
+    if as_json:
+        _print_json({"tasks": [{"name": t.name, "description": t.description, "metric": t.metric} for t in found]})
+    else:
+        width = max(len(t.name) for t in found)
+        for t in found:
+            click.echo(f"{t.name:<{width}}  {t.metric:<9} {t.description}")
+
+
+def _task_text(task: Any) -> str:
+    import yaml
+
+    shown = {key: value for key, value in task.model_dump(mode="json", by_alias=True, exclude_defaults=True).items()}
+    return yaml.safe_dump(shown, sort_keys=False, allow_unicode=True).rstrip()

@@ -1,0 +1,140 @@
+"""What a finished chain can become: a live model, a merged checkpoint, one PEFT adapter.
+
+A merged checkpoint loads with `transformers` alone. An exact adapter has rank Σr; a compressed one is the best
+approximation of that rank, found by QR and a small SVD of the stacked factors (the dense update is never formed).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import store
+from .adapters import Factors, save_adapter
+from .chain import Chain, Link, add_link, stack_links
+from .config import LinkConfig
+from .errors import ChainError, RunError
+from .linalg import compress_low_rank, singular_values_of_sum
+from .models import load_model, resolve_model
+from .store import RunDirectory
+
+
+def load_run(run: str | Path, *, num_links: int | None = None, dtype: str | None = None) -> tuple[Any, Any]:
+    """Load a run's base, put its chain on, and return (plain transformers model, tokenizer).
+
+    The chain is the one the run selected, or the first `num_links` links; `dtype` defaults to the run's own.
+    Raises RunError when the base is not the one the run was trained on.
+    """
+    directory = RunDirectory(run)
+    manifest = directory.manifest()
+    base = manifest["base"]
+    model, tokenizer = load_model(base["model"], getattr(torch, dtype or base["dtype"]))
+    chain = Chain(model, checkpoint=resolve_model(base["model"]))
+    store.check_base(manifest, {"fingerprint": chain.base_fingerprint}, directory.path)
+    for link in directory.load_links(num_links):
+        add_link(chain, link)
+    return chain.detach(), tokenizer
+
+
+def export_merged(run: str | Path, output: str | Path, *, num_links: int | None = None) -> dict[str, Any]:
+    """Write the run's model, links merged, as a transformers checkpoint in the base's dtype."""
+    output = _empty(output)
+    model, tokenizer = load_run(run, num_links=num_links)
+    links = RunDirectory(run).load_links(num_links)
+    if model.generation_config is not None:
+        model.generation_config.do_sample = model.generation_config.do_sample or bool(
+            model.generation_config.temperature or model.generation_config.top_p)  # or transformers refuses to save it
+    model.config.use_cache = True
+    model.save_pretrained(output)
+    tokenizer.save_pretrained(output)
+    base = RunDirectory(run).manifest()["base"]["model"]
+    _card(output, f"`{base}` with a chain of {len(links)} LoRA link(s) merged into its weights.", base,
+          "transformers", 'AutoModelForCausalLM.from_pretrained("this folder")')
+    return {"to": "merged", "output": str(output), "links": len(links), "dtype": str(model.dtype).removeprefix("torch.")}
+
+
+def export_adapter(run: str | Path, output: str | Path, *, rank: int | None = None, tolerance: float | None = None,
+                   num_links: int | None = None) -> dict[str, Any]:
+    """Write the run's chain as one PEFT adapter: exact, or compressed to `rank` or to a relative error `tolerance`.
+
+    Returns rank and error; the error is ``√(Σ‖ΔW−ΔŴ‖² / Σ‖ΔW‖²)`` over all modules.
+    """
+    if rank is not None and tolerance is not None:
+        raise ChainError("give --rank or --tolerance, not both (got both)")
+    if rank is not None and rank < 1:
+        raise ChainError(f"--rank must be at least 1 (got {rank})")
+    if tolerance is not None and not 0 < tolerance < 1:
+        raise ChainError(f"--tolerance is a relative error between 0 and 1 (got {tolerance})")
+    output = _empty(output)
+    directory = RunDirectory(run)
+    base = directory.manifest()["base"]["model"]
+    links = directory.load_links(num_links)
+    factors, error = adapter_factors(links, rank=rank, tolerance=tolerance)
+    written_rank = max(share.a.shape[0] for share in factors.values())
+    extra: dict[str, Tensor] = {}
+    for link in links:
+        extra |= link.extra
+    last = links[-1].config
+    config = LinkConfig(rank=written_rank, alpha=written_rank, target_modules=tuple(sorted(factors)),
+                        extra_modules=last.extra_modules, lora_bias=any(s.bias is not None for s in factors.values()))
+    save_adapter(output, factors, config, rank=written_rank, alpha=written_rank, base=base, extra=extra)
+    _card(output, f"A chain of {len(links)} LoRA link(s) on `{base}` as one adapter of rank {written_rank} "
+          f"(relative error {error:.2e}).", base, "peft", 'PeftModel.from_pretrained(base, "this folder")')
+    return {"to": "adapter", "output": str(output), "links": len(links), "rank": written_rank, "error": error,
+            "exact": rank is None and tolerance is None}
+
+
+def adapter_factors(links: Sequence[Link], *, rank: int | None = None,
+                    tolerance: float | None = None) -> tuple[dict[str, Factors], float]:
+    """Return one pair of factors a module for a chain, all of one rank, with scaling 1, and the relative error."""
+    if not links:
+        raise ChainError("an adapter needs at least one link (got a chain of none)")
+    stacked = stack_links(links)
+    if rank is None and tolerance is None:
+        widest = max(share.a.shape[0] for share in stacked.values())
+        return {name: _pad(share, widest) for name, share in stacked.items()}, 0.0
+    spectra = {name: singular_values_of_sum([(share.a, share.b, 1.0)]).double() for name, share in stacked.items()}
+    total = sum(float((s**2).sum()) for s in spectra.values())
+    longest = max(len(s) for s in spectra.values())
+    if tolerance is not None:
+        tails = [math.sqrt(sum(float((s[r:] ** 2).sum()) for s in spectra.values()) / total) for r in range(longest + 1)]
+        rank = next(r for r, tail in enumerate(tails) if r and tail <= tolerance)
+    assert rank is not None
+    rank = min(rank, longest)
+    compressed = {}
+    squared = 0.0
+    for name, share in stacked.items():
+        a, b, error = compress_low_rank([(share.a, share.b, 1.0)], rank=min(rank, len(spectra[name])))
+        compressed[name] = _pad(Factors(a.float(), b.float(), share.bias), rank)
+        squared += (error**2) * float((spectra[name] ** 2).sum())
+    return compressed, math.sqrt(squared / total) if total else 0.0
+
+
+def _pad(share: Factors, rank: int) -> Factors:
+    """Widen factors with zeros to a uniform rank (vLLM and others load one rank an adapter)."""
+    missing = rank - share.a.shape[0]
+    if missing <= 0:
+        return share
+    return replace(share, a=torch.nn.functional.pad(share.a, (0, 0, 0, missing)),
+                   b=torch.nn.functional.pad(share.b, (0, missing)))
+
+
+def _empty(output: str | Path) -> Path:
+    output = Path(output)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise RunError(f"--output must be a new or empty directory (got {output}, which is not empty); choose another")
+    return output
+
+
+def _card(output: Path, what: str, base: str, library: str, code: str) -> None:
+    front: Mapping[str, str] = {"base_model": base, "library_name": library}
+    header = "".join(f"{key}: {value}\n" for key, value in front.items())
+    (output / "README.md").write_text(
+        f"---\n{header}tags:\n- chain-of-lora\n---\n\n# Model card\n\n{what}\n\n"
+        f"Made with chainlora (Chain of LoRA, arXiv 2401.04151). Load it with `{code}`.\n", encoding="utf-8")

@@ -1,0 +1,96 @@
+"""What a person sees of a run: the progress bar on stderr, tables of links on stdout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from .inspection import inspect_run
+
+
+def progress_listener() -> Callable[[Mapping[str, Any]], None]:
+    """Return a listener for `train` that draws link, step, loss, learning rate, tokens/s and time left on stderr."""
+    return _Listener()
+
+
+class _Listener:
+    def __init__(self) -> None:
+        self.console = Console(stderr=True)
+        self.bar = Progress(
+            TextColumn("link {task.fields[link]}"), BarColumn(bar_width=24), TextColumn("{task.completed}/{task.total}"),
+            TextColumn("loss {task.fields[loss]:.4f}"), TextColumn("lr {task.fields[rate]:.1e}"),
+            TextColumn("{task.fields[speed]:.0f} tokens/s"), TimeRemainingColumn(), console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self.task: Any = None
+        self.loss: float | None = None
+        self.speed: float | None = None
+
+    def __call__(self, record: Mapping[str, Any]) -> None:
+        getattr(self, f"_{record['event']}")(record)
+
+    def _plan(self, record: Mapping[str, Any]) -> None:
+        self.total = record["num_steps"]
+        lengths = " + ".join(map(str, record["lengths"]))
+        self.console.print(f"{record['rows']} training rows, {record['num_steps']} steps ({lengths})"
+                           + (f", going on after step {record['step']}" if record["step"] else ""), highlight=False)
+        self.task = self.bar.add_task("train", total=record["num_steps"], completed=record["step"], link=0,
+                                      loss=float("nan"), rate=0.0, speed=0.0)
+        self.bar.start()
+
+    def _step(self, record: Mapping[str, Any]) -> None:
+        speed = record["tokens"] / max(record["seconds"], 1e-9)
+        self.loss = record["loss"] if self.loss is None else 0.9 * self.loss + 0.1 * record["loss"]
+        self.speed = speed if self.speed is None else 0.9 * self.speed + 0.1 * speed
+        self.bar.update(self.task, completed=record["step"], link=record["link"], loss=self.loss,
+                        rate=record["learning_rate"], speed=self.speed)
+        if record["step"] >= self.total:
+            self.bar.stop()
+
+    def _eval(self, record: Mapping[str, Any]) -> None:
+        scores = ", ".join(f"{k} {v:.4f}" for k, v in record.items()
+                           if k not in ("event", "step", "link", "where") and isinstance(v, float))
+        place = {"start": "before training", "knot": f"after link {record['link']}"}.get(
+            record["where"], f"link {record['link']}")
+        self.console.print(f"step {record['step']:>5}  {place}: validation {scores}", highlight=False)
+
+    def _knot(self, record: Mapping[str, Any]) -> None:
+        self.console.print(f"step {record['step']:>5}  link {record['link']} tied (function changed by "
+                           f"{record['function_change']:.1e})", highlight=False)
+
+
+def show_links(run: str | Path) -> None:
+    """Print the table of a run's links."""
+    show_inspection(inspect_run(run))
+
+
+def show_inspection(found: Mapping[str, Any]) -> None:
+    """Print what `inspect_run` found: a row a link, and the chain as a whole."""
+    table = Table(title=f"{found['run']}: chain on {found['base']} ({found['hold']})", title_justify="left")
+    for column in ("link", "rank", "steps", "loss", "validation", "‖ΔW‖", "effective rank", "overlap with earlier"):
+        table.add_column(column, justify="right")
+    for row in found["links"]:
+        scores = ", ".join(f"{name} {value:.4f}" for name, value in row["scores"].items())
+        table.add_row(str(row["link"]), str(row["rank"]), str(row["steps"]), _number(row["loss"]), scores or "–",
+                      _number(row.get("delta_norm")), _number(row.get("effective_rank"), 2),
+                      ", ".join(f"{value:.2f}" for value in row.get("overlap", [])) or "–")
+    whole = found["chain"]
+    table.add_section()
+    table.add_row("all", str(whole["rank"]), str(sum(row["steps"] for row in found["links"])), "", "",
+                  _number(whole.get("delta_norm")), _number(whole.get("effective_rank"), 2), "")
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=140)
+    console.print(table, highlight=False)
+    if found["selected"] is not None:
+        console.print(f"selected: best point at step {found['selected']['step']}, {found['selected']['num_links']} whole "
+                      f"link(s){' and a partial one' if found['selected']['partial'] else ''}", highlight=False)
+
+
+def _number(value: float | None, digits: int = 4) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
