@@ -185,7 +185,7 @@ def evaluate(run_or_model: str, task: str, data: str | None, split: str, limit: 
     if links is not None and not is_run:
         raise RunError(f"--links needs a run directory (got {run_or_model}, which holds no chain.json)")
     result = evaluate_task(run_or_model, chosen, data=data, split=split, limit=limit, num_links=links, dtype=dtype,
-                           is_run=is_run, predictions=predictions)
+                           predictions=predictions)
     if as_json:
         _print_json(result)
     else:

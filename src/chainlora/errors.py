@@ -1,6 +1,6 @@
 """Every exception chainlora raises on purpose.
 
-    ChainLoraError                 our error: one line, exit status 1
+    ChainLoRAError                 our error: one line, exit status 1
     ├── ConfigError                a key, value or combination that cannot work
     ├── DataError                  rows that cannot be read, rendered or fit
     ├── ModelError                 a model that cannot be loaded, adapted or matched
@@ -17,31 +17,31 @@ import difflib
 from collections.abc import Iterable
 
 
-class ChainLoraError(Exception):
+class ChainLoRAError(Exception):
     """Base of all errors raised on purpose."""
 
 
-class ConfigError(ChainLoraError):
+class ConfigError(ChainLoRAError):
     """A key, value or combination of values that cannot work."""
 
 
-class DataError(ChainLoraError):
+class DataError(ChainLoRAError):
     """Rows that cannot be read, rendered, tokenised or fit."""
 
 
-class ModelError(ChainLoraError):
+class ModelError(ChainLoRAError):
     """A model that cannot be loaded, adapted or matched to its fingerprint."""
 
 
-class ChainError(ChainLoraError):
+class ChainError(ChainLoRAError):
     """A chain asked to do what its state does not allow."""
 
 
-class RunError(ChainLoraError):
+class RunError(ChainLoRAError):
     """A run directory that is missing, half there, foreign or in the way."""
 
 
-class TrainingError(ChainLoraError):
+class TrainingError(ChainLoRAError):
     """Training that must not go on."""
 
 

@@ -421,7 +421,8 @@ def _evaluate(run: _Run, where: str, began: float) -> None:
 
 
 def _score(run: _Run, examples: list[Example]) -> Evaluation:
-    return evaluate(run.chain.model, examples, metrics=run.splits.metrics, tokenizer=run.tokenizer, path=run.path)
+    return evaluate(run.chain.model, examples, metrics=run.splits.metrics, tokenizer=run.tokenizer, path=run.path,
+                    stop=run.splits.stop, max_new_tokens=run.splits.max_new_tokens)
 
 
 def _select_best(run: _Run) -> None:

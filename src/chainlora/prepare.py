@@ -1,0 +1,90 @@
+"""The rows a run trains on, chooses by and reports on: from a config's `data` section to tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from .config import DataConfig
+from .data import encode_examples
+from .errors import ConfigError
+from .packing import Example
+from .tasks import Row, Task, load_rows, load_split, load_task, sample_splits
+
+SPLITS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Encoded rows by use. `loss` says what a step minimises, `metrics` what an evaluation reports, `metric` what
+    picks the best point; `stop` and `max_new_tokens` bound generated answers."""
+
+    train: list[Example]
+    validation: list[Example]
+    test: list[Example]
+    loss: Literal["candidates", "completion"]
+    metrics: tuple[str, ...]
+    metric: str
+    stop: str | None = None
+    max_new_tokens: int = 50
+
+
+def prepare_splits(data: DataConfig, tokenizer: Any, context: int) -> Splits:
+    """Read, sample, check and tokenise everything a config names. Raises DataError or ConfigError before training."""
+    limit = _limit(data, context)
+    if data.task is None:
+        return _prepare_files(data, tokenizer, limit)
+    task = load_task(data.task)
+    rows = _task_rows(task, data)
+    before = task.demonstrations(rows["train"][: data.shots]) if data.shots else ""
+    encoded = {}
+    for split in SPLITS:
+        kept = rows[split][data.shots :] if split == "train" else rows[split]
+        encoded[split] = encode_examples(
+            kept, tokenizer, task, max_length=limit, truncation=data.truncation, before=before,
+            objective=task.loss if split == "train" else None,
+        ) if kept else []
+    return Splits(encoded["train"], encoded["validation"], encoded["test"], task.loss, (task.metric,), task.metric,
+                  task.stop, task.max_new_tokens)
+
+
+def encode_split(task: Task, rows: list[Row], tokenizer: Any, context: int) -> list[Example]:
+    """Tokenise rows of a task to be scored."""
+    reserve = task.max_new_tokens if task.metric in ("em", "token_f1") else 0
+    return encode_examples(rows, tokenizer, task, max_length=context, reserve=reserve)
+
+
+def _limit(data: DataConfig, context: int) -> int:
+    if data.max_length is not None and data.max_length > context:
+        raise ConfigError(f"`data.max_length` must fit the model's context of {context} tokens (got "
+                          f"{data.max_length}); lower it")
+    return data.max_length or context
+
+
+def _task_rows(task: Task, data: DataConfig) -> dict[str, list[Row]]:
+    if data.train is None:
+        return sample_splits(task, data.dir, data.num_train, data.num_validation, data.num_test, data.data_seed,
+                             data.sampling)
+    return _file_rows(data)
+
+
+def _file_rows(data: DataConfig) -> dict[str, list[Row]]:
+    """The user's own files, in file order; `num_…` takes the first rows."""
+    rows: dict[str, list[Row]] = {}
+    for split in SPLITS:
+        path = getattr(data, split)
+        rows[split] = load_rows(path, split)[: getattr(data, f"num_{split}")] if path else []
+    return rows
+
+
+def _prepare_files(data: DataConfig, tokenizer: Any, limit: int) -> Splits:
+    if data.train is None:
+        raise ConfigError("`data.dir` holds the rows of a task (got no `task`); name one, or give data.train: my.jsonl")
+    encoded = {split: encode_examples(rows, tokenizer, data.format, max_length=limit, truncation=data.truncation)
+               if rows else [] for split, rows in _file_rows(data).items()}
+    return Splits(encoded["train"], encoded["validation"], encoded["test"], "completion", ("loss",), "loss")
+
+
+def load_task_split(task: Task, folder: str | None, split: str, limit: int | None) -> list[Row]:
+    """Return the first `limit` rows of a task's split, in file order."""
+    return load_split(task, folder, split)[:limit]

@@ -1,0 +1,399 @@
+"""The specification: what a chain of LoRA must do on every architecture, in float32 and in bfloat16.
+
+Each test is one law, through the public API, on a real (tiny, randomly initialised) model. Architectures: OPT (biases),
+GPT-2 (Conv1D, which stores weights in × out), Llama (grouped-query attention, tied embeddings).
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import ARCHITECTURES, tiny_model
+from torch import nn
+
+import chainlora
+from chainlora import (
+    Chain,
+    LinkConfig,
+    add_link,
+    discard_link,
+    drop_links,
+    extend_chain,
+    fit_chain,
+    tie_knot,
+    tune_link,
+)
+
+DTYPES = (torch.float32, torch.bfloat16)
+TARGETS = {"opt": ("q_proj", "v_proj", "fc1"), "gpt2": ("c_attn", "c_fc"), "llama": ("q_proj", "v_proj", "up_proj")}
+ROWS = torch.randint(3, 131, (4, 12), generator=torch.Generator().manual_seed(0))
+
+# One cast to bfloat16 moves a weight by at most 2^-9 of itself; logits of these models are below 1 and add up a few
+# hundred such weights over two layers: measured changes stay below 6e-3.
+LOGITS = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+
+everywhere = [pytest.mark.parametrize("architecture", ARCHITECTURES), pytest.mark.parametrize("dtype", DTYPES, ids=str)]
+
+
+def on_everything(test):
+    for mark in everywhere:
+        test = mark(test)
+    return test
+
+
+def config(architecture: str, **keys) -> LinkConfig:
+    return LinkConfig(**{"rank": 4, "alpha": 8, "target_modules": TARGETS[architecture]} | keys)
+
+
+def loss_of(model) -> torch.Tensor:
+    return model(input_ids=ROWS, labels=ROWS).loss
+
+
+def plain_update(chain: Chain, lr: float = 1e-2, losses: list | None = None):
+    """An ordinary training step with an optimizer of its own: what a user's own loop does."""
+    optimizer = torch.optim.AdamW(list(chain.parameters()), lr=lr)
+
+    def update(_) -> None:
+        loss = loss_of(chain.model)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if losses is not None:
+            losses.append(loss.item())
+
+    return update
+
+
+def tuned_chain(model, architecture: str, num_links: int = 2, steps: int = 3, seed: int = 0, **keys) -> Chain:
+    chain = Chain(model, seed=seed, hold=keys.pop("hold", "tied"))
+    fit_chain(chain, [config(architecture, **keys)] * num_links, lambda link: range(steps),
+              lambda link: plain_update(chain))
+    return chain
+
+
+@torch.no_grad()
+def logits(model) -> torch.Tensor:
+    return model(ROWS).logits.float()
+
+
+def weights(model) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items() if "lora_" not in name}
+
+
+def assert_same_weights(before, after) -> None:
+    assert before.keys() == after.keys()
+    assert [name for name in before if not torch.equal(before[name], after[name])] == []
+
+
+@on_everything
+@pytest.mark.parametrize("init", ["kaiming", "gaussian", "gradient"])
+def test_law_1_a_new_link_is_an_exact_no_op(architecture, dtype, init):
+    model = tiny_model(architecture, dtype=dtype)
+    chain = tuned_chain(model, architecture, num_links=1)
+    before = logits(model)
+    extend_chain(chain, config(architecture, init=init), backward=lambda: loss_of(model).backward())
+    assert torch.equal(logits(model), before)
+
+
+@on_everything
+def test_law_1_a_pissa_link_is_a_no_op_to_rounding(architecture, dtype):
+    model = tiny_model(architecture, dtype=dtype)
+    before = logits(model)
+    extend_chain(Chain(model), config(architecture, init="pissa"))
+    torch.testing.assert_close(logits(model), before, atol=LOGITS[dtype], rtol=0)
+
+
+@on_everything
+@pytest.mark.parametrize("trained", ["both", "A", "B"])
+def test_law_2_it_can_learn_at_once(architecture, dtype, trained):
+    model = tiny_model(architecture, dtype=dtype)
+    chain = tuned_chain(model, architecture, num_links=1)
+    adapter = extend_chain(chain, config(architecture, train_factors=trained))
+    loss_of(model).backward()
+    moving = adapter.named_factor("A" if trained == "A" else "B")
+    assert moving
+    assert all(parameter.grad is not None and parameter.grad.norm() > 0 for parameter in moving)
+    assert (trained == "both") == bool(adapter.named_factor("A") and adapter.named_factor("B"))
+
+
+@on_everything
+def test_law_3_base_weights_are_bit_identical_while_a_link_is_tuned(architecture, dtype):
+    model = tiny_model(architecture, dtype=dtype)
+    chain = tuned_chain(model, architecture, num_links=1)
+    extend_chain(chain, config(architecture))
+    before = weights(model)
+    tune_link(chain, range(3), plain_update(chain))
+    assert_same_weights(before, weights(model))
+
+
+@on_everything
+@pytest.mark.parametrize("hold", ["tied", "carried"])
+@pytest.mark.parametrize("keys", [{}, {"init": "gradient"}, {"train_factors": "A"}, {"rslora": True, "rank": 3}], ids=str)
+def test_law_4_a_knot_preserves_the_function(architecture, dtype, hold, keys):
+    model = tiny_model(architecture, dtype=dtype)
+    chain = Chain(model, hold=hold)
+    for rank in (4, 2):
+        extend_chain(chain, config(architecture, **{"rank": rank} | keys), backward=lambda: loss_of(model).backward())
+        start = logits(model)
+        tune_link(chain, range(3), plain_update(chain))
+        before = logits(model)
+        tie_knot(chain)
+        torch.testing.assert_close(logits(model), before, atol=LOGITS[dtype], rtol=0)
+        assert (before - start).abs().max() > 3 * LOGITS[torch.float32]  # the link did change the function
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("keys", [{"init": "pissa"}, {"dora": True}, {"lora_bias": True}], ids=str)
+def test_law_4_holds_for_pissa_dora_and_lora_bias(dtype, keys):
+    model = tiny_model("opt", dtype=dtype)
+    chain = Chain(model)
+    for _ in range(2):
+        extend_chain(chain, config("opt", **keys))
+        tune_link(chain, range(3), plain_update(chain))
+        before = logits(model)
+        tie_knot(chain)
+        torch.testing.assert_close(logits(model), before, atol=LOGITS[dtype], rtol=0)
+
+
+@on_everything
+def test_law_7_the_change_of_weights_is_the_sum_of_links(architecture, dtype):
+    model = tiny_model(architecture, dtype=dtype)
+    before = weights(model)
+    chain = tuned_chain(model, architecture, num_links=3)
+    after = weights(chain.detach())
+    for name in chain.links[0].factors:
+        total = sum(link.delta_weight(name).double() for link in chain.links)
+        stored = total.T if architecture == "gpt2" else total
+        pristine = before[f"{name}.weight"].double()
+        exact = pristine + stored
+        # the float32 sum: at most one rounding a link of what was added up so far; then one cast, half an ulp
+        summed = pristine.abs() + sum(link.scaling * (link.factors[name].b.abs() @ link.factors[name].a.abs()).T.double()
+                                      if architecture == "gpt2" else
+                                      link.scaling * (link.factors[name].b.abs() @ link.factors[name].a.abs()).double()
+                                      for link in chain.links)
+        bound = 4 * torch.finfo(torch.float32).eps * summed + torch.finfo(dtype).eps / 2 * exact.abs()
+        assert ((after[f"{name}.weight"].double() - exact).abs() <= bound).all()
+        assert torch.linalg.matrix_rank(total, rtol=1e-6) <= 12
+    untouched = [name for name in before if name.removesuffix(".weight") not in chain.links[0].factors]
+    assert all(torch.equal(before[name], after[name]) for name in untouched)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_law_8_in_bfloat16_the_error_after_16_knots_is_that_of_one_cast(architecture):
+    model = tiny_model(architecture, dtype=torch.bfloat16)
+    before = weights(model)
+    # small links, as real fine-tuning makes them: each changes a weight by less than bfloat16 can see
+    chain = Chain(model)
+    fit_chain(chain, [config(architecture)] * 16, lambda link: range(2), lambda link: plain_update(chain, lr=2e-4))
+    after = weights(chain.detach())
+    for name in chain.links[0].factors:
+        turn = (lambda w: w.T) if architecture == "gpt2" else (lambda w: w)
+        deltas = [turn(link.delta_weight(name)) for link in chain.links]
+        exact = before[f"{name}.weight"].double() + sum(delta.double() for delta in deltas)
+        error = (after[f"{name}.weight"].double() - exact).norm()
+        one_cast = (exact.to(torch.bfloat16).double() - exact).norm()
+        assert error <= one_cast * 1.001  # ties of the float32 sum may round the other way
+        in_place = before[f"{name}.weight"].clone()  # what the field does: add each link to the bfloat16 weight
+        for delta in deltas:
+            in_place += delta.to(torch.bfloat16)
+        assert (in_place.double() - exact).norm() > 1.15 * error  # the contrast is real
+
+
+@on_everything
+def test_law_10_carried_is_the_same_function_as_tied(architecture, dtype):
+    tied = tuned_chain(tiny_model(architecture, dtype=dtype), architecture, num_links=3)
+    carried = Chain(tiny_model(architecture, dtype=dtype), hold="carried")
+    base = weights(carried.model)
+    for link in tied.links:
+        add_link(carried, link)
+    stripped = {n.replace(".base_layer", ""): t for n, t in weights(carried.model).items()}
+    assert_same_weights(base, stripped)  # the base is never touched
+    torch.testing.assert_close(logits(carried.model), logits(tied.model), atol=LOGITS[dtype], rtol=0)
+    torch.testing.assert_close(logits(carried.detach()), logits(tied.detach()), atol=LOGITS[dtype], rtol=0)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_law_10_a_chain_may_train_carried(architecture):
+    # float32; the same links are learned whether the earlier ones are merged or beside the base, up to rounding
+    # that AdamW's division amplifies where a gradient is near zero
+    tied = tuned_chain(tiny_model(architecture), architecture)
+    carried = tuned_chain(tiny_model(architecture), architecture, hold="carried")
+    torch.testing.assert_close(logits(carried.model), logits(tied.model), atol=1e-3, rtol=0)
+
+
+@on_everything
+def test_law_11_same_seed_same_bytes(architecture, dtype):
+    torch.manual_seed(1)
+    first = tuned_chain(tiny_model(architecture, dtype=dtype), architecture)
+    torch.manual_seed(2)  # what the global generator has consumed makes no difference
+    second = tuned_chain(tiny_model(architecture, dtype=dtype), architecture)
+    other = tuned_chain(tiny_model(architecture, dtype=dtype), architecture, seed=1)
+    for one, two, three in zip(first.links, second.links, other.links, strict=True):
+        for name in one.factors:
+            assert torch.equal(one.factors[name].a, two.factors[name].a)
+            assert torch.equal(one.factors[name].b, two.factors[name].b)
+            assert not torch.equal(one.factors[name].a, three.factors[name].a)
+    starts = [link.factors[next(iter(link.factors))].a for link in first.links]
+    assert not torch.equal(*starts)  # every link draws anew
+
+
+@on_everything
+def test_law_12_train_and_eval_never_change_weights(architecture, dtype):
+    model = tiny_model(architecture, dtype=dtype)
+    chain = tuned_chain(model, architecture, num_links=1)
+    extend_chain(chain, config(architecture))
+    tune_link(chain, range(2), plain_update(chain))
+    before = weights(model)
+    for _ in range(3):
+        model.train()
+        model.eval()
+        logits(model)
+    assert_same_weights(before, weights(model))
+
+
+@on_everything
+def test_law_13_tying_without_tuning_changes_nothing(architecture, dtype):
+    model = tiny_model(architecture, dtype=dtype)
+    chain = tuned_chain(model, architecture)
+    before = weights(model)
+    extend_chain(chain, config(architecture))
+    tie_knot(chain)
+    assert_same_weights(before, weights(model))
+    with pytest.raises(chainlora.ChainLoRAError, match="extend_chain first"):
+        tie_knot(chain)
+    assert_same_weights(before, weights(model))
+
+
+@on_everything
+@pytest.mark.parametrize("hold", ["tied", "carried"])
+def test_undo_gives_exactly_the_earlier_weights_back(architecture, dtype, hold):
+    model = tiny_model(architecture, dtype=dtype)
+    pristine, untouched = weights(model), logits(model)
+    chain = tuned_chain(model, architecture, num_links=1, hold=hold)
+    after_one = logits(model)
+    fit_chain(chain, [config(architecture, rank=2), config(architecture)], lambda link: range(2),
+              lambda link: plain_update(chain))
+    dropped = drop_links(chain, 2)
+    assert [link.index for link in dropped] == [1, 2]
+    assert torch.equal(logits(model), after_one)
+    drop_links(chain)
+    assert torch.equal(logits(model), untouched)
+    assert_same_weights(pristine, weights(chain.detach()))
+
+
+@on_everything
+def test_a_rejected_link_leaves_no_trace(architecture, dtype):
+    model = tiny_model(architecture, dtype=dtype)
+    chain = tuned_chain(model, architecture, num_links=1)
+    before = logits(model)
+    extend_chain(chain, config(architecture))
+    tune_link(chain, range(2), plain_update(chain))
+    discard_link(chain)
+    assert len(chain) == 1
+    assert torch.equal(logits(model), before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_trained_extra_modules_survive_knots_and_undo(dtype):
+    model = tiny_model("llama", dtype=dtype)
+    pristine = weights(model)
+    chain = Chain(model)
+    seen = []
+    for _ in range(2):
+        extend_chain(chain, config("llama", extra_modules=("norm",)))
+        tune_link(chain, range(3), plain_update(chain))
+        before = logits(model)
+        link = tie_knot(chain)
+        torch.testing.assert_close(logits(model), before, atol=LOGITS[dtype], rtol=0)
+        seen.append(link.extra["model.norm.weight"])
+    assert not torch.equal(seen[0], seen[1])  # it went on learning
+    assert not torch.equal(seen[0], pristine["model.norm.weight"].float())
+    drop_links(chain)
+    after = weights(chain.detach())
+    torch.testing.assert_close(after["model.norm.weight"].float(), seen[0].to(dtype).float(), atol=0, rtol=0)
+    drop_links(chain)
+    assert_same_weights(pristine, weights(chain.detach()))
+
+
+def test_pristine_weights_come_from_the_checkpoint_where_they_are_the_same(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    for architecture in ARCHITECTURES:
+        folder = tmp_path / architecture
+        tiny_model(architecture).save_pretrained(folder)
+        for dtype in DTYPES:
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+            chain = Chain(model, checkpoint=folder)
+            extend_chain(chain, config(architecture))
+            assert chain._pristine.num_copied == 0  # memory-mapped, no host copy
+        changed = AutoModelForCausalLM.from_pretrained(folder)
+        name = f"{next(iter(chain.live.layers))}"
+        with torch.no_grad():
+            changed.get_submodule(name).weight.mul_(2)
+        chain = Chain(changed, checkpoint=folder)
+        extend_chain(chain, config(architecture))
+        assert chain._pristine.num_copied == 1  # the one that differs is copied instead
+
+
+def test_a_host_copy_and_the_checkpoint_give_the_same_knots(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    tiny_model("llama").save_pretrained(tmp_path)
+    chains = []
+    for checkpoint in (None, tmp_path):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path)
+        chain = Chain(model, checkpoint=checkpoint)
+        fit_chain(chain, [config("llama")] * 2, lambda link: range(2), lambda link, c=chain: plain_update(c))
+        chains.append(weights(chain.detach()))
+    assert_same_weights(*chains)
+
+
+def test_optimizer_state_is_gone_and_the_first_step_of_a_link_has_its_full_size():
+    # AdamW's first step moves every weight by lr (bias correction), a kept step counter would make it ~3.2 times that
+    model = tiny_model("llama")
+    chain = tuned_chain(model, "llama", num_links=2)
+    adapter = extend_chain(chain, config("llama"))
+    before = [parameter.detach().clone() for parameter in adapter.named_factor("B")]
+    tune_link(chain, range(1), plain_update(chain, lr=1e-3))
+    moved = torch.cat([(now - then).abs().flatten() for now, then in zip(adapter.named_factor("B"), before, strict=True)])
+    moving = moved[moved > 0]
+    torch.testing.assert_close(moving.median(), torch.tensor(1e-3), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_ranks_may_step_down_and_targets_may_change(architecture):
+    model = tiny_model(architecture)
+    chain = Chain(model)
+    configs = [config(architecture), config(architecture, rank=2), config(architecture, target_modules=TARGETS[architecture][:1])]
+    fit_chain(chain, configs, lambda link: range(2), lambda link: plain_update(chain))
+    before = logits(model)
+    assert [link.rank for link in chain.links] == [4, 2, 4]
+    assert len(chain.links[2].factors) < len(chain.links[0].factors)
+    torch.testing.assert_close(logits(chain.detach()), before, atol=0, rtol=0)
+    assert not any("lora" in name for name, _ in model.named_parameters())
+
+
+def test_the_gradient_start_finds_the_leading_directions():
+    # one linear layer and a quadratic loss: the gradient is known and of rank 3
+    class Toy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.proj = nn.Linear(20, 16, bias=False)
+
+        def forward(self, x):
+            return self.proj(x)
+
+    torch.manual_seed(0)
+    model = Toy()
+    u, v = torch.linalg.qr(torch.randn(16, 3)).Q, torch.linalg.qr(torch.randn(20, 3)).Q
+    gradient = u @ torch.diag(torch.tensor([9.0, 3.0, 1.0])) @ v.T
+    chain = Chain(model)
+
+    def backward() -> None:  # loss = <G, W>, so dL/dW = G
+        (model(torch.eye(20)) * gradient.T).sum().backward()
+
+    extend_chain(chain, LinkConfig(rank=2, target_modules=("proj",), init="gradient"), backward=backward)
+    rows = chain.live.layers["proj"].lora_A["link"].weight.detach()
+    rows = torch.linalg.qr(rows.T).Q.T
+    captured = (rows @ v[:, :2]).square().sum() / 2
+    assert captured > 0.99  # two sweeps on singular values 9, 3, 1: what is missed is (1/3)^4 or less
