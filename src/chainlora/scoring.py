@@ -130,7 +130,7 @@ def _inputs(example: Example) -> Iterator[tuple[int, ...]]:
 
 
 def _fresh_tokens(inputs: Sequence[tuple[int, ...]], last: tuple[int, ...]) -> tuple[int, bool]:
-    """Return how many tokens sorted `inputs` add to a pack that ends in `last`, and whether they share with it.
+    """Return how many tokens sorted `inputs` add to a pack that ends in `last`, and whether they share.
 
     An upper bound of what `pack` stores: each sequence is compared with the one before it.
     """

@@ -1,0 +1,350 @@
+"""Evaluation: the fast scorer equals the plain one, metrics are what they say, the model is left alone."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+
+import pytest
+import torch
+from conftest import ARCHITECTURES, tiny_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference_scorer import reference_predictions, reference_scores
+
+from chainlora.errors import ConfigError, DataError, ModelError
+from chainlora.evaluate import evaluate, majority_rate, write_predictions
+from chainlora.forward import Path
+from chainlora.generation import generate_greedy
+from chainlora.metrics import exact_match, macro_f1, normalize_answer, perplexity, token_f1
+from chainlora.packing import Example, pack
+from chainlora.scoring import evaluation_batches, score_examples
+
+# Float32 log-probabilities near -5 carry rounding of about 5e-7; summing in another order over a few layers
+# stays below 1e-5.
+TOLERANCE = 1e-5
+
+
+def words(rng: random.Random, count: int) -> tuple[int, ...]:
+    return tuple(rng.randrange(3, 130) for _ in range(count))
+
+
+def classified(
+    row: int, prompt: tuple[int, ...], candidates: list[tuple[int, ...]], label: int = 0
+) -> Example:
+    sequences = tuple(prompt + candidate for candidate in candidates)
+    return Example(row, sequences, tuple(((len(prompt), len(s)),) for s in sequences), label, prompt)
+
+
+def one_token(rng: random.Random) -> list[Example]:
+    labels = [(5,), (9,), (77,)]
+    return [classified(i, words(rng, rng.randint(1, 60)), labels, rng.randrange(3)) for i in range(12)]
+
+
+def many_tokens(rng: random.Random) -> list[Example]:
+    return [
+        classified(
+            i,
+            words(rng, rng.randint(1, 40)),
+            [words(rng, rng.randint(1, 5)) for _ in range(2 + i % 3)],
+            i % 2,
+        )
+        for i in range(10)
+    ]
+
+
+def shared_passages(rng: random.Random) -> list[Example]:
+    rows = []
+    for passage in (words(rng, 50), words(rng, 30)):
+        for question in (words(rng, 9), words(rng, 12)):
+            for answer in (words(rng, 4), words(rng, 8)):
+                rows.append(
+                    classified(len(rows), passage + question + answer, [(7,), (8, 11)], len(rows) % 2)
+                )
+    rng.shuffle(rows)
+    return rows
+
+
+def ties(rng: random.Random) -> list[Example]:
+    twins = [[(5,), (5,), (9,)], [(9,), (5,), (5,)], [(5, 6), (5, 6)], [(4,), (4,), (4,), (4,)]]
+    return [classified(i, words(rng, 20), candidates) for i, candidates in enumerate(twins)]
+
+
+def full_context(rng: random.Random) -> list[Example]:
+    """Rows cut from the left, the longest to the whole context of 128 tokens."""
+    story = words(rng, 300)
+    return [classified(i, story[-size:], [(5,), (6, 7)], i % 2) for i, size in enumerate((126, 125, 124, 90))]
+
+
+CASES = {f.__name__: f for f in (one_token, many_tokens, shared_passages, ties, full_context)}
+
+
+@pytest.mark.parametrize("path", [Path.PACKED, Path.PADDED])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("case", CASES)
+def test_fast_scores_equal_the_plain_ones(case, architecture, path):
+    # a head of large weights spreads the scores, so that predictions differ from row to row
+    model = tiny_model(architecture, initializer_range=0.2)
+    examples = CASES[case](random.Random(case))
+    expected = reference_scores(model, examples)
+    found = evaluate(model, examples, metrics="accuracy", path=path, max_tokens=150)
+    for prediction, row in zip(found.predictions, expected, strict=True):
+        assert prediction["scores"] == pytest.approx(row, abs=TOLERANCE)
+    assert [p["prediction"] for p in found.predictions] == reference_predictions(expected)
+    assert [p["row"] for p in found.predictions] == [e.row for e in examples]
+
+
+@pytest.mark.parametrize("path", [Path.PACKED, Path.PADDED])
+def test_ties_go_to_the_lowest_index(path):
+    model = tiny_model("llama")
+    model.lm_head = torch.nn.Linear(32, 131, bias=False)  # apart from the embedding
+    torch.nn.init.zeros_(model.lm_head.weight)  # every token is as likely as any other
+    examples = one_token(random.Random(0))
+    found = evaluate(model, examples, metrics="accuracy", path=path)
+    assert {p["prediction"] for p in found.predictions} == {0}
+    assert found.metrics["loss"] == pytest.approx(math.log(3), abs=1e-6)
+
+
+def test_the_loss_is_the_cross_entropy_over_candidates():
+    model = tiny_model("gpt2", initializer_range=0.2)
+    examples = many_tokens(random.Random(1))
+    rows = reference_scores(model, examples)
+    expected = [
+        -torch.tensor(row).log_softmax(0)[e.label].item() for row, e in zip(rows, examples, strict=True)
+    ]
+    found = evaluate(model, examples, metrics=["accuracy", "f1"])
+    assert found.metrics["loss"] == pytest.approx(sum(expected) / len(expected), abs=TOLERANCE)
+    assert set(found.metrics) == {"accuracy", "f1", "loss"}
+    assert found.num_rows == len(examples)
+
+
+def language_rows(rng: random.Random) -> list[Example]:
+    """A completion, plain text, and a chat whose turns are two spans."""
+    spans = ((10, 20),), ((1, 20),), ((3, 7), (12, 20))
+    return [Example(i, (words(rng, 20),), (span,)) for i, span in enumerate(spans)]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("path", [Path.PACKED, Path.PADDED])
+def test_language_rows_give_loss_per_token(architecture, path):
+    model = tiny_model(architecture)
+    examples = language_rows(random.Random(2))
+    counts = [10, 19, 12]
+    rows = reference_scores(model, examples)
+    expected = -sum(row[0] * n for row, n in zip(rows, counts, strict=True)) / sum(counts)
+    found = evaluate(model, examples, metrics="loss", path=path)
+    assert found.metrics["loss"] == pytest.approx(expected, abs=TOLERANCE)
+    assert found.metrics["perplexity"] == pytest.approx(math.exp(expected), rel=TOLERANCE)
+
+
+def test_evaluation_leaves_the_model_as_it_was():
+    model = tiny_model("llama", attention_dropout=0.5)
+    examples = shared_passages(random.Random(3))
+    expected = reference_scores(model, examples)
+    model.train()
+    model.model.layers[0].eval()
+    modes = [module.training for module in model.modules()]
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    random_state = torch.get_rng_state()
+    found = evaluate(model, examples, metrics="accuracy")
+    for prediction, row in zip(found.predictions, expected, strict=True):  # no dropout
+        assert prediction["scores"] == pytest.approx(row, abs=TOLERANCE)
+    assert [module.training for module in model.modules()] == modes
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), random_state)
+    tokens = torch.tensor([examples[0].sequences[0]])
+    model(input_ids=tokens, labels=tokens).loss.backward()  # nothing of inference mode stays behind
+
+
+def test_a_shared_passage_is_computed_once():
+    examples = shared_passages(random.Random(4))
+    batches = list(evaluation_batches(examples, max_tokens=10_000))
+    assert len(batches) == 1
+    # two passages, four questions, eight answers, and each row's (8, 11) reads one token more than (7,)
+    assert pack([examples[i] for i in batches[0]]).num_tokens <= 50 + 30 + 2 * (9 + 12) + 4 * (4 + 8) + 8
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 10**6), max_tokens=st.integers(1, 400), path=st.sampled_from(list(Path)))
+def test_batches_hold_every_row_once_and_keep_the_bound(seed, max_tokens, path):
+    rng = random.Random(seed)
+    examples = shared_passages(rng) + many_tokens(rng)
+    batches = list(evaluation_batches(examples, max_tokens=max_tokens, path=path))
+    assert sorted(i for batch in batches for i in batch) == list(range(len(examples)))
+    for batch in batches:
+        packed = pack([examples[i] for i in batch])
+        assert len(batch) == 1 or packed.num_tokens <= max_tokens
+
+
+def test_progress_counts_rows():
+    seen: list[tuple[int, int]] = []
+    examples = one_token(random.Random(5))
+    evaluate(tiny_model("opt"), examples, metrics=(), max_tokens=100, progress=lambda *at: seen.append(at))
+    assert len(seen) > 1
+    assert seen[-1] == (12, 12)
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+
+
+def test_predictions_are_one_json_line_a_row(tmp_path):
+    examples = many_tokens(random.Random(6))
+    found = evaluate(tiny_model("opt"), examples, metrics="accuracy")
+    write_predictions(tmp_path / "new" / "predictions.jsonl", found)
+    lines = (tmp_path / "new" / "predictions.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == found.predictions
+    assert list(json.loads(lines[0])) == ["row", "label", "prediction", "scores"]
+
+
+def test_what_cannot_be_scored_is_refused():
+    model = tiny_model("gpt2")
+    rng = random.Random(7)
+    labelled, plain = one_token(rng), language_rows(rng)
+    with pytest.raises(DataError, match=r"\(got none\)"):
+        evaluate(model, [], metrics="accuracy")
+    with pytest.raises(DataError, match="cannot be scored together"):
+        evaluate(model, labelled + plain, metrics="loss")
+    with pytest.raises(ConfigError, match="did you mean 'accuracy'"):
+        evaluate(model, labelled, metrics="acuracy")
+    with pytest.raises(ConfigError, match="needs rows with a right candidate"):
+        evaluate(model, plain, metrics="accuracy")
+    with pytest.raises(ConfigError, match="needs rows without candidates"):
+        evaluate(model, labelled, metrics="perplexity")
+    with pytest.raises(ConfigError, match="pass `tokenizer`"):
+        evaluate(model, plain, metrics="em")
+    evaluate(model, labelled, metrics="accuracy")
+    torch.nn.init.constant_(model.transformer.ln_f.weight, math.nan)
+    with pytest.raises(ModelError, match="got nan at row"):
+        evaluate(model, labelled, metrics="accuracy")
+
+
+# --- a real, trained model --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def stories(shared_models):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = shared_models / "stories260k"
+    return AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32
+    ).eval(), AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("task_name", ["sst2", "rte", "cb", "boolq", "wsc", "wic", "multirc", "copa"])
+def test_fast_scores_equal_the_plain_ones_on_every_task(task_name, stories, shared_data):
+    from chainlora.data import encode_examples
+    from chainlora.tasks import load_split, load_task
+
+    model, tokenizer = stories
+    task = load_task(task_name)
+    rows = load_split(task, shared_data / task_name, "validation")[:12]
+    examples = encode_examples(rows, tokenizer, task, max_length=256, truncation="left")
+    expected = reference_scores(model, examples)
+    found = evaluate(model, examples, metrics=task.metric)
+    for prediction, row in zip(found.predictions, expected, strict=True):
+        assert prediction["scores"] == pytest.approx(row, abs=TOLERANCE)
+    assert [p["prediction"] for p in found.predictions] == reference_predictions(expected)
+
+
+def test_batched_generation_equals_one_by_one(stories):
+    model, tokenizer = stories
+    prompts = [
+        tokenizer(text)["input_ids"]
+        for text in ("Once upon a time", "Lily and Ben went to the park. They", "A")
+    ]
+    model.generation_config.do_sample = True  # a model's own habits must not leak in
+    model.generation_config.repetition_penalty = 3.0
+    own = model.generation_config
+    texts = generate_greedy(model, tokenizer, prompts, max_new_tokens=12)
+    assert model.generation_config is own
+    for prompt, text in zip(prompts, texts, strict=True):
+        tokens = list(prompt)
+        for _ in range(12):
+            tokens.append(model(input_ids=torch.tensor([tokens])).logits[0, -1].argmax().item())
+        new = tokenizer.decode(tokens[len(prompt) :], skip_special_tokens=True)
+        assert text == new.split("\n")[0].strip()
+        assert text
+
+
+def test_generation_ends_at_the_stop(stories):
+    model, tokenizer = stories
+    prompt = tokenizer("Once upon a time")["input_ids"]
+    (whole,) = generate_greedy(model, tokenizer, [prompt], max_new_tokens=30, stop=None)
+    (cut,) = generate_greedy(model, tokenizer, [prompt], max_new_tokens=30, stop=".")
+    assert "." in whole
+    assert cut == whole.split(".")[0].strip()
+
+
+def test_generation_leaves_room_by_cutting_the_prompt_from_the_left(stories):
+    model, tokenizer = stories
+    prompt = tokenizer("Once upon a time, there was a little girl named Lily. " * 60)["input_ids"]
+    context = model.config.max_position_embeddings
+    assert len(prompt) > context
+    (text,) = generate_greedy(model, tokenizer, [prompt], max_new_tokens=8)
+    kept = prompt[:1] + prompt[-(context - 8 - 1) :]
+    assert [text] == generate_greedy(model, tokenizer, [kept], max_new_tokens=8)
+    with pytest.raises(ConfigError, match=f"below the context of {context} tokens"):
+        generate_greedy(model, tokenizer, [prompt], max_new_tokens=context)
+
+
+def test_generated_answers_are_scored_against_their_references(stories):
+    model, tokenizer = stories
+    prompt = tuple(tokenizer("Once upon a time")["input_ids"])
+    (answer,) = generate_greedy(model, tokenizer, [prompt], max_new_tokens=6)
+    sequence = (*prompt, 5, 6)
+    gold = Example(
+        4, (sequence,), (((len(prompt), len(sequence)),),), None, prompt, ("nothing", f"The {answer}!")
+    )
+    bad = Example(9, (sequence,), (((len(prompt), len(sequence)),),), None, prompt, ("nothing",))
+    model.train()
+    found = evaluate(
+        model, [gold, bad], metrics=["em", "token_f1", "loss"], tokenizer=tokenizer, max_new_tokens=6
+    )
+    assert model.training
+    assert found.metrics["em"] == 0.5
+    assert found.metrics["token_f1"] == 0.5
+    assert found.metrics["loss"] == pytest.approx(
+        -reference_scores(model.eval(), [gold])[0][0], abs=TOLERANCE
+    )
+    assert [p["row"] for p in found.predictions] == [4, 9]
+    assert found.predictions[0]["prediction"] == answer
+    assert found.predictions[1]["references"] == ["nothing"]
+
+
+# --- metrics ----------------------------------------------------------------------------------------------
+
+
+def test_answers_are_normalised_as_squad_does():
+    assert normalize_answer("The  Quick, brown-fox\tof a An") == "quick brownfox of"
+    assert exact_match("the Eiffel Tower!", ["Louvre", "Eiffel tower"]) == 1
+    assert exact_match("Eiffel", ["Eiffel Tower"]) == 0
+    assert token_f1("in the year 1889", ["1889", "year 1888"]) == pytest.approx(0.5)  # 1 of 3 words, 1 of 1
+    assert token_f1("the", ["a"]) == 1
+    assert token_f1("the", ["tower"]) == 0
+    assert token_f1("anything", []) == 0
+
+
+def test_macro_f1_is_the_mean_over_classes():
+    # class 0: precision 2/3, recall 1 → 0.8; class 1: 1, 1/2 → 2/3; class 2 never right → 0
+    assert macro_f1([0, 0, 1, 1, 2], [0, 0, 1, 0, 1]) == pytest.approx((2 * 2 / 5 + 2 * 1 / 4 + 0) / 3)
+    assert macro_f1([1, 1], [1, 1]) == 1
+
+
+def test_majority_rate_is_that_of_the_commonest_label():
+    prompt = (5, 6)
+    examples = [classified(i, prompt, [(7,), (8,)], label) for i, label in enumerate((1, 0, 1, 1))]
+    assert majority_rate(examples) == 0.75
+    with pytest.raises(DataError, match="needs rows with a label"):
+        majority_rate(language_rows(random.Random(0)))
+
+
+def test_perplexity_does_not_overflow():
+    assert perplexity(0) == 1
+    assert perplexity(1e4) == math.inf
+
+
+def test_scores_without_metrics():
+    model = tiny_model("llama")
+    examples = many_tokens(random.Random(8))
+    for row, expected in zip(score_examples(model, examples), reference_scores(model, examples), strict=True):
+        assert row == pytest.approx(expected, abs=TOLERANCE)
