@@ -40,7 +40,7 @@ class Path(StrEnum):
 
 def causal_model(model: nn.Module) -> nn.Module:
     """Return the transformers causal model inside a PEFT wrapper, or the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator,no-any-return]
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
 
 
 def base_model(model: nn.Module) -> nn.Module:
@@ -48,7 +48,8 @@ def base_model(model: nn.Module) -> nn.Module:
     model = causal_model(model)
     base = getattr(model, getattr(model, "base_model_prefix", "") or "_", None)
     if not isinstance(base, nn.Module):
-        raise ModelError(f"the model must be a transformers causal language model (got {type(model).__name__})")
+        raise ModelError("the model must be a transformers causal language model "
+                         f"(got {type(model).__name__})")
     return base
 
 
@@ -81,7 +82,7 @@ def choose_path(model: nn.Module) -> Path:
 
 
 def attention_window(model: nn.Module) -> int:
-    """Return how far back attention sees: the sliding window or chunk, or a number larger than any sequence."""
+    """Return how far back attention sees: the sliding window or chunk, or a number above any length."""
     config: Any = causal_model(model).config
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     limits = [getattr(config, "sliding_window", None), getattr(config, "attention_chunk_size", None)]
@@ -123,7 +124,7 @@ def _why_not_packed(model: nn.Module) -> str | None:
 
 def plain_dtype(model: nn.Module) -> torch.dtype:
     """Return the dtype the model computes in: that of its input embedding."""
-    return causal_model(model).get_input_embeddings().weight.dtype  # type: ignore[operator,no-any-return]
+    return causal_model(model).get_input_embeddings().weight.dtype  # type: ignore[operator]
 
 
 def _probe_batch(config: Any) -> PackedBatch:
@@ -170,7 +171,8 @@ def _packed_implementation(base: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        again = torch.is_grad_enabled() and any(getattr(m, "gradient_checkpointing", False) for m in base.modules())
+        checkpointed = any(getattr(module, "gradient_checkpointing", False) for module in base.modules())
+        again = checkpointed and torch.is_grad_enabled()
         if before != NAME and not again:
             config._attn_implementation = before
 
@@ -183,7 +185,7 @@ def _padded_hidden(model: nn.Module, batch: PackedBatch) -> Tensor:
 
 
 def _unpacked(batch: PackedBatch) -> tuple[Tensor, Tensor, Tensor]:
-    """Return packed positions by leaf [L, longest], their mask, and for each needed row its place in them [R]."""
+    """Return packed positions by leaf [L, longest], their mask, and the place of each needed row [R]."""
     chains: list[list[int]] = []
     parents = {segment.parent for segment in batch.segments}
     for start, end, parent in batch.segments:
@@ -192,7 +194,8 @@ def _unpacked(batch: PackedBatch) -> tuple[Tensor, Tensor, Tensor]:
     longest = max(map(len, leaves))
     index = torch.tensor([chain + [0] * (longest - len(chain)) for chain in leaves])
     mask = torch.tensor([[1] * len(chain) + [0] * (longest - len(chain)) for chain in leaves])
-    where = {position: leaf * longest + i for leaf, chain in enumerate(leaves) for i, position in enumerate(chain)}
+    where = {position: leaf * longest + i
+             for leaf, chain in enumerate(leaves) for i, position in enumerate(chain)}
     place = torch.tensor([where[row] for row in batch.rows.tolist()])
     device = batch.input_ids.device
     return index.to(device), mask.to(device), place.to(device)

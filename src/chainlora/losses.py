@@ -25,7 +25,7 @@ from .errors import DataError, ModelError
 from .forward import base_model, causal_model, probing
 from .packing import PackedBatch
 
-CHUNK_ELEMENTS = 2**23  # logits held at once: 32 MB in float32, near enough to cache and large enough for matmul
+CHUNK_ELEMENTS = 2**23  # logits held at once: 32 MB in float32, large enough for matmul
 
 Transform = Callable[[Tensor], Tensor]
 _TRANSFORMS: WeakKeyDictionary[nn.Module, Transform | None] = WeakKeyDictionary()
@@ -50,7 +50,8 @@ def candidate_loss(model: nn.Module, hidden: Tensor, batch: PackedBatch) -> Tens
         DataError: an example without a right candidate.
     """
     if not batch.labelled:
-        raise DataError("a candidate loss needs a label in every example (got one without); use the completion loss")
+        raise DataError("a candidate loss needs a label in every example (got one without); "
+                        "use the completion loss")
     if batch.one_position:
         scores = _label_logits(model, hidden, batch)
     else:
@@ -80,7 +81,8 @@ def token_logprobs(model: nn.Module, hidden: Tensor, token_row: Tensor, token_ta
         if transform is None and _is_plain(head) and not head.weight.requires_grad:
             parts.append(_TargetLogprobs.apply(piece, head.weight, head.bias, rows, targets))
         elif torch.is_grad_enabled():
-            parts.append(checkpoint(_module_logprobs, head, transform, piece, rows, targets, use_reentrant=False))
+            parts.append(checkpoint(_module_logprobs, head, transform, piece, rows, targets,
+                                    use_reentrant=False))
         else:
             parts.append(_module_logprobs(head, transform, piece, rows, targets))
     result = torch.cat(parts)
@@ -133,16 +135,20 @@ def _known_transforms(config: Any) -> list[Transform]:
     return known
 
 
-def _head(model: nn.Module) -> nn.Module:
+def _head(model: nn.Module) -> Any:
     head = causal_model(model).get_output_embeddings()  # type: ignore[operator]
     if head is None:
-        raise ModelError(f"the model must have a language-model head (got {type(causal_model(model)).__name__})")
-    return head  # type: ignore[no-any-return]
+        raise ModelError("the model must have a language-model head "
+                         f"(got {type(causal_model(model)).__name__})")
+    return head
 
 
 def _vocabulary(model: nn.Module) -> int:
     weight = getattr(_head(model), "weight", None)
-    return weight.shape[0] if isinstance(weight, Tensor) else causal_model(model).config.vocab_size  # type: ignore
+    if isinstance(weight, Tensor):
+        return weight.shape[0]
+    config: Any = causal_model(model).config
+    return int(config.get_text_config().vocab_size)
 
 
 def _is_plain(head: nn.Module) -> bool:
@@ -168,12 +174,14 @@ def _label_logits(model: nn.Module, hidden: Tensor, batch: PackedBatch) -> Tenso
     return logits if transform is None else transform(logits)
 
 
-def _chunks(token_row: Tensor, num_rows: int, vocabulary: int) -> tuple[Tensor, list[tuple[int, int, int, int]]]:
-    """Return tokens ordered by row, and per chunk its rows [first, last) and its tokens [low, high) in that order."""
+def _chunks(token_row: Tensor, num_rows: int,
+            vocabulary: int) -> tuple[Tensor, list[tuple[int, int, int, int]]]:
+    """Return tokens ordered by row; per chunk its rows [first, last) and tokens [low, high) in that order."""
     order = torch.argsort(token_row, stable=True)
     size = max(CHUNK_ELEMENTS // vocabulary, 1)
     firsts = list(range(0, num_rows, size))
-    edges = torch.searchsorted(token_row[order], torch.tensor([*firsts, num_rows], device=token_row.device)).tolist()
+    limits = torch.tensor([*firsts, num_rows], device=token_row.device)
+    edges = torch.searchsorted(token_row[order], limits).tolist()
     return order, [(f, min(f + size, num_rows), edges[i], edges[i + 1]) for i, f in enumerate(firsts)]
 
 
@@ -186,7 +194,7 @@ def _module_logprobs(head: nn.Module, transform: Transform | None, hidden: Tenso
 
 
 class _TargetLogprobs(torch.autograd.Function):
-    """log softmax(x Wᵀ + b) at (row, target), for a frozen W; logits are recomputed in backward, never kept."""
+    """log softmax(x Wᵀ + b) at (row, target) for a frozen W; logits are made again in backward, never kept."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor,

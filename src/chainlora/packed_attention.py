@@ -67,9 +67,9 @@ def _tree_mask(segments: Sequence[Segment], tree: list[int]) -> Tensor:
     return mask.tril_()
 
 
-def packed_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-                     dropout: float = 0.0, scaling: float | None = None, packed_layout: Layout | None = None,
-                     **kwargs: Any) -> tuple[Tensor, None]:
+def packed_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor,
+                     attention_mask: Tensor | None, dropout: float = 0.0, scaling: float | None = None,
+                     packed_layout: Layout | None = None, **kwargs: Any) -> tuple[Tensor, None]:
     """Attend within the trees of `packed_layout`; query, key, value [1, heads, T, head size] → [1, T, heads,
     size].
 
@@ -77,8 +77,8 @@ def packed_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tenso
         NotImplementedError: the architecture asks for something this function does not compute.
     """
     if packed_layout is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
-                                      **kwargs)
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout,
+                                      scaling=scaling, **kwargs)
     asked = [name for name in _UNSUPPORTED if kwargs.get(name) is not None]
     if asked:
         raise NotImplementedError(f"packed attention does not compute {asked[0]}")

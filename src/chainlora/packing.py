@@ -14,13 +14,12 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .errors import DataError
-
 
 Spans = tuple[tuple[int, int], ...]
 
@@ -103,9 +102,9 @@ class PackedBatch:
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> PackedBatch:
         """Return the batch with its tensors on `device`."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        moved = {name: value.to(device, non_blocking=non_blocking)
-                 for name, value in values.items() if isinstance(value, Tensor)}
+        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        moved = {name: value.to(device, non_blocking=non_blocking) if isinstance(value, Tensor) else value
+                 for name, value in values.items()}
         return replace(self, **moved)
 
 
