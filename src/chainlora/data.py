@@ -3,8 +3,8 @@
 Rows are those of a task (`chainlora.tasks`) or of a user's own file in one of three formats:
 
     completion   {"prompt": …, "completion": …}              loss on the completion
-    chat         {"messages": [{"role": …, "content": …}]}   the model's own chat template, loss on the assistant
-    text         {"text": …}                                 loss on everything
+    chat         {"messages": [{"role": …, "content": …}]}   the model's own chat template, loss on the
+    assistant text         {"text": …}                                 loss on everything
 
 Everything is checked here, before training starts, and a row that cannot be used is named by file and line.
 """
@@ -33,6 +33,16 @@ Ids = list[int]
 _WINDOW = 32
 
 
+@dataclass(frozen=True, slots=True)
+class NamedExample(Example):
+    """A row whose candidates stand for something other than their text: ReCoRD's filled-in queries, for entities.
+
+    `names` is what metrics compare with `references`, one a sequence.
+    """
+
+    names: tuple[str, ...] = ()
+
+
 @dataclass(slots=True)
 class _Item:
     """A row on its way to tokens: each sequence is ``ids[start:]`` scored after ``ids[:start]`` read."""
@@ -41,6 +51,7 @@ class _Item:
     texts: tuple[str, ...]  # of the candidates, or one
     label: int | None = None
     references: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()
     sequences: tuple[Ids, ...] = ()
     scored: tuple[list[tuple[int, int]], ...] = ()
 
@@ -59,26 +70,26 @@ def encode_examples(
 ) -> list[Example]:
     """Tokenise rows.
 
-    Where a candidate begins: the sequence is ``tokenizer(prompt + candidate)``, and its candidate are the last
-    ``len(sequence) - len(tokenizer(prompt))`` tokens (MeZO's rule; the tokens after the prompt, where the prompt's
-    tokens are a prefix). A completion begins at the first token that is not the prompt's.
+    Where a candidate begins: the sequence is ``tokenizer(prompt + candidate)``, and its candidate are the
+    last ``len(sequence) - len(tokenizer(prompt))`` tokens (MeZO's rule; the tokens after the prompt, where
+    the prompt's tokens are a prefix). A completion begins at the first token that is not the prompt's.
 
     Args:
         rows: as `load_rows` or `tasks.load_split` give them.
         tokenizer: of the model; special tokens it adds in front stay in front, whatever is cut.
         task: a task, or a format: "completion", "chat", "text" or "auto".
         max_length: most tokens in a sequence; None is no limit.
-        truncation: "left" cuts the oldest tokens of the prompt, by the same number for all candidates of a row and
-            never the candidate; "error" refuses. None is the task's own, "error" for formats.
-        add_eos: end completions and texts with the end-of-sequence token. None is the task's own, yes for formats.
-        objective: "candidates" gives every candidate, "completion" the right one alone (teacher forcing). None is
-            "candidates" where the task has some.
+        truncation: "left" cuts the oldest tokens of the prompt, by the same number for all candidates of a
+            row and never the candidate; "error" refuses. None is the task's own, "error" for formats.
+        add_eos: end completions and texts with the end-of-sequence token. None is the task's own, yes for
+        formats. objective: "candidates" gives every candidate, "completion" the right one alone (teacher
+            forcing). None is "candidates" where the task has some.
         reserve: tokens to keep free after the prompt (for generation).
         before: text in front of every prompt, such as `Task.demonstrations`.
 
     Raises:
-        DataError: no rows; a row that cannot be rendered, tokenises to nothing, or is too long (file, line, length,
-            limit and remedy are named).
+        DataError: no rows; a row that cannot be rendered, tokenises to nothing, or is too long (file, line,
+            length, limit and remedy are named).
         ConfigError: unknown format.
     """
     if not rows:
@@ -88,7 +99,7 @@ def encode_examples(
     if isinstance(task, str) and task == "auto":
         name = task = detect_format(rows)
     if isinstance(task, str) and task not in FORMATS:
-        raise ConfigError(f"format must be one of auto, {', '.join(FORMATS)} (got {name!r}{nearest(name, FORMATS)})")
+        raise ConfigError(f"format must be auto, {', '.join(FORMATS)} (got {name!r}{nearest(name, FORMATS)})")
     reader = _Reader(tokenizer)
     eos = (task.add_eos if isinstance(task, Task) else True) if add_eos is None else add_eos
     if isinstance(task, Task):
@@ -100,7 +111,8 @@ def encode_examples(
     cut = truncation or (task.truncation if isinstance(task, Task) else "error")
     for item in items:
         reader.fit(item, max_length, cut, reserve, keep_scored=is_task or task == "completion")
-    return [_example(row, position, item) for position, (row, item) in enumerate(zip(rows, items, strict=True))]
+    return [_example(getattr(row, "index", position), item)
+            for position, (row, item) in enumerate(zip(rows, items, strict=True))]
 
 
 def detect_format(rows: Sequence[Row]) -> str:
@@ -118,8 +130,8 @@ def epoch_batches(
 ) -> list[list[int]]:
     """Return the batches of one epoch as row indices; a pure function of its arguments.
 
-    Every row comes once; the last batch may be smaller. `group_by_length` shuffles the rows, sorts windows of 32
-    batches by length, and shuffles the batches.
+    Every row comes once; the last batch may be smaller. `group_by_length` shuffles the rows, sorts windows
+    of 32 batches by length, and shuffles the batches.
     """
     digest = hashlib.sha256(f"{seed} {epoch}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
@@ -134,16 +146,12 @@ def epoch_batches(
     return batches
 
 
-def _example(row: Row, position: int, item: _Item) -> Example:
-    read = item.sequences[0][: item.scored[0][-1][0]]
-    return Example(
-        row=getattr(row, "index", position),
-        sequences=tuple(map(tuple, item.sequences)),
-        scored=tuple(map(tuple, item.scored)),
-        label=item.label,
-        prompt=tuple(read),
-        references=item.references,
-    )
+def _example(row: int, item: _Item) -> Example:
+    sequences, scored = tuple(map(tuple, item.sequences)), tuple(map(tuple, item.scored))
+    prompt = sequences[0][: scored[0][-1][0]]
+    if item.names and item.label is not None:
+        return NamedExample(row, sequences, scored, item.label, prompt, item.references, item.names)
+    return Example(row, sequences, scored, item.label, prompt, item.references)
 
 
 class _Reader:
@@ -157,7 +165,8 @@ class _Reader:
         self.num_back = len(whole) - len(plain) - self.num_front if starts else 0
 
     def _ids(self, texts: Sequence[str], *, special: bool) -> list[Ids]:
-        return list(self.tokenizer(list(texts), add_special_tokens=special, verbose=False)["input_ids"]) if texts else []
+        encoded = self.tokenizer(list(texts), add_special_tokens=special, verbose=False)
+        return list(encoded["input_ids"])
 
     def ids(self, texts: Sequence[str]) -> list[Ids]:
         """Tokenise with the special tokens in front and none behind."""
@@ -166,8 +175,8 @@ class _Reader:
 
     def _eos(self) -> Ids:
         if self.tokenizer.eos_token_id is None:
-            raise DataError("the tokenizer must have an end-of-sequence token to end completions with (got none); "
-                            "set add_eos: false")
+            raise DataError("the tokenizer must have an end-of-sequence token to end completions with (got "
+                            "none); set add_eos: false")
         return [self.tokenizer.eos_token_id]
 
     def task_items(
@@ -176,11 +185,11 @@ class _Reader:
         shown = [task.render(row, position) for position, row in enumerate(rows)]
         alone = objective == "completion" or task.completion is not None
         if objective == "candidates" and task.completion is not None:
-            raise ConfigError(f"objective 'candidates' needs a task with candidates (got {task.name!r}, which has a "
-                              "completion); use objective 'completion'")
+            raise ConfigError(f"objective 'candidates' needs a task with candidates (got {task.name!r}, "
+                              "which has a completion); use objective 'completion'")
         items = [
             _Item(where(row, position), (one.completion,) if alone else one.candidates,
-                  None if alone else one.label, one.references)
+                  None if alone else one.label, one.references, one.names if task.candidates else ())
             for position, (row, one) in enumerate(zip(rows, shown, strict=True))
         ]
         self._tokenize(items, [before + one.prompt for one in shown], exact=task.completion is None,
@@ -193,8 +202,8 @@ class _Reader:
         for position, row in enumerate(rows):
             for field in fields:
                 if not isinstance(row.get(field), str):
-                    raise DataError(f"`{field}` must be a text (got {row.get(field)!r:.60} at {where(row, position)}); "
-                                    "correct or remove the row")
+                    raise DataError(f"`{field}` must be a text (got {row.get(field)!r:.60} at "
+                                    f"{where(row, position)}); correct or remove the row")
         *prompts, last = fields
         items = [_Item(where(row, position), (row[last],), references=(row[last],) if prompts else ())
                  for position, row in enumerate(rows)]
@@ -215,8 +224,8 @@ class _Reader:
                 if len(ids) <= start:
                     _refuse_nothing(text, prompt, item.place)
                 if start == 0 and prompt:
-                    raise DataError(f"a prompt must be a token at least (got {prompt!r:.40} at {item.place}); "
-                                    "lengthen it")
+                    raise DataError(f"a prompt must be a token at least (got {prompt!r:.40} at "
+                                    f"{item.place}); lengthen it")
                 sequences.append(ids + end)
                 scored.append([(max(start, 1), len(ids) + len(end))])
             item.sequences, item.scored = tuple(sequences), tuple(scored)
@@ -224,23 +233,24 @@ class _Reader:
     def chat_items(self, rows: Sequence[Row]) -> list[_Item]:
         template = self.tokenizer.chat_template
         if not template:
-            raise DataError("the tokenizer must have a chat template for rows of `messages` (got none); use a chat "
-                            "model, or rows of prompt + completion")
+            raise DataError("the tokenizer must have a chat template for rows of `messages` (got none); use "
+                            "a chat model, or rows of prompt + completion")
         for position, row in enumerate(rows):
             _check_messages(row.get("messages"), where(row, position))
         marked = "generation %}" in str(template).replace("-%}", "%}")
         turns = self._marked_turns if marked else self._prefix_turns
         return [turns(row["messages"], where(row, position)) for position, row in enumerate(rows)]
 
-    def _marked_turns(self, messages: Sequence[Mapping[str, Any]], place: str) -> _Item:
+    def _marked_turns(self, messages: Sequence[Row], place: str) -> _Item:
         """The template marks the assistant's tokens itself with ``{% generation %}``."""
-        answer = self._chat(messages, place, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+        options = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
+        answer = self._chat(messages, place, **options)
         ids, mask = list(answer["input_ids"]), [0, *answer["assistant_masks"], 0]
         edges = [at for at in range(1, len(mask)) if mask[at] != mask[at - 1]]
         spans = [(max(begin - 1, 1), stop - 1) for begin, stop in zip(edges[::2], edges[1::2], strict=True)]
         return _chat_item(ids, spans, messages, place)
 
-    def _prefix_turns(self, messages: Sequence[Mapping[str, Any]], place: str) -> _Item:
+    def _prefix_turns(self, messages: Sequence[Row], place: str) -> _Item:
         """An assistant's turn is what the template adds to the conversation before it, if it only adds."""
         whole = self._chat(messages, place, tokenize=False)
         texts = [whole]
@@ -250,22 +260,22 @@ class _Reader:
             before = self._chat(messages[:index], place, tokenize=False, add_generation_prompt=True)
             after = self._chat(messages[: index + 1], place, tokenize=False)
             if not (whole.startswith(after) and after.startswith(before)):
-                raise DataError(f"the chat template must render a conversation as a prefix of the longer one (got "
-                                f"other text before turn {index + 1} at {place}), or mark turns with {{% generation "
-                                "%}; split the row so that it ends with its first assistant turn")
+                raise DataError("the chat template must render a conversation as a prefix of the longer one "
+                                f"(got other text before turn {index + 1} at {place}), or mark turns with "
+                                "{% generation %}; end the row with its first assistant turn")
             texts += [before, after.rstrip()]
         ids, *edges = self._ids(texts, special=False)
         places = [_common(edge, ids) for edge in edges]
         spans = [(max(begin, 1), stop) for begin, stop in zip(places[::2], places[1::2], strict=True)]
         return _chat_item(ids, spans, messages, place)
 
-    def _chat(self, messages: Sequence[Mapping[str, Any]], place: str, **options: Any) -> Any:
+    def _chat(self, messages: Sequence[Row], place: str, **options: Any) -> Any:
         try:
-            return self.tokenizer.apply_chat_template(list(messages), **options)
+            return self.tokenizer.apply_chat_template([dict(message) for message in messages], **options)
         except (jinja2.TemplateError, TypeError, KeyError, ValueError) as error:
             reason = " ".join(str(error).split())
-            raise DataError(f"messages must suit the model's chat template (got: {reason:.120} at {place}); correct "
-                            "the row") from None
+            raise DataError(f"messages must suit the model's chat template (got: {reason:.120} at {place}); "
+                            "correct the row") from None
 
     def fit(
         self, item: _Item, max_length: int | None, truncation: str, reserve: int, *, keep_scored: bool
@@ -282,8 +292,9 @@ class _Reader:
         excess, front = longest - max_length, self.num_front
         room = min(spans[0][0] for spans in item.scored) - max(front, 1)
         if keep_scored and excess > room:
-            raise DataError(f"what is scored must fit the context beside one token of prompt (got {longest - room} "
-                            f"tokens for at most {max_length} at {item.place}); shorten it or raise data.max_length")
+            raise DataError(f"what is scored must fit the context beside one token of prompt (got "
+                            f"{longest - room} tokens for at most {max_length} at {item.place}); shorten it or "
+                            "raise data.max_length")
         item.sequences = tuple(ids[:front] + ids[front + excess :] for ids in item.sequences)
         first = max(front, 1)
         item.scored = tuple(
@@ -291,8 +302,8 @@ class _Reader:
             for spans in item.scored
         )
         if not all(item.scored):
-            raise DataError(f"a cut row must keep something to learn (got only unscored tokens in the last {max_length} "
-                            f"at {item.place}); shorten it or raise data.max_length")
+            raise DataError(f"a cut row must keep something to learn (got only unscored tokens in the last "
+                            f"{max_length} at {item.place}); shorten it or raise data.max_length")
 
 
 def _common(first: Ids, second: Ids) -> int:
@@ -303,22 +314,23 @@ def _common(first: Ids, second: Ids) -> int:
 
 def _refuse_nothing(text: str, prompt: str, place: str) -> NoReturn:
     merged = prompt != prompt.rstrip() and text.strip()
-    remedy = "move the blank at the end of the prompt to the start of what follows" if merged else "write some text"
-    raise DataError(f"a candidate or completion must tokenise to at least one token after its prompt (got {text!r:.60} "
-                    f"after …{prompt[-20:]!r} at {place}); {remedy}")
+    remedy = "move the prompt's last blank to the start of what follows" if merged else "write some text"
+    raise DataError(f"a candidate or completion must tokenise to at least one token after its prompt (got "
+                    f"{text!r:.60} after …{prompt[-20:]!r} at {place}); {remedy}")
 
 
 def _check_candidates(item: _Item, scoring: str) -> None:
     if scoring == "first_token":
         item.scored = tuple([(start, start + 1)] for ((start, _),) in item.scored)
-        item.sequences = tuple(ids[: start + 1] for ids, ((start, _),) in zip(item.sequences, item.scored, strict=True))
+        item.sequences = tuple(ids[: spans[0][1]] for ids, spans in zip(item.sequences, item.scored, strict=True))
     seen: dict[tuple[int, ...], str] = {}
     for text, ids in zip(item.texts, item.sequences, strict=True):
         twin = seen.setdefault(tuple(ids), text)
         if twin is not text:
-            what = "first tokens under scoring: first_token" if scoring == "first_token" else "tokens"
-            raise DataError(f"candidates must have different {what} (got {twin!r} and {text!r} at {item.place}); "
-                            f"{'use scoring: mean or ' if scoring == 'first_token' else ''}choose other words")
+            first = scoring == "first_token"
+            what = "first tokens under scoring: first_token" if first else "tokens"
+            raise DataError(f"candidates must have different {what} (got {twin!r} and {text!r} at "
+                            f"{item.place}); {'use scoring: mean or ' if first else ''}choose other words")
 
 
 def _check_messages(messages: Any, place: str) -> None:
@@ -327,16 +339,16 @@ def _check_messages(messages: Any, place: str) -> None:
         for message in messages
     )
     if not good:
-        raise DataError(f"`messages` must be a list of objects with role and content (got {messages!r:.80} at {place}); "
-                        "correct or remove the row")
+        raise DataError(f"`messages` must be a list of objects with role and content (got {messages!r:.80} "
+                        f"at {place}); correct or remove the row")
     if not any(message["role"] == "assistant" for message in messages):
         raise DataError(f"`messages` must have a turn with role assistant to learn from (got roles "
-                        f"{', '.join(message['role'] for message in messages) or 'none'} at {place}); remove the row")
+                        f"{[message['role'] for message in messages]} at {place}); remove the row")
 
 
-def _chat_item(ids: Ids, spans: list[tuple[int, int]], messages: Sequence[Mapping[str, Any]], place: str) -> _Item:
+def _chat_item(ids: Ids, spans: list[tuple[int, int]], messages: Sequence[Row], place: str) -> _Item:
     spans = [(begin, stop) for begin, stop in spans if stop > begin]
     if not spans:
-        raise DataError(f"an assistant's turn must tokenise to something (got none at {place}); correct or remove it")
+        raise DataError(f"an assistant's turn must tokenise to something (got none at {place}); correct it")
     last = next(message["content"] for message in reversed(messages) if message["role"] == "assistant")
     return _Item(place, (), references=(str(last),), sequences=(ids,), scored=(spans,))

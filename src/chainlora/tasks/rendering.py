@@ -1,7 +1,7 @@
 """A row and a task's templates give a prompt with candidates, or a prompt with a completion.
 
-Templates are Jinja2 in a sandbox. A field that a row lacks, or holds as null, is an error, never an empty string, and
-every space and line break of a template is kept.
+Templates are Jinja2 in a sandbox. A field that a row lacks, or holds as null, is an error, never an empty
+string; every space and line break of a template is kept.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Rendered:
-    """One row as text; ``prompt + candidates[i]`` and ``prompt + completion`` are what a model reads, to the letter."""
+    """One row as text: a model reads ``prompt + candidates[i]`` or ``prompt + completion``, to the letter."""
 
     prompt: str
     candidates: tuple[str, ...]  # empty for tasks that generate
@@ -37,7 +37,7 @@ def render(task: Task, row: Mapping[str, Any], position: int = 0) -> Rendered:
     """Render one row of a task.
 
     Raises:
-        DataError: a field the templates need is missing or null, a label the task does not know; names file and line.
+        DataError: a field that a template needs is missing or null, or a label is unknown; names the row.
     """
     place = where(row, position)
     context = {**row, "row": row}
@@ -49,7 +49,8 @@ def render(task: Task, row: Mapping[str, Any], position: int = 0) -> Rendered:
     if task.labels is not None:
         words = task.label_words
         label = _label_of(task, _value(task, "label", task.label, context, place), place)
-        return Rendered(prompt, words, label, words[label], references or (words[label].strip(),), _strip(words))
+        names = tuple(word.strip() for word in words)
+        return Rendered(prompt, words, label, words[label], references or (names[label],), names)
     candidates, names, label, right = _row_candidates(task, context, place)
     return Rendered(prompt, candidates, label, candidates[label], references or right, names)
 
@@ -120,8 +121,8 @@ def _value(task: Task, key: str, source: str, context: Mapping[str, Any], place:
 def _error(task: Task, key: str, error: Exception, context: Mapping[str, Any], place: str) -> DataError:
     fields = ", ".join(name for name in context if name != "row")
     reason = " ".join(str(error).split())
-    return DataError(f"task {task.name!r} cannot render its `{key}` (got {reason}) at {place}, whose fields are "
-                     f"{fields}; correct the row or the task file")
+    return DataError(f"a row must have what `{key}` of task {task.name!r} needs (got {reason} at {place}, "
+                     f"whose fields are {fields}); correct the row or the task file")
 
 
 def _references(task: Task, context: Mapping[str, Any], place: str) -> tuple[str, ...]:
@@ -131,15 +132,15 @@ def _references(task: Task, context: Mapping[str, Any], place: str) -> tuple[str
     values = [value] if isinstance(value, str) else value
     if not isinstance(values, Sequence) or not values:
         raise DataError(f"`references` of task {task.name!r} must be a text or a non-empty list of them "
-                        f"(got {value!r:.60}) at {place}; correct the row or the task file")
+                        f"(got {value!r:.60} at {place}); correct the row or the task file")
     return tuple(str(item) for item in values)
 
 
 def _label_of(task: Task, value: Any, place: str) -> int:
     label = task.label_index(value)
     if label is None:
-        raise DataError(f"label must be one that task {task.name!r} declares (got {value!r:.60} at {place}); declared: "
-                        f"{', '.join(task.label_values)}")
+        raise DataError(f"label must be one that task {task.name!r} declares (got {value!r:.60} at {place}); "
+                        f"declared: {', '.join(task.label_values)}")
     return label
 
 
@@ -149,10 +150,10 @@ def _row_candidates(
     assert task.candidates is not None  # the schema: one of completion, labels, candidates
     items = _value(task, "candidates", task.candidates, context, place)
     if not isinstance(items, Sequence) or isinstance(items, str) or len(items) < 2:
-        raise DataError(f"`candidates` of task {task.name!r} must give a list of at least two (got {items!r:.60}) at "
-                        f"{place}; correct the row or the task file")
+        raise DataError(f"`candidates` of task {task.name!r} must give a list of at least two (got "
+                        f"{items!r:.60} at {place}); correct the row or the task file")
     names = tuple(str(item) for item in items)
-    texts = tuple(_text(task, "candidate", task.candidate, {**context, "item": item}, place) for item in items)
+    texts = tuple(_text(task, "candidate", task.candidate, context | {"item": item}, place) for item in items)
     value = _value(task, "label", task.label, context, place)
     if isinstance(value, list):
         right = tuple(str(item) for item in value)
@@ -163,10 +164,7 @@ def _row_candidates(
         label = int(value) if str(value).isdecimal() and int(value) < len(names) else None
         right = (names[label],) if label is not None else ()
     if label is None:
-        raise DataError(f"label must be a candidate or its position (got {value!r:.60} for {len(names)} candidates of "
-                        f"task {task.name!r}) at {place}; correct the row or the task file")
+        raise DataError(f"label must be a candidate or its position (got {value!r:.60} for {len(names)} "
+                        f"candidates of task {task.name!r} at {place}); correct the row or the task file")
     return texts, names, label, right
 
-
-def _strip(words: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(word.strip() for word in words)

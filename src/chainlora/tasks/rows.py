@@ -1,4 +1,4 @@
-"""Rows from files or the Hub, each with the place it came from, so that a bad one is named before training starts."""
+"""Rows from files or the Hub, each with the place it came from, so that a bad one can be named."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _HUB_ID = re.compile(r"^(?P<path>[\w.-]+/[\w.-]+)(:(?P<name>[\w.-]+))?(@(?P<revi
 
 
 class Row(dict[str, Any]):
-    """One row: a dict that knows its `index` (in its split, file order) and its `origin` ("train.jsonl line 3")."""
+    """One row: a dict that knows its `index` (in its split, file order) and `origin` (file and line)."""
 
     __slots__ = ("index", "origin")
 
@@ -36,13 +36,14 @@ def load_rows(source: str | Path, split: str = "train") -> list[Row]:
     """Read all rows of a file, of a split in a folder, or of a Hub dataset.
 
     Args:
-        source: a ``.jsonl``, ``.json``, ``.csv`` or ``.parquet`` file; a folder holding ``<split>.<suffix>``; or a Hub
-            dataset as ``owner/name``, ``owner/name:config``, ``owner/name@revision``.
+        source: a ``.jsonl``, ``.json``, ``.csv`` or ``.parquet`` file; a folder holding
+            ``<split>.<suffix>``; or a Hub dataset as ``owner/name``, ``owner/name:config`` or
+            ``owner/name@revision``.
         split: which split of a folder or Hub dataset; a file is one split already.
 
     Raises:
-        DataError: missing, unreadable or empty source; a row that is not an object of named values (file and line
-            are named).
+        DataError: missing, unreadable or empty source; a row that is not an object of named values (file and
+            line are named).
     """
     path = Path(source)
     if path.is_dir():
@@ -51,8 +52,8 @@ def load_rows(source: str | Path, split: str = "train") -> list[Row]:
         return _read_file(path)
     match = _HUB_ID.match(str(source))
     if match is None or path.suffix.lower() in SUFFIXES:
-        raise DataError(f"data must be a file, a folder or a Hub dataset owner/name (got {source}, which is none); "
-                        "check the path")
+        raise DataError(f"data must be a file, a folder or a Hub dataset owner/name (got {source}, which is "
+                        "none of them); check the path")
     return load_hub_rows(match["path"], split, name=match["name"], revision=match["revision"])
 
 
@@ -81,8 +82,8 @@ def load_hub_rows(
         reason = " ".join(str(error).split())[:200]
         if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
             reason = "HF_HUB_OFFLINE is set and the dataset is not in the cache"
-        raise DataError(f"Hub dataset {path} split {split!r} must be reachable (got: {reason}); go online, or name a "
-                        "local folder of rows (data.dir, --data DIR)") from error
+        raise DataError(f"Hub dataset {path} split {split!r} must be reachable (got: {reason}); go online, "
+                        "or name a local folder of rows (data.dir, --data DIR)") from error
     return _index(((f"{path} {split} row {i}", row) for i, row in enumerate(table)), f"{path} split {split}")
 
 
@@ -100,7 +101,7 @@ def _read_file(path: Path) -> list[Row]:
     try:
         return _index(reader(path), str(path))
     except OSError as error:
-        raise DataError(f"data file must be readable (got {path}: {error.strerror or error}); check it") from error
+        raise DataError(f"data file must be readable (got {path}: {error.strerror}); check it") from error
 
 
 def _index(located: Iterable[tuple[str, Any]], source: str) -> list[Row]:
@@ -116,7 +117,7 @@ def _index(located: Iterable[tuple[str, Any]], source: str) -> list[Row]:
 
 
 def _kind(values: Any) -> str:
-    return "an empty object" if isinstance(values, Mapping) else f"{type(values).__name__} {str(values)[:40]!r}"
+    return "an empty object" if isinstance(values, Mapping) else f"{type(values).__name__} {values!r:.40}"
 
 
 def _read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
@@ -132,7 +133,7 @@ def _read_json(path: Path) -> Iterator[tuple[str, Any]]:
     if isinstance(tree, Mapping) and isinstance(tree.get("data"), list):
         tree = tree["data"]  # SQuAD's own files, and what pandas writes with orient="table"
     if not isinstance(tree, list):
-        raise DataError(f"a .json data file must hold a list of rows, or an object with the list under `data` "
+        raise DataError("a .json data file must hold a list of rows, or an object with the list under `data` "
                         f"(got {type(tree).__name__} in {path}); one row a line is .jsonl")
     yield from ((f"{path} row {number}", item) for number, item in enumerate(tree))
 
@@ -163,7 +164,8 @@ def _read_csv(path: Path) -> Iterator[tuple[str, Any]]:
             raise DataError(f"data must be UTF-8 (got other bytes in {path} after line {reader.line_num}); "
                             "convert the file") from None
         except csv.Error as error:
-            raise DataError(f"data must be CSV (got {error} at {path} line {reader.line_num}); correct it") from None
+            place = f"{path} line {reader.line_num}"
+            raise DataError(f"data must be CSV (got {error} at {place}); correct it") from None
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
@@ -173,5 +175,6 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
     try:
         table = pyarrow.parquet.read_table(path)
     except pyarrow.ArrowException as error:
-        raise DataError(f"data file must be Parquet (got {path}: {' '.join(str(error).split())[:120]})") from None
+        reason = " ".join(str(error).split())
+        raise DataError(f"data file must be Parquet (got {path}: {reason:.120}); write it anew") from None
     yield from ((f"{path} row {number}", values) for number, values in enumerate(table.to_pylist()))

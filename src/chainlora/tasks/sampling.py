@@ -1,8 +1,8 @@
 """The splits of a task, and the samples a run draws from them.
 
-Protocol (MeZO, arXiv 2305.17333): training and validation rows are drawn from the train split, test rows from the
-validation split, by a data seed that has nothing to do with the training seed. Where the split is too small,
-validation takes its rows first and training gets what is left.
+Protocol (MeZO, arXiv 2305.17333): training and validation rows are drawn from the train split, test rows from
+the validation split, by a data seed that has nothing to do with the training seed. Where the split is too
+small, validation takes its rows first and training gets what is left.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _log = logging.getLogger(__name__)
 
 # What the same split is called in the wild: SuperGLUE says val, DialogSum says dev.
 _STEMS = {"validation": ("validation", "val", "valid", "dev"), "train": ("train",), "test": ("test",)}
-# Where one split stands in for two, its test rows are the same whatever the data seed, as a real test split's are.
+# Where one split stands in for two, its test rows are the same whatever the data seed, as a test split's are.
 _HELD_OUT_SEED = 0
 _HELD_OUT = "held out"
 
@@ -48,8 +48,8 @@ def load_split(task: Task, dir: str | Path | None, split: str) -> list[Row]:
             raise DataError(_not_found(task, Path(dir), split))
         return explode_rows(task, load_rows(path))
     if task.hub is None:
-        raise DataError(f"task {task.name!r} declares no Hub dataset, so its rows must be local (got no folder); give "
-                        "data.dir or --data DIR, or declare `hub` in the task file")
+        raise DataError(f"task {task.name!r} declares no Hub dataset, so its rows must be local (got no "
+                        "folder); give data.dir or --data DIR, or declare `hub` in the task file")
     hub = task.hub
     rows = load_hub_rows(
         hub.path, hub.splits.get(split, split), name=hub.name, folder=hub.folder, revision=hub.revision
@@ -97,8 +97,8 @@ def sample_splits(
         for name in wanted:
             drawn[name], order = order[: sizes[name]], order[sizes[name] :]
     if not drawn["train"]:
-        raise DataError(f"validation must leave rows to train on (got {sizes['validation']} validation rows for task "
-                        f"{task.name!r}, which has {len(drawn['validation'])}); set a smaller data.num_validation")
+        raise DataError(f"validation must leave rows to train on (got {len(drawn['validation'])} rows in all "
+                        f"for {sizes['validation']} of validation, task {task.name!r}); lower num_validation")
     _log.info("%s: %s rows drawn with data seed %d (%s)", task.name,
               ", ".join(f"{len(drawn[name])} {name}" for name in sizes), data_seed, sampling)
     for name in ("validation", "test"):
@@ -107,7 +107,7 @@ def sample_splits(
 
 
 def _read_pools(task: Task, dir: str | Path | None, num_held_out: int) -> dict[str, list[Row]]:
-    """Return the rows to draw from, by split; `_HELD_OUT` holds test rows cut from a split that stands in for train."""
+    """Return the rows to draw from, by split; `_HELD_OUT` has test rows taken out of a stand-in for train."""
     rules = task.sampling
     splits = dict.fromkeys(rule.of for rule in (rules.train, rules.validation, rules.test))
     stand_in = rules.without_train
@@ -135,7 +135,7 @@ def _by_pool(task: Task, pools: Mapping[str, Sequence[Row]]) -> list[tuple[str, 
 
 
 def majority_rate(task: Task, rows: Sequence[Mapping[str, Any]]) -> float | None:
-    """Return the share of the commonest label, what a constant answer scores; None for tasks that generate."""
+    """Return the share of the commonest label, what a constant answer scores; None for completion tasks."""
     if task.completion is not None:
         return None
     labels = Counter(task.render(row, position).label for position, row in enumerate(rows))
@@ -143,7 +143,7 @@ def majority_rate(task: Task, rows: Sequence[Mapping[str, Any]]) -> float | None
 
 
 def explode_rows(task: Task, rows: Sequence[Row]) -> list[Row]:
-    """Flatten nested rows as the task's `explode` says; flat rows pass. Indices are those of the flat order."""
+    """Flatten nested rows as the task's `explode` says; flat rows pass. Indices count in the flat order."""
     explode = task.explode
     if explode is None:
         return list(rows)
@@ -156,14 +156,15 @@ def explode_rows(task: Task, rows: Sequence[Row]) -> list[Row]:
                 contexts = [{**context, loop.bind: item} for context in contexts
                             for item in evaluate_expression(loop.list, context)]
             for context in contexts:
-                values = {key: evaluate_expression(value, context) for key, value in explode.row.items()} if nested else row
+                values = {key: evaluate_expression(value, context) for key, value in explode.row.items()
+                          if nested} or row
                 flat.append(Row(values, len(flat), row.origin))
         except (jinja2.TemplateError, TypeError) as error:
-            raise DataError(f"task {task.name!r} cannot flatten a nested row (got {error} at {where(row)}); correct "
-                            "the row or `explode` in the task file") from None
+            raise DataError(f"a nested row must suit `explode` of task {task.name!r} (got {error} at "
+                            f"{where(row)}); correct the row or the task file") from None
     if not flat:
-        raise DataError(f"task {task.name!r} must find at least one row (got {len(rows)} nested rows with nothing in "
-                        "them); check the file")
+        raise DataError(f"task {task.name!r} must find at least one row (got {len(rows)} nested rows with "
+                        "nothing in them); check the file")
     return flat
 
 
@@ -190,5 +191,5 @@ def _not_found(task: Task, folder: Path, split: str) -> str:
         other = f"or leave the folder out to fetch {task.hub.path} from the Hub" + (
             " (HF_HUB_OFFLINE is set, so only a cached copy)" if offline else "")
     have = "no such folder" if not folder.is_dir() else f"neither in {folder} nor in {folder / task.name}"
-    return (f"task {task.name!r} needs its {split!r} rows as {names} (got {have}); name the folder that holds them, "
-            f"{other}")
+    return (f"task {task.name!r} needs its {split!r} rows as {names} (got {have}); name the folder that "
+            f"holds them, {other}")

@@ -28,10 +28,10 @@ class HubSource(_Frozen):
     """Where the rows are on the Hub."""
 
     path: str
-    name: str | None = Field(None, description="configuration")
-    folder: str | None = Field(None, description="folder of the configuration on a branch of converted Parquet")
-    revision: str | None = Field(None, description="refs/convert/parquet where the main branch is a script")
-    splits: dict[str, str] = Field({}, description="names that differ from train, validation, test")
+    name: str | None = Field(default=None, description="configuration")
+    folder: str | None = Field(default=None, description="folder of the configuration on converted Parquet")
+    revision: str | None = Field(default=None, description="refs/convert/parquet where main is a script")
+    splits: dict[str, str] = Field(default={}, description="names that differ from train, validation, test")
 
 
 class Draw(_Frozen):
@@ -39,7 +39,7 @@ class Draw(_Frozen):
 
     of: str
     rows: int = Field(ge=1)
-    saner: int | None = Field(None, ge=1, description="rows under `sampling: saner`, where `rows` starves training")
+    saner: int | None = Field(default=None, ge=1, description="rows where `rows` starves training")
 
     def count(self, sampling: str) -> int:
         """Return the rows to take under a sampling rule."""
@@ -52,7 +52,7 @@ class Sampling(_Frozen):
     train: Draw = Draw(of="train", rows=1000)
     validation: Draw = Draw(of="train", rows=500)
     test: Draw = Draw(of="validation", rows=1000)
-    without_train: str | None = Field(None, description="split that stands in for a missing train split")
+    without_train: str | None = Field(default=None, description="split that stands in for a missing train")
 
 
 class Loop(_Frozen):
@@ -88,7 +88,7 @@ class Task(_Frozen):
     truncation: Literal["left", "error"] = "error"
     add_eos: bool = False
     stop: str | None = None
-    max_new_tokens: int = Field(50, ge=1)
+    max_new_tokens: int = Field(default=50, ge=1)
     separator: str = "\n\n"
     hub: HubSource | None = None
     files: dict[str, tuple[str, ...]] = {}
@@ -101,8 +101,8 @@ class Task(_Frozen):
         words = list(labels.values()) if isinstance(labels, Mapping) else labels
         for word in words if isinstance(words, list | tuple) else ():
             if isinstance(word, bool):
-                raise ValueError(f"`labels` must be words (got {word}: YAML reads a bare Yes or No so); put quotes "
-                                 "around them")
+                raise ValueError(f"`labels` must be words (got {word}: YAML reads bare Yes and No so); put "
+                                 "quotes around it")
         return labels
 
     @model_validator(mode="after")
@@ -112,15 +112,15 @@ class Task(_Frozen):
             raise ValueError("a task must declare one of `labels`, `candidates`, `completion` "
                              f"(got {' and '.join(given) or 'none'})")
         if self.completion is not None and (self.loss == "candidates" or self.metric in ("accuracy", "f1")):
-            raise ValueError(f"`loss: {self.loss}` with `metric: {self.metric}` cannot be had from a completion; use "
-                             "loss: completion and metric em, token_f1 or loss")
+            raise ValueError("a `completion` gives loss: completion and metric em, token_f1 or loss (got "
+                             f"loss: {self.loss}, metric: {self.metric})")
         if self.labels is not None and len(self.label_words) < 2:
             raise ValueError(f"`labels` must be at least two different words (got {list(self.label_words)})")
         if isinstance(self.labels, tuple) and len(set(self.labels)) < len(self.labels):
             raise ValueError(f"`labels` must differ from each other (got {list(self.labels)})")
         if self.completion is not None and self.metric in ("em", "token_f1") and self.references is None:
-            raise ValueError(f"`metric: {self.metric}` compares with `references` (got none); name the field of gold "
-                             "answers")
+            raise ValueError(f"`metric: {self.metric}` compares with `references` (got none); name the field "
+                             "of gold answers")
         self._check_templates()
         return self
 
@@ -132,14 +132,14 @@ class Task(_Frozen):
         if self.explode is not None:
             checks += [("explode.when", self.explode.when, check_expression)]
             checks += [("explode.each", loop.list, check_expression) for loop in self.explode.each]
-            checks += [(f"explode.row.{key}", value, check_expression) for key, value in self.explode.row.items()]
+            checks += [(f"explode.row.{key}", it, check_expression) for key, it in self.explode.row.items()]
         for key, source, check in checks:
             try:
                 if source is not None:
                     check(source)
             except jinja2.TemplateError as error:
-                raise ValueError(f"`{key}` must be a Jinja2 {'template' if check is check_template else 'expression'} "
-                                 f"(got {error} in {source!r})") from None
+                kind = "template" if check is check_template else "expression"
+                raise ValueError(f"`{key}` must be a Jinja2 {kind} (got {error} in {source!r})") from None
 
     @cached_property
     def label_words(self) -> tuple[str, ...]:
@@ -178,8 +178,9 @@ class Task(_Frozen):
 
 
 def _label_key(value: Any) -> str:
-    """Make true, "True" and 1 one key, and "1" and 1.0 too: JSON, CSV and Parquet write labels differently."""
-    text = str(int(value) if isinstance(value, bool) or (isinstance(value, float) and value.is_integer()) else value)
+    """Make true, "True", 1, "1" and 1.0 one key: JSON, CSV and Parquet write labels differently."""
+    whole = isinstance(value, bool) or (isinstance(value, float) and value.is_integer())
+    text = str(int(value) if whole else value)
     return {"true": "1", "false": "0"}.get(text.lower(), text)
 
 
@@ -207,11 +208,12 @@ def _read_task(path: Path) -> Task:
     try:
         tree = parse_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"task file must be readable (got {path}: {error.strerror}); check the path") from None
+        raise ConfigError(f"task file must be readable (got {path}: {error.strerror}); check it") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
-        place = f" line {mark.line + 1}" if mark else ""
-        raise ConfigError(f"task file must be YAML (got {getattr(error, 'problem', error)} in {path}{place})") from None
+        place = f"{path} line {mark.line + 1}" if mark else str(path)
+        problem = getattr(error, "problem", error)
+        raise ConfigError(f"task file must be YAML (got {problem} in {place})") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"task file must hold a mapping of keys (got {type(tree).__name__} in {path})")
     try:
@@ -225,7 +227,7 @@ def _describe(item: Any) -> str:
     keys = [str(part) for part in item["loc"] if not isinstance(part, int)]
     dotted = ".".join(keys)
     if item["type"] == "extra_forbidden":
-        sections = {"hub": HubSource, "sampling": Sampling, "explode": Explode}
+        sections: dict[str, type[BaseModel]] = {"hub": HubSource, "sampling": Sampling, "explode": Explode}
         model = sections.get(keys[0], Task) if len(keys) == 2 else Task
         return f"unknown key `{dotted}`{nearest(keys[-1], model.model_fields)}"
     if item["type"] == "missing":
