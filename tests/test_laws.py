@@ -167,9 +167,9 @@ def test_law_7_the_change_of_weights_is_the_sum_of_links(architecture, dtype):
         pristine = before[f"{name}.weight"].double()
         exact = pristine + stored
         # the float32 sum: at most one rounding a link of what was added up so far; then one cast, half an ulp
-        summed = pristine.abs() + sum(link.scaling * (link.factors[name].b.abs() @ link.factors[name].a.abs()).T.double()
+        summed = pristine.abs() + sum(link.config.scaling * (link.factors[name].b.abs() @ link.factors[name].a.abs()).T.double()
                                       if architecture == "gpt2" else
-                                      link.scaling * (link.factors[name].b.abs() @ link.factors[name].a.abs()).double()
+                                      link.config.scaling * (link.factors[name].b.abs() @ link.factors[name].a.abs()).double()
                                       for link in chain.links)
         bound = 4 * torch.finfo(torch.float32).eps * summed + torch.finfo(dtype).eps / 2 * exact.abs()
         assert ((after[f"{name}.weight"].double() - exact).abs() <= bound).all()

@@ -15,7 +15,7 @@ _WHERE = {
     "Chain": "chain", "Link": "chain", "extend_chain": "chain", "tune_link": "chain", "tie_knot": "chain",
     "fit_chain": "chain", "live_link": "chain", "add_link": "chain", "drop_links": "chain", "discard_link": "chain",
     "stack_links": "chain", "LinkConfig": "config", "RunConfig": "config", "load_config": "config",
-    "make_config": "config", "train": "train", "evaluate": "evaluate", "evaluate_task": "scoring", "load_run": "export",
+    "make_config": "config", "train": "training", "evaluate_task": "scoring", "load_run": "export",
     "export_adapter": "export", "export_merged": "export", "inspect_run": "inspection", "load_model": "models",
     "load_task": "tasks", "list_tasks": "tasks", "ChainLoRAError": "errors",
 }
@@ -38,20 +38,19 @@ if TYPE_CHECKING:
     )
     from .config import LinkConfig, RunConfig, load_config, make_config
     from .errors import ChainLoRAError
-    from .evaluate import evaluate
     from .export import export_adapter, export_merged, load_run
     from .inspection import inspect_run
     from .models import load_model
     from .scoring import evaluate_task
     from .tasks import list_tasks, load_task
-    from .train import train
+    from .training import train
 
 
 def __getattr__(name: str) -> Any:
     if name not in _WHERE:
         raise AttributeError(f"module 'chainlora' has no attribute {name!r}")
     value = getattr(import_module(f".{_WHERE[name]}", __name__), name)
-    globals()[name] = value  # `train` and `evaluate` are modules too: the function wins
+    globals()[name] = value
     return value
 
 

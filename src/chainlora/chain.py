@@ -9,10 +9,9 @@ The one invariant, and the reason the links are kept:
 
     W_k = cast(W_0 + Σ_{j≤k} s_j · B_j · A_j)
 
-computed in float32 from the *pristine* base weight and rounded once. Merging in place instead loses the update in
-bfloat16 (5 % of it survives 100 knots). A knot is therefore a pure function of (base, links), undo is dropping a
-link, and nothing is ever subtracted. There is no optimizer here: whoever tunes a link makes a new one from
-`chain.parameters()`, and a new one knows nothing of earlier links.
+computed in float32 from the *pristine* base weight and rounded once; merging in place loses the update in bfloat16.
+So a knot is a pure function of (base, links), undo is dropping a link, and nothing is ever subtracted. There is no
+optimizer here: whoever tunes a link makes a new one from `chain.parameters()`; it knows nothing of earlier links.
 
 Base weights change in one place, `_write_weights`, when the list of links changes or a PiSSA link begins.
 """
@@ -41,9 +40,9 @@ Step = TypeVar("Step")
 class Link:
     """One trained LoRA of the chain, immutable, on the CPU in float32.
 
-    `factors` maps module paths to A (rank × in) and B (out × rank); the update is ``scaling · B · A``. `config` is
-    what the link was tuned with; a PiSSA link stores ``[B, −B₀]·[A; A₀]`` and so has twice that rank. `extra` holds
-    the weights, by parameter path, of trained modules that are not LoRA, as they were when the link ended.
+    `factors` maps module paths to A (rank × in) and B (out × rank). `config` is what the link was tuned with; a PiSSA
+    link stores ``[B, −B₀]·[A; A₀]`` and so has twice that rank. `extra` holds the weights, by parameter path, of
+    trained modules that are not LoRA.
     """
 
     index: int
@@ -57,14 +56,9 @@ class Link:
         """Rank of the stored factors."""
         return max((share.a.shape[0] for share in self.factors.values()), default=0)
 
-    @property
-    def scaling(self) -> float:
-        """Factor in front of B·A."""
-        return self.config.scaling
-
     def delta_weight(self, module: str) -> Tensor:
         """Return ``s·B·A`` (out × in), float32."""
-        return self.scaling * (self.factors[module].b @ self.factors[module].a)
+        return self.config.scaling * (self.factors[module].b @ self.factors[module].a)
 
 
 class Chain:
@@ -80,9 +74,7 @@ class Chain:
                  checkpoint: str | Path | None = None) -> None:
         if hold not in ("tied", "carried"):
             raise ChainError(f"`hold` must be tied or carried (got {hold!r})")
-        self.model = model
-        self.seed = seed
-        self.hold = hold
+        self.model, self.seed, self.hold = model, seed, hold
         self.links: list[Link] = []
         self.live: Adapter | None = None
         self.live_steps = 0
@@ -118,7 +110,7 @@ def extend_chain(chain: Chain, config: LinkConfig, *, backward: Backward | None 
     if config.init == "pissa" and chain.hold == "carried":
         raise ChainError("`init: pissa` takes its start out of the base (got hold: carried); use hold: tied")
     if chain._worn is not None and chain.hold == "tied" and adapters.same_shape(chain._worn, config):
-        adapter, chain._worn = chain._worn, None  # same tensors: optimizers and compiled graphs may keep them
+        adapter, chain._worn = chain._worn, None  # same tensors: compiled graphs live on
         adapters.set_config(adapter, config)
     else:
         _take_off(chain)
@@ -137,18 +129,17 @@ def extend_chain(chain: Chain, config: LinkConfig, *, backward: Backward | None 
 def tune_link(chain: Chain, steps: Iterable[Step], update: Callable[[Step], object]) -> int:
     """Run `update` (forward, backward, optimizer step) on each of `steps`; return how many there were."""
     _live(chain, "tune_link")
-    before = chain.live_steps
-    for step in steps:
+    num_steps = 0
+    for num_steps, step in enumerate(steps, 1):
         update(step)
         chain.live_steps += 1
-    return chain.live_steps - before
+    return num_steps
 
 
 def tie_knot(chain: Chain) -> Link:
-    """End the live link: it joins the chain, the base becomes ``W_k``, the live update becomes zero.
+    """End the live link: it joins the chain and the base becomes ``W_k``, one module at a time.
 
-    The model's function is unchanged to rounding (one cast in bfloat16). Modules are rebuilt one at a time, so peak
-    memory does not rise.
+    The model's function is unchanged to rounding (one cast in bfloat16), and peak memory does not rise.
     """
     link = live_link(chain)
     chain._worn, chain.live, chain._offsets = chain.live, None, {}
@@ -161,8 +152,7 @@ def fit_chain(chain: Chain, configs: Iterable[LinkConfig], steps: Callable[[int]
               update: Callable[[int], Callable[[Step], object]], *, backward: Backward | None = None) -> list[Link]:
     """Algorithm 1 whole: for each config extend, tune on ``steps(link)`` with ``update(link)``, tie.
 
-    `update` is called once a link, after it was extended: make the optimizer there and it is fresh. The chain may
-    already have links; the new ones come after them.
+    `update` is called once a link, after it was extended: make the optimizer there and it is fresh.
     """
     tied = []
     for config in configs:
@@ -186,7 +176,7 @@ def live_link(chain: Chain) -> Link:
 def add_link(chain: Chain, link: Link) -> None:
     """Append a link tuned before (from disk, or one that was dropped), as `tie_knot` would have."""
     _no_live(chain, "add_link")
-    if chain._worn is None or set(link.factors) - set(chain._worn.layers) or link.extra:
+    if chain._worn is None or link.extra or set(link.factors) - set(chain._worn.layers):
         _take_off(chain)
         chain._worn = _put_on(chain, link.config)
     chain.links.append(link)
@@ -196,11 +186,10 @@ def add_link(chain: Chain, link: Link) -> None:
 def drop_links(chain: Chain, num_links: int = 1) -> list[Link]:
     """Undo: drop the last links and have exactly the earlier weights back. Returns the dropped links."""
     _no_live(chain, "drop_links")
-    if not 0 <= num_links <= len(chain.links):
-        raise ChainError(f"drop_links can drop 0 to {len(chain.links)} links (got {num_links})")
     keep = len(chain.links) - num_links
-    dropped = chain.links[keep:]
-    del chain.links[keep:]
+    if num_links < 0 or keep < 0:
+        raise ChainError(f"drop_links can drop 0 to {len(chain.links)} links (got {num_links})")
+    chain.links, dropped = chain.links[:keep], chain.links[keep:]
     _settle(chain)
     return dropped
 
@@ -218,10 +207,9 @@ def stack_links(links: Sequence[Link]) -> dict[str, Factors]:
     """
     stacked = {}
     for name in dict.fromkeys(name for link in links for name in link.factors):
-        shares = [(link.factors[name], link.scaling) for link in links if name in link.factors]
+        shares = [(link.factors[name], link.config.scaling) for link in links if name in link.factors]
         if any(share.magnitude is not None for share, _ in shares):
-            raise ChainError("DoRA links cannot be stacked into one low-rank adapter (got one at "
-                             f"{name}); export merged weights instead")
+            raise ChainError(f"DoRA links are no low-rank sum (got one at {name}); export merged weights instead")
         biases = [scaling * share.bias for share, scaling in shares if share.bias is not None]
         stacked[name] = Factors(torch.cat([share.a for share, _ in shares]),
                                 torch.cat([scaling * share.b for share, scaling in shares], dim=1),
@@ -235,11 +223,11 @@ def merged_weight(weight: Tensor, bias: Tensor | None, links: Sequence[tuple[Fac
     A DoRA link (arXiv 2402.09353, eq. 5) is no sum: it rescales the rows of ``W + s·B·A`` to its magnitude.
     """
     for share, scaling in links:
-        weight.addmm_(share.b, share.a, alpha=scaling)
+        weight.addmm_(share.b.to(weight.device), share.a.to(weight.device), alpha=scaling)
         if share.magnitude is not None:
-            weight.mul_((share.magnitude / torch.linalg.norm(weight, dim=1)).unsqueeze(1))
+            weight.mul_((share.magnitude.to(weight.device) / torch.linalg.norm(weight, dim=1)).unsqueeze(1))
         if share.bias is not None and bias is not None:
-            bias.add_(share.bias, alpha=scaling)
+            bias.add_(share.bias.to(weight.device), alpha=scaling)
 
 
 @torch.no_grad()
@@ -248,9 +236,9 @@ def _write_weights(chain: Chain, merge: bool | None = None) -> None:
     merge = chain.hold == "tied" if merge is None else merge
     for name in sorted(chain._modules):
         module = adapters.base_layer(chain.model.get_submodule(name))
-        weight = chain._pristine(f"{name}.weight")
-        bias = chain._pristine(f"{name}.bias") if getattr(module, "bias", None) is not None else None
-        shares = [(link.factors[name], link.scaling) for link in chain.links if merge and name in link.factors]
+        weight = chain._pristine(f"{name}.weight").to(module.weight.device)
+        bias = chain._pristine(f"{name}.bias").to(weight.device) if getattr(module, "bias", None) is not None else None
+        shares = [(link.factors[name], link.config.scaling) for link in chain.links if merge and name in link.factors]
         if name in chain._offsets and chain.live is not None:
             begun = chain._offsets[name]
             shares.append((Factors(begun.a, -begun.b), chain.live.config.scaling))
@@ -261,21 +249,17 @@ def _write_weights(chain: Chain, merge: bool | None = None) -> None:
 
 
 def _settle(chain: Chain) -> None:
-    """Make the model ``W_k`` for the links there are, with no live link."""
-    if chain.hold == "tied":
-        if chain._worn is not None:
-            adapters.zero(chain._worn)
-        _write_weights(chain)
-        if chain._worn is not None:
-            adapters.reset_magnitudes(chain._worn)
-    else:  # the last link stays in its layers, the ones before it beside it
-        worn = chain._worn.config if chain._worn is not None else None
+    """Make the model ``W_k`` for the links there are."""
+    if chain._worn is not None and chain.hold == "carried":
+        config = chain._worn.config
         _take_off(chain)
-        _write_weights(chain)
-        if worn is not None:
-            chain._worn = _put_on(chain, worn)
-            adapters.carry(chain._worn, stack_links(chain.links))
-            adapters.zero(chain._worn)
+        chain._worn = _put_on(chain, config)
+        adapters.carry(chain._worn, stack_links(chain.links))
+    if chain._worn is not None:
+        adapters.zero(chain._worn)
+    _write_weights(chain)
+    if chain._worn is not None:
+        adapters.reset_magnitudes(chain._worn)
     adapters.set_extra(chain.model, chain._worn, _latest_extra(chain))
 
 
@@ -295,8 +279,8 @@ def _take_off(chain: Chain) -> None:
 
 def _latest_extra(chain: Chain) -> dict[str, Tensor]:
     """Weights of the trained extra modules after the last link; pristine where no link is left that trained them."""
-    paths = [path for path in chain._pristine.paths if path.rpartition(".")[0] not in chain._modules]
-    latest = {path: chain._pristine(path) for path in paths}
+    latest = {path: chain._pristine(path) for path in chain._pristine.paths
+              if path.rpartition(".")[0] not in chain._modules}
     for link in chain.links:
         latest |= link.extra
     return latest

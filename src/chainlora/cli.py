@@ -119,7 +119,7 @@ def train(context: click.Context, config: str, resume: bool, as_json: bool) -> N
     _quiet()
     from .inspection import read_records
     from .plots import plot_training
-    from .train import train as run_training
+    from .training import train as run_training
 
     result = run_training(settings, resume=resume, listener=_progress())
     output = Path(settings.output)

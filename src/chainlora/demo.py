@@ -18,7 +18,7 @@ from .errors import ModelError
 from .inspection import read_records
 from .models import cache_dir, packaged_model
 from .plots import plot_training
-from .train import train
+from .training import train
 
 _TOPICS = ("business", "entertainment", "politics", "sport", "tech")
 _NUM_TRAIN, _NUM_VALIDATION = 600, 300

@@ -45,7 +45,7 @@ def _describe(link: Link, earlier: Sequence[Link], records: list[dict[str, Any]]
     tail = losses[-max(1, len(losses) // 10):]
     knots = [r for r in records if r["event"] == "eval" and r["link"] == link.index and r["where"] == "knot"]
     keys = ("event", "step", "link", "where")
-    row: dict[str, Any] = {"link": link.index, "rank": link.rank, "scaling": link.scaling, "steps": link.num_steps,
+    row: dict[str, Any] = {"link": link.index, "rank": link.rank, "scaling": link.config.scaling, "steps": link.num_steps,
                            "loss": sum(tail) / len(tail) if tail else None,
                            "scores": {k: v for k, v in knots[-1].items() if k not in keys} if knots else {}}
     if _is_low_rank(link):

@@ -249,7 +249,7 @@ def check_base(manifest: Mapping[str, Any], base: Mapping[str, Any], run: Path) 
 def write_link(folder: Path, link: Link, base: str) -> None:
     """Write a link as a PEFT adapter; the stored scaling is the tuned one whatever rank is stored."""
     power = 0.5 if link.config.rslora else 1
-    save_adapter(folder, link.factors, link.config, rank=link.rank, alpha=link.scaling * link.rank**power, base=base,
+    save_adapter(folder, link.factors, link.config, rank=link.rank, alpha=link.config.scaling * link.rank**power, base=base,
                  extra=link.extra)
 
 
@@ -279,7 +279,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 def describe_link(link: Link) -> dict[str, Any]:
     """Return a link's manifest entry: enough, with its adapter, to read it back."""
-    return {"index": link.index, "directory": f"links/{link.index:03d}", "rank": link.rank, "scaling": link.scaling,
+    return {"index": link.index, "directory": f"links/{link.index:03d}", "rank": link.rank, "scaling": link.config.scaling,
             "num_steps": link.num_steps, "config": link.config.model_dump(mode="json")}
 
 
