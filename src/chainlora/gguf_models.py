@@ -1,13 +1,13 @@
 """Convert a GGUF file, once, into an ordinary safetensors folder with a right tokenizer.
 
-transformers reads the tensors (dequantised to float32, which is exact for every GGUF type, so that any other dtype is
-one cast away). Three things it leaves wrong are put right here: the ``quantization_config`` that makes the model
-impossible to save, control tokens missing among the special ones, and the pre-tokenizer named by
-``tokenizer.ggml.pre`` (SmolLM2 splits digits off before anything else). A byte-level BPE tokenizer is therefore built
-from the file's metadata alone; its rules follow llama.cpp's ``llama-vocab.cpp``.
+transformers reads the tensors, dequantised to float32: that is what a GGUF file means, and any other dtype is
+one cast away. Three things it leaves wrong are put right here: the ``quantization_config`` that makes the
+model impossible to save, control tokens missing among the special ones, and the pre-tokenizer that
+``tokenizer.ggml.pre`` names (SmolLM2 splits digits off before anything else). A byte-level BPE tokenizer is
+therefore built from the file's metadata alone; its rules follow llama.cpp's ``llama-vocab.cpp``.
 
-A conversion lives under the user's cache directory, named by the file's content and by `CONVERSION`; it appears by one
-rename, so that whoever sees the folder sees all of it.
+A conversion lives under the user's cache directory, named by the file's content and by `CONVERSION`; it
+appears by one rename, so that whoever sees the folder sees all of it.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ _STRING, _ARRAY = 8, 9
 # `tokenizer.ggml.pre` -> how text is cut before the merges (llama-vocab.cpp).
 _GPT2_LIKE = {"gpt-2", "default", "phi-2", "mpt", "olmo", "jais", "trillion", "roberta-bpe", "gigachat"}
 _DIGITS_FIRST = {"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"}
-_WHOLE_WORDS_FIRST = {"llama3", "llama-v3", "llama-bpe", "falcon3", "pixtral", "tekken"}  # ignore_merges, BOS by default
+# Those that look a whole piece up before merging (`ignore_merges`); BOS comes first unless the file says no.
+_WHOLE_WORDS_FIRST = {"llama3", "llama-v3", "llama-bpe", "falcon3", "pixtral", "tekken"}
 
 
 def cache_directory() -> Path:
@@ -68,7 +69,7 @@ def converted_folder(file: Path) -> Path:
     with FileLock(folder.parent / f".{name}.lock"):
         if not folder.is_dir():
             partial = folder.parent / f".{name}.partial"
-            shutil.rmtree(partial, ignore_errors=True)  # left by a killed conversion; the lock says it is ours
+            shutil.rmtree(partial, ignore_errors=True)  # of a killed conversion; the lock makes it ours
             try:
                 _convert(file, partial, digest)
                 partial.rename(folder)
@@ -121,8 +122,8 @@ def read_metadata(file: Path) -> dict[str, Any]:
         with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
             version, _, num_pairs = struct.unpack_from("<IQQ", data, 4)
             if version not in (2, 3):
-                raise ModelError(f"a GGUF file must be of version 2 or 3, little-endian (got {version} in {file}); "
-                                 f"convert it again with a newer llama.cpp")
+                raise ModelError(f"a GGUF file must be of version 2 or 3, little-endian (got {version} in "
+                                 f"{file}); convert it again with a newer llama.cpp")
             position, pairs = 24, {}
             try:
                 for _ in range(num_pairs):
@@ -171,7 +172,7 @@ def build_tokenizer(file: Path, metadata: dict[str, Any]) -> Any:
         tokenizer = _byte_level_tokenizer(file, metadata, control, plain)
     else:
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-        tokenizer.add_special_tokens({"additional_special_tokens": control}, replace_extra_special_tokens=False)
+        tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in control])
     if metadata.get("tokenizer.chat_template"):
         tokenizer.chat_template = metadata["tokenizer.chat_template"]
     for token in control:
@@ -200,8 +201,8 @@ def _byte_level_tokenizer(file: Path, metadata: dict[str, Any], control: list[st
             single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, ids["bos_token"])])
     limit = metadata.get(f"{metadata.get('general.architecture')}.context_length")
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend, clean_up_tokenization_spaces=False, model_max_length=limit or int(1e30), **special,
-        additional_special_tokens=[token for token in control if token not in special.values()])
+        tokenizer_object=backend, clean_up_tokenization_spaces=False, model_max_length=limit or int(1e30),
+        **special, additional_special_tokens=[token for token in control if token not in special.values()])
 
 
 def _pre_tokenizer(pre: str, file: Path) -> Any:
@@ -215,8 +216,8 @@ def _pre_tokenizer(pre: str, file: Path) -> Any:
     except ImportError:  # transformers below 5.20 or so has no such table
         splits = {}
     if pre not in splits:
-        raise ModelError(f"a GGUF file's pre-tokenizer must be known (got {pre!r} in {file}); use the model's "
-                         f"safetensors checkpoint, or a newer transformers")
+        raise ModelError(f"a GGUF file's pre-tokenizer must be known (got {pre!r} in {file}); use the "
+                         f"model's safetensors checkpoint, or a newer transformers")
     return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(splits[pre]), behavior="isolated"),
                                     pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 

