@@ -35,10 +35,7 @@ _WINDOW = 32
 
 @dataclass(frozen=True, slots=True)
 class NamedExample(Example):
-    """A row whose candidates stand for something other than their text: ReCoRD's filled-in queries, for entities.
-
-    `names` is what metrics compare with `references`, one a sequence.
-    """
+    """A row whose candidates stand for `names`, which metrics compare with `references` (ReCoRD's entities)."""
 
     names: tuple[str, ...] = ()
 
@@ -321,15 +318,16 @@ def _refuse_nothing(text: str, prompt: str, place: str) -> NoReturn:
 
 def _check_candidates(item: _Item, scoring: str) -> None:
     if scoring == "first_token":
-        item.scored = tuple([(start, start + 1)] for ((start, _),) in item.scored)
-        item.sequences = tuple(ids[: spans[0][1]] for ids, spans in zip(item.sequences, item.scored, strict=True))
-    seen: dict[tuple[int, ...], str] = {}
-    for text, ids in zip(item.texts, item.sequences, strict=True):
-        twin = seen.setdefault(tuple(ids), text)
-        if twin is not text:
+        starts = [start for ((start, _),) in item.scored]
+        item.scored = tuple([(start, start + 1)] for start in starts)
+        item.sequences = tuple(ids[: start + 1] for ids, start in zip(item.sequences, starts, strict=True))
+    seen: dict[tuple[int, ...], int] = {}
+    for index, (text, ids) in enumerate(zip(item.texts, item.sequences, strict=True)):
+        twin = seen.setdefault(tuple(ids), index)
+        if twin != index:
             first = scoring == "first_token"
             what = "first tokens under scoring: first_token" if first else "tokens"
-            raise DataError(f"candidates must have different {what} (got {twin!r} and {text!r} at "
+            raise DataError(f"candidates must have different {what} (got {item.texts[twin]!r} and {text!r} at "
                             f"{item.place}); {'use scoring: mean or ' if first else ''}choose other words")
 
 

@@ -153,7 +153,7 @@ def _row_candidates(
         raise DataError(f"`candidates` of task {task.name!r} must give a list of at least two (got "
                         f"{items!r:.60} at {place}); correct the row or the task file")
     names = tuple(str(item) for item in items)
-    texts = tuple(_text(task, "candidate", task.candidate, context | {"item": item}, place) for item in items)
+    texts = tuple(_text(task, "candidate", task.candidate, {**context, "item": it}, place) for it in items)
     value = _value(task, "label", task.label, context, place)
     if isinstance(value, list):
         right = tuple(str(item) for item in value)
