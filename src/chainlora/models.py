@@ -47,12 +47,13 @@ def load_model(spec: str | Path, dtype: torch.dtype) -> tuple[Any, Any]:
     _refuse_pickle(folder)
     tokenizer = _load_tokenizer(folder)
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False,
             local_files_only=True, output_loading_info=True)
     except (OSError, ValueError, RuntimeError, ImportError, KeyError, SafetensorError) as error:
         raise ModelError(f"a model folder must load with transformers (got {_line(error)} in {folder}); "
                          f"mend or download it again") from error
+    model, report = loaded
     _check_whole(model, report, folder)
     _check_vocabulary(model, tokenizer, folder)
     if model.generation_config is not None and model.generation_config.pad_token_id is None:

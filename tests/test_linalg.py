@@ -1,0 +1,172 @@
+"""Low-rank sums: everything computed from factors equals the dense computation."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from chainlora.errors import ConfigError
+from chainlora.linalg import (
+    compress_low_rank,
+    delta_weight,
+    effective_rank,
+    frobenius_norm,
+    singular_values_of_sum,
+    stable_rank,
+    subspace_overlap,
+)
+
+EXACT = 1e-12  # float64 against float64: a few hundred roundings of 1e-16, relative to the whole
+SINGLE = 1e-5  # factors returned in float32, whose rounding is 6e-8 a factor
+
+
+@st.composite
+def sums(draw, dtype: torch.dtype = torch.float64):
+    """A few links of random shapes, ranks and scalings; ranks may sum to more than either side."""
+    num_in, num_out = draw(st.integers(1, 12)), draw(st.integers(1, 12))
+    ranks = draw(st.lists(st.integers(1, 5), min_size=1, max_size=4))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    scalings = [draw(st.sampled_from([-1.0, 0.5, 2.0, 16.0])) for _ in ranks]
+    return [(torch.randn(r, num_in, generator=generator, dtype=dtype),
+             torch.randn(num_out, r, generator=generator, dtype=dtype), s)
+            for r, s in zip(ranks, scalings, strict=True)]
+
+
+def dense(factors) -> Tensor:
+    return torch.stack([s * (b.double() @ a.double()) for a, b, s in factors]).sum(0)
+
+
+@given(sums())
+@settings(deadline=None, max_examples=60)
+def test_spectrum_and_norm(factors):
+    expected = torch.linalg.svdvals(dense(factors))
+    found = singular_values_of_sum(factors)
+    rank = min(sum(a.shape[0] for a, _, _ in factors), *dense(factors).shape)
+    assert found.shape == (rank,)
+    scale = float(expected[0])
+    assert torch.allclose(found, expected[:rank], atol=EXACT * scale, rtol=0)
+    assert expected[rank:].abs().max() < EXACT * scale if len(expected) > rank else True
+    assert frobenius_norm(factors) == pytest.approx(float(torch.linalg.norm(dense(factors))), rel=EXACT)
+
+
+@given(sums(), st.integers(1, 8))
+@settings(deadline=None, max_examples=60)
+def test_compression_to_a_rank_is_the_best_there_is(factors, rank):
+    whole = dense(factors)
+    a, b, error = compress_low_rank(factors, rank=rank)
+    assert a.shape[0] == b.shape[1] <= rank
+    norm = torch.linalg.norm(whole)
+    assert error == pytest.approx(float(torch.linalg.norm(whole - b @ a) / norm), abs=EXACT)
+    assert error == pytest.approx(float(torch.linalg.norm(torch.linalg.svdvals(whole)[rank:]) / norm), abs=EXACT)
+
+
+@given(sums(), st.floats(0, 0.9))
+@settings(deadline=None, max_examples=60)
+def test_compression_to_a_tolerance_keeps_no_more_than_it_must(factors, tolerance):
+    a, _, error = compress_low_rank(factors, tolerance=tolerance)
+    assert error <= tolerance + EXACT
+    if a.shape[0] > 1:
+        assert compress_low_rank(factors, rank=a.shape[0] - 1)[2] > tolerance - EXACT
+
+
+@given(sums(dtype=torch.float32))
+@settings(deadline=None, max_examples=40)
+def test_uncompressed_is_exact_to_rounding(factors):
+    a, b, error = compress_low_rank(factors)
+    whole = dense(factors)
+    assert a.dtype == b.dtype == torch.float32
+    measured = float(torch.linalg.norm(whole - b.double() @ a.double()) / torch.linalg.norm(whole))
+    # Both are the rounding of the same factors, one from a dense matrix and one from a QR.
+    assert error == pytest.approx(measured, abs=EXACT)
+    assert error < SINGLE
+
+
+def test_compression_of_a_large_module_never_forms_it():
+    side = 200_000  # dense it would be 320 GB
+    generator = torch.Generator().manual_seed(0)
+    factors = [(torch.randn(2, side, generator=generator), torch.randn(side, 2, generator=generator), 0.5)] * 2
+    a, b, error = compress_low_rank(factors, tolerance=1e-4)
+    assert (a.shape, b.shape) == ((2, side), (side, 2))  # the same link twice has the rank of one
+    assert error < SINGLE
+
+
+def test_zero_sum():
+    link = (torch.randn(2, 5), torch.randn(4, 2), 1.0)
+    zero = (torch.randn(2, 5), torch.zeros(4, 2), 1.0)
+    a, b, error = compress_low_rank([zero], tolerance=0.1)
+    assert (a.shape, b.shape, error) == ((1, 5), (4, 1), 0.0)
+    assert (effective_rank(torch.zeros(3)), stable_rank(torch.zeros(3))) == (0.0, 0.0)
+    cancelled = [link, (link[0], link[1], -1.0)]
+    assert frobenius_norm(cancelled) < EXACT * frobenius_norm([link])
+
+
+def test_narrow_factors_come_back_in_float32():
+    a, b, _ = compress_low_rank([(torch.randn(2, 5).bfloat16(), torch.randn(4, 2).bfloat16(), 1.0)], rank=1)
+    assert a.dtype == b.dtype == torch.float32
+
+
+@pytest.mark.parametrize(("arguments", "word"), [({"rank": 0}, "got 0"), ({"tolerance": 1.0}, "got 1.0"),
+                                                ({"tolerance": -0.1}, "got -0.1")])
+def test_impossible_wishes_are_refused(arguments, word):
+    with pytest.raises(ConfigError, match=word):
+        compress_low_rank([(torch.ones(1, 2), torch.ones(2, 1), 1.0)], **arguments)
+    with pytest.raises(ConfigError, match="at least one"):
+        compress_low_rank([])
+
+
+def test_delta_weight():
+    a, b = torch.randn(2, 5), torch.randn(4, 2)
+    assert torch.equal(delta_weight(a, b, 0.5), 0.5 * (b @ a))
+
+
+@given(st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=12))
+def test_ranks_of_a_spectrum(values):
+    s = torch.tensor(values, dtype=torch.float64)
+    p = [v / sum(values) for v in values]
+    assert effective_rank(s) == pytest.approx(math.exp(-sum(x * math.log(x) for x in p)), rel=1e-9)
+    assert 1 - 1e-9 <= effective_rank(s) <= len(values) + 1e-9
+    assert stable_rank(s) == pytest.approx(sum(v * v for v in values) / max(values) ** 2, rel=1e-9)
+
+
+def test_ranks_count_equal_directions():
+    spectrum = torch.tensor([2.0, 2.0, 2.0, 0.0])
+    assert effective_rank(spectrum) == pytest.approx(3)
+    assert stable_rank(spectrum) == pytest.approx(3)
+
+
+@given(st.integers(1, 4), st.integers(1, 4), st.integers(0, 1000))
+@settings(deadline=None, max_examples=60)
+def test_overlap_is_the_mean_squared_cosine(r, other, seed):
+    generator = torch.Generator().manual_seed(seed)
+    a = torch.randn(r, 9, generator=generator, dtype=torch.float64)
+    b = torch.randn(other, 9, generator=generator, dtype=torch.float64)
+    q1, q2 = torch.linalg.qr(a.T).Q, torch.linalg.qr(b.T).Q
+    cosines = torch.linalg.svdvals(q1.T @ q2)
+    found = subspace_overlap(a, b)
+    assert found == pytest.approx(float((cosines**2).mean()), abs=1e-9)
+    assert 0 <= found <= 1
+    assert found == pytest.approx(subspace_overlap(b, a), abs=1e-9)
+    mix = torch.randn(r, r, generator=generator, dtype=torch.float64) + 3 * torch.eye(r)
+    # Another basis of the same space; 1e-6 because the mixing matrix may be ill-conditioned.
+    assert subspace_overlap(mix @ a, b) == pytest.approx(found, abs=1e-6)
+
+
+def test_overlap_at_its_ends():
+    eye = torch.eye(6)
+    assert subspace_overlap(eye[:2], eye[:4]) == pytest.approx(1)
+    assert subspace_overlap(eye[:2], eye[2:]) == 0
+    assert subspace_overlap(torch.zeros(2, 6), eye) == 0
+    assert subspace_overlap(eye[:1].repeat(2, 1), eye[[0, 3]]) == pytest.approx(1)  # of rank one, and inside
+
+
+def test_overlap_of_random_spaces_is_rank_over_width():
+    generator = torch.Generator().manual_seed(0)
+    found = [subspace_overlap(torch.randn(8, 64, generator=generator), torch.randn(8, 64, generator=generator))
+             for _ in range(200)]
+    # 200 draws with a standard deviation near 0.02 each: the mean is known to about 0.002.
+    assert sum(found) / len(found) == pytest.approx(8 / 64, abs=0.006)
