@@ -194,7 +194,7 @@ def _module_logprobs(head: nn.Module, transform: Transform | None, hidden: Tenso
 
 
 class _TargetLogprobs(torch.autograd.Function):
-    """log softmax(x Wᵀ + b) at (row, target) for a frozen W; logits are made again in backward, never kept."""
+    """log softmax(x Wᵀ + b) at (row, target) for a frozen W; backward makes logits again, none is kept."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor,

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 import torch
@@ -103,9 +103,10 @@ class PackedBatch:
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> PackedBatch:
         """Return the batch with its tensors on `device`."""
         values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
-        moved = {name: value.to(device, non_blocking=non_blocking) if isinstance(value, Tensor) else value
-                 for name, value in values.items()}
-        return replace(self, **moved)
+        for name, value in values.items():
+            if isinstance(value, Tensor):
+                values[name] = value.to(device, non_blocking=non_blocking)
+        return PackedBatch(**values)
 
 
 def pack(examples: Sequence[Example], *, share_prefixes: bool = True, min_shared: int = 8) -> PackedBatch:

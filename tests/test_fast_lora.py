@@ -1,0 +1,265 @@
+"""The fused LoRA layer equals PEFT's own forward, gradients included, and steps aside wherever it must."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import peft
+import pytest
+import torch
+from conftest import tiny_model
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+from transformers.pytorch_utils import Conv1D
+
+from chainlora.errors import ModelError
+from chainlora.fast_lora import accelerate_layers, accelerate_lora, active_adapter, restore
+
+# float64 and float32: the same sums in another order, over 48 terms. bfloat16: PEFT computes the adapter in
+# float32 and rounds once, here each product is rounded, 2⁻⁸ of its size; the sums of 12 such terms stay
+# within 2⁻⁵.
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2**-5}
+
+
+class Net(nn.Module):
+    """One linear map named as a target."""
+
+    def __init__(self, linear: nn.Module) -> None:
+        super().__init__()
+        self.q = linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.q(x)
+
+
+def lora(linear: nn.Module, dtype: torch.dtype, **options: object) -> nn.Module:
+    torch.manual_seed(0)
+    config = peft.LoraConfig(**{"r": 4, "lora_alpha": 12, "target_modules": ["q"]} | options)
+    net = peft.inject_adapter_in_model(config, Net(linear.to(dtype)), "link")
+    layer = net.q
+    factor_dtype = torch.float64 if dtype is torch.float64 else torch.float32
+    for factor in (layer.lora_A["link"], layer.lora_B["link"]):
+        factor.weight.data = torch.randn(factor.weight.shape).to(factor_dtype) / 3
+    return net
+
+
+def run(net: nn.Module, dtype: torch.dtype, *, input_grad: bool = True) -> dict[str, Tensor | None]:
+    x = torch.randn(3, 4, 48, generator=torch.Generator().manual_seed(1)).to(dtype).requires_grad_(input_grad)
+    net.zero_grad()
+    out = net(x)
+    result: dict[str, Tensor | None] = {"out": out.detach(), "dtype": torch.zeros(0, dtype=out.dtype)}
+    if out.requires_grad:
+        (out * torch.linspace(-1, 1, out.numel()).view_as(out).to(dtype)).sum().backward()
+    return result | {"x": x.grad} | {name: p.grad for name, p in net.named_parameters()}
+
+
+def assert_same(mine: dict[str, Tensor | None], theirs: dict[str, Tensor | None], dtype: torch.dtype) -> None:
+    assert mine.keys() == theirs.keys()
+    for name, value in theirs.items():
+        other = mine[name]
+        assert (value is None) == (other is None), name
+        if value is not None and other is not None:
+            assert value.dtype == other.dtype, name
+            assert (value - other).norm() <= TOLERANCE[dtype] * value.norm(), name
+
+
+def conv1d() -> nn.Module:
+    return Conv1D(20, 48)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("linear", [lambda: nn.Linear(48, 20), lambda: nn.Linear(48, 20, bias=False), conv1d])
+@pytest.mark.parametrize("frozen", ["none", "A", "B", "both"])
+def test_equals_peft(dtype: torch.dtype, linear: Callable[[], nn.Module], frozen: str) -> None:
+    net = lora(linear(), dtype)
+    net.q.lora_A["link"].weight.requires_grad_(frozen not in ("A", "both"))
+    net.q.lora_B["link"].weight.requires_grad_(frozen not in ("B", "both"))
+    for input_grad in (True, False):
+        theirs = run(net, dtype, input_grad=input_grad)
+        assert accelerate_lora(net) == 1
+        mine = run(net, dtype, input_grad=input_grad)
+        assert restore(net) == 1
+        assert_same(mine, theirs, dtype)
+        assert (mine["q.lora_A.link.weight"] is None) == (frozen in ("A", "both"))
+
+
+def test_gradients_against_differences() -> None:
+    net = lora(nn.Linear(48, 20), torch.float64)
+    accelerate_lora(net)
+    x = torch.randn(2, 48, dtype=torch.float64, requires_grad=True)
+    layer = net.q
+
+    def function(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        names = {"lora_A.link.weight": a, "lora_B.link.weight": b}
+        return torch.func.functional_call(layer, names, (x,))
+
+    torch.autograd.gradcheck(function, (x, layer.lora_A["link"].weight, layer.lora_B["link"].weight))
+
+
+def add_second(net: nn.Module) -> None:
+    peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["q"]), net, "other")
+    net.q.set_adapter(["link", "other"])
+
+
+NOT_TAKEN: dict[str, Callable[[], nn.Module]] = {}
+
+
+def case(function: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
+    NOT_TAKEN[function.__name__] = function
+    return function
+
+
+@case
+def two_adapters() -> nn.Module:
+    net = lora(nn.Linear(48, 20), torch.float32)
+    add_second(net)
+    return net
+
+
+@case
+def merged() -> nn.Module:
+    net = lora(nn.Linear(48, 20), torch.float32)
+    net.q.merge()
+    return net
+
+
+@case
+def disabled() -> nn.Module:
+    net = lora(nn.Linear(48, 20), torch.float32)
+    net.q.enable_adapters(False)
+    return net
+
+
+@case
+def dropout() -> nn.Module:
+    return lora(nn.Linear(48, 20), torch.float32, lora_dropout=0.5).train()
+
+
+@case
+def dora() -> nn.Module:
+    return lora(nn.Linear(48, 20), torch.float32, use_dora=True)
+
+
+@case
+def lora_bias() -> nn.Module:
+    return lora(nn.Linear(48, 20), torch.float32, lora_bias=True)
+
+
+@case
+def trained_base() -> nn.Module:
+    net = lora(nn.Linear(48, 20), torch.float32)
+    net.q.base_layer.weight.requires_grad_(True)
+    return net
+
+
+@case
+def trained_base_bias() -> nn.Module:
+    net = lora(nn.Linear(48, 20), torch.float32)
+    net.q.base_layer.bias.requires_grad_(True)
+    return net
+
+
+@case
+def subclass_of_linear() -> nn.Module:
+    class Other(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + 1
+
+    return lora(Other(48, 20), torch.float32)
+
+
+@case
+def parametrised_base() -> nn.Module:
+    net = lora(nn.Linear(48, 20), torch.float32)
+    parametrizations.orthogonal(net.q.base_layer)
+    return net
+
+
+@case
+def hooked_base() -> nn.Module:
+    net = lora(nn.Linear(48, 20), torch.float32)
+    net.q.base_layer.register_forward_hook(lambda module, args, out: out * 2)
+    return net
+
+
+@pytest.mark.parametrize("make", NOT_TAKEN.values(), ids=NOT_TAKEN.keys())
+def test_steps_aside(make: Callable[[], nn.Module]) -> None:
+    net = make()
+    torch.manual_seed(3)
+    theirs = run(net, torch.float32)
+    assert accelerate_lora(net) == 0
+    assert active_adapter(net.q) is None
+    torch.manual_seed(3)
+    mine = run(net, torch.float32)
+    for name, value in theirs.items():
+        assert (value is None) == (mine[name] is None)
+        assert value is None or torch.equal(value, mine[name])  # PEFT's own forward, to the bit
+
+
+def test_every_call_asks_anew() -> None:
+    net = lora(nn.Linear(48, 20), torch.float32)
+    accelerate_lora(net)
+    x = torch.randn(2, 48)
+    with_lora = net(x)
+    net.q.enable_adapters(False)
+    assert torch.equal(net(x), net.q.base_layer(x))
+    net.q.enable_adapters(True)
+    assert torch.equal(net(x), with_lora)
+    net.q.merge()
+    torch.testing.assert_close(net(x), with_lora)  # W + s·BA in one matmul: float32 rounding
+
+
+def test_dropout_in_evaluation_is_taken() -> None:
+    net = lora(nn.Linear(48, 20), torch.float32, lora_dropout=0.5).eval()
+    assert accelerate_lora(net) == 1
+
+
+def test_steps_aside_under_autocast_and_for_another_dtype() -> None:
+    net = lora(nn.Linear(48, 20), torch.float32)
+    x = torch.randn(2, 48)
+    with torch.autocast("cpu", torch.bfloat16):
+        theirs = net(x)
+        accelerate_lora(net)
+        assert torch.equal(net(x), theirs)
+    with pytest.raises(RuntimeError, match="dtype"):  # as the plain layer does
+        net(x.double())
+
+
+def test_a_copy_has_its_own_weights() -> None:
+    net = lora(nn.Linear(48, 20), torch.float32)
+    accelerate_lora(net)
+    other = copy.deepcopy(net)
+    x = torch.randn(2, 48)
+    before = net(x)
+    with torch.no_grad():
+        other.q.lora_B["link"].weight.zero_()
+    assert torch.equal(net(x), before)
+    assert not torch.equal(other(x), before)
+
+
+def test_only_lora_layers() -> None:
+    with pytest.raises(ModelError, match="got Linear"):
+        accelerate_layers([nn.Linear(2, 2)])
+
+
+@pytest.mark.parametrize("architecture", ["opt", "gpt2", "llama"])
+def test_whole_models(architecture: str) -> None:
+    model = tiny_model(architecture, dtype=torch.float64)
+    targets = ["c_attn"] if architecture == "gpt2" else ["q_proj", "v_proj"]
+    config = peft.LoraConfig(r=4, target_modules=targets, init_lora_weights=False,
+                             fan_in_fan_out=architecture == "gpt2")
+    peft.inject_adapter_in_model(config, model, "link")
+    ids = torch.arange(12).view(2, 6)
+
+    def gradients() -> dict[str, Tensor]:
+        model.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    theirs = gradients()
+    assert accelerate_lora(model) == (2 if architecture == "gpt2" else 4)
+    mine = gradients()
+    assert mine.keys() == theirs.keys()
+    for name in theirs:  # float64 end to end: rounding only
+        torch.testing.assert_close(mine[name], theirs[name], rtol=1e-6, atol=1e-9)

@@ -1,0 +1,183 @@
+"""The packed path equals the plain one, gradients included, on every architecture; when it is not taken."""
+
+from __future__ import annotations
+
+import logging
+
+import peft
+import pytest
+import torch
+from conftest import ARCHITECTURES, tiny_model
+from torch import Tensor, nn
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
+
+from chainlora.errors import ModelError
+from chainlora.forward import Path, base_model, choose_path, hidden_states
+from chainlora.packed_attention import NAME
+from chainlora.packing import Example, PackedBatch, pack
+
+# float32: the same sums over at most 32 terms in another order, two layers deep. bfloat16: 8 bits, some ten
+# roundings.
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2**-5}
+
+
+def example(row: int, *sequences: tuple[int, ...], first: int = -1) -> Example:
+    spans = tuple(((len(s) + first if first < 0 else first, len(s)),) for s in sequences)
+    return Example(row, sequences, spans, 0)
+
+
+def flat_batch() -> PackedBatch:
+    return pack([example(i, tuple(range(i, i + size))) for i, size in enumerate((2, 5, 17, 9, 9, 3))])
+
+
+def tree_batch() -> PackedBatch:
+    """Trees of depth three, a lone sequence, one inside another, every token scored."""
+    root = tuple(range(3, 15))
+    branch = (*root, 21, 22, 23)
+    examples = [
+        example(0, (*branch, 31, 32), (*branch, 41, 42, 43), first=1),
+        example(1, (*root, 51, 52, 53, 54), root, first=1),
+        example(2, (7, 8, 9), first=1),
+    ]
+    return pack(examples, min_shared=2)
+
+
+BATCHES = {"flat": flat_batch, "tree": tree_batch}
+
+
+def gradients(model: nn.Module, batch: PackedBatch, path: Path) -> tuple[Tensor, dict[str, Tensor]]:
+    model.zero_grad()
+    hidden = hidden_states(model, batch, path=path)
+    weights = torch.linspace(-1, 1, hidden.numel(), dtype=hidden.dtype).view_as(hidden)
+    (hidden * weights).sum().backward()
+    return hidden.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_close(mine: Tensor, theirs: Tensor, dtype: torch.dtype, scale: float | None = None) -> None:
+    scale = theirs.norm().item() if scale is None else scale
+    assert (mine - theirs).norm() <= TOLERANCE[dtype] * scale
+
+
+def assert_paths_agree(model: nn.Module, batch: PackedBatch, dtype: torch.dtype) -> None:
+    plain, plain_grads = gradients(model, batch, Path.PADDED)
+    packed, packed_grads = gradients(model, batch, Path.PACKED)
+    assert packed.shape == (len(batch.rows), plain.shape[1])
+    assert_close(packed, plain, dtype)
+    assert packed_grads.keys() == plain_grads.keys()
+    # a key's bias moves no softmax: its gradient is zero up to the rounding of the others, hence the floor
+    floor = max(g.norm().item() for g in plain_grads.values()) / 100
+    for name, grad in plain_grads.items():
+        assert_close(packed_grads[name], grad, dtype, max(grad.norm().item(), floor))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("kind", BATCHES)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_packed_equals_padded(architecture: str, kind: str, dtype: torch.dtype) -> None:
+    assert_paths_agree(tiny_model(architecture, dtype=dtype), BATCHES[kind](), dtype)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_padded_equals_one_by_one(architecture: str) -> None:
+    model = tiny_model(architecture, dtype=torch.float64)
+    sequences = [tuple(range(i, i + size)) for i, size in enumerate((2, 5, 17))]
+    batch = pack([example(i, s) for i, s in enumerate(sequences)])
+    hidden = hidden_states(model, batch, path=Path.PADDED)
+    alone = [base_model(model)(input_ids=torch.tensor([s[:-1]])).last_hidden_state[0, -1] for s in sequences]
+    by_row = hidden[batch.token_row]
+    torch.testing.assert_close(by_row, torch.stack(alone), rtol=1e-7, atol=1e-9)  # cos and sin are float32
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_peft_model_and_one_adapted_in_place(architecture: str) -> None:
+    batch = tree_batch()
+    config = peft.LoraConfig(r=2, target_modules=["c_attn" if architecture == "gpt2" else "q_proj"],
+                             init_lora_weights=False, fan_in_fan_out=architecture == "gpt2")
+    torch.manual_seed(1)
+    wrapped = peft.get_peft_model(tiny_model(architecture, dtype=torch.float64), config).eval()
+    torch.manual_seed(1)
+    in_place = tiny_model(architecture, dtype=torch.float64)
+    peft.inject_adapter_in_model(config, in_place)
+    in_place.load_state_dict(wrapped.get_base_model().state_dict())
+    assert_paths_agree(wrapped, batch, torch.float64)
+    assert_paths_agree(in_place, batch, torch.float64)
+    one, two = (hidden_states(m, batch, path=Path.PACKED) for m in (wrapped, in_place))
+    assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_gradient_checkpointing(architecture: str) -> None:
+    model, batch = tiny_model(architecture, dtype=torch.float64), tree_batch()
+    expected, grads = gradients(model, batch, Path.PACKED)
+    model.gradient_checkpointing_enable()
+    model.train()  # checkpointing only acts here; every dropout of these models is zero
+    got, checkpointed = gradients(model, batch, Path.PACKED)
+    torch.testing.assert_close(got, expected)
+    for name, grad in grads.items():
+        torch.testing.assert_close(checkpointed[name], grad)
+    plain, _ = gradients(model, batch, Path.PADDED)  # the name stays set, and a plain call is still plain
+    assert_close(plain, expected, torch.float64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_probe_takes_the_packed_path(architecture: str, dtype: torch.dtype) -> None:
+    model = tiny_model(architecture, dtype=dtype).train()
+    model.lm_head.eval()
+    before, state = model.config._attn_implementation, torch.random.get_rng_state()
+    assert choose_path(model) is Path.PACKED
+    assert model.config._attn_implementation == before != NAME
+    assert model.training
+    assert not model.lm_head.training
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_eager_models_take_the_packed_path_too() -> None:
+    model = tiny_model("llama")
+    model.set_attn_implementation("eager")
+    assert choose_path(model) is Path.PACKED
+    assert_paths_agree(model, tree_batch(), torch.float32)
+    assert model.config._attn_implementation == "eager"
+
+
+def test_not_taken_where_positions_are_in_the_attention(caplog: pytest.LogCaptureFixture) -> None:
+    model = BloomForCausalLM(BloomConfig(vocab_size=131, hidden_size=32, n_layer=2, n_head=4)).eval()
+    with caplog.at_level(logging.INFO, logger="chainlora.forward"):
+        assert choose_path(model) is Path.PADDED
+    assert "padded path: " in caplog.text
+    batch = flat_batch()
+    hidden = hidden_states(model, batch, path=Path.PADDED)
+    assert hidden.shape == (len(batch.rows), 32)
+
+
+def test_not_taken_for_a_softcap() -> None:
+    config = Gemma2Config(vocab_size=131, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                          head_dim=8, num_attention_heads=4, num_key_value_heads=2, attn_logit_softcapping=5.0)
+    assert choose_path(Gemma2ForCausalLM(config).eval()) is Path.PADDED
+
+
+def test_a_sequence_beyond_the_window_takes_the_padded_path() -> None:
+    config = MistralConfig(vocab_size=131, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                           num_attention_heads=4, num_key_value_heads=2, sliding_window=12)
+    torch.manual_seed(0)
+    model = MistralForCausalLM(config).double().eval()
+    assert choose_path(model) is Path.PACKED
+    within = pack([example(0, tuple(range(12))), example(1, tuple(range(40, 47)))])
+    beyond = pack([example(0, tuple(range(30))), example(1, tuple(range(40, 47)))])
+    assert_paths_agree(model, within, torch.float64)
+    packed, plain = (hidden_states(model, beyond, path=path) for path in (Path.PACKED, Path.PADDED))
+    assert torch.equal(packed, plain)
+    model.config.sliding_window = 5
+    assert choose_path(model) is Path.PADDED
+
+
+def test_only_causal_language_models() -> None:
+    with pytest.raises(ModelError, match="causal language model \\(got Linear\\)"):
+        base_model(nn.Linear(2, 2))

@@ -1,0 +1,227 @@
+"""Losses and scores equal those of full logits, gradients included; the guard for a trained head."""
+
+from __future__ import annotations
+
+import peft
+import pytest
+import torch
+from conftest import ARCHITECTURES, tiny_model
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2ForCausalLM
+
+import chainlora.losses
+from chainlora.errors import DataError, ModelError
+from chainlora.forward import Path, hidden_states
+from chainlora.losses import candidate_loss, candidate_scores, completion_loss, logit_transform
+from chainlora.packing import Example, PackedBatch, pack
+
+# Log-probabilities are float32 whatever the model's dtype: 24 bits over a softmax of 131 terms.
+CLOSE = {"rtol": 1e-4, "atol": 1e-6}
+
+PROMPT = tuple(range(3, 16))
+WORDS = [
+    Example(0, ((*PROMPT, 90), (*PROMPT, 91)), (((13, 14),), ((13, 14),)), 1),
+    Example(1, ((5, 6, 7, 92), (5, 6, 7, 93), (5, 6, 7, 94)), (((3, 4),),) * 3, 0),
+]
+PHRASES = [
+    Example(0, ((*PROMPT, 90, 17), (*PROMPT, 91, 18, 19)), (((13, 15),), ((13, 16),)), 1),
+    Example(1, ((5, 6, 7, 92), (5, 6, 7, 93, 20, 21), (9, 8, 7)), (((3, 4),), ((3, 6),), ((2, 3),)), 2),
+]
+TURNS = [
+    Example(0, ((*PROMPT, 90, 17),), (((2, 5), (11, 15)),)),
+    Example(1, ((5, 6, 7, 92),), (((1, 4),),)),
+]
+
+
+def plain_scores(model: nn.Module, examples: list[Example], *, mean: bool = True) -> list[Tensor]:
+    """Score each sequence alone, by full logits."""
+    scores = []
+    for item in examples:
+        for sequence, spans in zip(item.sequences, item.scored, strict=True):
+            logprobs = model(input_ids=torch.tensor([sequence])).logits[0].float().log_softmax(-1)
+            terms = [logprobs[p - 1, sequence[p]] for start, end in spans for p in range(start, end)]
+            scores.append(torch.stack(terms).mean() if mean else torch.stack(terms).sum())
+    return scores
+
+
+def plain_candidate_loss(model: nn.Module, examples: list[Example]) -> Tensor:
+    scores, total, first = plain_scores(model, examples), torch.zeros(()), 0
+    for item in examples:
+        mine = torch.stack(scores[first : first + len(item.sequences)])
+        total = total + F.cross_entropy(mine[None], torch.tensor([item.label]))
+        first += len(item.sequences)
+    return total
+
+
+def grads(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
+    model.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def untied(architecture: str, dtype: torch.dtype = torch.float64) -> nn.Module:
+    """A model whose head can be trained by itself."""
+    model = tiny_model(architecture, dtype=dtype)
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+    return model
+
+
+def adapted(architecture: str, *targets: str) -> nn.Module:
+    """A float64 model with LoRA, base frozen."""
+    model = untied(architecture)
+    default = ["c_attn"] if architecture == "gpt2" else ["q_proj", "v_proj"]
+    config = peft.LoraConfig(r=2, target_modules=[*default, *targets], init_lora_weights=False,
+                             fan_in_fan_out=architecture == "gpt2")
+    peft.inject_adapter_in_model(config, model)
+    return model.eval()
+
+
+def assert_same_grads(mine: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    assert mine.keys() == theirs.keys()
+    for name, grad in theirs.items():
+        torch.testing.assert_close(mine[name], grad, rtol=1e-3, atol=1e-6)  # through float32 probabilities
+
+
+def packed(model: nn.Module, examples: list[Example]) -> tuple[Tensor, PackedBatch]:
+    batch = pack(examples)
+    return hidden_states(model, batch, path=Path.PACKED), batch
+
+
+@pytest.fixture(params=[131 * 3, 2**23], ids=["three rows a chunk", "one chunk"])
+def _chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chainlora.losses, "CHUNK_ELEMENTS", request.param)
+
+
+@pytest.mark.usefixtures("_chunk")
+@pytest.mark.parametrize("examples", [WORDS, PHRASES, TURNS], ids=["words", "phrases", "turns"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_scores(architecture: str, examples: list[Example]) -> None:
+    model = tiny_model(architecture)
+    with torch.no_grad():
+        scores = candidate_scores(model, *packed(model, examples))
+        torch.testing.assert_close(scores, torch.stack(plain_scores(model, examples)), **CLOSE)
+    assert scores.dtype == torch.float32
+
+
+@pytest.mark.usefixtures("_chunk")
+@pytest.mark.parametrize("examples", [WORDS, PHRASES], ids=["words", "phrases"])
+@pytest.mark.parametrize("head", [(), ("lm_head",)], ids=["plain head", "LoRA on the head"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_candidate_loss(architecture: str, examples: list[Example], head: tuple[str, ...]) -> None:
+    model = adapted(architecture, *head)
+    plain = plain_candidate_loss(model, examples)
+    expected = grads(model, plain)
+    loss = candidate_loss(model, *packed(model, examples))
+    torch.testing.assert_close(loss, plain, **CLOSE)
+    mine = grads(model, loss)
+    assert_same_grads(mine, expected)
+    assert any("lm_head" in name for name in mine) == bool(head)
+
+
+@pytest.mark.usefixtures("_chunk")
+@pytest.mark.parametrize("head", [(), ("lm_head",)], ids=["plain head", "LoRA on the head"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_completion_loss(architecture: str, head: tuple[str, ...]) -> None:
+    model = adapted(architecture, *head)
+    plain = -torch.stack(plain_scores(model, TURNS, mean=False)).sum()
+    expected = grads(model, plain)
+    loss, count = completion_loss(model, *packed(model, TURNS))
+    assert count == 10
+    torch.testing.assert_close(loss, plain, **CLOSE)
+    assert_same_grads(grads(model, loss), expected)
+
+
+@pytest.mark.usefixtures("_chunk")
+@pytest.mark.parametrize("examples", [WORDS, PHRASES, TURNS], ids=["words", "phrases", "turns"])
+def test_a_trained_head_gets_its_gradient(examples: list[Example]) -> None:
+    model = untied("llama")
+    model.requires_grad_(False)
+    model.lm_head.weight.requires_grad_(True)
+    if examples is TURNS:
+        plain = -torch.stack(plain_scores(model, examples, mean=False)).sum()
+        expected = grads(model, plain)
+        loss, _ = completion_loss(model, *packed(model, examples))
+    else:
+        expected = grads(model, plain_candidate_loss(model, examples))
+        loss = candidate_loss(model, *packed(model, examples))
+    assert expected.keys() == {"lm_head.weight"}
+    assert_same_grads(grads(model, loss), expected)
+
+
+def test_one_token_labels_use_their_rows_of_the_head_only() -> None:
+    """By the gradient that a full softmax would leave on the other rows of a trained head."""
+    model = untied("llama")
+    loss = candidate_loss(model, *packed(model, WORDS))
+    touched = grads(model, loss)["lm_head.weight"].abs().sum(-1).nonzero().flatten().tolist()
+    assert touched == [90, 91, 92, 93, 94]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_full_logits(dtype: torch.dtype) -> None:
+    """Neither forward nor backward makes a tensor of rows × vocabulary, beyond the chunk."""
+    model = tiny_model("llama", dtype=dtype)
+    examples = [Example(i, (tuple(range(i, i + 40)),), (((1, 40),),)) for i in range(4)]
+    hidden, batch = packed(model, examples)
+    seen: list[int] = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            out = function(*args, **kwargs or {})
+            seen.extend(t.numel() for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, Tensor))
+            return out
+
+    before, chainlora.losses.CHUNK_ELEMENTS = chainlora.losses.CHUNK_ELEMENTS, 131 * 10
+    try:
+        with Watch():
+            loss, _ = completion_loss(model, hidden, batch)
+            torch.autograd.grad(loss, hidden)
+    finally:
+        chainlora.losses.CHUNK_ELEMENTS = before
+    largest_other = max(hidden.numel(), 131 * 32)
+    assert max(seen) <= max(131 * 10, largest_other) < 131 * len(batch.rows)
+
+
+@pytest.mark.parametrize("examples", [WORDS, PHRASES], ids=["words", "phrases"])
+def test_models_that_transform_their_logits(examples: list[Example]) -> None:
+    shape = {"vocab_size": 131, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+             "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0}
+    torch.manual_seed(0)
+    for model in (Gemma2ForCausalLM(Gemma2Config(**shape, final_logit_softcapping=0.1)).eval(),
+                  CohereForCausalLM(CohereConfig(**shape, logit_scale=3.0)).eval()):
+        assert logit_transform(model) is not None
+        batch = pack(examples)
+        hidden = hidden_states(model, batch, path=Path.PADDED)
+        plain = plain_candidate_loss(model, examples)
+        torch.testing.assert_close(candidate_loss(model, hidden, batch), plain, **CLOSE)
+
+
+def test_a_plain_model_needs_no_transform() -> None:
+    assert logit_transform(tiny_model("opt")) is None
+
+
+def test_unknown_logits_are_refused() -> None:
+    class Odd(type(tiny_model("llama"))):  # type: ignore[misc]
+        def forward(self, *args, **kwargs):  # type: ignore[no-untyped-def]
+            output = super().forward(*args, **kwargs)
+            output.logits = output.logits.sin() + 1
+            return output
+
+    model = Odd(tiny_model("llama").config).eval()
+    with pytest.raises(ModelError, match="logits are something else"):
+        candidate_scores(model, *packed(model, WORDS))
+
+
+def test_a_label_is_needed() -> None:
+    model = tiny_model("llama")
+    with pytest.raises(DataError, match="a label in every example"):
+        candidate_loss(model, *packed(model, TURNS))
+
+
+def test_sharing_changes_no_score() -> None:
+    model = tiny_model("llama", dtype=torch.float64)
+    alone = pack(PHRASES, share_prefixes=False)
+    shared = pack(PHRASES, min_shared=1)
+    assert shared.num_tokens < alone.num_tokens
+    scores = [candidate_scores(model, hidden_states(model, b, path=Path.PACKED), b) for b in (alone, shared)]
+    torch.testing.assert_close(*scores, rtol=1e-6, atol=1e-6)  # rotary angles and log-softmax are float32

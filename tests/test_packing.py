@@ -1,0 +1,131 @@
+"""Packing: every sequence can be read back; common prefixes are stored once; errors are early."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from chainlora.errors import DataError
+from chainlora.packing import Example, PackedBatch, pack
+
+
+def last_token_rows(*sequences: tuple[int, ...], label: int | None = 0) -> Example:
+    return Example(0, sequences, tuple(((len(s) - 1, len(s)),) for s in sequences), label)
+
+
+def visible(batch: PackedBatch, position: int) -> list[int]:
+    """Return the packed positions a position sees, by the definition of segments, in sequence order."""
+    index = next(i for i, (start, end, _) in enumerate(batch.segments) if start <= position < end)
+    seen = list(range(batch.segments[index].start, position + 1))
+    while (index := batch.segments[index].parent) >= 0:
+        seen = list(range(batch.segments[index].start, batch.segments[index].end)) + seen
+    return seen
+
+
+def check_reads_back(batch: PackedBatch, examples: list[Example]) -> None:
+    sequences = [s for e in examples for s in e.sequences]
+    spans = [s for e in examples for s in e.scored]
+    expected = [(i, p) for i, span in enumerate(spans) for start, end in span for p in range(start, end)]
+    assert batch.token_sequence.tolist() == [i for i, _ in expected]
+    assert batch.token_target.tolist() == [sequences[i][p] for i, p in expected]
+    for n, (i, p) in enumerate(expected):
+        seen = visible(batch, int(batch.rows[batch.token_row[n]]))
+        assert tuple(batch.input_ids[seen].tolist()) == sequences[i][:p]
+        assert batch.position_ids[seen].tolist() == list(range(p))
+    assert batch.sequence_length.tolist() == [sum(end - start for start, end in span) for span in spans]
+    assert len(set(batch.rows.tolist())) == len(batch.rows)
+
+
+tokens = st.lists(st.integers(0, 2), min_size=2, max_size=7).map(tuple)
+
+
+@st.composite
+def some_examples(draw: st.DrawFn) -> list[Example]:
+    examples = []
+    for row in range(draw(st.integers(1, 4))):
+        sequences = draw(st.lists(tokens, min_size=1, max_size=3).map(tuple))
+        scored = []
+        for sequence in sequences:
+            start = draw(st.integers(1, len(sequence) - 1))
+            scored.append(((start, draw(st.integers(start + 1, len(sequence)))),))
+        examples.append(Example(row, sequences, tuple(scored), draw(st.sampled_from([None, 0]))))
+    return examples
+
+
+@settings(max_examples=150, deadline=None)
+@given(some_examples(), st.booleans(), st.integers(1, 4))
+def test_every_sequence_reads_back(examples: list[Example], share: bool, min_shared: int) -> None:
+    batch = pack(examples, share_prefixes=share, min_shared=min_shared)
+    check_reads_back(batch, examples)
+    assert batch.num_tokens <= batch.num_input_tokens
+    assert batch.labelled == all(e.label is not None for e in examples)
+    if not share:
+        assert batch.num_tokens == batch.num_input_tokens
+
+
+def test_one_token_candidates_of_a_prompt_are_one_pass() -> None:
+    prompt = tuple(range(3, 20))
+    other = last_token_rows((9, 8, 1), (9, 8, 2), label=1)
+    batch = pack([last_token_rows((*prompt, 1), (*prompt, 2)), other])
+    assert batch.num_tokens == len(prompt) + 2
+    assert batch.one_position
+    assert batch.labels.tolist() == [0, 1]
+    assert batch.sequence_example.tolist() == [0, 0, 1, 1]
+    assert batch.sequence_slot.tolist() == [0, 1, 0, 1]
+
+
+def test_rows_of_one_passage_share_it() -> None:
+    passage = tuple(range(100, 140))
+    rows = [last_token_rows((*passage, q, q + 1, 5)) for q in (1, 3, 7)]
+    batch = pack(rows)
+    assert batch.num_tokens == 40 + 3 * 2
+    assert batch.longest == 42
+    assert [s.parent for s in batch.segments] == [-1, 0, 0, 0]
+
+
+def test_a_short_common_prefix_is_not_worth_a_segment() -> None:
+    rows = [last_token_rows((1, 2, 3, 4 + i, 5, 6)) for i in range(3)]
+    assert all(s.parent == -1 for s in pack(rows).segments)
+    assert pack(rows, min_shared=3).num_tokens == 3 + 3 * 2
+
+
+def test_candidates_of_several_tokens_are_not_one_position() -> None:
+    prompt = tuple(range(3, 20))
+    example = Example(0, ((*prompt, 1, 4), (*prompt, 2)), (((17, 19),), ((17, 18),)), 0)
+    batch = pack([example])
+    assert not batch.one_position
+    assert batch.num_tokens == 18  # the second candidate's inputs lie inside the first's
+
+
+def test_deep_nesting_needs_no_recursion() -> None:
+    rows = [last_token_rows((*[1] * i, 2, 3)) for i in range(1, 1500, 3)]
+    batch = pack(rows, min_shared=1)
+    assert batch.num_examples == 500
+
+
+def test_moves_to_a_device() -> None:
+    batch = pack([last_token_rows((1, 2, 3))]).to("meta")
+    assert batch.rows.device.type == "meta"
+    assert batch.segments == ((0, 2, -1),)
+
+
+@pytest.mark.parametrize(("example", "message"), [
+    (Example(3, ((1, 2),), ((),)), r"a scored token \(got none in row 3\)"),
+    (Example(3, ((1, 2),), (((1, 3),),)), r"\[1, 2\) \(got 1 to 2 in row 3\)"),
+    (Example(3, ((1, 2),), (((0, 2),),)), r"\(got 0 to 1 in row 3\)"),
+])
+def test_what_cannot_be_packed_is_refused(example: Example, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        pack([example])
+
+
+def test_an_empty_batch_is_refused() -> None:
+    with pytest.raises(DataError, match="at least one example"):
+        pack([])
+
+
+def test_index_types() -> None:
+    batch = pack([last_token_rows((1, 2, 3))])
+    assert batch.input_ids.dtype == batch.rows.dtype == batch.token_row.dtype == torch.int64
