@@ -92,7 +92,8 @@ def _convert(file: Path, folder: Path, digest: str) -> None:
     tokenizer = build_tokenizer(file, metadata)
     logger.info("converting %s once to %s", file, folder.parent)
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            file.parent, gguf_file=file.name, dtype=torch.float32)
     except ImportError as error:
         raise ModelError(f"a GGUF file needs the package gguf (got {error}); "
                          f"pip install 'chainlora[gguf]'") from error

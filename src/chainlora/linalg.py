@@ -1,8 +1,8 @@
 """Linear algebra of low-rank sums ``Σ s_j · B_j · A_j``, from their factors alone.
 
-The dense out × in matrix is never formed: stacked, the sum is ``B · A`` with B [out, R], A [R, in] and R = Σ r_j; two
-thin QR decompositions leave a core no larger than R × R, which has the same singular values. All of it runs in
-float64 on the factors' device; a core of a few hundred columns costs nothing beside a training step.
+The dense out × in matrix is never formed: stacked, the sum is ``B · A`` with B [out, R], A [R, in] and R = Σ r_j;
+two thin QR decompositions leave a core no larger than R × R, which has the same singular values. All of it runs
+in float64 on the factors' device; a core of a few hundred columns costs nothing beside a training step.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def delta_weight(a: Tensor, b: Tensor, scaling: float = 1.0) -> Tensor:
 def stack_factors(factors: Sequence[Factor]) -> tuple[Tensor, Tensor]:
     """Return A [Σr, in] and B [out, Σr], scalings folded into B, in float64, with ``B·A = Σ s_j·B_j·A_j``."""
     if not factors:
-        raise ConfigError("a low-rank sum must have at least one term (got none); give one pair of factors or more")
+        raise ConfigError("a low-rank sum must have at least one term (got none); give a pair of factors")
     a = torch.cat([a.double() for a, _, _ in factors])
     b = torch.cat([b.double() * scaling for _, b, scaling in factors], dim=1)
     return a, b
@@ -46,16 +46,16 @@ def frobenius_norm(factors: Sequence[Factor]) -> float:
 def compress_low_rank(
     factors: Sequence[Factor], rank: int | None = None, tolerance: float | None = None
 ) -> tuple[Tensor, Tensor, float]:
-    """Return ``(A, B, error)``: the best approximation ``B·A`` of ``Σ s·B·A`` in Frobenius norm (Eckart–Young).
+    """Return ``(A, B, error)``: the best approximation ``B·A`` of ``Σ s·B·A`` in Frobenius norm.
 
-    A [k, in] and B [out, k] have the dtype of the first A (float32 if that is narrower); the singular values are
-    split evenly between them, scaling is 1.
+    By Eckart–Young, the leading k singular triplets. A [k, in] and B [out, k] have the dtype of the first A
+    (float32 if that is narrower); the singular values are split evenly between them, scaling is 1.
 
-    rank: at most this many.
-    tolerance: as few as bring the relative error ‖Σ − B·A‖_F / ‖Σ‖_F to this or below. With ``rank`` too, the rank
-        wins. With neither, k = min(Σr, in, out) and the error is rounding.
+    rank: k is at most this.
+    tolerance: k is as small as brings the relative error ‖Σ − B·A‖_F / ‖Σ‖_F to this or below. With ``rank`` too,
+        the rank wins. With neither, k = min(Σr, in, out) and the error is rounding.
 
-    ``error`` is the relative error of the returned factors, measured, their rounding included; 0 for a sum of zero.
+    ``error`` is the relative error of the factors as returned, their rounding included; 0 for a sum of zero.
 
     Raises ConfigError if ``rank`` is below 1 or ``tolerance`` is not in [0, 1).
     """
@@ -84,7 +84,7 @@ def _rank_for(s: Tensor, tolerance: float) -> int:
 
 
 def effective_rank(s: Tensor) -> float:
-    """Return exp(entropy of σ/Σσ) for singular values s (Roy & Vetterli 2007); in [1, len(s)], 0 if all are zero."""
+    """Return exp(entropy of σ/Σσ) of singular values s (Roy & Vetterli 2007): 1 to len(s), or 0 if all are 0."""
     s = s.double()
     total = s.sum()
     return float(torch.special.entr(s / total).sum().exp()) if total > 0 else 0.0
@@ -98,11 +98,11 @@ def stable_rank(s: Tensor) -> float:
 
 
 def subspace_overlap(a: Tensor, other: Tensor) -> float:
-    """Return the mean squared cosine of the principal angles between the row spaces of two matrices [rank, in].
+    """Return the mean squared cosine of the principal angles between the row spaces of two [rank, in] matrices.
 
     ``‖Q_1ᵀ·Q_2‖_F² / min(r_1, r_2)`` with orthonormal bases Q (φ of the LoRA paper, arXiv 2106.09685 §7.2). In
-    [0, 1]: 1 if one space holds the other, 0 if they are orthogonal, max(r_1, r_2)/in on average if both are random.
-    A matrix of zeros spans nothing; its overlap is 0.
+    [0, 1]: 1 if one space holds the other, 0 if they are orthogonal, max(r_1, r_2)/in on average if both are
+    random. A matrix of zeros spans nothing; its overlap is 0.
     """
     first, second = _row_basis(a), _row_basis(other)
     smaller = min(first.shape[0], second.shape[0])
