@@ -1,8 +1,8 @@
 """Linear algebra of low-rank sums ``Σ s_j · B_j · A_j``, from their factors alone.
 
-The dense out × in matrix is never formed: stacked, the sum is ``B · A`` with B [out, R], A [R, in] and R = Σ r_j;
-two thin QR decompositions leave a core no larger than R × R, which has the same singular values. All of it runs
-in float64 on the factors' device; a core of a few hundred columns costs nothing beside a training step.
+The dense out × in matrix is never formed. Stacked, the sum is ``B·A`` with B [out, R], A [R, in], R = Σ r_j;
+two thin QR decompositions leave a core no larger than R × R, which has the same singular values. All of it
+runs in float64 on the factors' device; a core of a few hundred columns costs nothing beside a training step.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ def compress_low_rank(
     (float32 if that is narrower); the singular values are split evenly between them, scaling is 1.
 
     rank: k is at most this.
-    tolerance: k is as small as brings the relative error ‖Σ − B·A‖_F / ‖Σ‖_F to this or below. With ``rank`` too,
-        the rank wins. With neither, k = min(Σr, in, out) and the error is rounding.
+    tolerance: k is as small as brings the relative error ‖Σ − B·A‖_F / ‖Σ‖_F to this or below. With ``rank``
+        too, the rank wins. With neither, k = min(Σr, in, out) and the error is rounding.
 
     ``error`` is the relative error of the factors as returned, their rounding included; 0 for a sum of zero.
 
@@ -84,7 +84,7 @@ def _rank_for(s: Tensor, tolerance: float) -> int:
 
 
 def effective_rank(s: Tensor) -> float:
-    """Return exp(entropy of σ/Σσ) of singular values s (Roy & Vetterli 2007): 1 to len(s), or 0 if all are 0."""
+    """Return exp(entropy of σ/Σσ) of singular values s (Roy & Vetterli 2007): 1 to len(s); 0 if all are."""
     s = s.double()
     total = s.sum()
     return float(torch.special.entr(s / total).sum().exp()) if total > 0 else 0.0
@@ -98,11 +98,11 @@ def stable_rank(s: Tensor) -> float:
 
 
 def subspace_overlap(a: Tensor, other: Tensor) -> float:
-    """Return the mean squared cosine of the principal angles between the row spaces of two [rank, in] matrices.
+    """Return the mean squared cosine of the principal angles between two matrices' row spaces [rank, in].
 
-    ``‖Q_1ᵀ·Q_2‖_F² / min(r_1, r_2)`` with orthonormal bases Q (φ of the LoRA paper, arXiv 2106.09685 §7.2). In
-    [0, 1]: 1 if one space holds the other, 0 if they are orthogonal, max(r_1, r_2)/in on average if both are
-    random. A matrix of zeros spans nothing; its overlap is 0.
+    ``‖Q_1ᵀ·Q_2‖_F² / min(r_1, r_2)`` with orthonormal bases Q (φ of the LoRA paper, arXiv 2106.09685 §7.2).
+    In [0, 1]: 1 if one space holds the other, 0 if they are orthogonal, max(r_1, r_2)/in on average if both
+    are random. A matrix of zeros spans nothing; its overlap is 0.
     """
     first, second = _row_basis(a), _row_basis(other)
     smaller = min(first.shape[0], second.shape[0])
