@@ -25,99 +25,169 @@ PROMPTS = {
     "sst2": (
         {"sentence": "a warm and funny film . ", "label": 1},
         "a warm and funny film . It was",
-        (" terrible", " great"), 1,
+        (" terrible", " great"),
+        1,
     ),
     "rte": (
         {"premise": "Rain fell all day.", "hypothesis": "It rained.", "label": "entailment"},
         'Rain fell all day.\nDoes this mean that "It rained." is true? Yes or No?\n',
-        ("Yes", "No"), 0,
+        ("Yes", "No"),
+        0,
     ),
     "cb": (
-        {"premise": "She doubted that the ship had sailed.", "hypothesis": "the ship had sailed", "label": "neutral"},
-        'Suppose She doubted that the ship had sailed. Can we infer that "the ship had sailed"? Yes, No, or Maybe?\n',
-        ("Yes", "No", "Maybe"), 2,
+        {
+            "premise": "She doubted that the ship had sailed.",
+            "hypothesis": "the ship had sailed",
+            "label": "neutral",
+        },
+        'Suppose She doubted that the ship had sailed. Can we infer that "the ship had sailed"? '
+        "Yes, No, or Maybe?\n",
+        ("Yes", "No", "Maybe"),
+        2,
     ),
     "boolq": (
         {"passage": "Tea -- Tea is a drink.", "question": "is tea a drink", "label": True},
         "Tea -- Tea is a drink. Is tea a drink?",
-        (" Yes", " No"), 0,
+        (" Yes", " No"),
+        0,
     ),
     "wsc": (
-        {"text": "Ann thanked Eve because She had helped.", "label": True,
-         "target": {"span1_text": "Eve", "span2_text": "She", "span1_index": 2, "span2_index": 4}},
+        {
+            "text": "Ann thanked Eve because She had helped.",
+            "label": True,
+            "target": {"span1_text": "Eve", "span2_text": "She", "span1_index": 2, "span2_index": 4},
+        },
         "Ann thanked Eve because She had helped.\n"
         'In the previous sentence, does the pronoun "she" refer to Eve? Yes or No?\n',
-        ("No", "Yes"), 1,
+        ("No", "Yes"),
+        1,
     ),
     "wic": (
-        {"word": "bank", "sentence1": "We sat on the bank.", "sentence2": "The bank was shut.", "label": False},
+        {
+            "word": "bank",
+            "sentence1": "We sat on the bank.",
+            "sentence2": "The bank was shut.",
+            "label": False,
+        },
         'Does the word "bank" have the same meaning in these two sentences? Yes, No?\n'
         "We sat on the bank.\nThe bank was shut.\n",
-        ("No", "Yes"), 0,
+        ("No", "Yes"),
+        0,
     ),
     "multirc": (
         {"paragraph": "Tom has two dogs.", "question": "Who has dogs?", "answer": "Tom", "label": 1},
         "Tom has two dogs.\nQuestion: Who has dogs?\n"
         'I found this answer "Tom". Is that correct? Yes or No?\n',
-        ("No", "Yes"), 1,
+        ("No", "Yes"),
+        1,
     ),
     "copa": (
-        {"premise": "The cup broke.", "choice1": "It fell.", "choice2": "I washed it.", "question": "cause",
-         "label": 0},
+        {
+            "premise": "The cup broke.",
+            "choice1": "It fell.",
+            "choice2": "I washed it.",
+            "question": "cause",
+            "label": 0,
+        },
         "The cup broke because",
-        (" it fell.", " I washed it."), 0,
+        (" it fell.", " I washed it."),
+        0,
     ),
     "record": (
-        {"passage": "Ann met Bob in Rome.\n@highlight\nThey talked\n@highlight\nIt rained",
-         "query": "Later @placeholder went home.", "entities": ["Rome", "Ann", "Bob"], "answers": ["Bob", "Ann"]},
+        {
+            "passage": "Ann met Bob in Rome.\n@highlight\nThey talked\n@highlight\nIt rained",
+            "query": "Later @placeholder went home.",
+            "entities": ["Rome", "Ann", "Bob"],
+            "answers": ["Bob", "Ann"],
+        },
         "Ann met Bob in Rome.\n- They talked\n- It rained\n-",
-        (" Later Rome went home.", " Later Ann went home.", " Later Bob went home."), 2,
+        (" Later Rome went home.", " Later Ann went home.", " Later Bob went home."),
+        2,
     ),
     "squad": (
-        {"title": "Tea", "context": "Tea grows in Assam.", "question": " Where does tea grow?",
-         "answers": {"text": ["Assam", "in Assam"], "answer_start": [13, 10]}},
+        {
+            "title": "Tea",
+            "context": "Tea grows in Assam.",
+            "question": " Where does tea grow?",
+            "answers": {"text": ["Assam", "in Assam"], "answer_start": [13, 10]},
+        },
         "Title: Tea\nContext: Tea grows in Assam.\nQuestion: Where does tea grow?\nAnswer:",
-        " Assam\n", ("Assam", "in Assam"),
+        " Assam\n",
+        ("Assam", "in Assam"),
     ),
     "drop": (
-        {"passage": "They won 3 games and lost 2.", "question": "How many games were there?",
-         "answers_spans": {"spans": ["5"], "types": ["number"]}},
+        {
+            "passage": "They won 3 games and lost 2.",
+            "question": "How many games were there?",
+            "answers_spans": {"spans": ["5"], "types": ["number"]},
+        },
         "Passage: They won 3 games and lost 2.\nQuestion: How many games were there?\nAnswer:",
-        " 5\n", ("5",),
+        " 5\n",
+        ("5",),
     ),
     "gsm8k": (
-        {"question": "Two boxes hold 4 pens each. How many pens?", "answer": "2*4 = <<2*4=8>>8 pens.\n#### 8"},
+        {
+            "question": "Two boxes hold 4 pens each. How many pens?",
+            "answer": "2*4 = <<2*4=8>>8 pens.\n#### 8",
+        },
         "Question: Two boxes hold 4 pens each. How many pens?\nAnswer:",
-        " 2*4 = <<2*4=8>>8 pens.\n#### 8", ("8",),
+        " 2*4 = <<2*4=8>>8 pens.\n#### 8",
+        ("8",),
     ),
     "dialogsum": (
         {"dialogue": "#Person1#: Hello.\n#Person2#: Good night. ", "summary": "They greet."},
         "Dialogue:\n#Person1#: Hello.\n#Person2#: Good night.\nSummary:",
-        " They greet.", ("They greet.",),
+        " They greet.",
+        ("They greet.",),
     ),
 }
 
 # What the same task calls its fields and labels on the Hub, where that differs from the original files.
 HUB_ROWS = {
     "rte": {"premise": "Rain fell all day.", "hypothesis": "It rained.", "label": 0},
-    "cb": {"premise": "She doubted that the ship had sailed.", "hypothesis": "the ship had sailed", "label": 2},
+    "cb": {
+        "premise": "She doubted that the ship had sailed.",
+        "hypothesis": "the ship had sailed",
+        "label": 2,
+    },
     "boolq": {"passage": "Tea -- Tea is a drink.", "question": "is tea a drink", "label": 1},
-    "wsc": {"text": "Ann thanked Eve because She had helped.", "span1_text": "Eve", "span2_text": "She", "label": 1},
-    "wic": {"word": "bank", "sentence1": "We sat on the bank.", "sentence2": "The bank was shut.", "label": 0},
+    "wsc": {
+        "text": "Ann thanked Eve because She had helped.",
+        "span1_text": "Eve",
+        "span2_text": "She",
+        "label": 1,
+    },
+    "wic": {
+        "word": "bank",
+        "sentence1": "We sat on the bank.",
+        "sentence2": "The bank was shut.",
+        "label": 0,
+    },
 }
 
 # Rows by split and validation majority rate, counted in the files themselves.
 COUNTS = {
-    "sst2": ((67349, 872), 0.5092), "rte": ((2490, 277), 0.5271), "cb": ((250, 56), 0.5),
-    "wsc": ((554, 104), 0.6346), "wic": ((5428, 638), 0.5), "multirc": ((27243, 4848), 0.5720),
+    "sst2": ((67349, 872), 0.5092),
+    "rte": ((2490, 277), 0.5271),
+    "cb": ((250, 56), 0.5),
+    "wsc": ((554, 104), 0.6346),
+    "wic": ((5428, 638), 0.5),
+    "multirc": ((27243, 4848), 0.5720),
     "copa": ((400, 100), 0.55),
 }
 
 # train, validation, test of the protocol.
 SAMPLES = {
-    "sst2": (1000, 500, 872), "rte": (1000, 500, 277), "cb": (150, 100, 56), "boolq": (1000, 500, 1000),
-    "wsc": (54, 500, 104), "wic": (1000, 500, 638), "multirc": (1000, 500, 1000), "copa": (300, 100, 100),
-    "gsm8k": (1000, 500, 1000), "dialogsum": (400, 100, 500),
+    "sst2": (1000, 500, 872),
+    "rte": (1000, 500, 277),
+    "cb": (150, 100, 56),
+    "boolq": (1000, 500, 1000),
+    "wsc": (54, 500, 104),
+    "wic": (1000, 500, 638),
+    "multirc": (1000, 500, 1000),
+    "copa": (300, 100, 100),
+    "gsm8k": (1000, 500, 1000),
+    "dialogsum": (400, 100, 500),
 }
 
 
@@ -128,14 +198,20 @@ def write_rows(path: Path, rows: list[dict]) -> Path:
 
 
 def write_task(folder: Path, **changes) -> Path:
-    keys = {"name": "colour", "description": "Made up.", "prompt": "{{ text }} It is", "labels": [" red", " blue"],
-            "metric": "accuracy", "loss": "candidates"} | changes
+    keys = {
+        "name": "colour",
+        "description": "Made up.",
+        "prompt": "{{ text }} It is",
+        "labels": [" red", " blue"],
+        "metric": "accuracy",
+        "loss": "candidates",
+    } | changes
     path = folder / "colour.yaml"
     path.write_text(json.dumps({key: value for key, value in keys.items() if value is not None}))
     return path
 
 
-# --- prompts -------------------------------------------------------------------------------------------------
+# --- prompts ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", list(PROMPTS))
@@ -144,7 +220,12 @@ def test_prompts_are_those_of_the_protocol_to_the_letter(name):
     shown = load_task(name).render(row)
     assert shown.prompt == prompt
     if isinstance(options, str):
-        assert (shown.completion, shown.references, shown.candidates, shown.label) == (options, right, (), None)
+        assert (shown.completion, shown.references, shown.candidates, shown.label) == (
+            options,
+            right,
+            (),
+            None,
+        )
     else:
         assert (shown.candidates, shown.label, shown.completion) == (options, right, options[right])
 
@@ -160,7 +241,13 @@ def test_hub_rows_and_original_rows_render_the_same(name):
 
 
 def test_copa_keeps_I_upper_case_and_lowers_only_the_first_word():
-    row = {"premise": "Paul sang. ", "choice1": " The Queen left.", "choice2": "I left.", "question": "effect", "label": 1}
+    row = {
+        "premise": "Paul sang. ",
+        "choice1": " The Queen left.",
+        "choice2": "I left.",
+        "question": "effect",
+        "label": 1,
+    }
     shown = load_task("copa").render(row)
     assert shown.prompt + shown.candidates[0] == "Paul sang so the Queen left."
     assert shown.prompt + shown.candidates[1] == "Paul sang so I left."
@@ -190,14 +277,21 @@ def test_labels_are_found_however_the_file_writes_them(value):
     assert task.label_index(value) == (None if value == "Yes" else 1)
 
 
-# --- nested rows ---------------------------------------------------------------------------------------------
+# --- nested rows --------------------------------------------------------------------------------------------
 
 
 def test_multirc_passages_flatten_to_one_row_an_answer(tmp_path):
-    passage = {"text": "Tom has two dogs.", "questions": [
-        {"question": "Who has dogs?", "idx": 0,
-         "answers": [{"text": "Tom", "idx": 0, "label": 1}, {"text": "Tim", "idx": 1, "label": 0}]},
-        {"question": "How many?", "idx": 1, "answers": [{"text": "two", "idx": 2, "label": 1}]}]}
+    passage = {
+        "text": "Tom has two dogs.",
+        "questions": [
+            {
+                "question": "Who has dogs?",
+                "idx": 0,
+                "answers": [{"text": "Tom", "idx": 0, "label": 1}, {"text": "Tim", "idx": 1, "label": 0}],
+            },
+            {"question": "How many?", "idx": 1, "answers": [{"text": "two", "idx": 2, "label": 1}]},
+        ],
+    }
     write_rows(tmp_path / "train.jsonl", [{"idx": 7, "passage": passage}] * 2)
     task = load_task("multirc")
     rows = load_split(task, tmp_path, "train")
@@ -210,10 +304,16 @@ def test_multirc_passages_flatten_to_one_row_an_answer(tmp_path):
 
 def test_record_originals_flatten_with_entities_cut_from_the_text(tmp_path):
     text = PROMPTS["record"][0]["passage"]
-    spans = [{"start": text.index(name), "end": text.index(name) + len(name) - 1} for name in ("Rome", "Ann", "Bob")]
+    spans = [
+        {"start": text.index(name), "end": text.index(name) + len(name) - 1}
+        for name in ("Rome", "Ann", "Bob")
+    ]
     answers = [{"start": 8, "end": 10, "text": "Bob"}, {"start": 0, "end": 2, "text": "Ann"}]
-    row = {"idx": 1, "passage": {"text": text, "entities": spans},
-           "qas": [{"query": "Later @placeholder went home.", "answers": answers, "idx": 0}]}
+    row = {
+        "idx": 1,
+        "passage": {"text": text, "entities": spans},
+        "qas": [{"query": "Later @placeholder went home.", "answers": answers, "idx": 0}],
+    }
     write_rows(tmp_path / "record" / "val.jsonl", [row])
     task = load_task("record")
     assert task.render(load_split(task, tmp_path, "validation")[0]) == task.render(PROMPTS["record"][0])
@@ -225,7 +325,7 @@ def test_a_nested_row_that_does_not_suit_is_named(tmp_path):
         load_split(load_task("multirc"), tmp_path, "train")
 
 
-# --- rows of files -------------------------------------------------------------------------------------------
+# --- rows of files ------------------------------------------------------------------------------------------
 
 
 def test_jsonl_json_csv_and_parquet_give_the_same_rows(tmp_path):
@@ -251,13 +351,16 @@ def test_jsonl_json_csv_and_parquet_give_the_same_rows(tmp_path):
     assert load_rows(tmp_path / "set", "test") == rows
 
 
-@pytest.mark.parametrize(("content", "message"), [
-    ('{"text": "a"}\n{"text": \n', r"must be JSON .*bad.jsonl line 2 column"),
-    ('{"text": "a"}\n\n["b"]\n', r"row must be an object .*list.*bad.jsonl line 3"),
-    ('{"text": "a"}\n{}\n', r"row must be an object .*empty object.*line 2"),
-    ("\n \n", r"at least one row .*bad.jsonl"),
-    (b'{"text": "a"}\n{"text": "\xff"}\n', r"must be UTF-8 .*bad.jsonl line 2"),
-])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"text": "a"}\n{"text": \n', r"must be JSON .*bad.jsonl line 2 column"),
+        ('{"text": "a"}\n\n["b"]\n', r"row must be an object .*list.*bad.jsonl line 3"),
+        ('{"text": "a"}\n{}\n', r"row must be an object .*empty object.*line 2"),
+        ("\n \n", r"at least one row .*bad.jsonl"),
+        (b'{"text": "a"}\n{"text": "\xff"}\n', r"must be UTF-8 .*bad.jsonl line 2"),
+    ],
+)
 def test_a_bad_row_is_named_by_file_and_line(tmp_path, content, message):
     path = tmp_path / "bad.jsonl"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -266,14 +369,17 @@ def test_a_bad_row_is_named_by_file_and_line(tmp_path, content, message):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(("name", "content", "message"), [
-    ("bad.csv", "text,label\na,1\nb\n", r"header's 2 fields .*bad.csv line 3"),
-    ("bad.csv", 'text,label\n"a,1\n', r"must be CSV .*bad.csv line"),
-    ("bad.json", '[{"a": 1},\n]', r"must be JSON .*bad.json line"),
-    ("bad.json", '{"a": 1}', r"list of rows.*dict"),
-    ("bad.parquet", "text", r"must be Parquet .*bad.parquet"),
-    ("bad.txt", "text", r"must end in .jsonl.*bad.txt"),
-])
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("bad.csv", "text,label\na,1\nb\n", r"header's 2 fields .*bad.csv line 3"),
+        ("bad.csv", 'text,label\n"a,1\n', r"must be CSV .*bad.csv line"),
+        ("bad.json", '[{"a": 1},\n]', r"must be JSON .*bad.json line"),
+        ("bad.json", '{"a": 1}', r"list of rows.*dict"),
+        ("bad.parquet", "text", r"must be Parquet .*bad.parquet"),
+        ("bad.txt", "text", r"must end in .jsonl.*bad.txt"),
+    ],
+)
 def test_other_unreadable_files_are_named(tmp_path, name, content, message):
     (tmp_path / name).write_text(content)
     with pytest.raises(DataError, match=message):
@@ -292,7 +398,7 @@ def test_an_unreachable_hub_dataset_names_the_other_way():
         load_rows("no-such-owner/none:config@main", "train")
 
 
-# --- splits and samples --------------------------------------------------------------------------------------
+# --- splits and samples -------------------------------------------------------------------------------------
 
 
 def make_split(path: Path, num_rows: int) -> None:
@@ -307,7 +413,9 @@ def test_the_folder_may_be_the_tasks_own_or_the_one_above(tmp_path):
 
 
 def test_missing_rows_say_both_ways_to_get_them(tmp_path):
-    with pytest.raises(DataError, match=r"'train' rows .*neither in .*name the folder.*aps/super_glue.*HF_HUB_OFFLINE"):
+    with pytest.raises(
+        DataError, match=r"'train' rows .*neither in .*name the folder.*aps/super_glue.*HF_HUB_OFFLINE"
+    ):
         load_split(load_task("rte"), tmp_path, "train")
     with pytest.raises(DataError, match=r"no such folder"):
         load_split(load_task("rte"), tmp_path / "none", "train")
@@ -397,7 +505,7 @@ def test_the_saner_split_leaves_wsc_450_rows(shared_data):
     assert tuple(map(len, drawn.values())) == (450, 104, 104)
 
 
-# --- task files ----------------------------------------------------------------------------------------------
+# --- task files ---------------------------------------------------------------------------------------------
 
 
 def test_an_unknown_task_names_the_nearest():
@@ -407,20 +515,26 @@ def test_an_unknown_task_names_the_nearest():
         load_task("none.yaml")
 
 
-@pytest.mark.parametrize(("changes", "message"), [
-    ({"prmpt": "x"}, r"unknown key `prmpt`; did you mean 'prompt'\?"),
-    ({"sampling": {"trian": 3}}, r"unknown key `sampling.trian`; did you mean 'train'\?"),
-    ({"metric": None}, r"`metric` must be given"),
-    ({"metric": "acuracy"}, r"`metric`: .*'acuracy'"),
-    ({"labels": ["a"]}, r"at least two different words"),
-    ({"labels": ["a", "a"]}, r"(two different words|differ from each other)"),
-    ({"labels": None}, r"one of `labels`, `candidates`, `completion` \(got none\)"),
-    ({"completion": "x"}, r"got labels and completion"),
-    ({"labels": None, "completion": "x"}, r"loss: completion and metric em"),
-    ({"labels": None, "completion": "x", "loss": "completion", "metric": "em"}, r"`references` \(got none\)"),
-    ({"prompt": "{{ text"}, r"`prompt` must be a Jinja2 template"),
-    ({"label": "a b"}, r"`label` must be a Jinja2 expression"),
-])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prmpt": "x"}, r"unknown key `prmpt`; did you mean 'prompt'\?"),
+        ({"sampling": {"trian": 3}}, r"unknown key `sampling.trian`; did you mean 'train'\?"),
+        ({"metric": None}, r"`metric` must be given"),
+        ({"metric": "acuracy"}, r"`metric`: .*'acuracy'"),
+        ({"labels": ["a"]}, r"at least two different words"),
+        ({"labels": ["a", "a"]}, r"(two different words|differ from each other)"),
+        ({"labels": None}, r"one of `labels`, `candidates`, `completion` \(got none\)"),
+        ({"completion": "x"}, r"got labels and completion"),
+        ({"labels": None, "completion": "x"}, r"loss: completion and metric em"),
+        (
+            {"labels": None, "completion": "x", "loss": "completion", "metric": "em"},
+            r"`references` \(got none\)",
+        ),
+        ({"prompt": "{{ text"}, r"`prompt` must be a Jinja2 template"),
+        ({"label": "a b"}, r"`label` must be a Jinja2 expression"),
+    ],
+)
 def test_a_wrong_task_file_says_what_and_where(tmp_path, changes, message):
     with pytest.raises(ConfigError, match=message) as caught:
         load_task(write_task(tmp_path, **changes))
@@ -431,7 +545,7 @@ def test_a_wrong_task_file_says_what_and_where(tmp_path, changes, message):
 def test_bare_yes_and_no_are_caught(tmp_path):
     path = write_task(tmp_path)
     path.write_text(path.read_text().replace('[" red", " blue"]', "[No, Yes]"))
-    with pytest.raises(ConfigError, match="YAML reads bare Yes and No so.*quotes"):
+    with pytest.raises(ConfigError, match=r"YAML reads bare Yes and No so.*quotes"):
         load_task(path)
 
 
@@ -442,13 +556,16 @@ def test_a_file_that_is_not_yaml_is_named_with_its_line(tmp_path):
         load_task(path)
 
 
-@pytest.mark.parametrize(("row", "message"), [
-    ({"label": 0}, r"`prompt` .*'text' is undefined.*bad.jsonl line 1.*fields are label"),
-    ({"text": None, "label": 0}, r"`prompt` .*a null"),
-    ({"text": "x"}, r"`label` .*'label' is undefined"),
-    ({"text": "x", "label": 2}, r"label must be one .*got 2 .*bad.jsonl line 1.*0 or 'red'"),
-    ({"text": "x", "label": None}, r"label must be one .*got None"),
-])
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"label": 0}, r"`prompt` .*'text' is undefined.*bad.jsonl line 1.*fields are label"),
+        ({"text": None, "label": 0}, r"`prompt` .*a null"),
+        ({"text": "x"}, r"`label` .*'label' is undefined"),
+        ({"text": "x", "label": 2}, r"label must be one .*got 2 .*bad.jsonl line 1.*0 or 'red'"),
+        ({"text": "x", "label": None}, r"label must be one .*got None"),
+    ],
+)
 def test_a_row_that_does_not_suit_the_task_is_named(tmp_path, row, message):
     task = load_task(write_task(tmp_path))
     path = write_rows(tmp_path / "bad.jsonl", [row])

@@ -29,13 +29,11 @@ __all__ = ["FORMATS", "detect_format", "encode_examples", "epoch_batches", "load
 FORMATS = {"completion": ("prompt", "completion"), "chat": ("messages",), "text": ("text",)}
 Row = Mapping[str, Any]
 Ids = list[int]
-# Rows of one length bucket: long enough that lengths are alike, short enough that the order stays random.
-_WINDOW = 32
 
 
 @dataclass(frozen=True, slots=True)
 class NamedExample(Example):
-    """A row whose candidates stand for `names`, which metrics compare with `references` (ReCoRD's entities)."""
+    """A row whose candidates stand for `names`, which metrics compare with `references` (as in ReCoRD)."""
 
     names: tuple[str, ...] = ()
 
@@ -134,7 +132,7 @@ def epoch_batches(
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
     order: list[int] = torch.randperm(len(lengths), generator=generator).tolist()
     if group_by_length:
-        window = _WINDOW * batch_size
+        window = 32 * batch_size  # long enough that lengths are alike, short enough to stay random
         order = [row for start in range(0, len(order), window)
                  for row in sorted(order[start : start + window], key=lambda row: lengths[row])]
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
@@ -162,8 +160,7 @@ class _Reader:
         self.num_back = len(whole) - len(plain) - self.num_front if starts else 0
 
     def _ids(self, texts: Sequence[str], *, special: bool) -> list[Ids]:
-        encoded = self.tokenizer(list(texts), add_special_tokens=special, verbose=False)
-        return list(encoded["input_ids"])
+        return list(self.tokenizer(list(texts), add_special_tokens=special, verbose=False)["input_ids"])
 
     def ids(self, texts: Sequence[str]) -> list[Ids]:
         """Tokenise with the special tokens in front and none behind."""
@@ -218,9 +215,9 @@ class _Reader:
             for text in item.texts:
                 ids = next(wholes)
                 start = len(read) if exact else _common(read, ids)
-                if len(ids) <= start:
+                if len(ids) <= start or len(ids + end) < 2:
                     _refuse_nothing(text, prompt, item.place)
-                if start == 0 and prompt:
+                if start == 0 and (prompt or exact):
                     raise DataError(f"a prompt must be a token at least (got {prompt!r:.40} at "
                                     f"{item.place}); lengthen it")
                 sequences.append(ids + end)
@@ -290,8 +287,8 @@ class _Reader:
         room = min(spans[0][0] for spans in item.scored) - max(front, 1)
         if keep_scored and excess > room:
             raise DataError(f"what is scored must fit the context beside one token of prompt (got "
-                            f"{longest - room} tokens for at most {max_length} at {item.place}); shorten it or "
-                            "raise data.max_length")
+                            f"{longest - room} tokens for at most {max_length} at {item.place}); shorten it "
+                            "or raise data.max_length")
         item.sequences = tuple(ids[:front] + ids[front + excess :] for ids in item.sequences)
         first = max(front, 1)
         item.scored = tuple(
@@ -327,8 +324,8 @@ def _check_candidates(item: _Item, scoring: str) -> None:
         if twin != index:
             first = scoring == "first_token"
             what = "first tokens under scoring: first_token" if first else "tokens"
-            raise DataError(f"candidates must have different {what} (got {item.texts[twin]!r} and {text!r} at "
-                            f"{item.place}); {'use scoring: mean or ' if first else ''}choose other words")
+            raise DataError(f"candidates must have different {what} (got {item.texts[twin]!r} and {text!r} "
+                            f"at {item.place}); {'use scoring: mean or ' if first else ''}choose other words")
 
 
 def _check_messages(messages: Any, place: str) -> None:

