@@ -45,7 +45,7 @@ _DIGITS_FIRST = {"smollm", "starcoder", "refact", "command-r", "codeshell", "exa
 _WHOLE_WORDS_FIRST = {"llama3", "llama-v3", "llama-bpe", "falcon3", "pixtral", "tekken"}
 
 
-def cache_directory() -> Path:
+def cache_dir() -> Path:
     """Return ``$CHAINLORA_CACHE``, else ``$XDG_CACHE_HOME/chainlora``, else ``~/.cache/chainlora``."""
     if own := os.environ.get("CHAINLORA_CACHE"):
         return Path(own).expanduser()
@@ -62,7 +62,7 @@ def converted_folder(file: Path) -> Path:
     status = file.stat()
     digest = _sha256(str(file.resolve()), status.st_size, status.st_mtime_ns)
     name = f"{file.stem}-{status.st_size}-{digest[:16]}-v{CONVERSION}"
-    folder = cache_directory() / "gguf" / name
+    folder = cache_dir() / "gguf" / name
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -20,6 +20,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from .errors import ModelError
+from .gguf_models import cache_dir as cache_dir  # re-exported: where everything of ours is cached
 from .gguf_models import converted_folder
 
 logger = logging.getLogger(__name__)

@@ -1,8 +1,8 @@
 """Learning-rate schedules over a chain, as pure functions of the step.
 
 The factor of a step multiplies the configured rate. The shapes are those of transformers'
-``get_linear_schedule_with_warmup`` and its neighbours: a linear rise from 0 over the warm-up, then the decay to
-0 at the end. What a chain adds is where they begin: once for the whole chain, or anew at each link; and
+``get_linear_schedule_with_warmup`` and its neighbours: a linear rise from 0 over the warm-up, then a decay
+to 0. What a chain adds is where they begin: once for the whole chain, or anew at each link; and
 ReLoRA's jagged schedule, which goes on over the whole chain and rises again from 0 after each knot (arXiv
 2307.05695, section 3).
 """
