@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from .errors import RunError
 Record = Mapping[str, Any]
 
 BLUE, VERMILION, GREEN, SKY, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#56B4E9", "#CC79A7", "#777777"
-_STYLE = {
+_STYLE: Any = {
     "font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": GREY,
     "axes.grid": True, "grid.color": "#E6E6E6", "axes.axisbelow": True, "xtick.color": "#444444",
     "ytick.color": "#444444", "axes.labelcolor": "#222222", "legend.edgecolor": "none",
@@ -189,7 +190,7 @@ def _mark_knots(panels: Sequence[Any], records: Sequence[Record]) -> None:
     edges = [0, *knots, *([last] if not knots or last > knots[-1] else [])]
     if len(edges) - 1 > _MOST_LABELS:
         return
-    for link, (start, end) in enumerate(zip(edges, edges[1:], strict=False)):
+    for link, (start, end) in enumerate(pairwise(edges)):
         panels[0].annotate(f"link {link}", ((start + end) / 2, 1), (0, 4), xycoords=("data", "axes fraction"),
                            textcoords="offset points", ha="center", color="#444444")
 
@@ -216,15 +217,13 @@ def _draw_ranks(axes: Any, links: Sequence[Record]) -> None:
 
 
 def _bars(axes: Any, values: Sequence[float], color: str, label: str | None = None) -> None:
-    from matplotlib.ticker import MaxNLocator
-
     bars = axes.bar(range(len(values)), values, width=0.7, color=color, label=label)
     if len(values) <= _MOST_LABELS:
         shown = ["" if math.isnan(value) else f"{value:.3g}" for value in values]
         axes.bar_label(bars, shown, padding=2, fontsize=8, color="#222222")
     axes.margins(y=0.15)
     axes.grid(axis="x", visible=False)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _tick_links(axes.xaxis, 0, len(values))
     side = 0.6 if len(values) > 1 else 1.2
     axes.set_xlim(-side, len(values) - 1 + side)
     axes.set_xlabel("link")
@@ -232,15 +231,13 @@ def _bars(axes: Any, values: Sequence[float], color: str, label: str | None = No
 
 def _draw_overlap(figure: Any, axes: Any, links: Sequence[Record]) -> None:
     """Draw the lower triangle: row = link, column = earlier link."""
-    from matplotlib.ticker import MaxNLocator
-
     count = len(links)
     grid = [[math.nan] * (count - 1) for _ in range(count - 1)]
     for row, link in enumerate(links[1:]):
         for column, value in enumerate(link.get("overlap", ())):
             grid[row][column] = value
     known = [value for row in grid for value in row if not math.isnan(value)]
-    top = max(0.05, *known)  # a scale of its own: random subspaces overlap by rank / width, a few per cent
+    top = max(0.1, *known)  # random subspaces overlap by rank / width, a few per cent
     image = axes.imshow(grid, cmap="cividis", vmin=0, vmax=top, aspect="equal", origin="upper",
                         extent=(-0.5, count - 1.5, count - 0.5, 0.5))
     if count <= _MOST_LABELS:
@@ -253,11 +250,20 @@ def _draw_overlap(figure: Any, axes: Any, links: Sequence[Record]) -> None:
     axes.set_xlabel("earlier link")
     axes.set_ylabel("link")
     axes.grid(visible=False)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    _tick_links(axes.xaxis, 0, count - 1)
+    _tick_links(axes.yaxis, 1, count)
     bar = figure.colorbar(image, ax=axes, shrink=0.85)
     bar.set_label("mean squared cosine")
     bar.outline.set_visible(False)
+
+
+def _tick_links(axis: Any, start: int, end: int) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    if end - start <= _MOST_LABELS:
+        axis.set_ticks(range(start, end))
+    else:
+        axis.set_major_locator(MaxNLocator(integer=True))
 
 
 def _save(figure: Any, out_png: str | Path) -> None:
