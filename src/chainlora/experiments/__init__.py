@@ -1,0 +1,38 @@
+"""Experiments: method against method over tasks and seeds, and what can be concluded from them.
+
+    schema.py      what an experiment file says          expansion.py   task × method × grid × seed → cells
+    runner.py      run cells, skip what is done          worker.py      one cell in a process of its own
+    choice.py      hyper-parameters by validation only   ray_backend.py the same cells on a cluster (extra)
+    records.py     results.jsonl, one line a cell        measure.py     what a run cost; flops.py counts
+    statistics.py  pairs, intervals, exact test, Holm    analysis.py    results → summaries, differences
+    report.py      Markdown, CSV, LaTeX; figures.py      compare.py     the same on a user's own data
+    paper.yaml     the paper's own numbers               progress.py    what a person sees meanwhile
+
+See docs/experiments.md.
+"""
+
+from .compare import compare, comparison
+from .expansion import Cell, expand
+from .progress import experiment_progress
+from .records import Results, read_results
+from .report import Report, report_experiment
+from .runner import Outcome, run_cells, run_experiment
+from .schema import Experiment, load_experiment, make_experiment
+
+__all__ = [
+    "Cell",
+    "Experiment",
+    "Outcome",
+    "Report",
+    "Results",
+    "compare",
+    "comparison",
+    "expand",
+    "experiment_progress",
+    "load_experiment",
+    "make_experiment",
+    "read_results",
+    "report_experiment",
+    "run_cells",
+    "run_experiment",
+]

@@ -1,0 +1,209 @@
+"""From results to what a report says: summaries, paired differences, costs. Pure functions.
+
+Scores are shown in per cent, losses as they are; differences are oriented so that positive is better.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from statistics import fmean
+from typing import Any
+
+from ..config import parse_yaml
+from ..errors import ConfigError, nearest
+from .choice import LOWER_IS_BETTER
+from .records import Results
+from .statistics import Difference, compare_pairs, mean_sd
+
+Cell = Mapping[str, Any]
+Value = Callable[[Cell], float | None]
+OVERALL = "all tasks"
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A method on a task over its seeds, and its mean cost per run; `paper` is the paper's own score."""
+
+    task: str
+    method: str
+    metric: str
+    split: str
+    num_seeds: int
+    mean: float
+    sd: float
+    majority: float | None
+    paper: float | None
+    validation: float | None
+    held_out_loss: float | None
+    train_loss: float | None
+    point: dict[str, Any]
+    ranks: tuple[int, ...]
+    num_trained: float
+    tokens: float
+    flops: float
+    flops_6nd: float
+    wall_s: float
+    peak_rss_mb: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A method against a rival on a task (or all of them together) by a value."""
+
+    task: str
+    method: str
+    rival: str
+    value: str
+    difference: Difference
+
+
+def summarise_all(results: Results) -> list[Summary]:
+    """Return one summary per task and method that has final cells, in the experiment's order."""
+    printed = paper_scores(results.experiment.get("paper"))
+    found = []
+    for task in results.experiment["tasks"]:
+        for method in results.experiment["methods"]:
+            cells = [cell for cell in results.finals if cell["task"] == task and cell["method"] == method]
+            if cells:
+                found.append(_summarise(task, method, cells, printed.get(method, {}).get(task)))
+    return found
+
+
+def _summarise(task: str, method: str, cells: Sequence[Cell], paper: float | None) -> Summary:
+    first = cells[0]
+    mean, sd = mean_sd([shown_score(cell) for cell in cells])
+    majority = first.get("majority")
+    validation = [(cell["validation"] or {}).get(first["metric"]) for cell in cells]
+    return Summary(
+        task,
+        method,
+        first["metric"],
+        first["score_split"],
+        len(cells),
+        mean,
+        sd,
+        None if majority is None else 100 * majority,
+        paper,
+        _mean([None if value is None else value * scale(first["metric"]) for value in validation]),
+        _mean([held_out_loss(cell) for cell in cells]),
+        _mean([cell["train_loss"] for cell in cells]),
+        dict(first["point"]),
+        tuple(first["ranks"]),
+        *(
+            fmean(cell[key] for cell in cells)
+            for key in ("trainable_parameters", "tokens", "flops", "flops_6nd", "wall_s", "peak_rss_mb")
+        ),
+    )
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return fmean(known) if known else None
+
+
+def scale(metric: str) -> float:
+    """Return the factor between a metric and what is shown."""
+    return 1.0 if metric in LOWER_IS_BETTER else 100.0
+
+
+def shown_score(cell: Cell) -> float:
+    """Return a cell's score as shown: per cent, or a loss."""
+    return float(cell["score"]) * scale(cell["metric"])
+
+
+def held_out_loss(cell: Cell) -> float | None:
+    """Return a cell's loss on the rows it is scored on; None where it has none (generated answers)."""
+    loss = (cell.get(cell["score_split"]) or {}).get("loss")
+    return None if loss is None else float(loss)
+
+
+def oriented_score(cell: Cell) -> float:
+    """Return a cell's score as shown, negated where lower is better."""
+    return -shown_score(cell) if cell["metric"] in LOWER_IS_BETTER else shown_score(cell)
+
+
+def oriented_loss(cell: Cell) -> float | None:
+    """Return a cell's negated held-out loss."""
+    loss = held_out_loss(cell)
+    return None if loss is None else -loss
+
+
+def compare_all(results: Results) -> list[Comparison]:
+    """Return every pair's paired difference by score on every task, then over all tasks: two Holm families.
+
+    A pair over all tasks pools its (task, seed) differences; tasks of unlike metrics are not pooled.
+    """
+    return _family(results, "score", oriented_score)
+
+
+def compare_losses(results: Results) -> list[Comparison]:
+    """Return the same by held-out loss, for the tasks whose metric is not the loss already."""
+    if all(cell["metric"] in LOWER_IS_BETTER for cell in results.finals):
+        return []
+    return _family(results, "held-out loss", oriented_loss)
+
+
+def _family(results: Results, name: str, value: Value) -> list[Comparison]:
+    tasks, pairs = results.experiment["tasks"], results.experiment["pairs"]
+    keys = [(task, method, rival) for task in tasks for method, rival in pairs]
+    by_task = {key: _differences(results, *key, value) for key in keys}
+    pooled = {}
+    if len(tasks) > 1 and len({cell["metric"] in LOWER_IS_BETTER for cell in results.finals}) == 1:
+        pooled = {
+            (OVERALL, method, rival): [d for task in tasks for d in by_task[task, method, rival]]
+            for method, rival in pairs
+        }
+    found = []
+    for family in (by_task, pooled):
+        for key, difference in zip(family, compare_pairs(list(family.values())), strict=True):
+            if difference is not None:
+                found.append(Comparison(*key, name, difference))
+    return found
+
+
+def _differences(results: Results, task: str, method: str, rival: str, value: Value) -> list[float]:
+    one, other = (scores_by_seed(results, task, name, value) for name in (method, rival))
+    return [one[seed] - other[seed] for seed in sorted(one.keys() & other.keys())]
+
+
+def scores_by_seed(results: Results, task: str, method: str, value: Value = shown_score) -> dict[int, float]:
+    """Return a method's values on a task by seed; one that trains nothing has one value for all seeds."""
+    cells = [cell for cell in results.finals if cell["task"] == task and cell["method"] == method]
+    found = {cell["seed"]: number for cell in cells if (number := value(cell)) is not None}
+    if found and not cells[0]["ranks"] and len(found) == 1:
+        found = dict.fromkeys(results.experiment["seeds"], next(iter(found.values())))
+    return found
+
+
+def missing_cells(results: Results) -> list[str]:
+    """Return task, method and seeds of the final cells that are not there."""
+    missing = []
+    for task in results.experiment["tasks"]:
+        for method in results.experiment["methods"]:
+            have = scores_by_seed(results, task, method).keys()
+            lacking = [str(seed) for seed in results.experiment["seeds"] if seed not in have]
+            if lacking:
+                missing.append(f"{task} {method}: seeds {', '.join(lacking)}")
+    return missing
+
+
+@cache
+def _paper() -> dict[str, Any]:
+    return parse_yaml((files(__package__) / "paper.yaml").read_text(encoding="utf-8"))
+
+
+def paper_scores(table: str | None) -> dict[str, dict[str, float]]:
+    """Return a table's scores in the paper, method → task → per cent. Raises ConfigError: no such table."""
+    if table is None:
+        return {}
+    if table not in _paper():
+        raise ConfigError(f"unknown table of the paper {table!r}{nearest(table, _paper())}")
+    return _paper()[table]["scores"]
+
+
+def paper_model(table: str | None) -> str:
+    """Return the model of a table of the paper."""
+    return "" if table is None else str(_paper()[table]["model"])

@@ -1,0 +1,68 @@
+"""The same cells on a Ray cluster (extra `ray`): Ray schedules, a cell is computed as everywhere else.
+
+The driver sends a config and writes what comes back, so that no shared file system is needed; a cell that
+is lost is begun anew, not resumed.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..config import dump_config, make_config
+from ..errors import ConfigError
+from .expansion import Cell
+from .records import write_atomically
+from .worker import ERROR, RESULT, compute
+
+
+def compute_remotely(config: str) -> dict[str, Any]:
+    """Train a config (YAML text) in a temporary folder and return the cell's fields."""
+    with tempfile.TemporaryDirectory() as folder:
+        return compute(make_config(yaml.safe_load(config)), Path(folder) / "run")
+
+
+def run_on_ray(
+    work: Sequence[tuple[Cell, Path]],
+    poll: Callable[[Sequence[Cell]], None],
+    workers: int,
+) -> Iterator[tuple[Cell, str | None]]:
+    """Hand cells to Ray, `workers` at a time; yield each with its error, or None, as it ends.
+
+    Raises ConfigError: Ray is not installed.
+    """
+    try:
+        import ray
+    except ImportError:
+        raise ConfigError(
+            "`backend: ray` needs Ray (got none installed); pip install 'chainlora[ray]'"
+        ) from None
+    if not ray.is_initialized():
+        ray.init(address=None, log_to_driver=False)
+    remote = ray.remote(max_retries=2)(compute_remotely)
+    waiting, running = list(work), dict[Any, tuple[Cell, Path]]()
+    while waiting or running:
+        while waiting and len(running) < workers:
+            cell, directory = waiting.pop(0)
+            running[remote.remote(dump_config(cell.config))] = (cell, directory)
+        done, _ = ray.wait(list(running), timeout=1.0)
+        poll([cell for cell, _ in running.values()])
+        for reference in done:
+            cell, directory = running.pop(reference)
+            yield cell, _collect(ray, reference, directory)
+
+
+def _collect(ray: Any, reference: Any, directory: Path) -> str | None:
+    try:
+        result = ray.get(reference)
+    except Exception as error:  # whatever a cell raises fails that cell alone
+        message = " ".join(str(getattr(error, "cause", None) or error).split())[:2000]
+        write_atomically(directory / ERROR, message + "\n")
+        return message
+    write_atomically(directory / RESULT, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    return None

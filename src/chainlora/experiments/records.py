@@ -1,0 +1,136 @@
+"""Results as records: one JSON line a cell, enough to make every table and figure from.
+
+    {"format": 1, "kind": "experiment", "name": …, "methods": …, "pairs": …}      the first line
+    {"format": 1, "kind": "choice", "task": …, "method": …, "chosen": …, "tried": […]}   one a task and
+    method tuned
+    {"format": 1, "kind": "cell", "cell": id, "phase": …, "task": …, "method": …, "seed": …, …}   one a cell
+
+A cell line has: `status` (done, diverged), `metric` and `score_split`; `validation`, `test` (metrics of the
+final
+model: score, loss, majority rate); `validation_best` (best value met at knots and evaluations);
+`train_loss` (mean over the last tenth of the steps); `steps`, `tokens`, `rows`; `flops` (counted) and
+`flops_6nd`; `wall_s`, `peak_rss_mb`; `trainable_parameters`; `ranks`, `link_steps`, `link_scores`; `config`
+(values other than the defaults); `versions`, `hardware`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import RunError
+from .expansion import Cell
+from .schema import Experiment
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Results:
+    """What a results file holds."""
+
+    experiment: dict[str, Any]
+    choices: list[dict[str, Any]]
+    cells: list[dict[str, Any]]
+
+    @property
+    def finals(self) -> list[dict[str, Any]]:
+        """Cells of the final phase that trained to their end."""
+        return [cell for cell in self.cells if cell["phase"] == "final" and cell["status"] == "done"]
+
+
+def experiment_line(experiment: Experiment) -> dict[str, Any]:
+    """Return the first line: what a report must know of the experiment beside its cells."""
+    return {
+        "format": FORMAT,
+        "kind": "experiment",
+        "name": experiment.name,
+        "description": experiment.description,
+        "model": experiment.base.get("model"),
+        "tasks": list(experiment.tasks),
+        "methods": {name: experiment.describe_method(name) for name in experiment.methods},
+        "pairs": [list(pair) for pair in experiment.pairs],
+        "seeds": list(experiment.seeds),
+        "tuning_seeds": list(experiment.tuning_seeds),
+        "grid": {k: list(v) for k, v in experiment.tune.grid.items()},
+        "figures": list(experiment.figures),
+        "paper": experiment.paper,
+    }
+
+
+def cell_line(cell: Cell, result: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the line of a cell from its labels and its ``result.json``."""
+    labels = {
+        "format": FORMAT,
+        "kind": "cell",
+        "cell": cell.id,
+        "phase": cell.phase,
+        "task": cell.task,
+        "method": cell.method,
+        "seed": cell.seed,
+        "point": dict(cell.point),
+    }
+    return labels | {key: value for key, value in result.items() if key != "format"}
+
+
+def write_results(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
+    """Replace a results file atomically, one compact JSON object a line."""
+    text = "".join(json.dumps(line, ensure_ascii=False, separators=(",", ":")) + "\n" for line in lines)
+    write_atomically(path, text)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a text file so that a kill at any instant leaves the old one or the new one."""
+    scratch = path.with_name(f"{path.name}.{os.getpid()}.new")
+    with scratch.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    scratch.replace(path)
+
+
+def read_results(path: str | Path) -> Results:
+    """Read a results file, or ``results.jsonl`` in a folder.
+
+    Raises RunError: no such file, a line that is not JSON, or a format of another version.
+    """
+    path = Path(path)
+    path = path / "results.jsonl" if path.is_dir() else path
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise RunError(
+            f"results file must be readable (got {path}: {error.strerror}); it is what `chainlora "
+            "experiment run` writes"
+        ) from None
+    lines = [
+        _read_line(path, number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()
+    ]
+    heads = [line for line in lines if line["kind"] == "experiment"]
+    if len(heads) != 1:
+        raise RunError(f"results file must have one line of kind experiment (got {len(heads)} in {path})")
+    return Results(heads[0], _of_kind(lines, "choice"), _of_kind(lines, "cell"))
+
+
+def _read_line(path: Path, number: int, line: str) -> dict[str, Any]:
+    try:
+        value = json.loads(line)
+    except ValueError as error:
+        raise RunError(
+            f"results file must hold one JSON object a line (got {path} line {number}: {error})"
+        ) from None
+    if not isinstance(value, dict) or value.get("format") != FORMAT:
+        got = value.get("format") if isinstance(value, dict) else type(value).__name__
+        raise RunError(
+            f"results must be of format {FORMAT} (got {got!r} in {path} line {number}); read them with the "
+            "version of chainlora that wrote them, or run the experiment again"
+        )
+    return value
+
+
+def _of_kind(lines: Sequence[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
+    return [line for line in lines if line["kind"] == kind]

@@ -1,0 +1,326 @@
+"""A report from a results file alone: Markdown, CSV and LaTeX tables, PNG and SVG figures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from .analysis import (
+    OVERALL,
+    Comparison,
+    Summary,
+    compare_all,
+    compare_losses,
+    missing_cells,
+    paper_model,
+    summarise_all,
+)
+from .records import Results, read_results, write_atomically
+from .tables import Table, big, number, to_csv
+
+
+@dataclass(frozen=True)
+class Report:
+    """A report: its Markdown text and the files written."""
+
+    markdown: str
+    files: list[Path]
+    summaries: list[Summary]
+    comparisons: list[Comparison]
+
+
+def report_experiment(results: str | Path, out: str | Path | None = None, *, figures: bool = True) -> Report:
+    """Make the report of a results file (or of the folder that holds ``results.jsonl``).
+
+    Writes ``report.md``, ``scores.csv``, ``differences.csv``, ``scores.tex``, ``differences.tex`` and the
+    figures into `out`; None is the results' own folder.
+
+    Raises RunError: no such file, or one of another format version.
+    """
+    found = read_results(results)
+    path = Path(results)
+    folder = Path(out) if out is not None else (path if path.is_dir() else path.parent)
+    folder.mkdir(parents=True, exist_ok=True)
+    summaries, comparisons, losses = summarise_all(found), compare_all(found), compare_losses(found)
+    tables = {
+        "scores": scores_table(found, summaries),
+        "differences": differences_table(comparisons, "score"),
+    }
+    drawn: list[Path] = []
+    if figures:
+        from .figures import draw_figures
+
+        drawn = draw_figures(found, summaries, comparisons, folder)
+    text = _markdown(found, summaries, comparisons, losses, tables, [path.name for path in drawn])
+    texts = {"report.md": text} | {f"{name}.tex": table.latex() for name, table in tables.items()}
+    texts["scores.csv"] = to_csv([_flat(summary) for summary in summaries])
+    texts["differences.csv"] = to_csv([_flat_comparison(each) for each in [*comparisons, *losses]])
+    for name, content in texts.items():
+        write_atomically(folder / name, content)
+    return Report(text, [folder / name for name in texts] + drawn, summaries, comparisons)
+
+
+def _markdown(
+    results: Results,
+    summaries: Sequence[Summary],
+    comparisons: Sequence[Comparison],
+    losses: Sequence[Comparison],
+    tables: dict[str, Table],
+    figures: Sequence[str],
+) -> str:
+    parts = [
+        _introduction(results),
+        _verdicts(comparisons),
+        tables["scores"].markdown(),
+        tables["differences"].markdown(),
+    ]
+    if losses:
+        parts.append(differences_table(losses, "held-out loss").markdown())
+    parts += [_figure_links(figures), costs_table(summaries).markdown()]
+    if results.choices:
+        parts.append(choices_table(results).markdown())
+    parts += [_methods(results), _provenance(results)]
+    return "\n".join(part for part in parts if part)
+
+
+def _introduction(results: Results) -> str:
+    head = results.experiment
+    lines = [
+        f"# {head['name']}",
+        "",
+        head["description"].strip() or "An experiment.",
+        "",
+        f"Model: {head['model']}. Seeds: {', '.join(map(str, head['seeds']))}. {_how_chosen(results)}",
+    ]
+    missing = missing_cells(results)
+    diverged = [cell for cell in results.cells if cell["phase"] == "final" and cell["status"] == "diverged"]
+    if missing:
+        lines += ["", f"**Not there yet** ({len(missing)}): {'; '.join(missing)}."]
+    if diverged:
+        names = "; ".join(f"{cell['task']} {cell['method']} seed {cell['seed']}" for cell in diverged)
+        lines += ["", f"**Diverged** ({len(diverged)}): {names}."]
+    return "\n".join(lines) + "\n"
+
+
+def _how_chosen(results: Results) -> str:
+    if not results.choices:
+        return "No hyper-parameter was tuned: every method ran with the values of the file."
+    seeds = ", ".join(map(str, results.experiment["tuning_seeds"]))
+    keys = ", ".join(
+        dict.fromkeys(
+            key for choice in results.choices for tried in choice["tried"] for key in tried["point"]
+        )
+    )
+    return (
+        f"Chosen on validation rows for each task and method apart, never on test rows: {keys} "
+        f"(tuning seeds: {seeds})."
+    )
+
+
+def _verdicts(comparisons: Sequence[Comparison]) -> str:
+    if not comparisons:
+        return ""
+    whole = [c for c in comparisons if c.task == OVERALL]
+    each = [c for c in comparisons if c.task != OVERALL]
+    lines = ["## Verdict", ""]
+    for comparison in whole or each:
+        place = "over all tasks" if comparison.task == OVERALL else f"on {comparison.task}"
+        lines.append(f"- {sentence(comparison, place)}{_tally(comparison, each) if whole else ''}")
+    return "\n".join(lines) + "\n"
+
+
+def sentence(comparison: Comparison, place: str) -> str:
+    """Return a comparison in words, with its interval and p-value."""
+    d = comparison.difference
+    words = {"wins": "is better than", "loses": "is worse than", "undecided": "cannot be told apart from"}[
+        d.verdict
+    ]
+    return (
+        f"{comparison.method} {words} {comparison.rival} {place}: {number(d.mean, sign=True)} "
+        f"(95 % interval {number(d.low, sign=True)} to {number(d.high, sign=True)}, {d.num_pairs} pairs, "
+        f"exact p = {d.p:.3g}, Holm {d.p_holm:.3g})"
+    )
+
+
+def _tally(whole: Comparison, each: Sequence[Comparison]) -> str:
+    own = [c.difference for c in each if (c.method, c.rival) == (whole.method, whole.rival)]
+    counts = [
+        f"{sum(d.verdict == verdict for d in own)} {verdict}" for verdict in ("wins", "loses", "undecided")
+    ]
+    ahead = sum(d.mean > 0 for d in own)
+    return f"; by task: {', '.join(counts)}; ahead on {ahead} of {len(own)}"
+
+
+def scores_table(results: Results, summaries: Sequence[Summary]) -> Table:
+    """Return mean ± sd by method (rows) and task (columns), the majority class, the paper's numbers."""
+    tasks = [task for task in results.experiment["tasks"] if any(s.task == task for s in summaries)]
+    by = {(s.task, s.method): s for s in summaries}
+    rows = []
+    for method in results.experiment["methods"]:
+        if any((task, method) in by for task in tasks):
+            rows.append((method, *(_score(by.get((task, method))) for task in tasks)))
+    majority = [next((s.majority for s in summaries if s.task == task), None) for task in tasks]
+    if any(value is not None for value in majority):
+        rows.append(("majority class", *(number(value) for value in majority)))
+    paper = results.experiment.get("paper")
+    for method in results.experiment["methods"]:
+        printed = [by[task, method].paper if (task, method) in by else None for task in tasks]
+        if any(value is not None for value in printed):
+            rows.append((f"paper: {method} ({paper_model(paper)})", *(number(value) for value in printed)))
+    heads = ("method", *(f"{task} ({_metric(summaries, task)})" for task in tasks))
+    return Table("Scores", heads, tuple(rows), "Mean ± standard deviation over seeds (number of seeds).")
+
+
+def _metric(summaries: Sequence[Summary], task: str) -> str:
+    summary = next(s for s in summaries if s.task == task)
+    split = "" if summary.split == "test" else f", {summary.split}"
+    return f"{summary.metric}{split}"
+
+
+def _score(summary: Summary | None) -> str:
+    if summary is None:
+        return "–"
+    digits = 4 if summary.metric == "loss" else 2
+    spread = f" ± {number(summary.sd, digits)}" if summary.num_seeds > 1 else ""
+    return f"{number(summary.mean, digits)}{spread} ({summary.num_seeds})"
+
+
+def differences_table(comparisons: Sequence[Comparison], value: str) -> Table:
+    """Return the paired differences with intervals, tests and verdicts."""
+    digits = 2 if value == "score" else 4
+    rows = tuple(
+        (
+            c.task,
+            f"{c.method} − {c.rival}",
+            str(d.num_pairs),
+            number(d.mean, digits, sign=True),
+            number(d.sd, digits),
+            f"{number(d.low, digits, sign=True)} to {number(d.high, digits, sign=True)}",
+            f"{d.p:.3g}",
+            f"{d.p_holm:.3g}",
+            f"{d.smallest_p:.2g}",
+            d.verdict,
+        )
+        for c in comparisons
+        for d in [c.difference]
+    )
+    heads = ("task", "pair", "n", "difference", "sd", "95 % interval", "p", "Holm p", "smallest p", "verdict")
+    note = (
+        "Paired by seed; positive is better. Interval: BCa bootstrap of the mean (narrow under ten pairs)."
+        " p: exact sign-flip test, two-sided; smallest p is what so many pairs can reach at best. Holm: over"
+        " the tasks and pairs of this table, apart from its rows for all tasks. A verdict needs an "
+        "interval without zero and Holm p ≤ 0.05."
+    )
+    return Table(f"Paired differences in {value}", heads, rows, note)
+
+
+def costs_table(summaries: Sequence[Summary]) -> Table:
+    """Return what each method cost and where its losses ended."""
+    rows = tuple(
+        (
+            f"{s.task} {s.method}",
+            ", ".join(map(str, s.ranks)) or "–",
+            big(s.num_trained),
+            big(s.tokens),
+            big(s.flops),
+            big(s.flops_6nd),
+            number(s.wall_s, 1),
+            number(s.peak_rss_mb, 0),
+            number(s.train_loss, 4),
+            number(s.held_out_loss, 4),
+            number(s.validation),
+        )
+        for s in summaries
+    )
+    heads = (
+        "task and method",
+        "ranks",
+        "trained",
+        "tokens",
+        "FLOPs",
+        "6·N·D",
+        "seconds",
+        "peak MiB",
+        "train loss",
+        "held-out loss",
+        "validation",
+    )
+    note = (
+        "Means per run. Trained: parameters of the largest link. FLOPs: counted, forward and backward."
+        " 6·N·D: the paper's rule, N the parameters trained. Train loss: over the last tenth of the steps."
+    )
+    return Table("Cost", heads, rows, note)
+
+
+def choices_table(results: Results) -> Table:
+    """Return what was chosen on validation rows, and the scores it was chosen from."""
+    rows = []
+    for choice in results.choices:
+        chosen = choice["chosen"]
+        tried = "; ".join(
+            f"{_point(t['point'])}: {number(t['mean'], 4) if t['mean'] is not None else 'diverged'}"
+            for t in choice["tried"]
+        )
+        rows.append(
+            (
+                f"{choice['task']} {choice['method']}",
+                _point(chosen) if chosen else "none",
+                choice["metric"],
+                tried,
+            )
+        )
+    return Table(
+        "Chosen hyper-parameters", ("task and method", "chosen", "by validation", "tried"), tuple(rows)
+    )
+
+
+def _point(point: dict[str, Any]) -> str:
+    return ", ".join(
+        f"{key.rpartition('.')[2]} {value:g}"
+        if isinstance(value, float | int)
+        else f"{key.rpartition('.')[2]} {value}"
+        for key, value in point.items()
+    )
+
+
+def _figure_links(figures: Sequence[str]) -> str:
+    return (
+        "\n".join(f"![{name[:-4]}]({name})" for name in figures if name.endswith(".png")) + "\n"
+        if figures
+        else ""
+    )
+
+
+def _methods(results: Results) -> str:
+    lines = [f"- **{name}**: {line}" for name, line in results.experiment["methods"].items()]
+    return "## Methods\n\n" + "\n".join(lines) + "\n"
+
+
+def _provenance(results: Results) -> str:
+    finals = [cell for cell in results.cells if cell["status"] == "done"]
+    versions = sorted({", ".join(f"{k} {v}" for k, v in cell["versions"].items()) for cell in finals})
+    hardware = sorted({json.dumps(cell["hardware"], sort_keys=True) for cell in finals})
+    seconds = sum({cell["cell"]: cell["wall_s"] for cell in finals}.values())
+    return "\n".join(
+        [
+            "## Where this comes from",
+            "",
+            f"{len(finals)} cells, {seconds / 3600:.2f} hours of training and scoring in all.",
+            *(f"Versions: {line}." for line in versions),
+            *(f"Hardware: {line}." for line in hardware),
+            "",
+        ]
+    )
+
+
+def _flat(summary: Summary) -> dict[str, Any]:
+    values = asdict(summary)
+    return values | {"point": json.dumps(values["point"]), "ranks": " ".join(map(str, summary.ranks))}
+
+
+def _flat_comparison(comparison: Comparison) -> dict[str, Any]:
+    values = asdict(comparison)
+    return {key: values[key] for key in ("task", "method", "rival", "value")} | values["difference"]

@@ -1,0 +1,337 @@
+"""Run the cells of an experiment: skip what is done, keep what fails apart, go on after a kill.
+
+    OUT/experiment.yaml      what was asked
+    OUT/cells/<id>/          config.yaml, run/ (a run directory), log.txt, result.json or error.txt
+    OUT/results.jsonl        one line a cell (see records.py), rewritten whenever a cell ends
+
+A cell is done when its result.json is there, and that file is written last. Nothing else is state: to run
+again is to go on. Tuning cells come first; the final cells of a task and method are known once its tuning
+cells have ended.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from ..config import dump_config
+from ..errors import ConfigError, RunError
+from .choice import Trial, choose, chosen_points
+from .expansion import Cell, Point, expand, expand_tuning, points
+from .records import cell_line, experiment_line, write_atomically, write_results
+from .schema import Experiment, load_experiment
+from .worker import CONFIG, ERROR, RESULT, STATUS
+
+logger = logging.getLogger(__name__)
+
+Listener = Callable[[Mapping[str, Any]], None]
+_POLL_SECONDS = 0.2
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of an experiment. `failed` maps a cell's words to its one-line error."""
+
+    out: Path
+    num_cells: int
+    num_run: int
+    failed: dict[str, str]
+
+    @property
+    def results(self) -> Path:
+        """The results file."""
+        return self.out / "results.jsonl"
+
+
+def run_experiment(
+    path: str | Path,
+    out: str | Path,
+    *,
+    workers: int = 1,
+    backend: Literal["local", "ray"] = "local",
+    overrides: Sequence[tuple[str, str]] = (),
+    listener: Listener | None = None,
+    max_cells: int | None = None,
+) -> Outcome:
+    """Run an experiment file and return what became of it.
+
+    Args:
+        path: the experiment file.
+        out: folder for cells and results; one that holds some of them is gone on with.
+        workers: cells at a time (processes on this machine, or Ray tasks). Threads are divided among them.
+        backend: "local", or "ray" for a cluster (extra `ray`).
+        overrides: ``("base.data.dir", "rows")`` pairs that replace values of the file.
+        listener: gets ``{"event": "plan"|"cell"|"poll"|"end", …}`` as work goes on.
+        max_cells: stop after so many cells; the rest is for another call.
+
+    Raises:
+        ConfigError: a file or a cell that cannot work, before anything runs; an unknown backend; Ray not
+        installed.
+        RunError: at the end, if cells failed: how many, the first one's error and where its log is.
+    """
+    experiment = load_experiment(path, overrides)
+    outcome = run_cells(
+        experiment, Path(out), workers=workers, backend=backend, listener=listener, max_cells=max_cells
+    )
+    raise_on_failure(outcome)
+    return outcome
+
+
+def raise_on_failure(outcome: Outcome) -> None:
+    """Raise RunError if cells failed."""
+    if outcome.failed:
+        name, message = next(iter(outcome.failed.items()))
+        raise RunError(
+            f"every cell must end (got {len(outcome.failed)} of {outcome.num_cells} failed, first {name}: "
+            f"{message}); logs are in {outcome.out / 'cells'}, run again to retry them"
+        )
+
+
+def run_cells(
+    experiment: Experiment,
+    out: Path,
+    *,
+    workers: int = 1,
+    backend: str = "local",
+    listener: Listener | None = None,
+    max_cells: int | None = None,
+) -> Outcome:
+    """Run an experiment as `run_experiment` does, but return failures instead of raising them."""
+    if workers < 1:
+        raise ConfigError(f"`workers` must be at least 1 (got {workers})")
+    expand(experiment)  # refuses what cannot work before anything runs
+    session = _Session(experiment, out, listener or (lambda record: None))
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomically(
+        out / "experiment.yaml", yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False)
+    )
+    execute = _executor(backend, workers)
+    left = max_cells
+    for phase in (session.tuning_cells, session.final_cells):
+        cells = phase()
+        todo = [cell for cell in _one_each(cells) if not session.is_done(cell)]
+        todo = todo[:left] if left is not None else todo
+        session.begin(cells, todo, workers)
+        for cell, error in execute([(cell, session.prepare(cell)) for cell in todo], session.poll):
+            session.end(cell, error)
+            left = None if left is None else left - 1
+    session.gather()
+    session.listener({"event": "end", "failed": session.failed})
+    return Outcome(out, len(session.asked), session.num_run, session.failed)
+
+
+def _one_each(cells: Sequence[Cell]) -> list[Cell]:
+    """Cells of one config are computed once, whatever they are called."""
+    return list({cell.id: cell for cell in reversed(cells)}.values())[::-1]
+
+
+class _Session:
+    """One call of the runner: where things are, what failed, whom to tell."""
+
+    def __init__(self, experiment: Experiment, out: Path, listener: Listener) -> None:
+        self.experiment, self.out, self.listener = experiment, out, listener
+        self.failed: dict[str, str] = {}
+        self.num_run = 0
+        self.asked: dict[tuple[str, str, int, str], Cell] = {}
+        self.running: dict[str, Cell] = {}
+
+    def directory(self, cell: Cell) -> Path:
+        return self.out / "cells" / cell.id
+
+    def is_done(self, cell: Cell) -> bool:
+        return (self.directory(cell) / RESULT).is_file()
+
+    def result(self, cell: Cell) -> dict[str, Any]:
+        return json.loads((self.directory(cell) / RESULT).read_text(encoding="utf-8"))
+
+    def prepare(self, cell: Cell) -> Path:
+        directory = self.directory(cell)
+        directory.mkdir(parents=True, exist_ok=True)
+        write_atomically(directory / CONFIG, dump_config(cell.config))
+        (directory / ERROR).unlink(missing_ok=True)
+        return directory
+
+    def tuning_cells(self) -> list[Cell]:
+        return expand_tuning(self.experiment)
+
+    def choices(self) -> list[dict[str, Any]]:
+        """Choose from the tuning cells; a (task, method) chooses once none of its cells is outstanding."""
+        cells = self.tuning_cells()
+        waiting = {
+            (cell.task, cell.method)
+            for cell in cells
+            if not self.is_done(cell) and str(cell) not in self.failed
+        }
+        trials = []
+        for cell in cells:
+            if (cell.task, cell.method) in waiting or not self.is_done(cell):
+                continue
+            result = self.result(cell)
+            metrics = result["validation"] if result["status"] == "done" else None
+            if metrics is None and result["status"] == "done":
+                raise ConfigError(
+                    f"hyper-parameters are chosen on validation rows (got none for {cell}); give "
+                    "data.validation or leave `tune` out"
+                )
+            trials.append(Trial(cell.task, cell.method, cell.point, metrics, result["metric"]))
+        return choose(trials, self.experiment.tune.metric)
+
+    def chosen(self) -> dict[tuple[str, str], Point]:
+        """Return the point of each (task, method) that is known; one without a grid has only one."""
+        fixed: dict[tuple[str, str], Point] = {}
+        for method in self.experiment.methods:
+            grid = points(self.experiment, method)
+            if len(grid) == 1:
+                fixed |= {(task, method): grid[0] for task in self.experiment.tasks}
+        return fixed | chosen_points(self.choices())
+
+    def final_cells(self) -> list[Cell]:
+        chosen = self.chosen()
+        for record in self.choices():
+            if record["chosen"] is None:
+                self.failed[f"{record['task']} {record['method']}"] = "every point of its grid diverged"
+        return expand(self.experiment, chosen)
+
+    def begin(self, cells: Sequence[Cell], todo: Sequence[Cell], workers: int) -> None:
+        self.asked |= {(cell.task, cell.method, cell.seed, cell.id): cell for cell in cells}
+        outstanding = 0 if cells and cells[0].phase == "final" else self._num_finals()
+        self.listener(
+            {
+                "event": "plan",
+                "phase": cells[0].phase if cells else "final",
+                "cells": len(cells),
+                "todo": [str(cell) for cell in todo],
+                "later": outstanding,
+                "workers": workers,
+                "tasks": [cell.task for cell in todo],
+            }
+        )
+
+    def _num_finals(self) -> int:
+        experiment = self.experiment
+        first = {
+            (task, method): points(experiment, method)[0]
+            for task in experiment.tasks
+            for method in experiment.methods
+        }
+        return len(expand(experiment, first))
+
+    def poll(self, running: Sequence[Cell]) -> None:
+        """Tell the listener how far the running cells are."""
+        shares = {}
+        for cell in running:
+            try:
+                status = json.loads((self.directory(cell) / STATUS).read_text(encoding="utf-8"))
+                shares[str(cell)] = status["step"] / max(status["num_steps"], 1)
+            except (OSError, ValueError, KeyError):
+                shares[str(cell)] = 0.0
+        self.listener({"event": "poll", "running": shares})
+
+    def end(self, cell: Cell, error: str | None) -> None:
+        self.num_run += 1
+        record: dict[str, Any] = {"event": "cell", "cell": str(cell), "task": cell.task, "error": error}
+        if error is None:
+            result = self.result(cell)
+            record |= {key: result.get(key) for key in ("status", "metric", "score", "wall_s")}
+            if result["status"] == "diverged" and cell.phase == "final":
+                self.failed[str(cell)] = result["message"]
+        else:
+            self.failed[str(cell)] = error
+        self.listener(record)
+        self.gather()
+
+    def gather(self) -> None:
+        """Write the results file from all cells asked for so far that are done."""
+        cells = [cell_line(cell, self.result(cell)) for cell in self.tuning_cells() if self.is_done(cell)]
+        choices = self.choices()
+        finals = [
+            cell_line(cell, self.result(cell))
+            for cell in expand(self.experiment, self.chosen())
+            if self.is_done(cell)
+        ]
+        lines = [{"format": 1, "kind": "choice"} | record for record in choices]
+        write_results(self.out / "results.jsonl", [experiment_line(self.experiment), *lines, *cells, *finals])
+
+
+# --- where cells run ------------------------------------------------------------------------------
+
+Work = Sequence[tuple[Cell, Path]]
+Executor = Callable[[Work, Callable[[Sequence[Cell]], None]], Iterator[tuple[Cell, str | None]]]
+
+
+def _executor(backend: str, workers: int) -> Executor:
+    if backend == "local":
+        return lambda work, poll: run_local(work, poll, workers)
+    if backend == "ray":
+        from .ray_backend import run_on_ray
+
+        return lambda work, poll: run_on_ray(work, poll, workers)
+    raise ConfigError(f"`backend` must be local or ray (got {backend!r})")
+
+
+def run_local(
+    work: Work, poll: Callable[[Sequence[Cell]], None], workers: int
+) -> Iterator[tuple[Cell, str | None]]:
+    """Run cells as processes here, `workers` at a time; yield each with its error, or None, as it ends."""
+    waiting, slots = list(work), list(range(workers))
+    running: dict[int, tuple[Cell, Path, subprocess.Popen[bytes]]] = {}
+    try:
+        while waiting or running:
+            while waiting and slots:
+                cell, directory = waiting.pop(0)
+                slot = slots.pop(0)
+                running[slot] = (cell, directory, _start(directory, slot, workers))
+            ended = [slot for slot, (_, _, process) in running.items() if process.poll() is not None]
+            for slot in ended:
+                cell, directory, process = running.pop(slot)
+                slots.append(slot)
+                yield cell, _error(directory, process.returncode)
+            if not ended:
+                poll([cell for cell, _, _ in running.values()])
+                time.sleep(_POLL_SECONDS)
+    finally:
+        for _, _, process in running.values():
+            process.terminate()
+            process.wait()
+
+
+def _start(directory: Path, slot: int, workers: int) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "chainlora.experiments.worker", str(directory), "--watch"]
+    with (directory / "log.txt").open("ab") as log:
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=log,
+            env=os.environ | worker_environment(slot, workers, os.environ),
+        )
+
+
+def worker_environment(slot: int, workers: int, environment: Mapping[str, str]) -> dict[str, str]:
+    """Return what a worker's environment adds: its share of the threads, and of the GPUs listed."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = environment.get("OMP_NUM_THREADS") or str(max(1, cores // workers))
+    added = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
+    devices = [device for device in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if device.strip()]
+    if len(devices) > 1:
+        added["CUDA_VISIBLE_DEVICES"] = devices[slot % len(devices)]
+    return added
+
+
+def _error(directory: Path, status: int) -> str | None:
+    if (directory / RESULT).is_file():
+        return None
+    try:
+        return (directory / ERROR).read_text(encoding="utf-8").strip()
+    except OSError:
+        return f"its process ended with status {status} and no result; see {directory / 'log.txt'}"
