@@ -17,9 +17,9 @@ from chainlora.errors import ConfigError, DataError, ModelError
 from chainlora.evaluate import evaluate, majority_rate, write_predictions
 from chainlora.forward import Path
 from chainlora.generation import generate_greedy
+from chainlora.likelihood import evaluation_batches, score_examples
 from chainlora.metrics import exact_match, macro_f1, normalize_answer, perplexity, token_f1
 from chainlora.packing import Example, pack
-from chainlora.scoring import evaluation_batches, score_examples
 
 # Float32 log-probabilities near -5 carry rounding of about 5e-7; summing in another order over a few layers
 # stays below 1e-5.
@@ -163,6 +163,22 @@ def test_a_shared_passage_is_computed_once():
     assert len(batches) == 1
     # two passages, four questions, eight answers, and each row's (8, 11) reads one token more than (7,)
     assert pack([examples[i] for i in batches[0]]).num_tokens <= 50 + 30 + 2 * (9 + 12) + 4 * (4 + 8) + 8
+
+
+def test_a_short_beginning_does_not_make_a_pack_one_large_tree():
+    """Attention inside a tree is square in its size: a template of 20 tokens is not worth a tree of 2000."""
+    rng = random.Random(9)
+    template = words(rng, 20)
+    templated = [classified(i, template + words(rng, 60), [(5,), (6,)]) for i in range(30)]
+    free = [classified(i, words(rng, 80), [(5,), (6,)]) for i in range(30)]
+    sizes = [
+        max(
+            pack([rows[i] for i in batch]).num_tokens for batch in evaluation_batches(rows, max_tokens=10_000)
+        )
+        for rows in (templated, free)
+    ]
+    assert sizes[0] <= 512
+    assert sizes[1] == 30 * 80
 
 
 @settings(max_examples=30, deadline=None)

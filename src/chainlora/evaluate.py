@@ -2,7 +2,7 @@
 
 Candidates are compared by the mean log-probability of their tokens (the MeZO protocol, arXiv 2305.17333); the
 best wins, the *lowest index* among equals. Language-model rows give loss and perplexity per token; free-text
-answers are generated greedily. `scoring` runs the model; nothing here knows about packs.
+answers are generated greedily. `likelihood` runs the model; nothing here knows about packs.
 """
 
 from __future__ import annotations
@@ -14,14 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path as FilePath
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from .errors import ConfigError, DataError
-from .forward import Path
+from .forward import Path, causal_model
 from .generation import generate_greedy
+from .likelihood import Progress, evaluating, score_examples
 from .metrics import INDEX_METRICS, LOSS_METRICS, TEXT_METRICS, check_metrics, majority_rate, perplexity
 from .packing import Example
-from .scoring import Progress, evaluating, score_examples
 
 __all__ = ["Evaluation", "evaluate", "majority_rate", "write_predictions"]
 
@@ -41,7 +42,7 @@ class Evaluation:
 
 
 def evaluate(
-    model: PreTrainedModel,
+    model: nn.Module,
     examples: Sequence[Example],
     *,
     metrics: Sequence[str] | str,
@@ -105,7 +106,7 @@ def write_predictions(path: str | FilePath, evaluation: Evaluation) -> None:
 
 
 def _evaluate_candidates(
-    model: PreTrainedModel,
+    model: nn.Module,
     examples: Sequence[Example],
     names: Sequence[str],
     tokenizer: PreTrainedTokenizerBase | None,
@@ -131,7 +132,7 @@ def _evaluate_candidates(
 
 
 def _evaluate_likelihood(
-    model: PreTrainedModel,
+    model: nn.Module,
     examples: Sequence[Example],
     path: Path | None,
     max_tokens: int,
@@ -151,7 +152,7 @@ def _evaluate_likelihood(
 
 
 def _evaluate_generation(
-    model: PreTrainedModel,
+    model: nn.Module,
     examples: Sequence[Example],
     names: Sequence[str],
     tokenizer: PreTrainedTokenizerBase | None,
@@ -170,7 +171,7 @@ def _evaluate_generation(
 
     with evaluating(model):
         texts = generate_greedy(
-            model,
+            causal_model(model),
             _required(tokenizer),
             [example.prompt for example in examples],
             max_new_tokens=max_new_tokens,

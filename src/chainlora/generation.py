@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from transformers import (
     GenerationConfig,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
     StoppingCriteria,
     StoppingCriteriaList,
@@ -40,7 +39,7 @@ class _StopAt(StoppingCriteria):
 
 
 def generate_greedy(
-    model: PreTrainedModel,
+    model: Any,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[int]],
     *,
@@ -55,9 +54,10 @@ def generate_greedy(
     its beginning-of-sequence token kept. `max_tokens` bounds the padded tokens of a batch, new ones included;
     `progress(n)` is told the number of prompts just done.
 
+    `model` is a transformers causal language model.
     Raises DataError on an empty prompt and ConfigError when `max_new_tokens` does not fit the context.
     """
-    context = getattr(model.config, "max_position_embeddings", None)
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if max_new_tokens < 1 or (context is not None and max_new_tokens >= context):
         raise ConfigError(
             f"max_new_tokens must be at least 1 and below the context of {context} tokens "
@@ -71,9 +71,7 @@ def generate_greedy(
         ids, mask = _left_padded([cut[i] for i in batch], int(config.pad_token_id), model.device)
         criteria = StoppingCriteriaList([_StopAt(tokenizer, stop, ids.shape[1])] if stop else [])
         with _own_config(model, config):
-            output: Any = model.generate(  # type: ignore[operator]
-                input_ids=ids, attention_mask=mask, stopping_criteria=criteria
-            )
+            output = model.generate(input_ids=ids, attention_mask=mask, stopping_criteria=criteria)
         answers = tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
         for index, answer in zip(batch, answers, strict=True):
             texts[index] = (answer.split(stop, 1)[0] if stop else answer).strip()
@@ -93,9 +91,7 @@ def _cut_left(prompt: Sequence[int], room: int | None, bos: int | None, row: int
     return kept + list(prompt[len(prompt) - room + len(kept) :])
 
 
-def _greedy_config(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int
-) -> GenerationConfig:
+def _greedy_config(model: Any, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> GenerationConfig:
     """Plain greedy search; nothing is inherited from the model's own generation config but where it ends."""
     own = getattr(model, "generation_config", None)
     ends = getattr(own, "eos_token_id", None)
@@ -114,7 +110,7 @@ def _greedy_config(
 
 
 @contextmanager
-def _own_config(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
+def _own_config(model: Any, config: GenerationConfig) -> Iterator[None]:
     """Let `config` stand in for the model's own, which `generate` would mix in (sampling, penalties)."""
     before = model.generation_config
     model.generation_config = config

@@ -1,156 +1,57 @@
-"""Scores: the mean log-probability of every sequence, in packs that share what they can.
-
-Examples are put in the order of their tokens before they are packed, so that rows on one passage (MultiRC,
-BoolQ) and the candidates of one row meet in the same pack, where what they share is computed once.
-"""
+"""Score a run or a model on a task: from a name to metrics, in one call."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
-from transformers import PreTrainedModel
 
-from .errors import ModelError
-from .forward import Path, choose_path, hidden_states
-from .losses import candidate_scores
-from .packing import Example, pack
-
-Progress = Callable[[int, int], None]
-_MIN_SHARED = 8  # as `pack`: shorter common prefixes are not stored apart
-# Attention inside a tree of sequences is square in its size. For a 135M Llama and MultiRC (a passage of 300
-# tokens, 45 an answer) the cost per answer is least between 1000 and 2000 tokens, a quarter higher at 4000.
-_MAX_TREE = 1536
+from .evaluate import evaluate, majority_rate, write_predictions
+from .export import load_run
+from .models import context_length, load_model
+from .prepare import encode_split, load_task_split
+from .tasks import Task
 
 
-def score_examples(
-    model: PreTrainedModel,
-    examples: Sequence[Example],
+def evaluate_task(
+    run_or_model: str | Path,
+    task: Task,
     *,
-    path: Path | None = None,
-    max_tokens: int = 4096,
-    progress: Progress | None = None,
-) -> list[list[float]]:
-    """Return, per example, the mean log-probability per token of each of its sequences.
+    data: str | None = None,
+    split: str = "validation",
+    limit: int | None = None,
+    num_links: int | None = None,
+    dtype: str | None = None,
+    predictions: str | Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Return `task`, `split`, `rows` and `metrics` of a run directory's chain, or of any model.
 
-    Raises ModelError when a score is not a number.
+    The first `limit` rows of the split are scored, in file order, from the folder `data` or the Hub.
+    `num_links` takes a run's chain as it was then; `dtype` defaults to the run's own, or float32.
+    `predictions` names a file for one JSON line a row.
     """
-    path = choose_path(model) if path is None else path
-    device = next(model.parameters()).device
-    scores: list[list[float]] = [[] for _ in examples]
-    done = 0
-    with evaluating(model):
-        for indices in evaluation_batches(examples, max_tokens=max_tokens, path=path):
-            batch = pack([examples[i] for i in indices]).to(device)
-            flat = candidate_scores(model, hidden_states(model, batch, path=path), batch).tolist()
-            for index in indices:
-                count = len(examples[index].sequences)
-                scores[index], flat = flat[:count], flat[count:]
-                if any(math.isnan(score) for score in scores[index]):
-                    raise ModelError(
-                        f"scores must be numbers (got nan at row {examples[index].row}); the model's "
-                        "weights or its dtype are at fault, try float32"
-                    )
-            done += len(indices)
-            if progress is not None:
-                progress(done, len(examples))
-    return scores
-
-
-def evaluation_batches(
-    examples: Sequence[Example], *, max_tokens: int, path: Path = Path.PACKED
-) -> Iterator[list[int]]:
-    """Yield lists of example indices, each a pack that computes at most `max_tokens` (or a single example).
-
-    Packed: in the order of tokens, so that neighbours share all they can; a run of sequences with a common
-    beginning is cut off at a length where its attention would cost more than reading the beginning again.
-    Padded: longest first, counting the padding.
-    """
-    return (
-        _packed_batches(examples, max_tokens)
-        if path is Path.PACKED
-        else _padded_batches(examples, max_tokens)
+    is_run = (Path(run_or_model) / "chain.json").is_file()
+    rows = load_task_split(task, data, split, limit)
+    if is_run:
+        model, tokenizer = load_run(run_or_model, num_links=num_links, dtype=dtype)
+    else:
+        model, tokenizer = load_model(run_or_model, getattr(torch, dtype or "float32"))
+    examples = encode_split(task, rows, tokenizer, context_length(model))
+    found = evaluate(
+        model,
+        examples,
+        metrics=task.metric,
+        tokenizer=tokenizer,
+        stop=task.stop,
+        max_new_tokens=task.max_new_tokens,
+        progress=progress,
     )
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Run in inference and eval mode, and give every module its own mode back."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-def _packed_batches(examples: Sequence[Example], max_tokens: int) -> Iterator[list[int]]:
-    inputs = [sorted(set(_inputs(example))) for example in examples]
-    batch: list[int] = []
-    tokens = tree = 0
-    last: tuple[int, ...] = ()
-    for index in sorted(range(len(examples)), key=lambda i: (inputs[i][0], i)):
-        fresh, shares = _fresh_tokens(inputs[index], last)
-        tree = tree + fresh if shares else fresh
-        if batch and (tokens + fresh > max_tokens or (shares and tree > _MAX_TREE)):
-            yield batch
-            batch, tokens = [], 0
-            tree = fresh = _fresh_tokens(inputs[index], ())[0]
-        batch.append(index)
-        tokens, last = tokens + fresh, inputs[index][-1]
-    if batch:
-        yield batch
-
-
-def _padded_batches(examples: Sequence[Example], max_tokens: int) -> Iterator[list[int]]:
-    inputs = [set(_inputs(example)) for example in examples]
-    longest = [max(map(len, sequences)) for sequences in inputs]
-    batch: list[int] = []
-    rows = width = 0
-    for index in sorted(range(len(examples)), key=lambda i: (-longest[i], i)):
-        if batch and (rows + len(inputs[index])) * width > max_tokens:
-            yield batch
-            batch, rows = [], 0
-        width = width if batch else longest[index]
-        batch.append(index)
-        rows += len(inputs[index])
-    if batch:
-        yield batch
-
-
-def _inputs(example: Example) -> Iterator[tuple[int, ...]]:
-    """Yield the tokens of each sequence that must be read: all before its last target."""
-    for tokens, spans in zip(example.sequences, example.scored, strict=True):
-        yield tokens[: max((end for _, end in spans), default=1) - 1]
-
-
-def _fresh_tokens(inputs: Sequence[tuple[int, ...]], last: tuple[int, ...]) -> tuple[int, bool]:
-    """Return how many tokens sorted `inputs` add to a pack that ends in `last`, and whether they share.
-
-    An upper bound of what `pack` stores: each sequence is compared with the one before it.
-    """
-    fresh, shares = 0, False
-    for place, sequence in enumerate(inputs):
-        common = _common_prefix(last, sequence)
-        stored = common if common >= min(_MIN_SHARED, len(sequence)) else 0
-        shares |= place == 0 and stored > 0
-        fresh += len(sequence) - stored
-        last = sequence
-    return fresh, shares
-
-
-def _common_prefix(a: tuple[int, ...], b: tuple[int, ...]) -> int:
-    """Return the length of the common prefix, by bisection over slices (compared at C speed)."""
-    low, high = 0, min(len(a), len(b))
-    while low < high:
-        middle = (low + high + 1) // 2
-        if a[low:middle] == b[low:middle]:
-            low = middle
-        else:
-            high = middle - 1
-    return low
+    if predictions is not None:
+        write_predictions(predictions, found)
+    metrics = dict(found.metrics)
+    if task.loss == "candidates":
+        metrics["majority"] = majority_rate(examples)
+    return {"task": task.name, "split": split, "rows": found.num_rows, "metrics": metrics}
