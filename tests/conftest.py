@@ -61,3 +61,57 @@ def shared_models() -> Path:
     if not path.is_dir():
         pytest.skip("no shared models beside the checkout (set CHAINLORA_TEST_DATA)")
     return path
+
+
+WORDS = "the cat sat on a mat and saw two red birds fly over green hill yes no maybe good bad it was".split()
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory) -> Path:
+    """A model folder as the Hub has them: a tiny Llama in safetensors and a byte-level BPE tokenizer with a chat
+    template, made on the spot."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("hub") / "tiny-llama"
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["<pad>", "<s>", "</s>"],
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    tokenizer.train_from_iterator([" ".join(WORDS), *(f" {word}\n" for word in WORDS)] * 4, trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    fast.chat_template = (
+        "{% for message in messages %}<s>{{ message['role'] }}\n{{ message['content'] }}</s>\n{% endfor %}"
+        "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
+    )
+    fast.save_pretrained(folder)
+    tiny_model("llama", vocab_size=len(fast)).save_pretrained(folder)
+    return folder
+
+
+def write_rows(path: Path, rows: list[dict]) -> Path:
+    import json
+
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def sentiment(tmp_path_factory) -> Path:
+    """A folder with a task file and its rows: which of two words was said, learnable in a few steps."""
+    import random
+
+    folder = tmp_path_factory.mktemp("sentiment")
+    draw = random.Random(0)
+    rows = []
+    for _ in range(48):
+        label = draw.randrange(2)
+        middle = " ".join(draw.sample(WORDS[:14], draw.randrange(2, 9)))
+        rows.append({"text": f"{['bad', 'good'][label]} {middle}", "label": label})
+    write_rows(folder / "train.jsonl", rows[:32])
+    write_rows(folder / "validation.jsonl", rows[32:])
+    (folder / "task.yaml").write_text(
+        'name: sentiment\ndescription: Good or bad?\nprompt: "{{ text }} it was"\nlabels: [" bad", " good"]\n'
+        "metric: accuracy\nloss: candidates\n", encoding="utf-8")
+    return folder

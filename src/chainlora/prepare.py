@@ -9,7 +9,7 @@ from .config import DataConfig
 from .data import encode_examples
 from .errors import ConfigError
 from .packing import Example
-from .tasks import Row, Task, load_rows, load_split, load_task, sample_splits
+from .tasks import Row, Task, explode_rows, load_rows, load_split, load_task, sample_splits
 
 SPLITS = ("train", "validation", "test")
 
@@ -65,7 +65,7 @@ def _task_rows(task: Task, data: DataConfig) -> dict[str, list[Row]]:
     if data.train is None:
         return sample_splits(task, data.dir, data.num_train, data.num_validation, data.num_test, data.data_seed,
                              data.sampling)
-    return _file_rows(data)
+    return {split: explode_rows(task, rows) if rows else [] for split, rows in _file_rows(data).items()}
 
 
 def _file_rows(data: DataConfig) -> dict[str, list[Row]]:

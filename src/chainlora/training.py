@@ -32,6 +32,7 @@ from .config import LinkConfig, RunConfig, TrainConfig
 from .data import epoch_batches
 from .errors import ConfigError, TrainingError
 from .evaluate import Evaluation, evaluate, majority_rate
+from .fast_lora import accelerate_layers
 from .forward import choose_path, hidden_states
 from .losses import candidate_loss, completion_loss
 from .models import context_length, load_model, resolve_model
@@ -190,6 +191,8 @@ def _tune_chain(run: _Run, began: float) -> None:
 
 def _begin_link(run: _Run, index: int, config: LinkConfig) -> None:
     adapter = extend_chain(run.chain, config, backward=_gradient_batches(run, index))
+    if run.config.train.speedups == "auto":
+        accelerate_layers(adapter.layers.values())
     run.optimizer = make_optimizer(adapter, run.config.train)
     if index and run.config.train.optimizer_reset == "prune":
         kept = run.kept_moments if run.kept_moments is not None else run.directory.load_moments()  # type: ignore[union-attr]
@@ -475,13 +478,11 @@ def _write_manifest(run: _Run, selected: Mapping[str, Any] | None = None, links:
 def _finish(run: _Run, results: dict[str, Any], seconds: float) -> dict[str, Any]:
     config, progress = run.config, run.progress
     progress.seconds = seconds
-    trained = sum(share.a.numel() + share.b.numel() for share in run.chain.links[0].factors.values()) if len(
-        run.chain) else 0
     result = {
         "format": store.FORMAT, "model": config.model, "task": config.data.task, **results, "best": progress.best,
         "links": [store.describe_link(link) for link in run.chain.links], "steps": progress.step,
         "tokens": progress.tokens, "rows": len(run.splits.train), "wall_s": round(seconds, 2),
-        "peak_memory_mb": peak_memory_mb(), "trainable_parameters": trained, "versions": store.versions(),
+        "peak_memory_mb": peak_memory_mb(), "trainable_parameters": _num_trained(run), "versions": store.versions(),
         "hardware": {"machine": platform.machine(), "threads": torch.get_num_threads(),
                      "device": str(run.accelerator.device)},
     }
@@ -501,6 +502,22 @@ def _finish(run: _Run, results: dict[str, Any], seconds: float) -> dict[str, Any
         run.accelerator.end_training()
     run.chain.detach()
     return result
+
+
+def _num_trained(run: _Run) -> int:
+    """Parameters trained at a time: those of the largest link, or of the whole model."""
+    if run.config.chain.tune == "full":
+        return sum(parameter.numel() for parameter in run.chain.model.parameters())
+    return max((_num_parameters(link) for link in run.chain.links), default=0)
+
+
+def _num_parameters(link: Link) -> int:
+    config, total = link.config, sum(weight.numel() for weight in link.extra.values())
+    for share in link.factors.values():
+        total += config.rank * ((config.train_factors != "B") * share.a.shape[1]
+                                + (config.train_factors != "A") * share.b.shape[0])
+        total += sum(part.numel() for part in (share.bias, share.magnitude) if part is not None)
+    return total
 
 
 def peak_memory_mb() -> int:
