@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import random
@@ -13,12 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference_scorer import reference_predictions, reference_scores
 
+from chainlora.data import NamedExample
 from chainlora.errors import ConfigError, DataError, ModelError
 from chainlora.evaluate import evaluate, majority_rate, write_predictions
 from chainlora.forward import Path
 from chainlora.generation import generate_greedy
 from chainlora.likelihood import evaluation_batches, score_examples
-from chainlora.metrics import exact_match, macro_f1, normalize_answer, perplexity, token_f1
+from chainlora.metrics import token_f1
 from chainlora.packing import Example, pack
 
 # Float32 log-probabilities near -5 carry rounding of about 5e-7; summing in another order over a few layers
@@ -202,6 +204,21 @@ def test_progress_counts_rows():
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
 
 
+def test_scores_without_metrics():
+    model = tiny_model("llama")
+    examples = many_tokens(random.Random(8))
+    for row, expected in zip(score_examples(model, examples), reference_scores(model, examples), strict=True):
+        assert row == pytest.approx(expected, abs=TOLERANCE)
+
+
+def test_majority_rate_is_that_of_the_commonest_label():
+    prompt = (5, 6)
+    examples = [classified(i, prompt, [(7,), (8,)], label) for i, label in enumerate((1, 0, 1, 1))]
+    assert majority_rate(examples) == 0.75
+    with pytest.raises(DataError, match="needs rows with a label"):
+        majority_rate(language_rows(random.Random(0)))
+
+
 def test_predictions_are_one_json_line_a_row(tmp_path):
     examples = many_tokens(random.Random(6))
     found = evaluate(tiny_model("opt"), examples, metrics="accuracy")
@@ -327,40 +344,28 @@ def test_generated_answers_are_scored_against_their_references(stories):
     assert found.predictions[1]["references"] == ["nothing"]
 
 
-# --- metrics ----------------------------------------------------------------------------------------------
+def test_a_candidate_is_compared_by_what_it_stands_for():
+    """As in ReCoRD, where a candidate is a whole sentence and an answer the entity in it."""
+    rng = random.Random(10)
+    names = ("New York", "New Jersey")
+    rows = []
+    for i, references in enumerate((("Boston", "the New York"), ("Jersey",))):
+        plain = classified(i, words(rng, 12), [words(rng, 4), words(rng, 4)])
+        rows.append(NamedExample(i, plain.sequences, plain.scored, 0, plain.prompt, references, names))
+    found = evaluate(tiny_model("llama"), rows, metrics=["em", "token_f1"])
+    chosen = [names[p["prediction"]] for p in found.predictions]
+    assert found.metrics["em"] == (chosen[0] == "New York") / 2
+    expected = token_f1(chosen[0], rows[0].references) + token_f1(chosen[1], rows[1].references)
+    assert found.metrics["token_f1"] == expected / 2
 
 
-def test_answers_are_normalised_as_squad_does():
-    assert normalize_answer("The  Quick, brown-fox\tof a An") == "quick brownfox of"
-    assert exact_match("the Eiffel Tower!", ["Louvre", "Eiffel tower"]) == 1
-    assert exact_match("Eiffel", ["Eiffel Tower"]) == 0
-    assert token_f1("in the year 1889", ["1889", "year 1888"]) == pytest.approx(0.5)  # 1 of 3 words, 1 of 1
-    assert token_f1("the", ["a"]) == 1
-    assert token_f1("the", ["tower"]) == 0
-    assert token_f1("anything", []) == 0
-
-
-def test_macro_f1_is_the_mean_over_classes():
-    # class 0: precision 2/3, recall 1 → 0.8; class 1: 1, 1/2 → 2/3; class 2 never right → 0
-    assert macro_f1([0, 0, 1, 1, 2], [0, 0, 1, 0, 1]) == pytest.approx((2 * 2 / 5 + 2 * 1 / 4 + 0) / 3)
-    assert macro_f1([1, 1], [1, 1]) == 1
-
-
-def test_majority_rate_is_that_of_the_commonest_label():
-    prompt = (5, 6)
-    examples = [classified(i, prompt, [(7,), (8,)], label) for i, label in enumerate((1, 0, 1, 1))]
-    assert majority_rate(examples) == 0.75
-    with pytest.raises(DataError, match="needs rows with a label"):
-        majority_rate(language_rows(random.Random(0)))
-
-
-def test_perplexity_does_not_overflow():
-    assert perplexity(0) == 1
-    assert perplexity(1e4) == math.inf
-
-
-def test_scores_without_metrics():
-    model = tiny_model("llama")
-    examples = many_tokens(random.Random(8))
-    for row, expected in zip(score_examples(model, examples), reference_scores(model, examples), strict=True):
-        assert row == pytest.approx(expected, abs=TOLERANCE)
+def test_a_candidate_without_a_name_is_its_own_words(stories):
+    model, tokenizer = stories
+    prompt = tuple(tokenizer("Once upon a time")["input_ids"])
+    texts = [" there was a cat", " there was"]
+    candidates = [tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
+    row = dataclasses.replace(classified(0, prompt, candidates), references=("There was!",))
+    found = evaluate(model, [row], metrics="token_f1", tokenizer=tokenizer)
+    assert found.metrics["token_f1"] == token_f1(texts[found.predictions[0]["prediction"]], row.references)
+    with pytest.raises(ConfigError, match="pass `tokenizer`"):
+        evaluate(model, [row], metrics="token_f1")

@@ -62,7 +62,7 @@ def evaluate(
             get `loss`, the mean over rows of the cross-entropy over candidates; language-model rows get
             `loss` per token (natural logarithm) and `perplexity`, unless only `em` and `token_f1`, which
             generate, are asked for.
-        tokenizer: for `em` and `token_f1`.
+        tokenizer: for `em` and `token_f1`, unless candidates have names.
         path: how packs run through the model; None chooses.
         max_tokens: tokens computed in one forward, shared ones counted once; a larger row goes alone.
         max_new_tokens: bound of a generated answer (default 50, as in MeZO).
@@ -121,7 +121,7 @@ def _evaluate_candidates(
     chosen = [_best(row) for row in scores]
     found = {name: INDEX_METRICS[name](labels, chosen) for name in names if name in INDEX_METRICS}
     if text_names:
-        texts = [_candidate_text(e, i, _required(tokenizer)) for e, i in zip(examples, chosen, strict=True)]
+        texts = [_candidate_text(e, i, tokenizer) for e, i in zip(examples, chosen, strict=True)]
         found |= _text_metrics(text_names, texts, examples)
     found["loss"] = math.fsum(map(_cross_entropy, scores, labels)) / len(examples)
     predictions = [
@@ -229,12 +229,13 @@ def _text_metrics(
     }
 
 
-def _candidate_text(example: Example, index: int, tokenizer: PreTrainedTokenizerBase) -> str:
+def _candidate_text(example: Example, index: int, tokenizer: PreTrainedTokenizerBase | None) -> str:
+    """Return what a candidate stands for (`data.NamedExample`, as in ReCoRD), else its own words."""
     names = getattr(example, "names", ())
     if names:
         return str(names[index])
     tokens = [t for start, end in example.scored[index] for t in example.sequences[index][start:end]]
-    return str(tokenizer.decode(tokens, skip_special_tokens=True)).strip()
+    return str(_required(tokenizer).decode(tokens, skip_special_tokens=True)).strip()
 
 
 def _best(scores: Sequence[float]) -> int:
