@@ -20,6 +20,8 @@ _FROM_BLOCK_INPUT = frozenset(
     {"q_proj", "k_proj", "v_proj", "qkv_proj", "c_attn", "query_key_value", "query", "key", "value", "Wqkv"}
 )
 
+_ROLES = {"q_proj": "q", "query": "q", "k_proj": "k", "key": "k", "v_proj": "v", "value": "v"}
+
 
 @dataclass(frozen=True)
 class Matmul:
@@ -74,10 +76,24 @@ def training_flops(
         first = min((m.block for m in adapted), default=0)
         weights = sum(_lora_flops(m, rank, factors, flows=_needs_input_gradient(m, first)) for m in adapted)
     inputs = sum(2 * m.num_in * m.num_out for m in shapes.matmuls if _needs_input_gradient(m, first))
-    blocks = len({m.block for m in shapes.matmuls if m.block >= 0})
-    live_blocks = len({m.block for m in shapes.matmuls if m.block >= max(first, 0)})
-    attention = 8 * context * shapes.attention_width * live_blocks / max(blocks, 1)
-    return total + weights + inputs + attention
+    return total + weights + inputs + _attention_backward(shapes, first, context, tune)
+
+
+def _attention_backward(shapes: Shapes, first: int, context: float, tune: str) -> float:
+    """Gradients of queries, keys, values and weights: what the first adapted block needs, and all above."""
+    blocks = sorted({m.block for m in shapes.matmuls if m.block >= 0})
+    one = 2 * context * shapes.attention_width / len(blocks)
+    above = 4 * one * sum(block > first for block in blocks)
+    adapted = {
+        m.name.rpartition(".")[2]
+        for m in shapes.matmuls
+        if m.block == first and (m.adapted or tune == "full")
+    }
+    roles = {
+        role for name in adapted for role in _ROLES.get(name, "qkv" if name in _FROM_BLOCK_INPUT else "")
+    }
+    here = len(roles) + bool(roles & {"q", "k"})  # the attention weights' gradient leads to queries and keys
+    return above + here * one
 
 
 def _needs_input_gradient(matmul: Matmul, first_block: int) -> bool:

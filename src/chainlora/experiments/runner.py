@@ -30,7 +30,7 @@ from .choice import Trial, choose, chosen_points
 from .expansion import Cell, Point, expand, expand_tuning, points
 from .records import cell_line, experiment_line, write_atomically, write_results
 from .schema import Experiment, load_experiment
-from .worker import CONFIG, ERROR, RESULT, STATUS
+from .worker import CONFIG, ERROR, RESULT, STATUS, work_on
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ def run_experiment(
     out: str | Path,
     *,
     workers: int = 1,
-    backend: Literal["local", "ray"] = "local",
+    backend: Literal["local", "inline", "ray"] = "local",
     overrides: Sequence[tuple[str, str]] = (),
     listener: Listener | None = None,
     max_cells: int | None = None,
@@ -69,7 +69,8 @@ def run_experiment(
         path: the experiment file.
         out: folder for cells and results; one that holds some of them is gone on with.
         workers: cells at a time (processes on this machine, or Ray tasks). Threads are divided among them.
-        backend: "local", or "ray" for a cluster (extra `ray`).
+        backend: "local"; "inline", cells one by one in this process (no start-up, but its peak memory is this
+            process's); "ray" for a cluster (extra `ray`).
         overrides: ``("base.data.dir", "rows")`` pairs that replace values of the file.
         listener: gets ``{"event": "plan"|"cell"|"poll"|"end", …}`` as work goes on.
         max_cells: stop after so many cells; the rest is for another call.
@@ -272,11 +273,20 @@ Executor = Callable[[Work, Callable[[Sequence[Cell]], None]], Iterator[tuple[Cel
 def _executor(backend: str, workers: int) -> Executor:
     if backend == "local":
         return lambda work, poll: run_local(work, poll, workers)
+    if backend == "inline":
+        return run_inline
     if backend == "ray":
         from .ray_backend import run_on_ray
 
         return lambda work, poll: run_on_ray(work, poll, workers)
-    raise ConfigError(f"`backend` must be local or ray (got {backend!r})")
+    raise ConfigError(f"`backend` must be local, inline or ray (got {backend!r})")
+
+
+def run_inline(work: Work, poll: Callable[[Sequence[Cell]], None]) -> Iterator[tuple[Cell, str | None]]:
+    """Run cells one by one in this process; yield each with its error, or None, as it ends."""
+    for cell, directory in work:
+        poll([cell])
+        yield cell, None if work_on(directory) == 0 else _error(directory, 1)
 
 
 def run_local(

@@ -19,7 +19,6 @@ import shutil
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -38,8 +37,12 @@ def main() -> int:
     """Run the cell named on the command line; return 0 when its result is there."""
     if "--watch" in sys.argv:
         threading.Thread(target=_die_with_parent, daemon=True).start()
-    directory = Path(sys.argv[1])
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
+    return work_on(Path(sys.argv[1]))
+
+
+def work_on(directory: Path) -> int:
+    """Bring the cell in `directory` to its end unless it is there; return 0 when its result is, else 1."""
     with _lock(directory / "lock"):
         if (directory / RESULT).is_file():
             return 0
@@ -47,7 +50,7 @@ def main() -> int:
             run_cell(directory)
         except Exception as error:
             if not isinstance(error, ChainLoRAError):
-                traceback.print_exc()
+                logger.exception("cell %s", directory.name)
             kind = "" if isinstance(error, ChainLoRAError) else f"unexpected {type(error).__name__}: "
             write_atomically(directory / ERROR, kind + " ".join(str(error).split())[:2000] + "\n")
             return 1

@@ -1,0 +1,547 @@
+"""Experiments: what is expanded, what survives, what is chosen, what statistics and report say."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import yaml
+from conftest import tiny_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
+
+from chainlora.config import make_config
+from chainlora.errors import ConfigError, RunError
+from chainlora.experiments import (
+    compare,
+    comparison,
+    expand,
+    load_experiment,
+    make_experiment,
+    read_results,
+    report_experiment,
+    run_cells,
+    run_experiment,
+)
+from chainlora.experiments.choice import Trial, choose
+from chainlora.experiments.expansion import config_id, expand_tuning
+from chainlora.experiments.flops import paper_flops, training_flops
+from chainlora.experiments.measure import shapes_of
+from chainlora.experiments.progress import time_left
+from chainlora.experiments.runner import worker_environment
+from chainlora.experiments.statistics import (
+    bootstrap_interval,
+    compare_pairs,
+    holm,
+    judge,
+    mean_sd,
+    paired_differences,
+    sign_flip_test,
+)
+
+
+def tree(tiny_folder, sentiment, **keys):
+    """A small experiment: two methods, two rates, two seeds, on rows that are learnt in a few steps."""
+    return {
+        "name": "small",
+        "base": {
+            "model": str(tiny_folder),
+            "recipe": {"rank": 2, "steps": 6, "scaling": 2},
+            "data": {
+                "train": str(sentiment / "train.jsonl"),
+                "validation": str(sentiment / "validation.jsonl"),
+                "test": str(sentiment / "validation.jsonl"),
+            },
+            "chain": {"target_modules": ["q_proj", "v_proj"]},
+            "train": {"batch_size": 8},
+        },
+        "tasks": {"mood": {"data": {"task": str(sentiment / "task.yaml")}}},
+        "methods": ["lora", "chain3"],
+        "seeds": [0, 1],
+        "tune": {"grid": {"train.lr": [1e-3, 1e-2]}},
+    } | keys
+
+
+@pytest.fixture(scope="module")
+def done(tiny_folder, sentiment, tmp_path_factory):
+    """The small experiment, run."""
+    out = tmp_path_factory.mktemp("experiment")
+    experiment = make_experiment(tree(tiny_folder, sentiment))
+    return experiment, out, run_cells(experiment, out, backend="inline")
+
+
+# --- expansion -------------------------------------------------------------------------------------
+
+
+def test_cells_are_task_by_method_by_grid_by_seed_with_stable_ids(tiny_folder, sentiment):
+    experiment = make_experiment(tree(tiny_folder, sentiment, methods=["lora", "chain3", "zero_shot"]))
+    tuning, everything = expand_tuning(experiment), expand(experiment)
+    assert len(tuning) == 2 * 2  # two methods that train, two rates, the first seed
+    assert len(everything) == 2 * 2 * 2 + 1  # what trains nothing needs neither rate nor second seed
+    assert [cell.id for cell in everything] == [cell.id for cell in expand(experiment)]
+    assert len({cell.id for cell in everything}) == len(everything)
+    chain = next(cell for cell in everything if cell.method == "chain3")
+    assert chain.config.chain.ranks == (2, 2, 2)
+    assert chain.config.chain.steps == (2, 2, 2)
+    assert chain.config.chain.alpha == 4
+    moved = chain.config.model_copy(
+        update={"output": "elsewhere", "data": chain.config.data.model_copy(update={"dir": "rows"})}
+    )
+    assert config_id(moved) == chain.id  # where things lie changes nothing
+    assert (
+        len(
+            {
+                config_id(
+                    make_config(
+                        {
+                            "model": "m",
+                            "data": {"task": "rte"},
+                            "chain": {"ranks": []},
+                            "train": {"seed": seed},
+                        }
+                    )
+                )
+                for seed in (0, 1)
+            }
+        )
+        == 2
+    )
+
+
+def test_what_an_experiment_file_cannot_say(tiny_folder, sentiment, tmp_path):
+    good = tree(tiny_folder, sentiment)
+    for keys, words in (
+        ({"method": []}, "unknown key `method`; did you mean 'methods'"),
+        ({"methods": ["lorra"]}, "did you mean 'lora'"),
+        (
+            {"methods": {"lora": {"recipes": {}}}},
+            r"unknown key `methods.lora.recipes`; did you mean 'recipe'",
+        ),
+        ({"baseline": "dora"}, "`baseline` must name methods of this file"),
+        ({"seeds": [1, 1]}, "must differ"),
+        ({"tune": {"grid": {"lr": [1]}}}, "config keys such as train.lr"),
+        ({"tune": {"grid": {"train.lr": []}}}, "at least one value"),
+        ({"figures": ["pie"]}, "figures"),
+    ):
+        with pytest.raises(ConfigError, match=words) as error:
+            make_experiment(good | keys)
+        assert "\n" not in str(error.value)
+    for keys, words in (
+        ({"tasks": ["rtee"]}, "did you mean 'rte'"),
+        ({"base": good["base"] | {"train": {"lrr": 1}}}, "did you mean 'lr'"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            expand(make_experiment(good | keys))
+    with pytest.raises(ConfigError, match="must be readable"):
+        load_experiment(tmp_path / "none.yaml")
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump(good))
+    changed = load_experiment(tmp_path / "a.yaml", [("base.train.batch_size", "4")])
+    assert changed.base["train"]["batch_size"] == 4
+
+
+# --- choice ----------------------------------------------------------------------------------------
+
+
+def test_the_choice_is_by_validation_then_loss_then_order():
+    def trial(rate, accuracy, loss, method="lora"):
+        metrics = None if accuracy is None else {"accuracy": accuracy, "loss": loss}
+        return Trial("t", method, (("train.lr", rate),), metrics, "accuracy")
+
+    (record,) = choose([trial(1, 0.5, 1.0), trial(2, 0.7, 0.9), trial(3, 0.7, 0.8), trial(4, 0.7, 0.8)])
+    assert record["chosen"] == {"train.lr": 3}
+    (record,) = choose([trial(1, 0.9, 1.0), trial(1, None, 0.0), trial(2, 0.1, 1.0), trial(2, 0.1, 1.0)])
+    assert record["chosen"] == {"train.lr": 2}  # a rate that diverges under one seed is not chosen
+    (record,) = choose([trial(1, 0.9, 1.0), trial(2, 0.1, 0.5)], metric="loss")
+    assert record["chosen"] == {"train.lr": 2}
+    (record,) = choose([trial(1, None, 0.0)])
+    assert record["chosen"] is None
+    assert not any("test" in field for field in Trial.__dataclass_fields__)
+
+
+# --- running ---------------------------------------------------------------------------------------
+
+
+def test_a_run_tunes_chooses_and_gathers(done):
+    _, _, outcome = done
+    assert not outcome.failed
+    results = read_results(outcome.results)
+    assert len(results.finals) == 4
+    assert len([cell for cell in results.cells if cell["phase"] == "tune"]) == 4
+    for choice in results.choices:
+        best = max(tried["mean"] for tried in choice["tried"])
+        chosen = next(tried for tried in choice["tried"] if tried["point"] == choice["chosen"])
+        assert chosen["mean"] == best
+    cell = results.finals[0]
+    assert cell["score"] == cell["test"]["accuracy"]
+    assert cell["steps"] == sum(cell["link_steps"]) == 6
+    assert cell["config"]["train"]["lr"] == cell["point"]["train.lr"]
+    assert cell["flops"] > cell["flops_6nd"] > 0
+    assert {"torch", "python"} <= cell["versions"].keys()
+    assert len({c["trainable_parameters"] for c in results.finals}) == 1  # memory of one LoRA, chain or not
+
+
+def test_what_is_done_is_not_done_again(done):
+    experiment, out, _ = done
+    before = {path: path.stat().st_mtime_ns for path in out.glob("cells/*/result.json")}
+    again = run_cells(experiment, out, backend="inline")
+    assert again.num_run == 0
+    assert {path: path.stat().st_mtime_ns for path in out.glob("cells/*/result.json")} == before
+    more = experiment.model_copy(update={"seeds": (0, 1, 2)})
+    assert run_cells(more, out, backend="inline").num_run == 2  # one more seed, two methods
+    run_cells(experiment, out, backend="inline")
+
+
+def test_a_failed_cell_is_reported_and_the_others_go_on(tiny_folder, sentiment, tmp_path):
+    tasks = {
+        "gone": {
+            "data": {
+                "task": "rte",
+                "train": None,
+                "validation": None,
+                "test": None,
+                "dir": str(tmp_path / "nowhere"),
+            }
+        },
+        "mood": {"data": {"task": str(sentiment / "task.yaml")}},
+    }
+    path = tmp_path / "experiment.yaml"
+    path.write_text(yaml.safe_dump(tree(tiny_folder, sentiment, tasks=tasks, tune={}, seeds=[0])))
+    events = []
+    with pytest.raises(
+        RunError, match=r"got 2 of 4 failed, first gone lora seed=0: task 'rte' needs its 'train'"
+    ) as e:
+        run_experiment(path, tmp_path / "out", backend="inline", listener=events.append)
+    assert "or leave the folder out to fetch" in str(e.value)  # the other way is named
+    results = read_results(tmp_path / "out")
+    assert [cell["task"] for cell in results.finals] == ["mood", "mood"]
+    ended = [event for event in events if event["event"] == "cell"]
+    assert [event["error"] is None for event in ended] == [False, False, True, True]
+    assert "gone lora: seeds 0" in report_experiment(tmp_path / "out", figures=False).markdown
+    with pytest.raises(ConfigError, match="must be local, inline or ray"):
+        run_experiment(path, tmp_path / "out", backend="slurm")
+
+
+def test_a_rate_that_diverges_is_not_chosen_and_not_a_failure(tiny_folder, sentiment, tmp_path):
+    experiment = make_experiment(
+        tree(tiny_folder, sentiment, methods=["lora"], seeds=[0], tune={"grid": {"train.lr": [1e30, 1e-3]}})
+    )
+    outcome = run_cells(experiment, tmp_path, backend="inline")
+    assert not outcome.failed
+    (choice,) = read_results(tmp_path).choices
+    assert choice["chosen"] == {"train.lr": 1e-3}
+    assert [tried["mean"] is None for tried in choice["tried"]] == [True, False]
+
+
+def test_killed_and_run_again_by_processes(tiny_folder, sentiment, tmp_path):
+    """SIGKILL to the runner: its workers end too, and the next run goes on with the half cells."""
+    base = tree(tiny_folder, sentiment, methods=["chain3"], seeds=[0, 1], tune={})
+    base["base"]["recipe"]["steps"] = 600
+    base["base"]["train"] |= {"save_every": 5}
+    path, out = tmp_path / "experiment.yaml", tmp_path / "out"
+    path.write_text(yaml.safe_dump(base))
+    code = (
+        "import sys; from chainlora.experiments import run_experiment;"
+        "run_experiment(sys.argv[1], sys.argv[2], workers=2)"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    runner = subprocess.Popen([sys.executable, "-c", code, str(path), str(out)], env=environment)
+    deadline = time.monotonic() + 120
+    while not list(out.glob("cells/*/run/checkpoints/*")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    runner.send_signal(signal.SIGKILL)
+    runner.wait()
+    half = [run.parent for run in out.glob("cells/*/run/checkpoints")]
+    assert half
+    assert not list(out.glob("cells/*/result.json"))
+    outcome = run_cells(load_experiment(path), out, backend="inline")
+    assert outcome.num_run == 2
+    assert not outcome.failed
+    records = [json.loads(line) for line in (half[0] / "metrics.jsonl").read_text().splitlines()]
+    steps = [record["step"] for record in records if record["event"] == "step"]
+    assert steps == list(range(1, 601))  # no step lost, none twice
+
+
+def test_threads_and_gpus_are_shared_out():
+    assert worker_environment(0, 10**6, {})["OMP_NUM_THREADS"] == "1"
+    assert worker_environment(0, 1, {"OMP_NUM_THREADS": "3"})["OMP_NUM_THREADS"] == "3"
+    assert worker_environment(3, 4, {"CUDA_VISIBLE_DEVICES": "4,6"})["CUDA_VISIBLE_DEVICES"] == "6"
+    assert "CUDA_VISIBLE_DEVICES" not in worker_environment(1, 2, {"CUDA_VISIBLE_DEVICES": "0"})
+
+
+def test_time_left_is_by_task_and_by_workers():
+    assert time_left([], [("a", 1.0)], 0, 1) is None
+    assert (
+        time_left([("a", 10.0), ("b", 30.0)], [("a", 0.5), ("b", 1.0), ("c", 1.0)], 2, 2)
+        == (5 + 30 + 20 + 40) / 2
+    )
+
+
+# --- statistics ------------------------------------------------------------------------------------
+
+
+def brute_force(values):
+    sums = [
+        abs(sum(s * v for s, v in zip(signs, values, strict=True)))
+        for signs in itertools.product((1, -1), repeat=len(values))
+    ]
+    return sum(total >= abs(sum(values)) - 1e-9 * sum(map(abs, values)) for total in sums) / len(sums)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.floats(-5, 5).map(lambda value: round(value, 2)), min_size=1, max_size=9))
+def test_the_sign_flip_test_counts_every_assignment(values):
+    assert sign_flip_test(values) == pytest.approx(brute_force(values), abs=1e-12)  # both are counts over 2^n
+
+
+def test_known_p_values():
+    assert sign_flip_test([1, 2, 3, 4, 5]) == 2 / 32  # the least that five pairs can reach
+    assert sign_flip_test([0, 0, 0]) == 1
+    assert sign_flip_test([1.0] * 30) == 2 / 2**30  # by halves, not by 2^30 sums
+    # one heads-or-tails too many for the exact count: drawn, within 5 sd of the exact two-sided binomial tail
+    many = [1.0] * 32 + [-1.0] * 18
+    exact = 2 * sum(math.comb(50, k) for k in range(32, 51)) / 2**50
+    assert sign_flip_test(many, num_draws=100_000) == pytest.approx(exact, abs=5 * math.sqrt(exact / 100_000))
+
+
+def test_holm_steps_down():
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])  # worked by hand
+    assert holm([0.9, 0.8]) == [1.0, 1.0]
+    assert holm([]) == []
+
+
+def test_mean_deviation_and_pairs():
+    assert mean_sd([1.0, 3.0]) == (2.0, pytest.approx(math.sqrt(2)))
+    assert math.isnan(mean_sd([1.0])[1])
+    assert paired_differences({0: 3.0, 1: 5.0, 7: 1.0}, {1: 4.0, 0: 1.0, 2: 0.0}) == [2.0, 1.0]
+
+
+def test_the_bootstrap_interval():
+    assert bootstrap_interval([2.0, 2.0, 2.0]) == (2.0, 2.0)
+    assert bootstrap_interval([2.0]) == (-math.inf, math.inf)
+    values = [0.1, 0.4, -0.3, 0.9, 1.4, 0.2, -0.1, 0.8]
+    low, high = bootstrap_interval(values)
+    assert (low, high) == bootstrap_interval(values)
+    assert low < sum(values) / 8 < high
+    # symmetric values need no correction: BCa and percentile agree, up to the draws' own noise
+    symmetric = [-3.0, -1.0, 0.0, 1.0, 3.0]
+    assert bootstrap_interval(symmetric) == pytest.approx(
+        bootstrap_interval(symmetric, method="percentile"), abs=0.2
+    )
+    # large samples: the normal interval, mean ± 1.96 sd / √n, within 5 % of its width
+    large = [math.sin(k) for k in range(1, 2001)]
+    mean, sd = mean_sd(large)
+    low, high = bootstrap_interval(large, num_resamples=2000)
+    half = 1.96 * sd / math.sqrt(2000)
+    assert low == pytest.approx(mean - half, abs=0.1 * half)
+    assert high == pytest.approx(mean + half, abs=0.1 * half)
+
+
+def test_the_bca_tails_are_scipy_s():
+    # scipy 1.17.1: bootstrap((skewed,), np.mean, method="BCa", n_resamples=200_000), random_state 0 and 1
+    skewed = [0.137, 0.211, 0.2543, 0.3071, 0.4219, 0.6127, 1.1037, 3.0119]
+    low, high = bootstrap_interval(skewed, num_resamples=100_000)
+    assert (low, high) == pytest.approx((0.3525, 1.8403), abs=0.03)  # scipy's own two differ by 0.023
+
+
+def test_a_verdict_needs_interval_and_test():
+    assert judge(0.1, 0.5, 0.01) == "wins"
+    assert judge(-0.5, -0.1, 0.05) == "loses"
+    assert judge(0.1, 0.5, 0.06) == "undecided"
+    assert judge(-0.1, 0.5, 0.01) == "undecided"
+    many, five, none = compare_pairs([[1.0, 1.1, 0.9, 1.2, 0.8, 1.0, 1.3], [1.0] * 5, []])
+    assert none is None
+    assert many.verdict == "wins"
+    assert many.p_holm == 2 * many.p == 4 / 2**7
+    assert five.verdict == "undecided"  # five pairs cannot reach 5 %
+    assert five.smallest_p == 2 / 32
+
+
+# --- costs -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("architecture", ["llama", "opt", "gpt2"])
+def test_counted_operations_are_torch_s_own_count(architecture):
+    from chainlora.adapters import attach
+    from chainlora.config import LinkConfig
+
+    model, length = tiny_model(architecture, attn_implementation="eager"), 24
+    targets = {"gpt2": ("c_attn",), "opt": ("q_proj", "v_proj"), "llama": ("k_proj", "down_proj")}[
+        architecture
+    ]
+    names = [name for name, _ in model.named_modules() if name.rpartition(".")[2] in targets]
+    shapes = shapes_of(model, names)
+    attach(model, LinkConfig(rank=4, alpha=4, target_modules=targets))
+    ids = torch.arange(2, 2 + length)[None]
+    with FlopCounterMode(display=False) as counter:
+        model(ids).logits[0, -1].sum().backward()
+    head = 2 * shapes.head_in * shapes.head_out
+    # eager attention multiplies the whole square: a context of `length`
+    ours = length * training_flops(shapes, 4, context=length) + length * 2 * head  # forward, input's gradient
+    assert ours == counter.get_total_flops()
+
+
+def test_the_paper_s_rule_gives_its_table_3():
+    parameters = 48 * 2 * (2048 + 2048)  # OPT-1.3B, q and v of 24 layers, two ranks given up
+    assert paper_flops([parameters], [152_588]) == pytest.approx(
+        3.60e11, rel=1e-3
+    )  # as printed, three digits
+    assert paper_flops([1, 2], [10, 20]) == 6 * (10 + 40)
+
+
+# --- report ----------------------------------------------------------------------------------------
+
+
+def lines(**head):
+    """A results file without a model: two methods, six seeds, the chain always two points ahead."""
+    first = {
+        "format": 1,
+        "kind": "experiment",
+        "name": "made",
+        "description": "Made up.",
+        "model": "none",
+        "tasks": ["wsc", "cb"],
+        "methods": {"lora": "One.", "chain3": "Three.", "zero_shot": "None."},
+        "pairs": [["chain3", "lora"]],
+        "seeds": list(range(6)),
+        "tuning_seeds": [0],
+        "grid": {},
+        "figures": ["scores", "differences", "chain_length", "rank_step_down"],
+        "paper": "table1",
+    } | head
+    yield first
+    for task, (method, ranks, ahead), seed in itertools.product(
+        ("wsc", "cb"), (("lora", [8], 0.0), ("chain3", [8, 8, 8], 0.02), ("zero_shot", [], -0.1)), range(6)
+    ):
+        if method == "zero_shot" and seed:
+            continue
+        score = 0.6 + 0.01 * seed + ahead + 0.001 * (seed % 2) * bool(ahead)
+        yield {
+            "format": 1,
+            "kind": "cell",
+            "cell": f"{task}{method}{seed}",
+            "phase": "final",
+            "task": task,
+            "method": method,
+            "seed": seed,
+            "point": {},
+            "status": "done",
+            "metric": "accuracy",
+            "score_split": "test",
+            "score": score,
+            "test": {"accuracy": score, "loss": 0.5 - ahead},
+            "validation": {"accuracy": score, "loss": 0.5},
+            "majority": 0.635,
+            "train_loss": 0.1,
+            "steps": 10,
+            "tokens": 1000,
+            "rows": 8,
+            "trainable_parameters": 64,
+            "flops": 1e9,
+            "flops_6nd": 1e6,
+            "wall_s": 1.5,
+            "peak_rss_mb": 100,
+            "ranks": ranks,
+            "link_steps": [],
+            "link_scores": [],
+            "config": {},
+            "versions": {"python": "3"},
+            "hardware": {"device": "cpu"},
+        }
+
+
+def write_lines(path, **head):
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines(**head)))
+    return path
+
+
+def test_a_report_comes_from_the_results_file_alone(tmp_path):
+    path = write_lines(tmp_path / "results.jsonl")
+    report = report_experiment(path)
+    assert "chain3 is better than lora over all tasks: +2.05" in report.markdown
+    assert (
+        "by task: 2 wins, 0 loses, 0 undecided; ahead on 2 of 2" not in report.markdown
+    )  # 2 / 2^6, twice: 0.0625
+    wins = {comparison.task: comparison.difference.verdict for comparison in report.comparisons}
+    assert wins == {"wsc": "undecided", "cb": "undecided", "all tasks": "wins"}
+    assert "| majority class | 63.50 | 63.50 |" in report.markdown
+    assert "| paper: chain3 (OPT-1.3B) | 60.19 | 76.42 |" in report.markdown
+    assert "| lora | 62.50 ± 1.87 (6) |" in report.markdown
+    names = {file.name for file in report.files}
+    assert {"report.md", "scores.csv", "differences.csv", "scores.tex", "differences.tex"} <= names
+    figures = {
+        f"{name}.{suffix}"
+        for name in ("scores", "differences", "chain_length", "rank_step_down")
+        for suffix in ("png", "svg")
+    }
+    assert figures <= names
+    assert all(file.stat().st_size > 0 for file in report.files)
+    assert r"$\pm$" in (tmp_path / "scores.tex").read_text()
+    before = {file: file.read_bytes() for file in report.files}
+    again = report_experiment(path)
+    assert {file: file.read_bytes() for file in again.files} == before  # same results, same bytes
+
+
+def test_results_that_cannot_be_read(tmp_path):
+    with pytest.raises(RunError, match="must be readable"):
+        read_results(tmp_path)
+    path = write_lines(tmp_path / "results.jsonl", format=2)
+    with pytest.raises(RunError, match=r"must be of format 1 \(got 2 in .* line 1\)"):
+        report_experiment(path)
+    path.write_text("{\n")
+    with pytest.raises(RunError, match="line 1"):
+        read_results(path)
+    with pytest.raises(ConfigError, match="unknown table of the paper 'table9'"):
+        report_experiment(write_lines(path, paper="table9"))
+
+
+def test_the_report_of_a_real_run(done):
+    _, out, _ = done
+    report = report_experiment(out, out / "report")
+    assert [summary.method for summary in report.summaries] == ["lora", "chain3"]
+    assert "Chosen on validation rows for each task and method apart" in report.markdown
+    assert "chain3 cannot be told apart from lora on mood" in report.markdown  # two seeds decide nothing
+
+
+# --- compare ---------------------------------------------------------------------------------------
+
+
+def test_compare_on_a_user_s_own_files(tiny_folder, sentiment, tmp_path):
+    rows = tmp_path / "mine.jsonl"
+    rows.write_text(
+        "".join(
+            json.dumps({"prompt": f"{word} is", "completion": f" {word}"}) + "\n"
+            for word in ("one", "two", "three", "four")
+        )
+    )
+    config = make_config(
+        {
+            "model": str(tiny_folder),
+            "data": {"train": str(rows), "validation": str(rows)},
+            "chain": {"ranks": [2, 2], "steps": [2, 1], "target_modules": ["q_proj"]},
+            "train": {"batch_size": 2},
+        }
+    )
+    report = compare(config, ["lora", "chain2"], [0, 1], tmp_path / "out", backend="inline")
+    assert [(s.method, s.metric, s.split) for s in report.summaries] == [
+        ("lora", "loss", "validation"),
+        ("chain2", "loss", "validation"),
+    ]
+    assert "No hyper-parameter was tuned" in report.markdown
+    experiment = comparison(config, ["lora", "chain2"], [0])
+    assert experiment.base["recipe"] == {"rank": 2, "steps": 3}
+    with pytest.raises(ConfigError, match="chosen on validation rows"):
+        comparison(
+            config.model_copy(update={"data": config.data.model_copy(update={"validation": None})}),
+            ["lora"],
+            [0],
+            learning_rates=[1e-3],
+        )
