@@ -21,7 +21,7 @@ from .packing import Example, pack
 Progress = Callable[[int, int], None]
 _MIN_SHARED = 8  # as `pack`: shorter common prefixes are not stored apart
 # Attention inside a tree of sequences is square in its size. At this many tokens it costs as much as all the
-# rest: a 135M Llama in float32 on one core takes 2.3 + 1.2·n/1000 ms a token for trees of n = 570 to 3990 tokens.
+# rest: a 135M Llama in float32 on one core takes 2.3 + 1.2·n/1000 ms a token in trees of n = 570 to 3990.
 _EVEN_TREE = 1900
 _SMALL_TREE = 512  # where attention adds a quarter at most, and a pack is worth its overhead
 
