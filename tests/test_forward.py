@@ -24,7 +24,8 @@ from chainlora.packed_attention import NAME
 from chainlora.packing import Example, PackedBatch, pack
 
 # The same sums over at most 64 terms in another order, two layers deep; Llama's norm and rotary angles are
-# float32 in a float64 model too. bfloat16: 2⁻⁸ a rounding, and a bias's gradient is a running sum over 30 rows.
+# float32 in a float64 model too. bfloat16: 2⁻⁸ a rounding, and a bias's gradient is a running sum over 30
+# rows.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-5, torch.bfloat16: 2**-4}
 
 
