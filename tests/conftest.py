@@ -20,26 +20,51 @@ def tiny_model(architecture: str, *, dtype: torch.dtype = torch.float32, seed: i
 
     `llama` has grouped-query attention (4 heads, 2 key-value heads) and tied embeddings; `gpt2` has Conv1D.
     """
-    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
+    from transformers import (
+        GPT2Config,
+        GPT2LMHeadModel,
+        LlamaConfig,
+        LlamaForCausalLM,
+        OPTConfig,
+        OPTForCausalLM,
+    )
 
     torch.manual_seed(seed)
     common = {"vocab_size": 131, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     if architecture == "opt":
         config = OPTConfig(
-            hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=128,
-            word_embed_proj_dim=32, dropout=0.0, **common | overrides,
+            hidden_size=32,
+            ffn_dim=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=128,
+            word_embed_proj_dim=32,
+            dropout=0.0,
+            **common | overrides,
         )
         model = OPTForCausalLM(config)
     elif architecture == "gpt2":
         config = GPT2Config(
-            n_embd=32, n_layer=2, n_head=4, n_positions=128, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+            n_embd=32,
+            n_layer=2,
+            n_head=4,
+            n_positions=128,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
             **common | overrides,
         )
         model = GPT2LMHeadModel(config)
     elif architecture == "llama":
         config = LlamaConfig(
-            hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-            max_position_embeddings=128, tie_word_embeddings=True, **common | overrides,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=128,
+            tie_word_embeddings=True,
+            **common | overrides,
         )
         model = LlamaForCausalLM(config)
     else:
@@ -63,7 +88,7 @@ def shared_models() -> Path:
     return path
 
 
-WORDS = "the cat sat on a mat and saw two red birds fly over green hill yes no maybe good bad it was".split()
+WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "two", "red", "birds", "fly", "over", "green", "hill", "yes", "no", "maybe", "good", "bad", "it", "was"]
 
 
 @pytest.fixture(scope="session")
@@ -77,10 +102,15 @@ def tiny_folder(tmp_path_factory) -> Path:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["<pad>", "<s>", "</s>"],
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<pad>", "<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
     tokenizer.train_from_iterator([" ".join(WORDS), *(f" {word}\n" for word in WORDS)] * 4, trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    )
     fast.chat_template = (
         "{% for message in messages %}<s>{{ message['role'] }}\n{{ message['content'] }}</s>\n{% endfor %}"
         "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
@@ -113,5 +143,7 @@ def sentiment(tmp_path_factory) -> Path:
     write_rows(folder / "validation.jsonl", rows[32:])
     (folder / "task.yaml").write_text(
         'name: sentiment\ndescription: Good or bad?\nprompt: "{{ text }} it was"\nlabels: [" bad", " good"]\n'
-        "metric: accuracy\nloss: candidates\n", encoding="utf-8")
+        "metric: accuracy\nloss: candidates\n",
+        encoding="utf-8",
+    )
     return folder

@@ -19,12 +19,15 @@ LAYERS = [
     ["starts", "data", "generation"],
     ["forward"],
     ["chain", "losses", "speedups"],
+    ["likelihood"],
     ["evaluate", "store"],
-    ["prepare", "export", "inspection", "plots"],
+    ["prepare", "export", "inspection", "plots", "plan", "optimizers", "measures"],
     ["scoring", "training"],
     ["methods"],
     ["experiments"],
     ["progress", "demo"],
+    ["cli_common"],
+    ["cli_experiments"],
     ["cli"],
     ["__main__"],
 ]
@@ -32,7 +35,10 @@ HEIGHT = {name: height for height, layer in enumerate(LAYERS) for name in layer}
 
 
 def modules() -> dict[str, Path]:
-    return {str(path.relative_to(PACKAGE).with_suffix("")).replace("/", "."): path for path in PACKAGE.rglob("*.py")}
+    return {
+        str(path.relative_to(PACKAGE).with_suffix("")).replace("/", "."): path
+        for path in PACKAGE.rglob("*.py")
+    }
 
 
 def imports(path: Path) -> set[str]:
@@ -46,7 +52,9 @@ def imports(path: Path) -> set[str]:
             if node.level == 0:
                 found.add((node.module or "").split(".")[0])
             elif node.level == len(inside):  # from the package's root
-                found |= {f".{node.module.split('.')[0]}"} if node.module else {f".{a.name}" for a in node.names}
+                found |= (
+                    {f".{node.module.split('.')[0]}"} if node.module else {f".{a.name}" for a in node.names}
+                )
     return found
 
 
@@ -88,8 +96,10 @@ def test_the_heart_is_read_in_one_sitting():
 
 
 def test_help_needs_no_tensor_library():
-    code = ("import sys; from chainlora.cli import run; run(['--help']); run(['train', '--help']);"
-            "sys.exit(any(m in sys.modules for m in ('torch', 'transformers', 'peft', 'matplotlib', 'numpy')))")
+    code = (
+        "import sys; from chainlora.cli import run; run(['--help']); run(['train', '--help']);"
+        "sys.exit(any(m in sys.modules for m in ('torch', 'transformers', 'peft', 'matplotlib', 'numpy')))"
+    )
     assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL).returncode == 0
 
 

@@ -25,14 +25,21 @@ from chainlora import (
 )
 
 DTYPES = (torch.float32, torch.bfloat16)
-TARGETS = {"opt": ("q_proj", "v_proj", "fc1"), "gpt2": ("c_attn", "c_fc"), "llama": ("q_proj", "v_proj", "up_proj")}
+TARGETS = {
+    "opt": ("q_proj", "v_proj", "fc1"),
+    "gpt2": ("c_attn", "c_fc"),
+    "llama": ("q_proj", "v_proj", "up_proj"),
+}
 ROWS = torch.randint(3, 131, (4, 12), generator=torch.Generator().manual_seed(0))
 
 # One cast to bfloat16 moves a weight by at most 2^-9 of itself; logits of these models are below 1 and add up a few
 # hundred such weights over two layers: measured changes stay below 6e-3.
 LOGITS = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
-everywhere = [pytest.mark.parametrize("architecture", ARCHITECTURES), pytest.mark.parametrize("dtype", DTYPES, ids=str)]
+everywhere = [
+    pytest.mark.parametrize("architecture", ARCHITECTURES),
+    pytest.mark.parametrize("dtype", DTYPES, ids=str),
+]
 
 
 def on_everything(test):
@@ -66,8 +73,12 @@ def plain_update(chain: Chain, lr: float = 1e-2, losses: list | None = None):
 
 def tuned_chain(model, architecture: str, num_links: int = 2, steps: int = 3, seed: int = 0, **keys) -> Chain:
     chain = Chain(model, seed=seed, hold=keys.pop("hold", "tied"))
-    fit_chain(chain, [config(architecture, **keys)] * num_links, lambda link: range(steps),
-              lambda link: plain_update(chain))
+    fit_chain(
+        chain,
+        [config(architecture, **keys)] * num_links,
+        lambda link: range(steps),
+        lambda link: plain_update(chain),
+    )
     return chain
 
 
@@ -77,7 +88,9 @@ def logits(model) -> torch.Tensor:
 
 
 def weights(model) -> dict[str, torch.Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items() if "lora_" not in name}
+    return {
+        name: tensor.detach().clone() for name, tensor in model.state_dict().items() if "lora_" not in name
+    }
 
 
 def assert_same_weights(before, after) -> None:
@@ -128,12 +141,16 @@ def test_law_3_base_weights_are_bit_identical_while_a_link_is_tuned(architecture
 
 @on_everything
 @pytest.mark.parametrize("hold", ["tied", "carried"])
-@pytest.mark.parametrize("keys", [{}, {"init": "gradient"}, {"train_factors": "A"}, {"rslora": True, "rank": 3}], ids=str)
+@pytest.mark.parametrize(
+    "keys", [{}, {"init": "gradient"}, {"train_factors": "A"}, {"rslora": True, "rank": 3}], ids=str
+)
 def test_law_4_a_knot_preserves_the_function(architecture, dtype, hold, keys):
     model = tiny_model(architecture, dtype=dtype)
     chain = Chain(model, hold=hold)
     for rank in (4, 2):
-        extend_chain(chain, config(architecture, **{"rank": rank} | keys), backward=lambda: loss_of(model).backward())
+        extend_chain(
+            chain, config(architecture, **{"rank": rank} | keys), backward=lambda: loss_of(model).backward()
+        )
         start = logits(model)
         tune_link(chain, range(3), plain_update(chain))
         before = logits(model)
@@ -167,10 +184,12 @@ def test_law_7_the_change_of_weights_is_the_sum_of_links(architecture, dtype):
         pristine = before[f"{name}.weight"].double()
         exact = pristine + stored
         # the float32 sum: at most one rounding a link of what was added up so far; then one cast, half an ulp
-        summed = pristine.abs() + sum(link.config.scaling * (link.factors[name].b.abs() @ link.factors[name].a.abs()).T.double()
-                                      if architecture == "gpt2" else
-                                      link.config.scaling * (link.factors[name].b.abs() @ link.factors[name].a.abs()).double()
-                                      for link in chain.links)
+        summed = pristine.abs() + sum(
+            link.config.scaling * (link.factors[name].b.abs() @ link.factors[name].a.abs()).T.double()
+            if architecture == "gpt2"
+            else link.config.scaling * (link.factors[name].b.abs() @ link.factors[name].a.abs()).double()
+            for link in chain.links
+        )
         bound = 4 * torch.finfo(torch.float32).eps * summed + torch.finfo(dtype).eps / 2 * exact.abs()
         assert ((after[f"{name}.weight"].double() - exact).abs() <= bound).all()
         assert torch.linalg.matrix_rank(total, rtol=1e-6) <= 12
@@ -184,7 +203,9 @@ def test_law_8_in_bfloat16_the_error_after_16_knots_is_that_of_one_cast(architec
     before = weights(model)
     # small links, as real fine-tuning makes them: each changes a weight by less than bfloat16 can see
     chain = Chain(model)
-    fit_chain(chain, [config(architecture)] * 16, lambda link: range(2), lambda link: plain_update(chain, lr=2e-4))
+    fit_chain(
+        chain, [config(architecture)] * 16, lambda link: range(2), lambda link: plain_update(chain, lr=2e-4)
+    )
     after = weights(chain.detach())
     for name in chain.links[0].factors:
         turn = (lambda w: w.T) if architecture == "gpt2" else (lambda w: w)
@@ -193,7 +214,9 @@ def test_law_8_in_bfloat16_the_error_after_16_knots_is_that_of_one_cast(architec
         error = (after[f"{name}.weight"].double() - exact).norm()
         one_cast = (exact.to(torch.bfloat16).double() - exact).norm()
         assert error <= one_cast * 1.001  # ties of the float32 sum may round the other way
-        in_place = before[f"{name}.weight"].clone()  # what the field does: add each link to the bfloat16 weight
+        in_place = before[
+            f"{name}.weight"
+        ].clone()  # what the field does: add each link to the bfloat16 weight
         for delta in deltas:
             in_place += delta.to(torch.bfloat16)
         assert (in_place.double() - exact).norm() > 1.15 * error  # the contrast is real
@@ -271,8 +294,12 @@ def test_undo_gives_exactly_the_earlier_weights_back(architecture, dtype, hold):
     pristine, untouched = weights(model), logits(model)
     chain = tuned_chain(model, architecture, num_links=1, hold=hold)
     after_one = logits(model)
-    fit_chain(chain, [config(architecture, rank=2), config(architecture)], lambda link: range(2),
-              lambda link: plain_update(chain))
+    fit_chain(
+        chain,
+        [config(architecture, rank=2), config(architecture)],
+        lambda link: range(2),
+        lambda link: plain_update(chain),
+    )
     dropped = drop_links(chain, 2)
     assert [link.index for link in dropped] == [1, 2]
     assert torch.equal(logits(model), after_one)
@@ -355,7 +382,9 @@ def test_optimizer_state_is_gone_and_the_first_step_of_a_link_has_its_full_size(
     adapter = extend_chain(chain, config("llama"))
     before = [parameter.detach().clone() for parameter in adapter.named_factor("B")]
     tune_link(chain, range(1), plain_update(chain, lr=1e-3))
-    moved = torch.cat([(now - then).abs().flatten() for now, then in zip(adapter.named_factor("B"), before, strict=True)])
+    moved = torch.cat(
+        [(now - then).abs().flatten() for now, then in zip(adapter.named_factor("B"), before, strict=True)]
+    )
     moving = moved[moved > 0]
     torch.testing.assert_close(moving.median(), torch.tensor(1e-3), atol=1e-5, rtol=0)
 
@@ -364,7 +393,11 @@ def test_optimizer_state_is_gone_and_the_first_step_of_a_link_has_its_full_size(
 def test_ranks_may_step_down_and_targets_may_change(architecture):
     model = tiny_model(architecture)
     chain = Chain(model)
-    configs = [config(architecture), config(architecture, rank=2), config(architecture, target_modules=TARGETS[architecture][:1])]
+    configs = [
+        config(architecture),
+        config(architecture, rank=2),
+        config(architecture, target_modules=TARGETS[architecture][:1]),
+    ]
     fit_chain(chain, configs, lambda link: range(2), lambda link: plain_update(chain))
     before = logits(model)
     assert [link.rank for link in chain.links] == [4, 2, 4]

@@ -18,16 +18,20 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from chainlora import load_run, make_config, train
 from chainlora.errors import ConfigError, RunError, TrainingError
+from chainlora.optimizers import prune_moments
+from chainlora.plan import make_plan
 from chainlora.starts import generator_for, random_factors
 from chainlora.store import RunDirectory
-from chainlora.training import make_plan, prune_moments
 
 
 def settings(tiny_folder, sentiment, output=None, **sections) -> dict:
     tree = {
         "model": str(tiny_folder),
-        "data": {"task": str(sentiment / "task.yaml"), "train": str(sentiment / "train.jsonl"),
-                 "validation": str(sentiment / "validation.jsonl")},
+        "data": {
+            "task": str(sentiment / "task.yaml"),
+            "train": str(sentiment / "train.jsonl"),
+            "validation": str(sentiment / "validation.jsonl"),
+        },
         "chain": {"ranks": [4, 4, 2], "alpha": 8, "target_modules": ["q_proj", "v_proj"], "steps": [4, 4, 3]},
         "train": {"lr": 1e-2, "batch_size": 8},
         "output": None if output is None else str(output),
@@ -69,9 +73,13 @@ def test_a_run_from_config_to_result(tiny_folder, sentiment, tmp_path):
     assert [link["rank"] for link in manifest["links"]] == [4, 4, 2]
     assert [link["scaling"] for link in manifest["links"]] == [2.0, 2.0, 2.0]  # proportional alpha
     assert make_config(yaml.safe_load((run / "config.yaml").read_text())) == make_config(
-        settings(tiny_folder, sentiment, run))
-    assert sorted(p.name for p in run.iterdir()) == ["chain.json", "checkpoints", "config.yaml", "links",
-                                                     "metrics.jsonl", "result.json"] or not (run / "best").exists()
+        settings(tiny_folder, sentiment, run)
+    )
+    assert (
+        sorted(p.name for p in run.iterdir())
+        == ["chain.json", "checkpoints", "config.yaml", "links", "metrics.jsonl", "result.json"]
+        or not (run / "best").exists()
+    )
 
 
 def test_every_link_is_an_adapter_that_peft_loads(tiny_folder, sentiment, tmp_path):
@@ -107,8 +115,13 @@ def test_law_6_a_chain_of_one_is_peft_lora(tiny_folder, sentiment, tmp_path, spe
     """Same seed, same batches, same losses and weights as PEFT with a plain AdamW loop, prompts padded and scored
     the plain way."""
     run = tmp_path / "run"
-    tree = settings(tiny_folder, sentiment, run, chain={"ranks": [4], "steps": [6]},
-                    train={"seed": 3, "max_grad_norm": None, "lr": 1e-3, "speedups": speedups})
+    tree = settings(
+        tiny_folder,
+        sentiment,
+        run,
+        chain={"ranks": [4], "steps": [6]},
+        train={"seed": 3, "max_grad_norm": None, "lr": 1e-3, "speedups": speedups},
+    )
     losses = []
     config = make_config(tree)
     train(config, listener=lambda r: losses.append(r["loss"]) if r["event"] == "step" else None)
@@ -116,14 +129,22 @@ def test_law_6_a_chain_of_one_is_peft_lora(tiny_folder, sentiment, tmp_path, spe
     tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
     rows = [json.loads(line) for line in (sentiment / "train.jsonl").read_text().splitlines()]
     model = AutoModelForCausalLM.from_pretrained(tiny_folder)
-    model = peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"]))
+    model = peft.get_peft_model(
+        model, peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"])
+    )
     with torch.no_grad():
         for name, module in model.base_model.model.named_modules():
             if hasattr(module, "lora_A"):
-                start = random_factors(config.chain.links()[0], module.in_features, module.out_features,
-                                       generator_for(3, 0, name))
+                start = random_factors(
+                    config.chain.links()[0],
+                    module.in_features,
+                    module.out_features,
+                    generator_for(3, 0, name),
+                )
                 module.lora_A["default"].weight.copy_(start.a)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.0
+    )
     labels = [tokenizer(word)["input_ids"][-1] for word in (" bad", " good")]
     plan = make_plan(config, _examples(config, tokenizer))
     expected = []
@@ -131,11 +152,18 @@ def test_law_6_a_chain_of_one_is_peft_lora(tiny_folder, sentiment, tmp_path, spe
         for group in optimizer.param_groups:
             group["lr"] = 1e-3 * (1 - step / 6)
         batch = [rows[index] for index in plan.batches(step)[0]]
-        encoded = tokenizer([row["text"] + " it was" for row in batch], return_tensors="pt", padding=True,
-                            padding_side="right", return_token_type_ids=False)
+        encoded = tokenizer(
+            [row["text"] + " it was" for row in batch],
+            return_tensors="pt",
+            padding=True,
+            padding_side="right",
+            return_token_type_ids=False,
+        )
         logits = model(**encoded).logits
         last = logits[torch.arange(len(batch)), encoded["attention_mask"].sum(1) - 1]
-        loss = torch.nn.functional.cross_entropy(last[:, labels], torch.tensor([row["label"] for row in batch]))
+        loss = torch.nn.functional.cross_entropy(
+            last[:, labels], torch.tensor([row["label"] for row in batch])
+        )
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -157,13 +185,25 @@ def _examples(config, tokenizer):
     return prepare_splits(config.data, tokenizer, 128).train
 
 
-@pytest.mark.parametrize(("dtype", "keys"), [
-    ("float32", {}),
-    ("bfloat16", {"chain": {"dropout": 0.1, "init": "gradient"}}),
-    ("float32", {"train": {"optimizer_reset": "prune", "keep_best": True, "eval_every": 1}, "chain": {"ranks": [4, 4, 4]}}),
-    ("float32", {"chain": {"init": "pissa"}, "train": {"gradient_accumulation": 2, "batch_size": 4}}),
-], ids=["plain", "bfloat16-dropout-gradient", "relora-best", "pissa-accumulation"])
-def test_law_9_killed_anywhere_and_resumed_is_the_uninterrupted_run(tiny_folder, sentiment, tmp_path, dtype, keys):
+@pytest.mark.parametrize(
+    ("dtype", "keys"),
+    [
+        ("float32", {}),
+        ("bfloat16", {"chain": {"dropout": 0.1, "init": "gradient"}}),
+        (
+            "float32",
+            {
+                "train": {"optimizer_reset": "prune", "keep_best": True, "eval_every": 1},
+                "chain": {"ranks": [4, 4, 4]},
+            },
+        ),
+        ("float32", {"chain": {"init": "pissa"}, "train": {"gradient_accumulation": 2, "batch_size": 4}}),
+    ],
+    ids=["plain", "bfloat16-dropout-gradient", "relora-best", "pissa-accumulation"],
+)
+def test_law_9_killed_anywhere_and_resumed_is_the_uninterrupted_run(
+    tiny_folder, sentiment, tmp_path, dtype, keys
+):
     """Ten deaths a configuration, at moments and at records (steps, evaluations, knots) drawn at random."""
     tree = settings(tiny_folder, sentiment, **keys)
     tree["chain"]["steps"] = [10, 10, 8]
@@ -175,32 +215,53 @@ def test_law_9_killed_anywhere_and_resumed_is_the_uninterrupted_run(tiny_folder,
     deaths = [f"seconds:{draw.uniform(0.02, 0.4):.3f}" for _ in range(4)]
     deaths += [str(draw.randrange(2, 7)) for _ in range(6)]
     script = Path(__file__).with_name("killed_run.py")
-    whole = subprocess.run([sys.executable, script, config, tmp_path / "whole"], capture_output=True, text=True)
+    whole = subprocess.run(
+        [sys.executable, script, config, tmp_path / "whole"], capture_output=True, text=True
+    )
     assert whole.returncode == 0, whole.stderr
-    killed = subprocess.run([sys.executable, script, config, tmp_path / "killed", *deaths], capture_output=True, text=True)
+    killed = subprocess.run(
+        [sys.executable, script, config, tmp_path / "killed", *deaths], capture_output=True, text=True
+    )
     assert killed.returncode == 0, killed.stderr
     assert killed.stdout.split() == ["9"] * 10 + ["0"], killed.stdout
     assert_same_links(tmp_path / "whole", tmp_path / "killed")
     one, two = (json.loads((tmp_path / name / "result.json").read_text()) for name in ("whole", "killed"))
     assert one["metrics"] == two["metrics"]
     assert one["best"] == two["best"]
-    losses = [[json.loads(line).get("loss") for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-              for name in ("whole", "killed")]
+    losses = [
+        [
+            json.loads(line).get("loss")
+            for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        ]
+        for name in ("whole", "killed")
+    ]
     assert losses[0] == losses[1]
 
 
 def test_the_best_point_over_the_whole_chain_is_kept(tiny_folder, sentiment, tmp_path):
     run = tmp_path / "run"
     # a learning rate that wrecks the model later on: the best point lies inside the chain
-    tree = settings(tiny_folder, sentiment, run, chain={"ranks": [4, 4], "steps": [6, 6]},
-                    train={"lr": 3e-2, "schedule": "constant", "keep_best": True, "eval_every": 1,
-                           "select_metric": "loss"})
+    tree = settings(
+        tiny_folder,
+        sentiment,
+        run,
+        chain={"ranks": [4, 4], "steps": [6, 6]},
+        train={
+            "lr": 3e-2,
+            "schedule": "constant",
+            "keep_best": True,
+            "eval_every": 1,
+            "select_metric": "loss",
+        },
+    )
     result = train(make_config(tree))
-    evals = [r for r in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if r["event"] == "eval"]
+    evals = [
+        r for r in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if r["event"] == "eval"
+    ]
     best = min((r for r in evals if r["where"] != "start"), key=lambda r: r["loss"])
     assert result["best"]["step"] == best["step"]
     assert result["metrics"]["validation"]["loss"] == pytest.approx(best["loss"], abs=1e-5)
-    model, tokenizer = load_run(run)
+    load_run(run)
     assert len(RunDirectory(run).load_links()) == result["best"]["num_links"] + result["best"]["partial"]
     assert len(RunDirectory(run).load_links(2)) == 2  # the whole chain is still there
 
@@ -218,28 +279,41 @@ def test_accumulated_batches_weigh_every_row_alike(tiny_folder, sentiment):
         return seen
 
     # same rows in a step, in one batch or in four: float32 sums in another order
-    torch.testing.assert_close(losses(batch_size=8), losses(batch_size=2, gradient_accumulation=4), atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        losses(batch_size=8), losses(batch_size=2, gradient_accumulation=4), atol=1e-4, rtol=0
+    )
 
 
 @pytest.mark.parametrize("rows", ["completion", "chat", "text"])
 def test_own_files_in_every_format(tiny_folder, tmp_path, rows):
     made = {
         "completion": [{"prompt": "the cat", "completion": " sat on a mat"}],
-        "chat": [{"messages": [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sat"}]}],
+        "chat": [
+            {"messages": [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sat"}]}
+        ],
         "text": [{"text": "the cat sat on a mat"}],
     }[rows] * 8
     path = write_rows(tmp_path / "rows.jsonl", made)
-    config = make_config({"model": str(tiny_folder), "data": {"train": str(path), "validation": str(path)},
-                          "chain": {"ranks": [4, 4], "target_modules": "all-linear", "epochs": [5, 5]},
-                          "train": {"lr": 2e-2, "batch_size": 4, "gradient_checkpointing": True}})
+    config = make_config(
+        {
+            "model": str(tiny_folder),
+            "data": {"train": str(path), "validation": str(path)},
+            "chain": {"ranks": [4, 4], "target_modules": "all-linear", "epochs": [5, 5]},
+            "train": {"lr": 2e-2, "batch_size": 4, "gradient_checkpointing": True},
+        }
+    )
     seen = []
     result = train(config, listener=seen.append)
     before = next(r for r in seen if r.get("where") == "start")["loss"]
-    assert result["metrics"]["validation"]["loss"] < before - 0.3  # far more than rounding; it is a tiny random model
+    assert (
+        result["metrics"]["validation"]["loss"] < before - 0.3
+    )  # far more than rounding; it is a tiny random model
 
 
 def test_full_fine_tuning_trains_every_weight(tiny_folder, sentiment):
-    tree = settings(tiny_folder, sentiment, chain={"tune": "full", "ranks": [1], "steps": [8]}, train={"lr": 1e-3})
+    tree = settings(
+        tiny_folder, sentiment, chain={"tune": "full", "ranks": [1], "steps": [8]}, train={"lr": 1e-3}
+    )
     result = train(make_config(tree))
     assert result["trainable_parameters"] > 20_000
     assert result["metrics"]["validation"]["accuracy"] > 0.8
@@ -247,7 +321,9 @@ def test_full_fine_tuning_trains_every_weight(tiny_folder, sentiment):
 
 def test_a_non_finite_loss_stops_and_keeps_the_last_good_state(tiny_folder, sentiment, tmp_path):
     run = tmp_path / "run"
-    tree = settings(tiny_folder, sentiment, run, train={"lr": 1e30, "schedule": "constant", "max_grad_norm": None})
+    tree = settings(
+        tiny_folder, sentiment, run, train={"lr": 1e30, "schedule": "constant", "max_grad_norm": None}
+    )
     with pytest.raises(TrainingError, match=r"must be finite \(got .* at step \d+, link 0\).*is kept in"):
         train(make_config(tree))
     kept = next((run / "checkpoints").iterdir())
@@ -311,8 +387,10 @@ def test_epochs_split_steps_at_the_knots(tiny_folder, sentiment):
     rows = [row for step in range(4) for batch in plan.batches(step) for row in batch]
     assert sorted(rows) == list(range(32))  # an epoch sees every row once
     with pytest.raises(ConfigError, match="at least one step"):
-        make_plan(make_config(settings(tiny_folder, sentiment, chain={"steps": None, "epochs": [1, 0.01, 1]})),
-                  _examples(config, AutoTokenizer.from_pretrained(tiny_folder)))
+        make_plan(
+            make_config(settings(tiny_folder, sentiment, chain={"steps": None, "epochs": [1, 0.01, 1]})),
+            _examples(config, AutoTokenizer.from_pretrained(tiny_folder)),
+        )
 
 
 def test_pruned_moments_keep_the_largest_hundredth():

@@ -24,26 +24,54 @@ __all__ = ["__version__", *sorted(_WHERE)]
 
 if TYPE_CHECKING:
     from .chain import (
-        Chain,
-        Link,
-        add_link,
-        discard_link,
-        drop_links,
-        extend_chain,
-        fit_chain,
-        live_link,
-        stack_links,
-        tie_knot,
-        tune_link,
+        Chain as Chain,
     )
-    from .config import LinkConfig, RunConfig, load_config, make_config
-    from .errors import ChainLoRAError
-    from .export import export_adapter, export_merged, load_run
-    from .inspection import inspect_run
-    from .models import load_model
-    from .scoring import evaluate_task
-    from .tasks import list_tasks, load_task
-    from .training import train
+    from .chain import (
+        Link as Link,
+    )
+    from .chain import (
+        add_link as add_link,
+    )
+    from .chain import (
+        discard_link as discard_link,
+    )
+    from .chain import (
+        drop_links as drop_links,
+    )
+    from .chain import (
+        extend_chain as extend_chain,
+    )
+    from .chain import (
+        fit_chain as fit_chain,
+    )
+    from .chain import (
+        live_link as live_link,
+    )
+    from .chain import (
+        stack_links as stack_links,
+    )
+    from .chain import (
+        tie_knot as tie_knot,
+    )
+    from .chain import (
+        tune_link as tune_link,
+    )
+    from .config import LinkConfig as LinkConfig
+    from .config import RunConfig as RunConfig
+    from .config import load_config as load_config
+    from .config import make_config as make_config
+    from .errors import ChainLoRAError as ChainLoRAError
+    from .export import export_adapter as export_adapter
+    from .export import export_merged as export_merged
+    from .export import load_run as load_run
+    from .inspection import inspect_run as inspect_run
+    from .models import load_model as load_model
+    from .scoring import evaluate_task as evaluate_task
+    from .tasks import list_tasks as list_tasks
+    from .tasks import load_task as load_task
+    from .training import train as train
+
+
 
 
 def __getattr__(name: str) -> Any:

@@ -1,7 +1,7 @@
 """The seam to PEFT: put one LoRA on a model, read and write its factors, take it off, save it, load it.
 
-This is the only module that imports `peft`. A layer is asked whether it is adapted (`isinstance`), names are never
-matched by substring. The model stays the user's own object: adapted layers are swapped in place.
+This is the only module that imports `peft`. A layer is asked whether it is adapted (`isinstance`), names are
+never matched by substring. The model stays the user's own object: adapted layers are swapped in place.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Adapter:
 
     tuner: peft.LoraModel
     config: LinkConfig
-    layers: dict[str, LoraLayer]
+    layers: dict[str, Any]  # PEFT's LoraLayer, whose attributes are untyped
     extra: dict[str, nn.Module] = field(default_factory=dict)
 
     def parameters(self) -> Iterator[nn.Parameter]:
@@ -68,7 +68,7 @@ class Adapter:
         return picked
 
 
-def _trained(layer: LoraLayer, config: LinkConfig) -> Iterator[nn.Parameter]:
+def _trained(layer: Any, config: LinkConfig) -> Iterator[nn.Parameter]:
     a, b = layer.lora_A[LIVE], layer.lora_B[LIVE]
     if config.train_factors != "B":
         yield a.weight
@@ -78,7 +78,7 @@ def _trained(layer: LoraLayer, config: LinkConfig) -> Iterator[nn.Parameter]:
         yield from layer.lora_magnitude_vector[LIVE].parameters()
 
 
-def base_layer(layer: nn.Module) -> nn.Module:
+def base_layer(layer: nn.Module) -> Any:
     """Return the frozen layer below a tuner layer, or the layer itself when it is not adapted."""
     return layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
 
@@ -89,7 +89,7 @@ def is_transposed(module: nn.Module) -> bool:
 
 
 def target_candidates(model: nn.Module) -> list[str]:
-    """Return the last path parts of every Linear or Conv1D, most frequent first: what `target_modules` can name."""
+    """Return the last path parts of all Linear and Conv1D layers, most frequent first, for `target_modules`."""
     counts: dict[str, int] = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear | Conv1D):
@@ -101,12 +101,14 @@ def target_candidates(model: nn.Module) -> list[str]:
 def attach(model: nn.Module, config: LinkConfig) -> Adapter:
     """Put a fresh LoRA on `model` in place: adapter weights in float32, the rest frozen.
 
-    Factors hold PEFT's own start; the caller sets them. Raises ModelError when nothing matches, when a matched layer
-    is neither Linear nor Conv1D, when a target shares its storage (tied head), or `lora_bias` finds no bias.
+    Factors hold PEFT's own start; the caller sets them. Raises ModelError when nothing matches, when a matched
+    layer is neither Linear nor Conv1D, when a target shares its storage (tied head), or `lora_bias` finds no bias.
     """
     if any(isinstance(module, LoraLayer) for module in model.modules()):
-        raise ModelError("a chain needs a model without adapters (got one that already has LoRA layers); "
-                         "merge or unload them first")
+        raise ModelError(
+            "a chain needs a model without adapters (got one that already has LoRA layers); "
+            "merge or unload them first"
+        )
     _check_targets(model, config)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -129,7 +131,7 @@ def _train_only(adapter: Adapter) -> None:
 
 
 def _train_in_float32(module: nn.Module) -> None:
-    """Keep an extra module's weights in float32 (a bfloat16 weight loses small updates), cast at its borders."""
+    """Keep an extra module in float32 (a bfloat16 weight loses small updates), with casts at its borders."""
     if all(parameter.dtype == torch.float32 for parameter in module.parameters()):
         return
     module.float()
@@ -147,7 +149,7 @@ def _train_in_float32(module: nn.Module) -> None:
 
 
 def detach(adapter: Adapter) -> None:
-    """Take the LoRA off in place: the model has its plain layers back, and its extra modules as they were before."""
+    """Take the LoRA off in place: plain layers again, and the extra modules as they were before."""
     model = adapter.tuner.model
     originals = {name: model.get_submodule(name).original_module for name in adapter.extra}
     adapter.tuner.unload()
@@ -160,7 +162,7 @@ def detach(adapter: Adapter) -> None:
 
 
 def same_shape(adapter: Adapter, config: LinkConfig) -> bool:
-    """Say whether the next link fits into this one's tensors (then parameters and compiled graphs live on)."""
+    """Say whether the next link fits into this one's tensors (then compiled graphs live on)."""
     return adapter.config.model_copy(update={"alpha": config.alpha, "init": config.init}) == config
 
 
@@ -181,8 +183,12 @@ def get_factors(adapter: Adapter, name: str) -> Factors:
     layer = adapter.layers[name]
     b = layer.lora_B[LIVE]
     magnitude = layer.lora_magnitude_vector[LIVE].weight if LIVE in layer.lora_magnitude_vector else None
-    return Factors(_host(layer.lora_A[LIVE].weight), _host(b.weight), None if b.bias is None else _host(b.bias),
-                   None if magnitude is None else _host(magnitude))
+    return Factors(
+        _host(layer.lora_A[LIVE].weight),
+        _host(b.weight),
+        None if b.bias is None else _host(b.bias),
+        None if magnitude is None else _host(magnitude),
+    )
 
 
 def set_config(adapter: Adapter, config: LinkConfig) -> None:
@@ -227,29 +233,41 @@ def touched_parameters(adapter: Adapter) -> Iterator[tuple[str, Tensor]]:
 
 def get_extra(adapter: Adapter) -> dict[str, Tensor]:
     """Copy the trained extra modules' weights, by path on the plain model, to float32 on the CPU."""
-    return {f"{name}.{key}": _host(parameter) for name, module in adapter.extra.items()
-            for key, parameter in module.named_parameters()}
+    return {
+        f"{name}.{key}": _host(parameter)
+        for name, module in adapter.extra.items()
+        for key, parameter in module.named_parameters()
+    }
 
 
 def set_extra(model: nn.Module, adapter: Adapter | None, weights: Mapping[str, Tensor]) -> None:
     """Write extra modules' weights: into the adapter's own copies where it has them, else into the model."""
-    copies = {f"{name}.{key}": parameter for name, module in (adapter.extra if adapter else {}).items()
-              for key, parameter in module.named_parameters()}
+    copies = {
+        f"{name}.{key}": parameter
+        for name, module in (adapter.extra if adapter else {}).items()
+        for key, parameter in module.named_parameters()
+    }
     with torch.no_grad():
         for path, weight in weights.items():
             (copies[path] if path in copies else model.get_parameter(path)).copy_(weight)
 
 
 def carry(adapter: Adapter, stacked: Mapping[str, Factors]) -> None:
-    """Hold earlier links beside the base as one frozen branch; their scalings are folded into B and the bias."""
+    """Hold earlier links beside the base as one frozen branch, their scalings folded into B and the bias."""
     tuner = adapter.tuner
     rank = max((factors.a.shape[0] for factors in stacked.values()), default=0)
     if not rank:
         return
     pattern = {re.escape(name): factors.a.shape[0] for name, factors in stacked.items()}
-    config = peft.LoraConfig(r=rank, lora_alpha=rank, rank_pattern=pattern, alpha_pattern=dict(pattern),
-                             target_modules=list(stacked), init_lora_weights=True,
-                             lora_bias=any(factors.bias is not None for factors in stacked.values()))
+    config = peft.LoraConfig(
+        r=rank,
+        lora_alpha=rank,
+        rank_pattern=pattern,
+        alpha_pattern=dict(pattern),
+        target_modules=list(stacked),
+        init_lora_weights=True,
+        lora_bias=any(factors.bias is not None for factors in stacked.values()),
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         tuner.peft_config[CARRIED] = config
@@ -271,20 +289,29 @@ def _host(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", torch.float32, copy=True)
 
 
-def _layers(model: nn.Module) -> dict[str, LoraLayer]:
+def _layers(model: nn.Module) -> dict[str, Any]:
     return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
 
 
 def _extra_modules(model: nn.Module) -> dict[str, nn.Module]:
-    return {name: module.modules_to_save[LIVE] for name, module in model.named_modules()
-            if isinstance(module, ModulesToSaveWrapper)}
+    return {
+        name: module.modules_to_save[LIVE]
+        for name, module in model.named_modules()
+        if isinstance(module, ModulesToSaveWrapper)
+    }
 
 
 def _peft_config(config: LinkConfig, **overrides: Any) -> peft.LoraConfig:
     keys: dict[str, Any] = {
-        "r": config.rank, "lora_alpha": config.alpha, "lora_dropout": config.dropout, "use_rslora": config.rslora,
-        "use_dora": config.dora, "lora_bias": config.lora_bias, "target_modules": _listed(config.target_modules),
-        "exclude_modules": _listed(config.exclude_modules), "modules_to_save": list(config.extra_modules) or None,
+        "r": config.rank,
+        "lora_alpha": config.alpha,
+        "lora_dropout": config.dropout,
+        "use_rslora": config.rslora,
+        "use_dora": config.dora,
+        "lora_bias": config.lora_bias,
+        "target_modules": _listed(config.target_modules),
+        "exclude_modules": _listed(config.exclude_modules),
+        "modules_to_save": list(config.extra_modules) or None,
         "task_type": "CAUSAL_LM",
     }
     return peft.LoraConfig(**keys | overrides)
@@ -297,32 +324,44 @@ def _listed(value: tuple[str, ...] | str | None) -> list[str] | str | None:
 def _check_targets(model: nn.Module, config: LinkConfig) -> None:
     matched = matched_modules(model, config)
     if not matched:
-        raise ModelError(f"`target_modules` must match at least one module (got {_listed(config.target_modules)}, "
-                         f"excluding {_listed(config.exclude_modules)}); candidates: "
-                         f"{', '.join(target_candidates(model))}, or all-linear")
+        raise ModelError(
+            f"`target_modules` must match at least one module (got {_listed(config.target_modules)}, "
+            f"excluding {_listed(config.exclude_modules)}); candidates: "
+            f"{', '.join(target_candidates(model))}, or all-linear"
+        )
     head, embedding = _tied(model)
     for name, module in matched.items():
         if not isinstance(module, nn.Linear | Conv1D):
-            raise ModelError(f"only Linear and Conv1D layers can be linked (got {type(module).__name__} at {name}); "
-                             f"candidates: {', '.join(target_candidates(model))}")
+            raise ModelError(
+                f"only Linear and Conv1D layers can be linked (got {type(module).__name__} at {name}); "
+                f"candidates: {', '.join(target_candidates(model))}"
+            )
         if module is head:
-            raise ModelError(f"`target_modules` must not name a head tied to the input embedding (got {name}): its "
-                             "merge would change the embedding too; exclude it, or untie the weights")
+            raise ModelError(
+                f"`target_modules` must not name a head tied to the input embedding (got {name}): its "
+                "merge would change the embedding too; exclude it, or untie the weights"
+            )
         if config.lora_bias and module.bias is None:
-            raise ModelError(f"`lora_bias` needs a bias in the layer it is merged into (got {name} without one); "
-                             "set lora_bias: false")
+            raise ModelError(
+                f"`lora_bias` needs a bias in the layer it is merged into (got {name} without one); "
+                "set lora_bias: false"
+            )
     if isinstance(config.target_modules, tuple):
         unmatched = [t for t in config.target_modules if not any(_named(name, t) for name in matched)]
         if unmatched:
-            raise ModelError(f"every name in `target_modules` must match (got {unmatched[0]!r}, which matches "
-                             f"nothing); candidates: {', '.join(target_candidates(model))}")
+            raise ModelError(
+                f"every name in `target_modules` must match (got {unmatched[0]!r}, which matches "
+                f"nothing); candidates: {', '.join(target_candidates(model))}"
+            )
     for extra in config.extra_modules:
         found = [(name, module) for name, module in model.named_modules() if _named(name, extra)]
         if not found:
             raise ModelError(f"`extra_modules` must match a module (got {extra!r}, which matches nothing)")
         if any(module in (head, embedding) for _, module in found):
-            raise ModelError(f"`extra_modules` must not name a tied head or embedding (got {extra!r}): training one "
-                             "would change the other; untie the weights first")
+            raise ModelError(
+                f"`extra_modules` must not name a tied head or embedding (got {extra!r}): training one "
+                "would change the other; untie the weights first"
+            )
 
 
 def matched_modules(model: nn.Module, config: LinkConfig) -> dict[str, nn.Module]:
@@ -332,15 +371,18 @@ def matched_modules(model: nn.Module, config: LinkConfig) -> dict[str, nn.Module
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         resolved = _maybe_include_all_linear_layers(_peft_config(config), model)
-    return {name: module for name, module in model.named_modules()
-            if name and check_target_module_exists(resolved, name)}
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if name and check_target_module_exists(resolved, name)
+    }
 
 
 def _named(path: str, last: str) -> bool:
     return path == last or path.endswith("." + last)
 
 
-def _tied(model: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
+def _tied(model: Any) -> tuple[nn.Module | None, nn.Module | None]:
     """Return (head, embedding) when they share one weight, else (None, None)."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
@@ -349,8 +391,16 @@ def _tied(model: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
     return head, embedding
 
 
-def save_adapter(directory: Path, factors: Mapping[str, Factors], config: LinkConfig, *, rank: int, alpha: float,
-                 base: str, extra: Mapping[str, Tensor] | None = None) -> None:
+def save_adapter(
+    directory: Path,
+    factors: Mapping[str, Factors],
+    config: LinkConfig,
+    *,
+    rank: int,
+    alpha: float,
+    base: str,
+    extra: Mapping[str, Tensor] | None = None,
+) -> None:
     """Write an ordinary PEFT adapter: ``adapter_config.json`` and ``adapter_model.safetensors``.
 
     `rank` and `alpha` are of the stored factors (a PiSSA link stores twice its tuned rank). `extra` maps
@@ -368,8 +418,16 @@ def save_adapter(directory: Path, factors: Mapping[str, Factors], config: LinkCo
         tensors[f"{_PREFIX}{path}"] = weight.contiguous()
     directory.mkdir(parents=True, exist_ok=True)
     save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
-    written = _peft_config(config, r=rank, lora_alpha=alpha, base_model_name_or_path=base, inference_mode=True,
-                           target_modules=sorted(factors), exclude_modules=None, init_lora_weights=True)
+    written = _peft_config(
+        config,
+        r=rank,
+        lora_alpha=alpha,
+        base_model_name_or_path=base,
+        inference_mode=True,
+        target_modules=sorted(factors),
+        exclude_modules=None,
+        init_lora_weights=True,
+    )
     written.save_pretrained(str(directory))
 
 
@@ -379,16 +437,19 @@ def load_adapter(directory: Path) -> tuple[dict[str, Factors], dict[str, Tensor]
         tensors = load_file(directory / "adapter_model.safetensors")
         config = json.loads((directory / "adapter_config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise RunError(f"a link must be a whole PEFT adapter (got {directory}: {error}); "
-                       "the run directory is half there") from None
+        raise RunError(
+            f"a link must be a whole PEFT adapter (got {directory}: {error}); the run directory is half there"
+        ) from None
     except Exception as error:  # safetensors raises its own class for a truncated file
         raise RunError(f"a link's weights must be readable (got {directory}: {error})") from None
     tensors = {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()}
     modules = [name.removesuffix(".lora_A.weight") for name in tensors if name.endswith(".lora_A.weight")]
     factors = {}
     for name in modules:
-        factors[name] = Factors(tensors.pop(f"{name}.lora_A.weight").float(),
-                                tensors.pop(f"{name}.lora_B.weight").float(),
-                                tensors.pop(f"{name}.lora_B.bias", None),
-                                tensors.pop(f"{name}.lora_magnitude_vector", None))
+        factors[name] = Factors(
+            tensors.pop(f"{name}.lora_A.weight").float(),
+            tensors.pop(f"{name}.lora_B.weight").float(),
+            tensors.pop(f"{name}.lora_B.bias", None),
+            tensors.pop(f"{name}.lora_magnitude_vector", None),
+        )
     return factors, tensors, config

@@ -129,11 +129,11 @@ def extend_chain(chain: Chain, config: LinkConfig, *, backward: Backward | None 
 def tune_link(chain: Chain, steps: Iterable[Step], update: Callable[[Step], object]) -> int:
     """Run `update` (forward, backward, optimizer step) on each of `steps`; return how many there were."""
     _live(chain, "tune_link")
-    num_steps = 0
-    for num_steps, step in enumerate(steps, 1):
+    before = chain.live_steps
+    for step in steps:
         update(step)
         chain.live_steps += 1
-    return num_steps
+    return chain.live_steps - before
 
 
 def tie_knot(chain: Chain) -> Link:

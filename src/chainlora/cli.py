@@ -7,7 +7,6 @@ of what needs it wait until a verb runs, so that ``--help`` is quick.
 from __future__ import annotations
 
 import json
-import logging
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -17,6 +16,8 @@ from typing import Any
 import click
 
 from . import __version__
+from .cli_common import overrides, quiet
+from .cli_experiments import compare, experiment
 from .errors import ChainLoRAError, ConfigError, RunError
 
 _HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
@@ -71,15 +72,6 @@ def cli(debug: bool) -> None:
 _json = click.option("--json", "as_json", is_flag=True, help="Print exactly one JSON object on stdout.")
 
 
-def _quiet() -> None:
-    """Send our warnings to stderr in one line each, and keep the libraries' chatter away."""
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="chainlora: %(message)s")
-
-
 def _print_json(value: Any) -> None:
     click.echo(json.dumps(value, ensure_ascii=False))
 
@@ -89,7 +81,7 @@ def _print_json(value: Any) -> None:
 @_json
 def demo(output: str, as_json: bool) -> None:
     """Fine-tune SmolLM2-135M to name the topic of BBC headlines by a chain of LoRA, and show what each link brought."""
-    _quiet()
+    quiet()
     from .demo import run_demo
 
     result = run_demo(output, echo=_to_stderr if as_json else click.echo, listener_for=_progress)
@@ -113,10 +105,10 @@ def train(context: click.Context, config: str, resume: bool, as_json: bool) -> N
     """
     from .config import load_config
 
-    settings = load_config(config, _overrides(context.args))
+    settings = load_config(config, overrides(context.args))
     if settings.output is None:
         raise ConfigError("`output` must name a directory for the run (got none); add it to the config or pass --output")
-    _quiet()
+    quiet()
     from .inspection import read_records
     from .plots import plot_training
     from .training import train as run_training
@@ -128,22 +120,6 @@ def train(context: click.Context, config: str, resume: bool, as_json: bool) -> N
         _print_json(result)
     else:
         _show_result(result, output)
-
-
-def _overrides(arguments: list[str]) -> list[tuple[str, str]]:
-    """Read ``--key.sub VALUE`` and ``--key.sub=VALUE`` pairs."""
-    pairs = []
-    rest = iter(arguments)
-    for argument in rest:
-        if not argument.startswith("--"):
-            raise click.UsageError(f"unexpected argument {argument!r}; config keys are set with --key.sub VALUE")
-        key, equals, value = argument[2:].partition("=")
-        if not equals:
-            value = next(rest, "")
-            if not value:
-                raise click.UsageError(f"--{key} needs a value")
-        pairs.append((key.replace("-", "_"), value))
-    return pairs
 
 
 def _progress() -> Callable[[Any], None]:
@@ -178,7 +154,7 @@ def evaluate(run_or_model: str, task: str, data: str | None, split: str, limit: 
     from .tasks import load_task
 
     chosen = load_task(task)
-    _quiet()
+    quiet()
     from .scoring import evaluate_task
 
     is_run = (Path(run_or_model) / "chain.json").is_file()
@@ -199,7 +175,7 @@ def evaluate(run_or_model: str, task: str, data: str | None, split: str, limit: 
 def inspect(run: str, as_json: bool) -> None:
     """Show what each link of RUN brought, and write chain.png beside it."""
     _need_run(run)
-    _quiet()
+    quiet()
     from .inspection import inspect_run
     from .plots import plot_chain
     from .progress import show_inspection
@@ -235,7 +211,7 @@ def export(run: str, target: str, output: str, rank: int | None, tolerance: floa
     _need_run(run)
     if target == "merged" and (rank is not None or tolerance is not None):
         raise click.UsageError("--rank and --tolerance compress an adapter; use them with --to adapter")
-    _quiet()
+    quiet()
     from .export import export_adapter, export_merged
 
     if target == "merged":
@@ -280,3 +256,7 @@ def _task_text(task: Any) -> str:
 
     shown = {key: value for key, value in task.model_dump(mode="json", by_alias=True, exclude_defaults=True).items()}
     return yaml.safe_dump(shown, sort_keys=False, allow_unicode=True).rstrip()
+
+
+cli.add_command(experiment)
+cli.add_command(compare)

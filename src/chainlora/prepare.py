@@ -42,7 +42,7 @@ def prepare_splits(data: DataConfig, tokenizer: Any, context: int) -> Splits:
         kept = rows[split][data.shots :] if split == "train" else rows[split]
         encoded[split] = encode_examples(
             kept, tokenizer, task, max_length=limit, truncation=data.truncation, before=before,
-            objective=task.loss if split == "train" else None,
+            objective=task.loss if split == "train" else None, reserve=0 if split == "train" else _reserve(task),
         ) if kept else []
     return Splits(encoded["train"], encoded["validation"], encoded["test"], task.loss, (task.metric,), task.metric,
                   task.stop, task.max_new_tokens)
@@ -50,8 +50,12 @@ def prepare_splits(data: DataConfig, tokenizer: Any, context: int) -> Splits:
 
 def encode_split(task: Task, rows: list[Row], tokenizer: Any, context: int) -> list[Example]:
     """Tokenise rows of a task to be scored."""
-    reserve = task.max_new_tokens if task.metric in ("em", "token_f1") else 0
-    return encode_examples(rows, tokenizer, task, max_length=context, reserve=reserve)
+    return encode_examples(rows, tokenizer, task, max_length=context, reserve=_reserve(task))
+
+
+def _reserve(task: Task) -> int:
+    """Tokens to keep free for a generated answer."""
+    return task.max_new_tokens if task.metric in ("em", "token_f1") else 0
 
 
 def _limit(data: DataConfig, context: int) -> int:

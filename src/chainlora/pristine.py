@@ -33,7 +33,9 @@ class PristineWeights:
             return
         for key in _spellings(path, self._files):
             stored = self._read(self._files[key], key)
-            if stored.shape == parameter.shape and torch.equal(stored.to(parameter.dtype), parameter.detach().cpu()):
+            if stored.shape == parameter.shape and torch.equal(
+                stored.to(parameter.dtype), parameter.detach().cpu()
+            ):
                 self._where[path] = (self._files[key], key)
                 return
         self._copies[path] = parameter.detach().to("cpu", copy=True)
@@ -74,7 +76,11 @@ def _index(folder: Path) -> dict[str, Path]:
 def _spellings(path: str, files: dict[str, Path]) -> list[str]:
     """Checkpoints may omit or add the base model's prefix; a spelling counts only if the values agree."""
     tail = path.partition(".")[2]
-    return [key for key in (path, tail, *(f"{prefix}.{path}" for prefix in ("model", "transformer"))) if key in files]
+    return [
+        key
+        for key in (path, tail, *(f"{prefix}.{path}" for prefix in ("model", "transformer")))
+        if key in files
+    ]
 
 
 def fingerprint(model: nn.Module) -> str:

@@ -24,7 +24,9 @@ Backward = Callable[[], object]
 # A row of PEFT's Kaiming-uniform A (bound 1/√in) has expected norm √(in · 1/(3·in)); a directed row gets the same one,
 # so that the learning rate means the same for every start.
 _ROW_NORM = 1 / math.sqrt(3)
-_SWEEPS = 2  # passes of subspace iteration; the second already fixes the leading directions of a decaying spectrum
+_SWEEPS = (
+    2  # passes of subspace iteration; the second already fixes the leading directions of a decaying spectrum
+)
 
 
 def generator_for(seed: int, link: int, module: str) -> torch.Generator:
@@ -33,7 +35,9 @@ def generator_for(seed: int, link: int, module: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
-def random_factors(config: LinkConfig, in_features: int, out_features: int, generator: torch.Generator) -> Factors:
+def random_factors(
+    config: LinkConfig, in_features: int, out_features: int, generator: torch.Generator
+) -> Factors:
     """Draw one factor and set the other to zero, so that ``B·A = 0``.
 
     The drawn factor is A (rank × in), or B (out × rank) where only A is trained (arXiv 2410.08305). `gaussian` is
@@ -82,8 +86,10 @@ def start(adapter: Adapter, seed: int, link: int, backward: Backward | None = No
         set_factors(adapter, name, factors)
     if config.init == "gradient":
         if backward is None:
-            raise ChainError("`init: gradient` needs the loss (got no `backward`); pass a callable that runs forward "
-                             "and backward over a few batches")
+            raise ChainError(
+                "`init: gradient` needs the loss (got no `backward`); pass a callable that runs forward "
+                "and backward over a few batches"
+            )
         _point_along_gradient(adapter, seed, link, backward)
     return offsets
 
@@ -94,23 +100,43 @@ def _point_along_gradient(adapter: Adapter, seed: int, link: int, backward: Back
     Subspace iteration in which LoRA's own gradients are the products with G, so the dense gradient is never formed:
     with A = 0 the function is the base's whatever B is and dL/dA = s·Bᵀ·G; with B = 0, dL/dB = s·G·Aᵀ.
     """
-    left = {name: _orthonormal(torch.randn(layer.out_features, adapter.config.rank,
-                                           generator=generator_for(seed, link, f"{name}/sketch")))
-            for name, layer in adapter.layers.items()}
+    left = {
+        name: _orthonormal(
+            torch.randn(
+                layer.out_features, adapter.config.rank, generator=generator_for(seed, link, f"{name}/sketch")
+            )
+        )
+        for name, layer in adapter.layers.items()
+    }
     right: Mapping[str, Tensor] = {}
     for sweep in range(_SWEEPS):
-        rows = _gradients(adapter, {n: Factors(torch.zeros(b.shape[1], adapter.layers[n].in_features), b)
-                                    for n, b in left.items()}, "lora_A", backward)
+        rows = _gradients(
+            adapter,
+            {n: Factors(torch.zeros(b.shape[1], adapter.layers[n].in_features), b) for n, b in left.items()},
+            "lora_A",
+            backward,
+        )
         right = {name: _orthonormal(gradient.T).T for name, gradient in rows.items()}  # rank × in
         if sweep + 1 < _SWEEPS:
-            columns = _gradients(adapter, {n: Factors(a, torch.zeros(adapter.layers[n].out_features, a.shape[0]))
-                                           for n, a in right.items()}, "lora_B", backward)
+            columns = _gradients(
+                adapter,
+                {
+                    n: Factors(a, torch.zeros(adapter.layers[n].out_features, a.shape[0]))
+                    for n, a in right.items()
+                },
+                "lora_B",
+                backward,
+            )
             left = {name: _orthonormal(gradient) for name, gradient in columns.items()}
     for name, a in right.items():
-        set_factors(adapter, name, Factors(a * _ROW_NORM, torch.zeros(adapter.layers[name].out_features, a.shape[0])))
+        set_factors(
+            adapter, name, Factors(a * _ROW_NORM, torch.zeros(adapter.layers[name].out_features, a.shape[0]))
+        )
 
 
-def _gradients(adapter: Adapter, factors: Mapping[str, Factors], factor: str, backward: Backward) -> dict[str, Tensor]:
+def _gradients(
+    adapter: Adapter, factors: Mapping[str, Factors], factor: str, backward: Backward
+) -> dict[str, Tensor]:
     weights: dict[str, nn.Parameter] = {}
     for name, layer in adapter.layers.items():
         set_factors(adapter, name, factors[name])
@@ -124,8 +150,10 @@ def _gradients(adapter: Adapter, factors: Mapping[str, Factors], factor: str, ba
     gradients = {}
     for name, weight in weights.items():
         if weight.grad is None or not torch.isfinite(weight.grad).all():
-            raise ChainError(f"`init: gradient` needs a finite loss gradient in every adapted layer (got none at {name}"
-                             "); check that `backward` runs the loss of this model")
+            raise ChainError(
+                f"`init: gradient` needs a finite loss gradient in every adapted layer (got none at {name}"
+                "); check that `backward` runs the loss of this model"
+            )
         gradients[name] = weight.grad.detach().float().cpu()
         weight.grad = None
     for weight in frozen:

@@ -12,9 +12,6 @@ from __future__ import annotations
 
 import logging
 import math
-import platform
-import resource
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -26,67 +23,28 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from . import store
-from .adapters import Adapter, set_extra, set_factors
+from .adapters import set_extra, set_factors
 from .chain import Chain, Link, add_link, drop_links, extend_chain, live_link, tie_knot, tune_link
-from .config import LinkConfig, RunConfig, TrainConfig
-from .data import epoch_batches
+from .config import LinkConfig, RunConfig
 from .errors import ConfigError, TrainingError
 from .evaluate import Evaluation, evaluate, majority_rate
 from .fast_lora import accelerate_layers
 from .forward import choose_path, hidden_states
 from .losses import candidate_loss, completion_loss
+from .measures import hardware, num_trained, peak_memory_mb
 from .models import context_length, load_model, resolve_model
+from .optimizers import full_optimizer, make_optimizer, prune_moments, set_learning_rate
 from .packing import Example, PackedBatch, pack
+from .plan import Plan, make_plan
 from .prepare import Splits, prepare_splits
-from .schedule import learning_rate_factor
 from .store import Progress, RunDirectory
 
 logger = logging.getLogger(__name__)
 
 Listener = Callable[[Mapping[str, Any]], None]
-_KNOT_TOLERANCE = 1e-3  # float32: relative change of the hidden states; rounding of a 30-layer model stays below 1e-4
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Which rows each optimizer step sees: a pure function of the step's number."""
-
-    lengths: tuple[int, ...]  # steps per link
-    steps_per_epoch: int
-    row_lengths: tuple[int, ...]
-    config: TrainConfig
-
-    @property
-    def num_steps(self) -> int:
-        """Steps of the whole chain."""
-        return sum(self.lengths)
-
-    def first_step(self, link: int) -> int:
-        """Number of the link's first step."""
-        return sum(self.lengths[:link])
-
-    def batches(self, step: int) -> list[list[int]]:
-        """Row indices of each micro-batch of a step."""
-        epoch, within = divmod(step, self.steps_per_epoch)
-        train = self.config
-        batches = epoch_batches(self.row_lengths, train.batch_size, train.seed, epoch, train.group_by_length)
-        return batches[within * train.gradient_accumulation : (within + 1) * train.gradient_accumulation]
-
-
-def make_plan(config: RunConfig, examples: list[Example]) -> Plan:
-    """Turn epochs per link into steps per link; fractional epochs round at the knots, the total exactly."""
-    train = config.train
-    num_batches = math.ceil(len(examples) / train.batch_size)
-    per_epoch = math.ceil(num_batches / train.gradient_accumulation)
-    if config.chain.steps is not None:
-        lengths = config.chain.steps
-    else:
-        ends = [round(sum(config.chain.epochs[: k + 1]) * per_epoch) for k in range(len(config.chain.epochs or ()))]  # type: ignore[index]
-        lengths = tuple(end - begin for begin, end in zip([0, *ends], ends, strict=False))
-    if any(length < 1 for length in lengths):
-        raise ConfigError(f"every link must have at least one step (got {list(lengths)} from epochs "
-                          f"{list(config.chain.epochs or ())} of {per_epoch} steps); give it a larger share")
-    return Plan(lengths, per_epoch, tuple(sum(map(len, e.sequences)) for e in examples), train)
+_KNOT_TOLERANCE = (
+    1e-3  # float32: relative change of the hidden states; rounding of a 30-layer model stays below 1e-4
+)
 
 
 @dataclass
@@ -106,6 +64,7 @@ class _Run:
     listener: Listener
     best_link: Link | None = None
     optimizer: torch.optim.Optimizer | None = None
+    last_scored: Evaluation | None = None  # of the model as it is now; None once it may have changed
     kept_moments: dict[str, Tensor] | None = None  # ReLoRA: what the last link's optimizer knew
 
 
@@ -156,8 +115,16 @@ def _prepare(config: RunConfig, resume: bool, listener: Listener) -> _Run:
             add_link(chain, link)
     if config.train.trackers:
         accelerator.init_trackers("chainlora", config=_flat(config.model_dump(mode="json")))
-    listener({"event": "plan", "num_steps": plan.num_steps, "lengths": list(plan.lengths), "step": progress.step,
-              "rows": len(splits.train), "path": str(path)})
+    listener(
+        {
+            "event": "plan",
+            "num_steps": plan.num_steps,
+            "lengths": list(plan.lengths),
+            "step": progress.step,
+            "rows": len(splits.train),
+            "path": str(path),
+        }
+    )
     return run
 
 
@@ -165,11 +132,15 @@ def _accelerator(config: RunConfig) -> Accelerator:
     try:
         accelerator = Accelerator(log_with=list(config.train.trackers) or None, project_dir=config.output)
     except ValueError as error:
-        raise ConfigError(f"`trackers` must name installed trackers (got {list(config.train.trackers)}: {error}); "
-                          "pip install it or remove it") from None
+        raise ConfigError(
+            f"`trackers` must name installed trackers (got {list(config.train.trackers)}: {error}); "
+            "pip install it or remove it"
+        ) from None
     if accelerator.num_processes > 1:
-        raise ConfigError(f"training runs in one process today (got {accelerator.num_processes}); "
-                          "launch without `accelerate launch --num_processes`")
+        raise ConfigError(
+            f"training runs in one process today (got {accelerator.num_processes}); "
+            "launch without `accelerate launch --num_processes`"
+        )
     return accelerator
 
 
@@ -197,7 +168,9 @@ def _begin_link(run: _Run, index: int, config: LinkConfig) -> None:
     if index and run.config.train.optimizer_reset == "prune":
         kept = run.kept_moments if run.kept_moments is not None else run.directory.load_moments()  # type: ignore[union-attr]
         store.optimizer_from_tensors(run.optimizer, prune_moments(kept, run.config.train.prune_fraction))
-    saved = run.directory.load_checkpoint(run.progress, config) if run.directory and run.progress.step else None
+    saved = (
+        run.directory.load_checkpoint(run.progress, config) if run.directory and run.progress.step else None
+    )
     if saved is not None:
         link, tensors = saved
         for name, factors in link.factors.items():
@@ -207,33 +180,6 @@ def _begin_link(run: _Run, index: int, config: LinkConfig) -> None:
         set_extra(run.chain.model, adapter, link.extra)
         store.optimizer_from_tensors(run.optimizer, tensors)
         run.chain.live_steps = run.progress.step - run.plan.first_step(index)
-
-
-def make_optimizer(adapter: Adapter, config: TrainConfig) -> torch.optim.Optimizer:
-    """Return a new AdamW for a link; factor B's rate is `lora_plus_ratio` times A's (arXiv 2402.12354)."""
-    groups = [{"params": adapter.named_factor("A"), "ratio": 1.0},
-              {"params": adapter.named_factor("B"), "ratio": config.lora_plus_ratio},
-              {"params": [p for module in adapter.extra.values() for p in module.parameters()], "ratio": 1.0}]
-    return _adamw([group for group in groups if group["params"]], config)
-
-
-def _adamw(groups: list[dict[str, Any]], config: TrainConfig) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True,
-                             weight_decay=config.weight_decay)
-
-
-def prune_moments(state: Mapping[str, Tensor], fraction: float) -> dict[str, Tensor]:
-    """ReLoRA's partial reset (arXiv 2307.05695, §3): zero the smallest `fraction` of each moment, keep the rest.
-
-    `state` maps ``"<parameter>.<key>"`` to AdamW's tensors, as `store.optimizer_tensors` gives them.
-    """
-    pruned = dict(state)
-    for name, moment in state.items():
-        num_pruned = int(fraction * moment.numel())
-        if name.rpartition(".")[2] in ("exp_avg", "exp_avg_sq") and num_pruned:
-            magnitudes = moment.abs()
-            pruned[name] = moment * (magnitudes > magnitudes.flatten().kthvalue(num_pruned).values)
-    return pruned
 
 
 def _gradient_batches(run: _Run, index: int) -> Callable[[], None]:
@@ -262,8 +208,10 @@ def _end_link(run: _Run, began: float) -> None:
     link = tie_knot(run.chain)
     change = ((_probe(run, probe) - before).norm() / before.norm()).item()
     if not change <= _KNOT_TOLERANCE and run.config.train.dtype == "float32":
-        raise TrainingError(f"a knot must preserve the function (got a relative change of {change:.1e} after link "
-                            f"{index}); this is a bug, please report it with the model's name")
+        raise TrainingError(
+            f"a knot must preserve the function (got a relative change of {change:.1e} after link "
+            f"{index}); this is a bug, please report it with the model's name"
+        )
     run.progress.link, run.progress.seconds = index + 1, time.perf_counter() - began
     _record(run, {"event": "knot", "step": run.progress.step, "link": index, "function_change": change})
     _evaluate(run, "knot", began)
@@ -288,7 +236,9 @@ def _probe(run: _Run, batch: PackedBatch) -> Tensor:
 # --- one step ------------------------------------------------------------------------------------------------------
 
 
-def _steps(run: _Run, packer: ThreadPoolExecutor, begin: int, end: int) -> Iterator[tuple[int, list[PackedBatch]]]:
+def _steps(
+    run: _Run, packer: ThreadPoolExecutor, begin: int, end: int
+) -> Iterator[tuple[int, list[PackedBatch]]]:
     """Yield (step, packed micro-batches), each packed while the step before it runs."""
 
     def ready(step: int) -> list[PackedBatch]:
@@ -321,9 +271,11 @@ def _update(run: _Run, work: tuple[int, list[PackedBatch]], began: float) -> Non
     train, progress, optimizer, model = run.config.train, run.progress, run.optimizer, run.chain.model
     assert optimizer is not None
     started = time.perf_counter()
-    torch.manual_seed((train.seed << 32) + step)  # dropout is a function of the step: no generator state to save
+    torch.manual_seed(
+        (train.seed << 32) + step
+    )  # dropout is a function of the step: no generator state to save
     model.train()
-    rate = _set_rate(run, step)
+    rate = set_learning_rate(optimizer, train, run.plan.lengths, step)
     counts = [_count(run, batch) for batch in batches]
     total = 0.0
     for batch in batches:
@@ -339,12 +291,24 @@ def _update(run: _Run, work: tuple[int, list[PackedBatch]], began: float) -> Non
         nn.utils.clip_grads_with_norm_(parameters, train.max_grad_norm, norm)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+    run.last_scored = None
     progress.step = step + 1
     tokens = sum(batch.num_tokens for batch in batches)
     progress.tokens += tokens
     run.chain.live_steps += run.config.chain.tune == "full"
-    _record(run, {"event": "step", "step": step + 1, "link": len(run.chain), "loss": total, "learning_rate": rate,
-                  "grad_norm": norm.item(), "tokens": tokens, "seconds": time.perf_counter() - started})
+    _record(
+        run,
+        {
+            "event": "step",
+            "step": step + 1,
+            "link": len(run.chain),
+            "loss": total,
+            "learning_rate": rate,
+            "grad_norm": norm.item(),
+            "tokens": tokens,
+            "seconds": time.perf_counter() - started,
+        },
+    )
     _between_steps(run, began)
 
 
@@ -353,28 +317,21 @@ def _between_steps(run: _Run, began: float) -> None:
     end_of_link = run.plan.first_step(min(len(run.chain) + 1, len(run.plan.lengths)))
     if train.eval_every and progress.step % train.eval_every == 0 and progress.step != end_of_link:
         _evaluate(run, "step", began)
-    if train.save_every and run.directory and progress.step % train.save_every == 0 and run.chain.live is not None:
+    if (
+        train.save_every
+        and run.directory
+        and progress.step % train.save_every == 0
+        and run.chain.live is not None
+    ):
         progress.seconds = time.perf_counter() - began
         _checkpoint(run)
 
 
 def _checkpoint(run: _Run) -> None:
-    assert run.directory is not None and run.optimizer is not None
+    assert run.directory is not None
+    assert run.optimizer is not None
     link = replace(live_link(run.chain), num_steps=run.progress.step - run.plan.first_step(len(run.chain)))
     run.directory.save_checkpoint(link, run.optimizer, run.progress, run.config.model)
-
-
-def _set_rate(run: _Run, step: int) -> float:
-    train = run.config.train
-    restart = train.restart_warmup_steps
-    if restart is None:
-        restart = train.warmup_steps if train.restart_schedule else 0
-    factor = learning_rate_factor(step, run.plan.lengths, train.schedule, train.warmup_steps, train.restart_schedule,
-                                  restart)
-    assert run.optimizer is not None
-    for group in run.optimizer.param_groups:
-        group["lr"] = train.lr * factor * group.get("ratio", 1.0)
-    return train.lr * factor
 
 
 def _count(run: _Run, batch: PackedBatch) -> int:
@@ -388,8 +345,10 @@ def _stop_non_finite(run: _Run, step: int, loss: float, norm: float) -> None:
     if run.directory is not None and run.chain.live is not None:
         _checkpoint(run)
         where = f"; the state before it is kept in {run.directory.path}"
-    raise TrainingError(f"the loss and its gradient must be finite (got loss {loss}, gradient norm {norm} at step "
-                        f"{step + 1}, link {len(run.chain)}){where}; lower train.lr or check the rows of that step")
+    raise TrainingError(
+        f"the loss and its gradient must be finite (got loss {loss}, gradient norm {norm} at step "
+        f"{step + 1}, link {len(run.chain)}){where}; lower train.lr or check the rows of that step"
+    )
 
 
 # --- evaluation and the best point ------------------------------------------------------------------------------------
@@ -399,8 +358,17 @@ def _evaluate(run: _Run, where: str, began: float) -> None:
     if not run.splits.validation:
         return
     evaluation = _score(run, run.splits.validation)
-    _record(run, {"event": "eval", "step": run.progress.step, "link": max(0, len(run.chain) - (where == "knot")),
-                  "where": where} | evaluation.metrics)
+    run.last_scored = evaluation
+    _record(
+        run,
+        {
+            "event": "eval",
+            "step": run.progress.step,
+            "link": max(0, len(run.chain) - (where == "knot")),
+            "where": where,
+        }
+        | evaluation.metrics,
+    )
     if where == "start":
         return
     progress, name = run.progress, run.config.train.select_metric or run.splits.metric
@@ -410,8 +378,13 @@ def _evaluate(run: _Run, where: str, began: float) -> None:
     lower = name in ("loss", "perplexity")
     if progress.best is None or (value < progress.best["value"] if lower else value > progress.best["value"]):
         live = run.chain.live is not None
-        progress.best = {"step": progress.step, "num_links": len(run.chain), "partial": live, "metric": name,
-                         "value": value}
+        progress.best = {
+            "step": progress.step,
+            "num_links": len(run.chain),
+            "partial": live,
+            "metric": name,
+            "value": value,
+        }
         progress.evaluations_without_gain = 0
         if run.config.train.keep_best and live:
             run.best_link = live_link(run.chain)
@@ -424,8 +397,15 @@ def _evaluate(run: _Run, where: str, began: float) -> None:
 
 
 def _score(run: _Run, examples: list[Example]) -> Evaluation:
-    return evaluate(run.chain.model, examples, metrics=run.splits.metrics, tokenizer=run.tokenizer, path=run.path,
-                    stop=run.splits.stop, max_new_tokens=run.splits.max_new_tokens)
+    return evaluate(
+        run.chain.model,
+        examples,
+        metrics=run.splits.metrics,
+        tokenizer=run.tokenizer,
+        path=run.path,
+        stop=run.splits.stop,
+        max_new_tokens=run.splits.max_new_tokens,
+    )
 
 
 def _select_best(run: _Run) -> None:
@@ -435,11 +415,14 @@ def _select_best(run: _Run) -> None:
         return
     if best["num_links"] == len(run.chain) and not best["partial"]:
         return
+    run.last_scored = None
     partial = run.best_link
     if best["partial"] and partial is None and run.directory is not None:  # saved before a kill
         config = run.config.chain.links()[best["num_links"]]
-        partial = store.read_link(run.directory / "best", {"index": best["num_links"], "num_steps": 0,
-                                                           "config": config.model_dump(mode="json")})
+        partial = store.read_link(
+            run.directory / "best",
+            {"index": best["num_links"], "num_steps": 0, "config": config.model_dump(mode="json")},
+        )
     drop_links(run.chain, len(run.chain) - best["num_links"])
     if best["partial"] and partial is not None:
         partial = replace(partial, num_steps=best["step"] - run.plan.first_step(best["num_links"]))
@@ -452,7 +435,8 @@ def _final_metrics(run: _Run) -> dict[str, Any]:
     for name in ("validation", "test"):
         examples = getattr(run.splits, name)
         if examples:
-            metrics[name] = _score(run, examples).metrics
+            known = run.last_scored if name == "validation" else None
+            metrics[name] = dict((known or _score(run, examples)).metrics)
             if run.splits.loss == "candidates":
                 metrics[name]["majority"] = majority_rate(examples)
     return metrics
@@ -470,7 +454,9 @@ def _record(run: _Run, values: dict[str, Any]) -> None:
         run.accelerator.log({f"{values['event']}/{k}": v for k, v in numbers.items()}, step=values["step"])
 
 
-def _write_manifest(run: _Run, selected: Mapping[str, Any] | None = None, links: list[Link] | None = None) -> None:
+def _write_manifest(
+    run: _Run, selected: Mapping[str, Any] | None = None, links: list[Link] | None = None
+) -> None:
     if run.directory is not None:
         run.directory.write_manifest(run.base, run.config, links or run.chain.links, run.progress, selected)
 
@@ -478,22 +464,40 @@ def _write_manifest(run: _Run, selected: Mapping[str, Any] | None = None, links:
 def _finish(run: _Run, results: dict[str, Any], seconds: float) -> dict[str, Any]:
     config, progress = run.config, run.progress
     progress.seconds = seconds
+    if config.chain.tune == "full":
+        trained = sum(parameter.numel() for parameter in run.chain.model.parameters())
+    else:
+        trained = max((num_trained(link) for link in run.chain.links), default=0)
     result = {
-        "format": store.FORMAT, "model": config.model, "task": config.data.task, **results, "best": progress.best,
-        "links": [store.describe_link(link) for link in run.chain.links], "steps": progress.step,
-        "tokens": progress.tokens, "rows": len(run.splits.train), "wall_s": round(seconds, 2),
-        "peak_memory_mb": peak_memory_mb(), "trainable_parameters": _num_trained(run), "versions": store.versions(),
-        "hardware": {"machine": platform.machine(), "threads": torch.get_num_threads(),
-                     "device": str(run.accelerator.device)},
+        "format": store.FORMAT,
+        "model": config.model,
+        "task": config.data.task,
+        **results,
+        "best": progress.best,
+        "links": [store.describe_link(link) for link in run.chain.links],
+        "steps": progress.step,
+        "tokens": progress.tokens,
+        "rows": len(run.splits.train),
+        "wall_s": round(seconds, 2),
+        "peak_memory_mb": peak_memory_mb(),
+        "trainable_parameters": trained,
+        "versions": store.versions(),
+        "hardware": hardware(run.accelerator.device),
     }
     if run.directory is not None:
         if config.train.keep_best and progress.best is not None:
             everything = run.directory.manifest()
-            selected = {"num_links": progress.best["num_links"], "partial": None, "step": progress.best["step"]}
+            selected = {
+                "num_links": progress.best["num_links"],
+                "partial": None,
+                "step": progress.best["step"],
+            }
             if run.best_link is not None:
                 selected["partial"] = store.describe_link(run.chain.links[-1])
-            store.write_json(run.directory / "chain.json", everything | {"selected": selected,
-                                                                         "progress": asdict(progress)})
+            store.write_json(
+                run.directory / "chain.json",
+                everything | {"selected": selected, "progress": asdict(progress)},
+            )
         else:
             _write_manifest(run)
         run.directory.drop_checkpoints()
@@ -504,34 +508,12 @@ def _finish(run: _Run, results: dict[str, Any], seconds: float) -> dict[str, Any
     return result
 
 
-def _num_trained(run: _Run) -> int:
-    """Parameters trained at a time: those of the largest link, or of the whole model."""
-    if run.config.chain.tune == "full":
-        return sum(parameter.numel() for parameter in run.chain.model.parameters())
-    return max((_num_parameters(link) for link in run.chain.links), default=0)
-
-
-def _num_parameters(link: Link) -> int:
-    config, total = link.config, sum(weight.numel() for weight in link.extra.values())
-    for share in link.factors.values():
-        total += config.rank * ((config.train_factors != "B") * share.a.shape[1]
-                                + (config.train_factors != "A") * share.b.shape[0])
-        total += sum(part.numel() for part in (share.bias, share.magnitude) if part is not None)
-    return total
-
-
-def peak_memory_mb() -> int:
-    """Peak resident memory of this process in MiB (accelerator peak where there is one)."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() // 2**20
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak // (2**20 if sys.platform == "darwin" else 2**10)
-
-
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": str(value)}
+        flat |= (
+            _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": str(value)}
+        )
     return flat
 
 
@@ -539,10 +521,12 @@ def _tune_everything(run: _Run, began: float) -> None:
     """Full fine-tuning, the rival that trains every weight: float32 only, no links, no checkpoints."""
     model = run.chain.model
     if run.config.train.dtype != "float32":
-        raise ConfigError("full fine-tuning needs dtype: float32 (got bfloat16, whose weights lose small updates)")
+        raise ConfigError(
+            "full fine-tuning needs dtype: float32 (got bfloat16, whose weights lose small updates)"
+        )
     for parameter in model.parameters():
         parameter.requires_grad_(True)
-    run.optimizer = _adamw([{"params": list(model.parameters())}], run.config.train)
+    run.optimizer = full_optimizer(model.parameters(), run.config.train)
     with ThreadPoolExecutor(1) as packer:
         for work in _steps(run, packer, 0, run.plan.num_steps):
             _update(run, work, began)

@@ -1,0 +1,148 @@
+"""The verbs that measure: ``experiment run``, ``experiment report`` and ``compare``. Parse, call, print."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .cli_common import overrides, quiet
+
+_JSON = click.option("--json", "as_json", is_flag=True, help="Print exactly one JSON object on stdout.")
+_WORKERS = click.option(
+    "--workers",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Cells at a time; threads are divided among them.",
+)
+_BACKEND = click.option(
+    "--backend", type=click.Choice(["local", "inline", "ray"]), default="local", show_default=True
+)
+_ANY_KEY = {"ignore_unknown_options": True, "allow_extra_args": True}
+
+
+@click.group()
+def experiment() -> None:
+    """Compare methods over tasks and seeds, and report with intervals and exact paired tests."""
+
+
+@experiment.command(name="run", context_settings=_ANY_KEY)
+@click.argument("file", type=click.Path())
+@click.option(
+    "--output", required=True, type=click.Path(file_okay=False), help="Folder for cells and results."
+)
+@_WORKERS
+@_BACKEND
+@click.option("--max-cells", type=click.IntRange(min=1), default=None, help="Stop after so many cells.")
+@_JSON
+@click.pass_context
+def run(
+    context: click.Context,
+    file: str,
+    output: str,
+    workers: int,
+    backend: Any,
+    max_cells: int | None,
+    as_json: bool,
+) -> None:
+    """Run FILE: task × method × grid × seed. What is done is skipped; a killed run goes on when called again.
+
+    Any key of the file can be set: --base.data.dir path/to/rows --seeds "[0, 1]"
+    """
+    from .experiments import experiment_progress, run_experiment
+
+    quiet()
+    outcome = run_experiment(
+        file,
+        output,
+        workers=workers,
+        backend=backend,
+        overrides=overrides(context.args),
+        listener=experiment_progress(),
+        max_cells=max_cells,
+    )
+    _show(
+        {
+            "output": str(outcome.out),
+            "results": str(outcome.results),
+            "cells": outcome.num_cells,
+            "run": outcome.num_run,
+        },
+        as_json,
+        f"{outcome.num_run} of {outcome.num_cells} cells run; results in {outcome.results}\n"
+        f"next: chainlora experiment report {outcome.out}",
+    )
+
+
+@experiment.command(name="report")
+@click.argument("results", type=click.Path())
+@click.option(
+    "--output", type=click.Path(file_okay=False), default=None, help="Default: the results' own folder."
+)
+@_JSON
+def report(results: str, output: str | None, as_json: bool) -> None:
+    """Make tables (Markdown, CSV, LaTeX) and figures (PNG, SVG) from RESULTS and print the Markdown."""
+    from .experiments import report_experiment
+
+    quiet()
+    made = report_experiment(results, output)
+    _show({"files": [str(path) for path in made.files]}, as_json, made.markdown)
+
+
+@click.command()
+@click.argument("config", type=click.Path())
+@click.option(
+    "--methods", required=True, help="Comma-separated presets, e.g. lora,chain3; the first is the baseline."
+)
+@click.option(
+    "--seeds", type=click.IntRange(min=1), default=5, show_default=True, help="Number of paired seeds."
+)
+@click.option(
+    "--learning-rates", default="", help="Comma-separated; chosen on validation rows for each method."
+)
+@click.option(
+    "--output", required=True, type=click.Path(file_okay=False), help="Folder for cells and results."
+)
+@_WORKERS
+@_BACKEND
+@_JSON
+def compare(
+    config: str,
+    methods: str,
+    seeds: int,
+    learning_rates: str,
+    output: str,
+    workers: int,
+    backend: Any,
+    as_json: bool,
+) -> None:
+    """Run several methods on CONFIG's model and data at equal steps, and report."""
+    from .config import load_config
+    from .experiments import compare as run_compare
+    from .experiments import experiment_progress
+
+    try:
+        rates = [float(rate) for rate in learning_rates.split(",") if rate]
+    except ValueError:
+        raise click.UsageError(
+            f"--learning-rates must be numbers with commas between (got {learning_rates!r})"
+        ) from None
+    quiet()
+    made = run_compare(
+        load_config(config),
+        [name.strip() for name in methods.split(",")],
+        range(seeds),
+        Path(output),
+        learning_rates=rates,
+        workers=workers,
+        backend=backend,
+        listener=experiment_progress(),
+    )
+    _show({"files": [str(path) for path in made.files]}, as_json, made.markdown)
+
+
+def _show(value: dict[str, Any], as_json: bool, text: str) -> None:
+    click.echo(json.dumps(value, ensure_ascii=False) if as_json else text)
