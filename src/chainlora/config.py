@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -18,7 +18,10 @@ from .errors import ConfigError, nearest
 
 
 class _Frozen(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), populate_by_name=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+
+
+_Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class LinkConfig(_Frozen):
@@ -49,16 +52,31 @@ class LinkConfig(_Frozen):
     def _check(self) -> LinkConfig:
         if not self.target_modules:
             raise ValueError("`target_modules` must name at least one module (got none); use e.g. all-linear")
+        for key in ("target_modules", "exclude_modules"):
+            _check_pattern(key, getattr(self, key))
         if self.init == "pissa" and self.train_factors != "both":
             raise ValueError("`init: pissa` trains both factors (got train_factors: "
                              f"{self.train_factors}); use init: kaiming or train_factors: both")
         if self.init == "gradient" and self.train_factors == "A":
             raise ValueError("`init: gradient` points A along the gradient and trains B (got train_factors: A); "
                              "use train_factors: both or B")
+        if self.dora and self.lora_bias:
+            raise ValueError("`dora` knows no LoRA bias (got lora_bias: true); set one of them to false")
         if self.dora and (self.init == "pissa" or self.train_factors != "both"):
             raise ValueError("`dora` works with init gaussian or kaiming and train_factors: both "
                              f"(got {self.init}, {self.train_factors})")
         return self
+
+
+def _check_pattern(key: str, modules: tuple[str, ...] | str | None) -> None:
+    """Refuse an empty name, which is the end of every path, and text that is no regular expression."""
+    if isinstance(modules, tuple) and "" in modules:
+        raise ValueError(f"`{key}` must hold names (got an empty one); remove it")
+    try:
+        re.compile(modules if isinstance(modules, str) else "")
+    except re.error as error:
+        raise ValueError(f"`{key}` must be a list of names, all-linear or a regular expression (got {modules!r}: "
+                         f"{error}); give a list such as [q_proj, v_proj]") from None
 
 
 class ChainConfig(_Frozen):
@@ -99,7 +117,7 @@ class ChainConfig(_Frozen):
     @model_validator(mode="after")
     def _check(self) -> ChainConfig:
         if self.epochs is not None and self.steps is not None:
-            raise ValueError("give `epochs` or `steps`, not both (got both); remove one")
+            raise ValueError("give `epochs` or `steps`, not both (got both); set one to null")
         for key in ("epochs", "steps"):
             lengths = getattr(self, key)
             if lengths is None:
@@ -114,12 +132,18 @@ class ChainConfig(_Frozen):
                              f"{len(self.ranks)} ranks)")
         if self.dora and self.hold == "carried":
             raise ValueError("`dora` cannot be carried (its update is not low-rank; got hold: carried); use hold: tied")
+        if self.init == "pissa" and self.hold == "carried":
+            raise ValueError("`init: pissa` takes its start out of the base (got hold: carried); use hold: tied")
+        try:
+            self.links()
+        except ValidationError as error:  # here, and not when the link begins
+            raise ValueError(_problems(error, LinkConfig)) from None
         return self
 
     def links(self) -> list[LinkConfig]:
         """Return one `LinkConfig` a link, scaling policy applied."""
         shared = {key: getattr(self, key) for key in LinkConfig.model_fields if key not in ("rank", "alpha")}
-        return [LinkConfig(rank=rank, alpha=self._alpha(index, rank), **shared) for index, rank in enumerate(self.ranks)]
+        return [LinkConfig(rank=rank, alpha=self._alpha(k, rank), **shared) for k, rank in enumerate(self.ranks)]
 
     def _alpha(self, index: int, rank: int) -> float:
         if isinstance(self.alpha, tuple):
@@ -171,9 +195,9 @@ class TrainConfig(_Frozen):
     gradient_accumulation: int = Field(1, ge=1)
     group_by_length: bool = False
     dtype: Literal["float32", "bfloat16"] = "float32"
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**32, description="a step's generator is seeded with seed · 2³² + step")
     weight_decay: float = Field(0.0, ge=0)
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[_Beta, _Beta] = (0.9, 0.999)
     eps: float = Field(1e-8, gt=0)
     max_grad_norm: float | None = Field(1.0, gt=0)
     optimizer_reset: Literal["full", "prune"] = "full"
@@ -212,6 +236,9 @@ class RunConfig(_Frozen):
         if train.optimizer_reset == "prune" and len(set(chain.ranks)) > 1:
             raise ValueError("`optimizer_reset: prune` keeps moments over a knot, so all ranks must be equal "
                              f"(got {list(chain.ranks)}); use optimizer_reset: full")
+        if chain.tune == "full" and train.dtype != "float32":
+            raise ValueError("`tune: full` needs dtype: float32 (got bfloat16, whose weights lose small updates); "
+                             "set train.dtype")
         if (train.early_stop or train.keep_best) and not (self.data.validation or self.data.task or self.data.dir):
             raise ValueError("`early_stop` and `keep_best` need validation rows (got none); give data.validation")
         return self
@@ -225,15 +252,16 @@ def load_config(path: str | Path, overrides: Sequence[tuple[str, str]] = ()) -> 
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        tree = parse_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"config file must be readable (got {path}: {error.strerror}); check the path") from None
-    try:
-        tree = yaml.load(text, _Loader)
+    except UnicodeDecodeError:
+        raise ConfigError(f"config file must be UTF-8 text (got other bytes in {path}); is it a YAML file?") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}" if mark else ""
-        raise ConfigError(f"config file must be YAML (got {path}{where}: {getattr(error, 'problem', error)})") from None
+        raise ConfigError(f"config file must be YAML (got {path}{where}: {getattr(error, 'problem', error)}); "
+                          "correct it there") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"config file must hold a mapping of keys (got {type(tree).__name__} in {path})")
     for key, value in overrides:
@@ -242,7 +270,16 @@ def load_config(path: str | Path, overrides: Sequence[tuple[str, str]] = ()) -> 
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads ``1e-3`` as a string; this loader reads it as the number everybody means."""
+    """YAML 1.1 reads ``1e-3`` as a string; this loader reads it as the number everybody means. A key that is there
+    twice is refused: YAML would silently drop the first."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        names = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for position, (key, _) in enumerate(node.value):
+            if names[position] in names[:position]:
+                problem = f"key {names[position]!r} is there twice"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 _Loader.add_implicit_resolver(
@@ -261,10 +298,16 @@ def set_key(tree: dict[str, Any], dotted: str, value: str) -> None:
     """Set ``tree["a"]["b"]`` from ``"a.b"``; the value is parsed as YAML."""
     *parents, last = dotted.split(".")
     for part in parents:
-        tree = tree.setdefault(part, {})
+        if tree.get(part) is None:
+            tree[part] = {}
+        tree = tree[part]
         if not isinstance(tree, dict):
             raise ConfigError(f"`{dotted}` must name a key inside a section (got {part!r}, which is a value)")
-    tree[last] = parse_yaml(value)
+    try:
+        tree[last] = parse_yaml(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"the value of `{dotted}` must be YAML (got {value!r}: {getattr(error, 'problem', error)}); "
+                          "quote lists in the shell, e.g. '[8, 8]'") from None
 
 
 def make_config(tree: Mapping[str, Any]) -> RunConfig:
@@ -272,7 +315,7 @@ def make_config(tree: Mapping[str, Any]) -> RunConfig:
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError("; ".join(dict.fromkeys(_describe(item) for item in error.errors()))) from None
+        raise ConfigError(_problems(error, RunConfig)) from None
 
 
 def link_config(**keys: Any) -> LinkConfig:
@@ -280,7 +323,7 @@ def link_config(**keys: Any) -> LinkConfig:
     try:
         return LinkConfig(**keys)
     except ValidationError as error:
-        raise ConfigError("; ".join(dict.fromkeys(_describe(item, LinkConfig) for item in error.errors()))) from None
+        raise ConfigError(_problems(error, LinkConfig)) from None
 
 
 def dump_config(config: RunConfig) -> str:
@@ -288,22 +331,39 @@ def dump_config(config: RunConfig) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
-def _describe(item: Any, root: type[BaseModel] = RunConfig) -> str:
-    location = [str(part) for part in item["loc"]]
-    keys = [part for part in location if not part.isdigit() and "[" not in part and part not in ("str", "float", "int")]
-    dotted = ".".join(keys)
-    if item["type"] == "extra_forbidden":
-        return f"unknown key `{dotted}`{nearest(keys[-1], _keys_at(root, keys[:-1]))}"
-    if item["type"] == "missing":
-        return f"`{dotted}` must be given"
-    if item["type"] == "value_error":
-        return str(item["ctx"]["error"])
-    message = item["msg"][:1].lower() + item["msg"][1:]
-    return f"`{dotted}`: {message} (got {item['input']!r})"
+_KINDS = {"tuple": "a list, e.g. [{input}]", "int": "a whole number", "float": "a number", "string": "a text",
+          "bool": "true or false", "model": "a section of keys", "finite": "a finite number"}
+_BOUNDS = {"greater_than": "above {gt}", "greater_than_equal": "at least {ge}", "less_than": "below {lt}",
+           "less_than_equal": "at most {le}", "literal_error": "{expected}"}
 
 
-def _keys_at(root: type[BaseModel], path: Sequence[str]) -> list[str]:
-    model = root
-    for part in path:
-        model = model.model_fields[part].annotation  # type: ignore[assignment]
-    return list(model.model_fields)
+def _problems(error: ValidationError, root: type[BaseModel]) -> str:
+    """Say everything that is wrong in one line; what each member of a union asks for becomes one sentence."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for item in error.errors():
+        keys = [part for part in item["loc"] if isinstance(part, str)]
+        if item["type"] == "extra_forbidden":
+            found[_unknown_key(keys, root), ""] = []
+        elif item["type"] == "value_error":
+            found[str(item["ctx"]["error"]), ""] = []
+        elif item["type"] == "missing":
+            found[f"`{'.'.join(keys)}` must be given (got none); add it", ""] = []
+        else:
+            named = [key for key in keys if "[" not in key and key not in ("str", "float", "int")]
+            place = "".join(f" at position {part}" for part in item["loc"] if isinstance(part, int))
+            values = {"input": item["input"], **item.get("ctx", {})}
+            kind = _BOUNDS.get(item["type"]) or _KINDS.get(item["type"].partition("_")[0])
+            rule = kind.format(**values) if kind else item["msg"][:1].lower() + item["msg"][1:]
+            found.setdefault((f"`{'.'.join(named)}` must be", f" (got {item['input']!r}{place})"), []).append(rule)
+    return "; ".join(" ".join([begin, " or ".join(rules)]).strip() + end for (begin, end), rules in found.items())
+
+
+def _unknown_key(keys: Sequence[str], root: type[BaseModel]) -> str:
+    model: Any = root
+    for part in keys[:-1]:
+        model = model.model_fields[part].annotation
+    known, last = list(model.model_fields), keys[-1]
+    elsewhere = [f"{name}.{last}" for name, field in root.model_fields.items()
+                 if last in getattr(field.annotation, "model_fields", {})]
+    hint = f"; did you mean {elsewhere[0]!r}?" if len(elsewhere) == 1 else nearest(last, known)
+    return f"unknown key `{'.'.join(keys)}`{hint}"
