@@ -29,8 +29,13 @@ def read_batches(file: str) -> list[dict[str, torch.Tensor]]:
     texts = [row["prompt"] + row["completion"] for row in rows]
     batches = []
     for start in range(0, len(texts), BATCH):
-        encoded = tokenizer(texts[start : start + BATCH], return_tensors="pt", padding=True, padding_side="right",
-                            return_token_type_ids=False)
+        encoded = tokenizer(
+            texts[start : start + BATCH],
+            return_tensors="pt",
+            padding=True,
+            padding_side="right",
+            return_token_type_ids=False,
+        )
         encoded["labels"] = encoded["input_ids"].masked_fill(encoded["attention_mask"] == 0, -100)
         batches.append(dict(encoded))
     return batches
@@ -54,7 +59,10 @@ def held_out_loss() -> float:
     return sum(model(**batch).loss.item() for batch in validation) / len(validation)
 
 
-training, validation = read_batches("examples/dates/train.jsonl"), read_batches("examples/dates/validation.jsonl")
+training, validation = (
+    read_batches("examples/dates/train.jsonl"),
+    read_batches("examples/dates/validation.jsonl"),
+)
 chain = Chain(model, seed=0)
 losses = [held_out_loss()]
 print(f"before training   loss {losses[0]:.4f}")
