@@ -207,6 +207,11 @@ def _end_link(run: _Run, began: float) -> None:
         run.kept_moments = store.optimizer_tensors(run.optimizer)
     link = tie_knot(run.chain)
     change = ((_probe(run, probe) - before).norm() / before.norm()).item()
+    if not math.isfinite(change):
+        raise TrainingError(
+            f"a link must leave finite weights (got others after step {run.progress.step}, link {index}); the links "
+            "before it are kept; lower train.lr"
+        )
     if not change <= _KNOT_TOLERANCE and run.config.train.dtype == "float32":
         raise TrainingError(
             f"a knot must preserve the function (got a relative change of {change:.1e} after link "
