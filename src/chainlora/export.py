@@ -47,16 +47,14 @@ def export_merged(run: str | Path, output: str | Path, *, num_links: int | None 
     output = _empty(output)
     model, tokenizer = load_run(run, num_links=num_links)
     links = RunDirectory(run).load_links(num_links)
-    if model.generation_config is not None:
-        model.generation_config.do_sample = model.generation_config.do_sample or bool(
-            model.generation_config.temperature or model.generation_config.top_p)  # or transformers refuses to save it
-    model.config.use_cache = True
+    _mend_generation(model.generation_config)
     model.save_pretrained(output)
     tokenizer.save_pretrained(output)
     base = RunDirectory(run).manifest()["base"]["model"]
     _card(output, f"`{base}` with a chain of {len(links)} LoRA link(s) merged into its weights.", base,
           "transformers", 'AutoModelForCausalLM.from_pretrained("this folder")')
-    return {"to": "merged", "output": str(output), "links": len(links), "dtype": str(model.dtype).removeprefix("torch.")}
+    dtype = str(model.dtype).removeprefix("torch.")
+    return {"to": "merged", "output": str(output), "links": len(links), "dtype": dtype}
 
 
 def export_adapter(run: str | Path, output: str | Path, *, rank: int | None = None, tolerance: float | None = None,
@@ -90,6 +88,17 @@ def export_adapter(run: str | Path, output: str | Path, *, rank: int | None = No
             "exact": rank is None and tolerance is None}
 
 
+def _mend_generation(config: Any) -> None:
+    """Make a base's generation config one that transformers saves: it reads sampling values without do_sample, but
+    refuses to write them."""
+    if config is None:
+        return
+    try:
+        config.validate(strict=True)
+    except ValueError:
+        config.do_sample = True
+
+
 def adapter_factors(links: Sequence[Link], *, rank: int | None = None,
                     tolerance: float | None = None) -> tuple[dict[str, Factors], float]:
     """Return one pair of factors a module for a chain, all of one rank, with scaling 1, and the relative error."""
@@ -103,8 +112,8 @@ def adapter_factors(links: Sequence[Link], *, rank: int | None = None,
     total = sum(float((s**2).sum()) for s in spectra.values())
     longest = max(len(s) for s in spectra.values())
     if tolerance is not None:
-        tails = [math.sqrt(sum(float((s[r:] ** 2).sum()) for s in spectra.values()) / total) for r in range(longest + 1)]
-        rank = next(r for r, tail in enumerate(tails) if r and tail <= tolerance)
+        tails = [sum(float((s[r:] ** 2).sum()) for s in spectra.values()) for r in range(longest + 1)]
+        rank = next(r for r, tail in enumerate(tails) if r and tail <= tolerance**2 * total)
     assert rank is not None
     rank = min(rank, longest)
     compressed = {}
