@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import json
 import math
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -32,12 +34,13 @@ from chainlora.experiments import (
     run_cells,
     run_experiment,
 )
+from chainlora.experiments.analysis import paper_scores
 from chainlora.experiments.choice import Trial, choose
+from chainlora.experiments.execution import worker_environment
 from chainlora.experiments.expansion import config_id, expand_tuning
 from chainlora.experiments.flops import paper_flops, training_flops
 from chainlora.experiments.measure import shapes_of
 from chainlora.experiments.progress import time_left
-from chainlora.experiments.runner import worker_environment
 from chainlora.experiments.statistics import (
     bootstrap_interval,
     compare_pairs,
@@ -148,6 +151,25 @@ def test_what_an_experiment_file_cannot_say(tiny_folder, sentiment, tmp_path):
     assert changed.base["train"]["batch_size"] == 4
 
 
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "experiments").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_shipped_experiment_expands(path):
+    experiment = load_experiment(path)
+    cells = expand(experiment)
+    assert {cell.task for cell in cells} == set(experiment.tasks)
+    budgets = {cell.task: set() for cell in cells}
+    for cell in cells:
+        chain = cell.config.chain
+        budgets[cell.task].add(sum(chain.epochs or chain.steps or ()))
+    assert all(
+        len(spent - {0}) == 1 for spent in budgets.values()
+    )  # equal epochs or steps for all that train
+    if experiment.paper:
+        assert set(paper_scores(experiment.paper)) == set(experiment.methods)
+
+
 # --- choice ----------------------------------------------------------------------------------------
 
 
@@ -244,8 +266,8 @@ def test_a_rate_that_diverges_is_not_chosen_and_not_a_failure(tiny_folder, senti
 def test_killed_and_run_again_by_processes(tiny_folder, sentiment, tmp_path):
     """SIGKILL to the runner: its workers end too, and the next run goes on with the half cells."""
     base = tree(tiny_folder, sentiment, methods=["chain3"], seeds=[0, 1], tune={})
-    base["base"]["recipe"]["steps"] = 600
-    base["base"]["train"] |= {"save_every": 5}
+    base["base"]["recipe"]["steps"] = 300
+    base["base"]["train"] |= {"save_every": 20}
     path, out = tmp_path / "experiment.yaml", tmp_path / "out"
     path.write_text(yaml.safe_dump(base))
     code = (
@@ -267,7 +289,7 @@ def test_killed_and_run_again_by_processes(tiny_folder, sentiment, tmp_path):
     assert not outcome.failed
     records = [json.loads(line) for line in (half[0] / "metrics.jsonl").read_text().splitlines()]
     steps = [record["step"] for record in records if record["event"] == "step"]
-    assert steps == list(range(1, 601))  # no step lost, none twice
+    assert steps == list(range(1, 301))  # no step lost, none twice
 
 
 def test_threads_and_gpus_are_shared_out():
@@ -545,3 +567,44 @@ def test_compare_on_a_user_s_own_files(tiny_folder, sentiment, tmp_path):
             [0],
             learning_rates=[1e-3],
         )
+
+
+# --- examples --------------------------------------------------------------------------------------
+
+
+def example(name: str):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_counter_example_of_rac_lora():
+    rac = example("rac_counter_example")
+    for seed in range(5):
+        near = {method: rac.tune(method, seed, start=1.0) for method in rac.METHODS}
+        far = {method: rac.tune(method, seed, start=5.0)[-1] for method in rac.METHODS}
+        assert near["lora"][-1] == pytest.approx(rac.best_of_rank_one(), rel=1e-3)  # stuck at rank one
+        assert near["chain"][-1] < 1e-3
+        assert math.isinf(far["lora"])
+        assert math.isinf(far["chain"])
+        assert far["rac"] < 1e-3
+        falls = near["rac"][1:] - near["rac"][:-1]
+        assert falls.max() <= 1e-15  # below the safe rate f never rises, up to rounding of numbers under 1
+
+
+def test_the_matrix_case_against_eckart_and_young():
+    case = example("matrix_residual")
+    matrix = case.target()
+    bound = case.eckart_young(matrix, 6, 2)
+    assert case.residuals(matrix, "exact", num_links=6) == pytest.approx(
+        bound, abs=1e-9
+    )  # float64: a few roundings
+    for kind in case.KINDS:
+        found = case.residuals(matrix, kind, 15, num_links=6)
+        assert all(value >= best - 1e-9 for value, best in zip(found, bound, strict=True))  # nothing beats it
+    start, random = (case.residuals(matrix, kind, 15, num_links=4)[-1] for kind in ("tuned FW", "tuned"))
+    assert start == pytest.approx(
+        bound[4], rel=1e-2
+    )  # fifteen steps shrink what is left of a direction to 1 %
+    assert random > 2 * bound[4]

@@ -13,6 +13,7 @@ import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from typing import Any
 
 from ..config import RunConfig, make_config
@@ -35,7 +36,7 @@ class Cell:
     config: RunConfig
     phase: str = "final"
 
-    @property
+    @cached_property
     def id(self) -> str:
         """Hash of the config."""
         return config_id(self.config)
@@ -69,9 +70,8 @@ def expand(experiment: Experiment, choices: Mapping[tuple[str, str], Point] | No
     """
     if choices is None:
         found = expand_tuning(experiment)
-        return found + [
-            cell for cell in _all_finals(experiment) if cell.id not in {each.id for each in found}
-        ]
+        tuned = {cell.id for cell in found}
+        return found + [cell for cell in _all_finals(experiment) if cell.id not in tuned]
     cells = [
         _cell(experiment, task, method, seed, choices[task, method])
         for seed in experiment.seeds
@@ -148,8 +148,13 @@ def _cell(
     except ConfigError as error:
         raise ConfigError(f"task {task}, method {method}: {error}") from None
     if config.data.task is not None:
-        load_task(config.data.task)
+        _check_task(config.data.task)
     return Cell(task, method, seed, point, config, phase)
+
+
+@lru_cache(maxsize=64)
+def _check_task(name: str) -> None:
+    load_task(name)
 
 
 def _task_tree(name: str, keys: Mapping[str, Any]) -> dict[str, Any]:

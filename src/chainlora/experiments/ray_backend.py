@@ -16,9 +16,9 @@ import yaml
 
 from ..config import dump_config, make_config
 from ..errors import ConfigError
+from .cells import ERROR, RESULT, compute
 from .expansion import Cell
 from .records import write_atomically
-from .worker import ERROR, RESULT, compute
 
 
 def compute_remotely(config: str) -> dict[str, Any]:

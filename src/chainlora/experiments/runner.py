@@ -13,11 +13,7 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -26,16 +22,16 @@ import yaml
 
 from ..config import dump_config
 from ..errors import ConfigError, RunError
+from .cells import CONFIG, ERROR, RESULT, STATUS
 from .choice import Trial, choose, chosen_points
+from .execution import executor
 from .expansion import Cell, Point, expand, expand_tuning, points
 from .records import cell_line, experiment_line, write_atomically, write_results
 from .schema import Experiment, load_experiment
-from .worker import CONFIG, ERROR, RESULT, STATUS, work_on
 
 logger = logging.getLogger(__name__)
 
 Listener = Callable[[Mapping[str, Any]], None]
-_POLL_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
@@ -116,7 +112,7 @@ def run_cells(
     write_atomically(
         out / "experiment.yaml", yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False)
     )
-    execute = _executor(backend, workers)
+    execute = executor(backend, workers)
     left = max_cells
     for phase in (session.tuning_cells, session.final_cells):
         cells = phase()
@@ -144,16 +140,19 @@ class _Session:
         self.failed: dict[str, str] = {}
         self.num_run = 0
         self.asked: dict[tuple[str, str, int, str], Cell] = {}
-        self.running: dict[str, Cell] = {}
+        self._tuning: list[Cell] | None = None
+        self._results: dict[str, dict[str, Any]] = {}
 
     def directory(self, cell: Cell) -> Path:
         return self.out / "cells" / cell.id
 
     def is_done(self, cell: Cell) -> bool:
-        return (self.directory(cell) / RESULT).is_file()
+        return cell.id in self._results or (self.directory(cell) / RESULT).is_file()
 
     def result(self, cell: Cell) -> dict[str, Any]:
-        return json.loads((self.directory(cell) / RESULT).read_text(encoding="utf-8"))
+        if cell.id not in self._results:
+            self._results[cell.id] = json.loads((self.directory(cell) / RESULT).read_text(encoding="utf-8"))
+        return self._results[cell.id]
 
     def prepare(self, cell: Cell) -> Path:
         directory = self.directory(cell)
@@ -163,7 +162,9 @@ class _Session:
         return directory
 
     def tuning_cells(self) -> list[Cell]:
-        return expand_tuning(self.experiment)
+        if self._tuning is None:
+            self._tuning = expand_tuning(self.experiment)
+        return self._tuning
 
     def choices(self) -> list[dict[str, Any]]:
         """Choose from the tuning cells; a (task, method) chooses once none of its cells is outstanding."""
@@ -262,86 +263,3 @@ class _Session:
         ]
         lines = [{"format": 1, "kind": "choice"} | record for record in choices]
         write_results(self.out / "results.jsonl", [experiment_line(self.experiment), *lines, *cells, *finals])
-
-
-# --- where cells run ------------------------------------------------------------------------------
-
-Work = Sequence[tuple[Cell, Path]]
-Executor = Callable[[Work, Callable[[Sequence[Cell]], None]], Iterator[tuple[Cell, str | None]]]
-
-
-def _executor(backend: str, workers: int) -> Executor:
-    if backend == "local":
-        return lambda work, poll: run_local(work, poll, workers)
-    if backend == "inline":
-        return run_inline
-    if backend == "ray":
-        from .ray_backend import run_on_ray
-
-        return lambda work, poll: run_on_ray(work, poll, workers)
-    raise ConfigError(f"`backend` must be local, inline or ray (got {backend!r})")
-
-
-def run_inline(work: Work, poll: Callable[[Sequence[Cell]], None]) -> Iterator[tuple[Cell, str | None]]:
-    """Run cells one by one in this process; yield each with its error, or None, as it ends."""
-    for cell, directory in work:
-        poll([cell])
-        yield cell, None if work_on(directory) == 0 else _error(directory, 1)
-
-
-def run_local(
-    work: Work, poll: Callable[[Sequence[Cell]], None], workers: int
-) -> Iterator[tuple[Cell, str | None]]:
-    """Run cells as processes here, `workers` at a time; yield each with its error, or None, as it ends."""
-    waiting, slots = list(work), list(range(workers))
-    running: dict[int, tuple[Cell, Path, subprocess.Popen[bytes]]] = {}
-    try:
-        while waiting or running:
-            while waiting and slots:
-                cell, directory = waiting.pop(0)
-                slot = slots.pop(0)
-                running[slot] = (cell, directory, _start(directory, slot, workers))
-            ended = [slot for slot, (_, _, process) in running.items() if process.poll() is not None]
-            for slot in ended:
-                cell, directory, process = running.pop(slot)
-                slots.append(slot)
-                yield cell, _error(directory, process.returncode)
-            if not ended:
-                poll([cell for cell, _, _ in running.values()])
-                time.sleep(_POLL_SECONDS)
-    finally:
-        for _, _, process in running.values():
-            process.terminate()
-            process.wait()
-
-
-def _start(directory: Path, slot: int, workers: int) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "chainlora.experiments.worker", str(directory), "--watch"]
-    with (directory / "log.txt").open("ab") as log:
-        return subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=log,
-            stderr=log,
-            env=os.environ | worker_environment(slot, workers, os.environ),
-        )
-
-
-def worker_environment(slot: int, workers: int, environment: Mapping[str, str]) -> dict[str, str]:
-    """Return what a worker's environment adds: its share of the threads, and of the GPUs listed."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = environment.get("OMP_NUM_THREADS") or str(max(1, cores // workers))
-    added = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
-    devices = [device for device in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if device.strip()]
-    if len(devices) > 1:
-        added["CUDA_VISIBLE_DEVICES"] = devices[slot % len(devices)]
-    return added
-
-
-def _error(directory: Path, status: int) -> str | None:
-    if (directory / RESULT).is_file():
-        return None
-    try:
-        return (directory / ERROR).read_text(encoding="utf-8").strip()
-    except OSError:
-        return f"its process ended with status {status} and no result; see {directory / 'log.txt'}"
