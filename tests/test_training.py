@@ -271,6 +271,21 @@ def test_early_stop_ends_the_chain(tiny_folder, sentiment):
     assert train(make_config(tree))["steps"] == 3  # best at the first evaluation, then two without gain
 
 
+def test_a_run_killed_between_its_early_stop_and_the_knot_still_ties_the_link(tiny_folder, sentiment, tmp_path):
+    keys = {"lr": 1e-9, "early_stop": 2, "eval_every": 1, "save_every": 1}
+    train(make_config(settings(tiny_folder, sentiment, tmp_path / "whole", train=keys)))
+    config = make_config(settings(tiny_folder, sentiment, tmp_path / "killed", train=keys))
+
+    def die(record) -> None:
+        if record["event"] == "knot":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(config, listener=die)
+    assert train(config, resume=True)["steps"] == 3
+    assert_same_links(tmp_path / "whole", tmp_path / "killed")
+
+
 def test_accumulated_batches_weigh_every_row_alike(tiny_folder, sentiment):
     def losses(**keys) -> list[float]:
         seen = []

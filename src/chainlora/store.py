@@ -30,10 +30,11 @@ from torch import Tensor
 
 from .adapters import load_adapter, save_adapter
 from .chain import Link
-from .config import LinkConfig, RunConfig, dump_config, load_config
+from .config import LinkConfig, RunConfig, dump_config, link_config, load_config
 from .errors import RunError
 
 FORMAT = 1
+_HALF = "the run directory is half there: copy it whole, or train anew"
 
 
 @dataclass
@@ -83,7 +84,7 @@ def read_json(path: Path) -> Any:
         raise RunError(f"a run directory must hold {path.name} (got none in {path.parent}); "
                        "is this the output of `chainlora train`?") from None
     except ValueError as error:
-        raise RunError(f"{path.name} must be JSON (got {path}: {error}); the run directory is half there") from None
+        raise RunError(f"{path.name} must be JSON (got {path}: {error}); {_HALF}") from None
 
 
 class RunDirectory:
@@ -91,6 +92,8 @@ class RunDirectory:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        if self.path.is_file():
+            raise RunError(f"a run directory must be a directory (got the file {path}); name another")
 
     def __truediv__(self, name: str) -> Path:
         return self.path / name
@@ -108,9 +111,10 @@ class RunDirectory:
         if self.exists and resume:
             return self._find(config, base)
         if self.path.exists() and not (resume and self._barely_begun()) and any(self.path.iterdir()):
-            remedy = "pass --resume to go on with it" if self.exists else "it is not a whole run"
-            raise RunError(f"`output` must be a new or empty directory (got {self.path}, which is not empty); {remedy}, "
-                           "or choose another output")
+            what, remedy = ("holds a run", "pass --resume to go on with it, or ") if self.exists else (
+                "is not empty and not a whole run", "")
+            raise RunError(f"`output` must be a new or empty directory (got {self.path}, which {what}); {remedy}"
+                           "choose another output")
         self.path.mkdir(parents=True, exist_ok=True)
         (self / "config.yaml").write_text(dump_config(config), encoding="utf-8")
         (self / "links").mkdir(exist_ok=True)
@@ -124,10 +128,13 @@ class RunDirectory:
     def _find(self, config: RunConfig, base: Mapping[str, Any]) -> Progress:
         manifest = self.manifest()
         check_base(manifest, base, self.path)
+        if not (self / "config.yaml").is_file():
+            raise RunError(f"a run directory must hold config.yaml (got none in {self.path}); {_HALF}")
         before = load_config(self / "config.yaml")
         if _science(before) != _science(config):
-            changed = [key for key in ("model", "data", "chain", "train") if getattr(before, key) != getattr(config, key)]
-            raise RunError(f"--resume needs the config the run began with (got other values under {', '.join(changed)}); "
+            sections = ("model", "data", "chain", "train")
+            changed = ", ".join(key for key in sections if getattr(before, key) != getattr(config, key))
+            raise RunError(f"--resume needs the config the run began with (got other values under {changed}); "
                            f"use {self / 'config.yaml'} or a new output")
         progress = Progress(**manifest["progress"])
         found = self._newest_checkpoint()
@@ -140,11 +147,15 @@ class RunDirectory:
 
     def manifest(self) -> dict[str, Any]:
         """Read and check ``chain.json``."""
-        manifest: dict[str, Any] = read_json(self / "chain.json")
-        if manifest.get("format") != FORMAT:
-            raise RunError(f"chain.json must be of format {FORMAT} (got {manifest.get('format')!r} in {self.path}); "
+        manifest = read_json(self / "chain.json")
+        keys = ("format", "base", "links", "selected", "hold", "progress")
+        missing = [key for key in keys if not isinstance(manifest, dict) or key not in manifest]
+        if "format" not in missing and manifest["format"] != FORMAT:
+            raise RunError(f"chain.json must be of format {FORMAT} (got {manifest['format']!r} in {self.path}); "
                            "use the version of chainlora that wrote it")
-        return manifest
+        if missing:
+            raise RunError(f"chain.json must hold {', '.join(keys)} (got no `{missing[0]}` in {self.path}); {_HALF}")
+        return dict(manifest)
 
     def write_manifest(self, base: Mapping[str, Any], config: RunConfig, links: list[Link], progress: Progress,
                        selected: Mapping[str, Any] | None = None) -> None:
@@ -189,11 +200,16 @@ class RunDirectory:
         _swap(scratch, self / name)
         self.drop_checkpoints(keep=name)
 
+    def has_checkpoint(self, progress: Progress) -> bool:
+        """Whether there is a checkpoint of exactly this progress."""
+        folder = self / f"checkpoints/{progress.step:08d}"
+        return folder.is_dir() and read_json(folder / "progress.json")["link"] == progress.link
+
     def load_checkpoint(self, progress: Progress, config: LinkConfig) -> tuple[Link, dict[str, Tensor]] | None:
         """Read the live link and optimizer tensors of exactly this progress, or None when it stands at a knot."""
-        folder = self / f"checkpoints/{progress.step:08d}"
-        if not folder.is_dir() or read_json(folder / "progress.json")["link"] != progress.link:
+        if not self.has_checkpoint(progress):
             return None
+        folder = self / f"checkpoints/{progress.step:08d}"
         entry = {"index": progress.link, "config": config.model_dump(mode="json"), "num_steps": 0}
         return read_link(folder, entry), load_file(folder / "optimizer.safetensors")
 
@@ -249,15 +265,14 @@ def check_base(manifest: Mapping[str, Any], base: Mapping[str, Any], run: Path) 
 def write_link(folder: Path, link: Link, base: str) -> None:
     """Write a link as a PEFT adapter; the stored scaling is the tuned one whatever rank is stored."""
     power = 0.5 if link.config.rslora else 1
-    save_adapter(folder, link.factors, link.config, rank=link.rank, alpha=link.config.scaling * link.rank**power, base=base,
-                 extra=link.extra)
+    alpha = link.config.scaling * link.rank**power
+    save_adapter(folder, link.factors, link.config, rank=link.rank, alpha=alpha, base=base, extra=link.extra)
 
 
 def read_link(folder: Path, entry: Mapping[str, Any]) -> Link:
     """Read a link back from its PEFT adapter and its manifest entry."""
     factors, extra, _ = load_adapter(folder)
-    config = LinkConfig.model_validate(entry["config"])
-    return Link(entry["index"], config, factors, extra, entry["num_steps"])
+    return Link(entry["index"], link_config(**entry["config"]), factors, extra, entry["num_steps"])
 
 
 def optimizer_from_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
@@ -279,8 +294,8 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 def describe_link(link: Link) -> dict[str, Any]:
     """Return a link's manifest entry: enough, with its adapter, to read it back."""
-    return {"index": link.index, "directory": f"links/{link.index:03d}", "rank": link.rank, "scaling": link.config.scaling,
-            "num_steps": link.num_steps, "config": link.config.model_dump(mode="json")}
+    return {"index": link.index, "directory": f"links/{link.index:03d}", "rank": link.rank,
+            "scaling": link.config.scaling, "num_steps": link.num_steps, "config": link.config.model_dump(mode="json")}
 
 
 def _science(config: RunConfig) -> dict[str, Any]:

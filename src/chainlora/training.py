@@ -150,7 +150,7 @@ def _accelerator(config: RunConfig) -> Accelerator:
 def _tune_chain(run: _Run, began: float) -> None:
     configs = run.config.chain.links()
     for index in range(len(run.chain), len(configs)):
-        if run.progress.stopped:
+        if run.progress.stopped and not _is_inside_link(run):
             break
         _begin_link(run, index, configs[index])
         first = run.plan.first_step(index)
@@ -158,6 +158,11 @@ def _tune_chain(run: _Run, began: float) -> None:
             steps = _steps(run, packer, run.progress.step, first + run.plan.lengths[index])
             tune_link(run.chain, steps, lambda step: _update(run, step, began))
         _end_link(run, began)
+
+
+def _is_inside_link(run: _Run) -> bool:
+    """Whether a killed run goes on inside a link; it must be tied even if it was stopped early."""
+    return run.directory is not None and run.directory.has_checkpoint(run.progress)
 
 
 def _begin_link(run: _Run, index: int, config: LinkConfig) -> None:
