@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from .chain import Link, stack_links
+from .errors import RunError
 from .linalg import effective_rank, singular_values_of_sum, stable_rank, subspace_overlap
 from .store import RunDirectory
 
@@ -34,10 +35,18 @@ def inspect_run(run: str | Path) -> dict[str, Any]:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """Read ``metrics.jsonl``; empty when there is none."""
-    if not path.is_file():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    """Read ``metrics.jsonl``; empty when there is none. A run killed while it wrote has half a last line: left out.
+
+    Raises RunError if another line is no record.
+    """
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
+    if lines and not lines[-1].endswith("\n"):
+        lines.pop()
+    try:
+        return [json.loads(line) for line in lines]
+    except ValueError as error:
+        raise RunError(f"metrics.jsonl must hold one JSON object a line (got {path}: {error}); "
+                       "remove the broken line") from None
 
 
 def _describe(link: Link, earlier: Sequence[Link], records: list[dict[str, Any]]) -> dict[str, Any]:
@@ -45,9 +54,11 @@ def _describe(link: Link, earlier: Sequence[Link], records: list[dict[str, Any]]
     tail = losses[-max(1, len(losses) // 10):]
     knots = [r for r in records if r["event"] == "eval" and r["link"] == link.index and r["where"] == "knot"]
     keys = ("event", "step", "link", "where")
-    row: dict[str, Any] = {"link": link.index, "rank": link.rank, "scaling": link.config.scaling, "steps": link.num_steps,
-                           "loss": sum(tail) / len(tail) if tail else None,
-                           "scores": {k: v for k, v in knots[-1].items() if k not in keys} if knots else {}}
+    row: dict[str, Any] = {
+        "link": link.index, "rank": link.rank, "scaling": link.config.scaling, "steps": link.num_steps,
+        "loss": sum(tail) / len(tail) if tail else None,
+        "scores": {k: v for k, v in knots[-1].items() if k not in keys} if knots else {},
+    }
     if _is_low_rank(link):
         row |= _sizes([link])
         row["overlap"] = [_overlap(link, other) for other in earlier]
