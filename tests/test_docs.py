@@ -71,9 +71,7 @@ def test_the_readme_python_runs_and_its_adapter_is_the_model(checkout, monkeypat
     base = AutoModelForCausalLM.from_pretrained(HUB_ID)
     adapted = peft.PeftModel.from_pretrained(base, "runs/minimal-adapter")
     with torch.no_grad():  # float32: the same sums in another order
-        torch.testing.assert_close(
-            adapted(names["ids"]).logits, names["model"](names["ids"]).logits, atol=1e-5, rtol=0
-        )
+        torch.testing.assert_close(adapted(names["ids"]).logits, names["model"](names["ids"]).logits, atol=1e-5, rtol=0)
 
 
 def test_the_verbs_in_the_readme_run(tiny_folder):
@@ -151,9 +149,7 @@ def described_keys() -> dict[str, tuple[str, str]]:
 
 
 def test_config_md_has_every_key_and_no_other():
-    assert set(described_keys()) == {
-        prefix + key for prefix, model in sections().items() for key in model.model_fields
-    }
+    assert set(described_keys()) == {prefix + key for prefix, model in sections().items() for key in model.model_fields}
 
 
 def test_config_md_has_every_default_and_choice():
@@ -205,9 +201,7 @@ def test_links_in_documents_lead_somewhere(document):
 def test_python_md_has_every_public_name():
     text = (ROOT / "docs/python.md").read_text(encoding="utf-8")
     table = {
-        name
-        for row in re.findall(r"^\| (`.*?`) \|", text, flags=re.MULTILINE)
-        for name in re.findall(r"`(\w+)", row)
+        name for row in re.findall(r"^\| (`.*?`) \|", text, flags=re.MULTILINE) for name in re.findall(r"`(\w+)", row)
     }
     assert table | {"ChainLoRAError"} == set(chainlora.__all__)
     assert "`ChainLoRAError`" in text
