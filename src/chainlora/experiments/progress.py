@@ -72,6 +72,7 @@ class _Listener:
             f"{record['phase']}: {record['cells']} cells, {skipped} done before, {len(self.waiting)} to run"
             + (f", then {self.later} final cells" if self.later else ""),
             highlight=False,
+            soft_wrap=True,
         )
         if self.task is not None:
             self.bar.remove_task(self.task)
@@ -109,13 +110,15 @@ class _Listener:
         if record["error"] is None:
             self.done.append((record["task"], max(seconds, record.get("wall_s") or 0.0)))
         self.console.print(
-            f"{name}: {_outcome(record)}; {len(self.waiting)} to go, {self._left()} left", highlight=False
+            f"{name}: {_outcome(record)}; {len(self.waiting)} to go, {self._left()} left",
+            highlight=False,
+            soft_wrap=True,
         )
 
     def _end(self, record: Mapping[str, Any]) -> None:
         self.bar.stop()
         for name, error in record["failed"].items():
-            self.console.print(f"failed: {name}: {error}", highlight=False, style="red")
+            self.console.print(f"failed: {name}: {error}", highlight=False, soft_wrap=True, style="red")
 
 
 def _outcome(record: Mapping[str, Any]) -> str:

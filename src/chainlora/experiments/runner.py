@@ -116,6 +116,8 @@ def run_cells(
     left = max_cells
     for phase in (session.tuning_cells, session.final_cells):
         cells = phase()
+        if not cells:
+            continue
         todo = [cell for cell in _one_each(cells) if not session.is_done(cell)]
         todo = todo[:left] if left is not None else todo
         session.begin(cells, todo, workers)
