@@ -512,6 +512,22 @@ def test_a_report_comes_from_the_results_file_alone(tmp_path):
     assert {file: file.read_bytes() for file in again.files} == before  # same results, same bytes
 
 
+def test_operations_saved_stand_beside_the_paper_s(tmp_path):
+    methods = {"lora": "One.", "chain_8_8": "Two.", "chain_8_4": "Down."}
+    head, *cells = lines(paper="table3", tasks=["cb"], methods=methods, pairs=[], figures=[])
+    cells = [cell for cell in cells if cell["task"] == "cb" and cell["method"] == "lora"]
+    named = [
+        cell | {"method": m, "flops_6nd": cost}
+        for m, cost in (("chain_8_8", 3e12), ("chain_8_4", 2e12))
+        for cell in cells
+    ]
+    path = tmp_path / "results.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in [head, *named]))
+    assert (
+        "| cb chain_8_4 | 1.00e+12 | 7.20e+11 | 0.000% |" in report_experiment(path, figures=False).markdown
+    )
+
+
 def test_results_that_cannot_be_read(tmp_path):
     with pytest.raises(RunError, match="must be readable"):
         read_results(tmp_path)

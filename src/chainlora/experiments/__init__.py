@@ -6,7 +6,7 @@
     choice.py      hyper-parameters by validation only   ray_backend.py the same cells on a cluster (extra)
     records.py     results.jsonl, one line a cell        measure.py     what a run cost; flops.py counts
     statistics.py  pairs, intervals, exact test, Holm    analysis.py    results → summaries, differences
-    report.py      Markdown, CSV, LaTeX; figures.py      compare.py     the same on a user's own data
+    report.py      Markdown, CSV, LaTeX; figures.py, report_tables.py; compare.py the same on a user's own data
     paper.yaml     the paper's own numbers               progress.py    what a person sees meanwhile
 
 See docs/experiments.md.

@@ -207,3 +207,9 @@ def paper_scores(table: str | None) -> dict[str, dict[str, float]]:
 def paper_model(table: str | None) -> str:
     """Return the model of a table of the paper."""
     return "" if table is None else str(_paper()[table]["model"])
+
+
+def paper_savings(table: str | None) -> tuple[str, dict[str, dict[str, float]]]:
+    """Return a table's saved operations in the paper, method → task, and the method they are saved against."""
+    printed = {} if table is None else _paper()[table]
+    return printed.get("saved_against", ""), printed.get("flops_saved", {})

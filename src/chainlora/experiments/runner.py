@@ -114,18 +114,20 @@ def run_cells(
     )
     execute = executor(backend, workers)
     left = max_cells
-    for phase in (session.tuning_cells, session.final_cells):
-        cells = phase()
-        if not cells:
-            continue
-        todo = [cell for cell in _one_each(cells) if not session.is_done(cell)]
-        todo = todo[:left] if left is not None else todo
-        session.begin(cells, todo, workers)
-        for cell, error in execute([(cell, session.prepare(cell)) for cell in todo], session.poll):
-            session.end(cell, error)
-            left = None if left is None else left - 1
-    session.gather()
-    session.listener({"event": "end", "failed": session.failed})
+    try:
+        for phase in (session.tuning_cells, session.final_cells):
+            cells = phase()
+            if not cells:
+                continue
+            todo = [cell for cell in _one_each(cells) if not session.is_done(cell)]
+            todo = todo[:left] if left is not None else todo
+            session.begin(cells, todo, workers)
+            for cell, error in execute([(cell, session.prepare(cell)) for cell in todo], session.poll):
+                session.end(cell, error)
+                left = None if left is None else left - 1
+        session.gather()
+    finally:
+        session.listener({"event": "end", "failed": session.failed})
     return Outcome(out, len(session.asked), session.num_run, session.failed)
 
 

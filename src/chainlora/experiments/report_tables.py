@@ -1,0 +1,161 @@
+"""The tables of a report: scores, paired differences, costs, savings, choices. Pure: from results to `Table`s."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from .analysis import Comparison, Summary, paper_model, paper_savings
+from .records import Results
+from .tables import Table, big, number
+
+
+def scores_table(results: Results, summaries: Sequence[Summary]) -> Table:
+    """Return mean ± sd by method (rows) and task (columns), the majority class, the paper's numbers."""
+    tasks = [task for task in results.experiment["tasks"] if any(s.task == task for s in summaries)]
+    by = {(s.task, s.method): s for s in summaries}
+    rows = []
+    for method in results.experiment["methods"]:
+        if any((task, method) in by for task in tasks):
+            rows.append((method, *(_score(by.get((task, method))) for task in tasks)))
+    majority = [next((s.majority for s in summaries if s.task == task), None) for task in tasks]
+    if any(value is not None for value in majority):
+        rows.append(("majority class", *(number(value) for value in majority)))
+    paper = results.experiment.get("paper")
+    for method in results.experiment["methods"]:
+        printed = [by[task, method].paper if (task, method) in by else None for task in tasks]
+        if any(value is not None for value in printed):
+            rows.append((f"paper: {method} ({paper_model(paper)})", *(number(value) for value in printed)))
+    heads = ("method", *(f"{task} ({_metric(summaries, task)})" for task in tasks))
+    return Table("Scores", heads, tuple(rows), "Mean ± standard deviation over seeds (number of seeds).")
+
+
+def _metric(summaries: Sequence[Summary], task: str) -> str:
+    summary = next(s for s in summaries if s.task == task)
+    split = "" if summary.split == "test" else f", {summary.split}"
+    return f"{summary.metric}{split}"
+
+
+def _score(summary: Summary | None) -> str:
+    if summary is None:
+        return "–"
+    digits = 4 if summary.metric == "loss" else 2
+    spread = f" ± {number(summary.sd, digits)}" if summary.num_seeds > 1 else ""
+    return f"{number(summary.mean, digits)}{spread} ({summary.num_seeds})"
+
+
+def differences_table(comparisons: Sequence[Comparison], value: str) -> Table:
+    """Return the paired differences with intervals, tests and verdicts."""
+    digits = 2 if value == "score" else 4
+    rows = tuple(
+        (
+            c.task,
+            f"{c.method} − {c.rival}",
+            str(d.num_pairs),
+            number(d.mean, digits, sign=True),
+            number(d.sd, digits),
+            f"{number(d.low, digits, sign=True)} to {number(d.high, digits, sign=True)}",
+            f"{d.p:.3g}",
+            f"{d.p_holm:.3g}",
+            f"{d.smallest_p:.2g}",
+            d.verdict,
+        )
+        for c in comparisons
+        for d in [c.difference]
+    )
+    heads = ("task", "pair", "n", "difference", "sd", "95 % interval", "p", "Holm p", "smallest p", "verdict")
+    note = (
+        "Paired by seed; positive is better. Interval: BCa bootstrap of the mean (narrow under ten pairs)."
+        " p: exact sign-flip test, two-sided; smallest p is what so many pairs can reach at best. Holm: over"
+        " the tasks and pairs of this table, apart from its rows for all tasks. A verdict needs an "
+        "interval without zero and Holm p ≤ 0.05."
+    )
+    return Table(f"Paired differences in {value}", heads, rows, note)
+
+
+def costs_table(summaries: Sequence[Summary]) -> Table:
+    """Return what each method cost and where its losses ended."""
+    rows = tuple(
+        (
+            f"{s.task} {s.method}",
+            ", ".join(map(str, s.ranks)) or "–",
+            big(s.num_trained),
+            big(s.tokens),
+            big(s.flops),
+            big(s.flops_6nd),
+            number(s.wall_s, 1),
+            number(s.peak_rss_mb, 0),
+            number(s.train_loss, 4),
+            number(s.held_out_loss, 4),
+            number(s.validation),
+        )
+        for s in summaries
+    )
+    heads = (
+        "task and method",
+        "ranks",
+        "trained",
+        "tokens",
+        "FLOPs",
+        "6·N·D",
+        "seconds",
+        "peak MiB",
+        "train loss",
+        "held-out loss",
+        "validation",
+    )
+    note = (
+        "Means per run. Trained: parameters of the largest link. FLOPs: counted, forward and backward."
+        " 6·N·D: the paper's rule, N the parameters trained. Train loss: over the last tenth of the steps."
+    )
+    return Table("Cost", heads, rows, note)
+
+
+def choices_table(results: Results) -> Table:
+    """Return what was chosen on validation rows, and the scores it was chosen from."""
+    rows = []
+    for choice in results.choices:
+        chosen = choice["chosen"]
+        tried = "; ".join(
+            f"{_point(t['point'])}: {number(t['mean'], 4) if t['mean'] is not None else 'diverged'}"
+            for t in choice["tried"]
+        )
+        rows.append(
+            (
+                f"{choice['task']} {choice['method']}",
+                _point(chosen) if chosen else "none",
+                choice["metric"],
+                tried,
+            )
+        )
+    return Table(
+        "Chosen hyper-parameters", ("task and method", "chosen", "by validation", "tried"), tuple(rows)
+    )
+
+
+def _point(point: dict[str, Any]) -> str:
+    return ", ".join(
+        f"{key.rpartition('.')[2]} {value:g}"
+        if isinstance(value, float | int)
+        else f"{key.rpartition('.')[2]} {value}"
+        for key, value in point.items()
+    )
+
+
+def savings_table(results: Results, summaries: Sequence[Summary]) -> Table | None:
+    """Return the operations that rank step-down saves, ours and the paper's; None where the paper counts none."""
+    rival, printed = paper_savings(results.experiment.get("paper"))
+    by = {(s.task, s.method): s for s in summaries}
+    rows = []
+    for (task, method), summary in by.items():
+        if method not in printed or (task, rival) not in by:
+            continue
+        full = by[task, rival]
+        saved = full.flops_6nd - summary.flops_6nd
+        share = (full.flops - summary.flops) / full.flops
+        theirs = printed[method].get(task)
+        rows.append((f"{task} {method}", big(saved), "–" if theirs is None else big(theirs), f"{share:.3%}"))
+    if not rows:
+        return None
+    heads = ("task and method", "6·N·D saved", "paper", "share of counted FLOPs saved")
+    return Table(f"Operations saved against {rival}", heads, tuple(rows))
