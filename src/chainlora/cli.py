@@ -7,16 +7,17 @@ of what needs it wait until a verb runs, so that ``--help`` is quick.
 from __future__ import annotations
 
 import json
+import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
 from . import __version__
-from .cli_common import overrides, quiet
+from .cli_common import config_and_overrides, quiet
 from .cli_experiments import compare, experiment
 from .errors import ChainLoRAError, ConfigError, RunError
 
@@ -38,23 +39,25 @@ def run(arguments: list[str]) -> int:
     except click.UsageError as error:
         error.show()
         return 2
-    except click.exceptions.Abort:
-        return 130
     except click.ClickException as error:
         return _fail(error.format_message(), debug)
-    except KeyboardInterrupt:
-        click.echo("chainlora: interrupted; go on with --resume", err=True)
+    except (KeyboardInterrupt, click.exceptions.Abort):  # click makes the one the other
+        click.echo("chainlora: interrupted; a run goes on with train --resume", err=True)
         return 130
+    except BrokenPipeError:  # the reader of our output went away: chainlora tasks | head -1
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except ChainLoRAError as error:
         return _fail(str(error), debug)
     except Exception as error:
-        return _fail(f"unexpected {type(error).__name__}: {_one_line(error)} (run with --debug for the traceback)", debug)
+        what = f"unexpected {type(error).__name__}: {_one_line(error)}"
+        return _fail(f"{what} (run with --debug for the traceback)", debug)
 
 
 def _fail(message: str, debug: bool) -> int:
     if debug:
         traceback.print_exc()
-    click.echo(f"chainlora: error: {message}", err=True)
+    click.echo(f"chainlora: error: {' '.join(message.splitlines())}", err=True)
     return 1
 
 
@@ -83,8 +86,10 @@ def demo(output: str, as_json: bool) -> None:
     """Fine-tune SmolLM2-135M to name the topic of BBC headlines by a chain of LoRA, and show what each link brought."""
     quiet()
     from .demo import run_demo
+    from .progress import progress_listener
 
-    result = run_demo(output, echo=_to_stderr if as_json else click.echo, listener_for=_progress)
+    with progress_listener() as listener:
+        result = run_demo(output, echo=_to_stderr if as_json else click.echo, listener_for=lambda: listener)
     if as_json:
         _print_json(result)
 
@@ -93,39 +98,36 @@ def _to_stderr(text: str = "") -> None:
     click.echo(text, err=True)
 
 
-@cli.command(context_settings=_HELP | {"ignore_unknown_options": True, "allow_extra_args": True})
-@click.argument("config", type=click.Path())
+@cli.command(context_settings=_HELP | {"ignore_unknown_options": True})
+@click.argument("arguments", metavar="CONFIG [--KEY.SUB VALUE]...", nargs=-1, type=click.UNPROCESSED)
 @click.option("--resume", is_flag=True, help="Go on with a run that was stopped or killed, to the same bits.")
 @_json
-@click.pass_context
-def train(context: click.Context, config: str, resume: bool, as_json: bool) -> None:
+def train(arguments: tuple[str, ...], resume: bool, as_json: bool) -> None:
     """Fine-tune by a chain of LoRA as CONFIG (YAML) says.
 
     Any key of the config can be set on the command line: --train.lr 5e-4 --chain.ranks "[8, 8]" --output runs/a
     """
     from .config import load_config
 
-    settings = load_config(config, overrides(context.args))
+    settings = load_config(*config_and_overrides(list(arguments)))
     if settings.output is None:
-        raise ConfigError("`output` must name a directory for the run (got none); add it to the config or pass --output")
+        raise ConfigError("`output` must name a directory for the run (got none); add it to the config or pass "
+                          "--output")
     quiet()
     from .inspection import read_records
     from .plots import plot_training
+    from .progress import progress_listener
     from .training import train as run_training
 
-    result = run_training(settings, resume=resume, listener=_progress())
+    with progress_listener() as listener:
+        result = run_training(settings, resume=resume, listener=listener)
     output = Path(settings.output)
-    plot_training(read_records(output / "metrics.jsonl"), output / "training.png")
+    if records := read_records(output / "metrics.jsonl"):  # none where nothing is trained and nothing held out
+        plot_training(records, output / "training.png")
     if as_json:
         _print_json(result)
     else:
         _show_result(result, output)
-
-
-def _progress() -> Callable[[Any], None]:
-    from .progress import progress_listener
-
-    return progress_listener()
 
 
 def _show_result(result: dict[str, Any], output: Path) -> None:
@@ -141,11 +143,11 @@ def _show_result(result: dict[str, Any], output: Path) -> None:
 @cli.command(name="eval", context_settings=_HELP)
 @click.argument("run_or_model")
 @click.option("--task", required=True, help="Task name (see `chainlora tasks`) or a task file.")
-@click.option("--data", default=None, help="Folder with the task's rows; without it they come from the Hub.")
+@click.option("--data", default=None, help="Folder with the task's rows, or one file; else from the Hub.")
 @click.option("--split", default="validation", show_default=True)
 @click.option("--limit", type=click.IntRange(min=1), default=None, help="Only the first N rows, in file order.")
 @click.option("--links", type=click.IntRange(min=0), default=None, help="The chain as it was after K links.")
-@click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default=None, help="Default: the run's, or float32.")
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), help="Default: the run's, or float32.")
 @click.option("--predictions", type=click.Path(dir_okay=False), default=None, help="Write one JSON line a row.")
 @_json
 def evaluate(run_or_model: str, task: str, data: str | None, split: str, limit: int | None, links: int | None,
@@ -154,14 +156,17 @@ def evaluate(run_or_model: str, task: str, data: str | None, split: str, limit: 
     from .tasks import load_task
 
     chosen = load_task(task)
+    if (Path(run_or_model) / "links").is_dir():
+        _need_run(run_or_model)
+    elif links is not None:
+        raise RunError(f"--links needs a run directory (got {run_or_model}, which is none); leave --links out")
     quiet()
+    from .progress import evaluation_progress
     from .scoring import evaluate_task
 
-    is_run = (Path(run_or_model) / "chain.json").is_file()
-    if links is not None and not is_run:
-        raise RunError(f"--links needs a run directory (got {run_or_model}, which holds no chain.json)")
-    result = evaluate_task(run_or_model, chosen, data=data, split=split, limit=limit, num_links=links, dtype=dtype,
-                           predictions=predictions)
+    with evaluation_progress() as progress:
+        result = evaluate_task(run_or_model, chosen, data=data, split=split, limit=limit, num_links=links, dtype=dtype,
+                               predictions=predictions, progress=progress)
     if as_json:
         _print_json(result)
     else:
@@ -191,9 +196,14 @@ def inspect(run: str, as_json: bool) -> None:
 
 def _need_run(run: str) -> None:
     """Refuse what is no run directory before anything heavy is imported."""
-    if not (Path(run) / "chain.json").is_file():
-        raise RunError(f"RUN must be a run directory (got {run}, which holds no chain.json); "
-                       "it is the `output` of chainlora train")
+    folder = Path(run)
+    if (folder / "chain.json").is_file():
+        return
+    if (folder / "links").is_dir():
+        raise RunError(f"a run directory must hold chain.json (got none in {run}); the run directory is half there: "
+                       "copy it whole, or train anew")
+    what = "holds no chain.json" if folder.exists() else "does not exist"
+    raise RunError(f"RUN must be a run directory (got {run}, which {what}); it is the `output` of chainlora train")
 
 
 @cli.command(context_settings=_HELP)
@@ -254,7 +264,7 @@ def tasks(name: str | None, as_json: bool) -> None:
 def _task_text(task: Any) -> str:
     import yaml
 
-    shown = {key: value for key, value in task.model_dump(mode="json", by_alias=True, exclude_defaults=True).items()}
+    shown = task.model_dump(mode="json", by_alias=True, exclude_defaults=True)
     return yaml.safe_dump(shown, sort_keys=False, allow_unicode=True).rstrip()
 
 

@@ -19,15 +19,37 @@ def quiet() -> None:
 
 def overrides(arguments: list[str]) -> list[tuple[str, str]]:
     """Read ``--key.sub VALUE`` and ``--key.sub=VALUE`` pairs."""
-    pairs = []
+    words, pairs = _split(arguments)
+    _refuse(words)
+    return pairs
+
+
+def config_and_overrides(arguments: list[str]) -> tuple[str, list[tuple[str, str]]]:
+    """Read the config file's name and ``--key.sub VALUE`` pairs, in whatever order they stand."""
+    words, pairs = _split(arguments)
+    if not words:
+        raise click.UsageError("Missing argument 'CONFIG'.")
+    _refuse(words[1:])
+    return words[0], pairs
+
+
+def _split(arguments: list[str]) -> tuple[list[str], list[tuple[str, str]]]:
+    words, pairs = [], []
     rest = iter(arguments)
     for argument in rest:
         if not argument.startswith("--"):
-            raise click.UsageError(f"unexpected argument {argument!r}; config keys are set with --key.sub VALUE")
+            words.append(argument)
+            continue
         key, equals, value = argument[2:].partition("=")
         if not equals:
-            value = next(rest, "")
-            if not value:
+            value = next(rest, "--")
+            if value.startswith("--"):
                 raise click.UsageError(f"--{key} needs a value")
         pairs.append((key.replace("-", "_"), value))
-    return pairs
+    return words, pairs
+
+
+def _refuse(words: list[str]) -> None:
+    if words:
+        raise click.UsageError(f"unexpected argument {words[0]!r}; config keys are set with --key.sub VALUE, a list in "
+                               "quotes: \"[8, 8]\"")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from .config import DataConfig
@@ -89,6 +90,7 @@ def _prepare_files(data: DataConfig, tokenizer: Any, limit: int) -> Splits:
     return Splits(encoded["train"], encoded["validation"], encoded["test"], "completion", ("loss",), "loss")
 
 
-def load_task_split(task: Task, folder: str | None, split: str, limit: int | None) -> list[Row]:
-    """Return the first `limit` rows of a task's split, in file order."""
-    return load_split(task, folder, split)[:limit]
+def load_task_split(task: Task, data: str | None, split: str, limit: int | None) -> list[Row]:
+    """Return the first `limit` rows of a task's split, in file order; `data` is the task's folder or one file."""
+    rows = explode_rows(task, load_rows(data)) if data and Path(data).is_file() else load_split(task, data, split)
+    return rows[:limit]

@@ -2,34 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from .inspection import inspect_run
 
 
-def progress_listener() -> Callable[[Mapping[str, Any]], None]:
-    """Return a listener for `train` that draws link, step, loss, learning rate, tokens/s and time left on stderr."""
-    return _Listener()
+@contextmanager
+def progress_listener() -> Iterator[Callable[[Mapping[str, Any]], None]]:
+    """Give a listener for `train` that draws link, step, loss, learning rate, tokens/s and time left on stderr.
+
+    The bar goes when the context ends, however it ends, and leaves the terminal as it was.
+    """
+    listener = _Listener()
+    try:
+        yield listener
+    finally:
+        listener.bar.stop()
+
+
+@contextmanager
+def evaluation_progress() -> Iterator[Callable[[int, int], None]]:
+    """Give a ``progress(rows_done, rows)`` that draws rows and time left on stderr, if somebody is there to see it."""
+    console = Console(stderr=True)
+    bar = Progress(TextColumn("rows"), BarColumn(bar_width=24), TextColumn("{task.completed}/{task.total}"),
+                   TimeRemainingColumn(), console=console, disable=not console.is_terminal, transient=True)
+    task = bar.add_task("rows", total=None)
+    with bar:
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 class _Listener:
     def __init__(self) -> None:
         self.console = Console(stderr=True)
         self.bar = Progress(
-            TextColumn("link {task.fields[link]}"), BarColumn(bar_width=24), TextColumn("{task.completed}/{task.total}"),
-            TextColumn("loss {task.fields[loss]:.4f}"), TextColumn("lr {task.fields[rate]:.1e}"),
-            TextColumn("{task.fields[speed]:.0f} tokens/s"), TimeRemainingColumn(), console=self.console,
-            disable=not self.console.is_terminal,
+            TextColumn("link {task.fields[link]}"), BarColumn(bar_width=24),
+            TextColumn("{task.completed}/{task.total}"), TextColumn("loss {task.fields[loss]:.4f}"),
+            TextColumn("lr {task.fields[rate]:.1e}"), TextColumn("{task.fields[speed]:.0f} tokens/s"),
+            TimeRemainingColumn(), console=self.console, disable=not self.console.is_terminal,
         )
         self.task: Any = None
         self.loss: float | None = None
         self.speed: float | None = None
+
+    def _say(self, line: str) -> None:
+        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def __call__(self, record: Mapping[str, Any]) -> None:
         getattr(self, f"_{record['event']}")(record)
@@ -37,8 +61,8 @@ class _Listener:
     def _plan(self, record: Mapping[str, Any]) -> None:
         self.total = record["num_steps"]
         lengths = " + ".join(map(str, record["lengths"]))
-        self.console.print(f"{record['rows']} training rows, {record['num_steps']} steps ({lengths})"
-                           + (f", going on after step {record['step']}" if record["step"] else ""), highlight=False)
+        self._say(f"{record['rows']} training rows, {record['num_steps']} steps ({lengths})"
+                  + (f", going on after step {record['step']}" if record["step"] else ""))
         self.task = self.bar.add_task("train", total=record["num_steps"], completed=record["step"], link=0,
                                       loss=float("nan"), rate=0.0, speed=0.0)
         self.bar.start()
@@ -57,11 +81,11 @@ class _Listener:
                            if k not in ("event", "step", "link", "where") and isinstance(v, float))
         place = {"start": "before training", "knot": f"after link {record['link']}"}.get(
             record["where"], f"link {record['link']}")
-        self.console.print(f"step {record['step']:>5}  {place}: validation {scores}", highlight=False)
+        self._say(f"step {record['step']:>5}  {place}: validation {scores}")
 
     def _knot(self, record: Mapping[str, Any]) -> None:
-        self.console.print(f"step {record['step']:>5}  link {record['link']} tied (function changed by "
-                           f"{record['function_change']:.1e})", highlight=False)
+        self._say(f"step {record['step']:>5}  link {record['link']} tied (function changed by "
+                  f"{record['function_change']:.1e})")
 
 
 def show_links(run: str | Path) -> None:
@@ -71,7 +95,7 @@ def show_links(run: str | Path) -> None:
 
 def show_inspection(found: Mapping[str, Any]) -> None:
     """Print what `inspect_run` found: a row a link, and the chain as a whole."""
-    table = Table(title=f"{found['run']}: chain on {found['base']} ({found['hold']})", title_justify="left")
+    table = Table(title=escape(f"{found['run']}: chain on {found['base']} ({found['hold']})"), title_justify="left")
     for column in ("link", "rank", "steps", "loss", "validation", "‖ΔW‖", "effective rank", "overlap with earlier"):
         table.add_column(column, justify="right")
     for row in found["links"]:
@@ -88,8 +112,9 @@ def show_inspection(found: Mapping[str, Any]) -> None:
         console = Console(width=140)
     console.print(table, highlight=False)
     if found["selected"] is not None:
-        console.print(f"selected: best point at step {found['selected']['step']}, {found['selected']['num_links']} whole "
-                      f"link(s){' and a partial one' if found['selected']['partial'] else ''}", highlight=False)
+        step, whole_links = found["selected"]["step"], found["selected"]["num_links"]
+        part = " and a partial one" if found["selected"]["partial"] else ""
+        console.print(f"selected: best point at step {step}, {whole_links} whole link(s){part}", highlight=False)
 
 
 def _number(value: float | None, digits: int = 4) -> str:

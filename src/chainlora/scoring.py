@@ -29,7 +29,7 @@ def evaluate_task(
 ) -> dict[str, Any]:
     """Return `task`, `split`, `rows` and `metrics` of a run directory's chain, or of any model.
 
-    The first `limit` rows of the split are scored, in file order, from the folder `data` or the Hub.
+    The first `limit` rows of the split are scored, in file order, from the folder or file `data` or the Hub.
     `num_links` takes a run's chain as it was then; `dtype` defaults to the run's own, or float32.
     `predictions` names a file for one JSON line a row.
     """
