@@ -1,0 +1,51 @@
+"""Knots by the public verbs: tie, extend, fused layers, a new optimizer; each link with factors that changed."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from measuring import peak_mb
+
+from chainlora import Chain, extend_chain, load_model, tie_knot
+from chainlora.config import TrainConfig, link_config
+from chainlora.fast_lora import accelerate_layers
+from chainlora.training import make_optimizer
+
+NUM_KNOTS = 5
+
+
+def run(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """Tie and extend, several times."""
+    model, _ = load_model(spec["model"], getattr(torch, spec["dtype"]))
+    chain = Chain(model, seed=spec["seed"], checkpoint=spec["model"])
+    link = link_config(rank=spec["rank"], alpha=spec["alpha"], target_modules=spec["targets"])
+    seconds: list[float] = []
+    optimizer = _extend(chain, link)
+    before = 0.0
+    for _ in range(NUM_KNOTS):
+        _train_a_little(optimizer)
+        before = before or peak_mb()
+        began = time.perf_counter()
+        tie_knot(chain)
+        optimizer = _extend(chain, link)
+        seconds.append(time.perf_counter() - began)
+    return {"seconds_per_knot": statistics.median(seconds), "knot_seconds": [round(s, 4) for s in seconds],
+            "peak_before_first_knot_mb": before, "peak_after_knots_mb": peak_mb()}
+
+
+def _extend(chain: Chain, link: Any) -> torch.optim.Optimizer:
+    adapter = extend_chain(chain, link)
+    accelerate_layers(adapter.layers.values())
+    return make_optimizer(adapter, TrainConfig())
+
+
+def _train_a_little(optimizer: torch.optim.Optimizer) -> None:
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.randn_like(parameter) * 1e-3
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)

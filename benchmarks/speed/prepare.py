@@ -1,0 +1,122 @@
+"""Make what every contestant reads: the model's folder, and the rows of a workload in the order of training.
+
+Runs in a child of its own, so that the process that starts the others stays small. Rows are drawn once and written to
+files; ours reads its own formats, the peers read prompts, candidates and completions in the order in which ours will
+visit them, and so get the same batches.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from chainlora.data import epoch_batches
+from chainlora.models import resolve_model
+from chainlora.tasks import Row, list_tasks, load_rows, load_split, load_task
+
+SEED = 0
+
+
+def model_folder(spec: str) -> str:
+    """Return the folder a model spec stands for, converting a GGUF file once."""
+    return str(resolve_model(spec))
+
+
+def tiny_folder(model: str, folder: Path) -> str:
+    """Make a random Llama of two layers with the model's own tokenizer: where overhead shows."""
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    torch.manual_seed(SEED)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048, tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def workload_files(workload: str, data: str | None, num_rows: int, batch_size: int, folder: Path) -> dict[str, str]:
+    """Write the files of a workload and return their paths by use."""
+    folder.mkdir(parents=True, exist_ok=True)
+    name, _, split = workload.partition("-")
+    if name == "chat":
+        return _chat_files(data, num_rows, batch_size, folder)
+    if name not in list_tasks():
+        raise ValueError(f"workload must be a shipped task or chat (got {workload!r})")
+    rows = load_split(load_task(name), data, split or "train")
+    if split:
+        return _evaluation_files(name, rows[:num_rows], folder)
+    drawn = random.Random(SEED).sample(rows, num_rows)
+    return _training_files(name, drawn, batch_size, folder)
+
+
+def _order(num_rows: int, batch_size: int) -> list[int]:
+    """The order in which ours visits rows in its first epoch."""
+    return [row for batch in epoch_batches([0] * num_rows, batch_size, SEED, 0) for row in batch]
+
+
+def _training_files(name: str, rows: list[Row], batch_size: int, folder: Path) -> dict[str, str]:
+    task = load_task(name)
+    shown = [task.render(row) for row in rows]
+    order = _order(len(rows), batch_size)
+    ordered = [{"prompt": shown[i].prompt, "candidates": list(shown[i].candidates), "label": shown[i].label,
+                "completion": shown[i].completion} for i in order]
+    files = {"ordered": _write(folder / "ordered.jsonl", ordered)}
+    if task.completion is not None:  # prompts and completions, as a user's own file
+        pairs = [{"prompt": one.prompt, "completion": one.completion} for one in shown]
+        return files | {"rows": _write(folder / "rows.jsonl", pairs)}
+    files["rows"] = _write(folder / "rows.jsonl", [dict(row) for row in rows])
+    for objective in ("completion", "candidates"):
+        files[f"task_{objective}"] = _task_file(name, folder / f"{objective}.yaml", loss=objective)
+    return files
+
+
+def _evaluation_files(name: str, rows: list[Row], folder: Path) -> dict[str, str]:
+    """Rows to score, under a prompt without blanks at its end and candidates that begin with one.
+
+    lm-eval moves blanks at the end of a context into the continuation, which would make every candidate two tokens
+    long and cost it its one-pass path; with this prompt both sides score the same single tokens.
+    """
+    raw = _raw_task(name)
+    labels = {key: f" {word.strip()}" for key, word in raw["labels"].items()}
+    path = _task_file(name, folder / "task.yaml", prompt=raw["prompt"].rstrip(), labels=labels)
+    task = load_task(path)
+    shown = [task.render(row) for row in rows]
+    ordered = [{"prompt": one.prompt, "candidates": list(one.candidates), "label": one.label} for one in shown]
+    return {"task": path, "rows": _write(folder / "rows.jsonl", [dict(row) for row in rows]),
+            "ordered": _write(folder / "ordered.jsonl", ordered)}
+
+
+def _chat_files(data: str | None, num_rows: int, batch_size: int, folder: Path) -> dict[str, str]:
+    source = f"{data}/alpaca_demo/train.jsonl" if data else "llamafactory/alpaca_en"
+    rows = random.Random(SEED).sample(load_rows(source), num_rows)
+    turns = [([{"role": "user", "content": "\n".join(filter(None, (row["instruction"], row["input"])))}],
+              [{"role": "assistant", "content": row["output"]}]) for row in rows]
+    order = _order(num_rows, batch_size)
+    ordered = [{"prompt": turns[i][0], "completion": turns[i][1]} for i in order]
+    return {"rows": _write(folder / "rows.jsonl", [{"messages": user + answer} for user, answer in turns]),
+            "ordered": _write(folder / "ordered.jsonl", ordered)}
+
+
+def _raw_task(name: str) -> dict[str, Any]:
+    import chainlora.tasks
+
+    return yaml.safe_load((Path(chainlora.tasks.__file__).parent / f"{name}.yaml").read_text(encoding="utf-8"))
+
+
+def _task_file(name: str, path: Path, **changes: Any) -> str:
+    path.write_text(yaml.safe_dump(_raw_task(name) | changes, sort_keys=False), encoding="utf-8")
+    return str(path)
+
+
+def _write(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)

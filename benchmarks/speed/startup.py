@@ -1,0 +1,34 @@
+"""Time to import and to print help, against what peers take to import."""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import sys
+import time
+from typing import Any
+
+COMMANDS = {
+    "python": "pass",
+    "import chainlora": "import chainlora",
+    "chainlora --help": "from chainlora.cli import main; main(['--help'])",
+    "import torch": "import torch",
+    "import peft": "import peft",
+    "import trl.SFTTrainer": "from trl import SFTTrainer",
+}
+TRIES = 5  # after one that warms the file cache
+
+
+def run_startup(bench: Any) -> None:
+    """Measure every command and record it."""
+    for label, code in COMMANDS.items():
+        seconds = [_once(code, bench.environment) for _ in range(TRIES + 1)][1:]
+        measures = {"measure": "seconds", "seconds": statistics.median(seconds), "all_seconds": seconds}
+        bench.record("startup", label, 0, measures | {"ours": label == "import chainlora", "goals": {}})
+
+
+def _once(code: str, environment: dict[str, str]) -> float:
+    began = time.perf_counter()
+    subprocess.run([sys.executable, "-c", code], env=environment, stdout=subprocess.DEVNULL,
+                   stderr=subprocess.DEVNULL, check=False)
+    return time.perf_counter() - began

@@ -1,0 +1,156 @@
+"""Sum the JSON lines of results up in a Markdown table: ``python table.py RESULTS.jsonl``.
+
+The last run of a benchmark counts. Ratios are taken within a turn, and their median is shown with its range.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+Line = dict[str, Any]
+_LESS_IS_BETTER = ("seconds_per_step", "seconds_per_knot", "seconds")
+_UNITS = {"rows_per_second": "rows/s", "seconds_per_step": "s/step", "seconds_per_knot": "s/knot", "seconds": "s",
+          "share_of_peak": "of peak"}
+
+
+def write_table(results: Path) -> Path:
+    """Write the table beside the results and return its path."""
+    lines = [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()]
+    lines = [line for line in lines if "failed" not in line]
+    path = results.with_suffix(".md")
+    path.write_text("\n".join([*_head(lines), *_contests(lines), *_notes(lines)]) + "\n", encoding="utf-8")
+    return path
+
+
+def _head(lines: list[Line]) -> list[str]:
+    last = lines[-1]
+    machine = last["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in last["versions"].items())
+    return [
+        f"# Speed, {last['time'][:10]}", "",
+        f"Machine: {machine['cores']} cores, {', '.join(machine['instructions'])}. Versions: {versions}.", "",
+        "Ratios above 1 mean that ours is faster; memory is ours as a share of the peer's peak. Medians over turns; "
+        "the range of the ratios in brackets. *Others* is how many cores other processes kept busy meanwhile, the "
+        "largest of the contest's measurements.", "",
+        "| benchmark | ours | peer | ours | theirs | unit | times as fast | goal | peak ours / theirs (MB) | memory | "
+        "goal | final loss ours / theirs | turns | load, others |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+
+
+def _contests(lines: list[Line]) -> list[str]:
+    rows = []
+    for name in dict.fromkeys(line["benchmark"] for line in lines if line["benchmark"] != "startup"):
+        mine = [line for line in lines if line["benchmark"] == name]
+        mine = [line for line in mine if line["run"] == mine[-1]["run"]]
+        ours = [line for line in mine if line["ours"]]
+        for label in dict.fromkeys(line["entry"] for line in mine if not line["ours"]):
+            rows.append(_row(name, ours, [line for line in mine if line["entry"] == label]))
+        if len({line["entry"] for line in mine}) == 1:
+            rows.append(_row(name, ours, ours))
+    return rows
+
+
+def _row(name: str, ours: list[Line], theirs: list[Line]) -> str:
+    measure = ours[0]["measure"]
+    turns = {line["turn"] for line in ours} & {line["turn"] for line in theirs}
+    pairs = [(a, b) for a in ours for b in theirs if a["turn"] == b["turn"]]
+    ratios = [a[measure] / b[measure] for a, b in pairs]
+    if measure in _LESS_IS_BETTER:
+        ratios = [1 / ratio for ratio in ratios]
+    goals = theirs[0]["goals"]
+    shares = [a["peak_mb"] / b["peak_mb"] for a, b in pairs if "peak_mb" in a and "peak_mb" in b]
+    alone = ours is theirs
+    cells = [
+        name, ours[0]["entry"], "–" if alone else theirs[0]["entry"], _median(ours, measure),
+        "–" if alone else _median(theirs, measure), _UNITS[measure],
+        "–" if alone else _spread(ratios), _goal(goals, "speed", "≥") or _goal(goals, "share", "≥"),
+        f"{_median(ours, 'peak_mb')} / {_median(theirs, 'peak_mb')}" if shares and not alone else "–",
+        f"{statistics.median(shares):.2f}" if shares and not alone else "–", _goal(goals, "memory", "≤"),
+        f"{_median(ours, 'final_loss')} / {_median(theirs, 'final_loss')}" if not alone else "–", str(len(turns)),
+        f"{max(a.get('load_before', 0) for a in ours + theirs):.1f}, "
+        f"{max(a.get('others_cores', 0) for a in ours + theirs):.2f}",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def _median(lines: list[Line], measure: str) -> str:
+    values = [line[measure] for line in lines if measure in line]
+    if not values:
+        return "–"
+    middle = statistics.median(values)
+    return f"{middle:.0f}" if middle >= 100 else f"{middle:.3g}"
+
+
+def _spread(ratios: list[float]) -> str:
+    middle = f"**{statistics.median(ratios):.2f}**"
+    return middle if len(ratios) == 1 else f"{middle} [{min(ratios):.2f}, {max(ratios):.2f}]"
+
+
+def _goal(goals: dict[str, float], kind: str, sign: str) -> str:
+    return f"{sign} {goals[kind]}" if kind in goals else ""
+
+
+def _notes(lines: list[Line]) -> list[str]:
+    """Differences of losses and scores, knots, and profiles, of the last run of each benchmark."""
+    notes = ["", "## Same results", "", *_agreements(lines), "", "## Knots", "", *_knots(lines), "",
+             "## Time to the first step, and start-up", "", *_starts(lines), "", "## Where the time goes", ""]
+    for line in _last(lines, lambda line: "profile" in line):
+        profile = line["profile"]
+        notes += [f"{line['benchmark']}: {line['gflops']:.0f} of {line['peak_gflops']:.0f} GFLOP/s, "
+                  f"{line['tokens_per_second']:.0f} tokens/s. Model's own shapes: {line['matmul_gflops']}.", "",
+                  "| kind | share |", "|---|---|",
+                  *(f"| {kind} | {share:.1%} |" for kind, share in profile["shares"].items()), "",
+                  "Dearest operators: " + ", ".join(f"`{op}` {share:.1%}" for op, share in profile["dearest"].items()),
+                  ""]
+    return notes
+
+
+def _last(lines: list[Line], wanted: Any) -> list[Line]:
+    return list({line["benchmark"]: line for line in lines if wanted(line)}.values())
+
+
+def _agreements(lines: list[Line]) -> list[str]:
+    notes = []
+    for key, what in (("losses", "losses of a step"), ("scores", "scores")):
+        for ours in _last(lines, lambda line, key=key: line["ours"] and line.get(key)):  # type: ignore[misc]
+            others = {line["entry"]: line for line in lines if line["benchmark"] == ours["benchmark"]
+                      and line["run"] == ours["run"] and not line["ours"] and line.get(key)}
+            for label, other in others.items():
+                if difference := _difference(ours[key], other[key]):
+                    notes.append(f"- {ours['benchmark']}, {label}: largest difference of {what} {difference}")
+    return notes
+
+
+def _difference(ours: list[Any], theirs: list[Any]) -> str | None:
+    flat = [[x for row in side for x in (row if isinstance(row, list) else [row])] for side in (ours, theirs)]
+    if len(flat[0]) != len(flat[1]):
+        return f"not comparable ({len(flat[0])} and {len(flat[1])} of them)"
+    return f"{max(abs(a - b) for a, b in zip(*flat, strict=True)):.2g}"
+
+
+def _knots(lines: list[Line]) -> list[str]:
+    last = {(line["benchmark"], line["entry"]): line for line in lines if "seconds_per_knot" in line}
+    return [
+        f"- {line['benchmark']}, {line['entry']}: {line['seconds_per_knot']:.3f} s a knot"
+        + (f", {line['share_of_100_steps']:.2%} of 100 steps" if "share_of_100_steps" in line else "")
+        + f"; peak {line['peak_before_first_knot_mb']:.0f} MB before the first knot, "
+        f"{line['peak_after_knots_mb']:.0f} MB after the last"
+        for line in last.values()
+    ]
+
+
+def _starts(lines: list[Line]) -> list[str]:
+    """From the start of the process to the end of the first optimizer step; and plain start-up times."""
+    last = {(line["benchmark"], line["entry"]): line for line in lines
+            if "seconds_to_first_step" in line or line["benchmark"] == "startup"}
+    return [f"- {line['benchmark']}, {line['entry']}: {line.get('seconds_to_first_step', line.get('seconds')):.2f} s"
+            for line in last.values()]
+
+
+if __name__ == "__main__":
+    print(write_table(Path(sys.argv[1])))
