@@ -16,8 +16,8 @@ from conftest import write_rows
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from chainlora import load_run, make_config, train
-from chainlora.errors import ConfigError, RunError, TrainingError
+from chainlora import evaluate_task, export_adapter, load_run, load_task, make_config, train
+from chainlora.errors import ChainLoRAError, ConfigError, RunError, TrainingError
 from chainlora.optimizers import prune_moments
 from chainlora.plan import make_plan
 from chainlora.starts import generator_for, random_factors
@@ -325,13 +325,40 @@ def test_own_files_in_every_format(tiny_folder, tmp_path, rows):
     )  # far more than rounding; it is a tiny random model
 
 
-def test_full_fine_tuning_trains_every_weight(tiny_folder, sentiment):
-    tree = settings(
-        tiny_folder, sentiment, chain={"tune": "full", "ranks": [1], "steps": [8]}, train={"lr": 1e-3}
-    )
-    result = train(make_config(tree))
+def test_full_fine_tuning_trains_and_keeps_every_weight(tiny_folder, sentiment, tmp_path):
+    run = tmp_path / "run"
+    chain = {"tune": "full", "ranks": [1], "steps": [8]}
+    result = train(make_config(settings(tiny_folder, sentiment, run, chain=chain, train={"lr": 1e-3})))
     assert result["trainable_parameters"] > 20_000
     assert result["metrics"]["validation"]["accuracy"] > 0.8
+    again = evaluate_task(run, load_task(sentiment / "task.yaml"), data=str(sentiment))
+    assert again["metrics"]["loss"] == pytest.approx(result["metrics"]["validation"]["loss"], abs=1e-5)
+    with pytest.raises(RunError, match="--to merged"):
+        export_adapter(run, tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("keys", [
+    {"chain": {"target_modules": ["nothing"]}},
+    {"chain": {"lora_bias": True}},
+    {"train": {"select_metric": "bogus"}},
+    {"train": {"trackers": ["wandb"]}},
+    {"train": {"keep_best": True}, "data": {"validation": None}},
+], ids=str)
+def test_what_cannot_work_is_refused_before_the_output_is_claimed(tiny_folder, sentiment, tmp_path, keys):
+    with pytest.raises(ChainLoRAError):
+        train(make_config(settings(tiny_folder, sentiment, tmp_path / "run", **keys)))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_best_point_at_the_last_knot_selects_no_partial_link(tiny_folder, sentiment, tmp_path):
+    run = tmp_path / "run"
+    tree = settings(tiny_folder, sentiment, run, train={"keep_best": True, "eval_every": 2, "select_metric": "loss"})
+    result = train(make_config(tree))  # the loss falls to the end, after partial points that were best for a while
+    assert result["best"]["partial"] is False
+    assert result["best"]["num_links"] == 3
+    assert len(RunDirectory(run).load_links()) == 3
+    again = evaluate_task(run, load_task(sentiment / "task.yaml"), data=str(sentiment))
+    assert again["metrics"]["loss"] == pytest.approx(result["best"]["value"], abs=1e-5)
 
 
 def test_a_non_finite_loss_stops_and_keeps_the_last_good_state(tiny_folder, sentiment, tmp_path):

@@ -91,8 +91,9 @@ def is_transposed(module: nn.Module) -> bool:
 def target_candidates(model: nn.Module) -> list[str]:
     """Return the last path parts of all Linear and Conv1D layers, most frequent first, for `target_modules`."""
     counts: dict[str, int] = {}
+    head, _ = _tied(model)
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear | Conv1D):
+        if isinstance(module, nn.Linear | Conv1D) and module is not head:
             last = name.rpartition(".")[2]
             counts[last] = counts.get(last, 0) + 1
     return sorted(counts, key=lambda last: (-counts[last], last))
@@ -109,7 +110,7 @@ def attach(model: nn.Module, config: LinkConfig) -> Adapter:
             "a chain needs a model without adapters (got one that already has LoRA layers); "
             "merge or unload them first"
         )
-    _check_targets(model, config)
+    check_targets(model, config)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         tuner = peft.LoraModel(model, _peft_config(config), LIVE)
@@ -321,7 +322,8 @@ def _listed(value: tuple[str, ...] | str | None) -> list[str] | str | None:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _check_targets(model: nn.Module, config: LinkConfig) -> None:
+def check_targets(model: nn.Module, config: LinkConfig) -> None:
+    """Raise ModelError if a link's modules match nothing, or what they match cannot be linked and merged."""
     matched = matched_modules(model, config)
     if not matched:
         raise ModelError(
@@ -335,6 +337,11 @@ def _check_targets(model: nn.Module, config: LinkConfig) -> None:
             raise ModelError(
                 f"only Linear and Conv1D layers can be linked (got {type(module).__name__} at {name}); "
                 f"candidates: {', '.join(target_candidates(model))}"
+            )
+        if not module.weight.is_floating_point():
+            raise ModelError(
+                f"a quantised layer cannot be linked yet (got {type(module).__name__} of {module.weight.dtype} at "
+                f"{name}); load the model in float32 or bfloat16"
             )
         if module is head:
             raise ModelError(

@@ -239,7 +239,8 @@ class RunConfig(_Frozen):
         if chain.tune == "full" and train.dtype != "float32":
             raise ValueError("`tune: full` needs dtype: float32 (got bfloat16, whose weights lose small updates); "
                              "set train.dtype")
-        if (train.early_stop or train.keep_best) and not (self.data.validation or self.data.task or self.data.dir):
+        sampled = self.data.task is not None and self.data.train is None
+        if (train.early_stop or train.keep_best) and not (self.data.validation or sampled):
             raise ValueError("`early_stop` and `keep_best` need validation rows (got none); give data.validation")
         return self
 

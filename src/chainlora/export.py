@@ -34,6 +34,10 @@ def load_run(run: str | Path, *, num_links: int | None = None, dtype: str | None
     directory = RunDirectory(run)
     manifest = directory.manifest()
     base = manifest["base"]
+    if (directory / "model").is_dir():  # full fine-tuning
+        if num_links is not None:
+            raise RunError(f"--links needs a chain (got {run}, a run of full fine-tuning)")
+        return load_model(directory / "model", getattr(torch, dtype or base["dtype"]))
     model, tokenizer = load_model(base["model"], getattr(torch, dtype or base["dtype"]))
     chain = Chain(model, checkpoint=resolve_model(base["model"]))
     store.check_base(manifest, {"fingerprint": chain.base_fingerprint}, directory.path)
@@ -73,6 +77,8 @@ def export_adapter(run: str | Path, output: str | Path, *, rank: int | None = No
     directory = RunDirectory(run)
     base = directory.manifest()["base"]["model"]
     links = directory.load_links(num_links)
+    if (directory / "model").is_dir():
+        raise RunError(f"--to adapter needs a chain (got {run}, a run of full fine-tuning); use --to merged")
     factors, error = adapter_factors(links, rank=rank, tolerance=tolerance)
     written_rank = max(share.a.shape[0] for share in factors.values())
     extra: dict[str, Tensor] = {}

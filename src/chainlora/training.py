@@ -23,7 +23,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from . import store
-from .adapters import set_extra, set_factors
+from .adapters import check_targets, set_extra, set_factors
 from .chain import Chain, Link, add_link, drop_links, extend_chain, live_link, tie_knot, tune_link
 from .config import LinkConfig, RunConfig
 from .errors import ConfigError, TrainingError
@@ -99,6 +99,7 @@ def _prepare(config: RunConfig, resume: bool, listener: Listener) -> _Run:
     model, tokenizer = load_model(config.model, dtype)
     splits = prepare_splits(config.data, tokenizer, context_length(model))
     plan = make_plan(config, splits.train)
+    _check(config, model, splits)
     model.to(accelerator.device)
     model.config.use_cache = False
     if config.train.gradient_checkpointing:
@@ -128,14 +129,33 @@ def _prepare(config: RunConfig, resume: bool, listener: Listener) -> _Run:
     return run
 
 
+def _check(config: RunConfig, model: nn.Module, splits: Splits) -> None:
+    """Refuse what the model or the rows cannot do, before the output directory is claimed."""
+    if config.chain.tune == "lora":
+        for link in config.chain.links():
+            check_targets(model, link)
+    elif config.train.dtype != "float32":
+        raise ConfigError("full fine-tuning needs dtype: float32 (got bfloat16, whose weights lose small updates)")
+    reported = {"loss", *splits.metrics} | ({"perplexity"} if splits.loss == "completion" else set())
+    metric = config.train.select_metric
+    if metric is not None and metric not in reported:
+        raise ConfigError(f"`select_metric` must be one of {', '.join(sorted(reported))} here (got {metric!r})")
+    if (config.train.keep_best or config.train.early_stop) and not splits.validation:
+        raise ConfigError("`keep_best` and `early_stop` need validation rows (got none); give data.validation")
+
+
 def _accelerator(config: RunConfig) -> Accelerator:
+    wanted = list(config.train.trackers)
     try:
-        accelerator = Accelerator(log_with=list(config.train.trackers) or None, project_dir=config.output)
-    except ValueError as error:
+        accelerator = Accelerator(log_with=wanted or None, project_dir=config.output)
+        missing = [name for name in wanted if name not in [str(getattr(t, "value", t)) for t in accelerator.log_with]]
+    except ValueError:
+        missing = wanted
+    if missing:
         raise ConfigError(
-            f"`trackers` must name installed trackers (got {list(config.train.trackers)}: {error}); "
+            f"`trackers` must name trackers that Accelerate knows and that are installed (got {missing[0]!r}); "
             "pip install it or remove it"
-        ) from None
+        )
     if accelerator.num_processes > 1:
         raise ConfigError(
             f"training runs in one process today (got {accelerator.num_processes}); "
@@ -382,8 +402,6 @@ def _evaluate(run: _Run, where: str, began: float) -> None:
     if where == "start":
         return
     progress, name = run.progress, run.config.train.select_metric or run.splits.metric
-    if name not in evaluation.metrics:
-        raise ConfigError(f"`select_metric` must be one of {sorted(evaluation.metrics)} (got {name!r})")
     value = evaluation.metrics[name]
     lower = name in ("loss", "perplexity")
     if progress.best is None or (value < progress.best["value"] if lower else value > progress.best["value"]):
@@ -424,6 +442,7 @@ def _select_best(run: _Run) -> None:
     if not run.config.train.keep_best or best is None:
         return
     if best["num_links"] == len(run.chain) and not best["partial"]:
+        run.best_link = None
         return
     run.last_scored = None
     partial = run.best_link
@@ -511,6 +530,9 @@ def _finish(run: _Run, results: dict[str, Any], seconds: float) -> dict[str, Any
         else:
             _write_manifest(run)
         run.directory.drop_checkpoints()
+        if config.chain.tune == "full":
+            run.chain.model.save_pretrained(run.directory / "model")  # no links: the weights themselves are the result
+            run.tokenizer.save_pretrained(run.directory / "model")
         store.write_json(run.directory / "result.json", result)
     if config.train.trackers:
         run.accelerator.end_training()
@@ -530,10 +552,6 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def _tune_everything(run: _Run, began: float) -> None:
     """Full fine-tuning, the rival that trains every weight: float32 only, no links, no checkpoints."""
     model = run.chain.model
-    if run.config.train.dtype != "float32":
-        raise ConfigError(
-            "full fine-tuning needs dtype: float32 (got bfloat16, whose weights lose small updates)"
-        )
     for parameter in model.parameters():
         parameter.requires_grad_(True)
     run.optimizer = full_optimizer(model.parameters(), run.config.train)
