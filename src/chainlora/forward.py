@@ -59,7 +59,7 @@ def hidden_states(model: nn.Module, batch: PackedBatch, *, path: Path) -> Tensor
     A batch with a sequence longer than the model's sliding window takes the padded path whatever `path` says.
     """
     if path is Path.PACKED and batch.longest <= attention_window(model):
-        return _packed_hidden(model, batch).index_select(0, batch.rows)
+        return _packed_hidden(model, batch)
     return _padded_hidden(model, batch)
 
 
@@ -111,8 +111,8 @@ def _why_not_packed(model: nn.Module) -> str | None:
     parameter = next(model.parameters())
     batch = _probe_batch(causal_model(model).config).to(parameter.device)
     plain = _padded_hidden(model, batch).double()
-    packed = _packed_hidden(model, batch).index_select(0, batch.rows).double()
-    contaminated = _packed_hidden(model, batch, whole_row=True).index_select(0, batch.rows).double()
+    packed = _packed_hidden(model, batch).double()
+    contaminated = _packed_hidden(model, batch, whole_row=True).double()
     norm = plain.norm().item()
     difference = (packed - plain).norm().item() / norm
     wrong = (contaminated - plain).norm().item() / norm
@@ -141,24 +141,27 @@ def _probe_batch(config: Any) -> PackedBatch:
 
 
 def _packed_hidden(model: nn.Module, batch: PackedBatch, *, whole_row: bool = False) -> Tensor:
-    """Return [T, d]. `whole_row` makes one sequence of the row: the wrong result the probe compares with."""
+    """Return [R, d]. `whole_row` makes one sequence of the row: the wrong result the probe compares with."""
     base = base_model(model)
     segments = batch.segments
     if whole_row:
         segments = (type(segments[0])(0, batch.num_tokens, -1),)
-    layout = make_layout(segments, batch.input_ids.device)
-    with _packed_implementation(base):
+    layout = make_layout(segments, batch.input_ids.device, batch.rows)
+    with packed_implementation(base):
         output = base(
             input_ids=batch.input_ids[None], position_ids=batch.position_ids[None], use_cache=False,
             # transformers takes a mask of four dimensions as it is, so none is built; packed attention
             # ignores it
             attention_mask=batch.input_ids.new_zeros((1, 1, 1, 1), dtype=torch.bool), **{LAYOUT: layout},
         )
-    return output.last_hidden_state[0]
+    hidden = output.last_hidden_state[0]
+    if hidden.shape[0] == batch.rows.shape[0]:  # the last layer computed these rows alone
+        return hidden
+    return hidden.index_select(0, batch.rows)
 
 
 @contextmanager
-def _packed_implementation(base: nn.Module) -> Iterator[None]:
+def packed_implementation(base: nn.Module) -> Iterator[None]:
     """Set the attention implementation for one forward.
 
     Under gradient checkpointing layers look it up again during backward, so there it stays set; calls without

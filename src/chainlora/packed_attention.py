@@ -14,9 +14,10 @@ under dropout, SDPA.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -43,23 +44,28 @@ _CALL_COST_ELSEWHERE = 200_000
 class Group:
     """Segments gathered into one batch: B rows of `queries` and `keys` packed positions, padded.
 
-    Key j is the j-th token of the sequence; query i is its token ``first[b] + i``, and so sees keys j ≤ that.
+    Key j is the j-th token of the sequence; query i is its token ``depth[b, i]``, and so sees keys j ≤ that.
     Padded keys lie behind every real query; padded queries are dropped on the way out.
     """
 
     queries: Tensor  # [B, Tq]
     keys: Tensor  # [B, Tk]
-    first: Tensor  # [B]
+    depth: Tensor  # [B, Tq]
     padding: Tensor  # places of padded queries among B · Tq
-    roots: bool  # no ancestors: plain causality
+    causal: bool  # query i is token i of every row
 
     def visible(self) -> Tensor:
         """Return which keys each query sees, bool [B, Tq, Tk], or [1, Tq, Tk] where all rows agree."""
-        tq, tk = self.queries.shape[1], self.keys.shape[1]
-        device = self.queries.device
-        first = self.first[:1] if self.roots else self.first
-        depth = first[:, None] + torch.arange(tq, device=device)
-        return torch.arange(tk, device=device) <= depth[:, :, None]
+        depth = self.depth[:1] if self.causal else self.depth
+        return torch.arange(self.keys.shape[1], device=depth.device) <= depth[:, :, None]
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Positions of the packed row [R], and the layout that has queries at these alone."""
+
+    index: Tensor
+    layout: Layout
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,27 +73,57 @@ class Layout:
     """How the attention of a packed row of `num_tokens` is computed; `plans` fills up as head counts are met."""
 
     groups: tuple[Group, ...]
+    num_queries: int
     num_tokens: int
     longest: int
-    flat: bool  # no sharing: every token is a key once
+    flat: bool  # every token is a key of one group
+    rows: Rows | None = None  # for a last layer of which only some positions are used
     plans: dict[Any, Any] = field(default_factory=dict)
 
 
-def make_layout(segments: Sequence[Segment], device: torch.device | str) -> Layout:
-    """Compute the layout of a packed row, on `device`."""
+def make_layout(segments: Sequence[Segment], device: torch.device | str, rows: Tensor | None = None) -> Layout:
+    """Compute the layout of a packed row, on `device`; with `rows` (ascending), also that of these positions alone."""
     paths: list[list[int]] = []  # packed positions of the whole sequence up to a segment's end
     for start, end, parent in segments:
         paths.append((paths[parent] if parent >= 0 else []) + list(range(start, end)))
+    num_tokens = segments[-1].end
+    whole = [_Unit(range(start, end), range(len(path) - (end - start), len(path)), path)
+             for (start, end, _), path in zip(segments, paths, strict=True)]
+    trimmed = None
+    if rows is not None and rows.shape[0] < num_tokens:
+        trimmed = Rows(rows, _layout(_row_units(segments, paths, rows.tolist()), rows.shape[0], num_tokens, device))
+    return _layout(whole, num_tokens, num_tokens, device, trimmed)
+
+
+class _Unit(NamedTuple):
+    queries: Sequence[int]  # their place among all queries
+    depths: Sequence[int]  # their place in the sequence
+    keys: list[int]
+
+
+def _row_units(segments: Sequence[Segment], paths: list[list[int]], rows: list[int]) -> list[_Unit]:
+    units = []
+    for (start, end, _), path in zip(segments, paths, strict=True):
+        low, high = bisect_left(rows, start), bisect_left(rows, end)
+        if low < high:
+            first = len(path) - (end - start) - start
+            depths = [first + row for row in rows[low:high]]
+            units.append(_Unit(range(low, high), depths, path[: depths[-1] + 1]))
+    return units
+
+
+def _layout(units: list[_Unit], num_queries: int, num_tokens: int, device: torch.device | str,
+            rows: Rows | None = None) -> Layout:
     cost = _CALL_COST.get(torch.device(device).type, _CALL_COST_ELSEWHERE)
     groups = []
-    for roots in (True, False):
-        mine = [i for i, segment in enumerate(segments) if (segment.parent < 0) == roots]
-        mine.sort(key=lambda i: (segments[i].end - segments[i].start, len(paths[i])))
-        shapes = [(segments[i].end - segments[i].start, len(paths[i])) for i in mine]
-        for low, high in _partition(shapes, cost):
-            groups.append(_group([(segments[i], paths[i]) for i in mine[low:high]], roots, device))
-    longest = max(map(len, paths), default=0)
-    return Layout(tuple(groups), segments[-1].end, longest, all(group.roots for group in groups))
+    for causal in (True, False):
+        mine = [u for u in units if (len(u.queries) == len(u.keys)) == causal]
+        mine.sort(key=lambda u: (len(u.queries), len(u.keys)))
+        for low, high in _partition([(len(u.queries), len(u.keys)) for u in mine], cost):
+            groups.append(_group(mine[low:high], causal, device))
+    longest = max(len(unit.keys) for unit in units)
+    flat = sum(len(unit.keys) for unit in units) == num_tokens
+    return Layout(tuple(groups), num_queries, num_tokens, longest, flat, rows)
 
 
 def _partition(shapes: list[tuple[int, int]], call_cost: int) -> list[tuple[int, int]]:
@@ -110,18 +146,18 @@ def _partition(shapes: list[tuple[int, int]], call_cost: int) -> list[tuple[int,
     return cuts[::-1]
 
 
-def _group(units: list[tuple[Segment, list[int]]], roots: bool, device: torch.device | str) -> Group:
-    tq = max(segment.end - segment.start for segment, _ in units)
-    tk = max(len(path) for _, path in units)
-    queries, keys, first, padding = [], [], [], []
-    for b, (segment, path) in enumerate(units):
-        size = segment.end - segment.start
-        queries.append([*range(segment.start, segment.end), *[segment.start] * (tq - size)])
-        keys.append(path + [path[-1]] * (tk - len(path)))
-        first.append(len(path) - size)
-        padding += range(b * tq + size, (b + 1) * tq)
-    tensors = [torch.tensor(x, dtype=torch.int64, device=device) for x in (queries, keys, first, padding)]
-    return Group(tensors[0], tensors[1], tensors[2], tensors[3], roots)
+def _group(units: list[_Unit], causal: bool, device: torch.device | str) -> Group:
+    tq, tk = max(len(unit.queries) for unit in units), max(len(unit.keys) for unit in units)
+    queries, keys, depths = [], [], []
+    padding: list[int] = []
+    for b, unit in enumerate(units):
+        missing = tq - len(unit.queries)
+        queries.append([*unit.queries, *[unit.queries[0]] * missing])
+        depths.append([*unit.depths, *(unit.depths[-1] + 1 + i for i in range(missing))])
+        keys.append([*unit.keys, *[unit.keys[-1]] * (tk - len(unit.keys))])
+        padding += range(b * tq + len(unit.queries), (b + 1) * tq)
+    tensors = [torch.tensor(x, dtype=torch.int64, device=device) for x in (queries, keys, depths, padding)]
+    return Group(tensors[0], tensors[1], tensors[2], tensors[3], causal)
 
 
 def packed_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor,
@@ -160,8 +196,8 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scaling: fl
         repeats = query.shape[1] // key.shape[1]
         if repeats > 1:
             k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
-        mask = None if group.roots else group.visible()[:, None]
-        out = scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=group.roots, scale=scaling,
+        mask = None if group.causal else group.visible()[:, None]
+        out = scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=group.causal, scale=scaling,
                                            dropout_p=dropout)
         parts.append(out.transpose(1, 2).flatten(0, 1))
     return torch.cat(parts)[_plan(layout, 1, 1, query.dtype).back]
@@ -195,13 +231,13 @@ def _make_plan(layout: Layout, heads: int, key_heads: int, dtype: torch.dtype) -
         (b, tq), tk = group.queries.shape, group.keys.shape[1]
         queries.append((group.queries[:, None, :] * heads + head[:, None]).flatten())
         keys.append((group.keys[:, None, :] * key_heads + key_head[:, None]).flatten())
-        mask = torch.zeros(1 if group.roots else b, tq, tk, dtype=dtype, device=device)
+        mask = torch.zeros(1 if group.causal else b, tq, tk, dtype=dtype, device=device)
         mask.masked_fill_(~group.visible(), float("-inf"))
         mask = mask.repeat(1, repeats, 1)
-        masks.append(mask if group.roots else mask.repeat_interleave(key_heads, 0))
+        masks.append(mask if group.causal else mask.repeat_interleave(key_heads, 0))
         row, place = group.padding // tq, group.padding % tq
         padding.append(((row[:, None] * heads + head) * tq + place[:, None]).flatten())
-    back = _inverse(queries, layout.num_tokens * heads, padding)
+    back = _inverse(queries, layout.num_queries * heads, padding)
     back_keys = _inverse(keys, layout.num_tokens * key_heads, None) if layout.flat else None
     return _Plan(tuple(queries), tuple(keys), tuple(masks), tuple(padding), back, back_keys)
 
