@@ -344,11 +344,10 @@ TARGET_KEYS = [
                                                      "candidates: down_proj"]),
     (["--chain.extra_modules", "[head]"], ["`extra_modules` must match a module (got 'head'"]),
     (["--chain.lora_bias", "true"], ["`lora_bias` needs a bias in the layer it is merged into (got "]),
-    (["--train.select_metric", "f1"], ["`select_metric` must be one of ['accuracy', 'loss'] (got 'f1')"]),
+    (["--train.select_metric", "f1"], ["`select_metric` must be one of ", "(got 'f1')"]),
 ]
 
 
-@pytest.mark.xfail(reason="the trainer looks at the targets after it has claimed the output directory", strict=False)
 @pytest.mark.parametrize(("keys", "parts"), TARGET_KEYS)
 def test_what_only_the_model_can_tell(chainlora, config, tmp_path, keys, parts):
     chainlora("train", config, *keys).refused(*parts)
@@ -498,7 +497,7 @@ def test_export_with_the_wrong_numbers(chainlora, finished, tmp_path):
 
 
 def test_an_unknown_tracker_is_refused(chainlora, config, tmp_path):
-    chainlora("train", config, "--train.trackers", "[notebook]").refused("`trackers` must name installed trackers (got")
+    chainlora("train", config, "--train.trackers", "[notebook]").refused("`trackers` must name ", "(got ")
     assert not (tmp_path / "run").exists()
 
 
