@@ -47,6 +47,8 @@ class Steps:
     def result(self, num_rows: int) -> dict[str, Any]:
         """Return the measures; rows spread evenly over the steps."""
         num_steps = len(self.times)
+        if num_steps < 2:
+            raise ValueError(f"a rate needs two steps at least (got {num_steps}); take more rows")
         seconds = self.times[-1] - self.times[0]
         processor = self.processor[-1] - self.processor[0]
         gaps = [end - begin for begin, end in zip(self.times, self.times[1:], strict=False)]

@@ -22,6 +22,8 @@ def write_table(results: Path) -> Path:
     lines = [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()]
     lines = [line for line in lines if "failed" not in line]
     path = results.with_suffix(".md")
+    if not lines:
+        raise ValueError(f"a table needs a measurement that worked (got none in {results.name})")
     path.write_text("\n".join([*_head(lines), *_contests(lines), *_notes(lines)]) + "\n", encoding="utf-8")
     return path
 
@@ -117,7 +119,7 @@ def _last(lines: list[Line], wanted: Any) -> list[Line]:
 def _agreements(lines: list[Line]) -> list[str]:
     notes = []
     for key, what in (("losses", "losses of a step"), ("scores", "scores")):
-        for ours in _last(lines, lambda line, key=key: line["ours"] and line.get(key)):  # type: ignore[misc]
+        for ours in _last(lines, lambda line, key=key: line["ours"] and line.get(key)):
             others = {line["entry"]: line for line in lines if line["benchmark"] == ours["benchmark"]
                       and line["run"] == ours["run"] and not line["ours"] and line.get(key)}
             for label, other in others.items():
