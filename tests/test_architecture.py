@@ -15,7 +15,7 @@ PACKAGE = Path(chainlora.__file__).parent
 LAYERS = [
     ["errors"],
     ["config", "linalg", "schedule", "packing"],
-    ["adapters", "pristine", "models", "gguf_models", "tasks", "metrics", "packed_attention", "fast_lora"],
+    ["adapters", "pristine", "models", "gguf_models", "tasks", "metrics", "packed_attention", "fast_lora", "fused"],
     ["starts", "data", "generation"],
     ["forward"],
     ["chain", "losses", "speedups"],

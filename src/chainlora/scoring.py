@@ -10,8 +10,10 @@ import torch
 
 from .evaluate import evaluate, majority_rate, write_predictions
 from .export import load_run
+from .forward import choose_path
 from .models import context_length, load_model
 from .prepare import encode_split, load_task_split
+from .speedups import accelerate_model
 from .tasks import Task
 
 
@@ -40,9 +42,12 @@ def evaluate_task(
     else:
         model, tokenizer = load_model(run_or_model, getattr(torch, dtype or "float32"))
     examples = encode_split(task, rows, tokenizer, context_length(model))
+    path = choose_path(model)
+    accelerate_model(model, path)
     found = evaluate(
         model,
         examples,
+        path=path,
         metrics=task.metric,
         tokenizer=tokenizer,
         stop=task.stop,

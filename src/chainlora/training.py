@@ -37,6 +37,7 @@ from .optimizers import full_optimizer, make_optimizer, prune_moments, set_learn
 from .packing import Example, PackedBatch, pack
 from .plan import Plan, make_plan
 from .prepare import Splits, prepare_splits
+from .speedups import accelerate_model, restore_model
 from .store import Progress, RunDirectory
 
 logger = logging.getLogger(__name__)
@@ -110,6 +111,8 @@ def _prepare(config: RunConfig, resume: bool, listener: Listener) -> _Run:
     base = {"model": config.model, "fingerprint": chain.base_fingerprint, "dtype": config.train.dtype}
     progress = directory.begin(config, base, resume=resume) if directory is not None else Progress()
     path = choose_path(model)
+    if config.train.speedups == "auto":
+        accelerate_model(model, path)
     run = _Run(config, plan, splits, chain, tokenizer, accelerator, path, directory, progress, base, listener)
     if directory is not None and resume:
         for link in RunDirectory(directory.path).load_links(progress.link):
@@ -536,7 +539,7 @@ def _finish(run: _Run, results: dict[str, Any], seconds: float) -> dict[str, Any
         store.write_json(run.directory / "result.json", result)
     if config.train.trackers:
         run.accelerator.end_training()
-    run.chain.detach()
+    restore_model(run.chain.detach())
     return result
 
 
