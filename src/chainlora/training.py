@@ -167,7 +167,7 @@ def _accelerator(config: RunConfig) -> Accelerator:
     return accelerator
 
 
-# --- the chain -----------------------------------------------------------------------------------------------------
+# --- the chain ---
 
 
 def _tune_chain(run: _Run, began: float) -> None:
@@ -266,7 +266,7 @@ def _probe(run: _Run, batch: PackedBatch) -> Tensor:
     return hidden
 
 
-# --- one step ------------------------------------------------------------------------------------------------------
+# --- one step ---
 
 
 def _steps(
@@ -384,7 +384,7 @@ def _stop_non_finite(run: _Run, step: int, loss: float, norm: float) -> None:
     )
 
 
-# --- evaluation and the best point ------------------------------------------------------------------------------------
+# --- evaluation and the best point ---
 
 
 def _evaluate(run: _Run, where: str, began: float) -> None:
@@ -474,7 +474,7 @@ def _final_metrics(run: _Run) -> dict[str, Any]:
     return metrics
 
 
-# --- records and the end -----------------------------------------------------------------------------------------------
+# --- records and the end ---
 
 
 def _record(run: _Run, values: dict[str, Any]) -> None:
