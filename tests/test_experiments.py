@@ -547,6 +547,7 @@ def test_the_report_of_a_real_run(done):
     assert [summary.method for summary in report.summaries] == ["lora", "chain3"]
     assert "Chosen on validation rows for each task and method apart" in report.markdown
     assert "chain3 cannot be told apart from lora on mood" in report.markdown  # two seeds decide nothing
+    assert "1 of these could not have been decided: so few pairs reach p = 0.5 at best" in report.markdown
 
 
 # --- compare ---------------------------------------------------------------------------------------

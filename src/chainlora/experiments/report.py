@@ -19,6 +19,7 @@ from .analysis import (
 )
 from .records import Results, read_results, write_atomically
 from .report_tables import choices_table, costs_table, differences_table, savings_table, scores_table
+from .statistics import LEVEL
 from .tables import Table, number, to_csv
 
 
@@ -132,6 +133,13 @@ def _verdicts(comparisons: Sequence[Comparison]) -> str:
     for comparison in whole or each:
         place = "over all tasks" if comparison.task == OVERALL else f"on {comparison.task}"
         lines.append(f"- {sentence(comparison, place)}{_tally(comparison, each) if whole else ''}")
+    hopeless = [c for c in whole or each if c.difference.smallest_p > LEVEL]
+    if hopeless:
+        best = max(c.difference.smallest_p for c in hopeless)
+        lines += [
+            "",
+            f"{len(hopeless)} of these could not have been decided: so few pairs reach p = {best:.2g} at best.",
+        ]
     return "\n".join(lines) + "\n"
 
 

@@ -17,6 +17,7 @@ from typing import Literal
 import numpy as np
 
 Verdict = Literal["wins", "loses", "undecided"]
+LEVEL = 0.05  # of a verdict
 MAX_EXACT = 40  # pairs; 2 × 2^20 half sums of 8 bytes, a second or two
 _TIE = 1e-9  # relative: sums of the same numbers in another order differ by rounding only
 
@@ -138,7 +139,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def judge(low: float, high: float, p: float, level: float = 0.05) -> Verdict:
+def judge(low: float, high: float, p: float, level: float = LEVEL) -> Verdict:
     """Return `wins` or `loses` when the interval excludes zero and p is at most `level`, else `undecided`."""
     if p > level or low <= 0 <= high:
         return "undecided"
