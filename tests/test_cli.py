@@ -497,7 +497,8 @@ def test_export_with_the_wrong_numbers(chainlora, finished, tmp_path):
 
 
 def test_an_unknown_tracker_is_refused(chainlora, config, tmp_path):
-    chainlora("train", config, "--train.trackers", "[notebook]").refused("`trackers` must name ", "(got ")
+    for name in ("notebook", "aim"):  # one that nobody knows, one that is not installed
+        chainlora("train", config, "--train.trackers", f"[{name}]").refused("`trackers` must name ", "(got ", name)
     assert not (tmp_path / "run").exists()
 
 
@@ -510,3 +511,18 @@ def test_the_demo_leaves_a_directory_in_use_alone(chainlora, tmp_path, monkeypat
     outcome = chainlora("demo", "--output", tmp_path / "mine", "--json")
     assert (outcome.status, outcome.out) == (1, "")
     assert "`output` must be a new or empty directory (got " in outcome.err.splitlines()[-1]
+
+
+def test_full_fine_tuning_has_weights_in_place_of_links(chainlora, config, sentiment, tmp_path):
+    run, keys = tmp_path / "run", ("--chain.tune", "full", "--chain.ranks", "[1]", "--chain.steps", "[3]")
+    result = chainlora("train", config, *keys, "--json").json
+    task = ("--task", sentiment / "task.yaml", "--data", sentiment, "--json")
+    assert chainlora("eval", run, *task).json["metrics"]["loss"] == pytest.approx(
+        result["metrics"]["validation"]["loss"], abs=1e-5)
+    assert chainlora("inspect", run, "--json").json["links"] == []
+    assert chainlora("export", run, "--to", "merged", "--output", tmp_path / "m").status == 0
+    assert "every weight fine-tuned" in (tmp_path / "m" / "README.md").read_text()
+    assert chainlora("eval", tmp_path / "m", *task).json == chainlora("eval", run, *task).json
+    chainlora("export", run, "--to", "adapter", "--output", tmp_path / "a").refused("--to adapter needs a chain (got ")
+    chainlora("eval", run, *task, "--links", "1").refused("--links needs a chain (got ", "leave --links out")
+    chainlora("train", config, *keys, "--resume").refused("full fine-tuning cannot resume")

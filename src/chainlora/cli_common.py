@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import logging
 import sys
+import warnings
 
 import click
 
 
 def quiet() -> None:
-    """Send our warnings to stderr in one line each, and keep the libraries' chatter away."""
+    """Send our warnings to stderr in one line each, and keep the libraries' chatter away (python -W brings it back)."""
     from transformers.utils import logging as transformers_logging
 
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="chainlora: %(message)s")

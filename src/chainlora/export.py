@@ -36,7 +36,7 @@ def load_run(run: str | Path, *, num_links: int | None = None, dtype: str | None
     base = manifest["base"]
     if (directory / "model").is_dir():  # full fine-tuning
         if num_links is not None:
-            raise RunError(f"--links needs a chain (got {run}, a run of full fine-tuning)")
+            raise RunError(f"--links needs a chain (got {run}, a run of full fine-tuning); leave --links out")
         return load_model(directory / "model", getattr(torch, dtype or base["dtype"]))
     model, tokenizer = load_model(base["model"], getattr(torch, dtype or base["dtype"]))
     chain = Chain(model, checkpoint=resolve_model(base["model"]))
@@ -55,7 +55,9 @@ def export_merged(run: str | Path, output: str | Path, *, num_links: int | None 
     model.save_pretrained(output)
     tokenizer.save_pretrained(output)
     base = RunDirectory(run).manifest()["base"]["model"]
-    _card(output, f"`{base}` with a chain of {len(links)} LoRA link(s) merged into its weights.", base,
+    done = "every weight fine-tuned" if (Path(run) / "model").is_dir() else (
+        f"a chain of {len(links)} LoRA link(s) merged into its weights")
+    _card(output, f"`{base}` with {done}.", base,
           "transformers", 'AutoModelForCausalLM.from_pretrained("this folder")')
     dtype = str(model.dtype).removeprefix("torch.")
     return {"to": "merged", "output": str(output), "links": len(links), "dtype": dtype}

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -44,7 +45,7 @@ class _Listener:
         self.console = Console(stderr=True)
         self.bar = Progress(
             TextColumn("link {task.fields[link]}"), BarColumn(bar_width=24),
-            TextColumn("{task.completed}/{task.total}"), TextColumn("loss {task.fields[loss]:.4f}"),
+            TextColumn("{task.completed}/{task.total}"), TextColumn("loss {task.fields[loss]}"),
             TextColumn("lr {task.fields[rate]:.1e}"), TextColumn("{task.fields[speed]:.0f} tokens/s"),
             TimeRemainingColumn(), console=self.console, disable=not self.console.is_terminal,
         )
@@ -64,14 +65,14 @@ class _Listener:
         self._say(f"{record['rows']} training rows, {record['num_steps']} steps ({lengths})"
                   + (f", going on after step {record['step']}" if record["step"] else ""))
         self.task = self.bar.add_task("train", total=record["num_steps"], completed=record["step"], link=0,
-                                      loss=float("nan"), rate=0.0, speed=0.0)
+                                      loss="–", rate=0.0, speed=0.0)
         self.bar.start()
 
     def _step(self, record: Mapping[str, Any]) -> None:
         speed = record["tokens"] / max(record["seconds"], 1e-9)
         self.loss = record["loss"] if self.loss is None else 0.9 * self.loss + 0.1 * record["loss"]
         self.speed = speed if self.speed is None else 0.9 * self.speed + 0.1 * speed
-        self.bar.update(self.task, completed=record["step"], link=record["link"], loss=self.loss,
+        self.bar.update(self.task, completed=record["step"], link=record["link"], loss=f"{self.loss:.4f}",
                         rate=record["learning_rate"], speed=self.speed)
         if record["step"] >= self.total:
             self.bar.stop()
@@ -95,11 +96,12 @@ def show_links(run: str | Path) -> None:
 
 def show_inspection(found: Mapping[str, Any]) -> None:
     """Print what `inspect_run` found: a row a link, and the chain as a whole."""
-    table = Table(title=escape(f"{found['run']}: chain on {found['base']} ({found['hold']})"), title_justify="left")
+    table = Table(title=escape(f"{found['run']}: chain on {found['base']} ({found['hold']})"), title_justify="left",
+                  box=SIMPLE_HEAD, padding=0)  # 80 columns hold it
     for column in ("link", "rank", "steps", "loss", "validation", "‖ΔW‖", "effective rank", "overlap with earlier"):
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=column == "validation")
     for row in found["links"]:
-        scores = ", ".join(f"{name} {value:.4f}" for name, value in row["scores"].items())
+        scores = ", ".join(f"{name} {value:.4f}" for name, value in _telling(row["scores"]).items())
         table.add_row(str(row["link"]), str(row["rank"]), str(row["steps"]), _number(row["loss"]), scores or "–",
                       _number(row.get("delta_norm")), _number(row.get("effective_rank"), 2),
                       ", ".join(f"{value:.2f}" for value in row.get("overlap", [])) or "–")
@@ -115,6 +117,12 @@ def show_inspection(found: Mapping[str, Any]) -> None:
         step, whole_links = found["selected"]["step"], found["selected"]["num_links"]
         part = " and a partial one" if found["selected"]["partial"] else ""
         console.print(f"selected: best point at step {step}, {whole_links} whole link(s){part}", highlight=False)
+
+
+def _telling(scores: Mapping[str, float]) -> Mapping[str, float]:
+    """What a task is judged by; the loss where it has nothing else."""
+    judged = {name: value for name, value in scores.items() if name not in ("loss", "perplexity")}
+    return judged or {name: value for name, value in scores.items() if name == "loss"}
 
 
 def _number(value: float | None, digits: int = 4) -> str:
