@@ -13,11 +13,12 @@ it gets its gradient.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -25,7 +26,9 @@ from .errors import DataError, ModelError
 from .forward import base_model, causal_model, probing
 from .packing import PackedBatch
 
-CHUNK_ELEMENTS = 2**23  # logits held at once: 32 MB in float32, large enough for matmul
+# Logits held at once: 16 MB in float32. Large enough for matmul, and below the 32 MB from where glibc gives
+# every allocation fresh pages, whose faults cost more than the arithmetic on them.
+CHUNK_ELEMENTS = 2**22
 
 Transform = Callable[[Tensor], Tensor]
 _TRANSFORMS: WeakKeyDictionary[nn.Module, Transform | None] = WeakKeyDictionary()
@@ -52,10 +55,8 @@ def candidate_loss(model: nn.Module, hidden: Tensor, batch: PackedBatch) -> Tens
     if not batch.labelled:
         raise DataError("a candidate loss needs a label in every example (got one without); "
                         "use the completion loss")
-    if batch.one_position:
-        scores = _label_logits(model, hidden, batch)
-    else:
-        scores = candidate_scores(model, hidden, batch)
+    score = _label_logits if batch.one_position else candidate_scores
+    scores = score(model, hidden, batch)
     table = scores.new_full((batch.num_examples, batch.max_sequences), float("-inf"))
     table = table.index_put((batch.sequence_example, batch.sequence_slot), scores)
     return F.cross_entropy(table, batch.labels, reduction="sum")
@@ -63,6 +64,10 @@ def candidate_loss(model: nn.Module, hidden: Tensor, batch: PackedBatch) -> Tens
 
 def completion_loss(model: nn.Module, hidden: Tensor, batch: PackedBatch) -> tuple[Tensor, int]:
     """Return the summed negative log-likelihood of the scored tokens (a scalar, float32) and their number."""
+    head = _head(model)
+    if logit_transform(model) is None and _is_plain(head) and not head.weight.requires_grad:
+        chunks = _chunks(batch.token_row, batch.token_target, hidden.shape[0], head.weight.shape[0])
+        return _SummedLoss.apply(hidden, head.weight, head.bias, chunks), batch.num_scored_tokens
     return -token_logprobs(model, hidden, batch.token_row, batch.token_target).sum(), batch.num_scored_tokens
 
 
@@ -71,22 +76,20 @@ def token_logprobs(model: nn.Module, hidden: Tensor, token_row: Tensor, token_ta
 
     Logits exist for one chunk of rows at a time, in forward and in backward.
     """
-    order, bounds = _chunks(token_row, hidden.shape[0], _vocabulary(model))
-    parts = []
     head, transform = _head(model), logit_transform(model)
-    for first, last, low, high in bounds:
-        picked = order[low:high]
-        rows, targets = token_row[picked] - first, token_target[picked]
-        piece = hidden[first:last]
+    chunks = _chunks(token_row, token_target, hidden.shape[0], _vocabulary(model))
+    parts = []
+    for chunk, piece in zip(chunks, hidden.split([chunk.last - chunk.first for chunk in chunks]), strict=True):
         if transform is None and _is_plain(head) and not head.weight.requires_grad:
-            parts.append(_TargetLogprobs.apply(piece, head.weight, head.bias, rows, targets))
+            part = _TargetLogprobs.apply(piece, head.weight, head.bias, chunk.rows, chunk.targets)
         elif torch.is_grad_enabled():
-            parts.append(checkpoint(_module_logprobs, head, transform, piece, rows, targets,
-                                    use_reentrant=False))
+            part = checkpoint(_module_logprobs, head, transform, piece, chunk.rows, chunk.targets,
+                              use_reentrant=False)
         else:
-            parts.append(_module_logprobs(head, transform, piece, rows, targets))
+            part = _module_logprobs(head, transform, piece, chunk.rows, chunk.targets)
+        parts.append(part)
     result = torch.cat(parts)
-    return torch.empty_like(result).index_put((order,), result)
+    return torch.empty_like(result).index_put((torch.cat([chunk.tokens for chunk in chunks]),), result)
 
 
 def logit_transform(model: nn.Module) -> Transform | None:
@@ -174,15 +177,28 @@ def _label_logits(model: nn.Module, hidden: Tensor, batch: PackedBatch) -> Tenso
     return logits if transform is None else transform(logits)
 
 
-def _chunks(token_row: Tensor, num_rows: int,
-            vocabulary: int) -> tuple[Tensor, list[tuple[int, int, int, int]]]:
-    """Return tokens ordered by row; per chunk its rows [first, last) and tokens [low, high) in that order."""
+class _Chunk(NamedTuple):
+    """Rows [first, last) of the hidden states, and the tokens they predict."""
+
+    first: int
+    last: int
+    tokens: Tensor  # their index among all scored tokens
+    rows: Tensor  # row of each, from `first`
+    targets: Tensor
+
+
+def _chunks(token_row: Tensor, token_target: Tensor, num_rows: int, vocabulary: int) -> list[_Chunk]:
     order = torch.argsort(token_row, stable=True)
     size = max(CHUNK_ELEMENTS // vocabulary, 1)
     firsts = list(range(0, num_rows, size))
     limits = torch.tensor([*firsts, num_rows], device=token_row.device)
     edges = torch.searchsorted(token_row[order], limits).tolist()
-    return order, [(f, min(f + size, num_rows), edges[i], edges[i + 1]) for i, f in enumerate(firsts)]
+    chunks = []
+    for i, first in enumerate(firsts):
+        tokens = order[edges[i] : edges[i + 1]]
+        last = min(first + size, num_rows)
+        chunks.append(_Chunk(first, last, tokens, token_row[tokens] - first, token_target[tokens]))
+    return chunks
 
 
 def _module_logprobs(head: nn.Module, transform: Transform | None, hidden: Tensor, rows: Tensor,
@@ -205,6 +221,7 @@ class _TargetLogprobs(torch.autograd.Function):
         return logits[rows, targets] - normaliser[rows]
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, rows, targets, normaliser = ctx.saved_tensors
         if not ctx.needs_input_grad[0]:
@@ -215,3 +232,33 @@ class _TargetLogprobs(torch.autograd.Function):
         grad_logits = probabilities.mul_(-by_row[:, None])
         grad_logits.index_put_((rows, targets), grad, accumulate=True)
         return grad_logits.to(weight.dtype) @ weight, None, None, None, None
+
+
+class _SummedLoss(torch.autograd.Function):
+    """−Σ log softmax(x Wᵀ + b) at the targets, for a frozen W.
+
+    The gradient of a sum is known while its logits are there, so forward makes it too, chunk by chunk: one
+    matmul less than making logits again (as Liger's fused cross-entropy does, arXiv 2410.10989).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, chunks: list[_Chunk]) -> Tensor:
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        ctx.grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        for chunk in chunks:
+            logits = F.linear(hidden[chunk.first : chunk.last], weight, bias).float()
+            normaliser = torch.logsumexp(logits, dim=-1)
+            total += (normaliser[chunk.rows] - logits[chunk.rows, chunk.targets]).sum()
+            if ctx.grad is None:
+                continue
+            ones = torch.ones_like(chunk.rows, dtype=torch.float32)
+            counts = torch.zeros_like(normaliser).index_add_(0, chunk.rows, ones)
+            grad = logits.sub_(normaliser[:, None]).exp_().mul_(counts[:, None])
+            grad.index_put_((chunk.rows, chunk.targets), -ones, accumulate=True)
+            torch.mm(grad.to(weight.dtype), weight, out=ctx.grad[chunk.first : chunk.last])
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return None if ctx.grad is None else ctx.grad * grads[0].to(ctx.grad.dtype), None, None, None

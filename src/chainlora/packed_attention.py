@@ -32,6 +32,7 @@ from .packing import Segment
 NAME = "chainlora_packed"
 LAYOUT = "packed_layout"
 LONGEST_BY_MATMUL = 1024  # beyond, the scores of one sequence leave every cache and SDPA's blocks win
+KEYS_MULTIPLE = 16  # whole vector registers: a bfloat16 softmax over 85 keys takes longer than over 96
 LONGEST_KEPT = 384  # beyond, probabilities are made again in backward: kept, they would outweigh all else
 # What an architecture adds to attention by these arguments cannot be left out silently.
 _UNSUPPORTED = ("softcap", "s_aux", "position_bias")
@@ -147,7 +148,8 @@ def _partition(shapes: list[tuple[int, int]], call_cost: int) -> list[tuple[int,
 
 
 def _group(units: list[_Unit], causal: bool, device: torch.device | str) -> Group:
-    tq, tk = max(len(unit.queries) for unit in units), max(len(unit.keys) for unit in units)
+    tq = max(len(unit.queries) for unit in units)
+    tk = -(-max(len(unit.keys) for unit in units) // KEYS_MULTIPLE) * KEYS_MULTIPLE
     queries, keys, depths = [], [], []
     padding: list[int] = []
     for b, unit in enumerate(units):
