@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
+import hashlib
 import json
 import os
 import platform
@@ -167,7 +168,7 @@ class Bench:
         found = self.child({"kind": "describe"})
         return {"machine": {"cores": os.cpu_count(), "processor": platform.machine(),
                             "instructions": _instructions(), "cpu_capability": found["cpu_capability"]},
-                "versions": found["versions"], "commit": _commit()}
+                "versions": found["versions"], "commit": _commit(), "code": _code_digest()}
 
 
 def _wanted(name: str, patterns: list[str] | None) -> bool:
@@ -195,6 +196,14 @@ def _commit() -> str:
     command = ["git", "rev-parse", "--short", "HEAD"]
     found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     return found.stdout.strip() or "unknown"
+
+
+def _code_digest() -> str:
+    """Return a digest of the package's sources: results of the same code may be put together."""
+    digest = hashlib.sha256()
+    for path in sorted((ROOT / "src").rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def say(line: str) -> None:

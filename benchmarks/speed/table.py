@@ -1,6 +1,6 @@
 """Sum the JSON lines of results up in a Markdown table: ``python table.py RESULTS.jsonl``.
 
-The last run of a benchmark counts. Ratios are taken within a turn, and their median is shown with its range.
+Of each benchmark, the runs of the code and the settings of the last one count. Ratios are taken within a turn, and their median is shown with its range.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def _contests(lines: list[Line]) -> list[str]:
     rows = []
     for name in dict.fromkeys(line["benchmark"] for line in lines if line["benchmark"] != "startup"):
         mine = [line for line in lines if line["benchmark"] == name]
-        mine = [line for line in mine if line["run"] == mine[-1]["run"]]
+        mine = [line for line in mine if _alike(line, mine)]
         ours = [line for line in mine if line["ours"]]
         for label in dict.fromkeys(line["entry"] for line in mine if not line["ours"]):
             rows.append(_row(name, ours, [line for line in mine if line["entry"] == label]))
@@ -57,10 +57,15 @@ def _contests(lines: list[Line]) -> list[str]:
     return rows
 
 
+def _alike(line: Line, lines: list[Line]) -> bool:
+    """Say whether a line is of the same code and settings as the last one of its entry."""
+    last = [other for other in lines if other["entry"] == line["entry"]][-1]
+    return bool(line["code"] == lines[-1]["code"] and line.get("settings") == last.get("settings"))
+
+
 def _row(name: str, ours: list[Line], theirs: list[Line]) -> str:
     measure = ours[0]["measure"]
-    turns = {line["turn"] for line in ours} & {line["turn"] for line in theirs}
-    pairs = [(a, b) for a in ours for b in theirs if a["turn"] == b["turn"]]
+    pairs = [(a, b) for a in ours for b in theirs if (a["run"], a["turn"]) == (b["run"], b["turn"])]
     ratios = [a[measure] / b[measure] for a, b in pairs]
     if measure in _LESS_IS_BETTER:
         ratios = [1 / ratio for ratio in ratios]
@@ -73,7 +78,7 @@ def _row(name: str, ours: list[Line], theirs: list[Line]) -> str:
         "–" if alone else _spread(ratios), _goal(goals, "speed", "≥") or _goal(goals, "share", "≥"),
         f"{_median(ours, 'peak_mb')} / {_median(theirs, 'peak_mb')}" if shares and not alone else "–",
         f"{statistics.median(shares):.2f}" if shares and not alone else "–", _goal(goals, "memory", "≤"),
-        f"{_median(ours, 'final_loss')} / {_median(theirs, 'final_loss')}" if not alone else "–", str(len(turns)),
+        f"{_median(ours, 'final_loss')} / {_median(theirs, 'final_loss')}" if not alone else "–", str(len(pairs)),
         f"{max(a.get('load_before', 0) for a in ours + theirs):.1f}, "
         f"{max(a.get('others_cores', 0) for a in ours + theirs):.2f}",
     ]
