@@ -89,7 +89,7 @@ def shared_models() -> Path:
     return path
 
 
-WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "two", "red", "birds", "fly", "over", "green", "hill", "yes", "no", "maybe", "good", "bad", "it", "was"]
+WORDS = "the cat sat on a mat and saw two red birds fly over green hill yes no maybe good bad it was".split()  # noqa: SIM905
 
 
 @pytest.fixture(scope="session")

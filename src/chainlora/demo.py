@@ -50,8 +50,8 @@ def run_demo(output: str, echo: Callable[[str], object], listener_for: Callable[
         }
     )
     echo(
-        f"SmolLM2-135M learns the topic of BBC headlines: {_NUM_TRAIN} rows, a chain of {len(config.chain.ranks)} links "
-        f"of rank {config.chain.ranks[0]}, scored on {_NUM_VALIDATION} held-out headlines."
+        f"SmolLM2-135M learns the topic of BBC headlines: {_NUM_TRAIN} rows, a chain of {len(config.chain.ranks)} "
+        f"links of rank {config.chain.ranks[0]}, scored on {_NUM_VALIDATION} held-out headlines."
     )
     result = train(config, listener=listener_for())
     records = read_records(Path(output) / "metrics.jsonl")

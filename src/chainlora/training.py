@@ -534,7 +534,8 @@ def _finish(run: _Run, results: dict[str, Any], seconds: float) -> dict[str, Any
             _write_manifest(run)
         run.directory.drop_checkpoints()
         if config.chain.tune == "full":
-            run.chain.model.save_pretrained(run.directory / "model")  # no links: the weights themselves are the result
+            model: Any = run.chain.model  # there are no links: the weights themselves are the result
+            model.save_pretrained(run.directory / "model")
             run.tokenizer.save_pretrained(run.directory / "model")
         store.write_json(run.directory / "result.json", result)
     if config.train.trackers:
