@@ -44,6 +44,7 @@ class Progress:
     step: int = 0
     link: int = 0
     tokens: int = 0
+    scored_tokens: int = 0
     seconds: float = 0.0
     num_records: int = 0
     best: dict[str, Any] | None = None

@@ -328,6 +328,7 @@ def _update(run: _Run, work: tuple[int, list[PackedBatch]], began: float) -> Non
     progress.step = step + 1
     tokens = sum(batch.num_tokens for batch in batches)
     progress.tokens += tokens
+    progress.scored_tokens += sum(int(batch.token_target.numel()) for batch in batches)
     run.chain.live_steps += run.config.chain.tune == "full"
     _record(
         run,
@@ -509,6 +510,7 @@ def _finish(run: _Run, results: dict[str, Any], seconds: float) -> dict[str, Any
         "links": [store.describe_link(link) for link in run.chain.links],
         "steps": progress.step,
         "tokens": progress.tokens,
+        "scored_tokens": progress.scored_tokens,
         "rows": len(run.splits.train),
         "wall_s": round(seconds, 2),
         "peak_memory_mb": peak_memory_mb(),
