@@ -221,6 +221,18 @@ def test_bfloat16_keeps_its_dtype_and_the_adapter_is_as_near_as_one_cast(folders
         assert (found - logits(exact)).abs().max() < 8 * 2**-8 * size
 
 
+def test_an_extra_module_survives_in_bfloat16_and_without_a_bias_anywhere(folders, sentiment, tmp_path):
+    run = fit(folders["llama"], sentiment, tmp_path / "run", train={"dtype": "bfloat16"}, chain={
+        "target_modules": TARGETS["llama"], "extra_modules": [FINAL_NORM["llama"]]})
+    export_merged(run, tmp_path / "m")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    assert merged.model.norm.weight.dtype == torch.bfloat16
+    assert torch.equal(logits(merged), live(run))
+    export_adapter(run, tmp_path / "a")
+    exact = logits(load_run(run, dtype="float32")[0])
+    torch.testing.assert_close(on_fresh_base(folders["llama"], tmp_path / "a"), exact, atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("architecture", ["opt", "gpt2"])
 def test_extra_modules_and_lora_bias_survive(folders, sentiment, tmp_path, architecture):
     run = fit(folders[architecture], sentiment, tmp_path / "run", chain={
@@ -251,6 +263,24 @@ def test_every_kind_of_link_becomes_one_adapter(folders, sentiment, tmp_path, ke
     done = export_adapter(run, tmp_path / "a")
     assert done["rank"] == (20 if keys.get("init") == "pissa" else 10)  # PiSSA stores [B, −B₀]·[A; A₀]
     torch.testing.assert_close(on_fresh_base(folders["llama"], tmp_path / "a"), live(run), atol=1e-5, rtol=0)
+
+
+def test_what_is_exported_is_the_best_point_where_the_run_kept_it(folders, sentiment, tmp_path):
+    """Whole links and a partial one together; --links K still reaches the whole chain."""
+    base, run = folders["llama"], tmp_path / "run"
+    data = {split: str(sentiment / f"{split}.jsonl") for split in ("train", "validation")}
+    result = train(make_config({
+        "model": str(base), "data": {"task": str(sentiment / "task.yaml"), **data}, "output": str(run),
+        "chain": {"ranks": [4, 4], "alpha": 8, "steps": [1, 9], "target_modules": TARGETS["llama"]},
+        "train": {"lr": 1e-2, "schedule": "constant", "keep_best": True, "eval_every": 1}}))
+    best = result["best"]
+    assert (best["num_links"], best["partial"]) == (1, True)  # every row is right long before the last step
+    assert export_adapter(run, tmp_path / "best")["links"] == 2
+    torch.testing.assert_close(on_fresh_base(base, tmp_path / "best"), live(run), atol=1e-5, rtol=0)
+    export_merged(run, tmp_path / "m")
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "m")), live(run))
+    assert export_adapter(run, tmp_path / "whole", num_links=2)["rank"] == 8
+    assert not torch.allclose(live(run), live(run, 2), atol=1e-3)
 
 
 def test_dora_exports_merged_and_refuses_an_adapter(folders, sentiment, tmp_path, capsys):
