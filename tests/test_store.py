@@ -88,6 +88,17 @@ def test_half_a_run_directory_is_named(run, damage, message):
     assert "\n" not in str(raised.value)
 
 
+def test_what_is_wrong_with_the_links_is_said_before_the_base_is_loaded(run):
+    manifest = json.loads((run / "chain.json").read_text())
+    manifest["base"]["model"] = "/nowhere"
+    (run / "chain.json").write_text(json.dumps(manifest))
+    with pytest.raises(RunError, match=r"--links must be 0 to 3 for this run \(got 4\)"):
+        load_run(run, num_links=4)
+    shutil.rmtree(run / "links" / "002")
+    with pytest.raises(RunError, match=r"links/002.*half there"):
+        load_run(run)
+
+
 def test_a_resume_finds_what_is_half_there(tiny_folder, sentiment, run):
     config = make_config(settings(tiny_folder, sentiment, run, chain={"rslora": True}))
     (run / "config.yaml").unlink()

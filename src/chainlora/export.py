@@ -38,10 +38,11 @@ def load_run(run: str | Path, *, num_links: int | None = None, dtype: str | None
         if num_links is not None:
             raise RunError(f"--links needs a chain (got {run}, a run of full fine-tuning); leave --links out")
         return load_model(directory / "model", getattr(torch, dtype or base["dtype"]))
+    links = directory.load_links(num_links)  # first, since a missing one is found in no time
     model, tokenizer = load_model(base["model"], getattr(torch, dtype or base["dtype"]))
     chain = Chain(model, checkpoint=resolve_model(base["model"]))
     store.check_base(manifest, {"fingerprint": chain.base_fingerprint}, directory.path)
-    for link in directory.load_links(num_links):
+    for link in links:
         add_link(chain, link)
     return chain.detach(), tokenizer
 
