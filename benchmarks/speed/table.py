@@ -1,6 +1,7 @@
 """Sum the JSON lines of results up in a Markdown table: ``python table.py RESULTS.jsonl``.
 
-Of each benchmark, the runs of the code and the settings of the last one count. Ratios are taken within a turn, and their median is shown with its range.
+Of each benchmark, the runs of the code and the settings of the last one count. Ratios are taken within a turn, and
+their median is shown with its range.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def _contests(lines: list[Line]) -> list[str]:
 def _alike(line: Line, lines: list[Line]) -> bool:
     """Say whether a line is of the same code and settings as the last one of its entry."""
     last = [other for other in lines if other["entry"] == line["entry"]][-1]
-    return bool(line["code"] == lines[-1]["code"] and line.get("settings") == last.get("settings"))
+    return bool(line.get("code") == lines[-1].get("code") and line.get("settings") == last.get("settings"))
 
 
 def _row(name: str, ours: list[Line], theirs: list[Line]) -> str:
