@@ -333,6 +333,7 @@ def test_trained_extra_modules_survive_knots_and_undo(dtype):
         link = tie_knot(chain)
         torch.testing.assert_close(logits(model), before, atol=LOGITS[dtype], rtol=0)
         seen.append(link.extra["model.norm.weight"])
+    assert list(link.extra) == ["model.norm.weight"]  # and not input_layernorm, whose name ends alike
     assert not torch.equal(seen[0], seen[1])  # it went on learning
     assert not torch.equal(seen[0], pristine["model.norm.weight"].float())
     drop_links(chain)

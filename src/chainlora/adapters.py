@@ -113,7 +113,9 @@ def attach(model: nn.Module, config: LinkConfig) -> Adapter:
     check_targets(model, config)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        tuner = peft.LoraModel(model, _peft_config(config), LIVE)
+        # PEFT would take every module whose path *ends* in the name, `input_layernorm` for `norm`: give it whole paths
+        extra = [name for name, _ in _named_modules(model, config.extra_modules)] or None
+        tuner = peft.LoraModel(model, _peft_config(config, modules_to_save=extra), LIVE)
     adapter = Adapter(tuner, config, _layers(model), _extra_modules(model))
     for layer in adapter.layers.values():
         for part in (layer.lora_A, layer.lora_B, layer.lora_magnitude_vector):
@@ -327,8 +329,8 @@ def check_targets(model: nn.Module, config: LinkConfig) -> None:
     matched = matched_modules(model, config)
     if not matched:
         raise ModelError(
-            f"`target_modules` must match at least one module (got {_listed(config.target_modules)}, "
-            f"excluding {_listed(config.exclude_modules)}); candidates: "
+            f"`target_modules` must match at least one module (got {_listed(config.target_modules)}"
+            f"{f' without {_listed(config.exclude_modules)}' if config.exclude_modules else ''}); candidates: "
             f"{', '.join(target_candidates(model))}, or all-linear"
         )
     head, embedding = _tied(model)
@@ -361,14 +363,20 @@ def check_targets(model: nn.Module, config: LinkConfig) -> None:
                 f"nothing); candidates: {', '.join(target_candidates(model))}"
             )
     for extra in config.extra_modules:
-        found = [(name, module) for name, module in model.named_modules() if _named(name, extra)]
+        found = _named_modules(model, (extra,))
         if not found:
-            raise ModelError(f"`extra_modules` must match a module (got {extra!r}, which matches nothing)")
+            known = dict.fromkeys(name.rpartition(".")[2] for name, _ in model.named_modules() if name)
+            named = ", ".join(name for name in known if not name.isdigit())
+            raise ModelError(f"`extra_modules` must match a module (got {extra!r}, which matches nothing); known: {named}")
         if any(module in (head, embedding) for _, module in found):
             raise ModelError(
                 f"`extra_modules` must not name a tied head or embedding (got {extra!r}): training one "
                 "would change the other; untie the weights first"
             )
+
+
+def _named_modules(model: nn.Module, names: tuple[str, ...]) -> list[tuple[str, nn.Module]]:
+    return [(path, module) for path, module in model.named_modules() if any(_named(path, name) for name in names)]
 
 
 def matched_modules(model: nn.Module, config: LinkConfig) -> dict[str, nn.Module]:
@@ -433,6 +441,7 @@ def save_adapter(
         inference_mode=True,
         target_modules=sorted(factors),
         exclude_modules=None,
+        modules_to_save=sorted({path.rpartition(".")[0] for path in extra or {}}) or None,
         init_lora_weights=True,
     )
     written.save_pretrained(str(directory))
@@ -448,7 +457,10 @@ def load_adapter(directory: Path) -> tuple[dict[str, Factors], dict[str, Tensor]
             f"a link must be a whole PEFT adapter (got {directory}: {error}); the run directory is half there"
         ) from None
     except Exception as error:  # safetensors raises its own class for a truncated file
-        raise RunError(f"a link's weights must be readable (got {directory}: {error})") from None
+        raise RunError(
+            f"a link's weights must be readable (got {directory}: {error}); the run directory is half there: copy it "
+            "whole, or train anew"
+        ) from None
     tensors = {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()}
     modules = [name.removesuffix(".lora_A.weight") for name in tensors if name.endswith(".lora_A.weight")]
     factors = {}

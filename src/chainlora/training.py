@@ -527,7 +527,7 @@ def _finish(run: _Run, results: dict[str, Any], seconds: float) -> dict[str, Any
                 "step": progress.best["step"],
             }
             if run.best_link is not None:
-                selected["partial"] = store.describe_link(run.chain.links[-1])
+                selected["partial"] = store.describe_link(run.chain.links[-1]) | {"directory": "best"}
             store.write_json(
                 run.directory / "chain.json",
                 everything | {"selected": selected, "progress": asdict(progress)},
