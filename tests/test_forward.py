@@ -18,6 +18,7 @@ from transformers import (
     MistralForCausalLM,
 )
 
+from chainlora import packed_attention
 from chainlora.errors import ModelError
 from chainlora.forward import Path, base_model, choose_path, hidden_states
 from chainlora.packed_attention import NAME
@@ -83,6 +84,26 @@ def assert_paths_agree(model: nn.Module, batch: PackedBatch, dtype: torch.dtype)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_packed_equals_padded(architecture: str, kind: str, dtype: torch.dtype) -> None:
     assert_paths_agree(tiny_model(architecture, dtype=dtype), BATCHES[kind](), dtype)
+
+
+@pytest.mark.parametrize("limit", ["LONGEST_BY_MATMUL", "LONGEST_KEPT"])
+@pytest.mark.parametrize("kind", BATCHES)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_packed_equals_padded_for_long_sequences(
+    architecture: str, kind: str, limit: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beyond the first limit attention is SDPA, beyond the second probabilities are made again in backward."""
+    monkeypatch.setattr(packed_attention, limit, 0)
+    assert_paths_agree(tiny_model(architecture, dtype=torch.float64), BATCHES[kind](), torch.float64)
+
+
+def test_attention_dropout_drops() -> None:
+    """Under dropout attention is SDPA, which drops; two calls then differ, and evaluation does not."""
+    model, batch = tiny_model("llama", attention_dropout=0.5), tree_batch()
+    evaluated = [hidden_states(model.eval(), batch, path=Path.PACKED) for _ in range(2)]
+    trained = [hidden_states(model.train(), batch, path=Path.PACKED) for _ in range(2)]
+    assert torch.equal(*evaluated)
+    assert not torch.equal(*trained)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -367,7 +367,9 @@ def check_targets(model: nn.Module, config: LinkConfig) -> None:
         if not found:
             known = dict.fromkeys(name.rpartition(".")[2] for name, _ in model.named_modules() if name)
             named = ", ".join(name for name in known if not name.isdigit())
-            raise ModelError(f"`extra_modules` must match a module (got {extra!r}, which matches nothing); known: {named}")
+            raise ModelError(
+                f"`extra_modules` must match a module (got {extra!r}, which matches nothing); known: {named}"
+            )
         if any(module in (head, embedding) for _, module in found):
             raise ModelError(
                 f"`extra_modules` must not name a tied head or embedding (got {extra!r}): training one "
