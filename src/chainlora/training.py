@@ -10,12 +10,11 @@ reset, `optimizer_reset: prune`, is the one exception, and is its own function.)
 
 from __future__ import annotations
 
-import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -24,49 +23,25 @@ from torch import Tensor, nn
 
 from . import store
 from .adapters import check_targets, set_extra, set_factors
-from .chain import Chain, Link, add_link, drop_links, extend_chain, live_link, tie_knot, tune_link
+from .chain import Chain, add_link, extend_chain, live_link, tie_knot, tune_link
 from .config import LinkConfig, RunConfig
 from .errors import ConfigError, TrainingError
-from .evaluate import Evaluation, evaluate, majority_rate
+from .evaluate import majority_rate
 from .fast_lora import accelerate_layers
 from .forward import choose_path, hidden_states
 from .losses import candidate_loss, completion_loss
 from .measures import hardware, num_trained, peak_memory_mb
 from .models import context_length, load_model, resolve_model
 from .optimizers import full_optimizer, make_optimizer, prune_moments, set_learning_rate
-from .packing import Example, PackedBatch, pack
-from .plan import Plan, make_plan
+from .packing import PackedBatch, pack
+from .plan import make_plan
 from .prepare import Splits, prepare_splits
+from .running import Listener, Run, flatten, record, write_manifest
+from .selection import evaluate_point, score, select_best
 from .speedups import accelerate_model, restore_model
 from .store import Progress, RunDirectory
 
-logger = logging.getLogger(__name__)
-
-Listener = Callable[[Mapping[str, Any]], None]
-_KNOT_TOLERANCE = (
-    1e-3  # float32: relative change of the hidden states; rounding of a 30-layer model stays below 1e-4
-)
-
-
-@dataclass
-class _Run:
-    """All that a run holds while it runs."""
-
-    config: RunConfig
-    plan: Plan
-    splits: Splits
-    chain: Chain
-    tokenizer: Any
-    accelerator: Accelerator
-    path: Any
-    directory: RunDirectory | None
-    progress: Progress
-    base: dict[str, Any]
-    listener: Listener
-    best_link: Link | None = None
-    optimizer: torch.optim.Optimizer | None = None
-    last_scored: Evaluation | None = None  # of the model as it is now; None once it may have changed
-    kept_moments: dict[str, Tensor] | None = None  # ReLoRA: what the last link's optimizer knew
+_KNOT_TOLERANCE = 1e-3  # float32, of the hidden states; rounding of a 30-layer model stays below 1e-4
 
 
 def train(config: RunConfig, *, resume: bool = False, listener: Listener | None = None) -> dict[str, Any]:
@@ -79,17 +54,17 @@ def train(config: RunConfig, *, resume: bool = False, listener: Listener | None 
     began = time.perf_counter() - run.progress.seconds
     results: dict[str, Any] = {}
     if run.progress.step == 0:
-        _evaluate(run, "start", began)
+        evaluate_point(run, "start")
     if config.chain.tune == "full":
         _tune_everything(run, began)
     else:
         _tune_chain(run, began)
-        _select_best(run)
+        select_best(run)
     results["metrics"] = _final_metrics(run)
     return _finish(run, results, time.perf_counter() - began)
 
 
-def _prepare(config: RunConfig, resume: bool, listener: Listener) -> _Run:
+def _prepare(config: RunConfig, resume: bool, listener: Listener) -> Run:
     if config.chain.tune == "full" and resume:
         raise ConfigError("full fine-tuning cannot resume (its optimizer state is not saved); start anew")
     accelerator = _accelerator(config)
@@ -113,12 +88,12 @@ def _prepare(config: RunConfig, resume: bool, listener: Listener) -> _Run:
     path = choose_path(model)
     if config.train.speedups == "auto":
         accelerate_model(model, path)
-    run = _Run(config, plan, splits, chain, tokenizer, accelerator, path, directory, progress, base, listener)
+    run = Run(config, plan, splits, chain, tokenizer, accelerator, path, directory, progress, base, listener)
     if directory is not None and resume:
         for link in RunDirectory(directory.path).load_links(progress.link):
             add_link(chain, link)
     if config.train.trackers:
-        accelerator.init_trackers("chainlora", config=_flat(config.model_dump(mode="json")))
+        accelerator.init_trackers("chainlora", config=flatten(config.model_dump(mode="json")))
     listener(
         {
             "event": "plan",
@@ -170,7 +145,7 @@ def _accelerator(config: RunConfig) -> Accelerator:
 # --- the chain ---
 
 
-def _tune_chain(run: _Run, began: float) -> None:
+def _tune_chain(run: Run, began: float) -> None:
     configs = run.config.chain.links()
     for index in range(len(run.chain), len(configs)):
         if run.progress.stopped and not _is_inside_link(run):
@@ -183,12 +158,12 @@ def _tune_chain(run: _Run, began: float) -> None:
         _end_link(run, began)
 
 
-def _is_inside_link(run: _Run) -> bool:
+def _is_inside_link(run: Run) -> bool:
     """Whether a killed run goes on inside a link; it must be tied even if it was stopped early."""
     return run.directory is not None and run.directory.has_checkpoint(run.progress)
 
 
-def _begin_link(run: _Run, index: int, config: LinkConfig) -> None:
+def _begin_link(run: Run, index: int, config: LinkConfig) -> None:
     adapter = extend_chain(run.chain, config, backward=_gradient_batches(run, index))
     if run.config.train.speedups == "auto":
         accelerate_layers(adapter.layers.values())
@@ -210,7 +185,7 @@ def _begin_link(run: _Run, index: int, config: LinkConfig) -> None:
         run.chain.live_steps = run.progress.step - run.plan.first_step(index)
 
 
-def _gradient_batches(run: _Run, index: int) -> Callable[[], None]:
+def _gradient_batches(run: Run, index: int) -> Callable[[], None]:
     """The loss's gradient over the first batches the link will see, without an update."""
 
     def backward() -> None:
@@ -226,7 +201,7 @@ def _gradient_batches(run: _Run, index: int) -> Callable[[], None]:
     return backward
 
 
-def _end_link(run: _Run, began: float) -> None:
+def _end_link(run: Run, began: float) -> None:
     index = len(run.chain)
     probe = _pack(run, run.plan.batches(0)[0][:2])
     before = _probe(run, probe)
@@ -246,18 +221,18 @@ def _end_link(run: _Run, began: float) -> None:
             f"{index}); this is a bug, please report it with the model's name"
         )
     run.progress.link, run.progress.seconds = index + 1, time.perf_counter() - began
-    _record(run, {"event": "knot", "step": run.progress.step, "link": index, "function_change": change})
-    _evaluate(run, "knot", began)
+    record(run, {"event": "knot", "step": run.progress.step, "link": index, "function_change": change})
+    evaluate_point(run, "knot")
     if run.directory is not None:
         run.directory.save_link(link, run.config.model)
         if run.kept_moments is not None:
             run.directory.save_moments(run.kept_moments)
-        _write_manifest(run)
+        write_manifest(run)
         run.directory.drop_checkpoints()
 
 
 @torch.no_grad()
-def _probe(run: _Run, batch: PackedBatch) -> Tensor:
+def _probe(run: Run, batch: PackedBatch) -> Tensor:
     model = run.chain.model
     training = model.training
     model.eval()
@@ -270,7 +245,7 @@ def _probe(run: _Run, batch: PackedBatch) -> Tensor:
 
 
 def _steps(
-    run: _Run, packer: ThreadPoolExecutor, begin: int, end: int
+    run: Run, packer: ThreadPoolExecutor, begin: int, end: int
 ) -> Iterator[tuple[int, list[PackedBatch]]]:
     """Yield (step, packed micro-batches), each packed while the step before it runs."""
 
@@ -286,11 +261,11 @@ def _steps(
         yield step, batches
 
 
-def _pack(run: _Run, rows: list[int]) -> PackedBatch:
+def _pack(run: Run, rows: list[int]) -> PackedBatch:
     return pack([run.splits.train[row] for row in rows]).to(run.accelerator.device)
 
 
-def _loss(run: _Run, batch: PackedBatch) -> tuple[Tensor, int]:
+def _loss(run: Run, batch: PackedBatch) -> tuple[Tensor, int]:
     """Summed loss of a packed batch, and the number of examples or tokens it sums over."""
     model = run.chain.model
     hidden = hidden_states(model, batch, path=run.path)
@@ -299,14 +274,12 @@ def _loss(run: _Run, batch: PackedBatch) -> tuple[Tensor, int]:
     return completion_loss(model, hidden, batch)
 
 
-def _update(run: _Run, work: tuple[int, list[PackedBatch]], began: float) -> None:
+def _update(run: Run, work: tuple[int, list[PackedBatch]], began: float) -> None:
     step, batches = work
     train, progress, optimizer, model = run.config.train, run.progress, run.optimizer, run.chain.model
     assert optimizer is not None
     started = time.perf_counter()
-    torch.manual_seed(
-        (train.seed << 32) + step
-    )  # dropout is a function of the step: no generator state to save
+    torch.manual_seed((train.seed << 32) + step)  # dropout is a function of the step: no generator state to save
     model.train()
     rate = set_learning_rate(optimizer, train, run.plan.lengths, step)
     counts = [_count(run, batch) for batch in batches]
@@ -330,7 +303,7 @@ def _update(run: _Run, work: tuple[int, list[PackedBatch]], began: float) -> Non
     progress.tokens += tokens
     progress.scored_tokens += sum(int(batch.token_target.numel()) for batch in batches)
     run.chain.live_steps += run.config.chain.tune == "full"
-    _record(
+    record(
         run,
         {
             "event": "step",
@@ -346,11 +319,11 @@ def _update(run: _Run, work: tuple[int, list[PackedBatch]], began: float) -> Non
     _between_steps(run, began)
 
 
-def _between_steps(run: _Run, began: float) -> None:
+def _between_steps(run: Run, began: float) -> None:
     train, progress = run.config.train, run.progress
     end_of_link = run.plan.first_step(min(len(run.chain) + 1, len(run.plan.lengths)))
     if train.eval_every and progress.step % train.eval_every == 0 and progress.step != end_of_link:
-        _evaluate(run, "step", began)
+        evaluate_point(run, "step")
     if (
         train.save_every
         and run.directory
@@ -361,18 +334,18 @@ def _between_steps(run: _Run, began: float) -> None:
         _checkpoint(run)
 
 
-def _checkpoint(run: _Run) -> None:
+def _checkpoint(run: Run) -> None:
     assert run.directory is not None
     assert run.optimizer is not None
     link = replace(live_link(run.chain), num_steps=run.progress.step - run.plan.first_step(len(run.chain)))
     run.directory.save_checkpoint(link, run.optimizer, run.progress, run.config.model)
 
 
-def _count(run: _Run, batch: PackedBatch) -> int:
+def _count(run: Run, batch: PackedBatch) -> int:
     return batch.num_examples if run.splits.loss == "candidates" else int(batch.token_target.numel())
 
 
-def _stop_non_finite(run: _Run, step: int, loss: float, norm: float) -> None:
+def _stop_non_finite(run: Run, step: int, loss: float, norm: float) -> None:
     assert run.optimizer is not None
     run.optimizer.zero_grad(set_to_none=True)
     where = ""
@@ -385,116 +358,22 @@ def _stop_non_finite(run: _Run, step: int, loss: float, norm: float) -> None:
     )
 
 
-# --- evaluation and the best point ---
-
-
-def _evaluate(run: _Run, where: str, began: float) -> None:
-    if not run.splits.validation:
-        return
-    evaluation = _score(run, run.splits.validation)
-    run.last_scored = evaluation
-    _record(
-        run,
-        {
-            "event": "eval",
-            "step": run.progress.step,
-            "link": max(0, len(run.chain) - (where == "knot")),
-            "where": where,
-        }
-        | evaluation.metrics,
-    )
-    if where == "start":
-        return
-    progress, name = run.progress, run.config.train.select_metric or run.splits.metric
-    value = evaluation.metrics[name]
-    lower = name in ("loss", "perplexity")
-    if progress.best is None or (value < progress.best["value"] if lower else value > progress.best["value"]):
-        live = run.chain.live is not None
-        progress.best = {
-            "step": progress.step,
-            "num_links": len(run.chain),
-            "partial": live,
-            "metric": name,
-            "value": value,
-        }
-        progress.evaluations_without_gain = 0
-        if run.config.train.keep_best and live:
-            run.best_link = live_link(run.chain)
-            if run.directory is not None:
-                run.directory.save_link_to("best", run.best_link, run.config.model)
-    else:
-        progress.evaluations_without_gain += 1
-        if run.config.train.early_stop and progress.evaluations_without_gain >= run.config.train.early_stop:
-            progress.stopped = True
-
-
-def _score(run: _Run, examples: list[Example]) -> Evaluation:
-    return evaluate(
-        run.chain.model,
-        examples,
-        metrics=run.splits.metrics,
-        tokenizer=run.tokenizer,
-        path=run.path,
-        stop=run.splits.stop,
-        max_new_tokens=run.splits.max_new_tokens,
-    )
-
-
-def _select_best(run: _Run) -> None:
-    """Put the best point over the whole chain back, links and partial link together, if the config keeps it."""
-    best = run.progress.best
-    if not run.config.train.keep_best or best is None:
-        return
-    if best["num_links"] == len(run.chain) and not best["partial"]:
-        run.best_link = None
-        return
-    run.last_scored = None
-    partial = run.best_link
-    if best["partial"] and partial is None and run.directory is not None:  # saved before a kill
-        config = run.config.chain.links()[best["num_links"]]
-        partial = store.read_link(
-            run.directory / "best",
-            {"index": best["num_links"], "num_steps": 0, "config": config.model_dump(mode="json")},
-        )
-    drop_links(run.chain, len(run.chain) - best["num_links"])
-    if best["partial"] and partial is not None:
-        partial = replace(partial, num_steps=best["step"] - run.plan.first_step(best["num_links"]))
-        add_link(run.chain, partial)
-    run.best_link = partial if best["partial"] else None
-
-
-def _final_metrics(run: _Run) -> dict[str, Any]:
+def _final_metrics(run: Run) -> dict[str, Any]:
     metrics: dict[str, Any] = {}
     for name in ("validation", "test"):
         examples = getattr(run.splits, name)
         if examples:
             known = run.last_scored if name == "validation" else None
-            metrics[name] = dict((known or _score(run, examples)).metrics)
+            metrics[name] = dict((known or score(run, examples)).metrics)
             if run.splits.loss == "candidates":
                 metrics[name]["majority"] = majority_rate(examples)
     return metrics
 
 
-# --- records and the end ---
+# --- the end ---
 
 
-def _record(run: _Run, values: dict[str, Any]) -> None:
-    if run.directory is not None:
-        run.directory.record(values, run.progress)
-    run.listener(values)
-    if run.config.train.trackers:
-        numbers = {k: v for k, v in values.items() if isinstance(v, int | float) and k != "step"}
-        run.accelerator.log({f"{values['event']}/{k}": v for k, v in numbers.items()}, step=values["step"])
-
-
-def _write_manifest(
-    run: _Run, selected: Mapping[str, Any] | None = None, links: list[Link] | None = None
-) -> None:
-    if run.directory is not None:
-        run.directory.write_manifest(run.base, run.config, links or run.chain.links, run.progress, selected)
-
-
-def _finish(run: _Run, results: dict[str, Any], seconds: float) -> dict[str, Any]:
+def _finish(run: Run, results: dict[str, Any], seconds: float) -> dict[str, Any]:
     config, progress = run.config, run.progress
     progress.seconds = seconds
     if config.chain.tune == "full":
@@ -533,7 +412,7 @@ def _finish(run: _Run, results: dict[str, Any], seconds: float) -> dict[str, Any
                 everything | {"selected": selected, "progress": asdict(progress)},
             )
         else:
-            _write_manifest(run)
+            write_manifest(run)
         run.directory.drop_checkpoints()
         if config.chain.tune == "full":
             model: Any = run.chain.model  # there are no links: the weights themselves are the result
@@ -546,16 +425,7 @@ def _finish(run: _Run, results: dict[str, Any], seconds: float) -> dict[str, Any
     return result
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= (
-            _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": str(value)}
-        )
-    return flat
-
-
-def _tune_everything(run: _Run, began: float) -> None:
+def _tune_everything(run: Run, began: float) -> None:
     """Full fine-tuning, the rival that trains every weight: float32 only, no links, no checkpoints."""
     model = run.chain.model
     for parameter in model.parameters():

@@ -1,46 +1,30 @@
-"""The seam to PEFT: put one LoRA on a model, read and write its factors, take it off, save it, load it.
+"""A LoRA on a model: put on, read, written, taken off, always in place.
 
-This is the only module that imports `peft`. A layer is asked whether it is adapted (`isinstance`), names are
-never matched by substring. The model stays the user's own object: adapted layers are swapped in place.
+A layer is asked whether it is adapted (`isinstance`), names are never matched by substring.
 """
 
 from __future__ import annotations
 
-import json
 import re
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import peft
 import torch
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .config import LinkConfig
-from .errors import ModelError, RunError
+from ..config import LinkConfig
+from ..errors import ModelError
+from .factors import Factors
+from .targets import check_targets, named_modules, peft_config
 
 LIVE = "link"
 CARRIED = "carried"
-_PREFIX = "base_model.model."
-
-
-@dataclass(frozen=True, slots=True)
-class Factors:
-    """One module's share of a link, float32 on the CPU: ``A`` (rank × in), ``B`` (out × rank).
-
-    `bias` (out) is LoRA's own bias on B; `magnitude` (out) is DoRA's (arXiv 2402.09353).
-    """
-
-    a: Tensor
-    b: Tensor
-    bias: Tensor | None = None
-    magnitude: Tensor | None = None
 
 
 @dataclass
@@ -83,22 +67,6 @@ def base_layer(layer: nn.Module) -> Any:
     return layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
 
 
-def is_transposed(module: nn.Module) -> bool:
-    """Say whether the module stores its weight (in × out), as GPT-2's Conv1D does."""
-    return isinstance(module, Conv1D)
-
-
-def target_candidates(model: nn.Module) -> list[str]:
-    """Return the last path parts of all Linear and Conv1D layers, most frequent first, for `target_modules`."""
-    counts: dict[str, int] = {}
-    head, _ = _tied(model)
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear | Conv1D) and module is not head:
-            last = name.rpartition(".")[2]
-            counts[last] = counts.get(last, 0) + 1
-    return sorted(counts, key=lambda last: (-counts[last], last))
-
-
 def attach(model: nn.Module, config: LinkConfig) -> Adapter:
     """Put a fresh LoRA on `model` in place: adapter weights in float32, the rest frozen.
 
@@ -114,8 +82,8 @@ def attach(model: nn.Module, config: LinkConfig) -> Adapter:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         # PEFT would take every module whose path *ends* in the name, `input_layernorm` for `norm`: give it whole paths
-        extra = [name for name, _ in _named_modules(model, config.extra_modules)] or None
-        tuner = peft.LoraModel(model, _peft_config(config, modules_to_save=extra), LIVE)
+        extra = [name for name, _ in named_modules(model, config.extra_modules)] or None
+        tuner = peft.LoraModel(model, peft_config(config, modules_to_save=extra), LIVE)
     adapter = Adapter(tuner, config, _layers(model), _extra_modules(model))
     for layer in adapter.layers.values():
         for part in (layer.lora_A, layer.lora_B, layer.lora_magnitude_vector):
@@ -158,7 +126,7 @@ def detach(adapter: Adapter) -> None:
     adapter.tuner.unload()
     for name, module in originals.items():
         model.set_submodule(name, module)
-    for attribute in ("peft_config", "peft_type", "_hf_peft_config_loaded"):
+    for attribute in ("peft_config", "peft_type", "_hfpeft_config_loaded"):
         if attribute in vars(model):
             delattr(model, attribute)
     adapter.layers, adapter.extra = {}, {}
@@ -304,173 +272,6 @@ def _extra_modules(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def _peft_config(config: LinkConfig, **overrides: Any) -> peft.LoraConfig:
-    keys: dict[str, Any] = {
-        "r": config.rank,
-        "lora_alpha": config.alpha,
-        "lora_dropout": config.dropout,
-        "use_rslora": config.rslora,
-        "use_dora": config.dora,
-        "lora_bias": config.lora_bias,
-        "target_modules": _listed(config.target_modules),
-        "exclude_modules": _listed(config.exclude_modules),
-        "modules_to_save": list(config.extra_modules) or None,
-        "task_type": "CAUSAL_LM",
-    }
-    return peft.LoraConfig(**keys | overrides)
-
-
-def _listed(value: tuple[str, ...] | str | None) -> list[str] | str | None:
-    return list(value) if isinstance(value, tuple) else value
-
-
-def check_targets(model: nn.Module, config: LinkConfig) -> None:
-    """Raise ModelError if a link's modules match nothing, or what they match cannot be linked and merged."""
-    matched = matched_modules(model, config)
-    if not matched:
-        raise ModelError(
-            f"`target_modules` must match at least one module (got {_listed(config.target_modules)}"
-            f"{f' without {_listed(config.exclude_modules)}' if config.exclude_modules else ''}); candidates: "
-            f"{', '.join(target_candidates(model))}, or all-linear"
-        )
-    head, embedding = _tied(model)
-    for name, module in matched.items():
-        if not isinstance(module, nn.Linear | Conv1D):
-            raise ModelError(
-                f"only Linear and Conv1D layers can be linked (got {type(module).__name__} at {name}); "
-                f"candidates: {', '.join(target_candidates(model))}"
-            )
-        if not module.weight.is_floating_point():
-            raise ModelError(
-                f"a quantised layer cannot be linked yet (got {type(module).__name__} of {module.weight.dtype} at "
-                f"{name}); load the model in float32 or bfloat16"
-            )
-        if module is head:
-            raise ModelError(
-                f"`target_modules` must not name a head tied to the input embedding (got {name}): its "
-                "merge would change the embedding too; exclude it, or untie the weights"
-            )
-        if config.lora_bias and module.bias is None:
-            raise ModelError(
-                f"`lora_bias` needs a bias in the layer it is merged into (got {name} without one); "
-                "set lora_bias: false"
-            )
-    if isinstance(config.target_modules, tuple):
-        unmatched = [t for t in config.target_modules if not any(_named(name, t) for name in matched)]
-        if unmatched:
-            raise ModelError(
-                f"every name in `target_modules` must match (got {unmatched[0]!r}, which matches "
-                f"nothing); candidates: {', '.join(target_candidates(model))}"
-            )
-    for extra in config.extra_modules:
-        found = _named_modules(model, (extra,))
-        if not found:
-            known = dict.fromkeys(name.rpartition(".")[2] for name, _ in model.named_modules() if name)
-            named = ", ".join(name for name in known if not name.isdigit())
-            raise ModelError(
-                f"`extra_modules` must match a module (got {extra!r}, which matches nothing); known: {named}"
-            )
-        if any(module in (head, embedding) for _, module in found):
-            raise ModelError(
-                f"`extra_modules` must not name a tied head or embedding (got {extra!r}): training one "
-                "would change the other; untie the weights first"
-            )
-
-
-def _named_modules(model: nn.Module, names: tuple[str, ...]) -> list[tuple[str, nn.Module]]:
-    return [(path, module) for path, module in model.named_modules() if any(_named(path, name) for name in names)]
-
-
-def matched_modules(model: nn.Module, config: LinkConfig) -> dict[str, nn.Module]:
-    """Return the modules a link would adapt, by path, as PEFT itself picks them (for `all-linear`: not the head)."""
-    from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        resolved = _maybe_include_all_linear_layers(_peft_config(config), model)
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if name and check_target_module_exists(resolved, name)
-    }
-
-
-def _named(path: str, last: str) -> bool:
-    return path == last or path.endswith("." + last)
-
-
-def _tied(model: Any) -> tuple[nn.Module | None, nn.Module | None]:
-    """Return (head, embedding) when they share one weight, else (None, None)."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
-    if head is None or embedding is None or head.weight is not embedding.weight:
-        return None, None
-    return head, embedding
-
-
-def save_adapter(
-    directory: Path,
-    factors: Mapping[str, Factors],
-    config: LinkConfig,
-    *,
-    rank: int,
-    alpha: float,
-    base: str,
-    extra: Mapping[str, Tensor] | None = None,
-) -> None:
-    """Write an ordinary PEFT adapter: ``adapter_config.json`` and ``adapter_model.safetensors``.
-
-    `rank` and `alpha` are of the stored factors (a PiSSA link stores twice its tuned rank). `extra` maps
-    parameter paths of trained extra modules to their weights.
-    """
-    tensors: dict[str, Tensor] = {}
-    for name, share in factors.items():
-        tensors[f"{_PREFIX}{name}.lora_A.weight"] = share.a.contiguous()
-        tensors[f"{_PREFIX}{name}.lora_B.weight"] = share.b.contiguous()
-        if share.bias is not None:
-            tensors[f"{_PREFIX}{name}.lora_B.bias"] = share.bias
-        if share.magnitude is not None:
-            tensors[f"{_PREFIX}{name}.lora_magnitude_vector"] = share.magnitude
-    for path, weight in (extra or {}).items():
-        tensors[f"{_PREFIX}{path}"] = weight.contiguous()
-    directory.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
-    written = _peft_config(
-        config,
-        r=rank,
-        lora_alpha=alpha,
-        base_model_name_or_path=base,
-        inference_mode=True,
-        target_modules=sorted(factors),
-        exclude_modules=None,
-        modules_to_save=sorted({path.rpartition(".")[0] for path in extra or {}}) or None,
-        init_lora_weights=True,
-    )
-    written.save_pretrained(str(directory))
-
-
-def load_adapter(directory: Path) -> tuple[dict[str, Factors], dict[str, Tensor], dict[str, Any]]:
-    """Read a saved adapter: factors by module, extra weights by parameter path, and its PEFT config as a dict."""
-    try:
-        tensors = load_file(directory / "adapter_model.safetensors")
-        config = json.loads((directory / "adapter_config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RunError(
-            f"a link must be a whole PEFT adapter (got {directory}: {error}); the run directory is half there"
-        ) from None
-    except Exception as error:  # safetensors raises its own class for a truncated file
-        raise RunError(
-            f"a link's weights must be readable (got {directory}: {error}); the run directory is half there: copy it "
-            "whole, or train anew"
-        ) from None
-    tensors = {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()}
-    modules = [name.removesuffix(".lora_A.weight") for name in tensors if name.endswith(".lora_A.weight")]
-    factors = {}
-    for name in modules:
-        factors[name] = Factors(
-            tensors.pop(f"{name}.lora_A.weight").float(),
-            tensors.pop(f"{name}.lora_B.weight").float(),
-            tensors.pop(f"{name}.lora_B.bias", None),
-            tensors.pop(f"{name}.lora_magnitude_vector", None),
-        )
-    return factors, tensors, config
+def is_transposed(module: nn.Module) -> bool:
+    """Say whether the module stores its weight (in × out), as GPT-2's Conv1D does."""
+    return isinstance(module, Conv1D)

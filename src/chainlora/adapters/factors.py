@@ -1,0 +1,20 @@
+"""One module's share of a link."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Factors:
+    """One module's share of a link, float32 on the CPU: ``A`` (rank × in), ``B`` (out × rank).
+
+    `bias` (out) is LoRA's own bias on B; `magnitude` (out) is DoRA's (arXiv 2402.09353).
+    """
+
+    a: Tensor
+    b: Tensor
+    bias: Tensor | None = None
+    magnitude: Tensor | None = None
