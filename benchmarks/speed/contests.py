@@ -100,6 +100,15 @@ def _harness(workload: str, num_rows: int, goals: dict[str, float]) -> list[Cont
     ]
 
 
+def _peak(workload: str, num_rows: int) -> list[Contest]:
+    """Ours alone: its share of the machine's matmul peak, and a profile."""
+    return [
+        Contest(f"peak-{workload}-{dtype}", workload, num_rows, (Entry("chainlora", "peak"),), repeats=1,
+                measure="share_of_peak", settings={"dtype": dtype}, goals={"chainlora": {"share": goal}})
+        for dtype, goal in zip(DTYPES, (0.75, 0.60), strict=True)
+    ]
+
+
 CONTESTS: tuple[Contest, ...] = (
     *_trainer("rte", 96, _CLASSIFICATION),
     *_trainer("sst2", 192, _CLASSIFICATION),
@@ -120,10 +129,7 @@ CONTESTS: tuple[Contest, ...] = (
     Contest("links-20-against-1", "sst2", 192,
             (Entry("20 links", "ours", {"links": 20, "steps": 3}), Entry("1 link", "ours", {"steps": 60})),
             measure="seconds_per_step", goals={"1 link": {"speed": 0.97}}),
-    Contest("peak-float32", "rte", 48, (Entry("chainlora", "peak"),), measure="share_of_peak", repeats=1,
-            goals={"chainlora": {"share": 0.75}}),
-    Contest("peak-bfloat16", "rte", 48, (Entry("chainlora", "peak"),), measure="share_of_peak", repeats=1,
-            settings={"dtype": "bfloat16"}, goals={"chainlora": {"share": 0.60}}),
+    *_peak("rte", 48), *_peak("sst2", 96),
     *_language("chat", 32, _LANGUAGE),
     *_trainer("multirc", 32),
     *_trainer("rte", 48, name="rte-all-linear", targets=ALL_LINEAR),
