@@ -1,7 +1,7 @@
 """Sum the JSON lines of results up in a Markdown table: ``python table.py RESULTS.jsonl``.
 
 Of each benchmark, the runs of the code and the settings of the last one count. Ratios are taken within a turn, and
-their median is shown with its range.
+their median is shown with its range. Measurements that other processes disturbed stay in the file and out of the table.
 """
 
 from __future__ import annotations
@@ -21,12 +21,19 @@ _UNITS = {"rows_per_second": "rows/s", "seconds_per_step": "s/step", "seconds_pe
 def write_table(results: Path) -> Path:
     """Write the table beside the results and return its path."""
     lines = [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()]
-    lines = [line for line in lines if "failed" not in line]
+    lines = [line for line in lines if "failed" not in line and not _disturbed(line)]
     path = results.with_suffix(".md")
     if not lines:
         raise ValueError(f"a table needs a measurement that worked (got none in {results.name})")
     path.write_text("\n".join([*_head(lines), *_contests(lines), *_notes(lines)]) + "\n", encoding="utf-8")
     return path
+
+
+def _disturbed(line: Line) -> bool:
+    """Say whether other processes took cores that the measurement needed (2 threads with half their cores taken run
+    several times slower, not half as fast)."""
+    needed = line.get("settings", {}).get("threads", 1) + line.get("others_cores", 0)
+    return bool(needed > line["machine"]["cores"] + 0.2)
 
 
 def _head(lines: list[Line]) -> list[str]:
@@ -40,8 +47,8 @@ def _head(lines: list[Line]) -> list[str]:
         "the range of the ratios in brackets. *Others* is how many cores other processes kept busy meanwhile, the "
         "largest of the contest's measurements.", "",
         "| benchmark | ours | peer | ours | theirs | unit | times as fast | goal | peak ours / theirs (MB) | memory | "
-        "goal | final loss ours / theirs | turns | load, others |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "goal | final loss ours / theirs | rows | threads | turns | load, others |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
 
 
@@ -79,7 +86,8 @@ def _row(name: str, ours: list[Line], theirs: list[Line]) -> str:
         "–" if alone else _spread(ratios), _goal(goals, "speed", "≥") or _goal(goals, "share", "≥"),
         f"{_median(ours, 'peak_mb')} / {_median(theirs, 'peak_mb')}" if shares and not alone else "–",
         f"{statistics.median(shares):.2f}" if shares and not alone else "–", _goal(goals, "memory", "≤"),
-        f"{_median(ours, 'final_loss')} / {_median(theirs, 'final_loss')}" if not alone else "–", str(len(pairs)),
+        f"{_median(ours, 'final_loss')} / {_median(theirs, 'final_loss')}" if not alone else "–",
+        str(ours[0]["settings"]["num_rows"]), str(ours[0]["settings"]["threads"]), str(len(pairs)),
         f"{max(a.get('load_before', 0) for a in ours + theirs):.1f}, "
         f"{max(a.get('others_cores', 0) for a in ours + theirs):.2f}",
     ]
@@ -125,16 +133,18 @@ def _last(lines: list[Line], wanted: Any) -> list[Line]:
 def _agreements(lines: list[Line]) -> list[str]:
     notes = []
     for key, what in (("losses", "losses of a step"), ("scores", "scores")):
-        for ours in _last(lines, lambda line, key=key: line["ours"] and line.get(key)):
+        comparable = [line for line in lines if line["measure"] != "seconds_per_step"]  # other chains, other losses
+        for ours in _last(comparable, lambda line, key=key: line["ours"] and line.get(key)):
             others = {line["entry"]: line for line in lines if line["benchmark"] == ours["benchmark"]
                       and line["run"] == ours["run"] and not line["ours"] and line.get(key)}
             for label, other in others.items():
-                if difference := _difference(ours[key], other[key]):
-                    notes.append(f"- {ours['benchmark']}, {label}: largest difference of {what} {difference}")
+                difference = _difference(ours[key], other[key])
+                right = f"; accuracy {ours['accuracy']:.4f} and {other['accuracy']:.4f}" if "accuracy" in ours else ""
+                notes.append(f"- {ours['benchmark']}, {label}: largest difference of {what} {difference}{right}")
     return notes
 
 
-def _difference(ours: list[Any], theirs: list[Any]) -> str | None:
+def _difference(ours: list[Any], theirs: list[Any]) -> str:
     flat = [[x for row in side for x in (row if isinstance(row, list) else [row])] for side in (ours, theirs)]
     if len(flat[0]) != len(flat[1]):
         return f"not comparable ({len(flat[0])} and {len(flat[1])} of them)"
