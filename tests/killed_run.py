@@ -1,9 +1,9 @@
 """Train, be killed, resume: run by test_training.py in a process of its own.
 
-Imports once, then forks a child a life, so that a life costs milliseconds. A child is killed with SIGKILL either by
-itself at a given record (a step, an evaluation, a knot) or by the parent after a given time, wherever it then is.
+Imports once, then forks a child a life, so that a life costs milliseconds. A child kills itself with SIGKILL so many
+seconds after its n-th record (a step, an evaluation, a knot), wherever it then is: in a step, in a checkpoint's files.
 
-usage: killed_run.py CONFIG OUTPUT RECORD|seconds:S [...]
+usage: killed_run.py CONFIG OUTPUT RECORD+SECONDS [...]
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import time
+import threading
 
 import torch
 
@@ -24,13 +24,14 @@ def live(config: str, output: str, death: str | None) -> int:
     child = os.fork()
     if child == 0:
         torch.set_num_threads(1)
+        last, _, delay = (death or "0+0").partition("+")
         seen = 0
 
         def listener(record) -> None:
             nonlocal seen
             seen += 1
-            if death is not None and not death.startswith("seconds:") and seen == int(death):
-                os.kill(os.getpid(), signal.SIGKILL)
+            if death is not None and seen == int(last):
+                threading.Timer(float(delay), os.kill, (os.getpid(), signal.SIGKILL)).start()
 
         settings = load_config(config, [("output", output)])
         try:
@@ -39,9 +40,6 @@ def live(config: str, output: str, death: str | None) -> int:
             print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
             os._exit(1)
         os._exit(0)
-    if death is not None and death.startswith("seconds:"):
-        time.sleep(float(death.removeprefix("seconds:")))
-        os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
     if os.WIFEXITED(status) and os.WEXITSTATUS(status):
         sys.exit(1)

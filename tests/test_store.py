@@ -171,4 +171,4 @@ def test_the_newest_checkpoint_is_kept_and_found(finished, tmp_path):
         assert torch.equal(found.factors[name].b, share.b)
     assert tensors["0.step"] == 1
     directory.drop_checkpoints()
-    assert list((tmp_path / "checkpoints").iterdir()) == []
+    assert not (tmp_path / "checkpoints").exists()

@@ -211,9 +211,8 @@ def test_law_9_killed_anywhere_and_resumed_is_the_uninterrupted_run(
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(tree))
     draw = random.Random(dtype + str(keys))
-    # about 40 records a run, so a life that dies at its second to sixth leaves enough for the next ones
-    deaths = [f"seconds:{draw.uniform(0.02, 0.4):.3f}" for _ in range(4)]
-    deaths += [str(draw.randrange(2, 7)) for _ in range(6)]
+    # about 40 records a run, 10 to 30 ms apart: a life that dies soon after its second to fifth leaves enough for others
+    deaths = [f"{draw.randrange(2, 6)}+{draw.uniform(0, 0.02):.4f}" for _ in range(10)]
     script = Path(__file__).with_name("killed_run.py")
     whole = subprocess.run(
         [sys.executable, script, config, tmp_path / "whole"], capture_output=True, text=True
@@ -236,6 +235,22 @@ def test_law_9_killed_anywhere_and_resumed_is_the_uninterrupted_run(
         for name in ("whole", "killed")
     ]
     assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("init", ["gradient", "pissa"])
+def test_a_link_begun_again_after_a_kill_starts_where_it_started_before(tiny_folder, sentiment, tmp_path, init):
+    keys = {"chain": {"ranks": [4, 4], "steps": [3, 3], "init": init}, "train": {"dtype": "bfloat16", "save_every": None}}
+    train(make_config(settings(tiny_folder, sentiment, tmp_path / "whole", **keys)))
+    config = make_config(settings(tiny_folder, sentiment, tmp_path / "killed", **keys))
+
+    def die(record) -> None:
+        if record["event"] == "step" and record["link"] == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(config, listener=die)
+    train(config, resume=True)
+    assert_same_links(tmp_path / "whole", tmp_path / "killed")
 
 
 def test_the_best_point_over_the_whole_chain_is_kept(tiny_folder, sentiment, tmp_path):

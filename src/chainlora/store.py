@@ -230,6 +230,8 @@ class RunDirectory:
         for old in folder.iterdir() if folder.is_dir() else ():
             if keep is None or old != self / keep:
                 shutil.rmtree(old, ignore_errors=True)
+        if keep is None and folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
 
     def record(self, values: Mapping[str, Any], progress: Progress) -> None:
         """Append one line to ``metrics.jsonl``."""

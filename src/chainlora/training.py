@@ -165,8 +165,7 @@ def _is_inside_link(run: Run) -> bool:
 
 def _begin_link(run: Run, index: int, config: LinkConfig) -> None:
     adapter = extend_chain(run.chain, config, backward=_gradient_batches(run, index))
-    if run.config.train.speedups == "auto":
-        accelerate_layers(adapter.layers.values())
+    _accelerate(run)
     run.optimizer = make_optimizer(adapter, run.config.train)
     if index and run.config.train.optimizer_reset == "prune":
         kept = run.kept_moments if run.kept_moments is not None else run.directory.load_moments()  # type: ignore[union-attr]
@@ -185,10 +184,16 @@ def _begin_link(run: Run, index: int, config: LinkConfig) -> None:
         run.chain.live_steps = run.progress.step - run.plan.first_step(index)
 
 
+def _accelerate(run: Run) -> None:
+    if run.config.train.speedups == "auto" and run.chain.live is not None:
+        accelerate_layers(run.chain.live.layers.values())
+
+
 def _gradient_batches(run: Run, index: int) -> Callable[[], None]:
     """The loss's gradient over the first batches the link will see, without an update."""
 
     def backward() -> None:
+        _accelerate(run)  # a reused adapter has the fused layers already; a new one must give the same bits
         first = run.plan.first_step(index)
         training = run.chain.model.training
         run.chain.model.eval()
