@@ -208,7 +208,7 @@ def test_law_9_killed_anywhere_and_resumed_is_the_uninterrupted_run(
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(tree))
     draw = random.Random(dtype + str(keys))
-    # about 40 records a run, 10 to 30 ms apart: a life that dies soon after its second to fifth leaves enough for others
+    # about 40 records a run, 10 to 30 ms apart: a life that dies after its second to fifth leaves enough
     deaths = [f"{draw.randrange(2, 6)}+{draw.uniform(0, 0.02):.4f}" for _ in range(10)]
     script = Path(__file__).with_name("killed_run.py")
     whole = subprocess.run(
@@ -236,7 +236,8 @@ def test_law_9_killed_anywhere_and_resumed_is_the_uninterrupted_run(
 
 @pytest.mark.parametrize("init", ["gradient", "pissa"])
 def test_a_link_begun_again_after_a_kill_starts_where_it_started_before(tiny_folder, sentiment, tmp_path, init):
-    keys = {"chain": {"ranks": [4, 4], "steps": [3, 3], "init": init}, "train": {"dtype": "bfloat16", "save_every": None}}
+    chain = {"ranks": [4, 4], "steps": [3, 3], "init": init}
+    keys = {"chain": chain, "train": {"dtype": "bfloat16", "save_every": None}}
     train(make_config(settings(tiny_folder, sentiment, tmp_path / "whole", **keys)))
     config = make_config(settings(tiny_folder, sentiment, tmp_path / "killed", **keys))
 
