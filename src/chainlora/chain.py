@@ -30,6 +30,7 @@ from . import adapters
 from .adapters import Adapter, Factors
 from .config import LinkConfig
 from .errors import ChainError
+from .linalg import delta_weight
 from .pristine import PristineWeights, fingerprint
 from .starts import Backward, start
 
@@ -58,7 +59,7 @@ class Link:
 
     def delta_weight(self, module: str) -> Tensor:
         """Return ``s·B·A`` (out × in), float32."""
-        return self.config.scaling * (self.factors[module].b @ self.factors[module].a)
+        return delta_weight(self.factors[module].a, self.factors[module].b, self.config.scaling)
 
 
 class Chain:
