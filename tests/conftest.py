@@ -40,8 +40,7 @@ def tiny_model(architecture: str, *, dtype: torch.dtype = torch.float32, seed: i
             num_attention_heads=4,
             max_position_embeddings=128,
             word_embed_proj_dim=32,
-            dropout=0.0,
-            **common | overrides,
+            **{"dropout": 0.0} | common | overrides,
         )
         model = OPTForCausalLM(config)
     elif architecture == "gpt2":
@@ -50,10 +49,7 @@ def tiny_model(architecture: str, *, dtype: torch.dtype = torch.float32, seed: i
             n_layer=2,
             n_head=4,
             n_positions=128,
-            resid_pdrop=0.0,
-            embd_pdrop=0.0,
-            attn_pdrop=0.0,
-            **common | overrides,
+            **{"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0} | common | overrides,
         )
         model = GPT2LMHeadModel(config)
     elif architecture == "llama":

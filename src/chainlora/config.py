@@ -202,7 +202,8 @@ class TrainConfig(_Frozen):
     max_grad_norm: float | None = Field(1.0, gt=0)
     optimizer_reset: Literal["full", "prune"] = "full"
     prune_fraction: float = Field(0.99, ge=0, le=1, description="of the moments, by size (arXiv 2307.05695)")
-    eval_every: int | None = Field(None, ge=1, description="steps; knots are always evaluated")
+    eval_every: int | None = Field(None, ge=1, description="steps; None: at knots only")
+    eval_at_knots: bool = Field(True, description="and at the start; the end is always evaluated")
     select_metric: str | None = Field(None, description="metric that picks the best point; None: the task's own")
     keep_best: bool = False
     early_stop: int | None = Field(None, ge=1, description="evaluations without improvement")
@@ -215,6 +216,8 @@ class TrainConfig(_Frozen):
     def _check(self) -> TrainConfig:
         if self.optimizer_reset == "prune" and self.prune_fraction == 0:
             raise ValueError("`optimizer_reset: prune` needs prune_fraction above 0 (got 0)")
+        if not self.eval_at_knots and (self.keep_best or self.early_stop):
+            raise ValueError("`keep_best` and `early_stop` compare the knots (got eval_at_knots: false); leave it true")
         return self
 
 

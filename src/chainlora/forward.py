@@ -12,7 +12,9 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
+from threading import Lock
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +31,9 @@ log = logging.getLogger(__name__)
 _SHARE_OF_CONTAMINATION = 0.5
 _LARGEST_DIFFERENCE = {torch.float64: 1e-6, torch.float32: 1e-2}
 _LARGEST_DIFFERENCE_TWO_BYTES = 0.25
+
+_SETTING = Lock()
+_RUNNING: WeakKeyDictionary[nn.Module, tuple[int, Any]] = WeakKeyDictionary()  # forwards now, what was set before
 
 
 class Path(StrEnum):
@@ -162,22 +167,28 @@ def _packed_hidden(model: nn.Module, batch: PackedBatch, *, whole_row: bool = Fa
 
 @contextmanager
 def packed_implementation(base: nn.Module) -> Iterator[None]:
-    """Set the attention implementation for one forward.
+    """Set the attention implementation for one forward, or for several at a time in different threads.
 
     Under gradient checkpointing layers look it up again during backward, so there it stays set; calls without
     a layout then run transformers' SDPA.
     """
     config: Any = base.config
-    before = config._attn_implementation
-    if before != NAME:
-        config._attn_implementation = NAME
+    with _SETTING:
+        running, before = _RUNNING.get(base, (0, config._attn_implementation))
+        _RUNNING[base] = (running + 1, before)
+        if before != NAME:
+            config._attn_implementation = NAME
     try:
         yield
     finally:
         checkpointed = any(getattr(module, "gradient_checkpointing", False) for module in base.modules())
         again = checkpointed and torch.is_grad_enabled()
-        if before != NAME and not again:
-            config._attn_implementation = before
+        with _SETTING:
+            running, before = _RUNNING.pop(base)
+            if running > 1:
+                _RUNNING[base] = (running - 1, before)
+            elif before != NAME and not again:
+                config._attn_implementation = before
 
 
 def _padded_hidden(model: nn.Module, batch: PackedBatch) -> Tensor:

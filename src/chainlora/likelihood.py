@@ -15,14 +15,15 @@ from torch import nn
 
 from .errors import ModelError
 from .forward import Path, choose_path, hidden_states
-from .losses import candidate_scores
-from .packing import Example, pack
+from .lanes import Lanes, count_lanes
+from .losses import candidate_scores, logit_transform
+from .packing import Example, fresh_tokens, input_sequences, pack
 
 Progress = Callable[[int, int], None]
-_MIN_SHARED = 8  # as `pack`: shorter common prefixes are not stored apart
 # Attention inside a tree of sequences is square in its size. At this many tokens it costs as much as all the
 # rest: a 135M Llama in float32 on one core takes 2.3 + 1.2·n/1000 ms a token in trees of n = 570 to 3990.
 _EVEN_TREE = 1900
+_PACKS_A_LANE = 6
 _SMALL_TREE = 512  # where attention adds a quarter at most, and a pack is worth its overhead
 
 
@@ -36,16 +37,23 @@ def score_examples(
 ) -> list[list[float]]:
     """Return, per example, the mean log-probability per token of each of its sequences.
 
+    Packs run in lanes where the model may (`lanes`); `max_tokens` bounds what they compute together.
     Raises ModelError when a score is not a number.
     """
     path = choose_path(model) if path is None else path
     device = next(model.parameters()).device
     scores: list[list[float]] = [[] for _ in examples]
     done = 0
-    with evaluating(model):
-        for indices in evaluation_batches(examples, max_tokens=max_tokens, path=path):
-            batch = pack([examples[i] for i in indices]).to(device)
-            flat = candidate_scores(model, hidden_states(model, batch, path=path), batch).tolist()
+    logit_transform(model)  # found by a probe once, and not by two lanes at a time
+
+    @torch.inference_mode()
+    def score(indices: list[int]) -> tuple[list[int], list[float]]:
+        batch = pack([examples[i] for i in indices]).to(device)
+        return indices, candidate_scores(model, hidden_states(model, batch, path=path), batch).tolist()
+
+    with evaluating(model), Lanes(count_lanes(model, path, training=False)) as lanes:
+        size = _pack_size(examples, max_tokens, lanes.count)
+        for indices, flat in lanes.map(score, evaluation_batches(examples, max_tokens=size, path=path)):
             for index in indices:
                 count = len(examples[index].sequences)
                 scores[index], flat = flat[:count], flat[count:]
@@ -58,6 +66,14 @@ def score_examples(
             if progress is not None:
                 progress(done, len(examples))
     return scores
+
+
+def _pack_size(examples: Sequence[Example], max_tokens: int, lanes: int) -> int:
+    """Return the tokens of one pack: a lane's share, and small enough that lanes end at about the same time."""
+    if lanes == 1:
+        return max_tokens
+    tokens = sum(len(sequence) for example in examples for sequence in set(input_sequences(example)))
+    return min(max_tokens // lanes, max(tokens // (_PACKS_A_LANE * lanes), _SMALL_TREE))
 
 
 def evaluation_batches(
@@ -90,18 +106,18 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _packed_batches(examples: Sequence[Example], max_tokens: int) -> Iterator[list[int]]:
-    inputs = [sorted(set(_inputs(example))) for example in examples]
+    inputs = [sorted(set(input_sequences(example))) for example in examples]
     batch: list[int] = []
     tokens = tree = trunk = 0  # of the pack, of its last tree, and of the beginning that this tree shares
     last: tuple[int, ...] = ()
     for index in sorted(range(len(examples)), key=lambda i: (inputs[i][0], i)):
-        fresh, common = _fresh_tokens(inputs[index], last)
+        fresh, common = fresh_tokens(inputs[index], last)
         trunk = min(trunk, common) if common else len(inputs[index][0])
         tree = tree + fresh if common else fresh
         if batch and (tokens + fresh > max_tokens or (common and tree > _largest_tree(trunk))):
             yield batch
             batch, tokens = [], 0
-            tree = fresh = _fresh_tokens(inputs[index], ())[0]
+            tree = fresh = fresh_tokens(inputs[index], ())[0]
             trunk = len(inputs[index][0])
         batch.append(index)
         tokens, last = tokens + fresh, inputs[index][-1]
@@ -119,7 +135,7 @@ def _largest_tree(trunk: int) -> int:
 
 
 def _padded_batches(examples: Sequence[Example], max_tokens: int) -> Iterator[list[int]]:
-    inputs = [set(_inputs(example)) for example in examples]
+    inputs = [set(input_sequences(example)) for example in examples]
     longest = [max(map(len, sequences)) for sequences in inputs]
     batch: list[int] = []
     rows = width = 0
@@ -132,36 +148,3 @@ def _padded_batches(examples: Sequence[Example], max_tokens: int) -> Iterator[li
         rows += len(inputs[index])
     if batch:
         yield batch
-
-
-def _inputs(example: Example) -> Iterator[tuple[int, ...]]:
-    """Yield the tokens of each sequence that must be read: all before its last target."""
-    for tokens, spans in zip(example.sequences, example.scored, strict=True):
-        yield tokens[: max((end for _, end in spans), default=1) - 1]
-
-
-def _fresh_tokens(inputs: Sequence[tuple[int, ...]], last: tuple[int, ...]) -> tuple[int, int]:
-    """Return how many tokens sorted `inputs` add after `last` in a pack, and how many the first shares.
-
-    An upper bound of what `pack` stores: each sequence is compared with the one before it.
-    """
-    fresh, first = 0, 0
-    for place, sequence in enumerate(inputs):
-        common = _common_prefix(last, sequence)
-        stored = common if common >= min(_MIN_SHARED, len(sequence)) else 0
-        first = stored if place == 0 else first
-        fresh += len(sequence) - stored
-        last = sequence
-    return fresh, first
-
-
-def _common_prefix(a: tuple[int, ...], b: tuple[int, ...]) -> int:
-    """Return the length of the common prefix, by bisection over slices (compared at C speed)."""
-    low, high = 0, min(len(a), len(b))
-    while low < high:
-        middle = (low + high + 1) // 2
-        if a[low:middle] == b[low:middle]:
-            low = middle
-        else:
-            high = middle - 1
-    return low

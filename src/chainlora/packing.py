@@ -22,6 +22,7 @@ from torch import Tensor
 from .errors import DataError
 
 Spans = tuple[tuple[int, int], ...]
+MIN_SHARED = 8  # fewest common tokens worth a segment: it costs an attention call, as much as computing a handful
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,22 +110,21 @@ class PackedBatch:
         return PackedBatch(**values)
 
 
-def pack(examples: Sequence[Example], *, share_prefixes: bool = True, min_shared: int = 8) -> PackedBatch:
+def pack(examples: Sequence[Example], *, share_prefixes: bool = True, min_shared: int = MIN_SHARED) -> PackedBatch:
     """Lay the sequences of `examples` out as one row.
 
     Args:
-        examples: what to pack; order is kept in every per-example and per-sequence tensor. share_prefixes:
-        store common prefixes once, else every sequence is its own segment. min_shared: fewest common tokens
-        that make a segment of their own (default 8: a segment costs an attention
-            call, which recomputing a handful of tokens does not). A sequence that is a prefix of another is
-            always stored inside it, as that costs nothing.
+        examples: what to pack; order is kept in every per-example and per-sequence tensor.
+        share_prefixes: store common prefixes once, else every sequence is its own segment.
+        min_shared: fewest common tokens that make a segment of their own. A sequence that is a prefix of another
+            is always stored inside it, as that costs nothing.
 
     Raises:
         DataError: no example, a sequence without a scored token, or a span outside its sequence.
     """
     if not examples:
         raise DataError("a batch must hold at least one example (got none)")
-    inputs = [_inputs(example, i) for example in examples for i in range(len(example.sequences))]
+    inputs = [sequence for example in examples for sequence in input_sequences(example)]
     tree = _Tree(inputs, share_prefixes, min_shared)
     starts: list[list[tuple[int, int]]] = []
     positions: list[list[int]] = []  # per sequence: packed position that predicts each scored token
@@ -159,16 +159,31 @@ def pack(examples: Sequence[Example], *, share_prefixes: bool = True, min_shared
     )
 
 
+def input_sequences(example: Example) -> Iterator[tuple[int, ...]]:
+    """Yield the tokens of each sequence that must be read: all before its last target."""
+    for tokens, spans in zip(example.sequences, example.scored, strict=True):
+        yield tokens[: max(max((end for _, end in spans), default=1) - 1, 0)]
+
+
+def fresh_tokens(inputs: Sequence[tuple[int, ...]], last: tuple[int, ...] = ()) -> tuple[int, int]:
+    """Return how many tokens sorted `inputs` add after `last` in a pack, and how many the first shares with it.
+
+    An upper bound of what `pack` stores: each sequence is compared with the one before it.
+    """
+    fresh, first = 0, 0
+    for place, sequence in enumerate(inputs):
+        common = _common_prefix(last, sequence)
+        stored = common if common >= min(MIN_SHARED, len(sequence)) else 0
+        first = stored if place == 0 else first
+        fresh += len(sequence) - stored
+        last = sequence
+    return fresh, first
+
+
 def _sequences(examples: Sequence[Example]) -> Iterator[tuple[Example, Spans, tuple[int, ...]]]:
     for example in examples:
         for tokens, spans in zip(example.sequences, example.scored, strict=True):
             yield example, spans, tokens
-
-
-def _inputs(example: Example, index: int) -> tuple[int, ...]:
-    """Return the tokens that must be read: all before the last target."""
-    end = max((end for _, end in example.scored[index]), default=0)
-    return example.sequences[index][: max(end - 1, 0)]
 
 
 def _check(example: Example, scored: list[int], tokens: tuple[int, ...]) -> None:
@@ -234,7 +249,7 @@ class _Tree:
             if high - low == 1:
                 self.chains[owners[low]] = self._add(sequences[low], depth, parent, chain)
                 continue
-            common = _common(sequences[low], sequences[high - 1], depth)
+            common = _common_prefix(sequences[low], sequences[high - 1], depth)
             if common - depth >= min_shared:
                 chain = self._add(sequences[low][:common], depth, parent, chain)
                 depth, parent = common, len(self.segments) - 1
@@ -255,9 +270,13 @@ class _Tree:
         return [*chain, (depth, start)]
 
 
-def _common(a: tuple[int, ...], b: tuple[int, ...], start: int) -> int:
-    """Return the length of the common prefix, known to be at least `start`."""
-    for i in range(start, min(len(a), len(b))):
-        if a[i] != b[i]:
-            return i
-    return min(len(a), len(b))
+def _common_prefix(a: tuple[int, ...], b: tuple[int, ...], known: int = 0) -> int:
+    """Return the length of the common prefix, `known` at least, by bisection over slices (compared at C speed)."""
+    low, high = known, min(len(a), len(b))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if a[low:middle] == b[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low

@@ -14,6 +14,7 @@ from .chain import Chain, Link
 from .config import RunConfig
 from .evaluate import Evaluation
 from .forward import Path
+from .lanes import Lanes
 from .plan import Plan
 from .prepare import Splits
 from .store import Progress, RunDirectory
@@ -32,6 +33,7 @@ class Run:
     tokenizer: Any
     accelerator: Accelerator
     path: Path
+    lanes: Lanes
     directory: RunDirectory | None
     progress: Progress
     base: dict[str, Any]

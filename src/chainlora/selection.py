@@ -17,7 +17,7 @@ def evaluate_point(run: Run, where: str) -> None:
 
     `where` is ``start``, ``step`` or ``knot``. Without gain for `early_stop` evaluations the run is to stop.
     """
-    if not run.splits.validation:
+    if not run.splits.validation or (where != "step" and not run.config.train.eval_at_knots):
         return
     evaluation = score(run, run.splits.validation)
     run.last_scored = evaluation

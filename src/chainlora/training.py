@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from typing import Any
@@ -28,17 +28,18 @@ from .config import LinkConfig, RunConfig
 from .errors import ConfigError, TrainingError
 from .evaluate import majority_rate
 from .fast_lora import accelerate_layers
-from .forward import choose_path, hidden_states
-from .losses import candidate_loss, completion_loss
+from .forward import Path, choose_path, hidden_states
+from .lanes import Lanes, count_lanes
 from .measures import hardware, num_trained, peak_memory_mb
 from .models import context_length, load_model, resolve_model
 from .optimizers import full_optimizer, make_optimizer, prune_moments, set_learning_rate
-from .packing import PackedBatch, pack
+from .packing import PackedBatch
 from .plan import make_plan
 from .prepare import Splits, prepare_splits
 from .running import Listener, Run, flatten, record, write_manifest
 from .selection import evaluate_point, score, select_best
 from .speedups import accelerate_model, restore_model
+from .steps import Work, add_gradients, pack_rows, packed_steps, summed_loss
 from .store import Progress, RunDirectory
 
 _KNOT_TOLERANCE = 1e-3  # float32, of the hidden states; rounding of a 30-layer model stays below 1e-4
@@ -88,7 +89,10 @@ def _prepare(config: RunConfig, resume: bool, listener: Listener) -> Run:
     path = choose_path(model)
     if config.train.speedups == "auto":
         accelerate_model(model, path)
-    run = Run(config, plan, splits, chain, tokenizer, accelerator, path, directory, progress, base, listener)
+    lanes = Lanes(_count_lanes(config, model, path))
+    run = Run(
+        config, plan, splits, chain, tokenizer, accelerator, path, lanes, directory, progress, base, listener
+    )
     if directory is not None and resume:
         for link in RunDirectory(directory.path).load_links(progress.link):
             add_link(chain, link)
@@ -102,9 +106,16 @@ def _prepare(config: RunConfig, resume: bool, listener: Listener) -> Run:
             "step": progress.step,
             "rows": len(splits.train),
             "path": str(path),
+            "lanes": lanes.count,
         }
     )
     return run
+
+
+def _count_lanes(config: RunConfig, model: nn.Module, path: Path) -> int:
+    """Lanes for training; one where the speedups are off, LoRA has dropout, or gradients are as large as the model."""
+    one = config.train.speedups == "off" or config.chain.tune == "full" or config.chain.dropout
+    return 1 if one else count_lanes(model, path, training=True)
 
 
 def _check(config: RunConfig, model: nn.Module, splits: Splits) -> None:
@@ -153,7 +164,7 @@ def _tune_chain(run: Run, began: float) -> None:
         _begin_link(run, index, configs[index])
         first = run.plan.first_step(index)
         with ThreadPoolExecutor(1) as packer:
-            steps = _steps(run, packer, run.progress.step, first + run.plan.lengths[index])
+            steps = packed_steps(run, packer, run.progress.step, first + run.plan.lengths[index])
             tune_link(run.chain, steps, lambda step: _update(run, step, began))
         _end_link(run, began)
 
@@ -199,8 +210,7 @@ def _gradient_batches(run: Run, index: int) -> Callable[[], None]:
         run.chain.model.eval()
         for step in range(first, min(first + run.config.chain.init_batches, run.plan.num_steps)):
             for rows in run.plan.batches(step):
-                loss, _ = _loss(run, _pack(run, rows))
-                loss.backward()
+                summed_loss(run, pack_rows(run, rows)).backward()
         run.chain.model.train(training)
 
     return backward
@@ -208,7 +218,7 @@ def _gradient_batches(run: Run, index: int) -> Callable[[], None]:
 
 def _end_link(run: Run, began: float) -> None:
     index = len(run.chain)
-    probe = _pack(run, run.plan.batches(0)[0][:2])
+    probe = pack_rows(run, run.plan.batches(0)[0][:2])
     before = _probe(run, probe)
     if run.config.train.optimizer_reset == "prune":
         assert run.optimizer is not None
@@ -249,52 +259,16 @@ def _probe(run: Run, batch: PackedBatch) -> Tensor:
 # --- one step ---
 
 
-def _steps(
-    run: Run, packer: ThreadPoolExecutor, begin: int, end: int
-) -> Iterator[tuple[int, list[PackedBatch]]]:
-    """Yield (step, packed micro-batches), each packed while the step before it runs."""
-
-    def ready(step: int) -> list[PackedBatch]:
-        return [_pack(run, rows) for rows in run.plan.batches(step)]
-
-    ahead = packer.submit(ready, begin) if begin < end else None
-    for step in range(begin, end):
-        if run.progress.stopped or ahead is None:
-            return
-        batches = ahead.result()
-        ahead = packer.submit(ready, step + 1) if step + 1 < end else None
-        yield step, batches
-
-
-def _pack(run: Run, rows: list[int]) -> PackedBatch:
-    return pack([run.splits.train[row] for row in rows]).to(run.accelerator.device)
-
-
-def _loss(run: Run, batch: PackedBatch) -> tuple[Tensor, int]:
-    """Summed loss of a packed batch, and the number of examples or tokens it sums over."""
-    model = run.chain.model
-    hidden = hidden_states(model, batch, path=run.path)
-    if run.splits.loss == "candidates":
-        return candidate_loss(model, hidden, batch), batch.num_examples
-    return completion_loss(model, hidden, batch)
-
-
-def _update(run: Run, work: tuple[int, list[PackedBatch]], began: float) -> None:
-    step, batches = work
+def _update(run: Run, work: Work, began: float) -> None:
+    step, batches = work.step, [batch for lanes in work.batches for batch in lanes]
     train, progress, optimizer, model = run.config.train, run.progress, run.optimizer, run.chain.model
     assert optimizer is not None
     started = time.perf_counter()
     torch.manual_seed((train.seed << 32) + step)  # dropout is a function of the step: no generator state to save
     model.train()
     rate = set_learning_rate(optimizer, train, run.plan.lengths, step)
-    counts = [_count(run, batch) for batch in batches]
-    total = 0.0
-    for batch in batches:
-        loss, _ = _loss(run, batch)
-        loss = loss / sum(counts)
-        run.accelerator.backward(loss)
-        total += loss.item()
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    total = add_gradients(run, work, parameters)
     norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     if not (math.isfinite(total) and torch.isfinite(norm)):
         _stop_non_finite(run, step, total, norm.item())
@@ -344,10 +318,6 @@ def _checkpoint(run: Run) -> None:
     assert run.optimizer is not None
     link = replace(live_link(run.chain), num_steps=run.progress.step - run.plan.first_step(len(run.chain)))
     run.directory.save_checkpoint(link, run.optimizer, run.progress, run.config.model)
-
-
-def _count(run: Run, batch: PackedBatch) -> int:
-    return batch.num_examples if run.splits.loss == "candidates" else int(batch.token_target.numel())
 
 
 def _stop_non_finite(run: Run, step: int, loss: float, norm: float) -> None:
@@ -426,6 +396,7 @@ def _finish(run: Run, results: dict[str, Any], seconds: float) -> dict[str, Any]
         store.write_json(run.directory / "result.json", result)
     if config.train.trackers:
         run.accelerator.end_training()
+    run.lanes.close()
     restore_model(run.chain.detach())
     return result
 
@@ -437,7 +408,7 @@ def _tune_everything(run: Run, began: float) -> None:
         parameter.requires_grad_(True)
     run.optimizer = full_optimizer(model.parameters(), run.config.train)
     with ThreadPoolExecutor(1) as packer:
-        for work in _steps(run, packer, 0, run.plan.num_steps):
+        for work in packed_steps(run, packer, 0, run.plan.num_steps):
             _update(run, work, began)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
