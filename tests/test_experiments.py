@@ -82,6 +82,20 @@ def done(tiny_folder, sentiment, tmp_path_factory):
     return experiment, out, run_cells(experiment, out, backend="inline")
 
 
+def test_results_of_another_folder_count_as_done(done, tiny_folder, sentiment, tmp_path):
+    """More seeds can be added to results that were committed: only the new cells run."""
+    _, out, outcome = done
+    more = make_experiment(tree(tiny_folder, sentiment, seeds=[0, 1, 2]))
+    grown = run_cells(more, tmp_path, backend="inline", reuse=[outcome.results])
+    assert grown.num_run == 2  # one seed more of two methods
+    old, new = read_results(out), read_results(tmp_path)
+    assert [cell for cell in new.cells if cell["seed"] < 2] == old.cells
+    assert len(new.finals) == 6
+    again = run_cells(more, tmp_path / "again", backend="inline", reuse=[tmp_path / "results.jsonl"])
+    assert again.num_run == 0
+    assert (tmp_path / "again" / "results.jsonl").read_text() == (tmp_path / "results.jsonl").read_text()
+
+
 # --- expansion -------------------------------------------------------------------------------------
 
 

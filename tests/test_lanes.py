@@ -54,6 +54,14 @@ def test_one_lane_where_the_passage_would_be_read_twice():
     assert len(split(long_tails, 2)) == 2
 
 
+def test_a_large_batch_is_cut_into_more_pieces_than_lanes():
+    """So memory does not grow with the batch: the activations of one piece a lane are alive."""
+    examples = [row(i, [20 + i] * 100) for i in range(32)]
+    pieces = split(examples, 2)
+    assert len(pieces) == 8
+    assert {len(piece) for piece in pieces} == {4}
+
+
 def test_one_lane_for_one_example_or_one_core():
     examples = [row(i, [20 + i] * 10) for i in range(4)]
     assert split(examples[:1], 2) == [[0]]

@@ -37,6 +37,12 @@ def experiment() -> None:
 @_WORKERS
 @_BACKEND
 @click.option("--max-cells", type=click.IntRange(min=1), default=None, help="Stop after so many cells.")
+@click.option(
+    "--reuse",
+    type=click.Path(),
+    multiple=True,
+    help="A results.jsonl whose cells count as done, from another folder or machine. May be repeated.",
+)
 @_JSON
 @click.pass_context
 def run(
@@ -46,6 +52,7 @@ def run(
     workers: int,
     backend: Any,
     max_cells: int | None,
+    reuse: tuple[str, ...],
     as_json: bool,
 ) -> None:
     """Run FILE: task × method × grid × seed. What is done is skipped; a killed run goes on when called again.
@@ -63,6 +70,7 @@ def run(
         overrides=overrides(context.args),
         listener=experiment_progress(),
         max_cells=max_cells,
+        reuse=reuse,
     )
     _show(
         {

@@ -2,8 +2,8 @@
 
 Cores that share each matmul of a small model wait for one another between any two: on two cores a step of a 135M
 Llama keeps 1.6 of them busy. A *lane* is a thread with its share of the cores; it takes whole sequences through
-forward and backward alone. Lanes meet once a step, where their gradients are summed in the order of the lanes, so
-the same run gives the same bits, whichever lane ends first.
+forward and backward alone, a *piece* of the batch at a time. Gradients are summed in the order of the pieces, so the
+same run gives the same bits, whichever lane ends first.
 
 One lane, which is no lane at all, remains wherever that could be wrong or not pay (`why_one_lane`, `split`).
 """
@@ -25,9 +25,12 @@ _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 _Inputs = list[tuple[int, ...]]
 
-# Side by side, lanes compute about 1.5 times the tokens a second (docs/decisions/0003). A split that has the
-# fullest lane computing more than this share of what an even split without recomputed prefixes would, is not worth it.
-_WORTH = 1.3
+# Tokens of one piece. Matmuls of 300 rows run at 95 % of the rate of 600 (bfloat16, one core), and the activations of a
+# piece are gone before its lane takes the next, so memory does not grow with the batch.
+_PIECE = 384
+# Side by side, lanes compute about 1.2 times the tokens a second (docs/decisions/0003). Pieces that compute more than
+# this share of the whole (prefixes read twice, a lane with nothing to do) are not worth it.
+_WORTH = 1.15
 
 
 class Lanes:
@@ -112,31 +115,36 @@ def _is_dropout(module: nn.Module) -> bool:
 
 
 def split(examples: Sequence[Example], count: int) -> list[list[int]]:
-    """Return the indices of `examples` by lane, or all of them in one list where more would not pay.
+    """Cut examples into pieces for `count` lanes; return the indices of each, ascending.
 
-    Two ways are tried, and the one with the smaller fullest lane is taken: examples with a common beginning kept
-    together, and every example for itself. Within a lane indices ascend.
+    Two ways are tried, and the one that computes less is taken: examples with a common beginning kept together, and
+    every example for itself. One piece, for all cores together, where several would not pay.
     """
     everything = list(range(len(examples)))
     if count == 1 or len(examples) == 1:
         return [everything]
     inputs = [sorted(set(input_sequences(example))) for example in examples]
-    plans = [_spread(inputs, units, count) for units in (_families(inputs), [[i] for i in everything])]
-    fullest = [max(_tokens(inputs, lane) for lane in plan) for plan in plans]
-    best = min(range(len(plans)), key=fullest.__getitem__)
-    return plans[best] if fullest[best] * count <= _WORTH * _tokens(inputs, everything) else [everything]
+    whole = _tokens(inputs, everything)
+    number = count * max(1, round(whole / (count * _PIECE)))
+    plans = [_spread(inputs, units, number) for units in (_families(inputs), [[i] for i in everything])]
+    costs = []
+    for plan in plans:
+        sizes = [_tokens(inputs, piece) for piece in plan]
+        costs.append(max(sum(sizes), max(sizes) * count))
+    best = min(range(len(plans)), key=costs.__getitem__)
+    return plans[best] if costs[best] <= _WORTH * whole else [everything]
 
 
-def _spread(inputs: list[_Inputs], units: list[list[int]], count: int) -> list[list[int]]:
-    """Put the largest unit into the emptiest lane, and so on."""
+def _spread(inputs: list[_Inputs], units: list[list[int]], number: int) -> list[list[int]]:
+    """Put the largest unit into the emptiest of `number` pieces, and so on."""
     sizes = [_tokens(inputs, unit) for unit in units]
-    lanes: list[list[int]] = [[] for _ in range(min(count, len(units)))]
-    filled = [0] * len(lanes)
+    pieces: list[list[int]] = [[] for _ in range(min(number, len(units)))]
+    filled = [0] * len(pieces)
     for unit in sorted(range(len(units)), key=lambda u: (-sizes[u], u)):
-        lane = filled.index(min(filled))
-        lanes[lane] += units[unit]
-        filled[lane] += sizes[unit]
-    return [sorted(lane) for lane in lanes]
+        piece = filled.index(min(filled))
+        pieces[piece] += units[unit]
+        filled[piece] += sizes[unit]
+    return [sorted(piece) for piece in pieces]
 
 
 def _families(inputs: list[_Inputs]) -> list[list[int]]:

@@ -1,4 +1,4 @@
-"""One step: the rows of a step packed, by micro-batch and lane, and the gradient of their loss."""
+"""One step: its rows packed, by micro-batch and piece, and the gradient of their loss."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .running import Run
 
 
 class Work(NamedTuple):
-    """What a step computes: for every micro-batch, what its lanes take."""
+    """What a step computes: for every micro-batch, its pieces."""
 
     step: int
     batches: list[list[PackedBatch]]
@@ -27,7 +27,7 @@ def packed_steps(run: Run, packer: ThreadPoolExecutor, begin: int, end: int) -> 
     """Yield the work of steps [begin, end), each packed while the step before it runs."""
 
     def ready(step: int) -> Work:
-        return Work(step, [_by_lane(run, rows) for rows in run.plan.batches(step)])
+        return Work(step, [_pieces(run, rows) for rows in run.plan.batches(step)])
 
     ahead = packer.submit(ready, begin) if begin < end else None
     for step in range(begin, end):
@@ -38,9 +38,9 @@ def packed_steps(run: Run, packer: ThreadPoolExecutor, begin: int, end: int) -> 
         yield work
 
 
-def _by_lane(run: Run, rows: list[int]) -> list[PackedBatch]:
-    lanes = split([run.splits.train[row] for row in rows], run.lanes.count)
-    return [pack_rows(run, [rows[place] for place in lane]) for lane in lanes]
+def _pieces(run: Run, rows: list[int]) -> list[PackedBatch]:
+    pieces = split([run.splits.train[row] for row in rows], run.lanes.count)
+    return [pack_rows(run, [rows[place] for place in piece]) for piece in pieces]
 
 
 def pack_rows(run: Run, rows: Sequence[int]) -> PackedBatch:
@@ -60,20 +60,20 @@ def summed_loss(run: Run, batch: PackedBatch) -> Tensor:
 def add_gradients(run: Run, work: Work, parameters: list[nn.Parameter]) -> float:
     """Add the gradient of the step's mean loss to ``parameter.grad`` of each; return that loss.
 
-    Lanes' losses and gradients are summed in the order of the lanes, so equal work gives equal bits.
+    The losses and gradients of pieces are summed in the order of the pieces, so equal work gives equal bits.
     """
-    batches = [batch for lanes in work.batches for batch in lanes]
+    batches = [batch for pieces in work.batches for batch in pieces]
     count = sum(_count(run, batch) for batch in batches)
     total = 0.0
     logit_transform(run.chain.model)  # found by a probe once, and not by two lanes at a time
-    for lanes in work.batches:
-        if len(lanes) == 1:
-            loss = summed_loss(run, lanes[0]) / count
+    for pieces in work.batches:
+        if len(pieces) == 1:
+            loss = summed_loss(run, pieces[0]) / count
             run.accelerator.backward(loss)
             total += loss.item()
             continue
-        for loss_of_lane, gradients in run.lanes.map(lambda batch: _gradients(run, batch, count, parameters), lanes):
-            total += loss_of_lane
+        for part, gradients in run.lanes.map(lambda batch: _gradients(run, batch, count, parameters), pieces):
+            total += part
             _accumulate(parameters, gradients)
     return total
 

@@ -260,7 +260,7 @@ def _probe(run: Run, batch: PackedBatch) -> Tensor:
 
 
 def _update(run: Run, work: Work, began: float) -> None:
-    step, batches = work.step, [batch for lanes in work.batches for batch in lanes]
+    step, batches = work.step, [batch for pieces in work.batches for batch in pieces]
     train, progress, optimizer, model = run.config.train, run.progress, run.optimizer, run.chain.model
     assert optimizer is not None
     started = time.perf_counter()

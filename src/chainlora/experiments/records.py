@@ -27,6 +27,7 @@ from .expansion import Cell
 from .schema import Experiment
 
 FORMAT = 1
+_LABELS = ("kind", "cell", "phase", "task", "method", "seed", "point")
 
 
 @dataclass(frozen=True)
@@ -64,17 +65,14 @@ def experiment_line(experiment: Experiment) -> dict[str, Any]:
 
 def cell_line(cell: Cell, result: Mapping[str, Any]) -> dict[str, Any]:
     """Return the line of a cell from its labels and its ``result.json``."""
-    labels = {
-        "format": FORMAT,
-        "kind": "cell",
-        "cell": cell.id,
-        "phase": cell.phase,
-        "task": cell.task,
-        "method": cell.method,
-        "seed": cell.seed,
-        "point": dict(cell.point),
-    }
+    values = ("cell", cell.id, cell.phase, cell.task, cell.method, cell.seed, dict(cell.point))
+    labels = {"format": FORMAT} | dict(zip(_LABELS, values, strict=True))
     return labels | {key: value for key, value in result.items() if key != "format"}
+
+
+def result_of(line: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the ``result.json`` that a cell's line was made from."""
+    return {key: value for key, value in line.items() if key not in _LABELS}
 
 
 def write_results(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:

@@ -26,7 +26,7 @@ from .cells import CONFIG, ERROR, RESULT, STATUS
 from .choice import Trial, choose, chosen_points
 from .execution import executor
 from .expansion import Cell, Point, expand, expand_tuning, points
-from .records import cell_line, experiment_line, write_atomically, write_results
+from .records import cell_line, experiment_line, read_results, result_of, write_atomically, write_results
 from .schema import Experiment, load_experiment
 
 logger = logging.getLogger(__name__)
@@ -58,6 +58,7 @@ def run_experiment(
     overrides: Sequence[tuple[str, str]] = (),
     listener: Listener | None = None,
     max_cells: int | None = None,
+    reuse: Sequence[str | Path] = (),
 ) -> Outcome:
     """Run an experiment file and return what became of it.
 
@@ -70,6 +71,8 @@ def run_experiment(
         overrides: ``("base.data.dir", "rows")`` pairs that replace values of the file.
         listener: gets ``{"event": "plan"|"cell"|"poll"|"end", …}`` as work goes on.
         max_cells: stop after so many cells; the rest is for another call.
+        reuse: results files of other runs, of this machine or another; cells of the same config found there are
+            taken as done.
 
     Raises:
         ConfigError: a file or a cell that cannot work, before anything runs; an unknown backend; Ray not
@@ -78,7 +81,13 @@ def run_experiment(
     """
     experiment = load_experiment(path, overrides)
     outcome = run_cells(
-        experiment, Path(out), workers=workers, backend=backend, listener=listener, max_cells=max_cells
+        experiment,
+        Path(out),
+        workers=workers,
+        backend=backend,
+        listener=listener,
+        max_cells=max_cells,
+        reuse=reuse,
     )
     raise_on_failure(outcome)
     return outcome
@@ -102,12 +111,14 @@ def run_cells(
     backend: str = "local",
     listener: Listener | None = None,
     max_cells: int | None = None,
+    reuse: Sequence[str | Path] = (),
 ) -> Outcome:
     """Run an experiment as `run_experiment` does, but return failures instead of raising them."""
     if workers < 1:
         raise ConfigError(f"`workers` must be at least 1 (got {workers})")
     expand(experiment)  # refuses what cannot work before anything runs
-    session = _Session(experiment, out, listener or (lambda record: None))
+    known = {cell["cell"]: result_of(cell) for path in reuse for cell in read_results(path).cells}
+    session = _Session(experiment, out, listener or (lambda record: None), known)
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(
         out / "experiment.yaml", yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False)
@@ -139,13 +150,15 @@ def _one_each(cells: Sequence[Cell]) -> list[Cell]:
 class _Session:
     """One call of the runner: where things are, what failed, whom to tell."""
 
-    def __init__(self, experiment: Experiment, out: Path, listener: Listener) -> None:
+    def __init__(
+        self, experiment: Experiment, out: Path, listener: Listener, known: dict[str, dict[str, Any]]
+    ) -> None:
         self.experiment, self.out, self.listener = experiment, out, listener
         self.failed: dict[str, str] = {}
         self.num_run = 0
         self.asked: dict[tuple[str, str, int, str], Cell] = {}
         self._tuning: list[Cell] | None = None
-        self._results: dict[str, dict[str, Any]] = {}
+        self._results = known  # by id; filled up from the cells' folders
 
     def directory(self, cell: Cell) -> Path:
         return self.out / "cells" / cell.id
