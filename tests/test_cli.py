@@ -328,7 +328,8 @@ def test_a_reader_that_goes_away_is_no_error():
     (["--data.task", "no.yaml"], ["task file must be readable (got no.yaml: No such file or directory); check it"]),
     (["--data.max_length", "200"], ["`data.max_length` must fit the model's context of 128 tokens (got 200); lower"]),
     (["--data.max_length", "5"], ["a row must fit the context (got ", " tokens for at most 5 at ", "train.jsonl line ",
-                                 "); shorten it, raise data.max_length, or set data.truncation: left"]),
+                                 " rows are longer, up to ",
+                                 " tokens); shorten it, raise data.max_length, or set data.truncation: left"]),
     (["--model", "nowhere/at/all"], ["`model` must be a Hub id, an existing folder or a .gguf file (got 'nowhere/at/"]),
     (["--model", "no/body"], ["`model` must be an existing folder or a Hub id within reach (got 'no/body'"]),
 ])

@@ -104,8 +104,12 @@ def encode_examples(
     else:
         items = reader.text_items(rows, FORMATS[task], eos)
     cut = truncation or (task.truncation if isinstance(task, Task) else "error")
-    for item in items:
-        reader.fit(item, max_length, cut, reserve, keep_scored=is_task or task == "completion")
+    keep_scored = is_task or task == "completion"
+    if max_length is not None:
+        if cut == "error":
+            _refuse_long([(_length(item, reserve, keep_scored), item.place) for item in items], max_length)
+        for item in items:
+            reader.fit(item, max_length, reserve, keep_scored=keep_scored)
     return [_example(getattr(row, "index", position), item)
             for position, (row, item) in enumerate(zip(rows, items, strict=True))]
 
@@ -271,18 +275,11 @@ class _Reader:
             raise DataError(f"messages must suit the model's chat template (got: {reason:.120} at {place}); "
                             "correct the row") from None
 
-    def fit(
-        self, item: _Item, max_length: int | None, truncation: str, reserve: int, *, keep_scored: bool
-    ) -> None:
+    def fit(self, item: _Item, max_length: int, reserve: int, *, keep_scored: bool) -> None:
         """Cut the oldest tokens after the special ones, the same number in every sequence of the row."""
-        longest = max(map(len, item.sequences))
-        if keep_scored:
-            longest = max(longest, item.scored[0][0][0] + reserve)
-        if max_length is None or longest <= max_length:
+        longest = _length(item, reserve, keep_scored)
+        if longest <= max_length:
             return
-        if truncation == "error":
-            raise DataError(f"a row must fit the context (got {longest} tokens for at most {max_length} at "
-                            f"{item.place}); shorten it, raise data.max_length, or set data.truncation: left")
         excess, front = longest - max_length, self.num_front
         room = min(spans[0][0] for spans in item.scored) - max(front, 1)
         if keep_scored and excess > room:
@@ -298,6 +295,23 @@ class _Reader:
         if not all(item.scored):
             raise DataError(f"a cut row must keep something to learn (got only unscored tokens in the last "
                             f"{max_length} at {item.place}); shorten it or raise data.max_length")
+
+
+def _length(item: _Item, reserve: int, keep_scored: bool) -> int:
+    """Return the tokens of a row's longest sequence, with room for what is to be generated."""
+    longest = max(map(len, item.sequences))
+    return max(longest, item.scored[0][0][0] + reserve) if keep_scored else longest
+
+
+def _refuse_long(lengths: Sequence[tuple[int, str]], max_length: int) -> None:
+    """Name the first row that is too long, and how far one would have to go for all of them."""
+    long = [(length, place) for length, place in lengths if length > max_length]
+    if not long:
+        return
+    length, place = long[0]
+    more = f"; {len(long)} of {len(lengths)} rows are longer, up to {max(long)[0]} tokens" if len(long) > 1 else ""
+    raise DataError(f"a row must fit the context (got {length} tokens for at most {max_length} at {place}{more}); "
+                    "shorten it, raise data.max_length, or set data.truncation: left")
 
 
 def _common(first: Ids, second: Ids) -> int:

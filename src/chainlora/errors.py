@@ -6,7 +6,8 @@
     ├── ModelError                 a model that cannot be loaded, adapted or matched
     ├── ChainError                 a chain asked to do what its state does not allow
     ├── RunError                   a run directory that is missing, half there, foreign or in the way
-    └── TrainingError              training that must not go on (non-finite loss)
+    └── TrainingError              training that must not go on
+        └── DivergedError          the loss, its gradient or the weights are no longer finite
 
 A message is one line and names the rule, the value ("got …") and the remedy.
 """
@@ -43,6 +44,10 @@ class RunError(ChainLoRAError):
 
 class TrainingError(ChainLoRAError):
     """Training that must not go on."""
+
+
+class DivergedError(TrainingError):
+    """The loss, its gradient or the weights are no longer finite: of a learning rate, a result and no accident."""
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -25,7 +25,7 @@ from . import store
 from .adapters import check_targets, set_extra, set_factors
 from .chain import Chain, add_link, extend_chain, live_link, tie_knot, tune_link
 from .config import LinkConfig, RunConfig
-from .errors import ConfigError, TrainingError
+from .errors import ConfigError, DivergedError, TrainingError
 from .evaluate import majority_rate
 from .fast_lora import accelerate_layers
 from .forward import Path, choose_path, hidden_states
@@ -226,7 +226,7 @@ def _end_link(run: Run, began: float) -> None:
     link = tie_knot(run.chain)
     change = ((_probe(run, probe) - before).norm() / before.norm()).item()
     if not math.isfinite(change):
-        raise TrainingError(
+        raise DivergedError(
             f"a link must leave finite weights (got others after step {run.progress.step}, link {index}); the links "
             "before it are kept; lower train.lr"
         )
@@ -327,7 +327,7 @@ def _stop_non_finite(run: Run, step: int, loss: float, norm: float) -> None:
     if run.directory is not None and run.chain.live is not None:
         _checkpoint(run)
         where = f"; the state before it is kept in {run.directory.path}"
-    raise TrainingError(
+    raise DivergedError(
         f"the loss and its gradient must be finite (got loss {loss}, gradient norm {norm} at step "
         f"{step + 1}, link {len(run.chain)}){where}; lower train.lr or check the rows of that step"
     )

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -18,14 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from ..config import RunConfig, load_config
-from ..errors import ChainLoRAError, TrainingError
+from ..errors import ChainLoRAError, DivergedError
 from .records import write_atomically
 
 logger = logging.getLogger(__name__)
 
 RESULT, CONFIG, ERROR, STATUS, RUN = "result.json", "config.yaml", "error.txt", "status.json", "run"
 _STATUS_SECONDS = 1.0
-_NOT_FINITE = re.compile(r"\b(finite|nan|inf)\b")
 
 
 def work_on(directory: Path) -> int:
@@ -67,11 +65,11 @@ def compute(
     config = config.model_copy(update={"output": str(run)})
     try:
         result = train(config, resume=run.exists(), listener=listener)
-    except TrainingError as error:
-        if not _NOT_FINITE.search(str(error)):
-            raise
+    except DivergedError as error:
         return diverged(config, str(error))
-    return summarise(config, result, run)
+    found = summarise(config, result, run)
+    shutil.rmtree(run / "model", ignore_errors=True)  # full fine-tuning keeps its weights there: gigabytes a cell
+    return found
 
 
 def _status_writer(path: Path) -> Callable[[Mapping[str, Any]], None]:
