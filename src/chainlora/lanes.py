@@ -25,6 +25,9 @@ _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 _Inputs = list[tuple[int, ...]]
 
+# Between operations Python runs one lane at a time: many lanes would wait for that. Two were measured; four is a guess,
+# and lanes of a larger machine have several cores each.
+_MOST_LANES = 4
 # Tokens of one piece. Matmuls of 300 rows run at 95 % of the rate of 600 (bfloat16, one core), and the activations of a
 # piece are gone before its lane takes the next, so memory does not grow with the batch.
 _PIECE = 384
@@ -83,8 +86,8 @@ class Lanes:
 
 
 def count_lanes(model: nn.Module, path: Path, *, training: bool) -> int:
-    """Return how many lanes serve a model as it is now: one a core, or one."""
-    return 1 if why_one_lane(model, path, training=training) else torch.get_num_threads()
+    """Return how many lanes serve a model as it is now: one a core, up to a few, or one."""
+    return 1 if why_one_lane(model, path, training=training) else min(torch.get_num_threads(), _MOST_LANES)
 
 
 def why_one_lane(model: nn.Module, path: Path, *, training: bool) -> str | None:
