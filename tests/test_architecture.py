@@ -14,6 +14,7 @@ PACKAGE = Path(chainlora.__file__).parent
 # From the bottom up; a module imports from its own layer's earlier entries or from lower layers, never upwards.
 LAYERS = [
     ["errors"],
+    ["wording"],
     ["config", "linalg", "schedule", "packing"],
     ["adapters", "pristine", "models", "gguf_models", "tasks", "metrics", "packed_attention", "fast_lora", "fused"],
     ["starts", "data", "generation"],

@@ -521,7 +521,7 @@ def test_an_unknown_task_names_the_nearest():
         ({"prmpt": "x"}, r"unknown key `prmpt`; did you mean 'prompt'\?"),
         ({"sampling": {"trian": 3}}, r"unknown key `sampling.trian`; did you mean 'train'\?"),
         ({"metric": None}, r"`metric` must be given"),
-        ({"metric": "acuracy"}, r"`metric`: .*'acuracy'"),
+        ({"metric": "acuracy"}, r"`metric` must be 'accuracy', .* \(got 'acuracy'\)"),
         ({"labels": ["a"]}, r"at least two different words"),
         ({"labels": ["a", "a"]}, r"(two different words|differ from each other)"),
         ({"labels": None}, r"one of `labels`, `candidates`, `completion` \(got none\)"),

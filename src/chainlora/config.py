@@ -14,7 +14,8 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from .errors import ConfigError, nearest
+from .errors import ConfigError
+from .wording import problems
 
 
 class _Frozen(BaseModel):
@@ -137,7 +138,7 @@ class ChainConfig(_Frozen):
         try:
             self.links()
         except ValidationError as error:  # here, and not when the link begins
-            raise ValueError(_problems(error, LinkConfig)) from None
+            raise ValueError(problems(error, LinkConfig)) from None
         return self
 
     def links(self) -> list[LinkConfig]:
@@ -319,7 +320,7 @@ def make_config(tree: Mapping[str, Any]) -> RunConfig:
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(_problems(error, RunConfig)) from None
+        raise ConfigError(problems(error, RunConfig)) from None
 
 
 def link_config(**keys: Any) -> LinkConfig:
@@ -327,47 +328,9 @@ def link_config(**keys: Any) -> LinkConfig:
     try:
         return LinkConfig(**keys)
     except ValidationError as error:
-        raise ConfigError(_problems(error, LinkConfig)) from None
+        raise ConfigError(problems(error, LinkConfig)) from None
 
 
 def dump_config(config: RunConfig) -> str:
     """Return the resolved config as YAML; loading it gives the same config."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-
-
-_KINDS = {"tuple": "a list, e.g. [{input}]", "int": "a whole number", "float": "a number", "string": "a text",
-          "bool": "true or false", "model": "a section of keys", "finite": "a finite number"}
-_BOUNDS = {"greater_than": "above {gt}", "greater_than_equal": "at least {ge}", "less_than": "below {lt}",
-           "less_than_equal": "at most {le}", "literal_error": "{expected}"}
-
-
-def _problems(error: ValidationError, root: type[BaseModel]) -> str:
-    """Say everything that is wrong in one line; what each member of a union asks for becomes one sentence."""
-    found: dict[tuple[str, str], list[str]] = {}
-    for item in error.errors():
-        keys = [part for part in item["loc"] if isinstance(part, str)]
-        if item["type"] == "extra_forbidden":
-            found[_unknown_key(keys, root), ""] = []
-        elif item["type"] == "value_error":
-            found[str(item["ctx"]["error"]), ""] = []
-        elif item["type"] == "missing":
-            found[f"`{'.'.join(keys)}` must be given (got none); add it", ""] = []
-        else:
-            named = [key for key in keys if "[" not in key and key not in ("str", "float", "int")]
-            place = "".join(f" at position {part}" for part in item["loc"] if isinstance(part, int))
-            values = {"input": item["input"], **item.get("ctx", {})}
-            kind = _BOUNDS.get(item["type"]) or _KINDS.get(item["type"].partition("_")[0])
-            rule = kind.format(**values) if kind else item["msg"][:1].lower() + item["msg"][1:]
-            found.setdefault((f"`{'.'.join(named)}` must be", f" (got {item['input']!r}{place})"), []).append(rule)
-    return "; ".join(" ".join([begin, " or ".join(rules)]).strip() + end for (begin, end), rules in found.items())
-
-
-def _unknown_key(keys: Sequence[str], root: type[BaseModel]) -> str:
-    model: Any = root
-    for part in keys[:-1]:
-        model = model.model_fields[part].annotation
-    known, last = list(model.model_fields), keys[-1]
-    elsewhere = [f"{name}.{last}" for name, field in root.model_fields.items()
-                 if last in getattr(field.annotation, "model_fields", {})]
-    hint = f"; did you mean {elsewhere[0]!r}?" if len(elsewhere) == 1 else nearest(last, known)
-    return f"unknown key `{'.'.join(keys)}`{hint}"

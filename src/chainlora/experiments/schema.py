@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from ..config import parse_yaml, set_key
 from ..errors import ConfigError, nearest
 from ..methods import load_method, merge_trees
+from ..wording import problems
 
 _TREE_KEYS = ("model", "recipe", "data", "chain", "train")
 Figure = Literal["scores", "differences", "chain_length", "rank_step_down"]
@@ -159,7 +160,7 @@ def make_experiment(tree: Mapping[str, Any]) -> Experiment:
     try:
         experiment = Experiment.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError("; ".join(dict.fromkeys(_describe(item) for item in error.errors()))) from None
+        raise ConfigError(problems(error, Experiment)) from None
     _check_keys("base", experiment.base)
     for name, keys in experiment.tasks.items():
         _check_keys(f"tasks.{name}", keys)
@@ -168,7 +169,7 @@ def make_experiment(tree: Mapping[str, Any]) -> Experiment:
         try:
             experiment.grid(name)
         except ValidationError as error:
-            raise ConfigError(f"`methods.{name}.grid`: " + _describe(error.errors()[0])) from None
+            raise ConfigError(problems(error, Tuning, f"methods.{name}.")) from None
     return experiment
 
 
@@ -176,16 +177,3 @@ def _check_keys(where: str, tree: Mapping[str, Any]) -> None:
     for key in tree:
         if key not in _TREE_KEYS:
             raise ConfigError(f"unknown key `{where}.{key}`{nearest(key, _TREE_KEYS)}")
-
-
-def _describe(item: Any) -> str:
-    keys = [str(part) for part in item["loc"] if isinstance(part, str)]
-    dotted = ".".join(keys)
-    if item["type"] == "extra_forbidden":
-        known = Tuning.model_fields if keys[:-1] == ["tune"] else Experiment.model_fields
-        return f"unknown key `{dotted}`{nearest(keys[-1], known)}"
-    if item["type"] == "missing":
-        return f"`{dotted}` must be given"
-    if item["type"] == "value_error":
-        return str(item["ctx"]["error"])
-    return f"`{dotted}`: {item['msg'][:1].lower()}{item['msg'][1:]} (got {item['input']!r})"

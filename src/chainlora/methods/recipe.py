@@ -12,7 +12,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from ..errors import ConfigError, nearest
+from ..errors import ConfigError
+from ..wording import problems
 
 
 class Recipe(BaseModel):
@@ -87,13 +88,7 @@ def _read_recipe(values: Mapping[str, Any]) -> Recipe:
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        item = error.errors()[0]
-        key = str(item["loc"][0]) if item["loc"] else ""
-        if item["type"] == "extra_forbidden":
-            raise ConfigError(f"unknown key `recipe.{key}`{nearest(key, Recipe.model_fields)}") from None
-        if item["type"] == "value_error":
-            raise ConfigError(str(item["ctx"]["error"])) from None
-        raise ConfigError(f"`recipe.{key}`: {item['msg'].lower()} (got {item['input']!r})") from None
+        raise ConfigError(problems(error, Recipe, "recipe.")) from None
 
 
 def _alpha(recipe: Recipe, chain: Mapping[str, Any]) -> dict[str, Any]:

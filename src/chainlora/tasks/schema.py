@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from ..config import parse_yaml
 from ..errors import ConfigError, nearest
+from ..wording import problems
 from .rendering import Rendered, check_expression, check_template, render
 
 Metric = Literal["accuracy", "f1", "em", "token_f1", "loss"]
@@ -219,19 +220,4 @@ def _read_task(path: Path) -> Task:
     try:
         return Task.model_validate(tree)
     except ValidationError as error:
-        problems = dict.fromkeys(_describe(item) for item in error.errors())
-        raise ConfigError(f"task file {path}: {'; '.join(problems)}") from None
-
-
-def _describe(item: Any) -> str:
-    keys = [str(part) for part in item["loc"] if not isinstance(part, int)]
-    dotted = ".".join(keys)
-    if item["type"] == "extra_forbidden":
-        sections: dict[str, type[BaseModel]] = {"hub": HubSource, "sampling": Sampling, "explode": Explode}
-        model = sections.get(keys[0], Task) if len(keys) == 2 else Task
-        return f"unknown key `{dotted}`{nearest(keys[-1], model.model_fields)}"
-    if item["type"] == "missing":
-        return f"`{dotted}` must be given"
-    if item["type"] == "value_error":
-        return str(item["ctx"]["error"])
-    return f"`{dotted}`: {item['msg'][:1].lower()}{item['msg'][1:]} (got {item['input']!r:.60})"
+        raise ConfigError(f"task file {path}: {problems(error, Task)}") from None
