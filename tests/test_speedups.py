@@ -26,7 +26,7 @@ from transformers import (
 
 from chainlora.fast_lora import accelerate_lora
 from chainlora.forward import Path, hidden_states
-from chainlora.fused import MlpBlock, RmsNorm, Rotary, SwiGlu
+from chainlora.fused import MlpBlock, RmsNorm, Rotary, SwiGlu, make_turn
 from chainlora.packing import Example, PackedBatch, pack
 from chainlora.speedups import accelerate_model, restore_model
 
@@ -212,7 +212,7 @@ def fixed(*shape: int) -> Tensor:
 @pytest.mark.parametrize(("function", "inputs"), [
     (RmsNorm, lambda: (leaf(3, 6), fixed(6), 1e-5)),
     (SwiGlu, lambda: (leaf(3, 6), leaf(3, 6))),
-    (Rotary, lambda: (leaf(3, 2, 6), fixed(3, 1, 6), fixed(3, 1, 6))),
+    (Rotary, lambda: (leaf(3, 2, 6), *make_turn(fixed(3, 6), fixed(3, 6)))),
     (MlpBlock, lambda: (leaf(3, 6), fixed(6), 1e-5, fixed(8, 6), fixed(8, 6), fixed(6, 8))),
 ])
 def test_gradients_against_differences(function: type[torch.autograd.Function],

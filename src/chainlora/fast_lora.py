@@ -109,12 +109,14 @@ class LoraFunction(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor,
                 scaling: float) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
-        down = flat @ a.to(x.dtype).T
+        ctx.factor_dtypes = a.dtype, b.dtype
+        a, b = a.to(x.dtype), b.to(x.dtype)  # copies if they are float32 masters: small, and kept for backward
+        down = flat @ a.T
         out = F.linear(flat, weight, bias)
-        out.addmm_(down, b.to(x.dtype).T, alpha=scaling)
+        out.addmm_(down, b.T, alpha=scaling)
         _, _, _, needs_a, needs_b, _ = ctx.needs_input_grad
         ctx.save_for_backward(flat if needs_a else None, weight, a, b, down if needs_b else None)
-        ctx.scaling, ctx.shape, ctx.dtype = scaling, x.shape, x.dtype
+        ctx.scaling, ctx.shape = scaling, x.shape
         return out.view(*x.shape[:-1], out.shape[-1])
 
     @staticmethod
@@ -125,12 +127,12 @@ class LoraFunction(torch.autograd.Function):
         grad = grads[0].reshape(-1, weight.shape[0])
         grad_x = grad_a = grad_b = None
         if needs_b:
-            grad_b = (grad.T @ down).to(b.dtype).mul_(ctx.scaling)
+            grad_b = (grad.T @ down).to(ctx.factor_dtypes[1]).mul_(ctx.scaling)
         if needs_x or needs_a:
-            up = (grad @ b.to(ctx.dtype)).mul_(ctx.scaling)
+            up = (grad @ b).mul_(ctx.scaling)
         if needs_a:
-            grad_a = (up.T @ flat).to(a.dtype)
+            grad_a = (up.T @ flat).to(ctx.factor_dtypes[0])
         if needs_x:
             grad_x = grad @ weight
-            grad_x = grad_x.addmm_(up, a.to(ctx.dtype)).view(ctx.shape)
+            grad_x = grad_x.addmm_(up, a).view(ctx.shape)
         return grad_x, None, None, grad_a, grad_b, None

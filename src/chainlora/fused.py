@@ -7,7 +7,7 @@ more. Tensors are rows: [T, width].
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -88,28 +88,35 @@ class MlpBlock(torch.autograd.Function):
         return _normalise_backward(grad, x, norm, inverse).add_(grads[0]), None, None, None, None, None
 
 
+class Turn(NamedTuple):
+    """Tables of a rotation, [T, 1, size]: ``out = x · cos + swapped(x) · sin``, and `back` for the gradient."""
+
+    cos: Tensor
+    sin: Tensor
+    back: Tensor
+
+
+def make_turn(cos: Tensor, sin: Tensor) -> Turn:
+    """Return the tables of a rotation from transformers' cos and sin [T, size], made once for all layers."""
+    half = sin.shape[-1] // 2
+    signed = torch.cat([-sin[..., :half], sin[..., half:]], -1)
+    return Turn(cos[:, None], signed[:, None], torch.roll(signed, half, -1)[:, None])
+
+
 class Rotary(torch.autograd.Function):
     """Rotate the halves of each head by position: ``x · cos + [−x₂, x₁] · sin`` (arXiv 2104.09864).
 
-    x [T, heads, size]; cos and sin [T, 1, size].
+    x [T, heads, size]; the tables of a `Turn`.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        ctx.save_for_backward(cos, sin)
-        half = x.shape[-1] // 2
-        out = x * cos
-        out[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-1)
-        out[..., half:].addcmul_(x[..., :half], sin[..., half:])
-        return out
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, back: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, back)
+        return torch.addcmul(x * cos, torch.roll(x, x.shape[-1] // 2, -1), sin)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        cos, sin = ctx.saved_tensors
+        cos, back = ctx.saved_tensors
         grad = grads[0]
-        half = grad.shape[-1] // 2
-        out = grad * cos
-        out[..., :half].addcmul_(grad[..., half:], sin[..., half:])
-        out[..., half:].addcmul_(grad[..., :half], sin[..., :half], value=-1)
-        return out, None, None
+        return torch.addcmul(grad * cos, torch.roll(grad, grad.shape[-1] // 2, -1), back), None, None, None

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from transformers.activations import SiLUActivation
 
 from .forward import Path, base_model, packed_implementation, probing
-from .fused import MlpBlock, RmsNorm, Rotary, SwiGlu
-from .packed_attention import LAYOUT, Layout, attend, make_layout
+from .fused import MlpBlock, RmsNorm, Rotary, SwiGlu, Turn, make_turn
+from .packed_attention import LAYOUT, Layout, Rows, attend, make_layout
 from .packing import Segment
 
 log = logging.getLogger(__name__)
@@ -37,6 +37,7 @@ _CHILDREN = {
 # more in float32.
 _LARGEST_DIFFERENCE = {torch.float64: 1e-5, torch.float32: 1e-4}
 _LARGEST_DIFFERENCE_TWO_BYTES = 3e-2
+_TURN = "turn"  # where a layout keeps the rotation's tables
 
 
 def accelerate_model(model: nn.Module, path: Path = Path.PACKED) -> int:
@@ -154,23 +155,35 @@ def _last_forward(layer: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) 
     layout, rotary = kwargs.get(LAYOUT), kwargs.get("position_embeddings")
     if layout is None or layout.rows is None or rotary is None or args or not _ready(layer, hidden_states):
         return _forward(layer, hidden_states, *args, **kwargs)
-    return _compute(layer, hidden_states[0], layout.rows.layout, rotary, layout.rows.index)[None]
+    return _compute(layer, hidden_states[0], layout, rotary, layout.rows)[None]
 
 
-def _compute(layer: Any, x: Tensor, layout: Layout, rotary: tuple[Tensor, Tensor], rows: Tensor | None) -> Tensor:
+def _compute(layer: Any, x: Tensor, layout: Layout, rotary: tuple[Tensor, Tensor], rows: Rows | None) -> Tensor:
     """Return the layer's output at `rows` (None: all), from x [T, d]."""
     attention, norm = layer.self_attn, layer.input_layernorm
-    cos, sin = (r[0][:, None] for r in rotary)
-    size = cos.shape[-1]
+    turn = _turn(layout, rotary)
+    size = turn.cos.shape[-1]
     normed = RmsNorm.apply(x, norm.weight, norm.variance_epsilon)
-    key = Rotary.apply(attention.k_proj(normed).unflatten(-1, (-1, size)), cos, sin)
+    key = Rotary.apply(attention.k_proj(normed).unflatten(-1, (-1, size)), *turn)
     value = attention.v_proj(normed).unflatten(-1, (-1, size))
     if rows is not None:
-        x, normed, cos, sin = (t.index_select(0, rows) for t in (x, normed, cos, sin))
-    query = Rotary.apply(attention.q_proj(normed).unflatten(-1, (-1, size)), cos, sin)
+        x, normed = x.index_select(0, rows.index), normed.index_select(0, rows.index)
+        turn = Turn(*(table.index_select(0, rows.index) for table in turn))
+        layout = rows.layout
+    query = Rotary.apply(attention.q_proj(normed).unflatten(-1, (-1, size)), *turn)
     dropout = getattr(attention, "attention_dropout", 0.0) if layer.training else 0.0
     mixed = attend(query, key, value, layout, attention.scaling, dropout)
     return _mlp(layer, x + attention.o_proj(mixed.flatten(-2)))
+
+
+def _turn(layout: Layout, rotary: tuple[Tensor, Tensor]) -> Turn:
+    """Return the rotation's tables, made by the first layer of a forward and kept with its layout for the others."""
+    cos, sin = rotary
+    made_from, turn = layout.plans.get(_TURN, (None, None))
+    if made_from is not cos:
+        turn = make_turn(cos[0], sin[0])
+        layout.plans[_TURN] = cos, turn
+    return turn
 
 
 def _mlp(layer: Any, x: Tensor) -> Tensor:
