@@ -110,8 +110,8 @@ class LoraFunction(torch.autograd.Function):
                 scaling: float) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
         ctx.factor_dtypes = a.dtype, b.dtype
-        # small copies, kept for backward: in the input's dtype, and the long side of both in rows. A float32 matmul with
-        # eight columns takes 2.5 times as long where those are not rows of the transpose.
+        # small copies, kept for backward: in the input's dtype, and the long side of both in rows. A float32 matmul
+        # with eight columns takes 2.5 times as long where those are not rows of the transpose.
         a, b_rows = a.to(x.dtype), b.T.to(x.dtype).contiguous()
         down = F.linear(flat, a)
         out = F.linear(flat, weight, bias)
