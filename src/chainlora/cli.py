@@ -17,7 +17,7 @@ from typing import Any
 import click
 
 from . import __version__
-from .cli_common import config_and_overrides, quiet
+from .cli_common import file_and_overrides, quiet
 from .cli_experiments import compare, experiment
 from .errors import ChainLoRAError, ConfigError, RunError
 
@@ -109,7 +109,7 @@ def train(arguments: tuple[str, ...], resume: bool, as_json: bool) -> None:
     """
     from .config import load_config
 
-    settings = load_config(*config_and_overrides(list(arguments)))
+    settings = load_config(*file_and_overrides(list(arguments)))
     if settings.output is None:
         raise ConfigError("`output` must name a directory for the run (got none); add it to the config or pass "
                           "--output")

@@ -20,18 +20,11 @@ def quiet() -> None:
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="chainlora: %(message)s")
 
 
-def overrides(arguments: list[str]) -> list[tuple[str, str]]:
-    """Read ``--key.sub VALUE`` and ``--key.sub=VALUE`` pairs."""
-    words, pairs = _split(arguments)
-    _refuse(words)
-    return pairs
-
-
-def config_and_overrides(arguments: list[str]) -> tuple[str, list[tuple[str, str]]]:
-    """Read the config file's name and ``--key.sub VALUE`` pairs, in whatever order they stand."""
+def file_and_overrides(arguments: list[str], name: str = "CONFIG") -> tuple[str, list[tuple[str, str]]]:
+    """Read a file's name and ``--key.sub VALUE`` or ``--key.sub=VALUE`` pairs, in whatever order they stand."""
     words, pairs = _split(arguments)
     if not words:
-        raise click.UsageError("Missing argument 'CONFIG'.")
+        raise click.UsageError(f"Missing argument '{name}'.")
     _refuse(words[1:])
     return words[0], pairs
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from .cli_common import overrides, quiet
+from .cli_common import file_and_overrides, quiet
 
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print exactly one JSON object on stdout.")
 _WORKERS = click.option(
@@ -21,7 +21,6 @@ _WORKERS = click.option(
 _BACKEND = click.option(
     "--backend", type=click.Choice(["local", "inline", "ray"]), default="local", show_default=True
 )
-_ANY_KEY = {"ignore_unknown_options": True, "allow_extra_args": True}
 
 
 @click.group()
@@ -29,8 +28,8 @@ def experiment() -> None:
     """Compare methods over tasks and seeds, and report with intervals and exact paired tests."""
 
 
-@experiment.command(name="run", context_settings=_ANY_KEY)
-@click.argument("file", type=click.Path())
+@experiment.command(name="run", context_settings={"ignore_unknown_options": True})
+@click.argument("arguments", metavar="FILE [--KEY.SUB VALUE]...", nargs=-1, type=click.UNPROCESSED)
 @click.option(
     "--output", required=True, type=click.Path(file_okay=False), help="Folder for cells and results."
 )
@@ -44,10 +43,8 @@ def experiment() -> None:
     help="A results.jsonl whose cells count as done, from another folder or machine. May be repeated.",
 )
 @_JSON
-@click.pass_context
 def run(
-    context: click.Context,
-    file: str,
+    arguments: tuple[str, ...],
     output: str,
     workers: int,
     backend: Any,
@@ -61,13 +58,14 @@ def run(
     """
     from .experiments import experiment_progress, run_experiment
 
+    file, keys = file_and_overrides(list(arguments), "FILE")
     quiet()
     outcome = run_experiment(
         file,
         output,
         workers=workers,
         backend=backend,
-        overrides=overrides(context.args),
+        overrides=keys,
         listener=experiment_progress(),
         max_cells=max_cells,
         reuse=reuse,

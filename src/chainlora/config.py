@@ -177,6 +177,9 @@ class DataConfig(_Frozen):
     def _check(self) -> DataConfig:
         if self.task is None and self.train is None and self.dir is None:
             raise ValueError("`data` must name a `task` or a `train` file (got neither); e.g. data: {train: my.jsonl}")
+        if self.shots and self.task is None:
+            raise ValueError(f"`data.shots` are demonstrations of a task (got {self.shots} for files without one); "
+                             "name a task, or leave it out")
         if self.task is not None and self.train is not None and self.dir is not None:
             raise ValueError("`data.dir` and `data.train` exclude each other (got both); keep one")
         return self

@@ -10,21 +10,22 @@ from .config import DataConfig
 from .data import encode_examples
 from .errors import ConfigError
 from .packing import Example
-from .tasks import Row, Task, explode_rows, load_rows, load_split, load_task, sample_splits
+from .tasks import REPORTED_OF_TEXT, Row, Task, explode_rows, load_rows, load_split, load_task, sample_splits
 
 SPLITS = ("train", "validation", "test")
 
 
 @dataclass(frozen=True)
 class Splits:
-    """Encoded rows by use. `loss` says what a step minimises, `metrics` what an evaluation reports, `metric` what
-    picks the best point; `stop` and `max_new_tokens` bound generated answers."""
+    """Encoded rows by use. `loss` says what a step minimises, `metrics` what an evaluation is asked for and `reported`
+    what it gives, `metric` what picks the best point; `stop` and `max_new_tokens` bound generated answers."""
 
     train: list[Example]
     validation: list[Example]
     test: list[Example]
     loss: Literal["candidates", "completion"]
     metrics: tuple[str, ...]
+    reported: tuple[str, ...]
     metric: str
     stop: str | None = None
     max_new_tokens: int = 50
@@ -45,8 +46,8 @@ def prepare_splits(data: DataConfig, tokenizer: Any, context: int) -> Splits:
             kept, tokenizer, task, max_length=limit, truncation=data.truncation, before=before,
             objective=task.loss if split == "train" else None, reserve=0 if split == "train" else _reserve(task),
         ) if kept else []
-    return Splits(encoded["train"], encoded["validation"], encoded["test"], task.loss, (task.metric,), task.metric,
-                  task.stop, task.max_new_tokens)
+    return Splits(encoded["train"], encoded["validation"], encoded["test"], task.loss, task.metrics, task.reported,
+                  task.metric, task.stop, task.max_new_tokens)
 
 
 def encode_split(task: Task, rows: list[Row], tokenizer: Any, context: int) -> list[Example]:
@@ -87,7 +88,8 @@ def _prepare_files(data: DataConfig, tokenizer: Any, limit: int) -> Splits:
         raise ConfigError("`data.dir` holds the rows of a task (got no `task`); name one, or give data.train: my.jsonl")
     encoded = {split: encode_examples(rows, tokenizer, data.format, max_length=limit, truncation=data.truncation)
                if rows else [] for split, rows in _file_rows(data).items()}
-    return Splits(encoded["train"], encoded["validation"], encoded["test"], "completion", ("loss",), "loss")
+    return Splits(encoded["train"], encoded["validation"], encoded["test"], "completion", ("loss",), REPORTED_OF_TEXT,
+                  "loss")
 
 
 def load_task_split(task: Task, data: str | None, split: str, limit: int | None) -> list[Row]:

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
-from .evaluate import evaluate, majority_rate, write_predictions
+from .evaluate import evaluate, write_predictions
 from .export import load_run
 from .forward import choose_path
+from .metrics import INDEX_METRICS, majority_rate
 from .models import context_length, load_model
 from .prepare import encode_split, load_task_split
 from .speedups import accelerate_model
@@ -48,7 +49,7 @@ def evaluate_task(
         model,
         examples,
         path=path,
-        metrics=task.metric,
+        metrics=task.metrics,
         tokenizer=tokenizer,
         stop=task.stop,
         max_new_tokens=task.max_new_tokens,
@@ -57,6 +58,6 @@ def evaluate_task(
     if predictions is not None:
         write_predictions(predictions, found)
     metrics = dict(found.metrics)
-    if task.loss == "candidates":
+    if task.metric in INDEX_METRICS:
         metrics["majority"] = majority_rate(examples)
     return {"task": task.name, "split": split, "rows": found.num_rows, "metrics": metrics}

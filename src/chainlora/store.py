@@ -302,8 +302,8 @@ def describe_link(link: Link) -> dict[str, Any]:
 
 
 def _science(config: RunConfig) -> dict[str, Any]:
-    """The part of a config that decides the weights: where it is written and who watches do not."""
-    tree = config.model_dump(exclude={"output": True})
+    """The part of a config that decides the weights: not where it is written, where rows of a task lie, who watches."""
+    tree = config.model_dump(exclude={"output": True, "data": {"dir"}})
     for key in ("trackers", "save_every"):
         tree["train"].pop(key)
     return tree

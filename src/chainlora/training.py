@@ -26,11 +26,11 @@ from .adapters import check_targets, set_extra, set_factors
 from .chain import Chain, add_link, extend_chain, live_link, tie_knot, tune_link
 from .config import LinkConfig, RunConfig
 from .errors import ConfigError, DivergedError, TrainingError
-from .evaluate import majority_rate
 from .fast_lora import accelerate_layers
 from .forward import Path, choose_path, hidden_states
 from .lanes import Lanes, count_lanes
 from .measures import hardware, num_trained, peak_memory_mb
+from .metrics import INDEX_METRICS, majority_rate
 from .models import context_length, load_model, resolve_model
 from .optimizers import full_optimizer, make_optimizer, prune_moments, set_learning_rate
 from .packing import PackedBatch
@@ -125,10 +125,9 @@ def _check(config: RunConfig, model: nn.Module, splits: Splits) -> None:
             check_targets(model, link)
     elif config.train.dtype != "float32":
         raise ConfigError("full fine-tuning needs dtype: float32 (got bfloat16, whose weights lose small updates)")
-    reported = {"loss", *splits.metrics} | ({"perplexity"} if splits.loss == "completion" else set())
     metric = config.train.select_metric
-    if metric is not None and metric not in reported:
-        raise ConfigError(f"`select_metric` must be one of {', '.join(sorted(reported))} here (got {metric!r})")
+    if metric is not None and metric not in splits.reported:
+        raise ConfigError(f"`select_metric` must be one of {', '.join(splits.reported)} here (got {metric!r})")
     if (config.train.keep_best or config.train.early_stop) and not splits.validation:
         raise ConfigError("`keep_best` and `early_stop` need validation rows (got none); give data.validation")
 
@@ -201,17 +200,22 @@ def _accelerate(run: Run) -> None:
 
 
 def _gradient_batches(run: Run, index: int) -> Callable[[], None]:
-    """The loss's gradient over the first batches the link will see, without an update."""
+    """The loss's gradient over the first batches the link will see, without an update; what it reads is recorded."""
 
     def backward() -> None:
+        tokens = 0
         _accelerate(run)  # a reused adapter has the fused layers already; a new one must give the same bits
         first = run.plan.first_step(index)
         training = run.chain.model.training
         run.chain.model.eval()
         for step in range(first, min(first + run.config.chain.init_batches, run.plan.num_steps)):
             for rows in run.plan.batches(step):
-                summed_loss(run, pack_rows(run, rows)).backward()
+                batch = pack_rows(run, rows)
+                summed_loss(run, batch).backward()
+                tokens += batch.num_tokens
         run.chain.model.train(training)
+        if run.progress.step == first:  # not where a killed run goes on inside the link
+            record(run, {"event": "gradient", "step": first, "link": index, "tokens": tokens})
 
     return backward
 
@@ -340,7 +344,7 @@ def _final_metrics(run: Run) -> dict[str, Any]:
         if examples:
             known = run.last_scored if name == "validation" else None
             metrics[name] = dict((known or score(run, examples)).metrics)
-            if run.splits.loss == "candidates":
+            if run.splits.metric in INDEX_METRICS:
                 metrics[name]["majority"] = majority_rate(examples)
     return metrics
 

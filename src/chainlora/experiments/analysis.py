@@ -21,11 +21,15 @@ from .statistics import Difference, compare_pairs, mean_sd
 Cell = Mapping[str, Any]
 Value = Callable[[Cell], float | None]
 OVERALL = "all tasks"
+_OF_WORDS = ("em", "token_f1")  # of one answer both are reported
 
 
 @dataclass(frozen=True)
 class Summary:
-    """A method on a task over its seeds, and its mean cost per run; `paper` is the paper's own score."""
+    """A method on a task over its seeds, and its mean cost per run.
+
+    `paper` is the paper's own score, with its sd where that is printed; `others` are means of further metrics.
+    """
 
     task: str
     method: str
@@ -36,6 +40,8 @@ class Summary:
     sd: float
     majority: float | None
     paper: float | None
+    paper_sd: float | None
+    others: dict[str, float]
     validation: float | None
     held_out_loss: float | None
     train_loss: float | None
@@ -51,28 +57,33 @@ class Summary:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A method against a rival on a task (or all of them together) by a value."""
+    """A method against a rival on a task (or all of them together) by a value, which is a `metric`."""
 
     task: str
     method: str
     rival: str
     value: str
+    metric: str
     difference: Difference
 
 
 def summarise_all(results: Results) -> list[Summary]:
     """Return one summary per task and method that has final cells, in the experiment's order."""
-    printed = paper_scores(results.experiment.get("paper"))
+    table = results.experiment.get("paper")
+    printed, spreads = paper_scores(table), paper_scores(table, "sd")
     found = []
     for task in results.experiment["tasks"]:
         for method in results.experiment["methods"]:
-            cells = [cell for cell in results.finals if cell["task"] == task and cell["method"] == method]
+            cells = _cells(results, task, method)
             if cells:
-                found.append(_summarise(task, method, cells, printed.get(method, {}).get(task)))
+                paper = (numbers.get(method, {}).get(task) for numbers in (printed, spreads))
+                found.append(_summarise(task, method, cells, *paper))
     return found
 
 
-def _summarise(task: str, method: str, cells: Sequence[Cell], paper: float | None) -> Summary:
+def _summarise(
+    task: str, method: str, cells: Sequence[Cell], paper: float | None, paper_sd: float | None
+) -> Summary:
     first = cells[0]
     mean, sd = mean_sd([shown_score(cell) for cell in cells])
     majority = first.get("majority")
@@ -87,6 +98,12 @@ def _summarise(task: str, method: str, cells: Sequence[Cell], paper: float | Non
         sd,
         None if majority is None else 100 * majority,
         paper,
+        paper_sd,
+        {
+            name: 100 * fmean(cell[cell["score_split"]][name] for cell in cells)
+            for name in _OF_WORDS
+            if name != first["metric"] and all(name in (cell.get(cell["score_split"]) or {}) for cell in cells)
+        },
         _mean([None if value is None else value * scale(first["metric"]) for value in validation]),
         _mean([held_out_loss(cell) for cell in cells]),
         _mean([cell["train_loss"] for cell in cells]),
@@ -107,6 +124,11 @@ def _mean(values: Sequence[float | None]) -> float | None:
 def scale(metric: str) -> float:
     """Return the factor between a metric and what is shown."""
     return 1.0 if metric in LOWER_IS_BETTER else 100.0
+
+
+def digits(metric: str) -> int:
+    """Return how many decimals a metric, or a difference of it, is shown with."""
+    return 4 if metric in LOWER_IS_BETTER else 2
 
 
 def shown_score(cell: Cell) -> float:
@@ -157,23 +179,38 @@ def _family(results: Results, name: str, value: Value) -> list[Comparison]:
             for method, rival in pairs
         }
     found = []
+    metrics = {cell["task"]: cell["metric"] for cell in results.finals}
     for family in (by_task, pooled):
         for key, difference in zip(family, compare_pairs(list(family.values())), strict=True):
             if difference is not None:
-                found.append(Comparison(*key, name, difference))
+                metric = metrics.get(key[0]) or next(iter(metrics.values()))
+                found.append(Comparison(*key, name, metric if value is oriented_score else "loss", difference))
     return found
 
 
 def _differences(results: Results, task: str, method: str, rival: str, value: Value) -> list[float]:
     one, other = (scores_by_seed(results, task, name, value) for name in (method, rival))
-    return [one[seed] - other[seed] for seed in sorted(one.keys() & other.keys())]
+    seeds = sorted(one.keys() & other.keys())
+    if all(_has_one_score(results, task, name) for name in (method, rival)):
+        seeds = seeds[:1]  # of two runs there is one difference, not one a seed
+    return [one[seed] - other[seed] for seed in seeds]
+
+
+def _cells(results: Results, task: str, method: str) -> list[dict[str, Any]]:
+    return [cell for cell in results.finals if cell["task"] == task and cell["method"] == method]
+
+
+def _has_one_score(results: Results, task: str, method: str) -> bool:
+    """Say whether a method scores the same under every seed: it trains nothing, and seeds draw no rows."""
+    cells = _cells(results, task, method)
+    by_training_alone = results.experiment.get("seed_keys", ["train.seed"]) == ["train.seed"]
+    return by_training_alone and bool(cells) and not cells[0]["ranks"]
 
 
 def scores_by_seed(results: Results, task: str, method: str, value: Value = shown_score) -> dict[int, float]:
     """Return a method's values on a task by seed; one that trains nothing has one value for all seeds."""
-    cells = [cell for cell in results.finals if cell["task"] == task and cell["method"] == method]
-    found = {cell["seed"]: number for cell in cells if (number := value(cell)) is not None}
-    if found and not cells[0]["ranks"] and len(found) == 1:
+    found = {cell["seed"]: number for cell in _cells(results, task, method) if (number := value(cell)) is not None}
+    if found and _has_one_score(results, task, method):
         found = dict.fromkeys(results.experiment["seeds"], next(iter(found.values())))
     return found
 
@@ -195,13 +232,13 @@ def _paper() -> dict[str, Any]:
     return parse_yaml((files(__package__) / "paper.yaml").read_text(encoding="utf-8"))
 
 
-def paper_scores(table: str | None) -> dict[str, dict[str, float]]:
-    """Return a table's scores in the paper, method → task → per cent. Raises ConfigError: no such table."""
+def paper_scores(table: str | None, key: str = "scores") -> dict[str, dict[str, float]]:
+    """Return a table's scores (or ``sd``) in the paper, method → task → per cent. Raises ConfigError: no such table."""
     if table is None:
         return {}
     if table not in _paper():
         raise ConfigError(f"unknown table of the paper {table!r}{nearest(table, _paper())}")
-    return _paper()[table]["scores"]
+    return dict(_paper()[table].get(key, {}))
 
 
 def paper_model(table: str | None) -> str:

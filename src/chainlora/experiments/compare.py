@@ -30,6 +30,9 @@ def compare(
     The config's `chain` says what the comparison fixes: its first rank is r, the sum of its epochs or steps
     the budget of every method; what else it sets (targets, dropout, …) all methods share.
 
+    Every method is scored at its end: `keep_best` and `early_stop` are left out, as they would let a method with more
+    points to look at choose among more.
+
     Args:
         config: the run config; `output` is not used.
         methods: names of presets; the first is the baseline unless `baseline` names one.
@@ -39,7 +42,8 @@ def compare(
         workers, backend, listener: as for `run_experiment`.
 
     Raises:
-        ConfigError: unknown method, a rate to choose without validation rows, a chain that trains nothing.
+        ConfigError: unknown method, no rows to score, a rate to choose without validation rows or without other rows
+            to score, a chain that trains nothing.
         RunError: cells failed (the report of the others is written first).
     """
     experiment = comparison(config, methods, seeds, learning_rates=learning_rates, baseline=baseline)
@@ -65,13 +69,16 @@ def comparison(
             "`compare` needs a chain that trains (got no epochs or steps); e.g. chain: {ranks: [8], "
             "epochs: [3]}"
         )
-    if learning_rates and not (config.data.validation or config.data.task):
-        raise ConfigError("learning rates are chosen on validation rows (got none); give data.validation")
+    if learning_rates and not config.data.task and not (config.data.validation and config.data.test):
+        missing = "validation" if not config.data.validation else "test"
+        raise ConfigError(f"learning rates are chosen on validation rows, and methods then scored on others (got no "
+                          f"data.{missing}); give data.validation and data.test")
+    train = {k: v for k, v in tree.get("train", {}).items() if k not in ("keep_best", "early_stop", "select_metric")}
     alpha = config.chain.alpha if isinstance(config.chain.alpha, float) else config.chain.alpha[0]
     base: dict[str, Any] = {
         "model": config.model,
         "data": tree["data"],
-        "train": tree.get("train", {}),
+        "train": train,
         "recipe": {"rank": config.chain.ranks[0], "epochs" if config.chain.epochs else "steps": sum(lengths)},
         "chain": {k: v for k, v in chain.items() if k not in ("ranks", "epochs", "steps")} | {"alpha": alpha},
     }

@@ -14,12 +14,13 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from pathlib import Path
 from typing import Any
 
 from ..config import RunConfig, make_config
 from ..errors import ConfigError
 from ..methods import apply_recipe, merge_trees
-from ..tasks import load_task
+from ..tasks import REPORTED_OF_TEXT, load_task
 from .schema import Experiment
 
 Point = tuple[tuple[str, Any], ...]
@@ -49,15 +50,27 @@ class Cell:
 def config_id(config: RunConfig) -> str:
     """Return twelve hex digits that name what a config computes.
 
-    Hashed are its values other than the defaults, so that a new key with a default renames no cell; paths and
-    watchers are left out.
+    Hashed are its values other than the defaults, so that a new key with a default renames no cell; places and watchers
+    are left out. A file named by the config (rows, a task of the user's own) counts by what is in it. Of a shipped task
+    only the name counts.
     """
     tree = config.model_dump(mode="json", exclude_defaults=True)
     tree.pop("output", None)
     tree["data"].pop("dir", None)
+    for key in ("task", "train", "validation", "test"):
+        path = Path(tree["data"].get(key) or "")
+        if path.is_file():
+            tree["data"][key] = _content(path, path.stat().st_mtime_ns)
     for key in ("save_every", "trackers"):
         tree.get("train", {}).pop(key, None)
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:12]
+
+
+@lru_cache(maxsize=256)
+def _content(path: Path, changed: int) -> str:
+    """Return a hash of a file as it was at the time `changed`."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def expand(experiment: Experiment, choices: Mapping[tuple[str, str], Point] | None = None) -> list[Cell]:
@@ -149,6 +162,13 @@ def _cell(
         raise ConfigError(f"task {task}, method {method}: {error}") from None
     if config.data.task is not None:
         _check_task(config.data.task)
+    if config.data.train is not None and not (config.data.validation or config.data.test):
+        raise ConfigError(f"task {task}: methods are compared on rows they do not train on (got none); give data.test "
+                          "or data.validation")
+    metric = experiment.tune.metric
+    reported = load_task(config.data.task).reported if config.data.task is not None else REPORTED_OF_TEXT
+    if phase == "tune" and metric is not None and metric not in reported:
+        raise ConfigError(f"task {task}: `tune.metric` must be one of {', '.join(reported)} (got {metric!r})")
     return Cell(task, method, seed, point, config, phase)
 
 

@@ -50,16 +50,12 @@ def draw_figures(
 
 def scores(results: Results, summaries: Sequence[Summary]) -> Any:
     """Return the score of every method on every task: dots for seeds, a bar for the mean."""
-    return _by_method(
-        results, summaries, [s.method for s in _of_task(summaries, summaries[0].task)], rotate=True
-    )
+    return _by_method(results, summaries, lambda summary: summary.method)
 
 
 def rank_step_down(results: Results, summaries: Sequence[Summary]) -> Any:
     """Return the paper's Figure 3: score by the ranks of the links."""
-    return _by_method(
-        results, summaries, [_ranks(s) for s in _of_task(summaries, summaries[0].task)], rotate=True
-    )
+    return _by_method(results, summaries, _ranks)
 
 
 def _ranks(summary: Summary) -> str:
@@ -67,7 +63,7 @@ def _ranks(summary: Summary) -> str:
     return f"LoRA {ranks}" if len(summary.ranks) == 1 else f"({ranks})"
 
 
-def _by_method(results: Results, summaries: Sequence[Summary], labels: Sequence[str], rotate: bool) -> Any:
+def _by_method(results: Results, summaries: Sequence[Summary], label: Callable[[Summary], str]) -> Any:
     tasks = list(dict.fromkeys(s.task for s in summaries))
     figure, axes = _panels(len(tasks))
     for axis, task in zip(axes, tasks, strict=True):
@@ -75,8 +71,7 @@ def _by_method(results: Results, summaries: Sequence[Summary], labels: Sequence[
         for place, summary in enumerate(own):
             _draw_method(axis, place, results, summary)
         _decorate(axis, task, own[0])
-        names = list(labels) if len(labels) == len(own) else [s.method for s in own]
-        axis.set_xticks(range(len(own)), names, rotation=60 if rotate else 0, ha="right", fontsize=8)
+        axis.set_xticks(range(len(own)), [label(s) for s in own], rotation=60, ha="right", fontsize=8)
     return figure
 
 
@@ -94,6 +89,9 @@ def chain_length(results: Results, summaries: Sequence[Summary]) -> Any:
     figure, axes = _panels(len(tasks))
     for axis, task in zip(axes, tasks, strict=True):
         own = [s for s in _of_task(summaries, task) if s.ranks]
+        if not own:
+            axis.remove()
+            continue
         kinds: dict[str, list[Summary]] = {}
         for summary in own:
             kinds.setdefault(_kind(results, summary), []).append(summary)
@@ -110,7 +108,7 @@ def chain_length(results: Results, summaries: Sequence[Summary]) -> Any:
         _decorate(axis, task, own[0])
         axis.set_xticks(sorted({len(s.ranks) for s in own}))
         axis.set_xlabel("links")
-    axes[0].legend(fontsize=7)
+        axis.legend(fontsize=7)
     return figure
 
 

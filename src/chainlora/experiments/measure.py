@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ def summarise(config: RunConfig, result: Mapping[str, Any], run: Path) -> dict[s
     """Return the fields of a cell (see `records.py`) from what `train` returned and wrote to `run`."""
     records = read_metrics(run)
     steps = [record for record in records if record["event"] == "step"]
+    start_tokens = _by_link([record for record in records if record["event"] == "gradient"], config)
     metrics = result["metrics"]
     split = "test" if "test" in metrics else "validation"
     metric = task_metric(config)
@@ -47,9 +48,10 @@ def summarise(config: RunConfig, result: Mapping[str, Any], run: Path) -> dict[s
         "majority": metrics.get(split, {}).get("majority"),
         "train_loss": last_loss(steps),
         "steps": result["steps"],
-        "tokens": result["tokens"],
+        "tokens": result["tokens"] + sum(start_tokens),
+        "start_tokens": sum(start_tokens),
         "rows": result.get("rows"),
-        **_costs(config, result, run, steps),
+        **_costs(config, result, run, steps, start_tokens),
         "wall_s": result["wall_s"],
         "peak_rss_mb": result["peak_memory_mb"],
         "ranks": list(config.chain.ranks),
@@ -109,17 +111,21 @@ def _link_steps(steps: list[dict[str, Any]], num_links: int) -> list[int]:
 
 
 def _costs(
-    config: RunConfig, result: Mapping[str, Any], run: Path, steps: list[dict[str, Any]]
+    config: RunConfig,
+    result: Mapping[str, Any],
+    run: Path,
+    steps: list[dict[str, Any]],
+    start_tokens: Sequence[int],
 ) -> dict[str, Any]:
-    """Return parameters trained and operations, counted and by the paper's rule; zeros without training."""
+    """Return parameters trained and operations, counted and by the paper's rule; zeros without training.
+
+    What a gradient start reads costs what as many tokens cost in training.
+    """
     if not steps:
         return {"trainable_parameters": 0, "flops": 0.0, "flops_6nd": 0.0}
     shapes = model_shapes(config.model, adapted_modules(run))
     full = config.chain.tune == "full"
-    tokens = [
-        float(sum(step["tokens"] for step in steps if step["link"] == link))
-        for link in range(len(config.chain.ranks))
-    ]
+    tokens = [float(a + b) for a, b in zip(_by_link(steps, config), start_tokens, strict=True)]
     context = _mean_context(config, steps)
     factors = config.chain.train_factors
     per_token = [
@@ -127,11 +133,20 @@ def _costs(
         for rank in config.chain.ranks
     ]
     flops = sum(n * each for n, each in zip(tokens, per_token, strict=True))
-    flops += _scored_positions(config, result, steps) * head_flops(shapes, trained=full)
-    trained = [
-        shapes.num_parameters if full else _trained(shapes, rank, factors) for rank in config.chain.ranks
-    ]
-    return {"trainable_parameters": max(trained), "flops": flops, "flops_6nd": paper_flops(trained, tokens)}
+    scored = _scored_positions(config, result, steps) * (1 + sum(start_tokens) / result["tokens"])
+    flops += scored * head_flops(shapes, trained=full)
+    counted = result["trainable_parameters"]  # what ranks do not tell (DoRA's magnitudes, biases) every link has alike
+    trained = [counted if full else _trained(shapes, rank, factors) for rank in config.chain.ranks]
+    trained = [n + counted - max(trained) for n in trained]
+    return {"trainable_parameters": counted, "flops": flops, "flops_6nd": paper_flops(trained, tokens)}
+
+
+def _by_link(records: Iterable[Mapping[str, Any]], config: RunConfig) -> list[int]:
+    """Sum the tokens of records by link."""
+    tokens = [0] * len(config.chain.ranks)
+    for record in records:
+        tokens[record["link"]] += record["tokens"]
+    return tokens
 
 
 def _trained(shapes: Shapes, rank: int, factors: str) -> int:

@@ -1,7 +1,7 @@
 """The same cells on a Ray cluster (extra `ray`): Ray schedules, a cell is computed as everywhere else.
 
-The driver sends a config and writes what comes back, so that no shared file system is needed; a cell that
-is lost is begun anew, not resumed.
+The driver sends a config and writes what comes back, so results need no shared file system; model and rows must be
+found on every node, under the same path or on the Hub. A cell that is lost is begun anew, not resumed.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ def run_on_ray(
 ) -> Iterator[tuple[Cell, str | None]]:
     """Hand cells to Ray, `workers` at a time; yield each with its error, or None, as it ends.
 
+    Each asks for an equal share of the cluster's cores and GPUs, of one GPU at most.
+
     Raises ConfigError: Ray is not installed.
     """
     try:
@@ -44,7 +46,12 @@ def run_on_ray(
         ) from None
     if not ray.is_initialized():
         ray.init(address=None, log_to_driver=False)
-    remote = ray.remote(max_retries=2)(compute_remotely)
+    cluster = ray.cluster_resources()
+    remote = ray.remote(
+        max_retries=2,
+        num_cpus=max(1, int(cluster.get("CPU", workers) // workers)),
+        num_gpus=min(1.0, cluster.get("GPU", 0) / workers),
+    )(compute_remotely)
     waiting, running = list(work), dict[Any, tuple[Cell, Path]]()
     while waiting or running:
         while waiting and len(running) < workers:

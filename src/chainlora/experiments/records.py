@@ -8,7 +8,8 @@
 A cell line has: `status` (done, diverged), `metric` and `score_split`; `validation`, `test` (metrics of the
 final
 model: score, loss, majority rate); `validation_best` (best value met at knots and evaluations);
-`train_loss` (mean over the last tenth of the steps); `steps`, `tokens`, `rows`; `flops` (counted) and
+`train_loss` (mean over the last tenth of the steps); `steps`, `tokens` (with `start_tokens`, those that gradient
+starts read), `rows`; `flops` (counted) and
 `flops_6nd`; `wall_s`, `peak_rss_mb`; `trainable_parameters`; `ranks`, `link_steps`, `link_scores`; `config`
 (values other than the defaults); `versions`, `hardware`.
 """
@@ -56,6 +57,7 @@ def experiment_line(experiment: Experiment) -> dict[str, Any]:
         "methods": {name: experiment.describe_method(name) for name in experiment.methods},
         "pairs": [list(pair) for pair in experiment.pairs],
         "seeds": list(experiment.seeds),
+        "seed_keys": list(experiment.seed_keys),
         "tuning_seeds": list(experiment.tuning_seeds),
         "grid": {k: list(v) for k, v in experiment.tune.grid.items()},
         "figures": list(experiment.figures),

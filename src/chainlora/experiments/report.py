@@ -14,11 +14,19 @@ from .analysis import (
     Summary,
     compare_all,
     compare_losses,
+    digits,
     missing_cells,
     summarise_all,
 )
 from .records import Results, read_results, write_atomically
-from .report_tables import choices_table, costs_table, differences_table, savings_table, scores_table
+from .report_tables import (
+    choices_table,
+    costs_table,
+    differences_table,
+    others_table,
+    savings_table,
+    scores_table,
+)
 from .statistics import LEVEL
 from .tables import Table, number, to_csv
 
@@ -36,8 +44,8 @@ class Report:
 def report_experiment(results: str | Path, out: str | Path | None = None, *, figures: bool = True) -> Report:
     """Make the report of a results file (or of the folder that holds ``results.jsonl``).
 
-    Writes ``report.md``, ``scores.csv``, ``differences.csv``, ``scores.tex``, ``differences.tex`` and the
-    figures into `out`; None is the results' own folder.
+    Writes ``report.md``, ``scores.csv``, ``differences.csv``, LaTeX of the same tables, held-out losses and costs, and
+    the figures into `out`; None is the results' own folder.
 
     Raises RunError: no such file, or one of another format version.
     """
@@ -49,6 +57,8 @@ def report_experiment(results: str | Path, out: str | Path | None = None, *, fig
     tables = {
         "scores": scores_table(found, summaries),
         "differences": differences_table(comparisons, "score"),
+        "losses": differences_table(losses, "held-out loss"),
+        "costs": costs_table(summaries),
     }
     drawn: list[Path] = []
     if figures:
@@ -56,7 +66,7 @@ def report_experiment(results: str | Path, out: str | Path | None = None, *, fig
 
         drawn = draw_figures(found, summaries, comparisons, folder)
     text = _markdown(found, summaries, comparisons, losses, tables, [path.name for path in drawn])
-    texts = {"report.md": text} | {f"{name}.tex": table.latex() for name, table in tables.items()}
+    texts = {"report.md": text} | {f"{name}.tex": table.latex() for name, table in tables.items() if table.rows}
     texts["scores.csv"] = to_csv([_flat(summary) for summary in summaries])
     texts["differences.csv"] = to_csv([_flat_comparison(each) for each in [*comparisons, *losses]])
     for name, content in texts.items():
@@ -78,9 +88,12 @@ def _markdown(
         tables["scores"].markdown(),
         tables["differences"].markdown(),
     ]
+    others = others_table(summaries)
+    if others is not None:
+        parts.append(others.markdown())
     if losses:
-        parts.append(differences_table(losses, "held-out loss").markdown())
-    parts += [_figure_links(figures), costs_table(summaries).markdown()]
+        parts.append(tables["losses"].markdown())
+    parts += [_figure_links(figures), tables["costs"].markdown()]
     saved = savings_table(results, summaries)
     if saved is not None:
         parts.append(saved.markdown())
@@ -118,9 +131,11 @@ def _how_chosen(results: Results) -> str:
             key for choice in results.choices for tried in choice["tried"] for key in tried["point"]
         )
     )
+    themselves = {cell["task"] for cell in results.finals if cell["score_split"] == "validation"}
+    warning = f" **The scores of {', '.join(sorted(themselves))} are of these same rows.**" if themselves else ""
     return (
         f"Chosen on validation rows for each task and method apart, never on test rows: {keys} "
-        f"(tuning seeds: {seeds})."
+        f"(tuning seeds: {seeds}).{warning}"
     )
 
 
@@ -145,14 +160,14 @@ def _verdicts(comparisons: Sequence[Comparison]) -> str:
 
 def sentence(comparison: Comparison, place: str) -> str:
     """Return a comparison in words, with its interval and p-value."""
-    d = comparison.difference
+    d, places = comparison.difference, digits(comparison.metric)
     words = {"wins": "is better than", "loses": "is worse than", "undecided": "cannot be told apart from"}[
         d.verdict
     ]
     return (
-        f"{comparison.method} {words} {comparison.rival} {place}: {number(d.mean, sign=True)} "
-        f"(95 % interval {number(d.low, sign=True)} to {number(d.high, sign=True)}, {d.num_pairs} pairs, "
-        f"exact p = {d.p:.3g}, Holm {d.p_holm:.3g})"
+        f"{comparison.method} {words} {comparison.rival} {place}: {number(d.mean, places, sign=True)} "
+        f"(95 % interval {number(d.low, places, sign=True)} to {number(d.high, places, sign=True)}, "
+        f"{d.num_pairs} pairs, exact p = {d.p:.3g}, Holm {d.p_holm:.3g})"
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from .analysis import Comparison, Summary, paper_model, paper_savings
+from .analysis import Comparison, Summary, digits, paper_model, paper_savings
 from .records import Results
 from .tables import Table, big, number
 
@@ -23,11 +23,27 @@ def scores_table(results: Results, summaries: Sequence[Summary]) -> Table:
         rows.append(("majority class", *(number(value) for value in majority)))
     paper = results.experiment.get("paper")
     for method in results.experiment["methods"]:
-        printed = [by[task, method].paper if (task, method) in by else None for task in tasks]
-        if any(value is not None for value in printed):
-            rows.append((f"paper: {method} ({paper_model(paper)})", *(number(value) for value in printed)))
+        own = [by.get((task, method)) for task in tasks]
+        if any(summary is not None and summary.paper is not None for summary in own):
+            rows.append((f"paper: {method} ({paper_model(paper)})", *(_printed(summary) for summary in own)))
     heads = ("method", *(f"{task} ({_metric(summaries, task)})" for task in tasks))
     return Table("Scores", heads, tuple(rows), "Mean ± standard deviation over seeds (number of seeds).")
+
+
+def others_table(summaries: Sequence[Summary]) -> Table | None:
+    """Return the means of further metrics (exact match beside F1); None where there are none."""
+    rows = tuple(
+        (f"{s.task} {s.method}", name, number(value), str(s.num_seeds))
+        for s in summaries
+        for name, value in s.others.items()
+    )
+    return Table("Further metrics", ("task and method", "metric", "mean", "n"), rows) if rows else None
+
+
+def _printed(summary: Summary | None) -> str:
+    if summary is None or summary.paper is None:
+        return "–"
+    return number(summary.paper) + (f" ± {number(summary.paper_sd)}" if summary.paper_sd is not None else "")
 
 
 def _metric(summaries: Sequence[Summary], task: str) -> str:
@@ -39,29 +55,28 @@ def _metric(summaries: Sequence[Summary], task: str) -> str:
 def _score(summary: Summary | None) -> str:
     if summary is None:
         return "–"
-    digits = 4 if summary.metric == "loss" else 2
-    spread = f" ± {number(summary.sd, digits)}" if summary.num_seeds > 1 else ""
-    return f"{number(summary.mean, digits)}{spread} ({summary.num_seeds})"
+    places = digits(summary.metric)
+    spread = f" ± {number(summary.sd, places)}" if summary.num_seeds > 1 else ""
+    return f"{number(summary.mean, places)}{spread} ({summary.num_seeds})"
 
 
 def differences_table(comparisons: Sequence[Comparison], value: str) -> Table:
     """Return the paired differences with intervals, tests and verdicts."""
-    digits = 2 if value == "score" else 4
     rows = tuple(
         (
             c.task,
             f"{c.method} − {c.rival}",
             str(d.num_pairs),
-            number(d.mean, digits, sign=True),
-            number(d.sd, digits),
-            f"{number(d.low, digits, sign=True)} to {number(d.high, digits, sign=True)}",
+            number(d.mean, places, sign=True),
+            number(d.sd, places),
+            f"{number(d.low, places, sign=True)} to {number(d.high, places, sign=True)}",
             f"{d.p:.3g}",
             f"{d.p_holm:.3g}",
             f"{d.smallest_p:.2g}",
             d.verdict,
         )
         for c in comparisons
-        for d in [c.difference]
+        for d, places in [(c.difference, digits(c.metric))]
     )
     heads = ("task", "pair", "n", "difference", "sd", "95 % interval", "p", "Holm p", "smallest p", "verdict")
     note = (
@@ -87,7 +102,7 @@ def costs_table(summaries: Sequence[Summary]) -> Table:
             number(s.peak_rss_mb, 0),
             number(s.train_loss, 4),
             number(s.held_out_loss, 4),
-            number(s.validation),
+            number(s.validation, digits(s.metric)),
         )
         for s in summaries
     )
@@ -106,6 +121,7 @@ def costs_table(summaries: Sequence[Summary]) -> Table:
     )
     note = (
         "Means per run. Trained: parameters of the largest link. FLOPs: counted, forward and backward."
+        " Tokens and FLOPs include what gradient starts read beside the steps."
         " 6·N·D: the paper's rule, N the parameters trained. Train loss: over the last tenth of the steps."
     )
     return Table("Cost", heads, rows, note)

@@ -26,7 +26,7 @@ from .cells import CONFIG, ERROR, RESULT, STATUS
 from .choice import Trial, choose, chosen_points
 from .execution import executor
 from .expansion import Cell, Point, expand, expand_tuning, points
-from .records import cell_line, experiment_line, read_results, result_of, write_atomically, write_results
+from .records import FORMAT, cell_line, experiment_line, read_results, result_of, write_atomically, write_results
 from .schema import Experiment, load_experiment
 
 logger = logging.getLogger(__name__)
@@ -147,6 +147,14 @@ def _one_each(cells: Sequence[Cell]) -> list[Cell]:
     return list({cell.id: cell for cell in reversed(cells)}.values())[::-1]
 
 
+def _read_result(path: Path) -> dict[str, Any]:
+    result = json.loads(path.read_text(encoding="utf-8"))
+    if result.get("format") != FORMAT:
+        raise RunError(f"results must be of format {FORMAT} (got {result.get('format')!r} in {path}); delete that "
+                       "folder to compute the cell again")
+    return dict(result)
+
+
 class _Session:
     """One call of the runner: where things are, what failed, whom to tell."""
 
@@ -168,7 +176,7 @@ class _Session:
 
     def result(self, cell: Cell) -> dict[str, Any]:
         if cell.id not in self._results:
-            self._results[cell.id] = json.loads((self.directory(cell) / RESULT).read_text(encoding="utf-8"))
+            self._results[cell.id] = _read_result(self.directory(cell) / RESULT)
         return self._results[cell.id]
 
     def prepare(self, cell: Cell) -> Path:
@@ -184,16 +192,12 @@ class _Session:
         return self._tuning
 
     def choices(self) -> list[dict[str, Any]]:
-        """Choose from the tuning cells; a (task, method) chooses once none of its cells is outstanding."""
+        """Choose from the tuning cells; a (task, method) chooses once all of its cells are done, none failed."""
         cells = self.tuning_cells()
-        waiting = {
-            (cell.task, cell.method)
-            for cell in cells
-            if not self.is_done(cell) and str(cell) not in self.failed
-        }
+        waiting = {(cell.task, cell.method) for cell in cells if not self.is_done(cell)}
         trials = []
         for cell in cells:
-            if (cell.task, cell.method) in waiting or not self.is_done(cell):
+            if (cell.task, cell.method) in waiting:
                 continue
             result = self.result(cell)
             metrics = result["validation"] if result["status"] == "done" else None

@@ -17,6 +17,9 @@ from ..wording import problems
 from .rendering import Rendered, check_expression, check_template, render
 
 Metric = Literal["accuracy", "f1", "em", "token_f1", "loss"]
+_OF_WORDS = ("em", "token_f1")
+REPORTED_OF_TEXT = ("loss", "perplexity")
+"""What an evaluation reports of rows that have neither candidates nor gold answers."""
 _TEMPLATES = ("prompt", "completion", "candidate")
 _EXPRESSIONS = ("label", "candidates", "references")
 
@@ -95,6 +98,18 @@ class Task(_Frozen):
     files: dict[str, tuple[str, ...]] = {}
     sampling: Sampling = Sampling()
     explode: Explode | None = None
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """The metrics of an evaluation, the task's own first; words are compared both ways."""
+        return (self.metric, *(name for name in _OF_WORDS if self.metric in _OF_WORDS and name != self.metric))
+
+    @property
+    def reported(self) -> tuple[str, ...]:
+        """Every metric an evaluation reports, the task's own first: a loss wherever answers are scored, not written."""
+        if self.completion is None:
+            return (*self.metrics, "loss")
+        return self.metrics if self.metric in _OF_WORDS else REPORTED_OF_TEXT
 
     @field_validator("labels", mode="before")
     @classmethod
