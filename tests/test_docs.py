@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import re
 import runpy
 import shlex
+import shutil
 import sys
 from pathlib import Path
 from typing import Any, get_args
@@ -22,6 +24,7 @@ import chainlora
 from chainlora import config as config_module
 from chainlora.cli import cli, run
 from chainlora.config import parse_yaml
+from chainlora.experiments import expand, load_experiment
 
 ROOT = Path(__file__).resolve().parents[1]
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -231,6 +234,32 @@ def test_the_numbers_of_the_first_decision():
     assert len(said) == len(found)
     # a quarter of the weights: the shares move by a percentage point or two
     assert all(abs(one - other) <= 2 for one, other in zip(said, found, strict=True))
+
+
+PAPER = ROOT / "benchmarks/paper"
+
+
+@pytest.mark.parametrize("file", sorted(PAPER.glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_measured_experiment_expands_without_data_or_model(file, monkeypatch, tmp_path):
+    """Those of experiments/ are held to the same and more by test_experiments."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CHAINLORA_CACHE", str(tmp_path / "cache"))
+    experiment = load_experiment(file)
+    assert experiment.name == file.stem
+    cells = expand(experiment)
+    assert {(cell.task, cell.method) for cell in cells} == set(itertools.product(experiment.tasks, experiment.methods))
+    for task in experiment.tasks:  # equal epochs or steps for all that train
+        chains = [cell.config.chain for cell in cells if cell.task == task and cell.config.chain.ranks]
+        assert len({sum(chain.epochs or chain.steps) for chain in chains}) == 1
+    assert list(tmp_path.iterdir()) == []
+    assert f"| `{file.stem}` |" in (PAPER / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("results", sorted(PAPER.glob("*/results.jsonl")), ids=lambda path: path.parent.name)
+def test_a_committed_report_is_what_its_results_give(results, tmp_path, capsys):
+    copy = shutil.copy(results, tmp_path)
+    assert run(["experiment", "report", copy]) == 0, capsys.readouterr().err
+    assert (tmp_path / "report.md").read_bytes() == results.with_name("report.md").read_bytes()
 
 
 def test_the_changelog_knows_the_version():

@@ -10,6 +10,7 @@ import pytest
 from conftest import tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
+from test_training import assert_trains_as_peft
 
 from chainlora.config import make_config
 from chainlora.errors import ConfigError
@@ -112,8 +113,8 @@ def test_what_cannot_work_is_refused_in_one_line():
         load_method("rslorra")
 
 
-@pytest.mark.parametrize("name", list_methods())
-def test_each_method_runs(name, tiny_folder, sentiment):
+def small_run(method: str, tiny_folder, sentiment, **keys):
+    """The config of a preset on rows that are learnt in a few steps."""
     tree = merge_trees(
         {
             "model": str(tiny_folder),
@@ -126,13 +127,24 @@ def test_each_method_runs(name, tiny_folder, sentiment):
             "chain": {"target_modules": ["q_proj", "v_proj"]},
             "train": {"lr": 1e-3, "batch_size": 8},
         },
-        load_method(name).keys,
+        load_method(method).keys,
+        keys,
     )
-    config = make_config(apply_recipe(tree))
+    return make_config(apply_recipe(tree))
+
+
+@pytest.mark.parametrize("name", list_methods())
+def test_each_method_runs(name, tiny_folder, sentiment):
+    config = small_run(name, tiny_folder, sentiment)
     result = train(config)
     assert result["steps"] == (6 if config.chain.ranks else 0)
     assert 0 <= result["metrics"]["validation"]["accuracy"] <= 1
     assert len(result["links"]) == (0 if config.chain.tune == "full" else len(config.chain.ranks))
+
+
+def test_the_preset_lora_trains_as_peft_in_a_plain_loop(tiny_folder, sentiment, tmp_path):
+    config = small_run("lora", tiny_folder, sentiment, output=str(tmp_path / "run"), train={"max_grad_norm": 0.1})
+    assert_trains_as_peft(config)  # gradients of norm 0.24 to 0.52: every one is clipped
 
 
 def test_rac_lora_trains_one_factor_and_lora_plus_has_two_rates():

@@ -81,7 +81,8 @@ def test_every_error_on_purpose_is_of_one_tree():
 
     kinds = [kind for _, kind in inspect.getmembers(errors, inspect.isclass) if issubclass(kind, Exception)]
     assert {kind.__name__ for kind in kinds} == {
-        "ChainLoRAError", "ConfigError", "DataError", "ModelError", "ChainError", "RunError", "TrainingError"}
+        "ChainLoRAError", "ConfigError", "DataError", "ModelError", "ChainError", "RunError", "TrainingError",
+        "DivergedError"}
     assert all(issubclass(kind, chainlora.ChainLoRAError) for kind in kinds)
     assert all(kind.__name__ in (errors.__doc__ or "") for kind in kinds)  # the tree is drawn there
 

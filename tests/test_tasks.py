@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from chainlora.data import encode_examples
 from chainlora.errors import ConfigError, DataError
 from chainlora.tasks import (
     explode_rows,
@@ -165,30 +166,22 @@ HUB_ROWS = {
     },
 }
 
-# Rows by split and validation majority rate, counted in the files themselves.
-COUNTS = {
-    "sst2": ((67349, 872), 0.5092),
-    "rte": ((2490, 277), 0.5271),
-    "cb": ((250, 56), 0.5),
-    "wsc": ((554, 104), 0.6346),
-    "wic": ((5428, 638), 0.5),
-    "multirc": ((27243, 4848), 0.5720),
-    "copa": ((400, 100), 0.55),
-}
+PAGE = (Path(__file__).parents[1] / "docs" / "tasks.md").read_text(encoding="utf-8")
+READS, ROWS = "| task | prompt | candidates", "| task | train | validation"  # its two tables
 
-# train, validation, test of the protocol.
-SAMPLES = {
-    "sst2": (1000, 500, 872),
-    "rte": (1000, 500, 277),
-    "cb": (150, 100, 56),
-    "boolq": (1000, 500, 1000),
-    "wsc": (54, 500, 104),
-    "wic": (1000, 500, 638),
-    "multirc": (1000, 500, 1000),
-    "copa": (300, 100, 100),
-    "gsm8k": (1000, 500, 1000),
-    "dialogsum": (400, 100, 500),
-}
+
+def page_table(header: str) -> dict[str, list[str]]:
+    """Task → cells of the page's table that begins so."""
+    table = PAGE[PAGE.index(header) :].split("\n\n")[0]
+    rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in table.splitlines()[2:]]
+    assert len({name for name, *_ in rows}) == len(rows)
+    return {name: cells for name, *cells in rows}
+
+
+def shown(text: str) -> str:
+    """A text as the page shows it: line breaks as ⏎, a blank at the beginning as ␣."""
+    text = f"␣{text[1:]}" if text.startswith(" ") else text
+    return "`" + text.replace("\n", "⏎") + "`"
 
 
 def write_rows(path: Path, rows: list[dict]) -> Path:
@@ -230,8 +223,36 @@ def test_prompts_are_those_of_the_protocol_to_the_letter(name):
         assert (shown.candidates, shown.label, shown.completion) == (options, right, options[right])
 
 
-def test_every_shipped_task_has_a_prompt_test():
-    assert sorted(PROMPTS) == list_tasks()
+def test_the_page_shows_what_a_model_reads_of_every_task():
+    page = page_table(READS)
+    assert sorted(page) == sorted(PROMPTS) == list_tasks()
+    for name, (row, *_) in PROMPTS.items():
+        task = load_task(name)
+        read = task.render(row)
+        answers = list(map(shown, read.candidates or (read.completion,)))
+        if task.labels is not None:  # each with the first value that means it
+            values = [next(value for value, of in task.labels.items() if of == word) for word in task.label_words]
+            answers = [f"{word} {str(value).lower()}" for word, value in zip(answers, values, strict=True)]
+        assert page[name][:2] == [shown(read.prompt), ", ".join(answers)], name
+
+
+@pytest.mark.parametrize("name", list(PROMPTS))
+def test_the_page_names_the_tokens_that_smollm2_scores(name, smollm2_tokenizer):
+    task, (row, prompt, *_) = load_task(name), PROMPTS[name]
+    cell = page_table(READS)[name][2]
+    if task.completion is not None:
+        assert cell == {"loss": "free text: held-out loss", "token_f1": "free text: generated to the ⏎"}[task.metric]
+        assert task.stop == (None if task.metric == "loss" else "\n")
+        return
+    (example,) = encode_examples([row], smollm2_tokenizer, task, objective="candidates")
+    scored = [list(ids[begin:end]) for ids, ((begin, end),) in zip(example.sequences, example.scored, strict=True)]
+    # where they begin, by the tokenizer alone: no token melts prompt and candidate into one
+    read = smollm2_tokenizer(prompt)["input_ids"]
+    for candidate, tokens in zip(task.render(row).candidates, scored, strict=True):
+        assert smollm2_tokenizer(prompt + candidate)["input_ids"] == read + tokens
+    alone = all(len(tokens) == 1 for tokens in scored)
+    assert cell == " · ".join(str(tokens[0] if alone else tokens) for tokens in scored)
+    assert alone == (task.labels is not None)  # so one pass scores all labels of a row
 
 
 @pytest.mark.parametrize("name", list(HUB_ROWS))
@@ -474,35 +495,46 @@ def test_an_unknown_sampling_rule_is_refused(tmp_path):
         sample_splits(load_task("rte"), tmp_path, sampling="random")
 
 
-@pytest.mark.parametrize("name", list(COUNTS))
-def test_rows_and_majority_rate_of_the_real_splits(name, shared_data):
-    task, (counts, rate) = load_task(name), COUNTS[name]
-    splits = [load_split(task, shared_data, split) for split in ("train", "validation")]
-    assert tuple(map(len, splits)) == counts
-    assert majority_rate(task, splits[1]) == pytest.approx(rate, abs=5e-5)  # printed to four digits
-
-
-def test_real_boolq_has_only_validation(shared_data):
-    task = load_task("boolq")
-    rows = load_split(task, shared_data / "boolq", "validation")
-    assert len(rows) == 3270
-    assert majority_rate(task, rows) == pytest.approx(0.6217, abs=5e-5)
-    with pytest.raises(DataError, match="'train' rows"):
-        load_split(task, shared_data / "boolq", "train")
-
-
-@pytest.mark.parametrize("name", list(SAMPLES))
-def test_samples_of_the_real_data(name, shared_data):
+@pytest.mark.parametrize("name", list(PROMPTS))
+def test_the_page_counts_the_real_rows_and_their_commonest_label(name, shared_data):
     task = load_task(name)
+    for split, cell in zip(("train", "validation", "test"), page_table(ROWS)[name], strict=False):
+        if cell in ("Hub", "–"):  # not at hand, or no such rows anywhere
+            assert task.hub is not None
+            with pytest.raises(DataError, match=f"'{split}' rows"):
+                load_split(task, shared_data, split)
+            continue
+        rows = load_split(task, shared_data, split)
+        rate = majority_rate(task, rows)
+        assert cell == f"{len(rows):,}" + ("" if rate is None else f" ({100 * rate:.2f})")
+
+
+@pytest.mark.parametrize("name", list(PROMPTS))
+def test_the_page_says_how_many_rows_a_run_draws(name, shared_data):
+    task, cell = load_task(name), page_table(ROWS)[name][3]
+    if cell == "Hub":
+        with pytest.raises(DataError):
+            sample_splits(task, shared_data)
+        return
     drawn = sample_splits(task, shared_data)
-    assert tuple(map(len, drawn.values())) == SAMPLES[name]
+    counts = [" · ".join(str(len(rows)) for rows in drawn.values())]
+    if task.sampling.validation.saner is not None:
+        saner = sample_splits(task, shared_data, sampling="saner")
+        counts.append("saner " + " · ".join(str(len(rows)) for rows in saner.values()))
+    assert cell == "; ".join(counts)
     for position, row in enumerate(drawn["train"]):
         task.render(row, position)
 
 
-def test_the_saner_split_leaves_wsc_450_rows(shared_data):
-    drawn = sample_splits(load_task("wsc"), shared_data, sampling="saner")
-    assert tuple(map(len, drawn.values())) == (450, 104, 104)
+def test_what_the_page_says_of_odd_wsc_rows(shared_data):
+    task = load_task("wsc")
+    rows = [row for split in ("train", "validation") for row in load_split(task, shared_data, split)]
+    ending = [row for row in rows if row["text"].endswith(" ")]
+    broken = [row for row in rows if "\n" in row["target"]["span1_text"] + row["target"]["span2_text"]]
+    assert (len(ending), len(broken)) == (3, 2)
+    assert "Three WSC texts end in a blank, and two rows have a line break in a span; both stay" in PAGE
+    assert all(row["text"] + "\nIn the previous" in task.render(row).prompt for row in ending)
+    assert all(f"refer to {row['target']['span1_text']}?" in task.render(row).prompt for row in broken)
 
 
 # --- task files ---------------------------------------------------------------------------------------------

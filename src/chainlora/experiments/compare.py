@@ -69,7 +69,7 @@ def comparison(
             "`compare` needs a chain that trains (got no epochs or steps); e.g. chain: {ranks: [8], "
             "epochs: [3]}"
         )
-    if learning_rates and not config.data.task and not (config.data.validation and config.data.test):
+    if learning_rates and config.data.train is not None and not (config.data.validation and config.data.test):
         missing = "validation" if not config.data.validation else "test"
         raise ConfigError(f"learning rates are chosen on validation rows, and methods then scored on others (got no "
                           f"data.{missing}); give data.validation and data.test")
