@@ -534,7 +534,7 @@ def test_an_experiment_from_the_command_line(chainlora, tiny_folder, sentiment, 
     file, out = tmp_path / "experiment.yaml", tmp_path / "out"
     file.write_text(yaml.safe_dump({
         "name": "small",
-        "base": {"model": str(tiny_folder), "recipe": {"rank": 2, "steps": 3}, "data": {},
+        "base": {"model": str(tiny_folder), "recipe": {"rank": 2, "steps": 3}, "data": {"num_validation": 8},
                  "chain": {"target_modules": ["q_proj"]}, "train": {"batch_size": 8}},
         "tasks": {"mood": {"data": {"task": str(sentiment / "task.yaml"), "dir": str(sentiment)}},
                   "rte": {"data": {"dir": str(tmp_path / "nowhere")}}},
