@@ -547,7 +547,8 @@ def test_an_experiment_from_the_command_line(chainlora, tiny_folder, sentiment, 
     assert "mood chain3 seed=0: accuracy " in outcome.err
     last = outcome.err.splitlines()[-1]
     assert last.startswith("chainlora: error: every cell must end (got 2 of 4 failed, first rte lora seed=0: ")
-    found = chainlora(*run, "--tasks", f"{{mood: {{data: {{task: {sentiment}/task.yaml, dir: {sentiment}}}}}}}", "--json")
+    mood = f"{{mood: {{data: {{task: {sentiment}/task.yaml, dir: {sentiment}}}}}}}"
+    found = chainlora(*run, "--tasks", mood, "--json")
     assert found.json["run"] == 0  # what was done is not done again
     report = chainlora("experiment", "report", out)
     assert report.status == 0
@@ -555,8 +556,9 @@ def test_an_experiment_from_the_command_line(chainlora, tiny_folder, sentiment, 
     assert "| mood | chain3 − lora | 1 |" in report.out
     files = chainlora("experiment", "report", out, "--output", tmp_path / "report", "--json").json["files"]
     assert {"report.md", "scores.png", "scores.tex"} <= {Path(name).name for name in files}
-    chainlora("experiment", "run", file, "--output", out, "--methods", "[lara]").refused("'lara'", "did you mean 'lora'")
-    chainlora("experiment", "run", file, "--output", out, "--taks", "[rte]").refused("taks", "did you mean 'tasks'")
+    again = ("experiment", "run", file, "--output", out)
+    chainlora(*again, "--methods", "[lara]").refused("'lara'", "did you mean 'lora'")
+    chainlora(*again, "--taks", "[rte]").refused("taks", "did you mean 'tasks'")
     chainlora("experiment", "report", tmp_path).refused("results file must be readable")
     assert chainlora("experiment", "run", "--output", out).status == 2
 
