@@ -55,6 +55,7 @@ def config(*overrides: tuple[str, str]) -> RunConfig:
     ("train.seed", "-1", "`train.seed` must be at least 0 (got -1)"),
     ("train.betas", "[0.9, 1]", "`train.betas` must be below 1.0 (got 1 at position 1)"),
     ("train.keep_best", "true", "`early_stop` and `keep_best` need validation rows (got none); give data.validation"),
+    ("data.shots", "2", "`data.shots` are demonstrations of a task (got 2 for files without one); name a task"),
     ("data.train", "null", "`data` must name a `task` or a `train` file (got neither); e.g. data: {train: my.jsonl}"),
 ])
 def test_what_is_wrong_is_said_with_rule_value_and_remedy(key, value, message):

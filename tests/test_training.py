@@ -461,3 +461,14 @@ def test_pruned_moments_keep_the_largest_hundredth():
     pruned = prune_moments({"0.exp_avg": moment, "0.step": torch.tensor(7.0)}, 0.99)
     assert sorted(pruned["0.exp_avg"][pruned["0.exp_avg"] != 0].tolist()) == [199.0, 200.0]
     assert pruned["0.step"] == 7
+
+
+def test_a_task_taught_by_the_right_candidate_alone_has_a_majority_too(tiny_folder, sentiment, tmp_path):
+    """As COPA: the loss is teacher forcing, the score is accuracy, and always one answer is a rival all the same."""
+    text = (sentiment / "task.yaml").read_text().replace("loss: candidates", "loss: completion")
+    (tmp_path / "taught.yaml").write_text(text)
+    keys = {"data": {"task": str(tmp_path / "taught.yaml")}, "chain": {"ranks": [2], "steps": [1]}}
+    metrics = train(make_config(settings(tiny_folder, sentiment, **keys)))["metrics"]["validation"]
+    labels = [json.loads(line)["label"] for line in (sentiment / "validation.jsonl").read_text().splitlines()]
+    assert metrics["majority"] == max(labels.count(0), labels.count(1)) / len(labels)
+    assert metrics.keys() == {"accuracy", "loss", "majority"}
