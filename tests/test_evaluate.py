@@ -16,11 +16,11 @@ from reference_scorer import reference_predictions, reference_scores, reference_
 
 from chainlora.data import NamedExample
 from chainlora.errors import ConfigError, DataError, ModelError
-from chainlora.evaluate import evaluate, majority_rate, write_predictions
+from chainlora.evaluate import evaluate, write_predictions
 from chainlora.forward import Path
 from chainlora.generation import generate_greedy
 from chainlora.likelihood import evaluation_batches, score_examples
-from chainlora.metrics import token_f1
+from chainlora.metrics import majority_rate, token_f1
 from chainlora.packing import Example, pack
 
 # Float32 log-probabilities near -5 carry rounding of about 5e-7; summing in another order over a few layers

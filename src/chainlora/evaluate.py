@@ -21,10 +21,10 @@ from .errors import ConfigError, DataError
 from .forward import Path, causal_model
 from .generation import generate_greedy
 from .likelihood import Progress, evaluating, score_examples
-from .metrics import INDEX_METRICS, LOSS_METRICS, TEXT_METRICS, check_metrics, majority_rate, perplexity
+from .metrics import INDEX_METRICS, LOSS_METRICS, TEXT_METRICS, check_metrics, perplexity
 from .packing import Example
 
-__all__ = ["Evaluation", "evaluate", "majority_rate", "write_predictions"]
+__all__ = ["Evaluation", "evaluate", "write_predictions"]
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,17 @@ from .config import DataConfig
 from .data import encode_examples
 from .errors import ConfigError
 from .packing import Example
-from .tasks import REPORTED_OF_TEXT, Row, Task, explode_rows, load_rows, load_split, load_task, sample_splits
+from .tasks import (
+    REPORTED_OF_TEXT,
+    WORD_METRICS,
+    Row,
+    Task,
+    explode_rows,
+    load_rows,
+    load_split,
+    load_task,
+    sample_splits,
+)
 
 SPLITS = ("train", "validation", "test")
 
@@ -57,7 +67,7 @@ def encode_split(task: Task, rows: list[Row], tokenizer: Any, context: int) -> l
 
 def _reserve(task: Task) -> int:
     """Tokens to keep free for a generated answer."""
-    return task.max_new_tokens if task.metric in ("em", "token_f1") else 0
+    return task.max_new_tokens if task.metric in WORD_METRICS else 0
 
 
 def _limit(data: DataConfig, context: int) -> int:

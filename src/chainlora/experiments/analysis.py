@@ -14,6 +14,7 @@ from typing import Any
 
 from ..config import parse_yaml
 from ..errors import ConfigError, nearest
+from ..tasks import WORD_METRICS
 from .choice import LOWER_IS_BETTER
 from .records import Results
 from .statistics import Difference, compare_pairs, mean_sd
@@ -21,7 +22,6 @@ from .statistics import Difference, compare_pairs, mean_sd
 Cell = Mapping[str, Any]
 Value = Callable[[Cell], float | None]
 OVERALL = "all tasks"
-_OF_WORDS = ("em", "token_f1")  # of one answer both are reported
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def _summarise(
         paper_sd,
         {
             name: 100 * fmean(cell[cell["score_split"]][name] for cell in cells)
-            for name in _OF_WORDS
+            for name in WORD_METRICS
             if name != first["metric"] and all(name in (cell.get(cell["score_split"]) or {}) for cell in cells)
         },
         _mean([None if value is None else value * scale(first["metric"]) for value in validation]),

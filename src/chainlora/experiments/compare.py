@@ -86,7 +86,8 @@ def comparison(
     return make_experiment(
         {
             "name": "compare",
-            "description": f"{', '.join(methods)} at equal {'epochs' if config.chain.epochs else 'steps'}.",
+            "description": f"{', '.join(methods)} at equal {'epochs' if config.chain.epochs else 'steps'}, "
+            "each scored at its end (keep_best and early_stop left out).",
             "base": base,
             "tasks": {
                 name: {"data": {key: tree["data"][key] for key in ("task", "train") if key in tree["data"]}}

@@ -12,10 +12,11 @@ Adding a task is writing one YAML file; no Python is touched. The shipped files 
 from .rendering import Rendered
 from .rows import Row, load_rows, where
 from .sampling import explode_rows, load_split, majority_rate, sample_splits
-from .schema import REPORTED_OF_TEXT, Task, list_tasks, load_task
+from .schema import REPORTED_OF_TEXT, WORD_METRICS, Task, list_tasks, load_task
 
 __all__ = [
     "REPORTED_OF_TEXT",
+    "WORD_METRICS",
     "Rendered",
     "Row",
     "Task",

@@ -17,7 +17,8 @@ from ..wording import problems
 from .rendering import Rendered, check_expression, check_template, render
 
 Metric = Literal["accuracy", "f1", "em", "token_f1", "loss"]
-_OF_WORDS = ("em", "token_f1")
+WORD_METRICS = ("em", "token_f1")
+"""Metrics of answers in words; of one answer both are reported."""
 REPORTED_OF_TEXT = ("loss", "perplexity")
 """What an evaluation reports of rows that have neither candidates nor gold answers."""
 _TEMPLATES = ("prompt", "completion", "candidate")
@@ -102,14 +103,14 @@ class Task(_Frozen):
     @property
     def metrics(self) -> tuple[str, ...]:
         """The metrics of an evaluation, the task's own first; words are compared both ways."""
-        return (self.metric, *(name for name in _OF_WORDS if self.metric in _OF_WORDS and name != self.metric))
+        return (self.metric, *(name for name in WORD_METRICS if self.metric in WORD_METRICS and name != self.metric))
 
     @property
     def reported(self) -> tuple[str, ...]:
         """Every metric an evaluation reports, the task's own first: a loss wherever answers are scored, not written."""
         if self.completion is None:
             return (*self.metrics, "loss")
-        return self.metrics if self.metric in _OF_WORDS else REPORTED_OF_TEXT
+        return self.metrics if self.metric in WORD_METRICS else REPORTED_OF_TEXT
 
     @field_validator("labels", mode="before")
     @classmethod
@@ -134,7 +135,7 @@ class Task(_Frozen):
             raise ValueError(f"`labels` must be at least two different words (got {list(self.label_words)})")
         if isinstance(self.labels, tuple) and len(set(self.labels)) < len(self.labels):
             raise ValueError(f"`labels` must differ from each other (got {list(self.labels)})")
-        if self.completion is not None and self.metric in ("em", "token_f1") and self.references is None:
+        if self.completion is not None and self.metric in WORD_METRICS and self.references is None:
             raise ValueError(f"`metric: {self.metric}` compares with `references` (got none); name the field "
                              "of gold answers")
         self._check_templates()
