@@ -643,6 +643,24 @@ def test_losses_are_told_apart_to_four_digits(tmp_path):
     assert "| lora | 0.7225 ± 0.0019 (6) |" in text
 
 
+def test_a_choice_at_an_end_of_its_grid_is_marked(tmp_path):
+    def choice(method, chosen, **point):
+        tried = [{"point": {"train.lr": rate} | point, "mean": 0.5, "runs": 1} for rate in (1e-3, 2e-3, 4e-3)]
+        return {"format": 1, "kind": "choice", "task": "wsc", "method": method, "metric": "loss",
+                "chosen": {"train.lr": chosen} | point, "tried": tried}
+
+    path = write_lines(tmp_path / "results.jsonl")
+    note = "the chosen value is an end of its grid"
+    assert note not in report_experiment(path, figures=False).markdown
+    with path.open("a", encoding="utf-8") as file:
+        for made in (choice("lora", 2e-3), choice("chain3", 1e-3, **{"chain.init": "gradient", "chain.seed": 7})):
+            print(json.dumps(made), file=file)
+    text = report_experiment(path, figures=False).markdown
+    assert "| wsc lora | lr 0.002 | loss |" in text
+    assert "| wsc chain3 | lr 0.001, init gradient, seed 7 (lowest tried) | loss |" in text
+    assert note in text
+
+
 def test_two_methods_that_train_nothing_are_one_pair(tmp_path):
     """One run each, whatever the number of seeds: nothing to test."""
     path = change(

@@ -139,20 +139,38 @@ def choices_table(results: Results) -> Table:
         rows.append(
             (
                 f"{choice['task']} {choice['method']}",
-                _point(chosen) if chosen else "none",
+                _point(chosen) + _at_edges(choice) if chosen else "none",
                 choice["metric"],
                 tried,
             )
         )
-    return Table(
-        "Chosen hyper-parameters", ("task and method", "chosen", "by validation", "tried"), tuple(rows)
+    note = (
+        "Lowest, highest tried: the chosen value is an end of its grid; a wider one might choose another."
+        if any("tried)" in row[1] for row in rows)
+        else ""
     )
+    heads = ("task and method", "chosen", "by validation", "tried")
+    return Table("Chosen hyper-parameters", heads, tuple(rows), note)
+
+
+def _at_edges(choice: dict[str, Any]) -> str:
+    """Return a remark where a chosen number is the least or the greatest of those tried."""
+    ends = []
+    for key, value in choice["chosen"].items():
+        tried = [each["point"][key] for each in choice["tried"]]
+        if all(map(_is_number, tried)) and value in (min(tried), max(tried)) and min(tried) < max(tried):
+            ends.append("lowest" if value == min(tried) else "highest")
+    return f" ({', '.join(ends)} tried)" if ends else ""
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _point(point: dict[str, Any]) -> str:
     return ", ".join(
         f"{key.rpartition('.')[2]} {value:g}"
-        if isinstance(value, float | int)
+        if _is_number(value)
         else f"{key.rpartition('.')[2]} {value}"
         for key, value in point.items()
     )
