@@ -37,11 +37,11 @@ from chainlora.experiments import (
 )
 from chainlora.experiments.analysis import paper_scores
 from chainlora.experiments.choice import Trial, choose
-from chainlora.experiments.execution import worker_environment
 from chainlora.experiments.expansion import config_id, expand_tuning
 from chainlora.experiments.flops import paper_flops, training_flops
 from chainlora.experiments.measure import shapes_of
 from chainlora.experiments.progress import time_left
+from chainlora.experiments.room import Room, worker_environment
 from chainlora.experiments.statistics import (
     bootstrap_interval,
     compare_pairs,
@@ -392,6 +392,58 @@ def test_threads_and_gpus_are_shared_out():
     assert worker_environment(0, 1, {"OMP_NUM_THREADS": "3"})["OMP_NUM_THREADS"] == "3"
     assert worker_environment(3, 4, {"CUDA_VISIBLE_DEVICES": "4,6"})["CUDA_VISIBLE_DEVICES"] == "6"
     assert "CUDA_VISIBLE_DEVICES" not in worker_environment(1, 2, {"CUDA_VISIBLE_DEVICES": "0"})
+
+
+def test_room_is_what_memory_and_cores_leave(monkeypatch):
+    monkeypatch.setattr("chainlora.experiments.room.num_cores", lambda: 8)
+    cell = {"peak_rss_mb": 1500.0, "hardware": {"device": "cpu"}}
+
+    def room(*cells, workers="auto", **environment):
+        found = Room(workers, environment, free_mb=10_000)
+        for each in cells:
+            found.learn(each)
+        return found.workers
+
+    assert room() == 1  # nothing known yet
+    assert room(cell) == 5  # of 8000 MB, four fifths of what is free
+    assert room(cell, cell | {"peak_rss_mb": 2500.0}) == room(cell | {"peak_rss_mb": 2500.0}, cell) == 3
+    assert room(cell | {"peak_rss_mb": 100.0}) == 8
+    assert room(cell | {"peak_rss_mb": 100.0}, OMP_NUM_THREADS="4") == 2
+    assert room(cell | {"peak_rss_mb": 50_000.0}) == 1
+    assert room(cell | {"status": "diverged", "peak_rss_mb": None}) == 1
+    gpu = cell | {"hardware": {"device": "cuda"}}
+    assert (room(gpu), room(gpu, CUDA_VISIBLE_DEVICES="0,1,2")) == (1, 3)
+    assert room(cell, workers=2) == 2
+
+
+def test_workers_by_the_room_there_is(tiny_folder, sentiment, tmp_path, monkeypatch):
+    """One cell alone; once it has shown its memory, as many as there are cores."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr("chainlora.experiments.room.num_cores", lambda: 3)
+    numbers, ended = {True: set(), False: set()}, []
+
+    def listen(record):
+        if record["event"] == "cell":
+            ended.append(record["cell"])
+        if record["event"] == "poll":
+            numbers[not ended].add(len(record["running"]))
+
+    experiment = make_experiment(tree(tiny_folder, sentiment, methods=["lora"], seeds=[0, 1, 2, 3], tune={}))
+    outcome = run_cells(experiment, tmp_path, workers="auto", listener=listen)
+    assert (outcome.num_run, outcome.failed) == (4, {})
+    assert numbers[True] == {1}
+    assert max(numbers[False]) == 3
+
+
+@pytest.mark.parametrize(
+    ("workers", "backend", "message"),
+    [(0, "local", "`workers` must be at least 1, or auto .got 0."), ("auto", "ray", "must be a number with Ray")],
+)
+def test_what_is_no_number_of_workers(tiny_folder, sentiment, tmp_path, workers, backend, message):
+    experiment = make_experiment(tree(tiny_folder, sentiment))
+    with pytest.raises(ConfigError, match=message):
+        run_cells(experiment, tmp_path / "out", workers=workers, backend=backend)
+    assert not (tmp_path / "out").exists()
 
 
 def test_time_left_is_by_task_and_by_workers():

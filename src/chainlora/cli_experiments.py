@@ -11,12 +11,21 @@ import click
 from .cli_common import file_and_overrides, quiet
 
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print exactly one JSON object on stdout.")
+
+
+def _workers(_context: click.Context, _option: click.Parameter, value: str) -> int | str:
+    if value == "auto" or (value.isdecimal() and int(value) > 0):
+        return value if value == "auto" else int(value)
+    raise click.BadParameter(f"must be a number from 1, or auto (got {value})")
+
+
 _WORKERS = click.option(
     "--workers",
-    type=click.IntRange(min=1),
-    default=1,
+    metavar="N|auto",
+    default="1",
     show_default=True,
-    help="Cells at a time; threads are divided among them.",
+    callback=_workers,
+    help="Cells at a time; threads are divided among them. auto: as many as fit, by the first one's memory.",
 )
 _BACKEND = click.option(
     "--backend", type=click.Choice(["local", "inline", "ray"]), default="local", show_default=True
@@ -46,7 +55,7 @@ def experiment() -> None:
 def run(
     arguments: tuple[str, ...],
     output: str,
-    workers: int,
+    workers: Any,
     backend: Any,
     max_cells: int | None,
     reuse: tuple[str, ...],
@@ -121,7 +130,7 @@ def compare(
     seeds: int,
     learning_rates: str,
     output: str,
-    workers: int,
+    workers: Any,
     backend: Any,
     as_json: bool,
 ) -> None:

@@ -2,7 +2,7 @@
 
     schema.py      what an experiment file says          expansion.py   task × method × grid × seed → cells
     runner.py      run cells, skip what is done          cells.py, worker.py: one cell, in a process of its own
-    execution.py   here, in processes, or on Ray
+    execution.py   here, in processes, or on Ray         room.py         how many at a time
     choice.py      hyper-parameters by validation only   ray_backend.py the same cells on a cluster (extra)
     records.py     results.jsonl, one line a cell        measure.py     what a run cost; flops.py counts
     statistics.py  pairs, intervals, exact test, Holm    analysis.py    results → summaries, differences

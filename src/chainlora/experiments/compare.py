@@ -9,6 +9,7 @@ from typing import Any
 from ..config import RunConfig
 from ..errors import ConfigError
 from .report import Report, report_experiment
+from .room import Workers
 from .runner import Listener, raise_on_failure, run_cells
 from .schema import Experiment, make_experiment
 
@@ -21,7 +22,7 @@ def compare(
     *,
     learning_rates: Sequence[float] = (),
     baseline: str | None = None,
-    workers: int = 1,
+    workers: Workers = 1,
     backend: str = "local",
     listener: Listener | None = None,
 ) -> Report:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from ..errors import ConfigError
 from .cells import ERROR, RESULT, work_on
 from .expansion import Cell
+from .room import Room, Workers, check_workers, worker_environment
 
 _POLL_SECONDS = 0.2
 
@@ -19,15 +21,18 @@ Work = Sequence[tuple[Cell, Path]]
 Executor = Callable[[Work, Callable[[Sequence[Cell]], None]], Iterator[tuple[Cell, str | None]]]
 
 
-def executor(backend: str, workers: int) -> Executor:
+def executor(backend: str, workers: Workers) -> Executor:
+    """Return what runs cells. Raises ConfigError: unknown backend, no number of workers."""
+    check_workers(workers, backend)
     if backend == "local":
-        return lambda work, poll: run_local(work, poll, workers)
+        room = Room(workers)
+        return lambda work, poll: run_local(work, poll, room)
     if backend == "inline":
         return run_inline
     if backend == "ray":
         from .ray_backend import run_on_ray
 
-        return lambda work, poll: run_on_ray(work, poll, workers)
+        return lambda work, poll: run_on_ray(work, poll, int(workers))
     raise ConfigError(f"`backend` must be local, inline or ray (got {backend!r})")
 
 
@@ -39,22 +44,24 @@ def run_inline(work: Work, poll: Callable[[Sequence[Cell]], None]) -> Iterator[t
 
 
 def run_local(
-    work: Work, poll: Callable[[Sequence[Cell]], None], workers: int
+    work: Work, poll: Callable[[Sequence[Cell]], None], room: Room
 ) -> Iterator[tuple[Cell, str | None]]:
-    """Run cells as processes here, `workers` at a time; yield each with its error, or None, as it ends."""
-    waiting, slots = list(work), list(range(workers))
+    """Run cells as processes here, as many as there is room for; yield each with its error, or None, as it ends."""
+    waiting = list(work)
     running: dict[int, tuple[Cell, Path, subprocess.Popen[bytes]]] = {}
     try:
         while waiting or running:
-            while waiting and slots:
+            while waiting and len(running) < room.workers:
                 cell, directory = waiting.pop(0)
-                slot = slots.pop(0)
-                running[slot] = (cell, directory, _start(directory, slot, workers))
+                slot = min(set(range(room.workers)) - running.keys())
+                running[slot] = (cell, directory, _start(directory, slot, room.workers))
             ended = [slot for slot, (_, _, process) in running.items() if process.poll() is not None]
             for slot in ended:
                 cell, directory, process = running.pop(slot)
-                slots.append(slot)
-                yield cell, _error(directory, process.returncode)
+                error = _error(directory, process.returncode)
+                if error is None:
+                    room.learn(json.loads((directory / RESULT).read_text(encoding="utf-8")))
+                yield cell, error
             if not ended:
                 poll([cell for cell, _, _ in running.values()])
                 time.sleep(_POLL_SECONDS)
@@ -74,17 +81,6 @@ def _start(directory: Path, slot: int, workers: int) -> subprocess.Popen[bytes]:
             stderr=log,
             env=os.environ | worker_environment(slot, workers, os.environ),
         )
-
-
-def worker_environment(slot: int, workers: int, environment: Mapping[str, str]) -> dict[str, str]:
-    """Return what a worker's environment adds: its share of the threads, and of the GPUs listed."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = environment.get("OMP_NUM_THREADS") or str(max(1, cores // workers))
-    added = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
-    devices = [device for device in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if device.strip()]
-    if len(devices) > 1:
-        added["CUDA_VISIBLE_DEVICES"] = devices[slot % len(devices)]
-    return added
 
 
 def _error(directory: Path, status: int) -> str | None:

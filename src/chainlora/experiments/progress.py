@@ -81,6 +81,7 @@ class _Listener:
 
     def _poll(self, record: Mapping[str, Any]) -> None:
         self.running = dict(record["running"])
+        self.workers = max(self.workers, len(self.running))  # "auto" starts with one
         for name in self.running:
             self.began.setdefault(name, time.monotonic())
         now = "; ".join(f"{name} {share:.0%}" for name, share in self.running.items())

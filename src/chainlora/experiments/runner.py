@@ -27,6 +27,7 @@ from .choice import Trial, choose, chosen_points
 from .execution import executor
 from .expansion import Cell, Point, expand, expand_tuning, points
 from .records import FORMAT, cell_line, experiment_line, read_results, result_of, write_atomically, write_results
+from .room import Workers
 from .schema import Experiment, load_experiment
 
 logger = logging.getLogger(__name__)
@@ -53,7 +54,7 @@ def run_experiment(
     path: str | Path,
     out: str | Path,
     *,
-    workers: int = 1,
+    workers: Workers = 1,
     backend: Literal["local", "inline", "ray"] = "local",
     overrides: Sequence[tuple[str, str]] = (),
     listener: Listener | None = None,
@@ -65,7 +66,8 @@ def run_experiment(
     Args:
         path: the experiment file.
         out: folder for cells and results; one that holds some of them is gone on with.
-        workers: cells at a time (processes on this machine, or Ray tasks). Threads are divided among them.
+        workers: cells at a time (processes on this machine, or Ray tasks). Threads are divided among them. "auto":
+            one, and once its peak memory is known as many as fit beside each other (see `room.Room`).
         backend: "local"; "inline", cells one by one in this process (no start-up, but its peak memory is this
             process's); "ray" for a cluster (extra `ray`).
         overrides: ``("base.data.dir", "rows")`` pairs that replace values of the file.
@@ -107,15 +109,14 @@ def run_cells(
     experiment: Experiment,
     out: Path,
     *,
-    workers: int = 1,
+    workers: Workers = 1,
     backend: str = "local",
     listener: Listener | None = None,
     max_cells: int | None = None,
     reuse: Sequence[str | Path] = (),
 ) -> Outcome:
     """Run an experiment as `run_experiment` does, but return failures instead of raising them."""
-    if workers < 1:
-        raise ConfigError(f"`workers` must be at least 1 (got {workers})")
+    execute = executor(backend, workers)
     expand(experiment)  # refuses what cannot work before anything runs
     known = {cell["cell"]: result_of(cell) for path in reuse for cell in read_results(path).cells}
     session = _Session(experiment, out, listener or (lambda record: None), known)
@@ -123,7 +124,6 @@ def run_cells(
     write_atomically(
         out / "experiment.yaml", yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False)
     )
-    execute = executor(backend, workers)
     left = max_cells
     try:
         for phase in (session.tuning_cells, session.final_cells):
@@ -225,7 +225,7 @@ class _Session:
                 self.failed[f"{record['task']} {record['method']}"] = "every point of its grid diverged"
         return expand(self.experiment, chosen)
 
-    def begin(self, cells: Sequence[Cell], todo: Sequence[Cell], workers: int) -> None:
+    def begin(self, cells: Sequence[Cell], todo: Sequence[Cell], workers: Workers) -> None:
         self.asked |= {(cell.task, cell.method, cell.seed, cell.id): cell for cell in cells}
         outstanding = 0 if cells and cells[0].phase == "final" else self._num_finals()
         self.listener(
@@ -235,7 +235,7 @@ class _Session:
                 "cells": len(cells),
                 "todo": [str(cell) for cell in todo],
                 "later": outstanding,
-                "workers": workers,
+                "workers": 1 if workers == "auto" else workers,
                 "tasks": [cell.task for cell in todo],
             }
         )
