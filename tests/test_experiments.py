@@ -726,7 +726,10 @@ def test_two_methods_that_train_nothing_are_one_pair(tmp_path):
 
 def test_where_seeds_draw_rows_one_run_stands_for_itself(tmp_path):
     path = write_lines(tmp_path / "results.jsonl", seed_keys=["train.seed", "data.data_seed"])
-    assert "wsc zero_shot: seeds 1, 2, 3, 4, 5" in report_experiment(path, figures=False).markdown
+    text = report_experiment(path, figures=False).markdown
+    assert "wsc zero_shot: seeds 1, 2, 3, 4, 5" in text
+    assert "A seed sets train.seed and data.data_seed." in text
+    assert "Seeds vary the training alone" in report_experiment(write_lines(path), figures=False).markdown
 
 
 def test_a_report_of_what_is_there_so_far(tmp_path):

@@ -27,7 +27,12 @@ def scores_table(results: Results, summaries: Sequence[Summary]) -> Table:
         if any(summary is not None and summary.paper is not None for summary in own):
             rows.append((f"paper: {method} ({paper_model(paper)})", *(_printed(summary) for summary in own)))
     heads = ("method", *(f"{task} ({_metric(summaries, task)})" for task in tasks))
-    return Table("Scores", heads, tuple(rows), "Mean ± standard deviation over seeds (number of seeds).")
+    note = "Mean ± standard deviation over seeds (number of seeds). "
+    if results.experiment.get("seed_keys", ["train.seed"]) == ["train.seed"]:
+        note += "Seeds vary the training alone: what other test rows would change is in no spread or interval here."
+    else:
+        note += f"A seed sets {' and '.join(results.experiment['seed_keys'])}."
+    return Table("Scores", heads, tuple(rows), note)
 
 
 def others_table(summaries: Sequence[Summary]) -> Table | None:
