@@ -87,8 +87,10 @@ def test_results_of_another_folder_count_as_done(done, tiny_folder, sentiment, t
     """More seeds can be added to results that were committed: only the new cells run."""
     _, out, outcome = done
     more = make_experiment(tree(tiny_folder, sentiment, seeds=[0, 1, 2]))
-    grown = run_cells(more, tmp_path, backend="inline", reuse=[outcome.results])
+    plans = []
+    grown = run_cells(more, tmp_path, backend="inline", reuse=[outcome.results], listener=plans.append)
     assert grown.num_run == 2  # one seed more of two methods
+    assert [plan["later"] for plan in plans if plan["event"] == "plan"] == [2, 0]  # what is told of the time left
     old, new = read_results(out), read_results(tmp_path)
     assert [cell for cell in new.cells if cell["seed"] < 2] == old.cells
     assert len(new.finals) == 6

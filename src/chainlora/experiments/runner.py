@@ -227,27 +227,29 @@ class _Session:
 
     def begin(self, cells: Sequence[Cell], todo: Sequence[Cell], workers: Workers) -> None:
         self.asked |= {(cell.task, cell.method, cell.seed, cell.id): cell for cell in cells}
-        outstanding = 0 if cells and cells[0].phase == "final" else self._num_finals()
+        later = 0 if cells and cells[0].phase == "final" else self._num_finals()
         self.listener(
             {
                 "event": "plan",
                 "phase": cells[0].phase if cells else "final",
                 "cells": len(cells),
                 "todo": [str(cell) for cell in todo],
-                "later": outstanding,
+                "later": later,
                 "workers": 1 if workers == "auto" else workers,
                 "tasks": [cell.task for cell in todo],
             }
         )
 
     def _num_finals(self) -> int:
-        experiment = self.experiment
+        """Count the final cells still to run after the tuning cells, most of them of points not chosen yet."""
         first = {
-            (task, method): points(experiment, method)[0]
-            for task in experiment.tasks
-            for method in experiment.methods
+            (task, method): points(self.experiment, method)[0]
+            for task in self.experiment.tasks
+            for method in self.experiment.methods
         }
-        return len(expand(experiment, first))
+        tuned = {cell.id for cell in self.tuning_cells()}
+        finals = _one_each(expand(self.experiment, first | self.chosen()))
+        return sum(cell.id not in tuned and not self.is_done(cell) for cell in finals)
 
     def poll(self, running: Sequence[Cell]) -> None:
         """Tell the listener how far the running cells are."""
