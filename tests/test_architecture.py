@@ -15,7 +15,7 @@ PACKAGE = Path(chainlora.__file__).parent
 LAYERS = [
     ["errors"],
     ["wording"],
-    ["config", "linalg", "schedule", "packing"],
+    ["config", "linalg", "matmul", "schedule", "packing"],
     ["adapters", "pristine", "models", "gguf_models", "tasks", "metrics", "packed_attention", "fast_lora", "fused"],
     ["starts", "data", "generation"],
     ["forward"],

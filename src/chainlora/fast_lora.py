@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from .errors import ModelError
+from .matmul import add_product_, linear, product
 
 
 def accelerate_lora(model: nn.Module) -> int:
@@ -113,9 +113,8 @@ class LoraFunction(torch.autograd.Function):
         # small copies, kept for backward: in the input's dtype, and the long side of both in rows. A float32 matmul
         # with eight columns takes 2.5 times as long where those are not rows of the transpose.
         a, b_rows = a.to(x.dtype), b.T.to(x.dtype).contiguous()
-        down = F.linear(flat, a)
-        out = F.linear(flat, weight, bias)
-        out.addmm_(down, b_rows, alpha=scaling)
+        down = linear(flat, a)
+        out = add_product_(linear(flat, weight, bias), down, b_rows, scaling)
         _, _, _, needs_a, needs_b, _ = ctx.needs_input_grad
         ctx.save_for_backward(flat if needs_a else None, weight, a, b_rows, down if needs_b else None)
         ctx.scaling, ctx.shape = scaling, x.shape
@@ -129,12 +128,11 @@ class LoraFunction(torch.autograd.Function):
         grad = grads[0].reshape(-1, weight.shape[0])
         grad_x = grad_a = grad_b = None
         if needs_b:
-            grad_b = (down.T @ grad).T.to(ctx.factor_dtypes[1]).contiguous().mul_(ctx.scaling)
+            grad_b = product(down.T, grad).T.to(ctx.factor_dtypes[1]).contiguous().mul_(ctx.scaling)
         if needs_x or needs_a:
-            up = F.linear(grad, b_rows).mul_(ctx.scaling)
+            up = linear(grad, b_rows).mul_(ctx.scaling)
         if needs_a:
-            grad_a = (up.T @ flat).to(ctx.factor_dtypes[0])
+            grad_a = product(up.T, flat).to(ctx.factor_dtypes[0])
         if needs_x:
-            grad_x = grad @ weight
-            grad_x = grad_x.addmm_(up, a).view(ctx.shape)
+            grad_x = add_product_(product(grad, weight), up, a).view(ctx.shape)
         return grad_x, None, None, grad_a, grad_b, None

@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from .matmul import add_product_, linear, product
+
 
 def _normalise(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Return ``w · x / rms(x)`` and ``1 / rms(x)`` [T, 1] in float32 (float64 for float64)."""
@@ -72,19 +74,19 @@ class MlpBlock(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, norm: Tensor, eps: float, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
         normed, inverse = _normalise(x, norm, eps)
-        gated, upped = F.linear(normed, gate), F.linear(normed, up)
+        gated, upped = linear(normed, gate), linear(normed, up)
         active = F.silu(gated)
         ctx.save_for_backward(x, norm, inverse, gate, up, down, gated, upped, active)
-        return F.linear(active * upped, down).add_(x)
+        return linear(active * upped, down).add_(x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, norm, inverse, gate, up, down, gated, upped, active = ctx.saved_tensors
-        inner = grads[0] @ down
+        inner = product(grads[0], down)
         grad_up = inner * active
         grad_gate = torch.ops.aten.silu_backward(inner.mul_(upped), gated)
-        grad = torch.mm(grad_gate, gate).addmm_(grad_up, up)
+        grad = add_product_(product(grad_gate, gate), grad_up, up)
         return _normalise_backward(grad, x, norm, inverse).add_(grads[0]), None, None, None, None, None
 
 

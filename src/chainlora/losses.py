@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .errors import DataError, ModelError
 from .forward import base_model, causal_model, probing
+from .matmul import linear, product, widened
 from .packing import PackedBatch
 
 # Logits held at once: 16 MB in float32. Large enough for matmul, and below the 32 MB from where glibc gives
@@ -78,10 +79,12 @@ def token_logprobs(model: nn.Module, hidden: Tensor, token_row: Tensor, token_ta
     """
     head, transform = _head(model), logit_transform(model)
     chunks = _chunks(token_row, token_target, hidden.shape[0], _vocabulary(model))
+    plain = transform is None and _is_plain(head) and not head.weight.requires_grad
+    weight = widened(head.weight) if plain else None
     parts = []
     for chunk, piece in zip(chunks, hidden.split([chunk.last - chunk.first for chunk in chunks]), strict=True):
-        if transform is None and _is_plain(head) and not head.weight.requires_grad:
-            part = _TargetLogprobs.apply(piece, head.weight, head.bias, chunk.rows, chunk.targets)
+        if weight is not None:
+            part = _TargetLogprobs.apply(piece, weight, head.bias, chunk.rows, chunk.targets)
         elif torch.is_grad_enabled():
             part = checkpoint(_module_logprobs, head, transform, piece, chunk.rows, chunk.targets,
                               use_reentrant=False)
@@ -215,7 +218,7 @@ class _TargetLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor,
                 targets: Tensor) -> Tensor:
-        logits = F.linear(hidden, weight, bias).float()
+        logits = linear(hidden, weight, bias).float()
         normaliser = torch.logsumexp(logits, dim=-1)
         ctx.save_for_backward(hidden, weight, bias, rows, targets, normaliser)
         return logits[rows, targets] - normaliser[rows]
@@ -228,10 +231,10 @@ class _TargetLogprobs(torch.autograd.Function):
             return None, None, None, None, None
         grad = grads[0]
         by_row = grad.new_zeros(hidden.shape[0]).index_add_(0, rows, grad)
-        probabilities = F.linear(hidden, weight, bias).float().sub_(normaliser[:, None]).exp_()
+        probabilities = linear(hidden, weight, bias).float().sub_(normaliser[:, None]).exp_()
         grad_logits = probabilities.mul_(-by_row[:, None])
         grad_logits.index_put_((rows, targets), grad, accumulate=True)
-        return grad_logits.to(weight.dtype) @ weight, None, None, None, None
+        return product(grad_logits.to(hidden.dtype), weight), None, None, None, None
 
 
 class _SummedLoss(torch.autograd.Function):
@@ -245,8 +248,9 @@ class _SummedLoss(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, chunks: list[_Chunk]) -> Tensor:
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         ctx.grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        weight = widened(weight)
         for chunk in chunks:
-            logits = F.linear(hidden[chunk.first : chunk.last], weight, bias).float()
+            logits = linear(hidden[chunk.first : chunk.last], weight, bias).float()
             normaliser = torch.logsumexp(logits, dim=-1)
             total += (normaliser[chunk.rows] - logits[chunk.rows, chunk.targets]).sum()
             if ctx.grad is None:
@@ -255,7 +259,7 @@ class _SummedLoss(torch.autograd.Function):
             counts = torch.zeros_like(normaliser).index_add_(0, chunk.rows, ones)
             grad = logits.sub_(normaliser[:, None]).exp_().mul_(counts[:, None])
             grad.index_put_((chunk.rows, chunk.targets), -ones, accumulate=True)
-            torch.mm(grad.to(weight.dtype), weight, out=ctx.grad[chunk.first : chunk.last])
+            ctx.grad[chunk.first : chunk.last] = product(grad.to(hidden.dtype), weight)
         return total
 
     @staticmethod

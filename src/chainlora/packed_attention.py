@@ -27,6 +27,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from .matmul import is_slow
 from .packing import Segment
 
 NAME = "chainlora_packed"
@@ -184,6 +185,9 @@ def attend(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scaling: f
            dropout: float = 0.0) -> Tensor:
     """Attend over a packed row: query [T, heads, size], key and value [T, key heads, size] → [T, heads, size]."""
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if is_slow(query):
+        mixed = attend(query.float(), key.float(), value.float(), layout, scaling, dropout)
+        return mixed.to(query.dtype)
     if query.device.type == "cpu" and not dropout and layout.longest <= LONGEST_BY_MATMUL:
         return _MatmulAttention.apply(query, key, value, layout, scaling)
     return _sdpa(query, key, value, layout, scaling, dropout)

@@ -22,6 +22,7 @@ from transformers.activations import SiLUActivation
 
 from .forward import Path, base_model, packed_implementation, probing
 from .fused import MlpBlock, RmsNorm, Rotary, SwiGlu, Turn, make_turn
+from .matmul import accelerate_linears, restore_linears
 from .packed_attention import LAYOUT, Layout, Rows, attend, make_layout
 from .packing import Segment
 
@@ -47,6 +48,8 @@ def accelerate_model(model: nn.Module, path: Path = Path.PACKED) -> int:
     Every layer must have the shape, and the first must pass the probe, output and gradient. `path` is the one
     that `choose_path` found: on the padded path no layer has a layout, so nothing is done.
     """
+    if count := accelerate_linears(model):
+        log.info("bfloat16 matmuls of %d layers by float32: this CPU has none of its own", count)
     layers = _layers(model)
     if path is not Path.PACKED or not layers:
         return 0
@@ -71,6 +74,7 @@ def accelerate_model(model: nn.Module, path: Path = Path.PACKED) -> int:
 
 def restore_model(model: nn.Module) -> int:
     """Give every decoder layer its own forward back, in place; return how many had the fast one."""
+    restore_linears(model)
     restored = 0
     for layer in _layers(model):
         if getattr(vars(layer).get("forward"), "__func__", None) in (_forward, _last_forward):

@@ -1,0 +1,224 @@
+"""bfloat16 matmuls on a CPU without kernels for them, forced on and off on whatever CPU runs this: the same numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from conftest import ARCHITECTURES, tiny_model
+from test_speedups import BATCHES
+from test_training import settings
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.pytorch_utils import Conv1D
+
+from chainlora import Chain, LinkConfig, extend_chain, make_config, tie_knot, train
+from chainlora.evaluate import evaluate
+from chainlora.fast_lora import accelerate_lora
+from chainlora.forward import Path, hidden_states
+from chainlora.losses import candidate_loss, completion_loss, logit_transform
+from chainlora.matmul import accelerate_linears, add_product_, linear, product, restore_linears
+from chainlora.packing import Example
+from chainlora.speedups import accelerate_model, restore_model
+
+# One rounding to bfloat16, 2⁻⁸ of the number, after float32 sums of 48 terms of size 1 (48 · 2⁻²⁴, and less).
+ONE_ROUNDING = {"rtol": 2**-8, "atol": 1e-5}
+# Native and float32 sums round to neighbours, 2⁻⁸ apart, here and there in some twenty operations of two layers; a
+# gradient goes through all of them twice, and small ones are sums of large terms.
+HIDDEN, GRADIENT = 2**-6, 2**-4
+TARGETS = {"opt": ("q_proj", "fc1"), "gpt2": ("c_attn", "c_fc"), "llama": ("q_proj", "up_proj")}
+
+
+@pytest.fixture
+def kernels(monkeypatch) -> Callable[[bool], None]:
+    """Say whether this CPU has kernels for bfloat16."""
+    return lambda present: monkeypatch.setattr("chainlora.matmul._has_kernels", lambda: present)
+
+
+def numbers(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
+
+
+class MatmulsSeen(TorchDispatchMode):
+    """The dtypes that matmuls ran in, attention's among them."""
+
+    NAMES = ("mm", "addmm", "bmm", "baddbmm", "linear", "matmul")
+
+    def __enter__(self):
+        self.dtypes: set[torch.dtype] = set()
+        return super().__enter__()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.name().removeprefix("aten::").partition(".")[0]
+        if name in self.NAMES or name.startswith("_scaled_dot_product"):
+            self.dtypes |= {x.dtype for x in args if isinstance(x, Tensor)}
+        return func(*args, **(kwargs or {}))
+
+
+def test_products_are_rounded_once(kernels):
+    kernels(False)
+    x, weight, bias, b, total = (numbers(*shape, seed=seed) for seed, shape in enumerate(
+        [(5, 48), (20, 48), (20,), (48, 20), (5, 20)]))
+    exact = {name: tensor.double() for name, tensor in {"x": x, "w": weight, "c": bias, "b": b, "t": total}.items()}
+    found = {
+        "x Wᵀ": (linear(x, weight), exact["x"] @ exact["w"].T),
+        "x Wᵀ + c": (linear(x[None], weight, bias)[0], exact["x"] @ exact["w"].T + exact["c"]),
+        "a b": (product(x, b), exact["x"] @ exact["b"]),
+        "t + s a b": (add_product_(total, x, b, 0.5), exact["t"] + 0.5 * exact["x"] @ exact["b"]),
+    }
+    for name, (mine, expected) in found.items():
+        assert mine.dtype is torch.bfloat16, name
+        torch.testing.assert_close(mine.double(), expected, **ONE_ROUNDING, msg=name)
+    assert found["t + s a b"][0] is total
+
+
+@pytest.mark.parametrize("make", [lambda: nn.Linear(48, 20), lambda: nn.Linear(48, 20, bias=False),
+                                  lambda: Conv1D(20, 48)], ids=["linear", "no bias", "conv1d"])
+def test_a_frozen_layer_and_its_gradient_are_those_of_float32_rounded_once(make, kernels):
+    kernels(False)
+    torch.manual_seed(0)
+    layer = make().bfloat16().requires_grad_(False)
+    exact = make().requires_grad_(False)
+    exact.load_state_dict(layer.state_dict())
+    assert accelerate_linears(layer) == 1
+    x, direction = numbers(3, 4, 48), numbers(3, 4, 20, seed=1)
+    results = []
+    for module in (layer, exact):
+        leaf = x.to(module.weight.dtype, copy=True).requires_grad_()
+        with MatmulsSeen() as seen:
+            out = module(leaf)
+            out.backward(direction.to(out.dtype))
+        assert seen.dtypes == {torch.float32}
+        results += [(out.detach(), leaf.grad)]
+    for mine, expected in zip(*results, strict=True):
+        assert mine.dtype is torch.bfloat16
+        torch.testing.assert_close(mine.float(), expected, **ONE_ROUNDING)
+
+
+def test_a_trained_layer_keeps_its_own_forward_and_gradients(kernels):
+    kernels(False)
+    layer, x = nn.Linear(48, 20).bfloat16(), numbers(4, 48)
+    accelerate_linears(layer)
+    layer(x).sum().backward()
+    assert layer.weight.grad is not None
+    with torch.no_grad(), MatmulsSeen() as seen:  # nothing is trained here, whatever the weight says
+        layer(x)
+    assert seen.dtypes == {torch.float32}
+
+
+def adapted(architecture: str) -> tuple[nn.Module, Chain]:
+    model = tiny_model(architecture, dtype=torch.bfloat16)
+    chain = Chain(model, seed=0)
+    accelerate_model(model)
+    logit_transform(model)  # looked for once, by the model's own attention
+    extend_chain(chain, LinkConfig(rank=4, alpha=8, target_modules=TARGETS[architecture]))
+    accelerate_lora(model)
+    return model, chain
+
+
+def trained(model: nn.Module, chain: Chain) -> tuple[list[Tensor], list[Tensor]]:
+    """Hidden states before, and the losses of three steps on rows of candidates and of text, and after the knot."""
+    optimizer = torch.optim.AdamW(chain.parameters(), lr=1e-3)
+    batches = [BATCHES["tree"](), BATCHES["every token"]()]
+    hidden = [hidden_states(model, batch, path=Path.PACKED).detach() for batch in batches]
+
+    def loss() -> Tensor:
+        first, second = (hidden_states(model, batch, path=Path.PACKED) for batch in batches)
+        return candidate_loss(model, first, batches[0]) + completion_loss(model, second, batches[1])[0]
+
+    losses = []
+    for _ in range(3):
+        losses.append(loss())
+        losses[-1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    tie_knot(chain)
+    with torch.no_grad():
+        return hidden, [*(value.detach() for value in losses), loss()]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_training_is_the_same_and_runs_no_matmul_in_bfloat16(architecture, kernels):
+    kernels(True)
+    plain_hidden, plain = trained(*adapted(architecture))
+    kernels(False)
+    adapter = adapted(architecture)
+    with MatmulsSeen() as seen:
+        hidden, losses = trained(*adapter)
+    assert seen.dtypes == {torch.float32}
+    for mine, own in zip(hidden, plain_hidden, strict=True):
+        assert mine.dtype is own.dtype is torch.bfloat16
+        assert (mine - own).norm() <= HIDDEN * own.norm()
+    # sums of losses near log 131 = 4.9, of logits below 1 that are off by 2⁻⁸ at most: 2⁻⁸ / 4.9
+    torch.testing.assert_close(losses, plain, rtol=1e-3, atol=0)
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_gradients_of_the_factors_are_those_of_the_native_matmuls(architecture, kernels):
+    found = []
+    for present in (True, False):
+        kernels(present)
+        model, chain = adapted(architecture)
+        for parameter in chain.parameters():  # B starts at 0, and with it the gradient of A
+            nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(0))
+        batch = BATCHES["tree"]()
+        candidate_loss(model, hidden_states(model, batch, path=Path.PACKED), batch).backward()
+        found.append([parameter.grad for parameter in chain.parameters()])
+    for own, mine in zip(*found, strict=True):
+        assert mine.dtype is own.dtype is torch.float32
+        assert (mine - own).norm() <= GRADIENT * own.norm()
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_scoring_a_model_as_it_is_loaded_runs_no_matmul_in_bfloat16(architecture, kernels):
+    rows = [Example(i, (tuple(range(5, 9 + i)),), (((1, 4 + i),),)) for i in range(6)]
+    losses = []
+    for present in (True, False):
+        kernels(present)
+        model = tiny_model(architecture, dtype=torch.bfloat16)  # every weight says it wants a gradient
+        accelerate_model(model)
+        logit_transform(model)
+        with MatmulsSeen() as seen:
+            losses.append(evaluate(model, rows, metrics="loss", path=Path.PACKED).metrics["loss"])
+        assert (torch.bfloat16 in seen.dtypes) is present
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)  # as above
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_restoring_a_model_gives_its_layers_their_own_forward_back(architecture, kernels):
+    kernels(False)
+    model, ids = tiny_model(architecture, dtype=torch.bfloat16).requires_grad_(False), torch.arange(3, 11)[None]
+    before = model(input_ids=ids).logits
+    accelerate_model(model)
+    replaced = {type(module) for module in model.modules() if "forward" in vars(module)}
+    assert (Conv1D if architecture == "gpt2" else nn.Linear) in replaced
+    restore_model(model)
+    assert not any("forward" in vars(module) for module in model.modules())
+    assert torch.equal(model(input_ids=ids).logits, before)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_float32_model_and_a_cpu_with_kernels_are_left_alone(architecture, kernels):
+    for present, dtype in ((False, torch.float32), (True, torch.bfloat16)):
+        kernels(present)
+        model = tiny_model(architecture, dtype=dtype)
+        assert accelerate_linears(model) == 0
+        assert not any("forward" in vars(module) for module in model.modules())
+        restore_linears(model)  # nothing to do
+
+
+def test_a_run_in_bfloat16_is_the_same_run(tiny_folder, sentiment, kernels):
+    def losses() -> list[float]:
+        seen = []
+        tree = settings(tiny_folder, sentiment, train={"dtype": "bfloat16", "lr": 1e-3},
+                        chain={"target_modules": "all-linear"})
+        train(make_config(tree), listener=lambda r: seen.append(r["loss"]) if "loss" in r else None)
+        return seen
+
+    kernels(True)
+    plain = losses()
+    kernels(False)
+    # means of eight cross-entropies near log 2; logits near 1 are off by a few 2⁻⁸ each
+    torch.testing.assert_close(losses(), plain, rtol=0, atol=2**-6)
