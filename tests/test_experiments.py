@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from chainlora.config import make_config
-from chainlora.errors import ConfigError, RunError
+from chainlora.errors import ConfigError, DataError, RunError
 from chainlora.experiments import (
     compare,
     comparison,
@@ -35,11 +35,12 @@ from chainlora.experiments import (
     run_cells,
     run_experiment,
 )
-from chainlora.experiments.analysis import paper_scores
 from chainlora.experiments.choice import Trial, choose
 from chainlora.experiments.expansion import config_id, expand_tuning
 from chainlora.experiments.flops import paper_flops, training_flops
 from chainlora.experiments.measure import shapes_of
+from chainlora.experiments.paper import paper_scores
+from chainlora.experiments.power import undecidable
 from chainlora.experiments.progress import time_left
 from chainlora.experiments.room import Room, worker_environment
 from chainlora.experiments.statistics import (
@@ -47,8 +48,8 @@ from chainlora.experiments.statistics import (
     compare_pairs,
     holm,
     judge,
+    least_pairs,
     mean_sd,
-    paired_differences,
     sign_flip_test,
 )
 
@@ -242,6 +243,9 @@ def test_what_is_done_is_not_done_again(done):
 
 
 def test_a_failed_cell_is_reported_and_the_others_go_on(tiny_folder, sentiment, tmp_path):
+    (tmp_path / "rte").mkdir()
+    for split in ("train", "validation"):
+        (tmp_path / "rte" / f"{split}.jsonl").write_text('{"premise": "It rains."}\n' * 2000)
     tasks = {
         "gone": {
             "data": {
@@ -249,7 +253,7 @@ def test_a_failed_cell_is_reported_and_the_others_go_on(tiny_folder, sentiment, 
                 "train": None,
                 "validation": None,
                 "test": None,
-                "dir": str(tmp_path / "nowhere"),
+                "dir": str(tmp_path),
             }
         },
         "mood": {"data": {"task": str(sentiment / "task.yaml")}},
@@ -257,11 +261,8 @@ def test_a_failed_cell_is_reported_and_the_others_go_on(tiny_folder, sentiment, 
     path = tmp_path / "experiment.yaml"
     path.write_text(yaml.safe_dump(tree(tiny_folder, sentiment, tasks=tasks, tune={}, seeds=[0])))
     events = []
-    with pytest.raises(
-        RunError, match=r"got 2 of 4 failed, first gone lora seed=0: task 'rte' needs its 'train'"
-    ) as e:
+    with pytest.raises(RunError, match=r"got 2 of 4 failed, first gone lora seed=0: a row must have what `prompt`"):
         run_experiment(path, tmp_path / "out", backend="inline", listener=events.append)
-    assert "or leave the folder out to fetch" in str(e.value)  # the other way is named
     results = read_results(tmp_path / "out")
     assert [cell["task"] for cell in results.finals] == ["mood", "mood"]
     ended = [event for event in events if event["event"] == "cell"]
@@ -269,6 +270,79 @@ def test_a_failed_cell_is_reported_and_the_others_go_on(tiny_folder, sentiment, 
     assert "gone lora: seeds 0" in report_experiment(tmp_path / "out", figures=False).markdown
     with pytest.raises(ConfigError, match="must be local, inline or ray"):
         run_experiment(path, tmp_path / "out", backend="slurm")
+
+
+def test_rows_that_are_not_there_are_missed_before_anything_runs(tiny_folder, sentiment, tmp_path):
+    data = {"task": "rte", "train": None, "validation": None, "test": None, "dir": str(tmp_path / "nowhere")}
+    tasks = {"rte": {"data": data}}
+    with pytest.raises(DataError, match=r"'rte' needs its 'train' rows .*or leave the folder out to fetch"):
+        run_cells(make_experiment(tree(tiny_folder, sentiment, tasks=tasks)), tmp_path / "out", backend="inline")
+    assert not (tmp_path / "out").exists()
+
+
+def test_results_without_their_cells_are_gone_on_with_and_none_is_lost(done, tiny_folder, sentiment, tmp_path):
+    """Committed results come without the cells behind them; so do cells that were once taken from elsewhere."""
+    experiment, _, outcome = done
+    (tmp_path / "results.jsonl").write_text(outcome.results.read_text())
+    fewer = make_experiment(tree(tiny_folder, sentiment, methods=["lora"]))
+    assert run_cells(fewer, tmp_path, backend="inline", max_cells=1).num_run == 0
+    assert run_cells(experiment, tmp_path, backend="inline").num_run == 0
+    assert (tmp_path / "results.jsonl").read_text() == outcome.results.read_text()
+    taken = tmp_path / "taken"
+    run_cells(experiment, taken, backend="inline", reuse=[outcome.results])
+    assert run_cells(experiment, taken, backend="inline").num_run == 0
+
+
+def test_cells_of_other_rows_or_weights_are_not_put_into_one_table(tiny_folder, sentiment, tmp_path):
+    folder = tmp_path / "rows" / "mood"
+    shutil.copytree(sentiment, folder)
+    data = {"task": str(sentiment / "task.yaml"), "train": None, "validation": None, "test": None, "dir": str(folder)}
+    data |= {"num_validation": 10, "num_train": 20}
+    one = make_experiment(tree(tiny_folder, sentiment, tasks={"mood": {"data": data}}, tune={}, methods=["lora"]))
+    run_cells(one, tmp_path / "out", backend="inline")
+    rows = (folder / "train.jsonl").read_text().splitlines()
+    (folder / "train.jsonl").write_text("\n".join(rows[::2]) + "\n")
+    more = one.model_copy(update={"seeds": (0, 1, 2)})
+    with pytest.raises(RunError, match=r"must be of the same rows \(got \w+ in mood lora seed 0, .*new output"):
+        run_cells(more, tmp_path / "out", backend="inline")
+
+
+def test_a_final_run_that_diverged_is_a_failure_however_often_it_is_asked_for(tiny_folder, sentiment, tmp_path):
+    wild = tree(tiny_folder, sentiment, methods=["lora"], tune={})
+    wild["base"] = wild["base"] | {"train": {"batch_size": 8, "lr": 1e30, "max_grad_norm": None}}
+    for num_run in (2, 0):
+        outcome = run_cells(make_experiment(wild), tmp_path, backend="inline")
+        assert outcome.num_run == num_run
+        assert set(outcome.failed) == {"mood lora seed=0", "mood lora seed=1"}
+    text = report_experiment(tmp_path, figures=False).markdown
+    assert "**Diverged** (2)" in text
+    assert "Not there yet" not in text
+
+
+def test_what_so_few_seeds_cannot_decide_is_said_before_they_are_run(tiny_folder, sentiment):
+    def note(seeds, **keys):
+        return undecidable(make_experiment(tree(tiny_folder, sentiment, seeds=list(range(seeds)), **keys)))
+
+    assert "5 seeds cannot decide anything" in note(5)
+    assert note(6) is None  # 2 / 2^6 = 0.03
+    three = {"methods": ["lora", "chain2", "chain3"]}
+    assert "needs 7 for 5%" in note(6, **three)  # 2 · 2 / 2^6 = 0.0625
+    assert note(7, **three) is None
+    tasks = {name: {"data": {"task": str(sentiment / "task.yaml")}} for name in ("one", "other")}
+    assert "cannot decide on any one task (over all tasks they can)" in note(6, tasks=tasks)
+
+
+def test_a_list_of_names_keeps_what_the_file_says_of_them(tiny_folder, sentiment, tmp_path):
+    own = {"lora": {"train": {"lr": 3e-4}}, "three": {"preset": "chain3"}, "pissa": None}
+    path = tmp_path / "experiment.yaml"
+    pairs = [["three", "lora"], ["pissa", "lora"]]
+    path.write_text(yaml.safe_dump(tree(tiny_folder, sentiment, methods=own, comparisons=pairs)))
+    few = load_experiment(path, [("methods", "[lora, three]")])
+    assert few.methods == {"lora": {"train": {"lr": 3e-4}}, "three": {"preset": "chain3"}}
+    assert few.pairs == (("three", "lora"),)
+    assert list(load_experiment(path, [("methods", "[lora, dora]")]).methods) == ["lora", "dora"]
+    with pytest.raises(ConfigError, match=r"unknown method 'chian3'.*'chain3'"):
+        load_experiment(path, [("methods", "[lora, chian3]")])
 
 
 def test_a_tuning_cell_that_failed_leaves_nothing_chosen(done, tiny_folder, sentiment, tmp_path):
@@ -489,10 +563,9 @@ def test_holm_steps_down():
     assert holm([]) == []
 
 
-def test_mean_deviation_and_pairs():
+def test_mean_and_deviation():
     assert mean_sd([1.0, 3.0]) == (2.0, pytest.approx(math.sqrt(2)))
     assert math.isnan(mean_sd([1.0])[1])
-    assert paired_differences({0: 3.0, 1: 5.0, 7: 1.0}, {1: 4.0, 0: 1.0, 2: 0.0}) == [2.0, 1.0]
 
 
 def test_the_bootstrap_interval():
@@ -528,27 +601,47 @@ def test_a_verdict_needs_interval_and_test():
     assert judge(-0.5, -0.1, 0.05) == "loses"
     assert judge(0.1, 0.5, 0.06) == "undecided"
     assert judge(-0.1, 0.5, 0.01) == "undecided"
-    many, five, none = compare_pairs([[1.0, 1.1, 0.9, 1.2, 0.8, 1.0, 1.3], [1.0] * 5, []])
+    many, five, none = compare_pairs([[1.0, 1.1, 0.9, 1.2, 0.8, 1.0, 1.3, 1.0], [1.0] * 5, []])
     assert none is None
     assert many.verdict == "wins"
-    assert many.p_holm == 2 * many.p == 4 / 2**7
+    assert many.p_holm == 3 * many.p == 6 / 2**8  # three were planned, whatever is there
     assert five.verdict == "undecided"  # five pairs cannot reach 5 %
-    assert five.smallest_p == 2 / 32
+    assert five.smallest_p_holm == 2 * 2 / 32  # the second in Holm's order, even if as clear as can be
+    assert five.exact
+    (drawn,) = compare_pairs([[1.0 + 0.01 * k for k in range(48)]])
+    assert not drawn.exact
+    assert drawn.p == drawn.smallest_p_holm == 1 / (10**6 + 1)  # the one seen, of a million drawn beside it
+
+
+@pytest.mark.parametrize("num_comparisons", [1, 2, 4, 8])
+def test_the_least_number_of_pairs_is_the_least_that_can_decide(num_comparisons):
+    least = least_pairs(num_comparisons)
+    clear = [[1.0 + 0.01 * k for k in range(n)] for n in (least, least - 1)]
+    assert compare_pairs([clear[0]] * num_comparisons)[0].verdict == "wins"
+    assert compare_pairs([clear[1]] * num_comparisons)[0].verdict == "undecided"
 
 
 # --- costs -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("architecture", ["llama", "opt", "gpt2"])
-def test_counted_operations_are_torch_s_own_count(architecture):
+@pytest.mark.parametrize(
+    ("architecture", "targets"),
+    [
+        ("llama", ("k_proj", "down_proj")),
+        ("llama", ("gate_proj",)),
+        ("llama", ("layers.1.mlp.down_proj",)),
+        ("opt", ("q_proj", "v_proj")),
+        ("opt", ("out_proj", "fc2")),
+        ("gpt2", ("c_attn",)),
+        ("gpt2", ("mlp.c_proj",)),
+    ],
+)
+def test_counted_operations_are_torch_s_own_count(architecture, targets):
     from chainlora.adapters import attach
     from chainlora.config import LinkConfig
 
     model, length = tiny_model(architecture, attn_implementation="eager"), 24
-    targets = {"gpt2": ("c_attn",), "opt": ("q_proj", "v_proj"), "llama": ("k_proj", "down_proj")}[
-        architecture
-    ]
-    names = [name for name, _ in model.named_modules() if name.rpartition(".")[2] in targets]
+    names = [name for name, _ in model.named_modules() if any(f".{name}".endswith(f".{each}") for each in targets)]
     shapes = shapes_of(model, names)
     attach(model, LinkConfig(rank=4, alpha=4, target_modules=targets))
     ids = torch.arange(2, 2 + length)[None]
@@ -734,6 +827,28 @@ def test_where_seeds_draw_rows_one_run_stands_for_itself(tmp_path):
     assert "Seeds vary the training alone" in report_experiment(write_lines(path), figures=False).markdown
 
 
+def test_over_all_tasks_each_task_weighs_alike(tmp_path):
+    """Ten seeds of a task where the chain gains 10 points and two of one where it gains none: 5, not 8.3."""
+    def scored(cell):
+        if cell["task"] == "cb" and cell["seed"] > 1:
+            return None
+        gain = 0.1 if cell["task"] == "wsc" and cell["method"] == "chain3" else 0.0
+        return cell | {"score": 0.5 + gain}
+
+    report = report_experiment(change(tmp_path / "results.jsonl", scored), figures=False)
+    whole = next(each.difference for each in report.comparisons if each.task == "all tasks")
+    assert whole.mean == pytest.approx(5.0)
+    assert whole.num_pairs == 4
+
+
+def test_a_verdict_does_not_hang_on_how_much_of_the_plan_is_done(tmp_path):
+    head = {"methods": {"lora": "One.", "chain3": "Three.", "chain2": "Two."}}
+    pairs = [["chain3", "lora"], ["chain2", "lora"]]
+    path = write_lines(tmp_path / "results.jsonl", **head, tasks=["wsc"], pairs=pairs)
+    only = report_experiment(path, figures=False).comparisons[0].difference
+    assert only.p_holm == 2 * only.p  # chain2 has no cell yet
+
+
 def test_a_report_of_what_is_there_so_far(tmp_path):
     """A killed experiment may have, for one task, nothing but zero_shot: every figure is drawn all the same."""
     path = change(
@@ -761,10 +876,13 @@ def test_results_that_cannot_be_read(tmp_path):
     path = write_lines(tmp_path / "results.jsonl", format=2)
     with pytest.raises(RunError, match=r"must be of format 1 \(got 2 in .* line 1\)"):
         report_experiment(path)
+    path.write_text('{"format": 1}\n')
+    with pytest.raises(RunError, match=r"must be of kind experiment, choice or cell \(got None in .* line 1\)"):
+        read_results(path)
     path.write_text("{\n")
     with pytest.raises(RunError, match="line 1"):
         read_results(path)
-    with pytest.raises(ConfigError, match="unknown table of the paper 'table9'"):
+    with pytest.raises(ConfigError, match=r"`paper` must be one of table1, .*'table9'"):
         report_experiment(write_lines(path, paper="table9"))
 
 
@@ -774,7 +892,8 @@ def test_the_report_of_a_real_run(done):
     assert [summary.method for summary in report.summaries] == ["lora", "chain3"]
     assert "Chosen on validation rows for each task and method apart" in report.markdown
     assert "chain3 cannot be told apart from lora on mood" in report.markdown  # two seeds decide nothing
-    assert "1 of these could not have been decided: so few pairs reach p = 0.5 at best" in report.markdown
+    assert "1 of these could not have been decided" in report.markdown
+    assert "Holm's p is 0.5 at best" in report.markdown
 
 
 # --- compare ---------------------------------------------------------------------------------------

@@ -113,7 +113,11 @@ def report(results: str, output: str | None, as_json: bool) -> None:
     "--methods", required=True, help="Comma-separated presets, e.g. lora,chain3; the first is the baseline."
 )
 @click.option(
-    "--seeds", type=click.IntRange(min=1), default=5, show_default=True, help="Number of paired seeds."
+    "--seeds",
+    type=click.IntRange(min=1),
+    default=6,
+    show_default=True,
+    help="Number of paired seeds: six can decide one comparison, seven two or three.",
 )
 @click.option(
     "--learning-rates", default="", help="Comma-separated; chosen on validation rows for each method."

@@ -7,7 +7,8 @@
     records.py     results.jsonl, one line a cell        measure.py     what a run cost; flops.py counts
     statistics.py  pairs, intervals, exact test, Holm    analysis.py    results → summaries, differences
     report.py      Markdown, CSV, LaTeX; figures.py, report_tables.py; compare.py the same on a user's own data
-    paper.yaml     the paper's own numbers               progress.py    what a person sees meanwhile
+    paper.py, paper.yaml: the paper's own numbers        progress.py    what a person sees meanwhile
+    power.py       what so few seeds cannot decide
 
 See docs/experiments.md.
 """

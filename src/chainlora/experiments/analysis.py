@@ -7,15 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
-from importlib.resources import files
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
-from ..config import parse_yaml
-from ..errors import ConfigError, nearest
 from ..tasks import WORD_METRICS
 from .choice import LOWER_IS_BETTER
+from .paper import paper_scores
 from .records import Results
 from .statistics import Difference, compare_pairs, mean_sd
 
@@ -26,7 +23,7 @@ OVERALL = "all tasks"
 
 @dataclass(frozen=True)
 class Summary:
-    """A method on a task over its seeds, and its mean cost per run.
+    """A method on a task over its seeds, and its mean cost per run (of `wall_s` the median: machines pause).
 
     `paper` is the paper's own score, with its sd where that is printed; `others` are means of further metrics.
     """
@@ -109,10 +106,12 @@ def _summarise(
         _mean([cell["train_loss"] for cell in cells]),
         dict(first["point"]),
         tuple(first["ranks"]),
-        *(
-            fmean(cell[key] for cell in cells)
-            for key in ("trainable_parameters", "tokens", "flops", "flops_6nd", "wall_s", "peak_rss_mb")
-        ),
+        num_trained=fmean(cell["trainable_parameters"] for cell in cells),
+        tokens=fmean(cell["tokens"] for cell in cells),
+        flops=fmean(cell["flops"] for cell in cells),
+        flops_6nd=fmean(cell["flops_6nd"] for cell in cells),
+        wall_s=median(cell["wall_s"] for cell in cells),
+        peak_rss_mb=fmean(cell["peak_rss_mb"] for cell in cells),
     )
 
 
@@ -156,31 +155,37 @@ def oriented_loss(cell: Cell) -> float | None:
 def compare_all(results: Results) -> list[Comparison]:
     """Return every pair's paired difference by score on every task, then over all tasks: two Holm families.
 
-    A pair over all tasks pools its (task, seed) differences; tasks of unlike metrics are not pooled.
+    A pair over all tasks pools its (task, seed) differences, of the seeds that all of its tasks have, so that tasks
+    weigh alike; tasks of unlike metrics are not pooled.
     """
     return _family(results, "score", oriented_score)
 
 
 def compare_losses(results: Results) -> list[Comparison]:
     """Return the same by held-out loss, for the tasks whose metric is not the loss already."""
-    if all(cell["metric"] in LOWER_IS_BETTER for cell in results.finals):
-        return []
     return _family(results, "held-out loss", oriented_loss)
 
 
 def _family(results: Results, name: str, value: Value) -> list[Comparison]:
-    tasks, pairs = results.experiment["tasks"], results.experiment["pairs"]
-    keys = [(task, method, rival) for task in tasks for method, rival in pairs]
-    by_task = {key: _differences(results, *key, value) for key in keys}
+    pairs = results.experiment["pairs"]
+    metrics = {cell["task"]: cell["metric"] for cell in results.finals}
+    tasks = results.experiment["tasks"]
+    if value is oriented_loss:
+        tasks = [task for task in tasks if metrics.get(task) not in LOWER_IS_BETTER]
+    by_task = {
+        (task, method, rival): _differences(results, task, method, rival, value)
+        for task in tasks
+        for method, rival in pairs
+    }
     pooled = {}
-    if len(tasks) > 1 and len({cell["metric"] in LOWER_IS_BETTER for cell in results.finals}) == 1:
+    if len(tasks) > 1 and len({metrics[task] in LOWER_IS_BETTER for task in tasks if task in metrics}) == 1:
         pooled = {
-            (OVERALL, method, rival): [d for task in tasks for d in by_task[task, method, rival]]
+            (OVERALL, method, rival): _pool([by_task[task, method, rival] for task in tasks])
             for method, rival in pairs
         }
     found = []
-    metrics = {cell["task"]: cell["metric"] for cell in results.finals}
-    for family in (by_task, pooled):
+    flat = {key: list(by_seed.values()) for key, by_seed in by_task.items()}
+    for family in (flat, pooled):
         for key, difference in zip(family, compare_pairs(list(family.values())), strict=True):
             if difference is not None:
                 metric = metrics.get(key[0]) or next(iter(metrics.values()))
@@ -188,12 +193,20 @@ def _family(results: Results, name: str, value: Value) -> list[Comparison]:
     return found
 
 
-def _differences(results: Results, task: str, method: str, rival: str, value: Value) -> list[float]:
+def _pool(by_task: Sequence[Mapping[int, float]]) -> list[float]:
+    """Return the differences of all tasks that have any, over the seeds that all of these have."""
+    begun = [by_seed for by_seed in by_task if by_seed]
+    shared = set.intersection(*(set(by_seed) for by_seed in begun)) if begun else set()
+    return [by_seed[seed] for by_seed in begun for seed in sorted(shared)]
+
+
+def _differences(results: Results, task: str, method: str, rival: str, value: Value) -> dict[int, float]:
+    """Return a method's values less its rival's, by seed."""
     one, other = (scores_by_seed(results, task, name, value) for name in (method, rival))
     seeds = sorted(one.keys() & other.keys())
     if all(_has_one_score(results, task, name) for name in (method, rival)):
         seeds = seeds[:1]  # of two runs there is one difference, not one a seed
-    return [one[seed] - other[seed] for seed in seeds]
+    return {seed: one[seed] - other[seed] for seed in seeds}
 
 
 def _cells(results: Results, task: str, method: str) -> list[dict[str, Any]]:
@@ -216,37 +229,19 @@ def scores_by_seed(results: Results, task: str, method: str, value: Value = show
 
 
 def missing_cells(results: Results) -> list[str]:
-    """Return task, method and seeds of the final cells that are not there."""
+    """Return task, method and seeds of the final cells that are neither there nor diverged."""
     missing = []
+    diverged = {(c["task"], c["method"], c["seed"]) for c in diverged_finals(results)}
     for task in results.experiment["tasks"]:
         for method in results.experiment["methods"]:
             have = scores_by_seed(results, task, method).keys()
-            lacking = [str(seed) for seed in results.experiment["seeds"] if seed not in have]
+            seeds = [seed for seed in results.experiment["seeds"] if (task, method, seed) not in diverged]
+            lacking = [str(seed) for seed in seeds if seed not in have]
             if lacking:
                 missing.append(f"{task} {method}: seeds {', '.join(lacking)}")
     return missing
 
 
-@cache
-def _paper() -> dict[str, Any]:
-    return parse_yaml((files(__package__) / "paper.yaml").read_text(encoding="utf-8"))
-
-
-def paper_scores(table: str | None, key: str = "scores") -> dict[str, dict[str, float]]:
-    """Return a table's scores (or ``sd``) in the paper, method → task → per cent. Raises ConfigError: no such table."""
-    if table is None:
-        return {}
-    if table not in _paper():
-        raise ConfigError(f"unknown table of the paper {table!r}{nearest(table, _paper())}")
-    return dict(_paper()[table].get(key, {}))
-
-
-def paper_model(table: str | None) -> str:
-    """Return the model of a table of the paper."""
-    return "" if table is None else str(_paper()[table]["model"])
-
-
-def paper_savings(table: str | None) -> tuple[str, dict[str, dict[str, float]]]:
-    """Return a table's saved operations in the paper, method → task, and the method they are saved against."""
-    printed = {} if table is None else _paper()[table]
-    return printed.get("saved_against", ""), printed.get("flops_saved", {})
+def diverged_finals(results: Results) -> list[dict[str, Any]]:
+    """Return the final cells whose loss stopped being finite."""
+    return [cell for cell in results.cells if cell["phase"] == "final" and cell["status"] == "diverged"]

@@ -20,7 +20,7 @@ from typing import Any
 from ..config import RunConfig, make_config
 from ..errors import ConfigError
 from ..methods import apply_recipe, merge_trees
-from ..tasks import REPORTED_OF_TEXT, load_task
+from ..tasks import REPORTED_OF_TEXT, check_split_files, load_task
 from .schema import Experiment
 
 Point = tuple[tuple[str, Any], ...]
@@ -161,7 +161,7 @@ def _cell(
     except ConfigError as error:
         raise ConfigError(f"task {task}, method {method}: {error}") from None
     if config.data.task is not None:
-        _check_task(config.data.task)
+        _check_task(config.data.task, config.data.dir)
     if config.data.train is not None and not (config.data.validation or config.data.test):
         raise ConfigError(f"task {task}: methods are compared on rows they do not train on (got none); give data.test "
                           "or data.validation")
@@ -173,8 +173,10 @@ def _cell(
 
 
 @lru_cache(maxsize=64)
-def _check_task(name: str) -> None:
-    load_task(name)
+def _check_task(name: str, dir: str | None) -> None:
+    task = load_task(name)
+    if dir is not None:
+        check_split_files(task, dir)
 
 
 def _task_tree(name: str, keys: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,11 +10,16 @@ import matplotlib
 
 matplotlib.use("Agg")  # files only, no display
 import matplotlib.pyplot as plt
+from matplotlib.lines import Line2D
 
 from .analysis import Comparison, Summary, scores_by_seed
+from .choice import LOWER_IS_BETTER
+from .paper import paper_model
 from .records import Results
 
 _PANEL = 3.2  # inches
+_BLUE = "#0969da"
+_DIAMOND: dict[str, Any] = {"marker": "D", "color": "#bf8700", "markersize": 5, "fillstyle": "none"}
 _COLOURS = {"wins": "#1a7f37", "loses": "#cf222e", "undecided": "#57606a"}
 
 
@@ -72,15 +77,30 @@ def _by_method(results: Results, summaries: Sequence[Summary], label: Callable[[
             _draw_method(axis, place, results, summary)
         _decorate(axis, task, own[0])
         axis.set_xticks(range(len(own)), [label(s) for s in own], rotation=60, ha="right", fontsize=8)
+    _add_key(figure, results, summaries)
     return figure
+
+
+def _add_key(figure: Any, results: Results, summaries: Sequence[Summary]) -> None:
+    """Say below the panels what dots, bars, dotted lines and diamonds are."""
+    keys = [
+        Line2D([], [], color=_BLUE, alpha=0.4, marker="o", linestyle="", markersize=4, label="a seed"),
+        Line2D([], [], color=_BLUE, linewidth=2, label="mean"),
+    ]
+    if any(summary.majority is not None for summary in summaries):
+        keys.append(Line2D([], [], color="black", linestyle=":", linewidth=0.8, label="commonest answer"))
+    if any(summary.paper is not None for summary in summaries):
+        label = f"paper ({paper_model(results.experiment['paper'])})"
+        keys.append(Line2D([], [], **_DIAMOND, linestyle="", label=label))
+    figure.legend(handles=keys, loc="outside lower center", ncols=len(keys), fontsize=7, frameon=False)
 
 
 def _draw_method(axis: Any, place: float, results: Results, summary: Summary) -> None:
     values = list(scores_by_seed(results, summary.task, summary.method).values())
-    axis.plot([place] * len(values), values, "o", color="#0969da", alpha=0.4, markersize=4)
-    axis.plot([place - 0.3, place + 0.3], [summary.mean] * 2, color="#0969da", linewidth=2)
+    axis.plot([place] * len(values), values, "o", color=_BLUE, alpha=0.4, markersize=4)
+    axis.plot([place - 0.3, place + 0.3], [summary.mean] * 2, color=_BLUE, linewidth=2)
     if summary.paper is not None:
-        axis.plot([place], [summary.paper], "D", color="#bf8700", markersize=5, fillstyle="none")
+        axis.plot([place], [summary.paper], **_DIAMOND)
 
 
 def chain_length(results: Results, summaries: Sequence[Summary]) -> Any:
@@ -102,9 +122,8 @@ def chain_length(results: Results, summaries: Sequence[Summary]) -> Any:
             axis.errorbar(places, [s.mean for s in group], errors, marker="o", capsize=3, label=kind)
             printed = [(n, s.paper) for n, s in zip(places, group, strict=True) if s.paper is not None]
             if printed:
-                axis.plot(
-                    *zip(*printed, strict=True), "D--", color="#bf8700", fillstyle="none", label="paper"
-                )
+                label = f"paper ({paper_model(results.experiment['paper'])})"
+                axis.plot(*zip(*printed, strict=True), **_DIAMOND, linestyle="--", label=label)
         _decorate(axis, task, own[0])
         axis.set_xticks(sorted({len(s.ranks) for s in own}))
         axis.set_xlabel("links")
@@ -126,17 +145,30 @@ def _kind(results: Results, summary: Summary) -> str:
 
 
 def differences(comparisons: Sequence[Comparison]) -> Any:
-    """Return a forest plot: the paired mean difference and its interval, coloured by the verdict."""
-    figure, axis = plt.subplots(figsize=(6.5, 1.2 + 0.28 * len(comparisons)), layout="constrained")
-    for place, comparison in enumerate(reversed(comparisons)):
-        d = comparison.difference
-        axis.plot([d.mean], [place], "s", color=_COLOURS[d.verdict], markersize=5)
-        if d.num_pairs > 1:
-            axis.plot([d.low, d.high], [place, place], color=_COLOURS[d.verdict])
-    names = [f"{c.task}: {c.method} − {c.rival} (n={c.difference.num_pairs})" for c in reversed(comparisons)]
-    axis.set_yticks(range(len(names)), names, fontsize=8)
-    axis.axvline(0, color="black", linewidth=0.8)
-    axis.set_xlabel(f"difference in {comparisons[0].value}, right is better (95 % interval)")
+    """Return a forest plot: the paired mean difference and its interval, coloured by the verdict; a panel a unit."""
+    units: dict[str, list[Comparison]] = {}
+    for comparison in reversed(comparisons):
+        units.setdefault("loss" if comparison.metric in LOWER_IS_BETTER else "points", []).append(comparison)
+    sizes = [1 + len(group) for group in units.values()]
+    figure, axes = plt.subplots(
+        len(units),
+        figsize=(6.5, 0.9 * len(units) + 0.28 * sum(sizes)),
+        height_ratios=sizes,
+        squeeze=False,
+        layout="constrained",
+    )
+    for axis, (unit, group) in zip(axes.flat, units.items(), strict=True):
+        for place, comparison in enumerate(group):
+            d = comparison.difference
+            axis.plot([d.mean], [place], "s", color=_COLOURS[d.verdict], markersize=5)
+            if d.num_pairs > 1:
+                axis.plot([d.low, d.high], [place, place], color=_COLOURS[d.verdict])
+        names = [f"{c.task}: {c.method} − {c.rival} (n={c.difference.num_pairs})" for c in group]
+        axis.set_yticks(range(len(names)), names, fontsize=8)
+        axis.axvline(0, color="black", linewidth=0.8)
+        axis.set_xlabel(f"difference in {group[0].value} ({unit}), right is better (95 % interval)", fontsize=9)
+    keys = [Line2D([], [], color=_COLOURS[verdict], marker="s", markersize=5, label=verdict) for verdict in _COLOURS]
+    figure.legend(handles=keys, loc="outside lower center", ncols=len(keys), fontsize=7, frameon=False)
     return figure
 
 

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 _FROM_BLOCK_INPUT = frozenset(
     {"q_proj", "k_proj", "v_proj", "qkv_proj", "c_attn", "query_key_value", "query", "key", "value", "Wqkv"}
 )
+_INTO_MLP = frozenset({"gate_proj", "up_proj", "gate_up_proj", "fc1", "c_fc", "dense_h_to_4h"})
+_OUT_OF_MLP = frozenset({"down_proj", "fc2", "mlp.c_proj", "dense_4h_to_h"})
 
 _ROLES = {"q_proj": "q", "query": "q", "k_proj": "k", "key": "k", "v_proj": "v", "value": "v"}
 
@@ -69,14 +71,14 @@ def training_flops(
     """
     total = forward_flops(shapes, context)
     if tune == "full":
-        first = min(m.block for m in shapes.matmuls)
+        first = min(m.block for m in shapes.matmuls), 0
         weights = sum(2.0 * m.num_in * m.num_out for m in shapes.matmuls)
     else:
         adapted = [m for m in shapes.matmuls if m.adapted]
-        first = min((m.block for m in adapted), default=0)
+        first = min(((m.block, _stage(m)) for m in adapted), default=(0, 0))
         weights = sum(_lora_flops(m, rank, factors, flows=_needs_input_gradient(m, first)) for m in adapted)
     inputs = sum(2 * m.num_in * m.num_out for m in shapes.matmuls if _needs_input_gradient(m, first))
-    return total + weights + inputs + _attention_backward(shapes, first, context, tune)
+    return total + weights + inputs + _attention_backward(shapes, first[0], context, tune)
 
 
 def _attention_backward(shapes: Shapes, first: int, context: float, tune: str) -> float:
@@ -96,10 +98,19 @@ def _attention_backward(shapes: Shapes, first: int, context: float, tune: str) -
     return above + here * one
 
 
-def _needs_input_gradient(matmul: Matmul, first_block: int) -> bool:
-    if matmul.block != first_block:
-        return matmul.block > first_block
-    return matmul.name.rpartition(".")[2] not in _FROM_BLOCK_INPUT
+def _stage(matmul: Matmul) -> int:
+    """Return which of a block's matmuls come before: 0 its input's, 1 attention's output, 2 and 3 into and out of the
+    MLP. A name that is not known is taken for attention's output."""
+    path = matmul.name.split(".")
+    for stage, names in ((0, _FROM_BLOCK_INPUT), (2, _INTO_MLP), (3, _OUT_OF_MLP)):
+        if path[-1] in names or ".".join(path[-2:]) in names:
+            return stage
+    return 1
+
+
+def _needs_input_gradient(matmul: Matmul, first: tuple[int, int]) -> bool:
+    """Say whether anything before it is trained: `first` is the block and stage of the first that is."""
+    return (matmul.block, _stage(matmul)) > first
 
 
 def _lora_flops(matmul: Matmul, rank: int, factors: str, *, flows: bool) -> float:

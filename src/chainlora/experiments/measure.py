@@ -62,6 +62,8 @@ def summarise(config: RunConfig, result: Mapping[str, Any], run: Path) -> dict[s
             if record["event"] == "eval" and record.get("where") == "knot"
         ],
         "config": compact_config(config),
+        "rows_digest": result["rows_digest"],
+        "base_fingerprint": result["base_fingerprint"],
         "versions": result["versions"],
         "hardware": result["hardware"],
     }

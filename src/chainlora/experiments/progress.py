@@ -74,6 +74,8 @@ class _Listener:
             highlight=False,
             soft_wrap=True,
         )
+        if record.get("note"):
+            self.console.print(f"note: {record['note']}", highlight=False, soft_wrap=True, style="yellow")
         if self.task is not None:
             self.bar.remove_task(self.task)
         self.task = self.bar.add_task(record["phase"], total=len(self.waiting), left="?", now="")

@@ -34,7 +34,7 @@ def run_on_ray(
 ) -> Iterator[tuple[Cell, str | None]]:
     """Hand cells to Ray, `workers` at a time; yield each with its error, or None, as it ends.
 
-    Each asks for an equal share of the cluster's cores and GPUs, of one GPU at most.
+    Each asks for an equal share of the cluster's cores and GPUs, of one node's cores and one GPU at most.
 
     Raises ConfigError: Ray is not installed.
     """
@@ -47,9 +47,10 @@ def run_on_ray(
     if not ray.is_initialized():
         ray.init(address=None, log_to_driver=False)
     cluster = ray.cluster_resources()
+    largest = max(node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"])
     remote = ray.remote(
         max_retries=2,
-        num_cpus=max(1, int(cluster.get("CPU", workers) // workers)),
+        num_cpus=max(1, int(min(cluster.get("CPU", workers) // workers, largest))),
         num_gpus=min(1.0, cluster.get("GPU", 0) / workers),
     )(compute_remotely)
     waiting, running = list(work), dict[Any, tuple[Cell, Path]]()

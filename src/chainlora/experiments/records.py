@@ -11,7 +11,8 @@ model: score, loss, majority rate); `validation_best` (best value met at knots a
 `train_loss` (mean over the last tenth of the steps); `steps`, `tokens` (with `start_tokens`, those that gradient
 starts read), `rows`; `flops` (counted) and
 `flops_6nd`; `wall_s`, `peak_rss_mb`; `trainable_parameters`; `ranks`, `link_steps`, `link_scores`; `config`
-(values other than the defaults); `versions`, `hardware`.
+(values other than the defaults); `rows_digest` and `base_fingerprint`, of the rows drawn and the weights trained on;
+`versions`, `hardware`.
 """
 
 from __future__ import annotations
@@ -129,7 +130,32 @@ def _read_line(path: Path, number: int, line: str) -> dict[str, Any]:
             f"results must be of format {FORMAT} (got {got!r} in {path} line {number}); read them with the "
             "version of chainlora that wrote them, or run the experiment again"
         )
+    if value.get("kind") not in ("experiment", "choice", "cell"):
+        raise RunError(f"a line of results must be of kind experiment, choice or cell (got {value.get('kind')!r} in "
+                       f"{path} line {number}); run the experiment again")
     return value
+
+
+def check_alike(cells: Sequence[Mapping[str, Any]]) -> None:
+    """Raise RunError where cells of the same data or model settings are of different rows or weights.
+
+    A cell's id knows places by name only; what was found there is in its `rows_digest` and `base_fingerprint` (missing
+    in results older than these).
+    """
+    first: dict[tuple[str, str], tuple[str, str]] = {}
+    for cell in cells:
+        config = cell["config"]
+        data = {k: v for k, v in config.get("data", {}).items() if k not in ("shots", "max_length", "truncation")}
+        model = {"model": config.get("model"), "dtype": config.get("train", {}).get("dtype")}
+        for field, what, settings in (("rows_digest", "rows", data), ("base_fingerprint", "base model", model)):
+            found = cell.get(field)
+            if found is None:
+                continue
+            name = f"{cell['task']} {cell['method']} seed {cell['seed']}"
+            before, of = first.setdefault((field, json.dumps(settings, sort_keys=True)), (found, name))
+            if found != before:
+                raise RunError(f"cells of one experiment must be of the same {what} (got {before} in {of}, {found} in "
+                               f"{name}): they have changed in between; use a new output folder, without --reuse")
 
 
 def _of_kind(lines: Sequence[dict[str, Any]], kind: str) -> list[dict[str, Any]]:

@@ -15,10 +15,11 @@ from .analysis import (
     compare_all,
     compare_losses,
     digits,
+    diverged_finals,
     missing_cells,
     summarise_all,
 )
-from .records import Results, read_results, write_atomically
+from .records import Results, check_alike, read_results, write_atomically
 from .report_tables import (
     choices_table,
     costs_table,
@@ -50,6 +51,7 @@ def report_experiment(results: str | Path, out: str | Path | None = None, *, fig
     Raises RunError: no such file, or one of another format version.
     """
     found = read_results(results)
+    check_alike(found.cells)
     path = Path(results)
     folder = Path(out) if out is not None else (path if path.is_dir() else path.parent)
     folder.mkdir(parents=True, exist_ok=True)
@@ -113,7 +115,7 @@ def _introduction(results: Results) -> str:
         f"Model: {head['model']}. Seeds: {', '.join(map(str, head['seeds']))}. {_how_chosen(results)}",
     ]
     missing = missing_cells(results)
-    diverged = [cell for cell in results.cells if cell["phase"] == "final" and cell["status"] == "diverged"]
+    diverged = diverged_finals(results)
     if missing:
         lines += ["", f"**Not there yet** ({len(missing)}): {'; '.join(missing)}."]
     if diverged:
@@ -148,12 +150,13 @@ def _verdicts(comparisons: Sequence[Comparison]) -> str:
     for comparison in whole or each:
         place = "over all tasks" if comparison.task == OVERALL else f"on {comparison.task}"
         lines.append(f"- {sentence(comparison, place)}{_tally(comparison, each) if whole else ''}")
-    hopeless = [c for c in whole or each if c.difference.smallest_p > LEVEL]
+    hopeless = [c for c in whole or each if c.difference.smallest_p_holm > LEVEL]
     if hopeless:
-        best = max(c.difference.smallest_p for c in hopeless)
+        best = max(c.difference.smallest_p_holm for c in hopeless)
         lines += [
             "",
-            f"{len(hopeless)} of these could not have been decided: so few pairs reach p = {best:.2g} at best.",
+            f"{len(hopeless)} of these could not have been decided: with so few pairs and so many comparisons Holm's p "
+            f"is {best:.2g} at best.",
         ]
     return "\n".join(lines) + "\n"
 
@@ -167,7 +170,7 @@ def sentence(comparison: Comparison, place: str) -> str:
     return (
         f"{comparison.method} {words} {comparison.rival} {place}: {number(d.mean, places, sign=True)} "
         f"(95 % interval {number(d.low, places, sign=True)} to {number(d.high, places, sign=True)}, "
-        f"{d.num_pairs} pairs, exact p = {d.p:.3g}, Holm {d.p_holm:.3g})"
+        f"{d.num_pairs} pairs, {'exact' if d.exact else 'sampled'} p = {d.p:.3g}, Holm {d.p_holm:.3g})"
     )
 
 

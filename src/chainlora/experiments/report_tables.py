@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from .analysis import Comparison, Summary, digits, paper_model, paper_savings
+from .analysis import OVERALL, Comparison, Summary, digits
+from .paper import paper_model, paper_savings
 from .records import Results
 from .tables import Table, big, number
 
@@ -77,19 +78,24 @@ def differences_table(comparisons: Sequence[Comparison], value: str) -> Table:
             f"{number(d.low, places, sign=True)} to {number(d.high, places, sign=True)}",
             f"{d.p:.3g}",
             f"{d.p_holm:.3g}",
-            f"{d.smallest_p:.2g}",
+            f"{d.smallest_p_holm:.2g}",
             d.verdict,
         )
         for c in comparisons
         for d, places in [(c.difference, digits(c.metric))]
     )
-    heads = ("task", "pair", "n", "difference", "sd", "95 % interval", "p", "Holm p", "smallest p", "verdict")
+    heads = ("task", "pair", "n", "difference", "sd", "95 % interval", "p", "Holm p", "smallest Holm p", "verdict")
     note = (
         "Paired by seed; positive is better. Interval: BCa bootstrap of the mean (narrow under ten pairs)."
-        " p: exact sign-flip test, two-sided; smallest p is what so many pairs can reach at best. Holm: over"
-        " the tasks and pairs of this table, apart from its rows for all tasks. A verdict needs an "
-        "interval without zero and Holm p ≤ 0.05."
+        " p: sign-flip test, two-sided, exact up to 40 pairs. Holm: over the tasks and pairs planned for this table,"
+        " its rows for all tasks apart; smallest: what it would be if every one of them were as clear as its pairs"
+        " allow. A verdict needs an interval without zero and Holm p ≤ 0.05."
     )
+    if any(c.task == OVERALL for c in comparisons):
+        note += (
+            " All tasks: the mean of the tasks' means, over the seeds that all of them have. Hyper-parameters are"
+            " chosen once a task and method: what another choice would change is in no interval."
+        )
     return Table(f"Paired differences in {value}", heads, rows, note)
 
 
@@ -125,7 +131,8 @@ def costs_table(summaries: Sequence[Summary]) -> Table:
         "validation",
     )
     note = (
-        "Means per run. Trained: parameters of the largest link. FLOPs: counted, forward and backward."
+        "Means per run; seconds: the median, evaluation and pauses of the machine included."
+        " Trained: parameters of the largest link. FLOPs: counted, forward and backward."
         " Tokens and FLOPs include what gradient starts read beside the steps."
         " 6·N·D: the paper's rule, N the parameters trained. Train loss: over the last tenth of the steps."
     )

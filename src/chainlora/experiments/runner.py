@@ -26,7 +26,17 @@ from .cells import CONFIG, ERROR, RESULT, STATUS
 from .choice import Trial, choose, chosen_points
 from .execution import executor
 from .expansion import Cell, Point, expand, expand_tuning, points
-from .records import FORMAT, cell_line, experiment_line, read_results, result_of, write_atomically, write_results
+from .power import undecidable
+from .records import (
+    FORMAT,
+    cell_line,
+    check_alike,
+    experiment_line,
+    read_results,
+    result_of,
+    write_atomically,
+    write_results,
+)
 from .room import Workers
 from .schema import Experiment, load_experiment
 
@@ -101,7 +111,7 @@ def raise_on_failure(outcome: Outcome) -> None:
         name, message = next(iter(outcome.failed.items()))
         raise RunError(
             f"every cell must end (got {len(outcome.failed)} of {outcome.num_cells} failed, first {name}: "
-            f"{message}); logs are in {outcome.out / 'cells'}, run again to retry them"
+            f"{message}); logs are in {outcome.out / 'cells'}, the next run tries again those that did not diverge"
         )
 
 
@@ -121,6 +131,7 @@ def run_cells(
     known = {cell["cell"]: result_of(cell) for path in reuse for cell in read_results(path).cells}
     session = _Session(experiment, out, listener or (lambda record: None), known)
     out.mkdir(parents=True, exist_ok=True)
+    _adopt_results(out)
     write_atomically(
         out / "experiment.yaml", yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False)
     )
@@ -140,6 +151,19 @@ def run_cells(
     finally:
         session.listener({"event": "end", "failed": session.failed})
     return Outcome(out, len(session.asked), session.num_run, session.failed)
+
+
+def _adopt_results(out: Path) -> None:
+    """Give results that came without their cells (a clone of committed ones) a folder each, so that none is lost."""
+    if (out / "cells").is_dir() or not (out / "results.jsonl").is_file():
+        return
+    for line in read_results(out).cells:
+        _write_result(out / "cells" / line["cell"], result_of(line))
+
+
+def _write_result(directory: Path, result: Mapping[str, Any]) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    write_atomically(directory / RESULT, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
 
 
 def _one_each(cells: Sequence[Cell]) -> list[Cell]:
@@ -164,14 +188,19 @@ class _Session:
         self.experiment, self.out, self.listener = experiment, out, listener
         self.failed: dict[str, str] = {}
         self.num_run = 0
+        self._told = False
         self.asked: dict[tuple[str, str, int, str], Cell] = {}
         self._tuning: list[Cell] | None = None
-        self._results = known  # by id; filled up from the cells' folders
+        self._known = known  # by id
+        self._results = dict[str, dict[str, Any]]()  # by id; as the cells' folders have them
 
     def directory(self, cell: Cell) -> Path:
         return self.out / "cells" / cell.id
 
     def is_done(self, cell: Cell) -> bool:
+        """Say whether a cell has its result; one known from elsewhere is given its folder."""
+        if cell.id not in self._results and cell.id in self._known and not (self.directory(cell) / RESULT).is_file():
+            _write_result(self.prepare(cell), self._known[cell.id])
         return cell.id in self._results or (self.directory(cell) / RESULT).is_file()
 
     def result(self, cell: Cell) -> dict[str, Any]:
@@ -227,6 +256,8 @@ class _Session:
 
     def begin(self, cells: Sequence[Cell], todo: Sequence[Cell], workers: Workers) -> None:
         self.asked |= {(cell.task, cell.method, cell.seed, cell.id): cell for cell in cells}
+        note = None if self._told else undecidable(self.experiment)
+        self._told = True
         later = 0 if cells and cells[0].phase == "final" else self._num_finals()
         self.listener(
             {
@@ -237,6 +268,7 @@ class _Session:
                 "later": later,
                 "workers": 1 if workers == "auto" else workers,
                 "tasks": [cell.task for cell in todo],
+                "note": note,
             }
         )
 
@@ -268,8 +300,6 @@ class _Session:
         if error is None:
             result = self.result(cell)
             record |= {key: result.get(key) for key in ("status", "metric", "score", "wall_s")}
-            if result["status"] == "diverged" and cell.phase == "final":
-                self.failed[str(cell)] = result["message"]
         else:
             self.failed[str(cell)] = error
         self.listener(record)
@@ -279,10 +309,10 @@ class _Session:
         """Write the results file from all cells asked for so far that are done."""
         cells = [cell_line(cell, self.result(cell)) for cell in self.tuning_cells() if self.is_done(cell)]
         choices = self.choices()
-        finals = [
-            cell_line(cell, self.result(cell))
-            for cell in expand(self.experiment, self.chosen())
-            if self.is_done(cell)
-        ]
+        done = [cell for cell in expand(self.experiment, self.chosen()) if self.is_done(cell)]
+        finals = [cell_line(cell, self.result(cell)) for cell in done]
+        check_alike([*cells, *finals])
+        self.failed |= {str(cell): line["message"] for cell, line in zip(done, finals, strict=True)
+                        if line["status"] == "diverged"}
         lines = [{"format": 1, "kind": "choice"} | record for record in choices]
         write_results(self.out / "results.jsonl", [experiment_line(self.experiment), *lines, *cells, *finals])

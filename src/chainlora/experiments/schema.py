@@ -22,6 +22,7 @@ from ..config import parse_yaml, set_key
 from ..errors import ConfigError, nearest
 from ..methods import load_method, merge_trees
 from ..wording import problems
+from .paper import check_table
 
 _TREE_KEYS = ("model", "recipe", "data", "chain", "train")
 Figure = Literal["scores", "differences", "chain_length", "rank_step_down"]
@@ -133,6 +134,8 @@ class Experiment(_Frozen):
 def load_experiment(path: str | Path, overrides: Sequence[tuple[str, str]] = ()) -> Experiment:
     """Read an experiment file; `overrides` are ``("base.data.dir", "rows")`` pairs, values parsed as YAML.
 
+    A list of names for `tasks` or `methods` keeps the file's entries of these names, and the comparisons among them.
+
     Raises ConfigError: unreadable file, unknown key (nearest named), wrong value.
     """
     path = Path(path)
@@ -151,8 +154,22 @@ def load_experiment(path: str | Path, overrides: Sequence[tuple[str, str]] = ())
             f"experiment file must hold a mapping of keys (got {type(tree).__name__} in {path})"
         )
     for key, value in overrides:
+        before = tree.get(key)
         set_key(tree, key, value)
+        if key in ("tasks", "methods"):
+            _select(tree, key, before)
     return make_experiment(tree)
+
+
+def _select(tree: dict[str, Any], key: str, before: Any) -> None:
+    """Let a list of names take the file's own entries of these names, and only the comparisons among them."""
+    names = tree[key]
+    if not isinstance(names, list):
+        return
+    own = before if isinstance(before, Mapping) else {}
+    tree[key] = {name: own.get(name) for name in names}
+    if key == "methods" and isinstance(tree.get("comparisons"), list):
+        tree["comparisons"] = [pair for pair in tree["comparisons"] if set(pair) <= set(names)]
 
 
 def make_experiment(tree: Mapping[str, Any]) -> Experiment:
@@ -161,6 +178,8 @@ def make_experiment(tree: Mapping[str, Any]) -> Experiment:
         experiment = Experiment.model_validate(tree)
     except ValidationError as error:
         raise ConfigError(problems(error, Experiment)) from None
+    if experiment.paper is not None:
+        check_table(experiment.paper)
     _check_keys("base", experiment.base)
     for name, keys in experiment.tasks.items():
         _check_keys(f"tasks.{name}", keys)

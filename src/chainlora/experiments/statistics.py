@@ -9,7 +9,7 @@ the interval *and* the test.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist, fmean, stdev
 from typing import Literal
@@ -19,6 +19,7 @@ import numpy as np
 Verdict = Literal["wins", "loses", "undecided"]
 LEVEL = 0.05  # of a verdict
 MAX_EXACT = 40  # pairs; 2 × 2^20 half sums of 8 bytes, a second or two
+NUM_DRAWS = 1_000_000  # sign assignments where they are too many to count
 _TIE = 1e-9  # relative: sums of the same numbers in another order differ by rounding only
 
 
@@ -26,8 +27,9 @@ _TIE = 1e-9  # relative: sums of the same numbers in another order differ by rou
 class Difference:
     """A method less its rival over paired runs, oriented so that positive is better.
 
-    `low` and `high` bound the mean difference; `p` is the exact two-sided p-value, `p_holm` corrected for all
-    comparisons made together; `smallest_p` is what `num_pairs` pairs can reach at best.
+    `low` and `high` bound the mean difference; `p` is the two-sided p-value, `exact` or sampled, `p_holm` corrected for
+    all comparisons planned together; `smallest_p_holm` is what that would be if every one of them were as clear as the
+    pairs it has allow.
     """
 
     num_pairs: int
@@ -37,18 +39,14 @@ class Difference:
     high: float
     p: float
     p_holm: float
-    smallest_p: float
+    smallest_p_holm: float
+    exact: bool
     verdict: Verdict
 
 
 def mean_sd(values: Sequence[float]) -> tuple[float, float]:
     """Return mean and sample standard deviation (n - 1); the deviation of one value is NaN."""
     return fmean(values), stdev(values) if len(values) > 1 else math.nan
-
-
-def paired_differences(scores: Mapping[int, float], rival: Mapping[int, float]) -> list[float]:
-    """Return `scores` less `rival` over the seeds that both have, in order of the seeds."""
-    return [scores[seed] - rival[seed] for seed in sorted(scores.keys() & rival.keys())]
 
 
 def bootstrap_interval(
@@ -92,7 +90,7 @@ def _bca_tails(data: np.ndarray, means: np.ndarray, tails: tuple[float, float]) 
     return adjusted[0], adjusted[1]
 
 
-def sign_flip_test(differences: Sequence[float], *, num_draws: int = 1_000_000, seed: int = 0) -> float:
+def sign_flip_test(differences: Sequence[float], *, num_draws: int = NUM_DRAWS, seed: int = 0) -> float:
     """Return the two-sided p-value that the differences are symmetric about zero, exact for up to 40.
 
     The share of the 2^n sign assignments whose sum is at least as far from zero as the one seen, counted by
@@ -146,13 +144,29 @@ def judge(low: float, high: float, p: float, level: float = LEVEL) -> Verdict:
     return "wins" if low > 0 else "loses"
 
 
+def smallest_p(num_pairs: int) -> float:
+    """Return the smallest two-sided p-value that so many pairs can reach (`sign_flip_test`); 1 for none."""
+    if num_pairs == 0:
+        return 1.0
+    return 2.0 ** (1 - num_pairs) if num_pairs <= MAX_EXACT else 1 / (NUM_DRAWS + 1)
+
+
+def least_pairs(num_comparisons: int, level: float = LEVEL) -> int:
+    """Return how many pairs each of so many comparisons needs for a verdict to be possible at all."""
+    return next(n for n in range(1, 1000) if num_comparisons * 2.0 ** (1 - n) <= level)
+
+
 def compare_pairs(
     differences: Sequence[Sequence[float]], *, confidence: float = 0.95
 ) -> list[Difference | None]:
-    """Compare several sets of paired differences, p-values Holm-corrected together; None for an empty set."""
-    tests = [sign_flip_test(values) if values else math.nan for values in differences]
-    present = [index for index, values in enumerate(differences) if values]
-    corrected = dict(zip(present, holm([tests[index] for index in present]), strict=True))
+    """Compare several sets of paired differences, p-values Holm-corrected together; None for an empty set.
+
+    An empty set is a comparison planned and not there yet: it counts in the correction, so that a verdict does not
+    depend on how much of the plan is done.
+    """
+    tests = [sign_flip_test(values) if values else 1.0 for values in differences]
+    corrected = holm(tests)
+    smallest = holm([smallest_p(len(values)) for values in differences])
     found: list[Difference | None] = []
     for index, values in enumerate(differences):
         if not values:
@@ -160,7 +174,6 @@ def compare_pairs(
             continue
         mean, sd = mean_sd(values)
         low, high = bootstrap_interval(values, confidence=confidence)
-        verdict = judge(low, high, corrected[index], 1 - confidence)
         found.append(
             Difference(
                 len(values),
@@ -170,8 +183,9 @@ def compare_pairs(
                 high,
                 tests[index],
                 corrected[index],
-                2.0 ** (1 - len(values)),
-                verdict,
+                smallest[index],
+                len(values) <= MAX_EXACT,
+                judge(low, high, corrected[index], 1 - confidence),
             )
         )
     return found
