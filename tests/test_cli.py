@@ -20,6 +20,7 @@ from test_training import settings
 
 from chainlora import __version__
 from chainlora.cli import run as command
+from chainlora.tasks import Task, load_task, sample_splits
 
 
 @dataclass
@@ -175,6 +176,67 @@ def test_eval_reads_a_file_of_rows_too(chainlora, finished, sentiment):
     task = ("--task", sentiment / "task.yaml", "--json", "--limit", "3")
     assert chainlora("eval", finished, "--data", sentiment / "validation.jsonl", *task).json == chainlora(
         "eval", finished, "--data", sentiment, *task).json
+
+
+@pytest.mark.parametrize("keys", [
+    ("--chain.ranks", "[]", "--chain.steps", "[]", "--data.shots", "3"),
+    ("--data.max_length", "8", "--data.truncation", "left"),
+], ids=["in context", "cut"])
+def test_eval_reads_a_runs_own_task_as_the_run_did(chainlora, config, sentiment, tmp_path, keys):
+    result = chainlora("train", config, *keys, "--json").json
+    task = ("--task", sentiment / "task.yaml", "--data", sentiment, "--json")
+    # the same rows in the same packs: the same bits
+    assert chainlora("eval", tmp_path / "run", *task).json["metrics"] == result["metrics"]["validation"]
+    other = (sentiment / "task.yaml").read_text().replace("name: sentiment", "name: other")
+    (tmp_path / "other.yaml").write_text(other)  # not the run's task: read whole and without demonstrations
+    task = ("--task", tmp_path / "other.yaml", *task[2:])
+    loss = chainlora("eval", tmp_path / "run", *task).json["metrics"]["loss"]
+    assert loss != pytest.approx(result["metrics"]["validation"]["loss"], abs=1e-4)
+
+
+def stand_in(folder: Path, test_of: str) -> tuple[Task, Path]:
+    """A task and its folder without a train split: 30 validation rows stand in, 12 test rows come from `test_of`."""
+    rules = {"without_train": "validation", "validation": {"of": "train", "rows": 5},
+             "test": {"of": test_of, "rows": 12}}
+    tree = {"name": "word", "description": "Made up.", "prompt": "{{ text }} it was", "labels": [" bad", " good"],
+            "metric": "accuracy", "loss": "candidates", "sampling": rules}
+    (folder / "word.yaml").write_text(yaml.safe_dump(tree))
+    (folder / "rows").mkdir()
+    for split, count in (("validation", 30), ("test", 4)):
+        write_rows(folder / "rows" / f"{split}.jsonl", [{"text": f"cat {i}", "label": i % 2} for i in range(count)])
+    return load_task(folder / "word.yaml"), folder / "rows"
+
+
+def test_eval_of_a_split_that_stands_in_for_train_scores_rows_that_no_run_trains_on(
+    chainlora, tiny_folder, tmp_path, caplog
+):
+    task, rows = stand_in(tmp_path, "validation")
+    scored = tmp_path / "predictions.jsonl"
+    done = chainlora("eval", tiny_folder, "--task", tmp_path / "word.yaml", "--data", rows, "--predictions", scored,
+                     "--json")
+    assert done.json["rows"] == 12
+    assert "'validation' stands in for it: only the 12 of its 30 rows that no run trains on are scored" in caplog.text
+    unseen = [json.loads(line)["row"] for line in scored.read_text().splitlines()]
+    assert unseen == sorted(set(unseen))
+    for seed in range(4):
+        for num_test in (3, 12, 20):
+            drawn = sample_splits(task, rows, num_test=num_test, data_seed=seed)
+            assert not {row.index for row in drawn["train"] + drawn["validation"]} & set(unseen)
+    evaluate = ("eval", tiny_folder, "--task", tmp_path / "word.yaml", "--json", "--data")
+    assert chainlora(*evaluate, rows / "validation.jsonl").json["rows"] == 30  # a file is scored whole
+    shutil.copy(rows / "validation.jsonl", rows / "train.jsonl")  # nothing stands in any more
+    assert chainlora(*evaluate, rows).json["rows"] == 30
+
+
+def test_eval_of_a_split_that_stands_in_for_train_is_refused_where_test_rows_come_from_another(
+    chainlora, tiny_folder, tmp_path
+):
+    _, rows = stand_in(tmp_path, "test")
+    evaluate = ("eval", tiny_folder, "--task", tmp_path / "word.yaml", "--json", "--data")
+    chainlora(*evaluate, rows).refused("split 'validation' of task 'word' is what runs train on", "(got 30 rows)",
+                                       "score --split test, or name the file itself as --data")
+    assert chainlora(*evaluate, rows, "--split", "test").json["rows"] == 4
+    assert chainlora(*evaluate, rows / "validation.jsonl").json["rows"] == 30
 
 
 def test_inspect_shows_every_link_and_draws_them(chainlora, finished):
@@ -537,18 +599,20 @@ def test_an_experiment_from_the_command_line(chainlora, tiny_folder, sentiment, 
         "base": {"model": str(tiny_folder), "recipe": {"rank": 2, "steps": 3}, "data": {"num_validation": 8},
                  "chain": {"target_modules": ["q_proj"]}, "train": {"batch_size": 8}},
         "tasks": {"mood": {"data": {"task": str(sentiment / "task.yaml"), "dir": str(sentiment)}},
-                  "rte": {"data": {"dir": str(tmp_path / "nowhere")}}},
+                  "rte": {"data": {"dir": str(tmp_path)}}},
         "methods": ["lora", "chain3"],
         "seeds": [0, 1],
     }))
     run = ("experiment", "run", "--seeds", "[0]", file, "--output", out, "--backend", "inline")  # a key before the file
+    chainlora(*run).refused("'rte' needs its 'train' rows", "or leave the folder out")
+    for split in ("train", "validation"):
+        (tmp_path / f"{split}.jsonl").write_text('{"premise": "It rains."}\n' * 2000)
     outcome = chainlora(*run)
     assert (outcome.status, outcome.out) == (1, "")  # a failed cell: the others went on, and the end says so
     assert "mood chain3 seed=0: accuracy " in outcome.err
     last = outcome.err.splitlines()[-1]
     assert last.startswith("chainlora: error: every cell must end (got 2 of 4 failed, first rte lora seed=0: ")
-    mood = f"{{mood: {{data: {{task: {sentiment}/task.yaml, dir: {sentiment}}}}}}}"
-    found = chainlora(*run, "--tasks", mood, "--json")
+    found = chainlora(*run, "--tasks", "[mood]", "--json")
     assert found.json["run"] == 0  # what was done is not done again
     report = chainlora("experiment", "report", out)
     assert report.status == 0

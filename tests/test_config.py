@@ -82,8 +82,19 @@ def test_combinations_that_cannot_work_are_refused_before_a_link_begins(keys, me
 def test_full_fine_tuning_and_a_partial_reset_know_their_limits():
     with pytest.raises(ConfigError, match=r"`tune: full` needs dtype: float32 \(got bfloat16"):
         config(("chain.tune", "full"), ("train.dtype", "bfloat16"))
+    with pytest.raises(ConfigError, match=r"`tune: full` keeps no best point.*\(got keep_best: true\); leave it out"):
+        config(("chain.tune", "full"), ("train.keep_best", "true"), ("data.validation", "v.jsonl"))
     with pytest.raises(ConfigError, match=r"all ranks must be equal \(got \[8, 4\]\); use optimizer_reset: full"):
         config(("chain.ranks", "[8, 4]"), ("chain.steps", "[1, 1]"), ("train.optimizer_reset", "prune"))
+
+
+@pytest.mark.parametrize("key", ["data.validation", "data.test"])
+def test_rows_to_score_go_with_rows_to_train_on(key):
+    drawn = ("data.task", "rte"), ("data.train", "null")
+    with pytest.raises(ConfigError, match=r"`data.validation` and `data.test` go with data.train \(got a task .*give"):
+        config(*drawn, (key, "x.jsonl"))
+    assert config(*drawn).data.validation is None
+    config(("data.task", "rte"), (key, "x.jsonl"))
 
 
 def test_every_problem_is_in_the_one_line():

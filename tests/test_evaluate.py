@@ -9,11 +9,12 @@ import random
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, tiny_model
+from conftest import ARCHITECTURES, tiny_model, write_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference_scorer import reference_predictions, reference_scores, reference_scores_of_text
 
+from chainlora import evaluate_task
 from chainlora.data import NamedExample
 from chainlora.errors import ConfigError, DataError, ModelError
 from chainlora.evaluate import evaluate, write_predictions
@@ -22,6 +23,7 @@ from chainlora.generation import generate_greedy
 from chainlora.likelihood import evaluation_batches, score_examples
 from chainlora.metrics import majority_rate, token_f1
 from chainlora.packing import Example, pack
+from chainlora.tasks import Task
 
 # Float32 log-probabilities near -5 carry rounding of about 5e-7; summing in another order over a few layers
 # stays below 1e-5.
@@ -248,6 +250,22 @@ def test_what_cannot_be_scored_is_refused():
     torch.nn.init.constant_(model.transformer.ln_f.weight, math.nan)
     with pytest.raises(ModelError, match="got nan at row"):
         evaluate(model, labelled, metrics="accuracy")
+
+
+@pytest.mark.parametrize("metric", ["em", "token_f1"])
+def test_a_candidate_task_compared_by_words_keeps_no_room_for_an_answer(metric, tiny_folder, tmp_path):
+    """Nothing is written, so a row as long as the context is read whole, not refused and not cut."""
+    rows = [{"text": " ".join(["the cat sat on a mat"] * size), "label": size % 2} for size in (3, 14, 15)]
+    write_rows(tmp_path / "validation.jsonl", rows)
+    keys = {"name": "word", "description": "Made up.", "prompt": "{{ text }} it was", "labels": [" bad", " good"],
+            "loss": "candidates"}
+    found = {}
+    for name, truncation in (("accuracy", "error"), (metric, "error"), (metric, "left")):
+        task = Task(**keys, metric=name, truncation=truncation)
+        found[name, truncation] = evaluate_task(tiny_folder, task, data=str(tmp_path))["metrics"]
+    assert found[metric, "error"] == found[metric, "left"]
+    assert found[metric, "error"]["loss"] == found["accuracy", "error"]["loss"]
+    assert found[metric, "error"][metric] == found["accuracy", "error"]["accuracy"]  # each label is a word
 
 
 # --- a real, trained model --------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from chainlora import export_adapter, export_merged, load_run, make_config, train
 from chainlora.cli import run as command
-from chainlora.errors import ChainLoRAError
+from chainlora.errors import ChainLoRAError, RunError
 from chainlora.store import RunDirectory
 
 TARGETS = {"opt": ["q_proj", "v_proj", "fc1"], "gpt2": ["c_attn", "c_fc"], "llama": ["q_proj", "v_proj", "up_proj"]}
@@ -336,6 +336,28 @@ def test_what_cannot_be_exported_is_refused_and_nothing_is_written(runs, tmp_pat
         export_adapter(runs["llama"], tmp_path / "a", **keys)
     assert str(raised.value).startswith(message)
     assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize(("chain", "message"), [
+    ({"tune": "full", "ranks": [1], "steps": [4]}, r"full fine-tuning must have ended \(got no model/ in .*train anew"),
+    ({"ranks": [4], "steps": [4]}, r"must have tied its first link \(got none in .*--resume, or take the base"),
+], ids=["full", "chain"])
+def test_a_run_killed_before_it_had_anything_does_not_pass_for_its_base(folders, sentiment, tmp_path, chain, message):
+    data = {"task": str(sentiment / "task.yaml"), "train": str(sentiment / "train.jsonl")}
+    tree = {"model": str(folders["llama"]), "data": data, "chain": chain, "output": str(tmp_path / "run")}
+
+    def die(record) -> None:
+        if record["event"] == "step":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(make_config(tree), listener=die)
+    for use in (lambda: load_run(tmp_path / "run"), lambda: export_merged(tmp_path / "run", tmp_path / "m")):
+        with pytest.raises(RunError, match=message):
+            use()
+    assert not (tmp_path / "m").exists()
+    if chain.get("tune") != "full":  # the chain as it was then: the base, on demand
+        assert torch.equal(live(tmp_path / "run", 0), logits(AutoModelForCausalLM.from_pretrained(folders["llama"])))
 
 
 def test_a_folder_in_use_is_not_written_into(runs, tmp_path):

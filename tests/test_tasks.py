@@ -563,6 +563,13 @@ def test_an_unknown_task_names_the_nearest():
             {"labels": None, "completion": "x", "loss": "completion", "metric": "em"},
             r"`references` \(got none\)",
         ),
+        *(
+            (
+                {"labels": None, "completion": "x", "loss": "completion", "metric": metric, "references": "gold"},
+                rf"`metric: {metric}` .*neither `stop` nor `add_eos`\); set add_eos: true, or a `stop`",
+            )
+            for metric in ("em", "token_f1")
+        ),
         ({"prompt": "{{ text"}, r"`prompt` must be a Jinja2 template"),
         ({"label": "a b"}, r"`label` must be a Jinja2 expression"),
     ],
@@ -572,6 +579,36 @@ def test_a_wrong_task_file_says_what_and_where(tmp_path, changes, message):
         load_task(write_task(tmp_path, **changes))
     assert "colour.yaml" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("end", [{"stop": "\n"}, {"add_eos": True}], ids=str)
+def test_written_answers_are_compared_where_something_ends_them(tmp_path, end):
+    keys = {"labels": None, "completion": "x", "loss": "completion", "metric": "em", "references": "gold"}
+    assert load_task(write_task(tmp_path, **keys, **end)).metrics == ("em", "token_f1")
+
+
+@pytest.mark.parametrize("words", [[" True", " False"], [" 1", " 2"], [" true", " x"], [" a", " b", " 0"]])
+def test_a_list_of_labels_has_no_word_that_reads_as_another_position(tmp_path, words):
+    with pytest.raises(ConfigError, match=r"in the order of its positions \(got .*write a mapping from each value"):
+        load_task(write_task(tmp_path, labels=words))
+
+
+@pytest.mark.parametrize("words", [[" False", " True"], [" 0", " 1"], [" 2", " 3"], [" a", " 1"]])
+def test_words_that_read_as_their_own_position_or_as_none_are_labels(tmp_path, words):
+    task = load_task(write_task(tmp_path, labels=words))
+    for position, word in enumerate(words):
+        assert task.label_index(position) == task.label_index(word.strip()) == position
+
+
+def test_a_mapping_says_what_such_words_mean(tmp_path):
+    (tmp_path / "t.yaml").write_text(
+        'name: t\ndescription: d\nprompt: "{{ text }}"\nlabels: {true: " True", false: " False"}\n'
+        "metric: accuracy\nloss: candidates\n"
+    )
+    task = load_task(tmp_path / "t.yaml")
+    assert [task.render({"text": "x", "label": value}).completion for value in (1, "1", True, 0, "False")] == [
+        " True", " True", " True", " False", " False",
+    ]
 
 
 def test_bare_yes_and_no_are_caught(tmp_path):
@@ -613,6 +650,25 @@ def test_candidates_of_a_row_must_hold_the_right_one(tmp_path):
         task.render(row, 5)
     with pytest.raises(DataError, match=r"at least two"):
         task.render(PROMPTS["record"][0] | {"entities": ["Bob"]})
+
+
+def test_a_text_among_the_candidates_of_a_row_is_the_item_and_a_number_the_position(tmp_path):
+    task = load_task(write_task(tmp_path, labels=None, candidates="options"))
+
+    def label(value, options):
+        return task.render({"text": "x", "options": options, "label": value}).label
+
+    assert [label(value, ["10", "20", "30"]) for value in ("20", "1", 1)] == [1, 1, 1]  # no item is called 1
+    assert [label(value, ["3", "4", "5"]) for value in ("3", "5", 2)] == [0, 2, 2]
+    assert [label(value, ["1", "2", "3", "4"]) for value in (3, 0, "4")] == [3, 0, 3]  # no position 4
+    assert label("1", ["0", "1"]) == label(1, [7, 1]) == 1  # both meanings are one
+    with pytest.raises(DataError, match=r"must mean one candidate \(got '3' of .* item 2 and the position of another"
+                                        r"\); give the position as a number, e.g. label: \(options\).index\(label\)"):
+        label("3", ["1", "2", "3", "4"])
+    repaired = load_task(write_task(tmp_path, labels=None, candidates="options", label="(options).index(label)"))
+    assert repaired.render({"text": "x", "options": ["1", "2", "3", "4"], "label": "3"}).label == 2
+    with pytest.raises(DataError, match=r"a candidate or its position \(got 20"):
+        label(20, ["10", "20", "30"])
 
 
 def test_templates_run_in_a_sandbox(tmp_path):

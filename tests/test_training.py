@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from chainlora import evaluate_task, export_adapter, load_run, load_task, make_config, train
-from chainlora.errors import ChainLoRAError, ConfigError, RunError, TrainingError
+from chainlora.errors import ChainLoRAError, ConfigError, ModelError, RunError, TrainingError
 from chainlora.optimizers import prune_moments
 from chainlora.plan import make_plan
 from chainlora.starts import generator_for, random_factors
@@ -356,6 +356,47 @@ def test_full_fine_tuning_trains_and_keeps_every_weight(tiny_folder, sentiment, 
     assert again["metrics"]["loss"] == pytest.approx(result["metrics"]["validation"]["loss"], abs=1e-5)
     with pytest.raises(RunError, match="--to merged"):
         export_adapter(run, tmp_path / "adapter")
+
+
+def test_full_fine_tuning_is_evaluated_at_its_end_which_may_be_its_best_point(tiny_folder, sentiment, tmp_path):
+    run = tmp_path / "run"
+    chain = {"tune": "full", "ranks": [1, 1], "steps": [4, 4]}
+    keys = {"lr": 1e-3, "eval_every": 2, "select_metric": "loss"}
+    result = train(make_config(settings(tiny_folder, sentiment, run, chain=chain, train=keys)))
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    losses = {r["step"]: r["loss"] for r in records if r["event"] == "eval"}
+    assert [r["step"] for r in records if r["event"] == "eval"] == [0, 2, 4, 6, 8]
+    assert losses[8] == min(losses.values()) == result["metrics"]["validation"]["loss"]  # small steps, and few
+    assert (result["best"]["step"], result["best"]["value"]) == (8, losses[8])
+
+
+@pytest.mark.parametrize("init", ["gradient", "pissa"])
+def test_a_start_along_more_directions_than_a_layer_has_is_refused_before_the_output_is_claimed(
+    tiny_folder, sentiment, tmp_path, init
+):
+    def config(rank):  # v_proj is 16 × 32
+        chain = {"init": init, "ranks": [rank], "steps": [1]}
+        return make_config(settings(tiny_folder, sentiment, tmp_path / "run", chain=chain))
+
+    with pytest.raises(ModelError, match=rf"`init: {init}` .*\(got rank 17 for 16 at .*v_proj\); lower the rank or"):
+        train(config(17))
+    assert not (tmp_path / "run").exists()
+    assert train(config(16))["steps"] == 1
+
+
+def test_demonstrations_that_are_not_there_or_leave_nothing_to_train_on_are_refused(tiny_folder, sentiment, tmp_path):
+    def config(shots, **chain):  # of 32 training rows
+        data = {"shots": shots, "truncation": "left"}
+        return make_config(settings(tiny_folder, sentiment, tmp_path / "run", data=data, chain=chain))
+
+    nothing = {"ranks": [], "steps": []}
+    with pytest.raises(ConfigError, match=r"`data.shots` must be at most .* training rows \(got 33 for 32\); lower it"):
+        train(config(33, **nothing))
+    with pytest.raises(ConfigError, match=r"training needs rows \(got none beside 32 demonstrations\); lower data"):
+        train(config(32))
+    assert not (tmp_path / "run").exists()
+    assert train(config(31))["rows"] == 1
+    assert train(config(32, **nothing).model_copy(update={"output": None}))["rows"] == 0  # nothing to train
 
 
 @pytest.mark.parametrize("keys", [

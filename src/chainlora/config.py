@@ -182,6 +182,9 @@ class DataConfig(_Frozen):
                              "name a task, or leave it out")
         if self.task is not None and self.train is not None and self.dir is not None:
             raise ValueError("`data.dir` and `data.train` exclude each other (got both); keep one")
+        if self.task is not None and self.train is None and (self.validation or self.test):
+            raise ValueError("`data.validation` and `data.test` go with data.train (got a task whose rows are drawn); "
+                             "give data.train beside them, or leave them out")
         return self
 
 
@@ -246,6 +249,9 @@ class RunConfig(_Frozen):
         if chain.tune == "full" and train.dtype != "float32":
             raise ValueError("`tune: full` needs dtype: float32 (got bfloat16, whose weights lose small updates); "
                              "set train.dtype")
+        if chain.tune == "full" and train.keep_best:
+            raise ValueError("`tune: full` keeps no best point, every weight would be one more copy of the model (got "
+                             "keep_best: true); leave it out, or use early_stop")
         sampled = self.data.task is not None and self.data.train is None
         if (train.early_stop or train.keep_best) and not (self.data.validation or sampled):
             raise ValueError("`early_stop` and `keep_best` need validation rows (got none); give data.validation")

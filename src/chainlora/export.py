@@ -29,7 +29,7 @@ def load_run(run: str | Path, *, num_links: int | None = None, dtype: str | None
     """Load a run's base, put its chain on, and return (plain transformers model, tokenizer).
 
     The chain is the one the run selected, or the first `num_links` links; `dtype` defaults to the run's own.
-    Raises RunError when the base is not the one the run was trained on.
+    Raises RunError when the base is not the one the run was trained on, or the run was killed before it had anything.
     """
     directory = RunDirectory(run)
     manifest = directory.manifest()
@@ -39,12 +39,24 @@ def load_run(run: str | Path, *, num_links: int | None = None, dtype: str | None
             raise RunError(f"--links needs a chain (got {run}, a run of full fine-tuning); leave --links out")
         return load_model(directory / "model", getattr(torch, dtype or base["dtype"]))
     links = directory.load_links(num_links)  # first, since a missing one is found in no time
+    if not links and num_links is None:
+        _refuse_unfinished(directory)
     model, tokenizer = load_model(base["model"], getattr(torch, dtype or base["dtype"]))
     chain = Chain(model, checkpoint=resolve_model(base["model"]))
     store.check_base(manifest, {"fingerprint": chain.base_fingerprint}, directory.path)
     for link in links:
         add_link(chain, link)
     return chain.detach(), tokenizer
+
+
+def _refuse_unfinished(run: RunDirectory) -> None:
+    """Refuse a run that was to train something and has not yet: the base would pass for its result."""
+    chain = run.config().chain
+    if chain.tune == "full":
+        raise RunError(f"a run of full fine-tuning must have ended (got no model/ in {run.path}); train anew")
+    if chain.ranks:
+        raise RunError(f"a run must have tied its first link (got none in {run.path}); go on with --resume, or take "
+                       "the base by --links 0")
 
 
 def export_merged(run: str | Path, output: str | Path, *, num_links: int | None = None) -> dict[str, Any]:

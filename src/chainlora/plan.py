@@ -40,6 +40,10 @@ class Plan:
 def make_plan(config: RunConfig, examples: list[Example]) -> Plan:
     """Turn epochs per link into steps per link; fractional epochs round at the knots, the total exactly."""
     train = config.train
+    if config.chain.ranks and not examples:
+        raise ConfigError(
+            f"training needs rows (got none beside {config.data.shots} demonstrations); lower data.shots or give more"
+        )
     num_batches = math.ceil(len(examples) / train.batch_size)
     per_epoch = math.ceil(num_batches / train.gradient_accumulation)
     epochs = config.chain.epochs or ()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,8 +20,8 @@ from .tasks import (
     Task,
     explode_rows,
     load_rows,
-    load_split,
     load_task,
+    load_unseen_split,
     sample_splits,
 )
 
@@ -28,7 +31,8 @@ SPLITS = ("train", "validation", "test")
 @dataclass(frozen=True)
 class Splits:
     """Encoded rows by use. `loss` says what a step minimises, `metrics` what an evaluation is asked for and `reported`
-    what it gives, `metric` what picks the best point; `stop` and `max_new_tokens` bound generated answers."""
+    what it gives, `metric` what picks the best point; `stop` and `max_new_tokens` bound generated answers; `digest`
+    names the rows as they were read, before anything was made of them."""
 
     train: list[Example]
     validation: list[Example]
@@ -39,6 +43,7 @@ class Splits:
     metric: str
     stop: str | None = None
     max_new_tokens: int = 50
+    digest: str = ""
 
 
 def prepare_splits(data: DataConfig, tokenizer: Any, context: int) -> Splits:
@@ -48,7 +53,7 @@ def prepare_splits(data: DataConfig, tokenizer: Any, context: int) -> Splits:
         return _prepare_files(data, tokenizer, limit)
     task = load_task(data.task)
     rows = _task_rows(task, data)
-    before = task.demonstrations(rows["train"][: data.shots]) if data.shots else ""
+    before = _demonstrations(task, data, rows["train"])
     encoded = {}
     for split in SPLITS:
         kept = rows[split][data.shots :] if split == "train" else rows[split]
@@ -57,17 +62,39 @@ def prepare_splits(data: DataConfig, tokenizer: Any, context: int) -> Splits:
             objective=task.loss if split == "train" else None, reserve=0 if split == "train" else _reserve(task),
         ) if kept else []
     return Splits(encoded["train"], encoded["validation"], encoded["test"], task.loss, task.metrics, task.reported,
-                  task.metric, task.stop, task.max_new_tokens)
+                  task.metric, task.stop, task.max_new_tokens, _digest(rows))
 
 
-def encode_split(task: Task, rows: list[Row], tokenizer: Any, context: int) -> list[Example]:
-    """Tokenise rows of a task to be scored."""
-    return encode_examples(rows, tokenizer, task, max_length=context, reserve=_reserve(task))
+def encode_split(
+    task: Task, rows: list[Row], tokenizer: Any, context: int, data: DataConfig | None = None
+) -> list[Example]:
+    """Tokenise rows of a task to be scored.
+
+    `data` is that of the run to be scored: what it says of its own task (length, truncation, demonstrations) is kept.
+    """
+    if data is None or not _shapes_prompts_of(data, task):
+        return encode_examples(rows, tokenizer, task, max_length=context, reserve=_reserve(task))
+    before = _demonstrations(task, data, _task_rows(task, data)["train"]) if data.shots else ""
+    return encode_examples(rows, tokenizer, task, max_length=_limit(data, context), truncation=data.truncation,
+                           before=before, reserve=_reserve(task))
+
+
+def _shapes_prompts_of(data: DataConfig, task: Task) -> bool:
+    if data.task is None or not (data.max_length or data.truncation or data.shots):
+        return False
+    return load_task(data.task).name == task.name
+
+
+def _demonstrations(task: Task, data: DataConfig, train: list[Row]) -> str:
+    if len(train) < data.shots:
+        raise ConfigError("`data.shots` must be at most the number of training rows (got "
+                          f"{data.shots} for {len(train)}); lower it or give more rows")
+    return task.demonstrations(train[: data.shots]) if data.shots else ""
 
 
 def _reserve(task: Task) -> int:
     """Tokens to keep free for a generated answer."""
-    return task.max_new_tokens if task.metric in WORD_METRICS else 0
+    return task.max_new_tokens if task.completion is not None and task.metric in WORD_METRICS else 0
 
 
 def _limit(data: DataConfig, context: int) -> int:
@@ -96,13 +123,21 @@ def _file_rows(data: DataConfig) -> dict[str, list[Row]]:
 def _prepare_files(data: DataConfig, tokenizer: Any, limit: int) -> Splits:
     if data.train is None:
         raise ConfigError("`data.dir` holds the rows of a task (got no `task`); name one, or give data.train: my.jsonl")
+    read = _file_rows(data)
     encoded = {split: encode_examples(rows, tokenizer, data.format, max_length=limit, truncation=data.truncation)
-               if rows else [] for split, rows in _file_rows(data).items()}
+               if rows else [] for split, rows in read.items()}
     return Splits(encoded["train"], encoded["validation"], encoded["test"], "completion", ("loss",), REPORTED_OF_TEXT,
-                  "loss")
+                  "loss", digest=_digest(read))
+
+
+def _digest(rows: Mapping[str, list[Row]]) -> str:
+    """Return twelve hex digits that name the rows of all splits."""
+    text = json.dumps({split: [dict(row) for row in rows[split]] for split in SPLITS}, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def load_task_split(task: Task, data: str | None, split: str, limit: int | None) -> list[Row]:
     """Return the first `limit` rows of a task's split, in file order; `data` is the task's folder or one file."""
-    rows = explode_rows(task, load_rows(data)) if data and Path(data).is_file() else load_split(task, data, split)
+    is_file = data is not None and Path(data).is_file()
+    rows = explode_rows(task, load_rows(data)) if is_file else load_unseen_split(task, data, split)  # type: ignore[arg-type]
     return rows[:limit]

@@ -15,6 +15,7 @@ from .metrics import INDEX_METRICS, majority_rate
 from .models import context_length, load_model
 from .prepare import encode_split, load_task_split
 from .speedups import accelerate_model
+from .store import RunDirectory
 from .tasks import Task
 
 
@@ -32,17 +33,20 @@ def evaluate_task(
 ) -> dict[str, Any]:
     """Return `task`, `split`, `rows` and `metrics` of a run directory's chain, or of any model.
 
-    The first `limit` rows of the split are scored, in file order, from the folder or file `data` or the Hub.
+    The first `limit` rows of the split are scored, in file order, from the folder or file `data` or the Hub. A run
+    reads its own task as it did in training: length, truncation and demonstrations.
     `num_links` takes a run's chain as it was then; `dtype` defaults to the run's own, or float32.
     `predictions` names a file for one JSON line a row.
     """
-    is_run = (Path(run_or_model) / "chain.json").is_file()
+    path_of_run = Path(run_or_model)
+    run = RunDirectory(path_of_run) if (path_of_run / "chain.json").is_file() else None
     rows = load_task_split(task, data, split, limit)
-    if is_run:
+    if run is not None:
         model, tokenizer = load_run(run_or_model, num_links=num_links, dtype=dtype)
     else:
         model, tokenizer = load_model(run_or_model, getattr(torch, dtype or "float32"))
-    examples = encode_split(task, rows, tokenizer, context_length(model))
+    examples = encode_split(task, rows, tokenizer, context_length(model), run.config().data if run else None)
+    model.requires_grad_(False)  # so that heads and layers take their faster forward
     path = choose_path(model)
     accelerate_model(model, path)
     found = evaluate(

@@ -104,6 +104,12 @@ class RunDirectory:
         """Whether a run was begun here."""
         return (self / "chain.json").is_file()
 
+    def config(self) -> RunConfig:
+        """Return the resolved config of the run."""
+        if not (self / "config.yaml").is_file():
+            raise RunError(f"a run directory must hold config.yaml (got none in {self.path}); {_HALF}")
+        return load_config(self / "config.yaml")
+
     def begin(self, config: RunConfig, base: Mapping[str, Any], *, resume: bool) -> Progress:
         """Claim the directory for a run, or find the state to go on from.
 
@@ -129,9 +135,7 @@ class RunDirectory:
     def _find(self, config: RunConfig, base: Mapping[str, Any]) -> Progress:
         manifest = self.manifest()
         check_base(manifest, base, self.path)
-        if not (self / "config.yaml").is_file():
-            raise RunError(f"a run directory must hold config.yaml (got none in {self.path}); {_HALF}")
-        before = load_config(self / "config.yaml")
+        before = self.config()
         if _science(before) != _science(config):
             sections = ("model", "data", "chain", "train")
             changed = ", ".join(key for key in sections if getattr(before, key) != getattr(config, key))

@@ -74,6 +74,7 @@ def _prepare(config: RunConfig, resume: bool, listener: Listener) -> Run:
         directory.begin(config, {}, resume=False)  # refuses, before the model is loaded
     dtype = getattr(torch, config.train.dtype)
     model, tokenizer = load_model(config.model, dtype)
+    model.requires_grad_(False)  # links train their own factors; full fine-tuning asks for every weight itself
     splits = prepare_splits(config.data, tokenizer, context_length(model))
     plan = make_plan(config, splits.train)
     _check(config, model, splits)
@@ -304,7 +305,8 @@ def _update(run: Run, work: Work, began: float) -> None:
 
 def _between_steps(run: Run, began: float) -> None:
     train, progress = run.config.train, run.progress
-    end_of_link = run.plan.first_step(min(len(run.chain) + 1, len(run.plan.lengths)))
+    whole = run.config.chain.tune == "full"  # no links, so no knot before the end
+    end_of_link = run.plan.num_steps if whole else run.plan.first_step(min(len(run.chain) + 1, len(run.plan.lengths)))
     if train.eval_every and progress.step % train.eval_every == 0 and progress.step != end_of_link:
         evaluate_point(run, "step")
     if (
@@ -370,6 +372,8 @@ def _finish(run: Run, results: dict[str, Any], seconds: float) -> dict[str, Any]
         "tokens": progress.tokens,
         "scored_tokens": progress.scored_tokens,
         "rows": len(run.splits.train),
+        "rows_digest": run.splits.digest,
+        "base_fingerprint": run.base["fingerprint"],
         "wall_s": round(seconds, 2),
         "peak_memory_mb": peak_memory_mb(),
         "trainable_parameters": trained,
@@ -416,3 +420,4 @@ def _tune_everything(run: Run, began: float) -> None:
             _update(run, work, began)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
+    evaluate_point(run, "knot")

@@ -71,6 +71,12 @@ def check_targets(model: nn.Module, config: LinkConfig) -> None:
                 f"`target_modules` must not name a head tied to the input embedding (got {name}): its "
                 "merge would change the embedding too; exclude it, or untie the weights"
             )
+        if config.init in ("gradient", "pissa") and config.rank > min(module.weight.shape):
+            raise ModelError(
+                f"`init: {config.init}` takes singular directions, of which a layer has as many as its shorter side "
+                f"(got rank {config.rank} for {min(module.weight.shape)} at {name}); lower the rank or use "
+                "init: kaiming"
+            )
         if config.lora_bias and module.bias is None:
             raise ModelError(
                 f"`lora_bias` needs a bias in the layer it is merged into (got {name} without one); "

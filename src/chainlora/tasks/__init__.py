@@ -11,7 +11,7 @@ Adding a task is writing one YAML file; no Python is touched. The shipped files 
 
 from .rendering import Rendered
 from .rows import Row, load_rows, where
-from .sampling import explode_rows, load_split, majority_rate, sample_splits
+from .sampling import check_split_files, explode_rows, load_split, load_unseen_split, majority_rate, sample_splits
 from .schema import REPORTED_OF_TEXT, WORD_METRICS, Task, list_tasks, load_task
 
 __all__ = [
@@ -20,11 +20,13 @@ __all__ = [
     "Rendered",
     "Row",
     "Task",
+    "check_split_files",
     "explode_rows",
     "list_tasks",
     "load_rows",
     "load_split",
     "load_task",
+    "load_unseen_split",
     "majority_rate",
     "sample_splits",
     "where",

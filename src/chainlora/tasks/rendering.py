@@ -158,10 +158,14 @@ def _row_candidates(
     if isinstance(value, list):
         right = tuple(str(item) for item in value)
         label = next((names.index(item) for item in right if item in names), None)
-    elif isinstance(value, str) and not value.isdecimal():
-        right, label = (value,), names.index(value) if value in names else None
     else:
-        label = int(value) if str(value).isdecimal() and int(value) < len(names) else None
+        item = names.index(value) if isinstance(value, str) and value in names else None
+        place_of = int(value) if str(value).isdecimal() and int(value) < len(names) else None
+        if item is not None and place_of is not None and item != place_of:
+            raise DataError(f"label must mean one candidate (got {value!r} of {list(names)!r:.60} at {place}: item "
+                            f"{item} and the position of another); give the position as a number, e.g. label: "
+                            f"({task.candidates}).index({task.label}) in task {task.name!r}")
+        label = item if item is not None else place_of
         right = (names[label],) if label is not None else ()
     if label is None:
         raise DataError(f"label must be a candidate or its position (got {value!r:.60} for {len(names)} "

@@ -131,7 +131,7 @@ def _read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
 def _read_json(path: Path) -> Iterator[tuple[str, Any]]:
     tree = _parse(path.read_bytes().decode("utf-8-sig", errors="surrogateescape"), str(path))
     if isinstance(tree, Mapping) and isinstance(tree.get("data"), list):
-        tree = tree["data"]  # SQuAD's own files, and what pandas writes with orient="table"
+        tree = tree["data"]  # what pandas writes with orient="table"
     if not isinstance(tree, list):
         raise DataError("a .json data file must hold a list of rows, or an object with the list under `data` "
                         f"(got {type(tree).__name__} in {path}); one row a line is .jsonl")

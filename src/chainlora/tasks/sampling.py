@@ -57,6 +57,35 @@ def load_split(task: Task, dir: str | Path | None, split: str) -> list[Row]:
     return explode_rows(task, rows)
 
 
+def check_split_files(task: Task, dir: str | Path) -> None:
+    """Raise DataError if the folder lacks a split that samples are drawn from; reads nothing."""
+    rules = task.sampling
+    for split in dict.fromkeys(rule.of for rule in (rules.train, rules.validation, rules.test)):
+        of = rules.without_train if split == "train" and rules.without_train and _is_without_train(task, dir) else split
+        if _split_file(task, Path(dir), of) is None:
+            raise DataError(_not_found(task, Path(dir), of))
+
+
+def load_unseen_split(task: Task, dir: str | Path | None, split: str) -> list[Row]:
+    """Read one split to be scored: as `load_split`, but no rows that a run trains on.
+
+    Where the split stands in for a missing train split, these are the test rows set aside from it. Raises DataError
+    where there are none, as for `load_split`.
+    """
+    rows = load_split(task, dir, split)
+    if split != task.sampling.without_train or not _is_without_train(task, dir):
+        return rows
+    test = task.sampling.test
+    if test.of != split:
+        raise DataError(f"split {split!r} of task {task.name!r} is what runs train on, as {dir} has no train split "
+                        f"(got {len(rows)} rows); score --split {test.of}, or name the file itself as --data to score "
+                        "it anyway")
+    unseen = _hold_out(rows, test.rows)[0]
+    _log.warning("%s: no train split in %s, so %r stands in for it: only the %d of its %d rows that no run trains on "
+                 "are scored", task.name, dir, split, len(unseen), len(rows))
+    return sorted(unseen, key=lambda row: row.index)
+
+
 def sample_splits(
     task: Task,
     dir: str | Path | None = None,
@@ -111,18 +140,27 @@ def _read_pools(task: Task, dir: str | Path | None, num_held_out: int) -> dict[s
     rules = task.sampling
     splits = dict.fromkeys(rule.of for rule in (rules.train, rules.validation, rules.test))
     stand_in = rules.without_train
-    if dir is None or stand_in is None or _split_file(task, Path(dir), "train") is not None:
+    if stand_in is None or not _is_without_train(task, dir):
         return {split: load_split(task, dir, split) for split in splits}
     pools = {split: load_split(task, dir, split) for split in splits if split != "train"}
     pools["train"] = load_split(task, dir, stand_in)
     _log.warning("%s: no train split in %s; %r stands in for it%s", task.name, dir, stand_in,
                  ", its test rows set aside with a fixed seed" if rules.test.of == stand_in else "")
     if rules.test.of == stand_in:
-        order = list(pools["train"])
-        random.Random(_HELD_OUT_SEED).shuffle(order)
-        pools[_HELD_OUT], pools["train"] = order[:num_held_out], order[num_held_out:]
+        pools[_HELD_OUT], pools["train"] = _hold_out(pools["train"], num_held_out)
         pools["train"].sort(key=lambda row: row.index)
     return pools
+
+
+def _is_without_train(task: Task, dir: str | Path | None) -> bool:
+    return dir is not None and _split_file(task, Path(dir), "train") is None
+
+
+def _hold_out(rows: Sequence[Row], count: int) -> tuple[list[Row], list[Row]]:
+    """Part rows into test rows, the same for every run, and the others; both in drawn order."""
+    order = list(rows)
+    random.Random(_HELD_OUT_SEED).shuffle(order)
+    return order[:count], order[count:]
 
 
 def _by_pool(task: Task, pools: Mapping[str, Sequence[Row]]) -> list[tuple[str, list[str]]]:

@@ -135,11 +135,26 @@ class Task(_Frozen):
             raise ValueError(f"`labels` must be at least two different words (got {list(self.label_words)})")
         if isinstance(self.labels, tuple) and len(set(self.labels)) < len(self.labels):
             raise ValueError(f"`labels` must differ from each other (got {list(self.labels)})")
+        if isinstance(self.labels, tuple):
+            self._refuse_words_that_are_positions(self.labels)
         if self.completion is not None and self.metric in WORD_METRICS and self.references is None:
             raise ValueError(f"`metric: {self.metric}` compares with `references` (got none); name the field "
                              "of gold answers")
+        if self.completion is not None and self.metric in WORD_METRICS and self.stop is None and not self.add_eos:
+            raise ValueError(f"`metric: {self.metric}` has answers written, which must end somewhere (got neither "
+                             "`stop` nor `add_eos`); set add_eos: true, or a `stop` that `completion` ends with")
         self._check_templates()
         return self
+
+    @staticmethod
+    def _refuse_words_that_are_positions(words: tuple[str, ...]) -> None:
+        for index, word in enumerate(words):
+            key = _label_key(word.strip())
+            if key != str(index) and key in map(str, range(len(words))):
+                raise ValueError(f"a list of `labels` is in the order of its positions (got {word!r} at position "
+                                 f"{index}, which a row means by {word.strip()} and by {index}); write a mapping from "
+                                 "each value of the row's label to its word, e.g. "
+                                 f"{{{word.strip().lower()}: {word!r}, …}}")
 
     def _check_templates(self) -> None:
         checks: list[tuple[str, str | None, Callable[[str], None]]] = [
