@@ -224,6 +224,10 @@ def test_eval_of_a_split_that_stands_in_for_train_scores_rows_that_no_run_trains
             assert not {row.index for row in drawn["train"] + drawn["validation"]} & set(unseen)
     evaluate = ("eval", tiny_folder, "--task", tmp_path / "word.yaml", "--json", "--data")
     assert chainlora(*evaluate, rows / "validation.jsonl").json["rows"] == 30  # a file is scored whole
+    (rows / "validation.jsonl").rename(rows / "val.jsonl")
+    for name in ("validation", "val"):  # the same file
+        assert chainlora(*evaluate, rows, "--split", name).json["rows"] == 12
+    (rows / "val.jsonl").rename(rows / "validation.jsonl")
     shutil.copy(rows / "validation.jsonl", rows / "train.jsonl")  # nothing stands in any more
     assert chainlora(*evaluate, rows).json["rows"] == 30
 

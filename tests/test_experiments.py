@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import importlib.util
 import itertools
 import json
@@ -286,6 +287,7 @@ def test_results_without_their_cells_are_gone_on_with_and_none_is_lost(done, tin
     (tmp_path / "results.jsonl").write_text(outcome.results.read_text())
     fewer = make_experiment(tree(tiny_folder, sentiment, methods=["lora"]))
     assert run_cells(fewer, tmp_path, backend="inline", max_cells=1).num_run == 0
+    shutil.rmtree(next((tmp_path / "cells").iterdir()))  # killed while it gave them folders
     assert run_cells(experiment, tmp_path, backend="inline").num_run == 0
     assert (tmp_path / "results.jsonl").read_text() == outcome.results.read_text()
     taken = tmp_path / "taken"
@@ -303,8 +305,13 @@ def test_cells_of_other_rows_or_weights_are_not_put_into_one_table(tiny_folder, 
     rows = (folder / "train.jsonl").read_text().splitlines()
     (folder / "train.jsonl").write_text("\n".join(rows[::2]) + "\n")
     more = one.model_copy(update={"seeds": (0, 1, 2)})
-    with pytest.raises(RunError, match=r"must be of the same rows \(got \w+ in mood lora seed 0, .*new output"):
-        run_cells(more, tmp_path / "out", backend="inline")
+    plans = []
+    for to_run in ([["mood lora seed=2"]], []):  # once they are there, nothing more is computed
+        with pytest.raises(RunError, match=r"must be of the same rows \(got \w+ in mood lora seed 0, .*new output"):
+            run_cells(more, tmp_path / "out", backend="inline", listener=plans.append)
+        assert [plan["todo"] for plan in plans if plan["event"] == "plan"] == to_run
+        plans.clear()
+        more = more.model_copy(update={"seeds": (0, 1, 2, 3)})
 
 
 def test_a_final_run_that_diverged_is_a_failure_however_often_it_is_asked_for(tiny_folder, sentiment, tmp_path):
@@ -329,7 +336,7 @@ def test_what_so_few_seeds_cannot_decide_is_said_before_they_are_run(tiny_folder
     assert "needs 7 for 5%" in note(6, **three)  # 2 · 2 / 2^6 = 0.0625
     assert note(7, **three) is None
     tasks = {name: {"data": {"task": str(sentiment / "task.yaml")}} for name in ("one", "other")}
-    assert "cannot decide on any one task (over all tasks they can)" in note(6, tasks=tasks)
+    assert "cannot decide on any one task (over all of them together they may)" in note(6, tasks=tasks)
 
 
 def test_a_list_of_names_keeps_what_the_file_says_of_them(tiny_folder, sentiment, tmp_path):
@@ -340,9 +347,12 @@ def test_a_list_of_names_keeps_what_the_file_says_of_them(tiny_folder, sentiment
     few = load_experiment(path, [("methods", "[lora, three]")])
     assert few.methods == {"lora": {"train": {"lr": 3e-4}}, "three": {"preset": "chain3"}}
     assert few.pairs == (("three", "lora"),)
-    assert list(load_experiment(path, [("methods", "[lora, dora]")]).methods) == ["lora", "dora"]
+    other = load_experiment(path, [("methods", "[lora, dora]"), ("comparisons", "[[dora, lora]]")])
+    assert (list(other.methods), other.pairs) == (["lora", "dora"], (("dora", "lora"),))
+    with pytest.raises(ConfigError, match=r"must keep a pair that the file compares \(got \['three', 'pissa'\]\)"):
+        load_experiment(path, [("methods", "[three, pissa]")])
     with pytest.raises(ConfigError, match=r"unknown method 'chian3'.*'chain3'"):
-        load_experiment(path, [("methods", "[lora, chian3]")])
+        load_experiment(path, [("methods", "[lora, three, chian3]")])
 
 
 def test_a_tuning_cell_that_failed_leaves_nothing_chosen(done, tiny_folder, sentiment, tmp_path):
@@ -825,6 +835,17 @@ def test_where_seeds_draw_rows_one_run_stands_for_itself(tmp_path):
     assert "wsc zero_shot: seeds 1, 2, 3, 4, 5" in text
     assert "A seed sets train.seed and data.data_seed." in text
     assert "Seeds vary the training alone" in report_experiment(write_lines(path), figures=False).markdown
+
+
+def test_a_task_without_losses_is_not_counted_among_them(tmp_path):
+    def written(cell):
+        return cell | {"metric": "em", "test": {"em": cell["score"]}} if cell["task"] == "cb" else cell
+
+    report_experiment(change(tmp_path / "results.jsonl", written), figures=False)
+    with (tmp_path / "differences.csv").open() as file:
+        (loss,) = [row for row in csv.DictReader(file) if row["value"] == "held-out loss"]
+    assert loss["task"] == "wsc"
+    assert float(loss["p_holm"]) == float(loss["p"])
 
 
 def test_over_all_tasks_each_task_weighs_alike(tmp_path):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,8 @@ from .tasks import (
     sample_splits,
 )
 
+_log = logging.getLogger(__name__)
+
 SPLITS = ("train", "validation", "test")
 
 
@@ -32,7 +34,7 @@ SPLITS = ("train", "validation", "test")
 class Splits:
     """Encoded rows by use. `loss` says what a step minimises, `metrics` what an evaluation is asked for and `reported`
     what it gives, `metric` what picks the best point; `stop` and `max_new_tokens` bound generated answers; `digest`
-    names the rows as they were read, before anything was made of them."""
+    names the rows as text, before demonstrations and cuts."""
 
     train: list[Example]
     validation: list[Example]
@@ -62,7 +64,7 @@ def prepare_splits(data: DataConfig, tokenizer: Any, context: int) -> Splits:
             objective=task.loss if split == "train" else None, reserve=0 if split == "train" else _reserve(task),
         ) if kept else []
     return Splits(encoded["train"], encoded["validation"], encoded["test"], task.loss, task.metrics, task.reported,
-                  task.metric, task.stop, task.max_new_tokens, _digest(rows))
+                  task.metric, task.stop, task.max_new_tokens, _digest(rows, task))
 
 
 def encode_split(
@@ -82,7 +84,11 @@ def encode_split(
 def _shapes_prompts_of(data: DataConfig, task: Task) -> bool:
     if data.task is None or not (data.max_length or data.truncation or data.shots):
         return False
-    return load_task(data.task).name == task.name
+    try:
+        return load_task(data.task).name == task.name
+    except ConfigError as error:
+        _log.warning("%s is read whole and without demonstrations, the run's own task being lost: %s", task.name, error)
+        return False
 
 
 def _demonstrations(task: Task, data: DataConfig, train: list[Row]) -> str:
@@ -130,10 +136,14 @@ def _prepare_files(data: DataConfig, tokenizer: Any, limit: int) -> Splits:
                   "loss", digest=_digest(read))
 
 
-def _digest(rows: Mapping[str, list[Row]]) -> str:
-    """Return twelve hex digits that name the rows of all splits."""
-    text = json.dumps({split: [dict(row) for row in rows[split]] for split in SPLITS}, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+def _digest(rows: Mapping[str, list[Row]], task: Task | None = None) -> str:
+    """Return twelve hex digits that name the rows of all splits, by what a task makes of them: not by how they lie."""
+    found = hashlib.sha256()
+    for split in SPLITS:
+        for position, row in enumerate(rows[split]):
+            found.update(repr(dict(row) if task is None else task.render(row, position)).encode())
+        found.update(split.encode())
+    return found.hexdigest()[:12]
 
 
 def load_task_split(task: Task, data: str | None, split: str, limit: int | None) -> list[Row]:

@@ -171,7 +171,7 @@ def _family(results: Results, name: str, value: Value) -> list[Comparison]:
     metrics = {cell["task"]: cell["metric"] for cell in results.finals}
     tasks = results.experiment["tasks"]
     if value is oriented_loss:
-        tasks = [task for task in tasks if metrics.get(task) not in LOWER_IS_BETTER]
+        tasks = [task for task in tasks if metrics.get(task) not in LOWER_IS_BETTER and _has_loss(results, task)]
     by_task = {
         (task, method, rival): _differences(results, task, method, rival, value)
         for task in tasks
@@ -191,6 +191,12 @@ def _family(results: Results, name: str, value: Value) -> list[Comparison]:
                 metric = metrics.get(key[0]) or next(iter(metrics.values()))
                 found.append(Comparison(*key, name, metric if value is oriented_score else "loss", difference))
     return found
+
+
+def _has_loss(results: Results, task: str) -> bool:
+    """Say whether a task has held-out losses: one with written answers has none; of one not begun it is assumed."""
+    cells = [cell for cell in results.finals if cell["task"] == task]
+    return not cells or any(held_out_loss(cell) is not None for cell in cells)
 
 
 def _pool(by_task: Sequence[Mapping[int, float]]) -> list[float]:

@@ -63,7 +63,7 @@ def summarise(config: RunConfig, result: Mapping[str, Any], run: Path) -> dict[s
         ],
         "config": compact_config(config),
         "rows_digest": result["rows_digest"],
-        "base_fingerprint": result["base_fingerprint"],
+        "base_fingerprint": result["base_fingerprint"][:12],
         "versions": result["versions"],
         "hardware": result["hardware"],
     }

@@ -14,11 +14,9 @@ def undecidable(experiment: Experiment) -> str | None:
     by_task = least_pairs(num_tasks * num_pairs)
     if num_seeds >= by_task:
         return None
-    if num_tasks > 1 and num_seeds * num_tasks >= least_pairs(num_pairs):
-        place, number = "on any one task (over all tasks they can)", num_tasks * num_pairs
-    else:
-        place, number = "anything", num_pairs * num_tasks
+    pooled = num_tasks > 1 and num_seeds * num_tasks >= least_pairs(num_pairs)
+    place = "on any one task (over all of them together they may)" if pooled else "anything"
     return (
-        f"{num_seeds} seeds cannot decide {place}, however clear the results: an exact test corrected for {number} "
-        f"comparisons needs {by_task} for {LEVEL:.0%}"
+        f"{num_seeds} seeds cannot decide {place}, however clear the results: an exact test corrected for "
+        f"{num_tasks * num_pairs} comparisons needs {by_task} for {LEVEL:.0%}"
     )

@@ -48,7 +48,7 @@ def report_experiment(results: str | Path, out: str | Path | None = None, *, fig
     Writes ``report.md``, ``scores.csv``, ``differences.csv``, LaTeX of the same tables, held-out losses and costs, and
     the figures into `out`; None is the results' own folder.
 
-    Raises RunError: no such file, or one of another format version.
+    Raises RunError: no such file, one of another format version, or cells that do not go together.
     """
     found = read_results(results)
     check_alike(found.cells)

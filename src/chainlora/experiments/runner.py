@@ -87,8 +87,9 @@ def run_experiment(
             taken as done.
 
     Raises:
-        ConfigError: a file or a cell that cannot work, before anything runs; an unknown backend; Ray not
-        installed.
+        ConfigError, DataError: a file or a cell that cannot work, or rows that are not there, before anything runs; an
+            unknown backend; Ray not installed.
+        RunError: cells of other rows or weights than the rest (see `records.check_alike`).
         RunError: at the end, if cells failed: how many, the first one's error and where its log is.
     """
     experiment = load_experiment(path, overrides)
@@ -137,6 +138,7 @@ def run_cells(
     )
     left = max_cells
     try:
+        session.gather()  # what is there must go together, before more is computed
         for phase in (session.tuning_cells, session.final_cells):
             cells = phase()
             if not cells:
@@ -155,10 +157,9 @@ def run_cells(
 
 def _adopt_results(out: Path) -> None:
     """Give results that came without their cells (a clone of committed ones) a folder each, so that none is lost."""
-    if (out / "cells").is_dir() or not (out / "results.jsonl").is_file():
-        return
-    for line in read_results(out).cells:
-        _write_result(out / "cells" / line["cell"], result_of(line))
+    for line in read_results(out).cells if (out / "results.jsonl").is_file() else ():
+        if not (out / "cells" / line["cell"]).is_dir():
+            _write_result(out / "cells" / line["cell"], result_of(line))
 
 
 def _write_result(directory: Path, result: Mapping[str, Any]) -> None:
@@ -174,8 +175,8 @@ def _one_each(cells: Sequence[Cell]) -> list[Cell]:
 def _read_result(path: Path) -> dict[str, Any]:
     result = json.loads(path.read_text(encoding="utf-8"))
     if result.get("format") != FORMAT:
-        raise RunError(f"results must be of format {FORMAT} (got {result.get('format')!r} in {path}); delete that "
-                       "folder to compute the cell again")
+        raise RunError(f"results must be of format {FORMAT} (got {result.get('format')!r} in {path}); to compute "
+                       "the cell again delete that folder, and results.jsonl, which is made again from the others")
     return dict(result)
 
 

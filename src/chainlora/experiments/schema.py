@@ -153,23 +153,28 @@ def load_experiment(path: str | Path, overrides: Sequence[tuple[str, str]] = ())
         raise ConfigError(
             f"experiment file must hold a mapping of keys (got {type(tree).__name__} in {path})"
         )
+    own = {key: tree.get(key) for key in ("tasks", "methods")}
     for key, value in overrides:
-        before = tree.get(key)
         set_key(tree, key, value)
-        if key in ("tasks", "methods"):
-            _select(tree, key, before)
+    for key, before in own.items():
+        if isinstance(tree.get(key), list) and isinstance(before, Mapping):
+            tree[key] = {name: before.get(name) for name in tree[key]}
+    given = {key for key, _ in overrides}
+    if "methods" in given and "comparisons" not in given:
+        _keep_pairs(tree)
     return make_experiment(tree)
 
 
-def _select(tree: dict[str, Any], key: str, before: Any) -> None:
-    """Let a list of names take the file's own entries of these names, and only the comparisons among them."""
-    names = tree[key]
-    if not isinstance(names, list):
+def _keep_pairs(tree: dict[str, Any]) -> None:
+    """Leave out the comparisons with methods that are not asked for."""
+    names, pairs = list(tree["methods"] or ()), tree.get("comparisons")
+    if not isinstance(pairs, list) or not pairs:
         return
-    own = before if isinstance(before, Mapping) else {}
-    tree[key] = {name: own.get(name) for name in names}
-    if key == "methods" and isinstance(tree.get("comparisons"), list):
-        tree["comparisons"] = [pair for pair in tree["comparisons"] if set(pair) <= set(names)]
+    kept = [pair for pair in pairs if not isinstance(pair, list) or set(pair) <= set(names)]
+    if not kept:
+        raise ConfigError(f"`methods` must keep a pair that the file compares (got {names}); name a rival too, or "
+                          "give `comparisons`")
+    tree["comparisons"] = kept
 
 
 def make_experiment(tree: Mapping[str, Any]) -> Experiment:

@@ -73,10 +73,12 @@ def load_unseen_split(task: Task, dir: str | Path | None, split: str) -> list[Ro
     where there are none, as for `load_split`.
     """
     rows = load_split(task, dir, split)
-    if split != task.sampling.without_train or not _is_without_train(task, dir):
+    stand_in, test = task.sampling.without_train, task.sampling.test
+    if dir is None or stand_in is None or not _is_without_train(task, dir):
         return rows
-    test = task.sampling.test
-    if test.of != split:
+    if _split_file(task, Path(dir), split) != _split_file(task, Path(dir), stand_in):
+        return rows
+    if test.of != stand_in:
         raise DataError(f"split {split!r} of task {task.name!r} is what runs train on, as {dir} has no train split "
                         f"(got {len(rows)} rows); score --split {test.of}, or name the file itself as --data to score "
                         "it anyway")
