@@ -34,4 +34,9 @@ def peak_memory_mb() -> int:
 
 def hardware(device: torch.device) -> dict[str, Any]:
     """Describe what the run ran on."""
-    return {"machine": platform.machine(), "threads": torch.get_num_threads(), "device": str(device)}
+    return {
+        "machine": platform.machine(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),  # AVX2 computes bfloat16 by float32
+        "threads": torch.get_num_threads(),
+        "device": str(device),
+    }
