@@ -499,9 +499,24 @@ def test_epochs_split_steps_at_the_knots(tiny_folder, sentiment):
 
 def test_pruned_moments_keep_the_largest_hundredth():
     moment = torch.arange(1.0, 201.0)[torch.randperm(200, generator=torch.Generator().manual_seed(0))]
-    pruned = prune_moments({"0.exp_avg": moment, "0.step": torch.tensor(7.0)}, 0.99)
+    state = {"0.exp_avg": moment, "0.exp_avg_sq": moment**2, "0.step": torch.tensor(7.0)}
+    pruned = prune_moments(state, 0.99)
     assert sorted(pruned["0.exp_avg"][pruned["0.exp_avg"] != 0].tolist()) == [199.0, 200.0]
     assert pruned["0.step"] == 7
+    others = prune_moments(state | {"0.exp_avg_sq": moment.flip(0) ** 2}, 0.99)
+    assert (others["0.exp_avg_sq"] != 0).sum() == 2
+    assert not (others["0.exp_avg"][others["0.exp_avg_sq"] == 0]).any()
+
+
+def test_a_link_after_a_pruned_reset_starts_with_steps_of_bounded_size(tiny_folder, sentiment, tmp_path):
+    """B is 0 there, so the gradient of A is: a first moment kept without its second would be divided by eps alone."""
+    tree = settings(tiny_folder, sentiment, output=str(tmp_path / "run"), chain={"steps": [8, 3], "ranks": [4, 4]},
+                    train={"optimizer_reset": "prune", "prune_fraction": 0.5, "lr": 1e-2})
+    train(make_config(tree))
+    _, link = RunDirectory(tmp_path / "run").load_links()
+    for factors in link.factors.values():
+        # drawn within 1/√32, then three steps of at most lr · 0.1/√0.001 (AdamW's largest, after zero gradients) each
+        assert factors.a.abs().max() <= 32**-0.5 + 3 * 1e-2 * 0.1 / 0.001**0.5
 
 
 def test_a_task_taught_by_the_right_candidate_alone_has_a_majority_too(tiny_folder, sentiment, tmp_path):

@@ -37,15 +37,26 @@ def _adamw(groups: list[dict[str, Any]], config: TrainConfig) -> torch.optim.Opt
 def prune_moments(state: Mapping[str, Tensor], fraction: float) -> dict[str, Tensor]:
     """ReLoRA's partial reset (arXiv 2307.05695, §3): zero the smallest `fraction` of each moment, keep the rest.
 
-    `state` maps ``"<parameter>.<key>"`` to AdamW's tensors, as `store.optimizer_tensors` gives them.
+    `state` maps ``"<parameter>.<key>"`` to AdamW's tensors, as `store.optimizer_tensors` gives them. A first moment is
+    kept only where the second is as well: while B = 0 the gradient of A is 0, so AdamW would divide what is left of the
+    first by its ``eps`` alone, and the step would have no bound.
     """
     pruned = dict(state)
-    for name, moment in state.items():
-        num_pruned = int(fraction * moment.numel())
-        if name.rpartition(".")[2] in ("exp_avg", "exp_avg_sq") and num_pruned:
-            magnitudes = moment.abs()
-            pruned[name] = moment * (magnitudes > magnitudes.flatten().kthvalue(num_pruned).values)
+    for name in [name for name in state if name.endswith(".exp_avg_sq")]:
+        first = name.removesuffix("_sq")
+        kept = _largest(state[name], fraction)
+        pruned[name] = state[name] * kept
+        pruned[first] = state[first] * (kept & _largest(state[first], fraction))
     return pruned
+
+
+def _largest(moment: Tensor, fraction: float) -> Tensor:
+    """Mark the entries that are left when the smallest `fraction` is pruned."""
+    num_pruned = int(fraction * moment.numel())
+    if not num_pruned:
+        return torch.ones_like(moment, dtype=torch.bool)
+    magnitudes = moment.abs()
+    return magnitudes > magnitudes.flatten().kthvalue(num_pruned).values
 
 
 def set_learning_rate(
