@@ -287,7 +287,8 @@ def test_results_without_their_cells_are_gone_on_with_and_none_is_lost(done, tin
     (tmp_path / "results.jsonl").write_text(outcome.results.read_text())
     fewer = make_experiment(tree(tiny_folder, sentiment, methods=["lora"]))
     assert run_cells(fewer, tmp_path, backend="inline", max_cells=1).num_run == 0
-    shutil.rmtree(next((tmp_path / "cells").iterdir()))  # killed while it gave them folders
+    assert run_cells(experiment, tmp_path, backend="inline").num_run == 0
+    shutil.rmtree(next((tmp_path / "cells").iterdir()))  # as if killed while they were given folders
     assert run_cells(experiment, tmp_path, backend="inline").num_run == 0
     assert (tmp_path / "results.jsonl").read_text() == outcome.results.read_text()
     taken = tmp_path / "taken"
