@@ -170,7 +170,8 @@ def sentence(comparison: Comparison, place: str) -> str:
     return (
         f"{comparison.method} {words} {comparison.rival} {place}: {number(d.mean, places, sign=True)} "
         f"(95 % interval {number(d.low, places, sign=True)} to {number(d.high, places, sign=True)}, "
-        f"{d.num_pairs} pairs, {'exact' if d.exact else 'sampled'} p = {d.p:.3g}, Holm {d.p_holm:.3g})"
+        f"{d.num_pairs} pair{'s' * (d.num_pairs != 1)}, {'exact' if d.exact else 'sampled'} p = {d.p:.3g}, "
+        f"Holm {d.p_holm:.3g})"
     )
 
 
