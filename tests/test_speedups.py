@@ -22,6 +22,8 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
 )
 
 from chainlora.fast_lora import accelerate_lora
@@ -219,3 +221,18 @@ def test_gradients_against_differences(function: type[torch.autograd.Function],
                                        inputs: Callable[[], tuple[object, ...]]) -> None:
     torch.manual_seed(0)
     torch.autograd.gradcheck(function.apply, inputs())
+
+
+def test_layers_that_differ_are_all_probed():
+    """Every fourth layer of SmolLM3 has no rotary embedding: the first layer alone says nothing of it."""
+    torch.manual_seed(0)
+    config = SmolLM3Config(**SHAPE | {"num_hidden_layers": 4}, no_rope_layers=[1, 1, 1, 0], use_sliding_window=False)
+    model = SmolLM3ForCausalLM(config).eval().requires_grad_(False)
+    batch = flat_batch()
+    with torch.no_grad():
+        for parameter in model.parameters():  # attention as sharp as that of trained weights
+            parameter.mul_(10 if parameter.dim() > 1 else 1)
+        plain = hidden_states(model, batch, path=Path.PADDED)
+        accelerate_model(model)
+        ours = hidden_states(model, batch, path=Path.PACKED)
+    torch.testing.assert_close(ours, plain, atol=TOLERANCE[torch.float32], rtol=0)

@@ -45,8 +45,9 @@ def accelerate_model(model: nn.Module, path: Path = Path.PACKED) -> int:
     """Give the decoder layers of `model` the faster forward, in place; return how many have it (0: none
     fits).
 
-    Every layer must have the shape, and the first must pass the probe, output and gradient. `path` is the one
-    that `choose_path` found: on the padded path no layer has a layout, so nothing is done.
+    Every layer must have the shape and pass the probe, output and gradient: layers of one model can differ (every
+    fourth layer of SmolLM3 has no rotary embedding). `path` is the one that `choose_path` found: on the padded path
+    no layer has a layout, so nothing is done.
     """
     if count := accelerate_linears(model):
         log.info("bfloat16 matmuls of %d layers by float32: this CPU has none of its own", count)
@@ -57,7 +58,7 @@ def accelerate_model(model: nn.Module, path: Path = Path.PACKED) -> int:
         log.info("plain decoder layers: they are not of Llama's shape")
         return 0
     try:
-        difference = _probe(model, layers[0])
+        difference = max(_probe(model, layer) for layer in layers)
     except Exception as error:  # whatever an architecture trips over, its own forward is right
         log.info("plain decoder layers: %s", f"{type(error).__name__}: {error}".splitlines()[0])
         return 0
