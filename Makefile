@@ -16,6 +16,7 @@ test: $(VENV)/.ready
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 
 types: $(VENV)/.ready
 	$(BIN)/mypy

@@ -1,18 +1,24 @@
-"""The matrix case: what M links of rank r leave of a rank-R target, against the best that rank M·r can do.
+"""The matrix case: what M links of rank r leave of a rank-R target, against the best that rank M·r
+can do.
 
-Source: the residual picture of Chain of LoRA, arXiv 2401.04151, section 4, on the one problem where everything is
-known. Fit ½‖T − X‖² with X = Σ B_k·A_k, one link of rank r after the other, each on what the earlier ones left:
+Source: the residual picture of Chain of LoRA, arXiv 2401.04151, section 4, on the one problem where
+everything is known. Fit ½‖T − X‖² with X = Σ B_k·A_k, one link of rank r after the other, each on
+what the earlier ones left:
 
-    exact      each link is the best rank-r fit of the residual: its top r singular triples. Greedy is then optimal:
-               after M links the residual is that of Eckart and Young for rank M·r, to the last digit
-    tuned      each link starts as LoRA does (A random, B = 0) and is tuned by gradient steps, both factors
-    tuned FW   the same steps, A starting along the top right singular directions of the gradient (Frank–Wolfe)
-    B only     A random and frozen, B tuned (RAC-LoRA): a random r-dimensional projection of the residual per link
+    exact      each link is the best rank-r fit of the residual: its top r singular triples. Greedy
+    is then optimal:
+               after M links the residual is that of Eckart and Young for rank M·r, to the last
+               digit
+    tuned      each link starts as LoRA does (A random, B = 0) and is tuned by gradient steps, both
+    factors tuned FW   the same steps, A starting along the top right singular directions of the
+    gradient (Frank–Wolfe) B only     A random and frozen, B tuned (RAC-LoRA): a random
+    r-dimensional projection of the residual per link
 
-What to look at: the chain of long links lies on the Eckart–Young line until the residual is small (from B = 0 a weak
-direction grows slowly: the time of a link is what its smallest singular value asks for); short links from random
-starts fall far behind it; from the gradient's directions even short links lie on it. B only removes a random share of
-what is left, so it goes down slowly however long a link is.
+What to look at: the chain of long links lies on the Eckart–Young line until the residual is small
+(from B = 0 a weak direction grows slowly: the time of a link is what its smallest singular value
+asks for); short links from random starts fall far behind it; from the gradient's directions even
+short links lie on it. B only removes a random share of what is left, so it goes down slowly however
+long a link is.
 
 Run: python examples/matrix_residual.py [OUTPUT.png]
 """
@@ -30,7 +36,8 @@ KINDS = ("exact", "tuned", "tuned FW", "B only")
 
 
 def target(seed: int = 0) -> Tensor:
-    """Return a matrix of rank R whose singular values fall geometrically from 1, each 0.8 of the one before."""
+    """Return a matrix of rank R whose singular values fall geometrically from 1, each 0.8 of the
+    one before."""
     generator = torch.Generator().manual_seed(seed)
     left, right = (
         torch.linalg.qr(torch.randn(SIZE, TARGET_RANK, generator=generator, dtype=torch.float64)).Q
@@ -43,11 +50,14 @@ def eckart_young(matrix: Tensor, num_links: int, rank: int) -> list[float]:
     """Return ‖T − T_{k·r}‖ / ‖T‖ for k = 0 … links: no matrix of that rank is nearer."""
     squares = torch.linalg.svdvals(matrix) ** 2
     return [
-        float((squares[k * rank :].sum() / squares.sum()).clamp(min=0).sqrt()) for k in range(num_links + 1)
+        float((squares[k * rank :].sum() / squares.sum()).clamp(min=0).sqrt())
+        for k in range(num_links + 1)
     ]
 
 
-def fit_link(residual: Tensor, kind: str, rank: int, num_steps: int, generator: torch.Generator) -> Tensor:
+def fit_link(
+    residual: Tensor, kind: str, rank: int, num_steps: int, generator: torch.Generator
+) -> Tensor:
     """Return B·A of one link (rank `rank`) fitted to `residual`, starting at B = 0."""
     if kind == "exact":
         u, s, vt = torch.linalg.svd(residual)
@@ -129,6 +139,10 @@ if __name__ == "__main__":
     for name, values in main(*sys.argv[1:]).items():
         half = len(values) // 3
         print(
-            f"{name:28} residual after {half} links {values[half]:.4f}, after {LINKS} links {values[-1]:.2e}"
+            f"{name:28} residual after {half} links {values[half]:.4f}, after {LINKS} links "
+            f"{values[-1]:.2e}"
         )
-    print(f"{'Eckart-Young':28} residual after {half} links {eckart_young(target(), half, RANK)[-1]:.4f}")
+    print(
+        f"{'Eckart-Young':28} residual after {half} links "
+        f"{eckart_young(target(), half, RANK)[-1]:.4f}"
+    )

@@ -4,11 +4,11 @@ from chainlora import export_adapter, load_run, make_config, train
 
 settings = {
     "model": sys.argv[1] if len(sys.argv) > 1 else "HuggingFaceTB/SmolLM2-135M-Instruct",
-    "data": {"train": "examples/dates/train.jsonl", "validation": "examples/dates/validation.jsonl"},
+    "data": {"train": "examples/dates/train.jsonl"},
     "chain": {"ranks": [8, 8], "target_modules": ["q_proj", "v_proj"], "epochs": [2, 1]},
     "output": "runs/minimal",
 }
-print(train(make_config(settings))["metrics"])
+print(train(make_config(settings))["steps"], "steps")
 model, tokenizer = load_run("runs/minimal")  # a plain transformers model, the links merged
 ids = tokenizer("Date: 5 March 2021\nISO:", return_tensors="pt").input_ids
 print(tokenizer.decode(model.generate(ids, max_new_tokens=12)[0], skip_special_tokens=True))

@@ -2,7 +2,8 @@
 
     python examples/own_loop.py [MODEL_FOLDER_OR_HUB_ID]
 
-chainlora brings the verbs; rows, loss, optimizer and steps are yours. Run it from the root of the repository.
+chainlora brings the verbs; rows, loss, optimizer and steps are yours. Run it from the root of the
+repository.
 """
 
 import json
@@ -72,7 +73,10 @@ for rank in (8, 8, 4):  # chain length and rank step-down in one
     tune_link(chain, training[:STEPS], make_update(chain))
     link = tie_knot(chain)
     losses.append(held_out_loss())
-    print(f"after link {link.index}      loss {losses[-1]:.4f}   rank {link.rank}, {link.num_steps} steps")
+    print(
+        f"after link {link.index}      loss {losses[-1]:.4f}   rank {link.rank}, "
+        f"{link.num_steps} steps"
+    )
 
 drop_links(chain, 1)  # the links are kept, so undo is exact
 assert held_out_loss() == losses[-2]

@@ -7,7 +7,9 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: a second thread costs more than it brings
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # tiny models: a second thread costs more than it brings
 
 import pytest
 import torch
@@ -16,10 +18,13 @@ SHARED = Path(os.environ.get("CHAINLORA_TEST_DATA", Path(__file__).resolve().par
 ARCHITECTURES = ("opt", "gpt2", "llama")
 
 
-def tiny_model(architecture: str, *, dtype: torch.dtype = torch.float32, seed: int = 0, **overrides):
+def tiny_model(
+    architecture: str, *, dtype: torch.dtype = torch.float32, seed: int = 0, **overrides
+):
     """A randomly initialised real model of two layers.
 
-    `llama` has grouped-query attention (4 heads, 2 key-value heads) and tied embeddings; `gpt2` has Conv1D.
+    `llama` has grouped-query attention (4 heads, 2 key-value heads) and tied embeddings; `gpt2` has
+    Conv1D.
     """
     from transformers import (
         GPT2Config,
@@ -87,9 +92,10 @@ def shared_models() -> Path:
 
 @pytest.fixture(scope="session")
 def smollm2_folder() -> Path:
-    """SmolLM2-135M out of its pip package, which is not imported: that would want packages of its own."""
+    """SmolLM2-135M out of its pip package, which is not imported: that would want packages of its
+    own."""
     from chainlora.errors import ModelError
-    from chainlora.models import packaged_model, resolve_model
+    from chainlora.models.loading import packaged_model, resolve_model
 
     pytest.importorskip("gguf")
     try:
@@ -106,13 +112,36 @@ def smollm2_tokenizer(smollm2_folder):
     return AutoTokenizer.from_pretrained(smollm2_folder)
 
 
-WORDS = "the cat sat on a mat and saw two red birds fly over green hill yes no maybe good bad it was".split()  # noqa: SIM905
+WORDS = [
+    "the",
+    "cat",
+    "sat",
+    "on",
+    "a",
+    "mat",
+    "and",
+    "saw",
+    "two",
+    "red",
+    "birds",
+    "fly",
+    "over",
+    "green",
+    "hill",
+    "yes",
+    "no",
+    "maybe",
+    "good",
+    "bad",
+    "it",
+    "was",
+]
 
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory) -> Path:
-    """A model folder as the Hub has them: a tiny Llama in safetensors and a byte-level BPE tokenizer with a chat
-    template, made on the spot."""
+    """A model folder as the Hub has them: a tiny Llama in safetensors and a byte-level BPE
+    tokenizer with a chat template, made on the spot."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -130,7 +159,8 @@ def tiny_folder(tmp_path_factory) -> Path:
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
     )
     fast.chat_template = (
-        "{% for message in messages %}<s>{{ message['role'] }}\n{{ message['content'] }}</s>\n{% endfor %}"
+        "{% for message in messages %}<s>{{ message['role'] }}\n{{ message['content'] }}</s>\n{% "
+        "endfor %}"
         "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
     )
     fast.save_pretrained(folder)
@@ -147,7 +177,8 @@ def write_rows(path: Path, rows: list[dict]) -> Path:
 
 @pytest.fixture(scope="session")
 def sentiment(tmp_path_factory) -> Path:
-    """A folder with a task file and its rows: which of two words was said, learnable in a few steps."""
+    """A folder with a task file and its rows: which of two words was said, learnable in a few
+    steps."""
     import random
 
     folder = tmp_path_factory.mktemp("sentiment")
@@ -160,7 +191,8 @@ def sentiment(tmp_path_factory) -> Path:
     write_rows(folder / "train.jsonl", rows[:32])
     write_rows(folder / "validation.jsonl", rows[32:])
     (folder / "task.yaml").write_text(
-        'name: sentiment\ndescription: Good or bad?\nprompt: "{{ text }} it was"\nlabels: [" bad", " good"]\n'
+        'name: sentiment\ndescription: Good or bad?\nprompt: "{{ text }} it was"\nlabels: [" '
+        'bad", " good"]\n'
         "metric: accuracy\nloss: candidates\n",
         encoding="utf-8",
     )

@@ -1,7 +1,8 @@
 """Train, be killed, resume: run by test_training.py in a process of its own.
 
-Imports once, then forks a child a life, so that a life costs milliseconds. A child kills itself with SIGKILL so many
-seconds after its n-th record (a step, an evaluation, a knot), wherever it then is: in a step, in a checkpoint's files.
+Imports once, then forks a child a life, so that a life costs milliseconds. A child kills itself
+with SIGKILL so many seconds after its n-th record (a step, an evaluation, a knot), wherever it then
+is: in a step, in a checkpoint's files.
 
 usage: killed_run.py CONFIG OUTPUT RECORD+SECONDS [...]
 """
@@ -15,8 +16,8 @@ import threading
 
 import torch
 
-from chainlora.config import load_config
-from chainlora.training import train
+from chainlora.config.loading import load_config
+from chainlora.training.loop import train
 
 
 def live(config: str, output: str, death: str | None) -> int:

@@ -1,4 +1,5 @@
-"""The config: what is refused and in which words, what an override means, and that a dumped config is the same one."""
+"""The config: what is refused and in which words, what an override means, and that a dumped config
+is the same one."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ import pytest
 import yaml
 
 from chainlora import RunConfig, load_config, make_config
-from chainlora.config import dump_config, link_config, set_key
+from chainlora.config.loading import dump_config, link_config, set_key
 from chainlora.errors import ConfigError
 
 TREE = {"model": "m", "data": {"train": "x.jsonl"}, "chain": {"ranks": [8], "steps": [1]}}
@@ -22,42 +23,90 @@ def config(*overrides: tuple[str, str]) -> RunConfig:
     return make_config(tree)
 
 
-@pytest.mark.parametrize(("key", "value", "message"), [
-    ("chain.rank", "[8]", "unknown key `chain.rank`; did you mean 'ranks'?"),
-    ("train.learning", "1", "unknown key `train.learning`; known: batch_size, betas, "),
-    ("lr", "1e-3", "unknown key `lr`; did you mean 'train.lr'?"),
-    ("data.8", "x", "unknown key `data.8`; known: data_seed, "),
-    ("8", "x", "unknown key `8`; known: chain, data, model, output, train"),
-    ("chain.ranks", "8", "`chain.ranks` must be a list, e.g. [8] (got 8)"),
-    ("chain.ranks", "[8, a]", "`chain.ranks` must be a whole number (got 'a' at position 1)"),
-    ("chain.ranks", "[0]", "`ranks` must be positive integers (got 0 at position 0)"),
-    ("chain.ranks", "[8, 8]", "`ranks` and `steps` must be of one length (got 2 and 1); give one entry a link"),
-    ("chain.ranks", "[8", "the value of `chain.ranks` must be YAML (got '[8': expected ',' or ']', but got"),
-    ("chain.epochs", "[1]", "give `epochs` or `steps`, not both (got both); set one to null"),
-    ("chain.steps", "null", "`chain` must say how long each link is tuned (got neither epochs nor steps); e.g."),
-    ("chain.steps", "[0]", "`steps` must be positive (got [0])"),
-    ("chain.steps", "[1.5]", "`chain.steps` must be a whole number (got 1.5 at position 0)"),
-    ("chain.alpha", "x", "`chain.alpha` must be a number or a list, e.g. [x] (got 'x')"),
-    ("chain.alpha", "-1", "`alpha` must be above 0.0 (got -1.0)"),
-    ("chain.alpha", "[1, 2]", "`alpha` must be one number or one a link (got 2 for 1 ranks)"),
-    ("chain.alpha", ".inf", "`chain.alpha` must be a finite number"),
-    ("chain.target_modules", "[]", "`target_modules` must name at least one module (got none); use e.g. all-linear"),
-    ("chain.target_modules", "['']", "`target_modules` must hold names (got an empty one); remove it"),
-    ("chain.target_modules", "'*proj('", "`target_modules` must be a list of names, all-linear or a regular"),
-    ("chain.hold", "tide", "`chain.hold` must be 'tied' or 'carried' (got 'tide')"),
-    ("chain", "5", "`chain` must be a section of keys (got 5)"),
-    ("model.name", "m", "`model.name` must name a key inside a section (got 'model', which is a value)"),
-    ("model", "null", "`model` must be a text (got None)"),
-    ("train.lr", "0", "`train.lr` must be above 0.0 (got 0)"),
-    ("train.lr", "high", "`train.lr` must be a number (got 'high')"),
-    ("train.schedule", "lin", "`train.schedule` must be 'linear', 'cosine' or 'constant' (got 'lin')"),
-    ("train.dtype", "fp16", "`train.dtype` must be 'float32' or 'bfloat16' (got 'fp16')"),
-    ("train.seed", "-1", "`train.seed` must be at least 0 (got -1)"),
-    ("train.betas", "[0.9, 1]", "`train.betas` must be below 1.0 (got 1 at position 1)"),
-    ("train.keep_best", "true", "`early_stop` and `keep_best` need validation rows (got none); give data.validation"),
-    ("data.shots", "2", "`data.shots` are demonstrations of a task (got 2 for files without one); name a task"),
-    ("data.train", "null", "`data` must name a `task` or a `train` file (got neither); e.g. data: {train: my.jsonl}"),
-])
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("chain.rank", "[8]", "unknown key `chain.rank`; did you mean 'ranks'?"),
+        ("train.learning", "1", "unknown key `train.learning`; known: batch_size, betas, "),
+        ("lr", "1e-3", "unknown key `lr`; did you mean 'train.lr'?"),
+        ("data.8", "x", "unknown key `data.8`; known: data_seed, "),
+        ("8", "x", "unknown key `8`; known: chain, data, model, output, train"),
+        ("chain.ranks", "8", "`chain.ranks` must be a list, e.g. [8] (got 8)"),
+        ("chain.ranks", "[8, a]", "`chain.ranks` must be a whole number (got 'a' at position 1)"),
+        ("chain.ranks", "[0]", "`ranks` must be positive integers (got 0 at position 0)"),
+        (
+            "chain.ranks",
+            "[8, 8]",
+            "`ranks` and `steps` must be of one length (got 2 and 1); give one entry a link",
+        ),
+        (
+            "chain.ranks",
+            "[8",
+            "the value of `chain.ranks` must be YAML (got '[8': expected ',' or ']', but got",
+        ),
+        ("chain.epochs", "[1]", "give `epochs` or `steps`, not both (got both); set one to null"),
+        (
+            "chain.steps",
+            "null",
+            "`chain` must say how long each link is tuned (got neither epochs nor steps); e.g.",
+        ),
+        ("chain.steps", "[0]", "`steps` must be positive (got [0])"),
+        ("chain.steps", "[1.5]", "`chain.steps` must be a whole number (got 1.5 at position 0)"),
+        ("chain.alpha", "x", "`chain.alpha` must be a number or a list, e.g. [x] (got 'x')"),
+        ("chain.alpha", "-1", "`alpha` must be above 0.0 (got -1.0)"),
+        ("chain.alpha", "[1, 2]", "`alpha` must be one number or one a link (got 2 for 1 ranks)"),
+        ("chain.alpha", ".inf", "`chain.alpha` must be a finite number"),
+        (
+            "chain.target_modules",
+            "[]",
+            "`target_modules` must name at least one module (got none); use e.g. all-linear",
+        ),
+        (
+            "chain.target_modules",
+            "['']",
+            "`target_modules` must hold names (got an empty one); remove it",
+        ),
+        (
+            "chain.target_modules",
+            "'*proj('",
+            "`target_modules` must be a list of names, all-linear or a regular",
+        ),
+        ("chain.hold", "tide", "`chain.hold` must be 'tied' or 'carried' (got 'tide')"),
+        ("chain", "5", "`chain` must be a section of keys (got 5)"),
+        (
+            "model.name",
+            "m",
+            "`model.name` must name a key inside a section (got 'model', which is a value)",
+        ),
+        ("model", "null", "`model` must be a text (got None)"),
+        ("train.lr", "0", "`train.lr` must be above 0.0 (got 0)"),
+        ("train.lr", "high", "`train.lr` must be a number (got 'high')"),
+        (
+            "train.schedule",
+            "lin",
+            "`train.schedule` must be 'linear', 'cosine' or 'constant' (got 'lin')",
+        ),
+        ("train.dtype", "fp16", "`train.dtype` must be 'float32' or 'bfloat16' (got 'fp16')"),
+        ("train.seed", "-1", "`train.seed` must be at least 0 (got -1)"),
+        ("train.betas", "[0.9, 1]", "`train.betas` must be below 1.0 (got 1 at position 1)"),
+        (
+            "train.keep_best",
+            "true",
+            "`early_stop` and `keep_best` need validation rows (got none); give data.validation",
+        ),
+        (
+            "data.shots",
+            "2",
+            "`data.shots` are demonstrations of a task (got 2 for files without one); name a task",
+        ),
+        (
+            "data.train",
+            "null",
+            "`data` must name a `task` or a `train` file (got neither); e.g. data: {train: "
+            "my.jsonl}",
+        ),
+    ],
+)
 def test_what_is_wrong_is_said_with_rule_value_and_remedy(key, value, message):
     with pytest.raises(ConfigError) as raised:
         config((key, value))
@@ -65,14 +114,20 @@ def test_what_is_wrong_is_said_with_rule_value_and_remedy(key, value, message):
     assert "\n" not in str(raised.value)
 
 
-@pytest.mark.parametrize(("keys", "message"), [
-    ({"dora": "true", "hold": "carried"}, "`dora` cannot be carried"),
-    ({"dora": "true", "init": "pissa"}, "`dora` works with init gaussian or kaiming"),
-    ({"dora": "true", "lora_bias": "true"}, "`dora` knows no LoRA bias"),
-    ({"init": "pissa", "hold": "carried"}, "`init: pissa` takes its start out of the base"),
-    ({"init": "pissa", "train_factors": "B"}, "`init: pissa` trains both factors"),
-    ({"init": "gradient", "train_factors": "A"}, "`init: gradient` points A along the gradient"),
-])
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"dora": "true", "hold": "carried"}, "`dora` cannot be carried"),
+        ({"dora": "true", "init": "pissa"}, "`dora` works with init gaussian or kaiming"),
+        ({"dora": "true", "lora_bias": "true"}, "`dora` knows no LoRA bias"),
+        ({"init": "pissa", "hold": "carried"}, "`init: pissa` takes its start out of the base"),
+        ({"init": "pissa", "train_factors": "B"}, "`init: pissa` trains both factors"),
+        (
+            {"init": "gradient", "train_factors": "A"},
+            "`init: gradient` points A along the gradient",
+        ),
+    ],
+)
 def test_combinations_that_cannot_work_are_refused_before_a_link_begins(keys, message):
     with pytest.raises(ConfigError, match=message) as raised:
         config(*((f"chain.{key}", value) for key, value in keys.items()))
@@ -82,28 +137,42 @@ def test_combinations_that_cannot_work_are_refused_before_a_link_begins(keys, me
 def test_full_fine_tuning_and_a_partial_reset_know_their_limits():
     with pytest.raises(ConfigError, match=r"`tune: full` needs dtype: float32 \(got bfloat16"):
         config(("chain.tune", "full"), ("train.dtype", "bfloat16"))
-    with pytest.raises(ConfigError, match=r"`tune: full` keeps no best point.*\(got keep_best: true\); leave it out"):
+    with pytest.raises(
+        ConfigError,
+        match=r"`tune: full` keeps no best point.*\(got keep_best: true\); leave it out",
+    ):
         config(("chain.tune", "full"), ("train.keep_best", "true"), ("data.validation", "v.jsonl"))
-    with pytest.raises(ConfigError, match=r"all ranks must be equal \(got \[8, 4\]\); use optimizer_reset: full"):
-        config(("chain.ranks", "[8, 4]"), ("chain.steps", "[1, 1]"), ("train.optimizer_reset", "prune"))
+    with pytest.raises(
+        ConfigError, match=r"all ranks must be equal \(got \[8, 4\]\); use optimizer_reset: full"
+    ):
+        config(
+            ("chain.ranks", "[8, 4]"), ("chain.steps", "[1, 1]"), ("train.optimizer_reset", "prune")
+        )
 
 
 @pytest.mark.parametrize("key", ["data.validation", "data.test"])
 def test_rows_to_score_go_with_rows_to_train_on(key):
     drawn = ("data.task", "rte"), ("data.train", "null")
-    with pytest.raises(ConfigError, match=r"`data.validation` and `data.test` go with data.train \(got a task .*give"):
+    with pytest.raises(
+        ConfigError,
+        match=r"`data.validation` and `data.test` go with data.train \(got a task .*give",
+    ):
         config(*drawn, (key, "x.jsonl"))
     assert config(*drawn).data.validation is None
     config(("data.task", "rte"), (key, "x.jsonl"))
 
 
 def test_every_problem_is_in_the_one_line():
-    with pytest.raises(ConfigError, match=r"^`chain.ranks` must .* \(got 8\); unknown key `train.sed`; .* 'seed'"):
+    with pytest.raises(
+        ConfigError, match=r"^`chain.ranks` must .* \(got 8\); unknown key `train.sed`; .* 'seed'"
+    ):
         config(("chain.ranks", "8"), ("train.sed", "1"))
 
 
 def test_a_link_of_its_own_is_refused_in_the_same_words():
-    with pytest.raises(ConfigError, match=r"^`rank` must be at least 1 \(got 0\); unknown key `beta`"):
+    with pytest.raises(
+        ConfigError, match=r"^`rank` must be at least 1 \(got 0\); unknown key `beta`"
+    ):
         link_config(rank=0, beta=2)
     assert link_config(rank=4, alpha=8).scaling == 2.0
     assert link_config(rank=4, alpha=8, rslora=True).scaling == 4.0
@@ -124,8 +193,17 @@ def test_alpha_when_the_rank_drops():
 def test_overrides_are_yaml_and_make_the_sections_they_need(tmp_path):
     file = tmp_path / "c.yaml"
     file.write_text("model: m\ndata: {train: x.jsonl}\nchain: {ranks: [8], steps: [1]}\ntrain:\n")
-    loaded = load_config(file, [("train.lr", "5e-4"), ("train.restart_schedule", "yes"), ("output", "runs/a"),
-                                ("chain.ranks", "[4, 2]"), ("chain.steps", "[3, 1]"), ("train.max_grad_norm", "null")])
+    loaded = load_config(
+        file,
+        [
+            ("train.lr", "5e-4"),
+            ("train.restart_schedule", "yes"),
+            ("output", "runs/a"),
+            ("chain.ranks", "[4, 2]"),
+            ("chain.steps", "[3, 1]"),
+            ("train.max_grad_norm", "null"),
+        ],
+    )
     assert loaded.train.lr == 5e-4
     assert loaded.train.restart_schedule is True
     assert loaded.train.max_grad_norm is None
@@ -134,17 +212,31 @@ def test_overrides_are_yaml_and_make_the_sections_they_need(tmp_path):
 
 
 def test_a_dumped_config_is_the_same_config():
-    whole = config(("chain.alpha", "[3.5]"), ("chain.exclude_modules", "[lm_head]"), ("train.trackers", "[wandb]"))
+    whole = config(
+        ("chain.alpha", "[3.5]"),
+        ("chain.exclude_modules", "[lm_head]"),
+        ("train.trackers", "[wandb]"),
+    )
     assert make_config(yaml.safe_load(dump_config(whole))) == whole
 
 
-@pytest.mark.parametrize(("content", "message"), [
-    (b"", r"must hold a mapping of keys \(got NoneType"),
-    (b"- a\n- b\n", r"must hold a mapping of keys \(got list"),
-    (b"model: m\ntrain: {lr: [1\n", r"must be YAML \(got .*c.yaml line \d: .*\); correct it there"),
-    (b"model: m\ntrain: {lr: 1}\ntrain: {seed: 1}\n", r"must be YAML \(got .* line 3: key 'train' is there twice"),
-    (b"\xff\xfe\x00", r"must be UTF-8 text \(got other bytes in .*c.yaml\)"),
-], ids=["empty", "list", "torn", "twice", "binary"])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", r"must hold a mapping of keys \(got NoneType"),
+        (b"- a\n- b\n", r"must hold a mapping of keys \(got list"),
+        (
+            b"model: m\ntrain: {lr: [1\n",
+            r"must be YAML \(got .*c.yaml line \d: .*\); correct it there",
+        ),
+        (
+            b"model: m\ntrain: {lr: 1}\ntrain: {seed: 1}\n",
+            r"must be YAML \(got .* line 3: key 'train' is there twice",
+        ),
+        (b"\xff\xfe\x00", r"must be UTF-8 text \(got other bytes in .*c.yaml\)"),
+    ],
+    ids=["empty", "list", "torn", "twice", "binary"],
+)
 def test_files_that_are_no_config(tmp_path, content, message):
     file = tmp_path / "c.yaml"
     file.write_bytes(content)
@@ -154,7 +246,9 @@ def test_files_that_are_no_config(tmp_path, content, message):
 
 
 def test_a_missing_file_and_a_folder_are_named(tmp_path):
-    with pytest.raises(ConfigError, match=r"must be readable \(got .*none.yaml: No such file or directory\); check"):
+    with pytest.raises(
+        ConfigError, match=r"must be readable \(got .*none.yaml: No such file or directory\); check"
+    ):
         load_config(tmp_path / "none.yaml")
     with pytest.raises(ConfigError, match=r"must be readable \(got .*: Is a directory\)"):
         load_config(tmp_path)
@@ -163,5 +257,8 @@ def test_a_missing_file_and_a_folder_are_named(tmp_path):
 def test_a_config_is_frozen_and_needs_no_tensor_library():
     with pytest.raises(ValueError, match="frozen"):
         config().train.lr = 1.0
-    code = "import sys, chainlora.config; assert not {'torch', 'transformers', 'peft'} & set(sys.modules)"
+    code = (
+        "import sys, chainlora.config.loading; "
+        "assert not {'torch', 'transformers', 'peft'} & set(sys.modules)"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,4 +1,5 @@
-"""Rows to tokens, and batches of an epoch: through small byte-level tokenizers trained on the spot."""
+"""Rows to tokens, and batches of an epoch: through small byte-level tokenizers trained on the
+spot."""
 
 from __future__ import annotations
 
@@ -11,9 +12,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from chainlora.data import detect_format, encode_examples, epoch_batches
+from chainlora.data.encoding import detect_format, encode_examples, epoch_batches
+from chainlora.data.tasks import Task, load_rows, load_split, load_task, sample_splits
 from chainlora.errors import ConfigError, DataError
-from chainlora.tasks import Task, load_rows, load_split, load_task, sample_splits
 
 CORPUS = [
     "Yes No Maybe great terrible the film was great and the plot was terrible",
@@ -27,7 +28,8 @@ CHAT = (
 )
 # The template marks the assistant's own words.
 MARKED = (
-    "{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'assistant' %}{% generation %}{{ m.content }}</s>"
+    "{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'assistant' %}{% generation %}{{ "
+    "m.content }}</s>"
     "{% endgeneration %}{% else %}{{ m.content }}</s>{% endif %}{% endfor %}"
 )
 # Earlier answers are shortened, as templates that drop old reasoning do.
@@ -81,7 +83,9 @@ def colour(tmp_path):
             "loss": "candidates",
         } | changes
         path = tmp_path / "colour.yaml"
-        path.write_text(json.dumps({key: value for key, value in keys.items() if value is not None}))
+        path.write_text(
+            json.dumps({key: value for key, value in keys.items() if value is not None})
+        )
         return load_task(path)
 
     return make
@@ -95,7 +99,8 @@ def scored(example, tokenizer) -> list[list[str]]:
     ]
 
 
-# --- tasks --------------------------------------------------------------------------------------------------
+# --- tasks
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("special", ["", "bos", "bos eos"])
@@ -104,7 +109,10 @@ def test_candidates_are_the_tokens_after_the_prompt(colour, special):
     (example,) = encode_examples([{"text": "the film", "label": 1}], tokenizer, colour())
     front = [0] if special else []
     for ids, word in zip(example.sequences, (" terrible", " great"), strict=True):
-        assert list(ids) == front + tokenizer("the film It was" + word, add_special_tokens=False)["input_ids"]
+        assert (
+            list(ids)
+            == front + tokenizer("the film It was" + word, add_special_tokens=False)["input_ids"]
+        )
     assert scored(example, tokenizer) == [[" terrible"], [" great"]]
     assert (example.row, example.label, example.references) == (0, 1, ("great",))
     assert tokenizer.decode(example.prompt, skip_special_tokens=True) == "the film It was"
@@ -157,7 +165,9 @@ def test_demonstrations_go_before_the_prompt_and_are_cut_first(colour):
 
 def test_rows_keep_their_index_in_the_split(tmp_path, colour):
     path = tmp_path / "train.jsonl"
-    path.write_text("".join(json.dumps({"text": f"film {i}", "label": 0}) + "\n" for i in range(20)))
+    path.write_text(
+        "".join(json.dumps({"text": f"film {i}", "label": 0}) + "\n" for i in range(20))
+    )
     (tmp_path / "validation.jsonl").write_text(path.read_text())
     drawn = sample_splits(colour(), tmp_path, 5, 5, 5)["train"]
     examples = encode_examples(drawn, make_tokenizer(), colour())
@@ -173,7 +183,11 @@ def test_rows_keep_their_index_in_the_split(tmp_path, colour):
             {"text": "the"},
             r"at least one token .*last blank",
         ),
-        ({"labels": None, "candidates": "[text, text]"}, {}, r"different tokens .*'film' and 'film'"),
+        (
+            {"labels": None, "candidates": "[text, text]"},
+            {},
+            r"different tokens .*'film' and 'film'",
+        ),
         (
             {"labels": [" great film", " great plot"], "scoring": "first_token"},
             {},
@@ -182,7 +196,9 @@ def test_rows_keep_their_index_in_the_split(tmp_path, colour):
         ({"prompt": "{{ text }}"}, {"text": ""}, None),
     ],
 )
-def test_candidates_that_cannot_be_told_apart_or_are_nothing(colour, tmp_path, changes, row, message):
+def test_candidates_that_cannot_be_told_apart_or_are_nothing(
+    colour, tmp_path, changes, row, message
+):
     path = tmp_path / "bad.jsonl"
     path.write_text(json.dumps({"text": "film", "label": 0} | row))
     rows, task = load_rows(path), colour(**changes)
@@ -198,13 +214,16 @@ def test_candidates_that_cannot_be_told_apart_or_are_nothing(colour, tmp_path, c
 def test_first_token_scoring_cuts_after_it(colour):
     task = colour(labels=[" great film", " terrible plot"], scoring="first_token")
     (example,) = encode_examples([{"text": "so", "label": 0}], make_tokenizer(), task)
-    assert [len(ids) - spans[0][0] for ids, spans in zip(example.sequences, example.scored, strict=True)] == [
+    assert [
+        len(ids) - spans[0][0] for ids, spans in zip(example.sequences, example.scored, strict=True)
+    ] == [
         1,
         1,
     ]
 
 
-# --- the two rules, on any text -----------------------------------------------------------------------------
+# --- the two rules, on any text
+# -----------------------------------------------------------------------------
 
 TEXT = st.text(alphabet="ab é\n.Yestgrail", max_size=40)
 
@@ -230,10 +249,14 @@ def test_boundary_and_truncation_hold_for_any_text(prompt, words, special, limit
     row = {"prompt": prompt, "words": words, "right": 1}
     front = [0] if special else []
     read = front + tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    wholes = [front + tokenizer(prompt + word, add_special_tokens=False)["input_ids"] for word in words]
+    wholes = [
+        front + tokenizer(prompt + word, add_special_tokens=False)["input_ids"] for word in words
+    ]
     try:
         (example,) = encode_examples([row], tokenizer, task)
-    except DataError:  # a word that melts into the prompt, or nothing to predict the first token from
+    except (
+        DataError
+    ):  # a word that melts into the prompt, or nothing to predict the first token from
         assert not read or any(len(whole) <= len(read) for whole in wholes)
         return
     assert [list(ids) for ids in example.sequences] == wholes
@@ -246,7 +269,9 @@ def test_boundary_and_truncation_hold_for_any_text(prompt, words, special, limit
         return
     assert max(map(len, cut.sequences)) <= limit
     dropped = max(0, max(map(len, wholes)) - limit)
-    assert {len(whole) - len(ids) for whole, ids in zip(wholes, cut.sequences, strict=True)} == {dropped}
+    assert {len(whole) - len(ids) for whole, ids in zip(wholes, cut.sequences, strict=True)} == {
+        dropped
+    }
     for whole, ids, ((start, stop),) in zip(wholes, cut.sequences, cut.scored, strict=True):
         assert list(ids[: len(front)]) == front
         assert list(ids[len(front) :]) == whole[len(front) + dropped :]
@@ -264,7 +289,11 @@ def test_a_row_too_long_is_named_with_length_limit_and_remedy(colour, tmp_path):
         encode_examples(rows, tokenizer, colour(), max_length=30)
     with pytest.raises(DataError, match=r"scored must fit the context .*for at most 2 at"):
         encode_examples(
-            rows, tokenizer, colour(labels=[" the rain and the plot", " x"]), max_length=2, truncation="left"
+            rows,
+            tokenizer,
+            colour(labels=[" the rain and the plot", " x"]),
+            max_length=2,
+            truncation="left",
         )
     free = encode_examples(rows, tokenizer, colour(), max_length=30, truncation="left", reserve=12)
     assert len(free[1].prompt) == 18
@@ -275,13 +304,17 @@ def test_no_rows_is_an_error(colour):
         encode_examples([], make_tokenizer(), colour())
 
 
-# --- formats ------------------------------------------------------------------------------------------------
+# --- formats
+# ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("special", ["", "bos", "bos eos"])
 def test_prompt_and_completion_learns_the_completion_and_its_end(special):
     tokenizer = make_tokenizer(special)
-    rows = [{"prompt": "how many dogs?", "completion": " two"}, {"prompt": "how ", "completion": "many"}]
+    rows = [
+        {"prompt": "how many dogs?", "completion": " two"},
+        {"prompt": "how ", "completion": "many"},
+    ]
     examples = encode_examples(rows, tokenizer, "auto")
     # In the second row the blank and the word are one token: it is learned, not lost.
     assert [scored(example, tokenizer) for example in examples] == [[[" two</s>"]], [[" many</s>"]]]
@@ -304,7 +337,9 @@ def test_chat_learns_the_assistants_turns_only(template):
     (example,) = encode_examples([{"messages": TALK}], tokenizer, "auto")
     assert scored(example, tokenizer) == [["two dogs</s>", "three</s>"]]
     whole = tokenizer.apply_chat_template(TALK, tokenize=False)
-    assert tokenizer.decode(example.sequences[0]) == whole  # the template's own special tokens, none added
+    assert (
+        tokenizer.decode(example.sequences[0]) == whole
+    )  # the template's own special tokens, none added
     assert tokenizer.decode(example.prompt).endswith(
         "and cats?</s>\n<|assistant|>" if template is CHAT else "and cats?</s><|assistant|>"
     )
@@ -370,7 +405,8 @@ def test_formats_are_told_by_their_fields():
     assert detect_format([{"prompt": "", "completion": "", "text": ""}]) == "completion"
 
 
-# --- the Hub, as a folder laid out like one -----------------------------------------------------------------
+# --- the Hub, as a folder laid out like one
+# -----------------------------------------------------------------
 
 
 def test_a_hub_dataset_is_read_by_folder_and_split(tmp_path, colour, monkeypatch):
@@ -383,13 +419,16 @@ def test_a_hub_dataset_is_read_by_folder_and_split(tmp_path, colour, monkeypatch
         target = tmp_path / "hub" / folder / "train" / "0000.parquet"
         target.parent.mkdir(parents=True)
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"text": word, "label": 1}]), target)
-    task = colour(hub={"path": str(tmp_path / "hub"), "folder": "colour", "splits": {"training": "train"}})
+    task = colour(
+        hub={"path": str(tmp_path / "hub"), "folder": "colour", "splits": {"training": "train"}}
+    )
     rows = load_split(task, None, "training")
     assert rows == [{"text": "film", "label": 1}]
     assert rows[0].origin.endswith("train row 0")
 
 
-# --- batches ------------------------------------------------------------------------------------------------
+# --- batches
+# ------------------------------------------------------------------------------------------------
 
 
 @settings(max_examples=60, deadline=None)
@@ -404,7 +443,9 @@ def test_every_row_comes_once_an_epoch(num_rows, batch_size, seed, epoch, group)
     lengths = [(7 * row) % 31 for row in range(num_rows)]
     batches = epoch_batches(lengths, batch_size, seed, epoch, group)
     assert sorted(row for batch in batches for row in batch) == list(range(num_rows))
-    assert sorted(map(len, batches), reverse=True)[:-1] == [batch_size] * ((num_rows - 1) // batch_size)
+    assert sorted(map(len, batches), reverse=True)[:-1] == [batch_size] * (
+        (num_rows - 1) // batch_size
+    )
     assert batches == epoch_batches(lengths, batch_size, seed, epoch, group)
 
 
@@ -419,11 +460,14 @@ def test_epochs_and_seeds_differ_and_grouping_makes_like_lengths_meet():
             for batch in batches
         )
 
-    # Sorted over 256 rows, lengths differ by about 3 inside a batch of 8, against 80 in a plain shuffle.
+    # Sorted over 256 rows, lengths differ by about 3 inside a batch of 8, against 80 in a plain
+    # shuffle.
     assert padding(epoch_batches(lengths, 8, 0, 0, True)) < 0.1 * padding(drawn[0])
 
 
-# --- real tokenizers, where they are ------------------------------------------------------------------------
+# --- real tokenizers, where they are
+# ------------------------------------------------------------------------
+
 
 def test_smollm2_chat_learns_answer_and_end_of_turn(smollm2_tokenizer):
     (example,) = encode_examples([{"messages": TALK}], smollm2_tokenizer, "auto")

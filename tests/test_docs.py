@@ -1,4 +1,5 @@
-"""What the documents say is so: their code runs as it stands, their tables are those of the package."""
+"""What the documents say is so: their code runs as it stands, their tables are those of the
+package."""
 
 from __future__ import annotations
 
@@ -21,9 +22,9 @@ from pydantic_core import PydanticUndefined
 from transformers import AutoModelForCausalLM
 
 import chainlora
-from chainlora import config as config_module
-from chainlora.cli import cli, run
-from chainlora.config import parse_yaml
+from chainlora.cli.main import cli, run
+from chainlora.config import schema as config_module
+from chainlora.config.loading import parse_yaml
 from chainlora.experiments import expand, load_experiment
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -46,7 +47,8 @@ def block_with(text: str, start: str) -> str:
 
 @pytest.fixture(scope="module")
 def checkout(tiny_folder, tmp_path_factory) -> Path:
-    """A folder as the README's reader has it: the examples, and a tiny model that lies where the Hub id points."""
+    """A folder as the README's reader has it: the examples, and a tiny model that lies where the
+    Hub id points."""
     folder = tmp_path_factory.mktemp("checkout")
     (folder / "examples").symlink_to(ROOT / "examples")
     (folder / HUB_ID).parent.mkdir()
@@ -68,13 +70,15 @@ def test_the_readme_python_runs_and_its_adapter_is_the_model(checkout, monkeypat
     (checkout / "minimal.py").write_text(blocks(README, "python")[0], encoding="utf-8")
     names = runpy.run_path("minimal.py", run_name="__main__")
     printed = capsys.readouterr().out.splitlines()
-    assert "loss" in printed[0]
+    assert "steps" in printed[0]
     assert "Date: 5 March 2021" in printed[1]
     assert "'rank': 16" in printed[-1]
     base = AutoModelForCausalLM.from_pretrained(HUB_ID)
     adapted = peft.PeftModel.from_pretrained(base, "runs/minimal-adapter")
     with torch.no_grad():  # float32: the same sums in another order
-        torch.testing.assert_close(adapted(names["ids"]).logits, names["model"](names["ids"]).logits, atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            adapted(names["ids"]).logits, names["model"](names["ids"]).logits, atol=1e-5, rtol=0
+        )
 
 
 def test_the_verbs_in_the_readme_run(tiny_folder):
@@ -128,9 +132,17 @@ def test_the_own_loop_runs(checkout, monkeypatch, capsys):
 
 
 def test_the_chat_example_runs(checkout, monkeypatch):
-    # gradient checkpointing stays as the file has it; the tiny model's context is 128 tokens, its vocabulary bytes
+    # gradient checkpointing stays as the file has it; the tiny model's context is 128 tokens, its
+    # vocabulary bytes
     monkeypatch.chdir(checkout)
-    short = ["--data.max_length", "128", "--data.truncation", "left", "--chain.epochs", "[0.7, 0.4]"]
+    short = [
+        "--data.max_length",
+        "128",
+        "--data.truncation",
+        "left",
+        "--chain.epochs",
+        "[0.7, 0.4]",
+    ]
     assert run(["train", "examples/chat.yaml", *short]) == 0
 
 
@@ -152,7 +164,9 @@ def described_keys() -> dict[str, tuple[str, str]]:
 
 
 def test_config_md_has_every_key_and_no_other():
-    assert set(described_keys()) == {prefix + key for prefix, model in sections().items() for key in model.model_fields}
+    assert set(described_keys()) == {
+        prefix + key for prefix, model in sections().items() for key in model.model_fields
+    }
 
 
 def test_config_md_has_every_default_and_choice():
@@ -166,7 +180,9 @@ def test_config_md_has_every_default_and_choice():
                 assert default == "see below", key
             else:
                 assert parse_yaml(default.strip("`")) == plain(field.default), key
-            missing = [choice for choice in choices(field.annotation) if f"`{choice}`" not in meaning]
+            missing = [
+                choice for choice in choices(field.annotation) if f"`{choice}`" not in meaning
+            ]
             assert missing == [], key
 
 
@@ -204,7 +220,9 @@ def test_links_in_documents_lead_somewhere(document):
 def test_python_md_has_every_public_name():
     text = (ROOT / "docs/python.md").read_text(encoding="utf-8")
     table = {
-        name for row in re.findall(r"^\| (`.*?`) \|", text, flags=re.MULTILINE) for name in re.findall(r"`(\w+)", row)
+        name
+        for row in re.findall(r"^\| (`.*?`) \|", text, flags=re.MULTILINE)
+        for name in re.findall(r"`(\w+)", row)
     }
     assert table | {"ChainLoRAError"} == set(chainlora.__all__)
     assert "`ChainLoRAError`" in text
@@ -227,7 +245,10 @@ def test_the_numbers_of_the_first_decision():
     text = next((ROOT / "docs/decisions").glob("0001-*.md")).read_text(encoding="utf-8")
     (code,) = blocks(text, "python")
     printed: list[str] = []
-    exec(code.replace("1024", "512"), {"print": lambda *values: printed.append(" ".join(map(str, values)))})
+    exec(
+        code.replace("1024", "512"),
+        {"print": lambda *values: printed.append(" ".join(map(str, values)))},
+    )
     (row,) = re.findall(r"^\| share .*? \| (.*) \|$", text, flags=re.MULTILINE)
     said = [int(cell.strip(" %")) for cell in row.split("|")]
     found = [int(re.findall(r"(\d+)%", line)[0]) for line in printed]
@@ -247,15 +268,21 @@ def test_a_measured_experiment_expands_without_data_or_model(file, monkeypatch, 
     experiment = load_experiment(file)
     assert experiment.name == file.stem
     cells = expand(experiment)
-    assert {(cell.task, cell.method) for cell in cells} == set(itertools.product(experiment.tasks, experiment.methods))
+    assert {(cell.task, cell.method) for cell in cells} == set(
+        itertools.product(experiment.tasks, experiment.methods)
+    )
     for task in experiment.tasks:  # equal epochs or steps for all that train
-        chains = [cell.config.chain for cell in cells if cell.task == task and cell.config.chain.ranks]
+        chains = [
+            cell.config.chain for cell in cells if cell.task == task and cell.config.chain.ranks
+        ]
         assert len({sum(chain.epochs or chain.steps) for chain in chains}) == 1
     assert list(tmp_path.iterdir()) == []
     assert f"| `{file.stem}` |" in (PAPER / "README.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("results", sorted(PAPER.glob("*/results.jsonl")), ids=lambda path: path.parent.name)
+@pytest.mark.parametrize(
+    "results", sorted(PAPER.glob("*/results.jsonl")), ids=lambda path: path.parent.name
+)
 def test_a_committed_report_is_what_its_results_give(results, tmp_path, capsys):
     copy = shutil.copy(results, tmp_path)
     assert run(["experiment", "report", copy]) == 0, capsys.readouterr().err

@@ -1,4 +1,5 @@
-"""Evaluation: the fast scorer equals the plain one, metrics are what they say, the model is left alone."""
+"""Evaluation: the fast scorer equals the plain one, metrics are what they say, the model is left
+alone."""
 
 from __future__ import annotations
 
@@ -15,18 +16,19 @@ from hypothesis import strategies as st
 from reference_scorer import reference_predictions, reference_scores, reference_scores_of_text
 
 from chainlora import evaluate_task
-from chainlora.data import NamedExample
+from chainlora.data.encoding import NamedExample
+from chainlora.data.examples import Example
+from chainlora.data.tasks import Task
+from chainlora.engine.hidden_states import Path
+from chainlora.engine.packing import pack
 from chainlora.errors import ConfigError, DataError, ModelError
-from chainlora.evaluate import evaluate, write_predictions
-from chainlora.forward import Path
-from chainlora.generation import generate_greedy
-from chainlora.likelihood import evaluation_batches, score_examples
-from chainlora.metrics import majority_rate, token_f1
-from chainlora.packing import Example, pack
-from chainlora.tasks import Task
+from chainlora.evaluation.evaluate import evaluate, write_predictions
+from chainlora.evaluation.generation import generate_greedy
+from chainlora.evaluation.likelihood import evaluation_batches, score_examples
+from chainlora.evaluation.metrics import majority_rate, token_f1
 
-# Float32 log-probabilities near -5 carry rounding of about 5e-7; summing in another order over a few layers
-# stays below 1e-5.
+# Float32 log-probabilities near -5 carry rounding of about 5e-7; summing in another order over a
+# few layers stays below 1e-5.
 TOLERANCE = 1e-5
 
 
@@ -38,12 +40,16 @@ def classified(
     row: int, prompt: tuple[int, ...], candidates: list[tuple[int, ...]], label: int = 0
 ) -> Example:
     sequences = tuple(prompt + candidate for candidate in candidates)
-    return Example(row, sequences, tuple(((len(prompt), len(s)),) for s in sequences), label, prompt)
+    return Example(
+        row, sequences, tuple(((len(prompt), len(s)),) for s in sequences), label, prompt
+    )
 
 
 def one_token(rng: random.Random) -> list[Example]:
     labels = [(5,), (9,), (77,)]
-    return [classified(i, words(rng, rng.randint(1, 60)), labels, rng.randrange(3)) for i in range(12)]
+    return [
+        classified(i, words(rng, rng.randint(1, 60)), labels, rng.randrange(3)) for i in range(12)
+    ]
 
 
 def many_tokens(rng: random.Random) -> list[Example]:
@@ -64,7 +70,9 @@ def shared_passages(rng: random.Random) -> list[Example]:
         for question in (words(rng, 9), words(rng, 12)):
             for answer in (words(rng, 4), words(rng, 8)):
                 rows.append(
-                    classified(len(rows), passage + question + answer, [(7,), (8, 11)], len(rows) % 2)
+                    classified(
+                        len(rows), passage + question + answer, [(7,), (8, 11)], len(rows) % 2
+                    )
                 )
     rng.shuffle(rows)
     return rows
@@ -78,7 +86,10 @@ def ties(rng: random.Random) -> list[Example]:
 def full_context(rng: random.Random) -> list[Example]:
     """Rows cut from the left, the longest to the whole context of 128 tokens."""
     story = words(rng, 300)
-    return [classified(i, story[-size:], [(5,), (6, 7)], i % 2) for i, size in enumerate((126, 125, 124, 90))]
+    return [
+        classified(i, story[-size:], [(5,), (6, 7)], i % 2)
+        for i, size in enumerate((126, 125, 124, 90))
+    ]
 
 
 CASES = {f.__name__: f for f in (one_token, many_tokens, shared_passages, ties, full_context)}
@@ -115,7 +126,8 @@ def test_the_loss_is_the_cross_entropy_over_candidates():
     examples = many_tokens(random.Random(1))
     rows = reference_scores(model, examples)
     expected = [
-        -torch.tensor(row).log_softmax(0)[e.label].item() for row, e in zip(rows, examples, strict=True)
+        -torch.tensor(row).log_softmax(0)[e.label].item()
+        for row, e in zip(rows, examples, strict=True)
     ]
     found = evaluate(model, examples, metrics=["accuracy", "f1"])
     assert found.metrics["loss"] == pytest.approx(sum(expected) / len(expected), abs=TOLERANCE)
@@ -165,19 +177,25 @@ def test_a_shared_passage_is_computed_once():
     examples = shared_passages(random.Random(4))
     batches = list(evaluation_batches(examples, max_tokens=10_000))
     assert len(batches) == 1
-    # two passages, four questions, eight answers, and each row's (8, 11) reads one token more than (7,)
-    assert pack([examples[i] for i in batches[0]]).num_tokens <= 50 + 30 + 2 * (9 + 12) + 4 * (4 + 8) + 8
+    # two passages, four questions, eight answers, and each row's (8, 11) reads one token more than
+    # (7,)
+    assert (
+        pack([examples[i] for i in batches[0]]).num_tokens
+        <= 50 + 30 + 2 * (9 + 12) + 4 * (4 + 8) + 8
+    )
 
 
 def test_a_short_beginning_does_not_make_a_pack_one_large_tree():
-    """Attention inside a tree is square in its size: a template of 20 tokens is not worth a tree of 2000."""
+    """Attention inside a tree is square in its size: a template of 20 tokens is not worth a tree of
+    2000."""
     rng = random.Random(9)
     template = words(rng, 20)
     templated = [classified(i, template + words(rng, 60), [(5,), (6,)]) for i in range(30)]
     free = [classified(i, words(rng, 80), [(5,), (6,)]) for i in range(30)]
     sizes = [
         max(
-            pack([rows[i] for i in batch]).num_tokens for batch in evaluation_batches(rows, max_tokens=10_000)
+            pack([rows[i] for i in batch]).num_tokens
+            for batch in evaluation_batches(rows, max_tokens=10_000)
         )
         for rows in (templated, free)
     ]
@@ -200,7 +218,13 @@ def test_batches_hold_every_row_once_and_keep_the_bound(seed, max_tokens, path):
 def test_progress_counts_rows():
     seen: list[tuple[int, int]] = []
     examples = one_token(random.Random(5))
-    evaluate(tiny_model("opt"), examples, metrics=(), max_tokens=100, progress=lambda *at: seen.append(at))
+    evaluate(
+        tiny_model("opt"),
+        examples,
+        metrics=(),
+        max_tokens=100,
+        progress=lambda *at: seen.append(at),
+    )
     assert len(seen) > 1
     assert seen[-1] == (12, 12)
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
@@ -209,7 +233,9 @@ def test_progress_counts_rows():
 def test_scores_without_metrics():
     model = tiny_model("llama")
     examples = many_tokens(random.Random(8))
-    for row, expected in zip(score_examples(model, examples), reference_scores(model, examples), strict=True):
+    for row, expected in zip(
+        score_examples(model, examples), reference_scores(model, examples), strict=True
+    ):
         assert row == pytest.approx(expected, abs=TOLERANCE)
 
 
@@ -253,22 +279,36 @@ def test_what_cannot_be_scored_is_refused():
 
 
 @pytest.mark.parametrize("metric", ["em", "token_f1"])
-def test_a_candidate_task_compared_by_words_keeps_no_room_for_an_answer(metric, tiny_folder, tmp_path):
-    """Nothing is written, so a row as long as the context is read whole, not refused and not cut."""
-    rows = [{"text": " ".join(["the cat sat on a mat"] * size), "label": size % 2} for size in (3, 14, 15)]
+def test_a_candidate_task_compared_by_words_keeps_no_room_for_an_answer(
+    metric, tiny_folder, tmp_path
+):
+    """Nothing is written, so a row as long as the context is read whole, not refused and not
+    cut."""
+    rows = [
+        {"text": " ".join(["the cat sat on a mat"] * size), "label": size % 2}
+        for size in (3, 14, 15)
+    ]
     write_rows(tmp_path / "validation.jsonl", rows)
-    keys = {"name": "word", "description": "Made up.", "prompt": "{{ text }} it was", "labels": [" bad", " good"],
-            "loss": "candidates"}
+    keys = {
+        "name": "word",
+        "description": "Made up.",
+        "prompt": "{{ text }} it was",
+        "labels": [" bad", " good"],
+        "loss": "candidates",
+    }
     found = {}
     for name, truncation in (("accuracy", "error"), (metric, "error"), (metric, "left")):
         task = Task(**keys, metric=name, truncation=truncation)
         found[name, truncation] = evaluate_task(tiny_folder, task, data=str(tmp_path))["metrics"]
     assert found[metric, "error"] == found[metric, "left"]
     assert found[metric, "error"]["loss"] == found["accuracy", "error"]["loss"]
-    assert found[metric, "error"][metric] == found["accuracy", "error"]["accuracy"]  # each label is a word
+    assert (
+        found[metric, "error"][metric] == found["accuracy", "error"]["accuracy"]
+    )  # each label is a word
 
 
-# --- a real, trained model --------------------------------------------------------------------------------
+# --- a real, trained model
+# --------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -284,17 +324,22 @@ def stories(shared_models):
 CLASSIFIED = ("sst2", "rte", "cb", "boolq", "wsc", "wic", "multirc", "copa")
 
 
-def scored_both_ways(model, tokenizer, task_name: str, folder, num_rows: int, max_length: int | None = None):
-    """The first validation rows by the fast scorer with the faster layers, and by the plain one from their text; and
-    whether any was cut."""
-    from chainlora.data import encode_examples
-    from chainlora.speedups import accelerate_model, restore_model
-    from chainlora.tasks import load_split, load_task
+def scored_both_ways(
+    model, tokenizer, task_name: str, folder, num_rows: int, max_length: int | None = None
+):
+    """The first validation rows by the fast scorer with the faster layers, and by the plain one
+    from their text; and whether any was cut."""
+    from chainlora.data.encoding import encode_examples
+    from chainlora.data.tasks import load_split, load_task
+    from chainlora.engine.decoder_layer import accelerate_model, restore_model
 
     task = load_task(task_name)
     rows = load_split(task, folder, "validation")[:num_rows]
     texts = [task.render(row) for row in rows]
-    expected = [reference_scores_of_text(model, tokenizer, t.prompt, t.candidates, max_length) for t in texts]
+    expected = [
+        reference_scores_of_text(model, tokenizer, t.prompt, t.candidates, max_length)
+        for t in texts
+    ]
     examples = encode_examples(rows, tokenizer, task, max_length=max_length, objective="candidates")
     assert accelerate_model(model) == model.config.num_hidden_layers
     try:
@@ -318,7 +363,7 @@ def test_fast_scores_equal_the_plain_ones_on_every_task(task_name, stories, shar
 
 @pytest.fixture(scope="module")
 def smollm2(smollm2_folder):
-    from chainlora.models import load_model
+    from chainlora.models.loading import load_model
 
     return load_model(smollm2_folder, torch.float32)
 
@@ -330,7 +375,9 @@ def test_a_real_model_scores_every_task_as_plain_forwards_do(task_name, smollm2,
 
 
 @pytest.mark.parametrize(("task_name", "max_length"), [("boolq", 64), ("copa", 16)])
-def test_a_real_model_scores_cut_prompts_as_plain_forwards_do(task_name, max_length, smollm2, shared_data):
+def test_a_real_model_scores_cut_prompts_as_plain_forwards_do(
+    task_name, max_length, smollm2, shared_data
+):
     """Candidates of one token, and of several that differ in number."""
     found, expected, cut = scored_both_ways(*smollm2, task_name, shared_data, 8, max_length)
     assert cut
@@ -338,8 +385,9 @@ def test_a_real_model_scores_cut_prompts_as_plain_forwards_do(task_name, max_len
 
 
 def assert_alike_in_float32(found, expected) -> None:
-    """Thirty layers in float32: measured on these rows against plain forwards in float64, plain scores are off by up to
-    2.3e-5 and fast ones by up to 1.6e-5. In float64 the two agree to 2e-6 (Llama's norms stay in float32)."""
+    """Thirty layers in float32: measured on these rows against plain forwards in float64, plain
+    scores are off by up to 2.3e-5 and fast ones by up to 1.6e-5. In float64 the two agree to 2e-6
+    (Llama's norms stay in float32)."""
     for prediction, row in zip(found, expected, strict=True):
         assert prediction["scores"] == pytest.approx(row, abs=5e-5)
     assert [p["prediction"] for p in found] == reference_predictions(expected)
@@ -392,12 +440,21 @@ def test_generated_answers_are_scored_against_their_references(stories):
     (answer,) = generate_greedy(model, tokenizer, [prompt], max_new_tokens=6)
     sequence = (*prompt, 5, 6)
     gold = Example(
-        4, (sequence,), (((len(prompt), len(sequence)),),), None, prompt, ("nothing", f"The {answer}!")
+        4,
+        (sequence,),
+        (((len(prompt), len(sequence)),),),
+        None,
+        prompt,
+        ("nothing", f"The {answer}!"),
     )
     bad = Example(9, (sequence,), (((len(prompt), len(sequence)),),), None, prompt, ("nothing",))
     model.train()
     found = evaluate(
-        model, [gold, bad], metrics=["em", "token_f1", "loss"], tokenizer=tokenizer, max_new_tokens=6
+        model,
+        [gold, bad],
+        metrics=["em", "token_f1", "loss"],
+        tokenizer=tokenizer,
+        max_new_tokens=6,
     )
     assert model.training
     assert found.metrics["em"] == 0.5
@@ -417,7 +474,9 @@ def test_a_candidate_is_compared_by_what_it_stands_for():
     rows = []
     for i, references in enumerate((("Boston", "the New York"), ("Jersey",))):
         plain = classified(i, words(rng, 12), [words(rng, 4), words(rng, 4)])
-        rows.append(NamedExample(i, plain.sequences, plain.scored, 0, plain.prompt, references, names))
+        rows.append(
+            NamedExample(i, plain.sequences, plain.scored, 0, plain.prompt, references, names)
+        )
     found = evaluate(tiny_model("llama"), rows, metrics=["em", "token_f1"])
     chosen = [names[p["prediction"]] for p in found.predictions]
     assert found.metrics["em"] == (chosen[0] == "New York") / 2
@@ -432,6 +491,8 @@ def test_a_candidate_without_a_name_is_its_own_words(stories):
     candidates = [tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
     row = dataclasses.replace(classified(0, prompt, candidates), references=("There was!",))
     found = evaluate(model, [row], metrics="token_f1", tokenizer=tokenizer)
-    assert found.metrics["token_f1"] == token_f1(texts[found.predictions[0]["prediction"]], row.references)
+    assert found.metrics["token_f1"] == token_f1(
+        texts[found.predictions[0]["prediction"]], row.references
+    )
     with pytest.raises(ConfigError, match="pass `tokenizer`"):
         evaluate(model, [row], metrics="token_f1")

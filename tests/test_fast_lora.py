@@ -1,4 +1,5 @@
-"""The fused LoRA layer equals PEFT's own forward, gradients included, and steps aside wherever it must."""
+"""The fused LoRA layer equals PEFT's own forward, gradients included, and steps aside wherever it
+must."""
 
 from __future__ import annotations
 
@@ -13,12 +14,12 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from transformers.pytorch_utils import Conv1D
 
+from chainlora.engine.lora_layer import accelerate_layers, accelerate_lora, active_adapter, restore
 from chainlora.errors import ModelError
-from chainlora.fast_lora import accelerate_layers, accelerate_lora, active_adapter, restore
 
-# float64 and float32: the same sums in another order, over 48 terms. bfloat16: PEFT computes the adapter in
-# float32 and rounds once, here each product is rounded, 2⁻⁸ of its size; the sums of 12 such terms stay
-# within 2⁻⁵.
+# float64 and float32: the same sums in another order, over 48 terms. bfloat16: PEFT computes the
+# adapter in float32 and rounds once, here each product is rounded, 2⁻⁸ of its size; the sums of 12
+# such terms stay within 2⁻⁵.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2**-5}
 
 
@@ -45,16 +46,25 @@ def lora(linear: nn.Module, dtype: torch.dtype, **options: object) -> nn.Module:
 
 
 def run(net: nn.Module, dtype: torch.dtype, *, input_grad: bool = True) -> dict[str, Tensor | None]:
-    x = torch.randn(3, 4, 48, generator=torch.Generator().manual_seed(1)).to(dtype).requires_grad_(input_grad)
+    x = (
+        torch.randn(3, 4, 48, generator=torch.Generator().manual_seed(1))
+        .to(dtype)
+        .requires_grad_(input_grad)
+    )
     net.zero_grad()
     out = net(x)
-    result: dict[str, Tensor | None] = {"out": out.detach(), "dtype": torch.zeros(0, dtype=out.dtype)}
+    result: dict[str, Tensor | None] = {
+        "out": out.detach(),
+        "dtype": torch.zeros(0, dtype=out.dtype),
+    }
     if out.requires_grad:
         (out * torch.linspace(-1, 1, out.numel()).view_as(out).to(dtype)).sum().backward()
     return result | {"x": x.grad} | {name: p.grad for name, p in net.named_parameters()}
 
 
-def assert_same(mine: dict[str, Tensor | None], theirs: dict[str, Tensor | None], dtype: torch.dtype) -> None:
+def assert_same(
+    mine: dict[str, Tensor | None], theirs: dict[str, Tensor | None], dtype: torch.dtype
+) -> None:
     assert mine.keys() == theirs.keys()
     for name, value in theirs.items():
         other = mine[name]
@@ -69,7 +79,9 @@ def conv1d() -> nn.Module:
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("linear", [lambda: nn.Linear(48, 20), lambda: nn.Linear(48, 20, bias=False), conv1d])
+@pytest.mark.parametrize(
+    "linear", [lambda: nn.Linear(48, 20), lambda: nn.Linear(48, 20, bias=False), conv1d]
+)
 @pytest.mark.parametrize("frozen", ["none", "A", "B", "both"])
 def test_equals_peft(dtype: torch.dtype, linear: Callable[[], nn.Module], frozen: str) -> None:
     net = lora(linear(), dtype)
@@ -94,7 +106,9 @@ def test_gradients_against_differences() -> None:
         names = {"lora_A.link.weight": a, "lora_B.link.weight": b}
         return torch.func.functional_call(layer, names, (x,))
 
-    torch.autograd.gradcheck(function, (x, layer.lora_A["link"].weight, layer.lora_B["link"].weight))
+    torch.autograd.gradcheck(
+        function, (x, layer.lora_A["link"].weight, layer.lora_B["link"].weight)
+    )
 
 
 def add_second(net: nn.Module) -> None:
@@ -247,8 +261,9 @@ def test_only_lora_layers() -> None:
 def test_whole_models(architecture: str) -> None:
     model = tiny_model(architecture, dtype=torch.float64)
     targets = ["c_attn"] if architecture == "gpt2" else ["q_proj", "v_proj"]
-    config = peft.LoraConfig(r=4, target_modules=targets, init_lora_weights=False,
-                             fan_in_fan_out=architecture == "gpt2")
+    config = peft.LoraConfig(
+        r=4, target_modules=targets, init_lora_weights=False, fan_in_fan_out=architecture == "gpt2"
+    )
     peft.inject_adapter_in_model(config, model, "link")
     ids = torch.arange(12).view(2, 6)
 

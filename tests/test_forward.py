@@ -1,4 +1,5 @@
-"""The packed path equals the plain one, gradients included, on every architecture; when it is not taken."""
+"""The packed path equals the plain one, gradients included, on every architecture; when it is not
+taken."""
 
 from __future__ import annotations
 
@@ -18,15 +19,16 @@ from transformers import (
     MistralForCausalLM,
 )
 
-from chainlora import packed_attention
+from chainlora.data.examples import Example
+from chainlora.engine import attention as packed_attention
+from chainlora.engine.attention import NAME
+from chainlora.engine.hidden_states import Path, base_model, choose_path, hidden_states
+from chainlora.engine.packing import PackedBatch, pack
 from chainlora.errors import ModelError
-from chainlora.forward import Path, base_model, choose_path, hidden_states
-from chainlora.packed_attention import NAME
-from chainlora.packing import Example, PackedBatch, pack
 
-# The same sums over at most 64 terms in another order, two layers deep; Llama's norm and rotary angles are
-# float32 in a float64 model too. bfloat16: 2⁻⁸ a rounding, and a bias's gradient is a running sum over 30
-# rows.
+# The same sums over at most 64 terms in another order, two layers deep; Llama's norm and rotary
+# angles are float32 in a float64 model too. bfloat16: 2⁻⁸ a rounding, and a bias's gradient is a
+# running sum over 30 rows.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-5, torch.bfloat16: 2**-4}
 
 
@@ -36,7 +38,9 @@ def example(row: int, *sequences: tuple[int, ...], first: int = -1) -> Example:
 
 
 def flat_batch() -> PackedBatch:
-    return pack([example(i, tuple(range(i, i + size))) for i, size in enumerate((2, 5, 17, 9, 9, 3))])
+    return pack(
+        [example(i, tuple(range(i, i + size))) for i, size in enumerate((2, 5, 17, 9, 9, 3))]
+    )
 
 
 def tree_batch() -> PackedBatch:
@@ -59,10 +63,14 @@ def gradients(model: nn.Module, batch: PackedBatch, path: Path) -> tuple[Tensor,
     hidden = hidden_states(model, batch, path=path)
     weights = torch.linspace(-1, 1, hidden.numel(), dtype=hidden.dtype).view_as(hidden)
     (hidden * weights).sum().backward()
-    return hidden.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    return hidden.detach(), {
+        n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None
+    }
 
 
-def assert_close(mine: Tensor, theirs: Tensor, dtype: torch.dtype, scale: float | None = None) -> None:
+def assert_close(
+    mine: Tensor, theirs: Tensor, dtype: torch.dtype, scale: float | None = None
+) -> None:
     scale = theirs.norm().item() if scale is None else scale
     assert (mine - theirs).norm() <= TOLERANCE[dtype] * scale
 
@@ -73,7 +81,8 @@ def assert_paths_agree(model: nn.Module, batch: PackedBatch, dtype: torch.dtype)
     assert packed.shape == (len(batch.rows), plain.shape[1])
     assert_close(packed, plain, dtype)
     assert packed_grads.keys() == plain_grads.keys()
-    # a key's bias moves no softmax: its gradient is zero up to the rounding of the others, hence the floor
+    # a key's bias moves no softmax: its gradient is zero up to the rounding of the others, hence
+    # the floor
     floor = max(g.norm().item() for g in plain_grads.values()) / 100
     for name, grad in plain_grads.items():
         assert_close(packed_grads[name], grad, dtype, max(grad.norm().item(), floor))
@@ -92,13 +101,17 @@ def test_packed_equals_padded(architecture: str, kind: str, dtype: torch.dtype) 
 def test_packed_equals_padded_for_long_sequences(
     architecture: str, kind: str, limit: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Beyond the first limit attention is SDPA, beyond the second probabilities are made again in backward."""
+    """Beyond the first limit attention is SDPA, beyond the second probabilities are made again in
+    backward."""
     monkeypatch.setattr(packed_attention, limit, 0)
-    assert_paths_agree(tiny_model(architecture, dtype=torch.float64), BATCHES[kind](), torch.float64)
+    assert_paths_agree(
+        tiny_model(architecture, dtype=torch.float64), BATCHES[kind](), torch.float64
+    )
 
 
 def test_attention_dropout_drops() -> None:
-    """Under dropout attention is SDPA, which drops; two calls then differ, and evaluation does not."""
+    """Under dropout attention is SDPA, which drops; two calls then differ, and evaluation does
+    not."""
     model, batch = tiny_model("llama", attention_dropout=0.5), tree_batch()
     evaluated = [hidden_states(model.eval(), batch, path=Path.PACKED) for _ in range(2)]
     trained = [hidden_states(model.train(), batch, path=Path.PACKED) for _ in range(2)]
@@ -112,16 +125,25 @@ def test_padded_equals_one_by_one(architecture: str) -> None:
     sequences = [tuple(range(i, i + size)) for i, size in enumerate((2, 5, 17))]
     batch = pack([example(i, s) for i, s in enumerate(sequences)])
     hidden = hidden_states(model, batch, path=Path.PADDED)
-    alone = [base_model(model)(input_ids=torch.tensor([s[:-1]])).last_hidden_state[0, -1] for s in sequences]
+    alone = [
+        base_model(model)(input_ids=torch.tensor([s[:-1]])).last_hidden_state[0, -1]
+        for s in sequences
+    ]
     by_row = hidden[batch.token_row]
-    torch.testing.assert_close(by_row, torch.stack(alone), rtol=1e-7, atol=1e-9)  # cos and sin are float32
+    torch.testing.assert_close(
+        by_row, torch.stack(alone), rtol=1e-7, atol=1e-9
+    )  # cos and sin are float32
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_peft_model_and_one_adapted_in_place(architecture: str) -> None:
     batch = tree_batch()
-    config = peft.LoraConfig(r=2, target_modules=["c_attn" if architecture == "gpt2" else "q_proj"],
-                             init_lora_weights=False, fan_in_fan_out=architecture == "gpt2")
+    config = peft.LoraConfig(
+        r=2,
+        target_modules=["c_attn" if architecture == "gpt2" else "q_proj"],
+        init_lora_weights=False,
+        fan_in_fan_out=architecture == "gpt2",
+    )
     torch.manual_seed(1)
     wrapped = peft.get_peft_model(tiny_model(architecture, dtype=torch.float64), config).eval()
     torch.manual_seed(1)
@@ -144,7 +166,9 @@ def test_gradient_checkpointing(architecture: str) -> None:
     torch.testing.assert_close(got, expected)
     for name, grad in grads.items():
         torch.testing.assert_close(checkpointed[name], grad)
-    plain, _ = gradients(model, batch, Path.PADDED)  # the name stays set, and a plain call is still plain
+    plain, _ = gradients(
+        model, batch, Path.PADDED
+    )  # the name stays set, and a plain call is still plain
     assert_close(plain, expected, torch.float64)
 
 
@@ -170,8 +194,10 @@ def test_eager_models_take_the_packed_path_too() -> None:
 
 
 def test_not_taken_where_positions_are_in_the_attention(caplog: pytest.LogCaptureFixture) -> None:
-    model = BloomForCausalLM(BloomConfig(vocab_size=131, hidden_size=32, n_layer=2, n_head=4)).eval()
-    with caplog.at_level(logging.INFO, logger="chainlora.forward"):
+    model = BloomForCausalLM(
+        BloomConfig(vocab_size=131, hidden_size=32, n_layer=2, n_head=4)
+    ).eval()
+    with caplog.at_level(logging.INFO, logger="chainlora.engine.hidden_states"):
         assert choose_path(model) is Path.PADDED
     assert "padded path: " in caplog.text
     batch = flat_batch()
@@ -180,15 +206,29 @@ def test_not_taken_where_positions_are_in_the_attention(caplog: pytest.LogCaptur
 
 
 def test_not_taken_for_a_softcap() -> None:
-    config = Gemma2Config(vocab_size=131, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-                          num_attention_heads=4, num_key_value_heads=2, head_dim=8,
-                          attn_logit_softcapping=5.0)
+    config = Gemma2Config(
+        vocab_size=131,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        attn_logit_softcapping=5.0,
+    )
     assert choose_path(Gemma2ForCausalLM(config).eval()) is Path.PADDED
 
 
 def test_a_sequence_beyond_the_window_takes_the_padded_path() -> None:
-    config = MistralConfig(vocab_size=131, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-                           num_attention_heads=4, num_key_value_heads=2, sliding_window=12)
+    config = MistralConfig(
+        vocab_size=131,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        sliding_window=12,
+    )
     torch.manual_seed(0)
     model = MistralForCausalLM(config).double().eval()
     assert choose_path(model) is Path.PACKED

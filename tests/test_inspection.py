@@ -13,24 +13,38 @@ from test_training import settings
 
 from chainlora import inspect_run, make_config, train
 from chainlora.errors import RunError
-from chainlora.inspection import read_records
+from chainlora.runs.inspection import read_records
 
 
 @pytest.fixture(scope="module")
 def run(tiny_folder, sentiment, tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("inspected") / "run"
-    chain = {"ranks": [4, 2], "steps": [12, 5], "alpha": [8, 3], "target_modules": ["q_proj", "v_proj", "up_proj"]}
+    chain = {
+        "ranks": [4, 2],
+        "steps": [12, 5],
+        "alpha": [8, 3],
+        "target_modules": ["q_proj", "v_proj", "up_proj"],
+    }
     train(make_config(settings(tiny_folder, sentiment, output, chain=chain)))
     return output
 
 
-def dense(run: Path, link: int, scaling: float) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+def dense(
+    run: Path, link: int, scaling: float
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """ΔW and A by module, float64, from the files alone."""
     tensors = load_file(run / "links" / f"{link:03d}" / "adapter_model.safetensors")
     factors = {name: tensor.astype(np.float64) for name, tensor in tensors.items()}
-    names = [name.removesuffix(".lora_A.weight") for name in factors if name.endswith(".lora_A.weight")]
-    return ({name: scaling * factors[f"{name}.lora_B.weight"] @ factors[f"{name}.lora_A.weight"] for name in names},
-            {name: factors[f"{name}.lora_A.weight"] for name in names})
+    names = [
+        name.removesuffix(".lora_A.weight") for name in factors if name.endswith(".lora_A.weight")
+    ]
+    return (
+        {
+            name: scaling * factors[f"{name}.lora_B.weight"] @ factors[f"{name}.lora_A.weight"]
+            for name in names
+        },
+        {name: factors[f"{name}.lora_A.weight"] for name in names},
+    )
 
 
 def norm(deltas: list[np.ndarray]) -> float:
@@ -51,26 +65,39 @@ def stable_rank(delta: np.ndarray) -> float:
 def overlap(a: np.ndarray, other: np.ndarray) -> float:
     """Mean squared cosine of the principal angles between the row spaces."""
     one, two = np.linalg.qr(a.T)[0], np.linalg.qr(other.T)[0]
-    return float((np.linalg.svd(one.T @ two, compute_uv=False) ** 2).sum()) / min(len(a), len(other))
+    return float((np.linalg.svd(one.T @ two, compute_uv=False) ** 2).sum()) / min(
+        len(a), len(other)
+    )
 
 
 def test_the_numbers_of_each_link_are_those_of_dense_arithmetic(run):
     found = inspect_run(run)
     assert [(row["link"], row["rank"], row["steps"], row["scaling"]) for row in found["links"]] == [
-        (0, 4, 12, 2.0), (1, 2, 5, 1.5)]
-    # float64 on both sides, but there the scaling is folded into float32 factors: a relative rounding of 6e-8 each
+        (0, 4, 12, 2.0),
+        (1, 2, 5, 1.5),
+    ]
+    # float64 on both sides, but there the scaling is folded into float32 factors: a relative
+    # rounding of 6e-8 each
     for row in found["links"]:
         deltas, _ = dense(run, row["link"], row["scaling"])
         assert row["delta_norm"] == pytest.approx(norm(list(deltas.values())), rel=1e-7)
-        assert row["effective_rank"] == pytest.approx(np.mean([effective_rank(d) for d in deltas.values()]), rel=1e-6)
-        assert row["stable_rank"] == pytest.approx(np.mean([stable_rank(d) for d in deltas.values()]), rel=1e-7)
+        assert row["effective_rank"] == pytest.approx(
+            np.mean([effective_rank(d) for d in deltas.values()]), rel=1e-6
+        )
+        assert row["stable_rank"] == pytest.approx(
+            np.mean([stable_rank(d) for d in deltas.values()]), rel=1e-7
+        )
         assert 1 <= row["stable_rank"] <= row["effective_rank"] <= row["rank"]
     (first, a), (second, b) = dense(run, 0, 2.0), dense(run, 1, 1.5)
     assert found["links"][0]["overlap"] == []
-    assert found["links"][1]["overlap"] == pytest.approx([np.mean([overlap(b[n], a[n]) for n in a])], rel=1e-7)
+    assert found["links"][1]["overlap"] == pytest.approx(
+        [np.mean([overlap(b[n], a[n]) for n in a])], rel=1e-7
+    )
     total = [first[name] + second[name] for name in first]
     assert found["chain"]["delta_norm"] == pytest.approx(norm(total), rel=1e-7)
-    assert found["chain"]["effective_rank"] == pytest.approx(np.mean([effective_rank(d) for d in total]), rel=1e-6)
+    assert found["chain"]["effective_rank"] == pytest.approx(
+        np.mean([effective_rank(d) for d in total]), rel=1e-6
+    )
     assert (found["chain"]["links"], found["chain"]["rank"]) == (2, 6)
 
 
@@ -91,10 +118,15 @@ def test_a_killed_run_can_be_inspected(run, tmp_path):
     shutil.copytree(run, there)
     whole = (there / "metrics.jsonl").read_text()
     (there / "metrics.jsonl").write_text(whole + '{"event": "step", "st')
-    assert read_records(there / "metrics.jsonl") == [json.loads(line) for line in whole.splitlines()]
+    assert read_records(there / "metrics.jsonl") == [
+        json.loads(line) for line in whole.splitlines()
+    ]
     assert inspect_run(there)["links"] == inspect_run(run)["links"]
     (there / "metrics.jsonl").write_text("oh\n" + whole)
-    with pytest.raises(RunError, match=r"one JSON object a line \(got .*metrics.jsonl: .*\); remove the broken line"):
+    with pytest.raises(
+        RunError,
+        match=r"one JSON object a line \(got .*metrics.jsonl: .*\); remove the broken line",
+    ):
         inspect_run(there)
     (there / "metrics.jsonl").unlink()  # and without records there are still the links
     assert [row["loss"] for row in inspect_run(there)["links"]] == [None, None]
@@ -115,6 +147,12 @@ def test_a_chain_without_links_and_one_that_is_no_low_rank_sum(tiny_folder, sent
 
 def test_an_untrained_link_has_no_size(tiny_folder, sentiment, tmp_path):
     keys = {"target_modules": ["q_proj"], "ranks": [2], "steps": [1]}
-    train(make_config(settings(tiny_folder, sentiment, tmp_path / "run", chain=keys, train={"warmup_steps": 1})))
+    train(
+        make_config(
+            settings(
+                tiny_folder, sentiment, tmp_path / "run", chain=keys, train={"warmup_steps": 1}
+            )
+        )
+    )
     row = inspect_run(tmp_path / "run")["links"][0]
     assert (row["delta_norm"], row["effective_rank"], row["stable_rank"]) == (0.0, 0.0, 0.0)

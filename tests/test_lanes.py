@@ -1,4 +1,5 @@
-"""Lanes: the same numbers as one after the other, the same bits every time, and none where it would be wrong."""
+"""Lanes: the same numbers as one after the other, the same bits every time, and none where it would
+be wrong."""
 
 from __future__ import annotations
 
@@ -10,13 +11,15 @@ import torch
 from conftest import tiny_model
 from test_training import assert_same_links, settings
 
-from chainlora.chain import Chain, extend_chain
-from chainlora.config import LinkConfig, make_config
-from chainlora.evaluate import evaluate
-from chainlora.forward import Path, hidden_states
-from chainlora.lanes import Lanes, count_lanes, split, why_one_lane
-from chainlora.packing import Example, pack
-from chainlora.training import train
+from chainlora.chain.chain import Chain, extend_chain
+from chainlora.config.loading import make_config
+from chainlora.config.schema import LinkConfig
+from chainlora.data.examples import Example
+from chainlora.engine.hidden_states import Path, hidden_states
+from chainlora.engine.packing import pack
+from chainlora.engine.threads import Lanes, count_lanes, split, why_one_lane
+from chainlora.evaluation.evaluate import evaluate
+from chainlora.training.loop import train
 
 
 @pytest.fixture
@@ -29,7 +32,9 @@ def two_threads():
 
 def row(index: int, tokens: range | list[int], answer: int = 9) -> Example:
     sequence = (*tokens, answer)
-    return Example(index, (sequence, (*tokens, answer + 1)), (((len(sequence) - 1, len(sequence)),),) * 2, 0)
+    return Example(
+        index, (sequence, (*tokens, answer + 1)), (((len(sequence) - 1, len(sequence)),),) * 2, 0
+    )
 
 
 def test_every_example_goes_to_one_lane_and_lanes_are_even():
@@ -71,13 +76,17 @@ def test_one_lane_for_one_example_or_one_core():
 @pytest.mark.parametrize("architecture", ["llama", "opt", "gpt2"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_lanes_compute_at_the_same_time_what_they_compute_alone(two_threads, architecture, dtype):
-    """Four threads run forward and backward through one model; every one gets the bits it gets by itself."""
+    """Four threads run forward and backward through one model; every one gets the bits it gets by
+    itself."""
     model = tiny_model(architecture, dtype=dtype)
     chain = Chain(model, seed=0)
     link = LinkConfig(rank=4, target_modules="all-linear")
     adapter = extend_chain(chain, link)
     parameters = list(adapter.parameters())
-    batches = [pack([row(i, [20 + i + j for j in range(12 + i)]), row(i + 1, [50 + i] * 9)]) for i in range(12)]
+    batches = [
+        pack([row(i, [20 + i + j for j in range(12 + i)]), row(i + 1, [50 + i] * 9)])
+        for i in range(12)
+    ]
 
     def gradient(batch):
         torch.set_num_threads(1)
@@ -97,10 +106,16 @@ def test_lanes_compute_at_the_same_time_what_they_compute_alone(two_threads, arc
 
 def test_lanes_share_the_threads_and_leave_the_callers_alone(two_threads):
     with Lanes(2) as lanes:
-        seen = list(lanes.map(lambda _: (torch.get_num_threads(), threading.current_thread().name), range(4)))
+        seen = list(
+            lanes.map(
+                lambda _: (torch.get_num_threads(), threading.current_thread().name), range(4)
+            )
+        )
         assert {number for number, _ in seen} == {1}
         assert torch.get_num_threads() == 2
-    assert list(Lanes(1).map(lambda _: threading.current_thread().name, [0])) == [threading.current_thread().name]
+    assert list(Lanes(1).map(lambda _: threading.current_thread().name, [0])) == [
+        threading.current_thread().name
+    ]
 
 
 def test_a_failure_in_a_lane_is_raised():
@@ -114,26 +129,36 @@ def test_a_failure_in_a_lane_is_raised():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_training_in_lanes_is_training_without(tiny_folder, sentiment, tmp_path, two_threads, dtype, monkeypatch):
+def test_training_in_lanes_is_training_without(
+    tiny_folder, sentiment, tmp_path, two_threads, dtype, monkeypatch
+):
     keys = {"train": {"dtype": dtype, "batch_size": 8, "gradient_accumulation": 2}}
     plans, losses = {}, {}
     for name in ("one", "two", "again"):
         if name == "one":
-            monkeypatch.setattr("chainlora.training._count_lanes", lambda *_: 1)
+            monkeypatch.setattr("chainlora.training.loop._count_lanes", lambda *_: 1)
         else:
             monkeypatch.undo()
         records: list[dict] = []
-        train(make_config(settings(tiny_folder, sentiment, tmp_path / name, **keys)), listener=records.append)
+        train(
+            make_config(settings(tiny_folder, sentiment, tmp_path / name, **keys)),
+            listener=records.append,
+        )
         plans[name] = records[0]["lanes"]
         losses[name] = [record["loss"] for record in records if record["event"] == "step"]
     assert plans == {"one": 1, "two": 2, "again": 2}
-    # sums over a batch in another order: some roundings of losses near 1 in float32, of activations in bfloat16
-    torch.testing.assert_close(losses["one"], losses["two"], rtol=0, atol=1e-5 if dtype == "float32" else 2e-2)
+    # sums over a batch in another order: some roundings of losses near 1 in float32, of activations
+    # in bfloat16
+    torch.testing.assert_close(
+        losses["one"], losses["two"], rtol=0, atol=1e-5 if dtype == "float32" else 2e-2
+    )
     assert losses["two"] == losses["again"]
     assert_same_links(tmp_path / "two", tmp_path / "again")
 
 
-def test_a_killed_run_in_lanes_goes_on_to_the_same_bits(tiny_folder, sentiment, tmp_path, two_threads):
+def test_a_killed_run_in_lanes_goes_on_to_the_same_bits(
+    tiny_folder, sentiment, tmp_path, two_threads
+):
     keys = {"train": {"dtype": "bfloat16", "save_every": 1}}
     train(make_config(settings(tiny_folder, sentiment, tmp_path / "whole", **keys)))
     config = make_config(settings(tiny_folder, sentiment, tmp_path / "killed", **keys))
@@ -148,7 +173,10 @@ def test_a_killed_run_in_lanes_goes_on_to_the_same_bits(tiny_folder, sentiment, 
     train(config, resume=True)
     assert_same_links(tmp_path / "whole", tmp_path / "killed")
     assert (tmp_path / "whole" / "result.json").exists()
-    one, two = (json.loads((tmp_path / n / "result.json").read_text())["metrics"] for n in ("whole", "killed"))
+    one, two = (
+        json.loads((tmp_path / n / "result.json").read_text())["metrics"]
+        for n in ("whole", "killed")
+    )
     assert one == two
 
 
@@ -161,14 +189,20 @@ def test_evaluation_in_lanes_is_evaluation_without(two_threads):
     assert one.metrics["accuracy"] == two.metrics["accuracy"]
     for mine, other in zip(two.predictions, one.predictions, strict=True):
         assert mine["row"] == other["row"]
-        torch.testing.assert_close(mine["scores"], other["scores"], rtol=0, atol=1e-5)  # packs of another size
+        torch.testing.assert_close(
+            mine["scores"], other["scores"], rtol=0, atol=1e-5
+        )  # packs of another size
 
 
 def test_why_one_lane(two_threads):
     llama = tiny_model("llama")
     assert count_lanes(llama, Path.PACKED, training=True) == 2
     assert "padded" in why_one_lane(llama, Path.PADDED, training=True)
-    for architecture, key in (("opt", "dropout"), ("gpt2", "resid_pdrop"), ("llama", "attention_dropout")):
+    for architecture, key in (
+        ("opt", "dropout"),
+        ("gpt2", "resid_pdrop"),
+        ("llama", "attention_dropout"),
+    ):
         model = tiny_model(architecture, **{key: 0.1})
         assert "dropout" in why_one_lane(model, Path.PACKED, training=True)
         assert why_one_lane(model, Path.PACKED, training=False) is None
@@ -179,7 +213,9 @@ def test_why_one_lane(two_threads):
     assert "one thread" in why_one_lane(llama, Path.PACKED, training=True)
 
 
-def test_one_lane_for_dropout_in_the_adapter_and_without_speedups(tiny_folder, sentiment, two_threads):
+def test_one_lane_for_dropout_in_the_adapter_and_without_speedups(
+    tiny_folder, sentiment, two_threads
+):
     for keys in ({"chain": {"dropout": 0.1}}, {"train": {"speedups": "off"}}):
         records: list[dict] = []
         train(make_config(settings(tiny_folder, sentiment, **keys)), listener=records.append)

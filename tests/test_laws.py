@@ -1,7 +1,9 @@
-"""The specification: what a chain of LoRA must do on every architecture, in float32 and in bfloat16.
+"""The specification: what a chain of LoRA must do on every architecture, in float32 and in
+bfloat16.
 
-Each test is one law, through the public API, on a real (tiny, randomly initialised) model. Architectures: OPT (biases),
-GPT-2 (Conv1D, which stores weights in × out), Llama (grouped-query attention, tied embeddings).
+Each test is one law, through the public API, on a real (tiny, randomly initialised) model.
+Architectures: OPT (biases), GPT-2 (Conv1D, which stores weights in × out), Llama (grouped-query
+attention, tied embeddings).
 """
 
 from __future__ import annotations
@@ -32,8 +34,8 @@ TARGETS = {
 }
 ROWS = torch.randint(3, 131, (4, 12), generator=torch.Generator().manual_seed(0))
 
-# One cast to bfloat16 moves a weight by at most 2^-9 of itself; logits of these models are below 1 and add up a few
-# hundred such weights over two layers: measured changes stay below 6e-3.
+# One cast to bfloat16 moves a weight by at most 2^-9 of itself; logits of these models are below 1
+# and add up a few hundred such weights over two layers: measured changes stay below 6e-3.
 LOGITS = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 everywhere = [
@@ -71,7 +73,9 @@ def plain_update(chain: Chain, lr: float = 1e-2, losses: list | None = None):
     return update
 
 
-def tuned_chain(model, architecture: str, num_links: int = 2, steps: int = 3, seed: int = 0, **keys) -> Chain:
+def tuned_chain(
+    model, architecture: str, num_links: int = 2, steps: int = 3, seed: int = 0, **keys
+) -> Chain:
     chain = Chain(model, seed=seed, hold=keys.pop("hold", "tied"))
     fit_chain(
         chain,
@@ -89,7 +93,9 @@ def logits(model) -> torch.Tensor:
 
 def weights(model) -> dict[str, torch.Tensor]:
     return {
-        name: tensor.detach().clone() for name, tensor in model.state_dict().items() if "lora_" not in name
+        name: tensor.detach().clone()
+        for name, tensor in model.state_dict().items()
+        if "lora_" not in name
     }
 
 
@@ -149,14 +155,18 @@ def test_law_4_a_knot_preserves_the_function(architecture, dtype, hold, keys):
     chain = Chain(model, hold=hold)
     for rank in (4, 2):
         extend_chain(
-            chain, config(architecture, **{"rank": rank} | keys), backward=lambda: loss_of(model).backward()
+            chain,
+            config(architecture, **{"rank": rank} | keys),
+            backward=lambda: loss_of(model).backward(),
         )
         start = logits(model)
         tune_link(chain, range(3), plain_update(chain))
         before = logits(model)
         tie_knot(chain)
         torch.testing.assert_close(logits(model), before, atol=LOGITS[dtype], rtol=0)
-        assert (before - start).abs().max() > 3 * LOGITS[torch.float32]  # the link did change the function
+        assert (before - start).abs().max() > 3 * LOGITS[
+            torch.float32
+        ]  # the link did change the function
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -183,17 +193,24 @@ def test_law_7_the_change_of_weights_is_the_sum_of_links(architecture, dtype):
         stored = total.T if architecture == "gpt2" else total
         pristine = before[f"{name}.weight"].double()
         exact = pristine + stored
-        # the float32 sum: at most one rounding a link of what was added up so far; then one cast, half an ulp
+        # the float32 sum: at most one rounding a link of what was added up so far; then one cast,
+        # half an ulp
         summed = pristine.abs() + sum(
-            link.config.scaling * (link.factors[name].b.abs() @ link.factors[name].a.abs()).T.double()
+            link.config.scaling
+            * (link.factors[name].b.abs() @ link.factors[name].a.abs()).T.double()
             if architecture == "gpt2"
-            else link.config.scaling * (link.factors[name].b.abs() @ link.factors[name].a.abs()).double()
+            else link.config.scaling
+            * (link.factors[name].b.abs() @ link.factors[name].a.abs()).double()
             for link in chain.links
         )
-        bound = 4 * torch.finfo(torch.float32).eps * summed + torch.finfo(dtype).eps / 2 * exact.abs()
+        bound = (
+            4 * torch.finfo(torch.float32).eps * summed + torch.finfo(dtype).eps / 2 * exact.abs()
+        )
         assert ((after[f"{name}.weight"].double() - exact).abs() <= bound).all()
         assert torch.linalg.matrix_rank(total, rtol=1e-6) <= 12
-    untouched = [name for name in before if name.removesuffix(".weight") not in chain.links[0].factors]
+    untouched = [
+        name for name in before if name.removesuffix(".weight") not in chain.links[0].factors
+    ]
     assert all(torch.equal(before[name], after[name]) for name in untouched)
 
 
@@ -201,10 +218,14 @@ def test_law_7_the_change_of_weights_is_the_sum_of_links(architecture, dtype):
 def test_law_8_in_bfloat16_the_error_after_16_knots_is_that_of_one_cast(architecture):
     model = tiny_model(architecture, dtype=torch.bfloat16)
     before = weights(model)
-    # small links, as real fine-tuning makes them: each changes a weight by less than bfloat16 can see
+    # small links, as real fine-tuning makes them: each changes a weight by less than bfloat16 can
+    # see
     chain = Chain(model)
     fit_chain(
-        chain, [config(architecture)] * 16, lambda link: range(2), lambda link: plain_update(chain, lr=2e-4)
+        chain,
+        [config(architecture)] * 16,
+        lambda link: range(2),
+        lambda link: plain_update(chain, lr=2e-4),
     )
     after = weights(chain.detach())
     for name in chain.links[0].factors:
@@ -231,14 +252,18 @@ def test_law_10_carried_is_the_same_function_as_tied(architecture, dtype):
         add_link(carried, link)
     stripped = {n.replace(".base_layer", ""): t for n, t in weights(carried.model).items()}
     assert_same_weights(base, stripped)  # the base is never touched
-    torch.testing.assert_close(logits(carried.model), logits(tied.model), atol=LOGITS[dtype], rtol=0)
-    torch.testing.assert_close(logits(carried.detach()), logits(tied.detach()), atol=LOGITS[dtype], rtol=0)
+    torch.testing.assert_close(
+        logits(carried.model), logits(tied.model), atol=LOGITS[dtype], rtol=0
+    )
+    torch.testing.assert_close(
+        logits(carried.detach()), logits(tied.detach()), atol=LOGITS[dtype], rtol=0
+    )
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_law_10_a_chain_may_train_carried(architecture):
-    # float32; the same links are learned whether the earlier ones are merged or beside the base, up to rounding
-    # that AdamW's division amplifies where a gradient is near zero
+    # float32; the same links are learned whether the earlier ones are merged or beside the base, up
+    # to rounding that AdamW's division amplifies where a gradient is near zero
     tied = tuned_chain(tiny_model(architecture), architecture)
     carried = tuned_chain(tiny_model(architecture), architecture, hold="carried")
     torch.testing.assert_close(logits(carried.model), logits(tied.model), atol=1e-3, rtol=0)
@@ -333,12 +358,16 @@ def test_trained_extra_modules_survive_knots_and_undo(dtype):
         link = tie_knot(chain)
         torch.testing.assert_close(logits(model), before, atol=LOGITS[dtype], rtol=0)
         seen.append(link.extra["model.norm.weight"])
-    assert list(link.extra) == ["model.norm.weight"]  # and not input_layernorm, whose name ends alike
+    assert list(link.extra) == [
+        "model.norm.weight"
+    ]  # and not input_layernorm, whose name ends alike
     assert not torch.equal(seen[0], seen[1])  # it went on learning
     assert not torch.equal(seen[0], pristine["model.norm.weight"].float())
     drop_links(chain)
     after = weights(chain.detach())
-    torch.testing.assert_close(after["model.norm.weight"].float(), seen[0].to(dtype).float(), atol=0, rtol=0)
+    torch.testing.assert_close(
+        after["model.norm.weight"].float(), seen[0].to(dtype).float(), atol=0, rtol=0
+    )
     drop_links(chain)
     assert_same_weights(pristine, weights(chain.detach()))
 
@@ -371,20 +400,29 @@ def test_a_host_copy_and_the_checkpoint_give_the_same_knots(tmp_path):
     for checkpoint in (None, tmp_path):
         model = AutoModelForCausalLM.from_pretrained(tmp_path)
         chain = Chain(model, checkpoint=checkpoint)
-        fit_chain(chain, [config("llama")] * 2, lambda link: range(2), lambda link, c=chain: plain_update(c))
+        fit_chain(
+            chain,
+            [config("llama")] * 2,
+            lambda link: range(2),
+            lambda link, c=chain: plain_update(c),
+        )
         chains.append(weights(chain.detach()))
     assert_same_weights(*chains)
 
 
 def test_optimizer_state_is_gone_and_the_first_step_of_a_link_has_its_full_size():
-    # AdamW's first step moves every weight by lr (bias correction), a kept step counter would make it ~3.2 times that
+    # AdamW's first step moves every weight by lr (bias correction), a kept step counter would make
+    # it ~3.2 times that
     model = tiny_model("llama")
     chain = tuned_chain(model, "llama", num_links=2)
     adapter = extend_chain(chain, config("llama"))
     before = [parameter.detach().clone() for parameter in adapter.named_factor("B")]
     tune_link(chain, range(1), plain_update(chain, lr=1e-3))
     moved = torch.cat(
-        [(now - then).abs().flatten() for now, then in zip(adapter.named_factor("B"), before, strict=True)]
+        [
+            (now - then).abs().flatten()
+            for now, then in zip(adapter.named_factor("B"), before, strict=True)
+        ]
     )
     moving = moved[moved > 0]
     torch.testing.assert_close(moving.median(), torch.tensor(1e-3), atol=1e-5, rtol=0)
@@ -426,8 +464,12 @@ def test_the_gradient_start_finds_the_leading_directions():
     def backward() -> None:  # loss = <G, W>, so dL/dW = G
         (model(torch.eye(20)) * gradient.T).sum().backward()
 
-    extend_chain(chain, LinkConfig(rank=2, target_modules=("proj",), init="gradient"), backward=backward)
+    extend_chain(
+        chain, LinkConfig(rank=2, target_modules=("proj",), init="gradient"), backward=backward
+    )
     rows = chain.live.layers["proj"].lora_A["link"].weight.detach()
     rows = torch.linalg.qr(rows.T).Q.T
     captured = (rows @ v[:, :2]).square().sum() / 2
-    assert captured > 0.99  # two sweeps on singular values 9, 3, 1: what is missed is (1/3)^4 or less
+    assert (
+        captured > 0.99
+    )  # two sweeps on singular values 9, 3, 1: what is missed is (1/3)^4 or less

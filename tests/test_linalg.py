@@ -10,8 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from chainlora.errors import ConfigError
-from chainlora.linalg import (
+from chainlora.chain.low_rank import (
     compress_low_rank,
     delta_weight,
     effective_rank,
@@ -20,6 +19,7 @@ from chainlora.linalg import (
     stable_rank,
     subspace_overlap,
 )
+from chainlora.errors import ConfigError
 
 EXACT = 1e-12  # float64 against float64: a few hundred roundings of 1e-16, relative to the whole
 SINGLE = 1e-5  # factors returned in float32, whose rounding is 6e-8 a factor
@@ -32,9 +32,14 @@ def sums(draw, dtype: torch.dtype = torch.float64):
     ranks = draw(st.lists(st.integers(1, 5), min_size=1, max_size=4))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     scalings = [draw(st.sampled_from([-1.0, 0.5, 2.0, 16.0])) for _ in ranks]
-    return [(torch.randn(r, num_in, generator=generator, dtype=dtype),
-             torch.randn(num_out, r, generator=generator, dtype=dtype), s)
-            for r, s in zip(ranks, scalings, strict=True)]
+    return [
+        (
+            torch.randn(r, num_in, generator=generator, dtype=dtype),
+            torch.randn(num_out, r, generator=generator, dtype=dtype),
+            s,
+        )
+        for r, s in zip(ranks, scalings, strict=True)
+    ]
 
 
 def dense(factors) -> Tensor:
@@ -51,7 +56,9 @@ def test_spectrum_and_norm(factors):
     scale = float(expected[0])
     assert torch.allclose(found, expected[:rank], atol=EXACT * scale, rtol=0)
     assert expected[rank:].abs().max() < EXACT * scale if len(expected) > rank else True
-    assert frobenius_norm(factors) == pytest.approx(float(torch.linalg.norm(dense(factors))), rel=EXACT)
+    assert frobenius_norm(factors) == pytest.approx(
+        float(torch.linalg.norm(dense(factors))), rel=EXACT
+    )
 
 
 @given(sums(), st.integers(1, 8))
@@ -90,7 +97,11 @@ def test_uncompressed_is_exact_to_rounding(factors):
 def test_compression_of_a_large_module_never_forms_it():
     side = 200_000  # dense it would be 320 GB
     generator = torch.Generator().manual_seed(0)
-    link = (torch.randn(2, side, generator=generator), torch.randn(side, 2, generator=generator), 0.5)
+    link = (
+        torch.randn(2, side, generator=generator),
+        torch.randn(side, 2, generator=generator),
+        0.5,
+    )
     a, b, error = compress_low_rank([link, link], tolerance=1e-4)
     assert (a.shape, b.shape) == ((2, side), (side, 2))  # the same link twice has the rank of one
     assert error < SINGLE
@@ -107,12 +118,16 @@ def test_zero_sum():
 
 
 def test_narrow_factors_come_back_in_float32():
-    a, b, _ = compress_low_rank([(torch.randn(2, 5).bfloat16(), torch.randn(4, 2).bfloat16(), 1.0)], rank=1)
+    a, b, _ = compress_low_rank(
+        [(torch.randn(2, 5).bfloat16(), torch.randn(4, 2).bfloat16(), 1.0)], rank=1
+    )
     assert a.dtype == b.dtype == torch.float32
 
 
-@pytest.mark.parametrize(("arguments", "word"), [({"rank": 0}, "got 0"), ({"tolerance": 1.0}, "got 1.0"),
-                                                ({"tolerance": -0.1}, "got -0.1")])
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [({"rank": 0}, "got 0"), ({"tolerance": 1.0}, "got 1.0"), ({"tolerance": -0.1}, "got -0.1")],
+)
 def test_impossible_wishes_are_refused(arguments, word):
     with pytest.raises(ConfigError, match=word):
         compress_low_rank([(torch.ones(1, 2), torch.ones(2, 1), 1.0)], **arguments)
@@ -162,7 +177,9 @@ def test_overlap_at_its_ends():
     assert subspace_overlap(eye[:2], eye[:4]) == pytest.approx(1)
     assert subspace_overlap(eye[:2], eye[2:]) == 0
     assert subspace_overlap(torch.zeros(2, 6), eye) == 0
-    assert subspace_overlap(eye[:1].repeat(2, 1), eye[[0, 3]]) == pytest.approx(1)  # of rank one, and inside
+    assert subspace_overlap(eye[:1].repeat(2, 1), eye[[0, 3]]) == pytest.approx(
+        1
+    )  # of rank one, and inside
 
 
 def test_overlap_of_random_spaces_is_rank_over_width():

@@ -1,7 +1,9 @@
-"""Losses and scores equal those of full logits, gradients included; the guard for a trained head."""
+"""Losses and scores equal those of full logits, gradients included; the guard for a trained
+head."""
 
 from __future__ import annotations
 
+import chainlora.engine.head
 import peft
 import pytest
 import torch
@@ -10,11 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2ForCausalLM
 
-import chainlora.losses
+from chainlora.data.examples import Example
+from chainlora.engine.head import candidate_loss, candidate_scores, completion_loss, logit_transform
+from chainlora.engine.hidden_states import Path, hidden_states
+from chainlora.engine.packing import PackedBatch, pack
 from chainlora.errors import DataError, ModelError
-from chainlora.forward import Path, hidden_states
-from chainlora.losses import candidate_loss, candidate_scores, completion_loss, logit_transform
-from chainlora.packing import Example, PackedBatch, pack
 
 # Log-probabilities are float32 whatever the model's dtype: 24 bits over a softmax of 131 terms.
 CLOSE = {"rtol": 1e-4, "atol": 1e-6}
@@ -26,7 +28,9 @@ WORDS = [
 ]
 PHRASES = [
     Example(0, ((*PROMPT, 90, 17), (*PROMPT, 91, 18, 19)), (((13, 15),), ((13, 16),)), 1),
-    Example(1, ((5, 6, 7, 92), (5, 6, 7, 93, 20, 21), (9, 8, 7)), (((3, 4),), ((3, 6),), ((2, 3),)), 2),
+    Example(
+        1, ((5, 6, 7, 92), (5, 6, 7, 93, 20, 21), (9, 8, 7)), (((3, 4),), ((3, 6),), ((2, 3),)), 2
+    ),
 ]
 TURNS = [
     Example(0, ((*PROMPT, 90, 17),), (((2, 5), (11, 15)),)),
@@ -40,7 +44,9 @@ def plain_scores(model: nn.Module, examples: list[Example], *, mean: bool = True
     for item in examples:
         for sequence, spans in zip(item.sequences, item.scored, strict=True):
             logprobs = model(input_ids=torch.tensor([sequence])).logits[0].float().log_softmax(-1)
-            terms = [logprobs[p - 1, sequence[p]] for start, end in spans for p in range(start, end)]
+            terms = [
+                logprobs[p - 1, sequence[p]] for start, end in spans for p in range(start, end)
+            ]
             scores.append(torch.stack(terms).mean() if mean else torch.stack(terms).sum())
     return scores
 
@@ -71,8 +77,12 @@ def adapted(architecture: str, *targets: str) -> nn.Module:
     """A float64 model with LoRA, base frozen."""
     model = untied(architecture)
     default = ["c_attn"] if architecture == "gpt2" else ["q_proj", "v_proj"]
-    config = peft.LoraConfig(r=2, target_modules=[*default, *targets], init_lora_weights=False,
-                             fan_in_fan_out=architecture == "gpt2")
+    config = peft.LoraConfig(
+        r=2,
+        target_modules=[*default, *targets],
+        init_lora_weights=False,
+        fan_in_fan_out=architecture == "gpt2",
+    )
     peft.inject_adapter_in_model(config, model)
     return model.eval()
 
@@ -80,7 +90,9 @@ def adapted(architecture: str, *targets: str) -> nn.Module:
 def assert_same_grads(mine: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
     assert mine.keys() == theirs.keys()
     for name, grad in theirs.items():
-        torch.testing.assert_close(mine[name], grad, rtol=1e-3, atol=1e-6)  # through float32 probabilities
+        torch.testing.assert_close(
+            mine[name], grad, rtol=1e-3, atol=1e-6
+        )  # through float32 probabilities
 
 
 def packed(model: nn.Module, examples: list[Example]) -> tuple[Tensor, PackedBatch]:
@@ -90,7 +102,7 @@ def packed(model: nn.Module, examples: list[Example]) -> tuple[Tensor, PackedBat
 
 @pytest.fixture(params=[131 * 3, 2**23], ids=["three rows a chunk", "one chunk"])
 def _chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chainlora.losses, "CHUNK_ELEMENTS", request.param)
+    monkeypatch.setattr(chainlora.engine.head, "CHUNK_ELEMENTS", request.param)
 
 
 @pytest.mark.usefixtures("_chunk")
@@ -168,27 +180,39 @@ def test_no_full_logits(dtype: torch.dtype) -> None:
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
             out = function(*args, **kwargs or {})
-            seen.extend(t.numel() for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, Tensor))
+            seen.extend(
+                t.numel() for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, Tensor)
+            )
             return out
 
-    before, chainlora.losses.CHUNK_ELEMENTS = chainlora.losses.CHUNK_ELEMENTS, 131 * 10
+    before, chainlora.engine.head.CHUNK_ELEMENTS = chainlora.engine.head.CHUNK_ELEMENTS, 131 * 10
     try:
         with Watch():
             loss, _ = completion_loss(model, hidden, batch)
             torch.autograd.grad(loss, hidden)
     finally:
-        chainlora.losses.CHUNK_ELEMENTS = before
+        chainlora.engine.head.CHUNK_ELEMENTS = before
     largest_other = max(hidden.numel(), 131 * 32)
     assert max(seen) <= max(131 * 10, largest_other) < 131 * len(batch.rows)
 
 
 @pytest.mark.parametrize("examples", [WORDS, PHRASES], ids=["words", "phrases"])
 def test_models_that_transform_their_logits(examples: list[Example]) -> None:
-    shape = {"vocab_size": 131, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
-             "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0}
+    shape = {
+        "vocab_size": 131,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "pad_token_id": 0,
+    }
     torch.manual_seed(0)
-    for model in (Gemma2ForCausalLM(Gemma2Config(**shape, final_logit_softcapping=0.1)).eval(),
-                  CohereForCausalLM(CohereConfig(**shape, logit_scale=3.0)).eval()):
+    for model in (
+        Gemma2ForCausalLM(Gemma2Config(**shape, final_logit_softcapping=0.1)).eval(),
+        CohereForCausalLM(CohereConfig(**shape, logit_scale=3.0)).eval(),
+    ):
         assert logit_transform(model) is not None
         batch = pack(examples)
         hidden = hidden_states(model, batch, path=Path.PADDED)
@@ -223,5 +247,10 @@ def test_sharing_changes_no_score() -> None:
     alone = pack(PHRASES, share_prefixes=False)
     shared = pack(PHRASES, min_shared=1)
     assert shared.num_tokens < alone.num_tokens
-    scores = [candidate_scores(model, hidden_states(model, b, path=Path.PACKED), b) for b in (alone, shared)]
-    torch.testing.assert_close(*scores, rtol=1e-6, atol=1e-6)  # rotary angles and log-softmax are float32
+    scores = [
+        candidate_scores(model, hidden_states(model, b, path=Path.PACKED), b)
+        for b in (alone, shared)
+    ]
+    torch.testing.assert_close(
+        *scores, rtol=1e-6, atol=1e-6
+    )  # rotary angles and log-softmax are float32

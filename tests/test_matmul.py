@@ -1,4 +1,5 @@
-"""bfloat16 matmuls on a CPU without kernels for them, forced on and off on whatever CPU runs this: the same numbers."""
+"""bfloat16 matmuls on a CPU without kernels for them, forced on and off on whatever CPU runs this:
+the same numbers."""
 
 from __future__ import annotations
 
@@ -14,18 +15,25 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
 from chainlora import Chain, LinkConfig, extend_chain, make_config, tie_knot, train
-from chainlora.evaluate import evaluate
-from chainlora.fast_lora import accelerate_lora
-from chainlora.forward import Path, hidden_states
-from chainlora.losses import candidate_loss, completion_loss, logit_transform
-from chainlora.matmul import accelerate_linears, add_product_, linear, product, restore_linears
-from chainlora.packing import Example
-from chainlora.speedups import accelerate_model, restore_model
+from chainlora.data.examples import Example
+from chainlora.engine.bf16_matmul import (
+    accelerate_linears,
+    add_product_,
+    linear,
+    product,
+    restore_linears,
+)
+from chainlora.engine.decoder_layer import accelerate_model, restore_model
+from chainlora.engine.head import candidate_loss, completion_loss, logit_transform
+from chainlora.engine.hidden_states import Path, hidden_states
+from chainlora.engine.lora_layer import accelerate_lora
+from chainlora.evaluation.evaluate import evaluate
 
-# One rounding to bfloat16, 2⁻⁸ of the number, after float32 sums of 48 terms of size 1 (48 · 2⁻²⁴, and less).
+# One rounding to bfloat16, 2⁻⁸ of the number, after float32 sums of 48 terms of size 1 (48 · 2⁻²⁴,
+# and less).
 ONE_ROUNDING = {"rtol": 2**-8, "atol": 1e-5}
-# Native and float32 sums round to neighbours, 2⁻⁸ apart, here and there in some twenty operations of two layers; a
-# gradient goes through all of them twice, and small ones are sums of large terms.
+# Native and float32 sums round to neighbours, 2⁻⁸ apart, here and there in some twenty operations
+# of two layers; a gradient goes through all of them twice, and small ones are sums of large terms.
 HIDDEN, GRADIENT = 2**-6, 2**-4
 TARGETS = {"opt": ("q_proj", "fc1"), "gpt2": ("c_attn", "c_fc"), "llama": ("q_proj", "up_proj")}
 
@@ -33,7 +41,9 @@ TARGETS = {"opt": ("q_proj", "fc1"), "gpt2": ("c_attn", "c_fc"), "llama": ("q_pr
 @pytest.fixture
 def kernels(monkeypatch) -> Callable[[bool], None]:
     """Say whether this CPU has kernels for bfloat16."""
-    return lambda present: monkeypatch.setattr("chainlora.matmul._has_kernels", lambda: present)
+    return lambda present: monkeypatch.setattr(
+        "chainlora.engine.bf16_matmul._has_kernels", lambda: present
+    )
 
 
 def numbers(*shape: int, seed: int = 0) -> Tensor:
@@ -58,9 +68,14 @@ class MatmulsSeen(TorchDispatchMode):
 
 def test_products_are_rounded_once(kernels):
     kernels(False)
-    x, weight, bias, b, total = (numbers(*shape, seed=seed) for seed, shape in enumerate(
-        [(5, 48), (20, 48), (20,), (48, 20), (5, 20)]))
-    exact = {name: tensor.double() for name, tensor in {"x": x, "w": weight, "c": bias, "b": b, "t": total}.items()}
+    x, weight, bias, b, total = (
+        numbers(*shape, seed=seed)
+        for seed, shape in enumerate([(5, 48), (20, 48), (20,), (48, 20), (5, 20)])
+    )
+    exact = {
+        name: tensor.double()
+        for name, tensor in {"x": x, "w": weight, "c": bias, "b": b, "t": total}.items()
+    }
     found = {
         "x Wᵀ": (linear(x, weight), exact["x"] @ exact["w"].T),
         "x Wᵀ + c": (linear(x[None], weight, bias)[0], exact["x"] @ exact["w"].T + exact["c"]),
@@ -73,8 +88,11 @@ def test_products_are_rounded_once(kernels):
     assert found["t + s a b"][0] is total
 
 
-@pytest.mark.parametrize("make", [lambda: nn.Linear(48, 20), lambda: nn.Linear(48, 20, bias=False),
-                                  lambda: Conv1D(20, 48)], ids=["linear", "no bias", "conv1d"])
+@pytest.mark.parametrize(
+    "make",
+    [lambda: nn.Linear(48, 20), lambda: nn.Linear(48, 20, bias=False), lambda: Conv1D(20, 48)],
+    ids=["linear", "no bias", "conv1d"],
+)
 def test_a_frozen_layer_and_its_gradient_are_those_of_float32_rounded_once(make, kernels):
     kernels(False)
     torch.manual_seed(0)
@@ -102,7 +120,10 @@ def test_a_trained_layer_keeps_its_own_forward_and_gradients(kernels):
     accelerate_linears(layer)
     layer(x).sum().backward()
     assert layer.weight.grad is not None
-    with torch.no_grad(), MatmulsSeen() as seen:  # nothing is trained here, whatever the weight says
+    with (
+        torch.no_grad(),
+        MatmulsSeen() as seen,
+    ):  # nothing is trained here, whatever the weight says
         layer(x)
     assert seen.dtypes == {torch.float32}
 
@@ -118,14 +139,17 @@ def adapted(architecture: str) -> tuple[nn.Module, Chain]:
 
 
 def trained(model: nn.Module, chain: Chain) -> tuple[list[Tensor], list[Tensor]]:
-    """Hidden states before, and the losses of three steps on rows of candidates and of text, and after the knot."""
+    """Hidden states before, and the losses of three steps on rows of candidates and of text, and
+    after the knot."""
     optimizer = torch.optim.AdamW(chain.parameters(), lr=1e-3)
     batches = [BATCHES["tree"](), BATCHES["every token"]()]
     hidden = [hidden_states(model, batch, path=Path.PACKED).detach() for batch in batches]
 
     def loss() -> Tensor:
         first, second = (hidden_states(model, batch, path=Path.PACKED) for batch in batches)
-        return candidate_loss(model, first, batches[0]) + completion_loss(model, second, batches[1])[0]
+        return (
+            candidate_loss(model, first, batches[0]) + completion_loss(model, second, batches[1])[0]
+        )
 
     losses = []
     for _ in range(3):
@@ -177,7 +201,9 @@ def test_scoring_a_model_as_it_is_loaded_runs_no_matmul_in_bfloat16(architecture
     losses = []
     for present in (True, False):
         kernels(present)
-        model = tiny_model(architecture, dtype=torch.bfloat16)  # every weight says it wants a gradient
+        model = tiny_model(
+            architecture, dtype=torch.bfloat16
+        )  # every weight says it wants a gradient
         accelerate_model(model)
         logit_transform(model)
         with MatmulsSeen() as seen:
@@ -189,7 +215,10 @@ def test_scoring_a_model_as_it_is_loaded_runs_no_matmul_in_bfloat16(architecture
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_restoring_a_model_gives_its_layers_their_own_forward_back(architecture, kernels):
     kernels(False)
-    model, ids = tiny_model(architecture, dtype=torch.bfloat16).requires_grad_(False), torch.arange(3, 11)[None]
+    model, ids = (
+        tiny_model(architecture, dtype=torch.bfloat16).requires_grad_(False),
+        torch.arange(3, 11)[None],
+    )
     before = model(input_ids=ids).logits
     accelerate_model(model)
     replaced = {type(module) for module in model.modules() if "forward" in vars(module)}
@@ -212,8 +241,12 @@ def test_a_float32_model_and_a_cpu_with_kernels_are_left_alone(architecture, ker
 def test_a_run_in_bfloat16_is_the_same_run(tiny_folder, sentiment, kernels):
     def losses() -> list[float]:
         seen = []
-        tree = settings(tiny_folder, sentiment, train={"dtype": "bfloat16", "lr": 1e-3},
-                        chain={"target_modules": "all-linear"})
+        tree = settings(
+            tiny_folder,
+            sentiment,
+            train={"dtype": "bfloat16", "lr": 1e-3},
+            chain={"target_modules": "all-linear"},
+        )
         train(make_config(tree), listener=lambda r: seen.append(r["loss"]) if "loss" in r else None)
         return seen
 

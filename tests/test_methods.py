@@ -1,4 +1,5 @@
-"""Presets: each runs, differs from its neighbours by a few keys, and spends the budget that all share."""
+"""Presets: each runs, differs from its neighbours by a few keys, and spends the budget that all
+share."""
 
 from __future__ import annotations
 
@@ -12,17 +13,25 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_training import assert_trains_as_peft
 
-from chainlora.config import make_config
+from chainlora.config.loading import make_config
 from chainlora.errors import ConfigError
-from chainlora.methods import apply_recipe, list_methods, load_method, merge_trees, split_total
-from chainlora.schedule import learning_rate_factor
-from chainlora.training import make_optimizer, train
+from chainlora.experiments.methods import (
+    apply_recipe,
+    list_methods,
+    load_method,
+    merge_trees,
+    split_total,
+)
+from chainlora.training.loop import make_optimizer, train
+from chainlora.training.schedule import learning_rate_factor
 
 BASE = {"model": "m", "data": {"task": "rte"}, "recipe": {"rank": 8, "epochs": 5}}
 
 
 def config_of(method: str, **recipe):
-    return make_config(apply_recipe(merge_trees(BASE, load_method(method).keys, {"recipe": recipe})))
+    return make_config(
+        apply_recipe(merge_trees(BASE, load_method(method).keys, {"recipe": recipe}))
+    )
 
 
 def test_every_method_is_a_config():
@@ -37,7 +46,7 @@ def test_every_method_is_a_config():
 
 def test_a_diff_of_two_methods_is_a_few_lines():
     def lines(name: str) -> list[str]:
-        return (files("chainlora.methods") / f"{name}.yaml").read_text().splitlines()
+        return (files("chainlora.experiments.methods") / f"{name}.yaml").read_text().splitlines()
 
     for one, other in (
         ("lora", "rslora"),
@@ -92,7 +101,9 @@ def test_relora_s_schedule_is_a_jagged_cosine():
     ]
     assert factors[0] == factors[100] == factors[200] == 0  # to zero at every restart
     assert factors[10] == 1
-    assert factors[99] > factors[110] > factors[199] > factors[210]  # the envelope goes on over the chain
+    assert (
+        factors[99] > factors[110] > factors[199] > factors[210]
+    )  # the envelope goes on over the chain
     assert factors[105] == pytest.approx(factors[110] / 2)  # half-way up the warm-up of ten steps
 
 
@@ -143,12 +154,14 @@ def test_each_method_runs(name, tiny_folder, sentiment):
 
 
 def test_the_preset_lora_trains_as_peft_in_a_plain_loop(tiny_folder, sentiment, tmp_path):
-    config = small_run("lora", tiny_folder, sentiment, output=str(tmp_path / "run"), train={"max_grad_norm": 0.1})
+    config = small_run(
+        "lora", tiny_folder, sentiment, output=str(tmp_path / "run"), train={"max_grad_norm": 0.1}
+    )
     assert_trains_as_peft(config)  # gradients of norm 0.24 to 0.52: every one is clipped
 
 
 def test_rac_lora_trains_one_factor_and_lora_plus_has_two_rates():
-    from chainlora.chain import Chain, extend_chain
+    from chainlora.chain.chain import Chain, extend_chain
 
     def optimizer_of(method: str):
         config = config_of(method)

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from chainlora.errors import ConfigError
-from chainlora.metrics import (
+from chainlora.evaluation.metrics import (
     LOSS_METRICS,
     check_metrics,
     exact_match,
@@ -23,7 +23,9 @@ def test_answers_are_normalised_as_squad_does():
     assert normalize_answer("The  Quick, brown-fox\tof a An") == "quick brownfox of"
     assert exact_match("the Eiffel Tower!", ["Louvre", "Eiffel tower"]) == 1
     assert exact_match("Eiffel", ["Eiffel Tower"]) == 0
-    assert token_f1("in the year 1889", ["1889", "year 1888"]) == pytest.approx(0.5)  # 1 of 3 words, 1 of 1
+    assert token_f1("in the year 1889", ["1889", "year 1888"]) == pytest.approx(
+        0.5
+    )  # 1 of 3 words, 1 of 1
     assert token_f1("the", ["a"]) == 1
     assert token_f1("the", ["tower"]) == 0
     assert token_f1("anything", []) == 0
@@ -31,7 +33,9 @@ def test_answers_are_normalised_as_squad_does():
 
 def test_macro_f1_is_the_mean_over_classes():
     # class 0: precision 2/3, recall 1 → 0.8; class 1: 1, 1/2 → 2/3; class 2 never right → 0
-    assert macro_f1([0, 0, 1, 1, 2], [0, 0, 1, 0, 1]) == pytest.approx((2 * 2 / 5 + 2 * 1 / 4 + 0) / 3)
+    assert macro_f1([0, 0, 1, 1, 2], [0, 0, 1, 0, 1]) == pytest.approx(
+        (2 * 2 / 5 + 2 * 1 / 4 + 0) / 3
+    )
     assert macro_f1([1, 1], [1, 1]) == 1
 
 

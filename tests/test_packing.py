@@ -7,8 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from chainlora.data.examples import Example
+from chainlora.engine.packing import PackedBatch, pack
 from chainlora.errors import DataError
-from chainlora.packing import Example, PackedBatch, pack
 
 
 def last_token_rows(*sequences: tuple[int, ...], label: int | None = 0) -> Example:
@@ -16,7 +17,8 @@ def last_token_rows(*sequences: tuple[int, ...], label: int | None = 0) -> Examp
 
 
 def visible(batch: PackedBatch, position: int) -> list[int]:
-    """Return the packed positions a position sees, by the definition of segments, in sequence order."""
+    """Return the packed positions a position sees, by the definition of segments, in sequence
+    order."""
     index = next(i for i, (start, end, _) in enumerate(batch.segments) if start <= position < end)
     seen = list(range(batch.segments[index].start, position + 1))
     while (index := batch.segments[index].parent) >= 0:
@@ -27,14 +29,18 @@ def visible(batch: PackedBatch, position: int) -> list[int]:
 def check_reads_back(batch: PackedBatch, examples: list[Example]) -> None:
     sequences = [s for e in examples for s in e.sequences]
     spans = [s for e in examples for s in e.scored]
-    expected = [(i, p) for i, span in enumerate(spans) for start, end in span for p in range(start, end)]
+    expected = [
+        (i, p) for i, span in enumerate(spans) for start, end in span for p in range(start, end)
+    ]
     assert batch.token_sequence.tolist() == [i for i, _ in expected]
     assert batch.token_target.tolist() == [sequences[i][p] for i, p in expected]
     for n, (i, p) in enumerate(expected):
         seen = visible(batch, int(batch.rows[batch.token_row[n]]))
         assert tuple(batch.input_ids[seen].tolist()) == sequences[i][:p]
         assert batch.position_ids[seen].tolist() == list(range(p))
-    assert batch.sequence_length.tolist() == [sum(end - start for start, end in span) for span in spans]
+    assert batch.sequence_length.tolist() == [
+        sum(end - start for start, end in span) for span in spans
+    ]
     assert len(set(batch.rows.tolist())) == len(batch.rows)
 
 
@@ -111,11 +117,14 @@ def test_moves_to_a_device() -> None:
     assert batch.segments == ((0, 2, -1),)
 
 
-@pytest.mark.parametrize(("example", "message"), [
-    (Example(3, ((1, 2),), ((),)), r"a scored token \(got none in row 3\)"),
-    (Example(3, ((1, 2),), (((1, 3),),)), r"\[1, 2\) \(got 1 to 2 in row 3\)"),
-    (Example(3, ((1, 2),), (((0, 2),),)), r"\(got 0 to 1 in row 3\)"),
-])
+@pytest.mark.parametrize(
+    ("example", "message"),
+    [
+        (Example(3, ((1, 2),), ((),)), r"a scored token \(got none in row 3\)"),
+        (Example(3, ((1, 2),), (((1, 3),),)), r"\[1, 2\) \(got 1 to 2 in row 3\)"),
+        (Example(3, ((1, 2),), (((0, 2),),)), r"\(got 0 to 1 in row 3\)"),
+    ],
+)
 def test_what_cannot_be_packed_is_refused(example: Example, message: str) -> None:
     with pytest.raises(DataError, match=message):
         pack([example])

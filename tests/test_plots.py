@@ -1,4 +1,5 @@
-"""Plots: every shape of run gives a picture, the same run the same bytes, and nothing global is touched."""
+"""Plots: every shape of run gives a picture, the same run the same bytes, and nothing global is
+touched."""
 
 from __future__ import annotations
 
@@ -12,21 +13,36 @@ from pathlib import Path
 import pytest
 
 from chainlora.errors import RunError
-from chainlora.plots import plot_chain, plot_training, smooth
+from chainlora.runs.plots import plot_chain, plot_training, smooth
 
 
 def records(lengths=(6, 4), metrics=("accuracy",), every=3, restart=True) -> list[dict]:
     def evaluation(step, link, where):
         scores = dict.fromkeys(metrics, 0.5 + 0.03 * step)
-        return {"event": "eval", "step": step, "link": link, "where": where, "loss": 1 - 0.05 * step} | scores
+        return {
+            "event": "eval",
+            "step": step,
+            "link": link,
+            "where": where,
+            "loss": 1 - 0.05 * step,
+        } | scores
 
     rows, step = [evaluation(0, 0, "start")], 0
     for link, length in enumerate(lengths):
         for within in range(length):
             step += 1
             rate = 1e-3 * (1 - (within / length if restart else step / sum(lengths)))
-            rows.append({"event": "step", "step": step, "link": link, "loss": 1 / step, "learning_rate": rate,
-                         "tokens": 9, "seconds": 0.1})
+            rows.append(
+                {
+                    "event": "step",
+                    "step": step,
+                    "link": link,
+                    "loss": 1 / step,
+                    "learning_rate": rate,
+                    "tokens": 9,
+                    "seconds": 0.1,
+                }
+            )
             if step % every == 0:
                 rows.append(evaluation(step, link, "step"))
         rows += [{"event": "knot", "step": step, "link": link}, evaluation(step, link, "knot")]
@@ -34,8 +50,18 @@ def records(lengths=(6, 4), metrics=("accuracy",), every=3, restart=True) -> lis
 
 
 def inspection(count: int, **extra) -> dict:
-    links = [{"link": k, "rank": 8, "delta_norm": 2 / (k + 1), "effective_rank": 5.0, "stable_rank": 2.0,
-              "overlap": [0.1] * k} | extra for k in range(count)]
+    links = [
+        {
+            "link": k,
+            "rank": 8,
+            "delta_norm": 2 / (k + 1),
+            "effective_rank": 5.0,
+            "stable_rank": 2.0,
+            "overlap": [0.1] * k,
+        }
+        | extra
+        for k in range(count)
+    ]
     return {"run": "runs/x", "links": links, "chain": {"links": count}}
 
 
@@ -45,19 +71,22 @@ def size(png: Path) -> tuple[int, int]:
     return struct.unpack(">II", content[16:24])
 
 
-@pytest.mark.parametrize("rows", [
-    records(),
-    records(lengths=(8,)),
-    records(lengths=(2,) * 20),  # more links than labels fit
-    records(metrics=("accuracy", "f1", "exact_match", "rouge1")),
-    records(metrics=("perplexity",)),
-    records(metrics=("rougeL",), restart=False),
-    records()[:5],  # a run cut off inside its first link
-    [row for row in records() if row["event"] != "eval"],
-    [row for row in records() if row["event"] == "eval"],
-    records()[:1],
-    [row | ({"loss": math.nan} if row.get("step") == 3 else {}) for row in records()],
-])
+@pytest.mark.parametrize(
+    "rows",
+    [
+        records(),
+        records(lengths=(8,)),
+        records(lengths=(2,) * 20),  # more links than labels fit
+        records(metrics=("accuracy", "f1", "exact_match", "rouge1")),
+        records(metrics=("perplexity",)),
+        records(metrics=("rougeL",), restart=False),
+        records()[:5],  # a run cut off inside its first link
+        [row for row in records() if row["event"] != "eval"],
+        [row for row in records() if row["event"] == "eval"],
+        records()[:1],
+        [row | ({"loss": math.nan} if row.get("step") == 3 else {}) for row in records()],
+    ],
+)
 def test_every_run_has_a_picture(rows, tmp_path):
     plot_training(rows, tmp_path / "training.png")
     assert min(size(tmp_path / "training.png")) > 200
@@ -77,12 +106,20 @@ def test_file_and_records_give_the_same_bytes(tmp_path):
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
 
 
-@pytest.mark.parametrize("found", [
-    inspection(1), inspection(2), inspection(3), inspection(30),
-    {"links": [{"link": 0, "rank": 8, "scores": {}}]},  # DoRA: no low-rank difference to measure
-    {"links": [{"link": k, "rank": 8, "scores": {}} for k in range(3)]},
-    inspection(2, delta_norm=0.0, effective_rank=0.0),
-])
+@pytest.mark.parametrize(
+    "found",
+    [
+        inspection(1),
+        inspection(2),
+        inspection(3),
+        inspection(30),
+        {
+            "links": [{"link": 0, "rank": 8, "scores": {}}]
+        },  # DoRA: no low-rank difference to measure
+        {"links": [{"link": k, "rank": 8, "scores": {}} for k in range(3)]},
+        inspection(2, delta_norm=0.0, effective_rank=0.0),
+    ],
+)
 def test_every_chain_has_a_picture(found, tmp_path):
     plot_chain(found, tmp_path / "chain.png")
     assert min(size(tmp_path / "chain.png")) > 200
@@ -99,12 +136,17 @@ def test_nothing_to_draw(tmp_path):
 
 def test_smoothing_keeps_a_constant_and_averages_noise():
     assert smooth([2.0] * 9, span=5) == pytest.approx([2.0] * 9)
-    assert smooth([0.0, 1.0] * 200, span=50)[-1] == pytest.approx(0.5, abs=0.02)  # a step weighs 2 / 51
+    assert smooth([0.0, 1.0] * 200, span=50)[-1] == pytest.approx(
+        0.5, abs=0.02
+    )  # a step weighs 2 / 51
     assert smooth([3.0, 1.0], span=1) == [3.0, 1.0]
 
 
 def test_matplotlib_is_loaded_late_and_pyplot_never(tmp_path):
-    code = ("import sys; from chainlora.plots import plot_chain; assert 'matplotlib' not in sys.modules; "
-            f"plot_chain({inspection(2)!r}, {str(tmp_path / 'x.png')!r}); "
-            "assert 'matplotlib.pyplot' not in sys.modules")
+    code = (
+        "import sys; from chainlora.runs.plots import plot_chain; assert 'matplotlib' not in "
+        "sys.modules; "
+        f"plot_chain({inspection(2)!r}, {str(tmp_path / 'x.png')!r}); "
+        "assert 'matplotlib.pyplot' not in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -12,10 +12,32 @@ from test_training import settings
 import chainlora
 
 NAMES = [
-    "Chain", "ChainLoRAError", "Link", "LinkConfig", "RunConfig", "__version__", "add_link", "discard_link",
-    "drop_links", "evaluate_task", "export_adapter", "export_merged", "extend_chain", "fit_chain", "inspect_run",
-    "list_tasks", "live_link", "load_config", "load_model", "load_run", "load_task", "make_config", "stack_links",
-    "tie_knot", "train", "tune_link",
+    "Chain",
+    "ChainLoRAError",
+    "Link",
+    "LinkConfig",
+    "RunConfig",
+    "__version__",
+    "add_link",
+    "discard_link",
+    "drop_links",
+    "evaluate_task",
+    "export_adapter",
+    "export_merged",
+    "extend_chain",
+    "fit_chain",
+    "inspect_run",
+    "list_tasks",
+    "live_link",
+    "load_config",
+    "load_model",
+    "load_run",
+    "load_task",
+    "make_config",
+    "stack_links",
+    "tie_knot",
+    "train",
+    "tune_link",
 ]
 SIGNATURES = {
     "train": "(config, *, resume, listener)",
@@ -24,7 +46,8 @@ SIGNATURES = {
     "export_merged": "(run, output, *, num_links)",
     "export_adapter": "(run, output, *, rank, tolerance, num_links)",
     "inspect_run": "(run)",
-    "evaluate_task": "(run_or_model, task, *, data, split, limit, num_links, dtype, predictions, progress)",
+    "evaluate_task": "(run_or_model, task, *, data, split, limit, num_links, dtype, predictions, "
+    "progress)",
     "extend_chain": "(chain, config, *, backward)",
     "tune_link": "(chain, steps, update)",
     "tie_knot": "(chain)",
@@ -65,24 +88,42 @@ def test_typing_sees_the_names_that_running_sees():
     import ast
 
     tree = ast.parse(inspect.getsource(chainlora))
-    guarded = next(node for node in tree.body if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test))
+    guarded = next(
+        node
+        for node in tree.body
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+    )
     imports = [node for node in guarded.body if isinstance(node, ast.ImportFrom)]
     typed = {(alias.name, node.module) for node in imports for alias in node.names}
     assert typed == set(chainlora._WHERE.items())
 
 
 def test_importing_the_package_costs_nothing():
-    code = "import sys, chainlora; assert not {'torch', 'transformers', 'peft', 'pydantic'} & set(sys.modules)"
+    code = (
+        "import sys, chainlora; "
+        "assert not {'torch', 'transformers', 'peft', 'pydantic'} & set(sys.modules)"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_every_error_on_purpose_is_of_one_tree():
     from chainlora import errors
 
-    kinds = [kind for _, kind in inspect.getmembers(errors, inspect.isclass) if issubclass(kind, Exception)]
+    kinds = [
+        kind
+        for _, kind in inspect.getmembers(errors, inspect.isclass)
+        if issubclass(kind, Exception)
+    ]
     assert {kind.__name__ for kind in kinds} == {
-        "ChainLoRAError", "ConfigError", "DataError", "ModelError", "ChainError", "RunError", "TrainingError",
-        "DivergedError"}
+        "ChainLoRAError",
+        "ConfigError",
+        "DataError",
+        "ModelError",
+        "ChainError",
+        "RunError",
+        "TrainingError",
+        "DivergedError",
+    }
     assert all(issubclass(kind, chainlora.ChainLoRAError) for kind in kinds)
     assert all(kind.__name__ in (errors.__doc__ or "") for kind in kinds)  # the tree is drawn there
 
@@ -95,7 +136,9 @@ def test_from_config_to_a_model_in_the_reader_s_hands(tiny_folder, sentiment, tm
     task = chainlora.load_task(sentiment / "task.yaml")
     found = chainlora.evaluate_task(tmp_path / "run", task, data=str(sentiment))
     assert found["metrics"]["accuracy"] == result["metrics"]["validation"]["accuracy"]
-    assert found["metrics"]["loss"] == pytest.approx(result["metrics"]["validation"]["loss"], abs=1e-5)
+    assert found["metrics"]["loss"] == pytest.approx(
+        result["metrics"]["validation"]["loss"], abs=1e-5
+    )
     model, tokenizer = chainlora.load_run(tmp_path / "run")
     assert type(model).__name__ == "LlamaForCausalLM"  # plain: nothing of ours or of PEFT on it
     assert not any("lora" in name for name, _ in model.named_parameters())

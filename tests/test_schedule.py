@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from chainlora.errors import ConfigError
-from chainlora.schedule import KINDS, learning_rate_factor
+from chainlora.training.schedule import KINDS, learning_rate_factor
 
 
 def reference(kind: str, num_steps: int, warmup: int) -> list[float]:
@@ -28,10 +28,14 @@ def reference(kind: str, num_steps: int, warmup: int) -> list[float]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("num_steps", "warmup"), [(1, 0), (10, 0), (10, 1), (10, 3), (10, 10), (5, 8)])
+@pytest.mark.parametrize(
+    ("num_steps", "warmup"), [(1, 0), (10, 0), (10, 1), (10, 3), (10, 10), (5, 8)]
+)
 def test_one_schedule_is_that_of_transformers(kind, num_steps, warmup):
     found = [learning_rate_factor(step, [num_steps], kind, warmup) for step in range(num_steps)]
-    assert found == pytest.approx(reference(kind, num_steps, warmup), abs=1e-12)  # the same float64 formula
+    assert found == pytest.approx(
+        reference(kind, num_steps, warmup), abs=1e-12
+    )  # the same float64 formula
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -43,27 +47,39 @@ def test_continuing_ignores_the_knots(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_restarting_gives_each_link_its_own(kind):
     found = [learning_rate_factor(step, [5, 4, 3], kind, 2, True, 1) for step in range(12)]
-    links = [[learning_rate_factor(step, [length], kind, warmup) for step in range(length)]
-             for length, warmup in ((5, 2), (4, 1), (3, 1))]
+    links = [
+        [learning_rate_factor(step, [length], kind, warmup) for step in range(length)]
+        for length, warmup in ((5, 2), (4, 1), (3, 1))
+    ]
     assert found == [*links[0], *links[1], *links[2]]
 
 
 def test_jagged_cosine_rises_from_zero_to_the_cosine_of_the_whole_run():
     num_steps, warmup, rise = 60, 4, 5
     cosine = reference("cosine", num_steps, warmup)
-    found = [learning_rate_factor(step, [20] * 3, "cosine", warmup, False, rise) for step in range(num_steps)]
+    found = [
+        learning_rate_factor(step, [20] * 3, "cosine", warmup, False, rise)
+        for step in range(num_steps)
+    ]
     for step in range(num_steps):
         within = step % 20
         if step < 20 or within >= rise:
             assert found[step] == pytest.approx(cosine[step], abs=1e-12)
         else:
-            assert found[step] == pytest.approx(within / rise * cosine[step - within + rise], abs=1e-12)
+            assert found[step] == pytest.approx(
+                within / rise * cosine[step - within + rise], abs=1e-12
+            )
     assert found[20] == found[40] == 0
     assert found[45] == pytest.approx(0.5 * (1 + math.cos(math.pi * 41 / 56)))
 
 
-@given(st.lists(st.integers(1, 9), min_size=1, max_size=4), st.sampled_from(KINDS), st.integers(0, 6),
-       st.booleans(), st.integers(0, 6))
+@given(
+    st.lists(st.integers(1, 9), min_size=1, max_size=4),
+    st.sampled_from(KINDS),
+    st.integers(0, 6),
+    st.booleans(),
+    st.integers(0, 6),
+)
 def test_factors_stay_between_zero_and_one(lengths, kind, warmup, restart, rise):
     steps = range(sum(lengths) + 2)
     found = [learning_rate_factor(step, lengths, kind, warmup, restart, rise) for step in steps]

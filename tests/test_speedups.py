@@ -1,4 +1,5 @@
-"""The faster decoder layers equal the plain ones, gradients included, and step aside wherever they must."""
+"""The faster decoder layers equal the plain ones, gradients included, and step aside wherever they
+must."""
 
 from __future__ import annotations
 
@@ -26,29 +27,42 @@ from transformers import (
     SmolLM3ForCausalLM,
 )
 
-from chainlora.fast_lora import accelerate_lora
-from chainlora.forward import Path, hidden_states
-from chainlora.fused import MlpBlock, RmsNorm, Rotary, SwiGlu, make_turn
-from chainlora.packing import Example, PackedBatch, pack
-from chainlora.speedups import accelerate_model, restore_model
+from chainlora.data.examples import Example
+from chainlora.engine.decoder_layer import accelerate_model, restore_model
+from chainlora.engine.fused import MlpBlock, RmsNorm, Rotary, SwiGlu, make_turn
+from chainlora.engine.hidden_states import Path, hidden_states
+from chainlora.engine.lora_layer import accelerate_lora
+from chainlora.engine.packing import PackedBatch, pack
 
-# float32: the same sums in another order, two layers deep; Llama's norm and rotary angles are float32 in a
-# float64 model too. bfloat16: 2⁻⁸ a rounding, some twenty of them.
+# float32: the same sums in another order, two layers deep; Llama's norm and rotary angles are
+# float32 in a float64 model too. bfloat16: 2⁻⁸ a rounding, some twenty of them.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-5, torch.bfloat16: 2**-4}
-SHAPE = {"vocab_size": 131, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "pad_token_id": 0,
-         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
+SHAPE = {
+    "vocab_size": 131,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "pad_token_id": 0,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+}
 
 
 def flat_batch() -> PackedBatch:
     sizes = (2, 5, 17, 9, 9, 3)
-    return pack([Example(i, (tuple(range(i, i + n)),), (((n - 1, n),),), 0) for i, n in enumerate(sizes)])
+    return pack(
+        [Example(i, (tuple(range(i, i + n)),), (((n - 1, n),),), 0) for i, n in enumerate(sizes)]
+    )
 
 
 def tree_batch() -> PackedBatch:
     root = tuple(range(3, 15))
     sequences = ((*root, 21, 22, 31, 32), (*root, 21, 22, 41, 42, 43), (*root, 51, 52, 53))
-    examples = [Example(0, sequences, tuple(((len(s) - 2, len(s)),) for s in sequences), 0),
-                Example(1, ((7, 8, 9),), (((1, 3),),), 0)]
+    examples = [
+        Example(0, sequences, tuple(((len(s) - 2, len(s)),) for s in sequences), 0),
+        Example(1, ((7, 8, 9),), (((1, 3),),), 0),
+    ]
     return pack(examples, min_shared=2)
 
 
@@ -61,7 +75,9 @@ BATCHES = {"flat": flat_batch, "tree": tree_batch, "every token": every_token_ba
 
 def with_lora(model: nn.Module, dtype: torch.dtype, targets: list[str]) -> nn.Module:
     torch.manual_seed(1)
-    peft.inject_adapter_in_model(peft.LoraConfig(r=4, target_modules=targets, init_lora_weights=False), model)
+    peft.inject_adapter_in_model(
+        peft.LoraConfig(r=4, target_modules=targets, init_lora_weights=False), model
+    )
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_" in name)
         if "lora_" in name and dtype is not torch.float64:
@@ -74,10 +90,14 @@ def gradients(model: nn.Module, batch: PackedBatch) -> tuple[Tensor, dict[str, T
     model.zero_grad()
     hidden = hidden_states(model, batch, path=Path.PACKED)
     (hidden * torch.linspace(-1, 1, hidden.numel()).view_as(hidden).to(hidden)).sum().backward()
-    return hidden.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    return hidden.detach(), {
+        n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None
+    }
 
 
-def assert_equal_to_plain(model: nn.Module, batch: PackedBatch, dtype: torch.dtype, taken: int = 2) -> None:
+def assert_equal_to_plain(
+    model: nn.Module, batch: PackedBatch, dtype: torch.dtype, taken: int = 2
+) -> None:
     plain, plain_grads = gradients(model, batch)
     assert accelerate_model(model) == taken
     fast, fast_grads = gradients(model, batch)
@@ -90,7 +110,9 @@ def assert_equal_to_plain(model: nn.Module, batch: PackedBatch, dtype: torch.dty
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("kind", BATCHES)
-@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["gate_proj", "down_proj", "k_proj", "o_proj"]])
+@pytest.mark.parametrize(
+    "targets", [["q_proj", "v_proj"], ["gate_proj", "down_proj", "k_proj", "o_proj"]]
+)
 def test_equals_plain(targets: list[str], kind: str, dtype: torch.dtype) -> None:
     model = with_lora(tiny_model("llama", dtype=dtype), dtype, targets)
     assert_equal_to_plain(model, BATCHES[kind](), dtype)
@@ -99,9 +121,20 @@ def test_equals_plain(targets: list[str], kind: str, dtype: torch.dtype) -> None
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "mistral": lambda: MistralForCausalLM(MistralConfig(**SHAPE)),
     "qwen2 (biases on q, k, v)": lambda: Qwen2ForCausalLM(Qwen2Config(**SHAPE)),
-    "llama with biases": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE, mlp_bias=True, attention_bias=True)),
-    "scaled rotary": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE, rope_parameters={
-        "rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32})),
+    "llama with biases": lambda: LlamaForCausalLM(
+        LlamaConfig(**SHAPE, mlp_bias=True, attention_bias=True)
+    ),
+    "scaled rotary": lambda: LlamaForCausalLM(
+        LlamaConfig(
+            **SHAPE,
+            rope_parameters={
+                "rope_type": "yarn",
+                "rope_theta": 1e4,
+                "factor": 4.0,
+                "original_max_position_embeddings": 32,
+            },
+        )
+    ),
 }
 
 
@@ -117,7 +150,8 @@ OTHER_SHAPES: dict[str, Callable[[], nn.Module]] = {
     "four norms": lambda: Gemma2ForCausalLM(Gemma2Config(**SHAPE, head_dim=8)),
     "another activation": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE, hidden_act="gelu")),
     "the same shape, scaled residuals": lambda: GraniteForCausalLM(
-        GraniteConfig(**SHAPE, residual_multiplier=0.5)),
+        GraniteConfig(**SHAPE, residual_multiplier=0.5)
+    ),
     "opt": lambda: tiny_model("opt"),
     "gpt2": lambda: tiny_model("gpt2"),
 }
@@ -145,7 +179,9 @@ def test_a_call_without_a_layout_is_the_plain_one() -> None:
 
 
 def hook_a_norm(model: nn.Module, calls: list[str]) -> None:
-    model.model.layers[0].post_attention_layernorm.register_forward_hook(lambda *a: calls.append("norm"))
+    model.model.layers[0].post_attention_layernorm.register_forward_hook(
+        lambda *a: calls.append("norm")
+    )
 
 
 def hook_an_mlp(model: nn.Module, calls: list[str]) -> None:
@@ -164,7 +200,9 @@ def train_a_linear(model: nn.Module, calls: list[str]) -> None:
     model.model.layers[1].mlp.up_proj.weight.requires_grad_(True)
 
 
-@pytest.mark.parametrize("change", [hook_a_norm, hook_an_mlp, hook_a_projection, train_a_norm, train_a_linear])
+@pytest.mark.parametrize(
+    "change", [hook_a_norm, hook_an_mlp, hook_a_projection, train_a_norm, train_a_linear]
+)
 def test_steps_aside(change: Callable[[nn.Module, list[str]], None]) -> None:
     model = with_lora(tiny_model("llama", dtype=torch.float64), torch.float64, ["q_proj", "v_proj"])
     assert accelerate_model(model) == 2
@@ -174,7 +212,9 @@ def test_steps_aside(change: Callable[[nn.Module, list[str]], None]) -> None:
     assert bool(calls) == change.__name__.startswith("hook")
     restore_model(model)
     plain, plain_grads = gradients(model, tree_batch())
-    torch.testing.assert_close(fast, plain, rtol=1e-5, atol=1e-5)  # the norm is float32 in a float64 model
+    torch.testing.assert_close(
+        fast, plain, rtol=1e-5, atol=1e-5
+    )  # the norm is float32 in a float64 model
     assert fast_grads.keys() == plain_grads.keys()
     for name, grad in plain_grads.items():
         torch.testing.assert_close(fast_grads[name], grad, rtol=1e-4, atol=1e-5)
@@ -197,7 +237,8 @@ def test_the_last_layer_computes_needed_rows_alone() -> None:
     seen: dict[int, int] = {}
     for index, layer in enumerate(model.model.layers):
         layer.self_attn.o_proj.register_forward_hook(
-            lambda module, args, out, index=index: seen.__setitem__(index, out.shape[0]))
+            lambda module, args, out, index=index: seen.__setitem__(index, out.shape[0])
+        )
     accelerate_model(model)
     hidden_states(model, batch, path=Path.PACKED)
     assert seen == {0: batch.num_tokens, 1: len(batch.rows)}
@@ -211,22 +252,29 @@ def fixed(*shape: int) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64)
 
 
-@pytest.mark.parametrize(("function", "inputs"), [
-    (RmsNorm, lambda: (leaf(3, 6), fixed(6), 1e-5)),
-    (SwiGlu, lambda: (leaf(3, 6), leaf(3, 6))),
-    (Rotary, lambda: (leaf(3, 2, 6), *make_turn(fixed(3, 6), fixed(3, 6)))),
-    (MlpBlock, lambda: (leaf(3, 6), fixed(6), 1e-5, fixed(8, 6), fixed(8, 6), fixed(6, 8))),
-])
-def test_gradients_against_differences(function: type[torch.autograd.Function],
-                                       inputs: Callable[[], tuple[object, ...]]) -> None:
+@pytest.mark.parametrize(
+    ("function", "inputs"),
+    [
+        (RmsNorm, lambda: (leaf(3, 6), fixed(6), 1e-5)),
+        (SwiGlu, lambda: (leaf(3, 6), leaf(3, 6))),
+        (Rotary, lambda: (leaf(3, 2, 6), *make_turn(fixed(3, 6), fixed(3, 6)))),
+        (MlpBlock, lambda: (leaf(3, 6), fixed(6), 1e-5, fixed(8, 6), fixed(8, 6), fixed(6, 8))),
+    ],
+)
+def test_gradients_against_differences(
+    function: type[torch.autograd.Function], inputs: Callable[[], tuple[object, ...]]
+) -> None:
     torch.manual_seed(0)
     torch.autograd.gradcheck(function.apply, inputs())
 
 
 def test_layers_that_differ_are_all_probed():
-    """Every fourth layer of SmolLM3 has no rotary embedding: the first layer alone says nothing of it."""
+    """Every fourth layer of SmolLM3 has no rotary embedding: the first layer alone says nothing of
+    it."""
     torch.manual_seed(0)
-    config = SmolLM3Config(**SHAPE | {"num_hidden_layers": 4}, no_rope_layers=[1, 1, 1, 0], use_sliding_window=False)
+    config = SmolLM3Config(
+        **SHAPE | {"num_hidden_layers": 4}, no_rope_layers=[1, 1, 1, 0], use_sliding_window=False
+    )
     model = SmolLM3ForCausalLM(config).eval().requires_grad_(False)
     batch = flat_batch()
     with torch.no_grad():

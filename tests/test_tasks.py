@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from chainlora.data import encode_examples
-from chainlora.errors import ConfigError, DataError
-from chainlora.tasks import (
+from chainlora.data.encoding import encode_examples
+from chainlora.data.tasks import (
     explode_rows,
     list_tasks,
     load_rows,
@@ -19,9 +18,11 @@ from chainlora.tasks import (
     majority_rate,
     sample_splits,
 )
+from chainlora.errors import ConfigError, DataError
 
-# One row a task and, letter for letter, what a model reads: the protocol's table with its fields filled in
-# ("/" there is a line break). The third entry is the text of each candidate, or the completion.
+# One row a task and, letter for letter, what a model reads: the protocol's table with its fields
+# filled in ("/" there is a line break). The third entry is the text of each candidate, or the
+# completion.
 PROMPTS = {
     "sst2": (
         {"sentence": "a warm and funny film . ", "label": 1},
@@ -56,7 +57,12 @@ PROMPTS = {
         {
             "text": "Ann thanked Eve because She had helped.",
             "label": True,
-            "target": {"span1_text": "Eve", "span2_text": "She", "span1_index": 2, "span2_index": 4},
+            "target": {
+                "span1_text": "Eve",
+                "span2_text": "She",
+                "span1_index": 2,
+                "span2_index": 4,
+            },
         },
         "Ann thanked Eve because She had helped.\n"
         'In the previous sentence, does the pronoun "she" refer to Eve? Yes or No?\n',
@@ -76,7 +82,12 @@ PROMPTS = {
         0,
     ),
     "multirc": (
-        {"paragraph": "Tom has two dogs.", "question": "Who has dogs?", "answer": "Tom", "label": 1},
+        {
+            "paragraph": "Tom has two dogs.",
+            "question": "Who has dogs?",
+            "answer": "Tom",
+            "label": 1,
+        },
         "Tom has two dogs.\nQuestion: Who has dogs?\n"
         'I found this answer "Tom". Is that correct? Yes or No?\n',
         ("No", "Yes"),
@@ -143,7 +154,8 @@ PROMPTS = {
     ),
 }
 
-# What the same task calls its fields and labels on the Hub, where that differs from the original files.
+# What the same task calls its fields and labels on the Hub, where that differs from the original
+# files.
 HUB_ROWS = {
     "rte": {"premise": "Rain fell all day.", "hypothesis": "It rained.", "label": 0},
     "cb": {
@@ -173,7 +185,9 @@ READS, ROWS = "| task | prompt | candidates", "| task | train | validation"  # i
 def page_table(header: str) -> dict[str, list[str]]:
     """Task → cells of the page's table that begins so."""
     table = PAGE[PAGE.index(header) :].split("\n\n")[0]
-    rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in table.splitlines()[2:]]
+    rows = [
+        [cell.strip() for cell in line.strip("|").split(" | ")] for line in table.splitlines()[2:]
+    ]
     assert len({name for name, *_ in rows}) == len(rows)
     return {name: cells for name, *cells in rows}
 
@@ -204,7 +218,8 @@ def write_task(folder: Path, **changes) -> Path:
     return path
 
 
-# --- prompts ------------------------------------------------------------------------------------------------
+# --- prompts
+# ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", list(PROMPTS))
@@ -231,8 +246,13 @@ def test_the_page_shows_what_a_model_reads_of_every_task():
         read = task.render(row)
         answers = list(map(shown, read.candidates or (read.completion,)))
         if task.labels is not None:  # each with the first value that means it
-            values = [next(value for value, of in task.labels.items() if of == word) for word in task.label_words]
-            answers = [f"{word} {str(value).lower()}" for word, value in zip(answers, values, strict=True)]
+            values = [
+                next(value for value, of in task.labels.items() if of == word)
+                for word in task.label_words
+            ]
+            answers = [
+                f"{word} {str(value).lower()}" for word, value in zip(answers, values, strict=True)
+            ]
         assert page[name][:2] == [shown(read.prompt), ", ".join(answers)], name
 
 
@@ -241,11 +261,19 @@ def test_the_page_names_the_tokens_that_smollm2_scores(name, smollm2_tokenizer):
     task, (row, prompt, *_) = load_task(name), PROMPTS[name]
     cell = page_table(READS)[name][2]
     if task.completion is not None:
-        assert cell == {"loss": "free text: held-out loss", "token_f1": "free text: generated to the ⏎"}[task.metric]
+        assert (
+            cell
+            == {"loss": "free text: held-out loss", "token_f1": "free text: generated to the ⏎"}[
+                task.metric
+            ]
+        )
         assert task.stop == (None if task.metric == "loss" else "\n")
         return
     (example,) = encode_examples([row], smollm2_tokenizer, task, objective="candidates")
-    scored = [list(ids[begin:end]) for ids, ((begin, end),) in zip(example.sequences, example.scored, strict=True)]
+    scored = [
+        list(ids[begin:end])
+        for ids, ((begin, end),) in zip(example.sequences, example.scored, strict=True)
+    ]
     # where they begin, by the tokenizer alone: no token melts prompt and candidate into one
     read = smollm2_tokenizer(prompt)["input_ids"]
     for candidate, tokens in zip(task.render(row).candidates, scored, strict=True):
@@ -298,7 +326,8 @@ def test_labels_are_found_however_the_file_writes_them(value):
     assert task.label_index(value) == (None if value == "Yes" else 1)
 
 
-# --- nested rows --------------------------------------------------------------------------------------------
+# --- nested rows
+# --------------------------------------------------------------------------------------------
 
 
 def test_multirc_passages_flatten_to_one_row_an_answer(tmp_path):
@@ -308,7 +337,10 @@ def test_multirc_passages_flatten_to_one_row_an_answer(tmp_path):
             {
                 "question": "Who has dogs?",
                 "idx": 0,
-                "answers": [{"text": "Tom", "idx": 0, "label": 1}, {"text": "Tim", "idx": 1, "label": 0}],
+                "answers": [
+                    {"text": "Tom", "idx": 0, "label": 1},
+                    {"text": "Tim", "idx": 1, "label": 0},
+                ],
             },
             {"question": "How many?", "idx": 1, "answers": [{"text": "two", "idx": 2, "label": 1}]},
         ],
@@ -337,16 +369,21 @@ def test_record_originals_flatten_with_entities_cut_from_the_text(tmp_path):
     }
     write_rows(tmp_path / "record" / "val.jsonl", [row])
     task = load_task("record")
-    assert task.render(load_split(task, tmp_path, "validation")[0]) == task.render(PROMPTS["record"][0])
+    assert task.render(load_split(task, tmp_path, "validation")[0]) == task.render(
+        PROMPTS["record"][0]
+    )
 
 
 def test_a_nested_row_that_does_not_suit_is_named(tmp_path):
-    write_rows(tmp_path / "train.jsonl", [{"passage": {"text": "t", "questions": [{"question": "q"}]}}])
+    write_rows(
+        tmp_path / "train.jsonl", [{"passage": {"text": "t", "questions": [{"question": "q"}]}}]
+    )
     with pytest.raises(DataError, match=r"multirc.*answers.*train.jsonl line 1"):
         load_split(load_task("multirc"), tmp_path, "train")
 
 
-# --- rows of files ------------------------------------------------------------------------------------------
+# --- rows of files
+# ------------------------------------------------------------------------------------------
 
 
 def test_jsonl_json_csv_and_parquet_give_the_same_rows(tmp_path):
@@ -408,18 +445,23 @@ def test_other_unreadable_files_are_named(tmp_path, name, content, message):
 
 
 def test_a_missing_file_or_split_says_what_was_looked_for(tmp_path):
-    with pytest.raises(DataError, match=r"must be a file, a folder or a Hub dataset .*nothing.jsonl"):
+    with pytest.raises(
+        DataError, match=r"must be a file, a folder or a Hub dataset .*nothing.jsonl"
+    ):
         load_rows(tmp_path / "nothing.jsonl")
     with pytest.raises(DataError, match=r"'test' as one of test.jsonl.*without"):
         load_rows(tmp_path, "test")
 
 
 def test_an_unreachable_hub_dataset_names_the_other_way():
-    with pytest.raises(DataError, match=r"no-such-owner/none .*HF_HUB_OFFLINE is set.*local folder"):
+    with pytest.raises(
+        DataError, match=r"no-such-owner/none .*HF_HUB_OFFLINE is set.*local folder"
+    ):
         load_rows("no-such-owner/none:config@main", "train")
 
 
-# --- splits and samples -------------------------------------------------------------------------------------
+# --- splits and samples
+# -------------------------------------------------------------------------------------
 
 
 def make_split(path: Path, num_rows: int) -> None:
@@ -435,7 +477,8 @@ def test_the_folder_may_be_the_tasks_own_or_the_one_above(tmp_path):
 
 def test_missing_rows_say_both_ways_to_get_them(tmp_path):
     with pytest.raises(
-        DataError, match=r"'train' rows .*neither in .*name the folder.*aps/super_glue.*HF_HUB_OFFLINE"
+        DataError,
+        match=r"'train' rows .*neither in .*name the folder.*aps/super_glue.*HF_HUB_OFFLINE",
     ):
         load_split(load_task("rte"), tmp_path, "train")
     with pytest.raises(DataError, match=r"no such folder"):
@@ -454,7 +497,11 @@ def test_samples_are_disjoint_deterministic_and_follow_the_data_seed(tmp_path):
     first = sample_splits(task, tmp_path, 20, 10, 15, data_seed=3)
     again = sample_splits(task, tmp_path, 20, 10, 15, data_seed=3)
     other = sample_splits(task, tmp_path, 20, 10, 15, data_seed=4)
-    assert {name: len(rows) for name, rows in first.items()} == {"train": 20, "validation": 10, "test": 15}
+    assert {name: len(rows) for name, rows in first.items()} == {
+        "train": 20,
+        "validation": 10,
+        "test": 15,
+    }
     assert first == again
     assert first != other
     assert not {row.index for row in first["train"]} & {row.index for row in first["validation"]}
@@ -470,9 +517,13 @@ def test_a_short_train_split_gives_validation_its_rows_first(tmp_path):
     make_split(tmp_path / "train.jsonl", 60)
     make_split(tmp_path / "validation.jsonl", 30)
     task = load_task(write_task(tmp_path))
-    sizes = {name: len(rows) for name, rows in sample_splits(task, tmp_path, 1000, 50, 1000).items()}
+    sizes = {
+        name: len(rows) for name, rows in sample_splits(task, tmp_path, 1000, 50, 1000).items()
+    }
     assert sizes == {"train": 10, "validation": 50, "test": 30}
-    with pytest.raises(DataError, match=r"must leave rows to train on .*60 rows .*500.*lower num_validation"):
+    with pytest.raises(
+        DataError, match=r"must leave rows to train on .*60 rows .*500.*lower num_validation"
+    ):
         sample_splits(task, tmp_path)
 
 
@@ -528,16 +579,26 @@ def test_the_page_says_how_many_rows_a_run_draws(name, shared_data):
 
 def test_what_the_page_says_of_odd_wsc_rows(shared_data):
     task = load_task("wsc")
-    rows = [row for split in ("train", "validation") for row in load_split(task, shared_data, split)]
+    rows = [
+        row for split in ("train", "validation") for row in load_split(task, shared_data, split)
+    ]
     ending = [row for row in rows if row["text"].endswith(" ")]
-    broken = [row for row in rows if "\n" in row["target"]["span1_text"] + row["target"]["span2_text"]]
+    broken = [
+        row for row in rows if "\n" in row["target"]["span1_text"] + row["target"]["span2_text"]
+    ]
     assert (len(ending), len(broken)) == (3, 2)
-    assert "Three WSC texts end in a blank, and two rows have a line break in a span; both stay" in PAGE
+    assert (
+        "Three WSC texts end in a blank, and two rows have a line break in a span; both stay"
+        in PAGE
+    )
     assert all(row["text"] + "\nIn the previous" in task.render(row).prompt for row in ending)
-    assert all(f"refer to {row['target']['span1_text']}?" in task.render(row).prompt for row in broken)
+    assert all(
+        f"refer to {row['target']['span1_text']}?" in task.render(row).prompt for row in broken
+    )
 
 
-# --- task files ---------------------------------------------------------------------------------------------
+# --- task files
+# ---------------------------------------------------------------------------------------------
 
 
 def test_an_unknown_task_names_the_nearest():
@@ -565,8 +626,15 @@ def test_an_unknown_task_names_the_nearest():
         ),
         *(
             (
-                {"labels": None, "completion": "x", "loss": "completion", "metric": metric, "references": "gold"},
-                rf"`metric: {metric}` .*neither `stop` nor `add_eos`\); set add_eos: true, or a `stop`",
+                {
+                    "labels": None,
+                    "completion": "x",
+                    "loss": "completion",
+                    "metric": metric,
+                    "references": "gold",
+                },
+                rf"`metric: {metric}` .*neither `stop` nor `add_eos`\); set add_eos: true, or a "
+                rf"`stop`",
             )
             for metric in ("em", "token_f1")
         ),
@@ -583,13 +651,23 @@ def test_a_wrong_task_file_says_what_and_where(tmp_path, changes, message):
 
 @pytest.mark.parametrize("end", [{"stop": "\n"}, {"add_eos": True}], ids=str)
 def test_written_answers_are_compared_where_something_ends_them(tmp_path, end):
-    keys = {"labels": None, "completion": "x", "loss": "completion", "metric": "em", "references": "gold"}
+    keys = {
+        "labels": None,
+        "completion": "x",
+        "loss": "completion",
+        "metric": "em",
+        "references": "gold",
+    }
     assert load_task(write_task(tmp_path, **keys, **end)).metrics == ("em", "token_f1")
 
 
-@pytest.mark.parametrize("words", [[" True", " False"], [" 1", " 2"], [" true", " x"], [" a", " b", " 0"]])
+@pytest.mark.parametrize(
+    "words", [[" True", " False"], [" 1", " 2"], [" true", " x"], [" a", " b", " 0"]]
+)
 def test_a_list_of_labels_has_no_word_that_reads_as_another_position(tmp_path, words):
-    with pytest.raises(ConfigError, match=r"in the order of its positions \(got .*write a mapping from each value"):
+    with pytest.raises(
+        ConfigError, match=r"in the order of its positions \(got .*write a mapping from each value"
+    ):
         load_task(write_task(tmp_path, labels=words))
 
 
@@ -606,8 +684,15 @@ def test_a_mapping_says_what_such_words_mean(tmp_path):
         "metric: accuracy\nloss: candidates\n"
     )
     task = load_task(tmp_path / "t.yaml")
-    assert [task.render({"text": "x", "label": value}).completion for value in (1, "1", True, 0, "False")] == [
-        " True", " True", " True", " False", " False",
+    assert [
+        task.render({"text": "x", "label": value}).completion
+        for value in (1, "1", True, 0, "False")
+    ] == [
+        " True",
+        " True",
+        " True",
+        " False",
+        " False",
     ]
 
 
@@ -658,14 +743,27 @@ def test_a_text_among_the_candidates_of_a_row_is_the_item_and_a_number_the_posit
     def label(value, options):
         return task.render({"text": "x", "options": options, "label": value}).label
 
-    assert [label(value, ["10", "20", "30"]) for value in ("20", "1", 1)] == [1, 1, 1]  # no item is called 1
+    assert [label(value, ["10", "20", "30"]) for value in ("20", "1", 1)] == [
+        1,
+        1,
+        1,
+    ]  # no item is called 1
     assert [label(value, ["3", "4", "5"]) for value in ("3", "5", 2)] == [0, 2, 2]
-    assert [label(value, ["1", "2", "3", "4"]) for value in (3, 0, "4")] == [3, 0, 3]  # no position 4
+    assert [label(value, ["1", "2", "3", "4"]) for value in (3, 0, "4")] == [
+        3,
+        0,
+        3,
+    ]  # no position 4
     assert label("1", ["0", "1"]) == label(1, [7, 1]) == 1  # both meanings are one
-    with pytest.raises(DataError, match=r"must mean one candidate \(got '3' of .* item 2 and the position of another"
-                                        r"\); give the position as a number, e.g. label: \(options\).index\(label\)"):
+    with pytest.raises(
+        DataError,
+        match=r"must mean one candidate \(got '3' of .* item 2 and the position of another"
+        r"\); give the position as a number, e.g. label: \(options\).index\(label\)",
+    ):
         label("3", ["1", "2", "3", "4"])
-    repaired = load_task(write_task(tmp_path, labels=None, candidates="options", label="(options).index(label)"))
+    repaired = load_task(
+        write_task(tmp_path, labels=None, candidates="options", label="(options).index(label)")
+    )
     assert repaired.render({"text": "x", "options": ["1", "2", "3", "4"], "label": "3"}).label == 2
     with pytest.raises(DataError, match=r"a candidate or its position \(got 20"):
         label(20, ["10", "20", "30"])
@@ -680,5 +778,8 @@ def test_templates_run_in_a_sandbox(tmp_path):
 def test_the_example_task_needs_no_python(tmp_path):
     task = load_task(Path(__file__).parents[1] / "examples" / "custom_task.yaml")
     shown = task.render({"headline": "Rates rise again ", "section": "business"})
-    assert shown.prompt + shown.candidates[shown.label] == "Headline: Rates rise again\nSection: business"
+    assert (
+        shown.prompt + shown.candidates[shown.label]
+        == "Headline: Rates rise again\nSection: business"
+    )
     assert explode_rows(task, []) == []

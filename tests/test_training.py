@@ -1,4 +1,5 @@
-"""Training as a user meets it: one call from config to result; killed and resumed; the best point; what is refused."""
+"""Training as a user meets it: one call from config to result; killed and resumed; the best point;
+what is refused."""
 
 from __future__ import annotations
 
@@ -17,11 +18,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from chainlora import evaluate_task, export_adapter, load_run, load_task, make_config, train
+from chainlora.chain.initialization import generator_for, random_factors
 from chainlora.errors import ChainLoRAError, ConfigError, ModelError, RunError, TrainingError
-from chainlora.optimizers import prune_moments
-from chainlora.plan import make_plan
-from chainlora.starts import generator_for, random_factors
-from chainlora.store import RunDirectory
+from chainlora.runs.directory import RunDirectory
+from chainlora.training.optimizers import prune_moments
+from chainlora.training.plan import make_plan
 
 
 def settings(tiny_folder, sentiment, output=None, **sections) -> dict:
@@ -32,21 +33,31 @@ def settings(tiny_folder, sentiment, output=None, **sections) -> dict:
             "train": str(sentiment / "train.jsonl"),
             "validation": str(sentiment / "validation.jsonl"),
         },
-        "chain": {"ranks": [4, 4, 2], "alpha": 8, "target_modules": ["q_proj", "v_proj"], "steps": [4, 4, 3]},
+        "chain": {
+            "ranks": [4, 4, 2],
+            "alpha": 8,
+            "target_modules": ["q_proj", "v_proj"],
+            "steps": [4, 4, 3],
+        },
         "train": {"lr": 1e-2, "batch_size": 8},
         "output": None if output is None else str(output),
     }
     for section, keys in sections.items():
         if isinstance(keys, dict):
             tree[section] = tree[section] | keys
-            tree[section] = {key: value for key, value in tree[section].items() if value is not None}
+            tree[section] = {
+                key: value for key, value in tree[section].items() if value is not None
+            }
         else:
             tree[section] = keys
     return tree
 
 
 def links_of(run: Path) -> list[dict[str, torch.Tensor]]:
-    return [load_file(folder / "adapter_model.safetensors") for folder in sorted((run / "links").iterdir())]
+    return [
+        load_file(folder / "adapter_model.safetensors")
+        for folder in sorted((run / "links").iterdir())
+    ]
 
 
 def assert_same_links(one: Path, two: Path) -> None:
@@ -66,7 +77,12 @@ def test_a_run_from_config_to_result(tiny_folder, sentiment, tmp_path):
     assert json.loads((run / "result.json").read_text()) == result
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [dict(r) for r in seen[1:]] == records
-    assert [r["where"] for r in records if r["event"] == "eval"] == ["start", "knot", "knot", "knot"]
+    assert [r["where"] for r in records if r["event"] == "eval"] == [
+        "start",
+        "knot",
+        "knot",
+        "knot",
+    ]
     assert all(r["function_change"] < 1e-5 for r in records if r["event"] == "knot")
     assert records[-1]["loss"] < records[0]["loss"]
     manifest = json.loads((run / "chain.json").read_text())
@@ -84,7 +100,9 @@ def test_every_link_is_an_adapter_that_peft_loads(tiny_folder, sentiment, tmp_pa
     train(make_config(settings(tiny_folder, sentiment, run)))
     ids = torch.tensor([[5, 9, 30, 7]])
     base = AutoModelForCausalLM.from_pretrained(tiny_folder)
-    for folder in sorted((run / "links").iterdir()):  # merged one after the other, they are the chain
+    for folder in sorted(
+        (run / "links").iterdir()
+    ):  # merged one after the other, they are the chain
         base = peft.PeftModel.from_pretrained(base, folder).merge_and_unload()
     model, _ = load_run(run)
     # float32 sums in another order
@@ -95,13 +113,18 @@ def test_law_5_the_schedule_is_where_it_should_be(tiny_folder, sentiment):
     def rates(**keys) -> list[float]:
         seen = []
         config = make_config(settings(tiny_folder, sentiment, train=keys))
-        train(config, listener=lambda r: seen.append(r["learning_rate"]) if r["event"] == "step" else None)
+        train(
+            config,
+            listener=lambda r: seen.append(r["learning_rate"]) if r["event"] == "step" else None,
+        )
         return seen
 
     continuing = rates()
     torch.testing.assert_close(continuing, [1e-2 * (1 - step / 11) for step in range(11)])
     restarting = rates(restart_schedule=True)
-    torch.testing.assert_close(restarting, [1e-2 * (1 - s / n) for n in (4, 4, 3) for s in range(n)])
+    torch.testing.assert_close(
+        restarting, [1e-2 * (1 - s / n) for n in (4, 4, 3) for s in range(n)]
+    )
     warm = rates(restart_schedule=True, warmup_steps=2)
     assert warm[0] == warm[4] == warm[8] == 0.0
     assert warm[1] == warm[5] == pytest.approx(5e-3)
@@ -125,20 +148,24 @@ def assert_trains_as_peft(config) -> None:
     losses = []
     train(config, listener=lambda r: losses.append(r["loss"]) if r["event"] == "step" else None)
     expected, theirs = plain_peft_loop(config)
-    torch.testing.assert_close(losses, expected, atol=2e-6, rtol=0)  # float32 rounding of losses near 1
+    torch.testing.assert_close(
+        losses, expected, atol=2e-6, rtol=0
+    )  # float32 rounding of losses near 1
     (ours,) = links_of(Path(config.output))
     assert ours.keys() == theirs.keys()
     for name in ours:
-        # Adam divides by the gradient's size, so a rounding error in a tiny gradient moves a weight by a small
-        # share of the learning rate; six steps of 1e-3 moved the weights by up to 4e-3
+        # Adam divides by the gradient's size, so a rounding error in a tiny gradient moves a weight
+        # by a small share of the learning rate; six steps of 1e-3 moved the weights by up to 4e-3
         torch.testing.assert_close(ours[name], theirs[name], atol=2e-5, rtol=0)
         assert (ours[name] - theirs[name]).abs().median() < 1e-7
 
 
 def plain_peft_loop(config) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """Train PEFT's LoRA by hand on `sentiment` as a config of one link says; return losses and factors.
+    """Train PEFT's LoRA by hand on `sentiment` as a config of one link says; return losses and
+    factors.
 
-    Prompts are padded and scored the plain way, the rate falls linearly, gradients are clipped by torch.
+    Prompts are padded and scored the plain way, the rate falls linearly, gradients are clipped by
+    torch.
     """
     (link,), (num_steps,), keys = config.chain.links(), config.chain.steps, config.train
     tokenizer = AutoTokenizer.from_pretrained(config.model)
@@ -146,7 +173,9 @@ def plain_peft_loop(config) -> tuple[list[float], dict[str, torch.Tensor]]:
     model = AutoModelForCausalLM.from_pretrained(config.model)
     model = peft.get_peft_model(
         model,
-        peft.LoraConfig(r=link.rank, lora_alpha=link.alpha, target_modules=list(link.target_modules)),
+        peft.LoraConfig(
+            r=link.rank, lora_alpha=link.alpha, target_modules=list(link.target_modules)
+        ),
     )
     with torch.no_grad():
         for name, module in model.base_model.model.named_modules():
@@ -185,7 +214,7 @@ def plain_peft_loop(config) -> tuple[list[float], dict[str, torch.Tensor]]:
 
 
 def _examples(config, tokenizer):
-    from chainlora.prepare import prepare_splits
+    from chainlora.data.splits import prepare_splits
 
     return prepare_splits(config.data, tokenizer, 128).train
 
@@ -202,21 +231,26 @@ def _examples(config, tokenizer):
                 "chain": {"ranks": [4, 4, 4]},
             },
         ),
-        ("float32", {"chain": {"init": "pissa"}, "train": {"gradient_accumulation": 2, "batch_size": 4}}),
+        (
+            "float32",
+            {"chain": {"init": "pissa"}, "train": {"gradient_accumulation": 2, "batch_size": 4}},
+        ),
     ],
     ids=["plain", "bfloat16-dropout-gradient", "relora-best", "pissa-accumulation"],
 )
 def test_law_9_killed_anywhere_and_resumed_is_the_uninterrupted_run(
     tiny_folder, sentiment, tmp_path, dtype, keys
 ):
-    """Ten deaths a configuration, at moments and at records (steps, evaluations, knots) drawn at random."""
+    """Ten deaths a configuration, at moments and at records (steps, evaluations, knots) drawn at
+    random."""
     tree = settings(tiny_folder, sentiment, **keys)
     tree["chain"]["steps"] = [10, 10, 8]
     tree["train"] |= {"dtype": dtype, "save_every": 2, "eval_every": 3}
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(tree))
     draw = random.Random(dtype + str(keys))
-    # about 40 records a run, 10 to 30 ms apart: a life that dies after its second to fifth leaves enough
+    # about 40 records a run, 10 to 30 ms apart: a life that dies after its second to fifth leaves
+    # enough
     deaths = [f"{draw.randrange(2, 6)}+{draw.uniform(0, 0.02):.4f}" for _ in range(10)]
     script = Path(__file__).with_name("killed_run.py")
     whole = subprocess.run(
@@ -224,12 +258,16 @@ def test_law_9_killed_anywhere_and_resumed_is_the_uninterrupted_run(
     )
     assert whole.returncode == 0, whole.stderr
     killed = subprocess.run(
-        [sys.executable, script, config, tmp_path / "killed", *deaths], capture_output=True, text=True
+        [sys.executable, script, config, tmp_path / "killed", *deaths],
+        capture_output=True,
+        text=True,
     )
     assert killed.returncode == 0, killed.stderr
     assert killed.stdout.split() == ["9"] * 10 + ["0"], killed.stdout
     assert_same_links(tmp_path / "whole", tmp_path / "killed")
-    one, two = (json.loads((tmp_path / name / "result.json").read_text()) for name in ("whole", "killed"))
+    one, two = (
+        json.loads((tmp_path / name / "result.json").read_text()) for name in ("whole", "killed")
+    )
     assert one["metrics"] == two["metrics"]
     assert one["best"] == two["best"]
     losses = [
@@ -243,7 +281,9 @@ def test_law_9_killed_anywhere_and_resumed_is_the_uninterrupted_run(
 
 
 @pytest.mark.parametrize("init", ["gradient", "pissa"])
-def test_a_link_begun_again_after_a_kill_starts_where_it_started_before(tiny_folder, sentiment, tmp_path, init):
+def test_a_link_begun_again_after_a_kill_starts_where_it_started_before(
+    tiny_folder, sentiment, tmp_path, init
+):
     chain = {"ranks": [4, 4], "steps": [3, 3], "init": init}
     keys = {"chain": chain, "train": {"dtype": "bfloat16", "save_every": None}}
     train(make_config(settings(tiny_folder, sentiment, tmp_path / "whole", **keys)))
@@ -277,22 +317,31 @@ def test_the_best_point_over_the_whole_chain_is_kept(tiny_folder, sentiment, tmp
     )
     result = train(make_config(tree))
     evals = [
-        r for r in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if r["event"] == "eval"
+        r
+        for r in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+        if r["event"] == "eval"
     ]
     best = min((r for r in evals if r["where"] != "start"), key=lambda r: r["loss"])
     assert result["best"]["step"] == best["step"]
     assert result["metrics"]["validation"]["loss"] == pytest.approx(best["loss"], abs=1e-5)
     load_run(run)
-    assert len(RunDirectory(run).load_links()) == result["best"]["num_links"] + result["best"]["partial"]
+    assert (
+        len(RunDirectory(run).load_links())
+        == result["best"]["num_links"] + result["best"]["partial"]
+    )
     assert len(RunDirectory(run).load_links(2)) == 2  # the whole chain is still there
 
 
 def test_early_stop_ends_the_chain(tiny_folder, sentiment):
     tree = settings(tiny_folder, sentiment, train={"lr": 1e-9, "early_stop": 2, "eval_every": 1})
-    assert train(make_config(tree))["steps"] == 3  # best at the first evaluation, then two without gain
+    assert (
+        train(make_config(tree))["steps"] == 3
+    )  # best at the first evaluation, then two without gain
 
 
-def test_a_run_killed_between_its_early_stop_and_the_knot_still_ties_the_link(tiny_folder, sentiment, tmp_path):
+def test_a_run_killed_between_its_early_stop_and_the_knot_still_ties_the_link(
+    tiny_folder, sentiment, tmp_path
+):
     keys = {"lr": 1e-9, "early_stop": 2, "eval_every": 1, "save_every": 1}
     train(make_config(settings(tiny_folder, sentiment, tmp_path / "whole", train=keys)))
     config = make_config(settings(tiny_folder, sentiment, tmp_path / "killed", train=keys))
@@ -325,7 +374,12 @@ def test_own_files_in_every_format(tiny_folder, tmp_path, rows):
     made = {
         "completion": [{"prompt": "the cat", "completion": " sat on a mat"}],
         "chat": [
-            {"messages": [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sat"}]}
+            {
+                "messages": [
+                    {"role": "user", "content": "the cat"},
+                    {"role": "assistant", "content": "sat"},
+                ]
+            }
         ],
         "text": [{"text": "the cat sat on a mat"}],
     }[rows] * 8
@@ -349,16 +403,22 @@ def test_own_files_in_every_format(tiny_folder, tmp_path, rows):
 def test_full_fine_tuning_trains_and_keeps_every_weight(tiny_folder, sentiment, tmp_path):
     run = tmp_path / "run"
     chain = {"tune": "full", "ranks": [1], "steps": [8]}
-    result = train(make_config(settings(tiny_folder, sentiment, run, chain=chain, train={"lr": 1e-3})))
+    result = train(
+        make_config(settings(tiny_folder, sentiment, run, chain=chain, train={"lr": 1e-3}))
+    )
     assert result["trainable_parameters"] > 20_000
     assert result["metrics"]["validation"]["accuracy"] > 0.8
     again = evaluate_task(run, load_task(sentiment / "task.yaml"), data=str(sentiment))
-    assert again["metrics"]["loss"] == pytest.approx(result["metrics"]["validation"]["loss"], abs=1e-5)
+    assert again["metrics"]["loss"] == pytest.approx(
+        result["metrics"]["validation"]["loss"], abs=1e-5
+    )
     with pytest.raises(RunError, match="--to merged"):
         export_adapter(run, tmp_path / "adapter")
 
 
-def test_full_fine_tuning_is_evaluated_at_its_end_which_may_be_its_best_point(tiny_folder, sentiment, tmp_path):
+def test_full_fine_tuning_is_evaluated_at_its_end_which_may_be_its_best_point(
+    tiny_folder, sentiment, tmp_path
+):
     run = tmp_path / "run"
     chain = {"tune": "full", "ranks": [1, 1], "steps": [4, 4]}
     keys = {"lr": 1e-3, "eval_every": 2, "select_metric": "loss"}
@@ -366,7 +426,9 @@ def test_full_fine_tuning_is_evaluated_at_its_end_which_may_be_its_best_point(ti
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     losses = {r["step"]: r["loss"] for r in records if r["event"] == "eval"}
     assert [r["step"] for r in records if r["event"] == "eval"] == [0, 2, 4, 6, 8]
-    assert losses[8] == min(losses.values()) == result["metrics"]["validation"]["loss"]  # small steps, and few
+    assert (
+        losses[8] == min(losses.values()) == result["metrics"]["validation"]["loss"]
+    )  # small steps, and few
     assert (result["best"]["step"], result["best"]["value"]) == (8, losses[8])
 
 
@@ -378,35 +440,54 @@ def test_a_start_along_more_directions_than_a_layer_has_is_refused_before_the_ou
         chain = {"init": init, "ranks": [rank], "steps": [1]}
         return make_config(settings(tiny_folder, sentiment, tmp_path / "run", chain=chain))
 
-    with pytest.raises(ModelError, match=rf"`init: {init}` .*\(got rank 17 for 16 at .*v_proj\); lower the rank or"):
+    with pytest.raises(
+        ModelError, match=rf"`init: {init}` .*\(got rank 17 for 16 at .*v_proj\); lower the rank or"
+    ):
         train(config(17))
     assert not (tmp_path / "run").exists()
     assert train(config(16))["steps"] == 1
 
 
-def test_demonstrations_that_are_not_there_or_leave_nothing_to_train_on_are_refused(tiny_folder, sentiment, tmp_path):
+def test_demonstrations_that_are_not_there_or_leave_nothing_to_train_on_are_refused(
+    tiny_folder, sentiment, tmp_path
+):
     def config(shots, **chain):  # of 32 training rows
         data = {"shots": shots, "truncation": "left"}
-        return make_config(settings(tiny_folder, sentiment, tmp_path / "run", data=data, chain=chain))
+        return make_config(
+            settings(tiny_folder, sentiment, tmp_path / "run", data=data, chain=chain)
+        )
 
     nothing = {"ranks": [], "steps": []}
-    with pytest.raises(ConfigError, match=r"`data.shots` must be at most .* training rows \(got 33 for 32\); lower it"):
+    with pytest.raises(
+        ConfigError,
+        match=r"`data.shots` must be at most .* training rows \(got 33 for 32\); lower it",
+    ):
         train(config(33, **nothing))
-    with pytest.raises(ConfigError, match=r"training needs rows \(got none beside 32 demonstrations\); lower data"):
+    with pytest.raises(
+        ConfigError, match=r"training needs rows \(got none beside 32 demonstrations\); lower data"
+    ):
         train(config(32))
     assert not (tmp_path / "run").exists()
     assert train(config(31))["rows"] == 1
-    assert train(config(32, **nothing).model_copy(update={"output": None}))["rows"] == 0  # nothing to train
+    assert (
+        train(config(32, **nothing).model_copy(update={"output": None}))["rows"] == 0
+    )  # nothing to train
 
 
-@pytest.mark.parametrize("keys", [
-    {"chain": {"target_modules": ["nothing"]}},
-    {"chain": {"lora_bias": True}},
-    {"train": {"select_metric": "bogus"}},
-    {"train": {"trackers": ["wandb"]}},
-    {"train": {"keep_best": True}, "data": {"validation": None}},
-], ids=str)
-def test_what_cannot_work_is_refused_before_the_output_is_claimed(tiny_folder, sentiment, tmp_path, keys):
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"chain": {"target_modules": ["nothing"]}},
+        {"chain": {"lora_bias": True}},
+        {"train": {"select_metric": "bogus"}},
+        {"train": {"trackers": ["wandb"]}},
+        {"train": {"keep_best": True}, "data": {"validation": None}},
+    ],
+    ids=str,
+)
+def test_what_cannot_work_is_refused_before_the_output_is_claimed(
+    tiny_folder, sentiment, tmp_path, keys
+):
     with pytest.raises(ChainLoRAError):
         train(make_config(settings(tiny_folder, sentiment, tmp_path / "run", **keys)))
     assert not (tmp_path / "run").exists()
@@ -414,8 +495,15 @@ def test_what_cannot_work_is_refused_before_the_output_is_claimed(tiny_folder, s
 
 def test_a_best_point_at_the_last_knot_selects_no_partial_link(tiny_folder, sentiment, tmp_path):
     run = tmp_path / "run"
-    tree = settings(tiny_folder, sentiment, run, train={"keep_best": True, "eval_every": 2, "select_metric": "loss"})
-    result = train(make_config(tree))  # the loss falls to the end, after partial points that were best for a while
+    tree = settings(
+        tiny_folder,
+        sentiment,
+        run,
+        train={"keep_best": True, "eval_every": 2, "select_metric": "loss"},
+    )
+    result = train(
+        make_config(tree)
+    )  # the loss falls to the end, after partial points that were best for a while
     assert result["best"]["partial"] is False
     assert result["best"]["num_links"] == 3
     assert len(RunDirectory(run).load_links()) == 3
@@ -426,9 +514,14 @@ def test_a_best_point_at_the_last_knot_selects_no_partial_link(tiny_folder, sent
 def test_a_non_finite_loss_stops_and_keeps_the_last_good_state(tiny_folder, sentiment, tmp_path):
     run = tmp_path / "run"
     tree = settings(
-        tiny_folder, sentiment, run, train={"lr": 3e38, "schedule": "constant", "max_grad_norm": None}
+        tiny_folder,
+        sentiment,
+        run,
+        train={"lr": 3e38, "schedule": "constant", "max_grad_norm": None},
     )
-    with pytest.raises(TrainingError, match=r"must be finite \(got .* at step \d+, link 0\).*is kept in"):
+    with pytest.raises(
+        TrainingError, match=r"must be finite \(got .* at step \d+, link 0\).*is kept in"
+    ):
         train(make_config(tree))
     kept = next((run / "checkpoints").iterdir())
     assert (kept / "adapter_model.safetensors").is_file()
@@ -437,7 +530,9 @@ def test_a_non_finite_loss_stops_and_keeps_the_last_good_state(tiny_folder, sent
 def test_output_that_is_not_empty_is_refused_without_resume(tiny_folder, sentiment, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "notes.txt").write_text("mine")
-    with pytest.raises(RunError, match=r"`output` must be a new or empty directory \(got .*another output"):
+    with pytest.raises(
+        RunError, match=r"`output` must be a new or empty directory \(got .*another output"
+    ):
         train(make_config(settings(tiny_folder, sentiment, tmp_path / "run")))
     with pytest.raises(RunError, match="not a whole run"):
         train(make_config(settings(tiny_folder, sentiment, tmp_path / "run")), resume=True)
@@ -449,7 +544,9 @@ def test_resume_refuses_another_config_and_another_base(tiny_folder, sentiment, 
     tree = settings(tiny_folder, sentiment, run)
     train(make_config(tree))
     tree["train"]["lr"] = 5e-3
-    with pytest.raises(RunError, match=r"--resume needs the config the run began with .* under train"):
+    with pytest.raises(
+        RunError, match=r"--resume needs the config the run began with .* under train"
+    ):
         train(make_config(tree), resume=True)
     other = tmp_path / "other"
     model = AutoModelForCausalLM.from_pretrained(tiny_folder)
@@ -485,20 +582,26 @@ def test_half_a_run_directory_is_named(tiny_folder, sentiment, tmp_path):
 
 
 def test_epochs_split_steps_at_the_knots(tiny_folder, sentiment):
-    config = make_config(settings(tiny_folder, sentiment, chain={"steps": None, "epochs": [1, 0.5, 0.5]}))
+    config = make_config(
+        settings(tiny_folder, sentiment, chain={"steps": None, "epochs": [1, 0.5, 0.5]})
+    )
     plan = make_plan(config, _examples(config, AutoTokenizer.from_pretrained(tiny_folder)))
     assert plan.lengths == (4, 2, 2)
     rows = [row for step in range(4) for batch in plan.batches(step) for row in batch]
     assert sorted(rows) == list(range(32))  # an epoch sees every row once
     with pytest.raises(ConfigError, match="at least one step"):
         make_plan(
-            make_config(settings(tiny_folder, sentiment, chain={"steps": None, "epochs": [1, 0.01, 1]})),
+            make_config(
+                settings(tiny_folder, sentiment, chain={"steps": None, "epochs": [1, 0.01, 1]})
+            ),
             _examples(config, AutoTokenizer.from_pretrained(tiny_folder)),
         )
 
 
 def test_pruned_moments_keep_the_largest_hundredth():
-    moment = torch.arange(1.0, 201.0)[torch.randperm(200, generator=torch.Generator().manual_seed(0))]
+    moment = torch.arange(1.0, 201.0)[
+        torch.randperm(200, generator=torch.Generator().manual_seed(0))
+    ]
     state = {"0.exp_avg": moment, "0.exp_avg_sq": moment**2, "0.step": torch.tensor(7.0)}
     pruned = prune_moments(state, 0.99)
     assert sorted(pruned["0.exp_avg"][pruned["0.exp_avg"] != 0].tolist()) == [199.0, 200.0]
@@ -508,23 +611,38 @@ def test_pruned_moments_keep_the_largest_hundredth():
     assert not (others["0.exp_avg"][others["0.exp_avg_sq"] == 0]).any()
 
 
-def test_a_link_after_a_pruned_reset_starts_with_steps_of_bounded_size(tiny_folder, sentiment, tmp_path):
-    """B is 0 there, so the gradient of A is: a first moment kept without its second would be divided by eps alone."""
-    tree = settings(tiny_folder, sentiment, output=str(tmp_path / "run"), chain={"steps": [8, 3], "ranks": [4, 4]},
-                    train={"optimizer_reset": "prune", "prune_fraction": 0.5, "lr": 1e-2})
+def test_a_link_after_a_pruned_reset_starts_with_steps_of_bounded_size(
+    tiny_folder, sentiment, tmp_path
+):
+    """B is 0 there, so the gradient of A is: a first moment kept without its second would be
+    divided by eps alone."""
+    tree = settings(
+        tiny_folder,
+        sentiment,
+        output=str(tmp_path / "run"),
+        chain={"steps": [8, 3], "ranks": [4, 4]},
+        train={"optimizer_reset": "prune", "prune_fraction": 0.5, "lr": 1e-2},
+    )
     train(make_config(tree))
     _, link = RunDirectory(tmp_path / "run").load_links()
     for factors in link.factors.values():
-        # drawn within 1/√32, then three steps of at most lr · 0.1/√0.001 (AdamW's largest, after zero gradients) each
+        # drawn within 1/√32, then three steps of at most lr · 0.1/√0.001 (AdamW's largest, after
+        # zero gradients) each
         assert factors.a.abs().max() <= 32**-0.5 + 3 * 1e-2 * 0.1 / 0.001**0.5
 
 
-def test_a_task_taught_by_the_right_candidate_alone_has_a_majority_too(tiny_folder, sentiment, tmp_path):
-    """As COPA: the loss is teacher forcing, the score is accuracy, and always one answer is a rival all the same."""
+def test_a_task_taught_by_the_right_candidate_alone_has_a_majority_too(
+    tiny_folder, sentiment, tmp_path
+):
+    """As COPA: the loss is teacher forcing, the score is accuracy, and always one answer is a rival
+    all the same."""
     text = (sentiment / "task.yaml").read_text().replace("loss: candidates", "loss: completion")
     (tmp_path / "taught.yaml").write_text(text)
     keys = {"data": {"task": str(tmp_path / "taught.yaml")}, "chain": {"ranks": [2], "steps": [1]}}
     metrics = train(make_config(settings(tiny_folder, sentiment, **keys)))["metrics"]["validation"]
-    labels = [json.loads(line)["label"] for line in (sentiment / "validation.jsonl").read_text().splitlines()]
+    labels = [
+        json.loads(line)["label"]
+        for line in (sentiment / "validation.jsonl").read_text().splitlines()
+    ]
     assert metrics["majority"] == max(labels.count(0), labels.count(1)) / len(labels)
     assert metrics.keys() == {"accuracy", "loss", "majority"}

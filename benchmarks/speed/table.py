@@ -1,7 +1,8 @@
 """Sum the JSON lines of results up in a Markdown table: ``python table.py RESULTS.jsonl``.
 
-Of each benchmark, the runs of the code and the settings of the last one count. Ratios are taken within a turn, and
-their median is shown with its range. Measurements that other processes disturbed stay in the file and out of the table.
+Of each benchmark, the runs of the code and the settings of the last one count. Ratios are taken
+within a turn, and their median is shown with its range. Measurements that other processes disturbed
+stay in the file and out of the table.
 """
 
 from __future__ import annotations
@@ -14,8 +15,13 @@ from typing import Any
 
 Line = dict[str, Any]
 _LESS_IS_BETTER = ("seconds_per_step", "seconds_per_knot", "seconds")
-_UNITS = {"rows_per_second": "rows/s", "seconds_per_step": "s/step", "seconds_per_knot": "s/knot", "seconds": "s",
-          "share_of_peak": "of peak"}
+_UNITS = {
+    "rows_per_second": "rows/s",
+    "seconds_per_step": "s/step",
+    "seconds_per_knot": "s/knot",
+    "seconds": "s",
+    "share_of_peak": "of peak",
+}
 
 
 def write_table(results: Path) -> Path:
@@ -25,13 +31,15 @@ def write_table(results: Path) -> Path:
     path = results.with_suffix(".md")
     if not lines:
         raise ValueError(f"a table needs a measurement that worked (got none in {results.name})")
-    path.write_text("\n".join([*_head(lines), *_contests(lines), *_notes(lines)]) + "\n", encoding="utf-8")
+    path.write_text(
+        "\n".join([*_head(lines), *_contests(lines), *_notes(lines)]) + "\n", encoding="utf-8"
+    )
     return path
 
 
 def _disturbed(line: Line) -> bool:
-    """Say whether other processes took cores that the measurement needed (2 threads with half their cores taken run
-    several times slower, not half as fast)."""
+    """Say whether other processes took cores that the measurement needed (2 threads with half their
+    cores taken run several times slower, not half as fast)."""
     needed = line.get("settings", {}).get("threads", 1) + line.get("others_cores", 0)
     return bool(needed > line["machine"]["cores"] + 0.2)
 
@@ -41,12 +49,19 @@ def _head(lines: list[Line]) -> list[str]:
     machine = last["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in last["versions"].items())
     return [
-        f"# Speed, {last['time'][:10]}", "",
-        f"Machine: {machine['cores']} cores, {', '.join(machine['instructions'])}. Versions: {versions}.", "",
-        "Ratios above 1 mean that ours is faster; memory is ours as a share of the peer's peak. Medians over turns; "
-        "the range of the ratios in brackets. *Others* is how many cores other processes kept busy meanwhile, the "
-        "largest of the contest's measurements.", "",
-        "| benchmark | ours | peer | ours | theirs | unit | times as fast | goal | peak ours / theirs (MB) | memory | "
+        f"# Speed, {last['time'][:10]}",
+        "",
+        f"Machine: {machine['cores']} cores, {', '.join(machine['instructions'])}. Versions: "
+        f"{versions}.",
+        "",
+        "Ratios above 1 mean that ours is faster; memory is ours as a share of the peer's peak. "
+        "Medians over turns; "
+        "the range of the ratios in brackets. *Others* is how many cores other processes kept "
+        "busy meanwhile, the "
+        "largest of the contest's measurements.",
+        "",
+        "| benchmark | ours | peer | ours | theirs | unit | times as fast | goal | peak ours / "
+        "theirs (MB) | memory | "
         "goal | final loss ours / theirs | rows | threads | turns | load, others |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
@@ -54,7 +69,9 @@ def _head(lines: list[Line]) -> list[str]:
 
 def _contests(lines: list[Line]) -> list[str]:
     rows = []
-    for name in dict.fromkeys(line["benchmark"] for line in lines if line["benchmark"] != "startup"):
+    for name in dict.fromkeys(
+        line["benchmark"] for line in lines if line["benchmark"] != "startup"
+    ):
         mine = [line for line in lines if line["benchmark"] == name]
         mine = [line for line in mine if _alike(line, mine)]
         ours = [line for line in mine if line["ours"]]
@@ -68,7 +85,9 @@ def _contests(lines: list[Line]) -> list[str]:
 def _alike(line: Line, lines: list[Line]) -> bool:
     """Say whether a line is of the same code and settings as the last one of its entry."""
     last = [other for other in lines if other["entry"] == line["entry"]][-1]
-    return bool(line.get("code") == lines[-1].get("code") and line.get("settings") == last.get("settings"))
+    return bool(
+        line.get("code") == lines[-1].get("code") and line.get("settings") == last.get("settings")
+    )
 
 
 def _row(name: str, ours: list[Line], theirs: list[Line]) -> str:
@@ -81,13 +100,23 @@ def _row(name: str, ours: list[Line], theirs: list[Line]) -> str:
     shares = [a["peak_mb"] / b["peak_mb"] for a, b in pairs if "peak_mb" in a and "peak_mb" in b]
     alone = ours is theirs
     cells = [
-        name, ours[0]["entry"], "–" if alone else theirs[0]["entry"], _median(ours, measure),
-        "–" if alone else _median(theirs, measure), _UNITS[measure],
-        "–" if alone else _spread(ratios), _goal(goals, "speed", "≥") or _goal(goals, "share", "≥"),
-        f"{_median(ours, 'peak_mb')} / {_median(theirs, 'peak_mb')}" if shares and not alone else "–",
-        f"{statistics.median(shares):.2f}" if shares and not alone else "–", _goal(goals, "memory", "≤"),
+        name,
+        ours[0]["entry"],
+        "–" if alone else theirs[0]["entry"],
+        _median(ours, measure),
+        "–" if alone else _median(theirs, measure),
+        _UNITS[measure],
+        "–" if alone else _spread(ratios),
+        _goal(goals, "speed", "≥") or _goal(goals, "share", "≥"),
+        f"{_median(ours, 'peak_mb')} / {_median(theirs, 'peak_mb')}"
+        if shares and not alone
+        else "–",
+        f"{statistics.median(shares):.2f}" if shares and not alone else "–",
+        _goal(goals, "memory", "≤"),
         f"{_median(ours, 'final_loss')} / {_median(theirs, 'final_loss')}" if not alone else "–",
-        str(ours[0]["settings"]["num_rows"]), str(ours[0]["settings"]["threads"]), str(len(pairs)),
+        str(ours[0]["settings"]["num_rows"]),
+        str(ours[0]["settings"]["threads"]),
+        str(len(pairs)),
         f"{max(a.get('load_before', 0) for a in ours + theirs):.1f}, "
         f"{max(a.get('others_cores', 0) for a in ours + theirs):.2f}",
     ]
@@ -113,16 +142,38 @@ def _goal(goals: dict[str, float], kind: str, sign: str) -> str:
 
 def _notes(lines: list[Line]) -> list[str]:
     """Differences of losses and scores, knots, and profiles, of the last run of each benchmark."""
-    notes = ["", "## Same results", "", *_agreements(lines), "", "## Knots", "", *_knots(lines), "",
-             "## Time to the first step, and start-up", "", *_starts(lines), "", "## Where the time goes", ""]
+    notes = [
+        "",
+        "## Same results",
+        "",
+        *_agreements(lines),
+        "",
+        "## Knots",
+        "",
+        *_knots(lines),
+        "",
+        "## Time to the first step, and start-up",
+        "",
+        *_starts(lines),
+        "",
+        "## Where the time goes",
+        "",
+    ]
     for line in _last(lines, lambda line: "profile" in line):
         profile = line["profile"]
-        notes += [f"{line['benchmark']}: {line['gflops']:.0f} of {line['peak_gflops']:.0f} GFLOP/s, "
-                  f"{line['tokens_per_second']:.0f} tokens/s. Model's own shapes: {line['matmul_gflops']}.", "",
-                  "| kind | share |", "|---|---|",
-                  *(f"| {kind} | {share:.1%} |" for kind, share in profile["shares"].items()), "",
-                  "Dearest operators: " + ", ".join(f"`{op}` {share:.1%}" for op, share in profile["dearest"].items()),
-                  ""]
+        notes += [
+            f"{line['benchmark']}: {line['gflops']:.0f} of {line['peak_gflops']:.0f} GFLOP/s, "
+            f"{line['tokens_per_second']:.0f} tokens/s. Model's own shapes: "
+            f"{line['matmul_gflops']}.",
+            "",
+            "| kind | share |",
+            "|---|---|",
+            *(f"| {kind} | {share:.1%} |" for kind, share in profile["shares"].items()),
+            "",
+            "Dearest operators: "
+            + ", ".join(f"`{op}` {share:.1%}" for op, share in profile["dearest"].items()),
+            "",
+        ]
     return notes
 
 
@@ -133,29 +184,53 @@ def _last(lines: list[Line], wanted: Any) -> list[Line]:
 def _agreements(lines: list[Line]) -> list[str]:
     notes = []
     for key, what in (("losses", "losses of a step"), ("scores", "scores")):
-        comparable = [line for line in lines if line["measure"] != "seconds_per_step"]  # other chains, other losses
+        comparable = [
+            line for line in lines if line["measure"] != "seconds_per_step"
+        ]  # other chains, other losses
         for ours in _last(comparable, lambda line, key=key: line["ours"] and line.get(key)):
-            others = {line["entry"]: line for line in lines if line["benchmark"] == ours["benchmark"]
-                      and line["run"] == ours["run"] and not line["ours"] and line.get(key)}
+            others = {
+                line["entry"]: line
+                for line in lines
+                if line["benchmark"] == ours["benchmark"]
+                and line["run"] == ours["run"]
+                and not line["ours"]
+                and line.get(key)
+            }
             for label, other in others.items():
                 difference = _difference(ours[key], other[key])
-                right = f"; accuracy {ours['accuracy']:.4f} and {other['accuracy']:.4f}" if "accuracy" in ours else ""
-                notes.append(f"- {ours['benchmark']}, {label}: largest difference of {what} {difference}{right}")
+                right = (
+                    f"; accuracy {ours['accuracy']:.4f} and {other['accuracy']:.4f}"
+                    if "accuracy" in ours
+                    else ""
+                )
+                notes.append(
+                    f"- {ours['benchmark']}, {label}: largest difference of {what} "
+                    f"{difference}{right}"
+                )
     return notes
 
 
 def _difference(ours: list[Any], theirs: list[Any]) -> str:
-    flat = [[x for row in side for x in (row if isinstance(row, list) else [row])] for side in (ours, theirs)]
+    flat = [
+        [x for row in side for x in (row if isinstance(row, list) else [row])]
+        for side in (ours, theirs)
+    ]
     if len(flat[0]) != len(flat[1]):
         return f"not comparable ({len(flat[0])} and {len(flat[1])} of them)"
     return f"{max(abs(a - b) for a, b in zip(*flat, strict=True)):.2g}"
 
 
 def _knots(lines: list[Line]) -> list[str]:
-    last = {(line["benchmark"], line["entry"]): line for line in lines if "seconds_per_knot" in line}
+    last = {
+        (line["benchmark"], line["entry"]): line for line in lines if "seconds_per_knot" in line
+    }
     return [
         f"- {line['benchmark']}, {line['entry']}: {line['seconds_per_knot']:.3f} s a knot"
-        + (f", {line['share_of_100_steps']:.2%} of 100 steps" if "share_of_100_steps" in line else "")
+        + (
+            f", {line['share_of_100_steps']:.2%} of 100 steps"
+            if "share_of_100_steps" in line
+            else ""
+        )
         + f"; peak {line['peak_before_first_knot_mb']:.0f} MB before the first knot, "
         f"{line['peak_after_knots_mb']:.0f} MB after the last"
         for line in last.values()
@@ -163,11 +238,18 @@ def _knots(lines: list[Line]) -> list[str]:
 
 
 def _starts(lines: list[Line]) -> list[str]:
-    """From the start of the process to the end of the first optimizer step; and plain start-up times."""
-    last = {(line["benchmark"], line["entry"]): line for line in lines
-            if "seconds_to_first_step" in line or line["benchmark"] == "startup"}
-    return [f"- {line['benchmark']}, {line['entry']}: {line.get('seconds_to_first_step', line.get('seconds')):.2f} s"
-            for line in last.values()]
+    """From the start of the process to the end of the first optimizer step; and plain start-up
+    times."""
+    last = {
+        (line["benchmark"], line["entry"]): line
+        for line in lines
+        if "seconds_to_first_step" in line or line["benchmark"] == "startup"
+    }
+    return [
+        f"- {line['benchmark']}, {line['entry']}: "
+        f"{line.get('seconds_to_first_step', line.get('seconds')):.2f} s"
+        for line in last.values()
+    ]
 
 
 if __name__ == "__main__":

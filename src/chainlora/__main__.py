@@ -1,5 +1,5 @@
 """``python -m chainlora`` is the command line."""
 
-from .cli import main
+from chainlora.cli.main import main
 
 main()

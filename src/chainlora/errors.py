@@ -1,11 +1,10 @@
 """Every exception chainlora raises on purpose.
 
-    ChainLoRAError                 our error: one line, exit status 1
-    ├── ConfigError                a key, value or combination that cannot work
-    ├── DataError                  rows that cannot be read, rendered or fit
-    ├── ModelError                 a model that cannot be loaded, adapted or matched
-    ├── ChainError                 a chain asked to do what its state does not allow
-    ├── RunError                   a run directory that is missing, half there, foreign or in the way
+    ChainLoRAError                 our error: one line, exit status 1 ├── ConfigError
+    a key, value or combination that cannot work ├── DataError                  rows that cannot be
+    read, rendered or fit ├── ModelError                 a model that cannot be loaded, adapted or
+    matched ├── ChainError                 a chain asked to do what its state does not allow ├──
+    RunError                   a run directory that is missing, half there, foreign or in the way
     └── TrainingError              training that must not go on
         └── DivergedError          the loss, its gradient or the weights are no longer finite
 
@@ -47,7 +46,8 @@ class TrainingError(ChainLoRAError):
 
 
 class DivergedError(TrainingError):
-    """The loss, its gradient or the weights are no longer finite: of a learning rate, a result and no accident."""
+    """The loss, its gradient or the weights are no longer finite: of a learning rate, a result and
+    no accident."""
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -1,1 +1,2 @@
-"""One module a contestant, each with ``run(spec) -> measures``; a child process imports one of them and no other."""
+"""One module a contestant, each with ``run(spec) -> measures``; a child process imports one of them
+and no other."""

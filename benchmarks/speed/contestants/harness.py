@@ -1,7 +1,7 @@
 """The harness the paper used (MeZO's, arXiv 2305.17333): each candidate is a sequence of its own.
 
-Full logits for every position of every candidate, padded on the left; a candidate's score is the mean log-probability
-of its tokens, and the loss the cross-entropy over a row's candidates.
+Full logits for every position of every candidate, padded on the left; a candidate's score is the
+mean log-probability of its tokens, and the loss the cross-entropy over a row's candidates.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ from .trainer_peft import StepCallback, arguments, load, ordered_rows
 class CandidateTrainer(Trainer):
     """Trainer with MeZO's classification loss."""
 
-    def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any) -> Any:
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
+    ) -> Any:
         counts, labels = inputs.pop("candidate_tokens"), inputs.pop("labels")
         outputs = model(**inputs)
         logits = outputs.logits[..., :-1, :].contiguous()
@@ -37,7 +39,11 @@ def collate(rows: Sequence[Mapping[str, Any]], tokenizer: Any) -> dict[str, torc
     sequences = [ids for row in rows for ids in row["sequences"]]
     batch = tokenizer.pad({"input_ids": sequences}, padding=True, return_tensors="pt")
     counts = torch.tensor([count for row in rows for count in row["candidate_tokens"]])
-    return {**batch, "candidate_tokens": counts, "labels": torch.tensor([row["label"] for row in rows])}
+    return {
+        **batch,
+        "candidate_tokens": counts,
+        "labels": torch.tensor([row["label"] for row in rows]),
+    }
 
 
 def run(spec: Mapping[str, Any]) -> dict[str, Any]:
@@ -47,13 +53,23 @@ def run(spec: Mapping[str, Any]) -> dict[str, Any]:
     rows = []
     for row in ordered_rows(spec):
         prompt = tokenizer(row["prompt"])["input_ids"]
-        sequences = [tokenizer(row["prompt"] + candidate)["input_ids"] for candidate in row["candidates"]]
-        rows.append({"sequences": sequences, "label": row["label"],
-                     "candidate_tokens": [len(ids) - len(prompt) for ids in sequences]})
+        sequences = [
+            tokenizer(row["prompt"] + candidate)["input_ids"] for candidate in row["candidates"]
+        ]
+        rows.append(
+            {
+                "sequences": sequences,
+                "label": row["label"],
+                "candidate_tokens": [len(ids) - len(prompt) for ids in sequences],
+            }
+        )
     callback = StepCallback()
     trainer = CandidateTrainer(
-        model=model, args=TrainingArguments(**arguments(spec, remove_unused_columns=False)), train_dataset=rows,
-        data_collator=lambda batch: collate(batch, tokenizer), callbacks=[callback],
+        model=model,
+        args=TrainingArguments(**arguments(spec, remove_unused_columns=False)),
+        train_dataset=rows,
+        data_collator=lambda batch: collate(batch, tokenizer),
+        callbacks=[callback],
     )
     trainer.model_accepts_loss_kwargs = False  # the loss is a mean over rows already
     trainer.train()

@@ -1,4 +1,4 @@
-"""Ours, as a user has it: `chainlora.training.train` on a config, watched by a listener."""
+"""Ours, as a user has it: `chainlora.training.loop.train` on a config, watched by a listener."""
 
 from __future__ import annotations
 
@@ -8,27 +8,46 @@ from typing import Any
 
 from measuring import Steps, peak_mb
 
-from chainlora.config import RunConfig, make_config
-from chainlora.training import train
+from chainlora.config.loading import make_config
+from chainlora.config.schema import RunConfig
+from chainlora.training.loop import train
 
 
 def config_of(spec: Mapping[str, Any]) -> RunConfig:
-    """Return the run's config: rows of a task, or a file of prompts and completions or of messages."""
+    """Return the run's config: rows of a task, or a file of prompts and completions or of
+    messages."""
     files, links = spec["files"], spec.get("links", 1)
     data = {"train": files["rows"]}
     if task := files.get(f"task_{spec['objective']}"):
         data["task"] = task
-    length = {"steps": [spec["steps"]] * links} if "steps" in spec else {"epochs": [spec["epochs"]] * links}
-    return make_config({
-        "model": spec["model"],
-        "data": data,
-        "chain": {"ranks": [spec["rank"]] * links, "alpha": spec["alpha"], "target_modules": spec["targets"], **length},
-        "train": {"lr": spec["lr"], "batch_size": spec["batch_size"], "seed": spec["seed"], "dtype": spec["dtype"]},
-    })
+    length = (
+        {"steps": [spec["steps"]] * links}
+        if "steps" in spec
+        else {"epochs": [spec["epochs"]] * links}
+    )
+    return make_config(
+        {
+            "model": spec["model"],
+            "data": data,
+            "chain": {
+                "ranks": [spec["rank"]] * links,
+                "alpha": spec["alpha"],
+                "target_modules": spec["targets"],
+                **length,
+            },
+            "train": {
+                "lr": spec["lr"],
+                "batch_size": spec["batch_size"],
+                "seed": spec["seed"],
+                "dtype": spec["dtype"],
+            },
+        }
+    )
 
 
 def run(spec: Mapping[str, Any]) -> dict[str, Any]:
-    """Train; also say what a knot took: from the end of a link's last step to the start of the next one's first."""
+    """Train; also say what a knot took: from the end of a link's last step to the start of the next
+    one's first."""
     steps, peaks, gaps, seconds = Steps(), [], [], []
     tokens = 0
 
@@ -50,9 +69,13 @@ def run(spec: Mapping[str, Any]) -> dict[str, Any]:
     measures = steps.result(spec["num_rows"] * spec["epochs"]) | {"tokens": tokens}
     if gaps:
         measures["seconds_per_step"] = statistics.median(seconds)
-        measures |= {"seconds_per_knot": statistics.median(gaps), "knot_seconds": [round(gap, 4) for gap in gaps],
-                     "share_of_100_steps": statistics.median(gaps) / (100 * statistics.median(seconds)),
-                     "peak_before_first_knot_mb": peaks[spec["steps"] - 1], "peak_after_knots_mb": peaks[-1]}
+        measures |= {
+            "seconds_per_knot": statistics.median(gaps),
+            "knot_seconds": [round(gap, 4) for gap in gaps],
+            "share_of_100_steps": statistics.median(gaps) / (100 * statistics.median(seconds)),
+            "peak_before_first_knot_mb": peaks[spec["steps"] - 1],
+            "peak_after_knots_mb": peaks[-1],
+        }
     elif "steps" in spec:
         measures["seconds_per_step"] = statistics.median(seconds)
     return measures

@@ -1,4 +1,5 @@
-"""Our scoring: rows to tokens to scores, the model loaded beforehand; what `chainlora evaluate` runs."""
+"""Our scoring: rows to tokens to scores, the model loaded beforehand; what `chainlora evaluate`
+runs."""
 
 from __future__ import annotations
 
@@ -8,10 +9,10 @@ from typing import Any
 
 import torch
 
-from chainlora.evaluate import evaluate
-from chainlora.models import context_length, load_model
-from chainlora.prepare import encode_split
-from chainlora.tasks import load_rows, load_task
+from chainlora.data.splits import encode_split
+from chainlora.data.tasks import load_rows, load_task
+from chainlora.evaluation.evaluate import evaluate
+from chainlora.models.loading import context_length, load_model
 
 
 def run(spec: Mapping[str, Any]) -> dict[str, Any]:
@@ -23,5 +24,10 @@ def run(spec: Mapping[str, Any]) -> dict[str, Any]:
     encoded = time.perf_counter()
     found = evaluate(model, examples, metrics=task.metric, tokenizer=tokenizer)
     seconds = time.perf_counter() - began
-    return {"rows_per_second": len(rows) / seconds, "seconds": seconds, "seconds_of_tokenising": encoded - began,
-            "accuracy": found.metrics["accuracy"], "scores": [p["scores"] for p in found.predictions]}
+    return {
+        "rows_per_second": len(rows) / seconds,
+        "seconds": seconds,
+        "seconds_of_tokenising": encoded - began,
+        "accuracy": found.metrics["accuracy"],
+        "scores": [p["scores"] for p in found.predictions],
+    }

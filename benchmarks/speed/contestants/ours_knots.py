@@ -1,4 +1,5 @@
-"""Knots by the public verbs: tie, extend, fused layers, a new optimizer; each link with factors that changed."""
+"""Knots by the public verbs: tie, extend, fused layers, a new optimizer; each link with factors
+that changed."""
 
 from __future__ import annotations
 
@@ -11,9 +12,10 @@ import torch
 from measuring import peak_mb
 
 from chainlora import Chain, extend_chain, load_model, tie_knot
-from chainlora.config import TrainConfig, link_config
-from chainlora.fast_lora import accelerate_layers
-from chainlora.training import make_optimizer
+from chainlora.config.loading import link_config
+from chainlora.config.schema import TrainConfig
+from chainlora.engine.lora_layer import accelerate_layers
+from chainlora.training.loop import make_optimizer
 
 NUM_KNOTS = 5
 
@@ -33,8 +35,12 @@ def run(spec: Mapping[str, Any]) -> dict[str, Any]:
         tie_knot(chain)
         optimizer = _extend(chain, link)
         seconds.append(time.perf_counter() - began)
-    return {"seconds_per_knot": statistics.median(seconds), "knot_seconds": [round(s, 4) for s in seconds],
-            "peak_before_first_knot_mb": before, "peak_after_knots_mb": peak_mb()}
+    return {
+        "seconds_per_knot": statistics.median(seconds),
+        "knot_seconds": [round(s, 4) for s in seconds],
+        "peak_before_first_knot_mb": before,
+        "peak_after_knots_mb": peak_mb(),
+    }
 
 
 def _extend(chain: Chain, link: Any) -> torch.optim.Optimizer:

@@ -1,8 +1,9 @@
-"""How near training comes to the machine: operations a second against the measured matmul peak, and where time goes.
+"""How near training comes to the machine: operations a second against the measured matmul peak, and
+where time goes.
 
-Operations are counted from shapes (`chainlora.experiments.flops`): a frozen weight costs its forward and the gradient
-of its input. The profile sums torch's own time of each operator over three steps on one thread, as the profiler does
-not see what lanes compute.
+Operations are counted from shapes (`chainlora.experiments.execution.flops`): a frozen weight costs
+its forward and the gradient of its input. The profile sums torch's own time of each operator over
+three steps on one thread, as the profiler does not see what lanes compute.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ import torch
 from measuring import Steps
 from torch.profiler import ProfilerActivity, profile
 
-from chainlora.experiments.flops import head_flops, training_flops
-from chainlora.experiments.measure import shapes_of
-from chainlora.models import context_length, load_model
-from chainlora.prepare import prepare_splits
-from chainlora.training import train
+from chainlora.data.splits import prepare_splits
+from chainlora.experiments.execution.flops import head_flops, training_flops
+from chainlora.experiments.execution.measure import shapes_of
+from chainlora.models.loading import context_length, load_model
+from chainlora.training.loop import train
 
 from .ours import config_of
 
@@ -28,8 +29,21 @@ _KINDS = (  # the first kind with a word in the operator's name
     ("attention", ("scaled_dot_product", "_flash_attention", "Attention")),
     ("matmul", ("::mm", "::addmm", "::bmm", "::matmul", "::linear", "mkldnn_linear", "::baddbmm")),
     ("optimizer", ("adam", "_foreach", "Optimizer")),
-    ("copies", ("::copy_", "::cat", "::clone", "::_to_copy", "::index", "::contiguous", "::embedding", "::fill_",
-                "::zero_", "::gather")),
+    (
+        "copies",
+        (
+            "::copy_",
+            "::cat",
+            "::clone",
+            "::_to_copy",
+            "::index",
+            "::contiguous",
+            "::embedding",
+            "::fill_",
+            "::zero_",
+            "::gather",
+        ),
+    ),
 )
 
 
@@ -45,9 +59,13 @@ def run(spec: Mapping[str, Any]) -> dict[str, Any]:
     rate = operations * measures["rows_per_second"] / spec["num_rows"]
     again = max(matmul_flops(2048, 2048, 2048, dtype), best)
     return measures | {
-        "share_of_peak": rate / again, "gflops": rate / 1e9, "peak_gflops": again / 1e9, "tokens": tokens,
+        "share_of_peak": rate / again,
+        "gflops": rate / 1e9,
+        "peak_gflops": again / 1e9,
+        "tokens": tokens,
         "tokens_per_second": tokens * measures["rows_per_second"] / spec["num_rows"],
-        "matmul_gflops": {name: round(value / 1e9, 1) for name, value in peak.items()}, "profile": profiled(spec),
+        "matmul_gflops": {name: round(value / 1e9, 1) for name, value in peak.items()},
+        "profile": profiled(spec),
     }
 
 
@@ -75,16 +93,21 @@ def matmul_flops(n: int, k: int, m: int, dtype: torch.dtype) -> float:
 
 
 def training_operations(spec: Mapping[str, Any]) -> tuple[float, int]:
-    """Return the operations of one epoch's forward and backward, and its tokens, without padding."""
+    """Return the operations of one epoch's forward and backward, and its tokens, without
+    padding."""
     model, tokenizer = load_model(spec["model"], torch.float32)
     splits = prepare_splits(config_of(spec).data, tokenizer, context_length(model))
     lengths = [len(ids) - 1 for example in splits.train for ids in example.sequences]
     scored = sum(end - begin for e in splits.train for spans in e.scored for begin, end in spans)
     tokens = sum(lengths)
     context = sum(n * (n + 1) / 2 for n in lengths) / tokens
-    adapted = [name for name, _ in model.named_modules() if name.rpartition(".")[2] in spec["targets"]]
+    adapted = [
+        name for name, _ in model.named_modules() if name.rpartition(".")[2] in spec["targets"]
+    ]
     shapes = shapes_of(model, adapted)
-    return tokens * training_flops(shapes, spec["rank"], context) + scored * head_flops(shapes), tokens
+    return tokens * training_flops(shapes, spec["rank"], context) + scored * head_flops(
+        shapes
+    ), tokens
 
 
 def _mark(record: Mapping[str, Any], steps: Steps) -> None:
@@ -94,7 +117,8 @@ def _mark(record: Mapping[str, Any], steps: Steps) -> None:
 
 
 def profiled(spec: Mapping[str, Any]) -> dict[str, Any]:
-    """Return shares of operator time by kind, and the twelve dearest operators, over three steps of training."""
+    """Return shares of operator time by kind, and the twelve dearest operators, over three steps of
+    training."""
     recorder = profile(activities=[ProfilerActivity.CPU])
     began: list[float] = []
 
@@ -121,9 +145,14 @@ def summary(events: Any, seconds: float, kind: Callable[[str], str]) -> dict[str
     for event in events:
         kinds[kind(event.key)] = kinds.get(kind(event.key), 0.0) + event.self_cpu_time_total / total
     dearest = sorted(events, key=lambda event: -event.self_cpu_time_total)[:12]
-    return {"seconds": seconds, "operator_seconds": total / 1e6,
-            "shares": {name: round(share, 4) for name, share in sorted(kinds.items(), key=lambda it: -it[1])},
-            "dearest": {event.key: round(event.self_cpu_time_total / total, 4) for event in dearest}}
+    return {
+        "seconds": seconds,
+        "operator_seconds": total / 1e6,
+        "shares": {
+            name: round(share, 4) for name, share in sorted(kinds.items(), key=lambda it: -it[1])
+        },
+        "dearest": {event.key: round(event.self_cpu_time_total / total, 4) for event in dearest},
+    }
 
 
 def _kind(name: str) -> str:

@@ -1,5 +1,6 @@
-"""Knots as ReLoRA's code makes them (arXiv 2307.05695): B·A is added to the weight in place, A drawn anew, B zeroed,
-the optimizer's moments zeroed. It keeps no pristine weight and no link; in bfloat16 the update is lost bit by bit.
+"""Knots as ReLoRA's code makes them (arXiv 2307.05695): B·A is added to the weight in place, A
+drawn anew, B zeroed, the optimizer's moments zeroed. It keeps no pristine weight and no link; in
+bfloat16 the update is lost bit by bit.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from .trainer_peft import load
 def run(spec: Mapping[str, Any]) -> dict[str, Any]:
     """Merge and start again, several times."""
     model, _ = load(spec)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, fused=True)
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=1e-3, fused=True
+    )
     seconds: list[float] = []
     before = 0.0
     for _ in range(NUM_KNOTS):
@@ -30,8 +33,12 @@ def run(spec: Mapping[str, Any]) -> dict[str, Any]:
         began = time.perf_counter()
         merge_and_restart(model, optimizer)
         seconds.append(time.perf_counter() - began)
-    return {"seconds_per_knot": statistics.median(seconds), "knot_seconds": [round(s, 4) for s in seconds],
-            "peak_before_first_knot_mb": before, "peak_after_knots_mb": peak_mb()}
+    return {
+        "seconds_per_knot": statistics.median(seconds),
+        "knot_seconds": [round(s, 4) for s in seconds],
+        "peak_before_first_knot_mb": before,
+        "peak_after_knots_mb": peak_mb(),
+    }
 
 
 @torch.no_grad()
@@ -40,8 +47,9 @@ def merge_and_restart(model: nn.Module, optimizer: torch.optim.Optimizer) -> Non
     for module in model.modules():
         if hasattr(module, "lora_A"):
             a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
-            module.get_base_layer().weight.add_((b @ a).to(module.get_base_layer().weight.dtype),
-                                                alpha=module.scaling["default"])
+            module.get_base_layer().weight.add_(
+                (b @ a).to(module.get_base_layer().weight.dtype), alpha=module.scaling["default"]
+            )
             nn.init.kaiming_uniform_(a, a=math.sqrt(5))
             nn.init.zeros_(b)
     for state in optimizer.state.values():

@@ -1,8 +1,8 @@
 """transformers.Trainer + PEFT, as their documentation has it.
 
-The prompt's labels are -100, the collator pads to the longest row of a batch on the right, the model computes full
-logits and its own loss. In bfloat16 the model is loaded in bfloat16 (PEFT keeps the adapter in float32), which is
-faster here than autocast over float32 weights.
+The prompt's labels are -100, the collator pads to the longest row of a batch on the right, the
+model computes full logits and its own loss. In bfloat16 the model is loaded in bfloat16 (PEFT keeps
+the adapter in float32), which is faster here than autocast over float32 weights.
 """
 
 from __future__ import annotations
@@ -40,15 +40,21 @@ class StepCallback(TrainerCallback):
 
 
 def load(spec: Mapping[str, Any]) -> tuple[PeftModel, Any]:
-    """Return the PEFT model, with the A that ours draws (so that losses can be compared), and the tokenizer."""
+    """Return the PEFT model, with the A that ours draws (so that losses can be compared), and the
+    tokenizer."""
     tokenizer = AutoTokenizer.from_pretrained(spec["model"])
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     model = AutoModelForCausalLM.from_pretrained(spec["model"], dtype=getattr(torch, spec["dtype"]))
     model.config.use_cache = False
     targets = spec["targets"] if isinstance(spec["targets"], str) else list(spec["targets"])
-    lora = LoraConfig(task_type="CAUSAL_LM", r=spec["rank"], lora_alpha=spec["alpha"], lora_dropout=0.0,
-                      target_modules=targets)
+    lora = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=spec["rank"],
+        lora_alpha=spec["alpha"],
+        lora_dropout=0.0,
+        target_modules=targets,
+    )
     model = get_peft_model(model, lora)
     same_start(model, spec)
     return model, tokenizer
@@ -57,14 +63,18 @@ def load(spec: Mapping[str, Any]) -> tuple[PeftModel, Any]:
 @torch.no_grad()
 def same_start(model: PeftModel, spec: Mapping[str, Any]) -> None:
     """Copy the random A of our first link into the adapter."""
-    from chainlora.config import LinkConfig
-    from chainlora.starts import generator_for, random_factors
+    from chainlora.chain.initialization import generator_for, random_factors
+    from chainlora.config.schema import LinkConfig
 
     config = LinkConfig(rank=spec["rank"], alpha=spec["alpha"])
     for name, module in model.get_base_model().named_modules():
         if hasattr(module, "lora_A"):
-            factors = random_factors(config, module.in_features, module.out_features,
-                                     generator_for(spec["seed"], 0, name))
+            factors = random_factors(
+                config,
+                module.in_features,
+                module.out_features,
+                generator_for(spec["seed"], 0, name),
+            )
             module.lora_A["default"].weight.copy_(factors.a)
 
 
@@ -77,11 +87,22 @@ def ordered_rows(spec: Mapping[str, Any]) -> list[dict[str, Any]]:
 def arguments(spec: Mapping[str, Any], **more: Any) -> dict[str, Any]:
     """Return the arguments that all Trainer contestants share."""
     return {
-        "output_dir": tempfile.mkdtemp(), "per_device_train_batch_size": spec["batch_size"],
-        "num_train_epochs": spec["epochs"], "learning_rate": spec["lr"], "lr_scheduler_type": "linear",
-        "warmup_steps": 0, "weight_decay": 0.0, "max_grad_norm": 1.0, "seed": spec["seed"], "logging_steps": 1,
-        "save_strategy": "no", "report_to": "none", "disable_tqdm": True, "use_cpu": True,
-        "train_sampling_strategy": "sequential", **more,
+        "output_dir": tempfile.mkdtemp(),
+        "per_device_train_batch_size": spec["batch_size"],
+        "num_train_epochs": spec["epochs"],
+        "learning_rate": spec["lr"],
+        "lr_scheduler_type": "linear",
+        "warmup_steps": 0,
+        "weight_decay": 0.0,
+        "max_grad_norm": 1.0,
+        "seed": spec["seed"],
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "train_sampling_strategy": "sequential",
+        **more,
     }
 
 
@@ -89,7 +110,11 @@ def tokenize(row: Mapping[str, Any], tokenizer: Any, *, eos: bool) -> dict[str, 
     """Return input ids and labels, -100 on the prompt."""
     prompt = tokenizer(row["prompt"])["input_ids"]
     ids = tokenizer(row["prompt"] + row["completion"])["input_ids"] + [tokenizer.eos_token_id] * eos
-    return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": [-100] * len(prompt) + ids[len(prompt):]}
+    return {
+        "input_ids": ids,
+        "attention_mask": [1] * len(ids),
+        "labels": [-100] * len(prompt) + ids[len(prompt) :],
+    }
 
 
 def run(spec: Mapping[str, Any]) -> dict[str, Any]:
@@ -99,8 +124,11 @@ def run(spec: Mapping[str, Any]) -> dict[str, Any]:
     rows = [tokenize(row, tokenizer, eos=not row["candidates"]) for row in ordered_rows(spec)]
     callback = StepCallback()
     trainer = Trainer(
-        model=model, args=TrainingArguments(**arguments(spec)), train_dataset=rows,
-        data_collator=DataCollatorForSeq2Seq(tokenizer, padding=True), callbacks=[callback],
+        model=model,
+        args=TrainingArguments(**arguments(spec)),
+        train_dataset=rows,
+        data_collator=DataCollatorForSeq2Seq(tokenizer, padding=True),
+        callbacks=[callback],
     )
     trainer.train()
     return callback.steps.result(len(rows) * spec["epochs"])

@@ -1,7 +1,9 @@
-"""TRL's SFTTrainer on a prompt-completion dataset (its loss is then the completion's), without or with its packing.
+"""TRL's SFTTrainer on a prompt-completion dataset (its loss is then the completion's), without or
+with its packing.
 
-Gradient checkpointing, on by default there, is off: it costs a forward pass and ours runs without it. With packing a
-batch is one pack long enough for a batch of rows, so that updates stay as many as the model's context allows.
+Gradient checkpointing, on by default there, is off: it costs a forward pass and ours runs without
+it. With packing a batch is one pack long enough for a batch of rows, so that updates stay as many
+as the model's context allows.
 """
 
 from __future__ import annotations
@@ -19,17 +21,33 @@ from .trainer_peft import StepCallback, arguments, load, ordered_rows
 def run(spec: Mapping[str, Any]) -> dict[str, Any]:
     """Train on completions."""
     model, tokenizer = load(spec)
-    pairs = [{"prompt": row["prompt"], "completion": row["completion"]} for row in ordered_rows(spec)]
+    pairs = [
+        {"prompt": row["prompt"], "completion": row["completion"]} for row in ordered_rows(spec)
+    ]
     more: dict[str, Any] = {"max_length": None}
     if spec.get("packing"):
-        more = {"packing": True, "per_device_train_batch_size": 1,
-                "max_length": _pack_length(pairs, tokenizer, spec["batch_size"], model.config.max_position_embeddings)}
-    config = SFTConfig(**arguments(spec, **more), bf16=spec["dtype"] == "bfloat16", gradient_checkpointing=False)
+        more = {
+            "packing": True,
+            "per_device_train_batch_size": 1,
+            "max_length": _pack_length(
+                pairs, tokenizer, spec["batch_size"], model.config.max_position_embeddings
+            ),
+        }
+    config = SFTConfig(
+        **arguments(spec, **more), bf16=spec["dtype"] == "bfloat16", gradient_checkpointing=False
+    )
     callback = StepCallback()
-    trainer = SFTTrainer(model=model, args=config, train_dataset=Dataset.from_list(pairs), processing_class=tokenizer,
-                         callbacks=[callback])
+    trainer = SFTTrainer(
+        model=model,
+        args=config,
+        train_dataset=Dataset.from_list(pairs),
+        processing_class=tokenizer,
+        callbacks=[callback],
+    )
     trainer.train()
-    return callback.steps.result(len(pairs) * spec["epochs"]) | {"packs": len(trainer.train_dataset)}
+    return callback.steps.result(len(pairs) * spec["epochs"]) | {
+        "packs": len(trainer.train_dataset)
+    }
 
 
 def _pack_length(pairs: list[dict[str, Any]], tokenizer: Any, batch_size: int, context: int) -> int:

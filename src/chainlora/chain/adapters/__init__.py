@@ -1,0 +1,53 @@
+"""The seam to PEFT: the only room that imports `peft`.
+
+factors.py   one module's share of a link: A and B
+targets.py   which modules a link adapts, and what is refused
+layers.py    a LoRA on a model: put on, read, written, taken off
+files.py     a link on disk, an ordinary PEFT adapter
+"""
+
+from chainlora.chain.adapters.factors import Factors
+from chainlora.chain.adapters.files import load_adapter, save_adapter
+from chainlora.chain.adapters.layers import (
+    LIVE,
+    Adapter,
+    attach,
+    base_layer,
+    carry,
+    detach,
+    get_extra,
+    get_factors,
+    is_transposed,
+    reset_magnitudes,
+    same_shape,
+    set_config,
+    set_extra,
+    set_factors,
+    touched_parameters,
+    zero,
+)
+from chainlora.chain.adapters.targets import check_targets, target_candidates
+
+__all__ = [
+    "LIVE",
+    "Adapter",
+    "Factors",
+    "attach",
+    "base_layer",
+    "carry",
+    "check_targets",
+    "detach",
+    "get_extra",
+    "get_factors",
+    "is_transposed",
+    "load_adapter",
+    "reset_magnitudes",
+    "same_shape",
+    "save_adapter",
+    "set_config",
+    "set_extra",
+    "set_factors",
+    "target_candidates",
+    "touched_parameters",
+    "zero",
+]

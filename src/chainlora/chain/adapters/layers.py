@@ -1,0 +1,291 @@
+"""A LoRA on a model: put on, read, written, taken off, always in place.
+
+A layer is asked whether it is adapted (`isinstance`), names are never matched by substring.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import peft
+import torch
+from peft.tuners.lora import LoraLayer
+from peft.utils import ModulesToSaveWrapper
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from chainlora.chain.adapters.factors import Factors
+from chainlora.chain.adapters.targets import check_targets, named_modules, peft_config
+from chainlora.config.schema import LinkConfig
+from chainlora.errors import ModelError
+
+LIVE = "link"
+CARRIED = "carried"
+
+
+@dataclass
+class Adapter:
+    """A LoRA that sits on the model: its tuner layers by module path, and the extra modules it
+    trains."""
+
+    tuner: peft.LoraModel
+    config: LinkConfig
+    layers: dict[str, Any]  # PEFT's LoraLayer, whose attributes are untyped
+    extra: dict[str, nn.Module] = field(default_factory=dict)
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Yield the parameters this link trains."""
+        for layer in self.layers.values():
+            yield from _trained(layer, self.config)
+        for module in self.extra.values():
+            yield from module.parameters()
+
+    def named_factor(self, factor: str) -> list[nn.Parameter]:
+        """Return the trained parameters of factor ``"A"`` or ``"B"`` (with B's bias and
+        magnitude)."""
+        picked = []
+        for layer in self.layers.values():
+            a = layer.lora_A[LIVE].weight
+            picked += [p for p in _trained(layer, self.config) if (p is a) == (factor == "A")]
+        return picked
+
+
+def _trained(layer: Any, config: LinkConfig) -> Iterator[nn.Parameter]:
+    a, b = layer.lora_A[LIVE], layer.lora_B[LIVE]
+    if config.train_factors != "B":
+        yield a.weight
+    if config.train_factors != "A":
+        yield from b.parameters()
+    if LIVE in layer.lora_magnitude_vector:
+        yield from layer.lora_magnitude_vector[LIVE].parameters()
+
+
+def base_layer(layer: nn.Module) -> Any:
+    """Return the frozen layer below a tuner layer, or the layer itself when it is not adapted."""
+    return layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
+
+
+def attach(model: nn.Module, config: LinkConfig) -> Adapter:
+    """Put a fresh LoRA on `model` in place: adapter weights in float32, the rest frozen.
+
+    Factors hold PEFT's own start; the caller sets them. Raises ModelError when nothing matches,
+    when a matched layer is neither Linear nor Conv1D, when a target shares its storage (tied head),
+    or `lora_bias` finds no bias.
+    """
+    if any(isinstance(module, LoraLayer) for module in model.modules()):
+        raise ModelError(
+            "a chain needs a model without adapters (got one that already has LoRA layers); "
+            "merge or unload them first"
+        )
+    check_targets(model, config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        # PEFT would take every module whose path *ends* in the name, `input_layernorm` for `norm`:
+        # give it whole paths
+        extra = [name for name, _ in named_modules(model, config.extra_modules)] or None
+        tuner = peft.LoraModel(model, peft_config(config, modules_to_save=extra), LIVE)
+    adapter = Adapter(tuner, config, _layers(model), _extra_modules(model))
+    for layer in adapter.layers.values():
+        for part in (layer.lora_A, layer.lora_B, layer.lora_magnitude_vector):
+            part.float()
+    for module in adapter.extra.values():
+        _train_in_float32(module)
+    _train_only(adapter)
+    return adapter
+
+
+def _train_only(adapter: Adapter) -> None:
+    for parameter in adapter.tuner.model.parameters():
+        parameter.requires_grad_(False)
+    for parameter in adapter.parameters():
+        parameter.requires_grad_(True)
+
+
+def _train_in_float32(module: nn.Module) -> None:
+    """Keep an extra module in float32 (a bfloat16 weight loses small updates), with casts at its
+    borders."""
+    if all(parameter.dtype == torch.float32 for parameter in module.parameters()):
+        return
+    module.float()
+    dtypes: list[torch.dtype] = []
+
+    def widen(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        dtypes[:] = [inputs[0].dtype]
+        return tuple(
+            i.float() if torch.is_tensor(i) and i.is_floating_point() else i for i in inputs
+        )
+
+    def narrow(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+        return output.to(dtypes[0]) if dtypes[0].is_floating_point else output
+
+    module.register_forward_pre_hook(widen)
+    module.register_forward_hook(narrow)
+
+
+def detach(adapter: Adapter) -> None:
+    """Take the LoRA off in place: plain layers again, and the extra modules as they were before."""
+    model = adapter.tuner.model
+    originals = {name: model.get_submodule(name).original_module for name in adapter.extra}
+    adapter.tuner.unload()
+    for name, module in originals.items():
+        model.set_submodule(name, module)
+    for attribute in ("peft_config", "peft_type", "_hfpeft_config_loaded"):
+        if attribute in vars(model):
+            delattr(model, attribute)
+    adapter.layers, adapter.extra = {}, {}
+
+
+def same_shape(adapter: Adapter, config: LinkConfig) -> bool:
+    """Say whether the next link fits into this one's tensors (then compiled graphs live on)."""
+    return adapter.config.model_copy(update={"alpha": config.alpha, "init": config.init}) == config
+
+
+def set_factors(adapter: Adapter, name: str, factors: Factors) -> None:
+    """Write one module's factors, in place."""
+    layer = adapter.layers[name]
+    with torch.no_grad():
+        layer.lora_A[LIVE].weight.copy_(factors.a)
+        layer.lora_B[LIVE].weight.copy_(factors.b)
+        if layer.lora_B[LIVE].bias is not None:
+            layer.lora_B[LIVE].bias.copy_(torch.zeros(()) if factors.bias is None else factors.bias)
+        if LIVE in layer.lora_magnitude_vector and factors.magnitude is not None:
+            layer.lora_magnitude_vector[LIVE].weight.copy_(factors.magnitude)
+
+
+def get_factors(adapter: Adapter, name: str) -> Factors:
+    """Copy one module's factors to float32 on the CPU."""
+    layer = adapter.layers[name]
+    b = layer.lora_B[LIVE]
+    magnitude = (
+        layer.lora_magnitude_vector[LIVE].weight if LIVE in layer.lora_magnitude_vector else None
+    )
+    return Factors(
+        _host(layer.lora_A[LIVE].weight),
+        _host(b.weight),
+        None if b.bias is None else _host(b.bias),
+        None if magnitude is None else _host(magnitude),
+    )
+
+
+def set_config(adapter: Adapter, config: LinkConfig) -> None:
+    """Give a reused adapter the next link's scaling and settings."""
+    for layer in adapter.layers.values():
+        layer.scaling[LIVE] = config.scaling
+        layer.lora_alpha[LIVE] = config.alpha
+    adapter.config = config
+
+
+def zero(adapter: Adapter) -> None:
+    """Make the adapter add nothing: both factors and the bias to zero, in place."""
+    with torch.no_grad():
+        for layer in adapter.layers.values():
+            layer.lora_A[LIVE].weight.zero_()
+            for parameter in layer.lora_B[LIVE].parameters():
+                parameter.zero_()
+
+
+def reset_magnitudes(adapter: Adapter) -> None:
+    """Set DoRA's magnitudes to the row norms of the weights as they are now, so that the link is a
+    no-op."""
+    for layer in adapter.layers.values():
+        if LIVE in layer.lora_magnitude_vector:
+            base = layer.get_base_layer()
+            weight = base.weight.detach().float()
+            norms = torch.linalg.norm(weight, dim=0 if is_transposed(base) else 1)
+            with torch.no_grad():
+                layer.lora_magnitude_vector[LIVE].weight.copy_(norms)
+
+
+def touched_parameters(adapter: Adapter) -> Iterator[tuple[str, Tensor]]:
+    """Yield (path on the plain model, parameter) of all a link may change: base layers and extra
+    modules."""
+    for name, layer in adapter.layers.items():
+        base = layer.get_base_layer()
+        yield f"{name}.weight", base.weight
+        if getattr(base, "bias", None) is not None:
+            yield f"{name}.bias", base.bias
+    for name, module in adapter.extra.items():
+        for key, parameter in module.named_parameters():
+            yield f"{name}.{key}", parameter
+
+
+def get_extra(adapter: Adapter) -> dict[str, Tensor]:
+    """Copy the trained extra modules' weights, by path on the plain model, to float32 on the
+    CPU."""
+    return {
+        f"{name}.{key}": _host(parameter)
+        for name, module in adapter.extra.items()
+        for key, parameter in module.named_parameters()
+    }
+
+
+def set_extra(model: nn.Module, adapter: Adapter | None, weights: Mapping[str, Tensor]) -> None:
+    """Write extra modules' weights: into the adapter's own copies where it has them, else into the
+    model."""
+    copies = {
+        f"{name}.{key}": parameter
+        for name, module in (adapter.extra if adapter else {}).items()
+        for key, parameter in module.named_parameters()
+    }
+    with torch.no_grad():
+        for path, weight in weights.items():
+            (copies[path] if path in copies else model.get_parameter(path)).copy_(weight)
+
+
+def carry(adapter: Adapter, stacked: Mapping[str, Factors]) -> None:
+    """Hold earlier links beside the base as one frozen branch, their scalings folded into B and the
+    bias."""
+    tuner = adapter.tuner
+    rank = max((factors.a.shape[0] for factors in stacked.values()), default=0)
+    if not rank:
+        return
+    pattern = {re.escape(name): factors.a.shape[0] for name, factors in stacked.items()}
+    config = peft.LoraConfig(
+        r=rank,
+        lora_alpha=rank,
+        rank_pattern=pattern,
+        alpha_pattern=dict(pattern),
+        target_modules=list(stacked),
+        init_lora_weights=True,
+        lora_bias=any(factors.bias is not None for factors in stacked.values()),
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tuner.peft_config[CARRIED] = config
+        tuner.inject_adapter(tuner.model, CARRIED)
+        tuner.set_adapter([CARRIED, LIVE])
+    for name, layer in adapter.layers.items():
+        if CARRIED in layer.lora_A:
+            with torch.no_grad():
+                layer.lora_A[CARRIED].weight.data = stacked[name].a.to(layer.lora_A[LIVE].weight)
+                layer.lora_B[CARRIED].weight.data = stacked[name].b.to(layer.lora_B[LIVE].weight)
+                bias = stacked[name].bias
+                if bias is not None:
+                    layer.lora_B[CARRIED].bias.data = bias.to(layer.lora_B[LIVE].weight)
+            layer.scaling[CARRIED] = 1.0
+    _train_only(adapter)
+
+
+def _host(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", torch.float32, copy=True)
+
+
+def _layers(model: nn.Module) -> dict[str, Any]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+
+
+def _extra_modules(model: nn.Module) -> dict[str, nn.Module]:
+    return {
+        name: module.modules_to_save[LIVE]
+        for name, module in model.named_modules()
+        if isinstance(module, ModulesToSaveWrapper)
+    }
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Say whether the module stores its weight (in × out), as GPT-2's Conv1D does."""
+    return isinstance(module, Conv1D)

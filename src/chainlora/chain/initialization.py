@@ -1,0 +1,190 @@
+"""Where a link starts: the factors a fresh LoRA begins with.
+
+Random starts draw from a generator seeded by (seed, link, module), so every process draws the same
+numbers whatever its own generator has consumed. Data-driven starts look at the model: `gradient` at
+the loss gradient (the Frank–Wolfe reading of arXiv 2401.04151, Algorithm 2), `pissa` at the weight
+itself (arXiv 2404.02948).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from chainlora.chain.adapters import LIVE, Adapter, Factors, base_layer, is_transposed, set_factors
+from chainlora.config.schema import LinkConfig
+from chainlora.errors import ChainError
+
+Backward = Callable[[], object]
+"""Runs forward and backward over a few batches, adding up gradients in the trained parameters;
+makes no update."""
+
+# A row of PEFT's Kaiming-uniform A (bound 1/√in) has expected norm √(in · 1/(3·in)); a directed row
+# gets the same one, so that the learning rate means the same for every start.
+_ROW_NORM = 1 / math.sqrt(3)
+# passes of subspace iteration; the second already fixes the leading directions of a decaying
+# spectrum
+_SWEEPS = 2
+
+
+def generator_for(seed: int, link: int, module: str) -> torch.Generator:
+    """Return a CPU generator that depends on (seed, link, module) alone."""
+    digest = hashlib.sha256(f"{seed}/{link}/{module}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def random_factors(
+    config: LinkConfig, in_features: int, out_features: int, generator: torch.Generator
+) -> Factors:
+    """Draw one factor and set the other to zero, so that ``B·A = 0``.
+
+    The drawn factor is A (rank × in), or B (out × rank) where only A is trained (arXiv 2410.08305).
+    `gaussian` is N(0, 1/rank²) and `kaiming` uniform in ±1/√fan_in, both as in PEFT.
+    """
+    rank = config.rank
+    shape = (out_features, rank) if config.train_factors == "A" else (rank, in_features)
+    if config.init == "gaussian":
+        drawn = torch.randn(shape, generator=generator) / rank
+    else:
+        drawn = (torch.rand(shape, generator=generator) * 2 - 1) / math.sqrt(shape[1])
+    if config.train_factors == "A":
+        return Factors(torch.zeros(rank, in_features), drawn)
+    return Factors(drawn, torch.zeros(out_features, rank))
+
+
+def principal_factors(config: LinkConfig, weight: Tensor, generator: torch.Generator) -> Factors:
+    """PiSSA: split the top singular directions of `weight` (out × in, float32) evenly over B and A.
+
+    ``scaling · B · A`` is the best rank-r approximation of the weight; the caller takes it out of
+    the base.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(generator.initial_seed() % 2**63)
+        u, s, v = torch.svd_lowrank(weight, q=min(config.rank + 8, *weight.shape), niter=4)
+    root = (s[: config.rank] / config.scaling).sqrt()
+    return Factors(
+        (v[:, : config.rank] * root).T.contiguous(), (u[:, : config.rank] * root).contiguous()
+    )
+
+
+def start(
+    adapter: Adapter, seed: int, link: int, backward: Backward | None = None
+) -> dict[str, Factors]:
+    """Give a fresh adapter its start, in place.
+
+    Returns the factors whose product is *not* zero (PiSSA), by module; the caller must subtract
+    them from the base so that the function is unchanged. Empty for every other start.
+    """
+    config = adapter.config
+    offsets: dict[str, Factors] = {}
+    for name, layer in adapter.layers.items():
+        generator = generator_for(seed, link, name)
+        if config.init == "pissa":
+            base = base_layer(layer)
+            weight = base.weight.detach().float().cpu()
+            factors = principal_factors(
+                config, weight.T if is_transposed(base) else weight, generator
+            )
+            offsets[name] = factors
+        else:
+            factors = random_factors(config, layer.in_features, layer.out_features, generator)
+        set_factors(adapter, name, factors)
+    if config.init == "gradient":
+        if backward is None:
+            raise ChainError(
+                "`init: gradient` needs the loss (got no `backward`); pass a callable that runs "
+                "forward "
+                "and backward over a few batches"
+            )
+        _point_along_gradient(adapter, seed, link, backward)
+    return offsets
+
+
+def _point_along_gradient(adapter: Adapter, seed: int, link: int, backward: Backward) -> None:
+    """Let each A span the top right singular directions of its module's loss gradient G (out × in),
+    with B = 0.
+
+    Subspace iteration in which LoRA's own gradients are the products with G, so the dense gradient
+    is never formed: with A = 0 the function is the base's whatever B is and dL/dA = s·Bᵀ·G; with B
+    = 0, dL/dB = s·G·Aᵀ.
+    """
+    left = {
+        name: _orthonormal(
+            torch.randn(
+                layer.out_features,
+                adapter.config.rank,
+                generator=generator_for(seed, link, f"{name}/sketch"),
+            )
+        )
+        for name, layer in adapter.layers.items()
+    }
+    right: Mapping[str, Tensor] = {}
+    for sweep in range(_SWEEPS):
+        rows = _gradients(
+            adapter,
+            {
+                n: Factors(torch.zeros(b.shape[1], adapter.layers[n].in_features), b)
+                for n, b in left.items()
+            },
+            "lora_A",
+            backward,
+        )
+        right = {name: _orthonormal(gradient.T).T for name, gradient in rows.items()}  # rank × in
+        if sweep + 1 < _SWEEPS:
+            columns = _gradients(
+                adapter,
+                {
+                    n: Factors(a, torch.zeros(adapter.layers[n].out_features, a.shape[0]))
+                    for n, a in right.items()
+                },
+                "lora_B",
+                backward,
+            )
+            left = {name: _orthonormal(gradient) for name, gradient in columns.items()}
+    for name, a in right.items():
+        set_factors(
+            adapter,
+            name,
+            Factors(a * _ROW_NORM, torch.zeros(adapter.layers[name].out_features, a.shape[0])),
+        )
+
+
+def _gradients(
+    adapter: Adapter, factors: Mapping[str, Factors], factor: str, backward: Backward
+) -> dict[str, Tensor]:
+    weights: dict[str, nn.Parameter] = {}
+    for name, layer in adapter.layers.items():
+        set_factors(adapter, name, factors[name])
+        weights[name] = getattr(layer, factor)[LIVE].weight
+    frozen = [weight for weight in weights.values() if not weight.requires_grad]
+    for weight in frozen:
+        weight.requires_grad_(True)
+    for parameter in adapter.parameters():
+        parameter.grad = None
+    backward()
+    gradients = {}
+    for name, weight in weights.items():
+        if weight.grad is None or not torch.isfinite(weight.grad).all():
+            raise ChainError(
+                "`init: gradient` needs a finite loss gradient in every adapted layer (got none "
+                f"at {name}"
+                "); check that `backward` runs the loss of this model"
+            )
+        gradients[name] = weight.grad.detach().float().cpu()
+        weight.grad = None
+    for weight in frozen:
+        weight.requires_grad_(False)
+        weight.grad = None
+    for parameter in adapter.parameters():
+        parameter.grad = None
+    return gradients
+
+
+def _orthonormal(columns: Tensor) -> Tensor:
+    """Orthonormal columns with the span of `columns` (a deterministic completion where they are
+    dependent)."""
+    return torch.linalg.qr(columns.double()).Q.float()

@@ -1,0 +1,133 @@
+"""Linear algebra of low-rank sums ``Σ s_j · B_j · A_j``, from their factors alone.
+
+The dense out × in matrix is never formed. Stacked, the sum is ``B·A`` with B [out, R], A [R, in], R
+= Σ r_j; two thin QR decompositions leave a core no larger than R × R, which has the same singular
+values. All of it runs in float64 on the factors' device; a core of a few hundred columns costs
+nothing beside a training step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from chainlora.errors import ConfigError
+
+Factor = tuple[Tensor, Tensor, float]  # (A [rank, in], B [out, rank], scaling)
+
+
+def delta_weight(a: Tensor, b: Tensor, scaling: float = 1.0) -> Tensor:
+    """Return ``scaling · B · A`` [out, in] for A [rank, in] and B [out, rank]."""
+    return scaling * (b @ a)
+
+
+def stack_factors(factors: Sequence[Factor]) -> tuple[Tensor, Tensor]:
+    """Return A [Σr, in] and B [out, Σr], scalings folded into B, in float64, with ``B·A = Σ
+    s_j·B_j·A_j``."""
+    if not factors:
+        raise ConfigError(
+            "a low-rank sum must have at least one term (got none); give a pair of factors"
+        )
+    a = torch.cat([a.double() for a, _, _ in factors])
+    b = torch.cat([b.double() * scaling for _, b, scaling in factors], dim=1)
+    return a, b
+
+
+def singular_values_of_sum(factors: Sequence[Factor]) -> Tensor:
+    """Return the min(Σr, in, out) leading singular values of ``Σ s·B·A``, float64, descending."""
+    a, b = stack_factors(factors)
+    return torch.linalg.svdvals(torch.linalg.qr(b).R @ torch.linalg.qr(a.T).R.T)
+
+
+def frobenius_norm(factors: Sequence[Factor]) -> float:
+    """Return ``‖Σ s·B·A‖_F``; accurate also where the terms nearly cancel (QR, no squared Gram
+    matrices)."""
+    a, b = stack_factors(factors)
+    return float(torch.linalg.norm(torch.linalg.qr(b).R @ a))
+
+
+def compress_low_rank(
+    factors: Sequence[Factor], rank: int | None = None, tolerance: float | None = None
+) -> tuple[Tensor, Tensor, float]:
+    """Return ``(A, B, error)``: the best approximation ``B·A`` of ``Σ s·B·A`` in Frobenius norm.
+
+    By Eckart–Young, the leading k singular triplets. A [k, in] and B [out, k] have the dtype of the
+    first A (float32 if that is narrower); the singular values are split evenly between them,
+    scaling is 1.
+
+    rank: k is at most this. tolerance: k is as small as brings the relative error ‖Σ − B·A‖_F /
+    ‖Σ‖_F to this or below. With ``rank``
+        too, the rank wins. With neither, k = min(Σr, in, out) and the error is rounding.
+
+    ``error`` is the relative error of the factors as returned, their rounding included; 0 for a sum
+    of zero.
+
+    Raises ConfigError if ``rank`` is below 1 or ``tolerance`` is not in [0, 1).
+    """
+    if rank is not None and rank < 1:
+        raise ConfigError(f"`rank` must be a positive integer (got {rank}); give 1 or more")
+    if tolerance is not None and not 0 <= tolerance < 1:
+        raise ConfigError(
+            f"`tolerance` must be in [0, 1) (got {tolerance}); 0.01 keeps the error below 1 %"
+        )
+    a, b = stack_factors(factors)
+    left, right = torch.linalg.qr(b), torch.linalg.qr(a.T)
+    u, s, vh = torch.linalg.svd(left.R @ right.R.T, full_matrices=False)
+    kept = len(s) if tolerance is None else _rank_for(s, tolerance)
+    kept = kept if rank is None else min(kept, rank)
+    root = s[:kept].sqrt()
+    dtype = torch.promote_types(factors[0][0].dtype, torch.float32)
+    new_a = (root.unsqueeze(1) * (vh[:kept] @ right.Q.T)).to(dtype)
+    new_b = (left.Q @ u[:, :kept] * root).to(dtype)
+    norm = float(torch.linalg.norm(s))
+    error = frobenius_norm([(a, b, 1.0), (new_a, new_b, -1.0)]) / norm if norm > 0 else 0.0
+    return new_a, new_b, error
+
+
+def _rank_for(s: Tensor, tolerance: float) -> int:
+    """Return the least rank whose discarded tail is within ``tolerance`` of the whole; at least
+    1."""
+    tails = (
+        s.square().flip(0).cumsum(0).flip(0).sqrt()
+    )  # tails[k]: norm of what a rank of k leaves out
+    return max(1, int((tails > tolerance * tails[0]).sum()))
+
+
+def effective_rank(s: Tensor) -> float:
+    """Return exp(entropy of σ/Σσ) of singular values s (Roy & Vetterli 2007): 1 to len(s); 0 if all
+    are."""
+    s = s.double()
+    total = s.sum()
+    return float(torch.special.entr(s / total).sum().exp()) if total > 0 else 0.0
+
+
+def stable_rank(s: Tensor) -> float:
+    """Return ``‖·‖_F² / ‖·‖₂²`` from singular values s; at least 1, 0 if all are zero."""
+    s = s.double()
+    top = s.max()
+    return float((s / top).square().sum()) if top > 0 else 0.0
+
+
+def subspace_overlap(a: Tensor, other: Tensor) -> float:
+    """Return the mean squared cosine of the principal angles between two matrices' row spaces
+    [rank, in].
+
+    ``‖Q_1ᵀ·Q_2‖_F² / min(r_1, r_2)`` with orthonormal bases Q (φ of the LoRA paper, arXiv
+    2106.09685 §7.2). In [0, 1]: 1 if one space holds the other, 0 if they are orthogonal, max(r_1,
+    r_2)/in on average if both are random. A matrix of zeros spans nothing; its overlap is 0.
+    """
+    first, second = _row_basis(a), _row_basis(other)
+    smaller = min(first.shape[0], second.shape[0])
+    return min(1.0, float((first @ second.T).square().sum()) / smaller) if smaller else 0.0
+
+
+def _row_basis(a: Tensor) -> Tensor:
+    """Return orthonormal rows [rank, in] that span the row space, numerically null directions left
+    out."""
+    _, s, vh = torch.linalg.svd(a.double(), full_matrices=False)
+    # The factors were float32 or narrower: what lies below their rounding is no direction of
+    # theirs.
+    floor = s[:1] * max(a.shape) * torch.finfo(torch.float32).eps
+    return vh[s > floor]

@@ -1,0 +1,189 @@
+"""The verbs that measure: ``experiment run``, ``experiment report`` and ``compare``. Parse, call,
+print."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from chainlora.cli.common import file_and_overrides, quiet
+
+_JSON = click.option(
+    "--json", "as_json", is_flag=True, help="Print exactly one JSON object on stdout."
+)
+
+
+def _workers(_context: click.Context, _option: click.Parameter, value: str) -> int | str:
+    if value == "auto" or (value.isdecimal() and int(value) > 0):
+        return value if value == "auto" else int(value)
+    raise click.BadParameter(f"must be a number from 1, or auto (got {value})")
+
+
+_WORKERS = click.option(
+    "--workers",
+    metavar="N|auto",
+    default="1",
+    show_default=True,
+    callback=_workers,
+    help="Cells at a time; threads are divided among them. "
+    "auto: as many as fit, by the first one's memory.",
+)
+_BACKEND = click.option(
+    "--backend", type=click.Choice(["local", "inline", "ray"]), default="local", show_default=True
+)
+
+
+@click.group()
+def experiment() -> None:
+    """Compare methods over tasks and seeds, and report with intervals and exact paired tests."""
+
+
+@experiment.command(name="run", context_settings={"ignore_unknown_options": True})
+@click.argument("arguments", metavar="FILE [--KEY.SUB VALUE]...", nargs=-1, type=click.UNPROCESSED)
+@click.option(
+    "--output",
+    required=True,
+    type=click.Path(file_okay=False),
+    help="Folder for cells and results.",
+)
+@_WORKERS
+@_BACKEND
+@click.option(
+    "--max-cells", type=click.IntRange(min=1), default=None, help="Stop after so many cells."
+)
+@click.option(
+    "--reuse",
+    type=click.Path(),
+    multiple=True,
+    help="A results.jsonl whose cells count as done, from another folder or machine. "
+    "May be repeated.",
+)
+@_JSON
+def run(
+    arguments: tuple[str, ...],
+    output: str,
+    workers: Any,
+    backend: Any,
+    max_cells: int | None,
+    reuse: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Run FILE: task × method × grid × seed. What is done is skipped; a killed run goes on when
+    called again.
+
+    Any key of the file can be set: --base.data.dir path/to/rows --seeds "[0, 1]"
+    """
+    from chainlora.experiments import experiment_progress, run_experiment
+
+    file, keys = file_and_overrides(list(arguments), "FILE")
+    quiet()
+    outcome = run_experiment(
+        file,
+        output,
+        workers=workers,
+        backend=backend,
+        overrides=keys,
+        listener=experiment_progress(),
+        max_cells=max_cells,
+        reuse=reuse,
+    )
+    _show(
+        {
+            "output": str(outcome.out),
+            "results": str(outcome.results),
+            "cells": outcome.num_cells,
+            "run": outcome.num_run,
+        },
+        as_json,
+        f"{outcome.num_run} of {outcome.num_cells} cells run; results in {outcome.results}\n"
+        f"next: chainlora experiment report {outcome.out}",
+    )
+
+
+@experiment.command(name="report")
+@click.argument("results", type=click.Path())
+@click.option(
+    "--output",
+    type=click.Path(file_okay=False),
+    default=None,
+    help="Default: the results' own folder.",
+)
+@_JSON
+def report(results: str, output: str | None, as_json: bool) -> None:
+    """Make tables (Markdown, CSV, LaTeX) and figures (PNG, SVG) from RESULTS and print the
+    Markdown."""
+    from chainlora.experiments import report_experiment
+
+    quiet()
+    made = report_experiment(results, output)
+    _show({"files": [str(path) for path in made.files]}, as_json, made.markdown)
+
+
+@click.command()
+@click.argument("config", type=click.Path())
+@click.option(
+    "--methods",
+    required=True,
+    help="Comma-separated presets, e.g. lora,chain3; the first is the baseline.",
+)
+@click.option(
+    "--seeds",
+    type=click.IntRange(min=1),
+    default=6,
+    show_default=True,
+    help="Number of paired seeds: six can decide one comparison, seven two or three.",
+)
+@click.option(
+    "--learning-rates",
+    default="",
+    help="Comma-separated; chosen on validation rows for each method.",
+)
+@click.option(
+    "--output",
+    required=True,
+    type=click.Path(file_okay=False),
+    help="Folder for cells and results.",
+)
+@_WORKERS
+@_BACKEND
+@_JSON
+def compare(
+    config: str,
+    methods: str,
+    seeds: int,
+    learning_rates: str,
+    output: str,
+    workers: Any,
+    backend: Any,
+    as_json: bool,
+) -> None:
+    """Run several methods on CONFIG's model and data at equal steps, and report."""
+    from chainlora.config.loading import load_config
+    from chainlora.experiments import compare as run_compare
+    from chainlora.experiments import experiment_progress
+
+    try:
+        rates = [float(rate) for rate in learning_rates.split(",") if rate]
+    except ValueError:
+        raise click.UsageError(
+            f"--learning-rates must be numbers with commas between (got {learning_rates!r})"
+        ) from None
+    quiet()
+    made = run_compare(
+        load_config(config),
+        [name.strip() for name in methods.split(",")],
+        range(seeds),
+        Path(output),
+        learning_rates=rates,
+        workers=workers,
+        backend=backend,
+        listener=experiment_progress(),
+    )
+    _show({"files": [str(path) for path in made.files]}, as_json, made.markdown)
+
+
+def _show(value: dict[str, Any], as_json: bool, text: str) -> None:
+    click.echo(json.dumps(value, ensure_ascii=False) if as_json else text)

@@ -1,0 +1,360 @@
+"""The command line: parse, call, print. Results to stdout, progress and logs to stderr.
+
+Exit status: 0 done, 1 our error in one line, 2 wrong usage. A traceback only with ``--debug``.
+Imports of torch and of what needs it wait until a verb runs, so that ``--help`` is quick.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from chainlora import __version__
+from chainlora.cli.common import file_and_overrides, quiet
+from chainlora.cli.experiments import compare, experiment
+from chainlora.errors import ChainLoRAError, ConfigError, RunError
+
+_HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and exit with its status."""
+    sys.exit(run(list(sys.argv[1:] if arguments is None else arguments)))
+
+
+def run(arguments: list[str]) -> int:
+    """Run the command line and return its exit status."""
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    try:
+        status = cli.main(arguments, prog_name="chainlora", standalone_mode=False)
+        return status if isinstance(status, int) else 0
+    except click.UsageError as error:
+        error.show()
+        return 2
+    except click.ClickException as error:
+        return _fail(error.format_message(), debug)
+    except (KeyboardInterrupt, click.exceptions.Abort):  # click makes the one the other
+        click.echo("chainlora: interrupted; a run goes on with train --resume", err=True)
+        return 130
+    except BrokenPipeError:  # the reader of our output went away: chainlora tasks | head -1
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except ChainLoRAError as error:
+        return _fail(str(error), debug)
+    except Exception as error:
+        what = f"unexpected {type(error).__name__}: {_one_line(error)}"
+        return _fail(f"{what} (run with --debug for the traceback)", debug)
+
+
+def _fail(message: str, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    click.echo(f"chainlora: error: {' '.join(message.splitlines())}", err=True)
+    return 1
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:400]
+
+
+@click.group(context_settings=_HELP)
+@click.version_option(__version__, prog_name="chainlora")
+@click.option("--debug", is_flag=True, help="Show tracebacks and debug logs (may stand anywhere).")
+def cli(debug: bool) -> None:
+    """Chain of LoRA fine-tuning (arXiv 2401.04151): tune a LoRA, tie a knot, extend the chain."""
+
+
+_json = click.option(
+    "--json", "as_json", is_flag=True, help="Print exactly one JSON object on stdout."
+)
+
+
+def _print_json(value: Any) -> None:
+    click.echo(json.dumps(value, ensure_ascii=False))
+
+
+@cli.command(context_settings=_HELP)
+@click.option("--output", default="demo-run", show_default=True, help="Run directory to write.")
+@_json
+def demo(output: str, as_json: bool) -> None:
+    """Fine-tune SmolLM2-135M to name the topic of BBC headlines by a chain of LoRA, and show what
+    each link brought."""
+    quiet()
+    from chainlora.cli.demo import run_demo
+    from chainlora.cli.progress import progress_listener
+
+    with progress_listener() as listener:
+        result = run_demo(
+            output, echo=_to_stderr if as_json else click.echo, listener_for=lambda: listener
+        )
+    if as_json:
+        _print_json(result)
+
+
+def _to_stderr(text: str = "") -> None:
+    click.echo(text, err=True)
+
+
+@cli.command(context_settings=_HELP | {"ignore_unknown_options": True})
+@click.argument(
+    "arguments", metavar="CONFIG [--KEY.SUB VALUE]...", nargs=-1, type=click.UNPROCESSED
+)
+@click.option(
+    "--resume", is_flag=True, help="Go on with a run that was stopped or killed, to the same bits."
+)
+@_json
+def train(arguments: tuple[str, ...], resume: bool, as_json: bool) -> None:
+    """Fine-tune by a chain of LoRA as CONFIG (YAML) says.
+
+    Any key of the config can be set on the command line: --train.lr 5e-4 --chain.ranks "[8, 8]"
+    --output runs/a
+    """
+    from chainlora.config.loading import load_config
+
+    settings = load_config(*file_and_overrides(list(arguments)))
+    if settings.output is None:
+        raise ConfigError(
+            "`output` must name a directory for the run (got none); add it to the config or pass "
+            "--output"
+        )
+    quiet()
+    from chainlora.cli.progress import progress_listener
+    from chainlora.runs.inspection import read_records
+    from chainlora.runs.plots import plot_training
+    from chainlora.training.loop import train as run_training
+
+    with progress_listener() as listener:
+        result = run_training(settings, resume=resume, listener=listener)
+    output = Path(settings.output)
+    if records := read_records(
+        output / "metrics.jsonl"
+    ):  # none where nothing is trained and nothing held out
+        plot_training(records, output / "training.png")
+    if as_json:
+        _print_json(result)
+    else:
+        _show_result(result, output)
+
+
+def _show_result(result: dict[str, Any], output: Path) -> None:
+    from chainlora.cli.progress import show_links
+
+    show_links(output)
+    for split, metrics in result["metrics"].items():
+        click.echo(
+            f"{split}: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+        )
+    click.echo(
+        f"{result['steps']} steps, {result['tokens']} tokens, {result['wall_s']:.0f} s, peak "
+        "memory "
+        f"{result['peak_memory_mb']} MiB; run directory {output}"
+    )
+
+
+@cli.command(name="eval", context_settings=_HELP)
+@click.argument("run_or_model")
+@click.option("--task", required=True, help="Task name (see `chainlora tasks`) or a task file.")
+@click.option(
+    "--data", default=None, help="Folder with the task's rows, or one file; else from the Hub."
+)
+@click.option("--split", default="validation", show_default=True)
+@click.option(
+    "--limit",
+    type=click.IntRange(min=1),
+    default=None,
+    help="Only the first N rows, in file order.",
+)
+@click.option(
+    "--links", type=click.IntRange(min=0), default=None, help="The chain as it was after K links."
+)
+@click.option(
+    "--dtype", type=click.Choice(["float32", "bfloat16"]), help="Default: the run's, or float32."
+)
+@click.option(
+    "--predictions",
+    type=click.Path(dir_okay=False),
+    default=None,
+    help="Write one JSON line a row.",
+)
+@_json
+def evaluate(
+    run_or_model: str,
+    task: str,
+    data: str | None,
+    split: str,
+    limit: int | None,
+    links: int | None,
+    dtype: str | None,
+    predictions: str | None,
+    as_json: bool,
+) -> None:
+    """Score a run or a model on a task."""
+    from chainlora.data.tasks import load_task
+
+    chosen = load_task(task)
+    if (Path(run_or_model) / "links").is_dir():
+        _need_run(run_or_model)
+    elif links is not None:
+        raise RunError(
+            f"--links needs a run directory (got {run_or_model}, which is none); leave --links out"
+        )
+    quiet()
+    from chainlora.cli.progress import evaluation_progress
+    from chainlora.evaluation.scoring import evaluate_task
+
+    with evaluation_progress() as progress:
+        result = evaluate_task(
+            run_or_model,
+            chosen,
+            data=data,
+            split=split,
+            limit=limit,
+            num_links=links,
+            dtype=dtype,
+            predictions=predictions,
+            progress=progress,
+        )
+    if as_json:
+        _print_json(result)
+    else:
+        shown = ", ".join(f"{name} {value:.4f}" for name, value in result["metrics"].items())
+        click.echo(f"{result['task']} {result['split']}: {shown} ({result['rows']} rows)")
+
+
+@cli.command(context_settings=_HELP)
+@click.argument("run", type=click.Path())
+@_json
+def inspect(run: str, as_json: bool) -> None:
+    """Show what each link of RUN brought, and write chain.png beside it."""
+    _need_run(run)
+    quiet()
+    from chainlora.cli.progress import show_inspection
+    from chainlora.runs.inspection import inspect_run
+    from chainlora.runs.plots import plot_chain
+
+    found = inspect_run(run)
+    if found["links"]:
+        plot_chain(found, Path(run) / "chain.png")
+    if as_json:
+        _print_json(found)
+    else:
+        show_inspection(found)
+
+
+def _need_run(run: str) -> None:
+    """Refuse what is no run directory before anything heavy is imported."""
+    folder = Path(run)
+    if (folder / "chain.json").is_file():
+        return
+    if (folder / "links").is_dir():
+        raise RunError(
+            f"a run directory must hold chain.json (got none in {run}); the run directory is "
+            "half there: "
+            "copy it whole, or train anew"
+        )
+    what = "holds no chain.json" if folder.exists() else "does not exist"
+    raise RunError(
+        f"RUN must be a run directory (got {run}, which {what}); it is the `output` of chainlora "
+        "train"
+    )
+
+
+@cli.command(context_settings=_HELP)
+@click.argument("run", type=click.Path())
+@click.option(
+    "--to",
+    "target",
+    type=click.Choice(["merged", "adapter"]),
+    required=True,
+    help="A transformers checkpoint, or one PEFT adapter.",
+)
+@click.option("--output", required=True, type=click.Path(), help="New directory to write.")
+@click.option("--rank", type=int, default=None, help="Compress the adapter to this rank.")
+@click.option(
+    "--tolerance", type=float, default=None, help="Compress the adapter to this relative error."
+)
+@click.option(
+    "--links", type=click.IntRange(min=0), default=None, help="The chain as it was after K links."
+)
+@_json
+def export(
+    run: str,
+    target: str,
+    output: str,
+    rank: int | None,
+    tolerance: float | None,
+    links: int | None,
+    as_json: bool,
+) -> None:
+    """Turn RUN into a merged checkpoint or one PEFT adapter (exact, rank Σr, or compressed)."""
+    _need_run(run)
+    if target == "merged" and (rank is not None or tolerance is not None):
+        raise click.UsageError(
+            "--rank and --tolerance compress an adapter; use them with --to adapter"
+        )
+    quiet()
+    from chainlora.runs.export import export_adapter, export_merged
+
+    if target == "merged":
+        done = export_merged(run, output, num_links=links)
+    else:
+        done = export_adapter(run, output, rank=rank, tolerance=tolerance, num_links=links)
+    if as_json:
+        _print_json(done)
+        return
+    if target == "adapter":
+        kind = "exact" if done["exact"] else f"relative error {done['error']:.3e}"
+        click.echo(
+            f"adapter of rank {done['rank']} ({kind}) from {done['links']} link(s) in {output}"
+        )
+    else:
+        click.echo(f"merged checkpoint ({done['dtype']}) of {done['links']} link(s) in {output}")
+
+
+@cli.command(context_settings=_HELP)
+@click.argument("name", required=False)
+@_json
+def tasks(name: str | None, as_json: bool) -> None:
+    """List the tasks, or show one with its prompt, labels and source."""
+    from chainlora.data.tasks import list_tasks, load_task
+
+    if name is not None:
+        task = load_task(name)
+        if as_json:
+            _print_json(task.model_dump(mode="json"))
+        else:
+            click.echo(_task_text(task))
+        return
+    found = [load_task(each) for each in list_tasks()]
+    if as_json:
+        _print_json(
+            {
+                "tasks": [
+                    {"name": t.name, "description": t.description, "metric": t.metric}
+                    for t in found
+                ]
+            }
+        )
+    else:
+        width = max(len(t.name) for t in found)
+        for t in found:
+            click.echo(f"{t.name:<{width}}  {t.metric:<9} {t.description}")
+
+
+def _task_text(task: Any) -> str:
+    import yaml
+
+    shown = task.model_dump(mode="json", by_alias=True, exclude_defaults=True)
+    return yaml.safe_dump(shown, sort_keys=False, allow_unicode=True).rstrip()
+
+
+cli.add_command(experiment)
+cli.add_command(compare)

@@ -1,0 +1,2 @@
+"""What a run is: every key with its default, and how a file becomes a checked config. Imports no
+tensor library."""

@@ -1,0 +1,328 @@
+"""What a run is: every key a config file or a keyword can set, with its default and its reason.
+
+A config is frozen, refuses keys it does not know, and is complete once loaded: `None` means off. It
+imports no tensor library, so that the command line can check a file in milliseconds.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from chainlora.config.messages import problems
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False
+    )
+
+
+_Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+class LinkConfig(_Frozen):
+    """One LoRA of the chain.
+
+    The update is ``scaling · B · A`` with ``A`` (rank × in) and ``B`` (out × rank); ``scaling =
+    alpha / rank``, or ``alpha / √rank`` with `rslora` (arXiv 2312.03732).
+    """
+
+    rank: int = Field(8, ge=1)
+    alpha: float = Field(16.0, gt=0)
+    rslora: bool = False
+    dropout: float = Field(0.0, ge=0, lt=1)
+    init: Literal["gaussian", "kaiming", "gradient", "pissa"] = "kaiming"
+    lora_bias: bool = False
+    dora: bool = False
+    target_modules: tuple[str, ...] | str = ("q_proj", "v_proj")
+    exclude_modules: tuple[str, ...] | str | None = None
+    extra_modules: tuple[str, ...] = ()
+    train_factors: Literal["both", "A", "B"] = "both"
+
+    @property
+    def scaling(self) -> float:
+        """Factor in front of B·A."""
+        return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
+
+    @model_validator(mode="after")
+    def _check(self) -> LinkConfig:
+        if not self.target_modules:
+            raise ValueError(
+                "`target_modules` must name at least one module (got none); use e.g. all-linear"
+            )
+        for key in ("target_modules", "exclude_modules"):
+            _check_pattern(key, getattr(self, key))
+        if self.init == "pissa" and self.train_factors != "both":
+            raise ValueError(
+                "`init: pissa` trains both factors (got train_factors: "
+                f"{self.train_factors}); use init: kaiming or train_factors: both"
+            )
+        if self.init == "gradient" and self.train_factors == "A":
+            raise ValueError(
+                "`init: gradient` points A along the gradient and trains B (got train_factors: A); "
+                "use train_factors: both or B"
+            )
+        if self.dora and self.lora_bias:
+            raise ValueError(
+                "`dora` knows no LoRA bias (got lora_bias: true); set one of them to false"
+            )
+        if self.dora and (self.init == "pissa" or self.train_factors != "both"):
+            raise ValueError(
+                "`dora` works with init gaussian or kaiming and train_factors: both "
+                f"(got {self.init}, {self.train_factors})"
+            )
+        return self
+
+
+def _check_pattern(key: str, modules: tuple[str, ...] | str | None) -> None:
+    """Refuse an empty name, which is the end of every path, and text that is no regular
+    expression."""
+    if isinstance(modules, tuple) and "" in modules:
+        raise ValueError(f"`{key}` must hold names (got an empty one); remove it")
+    try:
+        re.compile(modules if isinstance(modules, str) else "")
+    except re.error as error:
+        raise ValueError(
+            f"`{key}` must be a list of names, all-linear or a regular expression (got "
+            f"{modules!r}: "
+            f"{error}); give a list such as [q_proj, v_proj]"
+        ) from None
+
+
+class ChainConfig(_Frozen):
+    """The chain: how long, how wide, how long each link is tuned.
+
+    `ranks` is chain length and rank step-down in one; an empty list trains nothing (zero-shot).
+    When the ranks differ and `alpha` is one number, `alpha_policy` decides: ``proportional`` keeps
+    the *scaling* of the first link (alpha_k = alpha · rank_k / rank_0, so one learning rate serves
+    every link), ``fixed`` keeps *alpha* (scaling grows as the rank drops).
+    """
+
+    ranks: tuple[int, ...] = (8, 8)
+    alpha: float | tuple[float, ...] = 16.0
+    alpha_policy: Literal["proportional", "fixed"] = "proportional"
+    rslora: bool = False
+    dropout: float = Field(0.0, ge=0, lt=1)
+    init: Literal["gaussian", "kaiming", "gradient", "pissa"] = "kaiming"
+    init_batches: int = Field(4, ge=1, description="batches the gradient start looks at")
+    lora_bias: bool = False
+    dora: bool = False
+    target_modules: tuple[str, ...] | str = "all-linear"
+    exclude_modules: tuple[str, ...] | str | None = None
+    extra_modules: tuple[str, ...] = ()
+    train_factors: Literal["both", "A", "B"] = "both"
+    epochs: tuple[float, ...] | None = None
+    steps: tuple[int, ...] | None = None
+    hold: Literal["tied", "carried"] = "tied"
+    tune: Literal["lora", "full"] = "lora"
+
+    @field_validator("ranks")
+    @classmethod
+    def _ranks(cls, ranks: tuple[int, ...]) -> tuple[int, ...]:
+        for position, rank in enumerate(ranks):
+            if rank < 1:
+                raise ValueError(
+                    f"`ranks` must be positive integers (got {rank} at position {position})"
+                )
+        return ranks
+
+    @model_validator(mode="after")
+    def _check(self) -> ChainConfig:
+        if self.epochs is not None and self.steps is not None:
+            raise ValueError("give `epochs` or `steps`, not both (got both); set one to null")
+        for key in ("epochs", "steps"):
+            lengths = getattr(self, key)
+            if lengths is None:
+                continue
+            if len(lengths) != len(self.ranks):
+                raise ValueError(
+                    f"`ranks` and `{key}` must be of one length "
+                    f"(got {len(self.ranks)} and {len(lengths)}); give one entry a link"
+                )
+            if any(length <= 0 for length in lengths):
+                raise ValueError(f"`{key}` must be positive (got {list(lengths)})")
+        if isinstance(self.alpha, tuple) and len(self.alpha) != len(self.ranks):
+            raise ValueError(
+                f"`alpha` must be one number or one a link (got {len(self.alpha)} for "
+                f"{len(self.ranks)} ranks)"
+            )
+        if self.dora and self.hold == "carried":
+            raise ValueError(
+                "`dora` cannot be carried (its update is not low-rank; got hold: carried); use "
+                "hold: tied"
+            )
+        if self.init == "pissa" and self.hold == "carried":
+            raise ValueError(
+                "`init: pissa` takes its start out of the base (got hold: carried); use hold: tied"
+            )
+        try:
+            self.links()
+        except ValidationError as error:  # here, and not when the link begins
+            raise ValueError(problems(error, LinkConfig)) from None
+        return self
+
+    def links(self) -> list[LinkConfig]:
+        """Return one `LinkConfig` a link, scaling policy applied."""
+        shared = {
+            key: getattr(self, key)
+            for key in LinkConfig.model_fields
+            if key not in ("rank", "alpha")
+        }
+        return [
+            LinkConfig(rank=rank, alpha=self._alpha(k, rank), **shared)
+            for k, rank in enumerate(self.ranks)
+        ]
+
+    def _alpha(self, index: int, rank: int) -> float:
+        if isinstance(self.alpha, tuple):
+            return self.alpha[index]
+        if self.alpha_policy == "fixed":
+            return self.alpha
+        ratio = rank / self.ranks[0]
+        return self.alpha * (ratio**0.5 if self.rslora else ratio)
+
+
+class DataConfig(_Frozen):
+    """Where the rows come from: a task by name or file, or the user's own files."""
+
+    task: str | None = None
+    dir: str | None = None
+    train: str | None = None
+    validation: str | None = None
+    test: str | None = None
+    format: Literal["auto", "completion", "chat", "text"] = "auto"
+    num_train: int | None = Field(None, ge=1)
+    num_validation: int | None = Field(None, ge=1)
+    num_test: int | None = Field(None, ge=1)
+    data_seed: int = 0
+    sampling: Literal["protocol", "saner"] = "protocol"
+    max_length: int | None = Field(None, ge=2, description="tokens; None is the model's context")
+    truncation: Literal["error", "left"] | None = Field(
+        None, description="None: the task's own, error for files"
+    )
+    shots: int = Field(0, ge=0, description="demonstrations before each prompt (in-context)")
+
+    @model_validator(mode="after")
+    def _check(self) -> DataConfig:
+        if self.task is None and self.train is None and self.dir is None:
+            raise ValueError(
+                "`data` must name a `task` or a `train` file (got neither); e.g. data: {train: "
+                "my.jsonl}"
+            )
+        if self.shots and self.task is None:
+            raise ValueError(
+                f"`data.shots` are demonstrations of a task (got {self.shots} for files without "
+                "one); "
+                "name a task, or leave it out"
+            )
+        if self.task is not None and self.train is not None and self.dir is not None:
+            raise ValueError("`data.dir` and `data.train` exclude each other (got both); keep one")
+        if self.task is not None and self.train is None and (self.validation or self.test):
+            raise ValueError(
+                "`data.validation` and `data.test` go with data.train (got a task whose rows are "
+                "drawn); "
+                "give data.train beside them, or leave them out"
+            )
+        return self
+
+
+class TrainConfig(_Frozen):
+    """How a link is tuned. Defaults follow the paper where it speaks (AdamW, linear decay, batch
+    8)."""
+
+    lr: float = Field(1e-3, gt=0)
+    lora_plus_ratio: float = Field(
+        1.0, gt=0, description="learning rate of B over that of A (arXiv 2402.12354)"
+    )
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    restart_schedule: bool = False
+    warmup_steps: int = Field(0, ge=0)
+    restart_warmup_steps: int | None = Field(
+        None,
+        ge=0,
+        description="warm-up of later links; None: warmup_steps if the schedule restarts, else 0",
+    )
+    batch_size: int = Field(8, ge=1)
+    gradient_accumulation: int = Field(1, ge=1)
+    group_by_length: bool = False
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    seed: int = Field(
+        0, ge=0, lt=2**32, description="a step's generator is seeded with seed · 2³² + step"
+    )
+    weight_decay: float = Field(0.0, ge=0)
+    betas: tuple[_Beta, _Beta] = (0.9, 0.999)
+    eps: float = Field(1e-8, gt=0)
+    max_grad_norm: float | None = Field(1.0, gt=0)
+    optimizer_reset: Literal["full", "prune"] = "full"
+    prune_fraction: float = Field(
+        0.99, ge=0, le=1, description="of the moments, by size (arXiv 2307.05695)"
+    )
+    eval_every: int | None = Field(None, ge=1, description="steps; None: at knots only")
+    eval_at_knots: bool = Field(True, description="and at the start; the end is always evaluated")
+    select_metric: str | None = Field(
+        None, description="metric that picks the best point; None: the task's own"
+    )
+    keep_best: bool = False
+    early_stop: int | None = Field(None, ge=1, description="evaluations without improvement")
+    save_every: int | None = Field(
+        100, ge=1, description="steps between checkpoints; None: at knots only"
+    )
+    gradient_checkpointing: bool = False
+    speedups: Literal["auto", "off"] = "auto"
+    trackers: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _check(self) -> TrainConfig:
+        if self.optimizer_reset == "prune" and self.prune_fraction == 0:
+            raise ValueError("`optimizer_reset: prune` needs prune_fraction above 0 (got 0)")
+        if not self.eval_at_knots and (self.keep_best or self.early_stop):
+            raise ValueError(
+                "`keep_best` and `early_stop` compare the knots (got eval_at_knots: false); "
+                "leave it true"
+            )
+        return self
+
+
+class RunConfig(_Frozen):
+    """One run: model, data, chain, training, output."""
+
+    model: str
+    data: DataConfig
+    chain: ChainConfig = ChainConfig()
+    train: TrainConfig = TrainConfig()
+    output: str | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> RunConfig:
+        chain, train = self.chain, self.train
+        if chain.ranks and chain.epochs is None and chain.steps is None:
+            raise ValueError(
+                "`chain` must say how long each link is tuned (got neither epochs nor steps); "
+                f"e.g. epochs: {[1] * len(chain.ranks)}"
+            )
+        if train.optimizer_reset == "prune" and len(set(chain.ranks)) > 1:
+            raise ValueError(
+                "`optimizer_reset: prune` keeps moments over a knot, so all ranks must be equal "
+                f"(got {list(chain.ranks)}); use optimizer_reset: full"
+            )
+        if chain.tune == "full" and train.dtype != "float32":
+            raise ValueError(
+                "`tune: full` needs dtype: float32 (got bfloat16, whose weights lose small "
+                "updates); "
+                "set train.dtype"
+            )
+        if chain.tune == "full" and train.keep_best:
+            raise ValueError(
+                "`tune: full` keeps no best point, every weight would be one more copy of the "
+                "model (got "
+                "keep_best: true); leave it out, or use early_stop"
+            )
+        sampled = self.data.task is not None and self.data.train is None
+        if (train.early_stop or train.keep_best) and not (self.data.validation or sampled):
+            raise ValueError(
+                "`early_stop` and `keep_best` need validation rows (got none); give data.validation"
+            )
+        return self

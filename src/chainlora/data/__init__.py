@@ -1,0 +1,1 @@
+"""From rows in files or on the Hub to tokens and targets."""

@@ -1,0 +1,24 @@
+"""One row as tokens: what is read and what is scored."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+Spans = tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One row, tokenised.
+
+    `sequences` holds the full token sequences: one per candidate, or a single one for
+    language-model rows. `scored` holds, per sequence, the spans ``[start, end)`` of tokens that are
+    targets, ``start >= 1``.
+    """
+
+    row: int
+    sequences: tuple[tuple[int, ...], ...]
+    scored: tuple[Spans, ...]
+    label: int | None = None
+    prompt: tuple[int, ...] = ()
+    references: tuple[str, ...] = ()

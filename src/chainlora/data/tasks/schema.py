@@ -1,0 +1,311 @@
+"""What a task file may say, and how one is found by name or path."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import jinja2
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from chainlora.config.loading import parse_yaml
+from chainlora.config.messages import problems
+from chainlora.data.tasks.rendering import Rendered, check_expression, check_template, render
+from chainlora.errors import ConfigError, nearest
+
+Metric = Literal["accuracy", "f1", "em", "token_f1", "loss"]
+WORD_METRICS = ("em", "token_f1")
+"""Metrics of answers in words; of one answer both are reported."""
+REPORTED_OF_TEXT = ("loss", "perplexity")
+"""What an evaluation reports of rows that have neither candidates nor gold answers."""
+_TEMPLATES = ("prompt", "completion", "candidate")
+_EXPRESSIONS = ("label", "candidates", "references")
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class HubSource(_Frozen):
+    """Where the rows are on the Hub."""
+
+    path: str
+    name: str | None = Field(default=None, description="configuration")
+    folder: str | None = Field(
+        default=None, description="folder of the configuration on converted Parquet"
+    )
+    revision: str | None = Field(
+        default=None, description="refs/convert/parquet where main is a script"
+    )
+    splits: dict[str, str] = Field(
+        default={}, description="names that differ from train, validation, test"
+    )
+
+
+class Draw(_Frozen):
+    """How many rows a sample takes, and of which split."""
+
+    of: str
+    rows: int = Field(ge=1)
+    saner: int | None = Field(default=None, ge=1, description="rows where `rows` starves training")
+
+    def count(self, sampling: str) -> int:
+        """Return the rows to take under a sampling rule."""
+        return self.saner if sampling == "saner" and self.saner is not None else self.rows
+
+
+class Sampling(_Frozen):
+    """The MeZO protocol unless a task says otherwise."""
+
+    train: Draw = Draw(of="train", rows=1000)
+    validation: Draw = Draw(of="train", rows=500)
+    test: Draw = Draw(of="validation", rows=1000)
+    without_train: str | None = Field(
+        default=None, description="split that stands in for a missing train"
+    )
+
+
+class Loop(_Frozen):
+    """One level of nesting: bind each item of `list` to the name `as`."""
+
+    list: str
+    bind: str = Field(alias="as")
+
+
+class Explode(_Frozen):
+    """Nested rows to flat ones; rows without `when` are flat already and pass as they are."""
+
+    when: str
+    each: tuple[Loop, ...] = Field(min_length=1)
+    row: dict[str, str] = Field(min_length=1)
+
+
+class Task(_Frozen):
+    """One task: templates, labels, metric and where its rows are. See docs/tasks.md for the
+    file."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][\w.-]*$")
+    description: str
+    prompt: str
+    labels: tuple[str, ...] | dict[Any, str] | None = None
+    candidates: str | None = None
+    candidate: str = "{{ item }}"
+    label: str = "label"
+    completion: str | None = None
+    references: str | None = None
+    metric: Metric
+    loss: Literal["candidates", "completion"]
+    scoring: Literal["mean", "first_token"] = "mean"
+    truncation: Literal["left", "error"] = "error"
+    add_eos: bool = False
+    stop: str | None = None
+    max_new_tokens: int = Field(default=50, ge=1)
+    separator: str = "\n\n"
+    hub: HubSource | None = None
+    files: dict[str, tuple[str, ...]] = {}
+    sampling: Sampling = Sampling()
+    explode: Explode | None = None
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """The metrics of an evaluation, the task's own first; words are compared both ways."""
+        return (
+            self.metric,
+            *(name for name in WORD_METRICS if self.metric in WORD_METRICS and name != self.metric),
+        )
+
+    @property
+    def reported(self) -> tuple[str, ...]:
+        """Every metric an evaluation reports, the task's own first: a loss wherever answers are
+        scored, not written."""
+        if self.completion is None:
+            return (*self.metrics, "loss")
+        return self.metrics if self.metric in WORD_METRICS else REPORTED_OF_TEXT
+
+    @field_validator("labels", mode="before")
+    @classmethod
+    def _words(cls, labels: Any) -> Any:
+        words = list(labels.values()) if isinstance(labels, Mapping) else labels
+        for word in words if isinstance(words, list | tuple) else ():
+            if isinstance(word, bool):
+                raise ValueError(
+                    f"`labels` must be words (got {word}: YAML reads bare Yes and No so); put "
+                    "quotes around it"
+                )
+        return labels
+
+    @model_validator(mode="after")
+    def _check(self) -> Task:
+        given = [
+            key for key in ("labels", "candidates", "completion") if getattr(self, key) is not None
+        ]
+        if len(given) != 1:
+            raise ValueError(
+                "a task must declare one of `labels`, `candidates`, `completion` "
+                f"(got {' and '.join(given) or 'none'})"
+            )
+        if self.completion is not None and (
+            self.loss == "candidates" or self.metric in ("accuracy", "f1")
+        ):
+            raise ValueError(
+                "a `completion` gives loss: completion and metric em, token_f1 or loss (got "
+                f"loss: {self.loss}, metric: {self.metric})"
+            )
+        if self.labels is not None and len(self.label_words) < 2:
+            raise ValueError(
+                f"`labels` must be at least two different words (got {list(self.label_words)})"
+            )
+        if isinstance(self.labels, tuple) and len(set(self.labels)) < len(self.labels):
+            raise ValueError(f"`labels` must differ from each other (got {list(self.labels)})")
+        if isinstance(self.labels, tuple):
+            self._refuse_words_that_are_positions(self.labels)
+        if self.completion is not None and self.metric in WORD_METRICS and self.references is None:
+            raise ValueError(
+                f"`metric: {self.metric}` compares with `references` (got none); name the field "
+                "of gold answers"
+            )
+        if (
+            self.completion is not None
+            and self.metric in WORD_METRICS
+            and self.stop is None
+            and not self.add_eos
+        ):
+            raise ValueError(
+                f"`metric: {self.metric}` has answers written, which must end somewhere (got "
+                "neither "
+                "`stop` nor `add_eos`); set add_eos: true, or a `stop` that `completion` ends with"
+            )
+        self._check_templates()
+        return self
+
+    @staticmethod
+    def _refuse_words_that_are_positions(words: tuple[str, ...]) -> None:
+        for index, word in enumerate(words):
+            key = _label_key(word.strip())
+            if key != str(index) and key in map(str, range(len(words))):
+                raise ValueError(
+                    f"a list of `labels` is in the order of its positions (got {word!r} at "
+                    "position "
+                    f"{index}, which a row means by {word.strip()} and by {index}); write a "
+                    "mapping from "
+                    "each value of the row's label to its word, e.g. "
+                    f"{{{word.strip().lower()}: {word!r}, …}}"
+                )
+
+    def _check_templates(self) -> None:
+        checks: list[tuple[str, str | None, Callable[[str], None]]] = [
+            *((key, getattr(self, key), check_template) for key in _TEMPLATES),
+            *((key, getattr(self, key), check_expression) for key in _EXPRESSIONS),
+        ]
+        if self.explode is not None:
+            checks += [("explode.when", self.explode.when, check_expression)]
+            checks += [("explode.each", loop.list, check_expression) for loop in self.explode.each]
+            checks += [
+                (f"explode.row.{key}", it, check_expression) for key, it in self.explode.row.items()
+            ]
+        for key, source, check in checks:
+            try:
+                if source is not None:
+                    check(source)
+            except jinja2.TemplateError as error:
+                kind = "template" if check is check_template else "expression"
+                raise ValueError(
+                    f"`{key}` must be a Jinja2 {kind} (got {error} in {source!r})"
+                ) from None
+
+    @cached_property
+    def label_words(self) -> tuple[str, ...]:
+        """Candidate words in order; empty when candidates differ from row to row."""
+        if self.labels is None:
+            return ()
+        return (
+            self.labels
+            if isinstance(self.labels, tuple)
+            else tuple(dict.fromkeys(self.labels.values()))
+        )
+
+    @cached_property
+    def label_values(self) -> tuple[str, ...]:
+        """What a row's label may be, as text for messages."""
+        if isinstance(self.labels, dict):
+            return tuple(str(value) for value in self.labels)
+        return tuple(f"{index} or {word.strip()!r}" for index, word in enumerate(self.label_words))
+
+    @cached_property
+    def _label_lookup(self) -> dict[str, int]:
+        words = self.label_words
+        if isinstance(self.labels, dict):
+            return {_label_key(value): words.index(word) for value, word in self.labels.items()}
+        lookup = {_label_key(word.strip()): index for index, word in enumerate(words)}
+        return lookup | {_label_key(index): index for index in range(len(words))}
+
+    def label_index(self, value: Any) -> int | None:
+        """Return which candidate a row's label value means, or None."""
+        return self._label_lookup.get(_label_key(value))
+
+    def render(self, row: Mapping[str, Any], position: int = 0) -> Rendered:
+        """Render one row. Raises DataError that names the row."""
+        return render(self, row, position)
+
+    def demonstrations(self, rows: Sequence[Mapping[str, Any]]) -> str:
+        """Return solved rows as text to put before a prompt (in-context learning); empty for no
+        rows."""
+        solved = [self.render(row, position) for position, row in enumerate(rows)]
+        return "".join(
+            (shown.prompt + shown.completion).strip() + self.separator for shown in solved
+        )
+
+
+def _label_key(value: Any) -> str:
+    """Make true, "True", 1, "1" and 1.0 one key: JSON, CSV and Parquet write labels differently."""
+    whole = isinstance(value, bool) or (isinstance(value, float) and value.is_integer())
+    text = str(int(value) if whole else value)
+    return {"true": "1", "false": "0"}.get(text.lower(), text)
+
+
+def list_tasks() -> list[str]:
+    """Return the names of the shipped tasks."""
+    return sorted(path.stem for path in Path(__file__).parent.glob("*.yaml"))
+
+
+def load_task(name_or_path: str | Path) -> Task:
+    """Load a shipped task by name, or any task file by path.
+
+    Raises:
+        ConfigError: unknown name (nearest named), unreadable file, unknown key (nearest named),
+        wrong value.
+    """
+    path = Path(name_or_path)
+    if path.suffix.lower() not in (".yaml", ".yml"):
+        if str(name_or_path) not in list_tasks():
+            raise ConfigError(
+                f"task must be a shipped one or a .yaml file (got {str(name_or_path)!r}"
+                f"{nearest(str(name_or_path), list_tasks())})"
+            )
+        path = Path(__file__).parent / f"{name_or_path}.yaml"
+    return _read_task(path)
+
+
+def _read_task(path: Path) -> Task:
+    try:
+        tree = parse_yaml(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(
+            f"task file must be readable (got {path}: {error.strerror}); check it"
+        ) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"{path} line {mark.line + 1}" if mark else str(path)
+        problem = getattr(error, "problem", error)
+        raise ConfigError(f"task file must be YAML (got {problem} in {place})") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(
+            f"task file must hold a mapping of keys (got {type(tree).__name__} in {path})"
+        )
+    try:
+        return Task.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(f"task file {path}: {problems(error, Task)}") from None

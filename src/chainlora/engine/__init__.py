@@ -1,0 +1,1 @@
+"""A batch through a model: hidden states, losses and scores, fast and the same to rounding."""

@@ -1,0 +1,306 @@
+"""From hidden states to scores and losses, without the full logits.
+
+Over a vocabulary of 49k the logits of every position cost a fifth of a training step, and more
+memory than anything else. Here the head is applied only to the rows of a batch whose next token is
+scored, in chunks, and only to label rows of the head where labels are single tokens (the rest of
+the softmax cancels in the loss). Losses are sums, so that a trainer can normalise over accumulated
+batches. All log-probabilities are float32.
+
+The head's weight is used directly where that is what the model computes: a plain, frozen Linear,
+with the softcap or scale that a probe confirms. A head that is trained or LoRA-adapted is called as
+a module, so that it gets its gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from chainlora.engine.bf16_matmul import linear, product, widened
+from chainlora.engine.hidden_states import base_model, causal_model, probing
+from chainlora.engine.packing import PackedBatch
+from chainlora.errors import DataError, ModelError
+
+# Logits held at once: 16 MB in float32. Large enough for matmul, and below the 32 MB from where
+# glibc gives every allocation fresh pages, whose faults cost more than the arithmetic on them.
+CHUNK_ELEMENTS = 2**22
+
+Transform = Callable[[Tensor], Tensor]
+_TRANSFORMS: WeakKeyDictionary[nn.Module, Transform | None] = WeakKeyDictionary()
+
+
+def candidate_scores(model: nn.Module, hidden: Tensor, batch: PackedBatch) -> Tensor:
+    """Return the mean log-probability per token of each sequence [S], float32, over the full
+    vocabulary.
+
+    `hidden` [R, d] is `hidden_states` of the batch.
+    """
+    logprobs = token_logprobs(model, hidden, batch.token_row, batch.token_target)
+    return _mean_by_sequence(logprobs, batch)
+
+
+def candidate_loss(model: nn.Module, hidden: Tensor, batch: PackedBatch) -> Tensor:
+    """Return the sum over examples of the cross-entropy over their candidates' scores (a scalar,
+    float32).
+
+    Where every candidate is one token after the same prompt, scores differ from logits by a
+    constant only, and just those tokens' rows of the head are used.
+
+    Raises:
+        DataError: an example without a right candidate.
+    """
+    if not batch.labelled:
+        raise DataError(
+            "a candidate loss needs a label in every example (got one without); "
+            "use the completion loss"
+        )
+    score = _label_logits if batch.one_position else candidate_scores
+    scores = score(model, hidden, batch)
+    table = scores.new_full((batch.num_examples, batch.max_sequences), float("-inf"))
+    table = table.index_put((batch.sequence_example, batch.sequence_slot), scores)
+    return F.cross_entropy(table, batch.labels, reduction="sum")
+
+
+def completion_loss(model: nn.Module, hidden: Tensor, batch: PackedBatch) -> tuple[Tensor, int]:
+    """Return the summed negative log-likelihood of the scored tokens (a scalar, float32) and their
+    number."""
+    head = _head(model)
+    if logit_transform(model) is None and _is_plain(head) and not head.weight.requires_grad:
+        chunks = _chunks(batch.token_row, batch.token_target, hidden.shape[0], head.weight.shape[0])
+        return _SummedLoss.apply(hidden, head.weight, head.bias, chunks), batch.num_scored_tokens
+    return -token_logprobs(
+        model, hidden, batch.token_row, batch.token_target
+    ).sum(), batch.num_scored_tokens
+
+
+def token_logprobs(
+    model: nn.Module, hidden: Tensor, token_row: Tensor, token_target: Tensor
+) -> Tensor:
+    """Return log p(target | row) [N], float32, for N pairs of a row of `hidden` [R, d] and a token.
+
+    Logits exist for one chunk of rows at a time, in forward and in backward.
+    """
+    head, transform = _head(model), logit_transform(model)
+    chunks = _chunks(token_row, token_target, hidden.shape[0], _vocabulary(model))
+    plain = transform is None and _is_plain(head) and not head.weight.requires_grad
+    weight = widened(head.weight) if plain else None
+    parts = []
+    for chunk, piece in zip(
+        chunks, hidden.split([chunk.last - chunk.first for chunk in chunks]), strict=True
+    ):
+        if weight is not None:
+            part = _TargetLogprobs.apply(piece, weight, head.bias, chunk.rows, chunk.targets)
+        elif torch.is_grad_enabled():
+            part = checkpoint(
+                _module_logprobs,
+                head,
+                transform,
+                piece,
+                chunk.rows,
+                chunk.targets,
+                use_reentrant=False,
+            )
+        else:
+            part = _module_logprobs(head, transform, piece, chunk.rows, chunk.targets)
+        parts.append(part)
+    result = torch.cat(parts)
+    return torch.empty_like(result).index_put(
+        (torch.cat([chunk.tokens for chunk in chunks]),), result
+    )
+
+
+def logit_transform(model: nn.Module) -> Transform | None:
+    """Return what the model does to ``head(hidden)`` to make its logits, None for nothing.
+
+    Softcap (Gemma 2) and the scales of Cohere and Granite are known; which one holds is found by
+    comparing with the model's own logits, once per model.
+
+    Raises:
+        ModelError: the model does something else.
+    """
+    model = causal_model(model)
+    if model not in _TRANSFORMS:
+        _TRANSFORMS[model] = _probe_transform(model)
+    return _TRANSFORMS[model]
+
+
+def _probe_transform(model: nn.Module) -> Transform | None:
+    config: Any = model.config.get_text_config()  # type: ignore[union-attr,operator]
+    device = next(model.parameters()).device
+    ids = torch.arange(1, 5, device=device)[None] % config.vocab_size
+    with probing(model):
+        hidden = base_model(model)(input_ids=ids, use_cache=False).last_hidden_state
+        ours = _head(model)(hidden).float()
+        theirs = model(input_ids=ids, use_cache=False).logits.float()
+    # the same operations on the same numbers; a scale may be applied before or after a two-byte
+    # rounding
+    largest = 1e-5 if hidden.dtype in (torch.float32, torch.float64) else 2e-2
+    for transform in (None, *_known_transforms(config)):
+        logits = ours if transform is None else transform(ours)
+        if logits.shape == theirs.shape and (logits - theirs).norm() <= largest * theirs.norm():
+            return transform
+    raise ModelError(
+        f"logits must be the head of the hidden states, up to a known softcap or scale (got "
+        f"{type(model).__name__}, whose logits are something else); this model is not supported"
+    )
+
+
+def _known_transforms(config: Any) -> list[Transform]:
+    known: list[Transform] = []
+    if cap := getattr(config, "final_logit_softcapping", None):
+        known.append(lambda logits: torch.tanh(logits / cap) * cap)
+    if scale := getattr(config, "logit_scale", None):
+        known.append(lambda logits: logits * scale)
+    if divisor := getattr(config, "logits_scaling", None):
+        known.append(lambda logits: logits / divisor)
+    if multiplier := getattr(config, "lm_head_multiplier", None):
+        known.append(lambda logits: logits * multiplier)
+    return known
+
+
+def _head(model: nn.Module) -> Any:
+    head = causal_model(model).get_output_embeddings()  # type: ignore[operator]
+    if head is None:
+        raise ModelError(
+            f"the model must have a language-model head (got {type(causal_model(model)).__name__})"
+        )
+    return head
+
+
+def _vocabulary(model: nn.Module) -> int:
+    weight = getattr(_head(model), "weight", None)
+    if isinstance(weight, Tensor):
+        return weight.shape[0]
+    config: Any = causal_model(model).config
+    return int(config.get_text_config().vocab_size)
+
+
+def _is_plain(head: nn.Module) -> bool:
+    """Say whether the head is exactly ``x @ W.T + b``: no subclass, no adapter, no hook."""
+    return type(head) is nn.Linear and not (head._forward_hooks or head._forward_pre_hooks)
+
+
+def _mean_by_sequence(logprobs: Tensor, batch: PackedBatch) -> Tensor:
+    totals = logprobs.new_zeros(batch.num_sequences).index_add(0, batch.token_sequence, logprobs)
+    return totals / batch.sequence_length
+
+
+def _label_logits(model: nn.Module, hidden: Tensor, batch: PackedBatch) -> Tensor:
+    """Return the logit [S] of each one-token candidate, float32."""
+    head, transform = _head(model), logit_transform(model)
+    if _is_plain(head) and not head.weight.requires_grad:
+        weight = head.weight[batch.token_target].float()
+        logits = (hidden.float()[batch.token_row] * weight).sum(-1)
+        if head.bias is not None:
+            logits = logits + head.bias[batch.token_target].float()
+        return logits if transform is None else transform(logits)
+    logits = head(hidden)[batch.token_row, batch.token_target].float()
+    return logits if transform is None else transform(logits)
+
+
+class _Chunk(NamedTuple):
+    """Rows [first, last) of the hidden states, and the tokens they predict."""
+
+    first: int
+    last: int
+    tokens: Tensor  # their index among all scored tokens
+    rows: Tensor  # row of each, from `first`
+    targets: Tensor
+
+
+def _chunks(
+    token_row: Tensor, token_target: Tensor, num_rows: int, vocabulary: int
+) -> list[_Chunk]:
+    order = torch.argsort(token_row, stable=True)
+    size = max(CHUNK_ELEMENTS // vocabulary, 1)
+    firsts = list(range(0, num_rows, size))
+    limits = torch.tensor([*firsts, num_rows], device=token_row.device)
+    edges = torch.searchsorted(token_row[order], limits).tolist()
+    chunks = []
+    for i, first in enumerate(firsts):
+        tokens = order[edges[i] : edges[i + 1]]
+        last = min(first + size, num_rows)
+        chunks.append(_Chunk(first, last, tokens, token_row[tokens] - first, token_target[tokens]))
+    return chunks
+
+
+def _module_logprobs(
+    head: nn.Module, transform: Transform | None, hidden: Tensor, rows: Tensor, targets: Tensor
+) -> Tensor:
+    logits = head(hidden).float()
+    if transform is not None:
+        logits = transform(logits)
+    return logits[rows, targets] - torch.logsumexp(logits, dim=-1)[rows]
+
+
+class _TargetLogprobs(torch.autograd.Function):
+    """log softmax(x Wᵀ + b) at (row, target) for a frozen W; backward makes logits again, none is
+    kept."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, targets: Tensor
+    ) -> Tensor:
+        logits = linear(hidden, weight, bias).float()
+        normaliser = torch.logsumexp(logits, dim=-1)
+        ctx.save_for_backward(hidden, weight, bias, rows, targets, normaliser)
+        return logits[rows, targets] - normaliser[rows]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, rows, targets, normaliser = ctx.saved_tensors
+        if not ctx.needs_input_grad[0]:
+            return None, None, None, None, None
+        grad = grads[0]
+        by_row = grad.new_zeros(hidden.shape[0]).index_add_(0, rows, grad)
+        probabilities = linear(hidden, weight, bias).float().sub_(normaliser[:, None]).exp_()
+        grad_logits = probabilities.mul_(-by_row[:, None])
+        grad_logits.index_put_((rows, targets), grad, accumulate=True)
+        return product(grad_logits.to(hidden.dtype), weight), None, None, None, None
+
+
+class _SummedLoss(torch.autograd.Function):
+    """−Σ log softmax(x Wᵀ + b) at the targets, for a frozen W.
+
+    The gradient of a sum is known while its logits are there, so forward makes it too, chunk by
+    chunk: one matmul less than making logits again (as Liger's fused cross-entropy does, arXiv
+    2410.10989).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, chunks: list[_Chunk]
+    ) -> Tensor:
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        ctx.grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        weight = widened(weight)
+        for chunk in chunks:
+            logits = linear(hidden[chunk.first : chunk.last], weight, bias).float()
+            normaliser = torch.logsumexp(logits, dim=-1)
+            total += (normaliser[chunk.rows] - logits[chunk.rows, chunk.targets]).sum()
+            if ctx.grad is None:
+                continue
+            ones = torch.ones_like(chunk.rows, dtype=torch.float32)
+            counts = torch.zeros_like(normaliser).index_add_(0, chunk.rows, ones)
+            grad = logits.sub_(normaliser[:, None]).exp_().mul_(counts[:, None])
+            grad.index_put_((chunk.rows, chunk.targets), -ones, accumulate=True)
+            ctx.grad[chunk.first : chunk.last] = product(grad.to(hidden.dtype), weight)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return (
+            None if ctx.grad is None else ctx.grad * grads[0].to(ctx.grad.dtype),
+            None,
+            None,
+            None,
+        )

@@ -1,0 +1,283 @@
+"""Sequences to one row of tokens: no padding, and every common prefix stored once.
+
+A batch of token sequences is a tree: sequences that begin alike share their beginning. The tree's
+nodes are laid out one after another as *segments* of a single row; a token attends causally inside
+its own segment and wholly to every ancestor segment, so each sequence sees exactly the tokens it
+would see alone. Three savings fall out of it without any knowledge of tasks: no padding; candidates
+of one prompt whose labels are one token have identical inputs, so one pass scores them all; prompts
+on one passage compute the passage once.
+
+Pure: tokens in, index tensors out. The last target of a sequence is never an input, so inputs are
+cut there.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from chainlora.data.examples import Example, Spans
+from chainlora.errors import DataError
+
+# fewest common tokens worth a segment: it costs an attention call, as much as computing a handful
+MIN_SHARED = 8
+
+
+class Segment(NamedTuple):
+    """Tokens ``[start, end)`` of the packed row; `parent` is the segment they continue, or -1."""
+
+    start: int
+    end: int
+    parent: int
+
+
+@dataclass(frozen=True, slots=True)
+class PackedBatch:
+    """Several examples as one row of T tokens without padding; common prefixes are stored once.
+
+    Segments come in depth-first order: a parent before its children, a whole tree contiguous. E
+    examples have S sequences, which have N scored tokens, predicted from R distinct positions.
+    """
+
+    input_ids: Tensor  # [T] int64
+    position_ids: Tensor  # [T] int64, position of each token in its own sequence
+    segments: tuple[Segment, ...]
+    rows: Tensor  # [R] packed positions whose next-token logits are needed, unique, ascending
+    token_row: Tensor  # [N] index into `rows`, per scored token
+    token_target: Tensor  # [N] the token to predict
+    token_sequence: Tensor  # [N] the sequence it belongs to
+    sequence_example: Tensor  # [S] example index
+    sequence_slot: Tensor  # [S] place among the sequences of its example
+    sequence_length: Tensor  # [S] number of scored tokens, float32
+    labels: Tensor  # [E] index of the right candidate, or -1
+    max_sequences: int  # most sequences an example has
+    one_position: bool  # each example's candidates are single tokens predicted from one position
+    labelled: bool  # every example has a right candidate
+    num_input_tokens: int  # tokens the sequences would take one by one (without padding)
+
+    @property
+    def num_tokens(self) -> int:
+        """T, the tokens computed."""
+        return self.input_ids.shape[0]
+
+    @property
+    def num_examples(self) -> int:
+        """E."""
+        return self.labels.shape[0]
+
+    @property
+    def num_sequences(self) -> int:
+        """S."""
+        return self.sequence_example.shape[0]
+
+    @property
+    def num_scored_tokens(self) -> int:
+        """N."""
+        return self.token_row.shape[0]
+
+    @property
+    def longest(self) -> int:
+        """Length of the longest sequence of inputs."""
+        depths: list[int] = []
+        for start, end, parent in self.segments:
+            depths.append(end - start + (depths[parent] if parent >= 0 else 0))
+        return max(depths, default=0)
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> PackedBatch:
+        """Return the batch with its tensors on `device`."""
+        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        for name, value in values.items():
+            if isinstance(value, Tensor):
+                values[name] = value.to(device, non_blocking=non_blocking)
+        return PackedBatch(**values)
+
+
+def pack(
+    examples: Sequence[Example], *, share_prefixes: bool = True, min_shared: int = MIN_SHARED
+) -> PackedBatch:
+    """Lay the sequences of `examples` out as one row.
+
+    Args:
+        examples: what to pack; order is kept in every per-example and per-sequence tensor.
+        share_prefixes: store common prefixes once, else every sequence is its own segment.
+        min_shared: fewest common tokens that make a segment of their own. A sequence that is a
+        prefix of another
+            is always stored inside it, as that costs nothing.
+
+    Raises:
+        DataError: no example, a sequence without a scored token, or a span outside its sequence.
+    """
+    if not examples:
+        raise DataError("a batch must hold at least one example (got none)")
+    inputs = [sequence for example in examples for sequence in input_sequences(example)]
+    tree = _Tree(inputs, share_prefixes, min_shared)
+    starts: list[list[tuple[int, int]]] = []
+    positions: list[list[int]] = []  # per sequence: packed position that predicts each scored token
+    targets: list[list[int]] = []
+    for example, spans, tokens in _sequences(examples):
+        where = tree.chains[len(starts)]
+        starts.append(where)
+        scored = [p for start, end in spans for p in range(start, end)]
+        _check(example, scored, tokens)
+        positions.append([_place(where, p - 1) for p in scored])
+        targets.append([tokens[p] for p in scored])
+    rows = sorted({p for per_sequence in positions for p in per_sequence})
+    row_of = {position: row for row, position in enumerate(rows)}
+    counts = [len(example.sequences) for example in examples]
+    lengths = [len(per_sequence) for per_sequence in positions]
+    return PackedBatch(
+        input_ids=torch.tensor(tree.tokens),
+        position_ids=torch.tensor(tree.positions),
+        segments=tuple(tree.segments),
+        rows=torch.tensor(rows),
+        token_row=torch.tensor([row_of[p] for per_sequence in positions for p in per_sequence]),
+        token_target=torch.tensor([t for per_sequence in targets for t in per_sequence]),
+        token_sequence=torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)),
+        sequence_example=torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts)),
+        sequence_slot=torch.tensor([slot for count in counts for slot in range(count)]),
+        sequence_length=torch.tensor(lengths, dtype=torch.float32),
+        labels=torch.tensor(
+            [-1 if example.label is None else example.label for example in examples]
+        ),
+        max_sequences=max(counts),
+        one_position=_one_position(counts, positions),
+        labelled=all(example.label is not None for example in examples),
+        num_input_tokens=sum(map(len, inputs)),
+    )
+
+
+def input_sequences(example: Example) -> Iterator[tuple[int, ...]]:
+    """Yield the tokens of each sequence that must be read: all before its last target."""
+    for tokens, spans in zip(example.sequences, example.scored, strict=True):
+        yield tokens[: max(max((end for _, end in spans), default=1) - 1, 0)]
+
+
+def fresh_tokens(inputs: Sequence[tuple[int, ...]], last: tuple[int, ...] = ()) -> tuple[int, int]:
+    """Return how many tokens sorted `inputs` add after `last` in a pack, and how many the first
+    shares with it.
+
+    An upper bound of what `pack` stores: each sequence is compared with the one before it.
+    """
+    fresh, first = 0, 0
+    for place, sequence in enumerate(inputs):
+        common = _common_prefix(last, sequence)
+        stored = common if common >= min(MIN_SHARED, len(sequence)) else 0
+        first = stored if place == 0 else first
+        fresh += len(sequence) - stored
+        last = sequence
+    return fresh, first
+
+
+def _sequences(examples: Sequence[Example]) -> Iterator[tuple[Example, Spans, tuple[int, ...]]]:
+    for example in examples:
+        for tokens, spans in zip(example.sequences, example.scored, strict=True):
+            yield example, spans, tokens
+
+
+def _check(example: Example, scored: list[int], tokens: tuple[int, ...]) -> None:
+    if not scored:
+        raise DataError(
+            f"every sequence must have a scored token (got none in row {example.row}); drop the row"
+        )
+    if min(scored) < 1 or max(scored) >= len(tokens):
+        raise DataError(
+            f"scored spans must lie in [1, {len(tokens)}) (got {min(scored)} to {max(scored)} "
+            f"in row {example.row})"
+        )
+
+
+def _one_position(counts: list[int], positions: list[list[int]]) -> bool:
+    first = 0
+    for count in counts:
+        mine = positions[first : first + count]
+        if any(len(p) != 1 or p != mine[0] for p in mine):
+            return False
+        first += count
+    return True
+
+
+def _place(chain: list[tuple[int, int]], position: int) -> int:
+    """Return the packed place of a token; `chain` has ``(first position, packed start)`` by
+    segment."""
+    first, start = chain[bisect_right(chain, position, key=lambda link: link[0]) - 1]
+    return start + position - first
+
+
+class _Tree:
+    """The prefix tree of `inputs`, laid out depth first.
+
+    Sorted sequences put common prefixes side by side: the common prefix of a run is that of its
+    first and last member, and a sequence that is a prefix of any other is one of its successor.
+    """
+
+    def __init__(self, inputs: Sequence[tuple[int, ...]], share: bool, min_shared: int) -> None:
+        self.tokens: list[int] = []
+        self.positions: list[int] = []
+        self.segments: list[Segment] = []
+        self.chains: list[list[tuple[int, int]]] = [[] for _ in inputs]
+        if not share:
+            for index, sequence in enumerate(inputs):
+                self.chains[index] = self._add(sequence, 0, -1, [])
+            return
+        order = sorted(range(len(inputs)), key=lambda i: inputs[i])
+        leaves: list[int] = []
+        leaf_of: dict[int, int] = {}
+        for place, index in reversed(list(enumerate(order))):
+            nxt = order[place + 1] if place + 1 < len(order) else None
+            inside = nxt is not None and inputs[nxt][: len(inputs[index])] == inputs[index]
+            leaf_of[index] = leaf_of[nxt] if inside and nxt is not None else index
+            if not inside:
+                leaves.append(index)
+        leaves.reverse()
+        self._branch([inputs[i] for i in leaves], leaves, max(min_shared, 1))
+        for index, leaf in leaf_of.items():
+            self.chains[index] = self.chains[leaf]
+
+    def _branch(self, sequences: list[tuple[int, ...]], owners: list[int], min_shared: int) -> None:
+        """Lay out sorted `sequences`, none of which is a prefix of another."""
+        todo: list[tuple[int, int, int, int, list[tuple[int, int]]]] = [
+            (0, len(sequences), 0, -1, [])
+        ]
+        while todo:  # a stack: depth first, and no recursion limit
+            low, high, depth, parent, chain = todo.pop()
+            if high - low == 1:
+                self.chains[owners[low]] = self._add(sequences[low], depth, parent, chain)
+                continue
+            common = _common_prefix(sequences[low], sequences[high - 1], depth)
+            if common - depth >= min_shared:
+                chain = self._add(sequences[low][:common], depth, parent, chain)
+                depth, parent = common, len(self.segments) - 1
+            runs = []
+            first = low
+            for i in range(low + 1, high + 1):
+                if i == high or sequences[i][common] != sequences[first][common]:
+                    runs.append((first, i, depth, parent, chain))
+                    first = i
+            todo.extend(reversed(runs))
+
+    def _add(
+        self, sequence: tuple[int, ...], depth: int, parent: int, chain: list[tuple[int, int]]
+    ) -> list[tuple[int, int]]:
+        start = len(self.tokens)
+        self.tokens.extend(sequence[depth:])
+        self.positions.extend(range(depth, len(sequence)))
+        self.segments.append(Segment(start, len(self.tokens), parent))
+        return [*chain, (depth, start)]
+
+
+def _common_prefix(a: tuple[int, ...], b: tuple[int, ...], known: int = 0) -> int:
+    """Return the length of the common prefix, `known` at least, by bisection over slices (compared
+    at C speed)."""
+    low, high = known, min(len(a), len(b))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if a[low:middle] == b[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low

@@ -1,0 +1,188 @@
+"""Sequences side by side on the cores of a CPU, instead of the cores side by side on every matmul.
+
+Cores that share each matmul of a small model wait for one another between any two: on two cores a
+step of a 135M Llama keeps 1.6 of them busy. A *lane* is a thread with its share of the cores; it
+takes whole sequences through forward and backward alone, a *piece* of the batch at a time.
+Gradients are summed in the order of the pieces, so the same run gives the same bits, whichever lane
+ends first.
+
+One lane, which is no lane at all, remains wherever that could be wrong or not pay (`why_one_lane`,
+`split`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from chainlora.data.examples import Example
+from chainlora.engine.hidden_states import Path, causal_model
+from chainlora.engine.packing import fresh_tokens, input_sequences
+
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
+_Inputs = list[tuple[int, ...]]
+
+# Between operations Python runs one lane at a time: many lanes would wait for that. Two were
+# measured; four is a guess, and lanes of a larger machine have several cores each.
+_MOST_LANES = 4
+# Tokens of one piece. Matmuls of 300 rows run at 95 % of the rate of 600 (bfloat16, one core), and
+# the activations of a piece are gone before its lane takes the next, so memory does not grow with
+# the batch.
+_PIECE = 384
+# Side by side, lanes compute about 1.2 times the tokens a second (docs/decisions/0003). Pieces that
+# compute more than this share of the whole (prefixes read twice, a lane with nothing to do) are not
+# worth it.
+_WORTH = 1.15
+
+
+class Lanes:
+    """`count` threads, each with its share of this thread's cores. One lane runs in the calling
+    thread.
+
+    Use as a context manager, or call `close`.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.count = max(count, 1)
+        self._pool: ThreadPoolExecutor | None = None
+
+    def map(
+        self, function: Callable[[_Item], _Result], items: Iterable[_Item]
+    ) -> Iterator[_Result]:
+        """Yield ``function(item)`` in the order of items, at most two items a lane ahead of the
+        caller.
+
+        Gradient and inference mode belong to a thread: `function` sets what it needs.
+        """
+        if self.count == 1:
+            yield from map(function, items)
+            return
+        pool, waiting = self._threads(), iter(items)
+        ahead = [pool.submit(function, item) for item in islice(waiting, 2 * self.count)]
+        try:
+            while ahead:
+                result = ahead.pop(0).result()
+                ahead += [pool.submit(function, item) for item in islice(waiting, 1)]
+                yield result
+        finally:
+            for future in ahead:
+                future.cancel()
+
+    def close(self) -> None:
+        """End the threads; a later `map` begins new ones."""
+        if self._pool is not None:
+            self._pool.shutdown()
+            self._pool = None
+
+    def __enter__(self) -> Lanes:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _threads(self) -> ThreadPoolExecutor:
+        if self._pool is None:
+            share = max(torch.get_num_threads() // self.count, 1)
+            # torch's number of threads belongs to the thread that sets it: the caller keeps its own
+            self._pool = ThreadPoolExecutor(self.count, "lane", torch.set_num_threads, (share,))
+        return self._pool
+
+
+def count_lanes(model: nn.Module, path: Path, *, training: bool) -> int:
+    """Return how many lanes serve a model as it is now: one a core, up to a few, or one."""
+    return (
+        1
+        if why_one_lane(model, path, training=training)
+        else min(torch.get_num_threads(), _MOST_LANES)
+    )
+
+
+def why_one_lane(model: nn.Module, path: Path, *, training: bool) -> str | None:
+    """Return why this model must not, or need not, run in several lanes; None where it may."""
+    config: Any = causal_model(model).config
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    if next(model.parameters()).device.type != "cpu":
+        return "the model is not on a CPU"
+    if torch.get_num_threads() == 1:
+        return "torch has one thread"
+    if path is not Path.PACKED:
+        return "the model runs on the padded path"
+    if training and (_drops(config.to_dict()) or any(map(_is_dropout, model.modules()))):
+        return "dropout draws from one generator"
+    rope = getattr(config, "rope_parameters", None) or {}
+    if any(kind in str(rope) for kind in ("dynamic", "longrope")):
+        return "its rotary embedding changes with the length of what it sees"
+    return None
+
+
+def _drops(config: dict[str, Any]) -> bool:
+    """Say whether a model's config has a dropout, by whatever name, above 0."""
+    return any(
+        "drop" in key and isinstance(value, float | int) and value > 0
+        for key, value in config.items()
+    )
+
+
+def _is_dropout(module: nn.Module) -> bool:
+    return isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0
+
+
+def split(examples: Sequence[Example], count: int) -> list[list[int]]:
+    """Cut examples into pieces for `count` lanes; return the indices of each, ascending.
+
+    Two ways are tried, and the one that computes less is taken: examples with a common beginning
+    kept together, and every example for itself. One piece, for all cores together, where several
+    would not pay.
+    """
+    everything = list(range(len(examples)))
+    if count == 1 or len(examples) == 1:
+        return [everything]
+    inputs = [sorted(set(input_sequences(example))) for example in examples]
+    whole = _tokens(inputs, everything)
+    number = count * max(1, round(whole / (count * _PIECE)))
+    plans = [
+        _spread(inputs, units, number) for units in (_families(inputs), [[i] for i in everything])
+    ]
+    costs = []
+    for plan in plans:
+        sizes = [_tokens(inputs, piece) for piece in plan]
+        costs.append(max(sum(sizes), max(sizes) * count))
+    best = min(range(len(plans)), key=costs.__getitem__)
+    return plans[best] if costs[best] <= _WORTH * whole else [everything]
+
+
+def _spread(inputs: list[_Inputs], units: list[list[int]], number: int) -> list[list[int]]:
+    """Put the largest unit into the emptiest of `number` pieces, and so on."""
+    sizes = [_tokens(inputs, unit) for unit in units]
+    pieces: list[list[int]] = [[] for _ in range(min(number, len(units)))]
+    filled = [0] * len(pieces)
+    for unit in sorted(range(len(units)), key=lambda u: (-sizes[u], u)):
+        piece = filled.index(min(filled))
+        pieces[piece] += units[unit]
+        filled[piece] += sizes[unit]
+    return [sorted(piece) for piece in pieces]
+
+
+def _families(inputs: list[_Inputs]) -> list[list[int]]:
+    """Return the examples with a common beginning, which `pack` would store once, by family."""
+    families: list[list[int]] = []
+    last: tuple[int, ...] = ()
+    for index in sorted(range(len(inputs)), key=lambda i: inputs[i]):
+        _, common = fresh_tokens(inputs[index], last)
+        if common and families:
+            families[-1].append(index)
+        else:
+            families.append([index])
+        last = inputs[index][-1]
+    return families
+
+
+def _tokens(inputs: list[_Inputs], indices: Iterable[int]) -> int:
+    """Return how many tokens a pack of these examples computes."""
+    return fresh_tokens(sorted(sequence for index in indices for sequence in inputs[index]))[0]

@@ -1,0 +1,292 @@
+"""Evaluation: examples in, metrics and one prediction a row out; the weights are never touched.
+
+Candidates are compared by the mean log-probability of their tokens (the MeZO protocol, arXiv
+2305.17333); the best wins, the *lowest index* among equals. Language-model rows give loss and
+perplexity per token; free-text answers are generated greedily. `likelihood` runs the model; nothing
+here knows about packs.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path as FilePath
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from chainlora.data.examples import Example
+from chainlora.engine.hidden_states import Path, causal_model
+from chainlora.errors import ConfigError, DataError
+from chainlora.evaluation.generation import generate_greedy
+from chainlora.evaluation.likelihood import Progress, evaluating, score_examples
+from chainlora.evaluation.metrics import (
+    INDEX_METRICS,
+    LOSS_METRICS,
+    TEXT_METRICS,
+    check_metrics,
+    perplexity,
+)
+
+__all__ = ["Evaluation", "evaluate", "write_predictions"]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation found.
+
+    `predictions` has one dict a row, in the order of the examples: `row`, `label` (right candidate
+    or None), `prediction` (chosen candidate, generated text, or None for language-model rows) and
+    `scores` (mean log-probability per token of each sequence, natural logarithm); generated rows
+    also have `references`.
+    """
+
+    metrics: dict[str, float]
+    num_rows: int
+    predictions: list[dict[str, Any]]
+
+
+def evaluate(
+    model: nn.Module,
+    examples: Sequence[Example],
+    *,
+    metrics: Sequence[str] | str,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    path: Path | None = None,
+    max_tokens: int = 4096,
+    max_new_tokens: int = 50,
+    stop: str | None = "\n",
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Score `examples` and return the metrics asked for, with a prediction for every row.
+
+    Args:
+        model: the model, in any mode; modes are as before on return, weights are never changed.
+        examples: candidate rows (with a label) or language-model rows (without), not both. metrics:
+        of `accuracy`, `f1` (macro), `em`, `token_f1`, `loss`, `perplexity`. Candidate rows always
+            get `loss`, the mean over rows of the cross-entropy over candidates; language-model rows
+            get `loss` per token (natural logarithm) and `perplexity`, unless only `em` and
+            `token_f1`, which generate, are asked for.
+        tokenizer: for `em` and `token_f1`, unless candidates have names. path: how packs run
+        through the model; None chooses. max_tokens: tokens computed in one forward, shared ones
+        counted once; a larger row goes alone. max_new_tokens: bound of a generated answer (default
+        50, as in MeZO). stop: text that ends a generated answer, beside the end-of-sequence token;
+        None is that token alone. progress: called as ``progress(rows_done, rows)`` after each pack.
+
+    Raises:
+        ConfigError: an unknown metric, or one that these rows cannot give.
+        DataError: no examples, or rows with and without a label mixed.
+        ModelError: the model gives scores that are not numbers.
+    """
+    names = check_metrics(metrics)
+    examples = list(examples)
+    classify = _are_labelled(examples)
+    if classify:
+        return _evaluate_candidates(model, examples, names, tokenizer, path, max_tokens, progress)
+    _refuse(
+        [name for name in names if name in INDEX_METRICS],
+        "rows with a right candidate",
+        "rows without",
+    )
+    generate = [name for name in names if name in TEXT_METRICS]
+    if not generate:
+        return _evaluate_likelihood(model, examples, path, max_tokens, progress)
+    loss = [name for name in names if name in LOSS_METRICS]
+    scored = _evaluate_likelihood(model, examples, path, max_tokens, None) if loss else None
+    found = _evaluate_generation(
+        model, examples, generate, tokenizer, max_tokens, max_new_tokens, stop, progress
+    )
+    if scored is None:
+        return found
+    merged = [old | new for old, new in zip(scored.predictions, found.predictions, strict=True)]
+    return Evaluation(found.metrics | scored.metrics, found.num_rows, merged)
+
+
+def write_predictions(path: str | FilePath, evaluation: Evaluation) -> None:
+    """Write one JSON object a line and row: `row`, `label`, `prediction`, `scores` (and
+    `references`)."""
+    target = FilePath(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    lines = [
+        json.dumps(prediction, ensure_ascii=False) + "\n" for prediction in evaluation.predictions
+    ]
+    target.write_text("".join(lines), encoding="utf-8")
+
+
+# --- the three kinds of rows
+# -------------------------------------------------------------------------------
+
+
+def _evaluate_candidates(
+    model: nn.Module,
+    examples: Sequence[Example],
+    names: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase | None,
+    path: Path | None,
+    max_tokens: int,
+    progress: Progress | None,
+) -> Evaluation:
+    _refuse(
+        [name for name in names if name == "perplexity"],
+        "rows without candidates",
+        "rows with them",
+    )
+    text_names = [name for name in names if name in TEXT_METRICS]
+    scores = score_examples(model, examples, path=path, max_tokens=max_tokens, progress=progress)
+    labels = [int(example.label) for example in examples if example.label is not None]
+    chosen = [_best(row) for row in scores]
+    found = {name: INDEX_METRICS[name](labels, chosen) for name in names if name in INDEX_METRICS}
+    if text_names:
+        texts = [_candidate_text(e, i, tokenizer) for e, i in zip(examples, chosen, strict=True)]
+        found |= _text_metrics(text_names, texts, examples)
+    found["loss"] = math.fsum(map(_cross_entropy, scores, labels)) / len(examples)
+    predictions = [
+        {"row": example.row, "label": example.label, "prediction": choice, "scores": row}
+        for example, choice, row in zip(examples, chosen, scores, strict=True)
+    ]
+    return Evaluation(found, len(examples), predictions)
+
+
+def _evaluate_likelihood(
+    model: nn.Module,
+    examples: Sequence[Example],
+    path: Path | None,
+    max_tokens: int,
+    progress: Progress | None,
+) -> Evaluation:
+    scores = score_examples(model, examples, path=path, max_tokens=max_tokens, progress=progress)
+    counts = [
+        [sum(end - start for start, end in spans) for spans in example.scored]
+        for example in examples
+    ]
+    total = math.fsum(
+        -s * n for row, ns in zip(scores, counts, strict=True) for s, n in zip(row, ns, strict=True)
+    )
+    loss = total / sum(map(sum, counts))
+    predictions: list[dict[str, Any]] = [
+        {"row": example.row, "label": None, "prediction": None, "scores": row}
+        for example, row in zip(examples, scores, strict=True)
+    ]
+    return Evaluation({"loss": loss, "perplexity": perplexity(loss)}, len(examples), predictions)
+
+
+def _evaluate_generation(
+    model: nn.Module,
+    examples: Sequence[Example],
+    names: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase | None,
+    max_tokens: int,
+    max_new_tokens: int,
+    stop: str | None,
+    progress: Progress | None,
+) -> Evaluation:
+    done = 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        if progress is not None:
+            progress(done, len(examples))
+
+    with evaluating(model):
+        texts = generate_greedy(
+            causal_model(model),
+            _required(tokenizer),
+            [example.prompt for example in examples],
+            max_new_tokens=max_new_tokens,
+            stop=stop,
+            max_tokens=max_tokens,
+            progress=advance,
+        )
+    predictions: list[dict[str, Any]] = [
+        {
+            "row": e.row,
+            "label": None,
+            "prediction": text,
+            "scores": [],
+            "references": list(e.references),
+        }
+        for e, text in zip(examples, texts, strict=True)
+    ]
+    return Evaluation(_text_metrics(names, texts, examples), len(examples), predictions)
+
+
+# --- pieces
+# ------------------------------------------------------------------------------------------------
+
+
+def _are_labelled(examples: Sequence[Example]) -> bool:
+    if not examples:
+        raise DataError(
+            "an evaluation needs at least one example (got none); check the split and --limit"
+        )
+    labelled = [example.label is not None for example in examples]
+    if any(labelled) and not all(labelled):
+        raise DataError(
+            f"rows with and without a right candidate cannot be scored together (got none at row "
+            f"{examples[labelled.index(False)].row}); evaluate them apart"
+        )
+    if not labelled[0] and any(len(example.sequences) != 1 for example in examples):
+        raise DataError("rows of several candidates need a right one (got none); give the label")
+    return labelled[0]
+
+
+def _refuse(names: Sequence[str], needed: str, given: str) -> None:
+    if names:
+        raise ConfigError(
+            f"metric {names[0]!r} needs {needed} (got {given}); ask for another metric"
+        )
+
+
+def _required(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
+    if tokenizer is None:
+        raise ConfigError(
+            "metrics `em` and `token_f1` compare words (got no tokenizer); pass `tokenizer`"
+        )
+    return tokenizer
+
+
+def _text_metrics(
+    names: Sequence[str], texts: Sequence[str], examples: Sequence[Example]
+) -> dict[str, float]:
+    for example in examples:
+        if not example.references:
+            raise DataError(
+                f"metric {names[0]!r} needs gold answers (got none at row {example.row}); give "
+                "references"
+            )
+    return {
+        name: math.fsum(
+            TEXT_METRICS[name](t, e.references) for t, e in zip(texts, examples, strict=True)
+        )
+        / len(texts)
+        for name in names
+    }
+
+
+def _candidate_text(example: Example, index: int, tokenizer: PreTrainedTokenizerBase | None) -> str:
+    """Return what a candidate stands for (`data.NamedExample`, as in ReCoRD), else its own
+    words."""
+    names = getattr(example, "names", ())
+    if names:
+        return str(names[index])
+    tokens = [
+        t for start, end in example.scored[index] for t in example.sequences[index][start:end]
+    ]
+    return str(_required(tokenizer).decode(tokens, skip_special_tokens=True)).strip()
+
+
+def _best(scores: Sequence[float]) -> int:
+    """Return the index of the largest score, the lowest among equals."""
+    return max(range(len(scores)), key=lambda i: (scores[i], -i))
+
+
+def _cross_entropy(scores: Sequence[float], label: int) -> float:
+    """Return −log softmax(scores)[label]."""
+    top = max(scores)
+    if top == -math.inf:
+        return math.log(len(scores))
+    return top + math.log(math.fsum(math.exp(score - top) for score in scores)) - scores[label]

@@ -1,0 +1,148 @@
+"""Greedy generation in batches, for tasks whose answer is free text (SQuAD, DROP).
+
+Prompts of like length share a batch, padded on the left, and go through the model's own `generate`;
+a row ends at its first line break (or another `stop`) or end-of-sequence token, as in MeZO (arXiv
+2305.17333).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+
+from chainlora.errors import ConfigError, DataError
+
+
+class _StopAt(StoppingCriteria):
+    """Ends a row once the text after its prompt has `stop` in it."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: str, prompt_width: int) -> None:
+        self.tokenizer = tokenizer
+        self.stop = stop
+        self.prompt_width = prompt_width
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        new = input_ids[:, self.prompt_width :][
+            :, -max(len(self.stop) * 4, 2) :
+        ]  # a character is at most 4 tokens
+        texts = self.tokenizer.batch_decode(new)
+        return torch.tensor([self.stop in text for text in texts], device=input_ids.device)
+
+
+def generate_greedy(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    stop: str | None = "\n",
+    max_tokens: int = 4096,
+    progress: Callable[[int], None] | None = None,
+) -> list[str]:
+    """Return the greedy continuation of each prompt, up to the first `stop` (a line break),
+    stripped.
+
+    A prompt (token ids) that leaves no room for `max_new_tokens` in the model's context is cut from
+    the left, its beginning-of-sequence token kept. `max_tokens` bounds the padded tokens of a
+    batch, new ones included; `progress(n)` is told the number of prompts just done.
+
+    `model` is a transformers causal language model. Raises DataError on an empty prompt and
+    ConfigError when `max_new_tokens` does not fit the context.
+    """
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if max_new_tokens < 1 or (context is not None and max_new_tokens >= context):
+        raise ConfigError(
+            f"max_new_tokens must be at least 1 and below the context of {context} tokens "
+            f"(got {max_new_tokens}); change it"
+        )
+    room = None if context is None else context - max_new_tokens
+    cut = [
+        _cut_left(prompt, room, tokenizer.bos_token_id, row) for row, prompt in enumerate(prompts)
+    ]
+    config = _greedy_config(model, tokenizer, max_new_tokens)
+    texts = [""] * len(cut)
+    for batch in _batches([len(prompt) for prompt in cut], max_new_tokens, max_tokens):
+        ids, mask = _left_padded([cut[i] for i in batch], int(config.pad_token_id), model.device)
+        criteria = StoppingCriteriaList([_StopAt(tokenizer, stop, ids.shape[1])] if stop else [])
+        with _own_config(model, config):
+            output = model.generate(input_ids=ids, attention_mask=mask, stopping_criteria=criteria)
+        answers = tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
+        for index, answer in zip(batch, answers, strict=True):
+            texts[index] = (answer.split(stop, 1)[0] if stop else answer).strip()
+        if progress is not None:
+            progress(len(batch))
+    return texts
+
+
+def _cut_left(prompt: Sequence[int], room: int | None, bos: int | None, row: int) -> list[int]:
+    if not prompt:
+        raise DataError(
+            f"a prompt to continue must have tokens (got none at prompt {row}); check the template"
+        )
+    if room is None or len(prompt) <= room:
+        return list(prompt)
+    kept = [bos] if bos is not None and prompt[0] == bos and room > 1 else []
+    return kept + list(prompt[len(prompt) - room + len(kept) :])
+
+
+def _greedy_config(
+    model: Any, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int
+) -> GenerationConfig:
+    """Plain greedy search; nothing is inherited from the model's own generation config but where it
+    ends."""
+    own = getattr(model, "generation_config", None)
+    ends = getattr(own, "eos_token_id", None)
+    ends = tokenizer.eos_token_id if ends is None else ends
+    first = ends[0] if isinstance(ends, list) else ends
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else first
+    return GenerationConfig(
+        do_sample=False,
+        num_beams=1,
+        max_new_tokens=max_new_tokens,
+        use_cache=True,
+        eos_token_id=ends,
+        pad_token_id=0 if pad is None else pad,  # padding is masked, so that any id does
+        bos_token_id=getattr(own, "bos_token_id", None),
+    )
+
+
+@contextmanager
+def _own_config(model: Any, config: GenerationConfig) -> Iterator[None]:
+    """Let `config` stand in for the model's own, which `generate` would mix in (sampling,
+    penalties)."""
+    before = model.generation_config
+    model.generation_config = config
+    try:
+        yield
+    finally:
+        model.generation_config = before
+
+
+def _batches(lengths: Sequence[int], new: int, max_tokens: int) -> Iterator[list[int]]:
+    """Yield index lists of like length, longest first, so that memory peaks in the first batch."""
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    start = 0
+    while start < len(order):
+        size = max(1, max_tokens // (lengths[order[start]] + new))
+        yield order[start : start + size]
+        start += size
+
+
+def _left_padded(
+    rows: Sequence[Sequence[int]], pad: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Return token ids and attention mask, both [rows, longest]."""
+    width = max(map(len, rows))
+    ids = torch.tensor([[pad] * (width - len(row)) + list(row) for row in rows])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    return ids.to(device), mask.to(device)

@@ -1,0 +1,122 @@
+"""Metrics: pure functions from answers to a number, and the share of the commonest label.
+
+Classification is counted over candidate indices. Answers in words are compared as SQuAD's official
+script does (Rajpurkar et al. 2016, arXiv 1606.05250): lower case, no punctuation, no articles,
+single blanks, the best over the references; MeZO (arXiv 2305.17333) scores SQuAD and DROP both with
+this token F1.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import string
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+
+from chainlora.data.examples import Example
+from chainlora.errors import ConfigError, DataError, nearest
+
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def accuracy(labels: Sequence[int], predictions: Sequence[int]) -> float:
+    """Return the share of predictions that equal their label, in 0…1."""
+    return sum(
+        label == prediction for label, prediction in zip(labels, predictions, strict=True)
+    ) / len(labels)
+
+
+def macro_f1(labels: Sequence[int], predictions: Sequence[int]) -> float:
+    """Return the mean, over the classes that occur as label or prediction, of each class's F1, in
+    0…1."""
+    right = Counter(
+        label for label, prediction in zip(labels, predictions, strict=True) if label == prediction
+    )
+    given, found = Counter(labels), Counter(predictions)
+    classes = given.keys() | found.keys()
+    return math.fsum(2 * right[c] / (given[c] + found[c]) for c in classes) / len(classes)
+
+
+def normalize_answer(text: str) -> str:
+    """Return `text` in lower case, without punctuation and articles, blanks made single."""
+    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
+
+
+def exact_match(prediction: str, references: Iterable[str]) -> float:
+    """Return 1 if the normalised prediction equals a normalised reference, else 0."""
+    answer = normalize_answer(prediction)
+    return float(any(answer == normalize_answer(reference) for reference in references))
+
+
+def token_f1(prediction: str, references: Iterable[str]) -> float:
+    """Return the best F1 over the references between bags of normalised words, in 0…1.
+
+    Where one side has no words left, the F1 is 1 if the other has none either, else 0 (as in SQuAD
+    2.0).
+    """
+    return max((_bag_f1(prediction, reference) for reference in references), default=0.0)
+
+
+def _bag_f1(prediction: str, reference: str) -> float:
+    answer, gold = normalize_answer(prediction).split(), normalize_answer(reference).split()
+    if not answer or not gold:
+        return float(answer == gold)
+    common = (Counter(answer) & Counter(gold)).total()
+    return 2 * common / (len(answer) + len(gold))
+
+
+def perplexity(loss: float) -> float:
+    """Return exp(loss), infinite where that overflows."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
+
+
+INDEX_METRICS: dict[str, Callable[[Sequence[int], Sequence[int]], float]] = {
+    "accuracy": accuracy,
+    "f1": macro_f1,
+}
+"""Metrics over candidate indices: (labels, predictions) → number."""
+
+TEXT_METRICS: dict[str, Callable[[str, Iterable[str]], float]] = {
+    "em": exact_match,
+    "token_f1": token_f1,
+}
+"""Metrics over answers in words, averaged over rows: (prediction, references) → number."""
+
+LOSS_METRICS = ("loss", "perplexity")
+"""What likelihood alone gives; `loss` is always reported where there are scores, `perplexity` for
+LM rows."""
+
+
+def check_metrics(metrics: Sequence[str] | str) -> tuple[str, ...]:
+    """Return the names as a tuple. Raises ConfigError on a name that is no metric."""
+    names = (metrics,) if isinstance(metrics, str) else tuple(metrics)
+    known = (*INDEX_METRICS, *TEXT_METRICS, *LOSS_METRICS)
+    for name in names:
+        if name not in known:
+            raise ConfigError(
+                f"metric must be one that chainlora has (got {name!r}){nearest(name, known)}"
+            )
+    return names
+
+
+def is_higher_better(metric: str) -> bool:
+    """Say whether a larger value of this metric is the better one."""
+    return metric not in LOSS_METRICS
+
+
+def majority_rate(examples: Iterable[Example]) -> float:
+    """Return the share of the commonest label, in 0…1: the score of always giving that answer.
+
+    Raises DataError when no example has a label.
+    """
+    counts = Counter(example.label for example in examples if example.label is not None)
+    if not counts:
+        raise DataError(
+            "a majority rate needs rows with a label (got none); use a classification task"
+        )
+    return max(counts.values()) / counts.total()

@@ -1,0 +1,69 @@
+"""Score a run or a model on a task: from a name to metrics, in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from chainlora.data.splits import encode_split, load_task_split
+from chainlora.data.tasks import Task
+from chainlora.engine.decoder_layer import accelerate_model
+from chainlora.engine.hidden_states import choose_path
+from chainlora.evaluation.evaluate import evaluate, write_predictions
+from chainlora.evaluation.metrics import INDEX_METRICS, majority_rate
+from chainlora.models.loading import context_length, load_model
+from chainlora.runs.directory import RunDirectory
+from chainlora.runs.export import load_run
+
+
+def evaluate_task(
+    run_or_model: str | Path,
+    task: Task,
+    *,
+    data: str | None = None,
+    split: str = "validation",
+    limit: int | None = None,
+    num_links: int | None = None,
+    dtype: str | None = None,
+    predictions: str | Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Return `task`, `split`, `rows` and `metrics` of a run directory's chain, or of any model.
+
+    The first `limit` rows of the split are scored, in file order, from the folder or file `data` or
+    the Hub. A run reads its own task as it did in training: length, truncation and demonstrations.
+    `num_links` takes a run's chain as it was then; `dtype` defaults to the run's own, or float32.
+    `predictions` names a file for one JSON line a row.
+    """
+    path_of_run = Path(run_or_model)
+    run = RunDirectory(path_of_run) if (path_of_run / "chain.json").is_file() else None
+    rows = load_task_split(task, data, split, limit)
+    if run is not None:
+        model, tokenizer = load_run(run_or_model, num_links=num_links, dtype=dtype)
+    else:
+        model, tokenizer = load_model(run_or_model, getattr(torch, dtype or "float32"))
+    examples = encode_split(
+        task, rows, tokenizer, context_length(model), run.config().data if run else None
+    )
+    model.requires_grad_(False)  # so that heads and layers take their faster forward
+    path = choose_path(model)
+    accelerate_model(model, path)
+    found = evaluate(
+        model,
+        examples,
+        path=path,
+        metrics=task.metrics,
+        tokenizer=tokenizer,
+        stop=task.stop,
+        max_new_tokens=task.max_new_tokens,
+        progress=progress,
+    )
+    if predictions is not None:
+        write_predictions(predictions, found)
+    metrics = dict(found.metrics)
+    if task.metric in INDEX_METRICS:
+        metrics["majority"] = majority_rate(examples)
+    return {"task": task.name, "split": split, "rows": found.num_rows, "metrics": metrics}

@@ -1,0 +1,1 @@
+"""How the cells of an experiment are computed and recorded."""

@@ -1,0 +1,165 @@
+"""Floating-point operations of a run, counted from the shapes of its matmuls, and by the paper's
+6·N·D.
+
+Counted: a multiply-add is two operations; a frozen weight costs its forward (2·in·out a token) and
+the gradient of its input (as much again) but no weight gradient; a LoRA factor costs all three.
+Below the first adapted layer nothing flows back. Attention costs 4·context·width a token forward
+and twice that backward. Element-wise work, norms and the optimizer are left out (a percent or so).
+The output head is counted at the positions scored.
+
+The paper's rule: 6·N·D with N the parameters *trained* and D the tokens. Read so from its Table 3,
+where the savings are proportional to the rank given up and 3.6e11 is 6 × 393,216 (two ranks over 48
+modules of 2048 × 2048) × 152,588 tokens (derived; the paper does not say what N is).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+_FROM_BLOCK_INPUT = frozenset(
+    {
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "qkv_proj",
+        "c_attn",
+        "query_key_value",
+        "query",
+        "key",
+        "value",
+        "Wqkv",
+    }
+)
+_INTO_MLP = frozenset({"gate_proj", "up_proj", "gate_up_proj", "fc1", "c_fc", "dense_h_to_4h"})
+_OUT_OF_MLP = frozenset({"down_proj", "fc2", "mlp.c_proj", "dense_4h_to_h"})
+
+_ROLES = {"q_proj": "q", "query": "q", "k_proj": "k", "key": "k", "v_proj": "v", "value": "v"}
+
+
+@dataclass(frozen=True)
+class Matmul:
+    """A weight that multiplies every token; `block` numbers its transformer block, -1 stands before
+    all."""
+
+    name: str
+    num_in: int
+    num_out: int
+    block: int
+    adapted: bool = False
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """The matmuls of a model. `attention_width` is heads × head size, summed over blocks."""
+
+    matmuls: tuple[Matmul, ...]
+    head_in: int
+    head_out: int
+    attention_width: int
+    num_parameters: int
+
+
+def lora_parameters(shapes: Shapes, rank: int) -> int:
+    """Return the parameters of one link of `rank` over the adapted matmuls."""
+    return sum(rank * (m.num_in + m.num_out) for m in shapes.matmuls if m.adapted)
+
+
+def forward_flops(shapes: Shapes, context: float) -> float:
+    """Return the operations of one token's forward over `context` positions, without adapters and
+    head."""
+    return (
+        2 * sum(m.num_in * m.num_out for m in shapes.matmuls) + 4 * context * shapes.attention_width
+    )
+
+
+def training_flops(
+    shapes: Shapes, rank: int, context: float, *, factors: str = "both", tune: str = "lora"
+) -> float:
+    """Return the operations of one token's forward and backward, without the head.
+
+    Args:
+        shapes: the model's matmuls, those adapted marked.
+        rank: of the link.
+        context: mean number of positions a token attends to.
+        factors: "both", or "A" or "B" when one factor is trained.
+        tune: "lora", or "full" when every weight is trained.
+    """
+    total = forward_flops(shapes, context)
+    if tune == "full":
+        first = min(m.block for m in shapes.matmuls), 0
+        weights = sum(2.0 * m.num_in * m.num_out for m in shapes.matmuls)
+    else:
+        adapted = [m for m in shapes.matmuls if m.adapted]
+        first = min(((m.block, _stage(m)) for m in adapted), default=(0, 0))
+        weights = sum(
+            _lora_flops(m, rank, factors, flows=_needs_input_gradient(m, first)) for m in adapted
+        )
+    inputs = sum(
+        2 * m.num_in * m.num_out for m in shapes.matmuls if _needs_input_gradient(m, first)
+    )
+    return total + weights + inputs + _attention_backward(shapes, first[0], context, tune)
+
+
+def _attention_backward(shapes: Shapes, first: int, context: float, tune: str) -> float:
+    """Gradients of queries, keys, values and weights: what the first adapted block needs, and all
+    above."""
+    blocks = sorted({m.block for m in shapes.matmuls if m.block >= 0})
+    one = 2 * context * shapes.attention_width / len(blocks)
+    above = 4 * one * sum(block > first for block in blocks)
+    adapted = {
+        m.name.rpartition(".")[2]
+        for m in shapes.matmuls
+        if m.block == first and (m.adapted or tune == "full")
+    }
+    roles = {
+        role
+        for name in adapted
+        for role in _ROLES.get(name, "qkv" if name in _FROM_BLOCK_INPUT else "")
+    }
+    here = len(roles) + bool(
+        roles & {"q", "k"}
+    )  # the attention weights' gradient leads to queries and keys
+    return above + here * one
+
+
+def _stage(matmul: Matmul) -> int:
+    """Return which of a block's matmuls come before: 0 its input's, 1 attention's output, 2 and 3
+    into and out of the MLP. A name that is not known is taken for attention's output."""
+    path = matmul.name.split(".")
+    for stage, names in ((0, _FROM_BLOCK_INPUT), (2, _INTO_MLP), (3, _OUT_OF_MLP)):
+        if path[-1] in names or ".".join(path[-2:]) in names:
+            return stage
+    return 1
+
+
+def _needs_input_gradient(matmul: Matmul, first: tuple[int, int]) -> bool:
+    """Say whether anything before it is trained: `first` is the block and stage of the first that
+    is."""
+    return (matmul.block, _stage(matmul)) > first
+
+
+def _lora_flops(matmul: Matmul, rank: int, factors: str, *, flows: bool) -> float:
+    """Forward through both factors, gradients of the trained ones, gradients on the way down."""
+    a, b = 2 * rank * matmul.num_in, 2 * rank * matmul.num_out
+    through_b = (
+        b if factors != "B" or flows else 0
+    )  # needed by A's own gradient, or by what lies below
+    return (
+        (a + b)
+        + (a if factors != "B" else 0)
+        + (b if factors != "A" else 0)
+        + through_b
+        + (a if flows else 0)
+    )
+
+
+def head_flops(shapes: Shapes, *, trained: bool = False) -> float:
+    """Return the operations of one scored position's forward and backward through the output
+    head."""
+    return (6 if trained else 4) * shapes.head_in * shapes.head_out
+
+
+def paper_flops(num_trained: Sequence[int], num_tokens: Sequence[float]) -> float:
+    """Return 6·N·D summed over links: N parameters trained, D tokens seen."""
+    return 6.0 * sum(n * d for n, d in zip(num_trained, num_tokens, strict=True))

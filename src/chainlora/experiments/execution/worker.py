@@ -1,0 +1,38 @@
+"""A process for one cell: ``python -m chainlora.experiments.execution.worker CELL_DIR`` (see
+cells.py).
+
+A process per cell costs some seconds of start-up and buys a true peak memory and a crash that takes
+nothing along.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import threading
+from pathlib import Path
+
+from chainlora.experiments.execution.cells import work_on
+
+
+def main() -> int:
+    """Bring the cell named on the command line to its end; return 0 when its result is there."""
+    if "--watch" in sys.argv:
+        threading.Thread(target=_die_with_parent, daemon=True).start()
+    logging.basicConfig(
+        stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(name)s: %(message)s"
+    )
+    return work_on(Path(sys.argv[1]))
+
+
+def _die_with_parent() -> None:
+    """End when the runner's end of our standard input closes, be it killed: no orphan goes on
+    computing."""
+    while sys.stdin.buffer.read(1):
+        pass
+    os._exit(3)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

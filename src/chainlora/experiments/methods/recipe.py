@@ -1,0 +1,137 @@
+"""From a recipe to the chain it stands for: pure functions, so that every method gets the same
+number of steps.
+
+A recipe says what the *comparison* fixes (the rank r, the total epochs or steps) and what a
+*method* makes of it (how many links, which ranks). The paper's splits follow: 5 epochs are 3 + 2
+over two links.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from chainlora.config.messages import problems
+from chainlora.errors import ConfigError
+
+
+class Recipe(BaseModel):
+    """How a method spends the budget that all methods share.
+
+    `rank`, and one of `epochs` and `steps`, belong to the comparison; the rest to the method.
+    `scaling` sets ``chain.alpha = scaling · rank`` so that one scaling serves every rank; None
+    leaves `chain.alpha` alone.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    rank: int = Field(default=8, ge=1)
+    epochs: float | None = Field(default=None, gt=0, description="of the whole chain")
+    steps: int | None = Field(default=None, ge=1, description="of the whole chain")
+    scaling: float | None = Field(default=None, gt=0)
+    links: int = Field(default=1, ge=0, description="0 trains nothing")
+    rank_times: int = Field(
+        default=1, ge=1, description="ranks are multiplied by it, their scaling unchanged"
+    )
+    ranks: tuple[int, ...] | None = Field(
+        default=None, description="rank of each link, instead of links · rank"
+    )
+    shares: tuple[float, ...] | None = Field(
+        default=None, description="proportions; None: as equal as can be"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Recipe:
+        if (self.epochs is None) == (self.steps is None):
+            got = "both" if self.epochs is not None else "neither"
+            raise ValueError(f"`recipe` must give epochs or steps of the whole chain (got {got})")
+        if self.ranks is not None and not self.ranks:
+            raise ValueError(
+                "`recipe.ranks` must name a rank per link (got none); use links: 0 instead"
+            )
+        if self.shares is not None and (
+            len(self.shares) != self.length or min(self.shares, default=1) <= 0
+        ):
+            got = f"{list(self.shares)} for {self.length} links"
+            raise ValueError(f"`recipe.shares` must be one positive number a link (got {got})")
+        return self
+
+    @property
+    def length(self) -> int:
+        """Number of links."""
+        return self.links if self.ranks is None else len(self.ranks)
+
+
+def apply_recipe(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Replace the section `recipe` of a config tree by the `chain` keys it stands for; without one,
+    copy the tree.
+
+    Raises:
+        ConfigError: unknown recipe key (nearest named), wrong value, or keys that `chain` sets as
+        well.
+    """
+    tree = dict(tree)
+    if "recipe" not in tree:
+        return tree
+    recipe = _read_recipe(tree.pop("recipe") or {})
+    chain = dict(tree.get("chain") or {})
+    twice = [key for key in ("ranks", "epochs", "steps") if key in chain]
+    if twice:
+        raise ConfigError(
+            f"`recipe` sets ranks and lengths (got chain.{twice[0]} beside it); remove one"
+        )
+    ranks = recipe.ranks or (recipe.rank,) * recipe.links
+    chain["ranks"] = [rank * recipe.rank_times for rank in ranks]
+    if ranks:
+        unit = "epochs" if recipe.steps is None else "steps"
+        total = recipe.epochs if recipe.steps is None else recipe.steps
+        assert total is not None
+        chain[unit] = split_total(total, len(ranks), recipe.shares)
+        chain |= _alpha(recipe, chain)
+    return tree | {"chain": chain}
+
+
+def _read_recipe(values: Mapping[str, Any]) -> Recipe:
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(problems(error, Recipe, "recipe.")) from None
+
+
+def _alpha(recipe: Recipe, chain: Mapping[str, Any]) -> dict[str, Any]:
+    """Alpha of the first link; later links follow `chain.alpha_policy`."""
+    if recipe.scaling is not None:
+        return {"alpha": recipe.scaling * chain["ranks"][0]}
+    if recipe.rank_times == 1:
+        return {}
+    alpha = chain.get("alpha", 16.0)
+    if not isinstance(alpha, int | float):
+        raise ConfigError(
+            f"`rank_times` needs one chain.alpha for all links (got {alpha}); give one number"
+        )
+    return {"alpha": alpha * recipe.rank_times}
+
+
+def split_total(total: float, links: int, shares: Sequence[float] | None = None) -> list[float]:
+    """Split epochs or steps over links; the parts sum to the total.
+
+    Whole totals are split into whole parts as equal as can be, the earlier the longer (5 over 2 is
+    3 + 2, over 3 is 2 + 2 + 1: the paper's split where it states one). Where there are more links
+    than whole units, parts are equal fractions. `shares` are proportions; their parts stay whole if
+    the total is an integer number of steps.
+    """
+    if shares is not None:
+        return _split_by_shares(total, shares)
+    if total == int(total) and total >= links:
+        whole, rest = divmod(int(total), links)
+        return [whole + (index < rest) for index in range(links)]
+    return [total / links] * links
+
+
+def _split_by_shares(total: float, shares: Sequence[float]) -> list[float]:
+    ends = [total * sum(shares[: k + 1]) / sum(shares) for k in range(len(shares))]
+    if isinstance(total, int):
+        ends = [round(end) for end in ends]
+    return [end - begin for begin, end in zip([0, *ends], ends, strict=False)]

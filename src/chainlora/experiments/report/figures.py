@@ -1,0 +1,232 @@
+"""Figures of a report, as PNG and SVG: seeds as dots, means as bars, the paper's own numbers as
+diamonds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")  # files only, no display
+import matplotlib.pyplot as plt
+from matplotlib.lines import Line2D
+
+from chainlora.experiments.design.choice import LOWER_IS_BETTER
+from chainlora.experiments.design.paper import paper_model
+from chainlora.experiments.execution.records import Results
+from chainlora.experiments.report.analysis import Comparison, Summary, scores_by_seed
+
+_PANEL = 3.2  # inches
+_BLUE = "#0969da"
+_DIAMOND: dict[str, Any] = {"marker": "D", "color": "#bf8700", "markersize": 5, "fillstyle": "none"}
+_COLOURS = {"wins": "#1a7f37", "loses": "#cf222e", "undecided": "#57606a"}
+
+
+def draw_figures(
+    results: Results,
+    summaries: Sequence[Summary],
+    comparisons: Sequence[Comparison],
+    out: Path,
+) -> list[Path]:
+    """Draw the figures that the experiment asks for into `out`; return the files."""
+    makers: dict[str, Callable[[], Any]] = {
+        "scores": lambda: scores(results, summaries),
+        "differences": lambda: differences(comparisons),
+        "chain_length": lambda: chain_length(results, summaries),
+        "rank_step_down": lambda: rank_step_down(results, summaries),
+    }
+    written = []
+    for name in results.experiment["figures"]:
+        figure = makers[name]() if summaries and (comparisons or name != "differences") else None
+        if figure is None:
+            continue
+        for suffix in ("png", "svg"):
+            path = out / f"{name}.{suffix}"
+            # no date and fixed ids: the same results give the same file
+            with plt.rc_context({"svg.hashsalt": "chainlora"}):
+                figure.savefig(
+                    path,
+                    dpi=150,
+                    metadata={"Date": None} if suffix == "svg" else {"Software": None},
+                )
+            written.append(path)
+        plt.close(figure)
+    return written
+
+
+def scores(results: Results, summaries: Sequence[Summary]) -> Any:
+    """Return the score of every method on every task: dots for seeds, a bar for the mean."""
+    return _by_method(results, summaries, lambda summary: summary.method)
+
+
+def rank_step_down(results: Results, summaries: Sequence[Summary]) -> Any:
+    """Return the paper's Figure 3: score by the ranks of the links."""
+    return _by_method(results, summaries, _ranks)
+
+
+def _ranks(summary: Summary) -> str:
+    ranks = ", ".join(map(str, summary.ranks))
+    return f"LoRA {ranks}" if len(summary.ranks) == 1 else f"({ranks})"
+
+
+def _by_method(
+    results: Results, summaries: Sequence[Summary], label: Callable[[Summary], str]
+) -> Any:
+    tasks = list(dict.fromkeys(s.task for s in summaries))
+    figure, axes = _panels(len(tasks))
+    for axis, task in zip(axes, tasks, strict=True):
+        own = _of_task(summaries, task)
+        for place, summary in enumerate(own):
+            _draw_method(axis, place, results, summary)
+        _decorate(axis, task, own[0])
+        axis.set_xticks(
+            range(len(own)), [label(s) for s in own], rotation=60, ha="right", fontsize=8
+        )
+    _add_key(figure, results, summaries)
+    return figure
+
+
+def _add_key(figure: Any, results: Results, summaries: Sequence[Summary]) -> None:
+    """Say below the panels what dots, bars, dotted lines and diamonds are."""
+    keys = [
+        Line2D(
+            [], [], color=_BLUE, alpha=0.4, marker="o", linestyle="", markersize=4, label="a seed"
+        ),
+        Line2D([], [], color=_BLUE, linewidth=2, label="mean"),
+    ]
+    if any(summary.majority is not None for summary in summaries):
+        keys.append(
+            Line2D([], [], color="black", linestyle=":", linewidth=0.8, label="commonest answer")
+        )
+    if any(summary.paper is not None for summary in summaries):
+        label = f"paper ({paper_model(results.experiment['paper'])})"
+        keys.append(Line2D([], [], **_DIAMOND, linestyle="", label=label))
+    figure.legend(
+        handles=keys, loc="outside lower center", ncols=len(keys), fontsize=7, frameon=False
+    )
+
+
+def _draw_method(axis: Any, place: float, results: Results, summary: Summary) -> None:
+    values = list(scores_by_seed(results, summary.task, summary.method).values())
+    axis.plot([place] * len(values), values, "o", color=_BLUE, alpha=0.4, markersize=4)
+    axis.plot([place - 0.3, place + 0.3], [summary.mean] * 2, color=_BLUE, linewidth=2)
+    if summary.paper is not None:
+        axis.plot([place], [summary.paper], **_DIAMOND)
+
+
+def chain_length(results: Results, summaries: Sequence[Summary]) -> Any:
+    """Return the paper's Figure 2: score by the number of links, a line for each kind of chain."""
+    tasks = list(dict.fromkeys(s.task for s in summaries))
+    figure, axes = _panels(len(tasks))
+    for axis, task in zip(axes, tasks, strict=True):
+        own = [s for s in _of_task(summaries, task) if s.ranks]
+        if not own:
+            axis.remove()
+            continue
+        kinds: dict[str, list[Summary]] = {}
+        for summary in own:
+            kinds.setdefault(_kind(results, summary), []).append(summary)
+        for kind, group in kinds.items():
+            group = sorted(group, key=lambda s: len(s.ranks))
+            places = [len(s.ranks) for s in group]
+            errors = [0.0 if s.num_seeds < 2 else s.sd for s in group]
+            axis.errorbar(
+                places, [s.mean for s in group], errors, marker="o", capsize=3, label=kind
+            )
+            printed = [
+                (n, s.paper) for n, s in zip(places, group, strict=True) if s.paper is not None
+            ]
+            if printed:
+                label = f"paper ({paper_model(results.experiment['paper'])})"
+                axis.plot(*zip(*printed, strict=True), **_DIAMOND, linestyle="--", label=label)
+        _decorate(axis, task, own[0])
+        axis.set_xticks(sorted({len(s.ranks) for s in own}))
+        axis.set_xlabel("links")
+        axis.legend(fontsize=7)
+    return figure
+
+
+def _kind(results: Results, summary: Summary) -> str:
+    """What a chain is beside its length: rank, start, schedule, factors."""
+    cell = next(
+        c for c in results.finals if c["task"] == summary.task and c["method"] == summary.method
+    )
+    chain, train = cell["config"].get("chain", {}), cell["config"].get("train", {})
+    words = [f"rank {summary.ranks[0]}"]
+    words += [f"{chain[key]}" for key in ("init", "tune") if key in chain]
+    words += [key for key in ("dora", "rslora") if chain.get(key)]
+    words += ["restarts"] if train.get("restart_schedule") else []
+    words += [f"trains {chain['train_factors']}"] if "train_factors" in chain else []
+    words += [f"reset {train['optimizer_reset']}"] if "optimizer_reset" in train else []
+    return ", ".join(words)
+
+
+def differences(comparisons: Sequence[Comparison]) -> Any:
+    """Return a forest plot: the paired mean difference and its interval, coloured by the verdict; a
+    panel a unit."""
+    units: dict[str, list[Comparison]] = {}
+    for comparison in reversed(comparisons):
+        units.setdefault("loss" if comparison.metric in LOWER_IS_BETTER else "points", []).append(
+            comparison
+        )
+    sizes = [1 + len(group) for group in units.values()]
+    figure, axes = plt.subplots(
+        len(units),
+        figsize=(6.5, 0.9 * len(units) + 0.28 * sum(sizes)),
+        height_ratios=sizes,
+        squeeze=False,
+        layout="constrained",
+    )
+    for axis, (unit, group) in zip(axes.flat, units.items(), strict=True):
+        for place, comparison in enumerate(group):
+            d = comparison.difference
+            axis.plot([d.mean], [place], "s", color=_COLOURS[d.verdict], markersize=5)
+            if d.num_pairs > 1:
+                axis.plot([d.low, d.high], [place, place], color=_COLOURS[d.verdict])
+        names = [f"{c.task}: {c.method} − {c.rival} (n={c.difference.num_pairs})" for c in group]
+        axis.set_yticks(range(len(names)), names, fontsize=8)
+        axis.axvline(0, color="black", linewidth=0.8)
+        axis.set_xlabel(
+            f"difference in {group[0].value} ({unit}), right is better (95 % interval)", fontsize=9
+        )
+    keys = [
+        Line2D([], [], color=_COLOURS[verdict], marker="s", markersize=5, label=verdict)
+        for verdict in _COLOURS
+    ]
+    figure.legend(
+        handles=keys, loc="outside lower center", ncols=len(keys), fontsize=7, frameon=False
+    )
+    return figure
+
+
+def _panels(count: int) -> tuple[Any, list[Any]]:
+    columns = min(count, 4)
+    rows = -(-count // columns)
+    figure, grid = plt.subplots(
+        rows,
+        columns,
+        figsize=(_PANEL * columns, _PANEL * rows),
+        squeeze=False,
+        layout="constrained",
+    )
+    flat = list(grid.flat)
+    for spare in flat[count:]:
+        spare.remove()
+    return figure, flat[:count]
+
+
+def _decorate(axis: Any, task: str, summary: Summary) -> None:
+    axis.set_title(task, fontsize=10)
+    axis.set_ylabel(
+        summary.metric + (" (%)" if summary.metric not in ("loss", "perplexity") else ""),
+        fontsize=8,
+    )
+    if summary.majority is not None:
+        axis.axhline(summary.majority, color="black", linestyle=":", linewidth=0.8)
+    axis.grid(axis="y", alpha=0.3)
+
+
+def _of_task(summaries: Sequence[Summary], task: str) -> list[Summary]:
+    return [summary for summary in summaries if summary.task == task]

@@ -1,0 +1,312 @@
+"""Convert a GGUF file, once, into an ordinary safetensors folder with a right tokenizer.
+
+transformers reads the tensors, dequantised to float32: that is what a GGUF file means, and any
+other dtype is one cast away. Three things it leaves wrong are put right here: the
+``quantization_config`` that makes the model impossible to save, control tokens missing among the
+special ones, and the pre-tokenizer that ``tokenizer.ggml.pre`` names (SmolLM2 splits digits off
+before anything else). A byte-level BPE tokenizer is therefore built from the file's metadata alone;
+its rules follow llama.cpp's ``llama-vocab.cpp``.
+
+A conversion lives under the user's cache directory, named by the file's content and by
+`CONVERSION`; it appears by one rename, so that whoever sees the folder sees all of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import mmap
+import os
+import shutil
+import struct
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from filelock import FileLock
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+from chainlora.errors import ModelError
+
+logger = logging.getLogger(__name__)
+
+CONVERSION = 1  # count up whenever the same file would convert to something else
+_CONTROL, _USER_DEFINED = 3, 4  # tokenizer.ggml.token_type
+_SCALARS = {
+    0: "B",
+    1: "b",
+    2: "H",
+    3: "h",
+    4: "I",
+    5: "i",
+    6: "f",
+    7: "?",
+    10: "Q",
+    11: "q",
+    12: "d",
+}
+_STRING, _ARRAY = 8, 9
+
+# `tokenizer.ggml.pre` -> how text is cut before the merges (llama-vocab.cpp).
+_GPT2_LIKE = {
+    "gpt-2",
+    "default",
+    "phi-2",
+    "mpt",
+    "olmo",
+    "jais",
+    "trillion",
+    "roberta-bpe",
+    "gigachat",
+}
+_DIGITS_FIRST = {"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"}
+# Those that look a whole piece up before merging (`ignore_merges`); BOS comes first unless the file
+# says no.
+_WHOLE_WORDS_FIRST = {"llama3", "llama-v3", "llama-bpe", "falcon3", "pixtral", "tekken"}
+
+
+def cache_dir() -> Path:
+    """Return ``$CHAINLORA_CACHE``, else ``$XDG_CACHE_HOME/chainlora``, else
+    ``~/.cache/chainlora``."""
+    if own := os.environ.get("CHAINLORA_CACHE"):
+        return Path(own).expanduser()
+    return (
+        Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "chainlora"
+    )
+
+
+def converted_folder(file: Path) -> Path:
+    """Return the folder a GGUF file was converted to, converting it first if no earlier call has.
+
+    Safe to call from several processes at once: one converts, the others wait for it.
+
+    Raises ModelError if the file is no GGUF model that can be converted.
+    """
+    status = file.stat()
+    digest = _sha256(str(file.resolve()), status.st_size, status.st_mtime_ns)
+    name = f"{file.stem}-{status.st_size}-{digest[:16]}-v{CONVERSION}"
+    folder = cache_dir() / "gguf" / name
+    if folder.is_dir():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.parent / f".{name}.lock"):
+        if not folder.is_dir():
+            partial = folder.parent / f".{name}.partial"
+            shutil.rmtree(
+                partial, ignore_errors=True
+            )  # of a killed conversion; the lock makes it ours
+            try:
+                _convert(file, partial, digest)
+                partial.rename(folder)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+@lru_cache(maxsize=16)
+def _sha256(path: str, size: int, mtime_ns: int) -> str:
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _convert(file: Path, folder: Path, digest: str) -> None:
+    metadata = read_metadata(file)
+    if metadata.get("split.count", 1) > 1:
+        raise ModelError(
+            f"a GGUF model must be one file (got part of {metadata['split.count']}: {file}); "
+            f"join the parts with llama-gguf-split --merge"
+        )
+    tokenizer = build_tokenizer(file, metadata)
+    logger.info("converting %s once to %s", file, folder.parent)
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            file.parent, gguf_file=file.name, dtype=torch.float32
+        )
+    except ImportError as error:
+        raise ModelError(
+            f"a GGUF file needs the package gguf (got {error}); pip install 'chainlora[gguf]'"
+        ) from error
+    except (ValueError, KeyError, NotImplementedError, RuntimeError) as error:
+        raise ModelError(
+            f"a GGUF file must hold an architecture that transformers can read (got "
+            f"{metadata.get('general.architecture')!r} in {file}: {_line(error)}); "
+            f"use the model's safetensors checkpoint"
+        ) from error
+    if hasattr(model.config, "quantization_config"):
+        del (
+            model.config.quantization_config
+        )  # the weights are float32 now, and saving refuses otherwise
+    model.hf_quantizer = None
+    model.config._name_or_path = ""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    source = {
+        "file": file.name,
+        "size": file.stat().st_size,
+        "sha256": digest,
+        "conversion": CONVERSION,
+        "transformers": transformers.__version__,
+    }
+    (folder / "source.json").write_text(json.dumps(source, indent=2) + "\n")
+
+
+def read_metadata(file: Path) -> dict[str, Any]:
+    """Return a GGUF file's key-value pairs (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md).
+
+    Raises ModelError if the file is not GGUF of version 2 or 3, little-endian.
+    """
+    with open(file, "rb") as stream:
+        if stream.read(4) != b"GGUF":
+            raise ModelError(
+                f"a .gguf file must begin with GGUF (got {file}); is the download complete?"
+            )
+        with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            version, _, num_pairs = struct.unpack_from("<IQQ", data, 4)
+            if version not in (2, 3):
+                raise ModelError(
+                    f"a GGUF file must be of version 2 or 3, little-endian (got {version} in "
+                    f"{file}); convert it again with a newer llama.cpp"
+                )
+            position, pairs = 24, {}
+            try:
+                for _ in range(num_pairs):
+                    key, position = _read_value(data, position, _STRING)
+                    kind = struct.unpack_from("<I", data, position)[0]
+                    pairs[key], position = _read_value(data, position + 4, kind)
+            except (struct.error, KeyError, UnicodeDecodeError) as error:
+                raise ModelError(
+                    f"a GGUF file must be whole (got {file}, unreadable at byte {position}); "
+                    f"download it again"
+                ) from error
+            return pairs
+
+
+def _read_value(data: mmap.mmap, position: int, kind: int) -> tuple[Any, int]:
+    if kind == _STRING:
+        start = position + 8
+        end = start + struct.unpack_from("<Q", data, position)[0]
+        return data[start:end].decode("utf-8"), end
+    if kind != _ARRAY:
+        layout = "<" + _SCALARS[kind]
+        return struct.unpack_from(layout, data, position)[0], position + struct.calcsize(layout)
+    inner, length = struct.unpack_from("<IQ", data, position)
+    position += 12
+    if inner in _SCALARS:
+        layout = f"<{length}{_SCALARS[inner]}"
+        return list(struct.unpack_from(layout, data, position)), position + struct.calcsize(layout)
+    values = []
+    for _ in range(length):
+        value, position = _read_value(data, position, inner)
+        values.append(value)
+    return values, position
+
+
+def build_tokenizer(file: Path, metadata: dict[str, Any]) -> Any:
+    """Return the tokenizer a GGUF file describes; every control token is one special token.
+
+    Raises ModelError if the file has no tokenizer, or one whose rules are not known here.
+    """
+    if "tokenizer.ggml.tokens" not in metadata:
+        raise ModelError(
+            f"a GGUF file must hold its tokenizer (got none in {file}); "
+            f"use the model's safetensors checkpoint"
+        )
+    tokens = metadata["tokenizer.ggml.tokens"]
+    kinds = metadata.get("tokenizer.ggml.token_type") or [1] * len(tokens)
+    control = [token for token, kind in zip(tokens, kinds, strict=True) if kind == _CONTROL]
+    if metadata.get("tokenizer.ggml.model") == "gpt2":
+        plain = [token for token, kind in zip(tokens, kinds, strict=True) if kind == _USER_DEFINED]
+        tokenizer = _byte_level_tokenizer(file, metadata, control, plain)
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        tokenizer.add_tokens(
+            [AddedToken(token, special=True, normalized=False) for token in control]
+        )
+    if metadata.get("tokenizer.chat_template"):
+        tokenizer.chat_template = metadata["tokenizer.chat_template"]
+    for token in control:
+        if tokenizer.encode(token, add_special_tokens=False) != [tokens.index(token)]:
+            raise ModelError(
+                f"each control token must be one token (got {token!r} split in {file}); "
+                f"use the model's safetensors checkpoint"
+            )
+    return tokenizer
+
+
+def _byte_level_tokenizer(
+    file: Path, metadata: dict[str, Any], control: list[str], plain: list[str]
+) -> Any:
+    tokens = metadata["tokenizer.ggml.tokens"]
+    pre = metadata.get("tokenizer.ggml.pre", "default")
+    merges = [tuple(merge.split(" ", 1)) for merge in metadata.get("tokenizer.ggml.merges", [])]
+    backend = Tokenizer(
+        models.BPE(
+            vocab={token: index for index, token in enumerate(tokens)},
+            merges=merges,
+            ignore_merges=pre in _WHOLE_WORDS_FIRST,
+        )
+    )
+    backend.pre_tokenizer = _pre_tokenizer(pre, file)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in control]
+    )
+    backend.add_tokens([AddedToken(token, special=False, normalized=False) for token in plain])
+    names = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+    ids = {name: metadata.get(f"tokenizer.ggml.{key}_token_id") for name, key in names.items()}
+    special = {name: tokens[index] for name, index in ids.items() if index is not None}
+    if (
+        metadata.get("tokenizer.ggml.add_bos_token", pre in _WHOLE_WORDS_FIRST)
+        and "bos_token" in special
+    ):
+        bos = special["bos_token"]
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A",
+            pair=f"{bos} $A {bos}:1 $B:1",
+            special_tokens=[(bos, ids["bos_token"])],
+        )
+    limit = metadata.get(f"{metadata.get('general.architecture')}.context_length")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        clean_up_tokenization_spaces=False,
+        model_max_length=limit or int(1e30),
+        **special,
+        additional_special_tokens=[token for token in control if token not in special.values()],
+    )
+
+
+def _pre_tokenizer(pre: str, file: Path) -> Any:
+    if pre in _GPT2_LIKE:
+        return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    if pre in _DIGITS_FIRST:
+        return pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Digits(individual_digits=True),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+            ]
+        )
+    try:
+        from transformers.integrations.gguf.gguf_tokenizer_mapping import (
+            GGUF_PRE_TOKENIZER_SPLITS as splits,
+        )
+    except ImportError:  # transformers below 5.20 or so has no such table
+        splits = {}
+    if pre not in splits:
+        raise ModelError(
+            f"a GGUF file's pre-tokenizer must be known (got {pre!r} in {file}); use the "
+            f"model's safetensors checkpoint, or a newer transformers"
+        )
+    return pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(splits[pre]), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]

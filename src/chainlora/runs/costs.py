@@ -1,0 +1,42 @@
+"""What a run cost: parameters trained, peak memory, hardware."""
+
+from __future__ import annotations
+
+import platform
+import resource
+import sys
+from typing import Any
+
+import torch
+
+from chainlora.chain.chain import Link
+
+
+def num_trained(link: Link) -> int:
+    """Parameters a link trained: of its factors (not of a frozen one), LoRA's biases, extra modules."""
+    config, total = link.config, sum(weight.numel() for weight in link.extra.values())
+    for share in link.factors.values():
+        total += config.rank * (
+            (config.train_factors != "B") * share.a.shape[1]
+            + (config.train_factors != "A") * share.b.shape[0]
+        )
+        total += sum(part.numel() for part in (share.bias, share.magnitude) if part is not None)
+    return total
+
+
+def peak_memory_mb() -> int:
+    """Peak resident memory of this process in MiB (accelerator peak where there is one)."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() // 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak // (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def hardware(device: torch.device) -> dict[str, Any]:
+    """Describe what the run ran on."""
+    return {
+        "machine": platform.machine(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),  # AVX2 computes bfloat16 by float32
+        "threads": torch.get_num_threads(),
+        "device": str(device),
+    }

@@ -1,0 +1,88 @@
+"""The optimizer of one link: made anew for each, so that it knows nothing of the links before."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from chainlora.chain.adapters import Adapter
+from chainlora.config.schema import TrainConfig
+from chainlora.training.schedule import learning_rate_factor
+
+
+def make_optimizer(adapter: Adapter, config: TrainConfig) -> torch.optim.Optimizer:
+    """Return a new AdamW for a link; factor B's rate is `lora_plus_ratio` times A's (arXiv
+    2402.12354)."""
+    groups = [
+        {"params": adapter.named_factor("A"), "ratio": 1.0},
+        {"params": adapter.named_factor("B"), "ratio": config.lora_plus_ratio},
+        {
+            "params": [p for module in adapter.extra.values() for p in module.parameters()],
+            "ratio": 1.0,
+        },
+    ]
+    return _adamw([group for group in groups if group["params"]], config)
+
+
+def full_optimizer(
+    parameters: Iterable[nn.Parameter], config: TrainConfig
+) -> torch.optim.Optimizer:
+    """Return AdamW for full fine-tuning."""
+    return _adamw([{"params": list(parameters), "ratio": 1.0}], config)
+
+
+def _adamw(groups: list[dict[str, Any]], config: TrainConfig) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(
+        groups,
+        lr=config.lr,
+        betas=config.betas,
+        eps=config.eps,
+        fused=True,
+        weight_decay=config.weight_decay,
+    )
+
+
+def prune_moments(state: Mapping[str, Tensor], fraction: float) -> dict[str, Tensor]:
+    """ReLoRA's partial reset (arXiv 2307.05695, §3): zero the smallest `fraction` of each moment,
+    keep the rest.
+
+    `state` maps ``"<parameter>.<key>"`` to AdamW's tensors, as `store.optimizer_tensors` gives
+    them. A first moment is kept only where the second is as well: while B = 0 the gradient of A is
+    0, so AdamW would divide what is left of the first by its ``eps`` alone, and the step would have
+    no bound.
+    """
+    pruned = dict(state)
+    for name in [name for name in state if name.endswith(".exp_avg_sq")]:
+        first = name.removesuffix("_sq")
+        kept = _largest(state[name], fraction)
+        pruned[name] = state[name] * kept
+        pruned[first] = state[first] * (kept & _largest(state[first], fraction))
+    return pruned
+
+
+def _largest(moment: Tensor, fraction: float) -> Tensor:
+    """Mark the entries that are left when the smallest `fraction` is pruned."""
+    num_pruned = int(fraction * moment.numel())
+    if not num_pruned:
+        return torch.ones_like(moment, dtype=torch.bool)
+    magnitudes = moment.abs()
+    return magnitudes > magnitudes.flatten().kthvalue(num_pruned).values
+
+
+def set_learning_rate(
+    optimizer: torch.optim.Optimizer, config: TrainConfig, lengths: Sequence[int], step: int
+) -> float:
+    """Give every group its rate at `step` of a chain of links of `lengths` steps; return the rate
+    of factor A."""
+    restart = config.restart_warmup_steps
+    if restart is None:
+        restart = config.warmup_steps if config.restart_schedule else 0
+    factor = learning_rate_factor(
+        step, lengths, config.schedule, config.warmup_steps, config.restart_schedule, restart
+    )
+    for group in optimizer.param_groups:
+        group["lr"] = config.lr * factor * group["ratio"]
+    return config.lr * factor

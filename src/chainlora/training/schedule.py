@@ -1,0 +1,70 @@
+"""Learning-rate schedules over a chain, as pure functions of the step.
+
+The factor of a step multiplies the configured rate. The shapes are those of transformers'
+``get_linear_schedule_with_warmup`` and its neighbours: a linear rise from 0 over the warm-up, then
+a decay to 0. What a chain adds is where they begin: once for the whole chain, or anew at each link;
+and ReLoRA's jagged schedule, which goes on over the whole chain and rises again from 0 after each
+knot (arXiv 2307.05695, section 3).
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Sequence
+from itertools import accumulate
+
+from chainlora.errors import ConfigError
+
+KINDS = ("linear", "cosine", "constant")
+
+
+def learning_rate_factor(
+    step: int,
+    lengths: Sequence[int],
+    kind: str,
+    warmup_steps: int = 0,
+    restart: bool = False,
+    restart_warmup_steps: int = 0,
+) -> float:
+    """Return the factor in [0, 1] for optimizer step ``step``, counted from 0 over the whole chain.
+
+    lengths: steps of each link. kind: "linear", "cosine" or "constant". warmup_steps: rise from 0
+    at the start of the chain; step 0 of a warm-up has factor 0, as in transformers. restart: each
+    link has the whole schedule for itself; later links warm up over ``restart_warmup_steps``.
+    restart_warmup_steps: without ``restart``, the rise from 0 at each later link to where the
+    schedule of the
+        whole chain stands when the rise ends (with "cosine", ReLoRA's jagged cosine).
+
+    Raises ConfigError for an unknown kind, a chain of no steps, or a negative step.
+    """
+    if kind not in KINDS:
+        raise ConfigError(
+            f"`schedule` must be one of {', '.join(KINDS)} (got {kind!r}); choose one of them"
+        )
+    ends = list(accumulate(lengths))
+    if step < 0 or not ends or ends[-1] <= 0:
+        raise ConfigError(
+            f"a schedule needs a step of 0 or more and links with steps (got step {step} of "
+            f"{list(lengths)}); give each link at least one step"
+        )
+    link = min(bisect_right(ends, step), len(ends) - 1)  # past the end, the last link goes on
+    within = step - (ends[link] - lengths[link])
+    if restart:
+        return _factor(within, lengths[link], kind, restart_warmup_steps if link else warmup_steps)
+    if link and within < restart_warmup_steps:
+        top = _factor(step - within + restart_warmup_steps, ends[-1], kind, warmup_steps)
+        return top * within / restart_warmup_steps
+    return _factor(step, ends[-1], kind, warmup_steps)
+
+
+def _factor(step: int, num_steps: int, kind: str, warmup_steps: int) -> float:
+    """Return the factor of one schedule of ``num_steps`` steps."""
+    if step < warmup_steps:
+        return step / warmup_steps
+    progress = min(1.0, (step - warmup_steps) / max(1, num_steps - warmup_steps))
+    if kind == "linear":
+        return 1.0 - progress
+    if kind == "cosine":
+        return 0.5 * (1.0 + math.cos(math.pi * progress))
+    return 1.0
