@@ -28,7 +28,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from chainlora.chain.adapters import (load_adapter, save_adapter)
+from chainlora.chain.adapters import load_adapter, save_adapter
 from chainlora.chain.chain import Link
 from chainlora.config.loading import dump_config, link_config, load_config
 from chainlora.config.schema import LinkConfig, RunConfig
@@ -83,8 +83,10 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError:
-        raise RunError(f"a run directory must hold {path.name} (got none in {path.parent}); "
-                       "is this the output of `chainlora train`?") from None
+        raise RunError(
+            f"a run directory must hold {path.name} (got none in {path.parent}); "
+            "is this the output of `chainlora train`?"
+        ) from None
     except ValueError as error:
         raise RunError(f"{path.name} must be JSON (got {path}: {error}); {_HALF}") from None
 
@@ -95,7 +97,9 @@ class RunDirectory:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         if self.path.is_file():
-            raise RunError(f"a run directory must be a directory (got the file {path}); name another")
+            raise RunError(
+                f"a run directory must be a directory (got the file {path}); name another"
+            )
 
     def __truediv__(self, name: str) -> Path:
         return self.path / name
@@ -108,7 +112,9 @@ class RunDirectory:
     def config(self) -> RunConfig:
         """Return the resolved config of the run."""
         if not (self / "config.yaml").is_file():
-            raise RunError(f"a run directory must hold config.yaml (got none in {self.path}); {_HALF}")
+            raise RunError(
+                f"a run directory must hold config.yaml (got none in {self.path}); {_HALF}"
+            )
         return load_config(self / "config.yaml")
 
     def begin(self, config: RunConfig, base: Mapping[str, Any], *, resume: bool) -> Progress:
@@ -118,11 +124,20 @@ class RunDirectory:
         """
         if self.exists and resume:
             return self._find(config, base)
-        if self.path.exists() and not (resume and self._barely_begun()) and any(self.path.iterdir()):
-            what, remedy = ("holds a run", "pass --resume to go on with it, or ") if self.exists else (
-                "is not empty and not a whole run", "")
-            raise RunError(f"`output` must be a new or empty directory (got {self.path}, which {what}); {remedy}"
-                           "choose another output")
+        if (
+            self.path.exists()
+            and not (resume and self._barely_begun())
+            and any(self.path.iterdir())
+        ):
+            what, remedy = (
+                ("holds a run", "pass --resume to go on with it, or ")
+                if self.exists
+                else ("is not empty and not a whole run", "")
+            )
+            raise RunError(
+                f"`output` must be a new or empty directory (got {self.path}, which {what}); {remedy}"
+                "choose another output"
+            )
         self.path.mkdir(parents=True, exist_ok=True)
         (self / "config.yaml").write_text(dump_config(config), encoding="utf-8")
         (self / "links").mkdir(exist_ok=True)
@@ -131,7 +146,11 @@ class RunDirectory:
 
     def _barely_begun(self) -> bool:
         """Whether a run was killed here before it wrote its manifest: nothing in it is worth keeping."""
-        return {entry.name for entry in self.path.iterdir()} <= {"config.yaml", "links", "chain.json.new"}
+        return {entry.name for entry in self.path.iterdir()} <= {
+            "config.yaml",
+            "links",
+            "chain.json.new",
+        }
 
     def _find(self, config: RunConfig, base: Mapping[str, Any]) -> Progress:
         manifest = self.manifest()
@@ -139,9 +158,13 @@ class RunDirectory:
         before = self.config()
         if _science(before) != _science(config):
             sections = ("model", "data", "chain", "train")
-            changed = ", ".join(key for key in sections if getattr(before, key) != getattr(config, key))
-            raise RunError(f"--resume needs the config the run began with (got other values under {changed}); "
-                           f"use {self / 'config.yaml'} or a new output")
+            changed = ", ".join(
+                key for key in sections if getattr(before, key) != getattr(config, key)
+            )
+            raise RunError(
+                f"--resume needs the config the run began with (got other values under {changed}); "
+                f"use {self / 'config.yaml'} or a new output"
+            )
         progress = Progress(**manifest["progress"])
         found = self._newest_checkpoint()
         if found is not None:
@@ -157,20 +180,38 @@ class RunDirectory:
         keys = ("format", "base", "links", "selected", "hold", "progress")
         missing = [key for key in keys if not isinstance(manifest, dict) or key not in manifest]
         if "format" not in missing and manifest["format"] != FORMAT:
-            raise RunError(f"chain.json must be of format {FORMAT} (got {manifest['format']!r} in {self.path}); "
-                           "use the version of chainlora that wrote it")
+            raise RunError(
+                f"chain.json must be of format {FORMAT} (got {manifest['format']!r} in {self.path}); "
+                "use the version of chainlora that wrote it"
+            )
         if missing:
-            raise RunError(f"chain.json must hold {', '.join(keys)} (got no `{missing[0]}` in {self.path}); {_HALF}")
+            raise RunError(
+                f"chain.json must hold {', '.join(keys)} (got no `{missing[0]}` in {self.path}); {_HALF}"
+            )
         return dict(manifest)
 
-    def write_manifest(self, base: Mapping[str, Any], config: RunConfig, links: list[Link], progress: Progress,
-                       selected: Mapping[str, Any] | None = None) -> None:
+    def write_manifest(
+        self,
+        base: Mapping[str, Any],
+        config: RunConfig,
+        links: list[Link],
+        progress: Progress,
+        selected: Mapping[str, Any] | None = None,
+    ) -> None:
         """Write ``chain.json``: last, after everything it names."""
-        write_json(self / "chain.json", {
-            "format": FORMAT, "base": dict(base), "seed": config.train.seed, "hold": config.chain.hold,
-            "links": [describe_link(link) for link in links], "selected": dict(selected) if selected else None,
-            "progress": asdict(progress), "versions": versions(),
-        })
+        write_json(
+            self / "chain.json",
+            {
+                "format": FORMAT,
+                "base": dict(base),
+                "seed": config.train.seed,
+                "hold": config.chain.hold,
+                "links": [describe_link(link) for link in links],
+                "selected": dict(selected) if selected else None,
+                "progress": asdict(progress),
+                "versions": versions(),
+            },
+        )
 
     def save_link(self, link: Link, base: str) -> None:
         """Write one link as a PEFT adapter under ``links/``."""
@@ -188,15 +229,22 @@ class RunDirectory:
         entries, selected = manifest["links"], manifest["selected"]
         if num_links is not None:
             if not 0 <= num_links <= len(entries):
-                raise RunError(f"--links must be 0 to {len(entries)} for this run (got {num_links})")
-            return [read_link(self / f"links/{entry['index']:03d}", entry) for entry in entries[:num_links]]
+                raise RunError(
+                    f"--links must be 0 to {len(entries)} for this run (got {num_links})"
+                )
+            return [
+                read_link(self / f"links/{entry['index']:03d}", entry)
+                for entry in entries[:num_links]
+            ]
         keep = entries if selected is None else entries[: selected["num_links"]]
         links = [read_link(self / f"links/{entry['index']:03d}", entry) for entry in keep]
         if selected is not None and selected["partial"]:
             links.append(read_link(self / "best", selected["partial"]))
         return links
 
-    def save_checkpoint(self, link: Link, optimizer: torch.optim.Optimizer, progress: Progress, base: str) -> None:
+    def save_checkpoint(
+        self, link: Link, optimizer: torch.optim.Optimizer, progress: Progress, base: str
+    ) -> None:
         """Write the live link, the optimizer's state and the progress; then drop older checkpoints."""
         name = f"checkpoints/{progress.step:08d}"
         scratch = self._scratch(name)
@@ -211,7 +259,9 @@ class RunDirectory:
         folder = self / f"checkpoints/{progress.step:08d}"
         return folder.is_dir() and read_json(folder / "progress.json")["link"] == progress.link
 
-    def load_checkpoint(self, progress: Progress, config: LinkConfig) -> tuple[Link, dict[str, Tensor]] | None:
+    def load_checkpoint(
+        self, progress: Progress, config: LinkConfig
+    ) -> tuple[Link, dict[str, Tensor]] | None:
         """Read the live link and optimizer tensors of exactly this progress, or None when it stands at a knot."""
         if not self.has_checkpoint(progress):
             return None
@@ -265,16 +315,20 @@ class RunDirectory:
 def check_base(manifest: Mapping[str, Any], base: Mapping[str, Any], run: Path) -> None:
     """Raise RunError unless the model at hand is the one the run was trained on."""
     if manifest["base"]["fingerprint"] != base["fingerprint"]:
-        raise RunError(f"the base model must be the one {run} was trained on, {manifest['base']['model']} "
-                       f"(fingerprint {manifest['base']['fingerprint'][:12]}, got {base['fingerprint'][:12]}); "
-                       "its weights have changed: restore them or train anew")
+        raise RunError(
+            f"the base model must be the one {run} was trained on, {manifest['base']['model']} "
+            f"(fingerprint {manifest['base']['fingerprint'][:12]}, got {base['fingerprint'][:12]}); "
+            "its weights have changed: restore them or train anew"
+        )
 
 
 def write_link(folder: Path, link: Link, base: str) -> None:
     """Write a link as a PEFT adapter; the stored scaling is the tuned one whatever rank is stored."""
     power = 0.5 if link.config.rslora else 1
     alpha = link.config.scaling * link.rank**power
-    save_adapter(folder, link.factors, link.config, rank=link.rank, alpha=alpha, base=base, extra=link.extra)
+    save_adapter(
+        folder, link.factors, link.config, rank=link.rank, alpha=alpha, base=base, extra=link.extra
+    )
 
 
 def read_link(folder: Path, entry: Mapping[str, Any]) -> Link:
@@ -295,15 +349,24 @@ def optimizer_from_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[st
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Return an optimizer's state as flat tensors, ``"<parameter>.<key>"``."""
-    return {f"{position}.{key}": value.detach().cpu().contiguous()
-            for position, values in optimizer.state_dict()["state"].items()
-            for key, value in values.items() if torch.is_tensor(value)}
+    return {
+        f"{position}.{key}": value.detach().cpu().contiguous()
+        for position, values in optimizer.state_dict()["state"].items()
+        for key, value in values.items()
+        if torch.is_tensor(value)
+    }
 
 
 def describe_link(link: Link) -> dict[str, Any]:
     """Return a link's manifest entry: enough, with its adapter, to read it back."""
-    return {"index": link.index, "directory": f"links/{link.index:03d}", "rank": link.rank,
-            "scaling": link.config.scaling, "num_steps": link.num_steps, "config": link.config.model_dump(mode="json")}
+    return {
+        "index": link.index,
+        "directory": f"links/{link.index:03d}",
+        "rank": link.rank,
+        "scaling": link.config.scaling,
+        "num_steps": link.num_steps,
+        "config": link.config.model_dump(mode="json"),
+    }
 
 
 def _science(config: RunConfig) -> dict[str, Any]:
