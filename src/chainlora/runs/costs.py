@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from chainlora.chain.chain import Link
+from chainlora.chain.link import Link
 
 
 def num_trained(link: Link) -> int:

@@ -29,7 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from chainlora.chain.adapters import (load_adapter, save_adapter)
-from chainlora.chain.chain import Link
+from chainlora.chain.link import Link
 from chainlora.config.loading import dump_config, link_config, load_config
 from chainlora.config.schema import LinkConfig, RunConfig
 from chainlora.errors import RunError

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from chainlora.runs import directory as store
 from chainlora.chain.adapters import (Factors, save_adapter)
-from chainlora.chain.chain import (Chain, Link, add_link, stack_links)
+from chainlora.chain.chain import Chain
+from chainlora.chain.link import Link, stack_links
 from chainlora.config.schema import LinkConfig
 from chainlora.errors import (ChainError, RunError)
 from chainlora.chain.low_rank import (compress_low_rank, singular_values_of_sum)
@@ -45,7 +46,7 @@ def load_run(run: str | Path, *, num_links: int | None = None, dtype: str | None
     chain = Chain(model, checkpoint=resolve_model(base["model"]))
     store.check_base(manifest, {"fingerprint": chain.base_fingerprint}, directory.path)
     for link in links:
-        add_link(chain, link)
+        chain.add(link)
     return chain.detach(), tokenizer
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from chainlora.chain.chain import (Link, stack_links)
+from chainlora.chain.link import Link, stack_links
 from chainlora.errors import RunError
 from chainlora.chain.low_rank import (effective_rank, singular_values_of_sum, stable_rank, subspace_overlap)
 from chainlora.runs.directory import RunDirectory

@@ -23,7 +23,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from chainlora.chain.adapters import check_targets, set_extra, set_factors
-from chainlora.chain.chain import Chain, add_link, extend_chain, live_link, tie_knot, tune_link
+from chainlora.chain.chain import Chain
+from chainlora.chain.verbs import add_link, extend_chain, live_link, tie_knot, tune_link
 from chainlora.config.schema import LinkConfig, RunConfig
 from chainlora.data.splits import Splits, prepare_splits
 from chainlora.engine.decoder_layer import accelerate_model, restore_model

@@ -10,7 +10,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from chainlora.chain.chain import Chain, Link
+from chainlora.chain.chain import Chain
+from chainlora.chain.link import Link
 from chainlora.config.schema import RunConfig
 from chainlora.data.splits import Splits
 from chainlora.engine.hidden_states import Path

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from chainlora.chain.chain import add_link, drop_links, live_link
+from chainlora.chain.verbs import add_link, drop_links, live_link
 from chainlora.data.examples import Example
 from chainlora.evaluation.evaluate import Evaluation, evaluate
 from chainlora.evaluation.metrics import is_higher_better
