@@ -8,9 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from chainlora.chain.adapters import Adapter
+from chainlora.chain.adapters import Adapter, live_factors
+from chainlora.chain.soft_knot import Balance
 from chainlora.config.schema import TrainConfig
 from chainlora.training.schedule import learning_rate_factor
+
+# What an optimizer keeps of past gradients, by the power of the gradient that it is.
+MOMENTS = {"exp_avg": 1, "exp_avg_sq": 2, "momentum_buffer": 1}
 
 
 def make_optimizer(adapter: Adapter, config: TrainConfig) -> torch.optim.Optimizer:
@@ -43,6 +47,27 @@ def _adamw(groups: list[dict[str, Any]], config: TrainConfig) -> torch.optim.Opt
         fused=True,
         weight_decay=config.weight_decay,
     )
+
+
+@torch.no_grad()
+def carry_moments(
+    optimizer: torch.optim.Optimizer, adapter: Adapter, scales: Mapping[str, Balance]
+) -> None:
+    """Carry an optimizer's moments over a soft knot, in place, exactly.
+
+    Its gradients would have been β times as large for A and α times as large for B (`soft_knot`);
+    first moments scale with them, second moments with their square, step counts stay.
+    """
+    for name, scale in scales.items():
+        a, b = live_factors(adapter, name)
+        _scale_moments(optimizer.state.get(a, {}), scale.b.unsqueeze(1))
+        _scale_moments(optimizer.state.get(b, {}), scale.a)
+
+
+def _scale_moments(state: Mapping[str, Any], scale: Tensor) -> None:
+    for key, power in MOMENTS.items():
+        if key in state:
+            state[key].mul_(scale**power)
 
 
 def prune_moments(state: Mapping[str, Tensor], fraction: float) -> dict[str, Tensor]:
