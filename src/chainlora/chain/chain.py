@@ -216,7 +216,7 @@ class Chain:
     def live_state(self) -> dict[str, Tensor]:
         """Return all that the live link is made of, as tensors, for `load_live_state`."""
         live = self._need_live("live_state")
-        state = {}
+        state: dict[str, Tensor] = {}
         for name in live.adapter.layers:
             factors = adapters.get_factors(live.adapter, name)
             parts = {"A": factors.a, "B": factors.b, "bias": factors.bias}

@@ -11,7 +11,7 @@ of the live link (a soft knot); `deposited` reads back what was added since the 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -133,7 +133,7 @@ class Tied:
                 merge_(view, bias, link.factors[name], link.config.scaling)
         return weight, bias
 
-    def _module(self, name: str) -> nn.Module:
+    def _module(self, name: str) -> Any:
         return adapters.base_layer(self.model.get_submodule(name))
 
 
