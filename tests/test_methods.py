@@ -161,7 +161,7 @@ def test_the_preset_lora_trains_as_peft_in_a_plain_loop(tiny_folder, sentiment, 
 
 
 def test_rac_lora_trains_one_factor_and_lora_plus_has_two_rates():
-    from chainlora.chain.chain import Chain, extend_chain
+    from chainlora import Chain, extend_chain
 
     def optimizer_of(method: str):
         config = config_of(method)

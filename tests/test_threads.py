@@ -11,7 +11,7 @@ import torch
 from conftest import tiny_model
 from test_training import assert_same_links, settings
 
-from chainlora.chain.chain import Chain, extend_chain
+from chainlora import Chain, extend_chain
 from chainlora.config.loading import make_config
 from chainlora.config.schema import LinkConfig
 from chainlora.data.examples import Example

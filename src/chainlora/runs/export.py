@@ -1,7 +1,8 @@
 """What a finished chain can become: a live model, a merged checkpoint, one PEFT adapter.
 
-A merged checkpoint loads with `transformers` alone. An exact adapter has rank Σr; a compressed one is the best
-approximation of that rank, found by QR and a small SVD of the stacked factors (the dense update is never formed).
+A merged checkpoint loads with `transformers` alone. An exact adapter has rank Σr; a compressed one
+is the best approximation of that rank, found by QR and a small SVD of the stacked factors (the
+dense update is never formed).
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from chainlora.runs import directory as store
 from chainlora.chain.adapters import Factors, save_adapter
-from chainlora.chain.chain import Chain, Link, add_link, stack_links
+from chainlora.chain.chain import Chain
+from chainlora.chain.link import Link, stack_links
+from chainlora.chain.low_rank import compress_low_rank, singular_values_of_sum
 from chainlora.config.schema import LinkConfig
 from chainlora.errors import ChainError, RunError
-from chainlora.chain.low_rank import compress_low_rank, singular_values_of_sum
 from chainlora.models.loading import load_model, resolve_model
+from chainlora.runs import directory as store
 from chainlora.runs.directory import RunDirectory
 
 
@@ -30,8 +32,9 @@ def load_run(
 ) -> tuple[Any, Any]:
     """Load a run's base, put its chain on, and return (plain transformers model, tokenizer).
 
-    The chain is the one the run selected, or the first `num_links` links; `dtype` defaults to the run's own.
-    Raises RunError when the base is not the one the run was trained on, or the run was killed before it had anything.
+    The chain is the one the run selected, or the first `num_links` links; `dtype` defaults to the
+    run's own. Raises RunError when the base is not the one the run was trained on, or the run was
+    killed before it had anything.
     """
     directory = RunDirectory(run)
     manifest = directory.manifest()
@@ -49,12 +52,13 @@ def load_run(
     chain = Chain(model, checkpoint=resolve_model(base["model"]))
     store.check_base(manifest, {"fingerprint": chain.base_fingerprint}, directory.path)
     for link in links:
-        add_link(chain, link)
+        chain.add(link)
     return chain.detach(), tokenizer
 
 
 def _refuse_unfinished(run: RunDirectory) -> None:
-    """Refuse a run that was to train something and has not yet: the base would pass for its result."""
+    """Refuse a run that was to train something and has not yet: the base would pass for its
+    result."""
     chain = run.config().chain
     if chain.tune == "full":
         raise RunError(
@@ -62,7 +66,8 @@ def _refuse_unfinished(run: RunDirectory) -> None:
         )
     if chain.ranks:
         raise RunError(
-            f"a run must have tied its first link (got none in {run.path}); go on with --resume, or take "
+            f"a run must have tied its first link (got none in {run.path}); go on with --resume, "
+            "or take "
             "the base by --links 0"
         )
 
@@ -102,7 +107,8 @@ def export_adapter(
     tolerance: float | None = None,
     num_links: int | None = None,
 ) -> dict[str, Any]:
-    """Write the run's chain as one PEFT adapter: exact, or compressed to `rank` or to a relative error `tolerance`.
+    """Write the run's chain as one PEFT adapter: exact, or compressed to `rank` or to a relative
+    error `tolerance`.
 
     Returns rank and error; the error is ``√(Σ‖ΔW−ΔŴ‖² / Σ‖ΔW‖²)`` over all modules.
     """
@@ -155,8 +161,8 @@ def export_adapter(
 
 
 def _mend_generation(config: Any) -> None:
-    """Make a base's generation config one that transformers saves: it reads sampling values without do_sample, but
-    refuses to write them."""
+    """Make a base's generation config one that transformers saves: it reads sampling values without
+    do_sample, but refuses to write them."""
     if config is None:
         return
     try:
@@ -168,7 +174,8 @@ def _mend_generation(config: Any) -> None:
 def adapter_factors(
     links: Sequence[Link], *, rank: int | None = None, tolerance: float | None = None
 ) -> tuple[dict[str, Factors], float]:
-    """Return one pair of factors a module for a chain, all of one rank, with scaling 1, and the relative error."""
+    """Return one pair of factors a module for a chain, all of one rank, with scaling 1, and the
+    relative error."""
     if not links:
         raise ChainError("an adapter needs at least one link (got a chain of none)")
     stacked = stack_links(links)
@@ -215,7 +222,8 @@ def _empty(output: str | Path) -> Path:
     output = Path(output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise RunError(
-            f"--output must be a new or empty directory (got {output}, which is not empty); choose another"
+            f"--output must be a new or empty directory (got {output}, which is not empty); "
+            "choose another"
         )
     return output
 

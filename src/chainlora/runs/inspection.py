@@ -1,4 +1,5 @@
-"""What each link of a run brought: steps, loss, score, size and shape of its update, overlap with earlier links."""
+"""What each link of a run brought: steps, loss, score, size and shape of its update, overlap with
+earlier links."""
 
 from __future__ import annotations
 
@@ -9,24 +10,25 @@ from typing import Any
 
 import torch
 
-from chainlora.chain.chain import Link, stack_links
-from chainlora.errors import RunError
+from chainlora.chain.link import Link, stack_links
 from chainlora.chain.low_rank import (
     effective_rank,
     singular_values_of_sum,
     stable_rank,
     subspace_overlap,
 )
+from chainlora.errors import RunError
 from chainlora.runs.directory import RunDirectory
 
 
 def inspect_run(run: str | Path) -> dict[str, Any]:
     """Describe a run link by link.
 
-    For each link: ``rank``, ``steps``, mean training ``loss`` of its last tenth, validation ``score`` at its knot,
-    ``delta_norm`` ‖ΔW‖_F over all modules, ``effective_rank`` exp(entropy of σ/Σσ) (Roy & Vetterli 2007) and
-    ``stable_rank`` averaged over modules, ``overlap`` with each earlier link's A (mean squared cosine of the
-    principal angles, averaged over modules; 1 is the same input subspace).
+    For each link: ``rank``, ``steps``, mean training ``loss`` of its last tenth, validation
+    ``score`` at its knot, ``delta_norm`` ‖ΔW‖_F over all modules, ``effective_rank`` exp(entropy of
+    σ/Σσ) (Roy & Vetterli 2007) and ``stable_rank`` averaged over modules, ``overlap`` with each
+    earlier link's A (mean squared cosine of the principal angles, averaged over modules; 1 is the
+    same input subspace).
     """
     directory = RunDirectory(run)
     manifest = directory.manifest()
@@ -45,7 +47,8 @@ def inspect_run(run: str | Path) -> dict[str, Any]:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """Read ``metrics.jsonl``; empty when there is none. A run killed while it wrote has half a last line: left out.
+    """Read ``metrics.jsonl``; empty when there is none. A run killed while it wrote has half a last
+    line: left out.
 
     Raises RunError if another line is no record.
     """

@@ -1,7 +1,9 @@
-"""Two pictures of a run: how training went, with the knots marked, and what each link of the chain became.
+"""Two pictures of a run: how training went, with the knots marked, and what each link of the chain
+became.
 
-Colours are of the Okabe–Ito palette and cividis, which readers with any kind of colour vision can tell apart.
-The figures are drawn without pyplot, so that nothing global is touched and no display is needed.
+Colours are of the Okabe–Ito palette and cividis, which readers with any kind of colour vision can
+tell apart. The figures are drawn without pyplot, so that nothing global is touched and no display
+is needed.
 """
 
 from __future__ import annotations
@@ -59,7 +61,8 @@ _MOST_LABELS = 12  # links whose names or values still fit
 
 
 def plot_training(records: str | Path | Sequence[Record], out_png: str | Path) -> None:
-    """Draw loss, validation scores and learning rate over the steps of a run, its knots as dashed lines.
+    """Draw loss, validation scores and learning rate over the steps of a run, its knots as dashed
+    lines.
 
     records: the path of a ``metrics.jsonl``, or its records.
 
@@ -93,7 +96,8 @@ def plot_training(records: str | Path | Sequence[Record], out_png: str | Path) -
 
 
 def plot_chain(inspection: Mapping[str, Any], out_png: str | Path) -> None:
-    """Draw ‖ΔW‖ and effective rank of each link and the overlap between links, from `inspect_run`'s result.
+    """Draw ‖ΔW‖ and effective rank of each link and the overlap between links, from `inspect_run`'s
+    result.
 
     Raises RunError if the chain has no link.
     """
@@ -117,7 +121,8 @@ def plot_chain(inspection: Mapping[str, Any], out_png: str | Path) -> None:
 
 
 def smooth(values: Sequence[float], span: float) -> list[float]:
-    """Return the exponential moving average over about ``span`` steps, free of bias at its start."""
+    """Return the exponential moving average over about ``span`` steps, free of bias at its
+    start."""
     decay = 1 - 2 / (max(span, 1) + 1)
     total = weight = 0.0
     out = []
@@ -238,7 +243,8 @@ def _draw_rate(axes: Any, steps: Sequence[Record]) -> None:
 
 
 def _mark_knots(panels: Sequence[Any], records: Sequence[Record]) -> None:
-    """Draw a dashed line at each knot, and name each link above the part of the run that is its own."""
+    """Draw a dashed line at each knot, and name each link above the part of the run that is its
+    own."""
     knots = [r["step"] for r in records if r["event"] == "knot"]
     last = max(r["step"] for r in records if "step" in r)
     for axes in panels:
