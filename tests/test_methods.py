@@ -9,9 +9,9 @@ from importlib.resources import files
 
 import pytest
 from conftest import tiny_model
+from helpers import assert_trains_as_peft
 from hypothesis import given
 from hypothesis import strategies as st
-from test_training import assert_trains_as_peft
 
 from chainlora.config.loading import make_config
 from chainlora.errors import ConfigError

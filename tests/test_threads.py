@@ -9,7 +9,7 @@ import threading
 import pytest
 import torch
 from conftest import tiny_model
-from test_training import assert_same_links, settings
+from helpers import assert_same_links, settings
 
 from chainlora import Chain, extend_chain
 from chainlora.config.loading import make_config
