@@ -30,13 +30,11 @@ from chainlora.models.gguf import (
     cache_dir as cache_dir,
 )  # re-exported: where everything of ours is cached
 from chainlora.models.gguf import converted_folder
-from chainlora.models.text_config import text_config
+from chainlora.models.text_config import UNLIMITED_CONTEXT as UNLIMITED_CONTEXT
+from chainlora.models.text_config import context_length as context_length
 
 logger = logging.getLogger(__name__)
 
-UNLIMITED_CONTEXT = (
-    1 << 30
-)  # tokens; for architectures without a limit of their own (ALiBi, recurrent)
 _WANTED = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken"]
 _UNWANTED = ["*/*", "consolidated*", "original*"]  # the same weights again, in other layouts
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -141,16 +139,6 @@ def packaged_model(package: str) -> Path:
         f"a package named as a model must hold a .gguf file (got {package!r} without one); "
         f"install it again or name another"
     )
-
-
-def context_length(model: nn.Module) -> int:
-    """Return how many tokens the model can read at once; `UNLIMITED_CONTEXT` where no limit is
-    stated."""
-    config = text_config(model)
-    for name in ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length"):
-        if isinstance(length := getattr(config, name, None), int) and length > 0:
-            return length
-    return UNLIMITED_CONTEXT
 
 
 def _from_hub(spec: str) -> Path:
