@@ -11,7 +11,7 @@ import torch
 from conftest import tiny_model
 from torch import nn
 
-from chainlora.chain.chain import Chain, extend_chain
+from chainlora import Chain, extend_chain
 from chainlora.config.schema import LinkConfig
 from chainlora.data.examples import Example
 from chainlora.engine.engine import Engine
@@ -52,7 +52,12 @@ def run_a_step(engine: Engine) -> None:
     shards = engine.split(completions())
     batches = [[engine.pack(shard) for shard in shards]]
     parameters = [p for p in engine.model.parameters() if p.requires_grad]
-    engine.add_gradients(batches, "completion", parameters)
+    engine.add_gradients(
+        batches,
+        parameters,
+        loss=lambda batch: engine.loss(batch, "completion")[0],
+        count=lambda batch: batch.num_scored_tokens,
+    )
     engine.scores(completions())
 
 
@@ -94,7 +99,12 @@ def test_an_exception_in_a_thread_ends_the_others(two_threads: None) -> None:
         with Engine(model, training=True) as engine:
             shards = [[engine.pack(completions()[i : i + 1]) for i in range(8)]]
             model.model.norm.register_forward_hook(fail)
-            engine.add_gradients(shards, "completion", list(model.parameters()))
+            engine.add_gradients(
+                shards,
+                list(model.parameters()),
+                loss=lambda batch: engine.loss(batch, "completion")[0],
+                count=lambda batch: batch.num_scored_tokens,
+            )
 
     with pytest.raises(RuntimeError, match="in a thread"):
         work()

@@ -15,6 +15,7 @@ import torch
 import yaml
 from conftest import write_rows
 from helpers import assert_same_links, links_of, settings
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from chainlora import evaluate_task, export_adapter, load_run, load_task, make_config, train
@@ -468,20 +469,28 @@ def test_a_best_point_at_the_last_knot_selects_no_partial_link(tiny_folder, sent
     assert again["metrics"]["loss"] == pytest.approx(result["best"]["value"], abs=1e-5)
 
 
-def test_a_non_finite_loss_stops_and_keeps_the_last_good_state(tiny_folder, sentiment, tmp_path):
+@pytest.mark.parametrize(("lr", "good"), [(3e38, None), (1e15, 1)])
+def test_a_non_finite_loss_stops_and_keeps_the_last_good_state(
+    tiny_folder, sentiment, tmp_path, lr, good
+):
     run = tmp_path / "run"
     tree = settings(
         tiny_folder,
         sentiment,
         run,
-        train={"lr": 3e38, "schedule": "constant", "max_grad_norm": None},
+        train={"lr": lr, "schedule": "constant", "max_grad_norm": None, "save_every": 1},
     )
     with pytest.raises(
-        TrainingError, match=r"must be finite \(got .* at step \d+, link 0\).*is kept in"
+        TrainingError, match=r"must be finite \(got .* at step \d+, link \d\).*is kept in"
     ):
         train(make_config(tree))
-    kept = next((run / "checkpoints").iterdir())
-    assert (kept / "adapter_model.safetensors").is_file()
+    if good is None:  # the first step broke the weights: the run starts over
+        assert not (run / "checkpoints").exists()
+        return
+    kept = sorted(path.name for path in (run / "checkpoints").iterdir())
+    assert kept == [f"{good:08d}"]
+    state = load_file(run / "checkpoints" / kept[0] / "link.safetensors")
+    assert all(torch.isfinite(tensor).all() for tensor in state.values())
 
 
 def test_output_that_is_not_empty_is_refused_without_resume(tiny_folder, sentiment, tmp_path):

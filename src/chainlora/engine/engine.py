@@ -2,7 +2,7 @@
 
     with Engine(model, training=True) as engine:
         engine.adapt(lora_layers)                        # after a LoRA was put on the model
-        loss = engine.add_gradients(batches, "completion", parameters)
+        engine.add_gradients(batches, parameters, loss=…, count=…)
         scores = engine.scores(examples)
 
 What is fast is found at the start by probes on the model itself, each against plain transformers:
@@ -22,7 +22,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +53,7 @@ log = logging.getLogger(__name__)
 Kind = Literal["candidates", "completion"]
 Speedups = Literal["auto", "off"]
 Progress = Callable[[int, int], None]
+Batch = TypeVar("Batch")
 
 
 class Engine:
@@ -140,28 +141,31 @@ class Engine:
 
     def add_gradients(
         self,
-        batches: Sequence[Sequence[PackedBatch]],
-        kind: Kind,
+        batches: Sequence[Sequence[Batch]],
         parameters: Sequence[nn.Parameter],
+        *,
+        loss: Callable[[Batch], Tensor],
+        count: Callable[[Batch], int],
     ) -> float:
         """Add the gradient of a step's mean loss to ``parameter.grad`` of each; return that loss.
 
-        `batches` holds the micro-batches of the step, each as its packed shards. Losses and
-        gradients are summed in the order of the shards, so equal work gives equal bits.
+        `batches` holds the micro-batches of the step, each as its packed shards; `loss` gives the
+        summed loss of a shard, `count` the number of its terms. Losses and gradients are summed in
+        the order of the shards, so equal work gives equal bits.
         """
-        count = sum(num_terms(batch, kind) for shards in batches for batch in shards)
+        terms = sum(count(batch) for shards in batches for batch in shards)
         total = 0.0
         for shards in batches:
             if len(shards) == 1:
-                loss = self.loss(shards[0], kind)[0] / count
-                loss.backward()
-                total += loss.item()
+                mean = loss(shards[0]) / terms
+                mean.backward()
+                total += mean.item()
                 continue
 
-            def gradients(batch: PackedBatch) -> tuple[float, tuple[Tensor | None, ...]]:
+            def gradients(batch: Batch) -> tuple[float, tuple[Tensor | None, ...]]:
                 with torch.enable_grad():
-                    loss = self.loss(batch, kind)[0] / count
-                    return loss.item(), torch.autograd.grad(loss, parameters, allow_unused=True)
+                    mean = loss(batch) / terms
+                    return mean.item(), torch.autograd.grad(mean, parameters, allow_unused=True)
 
             for part, grads in self._threads(self.num_threads).map(gradients, shards):
                 total += part
