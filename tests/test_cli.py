@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import write_rows
+from helpers import settings
 from safetensors.torch import load_file, save_file
-from test_training import settings
 
 from chainlora import __version__
 from chainlora.cli.main import run as command

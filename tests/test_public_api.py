@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from test_training import settings
+from helpers import settings
 
 import chainlora
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from test_training import settings
+from helpers import settings
 
 from chainlora import load_run, make_config, train
 from chainlora.config.schema import LinkConfig

@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 from conftest import write_rows
+from helpers import assert_same_links, links_of, settings
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -23,49 +24,6 @@ from chainlora.errors import ChainLoRAError, ConfigError, ModelError, RunError, 
 from chainlora.runs.directory import RunDirectory
 from chainlora.training.optimizers import prune_moments
 from chainlora.training.plan import make_plan
-
-
-def settings(tiny_folder, sentiment, output=None, **sections) -> dict:
-    tree = {
-        "model": str(tiny_folder),
-        "data": {
-            "task": str(sentiment / "task.yaml"),
-            "train": str(sentiment / "train.jsonl"),
-            "validation": str(sentiment / "validation.jsonl"),
-        },
-        "chain": {
-            "ranks": [4, 4, 2],
-            "alpha": 8,
-            "target_modules": ["q_proj", "v_proj"],
-            "steps": [4, 4, 3],
-        },
-        "train": {"lr": 1e-2, "batch_size": 8},
-        "output": None if output is None else str(output),
-    }
-    for section, keys in sections.items():
-        if isinstance(keys, dict):
-            tree[section] = tree[section] | keys
-            tree[section] = {
-                key: value for key, value in tree[section].items() if value is not None
-            }
-        else:
-            tree[section] = keys
-    return tree
-
-
-def links_of(run: Path) -> list[dict[str, torch.Tensor]]:
-    return [
-        load_file(folder / "adapter_model.safetensors")
-        for folder in sorted((run / "links").iterdir())
-    ]
-
-
-def assert_same_links(one: Path, two: Path) -> None:
-    first, second = links_of(one), links_of(two)
-    assert len(first) == len(second)
-    for a, b in zip(first, second, strict=True):
-        assert a.keys() == b.keys()
-        assert all(torch.equal(a[name], b[name]) for name in a)
 
 
 def test_a_run_from_config_to_result(tiny_folder, sentiment, tmp_path):
@@ -511,20 +469,28 @@ def test_a_best_point_at_the_last_knot_selects_no_partial_link(tiny_folder, sent
     assert again["metrics"]["loss"] == pytest.approx(result["best"]["value"], abs=1e-5)
 
 
-def test_a_non_finite_loss_stops_and_keeps_the_last_good_state(tiny_folder, sentiment, tmp_path):
+@pytest.mark.parametrize(("lr", "good"), [(3e38, None), (1e15, 1)])
+def test_a_non_finite_loss_stops_and_keeps_the_last_good_state(
+    tiny_folder, sentiment, tmp_path, lr, good
+):
     run = tmp_path / "run"
     tree = settings(
         tiny_folder,
         sentiment,
         run,
-        train={"lr": 3e38, "schedule": "constant", "max_grad_norm": None},
+        train={"lr": lr, "schedule": "constant", "max_grad_norm": None, "save_every": 1},
     )
     with pytest.raises(
-        TrainingError, match=r"must be finite \(got .* at step \d+, link 0\).*is kept in"
+        TrainingError, match=r"must be finite \(got .* at step \d+, link \d\).*is kept in"
     ):
         train(make_config(tree))
-    kept = next((run / "checkpoints").iterdir())
-    assert (kept / "adapter_model.safetensors").is_file()
+    if good is None:  # the first step broke the weights: the run starts over
+        assert not (run / "checkpoints").exists()
+        return
+    kept = sorted(path.name for path in (run / "checkpoints").iterdir())
+    assert kept == [f"{good:08d}"]
+    state = load_file(run / "checkpoints" / kept[0] / "link.safetensors")
+    assert all(torch.isfinite(tensor).all() for tensor in state.values())
 
 
 def test_output_that_is_not_empty_is_refused_without_resume(tiny_folder, sentiment, tmp_path):
