@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 from conftest import write_rows
-from helpers import assert_same_links, assert_trains_as_peft, settings
+from helpers import assert_same_links, assert_trains_as_peft, settings, training_examples
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
