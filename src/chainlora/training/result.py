@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from chainlora.data.examples import Example
+from chainlora.data.rows import Rows
 from chainlora.evaluation.metrics import INDEX_METRICS, majority_rate
 from chainlora.runs import directory as store
 from chainlora.runs.costs import hardware, num_trained, peak_memory_mb
@@ -33,7 +33,7 @@ def finish(run: Run) -> dict[str, Any]:
 def _final_metrics(run: Run) -> dict[str, Any]:
     metrics: dict[str, Any] = {}
     for name in ("validation", "test"):
-        examples: list[Example] = getattr(run.splits, name)
+        examples: Rows = getattr(run.splits, name)
         if not examples:
             continue
         known = run.last_scored if name == "validation" else None
