@@ -189,7 +189,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.mark.parametrize(
-    "path", sorted((ROOT / "experiments").glob("*.yaml")), ids=lambda path: path.stem
+    "path", sorted((ROOT / "examples/experiments").glob("*.yaml")), ids=lambda path: path.stem
 )
 def test_every_shipped_experiment_expands(path):
     experiment = load_experiment(path)
