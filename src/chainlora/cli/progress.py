@@ -71,7 +71,7 @@ class _Listener:
         self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def __call__(self, record: Mapping[str, Any]) -> None:
-        getattr(self, f"_{record['event']}")(record)
+        getattr(self, f"_{record['event']}", lambda _: None)(record)
 
     def _plan(self, record: Mapping[str, Any]) -> None:
         self.total = record["num_steps"]

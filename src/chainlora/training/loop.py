@@ -416,7 +416,9 @@ def _final_metrics(run: Run) -> dict[str, Any]:
         examples = getattr(run.splits, name)
         if examples:
             known = run.last_scored if name == "validation" else None
-            metrics[name] = dict((known or score(run, examples)).metrics)
+            scored = known or score(run, examples)
+            metrics[name] = dict(scored.metrics)
+            run.listener({"event": "scored", "split": name, "predictions": scored.predictions})
             if run.splits.metric in INDEX_METRICS:
                 metrics[name]["majority"] = majority_rate(examples)
     return metrics
