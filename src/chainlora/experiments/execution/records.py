@@ -152,9 +152,10 @@ def check_alike(cells: Sequence[Mapping[str, Any]]) -> None:
     weights.
 
     A cell's id knows places by name only; what was found there is in its `rows_digest` and
-    `base_fingerprint` (missing in results older than these).
+    `base_fingerprint` (missing in results older than these). A number in front of a digest is the
+    version of its definition; digests of other versions say nothing of each other.
     """
-    first: dict[tuple[str, str], tuple[str, str]] = {}
+    first: dict[tuple[str, str, str], tuple[str, str]] = {}
     for cell in cells:
         config = cell["config"]
         data = {
@@ -171,9 +172,9 @@ def check_alike(cells: Sequence[Mapping[str, Any]]) -> None:
             if found is None:
                 continue
             name = f"{cell['task']} {cell['method']} seed {cell['seed']}"
-            before, of = first.setdefault(
-                (field, json.dumps(settings, sort_keys=True)), (found, name)
-            )
+            version = found.rpartition(":")[0]
+            key = (field, version, json.dumps(settings, sort_keys=True))
+            before, of = first.setdefault(key, (found, name))
             if found != before:
                 raise RunError(
                     f"cells of one experiment must be of the same {what} (got {before} in {of}, "
