@@ -22,9 +22,12 @@ from transformers import (
 from chainlora.data.examples import Example
 from chainlora.engine import attention as packed_attention
 from chainlora.engine.attention import NAME
-from chainlora.engine.hidden_states import Path, base_model, choose_path, hidden_states
+from chainlora.engine.engine import Engine
+from chainlora.engine.hidden_states import ForwardPath as Path
+from chainlora.engine.hidden_states import choose_path, hidden_states
 from chainlora.engine.packing import PackedBatch, pack
 from chainlora.errors import ModelError
+from chainlora.models.text_config import base_model
 
 # The same sums over at most 64 terms in another order, two layers deep; Llama's norm and rotary
 # angles are float32 in a float64 model too. bfloat16: 2⁻⁸ a rounding, and a bias's gradient is a
@@ -197,9 +200,9 @@ def test_not_taken_where_positions_are_in_the_attention(caplog: pytest.LogCaptur
     model = BloomForCausalLM(
         BloomConfig(vocab_size=131, hidden_size=32, n_layer=2, n_head=4)
     ).eval()
-    with caplog.at_level(logging.INFO, logger="chainlora.engine.hidden_states"):
-        assert choose_path(model) is Path.PADDED
-    assert "padded path: " in caplog.text
+    with caplog.at_level(logging.INFO, "chainlora.engine"), Engine(model, training=False) as engine:
+        assert engine.path == "padded"
+    assert "packed sequences: no, " in caplog.text
     batch = flat_batch()
     hidden = hidden_states(model, batch, path=Path.PADDED)
     assert hidden.shape == (len(batch.rows), 32)

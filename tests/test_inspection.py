@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import settings
 from safetensors.numpy import load_file
-from test_training import settings
 
 from chainlora import inspect_run, make_config, train
 from chainlora.errors import RunError

@@ -3,7 +3,6 @@ head."""
 
 from __future__ import annotations
 
-import chainlora.engine.head
 import peft
 import pytest
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2ForCausalLM
 
+import chainlora.engine.head
 from chainlora.data.examples import Example
 from chainlora.engine.head import candidate_loss, candidate_scores, completion_loss, logit_transform
 from chainlora.engine.hidden_states import Path, hidden_states

@@ -8,8 +8,8 @@ from collections.abc import Callable
 import pytest
 import torch
 from conftest import ARCHITECTURES, tiny_model
+from helpers import settings
 from test_speedups import BATCHES
-from test_training import settings
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D

@@ -9,9 +9,9 @@ from importlib.resources import files
 
 import pytest
 from conftest import tiny_model
+from helpers import assert_trains_as_peft
 from hypothesis import given
 from hypothesis import strategies as st
-from test_training import assert_trains_as_peft
 
 from chainlora.config.loading import make_config
 from chainlora.errors import ConfigError
@@ -161,7 +161,7 @@ def test_the_preset_lora_trains_as_peft_in_a_plain_loop(tiny_folder, sentiment, 
 
 
 def test_rac_lora_trains_one_factor_and_lora_plus_has_two_rates():
-    from chainlora.chain.chain import Chain, extend_chain
+    from chainlora import Chain, extend_chain
 
     def optimizer_of(method: str):
         config = config_of(method)

@@ -13,16 +13,16 @@ __version__ = "0.1.0"
 
 _WHERE = {
     "Chain": "chainlora.chain.chain",
-    "Link": "chainlora.chain.chain",
-    "extend_chain": "chainlora.chain.chain",
-    "tune_link": "chainlora.chain.chain",
-    "tie_knot": "chainlora.chain.chain",
-    "fit_chain": "chainlora.chain.chain",
-    "live_link": "chainlora.chain.chain",
-    "add_link": "chainlora.chain.chain",
-    "drop_links": "chainlora.chain.chain",
-    "discard_link": "chainlora.chain.chain",
-    "stack_links": "chainlora.chain.chain",
+    "Link": "chainlora.chain.link",
+    "extend_chain": "chainlora.chain.verbs",
+    "tune_link": "chainlora.chain.verbs",
+    "tie_knot": "chainlora.chain.verbs",
+    "fit_chain": "chainlora.chain.verbs",
+    "live_link": "chainlora.chain.verbs",
+    "add_link": "chainlora.chain.verbs",
+    "drop_links": "chainlora.chain.verbs",
+    "discard_link": "chainlora.chain.verbs",
+    "stack_links": "chainlora.chain.link",
     "LinkConfig": "chainlora.config.schema",
     "RunConfig": "chainlora.config.schema",
     "load_config": "chainlora.config.loading",
@@ -43,16 +43,16 @@ __all__ = ["__version__", *sorted(_WHERE)]
 
 if TYPE_CHECKING:
     from chainlora.chain.chain import Chain as Chain
-    from chainlora.chain.chain import Link as Link
-    from chainlora.chain.chain import add_link as add_link
-    from chainlora.chain.chain import discard_link as discard_link
-    from chainlora.chain.chain import drop_links as drop_links
-    from chainlora.chain.chain import extend_chain as extend_chain
-    from chainlora.chain.chain import fit_chain as fit_chain
-    from chainlora.chain.chain import live_link as live_link
-    from chainlora.chain.chain import stack_links as stack_links
-    from chainlora.chain.chain import tie_knot as tie_knot
-    from chainlora.chain.chain import tune_link as tune_link
+    from chainlora.chain.link import Link as Link
+    from chainlora.chain.link import stack_links as stack_links
+    from chainlora.chain.verbs import add_link as add_link
+    from chainlora.chain.verbs import discard_link as discard_link
+    from chainlora.chain.verbs import drop_links as drop_links
+    from chainlora.chain.verbs import extend_chain as extend_chain
+    from chainlora.chain.verbs import fit_chain as fit_chain
+    from chainlora.chain.verbs import live_link as live_link
+    from chainlora.chain.verbs import tie_knot as tie_knot
+    from chainlora.chain.verbs import tune_link as tune_link
     from chainlora.config.loading import load_config as load_config
     from chainlora.config.loading import make_config as make_config
     from chainlora.config.schema import LinkConfig as LinkConfig

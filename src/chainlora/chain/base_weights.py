@@ -1,9 +1,12 @@
-"""Pristine base weights: what every knot is computed from.
+"""Base weights: pristine values to compute every knot from, and the door by which new ones enter.
 
 A chain never subtracts: ``W_k`` is rebuilt from ``W_0``. So the weights that links will touch must
 stay readable as they were. Where the model came from a safetensors checkpoint they are re-read from
 it by memory map, one module at a time (no memory of their own); a module whose weight is not
 bit-identical to the checkpoint's, or a model without one, gets a host copy.
+
+Merging is row-local, so both `read` and `write` take the rows that are at hand: that is where
+sharded weights enter.
 """
 
 from __future__ import annotations
@@ -17,59 +20,67 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 _SAMPLES = 4096  # per tensor: enough that no fine-tuning step leaves all of them unchanged
+_ALL = slice(None)
 
 
-class PristineWeights:
-    """Read ``W_0`` (and the bias) of a module by path, in the checkpoint's own precision and the
-    module's layout."""
+class BaseWeights:
+    """The parameters of a model that links may change, by path on the plain model.
+
+    Args:
+        checkpoint: folder with the safetensors that the model was loaded from, if there is one.
+    """
 
     def __init__(self, checkpoint: str | Path | None = None) -> None:
         self._files = _index(Path(checkpoint)) if checkpoint else {}
-        self._where: dict[str, tuple[Path, str]] = {}
+        self._stored: dict[str, tuple[Path, str]] = {}
         self._copies: dict[str, Tensor] = {}
 
     def remember(self, path: str, parameter: Tensor) -> None:
-        """Take note of a parameter before anything changes it; later calls for the same path do
-        nothing."""
-        if path in self._where or path in self._copies:
+        """Note a parameter before anything changes it; later calls for the same path do nothing."""
+        if path in self._stored or path in self._copies:
             return
         for key in _spellings(path, self._files):
-            stored = self._read(self._files[key], key)
+            stored = _read(self._files[key], key)
             if stored.shape == parameter.shape and torch.equal(
                 stored.to(parameter.dtype), parameter.detach().cpu()
             ):
-                self._where[path] = (self._files[key], key)
+                self._stored[path] = (self._files[key], key)
                 return
         self._copies[path] = parameter.detach().to("cpu", copy=True)
 
-    def __call__(self, path: str) -> Tensor:
-        """Return the pristine parameter as a float32 tensor of its own, on the CPU."""
-        if path in self._where:
-            return self._read(*self._where[path]).to(torch.float32, copy=True)
-        return self._copies[path].to(torch.float32, copy=True)
+    def read(self, path: str, rows: slice = _ALL) -> Tensor:
+        """Return rows of the pristine parameter as a float32 tensor of its own, on the CPU."""
+        if path in self._stored:
+            return _read(*self._stored[path], rows).to(torch.float32, copy=True)
+        return self._copies[path][rows].to(torch.float32, copy=True)
+
+    @staticmethod
+    @torch.no_grad()
+    def write(parameter: Tensor, value: Tensor, rows: slice = _ALL) -> None:
+        """Set rows of a parameter, cast to its dtype: the one rounding of a knot."""
+        parameter[rows].copy_(value)
 
     @property
     def paths(self) -> list[str]:
         """Paths of every remembered parameter."""
-        return [*self._where, *self._copies]
+        return [*self._stored, *self._copies]
 
     @property
     def num_copied(self) -> int:
-        """Number of parameters held as host copies, for want of a checkpoint that has them."""
+        """Number of parameters held as host copies, because no checkpoint has them."""
         return len(self._copies)
 
-    @staticmethod
-    def _read(file: Path, key: str) -> Tensor:
-        with safe_open(file, framework="pt") as reader:
-            return reader.get_tensor(key)
+
+def _read(file: Path, key: str, rows: slice = _ALL) -> Tensor:
+    with safe_open(file, framework="pt") as reader:
+        return reader.get_tensor(key) if rows == _ALL else reader.get_slice(key)[rows]
 
 
 def _index(folder: Path) -> dict[str, Path]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        return {
-            key: folder / name for key, name in json.loads(index.read_text())["weight_map"].items()
-        }
+        weight_map = json.loads(index.read_text())["weight_map"]
+        return {key: folder / name for key, name in weight_map.items()}
     single = folder / "model.safetensors"
     if single.is_file():
         with safe_open(single, framework="pt") as reader:
@@ -78,18 +89,14 @@ def _index(folder: Path) -> dict[str, Path]:
 
 
 def _spellings(path: str, files: dict[str, Path]) -> list[str]:
-    """Checkpoints may omit or add the base model's prefix; a spelling counts only if the values
-    agree."""
+    """Return names under which a checkpoint may hold a parameter: with or without a prefix."""
     tail = path.partition(".")[2]
-    return [
-        key
-        for key in (path, tail, *(f"{prefix}.{path}" for prefix in ("model", "transformer")))
-        if key in files
-    ]
+    prefixed = (f"{prefix}.{path}" for prefix in ("model", "transformer"))
+    return [key for key in (path, tail, *prefixed) if key in files]
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Return a digest of a model's weights that is the same for its float32 and its bfloat16 form.
+    """Return a digest of a model's weights that is the same in float32 and in bfloat16.
 
     Hashes name, shape and up to 4096 evenly spaced values (rounded to bfloat16) of every parameter
     and buffer that is saved; needs no full pass over a large model.

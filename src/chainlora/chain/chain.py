@@ -1,27 +1,28 @@
 """Chain of LoRA (arXiv 2401.04151, Algorithm 1): tune a LoRA, tie a knot, extend the chain.
 
     for each link:
-        extend_chain    a fresh LoRA on the model: B·A = 0, so the function is unchanged     (lines
-        3–4) tune_link       ordinary LoRA training of (A, B), everything else frozen
-        (lines 6–8) tie_knot        the link joins the chain; the base weights become W_k
-        (line 3)
+        chain.extend(config)     a fresh LoRA: B·A = 0, the function is unchanged      (lines 3-4)
+        chain.tune(steps, ...)   ordinary LoRA training of (A, B), all else frozen     (lines 6-8)
+        chain.tie()              the link joins the chain; base weights become W_k     (line 3)
 
-The one invariant, and the reason the links are kept:
+The one invariant, and the reason why the links are kept:
 
     W_k = cast(W_0 + Σ_{j≤k} s_j · B_j · A_j)
 
-computed in float32 from the *pristine* base weight and rounded once; merging in place loses the
-update in bfloat16. So a knot is a pure function of (base, links), undo is dropping a link, and
-nothing is ever subtracted. There is no optimizer here: whoever tunes a link makes a new one from
-`chain.parameters()`; it knows nothing of earlier links.
+It is computed in float32 from the *pristine* base weight and rounded once; merging in place loses
+the update in bfloat16. So a knot is a pure function of (base, links), undo means dropping a link,
+and nothing is ever subtracted.
 
-Base weights change in one place, `_write_weights`, when the list of links changes or a PiSSA link
-begins.
+A knot need not be whole. ``chain.tie_share(share)`` ties a share of the live link and continues
+from the rest (`soft_knot`): tie is share 1 with a fresh link after it, plain LoRA has no knot.
+
+There is no optimizer here. Whoever tunes a link makes a new one from ``chain.parameters()``; it
+knows nothing of earlier links.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -31,48 +32,45 @@ from torch import Tensor, nn
 
 from chainlora.chain import adapters
 from chainlora.chain.adapters import Adapter, Factors
-from chainlora.chain.base_weights import PristineWeights, fingerprint
-from chainlora.chain.initialization import Backward, start
-from chainlora.chain.low_rank import delta_weight
+from chainlora.chain.base_weights import BaseWeights, fingerprint
+from chainlora.chain.holding import Carried, Tied
+from chainlora.chain.initialization import Backward, initialize
+from chainlora.chain.link import Link
+from chainlora.chain.low_rank import compress_together
+from chainlora.chain.soft_knot import Balance, balance
 from chainlora.config.schema import LinkConfig
 from chainlora.errors import ChainError
 
 Step = TypeVar("Step")
 
+# Relative error to which a link with soft knots is stored. Its update is a sum of hundreds of
+# slowly turning low-rank deposits; the loss sees the square of this error.
+SOFT_LINK_TOLERANCE = 1e-3
 
-@dataclass(frozen=True, slots=True)
-class Link:
-    """One trained LoRA of the chain, immutable, on the CPU in float32.
 
-    `factors` maps module paths to A (rank × in) and B (out × rank). `config` is what the link was
-    tuned with; a PiSSA link stores ``[B, −B₀]·[A; A₀]`` and so has twice that rank. `extra` holds
-    the weights, by parameter path, of trained modules that are not LoRA.
-    """
+@dataclass
+class Live:
+    """The link that is being tuned."""
 
-    index: int
-    config: LinkConfig
-    factors: dict[str, Factors]
-    extra: dict[str, Tensor] = field(default_factory=dict)
+    adapter: Adapter
+    offsets: dict[str, Factors] = field(default_factory=dict)  # PiSSA: the product it started from
     num_steps: int = 0
-
-    @property
-    def rank(self) -> int:
-        """Rank of the stored factors."""
-        return max((share.a.shape[0] for share in self.factors.values()), default=0)
-
-    def delta_weight(self, module: str) -> Tensor:
-        """Return ``s·B·A`` (out × in), float32."""
-        return delta_weight(self.factors[module].a, self.factors[module].b, self.config.scaling)
+    num_soft_knots: int = 0
 
 
 class Chain:
     """A model and the links tuned on it so far.
 
-    The model stays the caller's object and is adapted in place. `hold` says where tied links live:
-    ``"tied"`` in the base weights (no cost a step), ``"carried"`` in a frozen low-rank branch
-    beside an untouched base (for bases that cannot be merged). Both are the same function.
-    `checkpoint` is the folder the model was loaded from: its safetensors then serve as pristine
-    weights, otherwise a host copy does.
+    The model stays the caller's object and is adapted in place.
+
+    Args:
+        model: a causal language model, or any module whose linear layers are to be adapted.
+        seed: every initialization is drawn from (seed, link index, module) alone.
+        hold: where tied links live. ``"tied"``: in the base weights, no cost per step.
+            ``"carried"``: in a frozen low-rank branch beside an untouched base, for bases that
+            cannot be merged. Both are the same function.
+        checkpoint: folder that the model was loaded from. Its safetensors then serve as pristine
+            weights; otherwise a host copy does.
     """
 
     def __init__(
@@ -85,279 +83,298 @@ class Chain:
     ) -> None:
         if hold not in ("tied", "carried"):
             raise ChainError(f"`hold` must be tied or carried (got {hold!r})")
-        self.model, self.seed, self.hold = model, seed, hold
+        self.model = model
+        self.seed = seed
+        self.hold = hold
         self.links: list[Link] = []
-        self.live: Adapter | None = None
-        self.live_steps = 0
         self.base_fingerprint = fingerprint(model)
-        self._pristine = PristineWeights(checkpoint)
-        self._modules: set[str] = set()  # paths of every module a link has touched
-        self._offsets: dict[
-            str, Factors
-        ] = {}  # the live link's start, where its product is not zero (PiSSA)
-        self._worn: Adapter | None = (
-            None  # the last link's layers, still on the model, adding nothing of their own
-        )
+        self.weights = BaseWeights(checkpoint)
+        self._modules: set[str] = set()  # paths of all modules that a link has touched
+        self._live: Live | None = None
+        self._idle: Adapter | None = None  # the last link's layers: on the model, adding nothing
+        self._holding = (Tied if hold == "tied" else Carried)(model, self.weights, self._modules)
 
     def __len__(self) -> int:
         return len(self.links)
 
+    # --- the paper's verbs ---
+
+    def extend(self, config: LinkConfig, *, backward: Backward | None = None) -> Adapter:
+        """Put a fresh LoRA on the model.
+
+        The function is unchanged, and the gradient of B is alive at once. ``init: gradient`` needs
+        `backward`, a callable that runs forward and backward over a few batches. Trained extra
+        modules continue from where the last link left them.
+        """
+        self._need_no_live("extend")
+        if config.init == "pissa" and self.hold == "carried":
+            raise ChainError(
+                "`init: pissa` takes its initialization out of the base (got hold: carried); "
+                "use hold: tied"
+            )
+        adapter = self._adapter_for(config)
+        adapters.set_extra(self.model, adapter, self._latest_extra())
+        self._live = Live(adapter)
+        self._live.offsets = initialize(adapter, self.seed, len(self.links), backward)
+        if self._live.offsets:
+            self._take_out_of_base(self._live.offsets, config)
+        adapters.reset_magnitudes(adapter)
+        return adapter
+
+    def tune(self, steps: Iterable[Step], update: Callable[[Step], object]) -> int:
+        """Run `update` (forward, backward, optimizer step) on each of `steps`; return how many."""
+        live = self._need_live("tune")
+        before = live.num_steps
+        for step in steps:
+            update(step)
+            live.num_steps += 1
+        return live.num_steps - before
+
+    def tie(self) -> Link:
+        """End the live link: it joins the chain, and the base becomes ``W_k``.
+
+        Works one module at a time, so peak memory does not rise. The model's function is unchanged
+        to rounding (one cast in bfloat16), or to `Link.error` after soft knots.
+        """
+        link = self.live_link()
+        self._retire_live()
+        self.links.append(link)
+        self._settle()
+        return link
+
+    @torch.no_grad()
+    def tie_share(self, share: float) -> dict[str, Balance]:
+        """Tie a share of the live link and continue from the rest, balanced (a soft knot).
+
+        The function is unchanged to rounding. Returns the scales by module: multiply the
+        optimizer's moments by them (`soft_knot`), or make a new optimizer.
+        """
+        live = self._need_live("tie_share")
+        if not 0 <= share < 1:
+            raise ChainError(f"`share` must be in [0, 1) (got {share}); tie() ties all of the link")
+        _check_soft_knots(live.adapter.config)
+        scales, deposits = {}, {}
+        for name in live.adapter.layers:
+            a, b = adapters.live_factors(live.adapter, name)
+            scales[name] = found = balance(a, b, share)
+            tied = b * (found.tied * live.adapter.config.scaling)
+            deposits[name] = Factors(a.detach().clone(), tied)
+            a.mul_(found.a.unsqueeze(1))
+            b.mul_(found.b)
+        self._holding.deposit(deposits, live.adapter)
+        live.num_soft_knots += 1
+        return scales
+
+    def fit(
+        self,
+        configs: Iterable[LinkConfig],
+        steps: Callable[[int], Iterable[Step]],
+        update: Callable[[int], Callable[[Step], object]],
+        *,
+        backward: Backward | None = None,
+    ) -> list[Link]:
+        """Algorithm 1 whole: for each config extend, tune on ``steps(link)``, tie.
+
+        ``update(link)`` is called once a link, after it was extended: make the optimizer there.
+        """
+        tied = []
+        for config in configs:
+            index = len(self)
+            self.extend(config, backward=backward)
+            self.tune(steps(index), update(index))
+            tied.append(self.tie())
+        return tied
+
+    # --- the live link ---
+
+    @property
+    def live(self) -> Adapter | None:
+        """The LoRA that is being tuned, None between links."""
+        return None if self._live is None else self._live.adapter
+
+    @property
+    def live_steps(self) -> int:
+        """Number of steps that the live link has been tuned for."""
+        return 0 if self._live is None else self._live.num_steps
+
     def parameters(self) -> Iterator[nn.Parameter]:
         """Yield what the live link trains: give these, and nothing else, to a fresh optimizer."""
-        return _live(self, "parameters").parameters()
+        return self._need_live("parameters").adapter.parameters()
+
+    def live_link(self) -> Link:
+        """Return the live link as it is now: what tying it would add. Changes nothing."""
+        live = self._need_live("live_link")
+        adapter, error = live.adapter, 0.0
+        factors = {name: adapters.get_factors(adapter, name) for name in adapter.layers}
+        for name, start in live.offsets.items():
+            factors[name] = _minus(factors[name], start)
+        if live.num_soft_knots:
+            factors, error = self._with_deposits(factors, adapter.config.scaling)
+        extra = adapters.get_extra(adapter)
+        return Link(len(self.links), adapter.config, factors, extra, live.num_steps, error)
+
+    def live_state(self) -> dict[str, Tensor]:
+        """Return all that the live link is made of, as tensors, for `load_live_state`."""
+        live = self._need_live("live_state")
+        state: dict[str, Tensor] = {}
+        for name in live.adapter.layers:
+            factors = adapters.get_factors(live.adapter, name)
+            parts = {"A": factors.a, "B": factors.b, "bias": factors.bias}
+            parts["magnitude"] = factors.magnitude
+            state |= {f"{key}/{name}": part for key, part in parts.items() if part is not None}
+        state |= {f"extra/{path}": w for path, w in adapters.get_extra(live.adapter).items()}
+        state |= {f"deposit/{name}": value for name, value in self._holding.state().items()}
+        return state
+
+    def load_live_state(
+        self, state: Mapping[str, Tensor], num_steps: int, num_soft_knots: int = 0
+    ) -> None:
+        """Continue a live link, just extended, from `live_state`, to the same bits."""
+        live = self._need_live("load_live_state")
+        parts = {key: _section(state, key) for key in ("A", "B", "bias", "magnitude", "extra")}
+        missing = set(live.adapter.layers) - (set(parts["A"]) & set(parts["B"]))
+        if missing:
+            raise ChainError(
+                f"the state of a link must have factors for every adapted module (got none for "
+                f"{min(missing)}); it belongs to another link"
+            )
+        for name in live.adapter.layers:
+            a, b = parts["A"][name], parts["B"][name]
+            factors = Factors(a, b, parts["bias"].get(name), parts["magnitude"].get(name))
+            adapters.set_factors(live.adapter, name, factors)
+        adapters.set_extra(self.model, live.adapter, parts["extra"])
+        self._holding.restore(_section(state, "deposit"), live.adapter)
+        live.num_steps, live.num_soft_knots = num_steps, num_soft_knots
+
+    def discard(self) -> None:
+        """Reject the live link: the model is what it was before `extend`."""
+        self._need_live("discard")
+        self._retire_live()
+        self._settle()
+
+    # --- the links that are tied ---
+
+    def add(self, link: Link) -> None:
+        """Append a link tuned before (from disk, or one that was dropped), as `tie` would have."""
+        self._need_no_live("add")
+        idle = self._idle
+        if idle is None or link.extra or set(link.factors) - set(idle.layers):
+            self._take_off()
+            self._idle = self._put_on(link.config)
+        self.links.append(link)
+        self._settle()
+
+    def drop(self, num_links: int = 1) -> list[Link]:
+        """Undo: drop the last links and return them; the weights are exactly the earlier ones."""
+        self._need_no_live("drop")
+        keep = len(self.links) - num_links
+        if num_links < 0 or keep < 0:
+            raise ChainError(f"drop can drop 0 to {len(self.links)} links (got {num_links})")
+        self.links, dropped = self.links[:keep], self.links[keep:]
+        self._settle()
+        return dropped
 
     def detach(self) -> nn.Module:
-        """Take the adapters off and return the plain model, holding ``W_k``. A live link must be
-        tied first."""
-        _no_live(self, "detach")
-        _take_off(self)
-        _write_weights(self, merge=True)
-        adapters.set_extra(self.model, None, _latest_extra(self))
+        """Take the adapters off and return the plain model, holding ``W_k``.
+
+        A live link must be tied first.
+        """
+        self._need_no_live("detach")
+        self._take_off()
+        self._holding.detach(self.links)
+        adapters.set_extra(self.model, None, self._latest_extra())
         return self.model
 
+    # --- what the verbs share ---
 
-def extend_chain(chain: Chain, config: LinkConfig, *, backward: Backward | None = None) -> Adapter:
-    """Put a fresh LoRA on the model: its function is unchanged, and the gradient of B is alive at
-    once.
+    def _settle(self) -> None:
+        """Make the model ``W_k`` for the links there are."""
+        if self._idle is not None:
+            adapters.zero(self._idle)
+        self._holding.settle(self.links, self._idle)
+        if self._idle is not None:
+            adapters.reset_magnitudes(self._idle)
+        adapters.set_extra(self.model, self._idle, self._latest_extra())
 
-    The start is drawn from (chain.seed, link index, module) alone; ``init: gradient`` needs
-    `backward`, a callable that runs forward and backward over a few batches. Trained extra modules
-    go on from where the last link left them.
-    """
-    _no_live(chain, "extend_chain")
-    if config.init == "pissa" and chain.hold == "carried":
+    def _adapter_for(self, config: LinkConfig) -> Adapter:
+        """Return the idle layers where they fit (compiled graphs then survive), or new ones."""
+        if self._idle is not None and adapters.same_shape(self._idle, config):
+            adapter, self._idle = self._idle, None
+            adapters.set_config(adapter, config)
+            return adapter
+        self._take_off()
+        adapter = self._put_on(config)
+        if self.hold == "carried":
+            self._holding.settle(self.links, adapter)
+        return adapter
+
+    def _put_on(self, config: LinkConfig) -> Adapter:
+        adapter = adapters.attach(self.model, config)
+        self._modules |= set(adapter.layers)
+        for path, parameter in adapters.touched_parameters(adapter):
+            if self.hold == "tied" or path.rpartition(".")[0] not in adapter.layers:
+                self.weights.remember(path, parameter)
+        return adapter
+
+    def _take_off(self) -> None:
+        if self._idle is not None:
+            adapters.detach(self._idle)
+            self._idle = None
+
+    def _retire_live(self) -> None:
+        self._idle, self._live = self._need_live("tie").adapter, None
+
+    def _take_out_of_base(self, offsets: Mapping[str, Factors], config: LinkConfig) -> None:
+        """Subtract the product that a PiSSA link starts from, so that the function is unchanged."""
+        assert isinstance(self._holding, Tied)
+        taken = {name: (Factors(f.a, -f.b), config.scaling) for name, f in offsets.items()}
+        self._holding.settle(self.links, None, taken)
+
+    def _with_deposits(
+        self, rest: Mapping[str, Factors], scaling: float
+    ) -> tuple[dict[str, Factors], float]:
+        """Return factors of what soft knots have tied plus the rest, and their relative error."""
+
+        def update(name: str) -> Tensor:
+            whole = (rest[name].b @ rest[name].a).mul_(scaling)
+            deposited = self._holding.deposited(name)
+            return whole if deposited is None else whole.add_(deposited)
+
+        pairs, error = compress_together(update, list(rest), SOFT_LINK_TOLERANCE)
+        return {name: Factors(a, b / scaling) for name, (a, b) in pairs.items()}, error
+
+    def _latest_extra(self) -> dict[str, Tensor]:
+        """Return the trained extra modules' weights after the last link, or the pristine ones."""
+        paths = [p for p in self.weights.paths if p.rpartition(".")[0] not in self._modules]
+        latest = {path: self.weights.read(path) for path in paths}
+        for link in self.links:
+            latest |= link.extra
+        return latest
+
+    def _need_live(self, verb: str) -> Live:
+        if self._live is None:
+            raise ChainError(f"{verb} needs a live link (got none); call extend first")
+        return self._live
+
+    def _need_no_live(self, verb: str) -> None:
+        if self._live is not None:
+            raise ChainError(f"{verb} needs every link tied (got a live link); call tie or discard")
+
+
+def _check_soft_knots(config: LinkConfig) -> None:
+    """Raise ChainError for links whose update is not a product that can be shared out."""
+    if config.dora or config.lora_bias or config.init == "pissa" or config.train_factors != "both":
         raise ChainError(
-            "`init: pissa` takes its start out of the base (got hold: carried); use hold: tied"
+            "soft knots need plain LoRA links that train both factors (got dora, lora_bias, "
+            "init: pissa or train_factors); tie whole links instead"
         )
-    if (
-        chain._worn is not None
-        and chain.hold == "tied"
-        and adapters.same_shape(chain._worn, config)
-    ):
-        adapter, chain._worn = chain._worn, None  # same tensors: compiled graphs live on
-        adapters.set_config(adapter, config)
-    else:
-        _take_off(chain)
-        adapter = _put_on(chain, config)
-        if chain.hold == "carried":
-            adapters.carry(adapter, stack_links(chain.links))
-    adapters.set_extra(chain.model, adapter, _latest_extra(chain))
-    chain.live, chain.live_steps = adapter, 0
-    chain._offsets = start(adapter, chain.seed, len(chain.links), backward)
-    if chain._offsets:
-        _write_weights(chain)
-    adapters.reset_magnitudes(adapter)
-    return adapter
 
 
-def tune_link(chain: Chain, steps: Iterable[Step], update: Callable[[Step], object]) -> int:
-    """Run `update` (forward, backward, optimizer step) on each of `steps`; return how many there
-    were."""
-    _live(chain, "tune_link")
-    before = chain.live_steps
-    for step in steps:
-        update(step)
-        chain.live_steps += 1
-    return chain.live_steps - before
+def _minus(now: Factors, start: Factors) -> Factors:
+    """Return factors of ``B·A − B₀·A₀``."""
+    return Factors(torch.cat([now.a, start.a]), torch.cat([now.b, -start.b], dim=1), now.bias)
 
 
-def tie_knot(chain: Chain) -> Link:
-    """End the live link: it joins the chain and the base becomes ``W_k``, one module at a time.
-
-    The model's function is unchanged to rounding (one cast in bfloat16), and peak memory does not
-    rise.
-    """
-    link = live_link(chain)
-    chain._worn, chain.live, chain._offsets = chain.live, None, {}
-    chain.links.append(link)
-    _settle(chain)
-    return link
-
-
-def fit_chain(
-    chain: Chain,
-    configs: Iterable[LinkConfig],
-    steps: Callable[[int], Iterable[Step]],
-    update: Callable[[int], Callable[[Step], object]],
-    *,
-    backward: Backward | None = None,
-) -> list[Link]:
-    """Algorithm 1 whole: for each config extend, tune on ``steps(link)`` with ``update(link)``,
-    tie.
-
-    `update` is called once a link, after it was extended: make the optimizer there and it is fresh.
-    """
-    tied = []
-    for config in configs:
-        index = len(chain)
-        extend_chain(chain, config, backward=backward)
-        tune_link(chain, steps(index), update(index))
-        tied.append(tie_knot(chain))
-    return tied
-
-
-def live_link(chain: Chain) -> Link:
-    """Return the live link as it is now: what tying it would add to the chain. Changes nothing."""
-    adapter = _live(chain, "live_link")
-    factors = {name: adapters.get_factors(adapter, name) for name in adapter.layers}
-    for name, begun in chain._offsets.items():
-        now = factors[name]
-        factors[name] = Factors(
-            torch.cat([now.a, begun.a]), torch.cat([now.b, -begun.b], dim=1), now.bias
-        )
-    return Link(
-        len(chain.links), adapter.config, factors, adapters.get_extra(adapter), chain.live_steps
-    )
-
-
-def add_link(chain: Chain, link: Link) -> None:
-    """Append a link tuned before (from disk, or one that was dropped), as `tie_knot` would have."""
-    _no_live(chain, "add_link")
-    if chain._worn is None or link.extra or set(link.factors) - set(chain._worn.layers):
-        _take_off(chain)
-        chain._worn = _put_on(chain, link.config)
-    chain.links.append(link)
-    _settle(chain)
-
-
-def drop_links(chain: Chain, num_links: int = 1) -> list[Link]:
-    """Undo: drop the last links and have exactly the earlier weights back. Returns the dropped
-    links."""
-    _no_live(chain, "drop_links")
-    keep = len(chain.links) - num_links
-    if num_links < 0 or keep < 0:
-        raise ChainError(f"drop_links can drop 0 to {len(chain.links)} links (got {num_links})")
-    chain.links, dropped = chain.links[:keep], chain.links[keep:]
-    _settle(chain)
-    return dropped
-
-
-def discard_link(chain: Chain) -> None:
-    """Reject the live link: the model is what it was before `extend_chain`."""
-    chain._worn, chain.live, chain._offsets = _live(chain, "discard_link"), None, {}
-    _settle(chain)
-
-
-def stack_links(links: Sequence[Link]) -> dict[str, Factors]:
-    """Return one pair of factors a module with ``B·A = Σ s_j·B_j·A_j`` (rank Σr, scalings folded
-    into B).
-
-    A bias sums as ``Σ s_j·b_j``. Raises ChainError for DoRA links, whose update is not a low-rank
-    sum.
-    """
-    stacked = {}
-    for name in dict.fromkeys(name for link in links for name in link.factors):
-        shares = [
-            (link.factors[name], link.config.scaling) for link in links if name in link.factors
-        ]
-        if any(share.magnitude is not None for share, _ in shares):
-            raise ChainError(
-                f"DoRA links are no low-rank sum (got one at {name}); export merged weights instead"
-            )
-        biases = [scaling * share.bias for share, scaling in shares if share.bias is not None]
-        stacked[name] = Factors(
-            torch.cat([share.a for share, _ in shares]),
-            torch.cat([scaling * share.b for share, scaling in shares], dim=1),
-            torch.stack(biases).sum(0) if biases else None,
-        )
-    return stacked
-
-
-def merged_weight(
-    weight: Tensor, bias: Tensor | None, links: Sequence[tuple[Factors, float]]
-) -> None:
-    """Add ``Σ s·B·A`` to a float32 `weight` (out × in), and LoRA's biases to `bias`, in place.
-
-    A DoRA link (arXiv 2402.09353, eq. 5) is no sum: it rescales the rows of ``W + s·B·A`` to its
-    magnitude.
-    """
-    for share, scaling in links:
-        weight.addmm_(share.b.to(weight.device), share.a.to(weight.device), alpha=scaling)
-        if share.magnitude is not None:
-            weight.mul_(
-                (share.magnitude.to(weight.device) / torch.linalg.norm(weight, dim=1)).unsqueeze(1)
-            )
-        if share.bias is not None and bias is not None:
-            bias.add_(share.bias.to(weight.device), alpha=scaling)
-
-
-@torch.no_grad()
-def _write_weights(chain: Chain, merge: bool | None = None) -> None:
-    """Set every module a link has touched to ``cast(W_0 + Σ s·B·A)``: the only place base weights
-    change."""
-    merge = chain.hold == "tied" if merge is None else merge
-    for name in sorted(chain._modules):
-        module = adapters.base_layer(chain.model.get_submodule(name))
-        weight = chain._pristine(f"{name}.weight").to(module.weight.device)
-        bias = (
-            chain._pristine(f"{name}.bias").to(weight.device)
-            if getattr(module, "bias", None) is not None
-            else None
-        )
-        shares = [
-            (link.factors[name], link.config.scaling)
-            for link in chain.links
-            if merge and name in link.factors
-        ]
-        if name in chain._offsets and chain.live is not None:
-            begun = chain._offsets[name]
-            shares.append((Factors(begun.a, -begun.b), chain.live.config.scaling))
-        merged_weight(weight.T if adapters.is_transposed(module) else weight, bias, shares)
-        module.weight.copy_(weight)
-        if bias is not None:
-            module.bias.copy_(bias)
-
-
-def _settle(chain: Chain) -> None:
-    """Make the model ``W_k`` for the links there are."""
-    if chain._worn is not None and chain.hold == "carried":
-        config = chain._worn.config
-        _take_off(chain)
-        chain._worn = _put_on(chain, config)
-        adapters.carry(chain._worn, stack_links(chain.links))
-    if chain._worn is not None:
-        adapters.zero(chain._worn)
-    _write_weights(chain)
-    if chain._worn is not None:
-        adapters.reset_magnitudes(chain._worn)
-    adapters.set_extra(chain.model, chain._worn, _latest_extra(chain))
-
-
-def _put_on(chain: Chain, config: LinkConfig) -> Adapter:
-    adapter = adapters.attach(chain.model, config)
-    chain._modules |= set(adapter.layers)
-    for path, parameter in adapters.touched_parameters(adapter):
-        chain._pristine.remember(path, parameter)
-    return adapter
-
-
-def _take_off(chain: Chain) -> None:
-    if chain._worn is not None:
-        adapters.detach(chain._worn)
-        chain._worn = None
-
-
-def _latest_extra(chain: Chain) -> dict[str, Tensor]:
-    """Weights of the trained extra modules after the last link; pristine where no link is left that
-    trained them."""
-    latest = {
-        path: chain._pristine(path)
-        for path in chain._pristine.paths
-        if path.rpartition(".")[0] not in chain._modules
-    }
-    for link in chain.links:
-        latest |= link.extra
-    return latest
-
-
-def _live(chain: Chain, verb: str) -> Adapter:
-    if chain.live is None:
-        raise ChainError(f"{verb} needs a live link (got none); call extend_chain first")
-    return chain.live
-
-
-def _no_live(chain: Chain, verb: str) -> None:
-    if chain.live is not None:
-        raise ChainError(
-            f"{verb} needs every link tied (got a live link); call tie_knot or discard_link"
-        )
+def _section(state: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    prefix = f"{name}/"
+    return {key.removeprefix(prefix): v for key, v in state.items() if key.startswith(prefix)}

@@ -1,9 +1,9 @@
-"""Where a link starts: the factors a fresh LoRA begins with.
+"""Initialization of a link: the factors that a fresh LoRA starts from.
 
-Random starts draw from a generator seeded by (seed, link, module), so every process draws the same
-numbers whatever its own generator has consumed. Data-driven starts look at the model: `gradient` at
-the loss gradient (the Frank–Wolfe reading of arXiv 2401.04151, Algorithm 2), `pissa` at the weight
-itself (arXiv 2404.02948).
+Random ones are drawn from a generator seeded by (seed, link, module), so every process draws the
+same numbers whatever its own generator has consumed. Data-driven ones look at the model: `gradient`
+at the loss gradient (the Frank–Wolfe reading of arXiv 2401.04151, Algorithm 2), `pissa` at the
+weight itself (arXiv 2404.02948).
 """
 
 from __future__ import annotations
@@ -71,13 +71,13 @@ def principal_factors(config: LinkConfig, weight: Tensor, generator: torch.Gener
     )
 
 
-def start(
+def initialize(
     adapter: Adapter, seed: int, link: int, backward: Backward | None = None
 ) -> dict[str, Factors]:
-    """Give a fresh adapter its start, in place.
+    """Give a fresh adapter its initial factors, in place.
 
     Returns the factors whose product is *not* zero (PiSSA), by module; the caller must subtract
-    them from the base so that the function is unchanged. Empty for every other start.
+    them from the base so that the function is unchanged. Empty for every other initialization.
     """
     config = adapter.config
     offsets: dict[str, Factors] = {}

@@ -8,12 +8,17 @@ nothing beside a training step.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from chainlora.errors import ConfigError
+
+_DECOMPOSED_WHOLE = 640  # shorter side; a full decomposition then takes well under a second
 
 Factor = tuple[Tensor, Tensor, float]  # (A [rank, in], B [out, rank], scaling)
 
@@ -84,6 +89,68 @@ def compress_low_rank(
     norm = float(torch.linalg.norm(s))
     error = frobenius_norm([(a, b, 1.0), (new_a, new_b, -1.0)]) / norm if norm > 0 else 0.0
     return new_a, new_b, error
+
+
+def compress_together(
+    matrix: Callable[[str], Tensor], names: Sequence[str], tolerance: float
+) -> tuple[dict[str, tuple[Tensor, Tensor]], float]:
+    """Return low-rank factors of several dense matrices, all of one rank, and their relative error.
+
+    The rank is the least that brings ``√(Σ‖M − B·A‖² / Σ‖M‖²)`` to `tolerance` or below. `matrix`
+    gives one matrix [out, in] float32 by name; at most one is in memory at a time.
+    """
+    leading = {name: _leading_triplets(matrix(name), tolerance) for name in names}
+    total = sum(triplets.total for triplets in leading.values())
+    longest = max(len(triplets.s) for triplets in leading.values())
+    tails = [sum(t.tail(rank) for t in leading.values()) for rank in range(longest + 1)]
+    enough = [rank for rank in range(1, longest) if tails[rank] <= tolerance**2 * total]
+    rank = enough[0] if enough else longest
+    pairs = {name: triplets.factors(rank) for name, triplets in leading.items()}
+    return pairs, math.sqrt(tails[rank] / total) if total else 0.0
+
+
+class _Triplets(NamedTuple):
+    """The leading singular triplets of a matrix, and its squared norm."""
+
+    u: Tensor  # [out, k]
+    s: Tensor  # [k]
+    vh: Tensor  # [k, in]
+    total: float
+
+    def tail(self, rank: int) -> float:
+        """Return the squared norm of what the first `rank` triplets leave out."""
+        return max(self.total - float(self.s[:rank].double().square().sum()), 0.0)
+
+    def factors(self, rank: int) -> tuple[Tensor, Tensor]:
+        """Return A [rank, in] and B [out, rank], padded with zeros."""
+        root, missing = self.s[:rank].sqrt(), max(rank - len(self.s), 0)
+        a = functional.pad(root.unsqueeze(1) * self.vh[:rank], (0, 0, 0, missing))
+        b = functional.pad(self.u[:, :rank] * root, (0, missing))
+        return a.contiguous(), b.contiguous()
+
+
+def _leading_triplets(matrix: Tensor, tolerance: float) -> _Triplets:
+    """Return as many singular triplets as leave out at most `tolerance` of the norm.
+
+    Small matrices are decomposed whole. Large ones by a randomized range finder (arXiv 0909.4061)
+    whose width doubles until it is enough.
+    """
+    total, shorter = float(matrix.double().square().sum()), min(matrix.shape)
+    width = shorter if shorter <= _DECOMPOSED_WHOLE else 32
+    while True:
+        if width >= shorter:
+            u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+        else:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                u, s, v = torch.svd_lowrank(matrix, q=width, niter=4)
+            vh = v.T
+        found = _Triplets(u, s, vh, total)
+        if width >= shorter or found.tail(width) <= tolerance**2 * total:
+            break
+        width *= 2
+    rank = next((k for k in range(1, len(s)) if found.tail(k) <= tolerance**2 * total), len(s))
+    return _Triplets(u[:, :rank].clone(), s[:rank].clone(), vh[:rank].clone(), total)
 
 
 def _rank_for(s: Tensor, tolerance: float) -> int:

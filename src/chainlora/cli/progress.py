@@ -14,10 +14,19 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from chainlora.runs.inspection import inspect_run
+from chainlora.training.events import (
+    Evaluated,
+    Event,
+    KnotTied,
+    Listener,
+    Planned,
+    RowsEncoded,
+    StepDone,
+)
 
 
 @contextmanager
-def progress_listener() -> Iterator[Callable[[Mapping[str, Any]], None]]:
+def progress_listener() -> Iterator[Listener]:
     """Give a listener for `train` that draws link, step, loss, learning rate, tokens/s and time
     left on stderr.
 
@@ -27,6 +36,7 @@ def progress_listener() -> Iterator[Callable[[Mapping[str, Any]], None]]:
     try:
         yield listener
     finally:
+        listener.encoding.stop()
         listener.bar.stop()
 
 
@@ -63,27 +73,56 @@ class _Listener:
             console=self.console,
             disable=not self.console.is_terminal,
         )
+        self.encoding = Progress(
+            TextColumn("tokenising {task.description}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.fields[rows]:,} rows"),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not self.console.is_terminal,
+            transient=True,
+        )
+        self.splits: dict[str, Any] = {}
         self.task: Any = None
+        self.total = 0
         self.loss: float | None = None
         self.speed: float | None = None
 
     def _say(self, line: str) -> None:
         self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
-    def __call__(self, record: Mapping[str, Any]) -> None:
-        getattr(self, f"_{record['event']}", lambda _: None)(record)
+    def __call__(self, event: Event) -> None:
+        match event:
+            case RowsEncoded():
+                self._encoded(event)
+            case Planned():
+                self._plan(event)
+            case StepDone():
+                self._step(event)
+            case Evaluated():
+                self._evaluated(event)
+            case KnotTied():
+                self._say(
+                    f"step {event.step:>5}  link {event.link} tied "
+                    f"(function changed by {event.function_change:.1e})"
+                )
 
-    def _plan(self, record: Mapping[str, Any]) -> None:
-        self.total = record["num_steps"]
-        lengths = " + ".join(map(str, record["lengths"]))
-        self._say(
-            f"{record['rows']} training rows, {record['num_steps']} steps ({lengths})"
-            + (f", going on after step {record['step']}" if record["step"] else "")
-        )
+    def _encoded(self, event: RowsEncoded) -> None:
+        if event.split not in self.splits:
+            self.splits[event.split] = self.encoding.add_task(event.split, total=1.0, rows=0)
+            self.encoding.start()
+        self.encoding.update(self.splits[event.split], completed=event.share, rows=event.rows)
+
+    def _plan(self, event: Planned) -> None:
+        self.encoding.stop()
+        self.total = event.num_steps
+        lengths = " + ".join(map(str, event.lengths))
+        resumed = f", resuming after step {event.step}" if event.step else ""
+        self._say(f"{event.rows} training rows, {event.num_steps} steps ({lengths}){resumed}")
         self.task = self.bar.add_task(
             "train",
-            total=record["num_steps"],
-            completed=record["step"],
+            total=event.num_steps,
+            completed=event.step,
             link=0,
             loss="–",
             rate=0.0,
@@ -91,37 +130,29 @@ class _Listener:
         )
         self.bar.start()
 
-    def _step(self, record: Mapping[str, Any]) -> None:
-        speed = record["tokens"] / max(record["seconds"], 1e-9)
-        self.loss = record["loss"] if self.loss is None else 0.9 * self.loss + 0.1 * record["loss"]
-        self.speed = speed if self.speed is None else 0.9 * self.speed + 0.1 * speed
+    def _step(self, event: StepDone) -> None:
+        self.loss = _smoothed(self.loss, event.loss)
+        self.speed = _smoothed(self.speed, event.tokens / max(event.seconds, 1e-9))
         self.bar.update(
             self.task,
-            completed=record["step"],
-            link=record["link"],
+            completed=event.step,
+            link=event.link,
             loss=f"{self.loss:.4f}",
-            rate=record["learning_rate"],
+            rate=event.learning_rate,
             speed=self.speed,
         )
-        if record["step"] >= self.total:
+        if event.step >= self.total:
             self.bar.stop()
 
-    def _eval(self, record: Mapping[str, Any]) -> None:
-        scores = ", ".join(
-            f"{k} {v:.4f}"
-            for k, v in record.items()
-            if k not in ("event", "step", "link", "where") and isinstance(v, float)
-        )
-        place = {"start": "before training", "knot": f"after link {record['link']}"}.get(
-            record["where"], f"link {record['link']}"
-        )
-        self._say(f"step {record['step']:>5}  {place}: validation {scores}")
+    def _evaluated(self, event: Evaluated) -> None:
+        scores = ", ".join(f"{name} {value:.4f}" for name, value in event.metrics.items())
+        places = {"start": "before training", "knot": f"after link {event.link}"}
+        place = places.get(event.where, f"link {event.link}")
+        self._say(f"step {event.step:>5}  {place}: validation {scores}")
 
-    def _knot(self, record: Mapping[str, Any]) -> None:
-        self._say(
-            f"step {record['step']:>5}  link {record['link']} tied (function changed by "
-            f"{record['function_change']:.1e})"
-        )
+
+def _smoothed(before: float | None, value: float) -> float:
+    return value if before is None else 0.9 * before + 0.1 * value
 
 
 def show_links(run: str | Path) -> None:

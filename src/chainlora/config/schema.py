@@ -7,7 +7,7 @@ imports no tensor library, so that the command line can check a file in millisec
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -23,24 +23,29 @@ class _Frozen(BaseModel):
 _Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
-class LinkConfig(_Frozen):
+class LinkShape(_Frozen):
+    """What a link and a chain say in the same words."""
+
+    rslora: bool = Field(False, description="scaling alpha / √rank (arXiv 2312.03732)")
+    dropout: float = Field(0.0, ge=0, lt=1)
+    init: Literal["gaussian", "kaiming", "gradient", "pissa"] = "kaiming"
+    lora_bias: bool = False
+    dora: bool = Field(False, description="arXiv 2402.09353")
+    target_modules: tuple[str, ...] | str = "all-linear"
+    exclude_modules: tuple[str, ...] | str | None = None
+    extra_modules: tuple[str, ...] = ()
+    train_factors: Literal["both", "A", "B"] = "both"
+
+
+class LinkConfig(LinkShape):
     """One LoRA of the chain.
 
     The update is ``scaling · B · A`` with ``A`` (rank × in) and ``B`` (out × rank); ``scaling =
-    alpha / rank``, or ``alpha / √rank`` with `rslora` (arXiv 2312.03732).
+    alpha / rank``, or ``alpha / √rank`` with `rslora`.
     """
 
     rank: int = Field(8, ge=1)
     alpha: float = Field(16.0, gt=0)
-    rslora: bool = False
-    dropout: float = Field(0.0, ge=0, lt=1)
-    init: Literal["gaussian", "kaiming", "gradient", "pissa"] = "kaiming"
-    lora_bias: bool = False
-    dora: bool = False
-    target_modules: tuple[str, ...] | str = ("q_proj", "v_proj")
-    exclude_modules: tuple[str, ...] | str | None = None
-    extra_modules: tuple[str, ...] = ()
-    train_factors: Literal["both", "A", "B"] = "both"
 
     @property
     def scaling(self) -> float:
@@ -92,7 +97,31 @@ def _check_pattern(key: str, modules: tuple[str, ...] | str | None) -> None:
         ) from None
 
 
-class ChainConfig(_Frozen):
+class KnotConfig(_Frozen):
+    """Soft knots: every so many steps a share of the live link is tied, and the rest continues.
+
+    With the time constant τ, what a step has learned is tied to 1 − 1/e after τ steps:
+    ``share = 1 − exp(−every / τ)``.
+    """
+
+    every: int | None = Field(None, ge=1, description="steps; None: a twelfth of the time constant")
+    share: float | None = Field(None, ge=0, lt=1, description="None: from the time constant")
+    time_constant: float | None = Field(
+        None, gt=0, description="steps; None: 0.15 of the steps of the link"
+    )
+    moments: Literal["carried", "new"] = "carried"
+
+    @model_validator(mode="after")
+    def _check(self) -> KnotConfig:
+        if self.share is not None and self.time_constant is not None:
+            raise ValueError(
+                "give `knots.share` or `knots.time_constant`, not both (got both); "
+                "share = 1 - exp(-every / time_constant)"
+            )
+        return self
+
+
+class ChainConfig(LinkShape):
     """The chain: how long, how wide, how long each link is tuned.
 
     `ranks` is chain length and rank step-down in one; an empty list trains nothing (zero-shot).
@@ -104,20 +133,19 @@ class ChainConfig(_Frozen):
     ranks: tuple[int, ...] = (8, 8)
     alpha: float | tuple[float, ...] = 16.0
     alpha_policy: Literal["proportional", "fixed"] = "proportional"
-    rslora: bool = False
-    dropout: float = Field(0.0, ge=0, lt=1)
-    init: Literal["gaussian", "kaiming", "gradient", "pissa"] = "kaiming"
-    init_batches: int = Field(4, ge=1, description="batches the gradient start looks at")
-    lora_bias: bool = False
-    dora: bool = False
-    target_modules: tuple[str, ...] | str = "all-linear"
-    exclude_modules: tuple[str, ...] | str | None = None
-    extra_modules: tuple[str, ...] = ()
-    train_factors: Literal["both", "A", "B"] = "both"
+    init_batches: int = Field(4, ge=1, description="batches that `init: gradient` reads")
+    knots: KnotConfig | None = Field(
+        None, description="soft knots inside each link; `auto` chooses their distance and share"
+    )
     epochs: tuple[float, ...] | None = None
     steps: tuple[int, ...] | None = None
     hold: Literal["tied", "carried"] = "tied"
     tune: Literal["lora", "full"] = "lora"
+
+    @field_validator("knots", mode="before")
+    @classmethod
+    def _knots(cls, knots: Any) -> Any:
+        return {} if knots == "auto" else knots
 
     @field_validator("ranks")
     @classmethod
@@ -158,6 +186,14 @@ class ChainConfig(_Frozen):
             raise ValueError(
                 "`init: pissa` takes its start out of the base (got hold: carried); use hold: tied"
             )
+        plain = self.init != "pissa" and self.train_factors == "both"
+        if self.knots is not None and (self.dora or self.lora_bias or not plain):
+            raise ValueError(
+                "`knots` need plain LoRA links that train both factors (got dora, lora_bias, "
+                "init: pissa or train_factors); leave knots out"
+            )
+        if self.knots is not None and self.tune == "full":
+            raise ValueError("`knots` tie links (got tune: full, which has none); leave knots out")
         try:
             self.links()
         except ValidationError as error:  # here, and not when the link begins
@@ -252,6 +288,10 @@ class TrainConfig(_Frozen):
     seed: int = Field(
         0, ge=0, lt=2**32, description="a step's generator is seeded with seed · 2³² + step"
     )
+    optimizer: str = Field("adamw", description="adamw or sgd")
+    optimizer_options: dict[str, bool | int | float | str | None] = Field(
+        {}, description="further arguments of the optimizer, e.g. momentum"
+    )
     weight_decay: float = Field(0.0, ge=0)
     betas: tuple[_Beta, _Beta] = (0.9, 0.999)
     eps: float = Field(1e-8, gt=0)
@@ -273,6 +313,11 @@ class TrainConfig(_Frozen):
     gradient_checkpointing: bool = False
     speedups: Literal["auto", "off"] = "auto"
     trackers: tuple[str, ...] = ()
+
+    @field_validator("speedups", mode="before")
+    @classmethod
+    def _speedups(cls, value: Any) -> Any:
+        return {True: "auto", False: "off"}.get(value, value)  # YAML reads off as false
 
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:

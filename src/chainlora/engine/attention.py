@@ -3,8 +3,8 @@
 Registered with transformers under the name ``chainlora_packed``, so any architecture that looks its
 attention up there can run packed. The layout of a batch is computed once and travels to every layer
 as a keyword argument of the model's forward (and so survives gradient checkpointing, where layers
-run again during backward). A call without a layout is transformers' own SDPA, mask included: a
-model left on this implementation still generates and scores as before.
+run again during backward). A call without a layout is the implementation that the model had before,
+mask included: a model set to ours still generates and scores as before.
 
 A segment's queries see the keys of its ancestors and its own up to themselves. Segments of like
 shape are gathered into one padded batch of small attentions. On a CPU these are plain matmuls
@@ -14,9 +14,11 @@ elsewhere, for long sequences, and under dropout, SDPA.
 
 from __future__ import annotations
 
+import sys
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +27,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from chainlora.engine.bf16_matmul import is_slow
 from chainlora.engine.packing import Segment
@@ -196,15 +199,19 @@ def packed_attention(
     dropout: float = 0.0,
     scaling: float | None = None,
     packed_layout: Layout | None = None,
+    plain: str = "sdpa",
     **kwargs: Any,
-) -> tuple[Tensor, None]:
+) -> tuple[Tensor, Any]:
     """Attend by `packed_layout`: query, key, value [1, heads, T, size] → [1, T, heads, size].
+
+    Without a layout, `plain` names the implementation of transformers that computes instead.
 
     Raises:
         NotImplementedError: the architecture asks for something this function does not compute.
     """
     if packed_layout is None:
-        return sdpa_attention_forward(
+        attention = _plain_attention(module, plain)
+        return attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
     asked = [name for name in _UNSUPPORTED if kwargs.get(name) is not None]
@@ -212,6 +219,32 @@ def packed_attention(
         raise NotImplementedError(f"packed attention does not compute {asked[0]}")
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     return attend(q, k, v, packed_layout, scaling, dropout)[None], None
+
+
+def _plain_attention(module: nn.Module, plain: str) -> Any:
+    if plain == "sdpa":
+        return sdpa_attention_forward
+    if plain == "eager":  # not registered: each modeling file has its own
+        return sys.modules[type(module).__module__].eager_attention_forward
+    return ALL_ATTENTION_FUNCTIONS[plain]
+
+
+def packed_name(before: str | None) -> str:
+    """Return the name of the packed implementation for a model that is set to `before`.
+
+    Each one is registered once; it differs from the others in what computes a call without a
+    layout, and in the mask of that call.
+    """
+    before = before or "eager"
+    if before.startswith(NAME):
+        return before
+    if before == "sdpa":
+        return NAME
+    name = f"{NAME}_{before}"
+    AttentionInterface.register(name, partial(packed_attention, plain=before))
+    if before in ALL_MASK_ATTENTION_FUNCTIONS:
+        AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[before])
+    return name
 
 
 def attend(

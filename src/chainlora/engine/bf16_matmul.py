@@ -7,9 +7,7 @@ plain loop, ten to forty times slower than float32. Everywhere else these are to
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import cache
-from types import MethodType
 from typing import Any
 
 import torch
@@ -17,6 +15,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
+
+from chainlora.engine.patching import Patches, installed, replacement
 
 
 @cache
@@ -54,32 +54,23 @@ def add_product_(total: Tensor, a: Tensor, b: Tensor, scaling: float = 1.0) -> T
     return total.copy_(torch.addmm(total.float(), a.float(), b.float(), alpha=scaling))
 
 
-def accelerate_linears(model: nn.Module) -> int:
+def accelerate_linears(model: nn.Module, patches: Patches | None = None) -> int:
     """Let every Linear and Conv1D of `model` compute so where its own forward is slow, in place;
     return how many."""
-    return sum(
-        _accelerate(module) for module in model.modules() if type(module) in (nn.Linear, Conv1D)
-    )
+    patches = patches or Patches()
+    layers: list[Any] = [m for m in model.modules() if type(m) in (nn.Linear, Conv1D)]
+    slow = [layer for layer in layers if is_slow(layer.weight)]
+    return sum(patches.replace_forward(layer, _forward) for layer in slow)
 
 
 def restore_linears(model: nn.Module) -> None:
     """Give these layers their own forward back, in place."""
-    for module in _accelerated(model):
-        del module.forward
+    for module in model.modules():
+        if installed(module) is _forward:
+            del module.forward
 
 
-def _accelerate(layer: Any) -> bool:
-    if is_slow(layer.weight):
-        layer.forward = MethodType(_forward, layer)
-    return is_slow(layer.weight)
-
-
-def _accelerated(model: nn.Module) -> Iterator[Any]:
-    return (
-        m for m in model.modules() if getattr(vars(m).get("forward"), "__func__", None) is _forward
-    )
-
-
+@replacement
 def _forward(layer: Any, x: Tensor) -> Tensor:
     trained = torch.is_grad_enabled() and any(
         parameter.requires_grad for parameter in layer.parameters()

@@ -15,7 +15,6 @@ autocast.
 from __future__ import annotations
 
 import logging
-from types import MethodType
 from typing import Any
 
 import torch
@@ -25,8 +24,10 @@ from transformers.activations import SiLUActivation
 from chainlora.engine.attention import LAYOUT, Layout, Rows, attend, make_layout
 from chainlora.engine.bf16_matmul import accelerate_linears, restore_linears
 from chainlora.engine.fused import MlpBlock, RmsNorm, Rotary, SwiGlu, Turn, make_turn
-from chainlora.engine.hidden_states import Path, base_model, packed_implementation, probing
+from chainlora.engine.hidden_states import ForwardPath, packed_implementation, probing
 from chainlora.engine.packing import Segment
+from chainlora.engine.patching import Patches, installed, replacement
+from chainlora.models.text_config import base_model
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +44,9 @@ _LARGEST_DIFFERENCE_TWO_BYTES = 3e-2
 _TURN = "turn"  # where a layout keeps the rotation's tables
 
 
-def accelerate_model(model: nn.Module, path: Path = Path.PACKED) -> int:
+def accelerate_model(
+    model: nn.Module, path: ForwardPath = ForwardPath.PACKED, patches: Patches | None = None
+) -> int:
     """Give the decoder layers of `model` the faster forward, in place; return how many have it (0:
     none fits).
 
@@ -51,28 +54,38 @@ def accelerate_model(model: nn.Module, path: Path = Path.PACKED) -> int:
     differ (every fourth layer of SmolLM3 has no rotary embedding). `path` is the one that
     `choose_path` found: on the padded path no layer has a layout, so nothing is done.
     """
-    if count := accelerate_linears(model):
+    patches = patches or Patches()
+    if count := accelerate_linears(model, patches):
         log.info("bfloat16 matmuls of %d layers by float32: this CPU has none of its own", count)
+    reason = why_plain_layers(model) if path is ForwardPath.PACKED else "the path is padded"
+    if reason is not None:
+        log.info("plain decoder layers: %s", reason)
+        return 0
+    log.info("fast decoder layers")
+    return install_fast_layers(model, patches)
+
+
+def install_fast_layers(model: nn.Module, patches: Patches) -> int:
+    """Give every decoder layer the faster forward, in place; return how many have it."""
     layers = _layers(model)
-    if path is not Path.PACKED or not layers:
-        return 0
-    if not all(_has_shape(layer) for layer in layers):
-        log.info("plain decoder layers: they are not of Llama's shape")
-        return 0
+    functions = [*[_forward] * (len(layers) - 1), _last_forward]
+    return sum(map(patches.replace_forward, layers, functions))
+
+
+def why_plain_layers(model: nn.Module) -> str | None:
+    """Return why the decoder layers of `model` must keep their own forward, None where the faster
+    one is the same function."""
+    layers = _layers(model)
+    if not layers or not all(_has_shape(layer) for layer in layers):
+        return "they are not of Llama's shape"
     try:
         difference = max(_probe(model, layer) for layer in layers)
     except Exception as error:  # whatever an architecture trips over, its own forward is right
-        log.info("plain decoder layers: %s", f"{type(error).__name__}: {error}".splitlines()[0])
-        return 0
+        return f"{type(error).__name__}: {error}".splitlines()[0]
     dtype = layers[0].input_layernorm.weight.dtype
     if not difference <= _LARGEST_DIFFERENCE.get(dtype, _LARGEST_DIFFERENCE_TWO_BYTES):
-        log.info("plain decoder layers: the fast forward differs by %.2g of the norm", difference)
-        return 0
-    for layer in layers:
-        layer.forward = MethodType(_forward, layer)
-    layers[-1].forward = MethodType(_last_forward, layers[-1])
-    log.info("fast decoder layers: the probe differs by %.2g of the norm", difference)
-    return len(layers)
+        return f"the fast forward differs by {difference:.2g} of the norm"
+    return None
 
 
 def restore_model(model: nn.Module) -> int:
@@ -80,7 +93,7 @@ def restore_model(model: nn.Module) -> int:
     restore_linears(model)
     restored = 0
     for layer in _layers(model):
-        if getattr(vars(layer).get("forward"), "__func__", None) in (_forward, _last_forward):
+        if installed(layer) in (_forward, _last_forward):
             del layer.forward
             restored += 1
     return restored
@@ -178,6 +191,7 @@ def _plain(linear: nn.Module) -> bool:
     )
 
 
+@replacement
 def _forward(layer: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     layout, rotary = kwargs.get(LAYOUT), kwargs.get("position_embeddings")
     if layout is None or rotary is None or args or not _ready(layer, hidden_states):
@@ -185,6 +199,7 @@ def _forward(layer: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Te
     return _compute(layer, hidden_states[0], layout, rotary, None)[None]
 
 
+@replacement
 def _last_forward(layer: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """Return hidden states [1, R, d] of the layout's rows alone, or [1, T, d] where it names
     none."""

@@ -24,9 +24,10 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from chainlora.engine.bf16_matmul import linear, product, widened
-from chainlora.engine.hidden_states import base_model, causal_model, probing
+from chainlora.engine.hidden_states import probing
 from chainlora.engine.packing import PackedBatch
 from chainlora.errors import DataError, ModelError
+from chainlora.models.text_config import base_model, causal_model, text_config
 
 # Logits held at once: 16 MB in float32. Large enough for matmul, and below the 32 MB from where
 # glibc gives every allocation fresh pages, whose faults cost more than the arithmetic on them.
@@ -132,7 +133,7 @@ def logit_transform(model: nn.Module) -> Transform | None:
 
 
 def _probe_transform(model: nn.Module) -> Transform | None:
-    config: Any = model.config.get_text_config()  # type: ignore[union-attr,operator]
+    config = text_config(model)
     device = next(model.parameters()).device
     ids = torch.arange(1, 5, device=device)[None] % config.vocab_size
     with probing(model):
@@ -178,8 +179,7 @@ def _vocabulary(model: nn.Module) -> int:
     weight = getattr(_head(model), "weight", None)
     if isinstance(weight, Tensor):
         return weight.shape[0]
-    config: Any = causal_model(model).config
-    return int(config.get_text_config().vocab_size)
+    return int(text_config(model).vocab_size)
 
 
 def _is_plain(head: nn.Module) -> bool:

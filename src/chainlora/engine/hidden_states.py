@@ -8,7 +8,6 @@ first only where a probe on the model itself shows that it computes the second.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
@@ -22,9 +21,8 @@ from torch import Tensor, nn
 from chainlora.data.examples import Example
 from chainlora.engine.attention import LAYOUT, NAME, make_layout
 from chainlora.engine.packing import PackedBatch, pack
-from chainlora.errors import ModelError
-
-log = logging.getLogger(__name__)
+from chainlora.models.modes import evaluation_mode, kept_random_state
+from chainlora.models.text_config import base_model, compute_dtype, text_config
 
 # A wrong packing (sequences that see each other) changes hidden states by some amount; the packed
 # path must be nearer to the plain one than half that amount, whatever the dtype's rounding. And
@@ -40,64 +38,49 @@ _RUNNING: WeakKeyDictionary[nn.Module, tuple[int, Any]] = (
 )  # forwards now, what was set before
 
 
-class Path(StrEnum):
+class ForwardPath(StrEnum):
     """How a packed batch runs through a model."""
 
     PACKED = "packed"
     PADDED = "padded"
 
 
-def causal_model(model: nn.Module) -> nn.Module:
-    """Return the transformers causal model inside a PEFT wrapper, or the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+Path = ForwardPath  # until training/ uses the engine
 
 
-def base_model(model: nn.Module) -> nn.Module:
-    """Return the part of a causal model that ends in hidden states, without the head."""
-    model = causal_model(model)
-    base = getattr(model, getattr(model, "base_model_prefix", "") or "_", None)
-    if not isinstance(base, nn.Module):
-        raise ModelError(
-            f"the model must be a transformers causal language model (got {type(model).__name__})"
-        )
-    return base
-
-
-def hidden_states(model: nn.Module, batch: PackedBatch, *, path: Path) -> Tensor:
+def hidden_states(model: nn.Module, batch: PackedBatch, *, path: ForwardPath) -> Tensor:
     """Return the hidden states [R, d] at `batch.rows`, after the final norm, differentiable.
 
     A batch with a sequence longer than the model's sliding window takes the padded path whatever
     `path` says.
     """
-    if path is Path.PACKED and batch.longest <= attention_window(model):
+    if path is ForwardPath.PACKED and batch.longest <= attention_window(model):
         return _packed_hidden(model, batch)
-    return _padded_hidden(model, batch)
+    return padded_hidden(model, batch)
 
 
-def choose_path(model: nn.Module) -> Path:
-    """Probe whether the packed path computes what the plain one does; log the choice and its
-    reason.
+def choose_path(model: nn.Module) -> ForwardPath:
+    """Return the path that `why_not_packed` allows."""
+    return ForwardPath.PACKED if why_not_packed(model) is None else ForwardPath.PADDED
+
+
+def why_not_packed(model: nn.Module) -> str | None:
+    """Return why the packed path does not compute what the plain one does, None where it does.
 
     Three short sequences, two of which share a prefix, go through both paths in the model's own
     dtype. Training flags and random state are left as they were.
     """
     try:
         with probing(model):
-            reason = _why_not_packed(model)
+            return _why_not_packed(model)
     except Exception as error:  # whatever an architecture trips over, the plain path is right
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-    if reason is None:
-        log.info("packed path: the probe agrees with the plain path")
-        return Path.PACKED
-    log.info("padded path: %s", reason)
-    return Path.PADDED
+        return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def attention_window(model: nn.Module) -> int:
     """Return how far back attention sees: the sliding window or chunk, or a number above any
     length."""
-    config: Any = causal_model(model).config
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    config = text_config(model)
     limits = [
         getattr(config, "sliding_window", None),
         getattr(config, "attention_chunk_size", None),
@@ -110,14 +93,8 @@ def attention_window(model: nn.Module) -> int:
 @contextmanager
 def probing(model: nn.Module) -> Iterator[None]:
     """Run without gradients and dropout; put every training flag and the random state back."""
-    modes = [(module, module.training) for module in model.modules()]
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        try:
-            model.eval()
-            yield
-        finally:
-            for module, training in modes:
-                module.training = training
+    with kept_random_state(model), torch.no_grad(), evaluation_mode(model):
+        yield
 
 
 def _why_not_packed(model: nn.Module) -> str | None:
@@ -125,26 +102,21 @@ def _why_not_packed(model: nn.Module) -> str | None:
     if window < 12:
         return f"the attention window is {window} tokens"
     parameter = next(model.parameters())
-    batch = _probe_batch(causal_model(model).config).to(parameter.device)
-    plain = _padded_hidden(model, batch).double()
+    batch = _probe_batch(text_config(model)).to(parameter.device)
+    plain = padded_hidden(model, batch).double()
     packed = _packed_hidden(model, batch).double()
     contaminated = _packed_hidden(model, batch, whole_row=True).double()
     norm = plain.norm().item()
     difference = (packed - plain).norm().item() / norm
     wrong = (contaminated - plain).norm().item() / norm
-    largest = _LARGEST_DIFFERENCE.get(plain_dtype(model), _LARGEST_DIFFERENCE_TWO_BYTES)
+    largest = _LARGEST_DIFFERENCE.get(compute_dtype(model), _LARGEST_DIFFERENCE_TWO_BYTES)
     if difference < min(largest, _SHARE_OF_CONTAMINATION * wrong):
         return None
     return f"packed hidden states differ from plain ones by {difference:.2g} of their norm"
 
 
-def plain_dtype(model: nn.Module) -> torch.dtype:
-    """Return the dtype the model computes in: that of its input embedding."""
-    return causal_model(model).get_input_embeddings().weight.dtype  # type: ignore[operator]
-
-
 def _probe_batch(config: Any) -> PackedBatch:
-    vocabulary = min(config.get_text_config().vocab_size, 50000)
+    vocabulary = min(config.vocab_size, 50000)
     numbers = torch.randint(
         0, vocabulary, (30,), generator=torch.Generator().manual_seed(0)
     ).tolist()
@@ -159,23 +131,27 @@ def _probe_batch(config: Any) -> PackedBatch:
 
 
 def _packed_hidden(model: nn.Module, batch: PackedBatch, *, whole_row: bool = False) -> Tensor:
-    """Return [R, d]. `whole_row` makes one sequence of the row: the wrong result the probe compares
-    with."""
-    base = base_model(model)
+    with packed_implementation(base_model(model)):
+        return packed_hidden(model, batch, whole_row=whole_row)
+
+
+def packed_hidden(model: nn.Module, batch: PackedBatch, *, whole_row: bool = False) -> Tensor:
+    """Return [R, d] of a model that is set to packed attention.
+
+    `whole_row` makes one sequence of the row: the wrong result the probe compares with.
+    """
     segments = batch.segments
     if whole_row:
         segments = (type(segments[0])(0, batch.num_tokens, -1),)
-    layout = make_layout(segments, batch.input_ids.device, batch.rows)
-    with packed_implementation(base):
-        output = base(
-            input_ids=batch.input_ids[None],
-            position_ids=batch.position_ids[None],
-            use_cache=False,
-            # transformers takes a mask of four dimensions as it is, so none is built; packed
-            # attention ignores it
-            attention_mask=batch.input_ids.new_zeros((1, 1, 1, 1), dtype=torch.bool),
-            **{LAYOUT: layout},
-        )
+    output = base_model(model)(
+        input_ids=batch.input_ids[None],
+        position_ids=batch.position_ids[None],
+        use_cache=False,
+        # transformers takes a mask of four dimensions as it is, so none is built; packed
+        # attention ignores it
+        attention_mask=batch.input_ids.new_zeros((1, 1, 1, 1), dtype=torch.bool),
+        **{LAYOUT: make_layout(segments, batch.input_ids.device, batch.rows)},
+    )
     hidden = output.last_hidden_state[0]
     if hidden.shape[0] == batch.rows.shape[0]:  # the last layer computed these rows alone
         return hidden
@@ -211,7 +187,7 @@ def packed_implementation(base: nn.Module) -> Iterator[None]:
                 config._attn_implementation = before
 
 
-def _padded_hidden(model: nn.Module, batch: PackedBatch) -> Tensor:
+def padded_hidden(model: nn.Module, batch: PackedBatch) -> Tensor:
     """Return [R, d] from one right-padded row per leaf of the prefix tree."""
     index, mask, place = _unpacked(batch)
     output = base_model(model)(

@@ -13,7 +13,6 @@ exactly Linear or Conv1D (quantised, sharded, hooked) or is itself trained, auto
 from __future__ import annotations
 
 from collections.abc import Iterable
-from types import MethodType
 from typing import Any
 
 import torch
@@ -22,39 +21,39 @@ from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
 from chainlora.engine.bf16_matmul import add_product_, linear, product
+from chainlora.engine.patching import Patches, installed, replacement
 from chainlora.errors import ModelError
 
 
-def accelerate_lora(model: nn.Module) -> int:
+def accelerate_lora(model: nn.Module, patches: Patches | None = None) -> int:
     """Give every LoRA layer of `model` the fused forward, in place; return how many would take it
     now."""
-    return accelerate_layers(module for module in model.modules() if is_lora_layer(module))
+    layers = [module for module in model.modules() if is_lora_layer(module)]
+    return accelerate_layers(layers, patches)
 
 
-def accelerate_layers(layers: Iterable[nn.Module]) -> int:
+def accelerate_layers(layers: Iterable[nn.Module], patches: Patches | None = None) -> int:
     """Give these LoRA layers the fused forward, in place; return how many would take it now.
 
     Raises:
         ModelError: a layer that holds no LoRA.
     """
+    patches = patches or Patches()
     taken = 0
     for layer in layers:
         if not is_lora_layer(layer):
             raise ModelError(f"only LoRA layers have a fused forward (got {type(layer).__name__})")
-        layer.forward = MethodType(_forward, layer)
-        taken += active_adapter(layer) is not None
+        taken += patches.replace_forward(layer, _forward) and active_adapter(layer) is not None
     return taken
 
 
 def restore(model: nn.Module) -> int:
     """Give every layer of `model` its own forward back, in place; return how many had the fused
     one."""
-    restored = 0
-    for module in model.modules():
-        if getattr(vars(module).get("forward"), "__func__", None) is _forward:
-            del module.forward
-            restored += 1
-    return restored
+    fused = [module for module in model.modules() if installed(module) is _forward]
+    for module in fused:
+        del module.forward
+    return len(fused)
 
 
 def is_lora_layer(module: nn.Module) -> bool:
@@ -98,6 +97,7 @@ def _whole(*weights: Tensor) -> bool:
     return all(type(w) in (nn.Parameter, Tensor) and w.is_floating_point() for w in weights)
 
 
+@replacement
 def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     name = (
         None

@@ -1,13 +1,12 @@
-"""Sequences side by side on the cores of a CPU, instead of the cores side by side on every matmul.
+"""Micro-batches side by side on the cores of a CPU, instead of all cores on every matmul.
 
 Cores that share each matmul of a small model wait for one another between any two: on two cores a
-step of a 135M Llama keeps 1.6 of them busy. A *lane* is a thread with its share of the cores; it
-takes whole sequences through forward and backward alone, a *piece* of the batch at a time.
-Gradients are summed in the order of the pieces, so the same run gives the same bits, whichever lane
-ends first.
+step of a 135M Llama keeps 1.6 of them busy. Here a thread with its share of the cores takes whole
+sequences through forward and backward alone, one shard of the batch at a time. Gradients are summed
+in the order of the shards, so the same run gives the same bits, whichever thread ends first.
 
-One lane, which is no lane at all, remains wherever that could be wrong or not pay (`why_one_lane`,
-`split`).
+One thread, the calling one, remains wherever several could be wrong or do not pay
+(`why_one_thread`, `split`).
 """
 
 from __future__ import annotations
@@ -21,29 +20,29 @@ import torch
 from torch import nn
 
 from chainlora.data.examples import Example
-from chainlora.engine.hidden_states import Path, causal_model
+from chainlora.engine.hidden_states import ForwardPath
 from chainlora.engine.packing import fresh_tokens, input_sequences
+from chainlora.models.text_config import text_config
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 _Inputs = list[tuple[int, ...]]
 
-# Between operations Python runs one lane at a time: many lanes would wait for that. Two were
-# measured; four is a guess, and lanes of a larger machine have several cores each.
-_MOST_LANES = 4
-# Tokens of one piece. Matmuls of 300 rows run at 95 % of the rate of 600 (bfloat16, one core), and
-# the activations of a piece are gone before its lane takes the next, so memory does not grow with
+# Between operations Python runs one thread at a time: many would wait for that. Two were measured;
+# four is a guess, and threads of a larger machine have several cores each.
+MOST_THREADS = 4
+# Tokens of one shard. Matmuls of 300 rows run at 95 % of the rate of 600 (bfloat16, one core), and
+# the activations of a shard are gone before its thread takes the next, so memory does not grow with
 # the batch.
-_PIECE = 384
-# Side by side, lanes compute about 1.2 times the tokens a second (docs/decisions/0003). Pieces that
-# compute more than this share of the whole (prefixes read twice, a lane with nothing to do) are not
-# worth it.
+_SHARD = 384
+# Side by side, threads compute about 1.2 times the tokens a second (docs/decisions/0003). Shards
+# that compute more than this share of the whole (prefixes read twice, a thread with nothing to do)
+# are not worth it.
 _WORTH = 1.15
 
 
-class Lanes:
-    """`count` threads, each with its share of this thread's cores. One lane runs in the calling
-    thread.
+class Threads:
+    """`count` threads, each with its share of this thread's cores. One thread is the calling one.
 
     Use as a context manager, or call `close`.
     """
@@ -55,8 +54,8 @@ class Lanes:
     def map(
         self, function: Callable[[_Item], _Result], items: Iterable[_Item]
     ) -> Iterator[_Result]:
-        """Yield ``function(item)`` in the order of items, at most two items a lane ahead of the
-        caller.
+        """Yield ``function(item)`` in the order of items, at most two items a thread ahead of
+        the caller.
 
         Gradient and inference mode belong to a thread: `function` sets what it needs.
         """
@@ -77,10 +76,10 @@ class Lanes:
     def close(self) -> None:
         """End the threads; a later `map` begins new ones."""
         if self._pool is not None:
-            self._pool.shutdown()
+            self._pool.shutdown(cancel_futures=True)
             self._pool = None
 
-    def __enter__(self) -> Lanes:
+    def __enter__(self) -> Threads:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -90,28 +89,26 @@ class Lanes:
         if self._pool is None:
             share = max(torch.get_num_threads() // self.count, 1)
             # torch's number of threads belongs to the thread that sets it: the caller keeps its own
-            self._pool = ThreadPoolExecutor(self.count, "lane", torch.set_num_threads, (share,))
+            setup, name = torch.set_num_threads, "chainlora"
+            self._pool = ThreadPoolExecutor(self.count, name, setup, (share,))
         return self._pool
 
 
-def count_lanes(model: nn.Module, path: Path, *, training: bool) -> int:
-    """Return how many lanes serve a model as it is now: one a core, up to a few, or one."""
-    return (
-        1
-        if why_one_lane(model, path, training=training)
-        else min(torch.get_num_threads(), _MOST_LANES)
-    )
+def count_threads(model: nn.Module, path: ForwardPath, *, training: bool) -> int:
+    """Return how many threads serve a model as it is now: one a core, up to a few, or one."""
+    if why_one_thread(model, path, training=training):
+        return 1
+    return min(torch.get_num_threads(), MOST_THREADS)
 
 
-def why_one_lane(model: nn.Module, path: Path, *, training: bool) -> str | None:
-    """Return why this model must not, or need not, run in several lanes; None where it may."""
-    config: Any = causal_model(model).config
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+def why_one_thread(model: nn.Module, path: ForwardPath, *, training: bool) -> str | None:
+    """Return why this model must not, or need not, run in several threads; None where it may."""
+    config = text_config(model)
     if next(model.parameters()).device.type != "cpu":
         return "the model is not on a CPU"
     if torch.get_num_threads() == 1:
         return "torch has one thread"
-    if path is not Path.PACKED:
+    if path is not ForwardPath.PACKED:
         return "the model runs on the padded path"
     if training and (_drops(config.to_dict()) or any(map(_is_dropout, model.modules()))):
         return "dropout draws from one generator"
@@ -134,10 +131,10 @@ def _is_dropout(module: nn.Module) -> bool:
 
 
 def split(examples: Sequence[Example], count: int) -> list[list[int]]:
-    """Cut examples into pieces for `count` lanes; return the indices of each, ascending.
+    """Cut examples into shards for `count` threads; return the indices of each, ascending.
 
     Two ways are tried, and the one that computes less is taken: examples with a common beginning
-    kept together, and every example for itself. One piece, for all cores together, where several
+    kept together, and every example for itself. One shard, for all cores together, where several
     would not pay.
     """
     everything = list(range(len(examples)))
@@ -145,28 +142,28 @@ def split(examples: Sequence[Example], count: int) -> list[list[int]]:
         return [everything]
     inputs = [sorted(set(input_sequences(example))) for example in examples]
     whole = _tokens(inputs, everything)
-    number = count * max(1, round(whole / (count * _PIECE)))
+    number = count * max(1, round(whole / (count * _SHARD)))
     plans = [
         _spread(inputs, units, number) for units in (_families(inputs), [[i] for i in everything])
     ]
     costs = []
     for plan in plans:
-        sizes = [_tokens(inputs, piece) for piece in plan]
+        sizes = [_tokens(inputs, shard) for shard in plan]
         costs.append(max(sum(sizes), max(sizes) * count))
     best = min(range(len(plans)), key=costs.__getitem__)
     return plans[best] if costs[best] <= _WORTH * whole else [everything]
 
 
 def _spread(inputs: list[_Inputs], units: list[list[int]], number: int) -> list[list[int]]:
-    """Put the largest unit into the emptiest of `number` pieces, and so on."""
+    """Put the largest unit into the emptiest of `number` shards, and so on."""
     sizes = [_tokens(inputs, unit) for unit in units]
-    pieces: list[list[int]] = [[] for _ in range(min(number, len(units)))]
-    filled = [0] * len(pieces)
+    shards: list[list[int]] = [[] for _ in range(min(number, len(units)))]
+    filled = [0] * len(shards)
     for unit in sorted(range(len(units)), key=lambda u: (-sizes[u], u)):
-        piece = filled.index(min(filled))
-        pieces[piece] += units[unit]
-        filled[piece] += sizes[unit]
-    return [sorted(piece) for piece in pieces]
+        shard = filled.index(min(filled))
+        shards[shard] += units[unit]
+        filled[shard] += sizes[unit]
+    return [sorted(shard) for shard in shards]
 
 
 def _families(inputs: list[_Inputs]) -> list[list[int]]:
@@ -186,3 +183,7 @@ def _families(inputs: list[_Inputs]) -> list[list[int]]:
 def _tokens(inputs: list[_Inputs], indices: Iterable[int]) -> int:
     """Return how many tokens a pack of these examples computes."""
     return fresh_tokens(sorted(sequence for index in indices for sequence in inputs[index]))[0]
+
+
+Lanes = Threads  # until training/ uses the engine
+count_lanes = count_threads

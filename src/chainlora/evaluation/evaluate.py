@@ -2,15 +2,16 @@
 
 Candidates are compared by the mean log-probability of their tokens (the MeZO protocol, arXiv
 2305.17333); the best wins, the *lowest index* among equals. Language-model rows give loss and
-perplexity per token; free-text answers are generated greedily. `likelihood` runs the model; nothing
-here knows about packs.
+perplexity per token; free-text answers are generated greedily. The engine runs the
+model; nothing here knows about packs.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path as FilePath
 from typing import Any
@@ -19,10 +20,11 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from chainlora.data.examples import Example
-from chainlora.engine.hidden_states import Path, causal_model
+from chainlora.engine.engine import Engine
+from chainlora.engine.hidden_states import ForwardPath
 from chainlora.errors import ConfigError, DataError
 from chainlora.evaluation.generation import generate_greedy
-from chainlora.evaluation.likelihood import Progress, evaluating, score_examples
+from chainlora.evaluation.likelihood import Progress
 from chainlora.evaluation.metrics import (
     INDEX_METRICS,
     LOSS_METRICS,
@@ -30,6 +32,7 @@ from chainlora.evaluation.metrics import (
     check_metrics,
     perplexity,
 )
+from chainlora.models.text_config import causal_model
 
 __all__ = ["Evaluation", "evaluate", "write_predictions"]
 
@@ -55,7 +58,8 @@ def evaluate(
     *,
     metrics: Sequence[str] | str,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    path: Path | None = None,
+    engine: Engine | None = None,
+    path: ForwardPath | None = None,
     max_tokens: int = 4096,
     max_new_tokens: int = 50,
     stop: str | None = "\n",
@@ -65,16 +69,19 @@ def evaluate(
 
     Args:
         model: the model, in any mode; modes are as before on return, weights are never changed.
-        examples: candidate rows (with a label) or language-model rows (without), not both. metrics:
-        of `accuracy`, `f1` (macro), `em`, `token_f1`, `loss`, `perplexity`. Candidate rows always
-            get `loss`, the mean over rows of the cross-entropy over candidates; language-model rows
-            get `loss` per token (natural logarithm) and `perplexity`, unless only `em` and
-            `token_f1`, which generate, are asked for.
-        tokenizer: for `em` and `token_f1`, unless candidates have names. path: how packs run
-        through the model; None chooses. max_tokens: tokens computed in one forward, shared ones
-        counted once; a larger row goes alone. max_new_tokens: bound of a generated answer (default
-        50, as in MeZO). stop: text that ends a generated answer, beside the end-of-sequence token;
-        None is that token alone. progress: called as ``progress(rows_done, rows)`` after each pack.
+        examples: candidate rows (with a label) or language-model rows (without), not both.
+        metrics: of `accuracy`, `f1` (macro), `em`, `token_f1`, `loss`, `perplexity`. Candidate rows
+            always get `loss`, the mean over rows of the cross-entropy over candidates;
+            language-model rows get `loss` per token (natural logarithm) and `perplexity`, unless
+            only `em` and `token_f1`, which generate, are asked for.
+        tokenizer: for `em` and `token_f1`, unless candidates have names.
+        engine: what runs the model; without one, one is made for the call.
+        max_tokens: tokens computed in one forward, shared ones counted once; a larger row goes
+            alone.
+        max_new_tokens: bound of a generated answer (default 50, as in MeZO).
+        stop: text that ends a generated answer, beside the end-of-sequence token; None is that
+            token alone.
+        progress: called as ``progress(rows_done, rows)`` after each pack.
 
     Raises:
         ConfigError: an unknown metric, or one that these rows cannot give.
@@ -84,25 +91,37 @@ def evaluate(
     names = check_metrics(metrics)
     examples = list(examples)
     classify = _are_labelled(examples)
-    if classify:
-        return _evaluate_candidates(model, examples, names, tokenizer, path, max_tokens, progress)
-    _refuse(
-        [name for name in names if name in INDEX_METRICS],
-        "rows with a right candidate",
-        "rows without",
-    )
-    generate = [name for name in names if name in TEXT_METRICS]
-    if not generate:
-        return _evaluate_likelihood(model, examples, path, max_tokens, progress)
-    loss = [name for name in names if name in LOSS_METRICS]
-    scored = _evaluate_likelihood(model, examples, path, max_tokens, None) if loss else None
-    found = _evaluate_generation(
-        model, examples, generate, tokenizer, max_tokens, max_new_tokens, stop, progress
-    )
+    with _engine_for(model, engine, path) as runner:
+        if classify:
+            return _evaluate_candidates(runner, examples, names, tokenizer, max_tokens, progress)
+        _refuse(
+            [name for name in names if name in INDEX_METRICS],
+            "rows with a right candidate",
+            "rows without",
+        )
+        generate = [name for name in names if name in TEXT_METRICS]
+        if not generate:
+            return _evaluate_likelihood(runner, examples, max_tokens, progress)
+        loss = [name for name in names if name in LOSS_METRICS]
+        scored = _evaluate_likelihood(runner, examples, max_tokens, None) if loss else None
+        found = _evaluate_generation(
+            runner, examples, generate, tokenizer, max_tokens, max_new_tokens, stop, progress
+        )
     if scored is None:
         return found
     merged = [old | new for old, new in zip(scored.predictions, found.predictions, strict=True)]
     return Evaluation(found.metrics | scored.metrics, found.num_rows, merged)
+
+
+@contextmanager
+def _engine_for(
+    model: nn.Module, engine: Engine | None, path: ForwardPath | None
+) -> Iterator[Engine]:
+    if engine is not None:
+        yield engine
+        return
+    with Engine(model, training=False, path=path) as own:
+        yield own
 
 
 def write_predictions(path: str | FilePath, evaluation: Evaluation) -> None:
@@ -116,16 +135,14 @@ def write_predictions(path: str | FilePath, evaluation: Evaluation) -> None:
     target.write_text("".join(lines), encoding="utf-8")
 
 
-# --- the three kinds of rows
-# -------------------------------------------------------------------------------
+# --- the three kinds of rows ---
 
 
 def _evaluate_candidates(
-    model: nn.Module,
+    engine: Engine,
     examples: Sequence[Example],
     names: Sequence[str],
     tokenizer: PreTrainedTokenizerBase | None,
-    path: Path | None,
     max_tokens: int,
     progress: Progress | None,
 ) -> Evaluation:
@@ -135,7 +152,7 @@ def _evaluate_candidates(
         "rows with them",
     )
     text_names = [name for name in names if name in TEXT_METRICS]
-    scores = score_examples(model, examples, path=path, max_tokens=max_tokens, progress=progress)
+    scores = engine.scores(examples, max_tokens=max_tokens, progress=progress)
     labels = [int(example.label) for example in examples if example.label is not None]
     chosen = [_best(row) for row in scores]
     found = {name: INDEX_METRICS[name](labels, chosen) for name in names if name in INDEX_METRICS}
@@ -151,13 +168,12 @@ def _evaluate_candidates(
 
 
 def _evaluate_likelihood(
-    model: nn.Module,
+    engine: Engine,
     examples: Sequence[Example],
-    path: Path | None,
     max_tokens: int,
     progress: Progress | None,
 ) -> Evaluation:
-    scores = score_examples(model, examples, path=path, max_tokens=max_tokens, progress=progress)
+    scores = engine.scores(examples, max_tokens=max_tokens, progress=progress)
     counts = [
         [sum(end - start for start, end in spans) for spans in example.scored]
         for example in examples
@@ -174,7 +190,7 @@ def _evaluate_likelihood(
 
 
 def _evaluate_generation(
-    model: nn.Module,
+    engine: Engine,
     examples: Sequence[Example],
     names: Sequence[str],
     tokenizer: PreTrainedTokenizerBase | None,
@@ -191,7 +207,7 @@ def _evaluate_generation(
         if progress is not None:
             progress(done, len(examples))
 
-    with evaluating(model):
+    with engine.plain() as model:
         texts = generate_greedy(
             causal_model(model),
             _required(tokenizer),
@@ -214,8 +230,7 @@ def _evaluate_generation(
     return Evaluation(_text_metrics(names, texts, examples), len(examples), predictions)
 
 
-# --- pieces
-# ------------------------------------------------------------------------------------------------
+# --- parts of them ---
 
 
 def _are_labelled(examples: Sequence[Example]) -> bool:

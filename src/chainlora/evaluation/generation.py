@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from chainlora.errors import ConfigError, DataError
+from chainlora.models.text_config import text_config
 
 
 class _StopAt(StoppingCriteria):
@@ -59,7 +60,7 @@ def generate_greedy(
     `model` is a transformers causal language model. Raises DataError on an empty prompt and
     ConfigError when `max_new_tokens` does not fit the context.
     """
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    context = getattr(text_config(model), "max_position_embeddings", None)
     if max_new_tokens < 1 or (context is not None and max_new_tokens >= context):
         raise ConfigError(
             f"max_new_tokens must be at least 1 and below the context of {context} tokens "

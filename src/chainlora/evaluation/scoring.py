@@ -10,8 +10,7 @@ import torch
 
 from chainlora.data.splits import encode_split, load_task_split
 from chainlora.data.tasks import Task
-from chainlora.engine.decoder_layer import accelerate_model
-from chainlora.engine.hidden_states import choose_path
+from chainlora.engine.engine import Engine, Speedups
 from chainlora.evaluation.evaluate import evaluate, write_predictions
 from chainlora.evaluation.metrics import INDEX_METRICS, majority_rate
 from chainlora.models.loading import context_length, load_model
@@ -29,6 +28,7 @@ def evaluate_task(
     num_links: int | None = None,
     dtype: str | None = None,
     predictions: str | Path | None = None,
+    speedups: Speedups = "auto",
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Return `task`, `split`, `rows` and `metrics` of a run directory's chain, or of any model.
@@ -36,7 +36,8 @@ def evaluate_task(
     The first `limit` rows of the split are scored, in file order, from the folder or file `data` or
     the Hub. A run reads its own task as it did in training: length, truncation and demonstrations.
     `num_links` takes a run's chain as it was then; `dtype` defaults to the run's own, or float32.
-    `predictions` names a file for one JSON line a row.
+    `predictions` names a file for one JSON line a row. ``speedups="off"`` runs plain transformers:
+    no packing, no faster forwards, one thread.
     """
     path_of_run = Path(run_or_model)
     run = RunDirectory(path_of_run) if (path_of_run / "chain.json").is_file() else None
@@ -48,19 +49,17 @@ def evaluate_task(
     examples = encode_split(
         task, rows, tokenizer, context_length(model), run.config().data if run else None
     )
-    model.requires_grad_(False)  # so that heads and layers take their faster forward
-    path = choose_path(model)
-    accelerate_model(model, path)
-    found = evaluate(
-        model,
-        examples,
-        path=path,
-        metrics=task.metrics,
-        tokenizer=tokenizer,
-        stop=task.stop,
-        max_new_tokens=task.max_new_tokens,
-        progress=progress,
-    )
+    with Engine(model, speedups=speedups, training=False) as engine:
+        found = evaluate(
+            model,
+            examples,
+            engine=engine,
+            metrics=task.metrics,
+            tokenizer=tokenizer,
+            stop=task.stop,
+            max_new_tokens=task.max_new_tokens,
+            progress=progress,
+        )
     if predictions is not None:
         write_predictions(predictions, found)
     metrics = dict(found.metrics)

@@ -30,6 +30,7 @@ from chainlora.models.gguf import (
     cache_dir as cache_dir,
 )  # re-exported: where everything of ours is cached
 from chainlora.models.gguf import converted_folder
+from chainlora.models.text_config import text_config
 
 logger = logging.getLogger(__name__)
 
@@ -145,8 +146,7 @@ def packaged_model(package: str) -> Path:
 def context_length(model: nn.Module) -> int:
     """Return how many tokens the model can read at once; `UNLIMITED_CONTEXT` where no limit is
     stated."""
-    config: Any = model.config
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    config = text_config(model)
     for name in ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length"):
         if isinstance(length := getattr(config, name, None), int) and length > 0:
             return length

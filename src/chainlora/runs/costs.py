@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 
-from chainlora.chain.chain import Link
+from chainlora.chain.link import Link
 
 
 def num_trained(link: Link) -> int:
-    """Parameters a link trained: of its factors (not of a frozen one), LoRA's biases, extra modules."""
+    """Parameters a link trained: of its factors (not of a frozen one), LoRA's biases, extra
+    modules."""
     config, total = link.config, sum(weight.numel() for weight in link.extra.values())
     for share in link.factors.values():
         total += config.rank * (
@@ -36,7 +37,8 @@ def hardware(device: torch.device) -> dict[str, Any]:
     """Describe what the run ran on."""
     return {
         "machine": platform.machine(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),  # AVX2 computes bfloat16 by float32
+        # AVX2 computes bfloat16 by float32
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "device": str(device),
     }

@@ -1,4 +1,5 @@
-"""What each link of a run brought: steps, loss, score, size and shape of its update, overlap with earlier links."""
+"""What each link of a run brought: steps, loss, score, size and shape of its update, overlap with
+earlier links."""
 
 from __future__ import annotations
 
@@ -9,19 +10,25 @@ from typing import Any
 
 import torch
 
-from chainlora.chain.chain import (Link, stack_links)
+from chainlora.chain.link import Link, stack_links
+from chainlora.chain.low_rank import (
+    effective_rank,
+    singular_values_of_sum,
+    stable_rank,
+    subspace_overlap,
+)
 from chainlora.errors import RunError
-from chainlora.chain.low_rank import (effective_rank, singular_values_of_sum, stable_rank, subspace_overlap)
 from chainlora.runs.directory import RunDirectory
 
 
 def inspect_run(run: str | Path) -> dict[str, Any]:
     """Describe a run link by link.
 
-    For each link: ``rank``, ``steps``, mean training ``loss`` of its last tenth, validation ``score`` at its knot,
-    ``delta_norm`` ‖ΔW‖_F over all modules, ``effective_rank`` exp(entropy of σ/Σσ) (Roy & Vetterli 2007) and
-    ``stable_rank`` averaged over modules, ``overlap`` with each earlier link's A (mean squared cosine of the
-    principal angles, averaged over modules; 1 is the same input subspace).
+    For each link: ``rank``, ``steps``, mean training ``loss`` of its last tenth, validation
+    ``score`` at its knot, ``delta_norm`` ‖ΔW‖_F over all modules, ``effective_rank`` exp(entropy of
+    σ/Σσ) (Roy & Vetterli 2007) and ``stable_rank`` averaged over modules, ``overlap`` with each
+    earlier link's A (mean squared cosine of the principal angles, averaged over modules; 1 is the
+    same input subspace).
     """
     directory = RunDirectory(run)
     manifest = directory.manifest()
@@ -29,13 +36,19 @@ def inspect_run(run: str | Path) -> dict[str, Any]:
     records = read_records(directory / "metrics.jsonl")
     rows = [_describe(link, links[: link.index], records) for link in links]
     whole = _sizes(links) if links and all(_is_low_rank(link) for link in links) else {}
-    return {"run": str(run), "base": manifest["base"]["model"], "hold": manifest["hold"], "links": rows,
-            "chain": whole | {"links": len(links), "rank": sum(link.rank for link in links)},
-            "selected": manifest["selected"]}
+    return {
+        "run": str(run),
+        "base": manifest["base"]["model"],
+        "hold": manifest["hold"],
+        "links": rows,
+        "chain": whole | {"links": len(links), "rank": sum(link.rank for link in links)},
+        "selected": manifest["selected"],
+    }
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """Read ``metrics.jsonl``; empty when there is none. A run killed while it wrote has half a last line: left out.
+    """Read ``metrics.jsonl``; empty when there is none. A run killed while it wrote has half a last
+    line: left out.
 
     Raises RunError if another line is no record.
     """
@@ -45,17 +58,26 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     try:
         return [json.loads(line) for line in lines]
     except ValueError as error:
-        raise RunError(f"metrics.jsonl must hold one JSON object a line (got {path}: {error}); "
-                       "remove the broken line") from None
+        raise RunError(
+            f"metrics.jsonl must hold one JSON object a line (got {path}: {error}); "
+            "remove the broken line"
+        ) from None
 
 
 def _describe(link: Link, earlier: Sequence[Link], records: list[dict[str, Any]]) -> dict[str, Any]:
     losses = [r["loss"] for r in records if r["event"] == "step" and r["link"] == link.index]
-    tail = losses[-max(1, len(losses) // 10):]
-    knots = [r for r in records if r["event"] == "eval" and r["link"] == link.index and r["where"] == "knot"]
+    tail = losses[-max(1, len(losses) // 10) :]
+    knots = [
+        r
+        for r in records
+        if r["event"] == "eval" and r["link"] == link.index and r["where"] == "knot"
+    ]
     keys = ("event", "step", "link", "where")
     row: dict[str, Any] = {
-        "link": link.index, "rank": link.rank, "scaling": link.config.scaling, "steps": link.num_steps,
+        "link": link.index,
+        "rank": link.rank,
+        "scaling": link.config.scaling,
+        "steps": link.num_steps,
         "loss": sum(tail) / len(tail) if tail else None,
         "scores": {k: v for k, v in knots[-1].items() if k not in keys} if knots else {},
     }
@@ -70,16 +92,22 @@ def _is_low_rank(link: Link) -> bool:
 
 
 def _sizes(links: Sequence[Link]) -> dict[str, float]:
-    spectra = [singular_values_of_sum([(share.a, share.b, 1.0)]) for share in stack_links(links).values()]
+    spectra = [
+        singular_values_of_sum([(share.a, share.b, 1.0)]) for share in stack_links(links).values()
+    ]
     spectra = [s for s in spectra if float(s.sum()) > 0]
     if not spectra:
         return {"delta_norm": 0.0, "effective_rank": 0.0, "stable_rank": 0.0}
-    return {"delta_norm": float(torch.stack([(s.double() ** 2).sum() for s in spectra]).sum().sqrt()),
-            "effective_rank": sum(float(effective_rank(s)) for s in spectra) / len(spectra),
-            "stable_rank": sum(float(stable_rank(s)) for s in spectra) / len(spectra)}
+    return {
+        "delta_norm": float(torch.stack([(s.double() ** 2).sum() for s in spectra]).sum().sqrt()),
+        "effective_rank": sum(float(effective_rank(s)) for s in spectra) / len(spectra),
+        "stable_rank": sum(float(stable_rank(s)) for s in spectra) / len(spectra),
+    }
 
 
 def _overlap(link: Link, other: Link) -> float:
     shared = [name for name in link.factors if name in other.factors]
-    overlaps = [float(subspace_overlap(link.factors[name].a, other.factors[name].a)) for name in shared]
+    overlaps = [
+        float(subspace_overlap(link.factors[name].a, other.factors[name].a)) for name in shared
+    ]
     return sum(overlaps) / len(overlaps) if overlaps else 0.0

@@ -1,7 +1,9 @@
-"""Two pictures of a run: how training went, with the knots marked, and what each link of the chain became.
+"""Two pictures of a run: how training went, with the knots marked, and what each link of the chain
+became.
 
-Colours are of the Okabe–Ito palette and cividis, which readers with any kind of colour vision can tell apart.
-The figures are drawn without pyplot, so that nothing global is touched and no display is needed.
+Colours are of the Okabe–Ito palette and cividis, which readers with any kind of colour vision can
+tell apart. The figures are drawn without pyplot, so that nothing global is touched and no display
+is needed.
 """
 
 from __future__ import annotations
@@ -17,21 +19,50 @@ from chainlora.errors import RunError
 
 Record = Mapping[str, Any]
 
-BLUE, VERMILION, GREEN, SKY, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#56B4E9", "#CC79A7", "#777777"
+BLUE, VERMILION, GREEN, SKY, PURPLE, GREY = (
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#56B4E9",
+    "#CC79A7",
+    "#777777",
+)
 _STYLE: Any = {
-    "font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": GREY,
-    "axes.grid": True, "grid.color": "#E6E6E6", "axes.axisbelow": True, "xtick.color": "#444444",
-    "ytick.color": "#444444", "axes.labelcolor": "#222222", "legend.edgecolor": "none",
-    "legend.framealpha": 0.85, "savefig.dpi": 150,
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": GREY,
+    "axes.grid": True,
+    "grid.color": "#E6E6E6",
+    "axes.axisbelow": True,
+    "xtick.color": "#444444",
+    "ytick.color": "#444444",
+    "axes.labelcolor": "#222222",
+    "legend.edgecolor": "none",
+    "legend.framealpha": 0.85,
+    "savefig.dpi": 150,
 }
-_NOT_SCORES = {"event", "step", "link", "where", "split", "loss", "perplexity", "seconds", "tokens", "rows",
-               "majority", "candidate_loss"}
+_NOT_SCORES = {
+    "event",
+    "step",
+    "link",
+    "where",
+    "split",
+    "loss",
+    "perplexity",
+    "seconds",
+    "tokens",
+    "rows",
+    "majority",
+    "candidate_loss",
+}
 _MOST_SCORES = 3  # curves in the score panel; more cannot be told apart
 _MOST_LABELS = 12  # links whose names or values still fit
 
 
 def plot_training(records: str | Path | Sequence[Record], out_png: str | Path) -> None:
-    """Draw loss, validation scores and learning rate over the steps of a run, its knots as dashed lines.
+    """Draw loss, validation scores and learning rate over the steps of a run, its knots as dashed
+    lines.
 
     records: the path of a ``metrics.jsonl``, or its records.
 
@@ -44,7 +75,9 @@ def plot_training(records: str | Path | Sequence[Record], out_png: str | Path) -
     steps = [r for r in records if r["event"] == "step"]
     evals = [r for r in records if r["event"] == "eval"]
     if not steps and not evals:
-        raise RunError("a plot needs a training step or an evaluation (got none); train the run first")
+        raise RunError(
+            "a plot needs a training step or an evaluation (got none); train the run first"
+        )
     scores = _score_names(evals)
     heights = [3.0, *([2.0] if scores else []), *([1.0] if steps else [])]
     with rc_context(_STYLE):
@@ -63,7 +96,8 @@ def plot_training(records: str | Path | Sequence[Record], out_png: str | Path) -
 
 
 def plot_chain(inspection: Mapping[str, Any], out_png: str | Path) -> None:
-    """Draw ‖ΔW‖ and effective rank of each link and the overlap between links, from `inspect_run`'s result.
+    """Draw ‖ΔW‖ and effective rank of each link and the overlap between links, from `inspect_run`'s
+    result.
 
     Raises RunError if the chain has no link.
     """
@@ -72,7 +106,9 @@ def plot_chain(inspection: Mapping[str, Any], out_png: str | Path) -> None:
 
     links = inspection["links"]
     if not links:
-        raise RunError("a picture of a chain needs at least one link (got none); train the run first")
+        raise RunError(
+            "a picture of a chain needs at least one link (got none); train the run first"
+        )
     pairs = len(links) > 1 and any(link.get("overlap") for link in links)
     with rc_context(_STYLE):
         figure = Figure(figsize=(11 if pairs else 7.4, 3.5), layout="constrained")
@@ -85,7 +121,8 @@ def plot_chain(inspection: Mapping[str, Any], out_png: str | Path) -> None:
 
 
 def smooth(values: Sequence[float], span: float) -> list[float]:
-    """Return the exponential moving average over about ``span`` steps, free of bias at its start."""
+    """Return the exponential moving average over about ``span`` steps, free of bias at its
+    start."""
     decay = 1 - 2 / (max(span, 1) + 1)
     total = weight = 0.0
     out = []
@@ -104,13 +141,19 @@ def _read(records: str | Path | Sequence[Record]) -> Sequence[Record]:
     try:
         lines = Path(records).read_text(encoding="utf-8").splitlines()
     except FileNotFoundError as error:
-        raise RunError(f"a plot needs the run's metrics (got no {records}); train the run first") from error
+        raise RunError(
+            f"a plot needs the run's metrics (got no {records}); train the run first"
+        ) from error
     return [json.loads(line) for line in lines if line.strip()]
 
 
 def _score_names(evals: Sequence[Record]) -> list[str]:
-    names = {name: None for r in evals for name, value in r.items()
-             if name not in _NOT_SCORES and isinstance(value, (int, float))}
+    names = {
+        name: None
+        for r in evals
+        for name, value in r.items()
+        if name not in _NOT_SCORES and isinstance(value, (int, float))
+    }
     return list(names)[:_MOST_SCORES]
 
 
@@ -123,12 +166,19 @@ def _draw_loss(axes: Any, steps: Sequence[Record], evals: Sequence[Record]) -> N
         axes.plot(at, smoothed, color=BLUE, linewidth=1.8, label="smoothed")
     held_out = [r for r in evals if math.isfinite(r.get("loss", math.nan))]
     if held_out:
-        axes.plot([r["step"] for r in held_out], [r["loss"] for r in held_out], color=VERMILION,
-                  linewidth=1.2, marker="o", markersize=5, label="validation")
+        axes.plot(
+            [r["step"] for r in held_out],
+            [r["loss"] for r in held_out],
+            color=VERMILION,
+            linewidth=1.2,
+            marker="o",
+            markersize=5,
+            label="validation",
+        )
     axes.set_ylabel("loss")
     for handle in axes.legend(loc="upper right", ncols=3).get_lines():
         handle.set(alpha=1, linewidth=1.8)
-    _keep_room(axes, losses[len(losses) // 50:] + [r["loss"] for r in held_out])
+    _keep_room(axes, losses[len(losses) // 50 :] + [r["loss"] for r in held_out])
 
 
 def _keep_room(axes: Any, values: Sequence[float]) -> None:
@@ -148,8 +198,14 @@ def _draw_scores(axes: Any, evals: Sequence[Record], names: Sequence[str]) -> No
     for name, color, marker in zip(names, (GREEN, VERMILION, PURPLE), "osD", strict=False):
         points = [(r["step"], r[name]) for r in evals if math.isfinite(r.get(name, math.nan))]
         everything += [value for _, value in points]
-        axes.plot(*zip(*points, strict=True), color=color, marker=marker, markersize=5, linewidth=1.5,
-                  label=name)
+        axes.plot(
+            *zip(*points, strict=True),
+            color=color,
+            marker=marker,
+            markersize=5,
+            linewidth=1.5,
+            label=name,
+        )
     fractions = all(0 <= value <= 1 for value in everything)
     if fractions:
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
@@ -165,9 +221,16 @@ def _draw_scores(axes: Any, evals: Sequence[Record], names: Sequence[str]) -> No
 def _label_points(axes: Any, evals: Sequence[Record], name: str, form: str) -> None:
     marked = [r for r in evals if name in r and r.get("where") in ("start", "knot", "end")]
     for r in {r["step"]: r for r in marked[-_MOST_LABELS:]}.values():
-        axes.annotate(form.format(r[name]), (r["step"], r[name]), (0, 8), textcoords="offset points",
-                      ha="center", fontsize=8.5, color="#222222",
-                      bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1})
+        axes.annotate(
+            form.format(r[name]),
+            (r["step"], r[name]),
+            (0, 8),
+            textcoords="offset points",
+            ha="center",
+            fontsize=8.5,
+            color="#222222",
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1},
+        )
 
 
 def _draw_rate(axes: Any, steps: Sequence[Record]) -> None:
@@ -180,7 +243,8 @@ def _draw_rate(axes: Any, steps: Sequence[Record]) -> None:
 
 
 def _mark_knots(panels: Sequence[Any], records: Sequence[Record]) -> None:
-    """Draw a dashed line at each knot, and name each link above the part of the run that is its own."""
+    """Draw a dashed line at each knot, and name each link above the part of the run that is its
+    own."""
     knots = [r["step"] for r in records if r["event"] == "knot"]
     last = max(r["step"] for r in records if "step" in r)
     for axes in panels:
@@ -191,8 +255,15 @@ def _mark_knots(panels: Sequence[Any], records: Sequence[Record]) -> None:
     if len(edges) - 1 > _MOST_LABELS:
         return
     for link, (start, end) in enumerate(pairwise(edges)):
-        panels[0].annotate(f"link {link}", ((start + end) / 2, 1), (0, 4), xycoords=("data", "axes fraction"),
-                           textcoords="offset points", ha="center", color="#444444")
+        panels[0].annotate(
+            f"link {link}",
+            ((start + end) / 2, 1),
+            (0, 4),
+            xycoords=("data", "axes fraction"),
+            textcoords="offset points",
+            ha="center",
+            color="#444444",
+        )
 
 
 # The chain
@@ -207,9 +278,21 @@ def _draw_norms(axes: Any, links: Sequence[Record]) -> None:
 
 def _draw_ranks(axes: Any, links: Sequence[Record]) -> None:
     places = range(len(links))
-    axes.bar(places, [link["rank"] for link in links], width=0.7, facecolor="none", edgecolor=GREY,
-             linestyle="--", label="rank")
-    _bars(axes, [link.get("effective_rank", math.nan) for link in links], GREEN, label="effective rank")
+    axes.bar(
+        places,
+        [link["rank"] for link in links],
+        width=0.7,
+        facecolor="none",
+        edgecolor=GREY,
+        linestyle="--",
+        label="rank",
+    )
+    _bars(
+        axes,
+        [link.get("effective_rank", math.nan) for link in links],
+        GREEN,
+        label="effective rank",
+    )
     axes.set_ylim(top=1.25 * max(link["rank"] for link in links))
     axes.set_title("directions it uses", loc="left")
     axes.set_ylabel("rank, mean over modules")
@@ -238,14 +321,28 @@ def _draw_overlap(figure: Any, axes: Any, links: Sequence[Record]) -> None:
             grid[row][column] = value
     known = [value for row in grid for value in row if not math.isnan(value)]
     top = max(0.1, *known)  # random subspaces overlap by rank / width, a few per cent
-    image = axes.imshow(grid, cmap="cividis", vmin=0, vmax=top, aspect="equal", origin="upper",
-                        extent=(-0.5, count - 1.5, count - 0.5, 0.5))
+    image = axes.imshow(
+        grid,
+        cmap="cividis",
+        vmin=0,
+        vmax=top,
+        aspect="equal",
+        origin="upper",
+        extent=(-0.5, count - 1.5, count - 0.5, 0.5),
+    )
     if count <= _MOST_LABELS:
         for row, line in enumerate(grid):
             for column, value in enumerate(line):
                 if not math.isnan(value):
-                    axes.text(column, row + 1, f"{value:.2f}", ha="center", va="center", fontsize=8,
-                              color="black" if value > 0.6 * top else "white")
+                    axes.text(
+                        column,
+                        row + 1,
+                        f"{value:.2f}",
+                        ha="center",
+                        va="center",
+                        fontsize=8,
+                        color="black" if value > 0.6 * top else "white",
+                    )
     axes.set_title("overlap of input subspaces", loc="left")
     axes.set_xlabel("earlier link")
     axes.set_ylabel("link")

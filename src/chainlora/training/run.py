@@ -2,66 +2,112 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import TracebackType
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from chainlora.chain.chain import Chain, Link
-from chainlora.config.schema import RunConfig
+from chainlora.chain.chain import Chain
+from chainlora.chain.link import Link
+from chainlora.config.schema import RunConfig, TrainConfig
 from chainlora.data.splits import Splits
-from chainlora.engine.hidden_states import Path
-from chainlora.engine.threads import Lanes
+from chainlora.engine.engine import Engine
 from chainlora.evaluation.evaluate import Evaluation
 from chainlora.runs.directory import Progress, RunDirectory
+from chainlora.training.events import Event, Listener
+from chainlora.training.knots import KnotPolicy
+from chainlora.training.objectives import Objective
 from chainlora.training.plan import Plan
 
-Listener = Callable[[Mapping[str, Any]], None]
+
+class Clock:
+    """Seconds that a run has taken, those before it was resumed included."""
+
+    def __init__(self, before: float) -> None:
+        self._began = time.monotonic() - before
+
+    @property
+    def seconds(self) -> float:
+        """Seconds so far."""
+        return time.monotonic() - self._began
 
 
 @dataclass
 class Run:
-    """All that a run holds while it runs."""
+    """All that a run holds while it runs; as a context manager, it gives everything back."""
 
     config: RunConfig
     plan: Plan
     splits: Splits
+    objective: Objective
+    policy: KnotPolicy
     chain: Chain
+    engine: Engine
     tokenizer: Any
     accelerator: Accelerator
-    path: Path
-    lanes: Lanes
     directory: RunDirectory | None
     progress: Progress
     base: dict[str, Any]
     listener: Listener
-    best_link: Link | None = None
-    optimizer: torch.optim.Optimizer | None = None
+    clock: Clock
+    best_link: Link | None = None  # the best point, where it lies inside a link
     last_scored: Evaluation | None = (
         None  # of the model as it is now; None once it may have changed
     )
-    kept_moments: dict[str, Tensor] | None = None  # ReLoRA: what the last link's optimizer knew
+    kept_moments: dict[str, Tensor] | None = field(
+        default=None, repr=False
+    )  # ReLoRA's, over a knot
 
+    @property
+    def train(self) -> TrainConfig:
+        """The config's `train` section."""
+        return self.config.train
 
-def record(run: Run, values: dict[str, Any]) -> None:
-    """Send a record to ``metrics.jsonl``, the listener and the trackers."""
-    if run.directory is not None:
-        run.directory.record(values, run.progress)
-    run.listener(values)
-    if run.config.train.trackers:
-        numbers = {k: v for k, v in values.items() if isinstance(v, int | float) and k != "step"}
-        run.accelerator.log(
-            {f"{values['event']}/{k}": v for k, v in numbers.items()}, step=values["step"]
-        )
+    @property
+    def device(self) -> torch.device:
+        """Where the model lives."""
+        return self.accelerator.device
 
+    def record(self, event: Event) -> None:
+        """Send an event to ``metrics.jsonl``, the listener and the trackers."""
+        if self.directory is not None:
+            self.directory.record(event.record(), self.progress)
+        self.listener(event)
+        if self.train.trackers:
+            values = {k: v for k, v in event.record().items() if isinstance(v, int | float)}
+            del values["step"]
+            named = {f"{event.name}/{key}": value for key, value in values.items()}
+            self.accelerator.log(named, step=event.step)
 
-def write_manifest(run: Run) -> None:
-    """Write ``chain.json`` for the links there are."""
-    if run.directory is not None:
-        run.directory.write_manifest(run.base, run.config, run.chain.links, run.progress)
+    def write_manifest(self) -> None:
+        """Write ``chain.json`` for the links there are."""
+        if self.directory is not None:
+            self.progress.seconds = self.clock.seconds
+            self.directory.write_manifest(self.base, self.config, self.chain.links, self.progress)
+
+    def close(self) -> None:
+        """End threads and trackers, and give the model its own forwards back."""
+        try:
+            self.engine.close()
+        finally:
+            if self.train.trackers:
+                self.accelerator.end_training()
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

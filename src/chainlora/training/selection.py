@@ -3,97 +3,91 @@ together."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any, Literal
 
-from chainlora.chain.chain import add_link, drop_links, live_link
+from chainlora.chain.link import Link
 from chainlora.data.examples import Example
-from chainlora.evaluation.evaluate import Evaluation, evaluate
+from chainlora.evaluation.evaluate import Evaluation
 from chainlora.evaluation.metrics import is_higher_better
-from chainlora.runs import directory as store
-from chainlora.training.run import Run, record
+from chainlora.training.events import Evaluated
+from chainlora.training.run import Run
 
 
-def evaluate_point(run: Run, where: str) -> None:
-    """Score the model as it is on the validation rows, record it, and note whether it is the best
-    so far.
+def evaluate_point(run: Run, where: Literal["start", "step", "knot"]) -> None:
+    """Score the model as it is on the validation rows and record it; note whether it is the best.
 
-    `where` is ``start``, ``step`` or ``knot``. Without gain for `early_stop` evaluations the run is
-    to stop.
+    After `early_stop` evaluations without improvement the run is to stop.
     """
-    if not run.splits.validation or (where != "step" and not run.config.train.eval_at_knots):
+    if not run.splits.validation or (where != "step" and not run.train.eval_at_knots):
         return
     evaluation = score(run, run.splits.validation)
     run.last_scored = evaluation
-    record(
-        run,
-        {
-            "event": "eval",
-            "step": run.progress.step,
-            "link": max(0, len(run.chain) - (where == "knot")),
-            "where": where,
-        }
-        | evaluation.metrics,
-    )
+    link = max(0, len(run.chain) - (where == "knot"))
+    run.record(Evaluated(run.progress.step, link, where, evaluation.metrics))
     if where == "start":
         return
-    progress, name = run.progress, run.config.train.select_metric or run.splits.metric
-    value = evaluation.metrics[name]
-    sign = 1 if is_higher_better(name) else -1
-    if progress.best is None or sign * value > sign * progress.best["value"]:
-        live = run.chain.live is not None
-        progress.best = {
-            "step": progress.step,
-            "num_links": len(run.chain),
-            "partial": live,
-            "metric": name,
-            "value": value,
-        }
-        progress.evaluations_without_gain = 0
-        if run.config.train.keep_best and live:
-            run.best_link = live_link(run.chain)
-            if run.directory is not None:
-                run.directory.save_link_to("best", run.best_link, run.config.model)
+    name = run.train.select_metric or run.splits.metric
+    if _is_better(name, evaluation.metrics[name], run.progress.best):
+        _keep_point(run, name, evaluation.metrics[name])
     else:
-        progress.evaluations_without_gain += 1
-        if (
-            run.config.train.early_stop
-            and progress.evaluations_without_gain >= run.config.train.early_stop
-        ):
-            progress.stopped = True
+        run.progress.evaluations_without_gain += 1
+        patience = run.train.early_stop
+        if patience and run.progress.evaluations_without_gain >= patience:
+            run.progress.stopped = True
 
 
-def score(run: Run, examples: list[Example]) -> Evaluation:
+def score(run: Run, examples: Sequence[Example]) -> Evaluation:
     """Score rows by the metrics of the run's task."""
-    return evaluate(
-        run.chain.model,
-        examples,
-        metrics=run.splits.metrics,
-        tokenizer=run.tokenizer,
-        path=run.path,
-        stop=run.splits.stop,
-        max_new_tokens=run.splits.max_new_tokens,
-    )
+    return run.objective.evaluate(run.engine, examples, run.splits, run.tokenizer)
 
 
 def select_best(run: Run) -> None:
-    """Put the best point over the whole chain back, links and partial link together, if the config
-    keeps it."""
+    """Restore the best point over the whole chain, if the config keeps it."""
     best = run.progress.best
-    if not run.config.train.keep_best or best is None:
+    if not run.train.keep_best or best is None:
         return
     if best["num_links"] == len(run.chain) and not best["partial"]:
         run.best_link = None
         return
     run.last_scored = None
-    partial = run.best_link
-    if best["partial"] and partial is None and run.directory is not None:  # saved before a kill
-        config = run.config.chain.links()[best["num_links"]]
-        partial = store.read_link(
-            run.directory / "best",
-            {"index": best["num_links"], "num_steps": 0, "config": config.model_dump(mode="json")},
-        )
-    drop_links(run.chain, len(run.chain) - best["num_links"])
-    if best["partial"] and partial is not None:
-        partial = replace(partial, num_steps=best["step"] - run.plan.first_step(best["num_links"]))
-        add_link(run.chain, partial)
-    run.best_link = partial if best["partial"] else None
+    partial = _partial_link(run)
+    run.chain.drop(len(run.chain) - best["num_links"])
+    if partial is not None:
+        run.chain.add(partial)
+    run.best_link = partial
+
+
+def _is_better(metric: str, value: float, best: dict[str, Any] | None) -> bool:
+    sign = 1 if is_higher_better(metric) else -1
+    return best is None or sign * value > sign * best["value"]
+
+
+def _keep_point(run: Run, metric: str, value: float) -> None:
+    is_partial = run.chain.live is not None
+    run.progress.evaluations_without_gain = 0
+    run.progress.best = {
+        "step": run.progress.step,
+        "num_links": len(run.chain),
+        "partial": is_partial,
+        "metric": metric,
+        "value": value,
+    }
+    if run.train.keep_best and is_partial:
+        run.best_link = run.chain.live_link()
+        if run.directory is not None:
+            run.directory.save_link_to("best", run.best_link, run.config.model)
+
+
+def _partial_link(run: Run) -> Link | None:
+    """Return the best point's partial link, from disk where the run was stopped since then."""
+    best = run.progress.best
+    assert best is not None
+    if not best["partial"]:
+        return None
+    partial, index = run.best_link, best["num_links"]
+    if partial is None:
+        assert run.directory is not None
+        partial = run.directory.load_best(index, run.config.chain.links()[index])
+    return replace(partial, num_steps=best["step"] - run.plan.first_step(index))

@@ -1,109 +1,98 @@
-"""One step: its rows packed, by micro-batch and piece, and the gradient of their loss."""
+"""One optimizer step: its rows packed ahead of time, the gradient of their loss, the update."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+import time
+from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from chainlora.engine.head import candidate_loss, completion_loss, logit_transform
-from chainlora.engine.hidden_states import hidden_states
-from chainlora.engine.packing import PackedBatch, pack
-from chainlora.engine.threads import split
+from chainlora.errors import DivergedError
+from chainlora.training.events import StepDone
+from chainlora.training.optimizers import set_learning_rate
 from chainlora.training.run import Run
 
 
 class Work(NamedTuple):
-    """What a step computes: for every micro-batch, its pieces."""
+    """What a step computes: for every micro-batch, its batches, one a thread at a time."""
 
     step: int
-    batches: list[list[PackedBatch]]
+    batches: list[list[Any]]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens computed."""
+        return sum(batch.num_tokens for shards in self.batches for batch in shards)
+
+    @property
+    def num_scored_tokens(self) -> int:
+        """Tokens that the loss looks at."""
+        return sum(batch.num_scored_tokens for shards in self.batches for batch in shards)
 
 
-def packed_steps(run: Run, packer: ThreadPoolExecutor, begin: int, end: int) -> Iterator[Work]:
+def steps_ahead(run: Run, begin: int, end: int) -> Generator[Work, None, None]:
     """Yield the work of steps [begin, end), each packed while the step before it runs."""
 
-    def ready(step: int) -> Work:
-        return Work(step, [_pieces(run, rows) for rows in run.plan.batches(step)])
+    def pack(step: int) -> Work:
+        rows = [[run.splits.train[row] for row in batch] for batch in run.plan.batches(step)]
+        return Work(step, [run.objective.collate(run.engine, examples) for examples in rows])
 
-    ahead = packer.submit(ready, begin) if begin < end else None
-    for step in range(begin, end):
-        if run.progress.stopped or ahead is None:
-            return
-        work = ahead.result()
-        ahead = packer.submit(ready, step + 1) if step + 1 < end else None
-        yield work
-
-
-def _pieces(run: Run, rows: list[int]) -> list[PackedBatch]:
-    pieces = split([run.splits.train[row] for row in rows], run.lanes.count)
-    return [pack_rows(run, [rows[place] for place in piece]) for piece in pieces]
-
-
-def pack_rows(run: Run, rows: Sequence[int]) -> PackedBatch:
-    """Return training rows as one packed batch on the run's device."""
-    return pack([run.splits.train[row] for row in rows]).to(run.accelerator.device)
-
-
-def summed_loss(run: Run, batch: PackedBatch) -> Tensor:
-    """Return the loss of a packed batch summed over its examples or scored tokens, a scalar."""
-    model = run.chain.model
-    hidden = hidden_states(model, batch, path=run.path)
-    if run.splits.loss == "candidates":
-        return candidate_loss(model, hidden, batch)
-    return completion_loss(model, hidden, batch)[0]
+    with ThreadPoolExecutor(1) as packer:
+        ahead = packer.submit(pack, begin) if begin < end else None
+        for step in range(begin, end):
+            if run.progress.stopped or ahead is None:
+                return
+            work = ahead.result()
+            ahead = packer.submit(pack, step + 1) if step + 1 < end else None
+            yield work
 
 
 def add_gradients(run: Run, work: Work, parameters: list[nn.Parameter]) -> float:
-    """Add the gradient of the step's mean loss to ``parameter.grad`` of each; return that loss.
-
-    The losses and gradients of pieces are summed in the order of the pieces, so equal work gives
-    equal bits.
-    """
-    batches = [batch for pieces in work.batches for batch in pieces]
-    count = sum(_count(run, batch) for batch in batches)
-    total = 0.0
-    logit_transform(run.chain.model)  # found by a probe once, and not by two lanes at a time
-    for pieces in work.batches:
-        if len(pieces) == 1:
-            loss = summed_loss(run, pieces[0]) / count
-            run.accelerator.backward(loss)
-            total += loss.item()
-            continue
-        for part, gradients in run.lanes.map(
-            lambda batch: _gradients(run, batch, count, parameters), pieces
-        ):
-            total += part
-            _accumulate(parameters, gradients)
-    return total
+    """Add the gradient of the step's mean loss to ``parameter.grad`` of each; return that loss."""
+    return run.engine.add_gradients(
+        work.batches,
+        parameters,
+        loss=lambda batch: run.objective.loss(run.engine, batch),
+        count=run.objective.count,
+    )
 
 
-def _gradients(
-    run: Run, batch: PackedBatch, count: int, parameters: list[nn.Parameter]
-) -> tuple[float, tuple[Tensor | None, ...]]:
-    with torch.enable_grad():
-        loss = summed_loss(run, batch) / count
-        return loss.item(), torch.autograd.grad(loss, parameters, allow_unused=True)
+def update(run: Run, work: Work, optimizer: torch.optim.Optimizer) -> float:
+    """Make one optimizer step on `work`, record it, and return the loss."""
+    started, step = time.perf_counter(), work.step
+    torch.manual_seed((run.train.seed << 32) + step)  # dropout is a function of the step alone
+    run.chain.model.train()
+    rate = set_learning_rate(optimizer, run.train, run.plan.lengths, step)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    loss = add_gradients(run, work, parameters)
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    _check_finite(run, step, "the loss and the norm of its gradient", loss, norm)
+    if run.train.max_grad_norm is not None:
+        nn.utils.clip_grads_with_norm_(parameters, run.train.max_grad_norm, norm)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    _check_finite(run, step, "the norm of the weights", nn.utils.get_total_norm(parameters))
+    run.last_scored = None
+    run.progress.step = step + 1
+    run.progress.tokens += work.num_tokens
+    run.progress.scored_tokens += work.num_scored_tokens
+    seconds = time.perf_counter() - started
+    link, tokens = len(run.chain), work.num_tokens
+    run.record(StepDone(step + 1, link, loss, rate, norm.item(), tokens, seconds))
+    return loss
 
 
-def _accumulate(parameters: list[nn.Parameter], gradients: Sequence[Tensor | None]) -> None:
-    sums, terms = [], []
-    for parameter, gradient in zip(parameters, gradients, strict=True):
-        if gradient is None:
-            continue
-        if parameter.grad is None:
-            parameter.grad = gradient
-        else:
-            sums.append(parameter.grad)
-            terms.append(gradient)
-    if sums:
-        torch._foreach_add_(sums, terms)
-
-
-def _count(run: Run, batch: PackedBatch) -> int:
-    return (
-        batch.num_examples if run.splits.loss == "candidates" else int(batch.token_target.numel())
+def _check_finite(run: Run, step: int, what: str, *values: float | Tensor) -> None:
+    """Raise DivergedError unless all values are finite. What is on disk stays as it is."""
+    if all(math.isfinite(value) for value in values):
+        return
+    got = ", ".join(str(float(value)) for value in values)
+    kept = f"; the last good state is kept in {run.directory.path}" if run.directory else ""
+    raise DivergedError(
+        f"{what} must be finite (got {got} at step {step + 1}, link {len(run.chain)}){kept}; "
+        "lower train.lr or check the rows of that step"
     )

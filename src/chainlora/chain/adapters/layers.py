@@ -5,7 +5,6 @@ A layer is asked whether it is adapted (`isinstance`), names are never matched b
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -36,6 +35,7 @@ class Adapter:
     config: LinkConfig
     layers: dict[str, Any]  # PEFT's LoraLayer, whose attributes are untyped
     extra: dict[str, nn.Module] = field(default_factory=dict)
+    branch: dict[str, Any] = field(default_factory=dict)  # layers with a frozen branch beside them
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Yield the parameters this link trains."""
@@ -136,7 +136,7 @@ def detach(adapter: Adapter) -> None:
     for attribute in ("peft_config", "peft_type", "_hfpeft_config_loaded"):
         if attribute in vars(model):
             delattr(model, attribute)
-    adapter.layers, adapter.extra = {}, {}
+    adapter.layers, adapter.extra, adapter.branch = {}, {}, {}
 
 
 def same_shape(adapter: Adapter, config: LinkConfig) -> bool:
@@ -154,6 +154,12 @@ def set_factors(adapter: Adapter, name: str, factors: Factors) -> None:
             layer.lora_B[LIVE].bias.copy_(torch.zeros(()) if factors.bias is None else factors.bias)
         if LIVE in layer.lora_magnitude_vector and factors.magnitude is not None:
             layer.lora_magnitude_vector[LIVE].weight.copy_(factors.magnitude)
+
+
+def live_factors(adapter: Adapter, name: str) -> tuple[nn.Parameter, nn.Parameter]:
+    """Return one module's A [rank, in] and B [out, rank] themselves, not copies."""
+    layer = adapter.layers[name]
+    return layer.lora_A[LIVE].weight, layer.lora_B[LIVE].weight
 
 
 def get_factors(adapter: Adapter, name: str) -> Factors:
@@ -236,38 +242,79 @@ def set_extra(model: nn.Module, adapter: Adapter | None, weights: Mapping[str, T
             (copies[path] if path in copies else model.get_parameter(path)).copy_(weight)
 
 
-def carry(adapter: Adapter, stacked: Mapping[str, Factors]) -> None:
-    """Hold earlier links beside the base as one frozen branch, their scalings folded into B and the
-    bias."""
+def carry(adapter: Adapter, stacked: Mapping[str, Factors], room: int = 0) -> None:
+    """Hold a low-rank sum beside the base as one frozen branch, in place.
+
+    Scalings are folded into B and the bias. The branch has the rank of the sum, or `room` where
+    that is more, and keeps its tensors as long as that rank stays the same.
+    """
+    rank = max([factors.a.shape[0] for factors in stacked.values()] + [room])
+    with_bias = any(factors.bias is not None for factors in stacked.values())
+    if not _branch_fits(adapter, stacked, rank, with_bias):
+        modules = dict.fromkeys([*adapter.layers, *stacked])
+        _put_on_branch(adapter, list(modules), rank, with_bias)
+    for name, layer in adapter.branch.items():
+        _fill_branch(layer, stacked.get(name))
+
+
+def _branch_rank(adapter: Adapter) -> int:
+    """Return the rank that the frozen branch has room for, 0 where there is none."""
+    return max(
+        (layer.lora_A[CARRIED].weight.shape[0] for layer in adapter.branch.values()), default=0
+    )
+
+
+def _branch_fits(
+    adapter: Adapter, stacked: Mapping[str, Factors], rank: int, with_bias: bool
+) -> bool:
+    has_bias = any(layer.lora_B[CARRIED].bias is not None for layer in adapter.branch.values())
+    return (
+        rank == _branch_rank(adapter)
+        and set(stacked) <= set(adapter.branch)
+        and (has_bias or not with_bias)
+    )
+
+
+def _put_on_branch(adapter: Adapter, modules: list[str], rank: int, with_bias: bool) -> None:
     tuner = adapter.tuner
-    rank = max((factors.a.shape[0] for factors in stacked.values()), default=0)
+    if CARRIED in tuner.peft_config:
+        tuner.delete_adapter(CARRIED)
+        adapter.branch = {}
     if not rank:
         return
-    pattern = {re.escape(name): factors.a.shape[0] for name, factors in stacked.items()}
-    config = peft.LoraConfig(
+    tuner.peft_config[CARRIED] = peft.LoraConfig(
         r=rank,
         lora_alpha=rank,
-        rank_pattern=pattern,
-        alpha_pattern=dict(pattern),
-        target_modules=list(stacked),
+        target_modules=modules,
         init_lora_weights=True,
-        lora_bias=any(factors.bias is not None for factors in stacked.values()),
+        lora_bias=with_bias,
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        tuner.peft_config[CARRIED] = config
         tuner.inject_adapter(tuner.model, CARRIED)
         tuner.set_adapter([CARRIED, LIVE])
-    for name, layer in adapter.layers.items():
-        if CARRIED in layer.lora_A:
-            with torch.no_grad():
-                layer.lora_A[CARRIED].weight.data = stacked[name].a.to(layer.lora_A[LIVE].weight)
-                layer.lora_B[CARRIED].weight.data = stacked[name].b.to(layer.lora_B[LIVE].weight)
-                bias = stacked[name].bias
-                if bias is not None:
-                    layer.lora_B[CARRIED].bias.data = bias.to(layer.lora_B[LIVE].weight)
-            layer.scaling[CARRIED] = 1.0
+    found = _layers(tuner.model)
+    adapter.branch = {name: layer for name, layer in found.items() if CARRIED in layer.lora_A}
+    for layer in adapter.branch.values():
+        layer.lora_A[CARRIED].float()
+        layer.lora_B[CARRIED].float()
+        layer.scaling[CARRIED] = 1.0
     _train_only(adapter)
+
+
+@torch.no_grad()
+def _fill_branch(layer: Any, factors: Factors | None) -> None:
+    a, b = layer.lora_A[CARRIED].weight, layer.lora_B[CARRIED]
+    a.zero_()
+    for parameter in b.parameters():
+        parameter.zero_()
+    if factors is None:
+        return
+    rank = factors.a.shape[0]
+    a[:rank].copy_(factors.a)
+    b.weight[:, :rank].copy_(factors.b)
+    if factors.bias is not None:
+        b.bias.copy_(factors.bias)
 
 
 def _host(tensor: Tensor) -> Tensor:

@@ -1,5 +1,5 @@
-"""Lanes: the same numbers as one after the other, the same bits every time, and none where it would
-be wrong."""
+"""Threads: the same numbers as one after the other, the same bits every time, one where several
+would be wrong."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import threading
 import pytest
 import torch
 from conftest import tiny_model
-from test_training import assert_same_links, settings
+from helpers import assert_same_links, settings
 
-from chainlora.chain.chain import Chain, extend_chain
+from chainlora import Chain, extend_chain
 from chainlora.config.loading import make_config
 from chainlora.config.schema import LinkConfig
 from chainlora.data.examples import Example
-from chainlora.engine.hidden_states import Path, hidden_states
-from chainlora.engine.packing import pack
-from chainlora.engine.threads import Lanes, count_lanes, split, why_one_lane
+from chainlora.engine.engine import Engine
+from chainlora.engine.hidden_states import ForwardPath
+from chainlora.engine.threads import Threads, count_threads, split, why_one_thread
 from chainlora.evaluation.evaluate import evaluate
 from chainlora.training.loop import train
 
@@ -37,37 +37,37 @@ def row(index: int, tokens: range | list[int], answer: int = 9) -> Example:
     )
 
 
-def test_every_example_goes_to_one_lane_and_lanes_are_even():
+def test_every_example_goes_to_one_thread_and_threads_are_even():
     lengths = [40, 9, 10, 11, 30, 5, 20, 12]
     examples = [row(i, [20 + i] * length) for i, length in enumerate(lengths)]
-    lanes = split(examples, 2)
-    assert sorted(i for lane in lanes for i in lane) == list(range(8))
-    filled = [sum(lengths[i] for i in lane) for lane in lanes]
+    shards = split(examples, 2)
+    assert sorted(i for shard in shards for i in shard) == list(range(8))
+    filled = [sum(lengths[i] for i in shard) for shard in shards]
     assert abs(filled[0] - filled[1]) <= 5  # the smallest row
 
 
-def test_rows_of_one_passage_stay_together_if_there_are_others_to_fill_a_lane():
+def test_rows_of_one_passage_stay_together_if_there_are_others_to_fill_a_thread():
     passages = [list(range(20, 60)), list(range(60, 100))]
     examples = [row(i, [*passages[i % 2], 100 + i, 3]) for i in range(8)]
     assert sorted(split(examples, 2)) == [[0, 2, 4, 6], [1, 3, 5, 7]]
 
 
-def test_one_lane_where_the_passage_would_be_read_twice():
+def test_one_thread_where_the_passage_would_be_read_twice():
     examples = [row(i, [*range(20, 90), 100 + i]) for i in range(4)]
     assert split(examples, 2) == [[0, 1, 2, 3]]
     long_tails = [row(i, [*range(20, 30), *[100 + i] * 40]) for i in range(4)]
     assert len(split(long_tails, 2)) == 2
 
 
-def test_a_large_batch_is_cut_into_more_pieces_than_lanes():
-    """So memory does not grow with the batch: the activations of one piece a lane are alive."""
+def test_a_large_batch_is_cut_into_more_shards_than_threads():
+    """So memory does not grow with the batch: the activations of one shard a thread are alive."""
     examples = [row(i, [20 + i] * 100) for i in range(32)]
-    pieces = split(examples, 2)
-    assert len(pieces) == 8
-    assert {len(piece) for piece in pieces} == {4}
+    shards = split(examples, 2)
+    assert len(shards) == 8
+    assert {len(shard) for shard in shards} == {4}
 
 
-def test_one_lane_for_one_example_or_one_core():
+def test_one_thread_for_one_example_or_one_core():
     examples = [row(i, [20 + i] * 10) for i in range(4)]
     assert split(examples[:1], 2) == [[0]]
     assert split(examples, 1) == [[0, 1, 2, 3]]
@@ -75,7 +75,7 @@ def test_one_lane_for_one_example_or_one_core():
 
 @pytest.mark.parametrize("architecture", ["llama", "opt", "gpt2"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_lanes_compute_at_the_same_time_what_they_compute_alone(two_threads, architecture, dtype):
+def test_threads_compute_at_the_same_time_what_they_compute_alone(two_threads, architecture, dtype):
     """Four threads run forward and backward through one model; every one gets the bits it gets by
     itself."""
     model = tiny_model(architecture, dtype=dtype)
@@ -83,60 +83,62 @@ def test_lanes_compute_at_the_same_time_what_they_compute_alone(two_threads, arc
     link = LinkConfig(rank=4, target_modules="all-linear")
     adapter = extend_chain(chain, link)
     parameters = list(adapter.parameters())
-    batches = [
-        pack([row(i, [20 + i + j for j in range(12 + i)]), row(i + 1, [50 + i] * 9)])
-        for i in range(12)
+    rows = [
+        [row(i, [20 + i + j for j in range(12 + i)]), row(i + 1, [50 + i] * 9)] for i in range(12)
     ]
+    with Engine(model, training=True) as engine:
+        assert engine.path == "packed"
+        batches = [engine.pack(examples) for examples in rows]
 
-    def gradient(batch):
-        torch.set_num_threads(1)
-        loss = hidden_states(model, batch, path=Path.PACKED).float().square().sum()
-        return loss.detach(), torch.autograd.grad(loss, parameters)
+        def gradient(batch):
+            torch.set_num_threads(1)
+            loss = engine.hidden(batch).float().square().sum()
+            return loss.detach(), torch.autograd.grad(loss, parameters)
 
-    before = torch.get_num_threads()
-    alone = [gradient(batch) for batch in batches]
-    torch.set_num_threads(before)
-    with Lanes(4) as lanes:
-        together = list(lanes.map(gradient, batches * 3))
+        before = torch.get_num_threads()
+        alone = [gradient(batch) for batch in batches]
+        torch.set_num_threads(before)
+        with Threads(4) as threads:
+            together = list(threads.map(gradient, batches * 3))
     for index, (loss, gradients) in enumerate(together):
         assert torch.equal(loss, alone[index % 12][0])
         assert all(map(torch.equal, gradients, alone[index % 12][1]))
     assert model.config._attn_implementation == "sdpa"
 
 
-def test_lanes_share_the_threads_and_leave_the_callers_alone(two_threads):
-    with Lanes(2) as lanes:
+def test_threads_share_the_threads_and_leave_the_callers_alone(two_threads):
+    with Threads(2) as threads:
         seen = list(
-            lanes.map(
+            threads.map(
                 lambda _: (torch.get_num_threads(), threading.current_thread().name), range(4)
             )
         )
         assert {number for number, _ in seen} == {1}
         assert torch.get_num_threads() == 2
-    assert list(Lanes(1).map(lambda _: threading.current_thread().name, [0])) == [
+    assert list(Threads(1).map(lambda _: threading.current_thread().name, [0])) == [
         threading.current_thread().name
     ]
 
 
-def test_a_failure_in_a_lane_is_raised():
+def test_a_failure_in_a_thread_is_raised():
     def fail(item: int) -> int:
         if item == 3:
             raise ValueError("three")
         return item
 
-    with Lanes(2) as lanes, pytest.raises(ValueError, match="three"):
-        list(lanes.map(fail, range(10)))
+    with Threads(2) as threads, pytest.raises(ValueError, match="three"):
+        list(threads.map(fail, range(10)))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_training_in_lanes_is_training_without(
+def test_training_in_threads_is_training_without(
     tiny_folder, sentiment, tmp_path, two_threads, dtype, monkeypatch
 ):
     keys = {"train": {"dtype": dtype, "batch_size": 8, "gradient_accumulation": 2}}
     plans, losses = {}, {}
     for name in ("one", "two", "again"):
         if name == "one":
-            monkeypatch.setattr("chainlora.training.loop._count_lanes", lambda *_: 1)
+            monkeypatch.setattr("chainlora.training.setup._needs_one_thread", lambda _: True)
         else:
             monkeypatch.undo()
         records: list[dict] = []
@@ -144,7 +146,7 @@ def test_training_in_lanes_is_training_without(
             make_config(settings(tiny_folder, sentiment, tmp_path / name, **keys)),
             listener=records.append,
         )
-        plans[name] = records[0]["lanes"]
+        plans[name] = records[0]["threads"]
         losses[name] = [record["loss"] for record in records if record["event"] == "step"]
     assert plans == {"one": 1, "two": 2, "again": 2}
     # sums over a batch in another order: some roundings of losses near 1 in float32, of activations
@@ -156,7 +158,7 @@ def test_training_in_lanes_is_training_without(
     assert_same_links(tmp_path / "two", tmp_path / "again")
 
 
-def test_a_killed_run_in_lanes_goes_on_to_the_same_bits(
+def test_a_killed_run_in_threads_goes_on_to_the_same_bits(
     tiny_folder, sentiment, tmp_path, two_threads
 ):
     keys = {"train": {"dtype": "bfloat16", "save_every": 1}}
@@ -180,7 +182,7 @@ def test_a_killed_run_in_lanes_goes_on_to_the_same_bits(
     assert one == two
 
 
-def test_evaluation_in_lanes_is_evaluation_without(two_threads):
+def test_evaluation_in_threads_is_evaluation_without(two_threads):
     model = tiny_model("llama")
     examples = [row(i, [20 + (i * j) % 100 for j in range(5 + i % 30)]) for i in range(200)]
     two = evaluate(model, examples, metrics=["accuracy"])
@@ -194,29 +196,29 @@ def test_evaluation_in_lanes_is_evaluation_without(two_threads):
         )  # packs of another size
 
 
-def test_why_one_lane(two_threads):
+def test_why_one_thread(two_threads):
     llama = tiny_model("llama")
-    assert count_lanes(llama, Path.PACKED, training=True) == 2
-    assert "padded" in why_one_lane(llama, Path.PADDED, training=True)
+    assert count_threads(llama, ForwardPath.PACKED, training=True) == 2
+    assert "padded" in why_one_thread(llama, ForwardPath.PADDED, training=True)
     for architecture, key in (
         ("opt", "dropout"),
         ("gpt2", "resid_pdrop"),
         ("llama", "attention_dropout"),
     ):
         model = tiny_model(architecture, **{key: 0.1})
-        assert "dropout" in why_one_lane(model, Path.PACKED, training=True)
-        assert why_one_lane(model, Path.PACKED, training=False) is None
+        assert "dropout" in why_one_thread(model, ForwardPath.PACKED, training=True)
+        assert why_one_thread(model, ForwardPath.PACKED, training=False) is None
     rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
     stretched = tiny_model("llama", rope_parameters=rope)
-    assert "rotary" in why_one_lane(stretched, Path.PACKED, training=False)
+    assert "rotary" in why_one_thread(stretched, ForwardPath.PACKED, training=False)
     torch.set_num_threads(1)
-    assert "one thread" in why_one_lane(llama, Path.PACKED, training=True)
+    assert "one thread" in why_one_thread(llama, ForwardPath.PACKED, training=True)
 
 
-def test_one_lane_for_dropout_in_the_adapter_and_without_speedups(
+def test_one_thread_for_dropout_in_the_adapter_and_without_speedups(
     tiny_folder, sentiment, two_threads
 ):
     for keys in ({"chain": {"dropout": 0.1}}, {"train": {"speedups": "off"}}):
         records: list[dict] = []
         train(make_config(settings(tiny_folder, sentiment, **keys)), listener=records.append)
-        assert records[0]["lanes"] == 1
+        assert records[0]["threads"] == 1

@@ -1,0 +1,302 @@
+"""The one door to the room: a model, and the fastest way to run it that is the same function.
+
+    with Engine(model, training=True) as engine:
+        engine.adapt(lora_layers)                        # after a LoRA was put on the model
+        loss, count = engine.loss(engine.pack(examples), "completion")
+        scores = engine.scores(examples)
+
+What is fast is found at the start by probes on the model itself, each against plain transformers:
+
+    path        packed: sequences side by side in one row, no padding, common beginnings once;
+                padded: a right-padded batch through the model's own forward
+    forwards    decoder layers of Llama's shape, LoRA layers, bfloat16 matmuls on old CPUs
+    threads     micro-batches side by side on a CPU's cores
+
+Where a probe does not agree, the plain way runs and `notes` says why. `close` leaves the model as
+it was.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from chainlora.data.examples import Example
+from chainlora.engine.attention import packed_name
+from chainlora.engine.bf16_matmul import accelerate_linears
+from chainlora.engine.decoder_layer import install_fast_layers, why_plain_layers
+from chainlora.engine.head import candidate_loss, candidate_scores, completion_loss, logit_transform
+from chainlora.engine.hidden_states import (
+    ForwardPath,
+    attention_window,
+    packed_hidden,
+    padded_hidden,
+    why_not_packed,
+)
+from chainlora.engine.lora_layer import accelerate_layers
+from chainlora.engine.packing import PackedBatch, pack
+from chainlora.engine.patching import Patches
+from chainlora.engine.score_batches import evaluation_batches, pack_size
+from chainlora.engine.threads import MOST_THREADS, Threads, split, why_one_thread
+from chainlora.errors import ModelError
+from chainlora.models.modes import evaluation_mode
+from chainlora.models.text_config import base_model
+
+log = logging.getLogger(__name__)
+
+Kind = Literal["candidates", "completion"]
+Speedups = Literal["auto", "off"]
+Progress = Callable[[int, int], None]
+Batch = TypeVar("Batch")
+
+
+class Engine:
+    """A model and the fastest way to run it that computes the same function to rounding.
+
+    Args:
+        model: a transformers causal language model, frozen but for what is trained.
+        speedups: ``auto`` takes every fast path whose probe agrees; ``off`` takes none: the padded
+            path, plain forwards, one thread, no packing.
+        training: whether gradients will be asked for. Without, every parameter is frozen until
+            `close`.
+        threads: most threads; None is one a core, up to a few.
+        device: where the model is moved to first; None leaves it where it is.
+
+    Raises:
+        ModelError: not a causal language model, or one whose logits are not its head's.
+
+    The model is changed in place and is itself again after `close`, which a ``with`` block calls.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        speedups: Speedups = "auto",
+        training: bool,
+        threads: int | None = None,
+        device: torch.device | str | None = None,
+        path: ForwardPath | None = None,  # until training/ uses the engine
+    ) -> None:
+        self.model = model if device is None else model.to(device)
+        self.speedups = speedups
+        self.notes: list[str] = []
+        self._patches = Patches()
+        self._pools: dict[int, Threads] = {}
+        self._frozen = [] if training else [p for p in model.parameters() if p.requires_grad]
+        try:
+            for parameter in self._frozen:
+                parameter.requires_grad_(False)
+            base_model(model)  # refuses what is not a causal language model
+            logit_transform(model)  # refuses a model with other logits; found once, not in a thread
+            self._window = attention_window(model)
+            self.path = self._choose_path() if path is None else path
+            self._install()
+            self._choose_threads(training, threads)
+        except BaseException:
+            self.close()
+            raise
+        for note in self.notes:
+            log.info("%s", note)
+
+    # --- what the model computes ---
+
+    def adapt(self, layers: Iterable[nn.Module]) -> None:
+        """Give LoRA layers that were put on the model the fused forward; safe to call again."""
+        if self.speedups == "auto":
+            accelerate_layers(layers, self._patches)
+
+    def pack(self, examples: Sequence[Example]) -> PackedBatch:
+        """Return examples as one batch on the model's device."""
+        batch = pack(examples, share_prefixes=self.speedups == "auto")
+        return batch.to(self._device())
+
+    def split(self, examples: Sequence[Example]) -> list[list[Example]]:
+        """Cut a micro-batch into the shards that threads take one by one, always the same."""
+        shards = split(examples, self.num_threads)
+        return [[examples[place] for place in shard] for shard in shards]
+
+    def hidden(self, batch: PackedBatch) -> Tensor:
+        """Return the hidden states [R, d] at `batch.rows`, after the final norm, differentiable."""
+        if self.path is ForwardPath.PACKED and batch.longest <= self._window:
+            return packed_hidden(self.model, batch)
+        return padded_hidden(self.model, batch)
+
+    def loss(self, batch: PackedBatch, kind: Kind) -> tuple[Tensor, int]:
+        """Return the summed loss of a batch, a scalar, and the number of terms in the sum.
+
+        ``candidates``: cross-entropy over each example's candidates; ``completion``: negative
+        log-likelihood of each scored token.
+        """
+        hidden = self.hidden(batch)
+        if kind == "candidates":
+            return candidate_loss(self.model, hidden, batch), batch.num_examples
+        return completion_loss(self.model, hidden, batch)
+
+    def add_gradients(
+        self,
+        batches: Sequence[Sequence[Batch]],
+        parameters: Sequence[nn.Parameter],
+        *,
+        loss: Callable[[Batch], Tensor],
+        count: Callable[[Batch], int],
+    ) -> float:
+        """Add the gradient of a step's mean loss to ``parameter.grad`` of each; return that loss.
+
+        `batches` holds the micro-batches of the step, each as its shards; ``loss(shard)`` is summed
+        over ``count(shard)`` terms. Losses and gradients are summed in the order of the shards, so
+        equal work gives equal bits.
+        """
+        terms = sum(count(batch) for shards in batches for batch in shards)
+
+        def gradients(batch: Batch) -> tuple[float, tuple[Tensor | None, ...]]:
+            with torch.enable_grad():
+                mean = loss(batch) / terms
+                return mean.item(), torch.autograd.grad(mean, parameters, allow_unused=True)
+
+        total = 0.0
+        for shards in batches:
+            if len(shards) == 1:
+                mean = loss(shards[0]) / terms
+                mean.backward()
+                total += mean.item()
+                continue
+            for part, grads in self._threads(self.num_threads).map(gradients, shards):
+                total += part
+                _accumulate(parameters, grads)
+        return total
+
+    def scores(
+        self,
+        examples: Sequence[Example],
+        *,
+        max_tokens: int = 4096,
+        progress: Progress | None = None,
+    ) -> list[list[float]]:
+        """Return, per example, the mean log-probability per token of each of its sequences.
+
+        `max_tokens` bounds what is computed at once, in all threads together. Raises ModelError
+        when a score is not a number.
+        """
+        scores: list[list[float]] = [[] for _ in examples]
+        threads = self._threads(self._scoring_threads)
+        size = pack_size(examples, max_tokens, threads.count)
+        batches = evaluation_batches(examples, max_tokens=size, path=self.path)
+
+        @torch.inference_mode()
+        def score(indices: list[int]) -> tuple[list[int], list[float]]:
+            batch = self.pack([examples[i] for i in indices])
+            return indices, candidate_scores(self.model, self.hidden(batch), batch).tolist()
+
+        done = 0
+        with evaluation_mode(self.model), torch.inference_mode():
+            for indices, flat in threads.map(score, batches):
+                for index in indices:
+                    count = len(examples[index].sequences)
+                    scores[index], flat = flat[:count], flat[count:]
+                    _check_scores(scores[index], examples[index].row)
+                done += len(indices)
+                if progress is not None:
+                    progress(done, len(examples))
+        return scores
+
+    @contextmanager
+    def plain(self) -> Iterator[nn.Module]:
+        """Yield the model for calls of its own forward or `generate`, in inference mode."""
+        with evaluation_mode(self.model), torch.inference_mode():
+            yield self.model
+
+    # --- its life ---
+
+    def close(self) -> None:
+        """End the threads and give the model everything back; safe to call twice."""
+        try:
+            for pool in self._pools.values():
+                pool.close()
+        finally:
+            self._pools.clear()
+            self._patches.restore()
+            for parameter in self._frozen:
+                parameter.requires_grad_(True)
+            self._frozen = []
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _choose_path(self) -> ForwardPath:
+        reason = "speedups are off" if self.speedups == "off" else why_not_packed(self.model)
+        if reason is None:
+            self.notes.append("packed sequences: yes")
+            return ForwardPath.PACKED
+        self.notes.append(f"packed sequences: no, {reason}")
+        return ForwardPath.PADDED
+
+    def _install(self) -> None:
+        if self.speedups == "off":
+            return
+        if count := accelerate_linears(self.model, self._patches):
+            self.notes.append(
+                f"bfloat16 matmuls by float32: yes, in {count} layers; this CPU has none of its own"
+            )
+        if self.path is not ForwardPath.PACKED:
+            return
+        self._patches.set_attention(base_model(self.model), packed_name)
+        reason = why_plain_layers(self.model)
+        if reason is None:
+            install_fast_layers(self.model, self._patches)
+        self.notes.append(f"fast decoder layers: {'yes' if reason is None else 'no, ' + reason}")
+
+    def _choose_threads(self, training: bool, threads: int | None) -> None:
+        most = min(torch.get_num_threads(), MOST_THREADS, threads or MOST_THREADS)
+        counts = {}
+        for purpose in (True, False):
+            reason = "speedups are off" if self.speedups == "off" else None
+            reason = reason or why_one_thread(self.model, self.path, training=purpose)
+            counts[purpose] = 1 if reason else most
+            if purpose is training:
+                self.notes.append(f"threads: {counts[purpose]}{', ' + reason if reason else ''}")
+        self.num_threads, self._scoring_threads = counts[training], counts[False]
+
+    def _threads(self, count: int) -> Threads:
+        if count not in self._pools:
+            self._pools[count] = Threads(count)
+        return self._pools[count]
+
+    def _device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+
+def num_terms(batch: PackedBatch, kind: Kind) -> int:
+    """Return how many terms the loss of a batch sums: examples, or scored tokens."""
+    return batch.num_examples if kind == "candidates" else batch.num_scored_tokens
+
+
+def _check_scores(scores: Sequence[float], row: int) -> None:
+    if any(map(math.isnan, scores)):
+        raise ModelError(
+            f"scores must be numbers (got nan at row {row}); the model's weights or its dtype are "
+            "at fault, try float32"
+        )
+
+
+def _accumulate(parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | None]) -> None:
+    sums, terms = [], []
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        if gradient is None:
+            continue
+        if parameter.grad is None:
+            parameter.grad = gradient
+        else:
+            sums.append(parameter.grad)
+            terms.append(gradient)
+    if sums:
+        torch._foreach_add_(sums, terms)

@@ -1,0 +1,130 @@
+"""What happens in a run, one type an event: what listeners get and ``metrics.jsonl`` holds.
+
+An event is a mapping of its record, ``event["step"]``; a listener ignores types it does not know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Literal
+
+
+class Event(Mapping[str, Any]):
+    """One event; read it by its attributes, or as the mapping that is its record."""
+
+    name: ClassVar[str]
+    step: int  # optimizer steps done
+
+    def record(self) -> dict[str, Any]:
+        """Return the JSON object that stands for the event."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
+        return {"event": self.name} | values
+
+    def __getitem__(self, key: str) -> Any:
+        return self.record()[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.record())
+
+    def __len__(self) -> int:
+        return len(self.record())
+
+
+Listener = Callable[[Event], None]
+
+
+@dataclass(frozen=True, eq=False)
+class RowsEncoded(Event):
+    """Rows of a large split have been tokenised; before `Planned`, not in ``metrics.jsonl``."""
+
+    name = "rows"
+    step: int
+    split: str
+    rows: int  # so far
+    share: float  # of the split's source, in 0…1
+
+
+@dataclass(frozen=True, eq=False)
+class Planned(Event):
+    """A run is about to start or to resume; not part of ``metrics.jsonl``."""
+
+    name = "plan"
+    step: int
+    num_steps: int
+    lengths: list[int]  # steps of each link
+    rows: int
+    path: str  # how batches run through the model
+    threads: int
+    notes: list[str]  # which fast paths apply, and why not the others
+    data: Mapping[str, Mapping[str, Any]]  # what became of each split's rows (`Splits.report`)
+
+
+@dataclass(frozen=True, eq=False)
+class StepDone(Event):
+    """The optimizer has made a step."""
+
+    name = "step"
+    step: int
+    link: int
+    loss: float
+    learning_rate: float
+    grad_norm: float
+    tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True, eq=False)
+class GradientMeasured(Event):
+    """A link's gradient initialization has read some batches."""
+
+    name = "gradient"
+    step: int
+    link: int
+    tokens: int
+
+
+@dataclass(frozen=True, eq=False)
+class ShareTied(Event):
+    """A share of the live link was tied: a soft knot."""
+
+    name = "soft_knot"
+    step: int
+    link: int
+    share: float
+
+
+@dataclass(frozen=True, eq=False)
+class KnotTied(Event):
+    """A link was tied. `function_change` is relative, of the hidden states of two rows."""
+
+    name = "knot"
+    step: int
+    link: int
+    function_change: float
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluated(Event):
+    """The validation rows were scored; each metric is a key of the record."""
+
+    name = "eval"
+    step: int
+    link: int
+    where: Literal["start", "step", "knot"]
+    metrics: Mapping[str, float]
+
+    def record(self) -> dict[str, Any]:
+        """Return the JSON object that stands for the event."""
+        values = super().record()
+        return {k: v for k, v in values.items() if k != "metrics"} | dict(self.metrics)
+
+
+@dataclass(frozen=True, eq=False)
+class Scored(Event):
+    """A split was scored at the end; not part of ``metrics.jsonl``."""
+
+    name = "scored"
+    step: int
+    split: str
+    predictions: list[dict[str, Any]]  # one a row (`Evaluation.predictions`)

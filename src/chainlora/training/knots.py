@@ -1,0 +1,78 @@
+"""When a knot is tied, and how much of the live link it ties.
+
+The loop asks a policy after every step. Today's are set by the config: whole knots where links end,
+and soft knots at a fixed distance inside them.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+from chainlora.config.schema import KnotConfig, RunConfig
+
+# `knots: auto`: a link's share that is left decays with this fraction of the link's steps, and
+# about twelve knots fall into that time. Both from the lab, benchmarks/lab.
+_TIME_CONSTANT = 0.15
+_KNOTS_PER_TIME_CONSTANT = 12
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a run is after a step."""
+
+    link: int
+    step: int  # steps of the link that are done
+    num_steps: int  # steps planned for the link
+    loss: float  # of the step's batch
+
+
+@dataclass(frozen=True)
+class Knot:
+    """Tie `share` of the live link; 1 ends it."""
+
+    share: float
+    moments: str = "carried"  # of the optimizer, where the link continues: "carried" or "new"
+
+
+WHOLE = Knot(1.0)
+
+
+class KnotPolicy(Protocol):
+    """Decides after every step whether a knot is tied. A pure function of what it is told."""
+
+    def knot_after(self, position: Position) -> Knot | None:
+        """Return the knot to tie now, or None."""
+
+
+@dataclass(frozen=True)
+class FixedKnots:
+    """Links end where the config says; with `soft`, shares are tied on the way."""
+
+    soft: KnotConfig | None = None
+
+    def knot_after(self, position: Position) -> Knot | None:
+        """Return the knot to tie now, or None."""
+        if position.step >= position.num_steps:
+            return WHOLE
+        if self.soft is None:
+            return None
+        every, share = spacing(self.soft, position.num_steps)
+        return Knot(share, self.soft.moments) if position.step % every == 0 else None
+
+
+def make_policy(config: RunConfig) -> KnotPolicy:
+    """Return the policy that a config asks for."""
+    return FixedKnots(config.chain.knots)
+
+
+def spacing(soft: KnotConfig, num_steps: int) -> tuple[int, float]:
+    """Return (steps between soft knots, share tied at each) for a link of `num_steps` steps.
+
+    With the time constant τ and a distance I, the share is 1 − exp(−I/τ).
+    """
+    tau = soft.time_constant or max(_TIME_CONSTANT * num_steps, 1.0)
+    every = soft.every or max(1, round(tau / _KNOTS_PER_TIME_CONSTANT))
+    share = soft.share if soft.share is not None else -math.expm1(-every / tau)
+    return every, share

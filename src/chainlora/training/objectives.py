@@ -1,0 +1,74 @@
+"""What a run learns: how examples become a batch, a batch a loss, and how the result is scored.
+
+An objective is found by the name that the data gives it (`Splits.loss`). A new one is a class with
+these methods and a line in `OBJECTIVES`; the loop does not change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from chainlora.data.examples import Example
+from chainlora.data.splits import Splits
+from chainlora.engine.engine import Engine, Kind, num_terms
+from chainlora.evaluation.evaluate import Evaluation, evaluate
+
+
+class Objective(Protocol):
+    """What the loop asks of an objective."""
+
+    def collate(self, engine: Engine, examples: Sequence[Example]) -> list[Any]:
+        """Return a micro-batch as the batches that threads take one by one."""
+
+    def count(self, batch: Any) -> int:
+        """Return the number of terms in the batch's loss."""
+
+    def loss(self, engine: Engine, batch: Any) -> Tensor:
+        """Return the loss of a batch, summed over its terms: a scalar, differentiable."""
+
+    def evaluate(
+        self, engine: Engine, examples: Sequence[Example], splits: Splits, tokenizer: Any
+    ) -> Evaluation:
+        """Return the metrics of `examples`."""
+
+
+class LanguageModelling:
+    """Next-token likelihood: of whole completions, or of the right candidate against the others."""
+
+    def __init__(self, kind: Kind) -> None:
+        self.kind = kind
+
+    def collate(self, engine: Engine, examples: Sequence[Example]) -> list[Any]:
+        """Return a micro-batch as packed batches."""
+        return [engine.pack(shard) for shard in engine.split(examples)]
+
+    def count(self, batch: Any) -> int:
+        """Return how many examples or tokens the loss sums over."""
+        return num_terms(batch, self.kind)
+
+    def loss(self, engine: Engine, batch: Any) -> Tensor:
+        """Return the summed cross-entropy."""
+        return engine.loss(batch, self.kind)[0]
+
+    def evaluate(
+        self, engine: Engine, examples: Sequence[Example], splits: Splits, tokenizer: Any
+    ) -> Evaluation:
+        """Return the metrics of the run's task."""
+        return evaluate(
+            engine.model,
+            examples,
+            engine=engine,
+            metrics=splits.metrics,
+            tokenizer=tokenizer,
+            stop=splits.stop,
+            max_new_tokens=splits.max_new_tokens,
+        )
+
+
+OBJECTIVES: dict[str, Objective] = {
+    "completion": LanguageModelling("completion"),
+    "candidates": LanguageModelling("candidates"),
+}

@@ -1,0 +1,91 @@
+"""The end of a run: final metrics, what it cost, and the files that say so."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from chainlora.data.rows import Rows
+from chainlora.evaluation.metrics import INDEX_METRICS, majority_rate
+from chainlora.runs import directory as store
+from chainlora.runs.costs import hardware, num_trained, peak_memory_mb
+from chainlora.training.events import Scored
+from chainlora.training.run import Run
+from chainlora.training.selection import score
+
+
+def finish(run: Run) -> dict[str, Any]:
+    """Score the result, write the manifest and ``result.json``, and return what the latter
+    holds."""
+    metrics = _final_metrics(run)
+    run.progress.seconds = run.clock.seconds
+    result = _result(run, metrics)
+    run.engine.close()  # the model's own forwards, before it is saved
+    model = run.chain.detach()
+    if run.directory is not None:
+        _write_selection(run)
+        run.directory.drop_checkpoints()
+        if run.config.chain.tune == "full":
+            run.directory.save_model(model, run.tokenizer)  # no links: the weights are the result
+        store.write_json(run.directory / "result.json", result)
+    return result
+
+
+def _final_metrics(run: Run) -> dict[str, Any]:
+    metrics: dict[str, Any] = {}
+    for name in ("validation", "test"):
+        examples: Rows = getattr(run.splits, name)
+        if not examples:
+            continue
+        known = run.last_scored if name == "validation" else None
+        scored = known or score(run, examples)
+        metrics[name] = dict(scored.metrics)
+        run.listener(Scored(run.progress.step, name, scored.predictions))
+        if run.splits.metric in INDEX_METRICS:
+            metrics[name]["majority"] = majority_rate(examples)
+    return metrics
+
+
+def _result(run: Run, metrics: dict[str, Any]) -> dict[str, Any]:
+    config, progress = run.config, run.progress
+    return {
+        "format": store.FORMAT,
+        "model": config.model,
+        "task": config.data.task,
+        "metrics": metrics,
+        "best": progress.best,
+        "links": [store.describe_link(link) for link in run.chain.links],
+        "steps": progress.step,
+        "tokens": progress.tokens,
+        "scored_tokens": progress.scored_tokens,
+        "rows": len(run.splits.train),
+        "rows_digest": run.splits.digest,
+        "data": run.splits.report(),
+        "base_fingerprint": run.base["fingerprint"],
+        "wall_s": round(progress.seconds, 2),
+        "peak_memory_mb": peak_memory_mb(),
+        "trainable_parameters": _num_trained(run),
+        "versions": store.versions(),
+        "hardware": hardware(run.device),
+    }
+
+
+def _num_trained(run: Run) -> int:
+    if run.config.chain.tune == "full":
+        return sum(parameter.numel() for parameter in run.chain.model.parameters())
+    return max((num_trained(link) for link in run.chain.links), default=0)
+
+
+def _write_selection(run: Run) -> None:
+    """Write the manifest; with `keep_best`, it names the best point and keeps all links."""
+    directory, best = run.directory, run.progress.best
+    assert directory is not None
+    if not run.train.keep_best or best is None:
+        run.write_manifest()
+        return
+    partial = None
+    if run.best_link is not None:
+        partial = store.describe_link(run.chain.links[-1]) | {"directory": "best"}
+    selected = {"num_links": best["num_links"], "partial": partial, "step": best["step"]}
+    changed = {"selected": selected, "progress": asdict(run.progress)}
+    store.write_json(directory / "chain.json", directory.manifest() | changed)

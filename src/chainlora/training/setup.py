@@ -1,0 +1,174 @@
+"""From a config to a run that can start: everything that can be refused is refused here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from chainlora.chain.adapters import check_targets
+from chainlora.chain.chain import Chain
+from chainlora.config.schema import RunConfig
+from chainlora.data.splits import Splits, prepare_splits
+from chainlora.engine.engine import Engine
+from chainlora.errors import ConfigError
+from chainlora.models.loading import context_length, load_model, resolve_model
+from chainlora.runs.directory import Progress, RunDirectory
+from chainlora.training.events import Listener, Planned, RowsEncoded
+from chainlora.training.knots import make_policy
+from chainlora.training.objectives import OBJECTIVES
+from chainlora.training.optimizers import check_optimizer
+from chainlora.training.plan import make_plan
+from chainlora.training.run import Clock, Run, flatten
+
+
+def prepare(config: RunConfig, resume: bool, listener: Listener) -> Run:
+    """Load and check everything a run needs, claim its directory, find where to resume."""
+    if config.chain.tune == "full" and resume:
+        raise ConfigError(
+            "full fine-tuning cannot resume (its optimizer state is not saved); start over"
+        )
+    check_optimizer(config.train)
+    accelerator = make_accelerator(config)
+    directory = RunDirectory(config.output) if config.output else None
+    if directory is not None and not resume:
+        directory.refuse_if_taken()  # before the model is loaded
+    model, tokenizer = _load_model(config, accelerator.device)
+    splits = _load_splits(config, model, tokenizer, listener)
+    plan = make_plan(config, splits.train)
+    check(config, model, splits)
+    chain = _new_chain(config, model)
+    engine = _new_engine(config, model)
+    try:
+        base = _identity(config, chain)
+        progress = directory.begin(config, base, resume=resume) if directory else Progress()
+        run = Run(
+            config=config,
+            plan=plan,
+            splits=splits,
+            objective=OBJECTIVES[splits.loss],
+            policy=make_policy(config),
+            chain=chain,
+            engine=engine,
+            tokenizer=tokenizer,
+            accelerator=accelerator,
+            directory=directory,
+            progress=progress,
+            base=base,
+            listener=listener,
+            clock=Clock(progress.seconds),
+        )
+        _restore_links(run)
+        _announce(run)
+    except BaseException:
+        engine.close()
+        raise
+    return run
+
+
+def _load_model(config: RunConfig, device: torch.device) -> tuple[Any, Any]:
+    """Return the model, frozen, and its tokenizer. Links train their own factors."""
+    model, tokenizer = load_model(config.model, getattr(torch, config.train.dtype))
+    model.requires_grad_(False).to(device)
+    model.config.use_cache = False
+    if config.train.gradient_checkpointing:
+        _checkpoint_activations(model)
+    return model, tokenizer
+
+
+def _load_splits(config: RunConfig, model: Any, tokenizer: Any, listener: Listener) -> Splits:
+    def tell(split: str, rows: int, share: float) -> None:
+        listener(RowsEncoded(0, split, rows, share))
+
+    return prepare_splits(config.data, tokenizer, context_length(model), tell)
+
+
+def _new_chain(config: RunConfig, model: Any) -> Chain:
+    folder = str(resolve_model(config.model))
+    return Chain(model, seed=config.train.seed, hold=config.chain.hold, checkpoint=folder)
+
+
+def _new_engine(config: RunConfig, model: Any) -> Engine:
+    """LoRA's dropout draws from one generator, and full gradients are as large as the model."""
+    threads = 1 if _needs_one_thread(config) else None
+    return Engine(model, speedups=config.train.speedups, training=True, threads=threads)
+
+
+def _identity(config: RunConfig, chain: Chain) -> dict[str, Any]:
+    fingerprint = chain.base_fingerprint
+    return {"model": config.model, "fingerprint": fingerprint, "dtype": config.train.dtype}
+
+
+def check(config: RunConfig, model: nn.Module, splits: Splits) -> None:
+    """Refuse what the model or the rows cannot do, before the output directory is claimed."""
+    if config.chain.tune == "lora":
+        for link in config.chain.links():
+            check_targets(model, link)
+    metric, reported = config.train.select_metric, splits.reported
+    if metric is not None and metric not in reported:
+        raise ConfigError(
+            f"`select_metric` must be one of {', '.join(reported)} here (got {metric!r})"
+        )
+    if (config.train.keep_best or config.train.early_stop) and not splits.validation:
+        raise ConfigError(
+            "`keep_best` and `early_stop` need validation rows (got none); give data.validation"
+        )
+
+
+def make_accelerator(config: RunConfig) -> Accelerator:
+    """Return the accelerator of a run, its trackers checked."""
+    wanted = list(config.train.trackers)
+    try:
+        accelerator = Accelerator(log_with=wanted or None, project_dir=config.output)
+        known = [str(getattr(tracker, "value", tracker)) for tracker in accelerator.log_with]
+        missing = [name for name in wanted if name not in known]
+    except ValueError:
+        missing = wanted
+    if missing:
+        raise ConfigError(
+            "`trackers` must name trackers that Accelerate knows and that are installed (got "
+            f"{missing[0]!r}); pip install it or remove it"
+        )
+    if accelerator.num_processes > 1:
+        raise ConfigError(
+            f"training runs in one process today (got {accelerator.num_processes}); "
+            "launch without `accelerate launch --num_processes`"
+        )
+    return accelerator
+
+
+def _needs_one_thread(config: RunConfig) -> bool:
+    return config.chain.tune == "full" or config.chain.dropout > 0
+
+
+def _checkpoint_activations(model: Any) -> None:
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    enable({"use_reentrant": False})
+
+
+def _restore_links(run: Run) -> None:
+    """Put the links of a run that is resumed back on the model."""
+    if run.directory is not None:
+        for link in run.directory.load_links(run.progress.link):
+            run.chain.add(link)
+
+
+def _announce(run: Run) -> None:
+    """Start the trackers, and tell the listener what is about to happen."""
+    if run.train.trackers:
+        settings = flatten(run.config.model_dump(mode="json"))
+        run.accelerator.init_trackers("chainlora", config=settings)
+    run.listener(
+        Planned(
+            step=run.progress.step,
+            num_steps=run.plan.num_steps,
+            lengths=list(run.plan.lengths),
+            rows=len(run.splits.train),
+            path=str(run.engine.path),
+            threads=run.engine.num_threads,
+            notes=list(run.engine.notes),
+            data=run.splits.report(),
+        )
+    )

@@ -1,0 +1,212 @@
+"""The engine: the one way to run a model; it leaves nothing behind, however it ends."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from conftest import tiny_model
+from torch import nn
+
+from chainlora.chain.chain import Chain
+from chainlora.config.schema import LinkConfig
+from chainlora.data.examples import Example
+from chainlora.engine.engine import Engine, num_terms
+from chainlora.engine.patching import patched_modules
+from chainlora.errors import ModelError
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def completions(count: int = 8) -> list[Example]:
+    lengths = [20 + 3 * i for i in range(count)]
+    return [
+        Example(i, (tuple((7 * i + j) % 120 for j in range(n)),), (((n // 2, n),),))
+        for i, n in enumerate(lengths)
+    ]
+
+
+def state_of(model: nn.Module) -> dict[str, Any]:
+    """All that an engine may touch: forwards, configs, modes, what is trained."""
+    return {
+        "patched": patched_modules(model),
+        "forwards": [name for name, m in model.named_modules() if "forward" in vars(m)],
+        "attention": model.config._attn_implementation,
+        "config": model.config.to_dict(),
+        "modes": [m.training for m in model.modules()],
+        "trained": [p.requires_grad for p in model.parameters()],
+        "threads": [t.name for t in threading.enumerate() if t.name.startswith("chainlora")],
+    }
+
+
+def run_a_step(engine: Engine) -> None:
+    shards = [engine.pack(shard) for shard in engine.split(completions())]
+    add_gradients(engine, shards, [p for p in engine.model.parameters() if p.requires_grad])
+    engine.scores(completions())
+
+
+def add_gradients(engine: Engine, shards: list, parameters: list[nn.Parameter]) -> float:
+    return engine.add_gradients(
+        [shards],
+        parameters,
+        loss=lambda batch: engine.loss(batch, "completion")[0],
+        count=lambda batch: num_terms(batch, "completion"),
+    )
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_an_exception_leaves_no_thread_no_patch_and_the_config_as_before(
+    two_threads: None, architecture: str, error: type[BaseException]
+) -> None:
+    model = tiny_model(architecture).requires_grad_(False)
+    before = state_of(model)
+
+    def work() -> None:
+        with Engine(model, training=True) as engine:
+            chain = Chain(model, seed=0)
+            adapter = chain.extend(LinkConfig(rank=2, target_modules="all-linear"))
+            engine.adapt(adapter.layers.values())
+            run_a_step(engine)
+            assert state_of(model)["threads"]
+            assert patched_modules(model)
+            assert model.config._attn_implementation != before["attention"]
+            raise error
+
+    with pytest.raises(error):
+        work()
+    after = state_of(model)
+    assert after["patched"] == after["threads"] == after["forwards"] == []
+    assert after["attention"] == before["attention"]
+    assert after["config"] == before["config"]
+
+
+def test_an_exception_in_a_thread_ends_the_others(two_threads: None) -> None:
+    model = tiny_model("llama")
+    before = state_of(model)
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("in a thread")
+
+    def work() -> None:
+        with Engine(model, training=True) as engine:
+            shards = [engine.pack(completions()[i : i + 1]) for i in range(8)]
+            model.model.norm.register_forward_hook(fail)
+            add_gradients(engine, shards, list(model.parameters()))
+
+    with pytest.raises(RuntimeError, match="in a thread"):
+        work()
+    assert state_of(model) == before
+
+
+def test_closing_twice_is_closing_once() -> None:
+    model = tiny_model("llama")
+    before = state_of(model)
+    engine = Engine(model, training=False)
+    engine.close()
+    engine.close()
+    assert state_of(model) == before
+
+
+def test_an_engine_that_refuses_leaves_the_model_as_it_was() -> None:
+    model = tiny_model("llama")
+    before = state_of(model)
+    own = model.forward
+    model.forward = lambda *a, **k: own(*a, **k) | {"logits": own(*a, **k).logits ** 2}
+    with pytest.raises(ModelError, match="logits"):
+        Engine(model, training=False)
+    del model.forward
+    assert state_of(model) == before
+
+
+def test_evaluation_freezes_for_its_time_and_keeps_the_modes() -> None:
+    model = tiny_model("llama").train()
+    model.lm_head.weight.requires_grad_(False)
+    before = state_of(model)
+    with Engine(model, training=False) as engine:
+        assert not any(p.requires_grad for p in model.parameters())
+        engine.scores(completions())
+    assert state_of(model) == before
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_calls_without_a_layout_are_plain_transformers(implementation: str) -> None:
+    model = tiny_model("llama")
+    model.set_attn_implementation(implementation)
+    ids = torch.arange(14).view(2, 7)
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    before = model(input_ids=ids, attention_mask=mask).logits
+    with Engine(model, training=True) as engine:
+        assert engine.path == "packed"
+        assert torch.equal(model(input_ids=ids, attention_mask=mask).logits, before)
+        assert model.generate(ids[:1], max_new_tokens=3, do_sample=False).shape == (1, 10)
+    assert model.config._attn_implementation == implementation
+
+
+def test_a_forward_that_another_library_replaced_is_left_alone() -> None:
+    model = tiny_model("llama").requires_grad_(False)
+    layer, calls = model.model.layers[0], []
+
+    def hooked(*args: Any, **kwargs: Any) -> Any:
+        calls.append("hook")
+        return type(layer).forward(layer, *args, **kwargs)
+
+    layer.forward = hooked
+    with Engine(model, training=False) as engine:
+        engine.scores(completions())
+    assert calls
+    assert layer.forward is hooked
+
+
+def test_two_engines_on_one_model_do_not_undo_each_other() -> None:
+    model = tiny_model("llama").requires_grad_(False)
+    before = state_of(model)
+    with Engine(model, training=True) as outer:
+        patched = patched_modules(model)
+        with Engine(model, training=False) as inner:
+            scores = inner.scores(completions())
+        assert patched_modules(model) == patched
+        assert outer.scores(completions()) == scores
+    assert state_of(model) == before
+
+
+def test_off_is_plain_transformers(two_threads: None) -> None:
+    model = tiny_model("llama").requires_grad_(False)
+    before = state_of(model)
+    with Engine(model, speedups="off", training=True) as engine:
+        assert (engine.path, engine.num_threads) == ("padded", 1)
+        assert state_of(model) == before
+        batch = engine.pack([*completions(2), *completions(2)])
+        assert len(batch.segments) == 4  # nothing is shared, not even whole rows
+        assert engine.split(completions()) == [completions()]
+        off = engine.scores(completions())
+        assert state_of(model) == before
+    with Engine(model, training=True) as engine:
+        assert (engine.path, engine.num_threads) == ("packed", 2)
+        torch.testing.assert_close(engine.scores(completions()), off, rtol=0, atol=1e-5)
+
+
+def test_notes_say_what_applies_and_why_not() -> None:
+    with Engine(tiny_model("llama"), training=True) as engine:
+        assert engine.notes == [
+            "packed sequences: yes",
+            "fast decoder layers: yes",
+            "threads: 1, torch has one thread",
+        ]
+    with Engine(tiny_model("opt"), training=True) as engine:
+        assert engine.notes[1] == "fast decoder layers: no, they are not of Llama's shape"
+
+
+def test_only_causal_language_models() -> None:
+    with pytest.raises(ModelError, match="causal language model"):
+        Engine(nn.Linear(2, 2), training=False)

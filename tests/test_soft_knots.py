@@ -1,0 +1,223 @@
+"""The laws of soft knots: tie a share of the live link, continue from the rest."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import ARCHITECTURES, tiny_model
+from test_laws import LOGITS, TARGETS, config, logits, loss_of, on_everything, weights
+
+from chainlora import Chain, ChainLoRAError
+from chainlora.chain.soft_knot import balance, time_constant
+from chainlora.training.optimizers import carry_moments
+
+
+def tuned(architecture: str, dtype=torch.float32, steps: int = 3, hold: str = "tied", **keys):
+    """Return a chain with a live link tuned for some steps, and its optimizer."""
+    chain = Chain(tiny_model(architecture, dtype=dtype), hold=hold)
+    adapter = chain.extend(config(architecture, **keys))
+    optimizer = torch.optim.AdamW(list(chain.parameters()), lr=1e-2)
+    step(chain, optimizer, steps)
+    return chain, adapter, optimizer
+
+
+def step(chain, optimizer, count: int = 1) -> None:
+    for _ in range(count):
+        loss_of(chain.model).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def update_of(chain, name: str) -> torch.Tensor:
+    """Return ``s·B·A`` of the live link in the layout of the weight, float64."""
+    link = chain.live_link() if not chain._live.num_soft_knots else None
+    assert link is not None
+    return link.delta_weight(name).double()
+
+
+@on_everything
+@pytest.mark.parametrize("hold", ["tied", "carried"])
+@pytest.mark.parametrize("share", [0.0, 0.05, 0.7])
+def test_a_soft_knot_preserves_the_function(architecture, dtype, hold, share):
+    chain, _, _ = tuned(architecture, dtype, hold=hold)
+    before = logits(chain.model)
+    chain.tie_share(share)
+    torch.testing.assert_close(logits(chain.model), before, atol=LOGITS[dtype], rtol=0)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_rest_is_balanced_and_what_is_tied_is_the_share(architecture):
+    chain, adapter, _ = tuned(architecture)
+    before = {name: update_of(chain, name) for name in adapter.layers}
+    base = weights(chain.model)
+    chain.tie_share(0.25)
+    for name, layer in adapter.layers.items():
+        a, b = layer.lora_A["link"].weight.double(), layer.lora_B["link"].weight.double()
+        rest = layer.scaling["link"] * b @ a
+        # float32 factors: a rounding of 2^-24 each
+        torch.testing.assert_close(rest, 0.75 * before[name], atol=1e-8, rtol=1e-5)
+        torch.testing.assert_close(a.norm(dim=1), b.norm(dim=0), atol=0, rtol=1e-5)
+        now = weights(chain.model)[f"{name}.base_layer.weight"].double()
+        change = now - base[f"{name}.base_layer.weight"].double()
+        change = change.T if architecture == "gpt2" else change
+        # the weight is rounded once to float32: half an ulp of weights below 0.25
+        torch.testing.assert_close(change, 0.25 * before[name], atol=2e-8, rtol=0)
+
+
+def test_a_component_that_is_zero_ties_nothing():
+    a, b = torch.randn(3, 5), torch.randn(4, 3)
+    b[:, 1] = 0
+    found = balance(a, b, 0.5)
+    assert found.a[1] == found.b[1] == 1
+    assert found.tied.tolist() == [0.5, 0.0, 0.5]
+
+
+@on_everything
+def test_carried_moments_are_those_that_scaled_gradients_would_have_given(architecture, dtype):
+    """Two histories: soft knot with carried moments, or factors scaled from the beginning."""
+    chain, adapter, optimizer = tuned(architecture, dtype)
+    state = {p: {k: v.clone() for k, v in optimizer.state[p].items()} for p in optimizer.state}
+    scales = chain.tie_share(0.3)
+    carry_moments(optimizer, adapter, scales)
+    for name, layer in adapter.layers.items():
+        a, b = layer.lora_A["link"].weight, layer.lora_B["link"].weight
+        scale_a, scale_b = scales[name].b.unsqueeze(1), scales[name].a
+        for parameter, scale in ((a, scale_a), (b, scale_b)):
+            old, new = state[parameter], optimizer.state[parameter]
+            assert torch.equal(new["exp_avg"], old["exp_avg"] * scale)
+            assert torch.equal(new["exp_avg_sq"], old["exp_avg_sq"] * scale**2)
+            assert new["step"] == old["step"]
+
+
+def test_gradients_scale_as_the_moments_do():
+    """Why carrying is exact: the gradient of A is proportional to B, that of B to A."""
+    chain, adapter, _ = tuned("llama")
+    loss_of(chain.model).backward()
+    grads = {n: [p.grad.clone() for p in factors(adapter, n)] for n in adapter.layers}
+    chain.model.zero_grad()
+    scales = chain.tie_share(0.3)
+    loss_of(chain.model).backward()
+    for name, (grad_a, grad_b) in grads.items():
+        now_a, now_b = (p.grad for p in factors(adapter, name))
+        # the same sums over a weight rounded once more: float32
+        expected_a, expected_b = grad_a * scales[name].b[:, None], grad_b * scales[name].a
+        torch.testing.assert_close(now_a, expected_a, atol=1e-6, rtol=1e-3)
+        torch.testing.assert_close(now_b, expected_b, atol=1e-6, rtol=1e-3)
+
+
+def factors(adapter, name):
+    layer = adapter.layers[name]
+    return layer.lora_A["link"].weight, layer.lora_B["link"].weight
+
+
+@on_everything
+def test_the_weight_is_one_cast_of_the_exact_sum_after_400_soft_knots(architecture, dtype):
+    chain, adapter, _ = tuned(architecture, dtype, rank=2)
+    pristine = {n: chain.weights.read(f"{n}.weight").double() for n in adapter.layers}
+    exact = dict(pristine)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(400):
+        for name in adapter.layers:
+            a, b = factors(adapter, name)
+            with torch.no_grad():  # a step of some optimizer
+                a.add_(torch.randn(a.shape, generator=generator), alpha=1e-2)
+                b.add_(torch.randn(b.shape, generator=generator), alpha=1e-4)
+        before = {n: [p.detach().double() for p in factors(adapter, n)] for n in adapter.layers}
+        scales = chain.tie_share(0.05)
+        for name, (a, b) in before.items():
+            tied = adapter.layers[name].scaling["link"] * (b * scales[name].tied.double()) @ a
+            exact[name] = exact[name] + (tied.T if architecture == "gpt2" else tied)
+    for name in adapter.layers:
+        now = weights(chain.model)[f"{name}.base_layer.weight"].double()
+        error = (now - exact[name]).norm()
+        one_cast = (exact[name].to(dtype).double() - exact[name]).norm()
+        if dtype == torch.bfloat16:
+            assert error <= one_cast * 1.001  # ties of the float32 sum may round the other way
+        else:
+            # 400 additions, each rounded at random to half an ulp: √400 roundings; 3 for the tail
+            assert error <= 3 * 20 * one_cast
+
+
+@on_everything
+@pytest.mark.parametrize("hold", ["tied", "carried"])
+def test_a_link_with_soft_knots_is_tied_stored_and_undone(architecture, dtype, hold):
+    chain, adapter, optimizer = tuned(architecture, dtype, hold=hold)
+    untouched = logits(tiny_model(architecture, dtype=dtype))
+    for _ in range(6):
+        carry_moments(optimizer, adapter, chain.tie_share(0.2))
+        step(chain, optimizer)
+    before = logits(chain.model)
+    link = chain.tie()
+    assert link.error <= 1e-3
+    assert link.rank > 4  # more than what was trained: the deposits turned
+    # error 1e-3 of an update that changes logits by up to about 1
+    atol = max(LOGITS[dtype], 2e-3)
+    torch.testing.assert_close(logits(chain.model), before, atol=atol, rtol=0)
+    dropped = chain.drop()
+    assert torch.equal(logits(chain.model), untouched)
+    chain.add(dropped[0])
+    torch.testing.assert_close(logits(chain.model), before, atol=atol, rtol=0)
+    torch.testing.assert_close(logits(chain.detach()), before, atol=atol, rtol=0)
+
+
+@on_everything
+@pytest.mark.parametrize("hold", ["tied", "carried"])
+def test_a_live_link_continues_from_its_state_to_the_same_bits(architecture, dtype, hold):
+    chain, adapter, optimizer = tuned(architecture, dtype, hold=hold)
+    for _ in range(3):
+        carry_moments(optimizer, adapter, chain.tie_share(0.2))
+        step(chain, optimizer)
+    state, expected = chain.live_state(), logits(chain.model)
+    other = Chain(tiny_model(architecture, dtype=dtype), hold=hold)
+    other.extend(config(architecture))
+    other.load_live_state(state, num_steps=6, num_soft_knots=3)
+    assert torch.equal(logits(other.model), expected)
+    for one in (chain, other):
+        one.tie_share(0.2)
+    assert torch.equal(logits(other.model), logits(chain.model))
+    assert other.tie().num_steps == 6
+
+
+def test_a_rejected_link_takes_its_deposits_with_it():
+    chain, _, _ = tuned("llama")
+    chain.tie_share(0.5)
+    chain.discard()
+    assert torch.equal(logits(chain.model), logits(tiny_model("llama")))
+
+
+def test_carried_links_of_other_modules_stay():
+    """The next link adapts fewer modules; what the first one learned elsewhere must remain."""
+    chain, _, _ = tuned("llama", hold="carried")
+    chain.tie()
+    before = logits(chain.model)
+    chain.extend(config("llama", target_modules=TARGETS["llama"][:1]))
+    torch.testing.assert_close(logits(chain.model), before, atol=1e-6, rtol=0)
+
+
+def test_a_carried_chain_neither_reads_nor_writes_base_weights():
+    chain, _, _ = tuned("llama", hold="carried")
+    versions = {n: p._version for n, p in chain.model.named_parameters() if "lora_" not in n}
+    chain.tie_share(0.5)
+    chain.tie()
+    chain.extend(config("llama"))
+    after = {n: p._version for n, p in chain.model.named_parameters() if "lora_" not in n}
+    assert after == versions
+    assert chain.weights.paths == []
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [{"dora": True}, {"lora_bias": True}, {"init": "pissa"}, {"train_factors": "B"}],
+    ids=str,
+)
+def test_links_that_are_no_plain_product_are_refused(keys):
+    chain = Chain(tiny_model("opt"))
+    chain.extend(config("opt", **keys))
+    with pytest.raises(ChainLoRAError, match="soft knots need plain LoRA"):
+        chain.tie_share(0.5)
+    with pytest.raises(ChainLoRAError, match=r"`share` must be in \[0, 1\)"):
+        chain.tie_share(1.0)
+
+
+def test_the_time_constant():
+    assert time_constant(10, 0.05) == pytest.approx(194.96, abs=0.01)
