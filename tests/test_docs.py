@@ -23,18 +23,22 @@ from pydantic_core import PydanticUndefined
 from transformers import AutoModelForCausalLM
 
 import chainlora
+from chainlora import Chain, LinkConfig
+from chainlora.chain.soft_knot import time_constant
 from chainlora.cli.main import cli, run
 from chainlora.config import schema as config_module
 from chainlora.config.loading import parse_yaml
+from chainlora.config.schema import KnotConfig
 from chainlora.experiments import expand, load_experiment
 from chainlora.training import objectives, optimizers, setup
 from chainlora.training.events import Event, KnotTied, ShareTied, StepDone
+from chainlora.training.knots import spacing
 
 ROOT = Path(__file__).resolve().parents[1]
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DOCUMENTS = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
-OURS = ("config.md", "python.md")
+OURS = ("config.md", "python.md", "house.md", "run-directory.md", "comparison.md")
 
 
 def blocks(text: str, language: str) -> list[str]:
@@ -84,9 +88,9 @@ def test_the_readme_python_runs_and_its_adapter_is_the_model(checkout, monkeypat
         )
 
 
-def test_the_verbs_in_the_readme_run(tiny_folder):
+def small_loop(tiny_folder) -> dict[str, Any]:
+    """The names that a block about a loop of one's own leaves to the reader."""
     model = AutoModelForCausalLM.from_pretrained(tiny_folder)
-    before = model.lm_head.weight.clone()
     ids = torch.arange(3, 11)[None]
 
     def make_update(optimizer):
@@ -97,13 +101,51 @@ def test_the_verbs_in_the_readme_run(tiny_folder):
 
         return update
 
-    names = {name: getattr(chainlora, name) for name in chainlora.__all__}
-    names |= {"torch": torch, "model": model, "batches": [ids, ids], "make_update": make_update}
+    return {"torch": torch, "model": model, "batches": [ids, ids], "make_update": make_update}
+
+
+def test_the_chain_in_the_readme_runs(tiny_folder):
+    names = small_loop(tiny_folder) | {"Chain": Chain, "LinkConfig": LinkConfig}
+    names["carry_moments"] = optimizers.carry_moments
+    model, before = names["model"], names["model"].lm_head.weight.clone()
     exec(blocks(README, "python")[1], names)
-    assert [link.rank for link in names["chain"].links] == [8, 8]
-    assert [link.num_steps for link in names["chain"].links] == [2, 2]
+    assert names["plain"] is model
+    assert [link.config.rank for link in names["chain"].links] == [8, 8]
+    assert [link.num_steps for link in names["chain"].links] == [4, 4]
     assert not any("lora" in name for name, _ in model.named_parameters())
     assert torch.equal(model.lm_head.weight, before)
+
+
+PYTHON = (ROOT / "docs/python.md").read_text(encoding="utf-8")
+
+
+def test_soft_knots_in_python_md_run(tiny_folder):
+    (block,) = [block for block in blocks(PYTHON, "python") if "tie_share" in block]
+    names = {"folder": tiny_folder, "batches": [torch.arange(3, 11)[None]] * 3}
+    exec(block, names)
+    link = names["link"]
+    assert link.num_steps == 12
+    assert link.config.rank == 1 <= link.rank
+    assert 0 < link.error <= 1e-3
+
+
+def test_the_listener_in_python_md_runs(tiny_folder, sentiment, capsys):
+    (block,) = [block for block in blocks(PYTHON, "python") if "listener" in block]
+    exec(block, {"settings": settings(tiny_folder, sentiment)})
+    printed = capsys.readouterr().out.splitlines()
+    assert sum("tied after step" in line for line in printed) == 3
+    assert "accuracy" in printed[-1]
+
+
+def test_python_md_has_every_event():
+    kinds = {kind.__name__: kind.name for kind in Event.__subclasses__()}
+    described = re.findall(r"^- `(\w+)` \(`(\w+)`\)", PYTHON, flags=re.MULTILINE)
+    assert dict(described) == kinds
+
+
+def test_python_md_names_methods_that_exist():
+    for name in re.findall(r"`chain\.(\w+)", PYTHON):
+        assert hasattr(Chain, name) or name == "links"  # an attribute of the instance
 
 
 def test_the_readme_commands_run_in_order(checkout, monkeypatch, capsys):
@@ -117,11 +159,16 @@ def test_the_readme_commands_run_in_order(checkout, monkeypatch, capsys):
         if "--json" in line:
             assert json.loads(capsys.readouterr().out.splitlines()[-1])["task"] == "dates"
     assert {line[1] for line in lines} | {"demo", "experiment", "compare"} == set(cli.commands)
-    tree = block_with(README, "runs/dates/\n")
+    tree = block_with((ROOT / "docs/run-directory.md").read_text(encoding="utf-8"), "runs/dates/\n")
     promised = {name.strip("/") for name in re.findall(r"^  ([\w.]+)", tree, flags=re.MULTILINE)}
     found = {path.name for path in (checkout / "runs/dates").iterdir()}
     assert found <= promised
-    assert promised - found <= {"best", "checkpoints"}  # there only in between, or between knots
+    # there only in some runs, or while a link is being tuned
+    assert promised - found <= {"best", "checkpoints", "moments.safetensors", "model"}
+    assert {"soft_knot"} <= {
+        json.loads(line)["event"]
+        for line in (checkout / "runs/soft/metrics.jsonl").read_text().splitlines()
+    }
     AutoModelForCausalLM.from_pretrained("out/merged")
 
 
@@ -190,6 +237,23 @@ def test_config_md_has_every_default_and_choice():
                 choice for choice in choices(field.annotation) if f"`{choice}`" not in meaning
             ]
             assert missing == [], key
+
+
+def test_the_example_of_automatic_knots_in_config_md():
+    text = " ".join((ROOT / "docs/config.md").read_text(encoding="utf-8").split())
+    told = re.search(r"of (\S+) steps that is τ = (\d+), I = (\d+), share (\S+): (\d+) soft", text)
+    num_steps, tau, every, share, count = (float(word.replace(",", "")) for word in told.groups())
+    found = spacing(KnotConfig(), int(num_steps))
+    assert found == (every, pytest.approx(share, abs=5e-4))
+    assert time_constant(*found) == pytest.approx(tau)
+    assert count == (num_steps - 1) // every  # the last step ends the link
+
+
+def test_the_settings_in_config_md_are_read():
+    text = (ROOT / "docs/config.md").read_text(encoding="utf-8")
+    (block,) = blocks(text, "yaml")
+    tree = parse_yaml(block) | {"model": "m", "data": {"train": "rows.jsonl"}}
+    assert chainlora.make_config(tree).chain.knots == KnotConfig()
 
 
 def plain(value: Any) -> Any:
@@ -384,5 +448,5 @@ def test_files_that_documents_name_exist():
         text = document.read_text(encoding="utf-8")
         for name in re.findall(r"`((?:examples|docs|tests|src)/[\w./-]+)`", text):
             assert (ROOT / name).exists(), f"{document.name} names {name}"
-        for name in re.findall(r"`chainlora/(\w+)\.py`", text):
-            assert importlib.import_module(f"chainlora.{name}")
+        for name in re.findall(r"`chainlora/([\w/]+)\.py`", text):
+            assert importlib.import_module("chainlora." + name.replace("/", "."))
