@@ -411,7 +411,7 @@ PAPER = ROOT / "benchmarks/paper"
 
 @pytest.mark.parametrize("file", sorted(PAPER.glob("*.yaml")), ids=lambda path: path.stem)
 def test_a_measured_experiment_expands_without_data_or_model(file, monkeypatch, tmp_path):
-    """Those of experiments/ are held to the same and more by test_experiments."""
+    """Those of examples/experiments/ are held to the same and more by test_experiments."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CHAINLORA_CACHE", str(tmp_path / "cache"))
     experiment = load_experiment(file)
