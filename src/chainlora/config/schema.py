@@ -314,6 +314,11 @@ class TrainConfig(_Frozen):
     speedups: Literal["auto", "off"] = "auto"
     trackers: tuple[str, ...] = ()
 
+    @field_validator("speedups", mode="before")
+    @classmethod
+    def _speedups(cls, value: Any) -> Any:
+        return {True: "auto", False: "off"}.get(value, value)  # YAML reads off as false
+
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:
         if self.optimizer_reset == "prune" and self.prune_fraction == 0:

@@ -9,11 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from chainlora.errors import DivergedError
 from chainlora.training.events import StepDone
-from chainlora.training.optimizers import set_learning_rate, state_tensors
+from chainlora.training.optimizers import set_learning_rate
 from chainlora.training.run import Run
 
 
@@ -70,14 +70,12 @@ def update(run: Run, work: Work, optimizer: torch.optim.Optimizer) -> float:
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     loss = add_gradients(run, work, parameters)
     norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    if not (math.isfinite(loss) and torch.isfinite(norm)):
-        _refuse_gradients(run, optimizer, step, loss, norm.item())
+    _check_finite(run, step, "the loss and the norm of its gradient", loss, norm)
     if run.train.max_grad_norm is not None:
         nn.utils.clip_grads_with_norm_(parameters, run.train.max_grad_norm, norm)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    if not torch.isfinite(nn.utils.get_total_norm(parameters)):
-        _refuse_weights(run, step)
+    _check_finite(run, step, "the norm of the weights", nn.utils.get_total_norm(parameters))
     run.last_scored = None
     run.progress.step = step + 1
     run.progress.tokens += work.num_tokens
@@ -88,26 +86,13 @@ def update(run: Run, work: Work, optimizer: torch.optim.Optimizer) -> float:
     return loss
 
 
-def _refuse_gradients(
-    run: Run, optimizer: torch.optim.Optimizer, step: int, loss: float, norm: float
-) -> None:
-    """Save the state before the step, which is good, and raise DivergedError."""
-    optimizer.zero_grad(set_to_none=True)
-    where = ""
-    if run.directory is not None and run.chain.live is not None:
-        run.progress.seconds = run.clock.seconds
-        state = run.chain.live_state()
-        run.directory.save_checkpoint(state, state_tensors(optimizer), run.progress)
-        where = f"; the state before it is kept in {run.directory.path}"
+def _check_finite(run: Run, step: int, what: str, *values: float | Tensor) -> None:
+    """Raise DivergedError unless all values are finite. What is on disk stays as it is."""
+    if all(math.isfinite(value) for value in values):
+        return
+    got = ", ".join(str(float(value)) for value in values)
+    kept = f"; the last good state is kept in {run.directory.path}" if run.directory else ""
     raise DivergedError(
-        f"the loss and its gradient must be finite (got loss {loss}, gradient norm {norm} at step "
-        f"{step + 1}, link {len(run.chain)}){where}; lower train.lr or check the rows of that step"
-    )
-
-
-def _refuse_weights(run: Run, step: int) -> None:
-    """Raise DivergedError; the last checkpoint or knot stays as it is."""
-    raise DivergedError(
-        f"the weights must be finite after a step (got others at step {step + 1}, link "
-        f"{len(run.chain)}); the last checkpoint is kept; lower train.lr"
+        f"{what} must be finite (got {got} at step {step + 1}, link {len(run.chain)}){kept}; "
+        "lower train.lr or check the rows of that step"
     )
