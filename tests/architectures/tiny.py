@@ -154,12 +154,25 @@ ADJUSTMENTS: dict[str, dict[str, Any]] = {
     },
     "dbrx": {
         "attn_config": {"kv_n_heads": 2, "clip_qkv": 1.0, "rope_theta": 1e4},
-        "ffn_config": {"ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 32},
+        "ffn_config": {
+            "ffn_hidden_size": 32,
+            "moe_num_experts": 4,
+            "moe_top_k": 2,
+            "hidden_size": 32,
+        },
     },
     "deepseek_v2": {"num_experts_per_tok": 2},
-    "dory": {"num_hidden_layers": 6, "n_input_layers": 2, "n_recurrent_layers": 2, "n_output_layers": 2},
+    "dory": {
+        "num_hidden_layers": 6,
+        "n_input_layers": 2,
+        "n_recurrent_layers": 2,
+        "n_output_layers": 2,
+    },
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
-    "dots3_note": {"vision_config": {"adapter_out_dim": 32}, "audio_config": {"adapter_out_dim": 32}},
+    "dots3_note": {
+        "vision_config": {"adapter_out_dim": 32},
+        "audio_config": {"adapter_out_dim": 32},
+    },
     "dots3_note_text": {
         "head_dim": 16,
         "swa_num_attention_heads": 4,
@@ -210,7 +223,12 @@ ADJUSTMENTS: dict[str, dict[str, Any]] = {
     },
     "smollm3": {"use_sliding_window": True, "sliding_window": THRESHOLD, "layer_types": _WINDOWED},
     "xmod": {"default_language": "en_XX"},
-    "zamba": {"attention_hidden_size": 64, "num_hidden_layers": 6, "attn_layer_period": 2, "attn_layer_offset": 1},
+    "zamba": {
+        "attention_hidden_size": 64,
+        "num_hidden_layers": 6,
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+    },
     "zamba2": {
         "attention_hidden_size": 64,
         "attention_head_dim": 16,
@@ -250,7 +268,9 @@ def _shrunk(kind: type[PreTrainedConfig], changes: dict[str, Any]) -> dict[str, 
     for name, inner in kind.sub_configs.items():
         own = getattr(default, name, None)
         if isinstance(own, PreTrainedConfig):
-            values[name] = _shrunk(type(own), ADJUSTMENTS.get(own.model_type, {})) | {"model_type": own.model_type}
+            values[name] = _shrunk(type(own), ADJUSTMENTS.get(own.model_type, {})) | {
+                "model_type": own.model_type
+            }
     if "kv_lora_rank" in given:  # multi-head latent attention has a key head a query head
         values["num_key_value_heads"] = values["num_attention_heads"]
     return values | changes

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import SiLUActivation
 
-from chainlora.engine.attention import LAYOUT, Layout, Rows, attend
+from chainlora.engine.attention import LAYOUT, Layout, Rows, attend, packed_name
 from chainlora.engine.float32 import widened
 from chainlora.engine.fused import MlpBlock, RmsNorm, Rotary, SwiGlu, Turn, make_turn
 from chainlora.engine.patching import Patches, replacement
@@ -68,7 +68,8 @@ def why_plain_layers(model: nn.Module, calls: Calls, *, training: bool) -> str |
     """
     if not calls:
         return "they are not of Llama's shape"
-    layers = _layers(model)
+    layers, patches = _layers(model), Patches()
+    patches.set_attention(base_model(model), packed_name)
     try:
         for layer, (hidden, kwargs) in calls.items():
             if not (found := _probe(layer, hidden, kwargs, training)) <= _SAME:
@@ -76,6 +77,8 @@ def why_plain_layers(model: nn.Module, calls: Calls, *, training: bool) -> str |
                 return f"the fast forward of layer {index} differs by {found:.1g} of its output"
     except Exception as error:  # whatever an architecture trips over, its own forward is right
         return f"the probe failed ({first_line(error)})"
+    finally:
+        patches.restore()
     return None
 
 

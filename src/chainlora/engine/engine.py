@@ -188,9 +188,13 @@ class Engine:
         `max_tokens` bounds what is computed at once, in all threads together. Raises ModelError
         when a score is not a number.
         """
+        if self._findings.length:
+            return self._scores_by_length(examples, max_tokens, progress)
         scores: list[list[float]] = [[] for _ in examples]
         threads = self._threads(self._scoring_threads)
         size = pack_size(examples, max_tokens, threads.count)
+        if self.path is ForwardPath.PACKED:
+            size = min(size, self._findings.limits.row)
         batches = evaluation_batches(examples, max_tokens=size, path=self.path)
 
         @torch.inference_mode()
@@ -199,7 +203,7 @@ class Engine:
             return indices, candidate_scores(self.model, self.hidden(batch), batch).tolist()
 
         done = 0
-        with evaluation_mode(self.model), torch.inference_mode():
+        with self.plain():
             for indices, flat in threads.map(score, batches):
                 for index in indices:
                     count = len(examples[index].sequences)
@@ -208,6 +212,36 @@ class Engine:
                 done += len(indices)
                 if progress is not None:
                     progress(done, len(examples))
+        return scores
+
+    def _scores_by_length(
+        self, examples: Sequence[Example], max_tokens: int, progress: Progress | None
+    ) -> list[list[float]]:
+        """Score each sequence beside those alone that let it be what it is by itself.
+
+        Below the threshold of the rotary embedding all are alike; above it, those of one length.
+        """
+        scores = [[math.nan] * len(example.sequences) for example in examples]
+        groups: dict[int, list[tuple[int, int]]] = {}
+        for index, example in enumerate(examples):
+            for slot, sequence in enumerate(example.sequences):
+                alike = max(len(sequence), self._findings.threshold)
+                groups.setdefault(alike, []).append((index, slot))
+        done = 0
+        with self.plain():
+            for places in groups.values():
+                alone = [_one_sequence(examples[index], slot) for index, slot in places]
+                for indices in evaluation_batches(alone, max_tokens=max_tokens, path=self.path):
+                    batch = self.pack([alone[i] for i in indices])
+                    found = candidate_scores(self.model, self.hidden(batch), batch).tolist()
+                    for i, score in zip(indices, found, strict=True):
+                        index, slot = places[i]
+                        scores[index][slot] = score
+                        _check_scores([score], examples[index].row)
+                done += len(places)
+                if progress is not None:
+                    total = sum(len(example.sequences) for example in examples)
+                    progress(done * len(examples) // total, len(examples))
         return scores
 
     @contextmanager
@@ -258,10 +292,10 @@ class Engine:
             )
         if self.path is not ForwardPath.PACKED:
             return
-        self._patches.set_attention(base_model(self.model), packed_name)
         reason = self._findings.random or why_plain_layers(
             self.model, self._findings.calls, training=training
         )
+        self._patches.set_attention(base_model(self.model), packed_name)
         if reason is None:
             install_fast_layers(self.model, self._patches)
         self.notes.append(f"fast decoder layers: {'yes' if reason is None else 'no, ' + reason}")
@@ -288,6 +322,10 @@ class Engine:
 def num_terms(batch: PackedBatch, kind: Kind) -> int:
     """Return how many terms the loss of a batch sums: examples, or scored tokens."""
     return batch.num_examples if kind == "candidates" else batch.num_scored_tokens
+
+
+def _one_sequence(example: Example, slot: int) -> Example:
+    return Example(example.row, (example.sequences[slot],), (example.scored[slot],))
 
 
 def _check_scores(scores: Sequence[float], row: int) -> None:

@@ -151,6 +151,8 @@ def _probe_head(model: nn.Module) -> tuple[FindHead, Transform | None]:
             theirs = getattr(model(input_ids=ids, use_cache=False), "logits", None)
         finally:
             keep.remove()
+        if not states:  # a model that calls its base's parts (OPT)
+            states.append(base_model(model)(input_ids=ids, use_cache=False))
         hidden = states[0].last_hidden_state
         for find in (_enclosing_head, _all_after_the_base):
             with suppress(RuntimeError, TypeError, NotImplementedError):  # not made for one another
@@ -174,7 +176,8 @@ def _difference(ours: Tensor, theirs: Tensor, transform: Transform | None) -> fl
     if not isinstance(ours, Tensor) or not isinstance(theirs, Tensor) or ours.shape != theirs.shape:
         return math.inf
     logits = ours.float() if transform is None else transform(ours.float())
-    return ((logits - theirs).norm() / theirs.norm()).item()
+    difference = (logits - theirs).norm()
+    return 0.0 if difference == 0 else (difference / theirs.norm()).item()
 
 
 def _known_transforms(config: Any) -> list[Transform]:

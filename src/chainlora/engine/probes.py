@@ -61,7 +61,8 @@ class Findings:
     packed: str | None  # why packing is not the same function; None where it is
     limits: Limits
     random: str | None  # what draws random numbers while it is trained
-    length: str | None  # what depends on the length of everything in a batch
+    length: str | None  # what depends on the longest row of a batch
+    threshold: int  # tokens up to which it does not
     calls: Calls  # what the watched layers were called with in the packed row, in float32
 
 
@@ -83,7 +84,7 @@ def examine(
             reason = _why_not_packed(model, batch, plain, limits)
     drawn = random_in_training(model) if training else None
     forget_lengths(model)
-    return Findings(reason, limits, drawn, length_dependence(model), calls)
+    return Findings(reason, limits, drawn, *length_dependence(model), calls)
 
 
 @contextmanager
@@ -302,15 +303,23 @@ def _generator_states(device: torch.device) -> dict[str, Any]:
     return states
 
 
-def length_dependence(model: nn.Module) -> str | None:
-    """Return what in the model depends on the longest sequence of a batch; None if nothing.
+def length_dependence(model: nn.Module) -> tuple[str | None, int]:
+    """Return what in the model depends on the longest row of a batch (None if nothing), and from
+    how many tokens on.
 
     Dynamic and LongRoPE rotary embeddings turn by angles that the longest position decides, so a
     short row is computed differently beside a long one.
     """
-    kinds = {str(kind) for kind in _values(text_config(model).to_dict(), "rope_type")}
-    found = sorted(kinds & {"dynamic", "longrope"})
-    return f"its rotary embedding ({found[0]}) changes with the longest row" if found else None
+    config = text_config(model).to_dict()
+    found = sorted({"dynamic", "longrope"} & set(map(str, _values(config, "rope_type"))))
+    if not found:
+        return None, 0
+    thresholds = [
+        *_values(config, "original_max_position_embeddings"),
+        *_values(config, "max_position_embeddings"),
+    ]
+    first = min((value for value in thresholds if isinstance(value, int)), default=0)
+    return f"its rotary embedding ({found[0]}) changes with the longest row", first
 
 
 def forget_lengths(model: nn.Module) -> None:
