@@ -157,7 +157,8 @@ def _probe_head(model: nn.Module) -> tuple[FindHead, Transform | None]:
         for find in (_enclosing_head, _all_after_the_base):
             with suppress(RuntimeError, TypeError, NotImplementedError):  # not made for one another
                 ours.append((find, find(model)(hidden)))
-    best, error = (_enclosing_head, None), math.inf
+    best: tuple[FindHead, Transform | None] = (_enclosing_head, None)
+    error = math.inf
     for find, logits in ours:
         for transform in (None, *_known_transforms(config)):
             found = _difference(logits, theirs, transform)
@@ -172,7 +173,7 @@ def _probe_head(model: nn.Module) -> tuple[FindHead, Transform | None]:
     )
 
 
-def _difference(ours: Tensor, theirs: Tensor, transform: Transform | None) -> float:
+def _difference(ours: Any, theirs: Any, transform: Transform | None) -> float:
     if not isinstance(ours, Tensor) or not isinstance(theirs, Tensor) or ours.shape != theirs.shape:
         return math.inf
     logits = ours.float() if transform is None else transform(ours.float())
