@@ -191,7 +191,7 @@ def _identities(cell: Mapping[str, Any]) -> list[tuple[str, str, str]]:
 
 
 def definitions_mixed(cells: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return the digests (`rows_digest`, …) of which cells have several definitions, or none."""
+    """Return the digests (`rows_digest`, …) that cells have by several definitions, or lack."""
     found: dict[tuple[str, str], set[str | None]] = {}
     for cell in cells:
         for field, _, settings in _identities(cell):

@@ -84,7 +84,7 @@ class Store:
         """Write the cell's config into its folder and return the folder."""
         directory = self.directory(cell)
         directory.mkdir(parents=True, exist_ok=True)
-        config = _as_begun(with_curve(cell.config, self._curve_points), directory)
+        config = _as_started(with_curve(cell.config, self._curve_points), directory)
         write_atomically(directory / CONFIG, dump_config(config))
         (directory / ERROR).unlink(missing_ok=True)
         return directory
@@ -142,8 +142,8 @@ def results_by_id(paths: Iterable[str | Path]) -> dict[str, dict[str, Any]]:
     return {line["cell"]: result_of(line) for path in paths for line in read_results(path).cells}
 
 
-def _as_begun(config: RunConfig, directory: Path) -> RunConfig:
-    """Return the config with the evaluations that the run in `directory` began with."""
+def _as_started(config: RunConfig, directory: Path) -> RunConfig:
+    """Return the config with the evaluations that the run in `directory` started with."""
     if not (directory / RUN).exists():
         return config
     try:
