@@ -82,8 +82,8 @@ def test_digests_are_of_the_definitions_that_their_versions_name(sentiment, tmp_
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"text": "good cat", "label": 1}\n{"text": "bad mat", "label": 0}\n')
     data = DataConfig(task=str(sentiment / "task.yaml"), train=str(rows))
-    found = prepare_splits(data, _Words(), 64).digest[:12]
-    assert (VERSIONS["rows"], found) == (2, "ae424959047f")
+    found = prepare_splits(data, _Words(), 64).digest
+    assert found == f"{VERSIONS['rows']}:44cff423300b"
     model = tiny_model("llama")
     with torch.no_grad():
         for parameter in model.parameters():

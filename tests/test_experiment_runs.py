@@ -182,7 +182,7 @@ def test_cells_of_other_rows_or_weights_are_not_put_into_one_table(
     for to_run in ([["mood lora seed=2"]], []):  # once they are there, nothing more is computed
         with pytest.raises(
             RunError,
-            match=r"must be of the same rows \(got 2:\w+ in mood lora seed 0, .*new output",
+            match=r"must be of the same rows \(got 3:\w+ in mood lora seed 0, .*new output",
         ):
             run_cells(more, tmp_path / "out", backend="inline", listener=plans.append)
         assert [plan["todo"] for plan in plans if plan["event"] == "plan"] == to_run

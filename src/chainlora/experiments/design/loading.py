@@ -114,9 +114,9 @@ def _check_grid(experiment: Experiment, method: str) -> None:
 
 
 def _check_extendable(key: str, values: Sequence[Any]) -> None:
-    numbers = all(isinstance(value, int | float) and value > 0 for value in values)
-    if not numbers or len(set(values)) < 2:
+    numbers = [v for v in values if isinstance(v, int | float) and not isinstance(v, bool) and v > 0]
+    if len(numbers) < len(values):
         raise ConfigError(
-            "`tune.extend` needs two or more different positive numbers in the grid "
-            f"(got {list(values)} for {key}); give them, or leave {key} out of `extend`"
+            f"`tune.extend` needs positive numbers in the grid (got {list(values)} for {key}); "
+            f"give them, or leave {key} out of `extend`"
         )

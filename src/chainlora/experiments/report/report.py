@@ -83,7 +83,7 @@ def _tables(
         "scores": scores_table(results, summaries),
         "differences": differences_table(comparisons, "score"),
         "others": others_table(summaries),
-        "losses": differences_table(losses, "held-out loss"),
+        "losses": differences_table(losses, "held-out loss", explained=False),
         "gap": gap_table(shares(results), gap_ends(results), _metrics(summaries)),
         "machines": machines_table(results),
         "costs": costs_table(summaries),

@@ -78,8 +78,10 @@ def _score(summary: Summary | None) -> str:
     return f"{number(summary.mean, places)}{spread} ({summary.num_seeds})"
 
 
-def differences_table(comparisons: Sequence[Comparison], value: str) -> Table:
-    """Return the paired differences with intervals, tests and verdicts."""
+def differences_table(
+    comparisons: Sequence[Comparison], value: str, *, explained: bool = True
+) -> Table:
+    """Return the paired differences with intervals, tests and verdicts, and how to read them."""
     heads = (
         "task",
         "pair",
@@ -111,7 +113,8 @@ def differences_table(comparisons: Sequence[Comparison], value: str) -> Table:
             "Hyper-parameters are chosen once a task and method: what another choice would change "
             "is in no interval."
         )
-    return Table(f"Paired differences in {value}", heads, rows, note)
+    title = f"Paired differences in {value}"
+    return Table(title, heads, rows, note if explained else "Read as the table of scores.")
 
 
 def _difference_row(comparison: Comparison) -> tuple[str, ...]:
