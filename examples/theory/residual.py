@@ -1,43 +1,43 @@
-"""The matrix case: what M links of rank r leave of a rank-R target, against the best that rank M·r
-can do.
+"""What M links of rank r leave of a rank-R matrix, against the best that rank M·r can do.
 
 Source: the residual picture of Chain of LoRA, arXiv 2401.04151, section 4, on the one problem where
 everything is known. Fit ½‖T − X‖² with X = Σ B_k·A_k, one link of rank r after the other, each on
 what the earlier ones left:
 
-    exact      each link is the best rank-r fit of the residual: its top r singular triples. Greedy
-    is then optimal:
-               after M links the residual is that of Eckart and Young for rank M·r, to the last
-               digit
-    tuned      each link starts as LoRA does (A random, B = 0) and is tuned by gradient steps, both
-    factors tuned FW   the same steps, A starting along the top right singular directions of the
-    gradient (Frank–Wolfe) B only     A random and frozen, B tuned (RAC-LoRA): a random
-    r-dimensional projection of the residual per link
+    exact      each link is the best rank-r fit of the residual, its top r singular triples. Greedy
+               is then optimal: after M links the residual is that of Eckart and Young for rank M·r
+    tuned      each link starts as LoRA does (A random, B = 0); gradient steps on both factors
+    tuned FW   the same steps from A along the gradient's top right singular directions, where
+               Frank–Wolfe would step (frank_wolfe.py)
+    B only     A random and frozen, B tuned (RAC-LoRA): each link removes what a random
+               r-dimensional subspace holds
 
 What to look at: the chain of long links lies on the Eckart–Young line until the residual is small
-(from B = 0 a weak direction grows slowly: the time of a link is what its smallest singular value
-asks for); short links from random starts fall far behind it; from the gradient's directions even
-short links lie on it. B only removes a random share of what is left, so it goes down slowly however
-long a link is.
+(from B = 0 a weak direction grows slowly: the smaller its singular value, the longer the link must
+be). Short links from random starts fall far behind it; from the gradient's directions even short
+links lie on it. B only removes a random share of what is left, so it falls slowly however long a
+link is.
 
-Run: python examples/matrix_residual.py [OUTPUT.png]
+Run: python examples/theory/residual.py [OUTPUT.png] [--small]
 """
 
 from __future__ import annotations
 
-import sys
+import argparse
 
 import torch
+from figures import save, subplots
 from torch import Tensor
 
 SIZE, TARGET_RANK, RANK, LINKS = 32, 16, 2, 12
 LONG, SHORT = 400, 15  # steps a link
+EARLY = 4  # links after which the table says what is left
+SMALLEST = 1e-3  # where the figure ends
 KINDS = ("exact", "tuned", "tuned FW", "B only")
 
 
 def target(seed: int = 0) -> Tensor:
-    """Return a matrix of rank R whose singular values fall geometrically from 1, each 0.8 of the
-    one before."""
+    """Return a matrix of rank R with singular values 1, 0.8, 0.8², …"""
     generator = torch.Generator().manual_seed(seed)
     left, right = (
         torch.linalg.qr(torch.randn(SIZE, TARGET_RANK, generator=generator, dtype=torch.float64)).Q
@@ -94,55 +94,43 @@ def residuals(
     return found
 
 
-def main(output: str = "matrix_residual.png") -> dict[str, list[float]]:
-    """Draw the residuals and return them by kind."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    matrix = target()
-    found = {
-        f"{kind}, {steps} steps a link" if kind != "exact" else kind: residuals(matrix, kind, steps)
-        for steps in (LONG, SHORT)
-        for kind in KINDS
-        if kind != "exact" or steps == LONG
-    }
-    figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    axis.semilogy(
-        [max(value, 1e-9) for value in eckart_young(matrix, LINKS, RANK)],
-        "k-",
-        linewidth=4,
-        alpha=0.25,
-        label="Eckart–Young, rank M·r",
-    )
+def picture(output: str, found: dict[str, list[float]], num_links: int) -> None:
+    """Draw the residuals after each link."""
+    figure, axis = subplots(1, 1, (7.5, 4.8), layout="constrained")
+    best = [max(value, SMALLEST) for value in eckart_young(target(), num_links, RANK)]
+    axis.semilogy(best, "k-", linewidth=4, alpha=0.25, label="Eckart–Young, rank M·r")
     for name, values in found.items():
-        axis.semilogy(
-            [max(value, 1e-9) for value in values],
-            "--" if f" {SHORT} " in name else "-",
-            marker=".",
-            label=name,
-        )
+        line = "--" if f" {SHORT} " in name else "-"
+        axis.semilogy([max(value, SMALLEST) for value in values], line, marker=".", label=name)
     axis.axvline(TARGET_RANK / RANK, color="black", linestyle=":", linewidth=0.8)
     axis.set(
         xlabel=f"links M of rank r = {RANK} (target: rank R = {TARGET_RANK}, dotted at M·r = R)",
         ylabel="‖T − Σ B·A‖ / ‖T‖",
-        ylim=(1e-9, 2),
+        ylim=(SMALLEST, 2),
     )
     axis.legend(fontsize=8)
-    figure.savefig(output, dpi=150)
-    plt.close(figure)
+    save(figure, output)
+
+
+def main(output: str = "residual.png", *, small: bool = False) -> dict[str, list[float]]:
+    """Tune every chain, print what is left, draw it, and return the residuals by kind."""
+    matrix, num_links = target(), LINKS // 2 if small else LINKS
+    found = {"exact": residuals(matrix, "exact", num_links=num_links)}
+    for steps in (LONG, SHORT):
+        for kind in KINDS[1:]:
+            name = f"{kind}, {steps} steps a link"
+            found[name] = residuals(matrix, kind, steps, num_links=num_links)
+    best = eckart_young(matrix, num_links, RANK)
+    print(f"{'‖T − Σ B·A‖ / ‖T‖':28} after {EARLY} links   after {num_links} links")
+    for name, values in (found | {"Eckart–Young": best}).items():
+        print(f"{name:28} {values[EARLY]:13.4f}   {values[num_links]:14.2e}")
+    picture(output, found, num_links)
     return found
 
 
 if __name__ == "__main__":
-    for name, values in main(*sys.argv[1:]).items():
-        half = len(values) // 3
-        print(
-            f"{name:28} residual after {half} links {values[half]:.4f}, after {LINKS} links "
-            f"{values[-1]:.2e}"
-        )
-    print(
-        f"{'Eckart-Young':28} residual after {half} links "
-        f"{eckart_young(target(), half, RANK)[-1]:.4f}"
-    )
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("output", nargs="?", default="residual.png")
+    parser.add_argument("--small", action="store_true", help="half the links, for tests")
+    given = parser.parse_args()
+    main(given.output, small=given.small)
