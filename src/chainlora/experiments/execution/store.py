@@ -112,8 +112,8 @@ class Store:
         if damage:
             kept = _set_aside(self.results_file)
             logger.warning(
-                "%d damaged lines are left out of %s, which is rebuilt from the cells; "
-                "the old file is %s (first: %s)",
+                "damaged lines (%d) are left out of %s, which is rebuilt from the cells; "
+                "the old file is kept as %s (first: %s)",
                 len(damage),
                 self.results_file,
                 kept.name,
@@ -132,7 +132,7 @@ class Store:
             _check_against_run(directory, raw)
         except DamageError as error:
             kept = _set_aside(path)
-            logger.warning("%s; it is kept as %s and the cell is computed again", error, kept)
+            logger.warning("%s; it is kept as %s, the cell is computed again", error.what, kept)
             return None
         return result
 
