@@ -17,13 +17,14 @@ from typing import Any, get_args
 import peft
 import pytest
 import torch
+from conftest import write_rows
 from helpers import settings
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 from transformers import AutoModelForCausalLM
 
 import chainlora
-from chainlora import Chain, LinkConfig
+from chainlora import Chain
 from chainlora.chain.soft_knot import time_constant
 from chainlora.cli.main import cli, run
 from chainlora.config import schema as config_module
@@ -105,8 +106,7 @@ def small_loop(tiny_folder) -> dict[str, Any]:
 
 
 def test_the_chain_in_the_readme_runs(tiny_folder):
-    names = small_loop(tiny_folder) | {"Chain": Chain, "LinkConfig": LinkConfig}
-    names["carry_moments"] = optimizers.carry_moments
+    names = small_loop(tiny_folder)
     model, before = names["model"], names["model"].lm_head.weight.clone()
     exec(blocks(README, "python")[1], names)
     assert names["plain"] is model
@@ -170,6 +170,31 @@ def test_the_readme_commands_run_in_order(checkout, monkeypatch, capsys):
         for line in (checkout / "runs/soft/metrics.jsonl").read_text().splitlines()
     }
     AutoModelForCausalLM.from_pretrained("out/merged")
+
+
+def test_a_finished_run_is_resumed_by_its_own_config(checkout, monkeypatch):
+    """The command of docs/run-directory.md, after the README's."""
+    monkeypatch.chdir(checkout)
+    text = (ROOT / "docs/run-directory.md").read_text(encoding="utf-8")
+    (command,) = re.findall(r"^    chainlora (.*)$", text, flags=re.MULTILINE)
+    if not (checkout / "runs/dates").exists():
+        assert run(["train", "examples/dates.yaml"]) == 0
+    before = (checkout / "runs/dates/links/002/adapter_model.safetensors").read_bytes()
+    assert run(shlex.split(command)) == 0
+    assert (checkout / "runs/dates/links/002/adapter_model.safetensors").read_bytes() == before
+
+
+def test_the_shortest_task_in_tasks_md_runs(tiny_folder, tmp_path, monkeypatch):
+    text = (ROOT / "docs/tasks.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "headlines.yaml").write_text(blocks(text, "yaml")[0], encoding="utf-8")
+    (row,) = re.findall(r'`(\{"headline": .*?\})` \(or `"label": 0`\)', text)
+    (tmp_path / "headlines").mkdir()
+    rows = [json.loads(row), json.loads(row) | {"label": 0}]
+    for split in ("train", "validation"):
+        write_rows(tmp_path / f"headlines/{split}.jsonl", rows)
+    (command,) = re.findall(r"^chainlora (eval MODEL .*)$", text, flags=re.MULTILINE)
+    assert run(shlex.split(command.replace("MODEL", str(tiny_folder)))) == 0
 
 
 def test_the_own_loop_runs(checkout, monkeypatch, capsys):

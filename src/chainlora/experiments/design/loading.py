@@ -114,7 +114,9 @@ def _check_grid(experiment: Experiment, method: str) -> None:
 
 
 def _check_extendable(key: str, values: Sequence[Any]) -> None:
-    numbers = [v for v in values if isinstance(v, int | float) and not isinstance(v, bool) and v > 0]
+    numbers = [
+        v for v in values if isinstance(v, int | float) and not isinstance(v, bool) and v > 0
+    ]
     if len(numbers) < len(values):
         raise ConfigError(
             f"`tune.extend` needs positive numbers in the grid (got {list(values)} for {key}); "
