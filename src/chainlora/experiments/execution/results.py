@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from chainlora.config.messages import problems
 from chainlora.errors import RunError
 from chainlora.experiments.execution.checksums import is_whole
+from chainlora.experiments.execution.digests import definition
 from chainlora.experiments.execution.lines import Line, model_of
 from chainlora.experiments.execution.migration import migrate
 from chainlora.experiments.execution.records import FORMAT, result_of
@@ -167,7 +168,7 @@ def check_alike(cells: Sequence[Mapping[str, Any]]) -> None:
             found = cell.get(field)
             if found is None:
                 continue
-            key = (field, found.partition(":")[0], settings)
+            key = (field, definition(found), settings)
             before, of = first.setdefault(key, (found, name))
             if found != before:
                 raise RunError(
@@ -180,8 +181,8 @@ def check_alike(cells: Sequence[Mapping[str, Any]]) -> None:
 def _identities(cell: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """Return (field, what it names, the settings that decide it)."""
     config = cell["config"]
-    shapes = ("shots", "max_length", "truncation")  # they cut rows after these are named
-    data = {k: v for k, v in config.get("data", {}).items() if k not in shapes}
+    cuts = ("max_length", "truncation")  # rows are cut after they are digested
+    data = {k: v for k, v in config.get("data", {}).items() if k not in cuts}
     model = {"model": config.get("model"), "dtype": config.get("train", {}).get("dtype")}
     return [
         ("rows_digest", "rows", json.dumps(data, sort_keys=True)),
@@ -195,7 +196,7 @@ def definitions_mixed(cells: Sequence[Mapping[str, Any]]) -> list[str]:
     for cell in cells:
         for field, _, settings in _identities(cell):
             value = cell.get(field)
-            version = None if value is None else value.partition(":")[0]
+            version = None if value is None else definition(value)
             found.setdefault((field, settings), set()).add(version)
     return sorted({field for (field, _), versions in found.items() if len(versions) > 1})
 
