@@ -38,7 +38,10 @@ from chainlora.training.knots import spacing
 ROOT = Path(__file__).resolve().parents[1]
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-DOCUMENTS = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
+DOCUMENTS = [
+    *(ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
 OURS = ("config.md", "python.md", "house.md", "run-directory.md", "comparison.md")
 
 
@@ -463,9 +466,20 @@ def test_a_committed_report_is_what_its_results_give(results, tmp_path, capsys):
     assert (tmp_path / "report.md").read_bytes() == results.with_name("report.md").read_bytes()
 
 
-def test_the_changelog_knows_the_version():
+def test_the_changelog_and_the_citation_know_the_version():
     text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     assert f"## [{chainlora.__version__}]" in text
+    citation = parse_yaml((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == chainlora.__version__
+    assert citation["license"] == "Apache-2.0"
+
+
+def test_contributing_names_targets_of_the_makefile():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+    named = re.findall(r"^make (\w+)", text, flags=re.MULTILINE)
+    assert named
+    assert set(named) <= set(targets)
 
 
 def test_files_that_documents_name_exist():
