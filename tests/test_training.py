@@ -7,6 +7,7 @@ import json
 import random
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import peft
@@ -116,8 +117,31 @@ def test_law_6_a_chain_of_one_is_peft_lora(tiny_folder, sentiment, tmp_path, spe
             "float32",
             {"chain": {"init": "pissa"}, "train": {"gradient_accumulation": 2, "batch_size": 4}},
         ),
+        ("float32", {"chain": {"knots": {"every": 1, "share": 0.3}}}),
+        (
+            "bfloat16",
+            {
+                "chain": {"knots": {"every": 2, "share": 0.3}},
+                "train": {"keep_best": True, "eval_every": 1},
+            },
+        ),
+        (
+            "float32",
+            {
+                "chain": {"knots": {"every": 1, "share": 0.3}, "hold": "carried"},
+                "train": {"optimizer": "sgd"},
+            },
+        ),
     ],
-    ids=["plain", "bfloat16-dropout-gradient", "relora-best", "pissa-accumulation"],
+    ids=[
+        "plain",
+        "bfloat16-dropout-gradient",
+        "relora-best",
+        "pissa-accumulation",
+        "soft-knots",
+        "soft-knots-bfloat16-best",
+        "soft-knots-carried-sgd",
+    ],
 )
 def test_law_9_killed_anywhere_and_resumed_is_the_uninterrupted_run(
     tiny_folder, sentiment, tmp_path, dtype, keys
@@ -541,3 +565,47 @@ def test_a_task_taught_by_the_right_candidate_alone_has_a_majority_too(
     ]
     assert metrics["majority"] == max(labels.count(0), labels.count(1)) / len(labels)
     assert metrics.keys() == {"accuracy", "loss", "majority"}
+
+
+def test_a_run_with_soft_knots(tiny_folder, sentiment, tmp_path):
+    run, keys = tmp_path / "run", {"chain": {"knots": "auto", "ranks": [4, 2], "steps": [8, 6]}}
+    result = train(make_config(settings(tiny_folder, sentiment, run, **keys)))
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    knots = [record for record in records if record["event"] == "soft_knot"]
+    # auto: a time constant of 0.15 · 8 steps, so a knot every step but the last of the link
+    assert [record["step"] for record in knots] == [*range(1, 8), *range(9, 14)]
+    assert len({record["share"] for record in knots if record["link"] == 0}) == 1
+    changes = [record["function_change"] for record in records if record["event"] == "knot"]
+    assert max(changes) < 1e-3  # stored to 1e-3 of the update, which is small beside the weights
+    assert [link["rank"] for link in result["links"]] > [4, 2]
+    assert all(0 < link["error"] <= 1e-3 for link in result["links"])
+    model, _ = load_run(run)
+    adapter = export_adapter(run, tmp_path / "adapter")
+    base = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    adapted = peft.PeftModel.from_pretrained(base, tmp_path / "adapter")
+    ids = torch.tensor([[5, 9, 30, 7]])
+    torch.testing.assert_close(adapted(ids).logits, model(ids).logits, atol=1e-5, rtol=0)
+    assert adapter["rank"] == sum(link["rank"] for link in result["links"])
+
+
+@pytest.mark.parametrize("event", ["plan", "step", "knot", "eval"])
+def test_an_interrupted_run_leaves_nothing_running(tiny_folder, sentiment, tmp_path, event):
+    """Ctrl-C left packing threads, worker threads and trackers behind."""
+    before = set(threading.enumerate())
+
+    def interrupt(seen) -> None:
+        if seen["event"] == event:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(
+            make_config(settings(tiny_folder, sentiment, tmp_path / "run")),
+            listener=interrupt,
+        )
+    assert set(threading.enumerate()) == before
+
+
+def test_gradient_checkpointing_warns_of_nothing(tiny_folder, sentiment, recwarn):
+    keys = {"train": {"gradient_checkpointing": True}}
+    train(make_config(settings(tiny_folder, sentiment, **keys)))
+    assert not [w for w in recwarn if "deprecated" in str(w.message)]

@@ -53,8 +53,9 @@ def train(
 ) -> dict[str, Any]:
     """Run a config from data to result and return what ``result.json`` holds.
 
-    `listener` gets every event (`training.events`), the first of them `Planned`. Everything that
-    can be refused is refused before training. Raises ChainLoRAError subclasses.
+    `listener` gets every event (`training.events`): `Planned` before the first step, and before it
+    `RowsEncoded` while a large data set is tokenised. Everything that can be refused is refused
+    before training. Raises ChainLoRAError subclasses.
     """
     with prepare(config, resume, listener or (lambda event: None)) as run:
         if run.progress.step == 0:
