@@ -73,7 +73,8 @@ def package_losses(arm: Arm) -> tuple[list[float], Chain]:
 
 def package_step(engine: Engine, optimizer: torch.optim.Optimizer, tokens: torch.Tensor) -> float:
     examples = [
-        Example(row, (tuple(line),), (((1, len(line)),),)) for row, line in enumerate(tokens.tolist())
+        Example(row, (tuple(line),), (((1, len(line)),),))
+        for row, line in enumerate(tokens.tolist())
     ]
     optimizer.zero_grad()
     loss, count = engine.loss(engine.pack(examples), "completion")
@@ -177,5 +178,3 @@ def test_the_plan_names_arms_that_there_are():
             arm, guess = lab_run.arm_of(plan, study, name)
             assert guess > 0
             assert asdict(arm)["rank"] in (arm.rank, study["rank"])
-
-
