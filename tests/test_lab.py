@@ -20,9 +20,12 @@ from chainlora.training.schedule import learning_rate_factor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks" / "lab"))
 
+import make_model
 import report
 import run as lab_run
 import search
+import source
+import texts
 from arms import Arm, Lora, make
 from model import Tiny, compiled
 
@@ -178,3 +181,14 @@ def test_the_plan_names_arms_that_there_are():
             arm, guess = lab_run.arm_of(plan, study, name)
             assert guess > 0
             assert asdict(arm)["rank"] in (arm.rank, study["rank"])
+
+
+def test_a_model_can_be_made_where_none_is(tmp_path, monkeypatch):
+    monkeypatch.setattr(texts, "_MAX_CHARACTERS", 200_000)  # some 1,000 blocks, for speed
+    make_model.make_model(tmp_path, steps=2)
+    tiny = source.load_tiny(tmp_path, LENGTH)
+    tokenizer = source.TextTokenizer(tmp_path)
+    text = texts.load_text("python", tokenizer, LENGTH, None)
+    assert text.results.shape == (texts.HELD_OUT, LENGTH + 1)
+    _, loss = compiled(tiny, plain=True)
+    assert loss(tiny.stacks, text.results[:4]).item() < 7  # ln 512 is 6.2
