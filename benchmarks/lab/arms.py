@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from model import MODULES, Stacks, Tiny
@@ -41,10 +41,19 @@ class Arm:
     eighth: bool = False  # eight soft knots, ρ = 0.35
     auto: bool = False  # soft knots as `knots: auto` has them
     tied: bool = True
+    fading: bool = False  # shares follow the schedule of the learning rate
     moments: str = "carried"
     b_ratio: float = 1.0
     relative: bool = False
     ema: float | None = None  # time constant, as a fraction of the steps
+
+    def named(self) -> dict[str, Any]:
+        """Return the values that are not the defaults: new fields leave old cells valid."""
+        return {
+            key.name: getattr(self, key.name)
+            for key in fields(self)
+            if getattr(self, key.name) != key.default
+        }
 
     def soft(self, steps: int) -> tuple[int, float] | None:
         """Return (steps between soft knots, share), or None."""
@@ -170,7 +179,7 @@ class Lora:
             self.link += 1
             self._fresh()
         elif self.soft and done % self.soft[0] == 0:
-            self.tie_share(self.soft[1])
+            self.tie_share(self.soft[1] * (self.rate(done - 1) if self.arm.fading else 1.0))
 
     @torch.no_grad()
     def tie_share(self, share: float) -> dict[str, Balance]:

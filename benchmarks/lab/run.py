@@ -16,7 +16,6 @@ import platform
 import statistics
 import sys
 import time
-from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -106,12 +105,12 @@ class Lab:
             "steps": study["steps"],
             "rows": ROWS,
             "length": LENGTH,
-            "arm": asdict(arm),
+            "arm": arm.named(),
             "lr": lr,
             "seed": seed,
             "held_out": phase,
         }
-        key = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
+        key = key_of(config)
         if key not in self.done:
             self.done[key] = self._run(key, config, arm, study["name"], name)
             append(self.out, self.done[key])
@@ -185,6 +184,11 @@ class Lab:
 def warmup(steps: int) -> int:
     """Return the steps over which the learning rate rises."""
     return max(1, round(WARMUP * steps))
+
+
+def key_of(config: dict[str, Any]) -> str:
+    """Return the name of a cell: equal configs, equal keys."""
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def read_cells(path: Path) -> list[dict[str, Any]]:
