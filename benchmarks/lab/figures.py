@@ -28,9 +28,14 @@ def draw_curves(
             _draw_difference(right, name, curves, arms[reference], color)
     for name, loss in lines.items():
         left.axhline(loss, color="grey", linewidth=0.8, linestyle=":")
-        left.annotate(name, (0, loss), (2, 2), "data", textcoords="offset points", fontsize=8)
+        left.text(0.01, loss, name, transform=left.get_yaxis_transform(), fontsize=8, va="bottom")
     right.axhline(0, color=colors[0], linewidth=1.2)
-    left.set(title=title, xlabel="step", ylabel="held-out loss (nats a token)")
+    before = next(iter(arms[reference].values()))[0][1]
+    left.set(
+        title=f"{title} (zero-shot {before:.2f})",
+        xlabel="step",
+        ylabel="held-out loss (nats a token)",
+    )
     right.set(
         title=f"less {reference}, paired by seed, 95 % t band",
         xlabel="step",
