@@ -21,4 +21,3 @@ def rows_digest(splits: Mapping[str, str], before: str = "") -> str:
     for name, digest in splits.items():
         found.update(f"\n{name} {digest}".encode())
     return f"{VERSION}:{found.hexdigest()[:12]}"
-
