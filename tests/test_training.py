@@ -7,6 +7,7 @@ import json
 import random
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import peft
@@ -14,14 +15,14 @@ import pytest
 import torch
 import yaml
 from conftest import write_rows
-from helpers import assert_same_links, links_of, settings
+from helpers import assert_same_links, assert_trains_as_peft, settings, training_examples
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from chainlora import evaluate_task, export_adapter, load_run, load_task, make_config, train
-from chainlora.chain.initialization import generator_for, random_factors
 from chainlora.errors import ChainLoRAError, ConfigError, ModelError, RunError, TrainingError
 from chainlora.runs.directory import RunDirectory
+from chainlora.training.knots import WHOLE
 from chainlora.training.optimizers import prune_moments
 from chainlora.training.plan import make_plan
 
@@ -34,7 +35,8 @@ def test_a_run_from_config_to_result(tiny_folder, sentiment, tmp_path):
     assert result["metrics"]["validation"]["accuracy"] > 0.9  # the word is in the sentence
     assert json.loads((run / "result.json").read_text()) == result
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [dict(r) for r in seen[1:]] == records
+    assert [dict(r) for r in seen[1:-1]] == records
+    assert [seen[0]["event"], seen[-1]["event"]] == ["plan", "scored"]
     assert [r["where"] for r in records if r["event"] == "eval"] == [
         "start",
         "knot",
@@ -101,82 +103,6 @@ def test_law_6_a_chain_of_one_is_peft_lora(tiny_folder, sentiment, tmp_path, spe
     assert_trains_as_peft(make_config(tree))
 
 
-def assert_trains_as_peft(config) -> None:
-    """Same seed, same batches, same losses and weights as PEFT with a plain AdamW loop."""
-    losses = []
-    train(config, listener=lambda r: losses.append(r["loss"]) if r["event"] == "step" else None)
-    expected, theirs = plain_peft_loop(config)
-    torch.testing.assert_close(
-        losses, expected, atol=2e-6, rtol=0
-    )  # float32 rounding of losses near 1
-    (ours,) = links_of(Path(config.output))
-    assert ours.keys() == theirs.keys()
-    for name in ours:
-        # Adam divides by the gradient's size, so a rounding error in a tiny gradient moves a weight
-        # by a small share of the learning rate; six steps of 1e-3 moved the weights by up to 4e-3
-        torch.testing.assert_close(ours[name], theirs[name], atol=2e-5, rtol=0)
-        assert (ours[name] - theirs[name]).abs().median() < 1e-7
-
-
-def plain_peft_loop(config) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """Train PEFT's LoRA by hand on `sentiment` as a config of one link says; return losses and
-    factors.
-
-    Prompts are padded and scored the plain way, the rate falls linearly, gradients are clipped by
-    torch.
-    """
-    (link,), (num_steps,), keys = config.chain.links(), config.chain.steps, config.train
-    tokenizer = AutoTokenizer.from_pretrained(config.model)
-    rows = [json.loads(line) for line in Path(config.data.train).read_text().splitlines()]
-    model = AutoModelForCausalLM.from_pretrained(config.model)
-    model = peft.get_peft_model(
-        model,
-        peft.LoraConfig(
-            r=link.rank, lora_alpha=link.alpha, target_modules=list(link.target_modules)
-        ),
-    )
-    with torch.no_grad():
-        for name, module in model.base_model.model.named_modules():
-            if hasattr(module, "lora_A"):
-                generator = generator_for(keys.seed, 0, name)
-                start = random_factors(link, module.in_features, module.out_features, generator)
-                module.lora_A["default"].weight.copy_(start.a)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=keys.lr, weight_decay=0.0)
-    labels = [tokenizer(word)["input_ids"][-1] for word in (" bad", " good")]
-    plan = make_plan(config, _examples(config, tokenizer))
-    losses = []
-    for step in range(num_steps):
-        for group in optimizer.param_groups:
-            group["lr"] = keys.lr * (1 - step / num_steps)
-        batch = [rows[index] for index in plan.batches(step)[0]]
-        encoded = tokenizer(
-            [row["text"] + " it was" for row in batch],
-            return_tensors="pt",
-            padding=True,
-            padding_side="right",
-            return_token_type_ids=False,
-        )
-        logits = model(**encoded).logits
-        last = logits[torch.arange(len(batch)), encoded["attention_mask"].sum(1) - 1]
-        loss = torch.nn.functional.cross_entropy(
-            last[:, labels], torch.tensor([row["label"] for row in batch])
-        )
-        loss.backward()
-        if keys.max_grad_norm is not None:
-            torch.nn.utils.clip_grad_norm_(trained, keys.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses, peft.get_peft_model_state_dict(model)
-
-
-def _examples(config, tokenizer):
-    from chainlora.data.splits import prepare_splits
-
-    return prepare_splits(config.data, tokenizer, 128).train
-
-
 @pytest.mark.parametrize(
     ("dtype", "keys"),
     [
@@ -193,8 +119,31 @@ def _examples(config, tokenizer):
             "float32",
             {"chain": {"init": "pissa"}, "train": {"gradient_accumulation": 2, "batch_size": 4}},
         ),
+        ("float32", {"chain": {"knots": {"every": 1, "share": 0.3}}}),
+        (
+            "bfloat16",
+            {
+                "chain": {"knots": {"every": 2, "share": 0.3}},
+                "train": {"keep_best": True, "eval_every": 1},
+            },
+        ),
+        (
+            "float32",
+            {
+                "chain": {"knots": {"every": 1, "share": 0.3}, "hold": "carried"},
+                "train": {"optimizer": "sgd"},
+            },
+        ),
     ],
-    ids=["plain", "bfloat16-dropout-gradient", "relora-best", "pissa-accumulation"],
+    ids=[
+        "plain",
+        "bfloat16-dropout-gradient",
+        "relora-best",
+        "pissa-accumulation",
+        "soft-knots",
+        "soft-knots-bfloat16-best",
+        "soft-knots-carried-sgd",
+    ],
 )
 def test_law_9_killed_anywhere_and_resumed_is_the_uninterrupted_run(
     tiny_folder, sentiment, tmp_path, dtype, keys
@@ -469,16 +418,22 @@ def test_a_best_point_at_the_last_knot_selects_no_partial_link(tiny_folder, sent
     assert again["metrics"]["loss"] == pytest.approx(result["best"]["value"], abs=1e-5)
 
 
-@pytest.mark.parametrize(("lr", "good"), [(3e38, None), (1e15, 1)])
+@pytest.mark.parametrize(("warmup", "good"), [(0, None), (1, 1)])
 def test_a_non_finite_loss_stops_and_keeps_the_last_good_state(
-    tiny_folder, sentiment, tmp_path, lr, good
+    tiny_folder, sentiment, tmp_path, warmup, good
 ):
     run = tmp_path / "run"
     tree = settings(
         tiny_folder,
         sentiment,
         run,
-        train={"lr": lr, "schedule": "constant", "max_grad_norm": None, "save_every": 1},
+        train={
+            "lr": 3e38,
+            "schedule": "constant",
+            "warmup_steps": warmup,  # the first step of a warm-up has rate 0
+            "max_grad_norm": None,
+            "save_every": 1,
+        },
     )
     with pytest.raises(
         TrainingError, match=r"must be finite \(got .* at step \d+, link \d\).*is kept in"
@@ -551,7 +506,7 @@ def test_epochs_split_steps_at_the_knots(tiny_folder, sentiment):
     config = make_config(
         settings(tiny_folder, sentiment, chain={"steps": None, "epochs": [1, 0.5, 0.5]})
     )
-    plan = make_plan(config, _examples(config, AutoTokenizer.from_pretrained(tiny_folder)))
+    plan = make_plan(config, training_examples(config, AutoTokenizer.from_pretrained(tiny_folder)))
     assert plan.lengths == (4, 2, 2)
     rows = [row for step in range(4) for batch in plan.batches(step) for row in batch]
     assert sorted(rows) == list(range(32))  # an epoch sees every row once
@@ -560,7 +515,7 @@ def test_epochs_split_steps_at_the_knots(tiny_folder, sentiment):
             make_config(
                 settings(tiny_folder, sentiment, chain={"steps": None, "epochs": [1, 0.01, 1]})
             ),
-            _examples(config, AutoTokenizer.from_pretrained(tiny_folder)),
+            training_examples(config, AutoTokenizer.from_pretrained(tiny_folder)),
         )
 
 
@@ -612,3 +567,80 @@ def test_a_task_taught_by_the_right_candidate_alone_has_a_majority_too(
     ]
     assert metrics["majority"] == max(labels.count(0), labels.count(1)) / len(labels)
     assert metrics.keys() == {"accuracy", "loss", "majority"}
+
+
+def test_a_run_with_soft_knots(tiny_folder, sentiment, tmp_path):
+    run, keys = tmp_path / "run", {"chain": {"knots": "auto", "ranks": [4, 2], "steps": [8, 6]}}
+    result = train(make_config(settings(tiny_folder, sentiment, run, **keys)))
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    knots = [record for record in records if record["event"] == "soft_knot"]
+    # auto: a time constant of 0.15 · 8 steps, so a knot every step but the last of the link
+    assert [record["step"] for record in knots] == [*range(1, 8), *range(9, 14)]
+    assert len({record["share"] for record in knots if record["link"] == 0}) == 1
+    changes = [record["function_change"] for record in records if record["event"] == "knot"]
+    assert max(changes) < 1e-3  # stored to 1e-3 of the update, which is small beside the weights
+    assert [link["rank"] for link in result["links"]] > [4, 2]
+    assert all(0 < link["error"] <= 1e-3 for link in result["links"])
+    model, _ = load_run(run)
+    adapter = export_adapter(run, tmp_path / "adapter")
+    base = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    adapted = peft.PeftModel.from_pretrained(base, tmp_path / "adapter")
+    ids = torch.tensor([[5, 9, 30, 7]])
+    torch.testing.assert_close(adapted(ids).logits, model(ids).logits, atol=1e-5, rtol=0)
+    assert adapter["rank"] == sum(link["rank"] for link in result["links"])
+
+
+@pytest.mark.parametrize("event", ["plan", "step", "knot", "eval"])
+def test_an_interrupted_run_leaves_nothing_running(tiny_folder, sentiment, tmp_path, event):
+    """Ctrl-C left packing threads, worker threads and trackers behind."""
+    before = set(threading.enumerate())
+
+    def interrupt(seen) -> None:
+        if seen["event"] == event:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(
+            make_config(settings(tiny_folder, sentiment, tmp_path / "run")),
+            listener=interrupt,
+        )
+    assert set(threading.enumerate()) == before
+
+
+def test_gradient_checkpointing_warns_of_nothing(tiny_folder, sentiment, recwarn):
+    keys = {"train": {"gradient_checkpointing": True}}
+    train(make_config(settings(tiny_folder, sentiment, **keys)))
+    assert not [w for w in recwarn if "deprecated" in str(w.message)]
+
+
+class _EndsEarly:
+    """A policy of somebody's own: the first link ends after two steps."""
+
+    def knot_after(self, position):
+        done = position.step >= position.num_steps or (position.link == 0 and position.step == 2)
+        return WHOLE if done else None
+
+
+@pytest.mark.parametrize("dies_at", [None, 1, 2, 3, 7])
+def test_a_link_may_end_early_and_the_last_one_makes_up_for_it(
+    tiny_folder, sentiment, tmp_path, monkeypatch, dies_at
+):
+    monkeypatch.setattr("chainlora.training.setup.make_policy", lambda config: _EndsEarly())
+    config = make_config(
+        settings(tiny_folder, sentiment, tmp_path / "run", train={"save_every": 1})
+    )
+
+    def die(event) -> None:
+        if event["event"] == "step" and event["step"] == dies_at:
+            raise KeyboardInterrupt
+
+    if dies_at is not None:
+        with pytest.raises(KeyboardInterrupt):
+            train(config, listener=die)
+    result = train(config, resume=dies_at is not None)
+    assert [link["num_steps"] for link in result["links"]] == [2, 4, 5]
+    assert result["steps"] == 11
+    whole = settings(tiny_folder, sentiment, tmp_path / "planned", chain={"steps": [2, 4, 5]})
+    monkeypatch.undo()
+    train(make_config(whole))
+    assert_same_links(tmp_path / "run", tmp_path / "planned")  # rates and rows too

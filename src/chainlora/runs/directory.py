@@ -20,7 +20,7 @@ import os
 import platform
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,7 @@ class Progress:
     evaluations_without_gain: int = 0
     stopped: bool = False
     soft_knots: int = 0  # in the live link so far
+    lengths: list[int] = field(default_factory=list)  # steps of each link that has ended
 
 
 def read_progress(tree: Mapping[str, Any]) -> Progress:

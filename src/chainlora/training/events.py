@@ -118,3 +118,13 @@ class Evaluated(Event):
         """Return the JSON object that stands for the event."""
         values = super().record()
         return {k: v for k, v in values.items() if k != "metrics"} | dict(self.metrics)
+
+
+@dataclass(frozen=True, eq=False)
+class Scored(Event):
+    """A split was scored at the end; not part of ``metrics.jsonl``."""
+
+    name = "scored"
+    step: int
+    split: str
+    predictions: list[dict[str, Any]]  # one a row (`Evaluation.predictions`)

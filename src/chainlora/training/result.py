@@ -9,6 +9,7 @@ from chainlora.data.rows import Rows
 from chainlora.evaluation.metrics import INDEX_METRICS, majority_rate
 from chainlora.runs import directory as store
 from chainlora.runs.costs import hardware, num_trained, peak_memory_mb
+from chainlora.training.events import Scored
 from chainlora.training.run import Run
 from chainlora.training.selection import score
 
@@ -37,7 +38,9 @@ def _final_metrics(run: Run) -> dict[str, Any]:
         if not examples:
             continue
         known = run.last_scored if name == "validation" else None
-        metrics[name] = dict((known or score(run, examples)).metrics)
+        scored = known or score(run, examples)
+        metrics[name] = dict(scored.metrics)
+        run.listener(Scored(run.progress.step, name, scored.predictions))
         if run.splits.metric in INDEX_METRICS:
             metrics[name]["majority"] = majority_rate(examples)
     return metrics

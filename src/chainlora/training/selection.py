@@ -90,4 +90,4 @@ def _partial_link(run: Run) -> Link | None:
     if partial is None:
         assert run.directory is not None
         partial = run.directory.load_best(index, run.config.chain.links()[index])
-    return replace(partial, num_steps=best["step"] - run.plan.first_step(index))
+    return replace(partial, num_steps=best["step"] - run.first_step(index))
