@@ -148,7 +148,7 @@ def test_train_resumes_a_run_that_was_stopped(chainlora, config, tmp_path):
         len(chainlora("inspect", tmp_path / "run", "--json").json["links"]) == 1
     )  # half-way is fine to look at
     resumed = chainlora("train", config, "--resume", "--json")
-    assert "going on after step" in resumed.err
+    assert "resuming after step" in resumed.err
     assert resumed.json["metrics"] == whole["metrics"]
     for link in ("000", "001", "002"):
         one, two = (
@@ -751,7 +751,7 @@ def test_output_in_use(chainlora, config, tmp_path):
     assert chainlora("train", config).status == 0
     before = (tmp_path / "run" / "chain.json").read_bytes()
     chainlora("train", config).refused(
-        "which holds a run); pass --resume to go on with it, or choose another output"
+        "which holds a run); pass --resume to resume it, or choose another output"
     )
     chainlora("train", config, "--resume", "--train.lr", "1").refused(
         "--resume needs the config the run began with (got other values under train); use "
@@ -821,17 +821,9 @@ def test_a_non_finite_loss_stops_and_says_where_the_last_good_state_is(chainlora
     )
     assert (outcome.status, outcome.out) == (1, "")
     line = outcome.err.splitlines()[-1]
-    assert line.startswith(
-        "chainlora: error: the loss and its gradient must be finite (got loss nan"
-    )
-    assert (
-        f"at step 2, link 0); the state before it is kept in {tmp_path / 'run'}; lower train.lr or"
-        in line
-    )
-    kept = tmp_path / "run" / "checkpoints" / "00000001"
-    assert {"adapter_model.safetensors", "optimizer.safetensors", "progress.json"} <= {
-        p.name for p in kept.iterdir()
-    }
+    assert line.startswith("chainlora: error: the norm of the weights must be finite (got ")
+    kept = f"at step 1, link 0); the last good state is kept in {tmp_path / 'run'}; lower train.lr"
+    assert kept in line
     assert (
         chainlora("inspect", tmp_path / "run", "--json").json["links"] == []
     )  # whole, and of no link yet

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from chainlora.data.encoding import detect_format, encode_examples, epoch_batches
+from chainlora.data.encoding import detect_format, encode_examples
+from chainlora.data.order import epoch_batches
 from chainlora.data.tasks import Task, load_rows, load_split, load_task, sample_splits
 from chainlora.errors import ConfigError, DataError
 

@@ -148,7 +148,10 @@ def test_the_chat_example_runs(checkout, monkeypatch):
 
 def sections() -> dict[str, type[BaseModel]]:
     fields = config_module.RunConfig.model_fields
-    return {"": config_module.RunConfig} | {
+    return {
+        "": config_module.RunConfig,
+        "chain.knots.": config_module.KnotConfig,
+    } | {
         f"{name}.": field.annotation
         for name, field in fields.items()
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)

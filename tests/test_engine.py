@@ -11,10 +11,10 @@ import torch
 from conftest import tiny_model
 from torch import nn
 
-from chainlora import Chain, extend_chain
+from chainlora.chain.chain import Chain
 from chainlora.config.schema import LinkConfig
 from chainlora.data.examples import Example
-from chainlora.engine.engine import Engine
+from chainlora.engine.engine import Engine, num_terms
 from chainlora.engine.patching import patched_modules
 from chainlora.errors import ModelError
 
@@ -49,16 +49,18 @@ def state_of(model: nn.Module) -> dict[str, Any]:
 
 
 def run_a_step(engine: Engine) -> None:
-    shards = engine.split(completions())
-    batches = [[engine.pack(shard) for shard in shards]]
-    parameters = [p for p in engine.model.parameters() if p.requires_grad]
-    engine.add_gradients(
-        batches,
+    shards = [engine.pack(shard) for shard in engine.split(completions())]
+    add_gradients(engine, shards, [p for p in engine.model.parameters() if p.requires_grad])
+    engine.scores(completions())
+
+
+def add_gradients(engine: Engine, shards: list, parameters: list[nn.Parameter]) -> float:
+    return engine.add_gradients(
+        [shards],
         parameters,
         loss=lambda batch: engine.loss(batch, "completion")[0],
-        count=lambda batch: batch.num_scored_tokens,
+        count=lambda batch: num_terms(batch, "completion"),
     )
-    engine.scores(completions())
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
@@ -72,7 +74,7 @@ def test_an_exception_leaves_no_thread_no_patch_and_the_config_as_before(
     def work() -> None:
         with Engine(model, training=True) as engine:
             chain = Chain(model, seed=0)
-            adapter = extend_chain(chain, LinkConfig(rank=2, target_modules="all-linear"))
+            adapter = chain.extend(LinkConfig(rank=2, target_modules="all-linear"))
             engine.adapt(adapter.layers.values())
             run_a_step(engine)
             assert state_of(model)["threads"]
@@ -97,14 +99,9 @@ def test_an_exception_in_a_thread_ends_the_others(two_threads: None) -> None:
 
     def work() -> None:
         with Engine(model, training=True) as engine:
-            shards = [[engine.pack(completions()[i : i + 1]) for i in range(8)]]
+            shards = [engine.pack(completions()[i : i + 1]) for i in range(8)]
             model.model.norm.register_forward_hook(fail)
-            engine.add_gradients(
-                shards,
-                list(model.parameters()),
-                loss=lambda batch: engine.loss(batch, "completion")[0],
-                count=lambda batch: batch.num_scored_tokens,
-            )
+            add_gradients(engine, shards, list(model.parameters()))
 
     with pytest.raises(RuntimeError, match="in a thread"):
         work()

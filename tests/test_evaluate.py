@@ -16,8 +16,7 @@ from hypothesis import strategies as st
 from reference_scorer import reference_predictions, reference_scores, reference_scores_of_text
 
 from chainlora import evaluate_task
-from chainlora.data.encoding import NamedExample
-from chainlora.data.examples import Example
+from chainlora.data.examples import Example, NamedExample
 from chainlora.data.tasks import Task
 from chainlora.engine.hidden_states import Path
 from chainlora.engine.packing import pack

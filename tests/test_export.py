@@ -420,7 +420,7 @@ def test_dora_exports_merged_and_refuses_an_adapter(folders, sentiment, tmp_path
     assert command(["export", str(run), "--to", "adapter", "--output", str(tmp_path / "a")]) == 1
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert "DoRA links are no low-rank sum" in captured.err
+    assert "DoRA links are not a low-rank sum" in captured.err
     assert "merged" in captured.err
     assert not (tmp_path / "a").exists()
 

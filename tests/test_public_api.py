@@ -47,7 +47,7 @@ SIGNATURES = {
     "export_adapter": "(run, output, *, rank, tolerance, num_links)",
     "inspect_run": "(run)",
     "evaluate_task": "(run_or_model, task, *, data, split, limit, num_links, dtype, predictions, "
-    "progress)",
+    "speedups, progress)",
     "extend_chain": "(chain, config, *, backward)",
     "tune_link": "(chain, steps, update)",
     "tie_knot": "(chain)",

@@ -138,7 +138,7 @@ def test_training_in_threads_is_training_without(
     plans, losses = {}, {}
     for name in ("one", "two", "again"):
         if name == "one":
-            monkeypatch.setattr("chainlora.training.loop._count_lanes", lambda *_: 1)
+            monkeypatch.setattr("chainlora.training.setup._needs_one_thread", lambda _: True)
         else:
             monkeypatch.undo()
         records: list[dict] = []
@@ -146,7 +146,7 @@ def test_training_in_threads_is_training_without(
             make_config(settings(tiny_folder, sentiment, tmp_path / name, **keys)),
             listener=records.append,
         )
-        plans[name] = records[0]["lanes"]
+        plans[name] = records[0]["threads"]
         losses[name] = [record["loss"] for record in records if record["event"] == "step"]
     assert plans == {"one": 1, "two": 2, "again": 2}
     # sums over a batch in another order: some roundings of losses near 1 in float32, of activations
@@ -221,4 +221,4 @@ def test_one_thread_for_dropout_in_the_adapter_and_without_speedups(
     for keys in ({"chain": {"dropout": 0.1}}, {"train": {"speedups": "off"}}):
         records: list[dict] = []
         train(make_config(settings(tiny_folder, sentiment, **keys)), listener=records.append)
-        assert records[0]["lanes"] == 1
+        assert records[0]["threads"] == 1

@@ -14,12 +14,11 @@ import pytest
 import torch
 import yaml
 from conftest import write_rows
-from helpers import assert_same_links, links_of, settings
+from helpers import assert_same_links, assert_trains_as_peft, settings, training_examples
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from chainlora import evaluate_task, export_adapter, load_run, load_task, make_config, train
-from chainlora.chain.initialization import generator_for, random_factors
 from chainlora.errors import ChainLoRAError, ConfigError, ModelError, RunError, TrainingError
 from chainlora.runs.directory import RunDirectory
 from chainlora.training.optimizers import prune_moments
@@ -99,82 +98,6 @@ def test_law_6_a_chain_of_one_is_peft_lora(tiny_folder, sentiment, tmp_path, spe
         train={"seed": 3, "max_grad_norm": None, "lr": 1e-3, "speedups": speedups},
     )
     assert_trains_as_peft(make_config(tree))
-
-
-def assert_trains_as_peft(config) -> None:
-    """Same seed, same batches, same losses and weights as PEFT with a plain AdamW loop."""
-    losses = []
-    train(config, listener=lambda r: losses.append(r["loss"]) if r["event"] == "step" else None)
-    expected, theirs = plain_peft_loop(config)
-    torch.testing.assert_close(
-        losses, expected, atol=2e-6, rtol=0
-    )  # float32 rounding of losses near 1
-    (ours,) = links_of(Path(config.output))
-    assert ours.keys() == theirs.keys()
-    for name in ours:
-        # Adam divides by the gradient's size, so a rounding error in a tiny gradient moves a weight
-        # by a small share of the learning rate; six steps of 1e-3 moved the weights by up to 4e-3
-        torch.testing.assert_close(ours[name], theirs[name], atol=2e-5, rtol=0)
-        assert (ours[name] - theirs[name]).abs().median() < 1e-7
-
-
-def plain_peft_loop(config) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """Train PEFT's LoRA by hand on `sentiment` as a config of one link says; return losses and
-    factors.
-
-    Prompts are padded and scored the plain way, the rate falls linearly, gradients are clipped by
-    torch.
-    """
-    (link,), (num_steps,), keys = config.chain.links(), config.chain.steps, config.train
-    tokenizer = AutoTokenizer.from_pretrained(config.model)
-    rows = [json.loads(line) for line in Path(config.data.train).read_text().splitlines()]
-    model = AutoModelForCausalLM.from_pretrained(config.model)
-    model = peft.get_peft_model(
-        model,
-        peft.LoraConfig(
-            r=link.rank, lora_alpha=link.alpha, target_modules=list(link.target_modules)
-        ),
-    )
-    with torch.no_grad():
-        for name, module in model.base_model.model.named_modules():
-            if hasattr(module, "lora_A"):
-                generator = generator_for(keys.seed, 0, name)
-                start = random_factors(link, module.in_features, module.out_features, generator)
-                module.lora_A["default"].weight.copy_(start.a)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=keys.lr, weight_decay=0.0)
-    labels = [tokenizer(word)["input_ids"][-1] for word in (" bad", " good")]
-    plan = make_plan(config, _examples(config, tokenizer))
-    losses = []
-    for step in range(num_steps):
-        for group in optimizer.param_groups:
-            group["lr"] = keys.lr * (1 - step / num_steps)
-        batch = [rows[index] for index in plan.batches(step)[0]]
-        encoded = tokenizer(
-            [row["text"] + " it was" for row in batch],
-            return_tensors="pt",
-            padding=True,
-            padding_side="right",
-            return_token_type_ids=False,
-        )
-        logits = model(**encoded).logits
-        last = logits[torch.arange(len(batch)), encoded["attention_mask"].sum(1) - 1]
-        loss = torch.nn.functional.cross_entropy(
-            last[:, labels], torch.tensor([row["label"] for row in batch])
-        )
-        loss.backward()
-        if keys.max_grad_norm is not None:
-            torch.nn.utils.clip_grad_norm_(trained, keys.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses, peft.get_peft_model_state_dict(model)
-
-
-def _examples(config, tokenizer):
-    from chainlora.data.splits import prepare_splits
-
-    return prepare_splits(config.data, tokenizer, 128).train
 
 
 @pytest.mark.parametrize(
@@ -469,16 +392,22 @@ def test_a_best_point_at_the_last_knot_selects_no_partial_link(tiny_folder, sent
     assert again["metrics"]["loss"] == pytest.approx(result["best"]["value"], abs=1e-5)
 
 
-@pytest.mark.parametrize(("lr", "good"), [(3e38, None), (1e15, 1)])
+@pytest.mark.parametrize(("warmup", "good"), [(0, None), (1, 1)])
 def test_a_non_finite_loss_stops_and_keeps_the_last_good_state(
-    tiny_folder, sentiment, tmp_path, lr, good
+    tiny_folder, sentiment, tmp_path, warmup, good
 ):
     run = tmp_path / "run"
     tree = settings(
         tiny_folder,
         sentiment,
         run,
-        train={"lr": lr, "schedule": "constant", "max_grad_norm": None, "save_every": 1},
+        train={
+            "lr": 3e38,
+            "schedule": "constant",
+            "warmup_steps": warmup,  # the first step of a warm-up has rate 0
+            "max_grad_norm": None,
+            "save_every": 1,
+        },
     )
     with pytest.raises(
         TrainingError, match=r"must be finite \(got .* at step \d+, link \d\).*is kept in"
@@ -551,7 +480,7 @@ def test_epochs_split_steps_at_the_knots(tiny_folder, sentiment):
     config = make_config(
         settings(tiny_folder, sentiment, chain={"steps": None, "epochs": [1, 0.5, 0.5]})
     )
-    plan = make_plan(config, _examples(config, AutoTokenizer.from_pretrained(tiny_folder)))
+    plan = make_plan(config, training_examples(config, AutoTokenizer.from_pretrained(tiny_folder)))
     assert plan.lengths == (4, 2, 2)
     rows = [row for step in range(4) for batch in plan.batches(step) for row in batch]
     assert sorted(rows) == list(range(32))  # an epoch sees every row once
@@ -560,7 +489,7 @@ def test_epochs_split_steps_at_the_knots(tiny_folder, sentiment):
             make_config(
                 settings(tiny_folder, sentiment, chain={"steps": None, "epochs": [1, 0.01, 1]})
             ),
-            _examples(config, AutoTokenizer.from_pretrained(tiny_folder)),
+            training_examples(config, AutoTokenizer.from_pretrained(tiny_folder)),
         )
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from chainlora.data.encoding import epoch_batches
+from chainlora.data.order import epoch_batches
 from chainlora.data.tasks import Row, list_tasks, load_rows, load_split, load_task
 from chainlora.models.loading import resolve_model
 

@@ -22,3 +22,27 @@ class Example:
     label: int | None = None
     prompt: tuple[int, ...] = ()
     references: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class NamedExample(Example):
+    """A row whose candidates stand for `names`, which metrics compare with `references` (as in
+    ReCoRD)."""
+
+    names: tuple[str, ...] = ()
+
+
+def make_example(
+    row: int,
+    sequences: tuple[tuple[int, ...], ...],
+    scored: tuple[Spans, ...],
+    label: int | None,
+    references: tuple[str, ...],
+    names: tuple[str, ...],
+) -> Example:
+    """Return a row's example; its prompt is what stands before the last span of the first
+    sequence."""
+    prompt = sequences[0][: scored[0][-1][0]]
+    if names:
+        return NamedExample(row, sequences, scored, label, prompt, references, names)
+    return Example(row, sequences, scored, label, prompt, references)

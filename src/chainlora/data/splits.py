@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
+from transformers import PreTrainedTokenizerBase
+
 from chainlora.config.schema import DataConfig
-from chainlora.data.encoding import encode_examples
-from chainlora.data.examples import Example
+from chainlora.data.digest import rows_digest
+from chainlora.data.encoding import Options
+from chainlora.data.preparing import make_rows
+from chainlora.data.rows import MemoryRows, Rows
+from chainlora.data.sources import ListSource, Row, Source, find_source, iterate
 from chainlora.data.tasks import (
     REPORTED_OF_TEXT,
     WORD_METRICS,
-    Row,
+    FlatSource,
     Task,
-    explode_rows,
-    load_rows,
     load_task,
-    load_unseen_split,
     sample_splits,
+    unseen_source,
 )
 from chainlora.errors import ConfigError
 
@@ -29,17 +32,22 @@ _log = logging.getLogger(__name__)
 
 SPLITS = ("train", "validation", "test")
 
+Progress = Callable[[str, int, float], None]
+"""Told (split, rows encoded so far, share of the split in 0…1) while a large split is encoded."""
+
 
 @dataclass(frozen=True)
 class Splits:
-    """Encoded rows by use. `loss` says what a step minimises, `metrics` what an evaluation is asked
-    for and `reported` what it gives, `metric` what picks the best point; `stop` and
-    `max_new_tokens` bound generated answers; `digest` names the rows as text, before demonstrations
-    and cuts."""
+    """Encoded rows by use.
 
-    train: list[Example]
-    validation: list[Example]
-    test: list[Example]
+    `loss` says what a step minimises, `metrics` what an evaluation is asked for and `reported` what
+    it gives, `metric` what picks the best point; `stop` and `max_new_tokens` bound generated
+    answers; `digest` names the rows as text, before demonstrations and cuts.
+    """
+
+    train: Rows
+    validation: Rows
+    test: Rows
     loss: Literal["candidates", "completion"]
     metrics: tuple[str, ...]
     reported: tuple[str, ...]
@@ -48,33 +56,42 @@ class Splits:
     max_new_tokens: int = 50
     digest: str = ""
 
+    def report(self) -> dict[str, dict[str, Any]]:
+        """Return what became of the rows of each split: rows, tokens, cuts, columns not read."""
+        found = {name: getattr(self, name).summary.as_dict() for name in SPLITS}
+        for summary in found.values():
+            summary.pop("digest", None)
+        return {name: summary for name, summary in found.items() if summary}
 
-def prepare_splits(data: DataConfig, tokenizer: Any, context: int) -> Splits:
-    """Read, sample, check and tokenise everything a config names. Raises DataError or ConfigError
-    before training."""
+
+def prepare_splits(
+    data: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    context: int,
+    progress: Progress | None = None,
+) -> Splits:
+    """Read, sample, check and tokenise everything a config names.
+
+    Raises DataError or ConfigError before training.
+    """
     limit = _limit(data, context)
     if data.task is None:
-        return _prepare_files(data, tokenizer, limit)
+        return _prepare_files(data, tokenizer, limit, progress)
     task = load_task(data.task)
-    rows = _task_rows(task, data)
-    before = _demonstrations(task, data, rows["train"])
-    encoded = {}
+    sources = _task_sources(task, data)
+    before = _demonstrations(task, data, sources["train"])
+    encoded: dict[str, Rows] = {}
     for split in SPLITS:
-        kept = rows[split][data.shots :] if split == "train" else rows[split]
-        encoded[split] = (
-            encode_examples(
-                kept,
-                tokenizer,
-                task,
-                max_length=limit,
-                truncation=data.truncation,
-                before=before,
-                objective=task.loss if split == "train" else None,
-                reserve=0 if split == "train" else _reserve(task),
-            )
-            if kept
-            else []
+        is_train = split == "train"
+        source = _without_first(sources[split], task, data.shots) if is_train else sources[split]
+        options = Options(
+            limit,
+            data.truncation,
+            objective=task.loss if is_train else None,
+            reserve=0 if is_train else _reserve(task),
+            before=before,
         )
+        encoded[split] = _encode(split, source, tokenizer, task, options, progress)
     return Splits(
         encoded["train"],
         encoded["validation"],
@@ -85,30 +102,78 @@ def prepare_splits(data: DataConfig, tokenizer: Any, context: int) -> Splits:
         task.metric,
         task.stop,
         task.max_new_tokens,
-        _digest(rows, task),
+        _digest(encoded, before),
     )
 
 
 def encode_split(
-    task: Task, rows: list[Row], tokenizer: Any, context: int, data: DataConfig | None = None
-) -> list[Example]:
+    task: Task,
+    rows: Source | Sequence[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    context: int,
+    data: DataConfig | None = None,
+) -> Rows:
     """Tokenise rows of a task to be scored.
 
     `data` is that of the run to be scored: what it says of its own task (length, truncation,
     demonstrations) is kept.
     """
-    if data is None or not _shapes_prompts_of(data, task):
-        return encode_examples(rows, tokenizer, task, max_length=context, reserve=_reserve(task))
-    before = _demonstrations(task, data, _task_rows(task, data)["train"]) if data.shots else ""
-    return encode_examples(
-        rows,
-        tokenizer,
-        task,
-        max_length=_limit(data, context),
-        truncation=data.truncation,
-        before=before,
-        reserve=_reserve(task),
-    )
+    options = Options(context, reserve=_reserve(task))
+    if data is not None and _shapes_prompts_of(data, task):
+        before = _demonstrations(task, data, _task_sources(task, data)["train"])
+        options = replace(
+            options,
+            max_length=_limit(data, context),
+            truncation=data.truncation,
+            before=before,
+        )
+    source = ListSource(rows) if isinstance(rows, Sequence) else rows
+    return _encode("scored", source, tokenizer, task, options, None)
+
+
+def _encode(
+    split: str,
+    source: Source | None,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task | str,
+    options: Options,
+    progress: Progress | None,
+) -> Rows:
+    if source is None:
+        return MemoryRows()
+
+    def tell(rows: int, share: float) -> None:
+        if progress is not None:
+            progress(split, rows, share)
+
+    rows = make_rows(source, tokenizer, task, options, progress=tell)
+    _log_summary(split, rows)
+    return rows
+
+
+def _log_summary(split: str, rows: Rows) -> None:
+    """Say once what was cut and what was not read."""
+    found = rows.summary
+    if found.rows_cut:
+        _log.warning(
+            "%s: %d of %d rows were longer than data.max_length or the context; %d tokens were cut "
+            "from their beginnings (data.truncation: left)",
+            split,
+            found.rows_cut,
+            found.rows,
+            found.tokens_cut,
+        )
+    if found.rows_split:
+        _log.info(
+            "%s: %d of %d texts were longer than data.max_length or the context and were split, "
+            "which makes %d examples; no token was lost",
+            split,
+            found.rows_split,
+            found.rows,
+            found.examples,
+        )
+    if found.unread:
+        _log.warning("%s: nothing reads %s", split, ", ".join(map(repr, found.unread)))
 
 
 def _shapes_prompts_of(data: DataConfig, task: Task) -> bool:
@@ -125,13 +190,25 @@ def _shapes_prompts_of(data: DataConfig, task: Task) -> bool:
         return False
 
 
-def _demonstrations(task: Task, data: DataConfig, train: list[Row]) -> str:
-    if len(train) < data.shots:
+def _demonstrations(task: Task, data: DataConfig, train: Source | None) -> str:
+    if not data.shots or train is None:
+        return ""
+    first = list(islice(iterate(train), data.shots))
+    if len(first) < data.shots:
         raise ConfigError(
             "`data.shots` must be at most the number of training rows (got "
-            f"{data.shots} for {len(train)}); lower it or give more rows"
+            f"{data.shots} for {len(first)}); lower it or give more rows"
         )
-    return task.demonstrations(train[: data.shots]) if data.shots else ""
+    return task.demonstrations(first)
+
+
+def _without_first(source: Source | None, task: Task, shots: int) -> Source | None:
+    """Return the training rows that are not demonstrations; None where none are left."""
+    if not shots or source is None:
+        return source
+    flat = task.model_copy(update={"explode": None})  # they are flat already
+    rest = FlatSource(source, flat, skip=shots)
+    return rest if next(iterate(rest), None) is not None else None
 
 
 def _reserve(task: Task) -> int:
@@ -148,45 +225,48 @@ def _limit(data: DataConfig, context: int) -> int:
     return data.max_length or context
 
 
-def _task_rows(task: Task, data: DataConfig) -> dict[str, list[Row]]:
-    if data.train is None:
-        return sample_splits(
-            task,
-            data.dir,
-            data.num_train,
-            data.num_validation,
-            data.num_test,
-            data.data_seed,
-            data.sampling,
-        )
+def _task_sources(task: Task, data: DataConfig) -> dict[str, Source | None]:
+    if data.train is not None:
+        return {
+            split: FlatSource(source, task) if source is not None and task.explode else source
+            for split, source in _file_sources(data).items()
+        }
+    drawn = sample_splits(
+        task,
+        data.dir,
+        data.num_train,
+        data.num_validation,
+        data.num_test,
+        data.data_seed,
+        data.sampling,
+    )
+    return {split: ListSource(rows) if rows else None for split, rows in drawn.items()}
+
+
+def _file_sources(data: DataConfig) -> dict[str, Source | None]:
+    """The user's own files, in file order; `num_…` takes the first rows."""
+    paths = {split: getattr(data, split) for split in SPLITS}
     return {
-        split: explode_rows(task, rows) if rows else [] for split, rows in _file_rows(data).items()
+        split: find_source(path, split, getattr(data, f"num_{split}")) if path else None
+        for split, path in paths.items()
     }
 
 
-def _file_rows(data: DataConfig) -> dict[str, list[Row]]:
-    """The user's own files, in file order; `num_…` takes the first rows."""
-    rows: dict[str, list[Row]] = {}
-    for split in SPLITS:
-        path = getattr(data, split)
-        rows[split] = load_rows(path, split)[: getattr(data, f"num_{split}")] if path else []
-    return rows
-
-
-def _prepare_files(data: DataConfig, tokenizer: Any, limit: int) -> Splits:
+def _prepare_files(
+    data: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    limit: int,
+    progress: Progress | None,
+) -> Splits:
     if data.train is None:
         raise ConfigError(
             "`data.dir` holds the rows of a task (got no `task`); name one, or give data.train: "
             "my.jsonl"
         )
-    read = _file_rows(data)
+    options = Options(limit, data.truncation)
     encoded = {
-        split: encode_examples(
-            rows, tokenizer, data.format, max_length=limit, truncation=data.truncation
-        )
-        if rows
-        else []
-        for split, rows in read.items()
+        split: _encode(split, source, tokenizer, data.format, options, progress)
+        for split, source in _file_sources(data).items()
     }
     return Splits(
         encoded["train"],
@@ -196,24 +276,19 @@ def _prepare_files(data: DataConfig, tokenizer: Any, limit: int) -> Splits:
         ("loss",),
         REPORTED_OF_TEXT,
         "loss",
-        digest=_digest(read),
+        digest=_digest(encoded),
     )
 
 
-def _digest(rows: Mapping[str, list[Row]], task: Task | None = None) -> str:
-    """Return twelve hex digits that name the rows of all splits, by what a task makes of them: not
-    by how they lie."""
-    found = hashlib.sha256()
-    for split in SPLITS:
-        for position, row in enumerate(rows[split]):
-            found.update(repr(dict(row) if task is None else task.render(row, position)).encode())
-        found.update(split.encode())
-    return found.hexdigest()[:12]
+def _digest(rows: Mapping[str, Rows], before: str = "") -> str:
+    return rows_digest({split: rows[split].summary.digest for split in SPLITS}, before)
 
 
-def load_task_split(task: Task, data: str | None, split: str, limit: int | None) -> list[Row]:
+def load_task_split(task: Task, data: str | None, split: str, limit: int | None) -> Source:
     """Return the first `limit` rows of a task's split, in file order; `data` is the task's folder
     or one file."""
-    is_file = data is not None and Path(data).is_file()
-    rows = explode_rows(task, load_rows(data)) if is_file else load_unseen_split(task, data, split)  # type: ignore[arg-type]
-    return rows[:limit]
+    if data is None or not Path(data).is_file():
+        return unseen_source(task, data, split, limit)
+    if task.explode is not None:
+        return FlatSource(find_source(data), task, limit=limit)
+    return find_source(data, limit=limit)

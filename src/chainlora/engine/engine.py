@@ -2,7 +2,7 @@
 
     with Engine(model, training=True) as engine:
         engine.adapt(lora_layers)                        # after a LoRA was put on the model
-        engine.add_gradients(batches, parameters, loss=…, count=…)
+        loss, count = engine.loss(engine.pack(examples), "completion")
         scores = engine.scores(examples)
 
 What is fast is found at the start by probes on the model itself, each against plain transformers:
@@ -149,11 +149,17 @@ class Engine:
     ) -> float:
         """Add the gradient of a step's mean loss to ``parameter.grad`` of each; return that loss.
 
-        `batches` holds the micro-batches of the step, each as its packed shards; `loss` gives the
-        summed loss of a shard, `count` the number of its terms. Losses and gradients are summed in
-        the order of the shards, so equal work gives equal bits.
+        `batches` holds the micro-batches of the step, each as its shards; ``loss(shard)`` is summed
+        over ``count(shard)`` terms. Losses and gradients are summed in the order of the shards, so
+        equal work gives equal bits.
         """
         terms = sum(count(batch) for shards in batches for batch in shards)
+
+        def gradients(batch: Batch) -> tuple[float, tuple[Tensor | None, ...]]:
+            with torch.enable_grad():
+                mean = loss(batch) / terms
+                return mean.item(), torch.autograd.grad(mean, parameters, allow_unused=True)
+
         total = 0.0
         for shards in batches:
             if len(shards) == 1:
@@ -161,12 +167,6 @@ class Engine:
                 mean.backward()
                 total += mean.item()
                 continue
-
-            def gradients(batch: Batch) -> tuple[float, tuple[Tensor | None, ...]]:
-                with torch.enable_grad():
-                    mean = loss(batch) / terms
-                    return mean.item(), torch.autograd.grad(mean, parameters, allow_unused=True)
-
             for part, grads in self._threads(self.num_threads).map(gradients, shards):
                 total += part
                 _accumulate(parameters, grads)

@@ -46,6 +46,18 @@ class Planned(Event):
     path: str  # how batches run through the model
     threads: int
     notes: list[str]  # which fast paths apply, and why not the others
+    data: dict[str, Any]  # by split: rows, tokens, what was cut, columns that nothing reads
+
+
+@dataclass(frozen=True, eq=False)
+class RowsEncoded(Event):
+    """A large split is being tokenised; not part of ``metrics.jsonl``."""
+
+    name = "rows"
+    step: int
+    split: str
+    rows: int
+    share: float  # of the split that is done, 0…1
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
 
 from chainlora.config.schema import RunConfig, TrainConfig
-from chainlora.data.encoding import epoch_batches
-from chainlora.data.examples import Example
+from chainlora.data.order import EpochOrder, epoch_order
+from chainlora.data.rows import Rows
 from chainlora.errors import ConfigError
 
+# Epochs whose order is kept: the one in progress, the next one (steps are packed ahead) and the
+# first one (whose first batch is the probe of every knot).
+_KEPT_EPOCHS = 3
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False)
 class Plan:
     """Which rows each optimizer step sees: a pure function of the step's number."""
 
     lengths: tuple[int, ...]  # steps per link
     steps_per_epoch: int
-    row_lengths: tuple[int, ...]
+    row_lengths: NDArray[np.integer]
     config: TrainConfig
 
     @property
@@ -32,16 +41,22 @@ class Plan:
     def batches(self, step: int) -> list[list[int]]:
         """Row indices of each micro-batch of a step."""
         epoch, within = divmod(step, self.steps_per_epoch)
-        train = self.config
-        batches = epoch_batches(
-            self.row_lengths, train.batch_size, train.seed, epoch, train.group_by_length
-        )
-        return batches[
-            within * train.gradient_accumulation : (within + 1) * train.gradient_accumulation
-        ]
+        order, count = self._order(epoch), self.config.gradient_accumulation
+        first = within * count
+        return [order.batch(index) for index in range(first, min(first + count, len(order)))]
+
+    @cached_property
+    def _order(self) -> Callable[[int], EpochOrder]:
+        train, lengths = self.config, self.row_lengths
+
+        @lru_cache(maxsize=_KEPT_EPOCHS)
+        def order(epoch: int) -> EpochOrder:
+            return epoch_order(lengths, train.batch_size, train.seed, epoch, train.group_by_length)
+
+        return order
 
 
-def make_plan(config: RunConfig, examples: list[Example]) -> Plan:
+def make_plan(config: RunConfig, examples: Rows) -> Plan:
     """Turn epochs per link into steps per link; fractional epochs round at the knots, the total
     exactly."""
     train = config.train
@@ -63,4 +78,4 @@ def make_plan(config: RunConfig, examples: list[Example]) -> Plan:
             f"every link must have at least one step (got {list(lengths)} from epochs "
             f"{list(epochs)} of {per_epoch} steps); give it a larger share"
         )
-    return Plan(lengths, per_epoch, tuple(sum(map(len, e.sequences)) for e in examples), train)
+    return Plan(lengths, per_epoch, examples.lengths, train)

@@ -57,6 +57,7 @@ def _result(run: Run, metrics: dict[str, Any]) -> dict[str, Any]:
         "scored_tokens": progress.scored_tokens,
         "rows": len(run.splits.train),
         "rows_digest": run.splits.digest,
+        "data": run.splits.report(),
         "base_fingerprint": run.base["fingerprint"],
         "wall_s": round(progress.seconds, 2),
         "peak_memory_mb": peak_memory_mb(),

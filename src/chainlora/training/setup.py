@@ -16,7 +16,7 @@ from chainlora.engine.engine import Engine
 from chainlora.errors import ConfigError
 from chainlora.models.loading import context_length, load_model, resolve_model
 from chainlora.runs.directory import Progress, RunDirectory
-from chainlora.training.events import Listener, Planned
+from chainlora.training.events import Listener, Planned, RowsEncoded
 from chainlora.training.knots import make_policy
 from chainlora.training.objectives import OBJECTIVES
 from chainlora.training.optimizers import check_optimizer
@@ -37,7 +37,12 @@ def prepare(config: RunConfig, resume: bool, listener: Listener) -> Run:
         directory.refuse_if_taken()  # before the model is loaded
     model, tokenizer = load_model(config.model, getattr(torch, config.train.dtype))
     model.requires_grad_(False)  # links train their own factors; `tune: full` asks for all weights
-    splits = prepare_splits(config.data, tokenizer, context_length(model))
+    splits = prepare_splits(
+        config.data,
+        tokenizer,
+        context_length(model),
+        lambda split, rows, share: listener(RowsEncoded(0, split, rows, share)),
+    )
     plan = make_plan(config, splits.train)
     check(config, model, splits)
     model.to(accelerator.device)
@@ -149,5 +154,6 @@ def _announce(run: Run) -> None:
             str(run.engine.path),
             run.engine.num_threads,
             list(run.engine.notes),
+            run.splits.report(),
         )
     )

@@ -1,29 +1,32 @@
 """Tasks: one small data file each, and what turns its rows into prompts.
 
-    schema.py     what a task file may say; `load_task`, `list_tasks` rendering.py  a row and a
-    task's templates give a `Rendered` prompt with candidates or a completion rows.py       rows
-    from JSONL, JSON, CSV, Parquet or the Hub, each with the place it came from sampling.py   the
-    splits of a task on disk or on the Hub, and the samples a run draws from them
+    schema.py     what a task file may say; `load_task`, `list_tasks`
+    exploding.py  nested rows to flat ones
+    rendering.py  a row and a task's templates give a `Rendered` prompt with candidates or a
+                  completion
+    sampling.py   the splits of a task on disk or on the Hub, and the samples a run draws from them
 
 Adding a task is writing one YAML file; no Python is touched. The shipped files follow the MeZO
 protocol (arXiv 2305.17333), which the chain-of-LoRA paper follows. See docs/tasks.md.
 """
 
+from chainlora.data.sources import Row, load_rows, where
+from chainlora.data.tasks.exploding import FlatSource, explode_rows
 from chainlora.data.tasks.rendering import Rendered
-from chainlora.data.tasks.rows import Row, load_rows, where
 from chainlora.data.tasks.sampling import (
     check_split_files,
-    explode_rows,
     load_split,
     load_unseen_split,
     majority_rate,
     sample_splits,
+    unseen_source,
 )
 from chainlora.data.tasks.schema import REPORTED_OF_TEXT, WORD_METRICS, Task, list_tasks, load_task
 
 __all__ = [
     "REPORTED_OF_TEXT",
     "WORD_METRICS",
+    "FlatSource",
     "Rendered",
     "Row",
     "Task",
@@ -36,5 +39,6 @@ __all__ = [
     "load_unseen_split",
     "majority_rate",
     "sample_splits",
+    "unseen_source",
     "where",
 ]

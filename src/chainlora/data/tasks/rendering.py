@@ -1,20 +1,27 @@
 """A row and a task's templates give a prompt with candidates, or a prompt with a completion.
 
-Templates are Jinja2 in a sandbox. A field that a row lacks, or holds as null, is an error, never an
-empty string; every space and line break of a template is kept.
+Templates are Jinja2 in a sandbox, with a limit on the work they do. A field that a row lacks, or
+holds as null, is an error, never an empty string; every space and line break of a template is kept.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import jinja2
-from jinja2.sandbox import SandboxedEnvironment
 
-from chainlora.data.tasks.rows import where
+from chainlora.data.sources import where
+from chainlora.data.templates import (
+    LimitedEnvironment,
+    WorkLimitError,
+    budget,
+    render_text,
+    time_limit,
+)
 from chainlora.errors import DataError
 
 if TYPE_CHECKING:
@@ -33,6 +40,17 @@ class Rendered:
     references: tuple[str, ...]  # gold answers for em and token_f1
     names: tuple[str, ...] = ()  # what each candidate stands for when compared with the references
 
+    def content(self) -> list[Any]:
+        """Return all there is, as JSON takes it: what the digest of the rows is taken of."""
+        return [
+            self.prompt,
+            self.candidates,
+            self.label,
+            self.completion,
+            self.references,
+            self.names,
+        ]
+
 
 def render(task: Task, row: Mapping[str, Any], position: int = 0) -> Rendered:
     """Render one row of a task.
@@ -42,6 +60,11 @@ def render(task: Task, row: Mapping[str, Any], position: int = 0) -> Rendered:
         the row.
     """
     place = where(row, position)
+    with time_limit(f"task {task.name!r} at {place}"):
+        return _render(task, row, place)
+
+
+def _render(task: Task, row: Mapping[str, Any], place: str) -> Rendered:
     context = {**row, "row": row}
     prompt = _text(task, "prompt", task.prompt, context, place)
     references = _references(task, context, place)
@@ -73,7 +96,8 @@ def evaluate_expression(source: str, context: Mapping[str, Any]) -> Any:
     Raises:
         jinja2.TemplateError: a name that is not in `context`.
     """
-    value = _expression(source)(context)
+    with budget():
+        value = _expression(source)(context)
     if isinstance(value, jinja2.Undefined):
         str(value)  # StrictUndefined raises, with a message that names what is missing
     return value
@@ -91,7 +115,7 @@ def _spans(text: str, spans: Sequence[Mapping[str, int]]) -> list[str]:
     return [text[span["start"] : span["end"] + 1] for span in spans]
 
 
-_ENVIRONMENT = SandboxedEnvironment(
+_ENVIRONMENT = LimitedEnvironment(
     undefined=jinja2.StrictUndefined,
     keep_trailing_newline=True,
     autoescape=False,
@@ -111,28 +135,34 @@ def _expression(source: str) -> Callable[..., Any]:
 
 
 def _text(task: Task, key: str, source: str, context: Mapping[str, Any], place: str) -> str:
-    try:
-        return _template(source).render(context)
-    except Exception as error:  # whatever the row's values make the template's expressions do
-        raise _error(task, key, error, context, place) from None
+    with _explained(task, key, context, place):
+        return render_text(_template(source), context)
 
 
 def _value(task: Task, key: str, source: str, context: Mapping[str, Any], place: str) -> Any:
-    try:
+    with _explained(task, key, context, place):
         return evaluate_expression(source, context)
-    except Exception as error:  # as above
-        raise _error(task, key, error, context, place) from None
 
 
-def _error(
-    task: Task, key: str, error: Exception, context: Mapping[str, Any], place: str
-) -> DataError:
-    fields = ", ".join(name for name in context if name != "row")
-    reason = " ".join(str(error).split())
-    return DataError(
-        f"a row must have what `{key}` of task {task.name!r} needs (got {reason} at {place}, "
-        f"whose fields are {fields}); correct the row or the task file"
-    )
+@contextmanager
+def _explained(task: Task, key: str, context: Mapping[str, Any], place: str) -> Iterator[None]:
+    """Turn what a template raises into an error that names the row."""
+    try:
+        yield
+    except DataError:  # the limit on time
+        raise
+    except WorkLimitError as error:
+        raise DataError(
+            f"`{key}` of task {task.name!r} must take no more work than a row can need (got "
+            f"{error} at {place}); simplify the template or shorten the row"
+        ) from None
+    except Exception as error:  # whatever the row's values make the template's expressions do
+        fields = ", ".join(name for name in context if name != "row")
+        reason = " ".join(str(error).split())
+        raise DataError(
+            f"a row must have what `{key}` of task {task.name!r} needs (got {reason} at {place}, "
+            f"whose fields are {fields}); correct the row or the task file"
+        ) from None
 
 
 def _references(task: Task, context: Mapping[str, Any], place: str) -> tuple[str, ...]:

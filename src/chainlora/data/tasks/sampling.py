@@ -12,13 +12,22 @@ import os
 import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import jinja2
-
-from chainlora.data.tasks.rendering import evaluate_expression
-from chainlora.data.tasks.rows import SUFFIXES, Row, find_file, load_hub_rows, load_rows, where
+from chainlora.data.sources import (
+    SUFFIXES,
+    FileSource,
+    HubSource,
+    ListSource,
+    Row,
+    Source,
+    find_file,
+    iterate,
+)
+from chainlora.data.tasks.exploding import FlatSource
 from chainlora.data.tasks.schema import Task
 from chainlora.errors import ConfigError, DataError
 
@@ -34,37 +43,48 @@ _STEMS = {
 # split's are.
 _HELD_OUT_SEED = 0
 _HELD_OUT = "held out"
+_KEPT = 100_000  # rows of a pool in memory: about a kilobyte each
 
 
-def load_split(task: Task, dir: str | Path | None, split: str) -> list[Row]:
-    """Read one split, in file order, nested rows flattened.
+def split_source(
+    task: Task, dir: str | Path | None, split: str
+) -> FileSource | HubSource | FlatSource:
+    """Return the rows of one split, in file order, nested rows flattened.
 
     Args:
-        task: the task. dir: the folder that holds the task's files, or the folder above it; None
-        fetches from the Hub. split: "train", "validation", "test" or whatever the task declares.
+        task: the task.
+        dir: the folder that holds the task's files, or the folder above it; None fetches from the
+            Hub.
+        split: "train", "validation", "test" or whatever the task declares.
 
     Raises:
-        DataError: no such rows (the other way to get them is named), or a row that cannot be read.
+        DataError: no such rows (the other way to get them is named).
     """
+    source: FileSource | HubSource
     if dir is not None:
         path = _split_file(task, Path(dir), split)
         if path is None:
             raise DataError(_not_found(task, Path(dir), split))
-        return explode_rows(task, load_rows(path))
-    if task.hub is None:
+        source = FileSource(path)
+    else:
+        source = _hub_source(task, split)
+    return source if task.explode is None else FlatSource(source, task)
+
+
+def _hub_source(task: Task, split: str) -> HubSource:
+    hub = task.hub
+    if hub is None:
         raise DataError(
             f"task {task.name!r} declares no Hub dataset, so its rows must be local (got no "
             "folder); give data.dir or --data DIR, or declare `hub` in the task file"
         )
-    hub = task.hub
-    rows = load_hub_rows(
-        hub.path,
-        hub.splits.get(split, split),
-        name=hub.name,
-        folder=hub.folder,
-        revision=hub.revision,
-    )
-    return explode_rows(task, rows)
+    name = hub.splits.get(split, split)
+    return HubSource(hub.path, name, hub.name, hub.folder, hub.revision)
+
+
+def load_split(task: Task, dir: str | Path | None, split: str) -> list[Row]:
+    """Read one split, as `split_source`, into memory. Raises DataError, also on a bad row."""
+    return list(iterate(split_source(task, dir, split)))
 
 
 def check_split_files(task: Task, dir: str | Path) -> None:
@@ -80,38 +100,49 @@ def check_split_files(task: Task, dir: str | Path) -> None:
             raise DataError(_not_found(task, Path(dir), of))
 
 
-def load_unseen_split(task: Task, dir: str | Path | None, split: str) -> list[Row]:
-    """Read one split to be scored: as `load_split`, but no rows that a run trains on.
+def unseen_source(
+    task: Task, dir: str | Path | None, split: str, limit: int | None = None
+) -> Source:
+    """Return one split to be scored: as `split_source`, but no rows that a run trains on.
 
     Where the split stands in for a missing train split, these are the test rows set aside from it.
-    Raises DataError where there are none, as for `load_split`.
+    Raises DataError where there are none, as for `split_source`.
     """
-    rows = load_split(task, dir, split)
+    source = split_source(task, dir, split)
+    if dir is None or not _is_trained_on(task, Path(dir), split):
+        return replace(source, limit=limit)
     stand_in, test = task.sampling.without_train, task.sampling.test
-    if dir is None or stand_in is None or not _is_without_train(task, dir):
-        return rows
-    if _split_file(task, Path(dir), split) != _split_file(task, Path(dir), stand_in):
-        return rows
+    pool = Pool(source)
     if test.of != stand_in:
         raise DataError(
             f"split {split!r} of task {task.name!r} is what runs train on, as {dir} has no train "
-            "split "
-            f"(got {len(rows)} rows); score --split {test.of}, or name the file itself as --data "
-            "to score "
-            "it anyway"
+            f"split (got {len(pool)} rows); score --split {test.of}, or name the file itself as "
+            "--data to score it anyway"
         )
-    unseen = _hold_out(rows, test.rows)[0]
+    unseen = sorted(_hold_out(len(pool), test.rows)[0])
     _log.warning(
         "%s: no train split in %s, so %r stands in for it: only the %d of its %d rows that no "
-        "run trains on "
-        "are scored",
+        "run trains on are scored",
         task.name,
         dir,
         split,
         len(unseen),
-        len(rows),
+        len(pool),
     )
-    return sorted(unseen, key=lambda row: row.index)
+    return ListSource(pool.pick(unseen[:limit]))
+
+
+def load_unseen_split(task: Task, dir: str | Path | None, split: str) -> list[Row]:
+    """Read one split to be scored, as `unseen_source`, into memory."""
+    return list(iterate(unseen_source(task, dir, split)))
+
+
+def _is_trained_on(task: Task, dir: Path, split: str) -> bool:
+    """Say whether a split stands in for a missing train split."""
+    stand_in = task.sampling.without_train
+    if stand_in is None or not _is_without_train(task, dir):
+        return False
+    return _split_file(task, dir, split) == _split_file(task, dir, stand_in)
 
 
 def sample_splits(
@@ -149,11 +180,12 @@ def sample_splits(
     pools = _read_pools(task, dir, max(sizes["test"], rules.test.rows))
     drawn: dict[str, list[Row]] = {}
     for split, wanted in _by_pool(task, pools):
-        order = list(pools[split])
+        pool, order = pools[split].pool, list(pools[split].order)
         if split != _HELD_OUT:
             random.Random(f"{data_seed} {split}").shuffle(order)
         for name in wanted:
-            drawn[name], order = order[: sizes[name]], order[sizes[name] :]
+            places, order = order[: sizes[name]], order[sizes[name] :]
+            drawn[name] = pool.pick(places if name == "train" else sorted(places))
     if not drawn["train"]:
         raise DataError(
             f"validation must leave rows to train on (got {len(drawn['validation'])} rows in all "
@@ -166,21 +198,49 @@ def sample_splits(
         data_seed,
         sampling,
     )
-    for name in ("validation", "test"):
-        drawn[name].sort(key=lambda row: row.index)
     return {name: drawn[name] for name in sizes}
 
 
-def _read_pools(task: Task, dir: str | Path | None, num_held_out: int) -> dict[str, list[Row]]:
+class Pool:
+    """The rows of a source by number: kept while there are few, read again where there are many."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        rows = iterate(source)
+        self._kept = list(islice(rows, _KEPT))
+        rest = sum(1 for _ in rows)  # this also finds a bad row
+        self._count = len(self._kept) + rest
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return self._count
+
+    def pick(self, places: Sequence[int]) -> list[Row]:
+        """Return the rows at some places, in the order of these."""
+        if self._count == len(self._kept):
+            return [self._kept[place] for place in places]
+        wanted = set(places)
+        found = {place: row for place, row in enumerate(iterate(self.source)) if place in wanted}
+        return [found[place] for place in places]
+
+
+class Part(NamedTuple):
+    """The part of a pool that samples are drawn from, by number."""
+
+    pool: Pool
+    order: Sequence[int]
+
+
+def _read_pools(task: Task, dir: str | Path | None, num_held_out: int) -> dict[str, Part]:
     """Return the rows to draw from, by split; `_HELD_OUT` has test rows taken out of a stand-in for
     train."""
     rules = task.sampling
     splits = dict.fromkeys(rule.of for rule in (rules.train, rules.validation, rules.test))
     stand_in = rules.without_train
     if stand_in is None or not _is_without_train(task, dir):
-        return {split: load_split(task, dir, split) for split in splits}
-    pools = {split: load_split(task, dir, split) for split in splits if split != "train"}
-    pools["train"] = load_split(task, dir, stand_in)
+        return {split: _whole(task, dir, split) for split in splits}
+    pools = {split: _whole(task, dir, split) for split in splits if split != "train"}
+    pools["train"] = pools[stand_in] if stand_in in pools else _whole(task, dir, stand_in)
     _log.warning(
         "%s: no train split in %s; %r stands in for it%s",
         task.name,
@@ -189,23 +249,29 @@ def _read_pools(task: Task, dir: str | Path | None, num_held_out: int) -> dict[s
         ", its test rows set aside with a fixed seed" if rules.test.of == stand_in else "",
     )
     if rules.test.of == stand_in:
-        pools[_HELD_OUT], pools["train"] = _hold_out(pools["train"], num_held_out)
-        pools["train"].sort(key=lambda row: row.index)
+        pool = pools["train"].pool
+        held_out, others = _hold_out(len(pool), num_held_out)
+        pools[_HELD_OUT], pools["train"] = Part(pool, held_out), Part(pool, sorted(others))
     return pools
+
+
+def _whole(task: Task, dir: str | Path | None, split: str) -> Part:
+    pool = Pool(split_source(task, dir, split))
+    return Part(pool, range(len(pool)))
 
 
 def _is_without_train(task: Task, dir: str | Path | None) -> bool:
     return dir is not None and _split_file(task, Path(dir), "train") is None
 
 
-def _hold_out(rows: Sequence[Row], count: int) -> tuple[list[Row], list[Row]]:
+def _hold_out(num_rows: int, count: int) -> tuple[list[int], list[int]]:
     """Part rows into test rows, the same for every run, and the others; both in drawn order."""
-    order = list(rows)
+    order = list(range(num_rows))
     random.Random(_HELD_OUT_SEED).shuffle(order)
     return order[:count], order[count:]
 
 
-def _by_pool(task: Task, pools: Mapping[str, Sequence[Row]]) -> list[tuple[str, list[str]]]:
+def _by_pool(task: Task, pools: Mapping[str, Part]) -> list[tuple[str, list[str]]]:
     """Return which samples come out of which pool, in the order they take their rows."""
     rules, groups = task.sampling, dict[str, list[str]]()
     held_out = _HELD_OUT in pools
@@ -225,51 +291,6 @@ def majority_rate(task: Task, rows: Sequence[Mapping[str, Any]]) -> float | None
         return None
     labels = Counter(task.render(row, position).label for position, row in enumerate(rows))
     return max(labels.values()) / len(rows)
-
-
-def explode_rows(task: Task, rows: Sequence[Row]) -> list[Row]:
-    """Flatten nested rows as the task's `explode` says; flat rows pass. Indices count in the flat
-    order."""
-    explode = task.explode
-    if explode is None:
-        return list(rows)
-    flat: list[Row] = []
-    for row in rows:
-        try:
-            nested = _has(explode.when, row)
-            contexts: list[dict[str, Any]] = [dict(row)]
-            for loop in explode.each if nested else ():
-                contexts = [
-                    {**context, loop.bind: item}
-                    for context in contexts
-                    for item in evaluate_expression(loop.list, context)
-                ]
-            for context in contexts:
-                values = {
-                    key: evaluate_expression(value, context)
-                    for key, value in explode.row.items()
-                    if nested
-                } or row
-                flat.append(Row(values, len(flat), row.origin))
-        except (jinja2.TemplateError, TypeError) as error:
-            raise DataError(
-                f"a nested row must suit `explode` of task {task.name!r} (got {error} at "
-                f"{where(row)}); correct the row or the task file"
-            ) from None
-    if not flat:
-        raise DataError(
-            f"task {task.name!r} must find at least one row (got {len(rows)} nested rows with "
-            "nothing in them); check the file"
-        )
-    return flat
-
-
-def _has(expression: str, row: Row) -> bool:
-    try:
-        evaluate_expression(expression, row)
-    except jinja2.UndefinedError:
-        return False
-    return True
 
 
 def _split_file(task: Task, folder: Path, split: str) -> Path | None:

@@ -1,0 +1,88 @@
+"""Candidates: every answer a row offers after its prompt, and which is right.
+
+A candidate begins where MeZO (arXiv 2305.17333) says: the sequence is ``tokenizer(prompt +
+candidate)``, and its candidate are the last ``len(sequence) - len(tokenizer(prompt))`` tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from chainlora.data.encoding.drafts import Draft, Ids, Span
+from chainlora.data.encoding.tokens import TokenReader, check_start, refuse_nothing
+from chainlora.data.sources import Row
+from chainlora.data.tasks import Rendered, Task
+from chainlora.errors import DataError
+
+
+class CandidatesEncoder:
+    """Rows of a task with candidates: one sequence a candidate."""
+
+    keeps_targets = True
+
+    def __init__(self, reader: TokenReader, task: Task, before: str = "") -> None:
+        self.reader, self.task, self.before = reader, task, before
+        self.truncation: str = task.truncation
+
+    def __call__(self, rows: Sequence[Row]) -> list[Draft]:
+        """Return the rows as tokens. Raises DataError that names a row that cannot be used."""
+        shown = [self.task.render(row) for row in rows]
+        prompts = [self.before + each.prompt for each in shown]
+        starts = [len(ids) for ids in self.reader.ids(prompts)]
+        wholes = iter(
+            self.reader.ids(
+                [
+                    prompt + text
+                    for prompt, each in zip(prompts, shown, strict=True)
+                    for text in each.candidates
+                ]
+            )
+        )
+        drafts = []
+        for row, each, prompt, start in zip(rows, shown, prompts, starts, strict=True):
+            sequences = [next(wholes) for _ in each.candidates]
+            drafts.append(self._draft(row, each, prompt, start, sequences))
+        return drafts
+
+    def _draft(
+        self, row: Row, shown: Rendered, prompt: str, start: int, sequences: list[Ids]
+    ) -> Draft:
+        for text, ids in zip(shown.candidates, sequences, strict=True):
+            if len(ids) <= start or len(ids) < 2:
+                refuse_nothing(text, prompt, row.origin)
+        check_start(start, prompt, row.origin)
+        first_token = self.task.scoring == "first_token"
+        if first_token:
+            sequences = [ids[: start + 1] for ids in sequences]
+        _check_different(shown.candidates, sequences, row.origin, first_token)
+        scored: list[list[Span]] = [[(start, len(ids))] for ids in sequences]
+        names = shown.names if self.task.candidates else ()
+        return Draft(
+            row.index,
+            row.origin,
+            shown.content(),
+            sequences,
+            scored,
+            shown.label,
+            shown.references,
+            names,
+        )
+
+    def unread(self, row: Row) -> set[str]:
+        """Return nothing: which columns a task reads is its author's choice."""
+        return set()
+
+
+def _check_different(
+    texts: Sequence[str], sequences: Sequence[Ids], place: str, first_token: bool
+) -> None:
+    seen: dict[tuple[int, ...], int] = {}
+    for index, ids in enumerate(sequences):
+        twin = seen.setdefault(tuple(ids), index)
+        if twin != index:
+            what = "first tokens under scoring: first_token" if first_token else "tokens"
+            raise DataError(
+                f"candidates must have different {what} (got {texts[twin]!r} and "
+                f"{texts[index]!r} at {place}); {'use scoring: mean or ' if first_token else ''}"
+                "choose other words"
+            )

@@ -1,0 +1,207 @@
+"""Chats: the model's own chat template, loss on what the assistant says."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jinja2
+
+from chainlora.data.encoding.drafts import Draft, Ids, Span
+from chainlora.data.encoding.tokens import TokenReader, common_prefix
+from chainlora.data.sources import Row
+from chainlora.data.templates import time_limit
+from chainlora.errors import DataError
+
+FIELDS = ("messages",)
+_Messages = list[dict[str, Any]]
+
+
+class ChatEncoder:
+    """Rows of `messages`, with `tools` where a row has some."""
+
+    truncation = "error"
+    keeps_targets = False
+
+    def __init__(self, reader: TokenReader) -> None:
+        if not reader.tokenizer.chat_template:
+            raise DataError(
+                "the tokenizer must have a chat template for rows of `messages` (got none); use "
+                "a chat model, or rows of prompt + completion"
+            )
+        self.reader = reader
+        self.source = str(reader.tokenizer.chat_template)
+        self.is_marked = "generation %}" in self.source.replace("-%}", "%}")
+
+    def __call__(self, rows: Sequence[Row]) -> list[Draft]:
+        """Return the rows as tokens. Raises DataError that names a row that cannot be used."""
+        chats = [_Chat(self.reader, row) for row in rows]
+        for chat in chats:
+            chat.check_template_shows_tools()
+        if self.is_marked:
+            return [chat.draft(*chat.marked_turns()) for chat in chats]
+        texts = [chat.prefix_texts() for chat in chats]
+        tokens = iter(self.reader.bare([text for each in texts for text in each]))
+        return [
+            chat.draft(*_prefix_turns([next(tokens) for _ in each]))
+            for chat, each in zip(chats, texts, strict=True)
+        ]
+
+    def unread(self, row: Row) -> set[str]:
+        """Return the columns of a row, and the keys of its messages, that are not read."""
+        columns = row.keys() - {"messages", "tools"}
+        keys = {key for message in row["messages"] for key in message if message[key] is not None}
+        return columns | {f"messages[].{key}" for key in keys if key not in self.source}
+
+
+class _Chat:
+    """One conversation, checked, and what the template makes of it."""
+
+    def __init__(self, reader: TokenReader, row: Row) -> None:
+        self.reader, self.row = reader, row
+        self.messages = _checked_messages(row.get("messages"), row.origin)
+        self.tools = _checked_tools(row.get("tools"), row.origin)
+
+    def render(self, messages: _Messages, **options: Any) -> Any:
+        """Return what the template makes of messages, as text unless options ask for tokens."""
+        place = self.row.origin
+        options = {"tokenize": False, "tools": self.tools} | options
+        try:
+            with time_limit(f"the chat template at {place}"):
+                return self.reader.tokenizer.apply_chat_template(messages, **options)
+        except (jinja2.TemplateError, TypeError, KeyError, ValueError, ArithmeticError) as error:
+            reason = " ".join(str(error).split())
+            raise DataError(
+                f"messages must suit the model's chat template (got: {reason:.120} at {place}); "
+                "correct the row"
+            ) from None
+
+    def check_template_shows_tools(self) -> None:
+        """Refuse tools and calls that the template would drop in silence."""
+        called = [message for message in self.messages if message.get("tool_calls")]
+        if not (self.tools or called):
+            return
+        whole = self.render(self.messages)
+        if self.tools and self._renders(whole, self.messages, tools=None):
+            self._refuse_ignored("`tools`", "column")
+        bare = [
+            {key: value for key, value in message.items() if key != "tool_calls"}
+            for message in self.messages
+        ]
+        if called and self._renders(whole, bare):
+            self._refuse_ignored("`tool_calls`", "calls")
+
+    def _renders(self, whole: str, messages: _Messages, **options: Any) -> bool:
+        """Say whether these give the same text; a template that refuses them does read them."""
+        try:
+            return bool(self.render(messages, **options) == whole)
+        except DataError:
+            return False
+
+    def _refuse_ignored(self, what: str, remedy: str) -> None:
+        raise DataError(
+            f"the model's chat template must show {what} (got a template that ignores them, at "
+            f"{self.row.origin}); use a model whose template shows them, or remove the {remedy}"
+        )
+
+    def marked_turns(self) -> tuple[Ids, list[Span]]:
+        """Return tokens and targets where the template marks the assistant's with ``{% generation
+        %}``."""
+        answer = self.render(
+            self.messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        )
+        ids, mask = list(answer["input_ids"]), [0, *answer["assistant_masks"], 0]
+        edges = [at for at in range(1, len(mask)) if mask[at] != mask[at - 1]]
+        spans = zip(edges[::2], edges[1::2], strict=True)
+        return ids, [(max(begin - 1, 1), stop - 1) for begin, stop in spans]
+
+    def prefix_texts(self) -> list[str]:
+        """Return the whole conversation, then for each assistant's turn the text before and after.
+
+        A turn is what the template adds to the conversation before it, if it only adds.
+        """
+        whole = self.render(self.messages)
+        texts = [whole]
+        for index, message in enumerate(self.messages):
+            if message["role"] != "assistant":
+                continue
+            before = self.render(self.messages[:index], add_generation_prompt=True)
+            after = self.render(self.messages[: index + 1])
+            if not (whole.startswith(after) and after.startswith(before)):
+                raise DataError(
+                    "the chat template must render a conversation as a prefix of the longer one "
+                    f"(got other text before turn {index + 1} at {self.row.origin}), or mark turns "
+                    "with {% generation %}; end the row with its first assistant turn"
+                )
+            texts += [before, after.rstrip()]
+        return texts
+
+    def draft(self, ids: Ids, spans: list[Span]) -> Draft:
+        """Return the row as tokens, its last answer as the reference."""
+        spans = [(begin, stop) for begin, stop in spans if stop > begin]
+        if not spans:
+            raise DataError(
+                f"an assistant's turn must tokenise to something (got none at {self.row.origin}); "
+                "correct it"
+            )
+        answers = [each.get("content") for each in self.messages if each["role"] == "assistant"]
+        content = [self.messages, self.tools] if self.tools else self.messages
+        references = (str(answers[-1] or ""),)
+        return Draft(
+            self.row.index, self.row.origin, content, [ids], [spans], references=references
+        )
+
+
+def _prefix_turns(tokens: list[Ids]) -> tuple[Ids, list[Span]]:
+    ids, *edges = tokens
+    places = [common_prefix(edge, ids) for edge in edges]
+    spans = zip(places[::2], places[1::2], strict=True)
+    return ids, [(max(begin, 1), stop) for begin, stop in spans]
+
+
+def _checked_messages(messages: Any, place: str) -> _Messages:
+    """Return messages without their nulls, which tables of unlike messages are full of."""
+    if not (_is_list(messages) and all(map(_is_message, messages))):
+        raise DataError(
+            f"`messages` must be a list of objects with role and content (got {messages!r:.80} "
+            f"at {place}); correct or remove the row"
+        )
+    if not any(message["role"] == "assistant" for message in messages):
+        raise DataError(
+            f"`messages` must have a turn with role assistant to learn from (got roles "
+            f"{[message['role'] for message in messages]} at {place}); remove the row"
+        )
+    return [
+        {key: value for key, value in message.items() if value is not None} for message in messages
+    ]
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str)
+
+
+def _is_message(message: Any) -> bool:
+    return (
+        isinstance(message, Mapping)
+        and isinstance(message.get("role"), str)
+        and ("content" in message or bool(message.get("tool_calls")))
+    )
+
+
+def _checked_tools(tools: Any, place: str) -> list[dict[str, Any]] | None:
+    """Return the tools of a row, which tables often hold as JSON text; None for none."""
+    found = tools
+    if isinstance(tools, str):
+        try:
+            found = json.loads(tools) if tools.strip() else None
+        except ValueError:
+            found = tools
+    if not found:
+        return None
+    if not (_is_list(found) and all(isinstance(tool, Mapping) for tool in found)):
+        raise DataError(
+            f"`tools` must be a list of JSON schemas (got {tools!r:.80} at {place}); correct or "
+            "remove it"
+        )
+    return [dict(tool) for tool in found]

@@ -1,0 +1,115 @@
+"""Completions: one right text after a prompt, of a task or of rows of prompt + completion."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from chainlora.data.encoding.drafts import Draft, Ids
+from chainlora.data.encoding.tokens import (
+    TokenReader,
+    check_start,
+    common_prefix,
+    refuse_nothing,
+)
+from chainlora.data.sources import Row
+from chainlora.data.tasks import Task
+from chainlora.errors import DataError
+
+FIELDS = ("prompt", "completion")
+
+
+class Pair(NamedTuple):
+    """A prompt and what follows it."""
+
+    prompt: str
+    completion: str
+    references: tuple[str, ...]
+    content: Any
+
+
+class CompletionEncoder:
+    """Rows of a prompt and a completion, which begins at the first token that is not the prompt's.
+
+    With `exact`, it begins after as many tokens as the prompt has: the rule for candidates, under
+    which the right one alone is learnt (teacher forcing).
+    """
+
+    keeps_targets = True
+
+    def __init__(
+        self,
+        reader: TokenReader,
+        pair: Callable[[Row], Pair],
+        *,
+        fields: Sequence[str] | None,
+        truncation: str = "error",
+        end: Ids,
+        exact: bool = False,
+        before: str = "",
+    ) -> None:
+        self.reader, self.pair, self.fields, self.truncation = reader, pair, fields, truncation
+        self.end, self.exact, self.before = end, exact, before
+
+    def __call__(self, rows: Sequence[Row]) -> list[Draft]:
+        """Return the rows as tokens. Raises DataError that names a row that cannot be used."""
+        pairs = [self.pair(row) for row in rows]
+        prompts = [self.before + pair.prompt for pair in pairs]
+        reads = self.reader.ids(prompts)
+        wholes = self.reader.ids(
+            [prompt + pair.completion for prompt, pair in zip(prompts, pairs, strict=True)]
+        )
+        return [
+            self._draft(row, pair, prompt, read, whole)
+            for row, pair, prompt, read, whole in zip(
+                rows, pairs, prompts, reads, wholes, strict=True
+            )
+        ]
+
+    def _draft(self, row: Row, pair: Pair, prompt: str, read: Ids, whole: Ids) -> Draft:
+        start = len(read) if self.exact else common_prefix(read, whole)
+        ids = whole + self.end
+        if len(whole) <= start or len(ids) < 2:
+            refuse_nothing(pair.completion, prompt, row.origin)
+        if prompt or self.exact:
+            check_start(start, prompt, row.origin)
+        span = (max(start, 1), len(ids))
+        return Draft(
+            row.index,
+            row.origin,
+            pair.content,
+            [ids],
+            [[span]],
+            references=pair.references,
+        )
+
+    def unread(self, row: Row) -> set[str]:
+        """Return the columns of a row that are not read."""
+        return set() if self.fields is None else row.keys() - self.fields
+
+
+def task_pair(task: Task) -> Callable[[Row], Pair]:
+    """Return how a task's rows give a prompt and its right completion."""
+
+    def pair(row: Row) -> Pair:
+        shown = task.render(row)
+        return Pair(shown.prompt, shown.completion, shown.references, shown.content())
+
+    return pair
+
+
+def row_pair(row: Row) -> Pair:
+    """Return the prompt and completion of a row of a user's file."""
+    prompt, completion = text_of(row, "prompt"), text_of(row, "completion")
+    return Pair(prompt, completion, (completion,), [prompt, completion])
+
+
+def text_of(row: Row, field: str) -> str:
+    """Return a field that must be a text. Raises DataError that names the row."""
+    text = row.get(field)
+    if not isinstance(text, str):
+        raise DataError(
+            f"`{field}` must be a text (got {text!r:.60} at {row.origin}); correct or remove the "
+            "row"
+        )
+    return text

@@ -1,0 +1,161 @@
+"""From rows to examples: the encoder of a task or format, its limits, and what it counts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+
+from chainlora.data.encoding import chat, completion, text
+from chainlora.data.encoding.candidates import CandidatesEncoder
+from chainlora.data.encoding.chat import ChatEncoder
+from chainlora.data.encoding.completion import CompletionEncoder, row_pair, task_pair
+from chainlora.data.encoding.drafts import Draft, Encoder, Ids
+from chainlora.data.encoding.fitting import Counts, Fit
+from chainlora.data.encoding.text import TextEncoder
+from chainlora.data.encoding.tokens import TokenReader
+from chainlora.data.examples import Example
+from chainlora.data.sources import Row, where
+from chainlora.data.tasks import Task
+from chainlora.errors import ConfigError, DataError, nearest
+
+FORMATS = {"completion": completion.FIELDS, "chat": chat.FIELDS, "text": text.FIELDS}
+
+
+@dataclass(frozen=True)
+class Options:
+    """How rows are encoded, beyond what task, format and tokenizer say.
+
+    Attributes:
+        max_length: most tokens in a sequence; None is no limit.
+        truncation: "left" cuts the oldest tokens of the prompt, by the same number for all
+            candidates of a row and never the candidate; "error" refuses. None is the task's own;
+            for formats "error", and for plain text the splitting into blocks.
+        add_eos: end completions and texts with the end-of-sequence token. None is the task's own,
+            yes for formats.
+        objective: "candidates" gives every candidate, "completion" the right one alone (teacher
+            forcing). None is "candidates" where the task has some.
+        reserve: tokens to keep free after the prompt (for generation).
+        before: text in front of every prompt, such as `Task.demonstrations`.
+    """
+
+    max_length: int | None = None
+    truncation: Literal["error", "left"] | None = None
+    add_eos: bool | None = None
+    objective: Literal["candidates", "completion"] | None = None
+    reserve: int = 0
+    before: str = ""
+
+
+class Encoded(NamedTuple):
+    """Some rows as examples, what was counted, and the SHA-256 of each row, one after another."""
+
+    examples: list[Example]
+    counts: Counts
+    digests: bytes
+
+
+@dataclass(frozen=True)
+class RowEncoder:
+    """Encodes rows, in chunks and in any process."""
+
+    encoder: Encoder
+    fit: Fit
+
+    def __call__(self, rows: Sequence[Row]) -> Encoded:
+        """Return the rows as examples. Raises DataError that names a row that cannot be used."""
+        drafts = self.encoder(rows)
+        digests = b"".join(map(_digest, drafts))
+        counts = Counts(unread=_unread(self.encoder, rows))
+        examples = [draft.example() for draft in self.fit(drafts, counts)]
+        return Encoded(examples, counts, digests)
+
+
+def make_row_encoder(
+    task: Task | str, tokenizer: PreTrainedTokenizerBase, options: Options
+) -> RowEncoder:
+    """Return the encoder of a task, or of a format: "completion", "chat" or "text".
+
+    Raises ConfigError on an unknown format, or an objective that the task does not have.
+    """
+    reader = TokenReader(tokenizer)
+    encoder = make_encoder(task, reader, options)
+    fit = Fit(
+        options.max_length,
+        options.truncation or encoder.truncation,
+        encoder.keeps_targets,
+        reader.num_front,
+        options.reserve,
+    )
+    return RowEncoder(encoder, fit)
+
+
+def make_encoder(task: Task | str, reader: TokenReader, options: Options) -> Encoder:
+    """Return how rows of a task or format are read: the one place that knows every encoder."""
+    if isinstance(task, Task):
+        return _task_encoder(task, reader, options)
+
+    def end() -> Ids:
+        return [] if options.add_eos is False else reader.end()
+
+    makers: Mapping[str, Callable[[], Encoder]] = {
+        "completion": lambda: CompletionEncoder(
+            reader, row_pair, fields=completion.FIELDS, end=end()
+        ),
+        "chat": lambda: ChatEncoder(reader),
+        "text": lambda: TextEncoder(reader, end()),
+    }
+    if task not in makers:
+        raise ConfigError(
+            f"format must be auto, {', '.join(makers)} (got {task!r}{nearest(task, makers)})"
+        )
+    return makers[task]()
+
+
+def _task_encoder(task: Task, reader: TokenReader, options: Options) -> Encoder:
+    if options.objective == "candidates" and task.completion is not None:
+        raise ConfigError(
+            f"objective 'candidates' needs a task with candidates (got {task.name!r}, "
+            "which has a completion); use objective 'completion'"
+        )
+    if options.objective != "completion" and task.completion is None:
+        return CandidatesEncoder(reader, task, options.before)
+    add_eos = task.add_eos if options.add_eos is None else options.add_eos
+    return CompletionEncoder(
+        reader,
+        task_pair(task),
+        fields=None,
+        truncation=task.truncation,
+        end=reader.end() if add_eos else [],
+        exact=task.completion is None,
+        before=options.before,
+    )
+
+
+def detect_format(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return the format whose fields the first row has. Raises DataError naming the fields there
+    are."""
+    for name, fields in FORMATS.items():
+        if all(field in rows[0] for field in fields):
+            return name
+    known = "; ".join(f"{' + '.join(fields)} ({name})" for name, fields in FORMATS.items())
+    raise DataError(
+        f"rows must have the fields of a format: {known} (got {', '.join(map(str, rows[0]))} at "
+        f"{where(rows[0])}); rename the fields or describe them in a task file"
+    )
+
+
+def _digest(draft: Draft) -> bytes:
+    content = json.dumps(draft.content, sort_keys=True, default=str)  # ASCII: any text encodes
+    return hashlib.sha256(content.encode()).digest()
+
+
+def _unread(encoder: Encoder, rows: Iterable[Row]) -> list[str]:
+    names: set[str] = set()
+    for row in rows:
+        names |= encoder.unread(row)
+    return sorted(map(str, names))

@@ -1,0 +1,111 @@
+"""Encode chunks of rows in several processes, in order."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from multiprocessing.connection import wait
+from typing import Any, TypeVar
+
+from chainlora.errors import DataError
+
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
+
+_function: Callable[[Any], Any] | None = None  # of a worker, from its start
+
+
+def map_in_processes(
+    function: Callable[[_Item], _Result], items: Iterable[_Item], workers: int
+) -> Iterator[_Result]:
+    """Yield ``function(item)`` for each item, in order, computed by worker processes.
+
+    Workers are forked, so they have `function` and all it holds without copying; a few items are
+    taken ahead of the results. Without fork (Windows, macOS), or with one worker, everything is
+    computed here.
+    """
+    if workers < 2 or not _can_fork():
+        yield from map(function, items)
+        return
+    with _plain_fork():
+        pool = ProcessPoolExecutor(
+            workers, multiprocessing.get_context("fork"), _begin_worker, (function,)
+        )
+        pool.submit(os.getpid).result()  # forks all of them
+    try:
+        yield from _in_order(pool, items, ahead=2 * workers)
+    except BrokenProcessPool:
+        raise DataError(
+            "the processes that encode rows must live to the end (got one that was killed, as a "
+            "machine short of memory does); free some memory and try again"
+        ) from None
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def num_workers() -> int:
+    """Return how many processes encode: one a core that this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+def _can_fork() -> bool:
+    return "fork" in multiprocessing.get_all_start_methods() and os.uname().sysname == "Linux"
+
+
+def _in_order(pool: ProcessPoolExecutor, items: Iterable[Any], ahead: int) -> Iterator[Any]:
+    waiting: deque[Future[Any]] = deque()
+    for item in items:
+        waiting.append(pool.submit(_call, item))
+        if len(waiting) > ahead:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
+@contextmanager
+def _plain_fork() -> Iterator[None]:
+    """Fork in peace: one thread a worker in the tokenizer, and no warning about threads.
+
+    The children tokenise and write arrays; they touch no lock that a thread of this process may
+    hold.
+    """
+    name = "TOKENIZERS_PARALLELISM"
+    before = os.environ.get(name)
+    os.environ[name] = "false"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            yield
+    finally:
+        os.environ.pop(name)
+        if before is not None:
+            os.environ[name] = before
+
+
+def _begin_worker(function: Callable[[Any], Any]) -> None:
+    global _function
+    _function = function
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+
+def _call(item: Any) -> Any:
+    assert _function is not None
+    return _function(item)

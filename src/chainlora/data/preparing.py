@@ -1,0 +1,200 @@
+"""From a source of rows to `Rows`: in memory while they are few, else in a store that is kept.
+
+A store is kept in the cache folder under the hash of all that decides what is in it: the content of
+the source, the tokenizer and its chat template, the task or format and its options, the versions of
+the libraries that encode, and the source code of this room. So a store is never out of date; one
+that nobody wants any more can be deleted at any time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from functools import cache
+from itertools import chain, islice
+from pathlib import Path
+
+import tokenizers
+import transformers
+from filelock import FileLock
+from transformers import PreTrainedTokenizerBase
+
+from chainlora.data.encoding import Options, RowEncoder, detect_format, make_row_encoder
+from chainlora.data.encoding.fitting import Counts
+from chainlora.data.examples import Example
+from chainlora.data.parallel import map_in_processes, num_workers
+from chainlora.data.rows import MemoryRows, Rows, RowsSummary
+from chainlora.data.sources import Chunk, Source
+from chainlora.data.store import Arrays, StoredRows, StoreWriter, flatten, open_store
+from chainlora.data.tasks import Task
+from chainlora.errors import DataError
+from chainlora.models.gguf import cache_dir
+
+IN_MEMORY = 2000
+"""Rows up to which nothing is stored: they take a few MB and a fraction of a second."""
+_CHUNK = (
+    500  # rows encoded at a time: long enough to keep a worker busy for some hundredths of a second
+)
+
+Progress = Callable[[int, float], None]
+"""Told (rows encoded so far, share of the source in 0…1) now and then."""
+
+
+def make_rows(
+    source: Source,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task | str,
+    options: Options,
+    *,
+    progress: Progress | None = None,
+) -> Rows:
+    """Encode the rows of a source, or find them encoded.
+
+    `task` is a task, or a format: "completion", "chat", "text" or "auto". Raises DataError or
+    ConfigError, after reading all rows where only that can tell.
+    """
+    chunks = source.chunks(_CHUNK)
+    head = list(islice(chunks, IN_MEMORY // _CHUNK + 1))
+    if not head:
+        raise DataError("data must hold at least one row (got none); check the file or the split")
+    kind = detect_format(head[0].rows()) if task == "auto" else task
+    encode = make_row_encoder(kind, tokenizer, options)
+    if len(head) <= IN_MEMORY // _CHUNK:
+        return _encode_in_memory(head, encode)
+    folder = cache_dir() / "rows" / _key(source, tokenizer, kind, options)
+    if (found := open_store(folder)) is not None:
+        return found
+    with _one_writer(folder):
+        if (found := open_store(folder)) is not None:  # another process was faster
+            return found
+        return _build(folder, chain(head, chunks), encode, progress or (lambda rows, share: None))
+
+
+def _encode_in_memory(chunks: Sequence[Chunk], encode: RowEncoder) -> MemoryRows:
+    counts, examples, digest = Counts(), list[Example](), hashlib.sha256()
+    for chunk in chunks:
+        encoded = encode(chunk.rows())
+        counts.add(encoded.counts)
+        examples += encoded.examples
+        digest.update(encoded.digests)
+    counts.refuse_too_long(encode.fit.max_length)
+    rows = MemoryRows(examples)
+    rows.summary = _summary(counts, len(rows), int(rows.lengths.sum()), digest.hexdigest())
+    return rows
+
+
+def _build(
+    folder: Path, chunks: Iterator[Chunk], encode: RowEncoder, progress: Progress
+) -> StoredRows:
+    """Encode into a folder beside, then rename it: a store is whole or not there."""
+    counts, digest = Counts(), hashlib.sha256()
+    beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        with StoreWriter(beside) as store:
+
+            def work(chunk: Chunk) -> tuple[Arrays, Counts, bytes, float]:
+                encoded = encode(chunk.rows())
+                return flatten(encoded.examples), encoded.counts, encoded.digests, chunk.share
+
+            for arrays, part, digests, share in map_in_processes(work, chunks, num_workers()):
+                store.append(arrays)
+                counts.add(part)
+                digest.update(digests)
+                progress(counts.rows, share)
+            counts.refuse_too_long(encode.fit.max_length)
+            summary = _summary(counts, store.num_examples, store.num_tokens, digest.hexdigest())
+            store.finish(summary)
+        shutil.rmtree(folder, ignore_errors=True)  # a damaged one
+        beside.rename(folder)
+    except OSError as error:
+        raise _unwritable(error) from error
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    return StoredRows(folder, summary)
+
+
+def _summary(counts: Counts, examples: int, tokens: int, digest: str) -> RowsSummary:
+    return RowsSummary(
+        rows=counts.rows,
+        examples=examples,
+        tokens=tokens,
+        rows_split=counts.rows_split,
+        rows_cut=counts.rows_cut,
+        tokens_cut=counts.tokens_cut,
+        unread=tuple(counts.unread),
+        digest=digest,
+    )
+
+
+# --- the cache ---
+
+
+@contextmanager
+def _one_writer(folder: Path) -> Iterator[None]:
+    """Let one process at a time build a store; the others wait, and find it built."""
+    lock = FileLock(folder.parent / f".{folder.name}.lock")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except OSError as error:
+        raise _unwritable(error) from error
+    try:
+        for path in folder.parent.glob(f".{folder.name}.*"):
+            if path.is_dir():  # of a process that was killed while it built
+                shutil.rmtree(path, ignore_errors=True)
+        yield
+    finally:
+        lock.release()
+
+
+def _unwritable(error: OSError) -> DataError:
+    return DataError(
+        f"the cache folder must have room for tokenised rows (got {error.strerror} at "
+        f"{error.filename or cache_dir()}); free some, or set CHAINLORA_CACHE to another folder"
+    )
+
+
+def _key(
+    source: Source, tokenizer: PreTrainedTokenizerBase, kind: Task | str, options: Options
+) -> str:
+    parts = {
+        "source": source.identity(),
+        "tokenizer": _fingerprint(tokenizer),
+        "task": kind.model_dump(mode="json") if isinstance(kind, Task) else kind,
+        "options": asdict(options),
+        "code": _code(),
+        "versions": [transformers.__version__, tokenizers.__version__],
+    }
+    text = json.dumps(parts, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the hash of all that a tokenizer does with a text or a chat."""
+    found = hashlib.sha256()
+    if tokenizer.is_fast:
+        found.update(tokenizer.backend_tokenizer.to_str().encode())
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            tokenizer.save_pretrained(folder)
+            for path in sorted(Path(folder).iterdir()):
+                found.update(path.read_bytes())
+    special = json.dumps(tokenizer.special_tokens_map, sort_keys=True, default=str)
+    split = getattr(tokenizer, "split_special_tokens", None)
+    for part in (type(tokenizer).__qualname__, special, tokenizer.chat_template, split):
+        found.update(f"\n{part!r}".encode())
+    return found.hexdigest()
+
+
+@cache
+def _code() -> str:
+    """Return the hash of the source code of this room: what it does today."""
+    found = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        found.update(path.read_bytes())
+    return found.hexdigest()
