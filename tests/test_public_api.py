@@ -40,7 +40,7 @@ NAMES = [
     "tune_link",
 ]
 SIGNATURES = {
-    "train": "(config, *, resume, listener)",
+    "train": "(config, *, resume, listener, change)",
     "load_config": "(path, overrides)",
     "load_run": "(run, *, num_links, dtype)",
     "export_merged": "(run, output, *, num_links)",

@@ -84,18 +84,32 @@ def write_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None
 ) -> None:
     """Replace a safetensors file atomically and durably."""
+    with _replaced(path) as scratch:
+        save_tensors(scratch, tensors, metadata)
+        sync_file(scratch)
+
+
+def save_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None
+) -> None:
+    """Write a safetensors file as it comes: into a scratch folder, which is flushed as a whole."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    with _replaced(path) as scratch:
-        try:
-            save_file(dict(tensors), scratch, metadata=metadata)
-        except SafetensorError as error:  # how it reports a full disk
-            reason = " ".join(str(error).split())
-            raise FileError(
-                f"a file must be written (got {reason} for {path}); free some space"
-            ) from error
-        sync_file(scratch)
+    try:
+        with reported(path):
+            save_file(dict(tensors), path, metadata=metadata)
+    except SafetensorError as error:  # how it reports a full disk
+        raise unwritable(error, path) from error
+
+
+def unwritable(error: Exception, path: Path) -> FileError:
+    """Return a FileError for what safetensors raises when it cannot write."""
+    reason = " ".join(str(error).split())
+    return FileError(
+        f"a file must be written (got {reason} for {path}); free some space, or choose a folder "
+        "that can be written"
+    )
 
 
 @contextmanager

@@ -84,6 +84,22 @@ def load_model(spec: str | Path, dtype: torch.dtype) -> tuple[Any, Any]:
     return model.eval(), tokenizer
 
 
+def load_skeleton(spec: str | Path) -> Any:
+    """Return a model without weights (on the meta device): its modules, names and shapes.
+
+    Raises ModelError if nothing is there, or it cannot be made.
+    """
+    config = _load_config(resolve_model(spec))
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as error:
+        raise ModelError(
+            f"a model must be one that transformers can make (got {type(error).__name__}: "
+            f"{_line(error)} for {spec}); check its config.json"
+        ) from error
+
+
 def resolve_model(spec: str | Path) -> Path:
     """Return the local folder with the safetensors and tokenizer that ``spec`` stands for.
 

@@ -12,7 +12,7 @@ new one. Two exceptions, each a function of its own: a soft knot carries the mom
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import closing
 from typing import Any
 
@@ -49,14 +49,19 @@ _SOFT_KNOT_TOLERANCE = 1e-2
 
 
 def train(
-    config: RunConfig, *, resume: bool = False, listener: Listener | None = None
+    config: RunConfig,
+    *,
+    resume: bool = False,
+    listener: Listener | None = None,
+    change: Collection[str] = (),
 ) -> dict[str, Any]:
     """Run a config from data to result and return what ``result.json`` holds.
 
-    `listener` gets every event (`training.events`), the first of them `Planned`. Everything that
-    can be refused is refused before training. Raises ChainLoRAError subclasses.
+    `listener` gets every event (`training.events`), the first of them `Planned`. `change` names
+    keys that a resume may change, of `runs.resuming.CHANGEABLE`. Everything that can be refused is
+    refused before training. Raises ChainLoRAError subclasses.
     """
-    with prepare(config, resume, listener or (lambda event: None)) as run:
+    with prepare(config, resume, listener or (lambda event: None), change) as run:
         if run.progress.step == 0:
             evaluate_point(run, "start")
         if config.chain.tune == "full":

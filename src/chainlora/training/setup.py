@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from chainlora.chain.adapters import check_targets
 from chainlora.chain.chain import Chain
@@ -14,6 +16,7 @@ from chainlora.config.schema import RunConfig
 from chainlora.data.splits import Splits, prepare_splits
 from chainlora.engine.engine import Engine
 from chainlora.errors import ConfigError
+from chainlora.models.identity import base_files
 from chainlora.models.loading import context_length, load_model, resolve_model
 from chainlora.runs.directory import Progress, RunDirectory
 from chainlora.training.events import Listener, Planned, RowsEncoded
@@ -24,17 +27,38 @@ from chainlora.training.plan import make_plan
 from chainlora.training.run import Clock, Run, flatten
 
 
-def prepare(config: RunConfig, resume: bool, listener: Listener) -> Run:
+def prepare(
+    config: RunConfig, resume: bool, listener: Listener, change: Collection[str] = ()
+) -> Run:
     """Load and check everything a run needs, claim its directory, find where to resume."""
+    directory = RunDirectory(config.output) if config.output else None
+    try:
+        return _prepare(config, resume, listener, change, directory)
+    except BaseException:
+        if directory is not None:
+            directory.close(undo=True)
+        raise
+
+
+def _prepare(
+    config: RunConfig,
+    resume: bool,
+    listener: Listener,
+    change: Collection[str],
+    directory: RunDirectory | None,
+) -> Run:
     if config.chain.tune == "full" and resume:
         raise ConfigError(
             "full fine-tuning cannot resume (its optimizer state is not saved); start over"
         )
     check_optimizer(config.train)
     accelerator = make_accelerator(config)
-    directory = RunDirectory(config.output) if config.output else None
-    if directory is not None and not resume:
-        directory.refuse_if_taken()  # before the model is loaded
+    if directory is not None:
+        directory.open(config, resume=resume, change=change)  # refuses before the model is loaded
+    checkpoint = resolve_model(config.model)
+    files = base_files(checkpoint)
+    if directory is not None:
+        directory.check_base_files(files)
     model, tokenizer = load_model(config.model, getattr(torch, config.train.dtype))
     model.requires_grad_(False)  # links train their own factors; `tune: full` asks for all weights
     splits = prepare_splits(
@@ -49,12 +73,13 @@ def prepare(config: RunConfig, resume: bool, listener: Listener) -> Run:
     model.config.use_cache = False
     if config.train.gradient_checkpointing:
         _checkpoint_activations(model)
-    checkpoint = resolve_model(config.model)
     chain = Chain(model, seed=config.train.seed, hold=config.chain.hold, checkpoint=str(checkpoint))
     base = {
         "model": config.model,
         "fingerprint": chain.base_fingerprint,
         "dtype": config.train.dtype,
+        "files": files,
+        "fan_in_fan_out": any(isinstance(module, Conv1D) for module in model.modules()),
     }
     engine = Engine(
         model,
@@ -65,7 +90,7 @@ def prepare(config: RunConfig, resume: bool, listener: Listener) -> Run:
     try:
         progress = Progress()
         if directory is not None:
-            progress = directory.begin(config, base, resume=resume)
+            progress = directory.begin(config, base, resume=resume, rows=splits.digest)
         run = Run(
             config,
             plan,
