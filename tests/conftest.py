@@ -197,3 +197,15 @@ def sentiment(tmp_path_factory) -> Path:
         encoding="utf-8",
     )
     return folder
+
+
+@pytest.fixture(scope="session")
+def done(tiny_folder, sentiment, tmp_path_factory):
+    """The small experiment of experiment_cases, run: (experiment, folder, outcome)."""
+    from experiment_cases import tree
+
+    from chainlora.experiments import make_experiment, run_cells
+
+    out = tmp_path_factory.mktemp("experiment")
+    experiment = make_experiment(tree(tiny_folder, sentiment))
+    return experiment, out, run_cells(experiment, out, backend="inline")

@@ -981,7 +981,7 @@ def test_an_experiment_from_the_command_line(chainlora, tiny_folder, sentiment, 
     assert found.json["run"] == 0  # what was done is not done again
     report = chainlora("experiment", "report", out)
     assert report.status == 0
-    assert report.out.startswith("# small\n")
+    assert report.out.startswith("# small: mood\n")
     assert "| mood | chain3 − lora | 1 |" in report.out
     files = chainlora("experiment", "report", out, "--output", tmp_path / "report", "--json").json[
         "files"
@@ -1007,7 +1007,7 @@ def test_compare_from_the_command_line(chainlora, config, tmp_path):
     )
     outcome = chainlora(*arguments, "--output", tmp_path / "out")
     assert outcome.status == 0, outcome.err
-    assert "chain2 cannot be told apart from lora" in outcome.out  # two seeds decide nothing
+    assert "too few pairs to compare chain2 with lora" in outcome.out  # two seeds decide nothing
     assert (tmp_path / "out" / "report.md").read_text() == outcome.out.removesuffix("\n")
     chainlora(*arguments, "--output", tmp_path / "o", "--learning-rates", "1e-3,1e-2").refused(
         "got no data.test"

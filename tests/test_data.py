@@ -1,73 +1,18 @@
-"""Rows to tokens, and batches of an epoch: through small byte-level tokenizers trained on the
-spot."""
+"""Rows to tokens: what is read, what is scored, what is refused."""
 
 from __future__ import annotations
 
 import json
-from functools import lru_cache
 
 import pytest
+from helpers_data import CHAT, FORGETS, MARKED, TALK, make_tokenizer, scored
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer
 
 from chainlora.data.encoding import detect_format, encode_examples
-from chainlora.data.order import epoch_batches
-from chainlora.data.tasks import Task, load_rows, load_split, load_task, sample_splits
+from chainlora.data.tasks import Task, load_rows, load_task, sample_splits
 from chainlora.errors import ConfigError, DataError
-
-CORPUS = [
-    "Yes No Maybe great terrible the film was great and the plot was terrible",
-    "Does this mean that the premise is true? Yes or No?\nAnswer: it was so because of the rain",
-    "Question: how many dogs?\nAnswer: two dogs and three cats\n",
-]
-# Turns are rendered one after another: a conversation is a prefix of a longer one.
-CHAT = (
-    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}</s>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
-# The template marks the assistant's own words.
-MARKED = (
-    "{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'assistant' %}{% generation %}{{ "
-    "m.content }}</s>"
-    "{% endgeneration %}{% else %}{{ m.content }}</s>{% endif %}{% endfor %}"
-)
-# Earlier answers are shortened, as templates that drop old reasoning do.
-FORGETS = (
-    "{% for m in messages %}<|{{ m.role }}|>"
-    "{{ m.content if loop.last or m.role == 'user' else '...' }}</s>{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
-TALK = [
-    {"role": "user", "content": "how many dogs?"},
-    {"role": "assistant", "content": "two dogs"},
-    {"role": "user", "content": "and cats?"},
-    {"role": "assistant", "content": "three"},
-]
-
-
-@lru_cache
-def make_tokenizer(special: str = "", chat_template: str | None = None) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of 400 tokens; `special` says what it adds: "", "bos" or "bos eos"."""
-    core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=["<s>", "</s>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    core.train_from_iterator(CORPUS * 20, trainer)
-    if special:
-        pattern = "<s> $A </s>" if "eos" in special else "<s> $A"
-        core.post_processor = processors.TemplateProcessing(
-            single=pattern, special_tokens=[("<s>", 0), ("</s>", 1)]
-        )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core, bos_token="<s>", eos_token="</s>", chat_template=chat_template
-    )
 
 
 @pytest.fixture
@@ -90,14 +35,6 @@ def colour(tmp_path):
         return load_task(path)
 
     return make
-
-
-def scored(example, tokenizer) -> list[list[str]]:
-    """The text of every scored span."""
-    return [
-        [tokenizer.decode(ids[begin:stop]) for begin, stop in spans]
-        for ids, spans in zip(example.sequences, example.scored, strict=True)
-    ]
 
 
 # --- tasks
@@ -404,66 +341,6 @@ def test_rows_that_suit_no_format(rows, format, error, message):
 def test_formats_are_told_by_their_fields():
     assert detect_format([{"messages": []}]) == "chat"
     assert detect_format([{"prompt": "", "completion": "", "text": ""}]) == "completion"
-
-
-# --- the Hub, as a folder laid out like one
-# -----------------------------------------------------------------
-
-
-def test_a_hub_dataset_is_read_by_folder_and_split(tmp_path, colour, monkeypatch):
-    import datasets
-    import pyarrow
-    import pyarrow.parquet
-
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    for folder, word in (("colour", "film"), ("other", "plot")):
-        target = tmp_path / "hub" / folder / "train" / "0000.parquet"
-        target.parent.mkdir(parents=True)
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"text": word, "label": 1}]), target)
-    task = colour(
-        hub={"path": str(tmp_path / "hub"), "folder": "colour", "splits": {"training": "train"}}
-    )
-    rows = load_split(task, None, "training")
-    assert rows == [{"text": "film", "label": 1}]
-    assert rows[0].origin.endswith("train row 0")
-
-
-# --- batches
-# ------------------------------------------------------------------------------------------------
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    num_rows=st.integers(1, 300),
-    batch_size=st.integers(1, 9),
-    seed=st.integers(0, 5),
-    epoch=st.integers(0, 3),
-    group=st.booleans(),
-)
-def test_every_row_comes_once_an_epoch(num_rows, batch_size, seed, epoch, group):
-    lengths = [(7 * row) % 31 for row in range(num_rows)]
-    batches = epoch_batches(lengths, batch_size, seed, epoch, group)
-    assert sorted(row for batch in batches for row in batch) == list(range(num_rows))
-    assert sorted(map(len, batches), reverse=True)[:-1] == [batch_size] * (
-        (num_rows - 1) // batch_size
-    )
-    assert batches == epoch_batches(lengths, batch_size, seed, epoch, group)
-
-
-def test_epochs_and_seeds_differ_and_grouping_makes_like_lengths_meet():
-    lengths = [(37 * row) % 101 for row in range(512)]
-    drawn = [epoch_batches(lengths, 8, seed, epoch) for seed, epoch in ((0, 0), (0, 1), (1, 0))]
-    assert drawn[0] != drawn[1] != drawn[2] != drawn[0]
-
-    def padding(batches):
-        return sum(
-            max(lengths[row] for row in batch) * len(batch) - sum(lengths[row] for row in batch)
-            for batch in batches
-        )
-
-    # Sorted over 256 rows, lengths differ by about 3 inside a batch of 8, against 80 in a plain
-    # shuffle.
-    assert padding(epoch_batches(lengths, 8, 0, 0, True)) < 0.1 * padding(drawn[0])
 
 
 # --- real tokenizers, where they are

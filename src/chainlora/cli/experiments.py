@@ -1,15 +1,19 @@
-"""The verbs that measure: ``experiment run``, ``experiment report`` and ``compare``. Parse, call,
-print."""
+"""The verbs that measure: ``experiment plan|run|report`` and ``compare``. Parse, call, print."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import click
 
 from chainlora.cli.common import file_and_overrides, quiet
+
+_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+_FILE = "FILE [--KEY.SUB VALUE]..."
 
 _JSON = click.option(
     "--json", "as_json", is_flag=True, help="Print exactly one JSON object on stdout."
@@ -34,6 +38,33 @@ _WORKERS = click.option(
 _BACKEND = click.option(
     "--backend", type=click.Choice(["local", "inline", "ray"]), default="local", show_default=True
 )
+_OUTPUT = click.option(
+    "--output",
+    required=True,
+    type=click.Path(file_okay=False),
+    help="Folder for cells and results.",
+)
+_REUSE = click.option(
+    "--reuse",
+    type=click.Path(),
+    multiple=True,
+    help="A results.jsonl whose cells count as done, from another folder or machine. "
+    "May be repeated.",
+)
+
+
+@contextmanager
+def _resumable(output: str) -> Iterator[None]:
+    """Say how to resume where Ctrl-C stops the work: by the same command."""
+    try:
+        yield
+    except (KeyboardInterrupt, click.exceptions.Abort):
+        click.echo(
+            "chainlora: interrupted; the same command resumes: cells that are done stay done, a "
+            f"running one continues from its last checkpoint in {output}",
+            err=True,
+        )
+        raise click.exceptions.Exit(_INTERRUPTED) from None
 
 
 @click.group()
@@ -41,26 +72,59 @@ def experiment() -> None:
     """Compare methods over tasks and seeds, and report with intervals and exact paired tests."""
 
 
-@experiment.command(name="run", context_settings={"ignore_unknown_options": True})
-@click.argument("arguments", metavar="FILE [--KEY.SUB VALUE]...", nargs=-1, type=click.UNPROCESSED)
+@experiment.command(name="plan", context_settings={"ignore_unknown_options": True})
+@click.argument("arguments", metavar=_FILE, nargs=-1, type=click.UNPROCESSED)
 @click.option(
     "--output",
-    required=True,
+    default=None,
     type=click.Path(file_okay=False),
-    help="Folder for cells and results.",
+    help="Folder of an earlier run, whose results count as measured.",
 )
+@_REUSE
+@click.option(
+    "--difference",
+    type=float,
+    default=None,
+    help="A difference to find (points, or a loss): how many pairs that needs.",
+)
+@_JSON
+def plan(
+    arguments: tuple[str, ...],
+    output: str | None,
+    reuse: tuple[str, ...],
+    difference: float | None,
+    as_json: bool,
+) -> None:
+    """Say what a run of FILE would do, and which differences it could find. Nothing is run.
+
+    The spread of differences is taken from results that are there: --output or --reuse.
+    """
+    from dataclasses import asdict
+
+    from chainlora.experiments import plan_experiment
+
+    file, keys = file_and_overrides(list(arguments), "FILE")
+    quiet()
+    found = plan_experiment(file, output, overrides=keys, reuse=reuse, difference=difference)
+    lines = [
+        f"{found.num_cells} cells, {found.num_done} of them done",
+        *(f"note: {note}" for note in found.notes),
+        found.table().markdown()
+        if found.power
+        else "no spread is measured yet: run two seeds, then plan again with --output or --reuse",
+    ]
+    _show(asdict(found), as_json, "\n".join(lines))
+
+
+@experiment.command(name="run", context_settings={"ignore_unknown_options": True})
+@click.argument("arguments", metavar=_FILE, nargs=-1, type=click.UNPROCESSED)
+@_OUTPUT
 @_WORKERS
 @_BACKEND
 @click.option(
     "--max-cells", type=click.IntRange(min=1), default=None, help="Stop after so many cells."
 )
-@click.option(
-    "--reuse",
-    type=click.Path(),
-    multiple=True,
-    help="A results.jsonl whose cells count as done, from another folder or machine. "
-    "May be repeated.",
-)
+@_REUSE
 @_JSON
 def run(
     arguments: tuple[str, ...],
@@ -71,8 +135,7 @@ def run(
     reuse: tuple[str, ...],
     as_json: bool,
 ) -> None:
-    """Run FILE: task × method × grid × seed. What is done is skipped; a killed run goes on when
-    called again.
+    """Run FILE: task × method × grid × seed. What is done is skipped; the same command resumes.
 
     Any key of the file can be set: --base.data.dir path/to/rows --seeds "[0, 1]"
     """
@@ -80,26 +143,31 @@ def run(
 
     file, keys = file_and_overrides(list(arguments), "FILE")
     quiet()
-    outcome = run_experiment(
-        file,
-        output,
-        workers=workers,
-        backend=backend,
-        overrides=keys,
-        listener=experiment_progress(),
-        max_cells=max_cells,
-        reuse=reuse,
-    )
+    with _resumable(output):
+        outcome = run_experiment(
+            file,
+            output,
+            workers=workers,
+            backend=backend,
+            overrides=keys,
+            listener=experiment_progress(),
+            max_cells=max_cells,
+            reuse=reuse,
+        )
+    left = outcome.num_cells - outcome.num_done
     _show(
         {
             "output": str(outcome.out),
             "results": str(outcome.results),
             "cells": outcome.num_cells,
             "run": outcome.num_run,
+            "done": outcome.num_done,
+            "left": left,
         },
         as_json,
-        f"{outcome.num_run} of {outcome.num_cells} cells run; results in {outcome.results}\n"
-        f"next: chainlora experiment report {outcome.out}",
+        f"{outcome.num_run} cells run, {outcome.num_done} of {outcome.num_cells} done"
+        + (f", {left} left: call again" if left else "")
+        + f"; results in {outcome.results}\nnext: chainlora experiment report {outcome.out}",
     )
 
 
@@ -113,8 +181,7 @@ def run(
 )
 @_JSON
 def report(results: str, output: str | None, as_json: bool) -> None:
-    """Make tables (Markdown, CSV, LaTeX) and figures (PNG, SVG) from RESULTS and print the
-    Markdown."""
+    """Make tables (Markdown, CSV, LaTeX) and figures from RESULTS, and print the Markdown."""
     from chainlora.experiments import report_experiment
 
     quiet()
@@ -142,11 +209,13 @@ def report(results: str, output: str | None, as_json: bool) -> None:
     help="Comma-separated; chosen on validation rows for each method.",
 )
 @click.option(
-    "--output",
-    required=True,
-    type=click.Path(file_okay=False),
-    help="Folder for cells and results.",
+    "--extend",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Rates added beyond each end of --learning-rates while the best is that end.",
 )
+@_OUTPUT
 @_WORKERS
 @_BACKEND
 @_JSON
@@ -155,6 +224,7 @@ def compare(
     methods: str,
     seeds: int,
     learning_rates: str,
+    extend: int,
     output: str,
     workers: Any,
     backend: Any,
@@ -165,24 +235,32 @@ def compare(
     from chainlora.experiments import compare as run_compare
     from chainlora.experiments import experiment_progress
 
+    rates = _rates(learning_rates)
+    if extend and not rates:
+        raise click.UsageError("--extend goes with --learning-rates (got none)")
+    quiet()
+    with _resumable(output):
+        made = run_compare(
+            load_config(config),
+            [name.strip() for name in methods.split(",")],
+            range(seeds),
+            Path(output),
+            learning_rates=rates,
+            extend=extend,
+            workers=workers,
+            backend=backend,
+            listener=experiment_progress(),
+        )
+    _show({"files": [str(path) for path in made.files]}, as_json, made.markdown)
+
+
+def _rates(text: str) -> list[float]:
     try:
-        rates = [float(rate) for rate in learning_rates.split(",") if rate]
+        return [float(rate) for rate in text.split(",") if rate]
     except ValueError:
         raise click.UsageError(
-            f"--learning-rates must be numbers with commas between (got {learning_rates!r})"
+            f"--learning-rates must be numbers with commas between (got {text!r})"
         ) from None
-    quiet()
-    made = run_compare(
-        load_config(config),
-        [name.strip() for name in methods.split(",")],
-        range(seeds),
-        Path(output),
-        learning_rates=rates,
-        workers=workers,
-        backend=backend,
-        listener=experiment_progress(),
-    )
-    _show({"files": [str(path) for path in made.files]}, as_json, made.markdown)
 
 
 def _show(value: dict[str, Any], as_json: bool, text: str) -> None:

@@ -14,7 +14,15 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from chainlora.runs.inspection import inspect_run
-from chainlora.training.events import Evaluated, Event, KnotTied, Listener, Planned, StepDone
+from chainlora.training.events import (
+    Evaluated,
+    Event,
+    KnotTied,
+    Listener,
+    Planned,
+    RowsEncoded,
+    StepDone,
+)
 
 
 @contextmanager
@@ -28,6 +36,7 @@ def progress_listener() -> Iterator[Listener]:
     try:
         yield listener
     finally:
+        listener.encoding.stop()
         listener.bar.stop()
 
 
@@ -64,6 +73,16 @@ class _Listener:
             console=self.console,
             disable=not self.console.is_terminal,
         )
+        self.encoding = Progress(
+            TextColumn("tokenising {task.description}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.fields[rows]:,} rows"),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not self.console.is_terminal,
+            transient=True,
+        )
+        self.splits: dict[str, Any] = {}
         self.task: Any = None
         self.total = 0
         self.loss: float | None = None
@@ -74,6 +93,8 @@ class _Listener:
 
     def __call__(self, event: Event) -> None:
         match event:
+            case RowsEncoded():
+                self._encoded(event)
             case Planned():
                 self._plan(event)
             case StepDone():
@@ -86,7 +107,14 @@ class _Listener:
                     f"(function changed by {event.function_change:.1e})"
                 )
 
+    def _encoded(self, event: RowsEncoded) -> None:
+        if event.split not in self.splits:
+            self.splits[event.split] = self.encoding.add_task(event.split, total=1.0, rows=0)
+            self.encoding.start()
+        self.encoding.update(self.splits[event.split], completed=event.share, rows=event.rows)
+
     def _plan(self, event: Planned) -> None:
+        self.encoding.stop()
         self.total = event.num_steps
         lengths = " + ".join(map(str, event.lengths))
         resumed = f", resuming after step {event.step}" if event.step else ""
@@ -179,6 +207,13 @@ def show_inspection(found: Mapping[str, Any]) -> None:
     if not console.is_terminal:
         console = Console(width=140)
     console.print(table, highlight=False)
+    if not found["finished"]:
+        position = found["position"]
+        console.print(
+            f"unfinished: {position['links']} of {position['planned_links']} link(s) tied; "
+            f"`chainlora train CONFIG --resume` resumes from step {position['step']}",
+            highlight=False,
+        )
     if found["selected"] is not None:
         step, whole_links = found["selected"]["step"], found["selected"]["num_links"]
         part = " and a partial one" if found["selected"]["partial"] else ""

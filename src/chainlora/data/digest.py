@@ -21,8 +21,3 @@ def rows_digest(splits: Mapping[str, str], before: str = "") -> str:
     for name, digest in splits.items():
         found.update(f"\n{name} {digest}".encode())
     return f"{VERSION}:{found.hexdigest()[:12]}"
-
-
-def are_comparable(one: str, other: str) -> bool:
-    """Say whether two digests are of one version, so that different ones mean different rows."""
-    return one.rpartition(":")[0] == other.rpartition(":")[0]

@@ -22,12 +22,13 @@ from jinja2.sandbox import SandboxedEnvironment
 
 from chainlora.errors import DataError
 
-MAX_WORK = 10_000_000
-"""Turns of loops, calls, and characters or items handed to them, in one rendering.
+MAX_WORK = 4_000_000
+"""Turns of loops, and characters or items handed to calls, in one rendering.
 
-The largest rows there are (books) have some millions of characters; Python does this much in about
-a second.
+The largest rows there are (books) have a million characters or two; Python does this much in a
+second or two.
 """
+_CALL = 10  # what a call costs beside what is handed to it: about as many turns of a loop
 _MAX_BITS = 100_000  # of an integer
 _SIZED = (str, bytes, list, tuple, dict)
 SECONDS = 20.0
@@ -113,7 +114,8 @@ def _counted(items: Iterable[Any]) -> Iterator[Any]:
 
 
 def _charge_arguments(args: Iterable[Any], options: Mapping[str, Any]) -> None:
-    """Charge the sizes of arguments, and numbers too: they are widths and counts."""
+    """Charge a call and the sizes of its arguments, numbers too: they are widths and counts."""
+    _charge(_CALL)
     for value in (*args, *options.values()):
         _charged(value)
         if isinstance(value, int) and not isinstance(value, bool):
@@ -146,8 +148,8 @@ def _limited(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @contextmanager
-def time_limit(what: str, seconds: float = SECONDS) -> Iterator[None]:
-    """Raise DataError where `what` takes longer.
+def time_limit(what: str) -> Iterator[None]:
+    """Raise DataError where `what` takes longer than `SECONDS`.
 
     Only the main thread of a process can be interrupted (by a signal), and not on Windows; that is
     where rows are encoded, unless a program does so in a thread of its own.
@@ -159,11 +161,11 @@ def time_limit(what: str, seconds: float = SECONDS) -> Iterator[None]:
 
     def expire(*_: Any) -> None:
         raise DataError(
-            f"a template must render a row in {seconds:g} s (got no end of {what}); simplify it"
+            f"a template must render a row in {SECONDS:g} s (got no end of {what}); simplify it"
         )
 
     handler = signal.signal(signal.SIGALRM, expire)
-    left, interval = signal.setitimer(signal.ITIMER_REAL, seconds)
+    left, interval = signal.setitimer(signal.ITIMER_REAL, SECONDS)
     try:
         yield
     finally:

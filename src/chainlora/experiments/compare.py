@@ -1,5 +1,4 @@
-"""`compare`: several methods on a user's own config and data in one go, by the same cells and
-statistics."""
+"""`compare`: several methods on a user's own config and data, by the same cells and statistics."""
 
 from __future__ import annotations
 
@@ -9,10 +8,13 @@ from typing import Any
 
 from chainlora.config.schema import RunConfig
 from chainlora.errors import ConfigError
-from chainlora.experiments.design.schema import Experiment, make_experiment
-from chainlora.experiments.execution.runner import Listener, raise_on_failure, run_cells
+from chainlora.experiments.design.loading import make_experiment
+from chainlora.experiments.design.schema import Experiment
+from chainlora.experiments.execution.session import Listener
 from chainlora.experiments.execution.worker_pool import Workers
 from chainlora.experiments.report.report import Report, report_experiment
+from chainlora.experiments.runner import raise_on_failure, run_cells
+from chainlora.experiments.statistics.library import scipy_stats
 
 
 def compare(
@@ -22,6 +24,7 @@ def compare(
     out: str | Path,
     *,
     learning_rates: Sequence[float] = (),
+    extend: int = 0,
     baseline: str | None = None,
     workers: Workers = 1,
     backend: str = "local",
@@ -36,21 +39,24 @@ def compare(
     a method with more points to look at choose among more.
 
     Args:
-        config: the run config; `output` is not used. methods: names of presets; the first is the
-        baseline unless `baseline` names one. seeds: training seeds, paired over methods. out:
-        folder for cells, results and report; one that holds some of them is gone on with.
-        learning_rates: tried for each method on validation rows; none: all run with the config's
-        own rate. workers, backend, listener: as for `run_experiment`.
+        config: the run config; `output` is not used.
+        methods: names of presets; the first is the baseline unless `baseline` names one.
+        seeds: training seeds, paired over methods.
+        out: folder for cells, results and report; one that holds some of them is resumed.
+        learning_rates: tried for each method on validation rows; none: all run with the config's.
+        extend: rates added beyond each end of `learning_rates` while the best is that end.
+        baseline: the method that the others are compared with.
+        workers, backend, listener: as for `run_experiment`.
 
     Raises:
         ConfigError: unknown method, no rows to score, a rate to choose without validation rows or
-        without other rows
-            to score, a chain that trains nothing.
+            without other rows to score, a chain that trains nothing, scipy not installed.
         RunError: cells failed (the report of the others is written first).
     """
     experiment = comparison(
-        config, methods, seeds, learning_rates=learning_rates, baseline=baseline
+        config, methods, seeds, learning_rates=learning_rates, extend=extend, baseline=baseline
     )
+    scipy_stats()  # the report needs it: say so before hours are spent
     outcome = run_cells(experiment, Path(out), workers=workers, backend=backend, listener=listener)
     report = report_experiment(outcome.results)
     raise_on_failure(outcome)
@@ -63,63 +69,68 @@ def comparison(
     seeds: Sequence[int],
     *,
     learning_rates: Sequence[float] = (),
+    extend: int = 0,
     baseline: str | None = None,
 ) -> Experiment:
     """Return the experiment that `compare` runs."""
-    tree = config.model_dump(mode="json", exclude_defaults=True)
-    chain, lengths = tree.get("chain", {}), config.chain.epochs or config.chain.steps
-    if lengths is None:
-        raise ConfigError(
-            "`compare` needs a chain that trains (got no epochs or steps); e.g. chain: {ranks: "
-            "[8], "
-            "epochs: [3]}"
-        )
-    if (
-        learning_rates
-        and config.data.train is not None
-        and not (config.data.validation and config.data.test)
-    ):
-        missing = "validation" if not config.data.validation else "test"
-        raise ConfigError(
-            "learning rates are chosen on validation rows, and methods then scored on others "
-            "(got no "
-            f"data.{missing}); give data.validation and data.test"
-        )
-    train = {
-        k: v
-        for k, v in tree.get("train", {}).items()
-        if k not in ("keep_best", "early_stop", "select_metric")
-    }
-    alpha = config.chain.alpha if isinstance(config.chain.alpha, float) else config.chain.alpha[0]
-    base: dict[str, Any] = {
-        "model": config.model,
-        "data": tree["data"],
-        "train": train,
-        "recipe": {
-            "rank": config.chain.ranks[0],
-            "epochs" if config.chain.epochs else "steps": sum(lengths),
-        },
-        "chain": {k: v for k, v in chain.items() if k not in ("ranks", "epochs", "steps")}
-        | {"alpha": alpha},
-    }
+    if learning_rates:
+        _check_rows(config)
+    data = config.model_dump(mode="json", exclude_defaults=True)["data"]
     name = Path(config.data.task).stem if config.data.task else "data"
+    unit = "epochs" if config.chain.epochs else "steps"
     return make_experiment(
         {
             "name": "compare",
-            "description": f"{', '.join(methods)} at equal "
-            f"{'epochs' if config.chain.epochs else 'steps'}, each scored at its end "
+            "description": f"{', '.join(methods)} at equal {unit}, each scored at its end "
             "(keep_best and early_stop left out).",
-            "base": base,
-            "tasks": {
-                name: {
-                    "data": {
-                        key: tree["data"][key] for key in ("task", "train") if key in tree["data"]
-                    }
-                }
-            },
+            "base": _base(config),
+            "tasks": {name: {"data": {key: data[key] for key in ("task", "train") if key in data}}},
             "methods": list(methods),
             "seeds": list(seeds),
             "baseline": baseline,
-            "tune": {"grid": {"train.lr": list(learning_rates)} if learning_rates else {}},
+            "tune": _tuning(learning_rates, extend),
         }
     )
+
+
+def _check_rows(config: RunConfig) -> None:
+    """Refuse to choose rates on the rows that methods are scored on."""
+    data = config.data
+    if data.train is not None and not (data.validation and data.test):
+        missing = "validation" if not data.validation else "test"
+        raise ConfigError(
+            "learning rates are chosen on validation rows, and methods then scored on others "
+            f"(got no data.{missing}); give data.validation and data.test"
+        )
+
+
+def _base(config: RunConfig) -> dict[str, Any]:
+    """Return what all methods share: the config without what a method decides."""
+    lengths = config.chain.epochs or config.chain.steps
+    if lengths is None:
+        raise ConfigError(
+            "`compare` needs a chain that trains (got no epochs or steps); "
+            "e.g. chain: {ranks: [8], epochs: [3]}"
+        )
+    tree = config.model_dump(mode="json", exclude_defaults=True)
+    left_out = ("keep_best", "early_stop", "select_metric")
+    train = {k: v for k, v in tree.get("train", {}).items() if k not in left_out}
+    chain = {
+        k: v for k, v in tree.get("chain", {}).items() if k not in ("ranks", "epochs", "steps")
+    }
+    alpha = config.chain.alpha
+    unit = "epochs" if config.chain.epochs else "steps"
+    return {
+        "model": config.model,
+        "data": tree["data"],
+        "train": train,
+        "recipe": {"rank": config.chain.ranks[0], unit: sum(lengths)},
+        "chain": chain | {"alpha": alpha if isinstance(alpha, float) else alpha[0]},
+    }
+
+
+def _tuning(learning_rates: Sequence[float], extend: int) -> dict[str, Any]:
+    if not learning_rates:
+        return {}
+    grid = {"train.lr": list(learning_rates)}
+    return {"grid": grid, "extend": {"train.lr": extend} if extend else {}}

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, NotRequired
 
@@ -56,6 +56,7 @@ class Progress:
     evaluations_without_gain: Count = 0
     stopped: bool = False
     soft_knots: Count = 0  # in the live link so far
+    lengths: list[Count] = field(default_factory=list)  # steps of each link that has ended
 
 
 def read_progress(tree: Mapping[str, Any]) -> Progress:

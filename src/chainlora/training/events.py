@@ -35,6 +35,17 @@ Listener = Callable[[Event], None]
 
 
 @dataclass(frozen=True, eq=False)
+class RowsEncoded(Event):
+    """Rows of a large split have been tokenised; before `Planned`, not in ``metrics.jsonl``."""
+
+    name = "rows"
+    step: int
+    split: str
+    rows: int  # so far
+    share: float  # of the split's source, in 0…1
+
+
+@dataclass(frozen=True, eq=False)
 class Planned(Event):
     """A run is about to start or to resume; not part of ``metrics.jsonl``."""
 
@@ -46,18 +57,7 @@ class Planned(Event):
     path: str  # how batches run through the model
     threads: int
     notes: list[str]  # which fast paths apply, and why not the others
-    data: dict[str, Any]  # by split: rows, tokens, what was cut, columns that nothing reads
-
-
-@dataclass(frozen=True, eq=False)
-class RowsEncoded(Event):
-    """A large split is being tokenised; not part of ``metrics.jsonl``."""
-
-    name = "rows"
-    step: int
-    split: str
-    rows: int
-    share: float  # of the split that is done, 0…1
+    data: Mapping[str, Mapping[str, Any]]  # what became of each split's rows (`Splits.report`)
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,3 +118,13 @@ class Evaluated(Event):
         """Return the JSON object that stands for the event."""
         values = super().record()
         return {k: v for k, v in values.items() if k != "metrics"} | dict(self.metrics)
+
+
+@dataclass(frozen=True, eq=False)
+class Scored(Event):
+    """A split was scored at the end; not part of ``metrics.jsonl``."""
+
+    name = "scored"
+    step: int
+    split: str
+    predictions: list[dict[str, Any]]  # one a row (`Evaluation.predictions`)

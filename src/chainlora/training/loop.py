@@ -12,7 +12,7 @@ new one. Two exceptions, each a function of its own: a soft knot carries the mom
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import closing
 from typing import Any
 
@@ -27,7 +27,7 @@ from chainlora.training.events import (
     Listener,
     ShareTied,
 )
-from chainlora.training.knots import Knot, Position
+from chainlora.training.knots import WHOLE, Knot, Position
 from chainlora.training.optimizers import (
     carry_moments,
     full_optimizer,
@@ -57,9 +57,10 @@ def train(
 ) -> dict[str, Any]:
     """Run a config from data to result and return what ``result.json`` holds.
 
-    `listener` gets every event (`training.events`), the first of them `Planned`. `change` names
-    keys that a resume may change, of `runs.resuming.CHANGEABLE`. Everything that can be refused is
-    refused before training. Raises ChainLoRAError subclasses.
+    `listener` gets every event (`training.events`): `Planned` before the first step, and before it
+    `RowsEncoded` while a large data set is tokenised. `change` names keys that a resume may change
+    (`runs.resuming.CHANGEABLE`). Everything that can be refused is refused before training. Raises
+    ChainLoRAError subclasses.
     """
     with prepare(config, resume, listener or (lambda event: None), change) as run:
         if run.progress.step == 0:
@@ -82,20 +83,28 @@ def _tune_chain(run: Run) -> None:
 
 
 def _tune_link(run: Run, optimizer: torch.optim.Optimizer) -> None:
-    """Step until a policy ends the link, tying shares of it on the way."""
+    """Step until the policy ends the link, tying shares of it on the way."""
     link = len(run.chain)
-    first, num_steps = run.plan.first_step(link), run.plan.lengths[link]
+    first, num_steps = run.first_step(link), run.lengths[link]
+    knot: Knot | None = None
 
     def advance(work: Work) -> None:
+        nonlocal knot
         loss = update(run, work, optimizer)
-        position = Position(link, run.progress.step - first, num_steps, loss)
-        knot = run.policy.knot_after(position)
-        if knot is not None and knot.share < 1:
+        knot = run.policy.knot_after(Position(link, run.progress.step - first, num_steps, loss))
+        if knot is not None and knot != WHOLE:
             _tie_share(run, optimizer, knot)
-        _between_steps(run, optimizer, is_last=knot is not None and knot.share == 1)
+        _between_steps(run, optimizer, is_last=knot == WHOLE)
 
-    with closing(steps_ahead(run, run.progress.step, first + num_steps)) as steps:
-        run.chain.tune(steps, advance)
+    with closing(steps_ahead(run, run.progress.step, first + num_steps)) as ahead:
+        run.chain.tune(_until(ahead, lambda: knot == WHOLE), advance)
+
+
+def _until(steps: Iterable[Work], ended: Callable[[], bool]) -> Iterator[Work]:
+    for step in steps:
+        yield step
+        if ended():
+            return
 
 
 # --- knots ---
@@ -114,7 +123,7 @@ def _begin_link(run: Run, index: int) -> torch.optim.Optimizer:
     if saved is not None:
         state, tensors = saved
         run.chain.load_live_state(
-            state, run.progress.step - run.plan.first_step(index), run.progress.soft_knots
+            state, run.progress.step - run.first_step(index), run.progress.soft_knots
         )
         load_state(optimizer, tensors)
     return optimizer
@@ -141,6 +150,7 @@ def _end_link(run: Run, optimizer: torch.optim.Optimizer) -> None:
     link = run.chain.tie()
     change = ((_hidden(run, probe) - before).norm() / before.norm()).item()
     _check_knot(run, index, change)
+    run.progress.lengths = [*run.lengths[:index], run.progress.step - run.first_step(index)]
     run.progress.link, run.progress.soft_knots = index + 1, 0
     run.record(KnotTied(run.progress.step, index, change))
     evaluate_point(run, "knot")
@@ -184,7 +194,7 @@ def _hidden(run: Run, batch: Any) -> Tensor:
 
 def _gradient_batches(run: Run, index: int) -> Callable[[], None]:
     """Return what `init: gradient` calls: gradients of the first batches the link will see."""
-    first = run.plan.first_step(index)
+    first = run.first_step(index)
     last = min(first + run.config.chain.init_batches, run.plan.num_steps)
 
     def backward() -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from chainlora.data.examples import Example
+from chainlora.data.rows import Rows
 from chainlora.evaluation.metrics import INDEX_METRICS, majority_rate
 from chainlora.runs import directory as store
 from chainlora.runs.costs import hardware, num_trained, peak_memory_mb
+from chainlora.training.events import Scored
 from chainlora.training.run import Run
 from chainlora.training.selection import score
 
@@ -33,11 +34,13 @@ def finish(run: Run) -> dict[str, Any]:
 def _final_metrics(run: Run) -> dict[str, Any]:
     metrics: dict[str, Any] = {}
     for name in ("validation", "test"):
-        examples: list[Example] = getattr(run.splits, name)
+        examples: Rows = getattr(run.splits, name)
         if not examples:
             continue
         known = run.last_scored if name == "validation" else None
-        metrics[name] = dict((known or score(run, examples)).metrics)
+        scored = known or score(run, examples)
+        metrics[name] = dict(scored.metrics)
+        run.listener(Scored(run.progress.step, name, scored.predictions))
         if run.splits.metric in INDEX_METRICS:
             metrics[name]["majority"] = majority_rate(examples)
     return metrics

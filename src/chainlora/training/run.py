@@ -74,6 +74,24 @@ class Run:
         """Where the model lives."""
         return self.accelerator.device
 
+    @property
+    def lengths(self) -> list[int]:
+        """Steps of each link: of those that ended, as they were; of the others, as planned.
+
+        A policy may end a link early. The last link then makes up for it, so that the whole chain
+        has the steps that were planned.
+        """
+        planned, ended = self.plan.lengths, self.progress.link
+        done = self.progress.lengths or list(planned[:ended])  # version 0.1 recorded none
+        rest = list(planned[ended:])
+        if rest:
+            rest[-1] = sum(planned) - sum(done) - sum(rest[:-1])
+        return done + rest
+
+    def first_step(self, link: int) -> int:
+        """Return the number of the link's first step."""
+        return sum(self.lengths[:link])
+
     def record(self, event: Event) -> None:
         """Send an event to ``metrics.jsonl``, the listener and the trackers."""
         if self.directory is not None:

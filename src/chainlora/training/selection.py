@@ -92,4 +92,4 @@ def _partial_link(run: Run) -> Link | None:
         assert run.directory is not None
         config, where = run.config.chain.links()[index], best.get("directory", "best")
         partial = run.directory.load_best(index, config, where)
-    return replace(partial, num_steps=best["step"] - run.plan.first_step(index))
+    return replace(partial, num_steps=best["step"] - run.first_step(index))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -53,65 +54,82 @@ def _prepare(
         )
     check_optimizer(config.train)
     accelerator = make_accelerator(config)
-    if directory is not None:
-        directory.open(config, resume=resume, change=change)  # refuses before the model is loaded
-    checkpoint = resolve_model(config.model)
-    files = base_files(checkpoint)
-    if directory is not None:
+    folder = resolve_model(config.model)
+    files = base_files(folder)
+    if directory is not None:  # refuse before the model is loaded
+        directory.open(config, resume=resume, change=change)
         directory.check_base_files(files)
-    model, tokenizer = load_model(config.model, getattr(torch, config.train.dtype))
-    model.requires_grad_(False)  # links train their own factors; `tune: full` asks for all weights
-    splits = prepare_splits(
-        config.data,
-        tokenizer,
-        context_length(model),
-        lambda split, rows, share: listener(RowsEncoded(0, split, rows, share)),
-    )
+    model, tokenizer = _load_model(config, accelerator.device)
+    splits = _load_splits(config, model, tokenizer, listener)
     plan = make_plan(config, splits.train)
     check(config, model, splits)
-    model.to(accelerator.device)
-    model.config.use_cache = False
-    if config.train.gradient_checkpointing:
-        _checkpoint_activations(model)
-    chain = Chain(model, seed=config.train.seed, hold=config.chain.hold, checkpoint=str(checkpoint))
-    base = {
-        "model": config.model,
-        "fingerprint": chain.base_fingerprint,
-        "dtype": config.train.dtype,
-        "files": files,
-        "fan_in_fan_out": any(isinstance(module, Conv1D) for module in model.modules()),
-    }
-    engine = Engine(
-        model,
-        speedups=config.train.speedups,
-        training=True,
-        threads=1 if _needs_one_thread(config) else None,
-    )
+    chain = _new_chain(config, model, folder)
+    engine = _new_engine(config, model)
     try:
+        base = _identity(config, chain, files)
         progress = Progress()
         if directory is not None:
             progress = directory.begin(config, base, resume=resume, rows=splits.digest)
         run = Run(
-            config,
-            plan,
-            splits,
-            OBJECTIVES[splits.loss],
-            make_policy(config),
-            chain,
-            engine,
-            tokenizer,
-            accelerator,
-            directory,
-            progress,
-            base,
-            listener,
-            Clock(progress.seconds),
+            config=config,
+            plan=plan,
+            splits=splits,
+            objective=OBJECTIVES[splits.loss],
+            policy=make_policy(config),
+            chain=chain,
+            engine=engine,
+            tokenizer=tokenizer,
+            accelerator=accelerator,
+            directory=directory,
+            progress=progress,
+            base=base,
+            listener=listener,
+            clock=Clock(progress.seconds),
         )
+        _restore_links(run)
         _announce(run)
     except BaseException:
         engine.close()
         raise
     return run
+
+
+def _load_model(config: RunConfig, device: torch.device) -> tuple[Any, Any]:
+    """Return the model, frozen, and its tokenizer. Links train their own factors."""
+    model, tokenizer = load_model(config.model, getattr(torch, config.train.dtype))
+    model.requires_grad_(False).to(device)
+    model.config.use_cache = False
+    if config.train.gradient_checkpointing:
+        _checkpoint_activations(model)
+    return model, tokenizer
+
+
+def _load_splits(config: RunConfig, model: Any, tokenizer: Any, listener: Listener) -> Splits:
+    def tell(split: str, rows: int, share: float) -> None:
+        listener(RowsEncoded(0, split, rows, share))
+
+    return prepare_splits(config.data, tokenizer, context_length(model), tell)
+
+
+def _new_chain(config: RunConfig, model: Any, folder: Path) -> Chain:
+    return Chain(model, seed=config.train.seed, hold=config.chain.hold, checkpoint=folder)
+
+
+def _new_engine(config: RunConfig, model: Any) -> Engine:
+    """LoRA's dropout draws from one generator, and full gradients are as large as the model."""
+    threads = 1 if _needs_one_thread(config) else None
+    return Engine(model, speedups=config.train.speedups, training=True, threads=threads)
+
+
+def _identity(config: RunConfig, chain: Chain, files: Mapping[str, str]) -> dict[str, Any]:
+    """Return what the manifest says of the base model (`runs.manifest.Base`)."""
+    return {
+        "model": config.model,
+        "fingerprint": chain.base_fingerprint,
+        "dtype": config.train.dtype,
+        "files": files,
+        "fan_in_fan_out": any(isinstance(module, Conv1D) for module in chain.model.modules()),
+    }
 
 
 def check(config: RunConfig, model: nn.Module, splits: Splits) -> None:
@@ -153,7 +171,6 @@ def make_accelerator(config: RunConfig) -> Accelerator:
 
 
 def _needs_one_thread(config: RunConfig) -> bool:
-    """LoRA's dropout draws from one generator; full gradients are as large as the model."""
     return config.chain.tune == "full" or config.chain.dropout > 0
 
 
@@ -162,23 +179,27 @@ def _checkpoint_activations(model: Any) -> None:
     enable({"use_reentrant": False})
 
 
-def _announce(run: Run) -> None:
+def _restore_links(run: Run) -> None:
+    """Put the links of a run that is resumed back on the model."""
     if run.directory is not None:
         for link in run.directory.load_links(run.progress.link):
             run.chain.add(link)
+
+
+def _announce(run: Run) -> None:
+    """Start the trackers, and tell the listener what is about to happen."""
     if run.train.trackers:
-        run.accelerator.init_trackers(
-            "chainlora", config=flatten(run.config.model_dump(mode="json"))
-        )
+        settings = flatten(run.config.model_dump(mode="json"))
+        run.accelerator.init_trackers("chainlora", config=settings)
     run.listener(
         Planned(
-            run.progress.step,
-            run.plan.num_steps,
-            list(run.plan.lengths),
-            len(run.splits.train),
-            str(run.engine.path),
-            run.engine.num_threads,
-            list(run.engine.notes),
-            run.splits.report(),
+            step=run.progress.step,
+            num_steps=run.plan.num_steps,
+            lengths=list(run.plan.lengths),
+            rows=len(run.splits.train),
+            path=str(run.engine.path),
+            threads=run.engine.num_threads,
+            notes=list(run.engine.notes),
+            data=run.splits.report(),
         )
     )

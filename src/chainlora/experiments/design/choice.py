@@ -17,8 +17,10 @@ LOWER_IS_BETTER = frozenset({"loss", "perplexity"})
 
 @dataclass(frozen=True)
 class Trial:
-    """What the choice may see of one tuning run; `metrics`: of the validation rows, None if it
-    diverged."""
+    """What the choice may see of one tuning run.
+
+    `metrics` are those of the validation rows, None if the run diverged.
+    """
 
     task: str
     method: str
@@ -28,13 +30,13 @@ class Trial:
 
 
 def choose(trials: Iterable[Trial], metric: str | None = None) -> list[dict[str, Any]]:
-    """Return one record per (task, method): the point of the best mean validation score, and what
-    it was chosen from.
+    """Return one record per (task, method): the best point, and what it was chosen from.
 
-    A point that diverged under one seed scores worst. Ties go to the lower validation loss, then to
-    the first in the grid. Records have `task`, `method`, `metric`, `chosen` (key → value) and
-    `tried` (point, mean, number of runs). A (task, method) whose every point diverged has `chosen`
-    None.
+    The best point has the best mean validation score. One that diverged under any seed scores
+    worst. Ties go to the lower validation loss, then to the first in the grid.
+
+    A record has `task`, `method`, `metric`, `chosen` (key → value; None if every point diverged)
+    and `tried` (for each point its mean, its value under each seed and the number of runs).
     """
     groups: dict[tuple[str, str], dict[Point, list[Trial]]] = {}
     for trial in trials:
@@ -47,14 +49,13 @@ def choose(trials: Iterable[Trial], metric: str | None = None) -> list[dict[str,
 def _choose_one(
     task: str, method: str, by_point: Mapping[Point, Sequence[Trial]], metric: str | None
 ) -> dict[str, Any]:
-    name = metric or next(trial.metric for trials in by_point.values() for trial in trials)
+    name = metric or next(iter(by_point.values()))[0].metric
     tried, best = [], None
     for point, trials in by_point.items():
         score, loss = _mean(trials, name), _mean(trials, "loss")
         key = (score if name in LOWER_IS_BETTER else -score, loss)
-        finite = math.isfinite(score)
-        tried.append({"point": dict(point), "mean": score if finite else None, "runs": len(trials)})
-        if finite and (best is None or key < best[0]):
+        tried.append(_describe(point, trials, name, score))
+        if math.isfinite(score) and (best is None or key < best[0]):
             best = (key, point)
     return {
         "task": task,
@@ -63,6 +64,19 @@ def _choose_one(
         "chosen": None if best is None else dict(best[1]),
         "tried": tried,
     }
+
+
+def _describe(point: Point, trials: Sequence[Trial], name: str, mean: float) -> dict[str, Any]:
+    described: dict[str, Any] = {
+        "point": dict(point),
+        "mean": mean if math.isfinite(mean) else None,
+        "runs": len(trials),
+    }
+    if len(trials) > 1:
+        described["values"] = [
+            None if trial.metrics is None else trial.metrics.get(name) for trial in trials
+        ]
+    return described
 
 
 def _mean(trials: Sequence[Trial], name: str) -> float:
@@ -80,3 +94,47 @@ def chosen_points(records: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str],
         for record in records
         if record["chosen"] is not None
     }
+
+
+def extensions(
+    record: Mapping[str, Any], grid: Mapping[str, Sequence[Any]], limits: Mapping[str, int]
+) -> list[Point]:
+    """Return the points to try next: beyond an end of the grid, where the best point lies at it.
+
+    The new value continues the last two geometrically. `limits` says how many values a key may gain
+    beyond each end of its grid.
+    """
+    chosen = record["chosen"]
+    if chosen is None:
+        return []
+    found: list[Point] = []
+    for key, limit in limits.items():
+        if key in grid:
+            value = _beyond(key, record, grid[key], limit)
+            if value is not None:
+                found.append(tuple((chosen | {key: value}).items()))
+    return found
+
+
+def _beyond(key: str, record: Mapping[str, Any], grid: Sequence[float], limit: int) -> float | None:
+    """Return the next value of a key beyond the end that was chosen; None if it is no end."""
+    chosen = record["chosen"]
+    others = {name: value for name, value in chosen.items() if name != key}
+    tried = sorted(
+        {
+            each["point"][key]
+            for each in record["tried"]
+            if all(each["point"].get(name) == value for name, value in others.items())
+        }
+    )
+    if len(tried) < 2 or chosen[key] not in (tried[0], tried[-1]):
+        return None
+    lowest = chosen[key] == tried[0]
+    end, neighbour = (tried[0], tried[1]) if lowest else (tried[-1], tried[-2])
+    added = sum(v < min(grid) if lowest else v > max(grid) for v in tried)
+    if added >= limit:
+        return None
+    value = float(f"{end * end / neighbour:.2g}")  # two digits: a rate that a person would write
+    if all(isinstance(each, int) for each in grid):
+        value = int(value)
+    return value if value > 0 and value not in tried else None

@@ -1,30 +1,27 @@
-"""What an experiment file may say, and how one is read.
+"""What an experiment file may say.
 
-name: rte-first                       # names the report base: {model: …, recipe: {rank: 8, epochs:
-5}, data: {…}, chain: {…}, train: {…}}   # shared by every cell tasks: {rte: , wsc: {data:
-{sampling: saner}}}       # name -> keys; data.task is the name unless given methods: {lora: , four:
-{preset: chain, recipe: {links: 4}}}   # name -> preset and keys tune: {grid: {train.lr: [1e-3,
-5e-4]}, seeds: [0]}   # chosen on validation, per task and method seeds: [0, 1, 2, 3, 4] baseline:
-lora                        # what every other method is compared with
+name: rte-first
+base: {model: …, recipe: {rank: 8, epochs: 5}, data: {…}, chain: {…}, train: {…}}
+tasks: {rte: , wsc: {data: {sampling: saner}}}            # data.task is the name unless given
+methods: {lora: , four: {preset: chain, recipe: {links: 4}}}
+tune: {grid: {train.lr: [1e-3, 5e-4]}, extend: {train.lr: 2}, seeds: [100, 101]}
+seeds: [0, 1, 2, 3, 4, 5]
+baseline: lora
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from chainlora.config.loading import parse_yaml, set_key
-from chainlora.config.messages import problems
 from chainlora.errors import ConfigError, nearest
-from chainlora.experiments.design.paper import check_table
 from chainlora.experiments.methods import load_method, merge_trees
 
-_TREE_KEYS = ("model", "recipe", "data", "chain", "train")
-Figure = Literal["scores", "differences", "chain_length", "rank_step_down"]
+TREE_KEYS = ("model", "recipe", "data", "chain", "train")
+Figure = Literal["scores", "differences", "curves", "chain_length", "rank_step_down"]
 
 
 class _Frozen(BaseModel):
@@ -35,6 +32,10 @@ class Tuning(_Frozen):
     """How hyper-parameters are chosen: on validation rows only, for each task and method apart."""
 
     grid: dict[str, tuple[Any, ...]] = {}
+    extend: dict[str, int] = Field(
+        default={},
+        description="key → values added beyond each end of its grid while the best is that end",
+    )
     seeds: tuple[int, ...] | None = Field(
         default=None, description="None: the first of the experiment's seeds"
     )
@@ -50,9 +51,18 @@ class Tuning(_Frozen):
                 raise ValueError(
                     f"`tune.grid` must give at least one value a key (got none for {key})"
                 )
-            if key.split(".")[0] not in _TREE_KEYS or "." not in key:
+            if key.split(".")[0] not in TREE_KEYS or "." not in key:
                 raise ValueError(f"`tune.grid` names config keys such as train.lr (got {key!r})")
         return grid
+
+    @model_validator(mode="after")
+    def _check(self) -> Tuning:
+        for key, count in self.extend.items():
+            if count < 0:
+                raise ValueError(f"`tune.extend` must be 0 or more values (got {count} for {key})")
+        if self.seeds is not None and len(set(self.seeds)) < max(1, len(self.seeds)):
+            raise ValueError(f"`tune.seeds` must be different seeds (got {list(self.seeds)})")
+        return self
 
 
 class Experiment(_Frozen):
@@ -74,7 +84,21 @@ class Experiment(_Frozen):
     comparisons: tuple[tuple[str, str], ...] = Field(
         default=(), description="(method, rival), instead of a baseline"
     )
-    figures: tuple[Figure, ...] = ("scores", "differences")
+    primary: tuple[str, str] | None = Field(
+        default=None, description="the one comparison that is tested alone, at the full level"
+    )
+    gap: tuple[str, str] | None = Field(
+        default=None,
+        description="(floor, ceiling) of the share of the gap; None: what trains nothing, and what "
+        "trains every weight, where both are there",
+    )
+    curve_points: int = Field(
+        default=20,
+        ge=0,
+        description="evaluations on validation rows along a run, beside those at knots; a config "
+        "with eval_every, keep_best, early_stop or eval_at_knots: false keeps its own",
+    )
+    figures: tuple[Figure, ...] = ("scores", "differences", "curves")
     paper: str | None = Field(
         default=None, description="table of the paper shown beside ours, e.g. table1"
     )
@@ -92,14 +116,23 @@ class Experiment(_Frozen):
     def _check(self) -> Experiment:
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"`seeds` must differ from each other (got {list(self.seeds)})")
-        compared = [("baseline", self.baseline)] if self.baseline else []
-        for name, rival in self.comparisons:
-            compared += [("comparisons", name), ("comparisons", rival)]
-        for key, name in compared:
+        for key, name in self._named_methods():
             if name not in self.methods:
                 hint = nearest(str(name), self.methods)
                 raise ValueError(f"`{key}` must name methods of this file (got {name!r}){hint}")
+        if self.primary is not None and self.primary not in self.pairs:
+            raise ValueError(
+                f"`primary` must be one of the pairs compared (got {list(self.primary)}); "
+                "add it to `comparisons`"
+            )
         return self
+
+    def _named_methods(self) -> list[tuple[str, str]]:
+        named = [("baseline", self.baseline)] if self.baseline else []
+        named += [("comparisons", name) for pair in self.comparisons for name in pair]
+        for key in ("primary", "gap"):
+            named += [(key, name) for name in getattr(self, key) or ()]
+        return named
 
     @property
     def pairs(self) -> tuple[tuple[str, str], ...]:
@@ -115,25 +148,25 @@ class Experiment(_Frozen):
         return self.tune.seeds or self.seeds[:1]
 
     def method_tree(self, name: str) -> dict[str, Any]:
-        """Return its preset's keys with those given here over them. Raises ConfigError: unknown
-        preset."""
+        """Return its preset's keys with those given here over them.
+
+        Raises ConfigError for an unknown preset.
+        """
         given = dict(self.methods[name])
         given.pop("grid", None)
         preset = load_method(given.pop("preset", name))
-        _check_keys(f"methods.{name}", given)
+        check_keys(f"methods.{name}", given)
         return merge_trees(preset.keys, given)
 
     def describe_method(self, name: str) -> str:
-        """Return one line on a method: its preset's, and the keys set here."""
-        given = {
-            key: value for key, value in self.methods[name].items() if key not in ("preset", "grid")
-        }
-        line = load_method(self.methods[name].get("preset", name)).description
-        return (
-            f"{line} Here: {yaml.safe_dump(given, default_flow_style=True).strip()}"
-            if given
-            else line
-        )
+        """Return what the file says of a method: its preset, and the keys set over it."""
+        preset = self.methods[name].get("preset", name)
+        given = {k: v for k, v in self.methods[name].items() if k not in ("preset", "grid")}
+        source = load_method(preset).source
+        line = f"preset `{preset}` ({source})"
+        if not given:
+            return line
+        return f"{line} with {yaml.safe_dump(given, default_flow_style=True, width=1000).strip()}"
 
     def grid(self, method: str) -> dict[str, tuple[Any, ...]]:
         """Return the grid of a method: its own where it gives one, else the experiment's."""
@@ -141,79 +174,8 @@ class Experiment(_Frozen):
         return Tuning(grid=own).grid if own is not None else self.tune.grid
 
 
-def load_experiment(path: str | Path, overrides: Sequence[tuple[str, str]] = ()) -> Experiment:
-    """Read an experiment file; `overrides` are ``("base.data.dir", "rows")`` pairs, values parsed
-    as YAML.
-
-    A list of names for `tasks` or `methods` keeps the file's entries of these names, and the
-    comparisons among them.
-
-    Raises ConfigError: unreadable file, unknown key (nearest named), wrong value.
-    """
-    path = Path(path)
-    try:
-        tree = parse_yaml(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(
-            f"experiment file must be readable (got {path}: {error.strerror}); check the path"
-        ) from None
-    except yaml.YAMLError as error:
-        raise ConfigError(
-            f"experiment file must be YAML (got {path}: {' '.join(str(error).split())})"
-        ) from None
-    if not isinstance(tree, dict):
-        raise ConfigError(
-            f"experiment file must hold a mapping of keys (got {type(tree).__name__} in {path})"
-        )
-    own = {key: tree.get(key) for key in ("tasks", "methods")}
-    for key, value in overrides:
-        set_key(tree, key, value)
-    for key, before in own.items():
-        if isinstance(tree.get(key), list) and isinstance(before, Mapping):
-            tree[key] = {name: before.get(name) for name in tree[key]}
-    given = {key for key, _ in overrides}
-    if "methods" in given and "comparisons" not in given:
-        _keep_pairs(tree)
-    return make_experiment(tree)
-
-
-def _keep_pairs(tree: dict[str, Any]) -> None:
-    """Leave out the comparisons with methods that are not asked for."""
-    names, pairs = list(tree["methods"] or ()), tree.get("comparisons")
-    if not isinstance(pairs, list) or not pairs:
-        return
-    kept = [pair for pair in pairs if not isinstance(pair, list) or set(pair) <= set(names)]
-    if not kept:
-        raise ConfigError(
-            f"`methods` must keep a pair that the file compares (got {names}); name a rival too, "
-            "or "
-            "give `comparisons`"
-        )
-    tree["comparisons"] = kept
-
-
-def make_experiment(tree: Mapping[str, Any]) -> Experiment:
-    """Check a nested mapping and return the experiment. Raises ConfigError with every problem in
-    one line."""
-    try:
-        experiment = Experiment.model_validate(tree)
-    except ValidationError as error:
-        raise ConfigError(problems(error, Experiment)) from None
-    if experiment.paper is not None:
-        check_table(experiment.paper)
-    _check_keys("base", experiment.base)
-    for name, keys in experiment.tasks.items():
-        _check_keys(f"tasks.{name}", keys)
-    for name in experiment.methods:
-        experiment.method_tree(name)
-        try:
-            experiment.grid(name)
-        except ValidationError as error:
-            raise ConfigError(problems(error, Tuning, f"methods.{name}.")) from None
-    return experiment
-
-
-def _check_keys(where: str, tree: Mapping[str, Any]) -> None:
+def check_keys(where: str, tree: Mapping[str, Any]) -> None:
+    """Raise ConfigError for a key that is no section of a config."""
     for key in tree:
-        if key not in _TREE_KEYS:
-            raise ConfigError(f"unknown key `{where}.{key}`{nearest(key, _TREE_KEYS)}")
+        if key not in TREE_KEYS:
+            raise ConfigError(f"unknown key `{where}.{key}`{nearest(key, TREE_KEYS)}")

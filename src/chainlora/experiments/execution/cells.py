@@ -1,6 +1,6 @@
 """One cell: from its config to its result, done once, whoever asks and however often it is killed.
 
-CELL_DIR/config.yaml is trained (or a run that was killed is gone on with) in CELL_DIR/run, and
+CELL_DIR/config.yaml is trained in CELL_DIR/run (a run that was killed is resumed), and
 CELL_DIR/result.json is written last and atomically: a cell is done exactly when that file is there.
 A lock that dies with its process keeps two runners of one folder from training the same cell twice;
 the second waits, then finds the result.
@@ -21,27 +21,27 @@ from chainlora.config.loading import load_config
 from chainlora.config.schema import RunConfig
 from chainlora.errors import ChainLoRAError, DivergedError
 from chainlora.experiments.execution.records import write_atomically
+from chainlora.experiments.execution.rows import Rows, row_scores, write_rows
 
 logger = logging.getLogger(__name__)
 
 RESULT, CONFIG, ERROR, STATUS, RUN = "result.json", "config.yaml", "error.txt", "status.json", "run"
 _STATUS_SECONDS = 1.0
+Listener = Callable[[Mapping[str, Any]], None]
 
 
 def work_on(directory: Path) -> int:
-    """Bring the cell in `directory` to its end unless it is there; return 0 when its result is,
-    else 1."""
+    """Compute the cell in `directory` unless it is done; return 0 if it has its result, else 1."""
     with _lock(directory / "lock"):
         if (directory / RESULT).is_file():
             return 0
         try:
             run_cell(directory)
         except Exception as error:
-            if not isinstance(error, ChainLoRAError):
+            expected = isinstance(error, ChainLoRAError)
+            if not expected:
                 logger.exception("cell %s", directory.name)
-            kind = (
-                "" if isinstance(error, ChainLoRAError) else f"unexpected {type(error).__name__}: "
-            )
+            kind = "" if expected else f"unexpected {type(error).__name__}: "
             write_atomically(directory / ERROR, kind + " ".join(str(error).split())[:2000] + "\n")
             return 1
     return 0
@@ -50,39 +50,54 @@ def work_on(directory: Path) -> int:
 def run_cell(directory: Path) -> dict[str, Any]:
     """Train the config in `directory` and write its result there; return the result."""
     config = load_config(directory / CONFIG)
-    result = compute(config, directory / RUN, listener=_status_writer(directory / STATUS))
-    write_atomically(directory / RESULT, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    result, rows = compute(config, directory / RUN, listener=_status_writer(directory / STATUS))
+    write_rows(directory, rows)
+    write_result(directory, result)
     for name in (ERROR, STATUS):
         (directory / name).unlink(missing_ok=True)
     return result
 
 
+def write_result(directory: Path, result: Mapping[str, Any]) -> None:
+    """Write a cell's result: from now on the cell is done."""
+    directory.mkdir(parents=True, exist_ok=True)
+    write_atomically(directory / RESULT, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+
+
 def compute(
-    config: RunConfig, run: Path, listener: Callable[[Mapping[str, Any]], None] | None = None
-) -> dict[str, Any]:
-    """Train a config in the run directory `run`, going on with one begun, and return the cell's
-    fields."""
+    config: RunConfig, run: Path, listener: Listener | None = None
+) -> tuple[dict[str, Any], Rows]:
+    """Train a config in the run directory `run`, resuming one that is there.
+
+    Return the cell's fields, and what each row scored.
+    """
     from chainlora.experiments.execution.measure import diverged, summarise
     from chainlora.training.loop import train
 
     if run.exists() and config.chain.tune == "full":
-        logger.warning("full fine-tuning cannot resume: %s is begun anew", run)
+        logger.warning("full fine-tuning cannot resume: %s starts over", run)
         shutil.rmtree(run)
     config = config.model_copy(update={"output": str(run)})
+    rows: Rows = {}
+
+    def listen(record: Mapping[str, Any]) -> None:
+        if record["event"] == "scored":
+            rows.update(row_scores(record["split"], record["predictions"]))
+        elif listener is not None:
+            listener(record)
+
     try:
-        result = train(config, resume=run.exists(), listener=listener)
+        result = train(config, resume=run.exists(), listener=listen)
     except DivergedError as error:
-        return diverged(config, str(error))
+        return diverged(config, str(error)), {}
     found = summarise(config, result, run)
-    shutil.rmtree(
-        run / "model", ignore_errors=True
-    )  # full fine-tuning keeps its weights there: gigabytes a cell
-    return found
+    # full fine-tuning keeps its weights there: gigabytes a cell
+    shutil.rmtree(run / "model", ignore_errors=True)
+    return found, rows
 
 
-def _status_writer(path: Path) -> Callable[[Mapping[str, Any]], None]:
-    """Return a listener that keeps a small file with step and number of steps, for the runner's
-    progress."""
+def _status_writer(path: Path) -> Listener:
+    """Return a listener that keeps step and number of steps in a small file, for the progress."""
     state = {"step": 0, "num_steps": 0}
     written = 0.0
 
@@ -100,8 +115,7 @@ def _status_writer(path: Path) -> Callable[[Mapping[str, Any]], None]:
 
 @contextlib.contextmanager
 def _lock(path: Path) -> Iterator[None]:
-    """Hold a lock that the kernel drops when this process dies; on Windows, which has none, hold
-    nothing."""
+    """Hold a lock that dies with this process; nothing on Windows, which has none."""
     try:
         import fcntl
     except ImportError:

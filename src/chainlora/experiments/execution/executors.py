@@ -14,7 +14,7 @@ from chainlora.errors import ConfigError
 from chainlora.experiments.design.expansion import Cell
 from chainlora.experiments.execution.cells import ERROR, RESULT, work_on
 from chainlora.experiments.execution.worker_pool import (
-    Room,
+    WorkerPool,
     Workers,
     check_workers,
     worker_environment,
@@ -23,15 +23,20 @@ from chainlora.experiments.execution.worker_pool import (
 _POLL_SECONDS = 0.2
 
 Work = Sequence[tuple[Cell, Path]]
-Executor = Callable[[Work, Callable[[Sequence[Cell]], None]], Iterator[tuple[Cell, str | None]]]
+Poll = Callable[[Sequence[Cell]], None]
+Ended = Iterator[tuple[Cell, str | None]]
+Executor = Callable[[Work, Poll], Ended]
 
 
 def executor(backend: str, workers: Workers) -> Executor:
-    """Return what runs cells. Raises ConfigError: unknown backend, no number of workers."""
+    """Return what runs cells and yields each with its error, or None, as it ends.
+
+    Raises ConfigError: unknown backend, no number of workers.
+    """
     check_workers(workers, backend)
     if backend == "local":
-        room = Room(workers)
-        return lambda work, poll: run_local(work, poll, room)
+        pool = WorkerPool(workers)
+        return lambda work, poll: run_local(work, poll, pool)
     if backend == "inline":
         return run_inline
     if backend == "ray":
@@ -41,28 +46,23 @@ def executor(backend: str, workers: Workers) -> Executor:
     raise ConfigError(f"`backend` must be local, inline or ray (got {backend!r})")
 
 
-def run_inline(
-    work: Work, poll: Callable[[Sequence[Cell]], None]
-) -> Iterator[tuple[Cell, str | None]]:
-    """Run cells one by one in this process; yield each with its error, or None, as it ends."""
+def run_inline(work: Work, poll: Poll) -> Ended:
+    """Run cells one by one in this process."""
     for cell, directory in work:
         poll([cell])
         yield cell, None if work_on(directory) == 0 else _error(directory, 1)
 
 
-def run_local(
-    work: Work, poll: Callable[[Sequence[Cell]], None], room: Room
-) -> Iterator[tuple[Cell, str | None]]:
-    """Run cells as processes here, as many as there is room for; yield each with its error, or
-    None, as it ends."""
+def run_local(work: Work, poll: Poll, pool: WorkerPool) -> Ended:
+    """Run cells as processes of this machine, as many at a time as the pool has workers."""
     waiting = list(work)
     running: dict[int, tuple[Cell, Path, subprocess.Popen[bytes]]] = {}
     try:
         while waiting or running:
-            while waiting and len(running) < room.workers:
+            while waiting and len(running) < pool.size:
                 cell, directory = waiting.pop(0)
-                slot = min(set(range(room.workers)) - running.keys())
-                running[slot] = (cell, directory, _start(directory, slot, room.workers))
+                slot = min(set(range(pool.size)) - running.keys())
+                running[slot] = (cell, directory, _start(directory, slot, pool.size))
             ended = [
                 slot for slot, (_, _, process) in running.items() if process.poll() is not None
             ]
@@ -70,7 +70,7 @@ def run_local(
                 cell, directory, process = running.pop(slot)
                 error = _error(directory, process.returncode)
                 if error is None:
-                    room.learn(json.loads((directory / RESULT).read_text(encoding="utf-8")))
+                    pool.learn(json.loads((directory / RESULT).read_text(encoding="utf-8")))
                 yield cell, error
             if not ended:
                 poll([cell for cell, _, _ in running.values()])
@@ -82,16 +82,10 @@ def run_local(
 
 
 def _start(directory: Path, slot: int, workers: int) -> subprocess.Popen[bytes]:
-    command = [
-        sys.executable,
-        "-m",
-        "chainlora.experiments.execution.worker",
-        str(directory),
-        "--watch",
-    ]
+    module = "chainlora.experiments.execution.worker"
     with (directory / "log.txt").open("ab") as log:
         return subprocess.Popen(
-            command,
+            [sys.executable, "-m", module, str(directory), "--watch"],
             stdin=subprocess.PIPE,
             stdout=log,
             stderr=log,

@@ -1,5 +1,4 @@
-"""Floating-point operations of a run, counted from the shapes of its matmuls, and by the paper's
-6·N·D.
+"""Floating-point operations of a run: counted from its matmuls' shapes, and by the paper's 6·N·D.
 
 Counted: a multiply-add is two operations; a frozen weight costs its forward (2·in·out a token) and
 the gradient of its input (as much again) but no weight gradient; a LoRA factor costs all three.
@@ -39,8 +38,7 @@ _ROLES = {"q_proj": "q", "query": "q", "k_proj": "k", "key": "k", "v_proj": "v",
 
 @dataclass(frozen=True)
 class Matmul:
-    """A weight that multiplies every token; `block` numbers its transformer block, -1 stands before
-    all."""
+    """A weight that multiplies every token; `block` is its transformer block, -1 before all."""
 
     name: str
     num_in: int
@@ -102,8 +100,7 @@ def training_flops(
 
 
 def _attention_backward(shapes: Shapes, first: int, context: float, tune: str) -> float:
-    """Gradients of queries, keys, values and weights: what the first adapted block needs, and all
-    above."""
+    """Gradients of queries, keys, values and weights, from the first adapted block upwards."""
     blocks = sorted({m.block for m in shapes.matmuls if m.block >= 0})
     one = 2 * context * shapes.attention_width / len(blocks)
     above = 4 * one * sum(block > first for block in blocks)
@@ -117,15 +114,16 @@ def _attention_backward(shapes: Shapes, first: int, context: float, tune: str) -
         for name in adapted
         for role in _ROLES.get(name, "qkv" if name in _FROM_BLOCK_INPUT else "")
     }
-    here = len(roles) + bool(
-        roles & {"q", "k"}
-    )  # the attention weights' gradient leads to queries and keys
+    # the attention weights' gradient leads to queries and keys
+    here = len(roles) + bool(roles & {"q", "k"})
     return above + here * one
 
 
 def _stage(matmul: Matmul) -> int:
-    """Return which of a block's matmuls come before: 0 its input's, 1 attention's output, 2 and 3
-    into and out of the MLP. A name that is not known is taken for attention's output."""
+    """Return a matmul's place in its block: 0 input, 1 attention's output, 2 and 3 the MLP's.
+
+    A name that is not known is taken for attention's output.
+    """
     path = matmul.name.split(".")
     for stage, names in ((0, _FROM_BLOCK_INPUT), (2, _INTO_MLP), (3, _OUT_OF_MLP)):
         if path[-1] in names or ".".join(path[-2:]) in names:
@@ -134,17 +132,15 @@ def _stage(matmul: Matmul) -> int:
 
 
 def _needs_input_gradient(matmul: Matmul, first: tuple[int, int]) -> bool:
-    """Say whether anything before it is trained: `first` is the block and stage of the first that
-    is."""
+    """Return whether anything before it is trained, from block and stage of the `first` that is."""
     return (matmul.block, _stage(matmul)) > first
 
 
 def _lora_flops(matmul: Matmul, rank: int, factors: str, *, flows: bool) -> float:
     """Forward through both factors, gradients of the trained ones, gradients on the way down."""
     a, b = 2 * rank * matmul.num_in, 2 * rank * matmul.num_out
-    through_b = (
-        b if factors != "B" or flows else 0
-    )  # needed by A's own gradient, or by what lies below
+    # needed by A's own gradient, or by what lies below
+    through_b = b if factors != "B" or flows else 0
     return (
         (a + b)
         + (a if factors != "B" else 0)
@@ -155,8 +151,7 @@ def _lora_flops(matmul: Matmul, rank: int, factors: str, *, flows: bool) -> floa
 
 
 def head_flops(shapes: Shapes, *, trained: bool = False) -> float:
-    """Return the operations of one scored position's forward and backward through the output
-    head."""
+    """Return the operations of one scored position through the output head, both ways."""
     return (6 if trained else 4) * shapes.head_in * shapes.head_out
 
 

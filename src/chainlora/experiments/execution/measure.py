@@ -1,51 +1,34 @@
-"""What a finished run cost and reached: from its run directory to the fields of a cell's result.
-
-The one file here that builds a model: on the meta device, without weights, for the shapes of its
-matmuls.
-"""
+"""What a finished run cost and reached: from its run directory to the fields of a cell's result."""
 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import safe_open
-from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.pytorch_utils import Conv1D
-
 from chainlora.config.schema import RunConfig
 from chainlora.data.tasks import load_task
-from chainlora.experiments.execution.flops import (
-    Matmul,
-    Shapes,
-    head_flops,
-    lora_parameters,
-    paper_flops,
-    training_flops,
-)
+from chainlora.experiments.execution.checksums import sealed
+from chainlora.experiments.execution.costs import run_costs, tokens_by_link
+from chainlora.experiments.execution.curves import curve
+from chainlora.experiments.execution.digests import BASE_VERSION, digest
+from chainlora.experiments.execution.environment import accelerator, base_file, commit
 from chainlora.experiments.execution.records import FORMAT
-from chainlora.models.loading import resolve_model
-
-_BLOCK = re.compile(r"\.(\d+)\.")
-_LORA_KEY = re.compile(r"^(?:base_model\.model\.)?(.+)\.lora_A\b")
 
 
 def summarise(config: RunConfig, result: Mapping[str, Any], run: Path) -> dict[str, Any]:
-    """Return the fields of a cell (see `records.py`) from what `train` returned and wrote to
-    `run`."""
+    """Return the fields of a cell (see `records.py`) from what `train` returned and wrote."""
     records = read_metrics(run)
     steps = [record for record in records if record["event"] == "step"]
-    start_tokens = _by_link([record for record in records if record["event"] == "gradient"], config)
+    start_tokens = tokens_by_link(
+        [record for record in records if record["event"] == "gradient"], config
+    )
     metrics = result["metrics"]
     split = "test" if "test" in metrics else "validation"
     metric = task_metric(config)
     best = result.get("best")
-    return {
+    fields = {
         "format": FORMAT,
         "status": "done",
         "metric": metric,
@@ -60,7 +43,7 @@ def summarise(config: RunConfig, result: Mapping[str, Any], run: Path) -> dict[s
         "tokens": result["tokens"] + sum(start_tokens),
         "start_tokens": sum(start_tokens),
         "rows": result.get("rows"),
-        **_costs(config, result, run, steps, start_tokens),
+        **run_costs(config, result, run, steps, start_tokens),
         "wall_s": result["wall_s"],
         "peak_rss_mb": result["peak_memory_mb"],
         "ranks": list(config.chain.ranks),
@@ -70,25 +53,30 @@ def summarise(config: RunConfig, result: Mapping[str, Any], run: Path) -> dict[s
             for record in records
             if record["event"] == "eval" and record.get("where") == "knot"
         ],
+        "curve": curve(records),
         "config": compact_config(config),
-        "rows_digest": result["rows_digest"],
-        "base_fingerprint": result["base_fingerprint"][:12],
+        "rows_digest": digest(result["rows_digest"], 1),
+        "base_fingerprint": digest(result["base_fingerprint"], BASE_VERSION),
+        "base_file": base_file(config.model),
         "versions": result["versions"],
-        "hardware": result["hardware"],
+        "commit": commit(),
+        "hardware": result["hardware"] | accelerator(result["hardware"]["device"]),
     }
+    return sealed(fields)
 
 
 def diverged(config: RunConfig, message: str) -> dict[str, Any]:
-    """Return the fields of a cell whose loss stopped being finite: a result while rates are
-    chosen."""
-    return {
+    """Return the fields of a cell whose loss stopped being finite: a result while tuning."""
+    fields = {
         "format": FORMAT,
         "status": "diverged",
         "metric": task_metric(config),
         "message": message,
         "ranks": list(config.chain.ranks),
         "config": compact_config(config),
+        "commit": commit(),
     }
+    return sealed(fields)
 
 
 def compact_config(config: RunConfig) -> dict[str, Any]:
@@ -122,131 +110,3 @@ def last_loss(steps: list[dict[str, Any]]) -> float | None:
 
 def _link_steps(steps: list[dict[str, Any]], num_links: int) -> list[int]:
     return [sum(step["link"] == link for step in steps) for link in range(num_links)]
-
-
-def _costs(
-    config: RunConfig,
-    result: Mapping[str, Any],
-    run: Path,
-    steps: list[dict[str, Any]],
-    start_tokens: Sequence[int],
-) -> dict[str, Any]:
-    """Return parameters trained and operations, counted and by the paper's rule; zeros without
-    training.
-
-    What a gradient start reads costs what as many tokens cost in training.
-    """
-    if not steps:
-        return {"trainable_parameters": 0, "flops": 0.0, "flops_6nd": 0.0}
-    shapes = model_shapes(config.model, adapted_modules(run))
-    full = config.chain.tune == "full"
-    tokens = [float(a + b) for a, b in zip(_by_link(steps, config), start_tokens, strict=True)]
-    context = _mean_context(config, steps)
-    factors = config.chain.train_factors
-    per_token = [
-        training_flops(shapes, rank, context, factors=factors, tune=config.chain.tune)
-        for rank in config.chain.ranks
-    ]
-    flops = sum(n * each for n, each in zip(tokens, per_token, strict=True))
-    scored = _scored_positions(config, result, steps) * (1 + sum(start_tokens) / result["tokens"])
-    flops += scored * head_flops(shapes, trained=full)
-    counted = result[
-        "trainable_parameters"
-    ]  # what ranks do not tell (DoRA's magnitudes, biases) every link has alike
-    trained = [counted if full else _trained(shapes, rank, factors) for rank in config.chain.ranks]
-    trained = [n + counted - max(trained) for n in trained]
-    return {
-        "trainable_parameters": counted,
-        "flops": flops,
-        "flops_6nd": paper_flops(trained, tokens),
-    }
-
-
-def _by_link(records: Iterable[Mapping[str, Any]], config: RunConfig) -> list[int]:
-    """Sum the tokens of records by link."""
-    tokens = [0] * len(config.chain.ranks)
-    for record in records:
-        tokens[record["link"]] += record["tokens"]
-    return tokens
-
-
-def _trained(shapes: Shapes, rank: int, factors: str) -> int:
-    if factors == "both":
-        return lora_parameters(shapes, rank)
-    return sum(
-        rank * (m.num_in if factors == "A" else m.num_out) for m in shapes.matmuls if m.adapted
-    )
-
-
-def _mean_context(config: RunConfig, steps: list[dict[str, Any]]) -> float:
-    """Half the mean sequence: what a token attends to under a causal mask, on average."""
-    rows = len(steps) * config.train.batch_size * config.train.gradient_accumulation
-    return sum(step["tokens"] for step in steps) / rows / 2
-
-
-def _scored_positions(
-    config: RunConfig, result: Mapping[str, Any], steps: list[dict[str, Any]]
-) -> float:
-    """Positions that go through the whole output head: none where only label rows of it are needed;
-    the run's own count where it gives one, else every token of a completion task (an upper
-    bound)."""
-    if config.data.task is not None and load_task(config.data.task).loss == "candidates":
-        return 0
-    return float(result.get("scored_tokens") or sum(step["tokens"] for step in steps))
-
-
-def adapted_modules(run: Path) -> frozenset[str]:
-    """Return the names of the modules that the first link of a run adapts."""
-    files = sorted((run / "links").glob("*/adapter_model.safetensors"))
-    if not files:
-        return frozenset()
-    with safe_open(files[0], framework="pt") as file:
-        return frozenset(match[1] for match in map(_LORA_KEY.match, file.keys()) if match)
-
-
-def model_shapes(model: str, adapted: Iterable[str]) -> Shapes:
-    """Return the matmuls of a model, from its config alone."""
-    config = AutoConfig.from_pretrained(str(resolve_model(model) or model))
-    with torch.device("meta"):
-        built = AutoModelForCausalLM.from_config(config)
-    return shapes_of(built, adapted)
-
-
-def shapes_of(model: Any, adapted: Iterable[str]) -> Shapes:
-    """Return the matmuls of a built model; `adapted` names modules."""
-    adapted, head = frozenset(adapted), model.get_output_embeddings()
-    matmuls = [
-        Matmul(name, *_in_out(module), block=_block(name), adapted=name in adapted)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and module is not head
-    ]
-    blocks = 1 + max(matmul.block for matmul in matmuls)
-    after = [
-        m.name for m in matmuls if m.block < 0 and m.name.rpartition(".")[2] in ("project_out",)
-    ]
-    matmuls = [
-        m if m.name not in after else Matmul(m.name, m.num_in, m.num_out, blocks, m.adapted)
-        for m in matmuls
-    ]
-    text = model.config.get_text_config()
-    heads = text.num_attention_heads
-    width = heads * (getattr(text, "head_dim", None) or text.hidden_size // heads)
-    num_in, num_out = _in_out(head)
-    return Shapes(
-        tuple(matmuls),
-        num_in,
-        num_out,
-        width * text.num_hidden_layers,
-        sum(parameter.numel() for parameter in model.parameters()),
-    )
-
-
-def _in_out(module: nn.Module) -> tuple[int, int]:
-    weight: Any = module.weight
-    rows, columns = weight.shape
-    return (rows, columns) if isinstance(module, Conv1D) else (columns, rows)
-
-
-def _block(name: str) -> int:
-    match = _BLOCK.search(name)
-    return int(match[1]) if match else -1

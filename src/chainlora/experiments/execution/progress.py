@@ -36,8 +36,7 @@ def time_left(
 
 
 def experiment_progress() -> Callable[[Mapping[str, Any]], None]:
-    """Return a listener for `run_experiment` that shows overall progress and time left on
-    stderr."""
+    """Return a listener for `run_experiment` that shows progress and time left on stderr."""
     return _Listener()
 
 
@@ -67,23 +66,18 @@ class _Listener:
 
     def _plan(self, record: Mapping[str, Any]) -> None:
         self.waiting = dict(zip(record["todo"], record["tasks"], strict=True))
-        self.later, self.workers, self.ended = record["later"], record["workers"], 0
-        skipped = record["cells"] - len(self.waiting)
-        self.console.print(
-            f"{record['phase']}: {record['cells']} cells, {skipped} done before, "
-            f"{len(self.waiting)} to run"
-            + (f", then {self.later} final cells" if self.later else ""),
-            highlight=False,
-            soft_wrap=True,
-        )
-        if record.get("note"):
-            self.console.print(
-                f"note: {record['note']}", highlight=False, soft_wrap=True, style="yellow"
-            )
+        self.workers, self.ended = record["workers"], 0
+        self.later = record["later"] if not record["left_out"] else 0
+        self._say(_plan_in_words(record))
+        for note in record["notes"]:
+            self._say(f"note: {note}", style="yellow")
         if self.task is not None:
             self.bar.remove_task(self.task)
         self.task = self.bar.add_task(record["phase"], total=len(self.waiting), left="?", now="")
         self.bar.start()
+
+    def _say(self, line: str, style: str | None = None) -> None:
+        self.console.print(line, highlight=False, markup=False, soft_wrap=True, style=style)
 
     def _poll(self, record: Mapping[str, Any]) -> None:
         self.running = dict(record["running"])
@@ -100,13 +94,9 @@ class _Listener:
         seconds = time_left(self.done, remaining, self.later, self.workers)
         if seconds is None:
             return "?"
-        return (
-            f"{seconds / 3600:.1f} h"
-            if seconds >= 5400
-            else f"{seconds / 60:.0f} min"
-            if seconds >= 90
-            else f"{seconds:.0f} s"
-        )
+        if seconds >= 5400:
+            return f"{seconds / 3600:.1f} h"
+        return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
 
     def _cell(self, record: Mapping[str, Any]) -> None:
         name = record["cell"]
@@ -116,18 +106,25 @@ class _Listener:
         seconds = time.monotonic() - self.began.get(name, time.monotonic())
         if record["error"] is None:
             self.done.append((record["task"], max(seconds, record.get("wall_s") or 0.0)))
-        self.console.print(
-            f"{name}: {_outcome(record)}; {len(self.waiting)} to go, {self._left()} left",
-            highlight=False,
-            soft_wrap=True,
-        )
+        self._say(f"{name}: {_outcome(record)}; {len(self.waiting)} to go, {self._left()} left")
 
     def _end(self, record: Mapping[str, Any]) -> None:
         self.bar.stop()
         for name, error in record["failed"].items():
-            self.console.print(
-                f"failed: {name}: {error}", highlight=False, soft_wrap=True, style="red"
-            )
+            self._say(f"failed: {name}: {error}", style="red")
+
+
+def _plan_in_words(record: Mapping[str, Any]) -> str:
+    words = [
+        f"{record['phase']}: {record['cells']} cells",
+        f"{record['done']} done before",
+        f"{len(record['todo'])} to run",
+    ]
+    if record["left_out"]:
+        words.append(f"{record['left_out']} left for another call (--max-cells)")
+    if record["later"]:
+        words.append(f"then {record['later']} final cells")
+    return ", ".join(words)
 
 
 def _outcome(record: Mapping[str, Any]) -> str:
@@ -135,9 +132,7 @@ def _outcome(record: Mapping[str, Any]) -> str:
         return f"FAILED, {record['error']}"
     if record["status"] == "diverged":
         return "diverged"
-    score = record["score"]
-    return (
-        f"{record['metric']} {score:.4f} in {record['wall_s']:.0f} s"
-        if score is not None
-        else "done"
-    )
+    if record["score"] is None:
+        return "done"
+    split = "validation " if record["split"] == "validation" else ""
+    return f"{split}{record['metric']} {record['score']:.4f} in {record['wall_s']:.0f} s"

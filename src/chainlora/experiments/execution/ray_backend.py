@@ -1,14 +1,12 @@
-"""The same cells on a Ray cluster (extra `ray`): Ray schedules, a cell is computed as everywhere
-else.
+"""The same cells on a Ray cluster (extra `ray`): Ray schedules, a cell is computed as elsewhere.
 
 The driver sends a config and writes what comes back, so results need no shared file system; model
-and rows must be found on every node, under the same path or on the Hub. A cell that is lost is
-begun anew, not resumed.
+and rows must be found on every node, under the same path or on the Hub. A cell that is lost starts
+over.
 """
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -16,15 +14,16 @@ from typing import Any
 
 import yaml
 
-from chainlora.config.loading import dump_config, make_config
+from chainlora.config.loading import make_config
 from chainlora.errors import ConfigError
 from chainlora.experiments.design.expansion import Cell
-from chainlora.experiments.execution.cells import ERROR, RESULT, compute
+from chainlora.experiments.execution.cells import CONFIG, ERROR, compute, write_result
 from chainlora.experiments.execution.records import write_atomically
+from chainlora.experiments.execution.rows import Rows, write_rows
 
 
-def compute_remotely(config: str) -> dict[str, Any]:
-    """Train a config (YAML text) in a temporary folder and return the cell's fields."""
+def compute_remotely(config: str) -> tuple[dict[str, Any], Rows]:
+    """Train a config (YAML text) in a temporary folder; return its fields and its rows' scores."""
     with tempfile.TemporaryDirectory() as folder:
         return compute(make_config(yaml.safe_load(config)), Path(folder) / "run")
 
@@ -36,8 +35,8 @@ def run_on_ray(
 ) -> Iterator[tuple[Cell, str | None]]:
     """Hand cells to Ray, `workers` at a time; yield each with its error, or None, as it ends.
 
-    Each asks for an equal share of the cluster's cores and GPUs, of one node's cores and one GPU at
-    most.
+    Each asks for an equal share of the cluster's cores and GPUs: at most one node's cores and one
+    GPU.
 
     Raises ConfigError: Ray is not installed.
     """
@@ -60,7 +59,8 @@ def run_on_ray(
     while waiting or running:
         while waiting and len(running) < workers:
             cell, directory = waiting.pop(0)
-            running[remote.remote(dump_config(cell.config))] = (cell, directory)
+            config = (directory / CONFIG).read_text(encoding="utf-8")
+            running[remote.remote(config)] = (cell, directory)
         done, _ = ray.wait(list(running), timeout=1.0)
         poll([cell for cell, _ in running.values()])
         for reference in done:
@@ -70,10 +70,11 @@ def run_on_ray(
 
 def _collect(ray: Any, reference: Any, directory: Path) -> str | None:
     try:
-        result = ray.get(reference)
+        result, rows = ray.get(reference)
     except Exception as error:  # whatever a cell raises fails that cell alone
         message = " ".join(str(getattr(error, "cause", None) or error).split())[:2000]
         write_atomically(directory / ERROR, message + "\n")
         return message
-    write_atomically(directory / RESULT, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    write_rows(directory, rows)
+    write_result(directory, result)
     return None

@@ -1,5 +1,4 @@
-"""A process for one cell: ``python -m chainlora.experiments.execution.worker CELL_DIR`` (see
-cells.py).
+"""A process for one cell: ``python -m chainlora.experiments.execution.worker CELL_DIR``.
 
 A process per cell costs some seconds of start-up and buys a true peak memory and a crash that takes
 nothing along.
@@ -17,7 +16,7 @@ from chainlora.experiments.execution.cells import work_on
 
 
 def main() -> int:
-    """Bring the cell named on the command line to its end; return 0 when its result is there."""
+    """Compute the cell named on the command line; return 0 when its result is there."""
     if "--watch" in sys.argv:
         threading.Thread(target=_die_with_parent, daemon=True).start()
     logging.basicConfig(
@@ -27,8 +26,7 @@ def main() -> int:
 
 
 def _die_with_parent() -> None:
-    """End when the runner's end of our standard input closes, be it killed: no orphan goes on
-    computing."""
+    """End when the runner's end of our standard input closes: no orphan keeps computing."""
     while sys.stdin.buffer.read(1):
         pass
     os._exit(3)

@@ -1,5 +1,4 @@
-"""How many cells there is room for at a time on this machine: as many as asked for, or as memory
-and cores allow."""
+"""How many cells run at a time on this machine: as asked for, or as memory and cores allow."""
 
 from __future__ import annotations
 
@@ -15,7 +14,7 @@ _SHARE = 0.8
 
 
 def check_workers(workers: Workers, backend: str) -> None:
-    """Refuse what is no number of workers. Raises ConfigError."""
+    """Raise ConfigError for what is no number of workers."""
     if workers == "auto" and backend == "ray":
         raise ConfigError(
             "`workers` must be a number with Ray (got 'auto'): it measures this machine, not a "
@@ -25,12 +24,11 @@ def check_workers(workers: Workers, backend: str) -> None:
         raise ConfigError(f"`workers` must be at least 1, or auto (got {workers})")
 
 
-class Room:
-    """Number of workers. "auto" runs one cell, which may use every core, and judges the others by
-    its peak memory.
+class WorkerPool:
+    """The number of workers. "auto" starts with one cell and fits the others to its peak memory.
 
-    A cell on a GPU leaves room for one on each GPU that CUDA_VISIBLE_DEVICES lists, as what a GPU
-    has free is not known beforehand; a cell on cores for one a core at most.
+    With "auto", cells on a GPU get one worker for each GPU that CUDA_VISIBLE_DEVICES lists, as what
+    a GPU has free is not known beforehand; cells on cores get one worker a core at most.
     """
 
     def __init__(
@@ -40,7 +38,7 @@ class Room:
         free_mb: float | None = None,
     ) -> None:
         self.environment = environment
-        self.workers = 1 if workers == "auto" else workers
+        self.size = 1 if workers == "auto" else workers
         self.free_mb = (free_mb or _free_mb()) if workers == "auto" else None
         self.peak_mb = 0.0
 
@@ -52,7 +50,7 @@ class Room:
         threads = int(self.environment.get("OMP_NUM_THREADS") or 1)
         on_cores = result["hardware"]["device"] == "cpu"
         most = num_cores() // threads if on_cores else len(listed_gpus(self.environment))
-        self.workers = max(1, min(most, int(_SHARE * self.free_mb / self.peak_mb)))
+        self.size = max(1, min(most, int(_SHARE * self.free_mb / self.peak_mb)))
 
 
 def num_cores() -> int:

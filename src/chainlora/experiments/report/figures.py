@@ -1,5 +1,4 @@
-"""Figures of a report, as PNG and SVG: seeds as dots, means as bars, the paper's own numbers as
-diamonds."""
+"""Figures of a report, as PNG and SVG: seeds as dots, means as bars, the paper's as diamonds."""
 
 from __future__ import annotations
 
@@ -13,15 +12,20 @@ matplotlib.use("Agg")  # files only, no display
 import matplotlib.pyplot as plt
 from matplotlib.lines import Line2D
 
+from chainlora.errors import RunError
 from chainlora.experiments.design.choice import LOWER_IS_BETTER
 from chainlora.experiments.design.paper import paper_model
-from chainlora.experiments.execution.records import Results
-from chainlora.experiments.report.analysis import Comparison, Summary, scores_by_seed
+from chainlora.experiments.execution.results import Results
+from chainlora.experiments.report.comparisons import Comparison
+from chainlora.experiments.report.curve_figures import curves
+from chainlora.experiments.report.summaries import Summary
+from chainlora.experiments.report.values import by_seed
+from chainlora.experiments.statistics.pairs import VERDICTS
 
 _PANEL = 3.2  # inches
 _BLUE = "#0969da"
 _DIAMOND: dict[str, Any] = {"marker": "D", "color": "#bf8700", "markersize": 5, "fillstyle": "none"}
-_COLOURS = {"wins": "#1a7f37", "loses": "#cf222e", "undecided": "#57606a"}
+_COLOURS = dict(zip(VERDICTS, ("#1a7f37", "#cf222e", "#57606a", "#bfc4ca"), strict=True))
 
 
 def draw_figures(
@@ -30,30 +34,36 @@ def draw_figures(
     comparisons: Sequence[Comparison],
     out: Path,
 ) -> list[Path]:
-    """Draw the figures that the experiment asks for into `out`; return the files."""
+    """Draw the figures that the experiment asks for into `out`; return the files.
+
+    Raises RunError for a figure that is not known.
+    """
     makers: dict[str, Callable[[], Any]] = {
         "scores": lambda: scores(results, summaries),
         "differences": lambda: differences(comparisons),
+        "curves": lambda: curves(results),
         "chain_length": lambda: chain_length(results, summaries),
         "rank_step_down": lambda: rank_step_down(results, summaries),
     }
-    written = []
+    written: list[Path] = []
     for name in results.experiment["figures"]:
+        if name not in makers:
+            raise RunError(
+                f"a figure must be one of {', '.join(makers)} (got {name!r} in the results)"
+            )
         figure = makers[name]() if summaries and (comparisons or name != "differences") else None
-        if figure is None:
-            continue
-        for suffix in ("png", "svg"):
-            path = out / f"{name}.{suffix}"
-            # no date and fixed ids: the same results give the same file
-            with plt.rc_context({"svg.hashsalt": "chainlora"}):
-                figure.savefig(
-                    path,
-                    dpi=150,
-                    metadata={"Date": None} if suffix == "svg" else {"Software": None},
-                )
-            written.append(path)
-        plt.close(figure)
+        if figure is not None:
+            written += [_save(figure, out / f"{name}.{suffix}") for suffix in ("png", "svg")]
+            plt.close(figure)
     return written
+
+
+def _save(figure: Any, path: Path) -> Path:
+    """Write a figure without dates and with fixed ids: the same results give the same file."""
+    metadata = {"Date": None} if path.suffix == ".svg" else {"Software": None}
+    with plt.rc_context({"svg.hashsalt": "chainlora"}):
+        figure.savefig(path, dpi=150, metadata=metadata)
+    return path
 
 
 def scores(results: Results, summaries: Sequence[Summary]) -> Any:
@@ -109,7 +119,7 @@ def _add_key(figure: Any, results: Results, summaries: Sequence[Summary]) -> Non
 
 
 def _draw_method(axis: Any, place: float, results: Results, summary: Summary) -> None:
-    values = list(scores_by_seed(results, summary.task, summary.method).values())
+    values = list(by_seed(results, summary.task, summary.method).values())
     axis.plot([place] * len(values), values, "o", color=_BLUE, alpha=0.4, markersize=4)
     axis.plot([place - 0.3, place + 0.3], [summary.mean] * 2, color=_BLUE, linewidth=2)
     if summary.paper is not None:
@@ -164,8 +174,7 @@ def _kind(results: Results, summary: Summary) -> str:
 
 
 def differences(comparisons: Sequence[Comparison]) -> Any:
-    """Return a forest plot: the paired mean difference and its interval, coloured by the verdict; a
-    panel a unit."""
+    """Return a forest plot of the paired differences, coloured by verdict, a panel a unit."""
     units: dict[str, list[Comparison]] = {}
     for comparison in reversed(comparisons):
         units.setdefault("loss" if comparison.metric in LOWER_IS_BETTER else "points", []).append(
@@ -183,7 +192,7 @@ def differences(comparisons: Sequence[Comparison]) -> Any:
         for place, comparison in enumerate(group):
             d = comparison.difference
             axis.plot([d.mean], [place], "s", color=_COLOURS[d.verdict], markersize=5)
-            if d.num_pairs > 1:
+            if d.interval != "none":
                 axis.plot([d.low, d.high], [place, place], color=_COLOURS[d.verdict])
         names = [f"{c.task}: {c.method} − {c.rival} (n={c.difference.num_pairs})" for c in group]
         axis.set_yticks(range(len(names)), names, fontsize=8)

@@ -84,6 +84,7 @@ def number(value: float | None, digits: int = 2, sign: bool = False) -> str:
         return "–"
     if math.isinf(value):
         return "∞" if value > 0 else "−∞"
+    value = 0.0 if round(value, digits) == 0 else value  # no −0.00
     text = f"{value:+.{digits}f}" if sign else f"{value:.{digits}f}"
     return text.replace("-", "−")
 

@@ -1,0 +1,124 @@
+"""From an experiment file, overrides or a mapping to a checked `Experiment`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from chainlora.config.loading import parse_yaml, set_key
+from chainlora.config.messages import problems
+from chainlora.errors import ConfigError
+from chainlora.experiments.design.paper import check_table
+from chainlora.experiments.design.schema import Experiment, Tuning, check_keys
+
+
+def load_experiment(path: str | Path, overrides: Sequence[tuple[str, str]] = ()) -> Experiment:
+    """Read an experiment file and apply overrides.
+
+    Args:
+        path: the YAML file.
+        overrides: ``("base.data.dir", "rows")`` pairs, values parsed as YAML. A list of names for
+            `tasks` or `methods` keeps the file's entries of these names, and the comparisons among
+            them.
+
+    Raises:
+        ConfigError: unreadable file, unknown key (nearest named), wrong value.
+    """
+    tree = _read(Path(path))
+    own = {key: tree.get(key) for key in ("tasks", "methods")}
+    for key, value in overrides:
+        set_key(tree, key, value)
+    for key, before in own.items():
+        if isinstance(tree.get(key), list) and isinstance(before, Mapping):
+            tree[key] = {name: before.get(name) for name in tree[key]}
+    given = {key for key, _ in overrides}
+    if "methods" in given:
+        _keep_what_is_left(tree, given)
+    return make_experiment(tree)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        tree = parse_yaml(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(
+            f"experiment file must be readable (got {path}: {error.strerror}); check the path"
+        ) from None
+    except UnicodeDecodeError:
+        raise ConfigError(
+            f"experiment file must be UTF-8 text (got other bytes in {path}); is it a YAML file?"
+        ) from None
+    except yaml.YAMLError as error:
+        raise ConfigError(
+            f"experiment file must be YAML (got {path}: {' '.join(str(error).split())}); "
+            "correct it there"
+        ) from None
+    if not isinstance(tree, dict):
+        raise ConfigError(
+            f"experiment file must hold a mapping of keys (got {type(tree).__name__} in {path})"
+        )
+    return tree
+
+
+def _keep_what_is_left(tree: dict[str, Any], given: set[str]) -> None:
+    """Leave out comparisons, primary one and gap that name methods not asked for."""
+    names, pairs = set(tree["methods"] or ()), tree.get("comparisons")
+    for key in ("primary", "gap"):
+        if key not in given and isinstance(tree.get(key), list) and not set(tree[key]) <= names:
+            del tree[key]
+    if "comparisons" in given or not isinstance(pairs, list) or not pairs:
+        return
+    kept = [pair for pair in pairs if not isinstance(pair, list) or set(pair) <= names]
+    if not kept:
+        raise ConfigError(
+            "`methods` must keep a pair that the file compares "
+            f"(got {list(tree['methods'] or ())}); name a rival too, or give `comparisons`"
+        )
+    tree["comparisons"] = kept
+
+
+def make_experiment(tree: Mapping[str, Any]) -> Experiment:
+    """Check a nested mapping and return the experiment.
+
+    Raises ConfigError with every problem in one line.
+    """
+    try:
+        experiment = Experiment.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(problems(error, Experiment)) from None
+    if experiment.paper is not None:
+        check_table(experiment.paper)
+    check_keys("base", experiment.base)
+    for name, keys in experiment.tasks.items():
+        check_keys(f"tasks.{name}", keys)
+    for name in experiment.methods:
+        experiment.method_tree(name)
+        _check_grid(experiment, name)
+    return experiment
+
+
+def _check_grid(experiment: Experiment, method: str) -> None:
+    try:
+        grid = experiment.grid(method)
+    except ValidationError as error:
+        raise ConfigError(problems(error, Tuning, f"methods.{method}.")) from None
+    for key in experiment.tune.extend:
+        if key in grid:
+            _check_extendable(key, grid[key])
+        elif not any(key in experiment.grid(name) for name in experiment.methods):
+            raise ConfigError(f"`tune.extend` must name keys of `tune.grid` (got {key!r})")
+
+
+def _check_extendable(key: str, values: Sequence[Any]) -> None:
+    numbers = [
+        v for v in values if isinstance(v, int | float) and not isinstance(v, bool) and v > 0
+    ]
+    if len(numbers) < len(values):
+        raise ConfigError(
+            f"`tune.extend` needs positive numbers in the grid (got {list(values)} for {key}); "
+            f"give them, or leave {key} out of `extend`"
+        )

@@ -1,0 +1,170 @@
+"""Before a run is paid for: its cells, what they could decide, which differences they could find.
+
+The spread of paired differences is not known beforehand; it is taken from results that are there,
+of a first few seeds or of an experiment like this one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from chainlora.errors import ConfigError
+from chainlora.experiments.design.loading import load_experiment
+from chainlora.experiments.design.notes import notes
+from chainlora.experiments.design.schema import Experiment
+from chainlora.experiments.execution.results import Results
+from chainlora.experiments.execution.session import Session
+from chainlora.experiments.execution.store import Store, results_by_id
+from chainlora.experiments.report.comparisons import compare_all
+from chainlora.experiments.report.tables import Table, number
+from chainlora.experiments.report.values import OVERALL, digits
+from chainlora.experiments.statistics.power import LEVEL, POWER, detectable, pairs_needed
+
+
+@dataclass(frozen=True)
+class Power:
+    """What a comparison could find, from the spread `sd` of `num_measured` paired differences.
+
+    `detectable` is the difference that the pairs planned find with 80 % power; `needed` the pairs
+    that a difference asked for needs (None where none was, or where it needs too many).
+    """
+
+    task: str
+    method: str
+    rival: str
+    metric: str
+    sd: float
+    num_measured: int
+    num_pairs: int
+    detectable: float
+    needed: int | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run would do and could say."""
+
+    num_cells: int
+    num_done: int
+    notes: list[str]
+    power: list[Power]
+
+    def table(self) -> Table:
+        """Return the power of each comparison as a table."""
+        rows = tuple(
+            (
+                p.task,
+                f"{p.method} − {p.rival}",
+                f"{number(p.sd, digits(p.metric))} (of {p.num_measured})",
+                str(p.num_pairs),
+                number(p.detectable, digits(p.metric)),
+                "–" if p.needed is None else str(p.needed),
+            )
+            for p in self.power
+        )
+        heads = ("task", "pair", "sd measured", "pairs planned", "detectable", "pairs needed")
+        note = (
+            f"Detectable: the mean difference that is found with {POWER:.0%} power at {LEVEL:.0%}, "
+            "corrected for all comparisons planned. The sd of a few pairs is itself uncertain."
+        )
+        return Table("Power", heads, rows, note)
+
+
+def plan_experiment(
+    path: str | Path,
+    out: str | Path | None = None,
+    *,
+    overrides: Sequence[tuple[str, str]] = (),
+    reuse: Sequence[str | Path] = (),
+    difference: float | None = None,
+) -> Plan:
+    """Return what a run of an experiment file would do and could say; nothing is run or written.
+
+    Args:
+        path: the experiment file.
+        out: folder of an earlier run, whose results count as measured.
+        overrides: as for `run_experiment`.
+        reuse: results files that count as measured and as done.
+        difference: a difference (points of a score, or a loss) to size the experiment for.
+
+    Raises:
+        ConfigError, DataError, RunError: as for `run_experiment`; scipy not installed.
+    """
+    experiment = load_experiment(path, overrides)
+    earlier = [Path(out)] if out is not None and (Path(out) / "results.jsonl").is_file() else []
+    known = results_by_id([*earlier, *reuse])
+    session = Session(experiment, ReadOnlyStore(known), lambda record: None)
+    every = session.all_cells().values()
+    num_done = sum(session.store.is_done(cell) for cell in every)
+    power = measured_power(experiment, session.results(), difference)
+    return Plan(len(every), num_done, notes(experiment), power)
+
+
+class ReadOnlyStore(Store):
+    """Results by id alone: no folder is touched."""
+
+    def __init__(self, known: dict[str, dict[str, object]]) -> None:
+        super().__init__(Path())
+        self._results = dict(known)
+
+    @staticmethod
+    def _read(directory: Path) -> None:
+        return None
+
+
+def measured_power(
+    experiment: Experiment, results: Results, difference: float | None = None
+) -> list[Power]:
+    """Return the power of each comparison whose spread has been measured on two pairs or more."""
+    found = []
+    for each in compare_all(results):
+        if each.difference.num_pairs < 2:
+            continue
+        num_tasks = len(experiment.tasks) if each.task == OVERALL else 1
+        num_pairs = num_tasks * len(experiment.seeds)
+        sd, together = each.difference.sd, each.num_comparisons
+        found.append(
+            Power(
+                each.task,
+                each.method,
+                each.rival,
+                each.metric,
+                sd,
+                each.difference.num_pairs,
+                num_pairs,
+                detectable(sd, num_pairs, together),
+                None if difference is None else pairs_needed(sd, difference, together),
+            )
+        )
+    return found
+
+
+def run_notes(experiment: Experiment, results: Results) -> list[str]:
+    """Return what a run says at its start: what cannot be decided, and what could be found."""
+    try:
+        power = measured_power(experiment, results) if results.finals else []
+    except ConfigError as error:  # without scipy a run still runs
+        return [*notes(experiment), str(error)]
+    return [*notes(experiment), *(_sentence(each) for each in _foremost(experiment, power))]
+
+
+def _foremost(experiment: Experiment, power: Sequence[Power]) -> Sequence[Power]:
+    """Return the comparisons that a run speaks of: the primary one, else those over all tasks."""
+    if experiment.primary is not None:
+        power = [each for each in power if (each.method, each.rival) == experiment.primary]
+    return [each for each in power if each.task == OVERALL] or power
+
+
+def _sentence(power: Power) -> str:
+    places = digits(power.metric)
+    what = f"{power.method} − {power.rival} on {power.task}"
+    if math.isinf(power.detectable):
+        return f"{what}: {power.num_pairs} pairs cannot decide it, whatever they show"
+    return (
+        f"{what}: {power.num_pairs} pairs find a difference of "
+        f"{number(power.detectable, places)} with {POWER:.0%} power (sd "
+        f"{number(power.sd, places)}, measured on {power.num_measured} pairs)"
+    )

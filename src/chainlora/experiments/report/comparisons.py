@@ -1,0 +1,151 @@
+"""Paired differences of the methods compared, corrected together as they were planned."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from chainlora.experiments.design.choice import LOWER_IS_BETTER
+from chainlora.experiments.execution.results import Results
+from chainlora.experiments.report.values import (
+    OVERALL,
+    Value,
+    by_seed,
+    has_one_score,
+    held_out_loss,
+    oriented_loss,
+    oriented_score,
+)
+from chainlora.experiments.statistics.pairs import Difference, compare_pairs
+
+Key = tuple[str, str, str]  # task, method, rival
+Family = dict[Key, list[float]]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A method against a rival on a task (or all of them together) by a value.
+
+    `metric` is what the value is of; `num_comparisons` were corrected together; `is_primary` is the
+    one named beforehand, which is tested alone.
+    """
+
+    task: str
+    method: str
+    rival: str
+    value: str
+    metric: str
+    difference: Difference
+    num_comparisons: int
+    is_primary: bool
+
+
+def compare_all(results: Results) -> list[Comparison]:
+    """Return every pair's difference by score on every task, then over all tasks.
+
+    A pair over all tasks pools its (task, seed) differences, of the seeds that all of its tasks
+    have, so that tasks weigh alike; tasks of unlike metrics are not pooled. Tasks one by one are
+    one Holm family, all tasks together another; the primary comparison is tested alone.
+    """
+    return _compare(results, "score", oriented_score, results.experiment["tasks"])
+
+
+def compare_losses(results: Results) -> list[Comparison]:
+    """Return the same by held-out loss, for the tasks whose metric is not the loss already."""
+    metrics = _metrics(results)
+    tasks = [
+        task
+        for task in results.experiment["tasks"]
+        if metrics.get(task) not in LOWER_IS_BETTER and _has_loss(results, task)
+    ]
+    return _compare(results, "held-out loss", oriented_loss, tasks)
+
+
+def _compare(results: Results, name: str, value: Value, tasks: Sequence[str]) -> list[Comparison]:
+    metrics, found = _metrics(results), list[Comparison]()
+    for family, is_primary in _families(results, value, tasks):
+        differences = compare_pairs(list(family.values()))
+        for key, difference in zip(family, differences, strict=True):
+            if difference is None:
+                continue
+            own = metrics.get(key[0]) or next(iter(metrics.values()))
+            found.append(
+                Comparison(
+                    *key,
+                    value=name,
+                    metric=own if value is oriented_score else "loss",
+                    difference=difference,
+                    num_comparisons=len(family),
+                    is_primary=is_primary,
+                )
+            )
+    return _in_order(results, found, tasks)
+
+
+def _in_order(
+    results: Results, found: Sequence[Comparison], tasks: Sequence[str]
+) -> list[Comparison]:
+    """Sort by task, all tasks last, then by pair as planned."""
+    pairs = [tuple(pair) for pair in results.experiment["pairs"]]
+    places = {task: place for place, task in enumerate([*tasks, OVERALL])}
+    return sorted(found, key=lambda c: (places[c.task], pairs.index((c.method, c.rival))))
+
+
+def _families(results: Results, value: Value, tasks: Sequence[str]) -> list[tuple[Family, bool]]:
+    """Return the sets of comparisons that are corrected together, and which is the primary one.
+
+    The primary pair is a family by itself where it matters most: over all tasks where they are
+    pooled, on the task where there is one. On single tasks of several it is one of many.
+    """
+    pairs = [tuple(pair) for pair in results.experiment["pairs"]]
+    by_task = {
+        (task, method, rival): _differences(results, task, method, rival, value)
+        for task in tasks
+        for method, rival in pairs
+    }
+    single = {key: list(found.values()) for key, found in by_task.items()}
+    pooled: Family = {}
+    if len(tasks) > 1 and _poolable(results, tasks):
+        for method, rival in pairs:
+            own = [by_task[task, method, rival] for task in tasks]
+            pooled[OVERALL, method, rival] = _pool(own)
+    primary = tuple(results.experiment.get("primary") or ())
+    last = pooled or single
+    alone = {key: values for key, values in last.items() if key[1:] == primary}
+    for key in alone:
+        del last[key]
+    families = ((single, False), (pooled, False), (alone, True))
+    return [(family, is_primary) for family, is_primary in families if family]
+
+
+def _poolable(results: Results, tasks: Sequence[str]) -> bool:
+    metrics = _metrics(results)
+    return len({metrics[task] in LOWER_IS_BETTER for task in tasks if task in metrics}) == 1
+
+
+def _metrics(results: Results) -> dict[str, str]:
+    return {cell["task"]: cell["metric"] for cell in results.finals}
+
+
+def _has_loss(results: Results, task: str) -> bool:
+    """Return whether a task has held-out losses; one without a cell yet is assumed to."""
+    cells = [cell for cell in results.finals if cell["task"] == task]
+    return not cells or any(held_out_loss(cell) is not None for cell in cells)
+
+
+def _pool(by_task: Sequence[Mapping[int, float]]) -> list[float]:
+    """Return the differences of all tasks that have any, over the seeds that all of these have."""
+    begun = [found for found in by_task if found]
+    shared = set.intersection(*(set(found) for found in begun)) if begun else set()
+    return [found[seed] for found in begun for seed in sorted(shared)]
+
+
+def _differences(
+    results: Results, task: str, method: str, rival: str, value: Value
+) -> dict[int, float]:
+    """Return a method's values less its rival's, by seed."""
+    one, other = (by_seed(results, task, name, value) for name in (method, rival))
+    seeds = sorted(one.keys() & other.keys())
+    if all(has_one_score(results, task, name) for name in (method, rival)):
+        seeds = seeds[:1]  # of two runs there is one difference, not one a seed
+    return {seed: one[seed] - other[seed] for seed in seeds}

@@ -1,0 +1,164 @@
+"""Run the cells of an experiment: skip what is done, keep failures apart, resume after a kill.
+
+A cell is done when its ``result.json`` is there, and that file is written last. Nothing else is
+state: to run again is to resume. Tuning cells come first; the final cells of a task and method are
+known once its tuning cells have ended.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import yaml
+
+from chainlora.errors import RunError
+from chainlora.experiments.design.expansion import expand
+from chainlora.experiments.design.loading import load_experiment
+from chainlora.experiments.design.schema import Experiment
+from chainlora.experiments.execution.executors import Executor, executor
+from chainlora.experiments.execution.records import write_atomically
+from chainlora.experiments.execution.session import Listener, Session
+from chainlora.experiments.execution.store import Store, results_by_id
+from chainlora.experiments.execution.worker_pool import Workers
+from chainlora.experiments.plan import run_notes
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of an experiment.
+
+    Attributes:
+        out: its folder.
+        num_cells: cells that it consists of, as far as is known.
+        num_done: those that are done by now.
+        num_run: those that this call ran.
+        failed: a cell's words → its one-line error.
+    """
+
+    out: Path
+    num_cells: int
+    num_done: int
+    num_run: int
+    failed: dict[str, str]
+
+    @property
+    def results(self) -> Path:
+        """The results file."""
+        return self.out / "results.jsonl"
+
+
+def run_experiment(
+    path: str | Path,
+    out: str | Path,
+    *,
+    workers: Workers = 1,
+    backend: Literal["local", "inline", "ray"] = "local",
+    overrides: Sequence[tuple[str, str]] = (),
+    listener: Listener | None = None,
+    max_cells: int | None = None,
+    reuse: Sequence[str | Path] = (),
+) -> Outcome:
+    """Run an experiment file and return what became of it.
+
+    Args:
+        path: the experiment file.
+        out: folder for cells and results; one that holds some of them is resumed.
+        workers: cells at a time (processes of this machine, or Ray tasks). Threads are divided
+            among them. "auto": one, and once its peak memory is known as many as fit.
+        backend: "local"; "inline", cells one by one in this process (no start-up, but its peak
+            memory is this process's); "ray" for a cluster (extra `ray`).
+        overrides: ``("base.data.dir", "rows")`` pairs that replace values of the file.
+        listener: gets ``{"event": "plan"|"cell"|"poll"|"end", …}`` as work goes on.
+        max_cells: stop after so many cells; the rest is for another call.
+        reuse: results files of other runs, of this machine or another; cells of the same config
+            found there are taken as done.
+
+    Raises:
+        ConfigError, DataError: a file or a cell that cannot work, or rows that are not there,
+            before anything runs; an unknown backend; Ray not installed.
+        RunError: cells of other rows or weights than the rest (see `results.check_alike`); at the
+            end, if cells failed: how many, the first one's error and where its log is.
+    """
+    outcome = run_cells(
+        load_experiment(path, overrides),
+        Path(out),
+        workers=workers,
+        backend=backend,
+        listener=listener,
+        max_cells=max_cells,
+        reuse=reuse,
+    )
+    raise_on_failure(outcome)
+    return outcome
+
+
+def raise_on_failure(outcome: Outcome) -> None:
+    """Raise RunError if cells failed."""
+    if outcome.failed:
+        name, message = next(iter(outcome.failed.items()))
+        raise RunError(
+            f"every cell must end (got {len(outcome.failed)} of {outcome.num_cells} failed, "
+            f"first {name}: {message}); logs are in {outcome.out / 'cells'}, the next run tries "
+            "again those that did not diverge"
+        )
+
+
+def run_cells(
+    experiment: Experiment,
+    out: Path,
+    *,
+    workers: Workers = 1,
+    backend: str = "local",
+    listener: Listener | None = None,
+    max_cells: int | None = None,
+    reuse: Sequence[str | Path] = (),
+) -> Outcome:
+    """Run an experiment as `run_experiment` does, but return failures instead of raising them."""
+    execute = executor(backend, workers)
+    expand(experiment)  # refuses what cannot work before anything runs
+    store = Store(out, results_by_id(reuse), experiment.curve_points)
+    session = Session(experiment, store, listener or (lambda record: None))
+    out.mkdir(parents=True, exist_ok=True)
+    store.adopt_results()
+    write_atomically(
+        out / "experiment.yaml", yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False)
+    )
+    try:
+        session.gather()  # what is there must go together, before more is computed
+        notes = run_notes(experiment, session.results())
+        for phase in ("tune", "final"):
+            _run_phase(session, phase, execute, workers, max_cells, notes)
+        session.gather()
+    finally:
+        session.listener({"event": "end", "failed": session.failed})
+    every = session.all_cells().values()
+    num_done = sum(store.is_done(cell) for cell in every)
+    return Outcome(out, len(every), num_done, session.num_run, session.failed)
+
+
+def _run_phase(
+    session: Session,
+    phase: str,
+    execute: Executor,
+    workers: Workers,
+    max_cells: int | None,
+    notes: list[str],
+) -> None:
+    """Run what a phase needs, and what its results ask for in turn (a grid that is extended)."""
+    told = not session.cells(phase)
+    while True:
+        todo = session.todo(phase)
+        if max_cells is not None:
+            todo = todo[: max(0, max_cells - session.num_run)]
+        if todo or not told:
+            session.begin(phase, todo, workers, notes)
+            notes.clear()  # they are said once
+            told = True
+        if not todo:
+            return
+        work = [(cell, session.store.prepare(cell)) for cell in todo]
+        for cell, error in execute(work, session.poll):
+            session.end(cell, error)

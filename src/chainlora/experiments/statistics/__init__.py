@@ -1,0 +1,1 @@
+"""Statistics of a handful of paired runs: tests, intervals, verdicts, power; no model in sight."""

@@ -1,0 +1,73 @@
+"""Intervals of a mean: none for three values, Student's t for four to nine, BCa bootstrap above.
+
+The bootstrap is too narrow for few values (for five, a nominal 95 % covers about 85 %), and two or
+three values say next to nothing about their own spread.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from statistics import fmean, stdev
+from typing import Literal
+
+import numpy as np
+
+from chainlora.experiments.statistics.library import scipy_stats
+
+Kind = Literal["none", "t", "BCa"]
+MIN_FOR_INTERVAL = 4
+MIN_FOR_BOOTSTRAP = 10
+NUM_RESAMPLES = 10_000
+
+
+def mean_sd(values: Sequence[float]) -> tuple[float, float]:
+    """Return mean and sample standard deviation (n - 1); the deviation of one value is NaN."""
+    return fmean(values), stdev(values) if len(values) > 1 else math.nan
+
+
+def interval_kind(num_values: int) -> Kind:
+    """Return which interval so many values get."""
+    if num_values < MIN_FOR_INTERVAL:
+        return "none"
+    return "t" if num_values < MIN_FOR_BOOTSTRAP else "BCa"
+
+
+def mean_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
+    """Return the interval of the mean that `interval_kind` names; (-inf, inf) where it is none.
+
+    Values that are all equal give an interval of no width.
+    """
+    kind = interval_kind(len(values))
+    if kind == "none":
+        return -math.inf, math.inf
+    if max(values) == min(values):
+        return values[0], values[0]
+    return t_interval(values, confidence) if kind == "t" else bca_interval(values, confidence)
+
+
+def t_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
+    """Return Student's interval of the mean (two values or more)."""
+    mean, sd = mean_sd(values)
+    quantile = scipy_stats().t.ppf((1 + confidence) / 2, len(values) - 1)
+    half = float(quantile) * sd / math.sqrt(len(values))
+    return mean - half, mean + half
+
+
+def bca_interval(
+    values: Sequence[float],
+    confidence: float = 0.95,
+    *,
+    num_resamples: int = NUM_RESAMPLES,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Return the BCa bootstrap interval of the mean (Efron 1987); a seed gives the same one."""
+    found = scipy_stats().bootstrap(
+        (np.asarray(values, dtype=np.float64),),
+        np.mean,
+        confidence_level=confidence,
+        n_resamples=num_resamples,
+        method="BCa",
+        rng=np.random.default_rng(seed),
+    )
+    return float(found.confidence_interval.low), float(found.confidence_interval.high)

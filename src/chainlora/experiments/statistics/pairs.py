@@ -1,0 +1,117 @@
+"""Comparisons of two methods over paired runs, and what may be concluded from them.
+
+Runs of two methods under one seed see the same rows in the same order, so they are compared as
+pairs. With so few pairs the intervals lean on assumptions; a verdict therefore needs the interval
+*and* the exact test.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from chainlora.experiments.statistics.intervals import (
+    MIN_FOR_INTERVAL,
+    Kind,
+    interval_kind,
+    mean_interval,
+    mean_sd,
+)
+from chainlora.experiments.statistics.power import LEVEL, detectable
+from chainlora.experiments.statistics.sign_flip import (
+    MAX_EXACT,
+    holm,
+    sign_flip_test,
+    smallest_p,
+)
+
+Verdict = Literal["wins", "loses", "no difference found", "too few pairs"]
+VERDICTS: tuple[Verdict, ...] = ("wins", "loses", "no difference found", "too few pairs")
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A method less its rival over paired runs, oriented so that positive is better.
+
+    Attributes:
+        low, high: interval of the mean difference; `interval` says which kind.
+        p: two-sided p-value, `exact` or drawn; `p_holm` is corrected for all comparisons planned.
+        smallest_p_holm: `p_holm` if all comparisons planned were as clear as their pairs allow.
+        detectable: the difference that so many pairs of this spread find with 80 % power.
+    """
+
+    num_pairs: int
+    mean: float
+    sd: float
+    low: float
+    high: float
+    interval: Kind
+    p: float
+    p_holm: float
+    smallest_p_holm: float
+    exact: bool
+    detectable: float
+    verdict: Verdict
+
+
+def judge(
+    low: float, high: float, p: float, smallest_p: float, num_pairs: int, level: float = LEVEL
+) -> Verdict:
+    """Return what may be said of a difference.
+
+    `too few pairs`: no result could have been a verdict. `no difference found`: one could have
+    been, and this is none. `wins` and `loses` need an interval without zero and p at most `level`.
+    """
+    if num_pairs < MIN_FOR_INTERVAL or smallest_p > level:
+        return "too few pairs"
+    if p > level or low <= 0 <= high:
+        return "no difference found"
+    return "wins" if low > 0 else "loses"
+
+
+def compare_pairs(
+    differences: Sequence[Sequence[float]], *, level: float = LEVEL
+) -> list[Difference | None]:
+    """Compare several sets of paired differences, Holm-corrected together; None for an empty set.
+
+    An empty set is a comparison planned and not there yet: it counts in the correction, so that a
+    verdict does not depend on how much of the plan is done.
+    """
+    tests = [sign_flip_test(values) if values else 1.0 for values in differences]
+    corrected = holm(tests)
+    smallest = holm([smallest_p(len(values)) for values in differences])
+    return [
+        _difference(values, *numbers, num_comparisons=len(differences), level=level)
+        if values
+        else None
+        for values, *numbers in zip(differences, tests, corrected, smallest, strict=True)
+    ]
+
+
+def _difference(
+    values: Sequence[float],
+    p: float,
+    p_holm: float,
+    smallest: float,
+    *,
+    num_comparisons: int,
+    level: float,
+) -> Difference:
+    count = len(values)
+    mean, sd = mean_sd(values)
+    low, high = mean_interval(values, 1 - level)
+    return Difference(
+        num_pairs=count,
+        mean=mean,
+        sd=sd,
+        low=low,
+        high=high,
+        interval=interval_kind(count),
+        p=p,
+        p_holm=p_holm,
+        smallest_p_holm=smallest,
+        exact=count <= MAX_EXACT,
+        detectable=detectable(sd, count, num_comparisons, level=level),
+        verdict=judge(low, high, p_holm, smallest, count, level),
+    )

@@ -1,0 +1,82 @@
+"""Power: which difference so many pairs can find, and how many pairs a difference needs.
+
+Computed for the paired t-test at level α / m (the first step of Holm's correction over m
+comparisons), whose power the sign-flip test shares once its smallest p-value is below that level.
+"""
+
+from __future__ import annotations
+
+import math
+
+from chainlora.experiments.statistics.library import scipy_stats
+from chainlora.experiments.statistics.sign_flip import least_pairs
+
+LEVEL = 0.05  # of a verdict
+POWER = 0.8  # Cohen's convention: one real difference in five is missed
+_MAX_PAIRS = 100_000
+
+
+def detectable(
+    sd: float,
+    num_pairs: int,
+    num_comparisons: int = 1,
+    *,
+    level: float = LEVEL,
+    power: float = POWER,
+) -> float:
+    """Return the mean difference that is found with `power`; inf where none can be.
+
+    Args:
+        sd: standard deviation of the paired differences.
+        num_pairs: pairs of each comparison.
+        num_comparisons: comparisons corrected together.
+    """
+    if num_pairs < max(4, least_pairs(num_comparisons, level)) or math.isnan(sd):
+        return math.inf
+    return sd * _effect(num_pairs, level / num_comparisons, power)
+
+
+def pairs_needed(
+    sd: float,
+    difference: float,
+    num_comparisons: int = 1,
+    *,
+    level: float = LEVEL,
+    power: float = POWER,
+) -> int | None:
+    """Return how many pairs find a mean difference with `power`; None above 100,000."""
+    low = max(4, least_pairs(num_comparisons, level))
+    if difference == 0 or _fails(_MAX_PAIRS, sd, difference, num_comparisons, level, power):
+        return None
+    high = _MAX_PAIRS
+    while low < high:
+        middle = (low + high) // 2
+        if _fails(middle, sd, difference, num_comparisons, level, power):
+            low = middle + 1
+        else:
+            high = middle
+    return low
+
+
+def _fails(
+    num_pairs: int, sd: float, difference: float, comparisons: int, level: float, power: float
+) -> bool:
+    found = detectable(sd, num_pairs, comparisons, level=level, power=power)
+    return found > abs(difference)
+
+
+def _effect(num_pairs: int, level: float, power: float) -> float:
+    """Return the effect size d = mean / sd of a two-sided paired t-test, by bisection."""
+    stats, freedom = scipy_stats(), num_pairs - 1
+    critical = stats.t.ppf(1 - level / 2, freedom)
+
+    def reached(effect: float) -> float:
+        return float(stats.nct.sf(critical, freedom, effect * math.sqrt(num_pairs)))
+
+    low, high = 0.0, 1.0
+    while reached(high) < power:
+        high *= 2
+    for _ in range(40):  # halvings: 1e-12 of the first bracket
+        middle = (low + high) / 2
+        low, high = (middle, high) if reached(middle) < power else (low, middle)
+    return high

@@ -1,0 +1,68 @@
+"""Small byte-level tokenizers trained on the spot, chat templates, and what examples score."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+CORPUS = [
+    "Yes No Maybe great terrible the film was great and the plot was terrible",
+    "Does this mean that the premise is true? Yes or No?\nAnswer: it was so because of the rain",
+    "Question: how many dogs?\nAnswer: two dogs and three cats\n",
+]
+# Turns are rendered one after another: a conversation is a prefix of a longer one.
+CHAT = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+# The template marks the assistant's own words.
+MARKED = (
+    "{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'assistant' %}{% generation %}{{ "
+    "m.content }}</s>"
+    "{% endgeneration %}{% else %}{{ m.content }}</s>{% endif %}{% endfor %}"
+)
+# Earlier answers are shortened, as templates that drop old reasoning do.
+FORGETS = (
+    "{% for m in messages %}<|{{ m.role }}|>"
+    "{{ m.content if loop.last or m.role == 'user' else '...' }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+TALK = [
+    {"role": "user", "content": "how many dogs?"},
+    {"role": "assistant", "content": "two dogs"},
+    {"role": "user", "content": "and cats?"},
+    {"role": "assistant", "content": "three"},
+]
+
+
+@lru_cache
+def make_tokenizer(special: str = "", chat_template: str | None = None) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of 400 tokens; `special` says what it adds: "", "bos" or "bos eos"."""
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    core.train_from_iterator(CORPUS * 20, trainer)
+    if special:
+        pattern = "<s> $A </s>" if "eos" in special else "<s> $A"
+        core.post_processor = processors.TemplateProcessing(
+            single=pattern, special_tokens=[("<s>", 0), ("</s>", 1)]
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token="<s>", eos_token="</s>", chat_template=chat_template
+    )
+
+
+def scored(example, tokenizer) -> list[list[str]]:
+    """The text of every scored span."""
+    return [
+        [tokenizer.decode(ids[begin:stop]) for begin, stop in spans]
+        for ids, spans in zip(example.sequences, example.scored, strict=True)
+    ]

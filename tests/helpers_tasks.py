@@ -1,0 +1,207 @@
+"""Tasks and rows that several test modules use. The rows here are made up."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+# One row a task and, letter for letter, what a model reads: the protocol's table with its fields
+# filled in ("/" there is a line break). The third entry is the text of each candidate, or the
+# completion.
+PROMPTS = {
+    "sst2": (
+        {"sentence": "a warm and funny film . ", "label": 1},
+        "a warm and funny film . It was",
+        (" terrible", " great"),
+        1,
+    ),
+    "rte": (
+        {"premise": "Rain fell all day.", "hypothesis": "It rained.", "label": "entailment"},
+        'Rain fell all day.\nDoes this mean that "It rained." is true? Yes or No?\n',
+        ("Yes", "No"),
+        0,
+    ),
+    "cb": (
+        {
+            "premise": "She doubted that the ship had sailed.",
+            "hypothesis": "the ship had sailed",
+            "label": "neutral",
+        },
+        'Suppose She doubted that the ship had sailed. Can we infer that "the ship had sailed"? '
+        "Yes, No, or Maybe?\n",
+        ("Yes", "No", "Maybe"),
+        2,
+    ),
+    "boolq": (
+        {"passage": "Tea -- Tea is a drink.", "question": "is tea a drink", "label": True},
+        "Tea -- Tea is a drink. Is tea a drink?",
+        (" Yes", " No"),
+        0,
+    ),
+    "wsc": (
+        {
+            "text": "Ann thanked Eve because She had helped.",
+            "label": True,
+            "target": {
+                "span1_text": "Eve",
+                "span2_text": "She",
+                "span1_index": 2,
+                "span2_index": 4,
+            },
+        },
+        "Ann thanked Eve because She had helped.\n"
+        'In the previous sentence, does the pronoun "she" refer to Eve? Yes or No?\n',
+        ("No", "Yes"),
+        1,
+    ),
+    "wic": (
+        {
+            "word": "bank",
+            "sentence1": "We sat on the bank.",
+            "sentence2": "The bank was shut.",
+            "label": False,
+        },
+        'Does the word "bank" have the same meaning in these two sentences? Yes, No?\n'
+        "We sat on the bank.\nThe bank was shut.\n",
+        ("No", "Yes"),
+        0,
+    ),
+    "multirc": (
+        {
+            "paragraph": "Tom has two dogs.",
+            "question": "Who has dogs?",
+            "answer": "Tom",
+            "label": 1,
+        },
+        "Tom has two dogs.\nQuestion: Who has dogs?\n"
+        'I found this answer "Tom". Is that correct? Yes or No?\n',
+        ("No", "Yes"),
+        1,
+    ),
+    "copa": (
+        {
+            "premise": "The cup broke.",
+            "choice1": "It fell.",
+            "choice2": "I washed it.",
+            "question": "cause",
+            "label": 0,
+        },
+        "The cup broke because",
+        (" it fell.", " I washed it."),
+        0,
+    ),
+    "record": (
+        {
+            "passage": "Ann met Bob in Rome.\n@highlight\nThey talked\n@highlight\nIt rained",
+            "query": "Later @placeholder went home.",
+            "entities": ["Rome", "Ann", "Bob"],
+            "answers": ["Bob", "Ann"],
+        },
+        "Ann met Bob in Rome.\n- They talked\n- It rained\n-",
+        (" Later Rome went home.", " Later Ann went home.", " Later Bob went home."),
+        2,
+    ),
+    "squad": (
+        {
+            "title": "Tea",
+            "context": "Tea grows in Assam.",
+            "question": " Where does tea grow?",
+            "answers": {"text": ["Assam", "in Assam"], "answer_start": [13, 10]},
+        },
+        "Title: Tea\nContext: Tea grows in Assam.\nQuestion: Where does tea grow?\nAnswer:",
+        " Assam\n",
+        ("Assam", "in Assam"),
+    ),
+    "drop": (
+        {
+            "passage": "They won 3 games and lost 2.",
+            "question": "How many games were there?",
+            "answers_spans": {"spans": ["5"], "types": ["number"]},
+        },
+        "Passage: They won 3 games and lost 2.\nQuestion: How many games were there?\nAnswer:",
+        " 5\n",
+        ("5",),
+    ),
+    "gsm8k": (
+        {
+            "question": "Two boxes hold 4 pens each. How many pens?",
+            "answer": "2*4 = <<2*4=8>>8 pens.\n#### 8",
+        },
+        "Question: Two boxes hold 4 pens each. How many pens?\nAnswer:",
+        " 2*4 = <<2*4=8>>8 pens.\n#### 8",
+        ("8",),
+    ),
+    "dialogsum": (
+        {"dialogue": "#Person1#: Hello.\n#Person2#: Good night. ", "summary": "They greet."},
+        "Dialogue:\n#Person1#: Hello.\n#Person2#: Good night.\nSummary:",
+        " They greet.",
+        ("They greet.",),
+    ),
+}
+
+# What the same task calls its fields and labels on the Hub, where that differs from the original
+# files.
+HUB_ROWS = {
+    "rte": {"premise": "Rain fell all day.", "hypothesis": "It rained.", "label": 0},
+    "cb": {
+        "premise": "She doubted that the ship had sailed.",
+        "hypothesis": "the ship had sailed",
+        "label": 2,
+    },
+    "boolq": {"passage": "Tea -- Tea is a drink.", "question": "is tea a drink", "label": 1},
+    "wsc": {
+        "text": "Ann thanked Eve because She had helped.",
+        "span1_text": "Eve",
+        "span2_text": "She",
+        "label": 1,
+    },
+    "wic": {
+        "word": "bank",
+        "sentence1": "We sat on the bank.",
+        "sentence2": "The bank was shut.",
+        "label": 0,
+    },
+}
+
+PAGE = (Path(__file__).parents[1] / "docs" / "tasks.md").read_text(encoding="utf-8")
+READS, ROWS = "| task | prompt | candidates", "| task | train | validation"  # its two tables
+
+
+def page_table(header: str) -> dict[str, list[str]]:
+    """Task → cells of the page's table that begins so."""
+    table = PAGE[PAGE.index(header) :].split("\n\n")[0]
+    rows = [
+        [cell.strip() for cell in line.strip("|").split(" | ")] for line in table.splitlines()[2:]
+    ]
+    assert len({name for name, *_ in rows}) == len(rows)
+    return {name: cells for name, *cells in rows}
+
+
+def shown(text: str) -> str:
+    """A text as the page shows it: line breaks as ⏎, a blank at the beginning as ␣."""
+    text = f"␣{text[1:]}" if text.startswith(" ") else text
+    return "`" + text.replace("\n", "⏎") + "`"
+
+
+def write_rows(path: Path, rows: list[dict]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def write_task(folder: Path, **changes) -> Path:
+    keys = {
+        "name": "colour",
+        "description": "Made up.",
+        "prompt": "{{ text }} It is",
+        "labels": [" red", " blue"],
+        "metric": "accuracy",
+        "loss": "candidates",
+    } | changes
+    path = folder / "colour.yaml"
+    path.write_text(json.dumps({key: value for key, value in keys.items() if value is not None}))
+    return path
+
+
+def make_split(path: Path, num_rows: int) -> None:
+    write_rows(path, [{"text": f"t{i}", "label": i % 2} for i in range(num_rows)])

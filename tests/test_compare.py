@@ -1,0 +1,65 @@
+"""`compare`: methods against each other on a user's own config and data."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from experiment_cases import tree
+
+from chainlora.config.loading import make_config
+from chainlora.errors import ConfigError
+from chainlora.experiments import compare, comparison, expand
+
+
+def test_compare_on_a_user_s_own_files(tiny_folder, sentiment, tmp_path):
+    rows = tmp_path / "mine.jsonl"
+    rows.write_text(
+        "".join(
+            json.dumps({"prompt": f"{word} is", "completion": f" {word}"}) + "\n"
+            for word in ("one", "two", "three", "four")
+        )
+    )
+    config = make_config(
+        {
+            "model": str(tiny_folder),
+            "data": {"train": str(rows), "validation": str(rows)},
+            "chain": {"ranks": [2, 2], "steps": [2, 1], "target_modules": ["q_proj"]},
+            "train": {"batch_size": 2},
+        }
+    )
+    report = compare(config, ["lora", "chain2"], [0, 1], tmp_path / "out", backend="inline")
+    assert [(s.method, s.metric, s.split) for s in report.summaries] == [
+        ("lora", "loss", "validation"),
+        ("chain2", "loss", "validation"),
+    ]
+    assert "No hyper-parameter was tuned" in report.markdown
+    experiment = comparison(config, ["lora", "chain2"], [0])
+    assert experiment.base["recipe"] == {"rank": 2, "steps": 3}
+    for keys, missing in (({"validation": None, "test": str(rows)}, "validation"), ({}, "test")):
+        data = config.data.model_copy(update=keys)
+        with pytest.raises(
+            ConfigError, match=rf"chosen on validation rows.*got no data\.{missing}"
+        ):
+            comparison(
+                config.model_copy(update={"data": data}), ["lora"], [0], learning_rates=[1e-3]
+            )
+
+
+def test_compare_lets_no_method_choose_among_more_points(tiny_folder, sentiment):
+    """With keep_best, a chain would take the best of its knots where LoRA has its end alone."""
+    base = tree(tiny_folder, sentiment)["base"]
+    config = make_config(
+        {
+            "model": base["model"],
+            "data": base["data"],
+            "chain": {"ranks": [2, 2], "steps": [2, 1]},
+            "train": {"keep_best": True, "early_stop": 3, "select_metric": "loss", "lr": 3e-3},
+        }
+    )
+    (cell, *_) = expand(comparison(config, ["lora", "chain2"], [0]))
+    assert (cell.config.train.keep_best, cell.config.train.early_stop, cell.config.train.lr) == (
+        False,
+        None,
+        3e-3,
+    )

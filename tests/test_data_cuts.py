@@ -1,0 +1,187 @@
+"""What is longer than the context: blocks of text that lose nothing, cuts that are told."""
+
+from __future__ import annotations
+
+import json
+import logging
+from itertools import pairwise
+
+import pytest
+from helpers import settings as run_settings
+from helpers_data import CHAT, TALK, make_tokenizer, scored
+from helpers_tasks import write_rows
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from chainlora import make_config, train
+from chainlora.config.schema import DataConfig
+from chainlora.data.encoding import encode_examples
+from chainlora.data.splits import prepare_splits
+from chainlora.errors import DataError
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    text=st.text(alphabet="ab é\n.Yestgrail", min_size=1, max_size=120),
+    special=st.sampled_from(["", "bos", "bos eos"]),
+    limit=st.integers(3, 30),
+    add_eos=st.booleans(),
+)
+def test_blocks_of_a_text_learn_every_token_once_from_the_one_before(text, special, limit, add_eos):
+    tokenizer = make_tokenizer(special)
+    front = [0] if special else []
+    whole = front + tokenizer(text, add_special_tokens=False)["input_ids"] + [1] * add_eos
+    if len(whole) < 2:
+        return
+    blocks = encode_examples([{"text": text}], tokenizer, "text", max_length=limit, add_eos=add_eos)
+    learned = []
+    for block in blocks:
+        ((ids,), ((span,),)) = block.sequences, block.scored
+        assert len(ids) <= limit
+        assert list(ids[: len(front)]) == front
+        assert block.row == 0
+        learned += [(ids[at - 1], ids[at]) for at in range(*span)]
+    assert learned == list(pairwise(whole))
+    most = limit - len(front) - 1  # tokens that a block adds: there are as few blocks as can be
+    assert (len(blocks) - 1) * most < len(whole)
+
+
+def test_a_block_must_hold_something():
+    with pytest.raises(DataError, match=r"hold two tokens beside the 1 special .*max_length 2\)"):
+        encode_examples([{"text": "two dogs"}], make_tokenizer("bos"), "text", max_length=2)
+
+
+def test_a_text_is_refused_or_cut_where_that_is_asked_for():
+    rows, tokenizer = [{"text": "dogs and cats " * 9}], make_tokenizer()
+    (whole,) = encode_examples(rows, tokenizer, "text")
+    with pytest.raises(DataError, match="must fit the context"):
+        encode_examples(rows, tokenizer, "text", max_length=9, truncation="error")
+    (cut,) = encode_examples(rows, tokenizer, "text", max_length=9, truncation="left")
+    assert cut.sequences[0] == whole.sequences[0][-9:]
+
+
+def test_a_run_on_a_long_text_trains_on_all_of_it_and_says_so(tiny_folder, tmp_path):
+    path = write_rows(tmp_path / "book.jsonl", [{"text": "the cat sat on a mat " * 400}])
+    tree = run_settings(tiny_folder, tmp_path, tmp_path / "run")
+    tree["data"] = {"train": str(path)}
+    tree["chain"] = {"ranks": [2], "epochs": [1]}
+    seen = []
+    result = train(make_config(tree), listener=seen.append)
+    assert result["scored_tokens"] == 400 * 6 + 1  # words and the end of the text, its start not
+    data = {"train": {"rows": 1, "examples": result["rows"], "rows_split": 1}}
+    assert {k: v for k, v in result["data"]["train"].items() if k != "tokens"} == data["train"]
+    assert seen[0]["data"] == result["data"]
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["data"] == result["data"]
+
+
+@pytest.mark.parametrize("format", ["text", "completion", "chat"])
+def test_what_a_cut_takes_is_counted_and_told_once(tmp_path, caplog, format):
+    rows = {
+        "text": [{"text": "dogs and cats " * n} for n in (1, 9, 30)],
+        "completion": [{"prompt": "dogs and cats " * n, "completion": "two"} for n in (1, 9, 30)],
+        "chat": [
+            {"messages": [{"role": "user", "content": "dogs " * n}, *TALK[1:]]} for n in (1, 20, 60)
+        ],
+    }[format]
+    tokenizer = make_tokenizer("bos", CHAT)
+    whole = encode_examples(rows, tokenizer, format)
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    data = DataConfig(train=str(path), max_length=24, truncation="left")
+    with caplog.at_level(logging.WARNING, logger="chainlora"):
+        splits = prepare_splits(data, tokenizer, 128)
+    lost = sum(max(0, len(example.sequences[0]) - 24) for example in whole)
+    assert lost > 0
+    summary = splits.train.summary
+    assert (summary.rows, summary.tokens_cut) == (3, lost)
+    assert summary.rows_cut == sum(len(example.sequences[0]) > 24 for example in whole)
+    (record,) = caplog.records
+    assert record.message.startswith(f"train: {summary.rows_cut} of 3 rows were longer")
+    assert f"; {lost} tokens were cut" in record.message
+
+
+def test_rows_that_fit_are_told_of_in_no_words(tmp_path, caplog):
+    path = write_rows(tmp_path / "rows.jsonl", [{"text": "dogs"}] * 3)
+    with caplog.at_level(logging.INFO, logger="chainlora"):
+        splits = prepare_splits(DataConfig(train=str(path)), make_tokenizer(), 128)
+    assert not caplog.records
+    assert splits.report() == {"train": {"rows": 3, "examples": 3, "tokens": 9}}
+
+
+@pytest.mark.parametrize(
+    ("rows", "unread"),
+    [
+        ([{"text": "dogs", "id": 1}, {"text": "cats", "source": "web"}], "'id', 'source'"),
+        ([{"prompt": "dogs", "completion": " two", "system": "Be short."}], "'system'"),
+        (
+            [
+                {
+                    "messages": [*TALK[:1], {**TALK[1], "weight": 0, "name": None}],
+                    "documents": ["a"],
+                }
+            ],
+            "'documents', 'messages[].weight'",
+        ),
+    ],
+    ids=["text", "completion", "chat"],
+)
+def test_columns_that_nothing_reads_are_named_once(tmp_path, caplog, rows, unread):
+    path = write_rows(tmp_path / "rows.jsonl", rows * 20)
+    with caplog.at_level(logging.WARNING, logger="chainlora"):
+        splits = prepare_splits(DataConfig(train=str(path)), make_tokenizer("", CHAT), 128)
+    assert [record.message for record in caplog.records] == [f"train: nothing reads {unread}"]
+    assert splits.report()["train"]["unread"] == [name.strip("'") for name in unread.split(", ")]
+
+
+# --- tools and their calls ---
+
+TOOL = {"type": "function", "function": {"name": "count", "parameters": {"type": "object"}}}
+CALL = {"type": "function", "function": {"name": "count", "arguments": {"what": "dogs"}}}
+# As models that use tools render them: their descriptions first, a call as JSON.
+TOOLS = (
+    "{% if tools %}<|tools|>{% for tool in tools %}{{ tool.function.name }}{% endfor %}</s>\n"
+    "{% endif %}{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% for call in m.tool_calls "
+    "or [] %}{{ call.function | tojson }}{% endfor %}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+ASKED = [
+    {"role": "user", "content": "how many dogs?"},
+    {"role": "assistant", "content": None, "tool_calls": [CALL]},
+    {"role": "tool", "content": "2"},
+    {"role": "assistant", "content": "two dogs"},
+]
+
+
+@pytest.mark.parametrize("tools", [[TOOL], json.dumps([TOOL])], ids=["list", "json"])
+def test_tools_and_calls_reach_the_chat_template(tools):
+    tokenizer = make_tokenizer("", TOOLS)
+    (example,) = encode_examples([{"messages": ASKED, "tools": tools}], tokenizer, "auto")
+    messages = [{k: v for k, v in message.items() if v is not None} for message in ASKED]
+    text = tokenizer.apply_chat_template(messages, tools=[TOOL], tokenize=False)
+    assert text.startswith("<|tools|>count</s>\n")
+    assert tokenizer.decode(example.sequences[0]) == text
+    call = json.dumps(CALL["function"], separators=(", ", ": "))
+    assert scored(example, tokenizer) == [[f"{call}</s>", "two dogs</s>"]]
+    (without,) = encode_examples([{"messages": ASKED, "tools": []}], tokenizer, "auto")
+    assert not tokenizer.decode(without.sequences[0]).startswith("<|tools|>")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"messages": TALK, "tools": [TOOL]}, r"template must show `tools` .*chat.jsonl line 1"),
+        ({"messages": ASKED}, r"template must show `tool_calls` .*chat.jsonl line 1"),
+        ({"messages": TALK, "tools": "count"}, r"`tools` must be a list of JSON schemas .*line 1"),
+        ({"messages": TALK, "tools": [5]}, r"`tools` must be a list of JSON schemas .*line 1"),
+    ],
+)
+def test_tools_that_the_template_would_drop_are_refused(tmp_path, row, message):
+    path = write_rows(tmp_path / "chat.jsonl", [row])
+    with pytest.raises(DataError, match=message) as caught:
+        prepare_splits(DataConfig(train=str(path)), make_tokenizer("", CHAT), 128)
+    assert "\n" not in str(caught.value)
+
+
+def test_smollm2_shows_no_tools(smollm2_tokenizer):
+    """Its template knows none, and version 0.1 dropped them in silence."""
+    with pytest.raises(DataError, match="must show `tools`"):
+        encode_examples([{"messages": TALK, "tools": [TOOL]}], smollm2_tokenizer, "chat")

@@ -1,0 +1,389 @@
+"""Rows in memory and on disk: the same examples; a cache that content decides; faults survived."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers_data import CHAT, TALK, make_tokenizer
+from helpers_tasks import write_rows
+
+from chainlora.data import preparing
+from chainlora.data.encoding import Options
+from chainlora.data.examples import Example, NamedExample
+from chainlora.data.preparing import make_rows
+from chainlora.data.rows import MemoryRows
+from chainlora.data.sources import FileSource, ListSource, load_rows
+from chainlora.data.store import StoredRows, StoreWriter, flatten
+from chainlora.data.tasks import load_task
+from chainlora.errors import DataError
+
+WORDS = [
+    "the",
+    "film",
+    "was",
+    "great",
+    "and",
+    "so",
+    "is",
+    "a",
+    "plot",
+    "of",
+    "rain",
+    "dogs",
+    "cats",
+    "two",
+    "three",
+]
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch) -> Path:
+    """A cache of its own, and a limit for what stays in memory that three chunks of rows pass."""
+    monkeypatch.setenv("CHAINLORA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(preparing, "_CHUNK", 10)
+    monkeypatch.setattr(preparing, "IN_MEMORY", 20)
+    return tmp_path / "cache" / "rows"
+
+
+def stores(cache: Path) -> list[Path]:
+    return [path for path in cache.iterdir() if path.is_dir()] if cache.is_dir() else []
+
+
+def some_rows(kind: str, count: int = 57) -> list[dict]:
+    draw = random.Random(0)
+
+    def words(most: int) -> str:
+        return " ".join(draw.choices(WORDS, k=draw.randint(1, most)))
+
+    makers = {
+        "completion": lambda: {"prompt": words(30), "completion": " " + words(5)},
+        "text": lambda: {"text": words(30), "id": 7},
+        "chat": lambda: {"messages": [{"role": "user", "content": words(5)}, *TALK[1:]]},
+        "sst2": lambda: {"sentence": words(9) + " ", "label": draw.randrange(2)},
+        "gsm8k": lambda: {"question": words(30), "answer": f"{words(4)}\n#### 2"},
+        "record": lambda: {
+            "passage": words(9),
+            "query": "@placeholder left.",
+            "entities": ["Ann", "Bob", words(2)],
+            "answers": ["Bob"],
+        },
+    }
+    return [makers[kind]() for _ in range(count)]
+
+
+@pytest.mark.parametrize("kind", ["completion", "text", "chat", "sst2", "gsm8k", "record"])
+def test_rows_on_disk_are_the_rows_in_memory(cache, tmp_path, monkeypatch, kind):
+    tokenizer = make_tokenizer("bos", CHAT)
+    source = FileSource(write_rows(tmp_path / "rows.jsonl", some_rows(kind)))
+    task = load_task(kind) if kind in ("sst2", "gsm8k", "record") else kind
+    options = Options(24, "left") if kind != "text" else Options(24)
+    stored = make_rows(source, tokenizer, task, options)
+    monkeypatch.setattr(preparing, "IN_MEMORY", 1000)
+    kept = make_rows(source, tokenizer, task, options)
+    assert (type(stored), type(kept)) == (StoredRows, MemoryRows)
+    assert list(stored) == list(kept)
+    assert [type(example) for example in stored] == [type(example) for example in kept]
+    assert stored.summary == kept.summary
+    assert stored.summary.rows == 57
+    assert stored.summary.rows_cut or stored.summary.rows_split or kind in ("sst2", "record")
+    assert stored.lengths.tolist() == kept.lengths.tolist()
+    assert stored.lengths.tolist() == [sum(map(len, e.sequences)) for e in kept]
+    assert stored.lengths.dtype == kept.lengths.dtype == np.int32
+
+
+def test_rows_are_a_sequence(cache, tmp_path):
+    source = FileSource(write_rows(tmp_path / "rows.jsonl", some_rows("text")))
+    rows = make_rows(source, make_tokenizer(), "auto", Options())
+    everything = list(rows)
+    assert len(rows) == 57
+    assert rows[-1] == everything[56] == rows[56]
+    assert rows[3:7] == everything[3:7]
+    assert everything[5] in rows
+    with pytest.raises(IndexError):
+        rows[57]
+
+
+def test_an_example_of_any_shape_comes_back(tmp_path):
+    examples = [
+        Example(3, ((1, 2, 3),), (((1, 3),),), None, (1,)),
+        Example(9, ((5, 6), (5, 7, 8)), (((1, 2),), ((1, 2), (2, 3))), 0, (5,), ("é\n", "")),
+        NamedExample(4, ((1, 200_000), (1, 3)), (((1, 2),),) * 2, 1, (1,), (), ("a", "ü")),
+        Example(2**40, ((0, 1),), (((1, 2),),), None, (0,)),
+    ]
+    with StoreWriter(tmp_path) as store:
+        store.append(flatten(examples[:1]))
+        store.append(flatten(examples[1:3]))
+        store.append(flatten([]))
+        store.append(flatten(examples[3:]))
+    rows = StoredRows(tmp_path, MemoryRows().summary)
+    assert list(rows) == examples
+    assert rows.lengths.tolist() == [3, 5, 4, 2]
+
+
+# --- the cache ---
+
+
+def encode(path: Path, tokenizer=None, kind="text", **options):
+    """Return the rows of a file, and whether they were encoded or found."""
+    seen: list[int] = []
+    rows = make_rows(
+        FileSource(path),
+        tokenizer or make_tokenizer("bos"),
+        kind,
+        Options(**options),
+        progress=lambda count, share: seen.append(count),
+    )
+    return rows, bool(seen)
+
+
+def test_content_decides_and_not_name_or_time(cache, tmp_path):
+    rows = some_rows("text")
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    first, made = encode(path)
+    assert made
+    before = path.stat()
+    os.utime(path, (0, 0))
+    again, made = encode(path.rename(tmp_path / "other.jsonl"))
+    assert not made
+    assert list(again) == list(first)
+    rows[40]["text"] = rows[40]["text"][::-1]  # as long as it was
+    write_rows(path, rows)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    changed, made = encode(path)
+    assert made
+    assert path.stat().st_size == before.st_size
+    assert changed.summary.digest != first.summary.digest
+    assert len(stores(cache)) == 2
+
+
+def test_whatever_changes_the_tokens_makes_a_store_of_its_own(cache, tmp_path, monkeypatch):
+    path = write_rows(tmp_path / "rows.jsonl", some_rows("text"))
+    chats = write_rows(tmp_path / "chats.jsonl", some_rows("chat"))
+    plain, other = make_tokenizer("bos"), make_tokenizer("bos eos")
+    template = make_tokenizer("bos", CHAT)
+    louder = make_tokenizer("bos", CHAT.replace("</s>", "!</s>"))
+    cases = [
+        (path, plain, "text", {}),
+        (path, other, "text", {}),
+        (path, plain, "text", {"max_length": 12}),
+        (path, plain, "text", {"max_length": 12, "truncation": "left"}),
+        (path, plain, "text", {"add_eos": False}),
+        (chats, template, "chat", {}),
+        (chats, louder, "chat", {}),
+    ]
+    for number, (file, tokenizer, kind, options) in enumerate(cases, start=1):
+        assert encode(file, tokenizer, kind, **options)[1]
+        assert len(stores(cache)) == number
+    for file, tokenizer, kind, options in cases:
+        assert not encode(file, tokenizer, kind, **options)[1]
+    monkeypatch.setattr(preparing, "_code", lambda: "another version of this room")
+    assert encode(path)[1]
+
+
+def test_progress_is_told_rows_and_share(cache, tmp_path):
+    path = write_rows(tmp_path / "rows.jsonl", some_rows("text", 200))
+    seen = []
+    make_rows(
+        FileSource(path),
+        make_tokenizer(),
+        "text",
+        Options(),
+        progress=lambda rows, share: seen.append((rows, share)),
+    )
+    assert [rows for rows, _ in seen] == list(range(10, 201, 10))
+    assert seen == sorted(seen)
+    assert seen[-1][1] == 1.0
+
+
+def test_a_damaged_store_is_built_again(cache, tmp_path):
+    path = write_rows(tmp_path / "rows.jsonl", some_rows("completion"))
+    good = list(encode(path, kind="completion")[0])
+    (folder,) = stores(cache)
+    for file in sorted(folder.iterdir()):
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+        rows, made = encode(path, kind="completion")
+        assert list(rows) == good
+        # A bit of ``store.json`` may be in a number that nobody reads, or in a blank.
+        assert made or file.name == "store.json"
+        file.write_bytes(file.read_bytes()[:-1])
+        rows, made = encode(path, kind="completion")
+        assert made
+        assert list(rows) == good
+        file.unlink()
+        assert list(encode(path, kind="completion")[0]) == good
+    assert len(stores(cache)) == 1
+
+
+def test_a_bad_row_at_the_end_is_named_and_leaves_nothing(cache, tmp_path):
+    rows = some_rows("text", 100)
+    path = write_rows(tmp_path / "rows.jsonl", [*rows, {"text": 5}, *rows[:9]])
+    with pytest.raises(DataError, match=r"`text` must be a text \(got 5 at .*line 101\)"):
+        encode(path)
+    with path.open("a") as file:
+        file.writelines(["{}\n"] * 20)
+    with pytest.raises(DataError, match=r"line 101\)"):  # the first, whoever finds another
+        encode(path)
+    path = write_rows(tmp_path / "long.jsonl", [*rows, {"text": "dogs " * 90}, *rows])
+    with pytest.raises(DataError, match=r"got 9. tokens for at most 60 at .*line 101\)"):
+        encode(path, max_length=60, truncation="error")
+    assert stores(cache) == []
+
+
+def test_a_cache_that_cannot_be_written_says_what_to_do(cache, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("CHAINLORA_CACHE", str(tmp_path / "file"))
+    path = write_rows(tmp_path / "rows.jsonl", some_rows("text"))
+    with pytest.raises(DataError, match=r"cache folder must .*file.*CHAINLORA_CACHE"):
+        encode(path)
+
+
+def test_rows_that_are_in_memory_are_cached_by_what_they_say(cache, tmp_path):
+    path = write_rows(tmp_path / "rows.jsonl", some_rows("text"))
+    rows, tokenizer = load_rows(path), make_tokenizer()
+    first = make_rows(ListSource(rows), tokenizer, "text", Options())
+    assert make_rows(ListSource(rows), tokenizer, "text", Options()).folder == first.folder
+    turned = make_rows(ListSource(rows[::-1]), tokenizer, "text", Options())
+    assert turned.folder != first.folder
+    assert list(turned) == list(first)[::-1]
+
+
+# --- several processes, and dead ones ---
+
+CHILD = """
+import json, sys
+from chainlora.data import preparing
+from chainlora.data.encoding import Options
+from chainlora.data.sources import FileSource
+from pathlib import Path
+from transformers import AutoTokenizer
+
+preparing.IN_MEMORY, preparing._CHUNK = 20, 10
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+print("ready", flush=True)
+sys.stdin.readline()
+say = lambda rows, share: print("encoded", rows, flush=True)
+source = FileSource(Path(sys.argv[2]))
+rows = preparing.make_rows(source, tokenizer, "text", Options(), progress=say)
+print("done", len(rows), rows.summary.digest, flush=True)
+"""
+
+
+def start(folder: Path, path: Path) -> subprocess.Popen:
+    process = subprocess.Popen(
+        [sys.executable, "-c", CHILD, folder, path],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+def go(process: subprocess.Popen) -> None:
+    process.stdin.write("\n")
+    process.stdin.flush()
+
+
+def test_processes_at_once_build_one_store(cache, tmp_path, tiny_folder):
+    path = write_rows(tmp_path / "rows.jsonl", some_rows("text", 1000))
+    processes = [start(tiny_folder, path) for _ in range(2)]
+    for process in processes:
+        go(process)
+    lines = [process.communicate()[0].splitlines() for process in processes]
+    assert len({each[-1] for each in lines}) == 1
+    assert lines[0][-1].startswith("done 1000 ")
+    assert sorted(len(each) > 1 for each in lines) == [False, True]  # one encoded
+    assert len(stores(cache)) == 1
+
+
+def test_a_killed_builder_leaves_no_store_and_no_worker(cache, tmp_path, tiny_folder):
+    path = write_rows(tmp_path / "rows.jsonl", some_rows("text", 6000))
+    process = start(tiny_folder, path)
+    go(process)
+    assert process.stdout.readline().startswith("encoded")
+    workers = children_of(process.pid)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    (beside,) = stores(cache)
+    assert beside.name.startswith(".")
+    for _ in range(200):  # at most 10 s; a worker sees its parent's end at once
+        if not any(map(is_alive, workers)):
+            break
+        time.sleep(0.05)
+    assert not any(map(is_alive, workers))
+    process = start(tiny_folder, path)
+    go(process)
+    assert process.communicate()[0].splitlines()[-1].startswith("done 6000 ")
+    (store,) = stores(cache)
+    assert not store.name.startswith(".")
+
+
+def test_an_interrupt_ends_the_workers_in_silence(cache, tmp_path, tiny_folder):
+    path = write_rows(tmp_path / "rows.jsonl", some_rows("text", 6000))
+    process = subprocess.Popen(
+        [sys.executable, "-c", CHILD, tiny_folder, path],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stdout.readline() == "ready\n"
+    go(process)
+    assert process.stdout.readline().startswith("encoded")
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: every process gets it
+    _, errors = process.communicate()
+    assert errors.count("Traceback") == 1  # the script's own, which catches nothing
+    assert errors.rstrip().endswith("KeyboardInterrupt")
+    assert stores(cache) == []
+
+
+def children_of(pid: int) -> list[int]:
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            try:
+                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            except OSError:
+                continue
+            if int(fields[1]) == pid:
+                found.append(int(entry.name))
+    return found
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_a_run_on_stored_rows_is_the_run_on_rows_in_memory(
+    cache, tmp_path, tiny_folder, sentiment, monkeypatch
+):
+    from helpers import assert_same_links, settings
+
+    from chainlora import make_config, train
+
+    monkeypatch.setattr(preparing, "IN_MEMORY", 10)
+    stored = train(make_config(settings(tiny_folder, sentiment, tmp_path / "stored")))
+    assert len(stores(cache)) == 2  # train, validation
+    monkeypatch.setattr(preparing, "IN_MEMORY", 1000)
+    kept = train(make_config(settings(tiny_folder, sentiment, tmp_path / "kept")))
+    assert_same_links(tmp_path / "stored", tmp_path / "kept")
+    for result in (stored, kept):
+        for key in ("wall_s", "peak_memory_mb"):
+            del result[key]
+    assert stored == kept
+    assert json.loads(json.dumps(kept["data"])) == kept["data"]

@@ -1,0 +1,219 @@
+"""Rows of files and of the Hub: every format the same, a bad row named, nothing loaded whole."""
+
+from __future__ import annotations
+
+import csv
+import json
+import tracemalloc
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from helpers_tasks import make_split, write_rows, write_task
+
+from chainlora import evaluate_task
+from chainlora.data.sources import FileSource, find_source, iterate
+from chainlora.data.tasks import load_rows, load_split, load_task, sample_splits, sampling
+from chainlora.errors import DataError
+
+
+def test_jsonl_json_csv_and_parquet_give_the_same_rows(tmp_path):
+    rows = [{"text": "one\u2028line", "label": "0"}, {"text": 'a "b", c\nd', "label": "1"}]
+    write_rows(tmp_path / "a.jsonl", rows)
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    (tmp_path / "b.json").write_text(json.dumps({"data": rows}))
+    with (tmp_path / "a.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, ["text", "label"])
+        writer.writeheader()
+        writer.writerows(rows)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    for name in ("a.jsonl", "a.json", "b.json", "a.csv", "a.parquet"):
+        read = load_rows(tmp_path / name)
+        assert read == rows, name
+        assert [row.index for row in read] == [0, 1]
+        assert all(name in row.origin for row in read)
+    # The whole file is read as a Hub dataset's folder would be: by split name.
+    write_rows(tmp_path / "set" / "test.jsonl", rows)
+    assert load_rows(tmp_path / "set", "test") == rows
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"text": "a"}\n{"text": \n', r"must be JSON .*bad.jsonl line 2 column"),
+        ('{"text": "a"}\n\n["b"]\n', r"row must be an object .*list.*bad.jsonl line 3"),
+        ('{"text": "a"}\n{}\n', r"row must be an object .*empty object.*line 2"),
+        ("\n \n", r"at least one row .*bad.jsonl"),
+        (b'{"text": "a"}\n{"text": "\xff"}\n', r"must be UTF-8 .*bad.jsonl line 2"),
+    ],
+)
+def test_a_bad_row_is_named_by_file_and_line(tmp_path, content, message):
+    path = tmp_path / "bad.jsonl"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(DataError, match=message) as caught:
+        load_rows(path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("bad.csv", "text,label\na,1\nb\n", r"header's 2 fields .*bad.csv line 3"),
+        ("bad.csv", 'text,label\n"a,1\n', r"must be CSV .*bad.csv line"),
+        ("bad.json", '[{"a": 1},\n]', r"must be JSON .*bad.json line"),
+        ("bad.json", '{"a": 1}', r"list of rows.*dict"),
+        ("bad.parquet", "text", r"must be Parquet .*bad.parquet"),
+        ("bad.txt", "text", r"must end in .jsonl.*bad.txt"),
+    ],
+)
+def test_other_unreadable_files_are_named(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=message):
+        load_rows(tmp_path / name)
+
+
+def test_a_missing_file_or_split_says_what_was_looked_for(tmp_path):
+    with pytest.raises(
+        DataError, match=r"must be a file, a folder or a Hub dataset .*nothing.jsonl"
+    ):
+        load_rows(tmp_path / "nothing.jsonl")
+    with pytest.raises(DataError, match=r"'test' as one of test.jsonl.*without"):
+        load_rows(tmp_path, "test")
+
+
+def test_an_unreachable_hub_dataset_names_the_other_way():
+    with pytest.raises(
+        DataError, match=r"no-such-owner/none .*HF_HUB_OFFLINE is set.*local folder"
+    ):
+        load_rows("no-such-owner/none:config@main", "train")
+
+
+def test_a_hub_dataset_is_read_by_folder_and_split(tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    for folder, word in (("colour", "film"), ("other", "plot")):
+        target = tmp_path / "hub" / folder / "train" / "0000.parquet"
+        target.parent.mkdir(parents=True)
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"text": word, "label": 1}]), target)
+    hub = {"path": str(tmp_path / "hub"), "folder": "colour", "splits": {"training": "train"}}
+    task = load_task(write_task(tmp_path, hub=hub))
+    rows = load_split(task, None, "training")
+    assert rows == [{"text": "film", "label": 1}]
+    assert rows[0].origin.endswith("train row 0")
+
+
+# --- streams ---
+
+
+def write_as(path, rows):
+    """Write rows as what the file's suffix says."""
+    if path.suffix == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    elif path.suffix == ".csv":
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    else:
+        write_rows(path, rows)
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
+def test_reading_takes_the_memory_of_a_few_rows(tmp_path, suffix):
+    rows = [{"text": f"{i} " + "word " * 400} for i in range(4000)]  # 8 MB
+    source = FileSource(write_as(tmp_path / f"a{suffix}", rows))
+    next(iterate(source))  # imports
+    tracemalloc.start()
+    assert sum(1 for _ in iterate(source)) == 4000
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 3e6  # 256 rows at a time are 0.5 MB, twice or thrice over
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
+def test_a_source_says_how_much_of_it_is_read(tmp_path, suffix):
+    rows = [{"text": f"{i} " + "word " * 100} for i in range(1000)]
+    source = find_source(write_as(tmp_path / f"a{suffix}", rows))
+    shares = [chunk.share for chunk in source.chunks(100)]
+    assert shares == sorted(shares)
+    assert shares[-1] == 1.0
+
+
+def test_a_limit_reads_no_more_than_its_rows(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "a"}\n{"text": "b"}\n')
+    with path.open("r+b") as file:
+        file.truncate(2**36)  # 64 GB that take no room on the disk, and no line break in them
+    assert load_rows(path, limit=2) == [{"text": "a"}, {"text": "b"}]
+
+
+def test_eval_with_a_limit_reads_no_more_than_its_rows(tiny_folder, sentiment, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text((sentiment / "validation.jsonl").read_text() + "broken\n")
+    task = load_task(sentiment / "task.yaml")
+    found = evaluate_task(str(tiny_folder), task, data=str(path), limit=4)
+    assert found["rows"] == 4
+    (tmp_path / "folder").mkdir()
+    path.rename(tmp_path / "folder" / "validation.jsonl")
+    assert evaluate_task(str(tiny_folder), task, data=str(tmp_path / "folder"), limit=4) == found
+
+
+def test_samples_of_a_large_split_are_those_of_a_small_one(tmp_path, monkeypatch):
+    make_split(tmp_path / "train.jsonl", 60)
+    make_split(tmp_path / "validation.jsonl", 30)
+    task = load_task(write_task(tmp_path))
+    rules = {"test": {"of": "validation", "rows": 10}, "without_train": "validation"}
+    (tmp_path / "none").mkdir()
+    make_split(tmp_path / "none" / "validation.jsonl", 50)
+    stand_in = load_task(write_task(tmp_path, sampling=rules))
+    cases = [(task, tmp_path, 20, 10, 15, 3), (stand_in, tmp_path / "none", 20, 10, 10, 1)]
+    kept = [sample_splits(*case) for case in cases]
+    monkeypatch.setattr(sampling, "_KEPT", 7)
+    again = [sample_splits(*case) for case in cases]
+    assert again == kept
+    for one, two in zip(kept, again, strict=True):
+        for split in one:
+            assert [r.index for r in one[split]] == [r.index for r in two[split]]
+
+
+# --- rows that are no text, or no number ---
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (
+            rb'{"text": "a\ud83d b"}',
+            r"whole characters \(got half of one, '\\ud83d', .* line 2\)",
+        ),
+        (rb'{"a\uDE00": "b"}', r"whole characters .*line 2"),
+        (
+            b'{"text": ' + b"9" * 5000 + b"}",
+            r"can be read \(got: Exceeds the limit.*line 2",
+        ),
+        (b'{"text": ' + b"[" * 200_000 + b"]" * 200_000 + b"}", r"can be read \(got: .*line 2"),
+    ],
+    ids=["surrogate", "surrogate-key", "huge-integer", "deep"],
+)
+def test_values_that_no_tokenizer_takes_are_named_by_file_and_line(tmp_path, row, message):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"text": "a"}\n' + row + b"\n")
+    with pytest.raises(DataError, match=message) as caught:
+        load_rows(path)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 400 + len(str(path))
+
+
+def test_a_whole_character_in_two_escapes_is_fine(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(rb'{"text": "\ud83d\ude00"}')
+    assert load_rows(path) == [{"text": "\U0001f600"}]
+
+
+def test_a_csv_field_over_the_limit_names_the_other_way(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("text\n" + "a" * 200_000 + "\n")
+    with pytest.raises(DataError, match=r"field larger .*rows.csv line .*JSON lines"):
+        load_rows(path)

@@ -1,0 +1,187 @@
+"""What an experiment asks: its file, its cells, the choice of hyper-parameters."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from experiment_cases import tree
+
+from chainlora.config.loading import make_config
+from chainlora.errors import ConfigError
+from chainlora.experiments import expand, load_experiment, make_experiment
+from chainlora.experiments.design.choice import Trial, choose
+from chainlora.experiments.design.expansion import expand_tuning
+from chainlora.experiments.design.identity import config_id
+from chainlora.experiments.design.notes import undecidable
+from chainlora.experiments.design.paper import paper_scores
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_cells_are_task_by_method_by_grid_by_seed_with_stable_ids(tiny_folder, sentiment):
+    experiment = make_experiment(
+        tree(tiny_folder, sentiment, methods=["lora", "chain3", "zero_shot"])
+    )
+    tuning, everything = expand_tuning(experiment), expand(experiment)
+    assert len(tuning) == 2 * 2  # two methods that train, two rates, the first seed
+    assert (
+        len(everything) == 2 * 2 * 2 + 1
+    )  # what trains nothing needs neither rate nor second seed
+    assert [cell.id for cell in everything] == [cell.id for cell in expand(experiment)]
+    assert len({cell.id for cell in everything}) == len(everything)
+    chain = next(cell for cell in everything if cell.method == "chain3")
+    assert chain.config.chain.ranks == (2, 2, 2)
+    assert chain.config.chain.steps == (2, 2, 2)
+    assert chain.config.chain.alpha == 4
+    moved = chain.config.model_copy(
+        update={"output": "elsewhere", "data": chain.config.data.model_copy(update={"dir": "rows"})}
+    )
+    assert config_id(moved) == chain.id  # where things lie changes nothing
+    assert (
+        len(
+            {
+                config_id(
+                    make_config(
+                        {
+                            "model": "m",
+                            "data": {"task": "rte"},
+                            "chain": {"ranks": []},
+                            "train": {"seed": seed},
+                        }
+                    )
+                )
+                for seed in (0, 1)
+            }
+        )
+        == 2
+    )
+
+
+def test_what_an_experiment_file_cannot_say(tiny_folder, sentiment, tmp_path):
+    good = tree(tiny_folder, sentiment)
+    for keys, words in (
+        ({"method": []}, "unknown key `method`; did you mean 'methods'"),
+        ({"methods": ["lorra"]}, "did you mean 'lora'"),
+        (
+            {"methods": {"lora": {"recipes": {}}}},
+            r"unknown key `methods.lora.recipes`; did you mean 'recipe'",
+        ),
+        ({"baseline": "dora"}, "`baseline` must name methods of this file"),
+        ({"seeds": [1, 1]}, "must differ"),
+        ({"tune": {"grid": {"lr": [1]}}}, "config keys such as train.lr"),
+        ({"tune": {"grid": {"train.lr": []}}}, "at least one value"),
+        ({"figures": ["pie"]}, "figures"),
+    ):
+        with pytest.raises(ConfigError, match=words) as error:
+            make_experiment(good | keys)
+        assert "\n" not in str(error.value)
+    for keys, words in (
+        ({"tasks": ["rtee"]}, "did you mean 'rte'"),
+        ({"base": good["base"] | {"train": {"lrr": 1}}}, "did you mean 'lr'"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            expand(make_experiment(good | keys))
+    with pytest.raises(ConfigError, match="must be readable"):
+        load_experiment(tmp_path / "none.yaml")
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump(good))
+    changed = load_experiment(tmp_path / "a.yaml", [("base.train.batch_size", "4")])
+    assert changed.base["train"]["batch_size"] == 4
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "examples/experiments").glob("*.yaml")), ids=lambda path: path.stem
+)
+def test_every_shipped_experiment_expands(path):
+    experiment = load_experiment(path)
+    cells = expand(experiment)
+    assert {cell.task for cell in cells} == set(experiment.tasks)
+    budgets = {cell.task: set() for cell in cells}
+    for cell in cells:
+        chain = cell.config.chain
+        budgets[cell.task].add(sum(chain.epochs or chain.steps or ()))
+    assert all(
+        len(spent - {0}) == 1 for spent in budgets.values()
+    )  # equal epochs or steps for all that train
+    if experiment.paper:
+        printed = set(paper_scores(experiment.paper))
+        ours = set(experiment.methods)
+        assert len(printed & ours) > 1 if path.stem.startswith("smol") else printed >= ours
+
+
+def test_the_choice_is_by_validation_then_loss_then_order():
+    def trial(rate, accuracy, loss, method="lora"):
+        metrics = None if accuracy is None else {"accuracy": accuracy, "loss": loss}
+        return Trial("t", method, (("train.lr", rate),), metrics, "accuracy")
+
+    (record,) = choose(
+        [trial(1, 0.5, 1.0), trial(2, 0.7, 0.9), trial(3, 0.7, 0.8), trial(4, 0.7, 0.8)]
+    )
+    assert record["chosen"] == {"train.lr": 3}
+    (record,) = choose(
+        [trial(1, 0.9, 1.0), trial(1, None, 0.0), trial(2, 0.1, 1.0), trial(2, 0.1, 1.0)]
+    )
+    assert record["chosen"] == {"train.lr": 2}  # a rate that diverges under one seed is not chosen
+    (record,) = choose([trial(1, 0.9, 1.0), trial(2, 0.1, 0.5)], metric="loss")
+    assert record["chosen"] == {"train.lr": 2}
+    (record,) = choose([trial(1, None, 0.0)])
+    assert record["chosen"] is None
+    assert not any("test" in field for field in Trial.__dataclass_fields__)
+
+
+def test_what_so_few_seeds_cannot_decide_is_said_before_they_are_run(tiny_folder, sentiment):
+    def note(seeds, **keys):
+        return undecidable(
+            make_experiment(tree(tiny_folder, sentiment, seeds=list(range(seeds)), **keys))
+        )
+
+    assert "5 seeds cannot decide anything" in note(5)
+    assert note(6) is None  # 2 / 2^6 = 0.03
+    three = {"methods": ["lora", "chain2", "chain3"]}
+    assert "needs 7 for 5%" in note(6, **three)  # 2 · 2 / 2^6 = 0.0625
+    assert note(7, **three) is None
+    tasks = {name: {"data": {"task": str(sentiment / "task.yaml")}} for name in ("one", "other")}
+    assert "cannot decide on any one task (over all of them together they may)" in note(
+        6, tasks=tasks
+    )
+
+
+def test_a_list_of_names_keeps_what_the_file_says_of_them(tiny_folder, sentiment, tmp_path):
+    own = {"lora": {"train": {"lr": 3e-4}}, "three": {"preset": "chain3"}, "pissa": None}
+    path = tmp_path / "experiment.yaml"
+    pairs = [["three", "lora"], ["pissa", "lora"]]
+    path.write_text(yaml.safe_dump(tree(tiny_folder, sentiment, methods=own, comparisons=pairs)))
+    few = load_experiment(path, [("methods", "[lora, three]")])
+    assert few.methods == {"lora": {"train": {"lr": 3e-4}}, "three": {"preset": "chain3"}}
+    assert few.pairs == (("three", "lora"),)
+    other = load_experiment(path, [("methods", "[lora, dora]"), ("comparisons", "[[dora, lora]]")])
+    assert (list(other.methods), other.pairs) == (["lora", "dora"], (("dora", "lora"),))
+    with pytest.raises(
+        ConfigError, match=r"must keep a pair that the file compares \(got \['three', 'pissa'\]\)"
+    ):
+        load_experiment(path, [("methods", "[three, pissa]")])
+    with pytest.raises(ConfigError, match=r"unknown method 'chian3'.*'chain3'"):
+        load_experiment(path, [("methods", "[lora, three, chian3]")])
+
+
+def test_what_is_in_a_file_decides_what_is_done_and_not_where_it_lies(
+    tiny_folder, sentiment, tmp_path
+):
+    """An edited prompt is another experiment; a moved file is the same one."""
+
+    def ids(folder):
+        keys = {"data": {"task": str(folder / "task.yaml")}}
+        return [
+            cell.id
+            for cell in expand(make_experiment(tree(tiny_folder, sentiment, tasks={"mood": keys})))
+        ]
+
+    for name in ("moved", "edited"):
+        shutil.copytree(sentiment, tmp_path / name)
+    text = (sentiment / "task.yaml").read_text()
+    (tmp_path / "edited" / "task.yaml").write_text(text.replace('prompt: "', 'prompt: "Well: '))
+    assert (tmp_path / "edited" / "task.yaml").read_text() != text
+    assert ids(tmp_path / "moved") == ids(sentiment)
+    assert not set(ids(tmp_path / "edited")) & set(ids(sentiment))

@@ -1,0 +1,410 @@
+"""Running the cells of an experiment: what is chosen, what is resumed, what fails."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+from experiment_cases import tree
+
+from chainlora.errors import ConfigError, DataError, RunError
+from chainlora.experiments import (
+    expand,
+    experiment_progress,
+    load_experiment,
+    make_experiment,
+    read_results,
+    report_experiment,
+    run_cells,
+    run_experiment,
+)
+from chainlora.experiments.execution.curves import training_steps, with_curve
+
+
+def test_results_of_another_folder_count_as_done(done, tiny_folder, sentiment, tmp_path):
+    """More seeds can be added to results that were committed: only the new cells run."""
+    _, out, outcome = done
+    more = make_experiment(tree(tiny_folder, sentiment, seeds=[0, 1, 2]))
+    plans = []
+    grown = run_cells(
+        more, tmp_path, backend="inline", reuse=[outcome.results], listener=plans.append
+    )
+    assert grown.num_run == 2  # one seed more of two methods
+    assert [plan["later"] for plan in plans if plan["event"] == "plan"] == [
+        2,
+        0,
+    ]  # what is told of the time left
+    old, new = read_results(out), read_results(tmp_path)
+    assert [cell for cell in new.cells if cell["seed"] < 2] == old.cells
+    assert len(new.finals) == 6
+    again = run_cells(
+        more, tmp_path / "again", backend="inline", reuse=[tmp_path / "results.jsonl"]
+    )
+    assert again.num_run == 0
+    assert (tmp_path / "again" / "results.jsonl").read_text() == (
+        tmp_path / "results.jsonl"
+    ).read_text()
+
+
+def test_a_run_tunes_chooses_and_gathers(done):
+    _, _, outcome = done
+    assert not outcome.failed
+    results = read_results(outcome.results)
+    assert len(results.finals) == 4
+    assert len([cell for cell in results.cells if cell["phase"] == "tune"]) == 4
+    for choice in results.choices:
+        best = max(tried["mean"] for tried in choice["tried"])
+        chosen = next(tried for tried in choice["tried"] if tried["point"] == choice["chosen"])
+        assert chosen["mean"] == best
+    cell = results.finals[0]
+    assert cell["score"] == cell["test"]["accuracy"]
+    assert cell["steps"] == sum(cell["link_steps"]) == 6
+    assert cell["config"]["train"]["lr"] == cell["point"]["train.lr"]
+    assert cell["flops"] > cell["flops_6nd"] > 0
+    assert {"torch", "python"} <= cell["versions"].keys()
+    assert (
+        len({c["trainable_parameters"] for c in results.finals}) == 1
+    )  # memory of one LoRA, chain or not
+
+
+def test_what_is_done_is_not_done_again(done):
+    experiment, out, _ = done
+    before = {path: path.stat().st_mtime_ns for path in out.glob("cells/*/result.json")}
+    again = run_cells(experiment, out, backend="inline")
+    assert again.num_run == 0
+    assert {path: path.stat().st_mtime_ns for path in out.glob("cells/*/result.json")} == before
+    more = experiment.model_copy(update={"seeds": (0, 1, 2)})
+    assert run_cells(more, out, backend="inline").num_run == 2  # one more seed, two methods
+    run_cells(experiment, out, backend="inline")
+
+
+def test_a_failed_cell_is_reported_and_the_others_go_on(tiny_folder, sentiment, tmp_path):
+    (tmp_path / "rte").mkdir()
+    for split in ("train", "validation"):
+        (tmp_path / "rte" / f"{split}.jsonl").write_text('{"premise": "It rains."}\n' * 2000)
+    tasks = {
+        "gone": {
+            "data": {
+                "task": "rte",
+                "train": None,
+                "validation": None,
+                "test": None,
+                "dir": str(tmp_path),
+            }
+        },
+        "mood": {"data": {"task": str(sentiment / "task.yaml")}},
+    }
+    path = tmp_path / "experiment.yaml"
+    path.write_text(yaml.safe_dump(tree(tiny_folder, sentiment, tasks=tasks, tune={}, seeds=[0])))
+    events = []
+    with pytest.raises(
+        RunError, match=r"got 2 of 4 failed, first gone lora seed=0: a row must have what `prompt`"
+    ):
+        run_experiment(path, tmp_path / "out", backend="inline", listener=events.append)
+    results = read_results(tmp_path / "out")
+    assert [cell["task"] for cell in results.finals] == ["mood", "mood"]
+    ended = [event for event in events if event["event"] == "cell"]
+    assert [event["error"] is None for event in ended] == [False, False, True, True]
+    assert "gone lora: seeds 0" in report_experiment(tmp_path / "out", figures=False).markdown
+    with pytest.raises(ConfigError, match="must be local, inline or ray"):
+        run_experiment(path, tmp_path / "out", backend="slurm")
+
+
+def test_rows_that_are_not_there_are_missed_before_anything_runs(tiny_folder, sentiment, tmp_path):
+    data = {
+        "task": "rte",
+        "train": None,
+        "validation": None,
+        "test": None,
+        "dir": str(tmp_path / "nowhere"),
+    }
+    tasks = {"rte": {"data": data}}
+    with pytest.raises(
+        DataError, match=r"'rte' needs its 'train' rows .*or leave the folder out to fetch"
+    ):
+        run_cells(
+            make_experiment(tree(tiny_folder, sentiment, tasks=tasks)),
+            tmp_path / "out",
+            backend="inline",
+        )
+    assert not (tmp_path / "out").exists()
+
+
+def test_results_without_their_cells_are_resumed_and_none_is_lost(
+    done, tiny_folder, sentiment, tmp_path
+):
+    """Committed results come without the cells behind them; so do cells that were once taken from
+    elsewhere."""
+    experiment, _, outcome = done
+    (tmp_path / "results.jsonl").write_text(outcome.results.read_text())
+    fewer = make_experiment(tree(tiny_folder, sentiment, methods=["lora"]))
+    assert run_cells(fewer, tmp_path, backend="inline", max_cells=1).num_run == 0
+    assert run_cells(experiment, tmp_path, backend="inline").num_run == 0
+    shutil.rmtree(
+        next((tmp_path / "cells").iterdir())
+    )  # as if killed while they were given folders
+    assert run_cells(experiment, tmp_path, backend="inline").num_run == 0
+    assert (tmp_path / "results.jsonl").read_text() == outcome.results.read_text()
+    taken = tmp_path / "taken"
+    run_cells(experiment, taken, backend="inline", reuse=[outcome.results])
+    assert run_cells(experiment, taken, backend="inline").num_run == 0
+
+
+def test_cells_of_other_rows_or_weights_are_not_put_into_one_table(
+    tiny_folder, sentiment, tmp_path
+):
+    folder = tmp_path / "rows" / "mood"
+    shutil.copytree(sentiment, folder)
+    data = {
+        "task": str(sentiment / "task.yaml"),
+        "train": None,
+        "validation": None,
+        "test": None,
+        "dir": str(folder),
+    }
+    data |= {"num_validation": 10, "num_train": 20}
+    one = make_experiment(
+        tree(tiny_folder, sentiment, tasks={"mood": {"data": data}}, tune={}, methods=["lora"])
+    )
+    run_cells(one, tmp_path / "out", backend="inline")
+    rows = (folder / "train.jsonl").read_text().splitlines()
+    (folder / "train.jsonl").write_text("\n".join(rows[::2]) + "\n")
+    more = one.model_copy(update={"seeds": (0, 1, 2)})
+    plans = []
+    for to_run in ([["mood lora seed=2"]], []):  # once they are there, nothing more is computed
+        with pytest.raises(
+            RunError,
+            match=r"must be of the same rows \(got \d:\w+ in mood lora seed 0, .*new output",
+        ):
+            run_cells(more, tmp_path / "out", backend="inline", listener=plans.append)
+        assert [plan["todo"] for plan in plans if plan["event"] == "plan"] == to_run
+        plans.clear()
+        more = more.model_copy(update={"seeds": (0, 1, 2, 3)})
+
+
+def test_a_final_run_that_diverged_is_a_failure_however_often_it_is_asked_for(
+    tiny_folder, sentiment, tmp_path
+):
+    wild = tree(tiny_folder, sentiment, methods=["lora"], tune={})
+    wild["base"] = wild["base"] | {"train": {"batch_size": 8, "lr": 1e30, "max_grad_norm": None}}
+    for num_run in (2, 0):
+        outcome = run_cells(make_experiment(wild), tmp_path, backend="inline")
+        assert outcome.num_run == num_run
+        assert set(outcome.failed) == {"mood lora seed=0", "mood lora seed=1"}
+    text = report_experiment(tmp_path, figures=False).markdown
+    assert "**Diverged** (2)" in text
+    assert "Not there yet" not in text
+
+
+def test_a_tuning_cell_that_failed_leaves_nothing_chosen(done, tiny_folder, sentiment, tmp_path):
+    """One rate was never measured: a choice among the others would pass for a choice among all."""
+    grid = {
+        "data.num_validation": [4, 10**6],
+        "data.shots": [0, 10**6],
+    }  # so many demonstrations leave no rows
+    experiment = make_experiment(
+        tree(
+            tiny_folder,
+            sentiment,
+            methods=["lora"],
+            seeds=[0],
+            tune={"grid": {"data.shots": grid["data.shots"]}},
+        )
+    )
+    outcome = run_cells(experiment, tmp_path, backend="inline")
+    assert len(outcome.failed) == 1
+    results = read_results(tmp_path)
+    assert results.choices == []
+    assert "mood lora: seeds 0" in report_experiment(tmp_path, figures=False).markdown
+
+
+def test_what_cannot_be_chosen_or_scored_is_refused_before_anything_runs(
+    tiny_folder, sentiment, tmp_path
+):
+    wrong = make_experiment(
+        tree(tiny_folder, sentiment, tune={"grid": {"train.lr": [1e-3, 1e-2]}, "metric": "acuracy"})
+    )
+    with pytest.raises(
+        ConfigError, match=r"`tune.metric` must be one of accuracy, loss \(got 'acuracy'\)"
+    ):
+        run_cells(wrong, tmp_path / "out", backend="inline")
+    base = tree(tiny_folder, sentiment)["base"]
+    base["data"] = {"train": base["data"]["train"]}
+    with pytest.raises(ConfigError, match="compared on rows they do not train on"):
+        run_cells(
+            make_experiment(tree(tiny_folder, sentiment, base=base)),
+            tmp_path / "out",
+            backend="inline",
+        )
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_rate_that_diverges_is_not_chosen_and_not_a_failure(tiny_folder, sentiment, tmp_path):
+    experiment = make_experiment(
+        tree(
+            tiny_folder,
+            sentiment,
+            methods=["lora"],
+            seeds=[0],
+            tune={"grid": {"train.lr": [1e30, 1e-3]}},
+        )
+    )
+    outcome = run_cells(experiment, tmp_path, backend="inline")
+    assert not outcome.failed
+    (choice,) = read_results(tmp_path).choices
+    assert choice["chosen"] == {"train.lr": 1e-3}
+    assert [tried["mean"] is None for tried in choice["tried"]] == [True, False]
+
+
+def test_killed_and_run_again_by_processes(tiny_folder, sentiment, tmp_path):
+    """SIGKILL to the runner: its workers end too, and the next run goes on with the half cells."""
+    base = tree(tiny_folder, sentiment, methods=["chain3"], seeds=[0, 1], tune={})
+    base["base"]["recipe"]["steps"] = 300
+    base["base"]["train"] |= {"save_every": 20}
+    path, out = tmp_path / "experiment.yaml", tmp_path / "out"
+    path.write_text(yaml.safe_dump(base))
+    code = (
+        "import sys; from chainlora.experiments import run_experiment;"
+        "run_experiment(sys.argv[1], sys.argv[2], workers=2)"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    runner = subprocess.Popen([sys.executable, "-c", code, str(path), str(out)], env=environment)
+    deadline = time.monotonic() + 300
+    while not list(out.glob("cells/*/run/checkpoints/*")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    runner.send_signal(signal.SIGKILL)
+    runner.wait()
+    half = [run.parent for run in out.glob("cells/*/run/checkpoints")]
+    assert half
+    assert not list(out.glob("cells/*/result.json"))
+    outcome = run_cells(load_experiment(path), out, backend="inline")
+    assert outcome.num_run == 2
+    assert not outcome.failed
+    records = [json.loads(line) for line in (half[0] / "metrics.jsonl").read_text().splitlines()]
+    steps = [record["step"] for record in records if record["event"] == "step"]
+    assert steps == list(range(1, 301))  # no step lost, none twice
+
+
+def test_a_grid_is_extended_while_its_end_is_the_best_up_to_the_limit(
+    tiny_folder, sentiment, tmp_path
+):
+    """Far too small rates: the higher, the better, so every value beyond the top is asked for."""
+    tune = {"grid": {"train.lr": [1e-5, 1e-4]}, "extend": {"train.lr": 2}, "metric": "loss"}
+    keys = {"methods": ["lora"], "seeds": [0], "tune": tune}
+    plans = []
+    experiment = make_experiment(tree(tiny_folder, sentiment, **keys))
+    first = run_cells(experiment, tmp_path, backend="inline", max_cells=3)
+    assert (first.num_run, first.num_done) == (3, 3)  # the grid, and one value beyond it
+    outcome = run_cells(experiment, tmp_path, backend="inline", listener=plans.append)
+    (choice,) = read_results(tmp_path).choices
+    assert [each["point"]["train.lr"] for each in choice["tried"]] == [1e-5, 1e-4, 1e-3, 1e-2]
+    assert choice["chosen"] == {"train.lr": 1e-2}  # the limit: no third value beyond the grid
+    assert outcome.num_done == outcome.num_cells == 4  # the final cell is the one that was chosen
+    assert [plan["todo"] for plan in plans if plan["event"] == "plan"] == [
+        ["mood lora seed=0 lr=0.01"],
+        [],
+    ]
+    assert run_cells(experiment, tmp_path, backend="inline").num_run == 0
+
+
+def test_several_seeds_choose_apart_from_those_compared(tiny_folder, sentiment, tmp_path):
+    tune = {"grid": {"train.lr": [1e-3, 1e-2]}, "seeds": [10, 11]}
+    experiment = make_experiment(
+        tree(tiny_folder, sentiment, methods=["lora"], seeds=[0], tune=tune)
+    )
+    assert run_cells(experiment, tmp_path, backend="inline").num_run == 5
+    results = read_results(tmp_path)
+    (choice,) = results.choices
+    assert [each["runs"] for each in choice["tried"]] == [2, 2]
+    for each in choice["tried"]:
+        assert each["mean"] == pytest.approx(sum(each["values"]) / 2)
+    text = report_experiment(tmp_path, figures=False).markdown
+    assert "of 2 seeds |" in text
+    assert "Compared seeds that also chose" not in text
+
+
+def test_tuning_shows_validation_scores_and_never_those_of_the_test_rows(
+    tiny_folder, sentiment, tmp_path, capsys
+):
+    base = tree(tiny_folder, sentiment)["base"]
+    base["data"] = base["data"] | {"num_test": 5}  # another number: other accuracies
+    experiment = make_experiment(tree(tiny_folder, sentiment, base=base))
+    records = []
+    run_cells(experiment, tmp_path, backend="inline", listener=records.append)
+    shown = {each["cell"]: each for each in records if each["event"] == "cell"}
+    for line in read_results(tmp_path).cells:
+        name = f"{line['task']} {line['method']} seed={line['seed']} lr={line['point']['train.lr']}"
+        if line["phase"] == "tune":
+            assert shown[name]["split"] == "validation"
+            assert shown[name]["score"] == line["validation"]["accuracy"]
+        elif name in shown and shown[name]["split"] == "test":
+            assert shown[name]["score"] == line["test"]["accuracy"]
+    progress = experiment_progress()
+    for record in records:
+        progress(record)
+    said = capsys.readouterr().err
+    assert "tune: 4 cells, 0 done before, 4 to run, then 2 final cells" in said
+    assert said.count("validation accuracy") == 4
+
+
+def test_cells_are_counted_right_where_a_call_stops_early(tiny_folder, sentiment, tmp_path):
+    experiment = make_experiment(tree(tiny_folder, sentiment))
+    records = []
+    outcome = run_cells(
+        experiment, tmp_path, backend="inline", max_cells=1, listener=records.append
+    )
+    assert (outcome.num_run, outcome.num_done, outcome.num_cells) == (1, 1, 6)
+    (plan,) = (each for each in records if each["event"] == "plan")
+    counts = {key: plan[key] for key in ("cells", "done", "left_out", "later")}
+    assert counts == {"cells": 4, "done": 0, "left_out": 3, "later": 2}
+    assert len(plan["todo"]) == 1
+    outcome = run_cells(experiment, tmp_path, backend="inline", max_cells=100)
+    assert (outcome.num_run, outcome.num_done, outcome.num_cells) == (5, 6, 6)
+
+
+def test_a_run_keeps_its_curve_at_some_twenty_points_and_at_knots(tiny_folder, sentiment, tmp_path):
+    base = tree(tiny_folder, sentiment)["base"]
+    base["recipe"] = {"rank": 2, "steps": 80, "scaling": 2}
+    keys = {"base": base, "methods": ["chain3"], "seeds": [0], "tune": {}}
+    for out, points, expected in (("a", 20, 21), ("b", 4, 7), ("c", 0, 4)):
+        experiment = make_experiment(tree(tiny_folder, sentiment, curve_points=points, **keys))
+        run_cells(experiment, tmp_path / out, backend="inline")
+        (cell,) = read_results(tmp_path / out).cells
+        steps = [point["step"] for point in cell["curve"]]
+        assert steps[0] == 0
+        assert {27, 54, 80} <= set(steps)  # links of 27, 27 and 26 steps
+        assert abs(len(steps) - expected) <= 2
+        assert all(point["loss"] > 0 for point in cell["curve"])
+        assert cell["curve"][-1]["loss"] == cell["validation"]["loss"]
+    ids = {cell["cell"] for out in "abc" for cell in read_results(tmp_path / out).cells}
+    assert len(ids) == 1  # how often a run is evaluated changes nothing that it computes
+    scores = {cell["score"] for out in "abc" for cell in read_results(tmp_path / out).cells}
+    assert len(scores) == 1
+
+
+def test_what_evaluates_by_itself_is_left_as_it_is(tiny_folder, sentiment):
+    def evaluates(**train):
+        base = tree(tiny_folder, sentiment)["base"]
+        base["train"] = base["train"] | train
+        cell = expand(make_experiment(tree(tiny_folder, sentiment, base=base, tune={})))[0]
+        return with_curve(cell.config, 3).train.eval_every
+
+    assert evaluates() == 2
+    assert evaluates(eval_every=5) == 5
+    assert evaluates(keep_best=True) is None  # more points to choose among would be another method
+    assert evaluates(eval_at_knots=False) is None  # evaluations cost: the file says not to
+
+
+def test_a_run_of_epochs_is_evaluated_as_often(tiny_folder, sentiment):
+    base = tree(tiny_folder, sentiment)["base"]
+    base["recipe"] = {"rank": 2, "epochs": 10, "scaling": 2}
+    cell = expand(make_experiment(tree(tiny_folder, sentiment, base=base, tune={})))[0]
+    assert training_steps(cell.config) == 40  # 32 rows by 8, ten times
+    assert with_curve(cell.config, 20).train.eval_every == 2

@@ -1,0 +1,272 @@
+"""Task files: what they may say, how a wrong one is refused, and that templates end."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+from helpers_data import make_tokenizer
+from helpers_tasks import (
+    PROMPTS,
+    write_rows,
+    write_task,
+)
+
+from chainlora.data import templates
+from chainlora.data.encoding import encode_examples
+from chainlora.data.tasks import (
+    explode_rows,
+    load_rows,
+    load_task,
+)
+from chainlora.errors import ConfigError, DataError
+
+
+def test_an_unknown_task_names_the_nearest():
+    with pytest.raises(ConfigError, match=r"'mutirc'; did you mean 'multirc'\?"):
+        load_task("mutirc")
+    with pytest.raises(ConfigError, match=r"got .*none.yaml"):
+        load_task("none.yaml")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prmpt": "x"}, r"unknown key `prmpt`; did you mean 'prompt'\?"),
+        ({"sampling": {"trian": 3}}, r"unknown key `sampling.trian`; did you mean 'train'\?"),
+        ({"metric": None}, r"`metric` must be given"),
+        ({"metric": "acuracy"}, r"`metric` must be 'accuracy', .* \(got 'acuracy'\)"),
+        ({"labels": ["a"]}, r"at least two different words"),
+        ({"labels": ["a", "a"]}, r"(two different words|differ from each other)"),
+        ({"labels": None}, r"one of `labels`, `candidates`, `completion` \(got none\)"),
+        ({"completion": "x"}, r"got labels and completion"),
+        ({"labels": None, "completion": "x"}, r"loss: completion and metric em"),
+        (
+            {"labels": None, "completion": "x", "loss": "completion", "metric": "em"},
+            r"`references` \(got none\)",
+        ),
+        *(
+            (
+                {
+                    "labels": None,
+                    "completion": "x",
+                    "loss": "completion",
+                    "metric": metric,
+                    "references": "gold",
+                },
+                rf"`metric: {metric}` .*neither `stop` nor `add_eos`\); set add_eos: true, or a "
+                rf"`stop`",
+            )
+            for metric in ("em", "token_f1")
+        ),
+        ({"prompt": "{{ text"}, r"`prompt` must be a Jinja2 template"),
+        ({"label": "a b"}, r"`label` must be a Jinja2 expression"),
+    ],
+)
+def test_a_wrong_task_file_says_what_and_where(tmp_path, changes, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_task(write_task(tmp_path, **changes))
+    assert "colour.yaml" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("end", [{"stop": "\n"}, {"add_eos": True}], ids=str)
+def test_written_answers_are_compared_where_something_ends_them(tmp_path, end):
+    keys = {
+        "labels": None,
+        "completion": "x",
+        "loss": "completion",
+        "metric": "em",
+        "references": "gold",
+    }
+    assert load_task(write_task(tmp_path, **keys, **end)).metrics == ("em", "token_f1")
+
+
+@pytest.mark.parametrize(
+    "words", [[" True", " False"], [" 1", " 2"], [" true", " x"], [" a", " b", " 0"]]
+)
+def test_a_list_of_labels_has_no_word_that_reads_as_another_position(tmp_path, words):
+    with pytest.raises(
+        ConfigError, match=r"in the order of its positions \(got .*write a mapping from each value"
+    ):
+        load_task(write_task(tmp_path, labels=words))
+
+
+@pytest.mark.parametrize("words", [[" False", " True"], [" 0", " 1"], [" 2", " 3"], [" a", " 1"]])
+def test_words_that_read_as_their_own_position_or_as_none_are_labels(tmp_path, words):
+    task = load_task(write_task(tmp_path, labels=words))
+    for position, word in enumerate(words):
+        assert task.label_index(position) == task.label_index(word.strip()) == position
+
+
+def test_a_mapping_says_what_such_words_mean(tmp_path):
+    (tmp_path / "t.yaml").write_text(
+        'name: t\ndescription: d\nprompt: "{{ text }}"\nlabels: {true: " True", false: " False"}\n'
+        "metric: accuracy\nloss: candidates\n"
+    )
+    task = load_task(tmp_path / "t.yaml")
+    assert [
+        task.render({"text": "x", "label": value}).completion
+        for value in (1, "1", True, 0, "False")
+    ] == [
+        " True",
+        " True",
+        " True",
+        " False",
+        " False",
+    ]
+
+
+def test_bare_yes_and_no_are_caught(tmp_path):
+    path = write_task(tmp_path)
+    path.write_text(path.read_text().replace('[" red", " blue"]', "[No, Yes]"))
+    with pytest.raises(ConfigError, match=r"YAML reads bare Yes and No so.*quotes"):
+        load_task(path)
+
+
+def test_a_file_that_is_not_yaml_is_named_with_its_line(tmp_path):
+    path = tmp_path / "t.yaml"
+    path.write_text("name: t\nprompt: [")
+    with pytest.raises(ConfigError, match=r"must be YAML .*t.yaml line \d"):
+        load_task(path)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"label": 0}, r"`prompt` .*'text' is undefined.*bad.jsonl line 1.*fields are label"),
+        ({"text": None, "label": 0}, r"`prompt` .*a null"),
+        ({"text": "x"}, r"`label` .*'label' is undefined"),
+        ({"text": "x", "label": 2}, r"label must be one .*got 2 .*bad.jsonl line 1.*0 or 'red'"),
+        ({"text": "x", "label": None}, r"label must be one .*got None"),
+    ],
+)
+def test_a_row_that_does_not_suit_the_task_is_named(tmp_path, row, message):
+    task = load_task(write_task(tmp_path))
+    path = write_rows(tmp_path / "bad.jsonl", [row])
+    with pytest.raises(DataError, match=message) as caught:
+        task.render(load_rows(path)[0])
+    assert "\n" not in str(caught.value)
+
+
+def test_candidates_of_a_row_must_hold_the_right_one(tmp_path):
+    task = load_task("record")
+    row = PROMPTS["record"][0] | {"answers": ["Zoe"]}
+    with pytest.raises(DataError, match=r"label must be a candidate .*Zoe.*row 5"):
+        task.render(row, 5)
+    with pytest.raises(DataError, match=r"at least two"):
+        task.render(PROMPTS["record"][0] | {"entities": ["Bob"]})
+
+
+def test_a_text_among_the_candidates_of_a_row_is_the_item_and_a_number_the_position(tmp_path):
+    task = load_task(write_task(tmp_path, labels=None, candidates="options"))
+
+    def label(value, options):
+        return task.render({"text": "x", "options": options, "label": value}).label
+
+    assert [label(value, ["10", "20", "30"]) for value in ("20", "1", 1)] == [
+        1,
+        1,
+        1,
+    ]  # no item is called 1
+    assert [label(value, ["3", "4", "5"]) for value in ("3", "5", 2)] == [0, 2, 2]
+    assert [label(value, ["1", "2", "3", "4"]) for value in (3, 0, "4")] == [
+        3,
+        0,
+        3,
+    ]  # no position 4
+    assert label("1", ["0", "1"]) == label(1, [7, 1]) == 1  # both meanings are one
+    with pytest.raises(
+        DataError,
+        match=r"must mean one candidate \(got '3' of .* item 2 and the position of another"
+        r"\); give the position as a number, e.g. label: \(options\).index\(label\)",
+    ):
+        label("3", ["1", "2", "3", "4"])
+    repaired = load_task(
+        write_task(tmp_path, labels=None, candidates="options", label="(options).index(label)")
+    )
+    assert repaired.render({"text": "x", "options": ["1", "2", "3", "4"], "label": "3"}).label == 2
+    with pytest.raises(DataError, match=r"a candidate or its position \(got 20"):
+        label(20, ["10", "20", "30"])
+
+
+def test_templates_run_in_a_sandbox(tmp_path):
+    task = load_task(write_task(tmp_path, prompt="{{ text.__class__.__mro__ }}"))
+    with pytest.raises(DataError, match="unsafe"):
+        task.render({"text": "x", "label": 0})
+
+
+def test_the_example_task_needs_no_python(tmp_path):
+    task = load_task(Path(__file__).parents[1] / "examples" / "custom_task.yaml")
+    shown = task.render({"headline": "Rates rise again ", "section": "business"})
+    assert (
+        shown.prompt + shown.candidates[shown.label]
+        == "Headline: Rates rise again\nSection: business"
+    )
+    assert explode_rows(task, []) == []
+
+
+# --- templates end ---
+
+GROWS = "{% set b = a ~ a %}{% set c = b ~ b %}{% set d = c ~ c %}{% set e = d ~ d %}"
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+        "{% for i in range(99999) %}{% for j in range(99999) %}x{% endfor %}{% endfor %}",
+        "{% macro f(n) %}{% if n %}{{ f(n-1) ~ f(n-1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+        "{% set a = text * 99999 %}" + GROWS + "{{ e ~ e ~ e ~ e }}",
+        "{{ text * 10**10 }}",
+        "{{ (10**10) ** (10**10) }}",
+        "{{ [text] * 10**9 }}",
+        "{{ text.ljust(10**10) }}",
+        "{{ text | center(10**10) }}",
+        "{{ 'x'.join(range(99999) | map('string') | list * 999) }}",
+    ],
+)
+def test_a_template_without_end_is_refused_at_once(tmp_path, prompt):
+    task = load_task(write_task(tmp_path, prompt=prompt))
+    start = time.monotonic()
+    with pytest.raises(DataError, match=r"no more work than a row can .* at row 7\)") as caught:
+        task.render({"text": "film", "label": 0}, 7)
+    assert time.monotonic() - start < 20  # some seconds; it would be hours, or all the memory
+    assert "\n" not in str(caught.value)
+
+
+def test_expressions_end_too(tmp_path):
+    changes = {"labels": None, "candidates": "[text * 10**9, text]", "label": "0"}
+    task = load_task(write_task(tmp_path, **changes))
+    with pytest.raises(DataError, match=r"`candidates` .*no more work"):
+        task.render({"text": "film"})
+
+
+def test_a_long_row_is_no_endless_template(tmp_path):
+    prompt = "{% for word in text.split() %}{{ word | upper }} {% endfor %}{{ text ~ '!' }}"
+    task = load_task(write_task(tmp_path, prompt=prompt))
+    text = "word " * 100_000
+    assert task.render({"text": text, "label": 0}).prompt == text.upper() + text + "!"
+
+
+def test_a_chat_template_without_end_is_stopped_by_the_clock(tmp_path, monkeypatch):
+    monkeypatch.setattr(templates, "SECONDS", 0.5)
+    endless = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    rows = [{"messages": turns}]
+    path = write_rows(tmp_path / "chat.jsonl", rows)
+    start = time.monotonic()
+    with pytest.raises(DataError, match=r"0.5 s \(got no end of the chat template at .*line 1\)"):
+        encode_examples(load_rows(path), make_tokenizer("", endless), "chat")
+    assert time.monotonic() - start < 10
+    time.sleep(0.6)  # the clock is off
+
+
+@pytest.mark.parametrize(
+    "value", [10**4000, -(10**300), 1e308, float("inf"), float("nan"), [1] * 9]
+)
+def test_numbers_of_any_size_are_labels_that_the_task_does_not_declare(tmp_path, value):
+    task = load_task(write_task(tmp_path))
+    with pytest.raises(DataError, match=r"must be one that task 'colour' declares .*row 0"):
+        task.render({"text": "film", "label": value})

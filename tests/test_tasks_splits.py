@@ -1,0 +1,151 @@
+"""Splits of a task on disk, the samples a run draws, and what docs/tasks.md says of them."""
+
+from __future__ import annotations
+
+import pytest
+from helpers_tasks import (
+    PAGE,
+    PROMPTS,
+    ROWS,
+    make_split,
+    page_table,
+    write_rows,
+    write_task,
+)
+
+from chainlora.data.tasks import (
+    load_split,
+    load_task,
+    majority_rate,
+    sample_splits,
+)
+from chainlora.errors import ConfigError, DataError
+
+
+def test_the_folder_may_be_the_tasks_own_or_the_one_above(tmp_path):
+    task = load_task("sst2")
+    write_rows(tmp_path / "data" / "sst2" / "dev.jsonl", [{"sentence": "x ", "label": 0}])
+    for folder in ("data", "data/sst2"):
+        assert load_split(task, tmp_path / folder, "validation") == [{"sentence": "x ", "label": 0}]
+
+
+def test_missing_rows_say_both_ways_to_get_them(tmp_path):
+    with pytest.raises(
+        DataError,
+        match=r"'train' rows .*neither in .*name the folder.*aps/super_glue.*HF_HUB_OFFLINE",
+    ):
+        load_split(load_task("rte"), tmp_path, "train")
+    with pytest.raises(DataError, match=r"no such folder"):
+        load_split(load_task("rte"), tmp_path / "none", "train")
+    with pytest.raises(DataError, match=r"aps/super_glue .*HF_HUB_OFFLINE.*local folder"):
+        load_split(load_task("rte"), None, "train")
+    custom = load_task(write_task(tmp_path))
+    with pytest.raises(DataError, match=r"no Hub dataset.*data.dir"):
+        load_split(custom, None, "train")
+
+
+def test_samples_are_disjoint_deterministic_and_follow_the_data_seed(tmp_path):
+    make_split(tmp_path / "train.jsonl", 60)
+    make_split(tmp_path / "validation.jsonl", 30)
+    task = load_task(write_task(tmp_path))
+    first = sample_splits(task, tmp_path, 20, 10, 15, data_seed=3)
+    again = sample_splits(task, tmp_path, 20, 10, 15, data_seed=3)
+    other = sample_splits(task, tmp_path, 20, 10, 15, data_seed=4)
+    assert {name: len(rows) for name, rows in first.items()} == {
+        "train": 20,
+        "validation": 10,
+        "test": 15,
+    }
+    assert first == again
+    assert first != other
+    assert not {row.index for row in first["train"]} & {row.index for row in first["validation"]}
+    for name in ("validation", "test"):
+        indices = [row.index for row in first[name]]
+        assert indices == sorted(indices)
+    fewer = sample_splits(task, tmp_path, 5, 10, 15, data_seed=3)
+    assert fewer["train"] == first["train"][:5]
+    assert (fewer["validation"], fewer["test"]) == (first["validation"], first["test"])
+
+
+def test_a_short_train_split_gives_validation_its_rows_first(tmp_path):
+    make_split(tmp_path / "train.jsonl", 60)
+    make_split(tmp_path / "validation.jsonl", 30)
+    task = load_task(write_task(tmp_path))
+    sizes = {
+        name: len(rows) for name, rows in sample_splits(task, tmp_path, 1000, 50, 1000).items()
+    }
+    assert sizes == {"train": 10, "validation": 50, "test": 30}
+    with pytest.raises(
+        DataError, match=r"must leave rows to train on .*60 rows .*500.*lower num_validation"
+    ):
+        sample_splits(task, tmp_path)
+
+
+def test_a_split_that_stands_in_for_train_keeps_its_test_rows_apart_and_fixed(tmp_path, caplog):
+    make_split(tmp_path / "validation.jsonl", 100)
+    rules = {"test": {"of": "validation", "rows": 40}, "without_train": "validation"}
+    task = load_task(write_task(tmp_path, sampling=rules))
+    one = sample_splits(task, tmp_path, 30, 20, 40, data_seed=0)
+    two = sample_splits(task, tmp_path, 30, 20, 10, data_seed=1)
+    assert "stands in" in caplog.text
+    indices = [{row.index for row in one[name]} for name in ("train", "validation", "test")]
+    assert len(set.union(*indices)) == 90
+    assert {row.index for row in two["test"]} < indices[2]
+    assert one["train"] != two["train"]
+    assert not {row.index for row in two["train"] + two["validation"]} & indices[2]
+
+
+def test_an_unknown_sampling_rule_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"protocol or saner \(got 'random'\)"):
+        sample_splits(load_task("rte"), tmp_path, sampling="random")
+
+
+@pytest.mark.parametrize("name", list(PROMPTS))
+def test_the_page_counts_the_real_rows_and_their_commonest_label(name, shared_data):
+    task = load_task(name)
+    for split, cell in zip(("train", "validation", "test"), page_table(ROWS)[name], strict=False):
+        if cell in ("Hub", "–"):  # not at hand, or no such rows anywhere
+            assert task.hub is not None
+            with pytest.raises(DataError, match=f"'{split}' rows"):
+                load_split(task, shared_data, split)
+            continue
+        rows = load_split(task, shared_data, split)
+        rate = majority_rate(task, rows)
+        assert cell == f"{len(rows):,}" + ("" if rate is None else f" ({100 * rate:.2f})")
+
+
+@pytest.mark.parametrize("name", list(PROMPTS))
+def test_the_page_says_how_many_rows_a_run_draws(name, shared_data):
+    task, cell = load_task(name), page_table(ROWS)[name][3]
+    if cell == "Hub":
+        with pytest.raises(DataError):
+            sample_splits(task, shared_data)
+        return
+    drawn = sample_splits(task, shared_data)
+    counts = [" · ".join(str(len(rows)) for rows in drawn.values())]
+    if task.sampling.validation.saner is not None:
+        saner = sample_splits(task, shared_data, sampling="saner")
+        counts.append("saner " + " · ".join(str(len(rows)) for rows in saner.values()))
+    assert cell == "; ".join(counts)
+    for position, row in enumerate(drawn["train"]):
+        task.render(row, position)
+
+
+def test_what_the_page_says_of_odd_wsc_rows(shared_data):
+    task = load_task("wsc")
+    rows = [
+        row for split in ("train", "validation") for row in load_split(task, shared_data, split)
+    ]
+    ending = [row for row in rows if row["text"].endswith(" ")]
+    broken = [
+        row for row in rows if "\n" in row["target"]["span1_text"] + row["target"]["span2_text"]
+    ]
+    assert (len(ending), len(broken)) == (3, 2)
+    assert (
+        "Three WSC texts end in a blank, and two rows have a line break in a span; both stay"
+        in PAGE
+    )
+    assert all(row["text"] + "\nIn the previous" in task.render(row).prompt for row in ending)
+    assert all(
+        f"refer to {row['target']['span1_text']}?" in task.render(row).prompt for row in broken
+    )
