@@ -31,6 +31,7 @@ from chainlora.config import schema as config_module
 from chainlora.config.loading import parse_yaml
 from chainlora.config.schema import KnotConfig
 from chainlora.experiments import expand, load_experiment
+from chainlora.runs.resuming import CHANGEABLE
 from chainlora.training import objectives, optimizers, setup
 from chainlora.training.events import Event, KnotTied, ShareTied, StepDone
 from chainlora.training.knots import spacing
@@ -167,7 +168,7 @@ def test_the_readme_commands_run_in_order(checkout, monkeypatch, capsys):
     found = {path.name for path in (checkout / "runs/dates").iterdir()}
     assert found <= promised
     # there only in some runs, or while a link is being tuned
-    assert promised - found <= {"best", "checkpoints", "moments.safetensors", "model"}
+    assert promised - found <= {"best", "checkpoints", "moments", "model"}
     assert {"soft_knot"} <= {
         json.loads(line)["event"]
         for line in (checkout / "runs/soft/metrics.jsonl").read_text().splitlines()
@@ -185,6 +186,12 @@ def test_a_finished_run_is_resumed_by_its_own_config(checkout, monkeypatch):
     before = (checkout / "runs/dates/links/002/adapter_model.safetensors").read_bytes()
     assert run(shlex.split(command)) == 0
     assert (checkout / "runs/dates/links/002/adapter_model.safetensors").read_bytes() == before
+
+
+def test_the_keys_that_a_resume_may_change_are_named():
+    text = (ROOT / "docs/run-directory.md").read_text(encoding="utf-8")
+    (sentence,) = re.findall(r"([^.]*`train\.[^:]*) may be\s+changed by naming them", text)
+    assert set(re.findall(r"`(train\.\w+)`", sentence.rpartition("differ")[2])) == set(CHANGEABLE)
 
 
 def test_the_shortest_task_in_tasks_md_runs(tiny_folder, tmp_path, monkeypatch):
