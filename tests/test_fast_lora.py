@@ -253,6 +253,23 @@ def test_a_copy_has_its_own_weights() -> None:
     assert not torch.equal(other(x), before)
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(2, 48), (2, 3, 48), (1, 48)])
+def test_the_output_can_be_changed_in_place(shape: tuple[int, ...], bias: bool) -> None:
+    """As OLMo does with clip_qkv, and Gemma 3n."""
+    net, found = lora(nn.Linear(48, 20, bias=bias), torch.float32), []
+    x = torch.randn(shape)
+    for fused in (False, True):
+        assert not fused or accelerate_lora(net) == 1
+        net.zero_grad()
+        out = net(x)
+        out.clamp_(min=-0.1, max=0.1)
+        out.sum().backward()
+        found.append((out.detach(), net.q.lora_A["link"].weight.grad.clone()))
+    for plain, mine in zip(*found, strict=True):
+        torch.testing.assert_close(mine, plain)
+
+
 def test_only_lora_layers() -> None:
     with pytest.raises(ModelError, match="got Linear"):
         accelerate_layers([nn.Linear(2, 2)])

@@ -21,9 +21,16 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
-from architectures.tiny import CONTEXT, VOCABULARY, tiny_model
+from architectures.tiny import (
+    CONTEXT,
+    IMPOSSIBLE,
+    VARIANTS,
+    VOCABULARY,
+    model_types,
+    tiny_model,
+)
 from chainlora import export_adapter, export_merged, load_run, make_config, train
 from chainlora.chain.adapters.targets import matched_modules
 from chainlora.chain.initialization import generator_for, random_factors
@@ -59,11 +66,17 @@ class Result:
         return asdict(self)
 
 
-def check(name: str, model_type: str, work: Path, changes: dict[str, Any] | None = None) -> Result:
-    """Train, score and export a tiny model of a type in `work`, beside the plain way."""
+def cases() -> list[str]:
+    """Return the names of all cases: every model type that can be made tiny, and the variants."""
+    return [*(name for name in model_types() if name not in IMPOSSIBLE), *VARIANTS]
+
+
+def check(name: str, work: Path) -> Result:
+    """Train, score and export the tiny model of a case in `work`, beside the plain way."""
     result = Result(name)
+    model_type, changes = VARIANTS.get(name, (name, {}))
     with _quiet():
-        model = tiny_model(model_type, **changes or {})
+        model = tiny_model(model_type, **changes)
         result.kind = type(model).__name__
         folder, run = work / "model", work / "run"
         _save(model, folder)
@@ -107,7 +120,7 @@ def _compare(
     result.differences["test loss"] = abs(scored - reference) / reference / largest
     live, _ = load_run(run)
     result.differences["live"] = abs(_plain_loss(live, test) - reference) / reference / largest
-    result.differences["greedy"] = float(_greedy_differs(live, tokenizer, rows))
+    result.differences["greedy answers"] = 2.0 * _greedy_differs(live, tokenizer, rows)
     result.differences |= _export_differences(result, folder, run, test, reference, largest)
 
 
@@ -144,7 +157,10 @@ def _plain_mean_loss(model: Any, rows: Sequence[Example]) -> Tensor:
 
 @torch.no_grad()
 def _plain_loss(model: Any, rows: Sequence[Example]) -> float:
-    return _plain_mean_loss(model.eval(), rows).item()
+    """Return the loss per token, each row by itself: what a score may depend on."""
+    counts = [len(_scored([row])[0]) for row in rows]
+    losses = [_plain_mean_loss(model.eval(), [row]).item() for row in rows]
+    return sum(n * x for n, x in zip(counts, losses, strict=True)) / sum(counts)
 
 
 @torch.no_grad()
@@ -264,13 +280,9 @@ def _greedy_differs(model: Any, tokenizer: Any, rows: list[Example]) -> bool:
 
 def _answer(model: Any, tokenizer: Any, prompt: Sequence[int]) -> str:
     ids = torch.tensor([prompt])
-    output = model.generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=6,
-        do_sample=False,
-        pad_token_id=0,
-    )
+    greedy = GenerationConfig(max_new_tokens=6, do_sample=False, pad_token_id=0, eos_token_id=2)
+    model.generation_config = greedy  # whatever the model's own says of its last token
+    output = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids))
     return tokenizer.decode(output[0, len(prompt) :], skip_special_tokens=True).strip()
 
 
@@ -281,7 +293,11 @@ def _export_differences(
     export_merged(run, work / "merged")
     merged = AutoModelForCausalLM.from_pretrained(work / "merged")
     found["merged"] = abs(_plain_loss(merged, rows) - reference) / reference / largest
-    export_adapter(run, work / "adapter")
+    try:
+        export_adapter(run, work / "adapter")
+    except ModelError:  # PEFT reads it otherwise than it was written
+        result.exports = "merged; adapter refused"
+        return found
     base = AutoModelForCausalLM.from_pretrained(folder)
     adapted = peft.PeftModel.from_pretrained(base, work / "adapter")
     found["adapter"] = abs(_plain_loss(adapted, rows) - reference) / reference / largest

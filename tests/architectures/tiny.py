@@ -249,6 +249,55 @@ IMPOSSIBLE: dict[str, str] = {
 }
 
 
+_LONG_ROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "short_factor": [1.0, 1.1, 1.2, 1.3],
+    "long_factor": [2.0, 3.0, 4.0, 5.0],
+}
+_YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}
+_REAL = 1024  # an original context that no row of the tests reaches, and that packing asks for
+# Settings of a class that its default leaves out, by a name of their own: (model type, changes).
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama, dynamic rotary": (
+        "llama",
+        {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+    ),
+    "llama, yarn": (
+        "llama",
+        {"rope_parameters": _YARN | {"original_max_position_embeddings": ORIGINAL}},
+    ),
+    "llama, yarn, long context": (
+        "llama",
+        {
+            "max_position_embeddings": 4 * _REAL,
+            "rope_parameters": _YARN | {"original_max_position_embeddings": _REAL},
+        },
+    ),
+    "ministral3, long context": (
+        "ministral3",
+        {
+            "max_position_embeddings": 4 * _REAL,
+            "rope_parameters": _YARN
+            | {"original_max_position_embeddings": _REAL, "llama_4_scaling_beta": 0.5},
+        },
+    ),
+    "phi3, LongRoPE": (
+        "phi3",
+        {
+            "original_max_position_embeddings": ORIGINAL,
+            "rope_parameters": _LONG_ROPE | {"original_max_position_embeddings": ORIGINAL},
+        },
+    ),
+    "olmo, clipped": ("olmo", {"clip_qkv": 0.5}),
+    "lfm2, one kind of block": ("lfm2", {"block_multiple_of": 1}),
+    "jamba, small weights": ("jamba", {"enlarged": False}),
+    "lfm2, small weights": ("lfm2", {"enlarged": False}),
+    "qwen3_5_text, small weights": ("qwen3_5_text", {"enlarged": False}),
+    "llama, eager attention": ("llama", {"attn_implementation": "eager"}),
+}
+
+
 def model_types() -> list[str]:
     """Return every model type of the mapping."""
     return list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
@@ -297,11 +346,12 @@ def _small_rope(rope: dict[str, Any]) -> dict[str, Any]:
     return small
 
 
-def tiny_model(model_type: str, *, seed: int = 0, **changes: Any) -> Any:
+def tiny_model(model_type: str, *, seed: int = 0, enlarged: bool = True, **changes: Any) -> Any:
     """Return a tiny model with weights large enough to matter, float32, in evaluation mode."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(tiny_config(model_type, **changes)).float()
-    enlarge(model, seed)
+    if enlarged:
+        enlarge(model, seed)
     return model.eval()
 
 

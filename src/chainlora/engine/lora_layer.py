@@ -119,14 +119,14 @@ class LoraFunction(torch.autograd.Function):
         # the transpose.
         a, b_rows = a.to(x.dtype), b.T.to(x.dtype).contiguous()
         down = linear(flat, a)
-        out = linear(x, weight, bias)  # of its final shape: autograd refuses changes to a view
-        add_product_(out.view(-1, out.shape[-1]), down, b_rows, scaling)
+        out = add_product_(linear(flat, weight, bias), down, b_rows, scaling)
         _, _, _, needs_a, needs_b, _ = ctx.needs_input_grad
         ctx.save_for_backward(
             flat if needs_a else None, weight, a, b_rows, down if needs_b else None
         )
         ctx.scaling, ctx.shape = scaling, x.shape
-        return out
+        # no view of what was computed: autograd refuses in-place changes of such a result
+        return torch.ops.aten._unsafe_view(out, [*x.shape[:-1], out.shape[-1]])
 
     @staticmethod
     @once_differentiable

@@ -158,7 +158,7 @@ def _padding_shows(model: Any, config: GenerationConfig) -> bool:
         return True
     probe = GenerationConfig(
         do_sample=False,
-        max_new_tokens=1,
+        max_new_tokens=3,  # the prompt, and what reads its cache
         pad_token_id=config.pad_token_id,
         output_logits=True,
         return_dict_in_generate=True,
@@ -170,7 +170,8 @@ def _padding_shows(model: Any, config: GenerationConfig) -> bool:
         for prompts in (rows[:1], rows):
             ids, mask = _left_padded(prompts, int(config.pad_token_id), model.device)
             with _own_config(model, probe):
-                found.append(model.generate(input_ids=ids, attention_mask=mask).logits[0][0])
+                steps = model.generate(input_ids=ids, attention_mask=mask).logits
+            found.append(torch.stack([logits[0] for logits in steps]))
     except Exception:  # whatever an architecture trips over: prompts of one length are safe
         return True
     # rounding in two bytes, or in float32; a state that saw the padding is off by its own size

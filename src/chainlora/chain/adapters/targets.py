@@ -223,7 +223,9 @@ def _has_own_forward(module: nn.Module) -> bool:
             own, plain = module(x), nn.functional.linear(x, module.weight, module.bias)
     except (RuntimeError, TypeError):
         return True
-    return own.shape != plain.shape or not torch.allclose(own, plain, rtol=1e-3, atol=1e-3)
+    if not isinstance(own, Tensor) or own.shape != plain.shape:
+        return True
+    return not torch.allclose(own, plain, rtol=1e-3, atol=1e-3)
 
 
 def _incompatible(model: nn.Module, name: str) -> str | None:

@@ -1,0 +1,126 @@
+"""Every causal language model of transformers trains as plain transformers and peft, or is refused.
+
+A tiny model of each class goes through `train`, scoring and export (`architectures.checks`). A
+sample runs always; all of them with ``CHAINLORA_FULL=1``. The list of classes is transformers' own,
+so that new ones come in by themselves.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from architectures.checks import cases, check
+from architectures.tiny import IMPOSSIBLE, model_types, tiny_model
+
+from chainlora.data.examples import Example
+from chainlora.engine.engine import Engine
+
+FULL = os.environ.get("CHAINLORA_FULL") == "1"
+# One for each way in which architectures differ: plain, with stacked experts, hybrid, recurrent,
+# layers unlike one another, shared weights, scalings that begin late, clipping, latent attention.
+SAMPLE = [
+    "llama",
+    "gpt2",
+    "smollm3",
+    "mixtral",
+    "deepseek_v3",
+    "lfm2",
+    "jamba, small weights",
+    "rwkv",
+    "zamba",
+    "gemma3_text",
+    "ministral3, long context",
+    "olmo, clipped",
+    "phi3, LongRoPE",
+]
+# What is refused, by what it says; everything else trains.
+REFUSED = {
+    "big_bird": "draws random numbers in evaluation",
+    "cpmant": "must be causal",
+    "emu3": "must be a causal language model",
+    "gemma4_unified_assistant": "must run on token ids alone",
+    "prophetnet": "logits must be the head",
+    "reformer": "draws random numbers in evaluation",
+    "xlm": "must be causal",
+    "xlnet": "must be causal",
+    "zamba": "share their weights",
+    "zamba2": "share their weights",
+}
+
+
+@pytest.mark.parametrize("name", cases() if FULL else SAMPLE)
+def test_trains_as_plain_transformers_and_peft_or_is_refused(name: str, tmp_path: Path) -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)  # micro-batches side by side, where the engine dares
+    try:
+        result = check(name, tmp_path)
+    finally:
+        torch.set_num_threads(threads)
+    if name in REFUSED:
+        assert result.outcome == "refused", result.why
+        assert REFUSED[name] in result.why
+    else:
+        assert result.outcome == "right", result.why
+
+
+def test_the_lists_are_of_classes_that_exist() -> None:
+    assert set(IMPOSSIBLE) <= set(model_types())
+    assert set(REFUSED) | set(SAMPLE) <= set(cases())
+
+
+@pytest.mark.skipif(not FULL, reason="builds every class (CHAINLORA_FULL=1)")
+@pytest.mark.parametrize("name", sorted(IMPOSSIBLE))
+def test_what_cannot_be_made_tiny_still_cannot(name: str) -> None:
+    try:
+        tiny_model(name)
+    except Exception:  # whatever transformers says
+        return
+    pytest.fail("it can now: take it out of IMPOSSIBLE")
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+RANDOM = {
+    "dropout of the residual (Seed-OSS)": ("seed_oss", {"residual_dropout": 0.2}),
+    "noise on the router (PhiMoE)": (
+        "phimoe",
+        {"router_jitter_noise": 0.2, "input_jitter_noise": 0.2},
+    ),
+    "layers that are skipped (OPT)": ("opt", {"layerdrop": 0.5}),
+    "dropout of attention (Llama)": ("llama", {"attention_dropout": 0.2}),
+}
+
+
+@pytest.mark.parametrize("name", RANDOM)
+def test_randomness_is_found_whatever_it_is_called(name: str, two_threads: None) -> None:
+    """One thread draws from the generator in one order, and the model's own layers draw."""
+    model_type, changes = RANDOM[name]
+    model = tiny_model(model_type, **changes).requires_grad_(False)
+    examples = [Example(i, (tuple(range(30 + i)),), (((5, 30 + i),),)) for i in range(8)]
+    with Engine(model, training=True) as engine:
+        assert engine.num_threads == 1
+        assert "random numbers" in " ".join(engine.notes)
+        model.train()
+        losses = []
+        for _ in range(2):
+            torch.manual_seed(0)
+            batches = [engine.pack(shard) for shard in engine.split(examples)]
+            losses.append([engine.loss(batch, "completion")[0].item() for batch in batches])
+        assert losses[0] == losses[1]
+        torch.manual_seed(1)
+        assert [engine.loss(batch, "completion")[0].item() for batch in batches] != losses[0]
+
+
+def test_nothing_random_is_found_where_nothing_is_drawn(two_threads: None) -> None:
+    with Engine(tiny_model("opt", layerdrop=0.0), training=True) as engine:
+        assert engine.num_threads == 2
