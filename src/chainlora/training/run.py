@@ -17,6 +17,7 @@ from chainlora.chain.link import Link
 from chainlora.config.schema import RunConfig, TrainConfig
 from chainlora.data.splits import Splits
 from chainlora.engine.engine import Engine
+from chainlora.errors import TrainingError
 from chainlora.evaluation.evaluate import Evaluation
 from chainlora.runs.directory import Progress, RunDirectory
 from chainlora.training.events import Event, Listener
@@ -108,11 +109,16 @@ class Run:
             self.progress.seconds = self.clock.seconds
             self.directory.write_manifest(self.base, self.config, self.chain.links, self.progress)
 
-    def close(self) -> None:
-        """End threads and trackers, and give the model its own forwards back."""
+    def close(self, *, undo: bool = False) -> None:
+        """End threads and trackers, unlock the directory, give the model its own forwards back.
+
+        With `undo`, a directory in which nothing was learned yet is removed.
+        """
         try:
             self.engine.close()
         finally:
+            if self.directory is not None:
+                self.directory.close(undo=undo)
             if self.train.trackers:
                 self.accelerator.end_training()
 
@@ -125,7 +131,8 @@ class Run:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.close()
+        is_refused = error is not None and not isinstance(error, TrainingError | KeyboardInterrupt)
+        self.close(undo=is_refused and self.progress.step == 0)
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
