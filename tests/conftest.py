@@ -143,12 +143,15 @@ WORDS = [
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory) -> Path:
+    return make_tiny_folder(tmp_path_factory.mktemp("hub") / "tiny-llama")
+
+
+def make_tiny_folder(folder: Path) -> Path:
     """A model folder as the Hub has them: a tiny Llama in safetensors and a byte-level BPE
     tokenizer with a chat template, made on the spot."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    folder = tmp_path_factory.mktemp("hub") / "tiny-llama"
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -180,11 +183,14 @@ def write_rows(path: Path, rows: list[dict]) -> Path:
 
 @pytest.fixture(scope="session")
 def sentiment(tmp_path_factory) -> Path:
+    return make_sentiment(tmp_path_factory.mktemp("sentiment"))
+
+
+def make_sentiment(folder: Path) -> Path:
     """A folder with a task file and its rows: which of two words was said, learnable in a few
     steps."""
     import random
 
-    folder = tmp_path_factory.mktemp("sentiment")
     draw = random.Random(0)
     rows = []
     for _ in range(48):

@@ -22,6 +22,7 @@ import platform
 from collections.abc import Collection, Mapping
 from contextlib import suppress
 from copy import deepcopy
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -63,6 +64,7 @@ _GROWING = ("links", "moments", "best", "checkpoints")  # folders whose entries 
 _BEFORE_THE_MANIFEST = {".lock", "config.yaml", "links"}
 
 
+@cache
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages whose numerics matter."""
     found = {"python": platform.python_version()}
@@ -317,12 +319,13 @@ class RunDirectory(RunReader):
         """Remove what the manifest no longer names."""
         named = self._need_current().named
         for folder in _GROWING:
-            for entry in (self / folder).iterdir() if (self / folder).is_dir() else ():
-                name = f"{folder}/{entry.name}"
-                if name not in named and folder not in named:
+            entries = list((self / folder).iterdir()) if (self / folder).is_dir() else []
+            left = [e for e in entries if folder in named or f"{folder}/{e.name}" in named]
+            for entry in entries:
+                if entry not in left:
                     files.remove(entry)
-            if folder != "links":
-                with suppress(OSError):  # not empty, or not there
+            if entries and not left and folder != "links":
+                with suppress(OSError):
                     (self / folder).rmdir()
 
     def _save_adapter(self, directory: str, link: Link, base: str) -> None:
