@@ -1,4 +1,5 @@
-"""Tiny models of every class in transformers' causal-LM mapping, their configs shrunk by field name.
+"""Tiny models of every class in transformers' causal-LM mapping, their configs shrunk by field
+name.
 
 The default config of a class is taken, and every known field that makes it large is set to a small
 value; lists with an entry a layer are left out, so that the class derives them again. Thresholds

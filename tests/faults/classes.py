@@ -127,8 +127,9 @@ def of_exports(world: World) -> Iterator[tuple[str, Case]]:
         assert counted.status == 0, counted.message
         for kind in ("kill", "ENOSPC"):
             for number, name in enumerate(counted.operations):
-                yield f"{to} {kind} {number} {name}", partial(
-                    _killed_export, world, to, there / "run", number, kind
+                yield (
+                    f"{to} {kind} {number} {name}",
+                    partial(_killed_export, world, to, there / "run", number, kind),
                 )
 
 

@@ -107,7 +107,9 @@ def table(counts: dict[str, Counter[str]]) -> str:
 def main() -> int:
     """Run the soak and print its table; exit 1 if any case ended wrong."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--state", type=Path, default=Path("faults.jsonl"), help="cases done so far")
+    parser.add_argument(
+        "--state", type=Path, default=Path("faults.jsonl"), help="cases done so far"
+    )
     parser.add_argument("--sample", type=int, default=None, help="cases a class; default: all")
     parser.add_argument("--only", default="", help="classes whose names hold this text")
     parser.add_argument("--folder", type=Path, default=None, help="to work in; default: in memory")
