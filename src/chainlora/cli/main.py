@@ -46,7 +46,7 @@ def run(arguments: list[str]) -> int:
         status = cli.main(arguments, prog_name="chainlora", standalone_mode=False)
         return status if isinstance(status, int) else 0
     except click.UsageError as error:
-        click.UsageError(one_line(error.message), error.ctx).show()
+        click.UsageError(one_line(error.format_message()), error.ctx).show()
         return 2
     except click.ClickException as error:
         return _fail(error.format_message(), debug)
