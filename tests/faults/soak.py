@@ -82,11 +82,10 @@ def classes(folder: Path, sample: int | None) -> dict[str, Cases]:
     assert middle < last
     bits = None if sample is None else max(2, sample // 8)
     found: dict[str, Cases] = {name: make(world) for name, make in KILLS.items()}
-    for kind, path in (("finished", finished), ("unfinished", stopped)):
-        found[f"one flipped bit in a file of a {kind} run"] = flips(path, bits or 400)
-        found[f"file of a {kind} run cut, missing, swapped or extra"] = whole_files(
-            path, fresh(folder / f"scratch-{kind}")
-        )
+    for kind, path in (("a finished", finished), ("an unfinished", stopped)):
+        found[f"one flipped bit in a file of {kind} run"] = flips(path, bits or 400)
+        scratch = fresh(folder / f"scratch-{kind.split()[-1]}")
+        found[f"file of {kind} run cut, missing, swapped or extra"] = whole_files(path, scratch)
     found["one flipped bit in the base"] = base_flips(base, bits or 400)
     return found
 
@@ -107,7 +106,9 @@ def table(counts: dict[str, Counter[str]]) -> str:
 def main() -> int:
     """Run the soak and print its table; exit 1 if any case ended wrong."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--state", type=Path, default=Path("faults.jsonl"), help="cases done so far")
+    parser.add_argument(
+        "--state", type=Path, default=Path("faults.jsonl"), help="cases done so far"
+    )
     parser.add_argument("--sample", type=int, default=None, help="cases a class; default: all")
     parser.add_argument("--only", default="", help="classes whose names hold this text")
     parser.add_argument("--folder", type=Path, default=None, help="to work in; default: in memory")
