@@ -19,7 +19,18 @@ from pathlib import Path
 from typing import Any
 
 from injection import Injection
-from lives import End, config_in, difference, fresh, live, outcome, run, start, wait
+from lives import (
+    End,
+    config_in,
+    difference,
+    fresh,
+    live,
+    outcome,
+    run,
+    run_with_signals,
+    start,
+    wait,
+)
 
 from chainlora import export_adapter, export_merged
 
@@ -112,6 +123,28 @@ def _twice(world: World, first: int, second: int) -> str:
     return found
 
 
+def interrupted(world: World) -> Iterator[tuple[str, Case]]:
+    """Yield cases of Ctrl-C and SIGTERM at file operations, once, twice, and without handlers."""
+    for number, name in enumerate(world.operations):
+        for kind, lasting, works in (
+            ("SIGINT", False, run_with_signals),
+            ("SIGTERM", True, run_with_signals),  # at this operation, and at each one after it
+            ("SIGINT", False, run),
+        ):
+            case = f"{number} {name} {kind} {'again' if lasting else 'once'} {works.__name__}"
+            yield case, partial(_interrupted, world, number, kind, lasting, works)
+
+
+def _interrupted(
+    world: World, number: int, kind: str, lasting: bool, work: Callable[[Any], None]
+) -> str:
+    where = fresh(world.folder / f"interrupted-{number}-{kind}-{lasting}-{work.__name__}")
+    end = live(partial(work, world.config(where)), Injection(where, kind, number, lasting))
+    found = repaired(world, where, end)
+    shutil.rmtree(where)
+    return found
+
+
 # --- exports
 
 
@@ -127,8 +160,9 @@ def of_exports(world: World) -> Iterator[tuple[str, Case]]:
         assert counted.status == 0, counted.message
         for kind in ("kill", "ENOSPC"):
             for number, name in enumerate(counted.operations):
-                yield f"{to} {kind} {number} {name}", partial(
-                    _killed_export, world, to, there / "run", number, kind
+                yield (
+                    f"{to} {kind} {number} {name}",
+                    partial(_killed_export, world, to, there / "run", number, kind),
                 )
 
 
@@ -245,6 +279,7 @@ KILLS = {
     "SIGKILL before every file operation": partial(at_every_operation, kind="kill"),
     "SIGKILL in every write": partial(at_every_operation, kind="tear"),
     "SIGKILL twice": twice_killed,
+    "Ctrl-C or SIGTERM at every file operation": interrupted,
     "power lost before every file operation": partial(at_every_operation, kind="power"),
     "disk full from every file operation on": partial(
         at_every_operation, kind="ENOSPC", lasting=True
