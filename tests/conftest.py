@@ -64,12 +64,11 @@ def tiny_model(
         config = LlamaConfig(
             hidden_size=32,
             intermediate_size=64,
-            num_hidden_layers=2,
             num_attention_heads=4,
             num_key_value_heads=2,
             max_position_embeddings=128,
             tie_word_embeddings=True,
-            **common | overrides,
+            **{"num_hidden_layers": 2} | common | overrides,
         )
         model = LlamaForCausalLM(config)
     else:
@@ -146,7 +145,7 @@ def tiny_folder(tmp_path_factory) -> Path:
     return make_tiny_folder(tmp_path_factory.mktemp("hub") / "tiny-llama")
 
 
-def make_tiny_folder(folder: Path) -> Path:
+def make_tiny_folder(folder: Path, **overrides: int) -> Path:
     """A model folder as the Hub has them: a tiny Llama in safetensors and a byte-level BPE
     tokenizer with a chat template, made on the spot."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -170,7 +169,7 @@ def make_tiny_folder(folder: Path) -> Path:
         "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
     )
     fast.save_pretrained(folder)
-    tiny_model("llama", vocab_size=len(fast)).save_pretrained(folder)
+    tiny_model("llama", vocab_size=len(fast), **overrides).save_pretrained(folder)
     return folder
 
 

@@ -19,7 +19,18 @@ from pathlib import Path
 from typing import Any
 
 from injection import Injection
-from lives import End, config_in, difference, fresh, live, outcome, run, start, wait
+from lives import (
+    End,
+    config_in,
+    difference,
+    fresh,
+    live,
+    outcome,
+    run,
+    run_with_signals,
+    start,
+    wait,
+)
 
 from chainlora import export_adapter, export_merged
 
@@ -107,6 +118,28 @@ def _twice(world: World, first: int, second: int) -> str:
     work = partial(run, world.config(where))
     live(work, Injection(where, "kill", first))
     end = live(work, Injection(where, "tear", second))
+    found = repaired(world, where, end)
+    shutil.rmtree(where)
+    return found
+
+
+def interrupted(world: World) -> Iterator[tuple[str, Case]]:
+    """Yield cases of Ctrl-C and SIGTERM at file operations, once, twice, and without handlers."""
+    for number, name in enumerate(world.operations):
+        for kind, lasting, works in (
+            ("SIGINT", False, run_with_signals),
+            ("SIGTERM", True, run_with_signals),  # at this operation, and at each one after it
+            ("SIGINT", False, run),
+        ):
+            case = f"{number} {name} {kind} {'again' if lasting else 'once'} {works.__name__}"
+            yield case, partial(_interrupted, world, number, kind, lasting, works)
+
+
+def _interrupted(
+    world: World, number: int, kind: str, lasting: bool, work: Callable[[Any], None]
+) -> str:
+    where = fresh(world.folder / f"interrupted-{number}-{kind}-{lasting}-{work.__name__}")
+    end = live(partial(work, world.config(where)), Injection(where, kind, number, lasting))
     found = repaired(world, where, end)
     shutil.rmtree(where)
     return found
@@ -246,6 +279,7 @@ KILLS = {
     "SIGKILL before every file operation": partial(at_every_operation, kind="kill"),
     "SIGKILL in every write": partial(at_every_operation, kind="tear"),
     "SIGKILL twice": twice_killed,
+    "Ctrl-C or SIGTERM at every file operation": interrupted,
     "power lost before every file operation": partial(at_every_operation, kind="power"),
     "disk full from every file operation on": partial(
         at_every_operation, kind="ENOSPC", lasting=True

@@ -36,7 +36,8 @@ class Injection:
     """What happens at operation number `at` (from 0) below `folder`.
 
     kind: "count" (nothing), "kill", "tear" (half of what is written is there, then the kill),
-    "power" (only what was flushed is there, then the kill), or the name of an errno to raise.
+    "power" (only what was flushed is there, then the kill), the name of a signal, sent once, or
+    that of an errno to raise.
     lasting: the errno is raised at every later operation too, removals excepted on a full disk.
     """
 
@@ -92,6 +93,9 @@ class Injection:
                 self._durable.write(self.folder.with_name(f"{self.folder.name}.durable"))
             if self.kind in ("kill", "tear", "power"):
                 os.kill(os.getpid(), signal.SIGKILL)
+            if self.kind.startswith("SIG"):
+                os.kill(os.getpid(), getattr(signal, self.kind))
+                return
             if self.kind == "ENOSPC" and name in ("os.remove", "os.rmdir"):
                 return
             if self.kind != "count":

@@ -22,6 +22,7 @@ from injection import Injection, describe
 from chainlora import make_config, train
 from chainlora.config.schema import RunConfig
 from chainlora.errors import ChainLoRAError
+from chainlora.training.interrupts import interruptible
 
 # Every feature that has state on disk.
 EVERYTHING = {
@@ -115,6 +116,8 @@ def _be_born(work: Callable[[], object], injection: Injection | None, writer: in
         work()
     except ChainLoRAError as error:
         status, message = 1, str(error)
+    except KeyboardInterrupt:
+        status, message = 1, "interrupted"
     except BaseException:
         status, message = 2, traceback.format_exc()
     if injection is not None:
@@ -122,6 +125,17 @@ def _be_born(work: Callable[[], object], injection: Injection | None, writer: in
     said = {"message": message, "operations": describe(injection) if injection else "[]"}
     os.write(writer, json.dumps(said).encode())
     os._exit(status)
+
+
+def run_with_signals(config: RunConfig) -> None:
+    """Train as the command line does: a signal finishes the step and saves."""
+    with interruptible() as interrupts:
+
+        def listener(event: Any) -> None:
+            if event.name == "plan":
+                interrupts.defer()
+
+        train(config, resume=Path(config.output or "").exists(), listener=listener)
 
 
 def run(config: RunConfig) -> None:

@@ -71,7 +71,7 @@ def classes(folder: Path, sample: int | None) -> dict[str, Cases]:
 
     base = folder / "base"
     if not base.exists():
-        make_tiny_folder(base)
+        make_tiny_folder(base, num_hidden_layers=1)  # half the time of a life
         make_sentiment(fresh(folder / "data"))
     world = make_world(base, folder / "data", folder)
     finished, stopped = fresh(folder / "finished") / "run", fresh(folder / "stopped") / "run"
@@ -82,11 +82,10 @@ def classes(folder: Path, sample: int | None) -> dict[str, Cases]:
     assert middle < last
     bits = None if sample is None else max(2, sample // 8)
     found: dict[str, Cases] = {name: make(world) for name, make in KILLS.items()}
-    for kind, path in (("finished", finished), ("unfinished", stopped)):
-        found[f"one flipped bit in a file of a {kind} run"] = flips(path, bits or 400)
-        found[f"file of a {kind} run cut, missing, swapped or extra"] = whole_files(
-            path, fresh(folder / f"scratch-{kind}")
-        )
+    for kind, path in (("a finished", finished), ("an unfinished", stopped)):
+        found[f"one flipped bit in a file of {kind} run"] = flips(path, bits or 400)
+        scratch = fresh(folder / f"scratch-{kind.split()[-1]}")
+        found[f"file of {kind} run cut, missing, swapped or extra"] = whole_files(path, scratch)
     found["one flipped bit in the base"] = base_flips(base, bits or 400)
     return found
 

@@ -41,7 +41,7 @@ def run(arguments: list[str]) -> int:
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
     try:
-        if any("\0" in argument for argument in arguments):  # no shell passes one
+        if not all(_is_text(argument) for argument in arguments):  # no shell passes such
             raise click.UsageError("arguments must be text without NUL")
         status = cli.main(arguments, prog_name="chainlora", standalone_mode=False)
         return status if isinstance(status, int) else 0
@@ -68,6 +68,13 @@ def run(arguments: list[str]) -> int:
     except Exception as error:
         what = f"unexpected {type(error).__name__}: {str(error)[:400]}"
         return _fail(f"{what} (run with --debug for the traceback)", debug)
+
+
+def _is_text(argument: str) -> bool:
+    try:
+        return b"\0" not in os.fsencode(argument)
+    except UnicodeEncodeError:
+        return False
 
 
 def _fail(message: str, debug: bool) -> int:

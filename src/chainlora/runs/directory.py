@@ -319,12 +319,14 @@ class RunDirectory(RunReader):
         """Remove what the manifest no longer names."""
         named = self._need_current().named
         for folder in _GROWING:
-            entries = list((self / folder).iterdir()) if (self / folder).is_dir() else []
+            if not (self / folder).is_dir():
+                continue
+            entries = list((self / folder).iterdir())
             left = [e for e in entries if folder in named or f"{folder}/{e.name}" in named]
             for entry in entries:
                 if entry not in left:
                     files.remove(entry)
-            if entries and not left and folder != "links":
+            if not left and folder != "links":
                 with suppress(OSError):
                     (self / folder).rmdir()
 
@@ -376,6 +378,11 @@ class RunDirectory(RunReader):
         assert found is not None
         folder = self / found.directory
         optimizer = _load_tensors(folder / "optimizer.safetensors")
+        if not all(name.partition(".")[0].isdecimal() for name in optimizer):
+            raise RunError(
+                f"optimizer.safetensors must hold an optimizer's state (got other tensors in "
+                f"{folder}); {DAMAGED}"
+            )
         if (folder / "adapter_model.safetensors").is_file():  # of version 0.1
             return live_state_of_adapter(folder, config), optimizer
         return _load_tensors(folder / "link.safetensors"), optimizer
