@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import peft
+import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from chainlora import train
+from chainlora import load_config, train
+from chainlora.chain.adapters import Factors
 from chainlora.chain.initialization import generator_for, random_factors
+from chainlora.chain.link import Link
+from chainlora.runs.links import write_link
 from chainlora.training.plan import make_plan
 
 
@@ -132,3 +137,66 @@ def assert_trains_as_peft(config) -> None:
         # by a small share of the learning rate; six steps of 1e-3 moved the weights by up to 4e-3
         torch.testing.assert_close(ours[name], theirs[name], atol=2e-5, rtol=0)
         assert (ours[name] - theirs[name]).abs().median() < 1e-7
+
+
+class Stop(BaseException):
+    """Ends a run where a kill would: nothing is saved on the way out."""
+
+
+def stop_after(config: Any, step: int) -> None:
+    """Train a config, and stop it hard at the first record after `step` steps are saved."""
+
+    def listener(event: Any) -> None:
+        if event.name == "step" and event.step > step:
+            raise Stop
+
+    resume = Path(config.output).exists()
+    with pytest.raises(Stop):
+        train(config, resume=resume, listener=listener)
+
+
+def as_format_1(run: Path) -> None:
+    """Rewrite a run directory as version 0.1 wrote it: no checksums, a checkpoint as an adapter."""
+    tree = json.loads((run / "chain.json").read_text())
+    checkpoint, moments = tree["checkpoint"], tree["moments"]
+    keys = ("base", "seed", "hold", "links", "selected", "progress", "versions")
+    old = {"format": 1} | {key: tree[key] for key in keys}
+    old["base"] = {key: tree["base"][key] for key in ("model", "fingerprint", "dtype")}
+    if moments is not None:
+        (run / moments).rename(run / "moments.safetensors")
+        (run / "moments").rmdir()
+    points = [old["progress"]] + ([checkpoint["progress"]] if checkpoint else [])
+    for progress in points:
+        progress["knots"] = []
+        del progress["soft_knots"]
+        _move_best(run, progress["best"])
+    if old["selected"] and old["selected"]["partial"]:
+        old["selected"]["partial"]["directory"] = "best"
+    if checkpoint is not None:
+        _as_adapter(run / checkpoint["directory"], old, checkpoint["progress"])
+    (run / "chain.json").write_text(json.dumps(old, indent=2))
+
+
+def _move_best(run: Path, best: dict[str, Any] | None) -> None:
+    """Version 0.1 had one best point, in best/."""
+    if best is None or "directory" not in best:
+        return
+    folder = run / best.pop("directory")
+    if folder.is_dir():
+        folder.rename(run / "moved")
+        for left in (run / "best").iterdir():
+            for file in left.iterdir():
+                file.unlink()
+            left.rmdir()
+        (run / "best").rmdir()
+        (run / "moved").rename(run / "best")
+
+
+def _as_adapter(folder: Path, manifest: dict[str, Any], progress: dict[str, Any]) -> None:
+    state = load_file(folder / "link.safetensors")
+    names = [key.removeprefix("A/") for key in state if key.startswith("A/")]
+    factors = {name: Factors(state[f"A/{name}"], state[f"B/{name}"]) for name in names}
+    config = load_config(folder.parents[1] / "config.yaml").chain.links()[progress["link"]]
+    write_link(folder, Link(progress["link"], config, factors), manifest["base"]["model"])
+    (folder / "link.safetensors").unlink()
+    (folder / "progress.json").write_text(json.dumps(progress))

@@ -375,9 +375,18 @@ def test_a_run_on_stored_rows_is_the_run_on_rows_in_memory(
     from helpers import assert_same_links, settings
 
     from chainlora import make_config, train
+    from chainlora.training.events import RowsEncoded
 
     monkeypatch.setattr(preparing, "IN_MEMORY", 10)
-    stored = train(make_config(settings(tiny_folder, sentiment, tmp_path / "stored")))
+    seen = []
+    config = make_config(settings(tiny_folder, sentiment, tmp_path / "stored"))
+    stored = train(config, listener=seen.append)
+    told = [event for event in seen if isinstance(event, RowsEncoded)]
+    assert seen[: len(told)] == told  # before anything else
+    assert [(e.split, e.rows, e.share) for e in told if e.share == 1] == [
+        ("train", 32, 1.0),
+        ("validation", 16, 1.0),
+    ]
     assert len(stores(cache)) == 2  # train, validation
     monkeypatch.setattr(preparing, "IN_MEMORY", 1000)
     kept = train(make_config(settings(tiny_folder, sentiment, tmp_path / "kept")))

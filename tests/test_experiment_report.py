@@ -237,6 +237,8 @@ def test_a_method_s_label_is_what_its_config_says_and_not_what_its_name_does(tmp
         ({"ranks": [8, 8, 8], "epochs": [2, 2, 1]}, {}, "3 links of rank 8 (2 + 2 + 1 epochs)"),
         ({"ranks": [8], "steps": [5], "tune": "full"}, {}, "Every weight trained (5 steps)"),
         ({"ranks": []}, {}, "Nothing trained"),
+        ({"ranks": [1], "steps": [9], "knots": {}}, {}, "9 steps), scaling 16; soft knots: auto."),
+        ({"ranks": [1], "steps": [9], "knots": {"every": 3}}, {}, "; soft knots: every 3."),
         (
             {"ranks": [8], "steps": [5], "dora": True},
             {},

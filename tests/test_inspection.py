@@ -123,11 +123,12 @@ def test_a_killed_run_can_be_inspected(run, tmp_path):
     ]
     assert inspect_run(there)["links"] == inspect_run(run)["links"]
     (there / "metrics.jsonl").write_text("oh\n" + whole)
-    with pytest.raises(
-        RunError,
-        match=r"one JSON object a line \(got .*metrics.jsonl: .*\); remove the broken line",
-    ):
+    with pytest.raises(RunError, match=r"metrics.jsonl must be as the run wrote it"):
         inspect_run(there)
+    for line in ("oh\n", "[]\n", "{}\n"):  # and where no checksum says so
+        (there / "metrics.jsonl").write_text(line + whole)
+        with pytest.raises(RunError, match=r"one JSON object a line \(got .*; remove the broken"):
+            read_records(there / "metrics.jsonl")
     (there / "metrics.jsonl").unlink()  # and without records there are still the links
     assert [row["loss"] for row in inspect_run(there)["links"]] == [None, None]
 

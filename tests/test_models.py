@@ -245,7 +245,7 @@ def test_changed_gguf_is_converted_again(tmp_path, cache, gguf_model):
 
 def test_half_converted_folder_is_not_taken_for_a_whole_one(gguf_file, cache):
     whole = resolve_model(gguf_file)
-    partial = whole.with_name(f".{whole.name}.partial")
+    partial = whole.with_name(f"{whole.name}.1-0.new")
     whole.rename(partial)
     (partial / "model.safetensors").write_bytes(b"cut off")
     model, _ = load_model(gguf_file, torch.float32)

@@ -19,6 +19,7 @@ NAMES = [
     "RunConfig",
     "__version__",
     "add_link",
+    "carry_moments",
     "discard_link",
     "drop_links",
     "evaluate_task",
@@ -40,7 +41,7 @@ NAMES = [
     "tune_link",
 ]
 SIGNATURES = {
-    "train": "(config, *, resume, listener)",
+    "train": "(config, *, resume, listener, change)",
     "load_config": "(path, overrides)",
     "load_run": "(run, *, num_links, dtype)",
     "export_merged": "(run, output, *, num_links)",
@@ -120,9 +121,11 @@ def test_every_error_on_purpose_is_of_one_tree():
         "DataError",
         "ModelError",
         "ChainError",
+        "FileError",
         "RunError",
         "TrainingError",
         "DivergedError",
+        "StoppedError",
     }
     assert all(issubclass(kind, chainlora.ChainLoRAError) for kind in kinds)
     assert all(kind.__name__ in (errors.__doc__ or "") for kind in kinds)  # the tree is drawn there

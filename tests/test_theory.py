@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 import torch
 
+from chainlora.chain.soft_knot import balance
+
 ROOT = Path(__file__).resolve().parents[1]
 THEORY = ROOT / "examples" / "theory"
 SCRIPTS = ("frank_wolfe", "rac_counter_example", "residual", "soft_knots")
@@ -316,6 +318,42 @@ def test_balancing_is_a_ratio_of_rates():
         knots.adam_step(balanced, grads_at(balanced), rate, rate)
         # exact but for EPSILON, 1e-12 beside gradients near 0.1
         torch.testing.assert_close(plain.weight(), balanced.weight(), rtol=1e-9, atol=1e-9)
+
+
+def test_the_scales_of_a_soft_knot_are_those_of_the_package():
+    knots, pair = script("quadratic"), a_pair(rank=3, rates=1, seeds=1)
+    pair.b[..., 1] = 0  # a component to be left alone
+    alpha, beta = knots.shrink_factors(pair, 0.7)
+    scales = balance(pair.a[0, 0].float(), pair.b[0, 0].float(), share=0.3)
+    torch.testing.assert_close(alpha.flatten().float(), scales.a, rtol=1e-6, atol=0)  # float32
+    torch.testing.assert_close(beta.flatten().float(), scales.b, rtol=1e-6, atol=0)
+
+
+def test_the_step_is_that_of_torch_adam():
+    knots, pair = script("quadratic"), a_pair()
+    pair.forget()
+    a, b = pair.a.clone().requires_grad_(), pair.b.clone().requires_grad_()
+    rate = torch.tensor(1e-2, dtype=torch.float64)
+    torch_adam = torch.optim.Adam([a, b], lr=1e-2, eps=knots.EPSILON)
+    for _ in range(5):
+        a.grad, b.grad = grads = grads_at(pair)
+        torch_adam.step()
+        knots.adam_step(pair, grads, rate, rate)
+        # both round where the other does not: a few units in the sixteenth digit a step
+        torch.testing.assert_close(pair.a, a.detach(), rtol=1e-9, atol=1e-11)
+        torch.testing.assert_close(pair.b, b.detach(), rtol=1e-9, atol=1e-11)
+
+
+def test_the_gradients_are_those_of_the_batch_loss():
+    knots, pair = script("quadratic"), a_pair()
+    draw = torch.Generator().manual_seed(1)
+    inputs = torch.randn(8, knots.BATCH, generator=draw, dtype=torch.float64)
+    outputs = torch.randn(6, knots.BATCH, generator=draw, dtype=torch.float64)
+    a, b = pair.a.clone().requires_grad_(), pair.b.clone().requires_grad_()
+    error = (pair.base + pair.scale * (b @ a)) @ inputs - outputs
+    (error.square().sum() / (2 * knots.BATCH)).backward()
+    found = knots.gradients(pair, error.detach(), inputs)
+    torch.testing.assert_close(found, (a.grad, b.grad), **EXACT)
 
 
 SPEC = {"condition": 1e3, "size": 0.01}

@@ -15,13 +15,20 @@ import pytest
 import torch
 import yaml
 from conftest import write_rows
-from helpers import assert_same_links, assert_trains_as_peft, settings, training_examples
+from helpers import (
+    as_format_1,
+    assert_same_links,
+    assert_trains_as_peft,
+    settings,
+    training_examples,
+)
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from chainlora import evaluate_task, export_adapter, load_run, load_task, make_config, train
 from chainlora.errors import ChainLoRAError, ConfigError, ModelError, RunError, TrainingError
 from chainlora.runs.directory import RunDirectory
+from chainlora.training.knots import WHOLE
 from chainlora.training.optimizers import prune_moments
 from chainlora.training.plan import make_plan
 
@@ -34,7 +41,8 @@ def test_a_run_from_config_to_result(tiny_folder, sentiment, tmp_path):
     assert result["metrics"]["validation"]["accuracy"] > 0.9  # the word is in the sentence
     assert json.loads((run / "result.json").read_text()) == result
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [dict(r) for r in seen[1:]] == records
+    assert [dict(r) for r in seen[1:-1]] == records
+    assert [seen[0]["event"], seen[-1]["event"]] == ["plan", "scored"]
     assert [r["where"] for r in records if r["event"] == "eval"] == [
         "start",
         "knot",
@@ -50,7 +58,7 @@ def test_a_run_from_config_to_result(tiny_folder, sentiment, tmp_path):
         settings(tiny_folder, sentiment, run)
     )
     written = ["chain.json", "config.yaml", "links", "metrics.jsonl", "result.json"]
-    assert sorted(path.name for path in run.iterdir()) == written
+    assert sorted(path.name for path in run.iterdir() if path.name != ".lock") == written
 
 
 def test_every_link_is_an_adapter_that_peft_loads(tiny_folder, sentiment, tmp_path):
@@ -473,6 +481,7 @@ def test_resume_refuses_another_config_and_another_base(tiny_folder, sentiment, 
         model.model.layers[0].mlp.up_proj.weight.mul_(1.01)
     model.save_pretrained(other)
     AutoTokenizer.from_pretrained(tiny_folder).save_pretrained(other)
+    as_format_1(run)  # without checksums, so that it can name another base
     manifest = json.loads((run / "chain.json").read_text())
     manifest["base"]["model"] = str(other)
     (run / "chain.json").write_text(json.dumps(manifest))
@@ -496,7 +505,7 @@ def test_half_a_run_directory_is_named(tiny_folder, sentiment, tmp_path):
     with pytest.raises(RunError, match=r"link.*001"):
         load_run(run)
     weights.unlink()
-    with pytest.raises(RunError, match="half there"):
+    with pytest.raises(RunError, match="incomplete"):
         load_run(run)
 
 
@@ -609,3 +618,36 @@ def test_gradient_checkpointing_warns_of_nothing(tiny_folder, sentiment, recwarn
     keys = {"train": {"gradient_checkpointing": True}}
     train(make_config(settings(tiny_folder, sentiment, **keys)))
     assert not [w for w in recwarn if "deprecated" in str(w.message)]
+
+
+class _EndsEarly:
+    """A policy of somebody's own: the first link ends after two steps."""
+
+    def knot_after(self, position):
+        done = position.step >= position.num_steps or (position.link == 0 and position.step == 2)
+        return WHOLE if done else None
+
+
+@pytest.mark.parametrize("dies_at", [None, 1, 2, 3, 7])
+def test_a_link_may_end_early_and_the_last_one_makes_up_for_it(
+    tiny_folder, sentiment, tmp_path, monkeypatch, dies_at
+):
+    monkeypatch.setattr("chainlora.training.setup.make_policy", lambda config: _EndsEarly())
+    config = make_config(
+        settings(tiny_folder, sentiment, tmp_path / "run", train={"save_every": 1})
+    )
+
+    def die(event) -> None:
+        if event["event"] == "step" and event["step"] == dies_at:
+            raise KeyboardInterrupt
+
+    if dies_at is not None:
+        with pytest.raises(KeyboardInterrupt):
+            train(config, listener=die)
+    result = train(config, resume=dies_at is not None)
+    assert [link["num_steps"] for link in result["links"]] == [2, 4, 5]
+    assert result["steps"] == 11
+    whole = settings(tiny_folder, sentiment, tmp_path / "planned", chain={"steps": [2, 4, 5]})
+    monkeypatch.undo()
+    train(make_config(whole))
+    assert_same_links(tmp_path / "run", tmp_path / "planned")  # rates and rows too

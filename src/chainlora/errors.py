@@ -1,12 +1,15 @@
 """Every exception chainlora raises on purpose.
 
-    ChainLoRAError                 our error: one line, exit status 1 ├── ConfigError
-    a key, value or combination that cannot work ├── DataError                  rows that cannot be
-    read, rendered or fit ├── ModelError                 a model that cannot be loaded, adapted or
-    matched ├── ChainError                 a chain asked to do what its state does not allow ├──
-    RunError                   a run directory that is missing, half there, foreign or in the way
-    └── TrainingError              training that must not go on
-        └── DivergedError          the loss, its gradient or the weights are no longer finite
+    ChainLoRAError              our error: one line, exit status 1
+    ├── ConfigError             a key, value or combination that cannot work
+    ├── DataError               rows that cannot be read, rendered or fit
+    ├── ModelError              a model that cannot be loaded, adapted or matched
+    ├── ChainError              a chain asked to do what its state does not allow
+    ├── FileError               a file or folder that cannot be read or written
+    ├── RunError                a run directory that is missing, incomplete, damaged or in use
+    └── TrainingError           training that must not continue
+        ├── DivergedError       the loss, its gradient or the weights are no longer finite
+        └── StoppedError        a signal asked the run to stop; its state is saved
 
 A message is one line and names the rule, the value ("got …") and the remedy.
 """
@@ -18,7 +21,10 @@ from collections.abc import Iterable
 
 
 class ChainLoRAError(Exception):
-    """Base of all errors raised on purpose."""
+    """Base of all errors raised on purpose. The message becomes one line that can be printed."""
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(one_line(message))
 
 
 class ConfigError(ChainLoRAError):
@@ -37,17 +43,34 @@ class ChainError(ChainLoRAError):
     """A chain asked to do what its state does not allow."""
 
 
+class FileError(ChainLoRAError):
+    """A file or folder that cannot be read or written."""
+
+
 class RunError(ChainLoRAError):
-    """A run directory that is missing, half there, foreign or in the way."""
+    """A run directory that is missing, incomplete, damaged or in use."""
 
 
 class TrainingError(ChainLoRAError):
-    """Training that must not go on."""
+    """Training that must not continue."""
 
 
 class DivergedError(TrainingError):
-    """The loss, its gradient or the weights are no longer finite: of a learning rate, a result and
-    no accident."""
+    """The loss, its gradient or the weights are no longer finite: a result of the learning rate."""
+
+
+class StoppedError(TrainingError):
+    """A signal asked the run to stop, and its state is saved; `signal` is the signal's number."""
+
+    def __init__(self, message: str, signal: int = 2) -> None:
+        super().__init__(message)
+        self.signal = signal
+
+
+def one_line(text: str) -> str:
+    """Join lines, and write as escapes what else cannot be printed: users' own keys and values."""
+    joined = " ".join(part for line in text.splitlines() if (part := line.strip()))
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in joined)
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -8,19 +8,26 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
 from chainlora import __version__
 from chainlora.cli.common import file_and_overrides, quiet
 from chainlora.cli.experiments import compare, experiment
-from chainlora.errors import ChainLoRAError, ConfigError, RunError
+from chainlora.errors import ChainLoRAError, ConfigError, RunError, StoppedError, one_line
+from chainlora.files import file_error
 
+if TYPE_CHECKING:
+    from chainlora.config.schema import RunConfig
+
+_SIGNALLED = 128  # and the signal's number, as shells have it
 _HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
 
@@ -34,35 +41,40 @@ def run(arguments: list[str]) -> int:
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
     try:
+        if any("\0" in argument for argument in arguments):  # no shell passes one
+            raise click.UsageError("arguments must be text without NUL")
         status = cli.main(arguments, prog_name="chainlora", standalone_mode=False)
         return status if isinstance(status, int) else 0
     except click.UsageError as error:
-        error.show()
+        click.UsageError(one_line(error.message), error.ctx).show()
         return 2
     except click.ClickException as error:
         return _fail(error.format_message(), debug)
+    except StoppedError as error:
+        click.echo(f"chainlora: {error}", err=True)
+        return _SIGNALLED + error.signal
     except (KeyboardInterrupt, click.exceptions.Abort):  # click makes the one the other
-        click.echo("chainlora: interrupted; a run goes on with train --resume", err=True)
-        return 130
+        click.echo("chainlora: interrupted", err=True)
+        return _SIGNALLED + signal.SIGINT
     except BrokenPipeError:  # the reader of our output went away: chainlora tasks | head -1
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except ChainLoRAError as error:
         return _fail(str(error), debug)
+    except OSError as error:
+        return _fail(str(file_error(error, error.filename or "a file", "read and written")), debug)
+    except MemoryError:
+        return _fail("the work must fit into memory (got none left); use a smaller batch", debug)
     except Exception as error:
-        what = f"unexpected {type(error).__name__}: {_one_line(error)}"
+        what = f"unexpected {type(error).__name__}: {str(error)[:400]}"
         return _fail(f"{what} (run with --debug for the traceback)", debug)
 
 
 def _fail(message: str, debug: bool) -> int:
     if debug:
         traceback.print_exc()
-    click.echo(f"chainlora: error: {' '.join(message.splitlines())}", err=True)
+    click.echo(f"chainlora: error: {one_line(message)}", err=True)
     return 1
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:400]
 
 
 @click.group(context_settings=_HELP)
@@ -78,7 +90,12 @@ _json = click.option(
 
 
 def _print_json(value: Any) -> None:
-    click.echo(json.dumps(value, ensure_ascii=False))
+    text = json.dumps(value, ensure_ascii=False)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:  # half a surrogate, or a terminal that knows few characters
+        text = json.dumps(value)
+    click.echo(text)
 
 
 @cli.command(context_settings=_HELP)
@@ -108,31 +125,29 @@ def _to_stderr(text: str = "") -> None:
     "arguments", metavar="CONFIG [--KEY.SUB VALUE]...", nargs=-1, type=click.UNPROCESSED
 )
 @click.option(
-    "--resume", is_flag=True, help="Go on with a run that was stopped or killed, to the same bits."
+    "--resume", is_flag=True, help="Resume a run that was stopped or killed, to the same bits."
 )
 @_json
 def train(arguments: tuple[str, ...], resume: bool, as_json: bool) -> None:
     """Fine-tune by a chain of LoRA as CONFIG (YAML) says.
 
     Any key of the config can be set on the command line: --train.lr 5e-4 --chain.ranks "[8, 8]"
-    --output runs/a
+    --output runs/a. Ctrl-C once finishes the step, saves and stops; twice stops at once.
     """
     from chainlora.config.loading import load_config
 
-    settings = load_config(*file_and_overrides(list(arguments)))
+    file, overrides = file_and_overrides(list(arguments))
+    settings = load_config(file, overrides)
     if settings.output is None:
         raise ConfigError(
             "`output` must name a directory for the run (got none); add it to the config or pass "
             "--output"
         )
     quiet()
-    from chainlora.cli.progress import progress_listener
     from chainlora.runs.inspection import read_records
     from chainlora.runs.plots import plot_training
-    from chainlora.training.loop import train as run_training
 
-    with progress_listener() as listener:
-        result = run_training(settings, resume=resume, listener=listener)
+    result = _train(settings, resume, [key for key, _ in overrides])
     output = Path(settings.output)
     if records := read_records(
         output / "metrics.jsonl"
@@ -142,6 +157,36 @@ def train(arguments: tuple[str, ...], resume: bool, as_json: bool) -> None:
         _print_json(result)
     else:
         _show_result(result, output)
+
+
+def _train(settings: RunConfig, resume: bool, named: list[str]) -> dict[str, Any]:
+    """Train with a progress bar. A signal stops the run after its step, once there is one."""
+    from chainlora.cli.progress import progress_listener
+    from chainlora.training.events import Event, Planned
+    from chainlora.training.interrupts import interruptible
+    from chainlora.training.loop import train as run_training
+
+    with progress_listener() as show, interruptible(_say_stopping) as interrupts:
+
+        def listener(event: Event) -> None:
+            if isinstance(event, Planned):
+                interrupts.defer()
+            show(event)
+
+        try:
+            return run_training(settings, resume=resume, listener=listener, change=named)
+        except KeyboardInterrupt:
+            is_saved = (Path(settings.output or "") / "chain.json").is_file()
+            hint = "; --resume continues from what was saved last" if is_saved else ""
+            click.echo(f"chainlora: interrupted{hint}", err=True)
+            raise click.exceptions.Exit(_SIGNALLED + (interrupts.last or signal.SIGINT)) from None
+
+
+def _say_stopping(number: int) -> None:
+    """Write without buffers and locks: this runs inside a signal handler."""
+    text = "\nchainlora: stopping after this step; press Ctrl-C again to stop at once\n"
+    with suppress(OSError):
+        os.write(2, text.encode())
 
 
 def _show_result(result: dict[str, Any], output: Path) -> None:
@@ -179,6 +224,13 @@ def _show_result(result: dict[str, Any], output: Path) -> None:
     "--dtype", type=click.Choice(["float32", "bfloat16"]), help="Default: the run's, or float32."
 )
 @click.option(
+    "--speedups",
+    type=click.Choice(["auto", "off"]),
+    default="auto",
+    show_default=True,
+    help="off: plain transformers, without packing, faster forwards or threads.",
+)
+@click.option(
     "--predictions",
     type=click.Path(dir_okay=False),
     default=None,
@@ -193,6 +245,7 @@ def evaluate(
     limit: int | None,
     links: int | None,
     dtype: str | None,
+    speedups: Literal["auto", "off"],
     predictions: str | None,
     as_json: bool,
 ) -> None:
@@ -220,6 +273,7 @@ def evaluate(
             num_links=links,
             dtype=dtype,
             predictions=predictions,
+            speedups=speedups,
             progress=progress,
         )
     if as_json:
@@ -250,15 +304,14 @@ def inspect(run: str, as_json: bool) -> None:
 
 
 def _need_run(run: str) -> None:
-    """Refuse what is no run directory before anything heavy is imported."""
+    """Raise RunError for what is not a run directory, before anything heavy is imported."""
     folder = Path(run)
     if (folder / "chain.json").is_file():
         return
     if (folder / "links").is_dir():
         raise RunError(
             f"a run directory must hold chain.json (got none in {run}); the run directory is "
-            "half there: "
-            "copy it whole, or train anew"
+            "incomplete: copy it whole, or start over"
         )
     what = "holds no chain.json" if folder.exists() else "does not exist"
     raise RunError(

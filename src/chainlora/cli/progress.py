@@ -207,6 +207,13 @@ def show_inspection(found: Mapping[str, Any]) -> None:
     if not console.is_terminal:
         console = Console(width=140)
     console.print(table, highlight=False)
+    if not found["finished"]:
+        position = found["position"]
+        console.print(
+            f"unfinished: {position['links']} of {position['planned_links']} link(s) tied; "
+            f"`chainlora train CONFIG --resume` resumes from step {position['step']}",
+            highlight=False,
+        )
     if found["selected"] is not None:
         step, whole_links = found["selected"]["step"], found["selected"]["num_links"]
         part = " and a partial one" if found["selected"]["partial"] else ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,8 @@ from pydantic import ValidationError
 
 from chainlora.config.messages import problems
 from chainlora.config.schema import LinkConfig, RunConfig
+from chainlora.config.yaml_text import dump_yaml
+from chainlora.config.yaml_text import parse_yaml as parse_yaml
 from chainlora.errors import ConfigError
 
 
@@ -33,6 +34,10 @@ def load_config(path: str | Path, overrides: Sequence[tuple[str, str]] = ()) -> 
         raise ConfigError(
             f"config file must be UTF-8 text (got other bytes in {path}); is it a YAML file?"
         ) from None
+    except ValueError:  # a NUL or half a surrogate in the path
+        raise ConfigError(
+            f"config file must be readable (got {str(path)!a}, not a path); check the path"
+        ) from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}" if mark else ""
@@ -47,31 +52,6 @@ def load_config(path: str | Path, overrides: Sequence[tuple[str, str]] = ()) -> 
     for key, value in overrides:
         set_key(tree, key, value)
     return make_config(tree)
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads ``1e-3`` as a string; this loader reads it as the number everybody means. A
-    key that is there twice is refused: YAML would silently drop the first."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        names = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for position, (key, _) in enumerate(node.value):
-            if names[position] in names[:position]:
-                problem = f"key {names[position]!r} is there twice"
-                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:[0-9][0-9_]*)(?:\.[0-9_]*)?(?:[eE][-+]?[0-9]+)$"),
-    list("-+0123456789"),
-)
-
-
-def parse_yaml(text: str) -> Any:
-    """Parse YAML as config files are parsed (``1e-3`` is a number)."""
-    return yaml.load(text, _Loader)
 
 
 def set_key(tree: dict[str, Any], dotted: str, value: str) -> None:
@@ -114,4 +94,4 @@ def link_config(**keys: Any) -> LinkConfig:
 
 def dump_config(config: RunConfig) -> str:
     """Return the resolved config as YAML; loading it gives the same config."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    return dump_yaml(config.model_dump(mode="json"))

@@ -38,8 +38,8 @@ def problems(error: ValidationError, root: type[BaseModel], prefix: str = "") ->
     found: dict[tuple[str, str], list[str]] = {}
     for item in error.errors():
         keys = [part for part in item["loc"] if isinstance(part, str)]
-        if item["type"] == "extra_forbidden":
-            found[_unknown_key(keys, root, prefix), ""] = []
+        if item["type"] in ("extra_forbidden", "invalid_key"):
+            found[_unknown_key([str(part) for part in item["loc"]], root, prefix), ""] = []
         elif item["type"] == "value_error":
             found[str(item["ctx"]["error"]), ""] = []
         elif item["type"] == "missing":

@@ -7,7 +7,8 @@ imports no tensor library, so that the command line can check a file in millisec
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -18,6 +19,25 @@ class _Frozen(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, tree: Any) -> Any:
+        """Refuse ``lr: true``, which pydantic would take for 1.0."""
+        for key, value in tree.items() if isinstance(tree, Mapping) else ():
+            field = cls.model_fields.get(key) if isinstance(key, str) else None
+            parts = value if isinstance(value, list | tuple) else [value]
+            if field is None or not any(isinstance(part, bool) for part in parts):
+                continue
+            kinds = _kinds(field.annotation)
+            if kinds & {int, float} and bool not in kinds:
+                raise ValueError(f"`{key}` must be a number (got {value!r}); give one")
+        return tree
+
+
+def _kinds(annotation: Any) -> set[Any]:
+    """Return the plain types in an annotation such as ``tuple[float, ...] | None``."""
+    return {annotation}.union(*(_kinds(part) for part in get_args(annotation)))
 
 
 _Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -237,7 +257,7 @@ class DataConfig(_Frozen):
     sampling: Literal["protocol", "saner"] = "protocol"
     max_length: int | None = Field(None, ge=2, description="tokens; None is the model's context")
     truncation: Literal["error", "left"] | None = Field(
-        None, description="None: the task's own, error for files"
+        None, description="None: the task's own; files: error, and plain text is split into blocks"
     )
     shots: int = Field(0, ge=0, description="demonstrations before each prompt (in-context)")
 
@@ -317,7 +337,7 @@ class TrainConfig(_Frozen):
     @field_validator("speedups", mode="before")
     @classmethod
     def _speedups(cls, value: Any) -> Any:
-        return {True: "auto", False: "off"}.get(value, value)  # YAML reads off as false
+        return ("auto" if value else "off") if isinstance(value, bool) else value  # YAML's off
 
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:

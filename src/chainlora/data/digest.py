@@ -1,10 +1,9 @@
 """The digest of a run's rows: what was read of them, before demonstrations, cuts and splits.
 
-Version 3: of each row, the SHA-256 of what its task or format makes of it, as JSON with sorted
+Version 2: of each row, the SHA-256 of what its task or format makes of it, as JSON with sorted
 keys; of a split, the SHA-256 of its rows' hashes in order; of a run, that of the name and hash of
 each split and of the demonstrations before every prompt. It is computed while rows are streamed.
-Version 2 (no number in front of it) hashed the rows of all splits as one text of Python;
-`chainlora.experiments.execution.digests` knows the versions that committed results have.
+Version 1 (no number in front) hashed the rows of all splits as one text of Python.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 
-VERSION = 3
+VERSION = 2
 
 
 def rows_digest(splits: Mapping[str, str], before: str = "") -> str:

@@ -93,8 +93,10 @@ def _build(
 ) -> StoredRows:
     """Encode into a folder beside, then rename it: a store is whole or not there."""
     counts, digest = Counts(), hashlib.sha256()
-    beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    beside = folder.parent / f".{folder.name}.building"
+    shutil.rmtree(beside, ignore_errors=True)  # of a process that was killed while it built
     try:
+        beside.mkdir()
         with StoreWriter(beside) as store:
 
             def work(chunk: Chunk) -> tuple[Arrays, Counts, bytes, float]:
@@ -144,9 +146,6 @@ def _one_writer(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise _unwritable(error) from error
     try:
-        for path in folder.parent.glob(f".{folder.name}.*"):
-            if path.is_dir():  # of a process that was killed while it built
-                shutil.rmtree(path, ignore_errors=True)
         yield
     finally:
         lock.release()

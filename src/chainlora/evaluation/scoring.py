@@ -14,8 +14,8 @@ from chainlora.engine.engine import Engine, Speedups
 from chainlora.evaluation.evaluate import evaluate, write_predictions
 from chainlora.evaluation.metrics import INDEX_METRICS, majority_rate
 from chainlora.models.loading import context_length, load_model
-from chainlora.runs.directory import RunDirectory
 from chainlora.runs.export import load_run
+from chainlora.runs.reading import RunReader
 
 
 def evaluate_task(
@@ -40,7 +40,7 @@ def evaluate_task(
     no packing, no faster forwards, one thread.
     """
     path_of_run = Path(run_or_model)
-    run = RunDirectory(path_of_run) if (path_of_run / "chain.json").is_file() else None
+    run = RunReader(path_of_run) if (path_of_run / "chain.json").is_file() else None
     rows = load_task_split(task, data, split, limit)
     if run is not None:
         model, tokenizer = load_run(run_or_model, num_links=num_links, dtype=dtype)

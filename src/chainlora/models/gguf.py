@@ -13,14 +13,10 @@ A conversion lives under the user's cache directory, named by the file's content
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import mmap
-import os
-import shutil
 import struct
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +27,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from chainlora.errors import ModelError
+from chainlora.files import is_scratch, make_folder, remove, replaced_folder
+from chainlora.models.hashing import cache_dir, hash_file
 
 logger = logging.getLogger(__name__)
 
@@ -69,16 +67,6 @@ _DIGITS_FIRST = {"smollm", "starcoder", "refact", "command-r", "codeshell", "exa
 _WHOLE_WORDS_FIRST = {"llama3", "llama-v3", "llama-bpe", "falcon3", "pixtral", "tekken"}
 
 
-def cache_dir() -> Path:
-    """Return ``$CHAINLORA_CACHE``, else ``$XDG_CACHE_HOME/chainlora``, else
-    ``~/.cache/chainlora``."""
-    if own := os.environ.get("CHAINLORA_CACHE"):
-        return Path(own).expanduser()
-    return (
-        Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "chainlora"
-    )
-
-
 def converted_folder(file: Path) -> Path:
     """Return the folder a GGUF file was converted to, converting it first if no earlier call has.
 
@@ -86,31 +74,21 @@ def converted_folder(file: Path) -> Path:
 
     Raises ModelError if the file is no GGUF model that can be converted.
     """
-    status = file.stat()
-    digest = _sha256(str(file.resolve()), status.st_size, status.st_mtime_ns)
-    name = f"{file.stem}-{status.st_size}-{digest[:16]}-v{CONVERSION}"
+    digest = hash_file(file)
+    name = f"{file.stem}-{file.stat().st_size}-{digest[:16]}-v{CONVERSION}"
     folder = cache_dir() / "gguf" / name
     if folder.is_dir():
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(folder.parent)
     with FileLock(folder.parent / f".{name}.lock"):
-        if not folder.is_dir():
-            partial = folder.parent / f".{name}.partial"
-            shutil.rmtree(
-                partial, ignore_errors=True
-            )  # of a killed conversion; the lock makes it ours
-            try:
-                _convert(file, partial, digest)
-                partial.rename(folder)
-            finally:
-                shutil.rmtree(partial, ignore_errors=True)
+        if folder.is_dir():
+            return folder
+        for left in list(folder.parent.iterdir()):
+            if left.name.startswith(f"{name}.") and is_scratch(left.name):
+                remove(left)  # of a killed conversion; the lock makes it ours
+        with replaced_folder(folder) as scratch:
+            _convert(file, scratch, digest)
     return folder
-
-
-@lru_cache(maxsize=16)
-def _sha256(path: str, size: int, mtime_ns: int) -> str:
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _convert(file: Path, folder: Path, digest: str) -> None:
@@ -120,7 +98,7 @@ def _convert(file: Path, folder: Path, digest: str) -> None:
             f"a GGUF model must be one file (got part of {metadata['split.count']}: {file}); "
             f"join the parts with llama-gguf-split --merge"
         )
-    tokenizer = build_tokenizer(file, metadata)
+    tokenizer = _tokenizer(file, metadata)
     logger.info("converting %s once to %s", file, folder.parent)
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(
@@ -130,7 +108,7 @@ def _convert(file: Path, folder: Path, digest: str) -> None:
         raise ModelError(
             f"a GGUF file needs the package gguf (got {error}); pip install 'chainlora[gguf]'"
         ) from error
-    except (ValueError, KeyError, NotImplementedError, RuntimeError) as error:
+    except Exception as error:  # transformers raises many kinds for a file it cannot read
         raise ModelError(
             f"a GGUF file must hold an architecture that transformers can read (got "
             f"{metadata.get('general.architecture')!r} in {file}: {_line(error)}); "
@@ -154,6 +132,18 @@ def _convert(file: Path, folder: Path, digest: str) -> None:
     (folder / "source.json").write_text(json.dumps(source, indent=2) + "\n")
 
 
+def _tokenizer(file: Path, metadata: dict[str, Any]) -> Any:
+    try:
+        return build_tokenizer(file, metadata)
+    except ModelError:
+        raise
+    except Exception as error:  # a damaged file can name any tokens, merges and types
+        raise ModelError(
+            f"a GGUF file must describe its tokenizer (got {type(error).__name__}: {_line(error)} "
+            f"in {file}); download it again"
+        ) from error
+
+
 def read_metadata(file: Path) -> dict[str, Any]:
     """Return a GGUF file's key-value pairs (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md).
 
@@ -164,20 +154,21 @@ def read_metadata(file: Path) -> dict[str, Any]:
             raise ModelError(
                 f"a .gguf file must begin with GGUF (got {file}); is the download complete?"
             )
+        position, pairs = 4, {}
         with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            version, _, num_pairs = struct.unpack_from("<IQQ", data, 4)
-            if version not in (2, 3):
-                raise ModelError(
-                    f"a GGUF file must be of version 2 or 3, little-endian (got {version} in "
-                    f"{file}); convert it again with a newer llama.cpp"
-                )
-            position, pairs = 24, {}
             try:
+                version, _, num_pairs = struct.unpack_from("<IQQ", data, position)
+                if version not in (2, 3):
+                    raise ModelError(
+                        f"a GGUF file must be of version 2 or 3, little-endian (got {version} in "
+                        f"{file}); convert it again with a newer llama.cpp"
+                    )
+                position = 24
                 for _ in range(num_pairs):
                     key, position = _read_value(data, position, _STRING)
                     kind = struct.unpack_from("<I", data, position)[0]
                     pairs[key], position = _read_value(data, position + 4, kind)
-            except (struct.error, KeyError, UnicodeDecodeError) as error:
+            except (struct.error, LookupError, ValueError, OverflowError, MemoryError) as error:
                 raise ModelError(
                     f"a GGUF file must be whole (got {file}, unreadable at byte {position}); "
                     f"download it again"
@@ -198,6 +189,8 @@ def _read_value(data: mmap.mmap, position: int, kind: int) -> tuple[Any, int]:
     if inner in _SCALARS:
         layout = f"<{length}{_SCALARS[inner]}"
         return list(struct.unpack_from(layout, data, position)), position + struct.calcsize(layout)
+    if inner == _ARRAY:
+        raise ValueError("an array of arrays")  # no GGUF writer makes one; nesting has no end
     values = []
     for _ in range(length):
         value, position = _read_value(data, position, inner)

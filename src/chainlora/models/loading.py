@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Iterator
 from importlib import metadata as packages
 from pathlib import Path
 from typing import Any
@@ -21,35 +22,22 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
 )
-from safetensors import SafetensorError
-from torch import nn
+from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from chainlora.errors import ModelError
-from chainlora.models.gguf import (
-    cache_dir as cache_dir,
-)  # re-exported: where everything of ours is cached
 from chainlora.models.gguf import converted_folder
-from chainlora.models.text_config import text_config
+from chainlora.models.hashing import cache_dir as cache_dir  # re-exported
+from chainlora.models.identity import TOKENIZERS, weight_files
+from chainlora.models.text_config import UNLIMITED_CONTEXT as UNLIMITED_CONTEXT
+from chainlora.models.text_config import context_length as context_length
 
 logger = logging.getLogger(__name__)
 
-UNLIMITED_CONTEXT = (
-    1 << 30
-)  # tokens; for architectures without a limit of their own (ALiBi, recurrent)
 _WANTED = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken"]
 _UNWANTED = ["*/*", "consolidated*", "original*"]  # the same weights again, in other layouts
+_INTEGERS = ("BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-_TOKENIZERS = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "vocab.json",
-    "vocab.txt",
-    "spiece.model",
-    "*.tiktoken",
-    "tekken.json",
-    "sentencepiece*.model",
-)
 
 
 def load_model(spec: str | Path, dtype: torch.dtype) -> tuple[Any, Any]:
@@ -77,17 +65,36 @@ def load_model(spec: str | Path, dtype: torch.dtype) -> tuple[Any, Any]:
             local_files_only=True,
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError, ImportError, KeyError, SafetensorError) as error:
+    except (
+        Exception
+    ) as error:  # a config can break transformers' code anywhere: 0 heads divide by 0
         raise ModelError(
-            f"a model folder must load with transformers (got {_line(error)} in {folder}); "
-            f"mend or download it again"
+            f"a model folder must load with transformers (got {type(error).__name__}: "
+            f"{_line(error)} in {folder}); correct or download it again"
         ) from error
     model, report = loaded
     _check_whole(model, report, folder)
+    _refuse_integers(model, folder)
     _check_vocabulary(model, tokenizer, folder)
     if model.generation_config is not None and model.generation_config.pad_token_id is None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id
     return model.eval(), tokenizer
+
+
+def load_skeleton(spec: str | Path) -> Any:
+    """Return a model without weights (on the meta device): its modules, names and shapes.
+
+    Raises ModelError if nothing is there, or it cannot be made.
+    """
+    config = _load_config(resolve_model(spec))
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as error:
+        raise ModelError(
+            f"a model must be one that transformers can make (got {type(error).__name__}: "
+            f"{_line(error)} for {spec}); check its config.json"
+        ) from error
 
 
 def resolve_model(spec: str | Path) -> Path:
@@ -143,16 +150,6 @@ def packaged_model(package: str) -> Path:
     )
 
 
-def context_length(model: nn.Module) -> int:
-    """Return how many tokens the model can read at once; `UNLIMITED_CONTEXT` where no limit is
-    stated."""
-    config = text_config(model)
-    for name in ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length"):
-        if isinstance(length := getattr(config, name, None), int) and length > 0:
-            return length
-    return UNLIMITED_CONTEXT
-
-
 def _from_hub(spec: str) -> Path:
     try:
         return Path(snapshot_download(spec, allow_patterns=_WANTED, ignore_patterns=_UNWANTED))
@@ -194,7 +191,7 @@ def _check_folder(folder: Path) -> None:
 def _load_config(folder: Path) -> Any:
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:
         stated = _read_json(folder / "config.json")
         if "auto_map" in stated:
             raise ModelError(
@@ -238,7 +235,7 @@ def _refuse_pickle(folder: Path) -> None:
 
 
 def _load_tokenizer(folder: Path) -> Any:
-    if not any(next(folder.glob(pattern), None) for pattern in _TOKENIZERS):
+    if not any(next(folder.glob(pattern), None) for pattern in TOKENIZERS):
         raise ModelError(
             f"a model folder must hold its tokenizer (got no tokenizer.json or the like in "
             f"{folder}); save the tokenizer beside the weights"
@@ -275,6 +272,31 @@ def _check_whole(model: Any, report: dict[str, Any], folder: Path) -> None:
             folder,
             unexpected[0],
         )
+
+
+def _refuse_integers(model: Any, folder: Path) -> None:
+    """Raise ModelError where a weight is stored in integers and no quantisation says what they
+    mean: transformers would cast them."""
+    if getattr(model.config, "quantization_config", None) is not None:
+        return
+    prefix = f"{model.base_model_prefix}."
+    names = {name for name, _ in model.named_parameters()}
+    names |= {name.removeprefix(prefix) for name in names}
+    for name, dtype, file in _stored_dtypes(folder):
+        if name in names and dtype in _INTEGERS:
+            raise ModelError(
+                f"weights must be floating-point unless config.json has a quantization_config (got "
+                f"{dtype} for {name} in {file}); use the checkpoint before quantisation"
+            )
+
+
+def _stored_dtypes(folder: Path) -> Iterator[tuple[str, str, Path]]:
+    """Yield name, dtype and file of every stored tensor, from the files' headers."""
+    for file in weight_files(folder):
+        if file.suffix == ".safetensors":
+            with safe_open(file, framework="pt") as reader:
+                for name in reader.keys():  # noqa: SIM118 - not a dict
+                    yield name, reader.get_slice(name).get_dtype(), file
 
 
 def _check_vocabulary(model: Any, tokenizer: Any, folder: Path) -> None:

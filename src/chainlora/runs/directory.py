@@ -1,66 +1,70 @@
-"""The run directory: what is on disk, in which order it gets there, and how a killed run is found
-again.
+"""The run directory: what is on disk, in which order it gets there, and how a run is resumed.
 
-    RUN/config.yaml            resolved config RUN/chain.json             manifest: format, base and
-    its fingerprint, links, progress, versions RUN/links/000/ …           each an ordinary PEFT
-    adapter RUN/best/                  the best point inside a link, when the best point is not a
-    knot (a PEFT adapter) RUN/checkpoints/00000120/  the live link, optimizer and progress at a step
-    (the newest one is kept) RUN/metrics.jsonl          one JSON object a line RUN/result.json
-    written last
+    RUN/config.yaml              resolved config
+    RUN/chain.json               manifest: links, where to resume, hashes of all that counts
+    RUN/links/000/ …             each an ordinary PEFT adapter
+    RUN/moments/000.safetensors  optimizer state kept over the last knot (optimizer_reset: prune)
+    RUN/best/00000120/           the best point, when it lies inside a link (a PEFT adapter)
+    RUN/checkpoints/00000120/    the live link and its optimizer
+    RUN/metrics.jsonl            one JSON object a line
+    RUN/result.json              written last
+    RUN/.lock                    held by the process that trains
 
-Every directory is written under another name and renamed, every JSON file replaced atomically, and
-the manifest is written after the link it names. So at any instant the directory holds a state from
-which the run can go on.
+Nothing that the manifest names is ever overwritten. What a new state needs is written under names
+of its own and flushed; then the manifest is replaced; then what no manifest names is deleted. So at
+any instant the manifest on disk describes a state from which the run can resume.
 """
 
 from __future__ import annotations
 
-import json
-import os
+import logging
 import platform
-import shutil
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Collection, Mapping
+from contextlib import suppress
+from copy import deepcopy
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from filelock import FileLock
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
-from chainlora.chain.adapters import load_adapter, save_adapter
+from chainlora import files
 from chainlora.chain.link import Link
-from chainlora.config.loading import dump_config, link_config, load_config
+from chainlora.config.loading import dump_config
 from chainlora.config.schema import LinkConfig, RunConfig
 from chainlora.errors import RunError
+from chainlora.files import write_json as write_json  # the writer of result.json
+from chainlora.runs.links import live_state_of_adapter, write_link
+from chainlora.runs.manifest import (
+    DAMAGED,
+    FORMAT,
+    INCOMPLETE,
+    Base,
+    Checkpoint,
+    LinkEntry,
+    Manifest,
+    Progress,
+    Selection,
+    encode_manifest,
+    link_directory,
+)
+from chainlora.runs.manifest import describe_link as describe_link
+from chainlora.runs.manifest import read_progress as read_progress
+from chainlora.runs.reading import RunReader, check_base
+from chainlora.runs.records import RecordLog, resumed_log
+from chainlora.runs.resuming import changes, check_rows, take_lock
 
-FORMAT = 1
-_HALF = "the run directory is half there: copy it whole, or train anew"
+logger = logging.getLogger(__name__)
+
+_GROWING = ("links", "moments", "best", "checkpoints")  # folders whose entries the manifest names
+_BEFORE_THE_MANIFEST = {".lock", "config.yaml", "links"}
 
 
-@dataclass
-class Progress:
-    """Where a run is, and what its trainer remembers: all of it JSON, so that a resumed run knows
-    the same."""
-
-    step: int = 0
-    link: int = 0
-    tokens: int = 0
-    scored_tokens: int = 0
-    seconds: float = 0.0
-    num_records: int = 0
-    best: dict[str, Any] | None = None
-    evaluations_without_gain: int = 0
-    stopped: bool = False
-    soft_knots: int = 0  # in the live link so far
-
-
-def read_progress(tree: Mapping[str, Any]) -> Progress:
-    """Return the progress that a file holds; keys of other versions are left out."""
-    known = {each.name for each in fields(Progress)}
-    return Progress(**{key: value for key, value in tree.items() if key in known})
-
-
+@cache
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages whose numerics matter."""
     found = {"python": platform.python_version()}
@@ -74,119 +78,153 @@ def versions() -> dict[str, str]:
     return found
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Replace a JSON file atomically."""
-    scratch = path.with_name(path.name + ".new")
-    with scratch.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=2, ensure_ascii=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    scratch.replace(path)
-
-
-def read_json(path: Path) -> Any:
-    """Read a JSON file of a run directory. Raises RunError when it is missing or torn."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError:
-        raise RunError(
-            f"a run directory must hold {path.name} (got none in {path.parent}); "
-            "is this the output of `chainlora train`?"
-        ) from None
-    except ValueError as error:
-        raise RunError(f"{path.name} must be JSON (got {path}: {error}); {_HALF}") from None
-
-
-class RunDirectory:
-    """One run on disk."""
+class RunDirectory(RunReader):
+    """One run on disk, to be written: `open` before anything is loaded, `begin` once base and rows
+    are known, `close` at the end."""
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        if self.path.is_file():
-            raise RunError(
-                f"a run directory must be a directory (got the file {path}); name another"
-            )
+        super().__init__(path)
+        self._lock: FileLock | None = None
+        self._current: Manifest | None = None  # what this process has read or written last
+        self._hashes: dict[str, str] = {}  # of files that this run has written or verified
+        self._rows: str | None = None
+        self._log = RecordLog(self / "metrics.jsonl")
+        self._is_new = False  # begun by this process
+        self._is_changed = False  # this resume changes keys of the config
 
-    def __truediv__(self, name: str) -> Path:
-        return self.path / name
+    # --- opening and closing ---
 
-    @property
-    def exists(self) -> bool:
-        """Whether a run was begun here."""
-        return (self / "chain.json").is_file()
+    def open(self, config: RunConfig, *, resume: bool, change: Collection[str] = ()) -> None:
+        """Refuse what can be refused before anything is loaded; lock a run that is to be resumed.
 
-    def config(self) -> RunConfig:
-        """Return the resolved config of the run."""
-        if not (self / "config.yaml").is_file():
-            raise RunError(
-                f"a run directory must hold config.yaml (got none in {self.path}); {_HALF}"
-            )
-        return load_config(self / "config.yaml")
-
-    def begin(self, config: RunConfig, base: Mapping[str, Any], *, resume: bool) -> Progress:
-        """Claim the directory for a run, or find the state to go on from.
-
-        Raises RunError: non-empty without `resume`, half there, another config, another base.
+        `change` names config keys that a resume may change.
         """
-        if self.exists and resume:
-            return self._find(config, base)
-        if not (resume and self.path.exists() and self._barely_begun()):
+        files.check_writable(self.path)
+        if not resume:
             self.refuse_if_taken()
-        self.path.mkdir(parents=True, exist_ok=True)
-        (self / "config.yaml").write_text(dump_config(config), encoding="utf-8")
-        (self / "links").mkdir(exist_ok=True)
+            return
+        self._refuse_if_nothing()
+        self._take_lock()
+        if self.exists:
+            self._current = self.verify()
+            self._hashes = dict(self._current.files or {})
+            new = changes(self.config(), config, change, self._current.position.step)
+            self._is_changed = bool(new)
+            update = {"changes": [*self._current.changes, *new]}
+            self._current = self._current.model_copy(update=update)
+
+    def check_base_files(self, found: Mapping[str, str]) -> None:
+        """Refuse to resume on another base than the run's, before it is loaded."""
+        if self._current is not None and self._current.base.files is not None:
+            check_base(self._current, {"files": found}, self.path)
+
+    def begin(
+        self, config: RunConfig, base: Mapping[str, Any], *, resume: bool, rows: str | None = None
+    ) -> Progress:
+        """Claim the directory for a run, or find the state to resume from.
+
+        Args:
+            base: the base model, as `manifest.Base` has it.
+            rows: digest of the rows (`Splits.digest`).
+
+        Raises RunError: non-empty without `resume`; incomplete or damaged; another config, base or
+        rows; in use by another process.
+        """
+        if resume and self._current is None:
+            self.open(config, resume=True)
+        if self._current is not None:
+            return self._resume(self._current, base, rows)
+        if not resume:
+            self.refuse_if_taken()
+        files.make_folder(self.path)
+        self._take_lock()
+        if not resume:
+            self.refuse_if_taken()  # another process may have begun in the meantime
+        self._is_new = True
+        self._remove_scratch()
+        files.write_text(self / "config.yaml", dump_config(config))
+        self._hashes = {"config.yaml": files.sha256(self / "config.yaml")}
+        files.make_folder(self / "links")
+        self._rows = rows
         self.write_manifest(base, config, [], Progress())
         return Progress()
 
-    def _barely_begun(self) -> bool:
-        """Whether a run was killed here before it wrote its manifest: nothing in it is worth
-        keeping."""
-        return {entry.name for entry in self.path.iterdir()} <= {
-            "config.yaml",
-            "links",
-            "chain.json.new",
-        }
+    def close(self, *, undo: bool = False) -> None:
+        """Let other processes use the directory.
 
-    def _find(self, config: RunConfig, base: Mapping[str, Any]) -> Progress:
-        manifest = self.manifest()
-        check_base(manifest, base, self.path)
-        before = self.config()
-        if _science(before) != _science(config):
-            sections = ("model", "data", "chain", "train")
-            changed = ", ".join(
-                key for key in sections if getattr(before, key) != getattr(config, key)
-            )
+        With `undo`, a run that this process began, and that has no link and no checkpoint yet, is
+        removed: what was refused late must not be in the way of the corrected run.
+        """
+        if undo and self._is_new and self._lock is not None:
+            current = self._current
+            if current is None or not (current.links or current.checkpoint):
+                self._remove_all()
+        if self._lock is not None:
+            self._lock.release()
+        self._lock = None
+
+    def refuse_if_taken(self) -> None:
+        """Raise RunError where something else than an empty directory is."""
+        if not self.path.is_dir():
+            return
+        with files.reported(self.path, "read"):
+            entries = {entry.name for entry in self.path.iterdir()}
+        if entries <= {".lock"}:
+            return
+        what, remedy = (
+            ("holds a run", "pass --resume to resume it, or ")
+            if self.exists
+            else ("is not empty and not a whole run", "")
+        )
+        raise RunError(
+            f"`output` must be a new or empty directory (got {self.path}, which {what}); "
+            f"{remedy}choose another output"
+        )
+
+    def _refuse_if_nothing(self) -> None:
+        """Raise RunError where there is nothing to resume. A run that was killed before it had a
+        manifest starts over: nothing in it is worth keeping."""
+        if not self.path.is_dir():
             raise RunError(
-                f"--resume needs the config the run began with (got other values under {changed}); "
-                f"use {self / 'config.yaml'} or a new output"
+                f"--resume needs a run directory (got {self.path}, which does not exist); "
+                "check `output`, or leave --resume out to start"
             )
-        progress = read_progress(manifest["progress"])
-        found = self._newest_checkpoint()
-        if found is not None:
-            later = read_progress(read_json(found / "progress.json"))
-            if later.link == len(manifest["links"]) and later.step >= progress.step:
-                progress = later
-        self._truncate_records(progress.num_records)
+        names = {entry.name for entry in self.path.iterdir() if not files.is_scratch(entry.name)}
+        if not self.exists and not names <= _BEFORE_THE_MANIFEST:
+            self.refuse_if_taken()
+
+    def _take_lock(self) -> None:
+        if self._lock is None:
+            self._lock = take_lock(self.path)
+
+    def _remove_all(self) -> None:
+        """Remove what `begin` made, the manifest before what it names."""
+        for name in ("metrics.jsonl", "chain.json", "links", "config.yaml", ".lock"):
+            files.remove(self / name)
+        with suppress(OSError):  # not empty: trackers have written here
+            self.path.rmdir()
+
+    # --- resuming ---
+
+    def _resume(self, manifest: Manifest, base: Mapping[str, Any], rows: str | None) -> Progress:
+        check_base(manifest, base, self.path)
+        check_rows(manifest, rows)
+        self._rows = rows or manifest.rows
+        self._remove_scratch()
+        progress, known = deepcopy(manifest.position), manifest.records
+        self._log = resumed_log(self._log.path, known, progress.num_records)
+        progress.num_records = self._log.count
+        if self._is_changed or (known is not None and known.count != self._log.count):
+            self._write(manifest)  # before records are cut that the manifest on disk may know
+        self._log.cut()
         return progress
 
-    def manifest(self) -> dict[str, Any]:
-        """Read and check ``chain.json``."""
-        manifest = read_json(self / "chain.json")
-        keys = ("format", "base", "links", "selected", "hold", "progress")
-        missing = [key for key in keys if not isinstance(manifest, dict) or key not in manifest]
-        if "format" not in missing and manifest["format"] != FORMAT:
-            raise RunError(
-                f"chain.json must be of format {FORMAT} (got {manifest['format']!r} in "
-                f"{self.path}); "
-                "use the version of chainlora that wrote it"
-            )
-        if missing:
-            raise RunError(
-                f"chain.json must hold {', '.join(keys)} (got no `{missing[0]}` in {self.path}); "
-                f"{_HALF}"
-            )
-        return dict(manifest)
+    def _remove_scratch(self) -> None:
+        for folder in (self.path, *(self / name for name in _GROWING)):
+            with files.reported(folder):
+                files.remove_scratch(folder)
+
+    # --- writing ---
 
     def write_manifest(
         self,
@@ -194,70 +232,138 @@ class RunDirectory:
         config: RunConfig,
         links: list[Link],
         progress: Progress,
-        selected: Mapping[str, Any] | None = None,
     ) -> None:
-        """Write ``chain.json``: last, after everything it names."""
-        write_json(
-            self / "chain.json",
-            {
-                "format": FORMAT,
-                "base": dict(base),
-                "seed": config.train.seed,
-                "hold": config.chain.hold,
-                "links": [describe_link(link) for link in links],
-                "selected": dict(selected) if selected else None,
-                "progress": asdict(progress),
-                "versions": versions(),
-            },
+        """Write ``chain.json`` at a knot: last, after everything it names."""
+        before = self._current
+        moments = f"moments/{len(links) - 1:03d}.safetensors"
+        self._write(
+            Manifest(
+                format=FORMAT,
+                base=Base(**base),
+                seed=config.train.seed,
+                hold=config.chain.hold,
+                rows=self._rows,
+                links=[LinkEntry(**describe_link(link)) for link in links],
+                moments=moments if moments in self._hashes else None,
+                selected=None,
+                progress=deepcopy(progress),
+                changes=before.changes if before is not None else [],
+            )
+        )
+
+    def select(self, num_links: int, step: int, partial: Link | None, progress: Progress) -> None:
+        """Name the best point, which the run is then loaded as. All links are kept."""
+        current = self._need_current()
+        entry = None
+        if partial is not None:
+            directory = progress.best.get("directory") if progress.best else None
+            entry = LinkEntry(**describe_link(partial, directory or "best"))
+        self._write(
+            current.model_copy(
+                update={
+                    "selected": Selection(num_links=num_links, step=step, partial=entry),
+                    "progress": deepcopy(progress),
+                    "checkpoint": None,
+                }
+            )
         )
 
     def save_link(self, link: Link, base: str) -> None:
         """Write one link as a PEFT adapter under ``links/``."""
-        self.save_link_to(f"links/{link.index:03d}", link, base)
+        self._save_adapter(link_directory(link.index), link, base)
 
-    def save_link_to(self, name: str, link: Link, base: str) -> None:
-        """Write a link as a PEFT adapter, atomically."""
-        scratch = self._scratch(name)
-        write_link(scratch, link, base)
-        _swap(scratch, self / name)
+    def save_best(self, link: Link, base: str, progress: Progress) -> None:
+        """Write the best point, a part of a link, and note in the progress where it lies."""
+        assert progress.best is not None
+        directory = f"best/{progress.best['step']:08d}"
+        self._save_adapter(directory, link, base)
+        progress.best["directory"] = directory
 
-    def load_links(self, num_links: int | None = None) -> list[Link]:
-        """Read the run's chain: as selected (the best point if it was kept), or as it was after
-        `num_links` links."""
-        manifest = self.manifest()
-        entries, selected = manifest["links"], manifest["selected"]
-        if num_links is not None:
-            if not 0 <= num_links <= len(entries):
-                raise RunError(
-                    f"--links must be 0 to {len(entries)} for this run (got {num_links})"
-                )
-            return [
-                read_link(self / f"links/{entry['index']:03d}", entry)
-                for entry in entries[:num_links]
-            ]
-        keep = entries if selected is None else entries[: selected["num_links"]]
-        links = [read_link(self / f"links/{entry['index']:03d}", entry) for entry in keep]
-        if selected is not None and selected["partial"]:
-            links.append(read_link(self / "best", selected["partial"]))
-        return links
+    def save_moments(self, tensors: Mapping[str, Tensor]) -> None:
+        """Keep the optimizer state of the link that is being tied over its knot."""
+        name = f"moments/{len(self._need_current().links):03d}.safetensors"
+        files.make_folder(self / "moments")
+        files.write_tensors(self / name, tensors)
+        self._hashes[name] = files.sha256(self / name)
 
     def save_checkpoint(
         self, state: Mapping[str, Tensor], optimizer: Mapping[str, Tensor], progress: Progress
     ) -> None:
-        """Write the live link's and the optimizer's state and the progress; drop older
-        checkpoints."""
-        name = f"checkpoints/{progress.step:08d}"
-        scratch = self._scratch(name)
-        save_file(dict(state), scratch / "link.safetensors")
-        save_file(dict(optimizer), scratch / "optimizer.safetensors")
-        write_json(scratch / "progress.json", asdict(progress))
-        _swap(scratch, self / name)
-        self.drop_checkpoints(keep=name)
+        """Write the live link's and the optimizer's state, and name them as the point to resume."""
+        if self.has_checkpoint(progress):
+            return
+        directory = f"checkpoints/{progress.step:08d}"
+        with files.replaced_folder(self / directory) as scratch:
+            files.save_tensors(scratch / "link.safetensors", state)
+            files.save_tensors(scratch / "optimizer.safetensors", optimizer)
+        self._hash_folder(directory)
+        checkpoint = Checkpoint(directory=directory, progress=deepcopy(progress))
+        self._write(self._need_current().model_copy(update={"checkpoint": checkpoint}))
+
+    def save_model(self, model: Any, tokenizer: Any) -> None:
+        """Write a whole model, the result of full fine-tuning."""
+        with files.replaced_folder(self / "model") as scratch:
+            try:
+                model.save_pretrained(scratch)
+                tokenizer.save_pretrained(scratch)
+            except SafetensorError as error:
+                raise files.unwritable(error, self / "model") from error
+        self._hash_folder("model")
+
+    def record(self, values: Mapping[str, Any], progress: Progress) -> None:
+        """Append one line to ``metrics.jsonl``."""
+        self._log.append(values)
+        progress.num_records += 1
+
+    def drop_checkpoints(self) -> None:
+        """Remove what the manifest no longer names."""
+        named = self._need_current().named
+        for folder in _GROWING:
+            entries = list((self / folder).iterdir()) if (self / folder).is_dir() else []
+            left = [e for e in entries if folder in named or f"{folder}/{e.name}" in named]
+            for entry in entries:
+                if entry not in left:
+                    files.remove(entry)
+            if entries and not left and folder != "links":
+                with suppress(OSError):
+                    (self / folder).rmdir()
+
+    def _save_adapter(self, directory: str, link: Link, base: str) -> None:
+        transposed = self._need_current().base.fan_in_fan_out
+        with files.replaced_folder(self / directory) as scratch:
+            write_link(scratch, link, base, fan_in_fan_out=transposed)
+        self._hash_folder(directory)
+
+    def _hash_folder(self, directory: str) -> None:
+        found = files.checksums(self / directory)
+        self._hashes = {k: v for k, v in self._hashes.items() if not _is_in(k, {directory})}
+        self._hashes |= {f"{directory}/{name}": digest for name, digest in found.items()}
+
+    def _write(self, manifest: Manifest) -> None:
+        named = manifest.named
+        hashes = {name: digest for name, digest in self._hashes.items() if _is_in(name, named)}
+        update = {
+            "format": FORMAT,
+            "records": self._log.flushed(),
+            "files": hashes,
+            "versions": versions(),
+        }
+        manifest = manifest.model_copy(update=update)
+        files.write_json(self / "chain.json", encode_manifest(manifest))
+        self._current, self._hashes = manifest, hashes
+        self.drop_checkpoints()
+
+    # --- the point to resume from ---
+
+    def load_links(self, num_links: int | None = None) -> list[Link]:
+        """Read the chain: as selected (the best point if it was kept), or its first links."""
+        return self.links_of(self._current or self.manifest(), num_links)
 
     def has_checkpoint(self, progress: Progress) -> bool:
         """Whether there is a checkpoint of exactly this progress."""
-        folder = self / f"checkpoints/{progress.step:08d}"
-        return folder.is_dir() and read_json(folder / "progress.json")["link"] == progress.link
+        found = self._current.checkpoint if self._current is not None else None
+        here = (progress.step, progress.link)
+        return found is not None and (found.progress.step, found.progress.link) == here
 
     def load_checkpoint(
         self, progress: Progress, config: LinkConfig
@@ -266,150 +372,43 @@ class RunDirectory:
         knot."""
         if not self.has_checkpoint(progress):
             return None
-        folder = self / f"checkpoints/{progress.step:08d}"
-        optimizer = load_file(folder / "optimizer.safetensors")
+        found = self._need_current().checkpoint
+        assert found is not None
+        folder = self / found.directory
+        optimizer = _load_tensors(folder / "optimizer.safetensors")
         if (folder / "adapter_model.safetensors").is_file():  # of version 0.1
-            return _live_state_of_adapter(folder, config), optimizer
-        return load_file(folder / "link.safetensors"), optimizer
-
-    def load_best(self, index: int, config: LinkConfig) -> Link:
-        """Read the partial link of the best point."""
-        entry = {"index": index, "num_steps": 0, "config": config.model_dump(mode="json")}
-        return read_link(self / "best", entry)
-
-    def save_model(self, model: Any, tokenizer: Any) -> None:
-        """Write a whole model, the result of full fine-tuning."""
-        model.save_pretrained(self / "model")
-        tokenizer.save_pretrained(self / "model")
-
-    def refuse_if_taken(self) -> None:
-        """Raise RunError where something else than an empty directory is."""
-        if self.path.exists() and any(self.path.iterdir()):
-            what, remedy = (
-                ("holds a run", "pass --resume to resume it, or ")
-                if self.exists
-                else ("is not empty and not a whole run", "")
-            )
-            raise RunError(
-                f"`output` must be a new or empty directory (got {self.path}, which {what}); "
-                f"{remedy}choose another output"
-            )
-
-    def save_moments(self, tensors: Mapping[str, Tensor]) -> None:
-        """Keep a link's optimizer state over its knot (ReLoRA only)."""
-        scratch = self / "moments.safetensors.new"
-        save_file(dict(tensors), scratch)
-        scratch.replace(self / "moments.safetensors")
+            return live_state_of_adapter(folder, config), optimizer
+        return _load_tensors(folder / "link.safetensors"), optimizer
 
     def load_moments(self) -> dict[str, Tensor]:
-        """Read what `save_moments` kept."""
-        return load_file(self / "moments.safetensors")
+        """Read the optimizer state that the last link's knot kept."""
+        name = self._need_current().moments
+        if name is None:
+            raise RunError(
+                f"a run with optimizer_reset: prune must hold the moments of its last link (got "
+                f"none in {self.path}); {INCOMPLETE}"
+            )
+        return _load_tensors(self / name)
 
-    def drop_checkpoints(self, keep: str | None = None) -> None:
-        """Remove checkpoints other than `keep`."""
-        folder = self / "checkpoints"
-        for old in folder.iterdir() if folder.is_dir() else ():
-            if keep is None or old != self / keep:
-                shutil.rmtree(old, ignore_errors=True)
-        if keep is None and folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()
+    def load_best(self, index: int, config: LinkConfig, directory: str = "best") -> Link:
+        """Read the partial link of the best point."""
+        return self.load_partial(self._need_current(), directory, index, config)
 
-    def record(self, values: Mapping[str, Any], progress: Progress) -> None:
-        """Append one line to ``metrics.jsonl``."""
-        with (self / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(values) + "\n")
-        progress.num_records += 1
-
-    def _truncate_records(self, num_records: int) -> None:
-        path = self / "metrics.jsonl"
-        if path.is_file():
-            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)[:num_records]
-            path.write_text("".join(lines), encoding="utf-8")
-
-    def _newest_checkpoint(self) -> Path | None:
-        folder = self / "checkpoints"
-        whole = sorted(p for p in folder.iterdir() if p.name.isdigit()) if folder.is_dir() else []
-        return whole[-1] if whole else None
-
-    def _scratch(self, name: str) -> Path:
-        scratch = self / (name + ".new")
-        shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir(parents=True)
-        return scratch
+    def _need_current(self) -> Manifest:
+        if self._current is None:
+            self._current = self.verify()
+            self._hashes = dict(self._current.files or {})
+        return self._current
 
 
-def check_base(manifest: Mapping[str, Any], base: Mapping[str, Any], run: Path) -> None:
-    """Raise RunError unless the model at hand is the one the run was trained on."""
-    if manifest["base"]["fingerprint"] != base["fingerprint"]:
-        raise RunError(
-            f"the base model must be the one {run} was trained on, {manifest['base']['model']} "
-            f"(fingerprint {manifest['base']['fingerprint'][:12]}, got "
-            f"{base['fingerprint'][:12]}); "
-            "its weights have changed: restore them or train anew"
-        )
+def _is_in(name: str, named: Collection[str]) -> bool:
+    """Say whether a file, or a folder that it lies in, is among those named."""
+    return name in named or any(str(parent) in named for parent in PurePosixPath(name).parents)
 
 
-def write_link(folder: Path, link: Link, base: str) -> None:
-    """Write a link as a PEFT adapter; the stored scaling is the tuned one whatever rank is
-    stored."""
-    power = 0.5 if link.config.rslora else 1
-    alpha = link.config.scaling * link.rank**power
-    save_adapter(
-        folder, link.factors, link.config, rank=link.rank, alpha=alpha, base=base, extra=link.extra
-    )
-
-
-def read_link(folder: Path, entry: Mapping[str, Any]) -> Link:
-    """Read a link back from its PEFT adapter and its manifest entry."""
-    factors, extra, _ = load_adapter(folder)
-    config = link_config(**entry["config"])
-    error = entry.get("error", 0.0)
-    return Link(entry["index"], config, factors, extra, entry["num_steps"], error)
-
-
-def _live_state_of_adapter(folder: Path, config: LinkConfig) -> dict[str, Tensor]:
-    """Read a checkpoint of version 0.1, whose live link is stored as an adapter."""
-    factors, extra, _ = load_adapter(folder)
-    rank, state = config.rank, {f"extra/{path}": weight for path, weight in extra.items()}
-    for name, found in factors.items():  # a PiSSA link stores what it started from behind itself
-        parts: dict[str, Tensor | None] = {"A": found.a[:rank]}
-        parts |= {"B": found.b[:, :rank].contiguous()}
-        parts |= {"bias": found.bias, "magnitude": found.magnitude}
-        state |= {f"{key}/{name}": part for key, part in parts.items() if part is not None}
-    return state
-
-
-def describe_link(link: Link) -> dict[str, Any]:
-    """Return a link's manifest entry: enough, with its adapter, to read it back."""
-    return {
-        "index": link.index,
-        "directory": f"links/{link.index:03d}",
-        "rank": link.rank,
-        "scaling": link.config.scaling,
-        "num_steps": link.num_steps,
-        "error": link.error,
-        "config": link.config.model_dump(mode="json"),
-    }
-
-
-def _science(config: RunConfig) -> dict[str, Any]:
-    """The part of a config that decides the weights: not where it is written, where rows of a task
-    lie, who watches."""
-    tree = config.model_dump(exclude={"output": True, "data": {"dir"}})
-    for key in ("trackers", "save_every"):
-        tree["train"].pop(key)
-    return tree
-
-
-def _swap(scratch: Path, target: Path) -> None:
-    for file in scratch.iterdir():
-        with file.open("rb") as handle:
-            os.fsync(handle.fileno())
-    if target.exists():
-        old = target.with_name(target.name + ".old")
-        shutil.rmtree(old, ignore_errors=True)
-        target.rename(old)
-        scratch.rename(target)
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        scratch.rename(target)
+def _load_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise RunError(f"tensors must be readable (got {path}: {reason}); {DAMAGED}") from None

@@ -1,30 +1,36 @@
 """What a finished chain can become: a live model, a merged checkpoint, one PEFT adapter.
 
-A merged checkpoint loads with `transformers` alone. An exact adapter has rank Σr; a compressed one
-is the best approximation of that rank, found by QR and a small SVD of the stacked factors (the
-dense update is never formed).
+A merged checkpoint loads with `transformers` alone, an adapter with `peft` on the base. Both are
+written into a scratch folder, loaded back and compared, and only then put in place.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
+from chainlora import files
 from chainlora.chain.adapters import Factors, save_adapter
 from chainlora.chain.chain import Chain
-from chainlora.chain.link import Link, stack_links
-from chainlora.chain.low_rank import compress_low_rank, singular_values_of_sum
+from chainlora.chain.link import Link
 from chainlora.config.schema import LinkConfig
 from chainlora.errors import ChainError, RunError
+from chainlora.models.identity import base_files
 from chainlora.models.loading import load_model, resolve_model
-from chainlora.runs import directory as store
-from chainlora.runs.directory import RunDirectory
+from chainlora.runs.compression import adapter_factors
+from chainlora.runs.manifest import Manifest
+from chainlora.runs.reading import RunReader, check_base
+from chainlora.runs.verification import (
+    check_adapter,
+    check_checkpoint,
+    state_digests,
+    stores_transposed,
+)
 
 
 def load_run(
@@ -33,42 +39,55 @@ def load_run(
     """Load a run's base, put its chain on, and return (plain transformers model, tokenizer).
 
     The chain is the one the run selected, or the first `num_links` links; `dtype` defaults to the
-    run's own. Raises RunError when the base is not the one the run was trained on, or the run was
-    killed before it had anything.
+    run's own. Raises RunError when a file of the run or the base has changed, or the run was killed
+    before it had anything.
     """
-    directory = RunDirectory(run)
-    manifest = directory.manifest()
-    base = manifest["base"]
-    if (directory / "model").is_dir():  # full fine-tuning
+    reader = RunReader(run)
+    manifest = reader.manifest()
+    kind = getattr(torch, dtype or manifest.base.dtype)
+    if _is_whole_model(reader, manifest):
         if num_links is not None:
             raise RunError(
                 f"--links needs a chain (got {run}, a run of full fine-tuning); leave --links out"
             )
-        return load_model(directory / "model", getattr(torch, dtype or base["dtype"]))
-    links = directory.load_links(num_links)  # first, since a missing one is found in no time
+        return load_model(reader / "model", kind)
+    links = reader.links_of(manifest, num_links)  # first, since a missing one is found at once
     if not links and num_links is None:
-        _refuse_unfinished(directory)
-    model, tokenizer = load_model(base["model"], getattr(torch, dtype or base["dtype"]))
-    chain = Chain(model, checkpoint=resolve_model(base["model"]))
-    store.check_base(manifest, {"fingerprint": chain.base_fingerprint}, directory.path)
+        _refuse_unfinished(reader)
+    folder = resolve_model(manifest.base.model)
+    if manifest.base.files is not None:
+        check_base(manifest, {"files": base_files(folder)}, reader.path)
+    model, tokenizer = load_model(folder, kind)
+    chain = Chain(model, checkpoint=folder)
+    if manifest.base.files is None:  # of version 0.1
+        check_base(manifest, {"fingerprint": chain.base_fingerprint}, reader.path)
     for link in links:
         chain.add(link)
     return chain.detach(), tokenizer
 
 
-def _refuse_unfinished(run: RunDirectory) -> None:
-    """Refuse a run that was to train something and has not yet: the base would pass for its
-    result."""
-    chain = run.config().chain
+def _is_whole_model(reader: RunReader, manifest: Manifest) -> bool:
+    """Say whether the run is one of full fine-tuning that has ended, its files checked."""
+    if not (reader / "model").is_dir():
+        return False
+    if manifest.files is not None and not any(n.startswith("model/") for n in manifest.files):
+        return False  # killed between the model and its manifest
+    reader.check_files(manifest, "model")
+    return True
+
+
+def _refuse_unfinished(reader: RunReader) -> None:
+    """Refuse a run that was to train something and has not yet: the base would pass for it."""
+    chain = reader.config().chain
     if chain.tune == "full":
         raise RunError(
-            f"a run of full fine-tuning must have ended (got no model/ in {run.path}); train anew"
+            f"a run of full fine-tuning must have ended (got no model/ in {reader.path}); "
+            "start over"
         )
     if chain.ranks:
         raise RunError(
-            f"a run must have tied its first link (got none in {run.path}); go on with --resume, "
-            "or take "
-            "the base by --links 0"
+            f"a run must have tied its first link (got none in {reader.path}); continue it with "
+            "--resume, or take the base by --links 0"
         )
 
 
@@ -78,25 +97,35 @@ def export_merged(
     """Write the run's model, links merged, as a transformers checkpoint in the base's dtype."""
     output = _empty(output)
     model, tokenizer = load_run(run, num_links=num_links)
-    links = RunDirectory(run).load_links(num_links)
-    _mend_generation(model.generation_config)
-    model.save_pretrained(output)
-    tokenizer.save_pretrained(output)
-    base = RunDirectory(run).manifest()["base"]["model"]
-    done = (
-        "every weight fine-tuned"
-        if (Path(run) / "model").is_dir()
-        else (f"a chain of {len(links)} LoRA link(s) merged into its weights")
-    )
-    _card(
-        output,
-        f"`{base}` with {done}.",
-        base,
-        "transformers",
-        'AutoModelForCausalLM.from_pretrained("this folder")',
-    )
-    dtype = str(model.dtype).removeprefix("torch.")
-    return {"to": "merged", "output": str(output), "links": len(links), "dtype": dtype}
+    reader = RunReader(run)
+    manifest = reader.manifest()
+    is_whole = _is_whole_model(reader, manifest)
+    links = [] if is_whole else reader.links_of(manifest, num_links)
+    base, dtype = manifest.base.model, model.dtype
+    done = f"a chain of {len(links)} LoRA link(s) merged into its weights"
+    with files.replaced_folder(output) as scratch:
+        _save_model(model, tokenizer, scratch)
+        _card(
+            scratch,
+            f"`{base}` with {'every weight fine-tuned' if is_whole else done}.",
+            base,
+            "transformers",
+            'AutoModelForCausalLM.from_pretrained("this folder")',
+        )
+        digests = state_digests(model)
+        del model  # two of them need not fit into memory
+        check_checkpoint(scratch, digests, dtype)
+    name = str(dtype).removeprefix("torch.")
+    return {"to": "merged", "output": str(output), "links": len(links), "dtype": name}
+
+
+def _save_model(model: Any, tokenizer: Any, folder: Path) -> None:
+    _complete_generation(model.generation_config)
+    try:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    except SafetensorError as error:
+        raise files.unwritable(error, folder) from error
 
 
 def export_adapter(
@@ -112,55 +141,77 @@ def export_adapter(
 
     Returns rank and error; the error is ``√(Σ‖ΔW−ΔŴ‖² / Σ‖ΔW‖²)`` over all modules.
     """
+    _check_compression(rank, tolerance)
+    output = _empty(output)
+    reader = RunReader(run)
+    manifest = reader.manifest()
+    if _is_whole_model(reader, manifest):
+        raise RunError(
+            f"--to adapter needs a chain (got {run}, a run of full fine-tuning); use --to merged"
+        )
+    links = reader.links_of(manifest, num_links)
+    factors, error = adapter_factors(links, rank=rank, tolerance=tolerance)
+    with files.replaced_folder(output) as scratch:
+        written = _save_chain(scratch, links, factors, manifest)
+        _card(
+            scratch,
+            f"A chain of {len(links)} LoRA link(s) on `{manifest.base.model}` as one adapter of "
+            f"rank {written} (relative error {error:.2e}).",
+            manifest.base.model,
+            "peft",
+            'PeftModel.from_pretrained(base, "this folder")',
+        )
+    return {
+        "to": "adapter",
+        "output": str(output),
+        "links": len(links),
+        "rank": written,
+        "error": error,
+        "exact": rank is None and tolerance is None,
+    }
+
+
+def _check_compression(rank: int | None, tolerance: float | None) -> None:
     if rank is not None and tolerance is not None:
         raise ChainError("give --rank or --tolerance, not both (got both)")
     if rank is not None and rank < 1:
         raise ChainError(f"--rank must be at least 1 (got {rank})")
     if tolerance is not None and not 0 < tolerance < 1:
         raise ChainError(f"--tolerance is a relative error between 0 and 1 (got {tolerance})")
-    output = _empty(output)
-    directory = RunDirectory(run)
-    base = directory.manifest()["base"]["model"]
-    links = directory.load_links(num_links)
-    if (directory / "model").is_dir():
-        raise RunError(
-            f"--to adapter needs a chain (got {run}, a run of full fine-tuning); use --to merged"
-        )
-    factors, error = adapter_factors(links, rank=rank, tolerance=tolerance)
-    written_rank = max(share.a.shape[0] for share in factors.values())
+
+
+def _save_chain(
+    folder: Path, links: Sequence[Link], factors: Mapping[str, Factors], manifest: Manifest
+) -> int:
+    """Write factors as one adapter, load it back with PEFT, and return its rank."""
+    rank = max(pair.a.shape[0] for pair in factors.values())
     extra: dict[str, Tensor] = {}
     for link in links:
         extra |= link.extra
-    last = links[-1].config
     config = LinkConfig(
-        rank=written_rank,
-        alpha=written_rank,
+        rank=rank,
+        alpha=rank,
         target_modules=tuple(sorted(factors)),
-        extra_modules=last.extra_modules,
-        lora_bias=any(s.bias is not None for s in factors.values()),
+        extra_modules=links[-1].config.extra_modules,
+        lora_bias=any(pair.bias is not None for pair in factors.values()),
     )
+    base = manifest.base
+    transposed = stores_transposed(base, factors)
     save_adapter(
-        output, factors, config, rank=written_rank, alpha=written_rank, base=base, extra=extra
+        folder,
+        factors,
+        config,
+        rank=rank,
+        alpha=rank,
+        base=base.model,
+        extra=extra,
+        fan_in_fan_out=transposed,
     )
-    _card(
-        output,
-        f"A chain of {len(links)} LoRA link(s) on `{base}` as one adapter of rank {written_rank} "
-        f"(relative error {error:.2e}).",
-        base,
-        "peft",
-        'PeftModel.from_pretrained(base, "this folder")',
-    )
-    return {
-        "to": "adapter",
-        "output": str(output),
-        "links": len(links),
-        "rank": written_rank,
-        "error": error,
-        "exact": rank is None and tolerance is None,
-    }
+    check_adapter(folder, base.model, factors, extra)
+    return rank
 
 
-def _mend_generation(config: Any) -> None:
+def _complete_generation(config: Any) -> None:
     """Make a base's generation config one that transformers saves: it reads sampling values without
     do_sample, but refuses to write them."""
     if config is None:
@@ -169,53 +220,6 @@ def _mend_generation(config: Any) -> None:
         config.validate(strict=True)
     except ValueError:
         config.do_sample = True
-
-
-def adapter_factors(
-    links: Sequence[Link], *, rank: int | None = None, tolerance: float | None = None
-) -> tuple[dict[str, Factors], float]:
-    """Return one pair of factors a module for a chain, all of one rank, with scaling 1, and the
-    relative error."""
-    if not links:
-        raise ChainError("an adapter needs at least one link (got a chain of none)")
-    stacked = stack_links(links)
-    if rank is None and tolerance is None:
-        widest = max(share.a.shape[0] for share in stacked.values())
-        return {name: _pad(share, widest) for name, share in stacked.items()}, 0.0
-    spectra = {
-        name: singular_values_of_sum([(share.a, share.b, 1.0)]).double()
-        for name, share in stacked.items()
-    }
-    total = sum(float((s**2).sum()) for s in spectra.values())
-    longest = max(len(s) for s in spectra.values())
-    if tolerance is not None:
-        tails = [
-            sum(float((s[r:] ** 2).sum()) for s in spectra.values()) for r in range(longest + 1)
-        ]
-        rank = next(r for r, tail in enumerate(tails) if r and tail <= tolerance**2 * total)
-    assert rank is not None
-    rank = min(rank, longest)
-    compressed = {}
-    squared = 0.0
-    for name, share in stacked.items():
-        a, b, error = compress_low_rank(
-            [(share.a, share.b, 1.0)], rank=min(rank, len(spectra[name]))
-        )
-        compressed[name] = _pad(Factors(a.float(), b.float(), share.bias), rank)
-        squared += (error**2) * float((spectra[name] ** 2).sum())
-    return compressed, math.sqrt(squared / total) if total else 0.0
-
-
-def _pad(share: Factors, rank: int) -> Factors:
-    """Widen factors with zeros to a uniform rank (vLLM and others load one rank an adapter)."""
-    missing = rank - share.a.shape[0]
-    if missing <= 0:
-        return share
-    return replace(
-        share,
-        a=torch.nn.functional.pad(share.a, (0, 0, 0, missing)),
-        b=torch.nn.functional.pad(share.b, (0, missing)),
-    )
 
 
 def _empty(output: str | Path) -> Path:

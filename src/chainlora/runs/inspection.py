@@ -3,7 +3,6 @@ earlier links."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,8 @@ from chainlora.chain.low_rank import (
     stable_rank,
     subspace_overlap,
 )
-from chainlora.errors import RunError
-from chainlora.runs.directory import RunDirectory
+from chainlora.runs.reading import RunReader
+from chainlora.runs.records import read_records as read_records
 
 
 def inspect_run(run: str | Path) -> dict[str, Any]:
@@ -28,40 +27,31 @@ def inspect_run(run: str | Path) -> dict[str, Any]:
     ``score`` at its knot, ``delta_norm`` ‖ΔW‖_F over all modules, ``effective_rank`` exp(entropy of
     σ/Σσ) (Roy & Vetterli 2007) and ``stable_rank`` averaged over modules, ``overlap`` with each
     earlier link's A (mean squared cosine of the principal angles, averaged over modules; 1 is the
-    same input subspace).
+    same input subspace). ``finished`` and ``position`` say where the run is: the step and the
+    number of whole links that a resume would start from.
+
+    Every file of the run is checked first. Raises RunError for one that is missing or has changed.
     """
-    directory = RunDirectory(run)
-    manifest = directory.manifest()
-    links = directory.load_links(len(manifest["links"]))
-    records = read_records(directory / "metrics.jsonl")
+    reader = RunReader(run)
+    manifest = reader.verify()
+    links = reader.links_of(manifest, len(manifest.links))
+    records = read_records(reader / "metrics.jsonl")
     rows = [_describe(link, links[: link.index], records) for link in links]
     whole = _sizes(links) if links and all(_is_low_rank(link) for link in links) else {}
     return {
         "run": str(run),
-        "base": manifest["base"]["model"],
-        "hold": manifest["hold"],
+        "base": manifest.base.model,
+        "hold": manifest.hold,
+        "finished": (reader / "result.json").is_file(),
+        "position": {
+            "step": manifest.position.step,
+            "links": len(links),
+            "planned_links": len(reader.config().chain.ranks),
+        },
         "links": rows,
         "chain": whole | {"links": len(links), "rank": sum(link.rank for link in links)},
-        "selected": manifest["selected"],
+        "selected": manifest.selected and manifest.selected.model_dump(mode="json"),
     }
-
-
-def read_records(path: Path) -> list[dict[str, Any]]:
-    """Read ``metrics.jsonl``; empty when there is none. A run killed while it wrote has half a last
-    line: left out.
-
-    Raises RunError if another line is no record.
-    """
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
-    if lines and not lines[-1].endswith("\n"):
-        lines.pop()
-    try:
-        return [json.loads(line) for line in lines]
-    except ValueError as error:
-        raise RunError(
-            f"metrics.jsonl must hold one JSON object a line (got {path}: {error}); "
-            "remove the broken line"
-        ) from None
 
 
 def _describe(link: Link, earlier: Sequence[Link], records: list[dict[str, Any]]) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """When a knot is tied, and how much of the live link it ties.
 
-The loop asks a policy after every step. Today's are set by the config: whole knots where links end,
-and soft knots at a fixed distance inside them.
+The loop asks a policy after every step. It may tie a share of the live link or end the link, early
+too: the last link then gets the steps that are left. Today's policy is set by the config: whole
+knots where links are planned to end, and soft knots at a fixed distance inside them.
 """
 
 from __future__ import annotations
@@ -34,6 +35,11 @@ class Knot:
 
     share: float
     moments: str = "carried"  # of the optimizer, where the link continues: "carried" or "new"
+
+    @property
+    def ends_link(self) -> bool:
+        """Say whether nothing of the link is left to continue from."""
+        return self.share >= 1
 
 
 WHOLE = Knot(1.0)

@@ -12,7 +12,8 @@ new one. Two exceptions, each a function of its own: a soft knot carries the mom
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import closing
 from typing import Any
 
@@ -20,13 +21,14 @@ import torch
 from torch import Tensor
 
 from chainlora.config.schema import RunConfig
-from chainlora.errors import DivergedError, TrainingError
+from chainlora.errors import DivergedError, StoppedError, TrainingError
 from chainlora.training.events import (
     GradientMeasured,
     KnotTied,
     Listener,
     ShareTied,
 )
+from chainlora.training.interrupts import stop_requested
 from chainlora.training.knots import Knot, Position
 from chainlora.training.optimizers import (
     carry_moments,
@@ -49,15 +51,20 @@ _SOFT_KNOT_TOLERANCE = 1e-2
 
 
 def train(
-    config: RunConfig, *, resume: bool = False, listener: Listener | None = None
+    config: RunConfig,
+    *,
+    resume: bool = False,
+    listener: Listener | None = None,
+    change: Collection[str] = (),
 ) -> dict[str, Any]:
     """Run a config from data to result and return what ``result.json`` holds.
 
     `listener` gets every event (`training.events`): `Planned` before the first step, and before it
-    `RowsEncoded` while a large data set is tokenised. Everything that can be refused is refused
-    before training. Raises ChainLoRAError subclasses.
+    `RowsEncoded` while a large data set is tokenised. `change` names keys that a resume may change
+    (`runs.resuming.CHANGEABLE`). Everything that can be refused is refused before training. Raises
+    ChainLoRAError subclasses.
     """
-    with prepare(config, resume, listener or (lambda event: None)) as run:
+    with prepare(config, resume, listener or (lambda event: None), change) as run:
         if run.progress.step == 0:
             evaluate_point(run, "start")
         if config.chain.tune == "full":
@@ -70,6 +77,7 @@ def train(
 
 def _tune_chain(run: Run) -> None:
     for index in range(len(run.chain), len(run.config.chain.ranks)):
+        _stop_if_requested(run)
         if run.progress.stopped and not _is_inside_link(run):
             break
         optimizer = _begin_link(run, index)
@@ -78,20 +86,28 @@ def _tune_chain(run: Run) -> None:
 
 
 def _tune_link(run: Run, optimizer: torch.optim.Optimizer) -> None:
-    """Step until a policy ends the link, tying shares of it on the way."""
+    """Step until the policy ends the link, tying shares of it on the way."""
     link = len(run.chain)
-    first, num_steps = run.plan.first_step(link), run.plan.lengths[link]
+    first, num_steps = run.first_step(link), run.lengths[link]
+    knot: Knot | None = None
 
     def advance(work: Work) -> None:
+        nonlocal knot
         loss = update(run, work, optimizer)
-        position = Position(link, run.progress.step - first, num_steps, loss)
-        knot = run.policy.knot_after(position)
-        if knot is not None and knot.share < 1:
+        knot = run.policy.knot_after(Position(link, run.progress.step - first, num_steps, loss))
+        if knot is not None and not knot.ends_link:
             _tie_share(run, optimizer, knot)
-        _between_steps(run, optimizer, is_last=knot is not None and knot.share == 1)
+        _between_steps(run, optimizer, is_last=knot is not None and knot.ends_link)
 
-    with closing(steps_ahead(run, run.progress.step, first + num_steps)) as steps:
-        run.chain.tune(steps, advance)
+    with closing(steps_ahead(run, run.progress.step, first + num_steps)) as ahead:
+        run.chain.tune(_until(ahead, lambda: knot is not None and knot.ends_link), advance)
+
+
+def _until(steps: Iterable[Work], ended: Callable[[], bool]) -> Iterator[Work]:
+    for step in steps:
+        yield step
+        if ended():
+            return
 
 
 # --- knots ---
@@ -110,7 +126,7 @@ def _begin_link(run: Run, index: int) -> torch.optim.Optimizer:
     if saved is not None:
         state, tensors = saved
         run.chain.load_live_state(
-            state, run.progress.step - run.plan.first_step(index), run.progress.soft_knots
+            state, run.progress.step - run.first_step(index), run.progress.soft_knots
         )
         load_state(optimizer, tensors)
     return optimizer
@@ -137,6 +153,7 @@ def _end_link(run: Run, optimizer: torch.optim.Optimizer) -> None:
     link = run.chain.tie()
     change = ((_hidden(run, probe) - before).norm() / before.norm()).item()
     _check_knot(run, index, change)
+    run.progress.lengths = [*run.lengths[:index], run.progress.step - run.first_step(index)]
     run.progress.link, run.progress.soft_knots = index + 1, 0
     run.record(KnotTied(run.progress.step, index, change))
     evaluate_point(run, "knot")
@@ -180,7 +197,7 @@ def _hidden(run: Run, batch: Any) -> Tensor:
 
 def _gradient_batches(run: Run, index: int) -> Callable[[], None]:
     """Return what `init: gradient` calls: gradients of the first batches the link will see."""
-    first = run.plan.first_step(index)
+    first = run.first_step(index)
     last = min(first + run.config.chain.init_batches, run.plan.num_steps)
 
     def backward() -> None:
@@ -209,6 +226,24 @@ def _between_steps(run: Run, optimizer: torch.optim.Optimizer, *, is_last: bool)
         evaluate_point(run, "step")
     if train.save_every and step % train.save_every == 0:
         save_checkpoint(run, optimizer)
+    if not is_last:  # at a knot the state is saved anyway
+        _stop_if_requested(run, optimizer)
+
+
+def _stop_if_requested(run: Run, optimizer: torch.optim.Optimizer | None = None) -> None:
+    """Save the state and raise StoppedError, if a signal asked for it."""
+    number = stop_requested()
+    if number is None:
+        return
+    if optimizer is not None:
+        save_checkpoint(run, optimizer)
+    is_kept = run.directory is not None and run.config.chain.tune == "lora"
+    remedy = "--resume continues from there" if is_kept else "it cannot be resumed"
+    raise StoppedError(
+        f"the run stopped after step {run.progress.step} of {run.plan.num_steps} (got "
+        f"{signal.Signals(number).name}); {remedy}",
+        number,
+    )
 
 
 def save_checkpoint(run: Run, optimizer: torch.optim.Optimizer) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Any
 
 from chainlora.data.rows import Rows
@@ -12,6 +11,8 @@ from chainlora.runs.costs import hardware, num_trained, peak_memory_mb
 from chainlora.training.events import Scored
 from chainlora.training.run import Run
 from chainlora.training.selection import score
+
+RESULT_FORMAT = 1  # of result.json
 
 
 def finish(run: Run) -> dict[str, Any]:
@@ -23,10 +24,9 @@ def finish(run: Run) -> dict[str, Any]:
     run.engine.close()  # the model's own forwards, before it is saved
     model = run.chain.detach()
     if run.directory is not None:
-        _write_selection(run)
-        run.directory.drop_checkpoints()
         if run.config.chain.tune == "full":
             run.directory.save_model(model, run.tokenizer)  # no links: the weights are the result
+        _write_selection(run)
         store.write_json(run.directory / "result.json", result)
     return result
 
@@ -49,7 +49,7 @@ def _final_metrics(run: Run) -> dict[str, Any]:
 def _result(run: Run, metrics: dict[str, Any]) -> dict[str, Any]:
     config, progress = run.config, run.progress
     return {
-        "format": store.FORMAT,
+        "format": RESULT_FORMAT,
         "model": config.model,
         "task": config.data.task,
         "metrics": metrics,
@@ -83,9 +83,5 @@ def _write_selection(run: Run) -> None:
     if not run.train.keep_best or best is None:
         run.write_manifest()
         return
-    partial = None
-    if run.best_link is not None:
-        partial = store.describe_link(run.chain.links[-1]) | {"directory": "best"}
-    selected = {"num_links": best["num_links"], "partial": partial, "step": best["step"]}
-    changed = {"selected": selected, "progress": asdict(run.progress)}
-    store.write_json(directory / "chain.json", directory.manifest() | changed)
+    partial = run.chain.links[-1] if run.best_link is not None else None
+    directory.select(best["num_links"], best["step"], partial, run.progress)

@@ -17,6 +17,7 @@ from chainlora.chain.link import Link
 from chainlora.config.schema import RunConfig, TrainConfig
 from chainlora.data.splits import Splits
 from chainlora.engine.engine import Engine
+from chainlora.errors import TrainingError
 from chainlora.evaluation.evaluate import Evaluation
 from chainlora.runs.directory import Progress, RunDirectory
 from chainlora.training.events import Event, Listener
@@ -73,6 +74,24 @@ class Run:
         """Where the model lives."""
         return self.accelerator.device
 
+    @property
+    def lengths(self) -> list[int]:
+        """Steps of each link: of those that ended, as they were; of the others, as planned.
+
+        A policy may end a link early. The last link then makes up for it, so that the whole chain
+        has the steps that were planned.
+        """
+        planned, ended = self.plan.lengths, self.progress.link
+        done = self.progress.lengths or list(planned[:ended])  # version 0.1 recorded none
+        rest = list(planned[ended:])
+        if rest:
+            rest[-1] = sum(planned) - sum(done) - sum(rest[:-1])
+        return done + rest
+
+    def first_step(self, link: int) -> int:
+        """Return the number of the link's first step."""
+        return sum(self.lengths[:link])
+
     def record(self, event: Event) -> None:
         """Send an event to ``metrics.jsonl``, the listener and the trackers."""
         if self.directory is not None:
@@ -90,11 +109,16 @@ class Run:
             self.progress.seconds = self.clock.seconds
             self.directory.write_manifest(self.base, self.config, self.chain.links, self.progress)
 
-    def close(self) -> None:
-        """End threads and trackers, and give the model its own forwards back."""
+    def close(self, *, undo: bool = False) -> None:
+        """End threads and trackers, unlock the directory, give the model its own forwards back.
+
+        With `undo`, a directory in which nothing was learned yet is removed.
+        """
         try:
             self.engine.close()
         finally:
+            if self.directory is not None:
+                self.directory.close(undo=undo)
             if self.train.trackers:
                 self.accelerator.end_training()
 
@@ -107,7 +131,8 @@ class Run:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.close()
+        is_refused = error is not None and not isinstance(error, TrainingError | KeyboardInterrupt)
+        self.close(undo=is_refused and self.progress.step == 0)
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

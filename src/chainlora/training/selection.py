@@ -5,12 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Literal
 
 from chainlora.chain.link import Link
 from chainlora.data.examples import Example
 from chainlora.evaluation.evaluate import Evaluation
 from chainlora.evaluation.metrics import is_higher_better
+from chainlora.runs.manifest import Best
 from chainlora.training.events import Evaluated
 from chainlora.training.run import Run
 
@@ -59,7 +60,7 @@ def select_best(run: Run) -> None:
     run.best_link = partial
 
 
-def _is_better(metric: str, value: float, best: dict[str, Any] | None) -> bool:
+def _is_better(metric: str, value: float, best: Best | None) -> bool:
     sign = 1 if is_higher_better(metric) else -1
     return best is None or sign * value > sign * best["value"]
 
@@ -77,7 +78,7 @@ def _keep_point(run: Run, metric: str, value: float) -> None:
     if run.train.keep_best and is_partial:
         run.best_link = run.chain.live_link()
         if run.directory is not None:
-            run.directory.save_link_to("best", run.best_link, run.config.model)
+            run.directory.save_best(run.best_link, run.config.model, run.progress)
 
 
 def _partial_link(run: Run) -> Link | None:
@@ -89,5 +90,6 @@ def _partial_link(run: Run) -> Link | None:
     partial, index = run.best_link, best["num_links"]
     if partial is None:
         assert run.directory is not None
-        partial = run.directory.load_best(index, run.config.chain.links()[index])
-    return replace(partial, num_steps=best["step"] - run.plan.first_step(index))
+        config, where = run.config.chain.links()[index], best.get("directory", "best")
+        partial = run.directory.load_best(index, config, where)
+    return replace(partial, num_steps=best["step"] - run.first_step(index))

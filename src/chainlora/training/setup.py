@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from chainlora.chain.adapters import check_targets
 from chainlora.chain.chain import Chain
@@ -14,6 +17,7 @@ from chainlora.config.schema import RunConfig
 from chainlora.data.splits import Splits, prepare_splits
 from chainlora.engine.engine import Engine
 from chainlora.errors import ConfigError
+from chainlora.models.identity import base_files
 from chainlora.models.loading import context_length, load_model, resolve_model
 from chainlora.runs.directory import Progress, RunDirectory
 from chainlora.training.events import Listener, Planned, RowsEncoded
@@ -24,26 +28,48 @@ from chainlora.training.plan import make_plan
 from chainlora.training.run import Clock, Run, flatten
 
 
-def prepare(config: RunConfig, resume: bool, listener: Listener) -> Run:
+def prepare(
+    config: RunConfig, resume: bool, listener: Listener, change: Collection[str] = ()
+) -> Run:
     """Load and check everything a run needs, claim its directory, find where to resume."""
+    directory = RunDirectory(config.output) if config.output else None
+    try:
+        return _prepare(config, resume, listener, change, directory)
+    except BaseException:
+        if directory is not None:
+            directory.close(undo=True)
+        raise
+
+
+def _prepare(
+    config: RunConfig,
+    resume: bool,
+    listener: Listener,
+    change: Collection[str],
+    directory: RunDirectory | None,
+) -> Run:
     if config.chain.tune == "full" and resume:
         raise ConfigError(
             "full fine-tuning cannot resume (its optimizer state is not saved); start over"
         )
     check_optimizer(config.train)
     accelerator = make_accelerator(config)
-    directory = RunDirectory(config.output) if config.output else None
-    if directory is not None and not resume:
-        directory.refuse_if_taken()  # before the model is loaded
+    folder = resolve_model(config.model)
+    files = base_files(folder)
+    if directory is not None:  # refuse before the model is loaded
+        directory.open(config, resume=resume, change=change)
+        directory.check_base_files(files)
     model, tokenizer = _load_model(config, accelerator.device)
     splits = _load_splits(config, model, tokenizer, listener)
     plan = make_plan(config, splits.train)
     check(config, model, splits)
-    chain = _new_chain(config, model)
+    chain = _new_chain(config, model, folder)
     engine = _new_engine(config, model)
     try:
-        base = _identity(config, chain)
-        progress = directory.begin(config, base, resume=resume) if directory else Progress()
+        base = _identity(config, chain, files)
+        progress = Progress()
+        if directory is not None:
+            progress = directory.begin(config, base, resume=resume, rows=splits.digest)
         run = Run(
             config=config,
             plan=plan,
@@ -85,8 +111,7 @@ def _load_splits(config: RunConfig, model: Any, tokenizer: Any, listener: Listen
     return prepare_splits(config.data, tokenizer, context_length(model), tell)
 
 
-def _new_chain(config: RunConfig, model: Any) -> Chain:
-    folder = str(resolve_model(config.model))
+def _new_chain(config: RunConfig, model: Any, folder: Path) -> Chain:
     return Chain(model, seed=config.train.seed, hold=config.chain.hold, checkpoint=folder)
 
 
@@ -96,9 +121,15 @@ def _new_engine(config: RunConfig, model: Any) -> Engine:
     return Engine(model, speedups=config.train.speedups, training=True, threads=threads)
 
 
-def _identity(config: RunConfig, chain: Chain) -> dict[str, Any]:
-    fingerprint = chain.base_fingerprint
-    return {"model": config.model, "fingerprint": fingerprint, "dtype": config.train.dtype}
+def _identity(config: RunConfig, chain: Chain, files: Mapping[str, str]) -> dict[str, Any]:
+    """Return what the manifest says of the base model (`runs.manifest.Base`)."""
+    return {
+        "model": config.model,
+        "fingerprint": chain.base_fingerprint,
+        "dtype": config.train.dtype,
+        "files": files,
+        "fan_in_fan_out": any(isinstance(module, Conv1D) for module in chain.model.modules()),
+    }
 
 
 def check(config: RunConfig, model: nn.Module, splits: Splits) -> None:

@@ -66,7 +66,7 @@ def update(run: Run, work: Work, optimizer: torch.optim.Optimizer) -> float:
     started, step = time.perf_counter(), work.step
     torch.manual_seed((run.train.seed << 32) + step)  # dropout is a function of the step alone
     run.chain.model.train()
-    rate = set_learning_rate(optimizer, run.train, run.plan.lengths, step)
+    rate = set_learning_rate(optimizer, run.train, run.lengths, step)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     loss = add_gradients(run, work, parameters)
     norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])

@@ -7,7 +7,7 @@ files.py     a link on disk, an ordinary PEFT adapter
 """
 
 from chainlora.chain.adapters.factors import Factors
-from chainlora.chain.adapters.files import load_adapter, save_adapter
+from chainlora.chain.adapters.files import load_adapter, reload_adapter, save_adapter
 from chainlora.chain.adapters.layers import (
     LIVE,
     Adapter,
@@ -43,6 +43,7 @@ __all__ = [
     "is_transposed",
     "live_factors",
     "load_adapter",
+    "reload_adapter",
     "reset_magnitudes",
     "same_shape",
     "save_adapter",

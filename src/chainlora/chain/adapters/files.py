@@ -4,18 +4,25 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+import peft
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from chainlora.chain.adapters.factors import Factors
 from chainlora.chain.adapters.targets import peft_config
 from chainlora.config.schema import LinkConfig
 from chainlora.errors import RunError
+from chainlora.files import reported, save_tensors
 
+_CONFIG = "adapter_config.json"
+_WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 
 
@@ -28,11 +35,17 @@ def save_adapter(
     alpha: float,
     base: str,
     extra: Mapping[str, Tensor] | None = None,
+    fan_in_fan_out: bool = False,
 ) -> None:
     """Write an ordinary PEFT adapter: ``adapter_config.json`` and ``adapter_model.safetensors``.
 
-    `rank` and `alpha` are of the stored factors (a PiSSA link stores twice its tuned rank). `extra`
-    maps parameter paths of trained extra modules to their weights.
+    Equal links give equal bytes. Write into a scratch folder (`files.replaced_folder`).
+
+    Args:
+        rank: of the stored factors; a PiSSA link stores twice its tuned rank.
+        alpha: of the stored factors.
+        extra: weights of trained extra modules by parameter path.
+        fan_in_fan_out: whether the adapted layers store their weights (in × out), as GPT-2 does.
     """
     tensors: dict[str, Tensor] = {}
     for name, share in factors.items():
@@ -44,8 +57,7 @@ def save_adapter(
             tensors[f"{_PREFIX}{name}.lora_magnitude_vector"] = share.magnitude
     for path, weight in (extra or {}).items():
         tensors[f"{_PREFIX}{path}"] = weight.contiguous()
-    directory.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_tensors(directory / _WEIGHTS, tensors, metadata={"format": "pt"})
     written = peft_config(
         config,
         r=rank,
@@ -56,37 +68,96 @@ def save_adapter(
         exclude_modules=None,
         modules_to_save=sorted({path.rpartition(".")[0] for path in extra or {}}) or None,
         init_lora_weights=True,
+        fan_in_fan_out=fan_in_fan_out,
     )
-    written.save_pretrained(str(directory))
+    # PEFT's own writer lists sets in whatever order the process has them in.
+    tree = {key: _listed(value) for key, value in written.to_dict().items()}
+    with reported(directory):
+        text = json.dumps(tree, indent=2, sort_keys=True) + "\n"
+        (directory / _CONFIG).write_text(text, encoding="utf-8")
+
+
+def _listed(value: Any) -> Any:
+    return sorted(value) if isinstance(value, set | frozenset) else value
 
 
 def load_adapter(directory: Path) -> tuple[dict[str, Factors], dict[str, Tensor], dict[str, Any]]:
-    """Read a saved adapter: factors by module, extra weights by parameter path, and its PEFT config
-    as a dict."""
-    try:
-        tensors = load_file(directory / "adapter_model.safetensors")
-        config = json.loads((directory / "adapter_config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RunError(
-            f"a link must be a whole PEFT adapter (got {directory}: {error}); the run directory "
-            "is half there"
-        ) from None
-    except Exception as error:  # safetensors raises its own class for a truncated file
-        raise RunError(
-            f"a link's weights must be readable (got {directory}: {error}); the run directory is "
-            "half there: copy it "
-            "whole, or train anew"
-        ) from None
+    """Read a saved adapter: factors by module, extra weights by parameter path, PEFT's config.
+
+    Raises RunError unless it is whole: every module has both factors, of one rank.
+    """
+    tensors, config = _read(directory)
     tensors = {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()}
     modules = [
         name.removesuffix(".lora_A.weight") for name in tensors if name.endswith(".lora_A.weight")
     ]
     factors = {}
     for name in modules:
-        factors[name] = Factors(
-            tensors.pop(f"{name}.lora_A.weight").float(),
-            tensors.pop(f"{name}.lora_B.weight").float(),
-            tensors.pop(f"{name}.lora_B.bias", None),
-            tensors.pop(f"{name}.lora_magnitude_vector", None),
-        )
+        a = tensors.pop(f"{name}.lora_A.weight")
+        b = tensors.pop(f"{name}.lora_B.weight", None)
+        if b is None or a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1]:
+            raise _damaged(directory, f"no pair of factors for {name}")
+        bias = tensors.pop(f"{name}.lora_B.bias", None)
+        magnitude = tensors.pop(f"{name}.lora_magnitude_vector", None)
+        factors[name] = Factors(a.float(), b.float(), bias, magnitude)
+    if not factors:
+        raise _damaged(directory, "no factors")
+    left = [name for name in tensors if ".lora_" in name]
+    if left:
+        raise _damaged(directory, f"{left[0]} without its factors")
     return factors, tensors, config
+
+
+def _read(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    try:
+        config = json.loads((directory / _CONFIG).read_text(encoding="utf-8"))
+        tensors = load_file(directory / _WEIGHTS)
+    except OSError as error:
+        raise _damaged(directory, error.strerror or str(error)) from None
+    except (ValueError, RecursionError, SafetensorError) as error:
+        raise _damaged(directory, " ".join(str(error).split())) from None
+    if not isinstance(config, dict):
+        raise _damaged(directory, "an adapter_config.json that is not an object")
+    return tensors, config
+
+
+def _damaged(directory: Path, what: str) -> RunError:
+    return RunError(
+        f"a link must be a whole PEFT adapter (got {what} in {directory}); the run directory is "
+        "incomplete: copy it whole, or start over"
+    )
+
+
+def reload_adapter(
+    directory: Path, model: Any, factors: Mapping[str, Factors], extra: Mapping[str, Tensor]
+) -> str | None:
+    """Load a saved adapter onto a plain model with PEFT; return the name of a weight that differs.
+
+    `model` is on the meta device, and is adapted in place. It gets memory that nothing touches:
+    only the adapter's own weights are looked at.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = model.to_empty(device="cpu")  # PEFT moves factors to the device of their layer
+        loaded = peft.PeftModel.from_pretrained(model, str(directory))
+    found = {
+        name.removeprefix(_PREFIX).replace(".default", ""): parameter
+        for name, parameter in loaded.named_parameters()
+        if ".lora_" in name or ".modules_to_save." in name
+    }
+    wanted = dict(extra)
+    for name, pair in factors.items():
+        parts = {"lora_A.weight": pair.a, "lora_B.weight": pair.b, "lora_B.bias": pair.bias}
+        wanted |= {f"{name}.{key}": part for key, part in parts.items() if part is not None}
+    found = {name.replace(".modules_to_save", ""): tensor for name, tensor in found.items()}
+    for name in sorted(wanted.keys() | found.keys()):
+        if name not in wanted or not _equal(found.get(name), wanted[name]):
+            return name
+    return None
+
+
+def _equal(found: Tensor | None, wanted: Tensor) -> bool:
+    """Compare in the dtype that was loaded: extra modules come in that of the model."""
+    if found is None or found.shape != wanted.shape:
+        return False
+    return torch.equal(found.detach().cpu(), wanted.to(found.dtype))

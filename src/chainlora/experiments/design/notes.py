@@ -48,8 +48,10 @@ def tuned_on_test_seeds(experiment: Experiment) -> str | None:
     shared = [seed for seed in experiment.tuning_seeds if seed in experiment.seeds]
     if not tuned or not shared:
         return None
-    seeds = ", ".join(map(str, shared))
+    seeds = (
+        f"seeds {', '.join(map(str, shared))} choose" if shared[1:] else f"seed {shared[0]} chooses"
+    )
     return (
-        f"seed{'s' * (len(shared) > 1)} {seeds} both choose hyper-parameters and are compared; "
+        f"{seeds} hyper-parameters and {'are' if shared[1:] else 'is'} compared as well; "
         "`tune.seeds` of their own keep the comparison free of that choice"
     )

@@ -12,7 +12,7 @@ from chainlora.data.tasks import load_task
 from chainlora.experiments.execution.checksums import sealed
 from chainlora.experiments.execution.costs import run_costs, tokens_by_link
 from chainlora.experiments.execution.curves import curve
-from chainlora.experiments.execution.digests import digest
+from chainlora.experiments.execution.digests import BASE_VERSION, digest
 from chainlora.experiments.execution.environment import accelerator, base_file, commit
 from chainlora.experiments.execution.records import FORMAT
 
@@ -55,8 +55,8 @@ def summarise(config: RunConfig, result: Mapping[str, Any], run: Path) -> dict[s
         ],
         "curve": curve(records),
         "config": compact_config(config),
-        "rows_digest": digest("rows", result["rows_digest"]),
-        "base_fingerprint": digest("base", result["base_fingerprint"]),
+        "rows_digest": digest(result["rows_digest"], 1),
+        "base_fingerprint": digest(result["base_fingerprint"], BASE_VERSION),
         "base_file": base_file(config.model),
         "versions": result["versions"],
         "commit": commit(),

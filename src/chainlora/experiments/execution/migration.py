@@ -23,10 +23,10 @@ def migrate(result: Mapping[str, Any]) -> dict[str, Any]:
     moved = dict(result) | {"format": 2}
     if result.get("status") == "done":
         base = result.get("base_fingerprint")
-        rows_version = 1 if base is not None and len(base) == _FULL_FINGERPRINT else 2
+        rows_version = 0 if base is not None and len(base) == _FULL_FINGERPRINT else 1
         moved |= {
-            "rows_digest": digest("rows", result.get("rows_digest"), rows_version),
-            "base_fingerprint": digest("base", base, 1),
+            "rows_digest": digest(result.get("rows_digest"), rows_version),
+            "base_fingerprint": digest(base, 1),
             "base_file": _PACKAGED.get(result.get("config", {}).get("model")),
             "curve": [],
             "commit": None,

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from chainlora.config.messages import problems
 from chainlora.errors import RunError
 from chainlora.experiments.execution.checksums import is_whole
+from chainlora.experiments.execution.digests import definition
 from chainlora.experiments.execution.lines import Line, model_of
 from chainlora.experiments.execution.migration import migrate
 from chainlora.experiments.execution.records import FORMAT, result_of
@@ -84,12 +85,16 @@ def _read_lines(path: Path, on_damage: Callable[[str], None] | None) -> list[dic
         except DamageError as error:
             if on_damage is None:
                 raise
-            on_damage(str(error))
+            on_damage(error.what)
     return lines
 
 
 class DamageError(RunError):
-    """A result that is torn, or no longer what its checksum says."""
+    """A result that is torn, or no longer what its checksum says; `what` is it without a remedy."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(f"{what}; {_REBUILD}")
+        self.what = what
 
 
 def _read_line(where: str, text: str) -> dict[str, Any]:
@@ -98,7 +103,7 @@ def _read_line(where: str, text: str) -> dict[str, Any]:
     if model is None:
         raise DamageError(
             "a line of results must be of kind experiment, choice or cell "
-            f"(got {line.get('kind')!r} in {where}); {_REBUILD}"
+            f"(got {line.get('kind')!r} in {where})"
         )
     if line["kind"] == "cell":
         labels = {key: value for key, value in line.items() if key not in result_of(line)}
@@ -113,13 +118,9 @@ def parse_object(where: str, text: str) -> dict[str, Any]:
         value = json.loads(text)
         json.dumps(value, ensure_ascii=False).encode()  # lone surrogates can be read, not written
     except (ValueError, RecursionError) as error:
-        raise DamageError(
-            f"results must hold whole JSON objects (got {where}: {error}); {_REBUILD}"
-        ) from None
+        raise DamageError(f"results must hold whole JSON objects (got {where}: {error})") from None
     if not isinstance(value, dict):
-        raise DamageError(
-            f"results must hold JSON objects (got {type(value).__name__} in {where}); {_REBUILD}"
-        )
+        raise DamageError(f"results must hold JSON objects (got {type(value).__name__} in {where})")
     return value
 
 
@@ -137,7 +138,7 @@ def check_result(where: str, result: Mapping[str, Any]) -> dict[str, Any]:
     if not is_whole(moved):
         raise DamageError(
             f"a result must be what its checksum says (got other content in {where}: it was "
-            f"edited or damaged); {_REBUILD}"
+            "edited or damaged)"
         )
     return moved
 
@@ -149,8 +150,7 @@ def _check(where: str, line: Mapping[str, Any], model: type[Line]) -> None:
         model.model_validate(line)
     except ValidationError as error:
         raise DamageError(
-            f"a line of results must have what reports read ({problems(error, model)}; "
-            f"got {where}); {_REBUILD}"
+            f"a line of results must have what reports read ({problems(error, model)}; got {where})"
         ) from None
 
 
@@ -167,7 +167,7 @@ def check_alike(cells: Sequence[Mapping[str, Any]]) -> None:
             found = cell.get(field)
             if found is None:
                 continue
-            key = (field, found.partition(":")[0], settings)
+            key = (field, definition(found), settings)
             before, of = first.setdefault(key, (found, name))
             if found != before:
                 raise RunError(
@@ -180,8 +180,8 @@ def check_alike(cells: Sequence[Mapping[str, Any]]) -> None:
 def _identities(cell: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """Return (field, what it names, the settings that decide it)."""
     config = cell["config"]
-    shapes = ("shots", "max_length", "truncation")  # they cut rows after these are named
-    data = {k: v for k, v in config.get("data", {}).items() if k not in shapes}
+    cuts = ("max_length", "truncation")  # rows are cut after they are digested
+    data = {k: v for k, v in config.get("data", {}).items() if k not in cuts}
     model = {"model": config.get("model"), "dtype": config.get("train", {}).get("dtype")}
     return [
         ("rows_digest", "rows", json.dumps(data, sort_keys=True)),
@@ -190,12 +190,12 @@ def _identities(cell: Mapping[str, Any]) -> list[tuple[str, str, str]]:
 
 
 def definitions_mixed(cells: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return the digests (`rows_digest`, …) of which cells have several definitions, or none."""
+    """Return the digests (`rows_digest`, …) that cells have by several definitions, or lack."""
     found: dict[tuple[str, str], set[str | None]] = {}
     for cell in cells:
         for field, _, settings in _identities(cell):
             value = cell.get(field)
-            version = None if value is None else value.partition(":")[0]
+            version = None if value is None else definition(value)
             found.setdefault((field, settings), set()).add(version)
     return sorted({field for (field, _), versions in found.items() if len(versions) > 1})
 

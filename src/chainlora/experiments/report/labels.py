@@ -78,7 +78,8 @@ def _label(configs: Sequence[Tree], apart: Sequence[tuple[str, str]]) -> str:
     for section, key in apart:
         value = configs[0].get(section, {}).get(key)
         if value is not None:
-            words.append(_WORDS.get(f"{section}.{key} {value}") or f"{key}: {_plain(value)}")
+            said = "soft knots" if (section, key) == ("chain", "knots") else key
+            words.append(_WORDS.get(f"{section}.{key} {value}") or f"{said}: {_plain(value)}")
     return "; ".join(words) + "."
 
 
@@ -123,6 +124,8 @@ def _lengths(configs: Sequence[Tree], num_links: int) -> str:
 
 
 def _plain(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_plain(each)}" for key, each in value.items()) or "auto"
     if isinstance(value, list):
         return f"[{', '.join(map(str, value))}]"
     return str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,0 +1,273 @@
+"""Files that are whole or absent: atomic writes, checksums, safe deletion. One copy for all rooms.
+
+A write goes to a scratch file beside its target, is flushed to disk, and is renamed into place;
+then the folder is flushed. So a kill at any instant leaves the old file or the new one, and after
+the call returns a power loss does too. A folder is written and replaced in the same way, and
+renamed before it is deleted: whoever sees a folder by its name sees all of it.
+
+Scratch names end in ``.new`` or ``.old``; `remove_scratch` clears what a killed process left.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import itertools
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from chainlora.errors import FileError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_SCRATCH = (".new", ".old")
+_counter = itertools.count()
+
+# What to do about the errors that users meet; for others the system's own words must do.
+_REMEDIES = {
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "free some space",
+    errno.EROFS: "choose a folder that can be written",
+    errno.EACCES: "choose a folder that can be written, or change its permissions",
+    errno.EPERM: "choose a folder that can be written, or change its permissions",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ENOTDIR: "choose a path whose parents are folders",
+    errno.EIO: "check the disk",
+}
+
+
+@contextmanager
+def reported(path: str | Path, verb: str = "written") -> Iterator[None]:
+    """Turn an OSError inside the block into a FileError that names `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise file_error(error, path, verb) from error
+
+
+def file_error(error: OSError, path: str | Path, verb: str = "written") -> FileError:
+    """Return a FileError in one line for an OSError about `path`."""
+    remedy = _REMEDIES.get(error.errno or 0, "check the path")
+    reason = error.strerror or " ".join(str(error).split())
+    return FileError(f"a file must be {verb} (got {reason} for {path}); {remedy}")
+
+
+# --- writing ---
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replace a file atomically and durably."""
+    with _replaced(path) as scratch, scratch.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a UTF-8 text file atomically and durably."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_json(path: Path, value: Any, *, sort_keys: bool = False) -> None:
+    """Replace a JSON file atomically and durably."""
+    text = json.dumps(value, indent=2, ensure_ascii=False, sort_keys=sort_keys)
+    write_text(path, text + "\n")
+
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None
+) -> None:
+    """Replace a safetensors file atomically and durably."""
+    with _replaced(path) as scratch:
+        save_tensors(scratch, tensors, metadata)
+        sync_file(scratch)
+
+
+def save_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None
+) -> None:
+    """Write a safetensors file as it comes: into a scratch folder, which is flushed as a whole."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        with reported(path):
+            save_file(dict(tensors), path, metadata=metadata)
+    except SafetensorError as error:  # how it reports a full disk
+        raise unwritable(error, path) from error
+
+
+def unwritable(error: Exception, path: Path) -> FileError:
+    """Return a FileError for what safetensors raises when it cannot write."""
+    reason = " ".join(str(error).split())
+    return FileError(
+        f"a file must be written (got {reason} for {path}); free some space, or choose a folder "
+        "that can be written"
+    )
+
+
+@contextmanager
+def _replaced(path: Path) -> Iterator[Path]:
+    """Give a scratch path; rename it to `path` at the end, or remove it after an error."""
+    scratch = _scratch(path, ".new")
+    with reported(path):
+        try:
+            yield scratch
+            scratch.replace(path)
+        except BaseException:
+            with suppress(OSError):
+                scratch.unlink(missing_ok=True)
+            raise
+        sync_folder(path.parent)
+
+
+@contextmanager
+def replaced_folder(path: Path) -> Iterator[Path]:
+    """Give an empty scratch folder; put it in place of `path` at the end, or remove it."""
+    scratch = _scratch(path, ".new")
+    with reported(path):
+        make_folder(path.parent)
+        scratch.mkdir()
+        try:
+            yield scratch
+            sync_tree(scratch)
+            _swap(scratch, path)
+        except BaseException:
+            shutil.rmtree(scratch, ignore_errors=True)
+            raise
+
+
+def _swap(scratch: Path, path: Path) -> None:
+    old = _scratch(path, ".old")
+    if path.exists():
+        path.rename(old)
+    scratch.rename(path)
+    sync_folder(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and its parents, durably; one that is there already is left as it is."""
+    with reported(path):
+        missing = [each for each in (path, *path.parents) if not each.exists()]
+        path.mkdir(parents=True, exist_ok=True)
+        for each in missing:
+            sync_folder(each.parent)
+
+
+# --- removing ---
+
+
+def remove(path: Path) -> None:
+    """Delete a file or folder, if it is there. A folder is renamed first, so it is never partial.
+
+    What cannot be deleted stays under a scratch name, for `remove_scratch`.
+    """
+    if path.is_dir() and not path.is_symlink():
+        old = _scratch(path, ".old")
+        with suppress(OSError):
+            path.rename(old)
+            shutil.rmtree(old, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+
+
+def remove_scratch(folder: Path) -> None:
+    """Delete what killed writes left directly in a folder that nobody else writes to now."""
+    for entry in list(folder.iterdir()) if folder.is_dir() else ():
+        if is_scratch(entry.name):
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+
+
+def is_scratch(name: str) -> bool:
+    """Say whether a file name is one that a killed write can leave."""
+    return name.endswith(_SCRATCH)
+
+
+def _scratch(path: Path, ending: str) -> Path:
+    """Return a name beside `path` that no other process or call uses."""
+    return path.with_name(f"{path.name}.{os.getpid()}-{next(_counter)}{ending}")
+
+
+# --- flushing to disk ---
+
+
+def sync_file(path: Path) -> None:
+    """Flush a file's content to disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def sync_folder(path: Path) -> None:
+    """Flush a folder's entries to disk, where the system can (Windows cannot open a folder)."""
+    if os.name == "nt":
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:  # some network file systems sync no folders
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(handle)
+
+
+def sync_tree(folder: Path) -> None:
+    """Flush all files and folders below `folder`, and itself."""
+    for entry in folder.iterdir():
+        sync_tree(entry) if entry.is_dir() else sync_file(entry)
+    sync_folder(folder)
+
+
+# --- checking ---
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def checksums(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of every file below a folder, by its path within it."""
+    found = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): sha256(path) for path in found}
+
+
+def check_writable(path: Path) -> None:
+    """Raise FileError unless a folder can be made at `path`, or be written to if it is there."""
+    _check_name(path)
+    with reported(path):
+        if path.is_symlink() and not path.exists():
+            raise FileError(
+                f"a folder must not be a symbolic link to nothing (got {path}); "
+                "remove the link or make its target"
+            )
+        there = next(each for each in (path, *path.absolute().parents) if each.exists())
+    if not there.is_dir():
+        raise FileError(
+            f"a folder must lie in folders (got {path}, at or below the file {there}); "
+            "choose another"
+        )
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise FileError(
+            f"a folder must be writable (got {there}, which is not); choose another or change "
+            "its permissions"
+        )
+
+
+def _check_name(path: Path) -> None:
+    """Raise FileError for a name that no file system takes."""
+    try:
+        if b"\0" not in os.fsencode(path):
+            return
+    except UnicodeEncodeError:
+        pass
+    raise FileError(f"a path must be text without NUL (got {str(path)!a}); choose another")

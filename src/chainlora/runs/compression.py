@@ -1,0 +1,65 @@
+"""A chain as one low-rank pair a module: exact, or compressed to a rank or a relative error.
+
+The best approximation of a rank is found by QR and a small SVD of the stacked factors; the dense
+update is never formed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from chainlora.chain.adapters import Factors
+from chainlora.chain.link import Link, stack_links
+from chainlora.chain.low_rank import compress_low_rank, singular_values_of_sum
+from chainlora.errors import ChainError
+
+
+def adapter_factors(
+    links: Sequence[Link], *, rank: int | None = None, tolerance: float | None = None
+) -> tuple[dict[str, Factors], float]:
+    """Return one pair of factors a module for a chain, all of one rank, with scaling 1, and the
+    relative error."""
+    if not links:
+        raise ChainError("an adapter needs at least one link (got a chain of none)")
+    stacked = stack_links(links)
+    if rank is None and tolerance is None:
+        widest = max(share.a.shape[0] for share in stacked.values())
+        return {name: _pad(share, widest) for name, share in stacked.items()}, 0.0
+    spectra = {
+        name: singular_values_of_sum([(share.a, share.b, 1.0)]).double()
+        for name, share in stacked.items()
+    }
+    total = sum(float((s**2).sum()) for s in spectra.values())
+    longest = max(len(s) for s in spectra.values())
+    if tolerance is not None:
+        tails = [
+            sum(float((s[r:] ** 2).sum()) for s in spectra.values()) for r in range(longest + 1)
+        ]
+        rank = next(r for r, tail in enumerate(tails) if r and tail <= tolerance**2 * total)
+    assert rank is not None
+    rank = min(rank, longest)
+    compressed = {}
+    squared = 0.0
+    for name, share in stacked.items():
+        a, b, error = compress_low_rank(
+            [(share.a, share.b, 1.0)], rank=min(rank, len(spectra[name]))
+        )
+        compressed[name] = _pad(Factors(a.float(), b.float(), share.bias), rank)
+        squared += (error**2) * float((spectra[name] ** 2).sum())
+    return compressed, math.sqrt(squared / total) if total else 0.0
+
+
+def _pad(share: Factors, rank: int) -> Factors:
+    """Widen factors with zeros to a uniform rank (vLLM and others load one rank an adapter)."""
+    missing = rank - share.a.shape[0]
+    if missing <= 0:
+        return share
+    return replace(
+        share,
+        a=torch.nn.functional.pad(share.a, (0, 0, 0, missing)),
+        b=torch.nn.functional.pad(share.b, (0, missing)),
+    )

@@ -1,0 +1,94 @@
+"""Links on disk: each an ordinary PEFT adapter, checked against what the manifest says of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from chainlora.chain.adapters import load_adapter, save_adapter
+from chainlora.chain.link import Link
+from chainlora.config.schema import LinkConfig
+from chainlora.errors import RunError
+from chainlora.runs.manifest import DAMAGED, LinkEntry
+
+
+def write_link(folder: Path, link: Link, base: str, *, fan_in_fan_out: bool = False) -> None:
+    """Write a link as a PEFT adapter, its scaling the tuned one whatever rank is stored."""
+    power = 0.5 if link.config.rslora else 1
+    save_adapter(
+        folder,
+        link.factors,
+        link.config,
+        rank=link.rank,
+        alpha=link.config.scaling * link.rank**power,
+        base=base,
+        extra=link.extra,
+        fan_in_fan_out=fan_in_fan_out,
+    )
+
+
+def read_link(folder: Path, entry: LinkEntry) -> Link:
+    """Read a link back from its PEFT adapter and its manifest entry.
+
+    Raises RunError unless both agree: formats without checksums are checked by this alone.
+    """
+    factors, extra, stored = load_adapter(folder)
+    config = entry.link_config()
+    link = Link(entry.index, config, factors, extra, entry.num_steps, entry.error)
+    wrong = _disagreement(link, entry, stored)
+    if wrong is not None:
+        raise RunError(f"a link must be as its run wrote it (got {wrong} in {folder}); {DAMAGED}")
+    return link
+
+
+def _disagreement(link: Link, entry: LinkEntry, stored: Mapping[str, Any]) -> str | None:
+    """Return in what a link's tensors, its adapter config and its manifest entry differ."""
+    if link.rank != entry.rank:
+        return f"rank {link.rank}, manifest {entry.rank}"
+    if not math.isclose(link.config.scaling, entry.scaling, rel_tol=1e-6):  # rounding of JSON: none
+        return f"scaling {link.config.scaling}, manifest {entry.scaling}"
+    if not _has_scaling(stored, entry.scaling):
+        return f"adapter_config.json of another scaling than {entry.scaling}"
+    if stored.get("target_modules") != sorted(link.factors):
+        return "tensors of other modules than adapter_config.json names"
+    for path, weight in _tensors(link):
+        if not bool(torch.isfinite(weight).all()):
+            return f"weights that are not finite at {path}"
+    for path in link.extra:
+        module = path.rpartition(".")[0]
+        if not any(f".{module}".endswith(f".{name}") for name in link.config.extra_modules):
+            return f"weights of {module}, which the link did not train,"
+    return None
+
+
+def _has_scaling(stored: Mapping[str, Any], scaling: float) -> bool:
+    rank, alpha = stored.get("r"), stored.get("lora_alpha")
+    if not isinstance(rank, int) or not isinstance(alpha, int | float) or rank < 1:
+        return False
+    power = 0.5 if stored.get("use_rslora") else 1
+    return math.isclose(alpha / rank**power, scaling, rel_tol=1e-6)
+
+
+def _tensors(link: Link) -> list[tuple[str, Tensor]]:
+    found = list(link.extra.items())
+    for name, factors in link.factors.items():
+        parts = (factors.a, factors.b, factors.bias, factors.magnitude)
+        found += [(name, part) for part in parts if part is not None]
+    return found
+
+
+def live_state_of_adapter(folder: Path, config: LinkConfig) -> dict[str, Tensor]:
+    """Read a checkpoint of version 0.1, whose live link is stored as an adapter."""
+    factors, extra, _ = load_adapter(folder)
+    rank, state = config.rank, {f"extra/{path}": weight for path, weight in extra.items()}
+    for name, found in factors.items():  # a PiSSA link stores what it started from behind itself
+        parts: dict[str, Tensor | None] = {"A": found.a[:rank]}
+        parts |= {"B": found.b[:, :rank].contiguous()}
+        parts |= {"bias": found.bias, "magnitude": found.magnitude}
+        state |= {f"{key}/{name}": part for key, part in parts.items() if part is not None}
+    return state

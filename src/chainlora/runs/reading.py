@@ -1,0 +1,195 @@
+"""Reading a run directory: the manifest, the config, the links, each checked before it is used."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from chainlora import files
+from chainlora.chain.adapters import load_adapter
+from chainlora.chain.link import Link
+from chainlora.config.loading import load_config, make_config
+from chainlora.config.schema import LinkConfig, RunConfig
+from chainlora.errors import RunError
+from chainlora.models.identity import changed_files
+from chainlora.runs import format_1
+from chainlora.runs.links import read_link
+from chainlora.runs.manifest import (
+    DAMAGED,
+    INCOMPLETE,
+    Change,
+    LinkEntry,
+    Manifest,
+    decode_manifest,
+)
+from chainlora.runs.records import check_records
+
+logger = logging.getLogger(__name__)
+
+
+class RunReader:
+    """One run on disk, to be read."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        with files.reported(path, "read"):
+            is_file = self.path.is_file()
+        if is_file:
+            raise RunError(
+                f"a run directory must be a directory (got the file {path}); name another"
+            )
+
+    def __truediv__(self, name: str) -> Path:
+        return self.path / name
+
+    @property
+    def exists(self) -> bool:
+        """Whether there is a run here."""
+        return (self / "chain.json").is_file()
+
+    def manifest(self) -> Manifest:
+        """Read and check ``chain.json``."""
+        try:
+            return decode_manifest((self / "chain.json").read_bytes(), self.path)
+        except FileNotFoundError:
+            raise RunError(
+                f"a run directory must hold chain.json (got none in {self.path}); "
+                "is this the output of `chainlora train`?"
+            ) from None
+        except OSError as error:
+            raise files.file_error(error, self / "chain.json", "read") from error
+
+    def config(self) -> RunConfig:
+        """Return the resolved config of the run, with what resumes have changed."""
+        manifest = self.manifest() if self.exists else None
+        if not (self / "config.yaml").is_file():
+            raise RunError(
+                f"a run directory must hold config.yaml (got none in {self.path}); {INCOMPLETE}"
+            )
+        if manifest is None:
+            return load_config(self / "config.yaml")
+        self.check_files(manifest, "config.yaml")
+        return _changed(load_config(self / "config.yaml"), manifest.changes)
+
+    def verify(self) -> Manifest:
+        """Check every file that the manifest names, and return it.
+
+        A damaged checkpoint is left out with a warning: a run can resume from its last knot.
+        """
+        manifest = self.manifest()
+        if manifest.files is None:
+            self.config()  # says what is missing
+            manifest = format_1.complete(manifest, self.path)
+        checkpoint = manifest.checkpoint
+        for name in manifest.files or ():
+            if checkpoint is None or not name.startswith(f"{checkpoint.directory}/"):
+                self._check_file(manifest, name)
+        check_records(self / "metrics.jsonl", manifest.records)
+        return self._with_usable_checkpoint(manifest)
+
+    def load_links(self, num_links: int | None = None) -> list[Link]:
+        """Read the chain: as selected (the best point if it was kept), or its first links."""
+        return self.links_of(self.manifest(), num_links)
+
+    def links_of(self, manifest: Manifest, num_links: int | None = None) -> list[Link]:
+        """Read the links that a manifest names, each checked."""
+        entries, selected = list(manifest.links), manifest.selected
+        if num_links is not None:
+            if not 0 <= num_links <= len(entries):
+                raise RunError(
+                    f"--links must be 0 to {len(entries)} for this run (got {num_links})"
+                )
+            entries = entries[:num_links]
+        elif selected is not None:
+            entries = entries[: selected.num_links]
+            entries += [selected.partial] if selected.partial else []
+        return [self._load_link(manifest, entry) for entry in entries]
+
+    def load_partial(
+        self, manifest: Manifest, directory: str, index: int, config: LinkConfig
+    ) -> Link:
+        """Read a link that was kept before it was whole."""
+        self.check_files(manifest, directory)
+        factors, extra, _ = load_adapter(self / directory)
+        return Link(index, config, factors, extra)
+
+    def check_files(self, manifest: Manifest, name: str) -> None:
+        """Raise RunError unless a file, or all files of a folder, are as the manifest says."""
+        if manifest.files is None:
+            return
+        names = [each for each in manifest.files if each == name or each.startswith(f"{name}/")]
+        if not names:
+            raise RunError(
+                f"chain.json must hold the checksums of {name} (got none in {self.path}); {DAMAGED}"
+            )
+        for each in names:
+            self._check_file(manifest, each)
+
+    def _load_link(self, manifest: Manifest, entry: LinkEntry) -> Link:
+        self.check_files(manifest, entry.directory)
+        return read_link(self / entry.directory, entry)
+
+    def _check_file(self, manifest: Manifest, name: str) -> None:
+        path = self / name
+        if not path.is_file():
+            raise RunError(
+                f"a run directory must hold {name} (got none in {self.path}); {INCOMPLETE}"
+            )
+        with files.reported(path, "read"):
+            found = files.sha256(path)
+        if manifest.files is not None and found != manifest.files[name]:
+            raise RunError(
+                f"{name} must be as the run wrote it (got other bytes in {self.path}); {DAMAGED}"
+            )
+
+    def _with_usable_checkpoint(self, manifest: Manifest) -> Manifest:
+        checkpoint = manifest.checkpoint
+        if checkpoint is None:
+            return manifest
+        try:
+            self.check_files(manifest, checkpoint.directory)
+        except RunError as error:
+            logger.warning(
+                "the checkpoint at step %d cannot be used (%s); the run resumes from step %d",
+                checkpoint.progress.step,
+                error,
+                manifest.progress.step,
+            )
+            return manifest.model_copy(update={"checkpoint": None})
+        return manifest
+
+
+def _changed(config: RunConfig, changes: Sequence[Change]) -> RunConfig:
+    """Return a config with the keys that resumes have changed."""
+    if not changes:
+        return config
+    tree = config.model_dump(mode="json")
+    for change in changes:
+        section, key = change.key.split(".")
+        tree[section][key] = change.after
+    return make_config(tree)
+
+
+def check_base(manifest: Manifest, base: Mapping[str, Any], run: Path) -> None:
+    """Raise RunError unless the model at hand is the one the run was trained on.
+
+    `base` holds ``files`` (`models.identity`), or a ``fingerprint`` for runs of format 1.
+    """
+    before = manifest.base
+    for wrong in _differences(before.files, before.fingerprint, base):
+        raise RunError(
+            f"the base model must be the one {run} was trained on, {before.model} (got {wrong}); "
+            "restore it, or start over"
+        )
+
+
+def _differences(
+    known: Mapping[str, str] | None, fingerprint: str, base: Mapping[str, Any]
+) -> Iterator[str]:
+    if known is not None and base.get("files") is not None:
+        if changed := changed_files(known, base["files"]):
+            yield f"another {changed[0]}" + (" and more" if changed[1:] else "")
+    elif "fingerprint" in base and fingerprint != base["fingerprint"]:
+        yield f"fingerprint {base['fingerprint'][:12]} for {fingerprint[:12]}"

@@ -1,0 +1,102 @@
+"""``metrics.jsonl``: one JSON object a line, appended while a run goes on, not edited in place.
+
+The manifest holds the number of lines that belong to the state it describes, and the hash of their
+bytes. A resume keeps exactly those lines.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from chainlora.errors import RunError
+from chainlora.files import reported, sync_file, write_bytes
+from chainlora.runs.manifest import Records
+
+logger = logging.getLogger(__name__)
+
+
+class RecordLog:
+    """The records of a run that is writing them; `lines` are those that it has already."""
+
+    def __init__(self, path: Path, lines: Sequence[bytes] = ()) -> None:
+        self.path = path
+        self._kept = b"".join(lines)
+        self._hash = hashlib.sha256(self._kept)
+        self.count = len(lines)
+
+    def append(self, values: Mapping[str, Any]) -> None:
+        """Append one record."""
+        line = json.dumps(values).encode() + b"\n"
+        with reported(self.path), self.path.open("ab") as file:
+            file.write(line)
+        self._hash.update(line)
+        self.count += 1
+
+    def flushed(self) -> Records:
+        """Flush the records to disk and say which they are."""
+        if self.count:
+            with reported(self.path):
+                sync_file(self.path)
+        return Records(count=self.count, sha256=self._hash.hexdigest())
+
+    def cut(self) -> None:
+        """Remove from the file what comes after the lines that the log was made with."""
+        if self.path.is_file() and self.path.stat().st_size != len(self._kept):
+            write_bytes(self.path, self._kept)
+
+
+def resumed_log(path: Path, known: Records | None, num_records: int) -> RecordLog:
+    """Return the log of a run that resumes from a state with `num_records`. Changes no file.
+
+    `known` says which lines there must be. Without the file a run resumes too, with a warning: no
+    number is computed from it.
+    """
+    if known is not None and known.count and not path.is_file():
+        logger.warning("%s is missing; resuming without the records before", path)
+        return RecordLog(path)
+    check_records(path, known)
+    lines = _lines(path.read_bytes()) if path.is_file() else []
+    keep = num_records if known is None else min(num_records, known.count)
+    return RecordLog(path, lines[:keep])
+
+
+def check_records(path: Path, known: Records | None) -> None:
+    """Raise RunError if the records that a manifest knows have changed; a missing file may be."""
+    if known is None or not path.is_file():
+        return
+    with reported(path, "read"):
+        lines = _lines(path.read_bytes())[: known.count]
+    if len(lines) < known.count or hashlib.sha256(b"".join(lines)).hexdigest() != known.sha256:
+        raise RunError(
+            f"metrics.jsonl must be as the run wrote it (got other bytes in {path}); restore it, "
+            "or move it away to do without these records"
+        )
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """Read ``metrics.jsonl``; empty when there is none. Half a last line, of a kill, is left out.
+
+    Raises RunError if another line is not a record.
+    """
+    with reported(path, "read"):
+        lines = _lines(path.read_bytes()) if path.is_file() else []
+    try:
+        records = [json.loads(line) for line in lines]
+        if not all(isinstance(record, dict) and "event" in record for record in records):
+            raise ValueError("a line without an event")
+    except (ValueError, RecursionError) as error:
+        raise RunError(
+            f"metrics.jsonl must hold one JSON object a line (got {path}: {error}); "
+            "remove the broken line"
+        ) from None
+    return records
+
+
+def _lines(content: bytes) -> list[bytes]:
+    """Return the whole lines of a file, ends included."""
+    return [line + b"\n" for line in content.split(b"\n")[:-1]]

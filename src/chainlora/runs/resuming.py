@@ -1,0 +1,95 @@
+"""What a resume needs: the run for itself, the config and the rows that the run began with."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from chainlora.config.schema import RunConfig
+from chainlora.errors import RunError
+from chainlora.files import file_error
+from chainlora.runs.manifest import Change, Manifest
+
+logger = logging.getLogger(__name__)
+
+LOCK = ".lock"
+
+# Keys that a resume may change by name: they decide steps to come, and nothing that is on disk.
+CHANGEABLE = ("train.lr", "train.max_grad_norm")
+
+
+def take_lock(run: Path) -> FileLock | None:
+    """Lock a run directory for this process; the system unlocks it when the process ends.
+
+    Raises RunError at once where another process holds it.
+    """
+    lock = FileLock(str(run / LOCK), timeout=0, thread_local=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise RunError(
+            f"a run directory must be used by one process at a time (got {run}, which another "
+            "process is training in); wait for it, or choose another output"
+        ) from None
+    except NotImplementedError:
+        logger.warning("%s cannot be locked; start one process at a time in it", run)
+        return None
+    except OSError as error:
+        raise file_error(error, run / LOCK) from error
+    return lock
+
+
+def changes(before: RunConfig, now: RunConfig, named: Collection[str], step: int) -> list[Change]:
+    """Return the keys that a resume changes, all of them `named` by the user.
+
+    Raises RunError where the config is not the one that the run has.
+    """
+    old, new = _science(before), _science(now)
+    differing = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+    refused = [key for key in differing if key not in named or key not in CHANGEABLE]
+    if refused:
+        first, sections = refused[0], dict.fromkeys(key.partition(".")[0] for key in refused)
+        raise RunError(
+            f"--resume needs the config the run began with (got other values under "
+            f"{', '.join(sections)}: {first} is {new.get(first)!r:.40}, was "
+            f"{old.get(first)!r:.40}); use the run's config.yaml or a new output"
+            + _how_to_change(refused)
+        )
+    return [Change(key=key, before=old[key], after=new[key], step=step) for key in differing]
+
+
+def check_rows(manifest: Manifest, rows: str | None) -> None:
+    """Raise RunError unless the rows are those that the run began with."""
+    before = manifest.rows
+    if rows is None or before is None:
+        return
+    if before.partition(":")[0] != rows.partition(":")[0]:  # the version, as in `data.digest`
+        logger.warning("digests of rows of two versions cannot be compared: %s, %s", before, rows)
+    elif before != rows:
+        raise RunError(
+            f"--resume needs the rows the run began with, in their order (got digest {rows}, "
+            f"was {before}); restore the data files, or start over"
+        )
+
+
+def _science(config: RunConfig) -> dict[str, Any]:
+    """The keys of a config that decide the weights: not where it is written, where rows of a task
+    lie, who watches."""
+    tree = config.model_dump(exclude={"output": True, "data": {"dir"}})
+    for key in ("trackers", "save_every"):
+        tree["train"].pop(key)
+    flat = {"model": tree.pop("model")}
+    for section, keys in tree.items():
+        flat |= {f"{section}.{key}": value for key, value in keys.items()}
+    return flat
+
+
+def _how_to_change(refused: list[str]) -> str:
+    if not all(key in CHANGEABLE for key in refused):
+        return ""
+    words = " ".join(f"--{key} VALUE" for key in refused)
+    return f"; to continue with another value, pass --resume {words}"

@@ -1,0 +1,81 @@
+"""Load back what was exported, and compare: what does not load as it was must not be handed out."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from chainlora.chain.adapters import Factors, is_transposed, reload_adapter
+from chainlora.errors import ChainLoRAError, ModelError
+from chainlora.models.loading import load_model, load_skeleton
+from chainlora.runs.manifest import Base
+
+logger = logging.getLogger(__name__)
+
+
+def state_digests(model: nn.Module) -> dict[str, str]:
+    """Return a hash of every parameter and saved buffer: value, dtype and shape."""
+    return {name: _digest(tensor) for name, tensor in model.state_dict().items()}
+
+
+def _digest(tensor: Tensor) -> str:
+    flat = tensor.detach().cpu().contiguous()
+    found = hashlib.sha256(f"{flat.dtype}{tuple(flat.shape)}".encode())
+    data: Any = flat.reshape(-1).view(torch.uint8).numpy()  # a buffer, though not typed as one
+    found.update(data)
+    return found.hexdigest()
+
+
+def check_checkpoint(folder: Path, digests: Mapping[str, str], dtype: torch.dtype) -> None:
+    """Raise ModelError unless a checkpoint loads as the model that `digests` are of."""
+    model, _ = load_model(folder, dtype)
+    found = state_digests(model)
+    wrong = sorted(
+        name for name in found.keys() | digests.keys() if found.get(name) != digests.get(name)
+    )
+    if wrong:
+        raise ModelError(
+            f"an exported checkpoint must load as it was (got another {wrong[0]}, and "
+            f"{len(wrong) - 1} more); please report it with the model's name, and export "
+            "--to adapter"
+        )
+
+
+def check_adapter(
+    folder: Path, base: str, factors: Mapping[str, Factors], extra: Mapping[str, Tensor]
+) -> None:
+    """Raise ModelError unless PEFT loads all of an adapter onto its base.
+
+    The base is loaded without weights. Where it is not at hand, that is said, and nothing checked.
+    """
+    skeleton = _skeleton(base)
+    if skeleton is None:
+        return
+    wrong = reload_adapter(folder, skeleton, factors, extra)
+    if wrong is not None:
+        raise ModelError(
+            f"an exported adapter must load with PEFT as it was (got another {wrong}); please "
+            "report it with the model's name, and export --to merged"
+        )
+
+
+def stores_transposed(base: Base, modules: Mapping[str, Any]) -> bool:
+    """Say whether the modules store their weights (in × out), as GPT-2's do."""
+    skeleton = _skeleton(base.model)
+    if skeleton is None:
+        return base.fan_in_fan_out
+    return any(is_transposed(skeleton.get_submodule(name)) for name in modules)
+
+
+def _skeleton(base: str) -> nn.Module | None:
+    try:
+        return load_skeleton(base)
+    except ChainLoRAError as error:
+        logger.warning("the adapter was not checked by loading it: %s", error)
+        return None

@@ -1,0 +1,115 @@
+"""`experiment plan`, `experiment run` and `compare` as verbs: what they say and how they stop."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+from experiment_cases import tree
+
+from chainlora.cli.main import run
+from chainlora.experiments import plan_experiment, report_experiment
+
+
+def test_a_plan_says_what_could_be_found_and_how_many_pairs_a_difference_needs(
+    done, tiny_folder, sentiment, tmp_path
+):
+    _, out, _ = done
+    path = tmp_path / "experiment.yaml"
+    path.write_text(yaml.safe_dump(tree(tiny_folder, sentiment, seeds=list(range(8)))))
+    before = sorted(tmp_path.rglob("*"))
+    plan = plan_experiment(path, reuse=[out / "results.jsonl"], difference=5.0)
+    assert sorted(tmp_path.rglob("*")) == before  # nothing is run or written
+    assert (plan.num_cells, plan.num_done) == (18, 6)
+    (power,) = plan.power
+    difference = (
+        report_experiment(out, tmp_path / "report", figures=False).comparisons[0].difference
+    )
+    assert (power.sd, power.num_measured, power.num_pairs) == (difference.sd, 2, 8)
+    assert power.needed is None or power.needed >= 6
+    assert plan.notes == [
+        "seed 0 chooses hyper-parameters and is compared as well; `tune.seeds` of their own keep "
+        "the comparison free of that choice"
+    ]
+    fresh = plan_experiment(path)
+    assert (fresh.num_done, fresh.power) == (0, [])
+
+
+def test_plan_and_run_from_the_command_line(done, tiny_folder, sentiment, tmp_path, capsys):
+    _, out, _ = done
+    path = tmp_path / "experiment.yaml"
+    path.write_text(yaml.safe_dump(tree(tiny_folder, sentiment)))
+    assert run(["experiment", "plan", str(path), "--seeds", "[0, 1, 2, 3, 4, 5]"]) == 0
+    said = capsys.readouterr().out
+    assert "14 cells, 0 of them done" in said
+    assert "no spread is measured yet" in said
+    results = str(out / "results.jsonl")
+    assert run(["experiment", "plan", str(path), "--reuse", results, "--difference", "2"]) == 0
+    said = capsys.readouterr().out
+    assert "6 cells, 6 of them done" in said
+    assert "note: 2 seeds cannot decide anything" in said
+    assert "| task | pair | sd measured | pairs planned | detectable | pairs needed |" in said
+    assert run(["experiment", "plan", str(path), "--output", str(out), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["num_cells"], found["num_done"], len(found["power"])) == (6, 6, 1)
+    assert not (tmp_path / "results.jsonl").exists()
+    command = ["experiment", "run", str(path), "--output", str(tmp_path / "out")]
+    command += ["--backend", "inline", "--reuse", results, "--max-cells", "1"]
+    assert run([*command, "--seeds", "[0, 1, 2]", "--json"]) == 0
+    captured = capsys.readouterr()
+    counts = {key: json.loads(captured.out)[key] for key in ("cells", "run", "done", "left")}
+    assert counts == {"cells": 8, "run": 1, "done": 7, "left": 1}
+    # the spread of the two seeds that are there is spoken of at once
+    assert "note: chain3 − lora on mood: 3 pairs cannot decide it" in captured.err
+
+
+def test_compare_extends_its_rates(tiny_folder, sentiment, tmp_path, capsys):
+    base = tree(tiny_folder, sentiment)["base"]
+    chain = {"ranks": [2], "steps": [6], "target_modules": ["q_proj", "v_proj"]}
+    config = {key: base[key] for key in ("model", "data", "train")} | {"chain": chain}
+    config["data"] = config["data"] | {"task": str(sentiment / "task.yaml")}
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    command = ["compare", str(path), "--methods", "lora", "--seeds", "1", "--backend", "inline"]
+    command += ["--output", str(tmp_path / "out")]
+    assert run([*command, "--extend", "1"]) == 2  # nothing to extend
+    assert run([*command, "--learning-rates", "1e-6,1e-5", "--extend", "1"]) == 0
+    assert "lr 0.0001 (highest tried)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("verb", ["experiment", "compare"])
+def test_ctrl_c_says_that_the_same_command_resumes(tiny_folder, sentiment, tmp_path, verb):
+    """`train --resume`, which was the advice, is for a run and not for an experiment."""
+    base = tree(tiny_folder, sentiment, methods=["lora"], seeds=[0], tune={})
+    base["base"]["recipe"]["steps"] = 100_000
+    out, path = tmp_path / "out", tmp_path / "file.yaml"
+    command = ["experiment", "run", str(path)]
+    if verb == "compare":
+        chain = {"ranks": [2], "steps": [100_000], "target_modules": ["q_proj"]}
+        base = {key: base["base"][key] for key in ("model", "data", "train")} | {"chain": chain}
+        command = ["compare", str(path), "--methods", "lora,chain2"]
+    path.write_text(yaml.safe_dump(base))
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "chainlora", *command, "--output", str(out)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 300
+    while not list(out.glob("cells/*/status.json")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal sends it: to the workers too
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    assert "the same command resumes" in said.splitlines()[-1]
+    assert "--resume" not in said
+    assert "Traceback" not in said

@@ -1,0 +1,156 @@
+"""Which files make a base what it is, and that each is read once while it is unchanged."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_model
+from safetensors.torch import load_file, save_file
+
+from chainlora import files
+from chainlora.errors import ModelError
+from chainlora.models import hashing
+from chainlora.models.identity import base_files, changed_files
+from chainlora.models.loading import load_model
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("CHAINLORA_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def folder(tiny_folder, tmp_path) -> Path:
+    return Path(shutil.copytree(tiny_folder, tmp_path / "model"))
+
+
+def edit_json(path: Path, **keys: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | keys))
+
+
+def age(path: Path) -> None:
+    """Make a file look as if it had been written a while ago."""
+    past = time.time() - 60
+    os.utime(path, (past, past))
+
+
+def test_all_that_decides_what_a_base_computes_is_counted(folder):
+    before = base_files(folder)
+    assert {"model.safetensors", "config.json", "tokenizer.json"} <= set(before)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"][3] += 1e-3  # one value of one tensor
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    assert changed_files(before, base_files(folder)) == ["model.safetensors"]
+    edit_json(folder / "config.json", rms_norm_eps=1e-4)
+    edit_json(folder / "tokenizer_config.json", eos_token="<s>")
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    edit_json(folder / "generation_config.json", eos_token_id=7)
+    assert changed_files(before, base_files(folder)) == [
+        "chat_template.jinja",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer_config.json",
+    ]
+
+
+def test_what_decides_nothing_is_not_counted(folder):
+    before = base_files(folder)
+    keys = {"transformers_version": "9", "_name_or_path": "x", "dtype": "bfloat16"}
+    edit_json(folder / "config.json", **keys, use_cache=False)
+    (folder / "README.md").write_text("mine")
+    assert changed_files(before, base_files(folder)) == []
+
+
+def test_every_shard_is_counted(tmp_path, folder):
+    tiny_model("llama").save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
+    found = base_files(tmp_path / "sharded")
+    shards = sorted(path.name for path in (tmp_path / "sharded").glob("*.safetensors"))
+    assert len(shards) > 1
+    assert {*shards, "model.safetensors.index.json"} <= set(found)
+    (tmp_path / "sharded" / shards[0]).unlink()
+    with pytest.raises(ModelError, match="every shard"):
+        base_files(tmp_path / "sharded")
+    (tmp_path / "sharded" / "model.safetensors.index.json").write_text("[]")
+    with pytest.raises(ModelError, match="must map weights to files"):
+        base_files(tmp_path / "sharded")
+
+
+def test_a_file_is_read_once_while_it_is_unchanged(folder, monkeypatch):
+    path = folder / "model.safetensors"
+    age(path)
+    read = []
+
+    def counted(each: Path) -> str:
+        read.append(each)
+        return files.sha256(each)
+
+    monkeypatch.setattr(hashing, "sha256", counted)
+    first = hashing.hash_file(path)
+    assert hashing.hash_file(path) == first == files.sha256(path)
+    assert len(read) == 1
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    status = path.stat()
+    path.write_bytes(content)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))  # size, inode and mtime the same
+    assert hashing.hash_file(path) == files.sha256(path) != first
+
+
+def test_a_file_that_has_just_changed_is_not_remembered(folder, cache):
+    hashing.hash_file(folder / "model.safetensors")
+    assert not (cache / "hashes").exists()
+
+
+def test_a_damaged_or_unwritable_cache_is_not_believed_and_does_no_harm(folder, cache, monkeypatch):
+    path = folder / "model.safetensors"
+    age(path)
+    true = hashing.hash_file(path)
+    (entry,) = (cache / "hashes").iterdir()
+    for text in ("", "[]", "{}", entry.read_text().replace(true[:8], "0" * 8)):
+        entry.write_text(text)
+        assert hashing.hash_file(path) == true
+    (cache / "file").write_text("")
+    monkeypatch.setenv("CHAINLORA_CACHE", str(cache / "file"))
+    assert hashing.hash_file(path) == true
+
+
+def test_an_integer_weight_without_quantisation_is_refused(folder):
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    tensors[name] = (tensors[name] * 100).to(torch.int8)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=rf"must be floating-point .*\(got I8 for {name}"):
+        load_model(folder, torch.float32)
+
+
+def test_integer_buffers_are_no_weights(tmp_path, folder):
+    """Old GPT-2 checkpoints hold their causal masks as bytes, under names that end in bias."""
+    tiny_model("gpt2", vocab_size=400).save_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["h.0.attn.bias"] = torch.ones(1, 1, 8, 8, dtype=torch.uint8)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    load_model(folder, torch.float32)
+
+
+@pytest.mark.parametrize("heads", [0, -1, 3, "four", 1e300])
+def test_a_config_that_breaks_transformers_is_refused_in_one_line(folder, heads):
+    edit_json(folder / "config.json", num_attention_heads=heads, num_key_value_heads=heads)
+    with pytest.raises(ModelError, match=r"must (load with|name an architecture)") as raised:
+        load_model(folder, torch.float32)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("size", range(0, 40, 3))
+def test_a_gguf_file_that_ends_early_is_refused(tmp_path, size):
+    content = b"GGUF" + (3).to_bytes(4, "little") + bytes(8) + (5).to_bytes(8, "little") + bytes(16)
+    (tmp_path / "short.gguf").write_bytes(content[:size])
+    with pytest.raises(ModelError, match=r"must (begin with GGUF|be whole)|must be of version"):
+        load_model(tmp_path / "short.gguf", torch.float32)
