@@ -64,12 +64,11 @@ def tiny_model(
         config = LlamaConfig(
             hidden_size=32,
             intermediate_size=64,
-            num_hidden_layers=2,
             num_attention_heads=4,
             num_key_value_heads=2,
             max_position_embeddings=128,
             tie_word_embeddings=True,
-            **common | overrides,
+            **{"num_hidden_layers": 2} | common | overrides,
         )
         model = LlamaForCausalLM(config)
     else:
@@ -143,12 +142,15 @@ WORDS = [
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory) -> Path:
+    return make_tiny_folder(tmp_path_factory.mktemp("hub") / "tiny-llama")
+
+
+def make_tiny_folder(folder: Path, **overrides: int) -> Path:
     """A model folder as the Hub has them: a tiny Llama in safetensors and a byte-level BPE
     tokenizer with a chat template, made on the spot."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    folder = tmp_path_factory.mktemp("hub") / "tiny-llama"
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -167,7 +169,7 @@ def tiny_folder(tmp_path_factory) -> Path:
         "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
     )
     fast.save_pretrained(folder)
-    tiny_model("llama", vocab_size=len(fast)).save_pretrained(folder)
+    tiny_model("llama", vocab_size=len(fast), **overrides).save_pretrained(folder)
     return folder
 
 
@@ -180,11 +182,14 @@ def write_rows(path: Path, rows: list[dict]) -> Path:
 
 @pytest.fixture(scope="session")
 def sentiment(tmp_path_factory) -> Path:
+    return make_sentiment(tmp_path_factory.mktemp("sentiment"))
+
+
+def make_sentiment(folder: Path) -> Path:
     """A folder with a task file and its rows: which of two words was said, learnable in a few
     steps."""
     import random
 
-    folder = tmp_path_factory.mktemp("sentiment")
     draw = random.Random(0)
     rows = []
     for _ in range(48):

@@ -24,7 +24,7 @@ class ChainLoRAError(Exception):
     """Base of all errors raised on purpose. The message becomes one line that can be printed."""
 
     def __init__(self, message: str = "") -> None:
-        super().__init__(_one_line(message))
+        super().__init__(one_line(message))
 
 
 class ConfigError(ChainLoRAError):
@@ -67,7 +67,7 @@ class StoppedError(TrainingError):
         self.signal = signal
 
 
-def _one_line(text: str) -> str:
+def one_line(text: str) -> str:
     """Join lines, and write as escapes what else cannot be printed: users' own keys and values."""
     joined = " ".join(part for line in text.splitlines() if (part := line.strip()))
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in joined)

@@ -1,4 +1,5 @@
-"""Tiny models of every class in transformers' causal-LM mapping, their configs shrunk by field name.
+"""Tiny models of every class in transformers' causal-LM mapping, their configs shrunk by field
+name.
 
 The default config of a class is taken, and every known field that makes it large is set to a small
 value; lists with an entry a layer are left out, so that the class derives them again. Thresholds
@@ -52,7 +53,8 @@ SMALL = _table(
     ),
     layers=_each(
         LAYERS,
-        "num_hidden_layers n_layer n_layers num_layers decoder_layers num_decoder_layers num_blocks",
+        "num_hidden_layers n_layer n_layers num_layers decoder_layers num_decoder_layers "
+        "num_blocks",
     ),
     encoder=_each(1, "encoder_layers num_encoder_layers num_layers_per_stack"),
     heads=_each(
@@ -80,7 +82,8 @@ SMALL = _table(
     experts=_each(4, "num_experts n_routed_experts num_local_experts moe_num_experts"),
     picked=_each(
         2,
-        "num_experts_per_tok moe_topk moe_k num_experts_per_token zero_expert_num hc_mult top_k_experts",
+        "num_experts_per_tok moe_topk moe_k num_experts_per_token zero_expert_num hc_mult "
+        "top_k_experts",
     ),
     groups=_each(1, "n_group topk_group num_expert_group n_groups mamba_n_groups mamba_ngroups"),
     first_dense=_each(1, "first_k_dense_replace num_dense_layers moe_layer_start_index"),
@@ -265,7 +268,7 @@ def _shrunk(kind: type[PreTrainedConfig], changes: dict[str, Any]) -> dict[str, 
     for name in given:
         if name in ("rope_parameters", "rope_scaling") and isinstance(given[name], dict):
             values[name] = _small_rope(given[name])
-    for name, inner in kind.sub_configs.items():
+    for name in kind.sub_configs:
         own = getattr(default, name, None)
         if isinstance(own, PreTrainedConfig):
             values[name] = _shrunk(type(own), ADJUSTMENTS.get(own.model_type, {})) | {
