@@ -1,9 +1,9 @@
 """Damage on disk: flipped bits, files truncated, swapped, missing or extra; what notices it.
 
-    detected  an error of ours names the file
-    right     the damage is repaired: the run goes back to its last knot, to the same result
-    harmless  nothing reads the byte: all that the run says and loads is as before
-    wrong     another link or another number, without a word
+detected  an error of ours names the file
+right     the damage is repaired: the run goes back to its last knot, to the same result
+harmless  nothing reads the byte: all that the run says and loads is as before
+wrong     another link or another number, without a word
 """
 
 from __future__ import annotations
@@ -31,9 +31,11 @@ NOT_CHECKED = ("result.json", ".lock")
 
 def contents(run: Path) -> tuple[Any, ...]:
     """Return all that can be read out of a run: its description, its links and where it is."""
-    logging.disable(logging.WARNING)
-    found = inspect_run(run)
-    links = RunReader(run).load_links()
+    logging.disable(logging.WARNING)  # a damaged checkpoint is one
+    try:
+        found, links = inspect_run(run), RunReader(run).load_links()
+    finally:
+        logging.disable(logging.NOTSET)
     numbers = [
         part
         for link in links
@@ -85,8 +87,9 @@ def flips(run: Path, per_class: int | None, seed: int = 0) -> Iterator[Case]:
                 chosen = sorted(draw.sample(places, per_class))
             for place in chosen:
                 bit = draw.randrange(8)
-                yield f"{name} {kind} {place}.{bit}", partial(
-                    _flipped, run, path, place, bit, before
+                yield (
+                    f"{name} {kind} {place}.{bit}",
+                    partial(_flipped, run, path, place, bit, before),
                 )
 
 
@@ -111,8 +114,9 @@ def base_flips(base: Path, per_class: int | None, seed: int = 0) -> Iterator[Cas
                 chosen = sorted(draw.sample(places, per_class))
             for place in chosen:
                 bit = draw.randrange(8)
-                yield f"{path.name} {kind} {place}.{bit}", partial(
-                    _flipped_base, base, path, place, bit, before
+                yield (
+                    f"{path.name} {kind} {place}.{bit}",
+                    partial(_flipped_base, base, path, place, bit, before),
                 )
 
 
@@ -148,14 +152,16 @@ def whole_files(run: Path, scratch: Path) -> Iterator[Case]:
         yield f"{name} missing", partial(_missing, run, scratch, name, before)
         for other in checked:
             if other != name and other.suffix == name.suffix and str(name) < str(other):
-                yield f"{name} and {other} swapped", partial(
-                    _swapped, run, scratch, name, other, before
+                yield (
+                    f"{name} and {other} swapped",
+                    partial(_swapped, run, scratch, name, other, before),
                 )
     folders = [p.relative_to(run) for p in sorted(run.rglob("*")) if p.is_dir()]
     for folder in [Path(), *folders]:
         for extra in ("adapter_model.bin", "x.7-1.new", "00000099", "README.md", "model"):
-            yield f"{extra} extra in {folder}", partial(
-                _extra, run, scratch, folder / extra, before
+            yield (
+                f"{extra} extra in {folder}",
+                partial(_extra, run, scratch, folder / extra, before),
             )
 
 
