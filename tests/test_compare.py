@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 from experiment_cases import tree
 
 from chainlora.config.loading import make_config
 from chainlora.errors import ConfigError
-from chainlora.experiments import compare, comparison, expand
+from chainlora.experiments import compare, comparison, expand, make_experiment, run_cells
 
 
 def test_compare_on_a_user_s_own_files(tiny_folder, sentiment, tmp_path):
@@ -63,3 +64,25 @@ def test_compare_lets_no_method_choose_among_more_points(tiny_folder, sentiment)
         None,
         3e-3,
     )
+
+
+def test_without_scipy_compare_stops_before_it_runs_and_an_experiment_runs(
+    tiny_folder, sentiment, tmp_path, monkeypatch
+):
+    """The report needs it; cells do not."""
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    keys = tree(tiny_folder, sentiment, methods=["lora", "chain2"], seeds=list(range(6)), tune={})
+    data = keys["base"]["data"] | {"task": str(sentiment / "task.yaml")}
+    chain = {"ranks": [2], "steps": [2], "target_modules": ["q_proj"]}
+    config = make_config({"model": str(tiny_folder), "data": data, "chain": chain})
+    with pytest.raises(ConfigError, match=r"pip install 'chainlora\[experiments\]'"):
+        compare(config, ["lora", "chain2"], [0], tmp_path / "out", backend="inline")
+    assert not (tmp_path / "out").exists()
+    plans = []
+    for _ in range(2):  # the second time there are results, whose spread cannot be judged
+        outcome = run_cells(
+            make_experiment(keys), tmp_path / "out", backend="inline", listener=plans.append
+        )
+        assert not outcome.failed
+    notes = [note for plan in plans if plan["event"] == "plan" for note in plan["notes"]]
+    assert any("need scipy" in note for note in notes)

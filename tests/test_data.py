@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from chainlora.data.encoding import detect_format, encode_examples
+from chainlora.data.encoding.tokens import TokenReader
 from chainlora.data.tasks import Task, load_rows, load_task, sample_splits
 from chainlora.errors import ConfigError, DataError
 
@@ -357,3 +358,42 @@ def test_a_sentencepiece_like_tokenizer(shared_models, colour):
     (example,) = encode_examples([{"text": "Once upon a time", "label": 1}], tokenizer, colour())
     assert [spans[0].strip() for spans in scored(example, tokenizer)] == ["terrible", "great"]
     assert example.sequences[0][0] == tokenizer.bos_token_id
+
+
+def assert_reads_as_called(tokenizer, texts):
+    reader = TokenReader(tokenizer)
+    assert reader.ids(texts) == tokenizer(texts)["input_ids"]
+    assert reader.bare(texts) == tokenizer(texts, add_special_tokens=False)["input_ids"]
+
+
+@settings(max_examples=60, deadline=None)
+@given(texts=st.lists(st.text(max_size=60), min_size=1, max_size=5))
+def test_ids_are_those_that_calling_the_tokenizer_gives(smollm2_tokenizer, texts):
+    texts = [*texts, "".join(texts) + "<|im_end|></s> 12345\u3000"]
+    assert_reads_as_called(smollm2_tokenizer, texts)
+    assert_reads_as_called(make_tokenizer("bos"), texts)
+
+
+def test_ids_of_a_sentencepiece_like_tokenizer_too(shared_models):
+    tokenizer = AutoTokenizer.from_pretrained(shared_models / "stories260k")
+    assert_reads_as_called(tokenizer, ["", " ", "Once upon", "a\nb  c\u3000é😀", "<s> x </s>"])
+
+
+def test_a_tokenizer_with_an_encoding_of_its_own_is_called():
+    class Louder(type(make_tokenizer())):
+        def _encode_plus(self, text, *args, **options):
+            return super()._encode_plus([each.upper() for each in text], *args, **options)
+
+    plain = make_tokenizer("bos")
+    louder = Louder(tokenizer_object=plain.backend_tokenizer, eos_token="</s>")
+    (example,) = encode_examples([{"text": "two dogs"}], louder, "text")
+    assert louder.decode(example.sequences[0]) == "<s>TWO DOGS</s>"
+
+
+def test_a_tokenizer_that_was_told_to_cut_and_pad_does_neither_here():
+    tokenizer = make_tokenizer("bos eos")
+    tokenizer.pad_token = "</s>"
+    tokenizer(["two dogs", "two"], truncation=True, max_length=2, padding=True)
+    texts = ["two dogs and three cats", "two"]
+    examples = encode_examples([{"text": text} for text in texts], tokenizer, "text")
+    assert [tokenizer.decode(e.sequences[0]) for e in examples] == [f"<s>{t}</s>" for t in texts]

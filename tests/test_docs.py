@@ -31,6 +31,7 @@ from chainlora.config import schema as config_module
 from chainlora.config.loading import parse_yaml
 from chainlora.config.schema import KnotConfig
 from chainlora.experiments import expand, load_experiment
+from chainlora.runs.resuming import CHANGEABLE
 from chainlora.training import objectives, optimizers, setup
 from chainlora.training.events import Event, KnotTied, ShareTied, StepDone
 from chainlora.training.knots import spacing
@@ -38,7 +39,10 @@ from chainlora.training.knots import spacing
 ROOT = Path(__file__).resolve().parents[1]
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-DOCUMENTS = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
+DOCUMENTS = [
+    *(ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
 OURS = ("config.md", "python.md", "house.md", "run-directory.md", "comparison.md")
 
 
@@ -164,7 +168,7 @@ def test_the_readme_commands_run_in_order(checkout, monkeypatch, capsys):
     found = {path.name for path in (checkout / "runs/dates").iterdir()}
     assert found <= promised
     # there only in some runs, or while a link is being tuned
-    assert promised - found <= {"best", "checkpoints", "moments.safetensors", "model"}
+    assert promised - found <= {"best", "checkpoints", "moments", "model"}
     assert {"soft_knot"} <= {
         json.loads(line)["event"]
         for line in (checkout / "runs/soft/metrics.jsonl").read_text().splitlines()
@@ -182,6 +186,12 @@ def test_a_finished_run_is_resumed_by_its_own_config(checkout, monkeypatch):
     before = (checkout / "runs/dates/links/002/adapter_model.safetensors").read_bytes()
     assert run(shlex.split(command)) == 0
     assert (checkout / "runs/dates/links/002/adapter_model.safetensors").read_bytes() == before
+
+
+def test_the_keys_that_a_resume_may_change_are_named():
+    text = (ROOT / "docs/run-directory.md").read_text(encoding="utf-8")
+    (sentence,) = re.findall(r"([^.]*`train\.[^:]*) may be\s+changed by naming them", text)
+    assert set(re.findall(r"`(train\.\w+)`", sentence.rpartition("differ")[2])) == set(CHANGEABLE)
 
 
 def test_the_shortest_task_in_tasks_md_runs(tiny_folder, tmp_path, monkeypatch):
@@ -463,9 +473,20 @@ def test_a_committed_report_is_what_its_results_give(results, tmp_path, capsys):
     assert (tmp_path / "report.md").read_bytes() == results.with_name("report.md").read_bytes()
 
 
-def test_the_changelog_knows_the_version():
+def test_the_changelog_and_the_citation_know_the_version():
     text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     assert f"## [{chainlora.__version__}]" in text
+    citation = parse_yaml((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == chainlora.__version__
+    assert citation["license"] == "Apache-2.0"
+
+
+def test_contributing_names_targets_of_the_makefile():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+    named = re.findall(r"^make (\w+)", text, flags=re.MULTILINE)
+    assert named
+    assert set(named) <= set(targets)
 
 
 def test_files_that_documents_name_exist():

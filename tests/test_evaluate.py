@@ -18,12 +18,13 @@ from reference_scorer import reference_predictions, reference_scores, reference_
 from chainlora import evaluate_task
 from chainlora.data.examples import Example, NamedExample
 from chainlora.data.tasks import Task
-from chainlora.engine.hidden_states import Path
+from chainlora.engine.engine import Engine
+from chainlora.engine.hidden_states import ForwardPath as Path
 from chainlora.engine.packing import pack
+from chainlora.engine.score_batches import evaluation_batches
 from chainlora.errors import ConfigError, DataError, ModelError
 from chainlora.evaluation.evaluate import evaluate, write_predictions
 from chainlora.evaluation.generation import generate_greedy
-from chainlora.evaluation.likelihood import evaluation_batches, score_examples
 from chainlora.evaluation.metrics import majority_rate, token_f1
 
 # Float32 log-probabilities near -5 carry rounding of about 5e-7; summing in another order over a
@@ -91,31 +92,38 @@ def full_context(rng: random.Random) -> list[Example]:
     ]
 
 
+def scores(model, examples) -> list[list[float]]:
+    with Engine(model, training=False) as engine:
+        return engine.scores(examples)
+
+
 CASES = {f.__name__: f for f in (one_token, many_tokens, shared_passages, ties, full_context)}
 
 
-@pytest.mark.parametrize("path", [Path.PACKED, Path.PADDED])
+@pytest.mark.parametrize("speedups", ["auto", "off"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("case", CASES)
-def test_fast_scores_equal_the_plain_ones(case, architecture, path):
+def test_fast_scores_equal_the_plain_ones(case, architecture, speedups):
     # a head of large weights spreads the scores, so that predictions differ from row to row
     model = tiny_model(architecture, initializer_range=0.2)
     examples = CASES[case](random.Random(case))
     expected = reference_scores(model, examples)
-    found = evaluate(model, examples, metrics="accuracy", path=path, max_tokens=150)
+    with Engine(model, speedups=speedups, training=False) as engine:
+        found = evaluate(model, examples, metrics="accuracy", engine=engine, max_tokens=150)
     for prediction, row in zip(found.predictions, expected, strict=True):
         assert prediction["scores"] == pytest.approx(row, abs=TOLERANCE)
     assert [p["prediction"] for p in found.predictions] == reference_predictions(expected)
     assert [p["row"] for p in found.predictions] == [e.row for e in examples]
 
 
-@pytest.mark.parametrize("path", [Path.PACKED, Path.PADDED])
-def test_ties_go_to_the_lowest_index(path):
+@pytest.mark.parametrize("speedups", ["auto", "off"])
+def test_ties_go_to_the_lowest_index(speedups):
     model = tiny_model("llama")
     model.lm_head = torch.nn.Linear(32, 131, bias=False)  # apart from the embedding
     torch.nn.init.zeros_(model.lm_head.weight)  # every token is as likely as any other
     examples = one_token(random.Random(0))
-    found = evaluate(model, examples, metrics="accuracy", path=path)
+    with Engine(model, speedups=speedups, training=False) as engine:
+        found = evaluate(model, examples, metrics="accuracy", engine=engine)
     assert {p["prediction"] for p in found.predictions} == {0}
     assert found.metrics["loss"] == pytest.approx(math.log(3), abs=1e-6)
 
@@ -141,14 +149,15 @@ def language_rows(rng: random.Random) -> list[Example]:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("path", [Path.PACKED, Path.PADDED])
-def test_language_rows_give_loss_per_token(architecture, path):
+@pytest.mark.parametrize("speedups", ["auto", "off"])
+def test_language_rows_give_loss_per_token(architecture, speedups):
     model = tiny_model(architecture)
     examples = language_rows(random.Random(2))
     counts = [10, 19, 12]
     rows = reference_scores(model, examples)
     expected = -sum(row[0] * n for row, n in zip(rows, counts, strict=True)) / sum(counts)
-    found = evaluate(model, examples, metrics="loss", path=path)
+    with Engine(model, speedups=speedups, training=False) as engine:
+        found = evaluate(model, examples, metrics="loss", engine=engine)
     assert found.metrics["loss"] == pytest.approx(expected, abs=TOLERANCE)
     assert found.metrics["perplexity"] == pytest.approx(math.exp(expected), rel=TOLERANCE)
 
@@ -233,7 +242,7 @@ def test_scores_without_metrics():
     model = tiny_model("llama")
     examples = many_tokens(random.Random(8))
     for row, expected in zip(
-        score_examples(model, examples), reference_scores(model, examples), strict=True
+        scores(model, examples), reference_scores(model, examples), strict=True
     ):
         assert row == pytest.approx(expected, abs=TOLERANCE)
 
@@ -273,7 +282,7 @@ def test_what_cannot_be_scored_is_refused():
         evaluate(model, plain, metrics="em")
     evaluate(model, labelled, metrics="accuracy")
     torch.nn.init.constant_(model.transformer.ln_f.weight, math.nan)
-    with pytest.raises(ModelError, match="got nan at row"):
+    with pytest.raises(ModelError, match="hidden states must be finite"):
         evaluate(model, labelled, metrics="accuracy")
 
 
@@ -330,7 +339,6 @@ def scored_both_ways(
     from their text; and whether any was cut."""
     from chainlora.data.encoding import encode_examples
     from chainlora.data.tasks import load_split, load_task
-    from chainlora.engine.decoder_layer import accelerate_model, restore_model
 
     task = load_task(task_name)
     rows = load_split(task, folder, "validation")[:num_rows]
@@ -340,11 +348,9 @@ def scored_both_ways(
         for t in texts
     ]
     examples = encode_examples(rows, tokenizer, task, max_length=max_length, objective="candidates")
-    assert accelerate_model(model) == model.config.num_hidden_layers
-    try:
-        found = evaluate(model, examples, metrics=task.metric)
-    finally:
-        restore_model(model)
+    with Engine(model, training=False) as engine:
+        assert "fast decoder layers: yes" in engine.notes
+        found = evaluate(model, examples, engine=engine, metrics=task.metric)
     assert [e.label for e in examples] == [t.label for t in texts]
     whole = encode_examples(rows, tokenizer, task, objective="candidates")
     return found.predictions, expected, whole != examples

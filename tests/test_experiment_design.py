@@ -12,7 +12,7 @@ from experiment_cases import tree
 from chainlora.config.loading import make_config
 from chainlora.errors import ConfigError
 from chainlora.experiments import expand, load_experiment, make_experiment
-from chainlora.experiments.design.choice import Trial, choose
+from chainlora.experiments.design.choice import Trial, choose, extensions
 from chainlora.experiments.design.expansion import expand_tuning
 from chainlora.experiments.design.identity import config_id
 from chainlora.experiments.design.notes import undecidable
@@ -74,6 +74,13 @@ def test_what_an_experiment_file_cannot_say(tiny_folder, sentiment, tmp_path):
         ({"tune": {"grid": {"lr": [1]}}}, "config keys such as train.lr"),
         ({"tune": {"grid": {"train.lr": []}}}, "at least one value"),
         ({"figures": ["pie"]}, "figures"),
+        ({"tune": {"grid": {"train.lr": [1, 2]}, "extend": {"train.lr": -1}}}, "0 or more values"),
+        ({"tune": {"grid": {"train.lr": [1, 2]}, "extend": {"chain.x": 1}}}, "keys of `tune.grid`"),
+        ({"tune": {"grid": {"chain.init": ["a", "b"]}, "extend": {"chain.init": 1}}}, "positive"),
+        ({"tune": {"seeds": []}}, "different seeds"),
+        ({"primary": ["lora", "chain3"]}, "one of the pairs compared"),
+        ({"gap": ["lora", "ful"]}, "`gap` must name methods of this file"),
+        ({"curve_points": -1}, "at least 0"),
     ):
         with pytest.raises(ConfigError, match=words) as error:
             make_experiment(good | keys)
@@ -129,6 +136,46 @@ def test_the_choice_is_by_validation_then_loss_then_order():
     (record,) = choose([trial(1, None, 0.0)])
     assert record["chosen"] is None
     assert not any("test" in field for field in Trial.__dataclass_fields__)
+
+
+def tried(rates, best, **others):
+    """A choice among rates: the record that `choose` gives."""
+    points = [{"train.lr": rate} | others for rate in rates]
+    return {"chosen": {"train.lr": best} | others, "tried": [{"point": point} for point in points]}
+
+
+def test_a_grid_is_extended_geometrically_at_the_end_that_was_chosen():
+    grid, limits = {"train.lr": (1e-3, 3e-3, 9e-3)}, {"train.lr": 2}
+
+    def beyond(rates, best):
+        return [dict(point)["train.lr"] for point in extensions(tried(rates, best), grid, limits)]
+
+    rates = [1e-3, 3e-3, 9e-3]
+    assert beyond(rates, 3e-3) == []  # interior
+    assert beyond(rates, 9e-3) == [0.027]
+    assert beyond(rates, 1e-3) == [0.00033]  # two digits, as a person writes a rate
+    assert beyond([*rates, 0.027], 0.027) == [0.081]
+    assert beyond([*rates, 0.027, 0.081], 0.081) == []  # the limit
+    assert beyond([*rates, 0.027, 0.081], 1e-3) == [0.00033]  # each end has its own
+    assert extensions(tried(rates, 9e-3), grid, {}) == []
+    assert extensions({"chosen": None, "tried": []}, grid, limits) == []
+    sizes = {"train.batch_size": (2, 4)}
+    record = {
+        "chosen": {"train.batch_size": 2},
+        "tried": [{"point": {"train.batch_size": size}} for size in (2, 4)],
+    }
+    assert extensions(record, sizes, {"train.batch_size": 3}) == [(("train.batch_size", 1),)]
+    record["tried"].append({"point": {"train.batch_size": 1}})
+    record["chosen"] = {"train.batch_size": 1}
+    assert extensions(record, sizes, {"train.batch_size": 3}) == []  # no half rows
+
+
+def test_an_end_is_looked_for_beside_the_other_keys_that_were_chosen():
+    record = tried([1e-3, 3e-3], 3e-3, **{"chain.dropout": 0.1})
+    record["tried"].append({"point": {"train.lr": 9e-3, "chain.dropout": 0.0}})  # another slice
+    grid = {"train.lr": (1e-3, 3e-3, 9e-3), "chain.dropout": (0.0, 0.1)}
+    (point,) = extensions(record, grid, {"train.lr": 1})
+    assert dict(point) == {"train.lr": 0.009, "chain.dropout": 0.1}
 
 
 def test_what_so_few_seeds_cannot_decide_is_said_before_they_are_run(tiny_folder, sentiment):

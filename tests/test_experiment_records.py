@@ -229,7 +229,7 @@ def test_an_edited_line_is_neither_reported_nor_reused(done, one, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name", ["../../../x", "/tmp/x", "..", "", "a/b", "ABCDEFABCDEF", 7, None])
+@pytest.mark.parametrize("name", ["../../../x", "/x", "..", "", "a/b", "ABCDEFABCDEF", 7, None])
 def test_a_cell_s_name_leads_nowhere_else(done, one, tmp_path, name):
     """``"cell": "../../../x"`` in a file to be reused wrote outside the output."""
     _, out, _ = done

@@ -264,7 +264,7 @@ def test_a_rate_that_diverges_is_not_chosen_and_not_a_failure(tiny_folder, senti
 
 
 def test_killed_and_run_again_by_processes(tiny_folder, sentiment, tmp_path):
-    """SIGKILL to the runner: its workers end too, and the next run goes on with the half cells."""
+    """SIGKILL to the runner: its workers end too, and the next run resumes the unfinished cells."""
     base = tree(tiny_folder, sentiment, methods=["chain3"], seeds=[0, 1], tune={})
     base["base"]["recipe"]["steps"] = 300
     base["base"]["train"] |= {"save_every": 20}

@@ -9,6 +9,7 @@ import peft
 import pytest
 import torch
 from conftest import ARCHITECTURES, tiny_model
+from forwards import Path, choose_path, hidden_states
 from torch import Tensor, nn
 from transformers import (
     BloomConfig,
@@ -23,8 +24,6 @@ from chainlora.data.examples import Example
 from chainlora.engine import attention as packed_attention
 from chainlora.engine.attention import NAME
 from chainlora.engine.engine import Engine
-from chainlora.engine.hidden_states import ForwardPath as Path
-from chainlora.engine.hidden_states import choose_path, hidden_states
 from chainlora.engine.packing import PackedBatch, pack
 from chainlora.errors import ModelError
 from chainlora.models.text_config import base_model
@@ -238,7 +237,9 @@ def test_a_sequence_beyond_the_window_takes_the_padded_path() -> None:
     within = pack([example(0, tuple(range(12))), example(1, tuple(range(40, 47)))])
     beyond = pack([example(0, tuple(range(30))), example(1, tuple(range(40, 47)))])
     assert_paths_agree(model, within, torch.float64)
-    packed, plain = (hidden_states(model, beyond, path=path) for path in (Path.PACKED, Path.PADDED))
+    with Engine(model, training=False) as engine:
+        assert "up to 12 tokens each (its attention window)" in engine.notes[0]
+        packed, plain = engine.hidden(beyond), hidden_states(model, beyond, path=Path.PADDED)
     assert torch.equal(packed, plain)
     model.config.sliding_window = 5
     assert choose_path(model) is Path.PADDED

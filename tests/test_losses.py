@@ -7,6 +7,7 @@ import peft
 import pytest
 import torch
 from conftest import ARCHITECTURES, tiny_model
+from forwards import Path, hidden_states
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2ForCausalLM
@@ -14,7 +15,6 @@ from transformers import CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2Fo
 import chainlora.engine.head
 from chainlora.data.examples import Example
 from chainlora.engine.head import candidate_loss, candidate_scores, completion_loss, logit_transform
-from chainlora.engine.hidden_states import Path, hidden_states
 from chainlora.engine.packing import PackedBatch, pack
 from chainlora.errors import DataError, ModelError
 

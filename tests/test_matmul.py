@@ -8,6 +8,14 @@ from collections.abc import Callable
 import pytest
 import torch
 from conftest import ARCHITECTURES, tiny_model
+from forwards import (
+    Path,
+    accelerate_linears,
+    accelerate_lora,
+    accelerate_model,
+    hidden_states,
+    restore,
+)
 from helpers import settings
 from test_speedups import BATCHES
 from torch import Tensor, nn
@@ -17,16 +25,12 @@ from transformers.pytorch_utils import Conv1D
 from chainlora import Chain, LinkConfig, extend_chain, make_config, tie_knot, train
 from chainlora.data.examples import Example
 from chainlora.engine.bf16_matmul import (
-    accelerate_linears,
     add_product_,
     linear,
     product,
-    restore_linears,
 )
-from chainlora.engine.decoder_layer import accelerate_model, restore_model
+from chainlora.engine.engine import Engine
 from chainlora.engine.head import candidate_loss, completion_loss, logit_transform
-from chainlora.engine.hidden_states import Path, hidden_states
-from chainlora.engine.lora_layer import accelerate_lora
 from chainlora.evaluation.evaluate import evaluate
 
 # One rounding to bfloat16, 2⁻⁸ of the number, after float32 sums of 48 terms of size 1 (48 · 2⁻²⁴,
@@ -204,10 +208,8 @@ def test_scoring_a_model_as_it_is_loaded_runs_no_matmul_in_bfloat16(architecture
         model = tiny_model(
             architecture, dtype=torch.bfloat16
         )  # every weight says it wants a gradient
-        accelerate_model(model)
-        logit_transform(model)
-        with MatmulsSeen() as seen:
-            losses.append(evaluate(model, rows, metrics="loss", path=Path.PACKED).metrics["loss"])
+        with Engine(model, training=False) as engine, MatmulsSeen() as seen:
+            losses.append(evaluate(model, rows, metrics="loss", engine=engine).metrics["loss"])
         assert (torch.bfloat16 in seen.dtypes) is present
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)  # as above
 
@@ -223,7 +225,7 @@ def test_restoring_a_model_gives_its_layers_their_own_forward_back(architecture,
     accelerate_model(model)
     replaced = {type(module) for module in model.modules() if "forward" in vars(module)}
     assert (Conv1D if architecture == "gpt2" else nn.Linear) in replaced
-    restore_model(model)
+    restore(model)
     assert not any("forward" in vars(module) for module in model.modules())
     assert torch.equal(model(input_ids=ids).logits, before)
 
@@ -235,7 +237,7 @@ def test_a_float32_model_and_a_cpu_with_kernels_are_left_alone(architecture, ker
         model = tiny_model(architecture, dtype=dtype)
         assert accelerate_linears(model) == 0
         assert not any("forward" in vars(module) for module in model.modules())
-        restore_linears(model)  # nothing to do
+        restore(model)  # nothing to do
 
 
 def test_a_run_in_bfloat16_is_the_same_run(tiny_folder, sentiment, kernels):

@@ -1,5 +1,4 @@
-"""Presets: each runs, differs from its neighbours by a few keys, and spends the budget that all
-share."""
+"""Presets: each runs, differs from the next by a few keys, and spends the budget that all share."""
 
 from __future__ import annotations
 

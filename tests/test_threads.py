@@ -16,8 +16,7 @@ from chainlora.config.loading import make_config
 from chainlora.config.schema import LinkConfig
 from chainlora.data.examples import Example
 from chainlora.engine.engine import Engine
-from chainlora.engine.hidden_states import ForwardPath
-from chainlora.engine.threads import Threads, count_threads, split, why_one_thread
+from chainlora.engine.threads import Threads, split
 from chainlora.evaluation.evaluate import evaluate
 from chainlora.training.loop import train
 
@@ -132,15 +131,12 @@ def test_a_failure_in_a_thread_is_raised():
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_training_in_threads_is_training_without(
-    tiny_folder, sentiment, tmp_path, two_threads, dtype, monkeypatch
+    tiny_folder, sentiment, tmp_path, two_threads, dtype
 ):
     keys = {"train": {"dtype": dtype, "batch_size": 8, "gradient_accumulation": 2}}
     plans, losses = {}, {}
     for name in ("one", "two", "again"):
-        if name == "one":
-            monkeypatch.setattr("chainlora.training.setup._needs_one_thread", lambda _: True)
-        else:
-            monkeypatch.undo()
+        torch.set_num_threads(1 if name == "one" else 2)
         records: list[dict] = []
         train(
             make_config(settings(tiny_folder, sentiment, tmp_path / name, **keys)),
@@ -196,23 +192,28 @@ def test_evaluation_in_threads_is_evaluation_without(two_threads):
         )  # packs of another size
 
 
+def note_on_threads(model, *, training: bool, speedups: str = "auto") -> str:
+    with Engine(model, training=training, speedups=speedups) as engine:
+        return engine.notes[-1]
+
+
 def test_why_one_thread(two_threads):
     llama = tiny_model("llama")
-    assert count_threads(llama, ForwardPath.PACKED, training=True) == 2
-    assert "padded" in why_one_thread(llama, ForwardPath.PADDED, training=True)
+    assert note_on_threads(llama, training=True) == "threads: 2"
+    assert "off" in note_on_threads(llama, training=True, speedups="off")
     for architecture, key in (
         ("opt", "dropout"),
         ("gpt2", "resid_pdrop"),
         ("llama", "attention_dropout"),
     ):
         model = tiny_model(architecture, **{key: 0.1})
-        assert "dropout" in why_one_thread(model, ForwardPath.PACKED, training=True)
-        assert why_one_thread(model, ForwardPath.PACKED, training=False) is None
+        assert "random numbers" in note_on_threads(model, training=True)
+        assert note_on_threads(model, training=False) == "threads: 2"
     rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
     stretched = tiny_model("llama", rope_parameters=rope)
-    assert "rotary" in why_one_thread(stretched, ForwardPath.PACKED, training=False)
+    assert "rotary" in note_on_threads(stretched, training=False)
     torch.set_num_threads(1)
-    assert "one thread" in why_one_thread(llama, ForwardPath.PACKED, training=True)
+    assert "one thread" in note_on_threads(llama, training=True)
 
 
 def test_one_thread_for_dropout_in_the_adapter_and_without_speedups(

@@ -257,7 +257,7 @@ class DataConfig(_Frozen):
     sampling: Literal["protocol", "saner"] = "protocol"
     max_length: int | None = Field(None, ge=2, description="tokens; None is the model's context")
     truncation: Literal["error", "left"] | None = Field(
-        None, description="None: the task's own, error for files"
+        None, description="None: the task's own; files: error, and plain text is split into blocks"
     )
     shots: int = Field(0, ge=0, description="demonstrations before each prompt (in-context)")
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -20,12 +21,14 @@ from chainlora.errors import DataError
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
+# More would wait for the reading and writing process, which does 100,000 short rows a second.
+_MOST_WORKERS = 16
 _function: Callable[[Any], Any] | None = None  # of a worker, from its start
 
 
 def map_in_processes(
     function: Callable[[_Item], _Result], items: Iterable[_Item], workers: int
-) -> Iterator[_Result]:
+) -> Generator[_Result, None, None]:
     """Yield ``function(item)`` for each item, in order, computed by worker processes.
 
     Workers are forked, so they have `function` and all it holds without copying; a few items are
@@ -54,11 +57,13 @@ def map_in_processes(
 def num_workers() -> int:
     """Return how many processes encode: one a core that this process may use."""
     affinity = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
+    return min(_MOST_WORKERS, len(affinity(0)) if affinity else os.cpu_count() or 1)
 
 
 def _can_fork() -> bool:
-    return "fork" in multiprocessing.get_all_start_methods() and os.uname().sysname == "Linux"
+    """Say whether this process may fork: macOS has libraries that do not survive it."""
+    is_daemon = multiprocessing.current_process().daemon  # which may have no children
+    return sys.platform == "linux" and not is_daemon
 
 
 def _in_order(pool: ProcessPoolExecutor, items: Iterable[Any], ahead: int) -> Iterator[Any]:

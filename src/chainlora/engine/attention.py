@@ -52,6 +52,10 @@ _CALL_COST = {"cpu": 1_000}
 _CALL_COST_ELSEWHERE = 200_000
 
 
+class CannotPackError(Exception):
+    """Attention of a kind that a packed row does not have."""
+
+
 @dataclass(frozen=True, slots=True)
 class Group:
     """Segments gathered into one batch: B rows of `queries` and `keys` packed positions, padded.
@@ -207,7 +211,7 @@ def packed_attention(
     Without a layout, `plain` names the implementation of transformers that computes instead.
 
     Raises:
-        NotImplementedError: the architecture asks for something this function does not compute.
+        CannotPackError: the architecture asks for something this function does not compute.
     """
     if packed_layout is None:
         attention = _plain_attention(module, plain)
@@ -216,7 +220,9 @@ def packed_attention(
         )
     asked = [name for name in _UNSUPPORTED if kwargs.get(name) is not None]
     if asked:
-        raise NotImplementedError(f"packed attention does not compute {asked[0]}")
+        raise CannotPackError(f"packed attention does not compute {asked[0]}")
+    if attention_mask is not None and attention_mask.numel() > 1:
+        raise CannotPackError("packed attention does not compute a mask of the model's own")
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     return attend(q, k, v, packed_layout, scaling, dropout)[None], None
 
@@ -255,8 +261,8 @@ def attend(
     scaling: float | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """Attend over a packed row: query [T, heads, size], key and value [T, key heads, size] → [T,
-    heads, size]."""
+    """Attend over a packed row: query [T, heads, size], key [T, key heads, size], value [T, key
+    heads, own size] → [T, heads, own size]."""
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if is_slow(query):
         mixed = attend(query.float(), key.float(), value.float(), layout, scaling, dropout)
@@ -359,8 +365,9 @@ class _MatmulAttention(torch.autograd.Function):
             parts.append(torch.bmm(p, v).flatten(0, 1))
             kept.append(p if k.shape[1] <= LONGEST_KEPT and any(ctx.needs_input_grad[:3]) else None)
         ctx.save_for_backward(*rows, *kept)
-        ctx.plan, ctx.layout, ctx.scaling, ctx.key_shape = plan, layout, scaling, key.shape
-        return torch.cat(parts).index_select(0, plan.back).view(query.shape)
+        ctx.plan, ctx.layout, ctx.scaling = plan, layout, scaling
+        ctx.shapes = query.shape, key.shape, value.shape
+        return torch.cat(parts).index_select(0, plan.back).view(*query.shape[:-1], value.shape[-1])
 
     @staticmethod
     @once_differentiable
@@ -368,14 +375,15 @@ class _MatmulAttention(torch.autograd.Function):
         saved = ctx.saved_tensors  # once: gradient checkpointing counts
         rows, kept = list(saved[:3]), saved[3:]
         plan, layout = ctx.plan, ctx.layout
+        query_shape, key_shape, value_shape = ctx.shapes
         grad = grads[0].reshape(-1, grads[0].shape[-1])
         parts: list[list[Tensor]] = [[], [], []]
         for i in range(len(layout.groups)):
-            q, k, v = _gather(rows, plan, i, ctx.key_shape[1], layout)
+            q, k, v = _gather(rows, plan, i, key_shape[1], layout)
             g = grad.index_select(0, plan.queries[i])
             if plan.padding[i].numel():
                 g.index_fill_(0, plan.padding[i], 0.0)
-            g = g.view(q.shape)
+            g = g.view(*q.shape[:-1], g.shape[-1])
             p = kept[i]
             if p is None:
                 p = torch.softmax(
@@ -386,8 +394,9 @@ class _MatmulAttention(torch.autograd.Function):
             parts[0].append(torch.bmm(scores, k).flatten(0, 1))
             parts[1].append(torch.bmm(scores.transpose(1, 2), q).flatten(0, 1))
         grad_query = torch.cat(parts[0]).index_select(0, plan.back).mul_(ctx.scaling)
-        grad_key, grad_value = (_to_keys(part, plan, ctx.key_shape) for part in parts[1:])
-        return grad_query.view(grads[0].shape), grad_key.mul_(ctx.scaling), grad_value, None, None
+        grad_key = _to_keys(parts[1], plan, key_shape).mul_(ctx.scaling)
+        grad_value = _to_keys(parts[2], plan, value_shape)
+        return grad_query.view(query_shape), grad_key, grad_value, None, None
 
 
 def _gather(

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from chainlora.engine.patching import Patches, installed, replacement
+from chainlora.engine.patching import Patches, replacement
 
 
 @cache
@@ -54,20 +54,12 @@ def add_product_(total: Tensor, a: Tensor, b: Tensor, scaling: float = 1.0) -> T
     return total.copy_(torch.addmm(total.float(), a.float(), b.float(), alpha=scaling))
 
 
-def accelerate_linears(model: nn.Module, patches: Patches | None = None) -> int:
+def accelerate_linears(model: nn.Module, patches: Patches) -> int:
     """Let every Linear and Conv1D of `model` compute so where its own forward is slow, in place;
     return how many."""
-    patches = patches or Patches()
     layers: list[Any] = [m for m in model.modules() if type(m) in (nn.Linear, Conv1D)]
     slow = [layer for layer in layers if is_slow(layer.weight)]
     return sum(patches.replace_forward(layer, _forward) for layer in slow)
-
-
-def restore_linears(model: nn.Module) -> None:
-    """Give these layers their own forward back, in place."""
-    for module in model.modules():
-        if installed(module) is _forward:
-            del module.forward
 
 
 @replacement

@@ -14,55 +14,30 @@ autocast.
 
 from __future__ import annotations
 
-import logging
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.activations import SiLUActivation
 
-from chainlora.engine.attention import LAYOUT, Layout, Rows, attend, make_layout
-from chainlora.engine.bf16_matmul import accelerate_linears, restore_linears
+from chainlora.engine.attention import LAYOUT, Layout, Rows, attend, packed_name
+from chainlora.engine.float32 import widened
 from chainlora.engine.fused import MlpBlock, RmsNorm, Rotary, SwiGlu, Turn, make_turn
-from chainlora.engine.hidden_states import ForwardPath, packed_implementation, probing
-from chainlora.engine.packing import Segment
-from chainlora.engine.patching import Patches, installed, replacement
-from chainlora.models.text_config import base_model
-
-log = logging.getLogger(__name__)
+from chainlora.engine.patching import Patches, replacement
+from chainlora.engine.probes import Calls, first_line, probing
+from chainlora.models.modes import evaluation_mode, training_mode
+from chainlora.models.text_config import base_model, text_config
 
 _CHILDREN = {
     "": {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"},
     "self_attn": {"q_proj", "k_proj", "v_proj", "o_proj"},
     "mlp": {"gate_proj", "up_proj", "down_proj", "act_fn"},
 }
-# One layer, the same formulas in another order: some twenty roundings of 2⁻²⁴ or 2⁻⁸, squared sums
-# of them below this. Llama's own norm is float32 in a float64 model. A layer of another formula is
-# off by 0.01 or more in float32.
-_LARGEST_DIFFERENCE = {torch.float64: 1e-5, torch.float32: 1e-4}
-_LARGEST_DIFFERENCE_TWO_BYTES = 3e-2
+# Of what the layer adds to its input, and of the gradient: some twenty roundings of 2⁻²⁴, and
+# Llama's own norm is float32 in a float64 model. A layer of another formula is off by 0.01 or more.
+_SAME = 1e-4
 _TURN = "turn"  # where a layout keeps the rotation's tables
-
-
-def accelerate_model(
-    model: nn.Module, path: ForwardPath = ForwardPath.PACKED, patches: Patches | None = None
-) -> int:
-    """Give the decoder layers of `model` the faster forward, in place; return how many have it (0:
-    none fits).
-
-    Every layer must have the shape and pass the probe, output and gradient: layers of one model can
-    differ (every fourth layer of SmolLM3 has no rotary embedding). `path` is the one that
-    `choose_path` found: on the padded path no layer has a layout, so nothing is done.
-    """
-    patches = patches or Patches()
-    if count := accelerate_linears(model, patches):
-        log.info("bfloat16 matmuls of %d layers by float32: this CPU has none of its own", count)
-    reason = why_plain_layers(model) if path is ForwardPath.PACKED else "the path is padded"
-    if reason is not None:
-        log.info("plain decoder layers: %s", reason)
-        return 0
-    log.info("fast decoder layers")
-    return install_fast_layers(model, patches)
 
 
 def install_fast_layers(model: nn.Module, patches: Patches) -> int:
@@ -72,31 +47,89 @@ def install_fast_layers(model: nn.Module, patches: Patches) -> int:
     return sum(map(patches.replace_forward, layers, functions))
 
 
-def why_plain_layers(model: nn.Module) -> str | None:
-    """Return why the decoder layers of `model` must keep their own forward, None where the faster
-    one is the same function."""
+def layers_to_probe(model: nn.Module) -> list[Any]:
+    """Return the layers whose calls `why_plain_layers` needs: one of each kind, and the last.
+
+    Layers of one model can differ (every fourth layer of SmolLM3 has no rotary embedding); alike
+    are those that do not differ in anything but their weights. Empty where one is not of the shape.
+    """
     layers = _layers(model)
-    if not layers or not all(_has_shape(layer) for layer in layers):
+    if not layers or not all(map(_has_shape, layers)):
+        return []
+    return list(dict.fromkeys([*_distinct(layers, text_config(model)), layers[-1]]))
+
+
+def why_plain_layers(model: nn.Module, calls: Calls, *, training: bool) -> str | None:
+    """Return why the decoder layers of `model` must keep their own forward, None where the faster
+    one is the same function.
+
+    Asked of `layers_to_probe`, in float32, on `calls`: what each was called with in a packed row
+    whose positions begin and end the model's context; in training mode if it is to be trained.
+    """
+    if not calls:
         return "they are not of Llama's shape"
+    layers, patches = _layers(model), Patches()
+    patches.set_attention(base_model(model), packed_name)
     try:
-        difference = max(_probe(model, layer) for layer in layers)
+        for layer, (hidden, kwargs) in calls.items():
+            if not (found := _probe(layer, hidden, kwargs, training)) <= _SAME:
+                index = layers.index(layer)
+                return f"the fast forward of layer {index} differs by {found:.1g} of its output"
     except Exception as error:  # whatever an architecture trips over, its own forward is right
-        return f"{type(error).__name__}: {error}".splitlines()[0]
-    dtype = layers[0].input_layernorm.weight.dtype
-    if not difference <= _LARGEST_DIFFERENCE.get(dtype, _LARGEST_DIFFERENCE_TWO_BYTES):
-        return f"the fast forward differs by {difference:.2g} of the norm"
+        return f"the probe failed ({first_line(error)})"
+    finally:
+        patches.restore()
     return None
 
 
-def restore_model(model: nn.Module) -> int:
-    """Give every decoder layer its own forward back, in place; return how many had the fast one."""
-    restore_linears(model)
-    restored = 0
-    for layer in _layers(model):
-        if installed(layer) in (_forward, _last_forward):
-            del layer.forward
-            restored += 1
-    return restored
+def _distinct(layers: list[Any], config: Any) -> list[Any]:
+    """Return the layers that differ from all before them in class, fields, shapes or config."""
+    per_layer = [
+        value
+        for value in config.to_dict().values()
+        if isinstance(value, list | tuple) and len(value) == len(layers)
+    ]
+    seen: dict[str, Any] = {}
+    for index, layer in enumerate(layers):
+        described = list(_description(layer)), [values[index] for values in per_layer]
+        seen.setdefault(repr(described), layer)
+    return list(seen.values())
+
+
+def _description(layer: nn.Module) -> Iterator[tuple[Any, ...]]:
+    for name, module in layer.named_modules():
+        plain = (bool, int, float, str, type(None))
+        fields = {
+            key: value
+            for key, value in vars(module).items()
+            if isinstance(value, plain) and key not in ("layer_idx", "training")
+        }
+        shapes = [(key, tuple(p.shape), p.dtype) for key, p in module.named_parameters()]
+        yield name, type(module), fields, shapes
+
+
+def _probe(layer: Any, hidden: Tensor, kwargs: dict[str, Any], training: bool) -> float:
+    """Return the larger relative difference, of what the layer adds and of the gradient of its
+    input, between the fast forward and its own."""
+    generator = torch.Generator().manual_seed(0)
+    direction = torch.randn(hidden.shape, generator=generator).to(hidden)
+    results = []
+    mode = training_mode(layer) if training else evaluation_mode(layer)
+    with probing(layer), torch.enable_grad(), widened(layer), mode:
+        for function in (type(layer).forward, _fast_forward):
+            leaf = hidden.clone().requires_grad_()
+            out = function(layer, leaf, **kwargs)
+            out = out[0] if isinstance(out, tuple) else out
+            gradient = torch.autograd.grad((out * direction).sum(), leaf)[0]
+            results.append((out.detach() - hidden, gradient - direction))
+    return max(
+        ((mine - own).double().norm() / own.double().norm()).item()
+        for own, mine in zip(*results, strict=True)
+    )
+
+
+def _fast_forward(layer: Any, hidden: Tensor, **kwargs: Any) -> Tensor:
+    return _compute(layer, hidden[0], kwargs[LAYOUT], kwargs["position_embeddings"], None)[None]
 
 
 def _layers(model: nn.Module) -> list[Any]:
@@ -116,42 +149,6 @@ def _has_shape(layer: Any) -> bool:
         return alike and norms and isinstance(layer.mlp.act_fn, nn.SiLU | SiLUActivation)
     except AttributeError:
         return False
-
-
-def _probe(model: nn.Module, layer: Any) -> float:
-    """Return the larger relative difference, of output and of input gradient, of the fast forward
-    to the layer's own.
-
-    Two sequences of random states of the size that an embedding has after a norm.
-    """
-    base: Any = base_model(model)
-    weight = layer.input_layernorm.weight
-    layout = make_layout((Segment(0, 5, -1), Segment(5, 12, -1)), weight.device)
-    generator = torch.Generator().manual_seed(0)
-    shape = (1, 12, weight.shape[0])
-    x, direction = (torch.randn(shape, generator=generator).to(weight) for _ in range(2))
-    positions = torch.tensor([[*range(5), *range(7)]], device=weight.device)
-    results = []
-    with probing(model), torch.enable_grad(), packed_implementation(base):
-        rotary = base.rotary_emb(x, position_ids=positions)
-        for fast in (False, True):
-            leaf = x.clone().requires_grad_()
-            if fast:
-                out = _compute(layer, leaf[0], layout, rotary, None)[None]
-            else:
-                out = type(layer).forward(
-                    layer,
-                    leaf,
-                    attention_mask=None,
-                    position_ids=positions,
-                    position_embeddings=rotary,
-                    **{LAYOUT: layout},
-                )
-            results.append((out.detach(), torch.autograd.grad((out * direction).sum(), leaf)[0]))
-    return max(
-        ((mine - own).double().norm() / own.double().norm()).item()
-        for own, mine in zip(*results, strict=True)
-    )
 
 
 def _quiet(module: nn.Module) -> bool:

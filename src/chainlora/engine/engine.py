@@ -21,27 +21,23 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from chainlora.data.examples import Example
-from chainlora.engine.attention import packed_name
+from chainlora.engine.attention import CannotPackError, packed_name
 from chainlora.engine.bf16_matmul import accelerate_linears
-from chainlora.engine.decoder_layer import install_fast_layers, why_plain_layers
+from chainlora.engine.decoder_layer import install_fast_layers, layers_to_probe, why_plain_layers
 from chainlora.engine.head import candidate_loss, candidate_scores, completion_loss, logit_transform
-from chainlora.engine.hidden_states import (
-    ForwardPath,
-    attention_window,
-    packed_hidden,
-    padded_hidden,
-    why_not_packed,
-)
+from chainlora.engine.hidden_states import ForwardPath, packed_hidden, padded_hidden
+from chainlora.engine.limits import UNLIMITED
 from chainlora.engine.lora_layer import accelerate_layers
 from chainlora.engine.packing import PackedBatch, pack
 from chainlora.engine.patching import Patches
+from chainlora.engine.probes import examine, forget_lengths
 from chainlora.engine.score_batches import evaluation_batches, pack_size
 from chainlora.engine.threads import MOST_THREADS, Threads, split, why_one_thread
 from chainlora.errors import ModelError
@@ -69,7 +65,8 @@ class Engine:
         device: where the model is moved to first; None leaves it where it is.
 
     Raises:
-        ModelError: not a causal language model, or one whose logits are not its head's.
+        ModelError: a model that this package cannot score: it does not run on token ids alone, is
+            not causal, draws random numbers in evaluation, or has logits that are not its head's.
 
     The model is changed in place and is itself again after `close`, which a ``with`` block calls.
     """
@@ -82,7 +79,6 @@ class Engine:
         training: bool,
         threads: int | None = None,
         device: torch.device | str | None = None,
-        path: ForwardPath | None = None,  # until training/ uses the engine
     ) -> None:
         self.model = model if device is None else model.to(device)
         self.speedups = speedups
@@ -94,11 +90,14 @@ class Engine:
             for parameter in self._frozen:
                 parameter.requires_grad_(False)
             base_model(model)  # refuses what is not a causal language model
+            packing = speedups == "auto"
+            watch = layers_to_probe(model) if packing else []
+            self._findings = examine(model, training=training, packing=packing, watch=watch)
             logit_transform(model)  # refuses a model with other logits; found once, not in a thread
-            self._window = attention_window(model)
-            self.path = self._choose_path() if path is None else path
-            self._install()
+            self.path = self._choose_path()
+            self._install(training)
             self._choose_threads(training, threads)
+            self._findings.calls.clear()
         except BaseException:
             self.close()
             raise
@@ -124,8 +123,13 @@ class Engine:
 
     def hidden(self, batch: PackedBatch) -> Tensor:
         """Return the hidden states [R, d] at `batch.rows`, after the final norm, differentiable."""
-        if self.path is ForwardPath.PACKED and batch.longest <= self._window:
-            return packed_hidden(self.model, batch)
+        if self._findings.length:
+            forget_lengths(self.model)
+        limits = self._findings.limits
+        fits = batch.num_tokens <= limits.row and batch.longest <= limits.sequence
+        if self.path is ForwardPath.PACKED and fits:
+            with suppress(CannotPackError):  # a mask of the model's own, which no probe has met
+                return packed_hidden(self.model, batch)
         return padded_hidden(self.model, batch)
 
     def loss(self, batch: PackedBatch, kind: Kind) -> tuple[Tensor, int]:
@@ -184,9 +188,13 @@ class Engine:
         `max_tokens` bounds what is computed at once, in all threads together. Raises ModelError
         when a score is not a number.
         """
+        if self._findings.length:
+            return self._scores_by_length(examples, max_tokens, progress)
         scores: list[list[float]] = [[] for _ in examples]
         threads = self._threads(self._scoring_threads)
         size = pack_size(examples, max_tokens, threads.count)
+        if self.path is ForwardPath.PACKED:
+            size = min(size, self._findings.limits.row)
         batches = evaluation_batches(examples, max_tokens=size, path=self.path)
 
         @torch.inference_mode()
@@ -195,7 +203,7 @@ class Engine:
             return indices, candidate_scores(self.model, self.hidden(batch), batch).tolist()
 
         done = 0
-        with evaluation_mode(self.model), torch.inference_mode():
+        with self.plain():
             for indices, flat in threads.map(score, batches):
                 for index in indices:
                     count = len(examples[index].sequences)
@@ -204,6 +212,36 @@ class Engine:
                 done += len(indices)
                 if progress is not None:
                     progress(done, len(examples))
+        return scores
+
+    def _scores_by_length(
+        self, examples: Sequence[Example], max_tokens: int, progress: Progress | None
+    ) -> list[list[float]]:
+        """Score each sequence beside those alone that let it be what it is by itself.
+
+        Below the threshold of the rotary embedding all are alike; above it, those of one length.
+        """
+        scores = [[math.nan] * len(example.sequences) for example in examples]
+        groups: dict[int, list[tuple[int, int]]] = {}
+        for index, example in enumerate(examples):
+            for slot, sequence in enumerate(example.sequences):
+                alike = max(len(sequence), self._findings.threshold)
+                groups.setdefault(alike, []).append((index, slot))
+        done = 0
+        with self.plain():
+            for places in groups.values():
+                alone = [_one_sequence(examples[index], slot) for index, slot in places]
+                for indices in evaluation_batches(alone, max_tokens=max_tokens, path=self.path):
+                    batch = self.pack([alone[i] for i in indices])
+                    found = candidate_scores(self.model, self.hidden(batch), batch).tolist()
+                    for i, score in zip(indices, found, strict=True):
+                        index, slot = places[i]
+                        scores[index][slot] = score
+                        _check_scores([score], examples[index].row)
+                done += len(places)
+                if progress is not None:
+                    total = sum(len(example.sequences) for example in examples)
+                    progress(done * len(examples) // total, len(examples))
         return scores
 
     @contextmanager
@@ -233,14 +271,19 @@ class Engine:
         self.close()
 
     def _choose_path(self) -> ForwardPath:
-        reason = "speedups are off" if self.speedups == "off" else why_not_packed(self.model)
-        if reason is None:
-            self.notes.append("packed sequences: yes")
-            return ForwardPath.PACKED
-        self.notes.append(f"packed sequences: no, {reason}")
-        return ForwardPath.PADDED
+        limits, reason = self._findings.limits, self._findings.packed
+        if reason is not None:
+            self.notes.append(f"packed sequences: no, {reason}")
+            return ForwardPath.PADDED
+        within = []
+        if limits.sequence < UNLIMITED:
+            within.append(f"up to {limits.sequence} tokens each (its attention window)")
+        if limits.row < UNLIMITED:
+            within.append(f"in rows of up to {limits.row} tokens (`{limits.row_field}`)")
+        self.notes.append(", ".join(["packed sequences: yes", *within]))
+        return ForwardPath.PACKED
 
-    def _install(self) -> None:
+    def _install(self, training: bool) -> None:
         if self.speedups == "off":
             return
         if count := accelerate_linears(self.model, self._patches):
@@ -249,22 +292,23 @@ class Engine:
             )
         if self.path is not ForwardPath.PACKED:
             return
+        reason = self._findings.random or why_plain_layers(
+            self.model, self._findings.calls, training=training
+        )
         self._patches.set_attention(base_model(self.model), packed_name)
-        reason = why_plain_layers(self.model)
         if reason is None:
             install_fast_layers(self.model, self._patches)
         self.notes.append(f"fast decoder layers: {'yes' if reason is None else 'no, ' + reason}")
 
     def _choose_threads(self, training: bool, threads: int | None) -> None:
+        """One thread where several would be wrong: for training, and for scoring in between."""
         most = min(torch.get_num_threads(), MOST_THREADS, threads or MOST_THREADS)
-        counts = {}
-        for purpose in (True, False):
-            reason = "speedups are off" if self.speedups == "off" else None
-            reason = reason or why_one_thread(self.model, self.path, training=purpose)
-            counts[purpose] = 1 if reason else most
-            if purpose is training:
-                self.notes.append(f"threads: {counts[purpose]}{', ' + reason if reason else ''}")
-        self.num_threads, self._scoring_threads = counts[training], counts[False]
+        off, found = "speedups are off" if self.speedups == "off" else None, self._findings
+        scoring = off or why_one_thread(self.model, self.path, found.length)
+        reason = scoring or found.random
+        self.num_threads = 1 if reason else most
+        self._scoring_threads = 1 if scoring else most
+        self.notes.append(f"threads: {self.num_threads}{', ' + reason if reason else ''}")
 
     def _threads(self, count: int) -> Threads:
         if count not in self._pools:
@@ -278,6 +322,10 @@ class Engine:
 def num_terms(batch: PackedBatch, kind: Kind) -> int:
     """Return how many terms the loss of a batch sums: examples, or scored tokens."""
     return batch.num_examples if kind == "candidates" else batch.num_scored_tokens
+
+
+def _one_sequence(example: Example, slot: int) -> Example:
+    return Example(example.row, (example.sequences[slot],), (example.scored[slot],))
 
 
 def _check_scores(scores: Sequence[float], row: int) -> None:

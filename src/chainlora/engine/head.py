@@ -13,7 +13,10 @@ a module, so that it gets its gradient.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -24,8 +27,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from chainlora.engine.bf16_matmul import linear, product, widened
-from chainlora.engine.hidden_states import probing
 from chainlora.engine.packing import PackedBatch
+from chainlora.engine.probes import probing
 from chainlora.errors import DataError, ModelError
 from chainlora.models.text_config import base_model, causal_model, text_config
 
@@ -34,7 +37,8 @@ from chainlora.models.text_config import base_model, causal_model, text_config
 CHUNK_ELEMENTS = 2**22
 
 Transform = Callable[[Tensor], Tensor]
-_TRANSFORMS: WeakKeyDictionary[nn.Module, Transform | None] = WeakKeyDictionary()
+FindHead = Callable[[nn.Module], nn.Module]
+_HEADS: WeakKeyDictionary[nn.Module, tuple[FindHead, Transform | None]] = WeakKeyDictionary()
 
 
 def candidate_scores(model: nn.Module, hidden: Tensor, batch: PackedBatch) -> Tensor:
@@ -118,7 +122,7 @@ def token_logprobs(
 
 
 def logit_transform(model: nn.Module) -> Transform | None:
-    """Return what the model does to ``head(hidden)`` to make its logits, None for nothing.
+    """Return what the model does to the output of its head to make its logits, None for nothing.
 
     Softcap (Gemma 2) and the scales of Cohere and Granite are known; which one holds is found by
     comparing with the model's own logits, once per model.
@@ -126,53 +130,103 @@ def logit_transform(model: nn.Module) -> Transform | None:
     Raises:
         ModelError: the model does something else.
     """
+    return _head_and_transform(model)[1]
+
+
+def _head_and_transform(model: nn.Module) -> tuple[FindHead, Transform | None]:
     model = causal_model(model)
-    if model not in _TRANSFORMS:
-        _TRANSFORMS[model] = _probe_transform(model)
-    return _TRANSFORMS[model]
+    if model not in _HEADS:
+        _HEADS[model] = _probe_head(model)
+    return _HEADS[model]
 
 
-def _probe_transform(model: nn.Module) -> Transform | None:
-    config = text_config(model)
-    device = next(model.parameters()).device
+def _probe_head(model: nn.Module) -> tuple[FindHead, Transform | None]:
+    config, device = text_config(model), next(model.parameters()).device
     ids = torch.arange(1, 5, device=device)[None] % config.vocab_size
+    states: list[Any] = []
+    ours = []
+    keep = base_model(model).register_forward_hook(lambda _, __, output: states.append(output))
     with probing(model):
-        hidden = base_model(model)(input_ids=ids, use_cache=False).last_hidden_state
-        ours = _head(model)(hidden).float()
-        theirs = model(input_ids=ids, use_cache=False).logits.float()
-    # the same operations on the same numbers; a scale may be applied before or after a two-byte
-    # rounding
-    largest = 1e-5 if hidden.dtype in (torch.float32, torch.float64) else 2e-2
-    for transform in (None, *_known_transforms(config)):
-        logits = ours if transform is None else transform(ours)
-        if logits.shape == theirs.shape and (logits - theirs).norm() <= largest * theirs.norm():
-            return transform
+        try:
+            theirs = getattr(model(input_ids=ids, use_cache=False), "logits", None)
+        finally:
+            keep.remove()
+        if not states:  # a model that calls its base's parts (OPT)
+            states.append(base_model(model)(input_ids=ids, use_cache=False))
+        hidden = states[0].last_hidden_state
+        for find in (_enclosing_head, _all_after_the_base):
+            with suppress(RuntimeError, TypeError, NotImplementedError):  # not made for one another
+                ours.append((find, find(model)(hidden)))
+    best: tuple[FindHead, Transform | None] = (_enclosing_head, None)
+    error = math.inf
+    for find, logits in ours:
+        for transform in (None, *_known_transforms(config)):
+            found = _difference(logits, theirs, transform)
+            if found < error:
+                best, error = (find, transform), found
+    # a scale may be applied before or after a two-byte rounding
+    if error <= (1e-5 if hidden.dtype in (torch.float32, torch.float64) else 2e-2):
+        return best
     raise ModelError(
         f"logits must be the head of the hidden states, up to a known softcap or scale (got "
         f"{type(model).__name__}, whose logits are something else); this model is not supported"
     )
 
 
+def _difference(ours: Any, theirs: Any, transform: Transform | None) -> float:
+    if not isinstance(ours, Tensor) or not isinstance(theirs, Tensor) or ours.shape != theirs.shape:
+        return math.inf
+    logits = ours.float() if transform is None else transform(ours.float())
+    difference = (logits - theirs).norm()
+    return 0.0 if difference == 0 else (difference / theirs.norm()).item()
+
+
 def _known_transforms(config: Any) -> list[Transform]:
+    """Return what the config's fields may mean: a softcap (Gemma 2), a factor, a divisor."""
     known: list[Transform] = []
-    if cap := getattr(config, "final_logit_softcapping", None):
-        known.append(lambda logits: torch.tanh(logits / cap) * cap)
-    if scale := getattr(config, "logit_scale", None):
-        known.append(lambda logits: logits * scale)
-    if divisor := getattr(config, "logits_scaling", None):
-        known.append(lambda logits: logits / divisor)
-    if multiplier := getattr(config, "lm_head_multiplier", None):
-        known.append(lambda logits: logits * multiplier)
+    for name in ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap"):
+        if cap := getattr(config, name, None):
+            known.append(partial(_softcap, cap=cap))
+    for name in ("logit_scale", "lm_head_multiplier"):
+        if scale := getattr(config, name, None):
+            known.append(partial(torch.mul, other=scale))
+    for name in ("logits_scaling", "logits_mup_width_multiplier"):
+        if divisor := getattr(config, name, None):
+            known.append(partial(torch.div, other=divisor))
     return known
 
 
+def _softcap(logits: Tensor, cap: float) -> Tensor:
+    return torch.tanh(logits / cap) * cap
+
+
 def _head(model: nn.Module) -> Any:
-    head = causal_model(model).get_output_embeddings()  # type: ignore[operator]
-    if head is None:
-        raise ModelError(
-            f"the model must have a language-model head (got {type(causal_model(model)).__name__})"
-        )
-    return head
+    return _head_and_transform(model)[0](causal_model(model))
+
+
+def _enclosing_head(model: nn.Module) -> nn.Module:
+    """Return the output embedding, or the module around it (BERT transforms the states first)."""
+    output = _output_embedding(model)
+    around = [
+        child for child in _after_the_base(model) if any(m is output for m in child.modules())
+    ]
+    return around[0] if around else output
+
+
+def _all_after_the_base(model: nn.Module) -> nn.Module:
+    """Return all modules beside the base, one after another (ModernBERT's decoder)."""
+    return nn.Sequential(*_after_the_base(model))
+
+
+def _after_the_base(model: nn.Module) -> list[nn.Module]:
+    return [child for child in model.children() if child is not base_model(model)]
+
+
+def _output_embedding(model: Any) -> nn.Module:
+    output = model.get_output_embeddings()
+    if output is None:
+        raise ModelError(f"the model must have a language-model head (got {type(model).__name__})")
+    return output
 
 
 def _vocabulary(model: nn.Module) -> int:

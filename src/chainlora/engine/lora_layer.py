@@ -21,39 +21,22 @@ from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
 from chainlora.engine.bf16_matmul import add_product_, linear, product
-from chainlora.engine.patching import Patches, installed, replacement
+from chainlora.engine.patching import Patches, replacement
 from chainlora.errors import ModelError
 
 
-def accelerate_lora(model: nn.Module, patches: Patches | None = None) -> int:
-    """Give every LoRA layer of `model` the fused forward, in place; return how many would take it
-    now."""
-    layers = [module for module in model.modules() if is_lora_layer(module)]
-    return accelerate_layers(layers, patches)
-
-
-def accelerate_layers(layers: Iterable[nn.Module], patches: Patches | None = None) -> int:
+def accelerate_layers(layers: Iterable[nn.Module], patches: Patches) -> int:
     """Give these LoRA layers the fused forward, in place; return how many would take it now.
 
     Raises:
         ModelError: a layer that holds no LoRA.
     """
-    patches = patches or Patches()
     taken = 0
     for layer in layers:
         if not is_lora_layer(layer):
             raise ModelError(f"only LoRA layers have a fused forward (got {type(layer).__name__})")
         taken += patches.replace_forward(layer, _forward) and active_adapter(layer) is not None
     return taken
-
-
-def restore(model: nn.Module) -> int:
-    """Give every layer of `model` its own forward back, in place; return how many had the fused
-    one."""
-    fused = [module for module in model.modules() if installed(module) is _forward]
-    for module in fused:
-        del module.forward
-    return len(fused)
 
 
 def is_lora_layer(module: nn.Module) -> bool:
@@ -136,13 +119,14 @@ class LoraFunction(torch.autograd.Function):
         # the transpose.
         a, b_rows = a.to(x.dtype), b.T.to(x.dtype).contiguous()
         down = linear(flat, a)
-        out = add_product_(linear(flat, weight, bias), down, b_rows, scaling)
+        out = linear(x, weight, bias)  # of its final shape: autograd refuses changes to a view
+        add_product_(out.view(-1, out.shape[-1]), down, b_rows, scaling)
         _, _, _, needs_a, needs_b, _ = ctx.needs_input_grad
         ctx.save_for_backward(
             flat if needs_a else None, weight, a, b_rows, down if needs_b else None
         )
         ctx.scaling, ctx.shape = scaling, x.shape
-        return out.view(*x.shape[:-1], out.shape[-1])
+        return out
 
     @staticmethod
     @once_differentiable

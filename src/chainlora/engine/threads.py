@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -22,7 +22,6 @@ from torch import nn
 from chainlora.data.examples import Example
 from chainlora.engine.hidden_states import ForwardPath
 from chainlora.engine.packing import fresh_tokens, input_sequences
-from chainlora.models.text_config import text_config
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -94,40 +93,18 @@ class Threads:
         return self._pool
 
 
-def count_threads(model: nn.Module, path: ForwardPath, *, training: bool) -> int:
-    """Return how many threads serve a model as it is now: one a core, up to a few, or one."""
-    if why_one_thread(model, path, training=training):
-        return 1
-    return min(torch.get_num_threads(), MOST_THREADS)
+def why_one_thread(model: nn.Module, path: ForwardPath, *reasons: str | None) -> str | None:
+    """Return why this model must not, or need not, run in several threads; None where it may.
 
-
-def why_one_thread(model: nn.Module, path: ForwardPath, *, training: bool) -> str | None:
-    """Return why this model must not, or need not, run in several threads; None where it may."""
-    config = text_config(model)
+    `reasons` are what probes found against it, None for nothing.
+    """
     if next(model.parameters()).device.type != "cpu":
         return "the model is not on a CPU"
     if torch.get_num_threads() == 1:
         return "torch has one thread"
     if path is not ForwardPath.PACKED:
-        return "the model runs on the padded path"
-    if training and (_drops(config.to_dict()) or any(map(_is_dropout, model.modules()))):
-        return "dropout draws from one generator"
-    rope = getattr(config, "rope_parameters", None) or {}
-    if any(kind in str(rope) for kind in ("dynamic", "longrope")):
-        return "its rotary embedding changes with the length of what it sees"
-    return None
-
-
-def _drops(config: dict[str, Any]) -> bool:
-    """Say whether a model's config has a dropout, by whatever name, above 0."""
-    return any(
-        "drop" in key and isinstance(value, float | int) and value > 0
-        for key, value in config.items()
-    )
-
-
-def _is_dropout(module: nn.Module) -> bool:
-    return isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0
+        return "rows are padded"
+    return next((reason for reason in reasons if reason), None)
 
 
 def split(examples: Sequence[Example], count: int) -> list[list[int]]:
@@ -183,7 +160,3 @@ def _families(inputs: list[_Inputs]) -> list[list[int]]:
 def _tokens(inputs: list[_Inputs], indices: Iterable[int]) -> int:
     """Return how many tokens a pack of these examples computes."""
     return fresh_tokens(sorted(sequence for index in indices for sequence in inputs[index]))[0]
-
-
-Lanes = Threads  # until training/ uses the engine
-count_lanes = count_threads

@@ -20,11 +20,9 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from chainlora.data.examples import Example
-from chainlora.engine.engine import Engine
-from chainlora.engine.hidden_states import ForwardPath
+from chainlora.engine.engine import Engine, Progress
 from chainlora.errors import ConfigError, DataError
 from chainlora.evaluation.generation import generate_greedy
-from chainlora.evaluation.likelihood import Progress
 from chainlora.evaluation.metrics import (
     INDEX_METRICS,
     LOSS_METRICS,
@@ -59,7 +57,6 @@ def evaluate(
     metrics: Sequence[str] | str,
     tokenizer: PreTrainedTokenizerBase | None = None,
     engine: Engine | None = None,
-    path: ForwardPath | None = None,
     max_tokens: int = 4096,
     max_new_tokens: int = 50,
     stop: str | None = "\n",
@@ -91,7 +88,7 @@ def evaluate(
     names = check_metrics(metrics)
     examples = list(examples)
     classify = _are_labelled(examples)
-    with _engine_for(model, engine, path) as runner:
+    with _engine_for(model, engine) as runner:
         if classify:
             return _evaluate_candidates(runner, examples, names, tokenizer, max_tokens, progress)
         _refuse(
@@ -114,13 +111,11 @@ def evaluate(
 
 
 @contextmanager
-def _engine_for(
-    model: nn.Module, engine: Engine | None, path: ForwardPath | None
-) -> Iterator[Engine]:
+def _engine_for(model: nn.Module, engine: Engine | None) -> Iterator[Engine]:
     if engine is not None:
         yield engine
         return
-    with Engine(model, training=False, path=path) as own:
+    with Engine(model, training=False) as own:
         yield own
 
 

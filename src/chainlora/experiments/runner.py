@@ -71,7 +71,7 @@ def run_experiment(
         backend: "local"; "inline", cells one by one in this process (no start-up, but its peak
             memory is this process's); "ray" for a cluster (extra `ray`).
         overrides: ``("base.data.dir", "rows")`` pairs that replace values of the file.
-        listener: gets ``{"event": "plan"|"cell"|"poll"|"end", …}`` as work goes on.
+        listener: gets ``{"event": "plan"|"cell"|"poll"|"end", …}`` while cells run.
         max_cells: stop after so many cells; the rest is for another call.
         reuse: results files of other runs, of this machine or another; cells of the same config
             found there are taken as done.
@@ -127,7 +127,7 @@ def run_cells(
         out / "experiment.yaml", yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False)
     )
     try:
-        session.gather()  # what is there must go together, before more is computed
+        session.gather()  # results must go together before more are computed
         notes = run_notes(experiment, session.results())
         for phase in ("tune", "final"):
             _run_phase(session, phase, execute, workers, max_cells, notes)

@@ -23,20 +23,17 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 from safetensors import safe_open
-from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from chainlora.errors import ModelError
 from chainlora.models.gguf import converted_folder
 from chainlora.models.hashing import cache_dir as cache_dir  # re-exported
 from chainlora.models.identity import TOKENIZERS, weight_files
-from chainlora.models.text_config import text_config
+from chainlora.models.text_config import UNLIMITED_CONTEXT as UNLIMITED_CONTEXT
+from chainlora.models.text_config import context_length as context_length
 
 logger = logging.getLogger(__name__)
 
-UNLIMITED_CONTEXT = (
-    1 << 30
-)  # tokens; for architectures without a limit of their own (ALiBi, recurrent)
 _WANTED = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken"]
 _UNWANTED = ["*/*", "consolidated*", "original*"]  # the same weights again, in other layouts
 _INTEGERS = ("BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64")
@@ -151,16 +148,6 @@ def packaged_model(package: str) -> Path:
         f"a package named as a model must hold a .gguf file (got {package!r} without one); "
         f"install it again or name another"
     )
-
-
-def context_length(model: nn.Module) -> int:
-    """Return how many tokens the model can read at once; `UNLIMITED_CONTEXT` where no limit is
-    stated."""
-    config = text_config(model)
-    for name in ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length"):
-        if isinstance(length := getattr(config, name, None), int) and length > 0:
-            return length
-    return UNLIMITED_CONTEXT
 
 
 def _from_hub(spec: str) -> Path:

@@ -8,6 +8,9 @@ from torch import nn
 
 from chainlora.errors import ModelError
 
+# tokens; for architectures without a limit of their own (ALiBi, recurrent)
+UNLIMITED_CONTEXT = 1 << 30
+
 
 def text_config(model: nn.Module) -> Any:
     """Return the config of the text decoder: a multimodal model nests it, others are it."""
@@ -24,6 +27,8 @@ def base_model(model: nn.Module) -> nn.Module:
     """Return the part of a causal model that ends in hidden states, without the head."""
     model = causal_model(model)
     base = getattr(model, getattr(model, "base_model_prefix", "") or "_", None)
+    if not isinstance(base, nn.Module) and hasattr(model, "lm_head"):
+        base = getattr(model, "model", None)  # Llama 4, Mllama: the prefix is the checkpoint's
     if not isinstance(base, nn.Module):
         raise ModelError(
             f"the model must be a transformers causal language model (got {type(model).__name__})"
@@ -34,3 +39,13 @@ def base_model(model: nn.Module) -> nn.Module:
 def compute_dtype(model: nn.Module) -> Any:
     """Return the dtype the model computes in: that of its input embedding."""
     return causal_model(model).get_input_embeddings().weight.dtype  # type: ignore[operator]
+
+
+def context_length(model: nn.Module) -> int:
+    """Return how many tokens the model can read at once; `UNLIMITED_CONTEXT` where no limit is
+    stated."""
+    config = text_config(model)
+    for name in ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length"):
+        if isinstance(length := getattr(config, name, None), int) and length > 0:
+            return length
+    return UNLIMITED_CONTEXT

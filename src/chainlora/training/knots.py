@@ -36,6 +36,11 @@ class Knot:
     share: float
     moments: str = "carried"  # of the optimizer, where the link continues: "carried" or "new"
 
+    @property
+    def ends_link(self) -> bool:
+        """Say whether nothing of the link is left to continue from."""
+        return self.share >= 1
+
 
 WHOLE = Knot(1.0)
 

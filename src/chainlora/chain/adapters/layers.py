@@ -18,7 +18,12 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from chainlora.chain.adapters.factors import Factors
-from chainlora.chain.adapters.targets import check_targets, named_modules, peft_config
+from chainlora.chain.adapters.targets import (
+    check_targets,
+    matched_modules,
+    named_modules,
+    peft_config,
+)
 from chainlora.config.schema import LinkConfig
 from chainlora.errors import ModelError
 
@@ -87,7 +92,9 @@ def attach(model: nn.Module, config: LinkConfig) -> Adapter:
         # PEFT would take every module whose path *ends* in the name, `input_layernorm` for `norm`:
         # give it whole paths
         extra = [name for name, _ in named_modules(model, config.extra_modules)] or None
-        tuner = peft.LoraModel(model, peft_config(config, modules_to_save=extra), LIVE)
+        whole = {"modules_to_save": extra, "exclude_modules": None}
+        targets = sorted(matched_modules(model, config))
+        tuner = peft.LoraModel(model, peft_config(config, target_modules=targets, **whole), LIVE)
     adapter = Adapter(tuner, config, _layers(model), _extra_modules(model))
     for layer in adapter.layers.values():
         for part in (layer.lora_A, layer.lora_B, layer.lora_magnitude_vector):

@@ -3,15 +3,25 @@ it."""
 
 from __future__ import annotations
 
+import logging
+import re
 import warnings
+from collections.abc import Iterable, Mapping
 from typing import Any
+from weakref import WeakKeyDictionary, WeakSet
 
 import peft
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from chainlora.config.schema import LinkConfig
 from chainlora.errors import ModelError
+from chainlora.models.modes import evaluation_mode, kept_random_state
+
+log = logging.getLogger(__name__)
+
+_SAID: WeakSet[nn.Module] = WeakSet()
 
 
 def peft_config(config: LinkConfig, **overrides: Any) -> peft.LoraConfig:
@@ -59,6 +69,9 @@ def check_targets(model: nn.Module, config: LinkConfig) -> None:
             f"{', '.join(target_candidates(model))}, or all-linear"
         )
     head, embedding = _tied(model)
+    shared = _shared_with(model)
+    fused = _stacked_experts(model, matched)
+    uncalled = _uncalled(model, matched)
     for name, module in matched.items():
         if not isinstance(module, nn.Linear | Conv1D):
             raise ModelError(
@@ -78,6 +91,19 @@ def check_targets(model: nn.Module, config: LinkConfig) -> None:
                 f"{name}): its "
                 "merge would change the embedding too; exclude it, or untie the weights"
             )
+        if name in shared:
+            raise ModelError(
+                "`target_modules` must not match layers that share their weights (got "
+                f"{name} and {shared[name]}): each would have an update of its own, and one weight "
+                f"cannot hold both; add {name.rpartition('.')[2]!r} to exclude_modules"
+            )
+        if reason := _incompatible(model, name):
+            raise ModelError(f"PEFT must have a LoRA for each layer (got {name}: {reason})")
+        if name in fused:
+            raise ModelError(
+                f"stacked experts cannot be linked (got {name}, which PEFT takes for a projection "
+                "of experts that share one parameter); leave it out, or use all-linear"
+            )
         if config.init in ("gradient", "pissa") and config.rank > min(module.weight.shape):
             raise ModelError(
                 f"`init: {config.init}` takes singular directions, of which a layer has as many "
@@ -92,6 +118,11 @@ def check_targets(model: nn.Module, config: LinkConfig) -> None:
                 "one); "
                 "set lora_bias: false"
             )
+    if idle := _idle_target(config, matched, uncalled):
+        raise ModelError(
+            f"the model must call the layers that are adapted (got {idle}, whose weight it reads "
+            f"directly, or not at all on text); candidates: {', '.join(target_candidates(model))}"
+        )
     if isinstance(config.target_modules, tuple):
         unmatched = [
             t for t in config.target_modules if not any(_named(name, t) for name in matched)
@@ -130,8 +161,12 @@ def named_modules(model: nn.Module, names: tuple[str, ...]) -> list[tuple[str, n
 
 
 def matched_modules(model: nn.Module, config: LinkConfig) -> dict[str, nn.Module]:
-    """Return the modules a link would adapt, by path, as PEFT itself picks them (for `all-linear`:
-    not the head)."""
+    """Return the modules a link would adapt, by path, as PEFT itself picks them.
+
+    ``all-linear`` is every Linear and Conv1D layer but the head, and but those where a LoRA would
+    do nothing or PEFT has none: layers that the model never calls on text (vision towers, weights
+    that are read directly), and names that PEFT takes for stacked experts.
+    """
     from peft.tuners.tuners_utils import (
         _maybe_include_all_linear_layers,
         check_target_module_exists,
@@ -140,11 +175,139 @@ def matched_modules(model: nn.Module, config: LinkConfig) -> dict[str, nn.Module
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         resolved = _maybe_include_all_linear_layers(peft_config(config), model)
-    return {
+    matched = {
         name: module
         for name, module in model.named_modules()
         if name and check_target_module_exists(resolved, name)
     }
+    if str(config.target_modules).lower() != "all-linear":
+        return matched
+    left_out = _stacked_experts(model, matched) | _uncalled(model, matched)
+    left_out |= {name for name in matched if _incompatible(model, name)}
+    _say(model, left_out)
+    return {name: module for name, module in matched.items() if name not in left_out}
+
+
+def _say(model: nn.Module, left_out: set[str]) -> None:
+    """Log once a model which layers a link on all of them does without."""
+    if model in _SAID:
+        return
+    _SAID.add(model)
+    if left_out:
+        kinds = sorted({_kind(name) for name in left_out})
+        log.warning("all-linear leaves out %d layers: %s", len(left_out), ", ".join(kinds))
+    stacked = {
+        _kind(name)
+        for name, module in model.named_modules()
+        if not isinstance(module, nn.modules.conv._ConvNd)
+        and any(p.dim() == 3 for p in module.parameters(recurse=False))
+    }
+    if stacked:
+        log.warning("all-linear leaves out stacked parameters: %s", ", ".join(sorted(stacked)))
+
+
+def _incompatible(model: nn.Module, name: str) -> str | None:
+    """Return why PEFT refuses a layer of this name (Mamba's `out_proj`), None where it does not."""
+    from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
+
+    try:
+        _check_lora_target_modules_mamba(peft.LoraConfig(), model, name.rpartition(".")[2])
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _idle_target(
+    config: LinkConfig, matched: Mapping[str, nn.Module], uncalled: set[str]
+) -> str | None:
+    """Return a module of a target whose matches are none of them called, None if there is none."""
+    targets = config.target_modules
+    for target in targets if isinstance(targets, tuple) else ("",):
+        mine = [name for name in matched if not target or _named(name, target)]
+        if mine and uncalled.issuperset(mine):
+            return mine[0]
+    return None
+
+
+def _stacked_experts(model: nn.Module, names: Iterable[str]) -> set[str]:
+    """Return which of `names` PEFT takes for projections of experts.
+
+    Transformers 5 holds the experts of Mixtral, DeepSeek and their like in stacked parameters. PEFT
+    reads a target such as ``gate_proj`` as theirs, in layers too that have a plain Linear of that
+    name, and reads an adapter from disk in the same way.
+    """
+    leaves = {name.rpartition(".")[2] for name in names}
+    taken = {leaf for leaf in leaves if _is_of_experts(model, leaf)}
+    return {name for name in names if name.rpartition(".")[2] in taken}
+
+
+def _is_of_experts(model: nn.Module, leaf: str) -> bool:
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    config = peft.LoraConfig(target_modules=[leaf])
+    try:
+        convert_peft_config_for_transformers(config, model=model, conversions=None)
+    except ValueError:  # one projection of an expert without the others
+        return True
+    return leaf not in (config.target_modules or ())
+
+
+def _uncalled(model: nn.Module, matched: Mapping[str, nn.Module]) -> set[str]:
+    """Return which modules a model never calls on text, none of their kind being called either.
+
+    Of experts only some see a token; they count as called where one of the same place is.
+    """
+    called = _called_modules(model)
+    if called is None:
+        return set()
+    kinds = {_kind(name) for name in matched if name in called}
+    return {name for name in matched if _kind(name) not in kinds}
+
+
+def _kind(name: str) -> str:
+    return re.sub(r"\d+", "*", name)
+
+
+_CALLED: WeakKeyDictionary[nn.Module, frozenset[str]] = WeakKeyDictionary()
+
+
+def _called_modules(model: nn.Module) -> frozenset[str] | None:
+    """Return the paths of modules that run in a forward over a few tokens; None if it fails."""
+    if model not in _CALLED:
+        seen: set[nn.Module] = set()
+        handles = [
+            module.register_forward_pre_hook(lambda each, _: seen.add(each))
+            for module in model.modules()
+        ]
+        device = next(model.parameters()).device
+        try:
+            with evaluation_mode(model), kept_random_state(model), torch.no_grad():
+                model(input_ids=torch.arange(1, 9, device=device)[None], use_cache=False)
+        except Exception:  # a model that cannot run is refused where it is to run
+            return None
+        finally:
+            for handle in handles:
+                handle.remove()
+        names = {name for name, module in model.named_modules() if module in seen}
+        _CALLED[model] = frozenset(names)
+    return _CALLED[model]
+
+
+def _shared_with(model: nn.Module) -> dict[str, str]:
+    """Return, by path, another module that holds the same weight: writing one writes the other."""
+    owners: dict[tuple[int, int], str] = {}
+    shared: dict[str, str] = {}
+    for path, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if not isinstance(weight, Tensor) or weight.device.type == "meta" or not weight.numel():
+            continue
+        place = (weight.untyped_storage().data_ptr(), int(weight.storage_offset()))
+        if place in owners:
+            shared[path] = owners[place]
+            shared.setdefault(owners[place], path)
+        else:
+            owners[place] = path
+    return shared
 
 
 def _named(path: str, last: str) -> bool:

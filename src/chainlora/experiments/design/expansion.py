@@ -107,7 +107,7 @@ class Expansion:
         )
 
     def fixed(self) -> dict[tuple[str, str], Point]:
-        """Return the point of each (task, method) whose grid has one only: nothing to choose."""
+        """Return the point of each (task, method) with nothing to choose: a grid of one."""
         return {
             (task, method): found[0]
             for task in self.experiment.tasks

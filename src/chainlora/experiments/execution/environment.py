@@ -50,7 +50,7 @@ def _installed_commit() -> str | None:
 
 
 def accelerator(device: str) -> dict[str, str]:
-    """Return what names the kernels of an accelerator; nothing for a CPU, whose record has them."""
+    """Return what names the kernels of a GPU; nothing for a CPU, which is recorded already."""
     if not device.startswith("cuda"):
         return {}
     major, minor = torch.cuda.get_device_capability(device)

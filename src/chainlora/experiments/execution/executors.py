@@ -31,7 +31,7 @@ Executor = Callable[[Work, Poll], Ended]
 def executor(backend: str, workers: Workers) -> Executor:
     """Return what runs cells and yields each with its error, or None, as it ends.
 
-    Raises ConfigError: unknown backend, no number of workers.
+    Raises ConfigError: unknown backend, wrong number of workers.
     """
     check_workers(workers, backend)
     if backend == "local":

@@ -21,7 +21,7 @@ def time_left(
     Args:
         done: (task, seconds) of cells that ended.
         remaining: (task, share still to do) of cells running or waiting.
-        later: cells of the next phase, whose tasks are not counted apart.
+        later: cells of the next phase, taken for average ones.
         workers: cells at a time.
     """
     if not done:

@@ -85,12 +85,16 @@ def _read_lines(path: Path, on_damage: Callable[[str], None] | None) -> list[dic
         except DamageError as error:
             if on_damage is None:
                 raise
-            on_damage(str(error))
+            on_damage(error.what)
     return lines
 
 
 class DamageError(RunError):
-    """A result that is torn, or no longer what its checksum says."""
+    """A result that is torn, or no longer what its checksum says; `what` is it without a remedy."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(f"{what}; {_REBUILD}")
+        self.what = what
 
 
 def _read_line(where: str, text: str) -> dict[str, Any]:
@@ -99,7 +103,7 @@ def _read_line(where: str, text: str) -> dict[str, Any]:
     if model is None:
         raise DamageError(
             "a line of results must be of kind experiment, choice or cell "
-            f"(got {line.get('kind')!r} in {where}); {_REBUILD}"
+            f"(got {line.get('kind')!r} in {where})"
         )
     if line["kind"] == "cell":
         labels = {key: value for key, value in line.items() if key not in result_of(line)}
@@ -114,13 +118,9 @@ def parse_object(where: str, text: str) -> dict[str, Any]:
         value = json.loads(text)
         json.dumps(value, ensure_ascii=False).encode()  # lone surrogates can be read, not written
     except (ValueError, RecursionError) as error:
-        raise DamageError(
-            f"results must hold whole JSON objects (got {where}: {error}); {_REBUILD}"
-        ) from None
+        raise DamageError(f"results must hold whole JSON objects (got {where}: {error})") from None
     if not isinstance(value, dict):
-        raise DamageError(
-            f"results must hold JSON objects (got {type(value).__name__} in {where}); {_REBUILD}"
-        )
+        raise DamageError(f"results must hold JSON objects (got {type(value).__name__} in {where})")
     return value
 
 
@@ -138,7 +138,7 @@ def check_result(where: str, result: Mapping[str, Any]) -> dict[str, Any]:
     if not is_whole(moved):
         raise DamageError(
             f"a result must be what its checksum says (got other content in {where}: it was "
-            f"edited or damaged); {_REBUILD}"
+            "edited or damaged)"
         )
     return moved
 
@@ -150,8 +150,7 @@ def _check(where: str, line: Mapping[str, Any], model: type[Line]) -> None:
         model.model_validate(line)
     except ValidationError as error:
         raise DamageError(
-            f"a line of results must have what reports read ({problems(error, model)}; "
-            f"got {where}); {_REBUILD}"
+            f"a line of results must have what reports read ({problems(error, model)}; got {where})"
         ) from None
 
 
@@ -191,7 +190,7 @@ def _identities(cell: Mapping[str, Any]) -> list[tuple[str, str, str]]:
 
 
 def definitions_mixed(cells: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return the digests (`rows_digest`, …) of which cells have several definitions, or none."""
+    """Return the digests (`rows_digest`, …) that cells have by several definitions, or lack."""
     found: dict[tuple[str, str], set[str | None]] = {}
     for cell in cells:
         for field, _, settings in _identities(cell):

@@ -24,7 +24,7 @@ Phase = str  # "tune" or "final"
 
 
 class Session:
-    """What is done, by the store; what follows from it, computed anew at every question."""
+    """What is done is in the store; what follows from it is computed at every call."""
 
     def __init__(self, experiment: Experiment, store: Store, listener: Listener) -> None:
         self.experiment, self.store, self.listener = experiment, store, listener
@@ -91,7 +91,7 @@ class Session:
         return {cell.id: cell for cell in reversed(cells)}
 
     def results(self) -> Results:
-        """Return what is there, as a report reads it."""
+        """Return the results so far, as a report reads them."""
         done = [cell for phase in ("tune", "final") for cell in self.cells(phase)]
         lines = [cell_line(cell, self._result(cell)) for cell in done if self.store.is_done(cell)]
         choices = [choice_line(record) for record in self.choices()]

@@ -84,7 +84,7 @@ class Store:
         """Write the cell's config into its folder and return the folder."""
         directory = self.directory(cell)
         directory.mkdir(parents=True, exist_ok=True)
-        config = _as_begun(with_curve(cell.config, self._curve_points), directory)
+        config = _as_started(with_curve(cell.config, self._curve_points), directory)
         write_atomically(directory / CONFIG, dump_config(config))
         (directory / ERROR).unlink(missing_ok=True)
         return directory
@@ -112,8 +112,8 @@ class Store:
         if damage:
             kept = _set_aside(self.results_file)
             logger.warning(
-                "%d damaged lines are left out of %s, which is rebuilt from the cells; "
-                "the old file is %s (first: %s)",
+                "damaged lines (%d) are left out of %s, which is rebuilt from the cells; "
+                "the old file is kept as %s (first: %s)",
                 len(damage),
                 self.results_file,
                 kept.name,
@@ -132,7 +132,7 @@ class Store:
             _check_against_run(directory, raw)
         except DamageError as error:
             kept = _set_aside(path)
-            logger.warning("%s; it is kept as %s and the cell is computed again", error, kept)
+            logger.warning("%s; it is kept as %s, the cell is computed again", error.what, kept)
             return None
         return result
 
@@ -142,8 +142,8 @@ def results_by_id(paths: Iterable[str | Path]) -> dict[str, dict[str, Any]]:
     return {line["cell"]: result_of(line) for path in paths for line in read_results(path).cells}
 
 
-def _as_begun(config: RunConfig, directory: Path) -> RunConfig:
-    """Return the config with the evaluations that the run in `directory` began with."""
+def _as_started(config: RunConfig, directory: Path) -> RunConfig:
+    """Return the config with the evaluations that the run in `directory` started with."""
     if not (directory / RUN).exists():
         return config
     try:

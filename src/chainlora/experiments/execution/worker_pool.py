@@ -14,7 +14,7 @@ _SHARE = 0.8
 
 
 def check_workers(workers: Workers, backend: str) -> None:
-    """Raise ConfigError for what is no number of workers."""
+    """Raise ConfigError for a wrong number of workers."""
     if workers == "auto" and backend == "ray":
         raise ConfigError(
             "`workers` must be a number with Ray (got 'auto'): it measures this machine, not a "

@@ -135,9 +135,9 @@ def _has_loss(results: Results, task: str) -> bool:
 
 def _pool(by_task: Sequence[Mapping[int, float]]) -> list[float]:
     """Return the differences of all tasks that have any, over the seeds that all of these have."""
-    begun = [found for found in by_task if found]
-    shared = set.intersection(*(set(found) for found in begun)) if begun else set()
-    return [found[seed] for found in begun for seed in sorted(shared)]
+    there = [found for found in by_task if found]
+    shared = set.intersection(*(set(found) for found in there)) if there else set()
+    return [found[seed] for found in there for seed in sorted(shared)]
 
 
 def _differences(

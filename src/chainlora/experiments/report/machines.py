@@ -32,7 +32,7 @@ def code(cell: Mapping[str, Any]) -> str:
 
 
 def mixed_pairs(results: Results) -> list[tuple[str, str, str]]:
-    """Return (task, method, rival) whose runs are of different machines or kernels."""
+    """Return each (task, method, rival) that ran on different machines or kernels."""
     found = []
     for task in results.experiment["tasks"]:
         for method, rival in results.experiment["pairs"]:
