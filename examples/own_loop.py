@@ -14,8 +14,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from chainlora import Chain, LinkConfig
-from chainlora.training.optimizers import carry_moments
+from chainlora import Chain, LinkConfig, carry_moments
 
 BATCH_SIZE, NUM_STEPS = 8, 6
 Batch = dict[str, torch.Tensor]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -13,6 +14,8 @@ os.environ.setdefault(
 
 import pytest
 import torch
+import yaml
+from helpers_cli import Outcome
 
 SHARED = Path(os.environ.get("CHAINLORA_TEST_DATA", Path(__file__).resolve().parents[2] / "shared"))
 ARCHITECTURES = ("opt", "gpt2", "llama")
@@ -61,12 +64,11 @@ def tiny_model(
         config = LlamaConfig(
             hidden_size=32,
             intermediate_size=64,
-            num_hidden_layers=2,
             num_attention_heads=4,
             num_key_value_heads=2,
             max_position_embeddings=128,
             tie_word_embeddings=True,
-            **common | overrides,
+            **{"num_hidden_layers": 2} | common | overrides,
         )
         model = LlamaForCausalLM(config)
     else:
@@ -140,12 +142,15 @@ WORDS = [
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory) -> Path:
+    return make_tiny_folder(tmp_path_factory.mktemp("hub") / "tiny-llama")
+
+
+def make_tiny_folder(folder: Path, **overrides: int) -> Path:
     """A model folder as the Hub has them: a tiny Llama in safetensors and a byte-level BPE
     tokenizer with a chat template, made on the spot."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    folder = tmp_path_factory.mktemp("hub") / "tiny-llama"
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -164,7 +169,7 @@ def tiny_folder(tmp_path_factory) -> Path:
         "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
     )
     fast.save_pretrained(folder)
-    tiny_model("llama", vocab_size=len(fast)).save_pretrained(folder)
+    tiny_model("llama", vocab_size=len(fast), **overrides).save_pretrained(folder)
     return folder
 
 
@@ -177,11 +182,14 @@ def write_rows(path: Path, rows: list[dict]) -> Path:
 
 @pytest.fixture(scope="session")
 def sentiment(tmp_path_factory) -> Path:
+    return make_sentiment(tmp_path_factory.mktemp("sentiment"))
+
+
+def make_sentiment(folder: Path) -> Path:
     """A folder with a task file and its rows: which of two words was said, learnable in a few
     steps."""
     import random
 
-    folder = tmp_path_factory.mktemp("sentiment")
     draw = random.Random(0)
     rows = []
     for _ in range(48):
@@ -209,3 +217,71 @@ def done(tiny_folder, sentiment, tmp_path_factory):
     out = tmp_path_factory.mktemp("experiment")
     experiment = make_experiment(tree(tiny_folder, sentiment))
     return experiment, out, run_cells(experiment, out, backend="inline")
+
+
+@pytest.fixture
+def chainlora(capfd) -> Callable[..., Outcome]:
+    from chainlora.cli.main import run as command
+
+    def call(*arguments: object) -> Outcome:
+        capfd.readouterr()
+        status = command([str(argument) for argument in arguments])
+        return Outcome(status, *capfd.readouterr())
+
+    return call
+
+
+@pytest.fixture
+def config(tiny_folder, sentiment, tmp_path) -> Path:
+    """A config file whose run goes to tmp_path/run."""
+    from helpers import settings
+
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(settings(tiny_folder, sentiment, tmp_path / "run")))
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_folder, sentiment, tmp_path_factory) -> Path:
+    """A finished run, by the command line."""
+    from helpers import settings
+
+    from chainlora.cli.main import run as command
+
+    folder = tmp_path_factory.mktemp("cli")
+    (folder / "config.yaml").write_text(
+        yaml.safe_dump(settings(tiny_folder, sentiment, folder / "run"))
+    )
+    assert command(["train", str(folder / "config.yaml")]) == 0
+    return folder / "run"
+
+
+@pytest.fixture(scope="session")
+def folders(tiny_folder, tmp_path_factory) -> dict[str, Path]:
+    """A model folder an architecture, all with the tiny tokenizer and a generation config of their
+    own."""
+    from transformers import AutoTokenizer, GenerationConfig
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
+    made = {}
+    for architecture in ARCHITECTURES:
+        made[architecture] = tmp_path_factory.mktemp("models") / architecture
+        model = tiny_model(architecture, vocab_size=len(tokenizer), seed=1)
+        model.generation_config = GenerationConfig(
+            max_new_tokens=7, eos_token_id=2, pad_token_id=0, do_sample=True, temperature=0.6
+        )
+        model.save_pretrained(made[architecture])
+        tokenizer.save_pretrained(made[architecture])
+    return made
+
+
+@pytest.fixture(scope="session")
+def runs(folders, sentiment, tmp_path_factory) -> dict[str, Path]:
+    """One finished run an architecture."""
+    from helpers_export import TARGETS, fit
+
+    there = tmp_path_factory.mktemp("runs")
+    return {
+        name: fit(folders[name], sentiment, there / name, chain={"target_modules": TARGETS[name]})
+        for name in ARCHITECTURES
+    }

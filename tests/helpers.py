@@ -174,6 +174,10 @@ def as_format_1(run: Path) -> None:
         old["selected"]["partial"]["directory"] = "best"
     if checkpoint is not None:
         _as_adapter(run / checkpoint["directory"], old, checkpoint["progress"])
+    for path in run.rglob("adapter_config.json"):  # sets were written in any order
+        stored = json.loads(path.read_text())
+        stored["target_modules"].reverse()
+        path.write_text(json.dumps(stored, indent=2))
     (run / "chain.json").write_text(json.dumps(old, indent=2))
 
 

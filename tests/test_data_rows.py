@@ -244,7 +244,7 @@ def test_a_cache_that_cannot_be_written_says_what_to_do(cache, tmp_path, monkeyp
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("CHAINLORA_CACHE", str(tmp_path / "file"))
     path = write_rows(tmp_path / "rows.jsonl", some_rows("text"))
-    with pytest.raises(DataError, match=r"cache folder must .*file.*CHAINLORA_CACHE"):
+    with pytest.raises(DataError, match=r"kept in the cache folder .*file .*CHAINLORA_CACHE"):
         encode(path)
 
 
@@ -316,7 +316,7 @@ def test_a_killed_builder_leaves_no_store_and_no_worker(cache, tmp_path, tiny_fo
     process.send_signal(signal.SIGKILL)
     process.wait()
     (beside,) = stores(cache)
-    assert beside.name.startswith(".")
+    assert beside.name.endswith(".new")
     for _ in range(200):  # at most 10 s; a worker sees its parent's end at once
         if not any(map(is_alive, workers)):
             break
@@ -326,7 +326,7 @@ def test_a_killed_builder_leaves_no_store_and_no_worker(cache, tmp_path, tiny_fo
     go(process)
     assert process.communicate()[0].splitlines()[-1].startswith("done 6000 ")
     (store,) = stores(cache)
-    assert not store.name.startswith(".")
+    assert not store.name.endswith(".new")
 
 
 def test_an_interrupt_ends_the_workers_in_silence(cache, tmp_path, tiny_folder):
@@ -375,9 +375,18 @@ def test_a_run_on_stored_rows_is_the_run_on_rows_in_memory(
     from helpers import assert_same_links, settings
 
     from chainlora import make_config, train
+    from chainlora.training.events import RowsEncoded
 
     monkeypatch.setattr(preparing, "IN_MEMORY", 10)
-    stored = train(make_config(settings(tiny_folder, sentiment, tmp_path / "stored")))
+    seen = []
+    config = make_config(settings(tiny_folder, sentiment, tmp_path / "stored"))
+    stored = train(config, listener=seen.append)
+    told = [event for event in seen if isinstance(event, RowsEncoded)]
+    assert seen[: len(told)] == told  # before anything else
+    assert [(e.split, e.rows, e.share) for e in told if e.share == 1] == [
+        ("train", 32, 1.0),
+        ("validation", 16, 1.0),
+    ]
     assert len(stores(cache)) == 2  # train, validation
     monkeypatch.setattr(preparing, "IN_MEMORY", 1000)
     kept = train(make_config(settings(tiny_folder, sentiment, tmp_path / "kept")))

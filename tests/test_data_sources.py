@@ -13,7 +13,7 @@ from helpers_tasks import make_split, write_rows, write_task
 
 from chainlora import evaluate_task
 from chainlora.data.sources import FileSource, find_source, iterate
-from chainlora.data.tasks import load_rows, load_split, load_task, sample_splits, sampling
+from chainlora.data.tasks import load_rows, load_split, load_task, pool, sample_splits
 from chainlora.errors import DataError
 
 
@@ -170,7 +170,7 @@ def test_samples_of_a_large_split_are_those_of_a_small_one(tmp_path, monkeypatch
     stand_in = load_task(write_task(tmp_path, sampling=rules))
     cases = [(task, tmp_path, 20, 10, 15, 3), (stand_in, tmp_path / "none", 20, 10, 10, 1)]
     kept = [sample_splits(*case) for case in cases]
-    monkeypatch.setattr(sampling, "_KEPT", 7)
+    monkeypatch.setattr(pool, "_KEPT", 7)
     again = [sample_splits(*case) for case in cases]
     assert again == kept
     for one, two in zip(kept, again, strict=True):

@@ -1,5 +1,4 @@
-"""What a chain becomes: one exact or compressed adapter, a merged checkpoint; each held to the live
-model."""
+"""What a chain becomes: one adapter, a merged checkpoint; each held to the live model."""
 
 from __future__ import annotations
 
@@ -7,116 +6,16 @@ import json
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
-import peft
 import pytest
 import torch
-from conftest import ARCHITECTURES, tiny_model
+from conftest import ARCHITECTURES
+from helpers_export import FINAL_NORM, IDS, TARGETS, fit, live, logits, on_fresh_base
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from chainlora import export_adapter, export_merged, load_run, make_config, train
 from chainlora.cli.main import run as command
-from chainlora.errors import ChainLoRAError, RunError
-from chainlora.runs.directory import RunDirectory
-
-TARGETS = {
-    "opt": ["q_proj", "v_proj", "fc1"],
-    "gpt2": ["c_attn", "c_fc"],
-    "llama": ["q_proj", "v_proj", "up_proj"],
-}
-FINAL_NORM = {
-    "opt": "model.decoder.final_layer_norm",
-    "gpt2": "transformer.ln_f",
-    "llama": "model.norm",
-}
-IDS = torch.tensor([[5, 9, 30, 7, 11, 60], [8, 200, 17, 6, 44, 3]])
-
-
-@pytest.fixture(scope="session")
-def folders(tiny_folder, tmp_path_factory) -> dict[str, Path]:
-    """A model folder an architecture, all with the tiny tokenizer and a generation config of their
-    own."""
-    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
-    made = {}
-    for architecture in ARCHITECTURES:
-        made[architecture] = tmp_path_factory.mktemp("models") / architecture
-        model = tiny_model(architecture, vocab_size=len(tokenizer), seed=1)
-        model.generation_config = GenerationConfig(
-            max_new_tokens=7, eos_token_id=2, pad_token_id=0, do_sample=True, temperature=0.6
-        )
-        model.save_pretrained(made[architecture])
-        tokenizer.save_pretrained(made[architecture])
-    return made
-
-
-def fit(folder: Path, sentiment: Path, output: Path, **sections) -> Path:
-    """Train a chain of ranks (4, 4, 2), large enough steps that every link matters."""
-    tree = {
-        "model": str(folder),
-        "data": {"task": str(sentiment / "task.yaml"), "train": str(sentiment / "train.jsonl")},
-        "chain": {"ranks": [4, 4, 2], "alpha": 8, "steps": [3, 3, 2]} | sections.get("chain", {}),
-        "train": {"lr": 1e-2, "batch_size": 8} | sections.get("train", {}),
-        "output": str(output),
-    }
-    train(make_config(tree))
-    return output
-
-
-@pytest.fixture(scope="session")
-def runs(folders, sentiment, tmp_path_factory) -> dict[str, Path]:
-    """One finished run an architecture."""
-    there = tmp_path_factory.mktemp("runs")
-    return {
-        name: fit(folders[name], sentiment, there / name, chain={"target_modules": TARGETS[name]})
-        for name in ARCHITECTURES
-    }
-
-
-@torch.no_grad()
-def logits(model, ids: torch.Tensor = IDS) -> torch.Tensor:
-    return model.eval()(ids).logits.float()
-
-
-def live(run: Path, num_links: int | None = None) -> torch.Tensor:
-    return logits(load_run(run, num_links=num_links)[0])
-
-
-def on_fresh_base(base: Path, adapter: Path, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
-    return logits(peft.PeftModel.from_pretrained(model, adapter))
-
-
-def dense_sum(run: Path, num_links: int | None = None) -> dict[str, torch.Tensor]:
-    """Σ s·B·A by module in float64, the long way."""
-    total: dict[str, torch.Tensor] = {}
-    for link in RunDirectory(run).load_links(num_links):
-        for name, share in link.factors.items():
-            delta = link.config.scaling * (share.b.double() @ share.a.double())
-            total[name] = total.get(name, torch.zeros_like(delta)) + delta
-    return total
-
-
-def dense_adapter(folder: Path) -> dict[str, torch.Tensor]:
-    """alpha/r·B·A by module in float64, from the files alone."""
-    config = json.loads((folder / "adapter_config.json").read_text())
-    tensors = load_file(folder / "adapter_model.safetensors")
-    keys = [key.removesuffix(".lora_A.weight") for key in tensors if key.endswith(".lora_A.weight")]
-    names = [key.removeprefix("base_model.model.") for key in keys]
-    part = {
-        name: [tensors[f"base_model.model.{name}.lora_{x}.weight"].double() for x in "BA"]
-        for name in names
-    }
-    return {name: config["lora_alpha"] / config["r"] * (b @ a) for name, (b, a) in part.items()}
-
-
-def relative_error(found: dict[str, torch.Tensor], true: dict[str, torch.Tensor]) -> float:
-    assert found.keys() == true.keys()
-    return (
-        sum(float((found[n] - true[n]).square().sum()) for n in true)
-        / sum(float(true[n].square().sum()) for n in true)
-    ) ** 0.5
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -202,58 +101,6 @@ def test_links_k_is_the_chain_after_k_links(runs, folders, sentiment, tmp_path):
     assert torch.equal(
         logits(AutoModelForCausalLM.from_pretrained(tmp_path / "zero")),
         logits(AutoModelForCausalLM.from_pretrained(folders["llama"])),
-    )
-
-
-@pytest.mark.parametrize("rank", [1, 3, 6, 10, 64])
-def test_the_error_of_a_compressed_adapter_is_the_measured_one(runs, folders, tmp_path, rank):
-    done = export_adapter(runs["llama"], tmp_path / "a", rank=rank)
-    assert done["rank"] == min(rank, 10)  # no wider than what there is
-    true, found = dense_sum(runs["llama"]), dense_adapter(tmp_path / "a")
-    measured = relative_error(found, true)
-    assert done["error"] == pytest.approx(measured, rel=1e-6, abs=1e-9)  # float64 on both sides
-    # Eckart–Young: the best there is, and the stored factors are float32
-    best = sum(float(torch.linalg.svdvals(delta)[rank:].square().sum()) for delta in true.values())
-    best = (best / sum(float(delta.square().sum()) for delta in true.values())) ** 0.5
-    assert measured == pytest.approx(best, rel=1e-5, abs=1e-6)
-    assert (measured < 1e-6) == (rank >= 10)
-    on_fresh_base(folders["llama"], tmp_path / "a")  # and peft loads it
-
-
-@pytest.mark.parametrize("tolerance", [0.5, 0.1, 0.02])
-def test_a_tolerance_is_met_with_the_smallest_rank(runs, tmp_path, tolerance):
-    done = export_adapter(runs["llama"], tmp_path / "a", tolerance=tolerance)
-    assert done["error"] <= tolerance
-    assert relative_error(dense_adapter(tmp_path / "a"), dense_sum(runs["llama"])) <= tolerance
-    if done["rank"] > 1:
-        assert (
-            export_adapter(runs["llama"], tmp_path / "b", rank=done["rank"] - 1)["error"]
-            > tolerance
-        )
-
-
-def test_modules_of_unlike_rank_get_one_rank(folders, sentiment, tmp_path):
-    """A module smaller than Σr, or one the compression needs less of, is filled up with zeros."""
-    run = fit(
-        folders["llama"],
-        sentiment,
-        tmp_path / "run",
-        chain={"target_modules": ["k_proj", "up_proj"], "ranks": [12, 12], "steps": [2, 2]},
-    )  # k_proj has 16 outputs
-    done = export_adapter(run, tmp_path / "a", rank=20)
-    ranks = {
-        t.shape[0]
-        for n, t in load_file(tmp_path / "a" / "adapter_model.safetensors").items()
-        if "lora_A" in n
-    }
-    assert ranks == {20} == {done["rank"]}
-    assert relative_error(dense_adapter(tmp_path / "a"), dense_sum(run)) == pytest.approx(
-        done["error"], rel=1e-6
-    )
-    done = export_adapter(run, tmp_path / "exact")
-    assert done["rank"] == 24
-    torch.testing.assert_close(
-        on_fresh_base(folders["llama"], tmp_path / "exact"), live(run), atol=1e-5, rtol=0
     )
 
 
@@ -468,78 +315,3 @@ def test_the_generation_config_is_the_base_s(folders, sentiment, tmp_path, store
     found = GenerationConfig.from_pretrained(tmp_path / "m").to_dict()
     assert {key: found[key] for key in ("max_new_tokens", *kept)} == {"max_new_tokens": 7, **kept}
     assert json.loads((tmp_path / "m" / "config.json").read_text())["use_cache"] is False
-
-
-@pytest.mark.parametrize(
-    ("keys", "message"),
-    [
-        ({"rank": 0}, "--rank must be at least 1 (got 0)"),
-        ({"tolerance": 0.0}, "--tolerance is a relative error between 0 and 1 (got 0.0)"),
-        ({"tolerance": 1.5}, "--tolerance is a relative error between 0 and 1 (got 1.5)"),
-        ({"tolerance": float("nan")}, "--tolerance is a relative error between 0 and 1 (got nan)"),
-        ({"rank": 2, "tolerance": 0.1}, "give --rank or --tolerance, not both"),
-        ({"num_links": 4}, "--links must be 0 to 3 for this run (got 4)"),
-        ({"num_links": 0}, "an adapter needs at least one link (got a chain of none)"),
-    ],
-)
-def test_what_cannot_be_exported_is_refused_and_nothing_is_written(runs, tmp_path, keys, message):
-    with pytest.raises(ChainLoRAError) as raised:
-        export_adapter(runs["llama"], tmp_path / "a", **keys)
-    assert str(raised.value).startswith(message)
-    assert not (tmp_path / "a").exists()
-
-
-@pytest.mark.parametrize(
-    ("chain", "message"),
-    [
-        (
-            {"tune": "full", "ranks": [1], "steps": [4]},
-            r"full fine-tuning must have ended \(got no model/ in .*train anew",
-        ),
-        (
-            {"ranks": [4], "steps": [4]},
-            r"must have tied its first link \(got none in .*--resume, or take the base",
-        ),
-    ],
-    ids=["full", "chain"],
-)
-def test_a_run_killed_before_it_had_anything_does_not_pass_for_its_base(
-    folders, sentiment, tmp_path, chain, message
-):
-    data = {"task": str(sentiment / "task.yaml"), "train": str(sentiment / "train.jsonl")}
-    tree = {
-        "model": str(folders["llama"]),
-        "data": data,
-        "chain": chain,
-        "output": str(tmp_path / "run"),
-    }
-
-    def die(record) -> None:
-        if record["event"] == "step":
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        train(make_config(tree), listener=die)
-    for use in (
-        lambda: load_run(tmp_path / "run"),
-        lambda: export_merged(tmp_path / "run", tmp_path / "m"),
-    ):
-        with pytest.raises(RunError, match=message):
-            use()
-    assert not (tmp_path / "m").exists()
-    if chain.get("tune") != "full":  # the chain as it was then: the base, on demand
-        assert torch.equal(
-            live(tmp_path / "run", 0),
-            logits(AutoModelForCausalLM.from_pretrained(folders["llama"])),
-        )
-
-
-def test_a_folder_in_use_is_not_written_into(runs, tmp_path):
-    (tmp_path / "file").write_text("mine")
-    for target in (tmp_path, tmp_path / "file", runs["llama"]):
-        for export in (export_adapter, export_merged):
-            with pytest.raises(
-                ChainLoRAError, match=r"--output must be a new or empty directory \(got .*another"
-            ):
-                export(runs["llama"], target)
-    assert (tmp_path / "file").read_text() == "mine"

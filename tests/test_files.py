@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -59,6 +60,30 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path):
         fail(scratch)
     assert [each.name for each in target.iterdir()] == ["inner"]
     assert [each.name for each in target.parent.iterdir()] == ["folder"]
+
+
+def test_an_empty_folder_that_keeps_its_name_is_filled(tmp_path, monkeypatch):
+    """A mount point cannot be renamed; a symbolic link stays one."""
+    (tmp_path / "mount").mkdir()
+    (tmp_path / "target").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    rename = Path.rename
+
+    def busy(self, target):
+        if self.name == "mount":
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", busy)
+    for name in ("mount", "link"):
+        with files.replaced_folder(tmp_path / name) as scratch:
+            (scratch / "sub").mkdir()
+            (scratch / "sub" / "file").write_text("x")
+        assert (tmp_path / name / "sub" / "file").read_text() == "x"
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["link", "mount", "target"]
+    assert (tmp_path / "link").is_symlink()
+    with pytest.raises(FileError, match="busy"), files.replaced_folder(tmp_path / "mount"):
+        pass  # not empty any more
 
 
 def test_what_is_removed_disappears_by_name_first(tmp_path, monkeypatch):

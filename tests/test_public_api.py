@@ -19,6 +19,7 @@ NAMES = [
     "RunConfig",
     "__version__",
     "add_link",
+    "carry_moments",
     "discard_link",
     "drop_links",
     "evaluate_task",

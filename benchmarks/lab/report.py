@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from figures import draw_curves
+from curves import draw_curves
 from run import HERE, read_cells
 from search import best_rate, is_interior
 

@@ -29,6 +29,7 @@ from table import write_table
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
+CHILD = "benchmarks/speed/child.py"
 OFFLINE = {
     "HF_HUB_OFFLINE": "1",
     "HF_DATASETS_OFFLINE": "1",
@@ -107,9 +108,15 @@ class Bench:
             **os.environ,
             **({} if self.data is None else OFFLINE),
             "OMP_NUM_THREADS": str(options.threads),
-            "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]),
         }
+        self.use(ROOT)
         self.machine = self._machine()
+
+    def use(self, checkout: Path) -> None:
+        """Let children run the package and the contestants of a checkout."""
+        self.checkout = checkout
+        paths = [str(checkout / "src"), os.environ.get("PYTHONPATH", "")]
+        self.environment["PYTHONPATH"] = os.pathsep.join(paths)
 
     def run(self, contest: Contest) -> None:
         """Measure a contest, its entries in turns."""
@@ -160,7 +167,7 @@ class Bench:
         log = self.folder / "log.txt"
         with log.open("w", encoding="utf-8") as stream:
             process = subprocess.Popen(
-                [sys.executable, str(HERE / "child.py"), str(given), str(out)],
+                [sys.executable, str(self.checkout / CHILD), str(given), str(out)],
                 stdout=stream,
                 stderr=stream,
                 env=self.environment,

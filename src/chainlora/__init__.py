@@ -28,6 +28,7 @@ _WHERE = {
     "load_config": "chainlora.config.loading",
     "make_config": "chainlora.config.loading",
     "train": "chainlora.training.loop",
+    "carry_moments": "chainlora.training.optimizers",
     "evaluate_task": "chainlora.evaluation.scoring",
     "load_run": "chainlora.runs.export",
     "export_adapter": "chainlora.runs.export",
@@ -67,6 +68,7 @@ if TYPE_CHECKING:
     from chainlora.runs.export import load_run as load_run
     from chainlora.runs.inspection import inspect_run as inspect_run
     from chainlora.training.loop import train as train
+    from chainlora.training.optimizers import carry_moments as carry_moments
 
 
 def __getattr__(name: str) -> Any:

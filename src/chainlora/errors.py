@@ -21,7 +21,10 @@ from collections.abc import Iterable
 
 
 class ChainLoRAError(Exception):
-    """Base of all errors raised on purpose."""
+    """Base of all errors raised on purpose. The message becomes one line that can be printed."""
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(one_line(message))
 
 
 class ConfigError(ChainLoRAError):
@@ -59,9 +62,15 @@ class DivergedError(TrainingError):
 class StoppedError(TrainingError):
     """A signal asked the run to stop, and its state is saved; `signal` is the signal's number."""
 
-    def __init__(self, message: str, signal: int) -> None:
+    def __init__(self, message: str, signal: int = 2) -> None:
         super().__init__(message)
         self.signal = signal
+
+
+def one_line(text: str) -> str:
+    """Join lines, and write as escapes what else cannot be printed: users' own keys and values."""
+    joined = " ".join(part for line in text.splitlines() if (part := line.strip()))
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in joined)
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

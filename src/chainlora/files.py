@@ -130,6 +130,7 @@ def _replaced(path: Path) -> Iterator[Path]:
 @contextmanager
 def replaced_folder(path: Path) -> Iterator[Path]:
     """Give an empty scratch folder; put it in place of `path` at the end, or remove it."""
+    path = path.resolve() if path.is_symlink() else path
     scratch = _scratch(path, ".new")
     with reported(path):
         make_folder(path.parent)
@@ -146,10 +147,23 @@ def replaced_folder(path: Path) -> Iterator[Path]:
 def _swap(scratch: Path, path: Path) -> None:
     old = _scratch(path, ".old")
     if path.exists():
-        path.rename(old)
+        try:
+            path.rename(old)
+        except OSError as error:
+            if error.errno != errno.EBUSY or any(path.iterdir()):
+                raise
+            _fill(path, scratch)  # a mount point keeps its name
+            return
     scratch.rename(path)
     sync_folder(path.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _fill(path: Path, scratch: Path) -> None:
+    for entry in list(scratch.iterdir()):
+        shutil.move(entry, path / entry.name)
+    sync_tree(path)
+    scratch.rmdir()
 
 
 def make_folder(path: Path) -> None:

@@ -21,7 +21,7 @@ import click
 from chainlora import __version__
 from chainlora.cli.common import file_and_overrides, quiet
 from chainlora.cli.experiments import compare, experiment
-from chainlora.errors import ChainLoRAError, ConfigError, RunError, StoppedError
+from chainlora.errors import ChainLoRAError, ConfigError, RunError, StoppedError, one_line
 from chainlora.files import file_error
 
 if TYPE_CHECKING:
@@ -41,10 +41,12 @@ def run(arguments: list[str]) -> int:
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
     try:
+        if not all(_is_text(argument) for argument in arguments):  # no shell passes such
+            raise click.UsageError("arguments must be text without NUL")
         status = cli.main(arguments, prog_name="chainlora", standalone_mode=False)
         return status if isinstance(status, int) else 0
     except click.UsageError as error:
-        error.show()
+        click.UsageError(one_line(error.format_message()), error.ctx).show()
         return 2
     except click.ClickException as error:
         return _fail(error.format_message(), debug)
@@ -64,19 +66,22 @@ def run(arguments: list[str]) -> int:
     except MemoryError:
         return _fail("the work must fit into memory (got none left); use a smaller batch", debug)
     except Exception as error:
-        what = f"unexpected {type(error).__name__}: {_one_line(error)}"
+        what = f"unexpected {type(error).__name__}: {str(error)[:400]}"
         return _fail(f"{what} (run with --debug for the traceback)", debug)
+
+
+def _is_text(argument: str) -> bool:
+    try:
+        return b"\0" not in os.fsencode(argument)
+    except UnicodeEncodeError:
+        return False
 
 
 def _fail(message: str, debug: bool) -> int:
     if debug:
         traceback.print_exc()
-    click.echo(f"chainlora: error: {' '.join(message.splitlines())}", err=True)
+    click.echo(f"chainlora: error: {one_line(message)}", err=True)
     return 1
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:400]
 
 
 @click.group(context_settings=_HELP)

@@ -337,7 +337,7 @@ class TrainConfig(_Frozen):
     @field_validator("speedups", mode="before")
     @classmethod
     def _speedups(cls, value: Any) -> Any:
-        return {True: "auto", False: "off"}.get(value, value)  # YAML reads off as false
+        return ("auto" if value else "off") if isinstance(value, bool) else value  # YAML's off
 
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:

@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict
 from functools import cache
 from itertools import chain, islice
@@ -32,7 +31,8 @@ from chainlora.data.rows import MemoryRows, Rows, RowsSummary
 from chainlora.data.sources import Chunk, Source
 from chainlora.data.store import Arrays, StoredRows, StoreWriter, flatten, open_store
 from chainlora.data.tasks import Task
-from chainlora.errors import DataError
+from chainlora.errors import DataError, FileError
+from chainlora.files import is_scratch, make_folder, remove, replaced_folder
 from chainlora.models.gguf import cache_dir
 
 IN_MEMORY = 2000
@@ -91,32 +91,23 @@ def _encode_in_memory(chunks: Sequence[Chunk], encode: RowEncoder) -> MemoryRows
 def _build(
     folder: Path, chunks: Iterator[Chunk], encode: RowEncoder, progress: Progress
 ) -> StoredRows:
-    """Encode into a folder beside, then rename it: a store is whole or not there."""
+    """Encode into a scratch folder that becomes the store at the end: it is whole or not there."""
     counts, digest = Counts(), hashlib.sha256()
-    beside = folder.parent / f".{folder.name}.building"
-    shutil.rmtree(beside, ignore_errors=True)  # of a process that was killed while it built
-    try:
-        beside.mkdir()
-        with StoreWriter(beside) as store:
 
-            def work(chunk: Chunk) -> tuple[Arrays, Counts, bytes, float]:
-                encoded = encode(chunk.rows())
-                return flatten(encoded.examples), encoded.counts, encoded.digests, chunk.share
+    def work(chunk: Chunk) -> tuple[Arrays, Counts, bytes, float]:
+        encoded = encode(chunk.rows())
+        return flatten(encoded.examples), encoded.counts, encoded.digests, chunk.share
 
-            for arrays, part, digests, share in map_in_processes(work, chunks, num_workers()):
-                store.append(arrays)
-                counts.add(part)
-                digest.update(digests)
-                progress(counts.rows, share)
-            counts.refuse_too_long(encode.fit.max_length)
-            summary = _summary(counts, store.num_examples, store.num_tokens, digest.hexdigest())
-            store.finish(summary)
-        shutil.rmtree(folder, ignore_errors=True)  # a damaged one
-        beside.rename(folder)
-    except OSError as error:
-        raise _unwritable(error) from error
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+    parts = map_in_processes(work, chunks, num_workers())
+    with replaced_folder(folder) as scratch, StoreWriter(scratch) as store, closing(parts):
+        for arrays, part, digests, share in parts:
+            store.append(arrays)
+            counts.add(part)
+            digest.update(digests)
+            progress(counts.rows, share)
+        counts.refuse_too_long(encode.fit.max_length)
+        summary = _summary(counts, store.num_examples, store.num_tokens, digest.hexdigest())
+        store.finish(summary)
     return StoredRows(folder, summary)
 
 
@@ -139,23 +130,18 @@ def _summary(counts: Counts, examples: int, tokens: int, digest: str) -> RowsSum
 @contextmanager
 def _one_writer(folder: Path) -> Iterator[None]:
     """Let one process at a time build a store; the others wait, and find it built."""
-    lock = FileLock(folder.parent / f".{folder.name}.lock")
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    except OSError as error:
-        raise _unwritable(error) from error
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def _unwritable(error: OSError) -> DataError:
-    return DataError(
-        f"the cache folder must have room for tokenised rows (got {error.strerror} at "
-        f"{error.filename or cache_dir()}); free some, or set CHAINLORA_CACHE to another folder"
-    )
+        make_folder(folder.parent)
+        with FileLock(folder.parent / f"{folder.name}.lock"):
+            for entry in folder.parent.glob(f"{folder.name}.*"):
+                if is_scratch(entry.name):  # of a process that was killed while it built
+                    remove(entry)
+            yield
+    except (FileError, OSError) as error:
+        raise DataError(
+            f"tokenised rows must be kept in the cache folder {cache_dir()} (got: {error}); make "
+            "room there, or set CHAINLORA_CACHE to another folder"
+        ) from error
 
 
 def _key(

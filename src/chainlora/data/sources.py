@@ -7,26 +7,23 @@ process.
 
 from __future__ import annotations
 
-import codecs
-import csv
 import hashlib
-import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from io import TextIOWrapper
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
+from chainlora.data.readers import READERS, Record, parse_json
 from chainlora.errors import DataError
+from chainlora.files import sha256
 
-SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+SUFFIXES = tuple(READERS)
 _HUB_ID = re.compile(r"^(?P<path>[\w.-]+/[\w.-]+)(:(?P<name>[\w.-]+))?(@(?P<revision>[\w./-]+))?$")
 _CHUNK = 256  # rows read at a time where nobody says otherwise
-_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # half of a character, when it stands alone
 
 
 class Row(dict[str, Any]):
@@ -44,14 +41,6 @@ class Row(dict[str, Any]):
 def where(row: Mapping[str, Any], position: int = 0) -> str:
     """Return the file and line of a row, or its position when it came from no file."""
     return row.origin if isinstance(row, Row) else f"row {position}"
-
-
-class Record(NamedTuple):
-    """One row as it is read, before it is parsed."""
-
-    number: int  # of the line or row, as the source counts
-    payload: Any  # the bytes of a JSON line, else the values
-    share: float  # of the source that has been read, in 0…1
 
 
 class Chunk(Protocol):
@@ -121,7 +110,7 @@ class FileSource:
 
     def chunks(self, size: int) -> Iterator[Chunk]:
         """Yield the rows, `size` at a time. Raises DataError that names file and line."""
-        read, unit = _READERS[self._suffix()]
+        read, unit = READERS[self._suffix()]
         try:
             yield from _chunks(read(self.path), f"{self.path} {unit}", size, self.limit)
         except OSError as error:
@@ -131,13 +120,11 @@ class FileSource:
 
     def identity(self) -> str:
         """Return the hash of the file's bytes (1.4 GB a second), whatever its name and times."""
-        with self.path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return f"{self._suffix()} {digest} {self.limit}"
+        return f"{self._suffix()} {sha256(self.path)} {self.limit}"
 
     def _suffix(self) -> str:
         suffix = self.path.suffix.lower()
-        if suffix not in _READERS:
+        if suffix not in READERS:
             raise DataError(
                 f"a data file must end in {', '.join(SUFFIXES)} (got {self.path}); convert or "
                 "rename it"
@@ -287,7 +274,7 @@ def _chunks(
 def _row(record: Record, index: int, origin: str) -> Row:
     values = record.payload
     if isinstance(values, bytes):
-        values = _parse(values, origin)
+        values = parse_json(values, origin)
     if not isinstance(values, Mapping) or not values:
         raise DataError(
             f"a row must be an object of named values (got {_kind(values)} at {origin}); "
@@ -302,111 +289,3 @@ def _kind(values: Any) -> str:
         if isinstance(values, Mapping)
         else f"{type(values).__name__} {values!r:.40}"
     )
-
-
-# --- one reader a format ---
-
-
-def _read_jsonl(path: Path) -> Iterator[Record]:
-    size, done = max(path.stat().st_size, 1), 0
-    with path.open("rb") as lines:  # bytes: str.splitlines would also split at U+2028 inside a text
-        for number, line in enumerate(lines, start=1):
-            done += len(line)
-            if line.strip():
-                yield Record(number, line, done / size)
-
-
-def _read_json(path: Path) -> Iterator[Record]:
-    tree = _parse(path.read_bytes(), str(path))
-    if isinstance(tree, Mapping) and isinstance(tree.get("data"), list):
-        tree = tree["data"]  # what pandas writes with orient="table"
-    if not isinstance(tree, list):
-        raise DataError(
-            "a .json data file must hold a list of rows, or an object with the list under `data` "
-            f"(got {type(tree).__name__} in {path}); one row a line is .jsonl"
-        )
-    for number, item in enumerate(tree):
-        yield Record(number, item, (number + 1) / len(tree))
-
-
-def _read_csv(path: Path) -> Iterator[Record]:
-    size = max(path.stat().st_size, 1)
-    with path.open("rb") as raw, TextIOWrapper(raw, "utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, strict=True)
-        try:
-            for values in reader:
-                if None in values or None in values.values():
-                    raise DataError(
-                        f"a CSV row must have the header's {len(reader.fieldnames or [])} fields "
-                        f"(got another number at {path} line {reader.line_num}); correct or remove "
-                        "it"
-                    )
-                yield Record(reader.line_num, values, raw.tell() / size)
-        except UnicodeDecodeError:
-            raise DataError(
-                f"data must be UTF-8 (got other bytes in {path} after line {reader.line_num}); "
-                "convert the file"
-            ) from None
-        except csv.Error as error:
-            raise DataError(
-                f"data must be CSV (got {error} at {path} line {reader.line_num}); correct it, or "
-                "write JSON lines"
-            ) from None
-
-
-def _read_parquet(path: Path) -> Iterator[Record]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        file = pyarrow.parquet.ParquetFile(path, memory_map=True)
-        count, number = file.metadata.num_rows, 0
-        for batch in file.iter_batches(batch_size=_CHUNK):
-            for values in batch.to_pylist():
-                yield Record(number, values, (number + 1) / count)
-                number += 1
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise DataError(
-            f"data file must be Parquet (got {path}: {reason:.120}); write it again"
-        ) from None
-
-
-_READERS = {
-    ".jsonl": (_read_jsonl, "line"),
-    ".json": (_read_json, "row"),
-    ".csv": (_read_csv, "line"),
-    ".parquet": (_read_parquet, "row"),
-}
-
-
-# --- JSON ---
-
-
-def _parse(content: bytes, origin: str) -> Any:
-    try:
-        values = json.loads(content.removeprefix(codecs.BOM_UTF8).decode())
-        if _SURROGATE.search(content):
-            json.dumps(values, ensure_ascii=False).encode("utf-8")
-        return values
-    except UnicodeDecodeError:
-        raise DataError(
-            f"data must be UTF-8 (got other bytes at {origin}); convert the file"
-        ) from None
-    except UnicodeEncodeError as error:
-        half = error.object[error.start]
-        raise DataError(
-            f"a text must be whole characters (got half of one, {half!a}, at {origin}); correct "
-            "or remove it"
-        ) from None
-    except json.JSONDecodeError as error:
-        place = origin if " line " in origin else f"{origin} line {error.lineno}"
-        raise DataError(
-            f"data must be JSON (got {error.msg} at {place} column {error.colno}); "
-            "correct or remove it"
-        ) from None
-    except (ValueError, RecursionError) as error:  # an integer of thousands of digits; deep nesting
-        reason = str(error).partition(";")[0]
-        raise DataError(
-            f"data must be JSON that can be read (got: {reason} at {origin}); correct or remove it"
-        ) from None

@@ -157,7 +157,7 @@ def _log_summary(split: str, rows: Rows) -> None:
     if found.rows_cut:
         _log.warning(
             "%s: %d of %d rows were longer than data.max_length or the context; %d tokens were cut "
-            "from their beginnings (data.truncation: left)",
+            "from their beginnings (truncation: left)",
             split,
             found.rows_cut,
             found.rows,

@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 
 from chainlora.data.examples import Example, NamedExample, make_example
 from chainlora.data.rows import Rows, RowsSummary
+from chainlora.files import sha256
 
 _TYPES: dict[str, Any] = {
     "tokens": np.dtype("<i4"),
@@ -196,18 +197,13 @@ def open_store(folder: Path) -> StoredRows | None:
     try:
         index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
         whole = index["format"] == _FORMAT and all(
-            _sha256(folder / name) == index["arrays"][name]["sha256"] for name in _TYPES
+            sha256(folder / name) == index["arrays"][name]["sha256"] for name in _TYPES
         )
         summary = index["summary"]
         summary["unread"] = tuple(summary["unread"])
         return StoredRows(folder, RowsSummary(**summary)) if whole else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _map(path: Path, dtype: Any) -> NDArray[Any]:

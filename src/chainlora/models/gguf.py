@@ -27,7 +27,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from chainlora.errors import ModelError
-from chainlora.files import is_scratch, make_folder, remove, replaced_folder
+from chainlora.files import is_scratch, make_folder, remove, replaced_folder, reported
 from chainlora.models.hashing import cache_dir, hash_file
 
 logger = logging.getLogger(__name__)
@@ -80,7 +80,7 @@ def converted_folder(file: Path) -> Path:
     if folder.is_dir():
         return folder
     make_folder(folder.parent)
-    with FileLock(folder.parent / f".{name}.lock"):
+    with reported(folder.parent), FileLock(folder.parent / f".{name}.lock"):
         if folder.is_dir():
             return folder
         for left in list(folder.parent.iterdir()):

@@ -22,6 +22,7 @@ import platform
 from collections.abc import Collection, Mapping
 from contextlib import suppress
 from copy import deepcopy
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -63,6 +64,7 @@ _GROWING = ("links", "moments", "best", "checkpoints")  # folders whose entries 
 _BEFORE_THE_MANIFEST = {".lock", "config.yaml", "links"}
 
 
+@cache
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages whose numerics matter."""
     found = {"python": platform.python_version()}
@@ -317,12 +319,15 @@ class RunDirectory(RunReader):
         """Remove what the manifest no longer names."""
         named = self._need_current().named
         for folder in _GROWING:
-            for entry in (self / folder).iterdir() if (self / folder).is_dir() else ():
-                name = f"{folder}/{entry.name}"
-                if name not in named and folder not in named:
+            if not (self / folder).is_dir():
+                continue
+            entries = list((self / folder).iterdir())
+            left = [e for e in entries if folder in named or f"{folder}/{e.name}" in named]
+            for entry in entries:
+                if entry not in left:
                     files.remove(entry)
-            if folder != "links":
-                with suppress(OSError):  # not empty, or not there
+            if not left and folder != "links":
+                with suppress(OSError):
                     (self / folder).rmdir()
 
     def _save_adapter(self, directory: str, link: Link, base: str) -> None:
@@ -373,6 +378,11 @@ class RunDirectory(RunReader):
         assert found is not None
         folder = self / found.directory
         optimizer = _load_tensors(folder / "optimizer.safetensors")
+        if not all(name.partition(".")[0].isdecimal() for name in optimizer):
+            raise RunError(
+                f"optimizer.safetensors must hold an optimizer's state (got other tensors in "
+                f"{folder}); {DAMAGED}"
+            )
         if (folder / "adapter_model.safetensors").is_file():  # of version 0.1
             return live_state_of_adapter(folder, config), optimizer
         return _load_tensors(folder / "link.safetensors"), optimizer

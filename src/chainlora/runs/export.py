@@ -224,6 +224,7 @@ def _complete_generation(config: Any) -> None:
 
 def _empty(output: str | Path) -> Path:
     output = Path(output)
+    files.check_writable(output if output.is_dir() else output.parent)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise RunError(
             f"--output must be a new or empty directory (got {output}, which is not empty); "

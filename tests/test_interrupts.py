@@ -1,0 +1,150 @@
+"""Signals: once, the step is finished and saved; twice, or with nothing to save, stop at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import yaml
+from helpers import assert_same_links, settings
+
+from chainlora import make_config, train
+from chainlora.cli.main import run as command
+from chainlora.errors import StoppedError
+from chainlora.runs.directory import RunDirectory
+from chainlora.training.interrupts import interruptible, stop_requested
+
+EVERY = {"save_every": None}  # a stop saves although nothing else does
+
+
+def listening(interrupts, act, at_step: int):
+    interrupts.defer()
+
+    def listener(event) -> None:
+        if event.name == "step" and event.step == at_step:
+            act()
+
+    return listener
+
+
+def kill(number: int) -> None:
+    os.kill(os.getpid(), number)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("step", [2, 4, 11])  # inside a link, at a knot, at the last step
+def test_the_first_signal_finishes_the_step_and_saves(
+    number, step, tiny_folder, sentiment, tmp_path
+):
+    tree = settings(tiny_folder, sentiment, tmp_path / "run", train=EVERY)
+    config = make_config(tree)
+    train(config.model_copy(update={"output": str(tmp_path / "whole")}))
+    told: list[int] = []
+    with interruptible(told.append) as interrupts:
+        listener = listening(interrupts, lambda: kill(number), step)
+        if step == 11:  # nothing is left to stop
+            train(config, listener=listener)
+        else:
+            with pytest.raises(
+                StoppedError, match=rf"after step {step} of 11 .*--resume"
+            ) as raised:
+                train(config, listener=listener)
+            assert raised.value.signal == number
+            assert RunDirectory(tmp_path / "run").manifest().position.step == step
+    assert told == [number]
+    assert stop_requested() is None
+    train(config, resume=True)
+    assert_same_links(tmp_path / "run", tmp_path / "whole")
+
+
+def test_the_second_signal_stops_at_once(tiny_folder, sentiment, tmp_path):
+    config = make_config(settings(tiny_folder, sentiment, tmp_path / "run", train=EVERY))
+
+    def twice() -> None:
+        kill(signal.SIGINT)
+        kill(signal.SIGTERM)
+
+    with interruptible() as interrupts, pytest.raises(KeyboardInterrupt):
+        train(config, listener=listening(interrupts, twice, 6))
+    assert RunDirectory(tmp_path / "run").manifest().position.step == 4
+    assert train(config, resume=True)["steps"] == 11
+
+
+def test_without_anything_to_save_the_first_signal_stops_at_once():
+    before = signal.getsignal(signal.SIGTERM)
+    with interruptible(), pytest.raises(KeyboardInterrupt):
+        kill(signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_in_another_thread_signals_are_left_alone():
+    found: list[object] = []
+
+    def work() -> None:
+        with interruptible():
+            found.append(stop_requested())
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert found == [None]
+
+
+def test_without_a_run_directory_a_stop_says_what_is_lost(tiny_folder, sentiment):
+    config = make_config(settings(tiny_folder, sentiment))
+    with interruptible() as interrupts:
+        listener = listening(interrupts, lambda: kill(signal.SIGINT), 2)
+        with pytest.raises(StoppedError, match="it cannot be resumed"):
+            train(config, listener=listener)
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_the_command_line_stops_with_the_status_that_shells_expect(
+    number, status, tiny_folder, sentiment, tmp_path, capfd, monkeypatch
+):
+    from chainlora.runs import directory
+
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(settings(tiny_folder, sentiment, tmp_path / "run")))
+    record = directory.RunDirectory.record
+
+    def killing(self, values, progress) -> None:
+        record(self, values, progress)
+        if values["event"] == "step" and values["step"] == 5:
+            kill(number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(directory.RunDirectory, "record", killing)
+        assert command(["train", str(path)]) == status
+    err = capfd.readouterr().err
+    assert "stopping after this step; press Ctrl-C again to stop at once" in err
+    assert "chainlora: the run stopped after step 5 of 11" in err
+    assert "Traceback" not in err
+    assert command(["inspect", str(tmp_path / "run")]) == 0
+    assert (
+        "unfinished: 1 of 3 link(s) tied; `chainlora train CONFIG --resume` resumes from step 5"
+        in (capfd.readouterr().out.replace("\n", ""))
+    )
+    assert command(["train", str(path), "--resume"]) == 0
+    capfd.readouterr()
+    assert command(["inspect", str(tmp_path / "run")]) == 0
+    assert "unfinished" not in capfd.readouterr().out
+
+
+def test_ctrl_c_while_modules_load_is_no_traceback(tmp_path):
+    """The command line catches it from its first import on."""
+    (tmp_path / "click.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGINT)\n")
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{Path(__file__).parents[1] / 'src'}"}
+    done = subprocess.run(
+        [sys.executable, "-m", "chainlora", "--help"],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    assert done.returncode == 130
+    assert done.stderr == "chainlora: interrupted\n"
