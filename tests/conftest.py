@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -285,3 +286,31 @@ def runs(folders, sentiment, tmp_path_factory) -> dict[str, Path]:
         name: fit(folders[name], sentiment, there / name, chain={"target_modules": TARGETS[name]})
         for name in ARCHITECTURES
     }
+
+
+@pytest.fixture(scope="session")
+def stored_run(tiny_folder, sentiment, tmp_path_factory) -> Path:
+    """A finished run; do not change it."""
+    from helpers import settings
+
+    from chainlora import make_config, train
+
+    output = tmp_path_factory.mktemp("store") / "run"
+    train(make_config(settings(tiny_folder, sentiment, output, chain={"rslora": True})))
+    return output
+
+
+@pytest.fixture
+def run_copy(stored_run, tmp_path) -> Path:
+    """A copy of a finished run, to break."""
+    return Path(shutil.copytree(stored_run, tmp_path / "run"))
+
+
+@pytest.fixture
+def rich_config(tiny_folder, sentiment, tmp_path):
+    """The config of a run with every feature that has state on disk, in tmp_path/run."""
+    from helpers import EVERYTHING, settings
+
+    from chainlora import make_config
+
+    return make_config(settings(tiny_folder, sentiment, tmp_path / "run", **EVERYTHING))

@@ -204,3 +204,17 @@ def _as_adapter(folder: Path, manifest: dict[str, Any], progress: dict[str, Any]
     write_link(folder, Link(progress["link"], config, factors), manifest["base"]["model"])
     (folder / "link.safetensors").unlink()
     (folder / "progress.json").write_text(json.dumps(progress))
+
+
+# A run with every feature that has state on disk.
+EVERYTHING = {
+    "chain": {"ranks": [4, 4, 4], "steps": [4, 4, 3], "dropout": 0.1, "init": "gradient"},
+    "train": {
+        "optimizer_reset": "prune",
+        "prune_fraction": 0.5,
+        "keep_best": True,
+        "select_metric": "loss",
+        "eval_every": 2,
+        "save_every": 1,
+    },
+}

@@ -62,6 +62,26 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path):
     assert [each.name for each in target.parent.iterdir()] == ["folder"]
 
 
+def test_a_folder_that_cannot_be_replaced_is_put_back(tmp_path, monkeypatch):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "file").write_text("old")
+    rename = Path.rename
+
+    def failing(self, target):
+        if self.name.endswith(".new"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with (
+        pytest.raises(FileError, match="check the disk"),
+        files.replaced_folder(tmp_path / "folder"),
+    ):
+        pass
+    assert (tmp_path / "folder" / "file").read_text() == "old"
+    assert [each.name for each in tmp_path.iterdir()] == ["folder"]
+
+
 def test_an_empty_folder_that_keeps_its_name_is_filled(tmp_path, monkeypatch):
     """A mount point cannot be renamed; a symbolic link stays one."""
     (tmp_path / "mount").mkdir()

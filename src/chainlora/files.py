@@ -154,7 +154,12 @@ def _swap(scratch: Path, path: Path) -> None:
                 raise
             _fill(path, scratch)  # a mount point keeps its name
             return
-    scratch.rename(path)
+    try:
+        scratch.rename(path)
+    except OSError:
+        if old.exists():
+            old.rename(path)
+        raise
     sync_folder(path.parent)
     shutil.rmtree(old, ignore_errors=True)
 

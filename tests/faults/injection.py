@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -72,7 +73,8 @@ class Injection:
         if found is None:
             return
         number = len(self.operations)
-        self.operations.append(f"{name} {found}")
+        plain = re.sub(r"\.\d+-\d+\.(new|old)", r".\1", found)  # scratch names have process ids
+        self.operations.append(f"{name} {plain}")
         if number == self.at or (self.lasting and number > self.at >= 0):
             self._strike(name, Path(os.fsdecode(path)), tear)
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import logging
 import platform
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from copy import deepcopy
 from functools import cache
@@ -211,6 +211,7 @@ class RunDirectory(RunReader):
         check_rows(manifest, rows)
         self._rows = rows or manifest.rows
         self._remove_scratch()
+        self._remove_unnamed(_GROWING)  # a link that was written, and then the run was killed
         progress, known = deepcopy(manifest.position), manifest.records
         self._log = resumed_log(self._log.path, known, progress.num_records)
         progress.num_records = self._log.count
@@ -316,9 +317,12 @@ class RunDirectory(RunReader):
         progress.num_records += 1
 
     def drop_checkpoints(self) -> None:
-        """Remove what the manifest no longer names."""
+        """Remove checkpoints, moments and best points that the manifest no longer names."""
+        self._remove_unnamed(("moments", "best", "checkpoints"))
+
+    def _remove_unnamed(self, folders: Iterable[str]) -> None:
         named = self._need_current().named
-        for folder in _GROWING:
+        for folder in folders:
             if not (self / folder).is_dir():
                 continue
             entries = list((self / folder).iterdir())
@@ -352,7 +356,7 @@ class RunDirectory(RunReader):
         }
         manifest = manifest.model_copy(update=update)
         files.write_json(self / "chain.json", encode_manifest(manifest))
-        self._current, self._hashes = manifest, hashes
+        self._current = manifest
         self.drop_checkpoints()
 
     # --- the point to resume from ---

@@ -79,6 +79,15 @@ class RunReader:
         A damaged checkpoint is left out with a warning: a run can resume from its last knot.
         """
         manifest = self.manifest()
+        try:
+            return self._verified(manifest)
+        except RunError:
+            now = self.manifest()
+            if now == manifest:
+                raise
+            return self._verified(now)  # a run that goes on has removed what it needs no more
+
+    def _verified(self, manifest: Manifest) -> Manifest:
         if manifest.files is None:
             self.config()  # says what is missing
             manifest = format_1.complete(manifest, self.path)

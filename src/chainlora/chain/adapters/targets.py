@@ -16,12 +16,15 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from chainlora.config.schema import LinkConfig
+from chainlora.config.time_limit import time_limit
 from chainlora.errors import ModelError
 from chainlora.models.modes import evaluation_mode, kept_random_state
 
 log = logging.getLogger(__name__)
 
 _SAID: WeakSet[nn.Module] = WeakSet()
+
+_PATTERN_SECONDS = 10.0  # matching 10,000 module names takes 0.05 s
 
 
 def peft_config(config: LinkConfig, **overrides: Any) -> peft.LoraConfig:
@@ -180,11 +183,12 @@ def matched_modules(model: nn.Module, config: LinkConfig) -> dict[str, nn.Module
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         resolved = _maybe_include_all_linear_layers(peft_config(config), model)
-    matched = {
-        name: module
-        for name, module in model.named_modules()
-        if name and check_target_module_exists(resolved, name)
-    }
+    with time_limit(_PATTERN_SECONDS, lambda: _endless(config)):
+        matched = {
+            name: module
+            for name, module in model.named_modules()
+            if name and check_target_module_exists(resolved, name)
+        }
     if str(config.target_modules).lower() != "all-linear":
         return matched
     left_out = _stacked_experts(model, matched) | _uncalled(model, matched)
@@ -192,6 +196,14 @@ def matched_modules(model: nn.Module, config: LinkConfig) -> dict[str, nn.Module
     left_out |= {name for name, module in matched.items() if _has_own_forward(module)}
     _say(model, left_out)
     return {name: module for name, module in matched.items() if name not in left_out}
+
+
+def _endless(config: LinkConfig) -> ModelError:
+    return ModelError(
+        "`target_modules` and `exclude_modules` must match in "
+        f"{_PATTERN_SECONDS:g} s (got no end of {config.target_modules!r}, "
+        f"{config.exclude_modules!r}); avoid a repeat inside a repeat, such as (.*)*"
+    )
 
 
 def _say(model: nn.Module, left_out: set[str]) -> None:

@@ -1,0 +1,250 @@
+"""A run that is resumed: what may have changed, and what a kill left behind."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from helpers import assert_same_links, settings, stop_after
+
+from chainlora import load_run, make_config, train
+from chainlora.errors import ChainLoRAError, FileError, RunError
+from chainlora.runs.directory import RunDirectory
+
+# --- the start
+
+
+def test_output_that_is_a_file_is_refused(tiny_folder, sentiment, tmp_path):
+    (tmp_path / "run").write_text("mine")
+    with pytest.raises(RunError, match=r"must be a directory \(got the file .*run\); name another"):
+        train(make_config(settings(tiny_folder, sentiment, tmp_path / "run")))
+    assert (tmp_path / "run").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["file/run", "gone", "x" * 300])
+def test_output_that_cannot_be_made_is_refused_before_the_model_loads(name, sentiment, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "gone").symlink_to(tmp_path / "nothing")
+    config = make_config(settings("/no/such/model", sentiment, tmp_path / name))
+    with pytest.raises(FileError, match="got "):
+        train(config)
+
+
+def test_resume_needs_something_to_resume(rich_config, tmp_path):
+    with pytest.raises(RunError, match=r"--resume needs a run directory \(got .* not exist\)"):
+        train(rich_config, resume=True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_killed_before_its_manifest_starts_over(tiny_folder, sentiment, tmp_path):
+    keys = {"ranks": [2], "steps": [1]}
+    config = make_config(settings(tiny_folder, sentiment, tmp_path / "run", chain=keys))
+    (tmp_path / "run" / "links").mkdir(parents=True)
+    (tmp_path / "run" / "config.yaml").write_text("model: half")
+    (tmp_path / "run" / "chain.json.1-1.new").write_text("{")
+    with pytest.raises(RunError, match="not empty and not a whole run"):
+        train(config)
+    assert train(config, resume=True)["steps"] == 1
+    assert not (tmp_path / "run" / "chain.json.1-1.new").exists()
+
+
+def test_what_is_refused_late_leaves_no_run_behind(tiny_folder, sentiment, tmp_path):
+    """Whatever fails before the first step, the corrected command must find its output free."""
+    config = make_config(settings(tiny_folder, sentiment, tmp_path / "run"))
+
+    def fail(event) -> None:
+        if event.name == "eval":
+            raise ChainLoRAError("late")
+
+    with pytest.raises(ChainLoRAError, match="late"):
+        train(config, listener=fail)
+    assert not (tmp_path / "run").exists()
+    stop_after(config, 2)
+    assert (tmp_path / "run").exists()  # something was learned
+    with pytest.raises(ChainLoRAError, match="late"):
+        train(config, resume=True, listener=fail_at_once)
+    assert (tmp_path / "run" / "chain.json").exists()
+
+
+def fail_at_once(event) -> None:
+    raise ChainLoRAError("late")
+
+
+# --- what changes between a run and its resume
+
+
+def test_a_resume_finds_what_is_incomplete(tiny_folder, sentiment, run_copy):
+    config = make_config(settings(tiny_folder, sentiment, run_copy, chain={"rslora": True}))
+    (run_copy / "config.yaml").unlink()
+    with pytest.raises(RunError, match=r"must hold config.yaml \(got none in .*\).* incomplete"):
+        train(config, resume=True)
+    (run_copy / "chain.json").unlink()
+    with pytest.raises(
+        RunError,
+        match=r"\(got .*run, which is not empty and not a whole run\); choose another output",
+    ):
+        train(config, resume=True)
+
+
+CHANGES = {
+    "a weight": ("model.safetensors", lambda text: text[:-1] + bytes([text[-1] ^ 1])),
+    "an epsilon": ("config.json", lambda text: text.replace(b"1e-06", b"1e-05")),
+    "a token": ("tokenizer.json", lambda text: text.replace(b'"cat"', b'"dog"')),
+    "a template": ("chat_template.jinja", lambda text: text + b" "),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_base_that_changed_is_refused_everywhere(change, tiny_folder, sentiment, tmp_path):
+    base = Path(shutil.copytree(tiny_folder, tmp_path / "base"))
+    keys = {"ranks": [2], "steps": [1]}
+    config = make_config(settings(base, sentiment, tmp_path / "run", chain=keys))
+    train(config)
+    name, edit = CHANGES[change]
+    before = (base / name).read_bytes()
+    (base / name).write_bytes(edit(before))
+    assert (base / name).read_bytes() != before
+    for act in (lambda: load_run(tmp_path / "run"), lambda: train(config, resume=True)):
+        with pytest.raises(RunError, match=rf"\(got another {name}\); restore it, or start over"):
+            act()
+
+
+def test_rows_that_changed_are_refused(tiny_folder, sentiment, tmp_path):
+    data = Path(shutil.copytree(sentiment, tmp_path / "data"))
+    config = make_config(settings(tiny_folder, data, tmp_path / "run"))
+    stop_after(config, 5)
+    lines = (data / "train.jsonl").read_text().splitlines(keepends=True)
+    for changed in (lines[1:] + lines[:1], [*lines, lines[0]], lines[:-1]):
+        (data / "train.jsonl").write_text("".join(changed))
+        with pytest.raises(RunError, match=r"needs the rows the run began with, in their order"):
+            train(config, resume=True)
+    (data / "train.jsonl").write_text("".join(lines))
+    assert train(config, resume=True)["steps"] == 11
+
+
+def test_watchers_may_change_over_a_resume_and_science_may_not(tiny_folder, sentiment, run_copy):
+    def find(change=(), **keys) -> int:
+        tree = settings(tiny_folder, sentiment, run_copy, chain={"rslora": True}, train=keys)
+        directory = RunDirectory(run_copy)
+        try:
+            directory.open(make_config(tree), resume=True, change=change)
+        finally:
+            directory.close()
+        return directory.manifest().position.step
+
+    assert find(save_every=7, trackers=["tensorboard"]) == 11
+    for keys in ({"seed": 1}, {"lr": 1e-4}, {"dtype": "bfloat16"}):
+        with pytest.raises(RunError, match=r"began with \(got other values under train: train\."):
+            find(**keys)
+    with pytest.raises(RunError, match=r"pass --resume --train.lr VALUE"):
+        find(lr=1e-4)
+    with pytest.raises(RunError, match=r"train.seed is 1, was 0\); use the run's config.yaml"):
+        find(change=["train.seed", "train.lr"], seed=1, lr=1e-4)
+
+
+def test_a_lower_rate_by_name_is_kept_in_the_manifest(rich_config, tmp_path):
+    stop_after(rich_config, 6)
+    lower = rich_config.model_copy(
+        update={"train": rich_config.train.model_copy(update={"lr": 1e-4})}
+    )
+    result = train(lower, resume=True, change=["train.lr"])
+    assert result["steps"] == 11
+    (change,) = RunDirectory(tmp_path / "run").manifest().changes
+    assert (change.key, change.before, change.after, change.step) == ("train.lr", 1e-2, 1e-4, 6)
+    assert RunDirectory(tmp_path / "run").config().train.lr == 1e-4
+    rates = {
+        record["step"]: record["learning_rate"]
+        for record in map(json.loads, (tmp_path / "run" / "metrics.jsonl").open())
+        if record["event"] == "step"
+    }
+    assert rates[7] < rates[6] / 50
+    assert train(lower, resume=True)["steps"] == 11  # it is the run's own rate now
+    with pytest.raises(RunError, match=r"train.lr is 0.01, was 0.0001"):
+        train(rich_config, resume=True)
+
+
+# --- faults on the way
+
+
+def test_moments_of_a_killed_knot_are_not_taken_for_those_of_the_one_before(rich_config, tmp_path):
+    """Killed between the moments and the manifest, the link is tied again from its own start."""
+    train(rich_config.model_copy(update={"output": str(tmp_path / "whole")}))
+    stop_after(rich_config, 7)
+    run = tmp_path / "run"
+    (kept,) = (run / "moments").iterdir()
+    assert kept.name == "000.safetensors"
+    (run / "moments" / "001.safetensors").write_bytes(b"written just before the kill")
+    shutil.rmtree(run / "checkpoints")  # back to the knot
+    train(rich_config, resume=True)
+    assert_same_links(run, tmp_path / "whole")
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_knot(rich_config, tmp_path, caplog):
+    train(rich_config.model_copy(update={"output": str(tmp_path / "whole")}))
+    for damage in (
+        lambda folder: shutil.rmtree(folder),
+        lambda folder: (folder / "optimizer.safetensors").unlink(),
+        lambda folder: (folder / "link.safetensors").write_bytes(b"half"),
+    ):
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        stop_after(rich_config, 6)
+        damage(tmp_path / "run" / "checkpoints" / "00000006")
+        caplog.clear()
+        train(rich_config, resume=True)
+        assert "the checkpoint at step 6 cannot be used" in caplog.text
+        assert "the run resumes from step 4" in caplog.text
+        assert_same_links(tmp_path / "run", tmp_path / "whole")
+        assert records(tmp_path / "run") == records(tmp_path / "whole")
+
+
+def records(run: Path) -> list[dict]:
+    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in record.items() if k != "seconds"} for record in found]
+
+
+def test_what_killed_writes_leave_is_cleared(rich_config, tmp_path):
+    stop_after(rich_config, 6)
+    run = tmp_path / "run"
+    for name in ("checkpoints/00000004.7-1.old", "links/001.7-2.new", "chain.json.7-3.new"):
+        (run / name).mkdir()
+        (run / name / "half").write_text("")
+    train(rich_config, resume=True)
+    assert not [path for path in run.rglob("*") if path.suffix in (".new", ".old")]
+
+
+def test_records_are_cut_beside_and_not_in_place(rich_config, tmp_path):
+    stop_after(rich_config, 6)
+    path = tmp_path / "run" / "metrics.jsonl"
+    path.write_bytes(path.read_bytes() + b'{"event": "step", "step": 7}\n{"ev')
+    with path.open("rb") as before:  # a reader keeps what it opened
+        train(rich_config, resume=True)
+        assert before.read().endswith(b'{"ev')
+    assert [r["step"] for r in records(tmp_path / "run") if r["event"] == "step"] == [*range(1, 12)]
+
+
+def test_a_run_is_for_one_process_at_a_time(rich_config, tmp_path):
+    stop_after(rich_config, 6)
+    tried: list[str] = []
+
+    def second(event) -> None:
+        if event.name == "step" and not tried:
+            with pytest.raises(RunError) as raised:
+                train(rich_config, resume=True)
+            tried.append(str(raised.value))
+
+    train(rich_config, resume=True, listener=second)
+    assert "must be used by one process at a time (got " in tried[0]
+    train(rich_config, resume=True)  # free again
+
+
+def test_a_position_inside_a_link_without_its_checkpoint_is_not_taken_for_a_knot(
+    rich_config, tmp_path
+):
+    train(rich_config.model_copy(update={"output": str(tmp_path / "whole")}))
+    stop_after(rich_config, 6)
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    assert RunDirectory(tmp_path / "run").verify().position.step == 4
+    train(rich_config, resume=True)
+    assert_same_links(tmp_path / "run", tmp_path / "whole")
