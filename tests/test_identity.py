@@ -7,6 +7,7 @@ import os
 import shutil
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -35,10 +36,10 @@ def edit_json(path: Path, **keys: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | keys))
 
 
-def age(path: Path) -> None:
-    """Make a file look as if it had been written a while ago."""
-    past = time.time() - 60
-    os.utime(path, (past, past))
+@pytest.fixture
+def later(monkeypatch) -> None:
+    """Files that have just been written are a minute old."""
+    monkeypatch.setattr(hashing, "time", SimpleNamespace(time=lambda: time.time() + 60))
 
 
 def test_all_that_decides_what_a_base_computes_is_counted(folder):
@@ -83,9 +84,8 @@ def test_every_shard_is_counted(tmp_path, folder):
         base_files(tmp_path / "sharded")
 
 
-def test_a_file_is_read_once_while_it_is_unchanged(folder, monkeypatch):
+def test_a_file_is_read_once_while_it_is_unchanged(folder, later, monkeypatch):
     path = folder / "model.safetensors"
-    age(path)
     read = []
 
     def counted(each: Path) -> str:
@@ -104,14 +104,26 @@ def test_a_file_is_read_once_while_it_is_unchanged(folder, monkeypatch):
     assert hashing.hash_file(path) == files.sha256(path) != first
 
 
-def test_a_file_that_has_just_changed_is_not_remembered(folder, cache):
+@pytest.mark.parametrize("seconds", [0, -86_400])  # or in the future, the clock being set back
+def test_a_file_that_has_just_changed_is_not_remembered(seconds, folder, cache, monkeypatch):
+    written = max(each.stat().st_ctime for each in folder.iterdir())
+    monkeypatch.setattr(hashing, "time", SimpleNamespace(time=lambda: written + seconds + 1))
     hashing.hash_file(folder / "model.safetensors")
     assert not (cache / "hashes").exists()
 
 
-def test_a_damaged_or_unwritable_cache_is_not_believed_and_does_no_harm(folder, cache, monkeypatch):
+def test_old_hashes_are_forgotten(folder, cache, later, monkeypatch):
+    monkeypatch.setattr(hashing, "_MOST_ENTRIES", 3)
+    for name in "abcd":
+        (folder / name).write_text(name)
+        hashing.hash_file(folder / name)
+    assert len(list((cache / "hashes").iterdir())) == 2
+
+
+def test_a_damaged_or_unwritable_cache_is_not_believed_and_does_no_harm(
+    folder, cache, later, monkeypatch
+):
     path = folder / "model.safetensors"
-    age(path)
     true = hashing.hash_file(path)
     (entry,) = (cache / "hashes").iterdir()
     for text in ("", "[]", "{}", entry.read_text().replace(true[:8], "0" * 8)):

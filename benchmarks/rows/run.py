@@ -183,8 +183,9 @@ def table(results: dict[str, Any]) -> str:
         "# Rows",
         "",
         f"Rows of {TOKENS} tokens, {results['machine']['cores']} cores, batches of 2; "
-        "`python benchmarks/rows/run.py`. Medians where a run was repeated. The machine was shared: "
-        "the load before each run is in results.json, and CPU time is disturbed less than the "
+        "`python benchmarks/rows/run.py`. Medians where a run was repeated. The machine was "
+        "shared: the load before each run is in results.json, and CPU time is disturbed "
+        "less than the "
         "clock.",
         "",
         "| rows | cache | first step, s | resident, MB | a step, ms | its CPU time, ms |",

@@ -1,5 +1,4 @@
-"""Tiny models of every class in transformers' causal-LM mapping, their configs shrunk by field
-name.
+"""Tiny models of every class in transformers' causal-LM mapping, configs shrunk by field name.
 
 The default config of a class is taken, and every known field that makes it large is set to a small
 value; lists with an entry a layer are left out, so that the class derives them again. Thresholds
@@ -19,10 +18,12 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 VOCABULARY = 272  # byte-level BPE: 256 bytes, three special tokens, some merges
-CONTEXT = 128
+CONTEXT = 256
 LAYERS = 4  # every kind of layer: patterns repeat after at most four, or are adjusted
-THRESHOLD = 16  # windows, chunks; rows of the tests are shorter and longer
-ORIGINAL = 24  # original context of scaled rotary embeddings
+# Windows and chunks, and the original context of scaled rotary embeddings: beyond what a probe
+# runs, as in real models, and between the short and the long rows of the tests.
+THRESHOLD = 64
+ORIGINAL = 48
 
 
 def _table(**groups: dict[str, Any]) -> dict[str, Any]:
@@ -56,7 +57,7 @@ SMALL = _table(
         "num_hidden_layers n_layer n_layers num_layers decoder_layers num_decoder_layers "
         "num_blocks",
     ),
-    encoder=_each(1, "encoder_layers num_encoder_layers num_layers_per_stack"),
+    encoder=_each(LAYERS, "encoder_layers num_encoder_layers num_layers_per_stack"),
     heads=_each(
         4,
         "num_attention_heads n_head n_heads num_heads decoder_attention_heads attention_heads "
@@ -109,7 +110,7 @@ SMALL = _table(
     | _each(1, "bos_token_id decoder_start_token_id")
     | _each(2, "eos_token_id sep_token_id forced_eos_token_id"),
     per_layer=_each(8, "hidden_size_per_layer_input"),
-    positions=_each(16, "index_topk"),
+    picked_keys=_each(THRESHOLD, "index_topk"),
     causal={"is_decoder": True, "is_encoder_decoder": False, "add_cross_attention": False},
 )
 # Lists with an entry a layer, which a class derives from its number of layers when they are absent.
@@ -216,11 +217,11 @@ ADJUSTMENTS: dict[str, dict[str, Any]] = {
         "indexer_n_heads": 2,
         "indexer_kv_heads": 1,
         "indexer_head_dim": 8,
-        "indexer_budget": 16,
+        "indexer_budget": THRESHOLD,
         "indexer_compress_ratio": 4,
     },
     "reformer": {
-        "axial_pos_shape": [8, 16],
+        "axial_pos_shape": [16, 16],
         "axial_pos_embds_dim": [8, 24],
         "attn_layers": ["local", "lsh", "local", "lsh"],
     },
@@ -254,7 +255,7 @@ def model_types() -> list[str]:
 
 
 def tiny_config(model_type: str, **changes: Any) -> PreTrainedConfig:
-    """Return a small config of a model type; `changes` are set on top."""
+    """Return a small config of a model type without randomness; `changes` are set on top."""
     kind = CONFIG_MAPPING[model_type]
     return kind(**_shrunk(kind, ADJUSTMENTS.get(model_type, {}) | changes))
 
@@ -265,18 +266,23 @@ def _shrunk(kind: type[PreTrainedConfig], changes: dict[str, Any]) -> dict[str, 
     values = {
         name: SMALL[name] for name in given if name in SMALL and not _stays(name, given[name])
     }
-    for name in given:
-        if name in ("rope_parameters", "rope_scaling") and isinstance(given[name], dict):
+    values |= {name: 0.0 for name, value in given.items() if _is_random(name, value)}
+    for name in ("rope_parameters", "rope_scaling"):
+        if isinstance(given.get(name), dict):
             values[name] = _small_rope(given[name])
     for name in kind.sub_configs:
         own = getattr(default, name, None)
         if isinstance(own, PreTrainedConfig):
-            values[name] = _shrunk(type(own), ADJUSTMENTS.get(own.model_type, {})) | {
-                "model_type": own.model_type
-            }
+            adjusted = ADJUSTMENTS.get(own.model_type, {})
+            values[name] = _shrunk(type(own), adjusted) | {"model_type": own.model_type}
     if "kv_lora_rank" in given:  # multi-head latent attention has a key head a query head
         values["num_key_value_heads"] = values["num_attention_heads"]
     return values | changes
+
+
+def _is_random(name: str, value: Any) -> bool:
+    """Say whether a field is the rate of a dropout or of a noise."""
+    return isinstance(value, float) and any(part in name for part in ("drop", "jitter", "noise"))
 
 
 def _stays(name: str, value: Any) -> bool:
@@ -309,8 +315,9 @@ def enlarge(model: nn.Module, seed: int = 0) -> None:
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         noise = torch.randn(parameter.shape, generator=generator)
-        if parameter.dim() < 2:
-            parameter.copy_(torch.nan_to_num(parameter) + 0.1 * noise)
+        if parameter.dim() < 2:  # a scale stays of its size, a bias gets one
+            size = torch.nan_to_num(parameter).abs().mean().item() or 1.0
+            parameter.copy_(torch.nan_to_num(parameter) + 0.1 * size * noise)
         else:
             parameter.copy_(noise / math.sqrt(parameter.shape[-1]))
     for module in model.modules():

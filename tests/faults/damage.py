@@ -31,9 +31,11 @@ NOT_CHECKED = ("result.json", ".lock")
 
 def contents(run: Path) -> tuple[Any, ...]:
     """Return all that can be read out of a run: its description, its links and where it is."""
-    logging.disable(logging.WARNING)
-    found = inspect_run(run)
-    links = RunReader(run).load_links()
+    logging.disable(logging.WARNING)  # a damaged checkpoint is one
+    try:
+        found, links = inspect_run(run), RunReader(run).load_links()
+    finally:
+        logging.disable(logging.NOTSET)
     numbers = [
         part
         for link in links

@@ -66,6 +66,7 @@ def candidate_loss(model: nn.Module, hidden: Tensor, batch: PackedBatch) -> Tens
             "a candidate loss needs a label in every example (got one without); "
             "use the completion loss"
         )
+    hidden = _for_head(model, hidden)
     score = _label_logits if batch.one_position else candidate_scores
     scores = score(model, hidden, batch)
     table = scores.new_full((batch.num_examples, batch.max_sequences), float("-inf"))
@@ -76,7 +77,7 @@ def candidate_loss(model: nn.Module, hidden: Tensor, batch: PackedBatch) -> Tens
 def completion_loss(model: nn.Module, hidden: Tensor, batch: PackedBatch) -> tuple[Tensor, int]:
     """Return the summed negative log-likelihood of the scored tokens (a scalar, float32) and their
     number."""
-    head = _head(model)
+    head, hidden = _head(model), _for_head(model, hidden)
     if logit_transform(model) is None and _is_plain(head) and not head.weight.requires_grad:
         chunks = _chunks(batch.token_row, batch.token_target, hidden.shape[0], head.weight.shape[0])
         return _SummedLoss.apply(hidden, head.weight, head.bias, chunks), batch.num_scored_tokens
@@ -92,7 +93,7 @@ def token_logprobs(
 
     Logits exist for one chunk of rows at a time, in forward and in backward.
     """
-    head, transform = _head(model), logit_transform(model)
+    head, transform, hidden = _head(model), logit_transform(model), _for_head(model, hidden)
     chunks = _chunks(token_row, token_target, hidden.shape[0], _vocabulary(model))
     plain = transform is None and _is_plain(head) and not head.weight.requires_grad
     weight = widened(head.weight) if plain else None
@@ -156,7 +157,7 @@ def _probe_head(model: nn.Module) -> tuple[FindHead, Transform | None]:
         hidden = states[0].last_hidden_state
         for find in (_enclosing_head, _all_after_the_base):
             with suppress(RuntimeError, TypeError, NotImplementedError):  # not made for one another
-                ours.append((find, find(model)(hidden)))
+                ours.append((find, find(model)(_for_head(model, hidden))))
     best: tuple[FindHead, Transform | None] = (_enclosing_head, None)
     error = math.inf
     for find, logits in ours:
@@ -202,6 +203,13 @@ def _softcap(logits: Tensor, cap: float) -> Tensor:
 
 def _head(model: nn.Module) -> Any:
     return _head_and_transform(model)[0](causal_model(model))
+
+
+def _for_head(model: nn.Module, hidden: Tensor) -> Tensor:
+    """Return hidden states in the head's dtype: some models keep them in float32 (Mamba)."""
+    weight = getattr(_output_embedding(causal_model(model)), "weight", None)
+    floating = isinstance(weight, Tensor) and weight.is_floating_point()
+    return hidden.to(weight.dtype) if floating else hidden  # type: ignore[union-attr]
 
 
 def _enclosing_head(model: nn.Module) -> nn.Module:

@@ -20,8 +20,9 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from chainlora.errors import ConfigError, DataError
-from chainlora.models.text_config import text_config
+from chainlora.engine.probes import first_line, forget_lengths, length_dependence
+from chainlora.errors import ConfigError, DataError, ModelError
+from chainlora.models.text_config import compute_dtype, text_config
 
 
 class _StopAt(StoppingCriteria):
@@ -53,6 +54,9 @@ def generate_greedy(
     """Return the greedy continuation of each prompt, up to the first `stop` (a line break),
     stripped.
 
+    Each prompt gets the answer it would get alone: prompts of unlike length share a batch, padded
+    on the left, only where that changes nothing (`_padding_shows`).
+
     A prompt (token ids) that leaves no room for `max_new_tokens` in the model's context is cut from
     the left, its beginning-of-sequence token kept. `max_tokens` bounds the padded tokens of a
     batch, new ones included; `progress(n)` is told the number of prompts just done.
@@ -72,17 +76,32 @@ def generate_greedy(
     ]
     config = _greedy_config(model, tokenizer, max_new_tokens)
     texts = [""] * len(cut)
-    for batch in _batches([len(prompt) for prompt in cut], max_new_tokens, max_tokens):
+    lengths = [len(prompt) for prompt in cut]
+    alike = len(set(lengths)) > 1 and _padding_shows(model, config)
+    for batch in _batches(lengths, max_new_tokens, max_tokens, alike=alike):
+        forget_lengths(model)
         ids, mask = _left_padded([cut[i] for i in batch], int(config.pad_token_id), model.device)
         criteria = StoppingCriteriaList([_StopAt(tokenizer, stop, ids.shape[1])] if stop else [])
         with _own_config(model, config):
-            output = model.generate(input_ids=ids, attention_mask=mask, stopping_criteria=criteria)
+            output = _generate(
+                model, input_ids=ids, attention_mask=mask, stopping_criteria=criteria
+            )
         answers = tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
         for index, answer in zip(batch, answers, strict=True):
             texts[index] = (answer.split(stop, 1)[0] if stop else answer).strip()
         if progress is not None:
             progress(len(batch))
     return texts
+
+
+def _generate(model: Any, **inputs: Any) -> Tensor:
+    try:
+        return model.generate(**inputs)
+    except Exception as error:  # whatever an architecture trips over
+        raise ModelError(
+            f"the model must generate by transformers' `generate` (got {first_line(error)} from "
+            f"{type(model).__name__}); use metrics that score, or another model"
+        ) from error
 
 
 def _cut_left(prompt: Sequence[int], room: int | None, bos: int | None, row: int) -> list[int]:
@@ -129,14 +148,51 @@ def _own_config(model: Any, config: GenerationConfig) -> Iterator[None]:
         model.generation_config = before
 
 
-def _batches(lengths: Sequence[int], new: int, max_tokens: int) -> Iterator[list[int]]:
-    """Yield index lists of like length, longest first, so that memory peaks in the first batch."""
+def _padding_shows(model: Any, config: GenerationConfig) -> bool:
+    """Say whether padding on the left changes what the model goes on with.
+
+    It does for models with a state that runs over the padding (RWKV), and where angles of the
+    rotary embedding depend on the longest row of a batch.
+    """
+    if length_dependence(model)[0]:
+        return True
+    probe = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=1,
+        pad_token_id=config.pad_token_id,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    vocabulary = int(text_config(model).vocab_size)
+    rows = [[(7 * i + j) % vocabulary for i in range(n)] for j, n in ((1, 4), (2, 9))]
+    found = []
+    try:
+        for prompts in (rows[:1], rows):
+            ids, mask = _left_padded(prompts, int(config.pad_token_id), model.device)
+            with _own_config(model, probe):
+                found.append(model.generate(input_ids=ids, attention_mask=mask).logits[0][0])
+    except Exception:  # whatever an architecture trips over: prompts of one length are safe
+        return True
+    # rounding in two bytes, or in float32; a state that saw the padding is off by its own size
+    two_bytes = compute_dtype(model) in (torch.bfloat16, torch.float16)
+    alone, padded = found
+    return bool((alone - padded).norm() > (5e-2 if two_bytes else 1e-3) * alone.norm())
+
+
+def _batches(
+    lengths: Sequence[int], new: int, max_tokens: int, *, alike: bool
+) -> Iterator[list[int]]:
+    """Yield index lists of like length (or of one, if `alike`), longest first, so that memory
+    peaks in the first batch."""
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     start = 0
     while start < len(order):
-        size = max(1, max_tokens // (lengths[order[start]] + new))
-        yield order[start : start + size]
-        start += size
+        longest = lengths[order[start]]
+        batch = order[start : start + max(1, max_tokens // (longest + new))]
+        if alike:
+            batch = [index for index in batch if lengths[index] == longest]
+        yield batch
+        start += len(batch)
 
 
 def _left_padded(

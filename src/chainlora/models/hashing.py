@@ -22,6 +22,7 @@ from chainlora.files import make_folder, sha256, write_json
 logger = logging.getLogger(__name__)
 
 _RACY_SECONDS = 2.0
+_MOST_ENTRIES = 1000
 
 
 def cache_dir() -> Path:
@@ -46,10 +47,14 @@ def hash_file(path: Path) -> str:
     if (known := _remembered(entry, state)) is not None:
         return known
     digest = sha256(path)
-    # Negative where the clock was set back: not remembered either.
-    if state == _state(path) and time.time() - state["mtime_ns"] / 1e9 > _RACY_SECONDS:
+    if state == _state(path) and _age(state) > _RACY_SECONDS:
         _remember(entry, state, digest)
     return digest
+
+
+def _age(state: dict[str, Any]) -> float:
+    """Return the seconds since a file changed; negative where the clock was set back since."""
+    return time.time() - max(state["mtime_ns"], state["ctime_ns"]) / 1e9
 
 
 def _entry(path: Path) -> Path:
@@ -83,8 +88,17 @@ def _remember(entry: Path, state: dict[str, Any], digest: str) -> None:
     try:
         make_folder(entry.parent)
         write_json(entry, state | {"sha256": digest, "check": _check(state, digest)})
-    except FileError as error:  # the file is read again next time
+        _forget_old(entry.parent)
+    except (FileError, OSError) as error:  # the file is read again next time
         logger.debug("a hash is not remembered: %s", error)
+
+
+def _forget_old(folder: Path) -> None:
+    """Delete the older half of the entries once there are many: their files may be long gone."""
+    entries = list(folder.glob("*.json"))
+    if len(entries) > _MOST_ENTRIES:
+        for entry in sorted(entries, key=lambda each: each.stat().st_mtime)[: len(entries) // 2]:
+            entry.unlink(missing_ok=True)
 
 
 def _check(state: dict[str, Any], digest: str) -> str:

@@ -54,11 +54,12 @@ def _prepare(
         )
     check_optimizer(config.train)
     accelerator = make_accelerator(config)
+    if directory is not None:
+        directory.open(config, resume=resume, change=change)
     folder = resolve_model(config.model)
     files = base_files(folder)
-    if directory is not None:  # refuse before the model is loaded
-        directory.open(config, resume=resume, change=change)
-        directory.check_base_files(files)
+    if directory is not None:
+        directory.check_base_files(files)  # before they are loaded
     model, tokenizer = _load_model(config, accelerator.device)
     splits = _load_splits(config, model, tokenizer, listener)
     plan = make_plan(config, splits.train)

@@ -97,6 +97,11 @@ def check_targets(model: nn.Module, config: LinkConfig) -> None:
                 f"{name} and {shared[name]}): each would have an update of its own, and one weight "
                 f"cannot hold both; add {name.rpartition('.')[2]!r} to exclude_modules"
             )
+        if _has_own_forward(module):
+            raise ModelError(
+                f"only layers that compute x Wᵀ + c can be linked (got {type(module).__name__} at "
+                f"{name}, which computes something else); leave it out, or use all-linear"
+            )
         if reason := _incompatible(model, name):
             raise ModelError(f"PEFT must have a LoRA for each layer (got {name}: {reason})")
         if name in fused:
@@ -184,6 +189,7 @@ def matched_modules(model: nn.Module, config: LinkConfig) -> dict[str, nn.Module
         return matched
     left_out = _stacked_experts(model, matched) | _uncalled(model, matched)
     left_out |= {name for name in matched if _incompatible(model, name)}
+    left_out |= {name for name, module in matched.items() if _has_own_forward(module)}
     _say(model, left_out)
     return {name: module for name, module in matched.items() if name not in left_out}
 
@@ -204,6 +210,20 @@ def _say(model: nn.Module, left_out: set[str]) -> None:
     }
     if stacked:
         log.warning("all-linear leaves out stacked parameters: %s", ", ".join(sorted(stacked)))
+
+
+def _has_own_forward(module: nn.Module) -> bool:
+    """Say whether a subclass of Linear computes anything but ``x Wᵀ + c`` (grouped, rounded)."""
+    if not isinstance(module, nn.Linear) or type(module).forward is nn.Linear.forward:
+        return False
+    x = torch.linspace(-1, 1, 3 * module.in_features, dtype=module.weight.dtype)
+    x = x.view(1, 3, -1).to(module.weight.device)
+    try:
+        with torch.no_grad():
+            own, plain = module(x), nn.functional.linear(x, module.weight, module.bias)
+    except (RuntimeError, TypeError):
+        return True
+    return own.shape != plain.shape or not torch.allclose(own, plain, rtol=1e-3, atol=1e-3)
 
 
 def _incompatible(model: nn.Module, name: str) -> str | None:

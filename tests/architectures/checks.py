@@ -1,0 +1,361 @@
+"""One architecture against plain transformers and peft: what is right, what is refused, what wrong.
+
+Everything goes through the public interface: `train` on a model folder, its records, `load_run`,
+`export_merged`, `export_adapter`, `Engine`. The reference beside it is written out here: a
+right-padded batch through the model's own forward, PEFT's layers, torch's optimizer.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from architectures.tiny import CONTEXT, VOCABULARY, tiny_model
+from chainlora import export_adapter, export_merged, load_run, make_config, train
+from chainlora.chain.adapters.targets import matched_modules
+from chainlora.chain.initialization import generator_for, random_factors
+from chainlora.data.examples import Example
+from chainlora.data.splits import prepare_splits
+from chainlora.engine.engine import Engine
+from chainlora.errors import ChainLoRAError, ModelError
+from chainlora.evaluation.generation import generate_greedy
+from chainlora.models.text_config import base_model
+
+STEPS = 2  # of each of two links
+LEARNING_RATE = 0.2  # of SGD on gradients clipped to norm 1
+# Rounding in float32 over a few layers, of a hidden state and of a loss; and how far beyond its own
+# difference between a padded batch and one row a model may be.
+HIDDEN, LOSS, OWN = 2e-5, 2e-5, 20.0
+
+
+@dataclass
+class Result:
+    """What was found about an architecture."""
+
+    name: str
+    kind: str = ""  # the class
+    outcome: str = "wrong"  # right, refused or wrong
+    why: str = ""  # the refusal, or what is wrong
+    path: str = ""
+    notes: list[str] = field(default_factory=list)
+    exports: str = ""
+    differences: dict[str, float] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return it as a JSON object."""
+        return asdict(self)
+
+
+def check(name: str, model_type: str, work: Path, changes: dict[str, Any] | None = None) -> Result:
+    """Train, score and export a tiny model of a type in `work`, beside the plain way."""
+    result = Result(name)
+    with _quiet():
+        model = tiny_model(model_type, **changes or {})
+        result.kind = type(model).__name__
+        folder, run = work / "model", work / "run"
+        _save(model, folder)
+        config = _config(folder, run, _rows(work))
+        records: list[Any] = []
+        try:
+            final = train(config, listener=records.append)
+        except ChainLoRAError as error:
+            result.why = str(error)
+            claimed = run.exists() and any(run.iterdir())
+            result.outcome = "wrong" if claimed else "refused"
+            return result
+        plan = next(record for record in records if record.name == "plan")
+        result.path, result.notes = plan.path, plan.notes
+        losses = [record.loss for record in records if record.name == "step"]
+        _compare(result, config, folder, run, losses, final["metrics"]["test"]["loss"])
+        result.why = ", ".join(f"{k} off by {v:.1e}" for k, v in _wrong(result).items())
+        result.outcome = "wrong" if result.why else "right"
+    return result
+
+
+def _wrong(result: Result) -> dict[str, float]:
+    """Return the differences that are too large; one that is not a number is."""
+    return {k: v for k, v in result.differences.items() if not v <= 1.0}
+
+
+def _compare(
+    result: Result, config: Any, folder: Path, run: Path, losses: list[float], scored: float
+) -> None:
+    """Note every difference, of what it may be."""
+    tokenizer = _tokenizer()
+    splits = prepare_splits(config.data, tokenizer, CONTEXT)
+    rows, test = list(splits.train), list(splits.test)
+    plain = AutoModelForCausalLM.from_pretrained(folder).eval()
+    own = _own_difference(plain, rows)
+    result.differences |= _engine_differences(folder, rows, own)
+    expected, chained = _plain_chain(folder, config, rows)
+    largest = LOSS + OWN * own
+    result.differences["step loss"] = _largest(losses, expected) / largest
+    reference = _plain_loss(chained, test)
+    result.differences["test loss"] = abs(scored - reference) / reference / largest
+    live, _ = load_run(run)
+    result.differences["live"] = abs(_plain_loss(live, test) - reference) / reference / largest
+    result.differences["greedy"] = float(_greedy_differs(live, tokenizer, rows))
+    result.differences |= _export_differences(result, folder, run, test, reference, largest)
+
+
+# --- what ours is compared with ---
+
+
+def _padded(rows: Sequence[Example]) -> tuple[Tensor, Tensor]:
+    """Return token ids without each row's last, and their mask, [rows, longest]."""
+    inputs = [row.sequences[0][:-1] for row in rows]
+    longest = max(map(len, inputs))
+    ids = torch.tensor([[*tokens, *[0] * (longest - len(tokens))] for tokens in inputs])
+    mask = torch.tensor([[1] * len(tokens) + [0] * (longest - len(tokens)) for tokens in inputs])
+    return ids, mask
+
+
+def _scored(rows: Sequence[Example]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (row, position, target) of every scored token."""
+    places = [
+        (i, position - 1, row.sequences[0][position])
+        for i, row in enumerate(rows)
+        for start, end in row.scored[0]
+        for position in range(start, end)
+    ]
+    index, position, target = torch.tensor(places).T
+    return index, position, target
+
+
+def _plain_mean_loss(model: Any, rows: Sequence[Example]) -> Tensor:
+    ids, mask = _padded(rows)
+    index, position, target = _scored(rows)
+    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    return cross_entropy(logits[index, position].float(), target)
+
+
+@torch.no_grad()
+def _plain_loss(model: Any, rows: Sequence[Example]) -> float:
+    return _plain_mean_loss(model.eval(), rows).item()
+
+
+@torch.no_grad()
+def _plain_hidden(model: Any, rows: Sequence[Example]) -> Tensor:
+    """Return the hidden states [N, d] that predict each scored token."""
+    ids, mask = _padded(rows)
+    index, position, _ = _scored(rows)
+    output = base_model(model)(input_ids=ids, attention_mask=mask, use_cache=False)
+    return output.last_hidden_state[index, position]
+
+
+def _plain_chain(folder: Path, config: Any, rows: list[Example]) -> tuple[list[float], Any]:
+    """Tune two links by PEFT and torch alone; return the losses and the merged model."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    losses = []
+    for index, link in enumerate(config.chain.links()):
+        targets = sorted(matched_modules(model, link))
+        wrapped = peft.get_peft_model(
+            model, peft.LoraConfig(r=link.rank, lora_alpha=link.alpha, target_modules=targets)
+        )
+        _start(wrapped, link, config.train.seed, index)
+        trained = [p for p in wrapped.parameters() if p.requires_grad]
+        optimizer = torch.optim.SGD(trained, lr=LEARNING_RATE, momentum=0.9)
+        for _ in range(STEPS):
+            wrapped.train()
+            loss = _plain_mean_loss(wrapped, rows)
+            loss.backward()
+            nn.utils.clip_grad_norm_(trained, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        model = wrapped.merge_and_unload()
+    return losses, model
+
+
+@torch.no_grad()
+def _start(wrapped: Any, link: Any, seed: int, index: int) -> None:
+    """Give PEFT's layers the factors that a link starts from."""
+    for name, module in wrapped.base_model.model.named_modules():
+        if isinstance(module, peft.tuners.lora.LoraLayer):
+            generator = generator_for(seed, index, name)
+            start = random_factors(link, module.in_features, module.out_features, generator)
+            module.lora_A["default"].weight.copy_(start.a)
+
+
+# --- differences, each as a share of what it may be ---
+
+
+def _largest(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    assert len(ours) == len(theirs)
+    return max(abs(a - b) / abs(b) for a, b in zip(ours, theirs, strict=True))
+
+
+def _relative(mine: Tensor, theirs: Tensor) -> float:
+    return ((mine - theirs).norm(dim=-1) / theirs.norm(dim=-1)).max().item()
+
+
+def _own_difference(model: Any, rows: list[Example]) -> float:
+    """Return how far a padded batch is from its rows one by one, in plain transformers.
+
+    Rounding; more where sums are ill-conditioned. Where it is no rounding, the batch is what
+    transformers computes, and nothing is added.
+    """
+    batch = _plain_hidden(model, rows)
+    alone = torch.cat([_plain_hidden(model, [row]) for row in rows])
+    found = _relative(batch, alone)
+    return found if found < 1e-3 else 0.0
+
+
+def _engine_differences(folder: Path, rows: list[Example], own: float) -> dict[str, float]:
+    """Hidden states of short rows, of all rows, and of rows with a common beginning, in float32
+    and in bfloat16."""
+    short = [row for row in rows if len(row.sequences[0]) < 45]
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+        exact = AutoModelForCausalLM.from_pretrained(folder).eval()
+        for name, batch in (("short rows", short), ("rows", rows), ("tree", _tree(rows))):
+            plain = _plain_hidden(model, batch)
+            with Engine(model, training=True) as engine:
+                packed = engine.pack(batch)
+                with torch.no_grad():
+                    ours = engine.hidden(packed)[packed.token_row]
+            if dtype is torch.float32:
+                found[f"hidden states of {name}"] = _relative(ours, plain) / (HIDDEN + OWN * own)
+                continue
+            # as near to the float32 model as plain transformers is in bfloat16, where experts are
+            # picked by rounding now and then; a wrong formula is off by tens of roundings
+            wide = _plain_hidden(exact, batch)
+            rounding = (plain - wide).norm() / wide.norm()
+            theirs = (ours - wide).norm() / wide.norm()
+            found[f"bfloat16 {name}"] = (theirs / (8 * rounding + 1e-3)).item()
+    return found
+
+
+def _tree(rows: list[Example]) -> list[Example]:
+    """Rows that all begin like the longest."""
+    longest = max(rows, key=lambda row: len(row.sequences[0])).sequences[0]
+    return [
+        Example(row.row, (longest[:30] + row.sequences[0][-8:],), (((31, 38),),)) for row in rows
+    ]
+
+
+def _greedy_differs(model: Any, tokenizer: Any, rows: list[Example]) -> bool:
+    """Say whether prompts answered together get other answers than one by one."""
+    prompts = [row.sequences[0][:size] for row, size in zip(rows, (5, 19, 12), strict=False)]
+    try:
+        alone = [_answer(model, tokenizer, prompt) for prompt in prompts]
+    except Exception:  # plain transformers cannot: then we must refuse
+        try:
+            generate_greedy(model, tokenizer, prompts, max_new_tokens=6, stop=None)
+        except ModelError:
+            return False
+        return True
+    return generate_greedy(model, tokenizer, prompts, max_new_tokens=6, stop=None) != alone
+
+
+def _answer(model: Any, tokenizer: Any, prompt: Sequence[int]) -> str:
+    ids = torch.tensor([prompt])
+    output = model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=6,
+        do_sample=False,
+        pad_token_id=0,
+    )
+    return tokenizer.decode(output[0, len(prompt) :], skip_special_tokens=True).strip()
+
+
+def _export_differences(
+    result: Result, folder: Path, run: Path, rows: list[Example], reference: float, largest: float
+) -> dict[str, float]:
+    work, found = run.parent, {}
+    export_merged(run, work / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(work / "merged")
+    found["merged"] = abs(_plain_loss(merged, rows) - reference) / reference / largest
+    export_adapter(run, work / "adapter")
+    base = AutoModelForCausalLM.from_pretrained(folder)
+    adapted = peft.PeftModel.from_pretrained(base, work / "adapter")
+    found["adapter"] = abs(_plain_loss(adapted, rows) - reference) / reference / largest
+    result.exports = "merged, adapter"
+    return found
+
+
+# --- files ---
+
+
+def _config(folder: Path, run: Path, rows: dict[str, str]) -> Any:
+    return make_config(
+        {
+            "model": str(folder),
+            "output": str(run),
+            "data": rows,
+            "chain": {"ranks": [2, 2], "alpha": 4, "steps": [STEPS, STEPS]},
+            "train": {
+                "optimizer": "sgd",
+                "lr": LEARNING_RATE,
+                "schedule": "constant",
+                "max_grad_norm": 1.0,
+                "batch_size": 8,
+                "eval_at_knots": False,
+                "save_every": None,
+            },
+        }
+    )
+
+
+def _rows(work: Path) -> dict[str, str]:
+    """Write eight training rows, short ones and ones beyond every threshold, and four test rows."""
+    draw = random.Random(0)
+
+    def text(size: int) -> str:
+        return "".join(draw.choice("abcdefghijklmnopqrstuvwxyz ") for _ in range(size))
+
+    beginning = text(12)
+    lengths = {"train": (4, 9, 16, 21, 27, 32, 80, 120), "test": (6, 18, 33, 100)}
+    files = {}
+    for split, sizes in lengths.items():
+        rows = [
+            {"prompt": (beginning if i % 2 else "") + text(n), "completion": " " + text(4 + i)}
+            for i, n in enumerate(sizes)
+        ]
+        files[split] = str(work / f"{split}.jsonl")
+        Path(files[split]).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return files
+
+
+def _save(model: Any, folder: Path) -> None:
+    model.save_pretrained(folder)
+    _tokenizer().save_pretrained(folder)
+
+
+def _tokenizer() -> PreTrainedTokenizerFast:
+    """Return a byte-level tokenizer: three special tokens and one for each byte."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", *alphabet])}
+    assert len(vocabulary) <= VOCABULARY
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the logs of two hundred architectures out of the way."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.disable(before)
