@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 
 # One row a task and, letter for letter, what a model reads: the protocol's table with its fields
@@ -205,3 +206,11 @@ def write_task(folder: Path, **changes) -> Path:
 
 def make_split(path: Path, num_rows: int) -> None:
     write_rows(path, [{"text": f"t{i}", "label": i % 2} for i in range(num_rows)])
+
+
+def majority_rate(task, rows) -> float | None:
+    """The share of the commonest label: what a constant answer scores; None for completions."""
+    if task.completion is not None:
+        return None
+    labels = Counter(task.render(row, position).label for position, row in enumerate(rows))
+    return max(labels.values()) / len(rows)

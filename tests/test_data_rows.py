@@ -396,3 +396,12 @@ def test_a_run_on_stored_rows_is_the_run_on_rows_in_memory(
             del result[key]
     assert stored == kept
     assert json.loads(json.dumps(kept["data"])) == kept["data"]
+
+
+def test_the_command_line_takes_the_events_of_encoding():
+    from chainlora.cli.progress import progress_listener
+    from chainlora.training.events import RowsEncoded
+
+    with progress_listener() as listener:
+        for share in (0.5, 1.0):
+            listener(RowsEncoded(0, "train", int(1000 * share), share))

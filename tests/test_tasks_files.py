@@ -16,7 +16,6 @@ from helpers_tasks import (
 from chainlora.data import templates
 from chainlora.data.encoding import encode_examples
 from chainlora.data.tasks import (
-    explode_rows,
     load_rows,
     load_task,
 )
@@ -204,7 +203,6 @@ def test_the_example_task_needs_no_python(tmp_path):
         shown.prompt + shown.candidates[shown.label]
         == "Headline: Rates rise again\nSection: business"
     )
-    assert explode_rows(task, []) == []
 
 
 # --- templates end ---

@@ -7,6 +7,7 @@ from helpers_tasks import (
     PAGE,
     PROMPTS,
     ROWS,
+    majority_rate,
     make_split,
     page_table,
     write_rows,
@@ -16,7 +17,6 @@ from helpers_tasks import (
 from chainlora.data.tasks import (
     load_split,
     load_task,
-    majority_rate,
     sample_splits,
 )
 from chainlora.errors import ConfigError, DataError

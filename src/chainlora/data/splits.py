@@ -284,7 +284,7 @@ def _digest(rows: Mapping[str, Rows], before: str = "") -> str:
     return rows_digest({split: rows[split].summary.digest for split in SPLITS}, before)
 
 
-def load_task_split(task: Task, data: str | None, split: str, limit: int | None) -> Source:
+def task_split_source(task: Task, data: str | None, split: str, limit: int | None) -> Source:
     """Return the first `limit` rows of a task's split, in file order; `data` is the task's folder
     or one file."""
     if data is None or not Path(data).is_file():

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from chainlora.data.splits import encode_split, load_task_split
+from chainlora.data.splits import encode_split, task_split_source
 from chainlora.data.tasks import Task
 from chainlora.engine.engine import Engine, Speedups
 from chainlora.evaluation.evaluate import evaluate, write_predictions
@@ -41,7 +41,7 @@ def evaluate_task(
     """
     path_of_run = Path(run_or_model)
     run = RunReader(path_of_run) if (path_of_run / "chain.json").is_file() else None
-    rows = load_task_split(task, data, split, limit)
+    rows = task_split_source(task, data, split, limit)
     if run is not None:
         model, tokenizer = load_run(run_or_model, num_links=num_links, dtype=dtype)
     else:

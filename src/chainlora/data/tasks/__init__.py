@@ -12,13 +12,11 @@ protocol (arXiv 2305.17333), which the chain-of-LoRA paper follows. See docs/tas
 """
 
 from chainlora.data.sources import Row, load_rows, where
-from chainlora.data.tasks.exploding import FlatSource, explode_rows
+from chainlora.data.tasks.exploding import FlatSource
 from chainlora.data.tasks.rendering import Rendered
 from chainlora.data.tasks.sampling import (
     check_split_files,
     load_split,
-    load_unseen_split,
-    majority_rate,
     sample_splits,
     unseen_source,
 )
@@ -32,13 +30,10 @@ __all__ = [
     "Row",
     "Task",
     "check_split_files",
-    "explode_rows",
     "list_tasks",
     "load_rows",
     "load_split",
     "load_task",
-    "load_unseen_split",
-    "majority_rate",
     "sample_splits",
     "unseen_source",
     "where",

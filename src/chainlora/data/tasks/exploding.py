@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -14,11 +14,6 @@ from chainlora.data.tasks.rendering import evaluate_expression
 from chainlora.data.tasks.schema import Explode, Task
 from chainlora.data.templates import WorkLimitError
 from chainlora.errors import DataError
-
-
-def explode_rows(task: Task, rows: Sequence[Row]) -> list[Row]:
-    """Flatten nested rows that are in memory, as `explode_stream`."""
-    return list(explode_stream(task, rows))
 
 
 def explode_stream(task: Task, rows: Iterable[Row]) -> Iterator[Row]:

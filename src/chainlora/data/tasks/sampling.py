@@ -10,11 +10,9 @@ from __future__ import annotations
 import logging
 import os
 import random
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from chainlora.data.sources import (
     SUFFIXES,
@@ -129,11 +127,6 @@ def unseen_source(
         len(pool),
     )
     return ListSource(pool.pick(unseen[:limit]))
-
-
-def load_unseen_split(task: Task, dir: str | Path | None, split: str) -> list[Row]:
-    """Read one split to be scored, as `unseen_source`, into memory."""
-    return list(iterate(unseen_source(task, dir, split)))
 
 
 def _is_trained_on(task: Task, dir: Path, split: str) -> bool:
@@ -251,15 +244,6 @@ def _by_pool(task: Task, pools: Mapping[str, Part]) -> list[tuple[str, list[str]
     ):
         groups.setdefault(_HELD_OUT if held_out and name == "test" else rule.of, []).append(name)
     return list(groups.items())
-
-
-def majority_rate(task: Task, rows: Sequence[Mapping[str, Any]]) -> float | None:
-    """Return the share of the commonest label, what a constant answer scores; None for completion
-    tasks."""
-    if task.completion is not None:
-        return None
-    labels = Counter(task.render(row, position).label for position, row in enumerate(rows))
-    return max(labels.values()) / len(rows)
 
 
 def _split_file(task: Task, folder: Path, split: str) -> Path | None:
