@@ -308,9 +308,9 @@ class TrainConfig(_Frozen):
     seed: int = Field(
         0, ge=0, lt=2**32, description="a step's generator is seeded with seed · 2³² + step"
     )
-    optimizer: str = Field("adamw", description="adamw or sgd")
-    optimizer_options: dict[str, bool | int | float | str | None] = Field(
-        {}, description="further arguments of the optimizer, e.g. momentum"
+    optimizer: str = Field("adamw", description="a name in training.optimizers.OPTIMIZERS")
+    optimizer_options: dict[str, bool | int | float | str | tuple[float | None, ...] | None] = (
+        Field({}, description="further arguments of the optimizer, e.g. momentum")
     )
     weight_decay: float = Field(0.0, ge=0)
     betas: tuple[_Beta, _Beta] = (0.9, 0.999)

@@ -32,7 +32,9 @@ from chainlora.training.interrupts import stop_requested
 from chainlora.training.knots import Knot, Position
 from chainlora.training.optimizers import (
     carry_moments,
+    evaluated_weights,
     full_optimizer,
+    leave_average,
     load_state,
     make_optimizer,
     prune_moments,
@@ -146,6 +148,7 @@ def _tie_share(run: Run, optimizer: torch.optim.Optimizer, knot: Knot) -> None:
 
 
 def _end_link(run: Run, optimizer: torch.optim.Optimizer) -> None:
+    leave_average(optimizer)
     index, probe = len(run.chain), _probe_batch(run)
     before = _hidden(run, probe)
     if run.train.optimizer_reset == "prune":
@@ -223,7 +226,8 @@ def _gradient_batches(run: Run, index: int) -> Callable[[], None]:
 def _between_steps(run: Run, optimizer: torch.optim.Optimizer, *, is_last: bool) -> None:
     train, step = run.train, run.progress.step
     if train.eval_every and step % train.eval_every == 0 and not is_last:
-        evaluate_point(run, "step")
+        with evaluated_weights(optimizer):
+            evaluate_point(run, "step")
     if train.save_every and step % train.save_every == 0:
         save_checkpoint(run, optimizer)
     if not is_last:  # at a knot the state is saved anyway
@@ -277,5 +281,6 @@ def _tune_everything(run: Run) -> None:
         for work in steps:
             update(run, work, optimizer)
             _between_steps(run, optimizer, is_last=run.progress.step == run.plan.num_steps)
+    leave_average(optimizer)
     model.requires_grad_(False)
     evaluate_point(run, "knot")

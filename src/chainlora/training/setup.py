@@ -52,8 +52,8 @@ def _prepare(
         raise ConfigError(
             "full fine-tuning cannot resume (its optimizer state is not saved); start over"
         )
-    check_optimizer(config.train)
     accelerator = make_accelerator(config)
+    check_optimizer(config, accelerator.device)
     if directory is not None:
         directory.open(config, resume=resume, change=change)
     folder = resolve_model(config.model)
