@@ -355,14 +355,36 @@ class RunConfig(_Frozen):
     """One run: model, data, chain, training, output."""
 
     model: str
+    quantize: Literal["nf4"] | None = Field(
+        None, description="bits of the base's linear layers; its links are carried"
+    )
     data: DataConfig
     chain: ChainConfig = ChainConfig()
     train: TrainConfig = TrainConfig()
     output: str | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _model_section(cls, tree: Any) -> Any:
+        """Take ``model: {name: …, quantize: nf4}`` for the two keys."""
+        if not isinstance(tree, Mapping) or not isinstance(tree.get("model"), Mapping):
+            return tree
+        section = dict(tree["model"])
+        if not {"name"} <= section.keys() <= {"name", "quantize"}:
+            raise ValueError(
+                f"`model` must be a name, or a section of name and quantize (got {sorted(section)})"
+            )
+        return dict(tree) | {"model": section.pop("name")} | section
+
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
         chain, train = self.chain, self.train
+        if self.quantize and (chain.hold == "tied" or chain.tune == "full"):
+            got = "tune: full" if chain.tune == "full" else "hold: tied"
+            raise ValueError(
+                f"`quantize: {self.quantize}` weights can be neither trained nor merged into "
+                f"without loss (got {got}); set chain.hold: carried"
+            )
         if chain.ranks and chain.epochs is None and chain.steps is None:
             raise ValueError(
                 "`chain` must say how long each link is tuned (got neither epochs nor steps); "

@@ -29,6 +29,7 @@ from chainlora.errors import ModelError
 from chainlora.models.gguf import converted_folder
 from chainlora.models.hashing import cache_dir as cache_dir  # re-exported
 from chainlora.models.identity import TOKENIZERS, weight_files
+from chainlora.models.quantizing import quantization, settle_kernels
 from chainlora.models.text_config import UNLIMITED_CONTEXT as UNLIMITED_CONTEXT
 from chainlora.models.text_config import context_length as context_length
 
@@ -40,11 +41,18 @@ _INTEGERS = ("BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
-def load_model(spec: str | Path, dtype: torch.dtype) -> tuple[Any, Any]:
-    """Return ``(model, tokenizer)`` in eval mode on the CPU, weights cast to ``dtype``.
+def load_model(
+    spec: str | Path,
+    dtype: torch.dtype,
+    *,
+    quantize: str | None = None,
+    device: torch.device | str = "cpu",
+) -> tuple[Any, Any]:
+    """Return ``(model, tokenizer)`` in eval mode, weights cast to ``dtype``.
 
     spec: Hub id, local folder, ``.gguf`` file, or ``pip:PACKAGE`` for a GGUF file in an installed
-    package.
+    package. quantize: how its linear layers are quantised while they load (`quantizing`). device:
+    where a quantised model is loaded; another one is on the CPU.
 
     The tokenizer pads with a token it already has; the vocabulary is left as it is.
 
@@ -55,6 +63,10 @@ def load_model(spec: str | Path, dtype: torch.dtype) -> tuple[Any, Any]:
     config = _load_config(folder)
     _refuse_pickle(folder)
     tokenizer = _load_tokenizer(folder)
+    keys: dict[str, Any] = {}
+    if quantize is not None:
+        _refuse_quantized(config, folder)
+        keys = {"quantization_config": quantization(quantize, dtype), "device_map": {"": device}}
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -64,6 +76,7 @@ def load_model(spec: str | Path, dtype: torch.dtype) -> tuple[Any, Any]:
             trust_remote_code=False,
             local_files_only=True,
             output_loading_info=True,
+            **keys,
         )
     except (
         Exception
@@ -76,6 +89,7 @@ def load_model(spec: str | Path, dtype: torch.dtype) -> tuple[Any, Any]:
     _check_whole(model, report, folder)
     _refuse_integers(model, folder)
     _check_vocabulary(model, tokenizer, folder)
+    settle_kernels(model)
     if model.generation_config is not None and model.generation_config.pad_token_id is None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id
     return model.eval(), tokenizer
@@ -271,6 +285,14 @@ def _check_whole(model: Any, report: dict[str, Any], folder: Path) -> None:
             len(unexpected),
             folder,
             unexpected[0],
+        )
+
+
+def _refuse_quantized(config: Any, folder: Path) -> None:
+    if getattr(config, "quantization_config", None) is not None:
+        raise ModelError(
+            f"`quantize` needs a checkpoint that is not quantised yet (got {folder}, whose "
+            "config.json has a quantization_config); leave quantize out"
         )
 
 

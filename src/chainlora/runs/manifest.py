@@ -96,6 +96,7 @@ class Base(_Part):
     dtype: Annotated[str, Field(pattern=r"^(float32|bfloat16)$")] = "float32"
     files: dict[str, str] | None = None
     fan_in_fan_out: bool = False
+    quantize: str | None = None
 
 
 class Checkpoint(_Part):

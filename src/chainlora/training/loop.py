@@ -28,7 +28,6 @@ from chainlora.training.events import (
     Listener,
     ShareTied,
 )
-from chainlora.training.interrupts import stop_requested
 from chainlora.training.knots import Knot, Position
 from chainlora.training.optimizers import (
     carry_moments,
@@ -149,6 +148,7 @@ def _tie_share(run: Run, optimizer: torch.optim.Optimizer, knot: Knot) -> None:
 
 def _end_link(run: Run, optimizer: torch.optim.Optimizer) -> None:
     leave_average(optimizer)
+    run.processes.check_same(run.chain.parameters(), "link")
     index, probe = len(run.chain), _probe_batch(run)
     before = _hidden(run, probe)
     if run.train.optimizer_reset == "prune":
@@ -211,8 +211,7 @@ def _gradient_batches(run: Run, index: int) -> Callable[[], None]:
         run.chain.model.eval()
         with closing(steps_ahead(run, first, last)) as steps:
             for work in steps:
-                add_gradients(run, work, list(run.chain.parameters()))
-                tokens += work.num_tokens
+                tokens += add_gradients(run, work, list(run.chain.parameters())).num_tokens
         run.chain.model.train(training)
         if run.progress.step == first:  # not again where a stopped run resumes inside the link
             run.record(GradientMeasured(first, index, tokens))
@@ -236,7 +235,7 @@ def _between_steps(run: Run, optimizer: torch.optim.Optimizer, *, is_last: bool)
 
 def _stop_if_requested(run: Run, optimizer: torch.optim.Optimizer | None = None) -> None:
     """Save the state and raise StoppedError, if a signal asked for it."""
-    number = stop_requested()
+    number = run.processes.stop_requested()
     if number is None:
         return
     if optimizer is not None:

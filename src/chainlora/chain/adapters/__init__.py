@@ -27,7 +27,11 @@ from chainlora.chain.adapters.layers import (
     touched_parameters,
     zero,
 )
-from chainlora.chain.adapters.targets import check_targets, target_candidates
+from chainlora.chain.adapters.targets import (
+    check_mergeable,
+    check_targets,
+    target_candidates,
+)
 
 __all__ = [
     "LIVE",
@@ -36,6 +40,7 @@ __all__ = [
     "attach",
     "base_layer",
     "carry",
+    "check_mergeable",
     "check_targets",
     "detach",
     "get_extra",

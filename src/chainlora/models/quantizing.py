@@ -1,0 +1,57 @@
+"""Weights in few bits: how a base is quantised while it is loaded, and how to tell that it is.
+
+A quantised weight cannot hold a merged link without loss, so links are carried beside it.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from chainlora.errors import ModelError
+
+
+def quantization(kind: str, dtype: torch.dtype) -> Any:
+    """Return what transformers' `from_pretrained` takes as its `quantization_config`.
+
+    nf4: 4-bit NormalFloat in blocks of 64 (arXiv 2305.14314), of the package bitsandbytes; matmuls
+    run in `dtype` on dequantised weights.
+    """
+    try:
+        import_module("bitsandbytes")
+    except (ImportError, RuntimeError, OSError) as error:
+        got = "it is not installed" if isinstance(error, ModuleNotFoundError) else f"{error}"
+        raise ModelError(
+            f"`quantize: {kind}` needs the package bitsandbytes (got: {' '.join(got.split())}); "
+            "pip install 'chainlora[bitsandbytes]'"
+        ) from None
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=kind,
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_storage=torch.uint8,
+    )
+
+
+def settle_kernels(model: nn.Module) -> None:
+    """Let quantised layers compute the same in training and in evaluation.
+
+    On CPUs with AVX-512 for bfloat16, bitsandbytes repacks weights in place for evaluation, and
+    then multiplies in bfloat16 whatever the input is.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def is_quantized(module: nn.Module) -> bool:
+    """Say whether a layer's weight is not an ordinary tensor of floating-point numbers."""
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor):
+        return False
+    return type(weight) not in (nn.Parameter, Tensor) or not weight.is_floating_point()
