@@ -355,7 +355,7 @@ class RunConfig(_Frozen):
     """One run: model, data, chain, training, output."""
 
     model: str
-    quantize: Literal["nf4"] | None = Field(
+    quantize: Literal["nf4", "int8"] | None = Field(
         None, description="bits of the base's linear layers; its links are carried"
     )
     data: DataConfig

@@ -5,6 +5,7 @@ A quantised weight cannot hold a merged link without loss, so links are carried 
 
 from __future__ import annotations
 
+import warnings
 from importlib import import_module
 from typing import Any
 
@@ -13,21 +14,21 @@ from torch import Tensor, nn
 
 from chainlora.errors import ModelError
 
+_PACKAGES = {"nf4": "bitsandbytes", "int8": "torchao"}
+
 
 def quantization(kind: str, dtype: torch.dtype) -> Any:
     """Return what transformers' `from_pretrained` takes as its `quantization_config`.
 
-    nf4: 4-bit NormalFloat in blocks of 64 (arXiv 2305.14314), of the package bitsandbytes; matmuls
-    run in `dtype` on dequantised weights.
+    nf4: 4-bit NormalFloat in blocks of 64 (arXiv 2305.14314), of bitsandbytes. int8: integers with
+    a scale for each row, of torchao. Both quantise weights alone; matmuls run in `dtype`.
     """
-    try:
-        import_module("bitsandbytes")
-    except (ImportError, RuntimeError, OSError) as error:
-        got = "it is not installed" if isinstance(error, ModuleNotFoundError) else f"{error}"
-        raise ModelError(
-            f"`quantize: {kind}` needs the package bitsandbytes (got: {' '.join(got.split())}); "
-            "pip install 'chainlora[bitsandbytes]'"
-        ) from None
+    _check_package(kind)
+    if kind == "int8":
+        from torchao.quantization import Int8WeightOnlyConfig
+        from transformers import TorchAoConfig
+
+        return TorchAoConfig(Int8WeightOnlyConfig(set_inductor_config=False))
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(
@@ -36,6 +37,20 @@ def quantization(kind: str, dtype: torch.dtype) -> Any:
         bnb_4bit_compute_dtype=dtype,
         bnb_4bit_quant_storage=torch.uint8,
     )
+
+
+def _check_package(kind: str) -> None:
+    package = _PACKAGES[kind]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import_module(package)
+    except (ImportError, RuntimeError, OSError) as error:
+        got = "it is not installed" if isinstance(error, ModuleNotFoundError) else f"{error}"
+        raise ModelError(
+            f"`quantize: {kind}` needs the package {package} (got: {' '.join(got.split())}); "
+            f"pip install 'chainlora[{package}]'"
+        ) from None
 
 
 def settle_kernels(model: nn.Module) -> None:
@@ -54,4 +69,14 @@ def is_quantized(module: nn.Module) -> bool:
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor):
         return False
-    return type(weight) not in (nn.Parameter, Tensor) or not weight.is_floating_point()
+    return _is_special(weight) or not weight.is_floating_point()
+
+
+def plain_tensor(tensor: Tensor) -> Tensor:
+    """Return a tensor that indexing and casting work on: quantised ones as what they stand for."""
+    return tensor.dequantize() if _is_special(tensor) else tensor
+
+
+def _is_special(tensor: Tensor) -> bool:
+    """Say whether a tensor is of a class of its own, as torchao's are."""
+    return type(tensor) not in (nn.Parameter, Tensor) and hasattr(tensor, "__tensor_flatten__")

@@ -353,6 +353,8 @@ def _shared_with(model: nn.Module) -> dict[str, str]:
         weight = getattr(module, "weight", None)
         if not isinstance(weight, Tensor) or weight.device.type == "meta" or not weight.numel():
             continue
+        if is_quantized(module):  # never written, and its storage may be hidden
+            continue
         place = (weight.untyped_storage().data_ptr(), int(weight.storage_offset()))
         if place in owners:
             shared[path] = owners[place]
