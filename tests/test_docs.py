@@ -43,7 +43,15 @@ DOCUMENTS = [
     *(ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")),
     *sorted((ROOT / "docs").rglob("*.md")),
 ]
-OURS = ("config.md", "python.md", "house.md", "run-directory.md", "comparison.md")
+OURS = (
+    "config.md",
+    "python.md",
+    "house.md",
+    "run-directory.md",
+    "comparison.md",
+    "optimizers.md",
+    "scale.md",
+)
 
 
 def blocks(text: str, language: str) -> list[str]:

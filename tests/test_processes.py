@@ -10,16 +10,18 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from accelerate.utils import DistributedType
 from helpers import links_of, settings
 
-from chainlora import make_config, train
+from chainlora import ChainLoRAError, make_config, train
 from chainlora.runs.directory import RunDirectory
-from chainlora.training.processes import Processes
+from chainlora.training.processes import Processes, find_processes
 
 CHAIN = {"ranks": [4, 4], "steps": [4, 3]}
 TRAIN = {"lr": 1e-3, "batch_size": 8, "eval_every": 2, "save_every": 1}
@@ -185,6 +187,13 @@ def test_other_verbs_are_refused_in_many_processes(verb, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert run(verb) == 1
     assert f"(got chainlora {verb[0]} in 4)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED", "MEGATRON_LM"])
+def test_processes_that_share_a_model_are_refused(kind):
+    accelerator = SimpleNamespace(distributed_type=DistributedType[kind])
+    with pytest.raises(ChainLoRAError, match=rf"\(got an Accelerate config for {kind}\); launch"):
+        find_processes(accelerator)
 
 
 def test_one_process_is_the_plain_thing():
