@@ -51,6 +51,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         pass
     except ChainLoRAError as error:
         outcome["error"] = f"{type(error).__name__}: {error}"
+    outcome["processes"] = torch.distributed.get_world_size()
     return outcome
 
 

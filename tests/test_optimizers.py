@@ -29,7 +29,7 @@ from chainlora.training.optimizers import (
     state_tensors,
 )
 
-RATES = {"sgd": 0.3, "adafactor": 0.3, "lion": 3e-3}  # the others: that of AdamW
+RATES = {"sgd": 0.3, "adafactor": 0.3, "muon": 5e-2}  # the others: that of AdamW
 OPTIONS = {name: {"min_8bit_size": 1} for name in ("adamw_8bit", "paged_adamw_8bit")}
 CPU = torch.device("cpu")
 

@@ -105,6 +105,7 @@ def assert_close_links(one: Path, two: Path) -> None:
     [*((name, 2) for name in JOBS if name != "soft"), ("plain", 4), ("uneven", 4)],
 )
 def test_the_chain_is_that_of_one_process(launched, name, count):
+    assert outcome(launched, f"{name}-{count}")["processes"] == count
     assert_close_links(launched / f"{name}-1", launched / f"{name}-{count}")
 
 

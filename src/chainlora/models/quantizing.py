@@ -59,9 +59,10 @@ def settle_kernels(model: nn.Module) -> None:
     On CPUs with AVX-512 for bfloat16, bitsandbytes repacks weights in place for evaluation, and
     then multiplies in bfloat16 whatever the input is.
     """
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+    layers: list[Any] = list(model.modules())
+    for layer in layers:
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False
 
 
 def is_quantized(module: nn.Module) -> bool:

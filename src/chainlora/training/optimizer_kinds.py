@@ -159,19 +159,19 @@ def schedule_free_adamw(groups: Groups, config: TrainConfig) -> torch.optim.Opti
     found = _from_package("schedulefree", "AdamWScheduleFree", config)
     optimizer = found(groups, config.lr, **_adam_keys(config) | config.optimizer_options)
     optimizer.train()
-    return optimizer  # type: ignore[no-any-return]
+    return optimizer
 
 
 def adamw_8bit(groups: Groups, config: TrainConfig) -> torch.optim.Optimizer:
     """AdamW with moments of 8 bits (arXiv 2110.02861), of the package bitsandbytes."""
     found = _from_package("bitsandbytes.optim", "AdamW8bit", config)
-    return found(groups, config.lr, **_adam_keys(config) | config.optimizer_options)  # type: ignore[no-any-return]
+    return found(groups, config.lr, **_adam_keys(config) | config.optimizer_options)
 
 
 def paged_adamw_8bit(groups: Groups, config: TrainConfig) -> torch.optim.Optimizer:
     """The same, its moments in memory that a GPU pages out to the host."""
     found = _from_package("bitsandbytes.optim", "PagedAdamW8bit", config)
-    return found(groups, config.lr, **_adam_keys(config) | config.optimizer_options)  # type: ignore[no-any-return]
+    return found(groups, config.lr, **_adam_keys(config) | config.optimizer_options)
 
 
 def _adam_keys(config: TrainConfig) -> dict[str, Any]:

@@ -147,11 +147,15 @@ def state_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     without dimensions, its name ends in ``.number``.
     """
     tensors: dict[str, Tensor] = {}
+    seen: set[int] = set()  # tables that all parameters share are written for each
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for position, parameter in enumerate(parameters):
         for key, value in optimizer.state.get(parameter, {}).items():
             if torch.is_tensor(value):
-                tensors[f"{position}.{key}"] = value.detach().cpu().contiguous()
+                value = value.detach().cpu().contiguous()
+                is_shared = value.data_ptr() in seen
+                tensors[f"{position}.{key}"] = value.clone() if is_shared else value
+                seen.add(value.data_ptr())
             elif value is not None:
                 tensors[f"{position}.{key}.number"] = _number(value)
     for position, group in enumerate(optimizer.param_groups):

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -203,4 +204,15 @@ def find_processes(accelerator: Accelerator) -> Processes:
             f"each process must hold the whole model (got an Accelerate config for {kind}); launch "
             "with torchrun, or `accelerate launch --multi_gpu` without FSDP, DeepSpeed or TPU"
         )
+    if accelerator.num_processes != num_launched():
+        raise ConfigError(
+            f"all processes must find each other (got {num_launched()} by WORLD_SIZE and "
+            f"{accelerator.num_processes} by Accelerate); unset WORLD_SIZE, or launch with torchrun"
+        )
     return Processes(accelerator.process_index, accelerator.num_processes, accelerator.device)
+
+
+def num_launched() -> int:
+    """Return how many processes a launcher says it has started."""
+    count = os.environ.get("WORLD_SIZE", "1")
+    return int(count) if count.isdecimal() else 1

@@ -27,7 +27,7 @@ from chainlora.training.knots import make_policy
 from chainlora.training.objectives import OBJECTIVES
 from chainlora.training.optimizers import check_optimizer
 from chainlora.training.plan import make_plan
-from chainlora.training.processes import Processes, find_processes
+from chainlora.training.processes import Processes, find_processes, num_launched
 from chainlora.training.run import Clock, Run, flatten
 
 # The first process may encode a large data set while the others wait.
@@ -177,7 +177,10 @@ def make_accelerator(config: RunConfig) -> Accelerator:
     wanted = list(config.train.trackers)
     try:
         accelerator = Accelerator(
-            log_with=wanted or None, project_dir=config.output, kwargs_handlers=[_PATIENCE]
+            cpu=num_launched() > 1 and not torch.accelerator.is_available(),
+            log_with=wanted or None,
+            project_dir=config.output,
+            kwargs_handlers=[_PATIENCE],
         )
         known = [str(getattr(tracker, "value", tracker)) for tracker in accelerator.log_with]
         missing = [name for name in wanted if name not in known]
