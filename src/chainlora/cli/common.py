@@ -19,6 +19,8 @@ def quiet() -> None:
         warnings.simplefilter("ignore")
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    for library in ("bitsandbytes", "torchao"):  # they tell of kernels that a machine does without
+        logging.getLogger(library).setLevel(logging.ERROR)
     level = logging.WARNING if is_first_process() else logging.ERROR
     logging.basicConfig(stream=sys.stderr, level=level, format="chainlora: %(message)s")
 

@@ -209,9 +209,11 @@ def _gradient_batches(run: Run, index: int) -> Callable[[], None]:
         run.engine.adapt(adapter.layers.values())  # the forward that training will use: same bits
         training, tokens = run.chain.model.training, 0
         run.chain.model.eval()
+        parameters = list(run.chain.parameters())
         with closing(steps_ahead(run, first, last)) as steps:
             for work in steps:
-                tokens += add_gradients(run, work, list(run.chain.parameters())).num_tokens
+                tokens += add_gradients(run, work, parameters).num_tokens
+        run.processes.sum_gradients(parameters)
         run.chain.model.train(training)
         if run.progress.step == first:  # not again where a stopped run resumes inside the link
             run.record(GradientMeasured(first, index, tokens))

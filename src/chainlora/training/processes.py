@@ -94,7 +94,7 @@ class Processes:
         return sums
 
     @torch.no_grad()
-    def sum_gradients(self, parameters: Sequence[nn.Parameter], loss: float) -> float:
+    def sum_gradients(self, parameters: Sequence[nn.Parameter], loss: float = 0.0) -> float:
         """Sum ``parameter.grad`` over all processes, None where no process has one, and `loss`."""
         if self.count == 1:
             return loss

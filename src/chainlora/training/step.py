@@ -53,15 +53,15 @@ def steps_ahead(run: Run, begin: int, end: int) -> Generator[Work, None, None]:
 
 
 class Computed(NamedTuple):
-    """What all processes together computed in a step."""
+    """What a step computed."""
 
-    loss: float  # the mean over all terms
-    num_tokens: int
+    loss: float  # this process's part of the mean over all terms
+    num_tokens: int  # of all processes
     num_scored_tokens: int
 
 
 def add_gradients(run: Run, work: Work, parameters: list[nn.Parameter]) -> Computed:
-    """Add the gradient of the step's mean loss to ``parameter.grad`` of each."""
+    """Add this process's part of the gradient of the step's mean loss to ``parameter.grad``."""
     own = sum(run.objective.count(batch) for shards in work.batches for batch in shards)
     counts = run.processes.sum([own, work.num_tokens, work.num_scored_tokens])
     terms, num_tokens, num_scored_tokens = map(int, counts)
@@ -72,7 +72,7 @@ def add_gradients(run: Run, work: Work, parameters: list[nn.Parameter]) -> Compu
         count=run.objective.count,
         terms=terms,
     )
-    return Computed(run.processes.sum_gradients(parameters, loss), num_tokens, num_scored_tokens)
+    return Computed(loss, num_tokens, num_scored_tokens)
 
 
 def update(run: Run, work: Work, optimizer: torch.optim.Optimizer) -> float:
@@ -82,7 +82,8 @@ def update(run: Run, work: Work, optimizer: torch.optim.Optimizer) -> float:
     run.chain.model.train()
     rate = set_learning_rate(optimizer, run.train, run.lengths, step)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    loss, num_tokens, num_scored_tokens = add_gradients(run, work, parameters)
+    own_loss, num_tokens, num_scored_tokens = add_gradients(run, work, parameters)
+    loss = run.processes.sum_gradients(parameters, own_loss)
     norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     _check_finite(run, step, "the loss and the norm of its gradient", loss, norm)
     if run.train.max_grad_norm is not None:
