@@ -2,7 +2,7 @@
 
 usage: many_processes.py JOBS, a JSON list of jobs: "config" (a file), "resume", "stop" (the step
 after which all processes end as if killed), "kill" ([process, step]), "outcome" (where the first
-process writes what it saw).
+process writes what it saw); or "command" (arguments of the command line).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from chainlora.cli.main import run as command
 from chainlora.config.loading import load_config
 from chainlora.errors import ChainLoRAError
 from chainlora.training.loop import train
@@ -58,6 +59,9 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
 def main() -> None:
     torch.set_num_threads(1)
     for job in json.loads(Path(sys.argv[1]).read_text()):
+        if "command" in job:
+            command(job["command"])
+            continue
         outcome = run(job)
         if RANK == 0 or "kill" in job:
             Path(f"{job['outcome']}.{RANK}").write_text(json.dumps(outcome, default=str))

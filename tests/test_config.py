@@ -30,7 +30,7 @@ def config(*overrides: tuple[str, str]) -> RunConfig:
         ("train.learning", "1", "unknown key `train.learning`; known: batch_size, betas, "),
         ("lr", "1e-3", "unknown key `lr`; did you mean 'train.lr'?"),
         ("data.8", "x", "unknown key `data.8`; known: data_seed, "),
-        ("8", "x", "unknown key `8`; known: chain, data, model, output, train"),
+        ("8", "x", "unknown key `8`; known: chain, data, model, output, quantize, train"),
         ("chain.ranks", "8", "`chain.ranks` must be a list, e.g. [8] (got 8)"),
         ("chain.ranks", "[8, a]", "`chain.ranks` must be a whole number (got 'a' at position 1)"),
         ("chain.ranks", "[0]", "`ranks` must be positive integers (got 0 at position 0)"),

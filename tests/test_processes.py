@@ -46,17 +46,15 @@ def tree_of(name: str, tiny_folder: Path, sentiment: Path, output: Path) -> dict
     )
 
 
-def launch(count: int, folder: Path, jobs: list[dict[str, Any]], **options: Any):
+def launch(count: int, folder: Path, jobs: list[dict[str, Any]]):
     """Run jobs in so many processes; return torchrun's outcome."""
-    path = folder / f"jobs-{count}-{len(list(folder.iterdir()))}.json"
+    path = folder / f"jobs-{count}.json"
     path.write_text(json.dumps(jobs))
     script = Path(__file__).with_name("many_processes.py")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", str(count), str(script), str(path)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=300, **options
-    )
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
 
 @pytest.fixture(scope="module")
@@ -80,8 +78,12 @@ def launched(tiny_folder, sentiment, tmp_path_factory) -> Path:
     two = [job(name, f"{name}-2") for name in JOBS]
     two += [job("soft", "stopped", resume=True)]
     two += [job("plain", "odd", train={"batch_size": 9})]
+    two += [{"command": ["train", job("plain", "command")["config"]]}]
+    two += [job("plain", "killed", kill=[1, 3])]
     done = launch(2, folder, two)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode != 0  # the last job kills a process
+    (folder / "stdout").write_text(done.stdout)
+    (folder / "stderr").write_text(done.stderr)
     return folder
 
 
@@ -155,30 +157,16 @@ def test_a_batch_that_cannot_be_shared_is_refused_once(launched):
     assert not (launched / "odd").exists()
 
 
-def test_a_killed_process_ends_the_others_with_one_sentence(tiny_folder, sentiment, tmp_path):
-    tree = tree_of("plain", tiny_folder, sentiment, tmp_path / "run")
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
-    job = {
-        "config": str(tmp_path / "config.yaml"),
-        "outcome": str(tmp_path / "outcome.json"),
-        "kill": [1, 3],
-    }
-    assert launch(2, tmp_path, [job]).returncode != 0
-    error = json.loads((tmp_path / "outcome.json.0").read_text())["error"]
+def test_a_killed_process_ends_the_others_with_one_sentence(launched):
+    error = outcome(launched, "killed")["error"]
     assert error.startswith("TrainingError: the 2 processes of a run must go on together")
-    assert RunDirectory(tmp_path / "run").verify().position.step in (2, 3)
+    assert RunDirectory(launched / "killed").verify().position.step in (2, 3)
 
 
-def test_the_command_line_prints_once(tiny_folder, sentiment, tmp_path):
-    tree = tree_of("plain", tiny_folder, sentiment, tmp_path / "run")
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", "2", "-m", "chainlora", "train", str(tmp_path / "config.yaml")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("7 steps, ") == 1
-    assert done.stderr.count("link 0 tied") == 1
-    assert (tmp_path / "run" / "result.json").is_file()
+def test_the_command_line_prints_once(launched):
+    assert (launched / "stdout").read_text().count("7 steps, ") == 1
+    assert (launched / "stderr").read_text().count("link 0 tied") == 1
+    assert (launched / "command" / "result.json").is_file()
 
 
 @pytest.mark.parametrize("verb", [["tasks"], ["export", "run", "--to", "merged", "--output", "x"]])
