@@ -294,7 +294,7 @@ def evaluate(
         _need_run(run_or_model)
     elif links is not None:
         raise RunError(
-            f"--links needs a run directory (got {run_or_model}, which is none); leave --links out"
+            f"--links needs a run directory (got {run_or_model}, which is not one); leave --links out"
         )
     quiet()
     from chainlora.cli.progress import evaluation_progress
