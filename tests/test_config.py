@@ -92,7 +92,8 @@ def config(*overrides: tuple[str, str]) -> RunConfig:
         (
             "train.keep_best",
             "true",
-            "`early_stop` and `keep_best` need validation rows (got none); give data.validation",
+            "`early_stop`, `keep_best` and `accept_links` need validation rows (got none); give "
+            "data.validation",
         ),
         (
             "data.shots",

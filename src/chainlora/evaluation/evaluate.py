@@ -106,7 +106,10 @@ def evaluate(
         )
     if scored is None:
         return found
-    merged = [old | new for old, new in zip(scored.predictions, found.predictions, strict=True)]
+    merged = [
+        new | {"scores": old["scores"]}
+        for old, new in zip(scored.predictions, found.predictions, strict=True)
+    ]
     return Evaluation(found.metrics | scored.metrics, found.num_rows, merged)
 
 
