@@ -27,7 +27,7 @@ def config(*overrides: tuple[str, str]) -> RunConfig:
     ("key", "value", "message"),
     [
         ("chain.rank", "[8]", "unknown key `chain.rank`; did you mean 'ranks'?"),
-        ("train.learning", "1", "unknown key `train.learning`; known: batch_size, betas, "),
+        ("train.learning", "1", "unknown key `train.learning`; known: accept_links, batch_size, "),
         ("lr", "1e-3", "unknown key `lr`; did you mean 'train.lr'?"),
         ("data.8", "x", "unknown key `data.8`; known: data_seed, "),
         ("8", "x", "unknown key `8`; known: chain, data, model, output, train"),
