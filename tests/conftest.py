@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +18,9 @@ import pytest
 import torch
 import yaml
 from helpers_cli import Outcome
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in the background of a script: children
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # would ignore Ctrl-C too
 
 SHARED = Path(os.environ.get("CHAINLORA_TEST_DATA", Path(__file__).resolve().parents[2] / "shared"))
 ARCHITECTURES = ("opt", "gpt2", "llama")
