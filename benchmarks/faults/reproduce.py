@@ -946,9 +946,7 @@ def child(work: Path, names: list[str]) -> None:
 
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
-    signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # ignored in the background of a script
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background ignores it
     for name in names:
         print(json.dumps({"name": name, "found": _apart(work, name)}), flush=True)
 

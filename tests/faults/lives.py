@@ -112,7 +112,7 @@ def _be_born(work: Callable[[], object], injection: Injection | None, writer: in
     logging.disable(logging.WARNING)
     signal.signal(
         signal.SIGINT, signal.default_int_handler
-    )  # ignored in the background of a script
+    )  # a background ignores it
     status, message = 0, ""
     try:
         if injection is not None:

@@ -23,11 +23,19 @@ from typing import Any
 import torch
 import transformers
 from filelock import FileLock
+from safetensors import SafetensorError
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from chainlora.errors import ModelError
-from chainlora.files import is_scratch, make_folder, remove, replaced_folder, reported
+from chainlora.files import (
+    is_scratch,
+    make_folder,
+    remove,
+    replaced_folder,
+    reported,
+    unwritable,
+)
 from chainlora.models.hashing import cache_dir, hash_file
 
 logger = logging.getLogger(__name__)
@@ -120,8 +128,11 @@ def _convert(file: Path, folder: Path, digest: str) -> None:
         )  # the weights are float32 now, and saving refuses otherwise
     model.hf_quantizer = None
     model.config._name_or_path = ""
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    try:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    except SafetensorError as error:  # how it reports a full disk
+        raise unwritable(error, folder) from error
     source = {
         "file": file.name,
         "size": file.stat().st_size,

@@ -22,7 +22,7 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
 )
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from chainlora.errors import ModelError
@@ -37,6 +37,7 @@ logger = logging.getLogger(__name__)
 _WANTED = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken"]
 _UNWANTED = ["*/*", "consolidated*", "original*"]  # the same weights again, in other layouts
 _INTEGERS = ("BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64")
+_MANY_LAYERS = 1000  # more than any model has; so many are made in seconds
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -54,6 +55,7 @@ def load_model(spec: str | Path, dtype: torch.dtype) -> tuple[Any, Any]:
     folder = resolve_model(spec)
     config = _load_config(folder)
     _refuse_pickle(folder)
+    _check_layers(config, folder)
     tokenizer = _load_tokenizer(folder)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -232,6 +234,23 @@ def _refuse_pickle(folder: Path) -> None:
     raise ModelError(
         f"a model folder must hold *.safetensors (got none in {folder}); download it again"
     )
+
+
+def _check_layers(config: Any, folder: Path) -> None:
+    """Raise ModelError where config.json names more layers than there can be weights for: making
+    them takes all time there is, and then all memory."""
+    layers = getattr(config.get_text_config(), "num_hidden_layers", None)
+    if not isinstance(layers, int) or layers <= _MANY_LAYERS:
+        return
+    try:
+        tensors = sum(1 for _ in _stored_dtypes(folder))
+    except SafetensorError:  # a damaged file holds none that can be read
+        tensors = 0
+    if layers > tensors:
+        raise ModelError(
+            f"config.json must describe the weights beside it (got num_hidden_layers {layers} for "
+            f"{tensors} tensors in {folder}); correct or download it again"
+        )
 
 
 def _load_tokenizer(folder: Path) -> Any:
