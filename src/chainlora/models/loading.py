@@ -23,7 +23,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from chainlora.errors import ModelError
 from chainlora.models.gguf import converted_folder
@@ -201,12 +201,18 @@ def _load_config(folder: Path) -> Any:
                 f"auto_map in {folder}, unknown to transformers); use an architecture that "
                 f"transformers has, or a newer transformers"
             ) from error
+        if isinstance(kind := stated.get("model_type"), str) and kind in CONFIG_MAPPING:
+            raise ModelError(
+                f"config.json must be one that transformers can read (got "
+                f"{type(error).__name__}: {_line(error)} in {folder}); correct or download it again"
+            ) from error
         raise ModelError(
             f"config.json must name an architecture transformers has (got "
             f"{stated.get('model_type')!r} in {folder}); use another model, or a newer "
             f"transformers"
         ) from error
-    names = config.architectures or []
+    named = config.architectures
+    names = [str(name) for name in named] if isinstance(named, list | tuple) else []
     masked = bool(names) and all(name.endswith("ForMaskedLM") for name in names)
     if (
         type(config) not in AutoModelForCausalLM._model_mapping
@@ -330,7 +336,7 @@ def _check_vocabulary(model: Any, tokenizer: Any, folder: Path) -> None:
 def _read_json(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
 

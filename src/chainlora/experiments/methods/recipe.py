@@ -25,13 +25,13 @@ class Recipe(BaseModel):
     leaves `chain.alpha` alone.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     rank: int = Field(default=8, ge=1)
     epochs: float | None = Field(default=None, gt=0, description="of the whole chain")
     steps: int | None = Field(default=None, ge=1, description="of the whole chain")
     scaling: float | None = Field(default=None, gt=0)
-    links: int = Field(default=1, ge=0, description="0 trains nothing")
+    links: int = Field(default=1, ge=0, le=10_000, description="0 trains nothing")
     rank_times: int = Field(
         default=1, ge=1, description="ranks are multiplied by it, their scaling unchanged"
     )
