@@ -106,6 +106,7 @@ def _convert(file: Path, folder: Path, digest: str) -> None:
             f"a GGUF model must be one file (got part of {metadata['split.count']}: {file}); "
             f"join the parts with llama-gguf-split --merge"
         )
+    _check_blocks(file, metadata)
     tokenizer = _tokenizer(file, metadata)
     logger.info("converting %s once to %s", file, folder.parent)
     try:
@@ -141,6 +142,19 @@ def _convert(file: Path, folder: Path, digest: str) -> None:
         "transformers": transformers.__version__,
     }
     (folder / "source.json").write_text(json.dumps(source, indent=2) + "\n")
+
+
+def _check_blocks(file: Path, metadata: dict[str, Any]) -> None:
+    """Raise ModelError where a file names more blocks than it has tensors: making them takes all
+    time there is, and then all memory."""
+    with open(file, "rb") as stream:
+        (tensors,) = struct.unpack_from("<Q", stream.read(16), 8)
+    blocks = metadata.get(f"{metadata.get('general.architecture')}.block_count")
+    if isinstance(blocks, int) and blocks > tensors:
+        raise ModelError(
+            f"a GGUF file must hold the tensors of its blocks (got {blocks} blocks and {tensors} "
+            f"tensors in {file}); download it again"
+        )
 
 
 def _tokenizer(file: Path, metadata: dict[str, Any]) -> Any:
