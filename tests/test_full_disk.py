@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import tiny_model
 from experiment_cases import tree
-from test_models import write_gguf
+from test_models import TOKENS, write_gguf
 
 from chainlora.cli.main import run as command
 from chainlora.errors import FileError
@@ -34,7 +34,7 @@ def files_up_to(size: int) -> Iterator[None]:
 
 def test_a_gguf_file_that_cannot_be_converted_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setenv("CHAINLORA_CACHE", str(tmp_path / "cache"))
-    file = write_gguf(tmp_path / "tiny.gguf", tiny_model("llama", vocab_size=300))
+    file = write_gguf(tmp_path / "tiny.gguf", tiny_model("llama", vocab_size=len(TOKENS)))
     with files_up_to(10_000), pytest.raises(FileError, match=r"must be written \(got .*; free"):
         load_model(file, torch.float32)
     assert [p.name for p in (tmp_path / "cache" / "gguf").iterdir() if p.suffix != ".lock"] == []

@@ -18,7 +18,7 @@ from experiment_cases import lines, sealed_line, tree
 from fuzzing import JSON, VALUES, WORDS, altered, check_error, damaged, fuzz, guarded
 from hypothesis import given
 from hypothesis import strategies as st
-from test_models import write_gguf
+from test_models import TOKENS, write_gguf
 from transformers import AutoTokenizer
 
 from chainlora import load_task, make_config
@@ -202,7 +202,7 @@ def test_a_model_folder_of_any_values_is_refused_or_loads(tiny_folder, tmp_path_
 def gguf_bytes(tmp_path_factory) -> bytes:
     pytest.importorskip("gguf")
     folder: Path = tmp_path_factory.mktemp("gguf")
-    model = tiny_model("llama", vocab_size=300, num_hidden_layers=1)
+    model = tiny_model("llama", vocab_size=len(TOKENS), num_hidden_layers=1)
     return write_gguf(folder / "tiny.gguf", model).read_bytes()
 
 

@@ -183,7 +183,7 @@ def first_loss(work: Path, model: str, **sections: Any) -> str:
     """Compare the loss of the first step with that of plain transformers."""
     plain = plain_loss(work / model, work / "rows.jsonl")
     ours = losses(on(work, model, **sections))[0]
-    return f"loss of step 1 is off by {abs(ours - plain) / plain:.1e} of plain transformers'"
+    return f"loss of step 1 off by {abs(ours - plain) / plain:.1e} of plain transformers'"
 
 
 # --- wrong numbers
@@ -198,11 +198,14 @@ def w2(work: Path) -> str:
 
 
 def w3(work: Path) -> str:
-    return first_loss(work, "lfm2")
+    return "; ".join(f"{name}: {first_loss(work, name)}" for name in ("lfm2", "jamba", "qwen3_5"))
 
 
 def w3_off(work: Path) -> str:
-    return first_loss(work, "lfm2", train={"speedups": "off"})
+    off = {"speedups": "off"}
+    return "; ".join(
+        f"{name}: {first_loss(work, name, train=off)}" for name in ("lfm2", "jamba", "qwen3_5")
+    )
 
 
 def w4(work: Path) -> str:
@@ -306,24 +309,29 @@ def c5(work: Path) -> str:
 
 
 def c6(work: Path) -> str:
+    """Experts and shared experts: what PEFT makes of the adapter, beside the live model."""
+    return "; ".join(f"{name}: {_adapter_of(work, name)}" for name in ("qwen2_moe", "deepseek_v3"))
+
+
+def _adapter_of(work: Path, name: str) -> str:
+    import peft
+    from transformers import AutoModelForCausalLM
+
     from chainlora import export_adapter
 
-    result = run(on(work, "mixtral", chain={"steps": [3, 3]}))
+    modules = ["q_proj", "q_b_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    tree = on(work, name, chain={"steps": [3, 3], "target_modules": modules})
+    where = work / f"run-{name}"
 
     def loads() -> None:
-        import peft
-        import torch
-        from transformers import AutoModelForCausalLM
-
-        export_adapter(work / "run", work / "adapter")
-        base = AutoModelForCausalLM.from_pretrained(work / "mixtral")
-        model = peft.PeftModel.from_pretrained(base, work / "adapter")
-        with torch.no_grad():
-            model.merge_and_unload().save_pretrained(work / "loaded")
-        for each in (work / "mixtral").glob("tokenizer*"):
-            shutil.copy(each, work / "loaded")
-        loss = plain_loss(work / "loaded", work / "rows.jsonl")
-        live = result["metrics"]["test"]["loss"]
+        live = run(tree | {"output": str(where)})["metrics"]["test"]["loss"]
+        export_adapter(where, work / f"adapter-{name}")
+        base = AutoModelForCausalLM.from_pretrained(work / name)
+        model = peft.PeftModel.from_pretrained(base, work / f"adapter-{name}")
+        model.merge_and_unload().save_pretrained(work / f"loaded-{name}")
+        for each in (work / name).glob("tokenizer*"):
+            shutil.copy(each, work / f"loaded-{name}")
+        loss = plain_loss(work / f"loaded-{name}", work / "rows.jsonl")
         if abs(loss - live) > 1e-3:
             raise AssertionError(f"loss {loss:.4f} with PEFT, {live:.4f} live")
 
@@ -366,15 +374,17 @@ def killed_at(folder: Path, matches: str, which: int = 0) -> Callable[[], None]:
 
 
 def s1(work: Path) -> str:
-    run(settings(work, work / "whole"))
+    """Killed just before the manifest of each knot, without checkpoints inside links."""
+    tree = settings(work, train={"save_every": None})
+    run(tree | {"output": str(work / "whole")})
     wrong = kills = 0
-    for which in range(12):
+    for which in range(6):
         shutil.rmtree(work / "run", ignore_errors=True)
-        strike = killed_at(work / "run", r"moments|rename chain\.json|metrics", which + 6)
-        if life(lambda: run(settings(work)), strike) != -9:
+        strike = killed_at(work / "run", r"rename chain\.json", which)
+        if life(lambda: run(tree), strike) != -9:
             continue
         kills += 1
-        ended = life(lambda: run(settings(work), resume=True))
+        ended = life(lambda: run(tree, resume=True))
         wrong += ended != 0 or links(work / "run") != links(work / "whole")
     return f"{kills} kills, {wrong} runs with other links or that cannot be resumed"
 
@@ -427,12 +437,15 @@ def s4(work: Path) -> str:
     run(settings(work))
     tensors = load_file(work / "base/model.safetensors")
     largest = max(tensors.values(), key=lambda tensor: tensor.numel())
-    step = max(1, -(-largest.numel() // 4096))  # version 0.1 samples every so many values
+    step = max(1, largest.numel() // 4096)  # version 0.1 samples every so many values
     flat = largest.view(-1)
     for offset in range(1, step):
         flat[offset::step] *= 3
     config = json.loads((work / "base/config.json").read_text())
-    tokens = (work / "base/tokenizer.json").read_text()
+    tokens = json.loads((work / "base/tokenizer.json").read_text())
+    vocabulary = tokens["model"]["vocab"]
+    one, two = list(vocabulary)[50:52]
+    vocabulary[one], vocabulary[two] = vocabulary[two], vocabulary[one]
     edits = {
         f"{1 - 1 / step:.0%} of a tensor tripled": (
             "model.safetensors",
@@ -440,7 +453,7 @@ def s4(work: Path) -> str:
         ),
         "rms_norm_eps": ("config.json", json.dumps(config | {"rms_norm_eps": 0.5}).encode()),
         "activation": ("config.json", json.dumps(config | {"hidden_act": "gelu"}).encode()),
-        "tokens swapped": ("tokenizer.json", tokens.replace('"cat"', '"dog"').encode()),
+        "tokens swapped": ("tokenizer.json", json.dumps(tokens).encode()),
     }
     accepted, words = [], ""
     for what, (name, content) in edits.items():
@@ -573,24 +586,19 @@ def x1(work: Path) -> str:
     run_experiment(work)
     lines = (work / "out/results.jsonl").read_text().splitlines()
     cell = json.loads(lines[-1]) | {"cell": "../../../x"}
-    reused = file(work / "a/results.jsonl", "\n".join([*lines[:-1], json.dumps(cell)]) + "\n")
     shutil.rmtree(work / "out")
-    (work / "deep/er").mkdir(parents=True)
-    before = {path for path in work.rglob("*") if "cache" not in path.parts}
-    end = said(
-        "experiment",
-        "run",
-        experiment(work),
-        "--output",
-        work / "deep/er/out",
-        "--workers",
-        1,
-        "--reuse",
-        reused,
-    )
-    new = {path for path in work.rglob("*") if "cache" not in path.parts} - before
-    outside = sorted(str(path.relative_to(work)) for path in new if "out" not in path.parts)
-    return f"{end}; written outside the output: {', '.join(outside[:2]) or 'nothing'}"
+    text = "\n".join([*lines[:-1], json.dumps(cell)]) + "\n"
+    file(work / "deep/er/out/results.jsonl", text)
+    reused = file(work / "other/results.jsonl", text)
+    found = []
+    for more in ((), ("--reuse", reused)):
+        before = set(work.rglob("*"))
+        arguments = ["--output", work / "deep/er/out", "--workers", 1, *more]
+        found.append(said("experiment", "run", experiment(work), *arguments))
+        new = {path for path in set(work.rglob("*")) - before if "cache" not in path.parts}
+        outside = sorted(str(path.relative_to(work)) for path in new if "out" not in path.parts)
+        found.append(f"written outside the output: {', '.join(outside[:2]) or 'nothing'}")
+    return "; ".join(found)
 
 
 ALIASES = "a0: &a0 [x]\n" + "".join(
@@ -599,7 +607,7 @@ ALIASES = "a0: &a0 [x]\n" + "".join(
 
 
 def x2_yaml(work: Path) -> str:
-    return said("train", file(work / "c.yaml", ALIASES))
+    return said("train", file(work / "c.yaml", f"{ALIASES}model: *a9\n"))
 
 
 def x2_pattern(work: Path) -> str:
@@ -761,7 +769,9 @@ def deep(work: Path) -> str:
 
 
 def other_bytes(work: Path) -> str:
-    return said("train", file(work / "c.yaml", b"a: \xff\xfe"))
+    rows = (work / "data/train.jsonl").read_bytes() + b'{"text": "\xff\xfe", "label": 0}\n'
+    tree = settings(work, data={"train": str(file(work / "odd.jsonl", rows))})
+    return said("train", yaml_of(tree, work / "c.yaml"))
 
 
 def resumed_without(work: Path, pattern: str, content: bytes | None) -> str:
@@ -818,7 +828,7 @@ def no_heads(work: Path) -> str:
 def ctrl_c(work: Path) -> str:
     config = yaml_of(settings(work), work / "c.yaml")
     tracebacks = quiet = 0
-    for wait in (0.1, 0.2, 0.4, 0.8, 1.2, 1.6):
+    for wait in (number / 50 for number in range(1, 21)):
         child = subprocess.Popen(
             [sys.executable, "-m", "chainlora", "train", config], stderr=subprocess.PIPE, text=True
         )
@@ -827,7 +837,7 @@ def ctrl_c(work: Path) -> str:
         words = child.communicate()[1]
         tracebacks += "Traceback" in words and "chainlora" in words
         quiet += "chainlora: interrupted" in words
-    return f'6 times: {tracebacks} tracebacks, {quiet} times "chainlora: interrupted"'
+    return f'20 times: {tracebacks} tracebacks, {quiet} times "chainlora: interrupted"'
 
 
 def advice(work: Path) -> str:
@@ -923,15 +933,19 @@ def make_world(work: Path) -> None:
         "smollm3": whole,
         "ministral3": {"rope_parameters": yarn | scaled},
         "lfm2": {"enlarged": False},
+        "jamba": {"enlarged": False},
+        "qwen3_5_text": {"enlarged": False},
         "zamba": {},
         "seed_oss": {"residual_dropout": 0.2},
         "phimoe": {"router_jitter_noise": 0.2, "input_jitter_noise": 0.2},
         "rwkv": {},
         "mixtral": {},
+        "qwen2_moe": {},
+        "deepseek_v3": {},
         "olmo": {"clip_qkv": 0.5},
         "mamba": {},
     }.items():
-        save(tiny_model(name, **changes), work / name)
+        save(tiny_model(name, **changes), work / name.removesuffix("_text"))
 
 
 def child(work: Path, names: list[str]) -> None:
@@ -1045,9 +1059,13 @@ def main() -> None:
         make_world(world)
         before = outcomes(options.against.resolve(), world, names) if options.against else {}
         after = outcomes(ROOT / "src", world, names)
-    text = table(names, before, after)
+    kept = HERE / "reproduce.json"
+    found = json.loads(kept.read_text()) if kept.is_file() else {"before": {}, "after": {}}
+    found = {"before": found["before"] | before, "after": found["after"] | after}
+    text = table(list(FAULTS), found["before"], found["after"])
     print(text)
     if options.write:
+        kept.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
         path = HERE / "README.md"
         start, rest = path.read_text().split(BEGIN)
         path.write_text(f"{start}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}")
