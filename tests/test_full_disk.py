@@ -45,7 +45,7 @@ def test_an_experiment_on_a_full_disk_says_so_and_goes_on_later(tiny_folder, sen
     one = make_experiment(tree(tiny_folder, sentiment, methods=["lora"], seeds=[0], tune={}))
     with files_up_to(100), pytest.raises(FileError, match=r"must be written \(got File too large"):
         run_cells(one, tmp_path / "out", backend="inline")
-    with files_up_to(3_000):  # enough for the plan, not for what a cell writes
+    with files_up_to(2_000):  # enough for the plan, not for what a run writes
         outcome = run_cells(one, tmp_path / "out", backend="inline")
     (error,) = outcome.failed.values()
     assert "a file must be written (got " in error
