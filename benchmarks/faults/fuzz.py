@@ -34,7 +34,8 @@ def run(only: str) -> dict[str, dict[str, Any]]:
     command += ["-k", only] if only else []
     environment = os.environ | {"CHAINLORA_FULL": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    print(done.stdout[-6000:], done.stderr[-2000:], file=sys.stderr)
+    said = [line for line in done.stdout.splitlines() if line.startswith(("E  ", "FAILED", "src/"))]
+    print("\n".join(said), done.stderr[-2000:], file=sys.stderr)
     return statistics(done.stdout)
 
 
@@ -44,9 +45,7 @@ def statistics(text: str) -> dict[str, dict[str, Any]]:
     for part in re.split(r"\n(?=tests/test_fuzz\w*\.py::\S+:\n)", text)[1:]:
         name = part.partition("::")[2].partition(":\n")[0]
         phase = part.partition("during generate phase")[2]
-        numbers = re.search(
-            r"(\d+) passing examples?, (\d+) failing examples?, (\d+) invalid", phase
-        )
+        numbers = re.search(r"(\d+) passing, (\d+) failing, and (\d+) invalid", phase)
         seconds = re.search(r"\(([\d.]+) seconds\)", phase)
         if numbers and seconds:
             passing, failing, invalid = map(int, numbers.groups())
