@@ -1,7 +1,8 @@
 """One flipped bit, and what each verb that reads a run makes of it.
 
 detected  an error of ours
-right     the damage is repaired: a resume ends with the right files
+right     the damage is repaired: a resume goes back to the last knot, and ends with the right
+          files; `inspect` says from where it would resume
 harmless  the verb does not read the byte, or reads the same from it: its answer is as before
 wrong     another answer, without a word
 """
@@ -91,7 +92,15 @@ def _flipped(
         return "right" if verb == "--resume" and _is_resumed(source) else "harmless"
     if status == "1":
         return "detected"
+    if verb == "inspect" and _is_back(json.loads(answer), json.loads(healthy[1])):
+        return "right"  # and a warning says so
     return f"wrong: another answer: {answer[:200]}"
+
+
+def _is_back(described: dict[str, Any], healthy: dict[str, Any]) -> bool:
+    """Say whether all that is described otherwise is that the run resumes from its last knot."""
+    is_earlier = described["position"]["step"] < healthy["position"]["step"]
+    return is_earlier and described | {"position": healthy["position"]} == healthy
 
 
 def _is_resumed(source: Path) -> bool:
