@@ -151,7 +151,8 @@ def verb_table(done: list[dict[str, Any]]) -> str:
     for (run, name), found in counts.items():
         bits = max(ends.total() for ends in found.values())
         cells = [
-            ", ".join(f"{n} {end}" for end, n in sorted(found[verb].items())) for verb in verbs
+            ", ".join(f"{n} {end}" for end, n in sorted(found.get(verb, Counter()).items()))
+            for verb in verbs
         ]
         lines.append(f"| {run} | {name} | {bits} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -190,7 +191,7 @@ def write(done: list[dict[str, Any]], folder: Path) -> None:
 
     names = ("torch", "transformers", "peft", "safetensors", "tokenizers")
     versions = {"python": platform.python_version()} | {name: version(name) for name in names}
-    hours = sum(each["seconds"] for each in done) / 3600
+    minutes = sum(each["seconds"] for each in done) / 60
     wrong = [each for each in done if each["end"].startswith("wrong")]
     operations = len({each["case"] for each in done if each["class"].startswith("SIGKILL before")})
     text = f"""# The soak
@@ -198,10 +199,10 @@ def write(done: list[dict[str, Any]], folder: Path) -> None:
     python tests/faults/soak.py --state faults.jsonl
     python tests/faults/soak.py --state faults.jsonl --write benchmarks/faults
 
-{len(done)} cases, {hours:.1f} hours of one core ({platform.machine()}), seeds 0 (cases) and 1 (bits
-by verb); {", ".join(f"{name} {number}" for name, number in versions.items())}. The run has every
-feature that has state on disk (`tests/faults/lives.py`). It does {operations} file operations, and
-was killed before each of them once. One class alone: `--only` and its name.
+{len(done)} cases in {minutes:.0f} minutes of one core ({platform.machine()}); seeds 0 for the cases, 1
+for the bits by verb. The run has every feature that has state on disk (`tests/faults/lives.py`). It
+does {operations} file operations, and was killed before each of them once. `--only` and its name
+runs one class.
 
 {table(done)}
 
@@ -217,11 +218,21 @@ it.
 
 {verb_table(done)}
 
+Bytes that do not matter to any verb: `result.json`, which people read and a `--resume` of the
+finished run writes anew, and `.lock`, which is empty. Every other byte is detected or repaired by
+each verb that reads its file: `--resume` and `inspect` read all of them, `eval` leaves out records,
+moments, checkpoints and a best point that is not selected yet, `export` also `config.yaml`.
+
 ## One flipped bit, more of them
 
 By `inspect` and loading all links; of the base, by its identity, which every verb checks.
 
 {unseen(done)}
+
+Harmless are, in the base's two configs, white space and keys that decide nothing that is computed
+(`transformers_version`, `dtype`, …).
+
+{", ".join(f"{name} {number}" for name, number in versions.items())}.
 """
     if wrong:
         text += "\n## Wrong\n\n" + "".join(
@@ -231,7 +242,7 @@ By `inspect` and loading all links; of the base, by its identity, which every ve
     counts: dict[str, Counter[str]] = {}
     for each in done:
         counts.setdefault(each["class"], Counter())[each["end"].partition(":")[0]] += 1
-    summary = {"versions": versions, "operations": operations, "hours": round(hours, 2)}
+    summary = {"versions": versions, "operations": operations, "minutes": round(minutes, 1)}
     told = summary | {"classes": counts, "wrong": wrong}
     (folder / "soak.json").write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
 
