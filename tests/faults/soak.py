@@ -199,8 +199,8 @@ def write(done: list[dict[str, Any]], folder: Path) -> None:
     python tests/faults/soak.py --state faults.jsonl
     python tests/faults/soak.py --state faults.jsonl --write benchmarks/faults
 
-{len(done)} cases in {minutes:.0f} minutes of one core ({platform.machine()}); seeds 0 for the cases, 1
-for the bits by verb. The run has every feature that has state on disk (`tests/faults/lives.py`). It
+{len(done)} cases, {minutes:.0f} minutes ({platform.machine()}, a thread each); seeds: 0, and 1 for
+the bits by verb. The run has every feature that has state on disk (`tests/faults/lives.py`). It
 does {operations} file operations, and was killed before each of them once. `--only` and its name
 runs one class.
 
