@@ -14,13 +14,15 @@ os.environ.setdefault(
     "OMP_NUM_THREADS", "1"
 )  # tiny models: a second thread costs more than it brings
 
+# A shell starts what runs in its background with Ctrl-C ignored, and children inherit that; tests
+# send it to processes of their own.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 import pytest
 import torch
 import yaml
 from helpers_cli import Outcome
-
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in the background of a script: children
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # would ignore Ctrl-C too
 
 SHARED = Path(os.environ.get("CHAINLORA_TEST_DATA", Path(__file__).resolve().parents[2] / "shared"))
 ARCHITECTURES = ("opt", "gpt2", "llama")
