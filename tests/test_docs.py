@@ -16,6 +16,7 @@ from typing import Any, get_args
 
 import peft
 import pytest
+import yaml
 import torch
 from conftest import write_rows
 from helpers import settings
