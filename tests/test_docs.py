@@ -16,8 +16,8 @@ from typing import Any, get_args
 
 import peft
 import pytest
-import yaml
 import torch
+import yaml
 from conftest import write_rows
 from helpers import settings
 from pydantic import BaseModel
