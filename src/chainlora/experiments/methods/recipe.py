@@ -16,7 +16,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from chainlora.config.messages import problems
 from chainlora.errors import ConfigError
 
-
 _Rank = Annotated[int, Field(ge=1, lt=2**31)]
 
 
