@@ -58,8 +58,11 @@ def _audit(event: str, arguments: tuple[Any, ...]) -> None:
         return
     else:
         return
-    if not isinstance(path, int):
-        _watched.append(os.path.abspath(os.fsdecode(path)))
+    if isinstance(path, int):
+        return
+    folder = arguments[-1] if event in ("os.remove", "os.mkdir", "os.rmdir") else -1
+    parent = os.readlink(f"/proc/self/fd/{folder}") if folder >= 0 else os.getcwd()
+    _watched.append(os.path.abspath(os.path.join(parent, os.fsdecode(path))))
 
 
 sys.addaudithook(_audit)
@@ -85,7 +88,9 @@ def contained(folder: Path) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
     libraries = ("/__pycache__/", "/.hypothesis/")  # what Python and Hypothesis keep
     seen = [path for path in seen if path != str(folder.resolve())]
-    outside = [p for p in seen if not p.startswith(allowed) and not any(s in p for s in libraries)]
+    outside = [
+        p for p in seen if not p.startswith(allowed) and not any(s in f"{p}/" for s in libraries)
+    ]
     assert not outside, outside
 
 
