@@ -263,3 +263,12 @@ def test_a_config_is_frozen_and_needs_no_tensor_library():
         "assert not {'torch', 'transformers', 'peft'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("ranks", [[10**400], [2, 10**400], [2**31]])
+def test_a_rank_that_is_no_size_is_refused(ranks):
+    """A ratio of such ranks was an OverflowError."""
+    tree = {"model": "m", "data": {"train": "t"}}
+    chain = {"ranks": ranks, "steps": [1] * len(ranks)}
+    with pytest.raises(ConfigError, match=r"`ranks` must be below 2147483648 \(got \d+ at"):
+        make_config(tree | {"chain": chain})

@@ -40,6 +40,7 @@ def _kinds(annotation: Any) -> set[Any]:
     return {annotation}.union(*(_kinds(part) for part in get_args(annotation)))
 
 
+_LARGEST = 2**31  # of what sizes a tensor; much larger numbers are no floats
 _Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -64,7 +65,7 @@ class LinkConfig(LinkShape):
     alpha / rank``, or ``alpha / √rank`` with `rslora`.
     """
 
-    rank: int = Field(8, ge=1)
+    rank: int = Field(8, ge=1, lt=_LARGEST)
     alpha: float = Field(16.0, gt=0)
 
     @property
@@ -174,6 +175,10 @@ class ChainConfig(LinkShape):
             if rank < 1:
                 raise ValueError(
                     f"`ranks` must be positive integers (got {rank} at position {position})"
+                )
+            if rank >= _LARGEST:
+                raise ValueError(
+                    f"`ranks` must be below {_LARGEST} (got {rank!s:.40} at position {position})"
                 )
         return ranks
 
