@@ -93,7 +93,7 @@ class Base(_Part):
 
     model: str
     fingerprint: str
-    dtype: Annotated[str, Field(pattern=r"^(float32|bfloat16)$")] = "float32"
+    dtype: Annotated[str, Field(pattern=r"^b?float(16|32|64)$")] = "float32"
     files: dict[str, str] | None = None
     fan_in_fan_out: bool = False
 
