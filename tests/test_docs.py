@@ -43,7 +43,14 @@ DOCUMENTS = [
     *(ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")),
     *sorted((ROOT / "docs").rglob("*.md")),
 ]
-OURS = ("config.md", "python.md", "house.md", "run-directory.md", "comparison.md")
+OURS = (
+    "config.md",
+    "python.md",
+    "trainer.md",
+    "house.md",
+    "run-directory.md",
+    "comparison.md",
+)
 
 
 def blocks(text: str, language: str) -> list[str]:

@@ -120,9 +120,12 @@ class ChainCallback(TrainerCallback):
         _check_same_model(self._need().model, model)
         self._plan(args, state, kwargs.get("train_dataloader"))
         self._check_place(state)
-        if self.chain.live is None:
+        is_finished = len(self.chain) == len(self._configs) or state.global_step >= state.max_steps
+        if self.chain.live is None and is_finished:
             return
         self._take_over(optimizer, scheduler)
+        if self.chain.live is None:  # of a run that ended, and is made longer
+            self._next_link(optimizer)
         if self.restart_schedule:
             self._restart_schedule(scheduler, args, state)
 
@@ -219,9 +222,7 @@ class ChainCallback(TrainerCallback):
     def _plan(self, args: TrainingArguments, state: TrainerState, loader: Any) -> None:
         num_links = None if self.ranks is None else len(self.ranks)
         per_epoch = _steps_per_epoch(loader, args)
-        self._lengths = link_lengths(
-            num_links, self.steps, self.epochs, state.max_steps, per_epoch
-        )
+        self._lengths = link_lengths(num_links, self.steps, self.epochs, state.max_steps, per_epoch)
         self._configs = self._chain_config(len(self._lengths)).links()
         if self.optimizer_reset == "off" and len({config.rank for config in self._configs}) > 1:
             raise ConfigError(

@@ -24,8 +24,9 @@ from chainlora.chain.link import Link
 from chainlora.config.schema import LinkConfig
 from chainlora.errors import DivergedError, RunError
 from chainlora.models.loading import folder_of
+from chainlora.models.modes import kept_random_state
 from chainlora.runs.compression import adapter_factors
-from chainlora.runs.export import write_adapter
+from chainlora.runs.export import write_adapter, write_adapter_card
 from chainlora.runs.manifest import Base
 from chainlora.runs.saved_chain import (
     INSIDE,
@@ -51,8 +52,9 @@ class WrappedChain:
         redirect(model, self.save, self.load)
 
     def extend(self, config: LinkConfig) -> None:
-        """Begin a link."""
-        put_in(self.model, self.chain.extend(config))
+        """Begin a link. Random numbers that the trainer draws later stay the same."""
+        with kept_random_state(self.chain.model):
+            put_in(self.model, self.chain.extend(config))
 
     def tie(self) -> Link:
         """End the live link. Raises DivergedError rather than tie what is not finite."""
@@ -81,7 +83,8 @@ class WrappedChain:
                 f"a checkpoint must hold a chain (got none in {folder}, which was saved without "
                 "ChainCallback); start over"
             )
-        restore_chain(self.chain, read_chain(folder / INSIDE))
+        with kept_random_state(self.chain.model):
+            restore_chain(self.chain, read_chain(folder / INSIDE))
         if self.chain.adapter is not None:
             put_in(self.model, self.chain.adapter)
 
@@ -95,7 +98,9 @@ def _write_adapter(folder: Path, links: Sequence[Link], base: Base) -> None:
     """Write a chain as one adapter; each file replaces an earlier one whole."""
     factors, _ = adapter_factors(links)
     with files.reported(folder), tempfile.TemporaryDirectory(dir=folder) as scratch:
-        write_adapter(Path(scratch), links, factors, base)
+        rank, _ = write_adapter(Path(scratch), links, factors, base)
+        if not (folder / "README.md").exists():  # the trainer's own card stays
+            write_adapter_card(Path(scratch), len(links), rank, 0.0, base)
         for file in sorted(Path(scratch).iterdir()):
             files.sync_file(file)
             file.replace(folder / file.name)

@@ -151,14 +151,7 @@ def export_adapter(
     with files.replaced_folder(output) as scratch:
         written, extra = write_adapter(scratch, links, factors, base)
         check_adapter(scratch, base.model, factors, extra)
-        _card(
-            scratch,
-            f"A chain of {len(links)} LoRA link(s) on `{base.model}` as one adapter of "
-            f"rank {written} (relative error {error:.2e}).",
-            base.model,
-            "peft",
-            'PeftModel.from_pretrained(base, "this folder")',
-        )
+        write_adapter_card(scratch, len(links), written, error, base)
     return {
         "to": "adapter",
         "output": str(output),
@@ -169,9 +162,7 @@ def export_adapter(
     }
 
 
-def _links_and_base(
-    run: str | Path | Chain, num_links: int | None
-) -> tuple[Sequence[Link], Base]:
+def _links_and_base(run: str | Path | Chain, num_links: int | None) -> tuple[Sequence[Link], Base]:
     """Return the links to export and their base, whose modules are asked how they store weights."""
     if isinstance(run, Chain):
         links = current_links(run)
@@ -247,6 +238,18 @@ def _empty(output: str | Path) -> Path:
             "choose another"
         )
     return output
+
+
+def write_adapter_card(folder: Path, num_links: int, rank: int, error: float, base: Base) -> None:
+    """Write the model card of a chain as one adapter."""
+    _card(
+        folder,
+        f"A chain of {num_links} LoRA link(s) on `{base.model}` as one adapter of rank {rank} "
+        f"(relative error {error:.2e}).",
+        base.model,
+        "peft",
+        'PeftModel.from_pretrained(base, "this folder")',
+    )
 
 
 def _card(output: Path, what: str, base: str, library: str, code: str) -> None:

@@ -1,0 +1,74 @@
+"""The code of docs/trainer.md and of python.md's own loop runs as it stands."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from helpers_integrations import collator, token_rows
+from test_docs import ROOT, blocks
+from transformers import AutoTokenizer
+
+from chainlora import ChainCallback
+
+
+def test_the_loop_of_somebody_else_in_python_md_runs(tiny_folder, tmp_path, capsys):
+    text = (ROOT / "docs/python.md").read_text(encoding="utf-8")
+    (block,) = [block for block in blocks(text, "python") if "count_step" in block]
+    names: dict[str, Any] = {"folder": tiny_folder, "output": tmp_path}
+    exec(block, names | {"batches": [torch.arange(3, 11)[None]] * 3})
+    printed = capsys.readouterr().out
+    assert "3 steps in the live link" in printed
+    assert "'rank': 4" in printed
+
+
+@pytest.fixture(scope="module")
+def of_trainer_md(tiny_folder, tmp_path_factory) -> dict[str, Any]:
+    """All blocks of docs/trainer.md, run in order; what they leave behind."""
+    pytest.importorskip("trl", reason="TRL is an extra: pip install 'chainlora[trl]'")
+    output = tmp_path_factory.mktemp("trainer")
+    names: dict[str, Any] = {
+        "model": str(tiny_folder),
+        "output": str(output),
+        "conversations": [
+            [
+                {"role": "user", "content": f"the {word} sat"},
+                {"role": "assistant", "content": "on a mat"},
+            ]
+            for word in ["cat", "mat", "hill", "birds"] * 8
+        ],
+        "preferences": [
+            {"prompt": f"the {word} was", "chosen": " good", "rejected": " bad"}
+            for word in ["cat", "mat", "hill", "birds"] * 8
+        ],
+        "rows": token_rows(16),
+        "collate": collator(AutoTokenizer.from_pretrained(tiny_folder)),
+    }
+    text = (ROOT / "docs/trainer.md").read_text(encoding="utf-8")
+    for block in blocks(text, "python"):
+        exec(block, names)
+    return names
+
+
+def test_trainer_md_runs(of_trainer_md):
+    names = of_trainer_md
+    final = Path(names["output"]) / "sft/final"
+    assert (final / "adapter_model.safetensors").is_file()
+    assert isinstance(names["loaded"], peft.PeftModel)
+    assert [link.num_steps for link in names["chain"].links] == [2, 2]
+    assert type(names["plain"]).__name__ == "LlamaForCausalLM"
+    assert names["trainer"].state.global_step == 6
+
+
+def test_trainer_md_names_every_argument():
+    import inspect
+    import re
+
+    text = (ROOT / "docs/trainer.md").read_text(encoding="utf-8")
+    table = text.partition("## What the callback takes")[2].partition("\n## ")[0]
+    named = re.findall(r"^\| `(\w+)` \|", table, flags=re.MULTILINE)
+    assert named == list(inspect.signature(ChainCallback).parameters)
+    assert all(name in (ChainCallback.__doc__ or "") for name in named)
