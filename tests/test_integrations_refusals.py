@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import peft
 import pytest
 import torch
@@ -25,12 +27,16 @@ class NoStep(TrainerCallback):
 
 def refused(model, tokenizer, output, callback, **keys) -> str:
     """Make a trainer and train; return the one line that says why not."""
-    with pytest.raises(ChainLoRAError) as caught:
+
+    def attempt() -> None:
         trainer = make_trainer(model, tokenizer, output, callback, **keys)
         trainer.add_callback(NoStep())
         trainer.train()
+
+    with pytest.raises(ChainLoRAError) as caught:
+        attempt()
     (line,) = str(caught.value).splitlines()
-    assert "(got " in line
+    assert "(got " in line or "unknown key" in line
     return line
 
 
@@ -88,8 +94,6 @@ MODELS = {
 def test_models(tiny_folder, tokenizer, tmp_path, what):
     make, rule = MODELS[what]
     line = refused(make(tiny_folder), tokenizer, tmp_path, ChainCallback(steps=4))
-    import re
-
     assert re.search(rule, line), line
 
 
@@ -111,8 +115,6 @@ KNOTS = {
 
 @pytest.mark.parametrize("what", KNOTS)
 def test_knots(tiny_folder, tokenizer, tmp_path, what):
-    import re
-
     keys, rule = KNOTS[what]
     line = refused(peft_model(tiny_folder), tokenizer, tmp_path, ChainCallback(**keys))
     assert re.search(rule, line), line
@@ -164,7 +166,7 @@ def test_a_checkpoint_without_a_chain(tiny_folder, tokenizer, tmp_path):
     trainer = make_trainer(
         peft_model(tiny_folder), tokenizer, tmp_path, ChainCallback(steps=4), **keys
     )
-    with pytest.raises(ChainLoRAError, match="must hold a chain .*saved without ChainCallback"):
+    with pytest.raises(ChainLoRAError, match=r"must hold a chain .*saved without ChainCallback"):
         trainer.train(resume_from_checkpoint=True)
 
 
@@ -192,7 +194,7 @@ def test_weights_that_are_not_finite_are_not_tied(tiny_folder, tokenizer, tmp_pa
 
     trainer = make_trainer(peft_model(tiny_folder), tokenizer, tmp_path, ChainCallback(steps=4))
     trainer.callback_handler.callbacks.insert(0, Spoil())
-    with pytest.raises(ChainLoRAError, match="must leave finite weights .*link 0 after 4 steps"):
+    with pytest.raises(ChainLoRAError, match=r"must leave finite weights .*link 0 after 4 steps"):
         trainer.train()
 
 

@@ -1,4 +1,4 @@
-"""A chain in transformers' Trainer: the same links as in a loop of our own, and every save whole."""
+"""A chain in transformers' Trainer: the links of a loop of our own, and every save whole."""
 
 from __future__ import annotations
 
@@ -306,7 +306,7 @@ def test_a_resume_with_other_knots_is_refused(tiny_folder, tokenizer, tmp_path):
 
 
 def test_the_best_model_is_that_of_its_link(tiny_folder, tokenizer, tmp_path):
-    """The best point lies in an earlier link than the end: a rate far too high ruins what follows."""
+    """The best point lies in an earlier link than the end: the rate ruins what follows."""
     callback = ChainCallback(ranks=[4, 2, 2], steps=[4, 4, 3])
     keys = {
         "eval_strategy": "steps",
@@ -384,7 +384,8 @@ def test_a_bfloat16_base_with_checkpointing(tiny_folder, tokenizer, tmp_path):
     trainer.train()
     trainer.save_model(str(tmp_path / "final"))
     chain = load_chain(tmp_path / "final", plain_model(tiny_folder, torch.bfloat16))
-    assert torch.equal(logits(chain.model), logits(trainer.model))
+    # without the trainer's autocast around it
+    assert torch.equal(logits(chain.model), logits(trainer.model.get_base_model()))
 
 
 def test_early_stopping_ties_what_there_is(tiny_folder, tokenizer, tmp_path):

@@ -168,6 +168,15 @@ def test_the_reference_of_dpo_is_the_base_with_the_earlier_links(tiny_folder, to
     assert zero == [1, 5, 9]
 
 
+def test_the_reference_stays_the_base_where_it_is_computed_before(tiny_folder, tokenizer, tmp_path):
+    callback = ChainCallback(RANKS, steps=LENGTHS)
+    trainer = dpo(tiny_folder, tokenizer, tmp_path, callback, precompute_ref_log_probs=True)
+    trainer.train()
+    history = [r for r in trainer.state.log_history if "rewards/margins" in r]
+    zero = [r["step"] for r in history if abs(r["rewards/margins"]) < 1e-5]
+    assert zero == [1]
+
+
 def test_dpo_with_a_peft_model(tiny_folder, tokenizer, tmp_path):
     """TRL adds a copy of the adapter as reference; the chain does without it."""
     first = dpo(tiny_folder, tokenizer, tmp_path / "a", ChainCallback(RANKS, steps=LENGTHS))

@@ -279,6 +279,7 @@ class ChainCallback(TrainerCallback):
         assert adapter is not None
         scales = self.chain.tie_share(knot.share)
         if knot.moments == "carried":
+            restarts.check_carried(optimizer)  # of a policy that nobody asked before
             carry_moments(optimizer, adapter, scales)
         else:
             restarts.forget(optimizer)

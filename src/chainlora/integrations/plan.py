@@ -13,6 +13,8 @@ Epochs = float | Sequence[float] | None
 
 def check_knots(ranks: Sequence[int] | None, steps: Lengths, epochs: Epochs) -> None:
     """Raise ConfigError for what contradicts itself, whatever the trainer will say."""
+    if ranks is not None and not len(ranks):
+        raise ConfigError("`ranks` must have an entry for each link (got none); e.g. [8, 8]")
     if steps is not None and epochs is not None:
         raise ConfigError("give `steps` or `epochs`, not both (got both); leave one out")
     for key, value in (("steps", steps), ("epochs", epochs)):
@@ -54,8 +56,7 @@ def link_lengths(
     elif steps is not None:
         lengths = list(steps)
     elif epochs is not None:
-        ends = [round(sum(epochs[: k + 1]) * per_epoch) for k in range(len(epochs))]
-        lengths = _differences(ends)
+        lengths = _by_epochs(epochs, per_epoch, num_steps)
     else:
         count = num_links or 1
         lengths = _differences([round(num_steps * (k + 1) / count) for k in range(count)])
@@ -71,6 +72,13 @@ def _by_distance(distance: float, num_steps: int, what: str) -> list[int]:
         )
     ends = [round(distance * (k + 1)) for k in range(math.ceil(num_steps / distance) - 1)]
     return _differences([end for end in ends if end < num_steps] + [num_steps])
+
+
+def _by_epochs(epochs: Sequence[float], per_epoch: int, num_steps: int) -> list[int]:
+    ends = [round(sum(epochs[: k + 1]) * per_epoch) for k in range(len(epochs))]
+    if abs(sum(epochs) * per_epoch - num_steps) < 1:
+        ends[-1] = num_steps  # trainers round the last epoch up
+    return _differences(ends)
 
 
 def _differences(ends: Sequence[int]) -> list[int]:

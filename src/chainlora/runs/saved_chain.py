@@ -26,6 +26,7 @@ from chainlora.chain.link import Link
 from chainlora.config.loading import link_config
 from chainlora.config.schema import LinkConfig
 from chainlora.errors import ConfigError, RunError
+from chainlora.models.loading import folder_of
 from chainlora.runs.directory import load_tensors, versions
 from chainlora.runs.links import write_link
 from chainlora.runs.manifest import (
@@ -95,11 +96,12 @@ def load_chain(
     """Put a saved chain on the model that it was tuned on, and return it, live link included.
 
     `directory` can also be a trainer's checkpoint. `checkpoint` is the folder that the model was
-    loaded from, as for `Chain`. Raises RunError for a damaged folder or another base.
+    loaded from, as for `Chain`; by default the one that the model names, if it is at hand. Raises
+    RunError for a damaged folder or another base.
     """
     saved = read_chain(directory)
-    manifest = saved.manifest
-    chain = Chain(model, seed=manifest.seed, hold=manifest.hold, checkpoint=checkpoint)
+    manifest, folder = saved.manifest, checkpoint or folder_of(model)
+    chain = Chain(model, seed=manifest.seed, hold=manifest.hold, checkpoint=folder)
     restore_chain(chain, saved)
     return chain
 
