@@ -220,13 +220,12 @@ def test_saves_resume_and_best_across_knots(tiny_folder, tokenizer, tmp_path, ki
         killed.train()
     resumed = make(tiny_folder, tokenizer, tmp_path / "killed", callback(), **keys)
     resumed.train(resume_from_checkpoint=True)
-    assert_links_agree(chain_of(resumed), chain_of(whole), atol=0.0)
+    assert torch.equal(logits(resumed.model), logits(whole.model))
 
     scores = {r["step"]: r["eval_loss"] for r in whole.state.log_history if "eval_loss" in r}
     best = whole.state.best_global_step
     assert scores[best] == min(scores.values())
-    # tying what was live at the best point rounds once
-    assert whole.evaluate()["eval_loss"] == pytest.approx(scores[best], abs=1e-5)
+    assert whole.evaluate()["eval_loss"] == scores[best]
 
     checkpoint = tmp_path / "whole/checkpoint-6"
     chain = load_chain(checkpoint, plain_model(tiny_folder))

@@ -1,8 +1,8 @@
 """`ChainCallback`: a run of transformers' Trainer, or of a trainer of TRL, becomes a chain.
 
 The trainer keeps its loop, its batches, its optimizer and its checkpoints. The callback drives the
-same `Chain` as every other loop: it counts each step, asks a knot policy, and ties, shares or
-extends between two steps.
+same `Chain` as every other loop: it counts each step, asks a knot policy, and ties and extends
+before the next one.
 """
 
 from __future__ import annotations
@@ -84,11 +84,10 @@ class ChainCallback(TrainerCallback):
         self._lengths: list[int] = []
         self._names: restarts.Names = []  # of what the optimizer trains
         self._policy: KnotPolicy = FixedKnots()
-        self._link: int | None = None  # that the last step was made in
 
     @property
     def chain(self) -> Chain:
-        """The chain. After training, all its links are tied."""
+        """The chain. After training its last link is still live: `chain.tie()` ends it."""
         return self._need().chain
 
     # --- what the trainer calls ---
@@ -120,14 +119,31 @@ class ChainCallback(TrainerCallback):
         _check_same_model(self._need().model, model)
         self._plan(args, state, kwargs.get("train_dataloader"))
         self._check_place(state)
-        is_finished = len(self.chain) == len(self._configs) or state.global_step >= state.max_steps
-        if self.chain.live is None and is_finished:
-            return
-        self._take_over(optimizer, scheduler)
-        if self.chain.live is None:  # of a run that ended, and is made longer
-            self._next_link(optimizer)
+        self._take_over(args, optimizer, scheduler)
         if self.restart_schedule:
             self._restart_schedule(scheduler, args, state)
+
+    def on_step_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Tie the knot that the policy wants after the step before.
+
+        Only now: what the trainer has evaluated and saved after that step is of the link that made
+        it, and DPO's reference moves with the next link.
+        """
+        knot = self._knot(state)
+        if knot is None:
+            return
+        if not knot.ends_link:
+            self._tie_share(knot, kwargs["optimizer"])
+        elif len(self.chain) + 1 < len(self._configs):
+            self._next_link(state, kwargs["optimizer"])
+            if self.restart_schedule:
+                self._restart_schedule(kwargs["lr_scheduler"], args, state)
 
     def on_step_end(
         self,
@@ -136,27 +152,12 @@ class ChainCallback(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        """Count the step, and tie a knot where the policy says so."""
-        chain = self.chain
-        if chain.live is None:
-            return
-        self._link = len(chain)
-        chain.count_step()
-        length = self._current_lengths()[self._link]
-        loss = _newest_loss(state)
-        knot = self._policy.knot_after(Position(self._link, chain.live_steps, length, loss))
-        if knot is None:
-            return
-        if not knot.ends_link:
-            self._tie_share(knot, kwargs["optimizer"])
-            return
-        self._end_link(state)
-        if len(chain) < len(self._configs) and state.global_step < state.max_steps:
-            self._next_link(kwargs["optimizer"])
-            if self.restart_schedule:
-                self._restart_schedule(kwargs["lr_scheduler"], args, state)
-        else:
-            control.should_training_stop = True
+        """Count the step, and stop where the policy ends the last link."""
+        self.chain.count_step()
+        if len(self.chain) + 1 == len(self._configs):
+            knot = self._knot(state)
+            if knot is not None and knot.ends_link:
+                control.should_training_stop = True
 
     def on_log(
         self,
@@ -167,27 +168,14 @@ class ChainCallback(TrainerCallback):
     ) -> None:
         """Say in every record of losses or scores which link it is of."""
         logs = kwargs.get("logs")
-        if logs is None or self._link is None or "train_runtime" in logs:
+        if logs is None or self._wrapped is None or "train_runtime" in logs:
             return
-        logs["link"] = self._link
-        if state.log_history and state.log_history[-1].get("step") == state.global_step:
-            state.log_history[-1]["link"] = self._link
-
-    def on_train_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
-    ) -> None:
-        """Tie what is left: of a run that stopped early, or whose best point is inside a link."""
         chain = self.chain
-        if chain.live is None:
+        if not chain.live_steps:  # the model as it came
             return
-        if chain.live_steps:
-            self._need().tie()
-        elif chain.links:
-            chain.discard()
+        logs["link"] = len(chain)
+        if state.log_history and state.log_history[-1].get("step") == state.global_step:
+            state.log_history[-1]["link"] = len(chain)
 
     # --- the beginning ---
 
@@ -233,14 +221,18 @@ class ChainCallback(TrainerCallback):
     def _check_place(self, state: TrainerState) -> None:
         """Raise unless the chain is where the trainer is, and was tuned as planned so far."""
         chain = self.chain
+        if chain.live is None:
+            raise ChainError(
+                "a trainer tunes a live link (got a chain whose links are all tied); begin with a "
+                "new model, callback and trainer"
+            )
         done = sum(link.num_steps for link in chain.links) + chain.live_steps
         if done != state.global_step:
             raise ChainError(
                 f"chain and trainer must be at one step (got {done} and {state.global_step}); "
                 "resume from a checkpoint, or begin with a new model, callback and trainer"
             )
-        live = [] if chain.live is None else [chain.live.config]
-        found = [link.config for link in chain.links] + live
+        found = [*(link.config for link in chain.links), chain.live.config]
         if found != self._configs[: len(found)]:
             raise RunError(
                 "a resumed chain must have the links it began with (got ranks "
@@ -254,10 +246,10 @@ class ChainCallback(TrainerCallback):
                 f"a resumed chain must have the knots it began with (got links of {ended} steps, "
                 f"planned {self._lengths}); use the settings of the checkpoint"
             )
-        if chain.links or chain.live_steps:
-            self._link = len(chain) - (0 if chain.live_steps else 1)
 
-    def _take_over(self, optimizer: torch.optim.Optimizer, scheduler: Any) -> None:
+    def _take_over(
+        self, args: TrainingArguments, optimizer: torch.optim.Optimizer, scheduler: Any
+    ) -> None:
         """Learn what the optimizer trains, and have it train the live link."""
         if not self._names:
             self._names = restarts.trained_names(optimizer, self._need().model, self._before)
@@ -270,8 +262,18 @@ class ChainCallback(TrainerCallback):
             restarts.check_carried(optimizer)
         if self.restart_schedule:
             restarts.check_schedule(scheduler)
+        if len(self._configs) > 1:
+            _warn_of_moving_reference(args)
 
     # --- knots ---
+
+    def _knot(self, state: TrainerState) -> Knot | None:
+        """Return the knot that is due after the live link's last step."""
+        link, steps = len(self.chain), self.chain.live_steps
+        if not steps:
+            return None
+        length = self._current_lengths()[link]
+        return self._policy.knot_after(Position(link, steps, length, _newest_loss(state)))
 
     def _tie_share(self, knot: Knot, optimizer: torch.optim.Optimizer) -> None:
         self._need().check_finite()
@@ -284,7 +286,7 @@ class ChainCallback(TrainerCallback):
         else:
             restarts.forget(optimizer)
 
-    def _end_link(self, state: TrainerState) -> None:
+    def _next_link(self, state: TrainerState, optimizer: torch.optim.Optimizer) -> None:
         link = self._need().tie()
         logger.info("link %d tied after step %d", link.index, state.global_step)
         state.log_history.append(
@@ -295,8 +297,6 @@ class ChainCallback(TrainerCallback):
                 "step": state.global_step,
             }
         )
-
-    def _next_link(self, optimizer: torch.optim.Optimizer) -> None:
         self._need().extend(self._configs[len(self.chain)])
         if self.optimizer_reset == "full":
             restarts.forget(optimizer)
@@ -353,6 +353,16 @@ def _refuse_late_resume(state: TrainerState) -> None:
         raise ConfigError(
             "to resume, a trainer needs ChainCallback when it is made (got it by add_callback); "
             "pass it in `callbacks`"
+        )
+
+
+def _warn_of_moving_reference(args: TrainingArguments) -> None:
+    """Say that scores against a reference do not compare links, where the best one is wanted."""
+    if args.load_best_model_at_end and getattr(args, "precompute_ref_log_probs", True) is False:
+        logger.warning(
+            "the reference of preference training moves on at every knot, so scores of different "
+            "links do not compare; for the best model, set precompute_ref_log_probs=True or give "
+            "ref_model"
         )
 
 

@@ -34,7 +34,7 @@ from chainlora.runs.saved_chain import (
     describe_base,
     read_chain,
     restore_chain,
-    save_chain,
+    write_chain,
 )
 
 
@@ -73,8 +73,9 @@ class WrappedChain:
     def save(self, folder: Path) -> None:
         """Write the chain and its adapter into a folder that may hold other files."""
         files.make_folder(folder)
-        save_chain(self.chain, folder / INSIDE)
-        _write_adapter(folder, current_links(self.chain), describe_base(self.chain))
+        links = current_links(self.chain)
+        write_chain(self.chain, links, folder / INSIDE)
+        _write_adapter(folder, links, describe_base(self.chain))
 
     def load(self, folder: Path) -> None:
         """Make the chain what a save holds, whatever it is now."""

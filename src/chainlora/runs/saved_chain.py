@@ -3,9 +3,10 @@
     DIR/chain.json               manifest, the same as a run's: links, base, hashes
     DIR/links/000/ …             each an ordinary PEFT adapter
     DIR/checkpoints/00000120/    the live link, if there is one: its state and its config
+    DIR/best/00000120/           the live link once more, as it is now, as a PEFT adapter
 
-Whoever reads a run (`load_run`, the exports, `chainlora eval`) reads this too. A folder is replaced
-as a whole, so it is never partly of one chain and partly of another.
+Whoever reads a run (`load_run`, the exports, `chainlora eval`) reads this too, the live link
+included. A folder is replaced as a whole, so it is never partly of one chain and partly of another.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from chainlora.runs.manifest import (
     LinkEntry,
     Manifest,
     Progress,
+    Selection,
     describe_link,
     encode_manifest,
     link_directory,
@@ -75,17 +77,20 @@ def save_chain(chain: Chain, directory: str | Path) -> None:
 
     Raises RunError where something else than a saved chain lies.
     """
-    directory = Path(directory)
+    write_chain(chain, current_links(chain), Path(directory))
+
+
+def write_chain(chain: Chain, links: Sequence[Link], directory: Path) -> None:
+    """Write a chain whose `current_links` are known."""
     _refuse_if_taken(directory)
-    base = describe_base(chain)
+    base, live = describe_base(chain), links[len(chain) :]
     with files.replaced_folder(directory) as scratch:
         (scratch / "links").mkdir()
         for link in chain.links:
-            folder = scratch / link_directory(link.index)
-            folder.mkdir()
-            write_link(folder, link, base.model, fan_in_fan_out=base.fan_in_fan_out)
+            _write_link(scratch / link_directory(link.index), link, base)
         checkpoint = _write_live(chain, scratch)
-        manifest = _manifest(chain, base, checkpoint)
+        selected = _write_selected(live[0], scratch, base, checkpoint) if live else None
+        manifest = _manifest(chain, base, checkpoint, selected)
         manifest = manifest.model_copy(update={"files": files.checksums(scratch)})
         files.write_json(scratch / "chain.json", encode_manifest(manifest))
 
@@ -112,7 +117,7 @@ def read_chain(directory: str | Path) -> SavedChain:
     manifest = reader.manifest()
     for name in manifest.files or ():
         reader.check_files(manifest, name)
-    links = reader.links_of(manifest, None)
+    links = reader.links_of(manifest, len(manifest.links))
     return SavedChain(reader.path, manifest, links, _read_live(reader, manifest))
 
 
@@ -169,6 +174,23 @@ def _refuse_if_taken(directory: Path) -> None:
     )
 
 
+def _write_link(folder: Path, link: Link, base: Base) -> None:
+    folder.mkdir(parents=True)
+    write_link(folder, link, base.model, fan_in_fan_out=base.fan_in_fan_out)
+
+
+def _write_selected(
+    live: Link, folder: Path, base: Base, checkpoint: Checkpoint | None
+) -> Selection:
+    """Write the live link as an adapter, and name it as the end of what is loaded."""
+    assert checkpoint is not None
+    step = checkpoint.progress.step
+    name = f"best/{step:08d}"
+    _write_link(folder / name, live, base)
+    partial = LinkEntry(**describe_link(live, name))
+    return Selection(num_links=live.index, step=step, partial=partial)
+
+
 def _write_live(chain: Chain, folder: Path) -> Checkpoint | None:
     if chain.live is None:
         return None
@@ -183,7 +205,9 @@ def _write_live(chain: Chain, folder: Path) -> Checkpoint | None:
     return Checkpoint(directory=name, progress=progress)
 
 
-def _manifest(chain: Chain, base: Base, checkpoint: Checkpoint | None) -> Manifest:
+def _manifest(
+    chain: Chain, base: Base, checkpoint: Checkpoint | None, selected: Selection | None
+) -> Manifest:
     return Manifest(
         format=FORMAT,
         base=base,
@@ -191,7 +215,7 @@ def _manifest(chain: Chain, base: Base, checkpoint: Checkpoint | None) -> Manife
         hold=chain.hold,
         links=[LinkEntry(**describe_link(link)) for link in chain.links],
         checkpoint=checkpoint,
-        selected=None,
+        selected=selected,
         progress=_progress(chain.links),
         versions=versions(),
     )
