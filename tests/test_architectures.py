@@ -22,7 +22,21 @@ from chainlora.engine.engine import Engine
 FULL = os.environ.get("CHAINLORA_FULL") == "1"
 # One for each way in which architectures differ: plain, with stacked experts, hybrid, recurrent,
 # layers unlike one another, shared weights, scalings that begin late, clipping, latent attention.
-SAMPLE = ["llama", "gpt2", "smollm3"]  # the rest with CHAINLORA_FULL=1 until timed in CI
+SAMPLE = [
+    "llama",
+    "gpt2",
+    "smollm3",
+    "mixtral",
+    "deepseek_v3",
+    "lfm2",
+    "jamba, small weights",
+    "rwkv",
+    "zamba",
+    "gemma3_text",
+    "ministral3, long context",
+    "olmo, clipped",
+    "phi3, LongRoPE",
+]
 # What is refused, by what it says; everything else trains.
 REFUSED = {
     "big_bird": "draws random numbers in evaluation",
@@ -53,13 +67,11 @@ def test_trains_as_plain_transformers_and_peft_or_is_refused(name: str, tmp_path
         assert result.outcome == "right", result.why
 
 
-@pytest.mark.skipif(not FULL, reason="all of the matrix: CHAINLORA_FULL=1")
 def test_the_lists_are_of_classes_that_exist() -> None:
     assert set(IMPOSSIBLE) <= set(model_types())
     assert set(REFUSED) | set(SAMPLE) <= set(cases())
 
 
-@pytest.mark.skipif(not FULL, reason="all of the matrix: CHAINLORA_FULL=1")
 @pytest.mark.skipif(not FULL, reason="builds every class (CHAINLORA_FULL=1)")
 @pytest.mark.parametrize("name", sorted(IMPOSSIBLE))
 def test_what_cannot_be_made_tiny_still_cannot(name: str) -> None:
@@ -89,7 +101,6 @@ RANDOM = {
 }
 
 
-@pytest.mark.skipif(not FULL, reason="all of the matrix: CHAINLORA_FULL=1")
 @pytest.mark.parametrize("name", RANDOM)
 def test_randomness_is_found_whatever_it_is_called(name: str, two_threads: None) -> None:
     """One thread draws from the generator in one order, and the model's own layers draw."""
@@ -110,7 +121,6 @@ def test_randomness_is_found_whatever_it_is_called(name: str, two_threads: None)
         assert [engine.loss(batch, "completion")[0].item() for batch in batches] != losses[0]
 
 
-@pytest.mark.skipif(not FULL, reason="all of the matrix: CHAINLORA_FULL=1")
 def test_nothing_random_is_found_where_nothing_is_drawn(two_threads: None) -> None:
     with Engine(tiny_model("opt", layerdrop=0.0), training=True) as engine:
         assert engine.num_threads == 2

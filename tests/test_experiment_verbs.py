@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
 import pytest
 import yaml
@@ -104,11 +105,15 @@ def test_ctrl_c_says_that_the_same_command_resumes(tiny_folder, sentiment, tmp_p
         text=True,
         start_new_session=True,
     )
-    deadline = time.monotonic() + 300
-    while not list(out.glob("cells/*/status.json")) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal sends it: to the workers too
-    _, said = process.communicate(timeout=60)
+    try:
+        deadline = time.monotonic() + 300
+        while not list(out.glob("cells/*/status.json")) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal sends it: to the workers too
+        _, said = process.communicate(timeout=60)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 130, said
     assert "the same command resumes" in said.splitlines()[-1]
     assert "--resume" not in said

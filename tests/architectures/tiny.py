@@ -145,6 +145,8 @@ _ROPE = {"rope_type": "default", "rope_theta": 1e4}
 ADJUSTMENTS: dict[str, dict[str, Any]] = {
     "bailing_hybrid": {"layer_group_size": 2},
     "bamba": {"attn_layer_indices": [1, 3]},
+    "big_bird": {"block_size": 4, "num_random_blocks": 1},
+    "bigbird_pegasus": {"block_size": 4, "num_random_blocks": 1},
     "blt": {
         "encoder_hash_byte_group_vocab": 64,
         "encoder_config": _BLT | {"hidden_size_global": 32, "cross_attn_k": 2},
