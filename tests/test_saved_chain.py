@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import ARCHITECTURES, tiny_model
 from helpers_export import TARGETS, logits
+from transformers import AutoModelForCausalLM
 
 from chainlora import (
     Chain,
@@ -137,14 +138,24 @@ def test_a_chain_in_memory_is_exported(live, tmp_path):
         export_adapter(chain, tmp_path / "none", num_links=9)
 
 
-def test_a_saved_chain_exports_like_a_run(tiny_folder, tmp_path):
-    from transformers import AutoModelForCausalLM
-
+def test_a_saved_chain_is_read_like_a_run(tiny_folder, sentiment, tmp_path, chainlora):
+    """The live link is part of what is read."""
     chain = Chain(AutoModelForCausalLM.from_pretrained(tiny_folder), checkpoint=tiny_folder)
-    chain.extend(LinkConfig(rank=2, target_modules=("q_proj",)))
-    tune(chain, 2)
-    chain.tie()
-    save_chain(chain, tmp_path / "chain")
-    model, _ = load_run(tmp_path / "chain")
-    assert torch.equal(logits(model), logits(chain.model))
-    assert export_adapter(tmp_path / "chain", tmp_path / "adapter")["rank"] == 2
+    for rank in (2, 3):
+        chain.extend(LinkConfig(rank=rank, target_modules=("q_proj",)))
+        tune(chain, 2)
+        if rank == 2:
+            chain.tie()
+    saved, task = tmp_path / "chain", sentiment / "task.yaml"
+    save_chain(chain, saved)
+    model, _ = load_run(saved)
+    # the live link beside W_1, or merged into it: float32 rounding
+    torch.testing.assert_close(logits(model), logits(chain.model), atol=1e-5, rtol=0)
+    assert export_adapter(saved, tmp_path / "adapter")["rank"] == 5
+    assert chainlora("export", saved, "--to", "merged", "--output", tmp_path / "merged").status == 0
+    whole = chainlora("eval", tmp_path / "merged", "--task", task, "--data", sentiment, "--json")
+    found = chainlora("eval", saved, "--task", task, "--data", sentiment, "--json")
+    assert found.json["metrics"] == whole.json["metrics"]
+    shown = chainlora("inspect", saved, "--json").json
+    assert [link["rank"] for link in shown["links"]] == [2, 3]
+    assert shown["position"] == {"step": 4, "links": 2, "planned_links": 2}

@@ -79,6 +79,11 @@ def _is_whole_model(reader: RunReader, manifest: Manifest) -> bool:
 
 def _refuse_unfinished(reader: RunReader) -> None:
     """Refuse a run that was to train something and has not yet: the base would pass for it."""
+    if not reader.manifest().has_run:
+        raise RunError(
+            f"a saved chain must have a link (got none in {reader.path}); take the base by --links "
+            "0"
+        )
     chain = reader.config().chain
     if chain.tune == "full":
         raise RunError(

@@ -157,6 +157,11 @@ class Manifest(_Part):
         return self.progress if self.checkpoint is None else self.checkpoint.progress
 
     @property
+    def has_run(self) -> bool:
+        """Say whether a run wrote this, with its config; else it is a saved chain alone."""
+        return self.files is None or "config.yaml" in self.files
+
+    @property
     def named(self) -> set[str]:
         """Return the files and folders that the run needs, by their paths in the run directory."""
         named = {"config.yaml", "model", *(link.directory for link in self.links)}
