@@ -113,12 +113,13 @@ def restart_schedule(
 
 def _factor(args: TrainingArguments, num_steps: int) -> Callable[[int], float]:
     """Return the schedule that the trainer would make for a run of `num_steps` steps."""
+    options = args.lr_scheduler_kwargs
     made = get_scheduler(
         args.lr_scheduler_type,
         optimizer=torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0),
         num_warmup_steps=args.get_warmup_steps(num_steps),
         num_training_steps=num_steps,
-        scheduler_specific_kwargs=args.lr_scheduler_kwargs,
+        scheduler_specific_kwargs=options if isinstance(options, dict) else None,
     )
     factor: Callable[[int], float] = made.lr_lambdas[0]
     return factor

@@ -133,8 +133,9 @@ def _check_fresh(model: Any) -> None:
     for name, module in model.named_modules():
         if not isinstance(module, LoraLayer):
             continue
-        if module.merged or any(bool(torch.any(b.weight)) for b in module.lora_B.values()):
-            state = "merged" if module.merged else "trained"
+        layer: Any = module
+        if layer.merged or any(bool(torch.any(b.weight)) for b in layer.lora_B.values()):
+            state = "merged" if layer.merged else "trained"
             raise ModelError(
                 f"a chain begins with a fresh adapter, whose B is 0 (got a {state} one at {name}); "
                 "merge it (model.merge_and_unload()) and wrap the result anew"
