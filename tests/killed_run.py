@@ -1,4 +1,4 @@
-"""Train, be killed, resume: run by test_training.py in a process of its own.
+"""Train, be killed, resume: run by test_training_resume.py in a process of its own.
 
 Imports once, then forks a child a life, so that a life costs milliseconds. A child kills itself
 with SIGKILL so many seconds after its n-th record (a step, an evaluation, a knot), wherever it then

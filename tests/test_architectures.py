@@ -39,10 +39,12 @@ SAMPLE = [
 ]
 # What is refused, by what it says; everything else trains.
 REFUSED = {
-    "big_bird": "draws random numbers in evaluation",
+    "big_bird": "attention_type: block_sparse",
+    "bigbird_pegasus": "attention_type: block_sparse",
     "cpmant": "must be causal",
     "emu3": "must be a causal language model",
     "gemma4_unified_assistant": "must run on token ids alone",
+    "mllama": "must be a causal language model",
     "prophetnet": "logits must be the head",
     "reformer": "draws random numbers in evaluation",
     "xlm": "must be causal",

@@ -1,14 +1,8 @@
-"""Training as a user meets it: one call from config to result; killed and resumed; the best point;
-what is refused."""
+"""Training as a user meets it: one call from config to result, the best point, what is refused."""
 
 from __future__ import annotations
 
 import json
-import random
-import subprocess
-import sys
-import threading
-from pathlib import Path
 
 import peft
 import pytest
@@ -16,19 +10,15 @@ import torch
 import yaml
 from conftest import write_rows
 from helpers import (
-    as_format_1,
-    assert_same_links,
     assert_trains_as_peft,
     settings,
     training_examples,
 )
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from chainlora import evaluate_task, export_adapter, load_run, load_task, make_config, train
-from chainlora.errors import ChainLoRAError, ConfigError, ModelError, RunError, TrainingError
+from chainlora.errors import ChainLoRAError, ConfigError, ModelError, RunError
 from chainlora.runs.directory import RunDirectory
-from chainlora.training.knots import WHOLE
 from chainlora.training.optimizers import prune_moments
 from chainlora.training.plan import make_plan
 
@@ -109,109 +99,6 @@ def test_law_6_a_chain_of_one_is_peft_lora(tiny_folder, sentiment, tmp_path, spe
     assert_trains_as_peft(make_config(tree))
 
 
-@pytest.mark.parametrize(
-    ("dtype", "keys"),
-    [
-        ("float32", {}),
-        ("bfloat16", {"chain": {"dropout": 0.1, "init": "gradient"}}),
-        (
-            "float32",
-            {
-                "train": {"optimizer_reset": "prune", "keep_best": True, "eval_every": 1},
-                "chain": {"ranks": [4, 4, 4]},
-            },
-        ),
-        (
-            "float32",
-            {"chain": {"init": "pissa"}, "train": {"gradient_accumulation": 2, "batch_size": 4}},
-        ),
-        ("float32", {"chain": {"knots": {"every": 1, "share": 0.3}}}),
-        (
-            "bfloat16",
-            {
-                "chain": {"knots": {"every": 2, "share": 0.3}},
-                "train": {"keep_best": True, "eval_every": 1},
-            },
-        ),
-        (
-            "float32",
-            {
-                "chain": {"knots": {"every": 1, "share": 0.3}, "hold": "carried"},
-                "train": {"optimizer": "sgd"},
-            },
-        ),
-    ],
-    ids=[
-        "plain",
-        "bfloat16-dropout-gradient",
-        "relora-best",
-        "pissa-accumulation",
-        "soft-knots",
-        "soft-knots-bfloat16-best",
-        "soft-knots-carried-sgd",
-    ],
-)
-def test_law_9_killed_anywhere_and_resumed_is_the_uninterrupted_run(
-    tiny_folder, sentiment, tmp_path, dtype, keys
-):
-    """Ten deaths a configuration, at moments and at records (steps, evaluations, knots) drawn at
-    random."""
-    tree = settings(tiny_folder, sentiment, **keys)
-    tree["chain"]["steps"] = [10, 10, 8]
-    tree["train"] |= {"dtype": dtype, "save_every": 2, "eval_every": 3}
-    config = tmp_path / "config.yaml"
-    config.write_text(yaml.safe_dump(tree))
-    draw = random.Random(dtype + str(keys))
-    # about 40 records a run, 10 to 30 ms apart: a life that dies after its second to fifth leaves
-    # enough
-    deaths = [f"{draw.randrange(2, 6)}+{draw.uniform(0, 0.02):.4f}" for _ in range(10)]
-    script = Path(__file__).with_name("killed_run.py")
-    whole = subprocess.run(
-        [sys.executable, script, config, tmp_path / "whole"], capture_output=True, text=True
-    )
-    assert whole.returncode == 0, whole.stderr
-    killed = subprocess.run(
-        [sys.executable, script, config, tmp_path / "killed", *deaths],
-        capture_output=True,
-        text=True,
-    )
-    assert killed.returncode == 0, killed.stderr
-    assert killed.stdout.split() == ["9"] * 10 + ["0"], killed.stdout
-    assert_same_links(tmp_path / "whole", tmp_path / "killed")
-    one, two = (
-        json.loads((tmp_path / name / "result.json").read_text()) for name in ("whole", "killed")
-    )
-    assert one["metrics"] == two["metrics"]
-    assert one["best"] == two["best"]
-    losses = [
-        [
-            json.loads(line).get("loss")
-            for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()
-        ]
-        for name in ("whole", "killed")
-    ]
-    assert losses[0] == losses[1]
-
-
-@pytest.mark.parametrize("init", ["gradient", "pissa"])
-def test_a_link_begun_again_after_a_kill_starts_where_it_started_before(
-    tiny_folder, sentiment, tmp_path, init
-):
-    chain = {"ranks": [4, 4], "steps": [3, 3], "init": init}
-    keys = {"chain": chain, "train": {"dtype": "bfloat16", "save_every": None}}
-    train(make_config(settings(tiny_folder, sentiment, tmp_path / "whole", **keys)))
-    config = make_config(settings(tiny_folder, sentiment, tmp_path / "killed", **keys))
-
-    def die(record) -> None:
-        if record["event"] == "step" and record["link"] == 1:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        train(config, listener=die)
-    train(config, resume=True)
-    assert_same_links(tmp_path / "whole", tmp_path / "killed")
-
-
 def test_the_best_point_over_the_whole_chain_is_kept(tiny_folder, sentiment, tmp_path):
     run = tmp_path / "run"
     # a learning rate that wrecks the model later on: the best point lies inside the chain
@@ -250,23 +137,6 @@ def test_early_stop_ends_the_chain(tiny_folder, sentiment):
     assert (
         train(make_config(tree))["steps"] == 3
     )  # best at the first evaluation, then two without gain
-
-
-def test_a_run_killed_between_its_early_stop_and_the_knot_still_ties_the_link(
-    tiny_folder, sentiment, tmp_path
-):
-    keys = {"lr": 1e-9, "early_stop": 2, "eval_every": 1, "save_every": 1}
-    train(make_config(settings(tiny_folder, sentiment, tmp_path / "whole", train=keys)))
-    config = make_config(settings(tiny_folder, sentiment, tmp_path / "killed", train=keys))
-
-    def die(record) -> None:
-        if record["event"] == "knot":
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        train(config, listener=die)
-    assert train(config, resume=True)["steps"] == 3
-    assert_same_links(tmp_path / "whole", tmp_path / "killed")
 
 
 def test_accumulated_batches_weigh_every_row_alike(tiny_folder, sentiment):
@@ -424,36 +294,6 @@ def test_a_best_point_at_the_last_knot_selects_no_partial_link(tiny_folder, sent
     assert again["metrics"]["loss"] == pytest.approx(result["best"]["value"], abs=1e-5)
 
 
-@pytest.mark.parametrize(("warmup", "good"), [(0, None), (1, 1)])
-def test_a_non_finite_loss_stops_and_keeps_the_last_good_state(
-    tiny_folder, sentiment, tmp_path, warmup, good
-):
-    run = tmp_path / "run"
-    tree = settings(
-        tiny_folder,
-        sentiment,
-        run,
-        train={
-            "lr": 3e38,
-            "schedule": "constant",
-            "warmup_steps": warmup,  # the first step of a warm-up has rate 0
-            "max_grad_norm": None,
-            "save_every": 1,
-        },
-    )
-    with pytest.raises(
-        TrainingError, match=r"must be finite \(got .* at step \d+, link \d\).*is kept in"
-    ):
-        train(make_config(tree))
-    if good is None:  # the first step broke the weights: the run starts over
-        assert not (run / "checkpoints").exists()
-        return
-    kept = sorted(path.name for path in (run / "checkpoints").iterdir())
-    assert kept == [f"{good:08d}"]
-    state = load_file(run / "checkpoints" / kept[0] / "link.safetensors")
-    assert all(torch.isfinite(tensor).all() for tensor in state.values())
-
-
 def test_output_that_is_not_empty_is_refused_without_resume(tiny_folder, sentiment, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "notes.txt").write_text("mine")
@@ -464,49 +304,6 @@ def test_output_that_is_not_empty_is_refused_without_resume(tiny_folder, sentime
     with pytest.raises(RunError, match="not a whole run"):
         train(make_config(settings(tiny_folder, sentiment, tmp_path / "run")), resume=True)
     assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
-
-
-def test_resume_refuses_another_config_and_another_base(tiny_folder, sentiment, tmp_path):
-    run = tmp_path / "run"
-    tree = settings(tiny_folder, sentiment, run)
-    train(make_config(tree))
-    tree["train"]["lr"] = 5e-3
-    with pytest.raises(
-        RunError, match=r"--resume needs the config the run began with .* under train"
-    ):
-        train(make_config(tree), resume=True)
-    other = tmp_path / "other"
-    model = AutoModelForCausalLM.from_pretrained(tiny_folder)
-    with torch.no_grad():
-        model.model.layers[0].mlp.up_proj.weight.mul_(1.01)
-    model.save_pretrained(other)
-    AutoTokenizer.from_pretrained(tiny_folder).save_pretrained(other)
-    as_format_1(run)  # without checksums, so that it can name another base
-    manifest = json.loads((run / "chain.json").read_text())
-    manifest["base"]["model"] = str(other)
-    (run / "chain.json").write_text(json.dumps(manifest))
-    with pytest.raises(RunError, match=r"base model must be the one .*fingerprint"):
-        load_run(run)
-
-
-def test_a_finished_run_resumes_to_itself(tiny_folder, sentiment, tmp_path):
-    config = make_config(settings(tiny_folder, sentiment, tmp_path / "run"))
-    first = train(config)
-    again = train(config, resume=True)
-    assert again["metrics"] == first["metrics"]
-    assert again["steps"] == first["steps"]
-
-
-def test_half_a_run_directory_is_named(tiny_folder, sentiment, tmp_path):
-    run = tmp_path / "run"
-    train(make_config(settings(tiny_folder, sentiment, run)))
-    weights = run / "links" / "001" / "adapter_model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:100])
-    with pytest.raises(RunError, match=r"link.*001"):
-        load_run(run)
-    weights.unlink()
-    with pytest.raises(RunError, match="incomplete"):
-        load_run(run)
 
 
 def test_epochs_split_steps_at_the_knots(tiny_folder, sentiment):
@@ -597,57 +394,7 @@ def test_a_run_with_soft_knots(tiny_folder, sentiment, tmp_path):
     assert adapter["rank"] == sum(link["rank"] for link in result["links"])
 
 
-@pytest.mark.parametrize("event", ["plan", "step", "knot", "eval"])
-def test_an_interrupted_run_leaves_nothing_running(tiny_folder, sentiment, tmp_path, event):
-    """Ctrl-C left packing threads, worker threads and trackers behind."""
-    before = set(threading.enumerate())
-
-    def interrupt(seen) -> None:
-        if seen["event"] == event:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        train(
-            make_config(settings(tiny_folder, sentiment, tmp_path / "run")),
-            listener=interrupt,
-        )
-    assert set(threading.enumerate()) == before
-
-
 def test_gradient_checkpointing_warns_of_nothing(tiny_folder, sentiment, recwarn):
     keys = {"train": {"gradient_checkpointing": True}}
     train(make_config(settings(tiny_folder, sentiment, **keys)))
     assert not [w for w in recwarn if "deprecated" in str(w.message)]
-
-
-class _EndsEarly:
-    """A policy of somebody's own: the first link ends after two steps."""
-
-    def knot_after(self, position):
-        done = position.step >= position.num_steps or (position.link == 0 and position.step == 2)
-        return WHOLE if done else None
-
-
-@pytest.mark.parametrize("dies_at", [None, 1, 2, 3, 7])
-def test_a_link_may_end_early_and_the_last_one_makes_up_for_it(
-    tiny_folder, sentiment, tmp_path, monkeypatch, dies_at
-):
-    monkeypatch.setattr("chainlora.training.setup.make_policy", lambda config: _EndsEarly())
-    config = make_config(
-        settings(tiny_folder, sentiment, tmp_path / "run", train={"save_every": 1})
-    )
-
-    def die(event) -> None:
-        if event["event"] == "step" and event["step"] == dies_at:
-            raise KeyboardInterrupt
-
-    if dies_at is not None:
-        with pytest.raises(KeyboardInterrupt):
-            train(config, listener=die)
-    result = train(config, resume=dies_at is not None)
-    assert [link["num_steps"] for link in result["links"]] == [2, 4, 5]
-    assert result["steps"] == 11
-    whole = settings(tiny_folder, sentiment, tmp_path / "planned", chain={"steps": [2, 4, 5]})
-    monkeypatch.undo()
-    train(make_config(whole))
-    assert_same_links(tmp_path / "run", tmp_path / "planned")  # rates and rows too

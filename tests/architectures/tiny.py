@@ -145,8 +145,6 @@ _ROPE = {"rope_type": "default", "rope_theta": 1e4}
 ADJUSTMENTS: dict[str, dict[str, Any]] = {
     "bailing_hybrid": {"layer_group_size": 2},
     "bamba": {"attn_layer_indices": [1, 3]},
-    "big_bird": {"block_size": 4, "num_random_blocks": 1},
-    "bigbird_pegasus": {"block_size": 4, "num_random_blocks": 1},
     "blt": {
         "encoder_hash_byte_group_vocab": 64,
         "encoder_config": _BLT | {"hidden_size_global": 32, "cross_attn_k": 2},
@@ -296,6 +294,11 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "jamba, small weights": ("jamba", {"enlarged": False}),
     "lfm2, small weights": ("lfm2", {"enlarged": False}),
     "qwen3_5_text, small weights": ("qwen3_5_text", {"enlarged": False}),
+    "big_bird, full attention": ("big_bird", {"attention_type": "original_full"}),
+    "bigbird_pegasus, full attention": (
+        "bigbird_pegasus",
+        {"attention_type": "original_full"},
+    ),
     "llama, eager attention": ("llama", {"attn_implementation": "eager"}),
 }
 

@@ -110,6 +110,7 @@ def _recording(layers: Sequence[nn.Module], calls: Calls) -> Iterator[None]:
 def _plain_states(model: nn.Module) -> tuple[Tensor, str | None]:
     """Return the hidden states of every token of the probe, each sequence by itself in a padded
     batch, and why they are not in float32, None where they are."""
+    _refuse_block_sparse(model)
     batch = probe_batch(model, packed=False)
     failure = None
     with probing(model), _watching_generators(model) as drawn:
@@ -139,6 +140,16 @@ def _plain_states(model: nn.Module) -> tuple[Tensor, str | None]:
             "use a decoder, or set `is_decoder` in its config if it was trained as one"
         )
     return states, failure
+
+
+def _refuse_block_sparse(model: nn.Module) -> None:
+    """Raise ModelError for BigBird's attention, which is another function after a short row."""
+    if getattr(text_config(model), "attention_type", None) == "block_sparse":
+        raise ModelError(
+            "a row must be computed alike whatever came before it (got `attention_type: "
+            f"block_sparse` from {type(model).__name__}, which becomes full attention for good "
+            "after a short row); set `attention_type: original_full` in its config.json"
+        )
 
 
 def _run_past_short_thresholds(model: nn.Module) -> None:
