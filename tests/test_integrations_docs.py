@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
+import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
-from helpers_integrations import collator, token_rows
-from test_docs import ROOT, blocks
+from datasets import Dataset
+from helpers_integrations import chain_of, collator, token_rows
+from test_docs import README, ROOT, blocks
 from transformers import AutoTokenizer
 
 from chainlora import ChainCallback
@@ -66,10 +70,25 @@ def test_trainer_md_runs(of_trainer_md):
     assert names["trainer"].state.global_step == 6
 
 
-def test_trainer_md_names_every_argument():
-    import inspect
-    import re
+def test_the_one_line_in_the_readme_runs(tiny_folder, tmp_path):
+    trl = pytest.importorskip("trl", reason="TRL is an extra: pip install 'chainlora[trl]'")
+    args = trl.SFTConfig(
+        output_dir=str(tmp_path), max_steps=6, max_length=64, use_cpu=True, report_to=[]
+    )
+    rows = [{"text": f"the {word} sat on a mat"} for word in ["cat", "hill", "birds"] * 16]
+    names: dict[str, Any] = {
+        "SFTTrainer": partial(trl.SFTTrainer, args=args),
+        "LoraConfig": peft.LoraConfig,
+        "model": str(tiny_folder),
+        "dataset": Dataset.from_list(rows),
+    }
+    exec(blocks(README, "python")[2], names)
+    names["trainer"].train()
+    chain = chain_of(names["trainer"])
+    assert [(link.config.rank, link.num_steps) for link in chain.links] == [(8, 2), (8, 2), (4, 2)]
 
+
+def test_trainer_md_names_every_argument():
     text = (ROOT / "docs/trainer.md").read_text(encoding="utf-8")
     table = text.partition("## What the callback takes")[2].partition("\n## ")[0]
     named = re.findall(r"^\| `(\w+)` \|", table, flags=re.MULTILINE)
