@@ -20,6 +20,7 @@ import click
 
 from chainlora import __version__
 from chainlora.cli.common import file_and_overrides, quiet
+from chainlora.cli.doctor import doctor
 from chainlora.cli.experiments import compare, experiment
 from chainlora.errors import ChainLoRAError, ConfigError, RunError, StoppedError, one_line
 from chainlora.files import file_error
@@ -264,7 +265,8 @@ def evaluate(
         _need_run(run_or_model)
     elif links is not None:
         raise RunError(
-            f"--links needs a run directory (got {run_or_model}, which is none); leave --links out"
+            f"--links needs a run directory (got {run_or_model}, which is not one); leave --links "
+            "out"
         )
     quiet()
     from chainlora.cli.progress import evaluation_progress
@@ -418,3 +420,4 @@ def _task_text(task: Any) -> str:
 
 cli.add_command(experiment)
 cli.add_command(compare)
+cli.add_command(doctor)
