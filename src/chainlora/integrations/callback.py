@@ -277,11 +277,12 @@ class ChainCallback(TrainerCallback):
 
     def _tie_share(self, knot: Knot, optimizer: torch.optim.Optimizer) -> None:
         self._need().check_finite()
+        if knot.moments == "carried":
+            restarts.check_carried(optimizer)  # a policy is not asked before
         adapter = self.chain.live
         assert adapter is not None
         scales = self.chain.tie_share(knot.share)
         if knot.moments == "carried":
-            restarts.check_carried(optimizer)  # of a policy that nobody asked before
             carry_moments(optimizer, adapter, scales)
         else:
             restarts.forget(optimizer)
