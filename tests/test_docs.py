@@ -17,6 +17,7 @@ from typing import Any, get_args
 import peft
 import pytest
 import torch
+import yaml
 from conftest import write_rows
 from helpers import settings
 from pydantic import BaseModel
@@ -50,6 +51,8 @@ OURS = (
     "house.md",
     "run-directory.md",
     "comparison.md",
+    "optimizers.md",
+    "scale.md",
 )
 
 
@@ -381,10 +384,10 @@ def events_of(config: dict[str, Any]) -> list[Event]:
 
 
 def test_a_new_optimizer_enters_by_its_door(tiny_folder, sentiment, monkeypatch):
-    monkeypatch.setitem(optimizers.OPTIMIZERS, "lion", None)  # taken out again at the end
-    run_recipe("class Lion")
+    monkeypatch.setitem(optimizers.OPTIMIZERS, "signum", None)  # taken out again at the end
+    run_recipe("class Signum")
     knots = {"ranks": [4], "steps": [12], "knots": {"every": 3, "share": 0.3}}
-    train = {"optimizer": "lion", "lr": 3e-3}
+    train = {"optimizer": "signum", "lr": 3e-3}
     events = events_of(settings(tiny_folder, sentiment, chain=knots, train=train))
     losses = [event.loss for event in events if isinstance(event, StepDone)]
     assert sum(losses[-3:]) < sum(losses[:3])
@@ -504,3 +507,12 @@ def test_files_that_documents_name_exist():
             assert (ROOT / name).exists(), f"{document.name} names {name}"
         for name in re.findall(r"`chainlora/([\w/]+)\.py`", text):
             assert importlib.import_module("chainlora." + name.replace("/", "."))
+
+
+def test_the_tests_that_hold_each_fault_exist():
+    faults = yaml.safe_load((ROOT / "benchmarks/faults/faults.yaml").read_text())
+    for fault in faults:
+        for test in fault["tests"]:
+            file, _, name = test.partition("::")
+            text = (ROOT / "tests" / file).read_text()
+            assert f"def {name.partition('[')[0]}" in text, test

@@ -46,7 +46,7 @@ NAMES = [
 SIGNATURES = {
     "train": "(config, *, resume, listener, change)",
     "load_config": "(path, overrides)",
-    "load_run": "(run, *, num_links, dtype)",
+    "load_run": "(run, *, num_links, dtype, as_trained)",
     "export_merged": "(run, output, *, num_links)",
     "export_adapter": "(run, output, *, rank, tolerance, num_links)",
     "inspect_run": "(run)",
@@ -60,7 +60,7 @@ SIGNATURES = {
     "fit_chain": "(chain, configs, steps, update, *, backward)",
     "drop_links": "(chain, num_links)",
     "add_link": "(chain, link)",
-    "load_model": "(spec, dtype)",
+    "load_model": "(spec, dtype, *, quantize, device)",
 }
 
 
@@ -131,6 +131,7 @@ def test_every_error_on_purpose_is_of_one_tree():
         "TrainingError",
         "DivergedError",
         "StoppedError",
+        "ToldError",
     }
     assert all(issubclass(kind, chainlora.ChainLoRAError) for kind in kinds)
     assert all(kind.__name__ in (errors.__doc__ or "") for kind in kinds)  # the tree is drawn there

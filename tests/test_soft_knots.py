@@ -179,6 +179,19 @@ def test_a_live_link_continues_from_its_state_to_the_same_bits(architecture, dty
     assert other.tie().num_steps == 6
 
 
+@pytest.mark.parametrize("hold", ["tied", "carried"])
+def test_a_later_link_without_soft_knots_continues_to_the_same_bits(hold):
+    chain, _, _ = tuned("llama", hold=hold)
+    link = chain.tie()
+    chain.extend(config("llama"))
+    step(chain, torch.optim.AdamW(list(chain.parameters()), lr=1e-2), 2)
+    other = Chain(tiny_model("llama"), hold=hold)
+    other.add(link)
+    other.extend(config("llama"))
+    other.load_live_state(chain.live_state(), num_steps=2)
+    assert torch.equal(logits(other.model), logits(chain.model))
+
+
 def test_a_rejected_link_takes_its_deposits_with_it():
     chain, _, _ = tuned("llama")
     chain.tie_share(0.5)

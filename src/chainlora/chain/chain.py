@@ -324,6 +324,8 @@ class Chain:
         return adapter
 
     def _put_on(self, config: LinkConfig) -> Adapter:
+        if self.hold == "tied":
+            adapters.check_mergeable(self.model, config)
         adapter = adapters.attach(self.model, config)
         self._modules |= set(adapter.layers)
         for path, parameter in adapters.touched_parameters(adapter):

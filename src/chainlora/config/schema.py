@@ -40,6 +40,7 @@ def _kinds(annotation: Any) -> set[Any]:
     return {annotation}.union(*(_kinds(part) for part in get_args(annotation)))
 
 
+_LARGEST = 2**31  # of what sizes a tensor; much larger numbers are no floats
 _Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -64,7 +65,7 @@ class LinkConfig(LinkShape):
     alpha / rank``, or ``alpha / √rank`` with `rslora`.
     """
 
-    rank: int = Field(8, ge=1)
+    rank: int = Field(8, ge=1, lt=_LARGEST)
     alpha: float = Field(16.0, gt=0)
 
     @property
@@ -174,6 +175,10 @@ class ChainConfig(LinkShape):
             if rank < 1:
                 raise ValueError(
                     f"`ranks` must be positive integers (got {rank} at position {position})"
+                )
+            if rank >= _LARGEST:
+                raise ValueError(
+                    f"`ranks` must be below {_LARGEST} (got {rank!s:.40} at position {position})"
                 )
         return ranks
 
@@ -308,9 +313,9 @@ class TrainConfig(_Frozen):
     seed: int = Field(
         0, ge=0, lt=2**32, description="a step's generator is seeded with seed · 2³² + step"
     )
-    optimizer: str = Field("adamw", description="adamw or sgd")
-    optimizer_options: dict[str, bool | int | float | str | None] = Field(
-        {}, description="further arguments of the optimizer, e.g. momentum"
+    optimizer: str = Field("adamw", description="a name in training.optimizers.OPTIMIZERS")
+    optimizer_options: dict[str, bool | int | float | str | tuple[float | None, ...] | None] = (
+        Field({}, description="further arguments of the optimizer, e.g. momentum")
     )
     weight_decay: float = Field(0.0, ge=0)
     betas: tuple[_Beta, _Beta] = (0.9, 0.999)
@@ -327,6 +332,11 @@ class TrainConfig(_Frozen):
     )
     keep_best: bool = False
     early_stop: int | None = Field(None, ge=1, description="evaluations without improvement")
+    accept_links: Literal["all", "better"] = Field(
+        "all",
+        description="better: a link that does not lower the loss of validation rows by more than "
+        "its standard error is dropped, and the chain ends",
+    )
     save_every: int | None = Field(
         100, ge=1, description="steps between checkpoints; None: at knots only"
     )
@@ -343,26 +353,58 @@ class TrainConfig(_Frozen):
     def _check(self) -> TrainConfig:
         if self.optimizer_reset == "prune" and self.prune_fraction == 0:
             raise ValueError("`optimizer_reset: prune` needs prune_fraction above 0 (got 0)")
-        if not self.eval_at_knots and (self.keep_best or self.early_stop):
+        if self.compares and not self.eval_at_knots:
             raise ValueError(
-                "`keep_best` and `early_stop` compare the knots (got eval_at_knots: false); "
-                "leave it true"
+                "`keep_best`, `early_stop` and `accept_links` compare the knots (got "
+                "eval_at_knots: false); leave it true"
+            )
+        if self.keep_best and self.accept_links == "better":
+            raise ValueError(
+                "`keep_best` and `accept_links: better` both choose what is kept (got both); leave "
+                "one out"
             )
         return self
+
+    @property
+    def compares(self) -> bool:
+        """Say whether the run decides by validation rows."""
+        return self.keep_best or self.early_stop is not None or self.accept_links == "better"
 
 
 class RunConfig(_Frozen):
     """One run: model, data, chain, training, output."""
 
     model: str
+    quantize: Literal["nf4", "int8"] | None = Field(
+        None, description="bits of the base's linear layers; its links are carried"
+    )
     data: DataConfig
     chain: ChainConfig = ChainConfig()
     train: TrainConfig = TrainConfig()
     output: str | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _model_section(cls, tree: Any) -> Any:
+        """Take ``model: {name: …, quantize: nf4}`` for the two keys."""
+        if not isinstance(tree, Mapping) or not isinstance(tree.get("model"), Mapping):
+            return tree
+        section = dict(tree["model"])
+        if not {"name"} <= section.keys() <= {"name", "quantize"}:
+            raise ValueError(
+                f"`model` must be a name, or a section of name and quantize (got {sorted(section)})"
+            )
+        return dict(tree) | {"model": section.pop("name")} | section
+
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
         chain, train = self.chain, self.train
+        if self.quantize and (chain.hold == "tied" or chain.tune == "full"):
+            got = "tune: full" if chain.tune == "full" else "hold: tied"
+            raise ValueError(
+                f"`quantize: {self.quantize}` weights can be neither trained nor merged into "
+                f"without loss (got {got}); set chain.hold: carried"
+            )
         if chain.ranks and chain.epochs is None and chain.steps is None:
             raise ValueError(
                 "`chain` must say how long each link is tuned (got neither epochs nor steps); "
@@ -385,9 +427,15 @@ class RunConfig(_Frozen):
                 "model (got "
                 "keep_best: true); leave it out, or use early_stop"
             )
-        sampled = self.data.task is not None and self.data.train is None
-        if (train.early_stop or train.keep_best) and not (self.data.validation or sampled):
+        if chain.tune == "full" and train.accept_links == "better":
             raise ValueError(
-                "`early_stop` and `keep_best` need validation rows (got none); give data.validation"
+                "`accept_links: better` drops links, of which `tune: full` has none (got both); "
+                "leave it out, or use early_stop"
+            )
+        sampled = self.data.task is not None and self.data.train is None
+        if train.compares and not (self.data.validation or sampled):
+            raise ValueError(
+                "`early_stop`, `keep_best` and `accept_links` need validation rows (got none); "
+                "give data.validation"
             )
         return self

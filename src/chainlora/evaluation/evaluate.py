@@ -30,6 +30,7 @@ from chainlora.evaluation.metrics import (
     check_metrics,
     perplexity,
 )
+from chainlora.files import make_folder, write_text
 from chainlora.models.text_config import causal_model
 
 __all__ = ["Evaluation", "evaluate", "write_predictions"]
@@ -106,7 +107,10 @@ def evaluate(
         )
     if scored is None:
         return found
-    merged = [old | new for old, new in zip(scored.predictions, found.predictions, strict=True)]
+    merged = [
+        new | {"scores": old["scores"]}
+        for old, new in zip(scored.predictions, found.predictions, strict=True)
+    ]
     return Evaluation(found.metrics | scored.metrics, found.num_rows, merged)
 
 
@@ -123,11 +127,11 @@ def write_predictions(path: str | FilePath, evaluation: Evaluation) -> None:
     """Write one JSON object a line and row: `row`, `label`, `prediction`, `scores` (and
     `references`)."""
     target = FilePath(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(target.parent)
     lines = [
         json.dumps(prediction, ensure_ascii=False) + "\n" for prediction in evaluation.predictions
     ]
-    target.write_text("".join(lines), encoding="utf-8")
+    write_text(target, "".join(lines))
 
 
 # --- the three kinds of rows ---
@@ -202,16 +206,19 @@ def _evaluate_generation(
         if progress is not None:
             progress(done, len(examples))
 
-    with engine.plain() as model:
-        texts = generate_greedy(
-            causal_model(model),
-            _required(tokenizer),
-            [example.prompt for example in examples],
-            max_new_tokens=max_new_tokens,
-            stop=stop,
-            max_tokens=max_tokens,
-            progress=advance,
-        )
+    def generate(prompts: Sequence[Any]) -> list[str]:
+        with engine.plain() as model:
+            return generate_greedy(
+                causal_model(model),
+                _required(tokenizer),
+                prompts,
+                max_new_tokens=max_new_tokens,
+                stop=stop,
+                max_tokens=max_tokens,
+                progress=advance,
+            )
+
+    texts: list[str] = engine.spread([example.prompt for example in examples], generate)
     predictions: list[dict[str, Any]] = [
         {
             "row": e.row,

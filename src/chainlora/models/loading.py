@@ -22,13 +22,14 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
 )
-from safetensors import safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from safetensors import SafetensorError, safe_open
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from chainlora.errors import ModelError
 from chainlora.models.gguf import converted_folder
 from chainlora.models.hashing import cache_dir as cache_dir  # re-exported
 from chainlora.models.identity import TOKENIZERS, weight_files
+from chainlora.models.quantizing import quantization, settle_kernels
 from chainlora.models.text_config import UNLIMITED_CONTEXT as UNLIMITED_CONTEXT
 from chainlora.models.text_config import context_length as context_length
 
@@ -37,14 +38,22 @@ logger = logging.getLogger(__name__)
 _WANTED = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken"]
 _UNWANTED = ["*/*", "consolidated*", "original*"]  # the same weights again, in other layouts
 _INTEGERS = ("BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64")
+_MANY_LAYERS = 1000  # more than any model has; so many are made in seconds
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
-def load_model(spec: str | Path, dtype: torch.dtype) -> tuple[Any, Any]:
-    """Return ``(model, tokenizer)`` in eval mode on the CPU, weights cast to ``dtype``.
+def load_model(
+    spec: str | Path,
+    dtype: torch.dtype,
+    *,
+    quantize: str | None = None,
+    device: torch.device | str = "cpu",
+) -> tuple[Any, Any]:
+    """Return ``(model, tokenizer)`` in eval mode, weights cast to ``dtype``.
 
     spec: Hub id, local folder, ``.gguf`` file, or ``pip:PACKAGE`` for a GGUF file in an installed
-    package.
+    package. quantize: how its linear layers are quantised while they load (`quantizing`). device:
+    where a quantised model is loaded; another one is on the CPU.
 
     The tokenizer pads with a token it already has; the vocabulary is left as it is.
 
@@ -54,7 +63,12 @@ def load_model(spec: str | Path, dtype: torch.dtype) -> tuple[Any, Any]:
     folder = resolve_model(spec)
     config = _load_config(folder)
     _refuse_pickle(folder)
+    _check_layers(config, folder)
     tokenizer = _load_tokenizer(folder)
+    keys: dict[str, Any] = {}
+    if quantize is not None:
+        _refuse_quantized(config, folder)
+        keys = {"quantization_config": quantization(quantize, dtype), "device_map": {"": device}}
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -64,6 +78,7 @@ def load_model(spec: str | Path, dtype: torch.dtype) -> tuple[Any, Any]:
             trust_remote_code=False,
             local_files_only=True,
             output_loading_info=True,
+            **keys,
         )
     except (
         Exception
@@ -76,6 +91,7 @@ def load_model(spec: str | Path, dtype: torch.dtype) -> tuple[Any, Any]:
     _check_whole(model, report, folder)
     _refuse_integers(model, folder)
     _check_vocabulary(model, tokenizer, folder)
+    settle_kernels(model)
     if model.generation_config is not None and model.generation_config.pad_token_id is None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id
     return model.eval(), tokenizer
@@ -216,12 +232,18 @@ def _load_config(folder: Path) -> Any:
                 f"auto_map in {folder}, unknown to transformers); use an architecture that "
                 f"transformers has, or a newer transformers"
             ) from error
+        if isinstance(kind := stated.get("model_type"), str) and kind in CONFIG_MAPPING:
+            raise ModelError(
+                f"config.json must be one that transformers can read (got "
+                f"{type(error).__name__}: {_line(error)} in {folder}); correct or download it again"
+            ) from error
         raise ModelError(
             f"config.json must name an architecture transformers has (got "
             f"{stated.get('model_type')!r} in {folder}); use another model, or a newer "
             f"transformers"
         ) from error
-    names = config.architectures or []
+    named = config.architectures
+    names = [str(name) for name in named] if isinstance(named, list | tuple) else []
     masked = bool(names) and all(name.endswith("ForMaskedLM") for name in names)
     if (
         type(config) not in AutoModelForCausalLM._model_mapping
@@ -249,6 +271,23 @@ def _refuse_pickle(folder: Path) -> None:
     raise ModelError(
         f"a model folder must hold *.safetensors (got none in {folder}); download it again"
     )
+
+
+def _check_layers(config: Any, folder: Path) -> None:
+    """Raise ModelError where config.json names more layers than there can be weights for: making
+    them takes all time there is, and then all memory."""
+    layers = getattr(config.get_text_config(), "num_hidden_layers", None)
+    if not isinstance(layers, int) or layers <= _MANY_LAYERS:
+        return
+    try:
+        tensors = sum(1 for _ in _stored_dtypes(folder))
+    except SafetensorError:  # a damaged file holds none that can be read
+        tensors = 0
+    if layers > tensors:
+        raise ModelError(
+            f"config.json must describe the weights beside it (got num_hidden_layers {layers} for "
+            f"{tensors} tensors in {folder}); correct or download it again"
+        )
 
 
 def _load_tokenizer(folder: Path) -> Any:
@@ -291,6 +330,14 @@ def _check_whole(model: Any, report: dict[str, Any], folder: Path) -> None:
         )
 
 
+def _refuse_quantized(config: Any, folder: Path) -> None:
+    if getattr(config, "quantization_config", None) is not None:
+        raise ModelError(
+            f"`quantize` needs a checkpoint that is not quantised yet (got {folder}, whose "
+            "config.json has a quantization_config); leave quantize out"
+        )
+
+
 def _refuse_integers(model: Any, folder: Path) -> None:
     """Raise ModelError where a weight is stored in integers and no quantisation says what they
     mean: transformers would cast them."""
@@ -328,7 +375,7 @@ def _check_vocabulary(model: Any, tokenizer: Any, folder: Path) -> None:
 def _read_json(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
 

@@ -311,6 +311,10 @@ class RunDirectory(RunReader):
                 raise files.unwritable(error, self / "model") from error
         self._hash_folder("model")
 
+    def save_result(self, result: Mapping[str, Any]) -> None:
+        """Write ``result.json``, the last file of a run."""
+        files.write_json(self / "result.json", result)
+
     def record(self, values: Mapping[str, Any], progress: Progress) -> None:
         """Append one line to ``metrics.jsonl``."""
         self._log.append(values)

@@ -35,13 +35,18 @@ from chainlora.runs.verification import (
 
 
 def load_run(
-    run: str | Path, *, num_links: int | None = None, dtype: str | None = None
+    run: str | Path,
+    *,
+    num_links: int | None = None,
+    dtype: str | None = None,
+    as_trained: bool = False,
 ) -> tuple[Any, Any]:
     """Load a run's base, put its chain on, and return (plain transformers model, tokenizer).
 
     The chain is the one the run selected, or the first `num_links` links; `dtype` defaults to the
-    run's own. Raises RunError when a file of the run or the base has changed, or the run was killed
-    before it had anything.
+    run's own. The links of a quantised base are merged into it as it was before; with `as_trained`
+    they are left on the quantised one, in adapter layers. Raises RunError when a file of the run or
+    the base has changed, or the run was killed before it had anything.
     """
     reader = RunReader(run)
     manifest = reader.manifest()
@@ -58,13 +63,14 @@ def load_run(
     folder = resolve_model(manifest.base.model)
     if manifest.base.files is not None:
         check_base(manifest, {"files": base_files(folder)}, reader.path)
-    model, tokenizer = load_model(folder, kind)
-    chain = Chain(model, checkpoint=folder)
+    quantize = manifest.base.quantize if as_trained else None
+    model, tokenizer = load_model(folder, kind, quantize=quantize)
+    chain = Chain(model, hold="carried" if quantize else "tied", checkpoint=folder)
     if manifest.base.files is None:  # of version 0.1
         check_base(manifest, {"fingerprint": chain.base_fingerprint}, reader.path)
     for link in links:
         chain.add(link)
-    return chain.detach(), tokenizer
+    return (model if quantize else chain.detach()), tokenizer
 
 
 def _is_whole_model(reader: RunReader, manifest: Manifest) -> bool:

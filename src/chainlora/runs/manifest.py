@@ -96,6 +96,7 @@ class Base(_Part):
     dtype: Annotated[str, Field(pattern=r"^b?float(16|32|64)$")] = "float32"
     files: dict[str, str] | None = None
     fan_in_fan_out: bool = False
+    quantize: str | None = None
 
 
 class Checkpoint(_Part):
@@ -123,7 +124,7 @@ class Records(_Part):
 class Change(_Part):
     """A config key that a resume changed by name, and from which step on."""
 
-    key: str
+    key: Annotated[str, Field(pattern=r"^(data|chain|train)\.\w+$")]
     before: Any
     after: Any
     step: Count

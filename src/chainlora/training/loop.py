@@ -22,17 +22,20 @@ from torch import Tensor
 
 from chainlora.config.schema import RunConfig
 from chainlora.errors import DivergedError, StoppedError, TrainingError
+from chainlora.training.acceptance import gain
 from chainlora.training.events import (
     GradientMeasured,
     KnotTied,
+    LinkRejected,
     Listener,
     ShareTied,
 )
-from chainlora.training.interrupts import stop_requested
 from chainlora.training.knots import Knot, Position
 from chainlora.training.optimizers import (
     carry_moments,
+    evaluated_weights,
     full_optimizer,
+    leave_average,
     load_state,
     make_optimizer,
     prune_moments,
@@ -40,7 +43,7 @@ from chainlora.training.optimizers import (
 )
 from chainlora.training.result import finish
 from chainlora.training.run import Run
-from chainlora.training.selection import evaluate_point, select_best
+from chainlora.training.selection import evaluate_point, score, select_best
 from chainlora.training.setup import prepare
 from chainlora.training.step import Work, add_gradients, steps_ahead, update
 
@@ -115,6 +118,8 @@ def _until(steps: Iterable[Work], ended: Callable[[], bool]) -> Iterator[Work]:
 
 def _begin_link(run: Run, index: int) -> torch.optim.Optimizer:
     """Extend the chain, make an optimizer, and find the state of a run that was stopped here."""
+    if run.train.accept_links == "better" and run.accepted is None:
+        run.accepted = run.last_scored or score(run, run.splits.validation)
     config = run.config.chain.links()[index]
     adapter = run.chain.extend(config, backward=_gradient_batches(run, index))
     run.engine.adapt(adapter.layers.values())
@@ -146,6 +151,8 @@ def _tie_share(run: Run, optimizer: torch.optim.Optimizer, knot: Knot) -> None:
 
 
 def _end_link(run: Run, optimizer: torch.optim.Optimizer) -> None:
+    leave_average(optimizer)
+    run.processes.check_same(run.chain.parameters(), "link")
     index, probe = len(run.chain), _probe_batch(run)
     before = _hidden(run, probe)
     if run.train.optimizer_reset == "prune":
@@ -157,12 +164,35 @@ def _end_link(run: Run, optimizer: torch.optim.Optimizer) -> None:
     run.progress.link, run.progress.soft_knots = index + 1, 0
     run.record(KnotTied(run.progress.step, index, change))
     evaluate_point(run, "knot")
-    if run.directory is not None:
+    if run.accepted is not None and not _accept(run, index):
+        _reject(run, index)
+    elif run.directory is not None:
         run.directory.save_link(link, run.config.model)
         if run.kept_moments is not None:
             run.directory.save_moments(run.kept_moments)
+    if run.directory is not None:
         run.write_manifest()
         run.directory.drop_checkpoints()
+
+
+def _accept(run: Run, index: int) -> bool:
+    """Say whether the link just tied is worth keeping, and remember what it scored."""
+    assert run.accepted is not None
+    assert run.last_scored is not None
+    found = gain(run.accepted, run.last_scored)
+    if found.is_clear:
+        run.accepted = run.last_scored
+        return True
+    run.record(LinkRejected(run.progress.step, index, found.mean, found.standard_error))
+    return False
+
+
+def _reject(run: Run, index: int) -> None:
+    """Drop the link just tied, and end the chain before it."""
+    run.chain.drop(1)
+    run.progress.link, run.progress.lengths = index, run.progress.lengths[:index]
+    run.progress.stopped = True
+    run.last_scored = run.accepted
 
 
 def _check_knot(run: Run, index: int, change: float) -> None:
@@ -206,10 +236,11 @@ def _gradient_batches(run: Run, index: int) -> Callable[[], None]:
         run.engine.adapt(adapter.layers.values())  # the forward that training will use: same bits
         training, tokens = run.chain.model.training, 0
         run.chain.model.eval()
+        parameters = list(run.chain.parameters())
         with closing(steps_ahead(run, first, last)) as steps:
             for work in steps:
-                add_gradients(run, work, list(run.chain.parameters()))
-                tokens += work.num_tokens
+                tokens += add_gradients(run, work, parameters).num_tokens
+        run.processes.sum_gradients(parameters)
         run.chain.model.train(training)
         if run.progress.step == first:  # not again where a stopped run resumes inside the link
             run.record(GradientMeasured(first, index, tokens))
@@ -223,7 +254,8 @@ def _gradient_batches(run: Run, index: int) -> Callable[[], None]:
 def _between_steps(run: Run, optimizer: torch.optim.Optimizer, *, is_last: bool) -> None:
     train, step = run.train, run.progress.step
     if train.eval_every and step % train.eval_every == 0 and not is_last:
-        evaluate_point(run, "step")
+        with evaluated_weights(optimizer):
+            evaluate_point(run, "step")
     if train.save_every and step % train.save_every == 0:
         save_checkpoint(run, optimizer)
     if not is_last:  # at a knot the state is saved anyway
@@ -232,7 +264,7 @@ def _between_steps(run: Run, optimizer: torch.optim.Optimizer, *, is_last: bool)
 
 def _stop_if_requested(run: Run, optimizer: torch.optim.Optimizer | None = None) -> None:
     """Save the state and raise StoppedError, if a signal asked for it."""
-    number = stop_requested()
+    number = run.processes.stop_requested()
     if number is None:
         return
     if optimizer is not None:
@@ -277,5 +309,6 @@ def _tune_everything(run: Run) -> None:
         for work in steps:
             update(run, work, optimizer)
             _between_steps(run, optimizer, is_last=run.progress.step == run.plan.num_steps)
+    leave_average(optimizer)
     model.requires_grad_(False)
     evaluate_point(run, "knot")

@@ -24,6 +24,7 @@ from chainlora.training.events import Event, Listener
 from chainlora.training.knots import KnotPolicy
 from chainlora.training.objectives import Objective
 from chainlora.training.plan import Plan
+from chainlora.training.processes import Processes
 
 
 class Clock:
@@ -51,6 +52,7 @@ class Run:
     engine: Engine
     tokenizer: Any
     accelerator: Accelerator
+    processes: Processes
     directory: RunDirectory | None
     progress: Progress
     base: dict[str, Any]
@@ -60,6 +62,7 @@ class Run:
     last_scored: Evaluation | None = (
         None  # of the model as it is now; None once it may have changed
     )
+    accepted: Evaluation | None = None  # of the links that are kept; `accept_links: better` alone
     kept_moments: dict[str, Tensor] | None = field(
         default=None, repr=False
     )  # ReLoRA's, over a knot

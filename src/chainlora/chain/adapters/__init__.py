@@ -29,7 +29,11 @@ from chainlora.chain.adapters.layers import (
     zero,
 )
 from chainlora.chain.adapters.peft_model import put_in, read_settings, redirect, take_off
-from chainlora.chain.adapters.targets import check_targets, target_candidates
+from chainlora.chain.adapters.targets import (
+    check_mergeable,
+    check_targets,
+    target_candidates,
+)
 
 __all__ = [
     "LIVE",
@@ -38,6 +42,7 @@ __all__ = [
     "attach",
     "base_layer",
     "carry",
+    "check_mergeable",
     "check_targets",
     "detach",
     "get_extra",
