@@ -47,6 +47,7 @@ DOCUMENTS = [
 OURS = (
     "config.md",
     "python.md",
+    "trainer.md",
     "house.md",
     "run-directory.md",
     "comparison.md",
@@ -57,7 +58,8 @@ OURS = (
 
 def blocks(text: str, language: str) -> list[str]:
     """The fenced blocks of a language, in order."""
-    return re.findall(rf"^```{language}\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+    return [body for name, body in found if name == language]
 
 
 def block_with(text: str, start: str) -> str:

