@@ -166,7 +166,7 @@ def history(adapter, config, scales):
         size = torch.rand((), generator=generator)
         for name, layer in adapter.layers.items():
             for factor in ("lora_A", "lora_B"):
-                p = getattr(layer, factor)["link"].weight
+                p = getattr(layer, factor)["default"].weight
                 if (name, factor) not in patterns:
                     rows, columns = (torch.rand(n, generator=generator) for n in p.shape)
                     patterns[name, factor] = torch.outer(rows + 0.1, columns + 0.1)
