@@ -137,7 +137,7 @@ def export_adapter(
     num_links: int | None = None,
 ) -> dict[str, Any]:
     """Write the run's chain as one PEFT adapter: exact, or compressed to `rank` or to a relative
-    error `tolerance`.
+    error `tolerance`. A `rank` above the chain's is filled up with zeros.
 
     Returns rank and error; the error is ``√(Σ‖ΔW−ΔŴ‖² / Σ‖ΔW‖²)`` over all modules.
     """
@@ -167,7 +167,7 @@ def export_adapter(
         "links": len(links),
         "rank": written,
         "error": error,
-        "exact": rank is None and tolerance is None,
+        "exact": tolerance is None and error == 0.0,
     }
 
 
