@@ -73,6 +73,7 @@ VALUES: dict[str, dict[str, Any]] = {
     "train.select_metric": {"train.select_metric": "loss"},
     "train.keep_best": {"train.keep_best": "true", "train.eval_every": "1"},
     "train.early_stop": {"train.early_stop": "1"},
+    "train.accept_links": {"train.accept_links": "better"},
     "train.save_every": {"train.save_every": "1"},
     "train.gradient_checkpointing": {"train.gradient_checkpointing": "true"},
     "train.speedups": {"train.speedups": "off"},

@@ -27,7 +27,7 @@ def config(*overrides: tuple[str, str]) -> RunConfig:
     ("key", "value", "message"),
     [
         ("chain.rank", "[8]", "unknown key `chain.rank`; did you mean 'ranks'?"),
-        ("train.learning", "1", "unknown key `train.learning`; known: batch_size, betas, "),
+        ("train.learning", "1", "unknown key `train.learning`; known: accept_links, batch_size, "),
         ("lr", "1e-3", "unknown key `lr`; did you mean 'train.lr'?"),
         ("data.8", "x", "unknown key `data.8`; known: data_seed, "),
         ("8", "x", "unknown key `8`; known: chain, data, model, output, train"),
@@ -98,7 +98,8 @@ def config(*overrides: tuple[str, str]) -> RunConfig:
         (
             "train.keep_best",
             "true",
-            "`early_stop` and `keep_best` need validation rows (got none); give data.validation",
+            "`early_stop`, `keep_best` and `accept_links` need validation rows (got none); give "
+            "data.validation",
         ),
         (
             "data.shots",
@@ -286,3 +287,12 @@ def test_a_config_is_frozen_and_needs_no_tensor_library():
         "assert not {'torch', 'transformers', 'peft'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("ranks", [[10**400], [2, 10**400], [2**31]])
+def test_a_rank_that_is_no_size_is_refused(ranks):
+    """A ratio of such ranks was an OverflowError."""
+    tree = {"model": "m", "data": {"train": "t"}}
+    chain = {"ranks": ranks, "steps": [1] * len(ranks)}
+    with pytest.raises(ConfigError, match=r"`ranks` must be below 2147483648 \(got \d+ at"):
+        make_config(tree | {"chain": chain})

@@ -18,6 +18,7 @@ from typing import Any, get_args
 import peft
 import pytest
 import torch
+import yaml
 from conftest import write_rows
 from helpers import settings
 from pydantic import BaseModel
@@ -500,3 +501,12 @@ def test_files_that_documents_name_exist():
             assert (ROOT / name).exists(), f"{document.name} names {name}"
         for name in re.findall(r"`chainlora/([\w/]+)\.py`", text):
             assert importlib.import_module("chainlora." + name.replace("/", "."))
+
+
+def test_the_tests_that_hold_each_fault_exist():
+    faults = yaml.safe_load((ROOT / "benchmarks/faults/faults.yaml").read_text())
+    for fault in faults:
+        for test in fault["tests"]:
+            file, _, name = test.partition("::")
+            text = (ROOT / "tests" / file).read_text()
+            assert f"def {name.partition('[')[0]}" in text, test

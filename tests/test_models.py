@@ -362,6 +362,14 @@ def test_truncated_weights(folder):
     fails(folder, "download it again")
 
 
+@pytest.mark.parametrize("layers", [2**31, 10**30])
+def test_more_layers_than_weights_are_refused_at_once(folder, layers):
+    """Making them took hours, and then all memory."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": layers}))
+    fails(folder, f"num_hidden_layers {layers} for 20 tensors", "download it again")
+
+
 @pytest.mark.parametrize("name", ["BertForMaskedLM", "T5ForConditionalGeneration"])
 def test_not_a_causal_language_model(folder, name):
     kind = name.partition("For")[0].lower()

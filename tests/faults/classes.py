@@ -279,7 +279,6 @@ KILLS = {
     "SIGKILL before every file operation": partial(at_every_operation, kind="kill"),
     "SIGKILL in every write": partial(at_every_operation, kind="tear"),
     "SIGKILL twice": twice_killed,
-    "Ctrl-C or SIGTERM at every file operation": interrupted,
     "power lost before every file operation": partial(at_every_operation, kind="power"),
     "disk full from every file operation on": partial(
         at_every_operation, kind="ENOSPC", lasting=True
@@ -291,4 +290,5 @@ KILLS = {
     "export killed or disk full at every file operation": of_exports,
     "two and three processes on one output": several_processes,
     "clock set back": clock_set_back,
+    "Ctrl-C or SIGTERM at every file operation": interrupted,
 }

@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import shutil
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -109,6 +110,7 @@ def wait(started: tuple[int, int]) -> End:
 def _be_born(work: Callable[[], object], injection: Injection | None, writer: int) -> None:
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background ignores it
     status, message = 0, ""
     try:
         if injection is not None:

@@ -1,10 +1,12 @@
-"""Every fault, one after another, and a table of how they ended: ``python tests/faults/soak.py``.
+"""Every fault, one after another, and tables of how they ended: ``python tests/faults/soak.py``.
 
 Cases that are done are kept in the state file; a soak that was stopped continues after them.
 
-    python tests/faults/soak.py                      all of it, about an hour on one core
+    python tests/faults/soak.py                      all of it
+    python tests/faults/soak.py --minutes 8          as much as fits, the rest another time
     python tests/faults/soak.py --sample 20          so many cases a class
-    python tests/faults/soak.py --only "bits"        classes whose names hold a text
+    python tests/faults/soak.py --only "bit"         classes whose names hold a text
+    python tests/faults/soak.py --write DIR          soak.md and soak.json of what is in the state
 """
 
 from __future__ import annotations
@@ -15,10 +17,12 @@ import os
 import random
 import sys
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
@@ -28,29 +32,43 @@ Cases = Iterable[tuple[str, Callable[[], str]]]
 
 
 def soak(
-    folder: Path, state: Path, sample: int | None, only: str, say: Callable[[str], object]
-) -> dict[str, Counter[str]]:
-    """Run the cases that are not in `state` yet; return how many of each class ended how."""
-    done = [json.loads(line) for line in state.read_text().splitlines()] if state.is_file() else []
-    known = {(each["class"], each["case"]) for each in done}
-    counts: dict[str, Counter[str]] = {}
-    for each in done:
-        counts.setdefault(each["class"], Counter())[each["end"].partition(":")[0]] += 1
+    folder: Path,
+    state: Path,
+    sample: int | None,
+    only: str,
+    say: Callable[[str], object],
+    seconds: float = float("inf"),
+) -> None:
+    """Run the cases that are not in `state` yet, and add them, until the time is over."""
+    known = {(each["class"], each["case"]) for each in read_state(state)}
+    until = time.monotonic() + seconds
     for name, cases in classes(folder, sample).items():
         if only not in name:
             continue
-        counts.setdefault(name, Counter())
+        ends: Counter[str] = Counter()
         for case, run in sampled(cases, sample):
             if (name, case) in known:
                 continue
+            if time.monotonic() > until:
+                say(f"{name}: {dict(ends)}, to be continued")
+                return
+            began = time.monotonic()
             end = run()
-            counts[name][end.partition(":")[0]] += 1
+            ends[end.partition(":")[0]] += 1
+            taken = round(time.monotonic() - began, 3)
             with state.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"class": name, "case": case, "end": end}) + "\n")
+                line = {"class": name, "case": case, "end": end, "seconds": taken}
+                file.write(json.dumps(line) + "\n")
             if end.startswith("wrong"):
                 say(f"{name}: {case}: {end}")
-        say(f"{name}: {dict(counts[name])}")
-    return counts
+        say(f"{name}: {dict(ends)}")
+    say("all done")
+
+
+def read_state(state: Path) -> list[dict[str, Any]]:
+    """Return the cases that are done; half a line of a soak that was killed is none."""
+    lines = state.read_text(encoding="utf-8").split("\n")[:-1] if state.is_file() else []
+    return [json.loads(line) for line in lines]
 
 
 def sampled(cases: Cases, sample: int | None) -> Cases:
@@ -63,11 +81,13 @@ def sampled(cases: Cases, sample: int | None) -> Cases:
 
 def classes(folder: Path, sample: int | None) -> dict[str, Cases]:
     """Return every class of faults with its cases, on a run made in `folder`."""
+    from changes import MORE
     from classes import KILLS, make_world
     from conftest import make_sentiment, make_tiny_folder
     from damage import base_flips, flips, whole_files
     from injection import Injection
     from lives import fresh, live, run
+    from verbs import flips_by_verb
 
     base = folder / "base"
     if not base.exists():
@@ -81,26 +101,150 @@ def classes(folder: Path, sample: int | None) -> dict[str, Cases]:
     live(partial(run, world.config(stopped.parent)), Injection(stopped.parent, "kill", last))
     assert middle < last
     bits = None if sample is None else max(2, sample // 8)
-    found: dict[str, Cases] = {name: make(world) for name, make in KILLS.items()}
+    found: dict[str, Cases] = {}
     for kind, path in (("a finished", finished), ("an unfinished", stopped)):
         found[f"one flipped bit in a file of {kind} run"] = flips(path, bits or 400)
+        verbs = flips_by_verb(world, path, bits or 8)
+        found[f"one flipped bit in a file of {kind} run, by verb"] = verbs
         scratch = fresh(folder / f"scratch-{kind.split()[-1]}")
         found[f"file of {kind} run cut, missing, swapped or extra"] = whole_files(path, scratch)
     found["one flipped bit in the base"] = base_flips(base, bits or 400)
-    return found
+    lives = {name: make(world) for name, make in (KILLS | MORE).items()}
+    first, *others = lives
+    return {first: lives[first]} | found | {name: lives[name] for name in others}
 
 
-def table(counts: dict[str, Counter[str]]) -> str:
-    """Return the table in Markdown."""
-    lines = [
-        f"| class | cases | {' | '.join(ENDS)} |",
-        f"|---|---:|{'---:|' * len(ENDS)}",
-    ]
-    for name, ends in counts.items():
-        lines.append(f"| {name} | {ends.total()} | {' | '.join(str(ends[e]) for e in ENDS)} |")
+# --- the tables
+
+
+def table(done: list[dict[str, Any]]) -> str:
+    """Return how each class ended, in Markdown."""
+    counts: dict[str, Counter[str]] = {}
+    for each in done:
+        counts.setdefault(each["class"], Counter())[each["end"].partition(":")[0]] += 1
     total = sum(counts.values(), Counter())
-    lines.append(f"| all | {total.total()} | {' | '.join(str(total[e]) for e in ENDS)} |")
+    lines = [
+        "| class (`--only`) | cases | ended right | ended with our error | lost or wrong |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for name, ends in [*counts.items(), ("all", total)]:
+        right, error = ends["right"] + ends["harmless"], ends["refused"] + ends["detected"]
+        lines.append(f"| {name} | {ends.total()} | {right} | {error} | {ends['wrong']} |")
     return "\n".join(lines)
+
+
+def verb_table(done: list[dict[str, Any]]) -> str:
+    """Return what each verb made of a flipped bit, for each kind of file, in Markdown."""
+    counts: dict[tuple[str, str], dict[str, Counter[str]]] = {}
+    for each in done:
+        if not each["class"].endswith(", by verb"):
+            continue
+        name, kind, _, verb = each["case"].split()
+        run = "unfinished" if "unfinished" in each["class"] else "finished"
+        row = (run, f"{_kind_of_file(name)}{'' if kind == 'text' else f', {kind}'}")
+        counts.setdefault(row, {}).setdefault(verb, Counter())[each["end"].partition(":")[0]] += 1
+    verbs = list(dict.fromkeys(verb for found in counts.values() for verb in found))
+    lines = [
+        f"| run | file | bits | {' | '.join(f'`{verb}`' for verb in verbs)} |",
+        f"|---|---|---:|{'---|' * len(verbs)}",
+    ]
+    for (run, name), found in counts.items():
+        bits = max(ends.total() for ends in found.values())
+        cells = [
+            ", ".join(f"{n} {end}" for end, n in sorted(found.get(verb, Counter()).items()))
+            for verb in verbs
+        ]
+        lines.append(f"| {run} | {name} | {bits} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def unseen(done: list[dict[str, Any]]) -> str:
+    """Return the bytes of files that no reader minds, as a list in Markdown."""
+    found: dict[str, Counter[str]] = {}
+    for each in done:
+        if each["class"].startswith("one flipped bit") and "by verb" not in each["class"]:
+            name, kind, *_ = each["case"].split()
+            where = "the base's " if each["class"].endswith("the base") else ""
+            key = f"{where}{_kind_of_file(name)}{'' if kind == 'text' else f', {kind}'}"
+            found.setdefault(key, Counter())[each["end"].partition(":")[0]] += 1
+    lines = [
+        "| file | bits | detected | repaired | harmless | wrong |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for name, ends in found.items():
+        cells = [ends.total(), ends["detected"], ends["right"], ends["harmless"], ends["wrong"]]
+        lines.append(f"| {name} | {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
+def _kind_of_file(name: str) -> str:
+    parts = ["NNN" if part[0].isdigit() else part for part in Path(name).parts]
+    if parts[-1][:2] == "NN":
+        parts[-1] = Path(name).suffix and f"NNN{Path(name).suffix}"
+    return "/".join(parts)
+
+
+def write(done: list[dict[str, Any]], folder: Path) -> None:
+    """Write soak.md, with the words of whatever is wrong, and soak.json."""
+    import platform
+    from importlib.metadata import version
+
+    names = ("torch", "transformers", "peft", "safetensors", "tokenizers")
+    versions = {"python": platform.python_version()} | {name: version(name) for name in names}
+    minutes = sum(each["seconds"] for each in done) / 60
+    wrong = [each for each in done if each["end"].startswith("wrong")]
+    operations = len({each["case"] for each in done if each["class"].startswith("SIGKILL before")})
+    text = f"""# The soak
+
+    python tests/faults/soak.py --state faults.jsonl
+    python tests/faults/soak.py --state faults.jsonl --write benchmarks/faults
+
+{len(done)} cases, {minutes:.0f} minutes ({platform.machine()}, a thread each); seeds: 0, and 1 for
+the bits by verb. The run has every feature that has state on disk (`tests/faults/lives.py`). It
+does {operations} file operations, and was killed before each of them once. `--only` and its name
+runs one class.
+
+{table(done)}
+
+*Ended right*: the result is that of a run without faults, bit for bit, after `--resume` where the
+fault ended the process. *Ended with our error*: one line that says what is wrong, and once that is
+repaired, the result is right.
+
+## One flipped bit, by verb
+
+*Detected*: an error. *Right*: the resume went back to the last knot and ended with the right files.
+*Harmless*: the answer is as before, since the verb does not read the byte or reads the same from
+it.
+
+{verb_table(done)}
+
+Bytes that do not matter to any verb: `result.json`, which people read and a `--resume` of the
+finished run writes anew, and `.lock`, which is empty. Every other byte is detected or repaired by
+each verb that reads its file: `--resume` and `inspect` read all of them, `eval` leaves out records,
+moments, checkpoints and a best point that is not selected yet, `export` also `config.yaml`.
+
+## One flipped bit, more of them
+
+By `inspect` and loading all links; of the base, by its identity, which every verb checks.
+
+{unseen(done)}
+
+Harmless are, in the base's two configs, white space and keys that decide nothing that is computed
+(`transformers_version`, `dtype`, …).
+
+{", ".join(f"{name} {number}" for name, number in versions.items())}.
+"""
+    if wrong:
+        text += "\n## Wrong\n\n" + "".join(
+            f"- {each['class']}: {each['case']}: {each['end'][:300]}\n" for each in wrong
+        )
+    (folder / "soak.md").write_text(text, encoding="utf-8")
+    counts: dict[str, Counter[str]] = {}
+    for each in done:
+        counts.setdefault(each["class"], Counter())[each["end"].partition(":")[0]] += 1
+    summary = {"versions": versions, "operations": operations, "minutes": round(minutes, 1)}
+    told = summary | {"classes": counts, "wrong": wrong}
+    (folder / "soak.json").write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
 
 
 def main() -> int:
@@ -111,8 +255,13 @@ def main() -> int:
     )
     parser.add_argument("--sample", type=int, default=None, help="cases a class; default: all")
     parser.add_argument("--only", default="", help="classes whose names hold this text")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after so many")
     parser.add_argument("--folder", type=Path, default=None, help="to work in; default: in memory")
+    parser.add_argument("--write", type=Path, default=None, help="folder for soak.md and soak.json")
     options = parser.parse_args()
+    if options.write is not None:
+        write(read_state(options.state), options.write)
+        return 0
     memory = Path("/dev/shm")  # what is flushed there costs nothing
     parent = options.folder or (memory if memory.is_dir() else None)
     with tempfile.TemporaryDirectory(prefix="faults-", dir=parent) as name:
@@ -120,15 +269,17 @@ def main() -> int:
         os.environ["CHAINLORA_CACHE"] = str(folder / "cache")
         os.environ["HF_HUB_OFFLINE"] = "1"
         os.environ.setdefault("OMP_NUM_THREADS", "1")
-        counts = soak(
+        soak(
             folder,
             options.state,
             options.sample,
             options.only,
             lambda text: print(text, file=sys.stderr, flush=True),
+            options.minutes * 60,
         )
-    print(table(counts))
-    return 1 if any(ends["wrong"] for ends in counts.values()) else 0
+    done = read_state(options.state)
+    print(table(done))
+    return 1 if any(each["end"].startswith("wrong") for each in done) else 0
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ import click
 from chainlora import __version__
 from chainlora.cli.common import file_and_overrides, quiet
 from chainlora.cli.convert import convert_config
+from chainlora.cli.doctor import doctor
 from chainlora.cli.experiments import compare, experiment
 from chainlora.cli.generate import chat, generate
 from chainlora.cli.runs import check_run_or_model, explain_gguf, is_run, need_run
@@ -414,3 +415,4 @@ cli.add_command(convert_config)
 cli.add_command(chat)
 cli.add_command(experiment)
 cli.add_command(compare)
+cli.add_command(doctor)

@@ -32,7 +32,8 @@ def check_run_or_model(run_or_model: str, links: int | None) -> None:
         need_run(run_or_model)
     elif links is not None and not is_run(run_or_model):
         raise RunError(
-            f"--links needs a run directory (got {run_or_model}, which is none); leave --links out"
+            f"--links needs a run directory (got {run_or_model}, which is not one); leave --links "
+            "out"
         )
 
 

@@ -70,6 +70,7 @@ def _takes(field: Any, kind: type) -> bool:
     return not is_tuple and kind in get_args(field.annotation)
 
 
+_LARGEST = 2**31  # of what sizes a tensor; much larger numbers are no floats
 _Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -94,7 +95,7 @@ class LinkConfig(LinkShape):
     alpha / rank``, or ``alpha / √rank`` with `rslora`.
     """
 
-    rank: int = Field(8, ge=1)
+    rank: int = Field(8, ge=1, lt=_LARGEST)
     alpha: float = Field(16.0, gt=0)
 
     @property
@@ -204,6 +205,10 @@ class ChainConfig(LinkShape):
             if rank < 1:
                 raise ValueError(
                     f"`ranks` must be positive integers (got {rank} at position {position})"
+                )
+            if rank >= _LARGEST:
+                raise ValueError(
+                    f"`ranks` must be below {_LARGEST} (got {rank!s:.40} at position {position})"
                 )
         return ranks
 
@@ -357,6 +362,11 @@ class TrainConfig(_Frozen):
     )
     keep_best: bool = False
     early_stop: int | None = Field(None, ge=1, description="evaluations without improvement")
+    accept_links: Literal["all", "better"] = Field(
+        "all",
+        description="better: a link that does not lower the loss of validation rows by more than "
+        "its standard error is dropped, and the chain ends",
+    )
     save_every: int | None = Field(
         100, ge=1, description="steps between checkpoints; None: at knots only"
     )
@@ -373,12 +383,22 @@ class TrainConfig(_Frozen):
     def _check(self) -> TrainConfig:
         if self.optimizer_reset == "prune" and self.prune_fraction == 0:
             raise ValueError("`optimizer_reset: prune` needs prune_fraction above 0 (got 0)")
-        if not self.eval_at_knots and (self.keep_best or self.early_stop):
+        if self.compares and not self.eval_at_knots:
             raise ValueError(
-                "`keep_best` and `early_stop` compare the knots (got eval_at_knots: false); "
-                "leave it true"
+                "`keep_best`, `early_stop` and `accept_links` compare the knots (got "
+                "eval_at_knots: false); leave it true"
+            )
+        if self.keep_best and self.accept_links == "better":
+            raise ValueError(
+                "`keep_best` and `accept_links: better` both choose what is kept (got both); leave "
+                "one out"
             )
         return self
+
+    @property
+    def compares(self) -> bool:
+        """Say whether the run decides by validation rows."""
+        return self.keep_best or self.early_stop is not None or self.accept_links == "better"
 
 
 class RunConfig(_Frozen):
@@ -415,9 +435,15 @@ class RunConfig(_Frozen):
                 "model (got "
                 "keep_best: true); leave it out, or use early_stop"
             )
-        sampled = self.data.task is not None and self.data.train is None
-        if (train.early_stop or train.keep_best) and not (self.data.validation or sampled):
+        if chain.tune == "full" and train.accept_links == "better":
             raise ValueError(
-                "`early_stop` and `keep_best` need validation rows (got none); give data.validation"
+                "`accept_links: better` drops links, of which `tune: full` has none (got both); "
+                "leave it out, or use early_stop"
+            )
+        sampled = self.data.task is not None and self.data.train is None
+        if train.compares and not (self.data.validation or sampled):
+            raise ValueError(
+                "`early_stop`, `keep_best` and `accept_links` need validation rows (got none); "
+                "give data.validation"
             )
         return self

@@ -30,6 +30,7 @@ from chainlora.evaluation.metrics import (
     check_metrics,
     perplexity,
 )
+from chainlora.files import make_folder, write_text
 from chainlora.models.text_config import causal_model
 
 __all__ = ["Evaluation", "evaluate", "write_predictions"]
@@ -106,7 +107,10 @@ def evaluate(
         )
     if scored is None:
         return found
-    merged = [old | new for old, new in zip(scored.predictions, found.predictions, strict=True)]
+    merged = [
+        new | {"scores": old["scores"]}
+        for old, new in zip(scored.predictions, found.predictions, strict=True)
+    ]
     return Evaluation(found.metrics | scored.metrics, found.num_rows, merged)
 
 
@@ -123,11 +127,11 @@ def write_predictions(path: str | FilePath, evaluation: Evaluation) -> None:
     """Write one JSON object a line and row: `row`, `label`, `prediction`, `scores` (and
     `references`)."""
     target = FilePath(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(target.parent)
     lines = [
         json.dumps(prediction, ensure_ascii=False) + "\n" for prediction in evaluation.predictions
     ]
-    target.write_text("".join(lines), encoding="utf-8")
+    write_text(target, "".join(lines))
 
 
 # --- the three kinds of rows ---

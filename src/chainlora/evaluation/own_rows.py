@@ -14,6 +14,7 @@ from chainlora.errors import ConfigError, RunError
 from chainlora.evaluation.evaluate import evaluate, write_predictions
 from chainlora.evaluation.metrics import INDEX_METRICS, majority_rate
 from chainlora.evaluation.scoring import evaluate_task
+from chainlora.files import check_writable
 from chainlora.models.loading import context_length
 from chainlora.runs.opening import load_run_or_model
 from chainlora.runs.reading import RunReader
@@ -54,6 +55,8 @@ def evaluate_rows(
             speedups=speedups,
             progress=progress,
         )
+    if predictions is not None:
+        check_writable(Path(predictions).parent)  # before the work
     _check_split(own, split, data, run_or_model)
     if own.task is None or own.train is not None:
         own = own.model_copy(update=_changes(own, split, data, limit))

@@ -13,6 +13,7 @@ from chainlora.data.tasks import Task
 from chainlora.engine.engine import Engine, Speedups
 from chainlora.evaluation.evaluate import evaluate, write_predictions
 from chainlora.evaluation.metrics import INDEX_METRICS, majority_rate
+from chainlora.files import check_writable
 from chainlora.models.loading import context_length, load_model
 from chainlora.runs.export import load_run
 from chainlora.runs.reading import RunReader
@@ -39,6 +40,8 @@ def evaluate_task(
     `predictions` names a file for one JSON line a row. ``speedups="off"`` runs plain transformers:
     no packing, no faster forwards, one thread.
     """
+    if predictions is not None:
+        check_writable(Path(predictions).parent)  # before the work
     path_of_run = Path(run_or_model)
     run = RunReader(path_of_run) if (path_of_run / "chain.json").is_file() else None
     rows = task_split_source(task, data, split, limit)

@@ -19,11 +19,11 @@ from chainlora.experiments.design.expansion import expand
 from chainlora.experiments.design.loading import load_experiment
 from chainlora.experiments.design.schema import Experiment
 from chainlora.experiments.execution.executors import Executor, executor
-from chainlora.experiments.execution.records import write_atomically
 from chainlora.experiments.execution.session import Listener, Session
 from chainlora.experiments.execution.store import Store, results_by_id
 from chainlora.experiments.execution.worker_pool import Workers
 from chainlora.experiments.plan import run_notes
+from chainlora.files import check_writable, make_folder, write_text
 
 
 @dataclass(frozen=True)
@@ -119,11 +119,12 @@ def run_cells(
     """Run an experiment as `run_experiment` does, but return failures instead of raising them."""
     execute = executor(backend, workers)
     expand(experiment)  # refuses what cannot work before anything runs
+    check_writable(out)
     store = Store(out, results_by_id(reuse), experiment.curve_points)
     session = Session(experiment, store, listener or (lambda record: None))
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     store.adopt_results()
-    write_atomically(
+    write_text(
         out / "experiment.yaml", yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False)
     )
     try:

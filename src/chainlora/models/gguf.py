@@ -23,11 +23,19 @@ from typing import Any
 import torch
 import transformers
 from filelock import FileLock
+from safetensors import SafetensorError
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from chainlora.errors import ModelError
-from chainlora.files import is_scratch, make_folder, remove, replaced_folder, reported
+from chainlora.files import (
+    is_scratch,
+    make_folder,
+    remove,
+    replaced_folder,
+    reported,
+    unwritable,
+)
 from chainlora.models.hashing import cache_dir, hash_file
 
 logger = logging.getLogger(__name__)
@@ -98,6 +106,7 @@ def _convert(file: Path, folder: Path, digest: str) -> None:
             f"a GGUF model must be one file (got part of {metadata['split.count']}: {file}); "
             f"join the parts with llama-gguf-split --merge"
         )
+    _check_blocks(file, metadata)
     tokenizer = _tokenizer(file, metadata)
     logger.info("converting %s once to %s", file, folder.parent)
     try:
@@ -120,8 +129,11 @@ def _convert(file: Path, folder: Path, digest: str) -> None:
         )  # the weights are float32 now, and saving refuses otherwise
     model.hf_quantizer = None
     model.config._name_or_path = ""
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    try:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    except SafetensorError as error:  # how it reports a full disk
+        raise unwritable(error, folder) from error
     source = {
         "file": file.name,
         "size": file.stat().st_size,
@@ -130,6 +142,19 @@ def _convert(file: Path, folder: Path, digest: str) -> None:
         "transformers": transformers.__version__,
     }
     (folder / "source.json").write_text(json.dumps(source, indent=2) + "\n")
+
+
+def _check_blocks(file: Path, metadata: dict[str, Any]) -> None:
+    """Raise ModelError where a file names more blocks than it has tensors: making them takes all
+    time there is, and then all memory."""
+    with open(file, "rb") as stream:
+        (tensors,) = struct.unpack_from("<Q", stream.read(16), 8)
+    blocks = metadata.get(f"{metadata.get('general.architecture')}.block_count")
+    if isinstance(blocks, int) and blocks > tensors:
+        raise ModelError(
+            f"a GGUF file must hold the tensors of its blocks (got {blocks} blocks and {tensors} "
+            f"tensors in {file}); download it again"
+        )
 
 
 def _tokenizer(file: Path, metadata: dict[str, Any]) -> Any:

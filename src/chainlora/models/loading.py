@@ -22,8 +22,8 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
 )
-from safetensors import safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from safetensors import SafetensorError, safe_open
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from chainlora.errors import ModelError
 from chainlora.models.gguf import converted_folder
@@ -37,6 +37,7 @@ logger = logging.getLogger(__name__)
 _WANTED = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken"]
 _UNWANTED = ["*/*", "consolidated*", "original*"]  # the same weights again, in other layouts
 _INTEGERS = ("BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64")
+_MANY_LAYERS = 1000  # more than any model has; so many are made in seconds
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -54,6 +55,7 @@ def load_model(spec: str | Path, dtype: torch.dtype) -> tuple[Any, Any]:
     folder = resolve_model(spec)
     config = _load_config(folder)
     _refuse_pickle(folder)
+    _check_layers(config, folder)
     tokenizer = _load_tokenizer(folder)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -199,12 +201,18 @@ def _load_config(folder: Path) -> Any:
                 f"auto_map in {folder}, unknown to transformers); use an architecture that "
                 f"transformers has, or a newer transformers"
             ) from error
+        if isinstance(kind := stated.get("model_type"), str) and kind in CONFIG_MAPPING:
+            raise ModelError(
+                f"config.json must be one that transformers can read (got "
+                f"{type(error).__name__}: {_line(error)} in {folder}); correct or download it again"
+            ) from error
         raise ModelError(
             f"config.json must name an architecture transformers has (got "
             f"{stated.get('model_type')!r} in {folder}); use another model, or a newer "
             f"transformers"
         ) from error
-    names = config.architectures or []
+    named = config.architectures
+    names = [str(name) for name in named] if isinstance(named, list | tuple) else []
     masked = bool(names) and all(name.endswith("ForMaskedLM") for name in names)
     if (
         type(config) not in AutoModelForCausalLM._model_mapping
@@ -232,6 +240,23 @@ def _refuse_pickle(folder: Path) -> None:
     raise ModelError(
         f"a model folder must hold *.safetensors (got none in {folder}); download it again"
     )
+
+
+def _check_layers(config: Any, folder: Path) -> None:
+    """Raise ModelError where config.json names more layers than there can be weights for: making
+    them takes all time there is, and then all memory."""
+    layers = getattr(config.get_text_config(), "num_hidden_layers", None)
+    if not isinstance(layers, int) or layers <= _MANY_LAYERS:
+        return
+    try:
+        tensors = sum(1 for _ in _stored_dtypes(folder))
+    except SafetensorError:  # a damaged file holds none that can be read
+        tensors = 0
+    if layers > tensors:
+        raise ModelError(
+            f"config.json must describe the weights beside it (got num_hidden_layers {layers} for "
+            f"{tensors} tensors in {folder}); correct or download it again"
+        )
 
 
 def _load_tokenizer(folder: Path) -> Any:
@@ -311,7 +336,7 @@ def _check_vocabulary(model: Any, tokenizer: Any, folder: Path) -> None:
 def _read_json(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
 

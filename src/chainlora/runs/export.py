@@ -32,6 +32,8 @@ from chainlora.runs.verification import (
     stores_transposed,
 )
 
+_WIDEST = 2**14  # far beyond what servers take, and still small
+
 
 def load_run(
     run: str | Path, *, num_links: int | None = None, dtype: str | None = None
@@ -176,6 +178,8 @@ def _check_compression(rank: int | None, tolerance: float | None) -> None:
         raise ChainError("give --rank or --tolerance, not both (got both)")
     if rank is not None and rank < 1:
         raise ChainError(f"--rank must be at least 1 (got {rank})")
+    if rank is not None and rank > _WIDEST:
+        raise ChainError(f"--rank must be at most {_WIDEST} (got {rank!s:.40}); lower it")
     if tolerance is not None and not 0 < tolerance < 1:
         raise ChainError(f"--tolerance is a relative error between 0 and 1 (got {tolerance})")
 

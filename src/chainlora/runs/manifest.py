@@ -123,7 +123,7 @@ class Records(_Part):
 class Change(_Part):
     """A config key that a resume changed by name, and from which step on."""
 
-    key: str
+    key: Annotated[str, Field(pattern=r"^(data|chain|train)\.\w+$")]
     before: Any
     after: Any
     step: Count

@@ -105,6 +105,17 @@ class KnotTied(Event):
 
 
 @dataclass(frozen=True, eq=False)
+class LinkRejected(Event):
+    """A link was dropped: it did not lower the loss of validation rows by more than chance."""
+
+    name = "rejected"
+    step: int
+    link: int
+    gain: float  # nats a row
+    standard_error: float
+
+
+@dataclass(frozen=True, eq=False)
 class Evaluated(Event):
     """The validation rows were scored; each metric is a key of the record."""
 

@@ -22,9 +22,11 @@ from torch import Tensor
 
 from chainlora.config.schema import RunConfig
 from chainlora.errors import DivergedError, StoppedError, TrainingError
+from chainlora.training.acceptance import gain
 from chainlora.training.events import (
     GradientMeasured,
     KnotTied,
+    LinkRejected,
     Listener,
     ShareTied,
 )
@@ -40,7 +42,7 @@ from chainlora.training.optimizers import (
 )
 from chainlora.training.result import finish
 from chainlora.training.run import Run
-from chainlora.training.selection import evaluate_point, select_best
+from chainlora.training.selection import evaluate_point, score, select_best
 from chainlora.training.setup import prepare
 from chainlora.training.step import Work, add_gradients, steps_ahead, update
 
@@ -115,6 +117,8 @@ def _until(steps: Iterable[Work], ended: Callable[[], bool]) -> Iterator[Work]:
 
 def _begin_link(run: Run, index: int) -> torch.optim.Optimizer:
     """Extend the chain, make an optimizer, and find the state of a run that was stopped here."""
+    if run.train.accept_links == "better" and run.accepted is None:
+        run.accepted = run.last_scored or score(run, run.splits.validation)
     config = run.config.chain.links()[index]
     adapter = run.chain.extend(config, backward=_gradient_batches(run, index))
     run.engine.adapt(adapter.layers.values())
@@ -157,12 +161,35 @@ def _end_link(run: Run, optimizer: torch.optim.Optimizer) -> None:
     run.progress.link, run.progress.soft_knots = index + 1, 0
     run.record(KnotTied(run.progress.step, index, change))
     evaluate_point(run, "knot")
-    if run.directory is not None:
+    if run.accepted is not None and not _accept(run, index):
+        _reject(run, index)
+    elif run.directory is not None:
         run.directory.save_link(link, run.config.model)
         if run.kept_moments is not None:
             run.directory.save_moments(run.kept_moments)
+    if run.directory is not None:
         run.write_manifest()
         run.directory.drop_checkpoints()
+
+
+def _accept(run: Run, index: int) -> bool:
+    """Say whether the link just tied is worth keeping, and remember what it scored."""
+    assert run.accepted is not None
+    assert run.last_scored is not None
+    found = gain(run.accepted, run.last_scored)
+    if found.is_clear:
+        run.accepted = run.last_scored
+        return True
+    run.record(LinkRejected(run.progress.step, index, found.mean, found.standard_error))
+    return False
+
+
+def _reject(run: Run, index: int) -> None:
+    """Drop the link just tied, and end the chain before it."""
+    run.chain.drop(1)
+    run.progress.link, run.progress.lengths = index, run.progress.lengths[:index]
+    run.progress.stopped = True
+    run.last_scored = run.accepted
 
 
 def _check_knot(run: Run, index: int, change: float) -> None:

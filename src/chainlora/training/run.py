@@ -60,6 +60,7 @@ class Run:
     last_scored: Evaluation | None = (
         None  # of the model as it is now; None once it may have changed
     )
+    accepted: Evaluation | None = None  # of the links that are kept; `accept_links: better` alone
     kept_moments: dict[str, Tensor] | None = field(
         default=None, repr=False
     )  # ReLoRA's, over a knot

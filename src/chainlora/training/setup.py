@@ -143,9 +143,15 @@ def check(config: RunConfig, model: nn.Module, splits: Splits) -> None:
         raise ConfigError(
             f"`select_metric` must be one of {', '.join(reported)} here (got {metric!r})"
         )
-    if (config.train.keep_best or config.train.early_stop) and not splits.validation:
+    if config.train.compares and not splits.validation:
         raise ConfigError(
-            "`keep_best` and `early_stop` need validation rows (got none); give data.validation"
+            "`early_stop`, `keep_best` and `accept_links` need validation rows (got none); give "
+            "data.validation"
+        )
+    if config.train.accept_links == "better" and "loss" not in reported:
+        raise ConfigError(
+            "`accept_links: better` compares losses (got a task that is judged by "
+            f"{', '.join(reported)} alone); add loss to its metrics, or use early_stop"
         )
 
 

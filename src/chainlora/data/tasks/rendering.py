@@ -98,8 +98,9 @@ def evaluate_expression(source: str, context: Mapping[str, Any]) -> Any:
     """
     with budget():
         value = _expression(source)(context)
-    if isinstance(value, jinja2.Undefined):
-        str(value)  # StrictUndefined raises, with a message that names what is missing
+    for part in value if isinstance(value, list | tuple) else (value,):
+        if isinstance(part, jinja2.Undefined):
+            str(part)  # StrictUndefined raises, with a message that names what is missing
     return value
 
 
@@ -208,7 +209,7 @@ def _row_candidates(
         label = next((names.index(item) for item in right if item in names), None)
     else:
         item = names.index(value) if isinstance(value, str) and value in names else None
-        place_of = int(value) if str(value).isdecimal() and int(value) < len(names) else None
+        place_of = int(value) if _is_below(value, len(names)) else None
         if item is not None and place_of is not None and item != place_of:
             raise DataError(
                 f"label must mean one candidate (got {value!r} of {list(names)!r:.60} at "
@@ -224,3 +225,9 @@ def _row_candidates(
             f"candidates of task {task.name!r} at {place}); correct the row or the task file"
         )
     return texts, names, label, right
+
+
+def _is_below(value: Any, limit: int) -> bool:
+    """Say whether a value reads as a number from 0 to below a limit of a few digits."""
+    text = str(value)
+    return text.isdecimal() and len(text) <= len(str(limit)) and int(text) < limit

@@ -26,7 +26,7 @@ _EXPRESSIONS = ("label", "candidates", "references")
 
 
 class _Frozen(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class HubSource(_Frozen):

@@ -33,10 +33,11 @@ def load_experiment(path: str | Path, overrides: Sequence[tuple[str, str]] = ())
     for key, value in overrides:
         set_key(tree, key, value)
     for key, before in own.items():
-        if isinstance(tree.get(key), list) and isinstance(before, Mapping):
-            tree[key] = {name: before.get(name) for name in tree[key]}
+        names = tree.get(key)
+        if isinstance(before, Mapping) and isinstance(names, list) and _are_names(names):
+            tree[key] = {name: before.get(name) for name in names}
     given = {key for key, _ in overrides}
-    if "methods" in given:
+    if "methods" in given and _are_names(tree["methods"]):
         _keep_what_is_left(tree, given)
     return make_experiment(tree)
 
@@ -64,15 +65,20 @@ def _read(path: Path) -> dict[str, Any]:
     return tree
 
 
+def _are_names(values: Any) -> bool:
+    """Say whether these are names, and not something that is refused later."""
+    return isinstance(values, list | dict) and all(isinstance(each, str | int) for each in values)
+
+
 def _keep_what_is_left(tree: dict[str, Any], given: set[str]) -> None:
     """Leave out comparisons, primary one and gap that name methods not asked for."""
     names, pairs = set(tree["methods"] or ()), tree.get("comparisons")
     for key in ("primary", "gap"):
-        if key not in given and isinstance(tree.get(key), list) and not set(tree[key]) <= names:
+        if key not in given and _are_names(tree.get(key)) and not set(tree[key]) <= names:
             del tree[key]
     if "comparisons" in given or not isinstance(pairs, list) or not pairs:
         return
-    kept = [pair for pair in pairs if not isinstance(pair, list) or set(pair) <= names]
+    kept = [pair for pair in pairs if not _are_names(pair) or set(pair) <= names]
     if not kept:
         raise ConfigError(
             "`methods` must keep a pair that the file compares "

@@ -15,7 +15,14 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from chainlora.errors import ConfigError, nearest
 from chainlora.experiments.methods import load_method, merge_trees
@@ -25,7 +32,7 @@ Figure = Literal["scores", "differences", "curves", "chain_length", "rank_step_d
 
 
 class _Frozen(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Tuning(_Frozen):
@@ -105,12 +112,18 @@ class Experiment(_Frozen):
 
     @field_validator("tasks", "methods", mode="before")
     @classmethod
-    def _names(cls, value: Any) -> Any:
+    def _names(cls, value: Any, info: ValidationInfo) -> Any:
         if isinstance(value, list | tuple):
-            value = dict.fromkeys(value)
-        if isinstance(value, Mapping):
-            return {str(name): dict(keys or {}) for name, keys in value.items()}
-        return value
+            return {str(name): {} for name in value}
+        if not isinstance(value, Mapping):
+            return value
+        for name, keys in value.items():
+            if not isinstance(keys, Mapping | None):
+                raise ValueError(
+                    f"`{info.field_name}.{name}` must be a section of keys (got {keys!r:.60}); "
+                    "leave it empty, or give some"
+                )
+        return {str(name): dict(keys or {}) for name, keys in value.items()}
 
     @model_validator(mode="after")
     def _check(self) -> Experiment:
@@ -175,7 +188,11 @@ class Experiment(_Frozen):
 
 
 def check_keys(where: str, tree: Mapping[str, Any]) -> None:
-    """Raise ConfigError for a key that is no section of a config."""
-    for key in tree:
+    """Raise ConfigError for a key that is no section of a config, or holds no keys itself."""
+    for key, value in tree.items():
         if key not in TREE_KEYS:
-            raise ConfigError(f"unknown key `{where}.{key}`{nearest(key, TREE_KEYS)}")
+            raise ConfigError(f"unknown key `{where}.{key}`{nearest(str(key), TREE_KEYS)}")
+        if key != "model" and not isinstance(value, Mapping | None):
+            raise ConfigError(
+                f"`{where}.{key}` must be a section of keys (got {value!r:.60}); give some"
+            )

@@ -20,8 +20,8 @@ from typing import Any
 from chainlora.config.loading import load_config
 from chainlora.config.schema import RunConfig
 from chainlora.errors import ChainLoRAError, DivergedError
-from chainlora.experiments.execution.records import write_atomically
 from chainlora.experiments.execution.rows import Rows, row_scores, write_rows
+from chainlora.files import make_folder, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ def work_on(directory: Path) -> int:
             if not expected:
                 logger.exception("cell %s", directory.name)
             kind = "" if expected else f"unexpected {type(error).__name__}: "
-            write_atomically(directory / ERROR, kind + " ".join(str(error).split())[:2000] + "\n")
+            write_text(directory / ERROR, kind + " ".join(str(error).split())[:2000] + "\n")
             return 1
     return 0
 
@@ -60,8 +60,8 @@ def run_cell(directory: Path) -> dict[str, Any]:
 
 def write_result(directory: Path, result: Mapping[str, Any]) -> None:
     """Write a cell's result: from now on the cell is done."""
-    directory.mkdir(parents=True, exist_ok=True)
-    write_atomically(directory / RESULT, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    make_folder(directory)
+    write_text(directory / RESULT, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
 
 
 def compute(
@@ -107,8 +107,9 @@ def _status_writer(path: Path) -> Listener:
         if time.monotonic() - written > _STATUS_SECONDS:
             written = time.monotonic()
             scratch = path.with_suffix(".new")
-            scratch.write_text(json.dumps(state), encoding="utf-8")
-            scratch.replace(path)
+            with contextlib.suppress(OSError):  # nobody waits for it
+                scratch.write_text(json.dumps(state), encoding="utf-8")
+                scratch.replace(path)
 
     return listen
 

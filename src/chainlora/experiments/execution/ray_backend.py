@@ -18,8 +18,8 @@ from chainlora.config.loading import make_config
 from chainlora.errors import ConfigError
 from chainlora.experiments.design.expansion import Cell
 from chainlora.experiments.execution.cells import CONFIG, ERROR, compute, write_result
-from chainlora.experiments.execution.records import write_atomically
 from chainlora.experiments.execution.rows import Rows, write_rows
+from chainlora.files import write_text
 
 
 def compute_remotely(config: str) -> tuple[dict[str, Any], Rows]:
@@ -73,7 +73,7 @@ def _collect(ray: Any, reference: Any, directory: Path) -> str | None:
         result, rows = ray.get(reference)
     except Exception as error:  # whatever a cell raises fails that cell alone
         message = " ".join(str(getattr(error, "cause", None) or error).split())[:2000]
-        write_atomically(directory / ERROR, message + "\n")
+        write_text(directory / ERROR, message + "\n")
         return message
     write_rows(directory, rows)
     write_result(directory, result)

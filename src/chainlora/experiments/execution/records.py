@@ -24,13 +24,13 @@ A cell line is a cell's labels and its ``result.json``:
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from chainlora.experiments.design.expansion import Cell
 from chainlora.experiments.design.schema import Experiment
+from chainlora.files import write_text
 
 FORMAT = 2
 LABELS = ("kind", "cell", "phase", "task", "method", "seed", "point")
@@ -81,14 +81,4 @@ def write_results(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
     text = "".join(
         json.dumps(line, ensure_ascii=False, separators=(",", ":")) + "\n" for line in lines
     )
-    write_atomically(path, text)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a text file so that a kill at any instant leaves the old one or the new one."""
-    scratch = path.with_name(f"{path.name}.{os.getpid()}.new")
-    with scratch.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    scratch.replace(path)
+    write_text(path, text)

@@ -15,6 +15,7 @@ import numpy as np
 from safetensors.numpy import load_file, save
 
 from chainlora.evaluation.metrics import TEXT_METRICS
+from chainlora.files import write_bytes
 
 FILE = "rows.safetensors"
 Rows = dict[str, np.ndarray]
@@ -55,9 +56,7 @@ def write_rows(directory: Path, rows: Rows) -> None:
     """Write what each row scored, atomically; nothing for no rows."""
     if not rows:
         return
-    scratch = directory / f"{FILE}.new"
-    scratch.write_bytes(save(rows))
-    scratch.replace(directory / FILE)
+    write_bytes(directory / FILE, save(rows))
 
 
 def read_rows(directory: Path) -> Rows:

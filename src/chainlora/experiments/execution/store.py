@@ -28,7 +28,7 @@ from chainlora.experiments.execution.cells import (
     write_result,
 )
 from chainlora.experiments.execution.curves import with_curve
-from chainlora.experiments.execution.records import result_of, write_atomically
+from chainlora.experiments.execution.records import result_of
 from chainlora.experiments.execution.results import (
     FILE,
     DamageError,
@@ -37,6 +37,7 @@ from chainlora.experiments.execution.results import (
     read_results,
     read_whole_cells,
 )
+from chainlora.files import make_folder, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -83,9 +84,9 @@ class Store:
     def prepare(self, cell: Cell) -> Path:
         """Write the cell's config into its folder and return the folder."""
         directory = self.directory(cell)
-        directory.mkdir(parents=True, exist_ok=True)
+        make_folder(directory)
         config = _as_started(with_curve(cell.config, self._curve_points), directory)
-        write_atomically(directory / CONFIG, dump_config(config))
+        write_text(directory / CONFIG, dump_config(config))
         (directory / ERROR).unlink(missing_ok=True)
         return directory
 

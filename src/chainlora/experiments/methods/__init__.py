@@ -51,7 +51,7 @@ def list_methods() -> list[str]:
 def load_method(name: str) -> Method:
     """Read a shipped method. Raises ConfigError for an unknown name (nearest named)."""
     if name not in list_methods():
-        raise ConfigError(f"unknown method {name!r}{nearest(name, list_methods())}")
+        raise ConfigError(f"unknown method {name!r}{nearest(str(name), list_methods())}")
     tree = parse_yaml((files(__package__) / f"{name}.yaml").read_text(encoding="utf-8"))
     keys = {section: tree[section] for section in _SECTIONS if section in tree}
     return Method(name, tree["description"], tree["source"], keys)

@@ -9,12 +9,14 @@ over two links.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from chainlora.config.messages import problems
 from chainlora.errors import ConfigError
+
+_Rank = Annotated[int, Field(ge=1, lt=2**31)]
 
 
 class Recipe(BaseModel):
@@ -25,17 +27,17 @@ class Recipe(BaseModel):
     leaves `chain.alpha` alone.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    rank: int = Field(default=8, ge=1)
+    rank: _Rank = 8
     epochs: float | None = Field(default=None, gt=0, description="of the whole chain")
-    steps: int | None = Field(default=None, ge=1, description="of the whole chain")
+    steps: int | None = Field(default=None, ge=1, lt=2**63, description="of the whole chain")
     scaling: float | None = Field(default=None, gt=0)
-    links: int = Field(default=1, ge=0, description="0 trains nothing")
+    links: int = Field(default=1, ge=0, le=10_000, description="0 trains nothing")
     rank_times: int = Field(
-        default=1, ge=1, description="ranks are multiplied by it, their scaling unchanged"
+        default=1, ge=1, lt=2**31, description="ranks are multiplied by it, their scaling unchanged"
     )
-    ranks: tuple[int, ...] | None = Field(
+    ranks: tuple[_Rank, ...] | None = Field(
         default=None, description="rank of each link, instead of links · rank"
     )
     shares: tuple[float, ...] | None = Field(

@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from chainlora.experiments.execution.records import write_atomically
 from chainlora.experiments.execution.results import Results, check_alike, read_results
 from chainlora.experiments.report.comparisons import Comparison, compare_all, compare_losses
 from chainlora.experiments.report.gap import gap_ends, shares
@@ -25,6 +24,7 @@ from chainlora.experiments.report.report_tables import (
 from chainlora.experiments.report.sections import figure_links, introduction, methods, verdicts
 from chainlora.experiments.report.summaries import Summary, summarise_all
 from chainlora.experiments.report.tables import Table, to_csv
+from chainlora.files import make_folder, write_text
 
 _IN_LATEX = ("scores", "differences", "losses", "gap", "costs")
 
@@ -58,7 +58,7 @@ def report_experiment(
     folder = Path(out) if out is not None else (path if path.is_dir() else path.parent)
     summaries, comparisons, losses = summarise_all(found), compare_all(found), compare_losses(found)
     tables = _tables(found, summaries, comparisons, losses)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     drawn = _draw(found, summaries, comparisons, folder) if figures else []
     texts = {
         "report.md": _markdown(found, comparisons, tables, [path.name for path in drawn]),
@@ -67,7 +67,7 @@ def report_experiment(
     }
     texts |= {f"{name}.tex": tables[name].latex() for name in _IN_LATEX if name in tables}
     for name, content in texts.items():
-        write_atomically(folder / name, content)
+        write_text(folder / name, content)
     files = [folder / name for name in texts] + drawn
     return Report(texts["report.md"], files, summaries, comparisons)
 

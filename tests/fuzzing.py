@@ -1,0 +1,196 @@
+"""What fuzz tests share: how many cases, values of every kind, and what no case may do."""
+
+from __future__ import annotations
+
+import functools
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from hypothesis import HealthCheck
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from chainlora.errors import ChainLoRAError
+
+FULL = bool(os.environ.get("CHAINLORA_FULL"))
+SECONDS = 60  # for one case; on a busy machine most take a hundredth of a second
+
+
+def fuzz(short: int, full: int):
+    """Settings of one test: so many cases, on a busy machine without deadlines."""
+    return hypothesis_settings(
+        max_examples=full if FULL else short,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+        print_blob=True,
+    )
+
+
+def check_error(error: ChainLoRAError) -> None:
+    """One line that can be printed, and says what was wrong and what to do."""
+    text = str(error)
+    assert "\n" not in text, text
+    assert any(word in text for word in ("(got ", "unknown ", "give ")), text
+    text.encode("utf-8")
+
+
+# --- what no case may do: take for ever, write anywhere but where tests write
+
+_watched: list[str] | None = None
+_WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+_CHANGES = {"os.rename": 1, "os.remove": 0, "os.mkdir": 0, "os.rmdir": 0, "os.symlink": 1}
+
+
+def _audit(event: str, arguments: tuple[Any, ...]) -> None:
+    if _watched is None:
+        return
+    if event == "open" and isinstance(arguments[2], int) and arguments[2] & _WRITING:
+        path = arguments[0]
+    elif event in _CHANGES:
+        path = arguments[_CHANGES[event]]
+    elif event in ("os.system", "subprocess.Popen", "os.exec", "os.posix_spawn"):
+        _watched.append(f"{event} {arguments[0]}")
+        return
+    else:
+        return
+    if isinstance(path, int):
+        return
+    folder = arguments[-1] if event in ("os.remove", "os.mkdir", "os.rmdir") else -1
+    parent = os.readlink(f"/proc/self/fd/{folder}") if folder >= 0 else os.getcwd()
+    _watched.append(os.path.abspath(os.path.join(parent, os.fsdecode(path))))
+
+
+sys.addaudithook(_audit)
+
+
+@contextmanager
+def contained(folder: Path) -> Iterator[None]:
+    """Fail where the block does not end, writes outside `folder`, or starts another program."""
+    global _watched
+
+    def expire(*_: Any) -> None:
+        raise AssertionError(f"no end in {SECONDS} s")
+
+    allowed = (f"{folder.resolve()}{os.sep}", "/dev/")
+    before = signal.signal(signal.SIGALRM, expire)
+    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    _watched = seen = []
+    try:
+        yield
+    finally:
+        _watched = None
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    libraries = ("/__pycache__/", "/.hypothesis/")  # what Python and Hypothesis keep
+    seen = [path for path in seen if path != str(folder.resolve())]
+    outside = [
+        p for p in seen if not p.startswith(allowed) and not any(s in f"{p}/" for s in libraries)
+    ]
+    assert not outside, outside
+
+
+def guarded(test: Callable[..., None]) -> Callable[..., None]:
+    """Run each case of a test `contained` in pytest's folder; the test takes `tmp_path_factory`."""
+
+    @functools.wraps(test)
+    def case(*positional: Any, tmp_path_factory: Any, **keys: Any) -> None:
+        with contained(tmp_path_factory.getbasetemp()):
+            test(*positional, tmp_path_factory=tmp_path_factory, **keys)
+
+    return case
+
+
+# --- values
+
+WORDS = st.sampled_from(
+    ["", "~", "null", "yes", "off", "1e5", "0x_", "2020-13-45", "!!bool foo", "*a", "&a", "<<", "[",
+     "{", "- ", "? ", ": ", "'", '"', "|", ">", "%", "@", "`", "\n", "\t", "\x00", "\ud800", "é",
+     "all-linear", "auto", "q_proj", "(a+)+$", "../x", "{{ x }}", "1:1:1", ".inf", "-.nan", "1_0"]
+)  # fmt: skip
+NUMBERS = st.one_of(
+    st.integers(-3, 40),
+    st.sampled_from([2**31, 2**63, -(2**64), 10**30, 10**400]),
+    st.floats(),
+)
+SCALARS = st.one_of(st.none(), st.booleans(), NUMBERS, st.text(max_size=6), WORDS)
+NAMES = st.one_of(st.text(max_size=5), WORDS, st.integers(0, 3))
+VALUES = st.recursive(
+    SCALARS,
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=4),
+        st.dictionaries(NAMES, inner, max_size=3),
+    ),
+    max_leaves=6,
+)
+# What JSON can say: no infinities, no keys but texts.
+JSON = st.recursive(
+    st.one_of(
+        st.none(),
+        st.booleans(),
+        st.integers(-3, 40),
+        st.sampled_from([2**31, 2**63, -(2**64), 10**30, 10**400]),
+        st.floats(allow_nan=False, allow_infinity=False),
+        st.text(max_size=8),
+        WORDS,
+    ),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=4),
+        st.dictionaries(st.one_of(st.text(max_size=5), WORDS), inner, max_size=3),
+    ),
+    max_leaves=6,
+)
+
+
+def plant(tree: Any, path: str, value: Any) -> None:
+    """Set a dotted key, whatever is in the way."""
+    *parents, last = path.split(".")
+    for part in parents:
+        if not isinstance(tree.get(part), dict):
+            tree[part] = {}
+        tree = tree[part]
+    tree[last] = value
+
+
+def places(tree: Any, path: tuple = ()) -> list[tuple]:
+    """The paths of all values in a JSON tree."""
+    found = [path] if path else []
+    if not isinstance(tree, dict | list):
+        return found
+    for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
+        found += places(value, (*path, key))
+    return found
+
+
+def change(tree: Any, path: tuple, value: Any, *, delete: bool) -> None:
+    """Put a value at a place of a JSON tree, or delete what is there."""
+    for part in path[:-1]:
+        tree = tree[part]
+    if delete:
+        del tree[path[-1]]
+    else:
+        tree[path[-1]] = value
+
+
+def altered(data: Any, tree: Any, values: st.SearchStrategy[Any]) -> Any:
+    """Change one or two places of a JSON tree, in place; return it."""
+    for _ in range(data.draw(st.integers(1, 2))):
+        if found := places(tree):
+            where = data.draw(st.sampled_from(found))
+            change(tree, where, data.draw(values), delete=data.draw(st.booleans()))
+    return tree
+
+
+def damaged(data: Any, content: bytes, header: int = 300) -> bytes:
+    """Change one to three bytes, often of the header, and cut the end off in half of the cases."""
+    changed = bytearray(content)
+    for _ in range(data.draw(st.integers(1, 3))):
+        limit = len(changed) if data.draw(st.booleans()) else min(len(changed), header)
+        changed[data.draw(st.integers(0, limit - 1))] = data.draw(st.integers(0, 255))
+    if data.draw(st.booleans()):
+        del changed[data.draw(st.integers(0, len(changed) - 1)) :]
+    return bytes(changed)

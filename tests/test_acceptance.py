@@ -1,0 +1,121 @@
+"""`accept_links: better`: a link that brings nothing is dropped, and the chain ends before it."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from helpers import assert_same_links, settings
+
+from chainlora import load_run, make_config, train
+from chainlora.errors import ConfigError
+from chainlora.evaluation.evaluate import Evaluation
+from chainlora.training import step
+from chainlora.training.acceptance import gain
+
+
+def test_a_gain_is_clear_beyond_its_standard_error():
+    def scored(losses):
+        rows = [{"label": None, "scores": [-loss]} for loss in losses]
+        return Evaluation({}, len(rows), rows)
+
+    found = gain(scored([3.0, 1.0, 2.0]), scored([2.0, 0.5, 1.5]))
+    assert found.mean == pytest.approx(2 / 3)
+    assert found.standard_error == pytest.approx(math.sqrt((1 / 12) / 3))
+    assert found.is_clear
+    assert not gain(scored([1.0, 2.0]), scored([0.0, 2.9])).is_clear
+    assert not gain(scored([1.0]), scored([0.0])).is_clear  # one row says nothing
+
+
+def config(folder, rows, output=None, **train_keys):
+    keys = {"lr": 1e-2, "accept_links": "better", "save_every": 1} | train_keys
+    tree = settings(folder, rows, output, train=keys)
+    tree["chain"] |= {"ranks": [4, 4, 4], "steps": [8, 4, 2]}
+    tree["chain"].pop("epochs", None)
+    return make_config(tree)
+
+
+class _DiedError(Exception):
+    pass
+
+
+def rejecting(monkeypatch):
+    """Let every link after the first be harmful: its learning rate is far too large."""
+
+    real = step.set_learning_rate
+
+    def rate(optimizer, train_config, lengths, number):
+        found = real(optimizer, train_config, lengths, number)
+        if number >= lengths[0]:
+            for group in optimizer.param_groups:
+                group["lr"] = 1.0
+        return found
+
+    monkeypatch.setattr(step, "set_learning_rate", rate)
+
+
+def test_a_harmful_link_is_dropped_and_the_chain_ends(
+    tiny_folder, sentiment, tmp_path, monkeypatch
+):
+    rejecting(monkeypatch)
+    run, seen = tmp_path / "run", []
+    result = train(config(tiny_folder, sentiment, run), listener=seen.append)
+    (rejected,) = [event for event in seen if event.name == "rejected"]
+    assert (rejected.step, rejected.link) == (12, 1)
+    assert rejected.gain <= rejected.standard_error
+    assert [link["num_steps"] for link in result["links"]] == [8]
+    assert result["steps"] == 12  # the third link was never begun
+    knots = [event for event in seen if event.name == "eval" and event.where == "knot"]
+    assert result["metrics"]["validation"]["loss"] == knots[0].metrics["loss"]
+    alone = train(config(tiny_folder, sentiment, tmp_path / "alone", accept_links="all"))
+    assert len(alone["links"]) == 3
+    model, _ = load_run(run)
+    first, _ = load_run(tmp_path / "alone", num_links=1)
+    for mine, theirs in zip(model.parameters(), first.parameters(), strict=True):
+        assert torch.equal(mine, theirs)  # exactly the weights before the rejected link
+
+
+def test_a_helpful_link_is_kept(tiny_folder, sentiment):
+    seen = []
+    result = train(config(tiny_folder, sentiment), listener=seen.append)
+    assert result["links"][0]["num_steps"] == 8
+    assert next(event.step for event in seen if event.name == "knot") == 8
+
+
+def test_a_link_that_learns_nothing_is_dropped(tiny_folder, sentiment):
+    result = train(config(tiny_folder, sentiment, lr=1e-12))
+    assert result["links"] == []
+    assert result["steps"] == 8
+
+
+@pytest.mark.parametrize("dies_at", [3, 8, 9, 12])
+def test_killed_and_resumed_it_decides_the_same(
+    tiny_folder, sentiment, tmp_path, monkeypatch, dies_at
+):
+    rejecting(monkeypatch)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    expected = train(config(tiny_folder, sentiment, whole))
+
+    def die(event):
+        if event.name in ("step", "rejected") and event.step == dies_at:
+            raise _DiedError
+
+    with pytest.raises(_DiedError):
+        train(config(tiny_folder, sentiment, killed), listener=die)
+    result = train(config(tiny_folder, sentiment, killed), resume=True)
+    assert result["metrics"] == expected["metrics"]
+    assert [link["num_steps"] for link in result["links"]] == [8]
+    assert_same_links(whole, killed)
+
+
+@pytest.mark.parametrize(
+    ("keys", "says"),
+    [
+        ({"keep_best": True}, "both choose what is kept"),
+        ({"eval_at_knots": False}, "compare the knots"),
+    ],
+)
+def test_what_contradicts_it_is_refused(tiny_folder, sentiment, keys, says):
+    with pytest.raises(ConfigError, match=says):
+        config(tiny_folder, sentiment, **keys)

@@ -1,0 +1,77 @@
+"""Writes that fail for real, by the system's limit on the size of files: our error, nothing left.
+
+The long list, of every file operation, is in tests/faults.
+"""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from conftest import tiny_model
+from experiment_cases import tree
+from test_models import TOKENS, write_gguf
+
+from chainlora.cli.main import run as command
+from chainlora.errors import FileError
+from chainlora.experiments import make_experiment, run_cells
+from chainlora.models.loading import load_model
+
+
+@contextmanager
+def files_up_to(size: int) -> Iterator[None]:
+    """Make the system refuse to write files beyond a size: EFBIG, as ENOSPC on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_gguf_file_that_cannot_be_converted_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("CHAINLORA_CACHE", str(tmp_path / "cache"))
+    file = write_gguf(tmp_path / "tiny.gguf", tiny_model("llama", vocab_size=len(TOKENS)))
+    with files_up_to(10_000), pytest.raises(FileError, match=r"must be written \(got .*; free"):
+        load_model(file, torch.float32)
+    assert [p.name for p in (tmp_path / "cache" / "gguf").iterdir() if p.suffix != ".lock"] == []
+    load_model(file, torch.float32)
+
+
+def test_an_experiment_on_a_full_disk_says_so_and_goes_on_later(tiny_folder, sentiment, tmp_path):
+    one = make_experiment(tree(tiny_folder, sentiment, methods=["lora"], seeds=[0], tune={}))
+    with files_up_to(100), pytest.raises(FileError, match=r"must be written \(got File too large"):
+        run_cells(one, tmp_path / "out", backend="inline")
+    with files_up_to(2_000):  # enough for the plan, not for what a run writes
+        outcome = run_cells(one, tmp_path / "out", backend="inline")
+    (error,) = outcome.failed.values()
+    assert "a file must be written (got " in error
+    assert "unexpected" not in error
+    assert run_cells(one, tmp_path / "out", backend="inline").failed == {}
+
+
+@pytest.mark.parametrize("name", ["file/out", "gone", "x" * 300])
+def test_an_output_that_cannot_be_made_is_refused_before_a_cell_runs(
+    name, tiny_folder, sentiment, tmp_path
+):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "gone").symlink_to(tmp_path / "nothing")
+    before = sorted(tmp_path.iterdir())
+    one = make_experiment(tree(tiny_folder, sentiment, methods=["lora"], seeds=[0], tune={}))
+    with pytest.raises(FileError, match="got "):
+        run_cells(one, tmp_path / name, backend="inline")
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_predictions_that_cannot_be_written_are_refused_before_the_model_loads(
+    sentiment, tmp_path, capsys
+):
+    (tmp_path / "file").write_text("mine")
+    where = str(tmp_path / "file" / "predictions.jsonl")
+    words = ["eval", "/no/such/model", "--task", str(sentiment / "task.yaml")]
+    words += ["--data", str(sentiment), "--predictions", where]
+    assert command(words) == 1
+    assert "at or below the file" in capsys.readouterr().err

@@ -1,0 +1,227 @@
+"""Whatever rows, tasks, experiments, models and GGUF files hold: our error, or a right value.
+
+No case takes a minute or writes elsewhere (`fuzzing.contained`).
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from copy import deepcopy
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import tiny_model
+from experiment_cases import lines, sealed_line, tree
+from fuzzing import FULL, JSON, VALUES, WORDS, altered, check_error, damaged, fuzz, guarded
+from hypothesis import given
+from hypothesis import strategies as st
+from test_models import TOKENS, write_gguf
+from transformers import AutoTokenizer
+
+from chainlora import load_task, make_config
+from chainlora.config.yaml_text import parse_yaml
+from chainlora.data.splits import prepare_splits
+from chainlora.errors import ChainLoRAError, ConfigError, DataError, ModelError
+from chainlora.experiments import load_experiment, make_experiment, report_experiment
+from chainlora.experiments.design.expansion import expand
+from chainlora.models.loading import load_model
+
+# --- rows
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_folder):
+    return AutoTokenizer.from_pretrained(tiny_folder)
+
+
+TURN = {"role": "user", "content": "a"}
+ROWS = [
+    {"prompt": "the cat", "completion": " sat"},
+    {"messages": [TURN, {"role": "assistant", "content": "b"}], "tools": []},
+    {"text": "good birds fly", "label": 1},
+]
+WRITERS = {
+    ".jsonl": lambda rows: "".join(json.dumps(row) + "\n" for row in rows),
+    ".json": json.dumps,
+    ".csv": lambda rows: "\n".join(
+        ",".join(map(str, row)) for row in [rows[0], *map(dict.values, rows)]
+    ),
+}
+
+
+@pytest.mark.skipif(not FULL, reason="the long tier: CHAINLORA_FULL=1")
+@fuzz(short=80, full=1500)
+@given(data=st.data())
+@guarded
+def test_rows_of_any_values_are_refused_or_tokenised(
+    tokenizer, sentiment, tmp_path_factory, monkeypatch_module, data
+):
+    suffix = data.draw(st.sampled_from(list(WRITERS)))
+    kind = data.draw(st.sampled_from(range(len(ROWS))))
+    rows = altered(data, [deepcopy(ROWS[kind]) for _ in range(3)], JSON)
+    if suffix == ".csv" and not all(isinstance(row, dict) for row in rows):
+        return
+    content = WRITERS[suffix](rows).encode("utf-8", "surrogatepass")
+    if data.draw(st.integers(0, 3)) == 0:
+        content = damaged(data, content or b" ")
+    path = tmp_path_factory.getbasetemp() / f"rows{suffix}"
+    path.write_bytes(content)
+    keys = {"train": str(path)}
+    if kind == 2 and data.draw(st.booleans()):
+        keys["task"] = str(sentiment / "task.yaml")
+    if data.draw(st.booleans()):
+        keys |= {"truncation": "left", "max_length": 5}
+    config = make_config({"model": "m", "data": keys, "chain": {"ranks": [2], "steps": [1]}})
+    try:
+        splits = prepare_splits(config.data, tokenizer, 128)
+    except (DataError, ConfigError) as error:
+        check_error(error)
+        return
+    for example in splits.train:
+        assert all(0 <= t < len(tokenizer) for ids in example.sequences for t in ids)
+
+
+@pytest.fixture(scope="module")
+def monkeypatch_module(tmp_path_factory):
+    """Caches go where the tests write."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CHAINLORA_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield patch
+
+
+# --- tasks
+
+TASKS = ("sst2", "gsm8k", "copa", "record")
+TEMPLATES = st.one_of(
+    WORDS,
+    st.lists(
+        st.sampled_from(
+            ["{{ text }}", "{{ text", "{% for i in range(99999) %}", "{% endfor %}", "{% if %}",
+             "{{ ''.__class__.__mro__ }}", "{{ text * 10**9 }}", "{{ self }}", "{% include 'a' %}",
+             "{{ text.split()[9] }}", "{{ label ** label }}", "{% set x = [] %}{{ x.append(x) }}",
+             "{{ cycler.__init__.__globals__.os.system('id') }}", "{# #}", "{{ 1 / 0 }}"]
+        ),
+        max_size=4,
+    ).map("".join),
+)  # fmt: skip
+ROW = {"text": "film", "sentence": "film", "label": 1, "question": "q", "answer": "a #### 1"}
+
+
+@fuzz(short=60, full=800)
+@given(data=st.data())
+@guarded
+def test_a_task_of_any_values_is_refused_or_renders(tmp_path_factory, data):
+    found = load_task(data.draw(st.sampled_from(TASKS)))
+    told = json.loads(found.model_dump_json(by_alias=True, exclude_defaults=True))
+    altered(data, told, st.one_of(VALUES, TEMPLATES))
+    path = tmp_path_factory.getbasetemp() / "task.yaml"
+    text = yaml.safe_dump(told, allow_unicode=True)
+    path.write_bytes(text.encode("utf-8", "surrogatepass"))
+    try:
+        task = load_task(path)
+        rendered = task.render(altered(data, dict(ROW), JSON))
+    except ChainLoRAError as error:
+        check_error(error)
+        return
+    assert isinstance(rendered.prompt, str)
+
+
+# --- experiments
+
+
+@fuzz(short=60, full=800)
+@given(data=st.data())
+@guarded
+def test_an_experiment_of_any_values_is_refused_or_expands(
+    tiny_folder, sentiment, tmp_path_factory, data
+):
+    told = altered(data, deepcopy(tree(tiny_folder, sentiment)), VALUES)
+    path = tmp_path_factory.getbasetemp() / "experiment.yaml"
+    text = yaml.safe_dump(told, allow_unicode=True)
+    path.write_bytes(text.encode("utf-8", "surrogatepass"))
+    try:
+        experiment = load_experiment(path)
+        cells = expand(experiment)
+    except (ConfigError, DataError) as error:
+        check_error(error)
+        return
+    assert all(len(cell.id) == 12 for cell in cells)
+    again = parse_yaml(yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False))
+    assert make_experiment(again) == experiment
+
+
+@fuzz(short=30, full=500)
+@given(data=st.data())
+@guarded
+def test_results_of_any_values_are_refused_or_reported(tmp_path_factory, data):
+    told = altered(data, [dict(line) for line in lines()], JSON)
+    path = tmp_path_factory.getbasetemp() / "results.jsonl"
+    sealed = [_sealed(line) for line in told]
+    path.write_text("".join(json.dumps(line) + "\n" for line in sealed))
+    try:
+        report_experiment(path, figures=False)
+    except ChainLoRAError as error:
+        check_error(error)
+
+
+def _sealed(line):
+    """The checksum made right, where there is something to seal."""
+    try:
+        return sealed_line(line)
+    except (KeyError, TypeError, AttributeError):
+        return line
+
+
+# --- models
+
+
+@pytest.mark.skipif(not FULL, reason="the long tier: CHAINLORA_FULL=1")
+@fuzz(short=40, full=600)
+@given(data=st.data())
+@guarded
+def test_a_model_folder_of_any_values_is_refused_or_loads(tiny_folder, tmp_path_factory, data):
+    folder = tmp_path_factory.getbasetemp() / "fuzzed-model"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(tiny_folder, folder)
+    name = data.draw(st.sampled_from([*["config.json"] * 4, "generation_config.json",
+        "tokenizer.json", "tokenizer_config.json", "model.safetensors"]))  # fmt: skip
+    content = (folder / name).read_bytes()
+    if name in ("model.safetensors", "tokenizer.json") or data.draw(st.integers(0, 3)) == 0:
+        content = damaged(data, content)
+    else:
+        content = json.dumps(altered(data, json.loads(content), JSON)).encode()
+    (folder / name).write_bytes(content)
+    try:
+        load_model(folder, torch.float32)
+    except ModelError as error:
+        check_error(error)
+
+
+@pytest.fixture(scope="module")
+def gguf_bytes(tmp_path_factory) -> bytes:
+    pytest.importorskip("gguf")
+    folder: Path = tmp_path_factory.mktemp("gguf")
+    model = tiny_model("llama", vocab_size=len(TOKENS), num_hidden_layers=1)
+    return write_gguf(folder / "tiny.gguf", model).read_bytes()
+
+
+@pytest.mark.skipif(not FULL, reason="the long tier: CHAINLORA_FULL=1")
+@fuzz(short=15, full=400)
+@given(data=st.data())
+@guarded
+def test_a_gguf_file_of_any_bytes_is_refused_or_loads(
+    gguf_bytes, monkeypatch_module, tmp_path_factory, data
+):
+    folder = tmp_path_factory.mktemp("gguf-cache", numbered=True)
+    monkeypatch_module.setenv("CHAINLORA_CACHE", str(folder))
+    path = tmp_path_factory.getbasetemp() / "fuzzed.gguf"
+    path.write_bytes(damaged(data, gguf_bytes, header=data.draw(st.sampled_from([24, 800, 8000]))))
+    try:
+        load_model(path, torch.float32)
+    except ModelError as error:
+        check_error(error)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
