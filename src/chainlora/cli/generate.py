@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TextIO
 
 import click
 
@@ -59,7 +60,7 @@ def generate(run_or_model: str, prompt: str | None, as_json: bool, **keys: Any) 
     """Continue a text, as a run or a model does, while it is written."""
     check_run_or_model(run_or_model, keys["links"])
     if prompt is None:
-        stdin = click.get_text_stream("stdin", errors="replace")
+        stdin = _stdin()
         if stdin.isatty():
             raise click.UsageError("Missing option '--prompt' (or a text on stdin)")
         prompt = stdin.read()
@@ -121,9 +122,16 @@ def _write(piece: str) -> None:
     click.echo(piece.encode(encoding, "replace").decode(encoding), nl=False)  # flushes
 
 
+def _stdin() -> TextIO:
+    """Return stdin, which may hold bytes that are no text."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")
+    return sys.stdin
+
+
 def _turns() -> Iterator[str]:
     """Yield what the user says, line by line, asking for it where a person is there to answer."""
-    stdin = click.get_text_stream("stdin", errors="replace")
+    stdin = _stdin()
     is_person = stdin.isatty()
     while True:
         if is_person:
