@@ -284,7 +284,9 @@ class DataConfig(_Frozen):
     train: str | None = None
     validation: str | None = None
     test: str | None = None
-    format: Literal["auto", "completion", "chat", "text"] = "auto"
+    format: Literal[
+        "auto", "completion", "chat", "text", "sharegpt", "alpaca", "conversational"
+    ] = "auto"
     num_train: int | None = Field(None, ge=1)
     num_validation: int | None = Field(None, ge=1)
     num_test: int | None = Field(None, ge=1)
