@@ -35,7 +35,7 @@ def check_error(error: ChainLoRAError) -> None:
     """One line that can be printed, and says what was wrong and what to do."""
     text = str(error)
     assert "\n" not in text, text
-    assert any(word in text for word in ("(got ", "unknown ", "give ")), text
+    assert any(word in text for word in ("(got ", "(got: ", "unknown ", "give ")), text
     text.encode("utf-8")
 
 

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import write_rows
+from conftest import make_tiny_folder, write_rows
 from helpers import settings
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from chainlora import load_run, make_config, train
 
@@ -85,39 +85,51 @@ def test_drawn_tokens_depend_on_the_seed_alone(chainlora, tiny_folder):
     assert torch.equal(torch.get_rng_state(), state)  # nobody else's draws change
 
 
-def chatted(run: Path, turns: list[str], system: str | None = None) -> list[str]:
-    """The answers to a conversation, drawn by the template and transformers: another prompt is
-    another answer."""
-    model, tokenizer = load_run(run)
-    messages = [{"role": "system", "content": system}] if system else []
-    seeds, answers = torch.Generator().manual_seed(0), []
+@pytest.fixture(scope="module")
+def loud(tmp_path_factory) -> Path:
+    """A model of large weights, whose answer depends on every word of the conversation."""
+    return make_tiny_folder(tmp_path_factory.mktemp("loud"), initializer_range=0.5)
+
+
+def chatted(folder: Path, turns: list[str]) -> list[str]:
+    """The answers to a conversation, by the template and transformers."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    messages, answers = [], []
     for turn in turns:
         messages.append({"role": "user", "content": turn})
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        ids = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
-        torch.manual_seed(int(torch.randint(2**31, (), generator=seeds)))
-        out = model.generate(
-            ids, do_sample=True, temperature=2.0, top_k=0, max_new_tokens=8, pad_token_id=0
-        )
-        answers.append(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
+        answers.append(expected(model, tokenizer, text, 8, add_special_tokens=False))
         messages.append({"role": "assistant", "content": answers[-1]})
     return answers
 
 
-def test_chat_follows_the_template_turn_by_turn(chainlora, finished, typed):
-    asked = ("chat", finished, "--max-new-tokens", 8, "--temperature", 2)
+def test_chat_follows_the_template_turn_by_turn(chainlora, loud, typed):
+    asked = ("chat", loud, "--max-new-tokens", 8)
     typed("good cat\n\nbad mat\n/exit\nnever read\n")
     outcome = chainlora(*asked)
     assert outcome.status == 0
-    first, second = chatted(finished, ["good cat", "bad mat"])
-    assert first != second
+    first, second = chatted(loud, ["good cat", "bad mat"])
     assert outcome.out == f"{first}\n{second}\n"
-    typed("/clear\ngood cat\n/clear\n")
-    assert chainlora(*asked).out == first + "\n"
+    (alone,) = chatted(loud, ["bad mat"])
+    assert alone != second
+    typed("good cat\n/clear\nbad mat\n")
+    assert chainlora(*asked).out == f"{first}\n{alone}\n"
+
+
+def test_a_system_message_reaches_the_template(chainlora, tiny_folder, typed, tmp_path):
+    strict = tmp_path / "strict"
+    shutil.copytree(tiny_folder, strict)
+    tokenizer = AutoTokenizer.from_pretrained(strict)
+    refusal = "{% if messages[0].role == 'system' %}{{ raise_exception('none') }}{% endif %}"
+    tokenizer.chat_template = refusal + tokenizer.chat_template
+    tokenizer.save_pretrained(strict)
     typed("good cat\n")
-    (told,) = chatted(finished, ["good cat"], "say red")
-    assert told != first
-    assert chainlora(*asked, "--system", "say red").out == told + "\n"
+    assert chainlora("chat", strict, "--max-new-tokens", 2).status == 0
+    typed("good cat\n")
+    chainlora("chat", strict, "--system", "say red").refused(
+        "must suit the model's chat template (got: none); leave --system out"
+    )
 
 
 def test_a_long_conversation_goes_on_without_its_oldest_turns(chainlora, tiny_folder, typed):

@@ -81,6 +81,7 @@ VALUES: dict[str, dict[str, Any]] = {
 # Where the rows and the model come from: given in every run of this file.
 GIVEN = {"model", "output", "train.trackers", "data.task", "data.dir", "data.format"}
 GIVEN |= {"data.train", "data.validation", "data.test", "data.num_test"}
+GIVEN |= {"quantize"}  # test_quantized.py, where its packages are
 
 
 def keys(model: type[BaseModel], prefix: str = "") -> list[str]:

@@ -30,7 +30,7 @@ def config(*overrides: tuple[str, str]) -> RunConfig:
         ("train.learning", "1", "unknown key `train.learning`; known: accept_links, batch_size, "),
         ("lr", "1e-3", "unknown key `lr`; did you mean 'train.lr'?"),
         ("data.8", "x", "unknown key `data.8`; known: data_seed, "),
-        ("8", "x", "unknown key `8`; known: chain, data, model, output, train"),
+        ("8", "x", "unknown key `8`; known: chain, data, model, output, quantize, train"),
         ("chain.ranks", "x", "`chain.ranks` must be a list, e.g. [x] (got 'x')"),
         ("chain.ranks", "{a: 8}", "`chain.ranks` must be a list, e.g. [{'a': 8}] (got {'a': 8})"),
         ("train.betas", "0.9", "`train.betas` must be a list, e.g. [0.9] (got 0.9)"),  # of two

@@ -113,12 +113,14 @@ def test_an_axolotl_file(converted):
     tree, comments = converted(AXOLOTL)
     assert tree == {
         "model": "NousResearch/Llama-3.2-1B",
+        "quantize": "nf4",
         "data": {"train": "rows.jsonl", "max_length": 2048},
         "chain": {
             "ranks": [16],
             "alpha": 32,
             "target_modules": ["gate_proj", "down_proj"],
             "epochs": [3],
+            "hold": "carried",
         },
         "train": {
             "batch_size": 2,
@@ -132,7 +134,6 @@ def test_an_axolotl_file(converted):
     }
     make_config(tree)
     for lost in (
-        "# load_in_4bit: true – ",
         "the type alpaca is not read",
         "# sample_packing: true – not needed: rows are packed",
         "# warmup_ratio: 0.1 – give train.warmup_steps",
@@ -179,7 +180,7 @@ def test_a_whole_foreign_file_is_told_from_a_wrong_key(chainlora, tmp_path):
     file.write_text(AXOLOTL)
     chainlora("train", file).refused(
         "config file must have chainlora's keys (got ",
-        " keys of other tools: base_model (here model), load_in_4bit (none), datasets (here",
+        " keys of other tools: base_model (here model), load_in_4bit (here quantize), datasets (",
         f"rewrite it: chainlora convert-config {file} > chainlora.yaml",
     )
     file.write_text("model: m\ndata: {train: x}\nchain: {steps: [1], ranks: [8]}\nlora_r: 8\n")

@@ -25,6 +25,7 @@ from chainlora import (
     tie_knot,
     tune_link,
 )
+from chainlora.chain.adapters import LIVE
 
 DTYPES = (torch.float32, torch.bfloat16)
 TARGETS = {
@@ -467,7 +468,7 @@ def test_the_gradient_start_finds_the_leading_directions():
     extend_chain(
         chain, LinkConfig(rank=2, target_modules=("proj",), init="gradient"), backward=backward
     )
-    rows = chain.live.layers["proj"].lora_A["link"].weight.detach()
+    rows = chain.live.layers["proj"].lora_A[LIVE].weight.detach()
     rows = torch.linalg.qr(rows.T).Q.T
     captured = (rows @ v[:, :2]).square().sum() / 2
     assert (

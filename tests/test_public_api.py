@@ -13,6 +13,7 @@ import chainlora
 
 NAMES = [
     "Chain",
+    "ChainCallback",
     "ChainLoRAError",
     "Link",
     "LinkConfig",
@@ -30,11 +31,13 @@ NAMES = [
     "inspect_run",
     "list_tasks",
     "live_link",
+    "load_chain",
     "load_config",
     "load_model",
     "load_run",
     "load_task",
     "make_config",
+    "save_chain",
     "stack_links",
     "tie_knot",
     "train",
@@ -43,10 +46,12 @@ NAMES = [
 SIGNATURES = {
     "train": "(config, *, resume, listener, change)",
     "load_config": "(path, overrides)",
-    "load_run": "(run, *, num_links, dtype)",
+    "load_run": "(run, *, num_links, dtype, as_trained)",
     "export_merged": "(run, output, *, num_links)",
     "export_adapter": "(run, output, *, rank, tolerance, num_links)",
     "inspect_run": "(run)",
+    "save_chain": "(chain, directory)",
+    "load_chain": "(directory, model, *, checkpoint)",
     "evaluate_task": "(run_or_model, task, *, data, split, limit, num_links, dtype, predictions, "
     "speedups, progress)",
     "extend_chain": "(chain, config, *, backward)",
@@ -55,7 +60,7 @@ SIGNATURES = {
     "fit_chain": "(chain, configs, steps, update, *, backward)",
     "drop_links": "(chain, num_links)",
     "add_link": "(chain, link)",
-    "load_model": "(spec, dtype)",
+    "load_model": "(spec, dtype, *, quantize, device)",
 }
 
 
@@ -126,6 +131,7 @@ def test_every_error_on_purpose_is_of_one_tree():
         "TrainingError",
         "DivergedError",
         "StoppedError",
+        "ToldError",
     }
     assert all(issubclass(kind, chainlora.ChainLoRAError) for kind in kinds)
     assert all(kind.__name__ in (errors.__doc__ or "") for kind in kinds)  # the tree is drawn there

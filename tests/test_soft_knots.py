@@ -8,6 +8,7 @@ from conftest import ARCHITECTURES, tiny_model
 from test_laws import LOGITS, TARGETS, config, logits, loss_of, on_everything, weights
 
 from chainlora import Chain, ChainLoRAError
+from chainlora.chain.adapters import LIVE
 from chainlora.chain.soft_knot import balance, time_constant
 from chainlora.training.optimizers import carry_moments
 
@@ -52,8 +53,8 @@ def test_the_rest_is_balanced_and_what_is_tied_is_the_share(architecture):
     base = weights(chain.model)
     chain.tie_share(0.25)
     for name, layer in adapter.layers.items():
-        a, b = layer.lora_A["link"].weight.double(), layer.lora_B["link"].weight.double()
-        rest = layer.scaling["link"] * b @ a
+        a, b = layer.lora_A[LIVE].weight.double(), layer.lora_B[LIVE].weight.double()
+        rest = layer.scaling[LIVE] * b @ a
         # float32 factors: a rounding of 2^-24 each
         torch.testing.assert_close(rest, 0.75 * before[name], atol=1e-8, rtol=1e-5)
         torch.testing.assert_close(a.norm(dim=1), b.norm(dim=0), atol=0, rtol=1e-5)
@@ -80,7 +81,7 @@ def test_carried_moments_are_those_that_scaled_gradients_would_have_given(archit
     scales = chain.tie_share(0.3)
     carry_moments(optimizer, adapter, scales)
     for name, layer in adapter.layers.items():
-        a, b = layer.lora_A["link"].weight, layer.lora_B["link"].weight
+        a, b = layer.lora_A[LIVE].weight, layer.lora_B[LIVE].weight
         scale_a, scale_b = scales[name].b.unsqueeze(1), scales[name].a
         for parameter, scale in ((a, scale_a), (b, scale_b)):
             old, new = state[parameter], optimizer.state[parameter]
@@ -107,7 +108,7 @@ def test_gradients_scale_as_the_moments_do():
 
 def factors(adapter, name):
     layer = adapter.layers[name]
-    return layer.lora_A["link"].weight, layer.lora_B["link"].weight
+    return layer.lora_A[LIVE].weight, layer.lora_B[LIVE].weight
 
 
 @on_everything
@@ -125,7 +126,7 @@ def test_the_weight_is_one_cast_of_the_exact_sum_after_400_soft_knots(architectu
         before = {n: [p.detach().double() for p in factors(adapter, n)] for n in adapter.layers}
         scales = chain.tie_share(0.05)
         for name, (a, b) in before.items():
-            tied = adapter.layers[name].scaling["link"] * (b * scales[name].tied.double()) @ a
+            tied = adapter.layers[name].scaling[LIVE] * (b * scales[name].tied.double()) @ a
             exact[name] = exact[name] + (tied.T if architecture == "gpt2" else tied)
     for name in adapter.layers:
         now = weights(chain.model)[f"{name}.base_layer.weight"].double()
@@ -176,6 +177,19 @@ def test_a_live_link_continues_from_its_state_to_the_same_bits(architecture, dty
         one.tie_share(0.2)
     assert torch.equal(logits(other.model), logits(chain.model))
     assert other.tie().num_steps == 6
+
+
+@pytest.mark.parametrize("hold", ["tied", "carried"])
+def test_a_later_link_without_soft_knots_continues_to_the_same_bits(hold):
+    chain, _, _ = tuned("llama", hold=hold)
+    link = chain.tie()
+    chain.extend(config("llama"))
+    step(chain, torch.optim.AdamW(list(chain.parameters()), lr=1e-2), 2)
+    other = Chain(tiny_model("llama"), hold=hold)
+    other.add(link)
+    other.extend(config("llama"))
+    other.load_live_state(chain.live_state(), num_steps=2)
+    assert torch.equal(logits(other.model), logits(chain.model))
 
 
 def test_a_rejected_link_takes_its_deposits_with_it():

@@ -29,7 +29,10 @@ _WHERE = {
     "make_config": "chainlora.config.loading",
     "train": "chainlora.training.loop",
     "carry_moments": "chainlora.training.optimizers",
+    "ChainCallback": "chainlora.integrations.callback",
     "evaluate_task": "chainlora.evaluation.scoring",
+    "save_chain": "chainlora.runs.saved_chain",
+    "load_chain": "chainlora.runs.saved_chain",
     "load_run": "chainlora.runs.export",
     "export_adapter": "chainlora.runs.export",
     "export_merged": "chainlora.runs.export",
@@ -62,11 +65,14 @@ if TYPE_CHECKING:
     from chainlora.data.tasks import load_task as load_task
     from chainlora.errors import ChainLoRAError as ChainLoRAError
     from chainlora.evaluation.scoring import evaluate_task as evaluate_task
+    from chainlora.integrations.callback import ChainCallback as ChainCallback
     from chainlora.models.loading import load_model as load_model
     from chainlora.runs.export import export_adapter as export_adapter
     from chainlora.runs.export import export_merged as export_merged
     from chainlora.runs.export import load_run as load_run
     from chainlora.runs.inspection import inspect_run as inspect_run
+    from chainlora.runs.saved_chain import load_chain as load_chain
+    from chainlora.runs.saved_chain import save_chain as save_chain
     from chainlora.training.loop import train as train
     from chainlora.training.optimizers import carry_moments as carry_moments
 

@@ -9,6 +9,7 @@
     ├── RunError                a run directory that is missing, incomplete, damaged or in use
     └── TrainingError           training that must not continue
         ├── DivergedError       the loss, its gradient or the weights are no longer finite
+        ├── ToldError           of several processes, another one says what went wrong
         └── StoppedError        a signal asked the run to stop; its state is saved
 
 A message is one line and names the rule, the value ("got …") and the remedy.
@@ -57,6 +58,10 @@ class TrainingError(ChainLoRAError):
 
 class DivergedError(TrainingError):
     """The loss, its gradient or the weights are no longer finite: a result of the learning rate."""
+
+
+class ToldError(TrainingError):
+    """Another process of the run failed, and the first one says how."""
 
 
 class StoppedError(TrainingError):

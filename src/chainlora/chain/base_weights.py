@@ -19,6 +19,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from chainlora.models.quantizing import plain_tensor
+
 _SAMPLES = 4096  # per tensor: enough that no fine-tuning step leaves all of them unchanged
 _ALL = slice(None)
 
@@ -103,7 +105,7 @@ def fingerprint(model: nn.Module) -> str:
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
-        flat = tensor.detach().reshape(-1)
+        flat = plain_tensor(tensor.detach()).reshape(-1)
         step = max(1, flat.numel() // _SAMPLES)
         sample = flat[::step].to("cpu")
         if sample.is_floating_point():

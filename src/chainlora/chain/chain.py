@@ -127,8 +127,12 @@ class Chain:
         before = live.num_steps
         for step in steps:
             update(step)
-            live.num_steps += 1
+            self.count_step()
         return live.num_steps - before
+
+    def count_step(self) -> None:
+        """Count a step that somebody else's loop has made, as `tune` does with its own."""
+        self._need_live("count_step").num_steps += 1
 
     def tie(self) -> Link:
         """End the live link: it joins the chain, and the base becomes ``W_k``.
@@ -196,6 +200,17 @@ class Chain:
     def live_steps(self) -> int:
         """Number of steps that the live link has been tuned for."""
         return 0 if self._live is None else self._live.num_steps
+
+    @property
+    def live_soft_knots(self) -> int:
+        """Number of soft knots in the live link so far."""
+        return 0 if self._live is None else self._live.num_soft_knots
+
+    @property
+    def adapter(self) -> Adapter | None:
+        """The LoRA layers on the model: the live link's, or what the last link left, which adds
+        nothing; None on a plain model."""
+        return self._idle if self._live is None else self._live.adapter
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Yield what the live link trains: give these, and nothing else, to a fresh optimizer."""
@@ -309,6 +324,8 @@ class Chain:
         return adapter
 
     def _put_on(self, config: LinkConfig) -> Adapter:
+        if self.hold == "tied":
+            adapters.check_mergeable(self.model, config)
         adapter = adapters.attach(self.model, config)
         self._modules |= set(adapter.layers)
         for path, parameter in adapters.touched_parameters(adapter):

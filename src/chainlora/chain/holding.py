@@ -21,6 +21,8 @@ from chainlora.chain.adapters import Adapter, Factors
 from chainlora.chain.base_weights import BaseWeights
 from chainlora.chain.link import Link, merge_, stack_links
 from chainlora.chain.low_rank import compress_low_rank
+from chainlora.errors import ChainError
+from chainlora.models.quantizing import is_quantized
 
 # Deposits of a carried link, stacked: at this rank they are compressed, to half of it or less. The
 # deposits of one module turn slowly, so that little is lost; how much, is kept in `branch_error`.
@@ -188,6 +190,8 @@ class Carried:
     def restore(self, state: Mapping[str, Tensor], adapter: Adapter) -> None:
         """Continue from stacked deposits."""
         names = [key.removesuffix(".A") for key in state if key.endswith(".A")]
+        if not names:
+            return  # a branch with room for deposits sums in another order
         self._deposits = {name: Factors(state[f"{name}.A"], state[f"{name}.B"]) for name in names}
         self._fill_branch(adapter)
 
@@ -195,6 +199,11 @@ class Carried:
         """Leave the links merged into the plain model."""
         for name in self.modules:
             module = adapters.base_layer(self.model.get_submodule(name))
+            if is_quantized(module):
+                raise ChainError(
+                    f"detach merges the links (got a quantised {type(module).__name__} at {name}); "
+                    "keep the chain on the model, or merge onto the base before quantisation"
+                )
             for key, parameter in module.named_parameters(recurse=False):
                 self.weights.remember(f"{name}.{key}", parameter)  # untouched until now
         Tied(self.model, self.weights, self.modules).settle(links, None)

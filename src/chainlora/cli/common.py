@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import warnings
 
@@ -18,7 +19,15 @@ def quiet() -> None:
         warnings.simplefilter("ignore")
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="chainlora: %(message)s")
+    for library in ("bitsandbytes", "torchao"):  # they tell of kernels that a machine does without
+        logging.getLogger(library).setLevel(logging.ERROR)
+    level = logging.WARNING if is_first_process() else logging.ERROR
+    logging.basicConfig(stream=sys.stderr, level=level, format="chainlora: %(message)s")
+
+
+def is_first_process() -> bool:
+    """Say whether this is the process that prints, of those that a launcher started."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def file_and_overrides(

@@ -12,7 +12,7 @@ import click
 
 from chainlora.cli.common import quiet
 
-_OPTIONAL = ("bitsandbytes", "torchao", "trl", "lm-eval", "ray")
+_OPTIONAL = ("bitsandbytes", "torchao", "schedulefree", "trl", "lm-eval", "ray")
 _INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 
 

@@ -12,20 +12,27 @@ import signal
 import sys
 import traceback
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
 from chainlora import __version__
-from chainlora.cli.common import file_and_overrides, quiet
+from chainlora.cli.common import file_and_overrides, is_first_process, quiet
 from chainlora.cli.convert import convert_config
 from chainlora.cli.doctor import doctor
 from chainlora.cli.experiments import compare, experiment
 from chainlora.cli.generate import chat, generate
 from chainlora.cli.runs import check_run_or_model, explain_gguf, is_run, need_run
-from chainlora.errors import ChainLoRAError, ConfigError, StoppedError, one_line
+from chainlora.errors import (
+    ChainLoRAError,
+    ConfigError,
+    DivergedError,
+    StoppedError,
+    ToldError,
+    one_line,
+)
 from chainlora.files import file_error
 
 if TYPE_CHECKING:
@@ -55,8 +62,13 @@ def run(arguments: list[str]) -> int:
     except click.ClickException as error:
         return _fail(error.format_message(), debug)
     except StoppedError as error:
-        click.echo(f"chainlora: {error}", err=True)
+        if is_first_process():
+            click.echo(f"chainlora: {error}", err=True)
         return _SIGNALLED + error.signal
+    except ToldError:
+        return 1
+    except DivergedError as error:
+        return _fail(str(error), debug) if is_first_process() else 1
     except (KeyboardInterrupt, click.exceptions.Abort):  # click makes the one the other
         click.echo("chainlora: interrupted", err=True)
         return _SIGNALLED + signal.SIGINT
@@ -72,6 +84,16 @@ def run(arguments: list[str]) -> int:
     except Exception as error:
         what = f"unexpected {type(error).__name__}: {str(error)[:400]}"
         return _fail(f"{what} (run with --debug for the traceback)", debug)
+
+
+def _refuse_processes(verb: str | None) -> None:
+    """Raise ConfigError for verbs that know of one process only."""
+    count = os.environ.get("WORLD_SIZE", "1")
+    if verb not in (None, "train") and count.isdecimal() and int(count) > 1:
+        raise ConfigError(
+            f"only `chainlora train` runs in several processes (got chainlora {verb} in {count}); "
+            "start it without torchrun or accelerate launch"
+        )
 
 
 def _is_text(argument: str) -> bool:
@@ -91,8 +113,10 @@ def _fail(message: str, debug: bool) -> int:
 @click.group(context_settings=_HELP)
 @click.version_option(__version__, prog_name="chainlora")
 @click.option("--debug", is_flag=True, help="Show tracebacks and debug logs (may stand anywhere).")
-def cli(debug: bool) -> None:
+@click.pass_context
+def cli(context: click.Context, debug: bool) -> None:
     """Chain of LoRA fine-tuning (arXiv 2401.04151): tune a LoRA, tie a knot, extend the chain."""
+    _refuse_processes(context.invoked_subcommand)
 
 
 _json = click.option(
@@ -159,6 +183,8 @@ def train(arguments: tuple[str, ...], resume: bool, as_json: bool) -> None:
     from chainlora.runs.plots import plot_training
 
     result = _train(settings, resume, [key for key, _ in overrides])
+    if not is_first_process():
+        return
     output = Path(settings.output)
     if records := read_records(
         output / "metrics.jsonl"
@@ -177,7 +203,8 @@ def _train(settings: RunConfig, resume: bool, named: list[str]) -> dict[str, Any
     from chainlora.training.interrupts import interruptible
     from chainlora.training.loop import train as run_training
 
-    with progress_listener() as show, interruptible(_say_stopping) as interrupts:
+    shown = progress_listener() if is_first_process() else nullcontext(lambda event: None)
+    with shown as show, interruptible(_say_stopping) as interrupts:
 
         def listener(event: Event) -> None:
             if isinstance(event, Planned):
@@ -195,6 +222,8 @@ def _train(settings: RunConfig, resume: bool, named: list[str]) -> dict[str, Any
 
 def _say_stopping(number: int) -> None:
     """Write without buffers and locks: this runs inside a signal handler."""
+    if not is_first_process():
+        return
     text = "\nchainlora: stopping after this step; press Ctrl-C again to stop at once\n"
     with suppress(OSError):
         os.write(2, text.encode())

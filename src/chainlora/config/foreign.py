@@ -72,6 +72,8 @@ def convert(tree: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         reason = _convert_key(str(key), value, ours, made)
         if reason:
             lost.append(f"{key}: {_shown(value)} – {reason}")
+    if "quantize" in ours:
+        _set(ours, "chain.hold", "carried")  # a quantised weight cannot hold a link
     chain = ours.get("chain", {})
     if "steps" in chain and "epochs" in chain:
         lost.append(f"{made['chain.epochs']}: {_shown(chain.pop('epochs'))} – the steps end it")
@@ -199,7 +201,7 @@ def _set(tree: dict[str, Any], dotted: str, value: Any) -> None:
 
 
 def _ordered(tree: Mapping[str, Any]) -> dict[str, Any]:
-    order: Sequence[str] = ("model", "data", "chain", "train", "output")
+    order: Sequence[str] = ("model", "quantize", "data", "chain", "train", "output")
     return {key: tree[key] for key in order if key in tree}
 
 

@@ -345,9 +345,9 @@ class TrainConfig(_Frozen):
     seed: int = Field(
         0, ge=0, lt=2**32, description="a step's generator is seeded with seed · 2³² + step"
     )
-    optimizer: str = Field("adamw", description="adamw or sgd")
-    optimizer_options: dict[str, bool | int | float | str | None] = Field(
-        {}, description="further arguments of the optimizer, e.g. momentum"
+    optimizer: str = Field("adamw", description="a name in training.optimizers.OPTIMIZERS")
+    optimizer_options: dict[str, bool | int | float | str | tuple[float | None, ...] | None] = (
+        Field({}, description="further arguments of the optimizer, e.g. momentum")
     )
     weight_decay: float = Field(0.0, ge=0)
     betas: tuple[_Beta, _Beta] = (0.9, 0.999)
@@ -407,14 +407,36 @@ class RunConfig(_Frozen):
     """One run: model, data, chain, training, output."""
 
     model: str
+    quantize: Literal["nf4", "int8"] | None = Field(
+        None, description="bits of the base's linear layers; its links are carried"
+    )
     data: DataConfig
     chain: ChainConfig = ChainConfig()
     train: TrainConfig = TrainConfig()
     output: str | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _model_section(cls, tree: Any) -> Any:
+        """Take ``model: {name: …, quantize: nf4}`` for the two keys."""
+        if not isinstance(tree, Mapping) or not isinstance(tree.get("model"), Mapping):
+            return tree
+        section = dict(tree["model"])
+        if not {"name"} <= section.keys() <= {"name", "quantize"}:
+            raise ValueError(
+                f"`model` must be a name, or a section of name and quantize (got {sorted(section)})"
+            )
+        return dict(tree) | {"model": section.pop("name")} | section
+
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
         chain, train = self.chain, self.train
+        if self.quantize and (chain.hold == "tied" or chain.tune == "full"):
+            got = "tune: full" if chain.tune == "full" else "hold: tied"
+            raise ValueError(
+                f"`quantize: {self.quantize}` weights can be neither trained nor merged into "
+                f"without loss (got {got}); set chain.hold: carried"
+            )
         if chain.ranks and chain.epochs is None and chain.steps is None:
             raise ValueError(
                 "`chain` must say how long each link is tuned (got neither epochs nor steps); "

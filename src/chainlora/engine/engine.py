@@ -22,7 +22,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +50,8 @@ Kind = Literal["candidates", "completion"]
 Speedups = Literal["auto", "off"]
 Progress = Callable[[int, int], None]
 Batch = TypeVar("Batch")
+Item = TypeVar("Item")
+Found = TypeVar("Found")
 
 
 class Engine:
@@ -83,6 +85,7 @@ class Engine:
         self.model = model if device is None else model.to(device)
         self.speedups = speedups
         self.notes: list[str] = []
+        self.spread: Callable[..., list[Any]] = compute_all  # set where processes share rows
         self._patches = Patches()
         self._pools: dict[int, Threads] = {}
         self._frozen = [] if training else [p for p in model.parameters() if p.requires_grad]
@@ -150,14 +153,17 @@ class Engine:
         *,
         loss: Callable[[Batch], Tensor],
         count: Callable[[Batch], int],
+        terms: float | None = None,
     ) -> float:
         """Add the gradient of a step's mean loss to ``parameter.grad`` of each; return that loss.
 
         `batches` holds the micro-batches of the step, each as its shards; ``loss(shard)`` is summed
         over ``count(shard)`` terms. Losses and gradients are summed in the order of the shards, so
-        equal work gives equal bits.
+        equal work gives equal bits. `terms` is the number in the whole step, where these batches
+        are a part of it.
         """
-        terms = sum(count(batch) for shards in batches for batch in shards)
+        if terms is None:
+            terms = sum(count(batch) for shards in batches for batch in shards)
 
         def gradients(batch: Batch) -> tuple[float, tuple[Tensor | None, ...]]:
             with torch.enable_grad():
@@ -188,6 +194,11 @@ class Engine:
         `max_tokens` bounds what is computed at once, in all threads together. Raises ModelError
         when a score is not a number.
         """
+        return self.spread(examples, lambda part: self._scores(part, max_tokens, progress))
+
+    def _scores(
+        self, examples: Sequence[Example], max_tokens: int, progress: Progress | None
+    ) -> list[list[float]]:
         if self._findings.length:
             return self._scores_by_length(examples, max_tokens, progress)
         scores: list[list[float]] = [[] for _ in examples]
@@ -317,6 +328,13 @@ class Engine:
 
     def _device(self) -> torch.device:
         return next(self.model.parameters()).device
+
+
+def compute_all(
+    items: Sequence[Item], compute: Callable[[Sequence[Item]], list[Found]]
+) -> list[Found]:
+    """Compute all items here: the plain case of `Engine.spread`."""
+    return compute(items)
 
 
 def num_terms(batch: PackedBatch, kind: Kind) -> int:

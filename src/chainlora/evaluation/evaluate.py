@@ -206,16 +206,19 @@ def _evaluate_generation(
         if progress is not None:
             progress(done, len(examples))
 
-    with engine.plain() as model:
-        texts = generate_greedy(
-            causal_model(model),
-            _required(tokenizer),
-            [example.prompt for example in examples],
-            max_new_tokens=max_new_tokens,
-            stop=stop,
-            max_tokens=max_tokens,
-            progress=advance,
-        )
+    def generate(prompts: Sequence[Any]) -> list[str]:
+        with engine.plain() as model:
+            return generate_greedy(
+                causal_model(model),
+                _required(tokenizer),
+                prompts,
+                max_new_tokens=max_new_tokens,
+                stop=stop,
+                max_tokens=max_tokens,
+                progress=advance,
+            )
+
+    texts: list[str] = engine.spread([example.prompt for example in examples], generate)
     predictions: list[dict[str, Any]] = [
         {
             "row": e.row,

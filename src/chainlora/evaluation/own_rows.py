@@ -85,9 +85,11 @@ def evaluate_rows(
 
 
 def _own_data(run_or_model: str | Path, data: str | None) -> DataConfig:
-    """Return what a run's config says of rows; of a model that is no run, that they are `data`."""
+    """Return what a run says of its rows; of a model or a saved chain, that they are `data`."""
     if (Path(run_or_model) / "chain.json").is_file():
-        return RunReader(run_or_model).config().data
+        reader = RunReader(run_or_model)
+        if reader.manifest().has_run:
+            return reader.config().data
     return DataConfig(train=data or "")
 
 
@@ -107,7 +109,7 @@ def _check_split(own: DataConfig, split: str, data: str | None, run: str | Path)
             "one, or a task"
         )
     from_files = own.task is None or own.train is not None
-    if from_files and data is None and getattr(own, split) is None:
+    if from_files and data is None and not getattr(own, split):
         raise RunError(
             f"a run scored on its own rows must have some (got no data.{split} in the config of "
             f"{run}); name another --split, or a file as --data"

@@ -46,12 +46,11 @@ def evaluate_task(
     run = RunReader(path_of_run) if (path_of_run / "chain.json").is_file() else None
     rows = task_split_source(task, data, split, limit)
     if run is not None:
-        model, tokenizer = load_run(run_or_model, num_links=num_links, dtype=dtype)
+        model, tokenizer = load_run(run_or_model, num_links=num_links, dtype=dtype, as_trained=True)
     else:
         model, tokenizer = load_model(run_or_model, getattr(torch, dtype or "float32"))
-    examples = encode_split(
-        task, rows, tokenizer, context_length(model), run.config().data if run else None
-    )
+    own = run.config().data if run is not None and run.manifest().has_run else None
+    examples = encode_split(task, rows, tokenizer, context_length(model), own)
     with Engine(model, speedups=speedups, training=False) as engine:
         found = evaluate(
             model,

@@ -52,7 +52,8 @@ class Speaker:
     """A model that answers, each piece of text given to `write` as soon as it is whole."""
 
     def __init__(self, model: Any, tokenizer: Any, sampling: Sampling | None = None) -> None:
-        self.model = model.to(_device())
+        is_quantized = getattr(model, "hf_quantizer", None) is not None
+        self.model = model if is_quantized else model.to(_device())
         self.tokenizer = tokenizer
         self.sampling = sampling or Sampling()
         self._generator = torch.Generator().manual_seed(self.sampling.seed)

@@ -29,6 +29,7 @@ from chainlora.errors import ModelError
 from chainlora.models.gguf import converted_folder
 from chainlora.models.hashing import cache_dir as cache_dir  # re-exported
 from chainlora.models.identity import TOKENIZERS, weight_files
+from chainlora.models.quantizing import quantization, settle_kernels
 from chainlora.models.text_config import UNLIMITED_CONTEXT as UNLIMITED_CONTEXT
 from chainlora.models.text_config import context_length as context_length
 
@@ -41,11 +42,18 @@ _MANY_LAYERS = 1000  # more than any model has; so many are made in seconds
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
-def load_model(spec: str | Path, dtype: torch.dtype) -> tuple[Any, Any]:
-    """Return ``(model, tokenizer)`` in eval mode on the CPU, weights cast to ``dtype``.
+def load_model(
+    spec: str | Path,
+    dtype: torch.dtype,
+    *,
+    quantize: str | None = None,
+    device: torch.device | str = "cpu",
+) -> tuple[Any, Any]:
+    """Return ``(model, tokenizer)`` in eval mode, weights cast to ``dtype``.
 
     spec: Hub id, local folder, ``.gguf`` file, or ``pip:PACKAGE`` for a GGUF file in an installed
-    package.
+    package. quantize: how its linear layers are quantised while they load (`quantizing`). device:
+    where a quantised model is loaded; another one is on the CPU.
 
     The tokenizer pads with a token it already has; the vocabulary is left as it is.
 
@@ -57,6 +65,10 @@ def load_model(spec: str | Path, dtype: torch.dtype) -> tuple[Any, Any]:
     _refuse_pickle(folder)
     _check_layers(config, folder)
     tokenizer = _load_tokenizer(folder)
+    keys: dict[str, Any] = {}
+    if quantize is not None:
+        _refuse_quantized(config, folder)
+        keys = {"quantization_config": quantization(quantize, dtype), "device_map": {"": device}}
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -66,6 +78,7 @@ def load_model(spec: str | Path, dtype: torch.dtype) -> tuple[Any, Any]:
             trust_remote_code=False,
             local_files_only=True,
             output_loading_info=True,
+            **keys,
         )
     except (
         Exception
@@ -78,6 +91,7 @@ def load_model(spec: str | Path, dtype: torch.dtype) -> tuple[Any, Any]:
     _check_whole(model, report, folder)
     _refuse_integers(model, folder)
     _check_vocabulary(model, tokenizer, folder)
+    settle_kernels(model)
     if model.generation_config is not None and model.generation_config.pad_token_id is None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id
     return model.eval(), tokenizer
@@ -126,6 +140,23 @@ def resolve_model(spec: str | Path) -> Path:
             f"name the folder it lies in"
         )
     return _from_hub(spec)
+
+
+def folder_of(model: Any) -> Path | None:
+    """Return the folder that a model in memory was loaded from, None where it is not at hand.
+
+    A Hub id is looked up in the Hub cache; nothing is downloaded.
+    """
+    name = getattr(getattr(model, "config", None), "_name_or_path", "") or ""
+    try:
+        folder = Path(name)
+        if name and not folder.is_dir():
+            revision = getattr(model.config, "_commit_hash", None)
+            folder = Path(snapshot_download(name, revision=revision, local_files_only=True))
+        is_whole = bool(name) and all(file.is_file() for file in weight_files(folder))
+    except (HFValidationError, LocalEntryNotFoundError, ModelError, OSError, ValueError):
+        return None
+    return folder if is_whole else None
 
 
 def packaged_model(package: str) -> Path:
@@ -296,6 +327,14 @@ def _check_whole(model: Any, report: dict[str, Any], folder: Path) -> None:
             len(unexpected),
             folder,
             unexpected[0],
+        )
+
+
+def _refuse_quantized(config: Any, folder: Path) -> None:
+    if getattr(config, "quantization_config", None) is not None:
+        raise ModelError(
+            f"`quantize` needs a checkpoint that is not quantised yet (got {folder}, whose "
+            "config.json has a quantization_config); leave quantize out"
         )
 
 

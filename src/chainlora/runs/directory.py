@@ -311,6 +311,10 @@ class RunDirectory(RunReader):
                 raise files.unwritable(error, self / "model") from error
         self._hash_folder("model")
 
+    def save_result(self, result: Mapping[str, Any]) -> None:
+        """Write ``result.json``, the last file of a run."""
+        files.write_json(self / "result.json", result)
+
     def record(self, values: Mapping[str, Any], progress: Progress) -> None:
         """Append one line to ``metrics.jsonl``."""
         self._log.append(values)
@@ -381,7 +385,7 @@ class RunDirectory(RunReader):
         found = self._need_current().checkpoint
         assert found is not None
         folder = self / found.directory
-        optimizer = _load_tensors(folder / "optimizer.safetensors")
+        optimizer = load_tensors(folder / "optimizer.safetensors")
         if not all(name.partition(".")[0].isdecimal() for name in optimizer):
             raise RunError(
                 f"optimizer.safetensors must hold an optimizer's state (got other tensors in "
@@ -389,7 +393,7 @@ class RunDirectory(RunReader):
             )
         if (folder / "adapter_model.safetensors").is_file():  # of version 0.1
             return live_state_of_adapter(folder, config), optimizer
-        return _load_tensors(folder / "link.safetensors"), optimizer
+        return load_tensors(folder / "link.safetensors"), optimizer
 
     def load_moments(self) -> dict[str, Tensor]:
         """Read the optimizer state that the last link's knot kept."""
@@ -399,7 +403,7 @@ class RunDirectory(RunReader):
                 f"a run with optimizer_reset: prune must hold the moments of its last link (got "
                 f"none in {self.path}); {INCOMPLETE}"
             )
-        return _load_tensors(self / name)
+        return load_tensors(self / name)
 
     def load_best(self, index: int, config: LinkConfig, directory: str = "best") -> Link:
         """Read the partial link of the best point."""
@@ -417,7 +421,7 @@ def _is_in(name: str, named: Collection[str]) -> bool:
     return name in named or any(str(parent) in named for parent in PurePosixPath(name).parents)
 
 
-def _load_tensors(path: Path) -> dict[str, Tensor]:
+def load_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:

@@ -23,8 +23,9 @@ from chainlora.errors import ChainError, RunError
 from chainlora.models.identity import base_files
 from chainlora.models.loading import load_model, resolve_model
 from chainlora.runs.compression import adapter_factors
-from chainlora.runs.manifest import Manifest
+from chainlora.runs.manifest import Base, Manifest
 from chainlora.runs.reading import RunReader, check_base
+from chainlora.runs.saved_chain import current_links, describe_base
 from chainlora.runs.verification import (
     check_adapter,
     check_checkpoint,
@@ -36,13 +37,18 @@ _WIDEST = 2**14  # far beyond what servers take, and still small
 
 
 def load_run(
-    run: str | Path, *, num_links: int | None = None, dtype: str | None = None
+    run: str | Path,
+    *,
+    num_links: int | None = None,
+    dtype: str | None = None,
+    as_trained: bool = False,
 ) -> tuple[Any, Any]:
     """Load a run's base, put its chain on, and return (plain transformers model, tokenizer).
 
     The chain is the one the run selected, or the first `num_links` links; `dtype` defaults to the
-    run's own. Raises RunError when a file of the run or the base has changed, or the run was killed
-    before it had anything.
+    run's own. The links of a quantised base are merged into it as it was before; with `as_trained`
+    they are left on the quantised one, in adapter layers. Raises RunError when a file of the run or
+    the base has changed, or the run was killed before it had anything.
     """
     reader = RunReader(run)
     manifest = reader.manifest()
@@ -59,13 +65,14 @@ def load_run(
     folder = resolve_model(manifest.base.model)
     if manifest.base.files is not None:
         check_base(manifest, {"files": base_files(folder)}, reader.path)
-    model, tokenizer = load_model(folder, kind)
-    chain = Chain(model, checkpoint=folder)
+    quantize = manifest.base.quantize if as_trained else None
+    model, tokenizer = load_model(folder, kind, quantize=quantize)
+    chain = Chain(model, hold="carried" if quantize else "tied", checkpoint=folder)
     if manifest.base.files is None:  # of version 0.1
         check_base(manifest, {"fingerprint": chain.base_fingerprint}, reader.path)
     for link in links:
         chain.add(link)
-    return chain.detach(), tokenizer
+    return (model if quantize else chain.detach()), tokenizer
 
 
 def _is_whole_model(reader: RunReader, manifest: Manifest) -> bool:
@@ -80,6 +87,11 @@ def _is_whole_model(reader: RunReader, manifest: Manifest) -> bool:
 
 def _refuse_unfinished(reader: RunReader) -> None:
     """Refuse a run that was to train something and has not yet: the base would pass for it."""
+    if not reader.manifest().has_run:
+        raise RunError(
+            f"a saved chain must have a link (got none in {reader.path}); take the base by --links "
+            "0"
+        )
     chain = reader.config().chain
     if chain.tune == "full":
         raise RunError(
@@ -131,38 +143,28 @@ def _save_model(model: Any, tokenizer: Any, folder: Path) -> None:
 
 
 def export_adapter(
-    run: str | Path,
+    run: str | Path | Chain,
     output: str | Path,
     *,
     rank: int | None = None,
     tolerance: float | None = None,
     num_links: int | None = None,
 ) -> dict[str, Any]:
-    """Write the run's chain as one PEFT adapter: exact, or compressed to `rank` or to a relative
-    error `tolerance`. A `rank` above the chain's is filled up with zeros.
+    """Write a chain as one PEFT adapter: exact, or compressed to `rank` or to a relative error
+    `tolerance`. A `rank` above the chain's is filled up with zeros.
 
-    Returns rank and error; the error is ``√(Σ‖ΔW−ΔŴ‖² / Σ‖ΔW‖²)`` over all modules.
+    `run` is a run directory, a saved chain, or a `Chain` in memory, of which the live link is
+    written as it is now. Returns rank and error; the error is ``√(Σ‖ΔW−ΔŴ‖² / Σ‖ΔW‖²)`` over all
+    modules.
     """
     _check_compression(rank, tolerance)
     output = _empty(output)
-    reader = RunReader(run)
-    manifest = reader.manifest()
-    if _is_whole_model(reader, manifest):
-        raise RunError(
-            f"--to adapter needs a chain (got {run}, a run of full fine-tuning); use --to merged"
-        )
-    links = reader.links_of(manifest, num_links)
+    links, base = _links_and_base(run, num_links)
     factors, error = adapter_factors(links, rank=rank, tolerance=tolerance)
     with files.replaced_folder(output) as scratch:
-        written = _save_chain(scratch, links, factors, manifest)
-        _card(
-            scratch,
-            f"A chain of {len(links)} LoRA link(s) on `{manifest.base.model}` as one adapter of "
-            f"rank {written} (relative error {error:.2e}).",
-            manifest.base.model,
-            "peft",
-            'PeftModel.from_pretrained(base, "this folder")',
-        )
+        written, extra = write_adapter(scratch, links, factors, base)
+        check_adapter(scratch, base.model, factors, extra)
+        write_adapter_card(scratch, len(links), written, error, base)
     return {
         "to": "adapter",
         "output": str(output),
@@ -171,6 +173,25 @@ def export_adapter(
         "error": error,
         "exact": tolerance is None and error == 0.0,
     }
+
+
+def _links_and_base(run: str | Path | Chain, num_links: int | None) -> tuple[Sequence[Link], Base]:
+    """Return the links to export and their base, whose modules are asked how they store weights."""
+    if isinstance(run, Chain):
+        links = current_links(run)
+        if num_links is not None and not 0 < num_links <= len(links):
+            raise ChainError(f"`num_links` must be 1 to {len(links)} here (got {num_links})")
+        return links[:num_links], describe_base(run)
+    reader = RunReader(run)
+    manifest = reader.manifest()
+    if _is_whole_model(reader, manifest):
+        raise RunError(
+            f"--to adapter needs a chain (got {run}, a run of full fine-tuning); use --to merged"
+        )
+    links = reader.links_of(manifest, num_links)
+    names = {name: None for link in links for name in link.factors}
+    transposed = stores_transposed(manifest.base, names)
+    return links, manifest.base.model_copy(update={"fan_in_fan_out": transposed})
 
 
 def _check_compression(rank: int | None, tolerance: float | None) -> None:
@@ -184,10 +205,10 @@ def _check_compression(rank: int | None, tolerance: float | None) -> None:
         raise ChainError(f"--tolerance is a relative error between 0 and 1 (got {tolerance})")
 
 
-def _save_chain(
-    folder: Path, links: Sequence[Link], factors: Mapping[str, Factors], manifest: Manifest
-) -> int:
-    """Write factors as one adapter, load it back with PEFT, and return its rank."""
+def write_adapter(
+    folder: Path, links: Sequence[Link], factors: Mapping[str, Factors], base: Base
+) -> tuple[int, dict[str, Tensor]]:
+    """Write factors of a chain as one adapter; return its rank and the extra weights in it."""
     rank = max(pair.a.shape[0] for pair in factors.values())
     extra: dict[str, Tensor] = {}
     for link in links:
@@ -199,8 +220,6 @@ def _save_chain(
         extra_modules=links[-1].config.extra_modules,
         lora_bias=any(pair.bias is not None for pair in factors.values()),
     )
-    base = manifest.base
-    transposed = stores_transposed(base, factors)
     save_adapter(
         folder,
         factors,
@@ -209,10 +228,9 @@ def _save_chain(
         alpha=rank,
         base=base.model,
         extra=extra,
-        fan_in_fan_out=transposed,
+        fan_in_fan_out=base.fan_in_fan_out,
     )
-    check_adapter(folder, base.model, factors, extra)
-    return rank
+    return rank, extra
 
 
 def _complete_generation(config: Any) -> None:
@@ -235,6 +253,18 @@ def _empty(output: str | Path) -> Path:
             "choose another"
         )
     return output
+
+
+def write_adapter_card(folder: Path, num_links: int, rank: int, error: float, base: Base) -> None:
+    """Write the model card of a chain as one adapter."""
+    _card(
+        folder,
+        f"A chain of {num_links} LoRA link(s) on `{base.model}` as one adapter of rank {rank} "
+        f"(relative error {error:.2e}).",
+        base.model,
+        "peft",
+        'PeftModel.from_pretrained(base, "this folder")',
+    )
 
 
 def _card(output: Path, what: str, base: str, library: str, code: str) -> None:

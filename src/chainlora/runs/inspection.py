@@ -34,7 +34,8 @@ def inspect_run(run: str | Path) -> dict[str, Any]:
     """
     reader = RunReader(run)
     manifest = reader.verify()
-    links = reader.links_of(manifest, len(manifest.links))
+    # a saved chain has a live link where a run has a checkpoint
+    links = reader.links_of(manifest, len(manifest.links) if manifest.has_run else None)
     records = read_records(reader / "metrics.jsonl")
     rows = [_describe(link, links[: link.index], records) for link in links]
     whole = _sizes(links) if links and all(_is_low_rank(link) for link in links) else {}
@@ -42,11 +43,11 @@ def inspect_run(run: str | Path) -> dict[str, Any]:
         "run": str(run),
         "base": manifest.base.model,
         "hold": manifest.hold,
-        "finished": (reader / "result.json").is_file(),
+        "finished": (reader / "result.json").is_file() or not manifest.has_run,
         "position": {
             "step": manifest.position.step,
             "links": len(links),
-            "planned_links": len(reader.config().chain.ranks),
+            "planned_links": len(reader.config().chain.ranks) if manifest.has_run else len(links),
         },
         "links": rows,
         "chain": whole | {"links": len(links), "rank": sum(link.rank for link in links)},

@@ -93,9 +93,10 @@ class Base(_Part):
 
     model: str
     fingerprint: str
-    dtype: Annotated[str, Field(pattern=r"^(float32|bfloat16)$")] = "float32"
+    dtype: Annotated[str, Field(pattern=r"^b?float(16|32|64)$")] = "float32"
     files: dict[str, str] | None = None
     fan_in_fan_out: bool = False
+    quantize: str | None = None
 
 
 class Checkpoint(_Part):
@@ -155,6 +156,11 @@ class Manifest(_Part):
     def position(self) -> Progress:
         """Return where the run resumes."""
         return self.progress if self.checkpoint is None else self.checkpoint.progress
+
+    @property
+    def has_run(self) -> bool:
+        """Say whether a run wrote this, with its config; else it is a saved chain alone."""
+        return self.files is None or "config.yaml" in self.files
 
     @property
     def named(self) -> set[str]:

@@ -19,5 +19,5 @@ def load_run_or_model(
     `num_links` takes a run's chain as it was then; `dtype` defaults to the run's own, or float32.
     """
     if (Path(run_or_model) / "chain.json").is_file():
-        return load_run(run_or_model, num_links=num_links, dtype=dtype)
+        return load_run(run_or_model, num_links=num_links, dtype=dtype, as_trained=True)
     return load_model(run_or_model, getattr(torch, dtype or "float32"))

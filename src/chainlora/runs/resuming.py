@@ -82,7 +82,7 @@ def _science(config: RunConfig) -> dict[str, Any]:
     tree = config.model_dump(exclude={"output": True, "data": {"dir"}})
     for key in ("trackers", "save_every"):
         tree["train"].pop(key)
-    flat = {"model": tree.pop("model")}
+    flat = {key: tree.pop(key) for key in ("model", "quantize")}
     for section, keys in tree.items():
         flat |= {f"{section}.{key}": value for key, value in keys.items()}
     return flat

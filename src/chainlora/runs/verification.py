@@ -74,6 +74,9 @@ def stores_transposed(base: Base, modules: Mapping[str, Any]) -> bool:
 
 
 def _skeleton(base: str) -> nn.Module | None:
+    if not base:
+        logger.warning("the adapter was not checked by loading it: its base has no name")
+        return None
     try:
         return load_skeleton(base)
     except ChainLoRAError as error:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupts:
@@ -55,7 +55,7 @@ def interruptible(tell: Callable[[int], object] = lambda number: None) -> Iterat
         yield interrupts
         return
     _open = interrupts
-    before = {number: signal.signal(number, interrupts.handle) for number in _SIGNALS}
+    before = {number: signal.signal(number, interrupts.handle) for number in SIGNALS}
     try:
         yield interrupts
     finally:

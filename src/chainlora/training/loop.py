@@ -30,11 +30,12 @@ from chainlora.training.events import (
     Listener,
     ShareTied,
 )
-from chainlora.training.interrupts import stop_requested
 from chainlora.training.knots import Knot, Position
 from chainlora.training.optimizers import (
     carry_moments,
+    evaluated_weights,
     full_optimizer,
+    leave_average,
     load_state,
     make_optimizer,
     prune_moments,
@@ -150,6 +151,8 @@ def _tie_share(run: Run, optimizer: torch.optim.Optimizer, knot: Knot) -> None:
 
 
 def _end_link(run: Run, optimizer: torch.optim.Optimizer) -> None:
+    leave_average(optimizer)
+    run.processes.check_same(run.chain.parameters(), "link")
     index, probe = len(run.chain), _probe_batch(run)
     before = _hidden(run, probe)
     if run.train.optimizer_reset == "prune":
@@ -233,10 +236,11 @@ def _gradient_batches(run: Run, index: int) -> Callable[[], None]:
         run.engine.adapt(adapter.layers.values())  # the forward that training will use: same bits
         training, tokens = run.chain.model.training, 0
         run.chain.model.eval()
+        parameters = list(run.chain.parameters())
         with closing(steps_ahead(run, first, last)) as steps:
             for work in steps:
-                add_gradients(run, work, list(run.chain.parameters()))
-                tokens += work.num_tokens
+                tokens += add_gradients(run, work, parameters).num_tokens
+        run.processes.sum_gradients(parameters)
         run.chain.model.train(training)
         if run.progress.step == first:  # not again where a stopped run resumes inside the link
             run.record(GradientMeasured(first, index, tokens))
@@ -250,7 +254,8 @@ def _gradient_batches(run: Run, index: int) -> Callable[[], None]:
 def _between_steps(run: Run, optimizer: torch.optim.Optimizer, *, is_last: bool) -> None:
     train, step = run.train, run.progress.step
     if train.eval_every and step % train.eval_every == 0 and not is_last:
-        evaluate_point(run, "step")
+        with evaluated_weights(optimizer):
+            evaluate_point(run, "step")
     if train.save_every and step % train.save_every == 0:
         save_checkpoint(run, optimizer)
     if not is_last:  # at a knot the state is saved anyway
@@ -259,7 +264,7 @@ def _between_steps(run: Run, optimizer: torch.optim.Optimizer, *, is_last: bool)
 
 def _stop_if_requested(run: Run, optimizer: torch.optim.Optimizer | None = None) -> None:
     """Save the state and raise StoppedError, if a signal asked for it."""
-    number = stop_requested()
+    number = run.processes.stop_requested()
     if number is None:
         return
     if optimizer is not None:
@@ -304,5 +309,6 @@ def _tune_everything(run: Run) -> None:
         for work in steps:
             update(run, work, optimizer)
             _between_steps(run, optimizer, is_last=run.progress.step == run.plan.num_steps)
+    leave_average(optimizer)
     model.requires_grad_(False)
     evaluate_point(run, "knot")

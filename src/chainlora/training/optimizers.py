@@ -1,12 +1,13 @@
 """The optimizer of one link: a new one for each, so that it knows nothing of the links before.
 
-A new optimizer is a factory in `OPTIMIZERS`; what of its state is proportional to gradients goes
-into `MOMENTS`, so that soft knots can carry it.
+A new optimizer is a factory in `OPTIMIZERS` (those of the package are in `optimizer_kinds`). What
+of its state is proportional to gradients goes into `MOMENTS`, so that soft knots can carry it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,51 +15,99 @@ from torch import Tensor, nn
 
 from chainlora.chain.adapters import Adapter, live_factors
 from chainlora.chain.soft_knot import Balance
-from chainlora.config.schema import TrainConfig
+from chainlora.config.schema import RunConfig, TrainConfig
 from chainlora.errors import ConfigError, nearest
+from chainlora.training import optimizer_kinds as kinds
+from chainlora.training.optimizer_kinds import Factory, Groups
 from chainlora.training.schedule import learning_rate_factor
-
-Groups = list[dict[str, Any]]
-Factory = Callable[[Groups, TrainConfig], torch.optim.Optimizer]
-
-
-def _adamw(groups: Groups, config: TrainConfig) -> torch.optim.Optimizer:
-    keys: dict[str, Any] = {
-        "betas": config.betas,
-        "eps": config.eps,
-        "weight_decay": config.weight_decay,
-    }
-    return torch.optim.AdamW(groups, config.lr, **keys | {"fused": True} | config.optimizer_options)
-
-
-def _sgd(groups: Groups, config: TrainConfig) -> torch.optim.Optimizer:
-    keys: dict[str, Any] = {"momentum": 0.9, "weight_decay": config.weight_decay}
-    return torch.optim.SGD(groups, config.lr, **keys | config.optimizer_options)
-
 
 # By the name in `train.optimizer`. A factory gets parameter groups, each with its `ratio` of the
 # learning rate.
-OPTIMIZERS: dict[str, Factory] = {"adamw": _adamw, "sgd": _sgd}
+OPTIMIZERS: dict[str, Factory] = {
+    "adamw": kinds.adamw,
+    "sgd": kinds.sgd,
+    "adafactor": kinds.adafactor,
+    "lion": kinds.lion,
+    "muon": kinds.muon,
+    "schedule_free_adamw": kinds.schedule_free_adamw,
+    "adamw_8bit": kinds.adamw_8bit,
+    "paged_adamw_8bit": kinds.paged_adamw_8bit,
+}
 
 # What optimizers keep of past gradients, by the power of the gradient that it is.
-MOMENTS = {"exp_avg": 1, "exp_avg_sq": 2, "momentum_buffer": 1}
+MOMENTS = {
+    "exp_avg": 1,
+    "exp_avg_sq": 2,
+    "max_exp_avg_sq": 2,
+    "momentum_buffer": 1,
+    "variance": 2,
+}
+_FACTORED = {"row_var", "col_var"}  # Adafactor's means of squares, over columns and over rows
+_SET_BY_THE_LOOP = ("lr", "ratio")  # of a parameter group
 
 
-def check_optimizer(config: TrainConfig) -> None:
-    """Raise ConfigError unless the optimizer is known and takes its options."""
-    if config.optimizer not in OPTIMIZERS:
+# --- what can be refused before training ---
+
+
+def check_optimizer(config: RunConfig, device: torch.device) -> None:
+    """Raise ConfigError unless the optimizer is known and can do what the config asks of it."""
+    train, chain = config.train, config.chain
+    if train.optimizer not in OPTIMIZERS:
         raise ConfigError(
             f"`train.optimizer` must be one of {', '.join(sorted(OPTIMIZERS))} "
-            f"(got {config.optimizer!r}{nearest(config.optimizer, OPTIMIZERS)})"
+            f"(got {train.optimizer!r}{nearest(train.optimizer, OPTIMIZERS)})"
         )
+    optimizer = _stepped(train, device)
+    if chain.dora or chain.lora_bias or chain.extra_modules or chain.tune == "full":
+        _check_vectors(train, device)
+    (state,) = optimizer.state.values()
+    if train.optimizer_reset == "prune" and not {"exp_avg", "exp_avg_sq"} <= set(state):
+        raise ConfigError(
+            "`optimizer_reset: prune` keeps AdamW's moments (got train.optimizer: "
+            f"{train.optimizer}); use adamw, or optimizer_reset: full"
+        )
+    if chain.knots is not None and _has_average(optimizer):
+        raise ConfigError(
+            "soft knots tie a share of one set of weights (got train.optimizer: "
+            f"{train.optimizer}, which keeps two: those it steps from, and their average); leave "
+            "chain.knots out"
+        )
+    unknown = _unknown_moments(state)
+    if chain.knots is not None and chain.knots.moments == "carried" and unknown:
+        raise ConfigError(
+            f"a soft knot must scale each moment (got {', '.join(unknown)} of train.optimizer: "
+            f"{train.optimizer}, which cannot be scaled exactly); set chain.knots.moments: new"
+        )
+
+
+def _stepped(train: TrainConfig, device: torch.device) -> torch.optim.Optimizer:
+    """Return the optimizer of one matrix after a step, so that its state can be looked at."""
+    matrix = nn.Parameter(torch.zeros(64, 64, device=device))
     try:
-        _make([{"params": [nn.Parameter(torch.zeros(1, 1))], "ratio": 1.0}], config)
-    except (TypeError, ValueError, RuntimeError) as error:
+        optimizer = _make([{"params": [matrix], "ratio": 1.0}], train)
+        matrix.grad = torch.ones_like(matrix)
+        optimizer.step()
+    except (TypeError, ValueError, RuntimeError, AttributeError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(
-            f"`train.optimizer_options` must suit {config.optimizer} (got "
-            f"{dict(config.optimizer_options)}: {reason}); see its documentation"
+            f"`train.optimizer_options` must suit {train.optimizer} on {device} (got "
+            f"{dict(train.optimizer_options)}: {reason}); see its documentation"
         ) from None
+    return optimizer
+
+
+def _check_vectors(train: TrainConfig, device: torch.device) -> None:
+    vector = nn.Parameter(torch.zeros(2, device=device))
+    try:
+        _make([{"params": [vector], "ratio": 1.0}], train)
+    except ValueError:
+        raise ConfigError(
+            f"`train.optimizer: {train.optimizer}` trains matrices alone (got dora, lora_bias, "
+            "extra_modules or tune: full, which have vectors too); use adamw, or leave them out"
+        ) from None
+
+
+# --- made new for each link ---
 
 
 def make_optimizer(adapter: Adapter, config: TrainConfig) -> torch.optim.Optimizer:
@@ -88,30 +137,50 @@ def _make(groups: Groups, config: TrainConfig) -> torch.optim.Optimizer:
     return OPTIMIZERS[config.optimizer](groups, config)
 
 
+# --- its state, on disk and over knots ---
+
+
 def state_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Return an optimizer's state as flat tensors, ``"<parameter>.<key>"``.
 
-    A number becomes a float64 tensor without dimensions, ``"<parameter>.<key>.number"``.
+    What changes in a parameter group is ``"<group>.group:<key>"``. A number becomes a tensor
+    without dimensions, its name ends in ``.number``.
     """
-    tensors = {}
-    for position, values in optimizer.state_dict()["state"].items():
-        for key, value in values.items():
+    tensors: dict[str, Tensor] = {}
+    seen: set[int] = set()  # tables that all parameters share are written for each
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for position, parameter in enumerate(parameters):
+        for key, value in optimizer.state.get(parameter, {}).items():
             if torch.is_tensor(value):
-                tensors[f"{position}.{key}"] = value.detach().cpu().contiguous()
+                value = value.detach().cpu().contiguous()
+                is_shared = value.data_ptr() in seen
+                tensors[f"{position}.{key}"] = value.clone() if is_shared else value
+                seen.add(value.data_ptr())
             elif value is not None:
-                number = torch.tensor(value, dtype=torch.float64)
-                tensors[f"{position}.{key}.number"] = number
+                tensors[f"{position}.{key}.number"] = _number(value)
+    for position, group in enumerate(optimizer.param_groups):
+        for key, value in group.items():
+            is_number = isinstance(value, bool | int | float) and key not in _SET_BY_THE_LOOP
+            if is_number and value != optimizer.defaults.get(key):
+                tensors[f"{position}.group:{key}.number"] = _number(value)
     return tensors
+
+
+def _number(value: float) -> Tensor:
+    return torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else None)
 
 
 def load_state(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
     """Give a new optimizer the state that `state_tensors` returned."""
     state: dict[int, dict[str, Any]] = {}
+    groups = optimizer.state_dict()["param_groups"]
     for name, tensor in tensors.items():
         position, key, *number = name.split(".")
         value = tensor.item() if number else tensor
-        state.setdefault(int(position), {})[key] = value
-    groups = optimizer.state_dict()["param_groups"]
+        if key.startswith("group:"):
+            groups[int(position)][key.removeprefix("group:")] = value
+        else:
+            state.setdefault(int(position), {})[key] = value
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
@@ -122,7 +191,8 @@ def carry_moments(
     """Carry an optimizer's moments over a soft knot, in place, exactly.
 
     Its gradients would have been β times as large for A and α times as large for B (`soft_knot`);
-    first moments scale with them, second moments with their square, step counts stay.
+    first moments scale with them, second moments with their square, step counts stay. Raises
+    ConfigError for an optimizer whose state is not known to scale.
     """
     for name, scale in scales.items():
         a, b = live_factors(adapter, name)
@@ -131,9 +201,67 @@ def carry_moments(
 
 
 def _scale_moments(state: Mapping[str, Any], scale: Tensor) -> None:
+    if unknown := _unknown_moments(state):
+        raise ConfigError(
+            f"carry_moments must know what each moment is (got {', '.join(unknown)}); make a new "
+            "optimizer after the soft knot instead"
+        )
     for key, power in MOMENTS.items():
         if key in state:
             state[key].mul_(scale**power)
+    if state.keys() >= _FACTORED:
+        _scale_factored(state, scale)
+
+
+def _scale_factored(state: Mapping[str, Any], scale: Tensor) -> None:
+    """Scale Adafactor's estimate ``V = R·C / mean(R)`` of the second moments by ``scale²``.
+
+    The mean of squares along the axis that is scaled is known exactly. The other one mixes what is
+    scaled differently; it follows in the mean, so that both still have the same one.
+    """
+    along, across = ("row_var", "col_var") if scale.dim() == 2 else ("col_var", "row_var")
+    before = state[along].mean()
+    state[along].mul_(scale**2)
+    ratio = state[along].mean() / before
+    state[across].mul_(torch.where(before > 0, ratio, 1.0))
+
+
+def _unknown_moments(state: Mapping[str, Any]) -> list[str]:
+    """Return what of a parameter's state is a tensor of which soft knots know nothing."""
+    known = MOMENTS.keys() | _FACTORED
+    tensors = {key for key, value in state.items() if torch.is_tensor(value) and value.dim()}
+    return sorted(tensors - known)
+
+
+def _has_average(optimizer: torch.optim.Optimizer) -> bool:
+    """Say whether an optimizer evaluates other weights than those it steps from (schedule-free)."""
+    return callable(getattr(optimizer, "eval", None))
+
+
+def leave_average(optimizer: torch.optim.Optimizer) -> None:
+    """End training: leave the weights to be evaluated and kept, for most optimizers those there
+    are."""
+    if _has_average(optimizer):
+        optimizer.eval()  # type: ignore[attr-defined]
+
+
+@contextmanager
+@torch.no_grad()
+def evaluated_weights(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Put the weights to be evaluated in place for a while; then those it steps from, to the same
+    bits."""
+    if not _has_average(optimizer):
+        yield
+        return
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    kept = [p.detach().clone() for p in parameters]
+    leave_average(optimizer)
+    try:
+        yield
+    finally:
+        optimizer.train()  # type: ignore[attr-defined]
+        for parameter, value in zip(parameters, kept, strict=True):
+            parameter.copy_(value)
 
 
 def prune_moments(state: Mapping[str, Tensor], fraction: float) -> dict[str, Tensor]:

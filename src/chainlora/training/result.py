@@ -22,12 +22,11 @@ def finish(run: Run) -> dict[str, Any]:
     run.progress.seconds = run.clock.seconds
     result = _result(run, metrics)
     run.engine.close()  # the model's own forwards, before it is saved
-    model = run.chain.detach()
     if run.directory is not None:
-        if run.config.chain.tune == "full":
-            run.directory.save_model(model, run.tokenizer)  # no links: the weights are the result
+        if run.config.chain.tune == "full":  # no links: the weights are the result
+            run.directory.save_model(run.chain.detach(), run.tokenizer)
         _write_selection(run)
-        store.write_json(run.directory / "result.json", result)
+        run.directory.save_result(result)
     return result
 
 

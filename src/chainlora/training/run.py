@@ -24,6 +24,7 @@ from chainlora.training.events import Event, Listener
 from chainlora.training.knots import KnotPolicy
 from chainlora.training.objectives import Objective
 from chainlora.training.plan import Plan
+from chainlora.training.processes import Processes
 
 
 class Clock:
@@ -51,6 +52,7 @@ class Run:
     engine: Engine
     tokenizer: Any
     accelerator: Accelerator
+    processes: Processes
     directory: RunDirectory | None
     progress: Progress
     base: dict[str, Any]

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, InitProcessGroupKwargs
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from chainlora.chain.adapters import check_targets
+from chainlora.chain.adapters import check_mergeable, check_targets
 from chainlora.chain.chain import Chain
 from chainlora.config.schema import RunConfig
 from chainlora.data.splits import Splits, prepare_splits
@@ -20,21 +21,29 @@ from chainlora.errors import ConfigError
 from chainlora.models.identity import base_files
 from chainlora.models.loading import context_length, load_model, resolve_model
 from chainlora.runs.directory import Progress, RunDirectory
+from chainlora.runs.following import FollowedDirectory
 from chainlora.training.events import Listener, Planned, RowsEncoded
 from chainlora.training.knots import make_policy
 from chainlora.training.objectives import OBJECTIVES
 from chainlora.training.optimizers import check_optimizer
 from chainlora.training.plan import make_plan
+from chainlora.training.processes import Processes, find_processes, num_launched
 from chainlora.training.run import Clock, Run, flatten
+
+# The first process may encode a large data set while the others wait.
+_PATIENCE = InitProcessGroupKwargs(timeout=timedelta(hours=6))
 
 
 def prepare(
     config: RunConfig, resume: bool, listener: Listener, change: Collection[str] = ()
 ) -> Run:
     """Load and check everything a run needs, claim its directory, find where to resume."""
-    directory = RunDirectory(config.output) if config.output else None
+    accelerator = make_accelerator(config)
+    processes = find_processes(accelerator)
+    directory = _directory(config, processes)
     try:
-        return _prepare(config, resume, listener, change, directory)
+        with processes.together():
+            return _prepare(config, resume, listener, change, directory, accelerator, processes)
     except BaseException:
         if directory is not None:
             directory.close(undo=True)
@@ -47,30 +56,36 @@ def _prepare(
     listener: Listener,
     change: Collection[str],
     directory: RunDirectory | None,
+    accelerator: Accelerator,
+    processes: Processes,
 ) -> Run:
     if config.chain.tune == "full" and resume:
         raise ConfigError(
             "full fine-tuning cannot resume (its optimizer state is not saved); start over"
         )
-    check_optimizer(config.train)
-    accelerator = make_accelerator(config)
-    if directory is not None:
-        directory.open(config, resume=resume, change=change)
-    folder = resolve_model(config.model)
-    files = base_files(folder)
+    check_optimizer(config, accelerator.device)
+    _check_share(config, processes)
+    with processes.in_turn():
+        if directory is not None:
+            directory.open(config, resume=resume, change=change)
+        folder = resolve_model(config.model)
+        files = base_files(folder)
     if directory is not None:
         directory.check_base_files(files)  # before they are loaded
     model, tokenizer = _load_model(config, accelerator.device)
-    splits = _load_splits(config, model, tokenizer, listener)
+    with processes.in_turn():
+        splits = _load_splits(config, model, tokenizer, listener)
     plan = make_plan(config, splits.train)
     check(config, model, splits)
     chain = _new_chain(config, model, folder)
     engine = _new_engine(config, model)
+    engine.spread = processes.spread
     try:
         base = _identity(config, chain, files)
         progress = Progress()
         if directory is not None:
-            progress = directory.begin(config, base, resume=resume, rows=splits.digest)
+            with processes.in_turn():
+                progress = directory.begin(config, base, resume=resume, rows=splits.digest)
         run = Run(
             config=config,
             plan=plan,
@@ -81,6 +96,7 @@ def _prepare(
             engine=engine,
             tokenizer=tokenizer,
             accelerator=accelerator,
+            processes=processes,
             directory=directory,
             progress=progress,
             base=base,
@@ -97,8 +113,11 @@ def _prepare(
 
 def _load_model(config: RunConfig, device: torch.device) -> tuple[Any, Any]:
     """Return the model, frozen, and its tokenizer. Links train their own factors."""
-    model, tokenizer = load_model(config.model, getattr(torch, config.train.dtype))
-    model.requires_grad_(False).to(device)
+    dtype = getattr(torch, config.train.dtype)
+    model, tokenizer = load_model(config.model, dtype, quantize=config.quantize, device=device)
+    model.requires_grad_(False)
+    if config.quantize is None:
+        model.to(device)
     model.config.use_cache = False
     if config.train.gradient_checkpointing:
         _checkpoint_activations(model)
@@ -117,7 +136,8 @@ def _new_chain(config: RunConfig, model: Any, folder: Path) -> Chain:
 
 
 def _new_engine(config: RunConfig, model: Any) -> Engine:
-    """LoRA's dropout draws from one generator, and full gradients are as large as the model."""
+    """LoRA's dropout draws from one generator, full gradients are as large as the model, and
+    quantised layers keep state of their own."""
     threads = 1 if _needs_one_thread(config) else None
     return Engine(model, speedups=config.train.speedups, training=True, threads=threads)
 
@@ -130,6 +150,7 @@ def _identity(config: RunConfig, chain: Chain, files: Mapping[str, str]) -> dict
         "dtype": config.train.dtype,
         "files": files,
         "fan_in_fan_out": any(isinstance(module, Conv1D) for module in chain.model.modules()),
+        "quantize": config.quantize,
     }
 
 
@@ -138,6 +159,8 @@ def check(config: RunConfig, model: nn.Module, splits: Splits) -> None:
     if config.chain.tune == "lora":
         for link in config.chain.links():
             check_targets(model, link)
+            if config.chain.hold == "tied":
+                check_mergeable(model, link)
     metric, reported = config.train.select_metric, splits.reported
     if metric is not None and metric not in reported:
         raise ConfigError(
@@ -159,7 +182,12 @@ def make_accelerator(config: RunConfig) -> Accelerator:
     """Return the accelerator of a run, its trackers checked."""
     wanted = list(config.train.trackers)
     try:
-        accelerator = Accelerator(log_with=wanted or None, project_dir=config.output)
+        accelerator = Accelerator(
+            cpu=num_launched() > 1 and not torch.accelerator.is_available(),
+            log_with=wanted or None,
+            project_dir=config.output,
+            kwargs_handlers=[_PATIENCE],
+        )
         known = [str(getattr(tracker, "value", tracker)) for tracker in accelerator.log_with]
         missing = [name for name in wanted if name not in known]
     except ValueError:
@@ -169,16 +197,27 @@ def make_accelerator(config: RunConfig) -> Accelerator:
             "`trackers` must name trackers that Accelerate knows and that are installed (got "
             f"{missing[0]!r}); pip install it or remove it"
         )
-    if accelerator.num_processes > 1:
-        raise ConfigError(
-            f"training runs in one process today (got {accelerator.num_processes}); "
-            "launch without `accelerate launch --num_processes`"
-        )
     return accelerator
 
 
+def _directory(config: RunConfig, processes: Processes) -> RunDirectory | None:
+    """Return the run directory, to be written by the first process alone."""
+    if config.output is None:
+        return None
+    return (RunDirectory if processes.is_first else FollowedDirectory)(config.output)
+
+
+def _check_share(config: RunConfig, processes: Processes) -> None:
+    if config.train.batch_size % processes.count:
+        raise ConfigError(
+            "`train.batch_size` is that of all processes together, and must be a multiple of their "
+            f"number (got {config.train.batch_size} for {processes.count} processes); start "
+            "another number of them, or change it"
+        )
+
+
 def _needs_one_thread(config: RunConfig) -> bool:
-    return config.chain.tune == "full" or config.chain.dropout > 0
+    return config.chain.tune == "full" or config.chain.dropout > 0 or config.quantize is not None
 
 
 def _checkpoint_activations(model: Any) -> None:

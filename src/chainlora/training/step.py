@@ -38,7 +38,8 @@ def steps_ahead(run: Run, begin: int, end: int) -> Generator[Work, None, None]:
     """Yield the work of steps [begin, end), each packed while the step before it runs."""
 
     def pack(step: int) -> Work:
-        rows = [[run.splits.train[row] for row in batch] for batch in run.plan.batches(step)]
+        shares = [run.processes.share(batch) for batch in run.plan.batches(step)]
+        rows = [[run.splits.train[row] for row in share] for share in shares if share]
         return Work(step, [run.objective.collate(run.engine, examples) for examples in rows])
 
     with ThreadPoolExecutor(1) as packer:
@@ -51,24 +52,38 @@ def steps_ahead(run: Run, begin: int, end: int) -> Generator[Work, None, None]:
             yield work
 
 
-def add_gradients(run: Run, work: Work, parameters: list[nn.Parameter]) -> float:
-    """Add the gradient of the step's mean loss to ``parameter.grad`` of each; return that loss."""
-    return run.engine.add_gradients(
+class Computed(NamedTuple):
+    """What a step computed."""
+
+    loss: float  # this process's part of the mean over all terms
+    num_tokens: int  # of all processes
+    num_scored_tokens: int
+
+
+def add_gradients(run: Run, work: Work, parameters: list[nn.Parameter]) -> Computed:
+    """Add this process's part of the gradient of the step's mean loss to ``parameter.grad``."""
+    own = sum(run.objective.count(batch) for shards in work.batches for batch in shards)
+    counts = run.processes.sum([own, work.num_tokens, work.num_scored_tokens])
+    terms, num_tokens, num_scored_tokens = map(int, counts)
+    loss = run.engine.add_gradients(
         work.batches,
         parameters,
         loss=lambda batch: run.objective.loss(run.engine, batch),
         count=run.objective.count,
+        terms=terms,
     )
+    return Computed(loss, num_tokens, num_scored_tokens)
 
 
 def update(run: Run, work: Work, optimizer: torch.optim.Optimizer) -> float:
     """Make one optimizer step on `work`, record it, and return the loss."""
     started, step = time.perf_counter(), work.step
-    torch.manual_seed((run.train.seed << 32) + step)  # dropout is a function of the step alone
+    run.processes.seed(run.train.seed, step)  # dropout is a function of the step alone
     run.chain.model.train()
     rate = set_learning_rate(optimizer, run.train, run.lengths, step)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    loss = add_gradients(run, work, parameters)
+    own_loss, num_tokens, num_scored_tokens = add_gradients(run, work, parameters)
+    loss = run.processes.sum_gradients(parameters, own_loss)
     norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     _check_finite(run, step, "the loss and the norm of its gradient", loss, norm)
     if run.train.max_grad_norm is not None:
@@ -78,11 +93,11 @@ def update(run: Run, work: Work, optimizer: torch.optim.Optimizer) -> float:
     _check_finite(run, step, "the norm of the weights", nn.utils.get_total_norm(parameters))
     run.last_scored = None
     run.progress.step = step + 1
-    run.progress.tokens += work.num_tokens
-    run.progress.scored_tokens += work.num_scored_tokens
+    run.progress.tokens += num_tokens
+    run.progress.scored_tokens += num_scored_tokens
     seconds = time.perf_counter() - started
-    link, tokens = len(run.chain), work.num_tokens
-    run.record(StepDone(step + 1, link, loss, rate, norm.item(), tokens, seconds))
+    link = len(run.chain)
+    run.record(StepDone(step + 1, link, loss, rate, norm.item(), num_tokens, seconds))
     return loss
 
 

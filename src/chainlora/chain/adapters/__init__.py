@@ -1,9 +1,10 @@
 """The seam to PEFT: the only room that imports `peft`.
 
-factors.py   one module's share of a link: A and B
-targets.py   which modules a link adapts, and what is refused
-layers.py    a LoRA on a model: put on, read, written, taken off
-files.py     a link on disk, an ordinary PEFT adapter
+factors.py     one module's share of a link: A and B
+targets.py     which modules a link adapts, and what is refused
+layers.py      a LoRA on a model: put on, read, written, taken off
+peft_model.py  a chain inside PEFT's own model, for loops that know PEFT alone
+files.py       a link on disk, an ordinary PEFT adapter
 """
 
 from chainlora.chain.adapters.factors import Factors
@@ -27,7 +28,12 @@ from chainlora.chain.adapters.layers import (
     touched_parameters,
     zero,
 )
-from chainlora.chain.adapters.targets import check_targets, target_candidates
+from chainlora.chain.adapters.peft_model import put_in, read_settings, redirect, take_off
+from chainlora.chain.adapters.targets import (
+    check_mergeable,
+    check_targets,
+    target_candidates,
+)
 
 __all__ = [
     "LIVE",
@@ -36,6 +42,7 @@ __all__ = [
     "attach",
     "base_layer",
     "carry",
+    "check_mergeable",
     "check_targets",
     "detach",
     "get_extra",
@@ -43,6 +50,9 @@ __all__ = [
     "is_transposed",
     "live_factors",
     "load_adapter",
+    "put_in",
+    "read_settings",
+    "redirect",
     "reload_adapter",
     "reset_magnitudes",
     "same_shape",
@@ -50,6 +60,7 @@ __all__ = [
     "set_config",
     "set_extra",
     "set_factors",
+    "take_off",
     "target_candidates",
     "touched_parameters",
     "zero",

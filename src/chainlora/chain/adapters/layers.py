@@ -27,7 +27,7 @@ from chainlora.chain.adapters.targets import (
 from chainlora.config.schema import LinkConfig
 from chainlora.errors import ModelError
 
-LIVE = "link"
+LIVE = "default"  # the name that PEFT gives, and that its users and TRL expect
 CARRIED = "carried"
 
 

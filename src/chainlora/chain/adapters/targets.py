@@ -19,6 +19,7 @@ from chainlora.config.schema import LinkConfig
 from chainlora.config.time_limit import time_limit
 from chainlora.errors import ModelError
 from chainlora.models.modes import evaluation_mode, kept_random_state
+from chainlora.models.quantizing import is_quantized
 
 log = logging.getLogger(__name__)
 
@@ -82,12 +83,6 @@ def check_targets(model: nn.Module, config: LinkConfig) -> None:
                 f"{name}); "
                 f"candidates: {', '.join(target_candidates(model))}"
             )
-        if not module.weight.is_floating_point():
-            raise ModelError(
-                f"a quantised layer cannot be linked yet (got {type(module).__name__} of "
-                f"{module.weight.dtype} at "
-                f"{name}); load the model in float32 or bfloat16"
-            )
         if module is head:
             raise ModelError(
                 "`target_modules` must not name a head tied to the input embedding (got "
@@ -112,11 +107,11 @@ def check_targets(model: nn.Module, config: LinkConfig) -> None:
                 f"stacked experts cannot be linked (got {name}, which PEFT takes for a projection "
                 "of experts that share one parameter); leave it out, or use all-linear"
             )
-        if config.init in ("gradient", "pissa") and config.rank > min(module.weight.shape):
+        if config.init in ("gradient", "pissa") and config.rank > _shorter_side(module):
             raise ModelError(
                 f"`init: {config.init}` takes singular directions, of which a layer has as many "
                 "as its shorter side "
-                f"(got rank {config.rank} for {min(module.weight.shape)} at {name}); lower the "
+                f"(got rank {config.rank} for {_shorter_side(module)} at {name}); lower the "
                 "rank or use "
                 "init: kaiming"
             )
@@ -151,12 +146,33 @@ def check_targets(model: nn.Module, config: LinkConfig) -> None:
                 f"`extra_modules` must match a module (got {extra!r}, which matches nothing); "
                 f"known: {named}"
             )
+        if any(is_quantized(part) for _, module in found for part in module.modules()):
+            raise ModelError(
+                f"`extra_modules` must not name quantised layers (got {extra!r}): they cannot be "
+                "trained; leave it out"
+            )
         if any(module in (head, embedding) for _, module in found):
             raise ModelError(
                 f"`extra_modules` must not name a tied head or embedding (got {extra!r}): "
                 "training one "
                 "would change the other; untie the weights first"
             )
+
+
+def check_mergeable(model: nn.Module, config: LinkConfig) -> None:
+    """Raise ModelError if a link adapts a layer that cannot be merged into without loss."""
+    for name, module in matched_modules(model, config).items():
+        if is_quantized(module):
+            raise ModelError(
+                f"a quantised layer cannot hold merged links (got {type(module).__name__} of "
+                f"{module.weight.dtype} at {name}); use hold: carried"
+            )
+
+
+def _shorter_side(module: nn.Linear | Conv1D) -> int:
+    if isinstance(module, nn.Linear):  # a quantised weight has a shape of its own
+        return min(module.in_features, module.out_features)
+    return min(module.weight.shape)
 
 
 def named_modules(model: nn.Module, names: tuple[str, ...]) -> list[tuple[str, nn.Module]]:
@@ -227,6 +243,8 @@ def _say(model: nn.Module, left_out: set[str]) -> None:
 def _has_own_forward(module: nn.Module) -> bool:
     """Say whether a subclass of Linear computes anything but ``x Wᵀ + c`` (grouped, rounded)."""
     if not isinstance(module, nn.Linear) or type(module).forward is nn.Linear.forward:
+        return False
+    if is_quantized(module):  # it dequantises first
         return False
     x = torch.linspace(-1, 1, 3 * module.in_features, dtype=module.weight.dtype)
     x = x.view(1, 3, -1).to(module.weight.device)
@@ -334,6 +352,8 @@ def _shared_with(model: nn.Module) -> dict[str, str]:
     for path, module in model.named_modules():
         weight = getattr(module, "weight", None)
         if not isinstance(weight, Tensor) or weight.device.type == "meta" or not weight.numel():
+            continue
+        if is_quantized(module):  # never written, and its storage may be hidden
             continue
         place = (weight.untyped_storage().data_ptr(), int(weight.storage_offset()))
         if place in owners:

@@ -1,0 +1,183 @@
+"""A chain inside PEFT's own model, for loops that know PEFT and nothing of chains.
+
+A `PeftModel` is a shell around a tuner. The LoRA that its owner put on is read (`read_settings`)
+and taken off (`take_off`); the chain puts its own on the plain model inside, and the shell is given
+that tuner (`put_in`). Saving and loading, which the shell would do for one adapter, are redirected
+(`redirect`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from chainlora.chain.adapters.layers import LIVE, Adapter
+from chainlora.errors import ModelError
+
+# TRL's DPOTrainer adds a copy of a fresh adapter under this name, as its reference.
+_REFERENCE = "ref"
+_INITS = {True: "kaiming", "gaussian": "gaussian"}
+_READ = {
+    "r",
+    "lora_alpha",
+    "lora_dropout",
+    "use_rslora",
+    "lora_bias",
+    "target_modules",
+    "exclude_modules",
+    "init_lora_weights",
+}
+# Fields that say nothing of what is computed.
+_SILENT = {
+    "task_type",
+    "peft_type",
+    "auto_mapping",
+    "peft_version",
+    "base_model_name_or_path",
+    "revision",
+    "inference_mode",
+    "fan_in_fan_out",
+    "loftq_config",
+    "runtime_config",
+    "qalora_group_size",
+}
+_REMEDIES = {
+    "modules_to_save": "a chain of LoRA trains no other modules here: leave it out, or use "
+    "`chainlora train` with chain.extra_modules",
+    "use_dora": "what DoRA learns is no sum that one adapter could hold: leave it out, or use "
+    "`chainlora train` with chain.dora",
+    "init_lora_weights": "leave it out, or set it to 'gaussian'",
+}
+
+
+def read_settings(model: nn.Module) -> dict[str, Any]:
+    """Return what a model's LoRA says, by the keys of `LinkConfig`.
+
+    Raises ModelError unless it is a PEFT model with one fresh, plain LoRA.
+    """
+    tuned = _peft_model(model)
+    config = tuned.peft_config[LIVE]
+    _check_task(tuned, config)
+    _check_fields(config)
+    _check_fresh(tuned)
+    return {
+        "rank": config.r,
+        "alpha": config.lora_alpha,
+        "dropout": config.lora_dropout,
+        "rslora": config.use_rslora,
+        "lora_bias": config.lora_bias,
+        "init": _INITS[config.init_lora_weights],
+        "target_modules": _named(config.target_modules),
+        "exclude_modules": _named(config.exclude_modules),
+    }
+
+
+def _peft_model(model: nn.Module) -> Any:
+    if not isinstance(model, peft.PeftModel):
+        what = type(model).__name__
+        what += " with an adapter" if _has_lora(model) else ", all of whose weights would be tuned"
+        raise ModelError(
+            f"a chain needs a model of PEFT (got {what}); wrap it by peft.get_peft_model, or pass "
+            "peft_config to a trainer of TRL"
+        )
+    names = [name for name in model.peft_config if name != _REFERENCE]
+    if names != [LIVE] or model.active_adapters != [LIVE]:
+        raise ModelError(
+            f"a chain needs one adapter, of PEFT's name {LIVE!r} (got {', '.join(names)}; active: "
+            f"{', '.join(model.active_adapters)}); merge or delete the others"
+        )
+    if model.peft_config[LIVE].peft_type != peft.PeftType.LORA:
+        kind = getattr(model.peft_config[LIVE].peft_type, "value", "another")
+        raise ModelError(f"a chain needs a LoRA (got {kind}); use peft.LoraConfig")
+    return model
+
+
+def _has_lora(model: nn.Module) -> bool:
+    return any(isinstance(module, LoraLayer) for module in model.modules())
+
+
+def _check_task(model: Any, config: Any) -> None:
+    kind = getattr(config.task_type, "value", config.task_type)
+    is_encoder_decoder = getattr(model.get_base_model().config, "is_encoder_decoder", False)
+    if kind not in (None, "CAUSAL_LM") or is_encoder_decoder:
+        raise ModelError(
+            f"a chain needs a causal language model (got {type(model.get_base_model()).__name__}, "
+            f"task_type {kind}); other heads are not supported yet"
+        )
+
+
+def _check_fields(config: Any) -> None:
+    """Refuse every field that would be lost when the next link begins."""
+    plain = peft.LoraConfig()
+    for each in fields(config):
+        value = getattr(config, each.name)
+        if each.name == "init_lora_weights":
+            is_known = value is True or value == "gaussian"
+        else:
+            is_known = each.name in _READ | _SILENT or value == getattr(plain, each.name, None)
+        if not is_known:
+            remedy = _REMEDIES.get(each.name, "leave it out")
+            raise ModelError(
+                f"a chain needs a plain LoRA (got `{each.name}={value!r:.60}`); {remedy}"
+            )
+
+
+def _check_fresh(model: Any) -> None:
+    for name, module in model.named_modules():
+        if not isinstance(module, LoraLayer):
+            continue
+        layer: Any = module
+        if layer.merged or any(bool(torch.any(b.weight)) for b in layer.lora_B.values()):
+            state = "merged" if layer.merged else "trained"
+            raise ModelError(
+                f"a chain begins with a fresh adapter, whose B is 0 (got a {state} one at {name}); "
+                "merge it (model.merge_and_unload()) and wrap the result anew"
+            )
+
+
+def _named(modules: Any) -> tuple[str, ...] | str | None:
+    return modules if modules is None or isinstance(modules, str) else tuple(sorted(modules))
+
+
+def take_off(model: Any) -> nn.Module:
+    """Take every LoRA off a PEFT model, in place, and return the plain model inside it."""
+    plain: nn.Module = model.get_base_model()
+    model.base_model.unload()
+    return plain
+
+
+def put_in(model: Any, adapter: Adapter) -> None:
+    """Let a PEFT model hold a chain's LoRA, which sits on its plain model already."""
+    if model.base_model is not adapter.tuner:
+        model.base_model = adapter.tuner
+    model.active_adapter = LIVE
+
+
+def redirect(model: Any, save: Callable[[Path], None], load: Callable[[Path], None]) -> None:
+    """Have a PEFT model save and load by the functions given, in place.
+
+    Whoever saves it (Trainer, TRL, a push to the Hub) calls ``save_pretrained``; resume and the
+    best model come by ``load_adapter``. Adapters of other names are left to PEFT.
+    """
+    load_other = model.load_adapter
+
+    def save_pretrained(
+        save_directory: str | Path, *_: Any, is_main_process: bool = True, **__: Any
+    ) -> None:
+        if is_main_process:
+            save(Path(save_directory))
+
+    def load_adapter(model_id: str | Path, adapter_name: str, *rest: Any, **keys: Any) -> Any:
+        if adapter_name != LIVE:
+            return load_other(model_id, adapter_name, *rest, **keys)
+        load(Path(model_id))
+        return None
+
+    model.save_pretrained, model.load_adapter = save_pretrained, load_adapter

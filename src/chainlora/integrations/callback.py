@@ -1,0 +1,384 @@
+"""`ChainCallback`: a run of transformers' Trainer, or of a trainer of TRL, becomes a chain.
+
+The trainer keeps its loop, its batches, its optimizer and its checkpoints. The callback drives the
+same `Chain` as every other loop: it counts each step, asks a knot policy, and ties and extends
+before the next one.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from pydantic import ValidationError
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from chainlora.chain.adapters import read_settings
+from chainlora.chain.chain import Chain
+from chainlora.config.messages import problems
+from chainlora.config.schema import ChainConfig, KnotConfig, LinkConfig
+from chainlora.errors import ChainError, ConfigError, RunError
+from chainlora.integrations import restarts
+from chainlora.integrations.plan import Epochs, Lengths, check_knots, link_lengths
+from chainlora.integrations.wrapped_chain import WrappedChain, named_parameters
+from chainlora.training.knots import FixedKnots, Knot, KnotPolicy, Position
+from chainlora.training.optimizers import carry_moments
+
+logger = logging.getLogger(__name__)
+
+
+class ChainCallback(TrainerCallback):
+    """Turns a trainer's run on a PEFT model into a chain of LoRA.
+
+    Pass it in the trainer's `callbacks`. The model's own LoRA says what a link is: rank, alpha,
+    target modules. Say with one of `steps`, `epochs` or `ranks` where the knots are.
+
+    Args:
+        ranks: rank of each link, beginning with the LoRA's own. Alone, the links share the run
+            evenly.
+        steps: a number is the distance between knots, a list the steps of each link.
+        epochs: the same in epochs.
+        knots: soft knots inside each link, ``"auto"`` or the keys of ``chain.knots``. Alone, the
+            run is one link.
+        policy: decides after every step instead (`chainlora.training.knots.KnotPolicy`).
+        alpha_policy: of links of other ranks: "proportional" keeps the scaling, "fixed" alpha.
+        optimizer_reset: "full" forgets the optimizer's state at a knot; "off" keeps it, which needs
+            equal ranks.
+        restart_schedule: give each link the trainer's whole schedule for itself, warm-up included.
+        seed: of the links' initializations; None takes the trainer's.
+    """
+
+    def __init__(
+        self,
+        ranks: Sequence[int] | None = None,
+        *,
+        steps: Lengths = None,
+        epochs: Epochs = None,
+        knots: KnotConfig | Mapping[str, Any] | Literal["auto"] | None = None,
+        policy: KnotPolicy | None = None,
+        alpha_policy: Literal["proportional", "fixed"] = "proportional",
+        optimizer_reset: Literal["full", "off"] = "full",
+        restart_schedule: bool = False,
+        seed: int | None = None,
+    ) -> None:
+        check_knots(ranks, steps, epochs)
+        if ranks is None and steps is None and epochs is None and knots is None:
+            raise ConfigError(
+                "a chain must say where its knots are (got none of steps, epochs, ranks, knots); "
+                "e.g. steps=100, or ranks=[8, 8]"
+            )
+        if optimizer_reset not in ("full", "off"):
+            raise ConfigError(f"`optimizer_reset` must be full or off (got {optimizer_reset!r})")
+        self.ranks, self.steps, self.epochs = ranks, steps, epochs
+        self.knots, self.policy, self.alpha_policy = knots, policy, alpha_policy
+        self.optimizer_reset, self.seed = optimizer_reset, seed
+        self.restart_schedule = restart_schedule
+        self._wrapped: WrappedChain | None = None
+        self._settings: dict[str, Any] = {}  # what the model's own LoRA said
+        self._before: dict[nn.Parameter, str] = {}  # its parameters, which an optimizer may hold
+        self._configs: list[LinkConfig] = []
+        self._lengths: list[int] = []
+        self._names: restarts.Names = []  # of what the optimizer trains
+        self._policy: KnotPolicy = FixedKnots()
+
+    @property
+    def chain(self) -> Chain:
+        """The chain. After training its last link is still live: `chain.tie()` ends it."""
+        return self._need().chain
+
+    # --- what the trainer calls ---
+
+    def on_init_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Put the first link on, before the trainer makes an optimizer or loads a checkpoint."""
+        self._begin(args, kwargs["model"])
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Plan the links of the run, and check that chain, optimizer and schedule suit it."""
+        model, optimizer, scheduler = (
+            kwargs[key] for key in ("model", "optimizer", "lr_scheduler")
+        )
+        if self._wrapped is None:
+            _refuse_late_resume(state)
+            self._begin(args, model)
+        _check_same_model(self._need().model, model)
+        self._plan(args, state, kwargs.get("train_dataloader"))
+        self._check_place(state)
+        self._take_over(args, optimizer, scheduler)
+        if self.restart_schedule:
+            self._restart_schedule(scheduler, args, state)
+
+    def on_step_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Tie the knot that the policy wants after the step before.
+
+        Only now: what the trainer has evaluated and saved after that step is of the link that made
+        it, and DPO's reference moves with the next link.
+        """
+        knot = self._knot(state)
+        if knot is None:
+            return
+        if not knot.ends_link:
+            self._tie_share(knot, kwargs["optimizer"])
+        elif len(self.chain) + 1 < len(self._configs):
+            self._next_link(state, kwargs["optimizer"])
+            if self.restart_schedule:
+                self._restart_schedule(kwargs["lr_scheduler"], args, state)
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Count the step, and stop where the policy ends the last link."""
+        self.chain.count_step()
+        if len(self.chain) + 1 == len(self._configs):
+            knot = self._knot(state)
+            if knot is not None and knot.ends_link:
+                control.should_training_stop = True
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Say in every record of losses or scores which link it is of."""
+        logs = kwargs.get("logs")
+        if logs is None or self._wrapped is None or "train_runtime" in logs:
+            return
+        chain = self.chain
+        if not chain.live_steps:  # the model as it came
+            return
+        logs["link"] = len(chain)
+        if state.log_history and state.log_history[-1].get("step") == state.global_step:
+            state.log_history[-1]["link"] = len(chain)
+
+    # --- the beginning ---
+
+    def _begin(self, args: TrainingArguments, model: Any) -> None:
+        if self._wrapped is not None:
+            raise ChainError(
+                "a ChainCallback is for one trainer (got a second one); make a new callback"
+            )
+        _check_one_process(args)
+        self._settings = read_settings(model)
+        if self.ranks is not None and self.ranks[0] != self._settings["rank"]:
+            raise ConfigError(
+                "`ranks` must begin with the rank of the model's LoRA (got "
+                f"{self.ranks[0]} and r={self._settings['rank']}); change either"
+            )
+        config = self._chain_config(1)
+        self._policy = self.policy or FixedKnots(config.knots)
+        self._before = named_parameters(model)
+        self._wrapped = WrappedChain(model, args.seed if self.seed is None else self.seed)
+        self._wrapped.extend(config.links()[0])
+
+    def _chain_config(self, num_links: int) -> ChainConfig:
+        """Return the chain as a config; where no ranks are given, all are the LoRA's own."""
+        keys = {key: value for key, value in self._settings.items() if key != "rank"}
+        ranks = self.ranks or [self._settings["rank"]] * num_links
+        keys |= {"ranks": ranks, "knots": self.knots, "alpha_policy": self.alpha_policy}
+        try:
+            return ChainConfig(**keys)
+        except ValidationError as error:
+            raise ConfigError(problems(error, ChainConfig)) from None
+
+    def _plan(self, args: TrainingArguments, state: TrainerState, loader: Any) -> None:
+        num_links = None if self.ranks is None else len(self.ranks)
+        per_epoch = _steps_per_epoch(loader, args)
+        self._lengths = link_lengths(num_links, self.steps, self.epochs, state.max_steps, per_epoch)
+        self._configs = self._chain_config(len(self._lengths)).links()
+        if self.optimizer_reset == "off" and len({config.rank for config in self._configs}) > 1:
+            raise ConfigError(
+                "`optimizer_reset: off` keeps moments over a knot, so all ranks must be equal (got "
+                f"{[config.rank for config in self._configs]}); use optimizer_reset='full'"
+            )
+
+    def _check_place(self, state: TrainerState) -> None:
+        """Raise unless the chain is where the trainer is, and was tuned as planned so far."""
+        chain = self.chain
+        if chain.live is None:
+            raise ChainError(
+                "a trainer tunes a live link (got a chain whose links are all tied); begin with a "
+                "new model, callback and trainer"
+            )
+        done = sum(link.num_steps for link in chain.links) + chain.live_steps
+        if done != state.global_step:
+            raise ChainError(
+                f"chain and trainer must be at one step (got {done} and {state.global_step}); "
+                "resume from a checkpoint, or begin with a new model, callback and trainer"
+            )
+        found = [*(link.config for link in chain.links), chain.live.config]
+        if found != self._configs[: len(found)]:
+            raise RunError(
+                "a resumed chain must have the links it began with (got ranks "
+                f"{[config.rank for config in found]}, planned "
+                f"{[config.rank for config in self._configs]}, or other settings of the LoRA); use "
+                "the settings of the checkpoint"
+            )
+        ended = [link.num_steps for link in chain.links]
+        if self.policy is None and ended != self._lengths[: len(ended)]:
+            raise RunError(
+                f"a resumed chain must have the knots it began with (got links of {ended} steps, "
+                f"planned {self._lengths}); use the settings of the checkpoint"
+            )
+
+    def _take_over(
+        self, args: TrainingArguments, optimizer: torch.optim.Optimizer, scheduler: Any
+    ) -> None:
+        """Learn what the optimizer trains, and have it train the live link."""
+        if not self._names:
+            self._names = restarts.trained_names(optimizer, self._need().model, self._before)
+        restarts.point_at(optimizer, self._names, self._need().model)
+        self._before = {}
+        if self.optimizer_reset == "full" and len(self._configs) > 1:
+            restarts.check_restart(optimizer)
+        knots = self._chain_config(len(self._configs)).knots
+        if knots is not None and knots.moments == "carried":
+            restarts.check_carried(optimizer)
+        if self.restart_schedule:
+            restarts.check_schedule(scheduler)
+        if len(self._configs) > 1:
+            _warn_of_moving_reference(args)
+
+    # --- knots ---
+
+    def _knot(self, state: TrainerState) -> Knot | None:
+        """Return the knot that is due after the live link's last step."""
+        link, steps = len(self.chain), self.chain.live_steps
+        if not steps:
+            return None
+        length = self._current_lengths()[link]
+        return self._policy.knot_after(Position(link, steps, length, _newest_loss(state)))
+
+    def _tie_share(self, knot: Knot, optimizer: torch.optim.Optimizer) -> None:
+        self._need().check_finite()
+        if knot.moments == "carried":
+            restarts.check_carried(optimizer)  # a policy is not asked before
+        adapter = self.chain.live
+        assert adapter is not None
+        scales = self.chain.tie_share(knot.share)
+        if knot.moments == "carried":
+            carry_moments(optimizer, adapter, scales)
+        else:
+            restarts.forget(optimizer)
+
+    def _next_link(self, state: TrainerState, optimizer: torch.optim.Optimizer) -> None:
+        link = self._need().tie()
+        logger.info("link %d tied after step %d", link.index, state.global_step)
+        state.log_history.append(
+            {
+                "knot": link.index,
+                "link_steps": link.num_steps,
+                "epoch": state.epoch,
+                "step": state.global_step,
+            }
+        )
+        self._need().extend(self._configs[len(self.chain)])
+        if self.optimizer_reset == "full":
+            restarts.forget(optimizer)
+        restarts.point_at(optimizer, self._names, self._need().model)
+
+    def _restart_schedule(
+        self, scheduler: Any, args: TrainingArguments, state: TrainerState
+    ) -> None:
+        first = state.global_step - self.chain.live_steps
+        length = self._current_lengths()[len(self.chain)]
+        restarts.restart_schedule(scheduler, args, first, length)
+
+    def _current_lengths(self) -> list[int]:
+        """Return the steps of each link: as they were, as planned, and the last one with the rest.
+
+        A policy may end a link early.
+        """
+        done = [link.num_steps for link in self.chain.links]
+        rest = self._lengths[len(done) :]
+        if rest:
+            rest[-1] = sum(self._lengths) - sum(done) - sum(rest[:-1])
+        return done + rest
+
+    def _need(self) -> WrappedChain:
+        if self._wrapped is None:
+            raise ChainError(
+                "there is no chain before there is a trainer (got none); pass the callback to one"
+            )
+        return self._wrapped
+
+
+def _check_one_process(args: TrainingArguments) -> None:
+    """Refuse what shards or copies the model: a knot would have to be tied on every part of it."""
+    sharded = [name for name in ("deepspeed", "fsdp") if getattr(args, name, None)]
+    processes = max(args.world_size, args.n_gpu)
+    if sharded or processes > 1:
+        got = sharded[0] if sharded else f"{processes} processes or GPUs"
+        raise ConfigError(
+            f"ChainCallback runs in one process on one device today (got {got}); launch without "
+            "several processes, and show one GPU by CUDA_VISIBLE_DEVICES"
+        )
+
+
+def _check_same_model(mine: nn.Module, model: nn.Module) -> None:
+    if model is not mine:
+        raise ConfigError(
+            "the trainer must train the model that it was made with (got another one, as "
+            "model_init makes them); pass `model`"
+        )
+
+
+def _refuse_late_resume(state: TrainerState) -> None:
+    if state.global_step:
+        raise ConfigError(
+            "to resume, a trainer needs ChainCallback when it is made (got it by add_callback); "
+            "pass it in `callbacks`"
+        )
+
+
+def _warn_of_moving_reference(args: TrainingArguments) -> None:
+    """Say that scores against a reference do not compare links, where the best one is wanted."""
+    if args.load_best_model_at_end and getattr(args, "precompute_ref_log_probs", True) is False:
+        logger.warning(
+            "the reference of preference training moves on at every knot, so scores of different "
+            "links do not compare; for the best model, set precompute_ref_log_probs=True or give "
+            "ref_model"
+        )
+
+
+def _steps_per_epoch(loader: Any, args: TrainingArguments) -> int | None:
+    """Return the optimizer steps of an epoch as the trainer counts them; None without a length."""
+    try:
+        batches = len(loader)
+    except (TypeError, NotImplementedError):
+        return None
+    return max(math.ceil(batches / args.gradient_accumulation_steps), 1)
+
+
+def _newest_loss(state: TrainerState) -> float:
+    """Return the loss that was logged last; nan before there is one."""
+    for record in reversed(state.log_history):
+        if "loss" in record:
+            return float(record["loss"])
+    return math.nan

@@ -1,0 +1,125 @@
+"""What becomes of a trainer's optimizer and schedule at a knot.
+
+A trainer makes them once, before the first step, and keeps the objects. So the optimizer is pointed
+at the parameters of the next link, and forgets what it knew: for an optimizer that keeps all it
+knows by parameter, this is what a new one would be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import TrainingArguments, get_scheduler
+
+from chainlora.errors import ConfigError
+
+Names = list[list[str]]
+
+# Keys of parameter groups in which an optimizer counts or adapts (schedule-free, Prodigy, D-Adapt).
+_MEMORIES = ("k", "d", "step", "weight_sum", "scheduled_lr")
+# Optimizers whose moments are known (`training.optimizers.MOMENTS`).
+_CARRIED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
+
+
+def trained_names(
+    optimizer: torch.optim.Optimizer, model: nn.Module, known: Mapping[nn.Parameter, str]
+) -> Names:
+    """Return the names of what each parameter group trains.
+
+    `known` has names of parameters that were on the model before. Raises ConfigError unless the
+    optimizer trains the model's LoRA and nothing else.
+    """
+    names = {**known, **{p: name for name, p in model.named_parameters()}}
+    found = [[names.get(p, "") for p in group["params"]] for group in optimizer.param_groups]
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    given = {name for group in found for name in group}
+    if given != trained:
+        odd = sorted(given ^ trained)[0] or "a parameter that is not the model's"
+        raise ConfigError(
+            f"the optimizer must train the LoRA and nothing else (got a difference at {odd}); let "
+            "the trainer make it, or give it all trainable parameters"
+        )
+    return found
+
+
+def point_at(optimizer: torch.optim.Optimizer, names: Names, model: nn.Module) -> None:
+    """Have an optimizer train the parameters that bear these names now; its state goes along."""
+    current = dict(model.named_parameters())
+    for group, group_names in zip(optimizer.param_groups, names, strict=True):
+        old, group["params"] = group["params"], [current[name] for name in group_names]
+        for before, now in zip(old, group["params"], strict=True):
+            if before is not now and before in optimizer.state:
+                optimizer.state[now] = optimizer.state.pop(before)
+
+
+def forget(optimizer: torch.optim.Optimizer) -> None:
+    """Clear all that an optimizer knows, step counts included."""
+    optimizer.state.clear()
+
+
+def check_restart(optimizer: torch.optim.Optimizer) -> None:
+    """Raise ConfigError for an optimizer that would not be new after `forget`."""
+    for group in optimizer.param_groups:
+        kept = [key for key in _MEMORIES if key in group]
+        if kept:
+            raise ConfigError(
+                f"an optimizer must keep what it knows by parameter to be reset (got {kept[0]!r} "
+                f"in the groups of {_name(optimizer)}); use optimizer_reset='off', or another"
+            )
+
+
+def check_carried(optimizer: torch.optim.Optimizer) -> None:
+    """Raise ConfigError for an optimizer whose moments cannot be carried over soft knots."""
+    inner = getattr(optimizer, "optimizer", optimizer)
+    if not isinstance(inner, _CARRIED):
+        raise ConfigError(
+            f"soft knots carry the moments of Adam, AdamW and SGD (got {_name(optimizer)}); set "
+            "moments: new in `knots`, or use one of them"
+        )
+
+
+def _name(optimizer: Any) -> str:
+    return type(getattr(optimizer, "optimizer", optimizer)).__name__
+
+
+def check_schedule(scheduler: Any) -> None:
+    """Raise ConfigError for a schedule that cannot begin anew at a knot."""
+    if not isinstance(scheduler, LambdaLR):
+        raise ConfigError(
+            "`restart_schedule` needs a schedule that is a function of the step (got "
+            f"{type(scheduler).__name__}); use another lr_scheduler_type, or restart_schedule=False"
+        )
+
+
+def restart_schedule(
+    scheduler: LambdaLR, args: TrainingArguments, first: int, num_steps: int
+) -> None:
+    """Give a link the whole schedule for itself, from step `first` on, warm-up included."""
+    factor = _factor(args, num_steps)
+
+    def of_link(step: int) -> float:
+        return factor(step - first)
+
+    scheduler.lr_lambdas = [of_link] * len(scheduler.base_lrs)
+    rates = [base * of_link(scheduler.last_epoch) for base in scheduler.base_lrs]
+    for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    scheduler._last_lr = rates
+
+
+def _factor(args: TrainingArguments, num_steps: int) -> Callable[[int], float]:
+    """Return the schedule that the trainer would make for a run of `num_steps` steps."""
+    options = args.lr_scheduler_kwargs
+    made = get_scheduler(
+        args.lr_scheduler_type,
+        optimizer=torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0),
+        num_warmup_steps=args.get_warmup_steps(num_steps),
+        num_training_steps=num_steps,
+        scheduler_specific_kwargs=options if isinstance(options, dict) else None,
+    )
+    factor: Callable[[int], float] = made.lr_lambdas[0]
+    return factor

@@ -1,0 +1,108 @@
+"""A chain inside a trainer's PEFT model, and what a save of that model holds.
+
+A save is two things that agree: the chain itself, from which training continues to the same bits,
+and one ordinary adapter of rank Σr, which PEFT loads onto the plain base.
+
+    FOLDER/adapter_model.safetensors, adapter_config.json
+    FOLDER/chain/                     as `save_chain` writes it
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from chainlora import files
+from chainlora.chain.adapters import put_in, redirect, take_off
+from chainlora.chain.chain import Chain
+from chainlora.chain.link import Link
+from chainlora.config.schema import LinkConfig
+from chainlora.errors import DivergedError, RunError
+from chainlora.models.loading import folder_of
+from chainlora.models.modes import kept_random_state
+from chainlora.runs.compression import adapter_factors
+from chainlora.runs.export import write_adapter, write_adapter_card
+from chainlora.runs.manifest import Base
+from chainlora.runs.saved_chain import (
+    INSIDE,
+    current_links,
+    describe_base,
+    read_chain,
+    restore_chain,
+    write_chain,
+)
+
+
+class WrappedChain:
+    """A chain whose LoRA a PEFT model holds. The model stays the trainer's object.
+
+    Its own adapter, which is fresh, is taken off; `extend` puts the first link on. From then on
+    ``save_pretrained`` and ``load_adapter`` of the model save and restore the chain.
+    """
+
+    def __init__(self, model: Any, seed: int) -> None:
+        self.model = model
+        plain = take_off(model)
+        self.chain = Chain(plain, seed=seed, checkpoint=folder_of(plain))
+        redirect(model, self.save, self.load)
+
+    def extend(self, config: LinkConfig) -> None:
+        """Begin a link. Random numbers that the trainer draws later stay the same."""
+        with kept_random_state(self.chain.model):
+            put_in(self.model, self.chain.extend(config))
+
+    def tie(self) -> Link:
+        """End the live link. Raises DivergedError rather than tie what is not finite."""
+        self.check_finite()
+        return self.chain.tie()
+
+    def check_finite(self) -> None:
+        """Raise DivergedError unless the live link is finite."""
+        if not all(bool(torch.isfinite(p).all()) for p in self.chain.parameters()):
+            raise DivergedError(
+                f"a link must leave finite weights (got others in link {len(self.chain)} after "
+                f"{self.chain.live_steps} steps); resume from a checkpoint before that, with a "
+                "lower learning rate"
+            )
+
+    def save(self, folder: Path) -> None:
+        """Write the chain and its adapter into a folder that may hold other files."""
+        files.make_folder(folder)
+        links = current_links(self.chain)
+        write_chain(self.chain, links, folder / INSIDE)
+        _write_adapter(folder, links, describe_base(self.chain))
+
+    def load(self, folder: Path) -> None:
+        """Make the chain what a save holds, whatever it is now."""
+        if not (folder / INSIDE / "chain.json").is_file():
+            raise RunError(
+                f"a checkpoint must hold a chain (got none in {folder}, which was saved without "
+                "ChainCallback); start over"
+            )
+        with kept_random_state(self.chain.model):
+            restore_chain(self.chain, read_chain(folder / INSIDE))
+        if self.chain.adapter is not None:
+            put_in(self.model, self.chain.adapter)
+
+
+def named_parameters(model: nn.Module) -> dict[nn.Parameter, str]:
+    """Return the names of a model's trainable parameters."""
+    return {p: name for name, p in model.named_parameters() if p.requires_grad}
+
+
+def _write_adapter(folder: Path, links: Sequence[Link], base: Base) -> None:
+    """Write a chain as one adapter; each file replaces an earlier one whole."""
+    factors, _ = adapter_factors(links)
+    with files.reported(folder), tempfile.TemporaryDirectory(dir=folder) as scratch:
+        rank, _ = write_adapter(Path(scratch), links, factors, base)
+        if not (folder / "README.md").exists():  # the trainer's own card stays
+            write_adapter_card(Path(scratch), len(links), rank, 0.0, base)
+        for file in sorted(Path(scratch).iterdir()):
+            files.sync_file(file)
+            file.replace(folder / file.name)
+        files.sync_folder(folder)

@@ -1,0 +1,83 @@
+"""Weights in few bits: how a base is quantised while it is loaded, and how to tell that it is.
+
+A quantised weight cannot hold a merged link without loss, so links are carried beside it.
+"""
+
+from __future__ import annotations
+
+import warnings
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from chainlora.errors import ModelError
+
+_PACKAGES = {"nf4": "bitsandbytes", "int8": "torchao"}
+
+
+def quantization(kind: str, dtype: torch.dtype) -> Any:
+    """Return what transformers' `from_pretrained` takes as its `quantization_config`.
+
+    nf4: 4-bit NormalFloat in blocks of 64 (arXiv 2305.14314), of bitsandbytes. int8: integers with
+    a scale for each row, of torchao. Both quantise weights alone; matmuls run in `dtype`.
+    """
+    _check_package(kind)
+    if kind == "int8":
+        from torchao.quantization import Int8WeightOnlyConfig
+        from transformers import TorchAoConfig
+
+        return TorchAoConfig(Int8WeightOnlyConfig(set_inductor_config=False))
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=kind,
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_storage=torch.uint8,
+    )
+
+
+def _check_package(kind: str) -> None:
+    package = _PACKAGES[kind]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import_module(package)
+    except (ImportError, RuntimeError, OSError) as error:
+        got = "it is not installed" if isinstance(error, ModuleNotFoundError) else f"{error}"
+        raise ModelError(
+            f"`quantize: {kind}` needs the package {package} (got: {' '.join(got.split())}); "
+            f"pip install 'chainlora[{package}]'"
+        ) from None
+
+
+def settle_kernels(model: nn.Module) -> None:
+    """Let quantised layers compute the same in training and in evaluation.
+
+    On CPUs with AVX-512 for bfloat16, bitsandbytes repacks weights in place for evaluation, and
+    then multiplies in bfloat16 whatever the input is.
+    """
+    layers: list[Any] = list(model.modules())
+    for layer in layers:
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False
+
+
+def is_quantized(module: nn.Module) -> bool:
+    """Say whether a layer's weight is not an ordinary tensor of floating-point numbers."""
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor):
+        return False
+    return _is_special(weight) or not weight.is_floating_point()
+
+
+def plain_tensor(tensor: Tensor) -> Tensor:
+    """Return a tensor that indexing and casting work on: quantised ones as what they stand for."""
+    return tensor.dequantize() if _is_special(tensor) else tensor
+
+
+def _is_special(tensor: Tensor) -> bool:
+    """Say whether a tensor is of a class of its own, as torchao's are."""
+    return type(tensor) not in (nn.Parameter, Tensor) and hasattr(tensor, "__tensor_flatten__")

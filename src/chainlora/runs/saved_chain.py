@@ -1,0 +1,256 @@
+"""A chain on disk without a run around it: for loops of one's own, and for those of others.
+
+    DIR/chain.json               manifest, the same as a run's: links, base, hashes
+    DIR/links/000/ …             each an ordinary PEFT adapter
+    DIR/checkpoints/00000120/    the live link, if there is one: its state and its config
+    DIR/best/00000120/           the live link once more, as it is now, as a PEFT adapter
+
+Whoever reads a run (`load_run`, the exports, `chainlora eval`) reads this too, the live link
+included. A folder is replaced as a whole, so it is never partly of one chain and partly of another.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from chainlora import files
+from chainlora.chain.adapters import base_layer, is_transposed
+from chainlora.chain.chain import Chain
+from chainlora.chain.link import Link
+from chainlora.config.loading import link_config
+from chainlora.config.schema import LinkConfig
+from chainlora.errors import ConfigError, RunError
+from chainlora.models.loading import folder_of
+from chainlora.runs.directory import load_tensors, versions
+from chainlora.runs.links import write_link
+from chainlora.runs.manifest import (
+    DAMAGED,
+    FORMAT,
+    Base,
+    Checkpoint,
+    LinkEntry,
+    Manifest,
+    Progress,
+    Selection,
+    describe_link,
+    encode_manifest,
+    link_directory,
+)
+from chainlora.runs.reading import RunReader, check_base
+
+# Where a checkpoint of a trainer keeps its chain, beside the adapter.
+INSIDE = "chain"
+
+_STATE = "link.safetensors"
+_CONFIG = "link.json"
+
+
+@dataclass(frozen=True)
+class LiveState:
+    """A link that was being tuned when its chain was saved."""
+
+    config: LinkConfig
+    tensors: dict[str, Tensor]
+    num_steps: int
+    num_soft_knots: int
+
+
+@dataclass(frozen=True)
+class SavedChain:
+    """A chain as it is on disk, read and checked."""
+
+    path: Path
+    manifest: Manifest
+    links: list[Link]
+    live: LiveState | None
+
+
+def save_chain(chain: Chain, directory: str | Path) -> None:
+    """Write a chain, the live link included, so that `load_chain` continues to the same bits.
+
+    Raises RunError where something else than a saved chain lies.
+    """
+    write_chain(chain, current_links(chain), Path(directory))
+
+
+def write_chain(chain: Chain, links: Sequence[Link], directory: Path) -> None:
+    """Write a chain whose `current_links` are known."""
+    _refuse_if_taken(directory)
+    base, live = describe_base(chain), links[len(chain) :]
+    with files.replaced_folder(directory) as scratch:
+        (scratch / "links").mkdir()
+        for link in chain.links:
+            _write_link(scratch / link_directory(link.index), link, base)
+        checkpoint = _write_live(chain, scratch)
+        selected = _write_selected(live[0], scratch, base, checkpoint) if live else None
+        manifest = _manifest(chain, base, checkpoint, selected)
+        manifest = manifest.model_copy(update={"files": files.checksums(scratch)})
+        files.write_json(scratch / "chain.json", encode_manifest(manifest))
+
+
+def load_chain(
+    directory: str | Path, model: nn.Module, *, checkpoint: str | Path | None = None
+) -> Chain:
+    """Put a saved chain on the model that it was tuned on, and return it, live link included.
+
+    `directory` can also be a trainer's checkpoint. `checkpoint` is the folder that the model was
+    loaded from, as for `Chain`; by default the one that the model names, if it is at hand. Raises
+    RunError for a damaged folder or another base.
+    """
+    saved = read_chain(directory)
+    manifest, folder = saved.manifest, checkpoint or folder_of(model)
+    chain = Chain(model, seed=manifest.seed, hold=manifest.hold, checkpoint=folder)
+    restore_chain(chain, saved)
+    return chain
+
+
+def read_chain(directory: str | Path) -> SavedChain:
+    """Read a saved chain and check all its files. Changes no model."""
+    reader = RunReader(_folder_of(Path(directory)))
+    manifest = reader.manifest()
+    for name in manifest.files or ():
+        reader.check_files(manifest, name)
+    links = reader.links_of(manifest, len(manifest.links))
+    return SavedChain(reader.path, manifest, links, _read_live(reader, manifest))
+
+
+def restore_chain(chain: Chain, saved: SavedChain) -> None:
+    """Make a chain what was saved, whatever it is now; its model must be the one of the save."""
+    check_base(saved.manifest, {"fingerprint": chain.base_fingerprint}, saved.path)
+    if chain.live is not None:
+        chain.discard()
+    chain.drop(len(chain))
+    for link in saved.links:
+        chain.add(link)
+    if saved.live is not None:
+        live = saved.live
+        chain.extend(live.config)
+        chain.load_live_state(live.tensors, live.num_steps, live.num_soft_knots)
+
+
+def current_links(chain: Chain) -> list[Link]:
+    """Return the links that make the model what it is now: the live one too, if it adds anything.
+
+    A chain of no other links gives its live link in any case, so that there is one to write.
+    """
+    if chain.live is None:
+        return list(chain.links)
+    live = chain.live_link()
+    adds = any(bool(torch.any(factors.b)) for factors in live.factors.values())
+    return [*chain.links, live] if adds or not chain.links else list(chain.links)
+
+
+def describe_base(chain: Chain) -> Base:
+    """Return what a manifest says of the model that a chain is on."""
+    model: Any = chain.model
+    parameter = next(model.parameters())
+    return Base(
+        model=getattr(getattr(model, "config", None), "_name_or_path", "") or "",
+        fingerprint=chain.base_fingerprint,
+        dtype=str(parameter.dtype).removeprefix("torch."),
+        fan_in_fan_out=any(is_transposed(base_layer(module)) for module in model.modules()),
+    )
+
+
+# --- writing ---
+
+
+def _refuse_if_taken(directory: Path) -> None:
+    files.check_writable(directory)
+    if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
+        return
+    if (directory / "chain.json").is_file() and not (directory / "config.yaml").exists():
+        return
+    raise RunError(
+        f"a chain must be saved to a new or empty folder, or over another chain (got {directory}); "
+        "choose another"
+    )
+
+
+def _write_link(folder: Path, link: Link, base: Base) -> None:
+    folder.mkdir(parents=True)
+    write_link(folder, link, base.model, fan_in_fan_out=base.fan_in_fan_out)
+
+
+def _write_selected(
+    live: Link, folder: Path, base: Base, checkpoint: Checkpoint | None
+) -> Selection:
+    """Write the live link as an adapter, and name it as the end of what is loaded."""
+    assert checkpoint is not None
+    step = checkpoint.progress.step
+    name = f"best/{step:08d}"
+    _write_link(folder / name, live, base)
+    partial = LinkEntry(**describe_link(live, name))
+    return Selection(num_links=live.index, step=step, partial=partial)
+
+
+def _write_live(chain: Chain, folder: Path) -> Checkpoint | None:
+    if chain.live is None:
+        return None
+    progress = _progress(chain.links)
+    progress.step += chain.live_steps
+    progress.soft_knots = chain.live_soft_knots
+    name = f"checkpoints/{progress.step:08d}"
+    (folder / name).mkdir(parents=True)
+    files.save_tensors(folder / name / _STATE, chain.live_state())
+    config = chain.live.config.model_dump(mode="json")
+    files.write_json(folder / name / _CONFIG, config)
+    return Checkpoint(directory=name, progress=progress)
+
+
+def _manifest(
+    chain: Chain, base: Base, checkpoint: Checkpoint | None, selected: Selection | None
+) -> Manifest:
+    return Manifest(
+        format=FORMAT,
+        base=base,
+        seed=chain.seed,
+        hold=chain.hold,
+        links=[LinkEntry(**describe_link(link)) for link in chain.links],
+        checkpoint=checkpoint,
+        selected=selected,
+        progress=_progress(chain.links),
+        versions=versions(),
+    )
+
+
+def _progress(links: Sequence[Link]) -> Progress:
+    lengths = [link.num_steps for link in links]
+    return Progress(step=sum(lengths), link=len(links), lengths=lengths)
+
+
+# --- reading ---
+
+
+def _folder_of(directory: Path) -> Path:
+    """Return where the chain lies: in the folder itself, or inside a trainer's checkpoint."""
+    inside = directory / INSIDE
+    if not (directory / "chain.json").is_file() and (inside / "chain.json").is_file():
+        return inside
+    return directory
+
+
+def _read_live(reader: RunReader, manifest: Manifest) -> LiveState | None:
+    point = manifest.checkpoint
+    if point is None:
+        return None
+    folder = reader / point.directory
+    if not (folder / _CONFIG).is_file():
+        raise RunError(
+            f"a saved chain must say what its live link is (got no {_CONFIG} in {folder}); a run "
+            "that is not finished continues by `chainlora train --resume`"
+        )
+    try:
+        keys = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
+        config = link_config(**keys)
+    except (ValueError, TypeError, ConfigError) as error:
+        raise RunError(f"a link's config must be valid (got {error}); {DAMAGED}") from None
+    num_steps = point.progress.step - manifest.progress.step
+    return LiveState(config, load_tensors(folder / _STATE), num_steps, point.progress.soft_knots)

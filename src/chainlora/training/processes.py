@@ -1,0 +1,218 @@
+"""Several processes that train one chain: each computes a share of every batch.
+
+`torchrun` or `accelerate launch` start them. Every process holds the whole model and draws the same
+links (`chain.initialization` depends on the seed alone). Of each micro-batch it takes every n-th
+row; the gradients of the links are summed over all processes before each update, so that a step is
+what one process would have made of the whole batch, to rounding. The first process alone writes.
+
+For one process, each method here is the plain thing. What processes tell each other are numbers and
+JSON, never pickles.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, distributed, nn
+
+from chainlora.errors import ChainLoRAError, ConfigError, ToldError, TrainingError
+from chainlora.training.interrupts import SIGNALS, stop_requested
+
+Item = TypeVar("Item")
+Found = TypeVar("Found")
+
+_WHOLE_MODELS = ("NO", "MULTI_CPU", "MULTI_GPU")
+
+
+class Processes:
+    """The processes of a run, seen from one of them.
+
+    Args:
+        rank: which of them this is; 0 is the first, which writes.
+        count: how many there are.
+        device: where this process computes, and its numbers are summed.
+    """
+
+    def __init__(self, rank: int, count: int, device: torch.device) -> None:
+        self.rank, self.count, self.device = rank, count, device
+        self._asked_to_stop: int | None = None  # by a signal that all processes know of
+        self._is_over = False  # a problem is known to all
+
+    @property
+    def is_first(self) -> bool:
+        """Say whether this process writes and prints for all."""
+        return self.rank == 0
+
+    # --- sharing work ---
+
+    def share(self, items: Sequence[Item]) -> Sequence[Item]:
+        """Return the items of a batch that this process computes."""
+        return items[self.rank :: self.count] if self.count > 1 else items
+
+    def spread(
+        self, items: Sequence[Item], compute: Callable[[Sequence[Item]], list[Found]]
+    ) -> list[Found]:
+        """Return what `compute` returns for all items, each computed by one process.
+
+        The results must be what JSON can hold.
+        """
+        if self.count == 1:
+            return compute(items)
+        mine = self.share(items)
+        parts = self._gather(compute(mine) if mine else [])
+        found: list[Any] = [None] * len(items)
+        for rank, part in enumerate(parts):
+            found[rank :: self.count] = part
+        return found
+
+    def seed(self, seed: int, step: int) -> None:
+        """Seed the generator of a step: dropout depends on seed, step and process alone."""
+        torch.manual_seed((seed << 32) + step)
+        if self.rank > 0:  # other rows must not get the same mask
+            torch.manual_seed(int(torch.randint(2**62, (self.count,))[self.rank]))
+
+    # --- one result ---
+
+    def sum(self, numbers: Sequence[float]) -> list[float]:
+        """Return the sums over all processes, and agree on whether a signal asked to stop."""
+        if self.count == 1:
+            return list(numbers)
+        asked = stop_requested()
+        flags = [float(asked == number) for number in SIGNALS]
+        tensor = torch.tensor([*numbers, *flags], dtype=torch.float64, device=self.device)
+        self._all_reduce(tensor)
+        *sums, _, _ = found = tensor.tolist()
+        said = [number for number, flag in zip(SIGNALS, found[-2:], strict=True) if flag]
+        self._asked_to_stop = said[0] if said else None
+        return sums
+
+    @torch.no_grad()
+    def sum_gradients(self, parameters: Sequence[nn.Parameter], loss: float = 0.0) -> float:
+        """Sum ``parameter.grad`` over all processes, None where no process has one, and `loss`."""
+        if self.count == 1:
+            return loss
+        parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        told = [loss, *(float(p.grad is not None) for p in parameters)]
+        ends = torch.tensor(told, dtype=torch.float32, device=self.device)
+        flat = torch.cat([*(part.float().flatten() for part in parts), ends])
+        self._all_reduce(flat)
+        *sums, ends = flat.split([*(part.numel() for part in parts), len(told)])
+        total, *is_there = ends.tolist()
+        for parameter, value, any_has in zip(parameters, sums, is_there, strict=True):
+            if any_has:
+                parameter.grad = value.view_as(parameter).to(parameter.dtype)
+        return float(total)
+
+    def stop_requested(self) -> int | None:
+        """Return the signal that asked the run to stop, once all processes know of it."""
+        return stop_requested() if self.count == 1 else self._asked_to_stop
+
+    def check_same(self, parameters: Iterable[Tensor], what: str) -> None:
+        """Raise TrainingError unless all processes hold the same values, to the same bits."""
+        if self.count == 1:
+            return
+        sums = [p.detach().double().sum() for p in parameters]
+        digest = [math.fsum(map(float, sums)), float(torch.stack(sums).norm()) if sums else 0.0]
+        found = self._gather(digest)
+        if any(each != found[0] for each in found):
+            raise TrainingError(
+                f"all processes must hold the same {what} (got sums "
+                f"{', '.join(str(each[0]) for each in found)}); use like machines and versions for "
+                "all of them"
+            )
+
+    # --- before training ---
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Do what may be refused: what one process refuses ends all, and the first one says it.
+
+        Inside, processes must meet in `in_turn` only.
+        """
+        try:
+            yield
+        except ChainLoRAError as error:
+            if not self._is_over:
+                self._meet(str(error))
+            raise
+        self._meet()
+
+    @contextmanager
+    def in_turn(self) -> Iterator[None]:
+        """Let the first process do something before the others: claim, download, encode."""
+        if not self.is_first:
+            self._meet()
+        yield
+        if self.is_first:
+            self._meet()
+
+    def _meet(self, problem: str | None = None) -> None:
+        """Wait for all processes; raise where one of them has a problem that is not said here."""
+        if self.count == 1:
+            return
+        try:
+            problems = self._gather(problem)
+        except TrainingError:
+            if problem is None:
+                raise
+            return  # what is wrong here comes first
+        told = [f"{text} (process {rank})" for rank, text in enumerate(problems) if text]
+        self._is_over = bool(told)
+        if told and not self.is_first:
+            raise ToldError(told[0])
+        if told and problem is None:
+            raise TrainingError(told[0])
+
+    # --- how they talk ---
+
+    def _gather(self, value: Any) -> list[Any]:
+        """Return the value of each process, in their order."""
+        data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        sizes = torch.zeros(self.count, dtype=torch.int64, device=self.device)
+        sizes[self.rank] = len(data)
+        self._all_reduce(sizes)
+        lengths = [int(size) for size in sizes]
+        rows = torch.zeros(self.count, max(lengths), dtype=torch.uint8, device=self.device)
+        rows[self.rank, : len(data)] = data.to(self.device)
+        self._all_reduce(rows)
+        parts = [row[:length] for row, length in zip(rows.cpu(), lengths, strict=True)]
+        return [json.loads(bytes(part.tolist())) for part in parts]
+
+    def _all_reduce(self, tensor: Tensor) -> None:
+        try:
+            distributed.all_reduce(tensor)
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())
+            raise TrainingError(
+                f"the {self.count} processes of a run must go on together (process {self.rank} "
+                f"lost another one: {reason[:120]}); see what the other one says, then resume"
+            ) from None
+
+
+def find_processes(accelerator: Accelerator) -> Processes:
+    """Return the processes that Accelerate has found, each with a whole model."""
+    kind = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
+    if kind not in _WHOLE_MODELS:
+        raise ConfigError(
+            f"each process must hold the whole model (got an Accelerate config for {kind}); launch "
+            "with torchrun, or `accelerate launch --multi_gpu` without FSDP, DeepSpeed or TPU"
+        )
+    if accelerator.num_processes != num_launched():
+        raise ConfigError(
+            f"all processes must find each other (got {num_launched()} by WORLD_SIZE and "
+            f"{accelerator.num_processes} by Accelerate); unset WORLD_SIZE, or launch with torchrun"
+        )
+    return Processes(accelerator.process_index, accelerator.num_processes, accelerator.device)
+
+
+def num_launched() -> int:
+    """Return how many processes a launcher says it has started."""
+    count = os.environ.get("WORLD_SIZE", "1")
+    return int(count) if count.isdecimal() else 1

@@ -1,0 +1,183 @@
+"""Trainers of others on tiny models, and the loop of our own that they are held to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from safetensors.torch import load_file
+from transformers import (
+    AutoModelForCausalLM,
+    DataCollatorForSeq2Seq,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    get_scheduler,
+)
+
+from chainlora import Chain, ChainCallback, LinkConfig
+
+TARGETS = ["q_proj", "v_proj"]
+LR, ALPHA = 1e-2, 8
+IDS = torch.tensor([[5, 9, 30, 7, 11, 60], [8, 200, 17, 6, 44, 3]])
+Batch = dict[str, torch.Tensor]
+
+
+def token_rows(count: int = 48, seed: int = 0) -> list[dict[str, list[int]]]:
+    """Rows of 5 to 12 tokens that repeat a pair: learnable in a few steps."""
+    draw = torch.Generator().manual_seed(seed)
+    rows = []
+    for _ in range(count):
+        length = int(torch.randint(5, 13, (1,), generator=draw))
+        pair = torch.randint(3, 40, (2,), generator=draw).tolist()
+        ids = [1, *(pair * 6)[:length]]
+        rows.append({"input_ids": ids, "labels": ids, "attention_mask": [1] * len(ids)})
+    return rows
+
+
+class Recorder:
+    """A collator that keeps what it returned, for a loop of our own."""
+
+    def __init__(self, collate: Callable[[Any], Any]) -> None:
+        self.collate, self.batches = collate, []
+
+    def __call__(self, rows: Any) -> Any:
+        batch = self.collate(rows)
+        self.batches.append({key: value.clone() for key, value in batch.items()})
+        return batch
+
+
+def collator(tokenizer: Any) -> DataCollatorForSeq2Seq:
+    return DataCollatorForSeq2Seq(tokenizer, padding=True)
+
+
+def lora(rank: int = 4, **keys: Any) -> peft.LoraConfig:
+    settings = {"lora_alpha": ALPHA, "target_modules": TARGETS, "task_type": "CAUSAL_LM"}
+    return peft.LoraConfig(r=rank, **settings | keys)
+
+
+def plain_model(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+
+
+def peft_model(folder: Path, rank: int = 4, **keys: Any) -> peft.PeftModel:
+    return peft.get_peft_model(plain_model(folder), lora(rank, **keys))
+
+
+def arguments(output: Path, **keys: Any) -> dict[str, Any]:
+    """What every trainer here is given; the rate falls linearly over the run."""
+    return {
+        "output_dir": str(output),
+        "max_steps": 11,
+        "per_device_train_batch_size": 4,
+        "learning_rate": LR,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "seed": 3,
+    } | keys
+
+
+def make_trainer(
+    model: Any, tokenizer: Any, output: Path, callback: TrainerCallback | None, **keys: Any
+) -> Trainer:
+    return Trainer(
+        model=model,
+        args=TrainingArguments(**arguments(output, **keys)),
+        train_dataset=token_rows(),
+        eval_dataset=token_rows(8, seed=1),
+        data_collator=Recorder(collator(tokenizer)),
+        processing_class=tokenizer,
+        callbacks=[callback] if callback is not None else None,
+    )
+
+
+def own_loop(
+    folder: Path,
+    batches: list[Batch],
+    ranks: tuple[int, ...],
+    lengths: tuple[int, ...],
+    *,
+    loss: Callable[[Any, Batch], torch.Tensor] | None = None,
+    seed: int = 3,
+    restart: bool = False,
+    kind: str = "linear",
+) -> Chain:
+    """Algorithm 1 with plain PyTorch around it: AdamW, a rate by the step, clipped gradients."""
+    model = plain_model(folder)
+    loss = loss or (lambda model, batch: model(**batch).loss)
+    chain, total, rest = Chain(model, seed=seed), sum(lengths), iter(batches)
+    scaling = ALPHA / ranks[0]
+    configs = [LinkConfig(rank=r, alpha=scaling * r, target_modules=tuple(TARGETS)) for r in ranks]
+
+    def steps(link: int) -> Iterator[Batch]:
+        return (next(rest) for _ in range(lengths[link]))
+
+    def update(link: int) -> Callable[[Batch], None]:
+        optimizer = torch.optim.AdamW(chain.parameters(), lr=LR, weight_decay=0.0, fused=True)
+        length = lengths[link] if restart else total
+        schedule = get_scheduler(kind, optimizer, 0, length)
+        for _ in range(0 if restart else sum(lengths[:link])):
+            schedule.step()
+
+        def step(batch: Batch) -> None:
+            model.train()
+            loss(model, batch).backward()
+            torch.nn.utils.clip_grad_norm_(list(chain.parameters()), 1.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+
+        return step
+
+    chain.fit(configs, steps, update)
+    return chain
+
+
+def assert_links_agree(chain: Chain, other: Chain, atol: float = 0.0) -> None:
+    """Same links: ranks, steps, modules, and factors to `atol`."""
+    assert [link.config.rank for link in chain.links] == [link.config.rank for link in other.links]
+    assert [link.num_steps for link in chain.links] == [link.num_steps for link in other.links]
+    for mine, theirs in zip(chain.links, other.links, strict=True):
+        assert mine.factors.keys() == theirs.factors.keys()
+        for name, factors in mine.factors.items():
+            torch.testing.assert_close(factors.a, theirs.factors[name].a, atol=atol, rtol=0)
+            torch.testing.assert_close(factors.b, theirs.factors[name].b, atol=atol, rtol=0)
+            assert factors.b.any()
+
+
+@torch.no_grad()
+def logits(model: Any) -> torch.Tensor:
+    return model.eval()(IDS).logits
+
+
+def assert_adapter_is_the_model(folder: Path, adapter: Path, model: Any, atol: float) -> None:
+    """The adapter, loaded by PEFT on the plain base, computes what the trainer's model computes."""
+    names = load_file(adapter / "adapter_model.safetensors")
+    assert not [name for name in names if "base_layer" in name or "lora_" not in name]
+    loaded = peft.PeftModel.from_pretrained(plain_model(folder), adapter)
+    torch.testing.assert_close(logits(loaded), logits(model), atol=atol, rtol=0)
+
+
+def chain_of(trainer: Trainer) -> Chain:
+    """The chain of a trainer, its last link tied."""
+    (callback,) = [c for c in trainer.callback_handler.callbacks if isinstance(c, ChainCallback)]
+    if callback.chain.live is not None:
+        callback.chain.tie()
+    return callback.chain
+
+
+class StopAt(TrainerCallback):
+    """Ends a run after a step as a kill would: nothing is done on the way out."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == self.step:
+            raise KeyboardInterrupt

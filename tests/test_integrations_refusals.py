@@ -1,0 +1,209 @@
+"""What a chain in a trainer cannot do gets one line, before the first step."""
+
+from __future__ import annotations
+
+import re
+
+import peft
+import pytest
+import torch
+from helpers_integrations import arguments, lora, make_trainer, peft_model, plain_model, token_rows
+from transformers import AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
+
+from chainlora import ChainCallback, ChainLoRAError
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_folder):
+    return AutoTokenizer.from_pretrained(tiny_folder)
+
+
+class NoStep(TrainerCallback):
+    """Fails where a step is made: a refusal comes before it."""
+
+    def on_step_begin(self, *_, **__):
+        raise AssertionError("a step was made")
+
+
+def refused(model, tokenizer, output, callback, **keys) -> str:
+    """Make a trainer and train; return the one line that says why not."""
+
+    def attempt() -> None:
+        trainer = make_trainer(model, tokenizer, output, callback, **keys)
+        trainer.add_callback(NoStep())
+        trainer.train()
+
+    with pytest.raises(ChainLoRAError) as caught:
+        attempt()
+    (line,) = str(caught.value).splitlines()
+    assert "(got " in line or "unknown key" in line
+    return line
+
+
+def two_adapters(folder) -> peft.PeftModel:
+    model = peft_model(folder)
+    model.add_adapter("second", lora(2))
+    return model
+
+
+def trained(folder) -> peft.PeftModel:
+    model = peft_model(folder)
+    with torch.no_grad():
+        next(p for name, p in model.named_parameters() if "lora_B" in name).fill_(0.1)
+    return model
+
+
+def injected(folder):
+    """A plain model with LoRA layers, as transformers' own `add_adapter` leaves it."""
+    return peft.inject_adapter_in_model(lora(4), plain_model(folder))
+
+
+MODELS = {
+    "full fine-tuning": (plain_model, "needs a model of PEFT"),
+    "no model of PEFT": (injected, "needs a model of PEFT .*with an adapter"),
+    "two adapters": (two_adapters, "needs one adapter"),
+    "a trained adapter": (trained, "begins with a fresh adapter"),
+    "modules_to_save": (
+        lambda folder: peft_model(folder, modules_to_save=["lm_head"]),
+        "modules_to_save=.*chain.extra_modules",
+    ),
+    "dora": (lambda folder: peft_model(folder, use_dora=True), "use_dora=True.*no sum"),
+    "pissa": (
+        lambda folder: peft_model(folder, init_lora_weights="pissa"),
+        "init_lora_weights='pissa'.*gaussian",
+    ),
+    "rank_pattern": (
+        lambda folder: peft_model(folder, rank_pattern={"q_proj": 2}),
+        "rank_pattern=.*leave it out",
+    ),
+    "another kind": (
+        lambda folder: peft.get_peft_model(
+            plain_model(folder),
+            peft.IA3Config(
+                target_modules=["q_proj", "v_proj", "down_proj"],
+                feedforward_modules=["down_proj"],
+            ),
+        ),
+        "needs a LoRA",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", MODELS)
+def test_models(tiny_folder, tokenizer, tmp_path, what):
+    make, rule = MODELS[what]
+    line = refused(make(tiny_folder), tokenizer, tmp_path, ChainCallback(steps=4))
+    assert re.search(rule, line), line
+
+
+KNOTS = {
+    "beyond the end": ({"steps": 100}, "a knot must fall before the run ends .*steps=100"),
+    "epochs beyond the end": ({"epochs": 3}, "a knot must fall before .*run of 11 steps"),
+    "not the run's steps": ({"steps": [4, 4]}, r"add up to the run \(got \[4, 4\]"),
+    "too many ranks": ({"ranks": [4, 4], "steps": 4}, "one entry a link"),
+    "more links than steps": ({"ranks": [4] * 30}, "at least one step"),
+    "another first rank": ({"ranks": [8, 4]}, "begin with the rank of the model's LoRA"),
+    "rank 0": ({"ranks": [4, 0]}, "`ranks` must be positive"),
+    "moments of unequal ranks": (
+        {"ranks": [4, 2], "optimizer_reset": "off"},
+        "all ranks must be equal",
+    ),
+    "an unknown key": ({"knots": {"often": 3}}, "unknown key `knots.often`"),
+}
+
+
+@pytest.mark.parametrize("what", KNOTS)
+def test_knots(tiny_folder, tokenizer, tmp_path, what):
+    keys, rule = KNOTS[what]
+    line = refused(peft_model(tiny_folder), tokenizer, tmp_path, ChainCallback(**keys))
+    assert re.search(rule, line), line
+
+
+@pytest.mark.parametrize(
+    ("keys", "rule"),
+    [
+        ({}, "must say where its knots are"),
+        ({"steps": 4, "epochs": 1}, "not both"),
+        ({"steps": 0}, "must be positive"),
+        ({"ranks": [4, 4], "steps": [1, 1, 1]}, "of one length"),
+        ({"steps": 4, "optimizer_reset": "prune"}, "must be full or off"),
+    ],
+)
+def test_a_callback_that_contradicts_itself(keys, rule):
+    with pytest.raises(ChainLoRAError, match=rule):
+        ChainCallback(**keys)
+
+
+def test_optimizers_and_schedules(tiny_folder, tokenizer, tmp_path):
+    for keys, trainer_keys, rule in (
+        ({"knots": "auto"}, {"optim": "adafactor"}, "moments of Adam, AdamW and SGD"),
+        (
+            {"steps": 4, "restart_schedule": True},
+            {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps"},
+            "a function of the step",
+        ),
+    ):
+        model, callback = peft_model(tiny_folder), ChainCallback(**keys)
+        assert rule in refused(model, tokenizer, tmp_path, callback, **trainer_keys)
+
+
+def test_an_optimizer_of_something_else(tiny_folder, tokenizer, tmp_path):
+    model = peft_model(tiny_folder)
+    with pytest.raises(ChainLoRAError, match="must train the LoRA and nothing else"):
+        Trainer(
+            model=model,
+            args=TrainingArguments(**arguments(tmp_path)),
+            train_dataset=token_rows(),
+            optimizers=(torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=0.1), None),
+            callbacks=[ChainCallback(steps=4)],
+        ).train()
+
+
+def test_a_checkpoint_without_a_chain(tiny_folder, tokenizer, tmp_path):
+    keys = {"save_strategy": "steps", "save_steps": 4}
+    make_trainer(peft_model(tiny_folder), tokenizer, tmp_path, None, **keys).train()
+    trainer = make_trainer(
+        peft_model(tiny_folder), tokenizer, tmp_path, ChainCallback(steps=4), **keys
+    )
+    with pytest.raises(ChainLoRAError, match=r"must hold a chain .*saved without ChainCallback"):
+        trainer.train(resume_from_checkpoint=True)
+
+
+def test_another_base(tiny_folder, tokenizer, tmp_path):
+    keys = {"save_strategy": "steps", "save_steps": 4}
+    make_trainer(
+        peft_model(tiny_folder), tokenizer, tmp_path, ChainCallback(steps=4), **keys
+    ).train()
+    other = plain_model(tiny_folder)
+    with torch.no_grad():
+        other.model.norm.weight.mul_(1.5)
+    trainer = make_trainer(
+        peft.get_peft_model(other, lora()), tokenizer, tmp_path, ChainCallback(steps=4), **keys
+    )
+    with pytest.raises(ChainLoRAError, match="the base model must be the one"):
+        trainer.train(resume_from_checkpoint=True)
+
+
+def test_weights_that_are_not_finite_are_not_tied(tiny_folder, tokenizer, tmp_path):
+    class Spoil(TrainerCallback):
+        def on_step_begin(self, args, state, control, model, **_):
+            if state.global_step == 3:
+                with torch.no_grad():
+                    next(p for p in model.parameters() if p.requires_grad).fill_(float("nan"))
+
+    trainer = make_trainer(peft_model(tiny_folder), tokenizer, tmp_path, ChainCallback(steps=4))
+    trainer.callback_handler.callbacks.insert(0, Spoil())
+    with pytest.raises(ChainLoRAError, match=r"must leave finite weights .*link 0 after 4 steps"):
+        trainer.train()
+
+
+def test_a_second_training_and_a_second_trainer(tiny_folder, tokenizer, tmp_path):
+    callback = ChainCallback(steps=4)
+    trainer = make_trainer(peft_model(tiny_folder), tokenizer, tmp_path, callback)
+    trainer.train()
+    with pytest.raises(ChainLoRAError, match="chain and trainer must be at one step"):
+        trainer.train()
+    with pytest.raises(ChainLoRAError, match="for one trainer"):
+        make_trainer(peft_model(tiny_folder), tokenizer, tmp_path, callback)
+    with pytest.raises(ChainLoRAError, match="before there is a trainer"):
+        ChainCallback(steps=4).chain  # noqa: B018

@@ -1,0 +1,407 @@
+"""A chain in transformers' Trainer: the links of a loop of our own, and every save whole."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from helpers import settings, training_examples
+from helpers_integrations import (
+    LR,
+    StopAt,
+    arguments,
+    assert_adapter_is_the_model,
+    assert_links_agree,
+    chain_of,
+    collator,
+    logits,
+    make_trainer,
+    own_loop,
+    peft_model,
+    plain_model,
+)
+from transformers import AutoTokenizer, Trainer, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from chainlora import ChainCallback, export_merged, load_chain, load_run, make_config, train
+from chainlora.runs.directory import RunDirectory
+from chainlora.training.knots import WHOLE, Knot
+from chainlora.training.plan import make_plan
+
+# One layer's product W x + s·B A x is summed in another order than (W + s·B A) x: float32 rounding
+# of logits below 10 over two layers.
+ROUNDING = 2e-5
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_folder):
+    return AutoTokenizer.from_pretrained(tiny_folder)
+
+
+def run(tiny_folder, tokenizer, output: Path, callback: ChainCallback, **keys) -> Trainer:
+    trainer = make_trainer(peft_model(tiny_folder), tokenizer, output, callback, **keys)
+    trainer.train()
+    return trainer
+
+
+# --- the same links ---
+
+
+@pytest.mark.parametrize("restart", [False, True], ids=["one schedule", "a schedule a link"])
+def test_the_same_batches_give_the_same_links(tiny_folder, tokenizer, tmp_path, restart):
+    callback = ChainCallback(ranks=[4, 4, 2], steps=[4, 4, 3], restart_schedule=restart)
+    trainer = run(tiny_folder, tokenizer, tmp_path, callback)
+    batches = trainer.data_collator.batches[:11]
+    own = own_loop(tiny_folder, batches, (4, 4, 2), (4, 4, 3), restart=restart)
+    # The same operations in the same order, but for the division by the number of tokens, which
+    # the Trainer does after the sum: one rounding of the loss.
+    assert_links_agree(chain_of(trainer), own, atol=1e-5)
+    torch.testing.assert_close(logits(trainer.model), logits(own.model), atol=ROUNDING, rtol=0)
+
+
+def test_train_and_trainer_give_the_same_links(tiny_folder, tokenizer, sentiment, tmp_path):
+    """`chainlora train` on the same rows in the same order."""
+    rows = tmp_path / "rows.jsonl"
+    texts = [json.loads(line) for line in (sentiment / "train.jsonl").read_text().splitlines()]
+    words = ("bad", "good")
+    lines = [
+        {"prompt": row["text"], "completion": f" it was {words[row['label']]}"} for row in texts
+    ]
+    rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    tree = settings(tiny_folder, sentiment, tmp_path / "run", train={"lr": LR, "batch_size": 4})
+    tree["data"] = {"train": str(rows)}
+    config = make_config(tree)
+    train(config)
+
+    examples = training_examples(config, tokenizer)
+    plan = make_plan(config, examples)
+    order = [row for step in range(plan.num_steps) for row in plan.batches(step)[0]]
+    trainer = Trainer(
+        model=peft_model(tiny_folder),
+        args=TrainingArguments(
+            **arguments(tmp_path / "trainer", train_sampling_strategy="sequential", seed=0)
+        ),
+        train_dataset=[as_row(examples[index]) for index in order],
+        data_collator=collator(tokenizer),
+        callbacks=[ChainCallback([4, 4, 2], steps=[4, 4, 3])],
+    )
+    trainer.train()
+    found = chain_of(trainer).links
+    for mine, theirs in zip(RunDirectory(tmp_path / "run").load_links(), found, strict=True):
+        assert mine.num_steps == theirs.num_steps
+        for name, factors in mine.factors.items():
+            # The packed forward rounds otherwise, and Adam divides by the size of the gradient: a
+            # rounding error in a tiny gradient moves a weight by a small share of the rate, 1e-2.
+            other = theirs.factors[name]
+            torch.testing.assert_close(factors.b, other.b, atol=5e-4, rtol=0)
+            assert (factors.b - other.b).abs().median() < 1e-6
+
+
+def as_row(example) -> dict[str, list[int]]:
+    """An example of ours as the Trainer takes it."""
+    (ids,), (spans,) = example.sequences, example.scored
+    labels = [-100] * len(ids)
+    for start, end in spans:
+        labels[start:end] = ids[start:end]
+    return {"input_ids": list(ids), "labels": labels, "attention_mask": [1] * len(ids)}
+
+
+@pytest.mark.parametrize(
+    ("keys", "lengths"),
+    [
+        ({"steps": 4}, [4, 4, 3]),
+        ({"ranks": [4, 4]}, [6, 5]),
+        ({"epochs": 0.25}, [3, 3, 3, 2]),
+        ({"steps": [1, 10]}, [1, 10]),
+    ],
+    ids=str,
+)
+def test_where_the_knots_fall(tiny_folder, tokenizer, tmp_path, keys, lengths):
+    trainer = run(tiny_folder, tokenizer, tmp_path, ChainCallback(**keys))
+    assert [link.num_steps for link in chain_of(trainer).links] == lengths
+    knots = [record for record in trainer.state.log_history if "knot" in record]
+    assert [record["link_steps"] for record in knots] == lengths[:-1]  # the last link is live
+
+
+def test_epochs_of_the_trainer(tiny_folder, tokenizer, tmp_path):
+    callback = ChainCallback(epochs=[1, 0.5])
+    keys = {"max_steps": -1, "num_train_epochs": 1.5, "gradient_accumulation_steps": 5}
+    trainer = run(tiny_folder, tokenizer, tmp_path, callback, **keys)
+    assert [link.num_steps for link in chain_of(trainer).links] == [3, 2]  # 12 batches, 3 steps
+    assert trainer.state.global_step == 5
+
+
+def test_soft_knots_are_those_of_our_loop(tiny_folder, tokenizer, tmp_path):
+    soft = {"every": 3, "share": 0.5}
+    callback = ChainCallback(knots=soft)
+    trainer = run(tiny_folder, tokenizer, tmp_path, callback, lr_scheduler_type="constant")
+    (link,) = chain_of(trainer).links
+    assert link.num_steps == 11
+    assert 0 < link.error <= 1e-3
+
+    from chainlora import Chain, LinkConfig, carry_moments
+
+    own = Chain(plain_model(tiny_folder), seed=3)
+    own.extend(LinkConfig(rank=4, alpha=8, target_modules=("q_proj", "v_proj")))
+    optimizer = torch.optim.AdamW(own.parameters(), lr=LR, weight_decay=0.0)
+
+    def update(batch):
+        own.model.train()(**batch).loss.backward()
+        torch.nn.utils.clip_grad_norm_(list(own.parameters()), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if own.live_steps + 1 < 11 and (own.live_steps + 1) % 3 == 0:
+            carry_moments(optimizer, own.live, own.tie_share(0.5))
+
+    own.tune(trainer.data_collator.batches[:11], update)
+    own.tie()
+    # A compressed link has no factors of its own to compare: the function is.
+    torch.testing.assert_close(logits(trainer.model), logits(own.model), atol=5e-3, rtol=0)
+
+
+def test_a_policy_may_end_a_link_early(tiny_folder, tokenizer, tmp_path):
+    class Early:
+        def knot_after(self, position):
+            if position.link == 0 and position.step == 2:
+                return WHOLE
+            if position.step >= position.num_steps:
+                return WHOLE
+            return Knot(0.5, "new") if position.step == 3 else None
+
+    callback = ChainCallback([4, 4], policy=Early())
+    trainer = run(tiny_folder, tokenizer, tmp_path, callback)
+    assert [link.num_steps for link in chain_of(trainer).links] == [2, 9]
+
+
+def test_the_optimizer_is_new_or_kept(tiny_folder, tokenizer, tmp_path):
+    """The first step of a fresh Adam moves every weight by the rate."""
+    from transformers import TrainerCallback
+
+    moved = {}
+
+    class Look(TrainerCallback):
+        def on_step_end(self, args, state, control, model, optimizer, **_):
+            steps = {int(values["step"]) for values in optimizer.state.values() if values}
+            moved[state.global_step] = steps
+
+    for reset in ("full", "off"):
+        model = peft_model(tiny_folder)
+        trainer = make_trainer(
+            model, tokenizer, tmp_path, ChainCallback(steps=4, optimizer_reset=reset), max_steps=9
+        )
+        trainer.add_callback(Look())
+        trainer.train()
+        assert moved[5] == ({1} if reset == "full" else {5})
+
+
+# --- records ---
+
+
+def test_records_say_which_link_they_are_of(tiny_folder, tokenizer, tmp_path):
+    callback = ChainCallback(steps=4)
+    keys = {"eval_strategy": "steps", "eval_steps": 2}
+    trainer = run(tiny_folder, tokenizer, tmp_path, callback, **keys)
+    history = trainer.state.log_history
+    losses = [record["link"] for record in history if "loss" in record]
+    assert losses == [0] * 4 + [1] * 4 + [2] * 3
+    scores = {record["step"]: record["link"] for record in history if "eval_loss" in record}
+    assert scores == {2: 0, 4: 0, 6: 1, 8: 1, 10: 2, 11: 2}
+    assert trainer.evaluate()["link"] == 2
+
+
+# --- saves ---
+
+
+def test_every_save_is_a_chain_and_an_adapter(tiny_folder, tokenizer, tmp_path):
+    callback = ChainCallback(ranks=[4, 4, 2], steps=[4, 4, 3])
+    keys = {"save_strategy": "steps", "save_steps": 2}
+    trainer = run(tiny_folder, tokenizer, tmp_path, callback, **keys)
+    ranks = {}
+    for step in (2, 4, 6, 8, 10, 11):
+        folder = tmp_path / f"checkpoint-{step}"
+        config = json.loads((folder / "adapter_config.json").read_text())
+        ranks[step] = config["r"]
+        chain = load_chain(folder, plain_model(tiny_folder))
+        assert sum(link.num_steps for link in chain.links) + chain.live_steps == step
+        assert_adapter_is_the_model(tiny_folder, folder, chain.model, ROUNDING)
+    assert ranks == {2: 4, 4: 4, 6: 8, 8: 8, 10: 10, 11: 10}  # of links that add something
+
+    trainer.save_model(str(tmp_path / "final"))
+    assert_adapter_is_the_model(tiny_folder, tmp_path / "final", trainer.model, ROUNDING)
+    trainer.model.save_pretrained(str(tmp_path / "again"))
+    merged = trainer.model.merge_and_unload()
+    assert_adapter_is_the_model(tiny_folder, tmp_path / "again", merged, ROUNDING)
+
+
+def test_a_saved_chain_is_read_like_a_run(tiny_folder, tokenizer, tmp_path):
+    trainer = run(tiny_folder, tokenizer, tmp_path / "out", ChainCallback(steps=4))
+    trainer.save_model(str(tmp_path / "final"))
+    model, _ = load_run(tmp_path / "final/chain")
+    chain_of(trainer)  # ties the last link, as load_run has it
+    assert torch.equal(logits(model), logits(trainer.model))
+    export_merged(tmp_path / "final/chain", tmp_path / "merged")
+    assert torch.equal(logits(plain_model(tmp_path / "merged")), logits(model))
+
+
+# --- resume ---
+
+
+@pytest.mark.parametrize("killed", [3, 5, 9], ids=["before a knot", "after", "two knots on"])
+def test_a_killed_run_resumes_across_a_knot(tiny_folder, tokenizer, tmp_path, killed):
+    keys = {"save_strategy": "steps", "save_steps": 2}
+    knots = {"ranks": [4, 4, 2], "steps": [4, 4, 3], "restart_schedule": True}
+    whole = run(tiny_folder, tokenizer, tmp_path / "whole", ChainCallback(**knots), **keys)
+
+    output = tmp_path / "killed"
+    trainer = make_trainer(
+        peft_model(tiny_folder), tokenizer, output, ChainCallback(**knots), **keys
+    )
+    trainer.add_callback(StopAt(killed))
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    resumed = make_trainer(
+        peft_model(tiny_folder), tokenizer, output, ChainCallback(**knots), **keys
+    )
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 11
+    # to the same bits: state, batches and arithmetic are the same
+    assert_links_agree(chain_of(resumed), chain_of(whole), atol=0.0)
+    assert torch.equal(logits(resumed.model), logits(whole.model))
+
+
+def test_a_finished_run_goes_on_with_more_links(tiny_folder, tokenizer, tmp_path):
+    keys = {"save_strategy": "steps", "save_steps": 100, "lr_scheduler_type": "constant"}
+    whole = run(
+        tiny_folder, tokenizer, tmp_path / "a", ChainCallback(steps=4), max_steps=12, **keys
+    )
+    run(tiny_folder, tokenizer, tmp_path / "b", ChainCallback(steps=4), max_steps=8, **keys)
+    more = make_trainer(
+        peft_model(tiny_folder),
+        tokenizer,
+        tmp_path / "b",
+        ChainCallback(steps=4),
+        max_steps=12,
+        **keys,
+    )
+    more.train(resume_from_checkpoint=True)
+    assert_links_agree(chain_of(more), chain_of(whole), atol=0.0)
+
+
+def test_a_resume_with_other_knots_is_refused(tiny_folder, tokenizer, tmp_path):
+    keys = {"save_strategy": "steps", "save_steps": 3}
+    run(tiny_folder, tokenizer, tmp_path, ChainCallback(steps=4), **keys)
+    checkpoint = str(tmp_path / "checkpoint-6")
+    for callback, what in (
+        (ChainCallback(steps=5), "must have the knots it began with"),
+        (ChainCallback([4, 2], steps=[4, 7]), "must have the links it began with"),
+    ):
+        other = make_trainer(peft_model(tiny_folder), tokenizer, tmp_path, callback, **keys)
+        with pytest.raises(Exception, match=what):
+            other.train(resume_from_checkpoint=checkpoint)
+
+
+# --- the best model ---
+
+
+def test_the_best_model_is_that_of_its_link(tiny_folder, tokenizer, tmp_path):
+    """The best point lies inside the first link: the highest loss is called the best here."""
+    callback = ChainCallback(ranks=[4, 2, 2], steps=[4, 4, 3])
+    keys = {
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "eval_loss",
+        "greater_is_better": True,
+        "save_total_limit": 2,
+    }
+    model = peft_model(tiny_folder, target_modules=["q_proj", "o_proj", "up_proj", "down_proj"])
+    trainer = make_trainer(model, tokenizer, tmp_path, callback, **keys)
+    trainer.train()
+    scores = {r["step"]: r["eval_loss"] for r in trainer.state.log_history if "eval_loss" in r}
+    assert trainer.state.best_global_step == 2
+    assert scores[2] > scores[11] + 0.01
+    assert trainer.evaluate()["eval_loss"] == scores[2]
+    assert (len(callback.chain), callback.chain.live_steps) == (0, 2)
+    trainer.save_model(str(tmp_path / "best"))
+    assert_adapter_is_the_model(tiny_folder, tmp_path / "best", trainer.model, ROUNDING)
+
+
+def test_load_best_goes_back_over_a_change_of_rank(tiny_folder, tokenizer, tmp_path):
+    """Loading by hand, as the Trainer does at the end, in both directions."""
+    callback = ChainCallback(ranks=[4, 2], steps=[4, 7])
+    keys = {"save_strategy": "steps", "save_steps": 3}
+    trainer = run(tiny_folder, tokenizer, tmp_path, callback, **keys)
+    end = logits(trainer.model)
+    trainer.model.load_adapter(str(tmp_path / "checkpoint-3"), "default")
+    early = load_chain(tmp_path / "checkpoint-3", plain_model(tiny_folder))
+    assert torch.equal(logits(trainer.model), logits(early.model))
+    trainer.model.load_adapter(str(tmp_path / "checkpoint-11"), "default")
+    assert torch.equal(logits(trainer.model), end)
+
+
+# --- what surrounds it ---
+
+
+def test_an_optimizer_of_the_user_s_own(tiny_folder, tokenizer, tmp_path):
+    model = peft_model(tiny_folder)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    callback = ChainCallback([4, 2])
+    trainer = Trainer(
+        model=model,
+        args=TrainingArguments(**arguments(tmp_path)),
+        train_dataset=make_trainer(model, tokenizer, tmp_path, None).train_dataset,
+        data_collator=collator(tokenizer),
+        optimizers=(optimizer, None),
+        callbacks=[callback],
+    )
+    trainer.train()
+    links = chain_of(trainer).links
+    assert [link.config.rank for link in links] == [4, 2]
+    assert all(share.b.any() for link in links for share in link.factors.values())
+
+
+def test_added_after_the_trainer_was_made(tiny_folder, tokenizer, tmp_path):
+    trainer = make_trainer(peft_model(tiny_folder), tokenizer, tmp_path, None)
+    callback = ChainCallback([4, 4, 2], steps=[4, 4, 3])
+    trainer.add_callback(callback)
+    trainer.train()
+    own = own_loop(tiny_folder, trainer.data_collator.batches[:11], (4, 4, 2), (4, 4, 3))
+    assert_links_agree(chain_of(trainer), own, atol=1e-5)
+
+
+def test_a_bfloat16_base_with_checkpointing(tiny_folder, tokenizer, tmp_path):
+    model = peft.get_peft_model(
+        plain_model(tiny_folder, torch.bfloat16),
+        peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"], lora_dropout=0.1),
+    )
+    callback = ChainCallback([4, 2])
+    trainer = make_trainer(
+        model, tokenizer, tmp_path, callback, bf16=True, gradient_checkpointing=True
+    )
+    trainer.train()
+    trainer.save_model(str(tmp_path / "final"))
+    chain = load_chain(tmp_path / "final", plain_model(tiny_folder, torch.bfloat16))
+    for each in (chain, callback.chain):
+        each.tie()
+    # without the trainer's autocast around it
+    assert torch.equal(logits(chain.model), logits(trainer.model.get_base_model()))
+
+
+def test_early_stopping_leaves_a_whole_chain(tiny_folder, tokenizer, tmp_path):
+    from transformers import TrainerCallback
+
+    class Enough(TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            control.should_training_stop = state.global_step == 6
+
+    callback = ChainCallback(steps=4)
+    trainer = make_trainer(peft_model(tiny_folder), tokenizer, tmp_path, callback)
+    trainer.add_callback(Enough())
+    trainer.train()
+    assert [link.num_steps for link in chain_of(trainer).links] == [4, 2]
+    assert get_last_checkpoint(str(tmp_path)) is None

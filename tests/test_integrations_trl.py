@@ -1,0 +1,272 @@
+"""A chain in TRL's trainers: their quickstarts plus one line, and DPO's reference model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from helpers_integrations import (
+    ALPHA,
+    LR,
+    TARGETS,
+    Recorder,
+    StopAt,
+    arguments,
+    assert_adapter_is_the_model,
+    assert_links_agree,
+    chain_of,
+    logits,
+    own_loop,
+    peft_model,
+    plain_model,
+)
+from transformers import AutoTokenizer
+
+from chainlora import ChainCallback, LinkConfig, load_chain
+
+pytest.importorskip("trl", reason="TRL is an extra: pip install 'chainlora[trl]'")
+
+from datasets import Dataset
+from torch.nn.functional import log_softmax, logsigmoid
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+
+RANKS, LENGTHS = (4, 4, 2), (4, 4, 3)
+# W x + s·B A x is summed in another order than (W + s·B A) x
+ROUNDING = 2e-5
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_folder):
+    return AutoTokenizer.from_pretrained(tiny_folder)
+
+
+def conversations() -> Dataset:
+    words = ["cat", "mat", "hill", "birds"]
+    rows = [
+        [
+            {"role": "user", "content": f"the {words[k % 4]} sat"},
+            {"role": "assistant", "content": f"on a {words[k // 4 % 4]}"},
+        ]
+        for k in range(48)
+    ]
+    return Dataset.from_list([{"messages": row} for row in rows])
+
+
+def preferences() -> Dataset:
+    words = ["cat", "mat", "hill", "birds"]
+    return Dataset.from_list(
+        [
+            {
+                "prompt": f"the {words[k % 4]} was",
+                "chosen": f" good {words[k // 4 % 4]}",
+                "rejected": f" bad {words[k // 4 % 4]}",
+            }
+            for k in range(48)
+        ]
+    )
+
+
+def sft(folder, tokenizer, output: Path, callback, **keys) -> SFTTrainer:
+    return SFTTrainer(
+        model=plain_model(folder),
+        args=SFTConfig(**arguments(output, max_length=64, bf16=False) | keys),
+        train_dataset=conversations(),
+        eval_dataset=conversations().select(range(8)),
+        processing_class=tokenizer,
+        peft_config=peft.LoraConfig(r=4, lora_alpha=ALPHA, target_modules=TARGETS),
+        callbacks=[callback],
+    )
+
+
+def dpo(folder, tokenizer, output: Path, callback, model=None, **keys) -> DPOTrainer:
+    wrap = (
+        {}
+        if model is not None
+        else {"peft_config": peft.LoraConfig(r=4, lora_alpha=ALPHA, target_modules=TARGETS)}
+    )
+    return DPOTrainer(
+        model=model or plain_model(folder),
+        args=DPOConfig(**arguments(output, max_length=64, bf16=False) | keys),
+        train_dataset=preferences(),
+        eval_dataset=preferences().select(range(8)),
+        processing_class=tokenizer,
+        callbacks=[callback],
+        **wrap,
+    )
+
+
+MAKERS = {"SFTTrainer": sft, "DPOTrainer": dpo}
+
+
+def record(trainer) -> list:
+    trainer.data_collator = recorder = Recorder(trainer.data_collator)
+    return recorder.batches
+
+
+# --- the same links ---
+
+
+def test_sft_gives_the_links_of_our_loop(tiny_folder, tokenizer, tmp_path):
+    trainer = sft(tiny_folder, tokenizer, tmp_path, ChainCallback(RANKS, steps=LENGTHS))
+    batches = record(trainer)
+    trainer.train()
+    keys = ("input_ids", "attention_mask", "labels")
+    batches = [{key: batch[key] for key in keys} for batch in batches[:11]]
+    own = own_loop(tiny_folder, batches, RANKS, LENGTHS)
+    # TRL's fused head computes the loss in tiles of tokens: rounding, which Adam divides by the
+    # size of the gradient.
+    assert_links_agree(chain_of(trainer), own, atol=2e-4)
+
+
+def dpo_loss(model, batch, reference: torch.Tensor) -> torch.Tensor:
+    """DPO's loss (arXiv 2305.18290, eq. 7) with TRL's default beta of 0.1."""
+    chosen, rejected = (log_probability(model, batch) - reference).chunk(2)
+    return -logsigmoid(0.1 * (chosen - rejected)).mean()
+
+
+def log_probability(model, batch) -> torch.Tensor:
+    """Log probability of each completion: chosen ones first, then rejected ones."""
+    found = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    logs = log_softmax(found[:, :-1], dim=-1)
+    logs = logs.gather(-1, batch["input_ids"][:, 1:, None]).squeeze(-1)
+    return (logs * batch["completion_mask"][:, 1:]).sum(1)
+
+
+def test_dpo_gives_the_links_of_our_loop(tiny_folder, tokenizer, tmp_path):
+    """The reference of a link is the base with the links before it, without the link itself."""
+    trainer = dpo(tiny_folder, tokenizer, tmp_path, ChainCallback(RANKS, steps=LENGTHS))
+    batches = record(trainer)
+    trainer.train()
+
+    def loss(model, batch):
+        with torch.no_grad():  # of a link that adds nothing: what was before it
+            live = [m for m in model.modules() if isinstance(m, peft.tuners.lora.LoraLayer)]
+            for layer in live:
+                layer.enable_adapters(False)
+            reference = log_probability(model, batch)
+            for layer in live:
+                layer.enable_adapters(True)
+        return dpo_loss(model, batch, reference)
+
+    own = own_loop(tiny_folder, batches[:11], RANKS, LENGTHS, loss=loss)
+    assert_links_agree(chain_of(trainer), own, atol=2e-4)
+
+
+def test_the_reference_of_dpo_is_the_base_with_the_earlier_links(tiny_folder, tokenizer, tmp_path):
+    """At the first step of every link policy and reference agree: rewards are 0."""
+    trainer = dpo(tiny_folder, tokenizer, tmp_path, ChainCallback(RANKS, steps=LENGTHS))
+    trainer.train()
+    margins = {
+        record["step"]: record["rewards/margins"]
+        for record in trainer.state.log_history
+        if "rewards/margins" in record
+    }
+    # the first step of each link is logged as 1, 5 and 9
+    zero = [step for step, margin in margins.items() if abs(margin) < 1e-5]
+    assert zero == [1, 5, 9]
+
+
+def test_the_reference_stays_the_base_where_it_is_computed_before(tiny_folder, tokenizer, tmp_path):
+    callback = ChainCallback(RANKS, steps=LENGTHS)
+    trainer = dpo(tiny_folder, tokenizer, tmp_path, callback, precompute_ref_log_probs=True)
+    trainer.train()
+    history = [r for r in trainer.state.log_history if "rewards/margins" in r]
+    zero = [r["step"] for r in history if abs(r["rewards/margins"]) < 1e-5]
+    assert zero == [1]
+
+
+def test_dpo_with_a_peft_model(tiny_folder, tokenizer, tmp_path):
+    """TRL adds a copy of the adapter as reference; the chain does without it."""
+    first = dpo(tiny_folder, tokenizer, tmp_path / "a", ChainCallback(RANKS, steps=LENGTHS))
+    second = dpo(
+        tiny_folder,
+        tokenizer,
+        tmp_path / "b",
+        ChainCallback(RANKS, steps=LENGTHS),
+        model=peft_model(tiny_folder),
+    )
+    for trainer in (first, second):
+        trainer.train()
+    assert list(second.model.peft_config) == ["default"]
+    assert_links_agree(chain_of(first), chain_of(second), atol=0.0)
+
+
+# --- saves, resume, best ---
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_saves_resume_and_best_across_knots(tiny_folder, tokenizer, tmp_path, kind):
+    make = MAKERS[kind]
+    keys = {
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "load_best_model_at_end": True,
+        "learning_rate": 0.05,
+        "lr_scheduler_type": "constant",
+    }
+
+    def callback():
+        return ChainCallback(RANKS, steps=LENGTHS)
+
+    whole = make(tiny_folder, tokenizer, tmp_path / "whole", callback(), **keys)
+    whole.train()
+    killed = make(tiny_folder, tokenizer, tmp_path / "killed", callback(), **keys)
+    killed.add_callback(StopAt(5))
+    with pytest.raises(KeyboardInterrupt):
+        killed.train()
+    resumed = make(tiny_folder, tokenizer, tmp_path / "killed", callback(), **keys)
+    resumed.train(resume_from_checkpoint=True)
+    assert torch.equal(logits(resumed.model), logits(whole.model))
+
+    scores = {r["step"]: r["eval_loss"] for r in whole.state.log_history if "eval_loss" in r}
+    best = whole.state.best_global_step
+    assert scores[best] == min(scores.values())
+    assert whole.evaluate()["eval_loss"] == scores[best]
+
+    checkpoint = tmp_path / "whole/checkpoint-6"
+    chain = load_chain(checkpoint, plain_model(tiny_folder))
+    assert (len(chain), chain.live_steps) == (1, 2)
+    assert_adapter_is_the_model(tiny_folder, checkpoint, chain.model, ROUNDING)
+    whole.save_model(str(tmp_path / "final"))
+    assert_adapter_is_the_model(tiny_folder, tmp_path / "final", whole.model, ROUNDING)
+
+
+def test_the_defaults_of_trl(tiny_folder, tokenizer, tmp_path):
+    """Its own precision, checkpointing and target modules, as in the quickstart."""
+    trainer = SFTTrainer(
+        model=str(tiny_folder),
+        args=SFTConfig(
+            output_dir=str(tmp_path),
+            max_steps=4,
+            max_length=64,
+            report_to=[],
+            disable_tqdm=True,
+            use_cpu=True,
+            learning_rate=LR,
+            per_device_train_batch_size=4,
+        ),
+        train_dataset=conversations(),
+        peft_config=peft.LoraConfig(),
+        callbacks=[ChainCallback(steps=2)],
+    )
+    trainer.train()
+    links = chain_of(trainer).links
+    assert [link.config.rank for link in links] == [8, 8]
+    trainer.save_model(str(tmp_path / "final"))
+    loaded = peft.AutoPeftModelForCausalLM.from_pretrained(
+        str(tmp_path / "final"), dtype=trainer.model.dtype
+    )
+    # tied weights are rounded once in the base's dtype, loaded ones are added to the outputs
+    torch.testing.assert_close(logits(loaded), logits(trainer.model), atol=2e-2, rtol=0)
+
+
+def test_a_link_is_what_the_lora_of_trl_says(tiny_folder, tokenizer, tmp_path):
+    callback = ChainCallback(RANKS, steps=LENGTHS)
+    sft(tiny_folder, tokenizer, tmp_path, callback)
+    expected = LinkConfig(rank=4, alpha=ALPHA, target_modules=tuple(sorted(TARGETS)))
+    assert callback.chain.live is not None
+    assert callback.chain.live.config == expected

@@ -1,0 +1,349 @@
+"""Every optimizer in `OPTIMIZERS`: it trains, resumes to the same bits, and is new at each knot.
+
+The tables run over the registry, so that a new entry is taken through all of them.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_model
+from helpers import assert_same_links, settings, stop_after
+from test_laws import config as link_config
+from test_laws import loss_of
+from torch import nn
+
+from chainlora import Chain, make_config, train
+from chainlora.errors import ConfigError
+from chainlora.training.optimizer_kinds import Lion, Muon
+from chainlora.training.optimizers import (
+    OPTIMIZERS,
+    carry_moments,
+    check_optimizer,
+    evaluated_weights,
+    leave_average,
+    make_optimizer,
+    state_tensors,
+)
+
+RATES = {"sgd": 0.3, "adafactor": 0.3, "muon": 5e-2}  # the others: that of AdamW
+OPTIONS = {name: {"min_8bit_size": 1} for name in ("adamw_8bit", "paged_adamw_8bit")}
+CPU = torch.device("cpu")
+
+every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
+quiet = pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+
+
+def train_keys(name: str) -> dict:
+    return {
+        "optimizer": name,
+        "optimizer_options": OPTIONS.get(name, {}),
+        "lr": RATES.get(name, 1e-2),
+        "schedule": "constant",
+    }
+
+
+def config_for(name: str, **sections):
+    """A config of the optimizer, checked; skips where its package is missing."""
+    tree = {
+        "model": "m",
+        "data": {"task": "rte"},
+        "chain": {"ranks": [4], "steps": [1]} | sections.pop("chain", {}),
+        "train": train_keys(name) | sections.pop("train", {}),
+    }
+    made = make_config(tree)
+    need(made)
+    return made
+
+
+def need(config) -> None:
+    plain = config.model_copy(update={"chain": make_chain({"ranks": [4], "steps": [1]})})
+    try:
+        check_optimizer(plain, CPU)
+    except ConfigError as error:
+        if "pip install" not in str(error):
+            raise
+        pytest.skip(str(error))
+
+
+def make_chain(keys):
+    return make_config({"model": "m", "data": {"task": "rte"}, "chain": keys}).chain
+
+
+@quiet
+@every_optimizer
+def test_it_trains_and_is_resumed_to_the_same_bits(name, tiny_folder, sentiment, tmp_path):
+    """Killed inside a link, and at a knot: a process that begins a link has a new optimizer."""
+    need(config_for(name))
+    tree = settings(
+        tiny_folder,
+        sentiment,
+        chain={"ranks": [4, 4], "steps": [9, 4]},
+        train=train_keys(name) | {"save_every": 2, "eval_every": 3},
+    )
+    whole = make_config(tree | {"output": str(tmp_path / "whole")})
+    losses: list[float] = []
+    train(whole, listener=lambda e: losses.append(e.loss) if e.name == "step" else None)
+    assert sum(losses[-4:]) < 0.8 * sum(losses[:4])
+    killed = make_config(tree | {"output": str(tmp_path / "killed")})
+    for step in (4, 9, 10):
+        stop_after(killed, step)
+    train(killed, resume=True)
+    assert_same_links(tmp_path / "killed", tmp_path / "whole")
+
+
+@quiet
+@every_optimizer
+def test_the_first_update_after_a_knot_is_that_of_a_new_optimizer(name):
+    config = config_for(name).train
+    chain, _ = tuned(config)
+    link = chain.tie()
+    other = Chain(tiny_model("llama"))
+    other.add(link)
+    updates = [first_update(each, config) for each in (chain, other)]
+    assert all(torch.equal(one, two) for one, two in zip(*updates, strict=True))
+
+
+def tuned(config, steps: int = 3):
+    """A chain with a live link after some steps, and the optimizer."""
+    chain = Chain(tiny_model("llama"))
+    optimizer = make_optimizer(chain.extend(link_config("llama")), config)
+    for _ in range(steps):
+        step(chain, optimizer)
+    return chain, optimizer
+
+
+def step(chain, optimizer) -> None:
+    loss_of(chain.model).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def first_update(chain, config) -> list[torch.Tensor]:
+    adapter = chain.extend(link_config("llama"))
+    optimizer = make_optimizer(adapter, config)
+    step(chain, optimizer)
+    leave_average(optimizer)
+    return [p.detach() for p in adapter.parameters()]
+
+
+# --- soft knots
+
+
+@quiet
+@every_optimizer
+def test_a_soft_knot_carries_the_state_or_is_refused(name):
+    """Carried: the state is that of an optimizer whose gradients were scaled from the start."""
+    config = config_for(name)
+    try:
+        check_optimizer(config_for(name, chain={"knots": {"every": 1, "share": 0.3}}), CPU)
+    except ConfigError as error:
+        is_said = "chain.knots.moments: new" in str(error) or "leave chain.knots out" in str(error)
+        if not is_said:
+            raise
+        return
+    chain, _ = tuned(config.train)
+    adapter = chain.live
+    scales = chain.tie_share(0.3)
+    seen = history(adapter, config.train, None)
+    carry_moments(seen, adapter, scales)
+    scaled = history(adapter, config.train, scales)
+    for one, two in zip(states(seen), states(scaled), strict=True):
+        assert one.keys() == two.keys()
+        for key in one:  # the same sums in float32, scaled before or after
+            torch.testing.assert_close(one[key], two[key], rtol=1e-5, atol=1e-12)
+
+
+def history(adapter, config, scales):
+    """An optimizer after some gradients whose squares have rank one, as Adafactor takes them."""
+    optimizer = make_optimizer(adapter, config)
+    generator = torch.Generator().manual_seed(0)
+    patterns = {}
+    for _ in range(3):
+        size = torch.rand((), generator=generator)
+        for name, layer in adapter.layers.items():
+            for factor in ("lora_A", "lora_B"):
+                p = getattr(layer, factor)["default"].weight
+                if (name, factor) not in patterns:
+                    rows, columns = (torch.rand(n, generator=generator) for n in p.shape)
+                    patterns[name, factor] = torch.outer(rows + 0.1, columns + 0.1)
+                sign = torch.randn(p.shape, generator=generator).sign()
+                p.grad = size * sign * patterns[name, factor]
+                if scales is not None:
+                    scale = scales[name]
+                    p.grad *= scale.b.unsqueeze(1) if factor == "lora_A" else scale.a
+        kept = [p.detach().clone() for p in adapter.parameters()]
+        optimizer.step()
+        with torch.no_grad():
+            for p, value in zip(adapter.parameters(), kept, strict=True):
+                p.copy_(value)
+    return optimizer
+
+
+def states(optimizer) -> list[dict[str, torch.Tensor]]:
+    found = []
+    for state in optimizer.state.values():
+        tensors = {key: value for key, value in state.items() if torch.is_tensor(value)}
+        if {"row_var", "col_var"} <= tensors.keys():
+            rows, columns = tensors.pop("row_var"), tensors.pop("col_var")
+            tensors["estimate"] = rows * columns / rows.mean()
+            tensors["mean"] = columns.mean()
+        found.append(tensors)
+    return found
+
+
+def test_amsgrad_is_carried_too():
+    config = config_for("adamw", train={"optimizer_options": {"amsgrad": True}}).train
+    chain, _ = tuned(config)
+    scales = chain.tie_share(0.3)
+    seen, scaled = (history(chain.live, config, each) for each in (None, scales))
+    carry_moments(seen, chain.live, scales)
+    for one, two in zip(states(seen), states(scaled), strict=True):
+        torch.testing.assert_close(one["max_exp_avg_sq"], two["max_exp_avg_sq"])
+
+
+def test_a_state_that_is_not_known_is_not_carried():
+    chain, optimizer = tuned(config_for("adamw").train)
+    for state in optimizer.state.values():
+        state["exp_inf"] = state["exp_avg"].clone()
+    with pytest.raises(ConfigError, match=r"must know what each moment is \(got exp_inf\)"):
+        carry_moments(optimizer, chain.live, chain.tie_share(0.3))
+
+
+# --- one by one
+
+
+def test_the_average_is_what_is_kept_and_evaluating_changes_nothing():
+    chain, optimizer = tuned(config_for("schedule_free_adamw").train)
+    parameters = list(chain.parameters())
+    stepped = [p.detach().clone() for p in parameters]
+    states = [optimizer.state[p]["z"].clone() for p in parameters]
+    with evaluated_weights(optimizer):
+        averages = [p.detach().clone() for p in parameters]
+    for y, x, z, p in zip(stepped, averages, states, parameters, strict=True):
+        assert torch.equal(y, p)
+        torch.testing.assert_close(x, (y - 0.1 * z) / 0.9)  # y = (1 − β)·z + β·x
+    assert not torch.equal(stepped[0], averages[0])
+    leave_average(optimizer)
+    link = chain.tie()
+    name = next(iter(link.factors))
+    assert torch.equal(link.factors[name].a, averages[0])
+
+
+@pytest.mark.parametrize("shape", [(4, 32), (32, 4)])
+def test_muon_is_that_of_torch(shape):
+    theirs = getattr(torch.optim, "Muon", None)
+    if theirs is None:
+        pytest.skip("this torch has no Muon")
+    torch.manual_seed(0)
+    one = nn.Parameter(torch.randn(shape))
+    two = nn.Parameter(one.detach().clone())
+    first, second = Muon([{"params": [one]}], 0.02), theirs([two], 0.02)
+    for _ in range(3):
+        one.grad = two.grad = torch.randn(shape)
+        first.step()
+        second.step()
+    # Newton–Schulz in bfloat16: the same operations
+    torch.testing.assert_close(one, two, rtol=1e-6, atol=1e-6)
+
+
+def test_lion_is_that_of_bitsandbytes():
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    one = nn.Parameter(torch.randn(8, 16))
+    two = nn.Parameter(one.detach().clone())
+    first = Lion([{"params": [one]}], 1e-2, weight_decay=0.1)
+    second = bitsandbytes.optim.Lion32bit([two], lr=1e-2, weight_decay=0.1)
+    for _ in range(4):
+        one.grad = torch.randn(one.shape)
+        two.grad = one.grad.clone()
+        first.step()
+        second.step()
+    torch.testing.assert_close(one, two, rtol=1e-6, atol=1e-6)  # float32
+
+
+@quiet
+def test_the_memory_that_the_documentation_states():
+    text = (Path(__file__).parents[1] / "docs/optimizers.md").read_text(encoding="utf-8")
+    stated = dict(re.findall(r"^\| `(\w+)` \| ([\d.]+) \|", text, flags=re.MULTILINE))
+    assert list(stated) == list(OPTIMIZERS)
+    for name in OPTIMIZERS:
+        try:
+            config = config_for(name).train
+        except pytest.skip.Exception:
+            continue
+        factor = nn.Parameter(torch.zeros(8, 2048))
+        options = config.model_copy(update={"optimizer_options": {}})
+        optimizer = OPTIMIZERS[name]([{"params": [factor], "ratio": 1.0}], options)
+        factor.grad = torch.ones_like(factor)
+        optimizer.step()
+        found = sum(v.numel() * v.element_size() for v in state_tensors(optimizer).values())
+        assert found / factor.numel() == pytest.approx(float(stated[name]), abs=0.006), name
+
+
+# --- what is refused
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"train": {"optimizer": "muon"}, "chain": {"dora": True}}, "trains matrices alone"),
+        (
+            {"train": {"optimizer": "lion", "optimizer_reset": "prune"}},
+            r"keeps AdamW's moments \(got train.optimizer: lion\); use adamw",
+        ),
+        (
+            {"train": {"optimizer": "lion", "optimizer_options": {"betas": [2.0, 0.9]}}},
+            r"must suit lion on cpu \(got .*betas must be in \[0, 1\)",
+        ),
+        (
+            {"train": {"optimizer": "adafactor", "optimizer_options": {"nesterov": True}}},
+            "must suit adafactor",
+        ),
+        ({"train": {"optimizer": "lyon"}}, r"did you mean 'lion'|nearest: lion|lion"),
+        (
+            {"train": {"optimizer": "schedule_free_adamw", "schedule": "linear"}},
+            r"\(got schedule: linear\); set train.schedule: constant",
+        ),
+    ],
+    ids=str,
+)
+def test_what_an_optimizer_cannot_do_is_refused_before_training(keys, message):
+    tree = {"model": "m", "data": {"task": "rte"}}
+    tree["chain"] = {"ranks": [4], "steps": [1]} | keys.get("chain", {})
+    with pytest.raises(ConfigError, match=message):
+        check_optimizer(make_config(tree | {"train": keys["train"]}), CPU)
+
+
+@pytest.mark.parametrize("moments", ["carried", "new"])
+def test_schedule_free_has_no_soft_knots(moments):
+    knots = {"knots": {"every": 1, "share": 0.3, "moments": moments}}
+    config = config_for("schedule_free_adamw", chain=knots)
+    with pytest.raises(ConfigError, match=r"keeps two: .* leave chain.knots out"):
+        check_optimizer(config, CPU)
+
+
+@quiet
+def test_eight_bits_have_soft_knots_with_new_moments():
+    knots = {"every": 1, "share": 0.3}
+    config = config_for("adamw_8bit", chain={"knots": knots})
+    with pytest.raises(ConfigError, match=r"scale each moment \(got .*state1.*moments: new"):
+        check_optimizer(config, CPU)
+    check_optimizer(config_for("adamw_8bit", chain={"knots": knots | {"moments": "new"}}), CPU)
+
+
+def test_a_missing_package_is_named(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "schedulefree", None)
+    config = make_config(
+        {
+            "model": "m",
+            "data": {"task": "rte"},
+            "chain": {"ranks": [4], "steps": [1]},
+            "train": train_keys("schedule_free_adamw"),
+        }
+    )
+    with pytest.raises(ConfigError, match=r"needs the package schedulefree .*chainlora\[sch"):
+        check_optimizer(config, CPU)

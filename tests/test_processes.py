@@ -1,0 +1,195 @@
+"""Several processes train one chain: the links of one process, on disk once, resumed by any number.
+
+torchrun starts the processes. A start costs seconds, so a few launches do the jobs of all tests.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from accelerate.utils import DistributedType
+from helpers import links_of, settings
+
+from chainlora import ChainLoRAError, make_config, train
+from chainlora.runs.directory import RunDirectory
+from chainlora.training.processes import Processes, find_processes
+
+CHAIN = {"ranks": [4, 4], "steps": [4, 3]}
+TRAIN = {"lr": 1e-3, "batch_size": 8, "eval_every": 2, "save_every": 1}
+JOBS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "soft": {"chain": {"knots": {"every": 2, "share": 0.3}}, "train": {"keep_best": True}},
+    "gradient": {"chain": {"init": "gradient"}, "train": {"gradient_accumulation": 2}},
+    "uneven": {"train": {"batch_size": 4, "gradient_accumulation": 3}, "data": {"num_train": 30}},
+    "answers": {"data": {"num_validation": 5}},
+}
+
+
+def tree_of(name: str, tiny_folder: Path, sentiment: Path, output: Path) -> dict[str, Any]:
+    keys = {section: dict(value) for section, value in JOBS.get(name, {}).items()}
+    return settings(
+        tiny_folder,
+        sentiment,
+        output,
+        chain=CHAIN | keys.get("chain", {}),
+        train=TRAIN | keys.get("train", {}),
+        data=keys.get("data", {}),
+    )
+
+
+def launch(count: int, folder: Path, jobs: list[dict[str, Any]]):
+    """Run jobs in so many processes; return torchrun's outcome."""
+    path = folder / f"jobs-{count}.json"
+    path.write_text(json.dumps(jobs))
+    script = Path(__file__).with_name("many_processes.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", str(count), str(script), str(path)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def launched(tiny_folder, sentiment, tmp_path_factory) -> Path:
+    """Every job in one process and in two; some in four; a run of four, stopped, resumed by two."""
+    folder = tmp_path_factory.mktemp("processes")
+
+    def job(name: str, output: str, **keys: Any) -> dict[str, Any]:
+        tree = tree_of(name, tiny_folder, sentiment, folder / output)
+        tree["train"] |= keys.pop("train", {})
+        path = folder / f"{output}.yaml"
+        path.write_text(yaml.safe_dump(tree))
+        return {"config": str(path), "outcome": str(folder / f"{output}.json")} | keys
+
+    for name in JOBS:
+        train(make_config(tree_of(name, tiny_folder, sentiment, folder / f"{name}-1")))
+    four = [job(name, f"{name}-4") for name in ("plain", "uneven")]
+    four += [job("soft", "stopped", stop=6)]
+    done = launch(4, folder, four)
+    assert done.returncode == 0, done.stderr[-3000:]
+    two = [job(name, f"{name}-2") for name in JOBS]
+    two += [job("soft", "stopped", resume=True)]
+    two += [job("plain", "odd", train={"batch_size": 9})]
+    two += [{"command": ["train", job("plain", "command")["config"]]}]
+    two += [job("plain", "killed", kill=[1, 3])]
+    done = launch(2, folder, two)
+    assert done.returncode != 0  # the last job kills a process
+    (folder / "stdout").write_text(done.stdout)
+    (folder / "stderr").write_text(done.stderr)
+    return folder
+
+
+def outcome(folder: Path, name: str) -> dict[str, Any]:
+    return json.loads((folder / f"{name}.json.0").read_text())
+
+
+def assert_close_links(one: Path, two: Path) -> None:
+    """The same sums in another order. Adam divides by the gradient's size, so rounding in a tiny
+    gradient moves a weight by a small share of the rate, 1e-3."""
+    first, second = links_of(one), links_of(two)
+    assert len(first) == len(second) == 2
+    for a, b in zip(first, second, strict=True):
+        assert a.keys() == b.keys()
+        for name in a:
+            torch.testing.assert_close(a[name], b[name], atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [*((name, 2) for name in JOBS if name != "soft"), ("plain", 4), ("uneven", 4)],
+)
+def test_the_chain_is_that_of_one_process(launched, name, count):
+    assert outcome(launched, f"{name}-{count}")["processes"] == count
+    assert_close_links(launched / f"{name}-1", launched / f"{name}-{count}")
+
+
+def test_losses_tokens_and_evaluations_are_those_of_one_process(launched):
+    def records(run: str) -> list[dict[str, Any]]:
+        lines = (launched / run / "metrics.jsonl").read_text().splitlines()
+        return [json.loads(line) for line in lines]
+
+    for count in (2, 4):
+        one, many = records("plain-1"), records(f"plain-{count}")
+        assert [r["event"] for r in one] == [r["event"] for r in many]  # each written once
+        for a, b in zip(one, many, strict=True):
+            assert a.get("tokens") == b.get("tokens")
+            for key in ("loss", "grad_norm", "accuracy"):
+                assert a.get(key) == pytest.approx(b.get(key), abs=5e-6)  # float32 sums
+
+
+def test_links_with_soft_knots_are_those_of_one_process(launched):
+    """Their factors come from a singular value decomposition; their products are compared."""
+    for one, two in zip(
+        RunDirectory(launched / "soft-1").load_links(2),
+        RunDirectory(launched / "soft-2").load_links(2),
+        strict=True,
+    ):
+        for name in one.factors:
+            a, b = one.delta_weight(name), two.delta_weight(name)
+            assert (a - b).norm() < 2e-3 * a.norm()  # each is stored to 1e-3
+
+
+def test_a_run_of_four_is_resumed_by_two(launched):
+    run = RunDirectory(launched / "stopped")
+    run.verify()  # every checksum
+    assert run.manifest().position.step == 7
+    for one, two in zip(
+        RunDirectory(launched / "soft-1").load_links(2), run.load_links(2), strict=True
+    ):
+        for name in one.factors:
+            a, b = one.delta_weight(name), two.delta_weight(name)
+            assert (a - b).norm() < 2e-3 * a.norm()
+
+
+def test_a_batch_that_cannot_be_shared_is_refused_once(launched):
+    assert (
+        "must be a multiple of their number (got 9 for 2 processes)"
+        in (outcome(launched, "odd")["error"])
+    )
+    assert not (launched / "odd").exists()
+
+
+def test_a_killed_process_ends_the_others_with_one_sentence(launched):
+    error = outcome(launched, "killed")["error"]
+    assert error.startswith("TrainingError: the 2 processes of a run must go on together")
+    assert RunDirectory(launched / "killed").verify().position.step in (2, 3)
+
+
+def test_the_command_line_prints_once(launched):
+    assert (launched / "stdout").read_text().count("7 steps, ") == 1
+    assert (launched / "stderr").read_text().count("link 0 tied") == 1
+    assert (launched / "command" / "result.json").is_file()
+
+
+@pytest.mark.parametrize("verb", [["tasks"], ["export", "run", "--to", "merged", "--output", "x"]])
+def test_other_verbs_are_refused_in_many_processes(verb, monkeypatch, capsys):
+    from chainlora.cli.main import run
+
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert run(verb) == 1
+    assert f"(got chainlora {verb[0]} in 4)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED", "MEGATRON_LM"])
+def test_processes_that_share_a_model_are_refused(kind):
+    accelerator = SimpleNamespace(distributed_type=DistributedType[kind])
+    with pytest.raises(ChainLoRAError, match=rf"\(got an Accelerate config for {kind}\); launch"):
+        find_processes(accelerator)
+
+
+def test_one_process_is_the_plain_thing():
+    alone = Processes(0, 1, torch.device("cpu"))
+    assert alone.is_first
+    assert alone.share([3, 1, 2]) == [3, 1, 2]
+    assert alone.spread([3, 1], lambda items: [item + 1 for item in items]) == [4, 2]
+    assert alone.sum([1.0, 2]) == [1.0, 2]
+    shares = [Processes(rank, 3, torch.device("cpu")).share(range(7)) for rank in range(3)]
+    assert sorted(row for share in shares for row in share) == list(range(7))

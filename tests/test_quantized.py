@@ -1,0 +1,201 @@
+"""Chains on bases in 4 and 8 bits: links are carried, and nothing is rounded into the base."""
+
+from __future__ import annotations
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from helpers import assert_same_links, settings, stop_after
+from transformers import AutoModelForCausalLM
+
+from chainlora import Chain, ChainLoRAError, load_run, make_config, train
+from chainlora.cli.main import run as command
+from chainlora.config.schema import LinkConfig
+from chainlora.models.loading import load_model
+from chainlora.models.quantizing import is_quantized, quantization
+
+PACKAGES = {"nf4": "bitsandbytes", "int8": "torchao"}
+every_kind = pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(kind, marks=pytest.mark.skipif(not find_spec(name), reason=f"no {name}"))
+        for kind, name in PACKAGES.items()
+    ],
+)
+CHAIN = {
+    "ranks": [4, 4, 2],
+    "steps": [6, 6, 5],
+    "hold": "carried",
+    "target_modules": "all-linear",
+}
+KNOT = 1e-5  # of the hidden states: the same float32 sums in another order
+
+
+def config_of(kind, tiny_folder, sentiment, output, **sections):
+    chain = CHAIN | sections.pop("chain", {})
+    tree = settings(tiny_folder, sentiment, output, chain=chain, **sections)
+    tree["model"] = {"name": str(tiny_folder), "quantize": kind}
+    return make_config(tree)
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_folder, sentiment, tmp_path_factory):
+    """A finished run of each kind, trained when it is first asked for, and its events."""
+    folder, made = tmp_path_factory.mktemp("quantized"), {}
+
+    def run(kind: str):
+        if kind not in made:
+            events: list = []
+            config = config_of(kind, tiny_folder, sentiment, folder / kind)
+            train(config, listener=events.append)
+            made[kind] = (folder / kind, events)
+        return made[kind]
+
+    return run
+
+
+@every_kind
+def test_a_knot_leaves_the_function_as_it_is(kind, finished):
+    _, events = finished(kind)
+    knots = [event for event in events if event.name == "knot"]
+    assert len(knots) == 3
+    assert all(knot.function_change < KNOT for knot in knots)
+    losses = [event.loss for event in events if event.name == "step"]
+    assert sum(losses[-4:]) < 0.8 * sum(losses[:4])
+
+
+@every_kind
+def test_the_base_is_quantised_and_never_changes(kind, tiny_folder):
+    model, _ = load_model(tiny_folder, torch.float32, quantize=kind)
+    linear = [m for m in model.model.modules() if isinstance(m, torch.nn.Linear)]
+    assert linear
+    assert all(is_quantized(module) for module in linear)
+    assert not is_quantized(model.lm_head)
+    chain = Chain(model, hold="carried")
+    fingerprint = chain.base_fingerprint
+    for _ in range(3):
+        adapter = chain.extend(LinkConfig(rank=2, target_modules=("q_proj", "down_proj")))
+        with torch.no_grad():
+            for parameter in adapter.parameters():
+                parameter.normal_(std=0.1)
+        before = logits(model)
+        chain.tie()
+        change = (logits(model) - before).norm() / before.norm()
+        assert change < KNOT
+    with pytest.raises(ChainLoRAError, match=r"detach merges the links .*quantised"):
+        chain.detach()
+    chain.drop(3)
+    pristine, _ = load_model(tiny_folder, torch.float32, quantize=kind)
+    assert torch.equal(logits(model), logits(pristine))
+    assert Chain(pristine, hold="carried").base_fingerprint == fingerprint
+
+
+@torch.no_grad()
+def logits(model) -> torch.Tensor:
+    return model(input_ids=torch.arange(3, 19)[None]).logits
+
+
+@every_kind
+def test_killed_and_resumed_it_is_the_uninterrupted_run(
+    kind, finished, tiny_folder, sentiment, tmp_path
+):
+    whole, _ = finished(kind)
+    config = config_of(kind, tiny_folder, sentiment, tmp_path / "run", train={"save_every": 1})
+    stop_after(config, 8)
+    train(config, resume=True)
+    assert_same_links(tmp_path / "run", whole)
+
+
+@every_kind
+def test_soft_knots(kind, tiny_folder, sentiment):
+    events: list = []
+    keys = {"ranks": [4], "steps": [12], "knots": {"every": 3, "share": 0.3}}
+    train(config_of(kind, tiny_folder, sentiment, None, chain=keys), listener=events.append)
+    assert sum(event.name == "soft_knot" for event in events) == 3
+    (knot,) = [event for event in events if event.name == "knot"]
+    assert knot.function_change < 1e-2  # a link with soft knots is stored to 1e-3 of its update
+
+
+@every_kind
+def test_the_adapter_is_exact_on_the_quantised_base(kind, finished, tiny_folder, tmp_path):
+    run, _ = finished(kind)
+    assert command(["export", str(run), "--to", "adapter", "--output", str(tmp_path / "out")]) == 0
+    carried, _ = load_run(run, as_trained=True)
+    base = AutoModelForCausalLM.from_pretrained(
+        tiny_folder,
+        dtype=torch.float32,
+        quantization_config=quantization(kind, torch.float32),
+        device_map={"": "cpu"},
+    )
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path / "out").eval()
+    with torch.no_grad():  # transformers' own kernels: bitsandbytes' differ in evaluation on CPUs
+        for module in base.modules():
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False
+        found, expected = logits(theirs), logits(carried.eval())
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+@every_kind
+def test_evaluation_is_of_the_trained_function_and_merging_of_the_whole_base(
+    kind, finished, sentiment, tmp_path, capsys
+):
+    run, events = finished(kind)
+    there = ["--task", str(sentiment / "task.yaml"), "--data", str(sentiment), "--json"]
+
+    def loss_of(model: Path) -> float:
+        capsys.readouterr()
+        assert command(["eval", str(model), *there]) == 0
+        return json.loads(capsys.readouterr().out)["metrics"]["loss"]
+
+    last = [event for event in events if event.name == "eval"][-1]
+    assert loss_of(run) == pytest.approx(last.metrics["loss"], abs=1e-5)
+    merged = tmp_path / "merged"
+    assert command(["export", str(run), "--to", "merged", "--output", str(merged)]) == 0
+    model = AutoModelForCausalLM.from_pretrained(merged)
+    assert not any(is_quantized(module) for module in model.modules())
+    # the trained links on the base without the error of quantisation
+    assert loss_of(merged) == pytest.approx(last.metrics["loss"], abs=0.1)
+
+
+# --- what is refused
+
+
+@pytest.mark.parametrize(
+    ("chain", "message"),
+    [
+        ({"hold": "tied"}, r"\(got hold: tied\); set chain.hold: carried"),
+        ({"tune": "full"}, r"\(got tune: full\)"),
+    ],
+    ids=str,
+)
+def test_weights_of_few_bits_are_not_merged_into(chain, message, tiny_folder, sentiment):
+    with pytest.raises(ChainLoRAError, match=message):
+        config_of("nf4", tiny_folder, sentiment, None, chain=chain)
+
+
+@every_kind
+def test_a_model_quantised_elsewhere_is_not_merged_into(kind, tiny_folder):
+    model, _ = load_model(tiny_folder, torch.float32, quantize=kind)
+    with pytest.raises(ChainLoRAError, match=r"cannot hold merged links .* use hold: carried"):
+        Chain(model).extend(LinkConfig(rank=2, target_modules=("q_proj",)))
+
+
+@pytest.mark.parametrize("kind", PACKAGES)
+def test_a_missing_package_is_named(kind, tiny_folder, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, PACKAGES[kind], None)
+    with pytest.raises(ChainLoRAError, match=rf"needs the package {PACKAGES[kind]} .*pip install"):
+        load_model(tiny_folder, torch.float32, quantize=kind)
+
+
+def test_the_section_of_a_model():
+    tree = {"data": {"task": "rte"}, "chain": {"ranks": [2], "steps": [1], "hold": "carried"}}
+    config = make_config(tree | {"model": {"name": "m", "quantize": "int8"}})
+    assert (config.model, config.quantize) == ("m", "int8")
+    assert make_config(tree | {"model": {"name": "m"}}).quantize is None
+    with pytest.raises(ChainLoRAError, match="a section of name and quantize"):
+        make_config(tree | {"model": {"path": "m"}})

@@ -1,0 +1,161 @@
+"""A chain without a run: saved, loaded, exported, its steps counted by somebody else's loop."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import peft
+import pytest
+import torch
+from conftest import ARCHITECTURES, tiny_model
+from helpers_export import TARGETS, logits
+from transformers import AutoModelForCausalLM
+
+from chainlora import (
+    Chain,
+    ChainLoRAError,
+    LinkConfig,
+    carry_moments,
+    export_adapter,
+    load_chain,
+    load_run,
+    save_chain,
+)
+
+IDS = torch.randint(3, 131, (2, 12), generator=torch.Generator().manual_seed(0))
+
+
+def tune(chain: Chain, steps: int) -> torch.optim.Optimizer:
+    """A loop of somebody else's: it knows the model, and counts its steps."""
+    optimizer = torch.optim.AdamW(chain.parameters(), lr=1e-2)
+    for _ in range(steps):
+        chain.model(input_ids=IDS, labels=IDS).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        chain.count_step()
+    return optimizer
+
+
+def make_chain(architecture: str = "llama", dtype=torch.float32, ranks=(4, 2), **keys) -> Chain:
+    chain = Chain(tiny_model(architecture, dtype=dtype), seed=5, **keys)
+    for rank in ranks:
+        chain.extend(LinkConfig(rank=rank, target_modules=tuple(TARGETS[architecture])))
+        tune(chain, 3)
+        chain.tie()
+    return chain
+
+
+def test_a_link_tuned_by_somebody_else_knows_its_steps():
+    chain = make_chain()
+    assert [link.num_steps for link in chain.links] == [3, 3]
+    with pytest.raises(ChainLoRAError, match="count_step needs a live link"):
+        chain.count_step()
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("hold", ["tied", "carried"])
+def test_a_chain_is_loaded_as_it_was(architecture, hold, tmp_path):
+    chain = make_chain(architecture, hold=hold)
+    save_chain(chain, tmp_path / "chain")
+    loaded = load_chain(tmp_path / "chain", tiny_model(architecture))
+    assert (loaded.seed, loaded.hold, len(loaded)) == (5, hold, 2)
+    assert [link.num_steps for link in loaded.links] == [3, 3]
+    assert torch.equal(logits(loaded.model, IDS), logits(chain.model, IDS))
+
+
+@pytest.mark.parametrize("soft", [False, True], ids=["plain", "soft knots"])
+def test_a_live_link_continues_to_the_same_bits(soft, tmp_path):
+    chains = [make_chain()]
+    chains[0].extend(LinkConfig(rank=3, target_modules=tuple(TARGETS["llama"])))
+    optimizer = tune(chains[0], 2)
+    if soft:
+        carry_moments(optimizer, chains[0].live, chains[0].tie_share(0.5))
+    save_chain(chains[0], tmp_path / "chain")
+    chains.append(load_chain(tmp_path / "chain", tiny_model("llama")))
+    for chain in chains:
+        assert (chain.live_steps, chain.live_soft_knots) == (2, int(soft))
+        tune(chain, 2)  # a new optimizer in both
+        assert chain.tie().num_steps == 4
+    assert torch.equal(logits(chains[0].model, IDS), logits(chains[1].model, IDS))
+
+
+def test_saving_over_a_chain_replaces_it(tmp_path):
+    chain = make_chain()
+    save_chain(chain, tmp_path / "chain")
+    chain.drop(1)
+    save_chain(chain, tmp_path / "chain")
+    assert len(load_chain(tmp_path / "chain", tiny_model("llama"))) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["chain"]
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").write_text("mine")
+    with pytest.raises(ChainLoRAError, match="new or empty folder, or over another chain"):
+        save_chain(chain, tmp_path / "other")
+
+
+def test_damage_and_another_base_are_refused(tmp_path):
+    chain = make_chain()
+    chain.extend(LinkConfig(rank=2, target_modules=tuple(TARGETS["llama"])))
+    tune(chain, 1)
+    save_chain(chain, tmp_path / "chain")
+    with pytest.raises(ChainLoRAError, match="the base model must be the one"):
+        load_chain(tmp_path / "chain", tiny_model("llama", seed=1))
+    for name in ("links/000/adapter_model.safetensors", "checkpoints/00000007/link.json"):
+        copy = shutil.copytree(tmp_path / "chain", tmp_path / name.replace("/", "-"))
+        content = (copy / name).read_bytes()
+        (copy / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        with pytest.raises(ChainLoRAError, match=f"{name} must be as the run wrote it"):
+            load_chain(copy, tiny_model("llama"))
+
+
+def folder_with(chain: Chain, folder) -> str:
+    """Save a chain's base where its adapter will look for it, and say so."""
+    tiny_model("llama").save_pretrained(folder)
+    chain.model.config._name_or_path = str(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("live", [False, True], ids=["tied", "with a live link"])
+def test_a_chain_in_memory_is_exported(live, tmp_path):
+    chain = make_chain()
+    base = folder_with(chain, tmp_path / "base")
+    if live:
+        chain.extend(LinkConfig(rank=3, target_modules=("o_proj",)))
+        tune(chain, 2)
+    result = export_adapter(chain, tmp_path / "adapter")
+    assert result["rank"] == 6  # the live link is on modules of its own
+    assert result["links"] == (3 if live else 2)
+    config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == base
+    loaded = peft.PeftModel.from_pretrained(tiny_model("llama"), tmp_path / "adapter")
+    # float32: the same sums in another order
+    torch.testing.assert_close(logits(loaded, IDS), logits(chain.model, IDS), atol=1e-5, rtol=0)
+
+    short = export_adapter(chain, tmp_path / "short", rank=2, num_links=1)
+    assert (short["rank"], short["links"]) == (2, 1)
+    assert short["error"] > 0
+    with pytest.raises(ChainLoRAError, match="`num_links` must be 1 to"):
+        export_adapter(chain, tmp_path / "none", num_links=9)
+
+
+def test_a_saved_chain_is_read_like_a_run(tiny_folder, sentiment, tmp_path, chainlora):
+    """The live link is part of what is read."""
+    chain = Chain(AutoModelForCausalLM.from_pretrained(tiny_folder), checkpoint=tiny_folder)
+    for rank in (2, 3):
+        chain.extend(LinkConfig(rank=rank, target_modules=("q_proj",)))
+        tune(chain, 2)
+        if rank == 2:
+            chain.tie()
+    saved, task = tmp_path / "chain", sentiment / "task.yaml"
+    save_chain(chain, saved)
+    model, _ = load_run(saved)
+    # the live link beside W_1, or merged into it: float32 rounding
+    torch.testing.assert_close(logits(model), logits(chain.model), atol=1e-5, rtol=0)
+    assert export_adapter(saved, tmp_path / "adapter")["rank"] == 5
+    assert chainlora("export", saved, "--to", "merged", "--output", tmp_path / "merged").status == 0
+    whole = chainlora("eval", tmp_path / "merged", "--task", task, "--data", sentiment, "--json")
+    found = chainlora("eval", saved, "--task", task, "--data", sentiment, "--json")
+    assert found.json["metrics"] == whole.json["metrics"]
+    shown = chainlora("inspect", saved, "--json").json
+    assert [link["rank"] for link in shown["links"]] == [2, 3]
+    assert shown["position"] == {"step": 4, "links": 2, "planned_links": 2}
