@@ -28,6 +28,7 @@ def config(*overrides: tuple[str, str]) -> RunConfig:
     [
         ("chain.rank", "[8]", "unknown key `chain.rank`; did you mean 'ranks'?"),
         ("train.learning", "1", "unknown key `train.learning`; known: accept_links, batch_size, "),
+        ("model", "{a: x, 0: y}", "`model` must be a name, or a section of name and quantize (got"),
         ("lr", "1e-3", "unknown key `lr`; did you mean 'train.lr'?"),
         ("data.8", "x", "unknown key `data.8`; known: data_seed, "),
         ("8", "x", "unknown key `8`; known: chain, data, model, output, quantize, train"),

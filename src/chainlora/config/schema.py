@@ -424,7 +424,8 @@ class RunConfig(_Frozen):
         section = dict(tree["model"])
         if not {"name"} <= section.keys() <= {"name", "quantize"}:
             raise ValueError(
-                f"`model` must be a name, or a section of name and quantize (got {sorted(section)})"
+                "`model` must be a name, or a section of name and quantize (got "
+                f"{', '.join(sorted(map(str, section)))})"
             )
         return dict(tree) | {"model": section.pop("name")} | section
 
