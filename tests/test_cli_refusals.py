@@ -19,7 +19,9 @@ import pytest
             ["--chain.ranks", "[8, 8]"],
             ["`ranks` and `steps` must be of one length (got 2 and 3); give one entry a link"],
         ),
-        (["--chain.ranks", "8"], ["`chain.ranks` must be a list, e.g. [8] (got 8)"]),
+        (["--chain.ranks", "8"], ["`ranks` and `steps` must be of one length (got 1 and 3)"]),
+        (["--chain.ranks", "x"], ["`chain.ranks` must be a list, e.g. [x] (got 'x')"]),
+        (["--lora_alpha", "16"], ["unknown key `lora_alpha`; here it is `chain.alpha`"]),
         (["--chain.ranks", "[8"], ["the value of `chain.ranks` must be YAML (got '[8'"]),
         (["--chain.alpha", "-1"], ["`alpha` must be above 0.0 (got -1.0)"]),
         (

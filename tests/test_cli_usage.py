@@ -17,7 +17,7 @@ from chainlora import __version__
 def test_help_and_version(chainlora):
     shown = chainlora("--help")
     assert shown.status == 0
-    for verb in ("demo", "train", "eval", "inspect", "export", "tasks"):
+    for verb in ("demo", "train", "eval", "generate", "chat", "inspect", "export", "tasks"):
         assert f"\n  {verb} " in shown.out
         assert chainlora(verb, "--help").status == 0
     for option in ("--resume", "--json", "CONFIG"):
@@ -26,7 +26,7 @@ def test_help_and_version(chainlora):
         assert option in chainlora("eval", "--help").out
     for option in (
         "--to",
-        "[merged|adapter]",
+        "[merged|adapter|gguf]",
         "--output",
         "--rank",
         "--tolerance",
@@ -52,14 +52,14 @@ def test_help_and_version(chainlora):
             ["train", "c.yaml", "--train.keep_best", "--train.lr", "1"],
             "--train.keep_best needs a value",
         ),
-        (["eval", "run"], "Missing option '--task'"),
+        (["eval", "run"], "Missing option '--task' or '--data'"),
         (["eval", "run", "--task", "rte", "--limit", "0"], "0 is not in the range x>=1"),
         (["eval", "run", "--task", "rte", "--limit", "few"], "'few' is not a valid integer"),
         (["inspect"], "Missing argument 'RUN'"),
         (["inspect", "run", "--jsn"], "No such option"),
         (
             ["export", "run", "--to", "adaptor", "--output", "x"],
-            "'adaptor' is not one of 'merged', 'adapter'",
+            "'adaptor' is not one of 'merged', 'adapter', 'gguf'",
         ),
         (["export", "run", "--to", "adapter"], "Missing option '--output'"),
         (["export", "run", "--output", "x"], "Missing option '--to'"),

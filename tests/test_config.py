@@ -32,7 +32,13 @@ def config(*overrides: tuple[str, str]) -> RunConfig:
         ("lr", "1e-3", "unknown key `lr`; did you mean 'train.lr'?"),
         ("data.8", "x", "unknown key `data.8`; known: data_seed, "),
         ("8", "x", "unknown key `8`; known: chain, data, model, output, quantize, train"),
-        ("chain.ranks", "8", "`chain.ranks` must be a list, e.g. [8] (got 8)"),
+        ("chain.ranks", "x", "`chain.ranks` must be a list, e.g. [x] (got 'x')"),
+        ("chain.ranks", "{a: 8}", "`chain.ranks` must be a list, e.g. [{'a': 8}] (got {'a': 8})"),
+        ("train.betas", "0.9", "`train.betas` must be a list, e.g. [0.9] (got 0.9)"),  # of two
+        ("chain.lora_r", "8", "unknown key `chain.lora_r`; here it is `chain.ranks` (one rank a"),
+        ("train.learning_rate", "1", "unknown key `train.learning_rate`; here it is `train.lr`"),
+        ("output_dir", "x", "unknown key `output_dir`; here it is `output`"),
+        ("fp16", "true", "unknown key `fp16`; there is no such key here: train.dtype is float32"),
         ("chain.ranks", "[8, a]", "`chain.ranks` must be a whole number (got 'a' at position 1)"),
         ("chain.ranks", "[0]", "`ranks` must be positive integers (got 0 at position 0)"),
         (
@@ -166,9 +172,9 @@ def test_rows_to_score_go_with_rows_to_train_on(key):
 
 def test_every_problem_is_in_the_one_line():
     with pytest.raises(
-        ConfigError, match=r"^`chain.ranks` must .* \(got 8\); unknown key `train.sed`; .* 'seed'"
+        ConfigError, match=r"^`chain.ranks` must .* \(got 'x'\); unknown key `train.sed`; .* 'seed'"
     ):
-        config(("chain.ranks", "8"), ("train.sed", "1"))
+        config(("chain.ranks", "x"), ("train.sed", "1"))
 
 
 def test_a_link_of_its_own_is_refused_in_the_same_words():
@@ -211,6 +217,24 @@ def test_overrides_are_yaml_and_make_the_sections_they_need(tmp_path):
     assert loaded.train.max_grad_norm is None
     assert loaded.chain.ranks == (4, 2)
     assert loaded.output == "runs/a"
+
+
+def test_one_value_where_a_list_is_due_is_a_list_of_one():
+    found = config(
+        ("chain.ranks", "8"),
+        ("chain.steps", "5"),
+        ("chain.target_modules", "q_proj"),
+        ("chain.exclude_modules", "layers.0.v_proj"),
+        ("chain.extra_modules", "lm_head"),
+        ("train.trackers", "wandb"),
+    )
+    chain = found.chain
+    assert (chain.ranks, chain.steps, chain.alpha) == ((8,), (5,), 16.0)
+    assert (chain.target_modules, chain.extra_modules) == (("q_proj",), ("lm_head",))
+    assert (chain.exclude_modules, found.train.trackers) == (("layers.0.v_proj",), ("wandb",))
+    for pattern in ("all-linear", ".*q_proj", "(q|v)_proj"):  # no names
+        assert config(("chain.target_modules", pattern)).chain.target_modules == pattern
+    assert link_config(target_modules="q_proj").target_modules == ("q_proj",)
 
 
 def test_a_dumped_config_is_the_same_config():

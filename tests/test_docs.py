@@ -4,6 +4,7 @@ package."""
 from __future__ import annotations
 
 import importlib
+import io
 import itertools
 import json
 import re
@@ -165,6 +166,7 @@ def test_python_md_names_methods_that_exist():
 
 def test_the_readme_commands_run_in_order(checkout, monkeypatch, capsys):
     monkeypatch.chdir(checkout)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"5 March 2021\n")))  # for chat
     (session,) = blocks(README, "console")
     lines = [shlex.split(line[2:], comments=True) for line in session.splitlines()]
     for line in lines:
@@ -173,7 +175,9 @@ def test_the_readme_commands_run_in_order(checkout, monkeypatch, capsys):
         assert status == 0, f"{line}: {capsys.readouterr().err}"
         if "--json" in line:
             assert json.loads(capsys.readouterr().out.splitlines()[-1])["task"] == "dates"
-    assert {line[1] for line in lines} | {"demo", "experiment", "compare"} == set(cli.commands)
+    assert {line[1] for line in lines} | {"demo", "experiment", "compare", "convert-config"} == set(
+        cli.commands
+    )
     tree = block_with((ROOT / "docs/run-directory.md").read_text(encoding="utf-8"), "runs/dates/\n")
     promised = {name.strip("/") for name in re.findall(r"^  ([\w.]+)", tree, flags=re.MULTILINE)}
     found = {path.name for path in (checkout / "runs/dates").iterdir()}

@@ -20,13 +20,15 @@ import click
 
 from chainlora import __version__
 from chainlora.cli.common import file_and_overrides, is_first_process, quiet
+from chainlora.cli.convert import convert_config
 from chainlora.cli.doctor import doctor
 from chainlora.cli.experiments import compare, experiment
+from chainlora.cli.generate import chat, generate
+from chainlora.cli.runs import check_run_or_model, explain_gguf, is_run, need_run
 from chainlora.errors import (
     ChainLoRAError,
     ConfigError,
     DivergedError,
-    RunError,
     StoppedError,
     ToldError,
     one_line,
@@ -244,9 +246,15 @@ def _show_result(result: dict[str, Any], output: Path) -> None:
 
 @cli.command(name="eval", context_settings=_HELP)
 @click.argument("run_or_model")
-@click.option("--task", required=True, help="Task name (see `chainlora tasks`) or a task file.")
 @click.option(
-    "--data", default=None, help="Folder with the task's rows, or one file; else from the Hub."
+    "--task",
+    default=None,
+    help="Task name (see `chainlora tasks`) or a task file. Default: the run's own rows.",
+)
+@click.option(
+    "--data",
+    default=None,
+    help="One file of rows, or the task's folder. Default: the run's own, or from the Hub.",
 )
 @click.option("--split", default="validation", show_default=True)
 @click.option(
@@ -277,7 +285,7 @@ def _show_result(result: dict[str, Any], output: Path) -> None:
 @_json
 def evaluate(
     run_or_model: str,
-    task: str,
+    task: str | None,
     data: str | None,
     split: str,
     limit: int | None,
@@ -287,23 +295,19 @@ def evaluate(
     predictions: str | None,
     as_json: bool,
 ) -> None:
-    """Score a run or a model on a task."""
+    """Score a run or a model on a task, or on the rows that the run was configured with."""
     from chainlora.data.tasks import load_task
 
-    chosen = load_task(task)
-    if (Path(run_or_model) / "links").is_dir():
-        _need_run(run_or_model)
-    elif links is not None:
-        raise RunError(
-            f"--links needs a run directory (got {run_or_model}, which is not one); leave --links "
-            "out"
-        )
+    if task is None and data is None and not is_run(run_or_model):
+        raise click.UsageError("Missing option '--task' or '--data': only a run has its own rows.")
+    chosen = load_task(task) if task is not None else None
+    check_run_or_model(run_or_model, links)
     quiet()
     from chainlora.cli.progress import evaluation_progress
-    from chainlora.evaluation.scoring import evaluate_task
+    from chainlora.evaluation.own_rows import evaluate_rows
 
     with evaluation_progress() as progress:
-        result = evaluate_task(
+        result = evaluate_rows(
             run_or_model,
             chosen,
             data=data,
@@ -319,7 +323,8 @@ def evaluate(
         _print_json(result)
     else:
         shown = ", ".join(f"{name} {value:.4f}" for name, value in result["metrics"].items())
-        click.echo(f"{result['task']} {result['split']}: {shown} ({result['rows']} rows)")
+        name = " ".join(filter(None, (result["task"], result["split"])))
+        click.echo(f"{name}: {shown} ({result['rows']} rows)")
 
 
 @cli.command(context_settings=_HELP)
@@ -327,7 +332,7 @@ def evaluate(
 @_json
 def inspect(run: str, as_json: bool) -> None:
     """Show what each link of RUN brought, and write chain.png beside it."""
-    _need_run(run)
+    need_run(run)
     quiet()
     from chainlora.cli.progress import show_inspection
     from chainlora.runs.inspection import inspect_run
@@ -342,34 +347,19 @@ def inspect(run: str, as_json: bool) -> None:
         show_inspection(found)
 
 
-def _need_run(run: str) -> None:
-    """Raise RunError for what is not a run directory, before anything heavy is imported."""
-    folder = Path(run)
-    if (folder / "chain.json").is_file():
-        return
-    if (folder / "links").is_dir():
-        raise RunError(
-            f"a run directory must hold chain.json (got none in {run}); the run directory is "
-            "incomplete: copy it whole, or start over"
-        )
-    what = "holds no chain.json" if folder.exists() else "does not exist"
-    raise RunError(
-        f"RUN must be a run directory (got {run}, which {what}); it is the `output` of chainlora "
-        "train"
-    )
-
-
 @cli.command(context_settings=_HELP)
 @click.argument("run", type=click.Path())
 @click.option(
     "--to",
     "target",
-    type=click.Choice(["merged", "adapter"]),
+    type=click.Choice(["merged", "adapter", "gguf"]),
     required=True,
-    help="A transformers checkpoint, or one PEFT adapter.",
+    is_eager=True,
+    callback=explain_gguf,
+    help="A transformers checkpoint, or one PEFT adapter; gguf says how.",
 )
 @click.option("--output", required=True, type=click.Path(), help="New directory to write.")
-@click.option("--rank", type=int, default=None, help="Compress the adapter to this rank.")
+@click.option("--rank", type=int, default=None, help="Compress or widen the adapter to it.")
 @click.option(
     "--tolerance", type=float, default=None, help="Compress the adapter to this relative error."
 )
@@ -386,8 +376,9 @@ def export(
     links: int | None,
     as_json: bool,
 ) -> None:
-    """Turn RUN into a merged checkpoint or one PEFT adapter (exact, rank Σr, or compressed)."""
-    _need_run(run)
+    """Turn RUN into a merged checkpoint or one PEFT adapter (exact, of rank Σr or wider, or
+    compressed)."""
+    need_run(run)
     if target == "merged" and (rank is not None or tolerance is not None):
         raise click.UsageError(
             "--rank and --tolerance compress an adapter; use them with --to adapter"
@@ -448,6 +439,9 @@ def _task_text(task: Any) -> str:
     return yaml.safe_dump(shown, sort_keys=False, allow_unicode=True).rstrip()
 
 
+cli.add_command(generate)
+cli.add_command(convert_config)
+cli.add_command(chat)
 cli.add_command(experiment)
 cli.add_command(compare)
 cli.add_command(doctor)

@@ -119,6 +119,9 @@ class _Listener:
         lengths = " + ".join(map(str, event.lengths))
         resumed = f", resuming after step {event.step}" if event.step else ""
         self._say(f"{event.rows} training rows, {event.num_steps} steps ({lengths}){resumed}")
+        for split, found in event.data.items():
+            if "recognised" in found:
+                self._say(f"{split}: rows recognised as {found['recognised']} (data.format)")
         self.task = self.bar.add_task(
             "train",
             total=event.num_steps,

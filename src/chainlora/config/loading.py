@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from chainlora.config.foreign import foreign_file
 from chainlora.config.messages import problems
 from chainlora.config.schema import LinkConfig, RunConfig
 from chainlora.config.yaml_text import dump_yaml
@@ -23,6 +24,24 @@ def load_config(path: str | Path, overrides: Sequence[tuple[str, str]] = ()) -> 
     Raises:
         ConfigError: unreadable file, unknown key (nearest named), wrong value.
     """
+    tree = read_tree(path)
+    foreign = (
+        foreign_file(tree, RunConfig.model_fields)
+        if tree.keys() - RunConfig.model_fields.keys()
+        else None
+    )
+    if foreign is not None:
+        raise ConfigError(
+            f"config file must have chainlora's keys (got {path} with {foreign}); rewrite it: "
+            f"chainlora convert-config {path} > chainlora.yaml"
+        )
+    for key, value in overrides:
+        set_key(tree, key, value)
+    return make_config(tree)
+
+
+def read_tree(path: str | Path) -> dict[str, Any]:
+    """Read a YAML file that holds a mapping. Raises ConfigError for any other."""
     path = Path(path)
     try:
         tree = parse_yaml(path.read_text(encoding="utf-8"))
@@ -49,9 +68,7 @@ def load_config(path: str | Path, overrides: Sequence[tuple[str, str]] = ()) -> 
         raise ConfigError(
             f"config file must hold a mapping of keys (got {type(tree).__name__} in {path})"
         )
-    for key, value in overrides:
-        set_key(tree, key, value)
-    return make_config(tree)
+    return tree
 
 
 def set_key(tree: dict[str, Any], dotted: str, value: str) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from chainlora.config.foreign import foreign_hint
 from chainlora.errors import nearest
 
 _KINDS = {
@@ -72,7 +73,10 @@ def _unknown_key(keys: Sequence[str], root: type[BaseModel], prefix: str) -> str
         for section in _models(field.annotation)
         if last in section.model_fields
     ]
-    hint = f"; did you mean {elsewhere[0]!r}?" if len(elsewhere) == 1 else nearest(last, known)
+    hint = f"; did you mean {elsewhere[0]!r}?" if len(elsewhere) == 1 else None
+    if hint is None and {"model", "chain", "train"} <= root.model_fields.keys():
+        hint = foreign_hint(last)
+    hint = nearest(last, known) if hint is None else hint
     return f"unknown key `{prefix}{'.'.join(keys)}`{hint}"
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -34,10 +34,40 @@ class _Frozen(BaseModel):
                 raise ValueError(f"`{key}` must be a number (got {value!r}); give one")
         return tree
 
+    @model_validator(mode="before")
+    @classmethod
+    def _one_is_a_list_of_one(cls, tree: Any) -> Any:
+        """Take ``ranks: 8`` for ``[8]`` and ``target_modules: q_proj`` for ``[q_proj]``."""
+        if not isinstance(tree, Mapping):
+            return tree
+        return {
+            key: [value] if _is_due_a_list(cls.model_fields.get(key), value) else value
+            for key, value in tree.items()
+        }
+
 
 def _kinds(annotation: Any) -> set[Any]:
     """Return the plain types in an annotation such as ``tuple[float, ...] | None``."""
     return {annotation}.union(*(_kinds(part) for part in get_args(annotation)))
+
+
+def _is_due_a_list(field: Any, value: Any) -> bool:
+    """Say whether a value stands alone where several may stand; a plain name is no pattern."""
+    if field is None or isinstance(value, bool) or not isinstance(value, int | float | str):
+        return False
+    kinds = _kinds(field.annotation)
+    if Ellipsis not in kinds:
+        return False
+    if isinstance(value, str):
+        is_plain = re.fullmatch(r"[\w.]+", value) is not None
+        return str in kinds and (is_plain or not _takes(field, str))
+    return bool(kinds & {int, float}) and not (_takes(field, int) or _takes(field, float))
+
+
+def _takes(field: Any, kind: type) -> bool:
+    """Say whether a field takes one value of a kind, beside a list of them."""
+    is_tuple = get_origin(field.annotation) is tuple
+    return not is_tuple and kind in get_args(field.annotation)
 
 
 _LARGEST = 2**31  # of what sizes a tensor; much larger numbers are no floats
@@ -254,7 +284,9 @@ class DataConfig(_Frozen):
     train: str | None = None
     validation: str | None = None
     test: str | None = None
-    format: Literal["auto", "completion", "chat", "text"] = "auto"
+    format: Literal[
+        "auto", "completion", "chat", "text", "sharegpt", "alpaca", "conversational"
+    ] = "auto"
     num_train: int | None = Field(None, ge=1)
     num_validation: int | None = Field(None, ge=1)
     num_test: int | None = Field(None, ge=1)

@@ -13,7 +13,7 @@ import json
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cache
 from itertools import chain, islice
 from pathlib import Path
@@ -25,6 +25,7 @@ from transformers import PreTrainedTokenizerBase
 
 from chainlora.data.encoding import Options, RowEncoder, detect_format, make_row_encoder
 from chainlora.data.encoding.fitting import Counts
+from chainlora.data.encoding.translated import FIELDS as TRANSLATED
 from chainlora.data.examples import Example
 from chainlora.data.parallel import map_in_processes, num_workers
 from chainlora.data.rows import MemoryRows, Rows, RowsSummary
@@ -64,6 +65,22 @@ def make_rows(
         raise DataError("data must hold at least one row (got none); check the file or the split")
     kind = detect_format(head[0].rows()) if task == "auto" else task
     encode = make_row_encoder(kind, tokenizer, options)
+    recognised = str(kind) if task == "auto" and kind in TRANSLATED else ""
+    rows = _found_or_made(source, chunks, head, tokenizer, kind, options, encode, progress)
+    rows.summary = replace(rows.summary, recognised=recognised)
+    return rows
+
+
+def _found_or_made(
+    source: Source,
+    chunks: Iterator[Chunk],
+    head: Sequence[Chunk],
+    tokenizer: PreTrainedTokenizerBase,
+    kind: Task | str,
+    options: Options,
+    encode: RowEncoder,
+    progress: Progress | None,
+) -> Rows:
     if len(head) <= IN_MEMORY // _CHUNK:
         return _encode_in_memory(head, encode)
     folder = cache_dir() / "rows" / _key(source, tokenizer, kind, options)

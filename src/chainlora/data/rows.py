@@ -29,6 +29,7 @@ class RowsSummary:
     tokens_cut: int = 0
     unread: tuple[str, ...] = ()  # columns that nothing reads
     digest: str = ""
+    recognised: str = ""  # the format of another tool that `auto` found
 
     def as_dict(self) -> dict[str, Any]:
         """Return what is not zero or empty, as JSON takes it."""

@@ -69,21 +69,24 @@ def prepare_splits(
     tokenizer: PreTrainedTokenizerBase,
     context: int,
     progress: Progress | None = None,
+    to_score: str | None = None,
 ) -> Splits:
-    """Read, sample, check and tokenise everything a config names.
+    """Read, sample, check and tokenise everything a config names, or the one split that is
+    `to_score`.
 
     Raises DataError or ConfigError before training.
     """
     limit = _limit(data, context)
     if data.task is None:
-        return _prepare_files(data, tokenizer, limit, progress)
+        return _prepare_files(data, tokenizer, limit, progress, to_score)
     task = load_task(data.task)
     sources = _task_sources(task, data)
     before = _demonstrations(task, data, sources["train"])
-    encoded: dict[str, Rows] = {}
-    for split in SPLITS:
+    encoded: dict[str, Rows] = {split: MemoryRows() for split in SPLITS}
+    for split in (to_score,) if to_score else SPLITS:
         is_train = split == "train"
         source = _without_first(sources[split], task, data.shots) if is_train else sources[split]
+        is_train = is_train and to_score is None
         options = Options(
             limit,
             data.truncation,
@@ -257,6 +260,7 @@ def _prepare_files(
     tokenizer: PreTrainedTokenizerBase,
     limit: int,
     progress: Progress | None,
+    to_score: str | None,
 ) -> Splits:
     if data.train is None:
         raise ConfigError(
@@ -265,7 +269,14 @@ def _prepare_files(
         )
     options = Options(limit, data.truncation)
     encoded = {
-        split: _encode(split, source, tokenizer, data.format, options, progress)
+        split: _encode(
+            split,
+            source if to_score in (None, split) else None,
+            tokenizer,
+            data.format,
+            options,
+            progress,
+        )
         for split, source in _file_sources(data).items()
     }
     return Splits(

@@ -74,7 +74,7 @@ def generate_greedy(
     cut = [
         _cut_left(prompt, room, tokenizer.bos_token_id, row) for row, prompt in enumerate(prompts)
     ]
-    config = _greedy_config(model, tokenizer, max_new_tokens)
+    config = greedy_config(model, tokenizer, max_new_tokens)
     texts = [""] * len(cut)
     lengths = [len(prompt) for prompt in cut]
     alike = len(set(lengths)) > 1 and _padding_shows(model, config)
@@ -82,8 +82,8 @@ def generate_greedy(
         forget_lengths(model)
         ids, mask = _left_padded([cut[i] for i in batch], int(config.pad_token_id), model.device)
         criteria = StoppingCriteriaList([_StopAt(tokenizer, stop, ids.shape[1])] if stop else [])
-        with _own_config(model, config):
-            output = _generate(
+        with own_config(model, config):
+            output = run_generate(
                 model, input_ids=ids, attention_mask=mask, stopping_criteria=criteria
             )
         answers = tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
@@ -94,9 +94,12 @@ def generate_greedy(
     return texts
 
 
-def _generate(model: Any, **inputs: Any) -> Tensor:
+def run_generate(model: Any, **inputs: Any) -> Tensor:
+    """Call transformers' `generate`. Raises ModelError for a model that trips over it."""
     try:
         return model.generate(**inputs)
+    except OSError:  # of what a streamer writes to
+        raise
     except Exception as error:  # whatever an architecture trips over
         raise ModelError(
             f"the model must generate by transformers' `generate` (got {first_line(error)} from "
@@ -115,7 +118,7 @@ def _cut_left(prompt: Sequence[int], room: int | None, bos: int | None, row: int
     return kept + list(prompt[len(prompt) - room + len(kept) :])
 
 
-def _greedy_config(
+def greedy_config(
     model: Any, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int
 ) -> GenerationConfig:
     """Plain greedy search; nothing is inherited from the model's own generation config but where it
@@ -137,7 +140,7 @@ def _greedy_config(
 
 
 @contextmanager
-def _own_config(model: Any, config: GenerationConfig) -> Iterator[None]:
+def own_config(model: Any, config: GenerationConfig) -> Iterator[None]:
     """Let `config` stand in for the model's own, which `generate` would mix in (sampling,
     penalties)."""
     before = model.generation_config
@@ -169,7 +172,7 @@ def _padding_shows(model: Any, config: GenerationConfig) -> bool:
     try:
         for prompts in (rows[:1], rows):
             ids, mask = _left_padded(prompts, int(config.pad_token_id), model.device)
-            with _own_config(model, probe):
+            with own_config(model, probe):
                 steps = model.generate(input_ids=ids, attention_mask=mask).logits
             found.append(torch.stack([logits[0] for logits in steps]))
     except Exception:  # whatever an architecture trips over: prompts of one length are safe

@@ -22,13 +22,16 @@ def adapter_factors(
     links: Sequence[Link], *, rank: int | None = None, tolerance: float | None = None
 ) -> tuple[dict[str, Factors], float]:
     """Return one pair of factors a module for a chain, all of one rank, with scaling 1, and the
-    relative error."""
+    relative error.
+
+    A `rank` above what there is is reached with zeros: the function stays the exact one.
+    """
     if not links:
         raise ChainError("an adapter needs at least one link (got a chain of none)")
     stacked = stack_links(links)
-    if rank is None and tolerance is None:
-        widest = max(share.a.shape[0] for share in stacked.values())
-        return {name: _pad(share, widest) for name, share in stacked.items()}, 0.0
+    widest = max(share.a.shape[0] for share in stacked.values())
+    if tolerance is None and (rank is None or rank >= widest):
+        return {name: _pad(share, rank or widest) for name, share in stacked.items()}, 0.0
     spectra = {
         name: singular_values_of_sum([(share.a, share.b, 1.0)]).double()
         for name, share in stacked.items()
@@ -41,7 +44,6 @@ def adapter_factors(
         ]
         rank = next(r for r, tail in enumerate(tails) if r and tail <= tolerance**2 * total)
     assert rank is not None
-    rank = min(rank, longest)
     compressed = {}
     squared = 0.0
     for name, share in stacked.items():

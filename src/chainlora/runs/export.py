@@ -33,6 +33,8 @@ from chainlora.runs.verification import (
     stores_transposed,
 )
 
+_WIDEST = 2**14  # far beyond what servers take, and still small
+
 
 def load_run(
     run: str | Path,
@@ -149,7 +151,7 @@ def export_adapter(
     num_links: int | None = None,
 ) -> dict[str, Any]:
     """Write a chain as one PEFT adapter: exact, or compressed to `rank` or to a relative error
-    `tolerance`.
+    `tolerance`. A `rank` above the chain's is filled up with zeros.
 
     `run` is a run directory, a saved chain, or a `Chain` in memory, of which the live link is
     written as it is now. Returns rank and error; the error is ``√(Σ‖ΔW−ΔŴ‖² / Σ‖ΔW‖²)`` over all
@@ -169,7 +171,7 @@ def export_adapter(
         "links": len(links),
         "rank": written,
         "error": error,
-        "exact": rank is None and tolerance is None,
+        "exact": tolerance is None and error == 0.0,
     }
 
 
@@ -197,6 +199,8 @@ def _check_compression(rank: int | None, tolerance: float | None) -> None:
         raise ChainError("give --rank or --tolerance, not both (got both)")
     if rank is not None and rank < 1:
         raise ChainError(f"--rank must be at least 1 (got {rank})")
+    if rank is not None and rank > _WIDEST:
+        raise ChainError(f"--rank must be at most {_WIDEST} (got {rank!s:.40}); lower it")
     if tolerance is not None and not 0 < tolerance < 1:
         raise ChainError(f"--tolerance is a relative error between 0 and 1 (got {tolerance})")
 

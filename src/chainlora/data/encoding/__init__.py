@@ -11,6 +11,7 @@ Everything is checked here, before training starts, and a row that cannot be use
 and line. One file an objective:
 
     candidates.py · completion.py · chat.py · text.py   rows to drafts with tokens and targets
+    translated.py  rows of ShareGPT, Alpaca and TRL's conversations, as one of these formats
     tokens.py      texts to ids      fitting.py   what is longer than the context
     encoder.py     picks the encoder of a task or format, and puts them together
 """
@@ -63,7 +64,7 @@ def encode_examples(
     Args:
         rows: as `load_rows` or `tasks.load_split` give them, or plain dicts.
         tokenizer: of the model; special tokens it adds in front stay in front, whatever is cut.
-        task: a task, or a format: "completion", "chat", "text" or "auto".
+        task: a task, or a format as `data.format` names it.
         max_length, truncation, add_eos, objective, reserve, before: as in `Options`.
 
     Raises:

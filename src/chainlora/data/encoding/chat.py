@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jinja2
@@ -24,13 +24,16 @@ class ChatEncoder:
     truncation = "error"
     keeps_targets = False
 
-    def __init__(self, reader: TokenReader) -> None:
+    def __init__(
+        self, reader: TokenReader, turns_before: Callable[[Row], int] = lambda row: 0
+    ) -> None:
         if not reader.tokenizer.chat_template:
             raise DataError(
                 "the tokenizer must have a chat template for rows of `messages` (got none); use "
                 "a chat model, or rows of prompt + completion"
             )
         self.reader = reader
+        self.turns_before = turns_before  # of the assistant, that are read and not learnt
         self.source = str(reader.tokenizer.chat_template)
         self.is_marked = "generation %}" in self.source.replace("-%}", "%}")
 
@@ -39,18 +42,18 @@ class ChatEncoder:
         chats = [_Chat(self.reader, row) for row in rows]
         for chat in chats:
             chat.check_template_shows_tools()
+        skipped = [self.turns_before(row) for row in rows]
         if self.is_marked:
-            return [chat.draft(*chat.marked_turns()) for chat in chats]
+            turns = [chat.marked_turns() for chat in chats]
+            return _drafts(chats, turns, skipped)
         texts = [chat.prefix_texts() for chat in chats]
         tokens = iter(self.reader.bare([text for each in texts for text in each]))
-        return [
-            chat.draft(*_prefix_turns([next(tokens) for _ in each]))
-            for chat, each in zip(chats, texts, strict=True)
-        ]
+        turns = [_prefix_turns([next(tokens) for _ in each]) for each in texts]
+        return _drafts(chats, turns, skipped)
 
     def unread(self, row: Row) -> set[str]:
         """Return the columns of a row, and the keys of its messages, that are not read."""
-        columns = row.keys() - {"messages", "tools"}
+        columns = row.keys() - {"messages", "tools", "turns_before"}
         keys = {key for message in row["messages"] for key in message if message[key] is not None}
         return columns | {f"messages[].{key}" for key in keys if key not in self.source}
 
@@ -151,6 +154,15 @@ class _Chat:
         return Draft(
             self.row.index, self.row.origin, content, [ids], [spans], references=references
         )
+
+
+def _drafts(
+    chats: Sequence[_Chat], turns: Sequence[tuple[Ids, list[Span]]], skipped: Sequence[int]
+) -> list[Draft]:
+    return [
+        chat.draft(ids, spans[skip:])
+        for chat, (ids, spans), skip in zip(chats, turns, skipped, strict=True)
+    ]
 
 
 def _prefix_turns(tokens: list[Ids]) -> tuple[Ids, list[Span]]:

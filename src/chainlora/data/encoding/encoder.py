@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from chainlora.data.encoding import chat, completion, text
+from chainlora.data.encoding import chat, completion, text, translated
 from chainlora.data.encoding.candidates import CandidatesEncoder
 from chainlora.data.encoding.chat import ChatEncoder
 from chainlora.data.encoding.completion import CompletionEncoder, row_pair, task_pair
@@ -18,6 +18,7 @@ from chainlora.data.encoding.drafts import Draft, Encoder, Ids
 from chainlora.data.encoding.fitting import Counts, Fit
 from chainlora.data.encoding.text import TextEncoder
 from chainlora.data.encoding.tokens import TokenReader
+from chainlora.data.encoding.translated import make_translated
 from chainlora.data.examples import Example
 from chainlora.data.sources import Row, where
 from chainlora.data.tasks import Task
@@ -109,9 +110,12 @@ def make_encoder(task: Task | str, reader: TokenReader, options: Options) -> Enc
         "chat": lambda: ChatEncoder(reader),
         "text": lambda: TextEncoder(reader, end()),
     }
+    if task in translated.FIELDS:
+        return make_translated(task, reader, end)
     if task not in makers:
+        known = [*makers, *translated.FIELDS]
         raise ConfigError(
-            f"format must be auto, {', '.join(makers)} (got {task!r}{nearest(task, makers)})"
+            f"format must be auto, {', '.join(known)} (got {task!r}{nearest(task, known)})"
         )
     return makers[task]()
 
@@ -139,10 +143,13 @@ def _task_encoder(task: Task, reader: TokenReader, options: Options) -> Encoder:
 def detect_format(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return the format whose fields the first row has. Raises DataError naming the fields there
     are."""
+    if (found := translated.detect_translated(rows[0])) is not None:
+        return found
     for name, fields in FORMATS.items():
         if all(field in rows[0] for field in fields):
             return name
-    known = "; ".join(f"{' + '.join(fields)} ({name})" for name, fields in FORMATS.items())
+    every = [*FORMATS.items(), *translated.FIELDS.items()]
+    known = "; ".join(f"{' + '.join(fields)} ({name})" for name, fields in every)
     raise DataError(
         f"rows must have the fields of a format: {known} (got {', '.join(map(str, rows[0]))} at "
         f"{where(rows[0])}); rename the fields or describe them in a task file"

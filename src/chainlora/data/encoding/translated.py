@@ -1,0 +1,158 @@
+"""Rows that people have from other tools, translated to the formats that are read here.
+
+sharegpt        {"conversations": [{"from": "human", "value": …}, …]}   to chat
+alpaca          {"instruction": …, "input": …, "output": …}             to chat, or to completion
+                                                                        without a chat template
+conversational  {"prompt": [messages], "completion": [messages]}        to chat, loss on the
+                                                                        completion's turns
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from chainlora.data.encoding.chat import ChatEncoder
+from chainlora.data.encoding.completion import CompletionEncoder, row_pair, text_of
+from chainlora.data.encoding.drafts import Draft, Encoder, Ids
+from chainlora.data.encoding.tokens import TokenReader
+from chainlora.data.sources import Row
+from chainlora.errors import DataError
+
+FIELDS: Mapping[str, tuple[str, ...]] = {
+    "conversational": ("prompt", "completion"),
+    "sharegpt": ("conversations",),
+    "alpaca": ("instruction", "output"),
+}
+_ROLES = {
+    "human": "user",
+    "gpt": "assistant",
+    "observation": "tool",
+    "function_response": "tool",
+} | {role: role for role in ("system", "user", "assistant", "tool")}
+_ALPACA = (
+    "Below is an instruction that describes a task{more}. Write a response that appropriately \
+completes the request.\n\n### Instruction:\n{instruction}\n\n{input}### Response:\n"
+)
+_WITH_INPUT = ", paired with an input that provides further context"
+
+
+class TranslatedEncoder:
+    """Translates each row, and lets the encoder of our own format read it."""
+
+    def __init__(
+        self, encoder: Encoder, translate: Callable[[Row], dict[str, Any]], columns: Sequence[str]
+    ) -> None:
+        self.encoder, self.translate, self.columns = encoder, translate, columns
+        self.truncation, self.keeps_targets = encoder.truncation, encoder.keeps_targets
+
+    def __call__(self, rows: Sequence[Row]) -> list[Draft]:
+        """Return the rows as tokens. Raises DataError that names a row that cannot be used."""
+        return self.encoder([self._row(row) for row in rows])
+
+    def unread(self, row: Row) -> set[str]:
+        """Return the columns of a row, and of what it was translated to, that are not read."""
+        return (row.keys() - self.columns) | self.encoder.unread(self._row(row))
+
+    def _row(self, row: Row) -> Row:
+        return Row(self.translate(row), row.index, row.origin)
+
+
+def detect_translated(row: Mapping[str, Any]) -> str | None:
+    """Return the format of another tool that a row has, or None."""
+    for name, fields in FIELDS.items():
+        if all(field in row for field in fields):
+            lists = [isinstance(row[field], list) for field in fields]
+            if all(lists) or name == "alpaca":
+                return name
+    return None
+
+
+def make_translated(kind: str, reader: TokenReader, end: Callable[[], Ids]) -> Encoder:
+    """Return the encoder of a format of another tool."""
+    if kind == "sharegpt":
+        return TranslatedEncoder(
+            ChatEncoder(reader), _sharegpt, ("conversations", "system", "tools")
+        )
+    if kind == "conversational":
+        chat = ChatEncoder(reader, turns_before=_turns_of_prompt)
+        return TranslatedEncoder(chat, _conversational, ("prompt", "completion", "tools"))
+    columns = ("instruction", "input", "output", "system")
+    if reader.tokenizer.chat_template:
+        return TranslatedEncoder(ChatEncoder(reader), _alpaca_chat, columns)
+    plain = CompletionEncoder(reader, row_pair, fields=("prompt", "completion"), end=end())
+    return TranslatedEncoder(plain, _alpaca_text, columns[:3])
+
+
+def _sharegpt(row: Row) -> dict[str, Any]:
+    turns = row["conversations"]
+    if not (isinstance(turns, list) and all(isinstance(turn, Mapping) for turn in turns)):
+        raise DataError(
+            f"`conversations` must be a list of objects with from and value (got {turns!r:.80} at "
+            f"{row.origin}); correct or remove the row"
+        )
+    messages = [_message(turn, row.origin) for turn in turns]
+    return _with_tools(row, _with_system(row, messages))
+
+
+def _message(turn: Mapping[str, Any], place: str) -> dict[str, Any]:
+    role, text = turn.get("from"), turn.get("value")
+    if role not in _ROLES or not isinstance(text, str):
+        raise DataError(
+            f"a turn of `conversations` must have a value and be from one of "
+            f"{', '.join(_ROLES)} (got {dict(turn)!r:.80} at {place}); correct or remove the row"
+        )
+    return {"role": _ROLES[role], "content": text}
+
+
+def _with_system(row: Row, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    system = row.get("system")
+    return [{"role": "system", "content": system}, *messages] if system else messages
+
+
+def _with_tools(row: Row, messages: list[dict[str, Any]]) -> dict[str, Any]:
+    return {"messages": messages} | ({"tools": row["tools"]} if row.get("tools") else {})
+
+
+def _conversational(row: Row) -> dict[str, Any]:
+    parts = [row.get("prompt"), row.get("completion")]
+    if not all(isinstance(part, list) and part for part in parts):
+        raise DataError(
+            f"`prompt` and `completion` must both be lists of messages, as in the first row (got "
+            f"others at {row.origin}); correct or remove the row"
+        )
+    joined = [*row["prompt"], *row["completion"]]
+    before = sum(_is_answer(message) for message in row["prompt"])
+    return _with_tools(row, joined) | {"turns_before": before}
+
+
+def _turns_of_prompt(row: Row) -> int:
+    """Return how many of the assistant's turns are only read."""
+    return int(row["turns_before"])
+
+
+def _is_answer(message: Any) -> bool:
+    return isinstance(message, Mapping) and message.get("role") == "assistant"
+
+
+def _alpaca_chat(row: Row) -> dict[str, Any]:
+    asked = [text_of(row, "instruction"), _input(row)]
+    messages = [
+        {"role": "user", "content": "\n".join(filter(None, asked))},
+        {"role": "assistant", "content": text_of(row, "output")},
+    ]
+    return {"messages": _with_system(row, messages)}
+
+
+def _alpaca_text(row: Row) -> dict[str, Any]:
+    more = _input(row)
+    prompt = _ALPACA.format(
+        more=_WITH_INPUT if more else "",
+        instruction=text_of(row, "instruction"),
+        input=f"### Input:\n{more}\n\n" if more else "",
+    )
+    return {"prompt": prompt, "completion": text_of(row, "output")}
+
+
+def _input(row: Row) -> str:
+    return text_of(row, "input") if row.get("input") is not None else ""

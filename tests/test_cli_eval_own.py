@@ -1,0 +1,95 @@
+"""`chainlora eval RUN` without a task: the rows of the run itself, or a file read as they are."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import write_rows
+from helpers import settings
+
+ROUNDING = 1e-5  # float32: the same sums in other packs
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory) -> Path:
+    """A folder with rows of prompt and completion."""
+    folder = tmp_path_factory.mktemp("texts")
+    rows = [{"prompt": f"two red birds {n}", "completion": f" fly {n % 3}"} for n in range(24)]
+    write_rows(folder / "train.jsonl", rows[:16])
+    write_rows(folder / "held_out.jsonl", rows[16:])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def written(tiny_folder, sentiment, texts, tmp_path_factory) -> Path:
+    """A finished run on files without a task, with its best point kept."""
+    from chainlora.cli.main import run as command
+
+    folder = tmp_path_factory.mktemp("written")
+    tree = settings(tiny_folder, sentiment, folder / "run", train={"keep_best": True})
+    tree["data"] = {
+        "train": str(texts / "train.jsonl"),
+        "validation": str(texts / "held_out.jsonl"),
+        "num_validation": 6,
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(tree))
+    assert command(["train", str(folder / "config.yaml")]) == 0
+    return folder / "run"
+
+
+def validation(run: Path) -> dict[str, float]:
+    return json.loads((run / "result.json").read_text())["metrics"]["validation"]
+
+
+def test_a_run_scores_what_its_validation_scored(chainlora, written, finished):
+    found = chainlora("eval", written, "--json").json
+    assert (found["task"], found["split"], found["rows"]) == (None, "validation", 6)
+    assert found["metrics"] == pytest.approx(validation(written), abs=ROUNDING)
+    found = chainlora("eval", finished, "--json").json  # a run with a task
+    assert (found["task"], found["split"], found["rows"]) == ("sentiment", "validation", 16)
+    assert found["metrics"] == pytest.approx(validation(finished), abs=ROUNDING)
+    assert chainlora("eval", written).out.startswith("validation: loss ")
+
+
+def test_a_task_whose_rows_are_drawn_is_drawn_as_in_the_run(chainlora, config, sentiment, tmp_path):
+    drawn = ("--data.train", "null", "--data.validation", "null", "--data.dir", sentiment)
+    counts = ("--data.num_train", 20, "--data.num_validation", 7, "--data.num_test", 5)
+    result = chainlora("train", config, *drawn, *counts, "--data.shots", 2, "--json").json
+    found = chainlora("eval", tmp_path / "run", "--split", "train", "--json").json
+    assert found["rows"] == 18  # without the two that are demonstrations
+    assert "accuracy" in found["metrics"]
+    for split, rows in (("validation", 7), ("test", 5)):
+        found = chainlora("eval", tmp_path / "run", "--split", split, "--json").json
+        assert found["rows"] == rows
+        assert found["metrics"] == pytest.approx(result["metrics"][split], abs=ROUNDING)
+
+
+def test_other_rows_links_and_limits(chainlora, written, tiny_folder, texts, finished, sentiment):
+    file = texts / "train.jsonl"
+    found = chainlora("eval", written, "--data", file, "--json").json
+    assert (found["task"], found["split"], found["rows"]) == (None, str(file), 16)
+    assert found == chainlora(
+        "eval", written, "--data", texts, "--split", "train", "--json"
+    ).json | {"split": str(file)}
+    short = chainlora("eval", written, "--data", file, "--limit", 3, "--json").json
+    assert short["rows"] == 3
+    assert chainlora("eval", written, "--limit", 2, "--json").json["rows"] == 2
+    base = chainlora("eval", written, "--links", 0, "--data", file, "--json").json
+    assert base["metrics"]["loss"] > found["metrics"]["loss"]
+    assert chainlora("eval", tiny_folder, "--data", file, "--json").json == base
+    found = chainlora("eval", finished, "--data", sentiment / "train.jsonl", "--json").json
+    assert (found["task"], found["rows"]) == ("sentiment", 32)  # its task, on other rows
+
+
+def test_rows_that_are_not_there(chainlora, written, tiny_folder, texts):
+    chainlora("eval", written, "--split", "test").refused(
+        "(got no data.test in the config of ", "name another --split, or a file as --data"
+    )
+    chainlora("eval", written, "--split", "tset").refused("must be one of train, validation, test")
+    chainlora("eval", written, "--data", texts / "none.jsonl").refused("none.jsonl")
+    outcome = chainlora("eval", tiny_folder)
+    assert outcome.status == 2
+    assert "Missing option '--task' or '--data': only a run has its own rows" in outcome.err

@@ -1,0 +1,174 @@
+"""`chainlora generate` and `chainlora chat`: what is said is what transformers' own `generate`
+says."""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_tiny_folder, write_rows
+from helpers import settings
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from chainlora import load_run, make_config, train
+
+PROMPT = "the cat sat on"
+
+
+def expected(model, tokenizer, text: str, new: int, **keys) -> str:
+    """Greedy search by transformers."""
+    ids = tokenizer(text, return_tensors="pt", **keys).input_ids
+    out = model.generate(ids, do_sample=False, max_new_tokens=new, pad_token_id=0)
+    return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+
+
+@pytest.fixture(scope="module")
+def spoken(tiny_folder, sentiment, tmp_path_factory) -> Path:
+    """A run whose links learn by heart what comes after a prompt."""
+    folder = tmp_path_factory.mktemp("spoken")
+    rows = [{"prompt": f"the cat sat on {n}", "completion": " red birds fly"} for n in range(32)]
+    data = {"train": str(write_rows(folder / "rows.jsonl", rows))}
+    tree = settings(tiny_folder, sentiment, folder / "run", train={"lr": 3e-2})
+    train(make_config(tree | {"data": data}))
+    return folder / "run"
+
+
+@pytest.fixture
+def typed(monkeypatch):
+    """Let a text stand on stdin, which is then no terminal."""
+
+    def type_(text: str) -> None:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+
+    return type_
+
+
+def test_generate_says_what_transformers_says_after_each_link(chainlora, spoken):
+    said = {}
+    for links in (0, 1, 3):
+        call = ("generate", spoken, "--prompt", PROMPT, "--max-new-tokens", 12, "--links", links)
+        outcome = chainlora(*call)
+        assert (outcome.status, outcome.err) == (0, "")
+        said[links] = outcome.out
+        model, tokenizer = load_run(spoken, num_links=links)
+        assert outcome.out == expected(model, tokenizer, PROMPT, 12) + "\n"
+        found = chainlora(*call, "--json").json
+        assert found == {"prompt": PROMPT, "text": outcome.out[:-1]}
+    whole = chainlora("generate", spoken, "--prompt", PROMPT, "--max-new-tokens", 12)
+    assert whole.out == said[3]
+    assert len(set(said.values())) > 1  # they taught it something
+
+
+def test_generate_reads_a_prompt_from_stdin_and_a_plain_model(chainlora, tiny_folder, typed):
+    asked = ("generate", tiny_folder, "--max-new-tokens", 6)
+    typed(PROMPT)
+    outcome = chainlora(*asked)
+    assert outcome.status == 0
+    assert outcome.out == chainlora(*asked, "--prompt", PROMPT).out
+
+
+def test_drawn_tokens_depend_on_the_seed_alone(chainlora, tiny_folder):
+    asked = ("generate", tiny_folder, "--prompt", PROMPT, "--max-new-tokens", 16)
+    drawn = ("--temperature", 2, "--top-p", 0.9, "--seed")
+    one, again, other = (chainlora(*asked, *drawn, seed).out for seed in (1, 1, 2))
+    assert one == again
+    assert len({one, other, chainlora(*asked).out}) == 3
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    chainlora(*asked, *drawn, 1)
+    assert torch.equal(torch.get_rng_state(), state)  # nobody else's draws change
+
+
+@pytest.fixture(scope="module")
+def loud(tmp_path_factory) -> Path:
+    """A model of large weights, whose answer depends on every word of the conversation."""
+    return make_tiny_folder(tmp_path_factory.mktemp("loud"), initializer_range=0.5)
+
+
+def chatted(folder: Path, turns: list[str]) -> list[str]:
+    """The answers to a conversation, by the template and transformers."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    messages, answers = [], []
+    for turn in turns:
+        messages.append({"role": "user", "content": turn})
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        answers.append(expected(model, tokenizer, text, 8, add_special_tokens=False))
+        messages.append({"role": "assistant", "content": answers[-1]})
+    return answers
+
+
+def test_chat_follows_the_template_turn_by_turn(chainlora, loud, typed):
+    asked = ("chat", loud, "--max-new-tokens", 8)
+    typed("good cat\n\nbad mat\n/exit\nnever read\n")
+    outcome = chainlora(*asked)
+    assert outcome.status == 0
+    first, second = chatted(loud, ["good cat", "bad mat"])
+    assert outcome.out == f"{first}\n{second}\n"
+    (alone,) = chatted(loud, ["bad mat"])
+    assert alone != second
+    typed("good cat\n/clear\nbad mat\n")
+    assert chainlora(*asked).out == f"{first}\n{alone}\n"
+
+
+def test_a_system_message_reaches_the_template(chainlora, tiny_folder, typed, tmp_path):
+    strict = tmp_path / "strict"
+    shutil.copytree(tiny_folder, strict)
+    tokenizer = AutoTokenizer.from_pretrained(strict)
+    refusal = "{% if messages[0].role == 'system' %}{{ raise_exception('none') }}{% endif %}"
+    tokenizer.chat_template = refusal + tokenizer.chat_template
+    tokenizer.save_pretrained(strict)
+    typed("good cat\n")
+    assert chainlora("chat", strict, "--max-new-tokens", 2).status == 0
+    typed("good cat\n")
+    chainlora("chat", strict, "--system", "say red").refused(
+        "must suit the model's chat template (got: none); leave --system out"
+    )
+
+
+def test_a_long_conversation_goes_on_without_its_oldest_turns(chainlora, tiny_folder, typed):
+    typed("the cat sat on a mat\n" * 12)  # some 400 tokens for a context of 128
+    outcome = chainlora("chat", tiny_folder, "--max-new-tokens", 4)
+    assert (outcome.status, outcome.err) == (0, "")
+
+
+def test_what_cannot_be_said(chainlora, tiny_folder, finished, typed, tmp_path):
+    bare = tmp_path / "bare"
+    shutil.copytree(tiny_folder, bare)
+    for file in bare.glob("chat_template*"):
+        file.unlink()
+    tokenizer = AutoTokenizer.from_pretrained(bare)
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(bare)
+    typed("hello\n")
+    chainlora("chat", bare).refused(
+        "a model to chat with must have a chat template (got ", "use `chainlora generate` instead"
+    )
+    asked = ("generate", tiny_folder, "--prompt")
+    chainlora(*asked, "").refused("the prompt must have tokens (got an empty one)")
+    chainlora(*asked, "red birds fly " * 99).refused("must leave room in the context of 128 tokens")
+    chainlora("generate", tiny_folder, "--links", 1, "--prompt", "a").refused(
+        "--links needs a run directory"
+    )
+    chainlora("generate", finished, "--links", 9, "--prompt", "a").refused("--links must be 0 to 3")
+    outcome = chainlora(*asked, "a", "--top-p", 0.5)
+    assert outcome.status == 2
+    assert "--top-p needs --temperature above 0" in outcome.err
+
+
+def test_a_program_of_its_own_streams_and_survives_a_reader_that_goes(tiny_folder):
+    call = [sys.executable, "-m", "chainlora", "chat", str(tiny_folder), "--max-new-tokens", "4"]
+    done = subprocess.run(
+        call, input=b"good \xff cat\n", capture_output=True, env=os.environ | {"LC_ALL": "C"}
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.stdout.endswith(b"\n")
+    shell = f"(printf 'a\\nb\\n' | {' '.join(call)}; echo status $? >&2) | true"
+    gone = subprocess.run(shell, shell=True, capture_output=True, text=True)
+    assert gone.stderr in ("status 0\n", "status 1\n")  # nothing else: no error of ours

@@ -1,0 +1,108 @@
+"""Rows of other tools become the same examples as the rows of our own formats that they mean."""
+
+from __future__ import annotations
+
+import pytest
+from helpers_data import CHAT, MARKED, TALK, make_tokenizer, scored
+from helpers_tasks import write_rows
+
+from chainlora.config.schema import DataConfig
+from chainlora.data.encoding import detect_format, encode_examples
+from chainlora.data.splits import prepare_splits
+from chainlora.errors import DataError
+
+SHAREGPT = [
+    {"from": "human", "value": "how many dogs?"},
+    {"from": "gpt", "value": "two dogs"},
+    {"from": "user", "value": "and cats?"},
+    {"from": "assistant", "value": "three"},
+]
+RULE = {"role": "system", "content": "count"}
+ALPACA = {"instruction": "how many dogs?", "input": "two dogs", "output": "two"}
+
+
+def same(row: dict, ours: dict, template: str = CHAT) -> None:
+    """Hold the examples of a row to those of ours, tokens and targets."""
+    tokenizer = make_tokenizer("bos", template)
+    (found,), (expected,) = (encode_examples([r], tokenizer, "auto") for r in (row, ours))
+    assert (found.sequences, found.scored) == (expected.sequences, expected.scored)
+    assert found.references == expected.references
+
+
+def test_sharegpt_is_chat():
+    same({"conversations": SHAREGPT}, {"messages": TALK})
+    same({"conversations": SHAREGPT}, {"messages": TALK}, MARKED)
+    same({"conversations": SHAREGPT, "system": "count"}, {"messages": [RULE, *TALK]})
+    asked = {"from": "system", "value": "count"}
+    same({"conversations": [asked, *SHAREGPT]}, {"messages": [RULE, *TALK]})
+
+
+def test_alpaca_is_chat_where_there_is_a_template():
+    question = {"role": "user", "content": "how many dogs?\ntwo dogs"}
+    answer = {"role": "assistant", "content": "two"}
+    same(ALPACA, {"messages": [question, answer]})
+    question = {"role": "user", "content": "how many dogs?"}
+    for nothing in ("", None):
+        same(ALPACA | {"input": nothing}, {"messages": [question, answer]})
+
+
+def test_alpaca_is_its_own_prompt_where_there_is_none():
+    """The prompts of github.com/tatsu-lab/stanford_alpaca, train.py."""
+    tokenizer = make_tokenizer("bos")
+    texts = {
+        "two dogs": "Below is an instruction that describes a task, paired with an input that "
+        "provides further context. Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\nhow many dogs?\n\n### Input:\ntwo dogs\n\n### Response:\n",
+        "": "Below is an instruction that describes a task. Write a response that appropriately "
+        "completes the request.\n\n### Instruction:\nhow many dogs?\n\n### Response:\n",
+    }
+    for more, prompt in texts.items():
+        (found,) = encode_examples([ALPACA | {"input": more}], tokenizer, "alpaca")
+        assert tokenizer.decode(found.sequences[0]) == f"<s>{prompt}two</s>"
+        assert scored(found, tokenizer) == [["two</s>"]]
+
+
+@pytest.mark.parametrize("template", [CHAT, MARKED], ids=["prefixes", "marked"])
+def test_of_a_conversational_row_only_the_completion_is_learnt(template):
+    tokenizer = make_tokenizer("bos", template)
+    row = {"prompt": TALK[:3], "completion": TALK[3:]}
+    (found,) = encode_examples([row], tokenizer, "auto")
+    (whole,) = encode_examples([{"messages": TALK}], tokenizer, "chat")
+    assert found.sequences == whole.sequences
+    assert [list(spans) for spans in found.scored] == [list(whole.scored[0])[1:]]
+    assert scored(found, tokenizer) == [["three</s>"]]
+
+
+def test_what_was_recognised_is_reported(tmp_path, caplog):
+    tokenizer = make_tokenizer("", CHAT)
+    rows = [{"conversations": SHAREGPT, "id": "a"}] * 2
+    data = DataConfig(train=str(write_rows(tmp_path / "rows.jsonl", rows)))
+    found = prepare_splits(data, tokenizer, 128).report()["train"]
+    assert (found["recognised"], found["rows"], found["unread"]) == ("sharegpt", 2, ["id"])
+    assert "train: nothing reads 'id'" in caplog.text
+    data = data.model_copy(update={"format": "sharegpt"})
+    assert "recognised" not in prepare_splits(data, tokenizer, 128).report()["train"]
+
+
+def test_a_text_in_a_column_of_that_name_is_no_conversation():
+    assert detect_format([{"prompt": "a", "completion": "b"}]) == "completion"
+    assert detect_format([{"prompt": [], "completion": []}]) == "conversational"
+    with pytest.raises(DataError, match=r"conversations \(sharegpt\); instruction \+ output"):
+        detect_format([{"conversations": "a"}])
+
+
+@pytest.mark.parametrize(
+    ("row", "kind", "message"),
+    [
+        ({"conversations": [{"from": "bot", "value": "a"}]}, "sharegpt", "from one of human, gpt"),
+        ({"conversations": [{"from": "gpt"}]}, "sharegpt", "must have a value"),
+        ({"conversations": ["a"]}, "sharegpt", "must be a list of objects with from and value"),
+        ({"prompt": TALK[:1], "completion": "b"}, "conversational", "both be lists of messages"),
+        ({"instruction": 5, "output": "b"}, "alpaca", "`instruction` must be a text"),
+        ({"prompt": TALK[:1], "completion": TALK[:1]}, "conversational", "a turn with role assist"),
+    ],
+)
+def test_a_row_that_cannot_be_translated_is_named(row, kind, message):
+    with pytest.raises(DataError, match=message) as raised:
+        encode_examples([row], make_tokenizer("", CHAT), kind)
+    assert "at row 0" in str(raised.value)
