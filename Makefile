@@ -16,7 +16,7 @@ test: $(VENV)/.ready
 
 # Every causal language model of transformers, some fifteen minutes; `test` has a sample of it.
 matrix: $(VENV)/.ready
-	HF_HUB_OFFLINE=1 CHAINLORA_FULL=1 $(BIN)/python -m pytest tests/test_architectures.py
+	HF_HUB_OFFLINE=1 CHAINLORA_FULL=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest tests/test_architectures.py
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

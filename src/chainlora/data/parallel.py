@@ -78,19 +78,21 @@ def _in_order(pool: ProcessPoolExecutor, items: Iterable[Any], ahead: int) -> It
 
 @contextmanager
 def _plain_fork() -> Iterator[None]:
-    """Fork in peace: one thread a worker in the tokenizer, and no warning about threads.
+    """Fork in peace: one thread a worker in the tokenizer, no Ctrl-C, and no warning about threads.
 
     The children tokenise and write arrays; they touch no lock that a thread of this process may
-    hold.
+    hold. They are born with Ctrl-C blocked, as it may come before they can ignore it.
     """
     name = "TOKENIZERS_PARALLELISM"
     before = os.environ.get(name)
     os.environ[name] = "false"
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
             yield
     finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         os.environ.pop(name)
         if before is not None:
             os.environ[name] = before

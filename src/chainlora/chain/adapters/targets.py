@@ -65,29 +65,17 @@ def check_targets(model: nn.Module, config: LinkConfig) -> None:
     """Raise ModelError if a link's modules match nothing, or what they match cannot be linked and
     merged."""
     matched = matched_modules(model, config)
-    if not matched:
-        without = f" without {_listed(config.exclude_modules)}" if config.exclude_modules else ""
-        raise ModelError(
-            "`target_modules` must match at least one module "
-            f"(got {_listed(config.target_modules)}{without}); candidates: "
-            f"{', '.join(target_candidates(model))}, or all-linear"
-        )
+    _check_names(model, config, matched)
     head, embedding = _tied(model)
     shared = _shared_with(model)
     fused = _stacked_experts(model, matched)
     uncalled = _uncalled(model, matched)
     for name, module in matched.items():
-        if not isinstance(module, nn.Linear | Conv1D):
-            raise ModelError(
-                f"only Linear and Conv1D layers can be linked (got {type(module).__name__} at "
-                f"{name}); "
-                f"candidates: {', '.join(target_candidates(model))}"
-            )
+        _check_kind(model, name, module)
         if module is head:
             raise ModelError(
-                "`target_modules` must not name a head tied to the input embedding (got "
-                f"{name}): its "
-                "merge would change the embedding too; exclude it, or untie the weights"
+                f"`target_modules` must not name a head tied to the input embedding (got {name}): "
+                "its merge would change the embedding too; exclude it, or untie the weights"
             )
         if name in shared:
             raise ModelError(
@@ -95,68 +83,92 @@ def check_targets(model: nn.Module, config: LinkConfig) -> None:
                 f"{name} and {shared[name]}): each would have an update of its own, and one weight "
                 f"cannot hold both; add {name.rpartition('.')[2]!r} to exclude_modules"
             )
-        if _has_own_forward(module):
-            raise ModelError(
-                f"only layers that compute x Wᵀ + c can be linked (got {type(module).__name__} at "
-                f"{name}, which computes something else); leave it out, or use all-linear"
-            )
-        if reason := _incompatible(model, name):
-            raise ModelError(f"PEFT must have a LoRA for each layer (got {name}: {reason})")
         if name in fused:
             raise ModelError(
                 f"stacked experts cannot be linked (got {name}, which PEFT takes for a projection "
                 "of experts that share one parameter); leave it out, or use all-linear"
             )
-        if config.init in ("gradient", "pissa") and config.rank > _shorter_side(module):
-            raise ModelError(
-                f"`init: {config.init}` takes singular directions, of which a layer has as many "
-                "as its shorter side "
-                f"(got rank {config.rank} for {_shorter_side(module)} at {name}); lower the "
-                "rank or use "
-                "init: kaiming"
-            )
-        if config.lora_bias and module.bias is None:
-            raise ModelError(
-                f"`lora_bias` needs a bias in the layer it is merged into (got {name} without "
-                "one); "
-                "set lora_bias: false"
-            )
+        _check_settings(config, name, module)
     if idle := _idle_target(config, matched, uncalled):
         raise ModelError(
             f"the model must call the layers that are adapted (got {idle}, whose weight it reads "
             f"directly, or not at all on text); candidates: {', '.join(target_candidates(model))}"
         )
-    if isinstance(config.target_modules, tuple):
-        unmatched = [
-            t for t in config.target_modules if not any(_named(name, t) for name in matched)
-        ]
-        if unmatched:
-            raise ModelError(
-                f"every name in `target_modules` must match (got {unmatched[0]!r}, which matches "
-                f"nothing); candidates: {', '.join(target_candidates(model))}"
-            )
     for extra in config.extra_modules:
-        found = named_modules(model, (extra,))
-        if not found:
-            known = dict.fromkeys(
-                name.rpartition(".")[2] for name, _ in model.named_modules() if name
-            )
-            named = ", ".join(name for name in known if not name.isdigit())
+        _check_extra(model, extra, (head, embedding))
+
+
+def _check_names(model: nn.Module, config: LinkConfig, matched: Mapping[str, nn.Module]) -> None:
+    """Raise unless something matches, and every name that is listed does."""
+    candidates = ", ".join(target_candidates(model))
+    if not matched:
+        without = f" without {_listed(config.exclude_modules)}" if config.exclude_modules else ""
+        raise ModelError(
+            "`target_modules` must match at least one module "
+            f"(got {_listed(config.target_modules)}{without}); candidates: {candidates}, or "
+            "all-linear"
+        )
+    names = config.target_modules if isinstance(config.target_modules, tuple) else ()
+    for target in names:
+        if not any(_named(name, target) for name in matched):
             raise ModelError(
-                f"`extra_modules` must match a module (got {extra!r}, which matches nothing); "
-                f"known: {named}"
+                f"every name in `target_modules` must match (got {target!r}, which matches "
+                f"nothing); candidates: {candidates}"
             )
-        if any(is_quantized(part) for _, module in found for part in module.modules()):
-            raise ModelError(
-                f"`extra_modules` must not name quantised layers (got {extra!r}): they cannot be "
-                "trained; leave it out"
-            )
-        if any(module in (head, embedding) for _, module in found):
-            raise ModelError(
-                f"`extra_modules` must not name a tied head or embedding (got {extra!r}): "
-                "training one "
-                "would change the other; untie the weights first"
-            )
+
+
+def _check_kind(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Raise unless a layer is a plain linear map that PEFT has a LoRA for."""
+    if not isinstance(module, nn.Linear | Conv1D):
+        raise ModelError(
+            f"only Linear and Conv1D layers can be linked (got {type(module).__name__} at "
+            f"{name}); candidates: {', '.join(target_candidates(model))}"
+        )
+    if _has_own_forward(module):
+        raise ModelError(
+            f"only layers that compute x Wᵀ + c can be linked (got {type(module).__name__} at "
+            f"{name}, which computes something else); leave it out, or use all-linear"
+        )
+    if reason := _incompatible(model, name):
+        raise ModelError(f"PEFT must have a LoRA for each layer (got {name}: {reason})")
+
+
+def _check_settings(config: LinkConfig, name: str, module: Any) -> None:
+    """Raise if a link's initialization or bias does not suit a layer."""
+    shorter = _shorter_side(module)
+    if config.init in ("gradient", "pissa") and config.rank > shorter:
+        raise ModelError(
+            f"`init: {config.init}` takes singular directions, of which a layer has as many as its "
+            f"shorter side (got rank {config.rank} for {shorter} at {name}); lower the rank or use "
+            "init: kaiming"
+        )
+    if config.lora_bias and module.bias is None:
+        raise ModelError(
+            f"`lora_bias` needs a bias in the layer it is merged into (got {name} without one); "
+            "set lora_bias: false"
+        )
+
+
+def _check_extra(model: nn.Module, extra: str, tied: tuple[nn.Module | None, ...]) -> None:
+    """Raise if the extra modules of a name are not there, or cannot be trained by themselves."""
+    found = named_modules(model, (extra,))
+    if not found:
+        known = dict.fromkeys(name.rpartition(".")[2] for name, _ in model.named_modules() if name)
+        named = ", ".join(name for name in known if not name.isdigit())
+        raise ModelError(
+            f"`extra_modules` must match a module (got {extra!r}, which matches nothing); "
+            f"known: {named}"
+        )
+    if any(is_quantized(part) for _, module in found for part in module.modules()):
+        raise ModelError(
+            f"`extra_modules` must not name quantised layers (got {extra!r}): they cannot be "
+            "trained; leave it out"
+        )
+    if any(module in tied for _, module in found):
+        raise ModelError(
+            f"`extra_modules` must not name a tied head or embedding (got {extra!r}): training one "
+            "would change the other; untie the weights first"
+        )
 
 
 def check_mergeable(model: nn.Module, config: LinkConfig) -> None:
