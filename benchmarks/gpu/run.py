@@ -245,10 +245,16 @@ def speed(config: Any, rows: int, length: int, steps: int, device: torch.device)
     return {name: _rounded(value) for name, value in found.items()}
 
 
-def _our_steps(model: Any, examples: list[Example], steps: int) -> Iterator[tuple[float, float]]:
-    """Yield (loss, seconds) of each step of a chain's link on our engine."""
-    chain = Chain(model)
-    adapter = chain.extend(LinkConfig(rank=8, alpha=16, target_modules=_targets(model)))
+def _our_steps(
+    model: Any, examples: list[Example], steps: int, *, links: int = 1, hold: str = "tied"
+) -> Iterator[tuple[float, float]]:
+    """Yield (loss, seconds) of each step of a chain's last link on our engine."""
+    chain = Chain(model, hold=hold)
+    config = LinkConfig(rank=8, alpha=16, target_modules=_targets(model))
+    for _ in range(links - 1):
+        chain.extend(config)
+        chain.tie()
+    adapter = chain.extend(config)
     optimizer = torch.optim.AdamW(chain.parameters(), lr=1e-3)
     with Engine(model, training=True) as engine:
         engine.adapt(adapter.layers.values())
@@ -260,7 +266,8 @@ def _our_steps(model: Any, examples: list[Example], steps: int) -> Iterator[tupl
             optimizer.zero_grad()
             yield loss.item() / count, _now(model) - began
     chain.discard()
-    chain.detach()
+    if hold == "tied":  # a carried chain's model is not used again
+        chain.detach()
 
 
 def _peft_steps(model: Any, examples: list[Example], steps: int) -> Iterator[tuple[float, float]]:
@@ -324,30 +331,10 @@ def carried(config: Any, rows: int, length: int, steps: int) -> dict[str, Any]:
             run = (
                 _peft_steps(model, examples, steps)
                 if links is None
-                else _carried_steps(model, examples, steps, links)
+                else _our_steps(model, examples, steps, links=links, hold="carried")
             )
             found[f"{name} s/step"] = statistics.median([s for _, s in run][1:])
     return {name: _rounded(value) for name, value in found.items()}
-
-
-def _carried_steps(
-    model: Any, examples: list[Example], steps: int, links: int
-) -> Iterator[tuple[float, float]]:
-    chain = Chain(model, hold="carried")
-    for index in range(links):
-        adapter = chain.extend(LinkConfig(rank=8, alpha=16, target_modules=_targets(model)))
-        if index < links - 1:
-            chain.tie()
-    optimizer = torch.optim.AdamW(chain.parameters(), lr=1e-3)
-    with Engine(model, training=True) as engine:
-        engine.adapt(adapter.layers.values())
-        for _ in range(steps):
-            began = _now(model)
-            loss, count = engine.loss(engine.pack(examples), "completion")
-            (loss / count).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            yield loss.item() / count, _now(model) - began
 
 
 # --- models, rows, measures ---

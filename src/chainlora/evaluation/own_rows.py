@@ -9,11 +9,9 @@ from typing import Any
 from chainlora.config.schema import DataConfig
 from chainlora.data.splits import SPLITS, prepare_splits
 from chainlora.data.tasks import Task, load_task
-from chainlora.engine.engine import Engine, Speedups
+from chainlora.engine.engine import Speedups
 from chainlora.errors import ConfigError, RunError
-from chainlora.evaluation.evaluate import evaluate, write_predictions
-from chainlora.evaluation.metrics import INDEX_METRICS, majority_rate
-from chainlora.evaluation.scoring import evaluate_task
+from chainlora.evaluation.scoring import evaluate_task, score_rows
 from chainlora.files import check_writable
 from chainlora.models.loading import context_length
 from chainlora.runs.opening import load_run_or_model
@@ -63,25 +61,18 @@ def evaluate_rows(
     model, tokenizer = load_run_or_model(run_or_model, num_links=num_links, dtype=dtype)
     splits = prepare_splits(own, tokenizer, context_length(model), to_score=split)
     rows = getattr(splits, split)[:limit]
-    with Engine(model, speedups=speedups, training=False) as engine:
-        found = evaluate(
-            model,
-            rows,
-            engine=engine,
-            metrics=splits.metrics,
-            tokenizer=tokenizer,
-            stop=splits.stop,
-            max_new_tokens=splits.max_new_tokens,
-            progress=progress,
-        )
-    if predictions is not None:
-        write_predictions(predictions, found)
-    metrics = dict(found.metrics)
-    if splits.metric in INDEX_METRICS:
-        metrics["majority"] = majority_rate(rows)
+    count, metrics = score_rows(
+        model,
+        tokenizer,
+        rows,
+        splits,
+        predictions=predictions,
+        speedups=speedups,
+        progress=progress,
+    )
     name = load_task(own.task).name if own.task is not None else None
     shown = data if data is not None and not Path(data).is_dir() else split
-    return {"task": name, "split": shown, "rows": found.num_rows, "metrics": metrics}
+    return {"task": name, "split": shown, "rows": count, "metrics": metrics}
 
 
 def _own_data(run_or_model: str | Path, data: str | None) -> DataConfig:

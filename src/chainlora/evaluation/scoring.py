@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from chainlora.data.splits import encode_split, task_split_source
+from chainlora.data.examples import Example
+from chainlora.data.splits import Splits, encode_split, task_split_source
 from chainlora.data.tasks import Task
 from chainlora.engine.engine import Engine, Speedups
 from chainlora.evaluation.evaluate import evaluate, write_predictions
@@ -51,20 +52,43 @@ def evaluate_task(
         model, tokenizer = load_model(run_or_model, getattr(torch, dtype or "float32"))
     own = run.config().data if run is not None and run.manifest().has_run else None
     examples = encode_split(task, rows, tokenizer, context_length(model), own)
+    count, metrics = score_rows(
+        model,
+        tokenizer,
+        examples,
+        task,
+        predictions=predictions,
+        speedups=speedups,
+        progress=progress,
+    )
+    return {"task": task.name, "split": split, "rows": count, "metrics": metrics}
+
+
+def score_rows(
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[Example],
+    asked: Task | Splits,
+    *,
+    predictions: str | Path | None,
+    speedups: Speedups,
+    progress: Callable[[int, int], None] | None,
+) -> tuple[int, dict[str, float]]:
+    """Return the number of rows and their metrics, as a task or a run's rows ask for them."""
     with Engine(model, speedups=speedups, training=False) as engine:
         found = evaluate(
             model,
-            examples,
+            rows,
             engine=engine,
-            metrics=task.metrics,
+            metrics=asked.metrics,
             tokenizer=tokenizer,
-            stop=task.stop,
-            max_new_tokens=task.max_new_tokens,
+            stop=asked.stop,
+            max_new_tokens=asked.max_new_tokens,
             progress=progress,
         )
     if predictions is not None:
         write_predictions(predictions, found)
     metrics = dict(found.metrics)
-    if task.metric in INDEX_METRICS:
-        metrics["majority"] = majority_rate(examples)
-    return {"task": task.name, "split": split, "rows": found.num_rows, "metrics": metrics}
+    if asked.metric in INDEX_METRICS:
+        metrics["majority"] = majority_rate(rows)
+    return found.num_rows, metrics
