@@ -15,7 +15,7 @@ import torch
 import yaml
 from conftest import tiny_model
 from experiment_cases import lines, sealed_line, tree
-from fuzzing import FULL, JSON, VALUES, WORDS, altered, check_error, damaged, fuzz, guarded
+from fuzzing import JSON, VALUES, WORDS, altered, check_error, damaged, fuzz, guarded
 from hypothesis import given
 from hypothesis import strategies as st
 from test_models import TOKENS, write_gguf
@@ -52,7 +52,6 @@ WRITERS = {
 }
 
 
-@pytest.mark.skipif(not FULL, reason="the long tier: CHAINLORA_FULL=1")
 @fuzz(short=80, full=1500)
 @given(data=st.data())
 @guarded
@@ -178,7 +177,6 @@ def _sealed(line):
 # --- models
 
 
-@pytest.mark.skipif(not FULL, reason="the long tier: CHAINLORA_FULL=1")
 @fuzz(short=40, full=600)
 @given(data=st.data())
 @guarded
@@ -208,7 +206,6 @@ def gguf_bytes(tmp_path_factory) -> bytes:
     return write_gguf(folder / "tiny.gguf", model).read_bytes()
 
 
-@pytest.mark.skipif(not FULL, reason="the long tier: CHAINLORA_FULL=1")
 @fuzz(short=15, full=400)
 @given(data=st.data())
 @guarded
