@@ -164,6 +164,9 @@ class KnotConfig(_Frozen):
     time_constant: float | None = Field(
         None, gt=0, description="steps; None: 0.15 of the steps of the link"
     )
+    follow_rate: bool = Field(
+        False, description="shares in proportion to the learning rate, so that they end with it"
+    )
     moments: Literal["carried", "new"] = "carried"
 
     @model_validator(mode="after")

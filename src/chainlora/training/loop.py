@@ -39,6 +39,7 @@ from chainlora.training.optimizers import (
     load_state,
     make_optimizer,
     prune_moments,
+    rate_factor,
     state_tensors,
 )
 from chainlora.training.result import finish
@@ -114,6 +115,7 @@ def _position(run: Run, first: int, num_steps: int, loss: float) -> Position:
         run.progress.step - first,
         num_steps,
         loss,
+        rate=rate_factor(run.train, run.lengths, run.progress.step),
         is_last=is_last,
         norm=run.chain.live_norm,
         memory=run.progress.memory,
