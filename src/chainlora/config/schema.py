@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from chainlora.config.chat_templates import Argument, check_arguments, resolved_template
 from chainlora.config.messages import problems
 
 
@@ -287,6 +288,12 @@ class DataConfig(_Frozen):
     format: Literal[
         "auto", "completion", "chat", "text", "sharegpt", "alpaca", "conversational"
     ] = "auto"
+    chat_template: str | None = Field(
+        None, description="a name, a file or a text; None: the tokenizer's own"
+    )
+    template_arguments: dict[str, Argument] = Field(
+        {}, description="of the chat template, e.g. enable_thinking"
+    )
     num_train: int | None = Field(None, ge=1)
     num_validation: int | None = Field(None, ge=1)
     num_test: int | None = Field(None, ge=1)
@@ -297,6 +304,17 @@ class DataConfig(_Frozen):
         None, description="None: the task's own; files: error, and plain text is split into blocks"
     )
     shots: int = Field(0, ge=0, description="demonstrations before each prompt (in-context)")
+
+    @field_validator("chat_template")
+    @classmethod
+    def _chat_template(cls, template: str | None) -> str | None:
+        return None if template is None else resolved_template(template)
+
+    @field_validator("template_arguments")
+    @classmethod
+    def _template_arguments(cls, arguments: dict[str, Argument]) -> dict[str, Argument]:
+        check_arguments(arguments)
+        return arguments
 
     @model_validator(mode="after")
     def _check(self) -> DataConfig:
