@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 
 import pytest
 from conftest import write_rows
@@ -16,7 +17,7 @@ from chainlora.config.loading import dump_config, parse_yaml
 from chainlora.config.schema import DataConfig
 from chainlora.data.chat_templates import set_chat_template
 from chainlora.data.encoding import encode_examples
-from chainlora.errors import ChainLoRAError, ConfigError, DataError
+from chainlora.errors import ConfigError, DataError
 
 SYSTEM = {"role": "system", "content": "count"}
 PARTS = [{"type": "text", "text": "how many "}, {"type": "text", "text": "dogs?"}]
@@ -101,9 +102,7 @@ def test_chatml_writes_tools_and_calls():
         "</tool_response><|im_end|>\n"
     ) in text
     written = '<tool_call>\n{"name": "count", "arguments": {"what": "dogs"}}\n</tool_call>'
-    assert scored(example, tokenizer) == [
-        [f"{written}\n{written}<|im_end|>", "two dogs<|im_end|>"]
-    ]
+    assert scored(example, tokenizer) == [[f"{written}\n{written}<|im_end|>", "two dogs<|im_end|>"]]
 
 
 def test_a_base_model_learns_to_chat(tiny_folder, sentiment, tmp_path, caplog):
@@ -165,16 +164,16 @@ def test_arguments_are_defaults_of_the_template_that_a_row_may_change():
     ],
 )
 def test_templates_and_arguments_that_are_refused(keys, message):
-    with pytest.raises(ChainLoRAError, match=message) as caught:
-        data = make_config({"model": "m", "data": {"train": "x"} | keys, "chain": {"ranks": []}})
-        set_chat_template(make_tokenizer("bos"), data.data)
-    assert isinstance(caught.value, ConfigError)
+    def use():
+        tree = {"model": "m", "data": {"train": "x"} | keys, "chain": {"ranks": []}}
+        set_chat_template(make_tokenizer("bos"), make_config(tree).data)
+
+    with pytest.raises(ConfigError, match=message) as caught:
+        use()
     assert "\n" not in str(caught.value)
 
 
 def test_every_named_template_is_documented():
-    from pathlib import Path
-
     text = (Path(__file__).resolve().parents[1] / "docs/config.md").read_text(encoding="utf-8")
     for name in NAMES:
         assert f"`{name}`" in text

@@ -244,7 +244,9 @@ def read(smollm2_folder, tmp_path_factory):
         try:
             splits = prepare_splits(data, tokenizer, 1024)
         except DataError as error:
-            return Found("refused", 0, 0, str(error).partition(" (got ")[0].partition(":")[0], [], [])
+            return Found(
+                "refused", 0, 0, str(error).partition(" (got ")[0].partition(":")[0], [], []
+            )
         summary = splits.report()["train"]
         kind = summary.get("recognised") or detect_format(load_rows(path))
         notes = []
@@ -342,7 +344,9 @@ def table(read: Any, trl_labels: Any) -> str:
     return "\n".join(lines) + "\n"
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c.trl is not None], ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case", [c for c in CASES if c.trl is not None], ids=lambda case: case.name
+)
 def test_labels_are_those_of_trl(case, read, trl_labels):
     ids, labels = trl_labels(case)
     found = read(case)

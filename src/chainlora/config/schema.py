@@ -390,6 +390,11 @@ class TrainConfig(_Frozen):
     save_every: int | None = Field(
         100, ge=1, description="steps between checkpoints; None: at knots only"
     )
+    log_every: int | None = Field(
+        None,
+        ge=1,
+        description="steps between lines of a log; None: a tenth of the run, or after a minute",
+    )
     gradient_checkpointing: bool = False
     speedups: Literal["auto", "off"] = "auto"
     trackers: tuple[str, ...] = ()

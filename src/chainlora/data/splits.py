@@ -173,15 +173,15 @@ def _log_summary(split: str, rows: Rows) -> None:
 
 def _log_unread(encoded: Mapping[str, Rows]) -> None:
     """Name each column that nothing reads once, with the splits that have it."""
-    splits: dict[str, list[str]] = {}
+    places: dict[str, list[str]] = {}
     for split, rows in encoded.items():
         for column in rows.summary.unread:
-            splits.setdefault(column, []).append(split)
+            places.setdefault(column, []).append(split)
     alike: dict[str, list[str]] = {}
-    for column, where in splits.items():
-        alike.setdefault(", ".join(where), []).append(column)
-    for where, columns in alike.items():
-        _log.warning("%s: nothing reads %s", where, ", ".join(map(repr, columns)))
+    for column, splits in places.items():
+        alike.setdefault(", ".join(splits), []).append(column)
+    for splits_in_words, columns in alike.items():
+        _log.warning("%s: nothing reads %s", splits_in_words, ", ".join(map(repr, columns)))
 
 
 def _shapes_prompts_of(data: DataConfig, task: Task) -> bool:

@@ -32,8 +32,8 @@ class ChatEncoder:
         if not reader.tokenizer.chat_template:
             raise DataError(
                 "the tokenizer must have a chat template for rows of `messages` (got none); give "
-                "one, as in data.chat_template: zephyr, use a chat model, or write rows of prompt + "
-                "completion"
+                "one, as in data.chat_template: zephyr, use a chat model, or write rows of prompt "
+                "+ completion"
             )
         self.reader = reader
         self.turns_before = turns_before  # of the assistant, that are read and not learnt
@@ -199,7 +199,7 @@ def _without_parts(message: Mapping[str, Any], place: str) -> dict[str, Any]:
     """Return a message without nulls, its content one text where it was parts of text: templates
     of language models write the list itself."""
     found = {key: value for key, value in message.items() if value is not None}
-    content = found.get("content", "")
+    content: Any = found.get("content", "")
     if isinstance(content, str):
         return found
     if not (_is_list(content) and all(map(_is_text_part, content))):
@@ -218,7 +218,7 @@ def _is_text_part(part: Any) -> bool:
 def _with_parsed_calls(message: dict[str, Any]) -> dict[str, Any]:
     """Return a message whose calls have objects as arguments where they had JSON text, which a
     template would quote once more."""
-    calls = message.get("tool_calls")
+    calls: Any = message.get("tool_calls")
     if not (_is_list(calls) and all(isinstance(call, Mapping) for call in calls)):
         return message
     return message | {"tool_calls": [_parsed_call(call) for call in calls]}
