@@ -98,9 +98,9 @@ CASES = [
         CHATML,
     ),
     Case(
-        "chat through the model's own template",
+        "chat through the model's own template, without marks",
         {"messages": [SYSTEM, ASK, ANSWER, *MORE]},
-        '{"messages": […]}, a template without `{% generation %}`',
+        '{"messages": […]}',
         {},
         None,
     ),
