@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from chainlora import __version__
-from chainlora.cli.common import file_and_overrides, is_first_process, quiet
+from chainlora.cli.common import Verbs, file_and_overrides, is_first_process, quiet
 from chainlora.cli.convert import convert_config
 from chainlora.cli.doctor import doctor
 from chainlora.cli.experiments import compare, experiment
@@ -111,7 +111,7 @@ def _fail(message: str, debug: bool) -> int:
     return 1
 
 
-@click.group(context_settings=_HELP)
+@click.group(cls=Verbs, context_settings=_HELP)
 @click.version_option(__version__, prog_name="chainlora")
 @click.option("--debug", is_flag=True, help="Show tracebacks and debug logs (may stand anywhere).")
 @click.pass_context

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict
 from chainlora.config.yaml_text import dump_yaml, parse_yaml
 
 _MANY = 3  # foreign keys in one file: it was written for another tool
+_RECOGNISED = ("alpaca", "sharegpt", "chat_template", "completion")  # types that `auto` finds
 _NO_TOOL = "not a key of chainlora, nor of the tools it knows"
 
 
@@ -176,7 +177,7 @@ def _path(value: Any) -> tuple[Any, str]:
     if others:
         return path, "only the first is taken; put the rows into one file"
     asked = first.get("type") if isinstance(first, Mapping) else None
-    if asked is not None:
+    if asked is not None and asked not in _RECOGNISED:
         return path, f"the type {_shown(asked)} is not read; see data.format for rows"
     return path, ""
 

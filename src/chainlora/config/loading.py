@@ -50,6 +50,11 @@ def load_config(
 def read_tree(path: str | Path) -> dict[str, Any]:
     """Read a YAML file that holds a mapping. Raises ConfigError for any other."""
     path = Path(path)
+    if path.suffix in (".jsonl", ".csv", ".parquet"):
+        raise ConfigError(
+            f"config file must be YAML (got {path}, rows of data); name the rows there, as "
+            f"data: {{train: {path}}}"
+        )
     try:
         tree = parse_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
