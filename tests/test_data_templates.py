@@ -158,7 +158,12 @@ def test_arguments_are_defaults_of_the_template_that_a_row_may_change():
             {"chat_template": CHAT, "template_arguments": {"loud": True}},
             r"must be read by the chat template \(got loud, which it does not mention\)",
         ),
-        ({"chat_template": "chatlm"}, r"'chatlm': No such file .*; did you mean 'chatml'"),
+        ({"chat_template": "chatlm"}, r"'chatlm': no such file\); did you mean 'chatml'"),
+        (
+            {"chat_template": __file__.replace("test_data_templates", "helpers_cli")},
+            r"without \{\{",
+        ),
+        ({"chat_template": str(Path(__file__).parent)}, "no such file"),
         ({"template_arguments": {"messages": 1}}, r"names that a chat template reads.*'messages'"),
         ({"template_arguments": {"a b": 1}}, r"names that a chat template reads.*'a b'"),
     ],

@@ -25,16 +25,23 @@ _GIVEN = ("messages", "tools", "documents", "add_generation_prompt")  # by whoev
 
 def resolved_template(value: str) -> str:
     """Return a name as it is, and the text of a file or of a template. Raises ValueError."""
-    if value in NAMES or "{%" in value or "{{" in value:
+    if value in NAMES or _is_template(value):
         return value
     try:
-        return Path(value).read_text(encoding="utf-8")
+        text = Path(value).read_text(encoding="utf-8") if Path(value).is_file() else None
+        reason = "no such file" if text is None else "a file without {{ or {%"
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        text, reason = None, getattr(error, "strerror", None) or "not UTF-8 text"
+    if text is None or not _is_template(text):
         raise ValueError(
             f"`data.chat_template` must be a name, a file or a Jinja text (got {value!r:.80}: "
             f"{reason}){nearest(value, NAMES)}"
-        ) from None
+        )
+    return text
+
+
+def _is_template(text: str) -> bool:
+    return "{%" in text or "{{" in text
 
 
 def check_arguments(arguments: Mapping[str, Argument]) -> None:
