@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import json
 import os
 import subprocess
@@ -89,6 +90,22 @@ def test_a_slow_run_says_something_every_minute(monkeypatch, capsys):
     said = lines_of_steps(capsys.readouterr().err)
     assert said  # far from a tenth of the run
     assert len(said) < 8
+
+
+def test_a_notebook_gets_lines_and_needs_no_widgets(monkeypatch, capsys):
+    from chainlora.training.events import Planned, StepDone
+
+    class ZMQInteractiveShell:
+        """What rich and others take for a notebook."""
+
+    monkeypatch.setattr(builtins, "get_ipython", ZMQInteractiveShell, raising=False)
+    with progress_listener() as listener:
+        listener(Planned(0, 2, [2], 8, "packed", 1, [], {}))
+        for step in (1, 2):
+            listener(StepDone(step, 0, 1.0, 1e-3, 1.0, 10, 1.0))
+    shown = capsys.readouterr()
+    assert lines_of_steps(shown.err) == [1, 2]
+    assert shown.out == ""
 
 
 def test_a_resume_may_log_otherwise(tree, tmp_path):

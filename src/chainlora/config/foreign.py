@@ -37,14 +37,17 @@ def foreign_keys() -> Mapping[str, ForeignKey]:
     return {key: ForeignKey.model_validate(entry) for key, entry in parse_yaml(text).items()}
 
 
-def foreign_hint(key: str) -> str | None:
-    """Return what an error says of a key of another tool; None for a key of none."""
+def foreign_hint(key: str, value: Any = None) -> str | None:
+    """Return what an error says of a key of another tool, and of its value; None for a key of
+    none."""
     found = foreign_keys().get(key)
     if found is None:
         return None
     if found.ours is None:
         return f"; there is no such key here: {found.say}"
-    return f"; here it is `{found.ours}`" + (f" ({found.say})" if found.say else "")
+    is_known = isinstance(value, bool | str) and value in found.values
+    ours = f"{found.ours}: {found.values[value]}" if is_known else found.ours
+    return f"; here it is `{ours}`" + (f" ({found.say})" if found.say else "")
 
 
 def foreign_file(tree: Mapping[Any, Any], known: Iterable[str]) -> str | None:
