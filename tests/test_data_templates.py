@@ -218,6 +218,13 @@ def test_arguments_of_calls_in_json_are_read_where_the_template_does_not():
     assert scored(text, tokenizer) == [['{"a": 1}</s>']]
 
 
+@pytest.mark.parametrize("arguments", ["loud", ["loud"], {"chat_template": "x"}, {"tokenize": 1}])
+def test_arguments_of_a_row_are_the_template_s_alone(arguments):
+    row = {"messages": TALK[:2], "chat_template_kwargs": arguments}
+    with pytest.raises(DataError, match=r"names that the template reads \(got .* at row 0\)"):
+        encode_examples([row], make_tokenizer("bos", CHAT), "chat")
+
+
 def test_preferences_are_sent_to_a_trainer_that_learns_from_them():
     row = {"prompt": "a", "chosen": "b", "rejected": "c"}
     with pytest.raises(

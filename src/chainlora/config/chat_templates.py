@@ -50,7 +50,7 @@ def check_arguments(arguments: Mapping[str, Argument]) -> None:
         if not re.fullmatch(r"[A-Za-z_]\w*", name) or name in _GIVEN:
             raise ValueError(
                 "`data.template_arguments` must be names that a chat template reads, such as "
-                f"enable_thinking (got {name!r}); correct or remove it"
+                f"enable_thinking (got {name!r:.40}); correct or remove it"
             )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -70,12 +71,12 @@ class _Chat:
         if not _READS_TEXT.search(str(reader.tokenizer.chat_template)):
             self.messages = [_with_parsed_calls(message) for message in self.messages]
         self.tools = _checked_tools(row.get("tools"), row.origin)
-        self.arguments = _checked_arguments(row.get("chat_template_kwargs"), row.origin)
+        self.arguments = _checked_arguments(row.get("chat_template_kwargs"), reader, row.origin)
 
     def render(self, messages: _Messages, **options: Any) -> Any:
         """Return what the template makes of messages, as text unless options ask for tokens."""
         place = self.row.origin
-        options = {"tokenize": False, "tools": self.tools} | self.arguments | options
+        options = self.arguments | {"tokenize": False, "tools": self.tools} | options
         try:
             with time_limit(f"the chat template at {place}"):
                 return self.reader.tokenizer.apply_chat_template(messages, **options)
@@ -230,18 +231,22 @@ def _parsed_call(call: Mapping[str, Any]) -> dict[str, Any]:
         return dict(call) | {"function": _parsed_call(inner)}
     try:
         found = json.loads(call["arguments"])
-    except (KeyError, TypeError, ValueError):  # none, or no JSON text
+    except (KeyError, TypeError, ValueError, RecursionError):  # none, or no JSON text
         return dict(call)
     return dict(call) | ({"arguments": found} if isinstance(found, dict) else {})
 
 
-def _checked_arguments(arguments: Any, place: str) -> dict[str, Any]:
-    if arguments is not None and not isinstance(arguments, Mapping):
+def _checked_arguments(arguments: Any, reader: TokenReader, place: str) -> dict[str, Any]:
+    """Return a row's arguments of the template, which are none of the call that renders it."""
+    if not arguments:
+        return {}
+    of_the_call = inspect.signature(reader.tokenizer.apply_chat_template).parameters
+    if not isinstance(arguments, Mapping) or arguments.keys() & of_the_call.keys():
         raise DataError(
-            "`chat_template_kwargs` must be an object of arguments (got "
+            "`chat_template_kwargs` must be an object of names that the template reads (got "
             f"{arguments!r:.80} at {place}); correct or remove it"
         )
-    return {key: value for key, value in (arguments or {}).items() if value is not None}
+    return {key: value for key, value in arguments.items() if value is not None}
 
 
 def _is_list(value: Any) -> bool:
