@@ -23,7 +23,6 @@ from pydantic import (
 from chainlora.config.chat_templates import Argument, check_arguments, resolved_template
 from chainlora.config.messages import problems
 
-
 # How long a link can be said to be; the keys of `ChainConfig`, of which a config gives one.
 LENGTHS = ("epochs", "steps", "tokens", "minutes")
 
@@ -289,8 +288,8 @@ class ChainConfig(LinkShape):
             )
         if self.plateau is not None and self.knots is not None and self.plateau.of == "norm":
             raise ValueError(
-                "`plateau.of: norm` watches ‖B·A‖, which soft knots keep small (got knots too); use "
-                "plateau.of: loss"
+                "`plateau.of: norm` watches ‖B·A‖, which soft knots keep small (got knots too); "
+                "use plateau.of: loss"
             )
         if self.plateau is not None and self.tune == "full":
             raise ValueError("`plateau` ends links (got tune: full, which has none); leave it out")

@@ -42,8 +42,8 @@ def _check_read(template: object, data: DataConfig) -> None:
     for name in data.template_arguments:
         if name not in str(template):
             raise ConfigError(
-                f"`data.template_arguments` must be read by the chat template (got {name:.40}, which "
-                "it does not mention); correct or remove it"
+                f"`data.template_arguments` must be read by the chat template (got {name:.40}, "
+                "which it does not mention); correct or remove it"
             )
 
 
