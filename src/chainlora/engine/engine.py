@@ -88,7 +88,7 @@ class Engine:
         self.speedups = speedups
         self.notes: list[str] = []
         self.spread: Callable[..., list[Any]] = compute_all  # set where processes share rows
-        self.most: Callable[[int], int] = int  # set where they share the model: forwards go together
+        self.most: Callable[[int], int] = int  # set where they share the model
         self._is_sharded = is_sharded(model)
         self._patches = Patches()
         self._pools: dict[int, Threads] = {}
@@ -103,6 +103,8 @@ class Engine:
             logit_transform(model)  # refuses a model with other logits; found once, not in a thread
             self.path = self._choose_path()
             self._install(training)
+            if self._is_sharded:
+                self.notes.append("weights: shared by processes, whole one layer at a time")
             self._choose_threads(training, threads)
             self._findings.calls.clear()
         except BaseException:
@@ -283,7 +285,7 @@ class Engine:
             yield self.model
 
     def _no_gradients(self) -> AbstractContextManager[Any]:
-        """Inference mode; weights that are gathered in it could not be trained beside afterwards."""
+        """Inference mode, in which weights that are gathered could not be trained on later."""
         return torch.no_grad() if self._is_sharded else torch.inference_mode()
 
     # --- its life ---
@@ -341,7 +343,7 @@ class Engine:
         most = min(torch.get_num_threads(), MOST_THREADS, threads or MOST_THREADS)
         off, found = "speedups are off" if self.speedups == "off" else None, self._findings
         if self._is_sharded:
-            off = off or "processes share the model, layer by layer"
+            off = off or "processes share the weights"
         scoring = off or why_one_thread(self.model, self.path, found.length)
         reason = scoring or found.random
         self.num_threads = 1 if reason else most

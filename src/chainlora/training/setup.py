@@ -40,8 +40,9 @@ def prepare(
     config: RunConfig, resume: bool, listener: Listener, change: Collection[str] = ()
 ) -> Run:
     """Load and check everything a run needs, claim its directory, find where to resume."""
+    share_model = wants_shards(config)
     accelerator = make_accelerator(config)
-    processes = find_processes(accelerator, share_model=wants_shards(config))
+    processes = find_processes(accelerator, share_model=share_model)
     directory = _directory(config, processes)
     try:
         with processes.together():
