@@ -92,7 +92,7 @@ class Traffic:
         before, plain = vars(owner)[name], getattr(owner, name)
 
         def counted(*args: Any, **kwargs: Any) -> Any:
-            given = (kwargs["output_tensor"], kwargs["input_tensor"]) if not args else args
+            given = args if args else (kwargs["output_tensor"], kwargs["input_tensor"])
             out = plain(*args, **kwargs)
             self.now[kind] += amount(given, out)
             return out

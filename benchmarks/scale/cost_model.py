@@ -247,7 +247,7 @@ def check(folder: Path) -> list[tuple[str, float, float]]:
     with torch.device("meta"):
         large = LlamaForCausalLM(LlamaConfig())  # the defaults are Llama-2-7B's
     checkpoint = next((folder / "one" / "checkpoints").iterdir())
-    found = [
+    return [
         ("parameters, 7B", LLAMA_7B.parameters, float(large.num_parameters())),
         ("parameters, small", small.parameters, small_parameters(folder / "model")),
         ("a link on disk", one.link_file(), size(folder / "one/links/000")),
@@ -263,7 +263,6 @@ def check(folder: Path) -> list[tuple[str, float, float]]:
         *check_memory(runs),
         check_knot(),
     ]
-    return found
 
 
 def small_parameters(folder: Path) -> float:

@@ -175,7 +175,7 @@ def modules_of(config: LlamaConfig) -> dict[str, int]:
     attention = hidden * size * 2 * (config.num_attention_heads + config.num_key_value_heads)
     layer = attention + 3 * hidden * width + 2 * hidden
     layers = {f"layer {number}": layer for number in range(config.num_hidden_layers)}
-    ends = {name: config.vocab_size * hidden for name in ("embedding", "head")}
+    ends = dict.fromkeys(("embedding", "head"), config.vocab_size * hidden)
     return layers | ends | {"norm": hidden}
 
 
