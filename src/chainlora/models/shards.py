@@ -103,7 +103,7 @@ def shard(model: Any, count: int, device: torch.device) -> None:
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh(device.type, (count,))
-    body, head = base_model(model), _own_head(model)
+    body, head = _innermost(base_model(model)), _own_head(model)
     embedding = model.get_input_embeddings()
     try:
         for unit in [*_layers(body), *_ends(embedding, head), body, model]:
@@ -148,6 +148,15 @@ def _ends(embedding: nn.Module, head: nn.Module | None) -> list[Any]:
     if head.weight is embedding.weight:
         return [[embedding, head]]
     return [embedding, head]
+
+
+def _innermost(body: nn.Module) -> nn.Module:
+    """Return the module below that holds all there is: some models call it past the one above
+    (OPT)."""
+    inner = [child for child in body.children() if any(True for _ in child.parameters())]
+    is_shell = len(inner) == 1 and not isinstance(inner[0], nn.ModuleList)
+    has_own = any(True for _ in body.parameters(recurse=False))
+    return _innermost(inner[0]) if is_shell and not has_own else body
 
 
 def _layers(body: nn.Module) -> Iterator[nn.Module]:
