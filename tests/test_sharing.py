@@ -238,6 +238,14 @@ def test_fsdp1_is_refused_by_the_name_of_fsdp2(monkeypatch):
     assert wants_shards(config_of(train={"shard": None}))
 
 
+def test_deepspeed_is_refused_by_the_name_of_fsdp2(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(
+        ChainLoRAError, match=r"\(got an Accelerate config with DeepSpeed\); launch"
+    ):
+        wants_shards(config_of())
+
+
 def test_another_kind_of_shards_is_refused():
     with pytest.raises((ChainLoRAError, ValidationError), match=r"train.shard.*fsdp2"):
         config_of(train={"shard": "fsdp1"})

@@ -153,11 +153,11 @@ class Engine:
 
     def _at_head(self, compute: Callable[..., Result], batch: PackedBatch) -> Result:
         """Return ``compute(model, hidden, batch)``, which may use the head's weights."""
-        return inside(
-            head_gatherer(self.model),
-            lambda hidden: compute(self.model, hidden, batch),
-            self.hidden(batch),
-        )
+        hidden = self.hidden(batch)
+        if not self._is_sharded:
+            return compute(self.model, hidden, batch)
+        head = head_gatherer(self.model)
+        return inside(head, lambda hidden: compute(self.model, hidden, batch), hidden)
 
     def add_gradients(
         self,

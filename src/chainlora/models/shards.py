@@ -72,10 +72,8 @@ def inside(module: nn.Module, compute: Callable[..., Result], *inputs: Tensor) -
     """Return ``compute(*inputs)``, computed while the module's own weights are whole.
 
     As in a forward of the module, they are whole again in the backward of the result. `module` is
-    the model or its head.
+    a sharded model or its head.
     """
-    if not is_sharded(module):
-        return compute(*inputs)
     found: Result = getattr(module, _INSIDE)(compute, *inputs)
     return found
 

@@ -85,7 +85,8 @@ def _prepare(
     chain = _new_chain(config, model, folder)
     engine = _new_engine(config, model)
     engine.spread = processes.spread
-    engine.most = processes.most
+    if processes.shares_model:
+        engine.most = processes.most
     try:
         base = _identity(config, chain, files)
         progress = Progress()

@@ -16,9 +16,14 @@ from chainlora.errors import ConfigError
 def wants_shards(config: RunConfig) -> bool:
     """Say whether processes are to share the model: by `train.shard` or by `accelerate launch`.
 
-    Raises ConfigError where Accelerate is set to FSDP1.
+    Raises ConfigError where Accelerate is set to FSDP1 or DeepSpeed.
     """
-    by_accelerate = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    if _is_set("ACCELERATE_USE_DEEPSPEED"):
+        raise ConfigError(
+            "processes share a model by FSDP2 (got an Accelerate config with DeepSpeed); launch "
+            "without it, and set train.shard: fsdp2"
+        )
+    by_accelerate = _is_set("ACCELERATE_USE_FSDP")
     version = os.environ.get("FSDP_VERSION", "1")
     if by_accelerate and version != "2":
         raise ConfigError(
@@ -26,6 +31,10 @@ def wants_shards(config: RunConfig) -> bool:
             "fsdp_version: 2, or launch with torchrun and set train.shard: fsdp2"
         )
     return by_accelerate or config.train.shard == "fsdp2"
+
+
+def _is_set(variable: str) -> bool:
+    return os.environ.get(variable, "false").lower() == "true"
 
 
 def check_shards(config: RunConfig) -> None:
