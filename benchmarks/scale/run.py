@@ -71,16 +71,17 @@ def main() -> None:
     """Measure what is asked for and write the tables."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--only", choices=["engines", "memory"])
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4], help="of memory")
     parser.add_argument("--out", type=Path, default=HERE)
     options = parser.parse_args()
     path = options.out / "results.json"
     results = json.loads(path.read_text()) if path.is_file() else {}
     with tempfile.TemporaryDirectory() as scratch:
-        for name, measure in (("engines", engines), ("memory", memory)):
-            if options.only in (None, name):
-                folder = Path(scratch) / name
-                folder.mkdir()
-                results[name] = measure(folder)
+        if options.only != "memory":
+            results["engines"] = engines(Path(scratch))
+        if options.only != "engines":
+            found = memory(Path(scratch), options.processes)
+            results["memory"] = results.get("memory", {}) | found
     path.write_text(json.dumps(results, indent=1) + "\n")
     (options.out / "results.md").write_text(report(results))
 
@@ -149,17 +150,18 @@ def largest(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> flo
 # --- memory ---
 
 
-def memory(folder: Path) -> dict[str, Any]:
+def memory(folder: Path, counts: list[int]) -> dict[str, Any]:
     """Return what each process holds of a large model, by phases of a run, in bytes."""
-    make_model(folder / "model", LARGE, torch.bfloat16)
+    make_model(folder / "large", LARGE, torch.bfloat16)
     make_rows(folder)
     sizes = {name: 2 * numel for name, numel in modules_of(LARGE).items()}
     found: dict[str, Any] = {"whole": sum(sizes.values()), "module": max(sizes.values())}
     keys = {"dtype": "bfloat16", "shard": "fsdp2", "save_every": None, "eval_at_knots": False}
     # each large block of its own, so that what is freed is given back
     blocks = {"MALLOC_MMAP_THRESHOLD_": "1000000"}
-    for count in (1, 2, 4):
-        planned = job(folder, f"ranks-{count}", keys, steps=[2, 2], evaluate=False)
+    for count in counts:
+        output = f"ranks-{count}"
+        planned = job(folder, output, keys, model="large", steps=[2, 2], evaluate=False)
         launch(count, folder, [planned], **blocks)
         told = [
             json.loads((folder / f"ranks-{count}.json.{rank}").read_text()) for rank in range(count)
@@ -187,6 +189,7 @@ def job(
     output: str,
     train: dict[str, Any],
     *,
+    model: str = "model",
     steps: list[int] = STEPS,
     evaluate: bool = True,
     **keys: Any,
@@ -196,7 +199,7 @@ def job(
     if evaluate:
         data["validation"] = str(folder / "validation.jsonl")
     tree = {
-        "model": str(folder / "model"),
+        "model": str(folder / model),
         "data": data,
         "chain": {"ranks": [8] * len(steps), "target_modules": "all-linear", "steps": steps},
         "train": {"lr": 1e-3, "batch_size": 8, "save_every": 1} | train,
@@ -289,7 +292,7 @@ def memory_table(found: dict[str, Any]) -> list[str]:
         "| most at a knot | share + one module |",
         "|---|---|---|---|---|---|---|",
     ]
-    for count in ("1", "2", "4"):
+    for count in sorted(found.keys() & {"1", "2", "4"}):
         share = whole / int(count)
         told = found[count]
 
