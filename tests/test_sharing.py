@@ -102,8 +102,9 @@ def launched(folders, answers, sentiment, tmp_path_factory) -> Path:
         dtype = "bfloat16" if name == "opt" else "float32"
         told = str(folder / f"load-{name}.json")
         two += [{"load": str(base), "dtype": dtype, "outcome": told}]
+    two += [job("llama", "killed", kill=[1, 3])]
     done = launch(2, folder, two)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert (folder / "killed.json.0").is_file(), done.stderr[-3000:]  # all before it were done
     (folder / "stderr").write_text(done.stderr)
     train(make_config(tree_of("uneven", folder / "to-one")), resume=True)
     return folder
@@ -194,6 +195,12 @@ def test_a_run_of_shares_is_exported_like_any_other(launched, tmp_path):
 
 def test_a_batch_that_cannot_be_shared_is_refused(launched):
     assert "(got 9 for 2 processes)" in outcome(launched, "odd")["error"]
+
+
+def test_a_killed_process_ends_the_others_with_one_sentence(launched):
+    error = outcome(launched, "killed")["error"]
+    assert error.startswith("TrainingError: the 2 processes of a run must go on together")
+    assert RunDirectory(launched / "killed").verify().position.step in (2, 3)
 
 
 # --- what is asked for ---

@@ -208,11 +208,25 @@ class Processes:
         try:
             distributed.all_reduce(tensor)
         except RuntimeError as error:
-            reason = " ".join(str(error).split())
-            raise TrainingError(
-                f"the {self.count} processes of a run must go on together (process {self.rank} "
-                f"lost another one: {reason[:120]}); see what the other one says, then resume"
-            ) from None
+            raise self._lost(error) from None
+
+    @contextmanager
+    def exchanging(self) -> Iterator[None]:
+        """Say it where a forward of a shared model finds that another process is gone."""
+        try:
+            yield
+        except RuntimeError as error:
+            is_lost = isinstance(error, distributed.DistError) or "gloo" in str(error)
+            if self.shares_model and is_lost:
+                raise self._lost(error) from None
+            raise
+
+    def _lost(self, error: RuntimeError) -> TrainingError:
+        reason = " ".join(str(error).split())
+        return TrainingError(
+            f"the {self.count} processes of a run must go on together (process {self.rank} lost "
+            f"another one: {reason[:120]}); see what the other one says, then resume"
+        )
 
 
 def find_processes(accelerator: Accelerator, *, share_model: bool = False) -> Processes:
