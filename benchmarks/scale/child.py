@@ -25,6 +25,8 @@ from chainlora.models.checkpoint import Stored
 from chainlora.training.loop import train
 
 RANK = int(os.environ["RANK"])
+# what FSDP2 calls: by another name since torch 2.13
+GATHER = next(n for n in ("all_gather_single", "all_gather_into_tensor") if hasattr(distributed, n))
 
 
 class Stop(BaseException):
@@ -76,9 +78,7 @@ class Traffic:
         self.last: dict[str, int] = {}
         self._restore = [
             self._count(distributed, "all_reduce", "summed", lambda args, out: args[0].nbytes),
-            self._count(
-                distributed, "all_gather_into_tensor", "gathered", lambda args, out: args[1].nbytes
-            ),
+            self._count(distributed, GATHER, "gathered", lambda args, out: args[0].nbytes),
             self._count(Stored, "read", "read", lambda args, out: out.nbytes),
             self._count(
                 BaseWeights,
