@@ -377,6 +377,12 @@ def inspect(run: str, as_json: bool) -> None:
     "--tolerance", type=float, default=None, help="Compress the adapter to this relative error."
 )
 @click.option(
+    "--quantize",
+    type=click.Choice(["nf4"]),
+    default=None,
+    help="Quantise the merged weights, and say what of the update that loses.",
+)
+@click.option(
     "--links", type=click.IntRange(min=0), default=None, help="The chain as it was after K links."
 )
 @_json
@@ -386,6 +392,7 @@ def export(
     output: str,
     rank: int | None,
     tolerance: float | None,
+    quantize: str | None,
     links: int | None,
     as_json: bool,
 ) -> None:
@@ -396,10 +403,15 @@ def export(
         raise click.UsageError(
             "--rank and --tolerance compress an adapter; use them with --to adapter"
         )
+    if target == "adapter" and quantize is not None:
+        raise click.UsageError("--quantize is for merged weights; use it with --to merged")
     quiet()
     from chainlora.runs.export import export_adapter, export_merged
+    from chainlora.runs.requantizing import export_quantized
 
-    if target == "merged":
+    if quantize is not None:
+        done = export_quantized(run, output, quantize, num_links=links)
+    elif target == "merged":
         done = export_merged(run, output, num_links=links)
     else:
         done = export_adapter(run, output, rank=rank, tolerance=tolerance, num_links=links)
@@ -412,7 +424,9 @@ def export(
             f"adapter of rank {done['rank']} ({kind}) from {done['links']} link(s) in {output}"
         )
     else:
-        click.echo(f"merged checkpoint ({done['dtype']}) of {done['links']} link(s) in {output}")
+        lost = "" if quantize is None else f", {done['lost']:.0%} of the update lost"
+        kind = done["dtype"] if quantize is None else quantize
+        click.echo(f"merged checkpoint ({kind}{lost}) of {done['links']} link(s) in {output}")
 
 
 @cli.command(context_settings=_HELP)

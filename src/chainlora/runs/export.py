@@ -112,7 +112,7 @@ def export_merged(
     run: str | Path, output: str | Path, *, num_links: int | None = None
 ) -> dict[str, Any]:
     """Write the run's model, links merged, as a transformers checkpoint in the base's dtype."""
-    output = _empty(output)
+    output = empty_folder(output)
     model, tokenizer = load_run(run, num_links=num_links)
     reader = RunReader(run)
     manifest = reader.manifest()
@@ -122,7 +122,7 @@ def export_merged(
     done = f"a chain of {len(links)} LoRA link(s) merged into its weights"
     with files.replaced_folder(output) as scratch:
         _save_model(model, tokenizer, scratch)
-        _card(
+        write_card(
             scratch,
             f"`{base}` with {'every weight fine-tuned' if is_whole else done}.",
             base,
@@ -161,7 +161,7 @@ def export_adapter(
     modules.
     """
     _check_compression(rank, tolerance)
-    output = _empty(output)
+    output = empty_folder(output)
     links, base = _links_and_base(run, num_links)
     factors, error = adapter_factors(links, rank=rank, tolerance=tolerance)
     with files.replaced_folder(output) as scratch:
@@ -247,7 +247,8 @@ def _complete_generation(config: Any) -> None:
         config.do_sample = True
 
 
-def _empty(output: str | Path) -> Path:
+def empty_folder(output: str | Path) -> Path:
+    """Return a folder to write into. Raises RunError unless it is new or empty."""
     output = Path(output)
     files.check_writable(output if output.is_dir() else output.parent)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
@@ -260,7 +261,7 @@ def _empty(output: str | Path) -> Path:
 
 def write_adapter_card(folder: Path, num_links: int, rank: int, error: float, base: Base) -> None:
     """Write the model card of a chain as one adapter."""
-    _card(
+    write_card(
         folder,
         f"A chain of {num_links} LoRA link(s) on `{base.model}` as one adapter of rank {rank} "
         f"(relative error {error:.2e}).",
@@ -270,7 +271,8 @@ def write_adapter_card(folder: Path, num_links: int, rank: int, error: float, ba
     )
 
 
-def _card(output: Path, what: str, base: str, library: str, code: str) -> None:
+def write_card(output: Path, what: str, base: str, library: str, code: str) -> None:
+    """Write a model card."""
     front: Mapping[str, str] = {"base_model": base, "library_name": library}
     header = "".join(f"{key}: {value}\n" for key, value in front.items())
     (output / "README.md").write_text(
