@@ -29,6 +29,8 @@ from chainlora.runs.saved_chain import current_links, describe_base
 from chainlora.runs.verification import (
     check_adapter,
     check_checkpoint,
+    skeleton_like,
+    skeleton_of,
     state_digests,
     stores_transposed,
 )
@@ -160,10 +162,11 @@ def export_adapter(
     _check_compression(rank, tolerance)
     output = _empty(output)
     links, base = _links_and_base(run, num_links)
+    skeleton = skeleton_like(run.model) if isinstance(run, Chain) else skeleton_of(base.model)
     factors, error = adapter_factors(links, rank=rank, tolerance=tolerance)
     with files.replaced_folder(output) as scratch:
         written, extra = write_adapter(scratch, links, factors, base)
-        check_adapter(scratch, base.model, factors, extra)
+        check_adapter(scratch, skeleton, factors, extra)
         write_adapter_card(scratch, len(links), written, error, base)
     return {
         "to": "adapter",
@@ -229,6 +232,7 @@ def write_adapter(
         base=base.model,
         extra=extra,
         fan_in_fan_out=base.fan_in_fan_out,
+        task_type=base.task_type,
     )
     return rank, extra
 
