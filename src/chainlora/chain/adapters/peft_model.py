@@ -167,9 +167,16 @@ def _named(modules: Any) -> tuple[str, ...] | str | None:
 
 
 def take_off(model: Any) -> nn.Module:
-    """Take every LoRA off a PEFT model, in place, and return the plain model inside it."""
+    """Take every LoRA off a PEFT model, in place, and return the plain model inside it.
+
+    What PEFT trains whole are copies, which would no longer be tied to what they were tied to: the
+    model gets its own modules back.
+    """
     plain: nn.Module = model.get_base_model()
+    originals = {name: wrapper.original_module for name, wrapper in trained_whole(model).items()}
     model.base_model.unload()
+    for name, module in originals.items():
+        plain.set_submodule(name, module)
     return plain
 
 
