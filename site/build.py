@@ -65,12 +65,17 @@ def lay_out(source: Path) -> None:
     (source / "reference/names.md").write_text(names_page(), encoding="utf-8")
 
 
-def toctrees(nav: dict[str, list[str]], source: Path) -> str:
+def toctrees(nav: dict[str, list[str | dict[str, str]]], source: Path) -> str:
     """Return the navigation as Sphinx reads it."""
     blocks = []
     for caption, pages in nav.items():
-        names = dict.fromkeys(name for page in pages for name in expand(page, source))
-        listed = "\n".join(f"/{name}" for name in names)
+        titled = {page: title for each in pages if isinstance(each, dict)
+                  for title, page in each.items()}
+        plain = [page for each in pages for page in (each.values() if isinstance(each, dict) else [each])]
+        names = dict.fromkeys(name for page in plain for name in expand(page, source))
+        listed = "\n".join(
+            f"{titled[name]} </{name}>" if name in titled else f"/{name}" for name in names
+        )
         blocks.append(f"```{{toctree}}\n:hidden:\n:caption: {caption}\n\n{listed}\n```\n")
     return "\n".join(blocks)
 

@@ -14,7 +14,7 @@ import peft
 import pytest
 import torch
 from heads.checks import CHECKS, RATE, outputs, save_base
-from heads.models import KINDS, load, new_model
+from heads.models import KINDS, config_of, load, new_model, next_tokens
 from safetensors.torch import load_file
 
 from chainlora import Chain, ChainCallback, LinkConfig, export_adapter, load_chain, save_chain
@@ -147,3 +147,35 @@ def test_the_committed_table_has_every_class():
     rows = re.findall(r"^\| (\w+) \| .*? \| (.*?) \| (.*?) \|$", text, flags=re.MULTILINE)
     assert {name for name, *_ in rows if name != "class"} == set(KINDS)
     assert all(cell.startswith("right") for _, *cells in rows[1:] for cell in cells)
+
+
+def test_an_embedding_is_trained_whole_where_nothing_is_tied_to_it(tmp_path):
+    from transformers import LlamaForCausalLM
+
+    config = config_of("LlamaForSequenceClassification")
+    batch = next_tokens()
+    for tied in (False, True):
+        config.tie_word_embeddings = tied
+        chain = Chain(LlamaForCausalLM(config).eval())
+        with pytest.raises(ModelError, match=r"only Linear and Conv1D .*got Embedding at"):
+            chain.extend(LinkConfig(rank=2, target_modules=("embed_tokens", "q_proj")))
+        whole = LinkConfig(rank=2, target_modules=("q_proj",), extra_modules=("embed_tokens",))
+        if tied:
+            with pytest.raises(ModelError, match="must not name a tied head or embedding"):
+                chain.extend(whole)
+            continue
+        start = outputs(chain.model, batch)
+        chain.extend(whole)
+        optimizer = torch.optim.AdamW(chain.parameters(), lr=RATE)
+        chain.model(**batch).loss.backward()
+        optimizer.step()
+        live = outputs(chain.model, batch)
+        chain.tie()
+        torch.testing.assert_close(outputs(chain.model, batch), live, atol=5e-5, rtol=0)  # rounding
+        export_adapter(chain, tmp_path / "adapter")
+        assert "base_model.model.model.embed_tokens.weight" in load_file(
+            tmp_path / "adapter/adapter_model.safetensors"
+        )
+        chain.drop(1)
+        assert torch.equal(outputs(chain.model, batch), start)
+        assert not torch.equal(live, start)
