@@ -1,6 +1,6 @@
 """Print the lowest versions that pyproject.toml allows, as constraints for pip.
 
-    python .ci/lowest.py [EXTRA …] > constraints.txt
+python .ci/lowest.py [EXTRA …] > constraints.txt
 """
 
 from __future__ import annotations

@@ -8,7 +8,6 @@ warning of Sphinx is an error, and so is a link in the built pages that leads no
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import sys
 import tempfile
@@ -56,36 +55,37 @@ def lay_out(source: Path) -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     nav = yaml.safe_load((HERE / "nav.yaml").read_text(encoding="utf-8"))
     (source / "index.md").write_text(readme + "\n" + toctrees(nav, source), encoding="utf-8")
-    for page in source.rglob("*.md"):  # the README is the start page
+    for page in source.rglob("*.md"):
         text = page.read_text(encoding="utf-8")
-        page.write_text(re.sub(r"(\]\((?:\.\./)*)README\.md", r"\1index.md", text)
-                        if page.parent.name != "benchmarks" else text, encoding="utf-8")
+        page.write_text(start_page_for_readme(text, page.relative_to(source)), encoding="utf-8")
     (source / "reference").mkdir()
     (source / "reference/commands.md").write_text(commands_page(), encoding="utf-8")
     (source / "reference/names.md").write_text(names_page(), encoding="utf-8")
 
 
+def start_page_for_readme(text: str, page: Path) -> str:
+    """Return a page whose links to the repository's README lead to the start page instead."""
+    up = "../" * (len(page.parts) - 1)
+    return text.replace(f"]({up}README.md", f"]({up}index.md")
+
+
 def toctrees(nav: dict[str, list[str | dict[str, str]]], source: Path) -> str:
     """Return the navigation as Sphinx reads it."""
     blocks = []
-    for caption, pages in nav.items():
-        titled = {page: title for each in pages if isinstance(each, dict)
-                  for title, page in each.items()}
-        plain = [page for each in pages for page in (each.values() if isinstance(each, dict) else [each])]
-        names = dict.fromkeys(name for page in plain for name in expand(page, source))
-        listed = "\n".join(
-            f"{titled[name]} </{name}>" if name in titled else f"/{name}" for name in names
-        )
+    for caption, entries in nav.items():
+        listed = "\n".join(dict.fromkeys(line for each in entries for line in expand(each, source)))
         blocks.append(f"```{{toctree}}\n:hidden:\n:caption: {caption}\n\n{listed}\n```\n")
     return "\n".join(blocks)
 
 
-def expand(page: str, source: Path) -> list[str]:
-    """Return the pages that an entry of the navigation stands for."""
-    if not page.endswith("*"):
-        return [page]
-    found = sorted((source / page).parent.rglob("*.md"))
-    return [file.relative_to(source).with_suffix("").as_posix() for file in found]
+def expand(entry: str | dict[str, str], source: Path) -> list[str]:
+    """Return the pages that an entry of the navigation stands for, with its title if it has one."""
+    if isinstance(entry, dict):
+        return [f"{title} </{page}>" for title, page in entry.items()]
+    if not entry.endswith("*"):
+        return [f"/{entry}"]
+    found = sorted((source / entry).parent.rglob("*.md"))
+    return [f"/{file.relative_to(source).with_suffix('').as_posix()}" for file in found]
 
 
 # --- reference ---
@@ -169,11 +169,11 @@ def broken_links(site: Path) -> Iterator[str]:
             target = file
             if parts.path:
                 target = Path(os.path.normpath(file.parent / unquote(parts.path)))
+            heading = unquote(parts.fragment)
             if not target.is_file():
                 yield f"{file.relative_to(site)}: {link}"
-            elif parts.fragment and target in pages:
-                if unquote(parts.fragment) not in pages[target].anchors:
-                    yield f"{file.relative_to(site)}: {link} (no such heading)"
+            elif heading and target in pages and heading not in pages[target].anchors:
+                yield f"{file.relative_to(site)}: {link} (no such heading)"
 
 
 if __name__ == "__main__":

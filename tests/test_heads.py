@@ -75,7 +75,7 @@ def test_another_head_is_no_other_base_but_other_layers_are(tmp_path):
     folder = save_base(name, tmp_path / "base")
     save_chain(tuned(name, folder), tmp_path / "chain")
     load_chain(tmp_path / "chain", load(name, folder, seed=9), checkpoint=folder)
-    with pytest.raises(RunError, match="must be the one .* was trained on"):
+    with pytest.raises(RunError, match=r"must be the one .* was trained on"):
         load_chain(tmp_path / "chain", new_model(name, seed=9))
 
 

@@ -31,7 +31,9 @@ def test_the_manifest_names_what_there_is():
 
 def test_the_container_copies_what_an_install_needs():
     text = (ROOT / "Containerfile").read_text(encoding="utf-8")
-    copied = {word for line in re.findall(r"^COPY (.+) \S+$", text, re.MULTILINE) for word in line.split()}
+    copied = {
+        word for line in re.findall(r"^COPY (.+) \S+$", text, re.MULTILINE) for word in line.split()
+    }
     assert copied == {"pyproject.toml", "README.md", "LICENSE", "src"}
     assert [name for name in copied if not (ROOT / name).exists()] == []
 

@@ -16,7 +16,11 @@ from chainlora.config.loading import parse_yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = [ROOT / f"examples/{name}.yaml" for name in ("dates", "chat")]
-LEAST = {"model": "m", "data": {"train": "rows.jsonl"}}
+LEAST = {
+    "model": "m",
+    "data": {"train": "rows.jsonl"},
+    "chain": {"ranks": [8], "steps": [9]},
+}
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +57,7 @@ ACCEPTED = (
     "chain: {ranks: 8, steps: 10}",
     "chain: {ranks: [8, 4], epochs: [1, 0.5], alpha: [16, 8], knots: auto}",
     "chain: {ranks: [8], steps: [9], target_modules: q_proj, knots: {every: 3, share: 0.1}}",
-    "model: {name: m, quantize: nf4}\nchain: {hold: carried}",
+    "model: {name: m, quantize: nf4}\nchain: {ranks: 8, steps: 9, hold: carried}",
     "train: {speedups: off, trackers: tensorboard, max_grad_norm: null}",
 )
 REFUSED = (

@@ -23,7 +23,7 @@ pytest.importorskip("myst_parser", reason="needs chainlora[docs]")
 def site(tmp_path_factory) -> Path:
     """The built site. Sphinx runs apart, where no proxy leads out."""
     output = tmp_path_factory.mktemp("site") / "html"
-    nowhere = {name: "http://127.0.0.1:9" for name in ("http_proxy", "https_proxy")}
+    nowhere = dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:9")
     done = subprocess.run(
         [sys.executable, ROOT / "site/build.py", output],
         env=os.environ | nowhere,

@@ -66,14 +66,14 @@ def table(rows: list[str]) -> str:
         "# Chains on other models",
         "",
         f"transformers {transformers.__version__}, peft {peft.__version__}, torch "
-        f"{torch.__version__}. Tiny models with random weights, two links on all linear layers, the "
-        "head trained whole.",
+        f"{torch.__version__}. Tiny models with random weights, two links on all linear layers, "
+        "the head trained whole.",
         "",
-        "*Right* is: the loss falls; extending and tying change nothing but rounding (the number is "
-        "the largest difference, as a share of what it may be); undo, save and load, and the merged "
-        "checkpoint in transformers give the same bits; the adapter in PEFT, on a base whose new "
-        "head is another one, gives the same outputs to rounding. In the Trainer: resume across a "
-        "knot gives the same bits.",
+        "*Right* is: the loss falls; extending and tying change nothing but rounding (the number "
+        "is the largest difference, as a share of what it may be); undo, save and load, and the "
+        "merged checkpoint in transformers give the same bits; the adapter in PEFT, on a base "
+        "whose new head is another one, gives the same outputs to rounding. In the Trainer: resume "
+        "across a knot gives the same bits.",
         "",
         "| class | head | loop of one's own | `Trainer` with `ChainCallback` |",
         "|---|---|---|---|",

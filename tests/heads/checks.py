@@ -86,7 +86,9 @@ def check_own_loop(name: str, work: Path) -> dict[str, float]:
     adapted = peft.PeftModel.from_pretrained(load(name, folder, seed=4), work / "adapter")
     found["adapter"] = _difference(outputs(adapted, batch), states[2])
     chain.detach().save_pretrained(work / "merged")
-    found["merged"] = _difference(outputs(load(name, work / "merged"), batch), states[2], exact=True)
+    found["merged"] = _difference(
+        outputs(load(name, work / "merged"), batch), states[2], exact=True
+    )
     return found
 
 

@@ -185,7 +185,9 @@ _SEE = {"batch": images}
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")  # beside experts, which are stacked
 
 KINDS: dict[str, Kind] = {
-    "BertForSequenceClassification": Kind("BertConfig", _ENCODER, head=("classifier",), **_CLASSIFY),
+    "BertForSequenceClassification": Kind(
+        "BertConfig", _ENCODER, head=("classifier",), **_CLASSIFY
+    ),
     "RobertaForSequenceClassification": Kind(
         "RobertaConfig", _ENCODER, head=("classifier",), **_CLASSIFY
     ),
@@ -204,7 +206,9 @@ KINDS: dict[str, Kind] = {
         "MixtralConfig", _DECODER | _EXPERTS, head=("score",), targets=_ATTENTION, **_CLASSIFY
     ),
     "BertForTokenClassification": Kind("BertConfig", _ENCODER, head=("classifier",), **_LABEL),
-    "RobertaForTokenClassification": Kind("RobertaConfig", _ENCODER, head=("classifier",), **_LABEL),
+    "RobertaForTokenClassification": Kind(
+        "RobertaConfig", _ENCODER, head=("classifier",), **_LABEL
+    ),
     "LlamaForTokenClassification": Kind("LlamaConfig", _DECODER, head=("score",), **_LABEL),
     "BertForQuestionAnswering": Kind(
         "BertConfig", _ENCODER, answers, "QUESTION_ANS", head=("qa_outputs",)
@@ -223,14 +227,10 @@ KINDS: dict[str, Kind] = {
     "WhisperForConditionalGeneration": Kind("WhisperConfig", _SPEECH, speech),
     "ViTForImageClassification": Kind("ViTConfig", _VISION, head=("classifier",), **_SEE),
     "Dinov2ForImageClassification": Kind("Dinov2Config", _VISION, head=("classifier",), **_SEE),
-    "MixtralForCausalLM": Kind(
-        "MixtralConfig", _DECODER | _EXPERTS, targets=_ATTENTION, **_CAUSAL
-    ),
+    "MixtralForCausalLM": Kind("MixtralConfig", _DECODER | _EXPERTS, targets=_ATTENTION, **_CAUSAL),
     "Qwen2MoeForCausalLM": Kind(
         "Qwen2MoeConfig",
-        _DECODER
-        | _EXPERTS
-        | {"moe_intermediate_size": 16, "shared_expert_intermediate_size": 32},
+        _DECODER | _EXPERTS | {"moe_intermediate_size": 16, "shared_expert_intermediate_size": 32},
         **_CAUSAL,
     ),
 }

@@ -1,5 +1,8 @@
-"""The JSON Schema of a config, for editors: keys, types and choices from the code, and what each key
-means from `meanings.json`, which `make meanings` takes from docs/config.md."""
+"""The JSON Schema of a config, for editors.
+
+Keys, types and choices come from the code, what each key means from `meanings.json`, which `make
+meanings` takes from docs/config.md.
+"""
 
 from __future__ import annotations
 

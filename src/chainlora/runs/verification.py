@@ -80,8 +80,9 @@ def stores_transposed(base: Base, modules: Mapping[str, Any]) -> bool:
 def skeleton_like(model: nn.Module) -> nn.Module | None:
     """Return a model of the same class and config, without weights."""
     if not isinstance(model, PreTrainedModel):
-        logger.warning("the adapter was not checked by loading it: its base is no model of "
-                       "transformers")
+        logger.warning(
+            "the adapter was not checked by loading it: its base is no model of transformers"
+        )
         return None
     with torch.device("meta"):
         return type(model)(copy.deepcopy(model.config))

@@ -261,9 +261,7 @@ def matched_modules(model: nn.Module, config: LinkConfig) -> dict[str, nn.Module
         matched = {
             name: module
             for name, module in model.named_modules()
-            if name
-            and name not in trained_whole
-            and check_target_module_exists(resolved, name)
+            if name and name not in trained_whole and check_target_module_exists(resolved, name)
         }
     if str(config.target_modules).lower() != "all-linear":
         return matched
@@ -396,7 +394,9 @@ def _called_modules(model: nn.Module) -> frozenset[str] | None:
             with evaluation_mode(model), kept_random_state(model), torch.no_grad():
                 ids = torch.arange(1, 9, device=device)[None]
                 both = _is_encoder_decoder(model)
-                model(input_ids=ids, use_cache=False, **({"decoder_input_ids": ids} if both else {}))
+                model(
+                    input_ids=ids, use_cache=False, **({"decoder_input_ids": ids} if both else {})
+                )
         except Exception:  # a model that cannot run is refused where it is to run
             return None
         finally:
