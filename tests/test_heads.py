@@ -18,6 +18,7 @@ from heads.models import KINDS, config_of, load, new_model, next_tokens
 from safetensors.torch import load_file
 
 from chainlora import Chain, ChainCallback, LinkConfig, export_adapter, load_chain, save_chain
+from chainlora.cli.main import run
 from chainlora.errors import ModelError, RunError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -77,6 +78,23 @@ def test_another_head_is_no_other_base_but_other_layers_are(tmp_path):
     load_chain(tmp_path / "chain", load(name, folder, seed=9), checkpoint=folder)
     with pytest.raises(RunError, match=r"must be the one .* was trained on"):
         load_chain(tmp_path / "chain", new_model(name, seed=9))
+
+
+def test_commands_take_a_saved_chain_or_say_what_to_do(tmp_path, capsys):
+    name = "BertForTokenClassification"
+    folder = save_base(name, tmp_path / "base")
+    save_chain(tuned(name, folder), tmp_path / "chain")
+    where = str(tmp_path / "chain")
+    assert run(["inspect", where]) == 0
+    assert run(["export", where, "--to", "adapter", "--output", str(tmp_path / "adapter")]) == 0
+    assert json.loads((tmp_path / "adapter/adapter_config.json").read_text())["task_type"] == (
+        "TOKEN_CLS"
+    )
+    capsys.readouterr()
+    assert run(["export", where, "--to", "merged", "--output", str(tmp_path / "merged")]) == 1
+    assert re.search(
+        r"got one on TOKEN_CLS .*load_chain\(.*\)\.detach\(\)", capsys.readouterr().err
+    )
 
 
 def test_a_damaged_start_is_refused(tmp_path):

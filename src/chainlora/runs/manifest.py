@@ -24,6 +24,7 @@ from chainlora.config.schema import LinkConfig
 from chainlora.errors import ConfigError, RunError
 
 FORMAT = 2
+CAUSAL = "CAUSAL_LM"  # PEFT's name of the task of causal language models
 READABLE = (1, 2)
 INCOMPLETE = "the run directory is incomplete: copy it whole, or start over"
 DAMAGED = "the run directory is damaged: restore the file from a copy, or start over"
@@ -98,7 +99,7 @@ class Base(_Part):
     model: str
     fingerprint: str
     body: str | None = None
-    task_type: str | None = "CAUSAL_LM"
+    task_type: str | None = CAUSAL
     dtype: Annotated[str, Field(pattern=r"^b?float(16|32|64)$")] = "float32"
     files: dict[str, str] | None = None
     fan_in_fan_out: bool = False

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from chainlora.chain.adapters import Factors, is_transposed, reload_adapter
 from chainlora.errors import ChainLoRAError, ModelError
 from chainlora.models.loading import load_model, load_skeleton
-from chainlora.runs.manifest import Base
+from chainlora.runs.manifest import CAUSAL, Base
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ def check_adapter(
 
 def stores_transposed(base: Base, modules: Mapping[str, Any]) -> bool:
     """Say whether the modules store their weights (in × out), as GPT-2's do."""
-    skeleton = skeleton_of(base.model)
+    skeleton = skeleton_of(base)
     if skeleton is None:
         return base.fan_in_fan_out
     return any(is_transposed(skeleton.get_submodule(name)) for name in modules)
@@ -88,13 +88,18 @@ def skeleton_like(model: nn.Module) -> nn.Module | None:
         return type(model)(copy.deepcopy(model.config))
 
 
-def skeleton_of(base: str) -> nn.Module | None:
+def skeleton_of(base: Base) -> nn.Module | None:
     """Return a base without weights; where it is not at hand, that is said."""
-    if not base:
+    if base.task_type != CAUSAL:
+        logger.warning(
+            "the adapter was not checked by loading it: its base is no causal language model"
+        )
+        return None
+    if not base.model:
         logger.warning("the adapter was not checked by loading it: its base has no name")
         return None
     try:
-        return load_skeleton(base)
+        return load_skeleton(base.model)
     except ChainLoRAError as error:
         logger.warning("the adapter was not checked by loading it: %s", error)
         return None
