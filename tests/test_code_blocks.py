@@ -68,5 +68,6 @@ def check_command(words: list[str]) -> None:
         name, *rest = rest
         assert name in command.commands, name
         command = command.commands[name]
-        context = click.Context(command, info_name=name, parent=context)
+        settings = command.context_settings
+        context = click.Context(command, info_name=name, parent=context, **settings)
     command.make_parser(context).parse_args(list(rest))
