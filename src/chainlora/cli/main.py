@@ -25,6 +25,7 @@ from chainlora.cli.doctor import doctor
 from chainlora.cli.experiments import compare, experiment
 from chainlora.cli.generate import chat, generate
 from chainlora.cli.runs import check_run_or_model, explain_gguf, is_run, need_run
+from chainlora.cli.schema import schema
 from chainlora.errors import (
     ChainLoRAError,
     ConfigError,
@@ -472,3 +473,4 @@ cli.add_command(chat)
 cli.add_command(experiment)
 cli.add_command(compare)
 cli.add_command(doctor)
+cli.add_command(schema)

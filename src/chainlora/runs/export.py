@@ -24,12 +24,14 @@ from chainlora.errors import ChainError, RunError
 from chainlora.models.identity import base_files
 from chainlora.models.loading import load_model, resolve_model
 from chainlora.runs.compression import adapter_factors
-from chainlora.runs.manifest import Base, Manifest
+from chainlora.runs.manifest import CAUSAL, Base, Manifest
 from chainlora.runs.reading import RunReader, check_base
 from chainlora.runs.saved_chain import current_links, describe_base
 from chainlora.runs.verification import (
     check_adapter,
     check_checkpoint,
+    skeleton_like,
+    skeleton_of,
     state_digests,
     stores_transposed,
 )
@@ -53,6 +55,12 @@ def load_run(
     """
     reader = RunReader(run)
     manifest = reader.manifest()
+    if manifest.base.task_type != CAUSAL:
+        raise RunError(
+            "only chains on causal language models bring their model with them (got one on "
+            f"{manifest.base.task_type or 'another model'} in {run}); load its model and call "
+            f"load_chain({str(run)!r}, model).detach()"
+        )
     kind = getattr(torch, dtype or manifest.base.dtype)
     if _is_whole_model(reader, manifest):
         if num_links is not None:
@@ -163,10 +171,11 @@ def export_adapter(
     _check_compression(rank, tolerance)
     output = empty_folder(output)
     links, base = _links_and_base(run, num_links)
+    skeleton = skeleton_like(run.model) if isinstance(run, Chain) else skeleton_of(base)
     factors, error = adapter_factors(links, rank=rank, tolerance=tolerance)
     with files.replaced_folder(output) as scratch:
         written, extra = write_adapter(scratch, links, factors, base)
-        check_adapter(scratch, base.model, factors, extra)
+        check_adapter(scratch, skeleton, factors, extra)
         write_adapter_card(scratch, len(links), written, error, base)
     return {
         "to": "adapter",
@@ -232,6 +241,7 @@ def write_adapter(
         base=base.model,
         extra=extra,
         fan_in_fan_out=base.fan_in_fan_out,
+        task_type=base.task_type,
     )
     return rank, extra
 
