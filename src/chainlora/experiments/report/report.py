@@ -23,7 +23,7 @@ from chainlora.experiments.report.report_tables import (
 )
 from chainlora.experiments.report.sections import figure_links, introduction, methods, verdicts
 from chainlora.experiments.report.summaries import Summary, summarise_all
-from chainlora.experiments.report.tables import Table, to_csv
+from chainlora.reports.tables import Table, to_csv
 from chainlora.files import make_folder, write_text
 
 _IN_LATEX = ("scores", "differences", "losses", "gap", "costs")

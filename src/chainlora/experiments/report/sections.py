@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from chainlora.experiments.execution.results import Results
 from chainlora.experiments.report.comparisons import Comparison
 from chainlora.experiments.report.labels import base_note, labels, title
-from chainlora.experiments.report.tables import number
+from chainlora.reports.tables import number
 from chainlora.experiments.report.values import (
     OVERALL,
     digits,
