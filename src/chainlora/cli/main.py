@@ -24,6 +24,7 @@ from chainlora.cli.convert import convert_config
 from chainlora.cli.doctor import doctor
 from chainlora.cli.experiments import compare, experiment
 from chainlora.cli.generate import chat, generate
+from chainlora.cli.report import report
 from chainlora.cli.runs import check_run_or_model, explain_gguf, is_run, need_run
 from chainlora.errors import (
     ChainLoRAError,
@@ -442,6 +443,7 @@ def _task_text(task: Any) -> str:
 cli.add_command(generate)
 cli.add_command(convert_config)
 cli.add_command(chat)
+cli.add_command(report)
 cli.add_command(experiment)
 cli.add_command(compare)
 cli.add_command(doctor)

@@ -1,5 +1,5 @@
-"""The panels of a run's pictures, each drawn into axes: how training went, with the knots marked, and
-what each link of the chain became.
+"""The panels of a run's pictures, each drawn into axes: how training went, with the knots marked,
+and what each link of the chain became.
 
 Colours are of the Okabe–Ito palette and cividis, which readers with any kind of colour vision can
 tell apart.
@@ -318,15 +318,11 @@ def draw_matrix(
     first_row: int = 0,
 ) -> None:
     """Draw numbers from 0 to `top` as colours, the first row above, and as text if it fits."""
+    columns = [column - 0.5 for column in range(len(grid[0]) + 1)]
+    rows = [row - 0.5 for row in range(first_row, first_row + len(grid) + 1)]
     image = axes.pcolormesh(
-        range(len(grid[0])),
-        range(first_row, first_row + len(grid)),
-        grid,
-        cmap="cividis",
-        vmin=0,
-        vmax=top,
-        shading="nearest",
-    )
+        columns, rows, grid, cmap="cividis", vmin=0, vmax=top, edgecolors="face", linewidth=0.3
+    )  # edges of the cells' own colour: without them the page shines through in between
     axes.invert_yaxis()
     axes.grid(visible=False)
     if len(grid) <= _MOST_LABELS and len(grid[0]) <= _MOST_LABELS:

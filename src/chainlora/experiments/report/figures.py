@@ -113,17 +113,20 @@ def _add_key(figure: Any, results: Results, summaries: Sequence[Summary]) -> Non
     if any(summary.paper is not None for summary in summaries):
         label = f"paper ({paper_model(results.experiment['paper'])})"
         keys.append(Line2D([], [], **_DIAMOND, linestyle="", label=label))
+    columns = len(keys) if figure.get_figwidth() > 5 else 2
     figure.legend(
-        handles=keys, loc="outside lower center", ncols=len(keys), fontsize=7, frameon=False
+        handles=keys, loc="outside lower center", ncols=columns, fontsize=7, frameon=False
     )
 
 
 def _draw_method(axis: Any, place: float, results: Results, summary: Summary) -> None:
     values = list(by_seed(results, summary.task, summary.method).values())
-    axis.plot([place] * len(values), values, "o", color=_BLUE, alpha=0.4, markersize=4)
-    axis.plot([place - 0.3, place + 0.3], [summary.mean] * 2, color=_BLUE, linewidth=2)
+    seeds = [place] * len(values)
+    axis.plot(seeds, values, "o", color=_BLUE, alpha=0.4, markersize=4, label="seeds")
+    ends = [place - 0.3, place, place + 0.3]
+    axis.plot(ends, [summary.mean] * 3, color=_BLUE, linewidth=2, label="mean")
     if summary.paper is not None:
-        axis.plot([place], [summary.paper], **_DIAMOND)
+        axis.plot([place], [summary.paper], **_DIAMOND, label="paper")
 
 
 def chain_length(results: Results, summaries: Sequence[Summary]) -> Any:
@@ -173,8 +176,9 @@ def _kind(results: Results, summary: Summary) -> str:
     return ", ".join(words)
 
 
-def differences(comparisons: Sequence[Comparison]) -> Any:
+def differences(comparisons: Sequence[Comparison], *, width: float = 6.5) -> Any:
     """Return a forest plot of the paired differences, coloured by verdict, a panel a unit."""
+    several = len({comparison.task for comparison in comparisons}) > 1
     units: dict[str, list[Comparison]] = {}
     for comparison in reversed(comparisons):
         units.setdefault("loss" if comparison.metric in LOWER_IS_BETTER else "points", []).append(
@@ -183,7 +187,7 @@ def differences(comparisons: Sequence[Comparison]) -> Any:
     sizes = [1 + len(group) for group in units.values()]
     figure, axes = plt.subplots(
         len(units),
-        figsize=(6.5, 0.9 * len(units) + 0.28 * sum(sizes)),
+        figsize=(width, 0.9 * len(units) + 0.28 * sum(sizes)),
         height_ratios=sizes,
         squeeze=False,
         layout="constrained",
@@ -191,10 +195,14 @@ def differences(comparisons: Sequence[Comparison]) -> Any:
     for axis, (unit, group) in zip(axes.flat, units.items(), strict=True):
         for place, comparison in enumerate(group):
             d = comparison.difference
-            axis.plot([d.mean], [place], "s", color=_COLOURS[d.verdict], markersize=5)
+            colour, ends = _COLOURS[d.verdict], [d.low, d.high]
+            axis.plot([d.mean], [place], "s", color=colour, markersize=5, label="difference")
             if d.interval != "none":
-                axis.plot([d.low, d.high], [place, place], color=_COLOURS[d.verdict])
-        names = [f"{c.task}: {c.method} − {c.rival} (n={c.difference.num_pairs})" for c in group]
+                axis.plot(ends, [place, place], color=colour, label="95 % interval")
+        names = [
+            f"{c.task}: " * several + f"{c.method} − {c.rival} (n={c.difference.num_pairs})"
+            for c in group
+        ]
         axis.set_yticks(range(len(names)), names, fontsize=8)
         axis.axvline(0, color="black", linewidth=0.8)
         axis.set_xlabel(
@@ -204,8 +212,9 @@ def differences(comparisons: Sequence[Comparison]) -> Any:
         Line2D([], [], color=_COLOURS[verdict], marker="s", markersize=5, label=verdict)
         for verdict in _COLOURS
     ]
+    columns = len(keys) if width > 5 else 2
     figure.legend(
-        handles=keys, loc="outside lower center", ncols=len(keys), fontsize=7, frameon=False
+        handles=keys, loc="outside lower center", ncols=columns, fontsize=7, frameon=False
     )
     return figure
 
