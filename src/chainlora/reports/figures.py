@@ -181,9 +181,10 @@ def _points(axes: Any) -> Iterator[Point]:
 def _line_points(axes: Any, line: Any, place: _Place) -> Iterator[Point]:
     name = line.get_gid() or line.get_label()
     xs, ys = line.get_xdata(orig=False), line.get_ydata(orig=False)
-    if line.get_transform() != axes.transData:  # a knot: a line from the bottom to the top
+    if line.get_transform() != axes.transData:  # a line from end to end, such as a knot
         if not name.startswith("_"):
-            yield place.rule(name, float(xs[0]))
+            is_level = line.get_transform() is axes.get_yaxis_transform()
+            yield place.level(name, float(ys[0])) if is_level else place.rule(name, float(xs[0]))
         return
     for x, y in zip(xs, ys, strict=True):
         if math.isfinite(x) and math.isfinite(y):
@@ -252,6 +253,13 @@ class _Place:
         ends = round(1 - float(box.y1), 4), round(1 - float(box.y0), 4)
         return Point(name, at, "", text, round(float(right), 4), *ends)
 
+    def level(self, name: str, y: float) -> Point:
+        """Return a line from the left of the axes to the right: a number at every place."""
+        up = self.to_figure.transform((self.axes.get_xlim()[0], y))[1]
+        right = float(self.axes.get_position().x1)
+        value = _named(self.axes.yaxis, y)
+        return Point(name, "", value, f"{name}: {value}", round(right, 4), round(1 - float(up), 4))
+
 
 # --- the table ---
 
@@ -264,8 +272,10 @@ def _table(title: str, figure: Any, points: list[Point]) -> Table:
     found: dict[tuple[str, str], dict[str, None]] = {}
     for point in numbers:
         found.setdefault((point.at, point.series), {})[point.value] = None
-    rows = tuple(
-        (at, *(", ".join(found.get((at, name), {})) or "–" for name in series)) for at in places
-    )
+
+    def cell(at: str, name: str) -> str:
+        return ", ".join(found.get((at, name), {}) or found.get(("", name), {})) or "–"
+
+    rows = tuple((at, *(cell(at, name) for name in series)) for at in places if at)
     head = _plain(figure.axes[0].get_xlabel()) if figure.axes else ""
     return Table(title, (head, *series), rows)

@@ -179,8 +179,9 @@ def mark_knots(panels: Sequence[Any], records: Sequence[Record]) -> None:
     knots = [r["step"] for r in records if r["event"] == "knot"]
     last = max(r["step"] for r in records if "step" in r)
     for axes in panels:
-        for step in knots:
-            axes.axvline(step, color=GREY, linestyle=(0, (4, 3)), linewidth=1)
+        for link, step in enumerate(knots):
+            name = f"link {link} tied"
+            axes.axvline(step, color=GREY, linestyle=(0, (4, 3)), linewidth=1, gid=name)
         axes.set_xlim(-0.04 * max(last, 1), 1.04 * max(last, 1))
     edges = [0, *knots, *([last] if not knots or last > knots[-1] else [])]
     if len(edges) - 1 > _MOST_LABELS:

@@ -242,7 +242,8 @@ def _decorate(axis: Any, task: str, summary: Summary) -> None:
         fontsize=8,
     )
     if summary.majority is not None:
-        axis.axhline(summary.majority, color="black", linestyle=":", linewidth=0.8)
+        name = "commonest answer"
+        axis.axhline(summary.majority, color="black", linestyle=":", linewidth=0.8, gid=name)
     axis.grid(axis="y", alpha=0.3)
 
 
