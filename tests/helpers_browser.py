@@ -60,7 +60,7 @@ PROBE = """
     anchors: [...document.querySelectorAll("nav a")].filter(
       (a) => document.querySelector(a.getAttribute("href")) === null).length,
     dark: matchMedia("(prefers-color-scheme: dark)").matches,
-    colours: [getComputedStyle(document.body).color, getComputedStyle(document.body).backgroundColor],
+    colours: ["color", "backgroundColor"].map((key) => getComputedStyle(document.body)[key]),
   });
 })();
 </script>

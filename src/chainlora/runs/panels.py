@@ -226,6 +226,7 @@ def draw_ranks(axes: Any, links: Sequence[Record]) -> None:
         [link.get("effective_rank", math.nan) for link in links],
         GREEN,
         label="effective rank",
+        inside=True,
     )
     axes.set_ylim(top=1.25 * max(link["rank"] for link in links))
     axes.set_title("directions it uses", loc="left")
@@ -233,11 +234,19 @@ def draw_ranks(axes: Any, links: Sequence[Record]) -> None:
     axes.legend(loc="upper right", ncols=2, fontsize=9)
 
 
-def _bars(axes: Any, values: Sequence[float], color: str, label: str | None = None) -> None:
+def _bars(
+    axes: Any,
+    values: Sequence[float],
+    color: str,
+    label: str | None = None,
+    *,
+    inside: bool = False,
+) -> None:
     bars = axes.bar(range(len(values)), values, width=0.7, color=color, label=label)
     if len(values) <= _MOST_LABELS:
         shown = ["" if math.isnan(value) else f"{value:.3g}" for value in values]
-        axes.bar_label(bars, shown, padding=2, fontsize=8, color="#222222")
+        where, ink = ("center", "#FFFFFF") if inside else ("edge", "#222222")
+        axes.bar_label(bars, shown, label_type=where, padding=2, fontsize=8, color=ink)
     axes.margins(y=0.15)
     axes.grid(axis="x", visible=False)
     _tick_links(axes.xaxis, 0, len(values))
