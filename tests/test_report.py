@@ -244,4 +244,6 @@ def test_an_experiment_of_many_comparisons_is_summed_up(tmp_path):
     pairs = [["chain3", "lora"], ["lora", "chain3"]]
     report_experiment(write_lines(tmp_path / "results.jsonl", pairs=pairs))
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert re.findall(r'<p class="lead">(.*?)</p>', page) == ["Of 2 comparisons: 2 too few pairs."]
+    assert re.findall(r'<p class="lead">(.*?)</p>', page) == [
+        "2 comparisons over all tasks: too few pairs in 2."
+    ]

@@ -109,7 +109,8 @@ def picture(
     from matplotlib import rc_context
 
     for axes in figure.axes:
-        axes.set_title("", loc="left")
+        for place in ("left", "center"):  # the page has a title
+            axes.set_title("", loc=place)
     out = io.StringIO()
     with rc_context(_STYLE):
         figure.savefig(out, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format")))

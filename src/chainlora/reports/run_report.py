@@ -154,7 +154,7 @@ def _tiles(run: RunFacts) -> list[tuple[str, str]]:
         ("steps", f"{run.manifest.position.step:,}"),
         ("time", _duration(run.manifest.position.seconds)),
         ("parameters trained", _whole(result.get("trainable_parameters"))),
-        ("peak memory", _NONE if not result else f"{result['peak_memory_mb']:,} MiB"),
+        ("peak memory", _memory(result)),
         ("‖ΔW‖ of the chain", number(chain.get("delta_norm"), 3)),
     ]
 
@@ -248,7 +248,7 @@ def _costs(runs: Sequence[RunFacts]) -> Table:
             "tokens scored": f"{position.scored_tokens:,}",
             "time": _duration(position.seconds),
             "tokens a second, training": _speed(run),
-            "peak memory": _NONE if not result else f"{result['peak_memory_mb']:,} MiB",
+            "peak memory": _memory(result),
             "parameters trained (largest link)": _whole(result.get("trainable_parameters")),
             "device": str(hardware.get("device", _NONE)),
             "machine": str(hardware.get("machine", _NONE)),
@@ -331,7 +331,16 @@ def _whole(value: int | None) -> str:
 
 def _duration(seconds: float) -> str:
     if seconds < 60:
-        return f"{seconds:.1f} s"
+        return _together(f"{seconds:.1f} s")
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+    return _together(f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s")
+
+
+def _memory(result: Record) -> str:
+    return _together(f"{result['peak_memory_mb']:,} MiB") if result else _NONE
+
+
+def _together(text: str) -> str:
+    """Return a text that no line break divides."""
+    return text.replace(" ", "\N{NO-BREAK SPACE}")

@@ -206,7 +206,7 @@ def differences(comparisons: Sequence[Comparison], *, width: float = 6.5) -> Any
         axis.set_yticks(range(len(names)), names, fontsize=8)
         axis.axvline(0, color="black", linewidth=0.8)
         axis.set_xlabel(
-            f"difference in {group[0].value} ({unit}), right is better (95 % interval)", fontsize=9
+            f"difference in {group[0].value} ({unit}), right is better\n(95 % interval)", fontsize=9
         )
     keys = [
         Line2D([], [], color=_COLOURS[verdict], marker="s", markersize=5, label=verdict)

@@ -19,7 +19,7 @@ from chainlora.reports.figures import Picture, draw, page_style, picture
 from chainlora.reports.page import Block, Column, Numbers, Page, Section, Text
 from chainlora.reports.tables import Table
 
-_WIDTH = 4.6  # inches of a forest plot: a phone can show it
+_WIDTH = 4.4  # inches of a forest plot: a phone can show it
 _OF_SCORES: Mapping[str, tuple[str, Callable[[Results, Sequence[Summary]], Any]]] = {
     "scores": ("Scores", figures.scores),
     "chain_length": ("Score by the number of links", figures.chain_length),

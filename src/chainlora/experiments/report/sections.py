@@ -81,15 +81,20 @@ def headline(comparisons: Sequence[Comparison]) -> str:
     if len(chosen) == 1:
         said = sentence(chosen[0])
         return f"{said[0].upper()}{said[1:]}."
+    place = " over all tasks" if chosen[0].task == OVERALL else ""
     counts = []
     for verdict in VERDICTS:
         own = [c for c in chosen if c.difference.verdict == verdict]
         if own:
-            named = ", ".join(f"{c.method} against {c.rival} on {c.task}" for c in own[:3])
-            more = f" and {len(own) - 3} more" if len(own) > 3 else ""
+            named = ", ".join(f"{c.method} against {c.rival}{_on(c)}" for c in own[:3])
+            named += f" and {len(own) - 3} more" if len(own) > 3 else ""
             is_clear = verdict in ("wins", "loses")
-            counts.append(f"{len(own)} {verdict}" + (f" ({named}{more})" if is_clear else ""))
-    return f"Of {len(chosen)} comparisons: {', '.join(counts)}."
+            counts.append(f"{verdict} in {len(own)}" + f" ({named})" * is_clear)
+    return f"{len(chosen)} comparisons{place}: {', '.join(counts)}."
+
+
+def _on(comparison: Comparison) -> str:
+    return "" if comparison.task == OVERALL else f" on {comparison.task}"
 
 
 def sentence(comparison: Comparison) -> str:
