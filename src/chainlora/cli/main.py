@@ -367,6 +367,21 @@ def inspect(run: str, as_json: bool) -> None:
 @click.option(
     "--links", type=click.IntRange(min=0), default=None, help="The chain as it was after K links."
 )
+@click.option(
+    "--push-to-hub",
+    "repository",
+    metavar="OWNER/NAME",
+    default=None,
+    help="Upload it too, to this repository, with the chain's story as its card.",
+)
+@click.option("--private", is_flag=True, help="Make the repository private, if it is a new one.")
+@click.option(
+    "--base-name",
+    metavar="HUB_ID",
+    default=None,
+    help="What card and adapter call the base. Default: as the run does.",
+)
+@click.option("--license", "licence", metavar="ID", default=None, help="For the card: apache-2.0.")
 @_json
 def export(
     run: str,
@@ -375,22 +390,34 @@ def export(
     rank: int | None,
     tolerance: float | None,
     links: int | None,
+    repository: str | None,
+    private: bool,
+    base_name: str | None,
+    licence: str | None,
     as_json: bool,
 ) -> None:
     """Turn RUN into a merged checkpoint or one PEFT adapter (exact, of rank Σr or wider, or
-    compressed)."""
+    compressed), in a folder and on the Hub."""
     need_run(run)
     if target == "merged" and (rank is not None or tolerance is not None):
         raise click.UsageError(
             "--rank and --tolerance compress an adapter; use them with --to adapter"
         )
     quiet()
-    from chainlora.runs.export import export_adapter, export_merged
+    from chainlora.runs.export import Naming, export_adapter, export_merged
+    from chainlora.runs.hub import check_push, push_folder
 
+    naming = Naming(repository, base_name, licence)
+    if repository is not None:
+        check_push(run, target, naming)
     if target == "merged":
-        done = export_merged(run, output, num_links=links)
+        done = export_merged(run, output, num_links=links, naming=naming)
     else:
-        done = export_adapter(run, output, rank=rank, tolerance=tolerance, num_links=links)
+        done = export_adapter(
+            run, output, rank=rank, tolerance=tolerance, num_links=links, naming=naming
+        )
+    if repository is not None:
+        done["commit"] = push_folder(output, repository, private=private)
     if as_json:
         _print_json(done)
         return
@@ -401,6 +428,8 @@ def export(
         )
     else:
         click.echo(f"merged checkpoint ({done['dtype']}) of {done['links']} link(s) in {output}")
+    if repository is not None:
+        click.echo(f"pushed to {repository}: {done['commit']}")
 
 
 @cli.command(context_settings=_HELP)

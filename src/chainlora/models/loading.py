@@ -64,7 +64,7 @@ def load_model(
     config = _load_config(folder)
     _refuse_pickle(folder)
     _check_layers(config, folder)
-    tokenizer = _load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder)
     keys: dict[str, Any] = {}
     if quantize is not None:
         _refuse_quantized(config, folder)
@@ -290,7 +290,11 @@ def _check_layers(config: Any, folder: Path) -> None:
         )
 
 
-def _load_tokenizer(folder: Path) -> Any:
+def load_tokenizer(folder: Path) -> Any:
+    """Return the tokenizer of a model folder, padding with a token it has.
+
+    Raises ModelError if there is none, or it does not load.
+    """
     if not any(next(folder.glob(pattern), None) for pattern in TOKENIZERS):
         raise ModelError(
             f"a model folder must hold its tokenizer (got no tokenizer.json or the like in "
