@@ -93,7 +93,7 @@ def thinned(steps: Sequence[Record]) -> tuple[list[Record], int]:
     width = max(1, -(-len(steps) // _MOST_POINTS))
     if width == 1:
         return list(steps), 1
-    found = []
+    found: list[Record] = []
     for _, own in groupby(steps, key=lambda record: record["link"]):
         of_link = list(own)
         for start in range(0, len(of_link), width):

@@ -47,10 +47,14 @@ def report_runs(
     found = read_runs(runs)
     path = Path(output) if output is not None else (found[0].path if len(found) == 1 else Path())
     path = path / NAME if output is None else path
-    answered = {
-        run.name: answers(run, prompts, max_new_tokens=max_new_tokens, progress=progress)
-        for run in (found if prompts is not None else ())
-    }
+    answered = (
+        {
+            run.name: answers(run, prompts, max_new_tokens=max_new_tokens, progress=progress)
+            for run in found
+        }
+        if prompts is not None
+        else {}
+    )
     size = write_page(run_page(found, answered), path)
     return {"output": str(path), "bytes": size, "runs": [str(run.path) for run in found]}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from chainlora.experiments.execution.results import Results
@@ -18,6 +19,8 @@ from chainlora.experiments.report.summaries import Summary
 from chainlora.reports.figures import Picture, draw, page_style, picture
 from chainlora.reports.page import Block, Column, Numbers, Page, Section, Text
 from chainlora.reports.tables import Table
+
+_Panel = Callable[[Any, Results, str], None]
 
 _WIDTH = 4.4  # inches of a forest plot: a phone can show it
 _OF_SCORES: Mapping[str, tuple[str, Callable[[Results, Sequence[Summary]], Any]]] = {
@@ -73,16 +76,10 @@ def _differences(results: Results, comparisons: Sequence[Comparison]) -> list[Bl
     for task in dict.fromkeys(comparison.task for comparison in comparisons):
         own = [comparison for comparison in comparisons if comparison.task == task]
         table = differences_table(own, "score", explained=False)
-        note = "95 % intervals; right is better"
         name = f"Paired differences: {task}"
-        found.append(
-            _drawn(
-                name,
-                note,
-                lambda own=own: figures.differences(own, width=_WIDTH),
-                Table(name, table.heads, table.rows),
-            )
-        )
+        make = partial(figures.differences, own, width=_WIDTH)
+        named = Table(name, table.heads, table.rows)
+        found.append(_drawn(name, "95 % intervals; right is better", make, named))
     return found
 
 
@@ -93,8 +90,7 @@ def _scores(results: Results, summaries: Sequence[Summary]) -> list[Block]:
         for task in dict.fromkeys(summary.task for summary in summaries):
             own = [summary for summary in summaries if summary.task == task]
             if make is not None and (name != "chain_length" or any(s.ranks for s in own)):
-                title = f"{what}: {task}"
-                found.append(_drawn(title, "", lambda make=make, own=own: make(results, own)))
+                found.append(_drawn(f"{what}: {task}", "", partial(make, results, own)))
     return found
 
 
@@ -113,31 +109,24 @@ def _drawn(name: str, note: str, make: Callable[[], Any], table: Table | None = 
 def _curves(results: Results) -> list[Block]:
     if "curves" not in results.experiment["figures"]:
         return []
+    losses = "mean over seeds; ticks are knots"
+    differences = "paired by seed; up is better"
     found: list[Block] = []
     for task in results.experiment["tasks"]:
-        for name, note, curves, panel in (
-            ("Validation loss", "mean over seeds; ticks are knots", loss_curves, draw_losses),
-            (
-                "Rival's loss less the method's",
-                "paired by seed; up is better",
-                difference_curves,
-                draw_differences,
-            ),
-        ):
-            if curves(results, task):
-                found.append(
-                    draw(
-                        f"{name}: {task}",
-                        f"{note}; bands are 95 % intervals where seeds allow one",
-                        lambda figure, panel=panel, task=task: _panel(figure, panel, results, task),
-                    )
-                )
+        if loss_curves(results, task):
+            found.append(_curve(f"Validation loss: {task}", losses, draw_losses, results, task))
+        if difference_curves(results, task):
+            name = f"Rival's loss less the method's: {task}"
+            found.append(_curve(name, differences, draw_differences, results, task))
     return found
 
 
-def _panel(
-    figure: Any, panel: Callable[[Any, Results, str], None], results: Results, task: str
-) -> None:
+def _curve(name: str, note: str, panel: _Panel, results: Results, task: str) -> Picture:
+    note = f"{note}; bands are 95 % intervals where seeds allow one"
+    return draw(name, note, partial(_panel, panel=panel, results=results, task=task))
+
+
+def _panel(figure: Any, *, panel: _Panel, results: Results, task: str) -> None:
     axes = figure.subplots()
     panel(axes, results, task)
     axes.set_xlabel("step")
