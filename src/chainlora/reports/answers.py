@@ -32,18 +32,34 @@ class Prompt:
     expected: str | None = None
 
 
+def read_prompts(wanted: str, runs: Sequence[RunFacts]) -> int | list[str]:
+    """Return what `wanted` stands for: so many rows of each run's own data, or the texts of a file.
+
+    Raises DataError where there are none.
+    """
+    if wanted.isdecimal():
+        for run in runs:
+            if run.config is None:
+                raise DataError(f"a saved chain has no rows of its own (got {run.path}); {_ASK}")
+        return int(wanted)
+    texts = _texts(Path(wanted))
+    if not texts:
+        raise DataError(f"a file of prompts must have some (got none in {wanted}); {_ASK}")
+    return texts
+
+
 def answers(
     run: RunFacts,
-    wanted: str,
+    wanted: int | Sequence[str],
     *,
     max_new_tokens: int,
     progress: Callable[[str], None] | None = None,
 ) -> list[Answer]:
     """Answer prompts greedily with the chain as it was after 0, 1, … links.
 
-    `wanted` is a number of rows of the run's own data (validation, else test, else training), or a
-    file. The model is loaded once for each number of links. Raises DataError where there are no
-    prompts.
+    `wanted` is as `read_prompts` gives it. Own rows are those of the validation data, else of the
+    test or training data. The model is loaded once for each number of links. Raises DataError where
+    rows have no prompts.
     """
     prompts: list[Prompt] = []
     columns: list[tuple[str, list[str]]] = []
@@ -51,7 +67,10 @@ def answers(
         if progress is not None:
             progress(f"{run.name}: answers after {count} link(s)")
         model, tokenizer = load_run_or_model(run.path, num_links=count)
-        prompts = prompts or read_prompts(run, wanted, model, tokenizer)
+        if not prompts and isinstance(wanted, int):
+            prompts = _own_prompts(run, wanted, model, tokenizer)
+        elif not prompts and not isinstance(wanted, int):
+            prompts = [Prompt(tuple(tokenizer(text)["input_ids"]), text) for text in wanted]
         texts = generate_greedy(
             to_accelerator(model),
             tokenizer,
@@ -65,16 +84,6 @@ def answers(
         Answer(prompt.text, prompt.expected, [(name, texts[row]) for name, texts in columns])
         for row, prompt in enumerate(prompts)
     ]
-
-
-def read_prompts(run: RunFacts, wanted: str, model: Any, tokenizer: Any) -> list[Prompt]:
-    """Return the prompts that a number of rows or a file stands for."""
-    if wanted.isdecimal():
-        return _own_prompts(run, int(wanted), model, tokenizer)
-    texts = _texts(Path(wanted))
-    if not texts:
-        raise DataError(f"a file of prompts must have some (got none in {wanted}); {_ASK}")
-    return [Prompt(tuple(tokenizer(text)["input_ids"]), text) for text in texts]
 
 
 def _texts(path: Path) -> list[str]:
@@ -96,8 +105,7 @@ def _texts(path: Path) -> list[str]:
 
 
 def _own_prompts(run: RunFacts, count: int, model: Any, tokenizer: Any) -> list[Prompt]:
-    if run.config is None:
-        raise DataError(f"a saved chain has no rows of its own (got {run.path}); {_ASK}")
+    assert run.config is not None
     rows: Rows = MemoryRows()
     for split in ("validation", "test", "train"):
         splits = prepare_splits(run.config.data, tokenizer, context_length(model), to_score=split)

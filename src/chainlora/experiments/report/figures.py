@@ -25,6 +25,7 @@ from chainlora.experiments.statistics.pairs import VERDICTS
 _PANEL = 3.2  # inches
 _BLUE = "#0969da"
 _DIAMOND: dict[str, Any] = {"marker": "D", "color": "#bf8700", "markersize": 5, "fillstyle": "none"}
+_BAR: dict[str, Any] = {"marker": "_", "color": _BLUE, "markersize": 16, "markeredgewidth": 2}
 _COLOURS = dict(zip(VERDICTS, ("#1a7f37", "#cf222e", "#57606a", "#bfc4ca"), strict=True))
 
 
@@ -123,8 +124,7 @@ def _draw_method(axis: Any, place: float, results: Results, summary: Summary) ->
     values = list(by_seed(results, summary.task, summary.method).values())
     seeds = [place] * len(values)
     axis.plot(seeds, values, "o", color=_BLUE, alpha=0.4, markersize=4, label="seeds")
-    ends = [place - 0.3, place, place + 0.3]
-    axis.plot(ends, [summary.mean] * 3, color=_BLUE, linewidth=2, label="mean")
+    axis.plot([place], [summary.mean], **_BAR, label="mean")
     if summary.paper is not None:
         axis.plot([place], [summary.paper], **_DIAMOND, label="paper")
 
