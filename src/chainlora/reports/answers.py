@@ -38,6 +38,8 @@ def read_prompts(wanted: str, runs: Sequence[RunFacts]) -> int | list[str]:
     Raises DataError where there are none.
     """
     if wanted.isdecimal():
+        if int(wanted) < 1:
+            raise DataError(f"--prompts must be at least 1 (got {wanted}); {_ASK}")
         for run in runs:
             if run.config is None:
                 raise DataError(f"a saved chain has no rows of its own (got {run.path}); {_ASK}")

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from chainlora.config.schema import RunConfig
-from chainlora.reports.answers import answers, changes
+from chainlora.reports.answers import answers, changes, read_prompts
 from chainlora.reports.page import (
     Answer,
     Block,
@@ -47,14 +47,13 @@ def report_runs(
     found = read_runs(runs)
     path = Path(output) if output is not None else (found[0].path if len(found) == 1 else Path())
     path = path / NAME if output is None else path
-    answered = (
-        {
-            run.name: answers(run, prompts, max_new_tokens=max_new_tokens, progress=progress)
-            for run in found
-        }
-        if prompts is not None
-        else {}
-    )
+    answered: dict[str, list[Answer]] = {}
+    if prompts is not None:
+        wanted = read_prompts(prompts, found)
+        for run in found:
+            answered[run.name] = answers(
+                run, wanted, max_new_tokens=max_new_tokens, progress=progress
+            )
     size = write_page(run_page(found, answered), path)
     return {"output": str(path), "bytes": size, "runs": [str(run.path) for run in found]}
 
