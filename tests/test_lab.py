@@ -25,7 +25,7 @@ import run as lab_run
 import search
 import source
 import texts
-from arms import Arm, Lora, make
+from arms import Arm, Lora, _balance, make, scalora_scales
 from model import Tiny, compiled
 
 STEPS, LENGTH, LR = 12, 16, 3e-3
@@ -123,6 +123,34 @@ def test_decay_shrinks_the_product_and_leaves_the_weights():
         middle = (before[name] + trained.base[name]) / 2
         torch.testing.assert_close(weight, middle, **CLOSE)
         assert torch.equal(trained.base[name], trained.tiny.stacks[name])
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+def test_scales_of_scalora_keep_the_share_and_are_a_least_step(rank):
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randn(2, rank, 9, generator=generator)
+    b = torch.randn(2, 6, rank, generator=generator)
+    dense = torch.randn(2, 6, 9, generator=generator)
+    grad_a, grad_b = b.mT @ dense, dense @ a.mT
+    balanced = _balance(a, b, 0.1)
+    found = scalora_scales(a, b, grad_a, grad_b, balanced)
+    torch.testing.assert_close(found.a * found.b, balanced.a * balanced.b)
+    # At rank 1 the paper's bound, −x·p² − y·q² + (x²b²p² + 2xyγ² + y²a²q²)/2, has its minimum over
+    # x, y at their ratio: no other ratio of the same product, however scaled, is below.
+    if rank > 1:
+        return
+    p, q = grad_a.square().sum((1, 2)), grad_b.square().sum((1, 2))
+    quadratic = torch.stack([b.square().sum((1, 2)) * p, a.square().sum((1, 2)) * q])
+    gamma = (b.mT @ grad_b).square().flatten()
+
+    def least(ratio: torch.Tensor) -> torch.Tensor:
+        """The minimum of the bound over the scale of (x, y) = t·(ratio, 1): −linear²/(2·curve)."""
+        curve = ratio**2 * quadratic[0] + 2 * ratio * gamma + quadratic[1]
+        return -((ratio * p + q) ** 2) / (2 * curve)
+
+    ratio = (found.b / found.a).square().flatten()
+    for factor in (0.9, 1.1):
+        assert (least(ratio) < least(ratio * factor)).all()
 
 
 def test_the_search_extends_until_the_best_rate_is_interior():

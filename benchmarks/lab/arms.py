@@ -6,6 +6,7 @@ decay       soft with ``tied: false``: the same shrink, nothing is folded into t
 balance     soft with ``share: 0``: factors are made equal in norm, nothing else
 plus        `b_ratio`: B's rate is so many times A's (LoRA+, arXiv 2402.12354)
 relative    `relative: true`: balanced, and each component's step in proportion to its norm
+scalora     `scales: scalora`: soft, with the proportions of ScaLoRA's scales (`scalora_scales`)
 ema         `ema`: results are those of averaged weights
 full        ``rank: 0``: all 35 weights are trained
 """
@@ -43,6 +44,7 @@ class Arm:
     tied: bool = True
     fading: bool = False  # shares follow the schedule of the learning rate
     moments: str = "carried"
+    scales: str = "balanced"
     b_ratio: float = 1.0
     relative: bool = False
     ema: float | None = None  # time constant, as a fraction of the steps
@@ -187,7 +189,10 @@ class Lora:
         scales = {}
         for name in MODULES:
             a, b = self.a[name], self.b[name]
-            scales[name] = scale = _balance(a, b, share)
+            scale = _balance(a, b, share)
+            if self.arm.scales == "scalora":
+                scale = scalora_scales(a, b, a.grad, b.grad, scale)
+            scales[name] = scale
             if self.arm.tied:
                 self.rows(self.base, name).baddbmm_(b * scale.tied.unsqueeze(1), a)
             a.mul_(scale.a.unsqueeze(2))
@@ -253,6 +258,38 @@ def _balance(a: Tensor, b: Tensor, share: float) -> Balance:
     """Return the scales [layers, rank] of a soft knot in one module of every layer."""
     one = partial(balance, share=share)
     return Balance(*torch.vmap(lambda a, b: tuple(one(a, b)))(a.detach(), b.detach()))
+
+
+def scalora_scales(
+    a: Tensor, b: Tensor, grad_a: Tensor, grad_b: Tensor, balanced: Balance
+) -> Balance:
+    """Return scales of the same products αβ as `balanced`, in the proportions of ScaLoRA.
+
+    arXiv 2510.23818: with P = ∇A [layers, rank, in], Q = ∇B [layers, out, rank] and Γ = Bᵀ·Q, the
+    squared scales of B and A solve [[(BᵀB)∘(PPᵀ), Γ∘Γ], [(Γ∘Γ)ᵀ, (AAᵀ)∘(QᵀQ)]]·x = [‖p‖²; ‖q‖²], up
+    to a factor, which is the paper's bound on smoothness. That factor is settled here by the share
+    that is tied, so that arms differ in the proportions alone. Where Γ is zero and the rank 1,
+    these are the balanced ones. A component whose solution is not positive is balanced.
+    """
+    rank = a.shape[1]
+    gamma = (b.mT @ grad_b).square()
+    system = torch.cat(
+        [
+            torch.cat([(b.mT @ b) * (grad_a @ grad_a.mT), gamma], dim=2),
+            torch.cat([gamma.mT, (a @ a.mT) * (grad_b.mT @ grad_b)], dim=2),
+        ],
+        dim=1,
+    ).double()
+    right = torch.cat([grad_a.square().sum(2), grad_b.square().sum(1)], dim=1).double()
+    scale = system.diagonal(dim1=1, dim2=2).clamp_min(1e-300).rsqrt()  # gradients are tiny
+    system = scale.unsqueeze(2) * system * scale.unsqueeze(1)
+    solved = scale * torch.linalg.lstsq(system, (scale * right).unsqueeze(2)).solution.squeeze(2)
+    squared_b, squared_a = solved[:, :rank], solved[:, rank:]
+    valid = (squared_a > 0) & (squared_b > 0) & solved.isfinite().all(1, keepdim=True)
+    product = (balanced.a * balanced.b).double()
+    ratio = torch.where(valid, squared_b / squared_a, (balanced.b / balanced.a).double() ** 2)
+    alpha, beta = (product / ratio.sqrt()).sqrt(), (product * ratio.sqrt()).sqrt()
+    return Balance(alpha.to(a.dtype), beta.to(b.dtype), balanced.tied)
 
 
 def _adamw(groups: Iterable[list[Tensor]], lr: float, ratios: list[float]) -> torch.optim.AdamW:

@@ -22,6 +22,7 @@ knows nothing of earlier links.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,7 +37,7 @@ from chainlora.chain.base_weights import BaseWeights, fingerprint
 from chainlora.chain.holding import Carried, Tied
 from chainlora.chain.initialization import Backward, initialize
 from chainlora.chain.link import Link
-from chainlora.chain.low_rank import compress_together
+from chainlora.chain.low_rank import compress_together, frobenius_norm
 from chainlora.chain.soft_knot import Balance, balance
 from chainlora.config.schema import LinkConfig
 from chainlora.errors import ChainError
@@ -215,6 +216,14 @@ class Chain:
     def parameters(self) -> Iterator[nn.Parameter]:
         """Yield what the live link trains: give these, and nothing else, to a fresh optimizer."""
         return self._need_live("parameters").adapter.parameters()
+
+    @torch.no_grad()
+    def live_norm(self) -> float:
+        """Return ‖s·B·A‖_F over all modules of the live link."""
+        adapter = self._need_live("live_norm").adapter
+        pairs = [adapters.live_factors(adapter, name) for name in adapter.layers]
+        norms = [frobenius_norm([(a, b, adapter.config.scaling)]) for a, b in pairs]
+        return math.sqrt(math.fsum(norm**2 for norm in norms))
 
     def live_link(self) -> Link:
         """Return the live link as it is now: what tying it would add. Changes nothing."""

@@ -15,6 +15,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from chainlora.config.messages import problems
 
 
+# How long a link can be said to be; the keys of `ChainConfig`, of which a config gives one.
+LENGTHS = ("epochs", "steps", "tokens", "minutes")
+
+
 class _Frozen(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False
@@ -172,6 +176,19 @@ class KnotConfig(_Frozen):
         return self
 
 
+class PlateauConfig(_Frozen):
+    """When a link has stopped to learn: every `patience` steps, `of` is compared with what it was.
+
+    A link ends early, and the last link gets the steps that are left.
+    """
+
+    of: Literal["norm", "loss"] = "norm"
+    patience: int = Field(50, ge=1, description="steps between comparisons")
+    min_change: float = Field(
+        0.02, gt=0, lt=1, description="relative growth of the norm, or fall of the loss"
+    )
+
+
 class ChainConfig(LinkShape):
     """The chain: how long, how wide, how long each link is tuned.
 
@@ -188,8 +205,13 @@ class ChainConfig(LinkShape):
     knots: KnotConfig | None = Field(
         None, description="soft knots inside each link; `auto` chooses their distance and share"
     )
+    plateau: PlateauConfig | None = Field(
+        None, description="end a link, the last one excepted, when it has stopped to learn"
+    )
     epochs: tuple[float, ...] | None = None
     steps: tuple[int, ...] | None = None
+    tokens: tuple[float, ...] | None = None
+    minutes: tuple[float, ...] | None = None
     hold: Literal["tied", "carried"] = "tied"
     tune: Literal["lora", "full"] = "lora"
 
@@ -214,12 +236,14 @@ class ChainConfig(LinkShape):
 
     @model_validator(mode="after")
     def _check(self) -> ChainConfig:
-        if self.epochs is not None and self.steps is not None:
-            raise ValueError("give `epochs` or `steps`, not both (got both); set one to null")
-        for key in ("epochs", "steps"):
+        given = [key for key in LENGTHS if getattr(self, key) is not None]
+        if len(given) > 1:
+            raise ValueError(
+                f"give one of `epochs`, `steps`, `tokens` and `minutes` (got {' and '.join(given)})"
+                "; set the others to null"
+            )
+        for key in given:
             lengths = getattr(self, key)
-            if lengths is None:
-                continue
             if len(lengths) != len(self.ranks):
                 raise ValueError(
                     f"`ranks` and `{key}` must be of one length "
@@ -247,6 +271,13 @@ class ChainConfig(LinkShape):
                 "`knots` need plain LoRA links that train both factors (got dora, lora_bias, "
                 "init: pissa or train_factors); leave knots out"
             )
+        if self.plateau is not None and self.knots is not None and self.plateau.of == "norm":
+            raise ValueError(
+                "`plateau.of: norm` watches ‖B·A‖, which soft knots keep small (got knots too); use "
+                "plateau.of: loss"
+            )
+        if self.plateau is not None and self.tune == "full":
+            raise ValueError("`plateau` ends links (got tune: full, which has none); leave it out")
         if self.knots is not None and self.tune == "full":
             raise ValueError("`knots` tie links (got tune: full, which has none); leave knots out")
         try:
@@ -438,9 +469,10 @@ class RunConfig(_Frozen):
                 f"`quantize: {self.quantize}` weights can be neither trained nor merged into "
                 f"without loss (got {got}); set chain.hold: carried"
             )
-        if chain.ranks and chain.epochs is None and chain.steps is None:
+        if chain.ranks and all(getattr(chain, key) is None for key in LENGTHS):
             raise ValueError(
-                "`chain` must say how long each link is tuned (got neither epochs nor steps); "
+                "`chain` must say how long each link is tuned (got no epochs, steps, tokens or "
+                "minutes); "
                 f"e.g. epochs: {[1] * len(chain.ranks)}"
             )
         if train.optimizer_reset == "prune" and len(set(chain.ranks)) > 1:

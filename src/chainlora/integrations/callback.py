@@ -273,7 +273,16 @@ class ChainCallback(TrainerCallback):
         if not steps:
             return None
         length = self._current_lengths()[link]
-        return self._policy.knot_after(Position(link, steps, length, _newest_loss(state)))
+        return self._policy.knot_after(
+            Position(
+                link,
+                steps,
+                length,
+                _newest_loss(state),
+                is_last=link == len(self._configs) - 1,
+                norm=self.chain.live_norm,
+            )
+        )
 
     def _tie_share(self, knot: Knot, optimizer: torch.optim.Optimizer) -> None:
         self._need().check_finite()

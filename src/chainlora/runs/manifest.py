@@ -57,6 +57,8 @@ class Progress:
     stopped: bool = False
     soft_knots: Count = 0  # in the live link so far
     lengths: list[Count] = field(default_factory=list)  # steps of each link that has ended
+    planned: list[Count] = field(default_factory=list)  # of each link, where minutes were asked for
+    memory: dict[str, float] = field(default_factory=dict)  # of the knot policy (`Position`)
 
 
 def read_progress(tree: Mapping[str, Any]) -> Progress:

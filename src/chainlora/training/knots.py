@@ -1,17 +1,20 @@
 """When a knot is tied, and how much of the live link it ties.
 
 The loop asks a policy after every step. It may tie a share of the live link or end the link, early
-too: the last link then gets the steps that are left. Today's policy is set by the config: whole
-knots where links are planned to end, and soft knots at a fixed distance inside them.
+too: the last link then gets the steps that are left. Whole knots come where links are planned to
+end, soft knots at a fixed distance inside them, and with `plateau` a whole knot where a link has
+stopped to learn.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from chainlora.config.schema import KnotConfig, RunConfig
+from chainlora.config.schema import KnotConfig, PlateauConfig, RunConfig
+from chainlora.errors import ChainError
 
 # `knots: auto`: what is left of a link decays with this fraction of its steps. In benchmarks/lab,
 # fractions of 0.05, 0.2 and 0.4 ended at 2.724, 2.705 and 2.735 on two tuning seeds. The number of
@@ -28,6 +31,10 @@ class Position:
     step: int  # steps of the link that are done
     num_steps: int  # steps planned for the link
     loss: float  # of the step's batch
+    is_last: bool  # whether no link comes after this one
+    norm: Callable[[], float]  # ‖s·B·A‖_F over all modules of the live link
+    # What a policy notes of a link, saved with every checkpoint; None where that cannot be done.
+    memory: dict[str, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -69,9 +76,48 @@ class FixedKnots:
         return Knot(share, self.soft.moments) if position.step % every == 0 else None
 
 
+@dataclass(frozen=True)
+class PlateauKnots:
+    """`otherwise`, but a link also ends when it has stopped to learn; the last one does not.
+
+    Every `patience` steps either ‖B·A‖ is compared with what it was at the last comparison (as
+    AROMA does, arXiv 2504.05343), or the mean loss of the steps since with the mean before.
+    """
+
+    plateau: PlateauConfig
+    otherwise: KnotPolicy
+
+    def knot_after(self, position: Position) -> Knot | None:
+        """Return the knot to tie now, or None."""
+        knot, memory = self.otherwise.knot_after(position), position.memory
+        if position.is_last or (knot is not None and knot.ends_link):
+            return knot
+        if memory is None:
+            raise ChainError(
+                "knots at a plateau need a run that saves what they compare (got a trainer's); "
+                "use `chainlora train`"
+            )
+        memory["loss"] = memory.get("loss", 0.0) + position.loss
+        if position.step % self.plateau.patience:
+            return knot
+        return WHOLE if self._has_stopped(position, memory) else knot
+
+    def _has_stopped(self, position: Position, memory: dict[str, float]) -> bool:
+        """Compare with the last comparison, and note this one."""
+        is_norm = self.plateau.of == "norm"
+        now = position.norm() if is_norm else memory["loss"] / self.plateau.patience
+        before = memory.get("value")
+        memory |= {"loss": 0.0, "value": now}
+        if before is None:
+            return False
+        gain = now - before if is_norm else before - now
+        return gain < self.plateau.min_change * before
+
+
 def make_policy(config: RunConfig) -> KnotPolicy:
     """Return the policy that a config asks for."""
-    return FixedKnots(config.chain.knots)
+    fixed, plateau = FixedKnots(config.chain.knots), config.chain.plateau
+    return fixed if plateau is None else PlateauKnots(plateau, fixed)
 
 
 def spacing(soft: KnotConfig, num_steps: int) -> tuple[int, float]:

@@ -97,13 +97,27 @@ def _tune_link(run: Run, optimizer: torch.optim.Optimizer) -> None:
     def advance(work: Work) -> None:
         nonlocal knot
         loss = update(run, work, optimizer)
-        knot = run.policy.knot_after(Position(link, run.progress.step - first, num_steps, loss))
+        knot = run.policy.knot_after(_position(run, first, num_steps, loss))
         if knot is not None and not knot.ends_link:
             _tie_share(run, optimizer, knot)
         _between_steps(run, optimizer, is_last=knot is not None and knot.ends_link)
 
     with closing(steps_ahead(run, run.progress.step, first + num_steps)) as ahead:
         run.chain.tune(_until(ahead, lambda: knot is not None and knot.ends_link), advance)
+
+
+def _position(run: Run, first: int, num_steps: int, loss: float) -> Position:
+    link = len(run.chain)
+    is_last = link == len(run.plan.lengths) - 1
+    return Position(
+        link,
+        run.progress.step - first,
+        num_steps,
+        loss,
+        is_last=is_last,
+        norm=run.chain.live_norm,
+        memory=run.progress.memory,
+    )
 
 
 def _until(steps: Iterable[Work], ended: Callable[[], bool]) -> Iterator[Work]:
@@ -161,7 +175,7 @@ def _end_link(run: Run, optimizer: torch.optim.Optimizer) -> None:
     change = ((_hidden(run, probe) - before).norm() / before.norm()).item()
     _check_knot(run, index, change)
     run.progress.lengths = [*run.lengths[:index], run.progress.step - run.first_step(index)]
-    run.progress.link, run.progress.soft_knots = index + 1, 0
+    run.progress.link, run.progress.soft_knots, run.progress.memory = index + 1, 0, {}
     run.record(KnotTied(run.progress.step, index, change))
     evaluate_point(run, "knot")
     if run.accepted is not None and not _accept(run, index):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
+from itertools import accumulate
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,6 +46,15 @@ class Plan:
         first = within * count
         return [order.batch(index) for index in range(first, min(first + count, len(order)))]
 
+    def steps_of(self, num_tokens: float) -> int:
+        """Return the number of steps, from the start, that have read `num_tokens` tokens."""
+        epochs, rest = divmod(num_tokens, int(self.row_lengths.sum()))
+        step, last = int(epochs) * self.steps_per_epoch, int(epochs + 1) * self.steps_per_epoch
+        while rest > 0 and step < last:
+            rest -= sum(int(self.row_lengths[batch].sum()) for batch in self.batches(step))
+            step += 1
+        return step
+
     @cached_property
     def _order(self) -> Callable[[int], EpochOrder]:
         train, lengths = self.config, self.row_lengths
@@ -57,25 +67,38 @@ class Plan:
 
 
 def make_plan(config: RunConfig, examples: Rows) -> Plan:
-    """Turn epochs per link into steps per link; fractional epochs round at the knots, the total
-    exactly."""
-    train = config.train
-    if config.chain.ranks and not examples:
+    """Turn what the config says of each link's length into steps.
+
+    Fractional epochs and tokens round at the knots, the total exactly. For `minutes`, which
+    `training.budget` measures, links have one step each until then.
+    """
+    chain, train = config.chain, config.train
+    if chain.ranks and not examples:
         raise ConfigError(
             f"training needs rows (got none beside {config.data.shots} demonstrations); lower "
             "data.shots or give more"
         )
     num_batches = math.ceil(len(examples) / train.batch_size)
     per_epoch = math.ceil(num_batches / train.gradient_accumulation)
-    epochs = config.chain.epochs or ()
-    if config.chain.steps is not None:
-        lengths = config.chain.steps
+    plan = Plan((1,) * len(chain.ranks), per_epoch, examples.lengths, train)
+    if chain.minutes is not None:
+        return plan
+    if chain.steps is not None:
+        lengths, said = chain.steps, "steps"
+    elif chain.tokens is not None:
+        lengths, said = _apart([plan.steps_of(sum_) for sum_ in accumulate(chain.tokens)]), "tokens"
     else:
-        ends = [round(sum(epochs[: link + 1]) * per_epoch) for link in range(len(epochs))]
-        lengths = tuple(end - begin for begin, end in zip([0, *ends], ends, strict=False))
+        ends = [round(end * per_epoch) for end in accumulate(chain.epochs or ())]
+        lengths, said = _apart(ends), "epochs"
     if any(length < 1 for length in lengths):
         raise ConfigError(
-            f"every link must have at least one step (got {list(lengths)} from epochs "
-            f"{list(epochs)} of {per_epoch} steps); give it a larger share"
+            f"every link must have at least one step (got {list(lengths)} from {said} "
+            f"{list(getattr(chain, said) or ())} of {per_epoch} steps an epoch); give it a larger "
+            "share"
         )
-    return Plan(lengths, per_epoch, examples.lengths, train)
+    return replace(plan, lengths=lengths)
+
+
+def _apart(ends: Sequence[int]) -> tuple[int, ...]:
+    """Return the distances between ends, from 0."""
+    return tuple(end - begin for begin, end in zip([0, *ends], ends, strict=False))

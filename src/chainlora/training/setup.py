@@ -22,6 +22,7 @@ from chainlora.models.identity import base_files
 from chainlora.models.loading import context_length, load_model, resolve_model
 from chainlora.runs.directory import Progress, RunDirectory
 from chainlora.runs.following import FollowedDirectory
+from chainlora.training.budget import fix_lengths
 from chainlora.training.events import Listener, Planned, RowsEncoded
 from chainlora.training.knots import make_policy
 from chainlora.training.objectives import OBJECTIVES
@@ -104,6 +105,7 @@ def _prepare(
             clock=Clock(progress.seconds),
         )
         _restore_links(run)
+        fix_lengths(run)
         _announce(run)
     except BaseException:
         engine.close()
