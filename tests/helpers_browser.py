@@ -18,7 +18,6 @@ NAMES = ("chromium", "chromium-browser", "google-chrome")
 # Runs on the page itself after its own script: opens every table as a keyboard user would, points
 # at the first and the last number of every figure, and writes what it found into the document.
 PROBE = """
-<pre id="probe"></pre>
 <script>
 (() => {
   const pixels = (text) => {
@@ -53,7 +52,7 @@ PROBE = """
   });
   const page = document.documentElement;
   const ids = [...document.querySelectorAll("[id]")].map((element) => element.id);
-  document.getElementById("probe").textContent = JSON.stringify({
+  parent.postMessage(JSON.stringify({
     figures, width: innerWidth, scroll: page.scrollWidth, lang: page.lang,
     loaded: performance.getEntriesByType("resource").length,
     twice: ids.filter((id, place) => ids.indexOf(id) !== place),
@@ -61,9 +60,21 @@ PROBE = """
       (a) => document.querySelector(a.getAttribute("href")) === null).length,
     dark: matchMedia("(prefers-color-scheme: dark)").matches,
     colours: ["color", "backgroundColor"].map((key) => getComputedStyle(document.body)[key]),
-  });
+  }), "*");
 })();
 </script>
+"""
+
+# A window cannot be as narrow as a phone, a frame can. It has the colour scheme of its document.
+FRAME = """<!DOCTYPE html>
+<html style="color-scheme: light dark"><body><pre id="probe"></pre>
+<script>
+addEventListener("message", (event) => {
+  document.getElementById("probe").textContent = event.data;
+});
+</script>
+<iframe src="%s" width="%d" height="900" style="border: 0"></iframe>
+</body></html>
 """
 
 
@@ -88,6 +99,8 @@ def look(page: Path, folder: Path, *, width: int, dark: bool) -> Seen:
     copy = folder / f"{page.stem}-probed.html"
     text = page.read_text(encoding="utf-8")
     copy.write_text(text.replace("</body>", f"{PROBE}</body>"), encoding="utf-8")
+    frame = folder / "frame.html"
+    frame.write_text(FRAME % (copy.name, width), encoding="utf-8")
     done = subprocess.run(
         [
             chromium(),
@@ -95,11 +108,12 @@ def look(page: Path, folder: Path, *, width: int, dark: bool) -> Seen:
             "--no-sandbox",  # as root there is none; the page is our own
             "--disable-gpu",
             f"--user-data-dir={folder / 'profile'}",
-            f"--window-size={width},900",
+            "--window-size=1400,1000",
             f"--blink-settings=preferredColorScheme={0 if dark else 1}",
             "--enable-logging=stderr",
+            "--virtual-time-budget=5000",  # milliseconds of the page's own clock
             "--dump-dom",
-            copy.as_uri(),
+            frame.as_uri(),
         ],
         capture_output=True,
         text=True,

@@ -214,14 +214,11 @@ def _plain(text: str) -> str:
 
 def _named(axis: Any, value: float) -> str:
     """Return a place on an axis: the label of its tick where ticks have names, else the number."""
-    from matplotlib.ticker import FixedFormatter
+    from matplotlib.ticker import FuncFormatter
 
-    formatter = axis.get_major_formatter()
-    if isinstance(formatter, FixedFormatter):
-        ticks = list(axis.get_majorticklocs())
-        if value in ticks:
-            return str(formatter.seq[ticks.index(value)])
-    return _number(value)
+    formatter = axis.get_major_formatter()  # a FuncFormatter where `set_ticks` was given labels
+    name = formatter(value) if isinstance(formatter, FuncFormatter) else ""
+    return name or _number(value)
 
 
 def _number(value: float) -> str:

@@ -134,7 +134,7 @@ def _environment() -> jinja2.Environment:
 
 
 def _file(name: str) -> Markup:
-    folder = resources.files("chainlora.reports") / "page"
+    folder = resources.files("chainlora.reports") / "assets"
     return Markup((folder / name).read_text(encoding="utf-8"))
 
 
