@@ -80,7 +80,7 @@ def dequantized(layer: nn.Module) -> Tensor:
     """Return the weight of a linear layer as it computes with it, [out, in] float32 on the CPU."""
     from peft.utils.integrations import dequantize_module_weight
 
-    weight = dequantize_module_weight(layer) if is_quantized(layer) else layer.weight
+    weight: Any = dequantize_module_weight(layer) if is_quantized(layer) else layer.weight
     weight = weight.detach().float().cpu()
     return weight.T if is_transposed(layer) else weight
 
