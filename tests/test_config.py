@@ -30,7 +30,7 @@ def config(*overrides: tuple[str, str]) -> RunConfig:
         ("train.learning", "1", "unknown key `train.learning`; known: accept_links, batch_size, "),
         ("model", "{a: x, 0: y}", "`model` must be a name, or a section of name and quantize (got"),
         ("lr", "1e-3", "unknown key `lr`; did you mean 'train.lr'?"),
-        ("data.8", "x", "unknown key `data.8`; known: data_seed, "),
+        ("data.8", "x", "unknown key `data.8`; known: chat_template, "),
         ("8", "x", "unknown key `8`; known: chain, data, model, output, quantize, train"),
         ("chain.ranks", "x", "`chain.ranks` must be a list, e.g. [x] (got 'x')"),
         ("chain.ranks", "{a: 8}", "`chain.ranks` must be a list, e.g. [{'a': 8}] (got {'a': 8})"),
