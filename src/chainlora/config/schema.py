@@ -179,6 +179,9 @@ class KnotConfig(_Frozen):
     time_constant: float | None = Field(
         None, gt=0, description="steps; None: 0.15 of the steps of the link"
     )
+    follow_rate: bool = Field(
+        False, description="shares in proportion to the learning rate, so that they end with it"
+    )
     moments: Literal["carried", "new"] = "carried"
 
     @model_validator(mode="after")
@@ -454,6 +457,9 @@ class TrainConfig(_Frozen):
     )
     gradient_checkpointing: bool = False
     speedups: Literal["auto", "off"] = "auto"
+    shard: Literal["fsdp2"] | None = Field(
+        None, description="fsdp2: the processes of a run share the model; None: each holds all"
+    )
     trackers: tuple[str, ...] = ()
 
     @field_validator("speedups", mode="before")

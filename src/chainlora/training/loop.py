@@ -39,6 +39,7 @@ from chainlora.training.optimizers import (
     load_state,
     make_optimizer,
     prune_moments,
+    rate_factor,
     state_tensors,
 )
 from chainlora.training.result import TrainResult, finish
@@ -68,7 +69,8 @@ def train(
     (`runs.resuming.CHANGEABLE`). Everything that can be refused is refused before training. Raises
     ChainLoRAError subclasses.
     """
-    with prepare(config, resume, listener or (lambda event: None), change) as run:
+    ready = prepare(config, resume, listener or (lambda event: None), change)
+    with ready as run, run.processes.exchanging():
         if run.progress.step == 0:
             evaluate_point(run, "start")
         if config.chain.tune == "full":
@@ -115,6 +117,7 @@ def _position(run: Run, first: int, num_steps: int, loss: float) -> Position:
         run.progress.step - first,
         num_steps,
         loss,
+        rate=rate_factor(run.train, run.lengths, run.progress.step),
         is_last=is_last,
         norm=run.chain.live_norm,
         memory=run.progress.memory,

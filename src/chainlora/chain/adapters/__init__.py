@@ -15,6 +15,7 @@ from chainlora.chain.adapters.layers import (
     attach,
     base_layer,
     carry,
+    dequantized,
     detach,
     get_extra,
     get_factors,
@@ -33,6 +34,8 @@ from chainlora.chain.adapters.targets import (
     check_mergeable,
     check_targets,
     target_candidates,
+    task_type,
+    trained_module,
 )
 
 __all__ = [
@@ -44,6 +47,7 @@ __all__ = [
     "carry",
     "check_mergeable",
     "check_targets",
+    "dequantized",
     "detach",
     "get_extra",
     "get_factors",
@@ -62,6 +66,8 @@ __all__ = [
     "set_factors",
     "take_off",
     "target_candidates",
+    "task_type",
     "touched_parameters",
+    "trained_module",
     "zero",
 ]
