@@ -51,11 +51,15 @@ def config(*overrides: tuple[str, str]) -> RunConfig:
             "[8",
             "the value of `chain.ranks` must be YAML (got '[8': expected ',' or ']', but got",
         ),
-        ("chain.epochs", "[1]", "give `epochs` or `steps`, not both (got both); set one to null"),
+        (
+            "chain.epochs",
+            "[1]",
+            "give one of `epochs`, `steps`, `tokens` and `minutes` (got epochs",
+        ),
         (
             "chain.steps",
             "null",
-            "`chain` must say how long each link is tuned (got neither epochs nor steps); e.g.",
+            "`chain` must say how long each link is tuned (got no epochs, steps, tokens or minutes); e.g.",
         ),
         ("chain.steps", "[0]", "`steps` must be positive (got [0])"),
         ("chain.steps", "[1.5]", "`chain.steps` must be a whole number (got 1.5 at position 0)"),
