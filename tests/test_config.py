@@ -59,7 +59,7 @@ def config(*overrides: tuple[str, str]) -> RunConfig:
         (
             "chain.steps",
             "null",
-            "`chain` must say how long each link is tuned (got no epochs, steps, tokens or minutes); e.g.",
+            "`chain` must say how long each link is tuned (got no epochs, steps, tokens or",
         ),
         ("chain.steps", "[0]", "`steps` must be positive (got [0])"),
         ("chain.steps", "[1.5]", "`chain.steps` must be a whole number (got 1.5 at position 0)"),
