@@ -314,7 +314,7 @@ def check_memory(runs: Any) -> list[tuple[str, float, float]]:
         return []
     c = runs.LARGE
     heads = (c.num_attention_heads, c.num_key_value_heads)
-    shape = Shape("0.47B", c.num_hidden_layers, c.hidden_size, c.intermediate_size, *heads, 32000)
+    shape = Shape("0.33B", c.num_hidden_layers, c.hidden_size, c.intermediate_size, *heads, 32000)
     found = []
     for count in (2, 4):
         run = Run(shape, count, shards=True, links=2)

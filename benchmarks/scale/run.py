@@ -3,7 +3,7 @@
     engines   {one process, DDP 2, DDP 4, FSDP2 2, FSDP2 4} × {same links as one process, resume
               across a knot, resume on another number of processes, export, evaluation}: the largest
               difference of each
-    memory    FSDP2 on 1, 2 and 4 processes: what each of them holds of a 0.47 B model in bfloat16
+    memory    FSDP2 on 1, 2 and 4 processes: what each of them holds of a 0.33 B model in bfloat16
 
 Processes talk by gloo, on the CPU. Models have random weights, made here. Writes results.json and
 results.md to --out (default: beside this file).
@@ -44,7 +44,7 @@ LARGE = LlamaConfig(
     vocab_size=32000,
     hidden_size=1024,
     intermediate_size=4096,
-    num_hidden_layers=24,
+    num_hidden_layers=16,
     num_attention_heads=16,
     num_key_value_heads=16,
     max_position_embeddings=256,
@@ -72,6 +72,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--only", choices=["engines", "memory"])
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4], help="of memory")
+    parser.add_argument("--large", type=Path, help="folder to keep the model of memory in")
     parser.add_argument("--out", type=Path, default=HERE)
     options = parser.parse_args()
     path = options.out / "results.json"
@@ -80,7 +81,8 @@ def main() -> None:
         if options.only != "memory":
             results["engines"] = engines(Path(scratch))
         if options.only != "engines":
-            found = memory(Path(scratch), options.processes)
+            large = options.large or Path(scratch) / "large"
+            found = memory(Path(scratch), large, options.processes)
             results["memory"] = results.get("memory", {}) | found
     path.write_text(json.dumps(results, indent=1) + "\n")
     (options.out / "results.md").write_text(report(results))
@@ -150,9 +152,10 @@ def largest(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> flo
 # --- memory ---
 
 
-def memory(folder: Path, counts: list[int]) -> dict[str, Any]:
+def memory(folder: Path, large: Path, counts: list[int]) -> dict[str, Any]:
     """Return what each process holds of a large model, by phases of a run, in bytes."""
-    make_model(folder / "large", LARGE, torch.bfloat16)
+    if not large.is_dir():
+        make_model(large, LARGE, torch.bfloat16)
     make_rows(folder)
     sizes = {name: 2 * numel for name, numel in modules_of(LARGE).items()}
     found: dict[str, Any] = {"whole": sum(sizes.values()), "module": max(sizes.values())}
@@ -161,7 +164,7 @@ def memory(folder: Path, counts: list[int]) -> dict[str, Any]:
     blocks = {"MALLOC_MMAP_THRESHOLD_": "1000000"}
     for count in counts:
         output = f"ranks-{count}"
-        planned = job(folder, output, keys, model="large", steps=[2, 2], evaluate=False)
+        planned = job(folder, output, keys, model=large, steps=[1, 1], evaluate=False)
         launch(count, folder, [planned], **blocks)
         told = [
             json.loads((folder / f"ranks-{count}.json.{rank}").read_text()) for rank in range(count)
@@ -189,7 +192,7 @@ def job(
     output: str,
     train: dict[str, Any],
     *,
-    model: str = "model",
+    model: Path | None = None,
     steps: list[int] = STEPS,
     evaluate: bool = True,
     **keys: Any,
@@ -199,7 +202,7 @@ def job(
     if evaluate:
         data["validation"] = str(folder / "validation.jsonl")
     tree = {
-        "model": str(folder / model),
+        "model": str(model or folder / "model"),
         "data": data,
         "chain": {"ranks": [8] * len(steps), "target_modules": "all-linear", "steps": steps},
         "train": {"lr": 1e-3, "batch_size": 8, "save_every": 1} | train,
