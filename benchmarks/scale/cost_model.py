@@ -467,7 +467,8 @@ def data_lines() -> list[str]:
         "",
         f"Tokenised rows of 256 tokens: {store(rows, 256) / 1e12:.2f} TB on disk, mapped into "
         f"memory. In memory, in each process: the order of an epoch, {order(rows) / 1e9:.0f} GB "
-        f"({KEPT_EPOCHS * order(rows) / 1e9:.0f} GB around the change of epochs).",
+        f"({KEPT_EPOCHS * order(rows) / 1e9:.0f} GB with the first and the next one), and the "
+        f"lengths of rows, {INT32 * rows / 1e9:.0f} GB.",
         "",
     ]
 

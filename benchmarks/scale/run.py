@@ -153,23 +153,19 @@ def largest(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> flo
 
 
 def memory(folder: Path, large: Path, counts: list[int]) -> dict[str, Any]:
-    """Return what each process holds of a large model, by phases of a run, in bytes."""
+    """Return what each process holds of a large model, from loading to a knot, in bytes."""
     if not large.is_dir():
         make_model(large, LARGE, torch.bfloat16)
-    make_rows(folder)
     sizes = {name: 2 * numel for name, numel in modules_of(LARGE).items()}
     found: dict[str, Any] = {"whole": sum(sizes.values()), "module": max(sizes.values())}
-    keys = {"dtype": "bfloat16", "shard": "fsdp2", "save_every": None, "eval_at_knots": False}
     # each large block of its own, so that what is freed is given back
     blocks = {"MALLOC_MMAP_THRESHOLD_": "1000000"}
     for count in counts:
-        output = f"ranks-{count}"
-        planned = job(folder, output, keys, model=large, steps=[1, 1], evaluate=False)
-        launch(count, folder, [planned], **blocks)
-        told = [
-            json.loads((folder / f"ranks-{count}.json.{rank}").read_text()) for rank in range(count)
+        outcome = folder / f"held-{count}.json"
+        launch(count, folder, [{"hold": str(large), "outcome": str(outcome)}], **blocks)
+        found[str(count)] = [
+            json.loads(Path(f"{outcome}.{rank}").read_text())["memory"] for rank in range(count)
         ]
-        found[str(count)] = [each["memory"] for each in told]
     return found
 
 
@@ -191,20 +187,13 @@ def job(
     folder: Path,
     output: str,
     train: dict[str, Any],
-    *,
-    model: Path | None = None,
-    steps: list[int] = STEPS,
-    evaluate: bool = True,
     **keys: Any,
 ) -> dict[str, Any]:
     """Write the config of a run; return its job."""
-    data = {"train": str(folder / "train.jsonl")}
-    if evaluate:
-        data["validation"] = str(folder / "validation.jsonl")
     tree = {
-        "model": str(model or folder / "model"),
-        "data": data,
-        "chain": {"ranks": [8] * len(steps), "target_modules": "all-linear", "steps": steps},
+        "model": str(folder / "model"),
+        "data": {split: str(folder / f"{split}.jsonl") for split in ("train", "validation")},
+        "chain": {"ranks": [8] * len(STEPS), "target_modules": "all-linear", "steps": STEPS},
         "train": {"lr": 1e-3, "batch_size": 8, "save_every": 1} | train,
         "output": str(folder / output),
     }
@@ -287,9 +276,9 @@ def memory_table(found: dict[str, Any]) -> list[str]:
         "## Memory",
         "",
         f"A Llama of {whole / 2e9:.2f} B parameters in bfloat16 ({whole / megabyte:.0f} MB; its "
-        f"largest module {module / megabyte:.0f} MB), two links of rank 8 on all linear layers, "
-        "rows of some 15 tokens, 8 a step. Resident memory above that before loading, MB, in the "
-        "process that has most of it; in brackets, what is more than the share of the weights.",
+        f"largest module {module / megabyte:.0f} MB), a link of rank 8 on all linear layers, a "
+        "step of 16 tokens. Resident memory above that before loading, MB, in the process that has "
+        "most of it; in brackets, what is more than the share of the weights.",
         "",
         "| processes | share | after loading | most while loading | most in a step "
         "| most at a knot | share + one module |",
