@@ -72,9 +72,14 @@ class Shape:
         return self.adapted + ends + (2 * self.layers + 1) * self.hidden
 
     @property
+    def layer(self) -> int:
+        """Parameters of a decoder layer."""
+        return self.adapted // self.layers + 2 * self.hidden
+
+    @property
     def unit(self) -> int:
         """Parameters of the largest module that FSDP2 gathers at once."""
-        return max(self.adapted // self.layers + 2 * self.hidden, self.embedding)
+        return max(self.layer, self.embedding)
 
     def lora(self, rank: int) -> int:
         """Parameters of a link on all linear layers."""
@@ -105,9 +110,9 @@ class Run:
         return BF16 * self.shape.parameters / self.parts
 
     def gathered(self) -> float:
-        """Bytes of weights that are whole beside the shares: a module, and the buffer that it
-        arrives in."""
-        return 2 * BF16 * self.shape.unit if self.shards else 0
+        """Bytes of weights that are whole beside the shares: a module, and the layer that is
+        fetched meanwhile, each with the buffer that it arrives in."""
+        return 2 * BF16 * (self.shape.unit + self.shape.layer) if self.shards else 0
 
     def link(self) -> float:
         """Bytes of the live link: factors, gradients, two moments; and their sum in one piece,
