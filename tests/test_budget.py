@@ -119,6 +119,19 @@ def test_a_link_ends_at_a_plateau(tiny_folder, sentiment, tmp_path, of, dies_at)
     assert_same_links(tmp_path / "run", tmp_path / "planned")
 
 
+def test_shares_follow_the_rate(tiny_folder, sentiment, tmp_path):
+    """Those of the next step's rate: they end with the schedule, a restarted one begins anew."""
+    soft = {"every": 2, "share": 0.5, "follow_rate": True}
+    chain = {"ranks": [2, 2], "steps": [6, 5], "knots": soft}
+    seen = []
+    config = settings(tiny_folder, sentiment, tmp_path / "run", chain=chain)
+    train(make_config(config), listener=seen.append)
+    shares = [(event.step, event.share) for event in seen if event.name == "soft_knot"]
+    expected = [(step, 0.5 * (1 - step / 11)) for step in (2, 4, 8, 10)]  # 6 ends a link
+    assert [step for step, _ in shares] == [step for step, _ in expected]
+    assert [share for _, share in shares] == pytest.approx([share for _, share in expected])
+
+
 def test_the_norm_of_the_live_link_is_that_of_its_update():
     chain = Chain(tiny_model("llama"))
     adapter = chain.extend(LinkConfig(rank=3, alpha=6))

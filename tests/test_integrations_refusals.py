@@ -63,9 +63,9 @@ MODELS = {
     "no model of PEFT": (injected, "needs a model of PEFT .*with an adapter"),
     "two adapters": (two_adapters, "needs one adapter"),
     "a trained adapter": (trained, "begins with a fresh adapter"),
-    "modules_to_save": (
+    "a tied head in modules_to_save": (
         lambda folder: peft_model(folder, modules_to_save=["lm_head"]),
-        "modules_to_save=.*chain.extra_modules",
+        "must not name a tied head",
     ),
     "dora": (lambda folder: peft_model(folder, use_dora=True), "use_dora=True.*no sum"),
     "pissa": (

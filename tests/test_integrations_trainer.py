@@ -134,10 +134,12 @@ def test_epochs_of_the_trainer(tiny_folder, tokenizer, tmp_path):
     assert trainer.state.global_step == 5
 
 
-def test_soft_knots_are_those_of_our_loop(tiny_folder, tokenizer, tmp_path):
-    soft = {"every": 3, "share": 0.5}
-    callback = ChainCallback(knots=soft)
-    trainer = run(tiny_folder, tokenizer, tmp_path, callback, lr_scheduler_type="constant")
+@pytest.mark.parametrize("schedule", ["constant", "linear"])
+def test_soft_knots_are_those_of_our_loop(tiny_folder, tokenizer, tmp_path, schedule):
+    """With `linear`, the shares follow the rate of the step to come."""
+    is_linear = schedule == "linear"
+    callback = ChainCallback(knots={"every": 3, "share": 0.5, "follow_rate": is_linear})
+    trainer = run(tiny_folder, tokenizer, tmp_path, callback, lr_scheduler_type=schedule)
     (link,) = chain_of(trainer).links
     assert link.num_steps == 11
     assert 0 < link.error <= 1e-3
@@ -148,13 +150,18 @@ def test_soft_knots_are_those_of_our_loop(tiny_folder, tokenizer, tmp_path):
     own.extend(LinkConfig(rank=4, alpha=8, target_modules=("q_proj", "v_proj")))
     optimizer = torch.optim.AdamW(own.parameters(), lr=LR, weight_decay=0.0)
 
+    def rate(step):
+        return 1 - step / 11 if is_linear else 1.0
+
     def update(batch):
+        optimizer.param_groups[0]["lr"] = LR * rate(own.live_steps)
         own.model.train()(**batch).loss.backward()
         torch.nn.utils.clip_grad_norm_(list(own.parameters()), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        if own.live_steps + 1 < 11 and (own.live_steps + 1) % 3 == 0:
-            carry_moments(optimizer, own.live, own.tie_share(0.5))
+        done = own.live_steps + 1
+        if done < 11 and done % 3 == 0:
+            carry_moments(optimizer, own.live, own.tie_share(0.5 * rate(done)))
 
     own.tune(trainer.data_collator.batches[:11], update)
     own.tie()

@@ -30,7 +30,8 @@ pytest.importorskip("trl", reason="TRL is an extra: pip install 'chainlora[trl]'
 
 from datasets import Dataset
 from torch.nn.functional import log_softmax, logsigmoid
-from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from transformers import AutoModelForSequenceClassification
+from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
 RANKS, LENGTHS = (4, 4, 2), (4, 4, 3)
 # W x + s·B A x is summed in another order than (W + s·B A) x
@@ -270,3 +271,33 @@ def test_a_link_is_what_the_lora_of_trl_says(tiny_folder, tokenizer, tmp_path):
     expected = LinkConfig(rank=4, alpha=ALPHA, target_modules=tuple(sorted(TARGETS)))
     assert callback.chain.live is not None
     assert callback.chain.live.config == expected
+
+
+# --- rewards ---
+
+
+def test_a_reward_model_is_a_chain_with_its_head(tiny_folder, tokenizer, tmp_path):
+    """As TRL's documentation has it: the head is named in `modules_to_save`."""
+
+    def scorer() -> torch.nn.Module:
+        return AutoModelForSequenceClassification.from_pretrained(
+            tiny_folder, num_labels=1, dtype=torch.float32
+        )
+
+    keys = arguments(tmp_path, max_steps=6, save_strategy="steps", save_steps=4)
+    trainer = RewardTrainer(
+        model=scorer(),
+        args=RewardConfig(**keys),
+        train_dataset=preferences(),
+        processing_class=tokenizer,
+        peft_config=peft.LoraConfig(
+            r=4, task_type="SEQ_CLS", target_modules=TARGETS, modules_to_save=["score"]
+        ),
+        callbacks=[ChainCallback(steps=3)],
+    )
+    trainer.train()
+    trainer.save_model(str(tmp_path / "final"))
+    loaded = peft.PeftModel.from_pretrained(scorer(), tmp_path / "final")
+    torch.testing.assert_close(logits(loaded), logits(trainer.model), atol=ROUNDING, rtol=0)
+    (first, last) = chain_of(trainer).links
+    assert not torch.equal(first.extra["score.weight"], last.extra["score.weight"])

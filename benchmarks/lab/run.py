@@ -30,7 +30,7 @@ from source import HERE, TextTokenizer, data_folder, load_tiny, model_folder
 from texts import Text, batches, load_text
 from torch import Tensor
 
-ROWS, LENGTH = 4, 64  # blocks a step, tokens a block
+ROWS, LENGTH = 4, 64  # blocks a step unless a study says `rows`, tokens a block
 WARMUP = 0.02  # of the steps
 POINTS = 8  # of a curve, at equal distances
 
@@ -103,7 +103,7 @@ class Lab:
             "model": self.folder.name,
             "text": study["text"],
             "steps": study["steps"],
-            "rows": ROWS,
+            "rows": study.get("rows", ROWS),
             "length": LENGTH,
             "arm": arm.named(),
             "lr": lr,
@@ -152,7 +152,7 @@ class Lab:
         points = {steps} if tuning else {round(k * steps / POINTS) for k in range(1, POINTS + 1)}
         trained = make(arm, self.tiny, config["seed"], config["lr"], steps, warmup(steps))
         curve = [] if tuning else [(0, self.zero_shot(config["text"]))]
-        for step, batch in enumerate(batches(text.train, ROWS, steps, config["seed"])):
+        for step, batch in enumerate(batches(text.train, config["rows"], steps, config["seed"])):
             gradients, loss = self.gradients(trained.stacks(), batch)
             if not math.isfinite(loss.item()):
                 return [*curve, (step, math.inf)]

@@ -27,7 +27,8 @@ _WHERE = {
     "RunConfig": "chainlora.config.schema",
     "load_config": "chainlora.config.loading",
     "make_config": "chainlora.config.loading",
-    "train": "chainlora.training.loop",
+    "train": "chainlora.training.calling",
+    "TrainResult": "chainlora.training.result",
     "carry_moments": "chainlora.training.optimizers",
     "ChainCallback": "chainlora.integrations.callback",
     "evaluate_task": "chainlora.evaluation.scoring",
@@ -37,6 +38,7 @@ _WHERE = {
     "export_adapter": "chainlora.runs.export",
     "export_merged": "chainlora.runs.export",
     "inspect_run": "chainlora.runs.inspection",
+    "report_runs": "chainlora.reports.run_report",
     "load_model": "chainlora.models.loading",
     "load_task": "chainlora.data.tasks",
     "list_tasks": "chainlora.data.tasks",
@@ -67,14 +69,16 @@ if TYPE_CHECKING:
     from chainlora.evaluation.scoring import evaluate_task as evaluate_task
     from chainlora.integrations.callback import ChainCallback as ChainCallback
     from chainlora.models.loading import load_model as load_model
+    from chainlora.reports.run_report import report_runs as report_runs
     from chainlora.runs.export import export_adapter as export_adapter
     from chainlora.runs.export import export_merged as export_merged
     from chainlora.runs.export import load_run as load_run
     from chainlora.runs.inspection import inspect_run as inspect_run
     from chainlora.runs.saved_chain import load_chain as load_chain
     from chainlora.runs.saved_chain import save_chain as save_chain
-    from chainlora.training.loop import train as train
+    from chainlora.training.calling import train as train
     from chainlora.training.optimizers import carry_moments as carry_moments
+    from chainlora.training.result import TrainResult as TrainResult
 
 
 def __getattr__(name: str) -> Any:

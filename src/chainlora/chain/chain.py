@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from chainlora.chain import adapters
 from chainlora.chain.adapters import Adapter, Factors
-from chainlora.chain.base_weights import BaseWeights, fingerprint
+from chainlora.chain.base_weights import BaseWeights, fingerprints
 from chainlora.chain.holding import Carried, Tied
 from chainlora.chain.initialization import Backward, initialize
 from chainlora.chain.link import Link
@@ -65,7 +65,8 @@ class Chain:
     The model stays the caller's object and is adapted in place.
 
     Args:
-        model: a causal language model, or any module whose linear layers are to be adapted.
+        model: any module whose linear layers are to be adapted: a language model, an encoder, a
+            classifier, a vision model.
         seed: every initialization is drawn from (seed, link index, module) alone.
         hold: where tied links live. ``"tied"``: in the base weights, no cost per step.
             ``"carried"``: in a frozen low-rank branch beside an untouched base, for bases that
@@ -88,7 +89,7 @@ class Chain:
         self.seed = seed
         self.hold = hold
         self.links: list[Link] = []
-        self.base_fingerprint = fingerprint(model)
+        self._fingerprint = fingerprints(model)
         self.weights = BaseWeights(checkpoint)
         self._modules: set[str] = set()  # paths of all modules that a link has touched
         self._live: Live | None = None
@@ -97,6 +98,11 @@ class Chain:
 
     def __len__(self) -> int:
         return len(self.links)
+
+    @property
+    def base_fingerprint(self) -> str:
+        """Digest of the model as it came."""
+        return self._fingerprint.whole
 
     # --- the paper's verbs ---
 
@@ -309,6 +315,28 @@ class Chain:
         adapters.set_extra(self.model, None, self._latest_extra())
         return self.model
 
+    # --- extra modules, trained whole beside the links ---
+
+    def start_of_extra(self) -> dict[str, Tensor]:
+        """Return what extra modules were before the first link, where no checkpoint holds it.
+
+        A new classification head is drawn when its model is loaded, and only the chain knows it.
+        """
+        copied = set(self.weights.copied)
+        return {path: self.weights.read(path) for path in self._extra_paths() if path in copied}
+
+    def set_start_of_extra(self, start: Mapping[str, Tensor]) -> None:
+        """Take other values as what extra modules were before the first link."""
+        self._need_no_live("set_start_of_extra")
+        for path, value in start.items():
+            self.weights.replace(path, value)
+        if start:
+            self._settle()
+
+    def fingerprint_without(self, paths: Iterable[str]) -> str:
+        """Return a digest of the model as it came, but for these parameters."""
+        return self._fingerprint.without(paths)
+
     # --- what the verbs share ---
 
     def _settle(self) -> None:
@@ -371,11 +399,13 @@ class Chain:
 
     def _latest_extra(self) -> dict[str, Tensor]:
         """Return the trained extra modules' weights after the last link, or the pristine ones."""
-        paths = [p for p in self.weights.paths if p.rpartition(".")[0] not in self._modules]
-        latest = {path: self.weights.read(path) for path in paths}
+        latest = {path: self.weights.read(path) for path in self._extra_paths()}
         for link in self.links:
             latest |= link.extra
         return latest
+
+    def _extra_paths(self) -> list[str]:
+        return [p for p in self.weights.paths if p.rpartition(".")[0] not in self._modules]
 
     def _need_live(self, verb: str) -> Live:
         if self._live is None:

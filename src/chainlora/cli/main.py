@@ -19,12 +19,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from chainlora import __version__
-from chainlora.cli.common import file_and_overrides, is_first_process, quiet
+from chainlora.cli.common import Verbs, file_and_overrides, is_first_process, quiet
 from chainlora.cli.convert import convert_config
 from chainlora.cli.doctor import doctor
 from chainlora.cli.experiments import compare, experiment
 from chainlora.cli.generate import chat, generate
+from chainlora.cli.report import report
 from chainlora.cli.runs import check_run_or_model, explain_gguf, is_run, need_run
+from chainlora.cli.schema import schema
 from chainlora.errors import (
     ChainLoRAError,
     ConfigError,
@@ -37,6 +39,7 @@ from chainlora.files import file_error
 
 if TYPE_CHECKING:
     from chainlora.config.schema import RunConfig
+    from chainlora.training.result import TrainResult
 
 _SIGNALLED = 128  # and the signal's number, as shells have it
 _HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
@@ -110,7 +113,7 @@ def _fail(message: str, debug: bool) -> int:
     return 1
 
 
-@click.group(context_settings=_HELP)
+@click.group(cls=Verbs, context_settings=_HELP)
 @click.version_option(__version__, prog_name="chainlora")
 @click.option("--debug", is_flag=True, help="Show tracebacks and debug logs (may stand anywhere).")
 @click.pass_context
@@ -141,7 +144,7 @@ def demo(output: str, as_json: bool) -> None:
     each link brought."""
     quiet()
     from chainlora.cli.demo import run_demo
-    from chainlora.cli.progress import progress_listener
+    from chainlora.training.progress import progress_listener
 
     with progress_listener() as listener:
         result = run_demo(
@@ -178,6 +181,8 @@ def train(arguments: tuple[str, ...], resume: bool, as_json: bool) -> None:
             "`output` must name a directory for the run (got none); add it to the config or pass "
             "--output"
         )
+    if is_first_process():
+        _to_stderr(_announcement(file, settings))  # before seconds of imports
     quiet()
     from chainlora.runs.inspection import read_records
     from chainlora.runs.plots import plot_training
@@ -196,14 +201,24 @@ def train(arguments: tuple[str, ...], resume: bool, as_json: bool) -> None:
         _show_result(result, output)
 
 
-def _train(settings: RunConfig, resume: bool, named: list[str]) -> dict[str, Any]:
+def _announcement(file: str, settings: RunConfig) -> str:
+    """Return what a run is about to do, from its config alone."""
+    ranks = ", ".join(map(str, settings.chain.ranks))
+    what = "every weight" if settings.chain.tune == "full" else f"links of rank {ranks or 'none'}"
+    return f"{file}: {what} on {settings.model}, to {settings.output}"
+
+
+def _train(settings: RunConfig, resume: bool, named: list[str]) -> TrainResult:
     """Train with a progress bar. A signal stops the run after its step, once there is one."""
-    from chainlora.cli.progress import progress_listener
     from chainlora.training.events import Event, Planned
     from chainlora.training.interrupts import interruptible
     from chainlora.training.loop import train as run_training
+    from chainlora.training.progress import progress_listener
 
-    shown = progress_listener() if is_first_process() else nullcontext(lambda event: None)
+    first = is_first_process()
+    shown = (
+        progress_listener(settings.train.log_every) if first else nullcontext(lambda event: None)
+    )
     with shown as show, interruptible(_say_stopping) as interrupts:
 
         def listener(event: Event) -> None:
@@ -229,7 +244,7 @@ def _say_stopping(number: int) -> None:
         os.write(2, text.encode())
 
 
-def _show_result(result: dict[str, Any], output: Path) -> None:
+def _show_result(result: TrainResult, output: Path) -> None:
     from chainlora.cli.progress import show_links
 
     show_links(output)
@@ -372,6 +387,21 @@ def inspect(run: str, as_json: bool) -> None:
 @click.option(
     "--links", type=click.IntRange(min=0), default=None, help="The chain as it was after K links."
 )
+@click.option(
+    "--push-to-hub",
+    "repository",
+    metavar="OWNER/NAME",
+    default=None,
+    help="Upload it too, to this repository, with the chain's story as its card.",
+)
+@click.option("--private", is_flag=True, help="Make the repository private, if it is a new one.")
+@click.option(
+    "--base-name",
+    metavar="HUB_ID",
+    default=None,
+    help="What card and adapter call the base. Default: as the run does.",
+)
+@click.option("--license", "licence", metavar="ID", default=None, help="For the card: apache-2.0.")
 @_json
 def export(
     run: str,
@@ -381,10 +411,14 @@ def export(
     tolerance: float | None,
     quantize: str | None,
     links: int | None,
+    repository: str | None,
+    private: bool,
+    base_name: str | None,
+    licence: str | None,
     as_json: bool,
 ) -> None:
     """Turn RUN into a merged checkpoint or one PEFT adapter (exact, of rank Σr or wider, or
-    compressed)."""
+    compressed), in a folder and on the Hub."""
     need_run(run)
     if target == "merged" and (rank is not None or tolerance is not None):
         raise click.UsageError(
@@ -393,15 +427,23 @@ def export(
     if target == "adapter" and quantize is not None:
         raise click.UsageError("--quantize is for merged weights; use it with --to merged")
     quiet()
-    from chainlora.runs.export import export_adapter, export_merged
+    from chainlora.runs.export import Naming, export_adapter, export_merged
+    from chainlora.runs.hub import check_push, push_folder
     from chainlora.runs.requantizing import export_quantized
 
+    naming = Naming(repository, base_name, licence)
+    if repository is not None:
+        check_push(run, target, naming)
     if quantize is not None:
-        done = export_quantized(run, output, quantize, num_links=links)
+        done = export_quantized(run, output, quantize, num_links=links, naming=naming)
     elif target == "merged":
-        done = export_merged(run, output, num_links=links)
+        done = export_merged(run, output, num_links=links, naming=naming)
     else:
-        done = export_adapter(run, output, rank=rank, tolerance=tolerance, num_links=links)
+        done = export_adapter(
+            run, output, rank=rank, tolerance=tolerance, num_links=links, naming=naming
+        )
+    if repository is not None:
+        done["commit"] = push_folder(output, repository, private=private)
     if as_json:
         _print_json(done)
         return
@@ -414,6 +456,8 @@ def export(
         lost = "" if quantize is None else f", {done['lost']:.0%} of the update lost"
         kind = done["dtype"] if quantize is None else quantize
         click.echo(f"merged checkpoint ({kind}{lost}) of {done['links']} link(s) in {output}")
+    if repository is not None:
+        click.echo(f"pushed to {repository}: {done['commit']}")
 
 
 @cli.command(context_settings=_HELP)
@@ -456,6 +500,8 @@ def _task_text(task: Any) -> str:
 cli.add_command(generate)
 cli.add_command(convert_config)
 cli.add_command(chat)
+cli.add_command(report)
 cli.add_command(experiment)
 cli.add_command(compare)
 cli.add_command(doctor)
+cli.add_command(schema)

@@ -135,7 +135,7 @@ class ChainCallback(TrainerCallback):
         Only now: what the trainer has evaluated and saved after that step is of the link that made
         it, and DPO's reference moves with the next link.
         """
-        knot = self._knot(state)
+        knot = self._knot(state, kwargs["optimizer"])
         if knot is None:
             return
         if not knot.ends_link:
@@ -155,7 +155,7 @@ class ChainCallback(TrainerCallback):
         """Count the step, and stop where the policy ends the last link."""
         self.chain.count_step()
         if len(self.chain) + 1 == len(self._configs):
-            knot = self._knot(state)
+            knot = self._knot(state, kwargs["optimizer"])
             if knot is not None and knot.ends_link:
                 control.should_training_stop = True
 
@@ -267,7 +267,7 @@ class ChainCallback(TrainerCallback):
 
     # --- knots ---
 
-    def _knot(self, state: TrainerState) -> Knot | None:
+    def _knot(self, state: TrainerState, optimizer: torch.optim.Optimizer) -> Knot | None:
         """Return the knot that is due after the live link's last step."""
         link, steps = len(self.chain), self.chain.live_steps
         if not steps:
@@ -279,6 +279,7 @@ class ChainCallback(TrainerCallback):
                 steps,
                 length,
                 _newest_loss(state),
+                rate=restarts.rate_factor(optimizer),
                 is_last=link == len(self._configs) - 1,
                 norm=self.chain.live_norm,
             )

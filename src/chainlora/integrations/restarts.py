@@ -82,6 +82,13 @@ def check_carried(optimizer: torch.optim.Optimizer) -> None:
         )
 
 
+def rate_factor(optimizer: torch.optim.Optimizer) -> float:
+    """Return the learning rate as a share of the schedule's highest."""
+    group = optimizer.param_groups[0]
+    highest = group.get("initial_lr", group["lr"])  # a schedule notes it there
+    return group["lr"] / highest if highest else 0.0
+
+
 def _name(optimizer: Any) -> str:
     return type(getattr(optimizer, "optimizer", optimizer)).__name__
 

@@ -96,7 +96,7 @@ def open_folder(spec: str | Path) -> tuple[Path, Any, Any]:
     config = _load_config(folder)
     _refuse_pickle(folder)
     _check_layers(config, folder)
-    return folder, config, _load_tokenizer(folder)
+    return folder, config, load_tokenizer(folder)
 
 
 def settle(model: Any, tokenizer: Any, folder: Path) -> None:
@@ -304,7 +304,11 @@ def _check_layers(config: Any, folder: Path) -> None:
         )
 
 
-def _load_tokenizer(folder: Path) -> Any:
+def load_tokenizer(folder: Path) -> Any:
+    """Return the tokenizer of a model folder, padding with a token it has.
+
+    Raises ModelError if there is none, or it does not load.
+    """
     if not any(next(folder.glob(pattern), None) for pattern in TOKENIZERS):
         raise ModelError(
             f"a model folder must hold its tokenizer (got no tokenizer.json or the like in "

@@ -6,7 +6,10 @@ written into a scratch folder, loaded back and compared, and only then put in pl
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +22,38 @@ from chainlora.chain.adapters import Factors, save_adapter
 from chainlora.chain.chain import Chain
 from chainlora.chain.link import Link
 from chainlora.config.schema import LinkConfig
-from chainlora.errors import ChainError, RunError
+from chainlora.data.chat_templates import set_chat_template
+from chainlora.errors import ChainError, ModelError, RunError
 from chainlora.models.identity import base_files
-from chainlora.models.loading import load_model, resolve_model
+from chainlora.models.loading import load_model, load_tokenizer, resolve_model
+from chainlora.runs.cards import Card, Story, is_hub_id, is_licence, story_of, write_card
 from chainlora.runs.compression import adapter_factors
-from chainlora.runs.manifest import Base, Manifest
+from chainlora.runs.manifest import CAUSAL, Base, Manifest
 from chainlora.runs.reading import RunReader, check_base
 from chainlora.runs.saved_chain import current_links, describe_base
 from chainlora.runs.verification import (
     check_adapter,
     check_checkpoint,
+    skeleton_like,
+    skeleton_of,
     state_digests,
     stores_transposed,
 )
 
 _WIDEST = 2**14  # far beyond what servers take, and still small
+
+
+@dataclass(frozen=True)
+class Naming:
+    """What an export and its base are called where it is published.
+
+    `name` is its repository on the Hub; `base` replaces the name that the run has for its base;
+    `licence` is an identifier, as the Hub knows them.
+    """
+
+    name: str | None = None
+    base: str | None = None
+    licence: str | None = None
 
 
 def load_run(
@@ -52,6 +72,12 @@ def load_run(
     """
     reader = RunReader(run)
     manifest = reader.manifest()
+    if manifest.base.task_type != CAUSAL:
+        raise RunError(
+            "only chains on causal language models bring their model with them (got one on "
+            f"{manifest.base.task_type or 'another model'} in {run}); load its model and call "
+            f"load_chain({str(run)!r}, model).detach()"
+        )
     kind = getattr(torch, dtype or manifest.base.dtype)
     if _is_whole_model(reader, manifest):
         if num_links is not None:
@@ -67,6 +93,8 @@ def load_run(
         check_base(manifest, {"files": base_files(folder)}, reader.path)
     quantize = manifest.base.quantize if as_trained else None
     model, tokenizer = load_model(folder, kind, quantize=quantize)
+    if manifest.has_run:
+        set_chat_template(tokenizer, reader.config().data)
     chain = Chain(model, hold="carried" if quantize else "tied", checkpoint=folder)
     if manifest.base.files is None:  # of version 0.1
         check_base(manifest, {"fingerprint": chain.base_fingerprint}, reader.path)
@@ -106,9 +134,14 @@ def _refuse_unfinished(reader: RunReader) -> None:
 
 
 def export_merged(
-    run: str | Path, output: str | Path, *, num_links: int | None = None
+    run: str | Path,
+    output: str | Path,
+    *,
+    num_links: int | None = None,
+    naming: Naming | None = None,
 ) -> dict[str, Any]:
     """Write the run's model, links merged, as a transformers checkpoint in the base's dtype."""
+    naming = naming or Naming()
     output = empty_folder(output)
     model, tokenizer = load_run(run, num_links=num_links)
     reader = RunReader(run)
@@ -119,13 +152,18 @@ def export_merged(
     done = f"a chain of {len(links)} LoRA link(s) merged into its weights"
     with files.replaced_folder(output) as scratch:
         _save_model(model, tokenizer, scratch)
-        write_card(
-            scratch,
-            f"`{base}` with {'every weight fine-tuned' if is_whole else done}.",
-            base,
+        _copy_beside(_folder(base), scratch)
+        named = naming.base or base
+        card = Card(
+            f"`{named}` with {'every weight fine-tuned' if is_whole else done}.",
+            named,
             "transformers",
-            'AutoModelForCausalLM.from_pretrained("this folder")',
+            links,
+            name=naming.name,
+            licence=naming.licence,
+            story=story_of(run),
         )
+        write_card(scratch, card)
         digests = state_digests(model)
         del model  # two of them need not fit into memory
         check_checkpoint(scratch, digests, dtype)
@@ -149,22 +187,29 @@ def export_adapter(
     rank: int | None = None,
     tolerance: float | None = None,
     num_links: int | None = None,
+    naming: Naming | None = None,
 ) -> dict[str, Any]:
     """Write a chain as one PEFT adapter: exact, or compressed to `rank` or to a relative error
     `tolerance`. A `rank` above the chain's is filled up with zeros.
 
     `run` is a run directory, a saved chain, or a `Chain` in memory, of which the live link is
-    written as it is now. Returns rank and error; the error is ``√(Σ‖ΔW−ΔŴ‖² / Σ‖ΔW‖²)`` over all
-    modules.
+    written as it is now. Beside the adapter lie the base's tokenizer and licence, if the base is at
+    hand. Returns rank and error; the error is ``√(Σ‖ΔW−ΔŴ‖² / Σ‖ΔW‖²)`` over all modules.
     """
+    naming = naming or Naming()
     _check_compression(rank, tolerance)
     output = empty_folder(output)
     links, base = _links_and_base(run, num_links)
+    skeleton = skeleton_like(run.model) if isinstance(run, Chain) else skeleton_of(base)
     factors, error = adapter_factors(links, rank=rank, tolerance=tolerance)
     with files.replaced_folder(output) as scratch:
-        written, extra = write_adapter(scratch, links, factors, base)
-        check_adapter(scratch, base.model, factors, extra)
-        write_adapter_card(scratch, len(links), written, error, base)
+        folder = _folder(base.model)
+        named = base.model_copy(update={"model": naming.base or _loadable(base.model, folder)})
+        written, extra = write_adapter(scratch, links, factors, named)
+        check_adapter(scratch, skeleton, factors, extra)
+        _copy_beside(folder, scratch, tokenizer=True)
+        story = None if isinstance(run, Chain) else story_of(run)
+        write_adapter_card(scratch, links, written, error, named, naming=naming, story=story)
     return {
         "to": "adapter",
         "output": str(output),
@@ -229,6 +274,7 @@ def write_adapter(
         base=base.model,
         extra=extra,
         fan_in_fan_out=base.fan_in_fan_out,
+        task_type=base.task_type,
     )
     return rank, extra
 
@@ -256,24 +302,53 @@ def empty_folder(output: str | Path) -> Path:
     return output
 
 
-def write_adapter_card(folder: Path, num_links: int, rank: int, error: float, base: Base) -> None:
+def write_adapter_card(
+    folder: Path,
+    links: Sequence[Link],
+    rank: int,
+    error: float,
+    base: Base,
+    *,
+    naming: Naming | None = None,
+    story: Story | None = None,
+) -> None:
     """Write the model card of a chain as one adapter."""
-    write_card(
-        folder,
-        f"A chain of {num_links} LoRA link(s) on `{base.model}` as one adapter of rank {rank} "
+    naming = naming or Naming()
+    card = Card(
+        f"A chain of {len(links)} LoRA link(s) on `{base.model}` as one adapter of rank {rank} "
         f"(relative error {error:.2e}).",
         base.model,
         "peft",
-        'PeftModel.from_pretrained(base, "this folder")',
+        links,
+        rank=rank,
+        name=naming.name,
+        licence=naming.licence,
+        story=story,
+        is_causal=base.task_type == CAUSAL,
     )
+    write_card(folder, card)
 
 
-def write_card(output: Path, what: str, base: str, library: str, code: str) -> None:
-    """Write a model card."""
-    front: Mapping[str, str] = {"base_model": base, "library_name": library}
-    header = "".join(f"{key}: {value}\n" for key, value in front.items())
-    (output / "README.md").write_text(
-        f"---\n{header}tags:\n- chain-of-lora\n---\n\n# Model card\n\n{what}\n\n"
-        f"Made with chainlora (Chain of LoRA, arXiv 2401.04151). Load it with `{code}`.\n",
-        encoding="utf-8",
-    )
+def _loadable(base: str, folder: Path | None) -> str:
+    """Return a name of the base that PEFT loads: of a GGUF file, the folder it was converted to."""
+    return base if folder is None or is_hub_id(base) else str(folder.resolve())
+
+
+def _folder(base: str) -> Path | None:
+    """Return where the base lies; None where it is not at hand, which `check_adapter` says."""
+    try:
+        return resolve_model(base)
+    except ModelError:
+        return None
+
+
+def _copy_beside(base: Path | None, output: Path, *, tokenizer: bool = False) -> None:
+    """Put licences of the base into an export, and its tokenizer if that is asked for."""
+    if base is None:
+        return
+    with suppress(ModelError):  # a folder without one, of a chain in memory
+        if tokenizer:
+            load_tokenizer(base).save_pretrained(output)
+    for path in sorted(base.iterdir()):
+        if path.is_file() and is_licence(path.name):
+            shutil.copyfile(path, output / path.name)

@@ -10,14 +10,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from chainlora.chain.adapters import load_adapter, save_adapter
+from chainlora.chain.adapters import load_adapter, save_adapter, trained_module
 from chainlora.chain.link import Link
 from chainlora.config.schema import LinkConfig
 from chainlora.errors import RunError
 from chainlora.runs.manifest import DAMAGED, LinkEntry
 
 
-def write_link(folder: Path, link: Link, base: str, *, fan_in_fan_out: bool = False) -> None:
+def write_link(
+    folder: Path,
+    link: Link,
+    base: str,
+    *,
+    fan_in_fan_out: bool = False,
+    task_type: str | None = "CAUSAL_LM",
+) -> None:
     """Write a link as a PEFT adapter, its scaling the tuned one whatever rank is stored."""
     power = 0.5 if link.config.rslora else 1
     save_adapter(
@@ -29,6 +36,7 @@ def write_link(folder: Path, link: Link, base: str, *, fan_in_fan_out: bool = Fa
         base=base,
         extra=link.extra,
         fan_in_fan_out=fan_in_fan_out,
+        task_type=task_type,
     )
 
 
@@ -61,8 +69,8 @@ def _disagreement(link: Link, entry: LinkEntry, stored: Mapping[str, Any]) -> st
         if not bool(torch.isfinite(weight).all()):
             return f"weights that are not finite at {path}"
     for path in link.extra:
-        module = path.rpartition(".")[0]
-        if not any(f".{module}".endswith(f".{name}") for name in link.config.extra_modules):
+        module = trained_module(path, link.config)
+        if not any(module.endswith(name) for name in link.config.extra_modules):
             return f"weights of {module}, which the link did not train,"
     return None
 

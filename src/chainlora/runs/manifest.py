@@ -24,6 +24,7 @@ from chainlora.config.schema import LinkConfig
 from chainlora.errors import ConfigError, RunError
 
 FORMAT = 2
+CAUSAL = "CAUSAL_LM"  # PEFT's name of the task of causal language models
 READABLE = (1, 2)
 INCOMPLETE = "the run directory is incomplete: copy it whole, or start over"
 DAMAGED = "the run directory is damaged: restore the file from a copy, or start over"
@@ -91,10 +92,16 @@ class LinkEntry(_Part):
 
 
 class Base(_Part):
-    """The model that the links belong to. `files` are hashes of all that makes it what it is."""
+    """The model that the links belong to. `files` are hashes of all that makes it what it is.
+
+    `body` is the fingerprint without the parameters that the chain holds itself, which may be
+    others where it is loaded: a new head.
+    """
 
     model: str
     fingerprint: str
+    body: str | None = None
+    task_type: str | None = CAUSAL
     dtype: Annotated[str, Field(pattern=r"^b?float(16|32|64)$")] = "float32"
     files: dict[str, str] | None = None
     fan_in_fan_out: bool = False

@@ -24,12 +24,18 @@ from chainlora.chain.adapters import dequantized
 from chainlora.chain.link import Link, stack_links
 from chainlora.errors import RunError
 from chainlora.models.loading import load_model
-from chainlora.runs.export import empty_folder, export_merged, write_card
+from chainlora.runs.cards import Card, story_of, write_card
+from chainlora.runs.export import Naming, empty_folder, export_merged
 from chainlora.runs.reading import RunReader
 
 
 def export_quantized(
-    run: str | Path, output: str | Path, kind: str, *, num_links: int | None = None
+    run: str | Path,
+    output: str | Path,
+    kind: str,
+    *,
+    num_links: int | None = None,
+    naming: Naming | None = None,
 ) -> dict[str, Any]:
     """Write the run's model, links merged onto the whole base and quantised then; say what is lost.
 
@@ -56,14 +62,19 @@ def export_quantized(
             tokenizer.save_pretrained(folder)
         except SafetensorError as error:
             raise files.unwritable(error, folder) from error
-        write_card(
-            folder,
-            f"`{manifest.base.model}` with a chain of {len(links)} LoRA link(s) merged into its "
+        naming = naming or Naming()
+        named = naming.base or manifest.base.model
+        card = Card(
+            f"`{named}` with a chain of {len(links)} LoRA link(s) merged into its "
             f"weights, which were then quantised ({kind}): {lost:.0%} of the update is lost.",
-            manifest.base.model,
+            named,
             "transformers",
-            'AutoModelForCausalLM.from_pretrained("this folder")',
+            links,
+            name=naming.name,
+            licence=naming.licence,
+            story=story_of(run),
         )
+        write_card(folder, card)
     return done | {"output": str(output), "quantize": kind, "lost": lost}
 
 

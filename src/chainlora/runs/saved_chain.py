@@ -4,6 +4,8 @@
     DIR/links/000/ …             each an ordinary PEFT adapter
     DIR/checkpoints/00000120/    the live link, if there is one: its state and its config
     DIR/best/00000120/           the live link once more, as it is now, as a PEFT adapter
+    DIR/start.safetensors        extra modules before the first link, where the base's files have
+                                 none (a new head)
 
 Whoever reads a run (`load_run`, the exports, `chainlora eval`) reads this too, the live link
 included. A folder is replaced as a whole, so it is never partly of one chain and partly of another.
@@ -21,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from chainlora import files
-from chainlora.chain.adapters import base_layer, is_transposed
+from chainlora.chain.adapters import base_layer, is_transposed, task_type
 from chainlora.chain.chain import Chain
 from chainlora.chain.link import Link
 from chainlora.config.loading import link_config
@@ -48,6 +50,7 @@ from chainlora.runs.reading import RunReader, check_base
 # Where a checkpoint of a trainer keeps its chain, beside the adapter.
 INSIDE = "chain"
 
+_START = "start.safetensors"
 _STATE = "link.safetensors"
 _CONFIG = "link.json"
 
@@ -70,6 +73,7 @@ class SavedChain:
     manifest: Manifest
     links: list[Link]
     live: LiveState | None
+    start: dict[str, Tensor]
 
 
 def save_chain(chain: Chain, directory: str | Path) -> None:
@@ -88,6 +92,8 @@ def write_chain(chain: Chain, links: Sequence[Link], directory: Path) -> None:
         (scratch / "links").mkdir()
         for link in chain.links:
             _write_link(scratch / link_directory(link.index), link, base)
+        if start := chain.start_of_extra():
+            files.save_tensors(scratch / _START, start)
         checkpoint = _write_live(chain, scratch)
         selected = _write_selected(live[0], scratch, base, checkpoint) if live else None
         manifest = _manifest(chain, base, checkpoint, selected)
@@ -118,15 +124,19 @@ def read_chain(directory: str | Path) -> SavedChain:
     for name in manifest.files or ():
         reader.check_files(manifest, name)
     links = reader.links_of(manifest, len(manifest.links))
-    return SavedChain(reader.path, manifest, links, _read_live(reader, manifest))
+    start = load_tensors(reader / _START) if _START in (manifest.files or ()) else {}
+    return SavedChain(reader.path, manifest, links, _read_live(reader, manifest), start)
 
 
 def restore_chain(chain: Chain, saved: SavedChain) -> None:
     """Make a chain what was saved, whatever it is now; its model must be the one of the save."""
-    check_base(saved.manifest, {"fingerprint": chain.base_fingerprint}, saved.path)
+    body = saved.manifest.base.body
+    if body is None or body != chain.fingerprint_without(saved.start):
+        check_base(saved.manifest, {"fingerprint": chain.base_fingerprint}, saved.path)
     if chain.live is not None:
         chain.discard()
     chain.drop(len(chain))
+    chain.set_start_of_extra(saved.start)
     for link in saved.links:
         chain.add(link)
     if saved.live is not None:
@@ -151,9 +161,12 @@ def describe_base(chain: Chain) -> Base:
     """Return what a manifest says of the model that a chain is on."""
     model: Any = chain.model
     parameter = next(model.parameters())
+    start = chain.start_of_extra()
     return Base(
         model=getattr(getattr(model, "config", None), "_name_or_path", "") or "",
         fingerprint=chain.base_fingerprint,
+        body=chain.fingerprint_without(start) if start else None,
+        task_type=task_type(model),
         dtype=str(parameter.dtype).removeprefix("torch."),
         fan_in_fan_out=any(is_transposed(base_layer(module)) for module in model.modules()),
     )
@@ -176,7 +189,13 @@ def _refuse_if_taken(directory: Path) -> None:
 
 def _write_link(folder: Path, link: Link, base: Base) -> None:
     folder.mkdir(parents=True)
-    write_link(folder, link, base.model, fan_in_fan_out=base.fan_in_fan_out)
+    write_link(
+        folder,
+        link,
+        base.model,
+        fan_in_fan_out=base.fan_in_fan_out,
+        task_type=base.task_type,
+    )
 
 
 def _write_selected(

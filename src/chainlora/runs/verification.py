@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import logging
 from collections.abc import Mapping
@@ -10,11 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from chainlora.chain.adapters import Factors, is_transposed, reload_adapter
 from chainlora.errors import ChainLoRAError, ModelError
 from chainlora.models.loading import load_model, load_skeleton
-from chainlora.runs.manifest import Base
+from chainlora.runs.manifest import CAUSAL, Base
 
 logger = logging.getLogger(__name__)
 
@@ -48,13 +50,15 @@ def check_checkpoint(folder: Path, digests: Mapping[str, str], dtype: torch.dtyp
 
 
 def check_adapter(
-    folder: Path, base: str, factors: Mapping[str, Factors], extra: Mapping[str, Tensor]
+    folder: Path,
+    skeleton: nn.Module | None,
+    factors: Mapping[str, Factors],
+    extra: Mapping[str, Tensor],
 ) -> None:
-    """Raise ModelError unless PEFT loads all of an adapter onto its base.
+    """Raise ModelError unless PEFT loads all of an adapter onto its base, given without weights.
 
-    The base is loaded without weights. Where it is not at hand, that is said, and nothing checked.
+    Where there is none, nothing is checked.
     """
-    skeleton = _skeleton(base)
     if skeleton is None:
         return
     wrong = reload_adapter(folder, skeleton, factors, extra)
@@ -67,18 +71,35 @@ def check_adapter(
 
 def stores_transposed(base: Base, modules: Mapping[str, Any]) -> bool:
     """Say whether the modules store their weights (in × out), as GPT-2's do."""
-    skeleton = _skeleton(base.model)
+    skeleton = skeleton_of(base)
     if skeleton is None:
         return base.fan_in_fan_out
     return any(is_transposed(skeleton.get_submodule(name)) for name in modules)
 
 
-def _skeleton(base: str) -> nn.Module | None:
-    if not base:
+def skeleton_like(model: nn.Module) -> nn.Module | None:
+    """Return a model of the same class and config, without weights."""
+    if not isinstance(model, PreTrainedModel):
+        logger.warning(
+            "the adapter was not checked by loading it: its base is no model of transformers"
+        )
+        return None
+    with torch.device("meta"):
+        return type(model)(copy.deepcopy(model.config))
+
+
+def skeleton_of(base: Base) -> nn.Module | None:
+    """Return a base without weights; where it is not at hand, that is said."""
+    if base.task_type != CAUSAL:
+        logger.warning(
+            "the adapter was not checked by loading it: its base is no causal language model"
+        )
+        return None
+    if not base.model:
         logger.warning("the adapter was not checked by loading it: its base has no name")
         return None
     try:
-        return load_skeleton(base)
+        return load_skeleton(base.model)
     except ChainLoRAError as error:
         logger.warning("the adapter was not checked by loading it: %s", error)
         return None

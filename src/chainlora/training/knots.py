@@ -31,6 +31,7 @@ class Position:
     step: int  # steps of the link that are done
     num_steps: int  # steps planned for the link
     loss: float  # of the step's batch
+    rate: float  # the next step's learning rate, as a share of the schedule's highest
     is_last: bool  # whether no link comes after this one
     norm: Callable[[], float]  # ‖s·B·A‖_F over all modules of the live link
     # What a policy notes of a link, saved with every checkpoint; None where that cannot be done.
@@ -73,6 +74,8 @@ class FixedKnots:
         if self.soft is None:
             return None
         every, share = spacing(self.soft, position.num_steps)
+        if self.soft.follow_rate:
+            share *= position.rate
         return Knot(share, self.soft.moments) if position.step % every == 0 else None
 
 

@@ -39,9 +39,10 @@ from chainlora.training.optimizers import (
     load_state,
     make_optimizer,
     prune_moments,
+    rate_factor,
     state_tensors,
 )
-from chainlora.training.result import finish
+from chainlora.training.result import TrainResult, finish
 from chainlora.training.run import Run
 from chainlora.training.selection import evaluate_point, score, select_best
 from chainlora.training.setup import prepare
@@ -59,8 +60,9 @@ def train(
     resume: bool = False,
     listener: Listener | None = None,
     change: Collection[str] = (),
-) -> dict[str, Any]:
-    """Run a config from data to result and return what ``result.json`` holds.
+) -> TrainResult:
+    """Run a config from data to result and return what ``result.json`` holds. Prints nothing;
+    `chainlora.train` (`training.calling`) shows progress.
 
     `listener` gets every event (`training.events`): `Planned` before the first step, and before it
     `RowsEncoded` while a large data set is tokenised. `change` names keys that a resume may change
@@ -115,6 +117,7 @@ def _position(run: Run, first: int, num_steps: int, loss: float) -> Position:
         run.progress.step - first,
         num_steps,
         loss,
+        rate=rate_factor(run.train, run.lengths, run.progress.step),
         is_last=is_last,
         norm=run.chain.live_norm,
         memory=run.progress.memory,

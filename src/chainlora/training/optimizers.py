@@ -291,17 +291,22 @@ def _largest(moment: Tensor, fraction: float) -> Tensor:
     return magnitudes > magnitudes.flatten().kthvalue(num_pruned).values
 
 
+def rate_factor(config: TrainConfig, lengths: Sequence[int], step: int) -> float:
+    """Return the share of `lr` at `step` of a chain of links of `lengths` steps."""
+    restart = config.restart_warmup_steps
+    if restart is None:
+        restart = config.warmup_steps if config.restart_schedule else 0
+    return learning_rate_factor(
+        step, lengths, config.schedule, config.warmup_steps, config.restart_schedule, restart
+    )
+
+
 def set_learning_rate(
     optimizer: torch.optim.Optimizer, config: TrainConfig, lengths: Sequence[int], step: int
 ) -> float:
     """Give every group its rate at `step` of a chain of links of `lengths` steps; return the rate
     of factor A."""
-    restart = config.restart_warmup_steps
-    if restart is None:
-        restart = config.warmup_steps if config.restart_schedule else 0
-    factor = learning_rate_factor(
-        step, lengths, config.schedule, config.warmup_steps, config.restart_schedule, restart
-    )
+    factor = rate_factor(config, lengths, step)
     for group in optimizer.param_groups:
         group["lr"] = config.lr * factor * group["ratio"]
     return config.lr * factor

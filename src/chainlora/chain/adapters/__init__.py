@@ -34,6 +34,8 @@ from chainlora.chain.adapters.targets import (
     check_mergeable,
     check_targets,
     target_candidates,
+    task_type,
+    trained_module,
 )
 
 __all__ = [
@@ -64,6 +66,8 @@ __all__ = [
     "set_factors",
     "take_off",
     "target_candidates",
+    "task_type",
     "touched_parameters",
+    "trained_module",
     "zero",
 ]

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from chainlora.chain.adapters.factors import Factors
-from chainlora.chain.adapters.targets import peft_config
+from chainlora.chain.adapters.targets import peft_config, trained_module
 from chainlora.config.schema import LinkConfig
 from chainlora.errors import RunError
 from chainlora.files import reported, save_tensors
@@ -36,6 +36,7 @@ def save_adapter(
     base: str,
     extra: Mapping[str, Tensor] | None = None,
     fan_in_fan_out: bool = False,
+    task_type: str | None = "CAUSAL_LM",
 ) -> None:
     """Write an ordinary PEFT adapter: ``adapter_config.json`` and ``adapter_model.safetensors``.
 
@@ -46,6 +47,7 @@ def save_adapter(
         alpha: of the stored factors.
         extra: weights of trained extra modules by parameter path.
         fan_in_fan_out: whether the adapted layers store their weights (in × out), as GPT-2 does.
+        task_type: PEFT's name of what the model is for.
     """
     tensors: dict[str, Tensor] = {}
     for name, share in factors.items():
@@ -66,9 +68,10 @@ def save_adapter(
         inference_mode=True,
         target_modules=sorted(factors),
         exclude_modules=None,
-        modules_to_save=sorted({path.rpartition(".")[0] for path in extra or {}}) or None,
+        modules_to_save=sorted({trained_module(path, config) for path in extra or {}}) or None,
         init_lora_weights=True,
         fan_in_fan_out=fan_in_fan_out,
+        task_type=task_type,
     )
     # PEFT's own writer lists sets in whatever order the process has them in.
     tree = {key: _listed(value) for key, value in written.to_dict().items()}
@@ -149,7 +152,12 @@ def reload_adapter(
     for name, pair in factors.items():
         parts = {"lora_A.weight": pair.a, "lora_B.weight": pair.b, "lora_B.bias": pair.bias}
         wanted |= {f"{name}.{key}": part for key, part in parts.items() if part is not None}
-    found = {name.replace(".modules_to_save", ""): tensor for name, tensor in found.items()}
+    found = {
+        plain: tensor
+        for name, tensor in found.items()
+        # PEFT adds the head of a classifier even where it was not trained
+        if (plain := name.replace(".modules_to_save", "")) in wanted or ".lora_" in plain
+    }
     for name in sorted(wanted.keys() | found.keys()):
         if name not in wanted or not _equal(found.get(name), wanted[name]):
             return name

@@ -23,6 +23,7 @@ from chainlora.chain.adapters.targets import (
     matched_modules,
     named_modules,
     peft_config,
+    task_type,
 )
 from chainlora.config.schema import LinkConfig
 from chainlora.errors import ModelError
@@ -79,7 +80,7 @@ def dequantized(layer: nn.Module) -> Tensor:
     """Return the weight of a linear layer as it computes with it, [out, in] float32 on the CPU."""
     from peft.utils.integrations import dequantize_module_weight
 
-    weight = dequantize_module_weight(layer) if is_quantized(layer) else layer.weight
+    weight: Any = dequantize_module_weight(layer) if is_quantized(layer) else layer.weight
     weight = weight.detach().float().cpu()
     return weight.T if is_transposed(layer) else weight
 
@@ -102,7 +103,7 @@ def attach(model: nn.Module, config: LinkConfig) -> Adapter:
         # PEFT would take every module whose path *ends* in the name, `input_layernorm` for `norm`:
         # give it whole paths
         extra = [name for name, _ in named_modules(model, config.extra_modules)] or None
-        whole = {"modules_to_save": extra, "exclude_modules": None}
+        whole = {"modules_to_save": extra, "exclude_modules": None, "task_type": task_type(model)}
         targets = sorted(matched_modules(model, config))
         tuner = peft.LoraModel(model, peft_config(config, target_modules=targets, **whole), LIVE)
     adapter = Adapter(tuner, config, _layers(model), _extra_modules(model))

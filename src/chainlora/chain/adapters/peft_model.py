@@ -16,6 +16,7 @@ from typing import Any
 import peft
 import torch
 from peft.tuners.lora import LoraLayer
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from chainlora.chain.adapters.layers import LIVE, Adapter
@@ -33,6 +34,7 @@ _READ = {
     "target_modules",
     "exclude_modules",
     "init_lora_weights",
+    "modules_to_save",
 }
 # Fields that say nothing of what is computed.
 _SILENT = {
@@ -49,8 +51,6 @@ _SILENT = {
     "qalora_group_size",
 }
 _REMEDIES = {
-    "modules_to_save": "a chain of LoRA trains no other modules here: leave it out, or use "
-    "`chainlora train` with chain.extra_modules",
     "use_dora": "what DoRA learns is no sum that one adapter could hold: leave it out, or use "
     "`chainlora train` with chain.dora",
     "init_lora_weights": "leave it out, or set it to 'gaussian'",
@@ -64,7 +64,6 @@ def read_settings(model: nn.Module) -> dict[str, Any]:
     """
     tuned = _peft_model(model)
     config = tuned.peft_config[LIVE]
-    _check_task(tuned, config)
     _check_fields(config)
     _check_fresh(tuned)
     return {
@@ -76,6 +75,7 @@ def read_settings(model: nn.Module) -> dict[str, Any]:
         "init": _INITS[config.init_lora_weights],
         "target_modules": _named(config.target_modules),
         "exclude_modules": _named(config.exclude_modules),
+        "extra_modules": tuple(trained_whole(tuned)),
     }
 
 
@@ -103,25 +103,33 @@ def _has_lora(model: nn.Module) -> bool:
     return any(isinstance(module, LoraLayer) for module in model.modules())
 
 
-def _check_task(model: Any, config: Any) -> None:
-    kind = getattr(config.task_type, "value", config.task_type)
-    is_encoder_decoder = getattr(model.get_base_model().config, "is_encoder_decoder", False)
-    if kind not in (None, "CAUSAL_LM") or is_encoder_decoder:
-        raise ModelError(
-            f"a chain needs a causal language model (got {type(model.get_base_model()).__name__}, "
-            f"task_type {kind}); other heads are not supported yet"
-        )
+def trained_whole(model: Any) -> dict[str, ModulesToSaveWrapper]:
+    """Return the modules that a PEFT model trains whole (`modules_to_save`), by plain path.
+
+    Some are there because of the task: PEFT adds the head of a classifier by itself.
+    """
+    return {
+        name: module
+        for name, module in model.get_base_model().named_modules()
+        if isinstance(module, ModulesToSaveWrapper)
+    }
 
 
 def _check_fields(config: Any) -> None:
     """Refuse every field that would be lost when the next link begins."""
     plain = peft.LoraConfig()
+    if config.target_parameters:
+        raise ModelError(
+            "stacked experts cannot be linked (got PEFT's LoRA on the parameters "
+            f"{', '.join(sorted(config.target_parameters)[:3])}, which all-linear includes); name "
+            "linear layers in target_modules, such as q_proj and v_proj"
+        )
     for each in fields(config):
         value = getattr(config, each.name)
         if each.name == "init_lora_weights":
             is_known = value is True or value == "gaussian"
         else:
-            is_known = each.name in _READ | _SILENT or value == getattr(plain, each.name, None)
+            is_known = each.name in _READ | _SILENT or _same(value, getattr(plain, each.name, None))
         if not is_known:
             remedy = _REMEDIES.get(each.name, "leave it out")
             raise ModelError(
@@ -129,7 +137,19 @@ def _check_fields(config: Any) -> None:
             )
 
 
+def _same(value: Any, default: Any) -> bool:
+    return value == default or (not value and not default)
+
+
 def _check_fresh(model: Any) -> None:
+    for name, wrapper in trained_whole(model).items():
+        start = wrapper.original_module.state_dict()
+        copy = wrapper.modules_to_save[LIVE].state_dict()
+        if any(not torch.equal(copy[key], value) for key, value in start.items()):
+            raise ModelError(
+                f"a chain begins with fresh modules to save (got trained weights at {name}); merge "
+                "the adapter (model.merge_and_unload()) and wrap the result anew"
+            )
     for name, module in model.named_modules():
         if not isinstance(module, LoraLayer):
             continue
@@ -147,9 +167,16 @@ def _named(modules: Any) -> tuple[str, ...] | str | None:
 
 
 def take_off(model: Any) -> nn.Module:
-    """Take every LoRA off a PEFT model, in place, and return the plain model inside it."""
+    """Take every LoRA off a PEFT model, in place, and return the plain model inside it.
+
+    What PEFT trains whole are copies, which would no longer be tied to what they were tied to: the
+    model gets its own modules back.
+    """
     plain: nn.Module = model.get_base_model()
+    originals = {name: wrapper.original_module for name, wrapper in trained_whole(model).items()}
     model.base_model.unload()
+    for name, module in originals.items():
+        plain.set_submodule(name, module)
     return plain
 
 

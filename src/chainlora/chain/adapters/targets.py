@@ -13,6 +13,7 @@ from weakref import WeakKeyDictionary, WeakSet
 import peft
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from chainlora.config.schema import LinkConfig
@@ -26,6 +27,11 @@ log = logging.getLogger(__name__)
 
 _SAID: WeakSet[nn.Module] = WeakSet()
 
+_TASKS = {
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+}
 _PATTERN_SECONDS = 10.0  # matching 10,000 module names takes 0.05 s
 
 
@@ -41,9 +47,22 @@ def peft_config(config: LinkConfig, **overrides: Any) -> peft.LoraConfig:
         "target_modules": _listed(config.target_modules),
         "exclude_modules": _listed(config.exclude_modules),
         "modules_to_save": list(config.extra_modules) or None,
-        "task_type": "CAUSAL_LM",
     }
     return peft.LoraConfig(**keys | overrides)
+
+
+def task_type(model: nn.Module) -> str | None:
+    """Return PEFT's name of what a model is for, None where it has none."""
+    name = type(model).__name__
+    for ending, task in _TASKS.items():
+        if name.endswith(ending):
+            return task
+    if not isinstance(model, PreTrainedModel) or not model.can_generate():
+        return None
+    if not model.config.is_encoder_decoder:
+        return "CAUSAL_LM"
+    # PEFT's model of this task takes token ids and nothing else: not Whisper's
+    return "SEQ_2_SEQ_LM" if model.main_input_name == "input_ids" else None
 
 
 def _listed(value: tuple[str, ...] | str | None) -> list[str] | str | None:
@@ -110,8 +129,9 @@ def _check_names(model: nn.Module, config: LinkConfig, matched: Mapping[str, nn.
             "all-linear"
         )
     names = config.target_modules if isinstance(config.target_modules, tuple) else ()
+    trained_whole = inside(model, config.extra_modules)
     for target in names:
-        if not any(_named(name, target) for name in matched):
+        if not any(_named(name, target) for name in (*matched, *trained_whole)):
             raise ModelError(
                 f"every name in `target_modules` must match (got {target!r}, which matches "
                 f"nothing); candidates: {candidates}"
@@ -197,8 +217,33 @@ def named_modules(model: nn.Module, names: tuple[str, ...]) -> list[tuple[str, n
     ]
 
 
+def trained_module(path: str, config: LinkConfig) -> str:
+    """Return the extra module that a parameter belongs to, by path; it may lie deep inside.
+
+    What PEFT trains because its path ends like another's (`pre_classifier`, `classifier`) is a
+    module of its own.
+    """
+    parts = path.split(".")[:-1]
+    for size in range(1, len(parts) + 1):
+        module = ".".join(parts[:size])
+        if any(_named(module, name) for name in config.extra_modules):
+            return module
+    return ".".join(parts)
+
+
+def inside(model: nn.Module, names: tuple[str, ...]) -> set[str]:
+    """Return the paths of the modules that `named_modules` finds, and of all within them."""
+    return {
+        f"{path}.{below}".rstrip(".")
+        for path, module in named_modules(model, names)
+        for below, _ in module.named_modules()
+    }
+
+
 def matched_modules(model: nn.Module, config: LinkConfig) -> dict[str, nn.Module]:
     """Return the modules a link would adapt, by path, as PEFT itself picks them.
+
+    What `extra_modules` trains whole is not adapted as well.
 
     ``all-linear`` is every Linear and Conv1D layer but the head, and but those where a LoRA would
     do nothing or PEFT has none: layers that the model never calls on text (vision towers, weights
@@ -212,11 +257,12 @@ def matched_modules(model: nn.Module, config: LinkConfig) -> dict[str, nn.Module
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         resolved = _maybe_include_all_linear_layers(peft_config(config), model)
+    trained_whole = inside(model, config.extra_modules)
     with time_limit(_PATTERN_SECONDS, lambda: _endless(config)):
         matched = {
             name: module
             for name, module in model.named_modules()
-            if name and check_target_module_exists(resolved, name)
+            if name and name not in trained_whole and check_target_module_exists(resolved, name)
         }
     if str(config.target_modules).lower() != "all-linear":
         return matched
@@ -347,7 +393,11 @@ def _called_modules(model: nn.Module) -> frozenset[str] | None:
         device = next(model.parameters()).device
         try:
             with evaluation_mode(model), kept_random_state(model), torch.no_grad():
-                model(input_ids=torch.arange(1, 9, device=device)[None], use_cache=False)
+                ids = torch.arange(1, 9, device=device)[None]
+                both = _is_encoder_decoder(model)
+                model(
+                    input_ids=ids, use_cache=False, **({"decoder_input_ids": ids} if both else {})
+                )
         except Exception:  # a model that cannot run is refused where it is to run
             return None
         finally:
@@ -356,6 +406,10 @@ def _called_modules(model: nn.Module) -> frozenset[str] | None:
         names = {name for name, module in model.named_modules() if module in seen}
         _CALLED[model] = frozenset(names)
     return _CALLED[model]
+
+
+def _is_encoder_decoder(model: nn.Module) -> bool:
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
 def _shared_with(model: nn.Module) -> dict[str, str]:

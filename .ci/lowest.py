@@ -1,0 +1,29 @@
+"""Print the lowest versions that pyproject.toml allows, as constraints for pip.
+
+python .ci/lowest.py [EXTRA …] > constraints.txt
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+PYPROJECT = Path(__file__).resolve().parents[1] / "pyproject.toml"
+
+
+def lowest(extras: list[str]) -> Iterator[str]:
+    """Yield ``name==version`` for every dependency with a lower bound."""
+    project = tomllib.loads(PYPROJECT.read_text(encoding="utf-8"))["project"]
+    wanted = list(project["dependencies"])
+    for extra in extras:
+        wanted += project["optional-dependencies"][extra]
+    for requirement in wanted:
+        if found := re.fullmatch(r"([\w-]+)>=([\w.]+)", requirement):
+            yield f"{found[1]}=={found[2]}"
+
+
+if __name__ == "__main__":
+    print("\n".join(lowest(sys.argv[1:])))

@@ -1,0 +1,73 @@
+"""Every code block of the documents is at least well-formed: Python compiles, configs are valid,
+commands and their options exist. Most of them also run: test_docs, test_tutorials,
+test_integrations_docs, test_theory, test_optimizers."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import click
+import pytest
+
+from chainlora import make_config
+from chainlora.cli.main import cli
+from chainlora.config.loading import parse_yaml
+from chainlora.data.tasks.schema import Task
+from chainlora.experiments.design.loading import make_experiment
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+LEAST = {
+    "model": "m",
+    "data": {"train": "rows.jsonl"},
+    "chain": {"ranks": [8], "steps": [9]},
+}
+FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
+KNOWN = {"", "bash", "console", "diff", "json", "python", "yaml"}
+FOUND = [
+    pytest.param(language, body, id=f"{file.relative_to(ROOT)}:{number}")
+    for file in DOCUMENTS
+    for number, (language, body) in enumerate(FENCED.findall(file.read_text(encoding="utf-8")))
+]
+
+
+@pytest.mark.parametrize(("language", "body"), FOUND)
+def test_a_block_is_well_formed(language, body):
+    assert language in KNOWN
+    if language == "python":
+        compile(body, "block", "exec")
+    if language == "json":
+        json.loads(body)
+    if language == "yaml":
+        check_yaml(body)
+    for line in body.replace("\\\n", " ").splitlines() if language in ("", "console") else ():
+        if re.match(r"(\$ )?chainlora (?!trains)", line):
+            check_command(shlex.split(line.removeprefix("$ ").partition(" > ")[0], comments=True))
+
+
+def check_yaml(body: str) -> None:
+    """A config or a part of one, an experiment, or a task."""
+    tree = parse_yaml(body)
+    if "prompt" in tree:
+        Task.model_validate(tree)
+    elif "methods" in tree:
+        make_experiment(tree)
+    else:
+        make_config(LEAST | tree)
+
+
+def check_command(words: list[str]) -> None:
+    """Parse a command as the command line does, and run nothing."""
+    command: click.Command = cli
+    context = click.Context(cli, info_name="chainlora")
+    rest = words[1:]
+    while isinstance(command, click.Group):
+        name, *rest = rest
+        assert name in command.commands, name
+        command = command.commands[name]
+        settings = command.context_settings
+        context = click.Context(command, info_name=name, parent=context, **settings)
+    command.make_parser(context).parse_args(list(rest))

@@ -1,0 +1,199 @@
+"""A chain on classifiers, encoders, encoder-decoders, vision and experts: trains, ties, is undone,
+saved, exported.
+
+All of tests/heads/models.py is in benchmarks/heads/results.md; here is one of each kind.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from heads.checks import CHECKS, RATE, outputs, save_base
+from heads.models import KINDS, config_of, load, new_model, next_tokens
+from safetensors.torch import load_file
+
+from chainlora import Chain, ChainCallback, LinkConfig, export_adapter, load_chain, save_chain
+from chainlora.cli.main import run
+from chainlora.errors import ModelError, RunError
+
+ROOT = Path(__file__).resolve().parents[1]
+OWN_LOOP = (
+    "RobertaForSequenceClassification",  # a head of two layers
+    "BertForQuestionAnswering",
+    "T5ForConditionalGeneration",  # one weight is three embeddings and the head
+)
+TRAINER = (
+    "DistilBertForSequenceClassification",  # PEFT trains two modules for one name
+    "BartForConditionalGeneration",
+    "ViTForImageClassification",
+    "MixtralForSequenceClassification",
+)
+
+
+@pytest.mark.parametrize(
+    ("engine", "name"),
+    [("own loop", name) for name in OWN_LOOP] + [("Trainer", name) for name in TRAINER],
+)
+def test_a_chain_on_other_models(engine, name, tmp_path):
+    found = CHECKS[engine](name, tmp_path)
+    assert [key for key, value in found.items() if not value <= 1.0] == []
+
+
+def tuned(name: str, folder: Path, **keys) -> Chain:
+    """A chain of one live link, tuned for two steps."""
+    kind = KINDS[name]
+    chain = Chain(load(name, folder, seed=1), checkpoint=folder)
+    chain.extend(LinkConfig(rank=4, alpha=8, extra_modules=kind.head, **keys))
+    optimizer = torch.optim.AdamW(chain.parameters(), lr=RATE)
+    for _ in range(2):
+        chain.model(**kind.batch()).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        chain.count_step()
+    return chain
+
+
+def test_the_adapter_says_its_task_and_holds_its_head(tmp_path):
+    name = "RobertaForSequenceClassification"
+    folder = save_base(name, tmp_path / "base")
+    chain = tuned(name, folder)
+    export_adapter(chain, tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    assert config["task_type"] == "SEQ_CLS"
+    assert config["modules_to_save"] == ["classifier"]
+    assert not any(target.startswith("classifier") for target in config["target_modules"])
+    stored = load_file(tmp_path / "adapter/adapter_model.safetensors")
+    assert "base_model.model.classifier.out_proj.weight" in stored
+
+
+def test_another_head_is_no_other_base_but_other_layers_are(tmp_path):
+    name = "BertForSequenceClassification"
+    folder = save_base(name, tmp_path / "base")
+    save_chain(tuned(name, folder), tmp_path / "chain")
+    load_chain(tmp_path / "chain", load(name, folder, seed=9), checkpoint=folder)
+    with pytest.raises(RunError, match=r"must be the one .* was trained on"):
+        load_chain(tmp_path / "chain", new_model(name, seed=9))
+
+
+def test_commands_take_a_saved_chain_or_say_what_to_do(tmp_path, capsys):
+    name = "BertForTokenClassification"
+    folder = save_base(name, tmp_path / "base")
+    save_chain(tuned(name, folder), tmp_path / "chain")
+    where = str(tmp_path / "chain")
+    assert run(["inspect", where]) == 0
+    assert run(["export", where, "--to", "adapter", "--output", str(tmp_path / "adapter")]) == 0
+    assert json.loads((tmp_path / "adapter/adapter_config.json").read_text())["task_type"] == (
+        "TOKEN_CLS"
+    )
+    capsys.readouterr()
+    assert run(["export", where, "--to", "merged", "--output", str(tmp_path / "merged")]) == 1
+    assert re.search(
+        r"got one on TOKEN_CLS .*load_chain\(.*\)\.detach\(\)", capsys.readouterr().err
+    )
+
+
+def test_a_damaged_start_is_refused(tmp_path):
+    name = "BertForSequenceClassification"
+    folder = save_base(name, tmp_path / "base")
+    save_chain(tuned(name, folder), tmp_path / "chain")
+    with (tmp_path / "chain/start.safetensors").open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"\x7f")
+    with pytest.raises(RunError, match=r"start\.safetensors"):
+        load_chain(tmp_path / "chain", load(name, folder), checkpoint=folder)
+
+
+def test_a_layer_inside_a_trained_module_is_not_adapted_too():
+    model = new_model("RobertaForSequenceClassification")
+    chain = Chain(model)
+    adapter = chain.extend(
+        LinkConfig(rank=2, target_modules=("query", "dense"), extra_modules=("classifier",))
+    )
+    assert not any(name.startswith("classifier") for name in adapter.layers)
+    assert set(adapter.extra) == {"classifier"}
+
+
+def test_trained_modules_to_save_are_refused(tmp_path):
+    from transformers import Trainer, TrainingArguments
+
+    lora = peft.LoraConfig(r=4, task_type="SEQ_CLS", target_modules=["query"])
+    model = peft.get_peft_model(new_model("BertForSequenceClassification"), lora)
+    with torch.no_grad():
+        model.base_model.model.classifier.modules_to_save["default"].weight.add_(1)
+    with pytest.raises(ModelError, match=r"fresh modules to save .*classifier.*merge_and_unload"):
+        Trainer(
+            model,
+            TrainingArguments(str(tmp_path), report_to=[], use_cpu=True),
+            callbacks=[ChainCallback(steps=2)],
+        )
+
+
+def test_stacked_experts_are_refused_with_what_to_name(tmp_path):
+    from transformers import Trainer, TrainingArguments
+
+    lora = peft.LoraConfig(r=4, task_type="CAUSAL_LM", target_modules="all-linear")
+    model = peft.get_peft_model(new_model("MixtralForCausalLM"), lora)
+    with pytest.raises(ModelError, match=r"stacked experts cannot be linked .*q_proj"):
+        Trainer(
+            model,
+            TrainingArguments(str(tmp_path), report_to=[], use_cpu=True),
+            callbacks=[ChainCallback(steps=2)],
+        )
+
+
+def test_the_merged_model_is_the_class_it_was(tmp_path):
+    name = "T5ForConditionalGeneration"
+    model = new_model(name)
+    batch = KINDS[name].batch()
+    chain = Chain(model)
+    adapter = chain.extend(LinkConfig(rank=2))
+    assert "lm_head" not in adapter.layers  # all-linear leaves out the head, tied or not
+    chain.tie()
+    before = outputs(model, batch)
+    assert chain.detach() is model
+    assert torch.equal(outputs(model, batch), before)
+    assert model.lm_head.weight is model.shared.weight
+
+
+def test_the_committed_table_has_every_class():
+    text = (ROOT / "benchmarks/heads/results.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\w+) \| .*? \| (.*?) \| (.*?) \|$", text, flags=re.MULTILINE)
+    assert {name for name, *_ in rows if name != "class"} == set(KINDS)
+    assert all(cell.startswith("right") for _, *cells in rows[1:] for cell in cells)
+
+
+def test_an_embedding_is_trained_whole_where_nothing_is_tied_to_it(tmp_path):
+    from transformers import LlamaForCausalLM
+
+    config = config_of("LlamaForSequenceClassification")
+    batch = next_tokens()
+    for tied in (False, True):
+        config.tie_word_embeddings = tied
+        chain = Chain(LlamaForCausalLM(config).eval())
+        with pytest.raises(ModelError, match=r"only Linear and Conv1D .*got Embedding at"):
+            chain.extend(LinkConfig(rank=2, target_modules=("embed_tokens", "q_proj")))
+        whole = LinkConfig(rank=2, target_modules=("q_proj",), extra_modules=("embed_tokens",))
+        if tied:
+            with pytest.raises(ModelError, match="must not name a tied head or embedding"):
+                chain.extend(whole)
+            continue
+        start = outputs(chain.model, batch)
+        chain.extend(whole)
+        optimizer = torch.optim.AdamW(chain.parameters(), lr=RATE)
+        chain.model(**batch).loss.backward()
+        optimizer.step()
+        live = outputs(chain.model, batch)
+        chain.tie()
+        torch.testing.assert_close(outputs(chain.model, batch), live, atol=5e-5, rtol=0)  # rounding
+        export_adapter(chain, tmp_path / "adapter")
+        assert "base_model.model.model.embed_tokens.weight" in load_file(
+            tmp_path / "adapter/adapter_model.safetensors"
+        )
+        chain.drop(1)
+        assert torch.equal(outputs(chain.model, batch), start)
+        assert not torch.equal(live, start)

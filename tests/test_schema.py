@@ -1,0 +1,88 @@
+"""The JSON Schema of a config: what editors are told is what is accepted."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jsonschema
+import pytest
+from jsonschema import Draft202012Validator
+
+from chainlora import ChainLoRAError, make_config
+from chainlora.cli.main import run
+from chainlora.config.json_schema import MEANINGS, config_schema, config_sections, read_meanings
+from chainlora.config.loading import parse_yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+EXAMPLES = [ROOT / f"examples/{name}.yaml" for name in ("dates", "chat")]
+LEAST = {
+    "model": "m",
+    "data": {"train": "rows.jsonl"},
+    "chain": {"ranks": [8], "steps": [9]},
+}
+
+
+@pytest.fixture(scope="module")
+def validator() -> Draft202012Validator:
+    schema = config_schema()
+    Draft202012Validator.check_schema(schema)
+    return Draft202012Validator(schema)
+
+
+def test_the_command_prints_the_schema(capsys):
+    assert run(["schema"]) == 0
+    assert json.loads(capsys.readouterr().out) == config_schema()
+
+
+def test_the_meanings_are_those_of_the_page():
+    page = (ROOT / "docs/config.md").read_text(encoding="utf-8")
+    assert json.loads(MEANINGS.read_text(encoding="utf-8")) == read_meanings(page), (
+        "docs/config.md has changed: run `make meanings`"
+    )
+
+
+def test_every_key_has_a_meaning():
+    meanings = json.loads(MEANINGS.read_text(encoding="utf-8"))
+    for prefix, model in config_sections().items():
+        assert [key for key in model.model_fields if prefix + key not in meanings] == []
+
+
+@pytest.mark.parametrize("file", EXAMPLES, ids=lambda path: path.stem)
+def test_examples_are_valid(validator, file):
+    validator.validate(parse_yaml(file.read_text(encoding="utf-8")))
+
+
+ACCEPTED = (
+    "chain: {ranks: 8, steps: 10}",
+    "chain: {ranks: [8, 4], epochs: [1, 0.5], alpha: [16, 8], knots: auto}",
+    "chain: {ranks: [8], steps: [9], target_modules: q_proj, knots: {every: 3, share: 0.1}}",
+    "model: {name: m, quantize: nf4}\nchain: {ranks: 8, steps: 9, hold: carried}",
+    "train: {speedups: off, trackers: tensorboard, max_grad_norm: null}",
+)
+REFUSED = (
+    "chain: {rank: 8}",
+    "chain: {ranks: [eight]}",
+    "chain: {hold: hands}",
+    "train: {lr: 0}",
+    "train: {lr: true}",
+    "train: {early_stop: 0}",
+    "data: {}\nmodle: m",
+    "model: {nmae: m}",
+)
+
+
+@pytest.mark.parametrize("text", ACCEPTED)
+def test_what_is_accepted_is_valid(validator, text):
+    tree = LEAST | parse_yaml(text)
+    make_config(tree)
+    validator.validate(tree)
+
+
+@pytest.mark.parametrize("text", REFUSED)
+def test_what_is_refused_is_not_valid(validator, text):
+    tree = LEAST | parse_yaml(text)
+    with pytest.raises(ChainLoRAError):
+        make_config(tree)
+    with pytest.raises(jsonschema.ValidationError):
+        validator.validate(tree)

@@ -1,0 +1,79 @@
+"""The site builds offline without a warning, and says what the code says."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+import chainlora
+from chainlora.cli.main import cli
+
+ROOT = Path(__file__).resolve().parents[1]
+pytest.importorskip("furo", reason="needs chainlora[docs]")
+pytest.importorskip("myst_parser", reason="needs chainlora[docs]")
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory) -> Path:
+    """The built site. Sphinx runs apart, where no proxy leads out."""
+    output = tmp_path_factory.mktemp("site") / "html"
+    nowhere = dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:9")
+    done = subprocess.run(
+        [sys.executable, ROOT / "site/build.py", output],
+        env=os.environ | nowhere,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.rstrip().endswith("0 broken links")
+    return output
+
+
+def words(page: Path) -> str:
+    text = re.sub(r"<[^>]+>", "", page.read_text(encoding="utf-8"))
+    return " ".join(text.split())
+
+
+def test_every_command_and_public_name_has_its_place(site):
+    commands = words(site / "reference/commands.html")
+    assert [name for name in cli.commands if f"$ chainlora {name}" not in commands] == []
+    names = (site / "reference/names.html").read_text(encoding="utf-8")
+    missing = [n for n in chainlora.__all__ if n != "__version__" and f".{n}" not in names]
+    assert missing == []
+
+
+def test_the_start_page_is_the_readme_and_leads_to_all_sections(site):
+    start = words(site / "index.html")
+    sentence = (ROOT / "README.md").read_text(encoding="utf-8").split("\n\n")[4]
+    assert " ".join(re.sub(r"[*`]|^\d\. ", "", sentence).split())[:60] in start
+    for caption in yaml.safe_load((ROOT / "site/nav.yaml").read_text(encoding="utf-8")):
+        assert caption in start
+
+
+def test_the_pages_load_nothing_from_elsewhere(site):
+    for page in site.rglob("*.html"):
+        text = page.read_text(encoding="utf-8")
+        loaded = re.findall(r'<(?:script|img|iframe)[^>]*\ssrc="([^"]+)"', text)
+        loaded += re.findall(r'<link[^>]*rel="stylesheet"[^>]*href="([^"]+)"', text)
+        assert [link for link in loaded if re.match(r"(https?:)?//", link)] == [], page.name
+
+
+def test_a_broken_link_is_found(tmp_path):
+    sys.path.insert(0, str(ROOT / "site"))
+    try:
+        from build import broken_links
+    finally:
+        sys.path.pop(0)
+    (tmp_path / "a.html").write_text('<a href="b.html#here">b</a> <a href="c.html">c</a>')
+    (tmp_path / "b.html").write_text('<p id="there"></p><img src="https://example.org/x.png">')
+    assert sorted(broken_links(tmp_path)) == [
+        "a.html: b.html#here (no such heading)",
+        "a.html: c.html",
+    ]

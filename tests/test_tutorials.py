@@ -1,0 +1,151 @@
+"""The tutorials run as they stand, on tiny models in the places that they name."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from heads.models import new_model, rows_of_text
+
+from chainlora.cli.main import run
+
+ROOT = Path(__file__).resolve().parents[1]
+TUTORIALS = ROOT / "docs/tutorials"
+HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+def blocks(file: Path, language: str) -> list[str]:
+    """The fenced blocks of a language, in order."""
+    text = file.read_text(encoding="utf-8")
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+    return [body for name, body in found if name == language]
+
+
+def commands(name: str) -> list[list[str]]:
+    """The arguments of every command of a tutorial, without where its output goes."""
+    lines = [line for block in blocks(TUTORIALS / name, "console") for line in block.splitlines()]
+    found = [shlex.split(line.removeprefix("$ ").partition(" > ")[0]) for line in lines]
+    assert {words[0] for words in found} == {"chainlora"}
+    return [words[1:] for words in found]
+
+
+@pytest.fixture
+def checkout(tiny_folder, tmp_path, monkeypatch) -> Path:
+    """A folder as a reader has it, with a tiny model where the Hub id points."""
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    (tmp_path / HUB_ID).parent.mkdir()
+    (tmp_path / HUB_ID).symlink_to(tiny_folder)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_own_data(checkout, capsys):
+    file = TUTORIALS / "own-data.md"
+    (text,) = blocks(file, "yaml")
+    (checkout / "run.yaml").write_text(text, encoding="utf-8")
+    (row,) = blocks(file, "json")
+    rows = (ROOT / "examples/dates/train.jsonl").read_text(encoding="utf-8")
+    assert json.loads(row) in [json.loads(line) for line in rows.splitlines()]
+    for words in commands("own-data.md"):
+        assert run(words) == 0, capsys.readouterr().err
+    config = json.loads((checkout / "out/own-adapter/adapter_config.json").read_text())
+    assert config["r"] <= 16
+    assert (checkout / "out/own-merged/model.safetensors").is_file()
+
+
+def test_chat(checkout, monkeypatch, capsys):
+    (row,) = blocks(TUTORIALS / "chat.md", "json")
+    assert [turn["role"] for turn in json.loads(row)["messages"]] == ["user", "assistant"]
+    # the tiny model's context is 128 tokens, its vocabulary bytes
+    short = ["--data.max_length", "128", "--data.truncation", "left", "--chain.epochs", "[1, 1]"]
+    for words in commands("chat.md"):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"What is a link?\n")))
+        extra = short if words[0] == "train" else ["--max-new-tokens", "8"]
+        assert run([*words, *extra]) == 0, capsys.readouterr().err
+
+
+def test_classification(tmp_path, capsys):
+    name = "BertForSequenceClassification"
+    encoder = tmp_path / "encoder"
+    new_model(name).base_model.save_pretrained(encoder)
+    batch = rows_of_text()
+    rows = [{key: value[i] for key, value in batch.items()} for i in range(len(batch["labels"]))]
+    names: dict[str, Any] = {
+        "encoder": str(encoder),
+        "output": str(tmp_path),
+        "rows": rows,
+        "batches": [batch] * 4,
+    }
+    with_trainer, loading, own_loop = blocks(TUTORIALS / "classification.md", "python")
+    exec(with_trainer, names)
+    exec(loading, names)
+    with torch.no_grad():
+        told, again = (names[key].eval()(**batch).logits for key in ("model", "loaded"))
+    # one product is summed in another order, in float32 over two layers
+    torch.testing.assert_close(again, told, atol=5e-5, rtol=0)
+    exec(own_loop, names)
+    assert not any("lora" in name for name, _ in names["plain"].named_parameters())
+    assert [link.num_steps for link in names["chain"].links] == [4, 4]
+    (words,) = commands("classification.md")
+    assert run(words) == 0
+
+
+def test_the_table_of_what_was_tried_is_what_is_checked():
+    from heads.models import KINDS
+
+    text = (TUTORIALS / "classification.md").read_text(encoding="utf-8")
+    table = text.partition("| classes |")[2].partition("\n\n")[0]
+    names = [name for row in table.splitlines()[2:] for name in row.split("|")[2].split(",")]
+    plain = re.compile(r"[^a-z0-9]")
+    spelled = {plain.sub("", kind.lower()) for kind in KINDS}
+    for name in names:
+        word = plain.sub("", name.lower())
+        assert any(kind.startswith(word) for kind in spelled), name
+
+
+def test_serving(checkout, capsys):
+    lengths = ["--chain.steps", "[2, 2, 2]", "--chain.epochs", "null"]
+    assert run(["train", "examples/dates.yaml", *lengths]) == 0, capsys.readouterr().err
+    for words in commands("serving.md"):
+        assert run(words) == 0, capsys.readouterr().err
+    assert json.loads((checkout / "out/dates/adapter_config.json").read_text())["r"] == 32
+    (block,) = blocks(TUTORIALS / "serving.md", "python")
+    names: dict[str, Any] = {}
+    exec(block, names)
+    ids = torch.arange(3, 11)[None]
+    with torch.no_grad():  # bfloat16 rounds the merged weight once, the adapter is added in float32
+        merged, adapted = (names[key].float()(ids).logits for key in ("merged", "adapted"))
+    torch.testing.assert_close(adapted, merged, atol=5e-2, rtol=0)
+
+
+def test_commands_for_other_tools_are_shell_and_name_what_was_exported():
+    file = TUTORIALS / "serving.md"
+    exported = set(re.findall(r"--output (\S+)", file.read_text(encoding="utf-8")))
+    shell = blocks(file, "bash")
+    assert shell
+    for block in shell:
+        subprocess.run(["bash", "-n"], input=block, text=True, check=True)
+        for folder in re.findall(r"\bout/\w+", block):
+            assert folder in exported
+        for body in re.findall(r"-d '(.*?)'", block, flags=re.DOTALL):
+            json.loads(body)
+
+
+def test_the_method_in_code():
+    (block,) = blocks(ROOT / "docs/method.md", "python")
+    exec(block, {"__name__": "method"})
+
+
+def test_every_page_of_the_tutorials_is_in_the_navigation():
+    nav = yaml.safe_load((ROOT / "site/nav.yaml").read_text(encoding="utf-8"))
+    listed = {page for pages in nav.values() for page in pages if isinstance(page, str)}
+    assert {f"docs/tutorials/{file.stem}" for file in TUTORIALS.glob("*.md")} <= listed
