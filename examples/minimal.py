@@ -1,6 +1,6 @@
 import sys
 
-from chainlora import export_adapter, load_run, make_config, train
+from chainlora import export_adapter, load_run, train
 
 settings = {
     "model": sys.argv[1] if len(sys.argv) > 1 else "HuggingFaceTB/SmolLM2-135M-Instruct",
@@ -8,7 +8,7 @@ settings = {
     "chain": {"ranks": [8, 8], "target_modules": ["q_proj", "v_proj"], "epochs": [2, 1]},
     "output": "runs/minimal",
 }
-print(train(make_config(settings))["steps"], "steps")
+print(train(settings)["steps"], "steps")
 model, tokenizer = load_run("runs/minimal")  # a plain transformers model, the links merged
 ids = tokenizer("Date: 5 March 2021\nISO:", return_tensors="pt").input_ids
 print(tokenizer.decode(model.generate(ids, max_new_tokens=12)[0], skip_special_tokens=True))

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
+
+ANNOUNCED = re.compile(r"\S+: (links of rank [\w, ]+|every weight) on .+, to .+")
 
 
 @dataclass
@@ -20,10 +23,15 @@ class Outcome:
         return json.loads(self.out)
 
     def refused(self, *parts: str) -> str:
-        """Nothing on stdout, exit 1, one line on stderr that has these parts; returns it."""
+        """Nothing on stdout, exit 1, one line of error on stderr that has these parts; returns it.
+
+        `train` says before it what it was about to do.
+        """
         assert self.status == 1, self.err
         assert self.out == ""
         lines = self.err.splitlines()
+        if len(lines) == 2 and ANNOUNCED.match(lines[0]):
+            del lines[0]
         assert len(lines) == 1, self.err
         assert lines[0].startswith("chainlora: error: ")
         assert "unexpected" not in lines[0]

@@ -40,7 +40,7 @@ def test_help_and_version(chainlora):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["trian"], "No such command 'trian'"),
+        (["trian"], "No such command 'trian'; here it is `chainlora train`"),
         (["train"], "Missing argument 'CONFIG'"),
         (
             ["train", "c.yaml", "d.yaml"],

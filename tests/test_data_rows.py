@@ -399,8 +399,8 @@ def test_a_run_on_stored_rows_is_the_run_on_rows_in_memory(
 
 
 def test_the_command_line_takes_the_events_of_encoding():
-    from chainlora.cli.progress import progress_listener
     from chainlora.training.events import RowsEncoded
+    from chainlora.training.progress import progress_listener
 
     with progress_listener() as listener:
         for share in (0.5, 1.0):

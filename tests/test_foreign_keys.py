@@ -12,6 +12,7 @@ from chainlora.config.foreign import foreign_keys, keys_page
 from chainlora.config.loading import parse_yaml
 from chainlora.config.schema import RunConfig
 from chainlora.errors import ConfigError
+from chainlora.training.optimizers import OPTIMIZERS
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 
@@ -134,7 +135,6 @@ def test_an_axolotl_file(converted):
     }
     make_config(tree)
     for lost in (
-        "the type alpaca is not read",
         "# sample_packing: true – not needed: rows are packed",
         "# warmup_ratio: 0.1 – give train.warmup_steps",
         '# special_tokens: {"pad_token": "<pad>"} – not a key of chainlora',
@@ -142,6 +142,8 @@ def test_an_axolotl_file(converted):
         assert lost in comments
     for kept in ("learning_rate", "val_set_size", "adapter", "lora_model_dir", "Still to do"):
         assert kept not in comments
+    assert "the type" not in comments  # alpaca is recognised
+    assert "the type pygmalion is not read" in converted(AXOLOTL.replace("alpaca", "pygmalion"))[1]
 
 
 def test_a_llama_factory_file(converted):
@@ -153,7 +155,26 @@ def test_a_llama_factory_file(converted):
     assert "# lr_scheduler_type: polynomial – train.schedule knows no such value; convertible" in (
         comments
     )
-    assert "# template: llama3 – chats go through the template of the tokenizer" in comments
+    assert config.data.chat_template == "llama3"
+
+
+def test_optimizers_that_other_tools_name(converted):
+    found = {}
+    for theirs in ("adamw_bnb_8bit", "paged_adamw_8bit", "adafactor", "lion_8bit", "lion_32bit"):
+        tree, comments = converted(f"optim: {theirs}\nlora_r: 8\nlearning_rate: 1e-3\n")
+        assert "without an equivalent" not in comments.lower()
+        found[theirs] = tree["train"]["optimizer"]
+    assert found == {
+        "adamw_bnb_8bit": "adamw_8bit",
+        "paged_adamw_8bit": "paged_adamw_8bit",
+        "adafactor": "adafactor",
+        "lion_8bit": "lion",
+        "lion_32bit": "lion",
+    }
+    for key in ("optim", "optimizer"):
+        assert set(foreign_keys()[key].values.values()) == set(OPTIMIZERS)
+    tree, comments = converted("optim: apollo_adamw\nlora_r: 8\nlearning_rate: 1e-3\n")
+    assert "# optim: apollo_adamw – train.optimizer knows no such value; convertible: " in comments
 
 
 def test_keys_of_trainer_and_peft(converted):

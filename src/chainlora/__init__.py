@@ -27,7 +27,8 @@ _WHERE = {
     "RunConfig": "chainlora.config.schema",
     "load_config": "chainlora.config.loading",
     "make_config": "chainlora.config.loading",
-    "train": "chainlora.training.loop",
+    "train": "chainlora.training.calling",
+    "TrainResult": "chainlora.training.result",
     "carry_moments": "chainlora.training.optimizers",
     "ChainCallback": "chainlora.integrations.callback",
     "evaluate_task": "chainlora.evaluation.scoring",
@@ -73,8 +74,9 @@ if TYPE_CHECKING:
     from chainlora.runs.inspection import inspect_run as inspect_run
     from chainlora.runs.saved_chain import load_chain as load_chain
     from chainlora.runs.saved_chain import save_chain as save_chain
-    from chainlora.training.loop import train as train
+    from chainlora.training.calling import train as train
     from chainlora.training.optimizers import carry_moments as carry_moments
+    from chainlora.training.result import TrainResult as TrainResult
 
 
 def __getattr__(name: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
 import os
 import sys
@@ -37,9 +38,44 @@ def file_and_overrides(
     they stand."""
     words, pairs = _split(arguments)
     if not words:
-        raise click.UsageError(f"Missing argument '{name}'.")
+        given = next((value for key, value in pairs if key == "config"), None)
+        if given is not None:
+            raise click.UsageError(
+                f"Missing argument '{name}': write the file without --config: {given}"
+            )
+        raise click.UsageError(
+            f"Missing argument '{name}', a YAML file; its keys can then be set by --key.sub VALUE"
+        )
     _refuse(words[1:])
     return words[0], pairs
+
+
+class Verbs(click.Group):
+    """A group that says what an unknown verb is called here."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the verb. Raises UsageError that names the one that was meant."""
+        if args and not args[0].startswith("-") and self.get_command(ctx, args[0]) is None:
+            name = args[0].replace("_", "-")
+            close = difflib.get_close_matches(name, self.list_commands(ctx), n=1)
+            meant = _VERBS.get(name, close[0] if close else None)
+            hint = f"; here it is `chainlora {meant}`" if meant else ""
+            raise click.UsageError(f"No such command {args[0]!r}{hint}", ctx)
+        return super().resolve_command(ctx, args)
+
+
+# Verbs of TRL, Axolotl, LLaMA-Factory and others.
+_VERBS = {
+    **dict.fromkeys(("sft", "finetune", "fine-tune", "lora", "fit", "run"), "train CONFIG"),
+    **dict.fromkeys(("merge", "merge-lora"), "export RUN --to merged --output DIR"),
+    **dict.fromkeys(("inference", "infer", "predict", "sample"), "generate RUN --prompt TEXT"),
+    **dict.fromkeys(("evaluate", "test"), "eval RUN"),
+    **dict.fromkeys(("dpo", "kto", "grpo", "rlhf"), "train CONFIG`, or TRL with `ChainCallback"),
+    "preprocess": "train CONFIG",
+    "env": "doctor",
+}
 
 
 def _split(arguments: list[str]) -> tuple[list[str], list[tuple[str, str]]]:
@@ -53,9 +89,16 @@ def _split(arguments: list[str]) -> tuple[list[str], list[tuple[str, str]]]:
         if not equals:
             value = next(rest, "--")
             if value.startswith("--"):
-                raise click.UsageError(f"--{key} needs a value")
+                raise click.UsageError(f"--{key} needs a value{_foreign(key)}")
         pairs.append((key.replace("-", "_"), value))
     return words, pairs
+
+
+def _foreign(key: str) -> str:
+    """Return what a key of another tool is here."""
+    from chainlora.config.foreign import foreign_hint
+
+    return foreign_hint(key.replace("-", "_")) or ""
 
 
 def _refuse(words: list[str]) -> None:

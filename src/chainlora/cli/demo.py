@@ -51,7 +51,7 @@ def run_demo(
     after_links = [score["accuracy"] for score in scores if score["where"] == "knot"]
     echo(_summary(zero_shot, after_links, result["metrics"]["validation"]))
     echo(_next_commands(rows, output))
-    return result | {"zero_shot": zero_shot, "after_links": after_links}
+    return {**result, "zero_shot": zero_shot, "after_links": after_links}
 
 
 def headlines() -> Path:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from chainlora import __version__
-from chainlora.cli.common import file_and_overrides, is_first_process, quiet
+from chainlora.cli.common import Verbs, file_and_overrides, is_first_process, quiet
 from chainlora.cli.convert import convert_config
 from chainlora.cli.doctor import doctor
 from chainlora.cli.experiments import compare, experiment
@@ -38,6 +38,7 @@ from chainlora.files import file_error
 
 if TYPE_CHECKING:
     from chainlora.config.schema import RunConfig
+    from chainlora.training.result import TrainResult
 
 _SIGNALLED = 128  # and the signal's number, as shells have it
 _HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
@@ -111,7 +112,7 @@ def _fail(message: str, debug: bool) -> int:
     return 1
 
 
-@click.group(context_settings=_HELP)
+@click.group(cls=Verbs, context_settings=_HELP)
 @click.version_option(__version__, prog_name="chainlora")
 @click.option("--debug", is_flag=True, help="Show tracebacks and debug logs (may stand anywhere).")
 @click.pass_context
@@ -142,7 +143,7 @@ def demo(output: str, as_json: bool) -> None:
     each link brought."""
     quiet()
     from chainlora.cli.demo import run_demo
-    from chainlora.cli.progress import progress_listener
+    from chainlora.training.progress import progress_listener
 
     with progress_listener() as listener:
         result = run_demo(
@@ -179,6 +180,8 @@ def train(arguments: tuple[str, ...], resume: bool, as_json: bool) -> None:
             "`output` must name a directory for the run (got none); add it to the config or pass "
             "--output"
         )
+    if is_first_process():
+        _to_stderr(_announcement(file, settings))  # before seconds of imports
     quiet()
     from chainlora.runs.inspection import read_records
     from chainlora.runs.plots import plot_training
@@ -197,14 +200,24 @@ def train(arguments: tuple[str, ...], resume: bool, as_json: bool) -> None:
         _show_result(result, output)
 
 
-def _train(settings: RunConfig, resume: bool, named: list[str]) -> dict[str, Any]:
+def _announcement(file: str, settings: RunConfig) -> str:
+    """Return what a run is about to do, from its config alone."""
+    ranks = ", ".join(map(str, settings.chain.ranks))
+    what = "every weight" if settings.chain.tune == "full" else f"links of rank {ranks or 'none'}"
+    return f"{file}: {what} on {settings.model}, to {settings.output}"
+
+
+def _train(settings: RunConfig, resume: bool, named: list[str]) -> TrainResult:
     """Train with a progress bar. A signal stops the run after its step, once there is one."""
-    from chainlora.cli.progress import progress_listener
     from chainlora.training.events import Event, Planned
     from chainlora.training.interrupts import interruptible
     from chainlora.training.loop import train as run_training
+    from chainlora.training.progress import progress_listener
 
-    shown = progress_listener() if is_first_process() else nullcontext(lambda event: None)
+    first = is_first_process()
+    shown = (
+        progress_listener(settings.train.log_every) if first else nullcontext(lambda event: None)
+    )
     with shown as show, interruptible(_say_stopping) as interrupts:
 
         def listener(event: Event) -> None:
@@ -230,7 +243,7 @@ def _say_stopping(number: int) -> None:
         os.write(2, text.encode())
 
 
-def _show_result(result: dict[str, Any], output: Path) -> None:
+def _show_result(result: TrainResult, output: Path) -> None:
     from chainlora.cli.progress import show_links
 
     show_links(output)

@@ -1,4 +1,4 @@
-"""What a person sees of a run: the progress bar on stderr, tables of links on stdout."""
+"""What a person sees of a run that is there: the progress of an evaluation, tables of links."""
 
 from __future__ import annotations
 
@@ -14,30 +14,6 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from chainlora.runs.inspection import inspect_run
-from chainlora.training.events import (
-    Evaluated,
-    Event,
-    KnotTied,
-    Listener,
-    Planned,
-    RowsEncoded,
-    StepDone,
-)
-
-
-@contextmanager
-def progress_listener() -> Iterator[Listener]:
-    """Give a listener for `train` that draws link, step, loss, learning rate, tokens/s and time
-    left on stderr.
-
-    The bar goes when the context ends, however it ends, and leaves the terminal as it was.
-    """
-    listener = _Listener()
-    try:
-        yield listener
-    finally:
-        listener.encoding.stop()
-        listener.bar.stop()
 
 
 @contextmanager
@@ -57,105 +33,6 @@ def evaluation_progress() -> Iterator[Callable[[int, int], None]]:
     task = bar.add_task("rows", total=None)
     with bar:
         yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
-class _Listener:
-    def __init__(self) -> None:
-        self.console = Console(stderr=True)
-        self.bar = Progress(
-            TextColumn("link {task.fields[link]}"),
-            BarColumn(bar_width=24),
-            TextColumn("{task.completed}/{task.total}"),
-            TextColumn("loss {task.fields[loss]}"),
-            TextColumn("lr {task.fields[rate]:.1e}"),
-            TextColumn("{task.fields[speed]:.0f} tokens/s"),
-            TimeRemainingColumn(),
-            console=self.console,
-            disable=not self.console.is_terminal,
-        )
-        self.encoding = Progress(
-            TextColumn("tokenising {task.description}"),
-            BarColumn(bar_width=24),
-            TextColumn("{task.fields[rows]:,} rows"),
-            TimeRemainingColumn(),
-            console=self.console,
-            disable=not self.console.is_terminal,
-            transient=True,
-        )
-        self.splits: dict[str, Any] = {}
-        self.task: Any = None
-        self.total = 0
-        self.loss: float | None = None
-        self.speed: float | None = None
-
-    def _say(self, line: str) -> None:
-        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
-
-    def __call__(self, event: Event) -> None:
-        match event:
-            case RowsEncoded():
-                self._encoded(event)
-            case Planned():
-                self._plan(event)
-            case StepDone():
-                self._step(event)
-            case Evaluated():
-                self._evaluated(event)
-            case KnotTied():
-                self._say(
-                    f"step {event.step:>5}  link {event.link} tied "
-                    f"(function changed by {event.function_change:.1e})"
-                )
-
-    def _encoded(self, event: RowsEncoded) -> None:
-        if event.split not in self.splits:
-            self.splits[event.split] = self.encoding.add_task(event.split, total=1.0, rows=0)
-            self.encoding.start()
-        self.encoding.update(self.splits[event.split], completed=event.share, rows=event.rows)
-
-    def _plan(self, event: Planned) -> None:
-        self.encoding.stop()
-        self.total = event.num_steps
-        lengths = " + ".join(map(str, event.lengths))
-        resumed = f", resuming after step {event.step}" if event.step else ""
-        self._say(f"{event.rows} training rows, {event.num_steps} steps ({lengths}){resumed}")
-        for split, found in event.data.items():
-            if "recognised" in found:
-                self._say(f"{split}: rows recognised as {found['recognised']} (data.format)")
-        self.task = self.bar.add_task(
-            "train",
-            total=event.num_steps,
-            completed=event.step,
-            link=0,
-            loss="–",
-            rate=0.0,
-            speed=0.0,
-        )
-        self.bar.start()
-
-    def _step(self, event: StepDone) -> None:
-        self.loss = _smoothed(self.loss, event.loss)
-        self.speed = _smoothed(self.speed, event.tokens / max(event.seconds, 1e-9))
-        self.bar.update(
-            self.task,
-            completed=event.step,
-            link=event.link,
-            loss=f"{self.loss:.4f}",
-            rate=event.learning_rate,
-            speed=self.speed,
-        )
-        if event.step >= self.total:
-            self.bar.stop()
-
-    def _evaluated(self, event: Evaluated) -> None:
-        scores = ", ".join(f"{name} {value:.4f}" for name, value in event.metrics.items())
-        places = {"start": "before training", "knot": f"after link {event.link}"}
-        place = places.get(event.where, f"link {event.link}")
-        self._say(f"step {event.step:>5}  {place}: validation {scores}")
-
-
-def _smoothed(before: float | None, value: float) -> float:
-    return value if before is None else 0.9 * before + 0.1 * value
 
 
 def show_links(run: str | Path) -> None:

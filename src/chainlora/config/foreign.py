@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict
 from chainlora.config.yaml_text import dump_yaml, parse_yaml
 
 _MANY = 3  # foreign keys in one file: it was written for another tool
+_RECOGNISED = ("alpaca", "sharegpt", "chat_template", "completion")  # types that `auto` finds
 _NO_TOOL = "not a key of chainlora, nor of the tools it knows"
 
 
@@ -36,14 +37,17 @@ def foreign_keys() -> Mapping[str, ForeignKey]:
     return {key: ForeignKey.model_validate(entry) for key, entry in parse_yaml(text).items()}
 
 
-def foreign_hint(key: str) -> str | None:
-    """Return what an error says of a key of another tool; None for a key of none."""
+def foreign_hint(key: str, value: Any = None) -> str | None:
+    """Return what an error says of a key of another tool, and of its value; None for a key of
+    none."""
     found = foreign_keys().get(key)
     if found is None:
         return None
     if found.ours is None:
         return f"; there is no such key here: {found.say}"
-    return f"; here it is `{found.ours}`" + (f" ({found.say})" if found.say else "")
+    is_known = isinstance(value, bool | str) and value in found.values
+    ours = f"{found.ours}: {found.values[value]}" if is_known else found.ours
+    return f"; here it is `{ours}`" + (f" ({found.say})" if found.say else "")
 
 
 def foreign_file(tree: Mapping[Any, Any], known: Iterable[str]) -> str | None:
@@ -176,7 +180,7 @@ def _path(value: Any) -> tuple[Any, str]:
     if others:
         return path, "only the first is taken; put the rows into one file"
     asked = first.get("type") if isinstance(first, Mapping) else None
-    if asked is not None:
+    if asked is not None and asked not in _RECOGNISED:
         return path, f"the type {_shown(asked)} is not read; see data.format for rows"
     return path, ""
 

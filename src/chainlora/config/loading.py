@@ -17,9 +17,16 @@ from chainlora.config.yaml_text import parse_yaml as parse_yaml
 from chainlora.errors import ConfigError
 
 
-def load_config(path: str | Path, overrides: Sequence[tuple[str, str]] = ()) -> RunConfig:
-    """Read a YAML file, apply ``("key.sub", "value")`` overrides (values parsed as YAML), and check
-    it.
+def load_config(
+    path: str | Path, overrides: Mapping[str, Any] | Sequence[tuple[str, Any]] = ()
+) -> RunConfig:
+    """Read a YAML file, change some of its keys, and check it.
+
+    Args:
+        path: the file.
+        overrides: keys by their dotted names and their values, as a mapping or as pairs, of which a
+            later one wins: ``{"train.lr": 5e-4, "chain.ranks": [8, 4]}``. A text is read as YAML,
+            as on the command line: ``("chain.ranks", "[8, 4]")``, ``("train.early_stop", "null")``.
 
     Raises:
         ConfigError: unreadable file, unknown key (nearest named), wrong value.
@@ -35,7 +42,7 @@ def load_config(path: str | Path, overrides: Sequence[tuple[str, str]] = ()) -> 
             f"config file must have chainlora's keys (got {path} with {foreign}); rewrite it: "
             f"chainlora convert-config {path} > chainlora.yaml"
         )
-    for key, value in overrides:
+    for key, value in overrides.items() if isinstance(overrides, Mapping) else overrides:
         set_key(tree, key, value)
     return make_config(tree)
 
@@ -43,6 +50,11 @@ def load_config(path: str | Path, overrides: Sequence[tuple[str, str]] = ()) -> 
 def read_tree(path: str | Path) -> dict[str, Any]:
     """Read a YAML file that holds a mapping. Raises ConfigError for any other."""
     path = Path(path)
+    if path.suffix in (".jsonl", ".csv", ".parquet"):
+        raise ConfigError(
+            f"config file must be YAML (got {path}, rows of data); name the rows there, as "
+            f"data: {{train: {path}}}"
+        )
     try:
         tree = parse_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -71,8 +83,8 @@ def read_tree(path: str | Path) -> dict[str, Any]:
     return tree
 
 
-def set_key(tree: dict[str, Any], dotted: str, value: str) -> None:
-    """Set ``tree["a"]["b"]`` from ``"a.b"``; the value is parsed as YAML."""
+def set_key(tree: dict[str, Any], dotted: str, value: Any) -> None:
+    """Set ``tree["a"]["b"]`` from ``"a.b"``; a text is parsed as YAML."""
     *parents, last = dotted.split(".")
     for part in parents:
         if tree.get(part) is None:
@@ -83,7 +95,7 @@ def set_key(tree: dict[str, Any], dotted: str, value: str) -> None:
                 f"`{dotted}` must name a key inside a section (got {part!r}, which is a value)"
             )
     try:
-        tree[last] = parse_yaml(value)
+        tree[last] = parse_yaml(value) if isinstance(value, str) else value
     except yaml.YAMLError as error:
         raise ConfigError(
             f"the value of `{dotted}` must be YAML (got {value!r}: "

@@ -40,7 +40,8 @@ def problems(error: ValidationError, root: type[BaseModel], prefix: str = "") ->
     for item in error.errors():
         keys = [part for part in item["loc"] if isinstance(part, str)]
         if item["type"] in ("extra_forbidden", "invalid_key"):
-            found[_unknown_key([str(part) for part in item["loc"]], root, prefix), ""] = []
+            keys = [str(part) for part in item["loc"]]
+            found[_unknown_key(keys, item["input"], root, prefix), ""] = []
         elif item["type"] == "value_error":
             found[str(item["ctx"]["error"]), ""] = []
         elif item["type"] == "missing":
@@ -58,7 +59,7 @@ def problems(error: ValidationError, root: type[BaseModel], prefix: str = "") ->
     )
 
 
-def _unknown_key(keys: Sequence[str], root: type[BaseModel], prefix: str) -> str:
+def _unknown_key(keys: Sequence[str], value: Any, root: type[BaseModel], prefix: str) -> str:
     model = root
     for part in keys[:-1]:
         model = (
@@ -75,7 +76,7 @@ def _unknown_key(keys: Sequence[str], root: type[BaseModel], prefix: str) -> str
     ]
     hint = f"; did you mean {elsewhere[0]!r}?" if len(elsewhere) == 1 else None
     if hint is None and {"model", "chain", "train"} <= root.model_fields.keys():
-        hint = foreign_hint(last)
+        hint = foreign_hint(last, value)
     hint = nearest(last, known) if hint is None else hint
     return f"unknown key `{prefix}{'.'.join(keys)}`{hint}"
 

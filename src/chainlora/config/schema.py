@@ -10,10 +10,18 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
+from chainlora.config.chat_templates import Argument, check_arguments, resolved_template
 from chainlora.config.messages import problems
-
 
 # How long a link can be said to be; the keys of `ChainConfig`, of which a config gives one.
 LENGTHS = ("epochs", "steps", "tokens", "minutes")
@@ -41,18 +49,22 @@ class _Frozen(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _one_is_a_list_of_one(cls, tree: Any) -> Any:
-        """Take ``ranks: 8`` for ``[8]`` and ``target_modules: q_proj`` for ``[q_proj]``."""
+        """Take ``ranks: 8`` for ``[8]`` and ``target_modules: q_proj, v_proj`` for a list."""
         if not isinstance(tree, Mapping):
             return tree
-        return {
-            key: [value] if _is_due_a_list(cls.model_fields.get(key), value) else value
-            for key, value in tree.items()
-        }
+        return {key: _as_list(cls.model_fields.get(key), value) for key, value in tree.items()}
 
 
 def _kinds(annotation: Any) -> set[Any]:
     """Return the plain types in an annotation such as ``tuple[float, ...] | None``."""
     return {annotation}.union(*(_kinds(part) for part in get_args(annotation)))
+
+
+def _as_list(field: Any, value: Any) -> Any:
+    """Return a list where one is due; names with commas between them are no pattern."""
+    if isinstance(value, str) and _NAMES.fullmatch(value) and _is_due_a_list(field, "a"):
+        return [name.strip() for name in value.split(",")]
+    return [value] if _is_due_a_list(field, value) else value
 
 
 def _is_due_a_list(field: Any, value: Any) -> bool:
@@ -74,6 +86,7 @@ def _takes(field: Any, kind: type) -> bool:
     return not is_tuple and kind in get_args(field.annotation)
 
 
+_NAMES = re.compile(r"[\w.]+(\s*,\s*[\w.]+)+")
 _LARGEST = 2**31  # of what sizes a tensor; much larger numbers are no floats
 _Beta = Annotated[float, Field(ge=0, lt=1)]
 
@@ -115,6 +128,8 @@ class LinkConfig(LinkShape):
             )
         for key in ("target_modules", "exclude_modules"):
             _check_pattern(key, getattr(self, key))
+        if self.target_modules in ("all", ("all",)):
+            raise ValueError("`target_modules` must name modules (got all); say all-linear")
         if self.init == "pissa" and self.train_factors != "both":
             raise ValueError(
                 "`init: pissa` trains both factors (got train_factors: "
@@ -276,8 +291,8 @@ class ChainConfig(LinkShape):
             )
         if self.plateau is not None and self.knots is not None and self.plateau.of == "norm":
             raise ValueError(
-                "`plateau.of: norm` watches ‖B·A‖, which soft knots keep small (got knots too); use "
-                "plateau.of: loss"
+                "`plateau.of: norm` watches ‖B·A‖, which soft knots keep small (got knots too); "
+                "use plateau.of: loss"
             )
         if self.plateau is not None and self.tune == "full":
             raise ValueError("`plateau` ends links (got tune: full, which has none); leave it out")
@@ -321,6 +336,12 @@ class DataConfig(_Frozen):
     format: Literal[
         "auto", "completion", "chat", "text", "sharegpt", "alpaca", "conversational"
     ] = "auto"
+    chat_template: str | None = Field(
+        None, description="a name, a file or a text; None: the tokenizer's own"
+    )
+    template_arguments: dict[str, Argument] = Field(
+        {}, description="of the chat template, e.g. enable_thinking"
+    )
     num_train: int | None = Field(None, ge=1)
     num_validation: int | None = Field(None, ge=1)
     num_test: int | None = Field(None, ge=1)
@@ -331,6 +352,29 @@ class DataConfig(_Frozen):
         None, description="None: the task's own; files: error, and plain text is split into blocks"
     )
     shots: int = Field(0, ge=0, description="demonstrations before each prompt (in-context)")
+
+    @field_validator("train", "validation", "test", mode="before")
+    @classmethod
+    def _one_source(cls, value: Any, info: ValidationInfo) -> Any:
+        if not isinstance(value, list):
+            return value
+        if len(value) == 1:
+            return value[0]
+        raise ValueError(
+            f"`data.{info.field_name}` must be one file, folder or Hub dataset (got "
+            f"{len(value)}); put the rows into one file"
+        )
+
+    @field_validator("chat_template")
+    @classmethod
+    def _chat_template(cls, template: str | None) -> str | None:
+        return None if template is None else resolved_template(template)
+
+    @field_validator("template_arguments")
+    @classmethod
+    def _template_arguments(cls, arguments: dict[str, Argument]) -> dict[str, Argument]:
+        check_arguments(arguments)
+        return arguments
 
     @model_validator(mode="after")
     def _check(self) -> DataConfig:
@@ -405,6 +449,11 @@ class TrainConfig(_Frozen):
     )
     save_every: int | None = Field(
         100, ge=1, description="steps between checkpoints; None: at knots only"
+    )
+    log_every: int | None = Field(
+        None,
+        ge=1,
+        description="steps between lines of a log; None: a tenth of the run, or after a minute",
     )
     gradient_checkpointing: bool = False
     speedups: Literal["auto", "off"] = "auto"

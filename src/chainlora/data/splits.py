@@ -12,6 +12,7 @@ from typing import Any, Literal
 from transformers import PreTrainedTokenizerBase
 
 from chainlora.config.schema import DataConfig
+from chainlora.data.chat_templates import set_chat_template
 from chainlora.data.digest import rows_digest
 from chainlora.data.encoding import Options
 from chainlora.data.preparing import make_rows
@@ -72,11 +73,12 @@ def prepare_splits(
     to_score: str | None = None,
 ) -> Splits:
     """Read, sample, check and tokenise everything a config names, or the one split that is
-    `to_score`.
+    `to_score`. The tokenizer gets the config's chat template, if it names one.
 
     Raises DataError or ConfigError before training.
     """
     limit = _limit(data, context)
+    set_chat_template(tokenizer, data)
     if data.task is None:
         return _prepare_files(data, tokenizer, limit, progress, to_score)
     task = load_task(data.task)
@@ -95,6 +97,7 @@ def prepare_splits(
             before=before,
         )
         encoded[split] = _encode(split, source, tokenizer, task, options, progress)
+    _log_unread(encoded)
     return Splits(
         encoded["train"],
         encoded["validation"],
@@ -155,7 +158,7 @@ def _encode(
 
 
 def _log_summary(split: str, rows: Rows) -> None:
-    """Say once what was cut and what was not read."""
+    """Say what was cut."""
     found = rows.summary
     if found.rows_cut:
         _log.warning(
@@ -166,17 +169,19 @@ def _log_summary(split: str, rows: Rows) -> None:
             found.rows,
             found.tokens_cut,
         )
-    if found.rows_split:
-        _log.info(
-            "%s: %d of %d texts were longer than data.max_length or the context and were split, "
-            "which makes %d examples; no token was lost",
-            split,
-            found.rows_split,
-            found.rows,
-            found.examples,
-        )
-    if found.unread:
-        _log.warning("%s: nothing reads %s", split, ", ".join(map(repr, found.unread)))
+
+
+def _log_unread(encoded: Mapping[str, Rows]) -> None:
+    """Name each column that nothing reads once, with the splits that have it."""
+    places: dict[str, list[str]] = {}
+    for split, rows in encoded.items():
+        for column in rows.summary.unread:
+            places.setdefault(column, []).append(split)
+    alike: dict[str, list[str]] = {}
+    for column, splits in places.items():
+        alike.setdefault(", ".join(splits), []).append(column)
+    for splits_in_words, columns in alike.items():
+        _log.warning("%s: nothing reads %s", splits_in_words, ", ".join(map(repr, columns)))
 
 
 def _shapes_prompts_of(data: DataConfig, task: Task) -> bool:
@@ -279,6 +284,7 @@ def _prepare_files(
         )
         for split, source in _file_sources(data).items()
     }
+    _log_unread(encoded)
     return Splits(
         encoded["train"],
         encoded["validation"],

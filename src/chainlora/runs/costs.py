@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import platform
-import resource
 import sys
 from typing import Any
 
+import psutil
 import torch
 
 from chainlora.chain.link import Link
@@ -29,6 +29,10 @@ def peak_memory_mb() -> int:
     """Peak resident memory of this process in MiB (accelerator peak where there is one)."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() // 2**20
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().peak_wset // 2**20)
+    import resource  # of Unix
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak // (2**20 if sys.platform == "darwin" else 2**10)
 

@@ -19,6 +19,7 @@ from chainlora.chain.adapters import Factors, save_adapter
 from chainlora.chain.chain import Chain
 from chainlora.chain.link import Link
 from chainlora.config.schema import LinkConfig
+from chainlora.data.chat_templates import set_chat_template
 from chainlora.errors import ChainError, RunError
 from chainlora.models.identity import base_files
 from chainlora.models.loading import load_model, resolve_model
@@ -75,6 +76,8 @@ def load_run(
         check_base(manifest, {"files": base_files(folder)}, reader.path)
     quantize = manifest.base.quantize if as_trained else None
     model, tokenizer = load_model(folder, kind, quantize=quantize)
+    if manifest.has_run:
+        set_chat_template(tokenizer, reader.config().data)
     chain = Chain(model, hold="carried" if quantize else "tied", checkpoint=folder)
     if manifest.base.files is None:  # of version 0.1
         check_base(manifest, {"fingerprint": chain.base_fingerprint}, reader.path)

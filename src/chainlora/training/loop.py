@@ -42,7 +42,7 @@ from chainlora.training.optimizers import (
     rate_factor,
     state_tensors,
 )
-from chainlora.training.result import finish
+from chainlora.training.result import TrainResult, finish
 from chainlora.training.run import Run
 from chainlora.training.selection import evaluate_point, score, select_best
 from chainlora.training.setup import prepare
@@ -60,8 +60,9 @@ def train(
     resume: bool = False,
     listener: Listener | None = None,
     change: Collection[str] = (),
-) -> dict[str, Any]:
-    """Run a config from data to result and return what ``result.json`` holds.
+) -> TrainResult:
+    """Run a config from data to result and return what ``result.json`` holds. Prints nothing;
+    `chainlora.train` (`training.calling`) shows progress.
 
     `listener` gets every event (`training.events`): `Planned` before the first step, and before it
     `RowsEncoded` while a large data set is tokenised. `change` names keys that a resume may change

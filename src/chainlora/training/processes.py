@@ -216,3 +216,8 @@ def num_launched() -> int:
     """Return how many processes a launcher says it has started."""
     count = os.environ.get("WORLD_SIZE", "1")
     return int(count) if count.isdecimal() else 1
+
+
+def is_first_launched() -> bool:
+    """Say whether this is the process that shows things, of those that a launcher has started."""
+    return os.environ.get("RANK", "0") == "0"

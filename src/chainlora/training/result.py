@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypedDict
 
 from chainlora.data.rows import Rows
 from chainlora.evaluation.metrics import INDEX_METRICS, majority_rate
 from chainlora.runs import directory as store
 from chainlora.runs.costs import hardware, num_trained, peak_memory_mb
+from chainlora.runs.manifest import Best
 from chainlora.training.events import Scored
 from chainlora.training.run import Run
 from chainlora.training.selection import score
@@ -15,7 +16,30 @@ from chainlora.training.selection import score
 RESULT_FORMAT = 1  # of result.json
 
 
-def finish(run: Run) -> dict[str, Any]:
+class TrainResult(TypedDict):
+    """What a run came to: what `train` returns and ``result.json`` holds."""
+
+    format: int
+    model: str
+    task: str | None
+    metrics: dict[str, dict[str, float]]  # by split: validation, test
+    best: Best | None  # the best point, where points were compared
+    links: list[dict[str, Any]]
+    steps: int
+    tokens: int
+    scored_tokens: int
+    rows: int
+    rows_digest: str
+    data: dict[str, dict[str, Any]]  # by split: rows, tokens, what was cut or split, not read
+    base_fingerprint: str
+    wall_s: float
+    peak_memory_mb: int | None
+    trainable_parameters: int
+    versions: dict[str, str]
+    hardware: dict[str, Any]
+
+
+def finish(run: Run) -> TrainResult:
     """Score the result, write the manifest and ``result.json``, and return what the latter
     holds."""
     metrics = _final_metrics(run)
@@ -45,7 +69,7 @@ def _final_metrics(run: Run) -> dict[str, Any]:
     return metrics
 
 
-def _result(run: Run, metrics: dict[str, Any]) -> dict[str, Any]:
+def _result(run: Run, metrics: dict[str, Any]) -> TrainResult:
     config, progress = run.config, run.progress
     return {
         "format": RESULT_FORMAT,

@@ -1,8 +1,10 @@
-"""Chats: the model's own chat template, loss on what the assistant says."""
+"""Chats: the model's chat template, loss on what the assistant says."""
 
 from __future__ import annotations
 
+import inspect
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,11 +17,12 @@ from chainlora.data.templates import time_limit
 from chainlora.errors import DataError
 
 FIELDS = ("messages",)
+_READS_TEXT = re.compile(r"arguments\s+is\s+string")  # of a call, by the template itself
 _Messages = list[dict[str, Any]]
 
 
 class ChatEncoder:
-    """Rows of `messages`, with `tools` where a row has some."""
+    """Rows of `messages`, with `tools` and `chat_template_kwargs` where a row has some."""
 
     truncation = "error"
     keeps_targets = False
@@ -29,8 +32,9 @@ class ChatEncoder:
     ) -> None:
         if not reader.tokenizer.chat_template:
             raise DataError(
-                "the tokenizer must have a chat template for rows of `messages` (got none); use "
-                "a chat model, or rows of prompt + completion"
+                "the tokenizer must have a chat template for rows of `messages` (got none); give "
+                "one, as in data.chat_template: zephyr, use a chat model, or write rows of prompt "
+                "+ completion"
             )
         self.reader = reader
         self.turns_before = turns_before  # of the assistant, that are read and not learnt
@@ -53,7 +57,7 @@ class ChatEncoder:
 
     def unread(self, row: Row) -> set[str]:
         """Return the columns of a row, and the keys of its messages, that are not read."""
-        columns = row.keys() - {"messages", "tools", "turns_before"}
+        columns = row.keys() - {"messages", "tools", "chat_template_kwargs", "turns_before"}
         keys = {key for message in row["messages"] for key in message if message[key] is not None}
         return columns | {f"messages[].{key}" for key in keys if key not in self.source}
 
@@ -64,12 +68,15 @@ class _Chat:
     def __init__(self, reader: TokenReader, row: Row) -> None:
         self.reader, self.row = reader, row
         self.messages = _checked_messages(row.get("messages"), row.origin)
+        if not _READS_TEXT.search(str(reader.tokenizer.chat_template)):
+            self.messages = [_with_parsed_calls(message) for message in self.messages]
         self.tools = _checked_tools(row.get("tools"), row.origin)
+        self.arguments = _checked_arguments(row.get("chat_template_kwargs"), reader, row.origin)
 
     def render(self, messages: _Messages, **options: Any) -> Any:
         """Return what the template makes of messages, as text unless options ask for tokens."""
         place = self.row.origin
-        options = {"tokenize": False, "tools": self.tools} | options
+        options = self.arguments | {"tokenize": False, "tools": self.tools} | options
         try:
             with time_limit(f"the chat template at {place}"):
                 return self.reader.tokenizer.apply_chat_template(messages, **options)
@@ -149,7 +156,9 @@ class _Chat:
                 "correct it"
             )
         answers = [each.get("content") for each in self.messages if each["role"] == "assistant"]
-        content = [self.messages, self.tools] if self.tools else self.messages
+        content: Any = [self.messages, self.tools] if self.tools else self.messages
+        if self.arguments:
+            content = [self.messages, self.tools, self.arguments]
         references = (str(answers[-1] or ""),)
         return Draft(
             self.row.index, self.row.origin, content, [ids], [spans], references=references
@@ -184,9 +193,60 @@ def _checked_messages(messages: Any, place: str) -> _Messages:
             f"`messages` must have a turn with role assistant to learn from (got roles "
             f"{[message['role'] for message in messages]} at {place}); remove the row"
         )
-    return [
-        {key: value for key, value in message.items() if value is not None} for message in messages
-    ]
+    return [_without_parts(message, place) for message in messages]
+
+
+def _without_parts(message: Mapping[str, Any], place: str) -> dict[str, Any]:
+    """Return a message without nulls, its content one text where it was parts of text: templates
+    of language models write the list itself."""
+    found = {key: value for key, value in message.items() if value is not None}
+    content: Any = found.get("content", "")
+    if isinstance(content, str):
+        return found
+    if not (_is_list(content) and all(map(_is_text_part, content))):
+        raise DataError(
+            "the content of a message must be a text, or parts of type text (got "
+            f"{content!r:.80} at {place}); remove other parts, or the row"
+        )
+    return found | {"content": "".join(part["text"] for part in content)}
+
+
+def _is_text_part(part: Any) -> bool:
+    is_text = isinstance(part, Mapping) and part.get("type", "text") == "text"
+    return is_text and isinstance(part.get("text"), str)
+
+
+def _with_parsed_calls(message: dict[str, Any]) -> dict[str, Any]:
+    """Return a message whose calls have objects as arguments where they had JSON text, which a
+    template would quote once more."""
+    calls: Any = message.get("tool_calls")
+    if not (_is_list(calls) and all(isinstance(call, Mapping) for call in calls)):
+        return message
+    return message | {"tool_calls": [_parsed_call(call) for call in calls]}
+
+
+def _parsed_call(call: Mapping[str, Any]) -> dict[str, Any]:
+    inner = call.get("function")
+    if isinstance(inner, Mapping):
+        return dict(call) | {"function": _parsed_call(inner)}
+    try:
+        found = json.loads(call["arguments"])
+    except (KeyError, TypeError, ValueError, RecursionError):  # none, or no JSON text
+        return dict(call)
+    return dict(call) | ({"arguments": found} if isinstance(found, dict) else {})
+
+
+def _checked_arguments(arguments: Any, reader: TokenReader, place: str) -> dict[str, Any]:
+    """Return a row's arguments of the template, which are none of the call that renders it."""
+    if not arguments:
+        return {}
+    of_the_call = inspect.signature(reader.tokenizer.apply_chat_template).parameters
+    if not isinstance(arguments, Mapping) or arguments.keys() & of_the_call.keys():
+        raise DataError(
+            "`chat_template_kwargs` must be an object of names that the template reads (got "
+            f"{arguments!r:.80} at {place}); correct or remove it"
+        )
+    return {key: value for key, value in arguments.items() if value is not None}
 
 
 def _is_list(value: Any) -> bool:

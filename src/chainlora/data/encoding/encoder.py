@@ -143,6 +143,12 @@ def _task_encoder(task: Task, reader: TokenReader, options: Options) -> Encoder:
 def detect_format(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return the format whose fields the first row has. Raises DataError naming the fields there
     are."""
+    if {"chosen", "rejected"} <= rows[0].keys():
+        raise DataError(
+            "rows must have one right answer (got preferences, chosen + rejected, at "
+            f"{where(rows[0])}); train on them with TRL's DPOTrainer and "
+            "chainlora.ChainCallback, or rename chosen to completion"
+        )
     if (found := translated.detect_translated(rows[0])) is not None:
         return found
     for name, fields in FORMATS.items():

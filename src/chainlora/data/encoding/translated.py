@@ -1,6 +1,7 @@
 """Rows that people have from other tools, translated to the formats that are read here.
 
-sharegpt        {"conversations": [{"from": "human", "value": …}, …]}   to chat
+sharegpt        {"conversations": [{"from": "human", "value": …}, …]}   to chat; also with role
+                                                                        and content
 alpaca          {"instruction": …, "input": …, "output": …}             to chat, or to completion
                                                                         without a chat template
 conversational  {"prompt": [messages], "completion": [messages]}        to chat, loss on the
@@ -30,6 +31,7 @@ _ROLES = {
     "observation": "tool",
     "function_response": "tool",
 } | {role: role for role in ("system", "user", "assistant", "tool")}
+_BESIDE = ("tools", "chat_template_kwargs")  # columns of chats
 _ALPACA = (
     "Below is an instruction that describes a task{more}. Write a response that appropriately \
 completes the request.\n\n### Instruction:\n{instruction}\n\n{input}### Response:\n"
@@ -72,11 +74,11 @@ def make_translated(kind: str, reader: TokenReader, end: Callable[[], Ids]) -> E
     """Return the encoder of a format of another tool."""
     if kind == "sharegpt":
         return TranslatedEncoder(
-            ChatEncoder(reader), _sharegpt, ("conversations", "system", "tools")
+            ChatEncoder(reader), _sharegpt, ("conversations", "system", *_BESIDE)
         )
     if kind == "conversational":
         chat = ChatEncoder(reader, turns_before=_turns_of_prompt)
-        return TranslatedEncoder(chat, _conversational, ("prompt", "completion", "tools"))
+        return TranslatedEncoder(chat, _conversational, ("prompt", "completion", *_BESIDE))
     columns = ("instruction", "input", "output", "system")
     if reader.tokenizer.chat_template:
         return TranslatedEncoder(ChatEncoder(reader), _alpaca_chat, columns)
@@ -91,7 +93,8 @@ def _sharegpt(row: Row) -> dict[str, Any]:
             f"`conversations` must be a list of objects with from and value (got {turns!r:.80} at "
             f"{row.origin}); correct or remove the row"
         )
-    messages = [_message(turn, row.origin) for turn in turns]
+    is_ours = all("role" in turn and "from" not in turn for turn in turns)
+    messages = list(turns) if is_ours else [_message(turn, row.origin) for turn in turns]
     return _with_tools(row, _with_system(row, messages))
 
 
@@ -111,7 +114,8 @@ def _with_system(row: Row, messages: list[dict[str, Any]]) -> list[dict[str, Any
 
 
 def _with_tools(row: Row, messages: list[dict[str, Any]]) -> dict[str, Any]:
-    return {"messages": messages} | ({"tools": row["tools"]} if row.get("tools") else {})
+    kept = {key: row[key] for key in _BESIDE if row.get(key)}
+    return {"messages": messages} | kept
 
 
 def _conversational(row: Row) -> dict[str, Any]:

@@ -27,7 +27,7 @@ def config_id(config: RunConfig) -> str:
         path = Path(tree["data"].get(key) or "")
         if path.is_file():
             tree["data"][key] = _content(path, path.stat().st_mtime_ns)
-    for key in ("save_every", "trackers"):
+    for key in ("save_every", "log_every", "trackers"):
         tree.get("train", {}).pop(key, None)
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:12]
 

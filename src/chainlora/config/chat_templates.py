@@ -1,0 +1,76 @@
+"""Chat templates that a config gives to a model: by name, from a file, or as text.
+
+What a config holds once it is loaded is a name or a text, so that a run directory needs no file
+beside it. Arguments of a template become its defaults: whoever renders it later, in a chat or a
+server, gets them too.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from importlib.resources import files
+from pathlib import Path
+
+from chainlora.errors import nearest
+
+Argument = bool | int | float | str | None
+
+NAMES = ("alpaca", "chatml", "llama3", "zephyr")
+ENDS = {"chatml": "<|im_end|>", "llama3": "<|eot_id|>"}
+"""What ends a turn in a template, where that is not the tokenizer's own end of sequence."""
+_GIVEN = ("messages", "tools", "documents", "add_generation_prompt")  # by whoever renders it
+
+
+def resolved_template(value: str) -> str:
+    """Return a name as it is, and the text of a file or of a template. Raises ValueError."""
+    if value in NAMES or _is_template(value):
+        return value
+    try:
+        text = Path(value).read_text(encoding="utf-8") if Path(value).is_file() else None
+        reason = "no such file" if text is None else "a file without {{ or {%"
+    except (OSError, ValueError) as error:
+        text, reason = None, getattr(error, "strerror", None) or "not UTF-8 text"
+    if text is None or not _is_template(text):
+        raise ValueError(
+            f"`data.chat_template` must be a name, a file or a Jinja text (got {value!r:.80}: "
+            f"{reason}){nearest(value, NAMES)}"
+        )
+    return text
+
+
+def _is_template(text: str) -> bool:
+    return "{%" in text or "{{" in text
+
+
+def check_arguments(arguments: Mapping[str, Argument]) -> None:
+    """Raise ValueError for a name that is no argument of a template."""
+    for name in arguments:
+        if not re.fullmatch(r"[A-Za-z_]\w*", name) or name in _GIVEN:
+            raise ValueError(
+                "`data.template_arguments` must be names that a chat template reads, such as "
+                f"enable_thinking (got {name!r:.40}); correct or remove it"
+            )
+
+
+def template_text(template: str) -> str:
+    """Return the text of a named template; a text is returned as it is."""
+    if template not in NAMES:
+        return template
+    folder = files("chainlora.config").joinpath("chat_templates")
+    return folder.joinpath(f"{template}.jinja").read_text(encoding="utf-8")
+
+
+def with_defaults(template: str, arguments: Mapping[str, Argument]) -> str:
+    """Return a template in which arguments have these values unless others are given."""
+    defaults = "".join(
+        f"{{%- if {name} is not defined %}}{{%- set {name} = {_literal(value)} %}}{{%- endif -%}}"
+        for name, value in arguments.items()
+    )
+    return template if template.startswith(defaults) else defaults + template
+
+
+def _literal(value: Argument) -> str:
+    """Return a value as Jinja writes it."""
+    return "none" if value is None else json.dumps(value)

@@ -1,0 +1,61 @@
+"""The chat template that a config gives to a tokenizer."""
+
+from __future__ import annotations
+
+import logging
+
+from transformers import PreTrainedTokenizerBase
+
+from chainlora.config.chat_templates import ENDS, template_text, with_defaults
+from chainlora.config.schema import DataConfig
+from chainlora.errors import ConfigError
+
+_log = logging.getLogger(__name__)
+
+
+def set_chat_template(tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> None:
+    """Give a tokenizer the chat template and the arguments of a config; without any, nothing
+    changes.
+
+    Raises ConfigError for arguments that no template reads.
+    """
+    template = tokenizer.chat_template
+    if data.chat_template is not None:
+        template = template_text(data.chat_template)
+        _warn_of_end(tokenizer, data.chat_template)
+    if data.template_arguments:
+        _check_read(template, data)
+    if isinstance(template, dict):  # one for chats, one for tools, …
+        templates = template.items()
+        template = {name: with_defaults(t, data.template_arguments) for name, t in templates}
+    elif template:
+        template = with_defaults(template, data.template_arguments)
+    tokenizer.chat_template = template
+
+
+def _check_read(template: object, data: DataConfig) -> None:
+    if not template:
+        raise ConfigError(
+            "`data.template_arguments` need a chat template (got a tokenizer without one); give "
+            "data.chat_template, or leave them out"
+        )
+    for name in data.template_arguments:
+        if name not in str(template):
+            raise ConfigError(
+                f"`data.template_arguments` must be read by the chat template (got {name:.40}, "
+                "which it does not mention); correct or remove it"
+            )
+
+
+def _warn_of_end(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Say that a model will not stop by itself where a turn's end is no token of its own."""
+    end = ENDS.get(name)
+    if end is not None and len(tokenizer(end, add_special_tokens=False)["input_ids"]) > 1:
+        _log.warning(
+            "data.chat_template: %s ends turns with %s, which is several tokens to this "
+            "tokenizer, so that chats do not stop there; zephyr and alpaca end them with its own "
+            "%s",
+            name,
+            end,
+            tokenizer.eos_token,
+        )

@@ -1,0 +1,180 @@
+"""What a person sees while a run trains: a progress bar on a terminal, lines everywhere else."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from chainlora.training.events import (
+    Evaluated,
+    Event,
+    KnotTied,
+    Listener,
+    Planned,
+    RowsEncoded,
+    StepDone,
+)
+
+_LINES = 10  # of steps in a run, where nobody says how many
+_SILENCE = 60.0  # seconds after which a line is due all the same
+
+
+@contextmanager
+def progress_listener(log_every: int | None = None) -> Iterator[Listener]:
+    """Give a listener for `train` that shows link, step, loss, learning rate, tokens/s and time
+    left on stderr.
+
+    On a terminal that is a bar, which goes when the context ends, however it ends. In a log file or
+    a notebook it is a line every `log_every` steps; None: a tenth of the run, or after a minute.
+    """
+    listener = _Listener(log_every)
+    try:
+        yield listener
+    finally:
+        listener.encoding.stop()
+        listener.bar.stop()
+
+
+class _Listener:
+    def __init__(self, log_every: int | None) -> None:
+        # A notebook is no terminal: what rich would draw there needs widgets, lines do not.
+        self.console = Console(stderr=True, force_jupyter=False)
+        self.log_every = log_every
+        self.bar = Progress(
+            TextColumn("link {task.fields[link]}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.completed}/{task.total}"),
+            TextColumn("loss {task.fields[loss]}"),
+            TextColumn("lr {task.fields[rate]:.1e}"),
+            TextColumn("{task.fields[speed]:.0f} tokens/s"),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self.encoding = Progress(
+            TextColumn("tokenising {task.description}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.fields[rows]:,} rows"),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not self.console.is_terminal,
+            transient=True,
+        )
+        self.splits: dict[str, Any] = {}
+        self.task: Any = None
+        self.total = 0
+        self.loss: float | None = None
+        self.speed: float | None = None
+        self.first = 0
+        self.started = self.said = time.monotonic()
+
+    def _say(self, line: str) -> None:
+        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    def __call__(self, event: Event) -> None:
+        match event:
+            case RowsEncoded():
+                self._encoded(event)
+            case Planned():
+                self._plan(event)
+            case StepDone():
+                self._step(event)
+            case Evaluated():
+                self._evaluated(event)
+            case KnotTied():
+                self._say(
+                    f"step {event.step:>5}  link {event.link} tied "
+                    f"(function changed by {event.function_change:.1e})"
+                )
+
+    def _encoded(self, event: RowsEncoded) -> None:
+        if event.split not in self.splits:
+            self.splits[event.split] = self.encoding.add_task(event.split, total=1.0, rows=0)
+            self.encoding.start()
+        self.encoding.update(self.splits[event.split], completed=event.share, rows=event.rows)
+
+    def _plan(self, event: Planned) -> None:
+        self.encoding.stop()
+        self.total = event.num_steps
+        lengths = " + ".join(map(str, event.lengths))
+        resumed = f", resuming after step {event.step}" if event.step else ""
+        self._say(f"{event.rows} training rows, {event.num_steps} steps ({lengths}){resumed}")
+        for split, found in event.data.items():
+            for line in _what_became_of(found):
+                self._say(f"{split}: {line}")
+        self.first = event.step
+        self.started = self.said = time.monotonic()
+        self.task = self.bar.add_task(
+            "train",
+            total=event.num_steps,
+            completed=event.step,
+            link=0,
+            loss="–",
+            rate=0.0,
+            speed=0.0,
+        )
+        self.bar.start()
+
+    def _step(self, event: StepDone) -> None:
+        self.loss = _smoothed(self.loss, event.loss)
+        self.speed = _smoothed(self.speed, event.tokens / max(event.seconds, 1e-9))
+        self.bar.update(
+            self.task,
+            completed=event.step,
+            link=event.link,
+            loss=f"{self.loss:.4f}",
+            rate=event.learning_rate,
+            speed=self.speed,
+        )
+        if event.step >= self.total:
+            self.bar.stop()
+        if not self.console.is_terminal and self._is_due(event.step):
+            self._log(event)
+
+    def _is_due(self, step: int) -> bool:
+        if self.log_every is not None:
+            return step % self.log_every == 0
+        is_late = time.monotonic() - self.said >= _SILENCE
+        return is_late or step % math.ceil(self.total / _LINES) == 0
+
+    def _log(self, event: StepDone) -> None:
+        self.said = time.monotonic()
+        a_step = (self.said - self.started) / max(event.step - self.first, 1)
+        self._say(
+            f"step {event.step:>5}  link {event.link}: loss {self.loss:.4f}, "
+            f"lr {event.learning_rate:.1e}, {self.speed:,.0f} tokens/s, "
+            f"{_duration(a_step * (self.total - event.step))} left"
+        )
+
+    def _evaluated(self, event: Evaluated) -> None:
+        scores = ", ".join(f"{name} {value:.4f}" for name, value in event.metrics.items())
+        places = {"start": "before training", "knot": f"after link {event.link}"}
+        place = places.get(event.where, f"link {event.link}")
+        self._say(f"step {event.step:>5}  {place}: validation {scores}")
+
+
+def _what_became_of(found: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what a person should know of the rows of a split."""
+    if "recognised" in found:
+        yield f"rows recognised as {found['recognised']} (data.format)"
+    if "rows_split" in found:
+        yield (
+            f"{found['rows_split']:,} of {found['rows']:,} texts were longer than the context or "
+            f"data.max_length: {found['examples']:,} blocks, no token lost"
+        )
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def _smoothed(before: float | None, value: float) -> float:
+    return value if before is None else 0.9 * before + 0.1 * value

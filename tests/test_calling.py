@@ -1,0 +1,170 @@
+"""`train` as scripts and notebooks call it: what it takes, what it shows, what it returns."""
+
+from __future__ import annotations
+
+import builtins
+import json
+import os
+import subprocess
+import sys
+import time
+from typing import get_type_hints
+
+import pytest
+import yaml
+from conftest import write_rows
+from helpers import settings
+
+from chainlora import TrainResult, load_config, make_config, train
+from chainlora.errors import ConfigError
+from chainlora.training.progress import progress_listener
+
+
+@pytest.fixture
+def tree(tiny_folder, sentiment) -> dict:
+    return settings(tiny_folder, sentiment, chain={"ranks": [2], "steps": [20]})
+
+
+def test_train_takes_a_config_a_mapping_and_a_path(tree, tmp_path, capsys):
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    results = [train(each) for each in (make_config(tree), tree, path, str(path))]
+    digests = {json.dumps([r["metrics"], r["tokens"], r["rows_digest"]]) for r in results}
+    assert len(digests) == 1
+    for result in results:
+        assert result.keys() == get_type_hints(TrainResult).keys()
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.count("32 training rows, 20 steps (20)\n") == 4
+    assert shown.err.count("step    20  link 0: loss ") == 4
+    with pytest.raises(ConfigError, match=r"unknown key `lora_r`; here it is `chain.ranks`"):
+        train(tree | {"lora_r": 8})
+
+
+def test_progress_is_shown_unless_somebody_listens(tree, capsys):
+    seen = []
+    train(tree, listener=seen.append)
+    assert "training rows" not in capsys.readouterr().err  # transformers shows a bar of its own
+    train(tree, listener=seen.append, progress=True)
+    assert "link 0 tied" in capsys.readouterr().err
+    assert [event.name for event in seen].count("plan") == 2
+    train(tree, progress=False)
+    assert "training rows" not in capsys.readouterr().err
+
+
+def test_overrides_are_texts_of_yaml_or_values(tree, tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    by_text = load_config(path, [("chain.ranks", "[4]"), ("train.lr", "1"), ("train.lr", "2e-3")])
+    by_value = load_config(path, {"chain.ranks": [4], "train.lr": 2e-3})
+    assert by_text == by_value
+    assert (by_value.chain.ranks, by_value.train.lr) == ((4,), 2e-3)
+
+
+# --- a log file ---
+
+
+def lines_of_steps(err: str) -> list[int]:
+    words = [line.split() for line in err.splitlines() if ": loss " in line]
+    return [int(line[1]) for line in words]
+
+
+def test_a_log_has_a_line_every_so_many_steps(tree, capsys):
+    train(tree | {"train": tree["train"] | {"log_every": 6}})
+    err = capsys.readouterr().err
+    assert lines_of_steps(err) == [6, 12, 18]
+    assert " tokens/s, 0:0" in err
+    train(tree)
+    assert lines_of_steps(capsys.readouterr().err) == [*range(2, 21, 2)]  # a tenth of the run
+
+
+def test_a_slow_run_says_something_every_minute(monkeypatch, capsys):
+    from chainlora.training.events import Planned, StepDone
+
+    clock = iter(range(0, 10**6, 25))
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    with progress_listener() as listener:
+        listener(Planned(0, 10_000, [10_000], 8, "packed", 1, [], {}))
+        for step in range(1, 9):
+            listener(StepDone(step, 0, 1.0, 1e-3, 1.0, 10, 1.0))
+    said = lines_of_steps(capsys.readouterr().err)
+    assert said  # far from a tenth of the run
+    assert len(said) < 8
+
+
+def test_a_notebook_gets_lines_and_needs_no_widgets(monkeypatch, capsys):
+    from chainlora.training.events import Planned, StepDone
+
+    class ZMQInteractiveShell:
+        """What rich and others take for a notebook."""
+
+    monkeypatch.setattr(builtins, "get_ipython", ZMQInteractiveShell, raising=False)
+    with progress_listener() as listener:
+        listener(Planned(0, 2, [2], 8, "packed", 1, [], {}))
+        for step in (1, 2):
+            listener(StepDone(step, 0, 1.0, 1e-3, 1.0, 10, 1.0))
+    shown = capsys.readouterr()
+    assert lines_of_steps(shown.err) == [1, 2]
+    assert shown.out == ""
+
+
+def test_a_resume_may_log_otherwise(tree, tmp_path):
+    tree = tree | {"output": str(tmp_path / "run")}
+    first = train(tree)
+    again = train(tree | {"train": tree["train"] | {"log_every": 3}}, resume=True)
+    assert again["metrics"] == first["metrics"]
+
+
+def test_what_became_of_long_texts_is_said(tree, tmp_path, capsys, caplog):
+    """Whatever is split, cut or not read is in the output and in the records."""
+    rows = [{"text": "the cat sat on a mat " * n, "id": n} for n in (1, 9, 30)]
+    path = str(write_rows(tmp_path / "rows.jsonl", rows))
+    data = {"train": path, "validation": path, "max_length": 32}
+    result = train(tree | {"data": data})
+    found = result["data"]["train"]
+    assert (found["rows"], found["rows_split"]) == (3, 2)
+    line = (
+        f"train: 2 of 3 texts were longer than the context or data.max_length: {found['examples']} "
+    )
+    assert line + "blocks, no token lost\n" in capsys.readouterr().err
+    assert caplog.messages == ["train, validation: nothing reads 'id'"]
+    caplog.clear()
+    result = train(tree | {"data": data | {"truncation": "left"}})
+    found = result["data"]["train"]
+    assert found["rows_cut"] == 2
+    assert (
+        f"train: 2 of 3 rows were longer than data.max_length or the context; "
+        f"{found['tokens_cut']} tokens were cut" in caplog.text
+    )
+
+
+# --- the command line ---
+
+
+def test_the_first_line_comes_before_what_takes_time(config):
+    """Measured in CPU seconds of the process, since the machine may be busy."""
+    code = (
+        "import sys, time\n"
+        "class Watch:\n"
+        "    def __init__(self, stream): self.stream, self.used = stream, None\n"
+        "    def write(self, text):\n"
+        "        if self.used is None and text.strip():\n"
+        "            self.used = time.process_time()\n"
+        "            print('first', self.used, 'torch' in sys.modules, text.strip())\n"
+        "        return self.stream.write(text)\n"
+        "    def __getattr__(self, name): return getattr(self.stream, name)\n"
+        "sys.stderr = Watch(sys.stderr)\n"
+        "from chainlora.__main__ import main\n"
+        "main()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "train", str(config)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    _, used, has_torch, text = done.stdout.splitlines()[0].split(maxsplit=3)
+    assert text.startswith(f"{config}: links of rank 4, 4, 2 on ")
+    assert has_torch == "False"
+    assert float(used) < 1.0

@@ -1,0 +1,234 @@
+"""Chat templates of a config: by name, file or text, their arguments, and what rows may hold."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import write_rows
+from helpers import settings
+from helpers_data import CHAT, MARKED, TALK, make_tokenizer, scored
+from transformers import AutoTokenizer
+
+from chainlora import export_merged, load_run, make_config, train
+from chainlora.config.chat_templates import NAMES
+from chainlora.config.loading import dump_config, parse_yaml
+from chainlora.config.schema import DataConfig
+from chainlora.data.chat_templates import set_chat_template
+from chainlora.data.encoding import encode_examples
+from chainlora.errors import ConfigError, DataError
+
+SYSTEM = {"role": "system", "content": "count"}
+PARTS = [{"type": "text", "text": "how many "}, {"type": "text", "text": "dogs?"}]
+ECHO = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% for call in m.tool_calls or [] %}"
+    "{{ call.function.arguments | tojson }}{% endfor %}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def tokenizer_with(**keys):
+    tokenizer = make_tokenizer("bos")
+    set_chat_template(tokenizer, DataConfig(train="x", **keys))
+    return tokenizer
+
+
+@pytest.fixture(autouse=True)
+def fresh_tokenizers():
+    """A tokenizer that is given a template is not the one that others were given."""
+    make_tokenizer.cache_clear()
+    yield
+    make_tokenizer.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "targets"),
+    [
+        (
+            "chatml",
+            "<|im_start|>system\ncount<|im_end|>\n<|im_start|>user\nhow many dogs?<|im_end|>\n"
+            "<|im_start|>assistant\ntwo dogs<|im_end|>\n",
+            "two dogs<|im_end|>",
+        ),
+        (
+            "llama3",
+            "<s><|start_header_id|>system<|end_header_id|>\n\ncount<|eot_id|>"
+            "<|start_header_id|>user<|end_header_id|>\n\nhow many dogs?<|eot_id|>"
+            "<|start_header_id|>assistant<|end_header_id|>\n\ntwo dogs<|eot_id|>",
+            "two dogs<|eot_id|>",
+        ),
+        (
+            "zephyr",
+            "<|system|>\ncount</s>\n<|user|>\nhow many dogs?</s>\n<|assistant|>\ntwo dogs</s>\n",
+            "two dogs</s>",
+        ),
+        (
+            "alpaca",
+            "count\n\n### Instruction:\nhow many dogs?\n\n### Response:\ntwo dogs</s>\n\n",
+            "two dogs</s>",
+        ),
+    ],
+)
+def test_named_templates(name, text, targets):
+    tokenizer = tokenizer_with(chat_template=name)
+    (example,) = encode_examples([{"messages": [SYSTEM, *TALK[:2]]}], tokenizer, "auto")
+    assert tokenizer.decode(example.sequences[0]) == text
+    assert scored(example, tokenizer) == [[targets]]
+    asked = tokenizer.apply_chat_template(
+        [SYSTEM, TALK[0]], tokenize=False, add_generation_prompt=True
+    )
+    assert text.startswith(asked + "two dogs")
+
+
+def test_chatml_writes_tools_and_calls():
+    tokenizer = tokenizer_with(chat_template="chatml")
+    tool = {"type": "function", "function": {"name": "count", "parameters": {}}}
+    call = {"type": "function", "function": {"name": "count", "arguments": {"what": "dogs"}}}
+    asked = [
+        SYSTEM,
+        TALK[0],
+        {"role": "assistant", "content": None, "tool_calls": [call, call]},
+        {"role": "tool", "content": "2"},
+        {"role": "tool", "content": "2"},
+        TALK[1],
+    ]
+    (example,) = encode_examples([{"messages": asked, "tools": [tool]}], tokenizer, "auto")
+    text = tokenizer.decode(example.sequences[0])
+    assert text.startswith("<|im_start|>system\ncount\n\n# Tools\n")
+    assert text.count("<|im_start|>system") == 1
+    assert (
+        "<|im_start|>user\n<tool_response>\n2\n</tool_response>\n<tool_response>\n2\n"
+        "</tool_response><|im_end|>\n"
+    ) in text
+    written = '<tool_call>\n{"name": "count", "arguments": {"what": "dogs"}}\n</tool_call>'
+    assert scored(example, tokenizer) == [[f"{written}\n{written}<|im_end|>", "two dogs<|im_end|>"]]
+
+
+def test_a_base_model_learns_to_chat(tiny_folder, sentiment, tmp_path, caplog):
+    """The template is the run's own: its file may go; loading and exports keep it."""
+    base = shutil.copytree(tiny_folder, tmp_path / "base")
+    for file in base.glob("chat_template*"):
+        file.unlink()
+    assert AutoTokenizer.from_pretrained(base).chat_template is None
+    rows = write_rows(tmp_path / "chat.jsonl", [{"messages": TALK}] * 8)
+    tree = settings(base, sentiment, tmp_path / "run", chain={"ranks": [2], "steps": [1]})
+    tree["data"] = {"train": str(rows)}
+    with pytest.raises(DataError, match=r"give one, as in data.chat_template: zephyr, use a chat"):
+        train(make_config(tree | {"output": None}))
+    file = tmp_path / "mine.jinja"
+    file.write_text(CHAT)
+    tree["data"]["chat_template"] = str(file)
+    config = make_config(tree)
+    train(config)
+    file.unlink()
+    assert make_config(parse_yaml(dump_config(config))) == config
+    assert load_run(tmp_path / "run")[1].chat_template == CHAT
+    export_merged(tmp_path / "run", tmp_path / "merged")
+    assert AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template == CHAT
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    set_chat_template(tokenizer, DataConfig(train="x", chat_template="chatml"))
+    assert "ends turns with <|im_end|>, which is several tokens to this tokenizer" in caplog.text
+
+
+# --- arguments ---
+
+LOUD = "{% for m in messages %}{{ m.content }}{{ '!' if loud }}{{ mark | default('') }}{% endfor %}"
+
+
+def test_arguments_are_defaults_of_the_template_that_a_row_may_change():
+    tokenizer = tokenizer_with(chat_template=LOUD, template_arguments={"loud": True, "mark": '"'})
+    rows = [
+        {"messages": TALK[:2]},
+        {"messages": TALK[:2], "chat_template_kwargs": {"loud": False, "mark": None}},
+    ]
+    loud, quiet = encode_examples(rows, tokenizer, "auto")
+    assert tokenizer.decode(loud.sequences[0]) == 'how many dogs?!"two dogs!"'
+    assert tokenizer.decode(quiet.sequences[0]) == 'how many dogs?"two dogs"'
+    before = tokenizer.chat_template
+    set_chat_template(tokenizer, DataConfig(train="x", template_arguments={"loud": True}))
+    assert tokenizer.chat_template == before
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"template_arguments": {"loud": True}}, "need a chat template .*without one"),
+        (
+            {"chat_template": CHAT, "template_arguments": {"loud": True}},
+            r"must be read by the chat template \(got loud, which it does not mention\)",
+        ),
+        ({"chat_template": "chatlm"}, r"'chatlm': no such file\); did you mean 'chatml'"),
+        (
+            {"chat_template": __file__.replace("test_data_templates", "helpers_cli")},
+            r"without \{\{",
+        ),
+        ({"chat_template": str(Path(__file__).parent)}, "no such file"),
+        ({"template_arguments": {"messages": 1}}, r"names that a chat template reads.*'messages'"),
+        ({"template_arguments": {"a b": 1}}, r"names that a chat template reads.*'a b'"),
+    ],
+)
+def test_templates_and_arguments_that_are_refused(keys, message):
+    def use():
+        tree = {"model": "m", "data": {"train": "x"} | keys, "chain": {"ranks": []}}
+        set_chat_template(make_tokenizer("bos"), make_config(tree).data)
+
+    with pytest.raises(ConfigError, match=message) as caught:
+        use()
+    assert "\n" not in str(caught.value)
+
+
+def test_every_named_template_is_documented():
+    text = (Path(__file__).resolve().parents[1] / "docs/config.md").read_text(encoding="utf-8")
+    for name in NAMES:
+        assert f"`{name}`" in text
+
+
+# --- what a message may hold ---
+
+
+@pytest.mark.parametrize("template", [CHAT, MARKED], ids=["prefixes", "marked"])
+def test_content_in_parts_is_one_text(template):
+    tokenizer = make_tokenizer("bos", template)
+    rows = [
+        {"messages": TALK[:2]},
+        {"messages": [{"role": "user", "content": PARTS}, TALK[1]]},
+    ]
+    whole, parts = encode_examples(rows, tokenizer, "auto")
+    assert (parts.sequences, parts.scored) == (whole.sequences, whole.scored)
+    image = {"type": "image_url", "image_url": "x"}
+    with pytest.raises(DataError, match=r"parts of type text .*image_url.* at row 0"):
+        encode_examples(
+            [{"messages": [{"role": "user", "content": [image]}, TALK[1]]}], tokenizer, "chat"
+        )
+
+
+def test_arguments_of_calls_in_json_are_read_where_the_template_does_not():
+    """OpenAI writes them as text; a template that asks for an object would quote it again."""
+    tokenizer = make_tokenizer("bos", ECHO)
+    messages = [
+        [TALK[0], {"role": "assistant", "content": "", "tool_calls": [call]}]
+        for call in (
+            {"function": {"name": "f", "arguments": '{"a": 1}'}},
+            {"function": {"name": "f", "arguments": {"a": 1}}},
+        )
+    ]
+    text, read = encode_examples([{"messages": each} for each in messages], tokenizer, "chat")
+    assert text.sequences == read.sequences
+    assert scored(text, tokenizer) == [['{"a": 1}</s>']]
+
+
+@pytest.mark.parametrize("arguments", ["loud", ["loud"], {"chat_template": "x"}, {"tokenize": 1}])
+def test_arguments_of_a_row_are_the_template_s_alone(arguments):
+    row = {"messages": TALK[:2], "chat_template_kwargs": arguments}
+    with pytest.raises(DataError, match=r"names that the template reads \(got .* at row 0\)"):
+        encode_examples([row], make_tokenizer("bos", CHAT), "chat")
+
+
+def test_preferences_are_sent_to_a_trainer_that_learns_from_them():
+    row = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    with pytest.raises(
+        DataError, match=r"TRL's DPOTrainer and chainlora.ChainCallback, or rename chosen"
+    ) as caught:
+        encode_examples([row], make_tokenizer("bos"), "auto")
+    assert "\n" not in str(caught.value)
