@@ -74,8 +74,7 @@ def tiny_model(
             num_attention_heads=4,
             num_key_value_heads=2,
             max_position_embeddings=128,
-            tie_word_embeddings=True,
-            **{"num_hidden_layers": 2} | common | overrides,
+            **{"num_hidden_layers": 2, "tie_word_embeddings": True} | common | overrides,
         )
         model = LlamaForCausalLM(config)
     else:

@@ -113,3 +113,15 @@ def change(path, change_line, **head):
     kept = [first, *(new for line in rest if (new := change_line(line)) is not None)]
     path.write_text("".join(json.dumps(sealed_line(line)) + "\n" for line in kept))
     return path
+
+
+def with_curve(cell):
+    """Losses that fall from 2, the chain's faster; zero-shot has none."""
+    if not cell["ranks"]:
+        return cell
+    fall = 0.2 if cell["method"] == "chain3" else 0.1
+    points = [
+        {"step": step, "link": 0, "where": "step", "loss": 2.0 - fall * step + 0.01 * cell["seed"]}
+        for step in range(0, 11, 2)
+    ]
+    return cell | {"curve": points, "link_steps": [4, 6] if cell["method"] == "chain3" else [10]}

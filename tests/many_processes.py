@@ -1,8 +1,10 @@
-"""Train jobs one after another, in each of the processes that torchrun starts (test_processes.py).
+"""Train jobs one after another, in each of the processes that torchrun starts (test_processes.py,
+test_sharing.py).
 
 usage: many_processes.py JOBS, a JSON list of jobs: "config" (a file), "resume", "stop" (the step
 after which all processes end as if killed), "kill" ([process, step]), "outcome" (where the first
-process writes what it saw); or "command" (arguments of the command line).
+process writes what it saw); or "command" (arguments of the command line); or "load" (a model folder
+that all processes load together), "dtype" and "outcome", which each of them writes.
 """
 
 from __future__ import annotations
@@ -19,6 +21,8 @@ import torch
 from chainlora.cli.main import run as command
 from chainlora.config.loading import load_config
 from chainlora.errors import ChainLoRAError
+from chainlora.models.loading import load_model
+from chainlora.models.loading_shards import load_shards
 from chainlora.training.loop import train
 
 RANK = int(os.environ["RANK"])
@@ -32,7 +36,11 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     losses: list[float] = []
     evaluations: list[dict[str, Any]] = []
 
+    outcome: dict[str, Any] = {"losses": losses, "evaluations": evaluations}
+
     def listener(event: Any) -> None:
+        if event.name == "plan":
+            outcome["notes"] = event.notes
         if event.name == "eval":
             evaluations.append(event.record())
         if event.name != "step":
@@ -43,7 +51,6 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         if event.step == job.get("stop"):
             raise Stop
 
-    outcome: dict[str, Any] = {"losses": losses, "evaluations": evaluations}
     try:
         outcome["result"] = train(
             load_config(job["config"]), resume=job.get("resume", False), listener=listener
@@ -56,14 +63,35 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     return outcome
 
 
+@torch.no_grad()
+def load(job: dict[str, Any]) -> dict[str, Any]:
+    """Load a model whole and in shares; say how much is held, and whether it is the same model."""
+    dtype, count = getattr(torch, job["dtype"]), torch.distributed.get_world_size()
+    whole, _ = load_model(job["load"], dtype)
+    shared, _ = load_shards(job["load"], dtype, count, torch.device("cpu"))
+    rows = {name: p.to_local() for name, p in shared.named_parameters()}
+    theirs, ids = dict(whole.named_parameters()), torch.arange(3, 19)[None]
+    buffers = dict(whole.named_buffers())
+    return {
+        "held": sum(row.numel() for row in rows.values()),
+        "whole": sum(p.numel() for p in theirs.values()),
+        "tensors": len(rows),
+        "same": theirs.keys() == rows.keys()
+        and all(torch.equal(p.full_tensor(), theirs[n]) for n, p in shared.named_parameters())
+        and all(torch.equal(buffer, buffers[n]) for n, buffer in shared.named_buffers()),
+        "same_logits": torch.equal(whole(input_ids=ids).logits, shared(input_ids=ids).logits),
+        "freed": all(type(p).__name__ == "DTensor" for p in shared.parameters()),
+    }
+
+
 def main() -> None:
     torch.set_num_threads(1)
     for job in json.loads(Path(sys.argv[1]).read_text()):
         if "command" in job:
             command(job["command"])
             continue
-        outcome = run(job)
-        if RANK == 0 or "kill" in job:
+        outcome = load(job) if "load" in job else run(job)
+        if RANK == 0 or "kill" in job or "load" in job:
             Path(f"{job['outcome']}.{RANK}").write_text(json.dumps(outcome, default=str))
 
 

@@ -23,6 +23,7 @@ ROOMS = [
     "engine",
     "runs",
     "evaluation",
+    "reports",
     "training",
     "integrations",
     "experiments",

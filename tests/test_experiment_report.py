@@ -8,7 +8,7 @@ import math
 import sys
 
 import pytest
-from experiment_cases import change, lines, sealed_line, write_lines
+from experiment_cases import change, lines, sealed_line, with_curve, write_lines
 
 from chainlora.errors import ConfigError
 from chainlora.experiments import read_results, report_experiment
@@ -376,18 +376,6 @@ def test_machines_are_shown_where_compared_methods_do_not_share_them(tmp_path):
 
 
 # --- curves ---
-
-
-def with_curve(cell):
-    """Losses that fall from 2, the chain's faster; zero-shot has none."""
-    if not cell["ranks"]:
-        return cell
-    fall = 0.2 if cell["method"] == "chain3" else 0.1
-    points = [
-        {"step": step, "link": 0, "where": "step", "loss": 2.0 - fall * step + 0.01 * cell["seed"]}
-        for step in range(0, 11, 2)
-    ]
-    return cell | {"curve": points, "link_steps": [4, 6] if cell["method"] == "chain3" else [10]}
 
 
 def test_losses_against_steps_are_drawn_and_paired(tmp_path):

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from chainlora.errors import RunError
-from chainlora.runs.plots import plot_chain, plot_training, smooth
+from chainlora.runs.panels import smooth
+from chainlora.runs.plots import plot_chain, plot_training
 
 
 def records(lengths=(6, 4), metrics=("accuracy",), every=3, restart=True) -> list[dict]:

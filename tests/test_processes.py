@@ -6,9 +6,6 @@ torchrun starts the processes. A start costs seconds, so a few launches do the j
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +15,7 @@ import torch
 import yaml
 from accelerate.utils import DistributedType
 from helpers import links_of, settings
+from helpers_processes import launch, outcome
 
 from chainlora import ChainLoRAError, make_config, train
 from chainlora.runs.directory import RunDirectory
@@ -44,17 +42,6 @@ def tree_of(name: str, tiny_folder: Path, sentiment: Path, output: Path) -> dict
         train=TRAIN | keys.get("train", {}),
         data=keys.get("data", {}),
     )
-
-
-def launch(count: int, folder: Path, jobs: list[dict[str, Any]]):
-    """Run jobs in so many processes; return torchrun's outcome."""
-    path = folder / f"jobs-{count}.json"
-    path.write_text(json.dumps(jobs))
-    script = Path(__file__).with_name("many_processes.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(count), str(script), str(path)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
 
 @pytest.fixture(scope="module")
@@ -85,10 +72,6 @@ def launched(tiny_folder, sentiment, tmp_path_factory) -> Path:
     (folder / "stdout").write_text(done.stdout)
     (folder / "stderr").write_text(done.stderr)
     return folder
-
-
-def outcome(folder: Path, name: str) -> dict[str, Any]:
-    return json.loads((folder / f"{name}.json.0").read_text())
 
 
 def assert_close_links(one: Path, two: Path) -> None:
@@ -179,7 +162,7 @@ def test_other_verbs_are_refused_in_many_processes(verb, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED", "MEGATRON_LM"])
-def test_processes_that_share_a_model_are_refused(kind):
+def test_other_ways_to_share_a_model_are_refused(kind):
     accelerator = SimpleNamespace(distributed_type=DistributedType[kind])
     with pytest.raises(ChainLoRAError, match=rf"\(got an Accelerate config for {kind}\); launch"):
         find_processes(accelerator)

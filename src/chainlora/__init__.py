@@ -38,6 +38,7 @@ _WHERE = {
     "export_adapter": "chainlora.runs.export",
     "export_merged": "chainlora.runs.export",
     "inspect_run": "chainlora.runs.inspection",
+    "report_runs": "chainlora.reports.run_report",
     "load_model": "chainlora.models.loading",
     "load_task": "chainlora.data.tasks",
     "list_tasks": "chainlora.data.tasks",
@@ -68,6 +69,7 @@ if TYPE_CHECKING:
     from chainlora.evaluation.scoring import evaluate_task as evaluate_task
     from chainlora.integrations.callback import ChainCallback as ChainCallback
     from chainlora.models.loading import load_model as load_model
+    from chainlora.reports.run_report import report_runs as report_runs
     from chainlora.runs.export import export_adapter as export_adapter
     from chainlora.runs.export import export_merged as export_merged
     from chainlora.runs.export import load_run as load_run

@@ -5,8 +5,8 @@ stay readable as they were. Where the model came from a safetensors checkpoint t
 it by memory map, one module at a time (no memory of their own); a module whose weight is not
 bit-identical to the checkpoint's, or a model without one, gets a host copy.
 
-Merging is row-local, so both `read` and `write` take the rows that are at hand: that is where
-sharded weights enter.
+Merging is row-local: of a weight that processes share, each reads, merges and writes the rows that
+it holds (`models.shards`), without the others'.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
+from chainlora.models import shards
+from chainlora.models.checkpoint import Checkpoint, Stored
 from chainlora.models.quantizing import plain_tensor
 
 _SAMPLES = 4096  # per tensor: enough that no fine-tuning step leaves all of them unchanged
-_ALL = slice(None)
 
 
 class BaseWeights:
@@ -35,34 +35,39 @@ class BaseWeights:
     """
 
     def __init__(self, checkpoint: str | Path | None = None) -> None:
-        self._files = _index(Path(checkpoint)) if checkpoint else {}
-        self._stored: dict[str, tuple[Path, str]] = {}
+        self._checkpoint = Checkpoint(Path(checkpoint) if checkpoint else None)
+        self._stored: dict[str, Stored] = {}
         self._copies: dict[str, Tensor] = {}
+        self._rows: dict[str, slice] = {}
 
     def remember(self, path: str, parameter: Tensor) -> None:
         """Note a parameter before anything changes it; later calls for the same path do nothing."""
         if path in self._stored or path in self._copies:
             return
-        for key in _spellings(path, self._files):
-            stored = _read(self._files[key], key)
-            if stored.shape == parameter.shape and torch.equal(
-                stored.to(parameter.dtype), parameter.detach().cpu()
-            ):
-                self._stored[path] = (self._files[key], key)
+        rows, held = shards.rows(parameter), shards.local(parameter).detach()
+        self._rows[path] = rows
+        for stored in self._checkpoint.find(path, tuple(parameter.shape)):
+            if torch.equal(stored.read(rows).to(held.dtype), held.cpu()):
+                self._stored[path] = stored
                 return
-        self._copies[path] = parameter.detach().to("cpu", copy=True)
+        self._copies[path] = held.to("cpu", copy=True)
 
-    def read(self, path: str, rows: slice = _ALL) -> Tensor:
-        """Return rows of the pristine parameter as a float32 tensor of its own, on the CPU."""
+    def read(self, path: str) -> Tensor:
+        """Return the pristine parameter, or the rows of it that are at hand, as a float32 tensor
+        of its own on the CPU."""
         if path in self._stored:
-            return _read(*self._stored[path], rows).to(torch.float32, copy=True)
-        return self._copies[path][rows].to(torch.float32, copy=True)
+            return self._stored[path].read(self._rows[path]).to(torch.float32, copy=True)
+        return self._copies[path].to(torch.float32, copy=True)
+
+    def rows(self, path: str) -> slice:
+        """Return the rows of a parameter that are at hand: all of them unless it is shared."""
+        return self._rows[path]
 
     @staticmethod
     @torch.no_grad()
-    def write(parameter: Tensor, value: Tensor, rows: slice = _ALL) -> None:
-        """Set rows of a parameter, cast to its dtype: the one rounding of a knot."""
-        parameter[rows].copy_(value)
+    def write(parameter: Tensor, value: Tensor) -> None:
+        """Set a parameter, or its rows at hand, cast to its dtype: the one rounding of a knot."""
+        shards.local(parameter).copy_(value)
 
     def replace(self, path: str, value: Tensor) -> None:
         """Take a value as the pristine one of a parameter, as a copy."""
@@ -83,30 +88,6 @@ class BaseWeights:
     def num_copied(self) -> int:
         """Number of parameters held as host copies."""
         return len(self._copies)
-
-
-def _read(file: Path, key: str, rows: slice = _ALL) -> Tensor:
-    with safe_open(file, framework="pt") as reader:
-        return reader.get_tensor(key) if rows == _ALL else reader.get_slice(key)[rows]
-
-
-def _index(folder: Path) -> dict[str, Path]:
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        weight_map = json.loads(index.read_text())["weight_map"]
-        return {key: folder / name for key, name in weight_map.items()}
-    single = folder / "model.safetensors"
-    if single.is_file():
-        with safe_open(single, framework="pt") as reader:
-            return dict.fromkeys(reader.keys(), single)
-    return {}
-
-
-def _spellings(path: str, files: dict[str, Path]) -> list[str]:
-    """Return names under which a checkpoint may hold a parameter: with or without a prefix."""
-    tail = path.partition(".")[2]
-    prefixed = (f"{prefix}.{path}" for prefix in ("model", "transformer"))
-    return [key for key in (path, tail, *prefixed) if key in files]
 
 
 @dataclass(frozen=True)

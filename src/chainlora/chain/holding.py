@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from chainlora.chain import adapters
 from chainlora.chain.adapters import Adapter, Factors
 from chainlora.chain.base_weights import BaseWeights
-from chainlora.chain.link import Link, merge_, stack_links
+from chainlora.chain.link import Link, merge_, part_of, stack_links
 from chainlora.chain.low_rank import compress_low_rank
 from chainlora.errors import ChainError
 from chainlora.models.quantizing import is_quantized
+from chainlora.models.shards import is_shard
 
 # Deposits of a carried link, stacked: at this rank they are compressed, to half of it or less. The
 # deposits of one module turn slowly, so that little is lost; how much, is kept in `branch_error`.
@@ -75,7 +76,8 @@ class Tied:
             module = self._module(name)
             weight, bias = self._rebuilt(name, links)
             if offsets and name in offsets:
-                merge_(_out_by_in(module, weight), bias, *offsets[name])
+                factors, scaling = offsets[name]
+                merge_(_out_by_in(module, weight), bias, self._part(name, factors), scaling)
             self.weights.write(module.weight, weight)
             if bias is not None:
                 self.weights.write(module.bias, bias)
@@ -117,6 +119,11 @@ class Tied:
         """Return the float32 weight that deposits go into: the parameter itself if it is one."""
         if name not in self._exact:
             parameter = self._module(name).weight
+            if is_shard(parameter):
+                raise ChainError(
+                    "soft knots tie into whole weights (got a share of one, of the model of "
+                    "several processes); use hold: carried"
+                )
             is_exact = parameter.dtype == torch.float32
             self._exact[name] = (
                 parameter.detach() if is_exact else self._rebuilt(name, self._links)[0]
@@ -124,16 +131,24 @@ class Tied:
         return self._exact[name]
 
     def _rebuilt(self, name: str, links: Sequence[Link]) -> tuple[Tensor, Tensor | None]:
-        """Return ``W_0 + Σ s·B·A`` and the bias of a module, float32, in the module's layout."""
+        """Return ``W_0 + Σ s·B·A`` and the bias of a module, float32, in the module's layout: the
+        rows that are at hand."""
         module = self._module(name)
         weight, bias = self.weights.read(f"{name}.weight"), None
         if getattr(module, "bias", None) is not None:
             bias = self.weights.read(f"{name}.bias")
         for link in links:
             if name in link.factors:
-                view = _out_by_in(module, weight)
-                merge_(view, bias, link.factors[name], link.config.scaling)
+                part = self._part(name, link.factors[name])
+                merge_(_out_by_in(module, weight), bias, part, link.config.scaling)
         return weight, bias
+
+    def _part(self, name: str, factors: Factors) -> Factors:
+        """Return what of a link's factors belongs to the rows of a module that are at hand."""
+        module, rows = self._module(name), self.weights.rows(f"{name}.weight")
+        has_bias = getattr(module, "bias", None) is not None
+        bias_rows = self.weights.rows(f"{name}.bias") if has_bias else rows
+        return part_of(factors, rows, bias_rows, transposed=adapters.is_transposed(module))
 
     def _module(self, name: str) -> Any:
         return adapters.base_layer(self.model.get_submodule(name))

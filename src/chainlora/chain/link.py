@@ -42,6 +42,19 @@ class Link:
         return delta_weight(self.factors[module].a, self.factors[module].b, self.config.scaling)
 
 
+def part_of(factors: Factors, rows: slice, bias_rows: slice, *, transposed: bool) -> Factors:
+    """Return the factors of some rows of a weight, and of some entries of its bias.
+
+    The rows of ``B·A`` are those of B. A layer that stores its weight (in × out) has the columns of
+    A for rows; DoRA's magnitudes go with the rows of B.
+    """
+    bias = None if factors.bias is None else factors.bias[bias_rows]
+    if transposed:
+        return Factors(factors.a[:, rows], factors.b, bias, factors.magnitude)
+    magnitude = None if factors.magnitude is None else factors.magnitude[rows]
+    return Factors(factors.a, factors.b[rows], bias, magnitude)
+
+
 def stack_links(links: Sequence[Link]) -> dict[str, Factors]:
     """Return one pair of factors a module with ``B·A = Σ s_j·B_j·A_j``.
 

@@ -19,12 +19,14 @@ from chainlora.config.loading import make_config
 from chainlora.config.schema import RunConfig
 from chainlora.errors import ModelError
 from chainlora.models.loading import cache_dir
+from chainlora.reports.run_report import report_runs
 from chainlora.runs.inspection import read_records
 from chainlora.runs.plots import plot_training
 from chainlora.training.loop import train
 
 _TOPICS = ("business", "entertainment", "politics", "sport", "tech")
 _NUM_TRAIN, _NUM_VALIDATION = 600, 300
+_PROMPTS = "6"  # headlines whose topic is named after 0, 1 and 2 links
 _TASK = """\
 name: headlines
 description: Which section of a newspaper does a headline belong to?
@@ -39,19 +41,23 @@ loss: candidates
 def run_demo(
     output: str, echo: Callable[[str], object], listener_for: Callable[[], Any]
 ) -> dict[str, Any]:
-    """Train and report. Return the run's result with `zero_shot` and `after_links` accuracies."""
+    """Train and write a report.
+
+    Return the run's result with `zero_shot` and `after_links` accuracies.
+    """
     rows = headlines()
     config = _config(rows, output)
     echo(_introduction(config))
     result = train(config, listener=listener_for())
     records = read_records(Path(output) / "metrics.jsonl")
     plot_training(records, Path(output) / "training.png")
+    page = report_runs([output], prompts=_PROMPTS)["output"]
     scores = [record for record in records if record["event"] == "eval"]
     zero_shot = next(score["accuracy"] for score in scores if score["where"] == "start")
     after_links = [score["accuracy"] for score in scores if score["where"] == "knot"]
     echo(_summary(zero_shot, after_links, result["metrics"]["validation"]))
-    echo(_next_commands(rows, output))
-    return {**result, "zero_shot": zero_shot, "after_links": after_links}
+    echo(_next_commands(rows, output, page))
+    return {**result, "zero_shot": zero_shot, "after_links": after_links, "report": page}
 
 
 def headlines() -> Path:
@@ -105,13 +111,13 @@ def _summary(zero_shot: float, after_links: list[float], final: dict[str, float]
     return "\n".join(["", *lines])
 
 
-def _next_commands(rows: Path, output: str) -> str:
+def _next_commands(rows: Path, output: str, page: str) -> str:
     task = f"--task {rows / 'headlines.yaml'} --data {rows}"
     links = "--chain.ranks '[4, 4, 4]' --chain.epochs '[1, 1, 1]'"
     return "\n".join(
         [
             "",
-            f"Loss and accuracy over the steps, with the knots: {Path(output) / 'training.png'}",
+            f"Curves, links and what each of them changed, to open in a browser: {page}",
             "",
             "Next, try:",
             f"  chainlora inspect {output}",

@@ -24,6 +24,7 @@ from chainlora.cli.convert import convert_config
 from chainlora.cli.doctor import doctor
 from chainlora.cli.experiments import compare, experiment
 from chainlora.cli.generate import chat, generate
+from chainlora.cli.report import report
 from chainlora.cli.runs import check_run_or_model, explain_gguf, is_run, need_run
 from chainlora.cli.schema import schema
 from chainlora.errors import (
@@ -378,8 +379,29 @@ def inspect(run: str, as_json: bool) -> None:
     "--tolerance", type=float, default=None, help="Compress the adapter to this relative error."
 )
 @click.option(
+    "--quantize",
+    type=click.Choice(["nf4"]),
+    default=None,
+    help="Quantise the merged weights, and say what of the update that loses.",
+)
+@click.option(
     "--links", type=click.IntRange(min=0), default=None, help="The chain as it was after K links."
 )
+@click.option(
+    "--push-to-hub",
+    "repository",
+    metavar="OWNER/NAME",
+    default=None,
+    help="Upload it too, to this repository, with the chain's story as its card.",
+)
+@click.option("--private", is_flag=True, help="Make the repository private, if it is a new one.")
+@click.option(
+    "--base-name",
+    metavar="HUB_ID",
+    default=None,
+    help="What card and adapter call the base. Default: as the run does.",
+)
+@click.option("--license", "licence", metavar="ID", default=None, help="For the card: apache-2.0.")
 @_json
 def export(
     run: str,
@@ -387,23 +409,41 @@ def export(
     output: str,
     rank: int | None,
     tolerance: float | None,
+    quantize: str | None,
     links: int | None,
+    repository: str | None,
+    private: bool,
+    base_name: str | None,
+    licence: str | None,
     as_json: bool,
 ) -> None:
     """Turn RUN into a merged checkpoint or one PEFT adapter (exact, of rank Σr or wider, or
-    compressed)."""
+    compressed), in a folder and on the Hub."""
     need_run(run)
     if target == "merged" and (rank is not None or tolerance is not None):
         raise click.UsageError(
             "--rank and --tolerance compress an adapter; use them with --to adapter"
         )
+    if target == "adapter" and quantize is not None:
+        raise click.UsageError("--quantize is for merged weights; use it with --to merged")
     quiet()
-    from chainlora.runs.export import export_adapter, export_merged
+    from chainlora.runs.export import Naming, export_adapter, export_merged
+    from chainlora.runs.hub import check_push, push_folder
+    from chainlora.runs.requantizing import export_quantized
 
-    if target == "merged":
-        done = export_merged(run, output, num_links=links)
+    naming = Naming(repository, base_name, licence)
+    if repository is not None:
+        check_push(run, target, naming)
+    if quantize is not None:
+        done = export_quantized(run, output, quantize, num_links=links, naming=naming)
+    elif target == "merged":
+        done = export_merged(run, output, num_links=links, naming=naming)
     else:
-        done = export_adapter(run, output, rank=rank, tolerance=tolerance, num_links=links)
+        done = export_adapter(
+            run, output, rank=rank, tolerance=tolerance, num_links=links, naming=naming
+        )
+    if repository is not None:
+        done["commit"] = push_folder(output, repository, private=private)
     if as_json:
         _print_json(done)
         return
@@ -413,7 +453,11 @@ def export(
             f"adapter of rank {done['rank']} ({kind}) from {done['links']} link(s) in {output}"
         )
     else:
-        click.echo(f"merged checkpoint ({done['dtype']}) of {done['links']} link(s) in {output}")
+        lost = "" if quantize is None else f", {done['lost']:.0%} of the update lost"
+        kind = done["dtype"] if quantize is None else quantize
+        click.echo(f"merged checkpoint ({kind}{lost}) of {done['links']} link(s) in {output}")
+    if repository is not None:
+        click.echo(f"pushed to {repository}: {done['commit']}")
 
 
 @cli.command(context_settings=_HELP)
@@ -456,6 +500,7 @@ def _task_text(task: Any) -> str:
 cli.add_command(generate)
 cli.add_command(convert_config)
 cli.add_command(chat)
+cli.add_command(report)
 cli.add_command(experiment)
 cli.add_command(compare)
 cli.add_command(doctor)

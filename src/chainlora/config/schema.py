@@ -457,6 +457,9 @@ class TrainConfig(_Frozen):
     )
     gradient_checkpointing: bool = False
     speedups: Literal["auto", "off"] = "auto"
+    shard: Literal["fsdp2"] | None = Field(
+        None, description="fsdp2: the processes of a run share the model; None: each holds all"
+    )
     trackers: tuple[str, ...] = ()
 
     @field_validator("speedups", mode="before")

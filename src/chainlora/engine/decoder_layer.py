@@ -27,6 +27,7 @@ from chainlora.engine.fused import MlpBlock, RmsNorm, Rotary, SwiGlu, Turn, make
 from chainlora.engine.patching import Patches, replacement
 from chainlora.engine.probes import Calls, first_line, probing
 from chainlora.models.modes import evaluation_mode, training_mode
+from chainlora.models.shards import whole
 from chainlora.models.text_config import base_model, text_config
 
 _CHILDREN = {
@@ -72,7 +73,9 @@ def why_plain_layers(model: nn.Module, calls: Calls, *, training: bool) -> str |
     patches.set_attention(base_model(model), packed_name)
     try:
         for layer, (hidden, kwargs) in calls.items():
-            if not (found := _probe(layer, hidden, kwargs, training)) <= _SAME:
+            with whole(layer):
+                found = _probe(layer, hidden, kwargs, training)
+            if not found <= _SAME:
                 index = layers.index(layer)
                 return f"the fast forward of layer {index} differs by {found:.1g} of its output"
     except Exception as error:  # whatever an architecture trips over, its own forward is right
@@ -193,7 +196,7 @@ def _forward(layer: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Te
     layout, rotary = kwargs.get(LAYOUT), kwargs.get("position_embeddings")
     if layout is None or rotary is None or args or not _ready(layer, hidden_states):
         return type(layer).forward(layer, hidden_states, *args, **kwargs)
-    return _compute(layer, hidden_states[0], layout, rotary, None)[None]
+    return _as_row(_compute(layer, hidden_states[0], layout, rotary, None))
 
 
 @replacement
@@ -209,7 +212,13 @@ def _last_forward(layer: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) 
         or not _ready(layer, hidden_states)
     ):
         return _forward(layer, hidden_states, *args, **kwargs)
-    return _compute(layer, hidden_states[0], layout, rotary, layout.rows)[None]
+    return _as_row(_compute(layer, hidden_states[0], layout, rotary, layout.rows))
+
+
+def _as_row(x: Tensor) -> Tensor:
+    """Return x [T, d] as [1, T, d], no view: FSDP2 puts a hook of autograd on a layer's output."""
+    found: Tensor = torch.ops.aten._unsafe_view(x, [1, *x.shape])
+    return found
 
 
 def _compute(

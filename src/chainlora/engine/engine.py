@@ -21,7 +21,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -42,6 +42,7 @@ from chainlora.engine.score_batches import evaluation_batches, pack_size
 from chainlora.engine.threads import MOST_THREADS, Threads, split, why_one_thread
 from chainlora.errors import ModelError
 from chainlora.models.modes import evaluation_mode
+from chainlora.models.shards import head_gatherer, inside, is_sharded
 from chainlora.models.text_config import base_model
 
 log = logging.getLogger(__name__)
@@ -52,6 +53,7 @@ Progress = Callable[[int, int], None]
 Batch = TypeVar("Batch")
 Item = TypeVar("Item")
 Found = TypeVar("Found")
+Result = TypeVar("Result")
 
 
 class Engine:
@@ -86,6 +88,8 @@ class Engine:
         self.speedups = speedups
         self.notes: list[str] = []
         self.spread: Callable[..., list[Any]] = compute_all  # set where processes share rows
+        self.most: Callable[[int], int] = int  # set where they share the model
+        self._is_sharded = is_sharded(model)
         self._patches = Patches()
         self._pools: dict[int, Threads] = {}
         self._frozen = [] if training else [p for p in model.parameters() if p.requires_grad]
@@ -99,6 +103,8 @@ class Engine:
             logit_transform(model)  # refuses a model with other logits; found once, not in a thread
             self.path = self._choose_path()
             self._install(training)
+            if self._is_sharded:
+                self.notes.append("weights: shared by processes, whole one layer at a time")
             self._choose_threads(training, threads)
             self._findings.calls.clear()
         except BaseException:
@@ -141,10 +147,17 @@ class Engine:
         ``candidates``: cross-entropy over each example's candidates; ``completion``: negative
         log-likelihood of each scored token.
         """
-        hidden = self.hidden(batch)
         if kind == "candidates":
-            return candidate_loss(self.model, hidden, batch), batch.num_examples
-        return completion_loss(self.model, hidden, batch)
+            return self._at_head(candidate_loss, batch), batch.num_examples
+        return self._at_head(completion_loss, batch)
+
+    def _at_head(self, compute: Callable[..., Result], batch: PackedBatch) -> Result:
+        """Return ``compute(model, hidden, batch)``, which may use the head's weights."""
+        hidden = self.hidden(batch)
+        if not self._is_sharded:
+            return compute(self.model, hidden, batch)
+        head = head_gatherer(self.model)
+        return inside(head, lambda hidden: compute(self.model, hidden, batch), hidden)
 
     def add_gradients(
         self,
@@ -208,22 +221,30 @@ class Engine:
             size = min(size, self._findings.limits.row)
         batches = evaluation_batches(examples, max_tokens=size, path=self.path)
 
-        @torch.inference_mode()
         def score(indices: list[int]) -> tuple[list[int], list[float]]:
             batch = self.pack([examples[i] for i in indices])
-            return indices, candidate_scores(self.model, self.hidden(batch), batch).tolist()
+            with self._no_gradients():
+                return indices, self._at_head(candidate_scores, batch).tolist()
 
         done = 0
         with self.plain():
-            for indices, flat in threads.map(score, batches):
+            for indices, flat in threads.map(score, self._in_step(batches)):
                 for index in indices:
                     count = len(examples[index].sequences)
                     scores[index], flat = flat[:count], flat[count:]
                     _check_scores(scores[index], examples[index].row)
                 done += len(indices)
                 if progress is not None:
-                    progress(done, len(examples))
+                    progress(min(done, len(examples)), len(examples))
         return scores
+
+    def _in_step(self, batches: Iterable[Batch]) -> Iterable[Batch]:
+        """Return the batches, some again where another process has more of them and shares the
+        model with this one."""
+        if not self._is_sharded:
+            return batches
+        batches = list(batches)
+        return batches + batches[:1] * (self.most(len(batches)) - len(batches))
 
     def _scores_by_length(
         self, examples: Sequence[Example], max_tokens: int, progress: Progress | None
@@ -238,28 +259,34 @@ class Engine:
             for slot, sequence in enumerate(example.sequences):
                 alike = max(len(sequence), self._findings.threshold)
                 groups.setdefault(alike, []).append((index, slot))
+        batches: list[list[tuple[int, int]]] = []
+        for places in groups.values():
+            alone = [_one_sequence(examples[index], slot) for index, slot in places]
+            picked = evaluation_batches(alone, max_tokens=max_tokens, path=self.path)
+            batches += [[places[i] for i in indices] for indices in picked]
         done = 0
         with self.plain():
-            for places in groups.values():
-                alone = [_one_sequence(examples[index], slot) for index, slot in places]
-                for indices in evaluation_batches(alone, max_tokens=max_tokens, path=self.path):
-                    batch = self.pack([alone[i] for i in indices])
-                    found = candidate_scores(self.model, self.hidden(batch), batch).tolist()
-                    for i, score in zip(indices, found, strict=True):
-                        index, slot = places[i]
-                        scores[index][slot] = score
-                        _check_scores([score], examples[index].row)
+            for places in self._in_step(batches):
+                batch = self.pack([_one_sequence(examples[i], slot) for i, slot in places])
+                found = self._at_head(candidate_scores, batch).tolist()
+                for (index, slot), score in zip(places, found, strict=True):
+                    scores[index][slot] = score
+                    _check_scores([score], examples[index].row)
                 done += len(places)
                 if progress is not None:
                     total = sum(len(example.sequences) for example in examples)
-                    progress(done * len(examples) // total, len(examples))
+                    progress(min(done, total) * len(examples) // total, len(examples))
         return scores
 
     @contextmanager
     def plain(self) -> Iterator[nn.Module]:
         """Yield the model for calls of its own forward or `generate`, in inference mode."""
-        with evaluation_mode(self.model), torch.inference_mode():
+        with evaluation_mode(self.model), self._no_gradients():
             yield self.model
+
+    def _no_gradients(self) -> AbstractContextManager[Any]:
+        """Inference mode, in which weights that are gathered could not be trained on later."""
+        return torch.no_grad() if self._is_sharded else torch.inference_mode()
 
     # --- its life ---
 
@@ -315,6 +342,8 @@ class Engine:
         """One thread where several would be wrong: for training, and for scoring in between."""
         most = min(torch.get_num_threads(), MOST_THREADS, threads or MOST_THREADS)
         off, found = "speedups are off" if self.speedups == "off" else None, self._findings
+        if self._is_sharded:
+            off = off or "processes share the weights"
         scoring = off or why_one_thread(self.model, self.path, found.length)
         reason = scoring or found.random
         self.num_threads = 1 if reason else most

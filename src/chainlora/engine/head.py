@@ -30,6 +30,7 @@ from chainlora.engine.bf16_matmul import linear, product, widened
 from chainlora.engine.packing import PackedBatch
 from chainlora.engine.probes import probing
 from chainlora.errors import DataError, ModelError
+from chainlora.models.shards import is_sharded, plain_type
 from chainlora.models.text_config import base_model, causal_model, text_config
 
 # Logits held at once: 16 MB in float32. Large enough for matmul, and below the 32 MB from where
@@ -245,8 +246,10 @@ def _vocabulary(model: nn.Module) -> int:
 
 
 def _is_plain(head: nn.Module) -> bool:
-    """Say whether the head is exactly ``x @ W.T + b``: no subclass, no adapter, no hook."""
-    return type(head) is nn.Linear and not (head._forward_hooks or head._forward_pre_hooks)
+    """Say whether the head is exactly ``x @ W.T + b``: no subclass, no adapter, no hook but those
+    that gather its weight, which is whole here."""
+    num_hooks = len(head._forward_hooks) + len(head._forward_pre_hooks)
+    return plain_type(head) is nn.Linear and num_hooks == (2 if is_sharded(head) else 0)
 
 
 def _mean_by_sequence(logprobs: Tensor, batch: PackedBatch) -> Tensor:

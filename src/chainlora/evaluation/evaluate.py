@@ -216,6 +216,7 @@ def _evaluate_generation(
                 stop=stop,
                 max_tokens=max_tokens,
                 progress=advance,
+                most=engine.most,
             )
 
     texts: list[str] = engine.spread([example.prompt for example in examples], generate)

@@ -22,6 +22,7 @@ from transformers import (
 
 from chainlora.engine.probes import first_line, forget_lengths, length_dependence
 from chainlora.errors import ConfigError, DataError, ModelError
+from chainlora.models.shards import is_sharded
 from chainlora.models.text_config import compute_dtype, text_config
 
 
@@ -50,6 +51,7 @@ def generate_greedy(
     stop: str | None = "\n",
     max_tokens: int = 4096,
     progress: Callable[[int], None] | None = None,
+    most: Callable[[int], int] = int,
 ) -> list[str]:
     """Return the greedy continuation of each prompt, up to the first `stop` (a line break),
     stripped.
@@ -59,7 +61,8 @@ def generate_greedy(
 
     A prompt (token ids) that leaves no room for `max_new_tokens` in the model's context is cut from
     the left, its beginning-of-sequence token kept. `max_tokens` bounds the padded tokens of a
-    batch, new ones included; `progress(n)` is told the number of prompts just done.
+    batch, new ones included; `progress(n)` is told the number of prompts just done. `most` returns
+    the largest of the numbers of all processes that share a model, which make as many forwards.
 
     `model` is a transformers causal language model. Raises DataError on an empty prompt and
     ConfigError when `max_new_tokens` does not fit the context.
@@ -77,14 +80,20 @@ def generate_greedy(
     config = greedy_config(model, tokenizer, max_new_tokens)
     texts = [""] * len(cut)
     lengths = [len(prompt) for prompt in cut]
-    alike = len(set(lengths)) > 1 and _padding_shows(model, config)
-    for batch in _batches(lengths, max_new_tokens, max_tokens, alike=alike):
+    alike = most(len(set(lengths))) > 1 and _padding_shows(model, config)
+    batches = list(_batches(lengths, max_new_tokens, max_tokens, alike=alike))
+    batches += batches[:1] * (most(len(batches)) - len(batches))
+    for batch in batches:
         forget_lengths(model)
         ids, mask = _left_padded([cut[i] for i in batch], int(config.pad_token_id), model.device)
         criteria = StoppingCriteriaList([_StopAt(tokenizer, stop, ids.shape[1])] if stop else [])
         with own_config(model, config):
             output = run_generate(
-                model, input_ids=ids, attention_mask=mask, stopping_criteria=criteria
+                model,
+                input_ids=ids,
+                attention_mask=mask,
+                stopping_criteria=criteria,
+                synced_gpus=is_sharded(model),
             )
         answers = tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
         for index, answer in zip(batch, answers, strict=True):

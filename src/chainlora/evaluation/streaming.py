@@ -52,8 +52,7 @@ class Speaker:
     """A model that answers, each piece of text given to `write` as soon as it is whole."""
 
     def __init__(self, model: Any, tokenizer: Any, sampling: Sampling | None = None) -> None:
-        is_quantized = getattr(model, "hf_quantizer", None) is not None
-        self.model = model if is_quantized else model.to(_device())
+        self.model = to_accelerator(model)
         self.tokenizer = tokenizer
         self.sampling = sampling or Sampling()
         self._generator = torch.Generator().manual_seed(self.sampling.seed)
@@ -156,7 +155,8 @@ def check_chat(tokenizer: Any, name: str) -> None:
         )
 
 
-def _device() -> Any:
-    """Return the machine's accelerator, or the CPU."""
-    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return found or torch.device("cpu")
+def to_accelerator(model: Any) -> Any:
+    """Return the model on the machine's accelerator, if there is one; quantised ones stay."""
+    if getattr(model, "hf_quantizer", None) is not None or not torch.accelerator.is_available():
+        return model
+    return model.to(torch.accelerator.current_accelerator())

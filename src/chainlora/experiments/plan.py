@@ -19,9 +19,9 @@ from chainlora.experiments.execution.results import Results
 from chainlora.experiments.execution.session import Session
 from chainlora.experiments.execution.store import Store, results_by_id
 from chainlora.experiments.report.comparisons import compare_all
-from chainlora.experiments.report.tables import Table, number
 from chainlora.experiments.report.values import OVERALL, digits
 from chainlora.experiments.statistics.power import LEVEL, POWER, detectable, pairs_needed
+from chainlora.reports.tables import Table, number
 
 
 @dataclass(frozen=True)

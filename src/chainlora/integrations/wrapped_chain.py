@@ -101,7 +101,7 @@ def _write_adapter(folder: Path, links: Sequence[Link], base: Base) -> None:
     with files.reported(folder), tempfile.TemporaryDirectory(dir=folder) as scratch:
         rank, _ = write_adapter(Path(scratch), links, factors, base)
         if not (folder / "README.md").exists():  # the trainer's own card stays
-            write_adapter_card(Path(scratch), len(links), rank, 0.0, base)
+            write_adapter_card(Path(scratch), links, rank, 0.0, base)
         for file in sorted(Path(scratch).iterdir()):
             files.sync_file(file)
             file.replace(folder / file.name)

@@ -60,11 +60,7 @@ def load_model(
     Raises ModelError if nothing is there, if it would need remote code or pickle, if it is not a
     causal language model, or if weights or tokenizer are missing.
     """
-    folder = resolve_model(spec)
-    config = _load_config(folder)
-    _refuse_pickle(folder)
-    _check_layers(config, folder)
-    tokenizer = _load_tokenizer(folder)
+    folder, config, tokenizer = open_folder(spec)
     keys: dict[str, Any] = {}
     if quantize is not None:
         _refuse_quantized(config, folder)
@@ -89,12 +85,26 @@ def load_model(
         ) from error
     model, report = loaded
     _check_whole(model, report, folder)
+    settle(model, tokenizer, folder)
+    settle_kernels(model)
+    return model.eval(), tokenizer
+
+
+def open_folder(spec: str | Path) -> tuple[Path, Any, Any]:
+    """Return the folder of a model, its config and its tokenizer, before any weight is loaded."""
+    folder = resolve_model(spec)
+    config = _load_config(folder)
+    _refuse_pickle(folder)
+    _check_layers(config, folder)
+    return folder, config, load_tokenizer(folder)
+
+
+def settle(model: Any, tokenizer: Any, folder: Path) -> None:
+    """Check a model against its folder and its tokenizer, and let it pad as that does."""
     _refuse_integers(model, folder)
     _check_vocabulary(model, tokenizer, folder)
-    settle_kernels(model)
     if model.generation_config is not None and model.generation_config.pad_token_id is None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id
-    return model.eval(), tokenizer
 
 
 def load_skeleton(spec: str | Path) -> Any:
@@ -102,10 +112,14 @@ def load_skeleton(spec: str | Path) -> Any:
 
     Raises ModelError if nothing is there, or it cannot be made.
     """
-    config = _load_config(resolve_model(spec))
+    with torch.device("meta"):
+        return make_model(_load_config(resolve_model(spec)), spec)
+
+
+def make_model(config: Any, spec: str | Path, **keys: Any) -> Any:
+    """Return a model that was never loaded. Raises ModelError if it cannot be made."""
     try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False, **keys)
     except Exception as error:
         raise ModelError(
             f"a model must be one that transformers can make (got {type(error).__name__}: "
@@ -290,7 +304,11 @@ def _check_layers(config: Any, folder: Path) -> None:
         )
 
 
-def _load_tokenizer(folder: Path) -> Any:
+def load_tokenizer(folder: Path) -> Any:
+    """Return the tokenizer of a model folder, padding with a token it has.
+
+    Raises ModelError if there is none, or it does not load.
+    """
     if not any(next(folder.glob(pattern), None) for pattern in TOKENIZERS):
         raise ModelError(
             f"a model folder must hold its tokenizer (got no tokenizer.json or the like in "

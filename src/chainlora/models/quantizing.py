@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from chainlora.errors import ModelError
+from chainlora.models.shards import gathered, is_shard
 
 _PACKAGES = {"nf4": "bitsandbytes", "int8": "torchao"}
 
@@ -74,10 +75,15 @@ def is_quantized(module: nn.Module) -> bool:
 
 
 def plain_tensor(tensor: Tensor) -> Tensor:
-    """Return a tensor that indexing and casting work on: quantised ones as what they stand for."""
+    """Return a tensor that indexing and casting work on: quantised ones as what they stand for,
+    and one that processes share as a whole."""
+    if is_shard(tensor):
+        return gathered(tensor)
     return tensor.dequantize() if _is_special(tensor) else tensor
 
 
 def _is_special(tensor: Tensor) -> bool:
     """Say whether a tensor is of a class of its own, as torchao's are."""
+    if is_shard(tensor):
+        return False
     return type(tensor) not in (nn.Parameter, Tensor) and hasattr(tensor, "__tensor_flatten__")

@@ -6,7 +6,10 @@ written into a scratch folder, loaded back and compared, and only then put in pl
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +23,10 @@ from chainlora.chain.chain import Chain
 from chainlora.chain.link import Link
 from chainlora.config.schema import LinkConfig
 from chainlora.data.chat_templates import set_chat_template
-from chainlora.errors import ChainError, RunError
+from chainlora.errors import ChainError, ModelError, RunError
 from chainlora.models.identity import base_files
-from chainlora.models.loading import load_model, resolve_model
+from chainlora.models.loading import load_model, load_tokenizer, resolve_model
+from chainlora.runs.cards import Card, Story, is_hub_id, is_licence, story_of, write_card
 from chainlora.runs.compression import adapter_factors
 from chainlora.runs.manifest import CAUSAL, Base, Manifest
 from chainlora.runs.reading import RunReader, check_base
@@ -37,6 +41,19 @@ from chainlora.runs.verification import (
 )
 
 _WIDEST = 2**14  # far beyond what servers take, and still small
+
+
+@dataclass(frozen=True)
+class Naming:
+    """What an export and its base are called where it is published.
+
+    `name` is its repository on the Hub; `base` replaces the name that the run has for its base;
+    `licence` is an identifier, as the Hub knows them.
+    """
+
+    name: str | None = None
+    base: str | None = None
+    licence: str | None = None
 
 
 def load_run(
@@ -117,10 +134,15 @@ def _refuse_unfinished(reader: RunReader) -> None:
 
 
 def export_merged(
-    run: str | Path, output: str | Path, *, num_links: int | None = None
+    run: str | Path,
+    output: str | Path,
+    *,
+    num_links: int | None = None,
+    naming: Naming | None = None,
 ) -> dict[str, Any]:
     """Write the run's model, links merged, as a transformers checkpoint in the base's dtype."""
-    output = _empty(output)
+    naming = naming or Naming()
+    output = empty_folder(output)
     model, tokenizer = load_run(run, num_links=num_links)
     reader = RunReader(run)
     manifest = reader.manifest()
@@ -130,13 +152,18 @@ def export_merged(
     done = f"a chain of {len(links)} LoRA link(s) merged into its weights"
     with files.replaced_folder(output) as scratch:
         _save_model(model, tokenizer, scratch)
-        _card(
-            scratch,
-            f"`{base}` with {'every weight fine-tuned' if is_whole else done}.",
-            base,
+        _copy_beside(_folder(base), scratch)
+        named = naming.base or base
+        card = Card(
+            f"`{named}` with {'every weight fine-tuned' if is_whole else done}.",
+            named,
             "transformers",
-            'AutoModelForCausalLM.from_pretrained("this folder")',
+            links,
+            name=naming.name,
+            licence=naming.licence,
+            story=story_of(run),
         )
+        write_card(scratch, card)
         digests = state_digests(model)
         del model  # two of them need not fit into memory
         check_checkpoint(scratch, digests, dtype)
@@ -160,23 +187,29 @@ def export_adapter(
     rank: int | None = None,
     tolerance: float | None = None,
     num_links: int | None = None,
+    naming: Naming | None = None,
 ) -> dict[str, Any]:
     """Write a chain as one PEFT adapter: exact, or compressed to `rank` or to a relative error
     `tolerance`. A `rank` above the chain's is filled up with zeros.
 
     `run` is a run directory, a saved chain, or a `Chain` in memory, of which the live link is
-    written as it is now. Returns rank and error; the error is ``√(Σ‖ΔW−ΔŴ‖² / Σ‖ΔW‖²)`` over all
-    modules.
+    written as it is now. Beside the adapter lie the base's tokenizer and licence, if the base is at
+    hand. Returns rank and error; the error is ``√(Σ‖ΔW−ΔŴ‖² / Σ‖ΔW‖²)`` over all modules.
     """
+    naming = naming or Naming()
     _check_compression(rank, tolerance)
-    output = _empty(output)
+    output = empty_folder(output)
     links, base = _links_and_base(run, num_links)
     skeleton = skeleton_like(run.model) if isinstance(run, Chain) else skeleton_of(base)
     factors, error = adapter_factors(links, rank=rank, tolerance=tolerance)
     with files.replaced_folder(output) as scratch:
-        written, extra = write_adapter(scratch, links, factors, base)
+        folder = _folder(base.model)
+        named = base.model_copy(update={"model": naming.base or _loadable(base.model, folder)})
+        written, extra = write_adapter(scratch, links, factors, named)
         check_adapter(scratch, skeleton, factors, extra)
-        write_adapter_card(scratch, len(links), written, error, base)
+        _copy_beside(folder, scratch, tokenizer=True)
+        story = None if isinstance(run, Chain) else story_of(run)
+        write_adapter_card(scratch, links, written, error, named, naming=naming, story=story)
     return {
         "to": "adapter",
         "output": str(output),
@@ -257,7 +290,8 @@ def _complete_generation(config: Any) -> None:
         config.do_sample = True
 
 
-def _empty(output: str | Path) -> Path:
+def empty_folder(output: str | Path) -> Path:
+    """Return a folder to write into. Raises RunError unless it is new or empty."""
     output = Path(output)
     files.check_writable(output if output.is_dir() else output.parent)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
@@ -268,23 +302,53 @@ def _empty(output: str | Path) -> Path:
     return output
 
 
-def write_adapter_card(folder: Path, num_links: int, rank: int, error: float, base: Base) -> None:
+def write_adapter_card(
+    folder: Path,
+    links: Sequence[Link],
+    rank: int,
+    error: float,
+    base: Base,
+    *,
+    naming: Naming | None = None,
+    story: Story | None = None,
+) -> None:
     """Write the model card of a chain as one adapter."""
-    _card(
-        folder,
-        f"A chain of {num_links} LoRA link(s) on `{base.model}` as one adapter of rank {rank} "
+    naming = naming or Naming()
+    card = Card(
+        f"A chain of {len(links)} LoRA link(s) on `{base.model}` as one adapter of rank {rank} "
         f"(relative error {error:.2e}).",
         base.model,
         "peft",
-        'PeftModel.from_pretrained(base, "this folder")',
+        links,
+        rank=rank,
+        name=naming.name,
+        licence=naming.licence,
+        story=story,
+        is_causal=base.task_type == CAUSAL,
     )
+    write_card(folder, card)
 
 
-def _card(output: Path, what: str, base: str, library: str, code: str) -> None:
-    front: Mapping[str, str] = {"base_model": base, "library_name": library}
-    header = "".join(f"{key}: {value}\n" for key, value in front.items())
-    (output / "README.md").write_text(
-        f"---\n{header}tags:\n- chain-of-lora\n---\n\n# Model card\n\n{what}\n\n"
-        f"Made with chainlora (Chain of LoRA, arXiv 2401.04151). Load it with `{code}`.\n",
-        encoding="utf-8",
-    )
+def _loadable(base: str, folder: Path | None) -> str:
+    """Return a name of the base that PEFT loads: of a GGUF file, the folder it was converted to."""
+    return base if folder is None or is_hub_id(base) else str(folder.resolve())
+
+
+def _folder(base: str) -> Path | None:
+    """Return where the base lies; None where it is not at hand, which `check_adapter` says."""
+    try:
+        return resolve_model(base)
+    except ModelError:
+        return None
+
+
+def _copy_beside(base: Path | None, output: Path, *, tokenizer: bool = False) -> None:
+    """Put licences of the base into an export, and its tokenizer if that is asked for."""
+    if base is None:
+        return
+    with suppress(ModelError):  # a folder without one, of a chain in memory
+        if tokenizer:
+            load_tokenizer(base).save_pretrained(output)
+    for path in sorted(base.iterdir()):
+        if path.is_file() and is_licence(path.name):
+            shutil.copyfile(path, output / path.name)

@@ -3,11 +3,13 @@ earlier links."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.nn import functional
 
 from chainlora.chain.link import Link, stack_links
 from chainlora.chain.low_rank import (
@@ -27,8 +29,9 @@ def inspect_run(run: str | Path) -> dict[str, Any]:
     ``score`` at its knot, ``delta_norm`` ‖ΔW‖_F over all modules, ``effective_rank`` exp(entropy of
     σ/Σσ) (Roy & Vetterli 2007) and ``stable_rank`` averaged over modules, ``overlap`` with each
     earlier link's A (mean squared cosine of the principal angles, averaged over modules; 1 is the
-    same input subspace). ``finished`` and ``position`` say where the run is: the step and the
-    number of whole links that a resume would start from.
+    same input subspace), ``spectrum`` (its singular values, their mean over modules), and
+    ``modules`` (‖ΔW‖_F of each). ``finished`` and ``position`` say where the run is: the step and
+    the number of whole links that a resume would start from.
 
     Every file of the run is checked first. Raises RunError for one that is missing or has changed.
     """
@@ -38,7 +41,8 @@ def inspect_run(run: str | Path) -> dict[str, Any]:
     links = reader.links_of(manifest, len(manifest.links) if manifest.has_run else None)
     records = read_records(reader / "metrics.jsonl")
     rows = [_describe(link, links[: link.index], records) for link in links]
-    whole = _sizes(links) if links and all(_is_low_rank(link) for link in links) else {}
+    is_sum = bool(links) and all(_is_low_rank(link) for link in links)
+    whole = _sizes(_spectra(links).values()) if is_sum else {}
     return {
         "run": str(run),
         "base": manifest.base.model,
@@ -73,7 +77,10 @@ def _describe(link: Link, earlier: Sequence[Link], records: list[dict[str, Any]]
         "scores": {k: v for k, v in knots[-1].items() if k not in keys} if knots else {},
     }
     if _is_low_rank(link):
-        row |= _sizes([link])
+        spectra = _spectra([link])
+        row |= _sizes(spectra.values())
+        row["spectrum"] = _mean_spectrum(list(spectra.values()))
+        row["modules"] = {name: float(s.norm()) for name, s in spectra.items()}
         row["overlap"] = [_overlap(link, other) for other in earlier]
     return row
 
@@ -82,10 +89,15 @@ def _is_low_rank(link: Link) -> bool:
     return all(share.magnitude is None for share in link.factors.values())
 
 
-def _sizes(links: Sequence[Link]) -> dict[str, float]:
-    spectra = [
-        singular_values_of_sum([(share.a, share.b, 1.0)]) for share in stack_links(links).values()
-    ]
+def _spectra(links: Sequence[Link]) -> dict[str, Tensor]:
+    """Return the singular values of what the links add up to, by module."""
+    return {
+        name: singular_values_of_sum([(share.a, share.b, 1.0)])
+        for name, share in stack_links(links).items()
+    }
+
+
+def _sizes(spectra: Iterable[Tensor]) -> dict[str, float]:
     spectra = [s for s in spectra if float(s.sum()) > 0]
     if not spectra:
         return {"delta_norm": 0.0, "effective_rank": 0.0, "stable_rank": 0.0}
@@ -94,6 +106,13 @@ def _sizes(links: Sequence[Link]) -> dict[str, float]:
         "effective_rank": sum(float(effective_rank(s)) for s in spectra) / len(spectra),
         "stable_rank": sum(float(stable_rank(s)) for s in spectra) / len(spectra),
     }
+
+
+def _mean_spectrum(spectra: Sequence[Tensor]) -> list[float]:
+    """Return the mean of the modules' singular values, place by place, the largest first."""
+    longest = max(map(len, spectra))
+    padded = [functional.pad(s, (0, longest - len(s))) for s in spectra]
+    return [float(value) for value in torch.stack(padded).mean(0)]
 
 
 def _overlap(link: Link, other: Link) -> float:

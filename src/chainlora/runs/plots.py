@@ -1,63 +1,29 @@
 """Two pictures of a run: how training went, with the knots marked, and what each link of the chain
 became.
 
-Colours are of the Okabe–Ito palette and cividis, which readers with any kind of colour vision can
-tell apart. The figures are drawn without pyplot, so that nothing global is touched and no display
-is needed.
+The figures are drawn without pyplot, so that nothing global is touched and no display is needed.
 """
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from chainlora.errors import RunError
-
-Record = Mapping[str, Any]
-
-BLUE, VERMILION, GREEN, SKY, PURPLE, GREY = (
-    "#0072B2",
-    "#D55E00",
-    "#009E73",
-    "#56B4E9",
-    "#CC79A7",
-    "#777777",
+from chainlora.runs.panels import (
+    STYLE,
+    Record,
+    draw_loss,
+    draw_norms,
+    draw_overlap,
+    draw_ranks,
+    draw_rate,
+    draw_scores,
+    mark_knots,
+    score_names,
 )
-_STYLE: Any = {
-    "font.size": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": GREY,
-    "axes.grid": True,
-    "grid.color": "#E6E6E6",
-    "axes.axisbelow": True,
-    "xtick.color": "#444444",
-    "ytick.color": "#444444",
-    "axes.labelcolor": "#222222",
-    "legend.edgecolor": "none",
-    "legend.framealpha": 0.85,
-    "savefig.dpi": 150,
-}
-_NOT_SCORES = {
-    "event",
-    "step",
-    "link",
-    "where",
-    "split",
-    "loss",
-    "perplexity",
-    "seconds",
-    "tokens",
-    "rows",
-    "majority",
-    "candidate_loss",
-}
-_MOST_SCORES = 3  # curves in the score panel; more cannot be told apart
-_MOST_LABELS = 12  # links whose names or values still fit
 
 
 def plot_training(records: str | Path | Sequence[Record], out_png: str | Path) -> None:
@@ -78,18 +44,18 @@ def plot_training(records: str | Path | Sequence[Record], out_png: str | Path) -
         raise RunError(
             "a plot needs a training step or an evaluation (got none); train the run first"
         )
-    scores = _score_names(evals)
+    scores = score_names(evals)
     heights = [3.0, *([2.0] if scores else []), *([1.0] if steps else [])]
-    with rc_context(_STYLE):
+    with rc_context(STYLE):
         figure = Figure(figsize=(8, 0.9 + 1.15 * sum(heights)), layout="constrained")
         grid = figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)
         panels = list(grid[:, 0])
-        _draw_loss(panels[0], steps, evals)
+        draw_loss(panels[0], steps, evals)
         if scores:
-            _draw_scores(panels[1], evals, scores)
+            draw_scores(panels[1], evals, scores)
         if steps:
-            _draw_rate(panels[-1], steps)
-        _mark_knots(panels, records)
+            draw_rate(panels[-1], steps)
+        mark_knots(panels, records)
         panels[-1].set_xlabel("optimizer step")
         figure.align_ylabels(panels)
         _save(figure, out_png)
@@ -110,29 +76,14 @@ def plot_chain(inspection: Mapping[str, Any], out_png: str | Path) -> None:
             "a picture of a chain needs at least one link (got none); train the run first"
         )
     pairs = len(links) > 1 and any(link.get("overlap") for link in links)
-    with rc_context(_STYLE):
+    with rc_context(STYLE):
         figure = Figure(figsize=(11 if pairs else 7.4, 3.5), layout="constrained")
         panels = figure.subplots(1, 3 if pairs else 2, squeeze=False)[0]
-        _draw_norms(panels[0], links)
-        _draw_ranks(panels[1], links)
+        draw_norms(panels[0], links)
+        draw_ranks(panels[1], links)
         if pairs:
-            _draw_overlap(figure, panels[2], links)
+            draw_overlap(figure, panels[2], links)
         _save(figure, out_png)
-
-
-def smooth(values: Sequence[float], span: float) -> list[float]:
-    """Return the exponential moving average over about ``span`` steps, free of bias at its
-    start."""
-    decay = 1 - 2 / (max(span, 1) + 1)
-    total = weight = 0.0
-    out = []
-    for value in values:
-        total, weight = decay * total + (1 - decay) * value, decay * weight + (1 - decay)
-        out.append(total / weight)
-    return out
-
-
-# Training
 
 
 def _read(records: str | Path | Sequence[Record]) -> Sequence[Record]:
@@ -145,222 +96,6 @@ def _read(records: str | Path | Sequence[Record]) -> Sequence[Record]:
             f"a plot needs the run's metrics (got no {records}); train the run first"
         ) from error
     return [json.loads(line) for line in lines if line.strip()]
-
-
-def _score_names(evals: Sequence[Record]) -> list[str]:
-    names = {
-        name: None
-        for r in evals
-        for name, value in r.items()
-        if name not in _NOT_SCORES and isinstance(value, (int, float))
-    }
-    return list(names)[:_MOST_SCORES]
-
-
-def _draw_loss(axes: Any, steps: Sequence[Record], evals: Sequence[Record]) -> None:
-    finite = [r for r in steps if math.isfinite(r["loss"])]
-    at, losses = [r["step"] for r in finite], [r["loss"] for r in finite]
-    if losses:
-        smoothed = smooth(losses, span=max(9, len(losses) / 12))
-        axes.plot(at, losses, color=SKY, alpha=0.5, linewidth=0.8, label="each step")
-        axes.plot(at, smoothed, color=BLUE, linewidth=1.8, label="smoothed")
-    held_out = [r for r in evals if math.isfinite(r.get("loss", math.nan))]
-    if held_out:
-        axes.plot(
-            [r["step"] for r in held_out],
-            [r["loss"] for r in held_out],
-            color=VERMILION,
-            linewidth=1.2,
-            marker="o",
-            markersize=5,
-            label="validation",
-        )
-    axes.set_ylabel("loss")
-    for handle in axes.legend(loc="upper right", ncols=3).get_lines():
-        handle.set(alpha=1, linewidth=1.8)
-    _keep_room(axes, losses[len(losses) // 50 :] + [r["loss"] for r in held_out])
-
-
-def _keep_room(axes: Any, values: Sequence[float]) -> None:
-    """Cut single spikes off the top (the highest half per cent), and leave room for the legend."""
-    if not values:
-        return
-    ordered = sorted(values)
-    top, low = ordered[min(len(ordered) - 1, int(len(ordered) * 0.995))], ordered[0]
-    room = (top - low) or abs(top) or 1.0
-    axes.set_ylim(low - 0.06 * room, top + 0.22 * room)
-
-
-def _draw_scores(axes: Any, evals: Sequence[Record], names: Sequence[str]) -> None:
-    from matplotlib.ticker import PercentFormatter
-
-    everything = []
-    for name, color, marker in zip(names, (GREEN, VERMILION, PURPLE), "osD", strict=False):
-        points = [(r["step"], r[name]) for r in evals if math.isfinite(r.get(name, math.nan))]
-        everything += [value for _, value in points]
-        axes.plot(
-            *zip(*points, strict=True),
-            color=color,
-            marker=marker,
-            markersize=5,
-            linewidth=1.5,
-            label=name,
-        )
-    fractions = all(0 <= value <= 1 for value in everything)
-    if fractions:
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    if len(names) == 1:
-        _label_points(axes, evals, names[0], "{:.1%}" if fractions else "{:.3g}")
-        axes.set_ylabel(f"validation\n{names[0]}")
-    else:
-        axes.set_ylabel("validation")
-        axes.legend(loc="best")
-    axes.margins(y=0.25)
-
-
-def _label_points(axes: Any, evals: Sequence[Record], name: str, form: str) -> None:
-    marked = [r for r in evals if name in r and r.get("where") in ("start", "knot", "end")]
-    for r in {r["step"]: r for r in marked[-_MOST_LABELS:]}.values():
-        axes.annotate(
-            form.format(r[name]),
-            (r["step"], r[name]),
-            (0, 8),
-            textcoords="offset points",
-            ha="center",
-            fontsize=8.5,
-            color="#222222",
-            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1},
-        )
-
-
-def _draw_rate(axes: Any, steps: Sequence[Record]) -> None:
-    for link in dict.fromkeys(r["link"] for r in steps):  # a line each, so that a restart is a gap
-        points = [(r["step"], r.get("learning_rate", math.nan)) for r in steps if r["link"] == link]
-        axes.plot(*zip(*points, strict=True), color=PURPLE, linewidth=1.5)
-    axes.set_ylabel("learning\nrate")
-    axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
-    axes.set_ylim(bottom=0)
-
-
-def _mark_knots(panels: Sequence[Any], records: Sequence[Record]) -> None:
-    """Draw a dashed line at each knot, and name each link above the part of the run that is its
-    own."""
-    knots = [r["step"] for r in records if r["event"] == "knot"]
-    last = max(r["step"] for r in records if "step" in r)
-    for axes in panels:
-        for step in knots:
-            axes.axvline(step, color=GREY, linestyle=(0, (4, 3)), linewidth=1)
-        axes.set_xlim(-0.04 * max(last, 1), 1.04 * max(last, 1))
-    edges = [0, *knots, *([last] if not knots or last > knots[-1] else [])]
-    if len(edges) - 1 > _MOST_LABELS:
-        return
-    for link, (start, end) in enumerate(pairwise(edges)):
-        panels[0].annotate(
-            f"link {link}",
-            ((start + end) / 2, 1),
-            (0, 4),
-            xycoords=("data", "axes fraction"),
-            textcoords="offset points",
-            ha="center",
-            color="#444444",
-        )
-
-
-# The chain
-
-
-def _draw_norms(axes: Any, links: Sequence[Record]) -> None:
-    norms = [link.get("delta_norm", math.nan) for link in links]
-    _bars(axes, norms, BLUE)
-    axes.set_title("size of each link", loc="left")
-    axes.set_ylabel("‖ΔW‖ (Frobenius)")
-
-
-def _draw_ranks(axes: Any, links: Sequence[Record]) -> None:
-    places = range(len(links))
-    axes.bar(
-        places,
-        [link["rank"] for link in links],
-        width=0.7,
-        facecolor="none",
-        edgecolor=GREY,
-        linestyle="--",
-        label="rank",
-    )
-    _bars(
-        axes,
-        [link.get("effective_rank", math.nan) for link in links],
-        GREEN,
-        label="effective rank",
-    )
-    axes.set_ylim(top=1.25 * max(link["rank"] for link in links))
-    axes.set_title("directions it uses", loc="left")
-    axes.set_ylabel("rank, mean over modules")
-    axes.legend(loc="upper right", ncols=2, fontsize=9)
-
-
-def _bars(axes: Any, values: Sequence[float], color: str, label: str | None = None) -> None:
-    bars = axes.bar(range(len(values)), values, width=0.7, color=color, label=label)
-    if len(values) <= _MOST_LABELS:
-        shown = ["" if math.isnan(value) else f"{value:.3g}" for value in values]
-        axes.bar_label(bars, shown, padding=2, fontsize=8, color="#222222")
-    axes.margins(y=0.15)
-    axes.grid(axis="x", visible=False)
-    _tick_links(axes.xaxis, 0, len(values))
-    side = 0.6 if len(values) > 1 else 1.2
-    axes.set_xlim(-side, len(values) - 1 + side)
-    axes.set_xlabel("link")
-
-
-def _draw_overlap(figure: Any, axes: Any, links: Sequence[Record]) -> None:
-    """Draw the lower triangle: row = link, column = earlier link."""
-    count = len(links)
-    grid = [[math.nan] * (count - 1) for _ in range(count - 1)]
-    for row, link in enumerate(links[1:]):
-        for column, value in enumerate(link.get("overlap", ())):
-            grid[row][column] = value
-    known = [value for row in grid for value in row if not math.isnan(value)]
-    top = max(0.1, *known)  # random subspaces overlap by rank / width, a few per cent
-    image = axes.imshow(
-        grid,
-        cmap="cividis",
-        vmin=0,
-        vmax=top,
-        aspect="equal",
-        origin="upper",
-        extent=(-0.5, count - 1.5, count - 0.5, 0.5),
-    )
-    if count <= _MOST_LABELS:
-        for row, line in enumerate(grid):
-            for column, value in enumerate(line):
-                if not math.isnan(value):
-                    axes.text(
-                        column,
-                        row + 1,
-                        f"{value:.2f}",
-                        ha="center",
-                        va="center",
-                        fontsize=8,
-                        color="black" if value > 0.6 * top else "white",
-                    )
-    axes.set_title("overlap of input subspaces", loc="left")
-    axes.set_xlabel("earlier link")
-    axes.set_ylabel("link")
-    axes.grid(visible=False)
-    _tick_links(axes.xaxis, 0, count - 1)
-    _tick_links(axes.yaxis, 1, count)
-    bar = figure.colorbar(image, ax=axes, shrink=0.85)
-    bar.set_label("mean squared cosine")
-    bar.outline.set_visible(False)
-
-
-def _tick_links(axis: Any, start: int, end: int) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    if end - start <= _MOST_LABELS:
-        axis.set_ticks(range(start, end))
-    else:
-        axis.set_major_locator(MaxNLocator(integer=True))
 
 
 def _save(figure: Any, out_png: str | Path) -> None:

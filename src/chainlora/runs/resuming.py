@@ -78,9 +78,9 @@ def check_rows(manifest: Manifest, rows: str | None) -> None:
 
 def _science(config: RunConfig) -> dict[str, Any]:
     """The keys of a config that decide the weights: not where it is written, where rows of a task
-    lie, who watches."""
+    lie, who watches, which process holds what."""
     tree = config.model_dump(exclude={"output": True, "data": {"dir"}})
-    for key in ("trackers", "save_every", "log_every"):
+    for key in ("trackers", "save_every", "log_every", "shard"):
         tree["train"].pop(key)
     flat = {key: tree.pop(key) for key in ("model", "quantize")}
     for section, keys in tree.items():

@@ -69,7 +69,8 @@ def train(
     (`runs.resuming.CHANGEABLE`). Everything that can be refused is refused before training. Raises
     ChainLoRAError subclasses.
     """
-    with prepare(config, resume, listener or (lambda event: None), change) as run:
+    ready = prepare(config, resume, listener or (lambda event: None), change)
+    with ready as run, run.processes.exchanging():
         if run.progress.step == 0:
             evaluate_point(run, "start")
         if config.chain.tune == "full":

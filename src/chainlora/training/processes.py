@@ -5,6 +5,10 @@ links (`chain.initialization` depends on the seed alone). Of each micro-batch it
 row; the gradients of the links are summed over all processes before each update, so that a step is
 what one process would have made of the whole batch, to rounding. The first process alone writes.
 
+Or they share the model (`models.shards`): each holds some rows of every weight, and a forward is an
+exchange between all of them. Then all must make equally many forwards, so a process without rows of
+its own computes a row of others (`idle`) and drops the result.
+
 For one process, each method here is the plain thing. What processes tell each other are numbers and
 JSON, never pickles.
 """
@@ -38,10 +42,14 @@ class Processes:
         rank: which of them this is; 0 is the first, which writes.
         count: how many there are.
         device: where this process computes, and its numbers are summed.
+        shares_model: whether each holds a share of the model, and not all of it.
     """
 
-    def __init__(self, rank: int, count: int, device: torch.device) -> None:
+    def __init__(
+        self, rank: int, count: int, device: torch.device, *, shares_model: bool = False
+    ) -> None:
         self.rank, self.count, self.device = rank, count, device
+        self.shares_model = shares_model
         self._asked_to_stop: int | None = None  # by a signal that all processes know of
         self._is_over = False  # a problem is known to all
 
@@ -56,6 +64,11 @@ class Processes:
         """Return the items of a batch that this process computes."""
         return items[self.rank :: self.count] if self.count > 1 else items
 
+    def idle(self, items: Sequence[Item]) -> Sequence[Item]:
+        """Return what this process computes for nothing, beside others that it shares the model
+        with: an item, where it has none of its own."""
+        return items[:1] if self.shares_model and not self.share(items) else items[:0]
+
     def spread(
         self, items: Sequence[Item], compute: Callable[[Sequence[Item]], list[Found]]
     ) -> list[Found]:
@@ -65,7 +78,9 @@ class Processes:
         """
         if self.count == 1:
             return compute(items)
-        mine = self.share(items)
+        mine, idle = self.share(items), self.idle(items)
+        if idle:
+            compute(idle)
         parts = self._gather(compute(mine) if mine else [])
         found: list[Any] = [None] * len(items)
         for rank, part in enumerate(parts):
@@ -77,6 +92,10 @@ class Processes:
         torch.manual_seed((seed << 32) + step)
         if self.rank > 0:  # other rows must not get the same mask
             torch.manual_seed(int(torch.randint(2**62, (self.count,))[self.rank]))
+
+    def most(self, number: int) -> int:
+        """Return the largest of the numbers that all processes have here."""
+        return number if self.count == 1 else max(self._gather(number))
 
     # --- one result ---
 
@@ -189,27 +208,47 @@ class Processes:
         try:
             distributed.all_reduce(tensor)
         except RuntimeError as error:
-            reason = " ".join(str(error).split())
-            raise TrainingError(
-                f"the {self.count} processes of a run must go on together (process {self.rank} "
-                f"lost another one: {reason[:120]}); see what the other one says, then resume"
-            ) from None
+            raise self._lost(error) from None
+
+    @contextmanager
+    def exchanging(self) -> Iterator[None]:
+        """Say it where a forward of a shared model finds that another process is gone."""
+        try:
+            yield
+        except RuntimeError as error:
+            is_lost = isinstance(error, distributed.DistError) or "gloo" in str(error)
+            if self.shares_model and is_lost:
+                raise self._lost(error) from None
+            raise
+
+    def _lost(self, error: RuntimeError) -> TrainingError:
+        reason = " ".join(str(error).split())
+        return TrainingError(
+            f"the {self.count} processes of a run must go on together (process {self.rank} lost "
+            f"another one: {reason[:120]}); see what the other one says, then resume"
+        )
 
 
-def find_processes(accelerator: Accelerator) -> Processes:
-    """Return the processes that Accelerate has found, each with a whole model."""
+def find_processes(accelerator: Accelerator, *, share_model: bool = False) -> Processes:
+    """Return the processes that Accelerate has found; several can share the model."""
     kind = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
-    if kind not in _WHOLE_MODELS:
+    if kind not in (*_WHOLE_MODELS, *(["FSDP"] if share_model else [])):
         raise ConfigError(
-            f"each process must hold the whole model (got an Accelerate config for {kind}); launch "
-            "with torchrun, or `accelerate launch --multi_gpu` without FSDP, DeepSpeed or TPU"
+            "processes must hold the whole model each, or share it by FSDP2 (got an Accelerate "
+            f"config for {kind}); launch with torchrun, or `accelerate launch` without DeepSpeed, "
+            "Megatron or TPU"
         )
     if accelerator.num_processes != num_launched():
         raise ConfigError(
             f"all processes must find each other (got {num_launched()} by WORLD_SIZE and "
             f"{accelerator.num_processes} by Accelerate); unset WORLD_SIZE, or launch with torchrun"
         )
-    return Processes(accelerator.process_index, accelerator.num_processes, accelerator.device)
+    return Processes(
+        accelerator.process_index,
+        accelerator.num_processes,
+        accelerator.device,
+        shares_model=share_model and accelerator.num_processes > 1,
+    )
 
 
 def num_launched() -> int:

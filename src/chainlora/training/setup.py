@@ -20,6 +20,7 @@ from chainlora.engine.engine import Engine
 from chainlora.errors import ConfigError
 from chainlora.models.identity import base_files
 from chainlora.models.loading import context_length, load_model, resolve_model
+from chainlora.models.loading_shards import load_shards
 from chainlora.runs.directory import Progress, RunDirectory
 from chainlora.runs.following import FollowedDirectory
 from chainlora.training.budget import fix_lengths
@@ -30,6 +31,7 @@ from chainlora.training.optimizers import check_optimizer
 from chainlora.training.plan import make_plan
 from chainlora.training.processes import Processes, find_processes, num_launched
 from chainlora.training.run import Clock, Run, flatten
+from chainlora.training.sharing import check_shards, wants_shards
 
 # The first process may encode a large data set while the others wait.
 _PATIENCE = InitProcessGroupKwargs(timeout=timedelta(hours=6))
@@ -39,8 +41,9 @@ def prepare(
     config: RunConfig, resume: bool, listener: Listener, change: Collection[str] = ()
 ) -> Run:
     """Load and check everything a run needs, claim its directory, find where to resume."""
+    share_model = wants_shards(config)
     accelerator = make_accelerator(config)
-    processes = find_processes(accelerator)
+    processes = find_processes(accelerator, share_model=share_model)
     directory = _directory(config, processes)
     try:
         with processes.together():
@@ -64,6 +67,8 @@ def _prepare(
         raise ConfigError(
             "full fine-tuning cannot resume (its optimizer state is not saved); start over"
         )
+    if processes.shares_model:
+        check_shards(config)
     check_optimizer(config, accelerator.device)
     _check_share(config, processes)
     with processes.in_turn():
@@ -73,7 +78,7 @@ def _prepare(
         files = base_files(folder)
     if directory is not None:
         directory.check_base_files(files)  # before they are loaded
-    model, tokenizer = _load_model(config, accelerator.device)
+    model, tokenizer = _load_model(config, processes)
     with processes.in_turn():
         splits = _load_splits(config, model, tokenizer, listener)
     plan = make_plan(config, splits.train)
@@ -81,6 +86,8 @@ def _prepare(
     chain = _new_chain(config, model, folder)
     engine = _new_engine(config, model)
     engine.spread = processes.spread
+    if processes.shares_model:
+        engine.most = processes.most
     try:
         base = _identity(config, chain, files)
         progress = Progress()
@@ -113,13 +120,16 @@ def _prepare(
     return run
 
 
-def _load_model(config: RunConfig, device: torch.device) -> tuple[Any, Any]:
+def _load_model(config: RunConfig, processes: Processes) -> tuple[Any, Any]:
     """Return the model, frozen, and its tokenizer. Links train their own factors."""
-    dtype = getattr(torch, config.train.dtype)
-    model, tokenizer = load_model(config.model, dtype, quantize=config.quantize, device=device)
-    model.requires_grad_(False)
-    if config.quantize is None:
-        model.to(device)
+    dtype, device = getattr(torch, config.train.dtype), processes.device
+    if processes.shares_model:
+        model, tokenizer = load_shards(config.model, dtype, processes.count, device)
+    else:
+        model, tokenizer = load_model(config.model, dtype, quantize=config.quantize, device=device)
+        model.requires_grad_(False)
+        if config.quantize is None:
+            model.to(device)
     model.config.use_cache = False
     if config.train.gradient_checkpointing:
         _checkpoint_activations(model)

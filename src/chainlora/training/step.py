@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -18,10 +19,14 @@ from chainlora.training.run import Run
 
 
 class Work(NamedTuple):
-    """What a step computes: for every micro-batch, its batches, one a thread at a time."""
+    """What a step computes: for every micro-batch, its batches, one a thread at a time.
+
+    `idle` are micro-batches that are computed for nothing (`Processes.idle`).
+    """
 
     step: int
     batches: list[list[Any]]
+    idle: list[list[Any]]
 
     @property
     def num_tokens(self) -> int:
@@ -38,9 +43,14 @@ def steps_ahead(run: Run, begin: int, end: int) -> Generator[Work, None, None]:
     """Yield the work of steps [begin, end), each packed while the step before it runs."""
 
     def pack(step: int) -> Work:
-        shares = [run.processes.share(batch) for batch in run.plan.batches(step)]
+        batches = run.plan.batches(step)
+        shares = [run.processes.share(batch) for batch in batches]
+        idle = [run.processes.idle(batch) for batch in batches]
+        return Work(step, collated(shares), collated(idle))
+
+    def collated(shares: Sequence[Sequence[int]]) -> list[list[Any]]:
         rows = [[run.splits.train[row] for row in share] for share in shares if share]
-        return Work(step, [run.objective.collate(run.engine, examples) for examples in rows])
+        return [run.objective.collate(run.engine, examples) for examples in rows]
 
     with ThreadPoolExecutor(1) as packer:
         ahead = packer.submit(pack, begin) if begin < end else None
@@ -65,13 +75,14 @@ def add_gradients(run: Run, work: Work, parameters: list[nn.Parameter]) -> Compu
     own = sum(run.objective.count(batch) for shards in work.batches for batch in shards)
     counts = run.processes.sum([own, work.num_tokens, work.num_scored_tokens])
     terms, num_tokens, num_scored_tokens = map(int, counts)
-    loss = run.engine.add_gradients(
-        work.batches,
-        parameters,
+    compute = partial(
+        run.engine.add_gradients,
+        parameters=parameters,
         loss=lambda batch: run.objective.loss(run.engine, batch),
         count=run.objective.count,
-        terms=terms,
     )
+    loss = compute(work.batches, terms=terms)
+    compute(work.idle, terms=math.inf)  # of no weight
     return Computed(loss, num_tokens, num_scored_tokens)
 
 

@@ -21,6 +21,7 @@ from chainlora.config.time_limit import time_limit
 from chainlora.errors import ModelError
 from chainlora.models.modes import evaluation_mode, kept_random_state
 from chainlora.models.quantizing import is_quantized
+from chainlora.models.shards import local
 
 log = logging.getLogger(__name__)
 
@@ -417,9 +418,12 @@ def _shared_with(model: nn.Module) -> dict[str, str]:
     shared: dict[str, str] = {}
     for path, module in model.named_modules():
         weight = getattr(module, "weight", None)
-        if not isinstance(weight, Tensor) or weight.device.type == "meta" or not weight.numel():
+        if not isinstance(weight, Tensor) or weight.device.type == "meta":
             continue
         if is_quantized(module):  # never written, and its storage may be hidden
+            continue
+        weight = local(weight)
+        if not weight.numel():
             continue
         place = (weight.untyped_storage().data_ptr(), int(weight.storage_offset()))
         if place in owners:

@@ -27,10 +27,6 @@ def curves(results: Results) -> Any:
     tasks = [task for task in results.experiment["tasks"] if loss_curves(results, task)]
     if not tasks:
         return None
-    colours = {
-        method: _COLOURS[place % len(_COLOURS)]
-        for place, method in enumerate(results.experiment["methods"])
-    }
     figure, axes = plt.subplots(
         2,
         len(tasks),
@@ -40,12 +36,21 @@ def curves(results: Results) -> Any:
         layout="constrained",
     )
     for column, task in enumerate(tasks):
-        _draw_losses(axes[0][column], results, task, colours)
-        _draw_differences(axes[1][column], results, task, colours)
+        draw_losses(axes[0][column], results, task)
+        draw_differences(axes[1][column], results, task)
     return figure
 
 
-def _draw_losses(axis: Any, results: Results, task: str, colours: dict[str, Any]) -> None:
+def _method_colours(results: Results) -> dict[str, Any]:
+    return {
+        method: _COLOURS[place % len(_COLOURS)]
+        for place, method in enumerate(results.experiment["methods"])
+    }
+
+
+def draw_losses(axis: Any, results: Results, task: str) -> None:
+    """Draw the validation loss of each method on a task against steps."""
+    colours = _method_colours(results)
     for curve in loss_curves(results, task):
         _draw(axis, curve, colours[curve.name])
     untrained = untrained_loss(results, task)
@@ -57,7 +62,9 @@ def _draw_losses(axis: Any, results: Results, task: str, colours: dict[str, Any]
     axis.legend(fontsize=7)
 
 
-def _draw_differences(axis: Any, results: Results, task: str, colours: dict[str, Any]) -> None:
+def draw_differences(axis: Any, results: Results, task: str) -> None:
+    """Draw the paired differences on a task against steps, better is up."""
+    colours = _method_colours(results)
     for curve in difference_curves(results, task):
         _draw(axis, curve, colours[curve.name.partition(" − ")[0]])
     axis.axhline(0, color="black", linewidth=0.8)
@@ -74,6 +81,10 @@ def _draw(axis: Any, curve: Curve, colour: Any) -> None:
     axis.plot(curve.steps, curve.means, color=colour, linewidth=1.4, label=label)
     if all(map(math.isfinite, curve.lows)):
         axis.fill_between(curve.steps, curve.lows, curve.highs, color=colour, alpha=0.15, lw=0)
+        for end, values in (("from", curve.lows), ("to", curve.highs)):
+            name = f"{curve.name}, 95 % {end}"
+            axis.plot(curve.steps, values, color=colour, alpha=0.3, lw=0.5, label="_", gid=name)
     by_step = dict(zip(curve.steps, curve.means, strict=True))
     at = [step for step in curve.knots if step in by_step]
-    axis.plot(at, [by_step[step] for step in at], "|", color=colour, markersize=9)
+    ends = [by_step[step] for step in at]
+    axis.plot(at, ends, "|", color=colour, markersize=9, gid=f"{label}, knot")

@@ -25,6 +25,7 @@ from chainlora.experiments.statistics.pairs import VERDICTS
 _PANEL = 3.2  # inches
 _BLUE = "#0969da"
 _DIAMOND: dict[str, Any] = {"marker": "D", "color": "#bf8700", "markersize": 5, "fillstyle": "none"}
+_BAR: dict[str, Any] = {"marker": "_", "color": _BLUE, "markersize": 16, "markeredgewidth": 2}
 _COLOURS = dict(zip(VERDICTS, ("#1a7f37", "#cf222e", "#57606a", "#bfc4ca"), strict=True))
 
 
@@ -113,17 +114,19 @@ def _add_key(figure: Any, results: Results, summaries: Sequence[Summary]) -> Non
     if any(summary.paper is not None for summary in summaries):
         label = f"paper ({paper_model(results.experiment['paper'])})"
         keys.append(Line2D([], [], **_DIAMOND, linestyle="", label=label))
+    columns = len(keys) if figure.get_figwidth() > 5 else 2
     figure.legend(
-        handles=keys, loc="outside lower center", ncols=len(keys), fontsize=7, frameon=False
+        handles=keys, loc="outside lower center", ncols=columns, fontsize=7, frameon=False
     )
 
 
 def _draw_method(axis: Any, place: float, results: Results, summary: Summary) -> None:
     values = list(by_seed(results, summary.task, summary.method).values())
-    axis.plot([place] * len(values), values, "o", color=_BLUE, alpha=0.4, markersize=4)
-    axis.plot([place - 0.3, place + 0.3], [summary.mean] * 2, color=_BLUE, linewidth=2)
+    seeds = [place] * len(values)
+    axis.plot(seeds, values, "o", color=_BLUE, alpha=0.4, markersize=4, label="seeds")
+    axis.plot([place], [summary.mean], **_BAR, label="mean")
     if summary.paper is not None:
-        axis.plot([place], [summary.paper], **_DIAMOND)
+        axis.plot([place], [summary.paper], **_DIAMOND, label="paper")
 
 
 def chain_length(results: Results, summaries: Sequence[Summary]) -> Any:
@@ -173,8 +176,9 @@ def _kind(results: Results, summary: Summary) -> str:
     return ", ".join(words)
 
 
-def differences(comparisons: Sequence[Comparison]) -> Any:
+def differences(comparisons: Sequence[Comparison], *, width: float = 6.5) -> Any:
     """Return a forest plot of the paired differences, coloured by verdict, a panel a unit."""
+    several = len({comparison.task for comparison in comparisons}) > 1
     units: dict[str, list[Comparison]] = {}
     for comparison in reversed(comparisons):
         units.setdefault("loss" if comparison.metric in LOWER_IS_BETTER else "points", []).append(
@@ -183,7 +187,7 @@ def differences(comparisons: Sequence[Comparison]) -> Any:
     sizes = [1 + len(group) for group in units.values()]
     figure, axes = plt.subplots(
         len(units),
-        figsize=(6.5, 0.9 * len(units) + 0.28 * sum(sizes)),
+        figsize=(width, 0.9 * len(units) + 0.28 * sum(sizes)),
         height_ratios=sizes,
         squeeze=False,
         layout="constrained",
@@ -191,21 +195,26 @@ def differences(comparisons: Sequence[Comparison]) -> Any:
     for axis, (unit, group) in zip(axes.flat, units.items(), strict=True):
         for place, comparison in enumerate(group):
             d = comparison.difference
-            axis.plot([d.mean], [place], "s", color=_COLOURS[d.verdict], markersize=5)
+            colour, ends = _COLOURS[d.verdict], [d.low, d.high]
+            axis.plot([d.mean], [place], "s", color=colour, markersize=5, label="difference")
             if d.interval != "none":
-                axis.plot([d.low, d.high], [place, place], color=_COLOURS[d.verdict])
-        names = [f"{c.task}: {c.method} − {c.rival} (n={c.difference.num_pairs})" for c in group]
+                axis.plot(ends, [place, place], color=colour, label="95 % interval")
+        names = [
+            f"{c.task}: " * several + f"{c.method} − {c.rival} (n={c.difference.num_pairs})"
+            for c in group
+        ]
         axis.set_yticks(range(len(names)), names, fontsize=8)
         axis.axvline(0, color="black", linewidth=0.8)
         axis.set_xlabel(
-            f"difference in {group[0].value} ({unit}), right is better (95 % interval)", fontsize=9
+            f"difference in {group[0].value} ({unit}), right is better\n(95 % interval)", fontsize=9
         )
     keys = [
         Line2D([], [], color=_COLOURS[verdict], marker="s", markersize=5, label=verdict)
         for verdict in _COLOURS
     ]
+    columns = len(keys) if width > 5 else 2
     figure.legend(
-        handles=keys, loc="outside lower center", ncols=len(keys), fontsize=7, frameon=False
+        handles=keys, loc="outside lower center", ncols=columns, fontsize=7, frameon=False
     )
     return figure
 
@@ -233,7 +242,8 @@ def _decorate(axis: Any, task: str, summary: Summary) -> None:
         fontsize=8,
     )
     if summary.majority is not None:
-        axis.axhline(summary.majority, color="black", linestyle=":", linewidth=0.8)
+        name = "commonest answer"
+        axis.axhline(summary.majority, color="black", linestyle=":", linewidth=0.8, gid=name)
     axis.grid(axis="y", alpha=0.3)
 
 

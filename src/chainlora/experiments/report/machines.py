@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from chainlora.experiments.execution.results import Results, definitions_mixed
-from chainlora.experiments.report.tables import Table
+from chainlora.reports.tables import Table
 
 _NOT_KNOWN = "not recorded"
 

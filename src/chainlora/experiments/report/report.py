@@ -1,4 +1,4 @@
-"""A report from a results file alone: Markdown, CSV and LaTeX tables, PNG and SVG figures."""
+"""A report from a results file alone: Markdown, HTML, CSV and LaTeX tables, PNG and SVG figures."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from chainlora.experiments.report.report_tables import (
 )
 from chainlora.experiments.report.sections import figure_links, introduction, methods, verdicts
 from chainlora.experiments.report.summaries import Summary, summarise_all
-from chainlora.experiments.report.tables import Table, to_csv
 from chainlora.files import make_folder, write_text
+from chainlora.reports.tables import Table, to_csv
 
 _IN_LATEX = ("scores", "differences", "losses", "gap", "costs")
 
@@ -44,8 +44,9 @@ def report_experiment(
 ) -> Report:
     """Make the report of a results file (or of the folder that holds ``results.jsonl``).
 
-    Writes ``report.md``, ``scores.csv``, ``differences.csv``, LaTeX of the same tables, held-out
-    losses and costs, and the figures into `out`; None is the results' own folder.
+    Writes ``report.md``, ``report.html``, ``scores.csv``, ``differences.csv``, LaTeX of the same
+    tables, held-out losses and costs, and the figures into `out`; None is the results' own folder.
+    Without `figures` there is no ``report.html`` either.
 
     Raises:
         RunError: no such file, one that is damaged or of another format version, or cells that do
@@ -65,6 +66,8 @@ def report_experiment(
         "scores.csv": to_csv([_flat(summary) for summary in summaries]),
         "differences.csv": to_csv([_flat_comparison(each) for each in [*comparisons, *losses]]),
     }
+    if figures:
+        texts["report.html"] = _html(found, summaries, comparisons, tables)
     texts |= {f"{name}.tex": tables[name].latex() for name in _IN_LATEX if name in tables}
     for name, content in texts.items():
         write_text(folder / name, content)
@@ -103,6 +106,18 @@ def _draw(
     from chainlora.experiments.report.figures import draw_figures
 
     return draw_figures(results, summaries, comparisons, folder)
+
+
+def _html(
+    results: Results,
+    summaries: Sequence[Summary],
+    comparisons: Sequence[Comparison],
+    tables: Mapping[str, Table],
+) -> str:
+    from chainlora.experiments.report.page import experiment_page
+    from chainlora.reports.page import render
+
+    return render(experiment_page(results, summaries, comparisons, tables))
 
 
 def _markdown(

@@ -10,8 +10,8 @@ from chainlora.experiments.execution.results import Results
 from chainlora.experiments.report.comparisons import Comparison
 from chainlora.experiments.report.gap import Share
 from chainlora.experiments.report.summaries import Summary
-from chainlora.experiments.report.tables import Table, big, number
 from chainlora.experiments.report.values import OVERALL, digits, scale
+from chainlora.reports.tables import Table, big, number
 
 
 def scores_table(results: Results, summaries: Sequence[Summary]) -> Table:

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from chainlora.experiments.execution.results import Results
 from chainlora.experiments.report.comparisons import Comparison
 from chainlora.experiments.report.labels import base_note, labels, title
-from chainlora.experiments.report.tables import number
 from chainlora.experiments.report.values import (
     OVERALL,
     digits,
@@ -15,6 +14,7 @@ from chainlora.experiments.report.values import (
     missing_cells,
 )
 from chainlora.experiments.statistics.pairs import VERDICTS
+from chainlora.reports.tables import number
 
 
 def introduction(results: Results) -> str:
@@ -67,6 +67,34 @@ def verdicts(comparisons: Sequence[Comparison]) -> str:
     for comparison in sorted(whole or each, key=lambda c: not c.is_primary):
         lines.append(f"- {sentence(comparison)}{_tally(comparison, each) if whole else ''}")
     return "\n".join(lines) + "\n"
+
+
+def headline(comparisons: Sequence[Comparison]) -> str:
+    """Return the verdict in one sentence: of the comparison that decides, else how many say what.
+
+    That is the primary one; else those over all tasks; else all there are.
+    """
+    whole = [c for c in comparisons if c.task == OVERALL] or list(comparisons)
+    chosen = [c for c in whole if c.is_primary] or whole
+    if not chosen:
+        return "Nothing is compared yet."
+    if len(chosen) == 1:
+        said = sentence(chosen[0])
+        return f"{said[0].upper()}{said[1:]}."
+    place = " over all tasks" if chosen[0].task == OVERALL else ""
+    counts = []
+    for verdict in VERDICTS:
+        own = [c for c in chosen if c.difference.verdict == verdict]
+        if own:
+            named = ", ".join(f"{c.method} against {c.rival}{_on(c)}" for c in own[:3])
+            named += f" and {len(own) - 3} more" if len(own) > 3 else ""
+            is_clear = verdict in ("wins", "loses")
+            counts.append(f"{verdict} in {len(own)}" + f" ({named})" * is_clear)
+    return f"{len(chosen)} comparisons{place}: {', '.join(counts)}."
+
+
+def _on(comparison: Comparison) -> str:
+    return "" if comparison.task == OVERALL else f" on {comparison.task}"
 
 
 def sentence(comparison: Comparison) -> str:

@@ -1,0 +1,312 @@
+"""Chains of several processes: ``python benchmarks/scale/run.py``, some minutes on two cores.
+
+    engines   {one process, DDP 2, DDP 4, FSDP2 2, FSDP2 4} × {same links as one process, resume
+              across a knot, resume on another number of processes, export, evaluation}: the largest
+              difference of each
+    memory    FSDP2 on 1, 2 and 4 processes: what each of them holds of a 0.47 B model in bfloat16
+
+Processes talk by gloo, on the CPU. Models have random weights, made here. Writes results.json and
+results.md to --out (default: beside this file).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from chainlora import export_merged
+
+HERE = Path(__file__).resolve().parent
+WORDS = [f"word{number}" for number in range(200)]
+SMALL = LlamaConfig(
+    vocab_size=256,
+    hidden_size=64,
+    intermediate_size=160,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=256,
+)
+LARGE = LlamaConfig(
+    vocab_size=32000,
+    hidden_size=1024,
+    intermediate_size=4096,
+    num_hidden_layers=24,
+    num_attention_heads=16,
+    num_key_value_heads=16,
+    max_position_embeddings=256,
+)
+STEPS = [5, 5]
+STOP = 3  # inside the first link, so that a resume crosses a knot
+ENGINES = {
+    "one process": (1, {}),
+    "DDP 2": (2, {}),
+    "DDP 4": (4, {}),
+    "FSDP2 2": (2, {"shard": "fsdp2"}),
+    "FSDP2 4": (4, {"shard": "fsdp2"}),
+}
+OTHER = {  # the engine that resumes a run of this one
+    "one process": "FSDP2 2",
+    "DDP 2": "one process",
+    "DDP 4": "FSDP2 2",
+    "FSDP2 2": "one process",
+    "FSDP2 4": "DDP 2",
+}
+
+
+def main() -> None:
+    """Measure what is asked for and write the tables."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--only", choices=["engines", "memory"])
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4], help="of memory")
+    parser.add_argument("--out", type=Path, default=HERE)
+    options = parser.parse_args()
+    path = options.out / "results.json"
+    results = json.loads(path.read_text()) if path.is_file() else {}
+    with tempfile.TemporaryDirectory() as scratch:
+        if options.only != "memory":
+            results["engines"] = engines(Path(scratch))
+        if options.only != "engines":
+            found = memory(Path(scratch), options.processes)
+            results["memory"] = results.get("memory", {}) | found
+    path.write_text(json.dumps(results, indent=1) + "\n")
+    (options.out / "results.md").write_text(report(results))
+
+
+# --- engines ---
+
+
+def engines(folder: Path) -> dict[str, Any]:
+    """Return the largest differences of each engine to one process."""
+    make_model(folder / "model", SMALL, torch.float32)
+    make_rows(folder)
+    jobs: dict[int, list[dict[str, Any]]] = {1: [], 2: [], 4: []}
+    for name, (count, keys) in ENGINES.items():
+        output = slug(name)
+        jobs[count] += [job(folder, output, keys)]
+        jobs[count] += [job(folder, f"{output}-resumed", keys, stop=STOP)]
+        jobs[count] += [job(folder, f"{output}-resumed", keys, resume=True)]
+        jobs[count] += [job(folder, f"{output}-moved", keys, stop=STOP)]
+    for count in jobs:
+        launch(count, folder, jobs[count])
+    moves: dict[int, list[dict[str, Any]]] = {1: [], 2: []}
+    for name, other in OTHER.items():
+        count, keys = ENGINES[other]
+        moves[count] += [job(folder, f"{slug(name)}-moved", keys, resume=True)]
+    for count in moves:
+        launch(count, folder, moves[count])
+    return {name: compare(folder, name) for name in ENGINES}
+
+
+def compare(folder: Path, name: str) -> dict[str, float]:
+    """Return the largest differences of an engine's runs."""
+    one, mine = folder / "one-process", folder / slug(name)
+    exported = []
+    for run in (one, mine):
+        merged = run.with_name(f"{run.name}-merged")
+        if not merged.exists():
+            export_merged(run, merged)
+        exported.append(load_file(merged / "model.safetensors"))
+    scores = [json.loads(Path(f"{run}.json.0").read_text())["scores"] for run in (one, mine)]
+    return {
+        "links": largest(links_of(one), links_of(mine)),
+        "resumed": largest(links_of(mine), links_of(Path(f"{mine}-resumed"))),
+        "moved": largest(links_of(one), links_of(Path(f"{mine}-moved"))),
+        "export": largest(*exported),
+        "evaluation": float((torch.tensor(scores[0]) - torch.tensor(scores[1])).abs().max()),
+    }
+
+
+def links_of(run: Path) -> dict[str, torch.Tensor]:
+    """Return all factors of a run's links."""
+    folders = sorted((run / "links").iterdir())
+    assert len(folders) == len(STEPS), f"{run} has {len(folders)} links"
+    return {
+        f"{folder.name}/{name}": tensor
+        for folder in folders
+        for name, tensor in load_file(folder / "adapter_model.safetensors").items()
+    }
+
+
+def largest(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    """Return the largest difference between two sets of tensors of the same names."""
+    assert one.keys() == other.keys()
+    return max(float((one[name].float() - other[name].float()).abs().max()) for name in one)
+
+
+# --- memory ---
+
+
+def memory(folder: Path, counts: list[int]) -> dict[str, Any]:
+    """Return what each process holds of a large model, by phases of a run, in bytes."""
+    make_model(folder / "large", LARGE, torch.bfloat16)
+    make_rows(folder)
+    sizes = {name: 2 * numel for name, numel in modules_of(LARGE).items()}
+    found: dict[str, Any] = {"whole": sum(sizes.values()), "module": max(sizes.values())}
+    keys = {"dtype": "bfloat16", "shard": "fsdp2", "save_every": None, "eval_at_knots": False}
+    # each large block of its own, so that what is freed is given back
+    blocks = {"MALLOC_MMAP_THRESHOLD_": "1000000"}
+    for count in counts:
+        output = f"ranks-{count}"
+        planned = job(folder, output, keys, model="large", steps=[2, 2], evaluate=False)
+        launch(count, folder, [planned], **blocks)
+        told = [
+            json.loads((folder / f"ranks-{count}.json.{rank}").read_text()) for rank in range(count)
+        ]
+        found[str(count)] = [each["memory"] for each in told]
+    return found
+
+
+def modules_of(config: LlamaConfig) -> dict[str, int]:
+    """Return the parameters of what is gathered at once, by name."""
+    hidden, width = config.hidden_size, config.intermediate_size
+    size = hidden // config.num_attention_heads
+    attention = hidden * size * 2 * (config.num_attention_heads + config.num_key_value_heads)
+    layer = attention + 3 * hidden * width + 2 * hidden
+    layers = {f"layer {number}": layer for number in range(config.num_hidden_layers)}
+    ends = dict.fromkeys(("embedding", "head"), config.vocab_size * hidden)
+    return layers | ends | {"norm": hidden}
+
+
+# --- what both need ---
+
+
+def job(
+    folder: Path,
+    output: str,
+    train: dict[str, Any],
+    *,
+    model: str = "model",
+    steps: list[int] = STEPS,
+    evaluate: bool = True,
+    **keys: Any,
+) -> dict[str, Any]:
+    """Write the config of a run; return its job."""
+    data = {"train": str(folder / "train.jsonl")}
+    if evaluate:
+        data["validation"] = str(folder / "validation.jsonl")
+    tree = {
+        "model": str(folder / model),
+        "data": data,
+        "chain": {"ranks": [8] * len(steps), "target_modules": "all-linear", "steps": steps},
+        "train": {"lr": 1e-3, "batch_size": 8, "save_every": 1} | train,
+        "output": str(folder / output),
+    }
+    path = folder / f"{output}-{len(list(folder.glob('*.yaml')))}.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return {"config": str(path), "outcome": str(folder / f"{output}.json")} | keys
+
+
+def launch(count: int, folder: Path, jobs: list[dict[str, Any]], **variables: str) -> None:
+    """Run jobs in so many processes."""
+    path = folder / f"jobs-{count}.json"
+    path.write_text(json.dumps(jobs))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", str(count), str(HERE / "child.py"), str(path)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | variables
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(done.stderr[-4000:])
+
+
+def make_model(folder: Path, config: LlamaConfig, dtype: torch.dtype) -> None:
+    """Write a model of random weights and its tokenizer."""
+    torch.manual_seed(0)
+    torch.set_default_dtype(dtype)
+    LlamaForCausalLM(config).save_pretrained(folder, max_shard_size="200MB")
+    torch.set_default_dtype(torch.float32)
+    vocabulary = {word: number for number, word in enumerate(["<pad>", "<s>", "</s>", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    ).save_pretrained(folder)
+
+
+def make_rows(folder: Path) -> None:
+    """Write rows whose answer repeats a word of the question."""
+    draw = random.Random(0)
+    for split, count in (("train", 48), ("validation", 15)):
+        rows = []
+        for _ in range(count):
+            words = draw.choices(WORDS, k=draw.randrange(4, 20))
+            rows.append({"prompt": " ".join(words), "completion": f" {words[0]} {words[-1]}"})
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / f"{split}.jsonl").write_text(text)
+
+
+def slug(name: str) -> str:
+    """Return a name as a folder's."""
+    return name.lower().replace(" ", "-")
+
+
+def report(results: dict[str, Any]) -> str:
+    """Return the tables."""
+    lines = ["# Scale", "", "`python benchmarks/scale/run.py`; what it means: README.md.", ""]
+    if "engines" in results:
+        lines += ["## Engines", ""]
+        lines += [
+            "Largest differences, float32: of the factors to one process; of a run killed in the "
+            "first link and resumed, to itself; of one resumed by another engine, to one process; "
+            "of merged weights and of scores of rows, to one process.",
+            "",
+            "| engine | links | resume across a knot | resumed by | | export | evaluation |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        for name, found in results["engines"].items():
+            lines.append(
+                f"| {name} | {found['links']:.1e} | {found['resumed']:.1e} | {OTHER[name]} | "
+                f"{found['moved']:.1e} | {found['export']:.1e} | {found['evaluation']:.1e} |"
+            )
+        lines.append("")
+    if "memory" in results:
+        lines += memory_table(results["memory"])
+    return "\n".join(lines)
+
+
+def memory_table(found: dict[str, Any]) -> list[str]:
+    """Return the table of memory a process."""
+    whole, module, megabyte = found["whole"], found["module"], 10**6
+    lines = [
+        "## Memory",
+        "",
+        f"A Llama of {whole / 2e9:.2f} B parameters in bfloat16 ({whole / megabyte:.0f} MB; its "
+        f"largest module {module / megabyte:.0f} MB), two links of rank 8 on all linear layers, "
+        "rows of some 15 tokens, 8 a step. Resident memory above that before loading, MB, in the "
+        "process that has most of it; in brackets, what is more than the share of the weights.",
+        "",
+        "| processes | share | after loading | most while loading | most in a step "
+        "| most at a knot | share + one module |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for count in sorted(found.keys() & {"1", "2", "4"}):
+        share = whole / int(count)
+        told = found[count]
+
+        def cell(kind: str, phase: str, told: Any = told, share: float = share) -> str:
+            most = max(each[kind][phase] for each in told)
+            return f"{most / megabyte:.0f} ({(most - share) / megabyte:+.0f})"
+
+        lines.append(
+            f"| {count} | {share / megabyte:.0f} | {cell('levels', 'loading')} "
+            f"| {cell('peaks', 'loading')} | {cell('peaks', 'step')} | {cell('peaks', 'knot')} "
+            f"| {(share + module) / megabyte:.0f} |"
+        )
+    return [*lines, ""]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,54 @@
+"""`chainlora report`: one HTML file about a run, or about several side by side."""
+
+from __future__ import annotations
+
+import json
+
+import click
+
+from chainlora.cli.common import quiet
+from chainlora.cli.runs import need_run
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.argument("runs", metavar="RUN [RUN ...]", nargs=-1, required=True, type=click.Path())
+@click.option(
+    "--output",
+    type=click.Path(dir_okay=False),
+    default=None,
+    help="File to write. Default: report.html, in RUN, or here for several.",
+)
+@click.option(
+    "--prompts",
+    metavar="N|FILE",
+    default=None,
+    help="Show answers after 0, 1, ... links: to the first N rows of the run's own data, or to a "
+    "file's prompts (one a line, or JSONL rows with a `prompt`). Loads the model.",
+)
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=32, show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print exactly one JSON object on stdout.")
+def report(
+    runs: tuple[str, ...],
+    output: str | None,
+    prompts: str | None,
+    max_new_tokens: int,
+    as_json: bool,
+) -> None:
+    """Write one HTML file about RUN, or several runs side by side: curves, what each link became,
+    what it cost, config and versions. The file needs nothing but itself."""
+    for run in runs:
+        need_run(run)
+    quiet()
+    from chainlora.reports.run_report import report_runs
+
+    written = report_runs(
+        runs,
+        output,
+        prompts=prompts,
+        max_new_tokens=max_new_tokens,
+        progress=lambda text: click.echo(text, err=True),
+    )
+    if as_json:
+        click.echo(json.dumps(written, ensure_ascii=False))
+    else:
+        click.echo(f"{written['output']} ({written['bytes'] / 1000:.0f} kB)")

@@ -1,0 +1,1 @@
+"""Pages to show: HTML files that need nothing but themselves."""

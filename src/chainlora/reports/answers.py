@@ -1,0 +1,140 @@
+"""The same prompts answered after 0, 1, … links: what each link changed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from chainlora.data.examples import Example
+from chainlora.data.rows import MemoryRows, Rows
+from chainlora.data.splits import prepare_splits
+from chainlora.errors import DataError
+from chainlora.evaluation.generation import generate_greedy
+from chainlora.evaluation.streaming import to_accelerator
+from chainlora.files import reported
+from chainlora.models.text_config import context_length
+from chainlora.reports.page import Answer
+from chainlora.reports.runs import RunFacts
+from chainlora.runs.opening import load_run_or_model
+
+_ASK = "give a file: a prompt a line, or JSONL rows with a `prompt`"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Tokens to continue, their text, and what was expected if a row says so."""
+
+    ids: tuple[int, ...]
+    text: str
+    expected: str | None = None
+
+
+def read_prompts(wanted: str, runs: Sequence[RunFacts]) -> int | list[str]:
+    """Return what `wanted` stands for: so many rows of each run's own data, or the texts of a file.
+
+    Raises DataError where there are none.
+    """
+    if wanted.isdecimal():
+        if int(wanted) < 1:
+            raise DataError(f"--prompts must be at least 1 (got {wanted}); {_ASK}")
+        for run in runs:
+            if run.config is None:
+                raise DataError(f"a saved chain has no rows of its own (got {run.path}); {_ASK}")
+        return int(wanted)
+    texts = _texts(Path(wanted))
+    if not texts:
+        raise DataError(f"a file of prompts must have some (got none in {wanted}); {_ASK}")
+    return texts
+
+
+def answers(
+    run: RunFacts,
+    wanted: int | Sequence[str],
+    *,
+    max_new_tokens: int,
+    progress: Callable[[str], None] | None = None,
+) -> list[Answer]:
+    """Answer prompts greedily with the chain as it was after 0, 1, … links.
+
+    `wanted` is as `read_prompts` gives it. Own rows are those of the validation data, else of the
+    test or training data. The model is loaded once for each number of links. Raises DataError where
+    rows have no prompts.
+    """
+    prompts: list[Prompt] = []
+    columns: list[tuple[str, list[str]]] = []
+    for count in range(len(run.manifest.links) + 1):
+        if progress is not None:
+            progress(f"{run.name}: answers after {count} link(s)")
+        model, tokenizer = load_run_or_model(run.path, num_links=count)
+        if not prompts and isinstance(wanted, int):
+            prompts = _own_prompts(run, wanted, model, tokenizer)
+        elif not prompts and not isinstance(wanted, int):
+            prompts = [Prompt(tuple(tokenizer(text)["input_ids"]), text) for text in wanted]
+        texts = generate_greedy(
+            to_accelerator(model),
+            tokenizer,
+            [prompt.ids for prompt in prompts],
+            max_new_tokens=max_new_tokens,
+            stop=_stop(run),
+        )
+        columns.append(("before training" if count == 0 else f"after link {count - 1}", texts))
+        del model  # two of them need not fit into memory
+    return [
+        Answer(prompt.text, prompt.expected, [(name, texts[row]) for name, texts in columns])
+        for row, prompt in enumerate(prompts)
+    ]
+
+
+def _texts(path: Path) -> list[str]:
+    with reported(path, "read"):
+        lines = path.read_text(encoding="utf-8").splitlines()
+    lines = [line for line in lines if line.strip()]
+    if path.suffix != ".jsonl":
+        return lines
+    try:
+        texts = [json.loads(line)["prompt"] for line in lines]
+        if not all(isinstance(text, str) for text in texts):
+            raise TypeError("a prompt that is no text")
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"a .jsonl file of prompts must hold rows with a `prompt` (got {error} in {path}); "
+            f"{_ASK}"
+        ) from None
+    return texts
+
+
+def _own_prompts(run: RunFacts, count: int, model: Any, tokenizer: Any) -> list[Prompt]:
+    assert run.config is not None
+    rows: Rows = MemoryRows()
+    for split in ("validation", "test", "train"):
+        splits = prepare_splits(run.config.data, tokenizer, context_length(model), to_score=split)
+        rows = getattr(splits, split)
+        if len(rows):
+            break
+    chosen = [rows[place] for place in range(min(count, len(rows)))]
+    found = [_prompt(row, tokenizer) for row in chosen if len(row.prompt) > 1]
+    if not found:
+        raise DataError(f"the rows of {run.path} must have prompts (got plain text); {_ASK}")
+    return found
+
+
+def _prompt(row: Example, tokenizer: Any) -> Prompt:
+    text = str(tokenizer.decode(row.prompt, skip_special_tokens=True))
+    if row.references and row.label is None:
+        return Prompt(row.prompt, text, " / ".join(row.references))
+    right = row.sequences[row.label or 0][len(row.prompt) :]
+    return Prompt(row.prompt, text, tokenizer.decode(right, skip_special_tokens=True).strip())
+
+
+def _stop(run: RunFacts) -> str | None:
+    """Return where an answer ends: that of a task is one line."""
+    return "\n" if run.config is not None and run.config.data.task is not None else None
+
+
+def changes(found: Sequence[Answer]) -> list[int]:
+    """Return how many answers each link changed."""
+    links = range(1, max((len(each.answers) for each in found), default=1))
+    return [sum(a.answers[k][1] != a.answers[k - 1][1] for a in found) for k in links]

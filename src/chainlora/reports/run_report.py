@@ -1,0 +1,349 @@
+"""The report of a run, or of several side by side: one HTML file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from chainlora.config.schema import RunConfig
+from chainlora.reports.answers import answers, changes, read_prompts
+from chainlora.reports.page import (
+    Answer,
+    Block,
+    Column,
+    Listing,
+    Numbers,
+    Page,
+    Section,
+    Text,
+    Tiles,
+    write_page,
+)
+from chainlora.reports.run_figures import chain_pictures, comparing_pictures, training_pictures
+from chainlora.reports.runs import Record, RunFacts, read_runs
+from chainlora.reports.tables import Table, number
+
+NAME = "report.html"
+_NONE = "–"
+
+
+def report_runs(
+    runs: Sequence[str | Path],
+    output: str | Path | None = None,
+    *,
+    prompts: str | None = None,
+    max_new_tokens: int = 32,
+    progress: Callable[[str], None] | None = None,
+) -> dict[str, Any]:
+    """Write one HTML file about runs or saved chains, and return its path and size.
+
+    `output` is by default ``report.html``, in the directory of a single run or in the current one.
+    `prompts` (a number of the run's own rows, or a file) has them answered after 0, 1, … links,
+    which needs the base model. Raises ChainLoRAError subclasses.
+    """
+    found = read_runs(runs)
+    path = Path(output) if output is not None else (found[0].path if len(found) == 1 else Path())
+    path = path / NAME if output is None else path
+    answered: dict[str, list[Answer]] = {}
+    if prompts is not None:
+        wanted = read_prompts(prompts, found)
+        for run in found:
+            answered[run.name] = answers(
+                run, wanted, max_new_tokens=max_new_tokens, progress=progress
+            )
+    size = write_page(run_page(found, answered), path)
+    return {"output": str(path), "bytes": size, "runs": [str(run.path) for run in found]}
+
+
+def run_page(runs: Sequence[RunFacts], answered: Mapping[str, Sequence[Answer]]) -> Page:
+    """Return the page about runs, and about what they answered where they were asked."""
+    title = runs[0].name if len(runs) == 1 else " · ".join(run.name for run in runs)
+    sections = [
+        _overview(runs),
+        _each("Training", runs, training_pictures),
+        _each("Links", runs, lambda run: [*chain_pictures(run), *_links_table(run)]),
+        _each("Answers", runs, lambda run: _answers(answered.get(run.name, ()))),
+        Section("Cost", [Column("", [Numbers(_costs(runs)), *_link_costs(runs)])]),
+        Section("Config", [Column("", _configs(runs))]),
+        Section("Versions", [Column("", [Numbers(_versions(runs))])]),
+    ]
+    return Page(title, _lead(runs), sections)
+
+
+def _each(
+    title: str, runs: Sequence[RunFacts], blocks: Callable[[RunFacts], Sequence[Block]]
+) -> Section:
+    """Return a section with a column for each run."""
+    columns = [Column(run.name if len(runs) > 1 else "", blocks(run)) for run in runs]
+    return Section(title, columns)
+
+
+# --- what to see first ---
+
+
+def _lead(runs: Sequence[RunFacts]) -> str:
+    if len(runs) == 1:
+        return f"{_what(runs[0])} on {runs[0].manifest.base.model}{_gain(runs[0])}."
+    return "; ".join(f"{run.name}: {_what(run).lower()}{_gain(run)}" for run in runs) + "."
+
+
+def _what(run: RunFacts) -> str:
+    if run.config is not None and run.config.chain.tune == "full":
+        return "Every weight fine-tuned"
+    ranks = [link["rank"] for link in run.links]
+    if not ranks:
+        return "A chain without links"
+    if len(ranks) == 1:
+        return f"One LoRA of rank {ranks[0]}"
+    if len(set(ranks)) == 1:
+        return f"A chain of {len(ranks)} links of rank {ranks[0]}"
+    return f"A chain of {len(ranks)} links of ranks {', '.join(map(str, ranks))}"
+
+
+def _gain(run: RunFacts) -> str:
+    """Return how the validation score went from the start to the end, in words."""
+    name, evals = run.score, run.evaluations
+    known = [record for record in evals if name in record]
+    if name is None or not known:
+        return ""
+    last = _final(run, name) or known[-1][name]
+    text = f"validation {name} {_score(name, last)}"
+    if known[0]["where"] == "start" and len(known) > 1:
+        text = f"validation {name} from {_score(name, known[0][name])} to {_score(name, last)}"
+    return f": {text}, in {run.manifest.position.step:,} steps"
+
+
+def _final(run: RunFacts, name: str) -> float | None:
+    return run.result.get("metrics", {}).get("validation", {}).get(name)
+
+
+def _score(name: str, value: float) -> str:
+    is_share = name not in ("loss", "perplexity") and 0 <= value <= 1
+    return f"{100 * value:.1f} %" if is_share else f"{value:.4g}"
+
+
+def _overview(runs: Sequence[RunFacts]) -> Section:
+    if len(runs) == 1:
+        values = [(name, value) for name, value in _tiles(runs[0]) if value != _NONE]
+        return Section("Overview", [Column("", [Tiles(values), *_remarks(runs[0])])])
+    heads = ("", *(run.name for run in runs))
+    columns = [dict(_tiles(run)) for run in runs]
+    names = list(dict.fromkeys(name for column in columns for name in column))
+    rows = tuple((name, *(c.get(name, _NONE) for c in columns)) for name in names)
+    remarks = [remark for run in runs for remark in _remarks(run)]
+    blocks = [Numbers(Table("The runs", heads, rows)), *remarks, *comparing_pictures(runs)]
+    return Section("Overview", [Column("", blocks)])
+
+
+def _tiles(run: RunFacts) -> list[tuple[str, str]]:
+    name, result = run.score, run.result
+    known = [record for record in run.evaluations if name is not None and name in record]
+    found = [("ranks", ", ".join(str(link["rank"]) for link in run.links) or _NONE)]
+    if name is not None and known:
+        start = next((r for r in known if r["where"] == "start"), None)
+        final = _final(run, name)
+        found += [
+            (f"{name} before", _NONE if start is None else _score(name, start[name])),
+            (f"{name} after", _score(name, known[-1][name] if final is None else final)),
+        ]
+    majority = result.get("metrics", {}).get("validation", {}).get("majority")
+    chain = run.inspection["chain"]
+    return [
+        *found,
+        ("always the commonest", _NONE if majority is None else _score("accuracy", majority)),
+        ("steps", f"{run.manifest.position.step:,}"),
+        ("time", _duration(run.manifest.position.seconds)),
+        ("parameters trained", _whole(result.get("trainable_parameters"))),
+        ("peak memory", _memory(result)),
+        ("‖ΔW‖ of the chain", number(chain.get("delta_norm"), 3)),
+    ]
+
+
+def _remarks(run: RunFacts) -> list[Block]:
+    """Return what a reader must know: a run that is not finished, links that are left out."""
+    found, position = [], run.inspection["position"]
+    if not run.inspection["finished"]:
+        found.append(
+            f"**{run.name} is not finished**: {position['links']} of {position['planned_links']} "
+            f"links are tied, {position['step']} steps done."
+        )
+    if (selected := run.manifest.selected) is not None:
+        part = " and a part of the next" if selected.partial else ""
+        found.append(
+            f"{run.name} is loaded as its best point: step {selected.step}, after "
+            f"{selected.num_links} links{part}."
+        )
+    if rejected := [r for r in run.records if r["event"] == "rejected"]:
+        found.append(f"{run.name}: link {rejected[-1]['link']} was dropped, as it brought nothing.")
+    return [Text(text) for text in found]
+
+
+# --- links, answers ---
+
+
+def _links_table(run: RunFacts) -> list[Block]:
+    links = run.links
+    if not links:
+        return []
+    names = list(dict.fromkeys(name for link in links for name in link["scores"]))
+    heads = (
+        "link",
+        "rank",
+        "scaling",
+        "steps",
+        "training loss",
+        *(f"validation {n}" for n in names),
+    )
+    heads += ("‖ΔW‖", "effective rank", "stable rank")
+    rows = tuple(
+        (
+            str(link["link"]),
+            str(link["rank"]),
+            f"{link['scaling']:g}",
+            f"{link['steps']:,}",
+            number(link["loss"], 4),
+            *(number(link["scores"].get(name), 4) for name in names),
+            number(link.get("delta_norm"), 4),
+            number(link.get("effective_rank")),
+            number(link.get("stable_rank")),
+        )
+        for link in links
+    )
+    note = "Training loss: mean of the last tenth of the link's steps. Ranks: means over modules."
+    return [Numbers(Table("Each link", heads, rows, note)), *_modules_table(links)]
+
+
+def _modules_table(links: Sequence[Record]) -> list[Block]:
+    if not all("modules" in link for link in links):
+        return []
+    names = dict.fromkeys(name for link in links for name in link["modules"])
+    rows = tuple(
+        (name, *(number(link["modules"].get(name), 4) for link in links)) for name in names
+    )
+    heads = ("module", *(f"link {link['link']}" for link in links))
+    return [Numbers(Table("‖ΔW‖ of every module", heads, rows), is_open=False)]
+
+
+def _answers(found: Sequence[Answer]) -> list[Block]:
+    if not found:
+        return []
+    said = [
+        f"link {link} changed {count} of {len(found)}" for link, count in enumerate(changes(found))
+    ]
+    text = "Greedy answers to the same prompts" + (f": {', '.join(said)}." if said else ".")
+    return [Text(text), *found]
+
+
+# --- cost, config, versions ---
+
+
+def _costs(runs: Sequence[RunFacts]) -> Table:
+    rows: dict[str, list[str]] = {}
+    for run in runs:
+        position, result = run.manifest.position, run.result
+        hardware = result.get("hardware", {})
+        values = {
+            "steps": f"{position.step:,}",
+            "tokens trained on": f"{position.tokens:,}",
+            "tokens scored": f"{position.scored_tokens:,}",
+            "time": _duration(position.seconds),
+            "tokens a second, training": _speed(run),
+            "peak memory": _memory(result),
+            "parameters trained (largest link)": _whole(result.get("trainable_parameters")),
+            "device": str(hardware.get("device", _NONE)),
+            "machine": str(hardware.get("machine", _NONE)),
+            "kernels": str(hardware.get("cpu_capability", _NONE)),
+            "threads": str(hardware.get("threads", _NONE)),
+        }
+        for name, value in values.items():
+            rows.setdefault(name, []).append(value)
+    cells = tuple((name, *values) for name, values in rows.items() if set(values) != {_NONE})
+    return Table("What it cost", ("", *(run.name for run in runs)), cells)
+
+
+def _speed(run: RunFacts) -> str:
+    seconds = sum(record.get("seconds", 0.0) for record in run.steps)
+    tokens = sum(record.get("tokens", 0) for record in run.steps)
+    return f"{tokens / seconds:,.0f}" if seconds > 0 else _NONE
+
+
+def _link_costs(runs: Sequence[RunFacts]) -> list[Block]:
+    rows = []
+    for run in runs:
+        for link in dict.fromkeys(record["link"] for record in run.steps):
+            own = [record for record in run.steps if record["link"] == link]
+            rows.append(
+                (
+                    f"{run.name}, link {link}",
+                    f"{len(own):,}",
+                    f"{sum(record.get('tokens', 0) for record in own):,}",
+                    _duration(sum(record.get("seconds", 0.0) for record in own)),
+                )
+            )
+    heads = ("run and link", "steps", "tokens", "time in steps")
+    return [Numbers(Table("Cost of each link", heads, tuple(rows)))] if rows else []
+
+
+def _configs(runs: Sequence[RunFacts]) -> list[Block]:
+    known = [run for run in runs if run.config is not None]
+    flat = {run.name: dict(_flat(_tree(run.config))) for run in known if run.config}
+    keys = dict.fromkeys(key for values in flat.values() for key in values)
+    apart = [key for key in keys if len({v.get(key, _NONE) for v in flat.values()}) > 1]
+    found: list[Block] = []
+    if len(known) > 1:
+        rows = tuple((key, *(v.get(key, _NONE) for v in flat.values())) for key in apart)
+        found.append(Numbers(Table("Keys that differ", ("key", *flat), rows)))
+    for run in known:
+        assert run.config is not None
+        text = yaml.safe_dump(_tree(run.config), sort_keys=False, allow_unicode=True)
+        found.append(Listing(f"The whole config of {run.name}", text))
+    return found
+
+
+def _tree(config: RunConfig) -> dict[str, Any]:
+    return config.model_dump(mode="json")
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    found = []
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            found += _flat(value, f"{prefix}{key}.")
+        else:
+            found.append((f"{prefix}{key}", str(value)))
+    return found
+
+
+def _versions(runs: Sequence[RunFacts]) -> Table:
+    found = [run.manifest.versions for run in runs]
+    names = dict.fromkeys(name for each in found for name in each)
+    rows = [(name, *(each.get(name, _NONE) for each in found)) for name in names]
+    rows = [row for row in rows if set(row[1:]) != {"not installed"}]
+    digests = [run.manifest.rows or _NONE for run in runs]
+    bases = [run.manifest.base.fingerprint[:12] for run in runs]
+    rows += [("digest of the rows", *digests), ("fingerprint of the base", *bases)]
+    return Table("Versions", ("", *(run.name for run in runs)), tuple(rows))
+
+
+def _whole(value: int | None) -> str:
+    return _NONE if value is None else f"{value:,}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return _together(f"{seconds:.1f} s")
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return _together(f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s")
+
+
+def _memory(result: Record) -> str:
+    return _together(f"{result['peak_memory_mb']:,} MiB") if result else _NONE
+
+
+def _together(text: str) -> str:
+    """Return a text that no line break divides."""
+    return text.replace(" ", "\N{NO-BREAK SPACE}")

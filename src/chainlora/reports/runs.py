@@ -1,0 +1,88 @@
+"""What a report says of a run, read and checked once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from chainlora.config.schema import RunConfig
+from chainlora.files import reported
+from chainlora.runs.inspection import inspect_run
+from chainlora.runs.manifest import Manifest
+from chainlora.runs.panels import score_names
+from chainlora.runs.reading import RunReader
+from chainlora.runs.records import read_records
+
+Record = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """A run, or a saved chain: then without a config, a result and records."""
+
+    name: str
+    path: Path
+    manifest: Manifest
+    config: RunConfig | None
+    result: Record
+    records: Sequence[Record]
+    inspection: Record
+
+    @property
+    def steps(self) -> list[Record]:
+        """Return the records of its steps."""
+        return [record for record in self.records if record["event"] == "step"]
+
+    @property
+    def evaluations(self) -> list[Record]:
+        """Return the records of its validations."""
+        return [record for record in self.records if record["event"] == "eval"]
+
+    @property
+    def links(self) -> list[Record]:
+        """Return what inspection says of each link."""
+        return list(self.inspection["links"])
+
+    @property
+    def score(self) -> str | None:
+        """Return the metric that its validation is judged by; the loss where there is no other."""
+        names = [*score_names(self.evaluations), "loss"]
+        return next((name for name in names if any(name in r for r in self.evaluations)), None)
+
+
+def read_runs(runs: Sequence[str | Path]) -> list[RunFacts]:
+    """Read runs and check their files. Raises RunError for one that is damaged or not there."""
+    return [_read(Path(run), name) for run, name in zip(runs, _names(runs), strict=True)]
+
+
+def _read(run: Path, name: str) -> RunFacts:
+    inspection = inspect_run(run)
+    reader = RunReader(run)
+    manifest = reader.manifest()
+    result: Record = {}
+    if (reader / "result.json").is_file():
+        with reported(reader / "result.json", "read"):
+            result = json.loads((reader / "result.json").read_text(encoding="utf-8"))
+    return RunFacts(
+        name=name,
+        path=run,
+        manifest=manifest,
+        config=reader.config() if manifest.has_run else None,
+        result=result,
+        records=read_records(reader / "metrics.jsonl"),
+        inspection=inspection,
+    )
+
+
+def _names(runs: Sequence[str | Path]) -> list[str]:
+    """Return the last parts of the paths: as many as tell them apart."""
+    parts = [Path(run).resolve().parts for run in runs]
+    longest = max(map(len, parts))
+    for count in range(1, longest):
+        names = ["/".join(each[-count:]) for each in parts]
+        if len(set(names)) == len(names):
+            return names
+    return [f"{'/'.join(each[-1:])} ({place})" for place, each in enumerate(parts, 1)]

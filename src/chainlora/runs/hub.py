@@ -1,0 +1,50 @@
+"""Exports on the Hub: a folder becomes a repository's new commit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from chainlora.errors import ConfigError, FileError
+from chainlora.runs.cards import is_hub_id
+from chainlora.runs.export import Naming
+from chainlora.runs.reading import RunReader
+
+
+def check_push(run: str | Path, target: str, naming: Naming) -> None:
+    """Raise ConfigError unless an export can be pushed: its repository has a name, and an adapter a
+    base that others can load."""
+    if not is_hub_id(naming.name or ""):
+        raise ConfigError(
+            f"--push-to-hub must be OWNER/NAME (got {naming.name!r}); name a repository"
+        )
+    base = naming.base or RunReader(run).manifest().base.model
+    if target == "adapter" and not is_hub_id(base):
+        raise ConfigError(
+            f"an adapter on the Hub must name a base that others can load (got {base}); give its "
+            "Hub id as --base-name"
+        )
+
+
+def push_folder(folder: str | Path, name: str, *, private: bool = False) -> str:
+    """Make a model repository if there is none, upload a folder's files, and return the commit's
+    address.
+
+    Logs in as huggingface_hub does: by ``HF_TOKEN``, or as ``hf auth login`` left it. Raises
+    FileError where the Hub refuses or cannot be reached; the folder stays.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    try:
+        api.create_repo(name, private=private or None, exist_ok=True)
+        done = api.upload_folder(
+            repo_id=name, folder_path=folder, commit_message="A chain of LoRA, by chainlora"
+        )
+    except Exception as error:  # its own, and those of whichever HTTP library it has
+        reason = " ".join(str(error).split())
+        raise FileError(
+            f"an export must reach the Hub to be pushed (got {type(error).__name__}: {reason:.200} "
+            f"for {name}); it is written to {folder}: log in with `hf auth login`, and push it by "
+            f"`hf upload {name} {folder}`"
+        ) from error
+    return str(done.commit_url)

@@ -1,0 +1,59 @@
+"""Whether the processes of a run share the model, each holding some rows of every weight (FSDP2,
+`models.shards`), and what such a run cannot do.
+
+The links are whole in each process, as in any run of several processes, and so are optimizer,
+checkpoints and the run directory.
+"""
+
+from __future__ import annotations
+
+import os
+
+from chainlora.config.schema import RunConfig
+from chainlora.errors import ConfigError
+
+
+def wants_shards(config: RunConfig) -> bool:
+    """Say whether processes are to share the model: by `train.shard` or by `accelerate launch`.
+
+    Raises ConfigError where Accelerate is set to FSDP1 or DeepSpeed.
+    """
+    if _is_set("ACCELERATE_USE_DEEPSPEED"):
+        raise ConfigError(
+            "processes share a model by FSDP2 (got an Accelerate config with DeepSpeed); launch "
+            "without it, and set train.shard: fsdp2"
+        )
+    by_accelerate = _is_set("ACCELERATE_USE_FSDP")
+    version = os.environ.get("FSDP_VERSION", "1")
+    if by_accelerate and version != "2":
+        raise ConfigError(
+            f"FSDP must be FSDP2 (got an Accelerate config with fsdp_version: {version}); set "
+            "fsdp_version: 2, or launch with torchrun and set train.shard: fsdp2"
+        )
+    return by_accelerate or config.train.shard == "fsdp2"
+
+
+def _is_set(variable: str) -> bool:
+    return os.environ.get(variable, "false").lower() == "true"
+
+
+def check_shards(config: RunConfig) -> None:
+    """Raise ConfigError for what a shared model cannot do."""
+    chain = config.chain
+    refused = {
+        "quantize": config.quantize is not None,
+        "chain.tune: full": chain.tune == "full",
+        "chain.dora": chain.dora,
+        "chain.init: pissa": chain.init == "pissa",
+        "chain.extra_modules": bool(chain.extra_modules),
+    }
+    if found := [key for key, is_set in refused.items() if is_set]:
+        raise ConfigError(
+            f"processes that share a model train plain LoRA on it (got {found[0]}, which needs "
+            "whole weights); leave it out, or train.shard: each process then holds the whole model"
+        )
+    if chain.knots is not None and chain.hold == "tied":
+        raise ConfigError(
+            "soft knots on a shared model need hold: carried (got hold: tied, whose exact weights "
+            "no single process can save); set chain.hold: carried"
+        )

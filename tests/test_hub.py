@@ -1,0 +1,108 @@
+"""`chainlora export --push-to-hub`, against a stand-in of the Hub on this machine: what is there
+afterwards, what its card says, and that PEFT loads it from there."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import torch
+import yaml
+from helpers_export import IDS, logits
+from helpers_hub import COMMIT, local_hub
+from peft import AutoPeftModelForCausalLM
+
+from chainlora import load_run
+
+# In a process of its own, since huggingface_hub reads its settings when it is imported.
+PUSH = """
+import json, sys
+from chainlora.cli.main import run
+arguments, probe = json.loads(sys.argv[1]), sys.argv[2]
+assert run(arguments) == 0
+import torch
+from peft import AutoPeftModelForCausalLM
+model = AutoPeftModelForCausalLM.from_pretrained("me/chain")
+with torch.no_grad():
+    print(json.dumps(model.eval()(torch.tensor(json.loads(probe))).logits.tolist()))
+"""
+
+
+def test_an_adapter_on_the_hub(finished, tiny_folder, tmp_path):
+    (tiny_folder / "LICENSE").write_text("Do as you like.")
+    with local_hub() as hub:
+        hub.publish("tiny/llama", tiny_folder)
+        to = ["--to", "adapter", "--output", str(tmp_path / "out"), "--push-to-hub", "me/chain"]
+        names = ["--base-name", "tiny/llama", "--license", "apache-2.0", "--private", "--json"]
+        command = ["export", str(finished), *to, *names]
+        done = subprocess.run(
+            [sys.executable, "-c", PUSH, json.dumps(command), json.dumps(IDS.tolist())],
+            capture_output=True,
+            text=True,
+            timeout=240,
+            env=os.environ
+            | {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+            | {"HF_HOME": str(tmp_path / "home"), "HF_TOKEN": "hf_secret"},
+        )
+    (tiny_folder / "LICENSE").unlink()
+    assert done.returncode == 0, done.stderr
+    said, found = (json.loads(line) for line in done.stdout.splitlines()[-2:])
+    assert said["commit"].endswith(f"/me/chain/commit/{COMMIT}")
+    (asked,) = hub.created
+    assert (asked["name"], asked["organization"], asked["visibility"]) == ("chain", "me", "private")
+    assert hub.tokens == {"Bearer hf_secret"}
+    files = hub.repositories["me/chain"]
+    assert {"adapter_config.json", "adapter_model.safetensors", "README.md"} <= files.keys()
+    assert {"tokenizer.json", "tokenizer_config.json", "LICENSE"} <= files.keys()
+    assert files.keys() == {path.name for path in (tmp_path / "out").iterdir()}
+    assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] == "tiny/llama"
+    check_card(files["README.md"].decode(), finished)
+    # float32: the same sums in another order
+    expected = logits(load_run(finished)[0])
+    torch.testing.assert_close(torch.tensor(found), expected, atol=1e-5, rtol=0)
+
+
+def check_card(card: str, run) -> None:
+    """Base, links, digest of the rows, scores before and after each link, three ways to load."""
+    front = yaml.safe_load(card.split("---")[1])
+    assert front["base_model"] == "tiny/llama"
+    assert (front["library_name"], front["license"]) == ("peft", "apache-2.0")
+    assert json.loads((run / "chain.json").read_text())["rows"] in card
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    scores = [r for r in records if r["event"] == "eval" and r["where"] in ("start", "knot")]
+    names = ["before", "0", "1", "2"]
+    for name, record in zip(names, scores, strict=True):
+        (row,) = [line for line in card.splitlines() if line.startswith(f"| {name} |")]
+        assert row.endswith(f"| {record['accuracy']:.4f} | {record['loss']:.4f} |")
+    assert 'AutoPeftModelForCausalLM.from_pretrained("me/chain")' in card
+    assert 'model.load_adapter("me/chain")' in card
+    assert "--max-lora-rank 16" in card  # the chain has rank 10
+    assert "LICENSE" in card
+
+
+def test_what_cannot_be_pushed_is_refused_before_the_work(chainlora, finished, tmp_path):
+    ask = ("export", finished, "--to", "adapter", "--output", tmp_path / "out", "--push-to-hub")
+    chainlora(*ask, "chain").refused("--push-to-hub must be OWNER/NAME", "'chain'")
+    chainlora(*ask, "me/chain").refused("a base that others can load", "--base-name")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_hub_out_of_reach_leaves_the_folder(chainlora, finished, tmp_path):
+    """Tests run offline."""
+    out = tmp_path / "out"
+    ask = ("export", finished, "--to", "merged", "--output", out, "--push-to-hub", "me/chain")
+    chainlora(*ask).refused("must reach the Hub", "hf upload me/chain", str(out))
+    assert (out / "model.safetensors").is_file()
+    card = (out / "README.md").read_text()
+    assert "base_model" not in card.split("---")[1]  # a folder of this machine
+    assert "vllm serve me/chain" in card
+
+
+def test_an_export_on_this_machine_loads_by_its_own_name(chainlora, finished, tmp_path):
+    out = tmp_path / "out"
+    assert chainlora("export", finished, "--to", "adapter", "--output", out).status == 0
+    model = AutoPeftModelForCausalLM.from_pretrained(out)
+    torch.testing.assert_close(logits(model), logits(load_run(finished)[0]), atol=1e-5, rtol=0)
+    assert 'from_pretrained("this folder")' in (out / "README.md").read_text()

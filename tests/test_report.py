@@ -1,0 +1,247 @@
+"""`chainlora report`: every kind of run has a page, its numbers are those of the run's files, its
+answers are those of `generate`, and it needs nothing but itself."""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from experiment_cases import change, with_curve, write_lines
+from helpers import settings, stop_after
+from safetensors.numpy import load_file
+from transformers import AutoModelForCausalLM
+
+from chainlora import Chain, LinkConfig, make_config, report_runs, save_chain, train
+from chainlora.experiments import report_experiment
+from chainlora.reports.page import render
+from chainlora.reports.run_report import run_page
+from chainlora.reports.runs import read_runs
+
+
+def table(page: str, title: str) -> list[list[str]]:
+    """The rows of a page's table, heads first."""
+    body = page.split(f'<caption class="hidden">{title}</caption>')[1].split("</table>")[0]
+    rows = body.split("</tr>")[:-1]
+    cells = [re.findall(r"<t[hd](?: [^>]*)?>(.*?)</t[hd]>", row, flags=re.DOTALL) for row in rows]
+    return [[html.unescape(cell) for cell in row] for row in cells]
+
+
+def said(page: str) -> list[list[str]]:
+    """The answers to each prompt, in order, without what was expected."""
+    articles = re.findall(r'<article class="answer">(.*?)</article>', page, flags=re.DOTALL)
+    found = [re.findall(r"<dt>(.*?)</dt>\s*<dd>(.*?)</dd>", each, re.DOTALL) for each in articles]
+    return [[html.unescape(t) for name, t in each if name != "expected"] for each in found]
+
+
+def test_one_file_that_needs_nothing_else(chainlora, finished, tmp_path):
+    done = chainlora("report", finished, "--json").json
+    page = Path(done["output"])
+    assert page == finished / "report.html"
+    assert done["bytes"] == page.stat().st_size < 3e6
+    text = page.read_text(encoding="utf-8")
+    assert re.findall(r'\b(?:src|href)="(?!#|data:)[^"]*"', text) == []
+    assert "@import" not in text
+    assert "default-src 'none'" in text
+    for section in ("Overview", "Training", "Links", "Cost", "Config", "Versions"):
+        assert f">{section}</h2>" in text
+    assert "Answers" not in text
+    assert text.count("<figure") == text.count("<details><summary>Table: ") == 9
+    again = tmp_path / "again.html"
+    assert chainlora("report", finished, "--output", again).out.startswith(f"{again} (")
+    assert again.read_bytes() == page.read_bytes()  # the same run, the same bytes
+
+
+def test_the_numbers_are_those_of_the_files(finished, tmp_path):
+    report_runs([finished], tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    records = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    heads, *rows = table(page, "Loss over the steps")
+    assert heads == ["step", "each step", "smoothed", "validation"]
+    steps = {str(r["step"]): r["loss"] for r in records if r["event"] == "step"}
+    evals = {str(r["step"]): r["loss"] for r in records if r["event"] == "eval"}
+    assert [row[0] for row in rows] == [str(step) for step in range(len(steps) + 1)]
+    for step, loss, _, held_out in rows:  # four digits are shown
+        assert loss == "–" if step == "0" else float(loss) == pytest.approx(steps[step], rel=1e-3)
+        assert (held_out != "–") == (step in evals)
+        assert held_out == "–" or float(held_out) == pytest.approx(evals[step], rel=1e-3)
+    _, *layers = table(page, "What each layer received")
+    for link in range(3):
+        folder = finished / "links" / f"{link:03d}"
+        tensors = load_file(folder / "adapter_model.safetensors")
+        keys = json.loads((folder / "adapter_config.json").read_text())
+        scaling = keys["lora_alpha"] / keys["r"]
+        for layer in range(2):
+            total = 0.0
+            for name in ("q_proj", "v_proj"):
+                (key,) = [k for k in tensors if f"layers.{layer}." in k and f"{name}.lora_A" in k]
+                b = tensors[key.replace("lora_A", "lora_B")]
+                total += float(((scaling * b @ tensors[key]) ** 2).sum())
+            assert float(layers[layer][1 + link]) == pytest.approx(np.sqrt(total), rel=1e-3)
+    knots = [r["step"] for r in records if r["event"] == "knot"]
+    assert [f"link {k} tied, step {step}" in page for k, step in enumerate(knots)] == [True] * 3
+
+
+def test_answers_after_each_link_are_those_of_generate(chainlora, finished, tmp_path):
+    prompts = ["the cat sat", "<b>two</b> & red birds"]
+    (tmp_path / "asked.txt").write_text("\n".join(prompts) + "\n\n")
+    (tmp_path / "asked.jsonl").write_text(
+        "".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts)
+    )
+    pages = []
+    for name in ("asked.txt", "asked.jsonl"):
+        keys = ("--prompts", tmp_path / name, "--max-new-tokens", "5")
+        outcome = chainlora("report", finished, "--output", tmp_path / "page.html", *keys)
+        assert outcome.status == 0, outcome.err
+        assert outcome.err.splitlines()[0] == "run: answers after 0 link(s)"
+        pages.append((tmp_path / "page.html").read_text(encoding="utf-8"))
+    assert pages[0] == pages[1]
+    assert "&lt;b&gt;two&lt;/b&gt; &amp; red birds" in pages[0]
+    assert "<b>two" not in pages[0]
+    found = said(pages[0])
+    for prompt, texts in zip(prompts, found, strict=True):
+        for count, text in enumerate(texts):
+            keys = ("--prompt", prompt, "--links", count, "--max-new-tokens", "5", "--json")
+            whole = chainlora("generate", finished, *keys).json["text"]
+            assert (text if text != "(nothing)" else "") == whole.partition("\n")[0].strip()
+    assert [len(texts) for texts in found] == [4, 4]
+
+
+def test_answers_to_a_run_s_own_rows(finished, sentiment, tmp_path):
+    report_runs([finished], tmp_path / "page.html", prompts="3", max_new_tokens=2)
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    rows = [json.loads(line) for line in (sentiment / "validation.jsonl").read_text().splitlines()]
+    asked = re.findall(r"Prompt: </span>(.*?)</p>", page)
+    assert asked == [f"{row['text']} it was" for row in rows[:3]]
+    expected = re.findall(r"<dt>expected</dt><dd>(.*?)</dd>", page)
+    assert expected == [["bad", "good"][row["label"]] for row in rows[:3]]
+    assert "link 2 changed " in page
+
+
+def test_prompts_that_are_none(chainlora, finished, tiny_folder, tmp_path):
+    empty, wrong = tmp_path / "empty.txt", tmp_path / "wrong.jsonl"
+    empty.write_text("\n")
+    wrong.write_text('{"question": "?"}\n')
+    ask = ("report", finished, "--output", tmp_path / "x.html", "--prompts")
+    chainlora(*ask, empty).refused("must have some", "empty.txt", "a prompt a line")
+    chainlora(*ask, wrong).refused("rows with a `prompt`", "wrong.jsonl")
+    chainlora(*ask, tmp_path / "missing.txt").refused("missing.txt")
+    chainlora("report", tmp_path / "none").refused("RUN must be a run directory")
+    save_chain(own_chain(tiny_folder), tmp_path / "saved")
+    chainlora("report", tmp_path / "saved", "--prompts", "1").refused("no rows of its own")
+    assert not (tmp_path / "x.html").exists()
+
+
+def own_chain(folder) -> Chain:
+    chain = Chain(AutoModelForCausalLM.from_pretrained(folder), checkpoint=folder)
+    for _ in range(2):
+        chain.extend(LinkConfig(rank=2, alpha=4, target_modules=("q_proj",)))
+        with torch.no_grad():
+            for parameter in chain.parameters():
+                parameter.add_(0.01)
+        chain.tie()
+    return chain
+
+
+def test_every_kind_of_run_has_a_page(tiny_folder, sentiment, tmp_path):
+    kinds = {
+        "none": {"ranks": [], "steps": []},
+        "one": {"ranks": [2], "steps": [2], "target_modules": ["q_proj"]},
+        "dora": {"ranks": [2, 2], "steps": [1, 1], "dora": True},
+        "full": {"ranks": [2], "steps": [2], "tune": "full", "hold": None},
+        "<i>named": {"ranks": [2, 2], "steps": [2, 2], "knots": {"every": 1, "share": 0.5}},
+    }
+    runs = []
+    for name, chain in kinds.items():
+        keys = {key: value for key, value in chain.items() if value is not None}
+        runs.append(tmp_path / name)
+        train(make_config(settings(tiny_folder, sentiment, runs[-1], chain=keys)))
+    save_chain(own_chain(tiny_folder), tmp_path / "saved")
+    runs.append(tmp_path / "saved")
+    for run in runs[2:]:
+        report_runs([run])
+    pages = {run.name: (run / "report.html").read_text(encoding="utf-8") for run in runs[2:]}
+    assert "Every weight fine-tuned" in pages["full"]
+    assert "What each layer received" not in pages["dora"]
+    assert "Rank of each link" in pages["dora"]
+    assert "<i>named" not in pages["<i>named"]
+    assert "Overlap of the links" in pages["saved"]
+    assert ">Training</h2>" not in pages["saved"]
+    report_runs(runs, tmp_path / "all.html")
+    together = (tmp_path / "all.html").read_text(encoding="utf-8")
+    assert table(together, "The runs")[0] == ["", *kinds, "saved"]
+    keys = [row[0] for row in table(together, "Keys that differ")]
+    assert "chain.ranks" in keys
+    assert "train.lr" not in keys
+
+
+def test_a_run_that_was_stopped_says_so(tiny_folder, sentiment, tmp_path):
+    keys = settings(tiny_folder, sentiment, tmp_path / "run", train={"save_every": 1})
+    stop_after(make_config(keys), 6)
+    report_runs([tmp_path / "run"])
+    page = (tmp_path / "run/report.html").read_text(encoding="utf-8")
+    assert "is not finished" in page
+    assert "1 of 3 links are tied" in page
+
+
+def test_long_runs_stay_small(finished, tmp_path):
+    """Two runs of 30 links and 60,000 steps: curves are drawn as means, which the table says."""
+    (run,) = read_runs([finished])
+    count, length = 30, 2_000
+    records = [
+        {"event": "step", "step": k + 1, "link": k // length, "loss": 3 - k / 30_000}
+        | {"learning_rate": 1e-3, "tokens": 100, "seconds": 0.1}
+        for k in range(count * length)
+    ]
+    ends = range(length, count * length + 1, length)
+    records += [{"event": "knot", "step": end, "link": k} for k, end in enumerate(ends)]
+    link = run.links[0] | {"modules": {f"model.layers.{k}.q_proj": 0.1 * k for k in range(48)}}
+    links = [link | {"link": k, "overlap": [0.1] * k} for k in range(count)]
+    inspection = dict(run.inspection) | {"links": links}
+    long = [
+        dataclasses.replace(run, name=name, records=records, inspection=inspection) for name in "ab"
+    ]
+    page = render(run_page(long, {}))
+    assert len(page.encode()) < 3e6
+    heads, *rows = table(page, "Loss over the steps")
+    assert heads[1] == "mean of 150 steps"
+    assert len(rows) <= 15 * count
+    assert float(rows[0][1]) == pytest.approx(3 - 74.5 / 30_000, rel=1e-3)  # of the first 150
+
+
+def test_the_page_of_an_experiment(tmp_path):
+    figures = ["scores", "differences", "curves", "chain_length"]
+    results = change(tmp_path / "results.jsonl", with_curve, figures=figures)
+    report = report_experiment(results)
+    assert tmp_path / "report.html" in report.files
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    lead = re.findall(r'<p class="lead">(.*?)</p>', page)
+    assert lead[0].startswith("Chain3 is better than lora over all tasks: +2.05 (95 % interval ")
+    assert len(page.encode()) < 3e6
+    heads, *rows = table(page, "Scores: wsc")
+    assert heads == ["", "seeds", "mean", "paper", "commonest answer"]
+    assert rows[0][0] == "lora"
+    assert rows[0][1].split(", ") == ["60", "61", "62", "63", "64", "65"]
+    heads, *rows = table(page, "Validation loss: wsc")
+    assert heads[:4] == ["step", "lora (n=6)", "lora, 95 % from", "lora, 95 % to"]
+    assert [row[0] for row in rows] == ["0", "2", "4", "6", "8", "10"]
+    (row,) = table(page, "Paired differences: all tasks")[1:]
+    assert row[1] == "chain3 − lora"
+    assert row[-1] == "wins"
+    for title in ("Scores", "Paired differences in score", "Cost"):
+        assert table(page, title), title
+
+
+def test_an_experiment_of_many_comparisons_is_summed_up(tmp_path):
+    pairs = [["chain3", "lora"], ["lora", "chain3"]]
+    report_experiment(write_lines(tmp_path / "results.jsonl", pairs=pairs, figures=["differences"]))
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert re.findall(r'<p class="lead">(.*?)</p>', page) == [
+        "2 comparisons over all tasks: wins in 1 (chain3 against lora), loses in 1 (lora against "
+        "chain3)."
+    ]
