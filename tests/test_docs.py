@@ -251,6 +251,7 @@ def sections() -> dict[str, type[BaseModel]]:
     return {
         "": config_module.RunConfig,
         "chain.knots.": config_module.KnotConfig,
+        "chain.plateau.": config_module.PlateauConfig,
     } | {
         f"{name}.": field.annotation
         for name, field in fields.items()

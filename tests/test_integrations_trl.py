@@ -284,7 +284,7 @@ def test_a_reward_model_is_a_chain_with_its_head(tiny_folder, tokenizer, tmp_pat
             tiny_folder, num_labels=1, dtype=torch.float32
         )
 
-    keys = arguments(tmp_path, max_steps=6, save_strategy="steps", save_steps=4)
+    keys = arguments(tmp_path, max_steps=6, max_length=64, bf16=False)
     trainer = RewardTrainer(
         model=scorer(),
         args=RewardConfig(**keys),

@@ -1,8 +1,9 @@
 """What each process of `run.py` does: jobs one after another.
 
 usage (by torchrun): child.py JOBS, a JSON list of jobs: "config" (a file), "resume", "stop" (the
-step after which all processes end as if killed), "traffic" (count bytes as well), "outcome" (where
-each process writes what it saw; ".RANK" is added).
+step after which all processes end as if killed), "traffic" (count bytes as well); or "hold" (the
+folder of a model, to be loaded, tuned for a step and tied). Each process writes what it saw to
+"outcome", with ".RANK" added.
 """
 
 from __future__ import annotations
@@ -20,8 +21,12 @@ import torch
 from torch import distributed
 
 from chainlora.chain.base_weights import BaseWeights
+from chainlora.chain.chain import Chain
 from chainlora.config.loading import load_config
+from chainlora.config.schema import LinkConfig
 from chainlora.models.checkpoint import Stored
+from chainlora.models.loading import load_model
+from chainlora.models.loading_shards import load_shards
 from chainlora.training.loop import train
 
 RANK = int(os.environ["RANK"])
@@ -113,16 +118,14 @@ class Traffic:
 
 
 def run(job: dict[str, Any]) -> dict[str, Any]:
-    """Train a config and return losses, scores of rows, knots and memory."""
-    memory, traffic = Memory(), Traffic() if job.get("traffic") else None
+    """Train a config and return losses, scores of rows, knots and traffic."""
+    traffic = Traffic() if job.get("traffic") else None
     told: dict[str, Any] = {"losses": [], "scores": [], "knots": [], "notes": [], "seconds": []}
     config = load_config(job["config"])
-    ends = [sum((config.chain.steps or ())[: k + 1]) for k in range(len(config.chain.ranks))]
 
     def listener(event: Any) -> None:
         if event.name == "plan":
             told["notes"] = event.notes
-            memory.enter("step")
             if traffic is not None:
                 traffic.note()
         elif event.name == "step":
@@ -130,12 +133,10 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
                 traffic.note("summed", "gathered")
             told["losses"].append(event.loss)
             told["seconds"].append(event.seconds)
-            memory.enter("knot" if event.step in ends else "step")
             if event.step == job.get("stop"):
                 raise Stop
         elif event.name == "knot":
             told["knots"].append(event.function_change)
-            memory.enter("after")
             if traffic is not None:
                 traffic.note("read", "written")
         elif event.name == "scored":
@@ -145,14 +146,40 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         train(config, resume=job.get("resume", False), listener=listener)
     except Stop:
         told["stopped"] = True
-    return told | {"memory": memory.end(), "traffic": traffic and traffic.end()}
+    return told | {"traffic": traffic and traffic.end()}
+
+
+def hold(job: dict[str, Any]) -> dict[str, Any]:
+    """Load a model, shared where there are several processes, tune a link for a step and tie it;
+    return what this process holds."""
+    memory, count = Memory(), int(os.environ["WORLD_SIZE"])
+    folder = Path(job["hold"])
+    if count > 1:
+        distributed.init_process_group("gloo")
+        model, _ = load_shards(folder, torch.bfloat16, count, torch.device("cpu"))
+    else:
+        model, _ = load_model(folder, torch.bfloat16)
+        model.requires_grad_(False)
+    memory.enter("extending")
+    chain = Chain(model, checkpoint=folder)
+    chain.extend(LinkConfig(rank=8, target_modules="all-linear"))
+    optimizer = torch.optim.AdamW(chain.parameters())
+    memory.enter("step")
+    ids = torch.arange(3, 19)[None]
+    model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    memory.enter("knot")
+    chain.tie()
+    memory.enter("after")
+    return {"memory": memory.end()}
 
 
 def main() -> None:
     """Do all jobs."""
     torch.set_num_threads(1)
     for job in json.loads(Path(sys.argv[1]).read_text()):
-        told = run(job)
+        told = hold(job) if "hold" in job else run(job)
         Path(f"{job['outcome']}.{RANK}").write_text(json.dumps(told))
 
 

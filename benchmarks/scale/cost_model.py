@@ -72,9 +72,14 @@ class Shape:
         return self.adapted + ends + (2 * self.layers + 1) * self.hidden
 
     @property
+    def layer(self) -> int:
+        """Parameters of a decoder layer."""
+        return self.adapted // self.layers + 2 * self.hidden
+
+    @property
     def unit(self) -> int:
         """Parameters of the largest module that FSDP2 gathers at once."""
-        return max(self.adapted // self.layers + 2 * self.hidden, self.embedding)
+        return max(self.layer, self.embedding)
 
     def lora(self, rank: int) -> int:
         """Parameters of a link on all linear layers."""
@@ -105,9 +110,9 @@ class Run:
         return BF16 * self.shape.parameters / self.parts
 
     def gathered(self) -> float:
-        """Bytes of weights that are whole beside the shares: a module, and the buffer that it
-        arrives in."""
-        return 2 * BF16 * self.shape.unit if self.shards else 0
+        """Bytes of weights that are whole beside the shares: a module, and the layer that is
+        fetched meanwhile, each with the buffer that it arrives in."""
+        return 2 * BF16 * (self.shape.unit + self.shape.layer) if self.shards else 0
 
     def link(self) -> float:
         """Bytes of the live link: factors, gradients, two moments; and their sum in one piece,
@@ -314,7 +319,7 @@ def check_memory(runs: Any) -> list[tuple[str, float, float]]:
         return []
     c = runs.LARGE
     heads = (c.num_attention_heads, c.num_key_value_heads)
-    shape = Shape("0.47B", c.num_hidden_layers, c.hidden_size, c.intermediate_size, *heads, 32000)
+    shape = Shape("0.33B", c.num_hidden_layers, c.hidden_size, c.intermediate_size, *heads, 32000)
     found = []
     for count in (2, 4):
         run = Run(shape, count, shards=True, links=2)
@@ -467,7 +472,8 @@ def data_lines() -> list[str]:
         "",
         f"Tokenised rows of 256 tokens: {store(rows, 256) / 1e12:.2f} TB on disk, mapped into "
         f"memory. In memory, in each process: the order of an epoch, {order(rows) / 1e9:.0f} GB "
-        f"({KEPT_EPOCHS * order(rows) / 1e9:.0f} GB around the change of epochs).",
+        f"({KEPT_EPOCHS * order(rows) / 1e9:.0f} GB with the first and the next one), and the "
+        f"lengths of rows, {INT32 * rows / 1e9:.0f} GB.",
         "",
     ]
 

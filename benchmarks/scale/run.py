@@ -3,7 +3,7 @@
     engines   {one process, DDP 2, DDP 4, FSDP2 2, FSDP2 4} × {same links as one process, resume
               across a knot, resume on another number of processes, export, evaluation}: the largest
               difference of each
-    memory    FSDP2 on 1, 2 and 4 processes: what each of them holds of a 0.47 B model in bfloat16
+    memory    FSDP2 on 1, 2 and 4 processes: what each of them holds of a 0.33 B model in bfloat16
 
 Processes talk by gloo, on the CPU. Models have random weights, made here. Writes results.json and
 results.md to --out (default: beside this file).
@@ -44,7 +44,7 @@ LARGE = LlamaConfig(
     vocab_size=32000,
     hidden_size=1024,
     intermediate_size=4096,
-    num_hidden_layers=24,
+    num_hidden_layers=16,
     num_attention_heads=16,
     num_key_value_heads=16,
     max_position_embeddings=256,
@@ -72,6 +72,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--only", choices=["engines", "memory"])
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4], help="of memory")
+    parser.add_argument("--large", type=Path, help="folder to keep the model of memory in")
     parser.add_argument("--out", type=Path, default=HERE)
     options = parser.parse_args()
     path = options.out / "results.json"
@@ -80,7 +81,8 @@ def main() -> None:
         if options.only != "memory":
             results["engines"] = engines(Path(scratch))
         if options.only != "engines":
-            found = memory(Path(scratch), options.processes)
+            large = options.large or Path(scratch) / "large"
+            found = memory(Path(scratch), large, options.processes)
             results["memory"] = results.get("memory", {}) | found
     path.write_text(json.dumps(results, indent=1) + "\n")
     (options.out / "results.md").write_text(report(results))
@@ -150,23 +152,20 @@ def largest(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> flo
 # --- memory ---
 
 
-def memory(folder: Path, counts: list[int]) -> dict[str, Any]:
-    """Return what each process holds of a large model, by phases of a run, in bytes."""
-    make_model(folder / "large", LARGE, torch.bfloat16)
-    make_rows(folder)
+def memory(folder: Path, large: Path, counts: list[int]) -> dict[str, Any]:
+    """Return what each process holds of a large model, from loading to a knot, in bytes."""
+    if not large.is_dir():
+        make_model(large, LARGE, torch.bfloat16)
     sizes = {name: 2 * numel for name, numel in modules_of(LARGE).items()}
     found: dict[str, Any] = {"whole": sum(sizes.values()), "module": max(sizes.values())}
-    keys = {"dtype": "bfloat16", "shard": "fsdp2", "save_every": None, "eval_at_knots": False}
     # each large block of its own, so that what is freed is given back
     blocks = {"MALLOC_MMAP_THRESHOLD_": "1000000"}
     for count in counts:
-        output = f"ranks-{count}"
-        planned = job(folder, output, keys, model="large", steps=[2, 2], evaluate=False)
-        launch(count, folder, [planned], **blocks)
-        told = [
-            json.loads((folder / f"ranks-{count}.json.{rank}").read_text()) for rank in range(count)
+        outcome = folder / f"held-{count}.json"
+        launch(count, folder, [{"hold": str(large), "outcome": str(outcome)}], **blocks)
+        found[str(count)] = [
+            json.loads(Path(f"{outcome}.{rank}").read_text())["memory"] for rank in range(count)
         ]
-        found[str(count)] = [each["memory"] for each in told]
     return found
 
 
@@ -188,20 +187,13 @@ def job(
     folder: Path,
     output: str,
     train: dict[str, Any],
-    *,
-    model: str = "model",
-    steps: list[int] = STEPS,
-    evaluate: bool = True,
     **keys: Any,
 ) -> dict[str, Any]:
     """Write the config of a run; return its job."""
-    data = {"train": str(folder / "train.jsonl")}
-    if evaluate:
-        data["validation"] = str(folder / "validation.jsonl")
     tree = {
-        "model": str(folder / model),
-        "data": data,
-        "chain": {"ranks": [8] * len(steps), "target_modules": "all-linear", "steps": steps},
+        "model": str(folder / "model"),
+        "data": {split: str(folder / f"{split}.jsonl") for split in ("train", "validation")},
+        "chain": {"ranks": [8] * len(STEPS), "target_modules": "all-linear", "steps": STEPS},
         "train": {"lr": 1e-3, "batch_size": 8, "save_every": 1} | train,
         "output": str(folder / output),
     }
@@ -284,9 +276,9 @@ def memory_table(found: dict[str, Any]) -> list[str]:
         "## Memory",
         "",
         f"A Llama of {whole / 2e9:.2f} B parameters in bfloat16 ({whole / megabyte:.0f} MB; its "
-        f"largest module {module / megabyte:.0f} MB), two links of rank 8 on all linear layers, "
-        "rows of some 15 tokens, 8 a step. Resident memory above that before loading, MB, in the "
-        "process that has most of it; in brackets, what is more than the share of the weights.",
+        f"largest module {module / megabyte:.0f} MB), a link of rank 8 on all linear layers, a "
+        "step of 16 tokens. Resident memory above that before loading, MB, in the process that has "
+        "most of it; in brackets, what is more than the share of the weights.",
         "",
         "| processes | share | after loading | most while loading | most in a step "
         "| most at a knot | share + one module |",

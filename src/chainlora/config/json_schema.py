@@ -67,6 +67,7 @@ def _take_short_forms(properties: Mapping[str, dict[str, Any]]) -> None:
     quantisation."""
     top, chain, train = (properties[name] for name in ("RunConfig", "ChainConfig", "TrainConfig"))
     chain["knots"]["anyOf"].append({"const": "auto"})
+    train["speedups"].pop("type")
     train["speedups"]["enum"] += [True, False]  # YAML reads a bare `off` so
     name = {"type": "string"}
     section = {
