@@ -187,7 +187,7 @@ def differences(comparisons: Sequence[Comparison], *, width: float = 6.5) -> Any
     sizes = [1 + len(group) for group in units.values()]
     figure, axes = plt.subplots(
         len(units),
-        figsize=(width, 0.9 * len(units) + 0.28 * sum(sizes)),
+        figsize=(width, (0.9 if width > 5 else 1.3) * len(units) + 0.28 * sum(sizes)),
         height_ratios=sizes,
         squeeze=False,
         layout="constrained",
