@@ -155,8 +155,8 @@ def _variable(found: re.Match[str]) -> str:
 
 def _own_ids(svg: str) -> str:
     """Drop ids that nothing refers to, and mark the others, which each page makes its own."""
-    used = set(re.findall(r'(?:url\(#|href="#)([\w-]+)', svg))
-    svg = re.sub(r' id="([\w-]+)"', lambda m: f' id="{OWN}{m[1]}"' if m[1] in used else "", svg)
+    used = set(re.findall(r'(?:url\(#|href="#)([^)"]+)', svg))
+    svg = re.sub(r' id="([^"]+)"', lambda m: f' id="{OWN}{m[1]}"' if m[1] in used else "", svg)
     svg = re.sub(r'(url\(#|href="#)', rf"\1{OWN}", svg)
     return re.sub(r">\s+<", "><", svg)
 
