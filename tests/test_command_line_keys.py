@@ -35,12 +35,19 @@ VALUES: dict[str, dict[str, Any]] = {
     "chain.train_factors": {"chain.train_factors": "B"},
     "chain.epochs": {"chain.epochs": "[0.5, 0.25]", "chain.steps": "null"},
     "chain.steps": {"chain.steps": "[1, 2]"},
+    "chain.tokens": {"chain.tokens": "[500, 300]", "chain.steps": "null"},
+    "chain.minutes": {"chain.minutes": "[0.001, 0.001]", "chain.steps": "null"},
+    "chain.plateau": {"chain.plateau.patience": "2"},
+    "chain.plateau.of": {"chain.plateau.of": "loss"},
+    "chain.plateau.patience": {"chain.plateau.patience": "1"},
+    "chain.plateau.min_change": {"chain.plateau.min_change": "0.5"},
     "chain.hold": {"chain.hold": "carried"},
     "chain.tune": {"chain.tune": "full"},
     "chain.knots": {"chain.knots": "auto"},
     "chain.knots.every": {"chain.knots.every": "1"},
     "chain.knots.share": {"chain.knots.share": "0.5", "chain.knots.every": "1"},
     "chain.knots.time_constant": {"chain.knots.time_constant": "3"},
+    "chain.knots.follow_rate": {"chain.knots.follow_rate": "true", "chain.knots.every": "1"},
     "chain.knots.moments": {"chain.knots.moments": "new", "chain.knots.every": "1"},
     "data.num_train": {"data.num_train": "16"},
     "data.num_validation": {"data.num_validation": "4"},
@@ -75,12 +82,15 @@ VALUES: dict[str, dict[str, Any]] = {
     "train.early_stop": {"train.early_stop": "1"},
     "train.accept_links": {"train.accept_links": "better"},
     "train.save_every": {"train.save_every": "1"},
+    "train.log_every": {"train.log_every": "1"},
+    "train.shard": {"train.shard": "fsdp2"},
     "train.gradient_checkpointing": {"train.gradient_checkpointing": "true"},
     "train.speedups": {"train.speedups": "off"},
 }
 # Where the rows and the model come from: given in every run of this file.
 GIVEN = {"model", "output", "train.trackers", "data.task", "data.dir", "data.format"}
 GIVEN |= {"data.train", "data.validation", "data.test", "data.num_test"}
+GIVEN |= {"data.chat_template", "data.template_arguments"}  # test_data_templates.py
 GIVEN |= {"quantize"}  # test_quantized.py, where its packages are
 
 

@@ -31,7 +31,7 @@ class Machine:
     """What a process computes and moves in a second: numbers to replace by those at hand."""
 
     matmul: float = 4e14  # FLOP/s sustained in bfloat16: 40 % of an H100's peak
-    host: float = 2e10  # bytes/s of a process's host memory
+    host: float = 1e10  # bytes/s of host memory that a process merges at, on one thread
     disk: float = 2e9  # bytes/s of a checkpoint read for the first time
 
 
@@ -333,18 +333,19 @@ def check_memory(runs: Any) -> list[tuple[str, float, float]]:
 
 
 def check_knot() -> tuple[str, float, float]:
-    """Compare the seconds of a knot with this machine's memory, on one thread: processor time."""
+    """Compare the seconds of a knot with the rate at which one block is widened and merged into,
+    on one thread: processor time."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from chainlora import Chain, LinkConfig
 
     torch.set_num_threads(1)
-    block = torch.ones(2**25)
+    block, b, a = torch.ones(4096, 4096).bfloat16(), torch.ones(4096, 8), torch.ones(8, 4096)
     began = time.process_time()
     for _ in range(3):
-        block.mul_(1.0)
-    host = 3 * 2 * block.nbytes / (time.process_time() - began)
+        block.float().addmm_(b, a)
+    host = 3 * (BF16 + 3 * F32) * block.numel() / (time.process_time() - began)
     shape = Shape("wide", 2, 2048, 5504, 16, 16, 256)
     config = LlamaConfig(
         vocab_size=256,
