@@ -178,15 +178,17 @@ def test_merged_weights_are_quantised_by_name_and_the_loss_is_said(
     before, _ = load_model(tiny_folder, torch.float32, quantize="nf4")
     pairs = (dict(m.named_modules()) for m in (model, before))
     (base, merged), (now, then) = map(weights_of, (tiny_folder, tmp_path / "merged")), pairs
-    wrong = whole_update = 0.0
+    arrived = wrong = whole_update = 0.0
     for name, module in now.items():
         if is_quantized(module):
             delta = merged[f"{name}.weight"] - base[f"{name}.weight"]
             found = dequantized(module) - dequantized(then[name])
+            arrived += float((found * delta).sum())
             wrong += float((found - delta).square().sum())
             whole_update += float(delta.square().sum())
-    assert told["lost"] == pytest.approx((wrong / whole_update) ** 0.5, rel=1e-3)
-    assert told["lost"] > 0.05  # an update of some percent, of weights with 16 levels
+    assert told["lost"] == pytest.approx(1 - arrived / whole_update, abs=1e-3)
+    assert told["noise"] == pytest.approx((wrong / whole_update) ** 0.5, rel=1e-3)
+    assert told["noise"] > 0.05  # an update of some percent, of weights with 16 levels
     assert f"{told['lost']:.0%} of the update is lost" in (out / "README.md").read_text()
 
 

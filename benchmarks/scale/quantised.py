@@ -58,6 +58,7 @@ def losses(folder: Path) -> dict[str, Any]:
         "carried": result["metrics"]["validation"]["loss"],
         "changes at knots": [e.function_change for e in events if e.name == "knot"],
         "lost": told["lost"],
+        "noise": told["noise"],
     }
     merged, tokenizer = load_run(folder / "run")
     again, _ = load_model(folder / "nf4", torch.float32)

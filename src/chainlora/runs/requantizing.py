@@ -1,17 +1,17 @@
 """A merged chain in four bits again: what its owner asks for by name, and what that loses.
 
 A link moves a weight by about a percent; a 4-bit weight has 16 levels in a block. So quantising the
-merged weights drops part of the update, and this part is measured, over all adapted modules:
+merged weights loses part of the update and adds rounding. Both are measured over all adapted
+modules, with Q quantised and dequantised, and ΔQ = Q(W_0 + ΔW) − Q(W_0):
 
-    lost = ‖(Q(W_0 + ΔW) − Q(W_0)) − ΔW‖ / ‖ΔW‖
-
-with Q quantised and dequantised: 0 where all of the update arrives, 1 where as much is wrong as
-there was to add.
+    lost = 1 − ⟨ΔQ, ΔW⟩ / ‖ΔW‖²      of the update: what does not arrive
+    noise = ‖ΔQ − ΔW‖ / ‖ΔW‖         rounding, in sizes of the update
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -55,7 +55,7 @@ def export_quantized(
         dtype = getattr(torch, done["dtype"])
         model, tokenizer = load_model(merged, dtype, quantize=kind)
     before, _ = load_model(manifest.base.model, dtype, quantize=kind)
-    lost = lost_update(model, before, links)
+    lost, noise = lost_update(model, before, links)
     with files.replaced_folder(output) as folder:
         try:
             model.save_pretrained(folder)
@@ -66,7 +66,8 @@ def export_quantized(
         named = naming.base or manifest.base.model
         card = Card(
             f"`{named}` with a chain of {len(links)} LoRA link(s) merged into its "
-            f"weights, which were then quantised ({kind}): {lost:.0%} of the update is lost.",
+            f"weights, which were then quantised ({kind}): {lost:.0%} of the update is lost, under "
+            f"rounding of {noise:.1f} times its size.",
             named,
             "transformers",
             links,
@@ -75,16 +76,20 @@ def export_quantized(
             story=story_of(run),
         )
         write_card(folder, card)
-    return done | {"output": str(output), "quantize": kind, "lost": lost}
+    return done | {"output": str(output), "quantize": kind, "lost": lost, "noise": noise}
 
 
 @torch.no_grad()
-def lost_update(model: Any, before: Any, links: list[Link]) -> float:
-    """Return what of the links' update is lost between two quantised models, relative."""
-    wrong, whole = [], []
+def lost_update(model: Any, before: Any, links: Sequence[Link]) -> tuple[float, float]:
+    """Return what of the links' update is lost between two quantised models, and the rounding."""
+    arrived, wrong, whole = [], [], []
     for name, factors in stack_links(links).items():
         delta = factors.b @ factors.a
         found = dequantized(model.get_submodule(name)) - dequantized(before.get_submodule(name))
+        arrived.append(float((found * delta).sum()))
         wrong.append(float((found - delta).square().sum()))
         whole.append(float(delta.square().sum()))
-    return math.sqrt(math.fsum(wrong) / math.fsum(whole)) if any(whole) else 0.0
+    total = math.fsum(whole)
+    if not total:
+        return 0.0, 0.0
+    return 1 - math.fsum(arrived) / total, math.sqrt(math.fsum(wrong) / total)
