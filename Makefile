@@ -12,7 +12,7 @@ demo: $(VENV)/.ready
 	$(BIN)/chainlora demo --output demo-run
 
 test: $(VENV)/.ready
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --maxprocesses 4
 
 # Every causal language model of transformers, some fifteen minutes; `test` has a sample of it.
 matrix: $(VENV)/.ready
@@ -28,8 +28,7 @@ types: $(VENV)/.ready
 check: test lint types
 
 # The documents as a site, in build/site; every warning and every broken link is an error.
-site: $(VENV)/.ready
-	$(BIN)/python -m pip install --quiet -e '.[docs]'
+site: $(VENV)/.docs
 	$(BIN)/python site/build.py build/site
 
 # What each config key means, from docs/config.md into the package, for `chainlora schema`.
@@ -52,6 +51,10 @@ dist: $(VENV)/.ready
 	$(BIN)/python -m pip install --quiet build twine
 	$(BIN)/python -m build
 	$(BIN)/python -m twine check --strict dist/*
+
+$(VENV)/.docs: $(VENV)/.ready
+	$(BIN)/python -m pip install --quiet -e '.[docs]'
+	@touch $@
 
 $(VENV)/.ready: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

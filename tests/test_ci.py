@@ -38,7 +38,7 @@ def recipe_lines() -> list[str]:
     install = MAKEFILE.partition("$(VENV)/.ready: ")[2].partition("\n\n")[0]
     test = MAKEFILE.partition("\ntest: ")[2].partition("\n\n")[0]
     lines = [*install.splitlines(), *test.splitlines()]
-    return [line for line in lines if " -m pip " in line or line.endswith(" -m pytest")]
+    return [line for line in lines if " -m pip " in line or " -m pytest " in line]
 
 
 def test_unix_alone_is_asked_for_resources():
