@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+
 import pytest
+import yaml
 from experiment_cases import tree
 
+from chainlora.data.preparing import IN_MEMORY
 from chainlora.errors import ConfigError
 from chainlora.experiments import make_experiment, run_cells
 from chainlora.experiments.execution.progress import time_left
@@ -63,6 +70,43 @@ def test_auto_starts_with_one_cell(tiny_folder, sentiment, tmp_path, monkeypatch
     assert (outcome.num_run, outcome.failed) == (4, {})
     assert numbers[True] == {1}
     assert max(numbers[False]) == 3
+
+
+def test_a_large_file_is_encoded_by_processes_of_a_worker(tiny_folder, tmp_path):
+    """A worker reads its standard input in a thread. Processes that it forks to encode rows close
+    theirs, and once waited for ever for the lock of that read."""
+    rows = [{"prompt": f"good {k}", "completion": " film"} for k in range(IN_MEMORY + 1)]
+    for name in ("train", "test"):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        rows = rows[:8]
+    file = tmp_path / "experiment.yaml"
+    base = {
+        "model": str(tiny_folder),
+        "recipe": {"rank": 2, "steps": 1, "scaling": 2},
+        "data": {name: str(tmp_path / f"{name}.jsonl") for name in ("train", "test")},
+        "chain": {"target_modules": ["q_proj"]},
+        "train": {"batch_size": 2, "eval_at_knots": False},
+    }
+    small = {
+        "name": "large",
+        "base": base,
+        "tasks": {"own": {"data": {"task": None}}},
+        "methods": ["lora"],
+        "seeds": [0],
+    }
+    file.write_text(yaml.safe_dump(small | {"curve_points": 0}))
+    command = [sys.executable, "-m", "chainlora", "experiment", "run", file, "--output"]
+    done = subprocess.run(
+        [*command, tmp_path / "out"],
+        env=os.environ | {"CHAINLORA_CACHE": str(tmp_path / "cache")},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=180,  # seconds; some ten are enough on two cores
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert len((tmp_path / "out/results.jsonl").read_text().splitlines()) == 2
 
 
 @pytest.mark.parametrize(
