@@ -63,7 +63,14 @@ def _prepare(
     accelerator: Accelerator,
     processes: Processes,
 ) -> Run:
-    _check_config(config, resume, processes)
+    if config.chain.tune == "full" and resume:
+        raise ConfigError(
+            "full fine-tuning cannot resume (its optimizer state is not saved); start over"
+        )
+    if processes.shares_model:
+        check_shards(config)
+    check_optimizer(config, accelerator.device)
+    _check_share(config, processes)
     with processes.in_turn():
         if directory is not None:
             directory.open(config, resume=resume, change=change)
@@ -111,18 +118,6 @@ def _prepare(
         engine.close()
         raise
     return run
-
-
-def _check_config(config: RunConfig, resume: bool, processes: Processes) -> None:
-    """Refuse what config and processes alone tell, before anything is loaded."""
-    if config.chain.tune == "full" and resume:
-        raise ConfigError(
-            "full fine-tuning cannot resume (its optimizer state is not saved); start over"
-        )
-    if processes.shares_model:
-        check_shards(config)
-    check_optimizer(config, processes.device)
-    _check_share(config, processes)
 
 
 def _load_model(config: RunConfig, processes: Processes) -> tuple[Any, Any]:
