@@ -34,7 +34,7 @@ def test_the_container_copies_what_an_install_needs():
     copied = {
         word for line in re.findall(r"^COPY (.+) \S+$", text, re.MULTILINE) for word in line.split()
     }
-    assert copied == {"pyproject.toml", "README.md", "LICENSE", "src"}
+    assert copied == {"pyproject.toml", "setup.py", "README.md", "LICENSE", "src"}
     assert [name for name in copied if not (ROOT / name).exists()] == []
 
 
