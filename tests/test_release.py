@@ -69,3 +69,18 @@ def completed(words: str) -> list[str]:
 def test_a_shell_completes_commands_and_options():
     assert completed("chainlora ex") == ["experiment", "export"]
     assert {"--rank", "--to"} <= set(completed("chainlora export --"))
+
+
+def test_the_text_for_an_index_has_no_link_into_the_repository():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    shown = runpy.run_path(str(ROOT / "setup.py"))["for_an_index"](text)
+    links = re.findall(r"\]\(([^)]+)\)", shown)
+    assert links
+    assert [link for link in links if not link.startswith("https://")] == []
+    assert "([decision 1](docs" in text
+    assert "(decision 1)" in shown
+
+
+def test_lowest_versions_reach_into_extras_of_extras():
+    lowest = runpy.run_path(str(ROOT / ".ci/lowest.py"))["lowest"]
+    assert {line.partition("==")[0] for line in lowest(["test"])} >= {"gguf", "scipy", "pytest"}

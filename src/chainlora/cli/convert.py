@@ -13,8 +13,11 @@ from chainlora.errors import ConfigError
 @click.argument("file", required=False, type=click.Path())
 @click.option("--keys", is_flag=True, help="Print the table of known keys instead.")
 def convert_config(file: str | None, keys: bool) -> None:
-    """Print our YAML for a config of Axolotl, LLaMA-Factory, TRL, Trainer or PEFT (flat YAML or
-    JSON), with a comment for each key that has no equivalent."""
+    """Rewrite a config of another tool as one of ours.
+
+    FILE is a config of Axolotl, LLaMA-Factory, TRL, Trainer or PEFT, in flat YAML or JSON. What is
+    printed is YAML, with a comment for each key that has no equivalent.
+    """
     from chainlora.config.foreign import converted_text, foreign_keys, keys_page
     from chainlora.config.loading import make_config, parse_yaml, read_tree
 

