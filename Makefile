@@ -65,4 +65,4 @@ $(VENV)/.ready: pyproject.toml
 	@touch $@
 
 clean:
-	rm -rf $(VENV) demo-run
+	rm -rf $(VENV) demo-run build dist

@@ -71,21 +71,28 @@ def start_page_for_readme(text: str, page: Path) -> str:
 
 def toctrees(nav: dict[str, list[str | dict[str, str]]], source: Path) -> str:
     """Return the navigation as Sphinx reads it."""
+    named = {page for entries in nav.values() for each in entries for page in pages_named(each)}
     blocks = []
     for caption, entries in nav.items():
-        listed = "\n".join(dict.fromkeys(line for each in entries for line in expand(each, source)))
+        listed = "\n".join(line for each in entries for line in expand(each, source, named))
         blocks.append(f"```{{toctree}}\n:hidden:\n:caption: {caption}\n\n{listed}\n```\n")
     return "\n".join(blocks)
 
 
-def expand(entry: str | dict[str, str], source: Path) -> list[str]:
+def pages_named(entry: str | dict[str, str]) -> list[str]:
+    """Return the pages that an entry of the navigation names itself."""
+    return list(entry.values()) if isinstance(entry, dict) else [entry]
+
+
+def expand(entry: str | dict[str, str], source: Path, named: set[str]) -> list[str]:
     """Return the pages that an entry of the navigation stands for, with its title if it has one."""
     if isinstance(entry, dict):
         return [f"{title} </{page}>" for title, page in entry.items()]
     if not entry.endswith("*"):
         return [f"/{entry}"]
     found = sorted((source / entry).parent.rglob("*.md"))
-    return [f"/{file.relative_to(source).with_suffix('').as_posix()}" for file in found]
+    pages = [file.relative_to(source).with_suffix("").as_posix() for file in found]
+    return [f"/{page}" for page in pages if page not in named]
 
 
 # --- reference ---

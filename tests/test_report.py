@@ -221,7 +221,7 @@ def test_the_page_of_an_experiment(tmp_path):
     assert tmp_path / "report.html" in report.files
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     lead = re.findall(r'<p class="lead">(.*?)</p>', page)
-    assert lead[0].startswith("Chain3 is better than lora over all tasks: +2.05 (95 % interval ")
+    assert lead[0].startswith("chain3 is better than lora over all tasks: +2.05 (95 % interval ")
     assert len(page.encode()) < 3e6
     heads, *rows = table(page, "Scores: wsc")
     assert heads == ["", "seeds", "mean", "paper", "commonest answer"]

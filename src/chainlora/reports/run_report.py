@@ -150,10 +150,11 @@ def _tiles(run: RunFacts) -> list[tuple[str, str]]:
             (f"{name} after", _score(name, known[-1][name] if final is None else final)),
         ]
     majority = result.get("metrics", {}).get("validation", {}).get("majority")
+    if majority is not None:
+        found.append(("commonest answer", _score("accuracy", majority)))
     chain = run.inspection["chain"]
     return [
         *found,
-        ("always the commonest", _NONE if majority is None else _score("accuracy", majority)),
         ("steps", f"{run.manifest.position.step:,}"),
         ("time", _duration(run.manifest.position.seconds)),
         ("parameters trained", _whole(result.get("trainable_parameters"))),

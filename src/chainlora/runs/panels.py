@@ -105,7 +105,8 @@ def draw_loss(
             label="validation",
         )
     axes.set_ylabel("loss")
-    for handle in axes.legend(loc="upper right", ncols=3).get_lines():
+    narrow = {"fontsize": 9, "handlelength": 1.4, "columnspacing": 1.0, "handletextpad": 0.5}
+    for handle in axes.legend(loc="upper right", ncols=3, **narrow).get_lines():
         handle.set(alpha=1, linewidth=1.8)
     _keep_room(axes, losses[len(losses) // 50 :] + [r["loss"] for r in held_out])
 
@@ -146,6 +147,9 @@ def draw_scores(axes: Any, evals: Sequence[Record], names: Sequence[str]) -> Non
         axes.set_ylabel("validation")
         axes.legend(loc="best")
     axes.margins(y=0.25)
+    if fractions:  # room for the labels, but no tick beyond all of them
+        low, high = axes.get_ylim()
+        axes.set_ylim(max(low, -0.09), min(high, 1.09))
 
 
 def _label_points(axes: Any, evals: Sequence[Record], name: str, form: str) -> None:
@@ -156,7 +160,7 @@ def _label_points(axes: Any, evals: Sequence[Record], name: str, form: str) -> N
             (r["step"], r[name]),
             (0, 8),
             textcoords="offset points",
-            ha="center",
+            ha="center" if r["step"] else "left",  # not over the axis
             fontsize=8.5,
             color="#222222",
             bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1},
@@ -169,7 +173,7 @@ def draw_rate(axes: Any, steps: Sequence[Record]) -> None:
         points = [(r["step"], r.get("learning_rate", math.nan)) for r in steps if r["link"] == link]
         axes.plot(*zip(*points, strict=True), color=PURPLE, linewidth=1.5)
     axes.set_ylabel("learning\nrate")
-    axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.4g}")
     axes.set_ylim(bottom=0)
 
 

@@ -92,6 +92,7 @@ def _by_method(
         for place, summary in enumerate(own):
             _draw_method(axis, place, results, summary)
         _decorate(axis, task, own[0])
+        axis.set_xlim(-0.5, len(own) - 0.5)
         axis.set_xticks(
             range(len(own)), [label(s) for s in own], rotation=60, ha="right", fontsize=8
         )
@@ -204,6 +205,7 @@ def differences(comparisons: Sequence[Comparison], *, width: float = 6.5) -> Any
             for c in group
         ]
         axis.set_yticks(range(len(names)), names, fontsize=8)
+        axis.set_ylim(-0.6, len(names) - 0.4)
         axis.axvline(0, color="black", linewidth=0.8)
         axis.set_xlabel(
             f"difference in {group[0].value} ({unit}), right is better\n(95 % interval)", fontsize=9

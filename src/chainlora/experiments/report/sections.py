@@ -80,7 +80,8 @@ def headline(comparisons: Sequence[Comparison]) -> str:
         return "Nothing is compared yet."
     if len(chosen) == 1:
         said = sentence(chosen[0])
-        return f"{said[0].upper()}{said[1:]}."
+        starts_with_a_name = said.startswith(f"{chosen[0].method} is ")
+        return f"{said if starts_with_a_name else said[0].upper() + said[1:]}."
     place = " over all tasks" if chosen[0].task == OVERALL else ""
     counts = []
     for verdict in VERDICTS:
