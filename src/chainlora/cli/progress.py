@@ -14,6 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from chainlora.runs.inspection import inspect_run
+from chainlora.training.progress import console_of_bars
 
 
 @contextmanager
@@ -26,7 +27,7 @@ def evaluation_progress() -> Iterator[Callable[[int, int], None]]:
         BarColumn(bar_width=24),
         TextColumn("{task.completed}/{task.total}"),
         TimeRemainingColumn(),
-        console=console,
+        console=console_of_bars(console),
         disable=not console.is_terminal,
         transient=True,
     )

@@ -41,6 +41,12 @@ def progress_listener(log_every: int | None = None) -> Iterator[Listener]:
         listener.bar.stop()
 
 
+def console_of_bars(console: Console) -> Console:
+    """Return the console that bars are drawn on: a silent one where they are disabled, for which
+    rich before 14.3 writes an empty line."""
+    return console if console.is_terminal else Console(quiet=True)
+
+
 class _Listener:
     def __init__(self, log_every: int | None) -> None:
         # A notebook is no terminal: what rich would draw there needs widgets, lines do not.
@@ -54,7 +60,7 @@ class _Listener:
             TextColumn("lr {task.fields[rate]:.1e}"),
             TextColumn("{task.fields[speed]:.0f} tokens/s"),
             TimeRemainingColumn(),
-            console=self.console,
+            console=console_of_bars(self.console),
             disable=not self.console.is_terminal,
         )
         self.encoding = Progress(
@@ -62,7 +68,7 @@ class _Listener:
             BarColumn(bar_width=24),
             TextColumn("{task.fields[rows]:,} rows"),
             TimeRemainingColumn(),
-            console=self.console,
+            console=console_of_bars(self.console),
             disable=not self.console.is_terminal,
             transient=True,
         )

@@ -9,6 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from chainlora.training.progress import console_of_bars
+
 
 def time_left(
     done: Sequence[tuple[str, float]],
@@ -49,7 +51,7 @@ class _Listener:
             TextColumn("{task.completed:.1f}/{task.total}"),
             TextColumn("{task.fields[left]} left"),
             TextColumn("{task.fields[now]}"),
-            console=self.console,
+            console=console_of_bars(self.console),
             disable=not self.console.is_terminal,
         )
         self.done: list[tuple[str, float]] = []
