@@ -14,18 +14,22 @@ autocast.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.activations import SiLUActivation
 
-from chainlora.engine.attention import LAYOUT, Layout, Rows, attend, packed_name
+from chainlora.engine.attention import LAYOUT, attend, packed_name
+from chainlora.engine.blocks import Attention, Mlp, attention_block, mlp_block
 from chainlora.engine.float32 import widened
-from chainlora.engine.fused import MlpBlock, RmsNorm, Rotary, SwiGlu, Turn, make_turn
-from chainlora.engine.patching import Patches, replacement
+from chainlora.engine.fused import RmsNorm, Rotary, SwiGlu, Turn, make_turn
+from chainlora.engine.layout import Layout, Rows
+from chainlora.engine.lora_layer import is_lora_layer, projection_of
+from chainlora.engine.patching import Patches, installed, replacement
 from chainlora.engine.probes import Calls, first_line, probing
+from chainlora.engine.projection import Projection
 from chainlora.models.modes import evaluation_mode, training_mode
 from chainlora.models.shards import whole
 from chainlora.models.text_config import base_model, text_config
@@ -181,16 +185,6 @@ def _ready(layer: Any, hidden: Tensor) -> bool:
     )
 
 
-def _plain(linear: nn.Module) -> bool:
-    return (
-        type(linear) is nn.Linear
-        and linear.bias is None
-        and not linear.weight.requires_grad
-        and type(linear.weight) is nn.Parameter
-        and _quiet(linear)
-    )
-
-
 @replacement
 def _forward(layer: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     layout, rotary = kwargs.get(LAYOUT), kwargs.get("position_embeddings")
@@ -225,8 +219,18 @@ def _compute(
     layer: Any, x: Tensor, layout: Layout, rotary: tuple[Tensor, Tensor], rows: Rows | None
 ) -> Tensor:
     """Return the layer's output at `rows` (None: all), from x [T, d]."""
+    return _mlp(layer, _attention(layer, x, layout, _turn(layout, rotary), rows))
+
+
+def _attention(layer: Any, x: Tensor, layout: Layout, turn: Turn, rows: Rows | None) -> Tensor:
     attention, norm = layer.self_attn, layer.input_layernorm
-    turn = _turn(layout, rotary)
+    dropout = getattr(attention, "attention_dropout", 0.0) if layer.training else 0.0
+    parts = attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj
+    own = _projections(parts, x.dtype)
+    if own and layout.by_matmul and not dropout:
+        eps = norm.variance_epsilon
+        half = Attention(norm.weight, eps, own, attention.scaling, turn, layout, rows)
+        return attention_block(x, half)
     size = turn.cos.shape[-1]
     normed = RmsNorm.apply(x, norm.weight, norm.variance_epsilon)
     key = Rotary.apply(attention.k_proj(normed).unflatten(-1, (-1, size)), *turn)
@@ -236,9 +240,39 @@ def _compute(
         turn = Turn(*(table.index_select(0, rows.index) for table in turn))
         layout = rows.layout
     query = Rotary.apply(attention.q_proj(normed).unflatten(-1, (-1, size)), *turn)
-    dropout = getattr(attention, "attention_dropout", 0.0) if layer.training else 0.0
     mixed = attend(query, key, value, layout, attention.scaling, dropout)
-    return _mlp(layer, x + attention.o_proj(mixed.flatten(-2)))
+    return x + attention.o_proj(mixed.flatten(-2))
+
+
+def _mlp(layer: Any, x: Tensor) -> Tensor:
+    mlp, norm = layer.mlp, layer.post_attention_layernorm
+    if own := _projections((mlp.gate_proj, mlp.up_proj, mlp.down_proj), x.dtype):
+        return mlp_block(x, Mlp(norm.weight, norm.variance_epsilon, own))
+    normed = RmsNorm.apply(x, norm.weight, norm.variance_epsilon)
+    return x + mlp.down_proj(SwiGlu.apply(mlp.gate_proj(normed), mlp.up_proj(normed)))
+
+
+def _projections(modules: Iterable[nn.Module], dtype: torch.dtype) -> list[Projection] | None:
+    """Return what the modules compute, None where one of them needs its own forward."""
+    found = []
+    for module in modules:
+        own = _projection(module)
+        if own is None or own.weight.dtype != dtype:
+            return None
+        found.append(own)
+    return found
+
+
+def _projection(module: Any) -> Projection | None:
+    if not _quiet(module):
+        return None
+    if is_lora_layer(module):
+        return projection_of(module) if installed(module) else None
+    if type(module) is not nn.Linear or type(module.weight) is not nn.Parameter:
+        return None
+    if any(parameter.requires_grad for parameter in module.parameters()):
+        return None
+    return Projection(module.weight, module.bias)
 
 
 def _turn(layout: Layout, rotary: tuple[Tensor, Tensor]) -> Turn:
@@ -250,14 +284,3 @@ def _turn(layout: Layout, rotary: tuple[Tensor, Tensor]) -> Turn:
         turn = make_turn(cos[0], sin[0])
         layout.plans[_TURN] = cos, turn
     return turn
-
-
-def _mlp(layer: Any, x: Tensor) -> Tensor:
-    mlp, norm = layer.mlp, layer.post_attention_layernorm
-    linears = (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
-    if all(_plain(linear) for linear in linears):
-        return MlpBlock.apply(
-            x, norm.weight, norm.variance_epsilon, *(linear.weight for linear in linears)
-        )
-    normed = RmsNorm.apply(x, norm.weight, norm.variance_epsilon)
-    return x + mlp.down_proj(SwiGlu.apply(mlp.gate_proj(normed), mlp.up_proj(normed)))
