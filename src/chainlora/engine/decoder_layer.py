@@ -2,14 +2,15 @@
 is the same.
 
 The layer is Llama's (also Mistral's, Qwen2's and SmolLM's): pre-norm, rotary attention, SwiGLU. Its
-element-wise parts become autograd functions (`fused`), attention reads the packed row without
+two halves become one autograd function each (`blocks`), attention reads the packed row without
 transposes, and the last layer computes queries and MLP only for the rows whose hidden states are
-used. Projections stay the model's own modules, so LoRA, hooks and quantised layers on them work as
-ever.
+used. Where a projection is more than a frozen matrix with a LoRA (quantised, hooked, under dropout),
+or attention is not by matmuls, only the element-wise parts do (`fused`), and projections stay the
+model's own modules.
 
 The layer's own forward runs whenever something is different from what the probe saw: no packed
-layout, gradient checkpointing, a hook on an inner module, a trained norm or bias, another dtype,
-autocast.
+layout, a hook on an inner module, a trained norm or bias, another dtype, autocast. Under gradient
+checkpointing each layer keeps its input alone, and the fast forward runs again in backward.
 """
 
 from __future__ import annotations
@@ -180,7 +181,6 @@ def _ready(layer: Any, hidden: Tensor) -> bool:
     return (
         all(_quiet(module) for module in bypassed)
         and not any(w.requires_grad or w.dtype != hidden.dtype for w in norms)
-        and not (layer.training and getattr(layer, "gradient_checkpointing", False))
         and not torch.is_autocast_enabled(hidden.device.type)
     )
 
