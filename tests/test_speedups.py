@@ -11,6 +11,7 @@ import torch
 from conftest import tiny_model
 from forwards import Path, accelerate_lora, accelerate_model, hidden_states, restore
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
@@ -217,10 +218,19 @@ def test_steps_aside(change: Callable[[nn.Module, list[str]], None]) -> None:
         torch.testing.assert_close(fast_grads[name], grad, rtol=1e-4, atol=1e-5)
 
 
-def test_gradient_checkpointing_runs_the_fast_layers_again() -> None:
+@pytest.mark.parametrize("hooked", [False, True])  # hooked, the layer runs its own forward
+def test_gradient_checkpointing_keeps_the_input_of_a_half_alone(hooked: bool) -> None:
     model = with_lora(tiny_model("llama", dtype=torch.float64), torch.float64, ["q_proj", "v_proj"])
+    for layer in model.model.layers:
+        layer.mlp.down_proj.register_forward_hook(lambda *_: None) if hooked else None
     model.gradient_checkpointing_enable()
     assert_equal_to_plain(model.train(), tree_batch(), torch.float64)
+    accelerate_model(model)
+    sizes: list[int] = []
+    with saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
+        hidden_states(model, tree_batch(), path=Path.PACKED)
+    # the MLP's width is twice that of a row
+    assert max(sizes) <= tree_batch().num_tokens * model.config.hidden_size
 
 
 def test_the_last_layer_computes_needed_rows_alone() -> None:
@@ -269,8 +279,9 @@ def projections(*shapes: tuple[int, int]) -> list[Projection]:
 
 
 @pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("again", [False, True])
 @pytest.mark.parametrize("trimmed", [False, True])
-def test_gradients_of_the_halves_of_a_layer(trimmed: bool, first: bool) -> None:
+def test_gradients_of_the_halves_of_a_layer(trimmed: bool, again: bool, first: bool) -> None:
     """`first`: the first layer's input wants no gradient."""
     torch.manual_seed(0)
     rows = torch.tensor([1, 4, 5]) if trimmed else None
@@ -283,8 +294,8 @@ def test_gradients_of_the_halves_of_a_layer(trimmed: bool, first: bool) -> None:
 
     def both(x: Tensor, *_: Tensor) -> Tensor:
         half = Attention(norm, 1e-5, attention, 0.6, turn, layout, layout.rows)
-        x = attention_block(x, half)
-        return mlp_block(x, Mlp(norm, 1e-5, mlp))
+        x = attention_block(x, half, again=again)
+        return mlp_block(x, Mlp(norm, 1e-5, mlp), again=again)
 
     norm = fixed(5)
     torch.autograd.gradcheck(both, (fixed(6, 5) if first else leaf(6, 5), *wanted))

@@ -139,7 +139,8 @@ def _long_files(
             completion += f"\n\n{shown[-1].prompt}{shown.pop().completion}"
         letters = int(num_tokens * _LETTERS_A_TOKEN) - len(prompt)
         pairs.append({"prompt": prompt, "completion": completion[:letters]})
-    ordered = [pairs[i] for i in _order(num_rows, batch_size)]
+    plain = {"candidates": [], "label": None}
+    ordered = [pairs[i] | plain for i in _order(num_rows, batch_size)]
     return {
         "rows": _write(folder / "rows.jsonl", pairs),
         "ordered": _write(folder / "ordered.jsonl", ordered),

@@ -4,6 +4,8 @@ Both add something to a row x [T, d]: attention ``o(attend(q(n), k(n), v(n)))`` 
 ``D(silu(G n) · U n)``, with ``n = rmsnorm(x)``. Projections are frozen maps with or without a LoRA
 (`projection`). Composed of a function a part, the same half costs Python and autograd four times as
 many calls, which is what short rows wait for.
+
+With `again`, a half keeps its input alone and computes the rest again in backward.
 """
 
 from __future__ import annotations
@@ -51,30 +53,35 @@ class Mlp(NamedTuple):
     projections: Sequence[Projection]  # gate, up, down
 
 
-def attention_block(x: Tensor, half: Attention) -> Tensor:
+def attention_block(x: Tensor, half: Attention, *, again: bool = False) -> Tensor:
     """Return ``x + attention(x)`` [T, d], or [R, d] at `half.rows`."""
-    return _AttentionBlock.apply(x, half, *_factors(half.projections))
+    return _AttentionBlock.apply(x, half, again, *_factors(half.projections))
 
 
-def mlp_block(x: Tensor, half: Mlp) -> Tensor:
+def mlp_block(x: Tensor, half: Mlp, *, again: bool = False) -> Tensor:
     """Return ``x + mlp(x)`` [T, d]."""
-    return _MlpBlock.apply(x, half, *_factors(half.projections))
+    return _MlpBlock.apply(x, half, again, *_factors(half.projections))
 
 
 class _AttentionBlock(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, half: Attention, *factors: Tensor | None) -> Tensor:
-        ctx.half = half
+    def forward(
+        ctx: Any, x: Tensor, half: Attention, again: bool, *factors: Tensor | None
+    ) -> Tensor:
+        ctx.half, ctx.again = half, again
         ctx.own, ctx.wanted = _prepare(ctx, x, half.projections)
-        out, kept = _attention(x, half, ctx.own, keep=any(ctx.needs_input_grad))
-        ctx.save_for_backward(x, *kept)
+        out, kept = _attention(x, half, ctx.own, keep=any(ctx.needs_input_grad) and not again)
+        ctx.save_for_backward(x, *([] if again else kept))
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad, half, (q, k, v, o) = grads[0], ctx.half, ctx.own
-        x, normed, inverse, query, key, value, mixed, *rest = ctx.saved_tensors
+        x, *kept = ctx.saved_tensors
+        if ctx.again:
+            kept = _attention(x, half, ctx.own, keep=True)[1]
+        normed, inverse, query, key, value, mixed, *rest = kept
         downs, probabilities = rest[:4], rest[4:]
         normed_rows, turn, layout = _at_rows(normed, half)
         needs_x = ctx.needs_input_grad[0]
@@ -90,7 +97,7 @@ class _AttentionBlock(torch.autograd.Function):
         up_v, *of_v = factor_gradients(grad_v, normed, downs[2], v, ctx.wanted[2], needs_x)
         of_factors = (*of_q, *of_k, *of_v, *of_o)
         if not needs_x:
-            return None, None, *of_factors
+            return None, None, None, *of_factors
         total = input_gradient(input_gradient(None, grad_k, up_k, k), grad_v, up_v, v)
         if half.rows is None:
             input_gradient(total, grad_q, up_q, q)
@@ -99,7 +106,7 @@ class _AttentionBlock(torch.autograd.Function):
             total.index_add_(0, half.rows.index, input_gradient(None, grad_q, up_q, q))
             grad_x = normalise_backward(total, x, half.norm, inverse)
             grad_x.index_add_(0, half.rows.index, grad)
-        return grad_x, None, *of_factors
+        return grad_x, None, None, *of_factors
 
 
 def _attention(
@@ -135,18 +142,21 @@ def _at_rows(normed: Tensor, half: Attention) -> tuple[Tensor, Turn, Layout]:
 
 class _MlpBlock(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, half: Mlp, *factors: Tensor | None) -> Tensor:
-        ctx.half = half
+    def forward(ctx: Any, x: Tensor, half: Mlp, again: bool, *factors: Tensor | None) -> Tensor:
+        ctx.half, ctx.again = half, again
         ctx.own, ctx.wanted = _prepare(ctx, x, half.projections)
         out, kept = _mlp(x, half, ctx.own, ctx.wanted)
-        ctx.save_for_backward(x, *kept)
+        ctx.save_for_backward(x, *([] if again else kept))
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad, half, (gate, up, down) = grads[0], ctx.half, ctx.own
-        x, normed, inverse, gated, upped, active, *downs = ctx.saved_tensors
+        x, *kept = ctx.saved_tensors
+        if ctx.again:
+            kept = _mlp(x, half, ctx.own, ctx.wanted)[1]
+        normed, inverse, gated, upped, active, *downs = kept
         needs_x = ctx.needs_input_grad[0]
         inner = active * upped if ctx.wanted[2].a else None
         up_d, *of_down = factor_gradients(grad, inner, downs[2], down, ctx.wanted[2], True)
@@ -157,10 +167,14 @@ class _MlpBlock(torch.autograd.Function):
         up_u, *of_up = factor_gradients(grad_up, normed, downs[1], up, ctx.wanted[1], needs_x)
         of_factors = (*of_gate, *of_up, *of_down)
         if not needs_x:
-            return None, None, *of_factors
+            return None, None, None, *of_factors
         total = input_gradient(input_gradient(None, grad_gate, up_g, gate), grad_up, up_u, up)
-        grad_x = normalise_backward(total, x, half.norm, inverse).add_(grad)
-        return grad_x, None, *of_factors
+        return (
+            normalise_backward(total, x, half.norm, inverse).add_(grad),
+            None,
+            None,
+            *of_factors,
+        )
 
 
 def _mlp(
@@ -185,7 +199,7 @@ def _factors(projections: Sequence[Projection]) -> list[Tensor | None]:
 def _prepare(
     ctx: Any, x: Tensor, projections: Sequence[Projection]
 ) -> tuple[list[Computed], list[Wanted]]:
-    needs = ctx.needs_input_grad[2:]
+    needs = ctx.needs_input_grad[3:]
     return (
         [own.as_computed(x.dtype) for own in projections],
         [

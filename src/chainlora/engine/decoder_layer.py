@@ -4,13 +4,13 @@ is the same.
 The layer is Llama's (also Mistral's, Qwen2's and SmolLM's): pre-norm, rotary attention, SwiGLU. Its
 two halves become one autograd function each (`blocks`), attention reads the packed row without
 transposes, and the last layer computes queries and MLP only for the rows whose hidden states are
-used. Where a projection is more than a frozen matrix with a LoRA (quantised, hooked, under dropout),
+used. Where a projection is more than a frozen matrix with a LoRA (quantised, hooked, with dropout),
 or attention is not by matmuls, only the element-wise parts do (`fused`), and projections stay the
 model's own modules.
 
 The layer's own forward runs whenever something is different from what the probe saw: no packed
 layout, a hook on an inner module, a trained norm or bias, another dtype, autocast. Under gradient
-checkpointing each layer keeps its input alone, and the fast forward runs again in backward.
+checkpointing the halves keep their input alone and compute the rest again in backward.
 """
 
 from __future__ import annotations
@@ -137,7 +137,8 @@ def _probe(layer: Any, hidden: Tensor, kwargs: dict[str, Any], training: bool) -
 
 
 def _fast_forward(layer: Any, hidden: Tensor, **kwargs: Any) -> Tensor:
-    return _compute(layer, hidden[0], kwargs[LAYOUT], kwargs["position_embeddings"], None)[None]
+    out = _compute(layer, hidden[0], kwargs[LAYOUT], kwargs["position_embeddings"], None)
+    return type(layer).forward(layer, hidden, **kwargs) if out is None else out[None]
 
 
 def _layers(model: nn.Module) -> list[Any]:
@@ -187,50 +188,73 @@ def _ready(layer: Any, hidden: Tensor) -> bool:
 
 @replacement
 def _forward(layer: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    layout, rotary = kwargs.get(LAYOUT), kwargs.get("position_embeddings")
-    if layout is None or rotary is None or args or not _ready(layer, hidden_states):
-        return type(layer).forward(layer, hidden_states, *args, **kwargs)
-    return _as_row(_compute(layer, hidden_states[0], layout, rotary, None))
+    return _faster(layer, hidden_states, args, kwargs, last=False)
 
 
 @replacement
 def _last_forward(layer: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """Return hidden states [1, R, d] of the layout's rows alone, or [1, T, d] where it names
     none."""
-    layout, rotary = kwargs.get(LAYOUT), kwargs.get("position_embeddings")
-    if (
-        layout is None
-        or layout.rows is None
-        or rotary is None
-        or args
-        or not _ready(layer, hidden_states)
-    ):
-        return _forward(layer, hidden_states, *args, **kwargs)
-    return _as_row(_compute(layer, hidden_states[0], layout, rotary, layout.rows))
+    return _faster(layer, hidden_states, args, kwargs, last=True)
 
 
-def _as_row(x: Tensor) -> Tensor:
-    """Return x [T, d] as [1, T, d], no view: FSDP2 puts a hook of autograd on a layer's output."""
-    found: Tensor = torch.ops.aten._unsafe_view(x, [1, *x.shape])
+def _faster(
+    layer: Any, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], *, last: bool
+) -> Tensor:
+    """Return the layer's output, by its own forward where something is not as the probe saw it."""
+    layout, rotary, out = kwargs.get(LAYOUT), kwargs.get("position_embeddings"), None
+    if not (layout is None or rotary is None or args) and _ready(layer, hidden):
+        out = _compute(layer, hidden[0], layout, rotary, layout.rows if last else None)
+    if out is None:
+        own: Tensor = type(layer).forward(layer, hidden, *args, **kwargs)
+        return own
+    # no view: FSDP2 puts a hook of autograd on a layer's output
+    found: Tensor = torch.ops.aten._unsafe_view(out, [1, *out.shape])
     return found
 
 
 def _compute(
     layer: Any, x: Tensor, layout: Layout, rotary: tuple[Tensor, Tensor], rows: Rows | None
-) -> Tensor:
-    """Return the layer's output at `rows` (None: all), from x [T, d]."""
-    return _mlp(layer, _attention(layer, x, layout, _turn(layout, rotary), rows))
+) -> Tensor | None:
+    """Return the layer's output at `rows` (None: all), from x [T, d].
+
+    None where gradient checkpointing asks for what single parts cannot do: to keep nothing.
+    """
+    turn = _turn(layout, rotary)
+    attention, mlp = _attention_half(layer, x, layout, turn, rows), _mlp_half(layer, x)
+    again = layer.training and getattr(layer, "gradient_checkpointing", False)
+    if again and (attention is None or mlp is None):
+        return None
+    if attention is None:
+        x = _attention_by_parts(layer, x, layout, turn, rows)
+    else:
+        x = attention_block(x, attention, again=again)
+    return _mlp_by_parts(layer, x) if mlp is None else mlp_block(x, mlp, again=again)
 
 
-def _attention(layer: Any, x: Tensor, layout: Layout, turn: Turn, rows: Rows | None) -> Tensor:
+def _attention_half(
+    layer: Any, x: Tensor, layout: Layout, turn: Turn, rows: Rows | None
+) -> Attention | None:
+    """Return what the first half computes, None where it is more than one function of ours."""
     attention, norm = layer.self_attn, layer.input_layernorm
-    dropout = getattr(attention, "attention_dropout", 0.0) if layer.training else 0.0
     parts = attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj
     own = _projections(parts, x.dtype)
-    if own and layout.by_matmul and not dropout:
-        eps = norm.variance_epsilon
-        half = Attention(norm.weight, eps, own, attention.scaling, turn, layout, rows)
-        return attention_block(x, half)
+    if own is None or _dropout(layer) or not layout.by_matmul:
+        return None
+    eps = norm.variance_epsilon
+    return Attention(norm.weight, eps, own, attention.scaling, turn, layout, rows)
+
+
+def _mlp_half(layer: Any, x: Tensor) -> Mlp | None:
+    mlp, norm = layer.mlp, layer.post_attention_layernorm
+    own = _projections((mlp.gate_proj, mlp.up_proj, mlp.down_proj), x.dtype)
+    return None if own is None else Mlp(norm.weight, norm.variance_epsilon, own)
+
+
+def _attention_by_parts(
+    layer: Any, x: Tensor, layout: Layout, turn: Turn, rows: Rows | None
+) -> Tensor:
+    attention, norm = layer.self_attn, layer.input_layernorm
     size = turn.cos.shape[-1]
     normed = RmsNorm.apply(x, norm.weight, norm.variance_epsilon)
     key = Rotary.apply(attention.k_proj(normed).unflatten(-1, (-1, size)), *turn)
@@ -240,16 +264,18 @@ def _attention(layer: Any, x: Tensor, layout: Layout, turn: Turn, rows: Rows | N
         turn = Turn(*(table.index_select(0, rows.index) for table in turn))
         layout = rows.layout
     query = Rotary.apply(attention.q_proj(normed).unflatten(-1, (-1, size)), *turn)
-    mixed = attend(query, key, value, layout, attention.scaling, dropout)
+    mixed = attend(query, key, value, layout, attention.scaling, _dropout(layer))
     return x + attention.o_proj(mixed.flatten(-2))
 
 
-def _mlp(layer: Any, x: Tensor) -> Tensor:
+def _mlp_by_parts(layer: Any, x: Tensor) -> Tensor:
     mlp, norm = layer.mlp, layer.post_attention_layernorm
-    if own := _projections((mlp.gate_proj, mlp.up_proj, mlp.down_proj), x.dtype):
-        return mlp_block(x, Mlp(norm.weight, norm.variance_epsilon, own))
     normed = RmsNorm.apply(x, norm.weight, norm.variance_epsilon)
     return x + mlp.down_proj(SwiGlu.apply(mlp.gate_proj(normed), mlp.up_proj(normed)))
+
+
+def _dropout(layer: Any) -> float:
+    return getattr(layer.self_attn, "attention_dropout", 0.0) if layer.training else 0.0
 
 
 def _projections(modules: Iterable[nn.Module], dtype: torch.dtype) -> list[Projection] | None:
