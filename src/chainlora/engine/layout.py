@@ -196,13 +196,21 @@ def _group(units: list[_Unit], causal: bool, device: torch.device | str) -> Grou
         depths.append([*unit.depths, *(unit.depths[-1] + 1 + i for i in range(missing))])
         keys.append([*unit.keys, *[unit.keys[-1]] * (tk - len(unit.keys))])
         padding += range(b * tq + len(unit.queries), (b + 1) * tq)
-    tensors = [
-        torch.tensor(x, dtype=torch.int64, device=device) for x in (queries, keys, depths, padding)
-    ]
-    alike = all(depth == depths[0] for depth in depths)
-    first = (min(map(min, depths)) + 1) // KEYS_MULTIPLE * KEYS_MULTIPLE
-    spans = _spans([unit.keys for unit in units])
-    return Group(*tensors, causal, alike, first, tk <= LONGEST_KEPT, spans)
+    return Group(
+        queries=_indices(queries, device),
+        keys=_indices(keys, device),
+        depth=_indices(depths, device),
+        padding=_indices(padding, device),
+        causal=causal,
+        alike=all(depth == depths[0] for depth in depths),
+        first=(min(map(min, depths)) + 1) // KEYS_MULTIPLE * KEYS_MULTIPLE,
+        keep=tk <= LONGEST_KEPT,
+        spans=_spans([unit.keys for unit in units]),
+    )
+
+
+def _indices(x: list[Any], device: torch.device | str) -> Tensor:
+    return torch.tensor(x, dtype=torch.int64, device=device)
 
 
 def _spans(rows: list[list[int]]) -> tuple[range, ...] | None:

@@ -27,7 +27,7 @@ def attend_forward(
     Returns [T, heads, own size], and what `attend_backward` wants to have kept, if `keep`.
     """
     if is_slow(query):
-        wide = (x.float() for x in (query, key, value))
+        wide = query.float(), key.float(), value.float()
         out, kept = attend_forward(*wide, layout, scaling, keep=keep)
         return out.to(query.dtype), kept
     plan = make_plan(layout, query.shape[1], key.shape[1], query.dtype)
@@ -53,7 +53,7 @@ def attend_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of query, key and value, from that of the result."""
     if is_slow(query):
-        wide = (x.float() for x in (grad, query, key, value))
+        wide = grad.float(), query.float(), key.float(), value.float()
         grads = attend_backward(*wide, probabilities, layout, scaling)
         return grads[0].to(query.dtype), grads[1].to(query.dtype), grads[2].to(query.dtype)
     plan = make_plan(layout, query.shape[1], key.shape[1], query.dtype)
