@@ -197,7 +197,8 @@ def differences(comparisons: Sequence[Comparison], *, width: float = 6.5) -> Any
         for place, comparison in enumerate(group):
             d = comparison.difference
             colour, ends = _COLOURS[d.verdict], [d.low, d.high]
-            axis.plot([d.mean], [place], "s", color=colour, markersize=5, label="difference")
+            mark = _mark(d.verdict)
+            axis.plot([d.mean], [place], **mark, linestyle="", label="difference")
             if d.interval != "none":
                 axis.plot(ends, [place, place], color=colour, label="95 % interval")
         names = [
@@ -210,15 +211,19 @@ def differences(comparisons: Sequence[Comparison], *, width: float = 6.5) -> Any
         axis.set_xlabel(
             f"difference in {group[0].value} ({unit}), right is better\n(95 % interval)", fontsize=9
         )
-    keys = [
-        Line2D([], [], color=_COLOURS[verdict], marker="s", markersize=5, label=verdict)
-        for verdict in _COLOURS
-    ]
+    keys = [Line2D([], [], **_mark(verdict), label=verdict) for verdict in _COLOURS]
     columns = len(keys) if width > 5 else 2
     figure.legend(
         handles=keys, loc="outside lower center", ncols=columns, fontsize=7, frameon=False
     )
     return figure
+
+
+def _mark(verdict: str) -> dict[str, Any]:
+    """Return a square in the verdict's colour; an empty one says that nothing could be decided."""
+    colour = _COLOURS[verdict]
+    fill = "#FFFFFF" if verdict == "too few pairs" else colour
+    return {"color": colour, "marker": "s", "markersize": 5, "markerfacecolor": fill, "zorder": 3}
 
 
 def _panels(count: int) -> tuple[Any, list[Any]]:
