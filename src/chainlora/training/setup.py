@@ -63,31 +63,15 @@ def _prepare(
     accelerator: Accelerator,
     processes: Processes,
 ) -> Run:
-    if config.chain.tune == "full" and resume:
-        raise ConfigError(
-            "full fine-tuning cannot resume (its optimizer state is not saved); start over"
-        )
-    if processes.shares_model:
-        check_shards(config)
-    check_optimizer(config, accelerator.device)
-    _check_share(config, processes)
-    with processes.in_turn():
-        if directory is not None:
-            directory.open(config, resume=resume, change=change)
-        folder = resolve_model(config.model)
-        files = base_files(folder)
-    if directory is not None:
-        directory.check_base_files(files)  # before they are loaded
+    _check_config(config, resume, processes)
+    folder, files = _claim(config, resume, change, directory, processes)
     model, tokenizer = _load_model(config, processes)
     with processes.in_turn():
         splits = _load_splits(config, model, tokenizer, listener)
     plan = make_plan(config, splits.train)
     check(config, model, splits)
     chain = _new_chain(config, model, folder)
-    engine = _new_engine(config, model)
-    engine.spread = processes.spread
-    if processes.shares_model:
-        engine.most = processes.most
+    engine = _new_engine(config, model, processes)
     try:
         base = _identity(config, chain, files)
         progress = Progress()
@@ -120,6 +104,41 @@ def _prepare(
     return run
 
 
+def _check_config(config: RunConfig, resume: bool, processes: Processes) -> None:
+    """Refuse what the config and the processes alone tell, before anything is loaded."""
+    if config.chain.tune == "full" and resume:
+        raise ConfigError(
+            "full fine-tuning cannot resume (its optimizer state is not saved); start over"
+        )
+    if processes.shares_model:
+        check_shards(config)
+    check_optimizer(config, processes.device)
+    if config.train.batch_size % processes.count:
+        raise ConfigError(
+            "`train.batch_size` is that of all processes together, and must be a multiple of their "
+            f"number (got {config.train.batch_size} for {processes.count} processes); start "
+            "another number of them, or change it"
+        )
+
+
+def _claim(
+    config: RunConfig,
+    resume: bool,
+    change: Collection[str],
+    directory: RunDirectory | None,
+    processes: Processes,
+) -> tuple[Path, dict[str, str]]:
+    """Claim the output directory; return the base model's folder and its files' checksums."""
+    with processes.in_turn():
+        if directory is not None:
+            directory.open(config, resume=resume, change=change)
+        folder = resolve_model(config.model)
+        files = base_files(folder)
+    if directory is not None:
+        directory.check_base_files(files)  # before they are loaded
+    return folder, files
+
+
 def _load_model(config: RunConfig, processes: Processes) -> tuple[Any, Any]:
     """Return the model, frozen, and its tokenizer. Links train their own factors."""
     dtype, device = getattr(torch, config.train.dtype), processes.device
@@ -147,11 +166,13 @@ def _new_chain(config: RunConfig, model: Any, folder: Path) -> Chain:
     return Chain(model, seed=config.train.seed, hold=config.chain.hold, checkpoint=folder)
 
 
-def _new_engine(config: RunConfig, model: Any) -> Engine:
-    """LoRA's dropout draws from one generator, full gradients are as large as the model, and
-    quantised layers keep state of their own."""
+def _new_engine(config: RunConfig, model: Any, processes: Processes) -> Engine:
     threads = 1 if _needs_one_thread(config) else None
-    return Engine(model, speedups=config.train.speedups, training=True, threads=threads)
+    engine = Engine(model, speedups=config.train.speedups, training=True, threads=threads)
+    engine.spread = processes.spread
+    if processes.shares_model:
+        engine.most = processes.most
+    return engine
 
 
 def _identity(config: RunConfig, chain: Chain, files: Mapping[str, str]) -> dict[str, Any]:
@@ -219,16 +240,9 @@ def _directory(config: RunConfig, processes: Processes) -> RunDirectory | None:
     return (RunDirectory if processes.is_first else FollowedDirectory)(config.output)
 
 
-def _check_share(config: RunConfig, processes: Processes) -> None:
-    if config.train.batch_size % processes.count:
-        raise ConfigError(
-            "`train.batch_size` is that of all processes together, and must be a multiple of their "
-            f"number (got {config.train.batch_size} for {processes.count} processes); start "
-            "another number of them, or change it"
-        )
-
-
 def _needs_one_thread(config: RunConfig) -> bool:
+    """Say so where LoRA's dropout draws from one generator, full gradients are as large as the
+    model, or quantised layers keep state of their own."""
     return config.chain.tune == "full" or config.chain.dropout > 0 or config.quantize is not None
 
 
