@@ -29,7 +29,6 @@ from typing import Any
 
 from filelock import FileLock
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from chainlora import files
@@ -37,10 +36,9 @@ from chainlora.chain.link import Link
 from chainlora.config.loading import dump_config
 from chainlora.config.schema import LinkConfig, RunConfig
 from chainlora.errors import RunError
-from chainlora.files import write_json as write_json  # the writer of result.json
-from chainlora.runs.links import live_state_of_adapter, write_link
+from chainlora.runs.checkpoints import load_tensors, read_checkpoint, write_checkpoint
+from chainlora.runs.links import write_link
 from chainlora.runs.manifest import (
-    DAMAGED,
     FORMAT,
     INCOMPLETE,
     Base,
@@ -49,11 +47,10 @@ from chainlora.runs.manifest import (
     Manifest,
     Progress,
     Selection,
+    describe_link,
     encode_manifest,
     link_directory,
 )
-from chainlora.runs.manifest import describe_link as describe_link
-from chainlora.runs.manifest import read_progress as read_progress
 from chainlora.runs.reading import RunReader, check_base
 from chainlora.runs.records import RecordLog, resumed_log
 from chainlora.runs.resuming import changes, check_rows, take_lock
@@ -295,8 +292,7 @@ class RunDirectory(RunReader):
             return
         directory = f"checkpoints/{progress.step:08d}"
         with files.replaced_folder(self / directory) as scratch:
-            files.save_tensors(scratch / "link.safetensors", state)
-            files.save_tensors(scratch / "optimizer.safetensors", optimizer)
+            write_checkpoint(scratch, state, optimizer)
         self._hash_folder(directory)
         checkpoint = Checkpoint(directory=directory, progress=deepcopy(progress))
         self._write(self._need_current().model_copy(update={"checkpoint": checkpoint}))
@@ -320,11 +316,8 @@ class RunDirectory(RunReader):
         self._log.append(values)
         progress.num_records += 1
 
-    def drop_checkpoints(self) -> None:
-        """Remove checkpoints, moments and best points that the manifest no longer names."""
-        self._remove_unnamed(("moments", "best", "checkpoints"))
-
     def _remove_unnamed(self, folders: Iterable[str]) -> None:
+        """Remove what of these folders the manifest does not name."""
         named = self._need_current().named
         for folder in folders:
             if not (self / folder).is_dir():
@@ -361,7 +354,7 @@ class RunDirectory(RunReader):
         manifest = manifest.model_copy(update=update)
         files.write_json(self / "chain.json", encode_manifest(manifest))
         self._current = manifest
-        self.drop_checkpoints()
+        self._remove_unnamed(("moments", "best", "checkpoints"))
 
     # --- the point to resume from ---
 
@@ -384,16 +377,7 @@ class RunDirectory(RunReader):
             return None
         found = self._need_current().checkpoint
         assert found is not None
-        folder = self / found.directory
-        optimizer = load_tensors(folder / "optimizer.safetensors")
-        if not all(name.partition(".")[0].isdecimal() for name in optimizer):
-            raise RunError(
-                f"optimizer.safetensors must hold an optimizer's state (got other tensors in "
-                f"{folder}); {DAMAGED}"
-            )
-        if (folder / "adapter_model.safetensors").is_file():  # of version 0.1
-            return live_state_of_adapter(folder, config), optimizer
-        return load_tensors(folder / "link.safetensors"), optimizer
+        return read_checkpoint(self / found.directory, config)
 
     def load_moments(self) -> dict[str, Tensor]:
         """Read the optimizer state that the last link's knot kept."""
@@ -419,11 +403,3 @@ class RunDirectory(RunReader):
 def _is_in(name: str, named: Collection[str]) -> bool:
     """Say whether a file, or a folder that it lies in, is among those named."""
     return name in named or any(str(parent) in named for parent in PurePosixPath(name).parents)
-
-
-def load_tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        reason = " ".join(str(error).split())
-        raise RunError(f"tensors must be readable (got {path}: {reason}); {DAMAGED}") from None
