@@ -33,7 +33,7 @@ _log = logging.getLogger(__name__)
 
 SPLITS = ("train", "validation", "test")
 
-Progress = Callable[[str, int, float], None]
+SplitProgress = Callable[[str, int, float], None]
 """Told (split, rows encoded so far, share of the split in 0…1) while a large split is encoded."""
 
 
@@ -69,7 +69,7 @@ def prepare_splits(
     data: DataConfig,
     tokenizer: PreTrainedTokenizerBase,
     context: int,
-    progress: Progress | None = None,
+    progress: SplitProgress | None = None,
     to_score: str | None = None,
 ) -> Splits:
     """Read, sample, check and tokenise everything a config names, or the one split that is
@@ -143,7 +143,7 @@ def _encode(
     tokenizer: PreTrainedTokenizerBase,
     task: Task | str,
     options: Options,
-    progress: Progress | None,
+    progress: SplitProgress | None,
 ) -> Rows:
     if source is None:
         return MemoryRows()
@@ -264,7 +264,7 @@ def _prepare_files(
     data: DataConfig,
     tokenizer: PreTrainedTokenizerBase,
     limit: int,
-    progress: Progress | None,
+    progress: SplitProgress | None,
     to_score: str | None,
 ) -> Splits:
     if data.train is None:

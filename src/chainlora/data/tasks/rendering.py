@@ -212,10 +212,9 @@ def _row_candidates(
         place_of = int(value) if _is_below(value, len(names)) else None
         if item is not None and place_of is not None and item != place_of:
             raise DataError(
-                f"label must mean one candidate (got {value!r} of {list(names)!r:.60} at "
-                f"{place}: item "
-                f"{item} and the position of another); give the position as a number, e.g. label: "
-                f"({task.candidates}).index({task.label}) in task {task.name!r}"
+                f"label must mean one candidate (got {value!r} of {list(names)!r:.60} at {place}: "
+                f"item {item} and the position of another); give the position as a number, e.g. "
+                f"label: ({task.candidates}).index({task.label}) in task {task.name!r}"
             )
         label = item if item is not None else place_of
         right = (names[label],) if label is not None else ()

@@ -268,6 +268,5 @@ def _not_found(task: Task, folder: Path, split: str) -> str:
     )
     return (
         f"task {task.name!r} needs its {split!r} rows as {names} (got {have}); name the folder "
-        "that "
-        f"holds them, {other}"
+        f"that holds them, {other}"
     )

@@ -175,8 +175,8 @@ class Task(_Frozen):
         ):
             raise ValueError(
                 f"`metric: {self.metric}` has answers written, which must end somewhere (got "
-                "neither "
-                "`stop` nor `add_eos`); set add_eos: true, or a `stop` that `completion` ends with"
+                "neither `stop` nor `add_eos`); set add_eos: true, or a `stop` that `completion` "
+                "ends with"
             )
         self._check_templates()
         return self
@@ -188,10 +188,8 @@ class Task(_Frozen):
             if key != str(index) and key in map(str, range(len(words))):
                 raise ValueError(
                     f"a list of `labels` is in the order of its positions (got {word!r} at "
-                    "position "
-                    f"{index}, which a row means by {word.strip()} and by {index}); write a "
-                    "mapping from "
-                    "each value of the row's label to its word, e.g. "
+                    f"position {index}, which a row means by {word.strip()} and by {index}); write "
+                    "a mapping from each value of the row's label to its word, e.g. "
                     f"{{{word.strip().lower()}: {word!r}, …}}"
                 )
 
