@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jinja2
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from chainlora.config.loading import parse_yaml
+from chainlora.config.loading import read_tree
 from chainlora.config.messages import problems
 from chainlora.data.tasks.rendering import Rendered, check_expression, check_template, render
 from chainlora.errors import ConfigError, nearest
@@ -289,21 +288,6 @@ def load_task(name_or_path: str | Path) -> Task:
 
 def _read_task(path: Path) -> Task:
     try:
-        tree = parse_yaml(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(
-            f"task file must be readable (got {path}: {error.strerror}); check it"
-        ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f"{path} line {mark.line + 1}" if mark else str(path)
-        problem = getattr(error, "problem", error)
-        raise ConfigError(f"task file must be YAML (got {problem} in {place})") from None
-    if not isinstance(tree, dict):
-        raise ConfigError(
-            f"task file must hold a mapping of keys (got {type(tree).__name__} in {path})"
-        )
-    try:
-        return Task.model_validate(tree)
+        return Task.model_validate(read_tree(path, "task file"))
     except ValidationError as error:
         raise ConfigError(f"task file {path}: {problems(error, Task)}") from None
