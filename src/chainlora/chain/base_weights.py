@@ -84,11 +84,6 @@ class BaseWeights:
         """Paths of the parameters held as host copies, because no checkpoint has them."""
         return list(self._copies)
 
-    @property
-    def num_copied(self) -> int:
-        """Number of parameters held as host copies."""
-        return len(self._copies)
-
 
 @dataclass(frozen=True)
 class Fingerprint:

@@ -105,7 +105,7 @@ class Engine:
             self._install(training)
             if self._is_sharded:
                 self.notes.append("weights: shared by processes, whole one layer at a time")
-            self._choose_threads(training, threads)
+            self._choose_threads(threads)
             self._findings.calls.clear()
         except BaseException:
             self.close()
@@ -338,7 +338,7 @@ class Engine:
             install_fast_layers(self.model, self._patches)
         self.notes.append(f"fast decoder layers: {'yes' if reason is None else 'no, ' + reason}")
 
-    def _choose_threads(self, training: bool, threads: int | None) -> None:
+    def _choose_threads(self, threads: int | None) -> None:
         """One thread where several would be wrong: for training, and for scoring in between."""
         most = min(torch.get_num_threads(), MOST_THREADS, threads or MOST_THREADS)
         off, found = "speedups are off" if self.speedups == "off" else None, self._findings

@@ -265,13 +265,11 @@ def evaluated_weights(optimizer: torch.optim.Optimizer) -> Iterator[None]:
 
 
 def prune_moments(state: Mapping[str, Tensor], fraction: float) -> dict[str, Tensor]:
-    """ReLoRA's partial reset (arXiv 2307.05695, §3): zero the smallest `fraction` of each moment,
-    keep the rest.
+    """Zero the smallest `fraction` of each moment: ReLoRA's partial reset (arXiv 2307.05695, §3).
 
-    `state` maps ``"<parameter>.<key>"`` to AdamW's tensors, as `store.optimizer_tensors` gives
-    them. A first moment is kept only where the second is as well: while B = 0 the gradient of A is
-    0, so AdamW would divide what is left of the first by its ``eps`` alone, and the step would have
-    no bound.
+    `state` maps ``"<parameter>.<key>"`` to AdamW's tensors, as `state_tensors` gives them. A first
+    moment is kept only where the second is as well: while B = 0 the gradient of A is 0, so AdamW
+    would divide what is left of the first by its ``eps`` alone, and the step would have no bound.
     """
     pruned = dict(state)
     for name in [name for name in state if name.endswith(".exp_avg_sq")]:
