@@ -205,8 +205,10 @@ class Chain:
 
     @property
     def adapter(self) -> Adapter | None:
-        """The LoRA layers on the model: the live link's, or what the last link left, which adds
-        nothing; None on a plain model."""
+        """The LoRA layers on the model, None on a plain one.
+
+        They are the live link's, or what the last link left, which adds nothing.
+        """
         return self._idle if self._live is None else self._live.adapter
 
     def parameters(self) -> Iterator[nn.Parameter]:

@@ -101,8 +101,7 @@ def initialize(
 
 
 def _point_along_gradient(adapter: Adapter, seed: int, link: int, backward: Backward) -> None:
-    """Let each A span the top right singular directions of its module's loss gradient G (out × in),
-    with B = 0.
+    """Let each A span the top right singular directions of the loss gradient G, with B = 0.
 
     Subspace iteration in which LoRA's own gradients are the products with G, so the dense gradient
     is never formed: with A = 0 the function is the base's whatever B is and dL/dA = s·Bᵀ·G; with B

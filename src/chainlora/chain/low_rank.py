@@ -174,8 +174,7 @@ def stable_rank(s: Tensor) -> float:
 
 
 def subspace_overlap(a: Tensor, other: Tensor) -> float:
-    """Return the mean squared cosine of the principal angles between two matrices' row spaces
-    [rank, in].
+    """Return the mean squared cosine of the angles between two row spaces [rank, in].
 
     ``‖Q_1ᵀ·Q_2‖_F² / min(r_1, r_2)`` with orthonormal bases Q (φ of the LoRA paper, arXiv
     2106.09685 §7.2). In [0, 1]: 1 if one space holds the other, 0 if they are orthogonal, max(r_1,

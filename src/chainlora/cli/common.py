@@ -36,8 +36,7 @@ def to_stderr(text: str = "") -> None:
 
 
 def quiet() -> None:
-    """Send our warnings to stderr in one line each, and keep the libraries' chatter away (python -W
-    brings it back)."""
+    """Send our warnings to stderr, a line each, and drop the libraries' unless python -W asks."""
     from transformers.utils import logging as transformers_logging
 
     if not sys.warnoptions:
@@ -58,8 +57,7 @@ def is_first_process() -> bool:
 def file_and_overrides(
     arguments: list[str], name: str = "CONFIG"
 ) -> tuple[str, list[tuple[str, str]]]:
-    """Read a file's name and ``--key.sub VALUE`` or ``--key.sub=VALUE`` pairs, in whatever order
-    they stand."""
+    """Read a file's name and pairs ``--key.sub VALUE`` or ``--key.sub=VALUE``, in any order."""
     words, pairs = _split(arguments)
     if not words:
         given = next((value for key, value in pairs if key == "config"), None)

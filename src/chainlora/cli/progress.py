@@ -29,8 +29,7 @@ _COLUMNS = (
 
 @contextmanager
 def evaluation_progress() -> Iterator[Callable[[int, int], None]]:
-    """Give a ``progress(rows_done, rows)`` that draws rows and time left on stderr, if somebody is
-    there to see it."""
+    """Give a ``progress(rows_done, rows)`` that draws a bar on stderr if that is a terminal."""
     console = Console(stderr=True)
     bar = Progress(
         TextColumn("rows"),

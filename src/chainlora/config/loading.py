@@ -105,8 +105,7 @@ def set_key(tree: dict[str, Any], dotted: str, value: Any) -> None:
 
 
 def make_config(tree: Mapping[str, Any]) -> RunConfig:
-    """Check a nested mapping and return the frozen config. Raises ConfigError with every problem in
-    one line."""
+    """Return the frozen config of a mapping. Raises ConfigError with every problem in one line."""
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:

@@ -97,8 +97,10 @@ class DataConfig(Section):
 
 
 class TrainConfig(Section):
-    """How a link is tuned. Defaults follow the paper where it speaks (AdamW, linear decay, batch
-    8)."""
+    """How a link is tuned.
+
+    Defaults follow the paper where it speaks (AdamW, linear decay, batch 8).
+    """
 
     lr: float = Field(1e-3, gt=0)
     lora_plus_ratio: float = Field(

@@ -1,5 +1,4 @@
-"""What every section of a config has in common: it is frozen, refuses keys that it does not know,
-and takes what people write for a list or a number."""
+"""What all sections of a config share: frozen, strict about keys, lenient about lists."""
 
 from __future__ import annotations
 

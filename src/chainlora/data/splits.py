@@ -72,8 +72,9 @@ def prepare_splits(
     progress: SplitProgress | None = None,
     to_score: str | None = None,
 ) -> Splits:
-    """Read, sample, check and tokenise everything a config names, or the one split that is
-    `to_score`. The tokenizer gets the config's chat template, if it names one.
+    """Read, sample, check and tokenise everything a config names, or the split `to_score`.
+
+    The tokenizer gets the config's chat template, if it names one.
 
     Raises DataError or ConfigError before training.
     """
@@ -302,8 +303,7 @@ def _digest(rows: Mapping[str, Rows], before: str = "") -> str:
 
 
 def task_split_source(task: Task, data: str | None, split: str, limit: int | None) -> Source:
-    """Return the first `limit` rows of a task's split, in file order; `data` is the task's folder
-    or one file."""
+    """Return the first `limit` rows of a task's split; `data` is its folder or one file."""
     if data is None or not Path(data).is_file():
         return unseen_source(task, data, split, limit)
     if task.explode is not None:

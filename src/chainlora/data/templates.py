@@ -148,8 +148,10 @@ def _limited(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def time_limit(what: str) -> AbstractContextManager[None]:
-    """Raise DataError where `what` takes longer than `SECONDS`: in the main thread, where rows are
-    encoded unless a program does so in a thread of its own."""
+    """Raise DataError where `what` takes longer than `SECONDS`.
+
+    Only in the main thread: where rows are encoded, unless a program has a thread for it.
+    """
 
     def error() -> DataError:
         return DataError(

@@ -119,8 +119,7 @@ def _engine_for(model: nn.Module, engine: Engine | None) -> Iterator[Engine]:
 
 
 def write_predictions(path: str | FilePath, evaluation: Evaluation) -> None:
-    """Write one JSON object a line and row: `row`, `label`, `prediction`, `scores` (and
-    `references`)."""
+    """Write a JSON object a row: `row`, `label`, `prediction`, `scores`, `references`."""
     target = FilePath(path)
     make_folder(target.parent)
     lines = [
@@ -298,8 +297,7 @@ def _text_metrics(
 
 
 def _candidate_text(example: Example, index: int, tokenizer: PreTrainedTokenizerBase | None) -> str:
-    """Return what a candidate stands for (`data.NamedExample`, as in ReCoRD), else its own
-    words."""
+    """Return what a candidate stands for (`data.NamedExample`), else its own words."""
     names = getattr(example, "names", ())
     if names:
         return str(names[index])

@@ -21,8 +21,7 @@ from chainlora.errors import ChainError
 def adapter_factors(
     links: Sequence[Link], *, rank: int | None = None, tolerance: float | None = None
 ) -> tuple[dict[str, Factors], float]:
-    """Return one pair of factors a module for a chain, all of one rank, with scaling 1, and the
-    relative error.
+    """Return one pair of factors a module for a chain, of one rank, and the relative error.
 
     A `rank` above what there is is reached with zeros: the function stays the exact one.
     """

@@ -13,8 +13,7 @@ from chainlora.chain.link import Link
 
 
 def num_trained(link: Link) -> int:
-    """Parameters a link trained: of its factors (not of a frozen one), LoRA's biases, extra
-    modules."""
+    """Return how many parameters a link trained: of factors, LoRA's biases, extra modules."""
     config, total = link.config, sum(weight.numel() for weight in link.extra.values())
     for share in link.factors.values():
         total += config.rank * (

@@ -76,8 +76,11 @@ def versions() -> dict[str, str]:
 
 
 class RunDirectory(RunReader):
-    """One run on disk, to be written: `open` before anything is loaded, `begin` once base and rows
-    are known, `close` at the end."""
+    """One run on disk, to be written.
+
+    `open` comes before anything is loaded, `begin` once base and rows are known, `close` at the
+    end.
+    """
 
     def __init__(self, path: str | Path) -> None:
         super().__init__(path)
@@ -179,8 +182,10 @@ class RunDirectory(RunReader):
         )
 
     def _refuse_if_nothing(self) -> None:
-        """Raise RunError where there is nothing to resume. A run that was killed before it had a
-        manifest starts over: nothing in it is worth keeping."""
+        """Raise RunError where there is nothing to resume.
+
+        A run that was killed before it had a manifest starts over: nothing in it is worth keeping.
+        """
         if not self.path.is_dir():
             raise RunError(
                 f"--resume needs a run directory (got {self.path}, which does not exist); "
@@ -371,8 +376,7 @@ class RunDirectory(RunReader):
     def load_checkpoint(
         self, progress: Progress, config: LinkConfig
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]] | None:
-        """Read the live link's and the optimizer's state of exactly this progress, None at a
-        knot."""
+        """Read the live link's and the optimizer's state at this progress, None at a knot."""
         if not self.has_checkpoint(progress):
             return None
         found = self._need_current().checkpoint

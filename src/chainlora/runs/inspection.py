@@ -1,5 +1,4 @@
-"""What each link of a run brought: steps, loss, score, size and shape of its update, overlap with
-earlier links."""
+"""What each link of a run brought: loss, score, size and shape, overlap with earlier ones."""
 
 from __future__ import annotations
 

@@ -212,8 +212,7 @@ def encode_manifest(manifest: Manifest) -> dict[str, Any]:
 
 
 def decode_manifest(text: bytes, run: Path) -> Manifest:
-    """Return the manifest that a file holds. Raises RunError unless it is whole and agrees with
-    itself."""
+    """Return the manifest that a file holds. Raises RunError unless it is whole and consistent."""
     try:
         tree = json.loads(text)
     except (ValueError, RecursionError) as error:

@@ -61,8 +61,9 @@ def train(
     listener: Listener | None = None,
     change: Collection[str] = (),
 ) -> TrainResult:
-    """Run a config from data to result and return what ``result.json`` holds. Prints nothing;
-    `chainlora.train` (`training.calling`) shows progress.
+    """Run a config from data to result and return what ``result.json`` holds.
+
+    Prints nothing; `chainlora.train` (`training.calling`) shows progress.
 
     `listener` gets every event (`training.events`): `Planned` before the first step, and before it
     `RowsEncoded` while a large data set is tokenised. `change` names keys that a resume may change

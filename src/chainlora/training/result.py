@@ -40,8 +40,7 @@ class TrainResult(TypedDict):
 
 
 def finish(run: Run) -> TrainResult:
-    """Score the result, write the manifest and ``result.json``, and return what the latter
-    holds."""
+    """Score the result, write the manifest and ``result.json``, and return what that holds."""
     metrics = _final_metrics(run)
     run.progress.seconds = run.clock.seconds
     result = _result(run, metrics)

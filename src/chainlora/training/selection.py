@@ -1,5 +1,4 @@
-"""Evaluation while training: the best point over the whole chain, links and partial link
-together."""
+"""Evaluation while training, and the best point over the whole chain."""
 
 from __future__ import annotations
 

@@ -241,8 +241,11 @@ def _directory(config: RunConfig, processes: Processes) -> RunDirectory | None:
 
 
 def _needs_one_thread(config: RunConfig) -> bool:
-    """Say so where LoRA's dropout draws from one generator, full gradients are as large as the
-    model, or quantised layers keep state of their own."""
+    """Say whether threads would be wrong, or need too much memory.
+
+    LoRA's dropout draws from one generator, full gradients are as large as the model, quantised
+    layers keep state of their own.
+    """
     return config.chain.tune == "full" or config.chain.dropout > 0 or config.quantize is not None
 
 

@@ -1,5 +1,4 @@
-"""A link on disk: an ordinary PEFT adapter, ``adapter_config.json`` and
-``adapter_model.safetensors``."""
+"""A link on disk: an ordinary PEFT adapter, its config and its weights."""
 
 from __future__ import annotations
 

@@ -30,8 +30,7 @@ from chainlora.models.shards import local
 
 
 def check_targets(model: nn.Module, config: LinkConfig) -> None:
-    """Raise ModelError if a link's modules match nothing, or what they match cannot be linked and
-    merged."""
+    """Raise ModelError where a link's modules match nothing, or cannot be linked and merged."""
     matched = matched_modules(model, config)
     _check_names(model, config, matched)
     head, embedding = tied_head(model)

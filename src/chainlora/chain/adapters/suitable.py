@@ -1,5 +1,4 @@
-"""Which layers a LoRA suits: those that the model calls, that are plain linear maps, and that PEFT
-knows what to do with."""
+"""Which layers a LoRA suits: called by the model, plain linear maps, and known to PEFT."""
 
 from __future__ import annotations
 

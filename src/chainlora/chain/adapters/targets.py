@@ -157,8 +157,7 @@ def trained_module(path: str, config: LinkConfig) -> str:
 
 
 def target_candidates(model: nn.Module) -> list[str]:
-    """Return the last path parts of all Linear and Conv1D layers, most frequent first, for
-    `target_modules`."""
+    """Return the last path parts of all Linear and Conv1D layers, the most frequent first."""
     counts: dict[str, int] = {}
     head, _ = tied_head(model)
     for name, module in model.named_modules():

@@ -30,8 +30,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Rendered:
-    """One row as text: a model reads ``prompt + candidates[i]`` or ``prompt + completion``, to the
-    letter."""
+    """One row as text: a model reads ``prompt + candidates[i]`` or ``prompt + completion``."""
 
     prompt: str
     candidates: tuple[str, ...]  # empty for tasks that generate
@@ -111,8 +110,7 @@ def _refuse_null(value: Any) -> Any:
 
 
 def _spans(text: str, spans: Sequence[Mapping[str, int]]) -> list[str]:
-    """Return the texts of spans with `start` and `end`, the end included (how ReCoRD marks its
-    entities)."""
+    """Return the texts of spans with `start` and `end`, the end included, as ReCoRD has them."""
     return [text[span["start"] : span["end"] + 1] for span in spans]
 
 

@@ -83,8 +83,7 @@ class Explode(_Frozen):
 
 
 class Task(_Frozen):
-    """One task: templates, labels, metric and where its rows are. See docs/tasks.md for the
-    file."""
+    """One task: templates, labels, metric and where its rows are (docs/tasks.md)."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][\w.-]*$")
     description: str
@@ -118,8 +117,10 @@ class Task(_Frozen):
 
     @property
     def reported(self) -> tuple[str, ...]:
-        """Every metric an evaluation reports, the task's own first: a loss wherever answers are
-        scored, not written."""
+        """Every metric an evaluation reports, the task's own first.
+
+        A loss is among them wherever answers are scored, not written.
+        """
         if self.completion is None:
             return (*self.metrics, "loss")
         return self.metrics if self.metric in WORD_METRICS else REPORTED_OF_TEXT
@@ -248,8 +249,7 @@ class Task(_Frozen):
         return render(self, row, position)
 
     def demonstrations(self, rows: Sequence[Mapping[str, Any]]) -> str:
-        """Return solved rows as text to put before a prompt (in-context learning); empty for no
-        rows."""
+        """Return solved rows as text to put before a prompt; empty for no rows."""
         solved = [self.render(row, position) for position, row in enumerate(rows)]
         return "".join(
             (shown.prompt + shown.completion).strip() + self.separator for shown in solved
