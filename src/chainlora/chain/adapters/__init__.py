@@ -1,6 +1,6 @@
 """The seam to PEFT: the only room that imports `peft`.
 
-factors.py     one module's share of a link: A and B
+factors.py     A and B of one module in a link
 suitable.py    which layers a LoRA suits
 targets.py     which modules a link adapts
 refusals.py    what cannot be linked, merged or trained whole
