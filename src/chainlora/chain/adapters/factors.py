@@ -11,7 +11,8 @@ from torch import Tensor
 class Factors:
     """The factors of one module in a link: ``A`` (rank × in) and ``B`` (out × rank), float32.
 
-    They lie on the CPU. `bias` (out) is LoRA's own bias on B; `magnitude` (out) is DoRA's (arXiv 2402.09353).
+    They lie on the CPU. `bias` (out) is LoRA's own bias on B; `magnitude` (out) is DoRA's (arXiv
+    2402.09353).
     """
 
     a: Tensor
