@@ -21,19 +21,20 @@ from chainlora.errors import ChainError
 def adapter_factors(
     links: Sequence[Link], *, rank: int | None = None, tolerance: float | None = None
 ) -> tuple[dict[str, Factors], float]:
-    """Return one pair of factors a module for a chain, of one rank, and the relative error.
+    """Return one pair of factors a module for a chain, all of one rank, with scaling 1, and the
+    relative error.
 
     A `rank` above what there is is reached with zeros: the function stays the exact one.
     """
     if not links:
         raise ChainError("an adapter needs at least one link (got a chain of none)")
     stacked = stack_links(links)
-    widest = max(pair.a.shape[0] for pair in stacked.values())
+    widest = max(share.a.shape[0] for share in stacked.values())
     if tolerance is None and (rank is None or rank >= widest):
-        return {name: _pad(pair, rank or widest) for name, pair in stacked.items()}, 0.0
+        return {name: _pad(share, rank or widest) for name, share in stacked.items()}, 0.0
     spectra = {
-        name: singular_values_of_sum([(pair.a, pair.b, 1.0)]).double()
-        for name, pair in stacked.items()
+        name: singular_values_of_sum([(share.a, share.b, 1.0)]).double()
+        for name, share in stacked.items()
     }
     total = sum(float((s**2).sum()) for s in spectra.values())
     longest = max(len(s) for s in spectra.values())
@@ -45,20 +46,22 @@ def adapter_factors(
     assert rank is not None
     compressed = {}
     squared = 0.0
-    for name, pair in stacked.items():
-        a, b, error = compress_low_rank([(pair.a, pair.b, 1.0)], rank=min(rank, len(spectra[name])))
-        compressed[name] = _pad(Factors(a.float(), b.float(), pair.bias), rank)
+    for name, share in stacked.items():
+        a, b, error = compress_low_rank(
+            [(share.a, share.b, 1.0)], rank=min(rank, len(spectra[name]))
+        )
+        compressed[name] = _pad(Factors(a.float(), b.float(), share.bias), rank)
         squared += (error**2) * float((spectra[name] ** 2).sum())
     return compressed, math.sqrt(squared / total) if total else 0.0
 
 
-def _pad(pair: Factors, rank: int) -> Factors:
+def _pad(share: Factors, rank: int) -> Factors:
     """Widen factors with zeros to a uniform rank (vLLM and others load one rank an adapter)."""
-    missing = rank - pair.a.shape[0]
+    missing = rank - share.a.shape[0]
     if missing <= 0:
-        return pair
+        return share
     return replace(
-        pair,
-        a=torch.nn.functional.pad(pair.a, (0, 0, 0, missing)),
-        b=torch.nn.functional.pad(pair.b, (0, missing)),
+        share,
+        a=torch.nn.functional.pad(share.a, (0, 0, 0, missing)),
+        b=torch.nn.functional.pad(share.b, (0, missing)),
     )

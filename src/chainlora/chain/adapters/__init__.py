@@ -1,9 +1,7 @@
 """The seam to PEFT: the only room that imports `peft`.
 
-factors.py     A and B of one module in a link
-suitable.py    which layers a LoRA suits
-targets.py     which modules a link adapts
-refusals.py    what cannot be linked, merged or trained whole
+factors.py     one module's share of a link: A and B
+targets.py     which modules a link adapts, and what is refused
 layers.py      a LoRA on a model: put on, read, written, taken off
 peft_model.py  a chain inside PEFT's own model, for loops that know PEFT alone
 files.py       a link on disk, an ordinary PEFT adapter
@@ -32,8 +30,13 @@ from chainlora.chain.adapters.layers import (
     zero,
 )
 from chainlora.chain.adapters.peft_model import put_in, read_settings, redirect, take_off
-from chainlora.chain.adapters.refusals import check_mergeable, check_targets
-from chainlora.chain.adapters.targets import target_candidates, task_type, trained_module
+from chainlora.chain.adapters.targets import (
+    check_mergeable,
+    check_targets,
+    target_candidates,
+    task_type,
+    trained_module,
+)
 
 __all__ = [
     "LIVE",

@@ -1,4 +1,4 @@
-"""What a link is made of, module by module."""
+"""One module's share of a link."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Factors:
-    """The factors of one module in a link: ``A`` (rank × in) and ``B`` (out × rank), float32.
+    """One module's share of a link, float32 on the CPU: ``A`` (rank × in), ``B`` (out × rank).
 
-    They lie on the CPU. `bias` (out) is LoRA's own bias on B; `magnitude` (out) is DoRA's (arXiv
-    2402.09353).
+    `bias` (out) is LoRA's own bias on B; `magnitude` (out) is DoRA's (arXiv 2402.09353).
     """
 
     a: Tensor

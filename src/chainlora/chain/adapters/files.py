@@ -1,4 +1,5 @@
-"""A link on disk: an ordinary PEFT adapter, its config and its weights."""
+"""A link on disk: an ordinary PEFT adapter, ``adapter_config.json`` and
+``adapter_model.safetensors``."""
 
 from __future__ import annotations
 
@@ -49,13 +50,13 @@ def save_adapter(
         task_type: PEFT's name of what the model is for.
     """
     tensors: dict[str, Tensor] = {}
-    for name, pair in factors.items():
-        tensors[f"{_PREFIX}{name}.lora_A.weight"] = pair.a.contiguous()
-        tensors[f"{_PREFIX}{name}.lora_B.weight"] = pair.b.contiguous()
-        if pair.bias is not None:
-            tensors[f"{_PREFIX}{name}.lora_B.bias"] = pair.bias
-        if pair.magnitude is not None:
-            tensors[f"{_PREFIX}{name}.lora_magnitude_vector"] = pair.magnitude
+    for name, share in factors.items():
+        tensors[f"{_PREFIX}{name}.lora_A.weight"] = share.a.contiguous()
+        tensors[f"{_PREFIX}{name}.lora_B.weight"] = share.b.contiguous()
+        if share.bias is not None:
+            tensors[f"{_PREFIX}{name}.lora_B.bias"] = share.bias
+        if share.magnitude is not None:
+            tensors[f"{_PREFIX}{name}.lora_magnitude_vector"] = share.magnitude
     for path, weight in (extra or {}).items():
         tensors[f"{_PREFIX}{path}"] = weight.contiguous()
     save_tensors(directory / _WEIGHTS, tensors, metadata={"format": "pt"})
