@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
@@ -36,7 +37,7 @@ from chainlora.chain.base_weights import BaseWeights, fingerprints
 from chainlora.chain.holding import Carried, Tied
 from chainlora.chain.initialization import Backward, initialize
 from chainlora.chain.link import Link
-from chainlora.chain.live import Live, load_tensors, section, tensors_of
+from chainlora.chain.live_state import load_tensors, section, tensors_of
 from chainlora.chain.low_rank import compress_together, frobenius_norm
 from chainlora.chain.soft_knot import Balance, balance
 from chainlora.config.schema import LinkConfig
@@ -47,6 +48,16 @@ Step = TypeVar("Step")
 # Relative error to which a link with soft knots is stored. Its update is a sum of hundreds of
 # slowly turning low-rank deposits; the loss sees the square of this error.
 SOFT_LINK_TOLERANCE = 1e-3
+
+
+@dataclass
+class Live:
+    """The link that is being tuned."""
+
+    adapter: Adapter
+    offsets: dict[str, Factors] = field(default_factory=dict)  # PiSSA: the product it started from
+    num_steps: int = 0
+    num_soft_knots: int = 0
 
 
 class Chain:

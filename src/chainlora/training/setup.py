@@ -71,7 +71,10 @@ def _prepare(
     plan = make_plan(config, splits.train)
     check(config, model, splits)
     chain = _new_chain(config, model, folder)
-    engine = _new_engine(config, model, processes)
+    engine = _new_engine(config, model)
+    engine.spread = processes.spread
+    if processes.shares_model:
+        engine.most = processes.most
     try:
         base = _identity(config, chain, files)
         progress = Progress()
@@ -113,12 +116,7 @@ def _check_config(config: RunConfig, resume: bool, processes: Processes) -> None
     if processes.shares_model:
         check_shards(config)
     check_optimizer(config, processes.device)
-    if config.train.batch_size % processes.count:
-        raise ConfigError(
-            "`train.batch_size` is that of all processes together, and must be a multiple of their "
-            f"number (got {config.train.batch_size} for {processes.count} processes); start "
-            "another number of them, or change it"
-        )
+    _check_share(config, processes)
 
 
 def _claim(
@@ -166,13 +164,11 @@ def _new_chain(config: RunConfig, model: Any, folder: Path) -> Chain:
     return Chain(model, seed=config.train.seed, hold=config.chain.hold, checkpoint=folder)
 
 
-def _new_engine(config: RunConfig, model: Any, processes: Processes) -> Engine:
+def _new_engine(config: RunConfig, model: Any) -> Engine:
+    """LoRA's dropout draws from one generator, full gradients are as large as the model, and
+    quantised layers keep state of their own."""
     threads = 1 if _needs_one_thread(config) else None
-    engine = Engine(model, speedups=config.train.speedups, training=True, threads=threads)
-    engine.spread = processes.spread
-    if processes.shares_model:
-        engine.most = processes.most
-    return engine
+    return Engine(model, speedups=config.train.speedups, training=True, threads=threads)
 
 
 def _identity(config: RunConfig, chain: Chain, files: Mapping[str, str]) -> dict[str, Any]:
@@ -240,12 +236,16 @@ def _directory(config: RunConfig, processes: Processes) -> RunDirectory | None:
     return (RunDirectory if processes.is_first else FollowedDirectory)(config.output)
 
 
-def _needs_one_thread(config: RunConfig) -> bool:
-    """Say whether threads would be wrong, or need too much memory.
+def _check_share(config: RunConfig, processes: Processes) -> None:
+    if config.train.batch_size % processes.count:
+        raise ConfigError(
+            "`train.batch_size` is that of all processes together, and must be a multiple of their "
+            f"number (got {config.train.batch_size} for {processes.count} processes); start "
+            "another number of them, or change it"
+        )
 
-    LoRA's dropout draws from one generator, full gradients are as large as the model, quantised
-    layers keep state of their own.
-    """
+
+def _needs_one_thread(config: RunConfig) -> bool:
     return config.chain.tune == "full" or config.chain.dropout > 0 or config.quantize is not None
 
 

@@ -1,25 +1,14 @@
-"""The link that is being tuned, and its state as tensors that continue it to the same bits."""
+"""The live link as tensors, from which it continues to the same bits."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
 from chainlora.chain import adapters
 from chainlora.chain.adapters import Adapter, Factors
 from chainlora.errors import ChainError
-
-
-@dataclass
-class Live:
-    """The link that is being tuned."""
-
-    adapter: Adapter
-    offsets: dict[str, Factors] = field(default_factory=dict)  # PiSSA: the product it started from
-    num_steps: int = 0
-    num_soft_knots: int = 0
 
 
 def tensors_of(adapter: Adapter) -> dict[str, Tensor]:
