@@ -67,11 +67,11 @@ class Halted(LanguageModelling):
 
     def __init__(self, at: int | None) -> None:
         super().__init__("candidates")
-        self.at, self.count = at, 0
+        self.at, self.made = at, 0
 
     def evaluate(self, engine, examples, splits, tokenizer, progress):
-        self.count += 1
-        is_here = self.count == self.at
+        self.made += 1
+        is_here = self.made == self.at
 
         def tell(done: int, rows: int) -> None:
             assert done < rows or not is_here, "the evaluation went on to its end"
@@ -97,20 +97,20 @@ BETTER = {"accept_links": "better"}
     ("evaluation", "step", "keys"),
     [
         (1, 0, {}),  # before training
-        (2, 3, {"keep_best": True, "early_stop": 1}),
-        (3, 4, {}),  # at a knot
-        (3, 4, BETTER),
-        (3, 4, BETTER | {"lr": 1e-9}),  # the link will be dropped
-        (5, 8, {"optimizer_reset": "prune"}),
-        (7, 11, {"keep_best": True}),  # at the last one
+        (2, 2, {"keep_best": True, "early_stop": 1}),
+        (3, 3, BETTER),  # at a knot
+        (3, 3, BETTER | {"lr": 1e-9}),  # where the link will be dropped
+        (3, 3, {"optimizer_reset": "prune"}),
+        (5, 5, {"keep_best": True}),  # at the last one
     ],
 )
 def test_a_signal_during_an_evaluation_stops_after_its_batch(
     evaluation, step, keys, tiny_folder, sentiment, tmp_path, monkeypatch
 ):
     """The resume makes the evaluation, and the run is the one that was never stopped."""
-    tree = settings(tiny_folder, sentiment, tmp_path / "run", chain={"ranks": [4, 4, 4]})
-    tree["train"] |= EVERY | {"eval_every": 3} | keys
+    chain = {"ranks": [4, 4], "steps": [3, 2]}
+    tree = settings(tiny_folder, sentiment, tmp_path / "run", chain=chain)
+    tree["train"] |= EVERY | {"eval_every": 2} | keys
     config = make_config(tree)
     whole = config.model_copy(update={"output": str(tmp_path / "whole")})
     monkeypatch.setitem(OBJECTIVES, "candidates", Halted(None))
