@@ -37,6 +37,7 @@ from chainlora.config.loading import dump_config
 from chainlora.config.schema import LinkConfig, RunConfig
 from chainlora.errors import RunError
 from chainlora.runs.checkpoints import load_tensors, read_checkpoint, write_checkpoint
+from chainlora.runs.claiming import refuse_if_nothing, refuse_if_taken
 from chainlora.runs.links import write_link
 from chainlora.runs.manifest import (
     FORMAT,
@@ -58,7 +59,6 @@ from chainlora.runs.resuming import changes, check_rows, take_lock
 logger = logging.getLogger(__name__)
 
 _GROWING = ("links", "moments", "best", "checkpoints")  # folders whose entries the manifest names
-_BEFORE_THE_MANIFEST = {".lock", "config.yaml", "links"}
 
 
 @cache
@@ -101,9 +101,9 @@ class RunDirectory(RunReader):
         """
         files.check_writable(self.path)
         if not resume:
-            self.refuse_if_taken()
+            refuse_if_taken(self)
             return
-        self._refuse_if_nothing()
+        refuse_if_nothing(self)
         self._take_lock()
         if self.exists:
             self._current = self.verify()
@@ -135,11 +135,11 @@ class RunDirectory(RunReader):
         if self._current is not None:
             return self._resume(self._current, base, rows)
         if not resume:
-            self.refuse_if_taken()
+            refuse_if_taken(self)
         files.make_folder(self.path)
         self._take_lock()
         if not resume:
-            self.refuse_if_taken()  # another process may have begun in the meantime
+            refuse_if_taken(self)  # another process may have begun in the meantime
         self._is_new = True
         self._remove_scratch()
         files.write_text(self / "config.yaml", dump_config(config))
@@ -162,38 +162,6 @@ class RunDirectory(RunReader):
         if self._lock is not None:
             self._lock.release()
         self._lock = None
-
-    def refuse_if_taken(self) -> None:
-        """Raise RunError where something else than an empty directory is."""
-        if not self.path.is_dir():
-            return
-        with files.reported(self.path, "read"):
-            entries = {entry.name for entry in self.path.iterdir()}
-        if entries <= {".lock"}:
-            return
-        what, remedy = (
-            ("holds a run", "pass --resume to resume it, or ")
-            if self.exists
-            else ("is not empty and not a whole run", "")
-        )
-        raise RunError(
-            f"`output` must be a new or empty directory (got {self.path}, which {what}); "
-            f"{remedy}choose another output"
-        )
-
-    def _refuse_if_nothing(self) -> None:
-        """Raise RunError where there is nothing to resume.
-
-        A run that was killed before it had a manifest starts over: nothing in it is worth keeping.
-        """
-        if not self.path.is_dir():
-            raise RunError(
-                f"--resume needs a run directory (got {self.path}, which does not exist); "
-                "check `output`, or leave --resume out to start"
-            )
-        names = {entry.name for entry in self.path.iterdir() if not files.is_scratch(entry.name)}
-        if not self.exists and not names <= _BEFORE_THE_MANIFEST:
-            self.refuse_if_taken()
 
     def _take_lock(self) -> None:
         if self._lock is None:
