@@ -327,7 +327,7 @@ class RunDirectory(RunReader):
         manifest = manifest.model_copy(update=update)
         files.write_json(self / "chain.json", encode_manifest(manifest))
         self._current = manifest
-        self._remove_unnamed(("moments", "best", "checkpoints"))
+        self._remove_unnamed(_GROWING)
 
     # --- the point to resume from ---
 
