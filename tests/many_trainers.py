@@ -1,9 +1,10 @@
-"""Train by trainers of others, in each of the processes that torchrun starts (test_integrations_
-processes.py).
+"""Train by trainers of others, in each of the processes that torchrun starts
+(test_integrations_processes.py).
 
-usage: many_trainers.py JOBS, a JSON list of jobs: "model" (a folder), "output", "kind" (of trainer),
-"chain" and "arguments" (of the callback and the trainer), "stop" (the step where it is killed, and
-resumed), "late" (add the callback when the trainer is made). Each process writes what it saw.
+usage: many_trainers.py JOBS, a JSON list of jobs: "model" (a folder), "output", "kind" (of
+trainer), "chain" and "arguments" (of the callback and the trainer), "stop" (the step where it is
+killed, and resumed), "late" (add the callback when the trainer is made). Each process writes what
+it saw.
 """
 
 from __future__ import annotations

@@ -62,13 +62,16 @@ trainer = SFTTrainer(model=model, args=args, train_dataset=rows, processing_clas
 trainer.train()
 from safetensors.torch import load_file
 from pathlib import Path
-names = [name for file in Path("sft/checkpoint-4").glob("*.safetensors") for name in load_file(file)]
+files = Path("sft/checkpoint-4").glob("*.safetensors")
+names = [name for file in files for name in load_file(file)]
 adapter = Path("sft/checkpoint-4/adapter_config.json").exists()
 loader = peft.AutoPeftModelForCausalLM if adapter else Auto
 ids = torch.tensor([[5, 9, 30, 7]])
-gap = loader.from_pretrained("sft/checkpoint-4").eval()(ids).logits - trainer.model.eval()(ids).logits
-print(f"{sum('base_layer' in name for name in names)} of {len(names)} tensors are named base_layer; "
-      f"loaded by {loader.__name__}, logits differ by {gap.abs().max().item():.0e}")
+again = loader.from_pretrained("sft/checkpoint-4").eval()
+gap = (again(ids).logits - trainer.model.eval()(ids).logits).abs().max().item()
+count = sum("base_layer" in name for name in names)
+print(f"{count} of {len(names)} tensors are named base_layer; loaded by {loader.__name__}, logits "
+      f"differ by {gap:.0e}")
 """
 OWN_LOOP = """
 import torch
