@@ -1,9 +1,11 @@
 """What people from other tools met in version 0.1: the command, and what each version prints.
 
-    python benchmarks/pains/run.py                                  what this version prints
-    python benchmarks/pains/run.py --against OTHER/src              version 0.1 beside it
-    python benchmarks/pains/run.py --only export inspect            those whose command has a word
-    python benchmarks/pains/run.py --against OTHER/src --write      into docs/before_and_after.md
+    python benchmarks/pains/run.py                         what this version prints
+    python benchmarks/pains/run.py --against OTHER/src     what version 0.1 prints, from its sources
+    python benchmarks/pains/run.py --only Data Keys        some areas
+    python benchmarks/pains/run.py --only                  none: the tables are made anew
+
+The lines are kept in found.json, and the tables of docs/before_and_after.md made of them.
 
 Commands are typed in a folder of tiny models and rows that is made on the spot (`make_world`), each
 in a process and a copy of its own. One line of what is printed is shown: the error if there is
@@ -18,17 +20,21 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import NamedTuple
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 PAGE = ROOT / "docs/before_and_after.md"
+KEPT = HERE / "found.json"
 BEGIN, END = "<!-- begin: tables -->", "<!-- end: tables -->"
 LONGEST = 300  # characters of a line that are shown
+SECONDS = 60  # that a command may take
 TEXT = "the cat sat on a mat and saw two red birds fly over a green hill "
 SEEN = {"role": "user", "content": "the cat sat"}, {"role": "assistant", "content": "on a mat"}
 
@@ -127,7 +133,8 @@ PAINS = [
         "model = BertForSequenceClassification(BertConfig(vocab_size=99, hidden_size=16, "
         "num_hidden_layers=1, num_attention_heads=2, intermediate_size=32))\n"
         "chain = Chain(model)\n"
-        "extend_chain(chain, LinkConfig(rank=2, alpha=4, extra_modules=('classifier',)))\n"
+        "keys = {'target_modules': ('query',), 'extra_modules': ('classifier',)}\n"
+        "extend_chain(chain, LinkConfig(rank=2, alpha=4, **keys))\n"
         "link = tie_knot(chain)\nfrom chainlora import load_chain, save_chain\n"
         "save_chain(chain, 'saved')\n"
         "again = load_chain('saved', BertForSequenceClassification(model.config))\n"
@@ -159,7 +166,7 @@ PAINS = [
     Pain("Commands", "export run --to gguf --output out"),
     Pain("Commands", "inspect half", "not finished|unfinished|step 4"),
     Pain("Commands", "train run.yaml --train.log_every 2", "^step +2"),
-    Pain("Commands", "train run.yaml, the seconds to its first line", code="FIRST"),
+    Pain("Commands", "`train run.yaml`, the seconds to its first line", code="FIRST"),
     Pain("Keys people know", "train run.yaml --chain.lora_r 8"),
     Pain("Keys people know", "train run.yaml --lora_alpha 16"),
     Pain("Keys people know", "train run.yaml --learning_rate 2e-4"),
@@ -173,13 +180,13 @@ PAINS = [
     Pain("Keys people know", "train run.yaml --chain.ranks 8 --chain.steps 3", "steps,"),
     Pain(
         "Experiments",
-        "experiment run experiment.yaml --output out, while it tunes",
+        "`experiment run experiment.yaml --output out`, while it tunes",
         r"(accuracy|validation|test|loss) .*\d\.\d",
         code="experiment run experiment.yaml --output out --backend inline",
     ),
     Pain(
         "Experiments",
-        "experiment run experiment.yaml --output out --max-cells 1",
+        "`experiment run experiment.yaml --output out --max-cells 1`",
         "cells run",
         code="experiment run experiment.yaml --output out --backend inline --max-cells 1",
     ),
@@ -190,7 +197,7 @@ PAINS = [
     ),
     Pain(
         "Experiments",
-        "grep -rlE 'scipy.stats|statsmodels' src/chainlora, the number of files",
+        "`grep -rlE 'scipy.stats|statsmodels' src/chainlora`, the number of files",
         code="import chainlora, pathlib, re\n"
         "files = pathlib.Path(chainlora.__file__).parent.rglob('*.py')\n"
         "print(sum(bool(re.search('scipy.stats|scipy import stats|statsmodels', f.read_text())) "
@@ -198,7 +205,7 @@ PAINS = [
     ),
     Pain(
         "Portability",
-        "train run.yaml where Python has no module `resource` (Windows)",
+        "`train run.yaml` where Python has no module `resource` (Windows)",
         "steps,",
         code="import sys\nsys.modules['resource'] = None\nTYPED train run.yaml",
     ),
@@ -258,7 +265,7 @@ def make_world(world: Path) -> None:
         },
         "tasks": {"mood": {"data": {"task": "mood/task.yaml"}}},
         "methods": ["lora", "chain3"],
-        "seeds": [0, 1],
+        "seeds": [0],
         "tune": {"grid": {"train.lr": [1e-3, 1e-2]}},
     }
     gone = {"data": {"task": "mood/task.yaml", "train": "gone.jsonl"}}
@@ -349,8 +356,6 @@ def _command(typed: str) -> None:
 
 
 def _first_line() -> None:
-    import time
-
     began = time.monotonic()
     command = [sys.executable, "-u", "-m", "chainlora", "train", "run.yaml"]
     process = subprocess.Popen(
@@ -380,13 +385,20 @@ def _apart(world: Path, act: object, keep: tuple[str, ...] = ()) -> str:
                 print(f"{type(error).__name__}: {error}", file=sys.stderr)
             sys.stdout.flush()
             os._exit(0)
-        os.waitpid(pid, 0)
+        deadline = time.monotonic() + SECONDS
+        while os.waitpid(pid, os.WNOHANG) == (0, 0):
+            if time.monotonic() > deadline:
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+                return f"no end in {SECONDS} s"
+            time.sleep(0.05)
         for name in keep:
             shutil.copytree(work / name, world / name)
         return said.read_text(errors="replace").replace(f"{work}/", "")
 
 
 def _line(said: str, look: str) -> str:
+    said = re.sub(r" \(/\S*\)", "", said)  # where a module lies
     lines = [" ".join(line.split()) for line in re.split("[\r\n]", said)]
     lines = [line for line in lines if line]
     wrong = [line for line in lines if re.match(r"\w*(chainlora: error|Error|\w+Error):", line)]
@@ -397,8 +409,8 @@ def _line(said: str, look: str) -> str:
 # --- both
 
 
-def outcomes(source: Path, names: list[str]) -> dict[str, str]:
-    """Type the commands with one version of the package; return the line that each shows."""
+def run(version: str, source: Path, names: list[str]) -> None:
+    """Type the commands with one version of the package; keep the line that each shows."""
     memory = Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
         world = Path(folder).resolve() / "world"
@@ -413,13 +425,21 @@ def outcomes(source: Path, names: list[str]) -> dict[str, str]:
             text=True,
         )
         assert done.stdout is not None
-        found = {}
         for line in done.stdout:
             each = json.loads(line)
-            found[PAINS[each["index"]].typed] = each["found"]
-            print(f"{PAINS[each['index']].typed}\n    {each['found']}", file=sys.stderr, flush=True)
+            typed = PAINS[each["index"]].typed
+            print(f"{typed}\n    {each['found']}", file=sys.stderr, flush=True)
+            found = kept()
+            found[version][typed] = each["found"]
+            scratch = KEPT.with_suffix(f".{os.getpid()}")
+            scratch.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+            scratch.replace(KEPT)  # another version may be read at the same time
         done.wait()
-        return found
+
+
+def kept() -> dict[str, dict[str, str]]:
+    """Return what the versions have shown so far."""
+    return json.loads(KEPT.read_text()) if KEPT.is_file() else {"before": {}, "after": {}}
 
 
 def tables(before: dict[str, str], after: dict[str, str]) -> str:
@@ -443,25 +463,20 @@ def _cell(line: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--against", type=Path, help="source folder of another version")
-    parser.add_argument("--only", nargs="+", default=[""], help="words of commands")
-    parser.add_argument("--write", action="store_true", help=f"put the tables into {PAGE.name}")
+    parser.add_argument("--only", nargs="*", default=[""], help="what names of areas begin with")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--names", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
         child(options.child, json.loads(options.names))
         return
-    names = [pain.typed for pain in PAINS if any(word in pain.typed for word in options.only)]
-    kept = HERE / "found.json"
-    found = json.loads(kept.read_text()) if kept.is_file() else {"before": {}, "after": {}}
-    if options.against:
-        found["before"] |= outcomes(options.against.resolve(), names)
-    found["after"] |= outcomes(ROOT / "src", names)
+    names = [pain.typed for pain in PAINS if pain.area.startswith(tuple(options.only))]
+    if names and options.against:
+        run("before", options.against.resolve(), names)
+    elif names:
+        run("after", ROOT / "src", names)
+    found = kept()
     text = tables(found["before"], found["after"])
-    if not options.write:
-        print(text)
-        return
-    kept.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
     start, rest = PAGE.read_text().split(BEGIN)
     PAGE.write_text(f"{start}{BEGIN}\n\n{text}\n{END}{rest.split(END)[1]}")
 
