@@ -6,17 +6,22 @@ torchrun starts them. A start costs seconds, so one launch does the jobs of all 
 from __future__ import annotations
 
 import json
+import re
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import many_trainers
 import pytest
 import torch
+from accelerate import Accelerator
 from helpers_integrations import assert_adapter_is_the_model, logits, plain_model
 from helpers_processes import launch
 
 from chainlora import load_chain
+from chainlora.errors import ConfigError
+from chainlora.integrations.launched import find_trainer_processes
 
 CHAIN = {"ranks": [4, 4, 4], "steps": [4, 4, 3]}
 SAVED = {"save_strategy": "steps", "save_steps": 2}
@@ -124,3 +129,18 @@ def test_the_adapter_loads_in_peft(launched, tiny_folder):
 def test_what_ddp_cannot_do_is_refused_before_the_first_step(launched, name, rule):
     for rank in (0, 1):
         assert rule in outcome(launched, f"{name}-2", rank)["error"]
+
+
+@pytest.mark.parametrize(
+    ("told", "rule"),
+    [
+        ({"deepspeed": "zero3.json"}, "each process holds the whole model (got deepspeed)"),
+        ({"n_gpu": 2}, "a process has one GPU (got 2)"),
+    ],
+    ids=["DeepSpeed", "two GPUs"],
+)
+def test_what_no_machine_here_could_launch_is_refused_too(told, rule):
+    Accelerator(cpu=True)  # as a trainer has made it
+    args = SimpleNamespace(**{"deepspeed": None, "fsdp": None, "n_gpu": 1} | told)
+    with pytest.raises(ConfigError, match=re.escape(rule)):
+        find_trainer_processes(args, torch.nn.Linear(2, 2))
