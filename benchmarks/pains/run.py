@@ -2,7 +2,7 @@
 
     python benchmarks/pains/run.py                         what this version prints
     python benchmarks/pains/run.py --against OTHER/src     what version 0.1 prints, from its sources
-    python benchmarks/pains/run.py --only Data Keys        some areas
+    python benchmarks/pains/run.py --only Data export      some areas, some commands
     python benchmarks/pains/run.py --only                  none: the tables are made anew
 
 The lines are kept in found.json, and the tables of docs/before_and_after.md made of them.
@@ -158,7 +158,7 @@ PAINS = [
         "block|cut|tokens",
     ),
     Pain("Data", "train run.yaml --data.train columns.jsonl", "nothing reads|not read"),
-    Pain("Commands", "chat run < words.txt"),
+    Pain("Commands", "chat run --temperature 1 --seed 3 < words.txt"),
     Pain("Commands", "generate run --prompt 'the cat' --max-new-tokens 4"),
     Pain("Commands", "eval run"),
     Pain("Commands", "eval run --data rows.jsonl"),
@@ -176,7 +176,7 @@ PAINS = [
     Pain("Keys people know", "train run.yaml --bf16 true"),
     Pain("Keys people know", "train run.yaml --packing true"),
     Pain("Keys people know", "train axolotl.yaml"),
-    Pain("Keys people know", "convert-config axolotl.yaml", "^ +ranks|ranks:"),
+    Pain("Keys people know", "convert-config axolotl.yaml", "batch_size"),
     Pain("Keys people know", "train run.yaml --chain.ranks 8 --chain.steps 3", "steps,"),
     Pain(
         "Experiments",
@@ -205,9 +205,10 @@ PAINS = [
     ),
     Pain(
         "Portability",
-        "`train run.yaml` where Python has no module `resource` (Windows)",
-        "steps,",
-        code="import sys\nsys.modules['resource'] = None\nTYPED train run.yaml",
+        "importing what measures memory where Python has no module `resource` (Windows)",
+        code="import sys\nsys.modules['resource'] = None\nimport chainlora.cli\n"
+        "name = 'chainlora.runs.costs' if hasattr(chainlora.cli, '__path__') else "
+        "'chainlora.measures'\n__import__(name)\nprint(f'{name} is imported')",
     ),
 ]
 
@@ -333,10 +334,6 @@ def _type(pain: Pain) -> None:
         print(f"{len(cells)} cells had run")
     elif code.startswith("experiment"):
         _command(code)
-    elif "TYPED " in code:
-        before, command = code.split("TYPED ")
-        exec(before)
-        _command(command)
     elif code:
         exec(code, {"__name__": "__main__"})
     elif " < " in typed:
@@ -463,14 +460,18 @@ def _cell(line: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--against", type=Path, help="source folder of another version")
-    parser.add_argument("--only", nargs="*", default=[""], help="what names of areas begin with")
+    parser.add_argument("--only", nargs="*", default=[""], help="areas, or parts of commands")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--names", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
         child(options.child, json.loads(options.names))
         return
-    names = [pain.typed for pain in PAINS if pain.area.startswith(tuple(options.only))]
+    names = [
+        pain.typed
+        for pain in PAINS
+        if any(pain.area.startswith(word) or word in pain.typed for word in options.only)
+    ]
     if names and options.against:
         run("before", options.against.resolve(), names)
     elif names:
