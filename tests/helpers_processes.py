@@ -1,4 +1,4 @@
-"""Runs of several processes: torchrun starts them, each does what `many_processes.py` says."""
+"""Runs of several processes: torchrun starts them, each does what a script beside this says."""
 
 from __future__ import annotations
 
@@ -14,14 +14,18 @@ from helpers import links_of
 
 
 def launch(
-    count: int, folder: Path, jobs: list[dict[str, Any]], **variables: str
+    count: int,
+    folder: Path,
+    jobs: list[dict[str, Any]],
+    *,
+    script: str = "many_processes.py",
+    **variables: str,
 ) -> subprocess.CompletedProcess[str]:
     """Run jobs in so many processes; return torchrun's outcome."""
     path = folder / f"jobs-{count}.json"
     path.write_text(json.dumps(jobs))
-    script = Path(__file__).with_name("many_processes.py")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(count), str(script), str(path)]
+    command += ["--nproc-per-node", str(count), str(Path(__file__).with_name(script)), str(path)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"} | variables
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -380,7 +380,7 @@ class Chain:
             return whole if deposited is None else whole.add_(deposited)
 
         pairs, error = compress_together(update, list(rest), SOFT_LINK_TOLERANCE)
-        return {name: Factors(a, b / scaling) for name, (a, b) in pairs.items()}, error
+        return {n: replace(rest[n], a=a, b=b / scaling) for n, (a, b) in pairs.items()}, error
 
     def _latest_extra(self) -> dict[str, Tensor]:
         """Return the trained extra modules' weights after the last link, or the pristine ones."""

@@ -37,20 +37,29 @@ def generator_for(seed: int, link: int, module: str) -> torch.Generator:
 
 
 def random_factors(
-    config: LinkConfig, in_features: int, out_features: int, generator: torch.Generator
+    config: LinkConfig,
+    in_features: int,
+    out_features: int,
+    generator: torch.Generator,
+    *,
+    of_embedding: bool = False,
 ) -> Factors:
     """Draw one factor and set the other to zero, so that ``B·A = 0``.
 
     The drawn factor is A (rank × in), or B (out × rank) where only A is trained (arXiv 2410.08305).
-    `gaussian` is N(0, 1/rank²) and `kaiming` uniform in ±1/√fan_in, both as in PEFT.
+    `gaussian` is N(0, 1/rank²) and `kaiming` uniform in ±1/√fan_in, both as in PEFT. Of an
+    embedding PEFT draws B, from N(0, 1): a token's column of A meets nothing to sum over.
     """
     rank = config.rank
-    shape = (out_features, rank) if config.train_factors == "A" else (rank, in_features)
-    if config.init == "gaussian":
+    draws_b = config.train_factors == "A" or (of_embedding and config.train_factors == "both")
+    shape = (out_features, rank) if draws_b else (rank, in_features)
+    if of_embedding:
+        drawn = torch.randn(shape, generator=generator)
+    elif config.init == "gaussian":
         drawn = torch.randn(shape, generator=generator) / rank
     else:
         drawn = (torch.rand(shape, generator=generator) * 2 - 1) / math.sqrt(shape[1])
-    if config.train_factors == "A":
+    if draws_b:
         return Factors(torch.zeros(rank, in_features), drawn)
     return Factors(drawn, torch.zeros(out_features, rank))
 
@@ -88,7 +97,14 @@ def initialize(
             weight = weight.T if is_transposed(base) else weight
             factors = offsets[name] = principal_factors(config, weight, generator)
         else:
-            factors = random_factors(config, layer.in_features, layer.out_features, generator)
+            of_embedding = isinstance(base_layer(layer), nn.Embedding)
+            factors = random_factors(
+                config,
+                layer.in_features,
+                layer.out_features,
+                generator,
+                of_embedding=of_embedding,
+            )
         set_factors(adapter, name, factors)
     if config.init == "gradient":
         if backward is None:

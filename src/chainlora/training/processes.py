@@ -24,6 +24,7 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import Tensor, distributed, nn
 
 from chainlora.errors import ChainLoRAError, ConfigError, ToldError, TrainingError
@@ -231,7 +232,9 @@ class Processes:
         )
 
 
-def find_processes(accelerator: Accelerator, *, share_model: bool = False) -> Processes:
+def find_processes(
+    accelerator: Accelerator | AcceleratorState, *, share_model: bool = False
+) -> Processes:
     """Return the processes that Accelerate has found; several can share the model."""
     kind = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
     if kind not in (*_WHOLE_MODELS, *(["FSDP"] if share_model else [])):
