@@ -20,7 +20,7 @@ from chainlora.experiments.report.comparisons import Comparison
 from chainlora.experiments.report.curve_figures import curves
 from chainlora.experiments.report.summaries import Summary
 from chainlora.experiments.report.values import by_seed
-from chainlora.experiments.statistics.pairs import VERDICTS
+from chainlora.experiments.statistics.pairs import VERDICTS, Verdict
 
 _PANEL = 3.2  # inches
 _BLUE = "#0969da"
@@ -219,7 +219,7 @@ def differences(comparisons: Sequence[Comparison], *, width: float = 6.5) -> Any
     return figure
 
 
-def _mark(verdict: str) -> dict[str, Any]:
+def _mark(verdict: Verdict) -> dict[str, Any]:
     """Return a square in the verdict's colour; an empty one says that nothing could be decided."""
     colour = _COLOURS[verdict]
     fill = "#FFFFFF" if verdict == "too few pairs" else colour
