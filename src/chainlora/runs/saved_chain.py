@@ -30,7 +30,8 @@ from chainlora.config.loading import link_config
 from chainlora.config.schema import LinkConfig
 from chainlora.errors import ConfigError, RunError
 from chainlora.models.loading import folder_of
-from chainlora.runs.directory import load_tensors, versions
+from chainlora.runs.checkpoints import load_tensors
+from chainlora.runs.directory import versions
 from chainlora.runs.links import write_link
 from chainlora.runs.manifest import (
     DAMAGED,

@@ -66,8 +66,10 @@ class Processes:
         return items[self.rank :: self.count] if self.count > 1 else items
 
     def idle(self, items: Sequence[Item]) -> Sequence[Item]:
-        """Return what this process computes for nothing, beside others that it shares the model
-        with: an item, where it has none of its own."""
+        """Return what this process computes for nothing: an item, where it has none of its own.
+
+        Processes that share a model make equally many forwards.
+        """
         return items[:1] if self.shares_model and not self.share(items) else items[:0]
 
     def spread(

@@ -35,8 +35,7 @@ CARRIED = "carried"
 
 @dataclass
 class Adapter:
-    """A LoRA that sits on the model: its tuner layers by module path, and the extra modules it
-    trains."""
+    """A LoRA that sits on the model: its tuner layers by path, and the extra modules it trains."""
 
     tuner: peft.LoraModel
     config: LinkConfig
@@ -52,8 +51,7 @@ class Adapter:
             yield from module.parameters()
 
     def named_factor(self, factor: str) -> list[nn.Parameter]:
-        """Return the trained parameters of factor ``"A"`` or ``"B"`` (with B's bias and
-        magnitude)."""
+        """Return the trained parameters of factor A, or of B with its bias and magnitude."""
         picked = []
         for layer in self.layers.values():
             a = factors_in(layer, LIVE).a
@@ -145,8 +143,7 @@ def _train_only(adapter: Adapter) -> None:
 
 
 def _train_in_float32(module: nn.Module) -> None:
-    """Keep an extra module in float32 (a bfloat16 weight loses small updates), with casts at its
-    borders."""
+    """Keep an extra module in float32, with casts at its borders: bfloat16 loses small updates."""
     if all(parameter.dtype == torch.float32 for parameter in module.parameters()):
         return
     module.float()
@@ -236,8 +233,7 @@ def zero(adapter: Adapter) -> None:
 
 
 def reset_magnitudes(adapter: Adapter) -> None:
-    """Set DoRA's magnitudes to the row norms of the weights as they are now, so that the link is a
-    no-op."""
+    """Set DoRA's magnitudes to the row norms of the weights as they are: the link adds nothing."""
     for layer in adapter.layers.values():
         if LIVE in layer.lora_magnitude_vector:
             base = layer.get_base_layer()
@@ -248,8 +244,7 @@ def reset_magnitudes(adapter: Adapter) -> None:
 
 
 def touched_parameters(adapter: Adapter) -> Iterator[tuple[str, Tensor]]:
-    """Yield (path on the plain model, parameter) of all a link may change: base layers and extra
-    modules."""
+    """Yield (path on the plain model, parameter) of all that a link may change."""
     for name, layer in adapter.layers.items():
         base = layer.get_base_layer()
         yield f"{name}.weight", base.weight
@@ -261,8 +256,7 @@ def touched_parameters(adapter: Adapter) -> Iterator[tuple[str, Tensor]]:
 
 
 def get_extra(adapter: Adapter) -> dict[str, Tensor]:
-    """Copy the trained extra modules' weights, by path on the plain model, to float32 on the
-    CPU."""
+    """Copy the trained extra modules' weights, by plain path, to float32 on the CPU."""
     return {
         f"{name}.{key}": _host(parameter)
         for name, module in adapter.extra.items()
@@ -271,8 +265,7 @@ def get_extra(adapter: Adapter) -> dict[str, Tensor]:
 
 
 def set_extra(model: nn.Module, adapter: Adapter | None, weights: Mapping[str, Tensor]) -> None:
-    """Write extra modules' weights: into the adapter's own copies where it has them, else into the
-    model."""
+    """Write extra modules' weights, into the adapter's copies of them if it has some."""
     copies = {
         f"{name}.{key}": parameter
         for name, module in (adapter.extra if adapter else {}).items()
