@@ -158,7 +158,7 @@ PAINS = [
         "block|cut|tokens",
     ),
     Pain("Data", "train run.yaml --data.train columns.jsonl", "nothing reads|not read"),
-    Pain("Commands", "chat run --temperature 1 --seed 3 < words.txt"),
+    Pain("Commands", "chat --help", "Talk"),
     Pain("Commands", "generate run --prompt 'the cat' --max-new-tokens 4"),
     Pain("Commands", "eval run"),
     Pain("Commands", "eval run --data rows.jsonl"),
@@ -252,7 +252,6 @@ def make_world(world: Path) -> None:
     }
     for name, row in rows.items():
         (world / f"{name}.jsonl").write_text(f"{json.dumps(row)}\n" * 8)
-    (world / "words.txt").write_text("the cat\n")
     data = {"train": "rows.jsonl", "validation": "rows.jsonl"}
     chain = {"ranks": [4, 4], "alpha": 8, "steps": [3, 3]}
     run = {"model": "base", "data": data, "chain": chain, "train": {"batch_size": 4}}
@@ -338,10 +337,6 @@ def _type(pain: Pain) -> None:
         _command(code)
     elif code:
         exec(code, {"__name__": "__main__"})
-    elif " < " in typed:
-        command, words = typed.split(" < ")
-        os.dup2(os.open(words, os.O_RDONLY), 0)
-        _command(command)
     else:
         _command(typed)
 
