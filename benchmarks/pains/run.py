@@ -192,7 +192,7 @@ PAINS = [
     ),
     Pain(
         "Experiments",
-        "the same where the rows of the last task are not there: what had run by then",
+        "`experiment run` where the rows of the last task are not there",
         code="MISSING",
     ),
     Pain(
