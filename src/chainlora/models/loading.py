@@ -53,7 +53,7 @@ def load_model(
 
     spec: Hub id, local folder, ``.gguf`` file, or ``pip:PACKAGE`` for a GGUF file in an installed
     package. quantize: how its linear layers are quantised while they load (`quantizing`). device:
-    where a quantised model is loaded; another one is on the CPU.
+    where a quantised model is loaded, by `quantize` or by its checkpoint; another one is on the CPU.
 
     The tokenizer pads with a token it already has; the vocabulary is left as it is.
 
@@ -64,7 +64,9 @@ def load_model(
     keys: dict[str, Any] = {}
     if quantize is not None:
         _refuse_quantized(config, folder)
-        keys = {"quantization_config": quantization(quantize, dtype), "device_map": {"": device}}
+        keys["quantization_config"] = quantization(quantize, dtype)
+    if quantize is not None or getattr(config, "quantization_config", None) is not None:
+        keys["device_map"] = {"": device}
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,

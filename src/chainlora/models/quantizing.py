@@ -74,6 +74,11 @@ def is_quantized(module: nn.Module) -> bool:
     return _is_special(weight) or not weight.is_floating_point()
 
 
+def is_quantized_model(model: nn.Module) -> bool:
+    """Say whether a model has quantised layers, wherever they come from."""
+    return any(is_quantized(module) for module in model.modules())
+
+
 def plain_tensor(tensor: Tensor) -> Tensor:
     """Return a tensor that indexing and casting work on: quantised ones as what they stand for,
     and one that processes share as a whole."""
