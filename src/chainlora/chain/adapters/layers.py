@@ -219,9 +219,9 @@ def touched_parameters(adapter: Adapter) -> Iterator[tuple[str, Tensor]]:
     modules."""
     for name, layer in adapter.layers.items():
         base = layer.get_base_layer()
-        yield f"{name}.weight", base.weight
-        if getattr(base, "bias", None) is not None:
-            yield f"{name}.bias", base.bias
+        for key in ("weight", "bias"):
+            if isinstance(parameter := getattr(base, key, None), Tensor):
+                yield f"{name}.{key}", parameter
     for name, module in adapter.extra.items():
         for key, parameter in module.named_parameters():
             yield f"{name}.{key}", parameter
