@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
+from importlib.util import find_spec
 
 import peft
 import pytest
@@ -22,6 +23,7 @@ from torch import nn
 from chainlora import Chain, ChainLoRAError, export_adapter
 from chainlora.chain.adapters import check_targets
 from chainlora.config.schema import LinkConfig
+from chainlora.models.loading_shards import load_shards
 from chainlora.models.quantizing import is_quantized, is_quantized_model
 
 ALL = LinkConfig(rank=4, alpha=8, target_modules="all-linear")
@@ -164,12 +166,24 @@ def test_what_peft_cannot_adapt_is_refused_with_what_it_needs():
         check_targets(packed_model(), ALL)
 
 
-@pytest.mark.parametrize("kind", ["gptq", "awq"])
-def test_a_checkpoint_whose_package_is_missing_names_it(kind, tmp_path, chainlora):
+def checkpoint_of(kind, tmp_path):
+    """A folder whose config.json says that its weights are quantised."""
     folder = make_tiny_folder(tmp_path / kind)
     stated = json.loads((folder / "config.json").read_text())
     stated["quantization_config"] = {"quant_method": kind, "bits": 4, "group_size": 32}
     (folder / "config.json").write_text(json.dumps(stated))
+    return folder
+
+
+def test_processes_do_not_share_it(tmp_path):
+    with pytest.raises(ChainLoRAError, match=r"quantization_config\); leave train.shard out"):
+        load_shards(checkpoint_of("gptq", tmp_path), torch.float32, 2, torch.device("cpu"))
+
+
+@pytest.mark.skipif(bool(find_spec("gptqmodel")), reason="gptqmodel is there")
+@pytest.mark.parametrize("kind", ["gptq", "awq"])
+def test_a_checkpoint_whose_package_is_missing_names_it(kind, tmp_path, chainlora):
+    folder = checkpoint_of(kind, tmp_path)
     rows, output = tmp_path / "rows.jsonl", tmp_path / "run"
     rows.write_text('{"text": "the cat"}\n')
     config = {"model": str(folder), "data": {"train": str(rows)}, "output": str(output)}

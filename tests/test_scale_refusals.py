@@ -45,14 +45,10 @@ REFUSALS = [
         missing="bitsandbytes",
     ),
     Refusal(
-        "accelerate launch --use_fsdp --fsdp_version 1 -m chainlora train run.yaml",
+        "accelerate launch --use_fsdp --fsdp_version 1 --num_processes 2 -m chainlora train "
+        "run.yaml",
         "train run.yaml",
         variables=BY_FSDP,
-    ),
-    Refusal(
-        "accelerate launch --use_deepspeed -m chainlora train run.yaml",
-        "train run.yaml",
-        variables={"ACCELERATE_USE_DEEPSPEED": "true"},
     ),
     Refusal(
         "chainlora train run.yaml --train.optimizer schedule_free_adamw --train.schedule constant",
