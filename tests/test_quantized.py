@@ -325,6 +325,7 @@ def test_the_page_has_what_is_printed(keys, quantised_folder, tmp_path, monkeypa
     write_rows(tmp_path / "rows.jsonl", [{"text": "a"}])
     (tmp_path / "run.yaml").write_text(
         "model: m\ndata: {train: rows.jsonl}\nchain: {ranks: [8, 8], epochs: [1, 1]}\n"
+        "output: out\n"
     )
     monkeypatch.chdir(tmp_path)
     command = f"train run.yaml --model m-nf4{keys}"

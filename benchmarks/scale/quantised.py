@@ -3,7 +3,8 @@
     losses   a chain of three carried links on SmolLM2-135M: what each knot changes of the function;
              held-out loss as it was trained, merged onto the whole base, and quantised again, with
              the part of the update that is lost
-    cost     seconds of a step beside PEFT's QLoRA on the same rows, in turns: one link, and eight
+    cost     processor seconds of a step beside PEFT's QLoRA on the same rows, in turns: one link,
+             and eight
     modes    a kind that is not offered: LLM.int8 of bitsandbytes, in training and in evaluation
 
 `--kinds` and `--parts` choose some of them. nf4 needs bitsandbytes, int8 torchao. What is found is
@@ -17,6 +18,7 @@ import json
 import statistics
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -89,9 +91,13 @@ def held_out_loss(model: Any, tokenizer: Any) -> float:
 
 
 def cost(kind: str, folder: Path, rounds: int = 3, steps: int = 4) -> dict[str, float]:
-    """Return median seconds of a step; the contestants take turns."""
+    """Return median seconds of a step on one thread; the contestants take turns.
+
+    Seconds of the processor, which other programs on the machine do not lengthen.
+    """
     import run as gpu
 
+    torch.set_num_threads(1)
     config = LlamaConfig(
         vocab_size=4096,
         hidden_size=576,
@@ -121,7 +127,10 @@ def cost(kind: str, folder: Path, rounds: int = 3, steps: int = 4) -> dict[str, 
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name, run in runs.items():
-            seconds[name] += [next(run)[1] for _ in range(steps)]
+            for _ in range(steps):
+                began = time.process_time()
+                next(run)
+                seconds[name].append(time.process_time() - began)
     return {name: statistics.median(found[1:]) for name, found in seconds.items()}
 
 
@@ -184,8 +193,8 @@ def report(results: dict[str, Any]) -> str:
         lines.append(f"| {kind} | {' | '.join(cells)} |")
     lines += [
         "",
-        "Seconds of a step, median, in turns in one run: a model of 8 layers in bfloat16, 8 rows "
-        "of 64 tokens, rank 8 on q and v, each prepared as PEFT does.",
+        "Processor seconds of a step, median, in turns in one run: a model of 8 layers in "
+        "bfloat16, 8 rows of 64 tokens, rank 8 on q and v, each prepared as PEFT does.",
         "",
         "| kind | PEFT's QLoRA | one link | eight links | to PEFT |",
         "|---|---|---|---|---|",
