@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from chainlora.data.examples import Example
-from chainlora.engine import attention as packed_attention
+from chainlora.engine import layout
 from chainlora.engine.attention import NAME
 from chainlora.engine.engine import Engine
 from chainlora.engine.packing import PackedBatch, pack
@@ -97,15 +97,16 @@ def test_packed_equals_padded(architecture: str, kind: str, dtype: torch.dtype) 
     assert_paths_agree(tiny_model(architecture, dtype=dtype), BATCHES[kind](), dtype)
 
 
-@pytest.mark.parametrize("limit", ["LONGEST_BY_MATMUL", "LONGEST_KEPT"])
+@pytest.mark.parametrize("limits", [{"LONGEST_BY_MATMUL_ELSE": 0}, {"LONGEST_KEPT": 0, "PIECE": 3}])
 @pytest.mark.parametrize("kind", BATCHES)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_packed_equals_padded_for_long_sequences(
-    architecture: str, kind: str, limit: str, monkeypatch: pytest.MonkeyPatch
+    architecture: str, kind: str, limits: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Beyond the first limit attention is SDPA, beyond the second probabilities are made again in
-    backward."""
-    monkeypatch.setattr(packed_attention, limit, 0)
+    """Beyond the first limit attention is SDPA; beyond the second queries are cut into pieces, and
+    probabilities are made again in backward."""
+    for name, value in limits.items():
+        monkeypatch.setattr(layout, name, value)
     assert_paths_agree(
         tiny_model(architecture, dtype=torch.float64), BATCHES[kind](), torch.float64
     )

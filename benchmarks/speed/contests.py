@@ -92,6 +92,24 @@ _CLASSIFICATION = {"speed": 3.5, "memory": 0.5}
 _LANGUAGE = {"speed": 3.0, "memory": 0.4}
 
 
+def _long(num_tokens: int, num_rows: int) -> Contest:
+    """Rows of this many tokens, one a step, against Trainer + PEFT; ours also with its activations
+    computed again in backward."""
+    return Contest(
+        f"long-{num_tokens}-bfloat16",
+        f"long-{num_tokens}",
+        num_rows,
+        (
+            Entry("chainlora", "ours"),
+            Entry("chainlora, checkpointed", "ours", {"gradient_checkpointing": True}),
+            Entry("Trainer + PEFT", "trainer_peft"),
+        ),
+        settings={"dtype": "bfloat16", "batch_size": 1},
+        goals={"Trainer + PEFT": {"speed": 2.0, "memory": 0.4}},
+        repeats=1,
+    )
+
+
 def _language(
     workload: str, num_rows: int, goals: dict[str, float], repeats: int = 3
 ) -> list[Contest]:
@@ -216,6 +234,9 @@ CONTESTS: tuple[Contest, ...] = (
     ),
     *_peak("rte", 48),
     *_peak("sst2", 96),
+    _long(1024, 4),
+    _long(4096, 3),
+    _long(8000, 2),
     *_language("chat", 32, _LANGUAGE),
     *_trainer("multirc", 32),
     *_trainer("rte", 48, name="rte-all-linear", targets=ALL_LINEAR),

@@ -59,6 +59,8 @@ def workload_files(
     name, _, split = workload.partition("-")
     if name == "chat":
         return _chat_files(data, num_rows, batch_size, folder)
+    if name == "long":
+        return _long_files(data, int(split), num_rows, batch_size, folder)
     if name not in list_tasks():
         raise ValueError(f"workload must be a shipped task or chat (got {workload!r})")
     rows = load_split(load_task(name), data, split or "train")
@@ -115,6 +117,32 @@ def _evaluation_files(name: str, rows: list[Row], folder: Path) -> dict[str, str
     return {
         "task": path,
         "rows": _write(folder / "rows.jsonl", [dict(row) for row in rows]),
+        "ordered": _write(folder / "ordered.jsonl", ordered),
+    }
+
+
+_LETTERS_A_TOKEN = 2.9  # of GSM8K's text under SmolLM2's tokenizer, which writes numbers by digits
+
+
+def _long_files(
+    data: str | None, num_tokens: int, num_rows: int, batch_size: int, folder: Path
+) -> dict[str, str]:
+    """Rows of some `num_tokens` tokens: questions and answers of GSM8K one after another, the first
+    question as the prompt."""
+    task = load_task("gsm8k")
+    shown = [task.render(row) for row in load_split(task, data, "train")]
+    random.Random(SEED).shuffle(shown)
+    pairs = []
+    for _ in range(num_rows):
+        prompt, completion = shown[-1].prompt, shown.pop().completion
+        while len(prompt) + len(completion) < num_tokens * _LETTERS_A_TOKEN:
+            completion += f"\n\n{shown[-1].prompt}{shown.pop().completion}"
+        letters = int(num_tokens * _LETTERS_A_TOKEN) - len(prompt)
+        pairs.append({"prompt": prompt, "completion": completion[:letters]})
+    plain = {"candidates": [], "label": None}
+    ordered = [pairs[i] | plain for i in _order(num_rows, batch_size)]
+    return {
+        "rows": _write(folder / "rows.jsonl", pairs),
         "ordered": _write(folder / "ordered.jsonl", ordered),
     }
 

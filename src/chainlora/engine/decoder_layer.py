@@ -2,30 +2,35 @@
 is the same.
 
 The layer is Llama's (also Mistral's, Qwen2's and SmolLM's): pre-norm, rotary attention, SwiGLU. Its
-element-wise parts become autograd functions (`fused`), attention reads the packed row without
+two halves become one autograd function each (`blocks`), attention reads the packed row without
 transposes, and the last layer computes queries and MLP only for the rows whose hidden states are
-used. Projections stay the model's own modules, so LoRA, hooks and quantised layers on them work as
-ever.
+used. Where a projection is more than a frozen matrix with a LoRA (quantised, hooked, with dropout),
+or attention is not by matmuls, only the element-wise parts do (`fused`), and projections stay the
+model's own modules.
 
 The layer's own forward runs whenever something is different from what the probe saw: no packed
-layout, gradient checkpointing, a hook on an inner module, a trained norm or bias, another dtype,
-autocast.
+layout, a hook on an inner module, a trained norm or bias, another dtype, autocast. Under gradient
+checkpointing the halves keep their input alone and compute the rest again in backward.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.activations import SiLUActivation
 
-from chainlora.engine.attention import LAYOUT, Layout, Rows, attend, packed_name
+from chainlora.engine.attention import LAYOUT, attend, packed_name
+from chainlora.engine.blocks import Attention, Mlp, attention_block, mlp_block
 from chainlora.engine.float32 import widened
-from chainlora.engine.fused import MlpBlock, RmsNorm, Rotary, SwiGlu, Turn, make_turn
-from chainlora.engine.patching import Patches, replacement
+from chainlora.engine.fused import RmsNorm, Rotary, SwiGlu, Turn, make_turn
+from chainlora.engine.layout import Layout, Rows
+from chainlora.engine.lora_layer import is_lora_layer, projection_of
+from chainlora.engine.patching import Patches, installed, replacement
 from chainlora.engine.probes import Calls, first_line, probing
+from chainlora.engine.projection import Projection
 from chainlora.models.modes import evaluation_mode, training_mode
 from chainlora.models.shards import whole
 from chainlora.models.text_config import base_model, text_config
@@ -132,7 +137,8 @@ def _probe(layer: Any, hidden: Tensor, kwargs: dict[str, Any], training: bool) -
 
 
 def _fast_forward(layer: Any, hidden: Tensor, **kwargs: Any) -> Tensor:
-    return _compute(layer, hidden[0], kwargs[LAYOUT], kwargs["position_embeddings"], None)[None]
+    out = _compute(layer, hidden[0], kwargs[LAYOUT], kwargs["position_embeddings"], None)
+    return type(layer).forward(layer, hidden, **kwargs) if out is None else out[None]
 
 
 def _layers(model: nn.Module) -> list[Any]:
@@ -176,57 +182,79 @@ def _ready(layer: Any, hidden: Tensor) -> bool:
     return (
         all(_quiet(module) for module in bypassed)
         and not any(w.requires_grad or w.dtype != hidden.dtype for w in norms)
-        and not (layer.training and getattr(layer, "gradient_checkpointing", False))
         and not torch.is_autocast_enabled(hidden.device.type)
-    )
-
-
-def _plain(linear: nn.Module) -> bool:
-    return (
-        type(linear) is nn.Linear
-        and linear.bias is None
-        and not linear.weight.requires_grad
-        and type(linear.weight) is nn.Parameter
-        and _quiet(linear)
     )
 
 
 @replacement
 def _forward(layer: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    layout, rotary = kwargs.get(LAYOUT), kwargs.get("position_embeddings")
-    if layout is None or rotary is None or args or not _ready(layer, hidden_states):
-        return type(layer).forward(layer, hidden_states, *args, **kwargs)
-    return _as_row(_compute(layer, hidden_states[0], layout, rotary, None))
+    return _faster(layer, hidden_states, args, kwargs, last=False)
 
 
 @replacement
 def _last_forward(layer: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """Return hidden states [1, R, d] of the layout's rows alone, or [1, T, d] where it names
     none."""
-    layout, rotary = kwargs.get(LAYOUT), kwargs.get("position_embeddings")
-    if (
-        layout is None
-        or layout.rows is None
-        or rotary is None
-        or args
-        or not _ready(layer, hidden_states)
-    ):
-        return _forward(layer, hidden_states, *args, **kwargs)
-    return _as_row(_compute(layer, hidden_states[0], layout, rotary, layout.rows))
+    return _faster(layer, hidden_states, args, kwargs, last=True)
 
 
-def _as_row(x: Tensor) -> Tensor:
-    """Return x [T, d] as [1, T, d], no view: FSDP2 puts a hook of autograd on a layer's output."""
-    found: Tensor = torch.ops.aten._unsafe_view(x, [1, *x.shape])
+def _faster(
+    layer: Any, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], *, last: bool
+) -> Tensor:
+    """Return the layer's output, by its own forward where something is not as the probe saw it."""
+    layout, rotary, out = kwargs.get(LAYOUT), kwargs.get("position_embeddings"), None
+    if not (layout is None or rotary is None or args) and _ready(layer, hidden):
+        out = _compute(layer, hidden[0], layout, rotary, layout.rows if last else None)
+    if out is None:
+        own: Tensor = type(layer).forward(layer, hidden, *args, **kwargs)
+        return own
+    # no view: FSDP2 puts a hook of autograd on a layer's output
+    found: Tensor = torch.ops.aten._unsafe_view(out, [1, *out.shape])
     return found
 
 
 def _compute(
     layer: Any, x: Tensor, layout: Layout, rotary: tuple[Tensor, Tensor], rows: Rows | None
-) -> Tensor:
-    """Return the layer's output at `rows` (None: all), from x [T, d]."""
-    attention, norm = layer.self_attn, layer.input_layernorm
+) -> Tensor | None:
+    """Return the layer's output at `rows` (None: all), from x [T, d].
+
+    None where gradient checkpointing asks for what single parts cannot do: to keep nothing.
+    """
     turn = _turn(layout, rotary)
+    attention, mlp = _attention_half(layer, x, layout, turn, rows), _mlp_half(layer, x)
+    again = layer.training and getattr(layer, "gradient_checkpointing", False)
+    if again and (attention is None or mlp is None):
+        return None
+    if attention is None:
+        x = _attention_by_parts(layer, x, layout, turn, rows)
+    else:
+        x = attention_block(x, attention, again=again)
+    return _mlp_by_parts(layer, x) if mlp is None else mlp_block(x, mlp, again=again)
+
+
+def _attention_half(
+    layer: Any, x: Tensor, layout: Layout, turn: Turn, rows: Rows | None
+) -> Attention | None:
+    """Return what the first half computes, None where it is more than one function of ours."""
+    attention, norm = layer.self_attn, layer.input_layernorm
+    parts = attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj
+    own = _projections(parts, x.dtype)
+    if own is None or _dropout(layer) or not layout.by_matmul:
+        return None
+    eps = norm.variance_epsilon
+    return Attention(norm.weight, eps, own, attention.scaling, turn, layout, rows)
+
+
+def _mlp_half(layer: Any, x: Tensor) -> Mlp | None:
+    mlp, norm = layer.mlp, layer.post_attention_layernorm
+    own = _projections((mlp.gate_proj, mlp.up_proj, mlp.down_proj), x.dtype)
+    return None if own is None else Mlp(norm.weight, norm.variance_epsilon, own)
+
+
+def _attention_by_parts(
+    layer: Any, x: Tensor, layout: Layout, turn: Turn, rows: Rows | None
+) -> Tensor:
+    attention, norm = layer.self_attn, layer.input_layernorm
     size = turn.cos.shape[-1]
     normed = RmsNorm.apply(x, norm.weight, norm.variance_epsilon)
     key = Rotary.apply(attention.k_proj(normed).unflatten(-1, (-1, size)), *turn)
@@ -236,9 +264,41 @@ def _compute(
         turn = Turn(*(table.index_select(0, rows.index) for table in turn))
         layout = rows.layout
     query = Rotary.apply(attention.q_proj(normed).unflatten(-1, (-1, size)), *turn)
-    dropout = getattr(attention, "attention_dropout", 0.0) if layer.training else 0.0
-    mixed = attend(query, key, value, layout, attention.scaling, dropout)
-    return _mlp(layer, x + attention.o_proj(mixed.flatten(-2)))
+    mixed = attend(query, key, value, layout, attention.scaling, _dropout(layer))
+    return x + attention.o_proj(mixed.flatten(-2))
+
+
+def _mlp_by_parts(layer: Any, x: Tensor) -> Tensor:
+    mlp, norm = layer.mlp, layer.post_attention_layernorm
+    normed = RmsNorm.apply(x, norm.weight, norm.variance_epsilon)
+    return x + mlp.down_proj(SwiGlu.apply(mlp.gate_proj(normed), mlp.up_proj(normed)))
+
+
+def _dropout(layer: Any) -> float:
+    return getattr(layer.self_attn, "attention_dropout", 0.0) if layer.training else 0.0
+
+
+def _projections(modules: Iterable[nn.Module], dtype: torch.dtype) -> list[Projection] | None:
+    """Return what the modules compute, None where one of them needs its own forward."""
+    found = []
+    for module in modules:
+        own = _projection(module)
+        if own is None or own.weight.dtype != dtype:
+            return None
+        found.append(own)
+    return found
+
+
+def _projection(module: Any) -> Projection | None:
+    if not _quiet(module):
+        return None
+    if is_lora_layer(module):
+        return projection_of(module) if installed(module) else None
+    if type(module) is not nn.Linear or type(module.weight) is not nn.Parameter:
+        return None
+    if any(parameter.requires_grad for parameter in module.parameters()):
+        return None
+    return Projection(module.weight, module.bias)
 
 
 def _turn(layout: Layout, rotary: tuple[Tensor, Tensor]) -> Turn:
@@ -250,14 +310,3 @@ def _turn(layout: Layout, rotary: tuple[Tensor, Tensor]) -> Turn:
         turn = make_turn(cos[0], sin[0])
         layout.plans[_TURN] = cos, turn
     return turn
-
-
-def _mlp(layer: Any, x: Tensor) -> Tensor:
-    mlp, norm = layer.mlp, layer.post_attention_layernorm
-    linears = (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
-    if all(_plain(linear) for linear in linears):
-        return MlpBlock.apply(
-            x, norm.weight, norm.variance_epsilon, *(linear.weight for linear in linears)
-        )
-    normed = RmsNorm.apply(x, norm.weight, norm.variance_epsilon)
-    return x + mlp.down_proj(SwiGlu.apply(mlp.gate_proj(normed), mlp.up_proj(normed)))

@@ -12,7 +12,8 @@ from enum import StrEnum
 import torch
 from torch import Tensor, nn
 
-from chainlora.engine.attention import LAYOUT, make_layout
+from chainlora.engine.attention import LAYOUT
+from chainlora.engine.layout import make_layout
 from chainlora.engine.packing import PackedBatch
 from chainlora.models.text_config import base_model, text_config
 
@@ -26,6 +27,8 @@ class ForwardPath(StrEnum):
 
 def packed_hidden(model: nn.Module, batch: PackedBatch) -> Tensor:
     """Return [R, d] of a model that is set to packed attention."""
+    device, dtype = batch.input_ids.device, next(model.parameters()).dtype
+    layout = make_layout(batch.segments, device, dtype, batch.rows)
     output = base_model(model)(
         input_ids=batch.input_ids[None],
         position_ids=batch.position_ids[None],
@@ -33,7 +36,7 @@ def packed_hidden(model: nn.Module, batch: PackedBatch) -> Tensor:
         # transformers takes a mask of four dimensions as it is, so none is built; packed
         # attention ignores it
         attention_mask=batch.input_ids.new_zeros((1, 1, 1, 1), dtype=torch.bool),
-        **{LAYOUT: make_layout(batch.segments, batch.input_ids.device, batch.rows)},
+        **{LAYOUT: layout},
     )
     hidden = output.last_hidden_state[0]
     if hidden.shape[0] == batch.rows.shape[0]:  # the last layer computed these rows alone

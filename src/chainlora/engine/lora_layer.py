@@ -1,9 +1,4 @@
-"""One autograd function for a LoRA layer: ``y = x Wᵀ + c + s · (x Aᵀ) Bᵀ``.
-
-Autograd keeps, for the same layer composed of plain operations, the input once for each matmul, the
-scaled product and, in two-byte formats, float32 copies of input and output. Here the input is kept
-once with ``x Aᵀ`` (n × rank), products are added in place, and the adapter's matmuls run in the
-input's dtype; A and B may be float32 masters, whose gradients come back in float32.
+"""A LoRA layer as one autograd function: ``y = x Wᵀ + c + s · (x Aᵀ) Bᵀ``.
 
 PEFT's own forward stays where the layer is anything else, asked anew at each call: other adapters
 active, merged, disabled, dropout, DoRA and other variants, a bias on B, a base layer that is not
@@ -20,8 +15,15 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
-from chainlora.engine.bf16_matmul import add_product_, linear, product
 from chainlora.engine.patching import Patches, replacement
+from chainlora.engine.projection import (
+    Computed,
+    Projection,
+    Wanted,
+    factor_gradients,
+    input_gradient,
+    project,
+)
 from chainlora.errors import ModelError
 
 
@@ -82,25 +84,26 @@ def _whole(*weights: Tensor) -> bool:
 
 @replacement
 def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    name = (
-        None
-        if args or kwargs or torch.is_autocast_enabled(x.device.type)
-        else active_adapter(layer)
-    )
-    base = layer.base_layer
-    if name is None or x.dtype != base.weight.dtype:
+    plain = args or kwargs or torch.is_autocast_enabled(x.device.type)
+    own = None if plain else projection_of(layer)
+    if own is None or x.dtype != own.weight.dtype:
         return type(layer).forward(layer, x, *args, **kwargs)
+    return LoraFunction.apply(x, *own)
+
+
+def projection_of(layer: Any) -> Projection | None:
+    """Return what a LoRA layer computes, None where PEFT's own forward is needed."""
+    name = active_adapter(layer)
+    if name is None:
+        return None
+    base = layer.base_layer
     weight = base.weight.T if type(base) is Conv1D else base.weight
     a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
-    return LoraFunction.apply(x, weight, base.bias, a, b, layer.scaling[name])
+    return Projection(weight, base.bias, a, b, layer.scaling[name])
 
 
 class LoraFunction(torch.autograd.Function):
-    """``x Wᵀ + c + s · (x Aᵀ) Bᵀ`` for a frozen W (out × in) and c; A (rank × in), B (out × rank).
-
-    With g the gradient of the output (n × out): ``∂B = s · gᵀ (x Aᵀ)``, ``∂A = s · (g B)ᵀ x``,
-    ``∂x = g W + s · (g B) A``.
-    """
+    """``x Wᵀ + c + s · (x Aᵀ) Bᵀ`` for a frozen W (out × in) and c; A rank × in, B out × rank."""
 
     @staticmethod
     def forward(
@@ -113,18 +116,13 @@ class LoraFunction(torch.autograd.Function):
         scaling: float,
     ) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
-        ctx.factor_dtypes = a.dtype, b.dtype
-        # small copies, kept for backward: in the input's dtype, and the long side of both in rows.
-        # A float32 matmul with eight columns takes 2.5 times as long where those are not rows of
-        # the transpose.
-        a, b_rows = a.to(x.dtype), b.T.to(x.dtype).contiguous()
-        down = linear(flat, a)
-        out = add_product_(linear(flat, weight, bias), down, b_rows, scaling)
-        _, _, _, needs_a, needs_b, _ = ctx.needs_input_grad
+        own = Projection(weight, bias, a, b, scaling).as_computed(x.dtype)
+        out, down = project(flat, own)
+        needs_a, needs_b = ctx.needs_input_grad[3:5]
         ctx.save_for_backward(
-            flat if needs_a else None, weight, a, b_rows, down if needs_b else None
+            flat if needs_a else None, weight, own.a, own.b_rows, down if needs_b else None
         )
-        ctx.scaling, ctx.shape = scaling, x.shape
+        ctx.scaling, ctx.shape, ctx.factors = scaling, x.shape, Wanted(a.dtype, needs_a, needs_b)
         # no view of what was computed: autograd refuses in-place changes of such a result
         return torch.ops.aten._unsafe_view(out, [*x.shape[:-1], out.shape[-1]])
 
@@ -132,15 +130,8 @@ class LoraFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         flat, weight, a, b_rows, down = ctx.saved_tensors
-        needs_x, _, _, needs_a, needs_b, _ = ctx.needs_input_grad
-        grad = grads[0].reshape(-1, weight.shape[0])
-        grad_x = grad_a = grad_b = None
-        if needs_b:
-            grad_b = product(down.T, grad).T.to(ctx.factor_dtypes[1]).contiguous().mul_(ctx.scaling)
-        if needs_x or needs_a:
-            up = linear(grad, b_rows).mul_(ctx.scaling)
-        if needs_a:
-            grad_a = product(up.T, flat).to(ctx.factor_dtypes[0])
-        if needs_x:
-            grad_x = add_product_(product(grad, weight), up, a).view(ctx.shape)
+        own = Computed(weight, None, a, b_rows, ctx.scaling)
+        grad, needs_x = grads[0].reshape(-1, weight.shape[0]), ctx.needs_input_grad[0]
+        up, grad_a, grad_b = factor_gradients(grad, flat, down, own, ctx.factors, needs_x)
+        grad_x = input_gradient(None, grad, up, own).view(ctx.shape) if needs_x else None
         return grad_x, None, None, grad_a, grad_b, None

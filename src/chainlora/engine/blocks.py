@@ -1,0 +1,209 @@
+"""The two halves of a decoder layer of Llama's shape, each as one autograd function.
+
+Both add something to a row x [T, d]: attention ``o(attend(q(n), k(n), v(n)))`` and MLP
+``D(silu(G n) · U n)``, with ``n = rmsnorm(x)``. Projections are frozen maps with or without a LoRA
+(`projection`). Composed of a function a part, the same half costs Python and autograd four times as
+many calls, which is what short rows wait for.
+
+With `again`, a half keeps its input alone and computes the rest again in backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from chainlora.engine.fused import Turn, normalise, normalise_backward, rotate
+from chainlora.engine.layout import Layout, Rows
+from chainlora.engine.matmul_attention import attend_backward, attend_forward
+from chainlora.engine.projection import (
+    Computed,
+    Projection,
+    Wanted,
+    factor_gradients,
+    input_gradient,
+    project,
+)
+
+Kept = list[Tensor | None]
+
+
+class Attention(NamedTuple):
+    """What the attention half is made of; `rows` are the positions asked for, None: all."""
+
+    norm: Tensor
+    eps: float
+    projections: Sequence[Projection]  # q, k, v, o
+    scaling: float
+    turn: Turn
+    layout: Layout
+    rows: Rows | None
+
+
+class Mlp(NamedTuple):
+    """What the MLP half is made of."""
+
+    norm: Tensor
+    eps: float
+    projections: Sequence[Projection]  # gate, up, down
+
+
+def attention_block(x: Tensor, half: Attention, *, again: bool = False) -> Tensor:
+    """Return ``x + attention(x)`` [T, d], or [R, d] at `half.rows`."""
+    return _AttentionBlock.apply(x, half, again, *_factors(half.projections))
+
+
+def mlp_block(x: Tensor, half: Mlp, *, again: bool = False) -> Tensor:
+    """Return ``x + mlp(x)`` [T, d]."""
+    return _MlpBlock.apply(x, half, again, *_factors(half.projections))
+
+
+class _AttentionBlock(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, half: Attention, again: bool, *factors: Tensor | None
+    ) -> Tensor:
+        ctx.half, ctx.again = half, again
+        ctx.own, ctx.wanted = _prepare(ctx, x, half.projections)
+        out, kept = _attention(x, half, ctx.own, keep=any(ctx.needs_input_grad) and not again)
+        ctx.save_for_backward(x, *([] if again else kept))
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad, half, (q, k, v, o) = grads[0], ctx.half, ctx.own
+        x, *kept = ctx.saved_tensors
+        if ctx.again:
+            kept = _attention(x, half, ctx.own, keep=True)[1]
+        normed, inverse, query, key, value, mixed, *rest = kept
+        downs, probabilities = rest[:4], rest[4:]
+        normed_rows, turn, layout = _at_rows(normed, half)
+        needs_x = ctx.needs_input_grad[0]
+        up_o, *of_o = factor_gradients(grad, mixed, downs[3], o, ctx.wanted[3], True)
+        grad_mixed = input_gradient(None, grad, up_o, o).view(query.shape[:2] + value.shape[2:])
+        grad_q, grad_k, grad_v = attend_backward(
+            grad_mixed, query, key, value, probabilities, layout, half.scaling
+        )
+        grad_q = rotate(grad_q, turn.cos, turn.back).flatten(1)
+        grad_k, grad_v = rotate(grad_k, half.turn.cos, half.turn.back).flatten(1), grad_v.flatten(1)
+        up_q, *of_q = factor_gradients(grad_q, normed_rows, downs[0], q, ctx.wanted[0], needs_x)
+        up_k, *of_k = factor_gradients(grad_k, normed, downs[1], k, ctx.wanted[1], needs_x)
+        up_v, *of_v = factor_gradients(grad_v, normed, downs[2], v, ctx.wanted[2], needs_x)
+        of_factors = (*of_q, *of_k, *of_v, *of_o)
+        if not needs_x:
+            return None, None, None, *of_factors
+        total = input_gradient(input_gradient(None, grad_k, up_k, k), grad_v, up_v, v)
+        if half.rows is None:
+            input_gradient(total, grad_q, up_q, q)
+            grad_x = normalise_backward(total, x, half.norm, inverse).add_(grad)
+        else:
+            total.index_add_(0, half.rows.index, input_gradient(None, grad_q, up_q, q))
+            grad_x = normalise_backward(total, x, half.norm, inverse)
+            grad_x.index_add_(0, half.rows.index, grad)
+        return grad_x, None, None, *of_factors
+
+
+def _attention(
+    x: Tensor, half: Attention, own: Sequence[Computed], *, keep: bool
+) -> tuple[Tensor, Kept]:
+    """Return the half's output and what its backward needs."""
+    q, k, v, o = own
+    normed, inverse = normalise(x, half.norm, half.eps)
+    size = half.turn.cos.shape[-1]
+    key, down_k = project(normed, k)
+    value, down_v = project(normed, v)
+    normed_rows, turn, layout = _at_rows(normed, half)
+    query, down_q = project(normed_rows, q)
+    query = rotate(query.view(query.shape[0], -1, size), turn.cos, turn.sin)
+    key = rotate(key.view(key.shape[0], -1, size), half.turn.cos, half.turn.sin)
+    value = value.view(value.shape[0], -1, size)
+    mixed, probabilities = attend_forward(query, key, value, layout, half.scaling, keep=keep)
+    mixed = mixed.flatten(1)
+    out, down_o = project(mixed, o)
+    out.add_(x if half.rows is None else x.index_select(0, half.rows.index))
+    downs = [down_q, down_k, down_v, down_o]
+    return out, [normed, inverse, query, key, value, mixed, *downs, *probabilities]
+
+
+def _at_rows(normed: Tensor, half: Attention) -> tuple[Tensor, Turn, Layout]:
+    """Return the normed rows, tables and layout of the positions that are asked for."""
+    if half.rows is None:
+        return normed, half.turn, half.layout
+    index = half.rows.index
+    turn = Turn(*(table.index_select(0, index) for table in half.turn))
+    return normed.index_select(0, index), turn, half.rows.layout
+
+
+class _MlpBlock(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, half: Mlp, again: bool, *factors: Tensor | None) -> Tensor:
+        ctx.half, ctx.again = half, again
+        ctx.own, ctx.wanted = _prepare(ctx, x, half.projections)
+        out, kept = _mlp(x, half, ctx.own, ctx.wanted)
+        ctx.save_for_backward(x, *([] if again else kept))
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad, half, (gate, up, down) = grads[0], ctx.half, ctx.own
+        x, *kept = ctx.saved_tensors
+        if ctx.again:
+            kept = _mlp(x, half, ctx.own, ctx.wanted)[1]
+        normed, inverse, gated, upped, active, *downs = kept
+        needs_x = ctx.needs_input_grad[0]
+        inner = active * upped if ctx.wanted[2].a else None
+        up_d, *of_down = factor_gradients(grad, inner, downs[2], down, ctx.wanted[2], True)
+        grad_inner = input_gradient(None, grad, up_d, down)
+        grad_up = grad_inner * active
+        grad_gate = torch.ops.aten.silu_backward(grad_inner.mul_(upped), gated)
+        up_g, *of_gate = factor_gradients(grad_gate, normed, downs[0], gate, ctx.wanted[0], needs_x)
+        up_u, *of_up = factor_gradients(grad_up, normed, downs[1], up, ctx.wanted[1], needs_x)
+        of_factors = (*of_gate, *of_up, *of_down)
+        if not needs_x:
+            return None, None, None, *of_factors
+        total = input_gradient(input_gradient(None, grad_gate, up_g, gate), grad_up, up_u, up)
+        return (
+            normalise_backward(total, x, half.norm, inverse).add_(grad),
+            None,
+            None,
+            *of_factors,
+        )
+
+
+def _mlp(
+    x: Tensor, half: Mlp, own: Sequence[Computed], wanted: Sequence[Wanted]
+) -> tuple[Tensor, Kept]:
+    """Return the half's output and what its backward needs."""
+    gate, up, down = own
+    normed, inverse = normalise(x, half.norm, half.eps)
+    gated, down_g = project(normed, gate)
+    upped, down_u = project(normed, up)
+    active = F.silu(gated)
+    out, down_d = project(active * upped, down)
+    kept = normed if wanted[0].a or wanted[1].a else None
+    return out.add_(x), [kept, inverse, gated, upped, active, down_g, down_u, down_d]
+
+
+def _factors(projections: Sequence[Projection]) -> list[Tensor | None]:
+    """Return all A and B in order, as autograd wants to see them."""
+    return [factor for own in projections for factor in (own.a, own.b)]
+
+
+def _prepare(
+    ctx: Any, x: Tensor, projections: Sequence[Projection]
+) -> tuple[list[Computed], list[Wanted]]:
+    needs = ctx.needs_input_grad[3:]
+    return (
+        [own.as_computed(x.dtype) for own in projections],
+        [
+            Wanted(x.dtype if own.a is None else own.a.dtype, needs[2 * i], needs[2 * i + 1])
+            for i, own in enumerate(projections)
+        ],
+    )

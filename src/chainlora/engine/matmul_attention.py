@@ -1,0 +1,195 @@
+"""Attention by batched matmuls: softmax(s·Q Kᵀ + mask) V, heads that share a key head in one
+matmul.
+
+Two plain functions, `attend_forward` and `attend_backward`, and the autograd function made of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from chainlora.engine.bf16_matmul import is_slow
+from chainlora.engine.layout import Layout
+
+Probabilities = list[Tensor | None]  # by group; None where they are made again in backward
+
+
+def attend_forward(
+    query: Tensor, key: Tensor, value: Tensor, layout: Layout, scaling: float, *, keep: bool
+) -> tuple[Tensor, Probabilities]:
+    """Attend: query [T, heads, size], key [T, key heads, size], value [T, key heads, own size].
+
+    Returns [T, heads, own size], and what `attend_backward` wants to have kept, if `keep`.
+    """
+    if is_slow(query):
+        wide = query.float(), key.float(), value.float()
+        out, kept = attend_forward(*wide, layout, scaling, keep=keep)
+        return out.to(query.dtype), kept
+    plan = make_plan(layout, query.shape[1], key.shape[1], query.dtype)
+    rows = [x.reshape(-1, x.shape[-1]) for x in (query, key, value)]
+    parts, kept = [], []
+    for i, group in enumerate(layout.groups):
+        q, k, v = _gather(rows, plan, i, key.shape[1], layout)
+        p = _probabilities(q, k, plan.masks[i], scaling)
+        parts.append(torch.bmm(p, v).flatten(0, 1))
+        kept.append(p if keep and group.keep else None)
+    whole = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return whole.index_select(0, plan.back).view(*query.shape[:-1], value.shape[-1]), kept
+
+
+def attend_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    probabilities: Probabilities,
+    layout: Layout,
+    scaling: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of query, key and value, from that of the result."""
+    if is_slow(query):
+        wide = grad.float(), query.float(), key.float(), value.float()
+        grads = attend_backward(*wide, probabilities, layout, scaling)
+        return grads[0].to(query.dtype), grads[1].to(query.dtype), grads[2].to(query.dtype)
+    plan = make_plan(layout, query.shape[1], key.shape[1], query.dtype)
+    rows = [x.reshape(-1, x.shape[-1]) for x in (query, key, value)]
+    grad = grad.reshape(-1, grad.shape[-1])
+    queries, keys, values = [], [], []
+    for i in range(len(layout.groups)):
+        q, k, v = _gather(rows, plan, i, key.shape[1], layout)
+        g = grad.index_select(0, plan.queries[i])
+        if plan.padding[i].numel():
+            g.index_fill_(0, plan.padding[i], 0.0)
+        g = g.view(*q.shape[:-1], g.shape[-1])
+        p = probabilities[i]
+        if p is None:
+            p = _probabilities(q, k, plan.masks[i], scaling)
+        values.append(torch.bmm(p.transpose(1, 2), g))
+        scores = torch._softmax_backward_data(torch.bmm(g, v.transpose(1, 2)), p, -1, p.dtype)
+        queries.append(torch.bmm(scores, k).flatten(0, 1))
+        keys.append(torch.bmm(scores.transpose(1, 2), q))
+    whole = queries[0] if len(queries) == 1 else torch.cat(queries)
+    grad_query = whole.index_select(0, plan.back).mul_(scaling).view(query.shape)
+    grad_key = _to_keys(keys, plan, layout, key.shape).mul_(scaling)
+    return grad_query, grad_key, _to_keys(values, plan, layout, value.shape)
+
+
+class MatmulAttention(torch.autograd.Function):
+    """`attend_forward` with its gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: Layout, scaling: float
+    ) -> Tensor:
+        keep = any(ctx.needs_input_grad)
+        out, kept = attend_forward(query, key, value, layout, scaling, keep=keep)
+        ctx.save_for_backward(query, key, value, *kept)
+        ctx.layout, ctx.scaling = layout, scaling
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, *kept = ctx.saved_tensors  # once: gradient checkpointing counts
+        found = attend_backward(grads[0], query, key, value, kept, ctx.layout, ctx.scaling)
+        return *found, None, None
+
+
+def _probabilities(q: Tensor, k: Tensor, mask: Tensor, scaling: float) -> Tensor:
+    """Return softmax(s·q kᵀ + mask) [B, Tq, Tk]; the mask is that of the last keys."""
+    if mask.shape[-1] == k.shape[1]:
+        return torch.softmax(torch.baddbmm(mask, q, k.transpose(1, 2), alpha=scaling), -1)
+    scores = torch.baddbmm(q.new_empty(1), q, k.transpose(1, 2), beta=0, alpha=scaling)
+    scores[..., k.shape[1] - mask.shape[-1] :].add_(mask)
+    return torch.softmax(scores, -1)
+
+
+def _gather(
+    rows: list[Tensor], plan: _Plan, i: int, key_heads: int, layout: Layout
+) -> list[Tensor]:
+    batch = layout.groups[i].queries.shape[0] * key_heads
+    q = rows[0].index_select(0, plan.queries[i])
+    k, v = (x.index_select(0, plan.keys[i]) for x in rows[1:])
+    return [x.view(batch, -1, x.shape[-1]) for x in (q, k, v)]
+
+
+def _to_keys(parts: list[Tensor], plan: _Plan, layout: Layout, shape: torch.Size) -> Tensor:
+    """Bring gradients of gathered keys, by group [B · key heads, Tk, size], back to [T, key heads,
+    size]; a key seen by several segments sums them."""
+    if plan.back_keys is not None:
+        whole = parts[0] if len(parts) == 1 else torch.cat([part.flatten(0, 1) for part in parts])
+        return whole.flatten(0, -2).index_select(0, plan.back_keys).view(shape)
+    # summed in float32: a shared passage has many terms
+    wide = torch.promote_types(parts[0].dtype, torch.float32)
+    total = torch.zeros(shape, dtype=wide, device=parts[0].device)
+    for group, rows, part in zip(layout.groups, plan.keys, parts, strict=True):
+        if group.spans is None:
+            total.view(-1, shape[-1]).index_add_(0, rows, part.flatten(0, 1).to(wide))
+            continue
+        for keys, own in zip(group.spans, part.unflatten(0, (-1, shape[1])), strict=True):
+            total[keys.start : keys.stop] += own[:, : len(keys)].transpose(0, 1)
+    return total.to(parts[0].dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """Row indices for given head counts: tensors are seen as rows (token, head) of one head's
+    size."""
+
+    queries: tuple[Tensor, ...]  # by group: rows of the query in the order (b, key head, repeat, i)
+    keys: tuple[Tensor, ...]  # by group: rows of key and value in the order (b, key head, j)
+    masks: tuple[Tensor, ...]  # by group: 0 or -inf, [1 or B · key heads, repeats · Tq, Tk − first]
+    padding: tuple[Tensor, ...]  # by group: rows of padded queries in the above order
+    back: Tensor  # where each query row lies in the groups' results laid end to end
+    back_keys: Tensor | None  # the same for key rows, where each lies in one group only
+
+
+def make_plan(layout: Layout, heads: int, key_heads: int, dtype: torch.dtype) -> _Plan:
+    """Return the row indices for these numbers of heads, made once a layout."""
+    wanted = (heads, key_heads, dtype)
+    if wanted not in layout.plans:
+        layout.plans[wanted] = _make_plan(layout, heads, key_heads, dtype)
+    return layout.plans[wanted]
+
+
+def _make_plan(layout: Layout, heads: int, key_heads: int, dtype: torch.dtype) -> _Plan:
+    device = layout.groups[0].queries.device
+    repeats = heads // key_heads
+    head, key_head = torch.arange(heads, device=device), torch.arange(key_heads, device=device)
+    queries, keys, masks, padding = [], [], [], []
+    for group in layout.groups:
+        tq = group.queries.shape[1]
+        queries.append((group.queries[:, None, :] * heads + head[:, None]).flatten())
+        keys.append((group.keys[:, None, :] * key_heads + key_head[:, None]).flatten())
+        visible = group.visible()
+        mask = torch.zeros(visible.shape, dtype=dtype, device=device)
+        mask = mask.masked_fill_(~visible, float("-inf")).repeat(1, repeats, 1)
+        masks.append(mask if group.alike else mask.repeat_interleave(key_heads, 0))
+        row, place = group.padding // tq, group.padding % tq
+        padding.append(((row[:, None] * heads + head) * tq + place[:, None]).flatten())
+    back = _inverse(queries, layout.num_queries * heads, padding)
+    back_keys = _inverse(keys, layout.num_tokens * key_heads, None) if layout.flat else None
+    return _Plan(tuple(queries), tuple(keys), tuple(masks), tuple(padding), back, back_keys)
+
+
+def _inverse(rows: list[Tensor], size: int, padding: list[Tensor] | None) -> Tensor:
+    """Return for each row where it lies in `rows` laid end to end, padded places not counted."""
+    flat = torch.cat(rows)
+    place = torch.arange(flat.shape[0], device=flat.device)
+    if padding is not None:
+        offsets = [0]
+        for part in rows:
+            offsets.append(offsets[-1] + part.shape[0])
+        real = torch.ones_like(flat, dtype=torch.bool)
+        real[torch.cat([part + offset for part, offset in zip(padding, offsets, strict=False)])] = (
+            False
+        )
+        flat, place = flat[real], place[real]
+    else:  # padded keys repeat a last token, whose first place is the real one: write it last
+        flat, place = flat.flip(0), place.flip(0)
+    return torch.zeros(size, dtype=torch.int64, device=flat.device).index_copy_(0, flat, place)
