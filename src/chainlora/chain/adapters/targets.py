@@ -278,7 +278,7 @@ def matched_modules(model: nn.Module, config: LinkConfig) -> dict[str, nn.Module
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        resolved = _maybe_include_all_linear_layers(peft_config(config), model)
+        resolved: Any = _maybe_include_all_linear_layers(peft_config(config), model)
     takes_all = str(config.target_modules).lower() == "all-linear"
     if takes_all:
         resolved.target_modules |= {n for n, module in model.named_modules() if is_packed(module)}
