@@ -75,24 +75,6 @@ def resident() -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
-class InPlaceGather:
-    """FSDP2's all_gather by broadcasts into the buffer itself, as NCCL gathers.
-
-    Gloo's own all_gather holds a copy of that buffer and of its input meanwhile.
-    """
-
-    def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """Return the buffer that everything is gathered in."""
-        return torch.empty(size, dtype=dtype, device=device)
-
-    def __call__(
-        self, output_tensor: torch.Tensor, input_tensor: torch.Tensor, group: Any, async_op: bool
-    ) -> None:
-        """Fill the buffer, in which the part of this process lies already."""
-        for rank, part in enumerate(output_tensor.chunk(group.size())):
-            distributed.broadcast(part, group=group, group_src=rank)
-
-
 class Traffic:
     """Bytes that this process exchanges in a step, and reads and writes at a knot."""
 
@@ -175,9 +157,6 @@ def hold(job: dict[str, Any]) -> dict[str, Any]:
     if count > 1:
         distributed.init_process_group("gloo")
         model, _ = load_shards(folder, torch.bfloat16, count, torch.device("cpu"))
-        for module in model.modules():
-            if hasattr(module, "set_custom_all_gather"):
-                module.set_custom_all_gather(InPlaceGather())
     else:
         model, _ = load_model(folder, torch.bfloat16)
         model.requires_grad_(False)
