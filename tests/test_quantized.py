@@ -324,8 +324,7 @@ def test_the_page_has_what_is_printed(keys, quantised_folder, tmp_path, monkeypa
     shutil.copytree(quantised_folder("nf4"), tmp_path / "m-nf4")
     write_rows(tmp_path / "rows.jsonl", [{"text": "a"}])
     (tmp_path / "run.yaml").write_text(
-        "model: m\ndata: {train: rows.jsonl}\nchain: {ranks: [8, 8], epochs: [1, 1]}\n"
-        "output: out\n"
+        "model: m\ndata: {train: rows.jsonl}\nchain: {ranks: [8, 8], epochs: [1, 1]}\noutput: out\n"
     )
     monkeypatch.chdir(tmp_path)
     command = f"train run.yaml --model m-nf4{keys}"
