@@ -247,9 +247,9 @@ def config(tiny_folder, sentiment, tmp_path) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def finished(tiny_folder, sentiment, tmp_path_factory) -> Path:
-    """A finished run, by the command line."""
+    """A finished run, by the command line; pages and pictures are all that tests may add to it."""
     from helpers import settings
 
     from chainlora.cli.main import run as command

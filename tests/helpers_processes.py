@@ -1,4 +1,4 @@
-"""Runs of several processes: torchrun starts them, each does what `many_processes.py` says."""
+"""Runs of several processes: torchrun starts them, each does what a script beside this says."""
 
 from __future__ import annotations
 
@@ -9,16 +9,23 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+from helpers import links_of
+
 
 def launch(
-    count: int, folder: Path, jobs: list[dict[str, Any]], **variables: str
+    count: int,
+    folder: Path,
+    jobs: list[dict[str, Any]],
+    *,
+    script: str = "many_processes.py",
+    **variables: str,
 ) -> subprocess.CompletedProcess[str]:
     """Run jobs in so many processes; return torchrun's outcome."""
     path = folder / f"jobs-{count}.json"
     path.write_text(json.dumps(jobs))
-    script = Path(__file__).with_name("many_processes.py")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(count), str(script), str(path)]
+    command += ["--nproc-per-node", str(count), str(Path(__file__).with_name(script)), str(path)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"} | variables
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
@@ -26,3 +33,14 @@ def launch(
 def outcome(folder: Path, name: str) -> dict[str, Any]:
     """Return what the first process saw in a job."""
     return json.loads((folder / f"{name}.json.0").read_text())
+
+
+def assert_close_links(one: Path, two: Path) -> None:
+    """The same sums in another order. Adam divides by the gradient's size, so rounding in a tiny
+    gradient moves a weight by a small share of the rate, 1e-3."""
+    first, second = links_of(one), links_of(two)
+    assert len(first) == len(second) == 2
+    for a, b in zip(first, second, strict=True):
+        assert a.keys() == b.keys()
+        for name in a:
+            torch.testing.assert_close(a[name], b[name], atol=2e-5, rtol=0)

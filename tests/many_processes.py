@@ -86,6 +86,8 @@ def load(job: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     torch.set_num_threads(1)
+    # torchrun sends it as soon as one process is killed; what the others say comes a little later.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     for job in json.loads(Path(sys.argv[1]).read_text()):
         if "command" in job:
             command(job["command"])

@@ -42,7 +42,7 @@ import pytest
         ),
         (
             ["--data.task", "no.yaml"],
-            ["task file must be readable (got no.yaml: No such file or directory); check it"],
+            ["task file must be readable (got no.yaml: No such file or directory); check the path"],
         ),
         (
             ["--data.max_length", "200"],

@@ -14,7 +14,7 @@ import pytest
 import yaml
 from experiment_cases import tree
 
-from chainlora.errors import ConfigError, DataError, RunError
+from chainlora.errors import ChainLoRAError, ConfigError, DataError, RunError
 from chainlora.experiments import (
     expand,
     experiment_progress,
@@ -135,6 +135,23 @@ def test_rows_that_are_not_there_are_missed_before_anything_runs(tiny_folder, se
             backend="inline",
         )
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("what", ["rows", "model"])
+def test_what_a_later_cell_lacks_is_missed_before_the_first_runs(
+    tiny_folder, sentiment, tmp_path, what
+):
+    gone = str(tmp_path / ("gone.jsonl" if what == "rows" else "gone.gguf"))
+    keys = {"data": {"train": gone}} if what == "rows" else {"model": gone}
+    mood = {"data": {"task": str(sentiment / "task.yaml")}}
+    tasks = {"mood": mood, "later": mood | keys | {"data": mood["data"] | keys.get("data", {})}}
+    with pytest.raises(ChainLoRAError, match=r"task later, method lora: .*\(got .*gone\."):
+        run_cells(
+            make_experiment(tree(tiny_folder, sentiment, tasks=tasks)),
+            tmp_path / "out",
+            backend="inline",
+        )
+    assert not list((tmp_path / "out").glob("cells/*/result.json"))
 
 
 def test_results_without_their_cells_are_resumed_and_none_is_lost(

@@ -70,6 +70,14 @@ def test_trainer_md_runs(of_trainer_md):
     assert names["trainer"].state.global_step == 6
 
 
+def test_the_tests_that_trainer_md_names_exist():
+    text = (ROOT / "docs/trainer.md").read_text(encoding="utf-8")
+    named = re.findall(r"^\| \w \| `(\w+\.py)` \| `(\w+)` \|$", text, flags=re.MULTILINE)
+    assert len(named) > 10
+    for file, test in named:
+        assert f"def {test}(" in (ROOT / "tests" / file).read_text(encoding="utf-8")
+
+
 def test_the_one_line_in_the_readme_runs(tiny_folder, tmp_path):
     trl = pytest.importorskip("trl", reason="TRL is an extra: pip install 'chainlora[trl]'")
     args = trl.SFTConfig(

@@ -1,13 +1,16 @@
-"""Signals: once, the step is finished and saved; twice, or with nothing to save, stop at once."""
+"""Signals: once, the step or batch is finished and saved; twice, or with nothing to save, stop at
+once."""
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -16,8 +19,10 @@ from helpers import assert_same_links, settings
 from chainlora import make_config, train
 from chainlora.cli.main import run as command
 from chainlora.errors import StoppedError
+from chainlora.evaluation.evaluate import evaluate
 from chainlora.runs.directory import RunDirectory
 from chainlora.training.interrupts import interruptible, stop_requested
+from chainlora.training.objectives import OBJECTIVES, LanguageModelling
 
 EVERY = {"save_every": None}  # a stop saves although nothing else does
 
@@ -47,19 +52,76 @@ def test_the_first_signal_finishes_the_step_and_saves(
     told: list[int] = []
     with interruptible(told.append) as interrupts:
         listener = listening(interrupts, lambda: kill(number), step)
-        if step == 11:  # nothing is left to stop
+        with pytest.raises(StoppedError, match=rf"after step {step} of 11 .*--resume") as raised:
             train(config, listener=listener)
-        else:
-            with pytest.raises(
-                StoppedError, match=rf"after step {step} of 11 .*--resume"
-            ) as raised:
-                train(config, listener=listener)
-            assert raised.value.signal == number
-            assert RunDirectory(tmp_path / "run").manifest().position.step == step
+        assert raised.value.signal == number
+        assert RunDirectory(tmp_path / "run").manifest().position.step == step
     assert told == [number]
     assert stop_requested() is None
     train(config, resume=True)
     assert_same_links(tmp_path / "run", tmp_path / "whole")
+
+
+class Halted(LanguageModelling):
+    """Scores a few rows at a time; in one evaluation, a signal comes after the first of them."""
+
+    def __init__(self, at: int | None) -> None:
+        super().__init__("candidates")
+        self.at, self.made = at, 0
+
+    def evaluate(self, engine, examples, splits, tokenizer, progress):
+        self.made += 1
+        is_here = self.made == self.at
+
+        def tell(done: int, rows: int) -> None:
+            assert done < rows or not is_here, "the evaluation went on to its end"
+            if is_here:
+                kill(signal.SIGTERM)
+            progress(done, rows)
+
+        metrics = splits.metrics
+        return evaluate(
+            engine.model, examples, metrics=metrics, engine=engine, max_tokens=64, progress=tell
+        )
+
+
+def records(run: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+
+
+BETTER = {"accept_links": "better"}
+
+
+@pytest.mark.parametrize(
+    ("evaluation", "step", "keys"),
+    [
+        (1, 0, {}),  # before training
+        (2, 2, {"keep_best": True, "early_stop": 1}),
+        (3, 3, BETTER),  # at a knot
+        (3, 3, BETTER | {"lr": 1e-9}),  # where the link will be dropped
+        (3, 3, {"optimizer_reset": "prune"}),
+        (5, 5, {"keep_best": True}),  # at the last one
+    ],
+)
+def test_a_signal_during_an_evaluation_stops_after_its_batch(
+    evaluation, step, keys, tiny_folder, sentiment, tmp_path, monkeypatch
+):
+    """The resume makes the evaluation, and the run is the one that was never stopped."""
+    chain = {"ranks": [4, 4], "steps": [3, 2]}
+    tree = settings(tiny_folder, sentiment, tmp_path / "run", chain=chain)
+    tree["train"] |= EVERY | {"eval_every": 2} | keys
+    config = make_config(tree)
+    whole = config.model_copy(update={"output": str(tmp_path / "whole")})
+    monkeypatch.setitem(OBJECTIVES, "candidates", Halted(None))
+    expected = train(whole)
+    monkeypatch.setitem(OBJECTIVES, "candidates", Halted(evaluation))
+    with interruptible() as interrupts, pytest.raises(StoppedError, match=f"after step {step} of"):
+        train(config, listener=listening(interrupts, lambda: None, step))
+    assert RunDirectory(tmp_path / "run").verify().position.step == step
+    assert train(config, resume=True)["metrics"] == expected["metrics"]
+    assert_same_links(tmp_path / "run", tmp_path / "whole")
+    assert records(tmp_path / "run") == records(tmp_path / "whole")
 
 
 def test_the_second_signal_stops_at_once(tiny_folder, sentiment, tmp_path):

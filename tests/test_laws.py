@@ -383,14 +383,14 @@ def test_pristine_weights_come_from_the_checkpoint_where_they_are_the_same(tmp_p
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
             chain = Chain(model, checkpoint=folder)
             extend_chain(chain, config(architecture))
-            assert chain.weights.num_copied == 0  # memory-mapped, no host copy
+            assert chain.weights.copied == []  # memory-mapped, no host copy
         changed = AutoModelForCausalLM.from_pretrained(folder)
         name = f"{next(iter(chain.live.layers))}"
         with torch.no_grad():
             changed.get_submodule(name).weight.mul_(2)
         chain = Chain(changed, checkpoint=folder)
         extend_chain(chain, config(architecture))
-        assert chain.weights.num_copied == 1  # the one that differs is copied instead
+        assert len(chain.weights.copied) == 1  # the one that differs is copied instead
 
 
 def test_a_host_copy_and_the_checkpoint_give_the_same_knots(tmp_path):

@@ -14,8 +14,8 @@ import pytest
 import torch
 import yaml
 from accelerate.utils import DistributedType
-from helpers import links_of, settings
-from helpers_processes import launch, outcome
+from helpers import settings
+from helpers_processes import assert_close_links, launch, outcome
 
 from chainlora import ChainLoRAError, make_config, train
 from chainlora.runs.directory import RunDirectory
@@ -73,17 +73,6 @@ def launched(tiny_folder, sentiment, tmp_path_factory) -> Path:
     (folder / "stdout").write_text(done.stdout)
     (folder / "stderr").write_text(done.stderr)
     return folder
-
-
-def assert_close_links(one: Path, two: Path) -> None:
-    """The same sums in another order. Adam divides by the gradient's size, so rounding in a tiny
-    gradient moves a weight by a small share of the rate, 1e-3."""
-    first, second = links_of(one), links_of(two)
-    assert len(first) == len(second) == 2
-    for a, b in zip(first, second, strict=True):
-        assert a.keys() == b.keys()
-        for name in a:
-            torch.testing.assert_close(a[name], b[name], atol=2e-5, rtol=0)
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,9 @@ import pytest
 import torch
 import yaml
 from conftest import make_tiny_folder
-from helpers import links_of, settings
+from helpers import settings
 from helpers_export import TARGETS, live
-from helpers_processes import launch, outcome
+from helpers_processes import assert_close_links, launch, outcome
 from pydantic import ValidationError
 
 from chainlora import ChainLoRAError, export_merged, make_config, train
@@ -114,17 +114,6 @@ def records(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def assert_same_chain(one: Path, other: Path) -> None:
-    """The same sums in another order. Adam divides by the gradient's size, so rounding in a tiny
-    gradient moves a weight by a small share of the rate, 1e-3."""
-    first, second = links_of(one), links_of(other)
-    assert len(first) == len(second) == 2
-    for a, b in zip(first, second, strict=True):
-        assert a.keys() == b.keys()
-        for name in a:
-            torch.testing.assert_close(a[name], b[name], atol=2e-5, rtol=0)
-
-
 @pytest.mark.parametrize(
     ("one", "other"),
     [
@@ -134,7 +123,7 @@ def assert_same_chain(one: Path, other: Path) -> None:
     ],
 )
 def test_the_chain_is_that_of_one_process(launched, one, other):
-    assert_same_chain(launched / one, launched / other)
+    assert_close_links(launched / one, launched / other)
 
 
 @pytest.mark.parametrize("name", ["llama", "uneven", "answers"])

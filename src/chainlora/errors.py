@@ -79,7 +79,7 @@ def one_line(text: str) -> str:
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """Return a hint such as `` (did you mean 'rank'?)`` or the known words when none is near."""
+    """Return a hint such as ``; did you mean 'rank'?``, or the known words where none is near."""
     known = sorted(set(known))
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"

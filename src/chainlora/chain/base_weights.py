@@ -53,8 +53,7 @@ class BaseWeights:
         self._copies[path] = held.to("cpu", copy=True)
 
     def read(self, path: str) -> Tensor:
-        """Return the pristine parameter, or the rows of it that are at hand, as a float32 tensor
-        of its own on the CPU."""
+        """Return the pristine parameter, or its rows at hand, as a float32 copy on the CPU."""
         if path in self._stored:
             return self._stored[path].read(self._rows[path]).to(torch.float32, copy=True)
         return self._copies[path].to(torch.float32, copy=True)
@@ -83,11 +82,6 @@ class BaseWeights:
     def copied(self) -> list[str]:
         """Paths of the parameters held as host copies, because no checkpoint has them."""
         return list(self._copies)
-
-    @property
-    def num_copied(self) -> int:
-        """Number of parameters held as host copies."""
-        return len(self._copies)
 
 
 @dataclass(frozen=True)

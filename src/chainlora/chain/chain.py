@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -37,6 +37,7 @@ from chainlora.chain.base_weights import BaseWeights, fingerprints
 from chainlora.chain.holding import Carried, Tied
 from chainlora.chain.initialization import Backward, initialize
 from chainlora.chain.link import Link
+from chainlora.chain.live_state import load_tensors, section, tensors_of
 from chainlora.chain.low_rank import compress_together, frobenius_norm
 from chainlora.chain.soft_knot import Balance, balance
 from chainlora.config.schema import LinkConfig
@@ -215,8 +216,10 @@ class Chain:
 
     @property
     def adapter(self) -> Adapter | None:
-        """The LoRA layers on the model: the live link's, or what the last link left, which adds
-        nothing; None on a plain model."""
+        """The LoRA layers on the model, None on a plain one.
+
+        They are the live link's, or what the last link left, which adds nothing.
+        """
         return self._idle if self._live is None else self._live.adapter
 
     def parameters(self) -> Iterator[nn.Parameter]:
@@ -246,34 +249,16 @@ class Chain:
     def live_state(self) -> dict[str, Tensor]:
         """Return all that the live link is made of, as tensors, for `load_live_state`."""
         live = self._need_live("live_state")
-        state: dict[str, Tensor] = {}
-        for name in live.adapter.layers:
-            factors = adapters.get_factors(live.adapter, name)
-            parts = {"A": factors.a, "B": factors.b, "bias": factors.bias}
-            parts["magnitude"] = factors.magnitude
-            state |= {f"{key}/{name}": part for key, part in parts.items() if part is not None}
-        state |= {f"extra/{path}": w for path, w in adapters.get_extra(live.adapter).items()}
-        state |= {f"deposit/{name}": value for name, value in self._holding.state().items()}
-        return state
+        deposits = {f"deposit/{name}": value for name, value in self._holding.state().items()}
+        return tensors_of(live.adapter) | deposits
 
     def load_live_state(
         self, state: Mapping[str, Tensor], num_steps: int, num_soft_knots: int = 0
     ) -> None:
         """Continue a live link, just extended, from `live_state`, to the same bits."""
         live = self._need_live("load_live_state")
-        parts = {key: _section(state, key) for key in ("A", "B", "bias", "magnitude", "extra")}
-        missing = set(live.adapter.layers) - (set(parts["A"]) & set(parts["B"]))
-        if missing:
-            raise ChainError(
-                f"the state of a link must have factors for every adapted module (got none for "
-                f"{min(missing)}); it belongs to another link"
-            )
-        for name in live.adapter.layers:
-            a, b = parts["A"][name], parts["B"][name]
-            factors = Factors(a, b, parts["bias"].get(name), parts["magnitude"].get(name))
-            adapters.set_factors(live.adapter, name, factors)
-        adapters.set_extra(self.model, live.adapter, parts["extra"])
-        self._holding.restore(_section(state, "deposit"), live.adapter)
+        load_tensors(self.model, live.adapter, state)
+        self._holding.restore(section(state, "deposit"), live.adapter)
         live.num_steps, live.num_soft_knots = num_steps, num_soft_knots
 
     def discard(self) -> None:
@@ -395,7 +380,7 @@ class Chain:
             return whole if deposited is None else whole.add_(deposited)
 
         pairs, error = compress_together(update, list(rest), SOFT_LINK_TOLERANCE)
-        return {name: Factors(a, b / scaling) for name, (a, b) in pairs.items()}, error
+        return {n: replace(rest[n], a=a, b=b / scaling) for n, (a, b) in pairs.items()}, error
 
     def _latest_extra(self) -> dict[str, Tensor]:
         """Return the trained extra modules' weights after the last link, or the pristine ones."""
@@ -429,8 +414,3 @@ def _check_soft_knots(config: LinkConfig) -> None:
 def _minus(now: Factors, start: Factors) -> Factors:
     """Return factors of ``B·A − B₀·A₀``."""
     return Factors(torch.cat([now.a, start.a]), torch.cat([now.b, -start.b], dim=1), now.bias)
-
-
-def _section(state: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
-    prefix = f"{name}/"
-    return {key.removeprefix(prefix): v for key, v in state.items() if key.startswith(prefix)}

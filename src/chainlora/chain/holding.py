@@ -131,8 +131,7 @@ class Tied:
         return self._exact[name]
 
     def _rebuilt(self, name: str, links: Sequence[Link]) -> tuple[Tensor, Tensor | None]:
-        """Return ``W_0 + Σ s·B·A`` and the bias of a module, float32, in the module's layout: the
-        rows that are at hand."""
+        """Return ``W_0 + Σ s·B·A`` and the bias of a module, float32: the rows that are at hand."""
         module = self._module(name)
         weight, bias = self.weights.read(f"{name}.weight"), None
         if getattr(module, "bias", None) is not None:

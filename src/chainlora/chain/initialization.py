@@ -26,8 +26,7 @@ makes no update."""
 # A row of PEFT's Kaiming-uniform A (bound 1/√in) has expected norm √(in · 1/(3·in)); a directed row
 # gets the same one, so that the learning rate means the same for every start.
 _ROW_NORM = 1 / math.sqrt(3)
-# passes of subspace iteration; the second already fixes the leading directions of a decaying
-# spectrum
+# Passes of subspace iteration; two fix the leading directions of a decaying spectrum.
 _SWEEPS = 2
 
 
@@ -38,20 +37,29 @@ def generator_for(seed: int, link: int, module: str) -> torch.Generator:
 
 
 def random_factors(
-    config: LinkConfig, in_features: int, out_features: int, generator: torch.Generator
+    config: LinkConfig,
+    in_features: int,
+    out_features: int,
+    generator: torch.Generator,
+    *,
+    of_embedding: bool = False,
 ) -> Factors:
     """Draw one factor and set the other to zero, so that ``B·A = 0``.
 
     The drawn factor is A (rank × in), or B (out × rank) where only A is trained (arXiv 2410.08305).
-    `gaussian` is N(0, 1/rank²) and `kaiming` uniform in ±1/√fan_in, both as in PEFT.
+    `gaussian` is N(0, 1/rank²) and `kaiming` uniform in ±1/√fan_in, both as in PEFT. Of an
+    embedding PEFT draws B, from N(0, 1): a token's column of A meets nothing to sum over.
     """
     rank = config.rank
-    shape = (out_features, rank) if config.train_factors == "A" else (rank, in_features)
-    if config.init == "gaussian":
+    draws_b = config.train_factors == "A" or (of_embedding and config.train_factors == "both")
+    shape = (out_features, rank) if draws_b else (rank, in_features)
+    if of_embedding:
+        drawn = torch.randn(shape, generator=generator)
+    elif config.init == "gaussian":
         drawn = torch.randn(shape, generator=generator) / rank
     else:
         drawn = (torch.rand(shape, generator=generator) * 2 - 1) / math.sqrt(shape[1])
-    if config.train_factors == "A":
+    if draws_b:
         return Factors(torch.zeros(rank, in_features), drawn)
     return Factors(drawn, torch.zeros(out_features, rank))
 
@@ -86,76 +94,64 @@ def initialize(
         if config.init == "pissa":
             base = base_layer(layer)
             weight = base.weight.detach().float().cpu()
-            factors = principal_factors(
-                config, weight.T if is_transposed(base) else weight, generator
-            )
-            offsets[name] = factors
+            weight = weight.T if is_transposed(base) else weight
+            factors = offsets[name] = principal_factors(config, weight, generator)
         else:
-            factors = random_factors(config, layer.in_features, layer.out_features, generator)
+            of_embedding = isinstance(base_layer(layer), nn.Embedding)
+            factors = random_factors(
+                config,
+                layer.in_features,
+                layer.out_features,
+                generator,
+                of_embedding=of_embedding,
+            )
         set_factors(adapter, name, factors)
     if config.init == "gradient":
         if backward is None:
             raise ChainError(
                 "`init: gradient` needs the loss (got no `backward`); pass a callable that runs "
-                "forward "
-                "and backward over a few batches"
+                "forward and backward over a few batches"
             )
         _point_along_gradient(adapter, seed, link, backward)
     return offsets
 
 
 def _point_along_gradient(adapter: Adapter, seed: int, link: int, backward: Backward) -> None:
-    """Let each A span the top right singular directions of its module's loss gradient G (out × in),
-    with B = 0.
+    """Let each A span the top right singular directions of the loss gradient G, with B = 0.
 
     Subspace iteration in which LoRA's own gradients are the products with G, so the dense gradient
     is never formed: with A = 0 the function is the base's whatever B is and dL/dA = s·Bᵀ·G; with B
     = 0, dL/dB = s·G·Aᵀ.
     """
-    left = {
-        name: _orthonormal(
-            torch.randn(
-                layer.out_features,
-                adapter.config.rank,
-                generator=generator_for(seed, link, f"{name}/sketch"),
-            )
-        )
-        for name, layer in adapter.layers.items()
-    }
-    right: Mapping[str, Tensor] = {}
+    rank, layers = adapter.config.rank, adapter.layers
+
+    def with_zero_a(name: str, b: Tensor) -> Factors:
+        return Factors(torch.zeros(rank, layers[name].in_features), b)
+
+    def with_zero_b(name: str, a: Tensor) -> Factors:
+        return Factors(a, torch.zeros(layers[name].out_features, rank))
+
+    left: dict[str, Tensor] = {}  # out × rank
+    for name, layer in layers.items():
+        generator = generator_for(seed, link, f"{name}/sketch")
+        left[name] = _orthonormal(torch.randn(layer.out_features, rank, generator=generator))
+    right: dict[str, Tensor] = {}  # rank × in
     for sweep in range(_SWEEPS):
-        rows = _gradients(
-            adapter,
-            {
-                n: Factors(torch.zeros(b.shape[1], adapter.layers[n].in_features), b)
-                for n, b in left.items()
-            },
-            "lora_A",
-            backward,
-        )
-        right = {name: _orthonormal(gradient.T).T for name, gradient in rows.items()}  # rank × in
+        start = {name: with_zero_a(name, b) for name, b in left.items()}
+        rows = _gradients(adapter, start, "lora_A", backward)
+        right = {name: _orthonormal(gradient.T).T for name, gradient in rows.items()}
         if sweep + 1 < _SWEEPS:
-            columns = _gradients(
-                adapter,
-                {
-                    n: Factors(a, torch.zeros(adapter.layers[n].out_features, a.shape[0]))
-                    for n, a in right.items()
-                },
-                "lora_B",
-                backward,
-            )
+            start = {name: with_zero_b(name, a) for name, a in right.items()}
+            columns = _gradients(adapter, start, "lora_B", backward)
             left = {name: _orthonormal(gradient) for name, gradient in columns.items()}
     for name, a in right.items():
-        set_factors(
-            adapter,
-            name,
-            Factors(a * _ROW_NORM, torch.zeros(adapter.layers[name].out_features, a.shape[0])),
-        )
+        set_factors(adapter, name, with_zero_b(name, a * _ROW_NORM))
 
 
 def _gradients(
     adapter: Adapter, factors: Mapping[str, Factors], factor: str, backward: Backward
 ) -> dict[str, Tensor]:
+    """Return the loss gradient of one factor of every module, where the factors are as given."""
     weights: dict[str, nn.Parameter] = {}
     for name, layer in adapter.layers.items():
         set_factors(adapter, name, factors[name])
@@ -171,8 +167,7 @@ def _gradients(
         if weight.grad is None or not torch.isfinite(weight.grad).all():
             raise ChainError(
                 "`init: gradient` needs a finite loss gradient in every adapted layer (got none "
-                f"at {name}"
-                "); check that `backward` runs the loss of this model"
+                f"at {name}); check that `backward` runs the loss of this model"
             )
         gradients[name] = weight.grad.detach().float().cpu()
         weight.grad = None
@@ -185,6 +180,5 @@ def _gradients(
 
 
 def _orthonormal(columns: Tensor) -> Tensor:
-    """Orthonormal columns with the span of `columns` (a deterministic completion where they are
-    dependent)."""
+    """Return orthonormal columns with the span of `columns`, completed where they are dependent."""
     return torch.linalg.qr(columns.double()).Q.float()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -50,7 +50,7 @@ def part_of(factors: Factors, rows: slice, bias_rows: slice, *, transposed: bool
     """
     bias = None if factors.bias is None else factors.bias[bias_rows]
     if transposed:
-        return Factors(factors.a[:, rows], factors.b, bias, factors.magnitude)
+        return replace(factors, a=factors.a[:, rows], bias=bias)
     magnitude = None if factors.magnitude is None else factors.magnitude[rows]
     return Factors(factors.a, factors.b[rows], bias, magnitude)
 
@@ -75,6 +75,7 @@ def stack_links(links: Sequence[Link]) -> dict[str, Factors]:
             torch.cat([factors.a for factors, _ in terms]),
             torch.cat([scaling * factors.b for factors, scaling in terms], dim=1),
             torch.stack(biases).sum(0) if biases else None,
+            of_embedding=any(factors.of_embedding for factors, _ in terms),
         )
     return stacked
 

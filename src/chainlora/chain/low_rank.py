@@ -29,8 +29,7 @@ def delta_weight(a: Tensor, b: Tensor, scaling: float = 1.0) -> Tensor:
 
 
 def stack_factors(factors: Sequence[Factor]) -> tuple[Tensor, Tensor]:
-    """Return A [Σr, in] and B [out, Σr], scalings folded into B, in float64, with ``B·A = Σ
-    s_j·B_j·A_j``."""
+    """Return A [Σr, in] and B [out, Σr] with ``B·A = Σ s_j·B_j·A_j``, in float64."""
     if not factors:
         raise ConfigError(
             "a low-rank sum must have at least one term (got none); give a pair of factors"
@@ -47,8 +46,7 @@ def singular_values_of_sum(factors: Sequence[Factor]) -> Tensor:
 
 
 def frobenius_norm(factors: Sequence[Factor]) -> float:
-    """Return ``‖Σ s·B·A‖_F``; accurate also where the terms nearly cancel (QR, no squared Gram
-    matrices)."""
+    """Return ``‖Σ s·B·A‖_F``; by QR it is accurate also where the terms nearly cancel."""
     a, b = stack_factors(factors)
     return float(torch.linalg.norm(torch.linalg.qr(b).R @ a))
 
@@ -62,9 +60,11 @@ def compress_low_rank(
     first A (float32 if that is narrower); the singular values are split evenly between them,
     scaling is 1.
 
-    rank: k is at most this. tolerance: k is as small as brings the relative error ‖Σ − B·A‖_F /
-    ‖Σ‖_F to this or below. With ``rank``
-        too, the rank wins. With neither, k = min(Σr, in, out) and the error is rounding.
+    Args:
+        rank: k is at most this.
+        tolerance: k is as small as brings the relative error ‖Σ − B·A‖_F / ‖Σ‖_F to this or below.
+            With `rank` too, the rank wins. With neither, k = min(Σr, in, out) and the error is
+            rounding.
 
     ``error`` is the relative error of the factors as returned, their rounding included; 0 for a sum
     of zero.
@@ -154,17 +154,13 @@ def _leading_triplets(matrix: Tensor, tolerance: float) -> _Triplets:
 
 
 def _rank_for(s: Tensor, tolerance: float) -> int:
-    """Return the least rank whose discarded tail is within ``tolerance`` of the whole; at least
-    1."""
-    tails = (
-        s.square().flip(0).cumsum(0).flip(0).sqrt()
-    )  # tails[k]: norm of what a rank of k leaves out
+    """Return the least rank, 1 or more, whose discarded tail is within `tolerance` of the whole."""
+    tails = s.square().flip(0).cumsum(0).flip(0).sqrt()  # [k]: norm of what a rank of k leaves out
     return max(1, int((tails > tolerance * tails[0]).sum()))
 
 
 def effective_rank(s: Tensor) -> float:
-    """Return exp(entropy of σ/Σσ) of singular values s (Roy & Vetterli 2007): 1 to len(s); 0 if all
-    are."""
+    """Return exp(entropy of σ/Σσ) of singular values (Roy & Vetterli 2007), 0 if all are zero."""
     s = s.double()
     total = s.sum()
     return float(torch.special.entr(s / total).sum().exp()) if total > 0 else 0.0
@@ -178,8 +174,7 @@ def stable_rank(s: Tensor) -> float:
 
 
 def subspace_overlap(a: Tensor, other: Tensor) -> float:
-    """Return the mean squared cosine of the principal angles between two matrices' row spaces
-    [rank, in].
+    """Return the mean squared cosine of the angles between two row spaces [rank, in].
 
     ``‖Q_1ᵀ·Q_2‖_F² / min(r_1, r_2)`` with orthonormal bases Q (φ of the LoRA paper, arXiv
     2106.09685 §7.2). In [0, 1]: 1 if one space holds the other, 0 if they are orthogonal, max(r_1,
@@ -191,10 +186,8 @@ def subspace_overlap(a: Tensor, other: Tensor) -> float:
 
 
 def _row_basis(a: Tensor) -> Tensor:
-    """Return orthonormal rows [rank, in] that span the row space, numerically null directions left
-    out."""
+    """Return orthonormal rows [rank, in] that span the row space, null directions left out."""
     _, s, vh = torch.linalg.svd(a.double(), full_matrices=False)
-    # The factors were float32 or narrower: what lies below their rounding is no direction of
-    # theirs.
+    # The factors were float32 or narrower: what lies below their rounding is no direction of theirs
     floor = s[:1] * max(a.shape) * torch.finfo(torch.float32).eps
     return vh[s > floor]

@@ -3,17 +3,40 @@
 from __future__ import annotations
 
 import difflib
+import json
 import logging
 import os
 import sys
 import warnings
+from typing import Any
 
 import click
 
+HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
+SIGNALLED = 128  # and the signal's number: the exit status, as shells have it
+
+json_option = click.option(
+    "--json", "as_json", is_flag=True, help="Print exactly one JSON object on stdout."
+)
+
+
+def print_json(value: Any) -> None:
+    """Print one JSON object on stdout, in characters that it can show."""
+    text = json.dumps(value, ensure_ascii=False)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:  # half a surrogate, or a terminal that knows few characters
+        text = json.dumps(value)
+    click.echo(text)
+
+
+def to_stderr(text: str = "") -> None:
+    """Print a line on stderr, where progress goes."""
+    click.echo(text, err=True)
+
 
 def quiet() -> None:
-    """Send our warnings to stderr in one line each, and keep the libraries' chatter away (python -W
-    brings it back)."""
+    """Send our warnings to stderr, a line each, and drop the libraries' unless python -W asks."""
     from transformers.utils import logging as transformers_logging
 
     if not sys.warnoptions:
@@ -34,8 +57,7 @@ def is_first_process() -> bool:
 def file_and_overrides(
     arguments: list[str], name: str = "CONFIG"
 ) -> tuple[str, list[tuple[str, str]]]:
-    """Read a file's name and ``--key.sub VALUE`` or ``--key.sub=VALUE`` pairs, in whatever order
-    they stand."""
+    """Read a file's name and pairs ``--key.sub VALUE`` or ``--key.sub=VALUE``, in any order."""
     words, pairs = _split(arguments)
     if not words:
         given = next((value for key, value in pairs if key == "config"), None)
@@ -105,6 +127,5 @@ def _refuse(words: list[str]) -> None:
     if words:
         raise click.UsageError(
             f"unexpected argument {words[0]!r}; config keys are set with --key.sub VALUE, a list "
-            "in "
-            'quotes: "[8, 8]"'
+            'in quotes: "[8, 8]"'
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,14 +10,9 @@ from typing import Any
 
 import click
 
-from chainlora.cli.common import file_and_overrides, quiet
+from chainlora.cli.common import SIGNALLED, file_and_overrides, json_option, print_json, quiet
 
-_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 _FILE = "FILE [--KEY.SUB VALUE]..."
-
-_JSON = click.option(
-    "--json", "as_json", is_flag=True, help="Print exactly one JSON object on stdout."
-)
 
 
 def _workers(_context: click.Context, _option: click.Parameter, value: str) -> int | str:
@@ -64,7 +59,7 @@ def _resumable(output: str) -> Iterator[None]:
             f"running one continues from its last checkpoint in {output}",
             err=True,
         )
-        raise click.exceptions.Exit(_INTERRUPTED) from None
+        raise click.exceptions.Exit(SIGNALLED + signal.SIGINT) from None
 
 
 @click.group()
@@ -87,7 +82,7 @@ def experiment() -> None:
     default=None,
     help="A difference to find (points, or a loss): how many pairs that needs.",
 )
-@_JSON
+@json_option
 def plan(
     arguments: tuple[str, ...],
     output: str | None,
@@ -125,7 +120,7 @@ def plan(
     "--max-cells", type=click.IntRange(min=1), default=None, help="Stop after so many cells."
 )
 @_REUSE
-@_JSON
+@json_option
 def run(
     arguments: tuple[str, ...],
     output: str,
@@ -179,7 +174,7 @@ def run(
     default=None,
     help="Default: the results' own folder.",
 )
-@_JSON
+@json_option
 def report(results: str, output: str | None, as_json: bool) -> None:
     """Make tables (Markdown, CSV, LaTeX) and figures from RESULTS, and print the Markdown."""
     from chainlora.experiments import report_experiment
@@ -218,7 +213,7 @@ def report(results: str, output: str | None, as_json: bool) -> None:
 @_OUTPUT
 @_WORKERS
 @_BACKEND
-@_JSON
+@json_option
 def compare(
     config: str,
     methods: str,
@@ -264,4 +259,7 @@ def _rates(text: str) -> list[float]:
 
 
 def _show(value: dict[str, Any], as_json: bool, text: str) -> None:
-    click.echo(json.dumps(value, ensure_ascii=False) if as_json else text)
+    if as_json:
+        print_json(value)
+    else:
+        click.echo(text)

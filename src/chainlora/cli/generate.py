@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import io
-import json
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any, TextIO
 
 import click
 
-from chainlora.cli.common import quiet
+from chainlora.cli.common import HELP, json_option, print_json, quiet
 from chainlora.cli.runs import check_run_or_model
-
-_HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
 
 def _speaking_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -52,10 +49,10 @@ def _speaking_options(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
-@click.command(context_settings=_HELP)
+@click.command(context_settings=HELP)
 @_speaking_options
 @click.option("--prompt", default=None, help="Text to continue; else it is read from stdin.")
-@click.option("--json", "as_json", is_flag=True, help="Print exactly one JSON object on stdout.")
+@json_option
 def generate(run_or_model: str, prompt: str | None, as_json: bool, **keys: Any) -> None:
     """Continue a text, as a run or a model does, while it is written."""
     check_run_or_model(run_or_model, keys["links"])
@@ -67,12 +64,12 @@ def generate(run_or_model: str, prompt: str | None, as_json: bool, **keys: Any) 
     speaker = _speaker(run_or_model, **keys)
     text = speaker.complete(prompt, (lambda piece: None) if as_json else _write)
     if as_json:
-        click.echo(json.dumps({"prompt": prompt, "text": text}))
+        print_json({"prompt": prompt, "text": text})
     else:
         click.echo()
 
 
-@click.command(context_settings=_HELP)
+@click.command(context_settings=HELP)
 @_speaking_options
 @click.option("--system", default=None, help="A system message before the conversation.")
 def chat(run_or_model: str, system: str | None, **keys: Any) -> None:

@@ -15,11 +15,21 @@ from rich.table import Table
 
 from chainlora.runs.inspection import inspect_run
 
+_COLUMNS = (
+    "link",
+    "rank",
+    "steps",
+    "loss",
+    "validation",
+    "‖ΔW‖",
+    "effective rank",
+    "overlap with earlier",
+)
+
 
 @contextmanager
 def evaluation_progress() -> Iterator[Callable[[int, int], None]]:
-    """Give a ``progress(rows_done, rows)`` that draws rows and time left on stderr, if somebody is
-    there to see it."""
+    """Give a ``progress(rows_done, rows)`` that draws a bar on stderr if that is a terminal."""
     console = Console(stderr=True)
     bar = Progress(
         TextColumn("rows"),
@@ -42,22 +52,31 @@ def show_links(run: str | Path) -> None:
 
 def show_inspection(found: Mapping[str, Any]) -> None:
     """Print what `inspect_run` found: a row a link, and the chain as a whole."""
-    table = Table(
-        title=escape(f"{found['run']}: chain on {found['base']} ({found['hold']})"),
-        title_justify="left",
-        box=SIMPLE_HEAD,
-        padding=0,
-    )  # 80 columns hold it
-    for column in (
-        "link",
-        "rank",
-        "steps",
-        "loss",
-        "validation",
-        "‖ΔW‖",
-        "effective rank",
-        "overlap with earlier",
-    ):
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=140)
+    console.print(_table(found), highlight=False)
+    if not found["finished"]:
+        position = found["position"]
+        console.print(
+            f"unfinished: {position['links']} of {position['planned_links']} link(s) tied; "
+            f"`chainlora train CONFIG --resume` resumes from step {position['step']}",
+            highlight=False,
+        )
+    if found["selected"] is not None:
+        step, whole_links = found["selected"]["step"], found["selected"]["num_links"]
+        part = " and a partial one" if found["selected"]["partial"] else ""
+        console.print(
+            f"selected: best point at step {step}, {whole_links} whole link(s){part}",
+            highlight=False,
+        )
+
+
+def _table(found: Mapping[str, Any]) -> Table:
+    """Return the table of links, which 80 columns hold."""
+    title = escape(f"{found['run']}: chain on {found['base']} ({found['hold']})")
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=0)
+    for column in _COLUMNS:
         table.add_column(column, justify="right", no_wrap=column == "validation")
     for row in found["links"]:
         scores = ", ".join(f"{name} {value:.4f}" for name, value in _telling(row["scores"]).items())
@@ -83,24 +102,7 @@ def show_inspection(found: Mapping[str, Any]) -> None:
         _number(whole.get("effective_rank"), 2),
         "",
     )
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=140)
-    console.print(table, highlight=False)
-    if not found["finished"]:
-        position = found["position"]
-        console.print(
-            f"unfinished: {position['links']} of {position['planned_links']} link(s) tied; "
-            f"`chainlora train CONFIG --resume` resumes from step {position['step']}",
-            highlight=False,
-        )
-    if found["selected"] is not None:
-        step, whole_links = found["selected"]["step"], found["selected"]["num_links"]
-        part = " and a partial one" if found["selected"]["partial"] else ""
-        console.print(
-            f"selected: best point at step {step}, {whole_links} whole link(s){part}",
-            highlight=False,
-        )
+    return table
 
 
 def _telling(scores: Mapping[str, float]) -> Mapping[str, float]:

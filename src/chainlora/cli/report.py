@@ -1,16 +1,36 @@
-"""`chainlora report`: one HTML file about a run, or about several side by side."""
+"""The verbs that show runs: `chainlora inspect` and `chainlora report`."""
 
 from __future__ import annotations
 
-import json
+from pathlib import Path
 
 import click
 
-from chainlora.cli.common import quiet
+from chainlora.cli.common import HELP, json_option, print_json, quiet
 from chainlora.cli.runs import need_run
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.command(context_settings=HELP)
+@click.argument("run", type=click.Path())
+@json_option
+def inspect(run: str, as_json: bool) -> None:
+    """Show what each link of RUN brought, and write chain.png beside it."""
+    need_run(run)
+    quiet()
+    from chainlora.cli.progress import show_inspection
+    from chainlora.runs.inspection import inspect_run
+    from chainlora.runs.plots import plot_chain
+
+    found = inspect_run(run)
+    if found["links"]:
+        plot_chain(found, Path(run) / "chain.png")
+    if as_json:
+        print_json(found)
+    else:
+        show_inspection(found)
+
+
+@click.command(context_settings=HELP)
 @click.argument("runs", metavar="RUN [RUN ...]", nargs=-1, required=True, type=click.Path())
 @click.option(
     "--output",
@@ -26,7 +46,7 @@ from chainlora.cli.runs import need_run
     "file's prompts (one a line, or JSONL rows with a `prompt`). Loads the model.",
 )
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=32, show_default=True)
-@click.option("--json", "as_json", is_flag=True, help="Print exactly one JSON object on stdout.")
+@json_option
 def report(
     runs: tuple[str, ...],
     output: str | None,
@@ -49,6 +69,6 @@ def report(
         progress=lambda text: click.echo(text, err=True),
     )
     if as_json:
-        click.echo(json.dumps(written, ensure_ascii=False))
+        print_json(written)
     else:
         click.echo(f"{written['output']} ({written['bytes'] / 1000:.0f} kB)")

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import click
-
-from chainlora.errors import ConfigError, RunError
+from chainlora.errors import RunError
 
 
 def need_run(run: str) -> None:
@@ -40,14 +38,3 @@ def check_run_or_model(run_or_model: str, links: int | None) -> None:
 def is_run(path: str) -> bool:
     """Say whether a path is a run directory."""
     return (Path(path) / "chain.json").is_file()
-
-
-def explain_gguf(context: click.Context, parameter: click.Parameter, target: str) -> str:
-    """Return the target of an export. Raises ConfigError that says how a GGUF file is made."""
-    if target == "gguf":
-        raise ConfigError(
-            "a GGUF file is made by llama.cpp from a merged checkpoint (got --to gguf); run "
-            "`chainlora export RUN --to merged --output DIR`, then llama.cpp's "
-            "`python convert_hf_to_gguf.py DIR --outfile DIR.gguf`"
-        )
-    return target

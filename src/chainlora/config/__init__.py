@@ -1,2 +1,1 @@
-"""What a run is: every key with its default, and how a file becomes a checked config. Imports no
-tensor library."""
+"""What a run is: every key, its default, its checks. Imports no tensor library."""

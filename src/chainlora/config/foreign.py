@@ -38,8 +38,7 @@ def foreign_keys() -> Mapping[str, ForeignKey]:
 
 
 def foreign_hint(key: str, value: Any = None) -> str | None:
-    """Return what an error says of a key of another tool, and of its value; None for a key of
-    none."""
+    """Return what to say of a key of another tool and its value; None for a key of none."""
     found = foreign_keys().get(key)
     if found is None:
         return None
@@ -85,8 +84,7 @@ def convert(tree: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
 
 
 def converted_text(tree: Mapping[str, Any], name: str) -> str:
-    """Return our YAML for a flat config of another tool, with a comment for each key that is
-    lost."""
+    """Return our YAML for a flat config of another tool, and a comment for each key lost."""
     ours, lost = convert(tree)
     lines = [f"# Converted from {name}. One LoRA is a chain of one link; give chain.ranks and"]
     lines.append("# chain.epochs (or steps) more entries for a longer one.")

@@ -63,8 +63,7 @@ def _take_one_for_a_list(what: dict[str, Any]) -> None:
 
 
 def _take_short_forms(properties: Mapping[str, dict[str, Any]]) -> None:
-    """Allow what validators allow: ``knots: auto``, ``speedups: off``, a model with its
-    quantisation."""
+    """Allow what validators allow: ``knots: auto``, ``speedups: off``, a model as a section."""
     top, chain, train = (properties[name] for name in ("RunConfig", "ChainConfig", "TrainConfig"))
     chain["knots"]["anyOf"].append({"const": "auto"})
     train["speedups"].pop("type")

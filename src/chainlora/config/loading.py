@@ -47,38 +47,38 @@ def load_config(
     return make_config(tree)
 
 
-def read_tree(path: str | Path) -> dict[str, Any]:
-    """Read a YAML file that holds a mapping. Raises ConfigError for any other."""
+def read_tree(path: str | Path, what: str = "config file") -> dict[str, Any]:
+    """Read a YAML file that holds a mapping. Raises ConfigError for any other, naming `what`."""
     path = Path(path)
     if path.suffix in (".jsonl", ".csv", ".parquet"):
         raise ConfigError(
-            f"config file must be YAML (got {path}, rows of data); name the rows there, as "
+            f"{what} must be YAML (got {path}, rows of data); name the rows there, as "
             f"data: {{train: {path}}}"
         )
     try:
         tree = parse_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(
-            f"config file must be readable (got {path}: {error.strerror}); check the path"
+            f"{what} must be readable (got {path}: {error.strerror}); check the path"
         ) from None
     except UnicodeDecodeError:
         raise ConfigError(
-            f"config file must be UTF-8 text (got other bytes in {path}); is it a YAML file?"
+            f"{what} must be UTF-8 text (got other bytes in {path}); is it a YAML file?"
         ) from None
     except ValueError:  # a NUL or half a surrogate in the path
         raise ConfigError(
-            f"config file must be readable (got {str(path)!a}, not a path); check the path"
+            f"{what} must be readable (got {str(path)!a}, not a path); check the path"
         ) from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}" if mark else ""
         raise ConfigError(
-            f"config file must be YAML (got {path}{where}: {getattr(error, 'problem', error)}); "
+            f"{what} must be YAML (got {path}{where}: {getattr(error, 'problem', error)}); "
             "correct it there"
         ) from None
     if not isinstance(tree, dict):
         raise ConfigError(
-            f"config file must hold a mapping of keys (got {type(tree).__name__} in {path})"
+            f"{what} must hold a mapping of keys (got {type(tree).__name__} in {path})"
         )
     return tree
 
@@ -105,8 +105,7 @@ def set_key(tree: dict[str, Any], dotted: str, value: Any) -> None:
 
 
 def make_config(tree: Mapping[str, Any]) -> RunConfig:
-    """Check a nested mapping and return the frozen config. Raises ConfigError with every problem in
-    one line."""
+    """Return the frozen config of a mapping. Raises ConfigError with every problem in one line."""
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:

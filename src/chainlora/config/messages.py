@@ -1,5 +1,4 @@
-"""What pydantic finds wrong with a file or keywords, in chainlora's words: one line, rule, value,
-remedy."""
+"""What pydantic finds wrong with a file or keywords, as one line: rule, value, remedy."""
 
 from __future__ import annotations
 
@@ -31,8 +30,7 @@ _BOUNDS = {
 
 
 def problems(error: ValidationError, root: type[BaseModel], prefix: str = "") -> str:
-    """Say everything that is wrong in one line; what each member of a union asks for becomes one
-    sentence.
+    """Say everything that is wrong in one line, the members of a union in one sentence.
 
     `prefix` goes before every key of `root` (``recipe.`` for a section that is read by itself).
     """
@@ -82,8 +80,7 @@ def _unknown_key(keys: Sequence[str], value: Any, root: type[BaseModel], prefix:
 
 
 def _models(annotation: Any) -> Iterator[type[BaseModel]]:
-    """Yield the models in an annotation such as ``Section``, ``Section | None`` or ``tuple[Section,
-    ...]``."""
+    """Yield the models in an annotation such as ``Section``, also in a union or a tuple."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
     for part in typing.get_args(annotation):

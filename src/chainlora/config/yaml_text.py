@@ -74,8 +74,10 @@ def dump_yaml(tree: Any) -> str:
 
 
 def parse_yaml(text: str) -> Any:
-    """Return what a YAML text says. Raises yaml.YAMLError, with a `problem`, for all that is
-    wrong with it."""
+    """Return what a YAML text says.
+
+    Raises yaml.YAMLError, with a `problem`, for all that is wrong with it.
+    """
     try:
         return yaml.load(text, _Loader)
     except yaml.reader.ReaderError as error:

@@ -14,8 +14,7 @@ _log = logging.getLogger(__name__)
 
 
 def set_chat_template(tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> None:
-    """Give a tokenizer the chat template and the arguments of a config; without any, nothing
-    changes.
+    """Give a tokenizer the chat template and its arguments of a config, if that has some.
 
     Raises ConfigError for arguments that no template reads.
     """

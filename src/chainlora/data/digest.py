@@ -15,8 +15,7 @@ VERSION = 2
 
 
 def rows_digest(splits: Mapping[str, str], before: str = "") -> str:
-    """Return the version and twelve hex digits that name the rows of all splits, given the digest
-    of each."""
+    """Return the version and twelve hex digits that name the rows of all splits."""
     found = hashlib.sha256(before.encode())
     for name, digest in splits.items():
         found.update(f"\n{name} {digest}".encode())

@@ -26,8 +26,7 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class NamedExample(Example):
-    """A row whose candidates stand for `names`, which metrics compare with `references` (as in
-    ReCoRD)."""
+    """A row whose candidates stand for `names`, which metrics compare with `references`."""
 
     names: tuple[str, ...] = ()
 
@@ -40,8 +39,7 @@ def make_example(
     references: tuple[str, ...],
     names: tuple[str, ...],
 ) -> Example:
-    """Return a row's example; its prompt is what stands before the last span of the first
-    sequence."""
+    """Return a row's example; its prompt is what stands before the last span."""
     prompt = sequences[0][: scored[0][-1][0]]
     if names:
         return NamedExample(row, sequences, scored, label, prompt, references, names)

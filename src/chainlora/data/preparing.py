@@ -38,11 +38,9 @@ from chainlora.models.gguf import cache_dir
 
 IN_MEMORY = 2000
 """Rows up to which nothing is stored: they take a few MB and a fraction of a second."""
-_CHUNK = (
-    500  # rows encoded at a time: long enough to keep a worker busy for some hundredths of a second
-)
+_CHUNK = 500  # rows encoded at a time: they keep a worker busy for some hundredths of a second
 
-Progress = Callable[[int, float], None]
+EncodingProgress = Callable[[int, float], None]
 """Told (rows encoded so far, share of the source in 0…1) now and then."""
 
 
@@ -52,7 +50,7 @@ def make_rows(
     task: Task | str,
     options: Options,
     *,
-    progress: Progress | None = None,
+    progress: EncodingProgress | None = None,
 ) -> Rows:
     """Encode the rows of a source, or find them encoded.
 
@@ -79,7 +77,7 @@ def _found_or_made(
     kind: Task | str,
     options: Options,
     encode: RowEncoder,
-    progress: Progress | None,
+    progress: EncodingProgress | None,
 ) -> Rows:
     if len(head) <= IN_MEMORY // _CHUNK:
         return _encode_in_memory(head, encode)
@@ -106,7 +104,7 @@ def _encode_in_memory(chunks: Sequence[Chunk], encode: RowEncoder) -> MemoryRows
 
 
 def _build(
-    folder: Path, chunks: Iterator[Chunk], encode: RowEncoder, progress: Progress
+    folder: Path, chunks: Iterator[Chunk], encode: RowEncoder, progress: EncodingProgress
 ) -> StoredRows:
     """Encode into a scratch folder that becomes the store at the end: it is whole or not there."""
     counts, digest = Counts(), hashlib.sha256()

@@ -27,8 +27,7 @@ _CHUNK = 256  # rows read at a time where nobody says otherwise
 
 
 class Row(dict[str, Any]):
-    """One row: a dict that knows its `index` (in its split, file order) and `origin` (file and
-    line)."""
+    """One row: a dict that knows its `index` in the split and its `origin`, file and line."""
 
     __slots__ = ("index", "origin")
 

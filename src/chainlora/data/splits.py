@@ -33,7 +33,7 @@ _log = logging.getLogger(__name__)
 
 SPLITS = ("train", "validation", "test")
 
-Progress = Callable[[str, int, float], None]
+SplitProgress = Callable[[str, int, float], None]
 """Told (split, rows encoded so far, share of the split in 0…1) while a large split is encoded."""
 
 
@@ -69,11 +69,12 @@ def prepare_splits(
     data: DataConfig,
     tokenizer: PreTrainedTokenizerBase,
     context: int,
-    progress: Progress | None = None,
+    progress: SplitProgress | None = None,
     to_score: str | None = None,
 ) -> Splits:
-    """Read, sample, check and tokenise everything a config names, or the one split that is
-    `to_score`. The tokenizer gets the config's chat template, if it names one.
+    """Read, sample, check and tokenise everything a config names, or the split `to_score`.
+
+    The tokenizer gets the config's chat template, if it names one.
 
     Raises DataError or ConfigError before training.
     """
@@ -143,7 +144,7 @@ def _encode(
     tokenizer: PreTrainedTokenizerBase,
     task: Task | str,
     options: Options,
-    progress: Progress | None,
+    progress: SplitProgress | None,
 ) -> Rows:
     if source is None:
         return MemoryRows()
@@ -264,7 +265,7 @@ def _prepare_files(
     data: DataConfig,
     tokenizer: PreTrainedTokenizerBase,
     limit: int,
-    progress: Progress | None,
+    progress: SplitProgress | None,
     to_score: str | None,
 ) -> Splits:
     if data.train is None:
@@ -302,8 +303,7 @@ def _digest(rows: Mapping[str, Rows], before: str = "") -> str:
 
 
 def task_split_source(task: Task, data: str | None, split: str, limit: int | None) -> Source:
-    """Return the first `limit` rows of a task's split, in file order; `data` is the task's folder
-    or one file."""
+    """Return the first `limit` rows of a task's split; `data` is its folder or one file."""
     if data is None or not Path(data).is_file():
         return unseen_source(task, data, split, limit)
     if task.explode is not None:

@@ -8,10 +8,9 @@ transformers, in a sandbox of its own; for them there is the clock.
 
 from __future__ import annotations
 
-import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import wraps
 from typing import Any
 
@@ -20,6 +19,7 @@ from jinja2 import nodes
 from jinja2.runtime import Context
 from jinja2.sandbox import SandboxedEnvironment
 
+from chainlora.config import time_limit as config_time_limit
 from chainlora.errors import DataError
 
 MAX_WORK = 4_000_000
@@ -147,27 +147,15 @@ def _limited(function: Callable[..., Any]) -> Callable[..., Any]:
     return limited
 
 
-@contextmanager
-def time_limit(what: str) -> Iterator[None]:
+def time_limit(what: str) -> AbstractContextManager[None]:
     """Raise DataError where `what` takes longer than `SECONDS`.
 
-    Only the main thread of a process can be interrupted (by a signal), and not on Windows; that is
-    where rows are encoded, unless a program does so in a thread of its own.
+    Only in the main thread: where rows are encoded, unless a program has a thread for it.
     """
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    if not (in_main_thread and hasattr(signal, "setitimer")):
-        yield
-        return
 
-    def expire(*_: Any) -> None:
-        raise DataError(
+    def error() -> DataError:
+        return DataError(
             f"a template must render a row in {SECONDS:g} s (got no end of {what}); simplify it"
         )
 
-    handler = signal.signal(signal.SIGALRM, expire)
-    left, interval = signal.setitimer(signal.ITIMER_REAL, SECONDS)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, left, interval)
-        signal.signal(signal.SIGALRM, handler)
+    return config_time_limit.time_limit(SECONDS, error)

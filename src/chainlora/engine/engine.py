@@ -49,7 +49,7 @@ log = logging.getLogger(__name__)
 
 Kind = Literal["candidates", "completion"]
 Speedups = Literal["auto", "off"]
-Progress = Callable[[int, int], None]
+ScoringProgress = Callable[[int, int], None]  # told (rows done, rows) after each batch
 Batch = TypeVar("Batch")
 Item = TypeVar("Item")
 Found = TypeVar("Found")
@@ -105,7 +105,7 @@ class Engine:
             self._install(training)
             if self._is_sharded:
                 self.notes.append("weights: shared by processes, whole one layer at a time")
-            self._choose_threads(training, threads)
+            self._choose_threads(threads)
             self._findings.calls.clear()
         except BaseException:
             self.close()
@@ -200,7 +200,7 @@ class Engine:
         examples: Sequence[Example],
         *,
         max_tokens: int = 4096,
-        progress: Progress | None = None,
+        progress: ScoringProgress | None = None,
     ) -> list[list[float]]:
         """Return, per example, the mean log-probability per token of each of its sequences.
 
@@ -210,7 +210,7 @@ class Engine:
         return self.spread(examples, lambda part: self._scores(part, max_tokens, progress))
 
     def _scores(
-        self, examples: Sequence[Example], max_tokens: int, progress: Progress | None
+        self, examples: Sequence[Example], max_tokens: int, progress: ScoringProgress | None
     ) -> list[list[float]]:
         if self._findings.length:
             return self._scores_by_length(examples, max_tokens, progress)
@@ -247,7 +247,7 @@ class Engine:
         return batches + batches[:1] * (self.most(len(batches)) - len(batches))
 
     def _scores_by_length(
-        self, examples: Sequence[Example], max_tokens: int, progress: Progress | None
+        self, examples: Sequence[Example], max_tokens: int, progress: ScoringProgress | None
     ) -> list[list[float]]:
         """Score each sequence beside those alone that let it be what it is by itself.
 
@@ -338,7 +338,7 @@ class Engine:
             install_fast_layers(self.model, self._patches)
         self.notes.append(f"fast decoder layers: {'yes' if reason is None else 'no, ' + reason}")
 
-    def _choose_threads(self, training: bool, threads: int | None) -> None:
+    def _choose_threads(self, threads: int | None) -> None:
         """One thread where several would be wrong: for training, and for scoring in between."""
         most = min(torch.get_num_threads(), MOST_THREADS, threads or MOST_THREADS)
         off, found = "speedups are off" if self.speedups == "off" else None, self._findings

@@ -20,7 +20,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from chainlora.data.examples import Example
-from chainlora.engine.engine import Engine, Progress
+from chainlora.engine.engine import Engine, ScoringProgress
 from chainlora.errors import ConfigError, DataError
 from chainlora.evaluation.generation import generate_greedy
 from chainlora.evaluation.metrics import (
@@ -61,7 +61,7 @@ def evaluate(
     max_tokens: int = 4096,
     max_new_tokens: int = 50,
     stop: str | None = "\n",
-    progress: Progress | None = None,
+    progress: ScoringProgress | None = None,
 ) -> Evaluation:
     """Score `examples` and return the metrics asked for, with a prediction for every row.
 
@@ -100,18 +100,13 @@ def evaluate(
         generate = [name for name in names if name in TEXT_METRICS]
         if not generate:
             return _evaluate_likelihood(runner, examples, max_tokens, progress)
-        loss = [name for name in names if name in LOSS_METRICS]
-        scored = _evaluate_likelihood(runner, examples, max_tokens, None) if loss else None
+        scored = None
+        if any(name in LOSS_METRICS for name in names):
+            scored = _evaluate_likelihood(runner, examples, max_tokens, _none_done(progress))
         found = _evaluate_generation(
             runner, examples, generate, tokenizer, max_tokens, max_new_tokens, stop, progress
         )
-    if scored is None:
-        return found
-    merged = [
-        new | {"scores": old["scores"]}
-        for old, new in zip(scored.predictions, found.predictions, strict=True)
-    ]
-    return Evaluation(found.metrics | scored.metrics, found.num_rows, merged)
+    return found if scored is None else _with_scores(found, scored)
 
 
 @contextmanager
@@ -124,8 +119,7 @@ def _engine_for(model: nn.Module, engine: Engine | None) -> Iterator[Engine]:
 
 
 def write_predictions(path: str | FilePath, evaluation: Evaluation) -> None:
-    """Write one JSON object a line and row: `row`, `label`, `prediction`, `scores` (and
-    `references`)."""
+    """Write a JSON object a row: `row`, `label`, `prediction`, `scores`, `references`."""
     target = FilePath(path)
     make_folder(target.parent)
     lines = [
@@ -143,7 +137,7 @@ def _evaluate_candidates(
     names: Sequence[str],
     tokenizer: PreTrainedTokenizerBase | None,
     max_tokens: int,
-    progress: Progress | None,
+    progress: ScoringProgress | None,
 ) -> Evaluation:
     _refuse(
         [name for name in names if name == "perplexity"],
@@ -170,7 +164,7 @@ def _evaluate_likelihood(
     engine: Engine,
     examples: Sequence[Example],
     max_tokens: int,
-    progress: Progress | None,
+    progress: ScoringProgress | None,
 ) -> Evaluation:
     scores = engine.scores(examples, max_tokens=max_tokens, progress=progress)
     counts = [
@@ -196,7 +190,7 @@ def _evaluate_generation(
     max_tokens: int,
     max_new_tokens: int,
     stop: str | None,
-    progress: Progress | None,
+    progress: ScoringProgress | None,
 ) -> Evaluation:
     done = 0
 
@@ -234,6 +228,23 @@ def _evaluate_generation(
 
 
 # --- parts of them ---
+
+
+def _with_scores(generated: Evaluation, scored: Evaluation) -> Evaluation:
+    """Return one evaluation of two of the same rows: answers, and what likelihood says."""
+    pairs = zip(generated.predictions, scored.predictions, strict=True)
+    predictions = [answer | {"scores": score["scores"]} for answer, score in pairs]
+    return Evaluation(generated.metrics | scored.metrics, generated.num_rows, predictions)
+
+
+def _none_done(progress: ScoringProgress | None) -> ScoringProgress:
+    """Return what reports each batch, and no row as done: its answer is still to come."""
+
+    def report(done: int, rows: int) -> None:
+        if progress is not None:
+            progress(0, rows)
+
+    return report
 
 
 def _are_labelled(examples: Sequence[Example]) -> bool:
@@ -286,8 +297,7 @@ def _text_metrics(
 
 
 def _candidate_text(example: Example, index: int, tokenizer: PreTrainedTokenizerBase | None) -> str:
-    """Return what a candidate stands for (`data.NamedExample`, as in ReCoRD), else its own
-    words."""
+    """Return what a candidate stands for (`data.NamedExample`), else its own words."""
     names = getattr(example, "names", ())
     if names:
         return str(names[index])

@@ -53,8 +53,7 @@ def generate_greedy(
     progress: Callable[[int], None] | None = None,
     most: Callable[[int], int] = int,
 ) -> list[str]:
-    """Return the greedy continuation of each prompt, up to the first `stop` (a line break),
-    stripped.
+    """Return the greedy continuation of each prompt up to the first `stop`, stripped.
 
     Each prompt gets the answer it would get alone: prompts of unlike length share a batch, padded
     on the left, only where that changes nothing (`_padding_shows`).
@@ -130,8 +129,7 @@ def _cut_left(prompt: Sequence[int], room: int | None, bos: int | None, row: int
 def greedy_config(
     model: Any, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int
 ) -> GenerationConfig:
-    """Plain greedy search; nothing is inherited from the model's own generation config but where it
-    ends."""
+    """Return plain greedy search, with nothing of the model's own config but where it ends."""
     own = getattr(model, "generation_config", None)
     ends = getattr(own, "eos_token_id", None)
     ends = tokenizer.eos_token_id if ends is None else ends
@@ -150,8 +148,7 @@ def greedy_config(
 
 @contextmanager
 def own_config(model: Any, config: GenerationConfig) -> Iterator[None]:
-    """Let `config` stand in for the model's own, which `generate` would mix in (sampling,
-    penalties)."""
+    """Let `config` stand in for the model's own, which `generate` would mix in."""
     before = model.generation_config
     model.generation_config = config
     try:
@@ -195,8 +192,10 @@ def _padding_shows(model: Any, config: GenerationConfig) -> bool:
 def _batches(
     lengths: Sequence[int], new: int, max_tokens: int, *, alike: bool
 ) -> Iterator[list[int]]:
-    """Yield index lists of like length (or of one, if `alike`), longest first, so that memory
-    peaks in the first batch."""
+    """Yield index lists of like length, or of one if `alike`, longest first.
+
+    So memory peaks in the first batch.
+    """
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     start = 0
     while start < len(order):

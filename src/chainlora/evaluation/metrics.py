@@ -29,8 +29,7 @@ def accuracy(labels: Sequence[int], predictions: Sequence[int]) -> float:
 
 
 def macro_f1(labels: Sequence[int], predictions: Sequence[int]) -> float:
-    """Return the mean, over the classes that occur as label or prediction, of each class's F1, in
-    0…1."""
+    """Return the mean F1 over the classes that occur as label or prediction, in 0…1."""
     right = Counter(
         label for label, prediction in zip(labels, predictions, strict=True) if label == prediction
     )

@@ -31,8 +31,9 @@ def evaluate_rows(
     speedups: Speedups = "auto",
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """Return what `evaluate_task` returns; without a `task`, of the rows that the run's config
-    names, read as in training, so that the scores are those of the run.
+    """Return what `evaluate_task` returns; without a `task`, of the run's own rows.
+
+    They are read as in training, so that the scores are those of the run.
 
     `data` names other rows than those: of the run's task if it has one, else of its format. A model
     that is no run scores rows of a file by the default of `data.format`.

@@ -7,15 +7,17 @@ known once its tuning cells have ended.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import yaml
 
-from chainlora.errors import RunError
-from chainlora.experiments.design.expansion import expand
+from chainlora.data.sources import find_source
+from chainlora.data.splits import SPLITS
+from chainlora.errors import DataError, ModelError, RunError
+from chainlora.experiments.design.expansion import Cell, expand
 from chainlora.experiments.design.loading import load_experiment
 from chainlora.experiments.design.schema import Experiment
 from chainlora.experiments.execution.executors import Executor, executor
@@ -24,6 +26,7 @@ from chainlora.experiments.execution.store import Store, results_by_id
 from chainlora.experiments.execution.worker_pool import Workers
 from chainlora.experiments.plan import run_notes
 from chainlora.files import check_writable, make_folder, write_text
+from chainlora.models.loading import resolve_model
 
 
 @dataclass(frozen=True)
@@ -77,8 +80,8 @@ def run_experiment(
             found there are taken as done.
 
     Raises:
-        ConfigError, DataError: a file or a cell that cannot work, or rows that are not there,
-            before anything runs; an unknown backend; Ray not installed.
+        ConfigError, DataError, ModelError: a file or a cell that cannot work, rows or a model that
+            are not there, before anything runs; an unknown backend; Ray not installed.
         RunError: cells of other rows or weights than the rest (see `results.check_alike`); at the
             end, if cells failed: how many, the first one's error and where its log is.
     """
@@ -129,6 +132,7 @@ def run_cells(
     )
     try:
         session.gather()  # results must go together before more are computed
+        _check_at_hand(c for c in session.all_cells().values() if not store.is_done(c))
         notes = run_notes(experiment, session.results())
         for phase in ("tune", "final"):
             _run_phase(session, phase, execute, workers, max_cells, notes)
@@ -138,6 +142,26 @@ def run_cells(
     every = session.all_cells().values()
     num_done = sum(store.is_done(cell) for cell in every)
     return Outcome(out, len(every), num_done, session.num_run, session.failed)
+
+
+def _check_at_hand(cells: Iterable[Cell]) -> None:
+    """Raise unless the model and the files of every cell are there, before any of them runs."""
+    checked: set[tuple[str, str]] = set()
+    for cell in cells:
+        data, wanted = cell.config.data, [("model", str(cell.config.model))]
+        wanted += [(split, value) for split in SPLITS if (value := getattr(data, split))]
+        for kind, spec in wanted:
+            if (kind, spec) in checked:
+                continue
+            checked.add((kind, spec))
+            try:
+                if kind == "model":
+                    resolve_model(spec)
+                else:
+                    find_source(spec, kind)
+            except (DataError, ModelError) as error:
+                problem = f"task {cell.task}, method {cell.method}: {error}"
+                raise type(error)(problem) from None
 
 
 def _run_phase(

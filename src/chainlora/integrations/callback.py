@@ -23,10 +23,12 @@ from chainlora.config.messages import problems
 from chainlora.config.schema import ChainConfig, KnotConfig, LinkConfig
 from chainlora.errors import ChainError, ConfigError, RunError
 from chainlora.integrations import restarts
+from chainlora.integrations.launched import check_held, check_ranks, find_trainer_processes
 from chainlora.integrations.plan import Epochs, Lengths, check_knots, link_lengths
 from chainlora.integrations.wrapped_chain import WrappedChain, named_parameters
 from chainlora.training.knots import FixedKnots, Knot, KnotPolicy, Position
 from chainlora.training.optimizers import carry_moments
+from chainlora.training.processes import Processes, num_launched
 
 logger = logging.getLogger(__name__)
 
@@ -78,8 +80,10 @@ class ChainCallback(TrainerCallback):
         self.optimizer_reset, self.seed = optimizer_reset, seed
         self.restart_schedule = restart_schedule
         self._wrapped: WrappedChain | None = None
+        self._processes = Processes(0, 1, torch.device("cpu"))  # until a trainer says otherwise
         self._settings: dict[str, Any] = {}  # what the model's own LoRA said
         self._before: dict[nn.Parameter, str] = {}  # its parameters, which an optimizer may hold
+        self._held: dict[nn.Parameter, str] = {}  # what DDP sums the gradients of
         self._configs: list[LinkConfig] = []
         self._lengths: list[int] = []
         self._names: restarts.Names = []  # of what the optimizer trains
@@ -114,7 +118,7 @@ class ChainCallback(TrainerCallback):
             kwargs[key] for key in ("model", "optimizer", "lr_scheduler")
         )
         if self._wrapped is None:
-            _refuse_late_resume(state)
+            _refuse_late(state)
             self._begin(args, model)
         _check_same_model(self._need().model, model)
         self._plan(args, state, kwargs.get("train_dataloader"))
@@ -184,7 +188,7 @@ class ChainCallback(TrainerCallback):
             raise ChainError(
                 "a ChainCallback is for one trainer (got a second one); make a new callback"
             )
-        _check_one_process(args)
+        self._processes = find_trainer_processes(args, model)
         self._settings = read_settings(model)
         if self.ranks is not None and self.ranks[0] != self._settings["rank"]:
             raise ConfigError(
@@ -194,7 +198,8 @@ class ChainCallback(TrainerCallback):
         config = self._chain_config(1)
         self._policy = self.policy or FixedKnots(config.knots)
         self._before = named_parameters(model)
-        self._wrapped = WrappedChain(model, args.seed if self.seed is None else self.seed)
+        seed = args.seed if self.seed is None else self.seed
+        self._wrapped = WrappedChain(model, seed, writes=args.should_save)
         self._wrapped.extend(config.links()[0])
 
     def _chain_config(self, num_links: int) -> ChainConfig:
@@ -212,6 +217,7 @@ class ChainCallback(TrainerCallback):
         per_epoch = _steps_per_epoch(loader, args)
         self._lengths = link_lengths(num_links, self.steps, self.epochs, state.max_steps, per_epoch)
         self._configs = self._chain_config(len(self._lengths)).links()
+        check_ranks(self._configs, self._processes)
         if self.optimizer_reset == "off" and len({config.rank for config in self._configs}) > 1:
             raise ConfigError(
                 "`optimizer_reset: off` keeps moments over a knot, so all ranks must be equal (got "
@@ -255,6 +261,8 @@ class ChainCallback(TrainerCallback):
             self._names = restarts.trained_names(optimizer, self._need().model, self._before)
         restarts.point_at(optimizer, self._names, self._need().model)
         self._before = {}
+        self._held = self._held or named_parameters(self._need().model)
+        self._check_held()
         if self.optimizer_reset == "full" and len(self._configs) > 1:
             restarts.check_restart(optimizer)
         knots = self._chain_config(len(self._configs)).knots
@@ -262,7 +270,7 @@ class ChainCallback(TrainerCallback):
             restarts.check_carried(optimizer)
         if self.restart_schedule:
             restarts.check_schedule(scheduler)
-        if len(self._configs) > 1:
+        if len(self._configs) > 1 and self._processes.is_first:
             _warn_of_moving_reference(args)
 
     # --- knots ---
@@ -298,6 +306,7 @@ class ChainCallback(TrainerCallback):
             restarts.forget(optimizer)
 
     def _next_link(self, state: TrainerState, optimizer: torch.optim.Optimizer) -> None:
+        self._processes.check_same(self.chain.parameters(), "link")
         link = self._need().tie()
         logger.info("link %d tied after step %d", link.index, state.global_step)
         state.log_history.append(
@@ -312,6 +321,10 @@ class ChainCallback(TrainerCallback):
         if self.optimizer_reset == "full":
             restarts.forget(optimizer)
         restarts.point_at(optimizer, self._names, self._need().model)
+        self._check_held()
+
+    def _check_held(self) -> None:
+        check_held(self._held, named_parameters(self._need().model), self._processes)
 
     def _restart_schedule(
         self, scheduler: Any, args: TrainingArguments, state: TrainerState
@@ -339,18 +352,6 @@ class ChainCallback(TrainerCallback):
         return self._wrapped
 
 
-def _check_one_process(args: TrainingArguments) -> None:
-    """Refuse what shards or copies the model: a knot would have to be tied on every part of it."""
-    sharded = [name for name in ("deepspeed", "fsdp") if getattr(args, name, None)]
-    processes = max(args.world_size, args.n_gpu)
-    if sharded or processes > 1:
-        got = sharded[0] if sharded else f"{processes} processes or GPUs"
-        raise ConfigError(
-            f"ChainCallback runs in one process on one device today (got {got}); launch without "
-            "several processes, and show one GPU by CUDA_VISIBLE_DEVICES"
-        )
-
-
 def _check_same_model(mine: nn.Module, model: nn.Module) -> None:
     if model is not mine:
         raise ConfigError(
@@ -359,11 +360,13 @@ def _check_same_model(mine: nn.Module, model: nn.Module) -> None:
         )
 
 
-def _refuse_late_resume(state: TrainerState) -> None:
-    if state.global_step:
+def _refuse_late(state: TrainerState) -> None:
+    """Refuse a callback that comes when a checkpoint is loaded, or DDP has wrapped the model."""
+    if state.global_step or num_launched() > 1:
+        why = "to resume" if state.global_step else "in several processes"
         raise ConfigError(
-            "to resume, a trainer needs ChainCallback when it is made (got it by add_callback); "
-            "pass it in `callbacks`"
+            f"{why}, a trainer needs ChainCallback when it is made (got it by add_callback); pass "
+            "it in `callbacks`"
         )
 
 

@@ -42,11 +42,12 @@ class WrappedChain:
     """A chain whose LoRA a PEFT model holds. The model stays the trainer's object.
 
     Its own adapter, which is fresh, is taken off; `extend` puts the first link on. From then on
-    ``save_pretrained`` and ``load_adapter`` of the model save and restore the chain.
+    ``save_pretrained`` and ``load_adapter`` of the model save and restore the chain. Of several
+    processes that hold it, only those write that are told to.
     """
 
-    def __init__(self, model: Any, seed: int) -> None:
-        self.model = model
+    def __init__(self, model: Any, seed: int, *, writes: bool = True) -> None:
+        self.model, self._writes = model, writes
         plain = take_off(model)
         self.chain = Chain(plain, seed=seed, checkpoint=folder_of(plain))
         redirect(model, self.save, self.load)
@@ -72,6 +73,8 @@ class WrappedChain:
 
     def save(self, folder: Path) -> None:
         """Write the chain and its adapter into a folder that may hold other files."""
+        if not self._writes:
+            return
         files.make_folder(folder)
         links = current_links(self.chain)
         write_chain(self.chain, links, folder / INSIDE)

@@ -1,5 +1,4 @@
-"""From a matplotlib figure to a picture of a page: SVG in the page's colours, what a pointer finds
-in it, and the table of its numbers.
+"""A matplotlib figure as a picture of a page: SVG, what a pointer finds, its numbers.
 
 Points and table are read off the figure itself, so they hold what is drawn and nothing is said
 twice. A colour of `_THEME` becomes a CSS variable, which has one value for light pages and another

@@ -88,8 +88,7 @@ def common_score(runs: Sequence[RunFacts]) -> str | None:
 
 
 def thinned(steps: Sequence[Record]) -> tuple[list[Record], int]:
-    """Return at most about `_MOST_POINTS` records, each the mean loss of so many steps of a link;
-    and how many."""
+    """Return at most about `_MOST_POINTS` means over steps of a link, and over how many each."""
     width = max(1, -(-len(steps) // _MOST_POINTS))
     if width == 1:
         return list(steps), 1

@@ -50,7 +50,7 @@ def adapter_factors(
         a, b, error = compress_low_rank(
             [(share.a, share.b, 1.0)], rank=min(rank, len(spectra[name]))
         )
-        compressed[name] = _pad(Factors(a.float(), b.float(), share.bias), rank)
+        compressed[name] = _pad(replace(share, a=a.float(), b=b.float()), rank)
         squared += (error**2) * float((spectra[name] ** 2).sum())
     return compressed, math.sqrt(squared / total) if total else 0.0
 

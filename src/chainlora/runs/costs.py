@@ -13,15 +13,14 @@ from chainlora.chain.link import Link
 
 
 def num_trained(link: Link) -> int:
-    """Parameters a link trained: of its factors (not of a frozen one), LoRA's biases, extra
-    modules."""
+    """Return how many parameters a link trained: of factors, LoRA's biases, extra modules."""
     config, total = link.config, sum(weight.numel() for weight in link.extra.values())
-    for share in link.factors.values():
+    for pair in link.factors.values():
         total += config.rank * (
-            (config.train_factors != "B") * share.a.shape[1]
-            + (config.train_factors != "A") * share.b.shape[0]
+            (config.train_factors != "B") * pair.a.shape[1]
+            + (config.train_factors != "A") * pair.b.shape[0]
         )
-        total += sum(part.numel() for part in (share.bias, share.magnitude) if part is not None)
+        total += sum(part.numel() for part in (pair.bias, pair.magnitude) if part is not None)
     return total
 
 

@@ -29,7 +29,6 @@ from typing import Any
 
 from filelock import FileLock
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from chainlora import files
@@ -37,10 +36,10 @@ from chainlora.chain.link import Link
 from chainlora.config.loading import dump_config
 from chainlora.config.schema import LinkConfig, RunConfig
 from chainlora.errors import RunError
-from chainlora.files import write_json as write_json  # the writer of result.json
-from chainlora.runs.links import live_state_of_adapter, write_link
+from chainlora.runs.checkpoints import load_tensors, read_checkpoint, write_checkpoint
+from chainlora.runs.claiming import refuse_if_nothing, refuse_if_taken
+from chainlora.runs.links import write_link
 from chainlora.runs.manifest import (
-    DAMAGED,
     FORMAT,
     INCOMPLETE,
     Base,
@@ -49,11 +48,10 @@ from chainlora.runs.manifest import (
     Manifest,
     Progress,
     Selection,
+    describe_link,
     encode_manifest,
     link_directory,
 )
-from chainlora.runs.manifest import describe_link as describe_link
-from chainlora.runs.manifest import read_progress as read_progress
 from chainlora.runs.reading import RunReader, check_base
 from chainlora.runs.records import RecordLog, resumed_log
 from chainlora.runs.resuming import changes, check_rows, take_lock
@@ -61,7 +59,6 @@ from chainlora.runs.resuming import changes, check_rows, take_lock
 logger = logging.getLogger(__name__)
 
 _GROWING = ("links", "moments", "best", "checkpoints")  # folders whose entries the manifest names
-_BEFORE_THE_MANIFEST = {".lock", "config.yaml", "links"}
 
 
 @cache
@@ -79,8 +76,11 @@ def versions() -> dict[str, str]:
 
 
 class RunDirectory(RunReader):
-    """One run on disk, to be written: `open` before anything is loaded, `begin` once base and rows
-    are known, `close` at the end."""
+    """One run on disk, to be written.
+
+    `open` comes before anything is loaded, `begin` once base and rows are known, `close` at the
+    end.
+    """
 
     def __init__(self, path: str | Path) -> None:
         super().__init__(path)
@@ -101,9 +101,9 @@ class RunDirectory(RunReader):
         """
         files.check_writable(self.path)
         if not resume:
-            self.refuse_if_taken()
+            refuse_if_taken(self)
             return
-        self._refuse_if_nothing()
+        refuse_if_nothing(self)
         self._take_lock()
         if self.exists:
             self._current = self.verify()
@@ -135,11 +135,11 @@ class RunDirectory(RunReader):
         if self._current is not None:
             return self._resume(self._current, base, rows)
         if not resume:
-            self.refuse_if_taken()
+            refuse_if_taken(self)
         files.make_folder(self.path)
         self._take_lock()
         if not resume:
-            self.refuse_if_taken()  # another process may have begun in the meantime
+            refuse_if_taken(self)  # another process may have begun in the meantime
         self._is_new = True
         self._remove_scratch()
         files.write_text(self / "config.yaml", dump_config(config))
@@ -162,36 +162,6 @@ class RunDirectory(RunReader):
         if self._lock is not None:
             self._lock.release()
         self._lock = None
-
-    def refuse_if_taken(self) -> None:
-        """Raise RunError where something else than an empty directory is."""
-        if not self.path.is_dir():
-            return
-        with files.reported(self.path, "read"):
-            entries = {entry.name for entry in self.path.iterdir()}
-        if entries <= {".lock"}:
-            return
-        what, remedy = (
-            ("holds a run", "pass --resume to resume it, or ")
-            if self.exists
-            else ("is not empty and not a whole run", "")
-        )
-        raise RunError(
-            f"`output` must be a new or empty directory (got {self.path}, which {what}); "
-            f"{remedy}choose another output"
-        )
-
-    def _refuse_if_nothing(self) -> None:
-        """Raise RunError where there is nothing to resume. A run that was killed before it had a
-        manifest starts over: nothing in it is worth keeping."""
-        if not self.path.is_dir():
-            raise RunError(
-                f"--resume needs a run directory (got {self.path}, which does not exist); "
-                "check `output`, or leave --resume out to start"
-            )
-        names = {entry.name for entry in self.path.iterdir() if not files.is_scratch(entry.name)}
-        if not self.exists and not names <= _BEFORE_THE_MANIFEST:
-            self.refuse_if_taken()
 
     def _take_lock(self) -> None:
         if self._lock is None:
@@ -295,8 +265,7 @@ class RunDirectory(RunReader):
             return
         directory = f"checkpoints/{progress.step:08d}"
         with files.replaced_folder(self / directory) as scratch:
-            files.save_tensors(scratch / "link.safetensors", state)
-            files.save_tensors(scratch / "optimizer.safetensors", optimizer)
+            write_checkpoint(scratch, state, optimizer)
         self._hash_folder(directory)
         checkpoint = Checkpoint(directory=directory, progress=deepcopy(progress))
         self._write(self._need_current().model_copy(update={"checkpoint": checkpoint}))
@@ -320,11 +289,8 @@ class RunDirectory(RunReader):
         self._log.append(values)
         progress.num_records += 1
 
-    def drop_checkpoints(self) -> None:
-        """Remove checkpoints, moments and best points that the manifest no longer names."""
-        self._remove_unnamed(("moments", "best", "checkpoints"))
-
     def _remove_unnamed(self, folders: Iterable[str]) -> None:
+        """Remove what of these folders the manifest does not name."""
         named = self._need_current().named
         for folder in folders:
             if not (self / folder).is_dir():
@@ -361,7 +327,7 @@ class RunDirectory(RunReader):
         manifest = manifest.model_copy(update=update)
         files.write_json(self / "chain.json", encode_manifest(manifest))
         self._current = manifest
-        self.drop_checkpoints()
+        self._remove_unnamed(_GROWING)
 
     # --- the point to resume from ---
 
@@ -378,22 +344,12 @@ class RunDirectory(RunReader):
     def load_checkpoint(
         self, progress: Progress, config: LinkConfig
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]] | None:
-        """Read the live link's and the optimizer's state of exactly this progress, None at a
-        knot."""
+        """Read the live link's and the optimizer's state at this progress, None at a knot."""
         if not self.has_checkpoint(progress):
             return None
         found = self._need_current().checkpoint
         assert found is not None
-        folder = self / found.directory
-        optimizer = load_tensors(folder / "optimizer.safetensors")
-        if not all(name.partition(".")[0].isdecimal() for name in optimizer):
-            raise RunError(
-                f"optimizer.safetensors must hold an optimizer's state (got other tensors in "
-                f"{folder}); {DAMAGED}"
-            )
-        if (folder / "adapter_model.safetensors").is_file():  # of version 0.1
-            return live_state_of_adapter(folder, config), optimizer
-        return load_tensors(folder / "link.safetensors"), optimizer
+        return read_checkpoint(self / found.directory, config)
 
     def load_moments(self) -> dict[str, Tensor]:
         """Read the optimizer state that the last link's knot kept."""
@@ -419,11 +375,3 @@ class RunDirectory(RunReader):
 def _is_in(name: str, named: Collection[str]) -> bool:
     """Say whether a file, or a folder that it lies in, is among those named."""
     return name in named or any(str(parent) in named for parent in PurePosixPath(name).parents)
-
-
-def load_tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        reason = " ".join(str(error).split())
-        raise RunError(f"tensors must be readable (got {path}: {reason}); {DAMAGED}") from None

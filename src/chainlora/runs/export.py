@@ -204,8 +204,9 @@ def export_adapter(
     num_links: int | None = None,
     naming: Naming | None = None,
 ) -> dict[str, Any]:
-    """Write a chain as one PEFT adapter: exact, or compressed to `rank` or to a relative error
-    `tolerance`. A `rank` above the chain's is filled up with zeros.
+    """Write a chain as one PEFT adapter: exact, or compressed to `rank` or to `tolerance`.
+
+    `tolerance` is a relative error. A `rank` above the chain's is filled up with zeros.
 
     `run` is a run directory, a saved chain, or a `Chain` in memory, of which the live link is
     written as it is now. Beside the adapter lie the base's tokenizer and licence, if the base is at

@@ -49,6 +49,3 @@ class FollowedDirectory(RunDirectory):
 
     def record(self, *_: Any, **__: Any) -> None:
         """Leave it to the first process."""
-
-    def drop_checkpoints(self) -> None:
-        """Leave it to the first process."""

@@ -11,8 +11,10 @@ from chainlora.runs.reading import RunReader
 
 
 def check_push(run: str | Path, target: str, naming: Naming) -> None:
-    """Raise ConfigError unless an export can be pushed: its repository has a name, and an adapter a
-    base that others can load."""
+    """Raise ConfigError unless an export can be pushed.
+
+    Its repository has a name, and an adapter a base that others can load.
+    """
     if not is_hub_id(naming.name or ""):
         raise ConfigError(
             f"--push-to-hub must be OWNER/NAME (got {naming.name!r}); name a repository"
@@ -26,8 +28,7 @@ def check_push(run: str | Path, target: str, naming: Naming) -> None:
 
 
 def push_folder(folder: str | Path, name: str, *, private: bool = False) -> str:
-    """Make a model repository if there is none, upload a folder's files, and return the commit's
-    address.
+    """Upload a folder's files to a model repository, made if need be; return the address.
 
     Logs in as huggingface_hub does: by ``HF_TOKEN``, or as ``hf auth login`` left it. Raises
     FileError where the Hub refuses or cannot be reached; the folder stays.

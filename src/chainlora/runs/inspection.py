@@ -1,5 +1,4 @@
-"""What each link of a run brought: steps, loss, score, size and shape of its update, overlap with
-earlier links."""
+"""What each link of a run brought: loss, score, size and shape, overlap with earlier ones."""
 
 from __future__ import annotations
 
@@ -86,14 +85,14 @@ def _describe(link: Link, earlier: Sequence[Link], records: list[dict[str, Any]]
 
 
 def _is_low_rank(link: Link) -> bool:
-    return all(share.magnitude is None for share in link.factors.values())
+    return all(pair.magnitude is None for pair in link.factors.values())
 
 
 def _spectra(links: Sequence[Link]) -> dict[str, Tensor]:
     """Return the singular values of what the links add up to, by module."""
     return {
-        name: singular_values_of_sum([(share.a, share.b, 1.0)])
-        for name, share in stack_links(links).items()
+        name: singular_values_of_sum([(pair.a, pair.b, 1.0)])
+        for name, pair in stack_links(links).items()
     }
 
 

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from chainlora.chain.adapters import load_adapter, save_adapter, trained_module
 from chainlora.chain.link import Link
-from chainlora.config.schema import LinkConfig
 from chainlora.errors import RunError
 from chainlora.runs.manifest import DAMAGED, LinkEntry
 
@@ -89,15 +88,3 @@ def _tensors(link: Link) -> list[tuple[str, Tensor]]:
         parts = (factors.a, factors.b, factors.bias, factors.magnitude)
         found += [(name, part) for part in parts if part is not None]
     return found
-
-
-def live_state_of_adapter(folder: Path, config: LinkConfig) -> dict[str, Tensor]:
-    """Read a checkpoint of version 0.1, whose live link is stored as an adapter."""
-    factors, extra, _ = load_adapter(folder)
-    rank, state = config.rank, {f"extra/{path}": weight for path, weight in extra.items()}
-    for name, found in factors.items():  # a PiSSA link stores what it started from behind itself
-        parts: dict[str, Tensor | None] = {"A": found.a[:rank]}
-        parts |= {"B": found.b[:, :rank].contiguous()}
-        parts |= {"bias": found.bias, "magnitude": found.magnitude}
-        state |= {f"{key}/{name}": part for key, part in parts.items() if part is not None}
-    return state

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, NotRequired
 
@@ -60,12 +60,7 @@ class Progress:
     lengths: list[Count] = field(default_factory=list)  # steps of each link that has ended
     planned: list[Count] = field(default_factory=list)  # of each link, where minutes were asked for
     memory: dict[str, float] = field(default_factory=dict)  # of the knot policy (`Position`)
-
-
-def read_progress(tree: Mapping[str, Any]) -> Progress:
-    """Return the progress that a mapping holds; keys of other versions are left out."""
-    known = {each.name for each in fields(Progress)}
-    return Progress(**{key: value for key, value in tree.items() if key in known})
+    evaluation_due: bool = False  # a signal stopped the evaluation here: it is made on resume
 
 
 class _Part(BaseModel):
@@ -217,8 +212,7 @@ def encode_manifest(manifest: Manifest) -> dict[str, Any]:
 
 
 def decode_manifest(text: bytes, run: Path) -> Manifest:
-    """Return the manifest that a file holds. Raises RunError unless it is whole and agrees with
-    itself."""
+    """Return the manifest that a file holds. Raises RunError unless it is whole and consistent."""
     try:
         tree = json.loads(text)
     except (ValueError, RecursionError) as error:

@@ -1,5 +1,4 @@
-"""The panels of a run's pictures, each drawn into axes: how training went, with the knots marked,
-and what each link of the chain became.
+"""The panels of a run's pictures: how training went, and what each link became.
 
 Colours are of the Okabe–Ito palette and cividis, which readers with any kind of colour vision can
 tell apart.
@@ -58,8 +57,7 @@ _MOST_LABELS = 12  # links whose names or values still fit
 
 
 def smooth(values: Sequence[float], span: float) -> list[float]:
-    """Return the exponential moving average over about ``span`` steps, free of bias at its
-    start."""
+    """Return the exponential moving average over about `span` steps, unbiased at its start."""
     decay = 1 - 2 / (max(span, 1) + 1)
     total = weight = 0.0
     out = []
@@ -174,8 +172,7 @@ def draw_rate(axes: Any, steps: Sequence[Record]) -> None:
 
 
 def mark_knots(panels: Sequence[Any], records: Sequence[Record]) -> None:
-    """Draw a dashed line at each knot, and name each link above the part of the run that is its
-    own."""
+    """Draw a dashed line at each knot, and name each link above its part of the run."""
     knots = [r["step"] for r in records if r["event"] == "knot"]
     last = max(r["step"] for r in records if "step" in r)
     for axes in panels:

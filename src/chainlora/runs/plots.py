@@ -1,5 +1,4 @@
-"""Two pictures of a run: how training went, with the knots marked, and what each link of the chain
-became.
+"""Two pictures of a run: how training went, and what each link of the chain became.
 
 The figures are drawn without pyplot, so that nothing global is touched and no display is needed.
 """
@@ -27,8 +26,7 @@ from chainlora.runs.panels import (
 
 
 def plot_training(records: str | Path | Sequence[Record], out_png: str | Path) -> None:
-    """Draw loss, validation scores and learning rate over the steps of a run, its knots as dashed
-    lines.
+    """Draw loss, validation scores and learning rate over the steps, knots as dashed lines.
 
     records: the path of a ``metrics.jsonl``, or its records.
 
@@ -62,8 +60,7 @@ def plot_training(records: str | Path | Sequence[Record], out_png: str | Path) -
 
 
 def plot_chain(inspection: Mapping[str, Any], out_png: str | Path) -> None:
-    """Draw ‖ΔW‖ and effective rank of each link and the overlap between links, from `inspect_run`'s
-    result.
+    """Draw ‖ΔW‖, effective rank and overlap of the links, from what `inspect_run` returns.
 
     Raises RunError if the chain has no link.
     """

@@ -77,8 +77,10 @@ def check_rows(manifest: Manifest, rows: str | None) -> None:
 
 
 def _science(config: RunConfig) -> dict[str, Any]:
-    """The keys of a config that decide the weights: not where it is written, where rows of a task
-    lie, who watches, which process holds what."""
+    """Return the keys of a config that decide the weights.
+
+    Not where it is written, where rows of a task lie, who watches, which process holds what.
+    """
     tree = config.model_dump(exclude={"output": True, "data": {"dir"}})
     for key in ("trackers", "save_every", "log_every", "shard"):
         tree["train"].pop(key)

@@ -23,14 +23,15 @@ import torch
 from torch import Tensor, nn
 
 from chainlora import files
-from chainlora.chain.adapters import base_layer, is_transposed, task_type
+from chainlora.chain.adapters import base_layer, has_fan_in_first, task_type
 from chainlora.chain.chain import Chain
 from chainlora.chain.link import Link
 from chainlora.config.loading import link_config
 from chainlora.config.schema import LinkConfig
 from chainlora.errors import ConfigError, RunError
 from chainlora.models.loading import folder_of
-from chainlora.runs.directory import load_tensors, versions
+from chainlora.runs.checkpoints import load_tensors
+from chainlora.runs.directory import versions
 from chainlora.runs.links import write_link
 from chainlora.runs.manifest import (
     DAMAGED,
@@ -153,7 +154,7 @@ def current_links(chain: Chain) -> list[Link]:
     if chain.live is None:
         return list(chain.links)
     live = chain.live_link()
-    adds = any(bool(torch.any(factors.b)) for factors in live.factors.values())
+    adds = any(bool(torch.any(f.a)) and bool(torch.any(f.b)) for f in live.factors.values())
     return [*chain.links, live] if adds or not chain.links else list(chain.links)
 
 
@@ -168,7 +169,7 @@ def describe_base(chain: Chain) -> Base:
         body=chain.fingerprint_without(start) if start else None,
         task_type=task_type(model),
         dtype=str(parameter.dtype).removeprefix("torch."),
-        fan_in_fan_out=any(is_transposed(base_layer(module)) for module in model.modules()),
+        fan_in_fan_out=any(has_fan_in_first(base_layer(module)) for module in model.modules()),
     )
 
 

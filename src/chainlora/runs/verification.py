@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from chainlora.chain.adapters import Factors, is_transposed, reload_adapter
+from chainlora.chain.adapters import Factors, has_fan_in_first, reload_adapter
 from chainlora.errors import ChainLoRAError, ModelError
 from chainlora.models.loading import load_model, load_skeleton
 from chainlora.runs.manifest import CAUSAL, Base
@@ -74,7 +74,7 @@ def stores_transposed(base: Base, modules: Mapping[str, Any]) -> bool:
     skeleton = skeleton_of(base)
     if skeleton is None:
         return base.fan_in_fan_out
-    return any(is_transposed(skeleton.get_submodule(name)) for name in modules)
+    return any(has_fan_in_first(skeleton.get_submodule(name)) for name in modules)
 
 
 def skeleton_like(model: nn.Module) -> nn.Module | None:

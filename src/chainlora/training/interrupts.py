@@ -1,8 +1,9 @@
 """Stop a run by SIGINT (Ctrl-C) or SIGTERM: once, after the step, saved; twice, at once.
 
-The loop asks `stop_requested` between steps. While there is nothing to save yet, the first signal
-stops at once too. Signals are handled only while `interruptible` is open, and only in the main
-thread, the one that Python delivers them to; without it `stop_requested` returns None.
+The loop asks `stop_requested` between steps, and between the batches of an evaluation. While there
+is nothing to save yet, the first signal stops at once too. Signals are handled only while
+`interruptible` is open, and only in the main thread, the one that Python delivers them to; without
+it `stop_requested` returns None.
 """
 
 from __future__ import annotations

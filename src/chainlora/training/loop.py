@@ -12,7 +12,6 @@ new one. Two exceptions, each a function of its own: a soft knot carries the mom
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import closing
 from typing import Any
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from chainlora.chain.link import Link
 from chainlora.config.schema import RunConfig
 from chainlora.errors import DivergedError, StoppedError, TrainingError
 from chainlora.training.acceptance import gain
@@ -61,8 +61,9 @@ def train(
     listener: Listener | None = None,
     change: Collection[str] = (),
 ) -> TrainResult:
-    """Run a config from data to result and return what ``result.json`` holds. Prints nothing;
-    `chainlora.train` (`training.calling`) shows progress.
+    """Run a config from data to result and return what ``result.json`` holds.
+
+    Prints nothing; `chainlora.train` (`training.calling`) shows progress.
 
     `listener` gets every event (`training.events`): `Planned` before the first step, and before it
     `RowsEncoded` while a large data set is tokenised. `change` names keys that a resume may change
@@ -82,8 +83,10 @@ def train(
 
 
 def _tune_chain(run: Run) -> None:
+    if run.progress.evaluation_due and not _is_inside_link(run):
+        _resume_at_knot(run)
     for index in range(len(run.chain), len(run.config.chain.ranks)):
-        _stop_if_requested(run)
+        run.stop_if_requested()
         if run.progress.stopped and not _is_inside_link(run):
             break
         optimizer = _begin_link(run, index)
@@ -96,6 +99,8 @@ def _tune_link(run: Run, optimizer: torch.optim.Optimizer) -> None:
     link = len(run.chain)
     first, num_steps = run.first_step(link), run.lengths[link]
     knot: Knot | None = None
+    if run.progress.evaluation_due:
+        _evaluate_inside(run, optimizer)
 
     def advance(work: Work) -> None:
         nonlocal knot
@@ -181,21 +186,48 @@ def _end_link(run: Run, optimizer: torch.optim.Optimizer) -> None:
     run.progress.lengths = [*run.lengths[:index], run.progress.step - run.first_step(index)]
     run.progress.link, run.progress.soft_knots, run.progress.memory = index + 1, 0, {}
     run.record(KnotTied(run.progress.step, index, change))
-    evaluate_point(run, "knot")
-    if run.accepted is not None and not _accept(run, index):
+    try:
+        evaluate_point(run, "knot")
+    except StoppedError:
+        run.progress.evaluation_due = True
+        _save_link(run, link)
+        run.write_manifest()
+        raise
+    if _is_accepted(run, index):
+        _save_link(run, link)
+    else:
         _reject(run, index)
-    elif run.directory is not None:
+    run.write_manifest()
+
+
+def _resume_at_knot(run: Run) -> None:
+    """Evaluate at the knot where a signal stopped the evaluation; its link is on disk."""
+    index = len(run.chain) - 1
+    assert run.chain.adapter is not None
+    run.engine.adapt(run.chain.adapter.layers.values())
+    if run.train.accept_links == "better":
+        links = run.chain.drop(1)
+        run.accepted = score(run, run.splits.validation)
+        run.chain.add(*links)
+    evaluate_point(run, "knot")
+    run.progress.evaluation_due = False
+    if not _is_accepted(run, index):
+        _reject(run, index)
+    run.write_manifest()
+
+
+def _save_link(run: Run, link: Link) -> None:
+    """Write a link that was tied, and the moments that go over its knot."""
+    if run.directory is not None:
         run.directory.save_link(link, run.config.model)
         if run.kept_moments is not None:
             run.directory.save_moments(run.kept_moments)
-    if run.directory is not None:
-        run.write_manifest()
-        run.directory.drop_checkpoints()
 
 
-def _accept(run: Run, index: int) -> bool:
+def _is_accepted(run: Run, index: int) -> bool:
     """Say whether the link just tied is worth keeping, and remember what it scored."""
-    assert run.accepted is not None
+    if run.accepted is None:  # all links are
+        return True
     assert run.last_scored is not None
     found = gain(run.accepted, run.last_scored)
     if found.is_clear:
@@ -272,28 +304,24 @@ def _gradient_batches(run: Run, index: int) -> Callable[[], None]:
 def _between_steps(run: Run, optimizer: torch.optim.Optimizer, *, is_last: bool) -> None:
     train, step = run.train, run.progress.step
     if train.eval_every and step % train.eval_every == 0 and not is_last:
-        with evaluated_weights(optimizer):
-            evaluate_point(run, "step")
+        _evaluate_inside(run, optimizer)
     if train.save_every and step % train.save_every == 0:
         save_checkpoint(run, optimizer)
-    if not is_last:  # at a knot the state is saved anyway
-        _stop_if_requested(run, optimizer)
-
-
-def _stop_if_requested(run: Run, optimizer: torch.optim.Optimizer | None = None) -> None:
-    """Save the state and raise StoppedError, if a signal asked for it."""
-    number = run.processes.stop_requested()
-    if number is None:
-        return
-    if optimizer is not None:
+    if not is_last and run.processes.stop_requested() is not None:  # a knot is saved anyway
         save_checkpoint(run, optimizer)
-    is_kept = run.directory is not None and run.config.chain.tune == "lora"
-    remedy = "--resume continues from there" if is_kept else "it cannot be resumed"
-    raise StoppedError(
-        f"the run stopped after step {run.progress.step} of {run.plan.num_steps} (got "
-        f"{signal.Signals(number).name}); {remedy}",
-        number,
-    )
+        run.stop_if_requested()
+
+
+def _evaluate_inside(run: Run, optimizer: torch.optim.Optimizer) -> None:
+    """Evaluate inside a link. If a signal stops that, save the state: the resume evaluates."""
+    run.progress.evaluation_due = True
+    try:
+        with evaluated_weights(optimizer):
+            evaluate_point(run, "step")
+    except StoppedError:
+        save_checkpoint(run, optimizer)
+        raise
+    run.progress.evaluation_due = False
 
 
 def save_checkpoint(run: Run, optimizer: torch.optim.Optimizer) -> None:

@@ -6,7 +6,7 @@ these methods and a line in `OBJECTIVES`; the loop does not change.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -30,9 +30,14 @@ class Objective(Protocol):
         """Return the loss of a batch, summed over its terms: a scalar, differentiable."""
 
     def evaluate(
-        self, engine: Engine, examples: Sequence[Example], splits: Splits, tokenizer: Any
+        self,
+        engine: Engine,
+        examples: Sequence[Example],
+        splits: Splits,
+        tokenizer: Any,
+        progress: Callable[[int, int], None],
     ) -> Evaluation:
-        """Return the metrics of `examples`."""
+        """Return the metrics of `examples`; call ``progress(rows_done, rows)`` after each batch."""
 
 
 class LanguageModelling:
@@ -54,7 +59,12 @@ class LanguageModelling:
         return engine.loss(batch, self.kind)[0]
 
     def evaluate(
-        self, engine: Engine, examples: Sequence[Example], splits: Splits, tokenizer: Any
+        self,
+        engine: Engine,
+        examples: Sequence[Example],
+        splits: Splits,
+        tokenizer: Any,
+        progress: Callable[[int, int], None],
     ) -> Evaluation:
         """Return the metrics of the run's task."""
         return evaluate(
@@ -65,6 +75,7 @@ class LanguageModelling:
             tokenizer=tokenizer,
             stop=splits.stop,
             max_new_tokens=splits.max_new_tokens,
+            progress=progress,
         )
 
 

@@ -239,8 +239,7 @@ def _has_average(optimizer: torch.optim.Optimizer) -> bool:
 
 
 def leave_average(optimizer: torch.optim.Optimizer) -> None:
-    """End training: leave the weights to be evaluated and kept, for most optimizers those there
-    are."""
+    """End training: leave the weights to be evaluated and kept, which differ in few optimizers."""
     if _has_average(optimizer):
         optimizer.eval()  # type: ignore[attr-defined]
 
@@ -248,8 +247,7 @@ def leave_average(optimizer: torch.optim.Optimizer) -> None:
 @contextmanager
 @torch.no_grad()
 def evaluated_weights(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Put the weights to be evaluated in place for a while; then those it steps from, to the same
-    bits."""
+    """Put the weights to be evaluated in place for a while; then those it steps from."""
     if not _has_average(optimizer):
         yield
         return
@@ -265,13 +263,11 @@ def evaluated_weights(optimizer: torch.optim.Optimizer) -> Iterator[None]:
 
 
 def prune_moments(state: Mapping[str, Tensor], fraction: float) -> dict[str, Tensor]:
-    """ReLoRA's partial reset (arXiv 2307.05695, §3): zero the smallest `fraction` of each moment,
-    keep the rest.
+    """Zero the smallest `fraction` of each moment: ReLoRA's partial reset (arXiv 2307.05695, §3).
 
-    `state` maps ``"<parameter>.<key>"`` to AdamW's tensors, as `store.optimizer_tensors` gives
-    them. A first moment is kept only where the second is as well: while B = 0 the gradient of A is
-    0, so AdamW would divide what is left of the first by its ``eps`` alone, and the step would have
-    no bound.
+    `state` maps ``"<parameter>.<key>"`` to AdamW's tensors, as `state_tensors` gives them. A first
+    moment is kept only where the second is as well: while B = 0 the gradient of A is 0, so AdamW
+    would divide what is left of the first by its ``eps`` alone, and the step would have no bound.
     """
     pruned = dict(state)
     for name in [name for name in state if name.endswith(".exp_avg_sq")]:
@@ -304,8 +300,7 @@ def rate_factor(config: TrainConfig, lengths: Sequence[int], step: int) -> float
 def set_learning_rate(
     optimizer: torch.optim.Optimizer, config: TrainConfig, lengths: Sequence[int], step: int
 ) -> float:
-    """Give every group its rate at `step` of a chain of links of `lengths` steps; return the rate
-    of factor A."""
+    """Give every group its rate at `step` of a chain; return the rate of factor A."""
     factor = rate_factor(config, lengths, step)
     for group in optimizer.param_groups:
         group["lr"] = config.lr * factor * group["ratio"]

@@ -35,10 +35,6 @@ class Plan:
         """Steps of the whole chain."""
         return sum(self.lengths)
 
-    def first_step(self, link: int) -> int:
-        """Number of the link's first step."""
-        return sum(self.lengths[:link])
-
     def batches(self, step: int) -> list[list[int]]:
         """Row indices of each micro-batch of a step."""
         epoch, within = divmod(step, self.steps_per_epoch)

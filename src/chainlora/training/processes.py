@@ -24,6 +24,7 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import Tensor, distributed, nn
 
 from chainlora.errors import ChainLoRAError, ConfigError, ToldError, TrainingError
@@ -65,8 +66,10 @@ class Processes:
         return items[self.rank :: self.count] if self.count > 1 else items
 
     def idle(self, items: Sequence[Item]) -> Sequence[Item]:
-        """Return what this process computes for nothing, beside others that it shares the model
-        with: an item, where it has none of its own."""
+        """Return what this process computes for nothing: an item, where it has none of its own.
+
+        Processes that share a model make equally many forwards.
+        """
         return items[:1] if self.shares_model and not self.share(items) else items[:0]
 
     def spread(
@@ -229,7 +232,9 @@ class Processes:
         )
 
 
-def find_processes(accelerator: Accelerator, *, share_model: bool = False) -> Processes:
+def find_processes(
+    accelerator: Accelerator | AcceleratorState, *, share_model: bool = False
+) -> Processes:
     """Return the processes that Accelerate has found; several can share the model."""
     kind = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
     if kind not in (*_WHOLE_MODELS, *(["FSDP"] if share_model else [])):

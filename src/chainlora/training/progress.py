@@ -27,8 +27,7 @@ _SILENCE = 60.0  # seconds after which a line is due all the same
 
 @contextmanager
 def progress_listener(log_every: int | None = None) -> Iterator[Listener]:
-    """Give a listener for `train` that shows link, step, loss, learning rate, tokens/s and time
-    left on stderr.
+    """Give a listener for `train` that shows loss, rate, tokens/s and time left on stderr.
 
     On a terminal that is a bar, which goes when the context ends, however it ends. In a log file or
     a notebook it is a line every `log_every` steps; None: a tenth of the run, or after a minute.

@@ -6,9 +6,9 @@ from typing import Any, TypedDict
 
 from chainlora.data.rows import Rows
 from chainlora.evaluation.metrics import INDEX_METRICS, majority_rate
-from chainlora.runs import directory as store
 from chainlora.runs.costs import hardware, num_trained, peak_memory_mb
-from chainlora.runs.manifest import Best
+from chainlora.runs.directory import versions
+from chainlora.runs.manifest import Best, describe_link
 from chainlora.training.events import Scored
 from chainlora.training.run import Run
 from chainlora.training.selection import score
@@ -40,8 +40,7 @@ class TrainResult(TypedDict):
 
 
 def finish(run: Run) -> TrainResult:
-    """Score the result, write the manifest and ``result.json``, and return what the latter
-    holds."""
+    """Score the result, write the manifest and ``result.json``, and return what that holds."""
     metrics = _final_metrics(run)
     run.progress.seconds = run.clock.seconds
     result = _result(run, metrics)
@@ -77,7 +76,7 @@ def _result(run: Run, metrics: dict[str, Any]) -> TrainResult:
         "task": config.data.task,
         "metrics": metrics,
         "best": progress.best,
-        "links": [store.describe_link(link) for link in run.chain.links],
+        "links": [describe_link(link) for link in run.chain.links],
         "steps": progress.step,
         "tokens": progress.tokens,
         "scored_tokens": progress.scored_tokens,
@@ -88,7 +87,7 @@ def _result(run: Run, metrics: dict[str, Any]) -> TrainResult:
         "wall_s": round(progress.seconds, 2),
         "peak_memory_mb": peak_memory_mb(),
         "trainable_parameters": _num_trained(run),
-        "versions": store.versions(),
+        "versions": versions(),
         "hardware": hardware(run.device),
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from chainlora.chain.link import Link
 from chainlora.config.schema import RunConfig, TrainConfig
 from chainlora.data.splits import Splits
 from chainlora.engine.engine import Engine
-from chainlora.errors import TrainingError
+from chainlora.errors import StoppedError, TrainingError
 from chainlora.evaluation.evaluate import Evaluation
 from chainlora.runs.directory import Progress, RunDirectory
 from chainlora.training.events import Event, Listener
@@ -59,13 +60,9 @@ class Run:
     listener: Listener
     clock: Clock
     best_link: Link | None = None  # the best point, where it lies inside a link
-    last_scored: Evaluation | None = (
-        None  # of the model as it is now; None once it may have changed
-    )
+    last_scored: Evaluation | None = None  # of the model as it is; None once it may have changed
     accepted: Evaluation | None = None  # of the links that are kept; `accept_links: better` alone
-    kept_moments: dict[str, Tensor] | None = field(
-        default=None, repr=False
-    )  # ReLoRA's, over a knot
+    kept_moments: dict[str, Tensor] | None = field(default=None, repr=False)  # over a knot: ReLoRA
 
     @property
     def train(self) -> TrainConfig:
@@ -105,6 +102,23 @@ class Run:
             del values["step"]
             named = {f"{event.name}/{key}": value for key, value in values.items()}
             self.accelerator.log(named, step=event.step)
+
+    @property
+    def is_resumable(self) -> bool:
+        """Say whether the run can be resumed: whether what it has learned is on disk."""
+        return self.directory is not None and self.config.chain.tune == "lora"
+
+    def stop_if_requested(self) -> None:
+        """Raise StoppedError if a signal asked to stop. The caller has saved the state."""
+        number = self.processes.stop_requested()
+        if number is None:
+            return
+        remedy = "--resume continues from there" if self.is_resumable else "it cannot be resumed"
+        raise StoppedError(
+            f"the run stopped after step {self.progress.step} of {self.plan.num_steps} (got "
+            f"{signal.Signals(number).name}); {remedy}",
+            number,
+        )
 
     def write_manifest(self) -> None:
         """Write ``chain.json`` for the links there are."""

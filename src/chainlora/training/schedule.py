@@ -29,12 +29,16 @@ def learning_rate_factor(
 ) -> float:
     """Return the factor in [0, 1] for optimizer step ``step``, counted from 0 over the whole chain.
 
-    lengths: steps of each link. kind: "linear", "cosine" or "constant". warmup_steps: rise from 0
-    at the start of the chain; step 0 of a warm-up has factor 0, as in transformers. restart: each
-    link has the whole schedule for itself; later links warm up over ``restart_warmup_steps``.
-    restart_warmup_steps: without ``restart``, the rise from 0 at each later link to where the
-    schedule of the
-        whole chain stands when the rise ends (with "cosine", ReLoRA's jagged cosine).
+    Args:
+        lengths: steps of each link.
+        kind: "linear", "cosine" or "constant".
+        warmup_steps: rise from 0 at the start of the chain; step 0 of a warm-up has factor 0, as in
+            transformers.
+        restart: each link has the whole schedule for itself; later links warm up over
+            `restart_warmup_steps`.
+        restart_warmup_steps: without `restart`, the rise from 0 at each later link to where the
+            schedule of the whole chain stands when the rise ends (with "cosine", ReLoRA's jagged
+            cosine).
 
     Raises ConfigError for an unknown kind, a chain of no steps, or a negative step.
     """

@@ -1,5 +1,4 @@
-"""Evaluation while training: the best point over the whole chain, links and partial link
-together."""
+"""Evaluation while training, and the best point over the whole chain."""
 
 from __future__ import annotations
 
@@ -40,8 +39,21 @@ def evaluate_point(run: Run, where: Literal["start", "step", "knot"]) -> None:
 
 
 def score(run: Run, examples: Sequence[Example]) -> Evaluation:
-    """Score rows by the metrics of the run's task."""
-    return run.objective.evaluate(run.engine, examples, run.splits, run.tokenizer)
+    """Score rows by the metrics of the run's task.
+
+    Where the run can be resumed, a signal stops it after the batch at hand: StoppedError. Several
+    processes must stop alike, so they finish an evaluation that they have begun.
+    """
+
+    def between_batches(done: int, rows: int) -> None:
+        if run.is_resumable and run.processes.count == 1 and done < rows:
+            run.stop_if_requested()
+
+    if run.is_resumable:
+        run.stop_if_requested()
+    return run.objective.evaluate(
+        run.engine, examples, run.splits, run.tokenizer, progress=between_batches
+    )
 
 
 def select_best(run: Run) -> None:

@@ -64,21 +64,8 @@ def _prepare(
     accelerator: Accelerator,
     processes: Processes,
 ) -> Run:
-    if config.chain.tune == "full" and resume:
-        raise ConfigError(
-            "full fine-tuning cannot resume (its optimizer state is not saved); start over"
-        )
-    if processes.shares_model:
-        check_shards(config)
-    check_optimizer(config, accelerator.device)
-    _check_share(config, processes)
-    with processes.in_turn():
-        if directory is not None:
-            directory.open(config, resume=resume, change=change)
-        folder = resolve_model(config.model)
-        files = base_files(folder)
-    if directory is not None:
-        directory.check_base_files(files)  # before they are loaded
+    _check_config(config, resume, processes)
+    folder, files = _claim(config, resume, change, directory, processes)
     model, tokenizer = _load_model(config, processes)
     with processes.in_turn():
         splits = _load_splits(config, model, tokenizer, listener)
@@ -119,6 +106,36 @@ def _prepare(
         engine.close()
         raise
     return run
+
+
+def _check_config(config: RunConfig, resume: bool, processes: Processes) -> None:
+    """Refuse what the config and the processes alone tell, before anything is loaded."""
+    if config.chain.tune == "full" and resume:
+        raise ConfigError(
+            "full fine-tuning cannot resume (its optimizer state is not saved); start over"
+        )
+    if processes.shares_model:
+        check_shards(config)
+    check_optimizer(config, processes.device)
+    _check_share(config, processes)
+
+
+def _claim(
+    config: RunConfig,
+    resume: bool,
+    change: Collection[str],
+    directory: RunDirectory | None,
+    processes: Processes,
+) -> tuple[Path, dict[str, str]]:
+    """Claim the output directory; return the base model's folder and its files' checksums."""
+    with processes.in_turn():
+        if directory is not None:
+            directory.open(config, resume=resume, change=change)
+        folder = resolve_model(config.model)
+        files = base_files(folder)
+    if directory is not None:
+        directory.check_base_files(files)  # before they are loaded
+    return folder, files
 
 
 def _load_model(config: RunConfig, processes: Processes) -> tuple[Any, Any]:

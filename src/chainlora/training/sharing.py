@@ -1,5 +1,4 @@
-"""Whether the processes of a run share the model, each holding some rows of every weight (FSDP2,
-`models.shards`), and what such a run cannot do.
+"""Whether the processes of a run share the model (FSDP2), and what such a run cannot do.
 
 The links are whole in each process, as in any run of several processes, and so are optimizer,
 checkpoints and the run directory.

@@ -11,10 +11,12 @@ from torch import Tensor
 class Factors:
     """One module's share of a link, float32 on the CPU: ``A`` (rank × in), ``B`` (out × rank).
 
-    `bias` (out) is LoRA's own bias on B; `magnitude` (out) is DoRA's (arXiv 2402.09353).
+    `bias` (out) is LoRA's own bias on B; `magnitude` (out) is DoRA's (arXiv 2402.09353). Of an
+    embedding, A has a column for each token, and PEFT has names of its own for both.
     """
 
     a: Tensor
     b: Tensor
     bias: Tensor | None = None
     magnitude: Tensor | None = None
+    of_embedding: bool = False

@@ -24,6 +24,8 @@ from chainlora.files import reported, save_tensors
 _CONFIG = "adapter_config.json"
 _WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
+_OF_LINEAR = ("lora_A.weight", "lora_B.weight")
+_OF_EMBEDDING = ("lora_embedding_A", "lora_embedding_B")
 
 
 def save_adapter(
@@ -51,8 +53,9 @@ def save_adapter(
     """
     tensors: dict[str, Tensor] = {}
     for name, share in factors.items():
-        tensors[f"{_PREFIX}{name}.lora_A.weight"] = share.a.contiguous()
-        tensors[f"{_PREFIX}{name}.lora_B.weight"] = share.b.contiguous()
+        a, b = _names(share)
+        tensors[f"{_PREFIX}{name}.{a}"] = share.a.contiguous()
+        tensors[f"{_PREFIX}{name}.{b}"] = share.b.contiguous()
         if share.bias is not None:
             tensors[f"{_PREFIX}{name}.lora_B.bias"] = share.bias
         if share.magnitude is not None:
@@ -80,6 +83,10 @@ def save_adapter(
         (directory / _CONFIG).write_text(text, encoding="utf-8")
 
 
+def _names(share: Factors) -> tuple[str, str]:
+    return _OF_EMBEDDING if share.of_embedding else _OF_LINEAR
+
+
 def _listed(value: Any) -> Any:
     return sorted(value) if isinstance(value, set | frozenset) else value
 
@@ -92,17 +99,21 @@ def load_adapter(directory: Path) -> tuple[dict[str, Factors], dict[str, Tensor]
     tensors, config = _read(directory)
     tensors = {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()}
     modules = [
-        name.removesuffix(".lora_A.weight") for name in tensors if name.endswith(".lora_A.weight")
+        (name.removesuffix(f".{kind[0]}"), kind)
+        for name in tensors
+        for kind in (_OF_LINEAR, _OF_EMBEDDING)
+        if name.endswith(f".{kind[0]}")
     ]
     factors = {}
-    for name in modules:
-        a = tensors.pop(f"{name}.lora_A.weight")
-        b = tensors.pop(f"{name}.lora_B.weight", None)
+    for name, kind in modules:
+        a = tensors.pop(f"{name}.{kind[0]}")
+        b = tensors.pop(f"{name}.{kind[1]}", None)
         if b is None or a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1]:
             raise _damaged(directory, f"no pair of factors for {name}")
         bias = tensors.pop(f"{name}.lora_B.bias", None)
         magnitude = tensors.pop(f"{name}.lora_magnitude_vector", None)
-        factors[name] = Factors(a.float(), b.float(), bias, magnitude)
+        of_embedding = kind is _OF_EMBEDDING
+        factors[name] = Factors(a.float(), b.float(), bias, magnitude, of_embedding)
     if not factors:
         raise _damaged(directory, "no factors")
     left = [name for name in tensors if ".lora_" in name]
@@ -150,7 +161,8 @@ def reload_adapter(
     }
     wanted = dict(extra)
     for name, pair in factors.items():
-        parts = {"lora_A.weight": pair.a, "lora_B.weight": pair.b, "lora_B.bias": pair.bias}
+        a, b = _names(pair)
+        parts = {a: pair.a, b: pair.b, "lora_B.bias": pair.bias}
         wanted |= {f"{name}.{key}": part for key, part in parts.items() if part is not None}
     found = {
         plain: tensor

@@ -8,7 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import peft
 import torch
@@ -34,8 +34,7 @@ CARRIED = "carried"
 
 @dataclass
 class Adapter:
-    """A LoRA that sits on the model: its tuner layers by module path, and the extra modules it
-    trains."""
+    """A LoRA that sits on the model: its tuner layers by path, and the extra modules it trains."""
 
     tuner: peft.LoraModel
     config: LinkConfig
@@ -51,21 +50,40 @@ class Adapter:
             yield from module.parameters()
 
     def named_factor(self, factor: str) -> list[nn.Parameter]:
-        """Return the trained parameters of factor ``"A"`` or ``"B"`` (with B's bias and
-        magnitude)."""
+        """Return the trained parameters of factor A, or of B with its bias and magnitude."""
         picked = []
         for layer in self.layers.values():
-            a = layer.lora_A[LIVE].weight
+            a = factors_in(layer, LIVE).a
             picked += [p for p in _trained(layer, self.config) if (p is a) == (factor == "A")]
         return picked
 
 
+class FactorsIn(NamedTuple):
+    """The parameters of an adapter in one tuner layer: A [rank, in], B [out, rank], B's bias."""
+
+    a: nn.Parameter
+    b: nn.Parameter
+    bias: nn.Parameter | None
+
+
+def factors_in(layer: Any, name: str) -> FactorsIn:
+    """Return an adapter's parameters in a tuner layer; PEFT keeps an embedding's elsewhere."""
+    if name in layer.lora_embedding_A:
+        return FactorsIn(layer.lora_embedding_A[name], layer.lora_embedding_B[name], None)
+    b = layer.lora_B[name]
+    return FactorsIn(layer.lora_A[name].weight, b.weight, b.bias)
+
+
+def _has_adapter(layer: Any, name: str) -> bool:
+    return name in layer.lora_A or name in layer.lora_embedding_A
+
+
 def _trained(layer: Any, config: LinkConfig) -> Iterator[nn.Parameter]:
-    a, b = layer.lora_A[LIVE], layer.lora_B[LIVE]
+    a, b, bias = factors_in(layer, LIVE)
     if config.train_factors != "B":
-        yield a.weight
+        yield a
     if config.train_factors != "A":
-        yield from b.parameters()
+        yield from (p for p in (b, bias) if p is not None)
     if LIVE in layer.lora_magnitude_vector:
         yield from layer.lora_magnitude_vector[LIVE].parameters()
 
@@ -79,8 +97,8 @@ def attach(model: nn.Module, config: LinkConfig) -> Adapter:
     """Put a fresh LoRA on `model` in place: adapter weights in float32, the rest frozen.
 
     Factors hold PEFT's own start; the caller sets them. Raises ModelError when nothing matches,
-    when a matched layer is neither Linear nor Conv1D, when a target shares its storage (tied head),
-    or `lora_bias` finds no bias.
+    when a matched layer is neither Linear, Conv1D nor Embedding, when a target shares its storage
+    (tied head), or `lora_bias` finds no bias.
     """
     if any(isinstance(module, LoraLayer) for module in model.modules()):
         raise ModelError(
@@ -98,8 +116,9 @@ def attach(model: nn.Module, config: LinkConfig) -> Adapter:
         tuner = peft.LoraModel(model, peft_config(config, target_modules=targets, **whole), LIVE)
     adapter = Adapter(tuner, config, _layers(model), _extra_modules(model))
     for layer in adapter.layers.values():
-        for part in (layer.lora_A, layer.lora_B, layer.lora_magnitude_vector):
+        for part in (layer.lora_A, layer.lora_B, layer.lora_embedding_A, layer.lora_embedding_B):
             part.float()
+        layer.lora_magnitude_vector.float()
     for module in adapter.extra.values():
         _train_in_float32(module)
     _train_only(adapter)
@@ -114,8 +133,7 @@ def _train_only(adapter: Adapter) -> None:
 
 
 def _train_in_float32(module: nn.Module) -> None:
-    """Keep an extra module in float32 (a bfloat16 weight loses small updates), with casts at its
-    borders."""
+    """Keep an extra module in float32, with casts at its borders: bfloat16 loses small updates."""
     if all(parameter.dtype == torch.float32 for parameter in module.parameters()):
         return
     module.float()
@@ -155,33 +173,35 @@ def same_shape(adapter: Adapter, config: LinkConfig) -> bool:
 def set_factors(adapter: Adapter, name: str, factors: Factors) -> None:
     """Write one module's factors, in place."""
     layer = adapter.layers[name]
+    a, b, bias = factors_in(layer, LIVE)
     with torch.no_grad():
-        layer.lora_A[LIVE].weight.copy_(factors.a)
-        layer.lora_B[LIVE].weight.copy_(factors.b)
-        if layer.lora_B[LIVE].bias is not None:
-            layer.lora_B[LIVE].bias.copy_(torch.zeros(()) if factors.bias is None else factors.bias)
+        a.copy_(factors.a)
+        b.copy_(factors.b)
+        if bias is not None:
+            bias.copy_(torch.zeros(()) if factors.bias is None else factors.bias)
         if LIVE in layer.lora_magnitude_vector and factors.magnitude is not None:
             layer.lora_magnitude_vector[LIVE].weight.copy_(factors.magnitude)
 
 
 def live_factors(adapter: Adapter, name: str) -> tuple[nn.Parameter, nn.Parameter]:
     """Return one module's A [rank, in] and B [out, rank] themselves, not copies."""
-    layer = adapter.layers[name]
-    return layer.lora_A[LIVE].weight, layer.lora_B[LIVE].weight
+    found = factors_in(adapter.layers[name], LIVE)
+    return found.a, found.b
 
 
 def get_factors(adapter: Adapter, name: str) -> Factors:
     """Copy one module's factors to float32 on the CPU."""
     layer = adapter.layers[name]
-    b = layer.lora_B[LIVE]
+    a, b, bias = factors_in(layer, LIVE)
     magnitude = (
         layer.lora_magnitude_vector[LIVE].weight if LIVE in layer.lora_magnitude_vector else None
     )
     return Factors(
-        _host(layer.lora_A[LIVE].weight),
-        _host(b.weight),
-        None if b.bias is None else _host(b.bias),
+        _host(a),
+        _host(b),
+        None if bias is None else _host(bias),
         None if magnitude is None else _host(magnitude),
+        of_embedding=LIVE in layer.lora_embedding_A,
     )
 
 
@@ -197,14 +217,13 @@ def zero(adapter: Adapter) -> None:
     """Make the adapter add nothing: both factors and the bias to zero, in place."""
     with torch.no_grad():
         for layer in adapter.layers.values():
-            layer.lora_A[LIVE].weight.zero_()
-            for parameter in layer.lora_B[LIVE].parameters():
-                parameter.zero_()
+            for parameter in factors_in(layer, LIVE):
+                if parameter is not None:
+                    parameter.zero_()
 
 
 def reset_magnitudes(adapter: Adapter) -> None:
-    """Set DoRA's magnitudes to the row norms of the weights as they are now, so that the link is a
-    no-op."""
+    """Set DoRA's magnitudes to the row norms of the weights as they are: the link adds nothing."""
     for layer in adapter.layers.values():
         if LIVE in layer.lora_magnitude_vector:
             base = layer.get_base_layer()
@@ -215,8 +234,7 @@ def reset_magnitudes(adapter: Adapter) -> None:
 
 
 def touched_parameters(adapter: Adapter) -> Iterator[tuple[str, Tensor]]:
-    """Yield (path on the plain model, parameter) of all a link may change: base layers and extra
-    modules."""
+    """Yield (path on the plain model, parameter) of all that a link may change."""
     for name, layer in adapter.layers.items():
         base = layer.get_base_layer()
         for key in ("weight", "bias"):
@@ -228,8 +246,7 @@ def touched_parameters(adapter: Adapter) -> Iterator[tuple[str, Tensor]]:
 
 
 def get_extra(adapter: Adapter) -> dict[str, Tensor]:
-    """Copy the trained extra modules' weights, by path on the plain model, to float32 on the
-    CPU."""
+    """Copy the trained extra modules' weights, by plain path, to float32 on the CPU."""
     return {
         f"{name}.{key}": _host(parameter)
         for name, module in adapter.extra.items()
@@ -238,8 +255,7 @@ def get_extra(adapter: Adapter) -> dict[str, Tensor]:
 
 
 def set_extra(model: nn.Module, adapter: Adapter | None, weights: Mapping[str, Tensor]) -> None:
-    """Write extra modules' weights: into the adapter's own copies where it has them, else into the
-    model."""
+    """Write extra modules' weights, into the adapter's copies of them if it has some."""
     copies = {
         f"{name}.{key}": parameter
         for name, module in (adapter.extra if adapter else {}).items()
@@ -268,14 +284,14 @@ def carry(adapter: Adapter, stacked: Mapping[str, Factors], room: int = 0) -> No
 def _branch_rank(adapter: Adapter) -> int:
     """Return the rank that the frozen branch has room for, 0 where there is none."""
     return max(
-        (layer.lora_A[CARRIED].weight.shape[0] for layer in adapter.branch.values()), default=0
+        (factors_in(layer, CARRIED).a.shape[0] for layer in adapter.branch.values()), default=0
     )
 
 
 def _branch_fits(
     adapter: Adapter, stacked: Mapping[str, Factors], rank: int, with_bias: bool
 ) -> bool:
-    has_bias = any(layer.lora_B[CARRIED].bias is not None for layer in adapter.branch.values())
+    has_bias = any(factors_in(layer, CARRIED).bias is not None for layer in adapter.branch.values())
     return (
         rank == _branch_rank(adapter)
         and set(stacked) <= set(adapter.branch)
@@ -302,27 +318,28 @@ def _put_on_branch(adapter: Adapter, modules: list[str], rank: int, with_bias: b
         tuner.inject_adapter(tuner.model, CARRIED)
         tuner.set_adapter([CARRIED, LIVE])
     found = _layers(tuner.model)
-    adapter.branch = {name: layer for name, layer in found.items() if CARRIED in layer.lora_A}
+    adapter.branch = {n: layer for n, layer in found.items() if _has_adapter(layer, CARRIED)}
     for layer in adapter.branch.values():
-        layer.lora_A[CARRIED].float()
-        layer.lora_B[CARRIED].float()
+        for parameter in factors_in(layer, CARRIED):
+            if parameter is not None:
+                parameter.data = parameter.data.float()
         layer.scaling[CARRIED] = 1.0
     _train_only(adapter)
 
 
 @torch.no_grad()
 def _fill_branch(layer: Any, factors: Factors | None) -> None:
-    a, b = layer.lora_A[CARRIED].weight, layer.lora_B[CARRIED]
-    a.zero_()
-    for parameter in b.parameters():
-        parameter.zero_()
+    a, b, bias = factors_in(layer, CARRIED)
+    for parameter in (a, b, bias):
+        if parameter is not None:
+            parameter.zero_()
     if factors is None:
         return
     rank = factors.a.shape[0]
     a[:rank].copy_(factors.a)
-    b.weight[:, :rank].copy_(factors.b)
-    if factors.bias is not None:
-        b.bias.copy_(factors.bias)
+    b[:, :rank].copy_(factors.b)
+    if bias is not None and factors.bias is not None:
+        bias.copy_(factors.bias)
 
 
 def _host(tensor: Tensor) -> Tensor:
@@ -342,5 +359,11 @@ def _extra_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def is_transposed(module: nn.Module) -> bool:
-    """Say whether the module stores its weight (in × out), as GPT-2's Conv1D does."""
+    """Say whether the module stores its weight (in × out): GPT-2's Conv1D, or an embedding, whose
+    input is a token."""
+    return isinstance(module, Conv1D | nn.Embedding)
+
+
+def has_fan_in_first(module: nn.Module) -> bool:
+    """Say whether PEFT must be told that a module stores its weight (in × out)."""
     return isinstance(module, Conv1D)

@@ -154,11 +154,12 @@ def _check_fresh(model: Any) -> None:
         if not isinstance(module, LoraLayer):
             continue
         layer: Any = module
-        if layer.merged or any(bool(torch.any(b.weight)) for b in layer.lora_B.values()):
+        zeros = [*(b.weight for b in layer.lora_B.values()), *layer.lora_embedding_A.values()]
+        if layer.merged or any(bool(torch.any(zero)) for zero in zeros):
             state = "merged" if layer.merged else "trained"
             raise ModelError(
-                f"a chain begins with a fresh adapter, whose B is 0 (got a {state} one at {name}); "
-                "merge it (model.merge_and_unload()) and wrap the result anew"
+                f"a chain begins with a fresh adapter, which adds nothing (got a {state} one at "
+                f"{name}); merge it (model.merge_and_unload()) and wrap the result anew"
             )
 
 

@@ -21,7 +21,7 @@ from chainlora.config.time_limit import time_limit
 from chainlora.errors import ModelError
 from chainlora.models.modes import evaluation_mode, kept_random_state
 from chainlora.models.quantizing import is_packed, is_quantized
-from chainlora.models.shards import local
+from chainlora.models.shards import is_shard, local
 
 log = logging.getLogger(__name__)
 
@@ -92,10 +92,10 @@ def check_targets(model: nn.Module, config: LinkConfig) -> None:
     uncalled = _uncalled(model, matched)
     for name, module in matched.items():
         _check_kind(model, name, module)
-        if module is head:
+        if module is head or module is embedding:
             raise ModelError(
-                f"`target_modules` must not name a head tied to the input embedding (got {name}): "
-                "its merge would change the embedding too; exclude it, or untie the weights"
+                "`target_modules` must not name a head or embedding that are tied (got "
+                f"{name}): its merge would change the other too; exclude it, or untie the weights"
             )
         if name in shared:
             raise ModelError(
@@ -139,11 +139,12 @@ def _check_names(model: nn.Module, config: LinkConfig, matched: Mapping[str, nn.
 
 
 def _check_kind(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Raise unless a layer is a plain linear map that PEFT has a LoRA for."""
-    if not _is_linear(module):
+    """Raise unless a layer is a plain linear map, of states or tokens, that PEFT has a LoRA for."""
+    if not _is_linear(module) and not isinstance(module, nn.Embedding):
         raise ModelError(
-            f"only Linear and Conv1D layers can be linked (got {type(module).__name__} at "
-            f"{name}); candidates: {', '.join(target_candidates(model))}"
+            f"only Linear, Conv1D and Embedding layers can be linked (got "
+            f"{type(module).__name__} at {name}); candidates: "
+            f"{', '.join(target_candidates(model))}"
         )
     if is_packed(module) and (reason := _refused(module)):
         raise ModelError(
@@ -151,6 +152,9 @@ def _check_kind(model: nn.Module, name: str, module: nn.Module) -> None:
             f"{reason}); install what PEFT needs for it (GPTQ and AWQ: gptqmodel and optimum), or "
             "take the checkpoint before quantisation, with quantize: nf4"
         )
+    if isinstance(module, nn.Embedding):
+        _check_embedding(name, module)
+        return
     if _has_own_forward(module):
         raise ModelError(
             f"only layers that compute x Wᵀ + c can be linked (got {type(module).__name__} at "
@@ -160,8 +164,41 @@ def _check_kind(model: nn.Module, name: str, module: nn.Module) -> None:
         raise ModelError(f"PEFT must have a LoRA for each layer (got {name}: {reason})")
 
 
+def _check_embedding(name: str, module: nn.Embedding) -> None:
+    """Raise unless an embedding looks up rows of its weight, and holds all of them."""
+    kind = type(module).__name__
+    if is_shard(module.weight):
+        raise ModelError(
+            f"an embedding that processes share cannot be linked (got {kind} at {name}); leave it "
+            "out, or let each process hold the whole model"
+        )
+    if module.max_norm is not None or module.sparse or not _looks_up(module):
+        raise ModelError(
+            "an embedding that is linked must look up rows of its weight and do no more (got "
+            f"{kind} at {name}, with max_norm, sparse gradients or a forward of its own); leave it "
+            "out"
+        )
+
+
+def _looks_up(module: nn.Embedding) -> bool:
+    """Say whether a forward is a look-up, times `embed_scale` where there is one, as in PEFT."""
+    if type(module).forward is nn.Embedding.forward:
+        return True
+    ids = torch.arange(min(3, module.num_embeddings), device=module.weight.device)[None]
+    try:
+        with torch.no_grad():
+            own, rows = module(ids), nn.functional.embedding(ids, module.weight)
+    except (RuntimeError, TypeError):
+        return False
+    rows = rows * getattr(module, "embed_scale", 1.0)
+    return isinstance(own, Tensor) and own.shape == rows.shape and torch.allclose(own, rows)
+
+
 def _check_settings(config: LinkConfig, name: str, module: Any) -> None:
     """Raise if a link's initialization or bias does not suit a layer."""
+    if isinstance(module, nn.Embedding):
+        _check_embedding_settings(config, name)
+        return
     shorter = _shorter_side(module)
     if config.init in ("gradient", "pissa") and config.rank > shorter:
         raise ModelError(
@@ -173,6 +210,16 @@ def _check_settings(config: LinkConfig, name: str, module: Any) -> None:
         raise ModelError(
             f"`lora_bias` needs a bias in the layer it is merged into (got {name} without one); "
             "set lora_bias: false"
+        )
+
+
+def _check_embedding_settings(config: LinkConfig, name: str) -> None:
+    chosen = {"dora": config.dora, "lora_bias": config.lora_bias}
+    chosen |= {f"init: {config.init}": config.init in ("gradient", "pissa")}
+    if found := [key for key, is_set in chosen.items() if is_set]:
+        raise ModelError(
+            f"an embedding takes a plain LoRA (got {found[0]} with {name} in target_modules); "
+            "leave one of them out"
         )
 
 
@@ -224,7 +271,7 @@ def _refused(module: nn.Module) -> str | None:
 
 
 def _shorter_side(module: Any) -> int:
-    if isinstance(module, Conv1D):
+    if isinstance(module, Conv1D | nn.Embedding):
         return min(module.weight.shape)
     return min(module.in_features, module.out_features)  # a quantised weight has another shape
 

@@ -116,8 +116,7 @@ class _Chat:
         )
 
     def marked_turns(self) -> tuple[Ids, list[Span]]:
-        """Return tokens and targets where the template marks the assistant's with ``{% generation
-        %}``."""
+        """Return tokens and targets where the template marks turns by ``{% generation %}``."""
         answer = self.render(
             self.messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
         )
@@ -197,8 +196,10 @@ def _checked_messages(messages: Any, place: str) -> _Messages:
 
 
 def _without_parts(message: Mapping[str, Any], place: str) -> dict[str, Any]:
-    """Return a message without nulls, its content one text where it was parts of text: templates
-    of language models write the list itself."""
+    """Return a message without nulls, and with one text for parts of text.
+
+    Templates of language models would write the list itself.
+    """
     found = {key: value for key, value in message.items() if value is not None}
     content: Any = found.get("content", "")
     if isinstance(content, str):
@@ -217,8 +218,10 @@ def _is_text_part(part: Any) -> bool:
 
 
 def _with_parsed_calls(message: dict[str, Any]) -> dict[str, Any]:
-    """Return a message whose calls have objects as arguments where they had JSON text, which a
-    template would quote once more."""
+    """Return a message whose calls have objects as arguments where they had JSON text.
+
+    A template would quote the text once more.
+    """
     calls: Any = message.get("tool_calls")
     if not (_is_list(calls) and all(isinstance(call, Mapping) for call in calls)):
         return message

@@ -43,8 +43,10 @@ class Draft:
 
 
 class Encoder(Protocol):
-    """How one objective reads rows. A new one is a class in a file of its own, entered in
-    `make_encoder`."""
+    """How one objective reads rows.
+
+    A new one is a class in a file of its own, entered in `make_encoder`.
+    """
 
     truncation: str
     """What happens to a row that is too long unless the user says otherwise: error, left, split."""

@@ -141,8 +141,7 @@ def _task_encoder(task: Task, reader: TokenReader, options: Options) -> Encoder:
 
 
 def detect_format(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return the format whose fields the first row has. Raises DataError naming the fields there
-    are."""
+    """Return the format whose fields the first row has. Raises DataError that names its fields."""
     if {"chosen", "rejected"} <= rows[0].keys():
         raise DataError(
             "rows must have one right answer (got preferences, chosen + rejected, at "

@@ -50,8 +50,7 @@ class Counts:
         )
         raise DataError(
             f"a row must fit the context (got {length} tokens for at most {max_length} at "
-            f"{place}{more}); "
-            "shorten it, raise data.max_length, or set data.truncation: left"
+            f"{place}{more}); shorten it, raise data.max_length, or set data.truncation: left"
         )
 
 

@@ -30,8 +30,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Rendered:
-    """One row as text: a model reads ``prompt + candidates[i]`` or ``prompt + completion``, to the
-    letter."""
+    """One row as text: a model reads ``prompt + candidates[i]`` or ``prompt + completion``."""
 
     prompt: str
     candidates: tuple[str, ...]  # empty for tasks that generate
@@ -111,8 +110,7 @@ def _refuse_null(value: Any) -> Any:
 
 
 def _spans(text: str, spans: Sequence[Mapping[str, int]]) -> list[str]:
-    """Return the texts of spans with `start` and `end`, the end included (how ReCoRD marks its
-    entities)."""
+    """Return the texts of spans with `start` and `end`, the end included, as ReCoRD has them."""
     return [text[span["start"] : span["end"] + 1] for span in spans]
 
 
@@ -212,10 +210,9 @@ def _row_candidates(
         place_of = int(value) if _is_below(value, len(names)) else None
         if item is not None and place_of is not None and item != place_of:
             raise DataError(
-                f"label must mean one candidate (got {value!r} of {list(names)!r:.60} at "
-                f"{place}: item "
-                f"{item} and the position of another); give the position as a number, e.g. label: "
-                f"({task.candidates}).index({task.label}) in task {task.name!r}"
+                f"label must mean one candidate (got {value!r} of {list(names)!r:.60} at {place}: "
+                f"item {item} and the position of another); give the position as a number, e.g. "
+                f"label: ({task.candidates}).index({task.label}) in task {task.name!r}"
             )
         label = item if item is not None else place_of
         right = (names[label],) if label is not None else ()

@@ -194,8 +194,10 @@ def sample_splits(
 
 
 def _read_pools(task: Task, dir: str | Path | None, num_held_out: int) -> dict[str, Part]:
-    """Return the rows to draw from, by split; `_HELD_OUT` has test rows taken out of a stand-in for
-    train."""
+    """Return the rows to draw from, by split.
+
+    `_HELD_OUT` has test rows taken out of a stand-in for train.
+    """
     rules = task.sampling
     splits = dict.fromkeys(rule.of for rule in (rules.train, rules.validation, rules.test))
     stand_in = rules.without_train
@@ -268,6 +270,5 @@ def _not_found(task: Task, folder: Path, split: str) -> str:
     )
     return (
         f"task {task.name!r} needs its {split!r} rows as {names} (got {have}); name the folder "
-        "that "
-        f"holds them, {other}"
+        f"that holds them, {other}"
     )

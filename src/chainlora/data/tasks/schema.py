@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jinja2
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from chainlora.config.loading import parse_yaml
+from chainlora.config.loading import read_tree
 from chainlora.config.messages import problems
 from chainlora.data.tasks.rendering import Rendered, check_expression, check_template, render
 from chainlora.errors import ConfigError, nearest
@@ -84,8 +83,7 @@ class Explode(_Frozen):
 
 
 class Task(_Frozen):
-    """One task: templates, labels, metric and where its rows are. See docs/tasks.md for the
-    file."""
+    """One task: templates, labels, metric and where its rows are (docs/tasks.md)."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][\w.-]*$")
     description: str
@@ -119,8 +117,10 @@ class Task(_Frozen):
 
     @property
     def reported(self) -> tuple[str, ...]:
-        """Every metric an evaluation reports, the task's own first: a loss wherever answers are
-        scored, not written."""
+        """Every metric an evaluation reports, the task's own first.
+
+        A loss is among them wherever answers are scored, not written.
+        """
         if self.completion is None:
             return (*self.metrics, "loss")
         return self.metrics if self.metric in WORD_METRICS else REPORTED_OF_TEXT
@@ -175,8 +175,8 @@ class Task(_Frozen):
         ):
             raise ValueError(
                 f"`metric: {self.metric}` has answers written, which must end somewhere (got "
-                "neither "
-                "`stop` nor `add_eos`); set add_eos: true, or a `stop` that `completion` ends with"
+                "neither `stop` nor `add_eos`); set add_eos: true, or a `stop` that `completion` "
+                "ends with"
             )
         self._check_templates()
         return self
@@ -188,10 +188,8 @@ class Task(_Frozen):
             if key != str(index) and key in map(str, range(len(words))):
                 raise ValueError(
                     f"a list of `labels` is in the order of its positions (got {word!r} at "
-                    "position "
-                    f"{index}, which a row means by {word.strip()} and by {index}); write a "
-                    "mapping from "
-                    "each value of the row's label to its word, e.g. "
+                    f"position {index}, which a row means by {word.strip()} and by {index}); write "
+                    "a mapping from each value of the row's label to its word, e.g. "
                     f"{{{word.strip().lower()}: {word!r}, …}}"
                 )
 
@@ -251,8 +249,7 @@ class Task(_Frozen):
         return render(self, row, position)
 
     def demonstrations(self, rows: Sequence[Mapping[str, Any]]) -> str:
-        """Return solved rows as text to put before a prompt (in-context learning); empty for no
-        rows."""
+        """Return solved rows as text to put before a prompt; empty for no rows."""
         solved = [self.render(row, position) for position, row in enumerate(rows)]
         return "".join(
             (shown.prompt + shown.completion).strip() + self.separator for shown in solved
@@ -291,21 +288,6 @@ def load_task(name_or_path: str | Path) -> Task:
 
 def _read_task(path: Path) -> Task:
     try:
-        tree = parse_yaml(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(
-            f"task file must be readable (got {path}: {error.strerror}); check it"
-        ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f"{path} line {mark.line + 1}" if mark else str(path)
-        problem = getattr(error, "problem", error)
-        raise ConfigError(f"task file must be YAML (got {problem} in {place})") from None
-    if not isinstance(tree, dict):
-        raise ConfigError(
-            f"task file must hold a mapping of keys (got {type(tree).__name__} in {path})"
-        )
-    try:
-        return Task.model_validate(tree)
+        return Task.model_validate(read_tree(path, "task file"))
     except ValidationError as error:
         raise ConfigError(f"task file {path}: {problems(error, Task)}") from None

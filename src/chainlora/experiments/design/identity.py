@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from functools import lru_cache
 from pathlib import Path
 
 from chainlora.config.schema import RunConfig
-
-_ID = re.compile(r"[0-9a-f]{12}")
 
 
 def config_id(config: RunConfig) -> str:
@@ -37,8 +34,3 @@ def _content(path: Path, changed: int) -> str:
     """Return a hash of a file as it was at the time `changed`."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
-
-
-def is_cell_id(text: object) -> bool:
-    """Return whether this names a cell; ids become folder names, so nothing else may pass."""
-    return isinstance(text, str) and _ID.fullmatch(text) is not None

@@ -6,10 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
-from chainlora.config.loading import parse_yaml, set_key
+from chainlora.config.loading import read_tree, set_key
 from chainlora.config.messages import problems
 from chainlora.errors import ConfigError
 from chainlora.experiments.design.paper import check_table
@@ -28,7 +27,7 @@ def load_experiment(path: str | Path, overrides: Sequence[tuple[str, str]] = ())
     Raises:
         ConfigError: unreadable file, unknown key (nearest named), wrong value.
     """
-    tree = _read(Path(path))
+    tree = read_tree(path, "experiment file")
     own = {key: tree.get(key) for key in ("tasks", "methods")}
     for key, value in overrides:
         set_key(tree, key, value)
@@ -40,29 +39,6 @@ def load_experiment(path: str | Path, overrides: Sequence[tuple[str, str]] = ())
     if "methods" in given and _are_names(tree["methods"]):
         _keep_what_is_left(tree, given)
     return make_experiment(tree)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        tree = parse_yaml(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(
-            f"experiment file must be readable (got {path}: {error.strerror}); check the path"
-        ) from None
-    except UnicodeDecodeError:
-        raise ConfigError(
-            f"experiment file must be UTF-8 text (got other bytes in {path}); is it a YAML file?"
-        ) from None
-    except yaml.YAMLError as error:
-        raise ConfigError(
-            f"experiment file must be YAML (got {path}: {' '.join(str(error).split())}); "
-            "correct it there"
-        ) from None
-    if not isinstance(tree, dict):
-        raise ConfigError(
-            f"experiment file must hold a mapping of keys (got {type(tree).__name__} in {path})"
-        )
-    return tree
 
 
 def _are_names(values: Any) -> bool:

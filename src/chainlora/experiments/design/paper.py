@@ -25,8 +25,10 @@ def check_table(table: str) -> None:
 
 
 def paper_scores(table: str | None, key: str = "scores") -> dict[str, dict[str, float]]:
-    """Return a table's scores (or ``sd``) in the paper, method → task → per cent. Raises
-    ConfigError: no such table."""
+    """Return a table's scores (or ``sd``) in the paper: method → task → per cent.
+
+    Raises ConfigError where there is no such table.
+    """
     if table is None:
         return {}
     check_table(table)
@@ -39,7 +41,6 @@ def paper_model(table: str | None) -> str:
 
 
 def paper_savings(table: str | None) -> tuple[str, dict[str, dict[str, float]]]:
-    """Return a table's saved operations in the paper, method → task, and the method they are saved
-    against."""
+    """Return a table's saved operations, method → task, and the method they are saved against."""
     printed = {} if table is None else _paper()[table]
     return printed.get("saved_against", ""), printed.get("flops_saved", {})

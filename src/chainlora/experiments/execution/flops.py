@@ -64,8 +64,7 @@ def lora_parameters(shapes: Shapes, rank: int) -> int:
 
 
 def forward_flops(shapes: Shapes, context: float) -> float:
-    """Return the operations of one token's forward over `context` positions, without adapters and
-    head."""
+    """Return the operations of one token's forward over `context` positions, without the head."""
     return (
         2 * sum(m.num_in * m.num_out for m in shapes.matmuls) + 4 * context * shapes.attention_width
     )

@@ -58,8 +58,7 @@ def load_method(name: str) -> Method:
 
 
 def merge_trees(*trees: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Merge nested mappings into a new one, later ones win; lists and values are replaced, not
-    joined."""
+    """Merge nested mappings into a new one; later ones win, lists and values are replaced."""
     merged: dict[str, Any] = {}
     for tree in trees:
         for key, value in (tree or {}).items():

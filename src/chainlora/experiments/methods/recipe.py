@@ -1,5 +1,4 @@
-"""From a recipe to the chain it stands for: pure functions, so that every method gets the same
-number of steps.
+"""From a recipe to the chain it stands for, so that all methods get equally many steps.
 
 A recipe says what the *comparison* fixes (the rank r, the total epochs or steps) and what a
 *method* makes of it (how many links, which ranks). The paper's splits follow: 5 epochs are 3 + 2
@@ -67,8 +66,7 @@ class Recipe(BaseModel):
 
 
 def apply_recipe(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Replace the section `recipe` of a config tree by the `chain` keys it stands for; without one,
-    copy the tree.
+    """Replace a config's section `recipe` by the `chain` keys it stands for.
 
     Raises:
         ConfigError: unknown recipe key (nearest named), wrong value, or keys that `chain` sets as

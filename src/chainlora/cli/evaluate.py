@@ -1,0 +1,93 @@
+"""`chainlora eval`: scores of a run or a model."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import click
+
+from chainlora.cli.common import HELP, json_option, print_json, quiet
+from chainlora.cli.runs import check_run_or_model, is_run
+
+
+@click.command(name="eval", context_settings=HELP)
+@click.argument("run_or_model")
+@click.option(
+    "--task",
+    default=None,
+    help="Task name (see `chainlora tasks`) or a task file. Default: the run's own rows.",
+)
+@click.option(
+    "--data",
+    default=None,
+    help="One file of rows, or the task's folder. Default: the run's own, or from the Hub.",
+)
+@click.option("--split", default="validation", show_default=True)
+@click.option(
+    "--limit",
+    type=click.IntRange(min=1),
+    default=None,
+    help="Only the first N rows, in file order.",
+)
+@click.option(
+    "--links", type=click.IntRange(min=0), default=None, help="The chain as it was after K links."
+)
+@click.option(
+    "--dtype", type=click.Choice(["float32", "bfloat16"]), help="Default: the run's, or float32."
+)
+@click.option(
+    "--speedups",
+    type=click.Choice(["auto", "off"]),
+    default="auto",
+    show_default=True,
+    help="off: plain transformers, without packing, faster forwards or threads.",
+)
+@click.option(
+    "--predictions",
+    type=click.Path(dir_okay=False),
+    default=None,
+    help="Write one JSON line a row.",
+)
+@json_option
+def evaluate(
+    run_or_model: str,
+    task: str | None,
+    data: str | None,
+    split: str,
+    limit: int | None,
+    links: int | None,
+    dtype: str | None,
+    speedups: Literal["auto", "off"],
+    predictions: str | None,
+    as_json: bool,
+) -> None:
+    """Score a run or a model on a task, or on the rows that the run was configured with."""
+    from chainlora.data.tasks import load_task
+
+    if task is None and data is None and not is_run(run_or_model):
+        raise click.UsageError("Missing option '--task' or '--data': only a run has its own rows.")
+    chosen = load_task(task) if task is not None else None
+    check_run_or_model(run_or_model, links)
+    quiet()
+    from chainlora.cli.progress import evaluation_progress
+    from chainlora.evaluation.own_rows import evaluate_rows
+
+    with evaluation_progress() as progress:
+        result = evaluate_rows(
+            run_or_model,
+            chosen,
+            data=data,
+            split=split,
+            limit=limit,
+            num_links=links,
+            dtype=dtype,
+            predictions=predictions,
+            speedups=speedups,
+            progress=progress,
+        )
+    if as_json:
+        print_json(result)
+    else:
+        shown = ", ".join(f"{name} {value:.4f}" for name, value in result["metrics"].items())
+        name = " ".join(filter(None, (result["task"], result["split"])))
+        click.echo(f"{name}: {shown} ({result['rows']} rows)")

@@ -1,0 +1,125 @@
+"""`chainlora export`: a run as a merged checkpoint or one PEFT adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import click
+
+from chainlora.cli.common import HELP, json_option, print_json, quiet
+from chainlora.cli.runs import need_run
+from chainlora.errors import ConfigError
+
+
+def _explain_gguf(context: click.Context, parameter: click.Parameter, target: str) -> str:
+    """Return the target of an export. Raises ConfigError that says how a GGUF file is made."""
+    if target == "gguf":
+        raise ConfigError(
+            "a GGUF file is made by llama.cpp from a merged checkpoint (got --to gguf); run "
+            "`chainlora export RUN --to merged --output DIR`, then llama.cpp's "
+            "`python convert_hf_to_gguf.py DIR --outfile DIR.gguf`"
+        )
+    return target
+
+
+@click.command(context_settings=HELP)
+@click.argument("run", type=click.Path())
+@click.option(
+    "--to",
+    "target",
+    type=click.Choice(["merged", "adapter", "gguf"]),
+    required=True,
+    is_eager=True,
+    callback=_explain_gguf,
+    help="A transformers checkpoint, or one PEFT adapter; gguf says how.",
+)
+@click.option("--output", required=True, type=click.Path(), help="New directory to write.")
+@click.option("--rank", type=int, default=None, help="Compress or widen the adapter to it.")
+@click.option(
+    "--tolerance", type=float, default=None, help="Compress the adapter to this relative error."
+)
+@click.option(
+    "--quantize",
+    type=click.Choice(["nf4"]),
+    default=None,
+    help="Quantise the merged weights, and say what of the update that loses.",
+)
+@click.option(
+    "--links", type=click.IntRange(min=0), default=None, help="The chain as it was after K links."
+)
+@click.option(
+    "--push-to-hub",
+    "repository",
+    metavar="OWNER/NAME",
+    default=None,
+    help="Upload it too, to this repository, with the chain's story as its card.",
+)
+@click.option("--private", is_flag=True, help="Make the repository private, if it is a new one.")
+@click.option(
+    "--base-name",
+    metavar="HUB_ID",
+    default=None,
+    help="What card and adapter call the base. Default: as the run does.",
+)
+@click.option("--license", "licence", metavar="ID", default=None, help="For the card: apache-2.0.")
+@json_option
+def export(
+    run: str,
+    target: str,
+    output: str,
+    rank: int | None,
+    tolerance: float | None,
+    quantize: str | None,
+    links: int | None,
+    repository: str | None,
+    private: bool,
+    base_name: str | None,
+    licence: str | None,
+    as_json: bool,
+) -> None:
+    """Turn RUN into a merged checkpoint or one PEFT adapter (exact, of rank Σr or wider, or
+    compressed), in a folder and on the Hub."""
+    need_run(run)
+    if target == "merged" and (rank is not None or tolerance is not None):
+        raise click.UsageError(
+            "--rank and --tolerance compress an adapter; use them with --to adapter"
+        )
+    if target == "adapter" and quantize is not None:
+        raise click.UsageError("--quantize is for merged weights; use it with --to merged")
+    quiet()
+    from chainlora.runs.export import Naming, export_adapter, export_merged
+    from chainlora.runs.hub import check_push, push_folder
+    from chainlora.runs.requantizing import export_quantized
+
+    naming = Naming(repository, base_name, licence)
+    if repository is not None:
+        check_push(run, target, naming)
+    if quantize is not None:
+        done = export_quantized(run, output, quantize, num_links=links, naming=naming)
+    elif target == "merged":
+        done = export_merged(run, output, num_links=links, naming=naming)
+    else:
+        done = export_adapter(
+            run, output, rank=rank, tolerance=tolerance, num_links=links, naming=naming
+        )
+    if repository is not None:
+        done["commit"] = push_folder(output, repository, private=private)
+    if as_json:
+        print_json(done)
+        return
+    click.echo(_adapter_text(done) if target == "adapter" else _merged_text(done, quantize))
+    if repository is not None:
+        click.echo(f"pushed to {repository}: {done['commit']}")
+
+
+def _adapter_text(done: Mapping[str, Any]) -> str:
+    kind = "exact" if done["exact"] else f"relative error {done['error']:.3e}"
+    rank, links, output = done["rank"], done["links"], done["output"]
+    return f"adapter of rank {rank} ({kind}) from {links} link(s) in {output}"
+
+
+def _merged_text(done: Mapping[str, Any], quantize: str | None) -> str:
+    lost = "" if quantize is None else f", {done['lost']:.0%} of the update lost"
+    kind = done["dtype"] if quantize is None else quantize
+    return f"merged checkpoint ({kind}{lost}) of {done['links']} link(s) in {done['output']}"

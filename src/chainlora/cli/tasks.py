@@ -1,0 +1,40 @@
+"""`chainlora tasks`: which tasks there are, and what each is made of."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from chainlora.cli.common import HELP, json_option, print_json
+
+
+@click.command(context_settings=HELP)
+@click.argument("name", required=False)
+@json_option
+def tasks(name: str | None, as_json: bool) -> None:
+    """List the tasks, or show one with its prompt, labels and source."""
+    from chainlora.data.tasks import list_tasks, load_task
+
+    if name is not None:
+        task = load_task(name)
+        if as_json:
+            print_json(task.model_dump(mode="json"))
+        else:
+            click.echo(_task_text(task))
+        return
+    found = [load_task(each) for each in list_tasks()]
+    if as_json:
+        keys = ("name", "description", "metric")
+        print_json({"tasks": [{key: getattr(t, key) for key in keys} for t in found]})
+    else:
+        width = max(len(t.name) for t in found)
+        for t in found:
+            click.echo(f"{t.name:<{width}}  {t.metric:<9} {t.description}")
+
+
+def _task_text(task: Any) -> str:
+    import yaml
+
+    shown = task.model_dump(mode="json", by_alias=True, exclude_defaults=True)
+    return yaml.safe_dump(shown, sort_keys=False, allow_unicode=True).rstrip()

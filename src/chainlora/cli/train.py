@@ -1,0 +1,143 @@
+"""The verbs that train: `chainlora train` and `chainlora demo`."""
+
+from __future__ import annotations
+
+import os
+import signal
+from contextlib import nullcontext, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from chainlora.cli.common import (
+    HELP,
+    SIGNALLED,
+    file_and_overrides,
+    is_first_process,
+    json_option,
+    print_json,
+    quiet,
+    to_stderr,
+)
+from chainlora.errors import ConfigError
+
+if TYPE_CHECKING:
+    from chainlora.config.schema import RunConfig
+    from chainlora.training.result import TrainResult
+
+
+@click.command(context_settings=HELP | {"ignore_unknown_options": True})
+@click.argument(
+    "arguments", metavar="CONFIG [--KEY.SUB VALUE]...", nargs=-1, type=click.UNPROCESSED
+)
+@click.option(
+    "--resume", is_flag=True, help="Resume a run that was stopped or killed, to the same bits."
+)
+@json_option
+def train(arguments: tuple[str, ...], resume: bool, as_json: bool) -> None:
+    """Fine-tune by a chain of LoRA as CONFIG (YAML) says.
+
+    Any key of the config can be set on the command line: --train.lr 5e-4 --chain.ranks "[8, 8]"
+    --output runs/a. Ctrl-C once finishes the step, saves and stops; twice stops at once.
+    """
+    from chainlora.config.loading import load_config
+
+    file, overrides = file_and_overrides(list(arguments))
+    settings = load_config(file, overrides)
+    if settings.output is None:
+        raise ConfigError(
+            "`output` must name a directory for the run (got none); add it to the config or pass "
+            "--output"
+        )
+    if is_first_process():
+        to_stderr(_announcement(file, settings))  # before seconds of imports
+    quiet()
+    from chainlora.runs.inspection import read_records
+    from chainlora.runs.plots import plot_training
+
+    result = _train(settings, resume, [key for key, _ in overrides])
+    if not is_first_process():
+        return
+    output = Path(settings.output)
+    records = read_records(output / "metrics.jsonl")
+    if records:  # none where nothing is trained and nothing held out
+        plot_training(records, output / "training.png")
+    if as_json:
+        print_json(result)
+    else:
+        _show_result(result, output)
+
+
+def _announcement(file: str, settings: RunConfig) -> str:
+    """Return what a run is about to do, from its config alone."""
+    ranks = ", ".join(map(str, settings.chain.ranks))
+    what = "every weight" if settings.chain.tune == "full" else f"links of rank {ranks or 'none'}"
+    return f"{file}: {what} on {settings.model}, to {settings.output}"
+
+
+def _train(settings: RunConfig, resume: bool, named: list[str]) -> TrainResult:
+    """Train with a progress bar. A signal stops the run after its step, once there is one."""
+    from chainlora.training.events import Event, Planned
+    from chainlora.training.interrupts import interruptible
+    from chainlora.training.loop import train as run_training
+    from chainlora.training.progress import progress_listener
+
+    first = is_first_process()
+    shown = (
+        progress_listener(settings.train.log_every) if first else nullcontext(lambda event: None)
+    )
+    with shown as show, interruptible(_say_stopping) as interrupts:
+
+        def listener(event: Event) -> None:
+            if isinstance(event, Planned):
+                interrupts.defer()
+            show(event)
+
+        try:
+            return run_training(settings, resume=resume, listener=listener, change=named)
+        except KeyboardInterrupt:
+            is_saved = (Path(settings.output or "") / "chain.json").is_file()
+            hint = "; --resume continues from what was saved last" if is_saved else ""
+            click.echo(f"chainlora: interrupted{hint}", err=True)
+            raise click.exceptions.Exit(SIGNALLED + (interrupts.last or signal.SIGINT)) from None
+
+
+def _say_stopping(number: int) -> None:
+    """Write without buffers and locks: this runs inside a signal handler."""
+    if not is_first_process():
+        return
+    text = "\nchainlora: stopping after this step; press Ctrl-C again to stop at once\n"
+    with suppress(OSError):
+        os.write(2, text.encode())
+
+
+def _show_result(result: TrainResult, output: Path) -> None:
+    from chainlora.cli.progress import show_links
+
+    show_links(output)
+    for split, metrics in result["metrics"].items():
+        shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+        click.echo(f"{split}: {shown}")
+    click.echo(
+        f"{result['steps']} steps, {result['tokens']} tokens, {result['wall_s']:.0f} s, "
+        f"peak memory {result['peak_memory_mb']} MiB; run directory {output}"
+    )
+
+
+@click.command(context_settings=HELP)
+@click.option("--output", default="demo-run", show_default=True, help="Run directory to write.")
+@json_option
+def demo(output: str, as_json: bool) -> None:
+    """Fine-tune SmolLM2-135M to name the topic of BBC headlines by a chain of LoRA, and show what
+    each link brought."""
+    quiet()
+    from chainlora.cli.demo import run_demo
+    from chainlora.training.progress import progress_listener
+
+    with progress_listener() as listener:
+        result = run_demo(
+            output, echo=to_stderr if as_json else click.echo, listener_for=lambda: listener
+        )
+    if as_json:
+        print_json(result)

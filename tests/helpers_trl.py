@@ -1,0 +1,68 @@
+"""TRL's trainers on tiny models and a few rows. Needs TRL."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import peft
+from datasets import Dataset
+from helpers_integrations import ALPHA, TARGETS, arguments, plain_model
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+
+
+def conversations() -> Dataset:
+    words = ["cat", "mat", "hill", "birds"]
+    rows = [
+        [
+            {"role": "user", "content": f"the {words[k % 4]} sat"},
+            {"role": "assistant", "content": f"on a {words[k // 4 % 4]}"},
+        ]
+        for k in range(48)
+    ]
+    return Dataset.from_list([{"messages": row} for row in rows])
+
+
+def preferences() -> Dataset:
+    words = ["cat", "mat", "hill", "birds"]
+    return Dataset.from_list(
+        [
+            {
+                "prompt": f"the {words[k % 4]} was",
+                "chosen": f" good {words[k // 4 % 4]}",
+                "rejected": f" bad {words[k // 4 % 4]}",
+            }
+            for k in range(48)
+        ]
+    )
+
+
+def sft(folder, tokenizer, output: Path, callback, **keys) -> SFTTrainer:
+    return SFTTrainer(
+        model=plain_model(folder),
+        args=SFTConfig(**arguments(output, max_length=64, bf16=False) | keys),
+        train_dataset=conversations(),
+        eval_dataset=conversations().select(range(8)),
+        processing_class=tokenizer,
+        peft_config=peft.LoraConfig(r=4, lora_alpha=ALPHA, target_modules=TARGETS),
+        callbacks=[callback],
+    )
+
+
+def dpo(folder, tokenizer, output: Path, callback, model=None, **keys) -> DPOTrainer:
+    wrap = (
+        {}
+        if model is not None
+        else {"peft_config": peft.LoraConfig(r=4, lora_alpha=ALPHA, target_modules=TARGETS)}
+    )
+    return DPOTrainer(
+        model=model or plain_model(folder),
+        args=DPOConfig(**arguments(output, max_length=64, bf16=False) | keys),
+        train_dataset=preferences(),
+        eval_dataset=preferences().select(range(8)),
+        processing_class=tokenizer,
+        callbacks=[callback],
+        **wrap,
+    )
+
+
+MAKERS = {"SFTTrainer": sft, "DPOTrainer": dpo}
