@@ -189,7 +189,7 @@ def report(results: dict[str, Any]) -> str:
         cells = [f"{max(found['changes at knots']):.1e}"]
         names = ("before training", "carried", "merged", "quantised again")
         cells += [f"{found[name]:.4f}" for name in names]
-        cells += [f"{found['lost']:.1%}", f"{found['noise']:.2f}"]
+        cells += [f"{found['lost']:.2%}", f"{found['noise']:.2f}"]
         lines.append(f"| {kind} | {' | '.join(cells)} |")
     lines += [
         "",
