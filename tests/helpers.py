@@ -16,6 +16,7 @@ from chainlora import load_config, train
 from chainlora.chain.adapters import Factors
 from chainlora.chain.initialization import generator_for, random_factors
 from chainlora.chain.link import Link
+from chainlora.config.schema import LinkConfig
 from chainlora.runs.links import write_link
 from chainlora.training.plan import make_plan
 
@@ -86,12 +87,7 @@ def plain_peft_loop(config) -> tuple[list[float], dict[str, torch.Tensor]]:
             r=link.rank, lora_alpha=link.alpha, target_modules=list(link.target_modules)
         ),
     )
-    with torch.no_grad():
-        for name, module in model.base_model.model.named_modules():
-            if hasattr(module, "lora_A"):
-                generator = generator_for(keys.seed, 0, name)
-                start = random_factors(link, module.in_features, module.out_features, generator)
-                module.lora_A["default"].weight.copy_(start.a)
+    start_as_ours(model, link, keys.seed)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=keys.lr, weight_decay=0.0)
     labels = [tokenizer(word)["input_ids"][-1] for word in (" bad", " good")]
@@ -120,6 +116,16 @@ def plain_peft_loop(config) -> tuple[list[float], dict[str, torch.Tensor]]:
         optimizer.zero_grad()
         losses.append(loss.item())
     return losses, peft.get_peft_model_state_dict(model)
+
+
+@torch.no_grad()
+def start_as_ours(model: peft.PeftModel, link: LinkConfig, seed: int) -> None:
+    """Give PEFT's layers the factors that the first link of a chain starts from."""
+    for name, module in model.base_model.model.named_modules():
+        if hasattr(module, "lora_A"):
+            generator = generator_for(seed, 0, name)
+            start = random_factors(link, module.in_features, module.out_features, generator)
+            module.lora_A["default"].weight.copy_(start.a)
 
 
 def assert_trains_as_peft(config) -> None:

@@ -335,6 +335,12 @@ def test_eight_bits_have_soft_knots_with_new_moments():
     check_optimizer(config_for("adamw_8bit", chain={"knots": knots | {"moments": "new"}}), CPU)
 
 
+def test_an_optimizer_without_a_state_is_taken():
+    keys = {"optimizer_options": {"momentum": 0.0}}
+    knots = {"knots": {"every": 1, "share": 0.3}}
+    check_optimizer(config_for("sgd", train=keys, chain=knots), CPU)
+
+
 def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "schedulefree", None)
     config = make_config(

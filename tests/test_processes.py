@@ -21,6 +21,7 @@ from chainlora import ChainLoRAError, make_config, train
 from chainlora.runs.directory import RunDirectory
 from chainlora.training.processes import Processes, find_processes
 
+PAGE = Path(__file__).resolve().parents[1] / "docs/scale.md"
 CHAIN = {"ranks": [4, 4], "steps": [4, 3]}
 TRAIN = {"lr": 1e-3, "batch_size": 8, "eval_every": 2, "save_every": 1}
 JOBS: dict[str, dict[str, Any]] = {
@@ -122,10 +123,10 @@ def test_a_run_of_four_is_resumed_by_two(launched):
 
 
 def test_a_batch_that_cannot_be_shared_is_refused_once(launched):
-    assert (
-        "must be a multiple of their number (got 9 for 2 processes)"
-        in (outcome(launched, "odd")["error"])
-    )
+    line = outcome(launched, "odd")["error"].partition(": ")[2]
+    assert "must be a multiple of their number (got 9 for 2 processes)" in line
+    command = "torchrun --nproc-per-node 2 -m chainlora train run.yaml --train.batch_size 9"
+    assert f"| `{command}` | {line} |\n" in PAGE.read_text(encoding="utf-8")
     assert not (launched / "odd").exists()
 
 

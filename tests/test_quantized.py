@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import json
+import shutil
 from importlib.util import find_spec
 from pathlib import Path
 
 import peft
 import pytest
 import torch
-from helpers import assert_same_links, settings, stop_after
+from conftest import write_rows
+from helpers import (
+    assert_same_links,
+    links_of,
+    settings,
+    start_as_ours,
+    stop_after,
+    training_examples,
+)
+from helpers_integrations import arguments, collator, lora
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 from chainlora import Chain, ChainLoRAError, load_run, make_config, train
 from chainlora.chain.adapters import dequantized
@@ -20,6 +30,7 @@ from chainlora.config.schema import LinkConfig
 from chainlora.models.loading import load_model
 from chainlora.models.quantizing import is_quantized, quantization
 
+PAGE = Path(__file__).resolve().parents[1] / "docs/scale.md"
 PACKAGES = {"nf4": "bitsandbytes", "int8": "torchao"}
 every_kind = pytest.mark.parametrize(
     "kind",
@@ -28,6 +39,7 @@ every_kind = pytest.mark.parametrize(
         for kind, name in PACKAGES.items()
     ],
 )
+needs_nf4 = pytest.mark.skipif(not find_spec("bitsandbytes"), reason="no bitsandbytes")
 CHAIN = {
     "ranks": [4, 4, 2],
     "steps": [6, 6, 5],
@@ -164,7 +176,7 @@ def test_evaluation_is_of_the_trained_function_and_merging_of_the_whole_base(
     assert loss_of(merged) == pytest.approx(last.metrics["loss"], abs=0.1)
 
 
-@pytest.mark.skipif(not find_spec("bitsandbytes"), reason="no bitsandbytes")
+@needs_nf4
 def test_merged_weights_are_quantised_by_name_and_the_loss_is_said(
     finished, tiny_folder, tmp_path, capsys
 ):
@@ -194,6 +206,139 @@ def test_merged_weights_are_quantised_by_name_and_the_loss_is_said(
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
+
+
+# --- the preparation of PEFT
+
+
+def prepared_by_peft(folder: Path) -> peft.PeftModel:
+    """A base for QLoRA as its users make it, in bfloat16."""
+    base = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=torch.bfloat16,
+        quantization_config=quantization("nf4", torch.bfloat16),
+        device_map={"": "cpu"},
+    )
+    return peft.prepare_model_for_kbit_training(base)
+
+
+@needs_nf4
+def test_steps_are_those_of_peft_and_trainer(tiny_folder, tmp_path):
+    words = [["good", "bad"], ["red", "green"], ["cat", "birds"], ["yes", "no"]] * 2
+    rows = [{"prompt": f"{a} and {b} and", "completion": f" {a} {b}"} for a, b in words]
+    config = make_config(
+        {
+            "model": {"name": str(tiny_folder), "quantize": "nf4"},
+            "data": {"train": str(write_rows(tmp_path / "rows.jsonl", rows))},
+            "chain": {"ranks": [4], "alpha": 8, "steps": [3], "hold": "carried"}
+            | {"target_modules": ["q_proj", "v_proj"]},
+            "train": {"lr": 0.5, "batch_size": 8, "dtype": "bfloat16", "optimizer": "sgd"}
+            | {"schedule": "constant", "optimizer_options": {"momentum": 0.0}},
+            "output": str(tmp_path / "run"),
+        }
+    )
+    losses = []
+    train(config, listener=lambda e: losses.append(e.loss) if e.name == "step" else None)
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
+    encoded = []
+    for example in training_examples(config, tokenizer):
+        (ids,), (((start, _),),) = example.sequences, example.scored
+        labels = [-100] * start + list(ids[start:])
+        encoded.append({"input_ids": list(ids), "labels": labels})
+    model = peft.get_peft_model(prepared_by_peft(tiny_folder), lora())
+    start_as_ours(model, config.chain.links()[0], config.train.seed)
+    keys = {"max_steps": 3, "per_device_train_batch_size": 8, "learning_rate": 0.5}
+    keys |= {"lr_scheduler_type": "constant", "optim": "sgd"}
+    args = TrainingArguments(**arguments(tmp_path / "trainer", **keys))
+    trainer = Trainer(model, args, train_dataset=encoded, data_collator=collator(tokenizer))
+    trainer.train()
+
+    theirs = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses == pytest.approx([float(loss) for loss in theirs], abs=1e-3)  # as it prints them
+    (ours,) = links_of(tmp_path / "run")
+    for name, expected in peft.get_peft_model_state_dict(model).items():
+        # the same arithmetic but for the order of sums; hidden states in bfloat16 are 1e-2 away
+        assert (ours[name] - expected).norm() < 1e-3 * expected.norm()
+
+
+@needs_nf4
+def test_norms_and_logits_are_in_float32(tiny_folder, sentiment, tmp_path):
+    config = config_of("nf4", tiny_folder, sentiment, tmp_path, train={"dtype": "bfloat16"})
+    train(config)
+    model, _ = load_run(tmp_path, as_trained=True)
+    theirs = {name: p.dtype for name, p in prepared_by_peft(tiny_folder).named_parameters()}
+    ours = {name.replace(".base_layer", ""): p.dtype for name, p in model.named_parameters()}
+    assert {name: ours[name] for name in theirs} == theirs
+    assert theirs["model.norm.weight"] == torch.float32
+    assert logits(model).dtype == torch.float32
+
+
+@every_kind
+def test_activations_can_be_computed_again(kind, finished, tiny_folder, sentiment):
+    keys = {"gradient_checkpointing": True}
+    runs = [finished(kind)[1], []]
+    train(config_of(kind, tiny_folder, sentiment, None, train=keys), listener=runs[1].append)
+    losses = [[event.loss for event in run if event.name == "step"] for run in runs]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)  # float32 sums in another order
+
+
+# --- a checkpoint that is quantised already
+
+
+@pytest.fixture(scope="module")
+def quantised_folder(tiny_folder, tmp_path_factory):
+    """A checkpoint of each kind, made when it is first asked for."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+
+    def path(kind: str) -> Path:
+        if not (folder / kind).is_dir():
+            model, tokenizer = load_model(tiny_folder, torch.float32, quantize=kind)
+            model.save_pretrained(folder / kind)
+            tokenizer.save_pretrained(folder / kind)
+        return folder / kind
+
+    return path
+
+
+@every_kind
+def test_a_checkpoint_that_came_quantised(
+    kind, finished, quantised_folder, tiny_folder, sentiment, tmp_path, chainlora
+):
+    config = config_of(kind, tiny_folder, sentiment, tmp_path / "run")
+    base = {"model": str(quantised_folder(kind)), "quantize": None}
+    run = tmp_path / "run"
+    train(config.model_copy(update=base))
+    assert_same_links(run, finished(kind)[0])
+    there = ["--task", sentiment / "task.yaml", "--data", sentiment]
+    assert chainlora("eval", run, *there).status == 0
+    adapter = ["export", run, "--to", "adapter", "--output", tmp_path / "adapter"]
+    assert chainlora(*adapter).status == 0
+    merged = chainlora("export", run, "--to", "merged", "--output", tmp_path / "merged")
+    merged.refused("whose checkpoint is quantised); use --to adapter")
+
+
+@needs_nf4
+@pytest.mark.parametrize("keys", ["", " --chain.tune full"])
+def test_the_page_has_what_is_printed(keys, quantised_folder, tmp_path, monkeypatch, chainlora):
+    shutil.copytree(quantised_folder("nf4"), tmp_path / "m-nf4")
+    write_rows(tmp_path / "rows.jsonl", [{"text": "a"}])
+    (tmp_path / "run.yaml").write_text(
+        "model: m\ndata: {train: rows.jsonl}\nchain: {ranks: [8, 8], epochs: [1, 1]}\noutput: out\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    command = f"train run.yaml --model m-nf4{keys}"
+    line = chainlora(*command.split()).err.splitlines()[-1].partition("rror: ")[2]
+    row = f"| `chainlora {command}` | {line} |\n"
+    assert row in PAGE.read_text(encoding="utf-8"), f"docs/scale.md must have:\n{row}"
+
+
+@every_kind
+def test_it_is_not_tuned_whole(kind, quantised_folder, sentiment):
+    chain = {"tune": "full", "ranks": [1], "hold": "tied", "steps": [3]}
+    tree = settings(quantised_folder(kind), sentiment, chain=chain)
+    with pytest.raises(ChainLoRAError, match=r"full fine-tuning needs .*which is quantised\);"):
+        train(make_config(tree))
 
 
 # --- what is refused

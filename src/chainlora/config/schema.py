@@ -218,9 +218,10 @@ class RunConfig(Section):
         chain, train = self.chain, self.train
         if self.quantize and (chain.hold == "tied" or chain.tune == "full"):
             got = "tune: full" if chain.tune == "full" else "hold: tied"
+            remedy = "leave chain.tune out, and set" if chain.tune == "full" else "set"
             raise ValueError(
                 f"`quantize: {self.quantize}` weights can be neither trained nor merged into "
-                f"without loss (got {got}); set chain.hold: carried"
+                f"without loss (got {got}); {remedy} chain.hold: carried"
             )
         if chain.ranks and all(getattr(chain, key) is None for key in LENGTHS):
             raise ValueError(

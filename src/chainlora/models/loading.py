@@ -53,7 +53,7 @@ def load_model(
 
     spec: Hub id, local folder, ``.gguf`` file, or ``pip:PACKAGE`` for a GGUF file in an installed
     package. quantize: how its linear layers are quantised while they load (`quantizing`). device:
-    where a quantised model is loaded; another one is on the CPU.
+    where a quantised model is loaded, by `quantize` or by its checkpoint; others are on the CPU.
 
     The tokenizer pads with a token it already has; the vocabulary is left as it is.
 
@@ -64,7 +64,9 @@ def load_model(
     keys: dict[str, Any] = {}
     if quantize is not None:
         _refuse_quantized(config, folder)
-        keys = {"quantization_config": quantization(quantize, dtype), "device_map": {"": device}}
+        keys["quantization_config"] = quantization(quantize, dtype)
+    if quantize is not None or getattr(config, "quantization_config", None) is not None:
+        keys["device_map"] = {"": device}
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -79,9 +81,11 @@ def load_model(
     except (
         Exception
     ) as error:  # a config can break transformers' code anywhere: 0 heads divide by 0
+        is_missing = isinstance(error, ImportError)  # what a quantised checkpoint needs
+        remedy = "install what it names" if is_missing else "correct or download it again"
         raise ModelError(
             f"a model folder must load with transformers (got {type(error).__name__}: "
-            f"{_line(error)} in {folder}); correct or download it again"
+            f"{_line(error)} in {folder}); {remedy}"
         ) from error
     model, report = loaded
     _check_whole(model, report, folder)

@@ -17,6 +17,7 @@ from accelerate import init_empty_weights
 from torch import Tensor
 from transformers import GenerationConfig
 
+from chainlora.errors import ModelError
 from chainlora.models import shards
 from chainlora.models.checkpoint import Checkpoint, Stored
 from chainlora.models.loading import load_model, make_model, open_folder, settle
@@ -32,6 +33,11 @@ def load_shards(
     Raises ModelError as `load_model` does, and where `fully_shard` does not suit the model.
     """
     folder, config, tokenizer = open_folder(spec)
+    if getattr(config, "quantization_config", None) is not None:
+        raise ModelError(
+            f"processes share weights of 16 or 32 bits (got {folder}, whose config.json has a "
+            "quantization_config); leave train.shard out: each process then holds the whole model"
+        )
     with init_empty_weights(include_buffers=False):
         model = make_model(config, spec, dtype=dtype)
     model.tie_weights()

@@ -70,8 +70,27 @@ def is_quantized(module: nn.Module) -> bool:
     """Say whether a layer's weight is not an ordinary tensor of floating-point numbers."""
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor):
-        return False
+        return is_packed(module)
     return _is_special(weight) or not weight.is_floating_point()
+
+
+def is_packed(module: nn.Module) -> bool:
+    """Say whether a module is a linear map that shows no weight, but holds integers.
+
+    GPTQ, AWQ, HQQ and their like keep codes and scales under names of their own.
+    """
+    sizes = [getattr(module, name, None) for name in ("in_features", "out_features")]
+    if not all(isinstance(size, int) for size in sizes):
+        return False
+    if isinstance(getattr(module, "weight", None), Tensor):
+        return False
+    own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+    return any(not tensor.is_floating_point() for tensor in own)
+
+
+def is_quantized_model(model: nn.Module) -> bool:
+    """Say whether a model has quantised layers, wherever they come from."""
+    return any(is_quantized(module) for module in model.modules())
 
 
 def plain_tensor(tensor: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from chainlora import files
-from chainlora.chain.adapters import Factors, save_adapter
+from chainlora.chain.adapters import Factors, prepare_quantized, save_adapter
 from chainlora.chain.chain import Chain
 from chainlora.chain.link import Link
 from chainlora.config.schema import LinkConfig
@@ -26,6 +26,7 @@ from chainlora.data.chat_templates import set_chat_template
 from chainlora.errors import ChainError, ModelError, RunError
 from chainlora.models.identity import base_files
 from chainlora.models.loading import load_model, load_tokenizer, resolve_model
+from chainlora.models.quantizing import is_quantized_model
 from chainlora.runs.cards import Card, Story, is_hub_id, is_licence, story_of, write_card
 from chainlora.runs.compression import adapter_factors
 from chainlora.runs.manifest import CAUSAL, Base, Manifest
@@ -95,12 +96,26 @@ def load_run(
     model, tokenizer = load_model(folder, kind, quantize=quantize)
     if manifest.has_run:
         set_chat_template(tokenizer, reader.config().data)
-    chain = Chain(model, hold="carried" if quantize else "tied", checkpoint=folder)
+    is_quantized = is_quantized_model(model)
+    if is_quantized:
+        _check_kept_apart(manifest, as_trained)
+        prepare_quantized(model)
+    chain = Chain(model, hold="carried" if is_quantized else "tied", checkpoint=folder)
     if manifest.base.files is None:  # of version 0.1
         check_base(manifest, {"fingerprint": chain.base_fingerprint}, reader.path)
     for link in links:
         chain.add(link)
-    return (model if quantize else chain.detach()), tokenizer
+    return (model if is_quantized else chain.detach()), tokenizer
+
+
+def _check_kept_apart(manifest: Manifest, as_trained: bool) -> None:
+    """Raise RunError where links would be merged into a checkpoint that came quantised."""
+    if not as_trained:
+        raise RunError(
+            f"links are merged into weights of 16 or 32 bits (got {manifest.base.model}, whose "
+            "checkpoint is quantised); use --to adapter, which PEFT loads on this base, or merges "
+            "onto the one before quantisation"
+        )
 
 
 def _is_whole_model(reader: RunReader, manifest: Manifest) -> bool:

@@ -60,7 +60,7 @@ def check_optimizer(config: RunConfig, device: torch.device) -> None:
     optimizer = _stepped(train, device)
     if chain.dora or chain.lora_bias or chain.extra_modules or chain.tune == "full":
         _check_vectors(train, device)
-    (state,) = optimizer.state.values()
+    state: dict[str, Any] = next(iter(optimizer.state.values()), {})  # SGD's can be empty
     if train.optimizer_reset == "prune" and not {"exp_avg", "exp_avg_sq"} <= set(state):
         raise ConfigError(
             "`optimizer_reset: prune` keeps AdamW's moments (got train.optimizer: "

@@ -12,7 +12,7 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from chainlora.chain.adapters import check_mergeable, check_targets
+from chainlora.chain.adapters import check_mergeable, check_targets, prepare_quantized
 from chainlora.chain.chain import Chain
 from chainlora.config.schema import RunConfig
 from chainlora.data.splits import Splits, prepare_splits
@@ -21,6 +21,7 @@ from chainlora.errors import ConfigError
 from chainlora.models.identity import base_files
 from chainlora.models.loading import context_length, load_model, resolve_model
 from chainlora.models.loading_shards import load_shards
+from chainlora.models.quantizing import is_quantized_model
 from chainlora.runs.directory import Progress, RunDirectory
 from chainlora.runs.following import FollowedDirectory
 from chainlora.training.budget import fix_lengths
@@ -145,7 +146,9 @@ def _load_model(config: RunConfig, processes: Processes) -> tuple[Any, Any]:
     else:
         model, tokenizer = load_model(config.model, dtype, quantize=config.quantize, device=device)
         model.requires_grad_(False)
-        if config.quantize is None:
+        if is_quantized_model(model):
+            prepare_quantized(model)
+        else:
             model.to(device)
     model.config.use_cache = False
     if config.train.gradient_checkpointing:
@@ -167,7 +170,7 @@ def _new_chain(config: RunConfig, model: Any, folder: Path) -> Chain:
 def _new_engine(config: RunConfig, model: Any) -> Engine:
     """LoRA's dropout draws from one generator, full gradients are as large as the model, and
     quantised layers keep state of their own."""
-    threads = 1 if _needs_one_thread(config) else None
+    threads = 1 if _needs_one_thread(config, model) else None
     return Engine(model, speedups=config.train.speedups, training=True, threads=threads)
 
 
@@ -190,6 +193,11 @@ def check(config: RunConfig, model: nn.Module, splits: Splits) -> None:
             check_targets(model, link)
             if config.chain.hold == "tied":
                 check_mergeable(model, link)
+    elif is_quantized_model(model):
+        raise ConfigError(
+            f"full fine-tuning needs weights of 16 or 32 bits (got {config.model}, which is "
+            "quantised); take the checkpoint before quantisation, or tune: lora and hold: carried"
+        )
     metric, reported = config.train.select_metric, splits.reported
     if metric is not None and metric not in reported:
         raise ConfigError(
@@ -245,8 +253,9 @@ def _check_share(config: RunConfig, processes: Processes) -> None:
         )
 
 
-def _needs_one_thread(config: RunConfig) -> bool:
-    return config.chain.tune == "full" or config.chain.dropout > 0 or config.quantize is not None
+def _needs_one_thread(config: RunConfig, model: nn.Module) -> bool:
+    draws_or_is_large = config.chain.tune == "full" or config.chain.dropout > 0
+    return draws_or_is_large or is_quantized_model(model)
 
 
 def _checkpoint_activations(model: Any) -> None:

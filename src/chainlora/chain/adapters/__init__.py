@@ -3,6 +3,7 @@
 factors.py     one module's share of a link: A and B
 targets.py     which modules a link adapts, and what is refused
 layers.py      a LoRA on a model: put on, read, written, taken off
+quantized.py   a base in few bits: prepared, and read as what it stands for
 peft_model.py  a chain inside PEFT's own model, for loops that know PEFT alone
 files.py       a link on disk, an ordinary PEFT adapter
 """
@@ -15,7 +16,6 @@ from chainlora.chain.adapters.layers import (
     attach,
     base_layer,
     carry,
-    dequantized,
     detach,
     get_extra,
     get_factors,
@@ -31,6 +31,7 @@ from chainlora.chain.adapters.layers import (
     zero,
 )
 from chainlora.chain.adapters.peft_model import put_in, read_settings, redirect, take_off
+from chainlora.chain.adapters.quantized import dequantized, prepare_quantized
 from chainlora.chain.adapters.targets import (
     check_mergeable,
     check_targets,
@@ -56,6 +57,7 @@ __all__ = [
     "is_transposed",
     "live_factors",
     "load_adapter",
+    "prepare_quantized",
     "put_in",
     "read_settings",
     "redirect",

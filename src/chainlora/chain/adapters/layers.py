@@ -27,7 +27,6 @@ from chainlora.chain.adapters.targets import (
 )
 from chainlora.config.schema import LinkConfig
 from chainlora.errors import ModelError
-from chainlora.models.quantizing import is_quantized
 
 LIVE = "default"  # the name that PEFT gives, and that its users and TRL expect
 CARRIED = "carried"
@@ -92,15 +91,6 @@ def _trained(layer: Any, config: LinkConfig) -> Iterator[nn.Parameter]:
 def base_layer(layer: nn.Module) -> Any:
     """Return the frozen layer below a tuner layer, or the layer itself when it is not adapted."""
     return layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
-
-
-def dequantized(layer: nn.Module) -> Tensor:
-    """Return the weight of a linear layer as it computes with it, [out, in] float32 on the CPU."""
-    from peft.utils.integrations import dequantize_module_weight
-
-    weight: Any = dequantize_module_weight(layer) if is_quantized(layer) else layer.weight
-    weight = weight.detach().float().cpu()
-    return weight.T if is_transposed(layer) else weight
 
 
 def attach(model: nn.Module, config: LinkConfig) -> Adapter:
@@ -247,9 +237,9 @@ def touched_parameters(adapter: Adapter) -> Iterator[tuple[str, Tensor]]:
     """Yield (path on the plain model, parameter) of all that a link may change."""
     for name, layer in adapter.layers.items():
         base = layer.get_base_layer()
-        yield f"{name}.weight", base.weight
-        if getattr(base, "bias", None) is not None:
-            yield f"{name}.bias", base.bias
+        for key in ("weight", "bias"):
+            if isinstance(parameter := getattr(base, key, None), Tensor):
+                yield f"{name}.{key}", parameter
     for name, module in adapter.extra.items():
         for key, parameter in module.named_parameters():
             yield f"{name}.{key}", parameter

@@ -20,7 +20,7 @@ from chainlora.config.schema import LinkConfig
 from chainlora.config.time_limit import time_limit
 from chainlora.errors import ModelError
 from chainlora.models.modes import evaluation_mode, kept_random_state
-from chainlora.models.quantizing import is_quantized
+from chainlora.models.quantizing import is_packed, is_quantized
 from chainlora.models.shards import is_shard, local
 
 log = logging.getLogger(__name__)
@@ -70,12 +70,12 @@ def _listed(value: tuple[str, ...] | str | None) -> list[str] | str | None:
 
 
 def target_candidates(model: nn.Module) -> list[str]:
-    """Return the last path parts of all Linear and Conv1D layers, most frequent first, for
+    """Return the last path parts of all layers that can be linked, most frequent first, for
     `target_modules`."""
     counts: dict[str, int] = {}
     head, _ = _tied(model)
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear | Conv1D) and module is not head:
+        if _is_linear(module) and module is not head:
             last = name.rpartition(".")[2]
             counts[last] = counts.get(last, 0) + 1
     return sorted(counts, key=lambda last: (-counts[last], last))
@@ -140,11 +140,17 @@ def _check_names(model: nn.Module, config: LinkConfig, matched: Mapping[str, nn.
 
 def _check_kind(model: nn.Module, name: str, module: nn.Module) -> None:
     """Raise unless a layer is a plain linear map, of states or tokens, that PEFT has a LoRA for."""
-    if not isinstance(module, nn.Linear | Conv1D | nn.Embedding):
+    if not _is_linear(module) and not isinstance(module, nn.Embedding):
         raise ModelError(
             f"only Linear, Conv1D and Embedding layers can be linked (got "
             f"{type(module).__name__} at {name}); candidates: "
             f"{', '.join(target_candidates(model))}"
+        )
+    if is_packed(module) and (reason := _refused(module)):
+        raise ModelError(
+            f"PEFT must have a LoRA for each layer (got {type(module).__name__} at {name}: "
+            f"{reason}); install what PEFT needs for it (GPTQ and AWQ: gptqmodel and optimum), or "
+            "take the checkpoint before quantisation, with quantize: nf4"
         )
     if isinstance(module, nn.Embedding):
         _check_embedding(name, module)
@@ -200,7 +206,7 @@ def _check_settings(config: LinkConfig, name: str, module: Any) -> None:
             f"shorter side (got rank {config.rank} for {shorter} at {name}); lower the rank or use "
             "init: kaiming"
         )
-    if config.lora_bias and module.bias is None:
+    if config.lora_bias and getattr(module, "bias", None) is None:
         raise ModelError(
             f"`lora_bias` needs a bias in the layer it is merged into (got {name} without one); "
             "set lora_bias: false"
@@ -244,15 +250,30 @@ def check_mergeable(model: nn.Module, config: LinkConfig) -> None:
     for name, module in matched_modules(model, config).items():
         if is_quantized(module):
             raise ModelError(
-                f"a quantised layer cannot hold merged links (got {type(module).__name__} of "
-                f"{module.weight.dtype} at {name}); use hold: carried"
+                f"a quantised layer cannot hold merged links (got {type(module).__name__} at "
+                f"{name}); use hold: carried"
             )
 
 
-def _shorter_side(module: nn.Linear | Conv1D) -> int:
-    if isinstance(module, nn.Linear):  # a quantised weight has a shape of its own
-        return min(module.in_features, module.out_features)
-    return min(module.weight.shape)
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear | Conv1D) or is_packed(module)
+
+
+def _refused(module: nn.Module) -> str | None:
+    """Return why PEFT has no LoRA for a layer that shows no weight, None where it has one."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            peft.LoraModel._create_new_module(peft.LoraConfig(), "probe", module, r=1, lora_alpha=1)
+        except (ValueError, TypeError, ImportError) as error:
+            return " ".join(str(error).partition(". ")[0].split())
+    return None
+
+
+def _shorter_side(module: Any) -> int:
+    if isinstance(module, Conv1D | nn.Embedding):
+        return min(module.weight.shape)
+    return min(module.in_features, module.out_features)  # a quantised weight has another shape
 
 
 def named_modules(model: nn.Module, names: tuple[str, ...]) -> list[tuple[str, nn.Module]]:
@@ -294,7 +315,8 @@ def matched_modules(model: nn.Module, config: LinkConfig) -> dict[str, nn.Module
 
     ``all-linear`` is every Linear and Conv1D layer but the head, and but those where a LoRA would
     do nothing or PEFT has none: layers that the model never calls on text (vision towers, weights
-    that are read directly), and names that PEFT takes for stacked experts.
+    that are read directly), and names that PEFT takes for stacked experts. Linear layers that show
+    no weight (GPTQ, AWQ) count among them, which PEFT itself leaves out.
     """
     from peft.tuners.tuners_utils import (
         _maybe_include_all_linear_layers,
@@ -303,7 +325,10 @@ def matched_modules(model: nn.Module, config: LinkConfig) -> dict[str, nn.Module
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        resolved = _maybe_include_all_linear_layers(peft_config(config), model)
+        resolved: Any = _maybe_include_all_linear_layers(peft_config(config), model)
+    takes_all = str(config.target_modules).lower() == "all-linear"
+    if takes_all:
+        resolved.target_modules |= {n for n, module in model.named_modules() if is_packed(module)}
     trained_whole = inside(model, config.extra_modules)
     with time_limit(_PATTERN_SECONDS, lambda: _endless(config)):
         matched = {
@@ -311,7 +336,7 @@ def matched_modules(model: nn.Module, config: LinkConfig) -> dict[str, nn.Module
             for name, module in model.named_modules()
             if name and name not in trained_whole and check_target_module_exists(resolved, name)
         }
-    if str(config.target_modules).lower() != "all-linear":
+    if not takes_all:
         return matched
     left_out = _stacked_experts(model, matched) | _uncalled(model, matched)
     left_out |= {name for name in matched if _incompatible(model, name)}
@@ -489,6 +514,7 @@ def _tied(model: Any) -> tuple[nn.Module | None, nn.Module | None]:
     """Return (head, embedding) when they share one weight, else (None, None)."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
-    if head is None or embedding is None or head.weight is not embedding.weight:
+    weight = getattr(head, "weight", None)
+    if weight is None or embedding is None or weight is not embedding.weight:
         return None, None
     return head, embedding
