@@ -170,7 +170,7 @@ def run(
             "left": left,
         },
         as_json,
-        f"{outcome.num_run} cells run, {outcome.num_done} of {outcome.num_cells} done"
+        f"cells: {outcome.num_run} run, {outcome.num_done} of {outcome.num_cells} done"
         + (f", {left} left: call again" if left else "")
         + f"; results in {outcome.results}\nnext: chainlora experiment report {outcome.out}",
     )
