@@ -103,7 +103,7 @@ def smollm2_folder() -> Path:
     """SmolLM2-135M out of its pip package, which is not imported: that would want packages of its
     own."""
     from chainlora.errors import ModelError
-    from chainlora.models.loading import packaged_model, resolve_model
+    from chainlora.models.finding import packaged_model, resolve_model
 
     pytest.importorskip("gguf")
     try:

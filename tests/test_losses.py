@@ -145,6 +145,27 @@ def test_completion_loss(architecture: str, head: tuple[str, ...]) -> None:
 
 
 @pytest.mark.usefixtures("_chunk")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scale", [1, 2000], ids=["near", "hundreds apart"])
+def test_completion_loss_is_the_cross_entropy_of_the_logits(dtype: torch.dtype, scale: int) -> None:
+    """Where exponentials underflow too, and where a row has several targets."""
+    model = untied("llama", dtype)
+    model.requires_grad_(False)
+    model.lm_head.weight.mul_(scale)
+    hidden, batch = packed(model, PHRASES)
+    assert batch.token_row.unique().numel() < batch.num_scored_tokens
+    hidden = hidden.detach().requires_grad_()
+    logits = F.linear(hidden, model.lm_head.weight).double()[batch.token_row]
+    expected = F.cross_entropy(logits, batch.token_target, reduction="sum")
+    loss, _ = completion_loss(model, hidden, batch)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=1e-6)  # 131 float32 terms
+    mine, plain = (torch.autograd.grad(each, hidden)[0] for each in (loss, expected))
+    # The gradient of the logits is rounded to the dtype, which the plain way does for each target.
+    rounding = 2 * torch.finfo(dtype).eps * plain.abs().max().item()
+    torch.testing.assert_close(mine, plain, rtol=1e-5, atol=max(rounding, 1e-6))
+
+
+@pytest.mark.usefixtures("_chunk")
 @pytest.mark.parametrize("examples", [WORDS, PHRASES, TURNS], ids=["words", "phrases", "turns"])
 def test_a_trained_head_gets_its_gradient(examples: list[Example]) -> None:
     model = untied("llama")

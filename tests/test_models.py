@@ -18,13 +18,9 @@ from tokenizers import models as tokenizer_models
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from chainlora.errors import ModelError
-from chainlora.models.loading import (
-    UNLIMITED_CONTEXT,
-    context_length,
-    load_model,
-    packaged_model,
-    resolve_model,
-)
+from chainlora.models.finding import packaged_model, resolve_model
+from chainlora.models.loading import load_model
+from chainlora.models.text_config import UNLIMITED_CONTEXT, context_length
 
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
 CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<repo_name>"]

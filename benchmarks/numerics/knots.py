@@ -20,7 +20,7 @@ import torch
 
 from chainlora import Chain, Link, LinkConfig, add_link, discard_link, extend_chain, load_model
 from chainlora.chain.adapters import Factors
-from chainlora.models.loading import resolve_model
+from chainlora.models.finding import resolve_model
 from chainlora.runs.directory import versions
 
 

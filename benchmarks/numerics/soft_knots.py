@@ -23,7 +23,7 @@ from torch import Tensor
 
 from chainlora import Chain, LinkConfig, carry_moments, load_model
 from chainlora.chain.adapters import live_factors
-from chainlora.models.loading import resolve_model
+from chainlora.models.finding import resolve_model
 from chainlora.runs.directory import versions
 
 ROOT = Path(__file__).resolve().parents[2]

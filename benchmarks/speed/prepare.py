@@ -17,7 +17,7 @@ import yaml
 
 from chainlora.data.order import epoch_batches
 from chainlora.data.tasks import Row, list_tasks, load_rows, load_split, load_task
-from chainlora.models.loading import resolve_model
+from chainlora.models.finding import resolve_model
 
 SEED = 0
 

@@ -12,7 +12,8 @@ import torch
 from chainlora.data.splits import encode_split
 from chainlora.data.tasks import load_rows, load_task
 from chainlora.evaluation.evaluate import evaluate
-from chainlora.models.loading import context_length, load_model
+from chainlora.models.loading import load_model
+from chainlora.models.text_config import context_length
 
 
 def run(spec: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from typing import Any
 from chainlora.config.loading import make_config
 from chainlora.config.schema import RunConfig
 from chainlora.errors import ModelError
-from chainlora.models.loading import cache_dir
+from chainlora.models.hashing import cache_dir
 from chainlora.reports.run_report import report_runs
 from chainlora.runs.inspection import read_records
 from chainlora.runs.plots import plot_training

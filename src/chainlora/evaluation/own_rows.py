@@ -13,7 +13,7 @@ from chainlora.engine.engine import Speedups
 from chainlora.errors import ConfigError, RunError
 from chainlora.evaluation.scoring import evaluate_task, score_rows
 from chainlora.files import check_writable
-from chainlora.models.loading import context_length
+from chainlora.models.text_config import context_length
 from chainlora.runs.opening import load_run_or_model
 from chainlora.runs.reading import RunReader
 

@@ -15,7 +15,8 @@ from chainlora.engine.engine import Engine, Speedups
 from chainlora.evaluation.evaluate import evaluate, write_predictions
 from chainlora.evaluation.metrics import INDEX_METRICS, majority_rate
 from chainlora.files import check_writable
-from chainlora.models.loading import context_length, load_model
+from chainlora.models.loading import load_model
+from chainlora.models.text_config import context_length
 from chainlora.runs.export import load_run
 from chainlora.runs.reading import RunReader
 

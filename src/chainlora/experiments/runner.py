@@ -26,7 +26,7 @@ from chainlora.experiments.execution.store import Store, results_by_id
 from chainlora.experiments.execution.worker_pool import Workers
 from chainlora.experiments.plan import run_notes
 from chainlora.files import check_writable, make_folder, write_text
-from chainlora.models.loading import resolve_model
+from chainlora.models.finding import resolve_model
 
 
 @dataclass(frozen=True)

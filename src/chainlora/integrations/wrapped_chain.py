@@ -23,7 +23,7 @@ from chainlora.chain.chain import Chain
 from chainlora.chain.link import Link
 from chainlora.config.schema import LinkConfig
 from chainlora.errors import DivergedError, RunError
-from chainlora.models.loading import folder_of
+from chainlora.models.finding import folder_of
 from chainlora.models.modes import kept_random_state
 from chainlora.runs.compression import adapter_factors
 from chainlora.runs.export import write_adapter, write_adapter_card

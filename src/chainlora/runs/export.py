@@ -24,8 +24,9 @@ from chainlora.chain.link import Link
 from chainlora.config.schema import LinkConfig
 from chainlora.data.chat_templates import set_chat_template
 from chainlora.errors import ChainError, ModelError, RunError
+from chainlora.models.finding import resolve_model
 from chainlora.models.identity import base_files
-from chainlora.models.loading import load_model, load_tokenizer, resolve_model
+from chainlora.models.loading import load_model, load_tokenizer
 from chainlora.models.quantizing import is_quantized_model
 from chainlora.runs.cards import Card, Story, is_hub_id, is_licence, story_of, write_card
 from chainlora.runs.compression import adapter_factors

@@ -29,7 +29,7 @@ from chainlora.chain.link import Link
 from chainlora.config.loading import link_config
 from chainlora.config.schema import LinkConfig
 from chainlora.errors import ConfigError, RunError
-from chainlora.models.loading import folder_of
+from chainlora.models.finding import folder_of
 from chainlora.runs.checkpoints import load_tensors
 from chainlora.runs.directory import versions
 from chainlora.runs.links import write_link

