@@ -21,7 +21,7 @@ from chainlora.config.time_limit import time_limit
 from chainlora.errors import ModelError
 from chainlora.models.modes import evaluation_mode, kept_random_state
 from chainlora.models.quantizing import is_packed, is_quantized
-from chainlora.models.shards import is_shard, local
+from chainlora.models.shards import is_shard, local, whole_shape
 
 log = logging.getLogger(__name__)
 
@@ -272,7 +272,7 @@ def _refused(module: nn.Module) -> str | None:
 
 def _shorter_side(module: Any) -> int:
     if isinstance(module, Conv1D | nn.Embedding):
-        return min(module.weight.shape)
+        return min(whole_shape(module.weight))
     return min(module.in_features, module.out_features)  # a quantised weight has another shape
 
 
