@@ -7,6 +7,7 @@ compiles an extension, for about a minute.
 from __future__ import annotations
 
 import json
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,12 @@ from helpers import settings
 from helpers_export import TARGETS
 from helpers_processes import assert_close_links, launch, outcome
 from safetensors.torch import load_file
+from torch import nn
 
-from chainlora import export_adapter, make_config, train
+from chainlora import ChainLoRAError, export_adapter, make_config, train
+from chainlora.models import zero3
 from chainlora.runs.directory import RunDirectory
+from chainlora.training.sharing import check_shards, wants_shards
 
 needs_deepspeed = pytest.mark.skipif(
     find_spec("deepspeed") is None, reason="ZeRO-3 is DeepSpeed's, which is not installed"
@@ -177,3 +181,58 @@ def test_a_killed_process_ends_the_others_with_one_sentence(launched):
     error = outcome(launched, "killed")["error"]
     assert error.startswith("TrainingError: the 2 processes of a run must go on together")
     assert RunDirectory(launched / "killed").verify().position.step in (2, 3)
+
+
+# --- what needs no DeepSpeed ---
+
+
+def config_of(**chain: Any):
+    return make_config(
+        {
+            "model": "m",
+            "data": {"train": "rows.jsonl"},
+            "chain": {"ranks": [4], "steps": [2], "hold": "carried"} | chain,
+            "train": SHARED,
+        }
+    )
+
+
+def test_a_link_that_would_be_tied_is_refused():
+    with pytest.raises(ChainLoRAError, match=r"zero3` cuts flattened weights.*hold: tied.*carried"):
+        check_shards(config_of(hold="tied"))
+
+
+def test_a_missing_package_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    with pytest.raises(ChainLoRAError, match=r"needs the package deepspeed .*chainlora\[deepspeed"):
+        check_shards(config_of())
+
+
+def test_two_ways_to_share_a_model_are_refused(monkeypatch):
+    assert wants_shards(config_of()) == "zero3"
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    with pytest.raises(ChainLoRAError, match=r"in one way \(got train.shard: zero3 and"):
+        wants_shards(config_of())
+
+
+def test_experts_in_a_list_are_refused():
+    model = nn.ModuleDict({"experts": nn.ModuleList([nn.Linear(2, 2)])})
+    with pytest.raises(
+        ChainLoRAError, match=r"call the same modules \(got experts, a list"
+    ):
+        zero3.share(model, None, torch.float32, torch.device("cpu"))
+
+
+def test_a_computation_runs_as_the_forward_of_a_module():
+    """With its hooks around it; a call inside is an ordinary one, and so is the next."""
+    linear, calls = nn.Linear(2, 2), []
+    linear.register_forward_pre_hook(lambda *_: calls.append("before"))
+    linear.register_forward_hook(lambda *_: calls.append("after"))
+    x = torch.ones(1, 2)
+    found = zero3.called(linear, lambda x: linear(x) + len(calls), x)
+    assert calls == ["before", "before", "after", "after"]
+    torch.testing.assert_close(found, linear(x) + 3)
+    with pytest.raises(ZeroDivisionError):
+        zero3.called(linear, lambda x: 1 / 0, x)
+    assert "forward" not in vars(linear)

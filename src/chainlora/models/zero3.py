@@ -7,7 +7,8 @@ served. Ranges are not rows: nothing can be merged into them by one process alon
 
 What is called here is documented: `deepspeed.init_distributed`, `zero.Init`,
 `zero.GatheredParameters`, and `deepspeed.initialize` without an optimizer. Of what it leaves on
-parameters and modules, ``ds_id``, ``ds_shape`` and ``ds_tensor`` are read.
+parameters and modules, ``ds_id``, ``ds_shape`` and ``ds_tensor`` are read. It replaces
+`torch.nn.functional.linear` in the process by one that does not keep a view of a gathered weight.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from torch import Tensor, distributed, nn
 from chainlora.errors import ModelError
 
 Result = TypeVar("Result")
+
+_PREFETCHED = 50_000_000  # numbers that are gathered at once, ahead of need: DeepSpeed's default
 
 
 def is_cut(held: Any) -> bool:
@@ -69,8 +72,16 @@ def share(
     module at a time and sends each to all, so that none holds the whole model. Without `read`, the
     model has its weights already, the same in each process.
 
-    Raises ModelError where DeepSpeed does not take the model.
+    Raises ModelError where DeepSpeed does not take the model, and for experts in a list: each
+    process calls others of them, and a call is an exchange between all.
     """
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and name.endswith("experts"):
+            raise ModelError(
+                "processes that share a model by ZeRO-3 must all call the same modules (got "
+                f"{name}, a list of experts, of which each calls those of its tokens); set "
+                "train.shard: fsdp2"
+            )
     import deepspeed
 
     config = _config(model, dtype)
@@ -94,6 +105,7 @@ def share(
 
 def _config(model: nn.Module, dtype: torch.dtype) -> dict[str, Any]:
     """Return DeepSpeed's config: a process holds its ranges, vectors, and what runs or is next."""
+    sizes = [p.numel() for p in model.parameters()]
     vectors = max((p.numel() for p in model.parameters() if p.dim() < 2), default=0)
     return {
         "train_micro_batch_size_per_gpu": 1,  # must be given; its own loaders alone read it
@@ -102,6 +114,8 @@ def _config(model: nn.Module, dtype: torch.dtype) -> dict[str, Any]:
             "stage": 3,
             "stage3_param_persistence_threshold": vectors,
             "stage3_max_reuse_distance": 0,
+            "stage3_max_live_parameters": 2 * max(sizes),
+            "stage3_prefetch_bucket_size": min(max(sizes), _PREFETCHED),
         },
     }
 
