@@ -218,9 +218,7 @@ def test_two_ways_to_share_a_model_are_refused(monkeypatch):
 
 def test_experts_in_a_list_are_refused():
     model = nn.ModuleDict({"experts": nn.ModuleList([nn.Linear(2, 2)])})
-    with pytest.raises(
-        ChainLoRAError, match=r"call the same modules \(got experts, a list"
-    ):
+    with pytest.raises(ChainLoRAError, match=r"call the same modules \(got experts, a list"):
         zero3.share(model, None, torch.float32, torch.device("cpu"))
 
 
