@@ -91,7 +91,7 @@ def launched(bases, answers, sentiment, tmp_path_factory) -> Path:
         told = str(folder / f"load-{name}.json")
         two += [{"load": str(bases[name]), "dtype": dtype, "outcome": told} | SHARED]
     two += [job("llama", "killed", kill=[1, 3])]
-    done = launch(2, folder, two, DS_ACCELERATOR="cpu")
+    done = launch(2, folder, two)
     assert (folder / "killed.json.0").is_file(), done.stderr[-3000:]  # all before it were done
     (folder / "stderr").write_text(done.stderr)
     train(make_config(tree_of("uneven", folder / "uneven-stopped")), resume=True)
