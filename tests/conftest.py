@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -180,8 +181,6 @@ def make_tiny_folder(folder: Path, **overrides: int) -> Path:
 
 
 def write_rows(path: Path, rows: list[dict]) -> Path:
-    import json
-
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
@@ -260,6 +259,29 @@ def finished(tiny_folder, sentiment, tmp_path_factory) -> Path:
     )
     assert command(["train", str(folder / "config.yaml")]) == 0
     return folder / "run"
+
+
+@pytest.fixture(scope="session")
+def answers(sentiment, tmp_path_factory) -> Path:
+    """The rows of `sentiment`, to be answered by generated text."""
+    folder = tmp_path_factory.mktemp("answers")
+    for split in ("train", "validation"):
+        rows = map(json.loads, (sentiment / f"{split}.jsonl").read_text().splitlines())
+        told = [{"text": row["text"], "answer": ["bad", "good"][row["label"]]} for row in rows]
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in told))
+    task = {
+        "name": "answers",
+        "description": "Good or bad?",
+        "prompt": "{{ text }} it was",
+        "completion": " {{ answer }}",
+        "references": "answer",
+        "add_eos": True,
+        "max_new_tokens": 5,
+        "metric": "em",
+        "loss": "completion",
+    }
+    (folder / "task.yaml").write_text(yaml.safe_dump(task))
+    return folder
 
 
 @pytest.fixture(scope="session")

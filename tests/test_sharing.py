@@ -38,29 +38,6 @@ BY_ACCELERATE = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 
 
 @pytest.fixture(scope="module")
-def answers(sentiment, tmp_path_factory) -> Path:
-    """The rows of `sentiment`, to be answered by generated text."""
-    folder = tmp_path_factory.mktemp("answers")
-    for split in ("train", "validation"):
-        rows = map(json.loads, (sentiment / f"{split}.jsonl").read_text().splitlines())
-        told = [{"text": row["text"], "answer": ["bad", "good"][row["label"]]} for row in rows]
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in told))
-    task = {
-        "name": "answers",
-        "description": "Good or bad?",
-        "prompt": "{{ text }} it was",
-        "completion": " {{ answer }}",
-        "references": "answer",
-        "add_eos": True,
-        "max_new_tokens": 5,
-        "metric": "em",
-        "loss": "completion",
-    }
-    (folder / "task.yaml").write_text(yaml.safe_dump(task))
-    return folder
-
-
-@pytest.fixture(scope="module")
 def launched(folders, answers, sentiment, tmp_path_factory) -> Path:
     """Every job in one process and in two; a run of four stopped, and resumed by two and by one."""
     folder = tmp_path_factory.mktemp("sharing")

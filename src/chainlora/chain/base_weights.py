@@ -109,13 +109,13 @@ def fingerprints(model: nn.Module) -> Fingerprint:
     and buffer that is saved; needs no full pass over a large model.
     """
     digest, parts = hashlib.sha256(), {}
-    for name, tensor in sorted(model.state_dict().items()):
-        flat = plain_tensor(tensor.detach()).reshape(-1)
+    for name, tensor in sorted(shards.saved_tensors(model).items()):
+        flat = plain_tensor(tensor).detach().reshape(-1)
         step = max(1, flat.numel() // _SAMPLES)
         sample = flat[::step].to("cpu")
         if sample.is_floating_point():
             sample = sample.to(torch.bfloat16)
-        title = f"{name}{tuple(tensor.shape)}".encode()
+        title = f"{name}{shards.whole_shape(tensor)}".encode()
         data = sample.contiguous().view(torch.uint8).numpy().tobytes()
         digest.update(title)
         digest.update(data)

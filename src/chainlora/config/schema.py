@@ -155,8 +155,9 @@ class TrainConfig(Section):
     )
     gradient_checkpointing: bool = False
     speedups: Literal["auto", "off"] = "auto"
-    shard: Literal["fsdp2"] | None = Field(
-        None, description="fsdp2: the processes of a run share the model; None: each holds all"
+    shard: Literal["fsdp2", "zero3"] | None = Field(
+        None,
+        description="fsdp2, zero3: the processes of a run share the model; None: each holds all",
     )
     trackers: tuple[str, ...] = ()
 

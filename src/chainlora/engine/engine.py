@@ -42,7 +42,7 @@ from chainlora.engine.score_batches import evaluation_batches, pack_size
 from chainlora.engine.threads import MOST_THREADS, Threads, split, why_one_thread
 from chainlora.errors import ModelError
 from chainlora.models.modes import evaluation_mode
-from chainlora.models.shards import head_gatherer, inside, is_sharded
+from chainlora.models.shards import at_head, by_module, in_forward, is_sharded
 from chainlora.models.text_config import base_model
 
 log = logging.getLogger(__name__)
@@ -85,7 +85,8 @@ class Engine:
         device: torch.device | str | None = None,
     ) -> None:
         self.model = model if device is None else model.to(device)
-        self.speedups = speedups
+        # what is fast reads weights of other modules than the one that is called
+        self.speedups = "off" if by_module(model) else speedups
         self.notes: list[str] = []
         self.spread: Callable[..., list[Any]] = compute_all  # set where processes share rows
         self.most: Callable[[int], int] = int  # set where they share the model
@@ -97,14 +98,15 @@ class Engine:
             for parameter in self._frozen:
                 parameter.requires_grad_(False)
             base_model(model)  # refuses what is not a causal language model
-            packing = speedups == "auto"
+            packing = self.speedups == "auto"
             watch = layers_to_probe(model) if packing else []
             self._findings = examine(model, training=training, packing=packing, watch=watch)
             logit_transform(model)  # refuses a model with other logits; found once, not in a thread
             self.path = self._choose_path()
             self._install(training)
             if self._is_sharded:
-                self.notes.append("weights: shared by processes, whole one layer at a time")
+                unit = "module" if by_module(model) else "layer"
+                self.notes.append(f"weights: shared by processes, whole one {unit} at a time")
             self._choose_threads(threads)
             self._findings.calls.clear()
         except BaseException:
@@ -153,11 +155,14 @@ class Engine:
 
     def _at_head(self, compute: Callable[..., Result], batch: PackedBatch) -> Result:
         """Return ``compute(model, hidden, batch)``, which may use the head's weights."""
-        hidden = self.hidden(batch)
         if not self._is_sharded:
-            return compute(self.model, hidden, batch)
-        head = head_gatherer(self.model)
-        return inside(head, lambda hidden: compute(self.model, hidden, batch), hidden)
+            return compute(self.model, self.hidden(batch), batch)
+
+        def forward() -> Result:
+            hidden = self.hidden(batch)
+            return at_head(self.model, lambda hidden: compute(self.model, hidden, batch), hidden)
+
+        return in_forward(self.model, forward)
 
     def add_gradients(
         self,

@@ -30,7 +30,7 @@ from chainlora.engine.bf16_matmul import linear, product, widened
 from chainlora.engine.packing import PackedBatch
 from chainlora.engine.probes import probing
 from chainlora.errors import DataError, ModelError
-from chainlora.models.shards import is_sharded, plain_type
+from chainlora.models.shards import num_hooks, plain_type, whole_shape
 from chainlora.models.text_config import base_model, causal_model, text_config
 
 # Logits held at once: 16 MB in float32. Large enough for matmul, and below the 32 MB from where
@@ -241,15 +241,15 @@ def _output_embedding(model: Any) -> nn.Module:
 def _vocabulary(model: nn.Module) -> int:
     weight = getattr(_head(model), "weight", None)
     if isinstance(weight, Tensor):
-        return weight.shape[0]
+        return whole_shape(weight)[0]
     return int(text_config(model).vocab_size)
 
 
 def _is_plain(head: nn.Module) -> bool:
     """Say whether the head is exactly ``x @ W.T + b``: no subclass, no adapter, no hook but those
     that gather its weight, which is whole here."""
-    num_hooks = len(head._forward_hooks) + len(head._forward_pre_hooks)
-    return plain_type(head) is nn.Linear and num_hooks == (2 if is_sharded(head) else 0)
+    found = len(head._forward_hooks) + len(head._forward_pre_hooks)
+    return plain_type(head) is nn.Linear and found == num_hooks(head)
 
 
 def _mean_by_sequence(logprobs: Tensor, batch: PackedBatch) -> Tensor:

@@ -27,6 +27,7 @@ from chainlora.engine.packing import PackedBatch, pack
 from chainlora.engine.patching import Patches
 from chainlora.errors import ModelError
 from chainlora.models.modes import evaluation_mode, kept_random_state, training_mode
+from chainlora.models.shards import by_module
 from chainlora.models.text_config import base_model, compute_dtype, context_length, text_config
 
 # Of the norm of a hidden state. Packed and padded rows sum the same numbers in another order: some
@@ -208,7 +209,7 @@ def _why_not_packed(
 
 def _computing_wide(model: nn.Module) -> Any:
     two_bytes = compute_dtype(model) in (torch.bfloat16, torch.float16)
-    return computing_in_float32(model) if two_bytes else nullcontext()
+    return computing_in_float32(model) if two_bytes and not by_module(model) else nullcontext()
 
 
 def _at_far_positions(model: nn.Module, batch: PackedBatch) -> Tensor:

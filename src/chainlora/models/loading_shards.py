@@ -4,13 +4,15 @@ The model is made without weights, its parameters are cut into parts, and each p
 rows by memory map. So none ever holds the whole model, and between them they read it once. Where
 the tensors of a checkpoint are not the model's parameters one by one (stacked experts, weights
 that transformers converts), each process loads the whole model first and then cuts it.
+
+By ZeRO-3 (`models.zero3`) the first process reads each weight and sends it to the others.
 """
 
 from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import init_empty_weights
@@ -18,7 +20,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from chainlora.errors import ModelError
-from chainlora.models import shards
+from chainlora.models import shards, zero3
 from chainlora.models.checkpoint import Checkpoint, Stored
 from chainlora.models.loading import load_model, make_model, open_folder, settle
 
@@ -26,11 +28,15 @@ log = logging.getLogger(__name__)
 
 
 def load_shards(
-    spec: str | Path, dtype: torch.dtype, count: int, device: torch.device
+    spec: str | Path,
+    dtype: torch.dtype,
+    count: int,
+    device: torch.device,
+    kind: Literal["fsdp2", "zero3"] = "fsdp2",
 ) -> tuple[Any, Any]:
     """Return ``(model, tokenizer)`` as `load_model` does, frozen, cut into `count` parts.
 
-    Raises ModelError as `load_model` does, and where `fully_shard` does not suit the model.
+    Raises ModelError as `load_model` does, and where what cuts it does not suit the model.
     """
     folder, config, tokenizer = open_folder(spec)
     if getattr(config, "quantization_config", None) is not None:
@@ -45,17 +51,21 @@ def load_shards(
     if reason is not None:
         log.warning("each process loads all of %s before it keeps its share: %s", folder, reason)
         model, tokenizer = load_model(spec, dtype)
-        model.requires_grad_(False)
-        shards.shard(model, count, device)
-        model.to(device)
     else:
-        model.requires_grad_(False)
-        shards.shard(model, count, device)
-        _materialise(model, device)
-        _fill(model, stored)
         if (folder / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(folder)
         settle(model, tokenizer, folder)
+    model.requires_grad_(False)
+    if kind == "zero3":
+        read = (lambda name: stored[name].read()) if reason is None else None
+        zero3.share(model, read, dtype, device)
+        return model.eval(), tokenizer
+    shards.shard(model, count, device)
+    if reason is not None:
+        model.to(device)
+    else:
+        _materialise(model, device)
+        _fill(model, stored)
     shards.start(model)
     return model.eval(), tokenizer
 

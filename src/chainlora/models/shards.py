@@ -7,6 +7,9 @@ forwards in the same order.
 
 Whoever reads or writes weights between forwards asks here: `local` (the rows at hand), `rows`
 (which ones they are), `gathered` (all of them, from all processes).
+
+A model can be shared by DeepSpeed's ZeRO-3 as well (`models.zero3`), which cuts weights elsewhere
+than between rows. The same functions answer for it, but for `rows`.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from chainlora.errors import ModelError
+from chainlora.models import zero3
 from chainlora.models.checkpoint import ALL
 from chainlora.models.text_config import base_model
 
@@ -32,16 +36,26 @@ _INSIDE = "_chainlora_inside"  # name of the method that `inside` calls
 
 def is_shard(tensor: Tensor) -> bool:
     """Say whether a tensor is held in parts, one in each process."""
-    return hasattr(tensor, "full_tensor")
+    return hasattr(tensor, "full_tensor") or zero3.is_cut(tensor)
 
 
 def local(tensor: Any) -> Tensor:
-    """Return the rows that this process holds, in place: writing them writes the weight."""
+    """Return the rows that this process holds, in place: writing them writes the weight.
+
+    Of ZeRO-3, what it holds is a range of the flattened weight.
+    """
+    if zero3.is_cut(tensor):
+        return tensor.ds_tensor.detach()
     return tensor.detach().to_local() if is_shard(tensor) else tensor
 
 
 def rows(tensor: Any) -> slice:
     """Return which rows `local` holds: all of them where the tensor is whole."""
+    if zero3.is_cut(tensor):
+        raise ModelError(
+            "links can be merged into rows of a weight alone (got ranges of the flattened weight, "
+            "by ZeRO-3); use hold: carried, or train.shard: fsdp2"
+        )
     if not is_shard(tensor):
         return ALL
     mesh, total = tensor.device_mesh, int(tensor.shape[0])
@@ -52,7 +66,20 @@ def rows(tensor: Any) -> slice:
 
 def gathered(tensor: Any) -> Tensor:
     """Return the whole tensor. All processes must ask for the same one."""
+    if zero3.is_cut(tensor):
+        return zero3.gathered(tensor)
     return tensor.full_tensor() if is_shard(tensor) else tensor
+
+
+def whole_shape(tensor: Any) -> tuple[int, ...]:
+    """Return the shape of a tensor, of which this process may hold a part."""
+    return tuple(tensor.ds_shape if zero3.is_cut(tensor) else tensor.shape)
+
+
+def saved_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return the tensors of a model's state dict, of which this process may hold parts."""
+    found: dict[str, Tensor] = model.state_dict(keep_vars=by_module(model))
+    return found
 
 
 # --- modules ---
@@ -60,12 +87,30 @@ def gathered(tensor: Any) -> Tensor:
 
 def is_sharded(module: nn.Module) -> bool:
     """Say whether a module gathers its weights when it runs, and frees them afterwards."""
-    return hasattr(module, "_get_fsdp_state")
+    return hasattr(module, "_get_fsdp_state") or by_module(module)
+
+
+def by_module(module: nn.Module) -> bool:
+    """Say whether each module gathers its own weights when it is called, and no others: ZeRO-3."""
+    return zero3.is_cut(module)
+
+
+def num_hooks(module: nn.Module) -> int:
+    """Return how many hooks of a module's forward gather and free its weights."""
+    return 0 if not is_sharded(module) else 4 if by_module(module) else 2
 
 
 def plain_type(module: nn.Module) -> type:
     """Return the class of a module as it was before `shard`."""
-    return type(module).__mro__[2] if is_sharded(module) else type(module)
+    return type(module).__mro__[2] if hasattr(module, "_get_fsdp_state") else type(module)
+
+
+def in_forward(model: nn.Module, compute: Callable[[], Result]) -> Result:
+    """Return what `compute` returns, which calls parts of the model: one forward of it.
+
+    ZeRO-3 counts forwards of the model, to know in which order weights will be needed.
+    """
+    return zero3.called(model, compute) if by_module(model) else compute()
 
 
 def inside(module: nn.Module, compute: Callable[..., Result], *inputs: Tensor) -> Result:
@@ -74,6 +119,8 @@ def inside(module: nn.Module, compute: Callable[..., Result], *inputs: Tensor) -
     As in a forward of the module, they are whole again in the backward of the result. `module` is
     a sharded model or its head.
     """
+    if by_module(module):
+        return zero3.called(module, compute, *inputs)
     found: Result = getattr(module, _INSIDE)(compute, *inputs)
     return found
 
@@ -123,9 +170,12 @@ def start(model: Any) -> None:
         raise _unsuited(model, error) from error
 
 
-def head_gatherer(model: nn.Module) -> nn.Module:
-    """Return the module inside which the weights of the head are whole."""
-    return _own_head(model) or model
+def at_head(model: Any, compute: Callable[..., Result], *inputs: Tensor) -> Result:
+    """Return ``compute(*inputs)``, computed while the weights of the head are whole."""
+    if by_module(model):
+        head = model.get_output_embeddings()  # another kind than a linear layer is called
+        return inside(head, compute, *inputs) if is_sharded(head) else compute(*inputs)
+    return inside(_own_head(model) or model, compute, *inputs)
 
 
 def _call(compute: Callable[..., Result], *inputs: Tensor) -> Result:

@@ -44,7 +44,7 @@ def prepare(
     config: RunConfig, resume: bool, listener: Listener, change: Collection[str] = ()
 ) -> Run:
     """Load and check everything a run needs, claim its directory, find where to resume."""
-    share_model = wants_shards(config)
+    share_model = wants_shards(config) is not None
     accelerator = make_accelerator(config)
     processes = find_processes(accelerator, share_model=share_model)
     directory = _directory(config, processes)
@@ -144,7 +144,8 @@ def _load_model(config: RunConfig, processes: Processes) -> tuple[Any, Any]:
     """Return the model, frozen, and its tokenizer. Links train their own factors."""
     dtype, device = getattr(torch, config.train.dtype), processes.device
     if processes.shares_model:
-        model, tokenizer = load_shards(config.model, dtype, processes.count, device)
+        kind = wants_shards(config) or "fsdp2"
+        model, tokenizer = load_shards(config.model, dtype, processes.count, device, kind)
     else:
         model, tokenizer = load_model(config.model, dtype, quantize=config.quantize, device=device)
         model.requires_grad_(False)

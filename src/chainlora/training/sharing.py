@@ -1,4 +1,4 @@
-"""Whether the processes of a run share the model (FSDP2), and what such a run cannot do.
+"""Whether the processes of a run share the model (FSDP2 or ZeRO-3), and what such a run cannot do.
 
 The links are whole in each process, as in any run of several processes, and so are optimizer,
 checkpoints and the run directory.
@@ -7,20 +7,22 @@ checkpoints and the run directory.
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
+from typing import Literal
 
 from chainlora.config.schema import RunConfig
 from chainlora.errors import ConfigError
 
 
-def wants_shards(config: RunConfig) -> bool:
-    """Say whether processes are to share the model: by `train.shard` or by `accelerate launch`.
+def wants_shards(config: RunConfig) -> Literal["fsdp2", "zero3"] | None:
+    """Return how processes are to share the model, by `train.shard` or by `accelerate launch`.
 
     Raises ConfigError where Accelerate is set to FSDP1 or DeepSpeed.
     """
     if _is_set("ACCELERATE_USE_DEEPSPEED"):
         raise ConfigError(
-            "processes share a model by FSDP2 (got an Accelerate config with DeepSpeed); launch "
-            "without it, and set train.shard: fsdp2"
+            "processes share a model by `train.shard` (got an Accelerate config with DeepSpeed); "
+            "launch with torchrun, and set train.shard: zero3, or fsdp2"
         )
     by_accelerate = _is_set("ACCELERATE_USE_FSDP")
     version = os.environ.get("FSDP_VERSION", "1")
@@ -29,7 +31,12 @@ def wants_shards(config: RunConfig) -> bool:
             f"FSDP must be FSDP2 (got an Accelerate config with fsdp_version: {version}); set "
             "fsdp_version: 2, or launch with torchrun and set train.shard: fsdp2"
         )
-    return by_accelerate or config.train.shard == "fsdp2"
+    if by_accelerate and config.train.shard == "zero3":
+        raise ConfigError(
+            "processes share a model in one way (got train.shard: zero3 and an Accelerate config "
+            "with FSDP2); leave one of them out"
+        )
+    return "fsdp2" if by_accelerate else config.train.shard
 
 
 def _is_set(variable: str) -> bool:
@@ -55,4 +62,19 @@ def check_shards(config: RunConfig) -> None:
         raise ConfigError(
             "soft knots on a shared model need hold: carried (got hold: tied, whose exact weights "
             "no single process can save); set chain.hold: carried"
+        )
+    if wants_shards(config) == "zero3":
+        _check_zero3(config)
+
+
+def _check_zero3(config: RunConfig) -> None:
+    if config.chain.hold == "tied":
+        raise ConfigError(
+            "`train.shard: zero3` cuts flattened weights, not rows that a process could merge into "
+            "(got hold: tied); set chain.hold: carried, or train.shard: fsdp2"
+        )
+    if find_spec("deepspeed") is None:
+        raise ConfigError(
+            "`train.shard: zero3` needs the package deepspeed (got: it is not installed); pip "
+            "install 'chainlora[deepspeed]'"
         )

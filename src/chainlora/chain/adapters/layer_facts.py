@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from chainlora.models.modes import evaluation_mode, kept_random_state
 from chainlora.models.quantizing import is_packed, is_quantized
-from chainlora.models.shards import local
+from chainlora.models.shards import local, whole_shape
 
 _CALLED: WeakKeyDictionary[nn.Module, frozenset[str]] = WeakKeyDictionary()
 
@@ -29,7 +29,7 @@ def is_linear(module: nn.Module) -> bool:
 def shorter_side(module: Any) -> int:
     """Return the smaller of the two sizes of a layer's weight: the highest rank it can have."""
     if isinstance(module, Conv1D | nn.Embedding):
-        return min(module.weight.shape)
+        return min(whole_shape(module.weight))
     return min(module.in_features, module.out_features)  # a quantised weight has another shape
 
 
