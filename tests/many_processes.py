@@ -25,6 +25,7 @@ from chainlora.models.loading import load_model
 from chainlora.models.loading_shards import load_shards
 from chainlora.models.shards import gathered, local
 from chainlora.training.loop import train
+from chainlora.training.processes import leave_processes
 
 RANK = int(os.environ["RANK"])
 
@@ -105,6 +106,7 @@ def main() -> None:
         outcome = load(job) if "load" in job else run(job)
         if RANK == 0 or "kill" in job or "load" in job:
             Path(f"{job['outcome']}.{RANK}").write_text(json.dumps(outcome, default=str))
+    leave_processes()
 
 
 if __name__ == "__main__":

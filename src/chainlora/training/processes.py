@@ -256,6 +256,16 @@ def find_processes(
     )
 
 
+def leave_processes() -> None:
+    """End the exchange with the other processes, if there is one, before this process ends.
+
+    What runs it in the background would otherwise be torn down while it works, which can abort the
+    process.
+    """
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
 def num_launched() -> int:
     """Return how many processes a launcher says it has started."""
     count = os.environ.get("WORLD_SIZE", "1")
