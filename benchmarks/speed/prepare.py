@@ -173,10 +173,10 @@ def _chat_files(data: str | None, num_rows: int, batch_size: int, folder: Path) 
 
 
 def _raw_task(name: str) -> dict[str, Any]:
-    import chainlora.tasks
+    import chainlora.data.tasks
 
     return yaml.safe_load(
-        (Path(chainlora.tasks.__file__).parent / f"{name}.yaml").read_text(encoding="utf-8")
+        (Path(chainlora.data.tasks.__file__).parent / f"{name}.yaml").read_text(encoding="utf-8")
     )
 
 

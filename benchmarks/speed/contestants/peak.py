@@ -18,7 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from chainlora.data.splits import prepare_splits
 from chainlora.experiments.execution.flops import head_flops, training_flops
-from chainlora.experiments.execution.measure import shapes_of
+from chainlora.experiments.execution.shapes import shapes_of
 from chainlora.models.loading import load_model
 from chainlora.models.text_config import context_length
 from chainlora.training.loop import train
