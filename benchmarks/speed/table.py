@@ -75,6 +75,8 @@ def _contests(lines: list[Line]) -> list[str]:
         mine = [line for line in lines if line["benchmark"] == name]
         mine = [line for line in mine if _alike(line, mine)]
         ours = [line for line in mine if line["ours"]]
+        if not ours:  # the code changed between the entries
+            continue
         for label in dict.fromkeys(line["entry"] for line in mine if not line["ours"]):
             rows.append(_row(name, ours, [line for line in mine if line["entry"] == label]))
         if len({line["entry"] for line in mine}) == 1:
