@@ -236,7 +236,7 @@ CONTESTS: tuple[Contest, ...] = (
     *_peak("sst2", 96),
     _long(1024, 4),
     _long(4096, 3),
-    _long(8000, 2),
+    _long(7600, 2),
     *_language("chat", 32, _LANGUAGE),
     *_trainer("multirc", 32),
     *_trainer("rte", 48, name="rte-all-linear", targets=ALL_LINEAR),
