@@ -21,6 +21,7 @@ from transformers import AutoTokenizer
 
 from chainlora import ChainCallback
 from chainlora.errors import ChainLoRAError
+from chainlora.training.processes import leave_processes
 
 RANK = os.environ.get("RANK", "0")
 
@@ -60,6 +61,7 @@ def main() -> None:
     torch.set_num_threads(1)
     for job in json.loads(Path(sys.argv[1]).read_text()):
         Path(f"{job['output']}.json.{RANK}").write_text(json.dumps(run(job)))
+    leave_processes()
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from chainlora.models.checkpoint import Stored
 from chainlora.models.loading import load_model
 from chainlora.models.loading_shards import load_shards
 from chainlora.training.loop import train
+from chainlora.training.processes import leave_processes
 
 RANK = int(os.environ["RANK"])
 # what FSDP2 calls: by another name since torch 2.13
@@ -189,6 +190,7 @@ def main() -> None:
     for job in json.loads(Path(sys.argv[1]).read_text()):
         told = hold(job) if "hold" in job else run(job)
         Path(f"{job['outcome']}.{RANK}").write_text(json.dumps(told))
+    leave_processes()
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 
@@ -14,6 +15,10 @@ def main() -> None:
     except KeyboardInterrupt:
         print("chainlora: interrupted", file=sys.stderr)
         status = 130
+    if os.environ.get("WORLD_SIZE", "1") != "1":  # one of several, as a launcher says
+        from chainlora.training.processes import leave_processes
+
+        leave_processes(status)
     sys.exit(status)
 
 

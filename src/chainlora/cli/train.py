@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import os
 import signal
 from contextlib import nullcontext, suppress
@@ -56,10 +55,8 @@ def train(arguments: tuple[str, ...], resume: bool, as_json: bool) -> None:
     quiet()
     from chainlora.runs.inspection import read_records
     from chainlora.runs.plots import plot_training
-    from chainlora.training.processes import leave_processes
 
     result = _train(settings, resume, [key for key, _ in overrides])
-    atexit.register(leave_processes)
     if not is_first_process():
         return
     output = Path(settings.output)

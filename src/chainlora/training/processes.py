@@ -18,6 +18,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -256,14 +257,20 @@ def find_processes(
     )
 
 
-def leave_processes() -> None:
-    """End the exchange with the other processes, if there is one, before this process ends.
+def leave_processes(status: int = 0) -> None:
+    """End this process with `status` if it is one of several; do nothing if it is the only one.
 
-    What runs it in the background would otherwise be torn down while it works, which can abort the
-    process.
+    Threads of Gloo may still let go of what they exchanged, and while the interpreter is torn down
+    that aborts the process, after all its work (docs/decisions/0028). `destroy_process_group` does
+    not end them, since meshes keep the group. So there is no teardown.
     """
-    if distributed.is_initialized():
+    if not distributed.is_initialized():
+        return
+    if status == 0:  # else others may be gone, and it would wait for them
         distributed.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def num_launched() -> int:
