@@ -142,7 +142,7 @@ def test_soft_knots_in_python_md_run(tiny_folder):
     link = names["link"]
     assert link.num_steps == 12
     assert link.config.rank == 1 <= link.rank
-    assert 0 < link.error <= 1e-3
+    assert 0 < link.error <= 3e-3
 
 
 def test_the_listener_in_python_md_runs(tiny_folder, sentiment, capsys):

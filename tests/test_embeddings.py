@@ -77,7 +77,7 @@ def test_a_chain_with_an_embedding(untied, tmp_path, hold, share):
         live = logits(chain.model)
         assert (live - before).abs().max() > 0.1
         chain.tie()
-        # a link with soft knots is stored to a relative error of 1e-3
+        # a link with soft knots is stored to a relative error of 3e-3
         atol = 2e-2 if share else ROUNDING
         torch.testing.assert_close(logits(chain.model), live, atol=atol, rtol=0)
     link = chain.links[-1].factors["model.embed_tokens"]

@@ -147,7 +147,7 @@ def test_soft_knots_are_those_of_our_loop(tiny_folder, tokenizer, tmp_path, sche
     trainer = run(tiny_folder, tokenizer, tmp_path, callback, lr_scheduler_type=schedule)
     (link,) = chain_of(trainer).links
     assert link.num_steps == 11
-    assert 0 < link.error <= 1e-3
+    assert 0 < link.error <= 3e-3
 
     from chainlora import Chain, LinkConfig, carry_moments
 

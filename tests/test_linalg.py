@@ -12,6 +12,7 @@ from torch import Tensor
 
 from chainlora.chain.low_rank import (
     compress_low_rank,
+    compress_together,
     delta_weight,
     effective_rank,
     frobenius_norm,
@@ -122,6 +123,32 @@ def test_narrow_factors_come_back_in_float32():
         [(torch.randn(2, 5).bfloat16(), torch.randn(4, 2).bfloat16(), 1.0)], rank=1
     )
     assert a.dtype == b.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("size", "is_narrow"), [(1.0, True), (1e-5, True), (1e-12, False), (1e12, False)]
+)
+@pytest.mark.parametrize("tolerance", [3e-3, 1e-2])
+def test_matrices_compressed_together_keep_the_tolerance(size, is_narrow, tolerance):
+    """In values of float16, but for sums whose factors are too large or too small for it."""
+    generator = torch.Generator().manual_seed(0)
+    falling = 0.6 ** torch.arange(40)  # each component 0.6 of the one before, as soft knots give
+    matrices = {}
+    for name, (num_out, num_in) in {"q": (64, 64), "down": (64, 160)}.items():
+        left = torch.linalg.qr(torch.randn(num_out, 40, generator=generator)).Q
+        right = torch.linalg.qr(torch.randn(num_in, 40, generator=generator)).Q
+        matrices[name] = size * (left * falling) @ right.T
+    pairs, error = compress_together(matrices.__getitem__, list(matrices), tolerance)
+    wrong = [(b.double() @ a.double() - matrices[name]).norm() for name, (a, b) in pairs.items()]
+    whole = torch.stack([matrix.double().norm() for matrix in matrices.values()]).norm()
+    # singular values in float32, whose rounding is 6e-8 of the largest: 1e-5 of 3e-3, squared
+    assert float(torch.stack(wrong).norm() / whole) == pytest.approx(error, rel=1e-3)
+    assert 0 < error <= tolerance
+    (rank,) = {a.shape[0] for a, _ in pairs.values()}
+    assert 0.6**rank <= tolerance < 0.6 ** (rank - 2)  # at most one more than it must be
+    for factor in (factor for pair in pairs.values() for factor in pair):
+        assert factor.dtype == torch.float32
+        assert torch.equal(factor.half().float(), factor) == is_narrow
 
 
 @pytest.mark.parametrize(

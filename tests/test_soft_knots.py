@@ -5,11 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import ARCHITECTURES, tiny_model
+from safetensors.torch import load_file
 from test_laws import LOGITS, TARGETS, config, logits, loss_of, on_everything, weights
 
 from chainlora import Chain, ChainLoRAError
-from chainlora.chain.adapters import LIVE
+from chainlora.chain.adapters import LIVE, load_adapter
 from chainlora.chain.soft_knot import balance, time_constant
+from chainlora.runs.links import write_link
 from chainlora.training.optimizers import carry_moments
 
 
@@ -139,6 +141,24 @@ def test_the_weight_is_one_cast_of_the_exact_sum_after_400_soft_knots(architectu
             assert error <= 3 * 20 * one_cast
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_link_with_soft_knots_is_written_in_two_bytes_a_number_and_read_as_it_was(
+    architecture, tmp_path
+):
+    chain, adapter, optimizer = tuned(architecture)
+    for _ in range(6):
+        carry_moments(optimizer, adapter, chain.tie_share(0.2))
+        step(chain, optimizer)
+    link = chain.tie()
+    write_link(tmp_path, link, "base")
+    written = load_file(tmp_path / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in written.values()} == {torch.float16}
+    read, _, _ = load_adapter(tmp_path)
+    for name, factors in link.factors.items():
+        assert torch.equal(read[name].a, factors.a)
+        assert torch.equal(read[name].b, factors.b)
+
+
 @on_everything
 @pytest.mark.parametrize("hold", ["tied", "carried"])
 def test_a_link_with_soft_knots_is_tied_stored_and_undone(architecture, dtype, hold):
@@ -149,10 +169,10 @@ def test_a_link_with_soft_knots_is_tied_stored_and_undone(architecture, dtype, h
         step(chain, optimizer)
     before = logits(chain.model)
     link = chain.tie()
-    assert link.error <= 1e-3
+    assert link.error <= 3e-3
     assert link.rank > 4  # more than what was trained: the deposits turned
-    # error 1e-3 of an update that changes logits by up to about 1
-    atol = max(LOGITS[dtype], 2e-3)
+    # error 3e-3 of an update that changes logits by up to about 1
+    atol = max(LOGITS[dtype], 6e-3)
     torch.testing.assert_close(logits(chain.model), before, atol=atol, rtol=0)
     dropped = chain.drop()
     assert torch.equal(logits(chain.model), untouched)

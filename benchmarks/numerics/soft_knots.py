@@ -5,8 +5,9 @@
 A LoRA of rank 1 on every linear layer of a real model is trained on this repository's own
 documents, with a soft knot (share 0.05) after every step. `error` is ‖W − exact‖ / ‖one cast −
 exact‖ on some modules, the exact sum W_0 + Σ in float64; `knot share` is the time of the knots of
-that of the steps if there were one every ten steps; `stored` compares the link that is kept with
-four links of rank 1. Writes soft_knots.json beside this file.
+that of the steps if there were one every ten steps; `stored` compares the file of the link that is
+kept with four links of rank 1; `loss` is that of rows not trained on, before and after the link is
+tied, that is before and after what is stored leaves out. Writes soft_knots.json beside this file.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -25,9 +27,11 @@ from chainlora import Chain, LinkConfig, carry_moments, load_model
 from chainlora.chain.adapters import live_factors
 from chainlora.models.finding import resolve_model
 from chainlora.runs.directory import versions
+from chainlora.runs.links import write_link
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARE, LENGTH, ROWS = 0.05, 48, 2
+HELD_OUT = 100  # batches
 CHECKED = ("layers.0.self_attn.q_proj", "layers.14.mlp.down_proj", "layers.29.self_attn.v_proj")
 
 
@@ -76,9 +80,14 @@ def measure(name: str, dtype: torch.dtype, steps: int) -> dict[str, Any]:
         for path, (a, b) in before.items():
             exact[path] += (b * scales[path].tied.double() * chain.live.config.scaling) @ a
     errors = [error_of(chain, path, exact[path], dtype) for path in watched]
+    held_out = blocks(tokenizer, steps + HELD_OUT)[steps:]
+    before_tie = loss_of(model, held_out)
     link = chain.tie()
-    size = sum(f.a.numel() + f.b.numel() for f in link.factors.values())
-    one = sum(f.a.shape[1] + f.b.shape[0] for f in link.factors.values())
+    after_tie = loss_of(model, held_out)
+    with tempfile.TemporaryDirectory() as folder:
+        write_link(Path(folder), link, name)
+        size = sum(path.stat().st_size for path in Path(folder).iterdir())
+    one = 4 * sum(f.a.shape[1] + f.b.shape[0] for f in link.factors.values())  # bytes
     ranks = sorted(f.a.shape[0] for f in link.factors.values())
     step, knot = statistics.median(step_seconds), statistics.median(knot_seconds)
     return {
@@ -92,7 +101,15 @@ def measure(name: str, dtype: torch.dtype, steps: int) -> dict[str, Any]:
         "stored_over_four_links": round(size / (4 * one), 2),
         "stored_ranks": [ranks[0], statistics.median(ranks), ranks[-1]],
         "stored_error": link.error,
+        "loss": [before_tie, after_tie],
     }
+
+
+@torch.no_grad()
+def loss_of(model: torch.nn.Module, batches: list[Tensor]) -> float:
+    """Return the mean loss over batches."""
+    losses = [model(input_ids=batch, labels=batch, use_cache=False).loss for batch in batches]
+    return float(torch.stack(losses).double().mean())
 
 
 def blocks(tokenizer: Any, count: int) -> list[Tensor]:

@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from chainlora.errors import ConfigError
 
+_LEFT_OUT = 0.95  # of a tolerance; the rest is for rounding to float16, some 2e-4 of a sum
 _DECOMPOSED_WHOLE = 640  # shorter side; a full decomposition then takes well under a second
 
 Factor = tuple[Tensor, Tensor, float]  # (A [rank, in], B [out, rank], scaling)
@@ -97,29 +98,45 @@ def compress_together(
     """Return low-rank factors of several dense matrices, all of one rank, and their relative error.
 
     The rank is the least that brings ``√(Σ‖M − B·A‖² / Σ‖M‖²)`` to `tolerance` or below. `matrix`
-    gives one matrix [out, in] float32 by name; at most one is in memory at a time.
+    gives one matrix [out, in] float32 by name; at most one is in memory at a time. The factors are
+    float32, with values that float16 holds too unless that would break the tolerance.
     """
     leading = {name: _leading_triplets(matrix(name), tolerance) for name in names}
-    total = sum(triplets.total for triplets in leading.values())
+    total = sum(triplets.tail(0) for triplets in leading.values())
     longest = max(len(triplets.s) for triplets in leading.values())
     tails = [sum(t.tail(rank) for t in leading.values()) for rank in range(longest + 1)]
-    enough = [rank for rank in range(1, longest) if tails[rank] <= tolerance**2 * total]
+    allowed = (_LEFT_OUT * tolerance) ** 2 * total
+    enough = [rank for rank in range(1, longest) if tails[rank] <= allowed]
     rank = enough[0] if enough else longest
     pairs = {name: triplets.factors(rank) for name, triplets in leading.items()}
-    return pairs, math.sqrt(tails[rank] / total) if total else 0.0
+    if not total:
+        return pairs, 0.0
+    narrow = {name: (a.half().float(), b.half().float()) for name, (a, b) in pairs.items()}
+    rounding = sum(
+        frobenius_norm([(*pairs[name], 1.0), (*narrow[name], -1.0)]) ** 2 for name in names
+    )
+    error = math.sqrt((tails[rank] + rounding) / total)
+    if error <= tolerance:  # false for what is beyond float16 as well
+        return narrow, error
+    return pairs, math.sqrt(tails[rank] / total)
 
 
 class _Triplets(NamedTuple):
-    """The leading singular triplets of a matrix, and its squared norm."""
+    """The leading singular triplets of a matrix."""
 
     u: Tensor  # [out, k]
     s: Tensor  # [k]
     vh: Tensor  # [k, in]
-    total: float
+    beyond: float  # squared norm of what these leave out
 
     def tail(self, rank: int) -> float:
         """Return the squared norm of what the first `rank` triplets leave out."""
-        return max(self.total - float(self.s[:rank].double().square().sum()), 0.0)
+        return float(self.s[rank:].double().square().sum()) + self.beyond
+
+    def first(self, rank: int) -> _Triplets:
+        """Return the first `rank` triplets, without the memory of the others."""
+        u, s, vh = self.u[:, :rank].clone(), self.s[:rank].clone(), self.vh[:rank].clone()
+        return _Triplets(u, s, vh, self.tail(rank))
 
     def factors(self, rank: int) -> tuple[Tensor, Tensor]:
         """Return A [rank, in] and B [out, rank], padded with zeros."""
@@ -130,27 +147,30 @@ class _Triplets(NamedTuple):
 
 
 def _leading_triplets(matrix: Tensor, tolerance: float) -> _Triplets:
-    """Return as many singular triplets as leave out at most `tolerance` of the norm.
+    """Return as many singular triplets as leave out at most `tolerance` of the norm, less what
+    `_LEFT_OUT` keeps for rounding.
 
     Small matrices are decomposed whole. Large ones by a randomized range finder (arXiv 0909.4061)
     whose width doubles until it is enough.
     """
     total, shorter = float(matrix.double().square().sum()), min(matrix.shape)
+    allowed = (_LEFT_OUT * tolerance) ** 2 * total
     width = shorter if shorter <= _DECOMPOSED_WHOLE else 32
     while True:
         if width >= shorter:
             u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+            found = _Triplets(u, s, vh, 0.0)
         else:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
                 u, s, v = torch.svd_lowrank(matrix, q=width, niter=4)
-            vh = v.T
-        found = _Triplets(u, s, vh, total)
-        if width >= shorter or found.tail(width) <= tolerance**2 * total:
+            beyond = max(total - float(s.double().square().sum()), 0.0)
+            found = _Triplets(u, s, v.T, beyond)
+        if width >= shorter or found.beyond <= allowed:
             break
         width *= 2
-    rank = next((k for k in range(1, len(s)) if found.tail(k) <= tolerance**2 * total), len(s))
-    return _Triplets(u[:, :rank].clone(), s[:rank].clone(), vh[:rank].clone(), total)
+    ranks = range(1, len(found.s))
+    return found.first(next((k for k in ranks if found.tail(k) <= allowed), len(found.s)))
 
 
 def _rank_for(s: Tensor, tolerance: float) -> int:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from chainlora.chain.chain import SOFT_LINK_TOLERANCE
 from chainlora.chain.link import Link
 from chainlora.config.schema import RunConfig
 from chainlora.errors import DivergedError, StoppedError, TrainingError
@@ -48,10 +49,10 @@ from chainlora.training.selection import evaluate_point, score, select_best
 from chainlora.training.setup import prepare
 from chainlora.training.step import Work, add_gradients, steps_ahead, update
 
-# Of the hidden states, in float32. Rounding of a 30-layer model stays below 1e-4; a link with soft
-# knots is stored to a relative error of its update of 1e-3 (chain.SOFT_LINK_TOLERANCE).
+# Of the hidden states, in float32. Rounding of a 30-layer model stays below 1e-4. A link with soft
+# knots is stored to a relative error of its update, which layers can amplify.
 _KNOT_TOLERANCE = 1e-3
-_SOFT_KNOT_TOLERANCE = 1e-2
+_SOFT_KNOT_TOLERANCE = 10 * SOFT_LINK_TOLERANCE
 
 
 def train(

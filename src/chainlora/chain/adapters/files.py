@@ -54,8 +54,8 @@ def save_adapter(
     tensors: dict[str, Tensor] = {}
     for name, share in factors.items():
         a, b = _names(share)
-        tensors[f"{_PREFIX}{name}.{a}"] = share.a.contiguous()
-        tensors[f"{_PREFIX}{name}.{b}"] = share.b.contiguous()
+        tensors[f"{_PREFIX}{name}.{a}"] = _stored(share.a)
+        tensors[f"{_PREFIX}{name}.{b}"] = _stored(share.b)
         if share.bias is not None:
             tensors[f"{_PREFIX}{name}.lora_B.bias"] = share.bias
         if share.magnitude is not None:
@@ -81,6 +81,12 @@ def save_adapter(
     with reported(directory):
         text = json.dumps(tree, indent=2, sort_keys=True) + "\n"
         (directory / _CONFIG).write_text(text, encoding="utf-8")
+
+
+def _stored(factor: Tensor) -> Tensor:
+    """Return a factor in float16 if that holds its values, as it does those of soft knots."""
+    narrow = factor.half()
+    return (narrow if torch.equal(narrow.float(), factor) else factor).contiguous()
 
 
 def _names(share: Factors) -> tuple[str, str]:
