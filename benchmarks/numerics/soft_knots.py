@@ -6,8 +6,9 @@ A LoRA of rank 1 on every linear layer of a real model is trained on this reposi
 documents, with a soft knot (share 0.05) after every step. `error` is ‖W − exact‖ / ‖one cast −
 exact‖ on some modules, the exact sum W_0 + Σ in float64; `knot share` is the time of the knots of
 that of the steps if there were one every ten steps; `stored` compares the file of the link that is
-kept with four links of rank 1; `loss` is that of rows not trained on, before and after the link is
-tied, that is before and after what is stored leaves out. Writes soft_knots.json beside this file.
+kept with four links of rank 1; `loss` is that of rows not trained on, before training, before the
+link is tied and after it: what the stored link leaves out is the last difference. Writes
+soft_knots.json beside this file.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from chainlora.runs.directory import versions
 from chainlora.runs.links import write_link
 
 ROOT = Path(__file__).resolve().parents[2]
-SHARE, LENGTH, ROWS = 0.05, 48, 2
+SHARE, LENGTH, ROWS, LR = 0.05, 48, 2, 1e-3
 HELD_OUT = 100  # batches
 CHECKED = ("layers.0.self_attn.q_proj", "layers.14.mlp.down_proj", "layers.29.self_attn.v_proj")
 
@@ -55,13 +56,15 @@ def measure(name: str, dtype: torch.dtype, steps: int) -> dict[str, Any]:
     """Train with a soft knot after every step; return what it did to weights, time and size."""
     pristine, tokenizer = load_model(name, torch.float32)
     model, _ = load_model(name, dtype)
-    rows = blocks(tokenizer, steps)
+    rows = blocks(tokenizer, steps + HELD_OUT)
+    rows, held_out = rows[:steps], rows[steps:]
+    untrained = loss_of(model, held_out)
     chain = Chain(model, checkpoint=resolve_model(name))
     chain.extend(LinkConfig(rank=1, alpha=2, target_modules="all-linear"))
     assert chain.live is not None
     watched = [path for path in chain.live.layers if path.endswith(CHECKED)]
     exact = {path: pristine.get_submodule(path).weight.double() for path in watched}
-    optimizer = torch.optim.AdamW(chain.parameters(), lr=5e-3, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(chain.parameters(), lr=LR, weight_decay=0.0)
     step_seconds, knot_seconds = [], []
     for batch in rows:
         began = time.perf_counter()
@@ -80,7 +83,6 @@ def measure(name: str, dtype: torch.dtype, steps: int) -> dict[str, Any]:
         for path, (a, b) in before.items():
             exact[path] += (b * scales[path].tied.double() * chain.live.config.scaling) @ a
     errors = [error_of(chain, path, exact[path], dtype) for path in watched]
-    held_out = blocks(tokenizer, steps + HELD_OUT)[steps:]
     before_tie = loss_of(model, held_out)
     link = chain.tie()
     after_tie = loss_of(model, held_out)
@@ -101,7 +103,7 @@ def measure(name: str, dtype: torch.dtype, steps: int) -> dict[str, Any]:
         "stored_over_four_links": round(size / (4 * one), 2),
         "stored_ranks": [ranks[0], statistics.median(ranks), ranks[-1]],
         "stored_error": link.error,
-        "loss": [before_tie, after_tie],
+        "loss": [untrained, before_tie, after_tie],
     }
 
 

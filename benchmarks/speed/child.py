@@ -37,8 +37,9 @@ def _prepare(spec: dict[str, Any]) -> dict[str, Any]:
 
     if spec["what"] == "model":
         return {"folder": prepare.model_folder(spec["model"])}
-    if spec["what"] == "tiny":
-        return {"folder": prepare.tiny_folder(spec["model"], Path(spec["folder"]))}
+    if spec["what"] in prepare.SHAPES:
+        folder = prepare.random_folder(spec["what"], spec["model"], Path(spec["folder"]))
+        return {"folder": folder}
     return prepare.workload_files(
         spec["workload"], spec["data"], spec["num_rows"], spec["batch_size"], Path(spec["folder"])
     )

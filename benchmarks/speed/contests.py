@@ -92,11 +92,11 @@ _CLASSIFICATION = {"speed": 3.5, "memory": 0.5}
 _LANGUAGE = {"speed": 3.0, "memory": 0.4}
 
 
-def _long(num_tokens: int, num_rows: int) -> Contest:
+def _long(num_tokens: int, num_rows: int, model: str = "model") -> Contest:
     """Rows of this many tokens, one a step, against Trainer + PEFT; ours also with its activations
     computed again in backward."""
     return Contest(
-        f"long-{num_tokens}-bfloat16",
+        f"{'long' if model == 'model' else model}-{num_tokens}-bfloat16",
         f"long-{num_tokens}",
         num_rows,
         (
@@ -104,6 +104,7 @@ def _long(num_tokens: int, num_rows: int) -> Contest:
             Entry("chainlora, checkpointed", "ours", {"gradient_checkpointing": True}),
             Entry("Trainer + PEFT", "trainer_peft"),
         ),
+        model=model,
         settings={"dtype": "bfloat16", "batch_size": 1},
         goals={"Trainer + PEFT": {"speed": 2.0, "memory": 0.4}},
         repeats=1,
@@ -237,6 +238,8 @@ CONTESTS: tuple[Contest, ...] = (
     _long(1024, 4),
     _long(4096, 3),
     _long(7600, 2),
+    _long(1024, 3, "0.5b"),
+    _long(1024, 3, "1.3b"),
     *_language("chat", 32, _LANGUAGE),
     *_trainer("multirc", 32),
     *_trainer("rte", 48, name="rte-all-linear", targets=ALL_LINEAR),

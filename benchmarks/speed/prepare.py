@@ -27,8 +27,34 @@ def model_folder(spec: str) -> str:
     return str(resolve_model(spec))
 
 
-def tiny_folder(model: str, folder: Path) -> str:
-    """Make a random Llama of two layers with the model's own tokenizer: where overhead shows."""
+# Llamas of random weights: one where overhead shows, and some larger than the real model.
+SHAPES: dict[str, dict[str, int]] = {
+    "tiny": {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    },
+    "0.5b": {
+        "hidden_size": 1152,
+        "intermediate_size": 4608,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 18,
+        "num_key_value_heads": 6,
+    },
+    "1.3b": {
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 20,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    },
+}
+
+
+def random_folder(shape: str, model: str, folder: Path) -> str:
+    """Make a Llama of one of `SHAPES` with the model's own tokenizer; the large in bfloat16."""
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -36,17 +62,14 @@ def tiny_folder(model: str, folder: Path) -> str:
     torch.manual_seed(SEED)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
         max_position_embeddings=2048,
         tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
+        **SHAPES[shape],
     )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    made = LlamaForCausalLM(config)
+    (made if shape == "tiny" else made.bfloat16()).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
 

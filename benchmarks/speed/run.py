@@ -210,12 +210,12 @@ class Bench:
         if "model" not in self.models:
             spec = {"kind": "prepare", "what": "model", "model": self.options.model}
             self.models["model"] = self.child(spec)["folder"]
-        if which == "tiny" and which not in self.models:
+        if which not in self.models:
             spec = {
                 "kind": "prepare",
-                "what": "tiny",
+                "what": which,
                 "model": self.models["model"],
-                "folder": str(self.folder / "tiny"),
+                "folder": str(self.folder / which),
             }
             self.models[which] = self.child(spec)["folder"]
         return self.models[which]
