@@ -378,13 +378,13 @@ def test_a_run_with_soft_knots(tiny_folder, sentiment, tmp_path):
     result = train(make_config(settings(tiny_folder, sentiment, run, **keys)))
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     knots = [record for record in records if record["event"] == "soft_knot"]
-    # auto: a time constant of 0.15 · 8 steps, so a knot every step but the last of the link
+    # auto: a time constant of 5 · √8 steps, so a knot every step but the last of the link
     assert [record["step"] for record in knots] == [*range(1, 8), *range(9, 14)]
     assert len({record["share"] for record in knots if record["link"] == 0}) == 1
     changes = [record["function_change"] for record in records if record["event"] == "knot"]
-    assert max(changes) < 1e-3  # stored to 1e-3 of the update, which is small beside the weights
+    assert max(changes) < 1e-3  # stored to 3e-3 of the update, which is small beside the weights
     assert [link["rank"] for link in result["links"]] > [4, 2]
-    assert all(0 < link["error"] <= 1e-3 for link in result["links"])
+    assert all(0 < link["error"] <= 3e-3 for link in result["links"])
     model, _ = load_run(run)
     adapter = export_adapter(run, tmp_path / "adapter")
     base = AutoModelForCausalLM.from_pretrained(tiny_folder)

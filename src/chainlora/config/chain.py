@@ -100,7 +100,7 @@ class KnotConfig(Section):
     every: int | None = Field(None, ge=1, description="steps; None: a twelfth of the time constant")
     share: float | None = Field(None, ge=0, lt=1, description="None: from the time constant")
     time_constant: float | None = Field(
-        None, gt=0, description="steps; None: 0.15 of the steps of the link"
+        None, gt=0, description="steps; None: 5 times the root of the link's steps"
     )
     follow_rate: bool = Field(
         False, description="shares in proportion to the learning rate, so that they end with it"

@@ -16,10 +16,11 @@ from typing import Protocol
 from chainlora.config.schema import KnotConfig, PlateauConfig, RunConfig
 from chainlora.errors import ChainError
 
-# `knots: auto`: what is left of a link decays with this fraction of its steps. In benchmarks/lab,
-# fractions of 0.05, 0.2 and 0.4 ended at 2.724, 2.705 and 2.735 on two tuning seeds. The number of
-# knots in that time is a choice that has not been measured: more cost time, fewer are coarser.
-_TIME_CONSTANT = 0.15
+# `knots: auto`: τ = 5·√steps of the link. In benchmarks/lab the best of the time constants tried was
+# 100 to 200 steps for 250 steps, 150 for 1,000 and 200 to 600 for 4,000 (docs/decisions/0029). The
+# number of knots in that time is a choice that has not been measured: more cost time, fewer are
+# coarser.
+_TIME_CONSTANT = 5.0
 _KNOTS_PER_TIME_CONSTANT = 12
 
 
@@ -128,7 +129,7 @@ def spacing(soft: KnotConfig, num_steps: int) -> tuple[int, float]:
 
     With the time constant τ and a distance I, the share is 1 − exp(−I/τ).
     """
-    tau = soft.time_constant or max(_TIME_CONSTANT * num_steps, 1.0)
+    tau = soft.time_constant or _TIME_CONSTANT * math.sqrt(num_steps)
     every = soft.every or max(1, round(tau / _KNOTS_PER_TIME_CONSTANT))
     share = soft.share if soft.share is not None else -math.expm1(-every / tau)
     return every, share
