@@ -16,9 +16,10 @@ from typing import Protocol
 from chainlora.config.schema import KnotConfig, PlateauConfig, RunConfig
 from chainlora.errors import ChainError
 
-# `knots: auto`: τ = 5·√steps. In benchmarks/lab the best of the time constants tried was 100 to 200
-# for 250 steps, 150 for 1,000 and 200 to 600 for 4,000 (docs/decisions/0029). The number of knots in
-# that time is a choice that has not been measured: more cost time, fewer are coarser.
+# `knots: auto`: τ = 5·√steps. In benchmarks/lab the best of the time constants tried was 100 to
+# 200 for 250 steps, 150 for 1,000, 200 to 600 for 4,000 and 200 for 16,000 (docs/decisions/0029).
+# The number of knots in that time is a choice that has not been measured: more cost time, fewer
+# are coarser.
 _TIME_CONSTANT = 5.0
 _KNOTS_PER_TIME_CONSTANT = 12
 
