@@ -6,6 +6,7 @@ torchrun starts the processes. A start costs seconds, so a few launches do the j
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -179,13 +180,28 @@ leave_processes(5)  # alone, it does nothing
 atexit.register(print, "torn down")
 distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
 print("done")
-leave_processes(int(sys.argv[1]))
+if sys.argv[1].isdecimal():
+    leave_processes(int(sys.argv[1]))
+else:
+    from chainlora.__main__ import main
+
+    main()
 """
 
 
-@pytest.mark.parametrize("status", [0, 3])
-def test_a_process_of_several_ends_with_its_status_and_without_teardown(status):
+@pytest.mark.parametrize(
+    ("argument", "status", "said"),
+    [("0", 0, ""), ("3", 3, ""), ("--version", 0, "chainlora, version"), ("--wrong", 2, "")],
+)
+def test_a_process_of_several_ends_with_its_status_and_without_teardown(argument, status, said):
     """Torn down, threads of Gloo that are late abort it: benchmarks/scale/endings.py counts."""
-    command = [sys.executable, "-c", LEAVING, str(status)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert (done.returncode, done.stdout) == (status, "done\n"), done.stderr[-3000:]
+    done = subprocess.run(
+        [sys.executable, "-c", LEAVING, argument],
+        env=os.environ | {"WORLD_SIZE": "2"},  # as a launcher tells the command line
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == status, done.stderr[-3000:]
+    assert done.stdout.startswith(f"done\n{said}")
+    assert "torn down" not in done.stdout
