@@ -87,8 +87,8 @@ TEXT_METRICS: dict[str, Callable[[str, Iterable[str]], float]] = {
 """Metrics over answers in words, averaged over rows: (prediction, references) → number."""
 
 LOSS_METRICS = ("loss", "perplexity")
-"""What likelihood alone gives; `loss` is always reported where there are scores, `perplexity` for
-LM rows."""
+"""What likelihood alone gives, the lower the better; `loss` is always reported where there are
+scores, `perplexity` for LM rows."""
 
 
 def check_metrics(metrics: Sequence[str] | str) -> tuple[str, ...]:
@@ -103,9 +103,18 @@ def check_metrics(metrics: Sequence[str] | str) -> tuple[str, ...]:
     return names
 
 
-def is_higher_better(metric: str) -> bool:
-    """Say whether a larger value of this metric is the better one."""
+def is_higher_better(metric: str | None) -> bool:
+    """Say whether a larger value of this metric is the better one: of every metric but a loss.
+
+    The one place that knows. A difference of two values is this less that, in the metric's own
+    unit, and whoever shows it says `better_sign`.
+    """
     return metric not in LOSS_METRICS
+
+
+def better_sign(metric: str | None) -> str:
+    """Return what a reader of a difference must know: ``above 0 is better``, or below."""
+    return f"{'above' if is_higher_better(metric) else 'below'} 0 is better"
 
 
 def majority_rate(examples: Iterable[Example]) -> float:

@@ -10,9 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from chainlora.evaluation.metrics import is_higher_better
 from chainlora.experiments.design.expansion import Point
-
-LOWER_IS_BETTER = frozenset({"loss", "perplexity"})
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ def _choose_one(
     tried, best = [], None
     for point, trials in by_point.items():
         score, loss = _mean(trials, name), _mean(trials, "loss")
-        key = (score if name in LOWER_IS_BETTER else -score, loss)
+        key = (-score if is_higher_better(name) else score, loss)
         tried.append(_describe(point, trials, name, score))
         if math.isfinite(score) and (best is None or key < best[0]):
             best = (key, point)
@@ -80,7 +79,7 @@ def _describe(point: Point, trials: Sequence[Trial], name: str, mean: float) -> 
 
 
 def _mean(trials: Sequence[Trial], name: str) -> float:
-    worst = math.inf if name in LOWER_IS_BETTER else -math.inf
+    worst = -math.inf if is_higher_better(name) else math.inf
     values = [
         worst if trial.metrics is None else trial.metrics.get(name, worst) for trial in trials
     ]

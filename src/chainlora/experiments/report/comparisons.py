@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from chainlora.experiments.design.choice import LOWER_IS_BETTER
+from chainlora.evaluation.metrics import is_higher_better
 from chainlora.experiments.execution.results import Results
 from chainlora.experiments.report.values import (
     OVERALL,
@@ -56,7 +56,7 @@ def compare_losses(results: Results) -> list[Comparison]:
     tasks = [
         task
         for task in results.experiment["tasks"]
-        if metrics.get(task) not in LOWER_IS_BETTER and _has_loss(results, task)
+        if is_higher_better(metrics.get(task)) and _has_loss(results, task)
     ]
     return _compare(results, "held-out loss", oriented_loss, tasks)
 
@@ -120,7 +120,7 @@ def _families(results: Results, value: Value, tasks: Sequence[str]) -> list[tupl
 
 def _poolable(results: Results, tasks: Sequence[str]) -> bool:
     metrics = _metrics(results)
-    return len({metrics[task] in LOWER_IS_BETTER for task in tasks if task in metrics}) == 1
+    return len({is_higher_better(metrics[task]) for task in tasks if task in metrics}) == 1
 
 
 def _metrics(results: Results) -> dict[str, str]:

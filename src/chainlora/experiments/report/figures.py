@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt
 from matplotlib.lines import Line2D
 
 from chainlora.errors import RunError
-from chainlora.experiments.design.choice import LOWER_IS_BETTER
+from chainlora.evaluation.metrics import is_higher_better
 from chainlora.experiments.design.paper import paper_model
 from chainlora.experiments.execution.results import Results
 from chainlora.experiments.report.comparisons import Comparison
@@ -182,7 +182,7 @@ def differences(comparisons: Sequence[Comparison], *, width: float = 6.5) -> Any
     several = len({comparison.task for comparison in comparisons}) > 1
     units: dict[str, list[Comparison]] = {}
     for comparison in reversed(comparisons):
-        units.setdefault("loss" if comparison.metric in LOWER_IS_BETTER else "points", []).append(
+        units.setdefault("points" if is_higher_better(comparison.metric) else "loss", []).append(
             comparison
         )
     sizes = [1 + len(group) for group in units.values()]

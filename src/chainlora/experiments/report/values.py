@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from chainlora.experiments.design.choice import LOWER_IS_BETTER
+from chainlora.evaluation.metrics import is_higher_better
 from chainlora.experiments.execution.results import Results
 
 Cell = Mapping[str, Any]
@@ -18,12 +18,12 @@ OVERALL = "all tasks"
 
 def scale(metric: str) -> float:
     """Return the factor between a metric and what is shown."""
-    return 1.0 if metric in LOWER_IS_BETTER else 100.0
+    return 100.0 if is_higher_better(metric) else 1.0
 
 
 def digits(metric: str) -> int:
     """Return how many decimals a metric, or a difference of it, is shown with."""
-    return 4 if metric in LOWER_IS_BETTER else 2
+    return 2 if is_higher_better(metric) else 4
 
 
 def shown_score(cell: Cell) -> float:
@@ -39,7 +39,7 @@ def held_out_loss(cell: Cell) -> float | None:
 
 def oriented_score(cell: Cell) -> float:
     """Return a cell's score as shown, negated where lower is better."""
-    return -shown_score(cell) if cell["metric"] in LOWER_IS_BETTER else shown_score(cell)
+    return shown_score(cell) if is_higher_better(cell["metric"]) else -shown_score(cell)
 
 
 def oriented_loss(cell: Cell) -> float | None:
