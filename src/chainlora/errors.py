@@ -12,7 +12,11 @@
         ├── ToldError           of several processes, another one says what went wrong
         └── StoppedError        a signal asked the run to stop; its state is saved
 
-A message is one line and names the rule, the value ("got …") and the remedy.
+A message is one line that names the rule, the value and the remedy. Give the three apart, and they
+are joined in the same way everywhere:
+
+    raise ConfigError("`rank` must be at least 1", got=0, remedy="give 1 or more")
+    # `rank` must be at least 1 (got 0); give 1 or more
 """
 
 from __future__ import annotations
@@ -24,8 +28,8 @@ from collections.abc import Iterable
 class ChainLoRAError(Exception):
     """Base of all errors raised on purpose. The message becomes one line that can be printed."""
 
-    def __init__(self, message: str = "") -> None:
-        super().__init__(one_line(message))
+    def __init__(self, rule: str = "", got: object = "", remedy: str = "") -> None:
+        super().__init__(one_line(sentence(rule, got, remedy)))
 
 
 class ConfigError(ChainLoRAError):
@@ -70,6 +74,12 @@ class StoppedError(TrainingError):
     def __init__(self, message: str, signal: int = 2) -> None:
         super().__init__(message)
         self.signal = signal
+
+
+def sentence(rule: str, got: object = "", remedy: str = "") -> str:
+    """Join what a message says: ``rule (got …); remedy``. What is empty is left out."""
+    value = f" (got {got})" if str(got) else ""
+    return f"{rule}{value}" + (f"; {remedy}" if remedy else "")
 
 
 def one_line(text: str) -> str:
