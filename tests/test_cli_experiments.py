@@ -91,4 +91,7 @@ def test_compare_from_the_command_line(chainlora, config, tmp_path):
     chainlora("compare", config, "--methods", "chane2", "--output", tmp_path / "o").refused(
         "did you mean 'chain2'"
     )
+    chainlora("compare", config, "--methods", "lora,mine.yaml", "--output", tmp_path / "o").refused(
+        "got the file 'mine.yaml'", "`methods` of an experiment file"
+    )
     assert not (tmp_path / "o").exists()

@@ -18,7 +18,10 @@ from chainlora.experiments.report.curves import difference_curves, loss_curves
 def test_a_report_comes_from_the_results_file_alone(tmp_path):
     path = write_lines(tmp_path / "results.jsonl")
     report = report_experiment(path)
-    assert "chain3 is better than lora over all tasks: +2.05" in report.markdown
+    assert (
+        "chain3 is better than lora over all tasks: score +2.05 (higher is better; "
+        in report.markdown
+    )
     assert "by task: 2 too few pairs; ahead on 2 of 2" in report.markdown
     wins = {comparison.task: comparison.difference.verdict for comparison in report.comparisons}
     few = "too few pairs"  # 2 / 2^6, twice: 0.0625
@@ -73,10 +76,10 @@ def test_losses_are_told_apart_to_four_digits(tmp_path):
     )
     text = report_experiment(path).markdown
     assert (
-        "chain3 is better than lora over all tasks: +0.0048 (95 % interval +0.0048 to +0.0048"
-        in text
+        "chain3 is better than lora over all tasks: score −0.0048 (lower is better; 95 % interval "
+        "−0.0048 to −0.0048" in text
     )
-    assert "| wsc | chain3 − lora | 6 | +0.0048 | 0.0000 | +0.0048 to +0.0048 |" in text
+    assert "| wsc | chain3 − lora | 6 | −0.0048 | lower | 0.0000 | −0.0048 to −0.0048 |" in text
     assert "| lora | 0.7225 ± 0.0019 (6) |" in text
 
 
@@ -317,12 +320,16 @@ def test_too_few_pairs_are_not_no_difference(tmp_path):
 
     many, few = told(6), told(3)
     assert many.comparisons[0].difference.verdict == "no difference found"
-    assert "no difference found between chain3 and lora on wsc: +0.00 (95 %" in many.markdown
+    assert (
+        "no difference found between chain3 and lora on wsc: accuracy +0.00 (higher"
+        in many.markdown
+    )
     assert "would be found with 80 % power" in many.markdown
     assert few.comparisons[0].difference.verdict == "too few pairs"
     assert "3 pairs: no interval and no verdict from so few" in few.markdown
     assert (
-        "| wsc | chain3 − lora | 3 | +1.67 | 5.77 | – | 1 | 1 | 0.25 | ∞ | too few" in few.markdown
+        "| wsc | chain3 − lora | 3 | +1.67 | higher | 5.77 | – | 1 | 1 | 0.25 | ∞ | too few"
+        in few.markdown
     )
 
 
@@ -390,7 +397,7 @@ def test_losses_against_steps_are_drawn_and_paired(tmp_path):
     assert lora.lows[0] < lora.means[0] < lora.highs[0]
     (difference,) = difference_curves(found, "wsc")
     assert difference.name == "chain3 − lora"
-    assert difference.means == pytest.approx([0.1 * step for step in range(0, 11, 2)])
+    assert difference.means == pytest.approx([-0.1 * step for step in range(0, 11, 2)])
     # paired: seeds that shift both curves alike widen no band (rounding of float64)
     assert difference.highs == pytest.approx(difference.lows, abs=1e-12)
 
@@ -427,3 +434,32 @@ def test_without_scipy_a_report_says_what_to_install(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match=r"pip install 'chainlora\[experiments\]'"):
         report_experiment(path, tmp_path / "report")
     assert not (tmp_path / "report").exists()
+
+
+def test_a_difference_is_this_less_that_and_says_which_sign_is_better(chainlora, tmp_path):
+    """Losses of 5.7836 and 5.9915 were shown as "chain3 − lora: −0.2079"."""
+    losses = {"lora": 5.7836, "chain3": 5.9915}
+
+    def as_loss(cell):
+        if cell["method"] not in losses:
+            return None
+        score = losses[cell["method"]]
+        return cell | {"metric": "loss", "score": score, "test": {"loss": score}}
+
+    head = {"tasks": ["wsc"], "paper": None, "figures": ["differences", "curves"]}
+    path = change(
+        tmp_path / "results.jsonl", lambda c: (made := as_loss(c)) and with_curve(made), **head
+    )
+    found = chainlora("experiment", "report", path, "--json").json["differences"]
+    (difference,) = found
+    assert difference["mean"] == pytest.approx(0.2079)
+    assert (difference["better"], difference["verdict"]) == ("lower", "loses")
+    text = (tmp_path / "report.md").read_text()
+    assert "chain3 is worse than lora on wsc: loss +0.2079 (lower is better; " in text
+    assert "| wsc | chain3 − lora | 6 | +0.2079 | lower |" in text
+    (row,) = csv.DictReader((tmp_path / "differences.csv").open())
+    assert float(row["mean"]) > 0
+    page = (tmp_path / "report.html").read_text()
+    assert "95 % intervals; lower is better" in page
+    (curve,) = difference_curves(read_results(path), "wsc")
+    assert curve.means[-1] < 0  # this curve's losses fall faster for chain3

@@ -7,6 +7,7 @@ import dataclasses
 import html
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -98,7 +99,7 @@ def test_answers_after_each_link_are_those_of_generate(chainlora, finished, tmp_
         keys = ("--prompts", tmp_path / name, "--max-new-tokens", "5")
         outcome = chainlora("report", finished, "--output", tmp_path / "page.html", *keys)
         assert outcome.status == 0, outcome.err
-        assert outcome.err.splitlines()[0] == "run: answers after 0 link(s)"
+        assert outcome.err.splitlines()[0] == "run: answers after 0 links"
         pages.append((tmp_path / "page.html").read_text(encoding="utf-8"))
     assert pages[0] == pages[1]
     assert "&lt;b&gt;two&lt;/b&gt; &amp; red birds" in pages[0]
@@ -221,7 +222,9 @@ def test_the_page_of_an_experiment(tmp_path):
     assert tmp_path / "report.html" in report.files
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     lead = re.findall(r'<p class="lead">(.*?)</p>', page)
-    assert lead[0].startswith("chain3 is better than lora over all tasks: +2.05 (95 % interval ")
+    assert lead[0].startswith(
+        "chain3 is better than lora over all tasks: score +2.05 (higher is better; 95 % "
+    )
     assert len(page.encode()) < 3e6
     heads, *rows = table(page, "Scores: wsc")
     assert heads == ["", "seeds", "mean", "paper", "commonest answer"]
@@ -245,3 +248,30 @@ def test_an_experiment_of_many_comparisons_is_summed_up(tmp_path):
         "2 comparisons over all tasks: wins in 1 (chain3 against lora), loses in 1 (lora against "
         "chain3)."
     ]
+
+
+def test_answers_load_the_base_once(finished, tmp_path, monkeypatch):
+    loads = []
+    load = AutoModelForCausalLM.from_pretrained.__func__
+
+    def counted(cls, *args, **keys):
+        loads.append(args)
+        return load(cls, *args, **keys)
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", classmethod(counted))
+    report_runs([finished], tmp_path / "page.html", prompts="1", max_new_tokens=1)
+    assert len(loads) == 1
+
+
+def test_dollars_in_names_are_dollars(finished, tmp_path):
+    """matplotlib took `$…$` for mathematics, and failed."""
+    runs = [tmp_path / "a$\\frac$", tmp_path / "b$x_$"]
+    for run in runs:
+        shutil.copytree(finished, run)
+    report_runs(runs, tmp_path / "page.html")
+    assert "a$\\frac$" in (tmp_path / "page.html").read_text(encoding="utf-8")
+    methods = {"lora": "One.", "chain3": "Three.", "zero_shot": "$\\frac$", "$\\x$": "New."}
+    results = change(tmp_path / "results.jsonl", with_curve, methods=methods, tasks=["wsc"])
+    text = results.read_text().replace('"zero_shot"', '"$\\\\frac$"')
+    results.write_text(text)
+    report_experiment(results)

@@ -195,7 +195,7 @@ def report(results: str, output: str | None, as_json: bool) -> None:
 
     quiet()
     made = report_experiment(results, output)
-    _show({"files": [str(path) for path in made.files]}, as_json, made.markdown)
+    _show(made.json(), as_json, made.markdown)
 
 
 @click.command()
@@ -264,7 +264,7 @@ def compare(
             backend=backend,
             listener=experiment_progress(),
         )
-    _show({"files": [str(path) for path in made.files]}, as_json, made.markdown)
+    _show(made.json(), as_json, made.markdown)
 
 
 def _rates(text: str) -> list[float]:

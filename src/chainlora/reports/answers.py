@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from chainlora.chain.chain import Chain
 from chainlora.data.examples import Example
 from chainlora.data.rows import MemoryRows, Rows
 from chainlora.data.splits import prepare_splits
@@ -15,10 +16,13 @@ from chainlora.errors import DataError
 from chainlora.evaluation.generation import generate_greedy
 from chainlora.evaluation.streaming import to_accelerator
 from chainlora.files import reported
+from chainlora.models.finding import resolve_model
+from chainlora.models.quantizing import is_quantized_model
 from chainlora.models.text_config import context_length
 from chainlora.reports.page import Answer
 from chainlora.reports.runs import RunFacts
 from chainlora.runs.opening import load_run_or_model
+from chainlora.runs.reading import RunReader
 
 _ASK = "give a file: a prompt a line, or JSONL rows with a `prompt`"
 
@@ -60,28 +64,32 @@ def answers(
     """Answer prompts greedily with the chain as it was after 0, 1, … links.
 
     `wanted` is as `read_prompts` gives it. Own rows are those of the validation data, else of the
-    test or training data. The model is loaded once for each number of links. Raises DataError where
-    rows have no prompts.
+    test or training data. The base is loaded once; links are added one by one. Raises DataError
+    where rows have no prompts.
     """
-    prompts: list[Prompt] = []
+    links = RunReader(run.path).links_of(run.manifest, len(run.manifest.links))
+    model, tokenizer = load_run_or_model(run.path, num_links=0)
+    hold = "carried" if is_quantized_model(model) else "tied"
+    base = resolve_model(run.manifest.base.model)
+    chain = Chain(to_accelerator(model), hold=hold, checkpoint=base)
+    if isinstance(wanted, int):
+        prompts = _own_prompts(run, wanted, model, tokenizer)
+    else:
+        prompts = [Prompt(tuple(tokenizer(text)["input_ids"]), text) for text in wanted]
     columns: list[tuple[str, list[str]]] = []
-    for count in range(len(run.manifest.links) + 1):
+    for count in range(len(links) + 1):
+        if count:
+            chain.add(links[count - 1])
         if progress is not None:
-            progress(f"{run.name}: answers after {count} link(s)")
-        model, tokenizer = load_run_or_model(run.path, num_links=count)
-        if not prompts and isinstance(wanted, int):
-            prompts = _own_prompts(run, wanted, model, tokenizer)
-        elif not prompts and not isinstance(wanted, int):
-            prompts = [Prompt(tuple(tokenizer(text)["input_ids"]), text) for text in wanted]
+            progress(f"{run.name}: answers after {count} link{'s' * (count != 1)}")
         texts = generate_greedy(
-            to_accelerator(model),
+            chain.model,
             tokenizer,
             [prompt.ids for prompt in prompts],
             max_new_tokens=max_new_tokens,
             stop=_stop(run),
         )
         columns.append(("before training" if count == 0 else f"after link {count - 1}", texts))
-        del model  # two of them need not fit into memory
     return [
         Answer(prompt.text, prompt.expected, [(name, texts[row]) for name, texts in columns])
         for row, prompt in enumerate(prompts)

@@ -38,6 +38,7 @@ _THEME = {
     "#bf8700": "gold",
 }
 _STYLE: Any = {
+    "text.parse_math": False,  # names of runs and methods are text: $ is a dollar
     "svg.fonttype": "none",  # text stays text: it can be searched, and takes the page's font
     "svg.hashsalt": "chainlora",  # the same figure, the same bytes
     "font.size": 10,

@@ -175,7 +175,7 @@ def _remarks(run: RunFacts) -> list[Block]:
         part = " and a part of the next" if selected.partial else ""
         found.append(
             f"{run.name} is loaded as its best point: step {selected.step}, after "
-            f"{selected.num_links} links{part}."
+            f"{selected.num_links} link{'s' * (selected.num_links != 1)}{part}."
         )
     if rejected := [r for r in run.records if r["event"] == "rejected"]:
         found.append(f"{run.name}: link {rejected[-1]['link']} was dropped, as it brought nothing.")

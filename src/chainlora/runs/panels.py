@@ -24,6 +24,7 @@ BLUE, VERMILION, GREEN, SKY, PURPLE, GREY = (
 COLOURS = (BLUE, VERMILION, GREEN, PURPLE, SKY, GREY)
 _ON_LIGHT, _ON_DARK = "#0A0A0A", "#F8F8F8"  # text in a cell, whatever the page's colours
 STYLE: Any = {
+    "text.parse_math": False,  # names are text: $ is a dollar
     "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -177,9 +178,12 @@ def draw_rate(axes: Any, steps: Sequence[Record]) -> None:
 
 def mark_knots(panels: Sequence[Any], records: Sequence[Record]) -> None:
     """Draw a dashed line at each knot, and name each link above its part of the run."""
+    from matplotlib.ticker import MaxNLocator
+
     knots = [r["step"] for r in records if r["event"] == "knot"]
     last = max(r["step"] for r in records if "step" in r)
     for axes in panels:
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         for link, step in enumerate(knots):
             name = f"link {link} tied"
             axes.axvline(step, color=GREY, linestyle=(0, (4, 3)), linewidth=1, gid=name)

@@ -13,9 +13,11 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock
 
 from chainlora.config.loading import load_config
 from chainlora.config.schema import RunConfig
@@ -32,7 +34,7 @@ Listener = Callable[[Mapping[str, Any]], None]
 
 def work_on(directory: Path) -> int:
     """Compute the cell in `directory` unless it is done; return 0 if it has its result, else 1."""
-    with _lock(directory / "lock"):
+    with FileLock(directory / "lock"):
         if (directory / RESULT).is_file():
             return 0
         try:
@@ -112,16 +114,3 @@ def _status_writer(path: Path) -> Listener:
                 scratch.replace(path)
 
     return listen
-
-
-@contextlib.contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """Hold a lock that dies with this process; nothing on Windows, which has none."""
-    try:
-        import fcntl
-    except ImportError:
-        yield
-        return
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

@@ -50,6 +50,12 @@ def list_methods() -> list[str]:
 
 def load_method(name: str) -> Method:
     """Read a shipped method. Raises ConfigError for an unknown name (nearest named)."""
+    if name.endswith((".yaml", ".yml")):
+        raise ConfigError(
+            f"a method must be a preset's name (got the file {name!r}); write your own under "
+            "`methods` of an experiment file, e.g. mine: {preset: chain, recipe: {links: 4}}, "
+            "and call `chainlora experiment run`"
+        )
     if name not in list_methods():
         raise ConfigError(f"unknown method {name!r}{nearest(str(name), list_methods())}")
     tree = parse_yaml((files(__package__) / f"{name}.yaml").read_text(encoding="utf-8"))

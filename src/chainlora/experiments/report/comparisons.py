@@ -10,11 +10,11 @@ from chainlora.experiments.execution.results import Results
 from chainlora.experiments.report.values import (
     OVERALL,
     Value,
+    better,
     by_seed,
     has_one_score,
     held_out_loss,
-    oriented_loss,
-    oriented_score,
+    shown_score,
 )
 from chainlora.experiments.statistics.pairs import Difference, compare_pairs
 
@@ -39,6 +39,17 @@ class Comparison:
     num_comparisons: int
     is_primary: bool
 
+    @property
+    def better(self) -> str:
+        """Which sign of the difference is the better one: "lower" or "higher"."""
+        return better(self.metric)
+
+    @property
+    def is_ahead(self) -> bool:
+        """Whether the method's mean is better than its rival's."""
+        mean = self.difference.mean
+        return mean < 0 if self.better == "lower" else mean > 0
+
 
 def compare_all(results: Results) -> list[Comparison]:
     """Return every pair's difference by score on every task, then over all tasks.
@@ -47,7 +58,7 @@ def compare_all(results: Results) -> list[Comparison]:
     have, so that tasks weigh alike; tasks of unlike metrics are not pooled. Tasks one by one are
     one Holm family, all tasks together another; the primary comparison is tested alone.
     """
-    return _compare(results, "score", oriented_score, results.experiment["tasks"])
+    return _compare(results, "score", shown_score, results.experiment["tasks"])
 
 
 def compare_losses(results: Results) -> list[Comparison]:
@@ -58,22 +69,24 @@ def compare_losses(results: Results) -> list[Comparison]:
         for task in results.experiment["tasks"]
         if is_higher_better(metrics.get(task)) and _has_loss(results, task)
     ]
-    return _compare(results, "held-out loss", oriented_loss, tasks)
+    return _compare(results, "held-out loss", held_out_loss, tasks)
 
 
 def _compare(results: Results, name: str, value: Value, tasks: Sequence[str]) -> list[Comparison]:
     metrics, found = _metrics(results), list[Comparison]()
     for family, is_primary in _families(results, value, tasks):
-        differences = compare_pairs(list(family.values()))
-        for key, difference in zip(family, differences, strict=True):
+        every = next(iter(metrics.values()), "")
+        of = [metrics.get(key[0], every) if value is shown_score else "loss" for key in family]
+        lower = [better(metric) == "lower" for metric in of]
+        differences = compare_pairs(list(family.values()), lower)
+        for key, metric, difference in zip(family, of, differences, strict=True):
             if difference is None:
                 continue
-            own = metrics.get(key[0]) or next(iter(metrics.values()))
             found.append(
                 Comparison(
                     *key,
                     value=name,
-                    metric=own if value is oriented_score else "loss",
+                    metric=metric,
                     difference=difference,
                     num_comparisons=len(family),
                     is_primary=is_primary,

@@ -63,13 +63,13 @@ def draw_losses(axis: Any, results: Results, task: str) -> None:
 
 
 def draw_differences(axis: Any, results: Results, task: str) -> None:
-    """Draw the paired differences on a task against steps, better is up."""
+    """Draw the paired differences on a task against steps: lower is better."""
     colours = _method_colours(results)
     for curve in difference_curves(results, task):
         _draw(axis, curve, colours[curve.name.partition(" − ")[0]])
     axis.axhline(0, color="black", linewidth=0.8)
     axis.set_xlabel("steps", fontsize=8)
-    axis.set_ylabel("loss below the rival's (up is better)", fontsize=8)
+    axis.set_ylabel("loss less the rival's (lower is better)", fontsize=8)
     axis.grid(axis="y", alpha=0.3)
     if axis.get_legend_handles_labels()[0]:
         axis.legend(fontsize=7)

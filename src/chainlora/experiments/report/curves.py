@@ -41,13 +41,13 @@ def loss_curves(results: Results, task: str) -> list[Curve]:
 
 
 def difference_curves(results: Results, task: str) -> list[Curve]:
-    """Return rival's loss less method's against steps, paired by seed: positive is better."""
+    """Return the method's loss less its rival's against steps, by seed: lower is better."""
     found = []
     for method, rival in results.experiment["pairs"]:
         one, other = (losses_by_seed(results, task, name) for name in (method, rival))
         paired: BySeed = {
             seed: {
-                step: other[seed][step] - one[seed][step]
+                step: one[seed][step] - other[seed][step]
                 for step in sorted(one[seed].keys() & other[seed].keys())
             }
             for seed in one.keys() & other.keys()

@@ -209,7 +209,9 @@ def differences(comparisons: Sequence[Comparison], *, width: float = 6.5) -> Any
         axis.set_ylim(-0.6, len(names) - 0.4)
         axis.axvline(0, color="black", linewidth=0.8)
         axis.set_xlabel(
-            f"difference in {group[0].value} ({unit}), right is better\n(95 % interval)", fontsize=9
+            f"difference in {group[0].value} ({unit}), {group[0].better} is better\n"
+            "(95 % interval)",
+            fontsize=9,
         )
     keys = [Line2D([], [], **_mark(verdict), label=verdict) for verdict in _COLOURS]
     columns = len(keys) if width > 5 else 2

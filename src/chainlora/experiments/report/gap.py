@@ -7,7 +7,7 @@ from statistics import fmean
 from typing import Any
 
 from chainlora.experiments.execution.results import Results
-from chainlora.experiments.report.values import by_seed, oriented_score
+from chainlora.experiments.report.values import by_seed
 from chainlora.experiments.statistics.intervals import mean_interval
 
 
@@ -58,10 +58,10 @@ def shares(results: Results) -> list[Share]:
         return []
     found = []
     for task in results.experiment["tasks"]:
-        floor, ceiling = (by_seed(results, task, end, oriented_score) for end in ends)
+        floor, ceiling = (by_seed(results, task, end) for end in ends)
         for method in results.experiment["methods"]:
             if method not in ends:
-                own = by_seed(results, task, method, oriented_score)
+                own = by_seed(results, task, method)
                 share = _share(task, method, own, floor, ceiling)
                 found += [share] if share else []
     return found

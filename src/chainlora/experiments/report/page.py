@@ -79,7 +79,7 @@ def _differences(results: Results, comparisons: Sequence[Comparison]) -> list[Bl
         name = f"Paired differences: {task}"
         make = partial(figures.differences, own, width=_WIDTH)
         named = Table(name, table.heads, table.rows)
-        found.append(_drawn(name, "95 % intervals; right is better", make, named))
+        found.append(_drawn(name, f"95 % intervals; {own[0].better} is better", make, named))
     return found
 
 
@@ -110,13 +110,13 @@ def _curves(results: Results) -> list[Block]:
     if "curves" not in results.experiment["figures"]:
         return []
     losses = "mean over seeds; ticks are knots"
-    differences = "paired by seed; up is better"
+    differences = "paired by seed; lower is better"
     found: list[Block] = []
     for task in results.experiment["tasks"]:
         if loss_curves(results, task):
             found.append(_curve(f"Validation loss: {task}", losses, draw_losses, results, task))
         if difference_curves(results, task):
-            name = f"Rival's loss less the method's: {task}"
+            name = f"Loss less the rival's: {task}"
             found.append(_curve(name, differences, draw_differences, results, task))
     return found
 

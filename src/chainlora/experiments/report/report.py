@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -37,6 +38,16 @@ class Report:
     files: list[Path]
     summaries: list[Summary]
     comparisons: list[Comparison]
+
+    def json(self) -> dict[str, Any]:
+        """Return the files written and every difference, with which sign of it is better."""
+        return {
+            "files": [str(path) for path in self.files],
+            "differences": [
+                {key: _finite(value) for key, value in _flat_comparison(each).items()}
+                for each in self.comparisons
+            ],
+        }
 
 
 def report_experiment(
@@ -103,9 +114,12 @@ def _metrics(summaries: Sequence[Summary]) -> dict[str, str]:
 def _draw(
     results: Results, summaries: Sequence[Summary], comparisons: Sequence[Comparison], folder: Path
 ) -> list[Path]:
+    from matplotlib import rc_context
+
     from chainlora.experiments.report.figures import draw_figures
 
-    return draw_figures(results, summaries, comparisons, folder)
+    with rc_context({"text.parse_math": False}):  # $ in a name is a dollar
+        return draw_figures(results, summaries, comparisons, folder)
 
 
 def _html(
@@ -143,7 +157,14 @@ def _flat(summary: Summary) -> dict[str, Any]:
     }
 
 
+def _finite(value: Any) -> Any:
+    """Return None for a number that JSON does not have."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _flat_comparison(comparison: Comparison) -> dict[str, Any]:
     values = asdict(comparison)
-    labels = ("task", "method", "rival", "value", "is_primary")
-    return {key: values[key] for key in labels} | values["difference"]
+    labels = ("task", "method", "rival", "value", "metric", "is_primary")
+    return (
+        {key: values[key] for key in labels} | {"better": comparison.better} | values["difference"]
+    )

@@ -87,6 +87,7 @@ def differences_table(
         "pair",
         "n",
         "difference",
+        "better",
         "sd",
         "95 % interval",
         "p",
@@ -97,7 +98,8 @@ def differences_table(
     )
     rows = tuple(_difference_row(each) for each in comparisons)
     note = (
-        "Paired by seed; positive is better. Interval of the mean: Student's t for four to nine "
+        "Paired by seed: the first method less the second; better: which sign is. "
+        "Interval of the mean: Student's t for four to nine "
         "pairs, BCa bootstrap from ten, none below four. p: sign-flip test, two-sided, exact up to "
         "40 pairs. Holm: over the tasks and pairs planned for this table, its rows for all tasks "
         "apart; smallest: what it would be if every one of them were as clear as its pairs allow. "
@@ -125,6 +127,7 @@ def _difference_row(comparison: Comparison) -> tuple[str, ...]:
         f"{comparison.method} − {comparison.rival}{' *' if comparison.is_primary else ''}",
         str(d.num_pairs),
         number(d.mean, places, sign=True),
+        comparison.better,
         number(d.sd, places),
         "–" if d.interval == "none" else interval,
         f"{d.p:.3g}",
@@ -152,7 +155,7 @@ def gap_table(
         for s in shares
     )
     heads = ("task and method", "n", "share", "95 % interval", "gap")
-    note = f"0 %: {ends[0]}. 100 %: {ends[1]}. Gap: what lies between them, in score."
+    note = f"0 %: {ends[0]}. 100 %: {ends[1]}. Gap: {ends[1]} less {ends[0]}, in score."
     return Table("Share of the gap", heads, rows, note)
 
 

@@ -110,7 +110,9 @@ def sentence(comparison: Comparison) -> str:
         "too few pairs": f"too few pairs to compare {method} with {rival} {place}",
     }[d.verdict]
     primary = "Primary comparison: " if comparison.is_primary else ""
-    return f"{primary}{words}: {number(d.mean, places, sign=True)} ({evidence(comparison)})"
+    what = comparison.value if comparison.task == OVERALL else comparison.metric
+    difference = f"{what} {number(d.mean, places, sign=True)}"
+    return f"{primary}{words}: {difference} ({comparison.better} is better; {evidence(comparison)})"
 
 
 def evidence(comparison: Comparison) -> str:
@@ -130,9 +132,9 @@ def evidence(comparison: Comparison) -> str:
 
 
 def _tally(whole: Comparison, each: Sequence[Comparison]) -> str:
-    own = [c.difference for c in each if (c.method, c.rival) == (whole.method, whole.rival)]
-    counts = [(sum(d.verdict == verdict for d in own), verdict) for verdict in VERDICTS]
-    ahead = sum(d.mean > 0 for d in own)
+    own = [c for c in each if (c.method, c.rival) == (whole.method, whole.rival)]
+    counts = [(sum(c.difference.verdict == verdict for c in own), verdict) for verdict in VERDICTS]
+    ahead = sum(c.is_ahead for c in own)
     said = ", ".join(f"{count} {verdict}" for count, verdict in counts if count)
     return f"; by task: {said}; ahead on {ahead} of {len(own)}"
 

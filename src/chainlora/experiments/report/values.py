@@ -1,12 +1,12 @@
 """What a cell's numbers are in a report: scores in per cent, losses as they are. Pure functions.
 
-Differences are oriented so that positive is better.
+A difference is this less that, in the metric's own unit; `better` says which sign is better.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from chainlora.evaluation.metrics import is_higher_better
 from chainlora.experiments.execution.results import Results
@@ -37,15 +37,9 @@ def held_out_loss(cell: Cell) -> float | None:
     return None if loss is None else float(loss)
 
 
-def oriented_score(cell: Cell) -> float:
-    """Return a cell's score as shown, negated where lower is better."""
-    return shown_score(cell) if is_higher_better(cell["metric"]) else -shown_score(cell)
-
-
-def oriented_loss(cell: Cell) -> float | None:
-    """Return a cell's negated held-out loss."""
-    loss = held_out_loss(cell)
-    return None if loss is None else -loss
+def better(metric: str) -> Literal["lower", "higher"]:
+    """Return which values of a metric, and so which sign of a difference, are the better ones."""
+    return "higher" if is_higher_better(metric) else "lower"
 
 
 def cells_of(results: Results, task: str, method: str) -> list[dict[str, Any]]:

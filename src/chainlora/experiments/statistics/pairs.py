@@ -32,7 +32,7 @@ VERDICTS: tuple[Verdict, ...] = ("wins", "loses", "no difference found", "too fe
 
 @dataclass(frozen=True)
 class Difference:
-    """A method less its rival over paired runs, oriented so that positive is better.
+    """A method less its rival over paired runs, in the unit of what is compared.
 
     Attributes:
         low, high: interval of the mean difference; `interval` says which kind.
@@ -56,7 +56,14 @@ class Difference:
 
 
 def judge(
-    low: float, high: float, p: float, smallest_p: float, num_pairs: int, level: float = LEVEL
+    low: float,
+    high: float,
+    p: float,
+    smallest_p: float,
+    num_pairs: int,
+    level: float = LEVEL,
+    *,
+    lower_is_better: bool = False,
 ) -> Verdict:
     """Return what may be said of a difference.
 
@@ -67,13 +74,18 @@ def judge(
         return "too few pairs"
     if p > level or low <= 0 <= high:
         return "no difference found"
-    return "wins" if low > 0 else "loses"
+    return "wins" if (high < 0 if lower_is_better else low > 0) else "loses"
 
 
 def compare_pairs(
-    differences: Sequence[Sequence[float]], *, level: float = LEVEL
+    differences: Sequence[Sequence[float]],
+    lower_is_better: Sequence[bool] | None = None,
+    *,
+    level: float = LEVEL,
 ) -> list[Difference | None]:
     """Compare several sets of paired differences, Holm-corrected together; None for an empty set.
+
+    `lower_is_better` says for each set whether a negative difference is a win; None: for none.
 
     An empty set is a comparison planned and not there yet: it counts in the correction, so that a
     verdict does not depend on how much of the plan is done.
@@ -81,16 +93,19 @@ def compare_pairs(
     tests = [sign_flip_test(values) if values else 1.0 for values in differences]
     corrected = holm(tests)
     smallest = holm([smallest_p(len(values)) for values in differences])
+    lower = lower_is_better or [False] * len(differences)
+    rows = zip(differences, lower, tests, corrected, smallest, strict=True)
     return [
-        _difference(values, *numbers, num_comparisons=len(differences), level=level)
+        _difference(values, down, *numbers, num_comparisons=len(differences), level=level)
         if values
         else None
-        for values, *numbers in zip(differences, tests, corrected, smallest, strict=True)
+        for values, down, *numbers in rows
     ]
 
 
 def _difference(
     values: Sequence[float],
+    lower_is_better: bool,
     p: float,
     p_holm: float,
     smallest: float,
@@ -113,5 +128,5 @@ def _difference(
         smallest_p_holm=smallest,
         exact=count <= MAX_EXACT,
         detectable=detectable(sd, count, num_comparisons, level=level),
-        verdict=judge(low, high, p_holm, smallest, count, level),
+        verdict=judge(low, high, p_holm, smallest, count, level, lower_is_better=lower_is_better),
     )
