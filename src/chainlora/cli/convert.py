@@ -6,35 +6,40 @@ from pathlib import Path
 
 import click
 
+from chainlora.cli.common import HELP, to_stderr
 from chainlora.errors import ConfigError
 
 
-@click.command(name="convert-config", context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(name="convert-config", context_settings=HELP)
 @click.argument("file", required=False, type=click.Path())
+@click.option(
+    "--processes",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="How many devices it was trained on: most tools count the rows of a batch by device.",
+)
 @click.option("--keys", is_flag=True, help="Print the table of known keys instead.")
-def convert_config(file: str | None, keys: bool) -> None:
+def convert_config(file: str | None, processes: int, keys: bool) -> None:
     """Rewrite a config of another tool as one of ours.
 
-    FILE is a config of Axolotl, LLaMA-Factory, TRL, Trainer or PEFT, in flat YAML or JSON. What is
-    printed is YAML, with a comment for each key that has no equivalent.
+    FILE is a config of Axolotl, LLaMA-Factory, TRL, Trainer with PEFT, torchtune or litgpt, in YAML
+    or JSON. The result goes to stdout; what became of each key is in its comments and on stderr. A
+    config that would train something else here, such as one for DPO, is refused.
     """
-    from chainlora.config.foreign import converted_text, foreign_keys, keys_page
-    from chainlora.config.loading import make_config, parse_yaml, read_tree
+    from chainlora.config.foreign import convert, keys_table
+    from chainlora.config.loading import make_config, read_tree
 
     if keys:
-        click.echo(keys_page(), nl=False)
+        click.echo(keys_table(), nl=False)
         return
     if file is None:
         raise click.UsageError("Missing argument 'FILE'.")
-    tree = read_tree(file)
-    if not set(tree) & set(foreign_keys()):
-        raise ConfigError(
-            f"a config to convert must have keys of another tool (got none in {file}); "
-            "`--keys` lists them"
-        )
-    text = converted_text(tree, Path(file).name)
-    click.echo(text, nl=False)
+    done = convert(read_tree(file), processes)
     try:
-        make_config(parse_yaml(text) or {})
+        make_config(done.tree)
     except ConfigError as error:
-        click.echo(f"# Still to do: {error}")
+        done.left.insert(0, f"still to do: {error}")
+    click.echo(done.text(Path(file).name), nl=False)
+    for line in done.notes:
+        to_stderr(line)

@@ -1,20 +1,27 @@
-"""Keys that people know from other tools: what they are called here, and whole files of them."""
+"""Keys that people know from other tools: what they are called here, and whole files of them.
+
+A conversion takes over what is meant, with what the tool does where its file says nothing, and
+names what became of every key. What would train something else is refused.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import cache
 from importlib.resources import files
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
 from chainlora.config.yaml_text import dump_yaml, parse_yaml
+from chainlora.errors import ConfigError, one_line
 
 _MANY = 3  # foreign keys in one file: it was written for another tool
-_RECOGNISED = ("alpaca", "sharegpt", "chat_template", "completion")  # types that `auto` finds
-_NO_TOOL = "not a key of chainlora, nor of the tools it knows"
+_ORDER = ("model", "quantize", "data", "chain", "train", "output")
+_ROWS = ("dataset.", "datasets.", "test_datasets.")  # an unknown key there may change the rows
+_BASES = {"TRL": "Transformers", "LLaMA-Factory": "Transformers", "Transformers": "PEFT"}
 
 
 class ForeignKey(BaseModel):
@@ -24,17 +31,23 @@ class ForeignKey(BaseModel):
 
     tools: tuple[str, ...]
     ours: str | None = None
-    how: Literal["same", "list", "number", "names", "path", "first", "second"] = "same"
+    how: str = "same"
     values: dict[bool | str, str] = {}
-    nothing: tuple[bool | int | str, ...] = ()
+    nothing: tuple[Any, ...] = ()
+    refuse: bool = False
     say: str = ""
 
 
 @cache
-def foreign_keys() -> Mapping[str, ForeignKey]:
-    """Return every known key of other tools."""
+def _table() -> Mapping[str, Any]:
     text = files("chainlora.config").joinpath("foreign_keys.yaml").read_text(encoding="utf-8")
-    return {key: ForeignKey.model_validate(entry) for key, entry in parse_yaml(text).items()}
+    return parse_yaml(text)
+
+
+@cache
+def foreign_keys() -> Mapping[str, ForeignKey]:
+    """Return every known key of other tools, in the order in which they are converted."""
+    return {key: ForeignKey.model_validate(entry) for key, entry in _table()["keys"].items()}
 
 
 def foreign_hint(key: str, value: Any = None) -> str | None:
@@ -52,7 +65,7 @@ def foreign_hint(key: str, value: Any = None) -> str | None:
 def foreign_file(tree: Mapping[Any, Any], known: Iterable[str]) -> str | None:
     """Return what is to say of a file that was written for another tool; None for one of ours."""
     keys = foreign_keys()
-    found = [key for key in tree if key in keys and key not in set(known)]
+    found = [key for key in _flat(tree) if key in keys and key.split(".")[0] not in set(known)]
     if len(found) < _MANY:
         return None
     named = [
@@ -61,135 +74,274 @@ def foreign_file(tree: Mapping[Any, Any], known: Iterable[str]) -> str | None:
     return f"{len(found)} keys of other tools: {', '.join(named)}"
 
 
-def convert(tree: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Return our tree for a flat config of another tool, and a line for each key that is lost.
+@dataclass
+class Conversion:
+    """Our tree for a config of another tool, and what became of each of its keys."""
 
-    Its one LoRA becomes a chain of one link.
+    tool: str
+    tree: dict[str, Any] = field(default_factory=dict)
+    taken: list[str] = field(default_factory=list)
+    left: list[str] = field(default_factory=list)
+    refused: list[str] = field(default_factory=list)
+    made: dict[str, str] = field(default_factory=dict)  # our key → theirs
+
+    @property
+    def notes(self) -> list[str]:
+        """What a person should read."""
+        lines = ["Not taken over:", *self.left] if self.left else []
+        return [*lines, "Taken over:", *self.taken]
+
+    def text(self, name: str) -> str:
+        """Return our YAML, with the notes as comments."""
+        begin = [
+            f"# Converted from {one_line(name)}, read as a config of {self.tool}. One LoRA is a",
+            "# chain of one link; give chain.ranks and chain.epochs (or steps) more entries for a",
+            "# longer one.",
+        ]
+        return "\n".join([*begin, dump_yaml(self.tree), *(f"# {each}" for each in self.notes), ""])
+
+
+def convert(tree: Mapping[str, Any], processes: int = 1) -> Conversion:
+    """Return our tree for a config of another tool. Its one LoRA becomes a chain of one link.
+
+    Args:
+        tree: the other tool's config.
+        processes: how many it was started in; most tools count the rows of a batch by device.
+
+    Raises:
+        ConfigError: no key of another tool, or one that would train something else.
     """
-    made: dict[str, str] = {}
-    ours: dict[str, Any] = {}
-    lost: list[str] = []
-    for key, value in tree.items():
-        if value is None:
-            continue
-        reason = _convert_key(str(key), value, ours, made)
-        if reason:
-            lost.append(f"{key}: {_shown(value)} – {reason}")
-    if "quantize" in ours:
-        _set(ours, "chain.hold", "carried")  # a quantised weight cannot hold a link
-    chain = ours.get("chain", {})
-    if "steps" in chain and "epochs" in chain:
-        lost.append(f"{made['chain.epochs']}: {_shown(chain.pop('epochs'))} – the steps end it")
-    return _ordered(ours), lost
+    given = _flat(tree)
+    done = Conversion(_tool(given))
+    for key, value in _table()["tools"][done.tool].get("sets", {}).items():
+        _set(done.tree, key, value)
+    defaults = _defaults(done.tool, given)
+    order = list(foreign_keys())
+    names = sorted(given | defaults, key=lambda key: order.index(key) if key in order else 9999)
+    for key in names:
+        is_given = key in given
+        value = given[key] if is_given else defaults[key]
+        _convert_key(done, key, value, "" if is_given else f" (what {done.tool} does without it)")
+    _finish(done, processes)
+    if done.refused:
+        raise ConfigError(
+            "a config to convert must train the same here",
+            "; ".join(done.refused),
+            "correct or remove these keys, if that is what you want",
+        )
+    return done
 
 
-def converted_text(tree: Mapping[str, Any], name: str) -> str:
-    """Return our YAML for a flat config of another tool, and a comment for each key lost."""
-    ours, lost = convert(tree)
-    lines = [f"# Converted from {name}. One LoRA is a chain of one link; give chain.ranks and"]
-    lines.append("# chain.epochs (or steps) more entries for a longer one.")
-    comments = ["", "# Without an equivalent:"] if lost else []
-    comments += [f"# {line}" for line in lost]
-    return "\n".join([*lines, dump_yaml(ours).rstrip() if ours else "", *comments]) + "\n"
+def _tool(given: Mapping[str, Any]) -> str:
+    """Return the tool that has most of the keys."""
+    found = [foreign_keys()[key].tools for key in given if key in foreign_keys()]
+    if not found:
+        raise ConfigError(
+            "a config to convert must have keys of another tool", "none", "`--keys` lists them"
+        )
+    tools = _table()["tools"]
+    return max(tools, key=lambda tool: sum(bool(_kin(tool) & set(each)) for each in found))
 
 
-def keys_page() -> str:
-    """Return docs/keys.md."""
-    lines = [
-        "# Keys people know",
-        "",
-        "What keys of other tools are called here. `chainlora convert-config FILE` rewrites a",
-        "whole file, with a comment for each key that has no equivalent. This page is the output",
-        "of `chainlora convert-config --keys`; errors about unknown keys read the same table,",
-        "`src/chainlora/config/foreign_keys.yaml`.",
-        "",
-        "| key | of | here | |",
-        "|---|---|---|---|",
-    ]
-    for key, entry in sorted(foreign_keys().items()):
-        here = f"[`{entry.ours}`](config.md)" if entry.ours else "–"
-        lines.append(f"| `{key}` | {', '.join(entry.tools)} | {here} | {_notes(entry)} |")
-    return "\n".join(lines) + "\n"
+def _kin(tool: str | None) -> set[str]:
+    """Return a tool and those whose keys it has too."""
+    return {tool} | _kin(_BASES.get(tool)) if tool else set()
 
 
-def _notes(entry: ForeignKey) -> str:
-    values = ", ".join(
-        f"`{_shown(theirs)}` is `{ours}`" for theirs, ours in entry.values.items() if theirs != ours
-    )
-    return "; ".join(filter(None, (entry.say, values)))
+def _defaults(tool: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a tool does where the file says nothing, in its own keys."""
+    keys = foreign_keys()
+    found = dict(_table()["tools"][tool]["defaults"])
+    if tool == "LLaMA-Factory":
+        rank = given.get("lora_rank", found["lora_rank"])
+        found["lora_alpha"] = 2 * rank if isinstance(rank, int) else rank
+    if "alpaca" in str(given.get("dataset._component_")):
+        found["dataset.train_on_input"] = True
+    asked = {
+        keys[key].ours
+        for key, value in given.items()
+        if key in keys and value is not None and not _asks_nothing(keys[key], value)
+    }
+    return {
+        key: value
+        for key, value in found.items()
+        if not any(each == key or each.startswith(f"{key}.") for each in given)
+        and (keys[key].how == "modules" or keys[key].ours not in asked - {None})
+    }
 
 
-def _convert_key(key: str, value: Any, ours: dict[str, Any], made: dict[str, str]) -> str:
-    """Set our key, or return why there is none."""
+def _convert_key(done: Conversion, key: str, value: Any, why: str) -> None:
+    """Set our key, or note why there is none."""
     entry = foreign_keys().get(key)
-    if entry is None:
-        return _NO_TOOL
-    if any(_is_same(value, each) for each in entry.nothing):
-        return ""
+    named = f"{one_line(key)}: {_shown(value)}{why}"
+    if value is None:
+        done.left.append(f"{named} – asks for nothing")
+    elif entry is None:
+        into = done.refused if key.startswith(_ROWS) else done.left
+        into.append(f"{named} – not a key that is known here")
+    elif _asks_nothing(entry, value):
+        done.left.append(f"{named} – so it is here, or nothing is asked for")
+    elif entry.ours in done.made and entry.how not in ("modules", "second", "config", "revision"):
+        done.left.append(f"{named} – {entry.ours} is there already, from {done.made[entry.ours]}")
+    else:
+        _take(done, entry, key, value, named)
+
+
+def _take(done: Conversion, entry: ForeignKey, key: str, value: Any, named: str) -> None:
+    not_so = done.refused if entry.refuse else done.left
     if entry.ours is None:
-        return entry.say
+        not_so.append(f"{named} – {entry.say}")
+        return
     if entry.values and not isinstance(value, list):
         known = isinstance(value, bool | str) and value in entry.values
         if not known and entry.how != "names":
             asked = ", ".join(_shown(each) for each in entry.values)
-            return f"{entry.ours} knows no such value; convertible: {asked}"
+            not_so.append(f"{named} – {entry.ours} knows no such value; convertible: {asked}")
+            return
         value = entry.values[value] if known else value
-    if entry.how in ("first", "second"):
-        pair = _get(ours, entry.ours) or [0.9, 0.999]
-        pair[entry.how == "second"] = value
-        _set(ours, entry.ours, pair)
-        return ""
-    if entry.ours in made:
-        return f"{entry.ours} is there already, from {made[entry.ours]}"
-    converted, rest = _CONVERTED[entry.how](value)
-    if converted is None:
-        return rest
-    _set(ours, entry.ours, converted)
-    made[entry.ours] = key
-    return rest
+    try:
+        made = _HOW[entry.how](value, done.tree)
+    except (ValueError, TypeError) as error:
+        not_so.append(f"{named} – {error}")
+        return
+    if made is not None:
+        _set(done.tree, entry.ours, made)
+        done.made.setdefault(entry.ours, one_line(key))
+        done.taken.append(f"{named} → {entry.ours}: {_shown(made)}")
+    else:
+        done.taken.append(f"{named} – {entry.say or 'read from the rows'}")
 
 
-def _is_same(one: Any, other: Any) -> bool:
-    return bool(one == other) and isinstance(one, bool) == isinstance(other, bool)
+def _finish(done: Conversion, processes: int) -> None:
+    """Settle what follows from several keys."""
+    if "quantize" in done.tree:
+        _set(done.tree, "chain.hold", "carried")  # a quantised weight cannot hold a link
+    chain = done.tree.get("chain", {})
+    if "steps" in chain and "epochs" in chain:
+        shown = _shown(chain.pop("epochs"))
+        done.left.append(f"{done.made['chain.epochs']}: {shown} – the steps end it")
+    train = done.tree.get("train", {})
+    rows = train.get("batch_size")
+    if rows is not None and done.tool != "litgpt":  # which counts those of all devices itself
+        train["batch_size"] = rows * processes
+        whole = train["batch_size"] * train.get("gradient_accumulation", 1)
+        done.left.insert(
+            0,
+            f"{done.made['train.batch_size']} counts the rows of one device, train.batch_size "
+            f"those of all: converted for {processes} process(es), a step has {whole} rows; for "
+            f"N processes give --processes N, or train.batch_size: {rows}·N",
+        )
+    done.tree = {key: done.tree[key] for key in _ORDER if key in done.tree}
 
 
-def _list(value: Any) -> tuple[Any, str]:
-    return (value if isinstance(value, list) else [value]), ""
+def _asks_nothing(entry: ForeignKey, value: Any) -> bool:
+    return any(
+        value == each and isinstance(value, bool) == isinstance(each, bool)
+        for each in entry.nothing
+    )
 
 
-def _number(value: Any) -> tuple[Any, str]:
+def _number(value: Any, _: Any) -> int:
     if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
-        return value, ""
-    return None, "give a number of steps, 1 or more"
+        return value
+    raise ValueError("give a number of steps, 1 or more")
 
 
-def _names(value: Any) -> tuple[Any, str]:
-    if isinstance(value, str) and "," in value:
-        return [name.strip() for name in value.split(",")], ""
-    return value, ""
+def _names(value: Any, _: Any) -> Any:
+    is_list = isinstance(value, str) and "," in value
+    return [name.strip() for name in value.split(",")] if is_list else value
 
 
-def _path(value: Any) -> tuple[Any, str]:
-    """Take the first of several data sets."""
-    first, *others = value if isinstance(value, list) and value else [value]
-    path = first.get("path") if isinstance(first, Mapping) else first
-    if not isinstance(path, str):
-        return None, "give one file, folder or Hub dataset"
-    if others:
-        return path, "only the first is taken; put the rows into one file"
-    asked = first.get("type") if isinstance(first, Mapping) else None
-    if asked is not None and asked not in _RECOGNISED:
-        return path, f"the type {_shown(asked)} is not read; see data.format for rows"
-    return path, ""
+def _modules(value: Any, tree: dict[str, Any]) -> list[str]:
+    """Add names of modules to those that are there."""
+    names = value if isinstance(value, list) else str(value).split(", ")
+    there = _get(tree, "chain.target_modules") or []
+    return [*there, *("o_proj" if name == "output_proj" else name for name in names)]
 
 
-_CONVERTED: Mapping[str, Callable[[Any], tuple[Any, str]]] = {
-    "same": lambda value: (value, ""),
-    "list": _list,
+def _path(value: Any, _: Any) -> str:
+    value = value[0] if isinstance(value, list) and len(value) == 1 else value
+    if not isinstance(value, str) or "," in value:
+        raise ValueError("one file, folder or Hub dataset can be trained on; put the rows into one")
+    return value
+
+
+def _config(value: Any, tree: dict[str, Any]) -> str:
+    return f"{_get(tree, 'data.train')}:{value}"
+
+
+def _revision(value: Any, tree: dict[str, Any]) -> str:
+    return f"{_get(tree, 'data.train')}@{value}"
+
+
+def _row_type(value: Any, tree: dict[str, Any]) -> str | None:
+    """Return the chat template that a type of Axolotl's rows has, where it is not the model's."""
+    if value == "completion":
+        _set(tree, "data.format", "text")
+    if value not in ("alpaca", "sharegpt", "chat_template", "completion"):
+        raise ValueError("rows of this type are not read; see data.format for those that are")
+    return "alpaca" if value == "alpaca" else None
+
+
+def _component(value: Any, tree: dict[str, Any]) -> str | None:
+    """Read the method from the name of torchtune's model."""
+    name = str(value).rpartition(".")[2]
+    if not name.startswith(("lora_", "qlora_")):
+        _set(tree, "chain.tune", "full")
+    return "nf4" if name.startswith("qlora_") else None
+
+
+def _global_batch(value: Any, tree: dict[str, Any]) -> int:
+    micro = _get(tree, "train.batch_size")
+    if value % micro:
+        raise ValueError(f"must be a multiple of train.micro_batch_size ({micro})")
+    return value // micro
+
+
+def _one_of_pair(index: int) -> Callable[[Any, dict[str, Any]], list[Any]]:
+    def convert_one(value: Any, tree: dict[str, Any]) -> list[Any]:
+        pair = list(_get(tree, "train.betas") or [0.9, 0.999])
+        pair[index] = value
+        return pair
+
+    return convert_one
+
+
+_HOW: Mapping[str, Callable[[Any, dict[str, Any]], Any]] = {
+    "same": lambda value, _: value,
+    "list": lambda value, _: value if isinstance(value, list) else [value],
     "number": _number,
     "names": _names,
+    "modules": _modules,
     "path": _path,
+    "config": _config,
+    "revision": _revision,
+    "row_type": _row_type,
+    "component": _component,
+    "global_batch": _global_batch,
+    "last_two": lambda value, _: "/".join(str(value).strip("/").split("/")[-2:]),
+    "first": _one_of_pair(0),
+    "second": _one_of_pair(1),
 }
+
+
+def _flat(tree: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the values of a tree by dotted keys; sections after the first of a list as a whole."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, list) and value and isinstance(value[0], Mapping):
+            found |= {f"{name}.{index}": each for index, each in enumerate(value[1:], start=1)}
+            value = value[0]
+        found |= _flat(value, f"{name}.") if _is_section(name, value) else {name: value}
+    return found
+
+
+def _is_section(name: str, value: Any) -> bool:
+    """Say whether a value is a section of keys, and not a mapping that one key has."""
+    keys = foreign_keys()
+    is_open = name not in keys or any(key.startswith(f"{name}.") for key in keys)
+    return isinstance(value, Mapping) and bool(value) and is_open
 
 
 def _get(tree: Mapping[str, Any], dotted: str) -> Any:
@@ -202,12 +354,24 @@ def _set(tree: dict[str, Any], dotted: str, value: Any) -> None:
     (tree.setdefault(section, {}) if section else tree)[key] = value
 
 
-def _ordered(tree: Mapping[str, Any]) -> dict[str, Any]:
-    order: Sequence[str] = ("model", "quantize", "data", "chain", "train", "output")
-    return {key: tree[key] for key in order if key in tree}
-
-
 def _shown(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False, default=str)
     text = text[1:-1] if isinstance(value, str) and text.isprintable() else text
-    return text if len(text) <= 60 else text[:59] + "…"
+    return one_line(text if len(text) <= 60 else text[:59] + "…")
+
+
+def keys_table() -> str:
+    """Return the table of docs/keys.md."""
+    return "\n".join(["| key | of | here | |", "|---|---|---|---|", *_rows()]) + "\n"
+
+
+def _rows() -> Iterator[str]:
+    for key, entry in sorted(foreign_keys().items()):
+        here = f"[`{entry.ours}`](config.md)" if entry.ours else "–"
+        values = ", ".join(
+            f"`{_shown(theirs)}` is `{ours}`"
+            for theirs, ours in entry.values.items()
+            if theirs != ours
+        )
+        said = "; ".join(filter(None, (entry.say, values)))
+        yield f"| `{key}` | {', '.join(entry.tools)} | {here} | {said} |"
