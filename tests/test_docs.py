@@ -18,7 +18,6 @@ from typing import Any, get_args
 import peft
 import pytest
 import torch
-import yaml
 from conftest import write_rows
 from helpers import settings
 from pydantic import BaseModel
@@ -419,28 +418,6 @@ def test_a_new_objective_enters_by_its_door(tiny_folder, sentiment, monkeypatch)
     assert sum(losses[-4:]) < sum(losses[:4])
 
 
-DECISIONS = sorted((ROOT / "docs/decisions").glob("[0-9]*.md"))
-
-
-def test_decisions_are_numbered():
-    assert [int(path.name[:4]) for path in DECISIONS] == list(range(1, len(DECISIONS) + 1))
-
-
-# 3 is a record of measurements
-@pytest.mark.parametrize(
-    "file", [f for f in DECISIONS if f.name[:4] != "0003"], ids=lambda path: path.stem
-)
-def test_a_decision_says_why_and_what_else(file):
-    text = file.read_text(encoding="utf-8")
-    assert text.startswith(f"# {int(file.name[:4])}. ")
-    assert re.findall(r"^## (\w+)", text, flags=re.MULTILINE) == [
-        "Context",
-        "Decision",
-        "Consequences",
-        "Rejected",
-    ]
-
-
 def test_the_numbers_of_the_first_decision():
     text = next((ROOT / "docs/decisions").glob("0001-*.md")).read_text(encoding="utf-8")
     (code,) = blocks(text, "python")
@@ -512,12 +489,3 @@ def test_files_that_documents_name_exist():
             assert (ROOT / name).exists(), f"{document.name} names {name}"
         for name in re.findall(r"`chainlora/([\w/]+)\.py`", text):
             assert importlib.import_module("chainlora." + name.replace("/", "."))
-
-
-def test_the_tests_that_hold_each_fault_exist():
-    faults = yaml.safe_load((ROOT / "benchmarks/faults/faults.yaml").read_text())
-    for fault in faults:
-        for test in fault["tests"]:
-            file, _, name = test.partition("::")
-            text = (ROOT / "tests" / file).read_text()
-            assert f"def {name.partition('[')[0]}" in text, test

@@ -24,7 +24,6 @@ from chainlora import ChainLoRAError, make_config, train
 from chainlora.runs.directory import RunDirectory
 from chainlora.training.processes import Processes, find_processes
 
-PAGE = Path(__file__).resolve().parents[1] / "docs/scale.md"
 CHAIN = {"ranks": [4, 4], "steps": [4, 3]}
 TRAIN = {"lr": 1e-3, "batch_size": 8, "eval_every": 2, "save_every": 1}
 JOBS: dict[str, dict[str, Any]] = {
@@ -126,10 +125,8 @@ def test_a_run_of_four_is_resumed_by_two(launched):
 
 
 def test_a_batch_that_cannot_be_shared_is_refused_once(launched):
-    line = outcome(launched, "odd")["error"].partition(": ")[2]
-    assert "must be a multiple of their number (got 9 for 2 processes)" in line
-    command = "torchrun --nproc-per-node 2 -m chainlora train run.yaml --train.batch_size 9"
-    assert f"| `{command}` | {line} |\n" in PAGE.read_text(encoding="utf-8")
+    error = outcome(launched, "odd")["error"]
+    assert "must be a multiple of their number (got 9 for 2 processes)" in error
     assert not (launched / "odd").exists()
 
 
@@ -194,7 +191,7 @@ else:
     [("0", 0, ""), ("3", 3, ""), ("--version", 0, "chainlora, version"), ("--wrong", 2, "")],
 )
 def test_a_process_of_several_ends_with_its_status_and_without_teardown(argument, status, said):
-    """Torn down, threads of Gloo that are late abort it: benchmarks/scale/endings.py counts."""
+    """Torn down, threads of Gloo that are late can abort it."""
     done = subprocess.run(
         [sys.executable, "-c", LEAVING, argument],
         env=os.environ | {"WORLD_SIZE": "2"},  # as a launcher tells the command line

@@ -21,7 +21,6 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 F32, BF16, INT64, INT32 = 4, 2, 8, 4
-SOFT_KNOTS = 80  # a link, as `knots: auto` plans them: every 0.15 / 12 of its steps
 BRANCH_RANK = 64  # most that deposits of a carried link are stacked to
 KEPT_EPOCHS = 3  # orders of rows in memory
 
@@ -415,16 +414,21 @@ def memory_table(shape: Shape) -> list[str]:
     return [*lines, ""]
 
 
+def soft_knots(steps: float) -> int:
+    """How many soft knots `knots: auto` ties in a link: twelve in a time constant of 5·√steps."""
+    return int(steps / round(5 * math.sqrt(steps) / 12))
+
+
 def knot_table(shape: Shape) -> list[str]:
     """The last knot of four, and its share of a run over 10⁹ rows."""
     rows, tokens, batch = 1e9, 256, 256
-    machine = Machine()
+    machine, knots = Machine(), soft_knots(rows / 4 / batch)
     lines = [
         f"### {shape.name}: the fourth knot",
         "",
         f"Host memory {machine.host:.0e} bytes/s a process, disk {machine.disk:.0e}, "
         f"{machine.matmul:.0e} FLOP/s a GPU. 10⁹ rows of {tokens} tokens, once, {batch} a step, in "
-        "four links. Soft knots: 80 a link.",
+        f"four links. Soft knots, as `knots: auto` plans them: {knots:,} a link.",
         "",
         "| engine | read, GB | written, GB | tied, s | first read from disk, s | carried, s "
         "| days of a run | share of whole knots | of soft knots, tied | of soft, carried |",
@@ -435,13 +439,13 @@ def knot_table(shape: Shape) -> list[str]:
         carried = Run(shape, count, shards, hold="carried", soft=True)
         link = rows / 4 / batch * tied.step_seconds(machine, tokens * batch)
         knot = tied.knot_seconds(machine)
-        soft = "–" if shards else f"{SOFT_KNOTS * tied.soft_knot_seconds(machine) / link:.1e}"
+        soft = "–" if shards else f"{knots * tied.soft_knot_seconds(machine) / link:.1e}"
         lines.append(
             f"| {name} | {gigabytes(tied.knot_read())} | {gigabytes(tied.knot_written())} "
             f"| {knot:.2g} | {tied.knot_seconds(machine, cached=False):.2g} "
             f"| {carried.knot_seconds(machine):.2g} | {4 * link / 86400:,.0f} "
             f"| {knot / link:.1e} | {soft} "
-            f"| {SOFT_KNOTS * carried.soft_knot_seconds(machine) / link:.1e} |"
+            f"| {knots * carried.soft_knot_seconds(machine) / link:.1e} |"
         )
     return [*lines, ""]
 

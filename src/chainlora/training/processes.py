@@ -261,7 +261,7 @@ def leave_processes(status: int = 0) -> None:
     """End this process with `status` if it is one of several; do nothing if it is the only one.
 
     Threads of Gloo may still let go of what they exchanged, and while the interpreter is torn down
-    that aborts the process, after all its work (docs/decisions/0028). `destroy_process_group` does
+    that aborts the process, after all its work. `destroy_process_group` does
     not end them, since meshes keep the group. So there is no teardown.
     """
     if not distributed.is_initialized():
