@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from collections import Counter
 from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
 
 # One row a task and, letter for letter, what a model reads: the protocol's table with its fields
 # filled in ("/" there is a line break). The third entry is the text of each candidate, or the
@@ -187,6 +191,22 @@ def shown(text: str) -> str:
 def write_rows(path: Path, rows: list[dict]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def write_as(path: Path, rows: list[dict]) -> Path:
+    """Write rows as what the file's suffix says, Parquet in pieces of 20 rows."""
+    if path.suffix == ".parquet":
+        table = pyarrow.Table.from_pylist(rows)
+        pieces = {"row_group_size": 20, "compression": "none", "use_dictionary": False}
+        pyarrow.parquet.write_table(table, path, **pieces)
+    elif path.suffix == ".csv":
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    else:
+        write_rows(path, rows)
     return path
 
 

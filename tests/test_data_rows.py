@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers_data import CHAT, TALK, make_tokenizer
-from helpers_tasks import write_rows
+from helpers_tasks import write_as, write_rows
 
 from chainlora.data import preparing
 from chainlora.data.encoding import Options
@@ -26,23 +26,8 @@ from chainlora.data.store import StoredRows, StoreWriter, flatten
 from chainlora.data.tasks import load_task
 from chainlora.errors import DataError
 
-WORDS = [
-    "the",
-    "film",
-    "was",
-    "great",
-    "and",
-    "so",
-    "is",
-    "a",
-    "plot",
-    "of",
-    "rain",
-    "dogs",
-    "cats",
-    "two",
-    "three",
-]
+TEXT = "the film was great and so is a plot of rain dogs cats two three"
+WORDS = TEXT.split()
 
 
 @pytest.fixture
@@ -163,6 +148,30 @@ def test_content_decides_and_not_name_or_time(cache, tmp_path):
     assert path.stat().st_size == before.st_size
     assert changed.summary.digest != first.summary.digest
     assert len(stores(cache)) == 2
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
+def test_a_file_that_changes_while_it_is_tokenised_is_refused(cache, tmp_path, suffix):
+    """Its rows would be kept under the hash of the file as it was before."""
+    rows = [{"text": f"{number} " + "dogs and cats " * 600} for number in range(400)]  # 3 MB
+    path = write_as(tmp_path / f"rows{suffix}", rows)
+    before, after = path.read_bytes(), write_as(tmp_path / f"new{suffix}", rows[::-1]).read_bytes()
+    tokenizer = make_tokenizer("bos")
+    for change in (after, before[: 1 << 20], before + after[-(1 << 20) :]):
+
+        def tell(rows: int, share: float, change=change) -> None:
+            if path.read_bytes() == before:
+                with path.open("r+b") as file:  # the file that is being read
+                    file.truncate(len(change))
+                    file.write(change)
+
+        with pytest.raises(DataError, match=r"must stay as it is .*other bytes in .*rows\."):
+            make_rows(FileSource(path), tokenizer, "text", Options(), progress=tell)
+        assert stores(cache) == []
+        path.write_bytes(before)
+    found = make_rows(FileSource(path), tokenizer, "text", Options())
+    expected = [row["text"] for row in (rows[0], rows[-1])]
+    assert [tokenizer.decode(found[at].sequences[0][1:-1]) for at in (0, -1)] == expected
 
 
 def test_whatever_changes_the_tokens_makes_a_store_of_its_own(cache, tmp_path, monkeypatch):

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import tracemalloc
 
 import pyarrow
 import pyarrow.parquet
 import pytest
-from helpers_tasks import make_split, write_rows, write_task
+from helpers_tasks import make_split, write_as, write_rows, write_task
 
 from chainlora import evaluate_task
 from chainlora.data.sources import FileSource, find_source, iterate
@@ -19,14 +18,10 @@ from chainlora.errors import DataError
 
 def test_jsonl_json_csv_and_parquet_give_the_same_rows(tmp_path):
     rows = [{"text": "one\u2028line", "label": "0"}, {"text": 'a "b", c\nd', "label": "1"}]
-    write_rows(tmp_path / "a.jsonl", rows)
+    for suffix in (".jsonl", ".csv", ".parquet"):
+        write_as(tmp_path / f"a{suffix}", rows)
     (tmp_path / "a.json").write_text(json.dumps(rows))
     (tmp_path / "b.json").write_text(json.dumps({"data": rows}))
-    with (tmp_path / "a.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, ["text", "label"])
-        writer.writeheader()
-        writer.writerows(rows)
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
     for name in ("a.jsonl", "a.json", "b.json", "a.csv", "a.parquet"):
         read = load_rows(tmp_path / name)
         assert read == rows, name
@@ -104,20 +99,6 @@ def test_a_hub_dataset_is_read_by_folder_and_split(tmp_path, monkeypatch):
 
 
 # --- streams ---
-
-
-def write_as(path, rows):
-    """Write rows as what the file's suffix says."""
-    if path.suffix == ".parquet":
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-    elif path.suffix == ".csv":
-        with path.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
-    else:
-        write_rows(path, rows)
-    return path
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])

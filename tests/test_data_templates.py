@@ -225,10 +225,95 @@ def test_arguments_of_a_row_are_the_template_s_alone(arguments):
         encode_examples([row], make_tokenizer("bos", CHAT), "chat")
 
 
-def test_preferences_are_sent_to_a_trainer_that_learns_from_them():
-    row = {"prompt": "a", "chosen": "b", "rejected": "c"}
+PREFERENCES = {
+    "TRL": {"prompt": "a", "chosen": "b", "rejected": "c"},
+    "TRL, the prompt inside": {"chosen": "ab", "rejected": "ac"},
+    "TRL, conversational": {"prompt": TALK[:1], "chosen": TALK[1:2], "rejected": TALK[3:]},
+    "TRL, KTO": {"prompt": "a", "completion": "b", "label": False},
+    "TRL, KTO, conversational": {"prompt": TALK[:1], "completion": TALK[1:2], "label": True},
+    "TRL, steps": {"prompt": "a", "completions": ["b"], "labels": [True]},
+    "KTO in CSV": {"prompt": "a", "completion": "b", "label": "False"},
+    "UltraFeedback": {"prompt": "a", "messages": TALK, "chosen": TALK, "rejected": TALK},
+    "LLaMA-Factory": {"instruction": "a", "input": "", "chosen": "b", "rejected": "c"},
+    "LLaMA-Factory, ShareGPT": {
+        "conversations": [{"from": "human", "value": "a"}],
+        "chosen": {"from": "gpt", "value": "b"},
+        "rejected": {"from": "gpt", "value": "c"},
+    },
+    "LLaMA-Factory, KTO": {"instruction": "a", "output": "b", "kto_tag": True},
+    "LLaMA-Factory, KTO, ShareGPT": {
+        "conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}],
+        "kto_tag": False,
+    },
+    "ms-swift": {"messages": TALK, "rejected_response": "c"},
+    "ms-swift, KTO": {"messages": TALK, "label": False},
+}
+
+
+@pytest.mark.parametrize("name", PREFERENCES)
+@pytest.mark.parametrize("format", ["auto", "completion", "chat", "conversational"])
+def test_preferences_are_never_trained_on_as_answers(name, format):
+    """Not as the first row, nor as a later one, nor under a format by name."""
+    plain = {"completion": {"prompt": "a", "completion": "b"}, "chat": {"messages": TALK}}
+    row = PREFERENCES[name]
+    for rows in ([row], [plain.get(format, row), row]):
+        with pytest.raises(DataError, match=r"TRL's (DPO|KTO)Trainer and chainlora.Chai") as caught:
+            encode_examples(rows, make_tokenizer("bos", CHAT), format)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"text": "a", "label": True},
+        {"prompt": "a", "completion": "b", "label": 1},
+        {"prompt": "a", "completion": "b", "label": "positive"},
+    ],
+)
+def test_other_labels_are_columns_that_nothing_reads(row):
+    assert encode_examples([row], make_tokenizer("bos"), "auto")
+
+
+# --- chats of every shape, under a template without marks ---
+
+GREETING = {"role": "assistant", "content": "hello"}
+DEFAULT_SYSTEM = (
+    "{% if messages[0].role != 'system' %}<|system|>be kind</s>{% endif %}"
+    "{% for m in messages %}<|{{ m.role }}|>{{ m['content'] + '</s>' }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+@pytest.mark.parametrize("template", [CHAT, DEFAULT_SYSTEM, MARKED])
+def test_a_chat_that_the_assistant_begins_is_learnt(template):
+    tokenizer = make_tokenizer("bos", template)
+    (found,) = encode_examples([{"messages": [GREETING, *TALK]}], tokenizer, "auto")
+    assert scored(found, tokenizer) == [["hello</s>", "two dogs</s>", "three</s>"]]
+    (alone,) = encode_examples([{"messages": [GREETING]}], tokenizer, "auto")
+    assert scored(alone, tokenizer) == [["hello</s>"]]
+
+
+def test_where_an_answer_begins_cannot_be_told_the_other_template_is_named():
+    template = "{% for m in messages %}{{ m.content }}</s>{% endfor %}"
     with pytest.raises(
-        DataError, match=r"TRL's DPOTrainer and chainlora.ChainCallback, or rename chosen"
-    ) as caught:
-        encode_examples([row], make_tokenizer("bos"), "auto")
-    assert "\n" not in str(caught.value)
+        DataError, match=r"assistant begins must .*chatml, or remove the first turn"
+    ):
+        encode_examples([{"messages": [GREETING, *TALK]}], make_tokenizer("", template), "chat")
+
+
+def test_calls_without_content_name_the_template_that_shows_them(smollm2_tokenizer):
+    call = {"function": {"name": "count", "arguments": {"what": "dogs"}}}
+    row = {"messages": [TALK[0], {"role": "assistant", "content": None, "tool_calls": [call]}]}
+    for tokenizer in (make_tokenizer("bos", DEFAULT_SYSTEM), smollm2_tokenizer):
+        with pytest.raises(DataError, match=r"show `tool_calls` .*data.chat_template: chatml, or"):
+            encode_examples([row], tokenizer, "chat")
+    shows = DEFAULT_SYSTEM.replace("+ '</s>'", "+ (m.tool_calls | tojson if m.tool_calls else '')")
+    (found,) = encode_examples([row], make_tokenizer("bos", shows), "chat")
+    assert '"what": "dogs"' in scored(found, make_tokenizer("bos", shows))[0][0]
+
+
+def test_a_prompt_that_melts_into_its_completion_is_named_with_both():
+    row = {"prompt": "Que", "completion": "stion"}
+    message = r"'Que' and 'stion' at row 0, which become one token\); begin the answer with a space"
+    with pytest.raises(DataError, match=message):
+        encode_examples([row], make_tokenizer(), "auto")

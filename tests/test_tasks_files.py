@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import pytest
-from helpers_data import make_tokenizer
 from helpers_tasks import (
     PROMPTS,
     write_rows,
     write_task,
 )
 
-from chainlora.data import templates
-from chainlora.data.encoding import encode_examples
 from chainlora.data.tasks import (
     load_rows,
     load_task,
@@ -203,62 +199,6 @@ def test_the_example_task_needs_no_python(tmp_path):
         shown.prompt + shown.candidates[shown.label]
         == "Headline: Rates rise again\nSection: business"
     )
-
-
-# --- templates end ---
-
-GROWS = "{% set b = a ~ a %}{% set c = b ~ b %}{% set d = c ~ c %}{% set e = d ~ d %}"
-
-
-@pytest.mark.parametrize(
-    "prompt",
-    [
-        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
-        "{% for i in range(99999) %}{% for j in range(99999) %}x{% endfor %}{% endfor %}",
-        "{% macro f(n) %}{% if n %}{{ f(n-1) ~ f(n-1) }}{% endif %}{% endmacro %}{{ f(60) }}",
-        "{% set a = text * 99999 %}" + GROWS + "{{ e ~ e ~ e ~ e }}",
-        "{{ text * 10**10 }}",
-        "{{ (10**10) ** (10**10) }}",
-        "{{ [text] * 10**9 }}",
-        "{{ text.ljust(10**10) }}",
-        "{{ text | center(10**10) }}",
-        "{{ 'x'.join(range(99999) | map('string') | list * 999) }}",
-    ],
-)
-def test_a_template_without_end_is_refused_at_once(tmp_path, prompt):
-    task = load_task(write_task(tmp_path, prompt=prompt))
-    start = time.monotonic()
-    with pytest.raises(DataError, match=r"no more work than a row can .* at row 7\)") as caught:
-        task.render({"text": "film", "label": 0}, 7)
-    assert time.monotonic() - start < 20  # some seconds; it would be hours, or all the memory
-    assert "\n" not in str(caught.value)
-
-
-def test_expressions_end_too(tmp_path):
-    changes = {"labels": None, "candidates": "[text * 10**9, text]", "label": "0"}
-    task = load_task(write_task(tmp_path, **changes))
-    with pytest.raises(DataError, match=r"`candidates` .*no more work"):
-        task.render({"text": "film"})
-
-
-def test_a_long_row_is_no_endless_template(tmp_path):
-    prompt = "{% for word in text.split() %}{{ word | upper }} {% endfor %}{{ text ~ '!' }}"
-    task = load_task(write_task(tmp_path, prompt=prompt))
-    text = "word " * 100_000
-    assert task.render({"text": text, "label": 0}).prompt == text.upper() + text + "!"
-
-
-def test_a_chat_template_without_end_is_stopped_by_the_clock(tmp_path, monkeypatch):
-    monkeypatch.setattr(templates, "SECONDS", 0.5)
-    endless = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
-    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    rows = [{"messages": turns}]
-    path = write_rows(tmp_path / "chat.jsonl", rows)
-    start = time.monotonic()
-    with pytest.raises(DataError, match=r"0.5 s \(got no end of the chat template at .*line 1\)"):
-        encode_examples(load_rows(path), make_tokenizer("", endless), "chat")
-    assert time.monotonic() - start < 10
-    time.sleep(0.6)  # the clock is off
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, replace
 from functools import cache
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 
 import tokenizers
@@ -57,37 +57,33 @@ def make_rows(
     `task` is a task, or a format: "completion", "chat", "text" or "auto". Raises DataError or
     ConfigError, after reading all rows where only that can tell.
     """
-    chunks = source.chunks(_CHUNK)
-    head = list(islice(chunks, IN_MEMORY // _CHUNK + 1))
+    head = list(islice(source.chunks(_CHUNK), IN_MEMORY // _CHUNK + 1))
     if not head:
         raise DataError("data must hold at least one row (got none); check the file or the split")
     kind = detect_format(head[0].rows()) if task == "auto" else task
     encode = make_row_encoder(kind, tokenizer, options)
     recognised = str(kind) if task == "auto" and kind in TRANSLATED else ""
-    rows = _found_or_made(source, chunks, head, tokenizer, kind, options, encode, progress)
+    rows: Rows
+    if len(head) <= IN_MEMORY // _CHUNK:
+        rows = _encode_in_memory(head, encode)
+    else:
+        folder = cache_dir() / "rows" / _key(source, tokenizer, kind, options)
+        rows = open_store(folder) or _built(folder, source, encode, progress)
     rows.summary = replace(rows.summary, recognised=recognised)
     return rows
 
 
-def _found_or_made(
-    source: Source,
-    chunks: Iterator[Chunk],
-    head: Sequence[Chunk],
-    tokenizer: PreTrainedTokenizerBase,
-    kind: Task | str,
-    options: Options,
-    encode: RowEncoder,
-    progress: EncodingProgress | None,
-) -> Rows:
-    if len(head) <= IN_MEMORY // _CHUNK:
-        return _encode_in_memory(head, encode)
-    folder = cache_dir() / "rows" / _key(source, tokenizer, kind, options)
-    if (found := open_store(folder)) is not None:
-        return found
+def _built(
+    folder: Path, source: Source, encode: RowEncoder, progress: EncodingProgress | None
+) -> StoredRows:
+    """Return the store that this process builds, or another that was faster.
+
+    The rows are read from the beginning: the source gives those that it named in the store's key.
+    """
     with _one_writer(folder):
-        if (found := open_store(folder)) is not None:  # another process was faster
-            return found
-        return _build(folder, chain(head, chunks), encode, progress or (lambda rows, share: None))
+        found = open_store(folder)
+        chunks = source.chunks(_CHUNK)
+        return found or _build(folder, chunks, encode, progress or (lambda rows, share: None))
 
 
 def _encode_in_memory(chunks: Sequence[Chunk], encode: RowEncoder) -> MemoryRows:

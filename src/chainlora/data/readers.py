@@ -7,9 +7,9 @@ import csv
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
-from io import TextIOWrapper
+from io import SEEK_END, TextIOWrapper
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from chainlora.errors import DataError
 
@@ -25,17 +25,16 @@ class Record(NamedTuple):
     share: float  # of the source that has been read, in 0…1
 
 
-def _read_jsonl(path: Path) -> Iterator[Record]:
-    size, done = max(path.stat().st_size, 1), 0
-    with path.open("rb") as lines:  # bytes: str.splitlines would also split at U+2028 inside a text
-        for number, line in enumerate(lines, start=1):
-            done += len(line)
-            if line.strip():
-                yield Record(number, line, done / size)
+def _read_jsonl(file: BinaryIO, path: Path) -> Iterator[Record]:
+    size, done = _size(file), 0
+    for number, line in enumerate(file, start=1):  # bytes: splitlines would split at U+2028 too
+        done += len(line)
+        if line.strip():
+            yield Record(number, line, done / size)
 
 
-def _read_json(path: Path) -> Iterator[Record]:
-    tree = parse_json(path.read_bytes(), str(path))
+def _read_json(file: BinaryIO, path: Path) -> Iterator[Record]:
+    tree = parse_json(file.read(), str(path))
     if isinstance(tree, Mapping) and isinstance(tree.get("data"), list):
         tree = tree["data"]  # what pandas writes with orient="table"
     if not isinstance(tree, list):
@@ -47,10 +46,10 @@ def _read_json(path: Path) -> Iterator[Record]:
         yield Record(number, item, (number + 1) / len(tree))
 
 
-def _read_csv(path: Path) -> Iterator[Record]:
-    size = max(path.stat().st_size, 1)
-    with path.open("rb") as raw, TextIOWrapper(raw, "utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, strict=True)
+def _read_csv(file: BinaryIO, path: Path) -> Iterator[Record]:
+    size = _size(file)
+    with TextIOWrapper(file, "utf-8-sig", newline="") as text:
+        reader = csv.DictReader(text, strict=True)
         try:
             for values in reader:
                 if None in values or None in values.values():
@@ -59,7 +58,7 @@ def _read_csv(path: Path) -> Iterator[Record]:
                         f"(got another number at {path} line {reader.line_num}); correct or remove "
                         "it"
                     )
-                yield Record(reader.line_num, values, raw.tell() / size)
+                yield Record(reader.line_num, values, file.tell() / size)
         except UnicodeDecodeError:
             raise DataError(
                 f"data must be UTF-8 (got other bytes in {path} after line {reader.line_num}); "
@@ -72,14 +71,14 @@ def _read_csv(path: Path) -> Iterator[Record]:
             ) from None
 
 
-def _read_parquet(path: Path) -> Iterator[Record]:
+def _read_parquet(file: BinaryIO, path: Path) -> Iterator[Record]:
     import pyarrow
     import pyarrow.parquet
 
     try:
-        file = pyarrow.parquet.ParquetFile(path, memory_map=True)
-        count, number = file.metadata.num_rows, 0
-        for batch in file.iter_batches(batch_size=_BATCH):
+        table = pyarrow.parquet.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False)
+        count, number = table.metadata.num_rows, 0
+        for batch in table.iter_batches(batch_size=_BATCH):
             for values in batch.to_pylist():
                 yield Record(number, values, (number + 1) / count)
                 number += 1
@@ -90,7 +89,14 @@ def _read_parquet(path: Path) -> Iterator[Record]:
         ) from None
 
 
-READERS: Mapping[str, tuple[Callable[[Path], Iterator[Record]], str]] = {
+def _size(file: BinaryIO) -> int:
+    """Return the bytes of a file at whose beginning we are, at least 1."""
+    size = file.seek(0, SEEK_END)
+    file.seek(0)
+    return max(size, 1)
+
+
+READERS: Mapping[str, tuple[Callable[[BinaryIO, Path], Iterator[Record]], str]] = {
     ".jsonl": (_read_jsonl, "line"),
     ".json": (_read_json, "row"),
     ".csv": (_read_csv, "line"),

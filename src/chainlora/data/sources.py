@@ -13,13 +13,14 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from io import BufferedReader
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
+from chainlora.data.pinned import Pin, PinnedFile, pin
 from chainlora.data.readers import READERS, Record, parse_json
 from chainlora.errors import DataError
-from chainlora.files import sha256
 
 SUFFIXES = tuple(READERS)
 _HUB_ID = re.compile(r"^(?P<path>[\w.-]+/[\w.-]+)(:(?P<name>[\w.-]+))?(@(?P<revision>[\w./-]+))?$")
@@ -63,7 +64,10 @@ class Source(Protocol):
         ...
 
     def identity(self) -> str:
-        """Return what names the content: equal for equal rows, another for others."""
+        """Return what names the content: equal for equal rows, another for others.
+
+        Chunks that are taken afterwards are of this content, or refused.
+        """
         ...
 
 
@@ -100,26 +104,35 @@ class RowChunk:
         return self.parsed
 
 
-@dataclass(frozen=True)
+@dataclass
 class FileSource:
-    """The rows of a file, all of them or the first `limit`."""
+    """The rows of a file, all of them or the first `limit`; `pinned` has the bytes it must have."""
 
     path: Path
     limit: int | None = None
+    pinned: Pin | None = None
 
     def chunks(self, size: int) -> Iterator[Chunk]:
         """Yield the rows, `size` at a time. Raises DataError that names file and line."""
         read, unit = READERS[self._suffix()]
         try:
-            yield from _chunks(read(self.path), f"{self.path} {unit}", size, self.limit)
+            with self._open() as file:
+                records = read(file, self.path)
+                yield from _chunks(records, f"{self.path} {unit}", size, self.limit)
         except OSError as error:
             raise DataError(
                 f"data file must be readable (got {self.path}: {error.strerror}); check it"
             ) from error
 
     def identity(self) -> str:
-        """Return the hash of the file's bytes (1.4 GB a second), whatever its name and times."""
-        return f"{self._suffix()} {sha256(self.path)} {self.limit}"
+        """Return the hash of the file's bytes, and pin them: rows read from now on are of these."""
+        self.pinned = pin(self.path)
+        return f"{self._suffix()} {self.pinned.digest} {self.limit}"
+
+    def _open(self) -> BinaryIO:
+        if self.pinned is None:
+            return self.path.open("rb")
+        return BufferedReader(PinnedFile(self.path, self.pinned), 1 << 20)
 
     def _suffix(self) -> str:
         suffix = self.path.suffix.lower()

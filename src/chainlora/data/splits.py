@@ -21,12 +21,12 @@ from chainlora.data.sources import ListSource, Row, Source, find_source, iterate
 from chainlora.data.tasks import (
     REPORTED_OF_TEXT,
     WORD_METRICS,
-    FlatSource,
     Task,
     load_task,
     sample_splits,
     unseen_source,
 )
+from chainlora.data.tasks.nested import NESTED, FlatSource, flat, without_first
 from chainlora.errors import ConfigError
 
 _log = logging.getLogger(__name__)
@@ -88,7 +88,9 @@ def prepare_splits(
     encoded: dict[str, Rows] = {split: MemoryRows() for split in SPLITS}
     for split in (to_score,) if to_score else SPLITS:
         is_train = split == "train"
-        source = _without_first(sources[split], task, data.shots) if is_train else sources[split]
+        source = sources[split]
+        if is_train and data.shots and source is not None:
+            source = without_first(source, data.shots)
         is_train = is_train and to_score is None
         options = Options(
             limit,
@@ -211,15 +213,6 @@ def _demonstrations(task: Task, data: DataConfig, train: Source | None) -> str:
     return task.demonstrations(first)
 
 
-def _without_first(source: Source | None, task: Task, shots: int) -> Source | None:
-    """Return the training rows that are not demonstrations; None where none are left."""
-    if not shots or source is None:
-        return source
-    flat = task.model_copy(update={"explode": None})  # they are flat already
-    rest = FlatSource(source, flat, skip=shots)
-    return rest if next(iterate(rest), None) is not None else None
-
-
 def _reserve(task: Task) -> int:
     """Tokens to keep free for a generated answer."""
     return task.max_new_tokens if task.completion is not None and task.metric in WORD_METRICS else 0
@@ -237,7 +230,7 @@ def _limit(data: DataConfig, context: int) -> int:
 def _task_sources(task: Task, data: DataConfig) -> dict[str, Source | None]:
     if data.train is not None:
         return {
-            split: FlatSource(source, task) if source is not None and task.explode else source
+            split: None if source is None else flat(source, task.name)
             for split, source in _file_sources(data).items()
         }
     drawn = sample_splits(
@@ -306,6 +299,6 @@ def task_split_source(task: Task, data: str | None, split: str, limit: int | Non
     """Return the first `limit` rows of a task's split; `data` is its folder or one file."""
     if data is None or not Path(data).is_file():
         return unseen_source(task, data, split, limit)
-    if task.explode is not None:
-        return FlatSource(find_source(data), task, limit=limit)
+    if task.name in NESTED:
+        return FlatSource(find_source(data), task.name, limit=limit)
     return find_source(data, limit=limit)

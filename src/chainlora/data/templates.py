@@ -1,161 +1,215 @@
-"""Templates that end: Jinja2's sandbox with a budget of work, and a limit on the clock.
+"""Templates that end: they are evaluated in a process of their own, which can be killed.
 
 A template comes from somebody else (a task file, a model's folder), and nested loops, recursion or
-``10 ** 10 ** 10`` would keep a run busy for ever. Templates of tasks are compiled here and have a
-budget, so that they are refused at the same step on every machine. Chat templates are compiled by
-transformers, in a sandbox of its own; for them there is the clock.
+``'x' * 10**10`` would keep a run busy for ever or fill the memory. No limit inside a process stops
+code in C, so another process evaluates them (`template_worker`), in Jinja2's sandbox. It is started
+when the first template is needed and kept.
 """
 
 from __future__ import annotations
 
+import atexit
+import json
+import os
+import subprocess
+import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
-from functools import wraps
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jinja2
+import psutil
 from jinja2 import nodes
-from jinja2.runtime import Context
-from jinja2.sandbox import SandboxedEnvironment
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from chainlora.config import time_limit as config_time_limit
 from chainlora.errors import DataError
 
-MAX_WORK = 4_000_000
-"""Turns of loops, and characters or items handed to calls, in one rendering.
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
-The largest rows there are (books) have a million characters or two; Python does this much in a
-second or two.
-"""
-_CALL = 10  # what a call costs beside what is handed to it: about as many turns of a loop
-_MAX_BITS = 100_000  # of an integer
-_SIZED = (str, bytes, list, tuple, dict)
 SECONDS = 20.0
-"""For one row of a chat; the longest chats take some hundredths of a second."""
+"""For one row; the longest chats take some hundredths of a second."""
+MEMORY = 2 << 30
+"""Bytes that the process may take; it needs 60 MB."""
+_SCRIPT = Path(__file__).with_name("template_worker.py")
+_SYNTAX = ImmutableSandboxedEnvironment()
 
 
-class WorkLimitError(Exception):
-    """A template that takes more work than any row should need."""
+class Reply(NamedTuple):
+    """What the templates of an item gave, or why they did not (and under which key)."""
+
+    value: Any = None
+    error: str = ""
+    key: str = ""
 
 
-class _Budget(threading.local):
-    left = MAX_WORK
+def evaluate(program: Mapping[str, Any], items: Sequence[Any]) -> list[Reply]:
+    """Evaluate the templates of a program for every item (`template_worker` has the forms).
 
-
-_budget = _Budget()
-
-
-class LimitedEnvironment(SandboxedEnvironment):
-    """A sandbox whose templates must end: loops, calls, filters and operators cost work."""
-
-    intercepted_binops = frozenset(("+", "*", "**", "%"))
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        self.filters = {name: _limited(each) for name, each in self.filters.items()}
-        self.filters["_counted"] = _counted
-        self.filters["_charged"] = _charged
-
-    def _generate(self, source: nodes.Template, *args: Any, **options: Any) -> str:
-        for loop in source.find_all(nodes.For):
-            loop.iter = self._filtered("_counted", loop.iter)
-        for joined in source.find_all(nodes.Concat):
-            joined.nodes = [self._filtered("_charged", each) for each in joined.nodes]
-        return super()._generate(source, *args, **options)
-
-    def _filtered(self, name: str, node: Any) -> nodes.Filter:
-        found = nodes.Filter(node, name, [], [], None, None, lineno=node.lineno)
-        found.set_environment(self)
-        return found
-
-    def call(self, context: Context, function: Any, /, *args: Any, **options: Any) -> Any:
-        """Call a function of a template, at a price."""
-        _charge_arguments(args, options)
-        return super().call(context, function, *args, **options)
-
-    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        """Apply an operator of a template, at the price of what it gives."""
-        _charge_operator(operator, left, right)
-        result = super().call_binop(context, operator, left, right)
-        return _charged(result)
-
-
-def render_text(template: jinja2.Template, context: Mapping[str, Any]) -> str:
-    """Render a template of a `LimitedEnvironment`. Raises WorkLimitError."""
-    with budget():
-        return "".join(map(_charged, template.generate(context)))
-
-
-@contextmanager
-def budget() -> Iterator[None]:
-    """Give templates a new budget of work."""
-    _budget.left = MAX_WORK
-    yield
-
-
-def _charge(work: int) -> None:
-    _budget.left -= work
-    if _budget.left < 0:
-        raise WorkLimitError(f"more than {MAX_WORK:,} steps or characters")
-
-
-def _charged(value: Any) -> Any:
-    """Return a value, charging its size."""
-    _charge(1 + (len(value) if isinstance(value, _SIZED) else 0))
-    return value
-
-
-def _counted(items: Iterable[Any]) -> Iterator[Any]:
-    """Yield the items of a loop, charging each turn."""
-    for item in items:
-        _charge(1)
-        yield item
-
-
-def _charge_arguments(args: Iterable[Any], options: Mapping[str, Any]) -> None:
-    """Charge a call and the sizes of its arguments, numbers too: they are widths and counts."""
-    _charge(_CALL)
-    for value in (*args, *options.values()):
-        _charged(value)
-        if isinstance(value, int) and not isinstance(value, bool):
-            _charge(abs(value) if abs(value) > MAX_WORK else 0)
-
-
-def _charge_operator(operator: str, left: Any, right: Any) -> None:
-    """Charge what ``*`` and ``**`` are about to make, before they do."""
-    if operator == "*":
-        for one, other in ((left, right), (right, left)):
-            if isinstance(one, _SIZED) and isinstance(other, int):
-                _charge(len(one) * max(other, 0))
-    if operator in ("*", "**") and isinstance(left, int) and isinstance(right, int):
-        bits = (
-            left.bit_length() * right
-            if operator == "**"
-            else left.bit_length() + right.bit_length()
-        )
-        if bits > _MAX_BITS:
-            raise WorkLimitError(f"an integer of more than {_MAX_BITS:,} bits")
-
-
-def _limited(function: Callable[..., Any]) -> Callable[..., Any]:
-    @wraps(function)
-    def limited(*args: Any, **options: Any) -> Any:
-        _charge_arguments(args, options)
-        return function(*args, **options)
-
-    return limited
-
-
-def time_limit(what: str) -> AbstractContextManager[None]:
-    """Raise DataError where `what` takes longer than `SECONDS`.
-
-    Only in the main thread: where rows are encoded, unless a program has a thread for it.
+    An item that takes more than `SECONDS` or `MEMORY` gets an error, and so do those behind it.
+    Raises DataError for values that are no JSON.
     """
+    message = {"seconds": SECONDS, "program": program, "items": items}
+    try:
+        line = json.dumps(message, default=_plain).encode() + b"\n"
+    except (TypeError, ValueError, RecursionError) as error:
+        raise DataError(
+            f"a row must hold texts, numbers, lists and objects (got: {error}); correct the row"
+        ) from None
+    replies = _asked(line, len(items))
+    missing = Reply(error=f"no end within {SECONDS:g} s and {MEMORY >> 30} GiB of memory")
+    return replies + [missing] * (len(items) - len(replies))
 
-    def error() -> DataError:
-        return DataError(
-            f"a template must render a row in {SECONDS:g} s (got no end of {what}); simplify it"
+
+def render_chats(
+    tokenizer: PreTrainedTokenizerBase, chats: Sequence[Mapping[str, Any]]
+) -> list[Reply]:
+    """Render conversations by the tokenizer's chat template.
+
+    Each is `messages` with arguments of ``apply_chat_template``, such as `tools` and
+    `add_generation_prompt`, and of the template. A value is the text, and where the template marks
+    the assistant's words the spans of their characters, if `return_assistant_tokens_mask` asks for
+    them.
+    """
+    try:
+        templates = {
+            name: tokenizer.get_chat_template(tools=[{}] if name else None)
+            for name in ("", "tools")
+        }
+    except ValueError as error:  # none, or several and no default
+        return [Reply(error=str(error))] * len(chats)
+    special = tokenizer.special_tokens_map
+    items = [
+        special
+        | {key: value for key, value in chat.items() if key != "messages"}
+        | {"conversations": [_without_nulls(chat["messages"])]}
+        for chat in chats
+    ]
+    return evaluate({"chat": templates}, items)
+
+
+def _without_nulls(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    return [{k: v for k, v in message.items() if v is not None} for message in messages]
+
+
+def check_template(source: str) -> None:
+    """Parse a template. Raises jinja2.TemplateError."""
+    _check_names(_SYNTAX.parse(source))
+
+
+def check_expression(source: str) -> None:
+    """Parse an expression. Raises jinja2.TemplateError."""
+    parser = Parser(_SYNTAX, source, state="variable")
+    found = parser.parse_expression()
+    if not parser.stream.eos:
+        raise jinja2.TemplateSyntaxError("chunk after expression", parser.stream.current.lineno)
+    _check_names(nodes.Template([nodes.Output([found])]))
+
+
+def _check_names(tree: nodes.Template) -> None:
+    """Refuse filters and tests that do not exist; nothing is compiled, as that evaluates parts."""
+    for node in tree.find_all((nodes.Filter, nodes.Test)):
+        known = _SYNTAX.filters if isinstance(node, nodes.Filter) else _SYNTAX.tests
+        if node.name not in known:
+            raise jinja2.TemplateAssertionError(f"no filter or test {node.name!r}", node.lineno)
+
+
+def _plain(value: Any) -> Any:
+    """Return the number of an array's scalar, and the text of whatever else is no JSON."""
+    return value.item() if hasattr(value, "item") else str(value)
+
+
+# --- the process ---
+
+
+class _Worker:
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", str(_SCRIPT)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,  # a Ctrl-C is not for it
         )
+        self._resources = psutil.Process(self._process.pid)
 
-    return config_time_limit.time_limit(SECONDS, error)
+    def is_alive(self) -> bool:
+        return self._process.poll() is None
+
+    def ask(self, line: bytes, count: int) -> list[Reply]:
+        """Return the replies, fewer than `count` where the process ended."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        replies: list[Reply] = []
+        with self._limited_memory():
+            try:
+                self._process.stdin.write(line)
+                self._process.stdin.flush()
+            except OSError:  # it has ended
+                return replies
+            while len(replies) < count and (reply := self._process.stdout.readline()):
+                replies.append(Reply(**json.loads(reply)))
+        return replies
+
+    @contextmanager
+    def _limited_memory(self) -> Iterator[None]:
+        done = threading.Event()
+
+        def watch() -> None:
+            while not done.wait(0.05):
+                try:
+                    if self._resources.memory_info().rss > MEMORY:
+                        self._process.kill()
+                except psutil.Error:  # it has ended
+                    return
+
+        watcher = threading.Thread(target=watch, daemon=True)
+        watcher.start()
+        try:
+            yield
+        finally:
+            done.set()
+            watcher.join()
+
+    def end(self) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+
+_lock = threading.Lock()
+_worker: _Worker | None = None
+
+
+def _asked(line: bytes, count: int) -> list[Reply]:
+    """Return the replies to a message, by the process that is there or a new one."""
+    global _worker
+    with _lock:
+        if _worker is None or not _worker.is_alive():
+            _worker = _Worker()
+        replies: list[Reply] = []
+        try:
+            replies = _worker.ask(line, count)
+            return replies
+        finally:
+            if len(replies) < count:  # it ended, or this was interrupted half-way
+                _worker.end()
+                _worker = None
+
+
+def _forget() -> None:
+    """Leave the process to the parent after a fork."""
+    global _lock, _worker
+    _lock, _worker = threading.Lock(), None
+
+
+def _end() -> None:
+    if _worker is not None:
+        _worker.end()
+
+
+atexit.register(_end)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)

@@ -10,10 +10,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import jinja2
 import torch
 from transformers import TextStreamer
 
+from chainlora.data.templates import render_chats
 from chainlora.errors import ConfigError, DataError, ModelError
 from chainlora.evaluation.generation import greedy_config, own_config, run_generate
 from chainlora.models.text_config import context_length
@@ -77,17 +77,14 @@ class Speaker:
         return self._speak(ids, write, self._ends_of_turn())
 
     def _chat_ids(self, messages: Sequence[Message], *, open_turn: bool = True) -> list[int]:
-        try:
-            text = self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=open_turn
-            )
-        except (jinja2.TemplateError, TypeError, KeyError, ValueError) as error:
-            reason = " ".join(str(error).split())
+        chat = {"messages": messages, "add_generation_prompt": open_turn}
+        (reply,) = render_chats(self.tokenizer, [chat])
+        if reply.error:
             raise DataError(
-                f"the conversation must suit the model's chat template (got: {reason:.120}); "
+                f"the conversation must suit the model's chat template (got: {reply.error:.120}); "
                 "leave --system out"
-            ) from None
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+            )
+        return list(self.tokenizer(reply.value[0], add_special_tokens=False)["input_ids"])
 
     def _ends_of_turn(self) -> list[int]:
         """Return the special token that the template writes after an answer, if it writes one.

@@ -26,7 +26,7 @@ class CandidatesEncoder:
 
     def __call__(self, rows: Sequence[Row]) -> list[Draft]:
         """Return the rows as tokens. Raises DataError that names a row that cannot be used."""
-        shown = [self.task.render(row) for row in rows]
+        shown = self.task.render_all(rows)
         prompts = [self.before + each.prompt for each in shown]
         starts = [len(ids) for ids in self.reader.ids(prompts)]
         wholes = iter(
@@ -50,7 +50,7 @@ class CandidatesEncoder:
         for text, ids in zip(shown.candidates, sequences, strict=True):
             if len(ids) <= start or len(ids) < 2:
                 refuse_nothing(text, prompt, row.origin)
-        check_start(start, prompt, row.origin)
+        check_start(start, prompt, shown.candidates[0], row.origin)
         first_token = self.task.scoring == "first_token"
         if first_token:
             sequences = [ids[: start + 1] for ids in sequences]

@@ -6,18 +6,19 @@ import inspect
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import Any
-
-import jinja2
 
 from chainlora.data.encoding.drafts import Draft, Ids, Span
 from chainlora.data.encoding.tokens import TokenReader, common_prefix
 from chainlora.data.sources import Row
-from chainlora.data.templates import time_limit
+from chainlora.data.templates import Reply, render_chats
 from chainlora.errors import DataError
 
 FIELDS = ("messages",)
+_COLUMNS = frozenset(("messages", "tools", "chat_template_kwargs", "turns_before"))
 _READS_TEXT = re.compile(r"arguments\s+is\s+string")  # of a call, by the template itself
+_CHATML = "another chat template, as in data.chat_template: chatml"
 _Messages = list[dict[str, Any]]
 
 
@@ -43,141 +44,204 @@ class ChatEncoder:
 
     def __call__(self, rows: Sequence[Row]) -> list[Draft]:
         """Return the rows as tokens. Raises DataError that names a row that cannot be used."""
-        chats = [_Chat(self.reader, row) for row in rows]
-        for chat in chats:
-            chat.check_template_shows_tools()
-        skipped = [self.turns_before(row) for row in rows]
+        chats = [_Chat(row, self.reader, self.source) for row in rows]
+        rendered = self._render_whole(chats)
+        for chat, (whole, _) in zip(chats, rendered, strict=True):
+            self._check_tools_are_shown(chat, whole)
         if self.is_marked:
-            turns = [chat.marked_turns() for chat in chats]
-            return _drafts(chats, turns, skipped)
-        texts = [chat.prefix_texts() for chat in chats]
-        tokens = iter(self.reader.bare([text for each in texts for text in each]))
-        turns = [_prefix_turns([next(tokens) for _ in each]) for each in texts]
-        return _drafts(chats, turns, skipped)
+            turns = self._marked_turns(rendered)
+        else:
+            turns = self._prefix_turns(chats, [whole for whole, _ in rendered])
+        return [
+            chat.draft(ids, spans[self.turns_before(chat.row) :])
+            for chat, (ids, spans) in zip(chats, turns, strict=True)
+        ]
 
     def unread(self, row: Row) -> set[str]:
         """Return the columns of a row, and the keys of its messages, that are not read."""
-        columns = row.keys() - {"messages", "tools", "chat_template_kwargs", "turns_before"}
         keys = {key for message in row["messages"] for key in message if message[key] is not None}
-        return columns | {f"messages[].{key}" for key in keys if key not in self.source}
+        unread = {f"messages[].{key}" for key in keys if key not in self.source}
+        return (row.keys() - _COLUMNS) | unread
 
+    # --- rendering ---
 
-class _Chat:
-    """One conversation, checked, and what the template makes of it."""
+    def _render_whole(self, chats: Sequence[_Chat]) -> list[tuple[str, list[Span]]]:
+        """Return the text of each chat, and the characters that a template marks."""
+        marks: dict[str, Any] = {"return_assistant_tokens_mask": self.is_marked}
+        replies = self._render([chat.item(**marks) for chat in chats])
+        for place, (chat, reply) in enumerate(zip(chats, replies, strict=True)):
+            if reply.error and chat.fill_contents():
+                (replies[place],) = self._render([chat.item(**marks)])
+        return [chat.value(reply) for chat, reply in zip(chats, replies, strict=True)]
 
-    def __init__(self, reader: TokenReader, row: Row) -> None:
-        self.reader, self.row = reader, row
-        self.messages = _checked_messages(row.get("messages"), row.origin)
-        if not _READS_TEXT.search(str(reader.tokenizer.chat_template)):
-            self.messages = [_with_parsed_calls(message) for message in self.messages]
-        self.tools = _checked_tools(row.get("tools"), row.origin)
-        self.arguments = _checked_arguments(row.get("chat_template_kwargs"), reader, row.origin)
+    def _render(self, items: Sequence[Mapping[str, Any]]) -> list[Reply]:
+        return render_chats(self.reader.tokenizer, items)
 
-    def render(self, messages: _Messages, **options: Any) -> Any:
-        """Return what the template makes of messages, as text unless options ask for tokens."""
-        place = self.row.origin
-        options = self.arguments | {"tokenize": False, "tools": self.tools} | options
-        try:
-            with time_limit(f"the chat template at {place}"):
-                return self.reader.tokenizer.apply_chat_template(messages, **options)
-        except (jinja2.TemplateError, TypeError, KeyError, ValueError, ArithmeticError) as error:
-            reason = " ".join(str(error).split())
-            raise DataError(
-                f"messages must suit the model's chat template (got: {reason:.120} at {place}); "
-                "correct the row"
-            ) from None
-
-    def check_template_shows_tools(self) -> None:
+    def _check_tools_are_shown(self, chat: _Chat, whole: str) -> None:
         """Refuse tools and calls that the template would drop in silence."""
-        called = [message for message in self.messages if message.get("tool_calls")]
-        if not (self.tools or called):
-            return
-        whole = self.render(self.messages)
-        if self.tools and self._renders(whole, self.messages, tools=None):
-            self._refuse_ignored("`tools`", "column")
-        bare = [
-            {key: value for key, value in message.items() if key != "tool_calls"}
-            for message in self.messages
-        ]
-        if called and self._renders(whole, bare):
-            self._refuse_ignored("`tool_calls`", "calls")
+        called = any(message.get("tool_calls") for message in chat.messages)
+        without = {"`tools`": chat.item(tools=None)} if chat.tools else {}
+        if called:
+            without["`tool_calls`"] = chat.item(
+                [{k: v for k, v in m.items() if k != "tool_calls"} for m in chat.messages]
+            )
+        for what, item in without.items():
+            (reply,) = self._render([item])
+            if not reply.error and reply.value[0] == whole:  # one that refuses does read them
+                raise DataError(
+                    f"the model's chat template must show {what} (got a template that ignores "
+                    f"them, at {chat.place}); give {_CHATML}, or remove them from the rows"
+                )
 
-    def _renders(self, whole: str, messages: _Messages, **options: Any) -> bool:
-        """Say whether these give the same text; a template that refuses them does read them."""
-        try:
-            return bool(self.render(messages, **options) == whole)
-        except DataError:
-            return False
+    # --- turns by marks ---
 
-    def _refuse_ignored(self, what: str, remedy: str) -> None:
-        raise DataError(
-            f"the model's chat template must show {what} (got a template that ignores them, at "
-            f"{self.row.origin}); use a model whose template shows them, or remove the {remedy}"
-        )
-
-    def marked_turns(self) -> tuple[Ids, list[Span]]:
+    def _marked_turns(
+        self, rendered: Sequence[tuple[str, list[Span]]]
+    ) -> list[tuple[Ids, list[Span]]]:
         """Return tokens and targets where the template marks turns by ``{% generation %}``."""
-        answer = self.render(
-            self.messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        encoded = self.reader.tokenizer(
+            [text for text, _ in rendered],
+            add_special_tokens=False,
+            return_offsets_mapping=True,
+            verbose=False,
         )
-        ids, mask = list(answer["input_ids"]), [0, *answer["assistant_masks"], 0]
-        edges = [at for at in range(1, len(mask)) if mask[at] != mask[at - 1]]
-        spans = zip(edges[::2], edges[1::2], strict=True)
-        return ids, [(max(begin - 1, 1), stop - 1) for begin, stop in spans]
+        read = zip(encoded["input_ids"], encoded["offset_mapping"], rendered, strict=True)
+        return [(list(ids), _covered(offsets, spans)) for ids, offsets, (_, spans) in read]
 
-    def prefix_texts(self) -> list[str]:
-        """Return the whole conversation, then for each assistant's turn the text before and after.
+    # --- turns by prefixes ---
 
-        A turn is what the template adds to the conversation before it, if it only adds.
-        """
-        whole = self.render(self.messages)
-        texts = [whole]
-        for index, message in enumerate(self.messages):
-            if message["role"] != "assistant":
-                continue
-            before = self.render(self.messages[:index], add_generation_prompt=True)
-            after = self.render(self.messages[: index + 1])
+    def _prefix_turns(
+        self, chats: Sequence[_Chat], wholes: Sequence[str]
+    ) -> list[tuple[Ids, list[Span]]]:
+        """Return tokens and targets where a turn is what the template adds to the turns before."""
+        items = [item for chat in chats for item in chat.prefixes()]
+        replies = iter(self._render(items))
+        texts = []
+        for chat, whole in zip(chats, wholes, strict=True):
+            found = [chat.value(next(replies))[0] for _ in chat.prefixes()]
+            texts.append([whole, *self._edges(chat, whole, found)])
+        tokens = iter(self.reader.bare([text for each in texts for text in each]))
+        turns = []
+        for each in texts:
+            ids, *edges = [next(tokens) for _ in each]
+            places = [common_prefix(edge, ids) for edge in edges]
+            spans = zip(places[::2], places[1::2], strict=True)
+            turns.append((ids, [(max(begin, 1), stop) for begin, stop in spans]))
+        return turns
+
+    def _edges(self, chat: _Chat, whole: str, found: list[str]) -> list[str]:
+        """Return the text before and after each of the assistant's turns."""
+        if chat.opens:
+            found = [self._before_first(chat, found[0]), *found]
+        edges = []
+        for turn, before, after in zip(chat.turns, found[::2], found[1::2], strict=True):
             if not (whole.startswith(after) and after.startswith(before)):
                 raise DataError(
                     "the chat template must render a conversation as a prefix of the longer one "
-                    f"(got other text before turn {index + 1} at {self.row.origin}), or mark turns "
-                    "with {% generation %}; end the row with its first assistant turn"
+                    f"(got other text before turn {turn + 1} at {chat.place}), or mark turns with "
+                    f"{{% generation %}}; end the row with its first assistant turn, or give "
+                    f"{_CHATML}"
                 )
-            texts += [before, after.rstrip()]
-        return texts
+            edges += [before, after.rstrip()]
+        return edges
+
+    def _before_first(self, chat: _Chat, after: str) -> str:
+        """Return what stands before the words of an assistant who speaks first.
+
+        No template renders a conversation of no turns, so it is found by what opens an answer.
+        """
+        at = after.find(self._opening) if self._opening else -1
+        if at < 0:
+            raise DataError(
+                "a chat that the assistant begins must be read by a template that marks turns with "
+                f"{{% generation %}} (got another at {chat.place}); give {_CHATML}, or remove the "
+                "first turn"
+            )
+        return after[: at + len(self._opening)]
+
+    @cached_property
+    def _opening(self) -> str:
+        """What the template writes before an answer; nothing where that cannot be told."""
+        asked: _Messages = [{"role": "user", "content": "x"}]
+        closed, opened = self._render(
+            [{"messages": asked}, {"messages": asked, "add_generation_prompt": True}]
+        )
+        if closed.error or opened.error or not opened.value[0].startswith(closed.value[0]):
+            return ""
+        return str(opened.value[0][len(closed.value[0]) :])
+
+
+class _Chat:
+    """One conversation, checked."""
+
+    def __init__(self, row: Row, reader: TokenReader, template: str) -> None:
+        self.row, self.place = row, row.origin
+        self.messages = _checked_messages(row.get("messages"), self.place)
+        if not _READS_TEXT.search(template):
+            self.messages = [_with_parsed_calls(message) for message in self.messages]
+        self.content = self.messages  # as the digest of the rows takes it
+        self.tools = _checked_tools(row.get("tools"), self.place)
+        self.arguments = _checked_arguments(row.get("chat_template_kwargs"), reader, self.place)
+        self.turns = [at for at, each in enumerate(self.messages) if each["role"] == "assistant"]
+        self.opens = self.turns[0] == 0  # the assistant speaks first
+
+    def item(self, messages: _Messages | None = None, **options: Any) -> dict[str, Any]:
+        """Return messages, all of them unless some are given, as `render_chats` takes them."""
+        return {
+            **self.arguments,
+            "tools": self.tools,
+            **options,
+            "messages": self.messages if messages is None else messages,
+        }
+
+    def prefixes(self) -> list[dict[str, Any]]:
+        """Return the conversation before and after each of the assistant's turns; never none."""
+        items = []
+        for turn in self.turns:
+            if turn:
+                items.append(self.item(self.messages[:turn], add_generation_prompt=True))
+            items.append(self.item(self.messages[: turn + 1]))
+        return items
+
+    def fill_contents(self) -> bool:
+        """Give messages without content an empty one; False where all have some."""
+        before = self.messages
+        self.messages = [{"content": "", **message} for message in before]
+        return self.messages != before
+
+    def value(self, reply: Reply) -> Any:
+        """Return text and marks. Raises DataError where the template refused."""
+        if reply.error:
+            raise DataError(
+                f"messages must suit the model's chat template (got: {reply.error:.120} at "
+                f"{self.place}); correct the row, or give {_CHATML}"
+            )
+        return reply.value
 
     def draft(self, ids: Ids, spans: list[Span]) -> Draft:
         """Return the row as tokens, its last answer as the reference."""
         spans = [(begin, stop) for begin, stop in spans if stop > begin]
         if not spans:
             raise DataError(
-                f"an assistant's turn must tokenise to something (got none at {self.row.origin}); "
+                f"an assistant's turn must tokenise to something (got none at {self.place}); "
                 "correct it"
             )
-        answers = [each.get("content") for each in self.messages if each["role"] == "assistant"]
-        content: Any = [self.messages, self.tools] if self.tools else self.messages
+        content: Any = [self.content, self.tools] if self.tools else self.content
         if self.arguments:
-            content = [self.messages, self.tools, self.arguments]
-        references = (str(answers[-1] or ""),)
-        return Draft(
-            self.row.index, self.row.origin, content, [ids], [spans], references=references
-        )
+            content = [self.content, self.tools, self.arguments]
+        references = (str(self.messages[self.turns[-1]].get("content") or ""),)
+        return Draft(self.row.index, self.place, content, [ids], [spans], references=references)
 
 
-def _drafts(
-    chats: Sequence[_Chat], turns: Sequence[tuple[Ids, list[Span]]], skipped: Sequence[int]
-) -> list[Draft]:
-    return [
-        chat.draft(ids, spans[skip:])
-        for chat, (ids, spans), skip in zip(chats, turns, skipped, strict=True)
-    ]
+def _covered(offsets: Sequence[Span], marks: Sequence[Span]) -> list[Span]:
+    """Return the runs of tokens that marked characters touch; the first token is no target."""
+    mask = [any(start < last and end > first for first, last in marks) for start, end in offsets]
+    mask = [False, *mask, False]
+    edges = [at for at in range(len(mask) - 1) if mask[at] != mask[at + 1]]
+    return [(max(begin, 1), stop) for begin, stop in zip(edges[::2], edges[1::2], strict=True)]
 
 
-def _prefix_turns(tokens: list[Ids]) -> tuple[Ids, list[Span]]:
-    ids, *edges = tokens
-    places = [common_prefix(edge, ids) for edge in edges]
-    spans = zip(places[::2], places[1::2], strict=True)
-    return ids, [(max(begin, 1), stop) for begin, stop in spans]
+# --- checks ---
 
 
 def _checked_messages(messages: Any, place: str) -> _Messages:

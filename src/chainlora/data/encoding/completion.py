@@ -40,7 +40,7 @@ class CompletionEncoder:
     def __init__(
         self,
         reader: TokenReader,
-        pair: Callable[[Row], Pair],
+        pairs: Callable[[Sequence[Row]], list[Pair]],
         *,
         fields: Sequence[str] | None,
         truncation: str = "error",
@@ -48,12 +48,12 @@ class CompletionEncoder:
         exact: bool = False,
         before: str = "",
     ) -> None:
-        self.reader, self.pair, self.fields, self.truncation = reader, pair, fields, truncation
+        self.reader, self.pairs, self.fields, self.truncation = reader, pairs, fields, truncation
         self.end, self.exact, self.before = end, exact, before
 
     def __call__(self, rows: Sequence[Row]) -> list[Draft]:
         """Return the rows as tokens. Raises DataError that names a row that cannot be used."""
-        pairs = [self.pair(row) for row in rows]
+        pairs = self.pairs(rows)
         prompts = [self.before + pair.prompt for pair in pairs]
         reads = self.reader.ids(prompts)
         wholes = self.reader.ids(
@@ -72,7 +72,7 @@ class CompletionEncoder:
         if len(whole) <= start or len(ids) < 2:
             refuse_nothing(pair.completion, prompt, row.origin)
         if prompt or self.exact:
-            check_start(start, prompt, row.origin)
+            check_start(start, prompt, pair.completion, row.origin)
         span = (max(start, 1), len(ids))
         return Draft(
             row.index,
@@ -88,20 +88,22 @@ class CompletionEncoder:
         return set() if self.fields is None else row.keys() - self.fields
 
 
-def task_pair(task: Task) -> Callable[[Row], Pair]:
+def task_pairs(task: Task) -> Callable[[Sequence[Row]], list[Pair]]:
     """Return how a task's rows give a prompt and its right completion."""
 
-    def pair(row: Row) -> Pair:
-        shown = task.render(row)
-        return Pair(shown.prompt, shown.completion, shown.references, shown.content())
+    def pairs(rows: Sequence[Row]) -> list[Pair]:
+        return [
+            Pair(each.prompt, each.completion, each.references, each.content())
+            for each in task.render_all(rows)
+        ]
 
-    return pair
+    return pairs
 
 
-def row_pair(row: Row) -> Pair:
-    """Return the prompt and completion of a row of a user's file."""
-    prompt, completion = text_of(row, "prompt"), text_of(row, "completion")
-    return Pair(prompt, completion, (completion,), [prompt, completion])
+def row_pairs(rows: Sequence[Row]) -> list[Pair]:
+    """Return the prompt and completion of rows of a user's file."""
+    found = [(text_of(row, "prompt"), text_of(row, "completion")) for row in rows]
+    return [Pair(*texts, texts[1:], list(texts)) for texts in found]
 
 
 def text_of(row: Row, field: str) -> str:

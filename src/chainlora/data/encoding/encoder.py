@@ -13,9 +13,10 @@ from transformers import PreTrainedTokenizerBase
 from chainlora.data.encoding import chat, completion, text, translated
 from chainlora.data.encoding.candidates import CandidatesEncoder
 from chainlora.data.encoding.chat import ChatEncoder
-from chainlora.data.encoding.completion import CompletionEncoder, row_pair, task_pair
+from chainlora.data.encoding.completion import CompletionEncoder, row_pairs, task_pairs
 from chainlora.data.encoding.drafts import Draft, Encoder, Ids
 from chainlora.data.encoding.fitting import Counts, Fit
+from chainlora.data.encoding.preferences import refuse_preferences
 from chainlora.data.encoding.text import TextEncoder
 from chainlora.data.encoding.tokens import TokenReader
 from chainlora.data.encoding.translated import make_translated
@@ -66,9 +67,13 @@ class RowEncoder:
 
     encoder: Encoder
     fit: Fit
+    is_format: bool  # a task says itself which columns it reads
 
     def __call__(self, rows: Sequence[Row]) -> Encoded:
         """Return the rows as examples. Raises DataError that names a row that cannot be used."""
+        if self.is_format:
+            for row in rows:
+                refuse_preferences(row)
         drafts = self.encoder(rows)
         digests = b"".join(map(_digest, drafts))
         counts = Counts(unread=_unread(self.encoder, rows))
@@ -92,7 +97,7 @@ def make_row_encoder(
         reader.num_front,
         options.reserve,
     )
-    return RowEncoder(encoder, fit)
+    return RowEncoder(encoder, fit, is_format=isinstance(task, str))
 
 
 def make_encoder(task: Task | str, reader: TokenReader, options: Options) -> Encoder:
@@ -105,7 +110,7 @@ def make_encoder(task: Task | str, reader: TokenReader, options: Options) -> Enc
 
     makers: Mapping[str, Callable[[], Encoder]] = {
         "completion": lambda: CompletionEncoder(
-            reader, row_pair, fields=completion.FIELDS, end=end()
+            reader, row_pairs, fields=completion.FIELDS, end=end()
         ),
         "chat": lambda: ChatEncoder(reader),
         "text": lambda: TextEncoder(reader, end()),
@@ -131,7 +136,7 @@ def _task_encoder(task: Task, reader: TokenReader, options: Options) -> Encoder:
     add_eos = task.add_eos if options.add_eos is None else options.add_eos
     return CompletionEncoder(
         reader,
-        task_pair(task),
+        task_pairs(task),
         fields=None,
         truncation=task.truncation,
         end=reader.end() if add_eos else [],
@@ -142,12 +147,7 @@ def _task_encoder(task: Task, reader: TokenReader, options: Options) -> Encoder:
 
 def detect_format(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return the format whose fields the first row has. Raises DataError that names its fields."""
-    if {"chosen", "rejected"} <= rows[0].keys():
-        raise DataError(
-            "rows must have one right answer (got preferences, chosen + rejected, at "
-            f"{where(rows[0])}); train on them with TRL's DPOTrainer and "
-            "chainlora.ChainCallback, or rename chosen to completion"
-        )
+    refuse_preferences(rows[0])
     if (found := translated.detect_translated(rows[0])) is not None:
         return found
     for name, fields in FORMATS.items():

@@ -84,9 +84,16 @@ def refuse_nothing(text: str, prompt: str, place: str) -> NoReturn:
     )
 
 
-def check_start(start: int, prompt: str, place: str) -> None:
+def check_start(start: int, prompt: str, answer: str, place: str) -> None:
     """Refuse a prompt of no token where one is needed to predict the first target from."""
-    if start == 0:
+    if start:
+        return
+    if not prompt:
         raise DataError(
-            f"a prompt must be a token at least (got {prompt!r:.40} at {place}); lengthen it"
+            f"a prompt must be a token at least (got '' at {place}, and this tokenizer puts none "
+            "in front); write some text"
         )
+    raise DataError(
+        f"a prompt must keep a token of its own (got {prompt!r:.40} and {answer!r:.40} at {place}, "
+        "which become one token); begin the answer with a space, or lengthen the prompt"
+    )

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from chainlora.data.encoding.chat import ChatEncoder
-from chainlora.data.encoding.completion import CompletionEncoder, row_pair, text_of
+from chainlora.data.encoding.completion import CompletionEncoder, row_pairs, text_of
 from chainlora.data.encoding.drafts import Draft, Encoder, Ids
 from chainlora.data.encoding.tokens import TokenReader
 from chainlora.data.sources import Row
@@ -82,7 +82,7 @@ def make_translated(kind: str, reader: TokenReader, end: Callable[[], Ids]) -> E
     columns = ("instruction", "input", "output", "system")
     if reader.tokenizer.chat_template:
         return TranslatedEncoder(ChatEncoder(reader), _alpaca_chat, columns)
-    plain = CompletionEncoder(reader, row_pair, fields=("prompt", "completion"), end=end())
+    plain = CompletionEncoder(reader, row_pairs, fields=("prompt", "completion"), end=end())
     return TranslatedEncoder(plain, _alpaca_text, columns[:3])
 
 

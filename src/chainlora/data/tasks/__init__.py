@@ -1,10 +1,10 @@
 """Tasks: one small data file each, and what turns its rows into prompts.
 
-    schema.py     what a task file may say; `load_task`, `list_tasks`
-    exploding.py  nested rows to flat ones
+    schema.py     what a task file may say
     rendering.py  a row and a task's templates give a `Rendered` prompt with candidates or a
                   completion
-    pool.py       rows to draw from, by number
+    task.py       `Task`, `load_task`, `list_tasks`
+    nested.py     nested rows of two SuperGLUE tasks to flat ones
     sampling.py   the splits of a task on disk or on the Hub, and the samples a run draws from them
 
 Adding a task is writing one YAML file; no Python is touched. The shipped files follow the MeZO
@@ -12,7 +12,6 @@ protocol (arXiv 2305.17333), which the chain-of-LoRA paper follows. See docs/tas
 """
 
 from chainlora.data.sources import Row, load_rows, where
-from chainlora.data.tasks.exploding import FlatSource
 from chainlora.data.tasks.rendering import Rendered
 from chainlora.data.tasks.sampling import (
     check_split_files,
@@ -20,12 +19,12 @@ from chainlora.data.tasks.sampling import (
     sample_splits,
     unseen_source,
 )
-from chainlora.data.tasks.schema import REPORTED_OF_TEXT, WORD_METRICS, Task, list_tasks, load_task
+from chainlora.data.tasks.schema import REPORTED_OF_TEXT, WORD_METRICS
+from chainlora.data.tasks.task import Task, list_tasks, load_task
 
 __all__ = [
     "REPORTED_OF_TEXT",
     "WORD_METRICS",
-    "FlatSource",
     "Rendered",
     "Row",
     "Task",

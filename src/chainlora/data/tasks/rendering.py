@@ -1,31 +1,19 @@
 """A row and a task's templates give a prompt with candidates, or a prompt with a completion.
 
-Templates are Jinja2 in a sandbox, with a limit on the work they do. A field that a row lacks, or
+Templates are Jinja2 in a sandbox, in a process that can be killed. A field that a row lacks, or
 holds as null, is an error, never an empty string; every space and line break of a template is kept.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import TYPE_CHECKING, Any
-
-import jinja2
+from typing import Any, NoReturn
 
 from chainlora.data.sources import where
-from chainlora.data.templates import (
-    LimitedEnvironment,
-    WorkLimitError,
-    budget,
-    render_text,
-    time_limit,
-)
+from chainlora.data.tasks.schema import TaskFile
+from chainlora.data.templates import Reply, evaluate
 from chainlora.errors import DataError
-
-if TYPE_CHECKING:
-    from chainlora.data.tasks.schema import Task
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,123 +39,68 @@ class Rendered:
         ]
 
 
-def render(task: Task, row: Mapping[str, Any], position: int = 0) -> Rendered:
-    """Render one row of a task.
+def render_rows(
+    task: TaskFile, rows: Sequence[Mapping[str, Any]], position: int = 0
+) -> list[Rendered]:
+    """Render rows of a task; `position` is that of the first, where rows come from no file.
 
     Raises:
         DataError: a field that a template needs is missing or null, or a label is unknown; names
         the row.
     """
-    place = where(row, position)
-    with time_limit(f"task {task.name!r} at {place}"):
-        return _render(task, row, place)
+    found = []
+    for at, (row, reply) in enumerate(
+        zip(rows, evaluate(_program(task), rows), strict=True), position
+    ):
+        place = where(row, at)
+        if reply.error:
+            _refuse(task, reply, row, place)
+        found.append(_rendered(task, reply.value, place))
+    return found
 
 
-def _render(task: Task, row: Mapping[str, Any], place: str) -> Rendered:
-    context = {**row, "row": row}
-    prompt = _text(task, "prompt", task.prompt, context, place)
-    references = _references(task, context, place)
+def _program(task: TaskFile) -> dict[str, Any]:
+    """Return the templates of a task, as `evaluate` takes them."""
+    texts = {"prompt": task.prompt}
+    values = {} if task.references is None else {"references": task.references}
     if task.completion is not None:
-        completion = _text(task, "completion", task.completion, context, place)
-        return Rendered(prompt, (), None, completion, references)
+        return {"texts": texts | {"completion": task.completion}, "values": values}
+    if task.candidates is None:
+        return {"texts": texts, "values": values | {"label": task.label}}
+    values |= {"candidates": task.candidates, "label": task.label}
+    each = ["candidate", "candidates", task.candidate]
+    return {"texts": texts, "values": values, "each": each}
+
+
+def _refuse(task: TaskFile, reply: Reply, row: Mapping[str, Any], place: str) -> NoReturn:
+    if not reply.key:
+        raise DataError(
+            f"the templates of task {task.name!r} must render a row (got {reply.error} at "
+            f"{place}); simplify them or correct the row"
+        )
+    raise DataError(
+        f"a row must have what `{reply.key}` of task {task.name!r} needs (got {reply.error} at "
+        f"{place}, whose fields are {', '.join(map(str, row))}); correct the row or the task file"
+    )
+
+
+def _rendered(task: TaskFile, found: Mapping[str, Any], place: str) -> Rendered:
+    prompt, references = found["prompt"], _references(task, found, place)
+    if task.completion is not None:
+        return Rendered(prompt, (), None, found["completion"], references)
     if task.labels is not None:
         words = task.label_words
-        label = _label_of(task, _value(task, "label", task.label, context, place), place)
+        label = _label_of(task, found["label"], place)
         names = tuple(word.strip() for word in words)
         return Rendered(prompt, words, label, words[label], references or (names[label],), names)
-    candidates, names, label, right = _row_candidates(task, context, place)
+    candidates, names, label, right = _row_candidates(task, found, place)
     return Rendered(prompt, candidates, label, candidates[label], references or right, names)
 
 
-def check_template(source: str) -> None:
-    """Compile a template. Raises jinja2.TemplateError."""
-    _template(source)
-
-
-def check_expression(source: str) -> None:
-    """Compile an expression. Raises jinja2.TemplateError."""
-    _expression(source)
-
-
-def evaluate_expression(source: str, context: Mapping[str, Any]) -> Any:
-    """Return the value of a Jinja2 expression such as ``passage.questions``.
-
-    Raises:
-        jinja2.TemplateError: a name that is not in `context`.
-    """
-    with budget():
-        value = _expression(source)(context)
-    for part in value if isinstance(value, list | tuple) else (value,):
-        if isinstance(part, jinja2.Undefined):
-            str(part)  # StrictUndefined raises, with a message that names what is missing
-    return value
-
-
-def _refuse_null(value: Any) -> Any:
-    if value is None:
-        raise jinja2.UndefinedError("a null")
-    return value
-
-
-def _spans(text: str, spans: Sequence[Mapping[str, int]]) -> list[str]:
-    """Return the texts of spans with `start` and `end`, the end included, as ReCoRD has them."""
-    return [text[span["start"] : span["end"] + 1] for span in spans]
-
-
-_ENVIRONMENT = LimitedEnvironment(
-    undefined=jinja2.StrictUndefined,
-    keep_trailing_newline=True,
-    autoescape=False,
-    finalize=_refuse_null,
-)
-_ENVIRONMENT.globals["spans"] = _spans
-
-
-@lru_cache(maxsize=1024)
-def _template(source: str) -> jinja2.Template:
-    return _ENVIRONMENT.from_string(source)
-
-
-@lru_cache(maxsize=1024)
-def _expression(source: str) -> Callable[..., Any]:
-    return _ENVIRONMENT.compile_expression(source, undefined_to_none=False)
-
-
-def _text(task: Task, key: str, source: str, context: Mapping[str, Any], place: str) -> str:
-    with _explained(task, key, context, place):
-        return render_text(_template(source), context)
-
-
-def _value(task: Task, key: str, source: str, context: Mapping[str, Any], place: str) -> Any:
-    with _explained(task, key, context, place):
-        return evaluate_expression(source, context)
-
-
-@contextmanager
-def _explained(task: Task, key: str, context: Mapping[str, Any], place: str) -> Iterator[None]:
-    """Turn what a template raises into an error that names the row."""
-    try:
-        yield
-    except DataError:  # the limit on time
-        raise
-    except WorkLimitError as error:
-        raise DataError(
-            f"`{key}` of task {task.name!r} must take no more work than a row can need (got "
-            f"{error} at {place}); simplify the template or shorten the row"
-        ) from None
-    except Exception as error:  # whatever the row's values make the template's expressions do
-        fields = ", ".join(name for name in context if name != "row")
-        reason = " ".join(str(error).split())
-        raise DataError(
-            f"a row must have what `{key}` of task {task.name!r} needs (got {reason} at {place}, "
-            f"whose fields are {fields}); correct the row or the task file"
-        ) from None
-
-
-def _references(task: Task, context: Mapping[str, Any], place: str) -> tuple[str, ...]:
+def _references(task: TaskFile, found: Mapping[str, Any], place: str) -> tuple[str, ...]:
     if task.references is None:
         return ()
-    value = _value(task, "references", task.references, context, place)
+    value = found["references"]
     values = [value] if isinstance(value, str) else value
     if not isinstance(values, Sequence) or not values:
         raise DataError(
@@ -177,7 +110,7 @@ def _references(task: Task, context: Mapping[str, Any], place: str) -> tuple[str
     return tuple(str(item) for item in values)
 
 
-def _label_of(task: Task, value: Any, place: str) -> int:
+def _label_of(task: TaskFile, value: Any, place: str) -> int:
     label = task.label_index(value)
     if label is None:
         raise DataError(
@@ -188,20 +121,16 @@ def _label_of(task: Task, value: Any, place: str) -> int:
 
 
 def _row_candidates(
-    task: Task, context: Mapping[str, Any], place: str
+    task: TaskFile, found: Mapping[str, Any], place: str
 ) -> tuple[tuple[str, ...], tuple[str, ...], int, tuple[str, ...]]:
-    assert task.candidates is not None  # the schema: one of completion, labels, candidates
-    items = _value(task, "candidates", task.candidates, context, place)
+    items = found["candidates"]
     if not isinstance(items, Sequence) or isinstance(items, str) or len(items) < 2:
         raise DataError(
             f"`candidates` of task {task.name!r} must give a list of at least two (got "
             f"{items!r:.60} at {place}); correct the row or the task file"
         )
     names = tuple(str(item) for item in items)
-    texts = tuple(
-        _text(task, "candidate", task.candidate, {**context, "item": it}, place) for it in items
-    )
-    value = _value(task, "label", task.label, context, place)
+    texts, value = tuple(found["candidate"]), found["label"]
     if isinstance(value, list):
         right = tuple(str(item) for item in value)
         label = next((names.index(item) for item in right if item in names), None)

@@ -24,9 +24,9 @@ from chainlora.data.sources import (
     find_file,
     iterate,
 )
-from chainlora.data.tasks.exploding import FlatSource
+from chainlora.data.tasks.nested import FlatSource, flat
 from chainlora.data.tasks.pool import Part, Pool
-from chainlora.data.tasks.schema import Task
+from chainlora.data.tasks.task import Task
 from chainlora.errors import ConfigError, DataError
 
 _log = logging.getLogger(__name__)
@@ -43,9 +43,7 @@ _HELD_OUT_SEED = 0
 _HELD_OUT = "held out"
 
 
-def split_source(
-    task: Task, dir: str | Path | None, split: str
-) -> FileSource | HubSource | FlatSource:
+def split_source(task: Task, dir: str | Path | None, split: str) -> Source:
     """Return the rows of one split, in file order, nested rows flattened.
 
     Args:
@@ -65,7 +63,7 @@ def split_source(
         source = FileSource(path)
     else:
         source = _hub_source(task, split)
-    return source if task.explode is None else FlatSource(source, task)
+    return flat(source, task.name)
 
 
 def _hub_source(task: Task, split: str) -> HubSource:
@@ -107,6 +105,7 @@ def unseen_source(
     """
     source = split_source(task, dir, split)
     if dir is None or not _is_trained_on(task, Path(dir), split):
+        assert isinstance(source, FileSource | HubSource | FlatSource)
         return replace(source, limit=limit)
     stand_in, test = task.sampling.without_train, task.sampling.test
     pool = Pool(source)

@@ -1,19 +1,15 @@
-"""What a task file may say, and how one is found by name or path."""
+"""What a task file may say."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Literal
 
 import jinja2
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from chainlora.config.loading import read_tree
-from chainlora.config.messages import problems
-from chainlora.data.tasks.rendering import Rendered, check_expression, check_template, render
-from chainlora.errors import ConfigError, nearest
+from chainlora.data.templates import check_expression, check_template
 
 Metric = Literal["accuracy", "f1", "em", "token_f1", "loss"]
 WORD_METRICS = ("em", "token_f1")
@@ -28,7 +24,7 @@ class _Frozen(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-class HubSource(_Frozen):
+class HubRows(_Frozen):
     """Where the rows are on the Hub."""
 
     path: str
@@ -56,7 +52,7 @@ class Draw(_Frozen):
         return self.saner if sampling == "saner" and self.saner is not None else self.rows
 
 
-class Sampling(_Frozen):
+class Draws(_Frozen):
     """The MeZO protocol unless a task says otherwise."""
 
     train: Draw = Draw(of="train", rows=1000)
@@ -67,23 +63,8 @@ class Sampling(_Frozen):
     )
 
 
-class Loop(_Frozen):
-    """One level of nesting: bind each item of `list` to the name `as`."""
-
-    list: str
-    bind: str = Field(alias="as")
-
-
-class Explode(_Frozen):
-    """Nested rows to flat ones; rows without `when` are flat already and pass as they are."""
-
-    when: str
-    each: tuple[Loop, ...] = Field(min_length=1)
-    row: dict[str, str] = Field(min_length=1)
-
-
-class Task(_Frozen):
-    """One task: templates, labels, metric and where its rows are (docs/tasks.md)."""
+class TaskFile(_Frozen):
+    """What a task file says: templates, labels, metric and where the rows are (docs/tasks.md)."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][\w.-]*$")
     description: str
@@ -102,10 +83,9 @@ class Task(_Frozen):
     stop: str | None = None
     max_new_tokens: int = Field(default=50, ge=1)
     separator: str = "\n\n"
-    hub: HubSource | None = None
+    hub: HubRows | None = None
     files: dict[str, tuple[str, ...]] = {}
-    sampling: Sampling = Sampling()
-    explode: Explode | None = None
+    sampling: Draws = Draws()
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -138,7 +118,7 @@ class Task(_Frozen):
         return labels
 
     @model_validator(mode="after")
-    def _check(self) -> Task:
+    def _check(self) -> TaskFile:
         given = [
             key for key in ("labels", "candidates", "completion") if getattr(self, key) is not None
         ]
@@ -198,12 +178,6 @@ class Task(_Frozen):
             *((key, getattr(self, key), check_template) for key in _TEMPLATES),
             *((key, getattr(self, key), check_expression) for key in _EXPRESSIONS),
         ]
-        if self.explode is not None:
-            checks += [("explode.when", self.explode.when, check_expression)]
-            checks += [("explode.each", loop.list, check_expression) for loop in self.explode.each]
-            checks += [
-                (f"explode.row.{key}", it, check_expression) for key, it in self.explode.row.items()
-            ]
         for key, source, check in checks:
             try:
                 if source is not None:
@@ -244,50 +218,9 @@ class Task(_Frozen):
         """Return which candidate a row's label value means, or None."""
         return self._label_lookup.get(_label_key(value))
 
-    def render(self, row: Mapping[str, Any], position: int = 0) -> Rendered:
-        """Render one row. Raises DataError that names the row."""
-        return render(self, row, position)
-
-    def demonstrations(self, rows: Sequence[Mapping[str, Any]]) -> str:
-        """Return solved rows as text to put before a prompt; empty for no rows."""
-        solved = [self.render(row, position) for position, row in enumerate(rows)]
-        return "".join(
-            (shown.prompt + shown.completion).strip() + self.separator for shown in solved
-        )
-
 
 def _label_key(value: Any) -> str:
     """Make true, "True", 1, "1" and 1.0 one key: JSON, CSV and Parquet write labels differently."""
     whole = isinstance(value, bool) or (isinstance(value, float) and value.is_integer())
     text = str(int(value) if whole else value)
     return {"true": "1", "false": "0"}.get(text.lower(), text)
-
-
-def list_tasks() -> list[str]:
-    """Return the names of the shipped tasks."""
-    return sorted(path.stem for path in Path(__file__).parent.glob("*.yaml"))
-
-
-def load_task(name_or_path: str | Path) -> Task:
-    """Load a shipped task by name, or any task file by path.
-
-    Raises:
-        ConfigError: unknown name (nearest named), unreadable file, unknown key (nearest named),
-        wrong value.
-    """
-    path = Path(name_or_path)
-    if path.suffix.lower() not in (".yaml", ".yml"):
-        if str(name_or_path) not in list_tasks():
-            raise ConfigError(
-                f"task must be a shipped one or a .yaml file (got {str(name_or_path)!r}"
-                f"{nearest(str(name_or_path), list_tasks())})"
-            )
-        path = Path(__file__).parent / f"{name_or_path}.yaml"
-    return _read_task(path)
-
-
-def _read_task(path: Path) -> Task:
-    try:
-        return Task.model_validate(read_tree(path, "task file"))
-    except ValidationError as error:
-        raise ConfigError(f"task file {path}: {problems(error, Task)}") from None

@@ -1,0 +1,110 @@
+"""Nested rows of the original SuperGLUE files, as the flat rows that their tasks read.
+
+The Hub has them flat already; flat rows pass. Rows of your own are flattened by a script.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+from chainlora.data.sources import Chunk, Row, RowChunk, Source, iterate
+from chainlora.errors import DataError
+
+_Flat = Iterator[dict[str, Any]]
+
+
+def _multirc(row: Mapping[str, Any]) -> _Flat:
+    """Yield one row an answer, of answers in questions of a passage."""
+    passage = row["passage"]
+    for asked in passage["questions"]:
+        for found in asked["answers"]:
+            yield {
+                "paragraph": passage["text"],
+                "question": asked["question"],
+                "answer": found["text"],
+                "label": found["label"],
+                "idx": {"paragraph": row["idx"], "question": asked["idx"], "answer": found["idx"]},
+            }
+
+
+def _record(row: Mapping[str, Any]) -> _Flat:
+    """Yield one row a query of a passage, whose entities are spans with their last character."""
+    text = row["passage"]["text"]
+    spans = row["passage"]["entities"]
+    for asked in row["qas"]:
+        yield {
+            "passage": text,
+            "query": asked["query"],
+            "entities": [text[span["start"] : span["end"] + 1] for span in spans],
+            "answers": list(dict.fromkeys(answer["text"] for answer in asked["answers"])),
+            "idx": {"passage": row["idx"], "query": asked["idx"]},
+        }
+
+
+NESTED: Mapping[str, Callable[[Mapping[str, Any]], _Flat]] = {
+    "multirc": _multirc,
+    "record": _record,
+}
+"""Task → how a row is flattened whose `passage` is an object."""
+
+
+@dataclass(frozen=True)
+class FlatSource:
+    """The rows of another source, nested ones flattened: without the first `skip`, at most `limit`.
+
+    Indices count flat rows.
+    """
+
+    source: Source
+    task: str
+    skip: int = 0
+    limit: int | None = None
+
+    def chunks(self, size: int) -> Iterator[Chunk]:
+        """Yield the rows, `size` at a time. Raises DataError on a row that does not suit."""
+        share = 0.0
+
+        def read() -> Iterator[Row]:
+            nonlocal share
+            index = 0
+            for chunk in self.source.chunks(size):
+                share = chunk.share
+                for row in chunk.rows():
+                    for values in _flattened(self.task, row):
+                        yield Row(values, index, row.origin)
+                        index += 1
+
+        end = None if self.limit is None else self.skip + self.limit
+        rows = islice(read(), self.skip, end)
+        while part := list(islice(rows, size)):
+            yield RowChunk(part, share)
+
+    def identity(self) -> str:
+        """Return what names the content."""
+        return f"flat {self.task} {self.skip} {self.limit} {self.source.identity()}"
+
+
+def _flattened(task: str, row: Row) -> list[dict[str, Any]]:
+    if task not in NESTED or not isinstance(row.get("passage"), Mapping):  # flat already
+        return [row]
+    try:
+        return list(NESTED[task](row))
+    except (KeyError, TypeError) as error:
+        raise DataError(
+            f"a nested row of task {task!r} must have the form of SuperGLUE (got no {error} at "
+            f"{row.origin}); correct it or write flat rows"
+        ) from None
+
+
+def flat(source: Source, task: str) -> Source:
+    """Return the rows of a task's source, nested ones flattened."""
+    return FlatSource(source, task) if task in NESTED else source
+
+
+def without_first(source: Source, count: int) -> Source | None:
+    """Return a source without its first rows; None where none are left."""
+    rest = FlatSource(source, "", skip=count)
+    return rest if next(iterate(rest), None) is not None else None

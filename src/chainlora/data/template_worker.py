@@ -1,0 +1,144 @@
+"""The process that evaluates templates: a script that imports nothing of chainlora.
+
+Every line of its input is a message, ``{"seconds": …, "program": …, "items": […]}``. Every item
+gets one line of output, ``{"value": …}`` or ``{"error": …, "key": …}``. A program is one of
+
+    {"texts": {key: template}, "values": {key: expression}, "each": [key, list, template]}
+        of a task's row; `each` renders a template for every item of a list
+    {"chat": {"": template, "tools": template}}
+        of a conversation, with and without tools
+
+An item that takes too long ends this process: a thread in C does so, whatever the template does.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any
+
+import jinja2
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+MAX_BYTES = 50_000_000
+"""Of what one item gives: a long book, ten times over."""
+
+
+class KeyedError(Exception):
+    """What went wrong under a key of a program."""
+
+    def __init__(self, key: str, reason: str) -> None:
+        super().__init__(reason)
+        self.key = key
+
+
+def main() -> None:
+    """Answer messages until the input ends."""
+    replies = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
+    sys.stdout = sys.stderr  # nobody else writes between the replies
+    with open(os.devnull, "w") as nowhere:
+        for line in sys.stdin.buffer:
+            message = json.loads(line)
+            if "chat" in message["program"]:
+                _import_chats()  # which takes a second or two, of nobody's time
+            for item in message["items"]:
+                faulthandler.dump_traceback_later(message["seconds"], exit=True, file=nowhere)
+                reply = _reply(message["program"], item)
+                faulthandler.cancel_dump_traceback_later()
+                replies.write(reply + b"\n")
+                replies.flush()
+
+
+def _reply(program: Mapping[str, Any], item: Any) -> bytes:
+    key = ""
+    try:
+        value = _chat(program["chat"], item) if "chat" in program else _row(program, item)
+        reply = json.dumps({"value": value}, ensure_ascii=False, default=str).encode()
+        if len(reply) <= MAX_BYTES:
+            return reply
+        reason = f"more than {MAX_BYTES:,} bytes of text"
+    except KeyedError as error:
+        key, reason = error.key, str(error)
+    except UnicodeEncodeError as error:
+        reason = f"half of a character, {error.object[error.start]!a}"
+    except MemoryError:
+        reason = "too little memory"
+    except Exception as error:  # whatever the values make the template do
+        reason = str(error) or type(error).__name__
+    return json.dumps({"error": " ".join(reason.split())[:1000], "key": key}).encode()
+
+
+def _chat(templates: Mapping[str, str], item: Mapping[str, Any]) -> Any:
+    template = templates["tools" if item.get("tools") else ""]
+    found: Any = _import_chats()(**item, chat_template=template)
+    (text,), spans = found
+    return [text, spans[0] if spans else []]
+
+
+def _import_chats() -> Callable[..., Any]:
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    return render_jinja_template
+
+
+def _row(program: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any]:
+    context = {**row, "row": row}
+    found: dict[str, Any] = {}
+    for key, source in program["texts"].items():
+        with _named(key):
+            found[key] = _template(source).render(context)
+    for key, source in program["values"].items():
+        with _named(key):
+            found[key] = _expression(source)(context)
+            if isinstance(found[key], jinja2.Undefined):
+                str(found[key])  # raises, with a message that names what is missing
+    if "each" in program:
+        key, items, source = program["each"]
+        with _named(key):
+            each = _template(source)
+            values = found[items] if isinstance(found[items], list | tuple) else ()
+            found[key] = [each.render({**context, "item": value}) for value in values]
+    return found
+
+
+@contextmanager
+def _named(key: str) -> Iterator[None]:
+    try:
+        yield
+    except (MemoryError, UnicodeEncodeError):
+        raise
+    except Exception as error:
+        raise KeyedError(key, str(error) or type(error).__name__) from None
+
+
+def _refuse_null(value: Any) -> Any:
+    if value is None:
+        raise jinja2.UndefinedError("a null")
+    return value
+
+
+_ENVIRONMENT = ImmutableSandboxedEnvironment(
+    undefined=jinja2.StrictUndefined,
+    keep_trailing_newline=True,
+    autoescape=False,
+    finalize=_refuse_null,
+)
+
+
+@lru_cache(maxsize=1024)
+def _template(source: str) -> jinja2.Template:
+    return _ENVIRONMENT.from_string(source)
+
+
+@lru_cache(maxsize=1024)
+def _expression(source: str) -> Callable[..., Any]:
+    return _ENVIRONMENT.compile_expression(source, undefined_to_none=False)
+
+
+if __name__ == "__main__":
+    main()

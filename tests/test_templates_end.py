@@ -1,0 +1,103 @@
+"""Templates that would not end, or would fill the memory, are stopped wherever they run."""
+
+from __future__ import annotations
+
+import multiprocessing
+import threading
+import time
+
+import pytest
+from helpers_data import TALK, make_tokenizer
+from helpers_tasks import write_task
+
+from chainlora.data import templates
+from chainlora.data.encoding import encode_examples
+from chainlora.data.tasks import load_task
+from chainlora.errors import DataError
+
+LISTS = (
+    "{% set n = namespace(a=[], b=[]) %}{% for i in range(60) %}"
+    "{% set n.a = [n.a, n.a] %}{% set n.b = [n.b, n.b] %}{% endfor %}"
+)
+BOMBS = {
+    "loops": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+    "format": "{{ '{:1000000000}'.format(3) }}",
+    "ljust": "{{ 'a'.ljust(4000000000) }}",
+    "times": "{{ 'x' * 10**10 }}",
+    "center": "{{ 'x' | center(10**10) }}",
+    "power": "{{ (10**10) ** (10**10) }}",
+    "output": "{% for i in range(99999) %}{{ 'x' * 99999 }}{% endfor %}",
+    "shared lists": LISTS + "{{ n.a }}",
+    "comparison": LISTS + "{{ n.a == n.b }}",
+    "recursion": "{% macro f(n) %}{{ f(n) }}{% endmacro %}{{ f(1) }}",
+    "surrogate": r"{{ '\ud800' }}",
+}
+
+
+@pytest.fixture
+def limits(monkeypatch):
+    monkeypatch.setattr(templates, "SECONDS", 1.0)
+    monkeypatch.setattr(templates, "MEMORY", 300 << 20)
+    monkeypatch.setattr(templates, "_worker", None)
+
+
+def read_chat(template: str) -> None:
+    encode_examples([{"messages": TALK[:2]}], make_tokenizer("", template), "chat")
+
+
+def refusal(work) -> str:
+    with pytest.raises(DataError) as caught:
+        work()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_a_bomb_is_one_sentence_in_a_task_and_in_a_chat(name, limits, tmp_path):
+    task = load_task(write_task(tmp_path, prompt=BOMBS[name]))  # nothing is evaluated yet
+    start = time.monotonic()
+    said = refusal(lambda: task.render({"text": "x", "label": 0}, 7))
+    assert "task 'colour'" in said
+    assert "at row 7" in said
+    said = refusal(lambda: read_chat(BOMBS[name]))
+    assert "must suit the model's chat template (got: " in said
+    assert "at row 0" in said
+    assert time.monotonic() - start < 60
+    read_chat("{% for m in messages %}{{ m.content }}{% endfor %}")  # the next one is rendered
+
+
+def test_expressions_are_bound_too(limits, tmp_path):
+    keys = {"labels": None, "candidates": "[text * 10**10, text]", "label": "0"}
+    assert "no end" in refusal(
+        lambda: load_task(write_task(tmp_path, **keys)).render({"text": "x"})
+    )
+
+
+def test_threads_and_forked_processes_are_bound(limits):
+    found: list[str] = []
+    thread = threading.Thread(
+        target=lambda: found.append(refusal(lambda: read_chat(BOMBS["times"])))
+    )
+    thread.start()
+    thread.join(60)
+    read_chat("{{ messages[0].content }}{{ messages[1].content if messages[1] }}")
+    context = multiprocessing.get_context("fork")
+    child = context.Process(target=lambda: refusal(lambda: read_chat(BOMBS["format"])))
+    child.start()
+    child.join(60)
+    assert child.exitcode == 0
+    assert "no end within 1 s" in found[0]
+
+
+def test_a_long_row_is_no_endless_template(tmp_path):
+    prompt = "{% for word in text.split() %}{{ word | upper }} {% endfor %}{{ text ~ '!' }}"
+    text = "word " * 100_000
+    shown = load_task(write_task(tmp_path, prompt=prompt)).render({"text": text, "label": 0})
+    assert shown.prompt == text.upper() + text + "!"
+
+
+def test_values_that_are_no_json_are_refused(tmp_path):
+    row: dict = {"text": "x", "label": 0}
+    row["me"] = row
+    said = refusal(lambda: load_task(write_task(tmp_path)).render(row))
+    assert "must hold texts, numbers, lists and objects" in said
