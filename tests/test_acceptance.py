@@ -11,7 +11,7 @@ from helpers import assert_same_links, settings
 from chainlora import load_run, make_config, train
 from chainlora.errors import ConfigError
 from chainlora.evaluation.evaluate import Evaluation
-from chainlora.training import step
+from chainlora.training import loop
 from chainlora.training.acceptance import gain
 
 
@@ -43,16 +43,13 @@ class _DiedError(Exception):
 def rejecting(monkeypatch):
     """Let every link after the first be harmful: its learning rate is far too large."""
 
-    real = step.set_learning_rate
+    real = loop.rate_factor
 
-    def rate(optimizer, train_config, lengths, number):
-        found = real(optimizer, train_config, lengths, number)
-        if number >= lengths[0]:
-            for group in optimizer.param_groups:
-                group["lr"] = 1.0
-        return found
+    def rate(train_config, lengths, number):
+        is_first = number < 8
+        return real(train_config, lengths, number) if is_first else 1.0 / train_config.lr
 
-    monkeypatch.setattr(step, "set_learning_rate", rate)
+    monkeypatch.setattr(loop, "rate_factor", rate)
 
 
 def test_a_harmful_link_is_dropped_and_the_chain_ends(

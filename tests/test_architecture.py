@@ -16,9 +16,11 @@ PACKAGE = Path(chainlora.__file__).parent
 ROOMS = [
     "errors",
     "files",
+    "registry",
     "config",
     "models",
     "chain",
+    "knots",
     "data",
     "engine",
     "runs",

@@ -66,7 +66,7 @@ def test_minutes_become_steps_that_are_kept(tiny_folder, sentiment, tmp_path, mo
     lengths: list[list[int]] = []
     with pytest.raises(KeyboardInterrupt):
         train(config, listener=stop)
-    monkeypatch.setattr("chainlora.training.budget.measure_step", lambda run: 1e-9)
+    monkeypatch.setattr("chainlora.training.deciding.measure_step", lambda run: 1e-9)
     result = train(config, resume=True, listener=lambda event: None)
     assert steps_of(result) == lengths[0]
     assert lengths[0][0] >= lengths[0][1] >= 1

@@ -32,10 +32,10 @@ from chainlora.config import schema as config_module
 from chainlora.config.loading import parse_yaml
 from chainlora.config.schema import KnotConfig
 from chainlora.experiments import expand, load_experiment
+from chainlora.knots.numbers import spacing
 from chainlora.runs.resuming import CHANGEABLE
 from chainlora.training import objectives, optimizers, setup
 from chainlora.training.events import Event, KnotTied, ShareTied, StepDone
-from chainlora.training.knots import spacing
 
 ROOT = Path(__file__).resolve().parents[1]
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"

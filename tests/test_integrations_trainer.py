@@ -29,8 +29,8 @@ from transformers import AutoTokenizer, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from chainlora import ChainCallback, export_merged, load_chain, load_run, make_config, train
+from chainlora.knots.policy import WHOLE, Knot
 from chainlora.runs.directory import RunDirectory
-from chainlora.training.knots import WHOLE, Knot
 from chainlora.training.plan import make_plan
 
 # One layer's product W x + s·B A x is summed in another order than (W + s·B A) x: float32 rounding

@@ -22,7 +22,8 @@ from chainlora.errors import StoppedError
 from chainlora.evaluation.evaluate import evaluate
 from chainlora.runs.directory import RunDirectory
 from chainlora.training.interrupts import interruptible, stop_requested
-from chainlora.training.objectives import OBJECTIVES, LanguageModelling
+from chainlora.training.objective_kinds.likelihood import LanguageModelling
+from chainlora.training.objectives import OBJECTIVES
 
 EVERY = {"save_every": None}  # a stop saves although nothing else does
 

@@ -14,7 +14,7 @@ from chainlora import Chain, LinkConfig
 from chainlora.chain.adapters import live_factors
 from chainlora.data.examples import Example
 from chainlora.engine.engine import Engine
-from chainlora.training.optimizers import carry_moments
+from chainlora.knots.moments import carry_moments
 from chainlora.training.schedule import learning_rate_factor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks" / "lab"))

@@ -11,8 +11,8 @@ from test_laws import LOGITS, TARGETS, config, logits, loss_of, on_everything, w
 from chainlora import Chain, ChainLoRAError
 from chainlora.chain.adapters import LIVE, load_adapter
 from chainlora.chain.soft_knot import balance, time_constant
+from chainlora.knots.moments import carry_moments
 from chainlora.runs.links import write_link
-from chainlora.training.optimizers import carry_moments
 
 
 def tuned(architecture: str, dtype=torch.float32, steps: int = 3, hold: str = "tied", **keys):

@@ -23,7 +23,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from chainlora import load_run, make_config, train
 from chainlora.errors import RunError, TrainingError
-from chainlora.training.knots import WHOLE
+from chainlora.knots.driver import POLICIES
+from chainlora.knots.policy import WHOLE
 
 
 @pytest.mark.parametrize(
@@ -240,18 +241,16 @@ class _EndsEarly:
     """A policy of somebody's own: the first link ends after two steps."""
 
     def knot_after(self, position):
-        done = position.step >= position.num_steps or (position.link == 0 and position.step == 2)
-        return WHOLE if done else None
+        return WHOLE if position.link == 0 and position.step == 2 else None
 
 
 @pytest.mark.parametrize("dies_at", [None, 1, 2, 3, 7])
 def test_a_link_may_end_early_and_the_last_one_makes_up_for_it(
     tiny_folder, sentiment, tmp_path, monkeypatch, dies_at
 ):
-    monkeypatch.setattr("chainlora.training.setup.make_policy", lambda config: _EndsEarly())
-    config = make_config(
-        settings(tiny_folder, sentiment, tmp_path / "run", train={"save_every": 1})
-    )
+    monkeypatch.setitem(POLICIES, "early", lambda knots: _EndsEarly())
+    keys = {"chain": {"knots": {"policy": "early"}}, "train": {"save_every": 1}}
+    config = make_config(settings(tiny_folder, sentiment, tmp_path / "run", **keys))
 
     def die(event) -> None:
         if event["event"] == "step" and event["step"] == dies_at:
@@ -264,6 +263,5 @@ def test_a_link_may_end_early_and_the_last_one_makes_up_for_it(
     assert [link["num_steps"] for link in result["links"]] == [2, 4, 5]
     assert result["steps"] == 11
     whole = settings(tiny_folder, sentiment, tmp_path / "planned", chain={"steps": [2, 4, 5]})
-    monkeypatch.undo()
     train(make_config(whole))
     assert_same_links(tmp_path / "run", tmp_path / "planned")  # rates and rows too

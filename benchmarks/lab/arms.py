@@ -26,7 +26,7 @@ from torch import Tensor
 from chainlora.chain.initialization import generator_for, random_factors
 from chainlora.chain.soft_knot import Balance, balance
 from chainlora.config.schema import KnotConfig, LinkConfig
-from chainlora.training.knots import spacing
+from chainlora.knots.numbers import spacing
 from chainlora.training.schedule import learning_rate_factor
 
 

@@ -29,7 +29,7 @@ _WHERE = {
     "make_config": "chainlora.config.loading",
     "train": "chainlora.training.calling",
     "TrainResult": "chainlora.training.result",
-    "carry_moments": "chainlora.training.optimizers",
+    "carry_moments": "chainlora.knots.moments",
     "ChainCallback": "chainlora.integrations.callback",
     "evaluate_task": "chainlora.evaluation.scoring",
     "save_chain": "chainlora.runs.saved_chain",
@@ -68,6 +68,7 @@ if TYPE_CHECKING:
     from chainlora.errors import ChainLoRAError as ChainLoRAError
     from chainlora.evaluation.scoring import evaluate_task as evaluate_task
     from chainlora.integrations.callback import ChainCallback as ChainCallback
+    from chainlora.knots.moments import carry_moments as carry_moments
     from chainlora.models.loading import load_model as load_model
     from chainlora.reports.run_report import report_runs as report_runs
     from chainlora.runs.export import export_adapter as export_adapter
@@ -77,7 +78,6 @@ if TYPE_CHECKING:
     from chainlora.runs.saved_chain import load_chain as load_chain
     from chainlora.runs.saved_chain import save_chain as save_chain
     from chainlora.training.calling import train as train
-    from chainlora.training.optimizers import carry_moments as carry_moments
     from chainlora.training.result import TrainResult as TrainResult
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any, Literal
 
@@ -106,6 +107,7 @@ class KnotConfig(Section):
         False, description="shares in proportion to the learning rate, so that they end with it"
     )
     moments: Literal["carried", "new"] = "carried"
+    policy: str = Field("spaced", description="a name in knots.driver.POLICIES")
 
     @model_validator(mode="after")
     def _check(self) -> KnotConfig:
@@ -113,6 +115,13 @@ class KnotConfig(Section):
             raise ValueError(
                 "give `knots.share` or `knots.time_constant`, not both (got both); "
                 "share = 1 - exp(-every / time_constant)"
+            )
+        every, tau = self.every or 1, self.time_constant
+        if tau is not None and -math.expm1(-every / tau) >= 1:
+            raise ValueError(
+                "`knots.time_constant` must leave a part of the link at each soft knot (got "
+                f"{tau:g}, with which a knot after {every} step(s) ties all of it); raise it, or "
+                "lower knots.every"
             )
         return self
 

@@ -20,14 +20,15 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from chainlora.chain.adapters import read_settings
 from chainlora.chain.chain import Chain
 from chainlora.config.messages import problems
-from chainlora.config.schema import ChainConfig, KnotConfig, LinkConfig
+from chainlora.config.schema import ChainConfig, KnotConfig
 from chainlora.errors import ChainError, ConfigError, RunError
 from chainlora.integrations import restarts
-from chainlora.integrations.launched import check_held, check_ranks, find_trainer_processes
+from chainlora.integrations.launched import check_ranks, find_trainer_processes
 from chainlora.integrations.plan import Epochs, Lengths, check_knots, link_lengths
-from chainlora.integrations.wrapped_chain import WrappedChain, named_parameters
-from chainlora.training.knots import FixedKnots, Knot, KnotPolicy, Position
-from chainlora.training.optimizers import carry_moments
+from chainlora.integrations.wrapped_chain import WrappedChain
+from chainlora.knots.driver import Knots, check_policy
+from chainlora.knots.numbers import Numbers, spacings
+from chainlora.knots.policy import Knot, KnotPolicy
 from chainlora.training.processes import Processes, num_launched
 
 logger = logging.getLogger(__name__)
@@ -46,7 +47,7 @@ class ChainCallback(TrainerCallback):
         epochs: the same in epochs.
         knots: soft knots inside each link, ``"auto"`` or the keys of ``chain.knots``. Alone, the
             run is one link.
-        policy: decides after every step instead (`chainlora.training.knots.KnotPolicy`).
+        policy: decides after every step instead (`chainlora.knots.policy.KnotPolicy`).
         alpha_policy: of links of other ranks: "proportional" keeps the scaling, "fixed" alpha.
         optimizer_reset: "full" forgets the optimizer's state at a knot; "off" keeps it, which needs
             equal ranks.
@@ -82,12 +83,6 @@ class ChainCallback(TrainerCallback):
         self._wrapped: WrappedChain | None = None
         self._processes = Processes(0, 1, torch.device("cpu"))  # until a trainer says otherwise
         self._settings: dict[str, Any] = {}  # what the model's own LoRA said
-        self._before: dict[nn.Parameter, str] = {}  # its parameters, which an optimizer may hold
-        self._held: dict[nn.Parameter, str] = {}  # what DDP sums the gradients of
-        self._configs: list[LinkConfig] = []
-        self._lengths: list[int] = []
-        self._names: restarts.Names = []  # of what the optimizer trains
-        self._policy: KnotPolicy = FixedKnots()
 
     @property
     def chain(self) -> Chain:
@@ -124,8 +119,10 @@ class ChainCallback(TrainerCallback):
         self._plan(args, state, kwargs.get("train_dataloader"))
         self._check_place(state)
         self._take_over(args, optimizer, scheduler)
+        if args.should_save:
+            self._need().check_saves()
         if self.restart_schedule:
-            self._restart_schedule(scheduler, args, state)
+            self._restart_schedule(scheduler, args)
 
     def on_step_begin(
         self,
@@ -139,15 +136,17 @@ class ChainCallback(TrainerCallback):
         Only now: what the trainer has evaluated and saved after that step is of the link that made
         it, and DPO's reference moves with the next link.
         """
-        knot = self._knot(state, kwargs["optimizer"])
+        optimizer = kwargs["optimizer"]
+        knot = self._knot(state, optimizer)
         if knot is None:
             return
         if not knot.ends_link:
-            self._tie_share(knot, kwargs["optimizer"])
-        elif len(self.chain) + 1 < len(self._configs):
-            self._next_link(state, kwargs["optimizer"])
+            self._need().check_finite()
+            self._knots.tie_share(knot, optimizer)
+        elif not self._knots.is_last:
+            self._next_link(state, optimizer)
             if self.restart_schedule:
-                self._restart_schedule(kwargs["lr_scheduler"], args, state)
+                self._restart_schedule(kwargs["lr_scheduler"], args)
 
     def on_step_end(
         self,
@@ -158,7 +157,7 @@ class ChainCallback(TrainerCallback):
     ) -> None:
         """Count the step, and stop where the policy ends the last link."""
         self.chain.count_step()
-        if len(self.chain) + 1 == len(self._configs):
+        if self._knots.is_last:
             knot = self._knot(state, kwargs["optimizer"])
             if knot is not None and knot.ends_link:
                 control.should_training_stop = True
@@ -196,8 +195,9 @@ class ChainCallback(TrainerCallback):
                 f"{self.ranks[0]} and r={self._settings['rank']}); change either"
             )
         config = self._chain_config(1)
-        self._policy = self.policy or FixedKnots(config.knots)
-        self._before = named_parameters(model)
+        if config.knots is not None:
+            check_policy(config.knots)
+        self._trained = restarts.Trained(model)
         seed = args.seed if self.seed is None else self.seed
         self._wrapped = WrappedChain(model, seed, writes=args.should_save)
         self._wrapped.extend(config.links()[0])
@@ -215,13 +215,23 @@ class ChainCallback(TrainerCallback):
     def _plan(self, args: TrainingArguments, state: TrainerState, loader: Any) -> None:
         num_links = None if self.ranks is None else len(self.ranks)
         per_epoch = _steps_per_epoch(loader, args)
-        self._lengths = link_lengths(num_links, self.steps, self.epochs, state.max_steps, per_epoch)
-        self._configs = self._chain_config(len(self._lengths)).links()
-        check_ranks(self._configs, self._processes)
-        if self.optimizer_reset == "off" and len({config.rank for config in self._configs}) > 1:
+        lengths = link_lengths(num_links, self.steps, self.epochs, state.max_steps, per_epoch)
+        config, wrapped = self._chain_config(len(lengths)), self._need()
+        begun = () if wrapped.numbers is None else wrapped.numbers.knots
+        if state.global_step and wrapped.numbers is None and self.knots is not None:
+            logger.warning(
+                "the checkpoint does not say where its soft knots are (got one of version 0.2); "
+                "they go on as version 0.2 would have decided"
+            )
+        soft = begun + spacings(config, lengths)[len(begun) :]  # those of a resumed run stay
+        wrapped.numbers = Numbers(tuple(lengths), soft[: len(lengths)])
+        self._knots = Knots(wrapped.chain, config, wrapped.numbers, policy=self.policy)
+        ranks = [link.rank for link in self._knots.links]
+        check_ranks(ranks, self._processes)
+        if self.optimizer_reset == "off" and len(set(ranks)) > 1:
             raise ConfigError(
                 "`optimizer_reset: off` keeps moments over a knot, so all ranks must be equal (got "
-                f"{[config.rank for config in self._configs]}); use optimizer_reset='full'"
+                f"{ranks}); use optimizer_reset='full'"
             )
 
     def _check_place(self, state: TrainerState) -> None:
@@ -239,71 +249,43 @@ class ChainCallback(TrainerCallback):
                 "resume from a checkpoint, or begin with a new model, callback and trainer"
             )
         found = [*(link.config for link in chain.links), chain.live.config]
-        if found != self._configs[: len(found)]:
+        planned = self._knots.links
+        if found != planned[: len(found)]:
             raise RunError(
                 "a resumed chain must have the links it began with (got ranks "
                 f"{[config.rank for config in found]}, planned "
-                f"{[config.rank for config in self._configs]}, or other settings of the LoRA); use "
+                f"{[config.rank for config in planned]}, or other settings of the LoRA); use "
                 "the settings of the checkpoint"
             )
-        ended = [link.num_steps for link in chain.links]
-        if self.policy is None and ended != self._lengths[: len(ended)]:
+        ended, lengths = [link.num_steps for link in chain.links], list(self._knots.numbers.lengths)
+        if self.policy is None and ended != lengths[: len(ended)]:
             raise RunError(
                 f"a resumed chain must have the knots it began with (got links of {ended} steps, "
-                f"planned {self._lengths}); use the settings of the checkpoint"
+                f"planned {lengths}); use the settings of the checkpoint"
             )
 
     def _take_over(
         self, args: TrainingArguments, optimizer: torch.optim.Optimizer, scheduler: Any
     ) -> None:
-        """Learn what the optimizer trains, and have it train the live link."""
-        if not self._names:
-            self._names = restarts.trained_names(optimizer, self._need().model, self._before)
-        restarts.point_at(optimizer, self._names, self._need().model)
-        self._before = {}
-        self._held = self._held or named_parameters(self._need().model)
-        self._check_held()
-        if self.optimizer_reset == "full" and len(self._configs) > 1:
+        """Have the optimizer train the live link, and check that it suits the knots to come."""
+        self._trained.take_over(optimizer, self._processes)
+        num_links, soft = len(self._knots.links), self._chain_config(1).knots
+        if self.optimizer_reset == "full" and num_links > 1:
             restarts.check_restart(optimizer)
-        knots = self._chain_config(len(self._configs)).knots
-        if knots is not None and knots.moments == "carried":
+        if soft is not None and soft.moments == "carried":
             restarts.check_carried(optimizer)
         if self.restart_schedule:
             restarts.check_schedule(scheduler)
-        if len(self._configs) > 1 and self._processes.is_first:
+        if num_links > 1 and self._processes.is_first:
             _warn_of_moving_reference(args)
 
     # --- knots ---
 
     def _knot(self, state: TrainerState, optimizer: torch.optim.Optimizer) -> Knot | None:
         """Return the knot that is due after the live link's last step."""
-        link, steps = len(self.chain), self.chain.live_steps
-        if not steps:
+        if not self.chain.live_steps:
             return None
-        length = self._current_lengths()[link]
-        return self._policy.knot_after(
-            Position(
-                link,
-                steps,
-                length,
-                _newest_loss(state),
-                rate=restarts.rate_factor(optimizer),
-                is_last=link == len(self._configs) - 1,
-                norm=self.chain.live_norm,
-            )
-        )
-
-    def _tie_share(self, knot: Knot, optimizer: torch.optim.Optimizer) -> None:
-        self._need().check_finite()
-        if knot.moments == "carried":
-            restarts.check_carried(optimizer)  # a policy is not asked before
-        adapter = self.chain.live
-        assert adapter is not None
-        scales = self.chain.tie_share(knot.share)
-        if knot.moments == "carried":
-            carry_moments(optimizer, adapter, scales)
-        else:
-            restarts.forget(optimizer)
+        return self._knots.after_step(_newest_loss(state), restarts.rate_factor(optimizer))
 
     def _next_link(self, state: TrainerState, optimizer: torch.optim.Optimizer) -> None:
         self._processes.check_same(self.chain.parameters(), "link")
@@ -317,32 +299,14 @@ class ChainCallback(TrainerCallback):
                 "step": state.global_step,
             }
         )
-        self._need().extend(self._configs[len(self.chain)])
+        self._need().extend(self._knots.next_link)
         if self.optimizer_reset == "full":
-            restarts.forget(optimizer)
-        restarts.point_at(optimizer, self._names, self._need().model)
-        self._check_held()
+            optimizer.state.clear()  # step counts too: the next update is a new optimizer's
+        self._trained.follow(optimizer, self._processes)
 
-    def _check_held(self) -> None:
-        check_held(self._held, named_parameters(self._need().model), self._processes)
-
-    def _restart_schedule(
-        self, scheduler: Any, args: TrainingArguments, state: TrainerState
-    ) -> None:
-        first = state.global_step - self.chain.live_steps
-        length = self._current_lengths()[len(self.chain)]
+    def _restart_schedule(self, scheduler: Any, args: TrainingArguments) -> None:
+        first, length = self._knots.first_step, self._knots.length
         restarts.restart_schedule(scheduler, args, first, length)
-
-    def _current_lengths(self) -> list[int]:
-        """Return the steps of each link: as they were, as planned, and the last one with the rest.
-
-        A policy may end a link early.
-        """
-        done = [link.num_steps for link in self.chain.links]
-        rest = self._lengths[len(done) :]
-        if rest:
-            rest[-1] = sum(self._lengths) - sum(done) - sum(rest[:-1])
-        return done + rest
 
     def _need(self) -> WrappedChain:
         if self._wrapped is None:

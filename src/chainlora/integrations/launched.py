@@ -6,15 +6,14 @@ such a run must have the parameters of its first link.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from accelerate.state import AcceleratorState
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import TrainingArguments
 
-from chainlora.config.schema import LinkConfig
-from chainlora.errors import ChainError, ConfigError
+from chainlora.errors import ConfigError
 from chainlora.training.processes import Processes, find_processes, num_launched
 
 
@@ -49,22 +48,10 @@ def find_trainer_processes(args: TrainingArguments, model: nn.Module) -> Process
     return find_processes(state)
 
 
-def check_ranks(configs: Sequence[LinkConfig], processes: Processes) -> None:
+def check_ranks(ranks: Sequence[int], processes: Processes) -> None:
     """Raise ConfigError for links whose parameters DDP could not know of from the beginning."""
-    ranks = [config.rank for config in configs]
     if processes.count > 1 and len(set(ranks)) > 1:
         raise ConfigError(
-            f"in several processes all ranks must be equal (got {ranks}): the trainer's DDP knows "
-            "the first link's parameters alone; change them, or use `chainlora train`"
-        )
-
-
-def check_held(
-    known: Mapping[nn.Parameter, str], now: Mapping[nn.Parameter, str], processes: Processes
-) -> None:
-    """Raise ChainError unless the model still trains the parameters that DDP holds."""
-    if processes.count > 1 and known.keys() != now.keys():
-        raise ChainError(
-            f"{processes.count} processes train the parameters that they began with (got others "
-            f"at {sorted(set(now.values()))[0]}); begin with a new model, callback and trainer"
+            f"in several processes all ranks must be equal (got {list(ranks)}): the trainer's DDP "
+            "knows the first link's parameters alone; change them, or use `chainlora train`"
         )

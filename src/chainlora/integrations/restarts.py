@@ -7,7 +7,7 @@ knows by parameter, this is what a new one would be.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,54 +15,76 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainingArguments, get_scheduler
 
-from chainlora.errors import ConfigError
-
-Names = list[list[str]]
+from chainlora.errors import ChainError, ConfigError
+from chainlora.training.processes import Processes
 
 # Keys of parameter groups in which an optimizer counts or adapts (schedule-free, Prodigy, D-Adapt).
 _MEMORIES = ("k", "d", "step", "weight_sum", "scheduled_lr")
-# Optimizers whose moments are known (`training.optimizers.MOMENTS`).
+# Optimizers whose moments are known (`knots.moments.MOMENTS`).
 _CARRIED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
 
 
-def trained_names(
-    optimizer: torch.optim.Optimizer, model: nn.Module, known: Mapping[nn.Parameter, str]
-) -> Names:
-    """Return the names of what each parameter group trains.
+class Trained:
+    """What a trainer's optimizer trains, and DDP sums the gradients of, in a model's chain.
 
-    `known` has names of parameters that were on the model before. Raises ConfigError unless the
-    optimizer trains the model's LoRA and nothing else.
+    Made before the chain is put on the model: an optimizer may hold what was there before.
     """
-    names = {**known, **{p: name for name, p in model.named_parameters()}}
-    found = [[names.get(p, "") for p in group["params"]] for group in optimizer.param_groups]
-    trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    given = {name for group in found for name in group}
-    if given != trained:
-        odd = sorted(given ^ trained)[0] or "a parameter that is not the model's"
-        raise ConfigError(
-            f"the optimizer must train the LoRA and nothing else (got a difference at {odd}); let "
-            "the trainer make it, or give it all trainable parameters"
-        )
-    return found
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._before = named_parameters(model)
+        self._groups: list[list[str]] = []  # names of what each parameter group trains
+        self._held: dict[nn.Parameter, str] = {}  # by DDP
+
+    def take_over(self, optimizer: torch.optim.Optimizer, processes: Processes) -> None:
+        """Learn what the optimizer trains, and have it train the live link.
+
+        Raises ConfigError unless that is the model's LoRA and nothing else.
+        """
+        self._groups = self._groups or self._names(optimizer)
+        self._held = self._held or named_parameters(self._model)
+        self._before = {}
+        self.follow(optimizer, processes)
+
+    def follow(self, optimizer: torch.optim.Optimizer, processes: Processes) -> None:
+        """Have an optimizer train the live link; its state goes along.
+
+        Raises ChainError where DDP holds other parameters.
+        """
+        current = dict(self._model.named_parameters())
+        for group, names in zip(optimizer.param_groups, self._groups, strict=True):
+            old, group["params"] = group["params"], [current[name] for name in names]
+            for before, now in zip(old, group["params"], strict=True):
+                if before is not now and before in optimizer.state:
+                    optimizer.state[now] = optimizer.state.pop(before)
+        trained = named_parameters(self._model)
+        if processes.count > 1 and self._held.keys() != trained.keys():
+            raise ChainError(
+                f"{processes.count} processes train the parameters that they began with (got "
+                f"others at {min(trained.values())}); begin with a new model, callback and trainer"
+            )
+
+    def _names(self, optimizer: torch.optim.Optimizer) -> list[list[str]]:
+        names = {**self._before, **{p: name for name, p in self._model.named_parameters()}}
+        found = [[names.get(p, "") for p in group["params"]] for group in optimizer.param_groups]
+        trained = set(named_parameters(self._model).values())
+        given = {name for group in found for name in group}
+        if given != trained:
+            odd = min(given ^ trained) or "a parameter that is not the model's"
+            raise ConfigError(
+                f"the optimizer must train the LoRA and nothing else (got a difference at {odd}); "
+                "let the trainer make it, or give it all trainable parameters"
+            )
+        return found
 
 
-def point_at(optimizer: torch.optim.Optimizer, names: Names, model: nn.Module) -> None:
-    """Have an optimizer train the parameters that bear these names now; its state goes along."""
-    current = dict(model.named_parameters())
-    for group, group_names in zip(optimizer.param_groups, names, strict=True):
-        old, group["params"] = group["params"], [current[name] for name in group_names]
-        for before, now in zip(old, group["params"], strict=True):
-            if before is not now and before in optimizer.state:
-                optimizer.state[now] = optimizer.state.pop(before)
-
-
-def forget(optimizer: torch.optim.Optimizer) -> None:
-    """Clear all that an optimizer knows, step counts included."""
-    optimizer.state.clear()
+def named_parameters(model: nn.Module) -> dict[nn.Parameter, str]:
+    """Return the names of a model's trainable parameters."""
+    return {p: name for name, p in model.named_parameters() if p.requires_grad}
 
 
 def check_restart(optimizer: torch.optim.Optimizer) -> None:
-    """Raise ConfigError for an optimizer that would not be new after `forget`."""
+    """Raise ConfigError for an optimizer that keeps something when its state is cleared."""
     for group in optimizer.param_groups:
         kept = [key for key in _MEMORIES if key in group]
         if kept:

@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from chainlora import files
 from chainlora.chain.adapters import put_in, redirect, take_off
@@ -23,6 +23,7 @@ from chainlora.chain.chain import Chain
 from chainlora.chain.link import Link
 from chainlora.config.schema import LinkConfig
 from chainlora.errors import DivergedError, RunError
+from chainlora.knots.numbers import Numbers
 from chainlora.models.finding import folder_of
 from chainlora.models.modes import kept_random_state
 from chainlora.runs.compression import adapter_factors
@@ -36,6 +37,7 @@ from chainlora.runs.saved_chain import (
     restore_chain,
     write_chain,
 )
+from chainlora.runs.verification import check_adapter, skeleton_like
 
 
 class WrappedChain:
@@ -50,6 +52,7 @@ class WrappedChain:
         self.model, self._writes = model, writes
         plain = take_off(model)
         self.chain = Chain(plain, seed=seed, checkpoint=folder_of(plain))
+        self.numbers: Numbers | None = None  # of the run, saved and loaded with the chain
         redirect(model, self.save, self.load)
 
     def extend(self, config: LinkConfig) -> None:
@@ -71,13 +74,30 @@ class WrappedChain:
                 "lower learning rate"
             )
 
+    def check_saves(self) -> None:
+        """Raise ModelError unless PEFT loads what `save` writes as the function that it is.
+
+        Checked with factors drawn at random, since those of a new link add nothing.
+        """
+        link, base = _with_drawn_factors(self.chain.live_link()), describe_base(self.chain)
+        factors, _ = adapter_factors([link])
+        with kept_random_state(self.chain.model), tempfile.TemporaryDirectory() as scratch:
+            _, extra = write_adapter(Path(scratch), [link], factors, base)
+            check_adapter(
+                Path(scratch),
+                skeleton_like(self.chain.model),
+                factors,
+                extra,
+                remedy="use `chainlora train`, whose run exports --to merged",
+            )
+
     def save(self, folder: Path) -> None:
         """Write the chain and its adapter into a folder that may hold other files."""
         if not self._writes:
             return
         files.make_folder(folder)
         links = current_links(self.chain)
-        write_chain(self.chain, links, folder / INSIDE)
+        write_chain(self.chain, links, folder / INSIDE, self.numbers)
         _write_adapter(folder, links, describe_base(self.chain))
 
     def load(self, folder: Path) -> None:
@@ -87,15 +107,25 @@ class WrappedChain:
                 f"a checkpoint must hold a chain (got none in {folder}, which was saved without "
                 "ChainCallback); start over"
             )
+        saved = read_chain(folder / INSIDE)
+        self.numbers = saved.manifest.numbers
         with kept_random_state(self.chain.model):
-            restore_chain(self.chain, read_chain(folder / INSIDE))
+            restore_chain(self.chain, saved)
         if self.chain.adapter is not None:
             put_in(self.model, self.chain.adapter)
 
 
-def named_parameters(model: nn.Module) -> dict[nn.Parameter, str]:
-    """Return the names of a model's trainable parameters."""
-    return {p: name for name, p in model.named_parameters() if p.requires_grad}
+def _with_drawn_factors(link: Link) -> Link:
+    draw = torch.Generator().manual_seed(0)
+    factors = {
+        name: replace(
+            pair,
+            a=torch.rand(pair.a.shape, generator=draw),
+            b=torch.rand(pair.b.shape, generator=draw),
+        )
+        for name, pair in link.factors.items()
+    }
+    return replace(link, factors=factors)
 
 
 def _write_adapter(folder: Path, links: Sequence[Link], base: Base) -> None:

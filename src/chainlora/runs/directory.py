@@ -36,6 +36,7 @@ from chainlora.chain.link import Link
 from chainlora.config.loading import dump_config
 from chainlora.config.schema import LinkConfig, RunConfig
 from chainlora.errors import RunError
+from chainlora.knots.numbers import Numbers
 from chainlora.runs.checkpoints import load_tensors, read_checkpoint, write_checkpoint
 from chainlora.runs.claiming import refuse_if_nothing, refuse_if_taken
 from chainlora.runs.links import write_link
@@ -201,6 +202,7 @@ class RunDirectory(RunReader):
         config: RunConfig,
         links: list[Link],
         progress: Progress,
+        numbers: Numbers | None = None,
     ) -> None:
         """Write ``chain.json`` at a knot: last, after everything it names."""
         before = self._current
@@ -216,6 +218,7 @@ class RunDirectory(RunReader):
                 moments=moments if moments in self._hashes else None,
                 selected=None,
                 progress=deepcopy(progress),
+                numbers=numbers,
                 changes=before.changes if before is not None else [],
             )
         )
@@ -328,6 +331,11 @@ class RunDirectory(RunReader):
         self._remove_unnamed(_GROWING)
 
     # --- the point to resume from ---
+
+    @property
+    def numbers(self) -> Numbers | None:
+        """Return what was decided when the run began."""
+        return self._current.numbers if self._current is not None else None
 
     def load_links(self, num_links: int | None = None) -> list[Link]:
         """Read the chain: as selected (the best point if it was kept), or its first links."""

@@ -22,6 +22,7 @@ from chainlora.chain.link import Link
 from chainlora.config.loading import link_config
 from chainlora.config.schema import LinkConfig
 from chainlora.errors import ConfigError, RunError
+from chainlora.knots.numbers import Numbers
 
 FORMAT = 2
 CAUSAL = "CAUSAL_LM"  # PEFT's name of the task of causal language models
@@ -57,8 +58,7 @@ class Progress:
     evaluations_without_gain: Count = 0
     stopped: bool = False
     soft_knots: Count = 0  # in the live link so far
-    lengths: list[Count] = field(default_factory=list)  # steps of each link that has ended
-    planned: list[Count] = field(default_factory=list)  # of each link, where minutes were asked for
+    planned: list[Count] = field(default_factory=list)  # steps of links, of 0.2 and by minutes
     memory: dict[str, float] = field(default_factory=dict)  # of the knot policy (`Position`)
     evaluation_due: bool = False  # a signal stopped the evaluation here: it is made on resume
 
@@ -151,6 +151,7 @@ class Manifest(_Part):
     checkpoint: Checkpoint | None = None
     selected: Selection | None
     progress: Progress
+    numbers: Numbers | None = None  # decided when the run began; None before version 0.3
     records: Records | None = None
     changes: list[Change] = []
     files: dict[str, str] | None = None

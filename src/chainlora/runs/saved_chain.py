@@ -29,6 +29,7 @@ from chainlora.chain.link import Link
 from chainlora.config.loading import link_config
 from chainlora.config.schema import LinkConfig
 from chainlora.errors import ConfigError, RunError
+from chainlora.knots.numbers import Numbers
 from chainlora.models.finding import folder_of
 from chainlora.runs.checkpoints import load_tensors
 from chainlora.runs.directory import versions
@@ -85,8 +86,10 @@ def save_chain(chain: Chain, directory: str | Path) -> None:
     write_chain(chain, current_links(chain), Path(directory))
 
 
-def write_chain(chain: Chain, links: Sequence[Link], directory: Path) -> None:
-    """Write a chain whose `current_links` are known."""
+def write_chain(
+    chain: Chain, links: Sequence[Link], directory: Path, numbers: Numbers | None = None
+) -> None:
+    """Write a chain whose `current_links` are known, and the numbers of its run."""
     _refuse_if_taken(directory)
     base, live = describe_base(chain), links[len(chain) :]
     with files.replaced_folder(directory) as scratch:
@@ -98,7 +101,8 @@ def write_chain(chain: Chain, links: Sequence[Link], directory: Path) -> None:
         checkpoint = _write_live(chain, scratch)
         selected = _write_selected(live[0], scratch, base, checkpoint) if live else None
         manifest = _manifest(chain, base, checkpoint, selected)
-        manifest = manifest.model_copy(update={"files": files.checksums(scratch)})
+        update = {"files": files.checksums(scratch), "numbers": numbers}
+        manifest = manifest.model_copy(update=update)
         files.write_json(scratch / "chain.json", encode_manifest(manifest))
 
 
@@ -243,7 +247,7 @@ def _manifest(
 
 def _progress(links: Sequence[Link]) -> Progress:
     lengths = [link.num_steps for link in links]
-    return Progress(step=sum(lengths), link=len(links), lengths=lengths)
+    return Progress(step=sum(lengths), link=len(links))
 
 
 # --- reading ---

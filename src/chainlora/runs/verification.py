@@ -54,6 +54,8 @@ def check_adapter(
     skeleton: nn.Module | None,
     factors: Mapping[str, Factors],
     extra: Mapping[str, Tensor],
+    *,
+    remedy: str = "export --to merged",
 ) -> None:
     """Raise ModelError unless PEFT loads all of an adapter onto its base, given without weights.
 
@@ -64,8 +66,8 @@ def check_adapter(
     wrong = reload_adapter(folder, skeleton, factors, extra)
     if wrong is not None:
         raise ModelError(
-            f"an exported adapter must load with PEFT as it was (got another {wrong}); please "
-            "report it with the model's name, and export --to merged"
+            f"an adapter must load with PEFT as it was (got another {wrong}); please report it "
+            f"with the model's name, and {remedy}"
         )
 
 

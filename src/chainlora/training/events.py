@@ -139,3 +139,12 @@ class Scored(Event):
     step: int
     split: str
     predictions: list[dict[str, Any]]  # one a row (`Evaluation.predictions`)
+
+
+@dataclass(frozen=True, eq=False)
+class AlreadyFinished(Event):
+    """A run that was to be resumed was finished: nothing is computed, no other event follows."""
+
+    name = "finished"
+    step: int
+    run: str  # its directory

@@ -7,13 +7,14 @@ bits.
 
 An optimizer lives as long as one link. Its state is not cleared, it is gone: the next link gets a
 new one. Two exceptions, each a function of its own: a soft knot carries the moments
-(`carry_moments`), and ReLoRA keeps some of them (`prune_moments`).
+(`knots.moments`), and ReLoRA keeps some of them (`prune_moments`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Collection
 from contextlib import closing
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,31 +24,33 @@ from chainlora.chain.chain import SOFT_LINK_TOLERANCE
 from chainlora.chain.link import Link
 from chainlora.config.schema import RunConfig
 from chainlora.errors import DivergedError, StoppedError, TrainingError
+from chainlora.knots.policy import Knot
 from chainlora.training.acceptance import gain
 from chainlora.training.events import (
+    AlreadyFinished,
     GradientMeasured,
     KnotTied,
     LinkRejected,
     Listener,
     ShareTied,
 )
-from chainlora.training.knots import Knot, Position
 from chainlora.training.optimizers import (
-    carry_moments,
     evaluated_weights,
     full_optimizer,
     leave_average,
     load_state,
     make_optimizer,
     prune_moments,
-    rate_factor,
     state_tensors,
 )
-from chainlora.training.result import TrainResult, finish
+from chainlora.training.result import TrainResult, finish, finished_result
 from chainlora.training.run import Run
+from chainlora.training.schedule import rate_factor
 from chainlora.training.selection import evaluate_point, score, select_best
 from chainlora.training.setup import prepare
-from chainlora.training.step import Work, add_gradients, steps_ahead, update
+from chainlora.training.step import add_gradients, steps_ahead, update
+
+Moments = dict[str, Tensor]
 
 # Of the hidden states, in float32. Rounding of a 30-layer model stays below 1e-4. A link with soft
 # knots is stored to a relative error of its update, which layers can amplify.
@@ -71,161 +74,136 @@ def train(
     (`runs.resuming.CHANGEABLE`). Everything that can be refused is refused before training. Raises
     ChainLoRAError subclasses.
     """
-    ready = prepare(config, resume, listener or (lambda event: None), change)
-    with ready as run, run.processes.exchanging():
+    tell = listener or (lambda event: None)
+    if resume and (found := finished_result(config, change)) is not None:
+        tell(AlreadyFinished(found["steps"], str(config.output)))
+        return found
+    with prepare(config, resume, tell, change) as run, run.processes.exchanging():
         if run.progress.step == 0:
             evaluate_point(run, "start")
         if config.chain.tune == "full":
             _tune_everything(run)
         else:
-            _tune_chain(run)
+            tune_chain(run)
             select_best(run)
         return finish(run)
 
 
-def _tune_chain(run: Run) -> None:
-    if run.progress.evaluation_due and not _is_inside_link(run):
-        _resume_at_knot(run)
-    for index in range(len(run.chain), len(run.config.chain.ranks)):
+def tune_chain(run: Run) -> None:
+    """Extend, tune and tie, from where the run is, until all links are tied or it is to stop."""
+    moments: Moments | None = None
+    if run.progress.evaluation_due and not run.is_inside_link:
+        _return_to_knot(run)
+    while len(run.chain) < len(run.knots.links):
         run.stop_if_requested()
-        if run.progress.stopped and not _is_inside_link(run):
+        if run.progress.stopped and not run.is_inside_link:
             break
-        optimizer = _begin_link(run, index)
+        optimizer = _begin_link(run, moments)
         _tune_link(run, optimizer)
-        _end_link(run, optimizer)
+        moments = _end_link(run, optimizer)
+        _judge_link(run)
 
 
-def _tune_link(run: Run, optimizer: torch.optim.Optimizer) -> None:
-    """Step until the policy ends the link, tying shares of it on the way."""
-    link = len(run.chain)
-    first, num_steps = run.first_step(link), run.lengths[link]
-    knot: Knot | None = None
-    if run.progress.evaluation_due:
-        _evaluate_inside(run, optimizer)
-
-    def advance(work: Work) -> None:
-        nonlocal knot
-        loss = update(run, work, optimizer)
-        knot = run.policy.knot_after(_position(run, first, num_steps, loss))
-        if knot is not None and not knot.ends_link:
-            _tie_share(run, optimizer, knot)
-        _between_steps(run, optimizer, is_last=knot is not None and knot.ends_link)
-
-    with closing(steps_ahead(run, run.progress.step, first + num_steps)) as ahead:
-        run.chain.tune(_until(ahead, lambda: knot is not None and knot.ends_link), advance)
+# --- a link ---
 
 
-def _position(run: Run, first: int, num_steps: int, loss: float) -> Position:
-    link = len(run.chain)
-    is_last = link == len(run.plan.lengths) - 1
-    return Position(
-        link,
-        run.progress.step - first,
-        num_steps,
-        loss,
-        rate=rate_factor(run.train, run.lengths, run.progress.step),
-        is_last=is_last,
-        norm=run.chain.live_norm,
-        memory=run.progress.memory,
-    )
+def _begin_link(run: Run, moments: Moments | None) -> torch.optim.Optimizer:
+    """Extend the chain, make an optimizer, and find the state of a run that was stopped here.
 
-
-def _until(steps: Iterable[Work], ended: Callable[[], bool]) -> Iterator[Work]:
-    for step in steps:
-        yield step
-        if ended():
-            return
-
-
-# --- knots ---
-
-
-def _begin_link(run: Run, index: int) -> torch.optim.Optimizer:
-    """Extend the chain, make an optimizer, and find the state of a run that was stopped here."""
+    `moments` are those of the link before.
+    """
     if run.train.accept_links == "better" and run.accepted is None:
         run.accepted = run.last_scored or score(run, run.splits.validation)
-    config = run.config.chain.links()[index]
-    adapter = run.chain.extend(config, backward=_gradient_batches(run, index))
+    config = run.knots.next_link
+    adapter = run.chain.extend(config, backward=partial(_add_first_gradients, run))
     run.engine.adapt(adapter.layers.values())
     optimizer = make_optimizer(adapter, run.train)
-    if index and run.train.optimizer_reset == "prune":
-        kept = run.kept_moments or _directory_moments(run)
+    if len(run.chain) and run.train.optimizer_reset == "prune":
+        kept = moments or _saved_moments(run)
         load_state(optimizer, prune_moments(kept, run.train.prune_fraction))
     saved = run.directory.load_checkpoint(run.progress, config) if run.directory else None
     if saved is not None:
         state, tensors = saved
-        run.chain.load_live_state(
-            state, run.progress.step - run.first_step(index), run.progress.soft_knots
-        )
+        num_steps = run.progress.step - run.knots.first_step
+        run.chain.load_live_state(state, num_steps, run.progress.soft_knots)
         load_state(optimizer, tensors)
     return optimizer
 
 
+def _tune_link(run: Run, optimizer: torch.optim.Optimizer) -> None:
+    """Step until the link's end, and do what is due after each step."""
+    if run.progress.evaluation_due:
+        _evaluate_inside(run, optimizer)
+    knots, factor = run.knots, partial(rate_factor, run.train, run.knots.lengths)
+    rate, end = factor(run.progress.step), knots.first_step + knots.length
+    with closing(steps_ahead(run, run.progress.step, end)) as steps:
+        for work in steps:
+            loss = update(run, work, optimizer, rate)
+            run.chain.count_step()
+            run.last_scored = None
+            rate = factor(run.progress.step)
+            knot = knots.after_step(loss, rate)
+            if knot is not None and knot.ends_link:
+                _save_if_due(run, optimizer)
+                return
+            if knot is not None:
+                _tie_share(run, optimizer, knot)
+            _between_steps(run, optimizer)
+
+
 def _tie_share(run: Run, optimizer: torch.optim.Optimizer, knot: Knot) -> None:
-    adapter = run.chain.live
-    assert adapter is not None
-    scales = run.chain.tie_share(knot.share)
-    if knot.moments == "carried":
-        carry_moments(optimizer, adapter, scales)
-    else:
-        optimizer.state.clear()  # step counts included: the next update is that of a new optimizer
-    run.progress.soft_knots += 1
-    run.last_scored = None
+    run.knots.tie_share(knot, optimizer)
     run.record(ShareTied(run.progress.step, len(run.chain), knot.share))
 
 
-def _end_link(run: Run, optimizer: torch.optim.Optimizer) -> None:
+def _end_link(run: Run, optimizer: torch.optim.Optimizer) -> Moments | None:
+    """Tie the link and write it; return what ReLoRA keeps of its optimizer."""
     leave_average(optimizer)
     run.processes.check_same(run.chain.parameters(), "link")
-    index, probe = len(run.chain), _probe_batch(run)
+    is_soft, probe = run.chain.live_soft_knots > 0, _probe_batch(run)
     before = _hidden(run, probe)
-    if run.train.optimizer_reset == "prune":
-        run.kept_moments = state_tensors(optimizer)
     link = run.chain.tie()
     change = ((_hidden(run, probe) - before).norm() / before.norm()).item()
-    _check_knot(run, index, change)
-    run.progress.lengths = [*run.lengths[:index], run.progress.step - run.first_step(index)]
-    run.progress.link, run.progress.soft_knots, run.progress.memory = index + 1, 0, {}
-    run.record(KnotTied(run.progress.step, index, change))
+    _check_knot(run, link, change, _SOFT_KNOT_TOLERANCE if is_soft else _KNOT_TOLERANCE)
+    run.progress.soft_knots = 0
+    run.progress.memory.clear()
+    moments = state_tensors(optimizer) if run.train.optimizer_reset == "prune" else None
+    if run.directory is not None:
+        run.directory.save_link(link, run.config.model)
+        if moments is not None:
+            run.directory.save_moments(moments)
+    run.record(KnotTied(run.progress.step, link.index, change))
+    return moments
+
+
+def _judge_link(run: Run) -> None:
+    """Evaluate at the knot, then keep the link, or drop it and end the chain before it."""
     try:
         evaluate_point(run, "knot")
     except StoppedError:
         run.progress.evaluation_due = True
-        _save_link(run, link)
         run.write_manifest()
         raise
-    if _is_accepted(run, index):
-        _save_link(run, link)
-    else:
-        _reject(run, index)
+    run.progress.evaluation_due = False
+    if not _is_accepted(run):
+        run.chain.drop(1)
+        run.progress.stopped = True
+        run.last_scored = run.accepted
     run.write_manifest()
 
 
-def _resume_at_knot(run: Run) -> None:
-    """Evaluate at the knot where a signal stopped the evaluation; its link is on disk."""
-    index = len(run.chain) - 1
+def _return_to_knot(run: Run) -> None:
+    """Evaluate at the knot where a signal stopped the evaluation."""
     assert run.chain.adapter is not None
     run.engine.adapt(run.chain.adapter.layers.values())
     if run.train.accept_links == "better":
         links = run.chain.drop(1)
         run.accepted = score(run, run.splits.validation)
         run.chain.add(*links)
-    evaluate_point(run, "knot")
-    run.progress.evaluation_due = False
-    if not _is_accepted(run, index):
-        _reject(run, index)
-    run.write_manifest()
+    _judge_link(run)
 
 
-def _save_link(run: Run, link: Link) -> None:
-    """Write a link that was tied, and the moments that go over its knot."""
-    if run.directory is not None:
-        run.directory.save_link(link, run.config.model)
-        if run.kept_moments is not None:
-            run.directory.save_moments(run.kept_moments)
-
-
-def _is_accepted(run: Run, index: int) -> bool:
+def _is_accepted(run: Run) -> bool:
     """Say whether the link just tied is worth keeping, and remember what it scored."""
     if run.accepted is None:  # all links are
         return True
@@ -234,30 +212,22 @@ def _is_accepted(run: Run, index: int) -> bool:
     if found.is_clear:
         run.accepted = run.last_scored
         return True
+    index = len(run.chain) - 1
     run.record(LinkRejected(run.progress.step, index, found.mean, found.standard_error))
     return False
 
 
-def _reject(run: Run, index: int) -> None:
-    """Drop the link just tied, and end the chain before it."""
-    run.chain.drop(1)
-    run.progress.link, run.progress.lengths = index, run.progress.lengths[:index]
-    run.progress.stopped = True
-    run.last_scored = run.accepted
-
-
-def _check_knot(run: Run, index: int, change: float) -> None:
+def _check_knot(run: Run, link: Link, change: float, tolerance: float) -> None:
     """Raise if a knot did not preserve the function."""
-    tolerance = _SOFT_KNOT_TOLERANCE if run.progress.soft_knots else _KNOT_TOLERANCE
     if not change < float("inf"):
         raise DivergedError(
             f"a link must leave finite weights (got others after step {run.progress.step}, link "
-            f"{index}); the links before it are kept; lower train.lr"
+            f"{link.index}); the links before it are kept; lower train.lr"
         )
     if change > tolerance and run.train.dtype == "float32":
         raise TrainingError(
             f"a knot must preserve the function (got a relative change of {change:.1e} after link "
-            f"{index}); this is a bug, please report it with the model's name"
+            f"{link.index}); this is a bug, please report it with the model's name"
         )
 
 
@@ -276,41 +246,45 @@ def _hidden(run: Run, batch: Any) -> Tensor:
     return hidden
 
 
-def _gradient_batches(run: Run, index: int) -> Callable[[], None]:
-    """Return what `init: gradient` calls: gradients of the first batches the link will see."""
-    first = run.first_step(index)
+def _add_first_gradients(run: Run) -> None:
+    """Add the gradients of the first batches that the live link will see: `init: gradient`."""
+    assert run.chain.live is not None
+    run.engine.adapt(run.chain.live.layers.values())  # the forward of training: same bits
+    first, parameters = run.knots.first_step, list(run.chain.parameters())
     last = min(first + run.config.chain.init_batches, run.plan.num_steps)
+    training, tokens = run.chain.model.training, 0
+    run.chain.model.eval()
+    with closing(steps_ahead(run, first, last)) as steps:
+        for work in steps:
+            tokens += add_gradients(run, work, parameters).num_tokens
+    run.processes.sum_gradients(parameters)
+    run.chain.model.train(training)
+    if run.progress.step == first:  # not again where a stopped run resumes inside the link
+        run.record(GradientMeasured(first, len(run.chain), tokens))
 
-    def backward() -> None:
-        adapter = run.chain.live
-        assert adapter is not None
-        run.engine.adapt(adapter.layers.values())  # the forward that training will use: same bits
-        training, tokens = run.chain.model.training, 0
-        run.chain.model.eval()
-        parameters = list(run.chain.parameters())
-        with closing(steps_ahead(run, first, last)) as steps:
-            for work in steps:
-                tokens += add_gradients(run, work, parameters).num_tokens
-        run.processes.sum_gradients(parameters)
-        run.chain.model.train(training)
-        if run.progress.step == first:  # not again where a stopped run resumes inside the link
-            run.record(GradientMeasured(first, index, tokens))
 
-    return backward
+def _saved_moments(run: Run) -> Moments:
+    assert run.directory is not None
+    return run.directory.load_moments()
 
 
 # --- between steps ---
 
 
-def _between_steps(run: Run, optimizer: torch.optim.Optimizer, *, is_last: bool) -> None:
-    train, step = run.train, run.progress.step
-    if train.eval_every and step % train.eval_every == 0 and not is_last:
+def _between_steps(run: Run, optimizer: torch.optim.Optimizer) -> None:
+    every = run.train.eval_every
+    if every and run.progress.step % every == 0:
         _evaluate_inside(run, optimizer)
-    if train.save_every and step % train.save_every == 0:
-        save_checkpoint(run, optimizer)
-    if not is_last and run.processes.stop_requested() is not None:  # a knot is saved anyway
-        save_checkpoint(run, optimizer)
+    _save_if_due(run, optimizer)
+    if run.processes.stop_requested() is not None:
+        run.save_checkpoint(optimizer)
         run.stop_if_requested()
+
+
+def _save_if_due(run: Run, optimizer: torch.optim.Optimizer) -> None:
+    every = run.train.save_every
+    if every and run.progress.step % every == 0:
+        run.save_checkpoint(optimizer)
 
 
 def _evaluate_inside(run: Run, optimizer: torch.optim.Optimizer) -> None:
@@ -320,28 +294,9 @@ def _evaluate_inside(run: Run, optimizer: torch.optim.Optimizer) -> None:
         with evaluated_weights(optimizer):
             evaluate_point(run, "step")
     except StoppedError:
-        save_checkpoint(run, optimizer)
+        run.save_checkpoint(optimizer)
         raise
     run.progress.evaluation_due = False
-
-
-def save_checkpoint(run: Run, optimizer: torch.optim.Optimizer) -> None:
-    """Save the live link, its optimizer and the progress."""
-    if run.directory is not None and run.chain.live is not None:
-        run.progress.seconds = run.clock.seconds
-        run.directory.save_checkpoint(
-            run.chain.live_state(), state_tensors(optimizer), run.progress
-        )
-
-
-def _is_inside_link(run: Run) -> bool:
-    """Say whether a stopped run resumes inside a link, which must still be tied."""
-    return run.directory is not None and run.directory.has_checkpoint(run.progress)
-
-
-def _directory_moments(run: Run) -> dict[str, Tensor]:
-    assert run.directory is not None
-    return run.directory.load_moments()
 
 
 # --- the rival that trains every weight ---
@@ -349,13 +304,15 @@ def _directory_moments(run: Run) -> dict[str, Tensor]:
 
 def _tune_everything(run: Run) -> None:
     """Full fine-tuning: float32 only, no links, no checkpoints."""
-    model = run.chain.model
+    model, end = run.chain.model, run.plan.num_steps
     model.requires_grad_(True)
     optimizer = full_optimizer(model.parameters(), run.train)
-    with closing(steps_ahead(run, 0, run.plan.num_steps)) as steps:
+    with closing(steps_ahead(run, 0, end)) as steps:
         for work in steps:
-            update(run, work, optimizer)
-            _between_steps(run, optimizer, is_last=run.progress.step == run.plan.num_steps)
+            update(run, work, optimizer, rate_factor(run.train, run.plan.lengths, work.step))
+            run.last_scored = None
+            if run.progress.step < end:
+                _between_steps(run, optimizer)
     leave_average(optimizer)
     model.requires_grad_(False)
     evaluate_point(run, "knot")

@@ -1,7 +1,7 @@
 """What a run learns: how examples become a batch, a batch a loss, and how the result is scored.
 
-An objective is found by the name that the data gives it (`Splits.loss`). A new one is a class with
-these methods and a line in `OBJECTIVES`; the loop does not change.
+An objective is found by the name that the data gives it (`Splits.loss`). A new one is a file in
+`objective_kinds`.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ from torch import Tensor
 
 from chainlora.data.examples import Example
 from chainlora.data.splits import Splits
-from chainlora.engine.engine import Engine, Kind, num_terms
-from chainlora.evaluation.evaluate import Evaluation, evaluate
+from chainlora.engine.engine import Engine
+from chainlora.evaluation.evaluate import Evaluation
+from chainlora.registry import entries
+from chainlora.training import objective_kinds
 
 
 class Objective(Protocol):
@@ -40,46 +42,5 @@ class Objective(Protocol):
         """Return the metrics of `examples`; call ``progress(rows_done, rows)`` after each batch."""
 
 
-class LanguageModelling:
-    """Next-token likelihood: of whole completions, or of the right candidate against the others."""
-
-    def __init__(self, kind: Kind) -> None:
-        self.kind = kind
-
-    def collate(self, engine: Engine, examples: Sequence[Example]) -> list[Any]:
-        """Return a micro-batch as packed batches."""
-        return [engine.pack(shard) for shard in engine.split(examples)]
-
-    def count(self, batch: Any) -> int:
-        """Return how many examples or tokens the loss sums over."""
-        return num_terms(batch, self.kind)
-
-    def loss(self, engine: Engine, batch: Any) -> Tensor:
-        """Return the summed cross-entropy."""
-        return engine.loss(batch, self.kind)[0]
-
-    def evaluate(
-        self,
-        engine: Engine,
-        examples: Sequence[Example],
-        splits: Splits,
-        tokenizer: Any,
-        progress: Callable[[int, int], None],
-    ) -> Evaluation:
-        """Return the metrics of the run's task."""
-        return evaluate(
-            engine.model,
-            examples,
-            engine=engine,
-            metrics=splits.metrics,
-            tokenizer=tokenizer,
-            stop=splits.stop,
-            max_new_tokens=splits.max_new_tokens,
-            progress=progress,
-        )
-
-
-OBJECTIVES: dict[str, Objective] = {
-    "completion": LanguageModelling("completion"),
-    "candidates": LanguageModelling("candidates"),
-}
+# By the name in `Splits.loss`; one of your own can be added from outside.
+OBJECTIVES: dict[str, Objective] = entries(objective_kinds, "OBJECTIVES")

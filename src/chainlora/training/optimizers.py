@@ -1,48 +1,30 @@
 """The optimizer of one link: a new one for each, so that it knows nothing of the links before.
 
-A new optimizer is a factory in `OPTIMIZERS` (those of the package are in `optimizer_kinds`). What
-of its state is proportional to gradients goes into `MOMENTS`, so that soft knots can carry it.
+The factories are in `optimizer_kinds`. What of an optimizer's state is proportional to gradients
+must be in `knots.moments.MOMENTS`, so that soft knots can carry it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from chainlora.chain.adapters import Adapter, live_factors
-from chainlora.chain.soft_knot import Balance
+from chainlora.chain.adapters import Adapter
 from chainlora.config.schema import RunConfig, TrainConfig
 from chainlora.errors import ConfigError, nearest
-from chainlora.training import optimizer_kinds as kinds
-from chainlora.training.optimizer_kinds import Factory, Groups
-from chainlora.training.schedule import learning_rate_factor
+from chainlora.knots.moments import unknown_moments
+from chainlora.registry import entries
+from chainlora.training import optimizer_kinds
+from chainlora.training.optimizer_kinds import Factory as Factory
+from chainlora.training.optimizer_kinds import Groups as Groups
 
-# By the name in `train.optimizer`. A factory gets parameter groups, each with its `ratio` of the
-# learning rate.
-OPTIMIZERS: dict[str, Factory] = {
-    "adamw": kinds.adamw,
-    "sgd": kinds.sgd,
-    "adafactor": kinds.adafactor,
-    "lion": kinds.lion,
-    "muon": kinds.muon,
-    "schedule_free_adamw": kinds.schedule_free_adamw,
-    "adamw_8bit": kinds.adamw_8bit,
-    "paged_adamw_8bit": kinds.paged_adamw_8bit,
-}
+# By the name in `train.optimizer`; one of your own can be added from outside.
+OPTIMIZERS: dict[str, Factory] = entries(optimizer_kinds, "OPTIMIZERS")
 
-# What optimizers keep of past gradients, by the power of the gradient that it is.
-MOMENTS = {
-    "exp_avg": 1,
-    "exp_avg_sq": 2,
-    "max_exp_avg_sq": 2,
-    "momentum_buffer": 1,
-    "variance": 2,
-}
-_FACTORED = {"row_var", "col_var"}  # Adafactor's means of squares, over columns and over rows
 _SET_BY_THE_LOOP = ("lr", "ratio")  # of a parameter group
 
 
@@ -72,7 +54,7 @@ def check_optimizer(config: RunConfig, device: torch.device) -> None:
             f"{train.optimizer}, which keeps two: those it steps from, and their average); leave "
             "chain.knots out"
         )
-    unknown = _unknown_moments(state)
+    unknown = unknown_moments(state)
     if chain.knots is not None and chain.knots.moments == "carried" and unknown:
         raise ConfigError(
             f"a soft knot must scale each moment (got {', '.join(unknown)} of train.optimizer: "
@@ -184,55 +166,6 @@ def load_state(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) 
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
-@torch.no_grad()
-def carry_moments(
-    optimizer: torch.optim.Optimizer, adapter: Adapter, scales: Mapping[str, Balance]
-) -> None:
-    """Carry an optimizer's moments over a soft knot, in place, exactly.
-
-    Its gradients would have been β times as large for A and α times as large for B (`soft_knot`);
-    first moments scale with them, second moments with their square, step counts stay. Raises
-    ConfigError for an optimizer whose state is not known to scale.
-    """
-    for name, scale in scales.items():
-        a, b = live_factors(adapter, name)
-        _scale_moments(optimizer.state.get(a, {}), scale.b.unsqueeze(1))
-        _scale_moments(optimizer.state.get(b, {}), scale.a)
-
-
-def _scale_moments(state: Mapping[str, Any], scale: Tensor) -> None:
-    if unknown := _unknown_moments(state):
-        raise ConfigError(
-            f"carry_moments must know what each moment is (got {', '.join(unknown)}); make a new "
-            "optimizer after the soft knot instead"
-        )
-    for key, power in MOMENTS.items():
-        if key in state:
-            state[key].mul_(scale**power)
-    if state.keys() >= _FACTORED:
-        _scale_factored(state, scale)
-
-
-def _scale_factored(state: Mapping[str, Any], scale: Tensor) -> None:
-    """Scale Adafactor's estimate ``V = R·C / mean(R)`` of the second moments by ``scale²``.
-
-    The mean of squares along the axis that is scaled is known exactly. The other one mixes what is
-    scaled differently; it follows in the mean, so that both still have the same one.
-    """
-    along, across = ("row_var", "col_var") if scale.dim() == 2 else ("col_var", "row_var")
-    before = state[along].mean()
-    state[along].mul_(scale**2)
-    ratio = state[along].mean() / before
-    state[across].mul_(torch.where(before > 0, ratio, 1.0))
-
-
-def _unknown_moments(state: Mapping[str, Any]) -> list[str]:
-    """Return what of a parameter's state is a tensor of which soft knots know nothing."""
-    known = MOMENTS.keys() | _FACTORED
-    tensors = {key for key, value in state.items() if torch.is_tensor(value) and value.dim()}
-    return sorted(tensors - known)
-
-
 def _has_average(optimizer: torch.optim.Optimizer) -> bool:
     """Say whether an optimizer evaluates other weights than those it steps from (schedule-free)."""
     return callable(getattr(optimizer, "eval", None))
@@ -285,23 +218,3 @@ def _largest(moment: Tensor, fraction: float) -> Tensor:
         return torch.ones_like(moment, dtype=torch.bool)
     magnitudes = moment.abs()
     return magnitudes > magnitudes.flatten().kthvalue(num_pruned).values
-
-
-def rate_factor(config: TrainConfig, lengths: Sequence[int], step: int) -> float:
-    """Return the share of `lr` at `step` of a chain of links of `lengths` steps."""
-    restart = config.restart_warmup_steps
-    if restart is None:
-        restart = config.warmup_steps if config.restart_schedule else 0
-    return learning_rate_factor(
-        step, lengths, config.schedule, config.warmup_steps, config.restart_schedule, restart
-    )
-
-
-def set_learning_rate(
-    optimizer: torch.optim.Optimizer, config: TrainConfig, lengths: Sequence[int], step: int
-) -> float:
-    """Give every group its rate at `step` of a chain; return the rate of factor A."""
-    factor = rate_factor(config, lengths, step)
-    for group in optimizer.param_groups:
-        group["lr"] = config.lr * factor * group["ratio"]
-    return config.lr * factor

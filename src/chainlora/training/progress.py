@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from chainlora.training.events import (
+    AlreadyFinished,
     Evaluated,
     Event,
     KnotTied,
@@ -92,6 +93,8 @@ class _Listener:
                 self._step(event)
             case Evaluated():
                 self._evaluated(event)
+            case AlreadyFinished():
+                self._say(f"{event.run} was finished after step {event.step}: nothing to resume")
             case KnotTied():
                 self._say(
                     f"step {event.step:>5}  link {event.link} tied "
@@ -127,6 +130,8 @@ class _Listener:
         self.bar.start()
 
     def _step(self, event: StepDone) -> None:
+        if self.loss is None:  # what came before the first step says nothing of how long one takes
+            self.started = time.monotonic() - event.seconds
         self.loss = _smoothed(self.loss, event.loss)
         self.speed = _smoothed(self.speed, event.tokens / max(event.seconds, 1e-9))
         self.bar.update(

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Collection
+from pathlib import Path
 from typing import Any, TypedDict
 
+from chainlora.config.schema import RunConfig
 from chainlora.data.rows import Rows
+from chainlora.errors import RunError
 from chainlora.evaluation.metrics import INDEX_METRICS, majority_rate
 from chainlora.runs.costs import hardware, num_trained, peak_memory_mb
 from chainlora.runs.directory import versions
 from chainlora.runs.manifest import Best, describe_link
+from chainlora.runs.reading import RunReader
+from chainlora.runs.resuming import changes
 from chainlora.training.events import Scored
 from chainlora.training.run import Run
 from chainlora.training.selection import score
@@ -39,10 +46,28 @@ class TrainResult(TypedDict):
     hardware: dict[str, Any]
 
 
+def finished_result(config: RunConfig, change: Collection[str] = ()) -> TrainResult | None:
+    """Return the result of a run that is finished, its files checked; None where it is not.
+
+    Raises RunError for another config than the run's.
+    """
+    if config.output is None or not (Path(config.output) / "result.json").is_file():
+        return None
+    reader = RunReader(config.output)
+    step = reader.verify().position.step
+    if new := changes(reader.config(), config, change, step):
+        raise RunError(
+            f"a finished run has no steps left to change (got {new[0].key} for {config.output}); "
+            "choose a new output"
+        )
+    result: TrainResult = json.loads((reader / "result.json").read_text(encoding="utf-8"))
+    return result
+
+
 def finish(run: Run) -> TrainResult:
     """Score the result, write the manifest and ``result.json``, and return what that holds."""
     metrics = _final_metrics(run)
-    run.progress.seconds = run.clock.seconds
+    run.count_seconds()
     result = _result(run, metrics)
     run.engine.close()  # the model's own forwards, before it is saved
     if run.directory is not None:

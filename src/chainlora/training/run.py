@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
 
 from chainlora.chain.chain import Chain
 from chainlora.chain.link import Link
@@ -20,24 +19,13 @@ from chainlora.data.splits import Splits
 from chainlora.engine.engine import Engine
 from chainlora.errors import StoppedError, TrainingError
 from chainlora.evaluation.evaluate import Evaluation
+from chainlora.knots.driver import Knots
 from chainlora.runs.directory import Progress, RunDirectory
 from chainlora.training.events import Event, Listener
-from chainlora.training.knots import KnotPolicy
 from chainlora.training.objectives import Objective
+from chainlora.training.optimizers import state_tensors
 from chainlora.training.plan import Plan
 from chainlora.training.processes import Processes
-
-
-class Clock:
-    """Seconds that a run has taken, those before it was resumed included."""
-
-    def __init__(self, before: float) -> None:
-        self._began = time.monotonic() - before
-
-    @property
-    def seconds(self) -> float:
-        """Seconds so far."""
-        return time.monotonic() - self._began
 
 
 @dataclass
@@ -48,8 +36,7 @@ class Run:
     plan: Plan
     splits: Splits
     objective: Objective
-    policy: KnotPolicy
-    chain: Chain
+    knots: Knots
     engine: Engine
     tokenizer: Any
     accelerator: Accelerator
@@ -58,11 +45,10 @@ class Run:
     progress: Progress
     base: dict[str, Any]
     listener: Listener
-    clock: Clock
     best_link: Link | None = None  # the best point, where it lies inside a link
     last_scored: Evaluation | None = None  # of the model as it is; None once it may have changed
     accepted: Evaluation | None = None  # of the links that are kept; `accept_links: better` alone
-    kept_moments: dict[str, Tensor] | None = field(default=None, repr=False)  # over a knot: ReLoRA
+    began: float = field(default_factory=time.monotonic)
 
     @property
     def train(self) -> TrainConfig:
@@ -75,22 +61,9 @@ class Run:
         return self.accelerator.device
 
     @property
-    def lengths(self) -> list[int]:
-        """Steps of each link: of those that ended, as they were; of the others, as planned.
-
-        A policy may end a link early. The last link then makes up for it, so that the whole chain
-        has the steps that were planned.
-        """
-        planned, ended = self.plan.lengths, self.progress.link
-        done = self.progress.lengths or list(planned[:ended])  # version 0.1 recorded none
-        rest = list(planned[ended:])
-        if rest:
-            rest[-1] = sum(planned) - sum(done) - sum(rest[:-1])
-        return done + rest
-
-    def first_step(self, link: int) -> int:
-        """Return the number of the link's first step."""
-        return sum(self.lengths[:link])
+    def chain(self) -> Chain:
+        """The chain that is tuned."""
+        return self.knots.chain
 
     def record(self, event: Event) -> None:
         """Send an event to ``metrics.jsonl``, the listener and the trackers."""
@@ -122,9 +95,32 @@ class Run:
 
     def write_manifest(self) -> None:
         """Write ``chain.json`` for the links there are."""
+        self.progress.link = len(self.chain)
+        self.count_seconds()
         if self.directory is not None:
-            self.progress.seconds = self.clock.seconds
-            self.directory.write_manifest(self.base, self.config, self.chain.links, self.progress)
+            self.directory.write_manifest(
+                self.base, self.config, self.chain.links, self.progress, self.knots.numbers
+            )
+
+    def save_checkpoint(self, optimizer: torch.optim.Optimizer) -> None:
+        """Save the live link, its optimizer and the progress."""
+        if self.directory is not None and self.chain.live is not None:
+            self.count_seconds()
+            self.progress.soft_knots = self.chain.live_soft_knots
+            self.directory.save_checkpoint(
+                self.chain.live_state(), state_tensors(optimizer), self.progress
+            )
+
+    @property
+    def is_inside_link(self) -> bool:
+        """Say whether a run that was stopped resumes inside a link, which must still be tied."""
+        return self.directory is not None and self.directory.has_checkpoint(self.progress)
+
+    def count_seconds(self) -> None:
+        """Add to the progress what the run has taken since it was counted last."""
+        now = time.monotonic()
+        self.progress.seconds += now - self.began
+        self.began = now
 
     def close(self, *, undo: bool = False) -> None:
         """End threads and trackers, unlock the directory, give the model its own forwards back.

@@ -14,6 +14,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
 
+from chainlora.config.schema import TrainConfig
 from chainlora.errors import ConfigError
 
 KINDS = ("linear", "cosine", "constant")
@@ -60,6 +61,25 @@ def learning_rate_factor(
         top = _factor(step - within + restart_warmup_steps, ends[-1], kind, warmup_steps)
         return top * within / restart_warmup_steps
     return _factor(step, ends[-1], kind, warmup_steps)
+
+
+def restart_warmup(config: TrainConfig) -> int:
+    """Return the steps over which later links warm up."""
+    if config.restart_warmup_steps is not None:
+        return config.restart_warmup_steps
+    return config.warmup_steps if config.restart_schedule else 0
+
+
+def rate_factor(config: TrainConfig, lengths: Sequence[int], step: int) -> float:
+    """Return the share of `train.lr` at `step` of a chain of links of `lengths` steps."""
+    return learning_rate_factor(
+        step,
+        lengths,
+        config.schedule,
+        config.warmup_steps,
+        config.restart_schedule,
+        restart_warmup(config),
+    )
 
 
 def _factor(step: int, num_steps: int, kind: str, warmup_steps: int) -> float:

@@ -102,6 +102,7 @@ def _partial_link(run: Run) -> Link | None:
     partial, index = run.best_link, best["num_links"]
     if partial is None:
         assert run.directory is not None
-        config, where = run.config.chain.links()[index], best.get("directory", "best")
-        partial = run.directory.load_best(index, config, where)
-    return replace(partial, num_steps=best["step"] - run.first_step(index))
+        where = best.get("directory", "best")
+        partial = run.directory.load_best(index, run.knots.links[index], where)
+    first = sum(link.num_steps for link in run.chain.links[:index])
+    return replace(partial, num_steps=best["step"] - first)

@@ -18,6 +18,8 @@ from chainlora.config.schema import RunConfig
 from chainlora.data.splits import Splits, prepare_splits
 from chainlora.engine.engine import Engine
 from chainlora.errors import ConfigError
+from chainlora.knots.driver import Knots, check_policy
+from chainlora.knots.numbers import Numbers
 from chainlora.models.finding import resolve_model
 from chainlora.models.identity import base_files
 from chainlora.models.loading import load_model
@@ -26,14 +28,13 @@ from chainlora.models.quantizing import is_quantized_model
 from chainlora.models.text_config import context_length
 from chainlora.runs.directory import Progress, RunDirectory
 from chainlora.runs.following import FollowedDirectory
-from chainlora.training.budget import fix_lengths
+from chainlora.training.deciding import decide
 from chainlora.training.events import Listener, Planned, RowsEncoded
-from chainlora.training.knots import make_policy
 from chainlora.training.objectives import OBJECTIVES
 from chainlora.training.optimizers import check_optimizer
 from chainlora.training.plan import make_plan
 from chainlora.training.processes import Processes, find_processes, num_launched
-from chainlora.training.run import Clock, Run, flatten
+from chainlora.training.run import Run, flatten
 from chainlora.training.sharing import check_shards, wants_shards
 
 # The first process may encode a large data set while the others wait.
@@ -89,8 +90,7 @@ def _prepare(
             plan=plan,
             splits=splits,
             objective=OBJECTIVES[splits.loss],
-            policy=make_policy(config),
-            chain=chain,
+            knots=Knots(chain, config.chain, Numbers(plan.lengths)),
             engine=engine,
             tokenizer=tokenizer,
             accelerator=accelerator,
@@ -99,10 +99,9 @@ def _prepare(
             progress=progress,
             base=base,
             listener=listener,
-            clock=Clock(progress.seconds),
         )
         _restore_links(run)
-        fix_lengths(run)
+        decide(run)
         _announce(run)
     except BaseException:
         engine.close()
@@ -119,6 +118,8 @@ def _check_config(config: RunConfig, resume: bool, processes: Processes) -> None
     if processes.shares_model:
         check_shards(config)
     check_optimizer(config, processes.device)
+    if config.chain.knots is not None:
+        check_policy(config.chain.knots)
     _check_share(config, processes)
 
 

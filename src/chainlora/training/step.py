@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from chainlora.errors import DivergedError
 from chainlora.training.events import StepDone
-from chainlora.training.optimizers import set_learning_rate
 from chainlora.training.run import Run
 
 
@@ -86,12 +85,16 @@ def add_gradients(run: Run, work: Work, parameters: list[nn.Parameter]) -> Compu
     return Computed(loss, num_tokens, num_scored_tokens)
 
 
-def update(run: Run, work: Work, optimizer: torch.optim.Optimizer) -> float:
-    """Make one optimizer step on `work`, record it, and return the loss."""
+def update(run: Run, work: Work, optimizer: torch.optim.Optimizer, rate: float) -> float:
+    """Make one optimizer step on `work`, record it, and return the loss.
+
+    `rate` is the learning rate as a share of `train.lr`.
+    """
     started, step = time.perf_counter(), work.step
     run.processes.seed(run.train.seed, step)  # dropout is a function of the step alone
     run.chain.model.train()
-    rate = set_learning_rate(optimizer, run.train, run.lengths, step)
+    for group in optimizer.param_groups:
+        group["lr"] = run.train.lr * rate * group["ratio"]
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     own_loss, num_tokens, num_scored_tokens = add_gradients(run, work, parameters)
     loss = run.processes.sum_gradients(parameters, own_loss)
@@ -102,13 +105,12 @@ def update(run: Run, work: Work, optimizer: torch.optim.Optimizer) -> float:
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     _check_finite(run, step, "the norm of the weights", nn.utils.get_total_norm(parameters))
-    run.last_scored = None
     run.progress.step = step + 1
     run.progress.tokens += num_tokens
     run.progress.scored_tokens += num_scored_tokens
     seconds = time.perf_counter() - started
-    link = len(run.chain)
-    run.record(StepDone(step + 1, link, loss, rate, norm.item(), num_tokens, seconds))
+    link, lr = len(run.chain), run.train.lr * rate
+    run.record(StepDone(step + 1, link, loss, lr, norm.item(), num_tokens, seconds))
     return loss
 
 

@@ -1,0 +1,77 @@
+"""An optimizer's moments, carried over a soft knot."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from chainlora.chain.adapters import Adapter, live_factors
+from chainlora.chain.soft_knot import Balance
+from chainlora.errors import ConfigError
+
+# What optimizers keep of past gradients, by the power of the gradient that it is.
+MOMENTS = {
+    "exp_avg": 1,
+    "exp_avg_sq": 2,
+    "max_exp_avg_sq": 2,
+    "momentum_buffer": 1,
+    "variance": 2,
+}
+_FACTORED = {"row_var", "col_var"}  # Adafactor's means of squares, over columns and over rows
+
+
+@torch.no_grad()
+def carry_moments(
+    optimizer: torch.optim.Optimizer, adapter: Adapter, scales: Mapping[str, Balance]
+) -> None:
+    """Carry an optimizer's moments over a soft knot, in place, exactly.
+
+    Its gradients would have been β times as large for A and α times as large for B (`soft_knot`);
+    first moments scale with them, second moments with their square, step counts stay. Raises
+    ConfigError for an optimizer whose state is not known to scale.
+    """
+    check_known(optimizer)
+    for name, scale in scales.items():
+        a, b = live_factors(adapter, name)
+        _scale(optimizer.state.get(a, {}), scale.b.unsqueeze(1))
+        _scale(optimizer.state.get(b, {}), scale.a)
+
+
+def check_known(optimizer: torch.optim.Optimizer) -> None:
+    """Raise ConfigError for an optimizer with moments that cannot be carried."""
+    if unknown := unknown_moments(next(iter(optimizer.state.values()), {})):
+        raise ConfigError(
+            f"carry_moments must know what each moment is (got {', '.join(unknown)}); make a new "
+            "optimizer after the soft knot instead"
+        )
+
+
+def unknown_moments(state: Mapping[str, Any]) -> list[str]:
+    """Return what of a parameter's state is a tensor of which soft knots know nothing."""
+    known = MOMENTS.keys() | _FACTORED
+    tensors = {key for key, value in state.items() if torch.is_tensor(value) and value.dim()}
+    return sorted(tensors - known)
+
+
+def _scale(state: Mapping[str, Any], scale: Tensor) -> None:
+    for key, power in MOMENTS.items():
+        if key in state:
+            state[key].mul_(scale**power)
+    if state.keys() >= _FACTORED:
+        _scale_factored(state, scale)
+
+
+def _scale_factored(state: Mapping[str, Any], scale: Tensor) -> None:
+    """Scale Adafactor's estimate ``V = R·C / mean(R)`` of the second moments by ``scale²``.
+
+    The mean of squares along the axis that is scaled is known exactly. The other one mixes what is
+    scaled differently; it follows in the mean, so that both still have the same one.
+    """
+    along, across = ("row_var", "col_var") if scale.dim() == 2 else ("col_var", "row_var")
+    before = state[along].mean()
+    state[along].mul_(scale**2)
+    ratio = state[along].mean() / before
+    state[across].mul_(torch.where(before > 0, ratio, 1.0))

@@ -1,0 +1,1 @@
+"""Knot policies, by the name in `chain.knots.policy`: each file here has a table `POLICIES`."""

@@ -1,0 +1,97 @@
+"""What a run decides at its start because its config leaves it open (`knots.numbers`).
+
+Steps of links that are given minutes are measured once, before the first step. So what a step sees
+stays a pure function of its number, and a run that is resumed, perhaps on another machine or by
+another version, goes on with the numbers that it began with. The minutes are those of steps:
+loading, evaluations and checkpoints come on top.
+"""
+
+from __future__ import annotations
+
+import logging
+import statistics
+import time
+from contextlib import closing
+from dataclasses import replace
+
+from chainlora.knots.driver import Knots
+from chainlora.knots.numbers import Numbers, spacings
+from chainlora.training.optimizers import make_optimizer
+from chainlora.training.run import Run
+from chainlora.training.schedule import restart_warmup
+from chainlora.training.step import add_gradients, steps_ahead
+
+logger = logging.getLogger(__name__)
+
+_WARM_UP, _TIMED = 2, 6  # steps
+
+
+def decide(run: Run) -> None:
+    """Give a run its numbers: those that it began with, or new ones, which are recorded."""
+    numbers = run.directory.numbers if run.directory is not None else None
+    if numbers is None:
+        numbers = _new_numbers(run)
+        if run.progress.step:
+            logger.warning(
+                "the run was begun by a version that did not record what it decided; it goes on "
+                "with %s, as version 0.2 would have decided",
+                numbers,
+            )
+    elif numbers.path != str(run.engine.path):
+        logger.warning(
+            "the run began with batches %s and goes on with batches %s: the same to rounding, not "
+            "to bits",
+            numbers.path,
+            run.engine.path,
+        )
+    _take(run, numbers)
+    if run.directory is not None and run.directory.numbers is None and not run.is_inside_link:
+        run.write_manifest()
+
+
+def _new_numbers(run: Run) -> Numbers:
+    chain, train = run.config.chain, run.train
+    lengths = tuple(run.progress.planned) or run.plan.lengths
+    if chain.minutes and not run.progress.planned:
+        seconds = measure_step(run)
+        lengths = tuple(max(1, round(60 * each / seconds)) for each in chain.minutes)
+    return Numbers(
+        lengths=lengths,
+        knots=spacings(chain, lengths),
+        restart_warmup_steps=restart_warmup(train),
+        select_metric=train.select_metric or run.splits.metric,
+        path=str(run.engine.path),
+    )
+
+
+def _take(run: Run, numbers: Numbers) -> None:
+    """From here on a run reads numbers, and nothing that is left open."""
+    decided = {
+        "restart_warmup_steps": numbers.restart_warmup_steps,
+        "select_metric": numbers.select_metric,
+    }
+    train = run.train.model_copy(update=decided)
+    run.config = run.config.model_copy(update={"train": train})
+    run.plan = replace(run.plan, lengths=numbers.lengths)
+    run.knots = Knots(run.chain, run.config.chain, numbers, memory=run.progress.memory)
+
+
+def measure_step(run: Run) -> float:
+    """Return the median seconds of an optimizer step, on a link that is discarded."""
+    plain = run.knots.links[0].model_copy(update={"init": "kaiming"})  # no start costs a step more
+    adapter = run.chain.extend(plain)
+    run.engine.adapt(adapter.layers.values())
+    run.chain.model.train()
+    optimizer, parameters = make_optimizer(adapter, run.train), list(run.chain.parameters())
+    seconds = []
+    with closing(steps_ahead(run, 0, _WARM_UP + _TIMED)) as steps:
+        for work in steps:
+            started = time.perf_counter()
+            loss = add_gradients(run, work, parameters).loss
+            run.processes.sum_gradients(parameters, loss)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            seconds.append(time.perf_counter() - started)
+    run.chain.discard()
+    median = statistics.median(seconds[_WARM_UP:])
+    return run.processes.sum([median])[0] / run.processes.count

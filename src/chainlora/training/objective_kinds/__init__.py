@@ -1,0 +1,1 @@
+"""Objectives, by the name that data gives them: each file here has a table `OBJECTIVES`."""

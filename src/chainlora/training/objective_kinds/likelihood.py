@@ -1,0 +1,58 @@
+"""The likelihood of completions, or of the right candidate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from chainlora.data.examples import Example
+from chainlora.data.splits import Splits
+from chainlora.engine.engine import Engine, Kind, num_terms
+from chainlora.evaluation.evaluate import Evaluation, evaluate
+
+
+class LanguageModelling:
+    """Next-token likelihood: of whole completions, or of the right candidate against the others."""
+
+    def __init__(self, kind: Kind) -> None:
+        self.kind = kind
+
+    def collate(self, engine: Engine, examples: Sequence[Example]) -> list[Any]:
+        """Return a micro-batch as packed batches."""
+        return [engine.pack(shard) for shard in engine.split(examples)]
+
+    def count(self, batch: Any) -> int:
+        """Return how many examples or tokens the loss sums over."""
+        return num_terms(batch, self.kind)
+
+    def loss(self, engine: Engine, batch: Any) -> Tensor:
+        """Return the summed cross-entropy."""
+        return engine.loss(batch, self.kind)[0]
+
+    def evaluate(
+        self,
+        engine: Engine,
+        examples: Sequence[Example],
+        splits: Splits,
+        tokenizer: Any,
+        progress: Callable[[int, int], None],
+    ) -> Evaluation:
+        """Return the metrics of the run's task."""
+        return evaluate(
+            engine.model,
+            examples,
+            engine=engine,
+            metrics=splits.metrics,
+            tokenizer=tokenizer,
+            stop=splits.stop,
+            max_new_tokens=splits.max_new_tokens,
+            progress=progress,
+        )
+
+
+OBJECTIVES = {
+    "completion": LanguageModelling("completion"),
+    "candidates": LanguageModelling("candidates"),
+}
