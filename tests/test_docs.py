@@ -34,8 +34,7 @@ from chainlora.config.schema import KnotConfig
 from chainlora.experiments import expand, load_experiment
 from chainlora.knots.numbers import spacing
 from chainlora.runs.resuming import CHANGEABLE
-from chainlora.training import objectives, optimizers, setup
-from chainlora.training.events import Event, KnotTied, ShareTied, StepDone
+from chainlora.training.events import Event
 
 ROOT = Path(__file__).resolve().parents[1]
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -48,7 +47,7 @@ OURS = (
     "config.md",
     "python.md",
     "trainer.md",
-    "house.md",
+    "layout.md",
     "run-directory.md",
     "comparison.md",
     "optimizers.md",
@@ -346,76 +345,6 @@ def test_python_md_has_every_public_name():
     }
     assert table | {"ChainLoRAError"} == set(chainlora.__all__)
     assert "`ChainLoRAError`" in text
-
-
-def test_the_house_has_every_room():
-    text = (ROOT / "docs/house.md").read_text(encoding="utf-8")
-    rooms = text.partition("## Doors")[0]
-    source = ROOT / "src/chainlora"
-    actual = {path.stem for path in source.glob("*.py")} - {"__init__", "__main__"}
-    actual |= {path.parent.name for path in source.glob("*/__init__.py")}
-    assert set(re.findall(r"^\| `(\w+)` \|", rooms, flags=re.MULTILINE)) == actual
-
-
-def test_the_doors_are_where_the_house_says():
-    text = (ROOT / "docs/house.md").read_text(encoding="utf-8")
-    doors = re.findall(r"^\| \[`(\w+)`\]\(#\w+\) \| `([\w/]+)\.py` \| (.*) \|$", text, re.MULTILINE)
-    assert len(doors) == 7
-    for name, file, behind in doors:
-        module = importlib.import_module("chainlora." + file.replace("/", "."))
-        assert hasattr(module, name)
-        assert behind
-
-
-def house_block(word: str) -> str:
-    """The one Python block of docs/house.md that has a word; a recipe is short."""
-    text = (ROOT / "docs/house.md").read_text(encoding="utf-8")
-    (found,) = [block for block in blocks(text, "python") if word in block]
-    assert len(found.splitlines()) <= 60
-    return found
-
-
-def run_recipe(word: str) -> dict[str, Any]:
-    names: dict[str, Any] = {"__name__": f"recipe_{word}"}
-    exec(compile(house_block(word), word, "exec", dont_inherit=True), names)
-    return names
-
-
-def events_of(config: dict[str, Any]) -> list[Event]:
-    events: list[Event] = []
-    chainlora.train(chainlora.make_config(config), listener=events.append)
-    return events
-
-
-def test_a_new_optimizer_enters_by_its_door(tiny_folder, sentiment, monkeypatch):
-    monkeypatch.setitem(optimizers.OPTIMIZERS, "signum", None)  # taken out again at the end
-    run_recipe("class Signum")
-    knots = {"ranks": [4], "steps": [12], "knots": {"every": 3, "share": 0.3}}
-    train = {"optimizer": "signum", "lr": 3e-3}
-    events = events_of(settings(tiny_folder, sentiment, chain=knots, train=train))
-    losses = [event.loss for event in events if isinstance(event, StepDone)]
-    assert sum(losses[-3:]) < sum(losses[:3])
-    assert sum(isinstance(event, ShareTied) for event in events) == 3
-
-
-def test_a_new_knot_rule_enters_by_its_door(tiny_folder, sentiment, monkeypatch):
-    monkeypatch.setattr(setup, "make_policy", run_recipe("class DoublingKnots")["make_policy"])
-    events = events_of(settings(tiny_folder, sentiment, chain={"ranks": [4], "steps": [20]}))
-    assert [event.step for event in events if isinstance(event, ShareTied)] == [4, 8, 16]
-    (end,) = [event for event in events if isinstance(event, KnotTied)]
-    assert end.step == 20
-    assert end.function_change < 1e-2  # the tolerance of a link with soft knots
-
-
-def test_a_new_objective_enters_by_its_door(tiny_folder, sentiment, monkeypatch):
-    monkeypatch.setitem(objectives.OBJECTIVES, "margin", None)
-    run_recipe("class Margin")
-    margin = objectives.OBJECTIVES["margin"]
-    monkeypatch.setitem(objectives.OBJECTIVES, "candidates", margin)  # the name in the task file
-    events = events_of(settings(tiny_folder, sentiment, chain={"ranks": [4], "steps": [20]}))
-    losses = [event.loss for event in events if isinstance(event, StepDone)]
-    assert losses[0] == pytest.approx(1.0, abs=0.1)  # nothing is learned yet: about the margin
-    assert sum(losses[-4:]) < sum(losses[:4])
 
 
 def test_the_numbers_of_the_first_decision():

@@ -1,0 +1,172 @@
+"""What a config leaves open is decided at the start, recorded, shown, and kept by a resume."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+from helpers import assert_same_links, settings, stop_after
+from helpers_integrations import StopAt, make_trainer, peft_model
+from pydantic import BaseModel
+from transformers import AutoTokenizer
+
+from chainlora import ChainCallback, inspect_run, make_config, train
+from chainlora.config.json_schema import config_sections
+from chainlora.errors import RunError
+from chainlora.knots import numbers
+from chainlora.training import deciding
+
+# Keys whose None or `auto` stands for something that is decided, and where the decision is kept.
+# Rows are bound by the digest of their tokens, which a resume compares.
+DECIDED = {
+    "chain.knots": "numbers.knots",
+    "chain.knots.every": "numbers.knots",
+    "chain.knots.share": "numbers.knots",
+    "chain.knots.time_constant": "numbers.knots",
+    "chain.epochs": "numbers.lengths",
+    "chain.steps": "numbers.lengths",
+    "chain.tokens": "numbers.lengths",
+    "chain.minutes": "numbers.lengths",
+    "train.restart_warmup_steps": "numbers.restart_warmup_steps",
+    "train.select_metric": "numbers.select_metric",
+    "train.speedups": "numbers.path",
+    "data.format": "rows",
+    "data.truncation": "rows",
+    "data.max_length": "rows",
+    "data.chat_template": "rows",
+}
+# Optional keys for which None means off, or which decide nothing that a step sees.
+OFF = {
+    "output", "quantize",
+    "data.task", "data.dir", "data.train", "data.validation", "data.test",
+    "data.num_train", "data.num_validation", "data.num_test",
+    "chain.exclude_modules", "chain.plateau",
+    "train.max_grad_norm", "train.eval_every", "train.early_stop", "train.save_every",
+    "train.log_every", "train.shard",
+}  # fmt: skip
+
+
+def open_keys() -> set[str]:
+    """Every key of a config that may be left open: None, or `auto`."""
+    found = set()
+    sections: dict[str, type[BaseModel]] = config_sections()
+    for prefix, section in sections.items():
+        for key, field in section.model_fields.items():
+            text = str(field.annotation)
+            if "None" in text and "optimizer_options" not in key or "'auto'" in text:
+                found.add(prefix + key)
+    return found
+
+
+def test_every_key_that_may_be_left_open_is_decided_or_off():
+    assert open_keys() == DECIDED.keys() | OFF
+
+
+def manifest_of(run: Path) -> dict:
+    return json.loads((run / "chain.json").read_text())
+
+
+OPEN = {
+    "chain": {"ranks": [4, 4], "steps": None, "epochs": [2, 1.5], "knots": "auto"},
+    "train": {"save_every": 1, "restart_schedule": True, "warmup_steps": 2, "keep_best": True},
+}
+
+
+@pytest.fixture
+def later_version(monkeypatch):
+    """Call it to decide as some later version might."""
+
+    def change() -> None:
+        monkeypatch.setattr(numbers, "_TIME_CONSTANT", 50.0)
+        monkeypatch.setattr(numbers, "_KNOTS_PER_TIME_CONSTANT", 3)
+        monkeypatch.setattr(deciding, "restart_warmup", lambda train: 0)
+        monkeypatch.setattr("chainlora.training.setup.make_plan", _other_lengths)
+
+    return change
+
+
+make_plan = __import__("chainlora.training.plan", fromlist=["make_plan"]).make_plan
+
+
+def _other_lengths(config, examples):
+    from dataclasses import replace
+
+    plan = make_plan(config, examples)
+    return replace(plan, lengths=tuple(length + 1 for length in plan.lengths))
+
+
+def test_a_resume_takes_what_was_decided_at_the_start(
+    tiny_folder, sentiment, tmp_path, later_version
+):
+    whole = make_config(settings(tiny_folder, sentiment, tmp_path / "whole", **OPEN))
+    killed = make_config(settings(tiny_folder, sentiment, tmp_path / "killed", **OPEN))
+    train(whole)
+    stop_after(killed, 2)
+    later_version()
+    train(killed, resume=True)
+    assert_same_links(tmp_path / "whole", tmp_path / "killed")
+    decided = [manifest_of(tmp_path / name)["numbers"] for name in ("whole", "killed")]
+    assert decided[0] == decided[1]
+    assert inspect_run(tmp_path / "killed")["numbers"] == decided[0]
+    assert len(decided[0]["lengths"]) == len(decided[0]["knots"]) == 2
+    assert None not in decided[0].values()
+
+
+def test_a_run_of_version_2_goes_on_as_it_would_have(tiny_folder, sentiment, tmp_path, caplog):
+    train(make_config(settings(tiny_folder, sentiment, tmp_path / "whole", **OPEN)))
+    killed = make_config(settings(tiny_folder, sentiment, tmp_path / "killed", **OPEN))
+    stop_after(killed, 2)
+    forget_numbers(tmp_path / "killed")
+    with caplog.at_level(logging.WARNING):
+        train(killed, resume=True)
+    assert "did not record what it decided" in caplog.text
+    assert_same_links(tmp_path / "whole", tmp_path / "killed")
+
+
+def forget_numbers(run: Path) -> None:
+    """Make a manifest one of version 0.2, which has no numbers."""
+    from chainlora.runs.manifest import Manifest, encode_manifest
+
+    tree = manifest_of(run)
+    del tree["checksum"], tree["numbers"]
+    manifest = Manifest.model_validate_json(json.dumps(tree))
+    (run / "chain.json").write_text(json.dumps(encode_manifest(manifest)))
+
+
+def test_a_trainer_too(tiny_folder, tmp_path, later_version):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
+    keys = {"save_strategy": "steps", "save_steps": 1}
+
+    def trainer(name: str):
+        callback = ChainCallback(knots="auto")
+        return make_trainer(peft_model(tiny_folder), tokenizer, tmp_path / name, callback, **keys)
+
+    whole = trainer("whole")
+    whole.train()
+    killed = trainer("killed")
+    killed.add_callback(StopAt(5))
+    with pytest.raises(KeyboardInterrupt):
+        killed.train()
+    later_version()
+    resumed = trainer("killed")
+    resumed.train(resume_from_checkpoint=True)
+    one, two = (manifest_of(tmp_path / f"{name}/checkpoint-11/chain") for name in ("whole", "killed"))
+    assert one["numbers"] == two["numbers"]
+    assert one["files"] == two["files"]  # the same bits
+
+
+def test_a_finished_run_is_answered_at_once(tiny_folder, sentiment, tmp_path, monkeypatch):
+    config = make_config(settings(tiny_folder, sentiment, tmp_path / "run"))
+    first = train(config)
+    monkeypatch.setattr("chainlora.training.loop.prepare", None)  # nothing is loaded
+    events = []
+    again = train(config, resume=True, listener=events.append)
+    assert again == json.loads(json.dumps(first))
+    assert [event.name for event in events] == ["finished"]
+    changed = config.model_copy(update={"train": config.train.model_copy(update={"lr": 0.5})})
+    with pytest.raises(RunError, match=r"--resume needs the config"):
+        train(changed, resume=True)
+    with pytest.raises(RunError, match=r"no steps left to change \(got train.lr"):
+        train(changed, resume=True, change=["train.lr"])
