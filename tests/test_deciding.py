@@ -55,7 +55,7 @@ def open_keys() -> set[str]:
     for prefix, section in sections.items():
         for key, field in section.model_fields.items():
             text = str(field.annotation)
-            if "None" in text and "optimizer_options" not in key or "'auto'" in text:
+            if ("None" in text and "optimizer_options" not in key) or "'auto'" in text:
                 found.add(prefix + key)
     return found
 
@@ -152,7 +152,9 @@ def test_a_trainer_too(tiny_folder, tmp_path, later_version):
     later_version()
     resumed = trainer("killed")
     resumed.train(resume_from_checkpoint=True)
-    one, two = (manifest_of(tmp_path / f"{name}/checkpoint-11/chain") for name in ("whole", "killed"))
+    one, two = (
+        manifest_of(tmp_path / f"{name}/checkpoint-11/chain") for name in ("whole", "killed")
+    )
     assert one["numbers"] == two["numbers"]
     assert one["files"] == two["files"]  # the same bits
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,8 @@ def show_inspection(found: Mapping[str, Any]) -> None:
             f"`chainlora train CONFIG --resume` resumes from step {position['step']}",
             highlight=False,
         )
+    if found["numbers"] is not None:
+        console.print(_decided(found["numbers"]), highlight=False)
     if found["selected"] is not None:
         step, whole_links = found["selected"]["step"], found["selected"]["num_links"]
         part = " and a partial one" if found["selected"]["partial"] else ""
@@ -71,6 +74,19 @@ def show_inspection(found: Mapping[str, Any]) -> None:
             f"selected: best point at step {step}, {whole_links} whole link(s){part}",
             highlight=False,
         )
+
+
+def _decided(numbers: Mapping[str, Any]) -> str:
+    """Say what was decided when the run began: steps of each link, its soft knots."""
+    lengths = _repeated([f"{steps} steps" for steps in numbers["lengths"]])
+    soft = _repeated([f"{share:.3f} every {every} steps" for every, share in numbers["knots"]])
+    return f"planned: {lengths}" + (f"; soft knots of {soft}" if soft else "")
+
+
+def _repeated(texts: Sequence[str]) -> str:
+    """Join texts, equal neighbours as one: ``2 × 300 steps, 150 steps``."""
+    parts = [(len(list(same)), text) for text, same in groupby(texts)]
+    return ", ".join(text if count == 1 else f"{count} × {text}" for count, text in parts)
 
 
 def _table(found: Mapping[str, Any]) -> Table:

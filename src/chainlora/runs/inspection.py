@@ -17,6 +17,7 @@ from chainlora.chain.low_rank import (
     stable_rank,
     subspace_overlap,
 )
+from chainlora.runs.manifest import Manifest
 from chainlora.runs.reading import RunReader
 from chainlora.runs.records import read_records as read_records
 
@@ -29,7 +30,7 @@ def inspect_run(run: str | Path) -> dict[str, Any]:
     σ/Σσ) (Roy & Vetterli 2007) and ``stable_rank`` averaged over modules, ``overlap`` with each
     earlier link's A (mean squared cosine of the principal angles, averaged over modules; 1 is the
     same input subspace), ``spectrum`` (its singular values, their mean over modules), and
-    ``modules`` (‖ΔW‖_F of each). ``finished`` and ``position`` say where the run is: the step and
+    ``modules`` (‖ΔW‖_F of each). ``numbers`` is what was decided when the run began. ``finished`` and ``position`` say where the run is: the step and
     the number of whole links that a resume would start from.
 
     Every file of the run is checked first. Raises RunError for one that is missing or has changed.
@@ -54,8 +55,14 @@ def inspect_run(run: str | Path) -> dict[str, Any]:
         },
         "links": rows,
         "chain": whole | {"links": len(links), "rank": sum(link.rank for link in links)},
+        "numbers": _decided(manifest),
         "selected": manifest.selected and manifest.selected.model_dump(mode="json"),
     }
+
+
+def _decided(manifest: Manifest) -> dict[str, Any] | None:
+    """Return what was decided when the run began; None where it was not recorded."""
+    return manifest.model_dump(mode="json", include={"numbers"})["numbers"]  # type: ignore[no-any-return]
 
 
 def _describe(link: Link, earlier: Sequence[Link], records: list[dict[str, Any]]) -> dict[str, Any]:
