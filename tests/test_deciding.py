@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from helpers import assert_same_links, settings, stop_after
 from helpers_integrations import StopAt, make_trainer, peft_model
-from pydantic import BaseModel
 from transformers import AutoTokenizer
 
 from chainlora import ChainCallback, inspect_run, make_config, train
@@ -17,6 +18,7 @@ from chainlora.config.json_schema import config_sections
 from chainlora.errors import RunError
 from chainlora.knots import numbers
 from chainlora.training import deciding
+from chainlora.training.plan import make_plan
 
 # Keys whose None or `auto` stands for something that is decided, and where the decision is kept.
 # Rows are bound by the digest of their tokens, which a resume compares.
@@ -50,14 +52,12 @@ OFF = {
 
 def open_keys() -> set[str]:
     """Every key of a config that may be left open: None, or `auto`."""
-    found = set()
-    sections: dict[str, type[BaseModel]] = config_sections()
-    for prefix, section in sections.items():
-        for key, field in section.model_fields.items():
-            text = str(field.annotation)
-            if ("None" in text and "optimizer_options" not in key) or "'auto'" in text:
-                found.add(prefix + key)
-    return found
+    return {
+        prefix + key
+        for prefix, section in config_sections().items()
+        for key, field in section.model_fields.items()
+        if type(None) in get_args(field.annotation) or "auto" in get_args(field.annotation)
+    }
 
 
 def test_every_key_that_may_be_left_open_is_decided_or_off():
@@ -87,12 +87,7 @@ def later_version(monkeypatch):
     return change
 
 
-make_plan = __import__("chainlora.training.plan", fromlist=["make_plan"]).make_plan
-
-
 def _other_lengths(config, examples):
-    from dataclasses import replace
-
     plan = make_plan(config, examples)
     return replace(plan, lengths=tuple(length + 1 for length in plan.lengths))
 

@@ -30,8 +30,9 @@ def inspect_run(run: str | Path) -> dict[str, Any]:
     σ/Σσ) (Roy & Vetterli 2007) and ``stable_rank`` averaged over modules, ``overlap`` with each
     earlier link's A (mean squared cosine of the principal angles, averaged over modules; 1 is the
     same input subspace), ``spectrum`` (its singular values, their mean over modules), and
-    ``modules`` (‖ΔW‖_F of each). ``numbers`` is what was decided when the run began. ``finished`` and ``position`` say where the run is: the step and
-    the number of whole links that a resume would start from.
+    ``modules`` (‖ΔW‖_F of each). ``numbers`` is what was decided when the run began. ``finished``
+    and ``position`` say where the run is: the step and the number of whole links that a resume
+    would start from.
 
     Every file of the run is checked first. Raises RunError for one that is missing or has changed.
     """
@@ -62,7 +63,7 @@ def inspect_run(run: str | Path) -> dict[str, Any]:
 
 def _decided(manifest: Manifest) -> dict[str, Any] | None:
     """Return what was decided when the run began; None where it was not recorded."""
-    return manifest.model_dump(mode="json", include={"numbers"})["numbers"]  # type: ignore[no-any-return]
+    return manifest.model_dump(mode="json", include={"numbers"})["numbers"]
 
 
 def _describe(link: Link, earlier: Sequence[Link], records: list[dict[str, Any]]) -> dict[str, Any]:
