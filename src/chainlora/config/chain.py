@@ -4,31 +4,45 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from chainlora.config.messages import problems
-from chainlora.config.section import Section
+from chainlora.config.section import Count, Section, refuse_if
+from chainlora.errors import ConfigError
 
 # How long a link can be said to be; the keys of `ChainConfig`, of which a config gives one.
 LENGTHS = ("epochs", "steps", "tokens", "minutes")
 
-_LARGEST = 2**31  # of what sizes a tensor; much larger numbers are no floats
+Share = Annotated[float, Field(ge=0, lt=1)]
+# Outside of it, products in float32 overflow or vanish.
+Alpha = Annotated[float, Field(ge=1e-6, le=1e6)]
 
 
 class LinkShape(Section):
     """What a link and a chain say in the same words."""
 
-    rslora: bool = Field(False, description="scaling alpha / √rank (arXiv 2312.03732)")
-    dropout: float = Field(0.0, ge=0, lt=1)
+    rslora: bool = False
+    """Scale by alpha / √rank instead (arXiv 2312.03732)."""
+    dropout: Share = 0.0
+    """Dropout on the input of the LoRA branch; the fused LoRA layer is then not used."""
     init: Literal["gaussian", "kaiming", "gradient", "pissa"] = "kaiming"
+    """Initialization of a link: `kaiming` or `gaussian` (random A, B = 0), `gradient` (A along the
+    loss gradient, B = 0), `pissa` (top singular directions of the weight)."""
     lora_bias: bool = False
-    dora: bool = Field(False, description="arXiv 2402.09353")
+    """A trained bias on B, merged into the layer's bias; refused for layers without a bias."""
+    dora: bool = False
+    """DoRA (arXiv 2402.09353); such a chain can only be exported as a merged checkpoint."""
     target_modules: tuple[str, ...] | str = "all-linear"
+    """List of module names, one name, one regular expression, or `all-linear`; Linear, Conv1D and
+    (by name) Embedding layers."""
     exclude_modules: tuple[str, ...] | str | None = None
+    """Names or a regular expression to leave out."""
     extra_modules: tuple[str, ...] = ()
+    """Modules whose own weights are trained beside LoRA; they continue over knots."""
     train_factors: Literal["both", "A", "B"] = "both"
+    """`both`, or only one factor: `A`, `B` (RAC-LoRA, arXiv 2410.08305)."""
 
 
 class LinkConfig(LinkShape):
@@ -38,8 +52,18 @@ class LinkConfig(LinkShape):
     alpha / rank``, or ``alpha / √rank`` with `rslora`.
     """
 
-    rank: int = Field(8, ge=1, lt=_LARGEST)
-    alpha: float = Field(16.0, gt=0)
+    rank: Count = 8
+    """Rank of A and B."""
+    alpha: Alpha = 16.0
+    """LoRA's alpha."""
+
+    if not TYPE_CHECKING:  # type checkers read the keys above
+
+        def __init__(self, **keys: Any) -> None:
+            try:
+                super().__init__(**keys)
+            except ValidationError as error:
+                raise ConfigError(problems(error, LinkConfig)) from None
 
     @property
     def scaling(self) -> float:
@@ -47,48 +71,63 @@ class LinkConfig(LinkShape):
         return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
 
     @model_validator(mode="after")
-    def _check(self) -> LinkConfig:
-        if not self.target_modules:
-            raise ValueError(
-                "`target_modules` must name at least one module (got none); use e.g. all-linear"
-            )
+    def _check_targets(self) -> LinkConfig:
+        targets = self.target_modules
+        refuse_if(
+            not targets,
+            "`target_modules` must name at least one module",
+            "none",
+            "use e.g. all-linear",
+        )
         for key in ("target_modules", "exclude_modules"):
             _check_pattern(key, getattr(self, key))
-        if self.target_modules in ("all", ("all",)):
-            raise ValueError("`target_modules` must name modules (got all); say all-linear")
-        if self.init == "pissa" and self.train_factors != "both":
-            raise ValueError(
-                "`init: pissa` trains both factors (got train_factors: "
-                f"{self.train_factors}); use init: kaiming or train_factors: both"
-            )
-        if self.init == "gradient" and self.train_factors == "A":
-            raise ValueError(
-                "`init: gradient` points A along the gradient and trains B (got train_factors: A); "
-                "use train_factors: both or B"
-            )
-        if self.dora and self.lora_bias:
-            raise ValueError(
-                "`dora` knows no LoRA bias (got lora_bias: true); set one of them to false"
-            )
-        if self.dora and (self.init == "pissa" or self.train_factors != "both"):
-            raise ValueError(
-                "`dora` works with init gaussian or kaiming and train_factors: both "
-                f"(got {self.init}, {self.train_factors})"
-            )
+        is_all = targets in ("all", ("all",))
+        refuse_if(is_all, "`target_modules` must name modules", "all", "say all-linear")
+        return self
+
+    @model_validator(mode="after")
+    def _check_method(self) -> LinkConfig:
+        factors = self.train_factors
+        refuse_if(
+            self.init == "pissa" and factors != "both",
+            "`init: pissa` trains both factors",
+            f"train_factors: {factors}",
+            "use init: kaiming or train_factors: both",
+        )
+        refuse_if(
+            self.init == "gradient" and factors == "A",
+            "`init: gradient` points A along the gradient and trains B",
+            "train_factors: A",
+            "use train_factors: both or B",
+        )
+        refuse_if(
+            self.dora and self.lora_bias,
+            "`dora` knows no LoRA bias",
+            "lora_bias: true",
+            "set one of them to false",
+        )
+        refuse_if(
+            self.dora and (self.init == "pissa" or factors != "both"),
+            "`dora` works with init gaussian or kaiming and train_factors: both",
+            f"{self.init}, {factors}",
+            "change these, or leave dora out",
+        )
         return self
 
 
 def _check_pattern(key: str, modules: tuple[str, ...] | str | None) -> None:
     """Refuse an empty name, which every path ends with, and text that is no regular expression."""
-    if isinstance(modules, tuple) and "" in modules:
-        raise ValueError(f"`{key}` must hold names (got an empty one); remove it")
+    has_empty = isinstance(modules, tuple) and "" in modules
+    refuse_if(has_empty, f"`{key}` must hold names", "an empty one", "remove it")
     try:
         re.compile(modules if isinstance(modules, str) else "")
     except re.error as error:
-        raise ValueError(
-            f"`{key}` must be a list of names, all-linear or a regular expression (got "
-            f"{modules!r}: {error}); give a list such as [q_proj, v_proj]"
-        ) from None
+        refuse_if(
+            True,
+            f"`{key}` must be a list of names, all-linear or a regular expression",
+            f"{modules!r}: {error}",
+            "give a list such as [q_proj, v_proj]",
+        )
 
 
 class KnotConfig(Section):
@@ -98,31 +137,38 @@ class KnotConfig(Section):
     ``share = 1 − exp(−every / τ)``.
     """
 
-    every: int | None = Field(None, ge=1, description="steps; None: a twelfth of the time constant")
-    share: float | None = Field(None, ge=0, lt=1, description="None: from the time constant")
-    time_constant: float | None = Field(
-        None, gt=0, description="steps; None: 5 times the root of the link's steps"
-    )
-    follow_rate: bool = Field(
-        False, description="shares in proportion to the learning rate, so that they end with it"
-    )
+    every: Count | None = None
+    """Steps between soft knots; `null` is a twelfth of the time constant."""
+    share: Share | None = None
+    """Share tied at each, from 0 (only balancing) to below 1; `null` is 1 − exp(−every / time
+    constant)."""
+    time_constant: Annotated[float, Field(ge=1, le=1e9)] | None = None
+    """Steps after which 1 − 1/e of what a step has learned is tied; `null` is 5 times the root of
+    the link's steps."""
+    follow_rate: bool = False
+    """Shares in proportion to the learning rate, so that they end with it: late steps are then tied
+    less, and can still be corrected."""
     moments: Literal["carried", "new"] = "carried"
-    policy: str = Field("spaced", description="a name in knots.driver.POLICIES")
+    """Moments of the optimizer: `carried` exactly, or `new` at each soft knot."""
+    policy: str = "spaced"
+    """What decides: `spaced` ties `share` every `every` steps; others can be
+    [added](layout.md#policies)."""
 
     @model_validator(mode="after")
     def _check(self) -> KnotConfig:
-        if self.share is not None and self.time_constant is not None:
-            raise ValueError(
-                "give `knots.share` or `knots.time_constant`, not both (got both); "
-                "share = 1 - exp(-every / time_constant)"
-            )
         every, tau = self.every or 1, self.time_constant
-        if tau is not None and -math.expm1(-every / tau) >= 1:
-            raise ValueError(
-                "`knots.time_constant` must leave a part of the link at each soft knot (got "
-                f"{tau:g}, with which a knot after {every} step(s) ties all of it); raise it, or "
-                "lower knots.every"
-            )
+        refuse_if(
+            self.share is not None and tau is not None,
+            "give `knots.share` or `knots.time_constant`, not both",
+            "both",
+            "share = 1 - exp(-every / time_constant)",
+        )
+        refuse_if(
+            tau is not None and -math.expm1(-every / tau) >= 1,
+            "`knots.time_constant` must leave a part of the link at each soft knot",
+            f"{tau}, with which a knot after {every} step(s) ties all of it",
+            "raise it, or lower knots.every",
+        )
         return self
 
 
@@ -133,119 +179,138 @@ class PlateauConfig(Section):
     """
 
     of: Literal["norm", "loss"] = "norm"
-    patience: int = Field(50, ge=1, description="steps between comparisons")
-    min_change: float = Field(
-        0.02, gt=0, lt=1, description="relative growth of the norm, or fall of the loss"
-    )
+    """What is compared: `norm`, ‖B·A‖ of the live link (AROMA, arXiv 2504.05343), or `loss`, the
+    mean over the steps since the last comparison. With soft knots `loss` only."""
+    patience: Count = 50
+    """Steps between comparisons."""
+    min_change: Annotated[float, Field(gt=0, lt=1)] = 0.02
+    """The link ends where the norm has grown, or the loss fallen, by less than this share since the
+    last comparison."""
 
 
 class ChainConfig(LinkShape):
-    """The chain: how long, how wide, how long each link is tuned.
+    """The chain: how many links, how wide, how long each is tuned.
 
-    `ranks` is chain length and rank step-down in one; an empty list trains nothing (zero-shot).
-    When the ranks differ and `alpha` is one number, `alpha_policy` decides: ``proportional`` keeps
-    the *scaling* of the first link (alpha_k = alpha · rank_k / rank_0, so one learning rate serves
-    every link), ``fixed`` keeps *alpha* (scaling grows as the rank drops).
+    Give one of `epochs`, `steps`, `tokens` and `minutes`, with one entry for each link.
     """
 
-    ranks: tuple[int, ...] = (8, 8)
-    alpha: float | tuple[float, ...] = 16.0
+    ranks: tuple[Count, ...] = (8, 8)
+    """Rank of each link, and so the length of the chain; `[]` trains nothing."""
+    alpha: Alpha | tuple[Alpha, ...] = 16.0
+    """LoRA's alpha: one number, or one for each link. The update is scaled by alpha / rank."""
     alpha_policy: Literal["proportional", "fixed"] = "proportional"
-    init_batches: int = Field(4, ge=1, description="batches that `init: gradient` reads")
-    knots: KnotConfig | None = Field(
-        None, description="soft knots inside each link; `auto` chooses their distance and share"
-    )
-    plateau: PlateauConfig | None = Field(
-        None, description="end a link, the last one excepted, when it has stopped to learn"
-    )
-    epochs: tuple[float, ...] | None = None
-    steps: tuple[int, ...] | None = None
-    tokens: tuple[float, ...] | None = None
-    minutes: tuple[float, ...] | None = None
+    """What one alpha means for links of different rank: `proportional` keeps the first link's
+    scaling, `fixed` keeps alpha ([decision 4](decisions/0004-alpha-when-the-rank-drops.md))."""
+    init_batches: Count = 4
+    """Number of steps whose batches `init: gradient` reads."""
+    knots: KnotConfig | None = None
+    """[Soft knots](#soft-knots) inside each link: every so many steps a share of it is tied, and
+    training continues from the rest. `auto` chooses distance and share; otherwise a section with
+    the keys below."""
+    plateau: PlateauConfig | None = None
+    """End a link, the last one excepted, when it has stopped to learn; the last link gets the steps
+    that are left. A section with the keys below."""
+    epochs: tuple[Annotated[float, Field(gt=0, le=1e6)], ...] | None = None
+    """Epochs of each link, e.g. `[3, 2]`; fractions are allowed."""
+    steps: tuple[Count, ...] | None = None
+    """Optimizer steps of each link instead."""
+    tokens: tuple[Annotated[float, Field(gt=0, le=1e15)], ...] | None = None
+    """Tokens that each link reads, prompts included, instead: whole steps, until they are read."""
+    minutes: tuple[Annotated[float, Field(gt=0, le=1e6)], ...] | None = None
+    """Minutes of steps of each link instead. A step is measured before training, and the lengths
+    are then fixed and recorded; loading, evaluations and checkpoints come on top."""
     hold: Literal["tied", "carried"] = "tied"
+    """Where earlier links are held: `tied` in the base weights, `carried` beside an untouched
+    base."""
     tune: Literal["lora", "full"] = "lora"
+    """`lora`, or `full`: every weight is trained, for comparison (float32, no links, no resume, no
+    `keep_best`)."""
 
     @field_validator("knots", mode="before")
     @classmethod
     def _knots(cls, knots: Any) -> Any:
+        is_text = isinstance(knots, str) and knots != "auto"
+        refuse_if(
+            is_text or isinstance(knots, bool | int | float),
+            "`chain.knots` must be auto, null or a section of keys",
+            repr(knots),
+            "e.g. knots: auto, or knots: {every: 10, share: 0.05}",
+        )
         return {} if knots == "auto" else knots
-
-    @field_validator("ranks")
-    @classmethod
-    def _ranks(cls, ranks: tuple[int, ...]) -> tuple[int, ...]:
-        for position, rank in enumerate(ranks):
-            if rank < 1:
-                raise ValueError(
-                    f"`ranks` must be positive integers (got {rank} at position {position})"
-                )
-            if rank >= _LARGEST:
-                raise ValueError(
-                    f"`ranks` must be below {_LARGEST} (got {rank!s:.40} at position {position})"
-                )
-        return ranks
 
     @model_validator(mode="after")
     def _lengths(self) -> ChainConfig:
         given = [key for key in LENGTHS if getattr(self, key) is not None]
-        if len(given) > 1:
-            raise ValueError(
-                f"give one of `epochs`, `steps`, `tokens` and `minutes` (got {' and '.join(given)})"
-                "; set the others to null"
-            )
+        refuse_if(
+            len(given) > 1,
+            "give one of `epochs`, `steps`, `tokens` and `minutes`",
+            " and ".join(given),
+            "set the others to null",
+        )
         for key in given:
             lengths = getattr(self, key)
-            if len(lengths) != len(self.ranks):
-                raise ValueError(
-                    f"`ranks` and `{key}` must be of one length "
-                    f"(got {len(self.ranks)} and {len(lengths)}); give one entry a link"
-                )
-            if any(length <= 0 for length in lengths):
-                raise ValueError(f"`{key}` must be positive (got {list(lengths)})")
-        if isinstance(self.alpha, tuple) and len(self.alpha) != len(self.ranks):
-            raise ValueError(
-                f"`alpha` must be one number or one a link (got {len(self.alpha)} for "
-                f"{len(self.ranks)} ranks)"
+            refuse_if(
+                len(lengths) != len(self.ranks),
+                f"`ranks` and `{key}` must be of one length",
+                f"{len(self.ranks)} and {len(lengths)}",
+                "give one entry a link",
             )
+        refuse_if(
+            isinstance(self.alpha, tuple) and len(self.alpha) != len(self.ranks),
+            "`alpha` must be one number or one a link",
+            f"{self.alpha} for {len(self.ranks)} ranks",
+            "give as many as there are ranks",
+        )
         return self
 
     @model_validator(mode="after")
     def _hold(self) -> ChainConfig:
-        if self.dora and self.hold == "carried":
-            raise ValueError(
-                "`dora` cannot be carried (its update is not low-rank; got hold: carried); use "
-                "hold: tied"
-            )
-        if self.init == "pissa" and self.hold == "carried":
-            raise ValueError(
-                "`init: pissa` takes its start out of the base (got hold: carried); use hold: tied"
-            )
+        is_carried = self.hold == "carried"
+        refuse_if(
+            self.dora and is_carried,
+            "`dora` cannot be carried, its update is not low-rank",
+            "hold: carried",
+            "use hold: tied",
+        )
+        refuse_if(
+            self.init == "pissa" and is_carried,
+            "`init: pissa` takes its start out of the base",
+            "hold: carried",
+            "use hold: tied",
+        )
         return self
 
     @model_validator(mode="after")
     def _knots_and_plateau(self) -> ChainConfig:
+        knots, plateau = self.knots is not None, self.plateau
         plain = self.init != "pissa" and self.train_factors == "both"
-        if self.knots is not None and (self.dora or self.lora_bias or not plain):
-            raise ValueError(
-                "`knots` need plain LoRA links that train both factors (got dora, lora_bias, "
-                "init: pissa or train_factors); leave knots out"
+        refuse_if(
+            knots and (self.dora or self.lora_bias or not plain),
+            "`knots` need plain LoRA links that train both factors",
+            "dora, lora_bias, init: pissa or train_factors",
+            "leave knots out",
+        )
+        refuse_if(
+            knots and plateau is not None and plateau.of == "norm",
+            "`plateau.of: norm` watches ‖B·A‖, which soft knots keep small",
+            "knots too",
+            "use plateau.of: loss",
+        )
+        for key, verb, given in (("plateau", "ends", plateau), ("knots", "tie", self.knots)):
+            refuse_if(
+                given is not None and self.tune == "full",
+                f"`{key}` {verb} links",
+                "tune: full, which has none",
+                "leave it out",
             )
-        if self.plateau is not None and self.knots is not None and self.plateau.of == "norm":
-            raise ValueError(
-                "`plateau.of: norm` watches ‖B·A‖, which soft knots keep small (got knots too); "
-                "use plateau.of: loss"
-            )
-        if self.plateau is not None and self.tune == "full":
-            raise ValueError("`plateau` ends links (got tune: full, which has none); leave it out")
-        if self.knots is not None and self.tune == "full":
-            raise ValueError("`knots` tie links (got tune: full, which has none); leave knots out")
         return self
 
     @model_validator(mode="after")
     def _each_link(self) -> ChainConfig:
         try:
             self.links()
-        except ValidationError as error:  # here, and not when the link begins
-            raise ValueError(problems(error, LinkConfig)) from None
+        except ConfigError as error:  # here, and not when the link begins
+            raise ValueError(str(error)) from None
         return self
 
     def links(self) -> list[LinkConfig]:

@@ -1,39 +1,85 @@
-"""The JSON Schema of a config, for editors.
+"""What a config can say, for editors and for people: from the sections and what stands below keys.
 
-Keys, types and choices come from the code, what each key means from `meanings.json`, which `make
-meanings` takes from docs/config.md.
+A docstring below a key says what it means. It is read when it is asked for: a config loads without.
 """
 
 from __future__ import annotations
 
-import json
+import ast
+import inspect
 import re
+import textwrap
 from collections.abc import Iterator, Mapping
-from importlib.resources import files
+from itertools import pairwise
 from typing import Any, get_args
 
 from pydantic import BaseModel
 
 from chainlora.config.schema import RunConfig
-
-MEANINGS = files("chainlora.config").joinpath("meanings.json")
+from chainlora.config.section import Section
+from chainlora.config.yaml_text import one_value
 
 
 def config_schema() -> dict[str, Any]:
     """Return the JSON Schema of a config file."""
     schema = RunConfig.model_json_schema()
     schema |= {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "chainlora"}
-    meanings = json.loads(MEANINGS.read_text(encoding="utf-8"))
     properties = {RunConfig.__name__: schema["properties"]}
     properties |= {name: part["properties"] for name, part in schema["$defs"].items()}
-    for prefix, model in config_sections().items():
+    for model in config_sections().values():
+        meant = meanings(model)
         for key, what in properties[model.__name__].items():
             what.pop("title", None)
-            if meaning := meanings.get(prefix + key):
-                what["description"] = meaning
+            what["description"] = _plain(meant[key])
             _take_one_for_a_list(what)
     _take_short_forms(properties)
     return schema
+
+
+def config_page() -> str:
+    """Return every key with its default and meaning, in Markdown: the keys of docs/config.md."""
+    lines = []
+    for prefix, model in config_sections().items():
+        if prefix.count(".") > 1:  # inside another section's list
+            continue
+        title = f"`{prefix.rstrip('.')}`" if prefix else "Top level"
+        lines += [f"### {title}", "", inspect.getdoc(model) or "", ""]
+        lines += [*_list_of_keys(prefix, model), ""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _list_of_keys(prefix: str, model: type[BaseModel], width: int = 100) -> Iterator[str]:
+    """Yield the keys of a section, its own before those that it shares with another."""
+    meant = meanings(model)
+    own = model.__annotations__
+    for key, field in sorted(model.model_fields.items(), key=lambda item: item[0] not in own):
+        inner = _sections_in(field.annotation) if prefix else []
+        text = f"- `{prefix}{key}` ({_default(field)}): {meant[key]}"
+        yield from textwrap.wrap(
+            text, width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
+        )
+        for section in inner:
+            keys = _list_of_keys(f"{prefix}{key}.", section, width - 2)
+            yield from (f"  {line}" for line in keys)
+
+
+def _default(field: Any) -> str:
+    if field.is_required():
+        return "required"
+    return "a section" if isinstance(field.default, Section) else f"`{one_value(field.default)}`"
+
+
+def meanings(model: type[BaseModel]) -> dict[str, str]:
+    """Return what stands below each key of a section."""
+    found: dict[str, str] = {}
+    for kind in reversed(model.__mro__):
+        if not issubclass(kind, Section) or kind is Section:
+            continue
+        (body,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
+        for key, text in pairwise(getattr(body, "body", [])):
+            if isinstance(key, ast.AnnAssign) and isinstance(text, ast.Expr):
+                found[ast.unparse(key.target)] = " ".join(ast.literal_eval(text.value).split())
+    return found
 
 
 def config_sections() -> dict[str, type[BaseModel]]:
@@ -44,9 +90,13 @@ def config_sections() -> dict[str, type[BaseModel]]:
 def _sections(prefix: str, model: type[BaseModel]) -> Iterator[tuple[str, type[BaseModel]]]:
     yield prefix, model
     for key, field in model.model_fields.items():
-        for kind in (field.annotation, *get_args(field.annotation)):
-            if isinstance(kind, type) and issubclass(kind, BaseModel):
-                yield from _sections(f"{prefix}{key}.", kind)
+        for kind in _sections_in(field.annotation):
+            yield from _sections(f"{prefix}{key}.", kind)
+
+
+def _sections_in(annotation: Any) -> list[type[BaseModel]]:
+    kinds = (annotation, *get_args(annotation))
+    return [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
 
 
 def _take_one_for_a_list(what: dict[str, Any]) -> None:
@@ -78,13 +128,6 @@ def _take_short_forms(properties: Mapping[str, dict[str, Any]]) -> None:
     top["model"] = {"anyOf": [name, section], "description": top["model"].get("description", "")}
 
 
-def read_meanings(page: str) -> dict[str, str]:
-    """Return what each key means, in plain text, from the tables of docs/config.md."""
-    rows = re.findall(r"^\| `([\w.]+)` \| .*? \| (.*) \|$", page, flags=re.MULTILINE)
-    return {key: _plain(text) for key, text in rows}
-
-
 def _plain(text: str) -> str:
     """Return Markdown without links and marks of code."""
-    text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", text)
-    return text.replace("`", "").replace(r"\|", "|")
+    return re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", text).replace("`", "")

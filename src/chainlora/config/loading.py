@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from chainlora.config.foreign import foreign_file
 from chainlora.config.messages import problems
-from chainlora.config.schema import LinkConfig, RunConfig
+from chainlora.config.schema import RunConfig
 from chainlora.config.yaml_text import dump_yaml
 from chainlora.config.yaml_text import parse_yaml as parse_yaml
 from chainlora.errors import ConfigError
@@ -110,14 +110,6 @@ def make_config(tree: Mapping[str, Any]) -> RunConfig:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
         raise ConfigError(problems(error, RunConfig)) from None
-
-
-def link_config(**keys: Any) -> LinkConfig:
-    """Build a `LinkConfig` with chainlora's one-line errors instead of pydantic's."""
-    try:
-        return LinkConfig(**keys)
-    except ValidationError as error:
-        raise ConfigError(problems(error, LinkConfig)) from None
 
 
 def dump_config(config: RunConfig) -> str:

