@@ -103,7 +103,7 @@ KNOTS = {
     "too many ranks": ({"ranks": [4, 4], "steps": 4}, "one entry a link"),
     "more links than steps": ({"ranks": [4] * 30}, "at least one step"),
     "another first rank": ({"ranks": [8, 4]}, "begin with the rank of the model's LoRA"),
-    "rank 0": ({"ranks": [4, 0]}, "`ranks` must be positive"),
+    "rank 0": ({"ranks": [4, 0]}, "`ranks` must be at least 1"),
     "moments of unequal ranks": (
         {"ranks": [4, 2], "optimizer_reset": "off"},
         "all ranks must be equal",
