@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from transformers.pytorch_utils import Conv1D
 
-from chainlora.engine.lora_layer import active_adapter
+from chainlora.engine.fast.lora_layers import active_adapter
 from chainlora.errors import ModelError
 
 # float64 and float32: the same sums in another order, over 48 terms. bfloat16: PEFT computes the

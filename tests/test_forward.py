@@ -21,9 +21,9 @@ from transformers import (
 )
 
 from chainlora.data.examples import Example
-from chainlora.engine import layout
-from chainlora.engine.attention import NAME
 from chainlora.engine.engine import Engine
+from chainlora.engine.fast.packed import layout
+from chainlora.engine.fast.packed.attention import NAME
 from chainlora.engine.packing import PackedBatch, pack
 from chainlora.errors import ModelError
 from chainlora.models.text_config import base_model

@@ -24,13 +24,13 @@ from transformers.pytorch_utils import Conv1D
 
 from chainlora import Chain, LinkConfig, extend_chain, make_config, tie_knot, train
 from chainlora.data.examples import Example
-from chainlora.engine.bf16_matmul import (
+from chainlora.engine.engine import Engine
+from chainlora.engine.head import candidate_loss, completion_loss, logit_transform
+from chainlora.engine.matmul import (
     add_product_,
     linear,
     product,
 )
-from chainlora.engine.engine import Engine
-from chainlora.engine.head import candidate_loss, completion_loss, logit_transform
 from chainlora.evaluation.evaluate import evaluate
 
 # One rounding to bfloat16, 2⁻⁸ of the number, after float32 sums of 48 terms of size 1 (48 · 2⁻²⁴,
@@ -46,7 +46,7 @@ TARGETS = {"opt": ("q_proj", "fc1"), "gpt2": ("c_attn", "c_fc"), "llama": ("q_pr
 def kernels(monkeypatch) -> Callable[[bool], None]:
     """Say whether this CPU has kernels for bfloat16."""
     return lambda present: monkeypatch.setattr(
-        "chainlora.engine.bf16_matmul._has_kernels", lambda: present
+        "chainlora.engine.matmul._has_kernels", lambda: present
     )
 
 

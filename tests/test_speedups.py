@@ -30,11 +30,11 @@ from transformers import (
 )
 
 from chainlora.data.examples import Example
-from chainlora.engine.blocks import Attention, Mlp, attention_block, mlp_block
-from chainlora.engine.fused import RmsNorm, Rotary, SwiGlu, make_turn
-from chainlora.engine.layout import make_layout
+from chainlora.engine.fast.decoder_layers.blocks import Attention, Mlp, attention_block, mlp_block
+from chainlora.engine.fast.decoder_layers.fused import RmsNorm, Rotary, SwiGlu, make_turn
+from chainlora.engine.fast.packed.layout import make_layout
+from chainlora.engine.fast.projection import Projection
 from chainlora.engine.packing import PackedBatch, Segment, pack
-from chainlora.engine.projection import Projection
 
 # float32: the same sums in another order, two layers deep; Llama's norm and rotary angles are
 # float32 in a float64 model too. bfloat16: 2⁻⁸ a rounding, some twenty of them.

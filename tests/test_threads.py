@@ -16,7 +16,7 @@ from chainlora.config.loading import make_config
 from chainlora.config.schema import LinkConfig
 from chainlora.data.examples import Example
 from chainlora.engine.engine import Engine
-from chainlora.engine.threads import Threads, split
+from chainlora.engine.fast.threads import Threads, split
 from chainlora.evaluation.evaluate import evaluate
 from chainlora.training.loop import train
 

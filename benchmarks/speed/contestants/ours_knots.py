@@ -13,7 +13,7 @@ from measuring import peak_mb
 
 from chainlora import Chain, extend_chain, load_model, tie_knot
 from chainlora.config.schema import LinkConfig, TrainConfig
-from chainlora.engine.lora_layer import accelerate_layers
+from chainlora.engine.fast.lora_layers import LoraLayers
 from chainlora.training.loop import make_optimizer
 
 NUM_KNOTS = 5
@@ -44,7 +44,7 @@ def run(spec: Mapping[str, Any]) -> dict[str, Any]:
 
 def _extend(chain: Chain, link: Any) -> torch.optim.Optimizer:
     adapter = extend_chain(chain, link)
-    accelerate_layers(adapter.layers.values())
+    LoraLayers().adapt(list(adapter.layers.values()))
     return make_optimizer(adapter, TrainConfig())
 
 

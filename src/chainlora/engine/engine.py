@@ -1,19 +1,14 @@
-"""The one door to the room: a model, and the fastest way to run it that is the same function.
+"""A model, and the fastest way to run it that is the same function.
 
     with Engine(model, training=True) as engine:
         engine.adapt(lora_layers)                        # after a LoRA was put on the model
         loss, count = engine.loss(engine.pack(examples), "completion")
         scores = engine.scores(examples)
 
-What is fast is found at the start by probes on the model itself, each against plain transformers:
-
-    path        packed: sequences side by side in one row, no padding, common beginnings once;
-                padded: a right-padded batch through the model's own forward
-    forwards    decoder layers of Llama's shape, LoRA layers, bfloat16 matmuls on old CPUs
-    threads     micro-batches side by side on a CPU's cores
-
-Where a probe does not agree, the plain way runs and `notes` says why. `close` leaves the model as
-it was.
+This file is the plain engine: a batch through the model's own forward (`padded`), then losses and
+scores at its head (`head`), one micro-batch after the other. What is faster are plug-ins (`fast`),
+each tried at the start by a probe on the model itself. Where a probe does not agree, the plain way
+is taken and `notes` says why. `close` leaves the model as it was.
 """
 
 from __future__ import annotations
@@ -21,25 +16,20 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
-from typing import Any, Literal, TypeVar
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from chainlora.data.examples import Example
-from chainlora.engine.attention import CannotPackError, packed_name
-from chainlora.engine.bf16_matmul import accelerate_linears
-from chainlora.engine.decoder_layer import install_fast_layers, layers_to_probe, why_plain_layers
+from chainlora.engine.fast.plugin import PACKED, FastPath
+from chainlora.engine.fast.registry import FAST_PATHS
 from chainlora.engine.head import candidate_loss, candidate_scores, completion_loss, logit_transform
-from chainlora.engine.hidden_states import ForwardPath, packed_hidden, padded_hidden
-from chainlora.engine.limits import UNLIMITED
-from chainlora.engine.lora_layer import accelerate_layers
 from chainlora.engine.packing import PackedBatch, pack
-from chainlora.engine.patching import Patches
-from chainlora.engine.probes import examine, forget_lengths
+from chainlora.engine.padded import padded_hidden
+from chainlora.engine.probes import Facts, examine, forget_lengths
 from chainlora.engine.score_batches import evaluation_batches, pack_size
-from chainlora.engine.threads import MOST_THREADS, Threads, split, why_one_thread
 from chainlora.errors import ModelError
 from chainlora.models.modes import evaluation_mode
 from chainlora.models.shards import at_head, by_module, in_forward, is_sharded
@@ -52,8 +42,19 @@ Speedups = Literal["auto", "off"]
 ScoringProgress = Callable[[int, int], None]  # told (rows done, rows) after each batch
 Batch = TypeVar("Batch")
 Item = TypeVar("Item")
-Found = TypeVar("Found")
 Result = TypeVar("Result")
+
+
+class Sharing(Protocol):
+    """Several processes that share the work of an engine (`training.processes`)."""
+
+    def spread(
+        self, items: Sequence[Item], compute: Callable[[Sequence[Item]], list[Result]]
+    ) -> list[Result]:
+        """Return what `compute` returns for all items, each computed by one process."""
+
+    def most(self, number: int) -> int:
+        """Return the largest of the numbers that all processes have here."""
 
 
 class Engine:
@@ -67,6 +68,7 @@ class Engine:
             `close`.
         threads: most threads; None is one a core, up to a few.
         device: where the model is moved to first; None leaves it where it is.
+        sharing: the processes that share the work; None computes everything here.
 
     Raises:
         ModelError: a model that this package cannot score: it does not run on token ids alone, is
@@ -83,64 +85,100 @@ class Engine:
         training: bool,
         threads: int | None = None,
         device: torch.device | str | None = None,
+        sharing: Sharing | None = None,
     ) -> None:
         self.model = model if device is None else model.to(device)
         # what is fast reads weights of other modules than the one that is called
         self.speedups = "off" if by_module(model) else speedups
         self.notes: list[str] = []
-        self.spread: Callable[..., list[Any]] = compute_all  # set where processes share rows
-        self.most: Callable[[int], int] = int  # set where they share the model
+        self._sharing = sharing
         self._is_sharded = is_sharded(model)
-        self._patches = Patches()
-        self._pools: dict[int, Threads] = {}
+        self._fast: list[FastPath] = []
         self._frozen = [] if training else [p for p in model.parameters() if p.requires_grad]
         try:
             for parameter in self._frozen:
                 parameter.requires_grad_(False)
             base_model(model)  # refuses what is not a causal language model
-            packing = self.speedups == "auto"
-            watch = layers_to_probe(model) if packing else []
-            self._findings = examine(model, training=training, packing=packing, watch=watch)
+            facts = examine(model, training=training)
+            facts.most_threads, facts.is_shared = threads, self._is_sharded
+            self._length_from = facts.threshold if facts.length else None
             logit_transform(model)  # refuses a model with other logits; found once, not in a thread
-            self.path = self._choose_path()
-            self._install(training)
             if self._is_sharded:
                 unit = "module" if by_module(model) else "layer"
                 self.notes.append(f"weights: shared by processes, whole one {unit} at a time")
-            self._choose_threads(threads)
-            self._findings.calls.clear()
+            self._take_fast_paths(facts)
         except BaseException:
             self.close()
             raise
         for note in self.notes:
             log.info("%s", note)
 
-    # --- what the model computes ---
+    def _take_fast_paths(self, facts: Facts) -> None:
+        """Apply every registered path whose probe agrees; note which, and why not the others."""
+        paths = [make() for make in FAST_PATHS]
+        if self.speedups == "auto":
+            facts.watched = [module for path in paths for module in path.watched(self.model)]
+        for path in paths:
+            if path.needs not in (None, *facts.taken):
+                continue
+            off = "speedups are off" if self.speedups == "off" else None
+            reason = off or path.probe(self.model, facts)
+            if reason is None:
+                self._fast.append(path)
+                path.apply(self.model)
+                facts.taken.append(path.name)
+            if note := path.note(reason):
+                self.notes.append(note)
+
+    @property
+    def path(self) -> Literal["packed", "padded"]:
+        """How batches run: sequences side by side in one row, or each in a padded row."""
+        return "packed" if any(path.name == PACKED for path in self._fast) else "padded"
+
+    @property
+    def num_threads(self) -> int:
+        """The number of threads that train."""
+        return max((path.num_threads for path in self._fast), default=1)
+
+    # --- batches ---
 
     def adapt(self, layers: Iterable[nn.Module]) -> None:
-        """Give LoRA layers that were put on the model the fused forward; safe to call again."""
-        if self.speedups == "auto":
-            accelerate_layers(layers, self._patches)
+        """Make LoRA layers fast that were put on the model; safe to call again."""
+        layers = list(layers)
+        for path in self._fast:
+            path.adapt(layers)
 
     def pack(self, examples: Sequence[Example]) -> PackedBatch:
         """Return examples as one batch on the model's device."""
         batch = pack(examples, share_prefixes=self.speedups == "auto")
-        return batch.to(self._device())
+        return batch.to(next(self.model.parameters()).device)
 
     def split(self, examples: Sequence[Example]) -> list[list[Example]]:
-        """Cut a micro-batch into the shards that threads take one by one, always the same."""
-        shards = split(examples, self.num_threads)
-        return [[examples[place] for place in shard] for shard in shards]
+        """Cut a micro-batch into the shards that `add_gradients` takes one by one, always the
+        same."""
+        for path in self._fast:
+            if (shards := path.split(examples)) is not None:
+                return [[examples[place] for place in shard] for shard in shards]
+        return [list(examples)]
+
+    def _map(
+        self, function: Callable[[Item], Result], items: Iterable[Item], *, training: bool
+    ) -> Iterator[Result]:
+        """Return ``function(item)`` in the order of the items, perhaps from other threads."""
+        for path in self._fast:
+            if (results := path.map(function, items, training=training)) is not None:
+                return results
+        return map(function, items)
+
+    # --- what the model computes ---
 
     def hidden(self, batch: PackedBatch) -> Tensor:
         """Return the hidden states [R, d] at `batch.rows`, after the final norm, differentiable."""
-        if self._findings.length:
+        if self._length_from is not None:
             forget_lengths(self.model)
-        limits = self._findings.limits
-        fits = batch.num_tokens <= limits.row and batch.longest <= limits.sequence
-        if self.path is ForwardPath.PACKED and fits:
-            with suppress(CannotPackError):  # a mask of the model's own, which no probe has met
-                return packed_hidden(self.model, batch)
+        for path in self._fast:
+            if (hidden := path.hidden(self.model, batch)) is not None:
+                return hidden
         return padded_hidden(self.model, batch)
 
     def loss(self, batch: PackedBatch, kind: Kind) -> tuple[Tensor, int]:
@@ -154,15 +192,14 @@ class Engine:
         return self._at_head(completion_loss, batch)
 
     def _at_head(self, compute: Callable[..., Result], batch: PackedBatch) -> Result:
-        """Return ``compute(model, hidden, batch)``, which may use the head's weights."""
+        """Return ``compute(model, hidden states, batch)``, which may use the head's weights."""
+
+        def finish(hidden: Tensor) -> Result:
+            return compute(self.model, hidden, batch)
+
         if not self._is_sharded:
-            return compute(self.model, self.hidden(batch), batch)
-
-        def forward() -> Result:
-            hidden = self.hidden(batch)
-            return at_head(self.model, lambda hidden: compute(self.model, hidden, batch), hidden)
-
-        return in_forward(self.model, forward)
+            return finish(self.hidden(batch))
+        return in_forward(self.model, lambda: at_head(self.model, finish, self.hidden(batch)))
 
     def add_gradients(
         self,
@@ -195,10 +232,12 @@ class Engine:
                 mean.backward()
                 total += mean.item()
                 continue
-            for part, grads in self._threads(self.num_threads).map(gradients, shards):
+            for part, grads in self._map(gradients, shards, training=True):
                 total += part
                 _accumulate(parameters, grads)
         return total
+
+    # --- scores ---
 
     def scores(
         self,
@@ -217,31 +256,48 @@ class Engine:
     def _scores(
         self, examples: Sequence[Example], max_tokens: int, progress: ScoringProgress | None
     ) -> list[list[float]]:
-        if self._findings.length:
-            return self._scores_by_length(examples, max_tokens, progress)
-        scores: list[list[float]] = [[] for _ in examples]
-        threads = self._threads(self._scoring_threads)
-        size = pack_size(examples, max_tokens, threads.count)
-        if self.path is ForwardPath.PACKED:
-            size = min(size, self._findings.limits.row)
-        batches = evaluation_batches(examples, max_tokens=size, path=self.path)
+        # what a sequence is may depend on the longest one beside it: then each is a unit of its own
+        units = list(examples) if self._length_from is None else list(_one_by_one(examples))
+        scores: list[list[float]] = [[] for _ in units]
+        batches = self._in_step(self._scoring_batches(units, max_tokens))
 
         def score(indices: list[int]) -> tuple[list[int], list[float]]:
-            batch = self.pack([examples[i] for i in indices])
+            batch = self.pack([units[i] for i in indices])
             with self._no_gradients():
                 return indices, self._at_head(candidate_scores, batch).tolist()
 
         done = 0
         with self.plain():
-            for indices, flat in threads.map(score, self._in_step(batches)):
+            for indices, flat in self._map(score, batches, training=False):
                 for index in indices:
-                    count = len(examples[index].sequences)
+                    count = len(units[index].sequences)
                     scores[index], flat = flat[:count], flat[count:]
-                    _check_scores(scores[index], examples[index].row)
+                    _check_scores(scores[index], units[index].row)
                 done += len(indices)
                 if progress is not None:
-                    progress(min(done, len(examples)), len(examples))
-        return scores
+                    share = min(done, len(units)) * len(examples) // len(units)
+                    progress(share, len(examples))
+        found = (score for unit in scores for score in unit)
+        return [[next(found) for _ in example.sequences] for example in examples]
+
+    def _scoring_batches(self, units: Sequence[Example], max_tokens: int) -> Iterator[list[int]]:
+        """Yield the indices of the units that are scored together.
+
+        Where lengths show, these are of one length; below the threshold all are alike.
+        """
+        threads = max((path.num_scoring_threads for path in self._fast), default=1)
+        size = pack_size(units, max_tokens, threads)
+        size = min([size, *(path.longest_row for path in self._fast)])
+        groups: dict[int, list[int]] = {}
+        for index, unit in enumerate(units):
+            first = self._length_from
+            length = 0 if first is None else max(len(unit.sequences[0]), first)
+            groups.setdefault(length, []).append(index)
+        for group in groups.values():
+            packed = self.path == "packed"
+            mine = [units[index] for index in group]
+            for batch in evaluation_batches(mine, max_tokens=size, packed=packed):
+                yield [group[place] for place in batch]
 
     def _in_step(self, batches: Iterable[Batch]) -> Iterable[Batch]:
         """Return the batches, some again where another process has more of them and shares the
@@ -250,38 +306,6 @@ class Engine:
             return batches
         batches = list(batches)
         return batches + batches[:1] * (self.most(len(batches)) - len(batches))
-
-    def _scores_by_length(
-        self, examples: Sequence[Example], max_tokens: int, progress: ScoringProgress | None
-    ) -> list[list[float]]:
-        """Score each sequence beside those alone that let it be what it is by itself.
-
-        Below the threshold of the rotary embedding all are alike; above it, those of one length.
-        """
-        scores = [[math.nan] * len(example.sequences) for example in examples]
-        groups: dict[int, list[tuple[int, int]]] = {}
-        for index, example in enumerate(examples):
-            for slot, sequence in enumerate(example.sequences):
-                alike = max(len(sequence), self._findings.threshold)
-                groups.setdefault(alike, []).append((index, slot))
-        batches: list[list[tuple[int, int]]] = []
-        for places in groups.values():
-            alone = [_one_sequence(examples[index], slot) for index, slot in places]
-            picked = evaluation_batches(alone, max_tokens=max_tokens, path=self.path)
-            batches += [[places[i] for i in indices] for indices in picked]
-        done = 0
-        with self.plain():
-            for places in self._in_step(batches):
-                batch = self.pack([_one_sequence(examples[i], slot) for i, slot in places])
-                found = self._at_head(candidate_scores, batch).tolist()
-                for (index, slot), score in zip(places, found, strict=True):
-                    scores[index][slot] = score
-                    _check_scores([score], examples[index].row)
-                done += len(places)
-                if progress is not None:
-                    total = sum(len(example.sequences) for example in examples)
-                    progress(min(done, total) * len(examples) // total, len(examples))
-        return scores
 
     @contextmanager
     def plain(self) -> Iterator[nn.Module]:
@@ -293,19 +317,34 @@ class Engine:
         """Inference mode, in which weights that are gathered could not be trained on later."""
         return torch.no_grad() if self._is_sharded else torch.inference_mode()
 
-    # --- its life ---
+    # --- other processes ---
+
+    def spread(
+        self, items: Sequence[Item], compute: Callable[[Sequence[Item]], list[Result]]
+    ) -> list[Result]:
+        """Return what `compute` returns for all items; processes that share the work each compute
+        some."""
+        return compute(items) if self._sharing is None else self._sharing.spread(items, compute)
+
+    def most(self, number: int) -> int:
+        """Return the largest of the numbers that processes have which share the model."""
+        is_alone = self._sharing is None or not self._is_sharded
+        return number if is_alone else self._sharing.most(number)  # type: ignore[union-attr]
+
+    # --- its end ---
 
     def close(self) -> None:
-        """End the threads and give the model everything back; safe to call twice."""
-        try:
-            for pool in self._pools.values():
-                pool.close()
-        finally:
-            self._pools.clear()
-            self._patches.restore()
-            for parameter in self._frozen:
-                parameter.requires_grad_(True)
-            self._frozen = []
+        """Give the model everything back; safe to call twice."""
+        with ExitStack() as stack:  # all of it, whatever one of them raises
+            stack.callback(self._unfreeze)
+            for path in self._fast:
+                stack.callback(path.undo)
+            self._fast = []
+
+    def _unfreeze(self) -> None:
+        for parameter in self._frozen:
+            parameter.requires_grad_(True)
+        self._frozen = []
 
     def __enter__(self) -> Engine:
         return self
@@ -313,71 +352,17 @@ class Engine:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _choose_path(self) -> ForwardPath:
-        limits, reason = self._findings.limits, self._findings.packed
-        if reason is not None:
-            self.notes.append(f"packed sequences: no, {reason}")
-            return ForwardPath.PADDED
-        within = []
-        if limits.sequence < UNLIMITED:
-            within.append(f"up to {limits.sequence} tokens each (its attention window)")
-        if limits.row < UNLIMITED:
-            within.append(f"in rows of up to {limits.row} tokens (`{limits.row_field}`)")
-        self.notes.append(", ".join(["packed sequences: yes", *within]))
-        return ForwardPath.PACKED
-
-    def _install(self, training: bool) -> None:
-        if self.speedups == "off":
-            return
-        if count := accelerate_linears(self.model, self._patches):
-            self.notes.append(
-                f"bfloat16 matmuls by float32: yes, in {count} layers; this CPU has none of its own"
-            )
-        if self.path is not ForwardPath.PACKED:
-            return
-        reason = self._findings.random or why_plain_layers(
-            self.model, self._findings.calls, training=training
-        )
-        self._patches.set_attention(base_model(self.model), packed_name)
-        if reason is None:
-            install_fast_layers(self.model, self._patches)
-        self.notes.append(f"fast decoder layers: {'yes' if reason is None else 'no, ' + reason}")
-
-    def _choose_threads(self, threads: int | None) -> None:
-        """One thread where several would be wrong: for training, and for scoring in between."""
-        most = min(torch.get_num_threads(), MOST_THREADS, threads or MOST_THREADS)
-        off, found = "speedups are off" if self.speedups == "off" else None, self._findings
-        if self._is_sharded:
-            off = off or "processes share the weights"
-        scoring = off or why_one_thread(self.model, self.path, found.length)
-        reason = scoring or found.random
-        self.num_threads = 1 if reason else most
-        self._scoring_threads = 1 if scoring else most
-        self.notes.append(f"threads: {self.num_threads}{', ' + reason if reason else ''}")
-
-    def _threads(self, count: int) -> Threads:
-        if count not in self._pools:
-            self._pools[count] = Threads(count)
-        return self._pools[count]
-
-    def _device(self) -> torch.device:
-        return next(self.model.parameters()).device
-
-
-def compute_all(
-    items: Sequence[Item], compute: Callable[[Sequence[Item]], list[Found]]
-) -> list[Found]:
-    """Compute all items here: the plain case of `Engine.spread`."""
-    return compute(items)
-
 
 def num_terms(batch: PackedBatch, kind: Kind) -> int:
     """Return how many terms the loss of a batch sums: examples, or scored tokens."""
     return batch.num_examples if kind == "candidates" else batch.num_scored_tokens
 
 
-def _one_sequence(example: Example, slot: int) -> Example:
-    return Example(example.row, (example.sequences[slot],), (example.scored[slot],))
+def _one_by_one(examples: Iterable[Example]) -> Iterator[Example]:
+    """Yield each sequence as an example of its own."""
+    for example in examples:
+        for sequence, spans in zip(example.sequences, example.scored, strict=True):
+            yield Example(example.row, (sequence,), (spans,))
 
 
 def _check_scores(scores: Sequence[float], row: int) -> None:

@@ -26,7 +26,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from chainlora.engine.bf16_matmul import linear, product, widened
+from chainlora.engine.matmul import linear, product, widened
 from chainlora.engine.packing import PackedBatch
 from chainlora.engine.probes import probing
 from chainlora.errors import DataError, ModelError

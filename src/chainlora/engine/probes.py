@@ -1,17 +1,16 @@
-"""What a model does, found by running it on some forty tokens against plain transformers.
+"""What a model does, found by running it on some forty tokens of plain transformers.
 
-Everything fast in this room rests on a property that many models have and some do not: that a
-position sees nothing after it, that sequences side by side in one row do not see one another, that
-nothing random is drawn. Each is asked of the model itself, in float32 at rounding tolerance,
-through all its layers, at positions of the beginning and of the end of its context.
+Everything fast rests on a property that many models have and some do not: that a position sees
+nothing after it, that nothing random is drawn, that a row does not depend on the longest one of its
+batch. Each is asked of the model itself, in float32 at rounding tolerance.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy
@@ -19,30 +18,20 @@ import torch
 from torch import Tensor, nn
 
 from chainlora.data.examples import Example
-from chainlora.engine.attention import LAYOUT, packed_name
 from chainlora.engine.float32 import computing_in_float32
-from chainlora.engine.hidden_states import packed_hidden, padded_hidden
-from chainlora.engine.limits import Limits, packing_limits, short_threshold
+from chainlora.engine.limits import short_threshold
 from chainlora.engine.packing import PackedBatch, pack
-from chainlora.engine.patching import Patches
+from chainlora.engine.padded import padded_hidden
 from chainlora.errors import ModelError
 from chainlora.models.modes import evaluation_mode, kept_random_state, training_mode
 from chainlora.models.shards import by_module
 from chainlora.models.text_config import base_model, compute_dtype, context_length, text_config
 
-# Of the norm of a hidden state. Packed and padded rows sum the same numbers in another order: some
-# 1e-6 in float32 over thirty layers (norms are float32 in a float64 model too), with a margin for
-# states that cancel. Another formula is off by a hundred times that.
-_SAME = 1e-4
-# A row whose neighbours change goes through the same operations on the same numbers. Experts alone
-# see their tokens in groups of another size.
-_UNTOUCHED = 1e-6
 # A state whose later tokens differ, half of them at least: to rounding in float32, with room for
 # experts in two bytes.
 _CAUSAL, _CAUSAL_TWO_BYTES = 1e-4, 0.1
 _FARTHEST = 2**20  # positions; for models that state no context
 _SHORT_THRESHOLD = 128  # tokens; a row beyond a longer one would take long on a CPU
-_SMALLEST_ROW = 1024  # tokens; a model that must stay below is not worth packing
 
 
 @contextmanager
@@ -55,54 +44,33 @@ def probing(model: nn.Module) -> Iterator[None]:
 Calls = dict[nn.Module, tuple[Tensor, dict[str, Any]]]
 
 
-@dataclass(frozen=True)
-class Findings:
-    """What a model was found to do."""
+@dataclass
+class Facts:
+    """What fast paths are told: how the model is to run, and what probes found."""
 
-    packed: str | None  # why packing is not the same function; None where it is
-    limits: Limits
+    states: Tensor  # hidden states [N, d] of `probe_batch`, each sequence by itself
+    failure: str | None  # why those are not in float32; None where they are
     random: str | None  # what draws random numbers while it is trained
     length: str | None  # what depends on the longest row of a batch
     threshold: int  # tokens up to which it does not
-    calls: Calls  # what the watched layers were called with in the packed row, in float32
+    is_trained: bool  # gradients will be asked for
+    most_threads: int | None = None  # that the caller allows
+    is_shared: bool = False  # each process holds a part of the weights
+    watched: list[nn.Module] = field(default_factory=list)  # whose packed calls are noted
+    calls: Calls = field(default_factory=dict)  # their last ones, in float32
+    taken: list[str] = field(default_factory=list)  # names of the paths that were applied so far
 
 
-def examine(
-    model: nn.Module, *, training: bool, packing: bool, watch: Sequence[nn.Module] = ()
-) -> Findings:
+def examine(model: nn.Module, *, training: bool) -> Facts:
     """Probe a model; its weights, modes, random state and config are as before on return.
 
     Raises:
         ModelError: it does not run on token ids alone, is not causal, or is random in evaluation.
     """
-    batch = probe_batch(model)
-    limits = packing_limits(model, batch.longest)
-    plain, failure = _plain_states(model)
-    reason = failure if packing else "speedups are off"
-    calls: Calls = {}
-    if reason is None:
-        with _recording(watch, calls):
-            reason = _why_not_packed(model, batch, plain, limits)
+    states, failure = _plain_states(model)
     drawn = random_in_training(model) if training else None
     forget_lengths(model)
-    return Findings(reason, limits, drawn, *length_dependence(model), calls)
-
-
-@contextmanager
-def _recording(layers: Sequence[nn.Module], calls: Calls) -> Iterator[None]:
-    """Note the last packed call of each layer: its hidden states and its other arguments."""
-
-    def keep(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if LAYOUT in kwargs:
-            others = {key: value for key, value in kwargs.items() if key != "hidden_states"}
-            calls[layer] = (args[0] if args else kwargs["hidden_states"], others)
-
-    handles = [layer.register_forward_pre_hook(keep, with_kwargs=True) for layer in layers]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    return Facts(states, failure, drawn, *length_dependence(model), is_trained=training)
 
 
 # --- what plain transformers computes, and whether it can be scored at all ---
@@ -116,7 +84,7 @@ def _plain_states(model: nn.Module) -> tuple[Tensor, str | None]:
     failure = None
     with probing(model), _watching_generators(model) as drawn:
         try:
-            with _computing_wide(model):
+            with computing_wide(model):
                 states = padded_hidden(model, batch)
         except Exception as error:
             failure = f"it cannot be probed in float32 ({first_line(error)})"
@@ -135,7 +103,7 @@ def _plain_states(model: nn.Module) -> tuple[Tensor, str | None]:
         )
     first, second = (states[batch.token_sequence == i][: _SHARED - 1] for i in (0, 1))
     two_bytes = states.dtype in (torch.bfloat16, torch.float16)
-    if _relative(first, second).median() > (_CAUSAL_TWO_BYTES if two_bytes else _CAUSAL):
+    if relative_difference(first, second).median() > (_CAUSAL_TWO_BYTES if two_bytes else _CAUSAL):
         raise ModelError(
             f"the model must be causal (got {name}, where a position sees the tokens after it); "
             "use a decoder, or set `is_decoder` in its config if it was trained as one"
@@ -172,60 +140,12 @@ def _padded_or_refused(model: nn.Module, batch: PackedBatch) -> Tensor:
         ) from error
 
 
-# --- sequences side by side do not see one another ---
-
-
-def _why_not_packed(
-    model: nn.Module, batch: PackedBatch, plain: Tensor, limits: Limits
-) -> str | None:
-    """Compare the packed row with `plain`, the states of every token in a padded batch."""
-    if limits.sequence < batch.longest:
-        return f"its attention window is {limits.sequence} tokens"
-    if limits.row < _SMALLEST_ROW:
-        return (
-            f"it may behave in another way beyond {limits.row} tokens (`{limits.row_field}` in its "
-            "config)"
-        )
-    patches = Patches()
-    try:
-        with probing(model), _computing_wide(model):
-            far = _at_far_positions(model, batch)
-            patches.set_attention(base_model(model), packed_name)
-            packed = packed_hidden(model, batch)
-            disturbed = packed_hidden(model, _disturbed(batch))
-    except Exception as error:  # whatever an architecture trips over, the plain path is right
-        return f"it does not run packed ({first_line(error)})"
-    finally:
-        patches.restore()
-    untouched = _untouched_rows(batch)
-    if not _relative(disturbed[untouched], packed[untouched]).max() <= _UNTOUCHED:
-        return "its layers mix tokens of neighbouring sequences"
-    by_token = packed[batch.token_row]
-    expected = torch.where((batch.token_sequence == _FAR)[:, None], far, plain)
-    if not (difference := _relative(by_token, expected).max().item()) <= _SAME:
-        return f"hidden states would differ by {difference:.1g} of their norm"
-    return None
-
-
-def _computing_wide(model: nn.Module) -> Any:
-    two_bytes = compute_dtype(model) in (torch.bfloat16, torch.float16)
-    return computing_in_float32(model) if two_bytes and not by_module(model) else nullcontext()
-
-
-def _at_far_positions(model: nn.Module, batch: PackedBatch) -> Tensor:
-    """Return [N, d], filled for the tokens of the last sequence: plain transformers, told where
-    they stand."""
-    tokens = batch.token_sequence == _FAR
-    places = batch.rows[batch.token_row[tokens]]
-    ids, positions = batch.input_ids[places][None], batch.position_ids[places][None]
-    output = base_model(model)(input_ids=ids, position_ids=positions, use_cache=False)
-    states = output.last_hidden_state[0]
-    return states.new_zeros(len(tokens), states.shape[-1]).index_put((tokens,), states)
+# --- the tokens that probes run ---
 
 
 _SHARED = 6
 _LENGTHS = (_SHARED + 3, _SHARED + 4, 6, 5)  # of the probe's sequences
-_FAR = 3  # the one that ends where the model's context does
+FAR = 3  # the one that ends where the model's context does
 
 
 def probe_batch(model: nn.Module, *, packed: bool = True) -> PackedBatch:
@@ -243,30 +163,20 @@ def probe_batch(model: nn.Module, *, packed: bool = True) -> PackedBatch:
     batch = pack(examples, share_prefixes=packed, min_shared=4)
     positions = batch.position_ids.clone()
     if packed:
-        far = batch.rows[batch.token_row[batch.token_sequence == _FAR]]
-        positions[far] += max(min(context_length(model), _FARTHEST) - 2 * _LENGTHS[_FAR], 0)
+        far = batch.rows[batch.token_row[batch.token_sequence == FAR]]
+        positions[far] += max(min(context_length(model), _FARTHEST) - 2 * _LENGTHS[FAR], 0)
     return replace(batch, position_ids=positions).to(next(model.parameters()).device)
 
 
-def _disturbed(batch: PackedBatch) -> PackedBatch:
-    """Return the batch with other tokens in its second branch and its third sequence."""
-    changed = torch.ones_like(batch.input_ids, dtype=torch.bool)
-    changed[batch.rows[_untouched_rows(batch)]] = False
-    ids = torch.where(changed, batch.input_ids.flip(0).roll(1), batch.input_ids)
-    return replace(batch, input_ids=ids)
-
-
-def _untouched_rows(batch: PackedBatch) -> Tensor:
-    """Return which of the R rows belong to the first and the last sequence."""
-    kept = (batch.token_sequence == 0) | (batch.token_sequence == _FAR)
-    rows = torch.zeros_like(batch.rows, dtype=torch.bool)
-    rows[batch.token_row[kept]] = True
-    return rows
-
-
-def _relative(mine: Tensor, theirs: Tensor) -> Tensor:
+def relative_difference(mine: Tensor, theirs: Tensor) -> Tensor:
     """Return the difference of each row, of the norm of the row."""
     return (mine - theirs).double().norm(dim=-1) / theirs.double().norm(dim=-1)
+
+
+def computing_wide(model: nn.Module) -> Any:
+    """Return a context in which a model of two-byte weights computes in float32."""
+    two_bytes = compute_dtype(model) in (torch.bfloat16, torch.float16)
+    return computing_in_float32(model) if two_bytes and not by_module(model) else nullcontext()
 
 
 # --- nothing random is drawn, nothing depends on the rest of the batch ---

@@ -11,7 +11,6 @@ import math
 from collections.abc import Iterator, Sequence
 
 from chainlora.data.examples import Example
-from chainlora.engine.hidden_states import ForwardPath
 from chainlora.engine.packing import fresh_tokens, input_sequences
 
 # Attention inside a tree of sequences is square in its size. At this many tokens it costs as much
@@ -35,7 +34,7 @@ def pack_size(examples: Sequence[Example], max_tokens: int, num_threads: int) ->
 
 
 def evaluation_batches(
-    examples: Sequence[Example], *, max_tokens: int, path: ForwardPath = ForwardPath.PACKED
+    examples: Sequence[Example], *, max_tokens: int, packed: bool
 ) -> Iterator[list[int]]:
     """Yield lists of example indices, each a pack that computes at most `max_tokens` (or a single
     example).
@@ -44,19 +43,15 @@ def evaluation_batches(
     common beginning is cut off at a length where its attention would cost more than reading the
     beginning again. Padded: longest first, counting the padding.
     """
-    return (
-        _packed_batches(examples, max_tokens)
-        if path is ForwardPath.PACKED
-        else _padded_batches(examples, max_tokens)
-    )
+    cut = _packed_batches if packed else _padded_batches
+    return cut(examples, max_tokens)
 
 
 def _packed_batches(examples: Sequence[Example], max_tokens: int) -> Iterator[list[int]]:
     inputs = [sorted(set(input_sequences(example))) for example in examples]
     batch: list[int] = []
-    tokens = tree = trunk = (
-        0  # of the pack, of its last tree, and of the beginning that this tree shares
-    )
+    # of the pack, of its last tree, and of the beginning that this tree shares
+    tokens = tree = trunk = 0
     last: tuple[int, ...] = ()
     for index in sorted(range(len(examples)), key=lambda i: (inputs[i][0], i)):
         fresh, common = fresh_tokens(inputs[index], last)

@@ -75,10 +75,7 @@ def _prepare(
     plan = make_plan(config, splits.train)
     check(config, model, splits)
     chain = _new_chain(config, model, folder)
-    engine = _new_engine(config, model)
-    engine.spread = processes.spread
-    if processes.shares_model:
-        engine.most = processes.most
+    engine = _new_engine(config, model, processes)
     try:
         base = _identity(config, chain, files)
         progress = Progress()
@@ -171,11 +168,17 @@ def _new_chain(config: RunConfig, model: Any, folder: Path) -> Chain:
     return Chain(model, seed=config.train.seed, hold=config.chain.hold, checkpoint=folder)
 
 
-def _new_engine(config: RunConfig, model: Any) -> Engine:
+def _new_engine(config: RunConfig, model: Any, processes: Processes) -> Engine:
     """LoRA's dropout draws from one generator, full gradients are as large as the model, and
     quantised layers keep state of their own."""
     threads = 1 if _needs_one_thread(config, model) else None
-    return Engine(model, speedups=config.train.speedups, training=True, threads=threads)
+    return Engine(
+        model,
+        speedups=config.train.speedups,
+        training=True,
+        threads=threads,
+        sharing=processes,
+    )
 
 
 def _identity(config: RunConfig, chain: Chain, files: Mapping[str, str]) -> dict[str, Any]:
@@ -285,7 +288,7 @@ def _announce(run: Run) -> None:
             num_steps=run.plan.num_steps,
             lengths=list(run.plan.lengths),
             rows=len(run.splits.train),
-            path=str(run.engine.path),
+            path=run.engine.path,
             threads=run.engine.num_threads,
             notes=list(run.engine.notes),
             data=run.splits.report(),

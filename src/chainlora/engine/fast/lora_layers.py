@@ -7,7 +7,7 @@ exactly Linear or Conv1D (quantised, sharded, hooked) or is itself trained, auto
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
-from chainlora.engine.patching import Patches, replacement
-from chainlora.engine.projection import (
+from chainlora.engine.fast.plugin import FastPath
+from chainlora.engine.fast.projection import (
     Computed,
     Projection,
     Wanted,
@@ -24,21 +24,36 @@ from chainlora.engine.projection import (
     input_gradient,
     project,
 )
+from chainlora.engine.patching import replacement
+from chainlora.engine.probes import Facts
 from chainlora.errors import ModelError
 
 
-def accelerate_layers(layers: Iterable[nn.Module], patches: Patches) -> int:
-    """Give these LoRA layers the fused forward, in place; return how many would take it now.
+class LoraLayers(FastPath):
+    """The fused forward for LoRA layers, which come and go while a chain is trained."""
 
-    Raises:
-        ModelError: a layer that holds no LoRA.
-    """
-    taken = 0
-    for layer in layers:
-        if not is_lora_layer(layer):
-            raise ModelError(f"only LoRA layers have a fused forward (got {type(layer).__name__})")
-        taken += patches.replace_forward(layer, _forward) and active_adapter(layer) is not None
-    return taken
+    name = "LoRA layers"
+
+    def probe(self, model: nn.Module, facts: Facts) -> str | None:
+        """Return None: every call asks anew whether it is the same function."""
+        return None
+
+    def note(self, reason: str | None) -> str | None:
+        """Say nothing: there is no LoRA on the model yet."""
+        return None
+
+    def adapt(self, layers: Sequence[nn.Module]) -> None:
+        """Give these layers the fused forward, in place.
+
+        Raises:
+            ModelError: a layer that holds no LoRA.
+        """
+        for layer in layers:
+            if not is_lora_layer(layer):
+                raise ModelError(
+                    f"only LoRA layers have a fused forward (got {type(layer).__name__})"
+                )
+            self.patches.replace_forward(layer, _forward)
 
 
 def is_lora_layer(module: nn.Module) -> bool:

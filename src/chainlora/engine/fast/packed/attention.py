@@ -24,9 +24,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from chainlora.engine.bf16_matmul import is_slow
-from chainlora.engine.layout import Group, Layout
-from chainlora.engine.matmul_attention import MatmulAttention, make_plan
+from chainlora.engine.fast.packed.layout import Group, Layout
+from chainlora.engine.fast.packed.matmul_attention import MatmulAttention, make_plan
+from chainlora.engine.matmul import is_slow
 
 NAME = "chainlora_packed"
 LAYOUT = "packed_layout"

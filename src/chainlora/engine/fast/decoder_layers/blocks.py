@@ -18,10 +18,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from chainlora.engine.fused import Turn, normalise, normalise_backward, rotate
-from chainlora.engine.layout import Layout, Rows
-from chainlora.engine.matmul_attention import attend_backward, attend_forward
-from chainlora.engine.projection import (
+from chainlora.engine.fast.decoder_layers.fused import Turn, normalise, normalise_backward, rotate
+from chainlora.engine.fast.packed.layout import Layout, Rows
+from chainlora.engine.fast.packed.matmul_attention import attend_backward, attend_forward
+from chainlora.engine.fast.projection import (
     Computed,
     Projection,
     Wanted,

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from chainlora.engine.bf16_matmul import add_product_, linear, product
+from chainlora.engine.matmul import add_product_, linear, product
 
 
 class Projection(NamedTuple):

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from chainlora.engine.bf16_matmul import is_slow
-from chainlora.engine.layout import Layout
+from chainlora.engine.fast.packed.layout import Layout
+from chainlora.engine.matmul import is_slow
 
 Probabilities = list[Tensor | None]  # by group; None where they are made again in backward
 

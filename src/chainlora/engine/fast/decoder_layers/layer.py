@@ -15,22 +15,23 @@ checkpointing the halves keep their input alone and compute the rest again in ba
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.activations import SiLUActivation
 
-from chainlora.engine.attention import LAYOUT, attend, packed_name
-from chainlora.engine.blocks import Attention, Mlp, attention_block, mlp_block
+from chainlora.engine.fast.decoder_layers.blocks import Attention, Mlp, attention_block, mlp_block
+from chainlora.engine.fast.decoder_layers.fused import RmsNorm, Rotary, SwiGlu, Turn, make_turn
+from chainlora.engine.fast.lora_layers import is_lora_layer, projection_of
+from chainlora.engine.fast.packed.attention import LAYOUT, attend
+from chainlora.engine.fast.packed.layout import Layout, Rows
+from chainlora.engine.fast.plugin import PACKED, FastPath
+from chainlora.engine.fast.projection import Projection
 from chainlora.engine.float32 import widened
-from chainlora.engine.fused import RmsNorm, Rotary, SwiGlu, Turn, make_turn
-from chainlora.engine.layout import Layout, Rows
-from chainlora.engine.lora_layer import is_lora_layer, projection_of
-from chainlora.engine.patching import Patches, installed, replacement
-from chainlora.engine.probes import Calls, first_line, probing
-from chainlora.engine.projection import Projection
+from chainlora.engine.patching import installed, replacement
+from chainlora.engine.probes import Facts, first_line, probing
 from chainlora.models.modes import evaluation_mode, training_mode
 from chainlora.models.shards import whole
 from chainlora.models.text_config import base_model, text_config
@@ -46,48 +47,58 @@ _SAME = 1e-4
 _TURN = "turn"  # where a layout keeps the rotation's tables
 
 
-def install_fast_layers(model: nn.Module, patches: Patches) -> int:
-    """Give every decoder layer the faster forward, in place; return how many have it."""
-    layers = _layers(model)
-    functions = [*[_forward] * (len(layers) - 1), _last_forward]
-    return sum(map(patches.replace_forward, layers, functions))
+class DecoderLayers(FastPath):
+    """A faster forward for every decoder layer of Llama's shape, in a packed row."""
 
+    name = "fast decoder layers"
+    needs = PACKED
 
-def layers_to_probe(model: nn.Module) -> list[Any]:
-    """Return the layers whose calls `why_plain_layers` needs: one of each kind, and the last.
+    def __init__(self) -> None:
+        super().__init__()
+        self._watched: list[nn.Module] = []
 
-    Layers of one model can differ (every fourth layer of SmolLM3 has no rotary embedding); alike
-    are those that do not differ in anything but their weights. Empty where one is not of the shape.
-    """
-    layers = _layers(model)
-    if not layers or not all(map(_has_shape, layers)):
-        return []
-    return list(dict.fromkeys([*_distinct(layers, text_config(model)), layers[-1]]))
+    def watched(self, model: nn.Module) -> Sequence[nn.Module]:
+        """Return one layer of each kind, and the last; none where a layer is not of the shape.
 
+        Layers of one model can differ (every fourth layer of SmolLM3 has no rotary embedding);
+        alike are those that do not differ in anything but their weights.
+        """
+        layers = _layers(model)
+        if layers and all(map(_has_shape, layers)):
+            kinds = _distinct(layers, text_config(model))
+            self._watched = list(dict.fromkeys([*kinds, layers[-1]]))
+        return self._watched
 
-def why_plain_layers(model: nn.Module, calls: Calls, *, training: bool) -> str | None:
-    """Return why the decoder layers of `model` must keep their own forward, None where the faster
-    one is the same function.
+    def probe(self, model: nn.Module, facts: Facts) -> str | None:
+        """Return why the layers must keep their own forward, None where ours is the same function.
 
-    Asked of `layers_to_probe`, in float32, on `calls`: what each was called with in a packed row
-    whose positions begin and end the model's context; in training mode if it is to be trained.
-    """
-    if not calls:
-        return "they are not of Llama's shape"
-    layers, patches = _layers(model), Patches()
-    patches.set_attention(base_model(model), packed_name)
-    try:
-        for layer, (hidden, kwargs) in calls.items():
-            with whole(layer):
-                found = _probe(layer, hidden, kwargs, training)
-            if not found <= _SAME:
-                index = layers.index(layer)
-                return f"the fast forward of layer {index} differs by {found:.1g} of its output"
-    except Exception as error:  # whatever an architecture trips over, its own forward is right
-        return f"the probe failed ({first_line(error)})"
-    finally:
-        patches.restore()
-    return None
+        Asked of the `watched` layers, in float32, with what each was called with in a packed row
+        whose positions begin and end the model's context; in training mode if it is to be trained.
+        """
+        if facts.random is not None:
+            return facts.random
+        layers = _layers(model)
+        calls = {layer: facts.calls[layer] for layer in self._watched if layer in facts.calls}
+        if not calls:
+            return "they are not of Llama's shape"
+        try:
+            for layer, (hidden, kwargs) in calls.items():
+                with whole(layer):
+                    found = _probe(layer, hidden, kwargs, facts.is_trained)
+                if not found <= _SAME:
+                    index = layers.index(layer)
+                    return f"the fast forward of layer {index} differs by {found:.1g} of its output"
+        except Exception as error:  # whatever an architecture trips over, its own forward is right
+            return f"the probe failed ({first_line(error)})"
+        return None
+
+    def apply(self, model: nn.Module) -> None:
+        """Give every decoder layer the faster forward."""
+        layers = _layers(model)
+        for layer, function in zip(
+            layers, [*[_forward] * (len(layers) - 1), _last_forward], strict=True
+        ):
+            self.patches.replace_forward(layer, function)
 
 
 def _distinct(layers: list[Any], config: Any) -> list[Any]:

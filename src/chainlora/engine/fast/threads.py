@@ -1,4 +1,4 @@
-"""Micro-batches side by side on the cores of a CPU, instead of all cores on every matmul.
+"""For CPUs only: micro-batches side by side on the cores, instead of all cores on every matmul.
 
 Cores that share each matmul of a small model wait for one another between any two: on two cores a
 step of a 135M Llama keeps 1.6 of them busy. Here a thread with its share of the cores takes whole
@@ -6,7 +6,7 @@ sequences through forward and backward alone, one shard of the batch at a time. 
 in the order of the shards, so the same run gives the same bits, whichever thread ends first.
 
 One thread, the calling one, remains wherever several could be wrong or do not pay
-(`why_one_thread`, `split`).
+(`CoreThreads.probe`, `split`).
 """
 
 from __future__ import annotations
@@ -14,17 +14,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
-from typing import TypeVar
 
 import torch
 from torch import nn
 
 from chainlora.data.examples import Example
-from chainlora.engine.hidden_states import ForwardPath
+from chainlora.engine.fast.plugin import PACKED, FastPath, Item, Result
 from chainlora.engine.packing import fresh_tokens, input_sequences
+from chainlora.engine.probes import Facts
 
-_Item = TypeVar("_Item")
-_Result = TypeVar("_Result")
 _Inputs = list[tuple[int, ...]]
 
 # Between operations Python runs one thread at a time: many would wait for that. Two were measured;
@@ -40,6 +38,68 @@ _SHARD = 384
 _WORTH = 1.15
 
 
+class CoreThreads(FastPath):
+    """Threads that take the shards of a micro-batch, or the packs to be scored, one by one."""
+
+    name = "threads"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._pools: dict[int, Threads] = {}
+        self._why_one: str | None = None
+
+    def probe(self, model: nn.Module, facts: Facts) -> str | None:
+        """Return why one thread computes everything.
+
+        What is random in training alone leaves one thread to train and several to score in between.
+        """
+        reason = self._why_one = _why_one_thread(model, facts)
+        if reason is None:
+            allowed = facts.most_threads or MOST_THREADS
+            self.num_scoring_threads = min(torch.get_num_threads(), MOST_THREADS, allowed)
+            self._why_one = facts.random
+            self.num_threads = 1 if facts.random else self.num_scoring_threads
+        return reason
+
+    def undo(self) -> None:
+        """End the threads."""
+        for pool in self._pools.values():
+            pool.close()
+        self._pools.clear()
+
+    def note(self, reason: str | None) -> str | None:
+        """Return how many threads train, and why not more."""
+        reason = reason or self._why_one
+        return f"{self.name}: {self.num_threads}{', ' + reason if reason else ''}"
+
+    def split(self, examples: Sequence[Example]) -> list[list[int]] | None:
+        """Return the shards that threads take one by one, always the same."""
+        return split(examples, self.num_threads) if self.num_threads > 1 else None
+
+    def map(
+        self, function: Callable[[Item], Result], items: Iterable[Item], *, training: bool
+    ) -> Iterator[Result] | None:
+        """Return what the threads return, in the order of the items."""
+        count = self.num_threads if training else self.num_scoring_threads
+        if count == 1:
+            return None
+        if count not in self._pools:
+            self._pools[count] = Threads(count)
+        return self._pools[count].map(function, items)
+
+
+def _why_one_thread(model: nn.Module, facts: Facts) -> str | None:
+    if facts.is_shared:
+        return "processes share the weights"
+    if next(model.parameters()).device.type != "cpu":
+        return "the model is not on a CPU"
+    if torch.get_num_threads() == 1:
+        return "torch has one thread"
+    if PACKED not in facts.taken:
+        return "rows are padded"
+    return facts.length
+
+
 class Threads:
     """`count` threads, each with its share of this thread's cores. One thread is the calling one.
 
@@ -50,9 +110,7 @@ class Threads:
         self.count = max(count, 1)
         self._pool: ThreadPoolExecutor | None = None
 
-    def map(
-        self, function: Callable[[_Item], _Result], items: Iterable[_Item]
-    ) -> Iterator[_Result]:
+    def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
         """Yield ``function(item)`` in the order of items, at most two items a thread ahead of
         the caller.
 
@@ -91,20 +149,6 @@ class Threads:
             setup, name = torch.set_num_threads, "chainlora"
             self._pool = ThreadPoolExecutor(self.count, name, setup, (share,))
         return self._pool
-
-
-def why_one_thread(model: nn.Module, path: ForwardPath, *reasons: str | None) -> str | None:
-    """Return why this model must not, or need not, run in several threads; None where it may.
-
-    `reasons` are what probes found against it, None for nothing.
-    """
-    if next(model.parameters()).device.type != "cpu":
-        return "the model is not on a CPU"
-    if torch.get_num_threads() == 1:
-        return "torch has one thread"
-    if path is not ForwardPath.PACKED:
-        return "rows are padded"
-    return next((reason for reason in reasons if reason), None)
 
 
 def split(examples: Sequence[Example], count: int) -> list[list[int]]:

@@ -1,0 +1,1 @@
+"""A faster forward for decoder layers of Llama's shape."""

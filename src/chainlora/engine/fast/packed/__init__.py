@@ -1,0 +1,1 @@
+"""Sequences side by side in one row, without padding, common beginnings computed once."""
