@@ -77,10 +77,10 @@ def evaluate(
     check_run_or_model(run_or_model, links)
     quiet()
     from chainlora.cli.progress import evaluation_progress
-    from chainlora.evaluation.own_rows import evaluate_rows
+    from chainlora.evaluation.scoring import evaluate_task
 
     with evaluation_progress() as progress:
-        result = evaluate_rows(
+        result = evaluate_task(
             run_or_model,
             chosen,
             data=data,

@@ -118,11 +118,11 @@ def _speaker(
     if top_p < 1 and temperature == 0:
         raise click.UsageError("--top-p needs --temperature above 0: at 0 no token is drawn")
     quiet()
-    from chainlora.evaluation.streaming import Sampling, Speaker
+    from chainlora.evaluation.streaming import Decoding, Speaker
     from chainlora.runs.opening import load_run_or_model
 
     model, tokenizer = load_run_or_model(run_or_model, num_links=links, dtype=dtype)
-    return Speaker(model, tokenizer, Sampling(temperature, top_p, max_new_tokens, seed))
+    return Speaker(model, tokenizer, Decoding(temperature, top_p, max_new_tokens, seed))
 
 
 def _write(piece: str) -> None:

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -28,6 +28,7 @@ from chainlora.evaluation.metrics import (
     LOSS_METRICS,
     TEXT_METRICS,
     check_metrics,
+    cross_entropy,
     perplexity,
 )
 from chainlora.files import make_folder, write_text
@@ -88,34 +89,42 @@ def evaluate(
     """
     names = check_metrics(metrics)
     examples = list(examples)
-    classify = _are_labelled(examples)
-    with _engine_for(model, engine) as runner:
-        if classify:
-            return _evaluate_candidates(runner, examples, names, tokenizer, max_tokens, progress)
-        _refuse(
-            [name for name in names if name in INDEX_METRICS],
-            "rows with a right candidate",
-            "rows without",
+    is_labelled = _are_labelled(examples)
+    _check_names(names, is_labelled=is_labelled)
+    with nullcontext(engine) if engine else Engine(model, training=False) as runner:
+        asked = _Asked(
+            runner, examples, names, tokenizer, max_tokens, max_new_tokens, stop, progress
         )
-        generate = [name for name in names if name in TEXT_METRICS]
-        if not generate:
-            return _evaluate_likelihood(runner, examples, max_tokens, progress)
-        scored = None
-        if any(name in LOSS_METRICS for name in names):
-            scored = _evaluate_likelihood(runner, examples, max_tokens, _none_done(progress))
-        found = _evaluate_generation(
-            runner, examples, generate, tokenizer, max_tokens, max_new_tokens, stop, progress
-        )
-    return found if scored is None else _with_scores(found, scored)
+        if is_labelled:
+            return _by_candidates(asked)
+        if not asked.of_text:
+            return _by_likelihood(asked)
+        if not any(name in LOSS_METRICS for name in names):
+            return _by_answers(asked)
+        scored = _by_likelihood(replace(asked, progress=_none_done(progress)))
+        return _with_scores(_by_answers(asked), scored)
 
 
-@contextmanager
-def _engine_for(model: nn.Module, engine: Engine | None) -> Iterator[Engine]:
-    if engine is not None:
-        yield engine
-        return
-    with Engine(model, training=False) as own:
-        yield own
+@dataclass(frozen=True)
+class _Asked:
+    """The arguments of `evaluate`, by their names there."""
+
+    engine: Engine
+    examples: list[Example]
+    names: tuple[str, ...]
+    tokenizer: PreTrainedTokenizerBase | None
+    max_tokens: int
+    max_new_tokens: int
+    stop: str | None
+    progress: ScoringProgress | None
+
+    @property
+    def of_text(self) -> list[str]:
+        """The metrics that compare answers in words."""
+        return [name for name in self.names if name in TEXT_METRICS]
+
+    def scores(self) -> list[list[float]]:
+        return self.engine.scores(self.examples, max_tokens=self.max_tokens, progress=self.progress)
 
 
 def write_predictions(path: str | FilePath, evaluation: Evaluation) -> None:
@@ -131,28 +140,19 @@ def write_predictions(path: str | FilePath, evaluation: Evaluation) -> None:
 # --- the three kinds of rows ---
 
 
-def _evaluate_candidates(
-    engine: Engine,
-    examples: Sequence[Example],
-    names: Sequence[str],
-    tokenizer: PreTrainedTokenizerBase | None,
-    max_tokens: int,
-    progress: ScoringProgress | None,
-) -> Evaluation:
-    _refuse(
-        [name for name in names if name == "perplexity"],
-        "rows without candidates",
-        "rows with them",
-    )
-    text_names = [name for name in names if name in TEXT_METRICS]
-    scores = engine.scores(examples, max_tokens=max_tokens, progress=progress)
+def _by_candidates(asked: _Asked) -> Evaluation:
+    """Choose the likeliest candidate of each row."""
+    examples, scores = asked.examples, asked.scores()
     labels = [int(example.label) for example in examples if example.label is not None]
     chosen = [_best(row) for row in scores]
-    found = {name: INDEX_METRICS[name](labels, chosen) for name in names if name in INDEX_METRICS}
-    if text_names:
-        texts = [_candidate_text(e, i, tokenizer) for e, i in zip(examples, chosen, strict=True)]
-        found |= _text_metrics(text_names, texts, examples)
-    found["loss"] = math.fsum(map(_cross_entropy, scores, labels)) / len(examples)
+    found = {
+        name: INDEX_METRICS[name](labels, chosen) for name in asked.names if name in INDEX_METRICS
+    }
+    if asked.of_text:
+        pairs = zip(examples, chosen, strict=True)
+        texts = [_candidate_text(example, i, asked.tokenizer) for example, i in pairs]
+        found |= _text_metrics(asked, texts)
+    found["loss"] = math.fsum(map(cross_entropy, scores, labels)) / len(examples)
     predictions = [
         {"row": example.row, "label": example.label, "prediction": choice, "scores": row}
         for example, choice, row in zip(examples, chosen, scores, strict=True)
@@ -160,21 +160,12 @@ def _evaluate_candidates(
     return Evaluation(found, len(examples), predictions)
 
 
-def _evaluate_likelihood(
-    engine: Engine,
-    examples: Sequence[Example],
-    max_tokens: int,
-    progress: ScoringProgress | None,
-) -> Evaluation:
-    scores = engine.scores(examples, max_tokens=max_tokens, progress=progress)
-    counts = [
-        [sum(end - start for start, end in spans) for spans in example.scored]
-        for example in examples
-    ]
-    total = math.fsum(
-        -s * n for row, ns in zip(scores, counts, strict=True) for s, n in zip(row, ns, strict=True)
-    )
-    loss = total / sum(map(sum, counts))
+def _by_likelihood(asked: _Asked) -> Evaluation:
+    """Score the text of each row: the loss is per token, over all rows."""
+    examples, scores = asked.examples, asked.scores()
+    counts = [sum(end - start for start, end in example.scored[0]) for example in examples]
+    total = math.fsum(-row[0] * count for row, count in zip(scores, counts, strict=True))
+    loss = total / sum(counts)
     predictions: list[dict[str, Any]] = [
         {"row": example.row, "label": None, "prediction": None, "scores": row}
         for example, row in zip(examples, scores, strict=True)
@@ -182,33 +173,26 @@ def _evaluate_likelihood(
     return Evaluation({"loss": loss, "perplexity": perplexity(loss)}, len(examples), predictions)
 
 
-def _evaluate_generation(
-    engine: Engine,
-    examples: Sequence[Example],
-    names: Sequence[str],
-    tokenizer: PreTrainedTokenizerBase | None,
-    max_tokens: int,
-    max_new_tokens: int,
-    stop: str | None,
-    progress: ScoringProgress | None,
-) -> Evaluation:
-    done = 0
+def _by_answers(asked: _Asked) -> Evaluation:
+    """Let the model answer each prompt, and compare with the references."""
+    examples, engine, done = asked.examples, asked.engine, 0
+    tokenizer = _required(asked.tokenizer)
 
-    def advance(count: int) -> None:
+    def advance(number: int) -> None:
         nonlocal done
-        done += count
-        if progress is not None:
-            progress(done, len(examples))
+        done += number
+        if asked.progress is not None:
+            asked.progress(done, len(examples))
 
     def generate(prompts: Sequence[Any]) -> list[str]:
         with engine.plain() as model:
             return generate_greedy(
                 causal_model(model),
-                _required(tokenizer),
+                tokenizer,
                 prompts,
-                max_new_tokens=max_new_tokens,
-                stop=stop,
-                max_tokens=max_tokens,
+                max_new_tokens=asked.max_new_tokens,
+                stop=asked.stop,
+                max_tokens=asked.max_tokens,
                 progress=advance,
                 most=engine.most,
             )
@@ -216,15 +200,15 @@ def _evaluate_generation(
     texts: list[str] = engine.spread([example.prompt for example in examples], generate)
     predictions: list[dict[str, Any]] = [
         {
-            "row": e.row,
+            "row": example.row,
             "label": None,
             "prediction": text,
             "scores": [],
-            "references": list(e.references),
+            "references": list(example.references),
         }
-        for e, text in zip(examples, texts, strict=True)
+        for example, text in zip(examples, texts, strict=True)
     ]
-    return Evaluation(_text_metrics(names, texts, examples), len(examples), predictions)
+    return Evaluation(_text_metrics(asked, texts), len(examples), predictions)
 
 
 # --- parts of them ---
@@ -263,11 +247,17 @@ def _are_labelled(examples: Sequence[Example]) -> bool:
     return labelled[0]
 
 
-def _refuse(names: Sequence[str], needed: str, given: str) -> None:
-    if names:
-        raise ConfigError(
-            f"metric {names[0]!r} needs {needed} (got {given}); ask for another metric"
-        )
+def _check_names(names: Sequence[str], *, is_labelled: bool) -> None:
+    """Raise ConfigError for a metric that rows with (or without) a label cannot give."""
+    unfit = ["perplexity"] if is_labelled else list(INDEX_METRICS)
+    needed, given = "rows with a right candidate", "rows without"
+    if is_labelled:
+        needed, given = "rows without candidates", "rows with them"
+    for name in names:
+        if name in unfit:
+            raise ConfigError(
+                f"metric {name!r} needs {needed} (got {given}); ask for another metric"
+            )
 
 
 def _required(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
@@ -278,21 +268,18 @@ def _required(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerB
     return tokenizer
 
 
-def _text_metrics(
-    names: Sequence[str], texts: Sequence[str], examples: Sequence[Example]
-) -> dict[str, float]:
-    for example in examples:
+def _text_metrics(asked: _Asked, texts: Sequence[str]) -> dict[str, float]:
+    for example in asked.examples:
         if not example.references:
             raise DataError(
-                f"metric {names[0]!r} needs gold answers (got none at row {example.row}); give "
-                "references"
+                f"metric {asked.of_text[0]!r} needs gold answers (got none at row {example.row}); "
+                "give references"
             )
+    pairs = list(zip(texts, asked.examples, strict=True))
     return {
-        name: math.fsum(
-            TEXT_METRICS[name](t, e.references) for t, e in zip(texts, examples, strict=True)
-        )
-        / len(texts)
-        for name in names
+        name: math.fsum(TEXT_METRICS[name](text, each.references) for text, each in pairs)
+        / len(pairs)
+        for name in asked.of_text
     }
 
 
@@ -310,11 +297,3 @@ def _candidate_text(example: Example, index: int, tokenizer: PreTrainedTokenizer
 def _best(scores: Sequence[float]) -> int:
     """Return the index of the largest score, the lowest among equals."""
     return max(range(len(scores)), key=lambda i: (scores[i], -i))
-
-
-def _cross_entropy(scores: Sequence[float], label: int) -> float:
-    """Return −log softmax(scores)[label]."""
-    top = max(scores)
-    if top == -math.inf:
-        return math.log(len(scores))
-    return top + math.log(math.fsum(math.exp(score - top) for score in scores)) - scores[label]

@@ -66,6 +66,14 @@ def _bag_f1(prediction: str, reference: str) -> float:
     return 2 * common / (len(answer) + len(gold))
 
 
+def cross_entropy(scores: Sequence[float], label: int) -> float:
+    """Return −log softmax(scores)[label]."""
+    top = max(scores)
+    if top == -math.inf:
+        return math.log(len(scores))
+    return top + math.log(math.fsum(math.exp(score - top) for score in scores)) - scores[label]
+
+
 def perplexity(loss: float) -> float:
     """Return exp(loss), infinite where that overflows."""
     try:

@@ -1,4 +1,4 @@
-"""Score a run or a model on a task: from a name to metrics, in one call."""
+"""Score a run or a model on a task, on a file of rows, or on the rows a run was configured with."""
 
 from __future__ import annotations
 
@@ -6,24 +6,26 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from chainlora.config.schema import DataConfig
 from chainlora.data.examples import Example
-from chainlora.data.splits import Splits, encode_split, task_split_source
-from chainlora.data.tasks import Task
+from chainlora.data.splits import SPLITS, Splits, encode_split, prepare_splits, task_split_source
+from chainlora.data.tasks import Task, load_task
 from chainlora.engine.engine import Engine, Speedups
+from chainlora.errors import ConfigError, RunError
 from chainlora.evaluation.evaluate import evaluate, write_predictions
 from chainlora.evaluation.metrics import INDEX_METRICS, majority_rate
 from chainlora.files import check_writable
-from chainlora.models.loading import load_model
 from chainlora.models.text_config import context_length
-from chainlora.runs.export import load_run
+from chainlora.runs.opening import load_run_or_model
 from chainlora.runs.reading import RunReader
+
+Encode = Callable[[Any, int], tuple[Task | Splits, Sequence[Example]]]
+"""From a tokenizer and the model's context to what is asked, and the rows as tokens."""
 
 
 def evaluate_task(
     run_or_model: str | Path,
-    task: Task,
+    task: Task | None = None,
     *,
     data: str | None = None,
     split: str = "validation",
@@ -36,46 +38,31 @@ def evaluate_task(
 ) -> dict[str, Any]:
     """Return `task`, `split`, `rows` and `metrics` of a run directory's chain, or of any model.
 
-    The first `limit` rows of the split are scored, in file order, from the folder or file `data` or
-    the Hub. A run reads its own task as it did in training: length, truncation and demonstrations.
-    `num_links` takes a run's chain as it was then; `dtype` defaults to the run's own, or float32.
-    `predictions` names a file for one JSON line a row. ``speedups="off"`` runs plain transformers:
-    no packing, no faster forwards, one thread.
+    Args:
+        run_or_model: a run directory, or a model as `load_model` takes it.
+        task: what is asked. A run reads its own task as it did in training: length, truncation and
+            demonstrations. None: the run's own rows, read as in training.
+        data: a folder or file of rows; None: the run's, or the Hub's. Without a task, rows of the
+            run's task if it has one, else of its format; a model reads them by the default format.
+        split: which rows of those.
+        limit: the first so many rows, in file order.
+        num_links: the chain as it was then.
+        dtype: of the weights; defaults to the run's own, or float32.
+        predictions: a file for one JSON line a row.
+        speedups: ``off`` runs plain transformers: no packing, no faster forwards, one thread.
+        progress: called as ``progress(rows_done, rows)``.
     """
     if predictions is not None:
         check_writable(Path(predictions).parent)  # before the work
-    path_of_run = Path(run_or_model)
-    run = RunReader(path_of_run) if (path_of_run / "chain.json").is_file() else None
-    rows = task_split_source(task, data, split, limit)
-    if run is not None:
-        model, tokenizer = load_run(run_or_model, num_links=num_links, dtype=dtype, as_trained=True)
+    config = _config_of(run_or_model)
+    if task is None and data is not None and config is not None and config.task is not None:
+        task = load_task(config.task)
+    if task is not None:
+        encode = _rows_of_task(task, config, data, split, limit)
     else:
-        model, tokenizer = load_model(run_or_model, getattr(torch, dtype or "float32"))
-    own = run.config().data if run is not None and run.manifest().has_run else None
-    examples = encode_split(task, rows, tokenizer, context_length(model), own)
-    count, metrics = score_rows(
-        model,
-        tokenizer,
-        examples,
-        task,
-        predictions=predictions,
-        speedups=speedups,
-        progress=progress,
-    )
-    return {"task": task.name, "split": split, "rows": count, "metrics": metrics}
-
-
-def score_rows(
-    model: Any,
-    tokenizer: Any,
-    rows: Sequence[Example],
-    asked: Task | Splits,
-    *,
-    predictions: str | Path | None,
-    speedups: Speedups,
-    progress: Callable[[int, int], None] | None,
-) -> tuple[int, dict[str, float]]:
-    """Return the number of rows and their metrics, as a task or a run's rows ask for them."""
+        encode = _own_rows(run_or_model, config, data, split, limit)
+    model, tokenizer = load_run_or_model(run_or_model, num_links=num_links, dtype=dtype)
+    asked, rows = encode(tokenizer, context_length(model))
     with Engine(model, speedups=speedups, training=False) as engine:
         found = evaluate(
             model,
@@ -92,4 +79,61 @@ def score_rows(
     metrics = dict(found.metrics)
     if asked.metric in INDEX_METRICS:
         metrics["majority"] = majority_rate(rows)
-    return found.num_rows, metrics
+    is_file = task is None and data is not None and not Path(data).is_dir()
+    if task is None and config is not None and config.task is not None:
+        task = load_task(config.task)
+    return {
+        "task": None if task is None else task.name,
+        "split": data if is_file else split,
+        "rows": found.num_rows,
+        "metrics": metrics,
+    }
+
+
+def _config_of(run_or_model: str | Path) -> DataConfig | None:
+    """Return what a run says of its rows, None for a model or a saved chain."""
+    if not (Path(run_or_model) / "chain.json").is_file():
+        return None
+    reader = RunReader(run_or_model)
+    return reader.config().data if reader.manifest().has_run else None
+
+
+def _rows_of_task(
+    task: Task, config: DataConfig | None, data: str | None, split: str, limit: int | None
+) -> Encode:
+    """Find the rows of a task; return what tokenises them."""
+    source = task_split_source(task, data, split, limit)
+
+    def encode(tokenizer: Any, context: int) -> tuple[Task, Sequence[Example]]:
+        return task, encode_split(task, source, tokenizer, context, config)
+
+    return encode
+
+
+def _own_rows(
+    run: str | Path, config: DataConfig | None, data: str | None, split: str, limit: int | None
+) -> Encode:
+    """Find a run's own rows, or those of a file in its format; return what tokenises them."""
+    config = config or DataConfig(train=data or "")
+    if split not in SPLITS:
+        raise ConfigError(
+            f"`split` of a run's own rows must be one of {', '.join(SPLITS)} (got {split!r}); name "
+            "one, or a task"
+        )
+    from_files = config.task is None or config.train is not None
+    if from_files and data is None and not getattr(config, split):
+        raise RunError(
+            f"a run scored on its own rows must have some (got no data.{split} in the config of "
+            f"{run}); name another --split, or a file as --data"
+        )
+    if data is not None:
+        config = config.model_copy(update={split: data, f"num_{split}": limit})
+    elif from_files:
+        counts = [n for n in (getattr(config, f"num_{split}"), limit) if n is not None]
+        config = config.model_copy(update={f"num_{split}": min(counts, default=None)})
+
+    def encode(tokenizer: Any, context: int) -> tuple[Splits, Sequence[Example]]:
+        splits = prepare_splits(config, tokenizer, context, to_score=split)
+        return splits, getattr(splits, split)[:limit]
+
+    return encode

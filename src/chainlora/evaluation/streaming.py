@@ -22,7 +22,7 @@ Message = dict[str, str]
 
 
 @dataclass(frozen=True)
-class Sampling:
+class Decoding:
     """How the next token is chosen: the likeliest one at `temperature` 0, else drawn.
 
     `top_p` draws from the likeliest tokens that together have this probability (arXiv 1904.09751).
@@ -51,11 +51,11 @@ class Sampling:
 class Speaker:
     """A model that answers, each piece of text given to `write` as soon as it is whole."""
 
-    def __init__(self, model: Any, tokenizer: Any, sampling: Sampling | None = None) -> None:
+    def __init__(self, model: Any, tokenizer: Any, decoding: Decoding | None = None) -> None:
         self.model = to_accelerator(model)
         self.tokenizer = tokenizer
-        self.sampling = sampling or Sampling()
-        self._generator = torch.Generator().manual_seed(self.sampling.seed)
+        self.decoding = decoding or Decoding()
+        self._generator = torch.Generator().manual_seed(self.decoding.seed)
 
     def complete(self, prompt: str, write: Callable[[str], None]) -> str:
         """Continue a text. Raises DataError for one that is empty or fills the context."""
@@ -69,7 +69,7 @@ class Speaker:
         system = [each for each in messages if each["role"] == "system"]
         turns = [each for each in messages if each["role"] != "system"]
         context = context_length(self.model)
-        room = context - min(self.sampling.max_new_tokens, context // 2)
+        room = context - min(self.decoding.max_new_tokens, context // 2)
         ids = self._chat_ids([*system, *turns])
         while len(ids) > room and len(turns) > 2:
             turns = turns[2:]  # a question and its answer
@@ -105,7 +105,7 @@ class Speaker:
                 f"the prompt must leave room in the context of {context_length(self.model)} tokens "
                 f"(got {len(ids)}); shorten it"
             )
-        config = self._config(min(self.sampling.max_new_tokens, room), ends)
+        config = self._config(min(self.decoding.max_new_tokens, room), ends)
         prompt = torch.tensor([ids], device=self.model.device)
         with torch.random.fork_rng(), own_config(self.model, config):
             torch.manual_seed(int(torch.randint(2**31, (), generator=self._generator)))
@@ -123,10 +123,10 @@ class Speaker:
         own = own if isinstance(own, list) else [own]
         found = [end for end in dict.fromkeys([*own, *ends]) if end is not None]
         config.eos_token_id = found or None
-        if self.sampling.temperature > 0:
+        if self.decoding.temperature > 0:
             config.do_sample = True
-            config.temperature = self.sampling.temperature
-            config.top_p, config.top_k = self.sampling.top_p, 0
+            config.temperature = self.decoding.temperature
+            config.top_p, config.top_k = self.decoding.top_p, 0
         return config
 
 

@@ -8,11 +8,11 @@ ones, and the chain ends there.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from chainlora.evaluation.evaluate import Evaluation
+from chainlora.evaluation.metrics import cross_entropy
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,5 @@ def gain(before: Evaluation, after: Evaluation) -> Gain:
 
 def row_loss(prediction: dict[str, Any]) -> float:
     """Return a row's loss: of its right candidate among all of them, or a token's on average."""
-    scores: Sequence[float] = prediction["scores"]
-    if prediction["label"] is None:
-        return -scores[0]
-    top = max(scores)
-    total = math.fsum(math.exp(score - top) for score in scores)
-    return top + math.log(total) - scores[prediction["label"]]
+    scores, label = prediction["scores"], prediction["label"]
+    return -scores[0] if label is None else cross_entropy(scores, label)
