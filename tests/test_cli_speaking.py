@@ -73,6 +73,25 @@ def test_generate_reads_a_prompt_from_stdin_and_a_plain_model(chainlora, tiny_fo
     assert outcome.out == chainlora(*asked, "--prompt", PROMPT).out
 
 
+def test_without_a_limit_the_rows_of_a_run_give_one_and_say_how_prompts_end(
+    chainlora, tiny_folder, sentiment, tmp_path
+):
+    rows = [{"prompt": f"cat {n} sat on a", "completion": " red birds fly"} for n in range(9)]
+    data = {"train": str(write_rows(tmp_path / "rows.jsonl", rows))}
+    tree = settings(tiny_folder, sentiment, tmp_path / "run", chain={"ranks": [2], "steps": [1]})
+    train(make_config(tree | {"data": data}))
+    asked = ("generate", tmp_path / "run", "--prompt")
+    right = chainlora(*asked, "cat 3 sat on a")
+    assert right.err == (  # a link of one step knows no end
+        "chainlora: the answer was cut after 32 tokens; --max-new-tokens allows more\n"
+    )
+    assert right.out == chainlora(*asked, "cat 3 sat on a", "--max-new-tokens", 32).out
+    hint = "chainlora: the run's rows have prompts that end in ' sat on a', and this one does not"
+    assert chainlora(*asked, "cat 3", "--max-new-tokens", 3).err.startswith(hint)
+    (tmp_path / "rows.jsonl").unlink()  # a run that was moved says nothing of its rows
+    assert "after 112 tokens" not in chainlora(*asked, "cat 3").err
+
+
 def test_drawn_tokens_depend_on_the_seed_alone(chainlora, tiny_folder):
     asked = ("generate", tiny_folder, "--prompt", PROMPT, "--max-new-tokens", 16)
     drawn = ("--temperature", 2, "--top-p", 0.9, "--seed")

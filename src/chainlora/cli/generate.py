@@ -5,12 +5,20 @@ from __future__ import annotations
 import io
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
-from chainlora.cli.common import HELP, json_option, print_json, quiet
+from chainlora.cli.common import HELP, json_option, print_json, quiet, to_stderr
 from chainlora.cli.runs import check_run_or_model
+
+if TYPE_CHECKING:
+    from chainlora.evaluation.streaming import Speaker
+    from chainlora.evaluation.training_rows import RowFacts
+
+
+_MOST = 256  # tokens of an answer, as transformers' own text generation has it
+_FEWEST = 32  # that the rows of a run lower it to
 
 
 def _speaking_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -26,9 +34,9 @@ def _speaking_options(command: Callable[..., None]) -> Callable[..., None]:
         click.option(
             "--max-new-tokens",
             type=click.IntRange(min=1),
-            default=256,
-            show_default=True,
-            help="Most tokens of an answer.",
+            default=None,
+            help=f"Most tokens of an answer. Default: {_MOST}; of `generate` twice the longest "
+            "completion of the run's rows, if that is less.",
         ),
         click.option(
             "--temperature",
@@ -72,12 +80,23 @@ def generate(run_or_model: str, prompt: str | None, as_json: bool, **keys: Any) 
         if stdin.isatty():
             raise click.UsageError("Missing option '--prompt' (or a text on stdin)")
         prompt = stdin.read()
-    speaker = _speaker(run_or_model, **keys)
+    speaker, facts = _speaker(run_or_model, **keys)
+    if facts is not None and not prompt.endswith(facts.ending):
+        other = "; `chainlora chat` writes it" if facts.is_chat else ""
+        to_stderr(
+            f"chainlora: the run's rows have prompts that end in {facts.ending!r}, and this one "
+            f"does not: the answer may make no sense{other}"
+        )
     text = speaker.complete(prompt, (lambda piece: None) if as_json else _write)
     if as_json:
         print_json({"prompt": prompt, "text": text})
     else:
         click.echo()
+    if speaker.was_cut and keys["max_new_tokens"] is None:
+        to_stderr(
+            f"chainlora: the answer was cut after {speaker.decoding.max_new_tokens} tokens; "
+            "--max-new-tokens allows more"
+        )
 
 
 @click.command(context_settings=HELP)
@@ -89,7 +108,9 @@ def chat(run_or_model: str, system: str | None, **keys: Any) -> None:
     A line is a turn. /clear forgets the conversation; /exit or Ctrl-D ends it.
     """
     check_run_or_model(run_or_model, keys["links"])
-    speaker = _speaker(run_or_model, **keys)
+    speaker, _ = _speaker(
+        run_or_model, **keys | {"max_new_tokens": keys["max_new_tokens"] or _MOST}
+    )
     from chainlora.evaluation.streaming import check_chat
 
     check_chat(speaker.tokenizer, run_or_model)
@@ -109,20 +130,25 @@ def _speaker(
     run_or_model: str,
     *,
     links: int | None,
-    max_new_tokens: int,
+    max_new_tokens: int | None,
     temperature: float,
     top_p: float,
     seed: int,
     dtype: str | None,
-) -> Any:
+) -> tuple[Speaker, RowFacts | None]:
+    """Return who answers, and what the run's own rows are like."""
     if top_p < 1 and temperature == 0:
         raise click.UsageError("--top-p needs --temperature above 0: at 0 no token is drawn")
     quiet()
     from chainlora.evaluation.streaming import Decoding, Speaker
+    from chainlora.evaluation.training_rows import training_rows
     from chainlora.runs.opening import load_run_or_model
 
     model, tokenizer = load_run_or_model(run_or_model, num_links=links, dtype=dtype)
-    return Speaker(model, tokenizer, Decoding(temperature, top_p, max_new_tokens, seed))
+    facts = training_rows(run_or_model, tokenizer)
+    limit = _MOST if facts is None else min(_MOST, max(_FEWEST, 2 * facts.longest_answer))
+    decoding = Decoding(temperature, top_p, max_new_tokens or limit, seed)
+    return Speaker(model, tokenizer, decoding), facts
 
 
 def _write(piece: str) -> None:

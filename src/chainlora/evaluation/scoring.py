@@ -14,10 +14,10 @@ from chainlora.engine.engine import Engine, Speedups
 from chainlora.errors import ConfigError, RunError
 from chainlora.evaluation.evaluate import evaluate, write_predictions
 from chainlora.evaluation.metrics import INDEX_METRICS, majority_rate
+from chainlora.evaluation.training_rows import data_of
 from chainlora.files import check_writable
 from chainlora.models.text_config import context_length
 from chainlora.runs.opening import load_run_or_model
-from chainlora.runs.reading import RunReader
 
 Encode = Callable[[Any, int], tuple[Task | Splits, Sequence[Example]]]
 """From a tokenizer and the model's context to what is asked, and the rows as tokens."""
@@ -54,7 +54,7 @@ def evaluate_task(
     """
     if predictions is not None:
         check_writable(Path(predictions).parent)  # before the work
-    config = _config_of(run_or_model)
+    config = data_of(run_or_model)
     if task is None and data is not None and config is not None and config.task is not None:
         task = load_task(config.task)
     if task is not None:
@@ -88,14 +88,6 @@ def evaluate_task(
         "rows": found.num_rows,
         "metrics": metrics,
     }
-
-
-def _config_of(run_or_model: str | Path) -> DataConfig | None:
-    """Return what a run says of its rows, None for a model or a saved chain."""
-    if not (Path(run_or_model) / "chain.json").is_file():
-        return None
-    reader = RunReader(run_or_model)
-    return reader.config().data if reader.manifest().has_run else None
 
 
 def _rows_of_task(

@@ -55,6 +55,7 @@ class Speaker:
         self.model = to_accelerator(model)
         self.tokenizer = tokenizer
         self.decoding = decoding or Decoding()
+        self.was_cut = False  # the last answer, by its number of tokens
         self._generator = torch.Generator().manual_seed(self.decoding.seed)
 
     def complete(self, prompt: str, write: Callable[[str], None]) -> str:
@@ -115,7 +116,10 @@ class Speaker:
                 attention_mask=torch.ones_like(prompt),
                 streamer=_Pieces(self.tokenizer, write),
             )
-        return str(self.tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True))
+        answer = output[0, len(ids) :].tolist()
+        is_full = len(answer) == self.decoding.max_new_tokens
+        self.was_cut = is_full and answer[-1] not in (config.eos_token_id or [])
+        return str(self.tokenizer.decode(answer, skip_special_tokens=True))
 
     def _config(self, max_new_tokens: int, ends: list[int]) -> Any:
         config = greedy_config(self.model, self.tokenizer, max_new_tokens)

@@ -1,0 +1,75 @@
+"""What the rows of a run say about prompts to it: how they end, and how long an answer is."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from itertools import islice, takewhile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from chainlora.config.schema import DataConfig
+from chainlora.data.encoding import encode_examples
+from chainlora.data.examples import Example
+from chainlora.data.sources import find_source, iterate
+from chainlora.data.tasks import load_task
+from chainlora.errors import ChainLoRAError
+from chainlora.runs.reading import RunReader
+
+_ROWS = 200  # the first of the training file: read and tokenised in a fraction of a second
+
+
+class RowFacts(NamedTuple):
+    """What the first training rows of a run have in common."""
+
+    ending: str  # of all their prompts; empty where those share none
+    longest_answer: int  # in tokens, its end included
+    is_chat: bool  # a chat template wrote the prompts
+
+
+def training_rows(run_or_model: str | Path, tokenizer: Any) -> RowFacts | None:
+    """Return what a run's training rows have in common.
+
+    None for a model, for rows without prompts, and where the rows are not on this machine.
+    """
+    config = data_of(run_or_model)
+    if config is None:
+        return None
+    try:
+        rows = [row for row in _first_rows(config, tokenizer) if len(row.prompt) > 1]
+    except (ChainLoRAError, OSError):  # nobody asked for them
+        return None
+    if not rows:
+        return None
+    ending = common_ending({str(tokenizer.decode(row.prompt)) for row in rows})
+    return RowFacts(
+        ending,
+        longest_answer=max(len(row.sequences[0]) - len(row.prompt) for row in rows),
+        is_chat=any(str(token) in ending for token in tokenizer.all_special_tokens),
+    )
+
+
+def data_of(run_or_model: str | Path) -> DataConfig | None:
+    """Return what a run says of its rows, None for a model or a saved chain."""
+    if not (Path(run_or_model) / "chain.json").is_file():
+        return None
+    reader = RunReader(run_or_model)
+    return reader.config().data if reader.manifest().has_run else None
+
+
+def _first_rows(config: DataConfig, tokenizer: Any) -> list[Example]:
+    place = config.train or config.dir
+    if place is None or not Path(place).exists():
+        return []
+    rows = list(islice(iterate(find_source(place, "train", _ROWS)), _ROWS))
+    kind = config.format if config.task is None else load_task(config.task)
+    return encode_examples(rows, tokenizer, kind, objective="completion")
+
+
+def common_ending(texts: Collection[str]) -> str:
+    """Return what all texts end in; nothing where they are one, or share blanks alone."""
+    if len(texts) < 2:
+        return ""
+    first, last = min(text[::-1] for text in texts), max(text[::-1] for text in texts)
+    pairs = takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))
+    ending = "".join(letter for letter, _ in pairs)[::-1]
+    return ending if ending.strip() else ""
