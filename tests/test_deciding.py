@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 
 from chainlora import ChainCallback, inspect_run, make_config, train
 from chainlora.config.json_schema import config_sections
-from chainlora.errors import RunError
+from chainlora.errors import ConfigError, RunError
 from chainlora.knots import numbers
 from chainlora.training import deciding
 from chainlora.training.plan import make_plan
@@ -167,3 +167,20 @@ def test_a_finished_run_is_answered_at_once(tiny_folder, sentiment, tmp_path, mo
         train(changed, resume=True)
     with pytest.raises(RunError, match=r"no steps left to change \(got train.lr"):
         train(changed, resume=True, change=["train.lr"])
+
+
+@pytest.mark.parametrize("keys", [{}, {"every": 1000}], ids=str)
+def test_a_soft_knot_leaves_a_part_of_the_link(keys):
+    """With `time_constant: 1e-300` every share was 1, and a link ended after one step."""
+    tau = 10 if keys else 1e-300
+    tree = {"model": "m", "data": {"task": "rte"}}
+    with pytest.raises(ConfigError, match=r"knots.time_constant.* must leave a part .*; raise it"):
+        make_config(tree | {"chain": {"knots": {"time_constant": tau, **keys}}})
+
+
+def test_links_of_one_shape_are_one_config():
+    """Each knot built and checked a config for each planned link."""
+    chain = {"ranks": [8, 4] * 1000, "epochs": [1] * 2000}
+    links = make_config({"model": "m", "data": {"task": "rte"}, "chain": chain}).chain.links()
+    assert len(links) == 2000
+    assert len({id(link) for link in links}) == 2

@@ -320,10 +320,12 @@ class ChainConfig(LinkShape):
             for key in LinkConfig.model_fields
             if key not in ("rank", "alpha")
         }
-        return [
-            LinkConfig(rank=rank, alpha=self._alpha(k, rank), **shared)
-            for k, rank in enumerate(self.ranks)
-        ]
+        shapes = [(rank, self._alpha(k, rank)) for k, rank in enumerate(self.ranks)]
+        made = {
+            (rank, alpha): LinkConfig(rank=rank, alpha=alpha, **shared)
+            for rank, alpha in dict.fromkeys(shapes)  # thousands of links are often of one shape
+        }
+        return [made[shape] for shape in shapes]
 
     def _alpha(self, index: int, rank: int) -> float:
         if isinstance(self.alpha, tuple):

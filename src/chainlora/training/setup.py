@@ -196,7 +196,7 @@ def _identity(config: RunConfig, chain: Chain, files: Mapping[str, str]) -> dict
 def check(config: RunConfig, model: nn.Module, splits: Splits) -> None:
     """Refuse what the model or the rows cannot do, before the output directory is claimed."""
     if config.chain.tune == "lora":
-        for link in config.chain.links():
+        for link in dict.fromkeys(config.chain.links()):
             check_targets(model, link)
             if config.chain.hold == "tied":
                 check_mergeable(model, link)
