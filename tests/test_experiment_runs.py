@@ -25,7 +25,7 @@ from chainlora.experiments import (
     run_cells,
     run_experiment,
 )
-from chainlora.experiments.execution.curves import training_steps, with_curve
+from chainlora.experiments.execution.measure import training_steps, with_curve
 
 
 def test_results_of_another_folder_count_as_done(done, tiny_folder, sentiment, tmp_path):
@@ -67,7 +67,7 @@ def test_a_run_tunes_chooses_and_gathers(done):
     assert cell["score"] == cell["test"]["accuracy"]
     assert cell["steps"] == sum(cell["link_steps"]) == 6
     assert cell["config"]["train"]["lr"] == cell["point"]["train.lr"]
-    assert cell["flops"] > cell["flops_6nd"] > 0
+    assert sum(cell["link_tokens"]) == cell["tokens"] > 0
     assert {"torch", "python"} <= cell["versions"].keys()
     assert (
         len({c["trainable_parameters"] for c in results.finals}) == 1
@@ -113,7 +113,7 @@ def test_a_failed_cell_is_reported_and_the_others_go_on(tiny_folder, sentiment, 
     ended = [event for event in events if event["event"] == "cell"]
     assert [event["error"] is None for event in ended] == [False, False, True, True]
     assert "gone lora: seeds 0" in report_experiment(tmp_path / "out", figures=False).markdown
-    with pytest.raises(ConfigError, match="must be local, inline or ray"):
+    with pytest.raises(ConfigError, match="must be local or inline"):
         run_experiment(path, tmp_path / "out", backend="slurm")
 
 
@@ -164,9 +164,7 @@ def test_results_without_their_cells_are_resumed_and_none_is_lost(
     fewer = make_experiment(tree(tiny_folder, sentiment, methods=["lora"]))
     assert run_cells(fewer, tmp_path, backend="inline", max_cells=1).num_run == 0
     assert run_cells(experiment, tmp_path, backend="inline").num_run == 0
-    shutil.rmtree(
-        next((tmp_path / "cells").iterdir())
-    )  # as if killed while they were given folders
+    shutil.rmtree(next((tmp_path / "cells").iterdir()))  # as if killed meanwhile
     assert run_cells(experiment, tmp_path, backend="inline").num_run == 0
     assert (tmp_path / "results.jsonl").read_text() == outcome.results.read_text()
     taken = tmp_path / "taken"
@@ -280,6 +278,7 @@ def test_a_rate_that_diverges_is_not_chosen_and_not_a_failure(tiny_folder, senti
     assert [tried["mean"] is None for tried in choice["tried"]] == [True, False]
 
 
+@pytest.mark.slow  # a minute: processes that train until they are killed
 def test_killed_and_run_again_by_processes(tiny_folder, sentiment, tmp_path):
     """SIGKILL to the runner: its workers end too, and the next run resumes the unfinished cells."""
     base = tree(tiny_folder, sentiment, methods=["chain3"], seeds=[0, 1], tune={})

@@ -13,8 +13,7 @@ from pathlib import Path
 import pytest
 
 from chainlora.errors import RunError
-from chainlora.runs.panels import smooth
-from chainlora.runs.plots import plot_chain, plot_training
+from chainlora.reports.run_charts import plot_chain, plot_training, smooth
 
 
 def records(lengths=(6, 4), metrics=("accuracy",), every=3, restart=True) -> list[dict]:
@@ -145,8 +144,8 @@ def test_smoothing_keeps_a_constant_and_averages_noise():
 
 def test_matplotlib_is_loaded_late_and_pyplot_never(tmp_path):
     code = (
-        "import sys; from chainlora.runs.plots import plot_chain; assert 'matplotlib' not in "
-        "sys.modules; "
+        "import sys; from chainlora.reports.run_charts import plot_chain; "
+        "assert 'matplotlib' not in sys.modules; "
         f"plot_chain({inspection(2)!r}, {str(tmp_path / 'x.png')!r}); "
         "assert 'matplotlib.pyplot' not in sys.modules"
     )

@@ -1,15 +1,17 @@
 """How near training comes to the machine: operations a second against the measured matmul peak, and
 where time goes.
 
-Operations are counted from shapes (`chainlora.experiments.execution.flops`): a frozen weight costs
+Operations are counted from shapes (`benchmarks/paper/flops.py`): a frozen weight costs
 its forward and the gradient of its input. The profile sums torch's own time of each operator over
 three steps on one thread, as the profiler does not see what lanes compute.
 """
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,13 +19,14 @@ from measuring import Steps
 from torch.profiler import ProfilerActivity, profile
 
 from chainlora.data.splits import prepare_splits
-from chainlora.experiments.execution.flops import head_flops, training_flops
-from chainlora.experiments.execution.shapes import shapes_of
 from chainlora.models.loading import load_model
 from chainlora.models.text_config import context_length
 from chainlora.training.loop import train
 
 from .ours import config_of
+
+sys.path.append(str(Path(__file__).resolve().parents[2] / "paper"))
+from flops import head_flops, shapes_of, training_flops
 
 _PROFILED = (3, 6)  # from the end of the third step to the end of the sixth
 _KINDS = (  # the first kind with a word in the operator's name

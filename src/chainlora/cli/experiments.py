@@ -15,27 +15,20 @@ from chainlora.cli.common import SIGNALLED, file_and_overrides, json_option, pri
 _FILE = "FILE [--KEY.SUB VALUE]..."
 
 
-def _workers(_context: click.Context, _option: click.Parameter, value: str) -> int | str:
-    if value == "auto" or (value.isdecimal() and int(value) > 0):
-        return value if value == "auto" else int(value)
-    raise click.BadParameter(f"must be a number from 1, or auto (got {value})")
-
-
 _WORKERS = click.option(
     "--workers",
-    metavar="N|auto",
-    default="1",
+    metavar="N",
+    type=click.IntRange(min=1),
+    default=1,
     show_default=True,
-    callback=_workers,
-    help="Cells at a time; threads are divided among them. "
-    "auto: as many as fit, by the first one's memory.",
+    help="Cells at a time, each a process; threads are divided among them.",
 )
 _BACKEND = click.option(
     "--backend",
-    type=click.Choice(["local", "inline", "ray"]),
+    type=click.Choice(["local", "inline"]),
     default="local",
     show_default=True,
-    help="local: processes of this machine; inline: in this process; ray: on a Ray cluster.",
+    help="local: a process a cell; inline: all in this process.",
 )
 _OUTPUT = click.option(
     "--output",

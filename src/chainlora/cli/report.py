@@ -22,8 +22,8 @@ def inspect(run: str, as_json: bool) -> None:
     need_run(run)
     quiet()
     from chainlora.cli.progress import show_inspection
+    from chainlora.reports.run_charts import plot_chain
     from chainlora.runs.inspection import inspect_run
-    from chainlora.runs.plots import plot_chain
 
     found = inspect_run(run)
     if found["links"]:

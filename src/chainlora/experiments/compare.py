@@ -11,7 +11,6 @@ from chainlora.errors import ConfigError
 from chainlora.experiments.design.loading import make_experiment
 from chainlora.experiments.design.schema import Experiment
 from chainlora.experiments.execution.session import Listener
-from chainlora.experiments.execution.worker_pool import Workers
 from chainlora.experiments.report.report import Report, report_experiment
 from chainlora.experiments.runner import raise_on_failure, run_cells
 from chainlora.experiments.statistics.library import scipy_stats
@@ -26,7 +25,7 @@ def compare(
     learning_rates: Sequence[float] = (),
     extend: int = 0,
     baseline: str | None = None,
-    workers: Workers = 1,
+    workers: int = 1,
     backend: str = "local",
     listener: Listener | None = None,
 ) -> Report:

@@ -15,9 +15,9 @@ from chainlora.errors import ConfigError
 from chainlora.experiments.design.loading import load_experiment
 from chainlora.experiments.design.notes import notes
 from chainlora.experiments.design.schema import Experiment
-from chainlora.experiments.execution.results import Results
+from chainlora.experiments.execution.results import Results, results_by_id
 from chainlora.experiments.execution.session import Session
-from chainlora.experiments.execution.store import Store, results_by_id
+from chainlora.experiments.execution.store import Store
 from chainlora.experiments.report.comparisons import compare_all
 from chainlora.experiments.report.values import OVERALL, digits
 from chainlora.experiments.statistics.power import LEVEL, POWER, detectable, pairs_needed
@@ -94,25 +94,12 @@ def plan_experiment(
         ConfigError, DataError, RunError: as for `run_experiment`; scipy not installed.
     """
     experiment = load_experiment(path, overrides)
-    earlier = [Path(out)] if out is not None and (Path(out) / "results.jsonl").is_file() else []
-    known = results_by_id([*earlier, *reuse])
-    session = Session(experiment, ReadOnlyStore(known), lambda record: None)
+    store = Store(None if out is None else Path(out), results_by_id(reuse))
+    session = Session(experiment, store, lambda record: None)
     every = session.all_cells().values()
     num_done = sum(session.store.is_done(cell) for cell in every)
     power = measured_power(experiment, session.results(), difference)
     return Plan(len(every), num_done, notes(experiment), power)
-
-
-class ReadOnlyStore(Store):
-    """Results by id alone: no folder is touched."""
-
-    def __init__(self, known: dict[str, dict[str, object]]) -> None:
-        super().__init__(Path())
-        self._results = dict(known)
-
-    @staticmethod
-    def _read(directory: Path) -> None:
-        return None
 
 
 def measured_power(

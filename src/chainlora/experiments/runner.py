@@ -20,10 +20,10 @@ from chainlora.errors import DataError, ModelError, RunError
 from chainlora.experiments.design.expansion import Cell, expand
 from chainlora.experiments.design.loading import load_experiment
 from chainlora.experiments.design.schema import Experiment
-from chainlora.experiments.execution.executors import Executor, executor
+from chainlora.experiments.execution.results import FILE, results_by_id
 from chainlora.experiments.execution.session import Listener, Session
-from chainlora.experiments.execution.store import Store, results_by_id
-from chainlora.experiments.execution.worker_pool import Workers
+from chainlora.experiments.execution.store import Store
+from chainlora.experiments.execution.workers import check_workers, run_all
 from chainlora.experiments.plan import run_notes
 from chainlora.files import check_writable, make_folder, write_text
 from chainlora.models.finding import resolve_model
@@ -50,15 +50,15 @@ class Outcome:
     @property
     def results(self) -> Path:
         """The results file."""
-        return self.out / "results.jsonl"
+        return self.out / FILE
 
 
 def run_experiment(
     path: str | Path,
     out: str | Path,
     *,
-    workers: Workers = 1,
-    backend: Literal["local", "inline", "ray"] = "local",
+    workers: int = 1,
+    backend: Literal["local", "inline"] = "local",
     overrides: Sequence[tuple[str, str]] = (),
     listener: Listener | None = None,
     max_cells: int | None = None,
@@ -69,10 +69,9 @@ def run_experiment(
     Args:
         path: the experiment file.
         out: folder for cells and results; one that holds some of them is resumed.
-        workers: cells at a time (processes of this machine, or Ray tasks). Threads are divided
-            among them. "auto": one, and once its peak memory is known as many as fit.
-        backend: "local"; "inline", cells one by one in this process (no start-up, but its peak
-            memory is this process's); "ray" for a cluster (extra `ray`).
+        workers: cells at a time, each a process of this machine; threads are divided among them.
+        backend: "local", or "inline": cells one by one in this process (no start-up, but its peak
+            memory is this process's).
         overrides: ``("base.data.dir", "rows")`` pairs that replace values of the file.
         listener: gets ``{"event": "plan"|"cell"|"poll"|"end", …}`` while cells run.
         max_cells: stop after so many cells; the rest is for another call.
@@ -81,7 +80,7 @@ def run_experiment(
 
     Raises:
         ConfigError, DataError, ModelError: a file or a cell that cannot work, rows or a model that
-            are not there, before anything runs; an unknown backend; Ray not installed.
+            are not there, before anything runs; an unknown backend.
         RunError: cells of other rows or weights than the rest (see `results.check_alike`); at the
             end, if cells failed: how many, the first one's error and where its log is.
     """
@@ -113,20 +112,20 @@ def run_cells(
     experiment: Experiment,
     out: Path,
     *,
-    workers: Workers = 1,
+    workers: int = 1,
     backend: str = "local",
     listener: Listener | None = None,
     max_cells: int | None = None,
     reuse: Sequence[str | Path] = (),
 ) -> Outcome:
     """Run an experiment as `run_experiment` does, but return failures instead of raising them."""
-    execute = executor(backend, workers)
+    check_workers(workers, backend)
     expand(experiment)  # refuses what cannot work before anything runs
     check_writable(out)
     store = Store(out, results_by_id(reuse), experiment.curve_points)
     session = Session(experiment, store, listener or (lambda record: None))
     make_folder(out)
-    store.adopt_results()
+    store.keep_gathered()
     write_text(
         out / "experiment.yaml", yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False)
     )
@@ -135,7 +134,7 @@ def run_cells(
         _check_at_hand(c for c in session.all_cells().values() if not store.is_done(c))
         notes = run_notes(experiment, session.results())
         for phase in ("tune", "final"):
-            _run_phase(session, phase, execute, workers, max_cells, notes)
+            _run_phase(session, phase, workers, backend, max_cells, notes)
         session.gather()
     finally:
         session.listener({"event": "end", "failed": session.failed})
@@ -167,8 +166,8 @@ def _check_at_hand(cells: Iterable[Cell]) -> None:
 def _run_phase(
     session: Session,
     phase: str,
-    execute: Executor,
-    workers: Workers,
+    workers: int,
+    backend: str,
     max_cells: int | None,
     notes: list[str],
 ) -> None:
@@ -185,5 +184,5 @@ def _run_phase(
         if not todo:
             return
         work = [(cell, session.store.prepare(cell)) for cell in todo]
-        for cell, error in execute(work, session.poll):
+        for cell, error in run_all(work, session.poll, workers, backend):
             session.end(cell, error)

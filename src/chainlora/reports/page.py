@@ -1,22 +1,21 @@
-"""A page: sections of text, figures and tables, rendered into one HTML file.
+"""A page: sections of text, charts and tables, rendered into one HTML file, or into Markdown.
 
-The file loads nothing, and its content security policy forbids it to.
+The HTML file loads nothing, and its content security policy forbids it to.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 import jinja2
 from markupsafe import Markup
 
 from chainlora.files import make_folder, write_text
-from chainlora.reports.figures import OWN, Picture
+from chainlora.reports.charts import OWN, Picture
 from chainlora.reports.tables import Table
 
 
@@ -38,10 +37,11 @@ class Tiles:
 
 @dataclass(frozen=True)
 class Numbers:
-    """A table, folded away unless `is_open`."""
+    """A table, folded away unless `is_open`. A file is named after `name`."""
 
     table: Table
     is_open: bool = True
+    name: str = ""
     kind: str = "numbers"
 
 
@@ -81,17 +81,21 @@ class Section:
 
     title: str
     columns: Sequence[Column]
-    note: str = ""
 
     @property
     def anchor(self) -> str:
         """Return what the section is linked by."""
         return "-".join(self.title.lower().split())
 
+    @property
+    def blocks(self) -> list[Block]:
+        """Return the blocks of all columns."""
+        return [block for column in self.columns for block in column.blocks]
+
 
 @dataclass(frozen=True)
 class Page:
-    """A page: its title, what it says in one sentence, and its sections."""
+    """A page: its title, what it says in one sentence, its sections. Empty ones are left out."""
 
     title: str
     lead: str
@@ -114,10 +118,29 @@ def render(page: Page) -> str:
         return Markup(picture.svg.replace(OWN, f"f{next(counter)}-"))
 
     template = _environment().get_template("page.html")
-    sections = [each for each in page.sections if any(c.blocks for c in each.columns)]
-    return template.render(
-        page=page, sections=sections, svg=svg, style=_file("page.css"), script=_file("page.js")
-    )
+    sections = [section for section in page.sections if section.blocks]
+    return template.render(page=page, sections=sections, svg=svg, style=_file("page.css"))
+
+
+def markdown(page: Page, pictures: Mapping[str, str]) -> str:
+    """Return the texts and tables of a page as Markdown.
+
+    `pictures` are files of charts to show, by the title of the section that they stand in.
+    """
+    parts = [f"# {page.title}\n"]
+    for section in page.sections:
+        found = [_markdown_of(block) for block in section.blocks]
+        found += [f"![{name}]({name})\n" for name, of in pictures.items() if of == section.title]
+        found = [text for text in found if text]
+        if found:
+            parts += [f"## {section.title}\n", *found]
+    return "\n".join(parts)
+
+
+def _markdown_of(block: Block) -> str:
+    if isinstance(block, Text):
+        return block.markdown.strip() + "\n"
+    return block.table.markdown() if isinstance(block, Numbers) else ""
 
 
 @cache
@@ -143,9 +166,3 @@ def _html(markdown: str) -> Markup:
     from markdown_it import MarkdownIt
 
     return Markup(MarkdownIt("commonmark", {"html": False}).render(markdown))
-
-
-def pictures(sections: Sequence[Section]) -> list[Picture]:
-    """Return the figures of some sections."""
-    blocks: list[Any] = [b for s in sections for c in s.columns for b in c.blocks]
-    return [block for block in blocks if isinstance(block, Picture)]

@@ -22,7 +22,7 @@ from chainlora.reports.page import (
     Tiles,
     write_page,
 )
-from chainlora.reports.run_figures import chain_pictures, comparing_pictures, training_pictures
+from chainlora.reports.run_charts import chain_pictures, comparing_pictures, training_pictures
 from chainlora.reports.runs import Record, RunFacts, read_runs
 from chainlora.reports.tables import Table, number
 
@@ -342,7 +342,8 @@ def _duration(seconds: float) -> str:
 
 
 def _memory(result: Record) -> str:
-    return _together(f"{result['peak_memory_mb']:,} MiB") if result else _NONE
+    peak = result.get("peak_memory_mb")
+    return _NONE if peak is None else _together(f"{peak:,} MiB")
 
 
 def _together(text: str) -> str:

@@ -12,9 +12,8 @@ from chainlora.config.schema import RunConfig
 from chainlora.files import reported
 from chainlora.runs.inspection import inspect_run
 from chainlora.runs.manifest import Manifest
-from chainlora.runs.panels import score_names
 from chainlora.runs.reading import RunReader
-from chainlora.runs.records import read_records
+from chainlora.runs.records import read_records, score_names
 
 Record = Mapping[str, Any]
 

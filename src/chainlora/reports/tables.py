@@ -38,7 +38,7 @@ class Table:
         rule = ["---", *["---:"] * (len(self.heads) - 1)]
         lines = ["| " + " | ".join(cells) + " |" for cells in (self.heads, rule, *self.rows)]
         return (
-            f"## {self.title}\n\n"
+            f"### {self.title}\n\n"
             + "\n".join(lines)
             + "\n"
             + (f"\n{self.note}\n" if self.note else "")

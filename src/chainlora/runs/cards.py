@@ -13,9 +13,8 @@ import yaml
 from chainlora.chain.link import Link
 from chainlora.config.schema import RunConfig
 from chainlora.files import reported
-from chainlora.runs.panels import score_names
 from chainlora.runs.reading import RunReader
-from chainlora.runs.records import read_records
+from chainlora.runs.records import read_records, score_names
 
 # Ranks that vLLM makes room for (`--max-lora-rank`).
 _SERVED_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)

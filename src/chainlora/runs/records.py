@@ -19,6 +19,24 @@ from chainlora.runs.manifest import Records
 
 logger = logging.getLogger(__name__)
 
+Record = Mapping[str, Any]
+
+_NOT_SCORES = {
+    "event",
+    "step",
+    "link",
+    "where",
+    "split",
+    "loss",
+    "perplexity",
+    "seconds",
+    "tokens",
+    "rows",
+    "majority",
+    "candidate_loss",
+}
+_MOST_SCORES = 3  # curves in one picture; more cannot be told apart
+
 
 class RecordLog:
     """The records of a run that is writing them; `lines` are those that it has already."""
@@ -95,6 +113,17 @@ def read_records(path: Path) -> list[dict[str, Any]]:
             "remove the broken line"
         ) from None
     return records
+
+
+def score_names(evaluations: Sequence[Record]) -> list[str]:
+    """Return the metrics that are worth a curve, the one that a task is judged by first."""
+    names = {
+        name: None
+        for record in evaluations
+        for name, value in record.items()
+        if name not in _NOT_SCORES and isinstance(value, int | float)
+    }
+    return list(names)[:_MOST_SCORES]
 
 
 def _lines(content: bytes) -> list[bytes]:

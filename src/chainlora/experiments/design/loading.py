@@ -11,7 +11,6 @@ from pydantic import ValidationError
 from chainlora.config.loading import read_tree, set_key
 from chainlora.config.messages import problems
 from chainlora.errors import ConfigError
-from chainlora.experiments.design.paper import check_table
 from chainlora.experiments.design.schema import Experiment, Tuning, check_keys
 
 
@@ -72,8 +71,6 @@ def make_experiment(tree: Mapping[str, Any]) -> Experiment:
         experiment = Experiment.model_validate(tree)
     except ValidationError as error:
         raise ConfigError(problems(error, Experiment)) from None
-    if experiment.paper is not None:
-        check_table(experiment.paper)
     check_keys("base", experiment.base)
     for name, keys in experiment.tasks.items():
         check_keys(f"tasks.{name}", keys)

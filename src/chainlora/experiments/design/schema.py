@@ -107,7 +107,7 @@ class Experiment(_Frozen):
     )
     figures: tuple[Figure, ...] = ("scores", "differences", "curves")
     paper: str | None = Field(
-        default=None, description="table of the paper shown beside ours, e.g. table1"
+        default=None, description="a table of the paper, for benchmarks/paper/report.py: table1 …"
     )
 
     @field_validator("tasks", "methods", mode="before")

@@ -49,15 +49,14 @@ def work_on(directory: Path) -> int:
     return 0
 
 
-def run_cell(directory: Path) -> dict[str, Any]:
-    """Train the config in `directory` and write its result there; return the result."""
+def run_cell(directory: Path) -> None:
+    """Train the config in `directory` and write its result there."""
     config = load_config(directory / CONFIG)
     result, rows = compute(config, directory / RUN, listener=_status_writer(directory / STATUS))
     write_rows(directory, rows)
     write_result(directory, result)
     for name in (ERROR, STATUS):
         (directory / name).unlink(missing_ok=True)
-    return result
 
 
 def write_result(directory: Path, result: Mapping[str, Any]) -> None:
@@ -66,9 +65,7 @@ def write_result(directory: Path, result: Mapping[str, Any]) -> None:
     write_text(directory / RESULT, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
 
 
-def compute(
-    config: RunConfig, run: Path, listener: Listener | None = None
-) -> tuple[dict[str, Any], Rows]:
+def compute(config: RunConfig, run: Path, listener: Listener) -> tuple[dict[str, Any], Rows]:
     """Train a config in the run directory `run`, resuming one that is there.
 
     Return the cell's fields, and what each row scored.
@@ -85,7 +82,7 @@ def compute(
     def listen(record: Mapping[str, Any]) -> None:
         if record["event"] == "scored":
             rows.update(row_scores(record["split"], record["predictions"]))
-        elif listener is not None:
+        else:
             listener(record)
 
     try:

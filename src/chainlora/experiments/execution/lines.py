@@ -12,7 +12,6 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 Name = Annotated[str, Field(max_length=200, pattern=r"^[^\n]*$")]
 Pair = Annotated[list[Name], Field(min_length=2, max_length=2)]
 Count = Annotated[int, Field(ge=0)]
-Rank = Annotated[int, Field(ge=1)]
 Metrics = dict[str, float]
 
 
@@ -84,7 +83,7 @@ class ChoiceLine(Line):
 class ChainSection(Line):
     """What labels say of a chain."""
 
-    ranks: list[Rank] = [8, 8]
+    ranks: list[Annotated[int, Field(ge=1)]] = [8, 8]
     steps: list[Count] | None = None
     epochs: list[float] | None = None
     alpha: float | list[float] = 16.0
@@ -110,8 +109,12 @@ class CellLine(Line):
     point: dict[str, Any]
     status: Literal["done", "diverged"]
     metric: Name
-    ranks: list[Rank]
+    ranks: list[Annotated[int, Field(ge=1)]]
     config: CellConfig
+    rows_digest: Name | None = None
+    base_fingerprint: Name | None = None
+    base_file: Name | None = None
+    commit: Name | None = None
 
 
 class CurvePoint(Line):
@@ -133,16 +136,10 @@ class DoneLine(CellLine):
     steps: Count
     tokens: Count
     trainable_parameters: Count
-    flops: FiniteFloat
-    flops_6nd: FiniteFloat
     wall_s: FiniteFloat
     peak_rss_mb: FiniteFloat | None
     link_steps: list[Count] = []
     curve: list[CurvePoint] = []
-    rows_digest: Name | None = None
-    base_fingerprint: Name | None = None
-    base_file: Name | None = None
-    commit: Name | None = None
     versions: dict[str, str]
     hardware: dict[str, Any]
 

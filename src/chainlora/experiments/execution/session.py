@@ -9,15 +9,15 @@ from chainlora.errors import ConfigError
 from chainlora.experiments.design.choice import Trial, choose, chosen_points, extensions
 from chainlora.experiments.design.expansion import Cell, Expansion, Point
 from chainlora.experiments.design.schema import Experiment
-from chainlora.experiments.execution.records import (
+from chainlora.experiments.execution.results import (
+    Results,
     cell_line,
+    check_alike,
     choice_line,
     experiment_line,
     write_results,
 )
-from chainlora.experiments.execution.results import Results, check_alike
 from chainlora.experiments.execution.store import Store
-from chainlora.experiments.execution.worker_pool import Workers
 
 Listener = Callable[[Mapping[str, Any]], None]
 Phase = str  # "tune" or "final"
@@ -109,7 +109,7 @@ class Session:
         ]
 
     def begin(
-        self, phase: Phase, todo: Sequence[Cell], workers: Workers, notes: Sequence[str] = ()
+        self, phase: Phase, todo: Sequence[Cell], workers: int, notes: Sequence[str] = ()
     ) -> None:
         """Tell the listener what this phase will run."""
         cells, later = self.cells(phase), 0
@@ -130,7 +130,7 @@ class Session:
                 "todo": [str(cell) for cell in todo],
                 "left_out": left_out,
                 "later": later,
-                "workers": 1 if workers == "auto" else workers,
+                "workers": workers,
                 "tasks": [cell.task for cell in todo],
                 "notes": list(notes),
             }

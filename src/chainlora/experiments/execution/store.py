@@ -1,17 +1,15 @@
-"""The folder of an experiment: which of its cells are done, and what is damaged.
+"""The folder of an experiment, and which of its cells are done.
 
-    OUT/experiment.yaml      what was asked
-    OUT/cells/<id>/          config.yaml, run/, log.txt, rows.safetensors, result.json or error.txt
-    OUT/results.jsonl        one line a cell (records.py), rewritten whenever a cell ends
-
-A result that is torn or edited is set aside, never used and never lost; its cell is computed again.
+OUT/experiment.yaml      what was asked
+OUT/cells/<id>/          config.yaml, run/, log.txt, rows.safetensors, result.json or error.txt
+OUT/results.jsonl        one line a cell (results.py), rewritten whenever a cell ends
 """
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +25,13 @@ from chainlora.experiments.execution.cells import (
     STATUS,
     write_result,
 )
-from chainlora.experiments.execution.curves import with_curve
-from chainlora.experiments.execution.records import result_of
+from chainlora.experiments.execution.measure import with_curve
 from chainlora.experiments.execution.results import (
     FILE,
-    DamageError,
-    check_result,
+    check_format,
     parse_object,
-    read_results,
-    read_whole_cells,
+    read_lines,
+    result_of,
 )
 from chainlora.files import make_folder, write_text
 
@@ -43,42 +39,45 @@ logger = logging.getLogger(__name__)
 
 
 class Store:
-    """The cells of one folder. `known` has results of other folders, by id, that count as done."""
+    """The cells of a folder. Those that its results file has, and those `known`, count as done."""
 
     def __init__(
-        self, out: Path, known: Mapping[str, dict[str, Any]] | None = None, curve_points: int = 0
+        self,
+        out: Path | None,
+        known: Mapping[str, dict[str, Any]] | None = None,
+        curve_points: int = 0,
     ) -> None:
         self.out = out
-        self._known = dict(known or {})
         self._curve_points = curve_points
-        self._results = dict[str, dict[str, Any]]()
+        self._results = dict(known or {})
+        self._gathered = dict[str, dict[str, Any]]()
+        if out is not None and (out / FILE).is_file() and (out / FILE).stat().st_size:
+            lines = read_lines(out / FILE)
+            self._gathered = {x["cell"]: result_of(x) for x in lines if x["kind"] == "cell"}
+        self._results |= self._gathered
 
     @property
     def results_file(self) -> Path:
         """Where the lines of all cells are gathered."""
+        assert self.out is not None
         return self.out / FILE
 
     def directory(self, cell: Cell) -> Path:
         """Return the cell's folder."""
+        assert self.out is not None
         return self.out / "cells" / cell.id
 
     def result(self, cell: Cell) -> dict[str, Any] | None:
-        """Return the cell's result; None if it has none that is whole.
-
-        A result known from elsewhere gets a folder here. Raises RunError for another format.
-        """
-        if cell.id not in self._results:
-            found = self._read(self.directory(cell))
-            if found is None and cell.id in self._known:
-                found = self._known[cell.id]
-                write_result(self.prepare(cell), found)
+        """Return the cell's result; None if it has none. Raises RunError for another format."""
+        if cell.id not in self._results and self.out is not None:
+            found = _read(self.directory(cell) / RESULT)
             if found is None:
                 return None
             self._results[cell.id] = found
-        return self._results[cell.id]
+        return self._results.get(cell.id)
 
     def is_done(self, cell: Cell) -> bool:
-        """Return whether the cell has a whole result."""
+        """Return whether the cell has a result."""
         return self.result(cell) is not None
 
     def prepare(self, cell: Cell) -> Path:
@@ -87,7 +86,8 @@ class Store:
         make_folder(directory)
         config = _as_started(with_curve(cell.config, self._curve_points), directory)
         write_text(directory / CONFIG, dump_config(config))
-        (directory / ERROR).unlink(missing_ok=True)
+        for name in (ERROR, RESULT):  # a result that is not whole
+            (directory / name).unlink(missing_ok=True)
         return directory
 
     def share_done(self, cell: Cell) -> float:
@@ -98,49 +98,27 @@ class Store:
         except (OSError, ValueError, KeyError, TypeError):
             return 0.0
 
-    def adopt_results(self) -> None:
-        """Give each cell of ``results.jsonl`` that has no folder one, so that none is lost.
+    def keep_gathered(self) -> None:
+        """Give each cell that only the results file has a folder, as the file is rewritten.
 
-        Committed results come so: without the cells that they were gathered from. A file with torn
-        lines is kept beside as ``results.jsonl.damaged``.
+        Committed results come so: without the cells that they were gathered from.
         """
-        if not self.results_file.is_file():
-            return
-        damage: list[str] = []
-        for line in read_whole_cells(self.results_file, damage.append):
-            if not (self.out / "cells" / line["cell"]).is_dir():
-                write_result(self.out / "cells" / line["cell"], result_of(line))
-        if damage:
-            kept = _set_aside(self.results_file)
-            logger.warning(
-                "damaged lines (%d) are left out of %s, which is rebuilt from the cells; "
-                "the old file is kept as %s (first: %s)",
-                len(damage),
-                self.results_file,
-                kept.name,
-                damage[0],
-            )
-
-    @staticmethod
-    def _read(directory: Path) -> dict[str, Any] | None:
-        path = directory / RESULT
-        if not path.is_file():
-            return None
-        try:
-            text = path.read_bytes().decode("utf-8", errors="replace")
-            raw = parse_object(str(path), text)
-            result = check_result(str(path), raw)
-            _check_against_run(directory, raw)
-        except DamageError as error:
-            kept = _set_aside(path)
-            logger.warning("%s; it is kept as %s, the cell is computed again", error.what, kept)
-            return None
-        return result
+        assert self.out is not None
+        for name, result in self._gathered.items():
+            if not (self.out / "cells" / name / RESULT).is_file():
+                write_result(self.out / "cells" / name, result)
 
 
-def results_by_id(paths: Iterable[str | Path]) -> dict[str, dict[str, Any]]:
-    """Return the results of cells in other results files, by id. Raises RunError: damaged."""
-    return {line["cell"]: result_of(line) for path in paths for line in read_results(path).cells}
+def _read(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    try:
+        result = parse_object(path.read_bytes().decode("utf-8", errors="replace"))
+    except ValueError as error:
+        logger.warning("%s is no result (%s): its cell is computed again", path, error)
+        return None
+    check_format(str(path), result)
+    return result
 
 
 def _as_started(config: RunConfig, directory: Path) -> RunConfig:
@@ -154,26 +132,3 @@ def _as_started(config: RunConfig, directory: Path) -> RunConfig:
     return config.model_copy(
         update={"train": config.train.model_copy(update={"eval_every": before})}
     )
-
-
-def _set_aside(path: Path) -> Path:
-    kept, number = path.with_name(f"{path.name}.damaged"), 1
-    while kept.exists():
-        number += 1
-        kept = path.with_name(f"{path.name}.damaged{number}")
-    path.replace(kept)
-    return kept
-
-
-def _check_against_run(directory: Path, result: Mapping[str, Any]) -> None:
-    """Raise DamageError where a result of format 1, which has no checksum, is not its run's."""
-    path = directory / RUN / RESULT
-    if result.get("format") != 1 or result.get("status") != "done" or not path.is_file():
-        return
-    metrics = parse_object(str(path), path.read_text(encoding="utf-8")).get("metrics", {})
-    split, metric = result.get("score_split"), result.get("metric")
-    if metrics.get(split, {}).get(metric) != result.get("score"):
-        raise DamageError(
-            f"a result must be that of its run (got score {result.get('score')!r} in "
-            f"{directory / RESULT}, {metrics.get(split, {}).get(metric)!r} in {path})"
-        )

@@ -1,8 +1,4 @@
-"""A process for one cell: ``python -m chainlora.experiments.execution.worker CELL_DIR``.
-
-A process per cell costs some seconds of start-up and buys a true peak memory and a crash that takes
-nothing along.
-"""
+"""The process of one cell: ``python -m chainlora.experiments.execution.worker CELL_DIR``."""
 
 from __future__ import annotations
 
@@ -17,8 +13,7 @@ from chainlora.experiments.execution.cells import work_on
 
 def main() -> int:
     """Compute the cell named on the command line; return 0 when its result is there."""
-    if "--watch" in sys.argv:
-        threading.Thread(target=_die_with_parent, daemon=True).start()
+    threading.Thread(target=_die_with_parent, daemon=True).start()
     logging.basicConfig(
         stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(name)s: %(message)s"
     )

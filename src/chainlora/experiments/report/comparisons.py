@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from chainlora.evaluation.metrics import is_higher_better
+from chainlora.evaluation.metrics import better_sign, is_higher_better
 from chainlora.experiments.execution.results import Results
 from chainlora.experiments.report.values import (
     OVERALL,
     Value,
-    better,
     by_seed,
     has_one_score,
     held_out_loss,
@@ -41,14 +40,14 @@ class Comparison:
 
     @property
     def better(self) -> str:
-        """Which sign of the difference is the better one: "lower" or "higher"."""
-        return better(self.metric)
+        """Which side of 0 is the better one: ``below 0 is better``, or above."""
+        return better_sign(self.metric)
 
     @property
     def is_ahead(self) -> bool:
         """Whether the method's mean is better than its rival's."""
         mean = self.difference.mean
-        return mean < 0 if self.better == "lower" else mean > 0
+        return mean > 0 if is_higher_better(self.metric) else mean < 0
 
 
 def compare_all(results: Results) -> list[Comparison]:
@@ -77,7 +76,7 @@ def _compare(results: Results, name: str, value: Value, tasks: Sequence[str]) ->
     for family, is_primary in _families(results, value, tasks):
         every = next(iter(metrics.values()), "")
         of = [metrics.get(key[0], every) if value is shown_score else "loss" for key in family]
-        lower = [better(metric) == "lower" for metric in of]
+        lower = [not is_higher_better(metric) for metric in of]
         differences = compare_pairs(list(family.values()), lower)
         for key, metric, difference in zip(family, of, differences, strict=True):
             if difference is None:

@@ -62,22 +62,12 @@ def losses_by_seed(results: Results, task: str, method: str) -> BySeed:
     """Return the validation losses along the runs of a method; runs of one point have no curve."""
     found = {}
     for cell in cells_of(results, task, method):
-        values = {point["step"]: point["loss"] for point in cell["curve"] if "loss" in point}
+        values = {
+            point["step"]: point["loss"] for point in cell.get("curve", ()) if "loss" in point
+        }
         if len(values) > 1:
             found[cell["seed"]] = values
     return found
-
-
-def untrained_loss(results: Results, task: str) -> float | None:
-    """Return the validation loss before any step, of whatever run has it."""
-    for cell in results.finals:
-        if cell["task"] == task:
-            at_start = [p["loss"] for p in cell["curve"] if p["step"] == 0 and "loss" in p]
-            if at_start:
-                return float(at_start[0])
-            if not cell["ranks"] and (cell["validation"] or {}).get("loss") is not None:
-                return float(cell["validation"]["loss"])
-    return None
 
 
 def _curve(name: str, values: BySeed, knots: tuple[int, ...]) -> Curve:

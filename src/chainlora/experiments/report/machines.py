@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from chainlora.experiments.execution.results import Results, definitions_mixed
+from chainlora.experiments.execution.results import Results
 from chainlora.reports.tables import Table
 
 _NOT_KNOWN = "not recorded"
@@ -71,24 +71,15 @@ def machines_table(results: Results) -> Table | None:
 
 
 def provenance(results: Results) -> str:
-    """Return where everything comes from, as a section of the report."""
+    """Return where everything comes from, in sentences."""
     done = [cell for cell in results.cells if cell["status"] == "done"]
     seconds = sum({cell["cell"]: cell["wall_s"] for cell in done}.values())
     lines = [
-        "## Where this comes from",
-        "",
         f"{len(done)} cells, {seconds / 3600:.2f} hours of training and scoring in all.",
         *(f"Versions: {line}." for line in _unique(map(code, done))),
         *(f"Hardware: {line}." for line in _unique(map(machine, done))),
     ]
-    mixed = definitions_mixed(results.cells)
-    if mixed:
-        what = " and ".join({"rows_digest": "rows", "base_fingerprint": "base"}[m] for m in mixed)
-        lines.append(
-            f"The {what} of these cells were digested by different definitions, or not at all: "
-            "that they are the same was not checked between those."
-        )
-    return "\n".join([*lines, ""])
+    return "\n".join(lines)
 
 
 def _unique(values: Iterable[str]) -> Sequence[str]:

@@ -1,33 +1,24 @@
-"""A report from a results file alone: Markdown, HTML, CSV and LaTeX tables, PNG and SVG figures."""
+"""A report from a results file alone: Markdown, HTML, CSV and LaTeX tables, PNG and SVG charts."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from chainlora.experiments.execution.results import Results, check_alike, read_results
-from chainlora.experiments.report.comparisons import Comparison, compare_all, compare_losses
-from chainlora.experiments.report.gap import gap_ends, shares
-from chainlora.experiments.report.machines import machines_table, provenance
-from chainlora.experiments.report.report_tables import (
-    choices_table,
-    costs_table,
-    differences_table,
-    gap_table,
-    others_table,
-    savings_table,
-    scores_table,
-)
-from chainlora.experiments.report.sections import figure_links, introduction, methods, verdicts
-from chainlora.experiments.report.summaries import Summary, summarise_all
+from chainlora.experiments.execution.results import check_alike, read_results
+from chainlora.experiments.report.charts import CHARTS, Chart, asked_for, pictures, save_charts
+from chainlora.experiments.report.comparisons import Comparison
+from chainlora.experiments.report.facts import Facts
+from chainlora.experiments.report.labels import title
+from chainlora.experiments.report.sections import SECTIONS, headline
+from chainlora.experiments.report.summaries import Summary
 from chainlora.files import make_folder, write_text
-from chainlora.reports.tables import Table, to_csv
-
-_IN_LATEX = ("scores", "differences", "losses", "gap", "costs")
+from chainlora.reports.page import Column, Numbers, Page, Section, markdown, render
+from chainlora.reports.tables import to_csv
 
 
 @dataclass(frozen=True)
@@ -40,7 +31,7 @@ class Report:
     comparisons: list[Comparison]
 
     def json(self) -> dict[str, Any]:
-        """Return the files written and every difference, with which sign of it is better."""
+        """Return the files written and every difference, with which side of 0 is better."""
         return {
             "files": [str(path) for path in self.files],
             "differences": [
@@ -51,13 +42,19 @@ class Report:
 
 
 def report_experiment(
-    results: str | Path, out: str | Path | None = None, *, figures: bool = True
+    results: str | Path,
+    out: str | Path | None = None,
+    *,
+    figures: bool = True,
+    sections: Sequence[Callable[[Facts], Section]] = SECTIONS,
+    charts: Sequence[Chart] = CHARTS,
 ) -> Report:
     """Make the report of a results file (or of the folder that holds ``results.jsonl``).
 
     Writes ``report.md``, ``report.html``, ``scores.csv``, ``differences.csv``, LaTeX of the same
     tables, held-out losses and costs, and the figures into `out`; None is the results' own folder.
-    Without `figures` there is no ``report.html`` either.
+    Without `figures` there is no ``report.html`` either. `sections` and `charts` are what it
+    consists of: those of `sections.py` and `charts.py`, with some of your own.
 
     Raises:
         RunError: no such file, one that is damaged or of another format version, or cells that do
@@ -66,87 +63,42 @@ def report_experiment(
     """
     found = read_results(results)
     check_alike(found.cells)
+    facts = Facts(found)
     path = Path(results)
     folder = Path(out) if out is not None else (path if path.is_dir() else path.parent)
-    summaries, comparisons, losses = summarise_all(found), compare_all(found), compare_losses(found)
-    tables = _tables(found, summaries, comparisons, losses)
+    page = Page(title(found), headline(facts.comparisons), [make(facts) for make in sections])
     make_folder(folder)
-    drawn = _draw(found, summaries, comparisons, folder) if figures else []
-    texts = {
-        "report.md": _markdown(found, comparisons, tables, [path.name for path in drawn]),
-        "scores.csv": to_csv([_flat(summary) for summary in summaries]),
-        "differences.csv": to_csv([_flat_comparison(each) for each in [*comparisons, *losses]]),
-    }
+    drawn = dict[str, str]()
+    texts = dict[str, str]()
     if figures:
-        texts["report.html"] = _html(found, summaries, comparisons, tables)
-    texts |= {f"{name}.tex": tables[name].latex() for name in _IN_LATEX if name in tables}
+        wanted = asked_for(facts, charts)
+        drawn = save_charts(facts, wanted, folder)
+        on_page = [_with(s, pictures(facts, wanted, s.title)) for s in page.sections]
+        texts["report.html"] = render(replace(page, sections=on_page))
+    texts |= {
+        "report.md": markdown(page, drawn),
+        "scores.csv": to_csv([_flat(summary) for summary in facts.summaries]),
+        "differences.csv": to_csv(
+            [_flat_comparison(each) for each in [*facts.comparisons, *facts.losses]]
+        ),
+    }
+    for section in page.sections:
+        for block in section.blocks:
+            if isinstance(block, Numbers) and block.name:
+                texts[f"{block.name}.tex"] = block.table.latex()
     for name, content in texts.items():
         write_text(folder / name, content)
-    files = [folder / name for name in texts] + drawn
-    return Report(texts["report.md"], files, summaries, comparisons)
+    images = [folder / Path(name).with_suffix(s) for name in drawn for s in (".png", ".svg")]
+    files = [folder / name for name in texts] + images
+    return Report(texts["report.md"], files, facts.summaries, facts.comparisons)
 
 
-def _tables(
-    results: Results,
-    summaries: Sequence[Summary],
-    comparisons: Sequence[Comparison],
-    losses: Sequence[Comparison],
-) -> dict[str, Table]:
-    """Return the tables that have rows, by name, in the order of the report."""
-    made: dict[str, Table | None] = {
-        "scores": scores_table(results, summaries),
-        "differences": differences_table(comparisons, "score"),
-        "others": others_table(summaries),
-        "losses": differences_table(losses, "held-out loss", explained=False),
-        "gap": gap_table(shares(results), gap_ends(results), _metrics(summaries)),
-        "machines": machines_table(results),
-        "costs": costs_table(summaries),
-        "savings": savings_table(results, summaries),
-        "choices": choices_table(results),
-    }
-    return {name: table for name, table in made.items() if table is not None and table.rows}
-
-
-def _metrics(summaries: Sequence[Summary]) -> dict[str, str]:
-    return {summary.task: summary.metric for summary in summaries}
-
-
-def _draw(
-    results: Results, summaries: Sequence[Summary], comparisons: Sequence[Comparison], folder: Path
-) -> list[Path]:
-    from matplotlib import rc_context
-
-    from chainlora.experiments.report.figures import draw_figures
-
-    with rc_context({"text.parse_math": False}):  # $ in a name is a dollar
-        return draw_figures(results, summaries, comparisons, folder)
-
-
-def _html(
-    results: Results,
-    summaries: Sequence[Summary],
-    comparisons: Sequence[Comparison],
-    tables: Mapping[str, Table],
-) -> str:
-    from chainlora.experiments.report.page import experiment_page
-    from chainlora.reports.page import render
-
-    return render(experiment_page(results, summaries, comparisons, tables))
-
-
-def _markdown(
-    results: Results,
-    comparisons: Sequence[Comparison],
-    tables: Mapping[str, Table],
-    figures: Sequence[str],
-) -> str:
-    before = ("scores", "differences", "others", "losses", "gap", "machines")
-    parts = [introduction(results), verdicts(comparisons)]
-    parts += [tables[name].markdown() for name in before if name in tables]
-    parts.append(figure_links(figures))
-    parts += [tables[n].markdown() for n in ("costs", "savings", "choices") if n in tables]
-    parts += [methods(results), provenance(results)]
-    return "\n".join(part for part in parts if part)
+def _with(section: Section, blocks: Sequence[Any]) -> Section:
+    """Return a section with charts: after its text, before its tables."""
+    own = section.blocks
+    tables = [block for block in own if isinstance(block, Numbers)]
+    rest = [block for block in own if not isinstance(block, Numbers)]
+    return Section(section.title, [Column("", [*rest, *blocks, *tables])])
 
 
 def _flat(summary: Summary) -> dict[str, Any]:
@@ -165,6 +117,5 @@ def _finite(value: Any) -> Any:
 def _flat_comparison(comparison: Comparison) -> dict[str, Any]:
     values = asdict(comparison)
     labels = ("task", "method", "rival", "value", "metric", "is_primary")
-    return (
-        {key: values[key] for key in labels} | {"better": comparison.better} | values["difference"]
-    )
+    better = {"better": comparison.better}
+    return {key: values[key] for key in labels} | better | values["difference"]

@@ -1,43 +1,58 @@
-"""The text of a report, as Markdown: introduction, verdicts, methods. Pure functions."""
+"""The sections of a report: texts and tables. A section is one function in `SECTIONS`.
+
+A table with a `name` is written as LaTeX too.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
-from chainlora.experiments.execution.results import Results
+from chainlora.evaluation.metrics import is_higher_better
 from chainlora.experiments.report.comparisons import Comparison
-from chainlora.experiments.report.labels import base_note, labels, title
-from chainlora.experiments.report.values import (
-    OVERALL,
-    digits,
-    diverged_finals,
-    missing_cells,
-)
+from chainlora.experiments.report.facts import Facts
+from chainlora.experiments.report.gap import gap_ends, shares
+from chainlora.experiments.report.labels import base_note, labels
+from chainlora.experiments.report.machines import machines_table, provenance
+from chainlora.experiments.report.summaries import Summary
+from chainlora.experiments.report.values import OVERALL, digits, diverged_finals, missing_cells
 from chainlora.experiments.statistics.pairs import VERDICTS
-from chainlora.reports.tables import number
+from chainlora.reports.page import Block, Column, Numbers, Section, Text
+from chainlora.reports.tables import Table, big, number
 
 
-def introduction(results: Results) -> str:
-    """Return title, description, model, seeds, how keys were chosen, and what is missing."""
-    head = results.experiment
-    lines = [
-        f"# {title(results)}",
-        "",
-        head["description"].strip() or "An experiment.",
-        "",
-        f"Model: {base_note(results)}. Seeds: {', '.join(map(str, head['seeds']))}. "
-        f"{_how_chosen(results)}",
+def _section(title: str, *blocks: Block | None) -> Section:
+    """Return a section of the blocks that have something in them."""
+    kept = [
+        block
+        for block in blocks
+        if block is not None and not (isinstance(block, Numbers) and not block.table.rows)
     ]
-    missing, diverged = missing_cells(results), diverged_finals(results)
+    return Section(title, [Column("", kept)])
+
+
+# --- question ---
+
+
+def question(facts: Facts) -> Section:
+    """Return description, model, seeds, how keys were chosen, and what is missing."""
+    head = facts.results.experiment
+    parts = [
+        head["description"].strip() or "An experiment.",
+        f"Model: {base_note(facts.results)}. Seeds: {', '.join(map(str, head['seeds']))}. "
+        f"{_how_chosen(facts)}",
+    ]
+    missing, diverged = missing_cells(facts.results), diverged_finals(facts.results)
     if missing:
-        lines += ["", f"**Not there yet** ({len(missing)}): {'; '.join(missing)}."]
+        parts.append(f"**Not there yet** ({len(missing)}): {'; '.join(missing)}.")
     if diverged:
         names = "; ".join(f"{c['task']} {c['method']} seed {c['seed']}" for c in diverged)
-        lines += ["", f"**Diverged** ({len(diverged)}): {names}."]
-    return "\n".join(lines) + "\n"
+        parts.append(f"**Diverged** ({len(diverged)}): {names}.")
+    return _section("Question", Text("\n\n".join(parts)))
 
 
-def _how_chosen(results: Results) -> str:
+def _how_chosen(facts: Facts) -> str:
+    results = facts.results
     if not results.choices:
         return "No hyper-parameter was tuned: every method ran with the values of the file."
     tuning = results.experiment["tuning_seeds"]
@@ -57,16 +72,28 @@ def _how_chosen(results: Results) -> str:
     return text
 
 
+# --- verdict ---
+
+
+def verdict(facts: Facts) -> Section:
+    """Return the verdicts in words, and the differences that they rest on."""
+    losses = differences_table(facts.losses, "held-out loss", "Read as the table of scores.")
+    machines = machines_table(facts.results)
+    return _section(
+        "Verdict",
+        Text(verdicts(facts.comparisons)) if facts.comparisons else None,
+        Numbers(differences_table(facts.comparisons, "score"), name="differences"),
+        Numbers(losses, name="losses"),
+        Numbers(machines) if machines else None,
+    )
+
+
 def verdicts(comparisons: Sequence[Comparison]) -> str:
     """Return the verdicts in words: over all tasks, else of each; the primary one first."""
-    if not comparisons:
-        return ""
     whole = [c for c in comparisons if c.task == OVERALL]
     each = [c for c in comparisons if c.task != OVERALL]
-    lines = ["## Verdict", ""]
-    for comparison in sorted(whole or each, key=lambda c: not c.is_primary):
-        lines.append(f"- {sentence(comparison)}{_tally(comparison, each) if whole else ''}")
-    return "\n".join(lines) + "\n"
+    ordered = sorted(whole or each, key=lambda c: not c.is_primary)
+    return "\n".join(f"- {sentence(c)}{_tally(c, each) if whole else ''}" for c in ordered)
 
 
 def headline(comparisons: Sequence[Comparison]) -> str:
@@ -84,13 +111,13 @@ def headline(comparisons: Sequence[Comparison]) -> str:
         return f"{said if starts_with_a_name else said[0].upper() + said[1:]}."
     place = " over all tasks" if chosen[0].task == OVERALL else ""
     counts = []
-    for verdict in VERDICTS:
-        own = [c for c in chosen if c.difference.verdict == verdict]
+    for name in VERDICTS:
+        own = [c for c in chosen if c.difference.verdict == name]
         if own:
-            named = ", ".join(f"{c.method} against {c.rival}{_on(c)}" for c in own[:3])
-            named += f" and {len(own) - 3} more" if len(own) > 3 else ""
-            is_clear = verdict in ("wins", "loses")
-            counts.append(f"{verdict} in {len(own)}" + f" ({named})" * is_clear)
+            on = [f"{c.method} against {c.rival}{_on(c)}" for c in own[:3]]
+            named = ", ".join(on) + (f" and {len(own) - 3} more" if len(own) > 3 else "")
+            is_clear = name in ("wins", "loses")
+            counts.append(f"{name} in {len(own)}" + f" ({named})" * is_clear)
     return f"{len(chosen)} comparisons{place}: {', '.join(counts)}."
 
 
@@ -112,10 +139,10 @@ def sentence(comparison: Comparison) -> str:
     primary = "Primary comparison: " if comparison.is_primary else ""
     what = comparison.value if comparison.task == OVERALL else comparison.metric
     difference = f"{what} {number(d.mean, places, sign=True)}"
-    return f"{primary}{words}: {difference} ({comparison.better} is better; {evidence(comparison)})"
+    return f"{primary}{words}: {difference} ({comparison.better}; {_evidence(comparison)})"
 
 
-def evidence(comparison: Comparison) -> str:
+def _evidence(comparison: Comparison) -> str:
     """Return the interval, the pairs, the p-values, and what so many pairs could have found."""
     d, places = comparison.difference, digits(comparison.metric)
     pairs = f"{d.num_pairs} pair{'s' * (d.num_pairs != 1)}"
@@ -133,19 +160,283 @@ def evidence(comparison: Comparison) -> str:
 
 def _tally(whole: Comparison, each: Sequence[Comparison]) -> str:
     own = [c for c in each if (c.method, c.rival) == (whole.method, whole.rival)]
-    counts = [(sum(c.difference.verdict == verdict for c in own), verdict) for verdict in VERDICTS]
+    counts = [(sum(c.difference.verdict == name for c in own), name) for name in VERDICTS]
     ahead = sum(c.is_ahead for c in own)
-    said = ", ".join(f"{count} {verdict}" for count, verdict in counts if count)
+    said = ", ".join(f"{count} {name}" for count, name in counts if count)
     return f"; by task: {said}; ahead on {ahead} of {len(own)}"
 
 
-def methods(results: Results) -> str:
+def differences_table(comparisons: Sequence[Comparison], value: str, note: str = "") -> Table:
+    """Return the paired differences with intervals, tests and verdicts, and how to read them."""
+    heads = (
+        "task",
+        "pair",
+        "n",
+        "difference",
+        "better",
+        "sd",
+        "95 % interval",
+        "p",
+        "Holm p",
+        "smallest Holm p",
+        "detectable",
+        "verdict",
+    )
+    rows = tuple(_difference_row(each) for each in comparisons)
+    return Table(f"Paired differences in {value}", heads, rows, note or _how_to_read(comparisons))
+
+
+def _how_to_read(comparisons: Sequence[Comparison]) -> str:
+    note = (
+        "Paired by seed: the first method less the second; better: which side of 0 is. Interval of "
+        "the mean: Student's t for four to nine pairs, BCa bootstrap from ten, none below four. p: "
+        "sign-flip test, two-sided, exact up to 40 pairs. Holm: over the tasks and pairs planned "
+        "for this table, its rows for all tasks apart; smallest: what it would be if every one of "
+        "them were as clear as its pairs allow. Detectable: the difference that so many pairs of "
+        "this spread find with 80 % power. Too few pairs: nothing could have been decided. No "
+        "difference found: it could have been. Wins and loses need an interval without zero and "
+        "Holm p ≤ 0.05."
+    )
+    if any(c.is_primary for c in comparisons):
+        note += " *: the primary comparison, named beforehand and tested alone."
+    if any(c.task == OVERALL for c in comparisons):
+        note += (
+            " All tasks: the mean of the tasks' means, over the seeds that all of them have. "
+            "Hyper-parameters are chosen once a task and method: what another choice would change "
+            "is in no interval."
+        )
+    return note
+
+
+def _difference_row(comparison: Comparison) -> tuple[str, ...]:
+    d, places = comparison.difference, digits(comparison.metric)
+    interval = f"{number(d.low, places, sign=True)} to {number(d.high, places, sign=True)}"
+    return (
+        comparison.task,
+        f"{comparison.method} − {comparison.rival}{' *' if comparison.is_primary else ''}",
+        str(d.num_pairs),
+        number(d.mean, places, sign=True),
+        comparison.better.removesuffix(" is better"),
+        number(d.sd, places),
+        "–" if d.interval == "none" else interval,
+        f"{d.p:.3g}",
+        f"{d.p_holm:.3g}",
+        f"{d.smallest_p_holm:.2g}",
+        number(d.detectable, places),
+        d.verdict,
+    )
+
+
+# --- scores ---
+
+
+def scores(facts: Facts) -> Section:
+    """Return mean scores, further metrics and shares of the gap."""
+    return _section(
+        "Scores",
+        Numbers(_scores_table(facts), name="scores"),
+        Numbers(_others_table(facts.summaries)),
+        Numbers(_gap_table(facts), name="gap"),
+    )
+
+
+def _scores_table(facts: Facts) -> Table:
+    """Return mean ± sd by method (rows) and task (columns), and the majority class."""
+    tasks, by = facts.tasks, {(s.task, s.method): s for s in facts.summaries}
+    rows = [
+        (method, *(_score(by.get((task, method))) for task in tasks))
+        for method in facts.results.experiment["methods"]
+        if any((task, method) in by for task in tasks)
+    ]
+    first = {task: next(s for s in facts.summaries if s.task == task) for task in tasks}
+    majority = [next(s.majority for s in facts.summaries if s.task == task) for task in tasks]
+    if any(value is not None for value in majority):
+        rows.append(("majority class", *(number(value) for value in majority)))
+    heads = ("method", *(f"{task} ({_metric(first[task])})" for task in tasks))
+    keys = facts.results.experiment.get("seed_keys", ["train.seed"])
+    varied = (
+        "Seeds vary the training alone: what other test rows would change is in no spread or "
+        "interval here."
+        if keys == ["train.seed"]
+        else f"A seed sets {' and '.join(keys)}."
+    )
+    note = f"Mean ± standard deviation over seeds (number of seeds). {varied}"
+    return Table("Scores", heads, tuple(rows), note)
+
+
+def _metric(summary: Summary) -> str:
+    return summary.metric + ("" if summary.split == "test" else f", {summary.split}")
+
+
+def _score(summary: Summary | None) -> str:
+    if summary is None:
+        return "–"
+    places = digits(summary.metric)
+    spread = f" ± {number(summary.sd, places)}" if summary.num_seeds > 1 else ""
+    return f"{number(summary.mean, places)}{spread} ({summary.num_seeds})"
+
+
+def _others_table(summaries: Sequence[Summary]) -> Table:
+    """Return the means of further metrics (exact match beside F1)."""
+    rows = tuple(
+        (f"{s.task} {s.method}", name, number(value), str(s.num_seeds))
+        for s in summaries
+        for name, value in s.others.items()
+    )
+    return Table("Further metrics", ("task and method", "metric", "mean", "n"), rows)
+
+
+def _gap_table(facts: Facts) -> Table:
+    """Return the share of the gap between floor and ceiling that each method closes."""
+    ends = gap_ends(facts.results) or ("", "")
+    metrics = {summary.task: summary.metric for summary in facts.summaries}
+    rows = tuple(
+        (
+            f"{s.task} {s.method}",
+            str(s.num_seeds),
+            f"{number(100 * s.mean, 1)} %",
+            "–" if s.num_seeds < 4 else f"{number(100 * s.low, 1)} to {number(100 * s.high, 1)} %",
+            number(s.gap, digits(metrics[s.task])),
+        )
+        for s in shares(facts.results)
+    )
+    heads = ("task and method", "n", "share", "95 % interval", "gap")
+    note = f"0 %: {ends[0]}. 100 %: {ends[1]}. Gap: {ends[1]} less {ends[0]}, in score."
+    return Table("Share of the gap", heads, rows, note)
+
+
+def curves(facts: Facts) -> Section:
+    """Return where the charts of loss against steps stand."""
+    return Section("Loss against steps", [Column("", [])])
+
+
+# --- cost and choices ---
+
+
+def cost(facts: Facts) -> Section:
+    """Return what each method cost and where its losses ended."""
+    rows = tuple(
+        (
+            f"{s.task} {s.method}",
+            ", ".join(map(str, s.ranks)) or "–",
+            big(s.num_trained),
+            big(s.tokens),
+            number(s.wall_s, 1),
+            number(s.peak_rss_mb, 0),
+            number(s.train_loss, 4),
+            number(s.held_out_loss, 4),
+            number(s.validation, digits(s.metric)),
+        )
+        for s in facts.summaries
+    )
+    heads = (
+        "task and method",
+        "ranks",
+        "trained",
+        "tokens",
+        "seconds",
+        "peak MiB",
+        "train loss",
+        "held-out loss",
+        "validation",
+    )
+    note = (
+        "Means per run; seconds: the median, evaluation and pauses of the machine included."
+        " Trained: parameters of the largest link. Tokens include what gradient starts read beside"
+        " the steps. Train loss: over the last tenth of the steps."
+    )
+    return _section("Cost", Numbers(Table("Cost", heads, rows, note), name="costs"))
+
+
+def choices(facts: Facts) -> Section:
+    """Return what was chosen on validation rows, and the scores it was chosen from."""
+    rows = tuple(_choice_row(choice) for choice in facts.results.choices)
+    note = ""
+    if any("tried)" in row[1] for row in rows):
+        note = (
+            "Lowest, highest tried: the chosen value is an end of its grid; a wider one "
+            "(`tune.extend`) might choose another."
+        )
+    heads = ("task and method", "chosen", "by validation", "tried")
+    return _section(
+        "Hyper-parameters", Numbers(Table("Chosen hyper-parameters", heads, rows, note))
+    )
+
+
+def _choice_row(choice: Mapping[str, Any]) -> tuple[str, ...]:
+    chosen = choice["chosen"]
+    return (
+        f"{choice['task']} {choice['method']}",
+        _point(chosen) + _at_edges(choice) if chosen else "none",
+        choice["metric"] + _over_seeds(choice),
+        "; ".join(_tried(each) for each in choice["tried"]),
+    )
+
+
+def _over_seeds(choice: Mapping[str, Any]) -> str:
+    """Return of how many tuning seeds the point that was chosen is the best, where several ran."""
+    values = [each.get("values") for each in choice["tried"]]
+    if choice["chosen"] is None or not all(values):
+        return ""
+    sign = 1 if is_higher_better(choice["metric"]) else -1
+    own = next(each["values"] for each in choice["tried"] if each["point"] == choice["chosen"])
+    best = [
+        max((sign * each for each in by_seed if each is not None), default=0.0)
+        for by_seed in zip(*values, strict=True)
+    ]
+    agree = sum(v is not None and sign * v >= b for v, b in zip(own, best, strict=True))
+    return f", best on {agree} of {len(own)} seeds"
+
+
+def _tried(each: Mapping[str, Any]) -> str:
+    mean = "diverged" if each["mean"] is None else number(each["mean"], 4)
+    return f"{_point(each['point'])}: {mean}"
+
+
+def _at_edges(choice: Mapping[str, Any]) -> str:
+    """Return a remark where a chosen number is the least or the greatest of those tried."""
+    ends = []
+    for key, value in choice["chosen"].items():
+        tried = [each["point"][key] for each in choice["tried"]]
+        if not all(map(_is_number, tried)) or min(tried) == max(tried):
+            continue
+        if value in (min(tried), max(tried)):
+            ends.append("lowest" if value == min(tried) else "highest")
+    return f" ({', '.join(ends)} tried)" if ends else ""
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _point(point: Mapping[str, Any]) -> str:
+    return ", ".join(
+        f"{key.rpartition('.')[2]} {f'{value:g}' if _is_number(value) else value}"
+        for key, value in point.items()
+    )
+
+
+# --- what it is of ---
+
+
+def methods(facts: Facts) -> Section:
     """Return what each method is, generated from the configs of its cells."""
-    lines = [f"- **{name}**: {line}" for name, line in labels(results).items()]
-    return "## Methods\n\n" + "\n".join(lines) + "\n"
+    lines = [f"- **{name}**: {line}" for name, line in labels(facts.results).items()]
+    return _section("Methods", Text("\n".join(lines)))
 
 
-def figure_links(figures: Sequence[str]) -> str:
-    """Return the figures of a report as Markdown images."""
-    drawn = [f"![{name[:-4]}]({name})" for name in figures if name.endswith(".png")]
-    return "\n".join(drawn) + "\n" if drawn else ""
+def origin(facts: Facts) -> Section:
+    """Return where everything comes from."""
+    return _section("Where this comes from", Text(provenance(facts.results)))
+
+
+SECTIONS: tuple[Callable[[Facts], Section], ...] = (
+    question,
+    verdict,
+    scores,
+    curves,
+    cost,
+    choices,
+    methods,
+    origin,
+)

@@ -8,7 +8,6 @@ from statistics import fmean, median
 from typing import Any
 
 from chainlora.data.tasks import WORD_METRICS
-from chainlora.experiments.design.paper import paper_scores
 from chainlora.experiments.execution.results import Results
 from chainlora.experiments.report.values import (
     Cell,
@@ -24,8 +23,7 @@ from chainlora.experiments.statistics.intervals import mean_sd
 class Summary:
     """A method on a task over its seeds, and its mean cost a run.
 
-    Of `wall_s` the median is taken: machines pause. `paper` is the paper's own score, with its sd
-    where that is printed; `others` are means of further metrics.
+    Of `wall_s` the median is taken: machines pause. `others` are means of further metrics.
     """
 
     task: str
@@ -36,8 +34,6 @@ class Summary:
     mean: float
     sd: float
     majority: float | None
-    paper: float | None
-    paper_sd: float | None
     others: dict[str, float]
     validation: float | None
     held_out_loss: float | None
@@ -46,29 +42,21 @@ class Summary:
     ranks: tuple[int, ...]
     num_trained: float
     tokens: float
-    flops: float
-    flops_6nd: float
     wall_s: float
     peak_rss_mb: float | None
 
 
 def summarise_all(results: Results) -> list[Summary]:
     """Return one summary per task and method that has final cells, in the experiment's order."""
-    table = results.experiment.get("paper")
-    printed, spreads = paper_scores(table), paper_scores(table, "sd")
-    found = []
-    for task in results.experiment["tasks"]:
-        for method in results.experiment["methods"]:
-            cells = cells_of(results, task, method)
-            if cells:
-                paper = (numbers.get(method, {}).get(task) for numbers in (printed, spreads))
-                found.append(_summarise(task, method, cells, *paper))
-    return found
+    return [
+        _summarise(task, method, cells)
+        for task in results.experiment["tasks"]
+        for method in results.experiment["methods"]
+        if (cells := cells_of(results, task, method))
+    ]
 
 
-def _summarise(
-    task: str, method: str, cells: Sequence[Cell], paper: float | None, paper_sd: float | None
-) -> Summary:
+def _summarise(task: str, method: str, cells: Sequence[Cell]) -> Summary:
     first = cells[0]
     metric, majority = first["metric"], first.get("majority")
     mean, sd = mean_sd([shown_score(cell) for cell in cells])
@@ -81,8 +69,6 @@ def _summarise(
         mean=mean,
         sd=sd,
         majority=None if majority is None else 100 * majority,
-        paper=paper,
-        paper_sd=paper_sd,
         others=_other_metrics(cells, metric),
         validation=_mean([_validation(cell) for cell in cells]),
         held_out_loss=_mean([held_out_loss(cell) for cell in cells]),
@@ -91,8 +77,6 @@ def _summarise(
         ranks=tuple(first["ranks"]),
         num_trained=fmean(cell["trainable_parameters"] for cell in cells),
         tokens=fmean(cell["tokens"] for cell in cells),
-        flops=fmean(cell["flops"] for cell in cells),
-        flops_6nd=fmean(cell["flops_6nd"] for cell in cells),
         wall_s=median(cell["wall_s"] for cell in cells),
         peak_rss_mb=_mean([cell["peak_rss_mb"] for cell in cells]),
     )

@@ -1,12 +1,12 @@
 """What a cell's numbers are in a report: scores in per cent, losses as they are. Pure functions.
 
-A difference is this less that, in the metric's own unit; `better` says which sign is better.
+A difference is this less that, in the metric's own unit.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 from chainlora.evaluation.metrics import is_higher_better
 from chainlora.experiments.execution.results import Results
@@ -35,11 +35,6 @@ def held_out_loss(cell: Cell) -> float | None:
     """Return a cell's loss on the rows it is scored on; None for written answers."""
     loss = (cell.get(cell["score_split"]) or {}).get("loss")
     return None if loss is None else float(loss)
-
-
-def better(metric: str) -> Literal["lower", "higher"]:
-    """Return which values of a metric, and so which sign of a difference, are the better ones."""
-    return "higher" if is_higher_better(metric) else "lower"
 
 
 def cells_of(results: Results, task: str, method: str) -> list[dict[str, Any]]:

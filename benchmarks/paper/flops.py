@@ -13,8 +13,22 @@ modules of 2048 × 2048) × 152,588 tokens (derived; the paper does not say what
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+from chainlora.config.loading import make_config
+from chainlora.config.schema import RunConfig
+from chainlora.data.tasks import load_task
+from chainlora.models.finding import resolve_model
 
 _FROM_BLOCK_INPUT = frozenset(
     {
@@ -157,3 +171,125 @@ def head_flops(shapes: Shapes, *, trained: bool = False) -> float:
 def paper_flops(num_trained: Sequence[int], num_tokens: Sequence[float]) -> float:
     """Return 6·N·D summed over links: N parameters trained, D tokens seen."""
     return 6.0 * sum(n * d for n, d in zip(num_trained, num_tokens, strict=True))
+
+
+# --- the matmuls of a model, from its config alone: built on the meta device, without weights ---
+
+_BLOCK = re.compile(r"\.(\d+)\.")
+_LORA_KEY = re.compile(r"^(?:base_model\.model\.)?(.+)\.lora_A\b")
+
+
+def adapted_modules(run: Path) -> frozenset[str]:
+    """Return the names of the modules that the first link of a run adapts."""
+    files = sorted((run / "links").glob("*/adapter_model.safetensors"))
+    if not files:
+        return frozenset()
+    with safe_open(files[0], framework="pt") as file:
+        return frozenset(match[1] for match in map(_LORA_KEY.match, file.keys()) if match)
+
+
+def model_shapes(model: str, adapted: Iterable[str]) -> Shapes:
+    """Return the matmuls of a model, from its config alone."""
+    config = AutoConfig.from_pretrained(str(resolve_model(model) or model))
+    with torch.device("meta"):
+        built = AutoModelForCausalLM.from_config(config)
+    return shapes_of(built, adapted)
+
+
+def shapes_of(model: Any, adapted: Iterable[str]) -> Shapes:
+    """Return the matmuls of a built model; `adapted` names modules."""
+    adapted, head = frozenset(adapted), model.get_output_embeddings()
+    matmuls = [
+        Matmul(name, *_in_out(module), block=_block(name), adapted=name in adapted)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and module is not head
+    ]
+    blocks = 1 + max(matmul.block for matmul in matmuls)
+    after = [
+        m.name for m in matmuls if m.block < 0 and m.name.rpartition(".")[2] in ("project_out",)
+    ]
+    matmuls = [
+        m if m.name not in after else Matmul(m.name, m.num_in, m.num_out, blocks, m.adapted)
+        for m in matmuls
+    ]
+    text = model.config.get_text_config()
+    heads = text.num_attention_heads
+    width = heads * (getattr(text, "head_dim", None) or text.hidden_size // heads)
+    num_in, num_out = _in_out(head)
+    return Shapes(
+        tuple(matmuls),
+        num_in,
+        num_out,
+        width * text.num_hidden_layers,
+        sum(parameter.numel() for parameter in model.parameters()),
+    )
+
+
+def _in_out(module: nn.Module) -> tuple[int, int]:
+    weight: Any = module.weight
+    rows, columns = weight.shape
+    return (rows, columns) if isinstance(module, Conv1D) else (columns, rows)
+
+
+def _block(name: str) -> int:
+    match = _BLOCK.search(name)
+    return int(match[1]) if match else -1
+
+
+# --- a cell's operations, from its line of results ---
+
+
+def cell_costs(cell: Mapping[str, Any], run: Path | None = None) -> dict[str, float]:
+    """Return a cell's operations: `flops`, counted, and `flops_6nd`, by the paper's rule.
+
+    Lines written before 0.3 hold both. Those of today are counted from what they hold and from
+    `run`, the cell's run directory, which names the modules that its links adapt.
+
+    Raises FileNotFoundError without that directory.
+    """
+    if "flops" in cell:
+        return {key: float(cell[key]) for key in ("flops", "flops_6nd")}
+    if not cell["steps"]:
+        return {"flops": 0.0, "flops_6nd": 0.0}
+    config = make_config(cell["config"])
+    full = config.chain.tune == "full"
+    adapted = adapted_modules(run) if run is not None else frozenset()
+    if not adapted and not full:
+        raise FileNotFoundError(f"a cell's links say which modules they adapt (got none in {run})")
+    shapes = model_shapes(config.model, adapted)
+    ranks, factors, tokens = config.chain.ranks, config.chain.train_factors, cell["link_tokens"]
+    in_steps = cell["tokens"] - cell["start_tokens"]
+    rows = cell["steps"] * config.train.batch_size * config.train.gradient_accumulation
+    context = in_steps / rows / 2  # what a token attends to under a causal mask, on average
+    per_token = [
+        training_flops(shapes, rank, context, factors=factors, tune=config.chain.tune)
+        for rank in ranks
+    ]
+    flops = sum(n * each for n, each in zip(tokens, per_token, strict=True))
+    # what a gradient start reads costs what as many tokens cost in training
+    scored = _scored_positions(config, cell, in_steps) * cell["tokens"] / in_steps
+    flops += scored * head_flops(shapes, trained=full)
+    # what ranks do not tell (DoRA's magnitudes, biases) every link has alike
+    counted = cell["trainable_parameters"]
+    trained = [counted if full else _trained(shapes, rank, factors) for rank in ranks]
+    trained = [n + counted - max(trained) for n in trained]
+    return {"flops": flops, "flops_6nd": paper_flops(trained, tokens)}
+
+
+def _trained(shapes: Shapes, rank: int, factors: str) -> int:
+    if factors == "both":
+        return lora_parameters(shapes, rank)
+    return sum(
+        rank * (m.num_in if factors == "A" else m.num_out) for m in shapes.matmuls if m.adapted
+    )
+
+
+def _scored_positions(config: RunConfig, cell: Mapping[str, Any], in_steps: int) -> float:
+    """Return the positions that go through the whole output head.
+
+    None where only label rows of it are needed; the run's own count where it gives one, else every
+    token of a completion task (an upper bound).
+    """
+    if config.data.task is not None and load_task(config.data.task).loss == "candidates":
+        return 0
+    return float(cell.get("scored_tokens") or in_steps)

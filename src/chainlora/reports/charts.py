@@ -1,0 +1,278 @@
+"""Charts: drawn by matplotlib once, for a page as SVG and for a file, without pyplot or display.
+
+A chart for a page is 4 inches wide and its smallest text 9 points, which a phone shows at 10 pixels
+and more. A colour of `_THEME` becomes a CSS variable, which has one value for light pages and
+another for dark ones.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from chainlora.reports.tables import Table
+
+BLUE, VERMILION, GREEN, SKY, PURPLE, GREY = (  # Okabe–Ito: told apart by every kind of vision
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#56B4E9",
+    "#CC79A7",
+    "#777777",
+)
+GOLD, INK = "#BF8700", "#222222"
+COLOURS = (BLUE, VERMILION, GREEN, PURPLE, SKY, GREY)
+SMALL = 9  # points; the smallest text of a page's chart
+PAGE_SIZE = (4.0, 2.9)  # inches
+MOST_LABELS = 12  # names or values that still fit
+OWN = "own--"  # before the ids of a picture; replaced where it is put on a page
+STYLE: Any = {
+    "text.parse_math": False,  # names of runs and methods are text: $ is a dollar
+    "svg.fonttype": "none",  # text stays text: it can be searched, and takes the page's font
+    "svg.hashsalt": "chainlora",  # the same figure, the same bytes
+    "font.size": 10,
+    "legend.fontsize": SMALL,
+    "xtick.labelsize": SMALL,
+    "ytick.labelsize": SMALL,
+    "axes.titlesize": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": GREY,
+    "axes.grid": True,
+    "grid.color": "#E6E6E6",
+    "axes.axisbelow": True,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "xtick.color": "#444444",
+    "ytick.color": "#444444",
+    "legend.edgecolor": "none",
+    "legend.framealpha": 0.85,
+    "savefig.dpi": 150,
+}
+_FOR_PAGE: Any = {"figure.facecolor": "none", "axes.facecolor": "none"}
+_THEME = {
+    "#222222": "ink",
+    "#000000": "ink",
+    "#444444": "soft",
+    "#57606a": "soft",
+    "#777777": "grey",
+    "#bfc4ca": "grey",
+    "#e6e6e6": "grid",
+    "#b0b0b0": "grid",
+    "#ffffff": "paper",
+    "#0072b2": "blue",
+    "#56b4e9": "sky",
+    "#d55e00": "vermilion",
+    "#cf222e": "vermilion",
+    "#009e73": "green",
+    "#1a7f37": "green",
+    "#cc79a7": "purple",
+    "#bf8700": "gold",
+}
+_ON_LIGHT, _ON_DARK = "#0A0A0A", "#F8F8F8"  # text in a cell, whatever the page's colours
+
+Fill = Callable[[Any], object]  # draws into an empty figure
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A chart of a page, with its numbers as a table where they are in no other."""
+
+    title: str
+    note: str
+    svg: str
+    table: Table | None = None
+    kind: str = "picture"
+
+
+def picture(
+    title: str,
+    note: str,
+    fill: Fill,
+    *,
+    size: tuple[float, float] = PAGE_SIZE,
+    table: Table | None = None,
+) -> Picture:
+    """Return a chart as a picture. `table` replaces the numbers of its lines."""
+    from matplotlib import rc_context
+
+    figure = drawn(fill, size, _FOR_PAGE)
+    out = io.StringIO()
+    with rc_context(STYLE | _FOR_PAGE):
+        figure.savefig(out, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format")))
+    return Picture(title, note, _for_page(out.getvalue()), table or numbers_of(title, figure))
+
+
+def drawn(fill: Fill, size: tuple[float, float], style: Any = None) -> Any:
+    """Return a figure that `fill` has drawn into."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    with rc_context(STYLE | (style or {})):
+        figure = Figure(figsize=size, layout="constrained")
+        fill(figure)
+    return figure
+
+
+def save(fill: Fill, size: tuple[float, float], path: str | Path) -> Path:
+    """Draw into a PNG or SVG file, without dates: the same chart gives the same file."""
+    from matplotlib import rc_context
+
+    path = Path(path)
+    figure = drawn(fill, size)
+    metadata = {"Date": None} if path.suffix == ".svg" else {"Software": None}
+    with rc_context(STYLE):
+        figure.savefig(path, metadata=metadata)
+    return path
+
+
+def numbers_of(title: str, figure: Any) -> Table | None:
+    """Return the numbers of a figure's named lines: a column a line, a row a place."""
+    columns: dict[str, dict[float, float]] = {}
+    for axes in figure.axes:
+        for line in axes.get_lines():
+            if not line.get_label().startswith("_"):
+                points = zip(line.get_xdata(), line.get_ydata(), strict=True)
+                columns.setdefault(line.get_label(), {}).update(points)
+    if not columns:
+        return None
+    places = sorted({float(x) for points in columns.values() for x in points})
+    rows = tuple(
+        (short(x), *(short(points.get(x, math.nan)) for points in columns.values())) for x in places
+    )
+    return Table(title, (figure.axes[-1].get_xlabel(), *columns), rows)
+
+
+def grid_table(
+    title: str,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    grid: Sequence[Sequence[float]],
+    corner: str,
+) -> Table:
+    """Return the numbers of a heat map."""
+    lines = zip(rows, grid, strict=True)
+    body = tuple((name, *(short(value) for value in values)) for name, values in lines)
+    return Table(title, (corner, *columns), body)
+
+
+def short(value: float) -> str:
+    """Return a number with four digits; a dash for none."""
+    if math.isnan(value):
+        return "–"
+    return f"{value:.0f}" if float(value).is_integer() and abs(value) < 1e9 else f"{value:.4g}"
+
+
+# --- parts of charts ---
+
+
+def whole_steps(axis: Any) -> None:
+    """Put ticks at whole numbers alone: there is no step 2.5."""
+    from matplotlib.ticker import MaxNLocator
+
+    axis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+
+
+def line_style(place: int) -> dict[str, Any]:
+    """Return colour and dashes of one of several lines."""
+    dashes = ("-", "--", ":")[place // len(COLOURS) % 3]
+    return {"color": COLOURS[place % len(COLOURS)], "linestyle": dashes}
+
+
+def legend_above(figure: Any, columns: int = 2, **keys: Any) -> None:
+    """Name the lines above the axes, where they hide nothing."""
+    figure.legend(loc="outside upper left", ncols=columns, frameon=False, handlelength=1.4, **keys)
+
+
+def heat_map(
+    figure: Any,
+    axes: Any,
+    grid: Sequence[Sequence[float]],
+    *,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    label: str,
+    low: float = 0.0,
+    top: float | None = None,
+    form: str = "{:.2f}",
+) -> None:
+    """Draw a matrix of numbers as colours, the first row above, and as text where it fits.
+
+    `rows` and `columns` name them; of many, some are shown. NaN cells stay empty.
+    """
+    known = [value for line in grid for value in line if not math.isnan(value)]
+    top = max(known, default=1.0) if top is None else top
+    top = top if top > low else low + 1.0
+    edges = [[place - 0.5 for place in range(len(names) + 1)] for names in (columns, rows)]
+    image = axes.pcolormesh(
+        *edges, grid, cmap="cividis", vmin=low, vmax=top, edgecolors="face", linewidth=0.3
+    )  # edges of the cells' own colour: without them the page shines through in between
+    axes.invert_yaxis()
+    axes.grid(visible=False)
+    for axis, names in ((axes.xaxis, columns), (axes.yaxis, rows)):
+        every = -(-len(names) // MOST_LABELS)
+        axis.set_ticks(range(0, len(names), every), list(names[::every]))
+    if max(len(rows), len(columns)) <= MOST_LABELS:
+        for row, line in enumerate(grid):
+            for column, value in enumerate(line):
+                if not math.isnan(value):
+                    ink = _ON_LIGHT if value - low > 0.6 * (top - low) else _ON_DARK
+                    where = {"ha": "center", "va": "center", "fontsize": SMALL, "color": ink}
+                    axes.text(column, row, form.format(value), **where)
+    bar = figure.colorbar(image, ax=axes, shrink=0.85)
+    bar.set_label(label)
+    bar.outline.set_visible(False)
+
+
+def score_matrix(
+    title: str, states: Sequence[str], tasks: Sequence[str], grid: Sequence[Sequence[float]]
+) -> Picture:
+    """Return the scores of several states of a chain on several tasks, as a picture.
+
+    `grid` has a row a state and a column a task, as shares of 1; NaN where one was not scored.
+    """
+
+    def fill(figure: Any) -> None:
+        axes = figure.subplots()
+        shown = [[100 * value for value in line] for line in grid]
+        known = [value for line in shown for value in line if not math.isnan(value)]
+        low = min(known, default=0.0)
+        names: Any = {"rows": states, "columns": tasks}
+        heat_map(figure, axes, shown, **names, label="%", low=low, form="{:.1f}")
+        axes.set_ylabel("after")
+        axes.tick_params(axis="x", rotation=30)
+
+    return picture(title, "", fill, table=grid_table(title, states, tasks, grid, "after"))
+
+
+# --- SVG for a page ---
+
+
+def _for_page(svg: str) -> str:
+    """Return the SVG without what a page does not want: declarations, sizes, colours, fonts."""
+    svg = svg[svg.index("<svg") :]
+    head, rest = svg.split(">", 1)
+    box = re.findall(r'viewBox="[^"]*"', head)[0]
+    rest = re.sub(r"<metadata>.*?</metadata>", "", rest, flags=re.DOTALL)
+    rest = re.sub(r"<!--.*?-->\s*", "", rest, flags=re.DOTALL)
+    rest = re.sub(r"'DejaVu Sans'[^;\"]*", "system-ui, sans-serif", rest)
+    rest = re.sub(r"#[0-9a-f]{6}\b", _variable, rest)
+    return f'<svg {box} aria-hidden="true" focusable="false">{_own_ids(rest)}'
+
+
+def _variable(found: re.Match[str]) -> str:
+    name = _THEME.get(found[0])
+    return f"var(--{name})" if name else found[0]
+
+
+def _own_ids(svg: str) -> str:
+    """Drop ids that nothing refers to, and mark the others, which each page makes its own."""
+    used = set(re.findall(r'(?:url\(#|href="#)([^)"]+)', svg))
+    svg = re.sub(r' id="([^"]+)"', lambda m: f' id="{OWN}{m[1]}"' if m[1] in used else "", svg)
+    svg = re.sub(r'(url\(#|href="#)', rf"\1{OWN}", svg)
+    return re.sub(r">\s+<", "><", svg)

@@ -1,0 +1,497 @@
+"""The charts of a run: how training went, and what each link became; PNG files and page alike."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from itertools import groupby, pairwise
+from pathlib import Path
+from typing import Any
+
+from chainlora.errors import RunError
+from chainlora.reports.charts import (
+    BLUE,
+    GREEN,
+    GREY,
+    MOST_LABELS,
+    PURPLE,
+    SKY,
+    SMALL,
+    VERMILION,
+    Fill,
+    Picture,
+    grid_table,
+    heat_map,
+    legend_above,
+    line_style,
+    picture,
+    save,
+    whole_steps,
+)
+from chainlora.reports.runs import RunFacts
+from chainlora.runs.records import score_names
+
+Record = Mapping[str, Any]
+_MOST_POINTS = 400  # of a curve; a page is as wide as about a thousand pixels
+
+
+# --- files ---
+
+
+def plot_training(records: str | Path | Sequence[Record], out_png: str | Path) -> None:
+    """Draw loss, validation scores and learning rate over the steps, knots as dashed lines.
+
+    records: the path of a ``metrics.jsonl``, or its records.
+
+    Raises RunError if there is neither a training step nor an evaluation to draw.
+    """
+    records = _read(records)
+    steps, evals = _of_event(records, "step"), _of_event(records, "eval")
+    if not steps and not evals:
+        raise RunError(
+            "a plot needs a training step or an evaluation (got none); train the run first"
+        )
+    scores = score_names(evals)
+    heights = [3.0, *([2.0] if scores else []), *([1.0] if steps else [])]
+
+    def fill(figure: Any) -> None:
+        grid = figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)
+        panels = list(grid[:, 0])
+        draw_loss(panels[0], steps, evals)
+        if scores:
+            draw_scores(panels[1], evals, scores)
+        if steps:
+            draw_rate(panels[-1], steps)
+        mark_knots(panels, records)
+        panels[-1].set_xlabel("optimizer step")
+        figure.align_ylabels(panels)
+
+    save(fill, (8, 0.9 + 1.15 * sum(heights)), out_png)
+
+
+def plot_chain(inspection: Mapping[str, Any], out_png: str | Path) -> None:
+    """Draw ‖ΔW‖, effective rank and overlap of the links, from what `inspect_run` returns.
+
+    Raises RunError if the chain has no link.
+    """
+    links = inspection["links"]
+    if not links:
+        raise RunError(
+            "a picture of a chain needs at least one link (got none); train the run first"
+        )
+    pairs = _have_overlap(links)
+
+    def fill(figure: Any) -> None:
+        panels = figure.subplots(1, 3 if pairs else 2, squeeze=False)[0]
+        draw_norms(panels[0], links)
+        draw_ranks(panels[1], links)
+        names = ["size of each link", "directions it uses", "overlap of input subspaces"]
+        if pairs:
+            draw_overlap(figure, panels[2], links)
+        for axes, name in zip(panels, names, strict=False):
+            axes.set_title(name, loc="left")
+
+    save(fill, (11 if pairs else 7.4, 3.5), out_png)
+
+
+def _read(records: str | Path | Sequence[Record]) -> Sequence[Record]:
+    if not isinstance(records, (str, Path)):
+        return records
+    try:
+        lines = Path(records).read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError as error:
+        raise RunError(
+            f"a plot needs the run's metrics (got no {records}); train the run first"
+        ) from error
+    return [json.loads(line) for line in lines if line.strip()]
+
+
+def _of_event(records: Sequence[Record], event: str) -> list[Record]:
+    return [record for record in records if record["event"] == event]
+
+
+# --- pages ---
+
+
+def training_pictures(run: RunFacts) -> list[Picture]:
+    """Return loss, validation scores and learning rate over the steps, knots marked."""
+    steps, evals = run.steps, run.evaluations
+    some, width = thinned(steps)
+    each = "each step" if width == 1 else f"mean of {width} steps"
+
+    def over_steps(panel: Fill) -> Fill:
+        def fill(figure: Any) -> None:
+            axes = figure.subplots()
+            panel(axes)
+            mark_knots([axes], run.records)
+            axes.set_xlabel("step")
+
+        return fill
+
+    found = []
+    if steps or evals:
+        fill = over_steps(lambda axes: draw_loss(axes, some, evals, each=each))
+        found.append(picture("Loss over the steps", "in nats; vertical lines are knots", fill))
+    if names := score_names(evals):
+        fill = over_steps(lambda axes: draw_scores(axes, evals, names))
+        found.append(picture("Validation scores over the steps", "", fill))
+    if steps:
+        fill = over_steps(lambda axes: draw_rate(axes, some))
+        found.append(picture("Learning rate over the steps", "", fill))
+    return found
+
+
+def chain_pictures(run: RunFacts) -> list[Picture]:
+    """Return what each link became: size, rank, spectrum, where it went, overlap."""
+    links = run.links
+    if not links:
+        return []
+    found = []
+    if measured := all("modules" in link for link in links):
+        note = "Frobenius norm of its update, over all modules"
+        found.append(picture("Size of each link", note, _axes(draw_norms, links)))
+    note = "how many directions it uses"
+    found.append(picture("Rank of each link", note, _axes(draw_ranks, links)))
+    if measured:
+        note = "mean over the modules, the largest first"
+        found.append(picture("Singular spectrum of each link", note, _axes(draw_spectra, links)))
+        found += _received(links)
+    if _have_overlap(links):
+        note = "1: they read the same subspace of their inputs; 0: orthogonal ones"
+        title, names = "Overlap of the links", [str(link["link"]) for link in links]
+        table = grid_table(title, names[1:], names[:-1], _overlaps(links), "link")
+
+        def fill(figure: Any) -> None:
+            draw_overlap(figure, figure.subplots(), links)
+
+        found.append(picture(title, note, fill, table=table))
+    return found
+
+
+def comparing_pictures(runs: Sequence[RunFacts]) -> list[Picture]:
+    """Return the curves of several runs in one chart each: validation, and training loss."""
+    found = []
+    scores = {run.score for run in runs if run.score}
+    names = ["loss", *scores] if len(scores) == 1 else ["loss"]
+    for name in dict.fromkeys(names):
+        if any(_held_out(run, name) for run in runs):
+            title = f"Validation {name} of each run"
+            found.append(picture(title, "large dots are knots", _overlaid(runs, name)))
+    if any(run.steps for run in runs):
+        note = "smoothed; dots are knots"
+        found.append(picture("Training loss of each run", note, _overlaid(runs, None)))
+    return found
+
+
+def thinned(steps: Sequence[Record]) -> tuple[list[Record], int]:
+    """Return at most about `_MOST_POINTS` means over steps of a link, and over how many each."""
+    width = max(1, -(-len(steps) // _MOST_POINTS))
+    if width == 1:
+        return list(steps), 1
+    found: list[Record] = []
+    for _, own in groupby(steps, key=lambda record: record["link"]):
+        of_link = list(own)
+        for start in range(0, len(of_link), width):
+            part = of_link[start : start + width]
+            mean = sum(record["loss"] for record in part) / len(part)
+            found.append({**part[-1], "loss": mean})
+    return found, width
+
+
+def _axes(panel: Any, links: Sequence[Record]) -> Fill:
+    return lambda figure: panel(figure.subplots(), links)
+
+
+def _held_out(run: RunFacts, name: str) -> list[Record]:
+    return [r for r in run.evaluations if math.isfinite(r.get(name, math.nan))]
+
+
+def _overlaid(runs: Sequence[RunFacts], name: str | None) -> Fill:
+    """Return what draws a validation metric of each run, or its smoothed training loss."""
+
+    def fill(figure: Any) -> None:
+        axes = figure.subplots()
+        for place, run in enumerate(runs):
+            records = thinned(run.steps)[0] if name is None else _held_out(run, name)
+            values = [record[name or "loss"] for record in records]
+            if name is None:
+                values = smooth(values, span=max(9, len(values) / 12))
+            knots = {record["step"] for record in _of_event(run.records, "knot")}
+            at = [record["step"] for record in records]
+            marked = [i for i, step in enumerate(at) if step in knots]
+            style = line_style(place) | {"marker": "o", "markevery": marked, "linewidth": 1.6}
+            axes.plot(at, values, label=run.name, **style)
+        whole_steps(axes.xaxis)
+        axes.set_xlabel("step")
+        axes.set_ylabel(f"validation {name}" if name else "training loss")
+        legend_above(figure)
+
+    return fill
+
+
+# --- training ---
+
+
+def smooth(values: Sequence[float], span: float) -> list[float]:
+    """Return the exponential moving average over about `span` steps, unbiased at its start."""
+    decay = 1 - 2 / (max(span, 1) + 1)
+    total = weight = 0.0
+    out = []
+    for value in values:
+        total, weight = decay * total + (1 - decay) * value, decay * weight + (1 - decay)
+        out.append(total / weight)
+    return out
+
+
+def draw_loss(
+    axes: Any, steps: Sequence[Record], evals: Sequence[Record], *, each: str = "each step"
+) -> None:
+    """Draw the training loss, smoothed too, and the validation loss."""
+    finite = [r for r in steps if math.isfinite(r["loss"])]
+    at, losses = [r["step"] for r in finite], [r["loss"] for r in finite]
+    if losses:
+        smoothed = smooth(losses, span=max(9, len(losses) / 12))
+        axes.plot(at, losses, color=SKY, alpha=0.5, linewidth=0.8, label=each)
+        axes.plot(at, smoothed, color=BLUE, linewidth=1.8, label="smoothed")
+    held_out = [r for r in evals if math.isfinite(r.get("loss", math.nan))]
+    if held_out:
+        at, values = [r["step"] for r in held_out], [r["loss"] for r in held_out]
+        style = {"color": VERMILION, "linewidth": 1.2, "marker": "o", "markersize": 5}
+        axes.plot(at, values, label="validation", **style)
+    axes.set_ylabel("loss")
+    narrow = {"handlelength": 1.2, "columnspacing": 0.8, "handletextpad": 0.4}
+    for handle in axes.legend(loc="upper right", ncols=3, **narrow).get_lines():
+        handle.set(alpha=1, linewidth=1.8)
+    _keep_room(axes, losses[len(losses) // 50 :] + [r["loss"] for r in held_out])
+
+
+def _keep_room(axes: Any, values: Sequence[float]) -> None:
+    """Cut single spikes off the top (the highest half per cent), and leave room for the legend."""
+    if not values:
+        return
+    ordered = sorted(values)
+    top, low = ordered[min(len(ordered) - 1, int(len(ordered) * 0.995))], ordered[0]
+    room = (top - low) or abs(top) or 1.0
+    axes.set_ylim(low - 0.06 * room, top + 0.25 * room)
+
+
+def draw_scores(axes: Any, evals: Sequence[Record], names: Sequence[str]) -> None:
+    """Draw the validation scores that have these names."""
+    from matplotlib.ticker import PercentFormatter
+
+    everything = []
+    for name, color, marker in zip(names, (GREEN, VERMILION, PURPLE), "osD", strict=False):
+        points = [(r["step"], r[name]) for r in evals if math.isfinite(r.get(name, math.nan))]
+        everything += [value for _, value in points]
+        style = {"color": color, "marker": marker, "markersize": 5, "linewidth": 1.5}
+        axes.plot(*zip(*points, strict=True), label=name, **style)
+    fractions = all(0 <= value <= 1 for value in everything)
+    if fractions:
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    if len(names) == 1:
+        _label_points(axes, evals, names[0], "{:.1%}" if fractions else "{:.3g}")
+        axes.set_ylabel(f"validation\n{names[0]}")
+    else:
+        axes.set_ylabel("validation")
+        axes.legend(loc="best")
+    axes.margins(y=0.25)
+    if fractions:  # room for the labels, but no tick beyond all of them
+        low, high = axes.get_ylim()
+        axes.set_ylim(max(low, -0.09), min(high, 1.09))
+
+
+def _label_points(axes: Any, evals: Sequence[Record], name: str, form: str) -> None:
+    marked = [r for r in evals if name in r and r.get("where") in ("start", "knot", "end")]
+    for r in {r["step"]: r for r in marked[-MOST_LABELS:]}.values():
+        axes.annotate(
+            form.format(r[name]),
+            (r["step"], r[name]),
+            (0, 8),
+            textcoords="offset points",
+            ha="center" if r["step"] else "left",  # not over the axis
+            fontsize=SMALL,
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1},
+        )
+
+
+def draw_rate(axes: Any, steps: Sequence[Record]) -> None:
+    """Draw the learning rate."""
+    for link, own in groupby(steps, key=lambda record: record["link"]):  # a restart is a gap
+        points = [(r["step"], r.get("learning_rate", math.nan)) for r in own]
+        axes.plot(*zip(*points, strict=True), color=PURPLE, linewidth=1.5, label=f"link {link}")
+    axes.set_ylabel("learning\nrate")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.4g}")
+    axes.set_ylim(bottom=0)
+
+
+def mark_knots(panels: Sequence[Any], records: Sequence[Record]) -> None:
+    """Draw a dashed line at each knot, and name each link above its part of the run."""
+    knots = [r["step"] for r in _of_event(records, "knot")]
+    last = max(r["step"] for r in records if "step" in r)
+    for axes in panels:
+        whole_steps(axes.xaxis)
+        for step in knots:
+            axes.axvline(step, color=GREY, linestyle=(0, (4, 3)), linewidth=1, label="_knot")
+        axes.set_xlim(-0.04 * max(last, 1), 1.04 * max(last, 1))
+    edges = [0, *knots, *([last] if not knots or last > knots[-1] else [])]
+    if len(edges) - 1 > MOST_LABELS:
+        return
+    for link, (start, end) in enumerate(pairwise(edges)):
+        panels[0].annotate(
+            f"link {link}" if len(edges) < 7 else f"{link}",
+            ((start + end) / 2, 1),
+            (0, 4),
+            xycoords=("data", "axes fraction"),
+            textcoords="offset points",
+            ha="center",
+            fontsize=SMALL,
+            color="#444444",
+        )
+
+
+# --- links ---
+
+
+def draw_norms(axes: Any, links: Sequence[Record]) -> None:
+    """Draw the size of each link."""
+    norms = [link.get("delta_norm", math.nan) for link in links]
+    _bars(axes, norms, color=BLUE)
+    axes.set_ylabel("‖ΔW‖ (Frobenius)")
+
+
+def draw_ranks(axes: Any, links: Sequence[Record]) -> None:
+    """Draw rank and effective rank of each link."""
+    ranks = [link["rank"] for link in links]
+    used = [link.get("effective_rank", math.nan) for link in links]
+    frame = {"facecolor": "none", "edgecolor": GREY, "linestyle": "--"}
+    axes.bar(range(len(links)), ranks, width=0.7, label="rank", **frame)
+    _bars(axes, used, color=GREEN, label="effective rank", inside=True)
+    axes.set_ylim(top=1.3 * max(ranks))
+    axes.set_ylabel("mean over modules")
+    axes.legend(loc="upper right", ncols=2)
+
+
+def _bars(axes: Any, values: Sequence[float], *, inside: bool = False, **keys: Any) -> None:
+    bars = axes.bar(range(len(values)), values, width=0.7, **keys)
+    if len(values) <= MOST_LABELS:
+        shown = ["" if math.isnan(value) else f"{value:.3g}" for value in values]
+        where, ink = ("center", "#FFFFFF") if inside else ("edge", "#222222")
+        axes.bar_label(bars, shown, label_type=where, padding=2, fontsize=SMALL, color=ink)
+    axes.margins(y=0.15)
+    axes.grid(axis="x", visible=False)
+    _number_links(axes.xaxis, range(len(values)))
+    side = 0.6 if len(values) > 1 else 1.2
+    axes.set_xlim(-side, len(values) - 1 + side)
+    axes.set_xlabel("link")
+
+
+def _number_links(axis: Any, places: range) -> None:
+    if len(places) <= MOST_LABELS:
+        axis.set_ticks(places)
+    else:
+        whole_steps(axis)
+
+
+def draw_spectra(axes: Any, links: Sequence[Record]) -> None:
+    """Draw the singular values of each link's update, their mean over the modules."""
+    longest = 0
+    for place, link in enumerate(links):
+        values = link.get("spectrum", ())
+        longest = max(longest, len(values))
+        style = line_style(place) | {"marker": "o", "markersize": 4, "linewidth": 1.5}
+        axes.plot(range(1, len(values) + 1), values, label=f"link {link['link']}", **style)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("direction")
+    axes.set_ylabel("singular value")
+    _number_links(axes.xaxis, range(1, longest + 1))
+    if len(links) <= MOST_LABELS:
+        axes.legend(loc="upper right")
+
+
+def _have_overlap(links: Sequence[Record]) -> bool:
+    return len(links) > 1 and any(link.get("overlap") for link in links)
+
+
+def _overlaps(links: Sequence[Record]) -> list[list[float]]:
+    """Return the overlap of each link but the first (rows) with each earlier one (columns)."""
+    empty = [math.nan] * len(links)
+    return [[*link.get("overlap", ()), *empty][: len(links) - 1] for link in links[1:]]
+
+
+def draw_overlap(figure: Any, axes: Any, links: Sequence[Record]) -> None:
+    """Draw the overlap of each link with each earlier one: the lower triangle of a matrix."""
+    grid, names = _overlaps(links), [str(link["link"]) for link in links]
+    known = [value for row in grid for value in row if not math.isnan(value)]
+    top = max(0.1, *known)  # random subspaces overlap by rank / width, a few per cent
+    sides: Any = {"rows": names[1:], "columns": names[:-1]}
+    heat_map(figure, axes, grid, **sides, label="mean squared cosine", top=top)
+    axes.set_aspect("equal")
+    axes.set_xlabel("earlier link")
+    axes.set_ylabel("link")
+
+
+# --- what each part of the model received ---
+
+
+def _received(links: Sequence[Record]) -> list[Picture]:
+    names = list(dict.fromkeys(name for link in links for name in link["modules"]))
+    found = []
+    for title, part_of in (
+        ("What each layer received", layer_of),
+        ("What each kind of module received", kind_of),
+    ):
+        parts: dict[str, list[str]] = {}
+        for name in names:
+            parts.setdefault(part_of(name), []).append(name)
+        if len(parts) > 1:
+            ordered = dict(sorted(parts.items(), key=_numbers_first))
+            found.append(
+                _received_by(title, links, ordered, "layer" if part_of is layer_of else "")
+            )
+    return found
+
+
+def _received_by(
+    title: str, links: Sequence[Record], parts: Mapping[str, Sequence[str]], axis: str
+) -> Picture:
+    """Return ‖ΔW‖ that each part of the model, a list of modules, received from each link."""
+    grid = [
+        [
+            math.hypot(*(link["modules"].get(name, 0.0) for name in names))
+            for names in parts.values()
+        ]
+        for link in links
+    ]
+    numbers = [str(link["link"]) for link in links]
+
+    def fill(figure: Any) -> None:
+        axes = figure.subplots()
+        form = "{:.2f}" if max(map(max, grid)) < 10 else "{:.3g}"
+        names: Any = {"rows": numbers, "columns": list(parts)}
+        heat_map(figure, axes, grid, **names, label="‖ΔW‖ (Frobenius)", form=form)
+        axes.set_ylabel("link")
+        axes.set_xlabel(axis)
+        if not axis:
+            axes.tick_params(axis="x", rotation=30)
+
+    columns = [f"link {number}" for number in numbers]
+    turned = list(zip(*grid, strict=True))
+    table = grid_table(title, list(parts), columns, turned, axis or "module")
+    return picture(title, "Frobenius norm of the update by each link", fill, table=table)
+
+
+def layer_of(module: str) -> str:
+    """Return the number of the layer that a module is in; its last name where it is in none."""
+    numbers = [part for part in module.split(".") if part.isdecimal()]
+    return numbers[0] if numbers else kind_of(module)
+
+
+def kind_of(module: str) -> str:
+    """Return the name that a module has in every layer."""
+    return [part for part in module.split(".") if not part.isdecimal()][-1]
+
+
+def _numbers_first(item: tuple[str, list[str]]) -> tuple[bool, int, str]:
+    name = item[0]
+    return (not name.isdecimal(), int(name) if name.isdecimal() else 0, name)

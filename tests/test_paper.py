@@ -1,0 +1,111 @@
+"""benchmarks/paper: operations as they are counted, and the paper's numbers beside ours."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_model
+from experiment_cases import change, lines, tree
+from torch.utils.flop_counter import FlopCounterMode
+
+from chainlora.errors import ConfigError
+from chainlora.experiments import make_experiment, read_results, run_cells
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks/paper"))
+from flops import cell_costs, paper_flops, shapes_of, training_flops
+from report import report
+
+
+@pytest.mark.parametrize(
+    ("architecture", "targets"),
+    [
+        ("llama", ("k_proj", "down_proj")),
+        ("llama", ("gate_proj",)),
+        ("llama", ("layers.1.mlp.down_proj",)),
+        ("opt", ("q_proj", "v_proj")),
+        ("opt", ("out_proj", "fc2")),
+        ("gpt2", ("c_attn",)),
+        ("gpt2", ("mlp.c_proj",)),
+    ],
+)
+def test_counted_operations_are_torch_s_own_count(architecture, targets):
+    from chainlora.chain.adapters import attach
+    from chainlora.config.schema import LinkConfig
+
+    model, length = tiny_model(architecture, attn_implementation="eager"), 24
+    names = [
+        name
+        for name, _ in model.named_modules()
+        if any(f".{name}".endswith(f".{each}") for each in targets)
+    ]
+    shapes = shapes_of(model, names)
+    attach(model, LinkConfig(rank=4, alpha=4, target_modules=targets))
+    ids = torch.arange(2, 2 + length)[None]
+    with FlopCounterMode(display=False) as counter:
+        model(ids).logits[0, -1].sum().backward()
+    head = 2 * shapes.head_in * shapes.head_out
+    # eager attention multiplies the whole square: a context of `length`
+    ours = (
+        length * training_flops(shapes, 4, context=length) + length * 2 * head
+    )  # forward, input's gradient
+    assert ours == counter.get_total_flops()
+
+
+def test_the_paper_s_rule_gives_its_table_3():
+    parameters = 48 * 2 * (2048 + 2048)  # OPT-1.3B, q and v of 24 layers, two ranks given up
+    assert paper_flops([parameters], [152_588]) == pytest.approx(
+        3.60e11, rel=1e-3
+    )  # as printed, three digits
+    assert paper_flops([1, 2], [10, 20]) == 6 * (10 + 40)
+
+
+def test_a_cell_of_today_is_counted_and_an_old_one_says_itself(tiny_folder, sentiment, tmp_path):
+    base = tree(tiny_folder, sentiment)["base"]
+    base["chain"]["init_batches"] = 2
+    keys = {"base": base, "methods": ["chain3", "chain3_fw"], "seeds": [0], "tune": {}}
+    run_cells(make_experiment(tree(tiny_folder, sentiment, **keys)), tmp_path, backend="inline")
+    plain, directed = read_results(tmp_path).finals
+    costs = [cell_costs(c, tmp_path / "cells" / c["cell"] / "run") for c in (plain, directed)]
+    assert costs[0]["flops"] > costs[0]["flops_6nd"] > 0
+    # attention's share differs a little between batches; the tokens' own share is exact
+    assert costs[1]["flops"] / costs[0]["flops"] == pytest.approx(
+        directed["tokens"] / plain["tokens"], rel=0.01
+    )
+    assert cell_costs({"flops": 2, "flops_6nd": 1}) == {"flops": 2.0, "flops_6nd": 1.0}
+    with pytest.raises(FileNotFoundError, match="which modules they adapt"):
+        cell_costs(plain, tmp_path)
+    assert "| mood chain3 |" in report(tmp_path, tmp_path / "out").markdown
+
+
+def with_cost(cell):
+    return cell | {"flops": 1e9, "flops_6nd": 1e6}
+
+
+def test_the_paper_s_numbers_and_figures_stand_beside_ours(tmp_path):
+    figures = ["scores", "chain_length", "rank_step_down"]
+    path = change(tmp_path / "results.jsonl", with_cost, paper="table4", figures=figures)
+    made = report(path)
+    assert "| paper: lora (OPT-1.3B) | 56.53 ± 7.67 | 75.35 ± 4.84 |" in made.markdown
+    assert "| wsc chain3 | 1.00e+09 | 1.00e+06 |" in made.markdown
+    assert {"chain_length.png", "rank_step_down.svg"} <= {file.name for file in made.files}
+    assert "Score by the number of links: wsc" in (tmp_path / "report.html").read_text()
+    with pytest.raises(ConfigError, match=r"`paper` must be one of table1, .*'table9'"):
+        report(change(path, with_cost, paper="table9"))
+
+
+def test_operations_saved_stand_beside_the_paper_s(tmp_path):
+    methods = {"lora": "One.", "chain_8_8": "Two.", "chain_8_4": "Down."}
+    head, *cells = lines(paper="table3", tasks=["cb"], methods=methods, pairs=[], figures=[])
+    cells = [cell for cell in cells if cell["task"] == "cb" and cell["method"] == "lora"]
+    named = [
+        with_cost(cell) | {"method": m, "flops_6nd": cost}
+        for m, cost in (("chain_8_8", 3e12), ("chain_8_4", 2e12))
+        for cell in cells
+    ]
+    path = tmp_path / "results.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in [head, *named]))
+    assert "| cb chain_8_4 | 1.00e+12 | 7.20e+11 | 0.000% |" in report(path).markdown
