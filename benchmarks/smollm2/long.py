@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -153,24 +154,35 @@ class States:
         self.first: dict[str, int] = {}
         self.end = 0
         if self.index.is_file():
-            for line in self.index.read_text(encoding="utf-8").split("\n")[:-1]:
-                digest, first, length = line.split()
-                self.first[digest] = int(first)
-                self.end = max(self.end, int(first) + int(length))
+            self._read()
         self.missing: dict[str, tuple[int, ...]] = {}
+        self.lock = Lock()
+
+    def _read(self) -> None:
+        """Find the rows that are there. A machine that stopped may have lost some: they are 0."""
+        lines = self.index.read_text(encoding="utf-8").split("\n")[:-1]
+        rows = [
+            (digest, int(first), int(length)) for digest, first, length in map(str.split, lines)
+        ]
+        self.end = max((first + length for _, first, length in rows), default=0)
+        is_there = self.values[: self.end, 0] != 0
+        for digest, first, length in rows:
+            if is_there[first : first + length].all():
+                self.first[digest] = first
 
     def places(self, examples: Sequence[Example]) -> Tensor:
         """Return the places of the examples' tokens; rows that are new get some.
 
-        Called ahead of the step, by another thread.
+        Called ahead of the step by another thread.
         """
         parts = []
         for tokens in (each for example in examples for each in input_sequences(example)):
             digest = hashlib.sha256(repr(tokens).encode()).hexdigest()[:20]
-            if digest not in self.first:
-                self.first[digest] = self.end
-                self.end += len(tokens)
-                self.missing[digest] = tokens
+            with self.lock:
+                if digest not in self.first:
+                    self.first[digest] = self.end
+                    self.end += len(tokens)
+                    self.missing[digest] = tokens
             parts.append(torch.arange(self.first[digest], self.first[digest] + len(tokens)))
         return torch.cat(parts)
 
