@@ -92,6 +92,22 @@ def test_a_slow_run_says_something_every_minute(monkeypatch, capsys):
     assert len(said) < 8
 
 
+def test_the_time_left_can_be_believed(capsys):
+    """The demo's first one was 2:38:45, told by its first step."""
+    from chainlora.training.events import Planned, StepDone
+
+    with progress_listener(log_every=1) as listener:
+        listener(Planned(0, 100, [100], 8, "packed", 1, [], {}))
+        for step in range(1, 11):
+            seconds = 90.0 if step == 1 else 0.5
+            listener(StepDone(step, 0, 1.0, 1e-3, 1.0, 10, seconds))
+    told = [line for line in capsys.readouterr().err.splitlines() if "loss" in line]
+    assert not any("left" in line for line in told[:4])
+    assert [line.rsplit(", ", 1)[1] for line in told[4:]] == [
+        f"0:{round((100 - step) / 2):02} left" for step in range(5, 11)
+    ]
+
+
 def test_a_notebook_gets_lines_and_needs_no_widgets(monkeypatch, capsys):
     from chainlora.training.events import Planned, StepDone
 

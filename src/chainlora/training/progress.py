@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from statistics import median
 from typing import Any
 
 from rich.console import Console
@@ -23,6 +25,7 @@ from chainlora.training.events import (
 )
 
 _LINES = 10  # of steps in a run, where nobody says how many
+_RECENT, _ENOUGH = 25, 5  # steps whose median tells the time left: the first ones are slow
 _SILENCE = 60.0  # seconds after which a line is due all the same
 
 
@@ -59,7 +62,7 @@ class _Listener:
             TextColumn("loss {task.fields[loss]}"),
             TextColumn("lr {task.fields[rate]:.1e}"),
             TextColumn("{task.fields[speed]:.0f} tokens/s"),
-            TimeRemainingColumn(),
+            TextColumn("{task.fields[left]}"),
             console=console_of_bars(self.console),
             disable=not self.console.is_terminal,
         )
@@ -77,8 +80,8 @@ class _Listener:
         self.total = 0
         self.loss: float | None = None
         self.speed: float | None = None
-        self.first = 0
-        self.started = self.said = time.monotonic()
+        self.seconds: deque[float] = deque(maxlen=_RECENT)
+        self.said = time.monotonic()
 
     def _say(self, line: str) -> None:
         self.console.print(line, highlight=False, markup=False, soft_wrap=True)
@@ -116,8 +119,7 @@ class _Listener:
         for split, found in event.data.items():
             for line in _what_became_of(found):
                 self._say(f"{split}: {line}")
-        self.first = event.step
-        self.started = self.said = time.monotonic()
+        self.said = time.monotonic()
         self.task = self.bar.add_task(
             "train",
             total=event.num_steps,
@@ -126,12 +128,12 @@ class _Listener:
             loss="–",
             rate=0.0,
             speed=0.0,
+            left="",
         )
         self.bar.start()
 
     def _step(self, event: StepDone) -> None:
-        if self.loss is None:  # what came before the first step says nothing of how long one takes
-            self.started = time.monotonic() - event.seconds
+        self.seconds.append(event.seconds)
         self.loss = _smoothed(self.loss, event.loss)
         self.speed = _smoothed(self.speed, event.tokens / max(event.seconds, 1e-9))
         self.bar.update(
@@ -141,6 +143,7 @@ class _Listener:
             loss=f"{self.loss:.4f}",
             rate=event.learning_rate,
             speed=self.speed,
+            left=self._left(event.step),
         )
         if event.step >= self.total:
             self.bar.stop()
@@ -155,12 +158,18 @@ class _Listener:
 
     def _log(self, event: StepDone) -> None:
         self.said = time.monotonic()
-        a_step = (self.said - self.started) / max(event.step - self.first, 1)
+        left = self._left(event.step)
         self._say(
             f"step {event.step:>5}  link {event.link}: loss {self.loss:.4f}, "
-            f"lr {event.learning_rate:.1e}, {self.speed:,.0f} tokens/s, "
-            f"{_duration(a_step * (self.total - event.step))} left"
+            f"lr {event.learning_rate:.1e}, {self.speed:,.0f} tokens/s"
+            + (f", {left}" if left else "")
         )
+
+    def _left(self, step: int) -> str:
+        """Return how long the steps that are left take, once enough were seen to tell."""
+        if len(self.seconds) < min(_ENOUGH, self.total):
+            return ""
+        return f"{_duration(median(self.seconds) * (self.total - step))} left"
 
     def _evaluated(self, event: Evaluated) -> None:
         scores = ", ".join(f"{name} {value:.4f}" for name, value in event.metrics.items())
