@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import os
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 import yaml
 
 from chainlora import __version__
+from chainlora.cli.main import run
 
 
 def test_help_and_version(chainlora):
@@ -114,6 +116,45 @@ def test_a_process_of_its_own(finished, sentiment, tmp_path):
     wrong = call("inspect", tmp_path)
     assert (wrong.returncode, wrong.stdout, wrong.stderr.count("\n")) == (1, "", 1)
     assert call("export", finished, "--to", "adaptor", "--output", "x").returncode == 2
+
+
+def test_a_locale_of_few_characters_and_closed_streams(finished, monkeypatch):
+    """‖ΔW‖ was an unexpected UnicodeEncodeError in the locale C, and --json without a stdout."""
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    assert run(["inspect", str(finished)]) == 0
+    assert run(["inspect", str(finished), "--json"]) == 0
+    sys.stdout.flush()
+    text = sys.stdout.buffer.getvalue().decode("ascii")
+    assert "\\u2016" in text
+    assert json.loads(text.splitlines()[-1])["finished"]
+    monkeypatch.setattr(sys, "stdout", None)
+    assert run(["tasks", "--json"]) == 0
+
+
+@pytest.mark.parametrize("word", ["a\0b", "r\udcc3n"])
+def test_words_that_are_no_text(chainlora, word):
+    outcome = chainlora("train", "c.yaml", "--output", word)
+    assert outcome.status == 2
+    assert "arguments must be text (got '" in outcome.err
+
+
+# Verbs that need no model, each with every kind of path that is none.
+VERBS = ("inspect", "report", "eval --task rte", "tasks", "convert-config", "experiment plan")
+VERBS += ("experiment run --output o", "experiment report", "compare --methods lora --output o")
+VERBS += ("export --to merged --output o", "export --to adapter --output o", "train", "eval")
+PATHS = ("", "nope", "/", "/dev/null", ".", "-", "~", "x" * 5000, "rows.jsonl", "bytes", "empty")
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_no_path_ends_unexpectedly(chainlora, verb, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty/links").mkdir(parents=True)
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n')
+    (tmp_path / "bytes").write_bytes(bytes(range(256)))
+    for path in PATHS:
+        outcome = chainlora(*verb.split(), path)
+        assert outcome.status in (1, 2), path
+        assert "unexpected " not in outcome.err.replace("unexpected argument", ""), path
 
 
 def test_a_reader_that_goes_away_is_no_error():

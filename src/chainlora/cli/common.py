@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import io
 import json
 import logging
 import os
@@ -20,14 +21,20 @@ json_option = click.option(
 )
 
 
+def prepare_streams() -> None:
+    """Let any text be printed: as escapes in a locale of few characters, nowhere if closed."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def print_json(value: Any) -> None:
     """Print one JSON object on stdout, in characters that it can show."""
-    text = json.dumps(value, ensure_ascii=False)
-    try:
-        text.encode(sys.stdout.encoding or "utf-8")
-    except UnicodeEncodeError:  # half a surrogate, or a terminal that knows few characters
-        text = json.dumps(value)
-    click.echo(text)
+    can_show_all = (sys.stdout.encoding or "").lower() == "utf-8"
+    click.echo(json.dumps(value, ensure_ascii=not can_show_all))
 
 
 def to_stderr(text: str = "") -> None:

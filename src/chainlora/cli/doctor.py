@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import textwrap
 from importlib.metadata import PackageNotFoundError, version
@@ -11,7 +10,7 @@ from typing import Any
 
 import click
 
-from chainlora.cli.common import quiet
+from chainlora.cli.common import HELP, json_option, print_json, quiet
 
 # Package → what it is for, and the extra that brings it.
 _OPTIONAL = {
@@ -32,9 +31,9 @@ _FAST_PATHS = (
 )
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(context_settings=HELP)
 @click.argument("model", required=False)
-@click.option("--json", "as_json", is_flag=True, help="Print exactly one JSON object on stdout.")
+@json_option
 def doctor(model: str | None, as_json: bool) -> None:
     """Say which versions, extras and devices there are.
 
@@ -50,7 +49,7 @@ def doctor(model: str | None, as_json: bool) -> None:
     if model is not None:
         found["model"] = _examined(model)
     if as_json:
-        click.echo(json.dumps(found, ensure_ascii=False))
+        print_json(found)
         return
     click.echo("\n\n".join(_section(title, values) for title, values in found.items()))
     if model is not None:

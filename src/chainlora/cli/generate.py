@@ -152,8 +152,7 @@ def _speaker(
 
 
 def _write(piece: str) -> None:
-    encoding = sys.stdout.encoding or "utf-8"  # a terminal may know few characters
-    click.echo(piece.encode(encoding, "replace").decode(encoding), nl=False)  # flushes
+    click.echo(piece, nl=False)  # flushes
 
 
 def _stdin() -> TextIO:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import click
 
 from chainlora import __version__
-from chainlora.cli.common import HELP, SIGNALLED, Verbs, is_first_process
+from chainlora.cli.common import HELP, SIGNALLED, Verbs, is_first_process, prepare_streams
 from chainlora.cli.convert import convert_config
 from chainlora.cli.doctor import doctor
 from chainlora.cli.evaluate import evaluate
@@ -53,9 +53,10 @@ def run(arguments: list[str]) -> int:
     """Run the command line and return its exit status."""
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
+    prepare_streams()
     try:
-        if not all(_is_text(argument) for argument in arguments):  # no shell passes such
-            raise click.UsageError("arguments must be text without NUL")
+        for argument in arguments:
+            _check_text(argument)
         status = cli.main(arguments, prog_name="chainlora", standalone_mode=False)
         return status if isinstance(status, int) else 0
     except click.UsageError as error:
@@ -98,11 +99,13 @@ def _refuse_processes(verb: str | None) -> None:
         )
 
 
-def _is_text(argument: str) -> bool:
-    try:
-        return b"\0" not in os.fsencode(argument)
-    except UnicodeEncodeError:
-        return False
+def _check_text(argument: str) -> None:
+    """Raise UsageError for what is no text: NUL, or bytes that the locale does not know."""
+    if "\0" in argument or any("\ud800" <= character <= "\udfff" for character in argument):
+        raise click.UsageError(
+            f"arguments must be text (got {argument!a:.80}); if that is a name of yours, set "
+            "LC_ALL=C.UTF-8"
+        )
 
 
 def _fail(message: str, debug: bool) -> int:

@@ -37,7 +37,6 @@ def tasks(name: str | None, as_json: bool) -> None:
 
 
 def _task_text(task: Any) -> str:
-    import yaml
+    from chainlora.config.yaml_text import dump_yaml
 
-    shown = task.model_dump(mode="json", by_alias=True, exclude_defaults=True)
-    return yaml.safe_dump(shown, sort_keys=False, allow_unicode=True).rstrip()
+    return dump_yaml(task.model_dump(mode="json", by_alias=True, exclude_defaults=True)).rstrip()

@@ -70,7 +70,7 @@ for _kind in (_Loader, _Dumper):
 
 def dump_yaml(tree: Any) -> str:
     """Return a tree as YAML, from which `parse_yaml` gives the same tree."""
-    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False)
+    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def one_value(value: Any) -> str:
