@@ -36,6 +36,15 @@ def generator_for(seed: int, link: int, module: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
+def check_start(config: LinkConfig, backward: Backward | None) -> None:
+    """Raise ChainError for an initialization that lacks the loss it looks at."""
+    if config.init == "gradient" and backward is None:
+        raise ChainError(
+            "`init: gradient` needs the loss (got no `backward`); pass a callable that runs "
+            "forward and backward over a few batches"
+        )
+
+
 def random_factors(
     config: LinkConfig,
     in_features: int,
@@ -107,11 +116,7 @@ def initialize(
             )
         set_factors(adapter, name, factors)
     if config.init == "gradient":
-        if backward is None:
-            raise ChainError(
-                "`init: gradient` needs the loss (got no `backward`); pass a callable that runs "
-                "forward and backward over a few batches"
-            )
+        assert backward is not None
         _point_along_gradient(adapter, seed, link, backward)
     return offsets
 

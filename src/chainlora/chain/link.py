@@ -18,11 +18,14 @@ from chainlora.errors import ChainError
 class Link:
     """One trained LoRA of the chain, immutable, on the CPU in float32.
 
-    `factors` maps module paths to A (rank × in) and B (out × rank). `config` is what the link was
-    tuned with. The stored rank can be larger than the tuned one: a PiSSA link stores
-    ``[B, −B₀]·[A; A₀]``, a link with soft knots the sum of what it tied on the way, compressed to
-    the relative error `error`. `extra` holds the weights, by parameter path, of trained modules
-    that are not LoRA.
+    Its part of the weights is ``c·s·B·A``: strength times scaling times factors. `factors` maps
+    module paths to A (rank × in) and B (out × rank). `config` is what the link was tuned with. The
+    stored rank can be larger than the tuned one: a PiSSA link stores ``[B, −B₀]·[A; A₀]``, a link
+    with soft knots the sum of what it tied on the way, compressed to the relative error `error`.
+    `extra` holds the weights, by parameter path, of trained modules that are not LoRA.
+
+    `index` is its place in the chain, from 0. `id` names it for good: no other link of its chain
+    gets the same one, even after this link was dropped.
     """
 
     index: int
@@ -31,15 +34,31 @@ class Link:
     extra: dict[str, Tensor] = field(default_factory=dict)
     num_steps: int = 0
     error: float = 0.0
+    id: int = -1  # by default, the index
+    strength: float = 1.0  # 0: switched off
+
+    def __post_init__(self) -> None:
+        if self.id < 0:
+            object.__setattr__(self, "id", self.index)
+
+    def __repr__(self) -> str:
+        at = "" if self.strength == 1 else f" at strength {self.strength:g}"
+        size = f"rank {self.rank} on {len(self.factors)} modules"
+        return f"<Link {self.id}: {size}, {self.num_steps} steps{at}>"
 
     @property
     def rank(self) -> int:
         """Rank of the stored factors."""
         return max((factors.a.shape[0] for factors in self.factors.values()), default=0)
 
+    @property
+    def scaling(self) -> float:
+        """Factor in front of B·A: strength times the scaling that the link was tuned with."""
+        return self.strength * self.config.scaling
+
     def delta_weight(self, module: str) -> Tensor:
-        """Return ``s·B·A`` (out × in), float32."""
-        return delta_weight(self.factors[module].a, self.factors[module].b, self.config.scaling)
+        """Return ``c·s·B·A`` (out × in), float32: what the link adds to the weight."""
+        return delta_weight(self.factors[module].a, self.factors[module].b, self.scaling)
 
 
 def part_of(factors: Factors, rows: slice, bias_rows: slice, *, transposed: bool) -> Factors:
@@ -56,20 +75,17 @@ def part_of(factors: Factors, rows: slice, bias_rows: slice, *, transposed: bool
 
 
 def stack_links(links: Sequence[Link]) -> dict[str, Factors]:
-    """Return one pair of factors a module with ``B·A = Σ s_j·B_j·A_j``.
+    """Return one pair of factors a module with ``B·A = Σ c_j·s_j·B_j·A_j``.
 
-    The rank is Σr, scalings are folded into B; a bias sums as ``Σ s_j·b_j``. Raises ChainError for
-    DoRA links, whose update is not a low-rank sum.
+    The rank is Σr of the links that are switched on, scalings are folded into B; a bias sums as
+    ``Σ c_j·s_j·b_j``. Raises ChainError for DoRA links, whose update is not a low-rank sum, and for
+    links of models of other shapes.
     """
+    held = [link for link in links if link.strength]
     stacked = {}
-    for name in dict.fromkeys(name for link in links for name in link.factors):
-        holders = [link for link in links if name in link.factors]
-        terms = [(link.factors[name], link.config.scaling) for link in holders]
-        if any(factors.magnitude is not None for factors, _ in terms):
-            raise ChainError(
-                f"DoRA links are not a low-rank sum (got one at {name}); "
-                "export merged weights instead"
-            )
+    for name in dict.fromkeys(name for link in held for name in link.factors):
+        terms = [(link.factors[name], link.scaling) for link in held if name in link.factors]
+        _check_summable(name, [factors for factors, _ in terms])
         biases = [scaling * factors.bias for factors, scaling in terms if factors.bias is not None]
         stacked[name] = Factors(
             torch.cat([factors.a for factors, _ in terms]),
@@ -78,6 +94,28 @@ def stack_links(links: Sequence[Link]) -> dict[str, Factors]:
             of_embedding=any(factors.of_embedding for factors, _ in terms),
         )
     return stacked
+
+
+def stacked_rank(links: Sequence[Link]) -> int:
+    """Return the largest Σr of a module, over all links, switched on or off."""
+    ranks: dict[str, int] = {}
+    for link in links:
+        for name, factors in link.factors.items():
+            ranks[name] = ranks.get(name, 0) + factors.a.shape[0]
+    return max(ranks.values(), default=0)
+
+
+def _check_summable(name: str, terms: Sequence[Factors]) -> None:
+    if any(factors.magnitude is not None for factors in terms):
+        raise ChainError(
+            f"DoRA links are not a low-rank sum (got one at {name}); export merged weights instead"
+        )
+    shapes = {f"{factors.b.shape[0]} × {factors.a.shape[1]}" for factors in terms}
+    if len(shapes) > 1:
+        raise ChainError(
+            f"links of a chain must be of one model (got updates of {' and '.join(sorted(shapes))} "
+            f"at {name}); take the links of one run"
+        )
 
 
 def merge_(weight: Tensor, bias: Tensor | None, factors: Factors, scaling: float) -> None:

@@ -22,6 +22,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from chainlora.chain.adapters import Adapter, Factors, live_factors
+from chainlora.config.schema import LinkConfig
+from chainlora.errors import ChainError
+
 
 class Balance(NamedTuple):
     """Scales of one module's components [rank] at a soft knot, float32 on the factors' device."""
@@ -41,6 +45,31 @@ def balance(a: Tensor, b: Tensor, share: float) -> Balance:
     alpha = torch.where(alive, (rest * ratio).sqrt(), 1.0)
     beta = torch.where(alive, (rest / ratio).sqrt(), 1.0)
     return Balance(alpha, beta, torch.where(alive, share, 0.0))
+
+
+@torch.no_grad()
+def share_out(adapter: Adapter, share: float) -> tuple[dict[str, Balance], dict[str, Factors]]:
+    """Leave the rest of a live link on the model, in place; return scales and what is to be tied.
+
+    What is to be tied is ``B·A``, scaling included, by module.
+    """
+    scales, tied = {}, {}
+    for name in adapter.layers:
+        a, b = live_factors(adapter, name)
+        scales[name] = found = balance(a, b, share)
+        tied[name] = Factors(a.detach().clone(), b * (found.tied * adapter.config.scaling))
+        a.mul_(found.a.unsqueeze(1))
+        b.mul_(found.b)
+    return scales, tied
+
+
+def check_soft_knots(config: LinkConfig) -> None:
+    """Raise ChainError for links whose update is not a product that can be shared out."""
+    if config.dora or config.lora_bias or config.init == "pissa" or config.train_factors != "both":
+        raise ChainError(
+            "soft knots need plain LoRA links that train both factors (got dora, lora_bias, "
+            "init: pissa or train_factors); tie whole links instead"
+        )
 
 
 def time_constant(every: int, share: float) -> float:

@@ -20,6 +20,7 @@ from torch import Tensor
 from chainlora import files
 from chainlora.chain.adapters import Factors, prepare_quantized, save_adapter
 from chainlora.chain.chain import Chain
+from chainlora.chain.holding import hold_for
 from chainlora.chain.link import Link
 from chainlora.config.schema import LinkConfig
 from chainlora.data.chat_templates import set_chat_template
@@ -101,7 +102,7 @@ def load_run(
     if is_quantized:
         _check_kept_apart(manifest, as_trained)
         prepare_quantized(model)
-    chain = Chain(model, hold="carried" if is_quantized else "tied", checkpoint=folder)
+    chain = Chain(model, hold=hold_for(model), checkpoint=folder)
     if manifest.base.files is None:  # of version 0.1
         check_base(manifest, {"fingerprint": chain.base_fingerprint}, reader.path)
     for link in links:

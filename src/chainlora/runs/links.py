@@ -7,10 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from chainlora.chain.adapters import load_adapter, save_adapter, trained_module
+from chainlora.chain.adapters import load_adapter, save_adapter
+from chainlora.chain.checks import link_fault
 from chainlora.chain.link import Link
 from chainlora.errors import RunError
 from chainlora.runs.manifest import DAMAGED, LinkEntry
@@ -46,7 +44,16 @@ def read_link(folder: Path, entry: LinkEntry) -> Link:
     """
     factors, extra, stored = load_adapter(folder)
     config = entry.link_config()
-    link = Link(entry.index, config, factors, extra, entry.num_steps, entry.error)
+    link = Link(
+        index=entry.index,
+        config=config,
+        factors=factors,
+        extra=extra,
+        num_steps=entry.num_steps,
+        error=entry.error,
+        id=entry.index if entry.id is None else entry.id,
+        strength=entry.strength,
+    )
     wrong = _disagreement(link, entry, stored)
     if wrong is not None:
         raise RunError(f"a link must be as its run wrote it (got {wrong} in {folder}); {DAMAGED}")
@@ -64,14 +71,7 @@ def _disagreement(link: Link, entry: LinkEntry, stored: Mapping[str, Any]) -> st
     named = stored.get("target_modules")
     if not isinstance(named, list) or set(map(str, named)) != set(link.factors):
         return "tensors of other modules than adapter_config.json names"
-    for path, weight in _tensors(link):
-        if not bool(torch.isfinite(weight).all()):
-            return f"weights that are not finite at {path}"
-    for path in link.extra:
-        module = trained_module(path, link.config)
-        if not any(module.endswith(name) for name in link.config.extra_modules):
-            return f"weights of {module}, which the link did not train,"
-    return None
+    return link_fault(link)
 
 
 def _has_scaling(stored: Mapping[str, Any], scaling: float) -> bool:
@@ -80,11 +80,3 @@ def _has_scaling(stored: Mapping[str, Any], scaling: float) -> bool:
         return False
     power = 0.5 if stored.get("use_rslora") else 1
     return math.isclose(alpha / rank**power, scaling, rel_tol=1e-6)
-
-
-def _tensors(link: Link) -> list[tuple[str, Tensor]]:
-    found = list(link.extra.items())
-    for name, factors in link.factors.items():
-        parts = (factors.a, factors.b, factors.bias, factors.magnitude)
-        found += [(name, part) for part in parts if part is not None]
-    return found

@@ -75,6 +75,8 @@ class LinkEntry(_Part):
     scaling: float
     num_steps: Count
     error: float = 0.0
+    id: Count | None = None  # in runs of 0.2 the index
+    strength: float = 1.0
     config: dict[str, Any]
 
     def link_config(self) -> LinkConfig:
@@ -146,6 +148,7 @@ class Manifest(_Part):
     hold: Annotated[str, Field(pattern=r"^(tied|carried)$")]
     rows: str | None = None
     links: list[LinkEntry]
+    next_id: Count | None = None  # of the link after the last, or the live one; None: their number
     moments: Annotated[str, Field(pattern=r"^moments(/\d{3,})?\.safetensors$")] | None = None
     checkpoint: Checkpoint | None = None
     selected: Selection | None
@@ -193,6 +196,8 @@ def describe_link(link: Link, directory: str | None = None) -> dict[str, Any]:
         "scaling": link.config.scaling,
         "num_steps": link.num_steps,
         "error": link.error,
+        "id": link.id,
+        "strength": link.strength,
         "config": link.config.model_dump(mode="json"),
     }
 

@@ -143,6 +143,8 @@ def restore_chain(chain: Chain, saved: SavedChain) -> None:
     chain.set_start_of_extra(saved.start)
     for link in saved.links:
         chain.add(link)
+    known = saved.manifest.next_id
+    chain.next_id = len(saved.links) if known is None else known
     if saved.live is not None:
         live = saved.live
         chain.extend(live.config)
@@ -237,6 +239,7 @@ def _manifest(
         seed=chain.seed,
         hold=chain.hold,
         links=[LinkEntry(**describe_link(link)) for link in chain.links],
+        next_id=chain.next_id,
         checkpoint=checkpoint,
         selected=selected,
         progress=_progress(chain.links),

@@ -93,5 +93,6 @@ def measure_step(run: Run) -> float:
             optimizer.zero_grad(set_to_none=True)
             seconds.append(time.perf_counter() - started)
     run.chain.discard()
+    run.chain.next_id = 0  # it was no link of the run, whose first one is drawn as ever
     median = statistics.median(seconds[_WARM_UP:])
     return run.processes.sum([median])[0] / run.processes.count

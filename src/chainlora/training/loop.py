@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from chainlora.chain.chain import SOFT_LINK_TOLERANCE
 from chainlora.chain.link import Link
+from chainlora.chain.live import SOFT_LINK_TOLERANCE
 from chainlora.config.schema import RunConfig
 from chainlora.errors import DivergedError, StoppedError, TrainingError
 from chainlora.knots.policy import Knot

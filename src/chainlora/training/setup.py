@@ -12,8 +12,9 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from chainlora.chain.adapters import check_mergeable, check_targets, prepare_quantized
+from chainlora.chain.adapters import check_targets, prepare_quantized
 from chainlora.chain.chain import Chain
+from chainlora.chain.holding import holding_named
 from chainlora.config.schema import RunConfig
 from chainlora.data.splits import Splits, prepare_splits
 from chainlora.engine.engine import Engine
@@ -198,8 +199,7 @@ def check(config: RunConfig, model: nn.Module, splits: Splits) -> None:
     if config.chain.tune == "lora":
         for link in dict.fromkeys(config.chain.links()):
             check_targets(model, link)
-            if config.chain.hold == "tied":
-                check_mergeable(model, link)
+            holding_named(config.chain.hold).check_layers(model, link)
     elif is_quantized_model(model):
         raise ConfigError(
             f"full fine-tuning needs weights of 16 or 32 bits (got {config.model}, which is "

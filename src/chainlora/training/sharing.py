@@ -10,6 +10,7 @@ import os
 from importlib.util import find_spec
 from typing import Literal
 
+from chainlora.chain.holding import holding_named
 from chainlora.config.schema import RunConfig
 from chainlora.errors import ConfigError
 
@@ -58,7 +59,7 @@ def check_shards(config: RunConfig) -> None:
             f"processes that share a model train plain LoRA on it (got {found[0]}, which needs "
             "whole weights); leave it out, or train.shard: each process then holds the whole model"
         )
-    if chain.knots is not None and chain.hold == "tied":
+    if chain.knots is not None and holding_named(chain.hold).writes_base:
         raise ConfigError(
             "soft knots on a shared model need hold: carried (got hold: tied, whose exact weights "
             "no single process can save); set chain.hold: carried"
@@ -68,7 +69,7 @@ def check_shards(config: RunConfig) -> None:
 
 
 def _check_zero3(config: RunConfig) -> None:
-    if config.chain.hold == "tied":
+    if holding_named(config.chain.hold).writes_base:
         raise ConfigError(
             "`train.shard: zero3` cuts flattened weights, not rows that a process could merge into "
             "(got hold: tied); set chain.hold: carried, or train.shard: fsdp2"

@@ -12,30 +12,33 @@ files.py        a link on disk, an ordinary PEFT adapter
 
 from chainlora.chain.adapters.factors import Factors
 from chainlora.chain.adapters.files import load_adapter, reload_adapter, save_adapter
+from chainlora.chain.adapters.layer_facts import sizes
 from chainlora.chain.adapters.layers import (
     LIVE,
     Adapter,
     attach,
     base_layer,
+    base_parameters,
     carry,
     detach,
+    extra_parameters,
     get_extra,
     get_factors,
     has_fan_in_first,
     is_transposed,
+    linked_layer,
     live_factors,
     reset_magnitudes,
     same_shape,
     set_config,
     set_extra,
     set_factors,
-    touched_parameters,
     zero,
 )
 from chainlora.chain.adapters.peft_model import put_in, read_settings, redirect, take_off
 from chainlora.chain.adapters.quantized import dequantized, prepare_quantized
 from chainlora.chain.adapters.refusals import check_mergeable, check_targets
-from chainlora.chain.adapters.targets import target_candidates, task_type, trained_module
+from chainlora.chain.adapters.targets import is_extra, target_candidates, task_type, trained_module
 
 __all__ = [
     "LIVE",
@@ -43,15 +46,19 @@ __all__ = [
     "Factors",
     "attach",
     "base_layer",
+    "base_parameters",
     "carry",
     "check_mergeable",
     "check_targets",
     "dequantized",
     "detach",
+    "extra_parameters",
     "get_extra",
     "get_factors",
     "has_fan_in_first",
+    "is_extra",
     "is_transposed",
+    "linked_layer",
     "live_factors",
     "load_adapter",
     "prepare_quantized",
@@ -65,10 +72,10 @@ __all__ = [
     "set_config",
     "set_extra",
     "set_factors",
+    "sizes",
     "take_off",
     "target_candidates",
     "task_type",
-    "touched_parameters",
     "trained_module",
     "zero",
 ]

@@ -26,11 +26,12 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear | Conv1D) or is_packed(module)
 
 
-def shorter_side(module: Any) -> int:
-    """Return the smaller of the two sizes of a layer's weight: the highest rank it can have."""
+def sizes(module: Any) -> tuple[int, int]:
+    """Return (in, out) of a layer; an embedding's input is a token."""
     if isinstance(module, Conv1D | nn.Embedding):
-        return min(whole_shape(module.weight))
-    return min(module.in_features, module.out_features)  # a quantised weight has another shape
+        first, second = whole_shape(module.weight)
+        return first, second
+    return module.in_features, module.out_features  # a quantised weight has another shape
 
 
 def looks_up(module: nn.Embedding) -> bool:

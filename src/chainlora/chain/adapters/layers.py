@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from chainlora.chain.adapters.factors import Factors
+from chainlora.chain.adapters.layer_facts import is_linear
 from chainlora.chain.adapters.refusals import check_targets
 from chainlora.chain.adapters.targets import (
     matched_modules,
@@ -41,6 +42,9 @@ class Adapter:
     layers: dict[str, Any]  # PEFT's LoraLayer, whose attributes are untyped
     extra: dict[str, nn.Module] = field(default_factory=dict)
     branch: dict[str, Any] = field(default_factory=dict)  # layers with a frozen branch beside them
+
+    def __repr__(self) -> str:
+        return f"<Adapter: rank {self.config.rank} on {len(self.layers)} modules>"
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Yield the parameters this link trains."""
@@ -91,6 +95,15 @@ def _trained(layer: Any, config: LinkConfig) -> Iterator[nn.Parameter]:
 def base_layer(layer: nn.Module) -> Any:
     """Return the frozen layer below a tuner layer, or the layer itself when it is not adapted."""
     return layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
+
+
+def linked_layer(model: nn.Module, name: str) -> Any:
+    """Return the layer that a link's factors of a name are for, None where there is none."""
+    try:
+        layer = base_layer(model.get_submodule(name))
+    except AttributeError:
+        return None
+    return layer if is_linear(layer) or isinstance(layer, nn.Embedding) else None
 
 
 def attach(model: nn.Module, config: LinkConfig) -> Adapter:
@@ -233,13 +246,17 @@ def reset_magnitudes(adapter: Adapter) -> None:
                 layer.lora_magnitude_vector[LIVE].weight.copy_(norms)
 
 
-def touched_parameters(adapter: Adapter) -> Iterator[tuple[str, Tensor]]:
-    """Yield (path on the plain model, parameter) of all that a link may change."""
+def base_parameters(adapter: Adapter) -> Iterator[tuple[str, Tensor]]:
+    """Yield (path on the plain model, parameter) of the layers below a LoRA: what may be merged."""
     for name, layer in adapter.layers.items():
         base = layer.get_base_layer()
         for key in ("weight", "bias"):
             if isinstance(parameter := getattr(base, key, None), Tensor):
                 yield f"{name}.{key}", parameter
+
+
+def extra_parameters(adapter: Adapter) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield (path on the plain model, parameter) of the extra modules that a LoRA trains."""
     for name, module in adapter.extra.items():
         for key, parameter in module.named_parameters():
             yield f"{name}.{key}", parameter
@@ -247,20 +264,12 @@ def touched_parameters(adapter: Adapter) -> Iterator[tuple[str, Tensor]]:
 
 def get_extra(adapter: Adapter) -> dict[str, Tensor]:
     """Copy the trained extra modules' weights, by plain path, to float32 on the CPU."""
-    return {
-        f"{name}.{key}": _host(parameter)
-        for name, module in adapter.extra.items()
-        for key, parameter in module.named_parameters()
-    }
+    return {path: _host(parameter) for path, parameter in extra_parameters(adapter)}
 
 
 def set_extra(model: nn.Module, adapter: Adapter | None, weights: Mapping[str, Tensor]) -> None:
     """Write extra modules' weights, into the adapter's copies of them if it has some."""
-    copies = {
-        f"{name}.{key}": parameter
-        for name, module in (adapter.extra if adapter else {}).items()
-        for key, parameter in module.named_parameters()
-    }
+    copies = dict(extra_parameters(adapter)) if adapter else {}
     with torch.no_grad():
         for path, weight in weights.items():
             (copies[path] if path in copies else model.get_parameter(path)).copy_(weight)

@@ -12,7 +12,7 @@ from chainlora.chain.adapters.layer_facts import (
     is_linear,
     looks_up,
     shared_weights,
-    shorter_side,
+    sizes,
     stacked_experts,
     tied_pair,
     uncalled_modules,
@@ -137,7 +137,7 @@ def _check_settings(config: LinkConfig, name: str, module: Any) -> None:
     if isinstance(module, nn.Embedding):
         _check_embedding_settings(config, name)
         return
-    shorter = shorter_side(module)
+    shorter = min(sizes(module))
     if config.init in ("gradient", "pissa") and config.rank > shorter:
         raise ModelError(
             f"`init: {config.init}` takes singular directions, of which a layer has as many as its "

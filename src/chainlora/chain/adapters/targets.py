@@ -170,6 +170,12 @@ def trained_module(path: str, config: LinkConfig) -> str:
     return ".".join(parts)
 
 
+def is_extra(path: str, config: LinkConfig) -> bool:
+    """Say whether a parameter belongs to a module that the config trains whole."""
+    module = trained_module(path, config)
+    return any(is_named(module, name) for name in config.extra_modules)
+
+
 def inside(model: nn.Module, names: tuple[str, ...]) -> set[str]:
     """Return the paths of the modules that `named_modules` finds, and of all within them."""
     return {

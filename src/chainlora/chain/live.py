@@ -1,0 +1,102 @@
+"""The link that is being tuned: what is counted of it, and its tensors, which a resume continues
+from to the same bits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from chainlora.chain import adapters
+from chainlora.chain.adapters import Adapter, Factors
+from chainlora.chain.holding import Holding
+from chainlora.chain.low_rank import compress_together
+from chainlora.errors import ChainError
+
+# Relative error to which a link with soft knots is stored. Its update is a sum of hundreds of
+# slowly turning low-rank deposits. What it leaves out changes the loss by less than evaluation can
+# see (benchmarks/numerics), and each factor of three more would cost a third more of disk.
+SOFT_LINK_TOLERANCE = 3e-3
+
+_PARTS = ("A", "B", "bias", "magnitude")  # of a module, in the order of `Factors`
+
+
+@dataclass
+class Live:
+    """What is known of the live link beside its LoRA layers on the model."""
+
+    start: dict[str, Factors] = field(default_factory=dict, repr=False)  # PiSSA: what it began as
+    num_steps: int = 0
+    num_soft_knots: int = 0
+
+
+def factors_of(live: Live, adapter: Adapter, holding: Holding) -> tuple[dict[str, Factors], float]:
+    """Return factors of all that a live link has added so far, by module, and the relative error.
+
+    Without soft knots these are the factors on the model, and exact; PiSSA's less those it began
+    with.
+    """
+    found = {name: adapters.get_factors(adapter, name) for name in adapter.layers}
+    for name, first in live.start.items():
+        now = found[name]
+        a, b = torch.cat([now.a, first.a]), torch.cat([now.b, -first.b], dim=1)
+        found[name] = Factors(a, b, now.bias)
+    if not live.num_soft_knots:
+        return found, 0.0
+
+    def whole(name: str) -> Tensor:
+        product, tied = found[name].b @ found[name].a, holding.deposited(name)
+        return product if tied is None else product.add_(tied, alpha=1 / adapter.config.scaling)
+
+    pairs, error = compress_together(whole, list(found), SOFT_LINK_TOLERANCE)
+    return {name: replace(found[name], a=a, b=b) for name, (a, b) in pairs.items()}, error
+
+
+def state_of(adapter: Adapter, holding: Holding) -> dict[str, Tensor]:
+    """Return ``A/<module>``, ``B/<module>``, …, ``extra/<path>``, and soft knots' ``deposit/…``."""
+    return _tensors_of(adapter) | {f"deposit/{k}": value for k, value in holding.state().items()}
+
+
+def load_state(adapter: Adapter, holding: Holding, state: Mapping[str, Tensor]) -> None:
+    """Set a live link to what `state_of` has returned.
+
+    Raises ChainError, before anything changes, unless every tensor is there, of its shape.
+    """
+    parts = {key: _section(state, key) for key in (*_PARTS, "extra", "deposit")}
+    _check_tensors(adapter, {k: v for k, v in state.items() if not k.startswith("deposit/")})
+    holding.restore(parts["deposit"], adapter)
+    for name in adapter.layers:
+        a, b = parts["A"][name], parts["B"][name]
+        factors = Factors(a, b, parts["bias"].get(name), parts["magnitude"].get(name))
+        adapters.set_factors(adapter, name, factors)
+    adapters.set_extra(holding.model, adapter, parts["extra"])
+
+
+def _tensors_of(adapter: Adapter) -> dict[str, Tensor]:
+    state = {f"extra/{path}": weight for path, weight in adapters.get_extra(adapter).items()}
+    for name in adapter.layers:
+        factors = adapters.get_factors(adapter, name)
+        parts = (factors.a, factors.b, factors.bias, factors.magnitude)
+        for key, part in zip(_PARTS, parts, strict=True):
+            if part is not None:
+                state[f"{key}/{name}"] = part
+    return state
+
+
+def _check_tensors(adapter: Adapter, state: Mapping[str, Tensor]) -> None:
+    wanted = {name: list(tensor.shape) for name, tensor in _tensors_of(adapter).items()}
+    found = {name: list(tensor.shape) for name, tensor in state.items()}
+    for name in sorted(wanted.keys() | found.keys()):
+        if found.get(name) != wanted.get(name):
+            raise ChainError(
+                f"the state of a link must fit its modules (got {found.get(name, 'nothing')} for "
+                f"{wanted.get(name, 'nothing')} at {name}); it belongs to another link"
+            )
+
+
+def _section(state: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    """Return the tensors under ``<name>/``, by the rest of their names."""
+    prefix = f"{name}/"
+    return {key.removeprefix(prefix): v for key, v in state.items() if key.startswith(prefix)}
