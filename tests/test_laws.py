@@ -313,6 +313,86 @@ def test_law_13_tying_without_tuning_changes_nothing(architecture, dtype):
     assert_same_weights(before, weights(model))
 
 
+STRENGTHS = {0: 0.5, 1: 0, 2: -1.25}
+
+
+def as_numbers(chain: Chain, transposed: bool) -> dict[str, torch.Tensor]:
+    """Return ``W_0 + Σ c·s·B·A`` of every linked weight, formed in float64."""
+    found = {}
+    for name in chain.links[0].factors:
+        exact = chain.weights.read(f"{name}.weight").double()
+        for link in chain.links:
+            a, b = link.factors[name].a.double(), link.factors[name].b.double()
+            update = STRENGTHS[link.id] * link.config.scaling * (b @ a)
+            exact += update.T if transposed else update
+        found[f"{name}.weight"] = exact
+    return found
+
+
+@on_everything
+@pytest.mark.parametrize("hold", ["tied", "carried"])
+def test_law_16_chosen_links_and_strengths_are_the_float64_sum_to_one_rounding(
+    architecture, dtype, hold
+):
+    model = tiny_model(architecture, dtype=dtype)
+    chain = tuned_chain(model, architecture, num_links=3, hold=hold)
+    chain.set_strengths(STRENGTHS)
+    shown = logits(model)
+    after = weights(chain.detach())
+    exact = as_numbers(chain, transposed=architecture == "gpt2")
+    reference = tiny_model(architecture, dtype=dtype)
+    for name, value in exact.items():
+        with torch.no_grad():
+            reference.get_parameter(name).copy_(value)
+        # one rounding a link of what was added up in float32, then one cast: half an ulp
+        bound = 4 * torch.finfo(torch.float32).eps + torch.finfo(dtype).eps / 2
+        assert ((after[name].double() - value).abs() <= bound * value.abs().clamp(min=0.05)).all()
+    torch.testing.assert_close(shown, logits(reference), atol=LOGITS[dtype], rtol=0)
+
+
+@on_everything
+@pytest.mark.parametrize("hold", ["tied", "carried"])
+def test_law_17_switching_links_off_and_on_changes_no_bit(architecture, dtype, hold):
+    model = tiny_model(architecture, dtype=dtype)
+    chain = tuned_chain(model, architecture, num_links=2, hold=hold)
+    kept = [{n: (f.a.clone(), f.b.clone()) for n, f in e.factors.items()} for e in chain.links]
+    tensors = [parameter.data_ptr() for parameter in model.parameters()]
+    both, all_weights = logits(model), weights(model)
+    chain.set_strengths({1: 0})
+    assert not torch.equal(logits(model), both)
+    if hold == "tied":
+        one = Chain(tiny_model(architecture, dtype=dtype))
+        one.add(chain.links[0])
+        assert torch.equal(logits(model), logits(one.model))  # as if it had never been
+    chain.set_strengths({0: 0})
+    assert torch.equal(logits(model), logits(tiny_model(architecture, dtype=dtype)))
+    chain.set_strengths({0: 1, 1: 1})
+    assert torch.equal(logits(model), both)
+    assert_same_weights(all_weights, weights(model))
+    assert tensors == [parameter.data_ptr() for parameter in model.parameters()]
+    for link, factors in zip(chain.links, kept, strict=True):
+        for name, (a, b) in factors.items():
+            assert torch.equal(link.factors[name].a, a)
+            assert torch.equal(link.factors[name].b, b)
+
+
+def test_law_17_the_id_of_a_link_is_never_given_again():
+    chain = tuned_chain(tiny_model("llama"), "llama", num_links=2)
+    first = chain.extend(config("llama")).layers
+    start = next(iter(first.values())).lora_A[LIVE].weight.clone()
+    chain.discard()
+    dropped = chain.drop(2)
+    chain.extend(config("llama"))
+    assert not torch.equal(next(iter(chain.live.layers.values())).lora_A[LIVE].weight, start)
+    assert chain.tie().id == 3
+    for link in dropped:
+        chain.add(link)  # under the id that it had
+    chain.add(dropped[0])  # twice: under a new one
+    assert [link.id for link in chain.links] == [3, 0, 1, 4]
+    assert [link.index for link in chain.links] == [0, 1, 2, 3]
+    assert chain.next_id == 5
+
+
 @on_everything
 @pytest.mark.parametrize("hold", ["tied", "carried"])
 def test_undo_gives_exactly_the_earlier_weights_back(architecture, dtype, hold):

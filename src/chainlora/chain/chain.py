@@ -22,24 +22,21 @@ knows nothing of earlier links.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from chainlora.chain import adapters, showing
 from chainlora.chain.adapters import Adapter
 from chainlora.chain.base_weights import BaseWeights, fingerprints
-from chainlora.chain.checks import check, check_link, check_strengths, check_values, shown
+from chainlora.chain.checks import check, check_link, check_strengths, check_values, with_strengths
 from chainlora.chain.holding import holding_named
-from chainlora.chain.initialization import Backward, check_start, initialize
+from chainlora.chain.initialization import Backward, initialize
 from chainlora.chain.link import Link
-from chainlora.chain.live import Live, factors_of, load_state, state_of
-from chainlora.chain.low_rank import frobenius_norm
+from chainlora.chain.live import Live, factors_of, load_state, norm_of, state_of
 from chainlora.chain.soft_knot import Balance, check_soft_knots, share_out
 from chainlora.config.schema import LinkConfig
 from chainlora.errors import ChainError
@@ -109,15 +106,18 @@ class Chain:
         """
         check(config=config, backward=backward)
         self._need_no_live("extend")
-        check_start(config, backward)
         self._holding.check_config(config)
         fresh = Link(len(self.links), config, {}, id=self.next_id)
         check_strengths([*self.links, fresh])
         adapter = self._adapter_for(config)
         adapters.set_extra(self.model, adapter, self._latest_extra())
-        self._live = Live()
-        self._live.start = initialize(adapter, self.seed, self.next_id, backward)
-        self._holding.take_out(self._live.start, config.scaling)
+        self._live = live = Live()
+        try:
+            live.start = initialize(adapter, self.seed, self.next_id, backward, self.links)
+        except Exception:
+            self._live = None
+            raise
+        self._holding.take_out(live.start, config.scaling)
         adapters.reset_magnitudes(adapter)
         return adapter
 
@@ -141,6 +141,7 @@ class Chain:
         Works one module at a time, so peak memory does not rise. The model's function is unchanged
         to rounding (one cast in bfloat16), or to `Link.error` after soft knots.
         """
+        self._need_live("tie")
         link = self.live_link()
         self._end_live()
         self.links.append(link)
@@ -209,14 +210,10 @@ class Chain:
         self._need_live("parameters")
         return self._layers().parameters()
 
-    @torch.no_grad()
     def live_norm(self) -> float:
         """Return ‖s·B·A‖_F over all modules of the live link."""
         self._need_live("live_norm")
-        adapter = self._layers()
-        pairs = [adapters.live_factors(adapter, name) for name in adapter.layers]
-        norms = [frobenius_norm([(a, b, adapter.config.scaling)]) for a, b in pairs]
-        return math.sqrt(math.fsum(norm**2 for norm in norms))
+        return norm_of(self._layers())
 
     def live_link(self) -> Link:
         """Return the live link as it is now: what tying it would add. Changes nothing."""
@@ -279,9 +276,7 @@ class Chain:
         self._need_no_live("drop")
         keep = len(self.links) - num_links
         if keep < 0:
-            raise ChainError(
-                f"drop can drop 0 to {len(self.links)} links (got {num_links}); drop fewer"
-            )
+            raise ChainError(f"drop can drop 0 to {len(self)} links (got {num_links}); drop fewer")
         self.links, dropped = self.links[:keep], self.links[keep:]
         self._settle()
         return dropped
@@ -299,16 +294,7 @@ class Chain:
         """
         check(strengths=strengths)
         self._need_no_live("set_strengths")
-        known = self.strengths
-        if unknown := [each for each in strengths if each not in known]:
-            raise ChainError(
-                f"strengths are of the links' ids, {list(known)} (got {shown(unknown[0])}); "
-                "see chain.strengths"
-            )
-        now = known | {each: float(strength) for each, strength in strengths.items()}
-        links = [replace(link, strength=now[link.id]) for link in self.links]
-        check_strengths(links)
-        self.links = links
+        self.links = with_strengths(self.links, strengths)
         self._settle()
 
     def detach(self) -> nn.Module:

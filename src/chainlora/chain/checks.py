@@ -4,6 +4,7 @@ sum. Each in one sentence, before anything changes."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from numbers import Real
 from os import PathLike
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from chainlora.chain import adapters
+from chainlora.chain.adapters import Factors
 from chainlora.chain.link import Link
 from chainlora.config.schema import LinkConfig
 from chainlora.errors import ChainError
@@ -167,14 +169,17 @@ def _module_fault(link: Link, name: str, model: nn.Module | None) -> str | None:
             return f"a {key} of {list(vector.shape)} for {b.shape[0]} outputs at {name}"
     if not all(_is_finite(part) for part in (a, b, *(v for v, _ in vectors.values()))):
         return f"numbers that are not finite at {name}"
-    if model is None:
-        return None
+    return None if model is None else misfit(link.factors[name], model, name)
+
+
+def misfit(factors: Factors, model: nn.Module, name: str) -> str | None:
+    """Return why factors are none of a model's module, None where they fit it."""
     layer = adapters.linked_layer(model, name)
     if layer is None:
         return f"factors for {name}, which the model lacks"
-    wanted, found = adapters.sizes(layer), (a.shape[1], b.shape[0])
-    if found != wanted:
-        return f"an update of {found[1]} × {found[0]} for {wanted[1]} × {wanted[0]} at {name}"
+    (inputs, outputs), rows, columns = adapters.sizes(layer), factors.b.shape[0], factors.a.shape[1]
+    if (rows, columns) != (outputs, inputs):
+        return f"an update of {rows} × {columns} for {outputs} × {inputs} at {name}"
     return None
 
 
@@ -212,6 +217,20 @@ def _is_finite(part: Tensor | None) -> bool:
 
 
 # --- strengths ---
+
+
+def with_strengths(links: Sequence[Link], strengths: Mapping[int, float]) -> list[Link]:
+    """Return links at other strengths, by id. Raises ChainError for those that are refused."""
+    known = {link.id: link.strength for link in links}
+    if unknown := [each for each in strengths if each not in known]:
+        raise ChainError(
+            f"strengths are of the links' ids, {list(known)} (got {shown(unknown[0])}); see "
+            "chain.strengths"
+        )
+    now = known | {each: float(strength) for each, strength in strengths.items()}
+    changed = [replace(link, strength=now[link.id]) for link in links]
+    check_strengths(changed)
+    return changed
 
 
 def check_strengths(links: Sequence[Link]) -> None:

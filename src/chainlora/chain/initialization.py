@@ -1,21 +1,24 @@
 """Initialization of a link: the factors that a fresh LoRA starts from.
 
-Random ones are drawn from a generator seeded by (seed, link, module), so every process draws the
+Random ones are drawn from a generator seeded by (seed, link id, module), so every process draws the
 same numbers whatever its own generator has consumed. Data-driven ones look at the model: `gradient`
 at the loss gradient (the Frank–Wolfe reading of arXiv 2401.04151, Algorithm 2), `pissa` at the
-weight itself (arXiv 2404.02948).
+weight itself (arXiv 2404.02948). `orthogonal` looks at the earlier links.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from chainlora.chain.adapters import LIVE, Adapter, Factors, base_layer, is_transposed, set_factors
+from chainlora.chain.link import Link
+from chainlora.chain.low_rank import row_basis
 from chainlora.config.schema import LinkConfig
 from chainlora.errors import ChainError
 
@@ -31,18 +34,9 @@ _SWEEPS = 2
 
 
 def generator_for(seed: int, link: int, module: str) -> torch.Generator:
-    """Return a CPU generator that depends on (seed, link, module) alone."""
+    """Return a CPU generator that depends on (seed, link id, module) alone."""
     digest = hashlib.sha256(f"{seed}/{link}/{module}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-
-
-def check_start(config: LinkConfig, backward: Backward | None) -> None:
-    """Raise ChainError for an initialization that lacks the loss it looks at."""
-    if config.init == "gradient" and backward is None:
-        raise ChainError(
-            "`init: gradient` needs the loss (got no `backward`); pass a callable that runs "
-            "forward and backward over a few batches"
-        )
 
 
 def random_factors(
@@ -89,36 +83,72 @@ def principal_factors(config: LinkConfig, weight: Tensor, generator: torch.Gener
 
 
 def initialize(
-    adapter: Adapter, seed: int, link: int, backward: Backward | None = None
+    adapter: Adapter,
+    seed: int,
+    link: int,
+    backward: Backward | None = None,
+    earlier: Sequence[Link] = (),
 ) -> dict[str, Factors]:
     """Give a fresh adapter its initial factors, in place.
 
     Returns the factors whose product is *not* zero (PiSSA), by module; the caller must subtract
     them from the base so that the function is unchanged. Empty for every other initialization.
+    `link` is the id; of the links `earlier`, `orthogonal` avoids those that are switched on.
     """
     config = adapter.config
-    offsets: dict[str, Factors] = {}
+    if config.init == "gradient" and backward is None:
+        raise ChainError(
+            "`init: gradient` needs the loss (got no `backward`); pass a callable that runs "
+            "forward and backward over a few batches"
+        )
+    start = {}
     for name, layer in adapter.layers.items():
         generator = generator_for(seed, link, name)
         if config.init == "pissa":
-            base = base_layer(layer)
-            weight = base.weight.detach().float().cpu()
-            weight = weight.T if is_transposed(base) else weight
-            factors = offsets[name] = principal_factors(config, weight, generator)
+            start[name] = principal_factors(config, _weight(layer), generator)
         else:
-            of_embedding = isinstance(base_layer(layer), nn.Embedding)
-            factors = random_factors(
+            start[name] = random_factors(
                 config,
                 layer.in_features,
                 layer.out_features,
                 generator,
-                of_embedding=of_embedding,
+                of_embedding=isinstance(base_layer(layer), nn.Embedding),
             )
+        if config.init == "orthogonal":
+            start[name] = replace(start[name], a=_away_from(earlier, name, start[name].a))
+    for name, factors in start.items():
         set_factors(adapter, name, factors)
-    if config.init == "gradient":
-        assert backward is not None
+    if backward is not None and config.init == "gradient":
         _point_along_gradient(adapter, seed, link, backward)
-    return offsets
+    return start if config.init == "pissa" else {}
+
+
+def _weight(layer: nn.Module) -> Tensor:
+    """Return the weight below a LoRA as it is now, [out, in] float32 on the CPU."""
+    base = base_layer(layer)
+    weight: Tensor = base.weight.detach().float().cpu()
+    return weight.T if is_transposed(base) else weight
+
+
+def _away_from(earlier: Sequence[Link], name: str, a: Tensor) -> Tensor:
+    """Turn the rows of A [rank, in] out of what earlier links read, their norms unchanged.
+
+    Their inputs ``A_j·x`` are then no inputs of the new link (in the spirit of O-LoRA, arXiv
+    2310.14152, which penalises the overlap instead).
+    """
+    links = [link for link in earlier if link.strength and name in link.factors]
+    if not links:
+        return a
+    taken = row_basis(torch.cat([link.factors[name].a for link in links]))
+    if len(taken) + len(a) > a.shape[1]:
+        raise ChainError(
+            f"`init: orthogonal` needs directions that earlier links leave free (got {len(taken)} "
+            f"of {a.shape[1]} taken at {name}, for rank {len(a)}); lower the rank, or use init: "
+            "kaiming"
+        )
+    rows = a.double()
+    free = rows - (rows @ taken.T) @ taken
+    return (free * (rows.norm(dim=1) / free.norm(dim=1)).unsqueeze(1)).float()
 
 
 def _point_along_gradient(adapter: Adapter, seed: int, link: int, backward: Backward) -> None:

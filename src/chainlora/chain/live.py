@@ -3,6 +3,7 @@ from to the same bits."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from chainlora.chain import adapters
 from chainlora.chain.adapters import Adapter, Factors
 from chainlora.chain.holding import Holding
-from chainlora.chain.low_rank import compress_together
+from chainlora.chain.low_rank import compress_together, frobenius_norm
 from chainlora.errors import ChainError
 
 # Relative error to which a link with soft knots is stored. Its update is a sum of hundreds of
@@ -52,6 +53,14 @@ def factors_of(live: Live, adapter: Adapter, holding: Holding) -> tuple[dict[str
 
     pairs, error = compress_together(whole, list(found), SOFT_LINK_TOLERANCE)
     return {name: replace(found[name], a=a, b=b) for name, (a, b) in pairs.items()}, error
+
+
+@torch.no_grad()
+def norm_of(adapter: Adapter) -> float:
+    """Return ‖s·B·A‖_F over all modules."""
+    pairs = [adapters.live_factors(adapter, name) for name in adapter.layers]
+    norms = [frobenius_norm([(a, b, adapter.config.scaling)]) for a, b in pairs]
+    return math.sqrt(math.fsum(norm**2 for norm in norms))
 
 
 def state_of(adapter: Adapter, holding: Holding) -> dict[str, Tensor]:

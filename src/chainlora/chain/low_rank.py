@@ -200,12 +200,12 @@ def subspace_overlap(a: Tensor, other: Tensor) -> float:
     2106.09685 §7.2). In [0, 1]: 1 if one space holds the other, 0 if they are orthogonal, max(r_1,
     r_2)/in on average if both are random. A matrix of zeros spans nothing; its overlap is 0.
     """
-    first, second = _row_basis(a), _row_basis(other)
+    first, second = row_basis(a), row_basis(other)
     smaller = min(first.shape[0], second.shape[0])
     return min(1.0, float((first @ second.T).square().sum()) / smaller) if smaller else 0.0
 
 
-def _row_basis(a: Tensor) -> Tensor:
+def row_basis(a: Tensor) -> Tensor:
     """Return orthonormal rows [rank, in] that span the row space, null directions left out."""
     _, s, vh = torch.linalg.svd(a.double(), full_matrices=False)
     # The factors were float32 or narrower: what lies below their rounding is no direction of theirs

@@ -27,9 +27,10 @@ class LinkShape(Section):
     """Scale by alpha / √rank instead (arXiv 2312.03732)."""
     dropout: Share = 0.0
     """Dropout on the input of the LoRA branch; the fused LoRA layer is then not used."""
-    init: Literal["gaussian", "kaiming", "gradient", "pissa"] = "kaiming"
-    """Initialization of a link: `kaiming` or `gaussian` (random A, B = 0), `gradient` (A along the
-    loss gradient, B = 0), `pissa` (top singular directions of the weight)."""
+    init: Literal["gaussian", "kaiming", "orthogonal", "gradient", "pissa"] = "kaiming"
+    """Initialization of a link: `kaiming` or `gaussian` (random A, B = 0), `orthogonal` (A outside
+    the row space of the earlier links, B = 0), `gradient` (A along the loss gradient, B = 0),
+    `pissa` (top singular directions of the weight)."""
     lora_bias: bool = False
     """A trained bias on B, merged into the layer's bias; refused for layers without a bias."""
     dora: bool = False
@@ -94,9 +95,10 @@ class LinkConfig(LinkShape):
             f"train_factors: {factors}",
             "use init: kaiming or train_factors: both",
         )
+        aim = {"gradient": "along the gradient", "orthogonal": "away from earlier links"}
         refuse_if(
-            self.init == "gradient" and factors == "A",
-            "`init: gradient` points A along the gradient and trains B",
+            self.init in aim and factors == "A",
+            f"`init: {self.init}` points A {aim.get(self.init)} and trains B",
             "train_factors: A",
             "use train_factors: both or B",
         )

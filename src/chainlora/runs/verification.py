@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from chainlora.chain.adapters import Factors, has_fan_in_first, reload_adapter
+from chainlora.chain.adapters import Factors, has_fan_in_first, linked_layer, reload_adapter
+from chainlora.chain.checks import misfit
 from chainlora.errors import ChainLoRAError, ModelError
 from chainlora.models.loading import load_model, load_skeleton
 from chainlora.runs.manifest import CAUSAL, Base
@@ -63,6 +64,11 @@ def check_adapter(
     """
     if skeleton is None:
         return
+    for name, pair in factors.items():
+        if fault := misfit(pair, skeleton, name):
+            raise ModelError(
+                f"links must fit their base (got {fault}); restore the run's files, or the base"
+            )
     wrong = reload_adapter(folder, skeleton, factors, extra)
     if wrong is not None:
         raise ModelError(
@@ -76,7 +82,7 @@ def stores_transposed(base: Base, modules: Mapping[str, Any]) -> bool:
     skeleton = skeleton_of(base)
     if skeleton is None:
         return base.fan_in_fan_out
-    return any(has_fan_in_first(skeleton.get_submodule(name)) for name in modules)
+    return any(has_fan_in_first(linked_layer(skeleton, name)) for name in modules)
 
 
 def skeleton_like(model: nn.Module) -> nn.Module | None:

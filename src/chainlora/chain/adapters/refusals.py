@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import nn
 
@@ -31,6 +33,10 @@ from chainlora.config.schema import LinkConfig
 from chainlora.errors import ModelError
 from chainlora.models.quantizing import is_packed, is_quantized
 from chainlora.models.shards import is_shard
+
+log = logging.getLogger(__name__)
+
+_WARNED: WeakKeyDictionary[nn.Module, set[int]] = WeakKeyDictionary()
 
 
 def check_targets(model: nn.Module, config: LinkConfig) -> None:
@@ -68,6 +74,22 @@ def check_targets(model: nn.Module, config: LinkConfig) -> None:
         )
     for extra in config.extra_modules:
         _check_extra(model, extra, (head, embedding))
+    _warn_of_rank(model, config.rank, matched)
+
+
+def _warn_of_rank(model: nn.Module, rank: int, matched: Mapping[str, nn.Module]) -> None:
+    """Log once a model and rank which layers cannot have an update of that rank."""
+    said = _WARNED.setdefault(model, set())
+    narrow = {name: side for name in matched if (side := min(sizes(matched[name]))) < rank}
+    if not narrow or rank in said:
+        return
+    said.add(rank)
+    first = min(narrow, key=lambda name: narrow[name])
+    log.warning(
+        "rank %d is above the shorter side of %d of %d adapted layers (%d at %s), which bounds the "
+        "rank of an update; rank %d suffices for them",
+        *(rank, len(narrow), len(matched), narrow[first], first, max(narrow.values())),
+    )
 
 
 def _check_names(model: nn.Module, config: LinkConfig, matched: Mapping[str, nn.Module]) -> None:
@@ -153,7 +175,7 @@ def _check_settings(config: LinkConfig, name: str, module: Any) -> None:
 
 def _check_embedding_settings(config: LinkConfig, name: str) -> None:
     chosen = {"dora": config.dora, "lora_bias": config.lora_bias}
-    chosen |= {f"init: {config.init}": config.init in ("gradient", "pissa")}
+    chosen |= {f"init: {config.init}": config.init not in ("kaiming", "gaussian")}
     if found := [key for key, is_set in chosen.items() if is_set]:
         raise ModelError(
             f"an embedding takes a plain LoRA (got {found[0]} with {name} in target_modules); "

@@ -1,0 +1,286 @@
+"""What a chain is shown as, and the one sentence for what it cannot take."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_model
+from safetensors.torch import load_file, save_file
+from test_laws import config, logits, plain_update, tuned_chain, weights
+
+from chainlora import (
+    Chain,
+    ChainLoRAError,
+    Link,
+    LinkConfig,
+    export_adapter,
+    inspect_run,
+    load_chain,
+    save_chain,
+    stack_links,
+)
+from chainlora.chain.adapters import Factors
+from chainlora.files import checksums
+from chainlora.runs.manifest import encode_manifest
+from chainlora.runs.reading import RunReader
+
+
+@pytest.fixture
+def chain() -> Chain:
+    return tuned_chain(tiny_model("opt"), "opt", num_links=2)
+
+
+def with_live(chain: Chain, **keys) -> Chain:
+    chain.extend(config("opt", **keys))
+    chain.tune(range(2), plain_update(chain))
+    return chain
+
+
+def test_a_chain_and_its_parts_are_shown_in_a_line(chain):
+    live = with_live(chain).live
+    assert repr(chain) == (
+        "<Chain: OPTForCausalLM, tied, 2 links of rank 4+4, "
+        "a live link of rank 4 on 6 modules after 2 steps>"
+    )
+    assert repr(live) == "<Adapter: rank 4 on 6 modules>"
+    assert repr(chain.links[1]) == "<Link 1: rank 4 on 6 modules, 3 steps>"
+    assert repr(chain._live) == "Live(num_steps=2, num_soft_knots=0)"
+    page = chain._repr_html_()
+    assert page.count("<tr>") == 3
+    assert len(page) < 1000
+
+
+# An argument of every public method that takes one, of a wrong type, and what is said.
+WRONG = [
+    (lambda _: Chain("gpt2"), "`model` must be a loaded model (got 'gpt2'); load it first"),
+    (lambda c: Chain(c.model, seed="0"), "`seed` must be a whole number from 0 (got '0')"),
+    (lambda c: Chain(c.model, hold=1), "`hold` must be tied or carried (got 1)"),
+    (lambda c: Chain(c.model, checkpoint=1), "`checkpoint` must be the path of a folder (got 1)"),
+    (lambda c: c.extend(8), "`config` must be a LinkConfig (got 8); write extend(LinkConfig("),
+    (lambda c: c.extend({"rank": 8}), "`config` must be a LinkConfig (got a dict)"),
+    (lambda c: c.extend(LinkConfig(), backward=1), "`backward` must be a function"),
+    (lambda c: c.tune(100, print), "`steps` must be iterable (got 100); write range(100)"),
+    (lambda c: c.tune([1], None), "`update` must be a function of a step (got None)"),
+    (lambda c: c.tie_share("half"), "`share` must be in [0, 1) (got 'half')"),
+    (lambda c: c.fit(LinkConfig(), print, print), "`configs` must be a list of LinkConfig"),
+    (lambda c: c.fit([8, 8], print, print), "write [LinkConfig(rank=8)] * 3"),
+    (lambda c: c.fit([], [1], print), "`steps` must be a function of the link's number"),
+    (lambda c: c.fit([], print, 1), "`update` must be a function of the link's number"),
+    (lambda c: c.load_live_state([], 1), "a state must map names to tensors (got a list)"),
+    (lambda c: c.load_live_state({}, "1"), "`num_steps` must be a whole number from 0"),
+    (lambda c: c.load_live_state({}, 1, None), "`num_soft_knots` must be a whole number from 0"),
+    (lambda c: c.add(c), "`link` must be a Link (got a Chain); take it from tie(), drop()"),
+    (lambda c: c.drop("1"), "`num_links` must be a whole number from 0 (got '1'); write drop(1)"),
+    (lambda c: c.drop(-1), "`num_links` must be a whole number from 0 (got -1)"),
+    (lambda c: c.drop(9), "drop can drop 0 to 2 links (got 9); drop fewer"),
+    (lambda c: c.set_strengths([1, 0]), "`strengths` must map ids of links to numbers"),
+    (lambda c: c.set_start_of_extra([]), "a state must map names to tensors"),
+    (lambda c: c.fingerprint_without("a.b"), "`paths` must be a list of parameters (got 'a.b')"),
+    (lambda c: c.tie(), "tie needs a live link (got none); call extend first"),
+    (lambda c: c.discard(), "discard needs a live link"),
+    (lambda c: list(c.parameters()), "parameters needs a live link"),
+]
+
+
+@pytest.mark.parametrize("case", range(len(WRONG)))
+def test_wrong_arguments_say_what_to_write(chain, case):
+    call, words = WRONG[case]
+    before = weights(chain.model)
+    with pytest.raises(ChainLoRAError) as error:
+        call(chain)
+    assert words in str(error.value)
+    assert len(str(error.value)) < 300
+    after = weights(chain.model)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_every_method_with_arguments_is_among_them():
+    public = [m for name, m in vars(Chain).items() if callable(m) and not name.startswith("_")]
+    takes = {m.__name__ for m in public if len(inspect.signature(m).parameters) > 1}
+    tried = {name for call, _ in WRONG for name in call.__code__.co_names}
+    assert takes <= tried
+
+
+def damaged(link: Link, **parts) -> Link:
+    """Return a link with other tensors at its first module."""
+    name = next(iter(link.factors))
+    kept = {f: getattr(link.factors[name], f) for f in ("a", "b", "bias", "magnitude")}
+    fields = {f: getattr(link, f) for f in ("index", "config", "extra", "num_steps")}
+    return Link(factors=link.factors | {name: Factors(**kept | parts)}, **fields)
+
+
+BAD = {
+    "an update of 32 × 8 for 32 × 32": {"a": torch.zeros(4, 8)},
+    "an update of 8 × 32 for 32 × 32": {"b": torch.zeros(8, 4)},
+    "of rank 4 at": {"a": torch.zeros(3, 32), "b": torch.zeros(32, 3)},
+    "factors [4, 32] and [32, 3]": {"b": torch.zeros(32, 3)},
+    "factors [32] and": {"a": torch.zeros(32)},
+    "a bias at": {"bias": torch.zeros(32)},
+    "a magnitude at": {"magnitude": torch.ones(32)},
+    "numbers that are not finite at": {"a": torch.full((4, 32), float("nan"))},
+}
+
+
+@pytest.mark.parametrize("words", BAD)
+@pytest.mark.parametrize("hold", ["tied", "carried"])
+def test_a_link_that_does_not_fit_is_not_added(hold, words):
+    chain = tuned_chain(tiny_model("opt"), "opt", num_links=1, hold=hold)
+    before = logits(chain.model)
+    with pytest.raises(ChainLoRAError) as error:
+        chain.add(damaged(chain.links[0], **BAD[words]))
+    assert words in str(error.value)
+    assert torch.equal(logits(chain.model), before)
+
+
+def test_links_for_other_modules_and_of_other_models_are_not_added(chain):
+    factors = chain.links[0].factors
+    some = next(iter(factors.values()))
+    cases = {
+        "which the model lacks": Link(0, config("opt"), {"decoder.nowhere": some}),
+        "which the link did not train": Link(
+            0, config("opt"), factors, {"lm_head.weight": torch.zeros(2)}
+        ),
+        "weights of [2] for": Link(
+            0,
+            config("opt", extra_modules=("final_layer_norm",)),
+            factors,
+            {"model.decoder.final_layer_norm.weight": torch.zeros(2)},
+        ),
+    }
+    for words, link in cases.items():
+        with pytest.raises(ChainLoRAError, match=words.replace("[", r"\[").replace("]", r"\]")):
+            chain.add(link)
+    other = Link(
+        0, config("opt"), {n: Factors(torch.zeros(4, 8), torch.zeros(8, 4)) for n in factors}
+    )
+    with pytest.raises(ChainLoRAError, match="links of a chain must be of one model"):
+        stack_links([chain.links[0], other])
+
+
+def edit_link(folder: Path, **tensors: torch.Tensor) -> None:
+    """Set tensors of a saved chain's first link, and make every checksum right again."""
+    path = folder / "links/000/adapter_model.safetensors"
+    stored = load_file(path)
+    a = next(name for name in stored if name.endswith("lora_A.weight"))
+    stored |= {a.replace("lora_A.weight", key.replace("__", ".")): t for key, t in tensors.items()}
+    save_file(stored, path, metadata={"format": "pt"})
+    manifest = RunReader(folder).manifest()
+    found = {k: v for k, v in checksums(folder).items() if k in manifest.files}
+    manifest = manifest.model_copy(update={"files": found})
+    (folder / "chain.json").write_text(json.dumps(encode_manifest(manifest)))
+
+
+@pytest.mark.parametrize(
+    ("words", "tensors"),
+    [
+        ("a bias at .* which the link did not train", {"lora_B__bias": torch.zeros(32)}),
+        ("a magnitude at .*", {"lora_magnitude_vector": torch.ones(32)}),
+        ("lora_C.weight without its factors", {"lora_C__weight": torch.ones(32)}),
+        ("weights at .*more, which the link did not train", {"more": torch.ones(32)}),
+        (
+            "of rank 4 at",
+            {"lora_A__weight": torch.ones(3, 32), "lora_B__weight": torch.ones(32, 3)},
+        ),
+    ],
+)
+def test_tensors_too_many_or_of_another_rank_are_refused_by_whatever_reads(
+    words, tensors, tmp_path
+):
+    folder = saved(tmp_path)
+    edit_link(folder, **tensors)
+    for read in (
+        lambda: load_chain(folder, tiny_model("opt")),
+        lambda: inspect_run(folder),
+        lambda: export_adapter(folder, tmp_path / "adapter"),
+    ):
+        with pytest.raises(ChainLoRAError, match=words):
+            read()
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_tensors_of_another_size_are_refused_by_whatever_has_the_model(tmp_path):
+    folder = saved(tmp_path)
+    edit_link(folder, lora_A__weight=torch.ones(4, 31))
+    for read in (
+        lambda: load_chain(folder, tiny_model("opt")),
+        lambda: export_adapter(folder, tmp_path / "adapter"),
+    ):
+        with pytest.raises(ChainLoRAError, match="an update of 64 × 31 for 64 × 32"):
+            read()
+
+
+def saved(tmp_path: Path) -> Path:
+    """Save a chain of one link, its base beside it."""
+    chain = tuned_chain(tiny_model("opt"), "opt", num_links=1)
+    tiny_model("opt").save_pretrained(tmp_path / "base")
+    chain.model.config._name_or_path = str(tmp_path / "base")
+    save_chain(chain, tmp_path / "chain")
+    return tmp_path / "chain"
+
+
+@pytest.mark.parametrize("hold", ["tied", "carried"])
+@pytest.mark.parametrize("damage", ["extra", "missing", "shape", "deposit"])
+def test_the_state_of_another_live_link_is_refused(hold, damage):
+    chain = with_live(Chain(tiny_model("opt"), hold=hold))
+    chain.tie_share(0.5)
+    state = chain.live_state()
+    first = next(name for name in state if name.startswith("A/"))
+    if damage == "extra":
+        state["A/more"] = state[first]
+    elif damage == "missing":
+        del state[first]
+    elif damage == "shape":
+        state[first] = state[first][:, :5]
+    else:
+        name = next(name for name in state if name.startswith("deposit/"))
+        state[name] = state[name][:, :5]
+    other = Chain(tiny_model("opt"), hold=hold)
+    other.extend(config("opt"))
+    before = logits(other.model)
+    with pytest.raises(ChainLoRAError, match=r"belongs? to another link"):
+        other.load_live_state(state, 2, 1)
+    assert torch.equal(logits(other.model), before)
+
+
+def test_dora_and_pissa_are_refused_by_a_carried_chain_before_they_are_tuned():
+    chain = Chain(tiny_model("opt"), hold="carried")
+    for keys in ({"dora": True}, {"init": "pissa"}):
+        with pytest.raises(ChainLoRAError, match="use hold: tied"):
+            chain.extend(config("opt", **keys))
+    chain.extend(config("opt"))
+    chain.tie()
+    with pytest.raises(ChainLoRAError, match="use hold: tied"):
+        chain.extend(config("opt", init="pissa"))  # on layers that are there already
+
+
+def test_a_gradient_start_without_a_loss_leaves_no_live_link(chain):
+    with pytest.raises(ChainLoRAError, match="needs the loss"):
+        chain.extend(config("opt", init="gradient"))
+    chain.extend(config("opt"))
+
+
+def test_a_rank_that_no_layer_can_have_is_said_once(caplog):
+    chain = Chain(tiny_model("llama"))
+    for _ in range(2):
+        chain.extend(LinkConfig(rank=1000, target_modules=("q_proj", "k_proj")))
+        chain.discard()
+    chain.extend(LinkConfig(rank=16, target_modules=("q_proj", "k_proj")))
+    (record,) = [r for r in caplog.records if r.levelno == logging.WARNING]
+    assert record.getMessage() == (
+        "rank 1000 is above the shorter side of 4 of 4 adapted layers (16 at "
+        "model.layers.0.self_attn.k_proj), which bounds the rank of an update; rank 32 suffices "
+        "for them"
+    )
+
+
+@pytest.mark.parametrize(
+    "keys", [{"alpha": 1e300}, {"alpha": 1e40}, {"alpha": 1e7, "rslora": True}]
+)
+def test_an_alpha_that_overflows_is_refused(keys):
+    with pytest.raises(ValueError, match=r"`alpha` must be at most 1e\+06 .*twice the rank"):
+        LinkConfig(**keys)
