@@ -194,7 +194,7 @@ def test_a_link_without_checksums_must_agree_with_the_manifest_and_itself(run_co
         (lambda: save_file({**tensors, a: tensors[a] * torch.nan}, weights), "not finite"),
         (
             lambda: save_file({**tensors, PREFIX + "lm_head.weight": torch.ones(2)}, weights),
-            "weights of lm_head, which the link did not train",
+            "weights at lm_head.weight, which the link did not train",
         ),
         (lambda: edit(folder / "adapter_config.json", ('"r": 4', '"r": 2')), "another scaling"),
         (lambda: edit(folder / "adapter_config.json", ('v_proj"', 'k_proj"')), "other modules"),

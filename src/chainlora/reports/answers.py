@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from chainlora.chain.chain import Chain
+from chainlora.chain.holding import hold_for
 from chainlora.data.examples import Example
 from chainlora.data.rows import MemoryRows, Rows
 from chainlora.data.splits import prepare_splits
@@ -17,7 +18,6 @@ from chainlora.evaluation.generation import generate_greedy
 from chainlora.evaluation.streaming import to_accelerator
 from chainlora.files import reported
 from chainlora.models.finding import resolve_model
-from chainlora.models.quantizing import is_quantized_model
 from chainlora.models.text_config import context_length
 from chainlora.reports.page import Answer
 from chainlora.reports.runs import RunFacts
@@ -69,9 +69,8 @@ def answers(
     """
     links = RunReader(run.path).links_of(run.manifest, len(run.manifest.links))
     model, tokenizer = load_run_or_model(run.path, num_links=0)
-    hold = "carried" if is_quantized_model(model) else "tied"
     base = resolve_model(run.manifest.base.model)
-    chain = Chain(to_accelerator(model), hold=hold, checkpoint=base)
+    chain = Chain(to_accelerator(model), hold=hold_for(model), checkpoint=base)
     if isinstance(wanted, int):
         prompts = _own_prompts(run, wanted, model, tokenizer)
     else:
