@@ -7,6 +7,9 @@ from functools import lru_cache
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from chainlora.data.encoding import Options, detect_format, make_row_encoder
+from chainlora.data.sources import Row
+
 CORPUS = [
     "Yes No Maybe great terrible the film was great and the plot was terrible",
     "Does this mean that the premise is true? Yes or No?\nAnswer: it was so because of the rain",
@@ -66,3 +69,16 @@ def scored(example, tokenizer) -> list[list[str]]:
         [tokenizer.decode(ids[begin:stop]) for begin, stop in spans]
         for ids, spans in zip(example.sequences, example.scored, strict=True)
     ]
+
+
+def encode_examples(rows, tokenizer, task, **options) -> list:
+    """Encode rows as a run would; `options` are those of `Options`."""
+    kind = detect_format(rows) if task == "auto" else task
+    encode = make_row_encoder(kind, tokenizer, Options(**options))
+    named = [
+        row if isinstance(row, Row) else Row(row, position, f"row {position}")
+        for position, row in enumerate(rows)
+    ]
+    encoded = encode(named)
+    encoded.counts.refuse_too_long(encode.fit.max_length)
+    return encoded.examples

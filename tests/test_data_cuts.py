@@ -8,14 +8,13 @@ from itertools import pairwise
 
 import pytest
 from helpers import settings as run_settings
-from helpers_data import CHAT, TALK, make_tokenizer, scored
+from helpers_data import CHAT, TALK, encode_examples, make_tokenizer, scored
 from helpers_tasks import write_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chainlora import make_config, train
 from chainlora.config.schema import DataConfig
-from chainlora.data.encoding import encode_examples
 from chainlora.data.splits import prepare_splits
 from chainlora.errors import DataError
 

@@ -12,9 +12,14 @@ from hypothesis import strategies as st
 
 from chainlora import make_config
 from chainlora.data.examples import Example
-from chainlora.data.order import epoch_batches
+from chainlora.data.order import epoch_order
 from chainlora.data.rows import MemoryRows
 from chainlora.training.plan import make_plan
+
+
+def epoch_batches(lengths, batch_size, seed, epoch, group=False) -> list[list[int]]:
+    order = epoch_order(np.asarray(lengths), batch_size, seed, epoch, group)
+    return [order.batch(index) for index in range(len(order))]
 
 
 @settings(max_examples=60, deadline=None)

@@ -8,11 +8,11 @@ import tracemalloc
 import pyarrow
 import pyarrow.parquet
 import pytest
-from helpers_tasks import make_split, write_as, write_rows, write_task
+from helpers_tasks import write_as, write_rows, write_task
 
 from chainlora import evaluate_task
 from chainlora.data.sources import FileSource, find_source, iterate
-from chainlora.data.tasks import load_rows, load_split, load_task, pool, sample_splits
+from chainlora.data.tasks import load_rows, load_split, load_task
 from chainlora.errors import DataError
 
 
@@ -139,24 +139,6 @@ def test_eval_with_a_limit_reads_no_more_than_its_rows(tiny_folder, sentiment, t
     (tmp_path / "folder").mkdir()
     path.rename(tmp_path / "folder" / "validation.jsonl")
     assert evaluate_task(str(tiny_folder), task, data=str(tmp_path / "folder"), limit=4) == found
-
-
-def test_samples_of_a_large_split_are_those_of_a_small_one(tmp_path, monkeypatch):
-    make_split(tmp_path / "train.jsonl", 60)
-    make_split(tmp_path / "validation.jsonl", 30)
-    task = load_task(write_task(tmp_path))
-    rules = {"test": {"of": "validation", "rows": 10}, "without_train": "validation"}
-    (tmp_path / "none").mkdir()
-    make_split(tmp_path / "none" / "validation.jsonl", 50)
-    stand_in = load_task(write_task(tmp_path, sampling=rules))
-    cases = [(task, tmp_path, 20, 10, 15, 3), (stand_in, tmp_path / "none", 20, 10, 10, 1)]
-    kept = [sample_splits(*case) for case in cases]
-    monkeypatch.setattr(pool, "_KEPT", 7)
-    again = [sample_splits(*case) for case in cases]
-    assert again == kept
-    for one, two in zip(kept, again, strict=True):
-        for split in one:
-            assert [r.index for r in one[split]] == [r.index for r in two[split]]
 
 
 # --- rows that are no text, or no number ---

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import write_rows
 from helpers import settings
-from helpers_data import CHAT, MARKED, TALK, make_tokenizer, scored
+from helpers_data import CHAT, MARKED, TALK, encode_examples, make_tokenizer, scored
 from transformers import AutoTokenizer
 
 from chainlora import export_merged, load_run, make_config, train
@@ -16,7 +16,6 @@ from chainlora.config.chat_templates import NAMES
 from chainlora.config.loading import dump_config, parse_yaml
 from chainlora.config.schema import DataConfig
 from chainlora.data.chat_templates import set_chat_template
-from chainlora.data.encoding import encode_examples
 from chainlora.errors import ConfigError, DataError
 
 SYSTEM = {"role": "system", "content": "count"}

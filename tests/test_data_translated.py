@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from helpers_data import CHAT, MARKED, TALK, make_tokenizer, scored
+from helpers_data import CHAT, MARKED, TALK, encode_examples, make_tokenizer, scored
 from helpers_tasks import write_rows
 
 from chainlora.config.schema import DataConfig
-from chainlora.data.encoding import detect_format, encode_examples
+from chainlora.data.encoding import detect_format
 from chainlora.data.splits import prepare_splits
 from chainlora.errors import DataError
 

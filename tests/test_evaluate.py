@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from reference_scorer import reference_predictions, reference_scores, reference_scores_of_text
 
 from chainlora import evaluate_task
-from chainlora.data.examples import Example, NamedExample
+from chainlora.data.examples import Example
 from chainlora.data.tasks import Task
 from chainlora.engine.engine import Engine
 from chainlora.engine.packing import pack
@@ -336,7 +336,8 @@ def scored_both_ways(
 ):
     """The first validation rows by the fast scorer with the faster layers, and by the plain one
     from their text; and whether any was cut."""
-    from chainlora.data.encoding import encode_examples
+    from helpers_data import encode_examples
+
     from chainlora.data.tasks import load_split, load_task
 
     task = load_task(task_name)
@@ -478,9 +479,7 @@ def test_a_candidate_is_compared_by_what_it_stands_for():
     rows = []
     for i, references in enumerate((("Boston", "the New York"), ("Jersey",))):
         plain = classified(i, words(rng, 12), [words(rng, 4), words(rng, 4)])
-        rows.append(
-            NamedExample(i, plain.sequences, plain.scored, 0, plain.prompt, references, names)
-        )
+        rows.append(Example(i, plain.sequences, plain.scored, 0, plain.prompt, references, names))
     found = evaluate(tiny_model("llama"), rows, metrics=["em", "token_f1"])
     chosen = [names[p["prediction"]] for p in found.predictions]
     assert found.metrics["em"] == (chosen[0] == "New York") / 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from helpers_data import encode_examples
 from helpers_tasks import (
     HUB_ROWS,
     PROMPTS,
@@ -12,7 +13,6 @@ from helpers_tasks import (
     write_rows,
 )
 
-from chainlora.data.encoding import encode_examples
 from chainlora.data.tasks import (
     list_tasks,
     load_split,

@@ -7,11 +7,10 @@ import threading
 import time
 
 import pytest
-from helpers_data import TALK, make_tokenizer
+from helpers_data import TALK, encode_examples, make_tokenizer
 from helpers_tasks import write_task
 
 from chainlora.data import templates
-from chainlora.data.encoding import encode_examples
 from chainlora.data.tasks import load_task
 from chainlora.errors import DataError
 

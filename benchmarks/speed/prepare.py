@@ -13,9 +13,10 @@ import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
-from chainlora.data.order import epoch_batches
+from chainlora.data.order import epoch_order
 from chainlora.data.tasks import Row, list_tasks, load_rows, load_split, load_task
 from chainlora.models.finding import resolve_model
 
@@ -95,7 +96,8 @@ def workload_files(
 
 def _order(num_rows: int, batch_size: int) -> list[int]:
     """The order in which ours visits rows in its first epoch."""
-    return [row for batch in epoch_batches([0] * num_rows, batch_size, SEED, 0) for row in batch]
+    order = epoch_order(np.zeros(num_rows, int), batch_size, SEED, 0, group_by_length=False)
+    return order.rows.tolist()
 
 
 def _training_files(name: str, rows: list[Row], batch_size: int, folder: Path) -> dict[str, str]:

@@ -13,7 +13,8 @@ class Example:
 
     `sequences` holds the full token sequences: one per candidate, or a single one for
     language-model rows. `scored` holds, per sequence, the spans ``[start, end)`` of tokens that are
-    targets, ``start >= 1``.
+    targets, ``start >= 1``. Candidates may stand for `names`, which metrics compare with
+    `references`.
     """
 
     row: int
@@ -22,12 +23,6 @@ class Example:
     label: int | None = None
     prompt: tuple[int, ...] = ()
     references: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class NamedExample(Example):
-    """A row whose candidates stand for `names`, which metrics compare with `references`."""
-
     names: tuple[str, ...] = ()
 
 
@@ -41,6 +36,4 @@ def make_example(
 ) -> Example:
     """Return a row's example; its prompt is what stands before the last span."""
     prompt = sequences[0][: scored[0][-1][0]]
-    if names:
-        return NamedExample(row, sequences, scored, label, prompt, references, names)
-    return Example(row, sequences, scored, label, prompt, references)
+    return Example(row, sequences, scored, label, prompt, references, names)

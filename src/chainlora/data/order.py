@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,6 +35,12 @@ class EpochOrder:
         return rows
 
 
+def seeded(name: str) -> torch.Generator:
+    """Return a generator that draws the same for the same name."""
+    digest = hashlib.sha256(name.encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
 def epoch_order(
     lengths: NDArray[np.integer], batch_size: int, seed: int, epoch: int, group_by_length: bool
 ) -> EpochOrder:
@@ -44,8 +49,7 @@ def epoch_order(
     `group_by_length` shuffles the rows, sorts windows of 32 batches by length, and shuffles the
     batches.
     """
-    digest = hashlib.sha256(f"{seed} {epoch}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    generator = seeded(f"{seed} {epoch}")
     rows = torch.randperm(len(lengths), generator=generator).numpy()
     if not group_by_length:
         return EpochOrder(rows, None, batch_size)
@@ -54,15 +58,3 @@ def epoch_order(
     num_batches = -(-len(rows) // batch_size)
     batches = torch.randperm(num_batches, generator=generator).numpy()
     return EpochOrder(rows, batches, batch_size)
-
-
-def epoch_batches(
-    lengths: Sequence[int] | NDArray[np.integer],
-    batch_size: int,
-    seed: int,
-    epoch: int,
-    group_by_length: bool = False,
-) -> list[list[int]]:
-    """Return all batches of one epoch as row indices; `EpochOrder.batch` gives one at a time."""
-    order = epoch_order(np.asarray(lengths), batch_size, seed, epoch, group_by_length)
-    return [order.batch(index) for index in range(len(order))]

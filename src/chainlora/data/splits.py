@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +14,6 @@ from transformers import PreTrainedTokenizerBase
 
 from chainlora.config.schema import DataConfig
 from chainlora.data.chat_templates import set_chat_template
-from chainlora.data.digest import rows_digest
 from chainlora.data.encoding import Options
 from chainlora.data.preparing import make_rows
 from chainlora.data.rows import MemoryRows, Rows
@@ -32,6 +32,7 @@ from chainlora.errors import ConfigError
 _log = logging.getLogger(__name__)
 
 SPLITS = ("train", "validation", "test")
+_DIGEST_VERSION = 2  # 1, without a number in front, hashed the rows as one text of Python
 
 SplitProgress = Callable[[str, int, float], None]
 """Told (split, rows encoded so far, share of the split in 0…1) while a large split is encoded."""
@@ -80,38 +81,51 @@ def prepare_splits(
     """
     limit = _limit(data, context)
     set_chat_template(tokenizer, data)
+    wanted = (to_score,) if to_score else SPLITS
+
+    def encode(split: str, source: Source | None, kind: Task | str, options: Options) -> Rows:
+        if source is None or split not in wanted:
+            return MemoryRows()
+        return _encode(split, source, tokenizer, kind, options, progress)
+
     if data.task is None:
-        return _prepare_files(data, tokenizer, limit, progress, to_score)
+        sources, options = _file_sources(data), Options(limit, data.truncation)
+        rows = {split: encode(split, sources[split], data.format, options) for split in SPLITS}
+        _log_unread(rows)
+        return Splits(
+            rows["train"],
+            rows["validation"],
+            rows["test"],
+            loss="completion",
+            metrics=("loss",),
+            reported=REPORTED_OF_TEXT,
+            metric="loss",
+            digest=_digest(rows),
+        )
     task = load_task(data.task)
     sources = _task_sources(task, data)
     before = _demonstrations(task, data, sources["train"])
-    encoded: dict[str, Rows] = {split: MemoryRows() for split in SPLITS}
-    for split in (to_score,) if to_score else SPLITS:
-        is_train = split == "train"
-        source = sources[split]
-        if is_train and data.shots and source is not None:
+    scored = Options(limit, data.truncation, reserve=_reserve(task), before=before)
+    rows = {}
+    for split, source in sources.items():
+        options = scored
+        if split == "train" and source is not None:
             source = without_first(source, data.shots)
-        is_train = is_train and to_score is None
-        options = Options(
-            limit,
-            data.truncation,
-            objective=task.loss if is_train else None,
-            reserve=0 if is_train else _reserve(task),
-            before=before,
-        )
-        encoded[split] = _encode(split, source, tokenizer, task, options, progress)
-    _log_unread(encoded)
+        if split == "train" and to_score is None:
+            options = replace(scored, objective=task.loss, reserve=0)
+        rows[split] = encode(split, source, task, options)
+    _log_unread(rows)
     return Splits(
-        encoded["train"],
-        encoded["validation"],
-        encoded["test"],
-        task.loss,
-        task.metrics,
-        task.reported,
-        task.metric,
-        task.stop,
-        task.max_new_tokens,
-        _digest(encoded, before),
+        rows["train"],
+        rows["validation"],
+        rows["test"],
+        loss=task.loss,
+        metrics=task.metrics,
+        reported=task.reported,
+        metric=task.metric,
+        stop=task.stop,
+        max_new_tokens=task.max_new_tokens,
+        digest=_digest(rows, before),
     )
 
 
@@ -142,15 +156,12 @@ def encode_split(
 
 def _encode(
     split: str,
-    source: Source | None,
+    source: Source,
     tokenizer: PreTrainedTokenizerBase,
     task: Task | str,
     options: Options,
     progress: SplitProgress | None,
 ) -> Rows:
-    if source is None:
-        return MemoryRows()
-
     def tell(rows: int, share: float) -> None:
         if progress is not None:
             progress(split, rows, share)
@@ -247,6 +258,11 @@ def _task_sources(task: Task, data: DataConfig) -> dict[str, Source | None]:
 
 def _file_sources(data: DataConfig) -> dict[str, Source | None]:
     """The user's own files, in file order; `num_…` takes the first rows."""
+    if data.train is None:
+        raise ConfigError(
+            "`data.dir` holds the rows of a task (got no `task`); name one, or give data.train: "
+            "my.jsonl"
+        )
     paths = {split: getattr(data, split) for split in SPLITS}
     return {
         split: find_source(path, split, getattr(data, f"num_{split}")) if path else None
@@ -254,45 +270,17 @@ def _file_sources(data: DataConfig) -> dict[str, Source | None]:
     }
 
 
-def _prepare_files(
-    data: DataConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    limit: int,
-    progress: SplitProgress | None,
-    to_score: str | None,
-) -> Splits:
-    if data.train is None:
-        raise ConfigError(
-            "`data.dir` holds the rows of a task (got no `task`); name one, or give data.train: "
-            "my.jsonl"
-        )
-    options = Options(limit, data.truncation)
-    encoded = {
-        split: _encode(
-            split,
-            source if to_score in (None, split) else None,
-            tokenizer,
-            data.format,
-            options,
-            progress,
-        )
-        for split, source in _file_sources(data).items()
-    }
-    _log_unread(encoded)
-    return Splits(
-        encoded["train"],
-        encoded["validation"],
-        encoded["test"],
-        "completion",
-        ("loss",),
-        REPORTED_OF_TEXT,
-        "loss",
-        digest=_digest(encoded),
-    )
-
-
 def _digest(rows: Mapping[str, Rows], before: str = "") -> str:
-    return rows_digest({split: rows[split].summary.digest for split in SPLITS}, before)
+    """Return the version and twelve hex digits that name the rows of all splits.
+
+    Version 2: of each row, the SHA-256 of what its task or format makes of it, as JSON with sorted
+    keys; of a split, the SHA-256 of its rows' hashes in order; of a run, that of `before` (the
+    demonstrations) and of the name and hash of each split. It is computed while rows are streamed.
+    """
+    found = hashlib.sha256(before.encode())
+    for split in SPLITS:
+        found.update(f"\n{split} {rows[split].summary.digest}".encode())
+    return f"{_DIGEST_VERSION}:{found.hexdigest()[:12]}"
 
 
 def task_split_source(task: Task, data: str | None, split: str, limit: int | None) -> Source:

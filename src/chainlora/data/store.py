@@ -30,7 +30,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from chainlora.data.examples import Example, NamedExample, make_example
+from chainlora.data.examples import Example, make_example
 from chainlora.data.rows import Rows, RowsSummary
 from chainlora.files import sha256
 
@@ -78,10 +78,8 @@ def flatten(examples: Sequence[Example]) -> dict[str, NDArray[Any]]:
 
 
 def _text(example: Example) -> bytes:
-    names = example.names if isinstance(example, NamedExample) else ()
-    if not (names or example.references):
-        return b""
-    return json.dumps([example.references, names]).encode()
+    texts = [example.references, example.names]
+    return json.dumps(texts).encode() if any(texts) else b""
 
 
 class StoreWriter:

@@ -284,10 +284,9 @@ def _text_metrics(asked: _Asked, texts: Sequence[str]) -> dict[str, float]:
 
 
 def _candidate_text(example: Example, index: int, tokenizer: PreTrainedTokenizerBase | None) -> str:
-    """Return what a candidate stands for (`data.NamedExample`), else its own words."""
-    names = getattr(example, "names", ())
-    if names:
-        return str(names[index])
+    """Return what a candidate stands for, else its own words."""
+    if example.names:
+        return example.names[index]
     tokens = [
         t for start, end in example.scored[index] for t in example.sequences[index][start:end]
     ]

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from itertools import islice, takewhile
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from chainlora.config.schema import DataConfig
-from chainlora.data.encoding import encode_examples
+from chainlora.data.encoding import Options
 from chainlora.data.examples import Example
-from chainlora.data.sources import find_source, iterate
+from chainlora.data.preparing import make_rows
+from chainlora.data.sources import find_source
 from chainlora.data.tasks import load_task
 from chainlora.errors import ChainLoRAError
 from chainlora.runs.reading import RunReader
@@ -60,9 +61,9 @@ def _first_rows(config: DataConfig, tokenizer: Any) -> list[Example]:
     place = config.train or config.dir
     if place is None or not Path(place).exists():
         return []
-    rows = list(islice(iterate(find_source(place, "train", _ROWS)), _ROWS))
+    source = find_source(place, "train", _ROWS)
     kind = config.format if config.task is None else load_task(config.task)
-    return encode_examples(rows, tokenizer, kind, objective="completion")
+    return list(make_rows(source, tokenizer, kind, Options(objective="completion")))
 
 
 def common_ending(texts: Collection[str]) -> str:

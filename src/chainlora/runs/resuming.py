@@ -67,7 +67,7 @@ def check_rows(manifest: Manifest, rows: str | None) -> None:
     before = manifest.rows
     if rows is None or before is None:
         return
-    if before.partition(":")[0] != rows.partition(":")[0]:  # the version, as in `data.digest`
+    if before.partition(":")[0] != rows.partition(":")[0]:  # the version, as in `data.splits`
         logger.warning("digests of rows of two versions cannot be compared: %s, %s", before, rows)
     elif before != rows:
         raise RunError(

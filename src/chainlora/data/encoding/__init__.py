@@ -18,11 +18,6 @@ and line. One file an objective:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
-
-from transformers import PreTrainedTokenizerBase
-
 from chainlora.data.encoding.encoder import (
     FORMATS,
     Encoded,
@@ -31,10 +26,6 @@ from chainlora.data.encoding.encoder import (
     detect_format,
     make_row_encoder,
 )
-from chainlora.data.examples import Example
-from chainlora.data.sources import Row
-from chainlora.data.tasks import Task
-from chainlora.errors import DataError
 
 __all__ = [
     "FORMATS",
@@ -42,44 +33,5 @@ __all__ = [
     "Options",
     "RowEncoder",
     "detect_format",
-    "encode_examples",
     "make_row_encoder",
 ]
-
-
-def encode_examples(
-    rows: Sequence[Mapping[str, Any]],
-    tokenizer: PreTrainedTokenizerBase,
-    task: Task | str,
-    *,
-    max_length: int | None = None,
-    truncation: Literal["error", "left"] | None = None,
-    add_eos: bool | None = None,
-    objective: Literal["candidates", "completion"] | None = None,
-    reserve: int = 0,
-    before: str = "",
-) -> list[Example]:
-    """Tokenise rows that are in memory; `chainlora.data.preparing.make_rows` takes any number.
-
-    Args:
-        rows: as `load_rows` or `tasks.load_split` give them, or plain dicts.
-        tokenizer: of the model; special tokens it adds in front stay in front, whatever is cut.
-        task: a task, or a format as `data.format` names it.
-        max_length, truncation, add_eos, objective, reserve, before: as in `Options`.
-
-    Raises:
-        DataError: no rows; a row that cannot be rendered, tokenises to nothing, or is too long
-            (file, line, length, limit and remedy are named).
-        ConfigError: unknown format.
-    """
-    if not rows:
-        raise DataError("data must hold at least one row (got none); check the file or the split")
-    options = Options(max_length, truncation, add_eos, objective, reserve, before)
-    kind = detect_format(rows) if task == "auto" else task
-    named = [
-        row if isinstance(row, Row) else Row(row, position, f"row {position}")
-        for position, row in enumerate(rows)
-    ]
-    encoded = make_row_encoder(kind, tokenizer, options)(named)
-    encoded.counts.refuse_too_long(max_length)
-    return encoded.examples

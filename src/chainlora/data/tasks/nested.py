@@ -106,5 +106,7 @@ def flat(source: Source, task: str) -> Source:
 
 def without_first(source: Source, count: int) -> Source | None:
     """Return a source without its first rows; None where none are left."""
+    if not count:
+        return source
     rest = FlatSource(source, "", skip=count)
     return rest if next(iterate(rest), None) is not None else None

@@ -10,9 +10,11 @@ from __future__ import annotations
 import logging
 import os
 import random
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 from chainlora.data.sources import (
     SUFFIXES,
@@ -25,7 +27,6 @@ from chainlora.data.sources import (
     iterate,
 )
 from chainlora.data.tasks.nested import FlatSource, flat
-from chainlora.data.tasks.pool import Part, Pool
 from chainlora.data.tasks.task import Task
 from chainlora.errors import ConfigError, DataError
 
@@ -41,6 +42,13 @@ _STEMS = {
 # split's are.
 _HELD_OUT_SEED = 0
 _HELD_OUT = "held out"
+
+
+class Part(NamedTuple):
+    """The part of a source that samples are drawn from: places of its rows."""
+
+    source: Source
+    order: Sequence[int]
 
 
 def split_source(task: Task, dir: str | Path | None, split: str) -> Source:
@@ -108,14 +116,14 @@ def unseen_source(
         assert isinstance(source, FileSource | HubSource | FlatSource)
         return replace(source, limit=limit)
     stand_in, test = task.sampling.without_train, task.sampling.test
-    pool = Pool(source)
+    count = _count(source)
     if test.of != stand_in:
         raise DataError(
             f"split {split!r} of task {task.name!r} is what runs train on, as {dir} has no train "
-            f"split (got {len(pool)} rows); score --split {test.of}, or name the file itself as "
+            f"split (got {count} rows); score --split {test.of}, or name the file itself as "
             "--data to score it anyway"
         )
-    unseen = sorted(_hold_out(len(pool), test.rows)[0])
+    unseen = sorted(_hold_out(count, test.rows)[0])
     _log.warning(
         "%s: no train split in %s, so %r stands in for it: only the %d of its %d rows that no "
         "run trains on are scored",
@@ -123,9 +131,9 @@ def unseen_source(
         dir,
         split,
         len(unseen),
-        len(pool),
+        count,
     )
-    return ListSource(pool.pick(unseen[:limit]))
+    return ListSource(list(_pick(source, unseen[:limit]).values()))
 
 
 def _is_trained_on(task: Task, dir: Path, split: str) -> bool:
@@ -171,12 +179,15 @@ def sample_splits(
     pools = _read_pools(task, dir, max(sizes["test"], rules.test.rows))
     drawn: dict[str, list[Row]] = {}
     for split, wanted in _by_pool(task, pools):
-        pool, order = pools[split].pool, list(pools[split].order)
+        source, order = pools[split].source, list(pools[split].order)
         if split != _HELD_OUT:
             random.Random(f"{data_seed} {split}").shuffle(order)
+        places = {}
         for name in wanted:
-            places, order = order[: sizes[name]], order[sizes[name] :]
-            drawn[name] = pool.pick(places if name == "train" else sorted(places))
+            places[name], order = order[: sizes[name]], order[sizes[name] :]
+        rows = _pick(source, chain.from_iterable(places.values()))
+        for name, chosen in places.items():
+            drawn[name] = [rows[at] for at in (chosen if name == "train" else sorted(chosen))]
     if not drawn["train"]:
         raise DataError(
             f"validation must leave rows to train on (got {len(drawn['validation'])} rows in all "
@@ -212,15 +223,26 @@ def _read_pools(task: Task, dir: str | Path | None, num_held_out: int) -> dict[s
         ", its test rows set aside with a fixed seed" if rules.test.of == stand_in else "",
     )
     if rules.test.of == stand_in:
-        pool = pools["train"].pool
-        held_out, others = _hold_out(len(pool), num_held_out)
-        pools[_HELD_OUT], pools["train"] = Part(pool, held_out), Part(pool, sorted(others))
+        source, order = pools["train"]
+        held_out, others = _hold_out(len(order), num_held_out)
+        pools[_HELD_OUT], pools["train"] = Part(source, held_out), Part(source, sorted(others))
     return pools
 
 
 def _whole(task: Task, dir: str | Path | None, split: str) -> Part:
-    pool = Pool(split_source(task, dir, split))
-    return Part(pool, range(len(pool)))
+    source = split_source(task, dir, split)
+    return Part(source, range(_count(source)))
+
+
+def _count(source: Source) -> int:
+    """Return the number of rows, and find a bad one; none is kept."""
+    return sum(1 for _ in iterate(source))
+
+
+def _pick(source: Source, places: Iterable[int]) -> dict[int, Row]:
+    """Return the rows at some places."""
+    wanted = set(places)
+    return {place: row for place, row in enumerate(iterate(source)) if place in wanted}
 
 
 def _is_without_train(task: Task, dir: str | Path | None) -> bool:
