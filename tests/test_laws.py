@@ -17,13 +17,6 @@ import chainlora
 from chainlora import (
     Chain,
     LinkConfig,
-    add_link,
-    discard_link,
-    drop_links,
-    extend_chain,
-    fit_chain,
-    tie_knot,
-    tune_link,
 )
 from chainlora.chain.adapters import LIVE
 
@@ -78,8 +71,7 @@ def tuned_chain(
     model, architecture: str, num_links: int = 2, steps: int = 3, seed: int = 0, **keys
 ) -> Chain:
     chain = Chain(model, seed=seed, hold=keys.pop("hold", "tied"))
-    fit_chain(
-        chain,
+    chain.fit(
         [config(architecture, **keys)] * num_links,
         lambda link: range(steps),
         lambda link: plain_update(chain),
@@ -111,7 +103,7 @@ def test_law_1_a_new_link_is_an_exact_no_op(architecture, dtype, init):
     model = tiny_model(architecture, dtype=dtype)
     chain = tuned_chain(model, architecture, num_links=1)
     before = logits(model)
-    extend_chain(chain, config(architecture, init=init), backward=lambda: loss_of(model).backward())
+    chain.extend(config(architecture, init=init), backward=lambda: loss_of(model).backward())
     assert torch.equal(logits(model), before)
 
 
@@ -119,7 +111,7 @@ def test_law_1_a_new_link_is_an_exact_no_op(architecture, dtype, init):
 def test_law_1_a_pissa_link_is_a_no_op_to_rounding(architecture, dtype):
     model = tiny_model(architecture, dtype=dtype)
     before = logits(model)
-    extend_chain(Chain(model), config(architecture, init="pissa"))
+    Chain(model).extend(config(architecture, init="pissa"))
     torch.testing.assert_close(logits(model), before, atol=LOGITS[dtype], rtol=0)
 
 
@@ -128,7 +120,7 @@ def test_law_1_a_pissa_link_is_a_no_op_to_rounding(architecture, dtype):
 def test_law_2_it_can_learn_at_once(architecture, dtype, trained):
     model = tiny_model(architecture, dtype=dtype)
     chain = tuned_chain(model, architecture, num_links=1)
-    adapter = extend_chain(chain, config(architecture, train_factors=trained))
+    adapter = chain.extend(config(architecture, train_factors=trained))
     loss_of(model).backward()
     moving = adapter.named_factor("A" if trained == "A" else "B")
     assert moving
@@ -140,9 +132,9 @@ def test_law_2_it_can_learn_at_once(architecture, dtype, trained):
 def test_law_3_base_weights_are_bit_identical_while_a_link_is_tuned(architecture, dtype):
     model = tiny_model(architecture, dtype=dtype)
     chain = tuned_chain(model, architecture, num_links=1)
-    extend_chain(chain, config(architecture))
+    chain.extend(config(architecture))
     before = weights(model)
-    tune_link(chain, range(3), plain_update(chain))
+    chain.tune(range(3), plain_update(chain))
     assert_same_weights(before, weights(model))
 
 
@@ -155,15 +147,14 @@ def test_law_4_a_knot_preserves_the_function(architecture, dtype, hold, keys):
     model = tiny_model(architecture, dtype=dtype)
     chain = Chain(model, hold=hold)
     for rank in (4, 2):
-        extend_chain(
-            chain,
+        chain.extend(
             config(architecture, **{"rank": rank} | keys),
             backward=lambda: loss_of(model).backward(),
         )
         start = logits(model)
-        tune_link(chain, range(3), plain_update(chain))
+        chain.tune(range(3), plain_update(chain))
         before = logits(model)
-        tie_knot(chain)
+        chain.tie()
         torch.testing.assert_close(logits(model), before, atol=LOGITS[dtype], rtol=0)
         assert (before - start).abs().max() > 3 * LOGITS[
             torch.float32
@@ -176,10 +167,10 @@ def test_law_4_holds_for_pissa_dora_and_lora_bias(dtype, keys):
     model = tiny_model("opt", dtype=dtype)
     chain = Chain(model)
     for _ in range(2):
-        extend_chain(chain, config("opt", **keys))
-        tune_link(chain, range(3), plain_update(chain))
+        chain.extend(config("opt", **keys))
+        chain.tune(range(3), plain_update(chain))
         before = logits(model)
-        tie_knot(chain)
+        chain.tie()
         torch.testing.assert_close(logits(model), before, atol=LOGITS[dtype], rtol=0)
 
 
@@ -222,8 +213,7 @@ def test_law_8_in_bfloat16_the_error_after_16_knots_is_that_of_one_cast(architec
     # small links, as real fine-tuning makes them: each changes a weight by less than bfloat16 can
     # see
     chain = Chain(model)
-    fit_chain(
-        chain,
+    chain.fit(
         [config(architecture)] * 16,
         lambda link: range(2),
         lambda link: plain_update(chain, lr=2e-4),
@@ -250,7 +240,7 @@ def test_law_10_carried_is_the_same_function_as_tied(architecture, dtype):
     carried = Chain(tiny_model(architecture, dtype=dtype), hold="carried")
     base = weights(carried.model)
     for link in tied.links:
-        add_link(carried, link)
+        carried.add(link)
     stripped = {n.replace(".base_layer", ""): t for n, t in weights(carried.model).items()}
     assert_same_weights(base, stripped)  # the base is never touched
     torch.testing.assert_close(
@@ -290,8 +280,8 @@ def test_law_11_same_seed_same_bytes(architecture, dtype):
 def test_law_12_train_and_eval_never_change_weights(architecture, dtype):
     model = tiny_model(architecture, dtype=dtype)
     chain = tuned_chain(model, architecture, num_links=1)
-    extend_chain(chain, config(architecture))
-    tune_link(chain, range(2), plain_update(chain))
+    chain.extend(config(architecture))
+    chain.tune(range(2), plain_update(chain))
     before = weights(model)
     for _ in range(3):
         model.train()
@@ -305,11 +295,11 @@ def test_law_13_tying_without_tuning_changes_nothing(architecture, dtype):
     model = tiny_model(architecture, dtype=dtype)
     chain = tuned_chain(model, architecture)
     before = weights(model)
-    extend_chain(chain, config(architecture))
-    tie_knot(chain)
+    chain.extend(config(architecture))
+    chain.tie()
     assert_same_weights(before, weights(model))
     with pytest.raises(chainlora.ChainLoRAError, match="call extend first"):
-        tie_knot(chain)
+        chain.tie()
     assert_same_weights(before, weights(model))
 
 
@@ -400,16 +390,15 @@ def test_undo_gives_exactly_the_earlier_weights_back(architecture, dtype, hold):
     pristine, untouched = weights(model), logits(model)
     chain = tuned_chain(model, architecture, num_links=1, hold=hold)
     after_one = logits(model)
-    fit_chain(
-        chain,
+    chain.fit(
         [config(architecture, rank=2), config(architecture)],
         lambda link: range(2),
         lambda link: plain_update(chain),
     )
-    dropped = drop_links(chain, 2)
+    dropped = chain.drop(2)
     assert [link.index for link in dropped] == [1, 2]
     assert torch.equal(logits(model), after_one)
-    drop_links(chain)
+    chain.drop()
     assert torch.equal(logits(model), untouched)
     assert_same_weights(pristine, weights(chain.detach()))
 
@@ -419,9 +408,9 @@ def test_a_rejected_link_leaves_no_trace(architecture, dtype):
     model = tiny_model(architecture, dtype=dtype)
     chain = tuned_chain(model, architecture, num_links=1)
     before = logits(model)
-    extend_chain(chain, config(architecture))
-    tune_link(chain, range(2), plain_update(chain))
-    discard_link(chain)
+    chain.extend(config(architecture))
+    chain.tune(range(2), plain_update(chain))
+    chain.discard()
     assert len(chain) == 1
     assert torch.equal(logits(model), before)
 
@@ -433,10 +422,10 @@ def test_trained_extra_modules_survive_knots_and_undo(dtype):
     chain = Chain(model)
     seen = []
     for _ in range(2):
-        extend_chain(chain, config("llama", extra_modules=("norm",)))
-        tune_link(chain, range(3), plain_update(chain))
+        chain.extend(config("llama", extra_modules=("norm",)))
+        chain.tune(range(3), plain_update(chain))
         before = logits(model)
-        link = tie_knot(chain)
+        link = chain.tie()
         torch.testing.assert_close(logits(model), before, atol=LOGITS[dtype], rtol=0)
         seen.append(link.extra["model.norm.weight"])
     assert list(link.extra) == [
@@ -444,12 +433,12 @@ def test_trained_extra_modules_survive_knots_and_undo(dtype):
     ]  # and not input_layernorm, whose name ends alike
     assert not torch.equal(seen[0], seen[1])  # it went on learning
     assert not torch.equal(seen[0], pristine["model.norm.weight"].float())
-    drop_links(chain)
+    chain.drop()
     after = weights(chain.detach())
     torch.testing.assert_close(
         after["model.norm.weight"].float(), seen[0].to(dtype).float(), atol=0, rtol=0
     )
-    drop_links(chain)
+    chain.drop()
     assert_same_weights(pristine, weights(chain.detach()))
 
 
@@ -462,14 +451,14 @@ def test_pristine_weights_come_from_the_checkpoint_where_they_are_the_same(tmp_p
         for dtype in DTYPES:
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
             chain = Chain(model, checkpoint=folder)
-            extend_chain(chain, config(architecture))
+            chain.extend(config(architecture))
             assert chain.weights.copied == []  # memory-mapped, no host copy
         changed = AutoModelForCausalLM.from_pretrained(folder)
         name = f"{next(iter(chain.live.layers))}"
         with torch.no_grad():
             changed.get_submodule(name).weight.mul_(2)
         chain = Chain(changed, checkpoint=folder)
-        extend_chain(chain, config(architecture))
+        chain.extend(config(architecture))
         assert len(chain.weights.copied) == 1  # the one that differs is copied instead
 
 
@@ -481,8 +470,7 @@ def test_a_host_copy_and_the_checkpoint_give_the_same_knots(tmp_path):
     for checkpoint in (None, tmp_path):
         model = AutoModelForCausalLM.from_pretrained(tmp_path)
         chain = Chain(model, checkpoint=checkpoint)
-        fit_chain(
-            chain,
+        chain.fit(
             [config("llama")] * 2,
             lambda link: range(2),
             lambda link, c=chain: plain_update(c),
@@ -496,9 +484,9 @@ def test_optimizer_state_is_gone_and_the_first_step_of_a_link_has_its_full_size(
     # it ~3.2 times that
     model = tiny_model("llama")
     chain = tuned_chain(model, "llama", num_links=2)
-    adapter = extend_chain(chain, config("llama"))
+    adapter = chain.extend(config("llama"))
     before = [parameter.detach().clone() for parameter in adapter.named_factor("B")]
-    tune_link(chain, range(1), plain_update(chain, lr=1e-3))
+    chain.tune(range(1), plain_update(chain, lr=1e-3))
     moved = torch.cat(
         [
             (now - then).abs().flatten()
@@ -518,7 +506,7 @@ def test_ranks_may_step_down_and_targets_may_change(architecture):
         config(architecture, rank=2),
         config(architecture, target_modules=TARGETS[architecture][:1]),
     ]
-    fit_chain(chain, configs, lambda link: range(2), lambda link: plain_update(chain))
+    chain.fit(configs, lambda link: range(2), lambda link: plain_update(chain))
     before = logits(model)
     assert [link.rank for link in chain.links] == [4, 2, 4]
     assert len(chain.links[2].factors) < len(chain.links[0].factors)
@@ -545,9 +533,7 @@ def test_the_gradient_start_finds_the_leading_directions():
     def backward() -> None:  # loss = <G, W>, so dL/dW = G
         (model(torch.eye(20)) * gradient.T).sum().backward()
 
-    extend_chain(
-        chain, LinkConfig(rank=2, target_modules=("proj",), init="gradient"), backward=backward
-    )
+    chain.extend(LinkConfig(rank=2, target_modules=("proj",), init="gradient"), backward=backward)
     rows = chain.live.layers["proj"].lora_A[LIVE].weight.detach()
     rows = torch.linalg.qr(rows.T).Q.T
     captured = (rows @ v[:, :2]).square().sum() / 2

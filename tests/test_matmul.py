@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
-from chainlora import Chain, LinkConfig, extend_chain, make_config, tie_knot, train
+from chainlora import Chain, LinkConfig, make_config, train
 from chainlora.data.examples import Example
 from chainlora.engine.engine import Engine
 from chainlora.engine.head import candidate_loss, completion_loss, logit_transform
@@ -137,7 +137,7 @@ def adapted(architecture: str) -> tuple[nn.Module, Chain]:
     chain = Chain(model, seed=0)
     accelerate_model(model)
     logit_transform(model)  # looked for once, by the model's own attention
-    extend_chain(chain, LinkConfig(rank=4, alpha=8, target_modules=TARGETS[architecture]))
+    chain.extend(LinkConfig(rank=4, alpha=8, target_modules=TARGETS[architecture]))
     accelerate_lora(model)
     return model, chain
 
@@ -161,7 +161,7 @@ def trained(model: nn.Module, chain: Chain) -> tuple[list[Tensor], list[Tensor]]
         losses[-1].backward()
         optimizer.step()
         optimizer.zero_grad()
-    tie_knot(chain)
+    chain.tie()
     with torch.no_grad():
         return hidden, [*(value.detach() for value in losses), loss()]
 

@@ -160,12 +160,12 @@ def test_the_preset_lora_trains_as_peft_in_a_plain_loop(tiny_folder, sentiment, 
 
 
 def test_rac_lora_trains_one_factor_and_lora_plus_has_two_rates():
-    from chainlora import Chain, extend_chain
+    from chainlora import Chain
 
     def optimizer_of(method: str):
         config = config_of(method)
         chain = Chain(tiny_model("llama"), seed=0)
-        return make_optimizer(extend_chain(chain, config.chain.links()[0]), config.train), config
+        return make_optimizer(chain.extend(config.chain.links()[0]), config.train), config
 
     optimizer, config = optimizer_of("rac_lora")
     trained = [p for group in optimizer.param_groups for p in group["params"]]

@@ -20,18 +20,12 @@ NAMES = [
     "RunConfig",
     "TrainResult",
     "__version__",
-    "add_link",
     "carry_moments",
-    "discard_link",
-    "drop_links",
     "evaluate_task",
     "export_adapter",
     "export_merged",
-    "extend_chain",
-    "fit_chain",
     "inspect_run",
     "list_tasks",
-    "live_link",
     "load_chain",
     "load_config",
     "load_model",
@@ -41,9 +35,7 @@ NAMES = [
     "report_runs",
     "save_chain",
     "stack_links",
-    "tie_knot",
     "train",
-    "tune_link",
 ]
 SIGNATURES = {
     "train": "(config, *, resume, listener, change, progress)",
@@ -56,12 +48,6 @@ SIGNATURES = {
     "load_chain": "(directory, model, *, checkpoint)",
     "evaluate_task": "(run_or_model, task, *, data, split, limit, num_links, dtype, predictions, "
     "speedups, progress)",
-    "extend_chain": "(chain, config, *, backward)",
-    "tune_link": "(chain, steps, update)",
-    "tie_knot": "(chain)",
-    "fit_chain": "(chain, configs, steps, update, *, backward)",
-    "drop_links": "(chain, num_links)",
-    "add_link": "(chain, link)",
     "load_model": "(spec, dtype, *, quantize, device)",
 }
 

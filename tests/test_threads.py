@@ -11,7 +11,7 @@ import torch
 from conftest import tiny_model
 from helpers import assert_same_links, settings
 
-from chainlora import Chain, extend_chain
+from chainlora import Chain
 from chainlora.config.loading import make_config
 from chainlora.config.schema import LinkConfig
 from chainlora.data.examples import Example
@@ -80,7 +80,7 @@ def test_threads_compute_at_the_same_time_what_they_compute_alone(two_threads, a
     model = tiny_model(architecture, dtype=dtype)
     chain = Chain(model, seed=0)
     link = LinkConfig(rank=4, target_modules="all-linear")
-    adapter = extend_chain(chain, link)
+    adapter = chain.extend(link)
     parameters = list(adapter.parameters())
     rows = [
         [row(i, [20 + i + j for j in range(12 + i)]), row(i + 1, [50 + i] * 9)] for i in range(12)

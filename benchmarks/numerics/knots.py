@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from chainlora import Chain, Link, LinkConfig, add_link, discard_link, extend_chain, load_model
+from chainlora import Chain, Link, LinkConfig, load_model
 from chainlora.chain.adapters import Factors
 from chainlora.models.finding import resolve_model
 from chainlora.runs.directory import versions
@@ -41,12 +41,12 @@ def measure(model, full, num_links: int, checkpoint) -> dict:
     generator = torch.Generator().manual_seed(0)
     chain = Chain(model, checkpoint=checkpoint)
     config = LinkConfig(rank=8, alpha=16, target_modules=("q_proj", "v_proj"))
-    extend_chain(chain, config)
+    chain.extend(config)
     pristine = {
         name: layer.get_base_layer().weight.detach().clone()
         for name, layer in chain.live.layers.items()
     }
-    discard_link(chain)
+    chain.discard()
     for index in range(num_links):
         factors = {}
         for name, weight in pristine.items():
@@ -54,7 +54,7 @@ def measure(model, full, num_links: int, checkpoint) -> dict:
             b = torch.randn(weight.shape[0], 8, generator=generator)
             size = 0.01 * weight.float().norm() / num_links**0.5  # random links add up in squares
             factors[name] = Factors(a, b * (size / (config.scaling * (b @ a).norm())))
-        add_link(chain, Link(index, config, factors))
+        chain.add(Link(index, config, factors))
     plain = chain.detach()
     sums = torch.zeros(4, dtype=torch.float64)
     kept = torch.zeros(3, dtype=torch.float64)

@@ -14,14 +14,6 @@ __version__ = "0.2.0"
 _WHERE = {
     "Chain": "chainlora.chain.chain",
     "Link": "chainlora.chain.link",
-    "extend_chain": "chainlora.chain.verbs",
-    "tune_link": "chainlora.chain.verbs",
-    "tie_knot": "chainlora.chain.verbs",
-    "fit_chain": "chainlora.chain.verbs",
-    "live_link": "chainlora.chain.verbs",
-    "add_link": "chainlora.chain.verbs",
-    "drop_links": "chainlora.chain.verbs",
-    "discard_link": "chainlora.chain.verbs",
     "stack_links": "chainlora.chain.link",
     "LinkConfig": "chainlora.config.schema",
     "RunConfig": "chainlora.config.schema",
@@ -51,14 +43,6 @@ if TYPE_CHECKING:
     from chainlora.chain.chain import Chain as Chain
     from chainlora.chain.link import Link as Link
     from chainlora.chain.link import stack_links as stack_links
-    from chainlora.chain.verbs import add_link as add_link
-    from chainlora.chain.verbs import discard_link as discard_link
-    from chainlora.chain.verbs import drop_links as drop_links
-    from chainlora.chain.verbs import extend_chain as extend_chain
-    from chainlora.chain.verbs import fit_chain as fit_chain
-    from chainlora.chain.verbs import live_link as live_link
-    from chainlora.chain.verbs import tie_knot as tie_knot
-    from chainlora.chain.verbs import tune_link as tune_link
     from chainlora.config.loading import load_config as load_config
     from chainlora.config.loading import make_config as make_config
     from chainlora.config.schema import LinkConfig as LinkConfig

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from measuring import peak_mb
 
-from chainlora import Chain, extend_chain, load_model, tie_knot
+from chainlora import Chain, load_model
 from chainlora.config.schema import LinkConfig, TrainConfig
 from chainlora.engine.fast.lora_layers import LoraLayers
 from chainlora.training.loop import make_optimizer
@@ -31,7 +31,7 @@ def run(spec: Mapping[str, Any]) -> dict[str, Any]:
         _train_a_little(optimizer)
         before = before or peak_mb()
         began = time.perf_counter()
-        tie_knot(chain)
+        chain.tie()
         optimizer = _extend(chain, link)
         seconds.append(time.perf_counter() - began)
     return {
@@ -43,7 +43,7 @@ def run(spec: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _extend(chain: Chain, link: Any) -> torch.optim.Optimizer:
-    adapter = extend_chain(chain, link)
+    adapter = chain.extend(link)
     LoraLayers().adapt(list(adapter.layers.values()))
     return make_optimizer(adapter, TrainConfig())
 
