@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import struct
 import subprocess
 import sys
@@ -13,7 +14,15 @@ from pathlib import Path
 import pytest
 
 from chainlora.errors import RunError
-from chainlora.reports.run_charts import plot_chain, plot_training, smooth
+from chainlora.reports.charts import score_matrix
+from chainlora.reports.run_charts import (
+    chain_pictures,
+    plot_chain,
+    plot_training,
+    smooth,
+    training_pictures,
+)
+from chainlora.reports.runs import read_runs
 
 
 def records(lengths=(6, 4), metrics=("accuracy",), every=3, restart=True) -> list[dict]:
@@ -150,3 +159,20 @@ def test_matplotlib_is_loaded_late_and_pyplot_never(tmp_path):
         "assert 'matplotlib.pyplot' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_page_s_charts_are_legible_on_a_phone(finished):
+    """Text was 8.5 pixels high, and ticks stood at step 2.5."""
+    (run,) = read_runs([finished])
+    made = [*training_pictures(run), *chain_pictures(run)]
+    grid = [[0.5, math.nan], [0.25, 0.75]]
+    made.append(score_matrix("Scores of each state", ["base", "chat"], ["rte", "gsm8k"], grid))
+    for each in made:
+        (width,) = re.findall(r'viewBox="0 0 ([\d.]+)', each.svg)
+        sizes = [float(size) for size in re.findall(r"font:?(?:-size:)? ([\d.]+)px", each.svg)]
+        assert min(sizes) * 340 / float(width) >= 10, each.title  # of a phone's 390 pixels
+        if "over the steps" in each.title:
+            assert not re.search(r">\d+\.5</text>", each.svg.partition("matplotlib.axis_2")[0])
+    table = made[-1].table
+    assert table.rows == (("base", "0.5", "–"), ("chat", "0.25", "0.75"))
+    assert all(f">{text}</text>" in made[-1].svg for text in ("50.0", "25.0", "75.0", "base"))

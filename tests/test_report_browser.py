@@ -1,5 +1,4 @@
-"""Pages in a real browser: nothing is loaded, nothing fails, figures are there, and the keyboard
-reaches every number."""
+"""Pages in a real browser: nothing is loaded, nothing fails, figures are there and legible."""
 
 from __future__ import annotations
 
@@ -13,9 +12,7 @@ from chainlora.cli.main import run as command
 from chainlora.experiments import report_experiment
 
 PHONE, DESKTOP = 390, 1280
-# Text of a phone's figures in CSS pixels. matplotlib's smallest here is 7 points in a figure of 4.5
-# inches, shown at 340 pixels.
-LEAST_TEXT = 7.0
+LEAST_TEXT = 10.0  # CSS pixels: 9 points in a chart of 4 inches, shown at 340 pixels
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +23,7 @@ def pages(finished, tmp_path_factory) -> dict[str, Path]:
     one, two = folder / "one.html", folder / "two.html"
     assert command(["report", str(finished), "--prompts", "2", "--output", str(one)]) == 0
     assert command(["report", str(finished), str(finished), "--output", str(two)]) == 0
-    figures = ["scores", "differences", "curves", "chain_length"]
+    figures = ["scores", "differences", "curves"]
     report_experiment(change(folder / "results.jsonl", with_curve, figures=figures))
     return {"run": one, "runs": two, "experiment": folder / "report.html"}
 
@@ -53,15 +50,4 @@ def test_a_page_in_a_browser(pages, tmp_path, name, width, dark):
         assert title in figure["label"]
         assert figure["focused"], title  # by the keyboard
         assert figure["open"], title
-        assert figure["cells"], title
         assert figure["text"] >= LEAST_TEXT, (title, figure["text"])
-        for text, tip in figure["tips"]:
-            assert tip, (title, text)
-
-
-def test_the_table_holds_what_a_pointer_finds(pages, tmp_path):
-    seen = look(pages["run"], tmp_path, width=DESKTOP, dark=False)
-    for figure in seen.found["figures"]:
-        for _, tip in figure["tips"]:
-            value = tip.partition(": ")[2].partition(",")[0]
-            assert not value or value in figure["cells"], (figure["title"], tip)
