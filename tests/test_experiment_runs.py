@@ -27,6 +27,9 @@ from chainlora.experiments import (
 )
 from chainlora.experiments.execution.measure import training_steps, with_curve
 
+# a decay of 1e6 a step: weights overflow
+WILD = {"batch_size": 8, "lr": 1e3, "weight_decay": 1e3, "max_grad_norm": None}
+
 
 def test_results_of_another_folder_count_as_done(done, tiny_folder, sentiment, tmp_path):
     """More seeds can be added to results that were committed: only the new cells run."""
@@ -208,7 +211,7 @@ def test_a_final_run_that_diverged_is_a_failure_however_often_it_is_asked_for(
     tiny_folder, sentiment, tmp_path
 ):
     wild = tree(tiny_folder, sentiment, methods=["lora"], tune={})
-    wild["base"] = wild["base"] | {"train": {"batch_size": 8, "lr": 1e30, "max_grad_norm": None}}
+    wild["base"] = wild["base"] | {"train": WILD}
     for num_run in (2, 0):
         outcome = run_cells(make_experiment(wild), tmp_path, backend="inline")
         assert outcome.num_run == num_run
@@ -266,9 +269,10 @@ def test_a_rate_that_diverges_is_not_chosen_and_not_a_failure(tiny_folder, senti
         tree(
             tiny_folder,
             sentiment,
+            base=tree(tiny_folder, sentiment)["base"] | {"train": WILD},
             methods=["lora"],
             seeds=[0],
-            tune={"grid": {"train.lr": [1e30, 1e-3]}},
+            tune={"grid": {"train.lr": [1e3, 1e-3]}},
         )
     )
     outcome = run_cells(experiment, tmp_path, backend="inline")

@@ -21,7 +21,6 @@ _OPTIONAL = {
     "torchao": ("bases in 8 bits", "torchao"),
     "deepspeed": ("models that processes share by ZeRO-3", "deepspeed"),
     "schedulefree": ("schedule-free AdamW", "schedulefree"),
-    "ray": ("experiments on several machines", "ray"),
 }
 _INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 _FAST_PATHS = (
