@@ -40,7 +40,7 @@ from chainlora.reports.charts import GOLD, line_style, whole_steps  # noqa: E402
 from chainlora.reports.page import Block, Column, Numbers, Section, Text  # noqa: E402
 from chainlora.reports.tables import Table, big, number  # noqa: E402
 
-PRINTED: Mapping[str, Any] = parse_yaml((HERE / "printed.yaml").read_text(encoding="utf-8"))
+PRINTED: Mapping[str, Any] = parse_yaml((HERE / "printed/tables.yaml").read_text(encoding="utf-8"))
 _DIAMOND: dict[str, Any] = {"marker": "D", "color": GOLD, "markersize": 5, "fillstyle": "none"}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -58,19 +59,19 @@ def report_runs(
     return {"output": str(path), "bytes": size, "runs": [str(run.path) for run in found]}
 
 
+@dataclass(frozen=True)
+class Shown:
+    """What a page is about: runs, and what they answered, by name, where they were asked."""
+
+    runs: Sequence[RunFacts]
+    answered: Mapping[str, Sequence[Answer]]
+
+
 def run_page(runs: Sequence[RunFacts], answered: Mapping[str, Sequence[Answer]]) -> Page:
     """Return the page about runs, and about what they answered where they were asked."""
-    title = runs[0].name if len(runs) == 1 else " · ".join(run.name for run in runs)
-    sections = [
-        _overview(runs),
-        _each("Training", runs, training_pictures),
-        _each("Links", runs, lambda run: [*chain_pictures(run), *_links_table(run)]),
-        _each("Answers", runs, lambda run: _answers(answered.get(run.name, ()))),
-        Section("Cost", [Column("", [Numbers(_costs(runs)), *_link_costs(runs)])]),
-        Section("Config", [Column("", _configs(runs))]),
-        Section("Versions", [Column("", [Numbers(_versions(runs))])]),
-    ]
-    return Page(title, _lead(runs), sections)
+    shown = Shown(runs, answered)
+    title = " · ".join(run.name for run in runs)
+    return Page(title, _lead(runs), [make(shown) for make in SECTIONS])
 
 
 def _each(
@@ -125,7 +126,9 @@ def _score(name: str, value: float) -> str:
     return f"{100 * value:.1f} %" if is_share else f"{value:.4g}"
 
 
-def _overview(runs: Sequence[RunFacts]) -> Section:
+def overview(shown: Shown) -> Section:
+    """Return what to see first: of one run its numbers, of several a table and their curves."""
+    runs = shown.runs
     if len(runs) == 1:
         values = [(name, value) for name, value in _tiles(runs[0]) if value != _NONE]
         return Section("Overview", [Column("", [Tiles(values), *_remarks(runs[0])])])
@@ -182,7 +185,22 @@ def _remarks(run: RunFacts) -> list[Block]:
     return [Text(text) for text in found]
 
 
-# --- links, answers ---
+# --- training, links, answers ---
+
+
+def training(shown: Shown) -> Section:
+    """Return the curves of each run."""
+    return _each("Training", shown.runs, training_pictures)
+
+
+def links(shown: Shown) -> Section:
+    """Return what each link became."""
+    return _each("Links", shown.runs, lambda run: [*chain_pictures(run), *_links_table(run)])
+
+
+def questions(shown: Shown) -> Section:
+    """Return the answers to the same prompts after 0, 1, … links."""
+    return _each("Answers", shown.runs, lambda run: _answers(shown.answered.get(run.name, ())))
 
 
 def _links_table(run: RunFacts) -> list[Block]:
@@ -239,6 +257,25 @@ def _answers(found: Sequence[Answer]) -> list[Block]:
 
 
 # --- cost, config, versions ---
+
+
+def cost(shown: Shown) -> Section:
+    """Return steps, tokens, time, memory and machine."""
+    return _section("Cost", [Numbers(_costs(shown.runs)), *_link_costs(shown.runs)])
+
+
+def config(shown: Shown) -> Section:
+    """Return the keys that differ, and every whole config."""
+    return _section("Config", _configs(shown.runs))
+
+
+def versions(shown: Shown) -> Section:
+    """Return packages, and digests of rows and base."""
+    return _section("Versions", [Numbers(_versions(shown.runs))])
+
+
+def _section(title: str, blocks: Sequence[Block]) -> Section:
+    return Section(title, [Column("", blocks)])
 
 
 def _costs(runs: Sequence[RunFacts]) -> Table:
@@ -349,3 +386,15 @@ def _memory(result: Record) -> str:
 def _together(text: str) -> str:
     """Return a text that no line break divides."""
     return text.replace(" ", "\N{NO-BREAK SPACE}")
+
+
+# The sections of the page, in order.
+SECTIONS: tuple[Callable[[Shown], Section], ...] = (
+    overview,
+    training,
+    links,
+    questions,
+    cost,
+    config,
+    versions,
+)
