@@ -108,15 +108,6 @@ def test_an_exception_in_a_thread_ends_the_others(two_threads: None) -> None:
     assert state_of(model) == before
 
 
-def test_closing_twice_is_closing_once() -> None:
-    model = tiny_model("llama")
-    before = state_of(model)
-    engine = Engine(model, training=False)
-    engine.close()
-    engine.close()
-    assert state_of(model) == before
-
-
 def test_an_engine_that_refuses_leaves_the_model_as_it_was() -> None:
     model = tiny_model("llama")
     before = state_of(model)

@@ -3,21 +3,18 @@ alone."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import random
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, tiny_model, write_rows
+from conftest import ARCHITECTURES, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference_scorer import reference_predictions, reference_scores, reference_scores_of_text
 
-from chainlora import evaluate_task
 from chainlora.data.examples import Example
-from chainlora.data.tasks import Task
 from chainlora.engine.engine import Engine
 from chainlora.engine.packing import pack
 from chainlora.engine.score_batches import evaluation_batches
@@ -89,11 +86,6 @@ def full_context(rng: random.Random) -> list[Example]:
         classified(i, story[-size:], [(5,), (6, 7)], i % 2)
         for i, size in enumerate((126, 125, 124, 90))
     ]
-
-
-def scores(model, examples) -> list[list[float]]:
-    with Engine(model, training=False) as engine:
-        return engine.scores(examples)
 
 
 CASES = {f.__name__: f for f in (one_token, many_tokens, shared_passages, ties, full_context)}
@@ -237,15 +229,6 @@ def test_progress_counts_rows():
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
 
 
-def test_scores_without_metrics():
-    model = tiny_model("llama")
-    examples = many_tokens(random.Random(8))
-    for row, expected in zip(
-        scores(model, examples), reference_scores(model, examples), strict=True
-    ):
-        assert row == pytest.approx(expected, abs=TOLERANCE)
-
-
 def test_majority_rate_is_that_of_the_commonest_label():
     prompt = (5, 6)
     examples = [classified(i, prompt, [(7,), (8,)], label) for i, label in enumerate((1, 0, 1, 1))]
@@ -283,35 +266,6 @@ def test_what_cannot_be_scored_is_refused():
     torch.nn.init.constant_(model.transformer.ln_f.weight, math.nan)
     with pytest.raises(ModelError, match="hidden states must be finite"):
         evaluate(model, labelled, metrics="accuracy")
-
-
-@pytest.mark.parametrize("metric", ["em", "token_f1"])
-def test_a_candidate_task_compared_by_words_keeps_no_room_for_an_answer(
-    metric, tiny_folder, tmp_path
-):
-    """Nothing is written, so a row as long as the context is read whole, not refused and not
-    cut."""
-    rows = [
-        {"text": " ".join(["the cat sat on a mat"] * size), "label": size % 2}
-        for size in (3, 14, 15)
-    ]
-    write_rows(tmp_path / "validation.jsonl", rows)
-    keys = {
-        "name": "word",
-        "description": "Made up.",
-        "prompt": "{{ text }} it was",
-        "labels": [" bad", " good"],
-        "loss": "candidates",
-    }
-    found = {}
-    for name, truncation in (("accuracy", "error"), (metric, "error"), (metric, "left")):
-        task = Task(**keys, metric=name, truncation=truncation)
-        found[name, truncation] = evaluate_task(tiny_folder, task, data=str(tmp_path))["metrics"]
-    assert found[metric, "error"] == found[metric, "left"]
-    assert found[metric, "error"]["loss"] == found["accuracy", "error"]["loss"]
-    assert (
-        found[metric, "error"][metric] == found["accuracy", "error"]["accuracy"]
-    )  # each label is a word
 
 
 # --- a real, trained model
@@ -485,17 +439,3 @@ def test_a_candidate_is_compared_by_what_it_stands_for():
     assert found.metrics["em"] == (chosen[0] == "New York") / 2
     expected = token_f1(chosen[0], rows[0].references) + token_f1(chosen[1], rows[1].references)
     assert found.metrics["token_f1"] == expected / 2
-
-
-def test_a_candidate_without_a_name_is_its_own_words(stories):
-    model, tokenizer = stories
-    prompt = tuple(tokenizer("Once upon a time")["input_ids"])
-    texts = [" there was a cat", " there was"]
-    candidates = [tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
-    row = dataclasses.replace(classified(0, prompt, candidates), references=("There was!",))
-    found = evaluate(model, [row], metrics="token_f1", tokenizer=tokenizer)
-    assert found.metrics["token_f1"] == token_f1(
-        texts[found.predictions[0]["prediction"]], row.references
-    )
-    with pytest.raises(ConfigError, match="pass `tokenizer`"):
-        evaluate(model, [row], metrics="token_f1")

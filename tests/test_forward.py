@@ -3,8 +3,6 @@ taken."""
 
 from __future__ import annotations
 
-import logging
-
 import peft
 import pytest
 import torch
@@ -12,8 +10,6 @@ from conftest import ARCHITECTURES, tiny_model
 from forwards import Path, choose_path, hidden_states
 from torch import Tensor, nn
 from transformers import (
-    BloomConfig,
-    BloomForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     MistralConfig,
@@ -25,7 +21,6 @@ from chainlora.engine.engine import Engine
 from chainlora.engine.fast.packed import layout
 from chainlora.engine.fast.packed.attention import NAME
 from chainlora.engine.packing import PackedBatch, pack
-from chainlora.errors import ModelError
 from chainlora.models.text_config import base_model
 
 # The same sums over at most 64 terms in another order, two layers deep; Llama's norm and rotary
@@ -196,18 +191,6 @@ def test_eager_models_take_the_packed_path_too() -> None:
     assert model.config._attn_implementation == "eager"
 
 
-def test_not_taken_where_positions_are_in_the_attention(caplog: pytest.LogCaptureFixture) -> None:
-    model = BloomForCausalLM(
-        BloomConfig(vocab_size=131, hidden_size=32, n_layer=2, n_head=4)
-    ).eval()
-    with caplog.at_level(logging.INFO, "chainlora.engine"), Engine(model, training=False) as engine:
-        assert engine.path == "padded"
-    assert "packed sequences: no, " in caplog.text
-    batch = flat_batch()
-    hidden = hidden_states(model, batch, path=Path.PADDED)
-    assert hidden.shape == (len(batch.rows), 32)
-
-
 def test_not_taken_for_a_softcap() -> None:
     config = Gemma2Config(
         vocab_size=131,
@@ -244,8 +227,3 @@ def test_a_sequence_beyond_the_window_takes_the_padded_path() -> None:
     assert torch.equal(packed, plain)
     model.config.sliding_window = 5
     assert choose_path(model) is Path.PADDED
-
-
-def test_only_causal_language_models() -> None:
-    with pytest.raises(ModelError, match="causal language model \\(got Linear\\)"):
-        base_model(nn.Linear(2, 2))

@@ -16,7 +16,7 @@ import chainlora.engine.head
 from chainlora.data.examples import Example
 from chainlora.engine.head import candidate_loss, candidate_scores, completion_loss, logit_transform
 from chainlora.engine.packing import PackedBatch, pack
-from chainlora.errors import DataError, ModelError
+from chainlora.errors import ModelError
 
 # Log-probabilities are float32 whatever the model's dtype: 24 bits over a softmax of 131 terms.
 CLOSE = {"rtol": 1e-4, "atol": 1e-6}
@@ -182,14 +182,6 @@ def test_a_trained_head_gets_its_gradient(examples: list[Example]) -> None:
     assert_same_grads(grads(model, loss), expected)
 
 
-def test_one_token_labels_use_their_rows_of_the_head_only() -> None:
-    """By the gradient that a full softmax would leave on the other rows of a trained head."""
-    model = untied("llama")
-    loss = candidate_loss(model, *packed(model, WORDS))
-    touched = grads(model, loss)["lm_head.weight"].abs().sum(-1).nonzero().flatten().tolist()
-    assert touched == [90, 91, 92, 93, 94]
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_no_full_logits(dtype: torch.dtype) -> None:
     """Neither forward nor backward makes a tensor of rows × vocabulary, beyond the chunk."""
@@ -241,10 +233,6 @@ def test_models_that_transform_their_logits(examples: list[Example]) -> None:
         torch.testing.assert_close(candidate_loss(model, hidden, batch), plain, **CLOSE)
 
 
-def test_a_plain_model_needs_no_transform() -> None:
-    assert logit_transform(tiny_model("opt")) is None
-
-
 def test_unknown_logits_are_refused() -> None:
     class Odd(type(tiny_model("llama"))):  # type: ignore[misc]
         def forward(self, *args, **kwargs):  # type: ignore[no-untyped-def]
@@ -255,23 +243,3 @@ def test_unknown_logits_are_refused() -> None:
     model = Odd(tiny_model("llama").config).eval()
     with pytest.raises(ModelError, match="logits are something else"):
         candidate_scores(model, *packed(model, WORDS))
-
-
-def test_a_label_is_needed() -> None:
-    model = tiny_model("llama")
-    with pytest.raises(DataError, match="a label in every example"):
-        candidate_loss(model, *packed(model, TURNS))
-
-
-def test_sharing_changes_no_score() -> None:
-    model = tiny_model("llama", dtype=torch.float64)
-    alone = pack(PHRASES, share_prefixes=False)
-    shared = pack(PHRASES, min_shared=1)
-    assert shared.num_tokens < alone.num_tokens
-    scores = [
-        candidate_scores(model, hidden_states(model, b, path=Path.PACKED), b)
-        for b in (alone, shared)
-    ]
-    torch.testing.assert_close(
-        *scores, rtol=1e-6, atol=1e-6
-    )  # rotary angles and log-softmax are float32

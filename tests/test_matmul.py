@@ -16,13 +16,12 @@ from forwards import (
     hidden_states,
     restore,
 )
-from helpers import settings
 from test_speedups import BATCHES
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
-from chainlora import Chain, LinkConfig, make_config, train
+from chainlora import Chain, LinkConfig
 from chainlora.data.examples import Example
 from chainlora.engine.engine import Engine
 from chainlora.engine.head import candidate_loss, completion_loss, logit_transform
@@ -184,22 +183,6 @@ def test_training_is_the_same_and_runs_no_matmul_in_bfloat16(architecture, kerne
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_gradients_of_the_factors_are_those_of_the_native_matmuls(architecture, kernels):
-    found = []
-    for present in (True, False):
-        kernels(present)
-        model, chain = adapted(architecture)
-        for parameter in chain.parameters():  # B starts at 0, and with it the gradient of A
-            nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(0))
-        batch = BATCHES["tree"]()
-        candidate_loss(model, hidden_states(model, batch, path=Path.PACKED), batch).backward()
-        found.append([parameter.grad for parameter in chain.parameters()])
-    for own, mine in zip(*found, strict=True):
-        assert mine.dtype is own.dtype is torch.float32
-        assert (mine - own).norm() <= GRADIENT * own.norm()
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_scoring_a_model_as_it_is_loaded_runs_no_matmul_in_bfloat16(architecture, kernels):
     rows = [Example(i, (tuple(range(5, 9 + i)),), (((1, 4 + i),),)) for i in range(6)]
     losses = []
@@ -215,22 +198,6 @@ def test_scoring_a_model_as_it_is_loaded_runs_no_matmul_in_bfloat16(architecture
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_restoring_a_model_gives_its_layers_their_own_forward_back(architecture, kernels):
-    kernels(False)
-    model, ids = (
-        tiny_model(architecture, dtype=torch.bfloat16).requires_grad_(False),
-        torch.arange(3, 11)[None],
-    )
-    before = model(input_ids=ids).logits
-    accelerate_model(model)
-    replaced = {type(module) for module in model.modules() if "forward" in vars(module)}
-    assert (Conv1D if architecture == "gpt2" else nn.Linear) in replaced
-    restore(model)
-    assert not any("forward" in vars(module) for module in model.modules())
-    assert torch.equal(model(input_ids=ids).logits, before)
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_float32_model_and_a_cpu_with_kernels_are_left_alone(architecture, kernels):
     for present, dtype in ((False, torch.float32), (True, torch.bfloat16)):
         kernels(present)
@@ -238,22 +205,3 @@ def test_a_float32_model_and_a_cpu_with_kernels_are_left_alone(architecture, ker
         assert accelerate_linears(model) == 0
         assert not any("forward" in vars(module) for module in model.modules())
         restore(model)  # nothing to do
-
-
-def test_a_run_in_bfloat16_is_the_same_run(tiny_folder, sentiment, kernels):
-    def losses() -> list[float]:
-        seen = []
-        tree = settings(
-            tiny_folder,
-            sentiment,
-            train={"dtype": "bfloat16", "lr": 1e-3},
-            chain={"target_modules": "all-linear"},
-        )
-        train(make_config(tree), listener=lambda r: seen.append(r["loss"]) if "loss" in r else None)
-        return seen
-
-    kernels(True)
-    plain = losses()
-    kernels(False)
-    # means of eight cross-entropies near log 2; logits near 1 are off by a few 2⁻⁸ each
-    torch.testing.assert_close(losses(), plain, rtol=0, atol=2**-6)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -97,24 +96,10 @@ def test_a_short_common_prefix_is_not_worth_a_segment() -> None:
     assert pack(rows, min_shared=3).num_tokens == 3 + 3 * 2
 
 
-def test_candidates_of_several_tokens_are_not_one_position() -> None:
-    prompt = tuple(range(3, 20))
-    example = Example(0, ((*prompt, 1, 4), (*prompt, 2)), (((17, 19),), ((17, 18),)), 0)
-    batch = pack([example])
-    assert not batch.one_position
-    assert batch.num_tokens == 18  # the second candidate's inputs lie inside the first's
-
-
 def test_deep_nesting_needs_no_recursion() -> None:
     rows = [last_token_rows((*[1] * i, 2, 3)) for i in range(1, 1500, 3)]
     batch = pack(rows, min_shared=1)
     assert batch.num_examples == 500
-
-
-def test_moves_to_a_device() -> None:
-    batch = pack([last_token_rows((1, 2, 3))]).to("meta")
-    assert batch.rows.device.type == "meta"
-    assert batch.segments == ((0, 2, -1),)
 
 
 @pytest.mark.parametrize(
@@ -133,8 +118,3 @@ def test_what_cannot_be_packed_is_refused(example: Example, message: str) -> Non
 def test_an_empty_batch_is_refused() -> None:
     with pytest.raises(DataError, match="at least one example"):
         pack([])
-
-
-def test_index_types() -> None:
-    batch = pack([last_token_rows((1, 2, 3))])
-    assert batch.input_ids.dtype == batch.rows.dtype == batch.token_row.dtype == torch.int64

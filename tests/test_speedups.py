@@ -167,15 +167,6 @@ def test_not_taken_for_other_layers(make: Callable[[], nn.Module]) -> None:
     assert restore(model) == 0
 
 
-def test_a_call_without_a_layout_is_the_plain_one() -> None:
-    model = tiny_model("llama").requires_grad_(False)
-    ids = torch.arange(12).view(2, 6)
-    before = model(input_ids=ids).logits
-    assert accelerate_model(model) == 2
-    assert torch.equal(model(input_ids=ids).logits, before)
-    assert model.generate(ids[:1], max_new_tokens=3, do_sample=False).shape == (1, 9)
-
-
 def hook_a_norm(model: nn.Module, calls: list[str]) -> None:
     model.model.layers[0].post_attention_layernorm.register_forward_hook(
         lambda *a: calls.append("norm")

@@ -4,7 +4,6 @@ would be wrong."""
 from __future__ import annotations
 
 import json
-import threading
 
 import pytest
 import torch
@@ -66,12 +65,6 @@ def test_a_large_batch_is_cut_into_more_shards_than_threads():
     assert {len(shard) for shard in shards} == {4}
 
 
-def test_one_thread_for_one_example_or_one_core():
-    examples = [row(i, [20 + i] * 10) for i in range(4)]
-    assert split(examples[:1], 2) == [[0]]
-    assert split(examples, 1) == [[0, 1, 2, 3]]
-
-
 @pytest.mark.parametrize("architecture", ["llama", "opt", "gpt2"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_threads_compute_at_the_same_time_what_they_compute_alone(two_threads, architecture, dtype):
@@ -103,30 +96,6 @@ def test_threads_compute_at_the_same_time_what_they_compute_alone(two_threads, a
         assert torch.equal(loss, alone[index % 12][0])
         assert all(map(torch.equal, gradients, alone[index % 12][1]))
     assert model.config._attn_implementation == "sdpa"
-
-
-def test_threads_share_the_threads_and_leave_the_callers_alone(two_threads):
-    with Threads(2) as threads:
-        seen = list(
-            threads.map(
-                lambda _: (torch.get_num_threads(), threading.current_thread().name), range(4)
-            )
-        )
-        assert {number for number, _ in seen} == {1}
-        assert torch.get_num_threads() == 2
-    assert list(Threads(1).map(lambda _: threading.current_thread().name, [0])) == [
-        threading.current_thread().name
-    ]
-
-
-def test_a_failure_in_a_thread_is_raised():
-    def fail(item: int) -> int:
-        if item == 3:
-            raise ValueError("three")
-        return item
-
-    with Threads(2) as threads, pytest.raises(ValueError, match="three"):
-        list(threads.map(fail, range(10)))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -76,6 +76,24 @@ class StoppedError(TrainingError):
         self.signal = signal
 
 
+# What torch, its allocators and the system call it, on CPUs and accelerators.
+_NO_MEMORY = (
+    "not enough memory",
+    "can't allocate memory",
+    "cannot allocate memory",
+    "out of memory",
+    "can't start new thread",
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Say whether memory ran out: by Python's own error, or by the words of torch's."""
+    if not isinstance(error, RuntimeError | OSError):
+        return isinstance(error, MemoryError)
+    text = str(error).lower()
+    return any(words in text for words in _NO_MEMORY)
+
+
 def sentence(rule: str, got: object = "", remedy: str = "") -> str:
     """Join what a message says: ``rule (got …); remedy``. What is empty is left out."""
     value = f" (got {got})" if str(got) else ""

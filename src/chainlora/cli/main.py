@@ -32,7 +32,9 @@ from chainlora.errors import (
     DivergedError,
     StoppedError,
     ToldError,
+    is_out_of_memory,
     one_line,
+    sentence,
 )
 from chainlora.files import file_error
 
@@ -80,13 +82,23 @@ def run(arguments: list[str]) -> int:
         return 1
     except ChainLoRAError as error:
         return _fail(str(error), debug)
-    except OSError as error:
-        return _fail(str(file_error(error, error.filename or "a file", "read and written")), debug)
-    except MemoryError:
-        return _fail("the work must fit into memory (got none left); use a smaller batch", debug)
     except Exception as error:
-        what = f"unexpected {type(error).__name__}: {str(error)[:400]}"
-        return _fail(f"{what} (run with --debug for the traceback)", debug)
+        return _fail(_what_failed(error), debug)
+
+
+def _what_failed(error: Exception) -> str:
+    """Return a sentence about an error that is not one of ours."""
+    if is_out_of_memory(error):
+        return sentence(
+            "the work must fit into memory",
+            "none left",
+            "lower train.batch_size or data.max_length, set train.gradient_checkpointing: true or "
+            "train.dtype: bfloat16, or take a smaller model",
+        )
+    if isinstance(error, OSError):
+        return str(file_error(error, error.filename or "a file", "read and written"))
+    what = f"unexpected {type(error).__name__}: {str(error)[:400]}"
+    return f"{what} (run with --debug for the traceback)"
 
 
 def _refuse_processes(verb: str | None) -> None:

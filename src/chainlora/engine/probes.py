@@ -22,7 +22,7 @@ from chainlora.engine.float32 import computing_in_float32
 from chainlora.engine.limits import short_threshold
 from chainlora.engine.packing import PackedBatch, pack
 from chainlora.engine.padded import padded_hidden
-from chainlora.errors import ModelError
+from chainlora.errors import ModelError, is_out_of_memory
 from chainlora.models.modes import evaluation_mode, kept_random_state, training_mode
 from chainlora.models.shards import by_module
 from chainlora.models.text_config import base_model, compute_dtype, context_length, text_config
@@ -272,5 +272,10 @@ def _values(tree: Any, name: str) -> Iterator[Any]:
 
 
 def first_line(error: Exception) -> str:
-    """Return what an error says, short enough for a sentence."""
+    """Return what an error says, short enough for a sentence.
+
+    One that says nothing of the model, that memory ran out, is raised again.
+    """
+    if is_out_of_memory(error):
+        raise error
     return f"{type(error).__name__}: {error}".splitlines()[0][:160]

@@ -1,0 +1,82 @@
+"""What a matrix of scores says about stages that were learned one after another.
+
+R[i, j] is the score of stage j's rows in state i: after i stages, so that row 0 is the base. With T
+stages (Lopez-Paz & Ranzato, arXiv 1706.08840; Chaudhry et al., arXiv 1801.10112):
+
+    average             mean over j of R[T, j]
+    backward transfer   mean over j < T of R[T, j] − R[j, j]
+    forgetting          mean over j < T of max over i < T of R[i, j], less R[T, j]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+from chainlora.errors import DataError
+from chainlora.evaluation.metrics import is_higher_better
+
+
+@dataclass(frozen=True)
+class MatrixSummary:
+    """The numbers of the columns of one metric; None where they have no stage before the last.
+
+    Of a metric that is the better the lower, the sign of every score is turned (`is_turned`): an
+    average or a transfer above another is always the better one, a forgetting the worse.
+    """
+
+    metric: str
+    stages: tuple[str, ...]
+    is_turned: bool
+    average: float
+    backward_transfer: float | None
+    forgetting: float | None
+
+
+def summarise_matrix(
+    scores: Sequence[Sequence[float]], stages: Sequence[str], metrics: Sequence[str]
+) -> list[MatrixSummary]:
+    """Return a summary for each metric, in the order in which metrics occur.
+
+    Args:
+        scores: R, [T + 1][T].
+        stages: the name of each column, [T].
+        metrics: what each column is scored by, [T]; numbers of different ones are never averaged.
+
+    Raises:
+        DataError: another shape.
+    """
+    count = len(stages)
+    widths = {len(row) for row in scores}
+    if not count or len(metrics) != count or len(scores) != count + 1 or widths != {count}:
+        raise DataError(
+            f"a matrix of {count} stages must have a row for the base and one for each, of {count} "
+            "scores",
+            f"{len(scores)} rows of {sorted(widths)} and {len(metrics)} metrics",
+            "score every stage in every state",
+        )
+    columns = range(count)
+    return [
+        _summary(scores, stages, metric, [j for j in columns if metrics[j] == metric])
+        for metric in dict.fromkeys(metrics)
+    ]
+
+
+def _summary(
+    scores: Sequence[Sequence[float]], stages: Sequence[str], metric: str, columns: Sequence[int]
+) -> MatrixSummary:
+    sign = 1 if is_higher_better(metric) else -1
+    last = len(scores) - 1
+    column = {j: [sign * row[j] for row in scores] for j in columns}
+    before = [j for j in columns if j + 1 < last]  # stage j is learned in state j + 1
+    transfers = [column[j][last] - column[j][j + 1] for j in before]
+    losses = [max(column[j][:last]) - column[j][last] for j in before]
+    return MatrixSummary(
+        metric,
+        tuple(stages[j] for j in columns),
+        sign < 0,
+        fmean(column[j][last] for j in columns),
+        fmean(transfers) if before else None,
+        fmean(losses) if before else None,
+    )
