@@ -9,13 +9,17 @@ from typing import Any
 import pytest
 import torch
 from conftest import tiny_model
-from torch import nn
+from torch import Tensor, nn
 
 from chainlora.chain.chain import Chain
 from chainlora.config.schema import LinkConfig
 from chainlora.data.examples import Example
 from chainlora.engine.engine import Engine, num_terms
+from chainlora.engine.fast import registry
+from chainlora.engine.fast.plugin import FastPath
+from chainlora.engine.packing import PackedBatch
 from chainlora.engine.patching import patched_modules
+from chainlora.engine.probes import Facts
 from chainlora.errors import ModelError
 
 
@@ -201,3 +205,29 @@ def test_notes_say_what_applies_and_why_not() -> None:
 def test_only_causal_language_models() -> None:
     with pytest.raises(ModelError, match="causal language model"):
         Engine(nn.Linear(2, 2), training=False)
+
+
+def test_a_path_is_added_by_its_class_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+
+    class Other(FastPath):
+        name = "another way"
+
+        def probe(self, model: nn.Module, facts: Facts) -> str | None:
+            return None if facts.is_trained else "nothing is trained"
+
+        def hidden(self, model: nn.Module, batch: PackedBatch) -> Tensor | None:
+            calls.append("hidden")
+            return None  # the next path goes on
+
+        def undo(self) -> None:
+            calls.append("undo")
+
+    monkeypatch.setattr(registry, "FAST_PATHS", [Other, *registry.FAST_PATHS])
+    model = tiny_model("llama")
+    with Engine(model, training=True) as engine:
+        assert engine.notes[:2] == ["another way: yes", "packed sequences: yes"]
+        engine.hidden(engine.pack(completions(1)))
+    assert calls == ["hidden", "undo"]
+    with Engine(model, training=False) as engine:
+        assert engine.notes[0] == "another way: no, nothing is trained"

@@ -29,7 +29,7 @@ sys.exit(run(sys.argv[1:]))
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux")
 def test_a_batch_beyond_memory_ends_with_what_to_lower(tiny_folder, tmp_path):
     draw = random.Random(0)  # rows without a common beginning, which would be computed once
-    words = "the cat sat on a mat good bad red birds fly".split()
+    words = ["the", "cat", "sat", "on", "a", "mat", "good", "bad", "red", "birds", "fly"]
     rows = [{"text": " ".join(draw.choices(words, k=30))} for _ in range(3000)]
     tree = {
         "model": str(tiny_folder),

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from chainlora.data.examples import Example
+from chainlora.engine.fast import registry
 from chainlora.engine.fast.plugin import PACKED, FastPath
-from chainlora.engine.fast.registry import FAST_PATHS
 from chainlora.engine.head import candidate_loss, candidate_scores, completion_loss, logit_transform
 from chainlora.engine.packing import PackedBatch, pack
 from chainlora.engine.padded import padded_hidden
@@ -115,7 +115,7 @@ class Engine:
 
     def _take_fast_paths(self, facts: Facts) -> None:
         """Apply every registered path whose probe agrees; note which, and why not the others."""
-        paths = [make() for make in FAST_PATHS]
+        paths = [make() for make in registry.FAST_PATHS]
         if self.speedups == "auto":
             facts.watched = [module for path in paths for module in path.watched(self.model)]
         for path in paths:
