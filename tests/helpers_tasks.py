@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-from collections import Counter
 from pathlib import Path
 
 import pyarrow
@@ -168,25 +167,6 @@ HUB_ROWS = {
     },
 }
 
-PAGE = (Path(__file__).parents[1] / "docs" / "tasks.md").read_text(encoding="utf-8")
-READS, ROWS = "| task | prompt | candidates", "| task | train | validation"  # its two tables
-
-
-def page_table(header: str) -> dict[str, list[str]]:
-    """Task → cells of the page's table that begins so."""
-    table = PAGE[PAGE.index(header) :].split("\n\n")[0]
-    rows = [
-        [cell.strip() for cell in line.strip("|").split(" | ")] for line in table.splitlines()[2:]
-    ]
-    assert len({name for name, *_ in rows}) == len(rows)
-    return {name: cells for name, *cells in rows}
-
-
-def shown(text: str) -> str:
-    """A text as the page shows it: line breaks as ⏎, a blank at the beginning as ␣."""
-    text = f"␣{text[1:]}" if text.startswith(" ") else text
-    return "`" + text.replace("\n", "⏎") + "`"
-
 
 def write_rows(path: Path, rows: list[dict]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -226,11 +206,3 @@ def write_task(folder: Path, **changes) -> Path:
 
 def make_split(path: Path, num_rows: int) -> None:
     write_rows(path, [{"text": f"t{i}", "label": i % 2} for i in range(num_rows)])
-
-
-def majority_rate(task, rows) -> float | None:
-    """The share of the commonest label: what a constant answer scores; None for completions."""
-    if task.completion is not None:
-        return None
-    labels = Counter(task.render(row, position).label for position, row in enumerate(rows))
-    return max(labels.values()) / len(rows)

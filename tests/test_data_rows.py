@@ -84,18 +84,6 @@ def test_rows_on_disk_are_the_rows_in_memory(cache, tmp_path, monkeypatch, kind)
     assert stored.lengths.dtype == kept.lengths.dtype == np.int32
 
 
-def test_rows_are_a_sequence(cache, tmp_path):
-    source = FileSource(write_rows(tmp_path / "rows.jsonl", some_rows("text")))
-    rows = make_rows(source, make_tokenizer(), "auto", Options())
-    everything = list(rows)
-    assert len(rows) == 57
-    assert rows[-1] == everything[56] == rows[56]
-    assert rows[3:7] == everything[3:7]
-    assert everything[5] in rows
-    with pytest.raises(IndexError):
-        rows[57]
-
-
 def test_an_example_of_any_shape_comes_back(tmp_path):
     examples = [
         Example(3, ((1, 2, 3),), (((1, 3),),), None, (1,)),
@@ -110,7 +98,11 @@ def test_an_example_of_any_shape_comes_back(tmp_path):
         store.append(flatten(examples[3:]))
     rows = StoredRows(tmp_path, MemoryRows().summary)
     assert list(rows) == examples
+    assert rows[-1] == examples[3]
+    assert rows[1:3] == examples[1:3]
     assert rows.lengths.tolist() == [3, 5, 4, 2]
+    with pytest.raises(IndexError):
+        rows[4]
 
 
 # --- the cache ---
@@ -404,12 +396,3 @@ def test_a_run_on_stored_rows_is_the_run_on_rows_in_memory(
             del result[key]
     assert stored == kept
     assert json.loads(json.dumps(kept["data"])) == kept["data"]
-
-
-def test_the_command_line_takes_the_events_of_encoding():
-    from chainlora.training.events import RowsEncoded
-    from chainlora.training.progress import progress_listener
-
-    with progress_listener() as listener:
-        for share in (0.5, 1.0):
-            listener(RowsEncoded(0, "train", int(1000 * share), share))

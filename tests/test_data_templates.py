@@ -12,7 +12,6 @@ from helpers_data import CHAT, MARKED, TALK, encode_examples, make_tokenizer, sc
 from transformers import AutoTokenizer
 
 from chainlora import export_merged, load_run, make_config, train
-from chainlora.config.chat_templates import NAMES
 from chainlora.config.loading import dump_config, parse_yaml
 from chainlora.config.schema import DataConfig
 from chainlora.data.chat_templates import set_chat_template
@@ -175,12 +174,6 @@ def test_templates_and_arguments_that_are_refused(keys, message):
     with pytest.raises(ConfigError, match=message) as caught:
         use()
     assert "\n" not in str(caught.value)
-
-
-def test_every_named_template_is_documented():
-    text = (Path(__file__).resolve().parents[1] / "docs/config.md").read_text(encoding="utf-8")
-    for name in NAMES:
-        assert f"`{name}`" in text
 
 
 # --- what a message may hold ---

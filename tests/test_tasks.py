@@ -7,14 +7,10 @@ from helpers_data import encode_examples
 from helpers_tasks import (
     HUB_ROWS,
     PROMPTS,
-    READS,
-    page_table,
-    shown,
     write_rows,
 )
 
 from chainlora.data.tasks import (
-    list_tasks,
     load_split,
     load_task,
 )
@@ -37,49 +33,15 @@ def test_prompts_are_those_of_the_protocol_to_the_letter(name):
         assert (shown.candidates, shown.label, shown.completion) == (options, right, options[right])
 
 
-def test_the_page_shows_what_a_model_reads_of_every_task():
-    page = page_table(READS)
-    assert sorted(page) == sorted(PROMPTS) == list_tasks()
-    for name, (row, *_) in PROMPTS.items():
-        task = load_task(name)
-        read = task.render(row)
-        answers = list(map(shown, read.candidates or (read.completion,)))
-        if task.labels is not None:  # each with the first value that means it
-            values = [
-                next(value for value, of in task.labels.items() if of == word)
-                for word in task.label_words
-            ]
-            answers = [
-                f"{word} {str(value).lower()}" for word, value in zip(answers, values, strict=True)
-            ]
-        assert page[name][:2] == [shown(read.prompt), ", ".join(answers)], name
-
-
-@pytest.mark.parametrize("name", list(PROMPTS))
-def test_the_page_names_the_tokens_that_smollm2_scores(name, smollm2_tokenizer):
+@pytest.mark.parametrize("name", [name for name in PROMPTS if load_task(name).completion is None])
+def test_no_token_of_smollm2_melts_prompt_and_candidate_into_one(name, smollm2_tokenizer):
     task, (row, prompt, *_) = load_task(name), PROMPTS[name]
-    cell = page_table(READS)[name][2]
-    if task.completion is not None:
-        assert (
-            cell
-            == {"loss": "free text: held-out loss", "token_f1": "free text: generated to the ⏎"}[
-                task.metric
-            ]
-        )
-        assert task.stop == (None if task.metric == "loss" else "\n")
-        return
     (example,) = encode_examples([row], smollm2_tokenizer, task, objective="candidates")
-    scored = [
-        list(ids[begin:end])
-        for ids, ((begin, end),) in zip(example.sequences, example.scored, strict=True)
-    ]
-    # where they begin, by the tokenizer alone: no token melts prompt and candidate into one
     read = smollm2_tokenizer(prompt)["input_ids"]
-    for candidate, tokens in zip(task.render(row).candidates, scored, strict=True):
-        assert smollm2_tokenizer(prompt + candidate)["input_ids"] == read + tokens
-    alone = all(len(tokens) == 1 for tokens in scored)
-    assert cell == " · ".join(str(tokens[0] if alone else tokens) for tokens in scored)
-    assert alone == (task.labels is not None)  # so one pass scores all labels of a row
+    for candidate, ids in zip(task.render(row).candidates, example.sequences, strict=True):
+        assert list(ids) == smollm2_tokenizer(prompt + candidate)["input_ids"]
+        assert list(ids[: len(read)]) == read
+        assert task.labels is None or len(ids) == len(read) + 1  # one pass scores all labels
 
 
 @pytest.mark.parametrize("name", list(HUB_ROWS))
