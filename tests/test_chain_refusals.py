@@ -6,6 +6,7 @@ import inspect
 import json
 import logging
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -25,6 +26,8 @@ from chainlora import (
     stack_links,
 )
 from chainlora.chain.adapters import Factors
+from chainlora.chain.holding import HOLDINGS
+from chainlora.config.schema import ChainConfig
 from chainlora.files import checksums
 from chainlora.runs.manifest import encode_manifest
 from chainlora.runs.reading import RunReader
@@ -276,3 +279,22 @@ def test_a_rank_that_no_layer_can_have_is_said_once(caplog):
         "model.layers.0.self_attn.k_proj), which bounds the rank of an update; rank 32 suffices "
         "for them"
     )
+
+
+def test_a_holding_is_a_value_of_the_config():
+    assert get_args(ChainConfig.model_fields["hold"].annotation) == tuple(HOLDINGS)
+
+
+def test_a_holding_of_ones_own_is_a_class_and_an_entry(monkeypatch):
+    class Mine(HOLDINGS["tied"]):
+        """Counts how often weights are written."""
+
+        times = 0
+
+        def settle(self, links, adapter):
+            super().settle(links, adapter)
+            Mine.times += 1
+
+    monkeypatch.setitem(HOLDINGS, "mine", Mine)
+    chain = tuned_chain(tiny_model("opt"), "opt", num_links=2, hold="mine")
+    assert (chain.hold, Mine.times) == ("mine", 2)

@@ -334,14 +334,6 @@ def test_a_quantised_checkpoint_is_not_merged_into(
     chainlora("train", "run.yaml", "--model", "m-nf4", *keys).refused(says)
 
 
-@every_kind
-def test_it_is_not_tuned_whole(kind, quantised_folder, sentiment):
-    chain = {"tune": "full", "ranks": [1], "hold": "tied", "steps": [3]}
-    tree = settings(quantised_folder(kind), sentiment, chain=chain)
-    with pytest.raises(ChainLoRAError, match=r"full fine-tuning needs .*which is quantised\);"):
-        train(make_config(tree))
-
-
 # --- what is refused
 
 

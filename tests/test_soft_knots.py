@@ -10,7 +10,7 @@ from test_laws import LOGITS, TARGETS, config, logits, loss_of, on_everything, w
 
 from chainlora import Chain, ChainLoRAError
 from chainlora.chain.adapters import LIVE, load_adapter
-from chainlora.chain.soft_knot import balance, time_constant
+from chainlora.chain.soft_knot import balance
 from chainlora.knots.moments import carry_moments
 from chainlora.runs.links import write_link
 
@@ -251,7 +251,3 @@ def test_links_that_are_no_plain_product_are_refused(keys):
         chain.tie_share(0.5)
     with pytest.raises(ChainLoRAError, match=r"`share` must be in \[0, 1\)"):
         chain.tie_share(1.0)
-
-
-def test_the_time_constant():
-    assert time_constant(10, 0.05) == pytest.approx(194.96, abs=0.01)
