@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from pydantic import ValidationError
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from chainlora.chain.adapters import read_settings
 from chainlora.chain.chain import Chain
@@ -91,27 +91,13 @@ class ChainCallback(TrainerCallback):
 
     # --- what the trainer calls ---
 
-    def on_init_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
-    ) -> None:
+    def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Put the first link on, before the trainer makes an optimizer or loads a checkpoint."""
         self._begin(args, kwargs["model"])
 
-    def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
-    ) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Plan the links of the run, and check that chain, optimizer and schedule suit it."""
-        model, optimizer, scheduler = (
-            kwargs[key] for key in ("model", "optimizer", "lr_scheduler")
-        )
+        model, optimizer, scheduler = (kwargs[k] for k in ("model", "optimizer", "lr_scheduler"))
         if self._wrapped is None:
             _refuse_late(state)
             self._begin(args, model)
@@ -119,18 +105,13 @@ class ChainCallback(TrainerCallback):
         self._plan(args, state, kwargs.get("train_dataloader"))
         self._check_place(state)
         self._take_over(args, optimizer, scheduler)
-        if args.should_save:
-            self._need().check_saves()
+        with self._processes.together():
+            if args.should_save:
+                self._need().check_saves()
         if self.restart_schedule:
             self._restart_schedule(scheduler, args)
 
-    def on_step_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
-    ) -> None:
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Tie the knot that the policy wants after the step before.
 
         Only now: what the trainer has evaluated and saved after that step is of the link that made
@@ -148,13 +129,7 @@ class ChainCallback(TrainerCallback):
             if self.restart_schedule:
                 self._restart_schedule(kwargs["lr_scheduler"], args)
 
-    def on_step_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
-    ) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Count the step, and stop where the policy ends the last link."""
         self.chain.count_step()
         if self._knots.is_last:
@@ -162,13 +137,7 @@ class ChainCallback(TrainerCallback):
             if knot is not None and knot.ends_link:
                 control.should_training_stop = True
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Say in every record of losses or scores which link it is of."""
         logs = kwargs.get("logs")
         if logs is None or self._wrapped is None or "train_runtime" in logs:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 from chainlora.errors import ConfigError
+from chainlora.knots.numbers import between
 
 Lengths = int | Sequence[int] | None
 Epochs = float | Sequence[float] | None
@@ -59,7 +60,7 @@ def link_lengths(
         lengths = _by_epochs(epochs, per_epoch, num_steps)
     else:
         count = num_links or 1
-        lengths = _differences([round(num_steps * (k + 1) / count) for k in range(count)])
+        lengths = list(between([round(num_steps * (k + 1) / count) for k in range(count)]))
     _check(lengths, num_links, num_steps)
     return lengths
 
@@ -71,18 +72,14 @@ def _by_distance(distance: float, num_steps: int, what: str) -> list[int]:
             "tie more often, or train longer"
         )
     ends = [round(distance * (k + 1)) for k in range(math.ceil(num_steps / distance) - 1)]
-    return _differences([end for end in ends if end < num_steps] + [num_steps])
+    return list(between([end for end in ends if end < num_steps] + [num_steps]))
 
 
 def _by_epochs(epochs: Sequence[float], per_epoch: int, num_steps: int) -> list[int]:
     ends = [round(sum(epochs[: k + 1]) * per_epoch) for k in range(len(epochs))]
     if abs(sum(epochs) * per_epoch - num_steps) < 1:
         ends[-1] = num_steps  # trainers round the last epoch up
-    return _differences(ends)
-
-
-def _differences(ends: Sequence[int]) -> list[int]:
-    return [end - begin for begin, end in zip([0, *ends], ends, strict=False)]
+    return list(between(ends))
 
 
 def _check(lengths: Sequence[int], num_links: int | None, num_steps: int) -> None:

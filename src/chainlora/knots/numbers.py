@@ -52,3 +52,8 @@ def spacings(chain: ChainConfig, lengths: Sequence[int]) -> tuple[Spacing, ...]:
     """Return the soft knots of each link; none where the config asks for none."""
     soft = chain.knots
     return () if soft is None else tuple(spacing(soft, length) for length in lengths)
+
+
+def between(ends: Sequence[int]) -> tuple[int, ...]:
+    """Return the lengths of links that end after these steps."""
+    return tuple(end - begin for begin, end in zip([0, *ends], ends, strict=False))

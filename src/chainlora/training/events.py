@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
 
 
+@dataclass(frozen=True, eq=False)
 class Event(Mapping[str, Any]):
     """One event; read it by its attributes, or as the mapping that is its record."""
 
@@ -18,7 +19,7 @@ class Event(Mapping[str, Any]):
 
     def record(self) -> dict[str, Any]:
         """Return the JSON object that stands for the event."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {"event": self.name} | values
 
     def __getitem__(self, key: str) -> Any:
@@ -39,7 +40,6 @@ class RowsEncoded(Event):
     """Rows of a large split have been tokenised; before `Planned`, not in ``metrics.jsonl``."""
 
     name = "rows"
-    step: int
     split: str
     rows: int  # so far
     share: float  # of the split's source, in 0…1
@@ -50,7 +50,6 @@ class Planned(Event):
     """A run is about to start or to resume; not part of ``metrics.jsonl``."""
 
     name = "plan"
-    step: int
     num_steps: int
     lengths: list[int]  # steps of each link
     rows: int
@@ -65,7 +64,6 @@ class StepDone(Event):
     """The optimizer has made a step."""
 
     name = "step"
-    step: int
     link: int
     loss: float
     learning_rate: float
@@ -79,7 +77,6 @@ class GradientMeasured(Event):
     """A link's gradient initialization has read some batches."""
 
     name = "gradient"
-    step: int
     link: int
     tokens: int
 
@@ -89,7 +86,6 @@ class ShareTied(Event):
     """A share of the live link was tied: a soft knot."""
 
     name = "soft_knot"
-    step: int
     link: int
     share: float
 
@@ -99,7 +95,6 @@ class KnotTied(Event):
     """A link was tied. `function_change` is relative, of the hidden states of two rows."""
 
     name = "knot"
-    step: int
     link: int
     function_change: float
 
@@ -109,7 +104,6 @@ class LinkRejected(Event):
     """A link was dropped: it did not lower the loss of validation rows by more than chance."""
 
     name = "rejected"
-    step: int
     link: int
     gain: float  # nats a row
     standard_error: float
@@ -120,7 +114,6 @@ class Evaluated(Event):
     """The validation rows were scored; each metric is a key of the record."""
 
     name = "eval"
-    step: int
     link: int
     where: Literal["start", "step", "knot"]
     metrics: Mapping[str, float]
@@ -136,7 +129,6 @@ class Scored(Event):
     """A split was scored at the end; not part of ``metrics.jsonl``."""
 
     name = "scored"
-    step: int
     split: str
     predictions: list[dict[str, Any]]  # one a row (`Evaluation.predictions`)
 
@@ -146,5 +138,4 @@ class AlreadyFinished(Event):
     """A run that was to be resumed was finished: nothing is computed, no other event follows."""
 
     name = "finished"
-    step: int
     run: str  # its directory

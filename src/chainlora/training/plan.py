@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from itertools import accumulate
@@ -15,6 +15,7 @@ from chainlora.config.schema import RunConfig, TrainConfig
 from chainlora.data.order import EpochOrder, epoch_order
 from chainlora.data.rows import Rows
 from chainlora.errors import ConfigError
+from chainlora.knots.numbers import between
 
 # Epochs whose order is kept: the one in progress, the next one (steps are packed ahead) and the
 # first one (whose first batch is the probe of every knot).
@@ -82,10 +83,13 @@ def make_plan(config: RunConfig, examples: Rows) -> Plan:
     if chain.steps is not None:
         lengths, said = chain.steps, "steps"
     elif chain.tokens is not None:
-        lengths, said = _apart([plan.steps_of(sum_) for sum_ in accumulate(chain.tokens)]), "tokens"
+        lengths, said = (
+            between([plan.steps_of(sum_) for sum_ in accumulate(chain.tokens)]),
+            "tokens",
+        )
     else:
         ends = [round(end * per_epoch) for end in accumulate(chain.epochs or ())]
-        lengths, said = _apart(ends), "epochs"
+        lengths, said = between(ends), "epochs"
     if any(length < 1 for length in lengths):
         raise ConfigError(
             f"every link must have at least one step (got {list(lengths)} from {said} "
@@ -93,8 +97,3 @@ def make_plan(config: RunConfig, examples: Rows) -> Plan:
             "share"
         )
     return replace(plan, lengths=lengths)
-
-
-def _apart(ends: Sequence[int]) -> tuple[int, ...]:
-    """Return the distances between ends, from 0."""
-    return tuple(end - begin for begin, end in zip([0, *ends], ends, strict=False))

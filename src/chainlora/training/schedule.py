@@ -15,9 +15,6 @@ from collections.abc import Sequence
 from itertools import accumulate
 
 from chainlora.config.schema import TrainConfig
-from chainlora.errors import ConfigError
-
-KINDS = ("linear", "cosine", "constant")
 
 
 def learning_rate_factor(
@@ -40,19 +37,8 @@ def learning_rate_factor(
         restart_warmup_steps: without `restart`, the rise from 0 at each later link to where the
             schedule of the whole chain stands when the rise ends (with "cosine", ReLoRA's jagged
             cosine).
-
-    Raises ConfigError for an unknown kind, a chain of no steps, or a negative step.
     """
-    if kind not in KINDS:
-        raise ConfigError(
-            f"`schedule` must be one of {', '.join(KINDS)} (got {kind!r}); choose one of them"
-        )
     ends = list(accumulate(lengths))
-    if step < 0 or not ends or ends[-1] <= 0:
-        raise ConfigError(
-            f"a schedule needs a step of 0 or more and links with steps (got step {step} of "
-            f"{list(lengths)}); give each link at least one step"
-        )
     link = min(bisect_right(ends, step), len(ends) - 1)  # past the end, the last link goes on
     within = step - (ends[link] - lengths[link])
     if restart:
