@@ -75,8 +75,7 @@ def test_minutes_become_steps_that_are_kept(tiny_folder, sentiment, tmp_path, mo
     assert_same_links(tmp_path / "run", tmp_path / "steps")
 
 
-@pytest.mark.parametrize("of", ["norm", "loss"])
-@pytest.mark.parametrize("dies_at", [None, 3, 5])
+@pytest.mark.parametrize(("of", "dies_at"), [("norm", None), ("norm", 3), ("loss", 5)])
 def test_a_link_ends_at_a_plateau(tiny_folder, sentiment, tmp_path, of, dies_at):
     """With a rate of almost nothing neither the norm nor the loss moves by half: the first link
     ends at the second comparison, the last one has the rest. Also where the run is killed."""

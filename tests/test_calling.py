@@ -17,6 +17,7 @@ from helpers import settings
 
 from chainlora import TrainResult, load_config, make_config, train
 from chainlora.errors import ConfigError
+from chainlora.training.events import Planned, StepDone
 from chainlora.training.progress import progress_listener
 
 
@@ -78,15 +79,18 @@ def test_a_log_has_a_line_every_so_many_steps(tree, capsys):
     assert lines_of_steps(capsys.readouterr().err) == [*range(2, 21, 2)]  # a tenth of the run
 
 
-def test_a_slow_run_says_something_every_minute(monkeypatch, capsys):
-    from chainlora.training.events import Planned, StepDone
+def say(steps: int, total: int, log_every: int | None = None) -> None:
+    """Show a run that has made some steps of a second each."""
+    with progress_listener(log_every) as listener:
+        listener(Planned(0, total, [total], 8, "packed", 1, [], {}))
+        for step in range(1, steps + 1):
+            listener(StepDone(step, 0, 1.0, 1e-3, 1.0, 10, 1.0))
 
+
+def test_a_slow_run_says_something_every_minute(monkeypatch, capsys):
     clock = iter(range(0, 10**6, 25))
     monkeypatch.setattr(time, "monotonic", lambda: next(clock))
-    with progress_listener() as listener:
-        listener(Planned(0, 10_000, [10_000], 8, "packed", 1, [], {}))
-        for step in range(1, 9):
-            listener(StepDone(step, 0, 1.0, 1e-3, 1.0, 10, 1.0))
+    say(8, total=10_000)
     said = lines_of_steps(capsys.readouterr().err)
     assert said  # far from a tenth of the run
     assert len(said) < 8
@@ -94,8 +98,6 @@ def test_a_slow_run_says_something_every_minute(monkeypatch, capsys):
 
 def test_the_time_left_can_be_believed(capsys):
     """The demo's first one was 2:38:45, told by its first step."""
-    from chainlora.training.events import Planned, StepDone
-
     with progress_listener(log_every=1) as listener:
         listener(Planned(0, 100, [100], 8, "packed", 1, [], {}))
         for step in range(1, 11):
@@ -109,16 +111,11 @@ def test_the_time_left_can_be_believed(capsys):
 
 
 def test_a_notebook_gets_lines_and_needs_no_widgets(monkeypatch, capsys):
-    from chainlora.training.events import Planned, StepDone
-
     class ZMQInteractiveShell:
         """What rich and others take for a notebook."""
 
     monkeypatch.setattr(builtins, "get_ipython", ZMQInteractiveShell, raising=False)
-    with progress_listener() as listener:
-        listener(Planned(0, 2, [2], 8, "packed", 1, [], {}))
-        for step in (1, 2):
-            listener(StepDone(step, 0, 1.0, 1e-3, 1.0, 10, 1.0))
+    say(2, total=2)
     shown = capsys.readouterr()
     assert lines_of_steps(shown.err) == [1, 2]
     assert shown.out == ""

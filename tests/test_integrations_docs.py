@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-import re
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,8 +13,6 @@ from datasets import Dataset
 from helpers_integrations import chain_of, collator, token_rows
 from test_docs import README, ROOT, blocks
 from transformers import AutoTokenizer
-
-from chainlora import ChainCallback
 
 
 def test_the_loop_of_somebody_else_in_python_md_runs(tiny_folder, tmp_path, capsys):
@@ -70,14 +66,6 @@ def test_trainer_md_runs(of_trainer_md):
     assert names["trainer"].state.global_step == 6
 
 
-def test_the_tests_that_trainer_md_names_exist():
-    text = (ROOT / "docs/trainer.md").read_text(encoding="utf-8")
-    named = re.findall(r"^\| \w \| `(\w+\.py)` \| `(\w+)` \|$", text, flags=re.MULTILINE)
-    assert len(named) > 10
-    for file, test in named:
-        assert f"def {test}(" in (ROOT / "tests" / file).read_text(encoding="utf-8")
-
-
 def test_the_one_line_in_the_readme_runs(tiny_folder, tmp_path):
     trl = pytest.importorskip("trl", reason="TRL is an extra: pip install 'chainlora[trl]'")
     args = trl.SFTConfig(
@@ -94,11 +82,3 @@ def test_the_one_line_in_the_readme_runs(tiny_folder, tmp_path):
     names["trainer"].train()
     chain = chain_of(names["trainer"])
     assert [(link.config.rank, link.num_steps) for link in chain.links] == [(8, 2), (8, 2), (4, 2)]
-
-
-def test_trainer_md_names_every_argument():
-    text = (ROOT / "docs/trainer.md").read_text(encoding="utf-8")
-    table = text.partition("## What the callback takes")[2].partition("\n## ")[0]
-    named = re.findall(r"^\| `(\w+)` \|", table, flags=re.MULTILINE)
-    assert named == list(inspect.signature(ChainCallback).parameters)
-    assert all(name in (ChainCallback.__doc__ or "") for name in named)

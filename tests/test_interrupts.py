@@ -42,8 +42,10 @@ def kill(number: int) -> None:
     os.kill(os.getpid(), number)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("step", [2, 4, 11])  # inside a link, at a knot, at the last step
+@pytest.mark.parametrize(
+    ("number", "step"),  # inside a link, at a knot, at the last step
+    [(signal.SIGINT, 2), (signal.SIGTERM, 4), (signal.SIGINT, 11)],
+)
 def test_the_first_signal_finishes_the_step_and_saves(
     number, step, tiny_folder, sentiment, tmp_path
 ):

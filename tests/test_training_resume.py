@@ -200,14 +200,6 @@ def test_resume_refuses_another_config_and_another_base(tiny_folder, sentiment, 
         load_run(run)
 
 
-def test_a_finished_run_resumes_to_itself(tiny_folder, sentiment, tmp_path):
-    config = make_config(settings(tiny_folder, sentiment, tmp_path / "run"))
-    first = train(config)
-    again = train(config, resume=True)
-    assert again["metrics"] == first["metrics"]
-    assert again["steps"] == first["steps"]
-
-
 def test_half_a_run_directory_is_named(tiny_folder, sentiment, tmp_path):
     run = tmp_path / "run"
     train(make_config(settings(tiny_folder, sentiment, run)))
