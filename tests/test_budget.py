@@ -149,7 +149,7 @@ def test_the_norm_of_the_live_link_is_that_of_its_update():
         ({"epochs": [1], "tokens": [100]}, "give one of"),
         ({"steps": [3], "minutes": [1], "epochs": None}, "give one of"),
         ({"epochs": None, "tokens": [100, 100]}, "one entry a link"),
-        ({"epochs": None, "minutes": [0]}, "must be positive"),
+        ({"epochs": None, "minutes": [0]}, "above 0"),
         ({"epochs": [1], "plateau": {}, "knots": "auto"}, "plateau.of: loss"),
         ({"epochs": [1], "plateau": {}, "tune": "full"}, "which has none"),
         ({"epochs": [1], "plateau": {"patience": 0}}, "patience"),
