@@ -74,8 +74,9 @@ def tiny_model(
             intermediate_size=64,
             num_attention_heads=4,
             num_key_value_heads=2,
-            max_position_embeddings=128,
-            **{"num_hidden_layers": 2, "tie_word_embeddings": True} | common | overrides,
+            **{"num_hidden_layers": 2, "tie_word_embeddings": True, "max_position_embeddings": 128}
+            | common
+            | overrides,
         )
         model = LlamaForCausalLM(config)
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from chainlora import load_config, train
-from chainlora.chain.adapters import Factors
+from chainlora import train
 from chainlora.chain.initialization import generator_for, random_factors
-from chainlora.chain.link import Link
 from chainlora.config.schema import LinkConfig
-from chainlora.runs.links import write_link
+from chainlora.files import sha256
 from chainlora.training.plan import make_plan
 
 
@@ -161,55 +160,30 @@ def stop_after(config: Any, step: int) -> None:
         train(config, resume=resume, listener=listener)
 
 
-def as_format_1(run: Path) -> None:
-    """Rewrite a run directory as version 0.1 wrote it: no checksums, a checkpoint as an adapter."""
+def as_format_2(run: Path) -> None:
+    """Rewrite a run's manifest as version 0.2 wrote it."""
     tree = json.loads((run / "chain.json").read_text())
-    checkpoint, moments = tree["checkpoint"], tree["moments"]
-    keys = ("base", "seed", "hold", "links", "selected", "progress", "versions")
-    old = {"format": 1} | {key: tree[key] for key in keys}
-    old["base"] = {key: tree["base"][key] for key in ("model", "fingerprint", "dtype")}
-    if moments is not None:
-        (run / moments).rename(run / "moments.safetensors")
-        (run / "moments").rmdir()
-    points = [old["progress"]] + ([checkpoint["progress"]] if checkpoint else [])
-    for progress in points:
-        progress["knots"] = []
-        del progress["soft_knots"]
-        _move_best(run, progress["best"])
-    if old["selected"] and old["selected"]["partial"]:
-        old["selected"]["partial"]["directory"] = "best"
-    if checkpoint is not None:
-        _as_adapter(run / checkpoint["directory"], old, checkpoint["progress"])
-    for path in run.rglob("adapter_config.json"):  # sets were written in any order
-        stored = json.loads(path.read_text())
-        stored["target_modules"].reverse()
-        path.write_text(json.dumps(stored, indent=2))
-    (run / "chain.json").write_text(json.dumps(old, indent=2))
+    del tree["checksum"], tree["next_id"]
+    partial = (tree["selected"] or {}).get("partial")
+    for link in [*tree["links"], *([partial] if partial else [])]:
+        for key in ("id", "stage", "strength", "tuned_on"):
+            del link[key]
+    tree["files"].pop("result.json", None)
+    (run / "chain.json").write_text(signed(tree | {"format": 2}))
 
 
-def _move_best(run: Path, best: dict[str, Any] | None) -> None:
-    """Version 0.1 had one best point, in best/."""
-    if best is None or "directory" not in best:
-        return
-    folder = run / best.pop("directory")
-    if folder.is_dir():
-        folder.rename(run / "moved")
-        for left in (run / "best").iterdir():
-            for file in left.iterdir():
-                file.unlink()
-            left.rmdir()
-        (run / "best").rmdir()
-        (run / "moved").rename(run / "best")
+def signed(tree: dict[str, Any]) -> str:
+    """Return a manifest with its checksum, as somebody writes it who knows how that is made."""
+    text = json.dumps(tree, sort_keys=True, ensure_ascii=True)
+    return json.dumps(tree | {"checksum": hashlib.sha256(text.encode()).hexdigest()}, indent=2)
 
 
-def _as_adapter(folder: Path, manifest: dict[str, Any], progress: dict[str, Any]) -> None:
-    state = load_file(folder / "link.safetensors")
-    names = [key.removeprefix("A/") for key in state if key.startswith("A/")]
-    factors = {name: Factors(state[f"A/{name}"], state[f"B/{name}"]) for name in names}
-    config = load_config(folder.parents[1] / "config.yaml").chain.links()[progress["link"]]
-    write_link(folder, Link(progress["link"], config, factors), manifest["base"]["model"])
-    (folder / "link.safetensors").unlink()
-    (folder / "progress.json").write_text(json.dumps(progress))
+def sign(run: Path, **keys: Any) -> None:
+    """Make all checksums of a run those of the files that are there, and change its manifest."""
+    tree = json.loads((run / "chain.json").read_text())
+    del tree["checksum"]
+    tree["files"] = {name: sha256(run / name) for name in tree["files"]}
+    (run / "chain.json").write_text(signed(tree | keys))
 
 
 # A run with every feature that has state on disk.

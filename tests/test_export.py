@@ -70,7 +70,7 @@ def test_a_merged_checkpoint_has_all_that_its_base_has(runs, folders, tmp_path, 
     for name in ("config.json", "generation_config.json"):
         assert json.loads((merged / name).read_text()) == json.loads((base / name).read_text())
     card = (merged / "README.md").read_text()
-    assert f"base_model: {base}\nlibrary_name: transformers" in card
+    assert f"base_model: {base.name}\nlibrary_name: transformers" in card
     assert "a chain of 3 LoRA link(s) merged" in card
 
 

@@ -12,7 +12,8 @@ import torch
 import yaml
 from helpers_export import IDS, logits
 from helpers_hub import COMMIT, local_hub
-from peft import AutoPeftModelForCausalLM
+from peft import AutoPeftModelForCausalLM, PeftModel
+from transformers import AutoModelForCausalLM
 
 from chainlora import load_run
 
@@ -100,9 +101,18 @@ def test_a_hub_out_of_reach_leaves_the_folder(chainlora, finished, tmp_path):
     assert "vllm serve me/chain" in card
 
 
-def test_an_export_on_this_machine_loads_by_its_own_name(chainlora, finished, tmp_path):
+def test_an_export_names_a_place_on_this_machine_only_if_asked(
+    chainlora, finished, tiny_folder, tmp_path
+):
     out = tmp_path / "out"
     assert chainlora("export", finished, "--to", "adapter", "--output", out).status == 0
-    model = AutoPeftModelForCausalLM.from_pretrained(out)
-    torch.testing.assert_close(logits(model), logits(load_run(finished)[0]), atol=1e-5, rtol=0)
-    assert 'from_pretrained("this folder")' in (out / "README.md").read_text()
+    assert 'PeftModel.from_pretrained(base, "this folder")' in (out / "README.md").read_text()
+    named = ("--output", tmp_path / "named", "--base-name", tiny_folder)
+    assert chainlora("export", finished, "--to", "adapter", *named).status == 0
+    expected = logits(load_run(finished)[0])
+    base = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    for model in (
+        PeftModel.from_pretrained(base, out),
+        AutoPeftModelForCausalLM.from_pretrained(tmp_path / "named"),
+    ):
+        torch.testing.assert_close(logits(model), expected, atol=1e-5, rtol=0)

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 
 from chainlora import inspect_run, make_config, train
 from chainlora.errors import RunError
-from chainlora.runs.inspection import read_records
+from chainlora.runs.records import read_records
 
 
 @pytest.fixture(scope="module")

@@ -118,7 +118,7 @@ def folder_with(chain: Chain, folder) -> str:
 @pytest.mark.parametrize("live", [False, True], ids=["tied", "with a live link"])
 def test_a_chain_in_memory_is_exported(live, tmp_path):
     chain = make_chain()
-    base = folder_with(chain, tmp_path / "base")
+    folder_with(chain, tmp_path / "base")
     if live:
         chain.extend(LinkConfig(rank=3, target_modules=("o_proj",)))
         tune(chain, 2)
@@ -126,7 +126,7 @@ def test_a_chain_in_memory_is_exported(live, tmp_path):
     assert result["rank"] == 6  # the live link is on modules of its own
     assert result["links"] == (3 if live else 2)
     config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
-    assert config["base_model_name_or_path"] == base
+    assert config["base_model_name_or_path"] == "base"  # no place on this machine
     loaded = peft.PeftModel.from_pretrained(tiny_model("llama"), tmp_path / "adapter")
     # float32: the same sums in another order
     torch.testing.assert_close(logits(loaded, IDS), logits(chain.model, IDS), atol=1e-5, rtol=0)

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from helpers import as_format_1, settings, stop_after
+from helpers import as_format_2, assert_same_links, settings, sign, stop_after
 
 from chainlora import export_adapter, inspect_run, load_run, make_config, train
 from chainlora.chain.adapters import load_adapter
-from chainlora.errors import RunError
+from chainlora.errors import ChainLoRAError, RunError
 from chainlora.runs.directory import RunDirectory
 from chainlora.runs.links import write_link
 from chainlora.runs.manifest import Progress, encode_manifest
@@ -39,14 +39,14 @@ def test_what_a_run_directory_holds(stored_run, tiny_folder):
         "result.json",
     }
     manifest = json.loads((stored_run / "chain.json").read_text())
-    assert manifest["format"] == 2
+    assert manifest["format"] == 3
     assert manifest["base"]["model"] == str(tiny_folder)
     assert {"model.safetensors", "config.json", "tokenizer.json"} <= set(manifest["base"]["files"])
     assert [link["directory"] for link in manifest["links"]] == [f"links/{k:03d}" for k in range(3)]
     assert {"torch", "transformers", "peft", "chainlora", "python"} <= set(manifest["versions"])
     names = {"adapter_config.json", "adapter_model.safetensors"}
     links = {f"links/{k:03d}/{name}" for k in range(3) for name in names}
-    assert set(manifest["files"]) == links | {"config.yaml"}
+    assert set(manifest["files"]) == links | {"config.yaml", "result.json"}
     for link in manifest["links"]:
         assert {p.name for p in (stored_run / link["directory"]).iterdir()} == names
         stored = json.loads((stored_run / link["directory"] / "adapter_config.json").read_text())
@@ -95,7 +95,7 @@ def test_the_manifest_names_all_that_a_resume_needs_and_nothing_else_stays(rich_
             r"must hold chain.json \(got none in .*\); is this the output of",
         ),
         (
-            lambda run: (run / "chain.json").write_text('{"format": 1,'),
+            lambda run: (run / "chain.json").write_text('{"format": 3,'),
             r"chain.json must be JSON \(got .*\); the run directory is incomplete: copy it "
             r"whole, or start over",
         ),
@@ -108,12 +108,12 @@ def test_the_manifest_names_all_that_a_resume_needs_and_nothing_else_stays(rich_
             r"chain.json must hold .* \(got no `format` in .*incomplete",
         ),
         (
-            lambda run: (run / "chain.json").write_text('{"format": 1}'),
+            lambda run: (run / "chain.json").write_text('{"format": 3}'),
             r"must hold .* \(got no `base` in .*incomplete",
         ),
         (
             lambda run: (run / "chain.json").write_text('{"format": 9}'),
-            r"must be of format 1 or 2 \(got 9 in .*\); use the version of chainlora that wrote",
+            r"must be of format 2 or 3 \(got 9 in .*\); use the version of chainlora that wrote",
         ),
         (
             lambda run: shutil.rmtree(run / "links" / "001"),
@@ -169,48 +169,111 @@ def test_one_changed_character_of_the_manifest_is_noticed(run_copy):
             load_run(run_copy)
 
 
-def test_a_link_without_checksums_must_agree_with_the_manifest_and_itself(run_copy):
-    """Runs of version 0.1 have none: what can be seen without them is refused."""
-    as_format_1(run_copy)
-    folder = run_copy / "links" / "001"
-    original = {path: path.read_bytes() for path in (run_copy / "chain.json", *folder.iterdir())}
+def edit(path: Path, *pairs: tuple[str, str]) -> None:
+    text = path.read_text()
+    for before, after in pairs:
+        assert before in text
+        text = text.replace(before, after)
+    path.write_text(text)
+
+
+A, B = (f"{PREFIX}model.layers.0.self_attn.q_proj.lora_{x}.weight" for x in "AB")
+OTHER = f"{PREFIX}model.layers.0.mlp.up_proj.lora_"
+TENSORS = {
+    "none": (lambda t: {}, "got no factors"),
+    "without A": (lambda t: {k: v for k, v in t.items() if k != A}, "without its"),
+    "half of A": (lambda t: {**t, A: t[A][:2]}, "no pair of factors"),
+    "not finite": (lambda t: {**t, A: t[A] * torch.nan}, "not finite"),
+    "a flat A": (lambda t: {**t, A: t[A].flatten()}, "no pair of factors"),
+    "another rank": (
+        lambda t: {**t, A: t[A][:2], B: t[B][:, :2].clone()},
+        r"\[2, 32\] .* of rank 4 at .*q_proj",
+    ),
+    "an extra module": (
+        lambda t: {**t, PREFIX + "lm_head.weight": torch.ones(2)},
+        "weights at lm_head.weight, which the link did not train",
+    ),
+    "extra factors": (
+        lambda t: {**t, f"{OTHER}A.weight": t[A].clone(), f"{OTHER}B.weight": t[B].clone()},
+        "tensors of other modules",
+    ),
+    "a bias": (
+        lambda t: {**t, B.replace("weight", "bias"): torch.ones(32)},
+        "a bias at .*q_proj, which the link did not train",
+    ),
+    "a magnitude": (
+        lambda t: {**t, B.replace("B.weight", "magnitude_vector"): torch.ones(32)},
+        "a magnitude at .*q_proj, which the link did not train",
+    ),
+}
+TEXTS = {
+    "its rank": ("links/001/adapter_config.json", '"r": 4', '"r": 2', "another scaling"),
+    "its modules": ("links/001/adapter_config.json", 'v_proj"', 'k_proj"', "other modules"),
+    "alpha": ("chain.json", '"alpha": 8.0', '"alpha": 96.0', "scaling"),
+    "rank": ("chain.json", '"rank": 4', '"rank": 5', "rank|`rank`|scaling"),
+    "index": ("chain.json", '"index": 1', '"index": 2', "out of order"),
+    "id": ("chain.json", '"id": 1', '"id": 7', "out of order"),
+    "next id": ("chain.json", '"next_id": 3', '"next_id": 2', "used again"),
+    "directory": ("chain.json", 'y": "links/001', 'y": "../links', "valid values"),
+    "a key": ("chain.json", '"rslora"', '"rslore"', "config must be valid"),
+}
+
+
+@pytest.mark.parametrize("damage", TENSORS)
+def test_tensors_that_no_such_link_has_are_refused_whatever_the_checksums(
+    run_copy, tmp_path, damage
+):
     from safetensors.torch import load_file, save_file
 
-    weights = folder / "adapter_model.safetensors"
-    tensors = load_file(weights)
-    a = next(name for name in tensors if "lora_A" in name)
-
-    def edit(path: Path, *pairs: tuple[str, str]) -> None:
-        text = path.read_text()
-        for before, after in pairs:
-            assert before in text
-            text = text.replace(before, after)
-        path.write_text(text)
-
-    for damage, message in [
-        (lambda: save_file({}, weights), "got no factors"),
-        (lambda: save_file({k: v for k, v in tensors.items() if k != a}, weights), "without its"),
-        (lambda: save_file({**tensors, a: tensors[a][:2]}, weights), "no pair of factors"),
-        (lambda: save_file({**tensors, a: tensors[a] * torch.nan}, weights), "not finite"),
-        (
-            lambda: save_file({**tensors, PREFIX + "lm_head.weight": torch.ones(2)}, weights),
-            "weights at lm_head.weight, which the link did not train",
-        ),
-        (lambda: edit(folder / "adapter_config.json", ('"r": 4', '"r": 2')), "another scaling"),
-        (lambda: edit(folder / "adapter_config.json", ('v_proj"', 'k_proj"')), "other modules"),
-        (lambda: (folder / "adapter_config.json").write_text("[]"), "not an object"),
-        (lambda: edit(run_copy / "chain.json", ('"alpha": 8.0', '"alpha": 96.0')), "scaling"),
-        (lambda: edit(run_copy / "chain.json", ('"rank": 4', '"rank": 5')), "rank|`rank`|scaling"),
-        (lambda: edit(run_copy / "chain.json", ('"index": 1', '"index": 2')), "out of order"),
-        (lambda: edit(run_copy / "chain.json", ("links/001", "../links")), "valid values"),
-        (lambda: edit(run_copy / "chain.json", ('"rslora"', '"rslore"')), "config must be valid"),
-    ]:  # fmt: skip
-        damage()
+    harm, message = TENSORS[damage]
+    weights = run_copy / "links" / "001" / "adapter_model.safetensors"
+    save_file(harm(load_file(weights)), weights)
+    sign(run_copy)
+    for act in (load_run, inspect_run, lambda run: export_adapter(run, tmp_path / "a")):
         with pytest.raises(RunError, match=message):
-            load_run(run_copy)
-        for path, content in original.items():
-            path.write_bytes(content)
-    load_run(run_copy)
+            act(run_copy)
+
+
+@pytest.mark.parametrize("damage", TEXTS)
+def test_texts_that_contradict_each_other_are_refused_whatever_the_checksums(run_copy, damage):
+    name, before, after, message = TEXTS[damage]
+    edit(run_copy / name, (before, after))
+    sign(run_copy)
+    with pytest.raises(RunError, match=message):
+        load_run(run_copy)
+
+
+@pytest.mark.parametrize("shape", [(4, 31), (31, 4)], ids=["A", "B"])
+def test_factors_of_another_size_than_the_base_are_refused_in_one_sentence(
+    run_copy, tmp_path, shape
+):
+    from safetensors.torch import load_file, save_file
+
+    weights = run_copy / "links" / "001" / "adapter_model.safetensors"
+    save_file(load_file(weights) | {A if shape[0] == 4 else B: torch.ones(shape)}, weights)
+    sign(run_copy)
+    for act in (load_run, lambda run: export_adapter(run, tmp_path / "a")):
+        with pytest.raises(ChainLoRAError, match=r"q_proj") as raised:
+            act(run_copy)
+        assert "\n" not in str(raised.value)
+
+
+def test_a_run_of_version_0_2_loads_exports_and_resumes(rich_config, tmp_path):
+    train(rich_config.model_copy(update={"output": str(tmp_path / "whole")}))
+    stop_after(rich_config, 6)
+    as_format_2(tmp_path / "run")
+    train(rich_config, resume=True)
+    assert_same_links(tmp_path / "run", tmp_path / "whole")
+    assert RunDirectory(tmp_path / "run").manifest().format == 3
+    before, described = load_run(tmp_path / "run")[0].state_dict(), inspect_run(tmp_path / "run")
+    as_format_2(tmp_path / "run")
+    after = load_run(tmp_path / "run")[0].state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert inspect_run(tmp_path / "run") == described
+    assert RunDirectory(tmp_path / "run").result() is not None
+    ids = [(e.id, e.stage, e.strength) for e in RunDirectory(tmp_path / "run").manifest().links]
+    assert ids == [(0, "main", 1.0), (1, "main", 1.0), (2, "main", 1.0)]
+    export_adapter(tmp_path / "run", tmp_path / "adapter")
 
 
 def test_what_is_wrong_with_the_links_is_said_before_the_base_is_loaded(run_copy):

@@ -13,11 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from helpers import (
-    as_format_1,
-    assert_same_links,
-    settings,
-)
+from helpers import assert_same_links, settings, sign
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -192,11 +188,9 @@ def test_resume_refuses_another_config_and_another_base(tiny_folder, sentiment, 
         model.model.layers[0].mlp.up_proj.weight.mul_(1.01)
     model.save_pretrained(other)
     AutoTokenizer.from_pretrained(tiny_folder).save_pretrained(other)
-    as_format_1(run)  # without checksums, so that it can name another base
-    manifest = json.loads((run / "chain.json").read_text())
-    manifest["base"]["model"] = str(other)
-    (run / "chain.json").write_text(json.dumps(manifest))
-    with pytest.raises(RunError, match=r"base model must be the one .*fingerprint"):
+    base = json.loads((run / "chain.json").read_text())["base"]
+    sign(run, base=base | {"model": str(other)})
+    with pytest.raises(RunError, match=r"base model must be the one .*another model.safetensors"):
         load_run(run)
 
 

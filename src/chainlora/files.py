@@ -1,4 +1,4 @@
-"""Files that are whole or absent: atomic writes, checksums, safe deletion. One copy for all rooms.
+"""Files that are whole or absent: atomic writes, checksums, safe deletion.
 
 A write goes to a scratch file beside its target, is flushed to disk, and is renamed into place;
 then the folder is flushed. So a kill at any instant leaves the old file or the new one, and after
@@ -98,7 +98,10 @@ def save_tensors(
 
     try:
         with reported(path):
+            path.touch()
+            mode = path.stat().st_mode  # as the umask has it; safetensors gives others no rights
             save_file(dict(tensors), path, metadata=metadata)
+            path.chmod(mode)
     except SafetensorError as error:  # how it reports a full disk
         raise unwritable(error, path) from error
 
@@ -137,11 +140,20 @@ def replaced_folder(path: Path) -> Iterator[Path]:
         scratch.mkdir()
         try:
             yield scratch
+            _set_modes(scratch)
             sync_tree(scratch)
             _swap(scratch, path)
         except BaseException:
             shutil.rmtree(scratch, ignore_errors=True)
             raise
+
+
+def _set_modes(folder: Path) -> None:
+    """Give all files below a new folder the rights that the umask gives: other libraries differ."""
+    mode = folder.stat().st_mode & 0o666
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(mode)
 
 
 def _swap(scratch: Path, path: Path) -> None:

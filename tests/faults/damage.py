@@ -24,9 +24,7 @@ from chainlora.runs.reading import RunReader
 
 Case = tuple[str, Callable[[], str]]
 
-# Files that no load and no resume reads; people do. The result is what the manifest can be asked
-# again for, by `--resume` of the finished run.
-NOT_CHECKED = ("result.json", ".lock")
+NOT_CHECKED = (".lock",)  # nobody reads it
 
 
 def contents(run: Path) -> tuple[Any, ...]:

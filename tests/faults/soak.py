@@ -218,10 +218,9 @@ it.
 
 {verb_table(done)}
 
-Bytes that do not matter to any verb: `result.json`, which people read and a `--resume` of the
-finished run writes anew, and `.lock`, which is empty. Every other byte is detected or repaired by
-each verb that reads its file: `--resume` and `inspect` read all of them, `eval` leaves out records,
-moments, checkpoints and a best point that is not selected yet, `export` also `config.yaml`.
+Every byte is detected or repaired by each verb that reads its file: `--resume` and `inspect` read
+all of them, `eval` leaves out records, moments, checkpoints and a best point that is not selected
+yet.
 
 ## One flipped bit, more of them
 

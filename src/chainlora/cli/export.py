@@ -130,7 +130,9 @@ def export(
 def _adapter_text(done: Mapping[str, Any]) -> str:
     kind = "exact" if done["exact"] else f"relative error {done['error']:.3e}"
     rank, links, output = done["rank"], done["links"], done["output"]
-    return f"adapter of rank {rank} ({kind}) from {links} link(s) in {output}"
+    made = f"adapter of rank {rank} ({kind}) from {links} link(s) in {output}"
+    base = "" if "/" in done["base"] else "; --base-name lets PEFT find the base by itself"
+    return f"{made}, for the base {done['base']}{base}"
 
 
 def _merged_text(done: Mapping[str, Any], quantize: str | None) -> str:

@@ -99,7 +99,7 @@ def _table(found: Mapping[str, Any]) -> Table:
         scores = ", ".join(f"{name} {value:.4f}" for name, value in _telling(row["scores"]).items())
         table.add_row(
             str(row["link"]),
-            str(row["rank"]),
+            _rank(row),
             str(row["steps"]),
             _number(row["loss"]),
             scores or "–",
@@ -120,6 +120,12 @@ def _table(found: Mapping[str, Any]) -> Table:
         "",
     )
     return table
+
+
+def _rank(row: Mapping[str, Any]) -> str:
+    """Return the rank that a link was trained with, and the stored one where that is another."""
+    stored, trained = row["rank"], row["trained_rank"]
+    return str(stored) if stored == trained else f"{trained} (stored {stored})"
 
 
 def _telling(scores: Mapping[str, float]) -> Mapping[str, float]:

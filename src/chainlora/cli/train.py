@@ -54,7 +54,7 @@ def train(arguments: tuple[str, ...], resume: bool, as_json: bool) -> None:
         to_stderr(_announcement(file, settings))  # before seconds of imports
     quiet()
     from chainlora.reports.run_charts import plot_training
-    from chainlora.runs.inspection import read_records
+    from chainlora.runs.records import read_records
 
     result = _train(settings, resume, [key for key, _ in overrides])
     if not is_first_process():

@@ -23,9 +23,14 @@ ENDS = {"chatml": "<|im_end|>", "llama3": "<|eot_id|>"}
 _GIVEN = ("messages", "tools", "documents", "add_generation_prompt")  # by whoever renders it
 
 
+def is_resolved(value: str) -> bool:
+    """Say whether a value is the name or the text of a template, not a path."""
+    return value in NAMES or _is_template(value)
+
+
 def resolved_template(value: str) -> str:
     """Return a name as it is, and the text of a file or of a template. Raises ValueError."""
-    if value in NAMES or _is_template(value):
+    if is_resolved(value):
         return value
     try:
         text = Path(value).read_text(encoding="utf-8") if Path(value).is_file() else None

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from chainlora.config.schema import RunConfig
-from chainlora.files import reported
 from chainlora.runs.inspection import inspect_run
 from chainlora.runs.manifest import Manifest
 from chainlora.runs.reading import RunReader
-from chainlora.runs.records import read_records, score_names
+from chainlora.runs.records import score_names
 
 Record = Mapping[str, Any]
 
@@ -61,17 +59,13 @@ def _read(run: Path, name: str) -> RunFacts:
     inspection = inspect_run(run)
     reader = RunReader(run)
     manifest = reader.manifest()
-    result: Record = {}
-    if (reader / "result.json").is_file():
-        with reported(reader / "result.json", "read"):
-            result = json.loads((reader / "result.json").read_text(encoding="utf-8"))
     return RunFacts(
         name=name,
         path=run,
         manifest=manifest,
         config=reader.config() if manifest.has_run else None,
-        result=result,
-        records=read_records(reader / "metrics.jsonl"),
+        result=reader.result() or {},
+        records=reader.records(),
         inspection=inspection,
     )
 

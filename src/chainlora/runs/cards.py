@@ -1,24 +1,33 @@
-"""Model cards: what an export is, the story of its chain, and how to load it."""
+"""Model cards: what an export is, the story of its chain, and how to load it.
+
+A card may be read anywhere: it names no place on this machine, and whatever a run's files say
+stands in it as text, not as Markdown or HTML.
+"""
 
 from __future__ import annotations
 
+import json
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import yaml
 
 from chainlora.chain.link import Link
-from chainlora.config.schema import RunConfig
+from chainlora.config.chat_templates import NAMES
+from chainlora.config.schema import DataConfig, RunConfig
 from chainlora.files import reported
+from chainlora.runs.beside import is_licence
 from chainlora.runs.reading import RunReader
-from chainlora.runs.records import read_records, score_names
+from chainlora.runs.records import score_names
 
 # Ranks that vLLM makes room for (`--max-lora-rank`).
 _SERVED_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_A_BASE = "FOLDER_OF_THE_BASE"
 
 
 @dataclass(frozen=True)
@@ -33,7 +42,8 @@ class Story:
 
 @dataclass(frozen=True)
 class Card:
-    """What a card says. `name` is where others find the export: a Hub id; None for a folder."""
+    """What a card says. `what` goes on after the base's name; `name` is where others find the
+    export: a Hub id; None for a folder."""
 
     what: str
     base: str
@@ -52,8 +62,7 @@ def story_of(run: str | Path) -> Story | None:
     manifest = reader.manifest()
     if not manifest.has_run:
         return None
-    records = read_records(reader / "metrics.jsonl")
-    evaluations = [record for record in records if record["event"] == "eval"]
+    evaluations = [record for record in reader.records() if record["event"] == "eval"]
     return Story(reader.config(), manifest.rows, evaluations, manifest.versions)
 
 
@@ -62,9 +71,16 @@ def is_hub_id(name: str) -> bool:
     return _HUB_ID.fullmatch(name) is not None
 
 
+def public_name(base: str) -> str:
+    """Return a name for a base that tells nothing of this machine: of a path, its last part."""
+    path = PureWindowsPath(base)  # knows the separators of all systems
+    is_place = path.root or path.drive or base.startswith(("~", "."))
+    return path.name if is_place else base
+
+
 def write_card(folder: Path, card: Card) -> None:
     """Write a card as ``README.md``."""
-    parts = [_front_matter(card), f"# {_title(card)}", card.what]
+    parts = [_front_matter(card), f"# {_title(card)}", f"{_code(card.base)} {card.what}"]
     if card.links:
         parts += ["## The chain", _chain_table(card)]
     if card.story is not None:
@@ -75,6 +91,11 @@ def write_card(folder: Path, card: Card) -> None:
     )
     with reported(folder / "README.md"):
         (folder / "README.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+def _code(text: object) -> str:
+    """Return a text as Markdown's code on one line, in which nothing is markup."""
+    return f"`{' '.join(str(text).split()).replace('`', chr(39))}`"
 
 
 def _front_matter(card: Card) -> str:
@@ -91,7 +112,7 @@ def _front_matter(card: Card) -> str:
 
 
 def _title(card: Card) -> str:
-    return card.name.rpartition("/")[2] if card.name else "Model card"
+    return _code(card.name.rpartition("/")[2]) if card.name else "Model card"
 
 
 # --- the story ---
@@ -101,37 +122,57 @@ def _chain_table(card: Card) -> str:
     """Return a row a link: rank, scaling, steps, and the validation scores after it."""
     evaluations = card.story.evaluations if card.story else ()
     names = [*score_names(evaluations), "loss"] if evaluations else []
-    at_start = next((e for e in evaluations if e["where"] == "start"), None)
-    after = {e["link"]: e for e in evaluations if e["where"] == "knot"}
-    rows = [["link", "rank", "scaling", "steps", *(f"validation {name}" for name in names)]]
+    at_start = next((e for e in evaluations if e.get("where") == "start"), None)
+    after = {str(e.get("link")): e for e in evaluations if e.get("where") == "knot"}
+    titles = (f"validation {_code(name)}".replace("|", "\\|") for name in names)
+    rows = [["link", "rank", "scaling", "steps", *titles]]
     rows.append(["---", *["---:"] * (len(rows[0]) - 1)])
     if at_start is not None:
         rows.append(["before", "", "", "", *_scores(at_start, names)])
     for link in card.links:
-        numbers = [str(link.rank), f"{link.config.scaling:g}", f"{link.num_steps:,}"]
-        rows.append([str(link.index), *numbers, *_scores(after.get(link.index, {}), names)])
+        numbers = [_rank(link), f"{link.config.scaling:g}", f"{link.num_steps:,}"]
+        rows.append([str(link.index), *numbers, *_scores(after.get(str(link.index), {}), names)])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
+def _rank(link: Link) -> str:
+    """Return the rank that was trained, and the one that is stored where that is another."""
+    trained = link.config.rank
+    return f"{trained}" if trained == link.rank else f"{trained} (stored: {link.rank})"
+
+
 def _scores(evaluation: Mapping[str, Any], names: Sequence[str]) -> list[str]:
-    return [f"{evaluation[name]:.4f}" if name in evaluation else "–" for name in names]
+    found = [evaluation.get(name) for name in names]
+    return [f"{value:.4f}" if isinstance(value, int | float) else "–" for value in found]
 
 
 def _training(story: Story) -> str:
     config = story.config
-    task = f"the task `{Path(config.data.task).stem}`" if config.data.task else "rows of its own"
+    task = f"the task {_code(Path(config.data.task).stem)}" if config.data.task else "its own rows"
     targets = config.chain.target_modules
-    named = targets if isinstance(targets, str) else ", ".join(targets)
-    lines = [
-        f"Trained on {task}"
-        + (f", digest of the rows `{story.rows}`" if story.rows else "")
-        + f"; learning rate {config.train.lr:g}, batch size {config.train.batch_size}, "
-        f"{config.train.dtype}, on {named}.",
-        "Versions: "
-        + ", ".join(f"{name} {v}" for name, v in story.versions.items() if v[:1] != "n")
-        + ".",
+    named = [targets] if isinstance(targets, str) else targets
+    digest = f", digest of the rows {_code(story.rows)}" if story.rows else ""
+    versions = [f"{name} {v}" for name, v in story.versions.items() if v != "unknown"]
+    sentences = [
+        f"Trained on {task}{digest}; learning rate {config.train.lr:g}, batch size "
+        f"{config.train.batch_size}, {config.train.dtype}, on {_code(', '.join(named))}.",
+        *_templates(config.data),
+        f"Versions: {_code(', '.join(versions))}.",
     ]
-    return " ".join(lines)
+    return " ".join(sentences)
+
+
+def _templates(data: DataConfig) -> list[str]:
+    """Return what the config changed of how chats become tokens."""
+    said = []
+    if data.chat_template is not None:
+        known = data.chat_template in NAMES
+        which = _code(data.chat_template) if known else "of its own"
+        said.append(f"Chat template: {which}, which the tokenizer in this folder has.")
+    if data.template_arguments:
+        values = [f"{name} = {json.dumps(v)}" for name, v in data.template_arguments.items()]
+        said.append(f"Its defaults: {_code(', '.join(values))}.")
+    return said
 
 
 # --- loading ---
@@ -139,39 +180,64 @@ def _training(story: Story) -> str:
 
 def _loading(card: Card) -> list[str]:
     where = card.name or "this folder"
+    served = shlex.quote(card.name) if card.name else "THIS_FOLDER"
     if card.library != "peft":
-        code = f'model = AutoModelForCausalLM.from_pretrained("{where}")'
         return [
             "In transformers:",
-            _python("from transformers import AutoModelForCausalLM", code),
+            _python(
+                "from transformers import AutoModelForCausalLM",
+                f"model = AutoModelForCausalLM.from_pretrained({_quoted(where)})",
+            ),
             "In vLLM:",
-            f"```sh\nvllm serve {card.name or 'THIS_FOLDER'}\n```",
+            f"```sh\nvllm serve {served}\n```",
         ]
     if not card.is_causal:
         return [
             "In PEFT, on the base with its own class:",
             _python(
                 "from peft import PeftModel",
-                f'model = PeftModel.from_pretrained(base, "{where}")',
+                f"model = PeftModel.from_pretrained(base, {_quoted(where)})",
             ),
         ]
     rank = next((r for r in _SERVED_RANKS if r >= (card.rank or 1)), _SERVED_RANKS[-1])
+    is_loadable = "/" in card.base and not card.base.endswith(".gguf")
+    base = card.base if is_loadable else _A_BASE
     return [
-        "In PEFT, which loads the base too:",
-        _python(
-            "from peft import AutoPeftModelForCausalLM",
-            f'model = AutoPeftModelForCausalLM.from_pretrained("{where}")',
-        ),
+        *_in_peft(base, where),
         "In transformers:",
         _python(
             "from transformers import AutoModelForCausalLM",
-            f'model = AutoModelForCausalLM.from_pretrained("{card.base}")',
-            f'model.load_adapter("{where}")',
+            f"model = AutoModelForCausalLM.from_pretrained({_quoted(base)})",
+            f"model.load_adapter({_quoted(where)})",
         ),
         "In vLLM:",
-        f"```sh\nvllm serve {card.base} --enable-lora --max-lora-rank {rank} \\\n"
-        f"  --lora-modules chain={card.name or 'THIS_FOLDER'}\n```",
+        f"```sh\nvllm serve {shlex.quote(base)} --enable-lora --max-lora-rank {rank} \\\n"
+        f"  --lora-modules chain={served}\n```",
     ]
+
+
+def _in_peft(base: str, where: str) -> list[str]:
+    if base != _A_BASE:
+        return [
+            "In PEFT, which loads the base too:",
+            _python(
+                "from peft import AutoPeftModelForCausalLM",
+                f"model = AutoPeftModelForCausalLM.from_pretrained({_quoted(where)})",
+            ),
+        ]
+    return [
+        "In PEFT, on the base, which is named by its folder:",
+        _python(
+            "from peft import PeftModel",
+            "from transformers import AutoModelForCausalLM",
+            f"base = AutoModelForCausalLM.from_pretrained({_quoted(base)})",
+            f"model = PeftModel.from_pretrained(base, {_quoted(where)})",
+        ),
+    ]
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False).replace("`", "'")
 
 
 def _python(*lines: str) -> str:
@@ -180,12 +246,7 @@ def _python(*lines: str) -> str:
 
 def _licence(folder: Path, card: Card) -> str:
     found = sorted(path.name for path in folder.iterdir() if is_licence(path.name))
-    beside = f" Its texts are beside: {', '.join(found)}." if found else ""
-    own = f"This is under {card.licence}. " if card.licence else ""
-    base = f"The base, `{card.base}`, has a licence of its own, which may bind what is made of it."
-    return f"{own}{base}{beside}"
-
-
-def is_licence(name: str) -> bool:
-    """Say whether a file's name is that of a licence's text."""
-    return name.split(".")[0].upper() in ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
+    beside = f" Its texts are beside: {', '.join(map(_code, found))}." if found else ""
+    own = f"This is under {_code(card.licence)}. " if card.licence else ""
+    base = f"The base, {_code(card.base)}, has a licence of its own, which may bind what is made "
+    return f"{own}{base}of it.{beside}"

@@ -10,8 +10,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from chainlora import files
-from chainlora.chain.adapters import load_adapter
-from chainlora.config.schema import LinkConfig
 from chainlora.errors import RunError
 from chainlora.runs.manifest import DAMAGED
 
@@ -26,9 +24,7 @@ def write_checkpoint(
     files.save_tensors(folder / _OPTIMIZER, optimizer)
 
 
-def read_checkpoint(
-    folder: Path, config: LinkConfig
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def read_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Read the live link's state and the optimizer's."""
     optimizer = load_tensors(folder / _OPTIMIZER)
     if not all(name.partition(".")[0].isdecimal() for name in optimizer):
@@ -36,21 +32,7 @@ def read_checkpoint(
             f"{_OPTIMIZER} must hold an optimizer's state (got other tensors in {folder}); "
             f"{DAMAGED}"
         )
-    if (folder / "adapter_model.safetensors").is_file():  # of version 0.1
-        return _state_of_adapter(folder, config), optimizer
     return load_tensors(folder / _LINK), optimizer
-
-
-def _state_of_adapter(folder: Path, config: LinkConfig) -> dict[str, Tensor]:
-    """Read a checkpoint of version 0.1, whose live link is stored as an adapter."""
-    factors, extra, _ = load_adapter(folder)
-    rank, state = config.rank, {f"extra/{path}": weight for path, weight in extra.items()}
-    for name, found in factors.items():  # a PiSSA link stores what it started from behind itself
-        parts: dict[str, Tensor | None] = {"A": found.a[:rank]}
-        parts |= {"B": found.b[:, :rank].contiguous()}
-        parts |= {"bias": found.bias, "magnitude": found.magnitude}
-        state |= {f"{key}/{name}": part for key, part in parts.items() if part is not None}
-    return state
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@
     RUN/best/00000120/           the best point, when it lies inside a link (a PEFT adapter)
     RUN/checkpoints/00000120/    the live link and its optimizer
     RUN/metrics.jsonl            one JSON object a line
-    RUN/result.json              written last
+    RUN/result.json              written last, and named by the manifest then
     RUN/.lock                    held by the process that trains
 
 Nothing that the manifest names is ever overwritten. What a new state needs is written under names
@@ -17,9 +17,8 @@ any instant the manifest on disk describes a state from which the run can resume
 
 from __future__ import annotations
 
-import logging
 import platform
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from copy import deepcopy
 from functools import cache
@@ -39,25 +38,24 @@ from chainlora.errors import RunError
 from chainlora.knots.numbers import Numbers
 from chainlora.runs.checkpoints import load_tensors, read_checkpoint, write_checkpoint
 from chainlora.runs.claiming import refuse_if_nothing, refuse_if_taken
-from chainlora.runs.links import write_link
+from chainlora.runs.links import read_partial, write_link
 from chainlora.runs.manifest import (
     FORMAT,
     INCOMPLETE,
+    RESULT,
     Base,
     Checkpoint,
-    LinkEntry,
     Manifest,
     Progress,
     Selection,
-    describe_link,
     encode_manifest,
     link_directory,
+    link_entries,
+    link_entry,
 )
 from chainlora.runs.reading import RunReader, check_base
 from chainlora.runs.records import RecordLog, resumed_log
 from chainlora.runs.resuming import changes, check_rows, take_lock
-
-logger = logging.getLogger(__name__)
 
 _GROWING = ("links", "moments", "best", "checkpoints")  # folders whose entries the manifest names
 
@@ -104,17 +102,16 @@ class RunDirectory(RunReader):
             return
         refuse_if_nothing(self)
         self._take_lock()
-        if self.exists:
-            self._current = self.verify()
-            self._hashes = dict(self._current.files or {})
-            new = changes(self.config(), config, change, self._current.position.step)
-            self._is_changed = bool(new)
-            update = {"changes": [*self._current.changes, *new]}
-            self._current = self._current.model_copy(update=update)
+        if not self.exists:
+            return
+        manifest = self.verify()
+        new = changes(self.config(), config, change, manifest.position.step)
+        self._is_changed = bool(new)
+        self._read(manifest.model_copy(update={"changes": [*manifest.changes, *new]}))
 
     def check_base_files(self, found: Mapping[str, str]) -> None:
         """Refuse to resume on another base than the run's, before it is loaded."""
-        if self._current is not None and self._current.base.files is not None:
+        if self._current is not None:
             check_base(self._current, {"files": found}, self.path)
 
     def begin(
@@ -133,20 +130,7 @@ class RunDirectory(RunReader):
             self.open(config, resume=True)
         if self._current is not None:
             return self._resume(self._current, base, rows)
-        if not resume:
-            refuse_if_taken(self)
-        files.make_folder(self.path)
-        self._take_lock()
-        if not resume:
-            refuse_if_taken(self)  # another process may have begun in the meantime
-        self._is_new = True
-        self._remove_scratch()
-        files.write_text(self / "config.yaml", dump_config(config))
-        self._hashes = {"config.yaml": files.sha256(self / "config.yaml")}
-        files.make_folder(self / "links")
-        self._rows = rows
-        self.write_manifest(base, config, [], Progress())
-        return Progress()
+        return self._start(config, base, resume=resume, rows=rows)
 
     def close(self, *, undo: bool = False) -> None:
         """Let other processes use the directory.
@@ -162,39 +146,44 @@ class RunDirectory(RunReader):
             self._lock.release()
         self._lock = None
 
-    def _take_lock(self) -> None:
-        if self._lock is None:
-            self._lock = take_lock(self.path)
-
-    def _remove_all(self) -> None:
-        """Remove what `begin` made, the manifest before what it names."""
-        for name in ("metrics.jsonl", "chain.json", "links", "config.yaml", ".lock"):
-            files.remove(self / name)
-        with suppress(OSError):  # not empty: trackers have written here
-            self.path.rmdir()
-
-    # --- resuming ---
+    def _start(
+        self, config: RunConfig, base: Mapping[str, Any], *, resume: bool, rows: str | None
+    ) -> Progress:
+        """Begin a run; with `resume`, over what one left that was killed before its manifest."""
+        if not resume:
+            refuse_if_taken(self)
+        files.make_folder(self.path)
+        self._take_lock()
+        if not resume:
+            refuse_if_taken(self)  # another process may have begun in the meantime
+        self._is_new = True
+        self._remove_scratch()
+        files.write_text(self / "config.yaml", dump_config(config))
+        self._hashes = {"config.yaml": files.sha256(self / "config.yaml")}
+        files.make_folder(self / "links")
+        self._rows = rows
+        self.write_manifest(base, config, [], Progress())
+        return Progress()
 
     def _resume(self, manifest: Manifest, base: Mapping[str, Any], rows: str | None) -> Progress:
         check_base(manifest, base, self.path)
-        check_rows(manifest, rows)
+        check_rows(manifest.rows, rows)
         self._rows = rows or manifest.rows
         self._remove_scratch()
-        self._remove_unnamed(_GROWING)  # a link that was written, and then the run was killed
+        self._remove_unnamed()  # a link that was written, and then the run was killed
         progress, known = deepcopy(manifest.position), manifest.records
         self._log = resumed_log(self._log.path, known, progress.num_records)
         progress.num_records = self._log.count
         if self._is_changed or (known is not None and known.count != self._log.count):
-            self._write(manifest)  # before records are cut that the manifest on disk may know
+            self._replace(manifest)  # before records are cut that the manifest on disk may know
         self._log.cut()
         return progress
 
-    def _remove_scratch(self) -> None:
-        for folder in (self.path, *(self / name for name in _GROWING)):
-            with files.reported(folder):
-                files.remove_scratch(folder)
+    def _take_lock(self) -> None:
+        if self._lock is None:
+            self._lock = take_lock(self.path)
 
-    # --- writing ---
+    # --- writing a state: its files, and then the manifest that names them ---
 
     def write_manifest(
         self,
@@ -206,43 +195,40 @@ class RunDirectory(RunReader):
     ) -> None:
         """Write ``chain.json`` at a knot: last, after everything it names."""
         before = self._current
+        known = before.links if before else []
+        entries = link_entries(links, base["fingerprint"], known)
         moments = f"moments/{len(links) - 1:03d}.safetensors"
-        self._write(
+        self._replace(
             Manifest(
                 format=FORMAT,
                 base=Base(**base),
                 seed=config.train.seed,
                 hold=config.chain.hold,
                 rows=self._rows,
-                links=[LinkEntry(**describe_link(link)) for link in links],
+                links=entries,
+                next_id=max([before.next_id if before else 0, *(e.id + 1 for e in entries)]),
                 moments=moments if moments in self._hashes else None,
                 selected=None,
                 progress=deepcopy(progress),
                 numbers=numbers,
-                changes=before.changes if before is not None else [],
+                changes=before.changes if before else [],
             )
         )
 
     def select(self, num_links: int, step: int, partial: Link | None, progress: Progress) -> None:
         """Name the best point, which the run is then loaded as. All links are kept."""
-        current = self._need_current()
-        entry = None
+        current, entry = self._need_current(), None
         if partial is not None:
-            directory = progress.best.get("directory") if progress.best else None
-            entry = LinkEntry(**describe_link(partial, directory or "best"))
-        self._write(
-            current.model_copy(
-                update={
-                    "selected": Selection(num_links=num_links, step=step, partial=entry),
-                    "progress": deepcopy(progress),
-                    "checkpoint": None,
-                }
-            )
-        )
+            assert progress.best is not None
+            below, place = current.links[:num_links], progress.best["directory"]
+            entry = link_entry(partial, current.base.fingerprint, below, place)
+        selected = Selection(num_links=num_links, step=step, partial=entry)
+        update = {"selected": selected, "progress": deepcopy(progress), "checkpoint": None}
+        self._replace(current.model_copy(update=update))
 
     def save_link(self, link: Link, base: str) -> None:
         """Write one link as a PEFT adapter under ``links/``."""
-        self._save_adapter(link_directory(link.index), link, base)
+        self._save_adapter(link_directory(link.id), link, base)
 
     def save_best(self, link: Link, base: str, progress: Progress) -> None:
         """Write the best point, a part of a link, and note in the progress where it lies."""
@@ -269,7 +255,7 @@ class RunDirectory(RunReader):
             write_checkpoint(scratch, state, optimizer)
         self._hash_folder(directory)
         checkpoint = Checkpoint(directory=directory, progress=deepcopy(progress))
-        self._write(self._need_current().model_copy(update={"checkpoint": checkpoint}))
+        self._replace(self._need_current().model_copy(update={"checkpoint": checkpoint}))
 
     def save_model(self, model: Any, tokenizer: Any) -> None:
         """Write a whole model, the result of full fine-tuning."""
@@ -282,28 +268,14 @@ class RunDirectory(RunReader):
         self._hash_folder("model")
 
     def save_result(self, result: Mapping[str, Any]) -> None:
-        """Write ``result.json``, the last file of a run."""
-        files.write_json(self / "result.json", result)
+        """Write ``result.json``, and name it in the manifest: the last act of a run."""
+        files.write_json(self / RESULT, result)
+        self._replace(self._need_current(), result=files.sha256(self / RESULT))
 
     def record(self, values: Mapping[str, Any], progress: Progress) -> None:
         """Append one line to ``metrics.jsonl``."""
         self._log.append(values)
         progress.num_records += 1
-
-    def _remove_unnamed(self, folders: Iterable[str]) -> None:
-        """Remove what of these folders the manifest does not name."""
-        named = self._need_current().named
-        for folder in folders:
-            if not (self / folder).is_dir():
-                continue
-            entries = list((self / folder).iterdir())
-            left = [e for e in entries if folder in named or f"{folder}/{e.name}" in named]
-            for entry in entries:
-                if entry not in left:
-                    files.remove(entry)
-            if not left and folder != "links":
-                with suppress(OSError):
-                    (self / folder).rmdir()
 
     def _save_adapter(self, directory: str, link: Link, base: str) -> None:
         transposed = self._need_current().base.fan_in_fan_out
@@ -316,9 +288,14 @@ class RunDirectory(RunReader):
         self._hashes = {k: v for k, v in self._hashes.items() if not _is_in(k, {directory})}
         self._hashes |= {f"{directory}/{name}": digest for name, digest in found.items()}
 
-    def _write(self, manifest: Manifest) -> None:
+    def _replace(self, manifest: Manifest, *, result: str | None = None) -> None:
+        """Replace the manifest on disk, and delete what the new one does not name.
+
+        A new state has no result yet, so that the result of an earlier one can be overwritten.
+        """
         named = manifest.named
         hashes = {name: digest for name, digest in self._hashes.items() if _is_in(name, named)}
+        hashes |= {RESULT: result} if result else {}
         update = {
             "format": FORMAT,
             "records": self._log.flushed(),
@@ -328,7 +305,33 @@ class RunDirectory(RunReader):
         manifest = manifest.model_copy(update=update)
         files.write_json(self / "chain.json", encode_manifest(manifest))
         self._current = manifest
-        self._remove_unnamed(_GROWING)
+        self._remove_unnamed()
+
+    # --- removing ---
+
+    def _remove_unnamed(self) -> None:
+        """Remove what of the growing folders the manifest does not name."""
+        named = self._need_current().named
+        for folder in (self / name for name in _GROWING):
+            entries = list(folder.iterdir()) if folder.is_dir() else []
+            for entry in entries:
+                if f"{folder.name}/{entry.name}" not in named:
+                    files.remove(entry)
+            if folder.name != "links":
+                with suppress(OSError):  # there is none, or it holds what is named
+                    folder.rmdir()
+
+    def _remove_scratch(self) -> None:
+        for folder in (self.path, *(self / name for name in _GROWING)):
+            with files.reported(folder):
+                files.remove_scratch(folder)
+
+    def _remove_all(self) -> None:
+        """Remove what `begin` made, the manifest before what it names."""
+        for name in ("metrics.jsonl", "chain.json", "links", "config.yaml", ".lock"):
+            files.remove(self / name)
+        with suppress(OSError):  # not empty: trackers have written here
+            self.path.rmdir()
 
     # --- the point to resume from ---
 
@@ -348,33 +351,39 @@ class RunDirectory(RunReader):
         return found is not None and (found.progress.step, found.progress.link) == here
 
     def load_checkpoint(
-        self, progress: Progress, config: LinkConfig
+        self, progress: Progress
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]] | None:
         """Read the live link's and the optimizer's state at this progress, None at a knot."""
         if not self.has_checkpoint(progress):
             return None
         found = self._need_current().checkpoint
         assert found is not None
-        return read_checkpoint(self / found.directory, config)
+        return read_checkpoint(self / found.directory)
 
     def load_moments(self) -> dict[str, Tensor]:
         """Read the optimizer state that the last link's knot kept."""
         name = self._need_current().moments
         if name is None:
             raise RunError(
-                f"a run with optimizer_reset: prune must hold the moments of its last link (got "
-                f"none in {self.path}); {INCOMPLETE}"
+                "a run with optimizer_reset: prune must hold the moments of its last link",
+                f"none in {self.path}",
+                INCOMPLETE,
             )
         return load_tensors(self / name)
 
-    def load_best(self, index: int, config: LinkConfig, directory: str = "best") -> Link:
+    def load_best(self, index: int, config: LinkConfig, directory: str) -> Link:
         """Read the partial link of the best point."""
-        return self.load_partial(self._need_current(), directory, index, config)
+        self.check_files(self._need_current(), directory)
+        return read_partial(self / directory, index, config)
+
+    def _read(self, manifest: Manifest) -> None:
+        self._current = manifest
+        self._hashes = {k: v for k, v in manifest.files.items() if k != RESULT}
 
     def _need_current(self) -> Manifest:
         if self._current is None:
-            self._current = self.verify()
-            self._hashes = dict(self._current.files or {})
+            self._read(self.verify())
+        assert self._current is not None
         return self._current
 
 

@@ -19,20 +19,20 @@ from chainlora.chain.low_rank import (
 )
 from chainlora.runs.manifest import Manifest
 from chainlora.runs.reading import RunReader
-from chainlora.runs.records import read_records as read_records
+from chainlora.runs.records import Record
 
 
 def inspect_run(run: str | Path) -> dict[str, Any]:
     """Describe a run link by link.
 
-    For each link: ``rank``, ``steps``, mean training ``loss`` of its last tenth, validation
-    ``score`` at its knot, ``delta_norm`` ‖ΔW‖_F over all modules, ``effective_rank`` exp(entropy of
-    σ/Σσ) (Roy & Vetterli 2007) and ``stable_rank`` averaged over modules, ``overlap`` with each
-    earlier link's A (mean squared cosine of the principal angles, averaged over modules; 1 is the
-    same input subspace), ``spectrum`` (its singular values, their mean over modules), and
-    ``modules`` (‖ΔW‖_F of each). ``numbers`` is what was decided when the run began. ``finished``
-    and ``position`` say where the run is: the step and the number of whole links that a resume
-    would start from.
+    For each link: ``rank`` as it is stored, ``trained_rank``, ``steps``, mean training ``loss`` of
+    its last tenth, validation ``score`` at its knot, ``delta_norm`` ‖ΔW‖_F over all modules,
+    ``effective_rank`` exp(entropy of σ/Σσ) (Roy & Vetterli 2007) and ``stable_rank``, means over
+    modules, ``overlap`` with each earlier link's A (mean squared cosine of the principal angles,
+    averaged over modules; 1 is the same input subspace), ``spectrum`` (its singular values, their
+    mean over modules), and ``modules`` (‖ΔW‖_F of each). ``numbers`` is what was decided when
+    the run began. ``finished`` and ``position`` say where the run is: the step and the number of
+    whole links that a resume would start from.
 
     Every file of the run is checked first. Raises RunError for one that is missing or has changed.
     """
@@ -40,7 +40,7 @@ def inspect_run(run: str | Path) -> dict[str, Any]:
     manifest = reader.verify()
     # a saved chain has a live link where a run has a checkpoint
     links = reader.links_of(manifest, len(manifest.links) if manifest.has_run else None)
-    records = read_records(reader / "metrics.jsonl")
+    records = reader.records()
     rows = [_describe(link, links[: link.index], records) for link in links]
     is_sum = bool(links) and all(_is_low_rank(link) for link in links)
     whole = _sizes(_spectra(links).values()) if is_sum else {}
@@ -48,7 +48,7 @@ def inspect_run(run: str | Path) -> dict[str, Any]:
         "run": str(run),
         "base": manifest.base.model,
         "hold": manifest.hold,
-        "finished": (reader / "result.json").is_file() or not manifest.has_run,
+        "finished": reader.is_finished(manifest) or not manifest.has_run,
         "position": {
             "step": manifest.position.step,
             "links": len(links),
@@ -66,7 +66,7 @@ def _decided(manifest: Manifest) -> dict[str, Any] | None:
     return manifest.model_dump(mode="json", include={"numbers"})["numbers"]
 
 
-def _describe(link: Link, earlier: Sequence[Link], records: list[dict[str, Any]]) -> dict[str, Any]:
+def _describe(link: Link, earlier: Sequence[Link], records: Sequence[Record]) -> dict[str, Any]:
     losses = [r["loss"] for r in records if r["event"] == "step" and r["link"] == link.index]
     tail = losses[-max(1, len(losses) // 10) :]
     knots = [
@@ -78,6 +78,7 @@ def _describe(link: Link, earlier: Sequence[Link], records: list[dict[str, Any]]
     row: dict[str, Any] = {
         "link": link.index,
         "rank": link.rank,
+        "trained_rank": link.config.rank,
         "scaling": link.config.scaling,
         "steps": link.num_steps,
         "loss": sum(tail) / len(tail) if tail else None,

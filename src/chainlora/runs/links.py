@@ -10,6 +10,7 @@ from typing import Any
 from chainlora.chain.adapters import load_adapter, save_adapter
 from chainlora.chain.checks import link_fault
 from chainlora.chain.link import Link
+from chainlora.config.schema import LinkConfig
 from chainlora.errors import RunError
 from chainlora.runs.manifest import DAMAGED, LinkEntry
 
@@ -40,7 +41,7 @@ def write_link(
 def read_link(folder: Path, entry: LinkEntry) -> Link:
     """Read a link back from its PEFT adapter and its manifest entry.
 
-    Raises RunError unless both agree: formats without checksums are checked by this alone.
+    Raises RunError unless both agree, and the adapter holds what such a link has and nothing else.
     """
     factors, extra, stored = load_adapter(folder)
     config = entry.link_config()
@@ -51,17 +52,23 @@ def read_link(folder: Path, entry: LinkEntry) -> Link:
         extra=extra,
         num_steps=entry.num_steps,
         error=entry.error,
-        id=entry.index if entry.id is None else entry.id,
+        id=entry.id,
         strength=entry.strength,
     )
     wrong = _disagreement(link, entry, stored)
     if wrong is not None:
-        raise RunError(f"a link must be as its run wrote it (got {wrong} in {folder}); {DAMAGED}")
+        raise RunError("a link must be as its run wrote it", f"{wrong} in {folder}", DAMAGED)
     return link
 
 
+def read_partial(folder: Path, index: int, config: LinkConfig) -> Link:
+    """Read a link that was kept before it was whole, of which no entry tells."""
+    factors, extra, _ = load_adapter(folder)
+    return Link(index, config, factors, extra)
+
+
 def _disagreement(link: Link, entry: LinkEntry, stored: Mapping[str, Any]) -> str | None:
-    """Return in what a link's tensors, its adapter config and its manifest entry differ."""
+    """Return in what a link, its adapter config and its manifest entry differ."""
     if link.rank != entry.rank:
         return f"rank {link.rank}, manifest {entry.rank}"
     if not math.isclose(link.config.scaling, entry.scaling, rel_tol=1e-6):  # rounding of JSON: none

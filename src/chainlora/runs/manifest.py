@@ -1,16 +1,20 @@
 """``chain.json``: what a run directory holds, typed, checked when read, and written in one place.
 
-Format 2 names every file that a load or a resume depends on with its SHA-256, the files of the base
-model (`models.identity`), the digest of the rows, and the point to resume from. Its own `checksum`
-covers all of it. Format 1, of version 0.1, has none of these; it is read, resumed and exported
-without the checks, and becomes format 2 when it is next written.
+It names every file that a load or a resume depends on with its SHA-256, the files of the base model
+(`models.identity`), the digest of the rows, and the point to resume from. Its own `checksum` covers
+all of it.
+
+A link has an id that is never used again in its run, the name of the stage that it was tuned in, a
+strength, and the digest of the state that it was tuned on (`state_digest`). Format 2, of version
+0.2, has none of these four: its links are read as ids 0, 1, … of one stage, of strength 1. Nor does
+it name ``result.json``. It becomes format 3 when it is next written.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, NotRequired
@@ -23,9 +27,11 @@ from chainlora.config.schema import LinkConfig
 from chainlora.errors import ConfigError, RunError
 from chainlora.knots.numbers import Numbers
 
-FORMAT = 2
+FORMAT = 3
 CAUSAL = "CAUSAL_LM"  # PEFT's name of the task of causal language models
-READABLE = (1, 2)
+READABLE = (2, 3)
+STAGE = "main"  # of links where no stage was named
+RESULT = "result.json"
 INCOMPLETE = "the run directory is incomplete: copy it whole, or start over"
 DAMAGED = "the run directory is damaged: restore the file from a copy, or start over"
 
@@ -40,7 +46,7 @@ class Best(TypedDict):
     partial: bool
     metric: str
     value: float
-    directory: NotRequired[Annotated[str, Field(pattern=r"^best(/\d{8})?$")]]
+    directory: NotRequired[Annotated[str, Field(pattern=r"^best/\d{8,}$")]]
 
 
 @dataclass
@@ -69,14 +75,16 @@ class _Part(BaseModel):
 class LinkEntry(_Part):
     """What the manifest says of a link: enough, with its adapter, to read it back."""
 
+    id: Count
+    stage: str
+    strength: float
+    tuned_on: str
     index: Count
-    directory: Annotated[str, Field(pattern=r"^(links/\d{3,}|best(/\d{8})?)$")]
+    directory: Annotated[str, Field(pattern=r"^(links/\d{3,}|best/\d{8,})$")]
     rank: Count
     scaling: float
     num_steps: Count
     error: float = 0.0
-    id: Count | None = None  # in runs of 0.2 the index
-    strength: float = 1.0
     config: dict[str, Any]
 
     def link_config(self) -> LinkConfig:
@@ -88,7 +96,8 @@ class LinkEntry(_Part):
 
 
 class Base(_Part):
-    """The model that the links belong to. `files` are hashes of all that makes it what it is.
+    """The model that the links belong to. `files` are hashes of all that makes it what it is; a
+    chain saved without a run has none.
 
     `body` is the fingerprint without the parameters that the chain holds itself, which may be
     others where it is loaded: a new head.
@@ -138,8 +147,8 @@ class Change(_Part):
 class Manifest(_Part):
     """All that ``chain.json`` says.
 
-    `progress` is that of the last knot; `checkpoint` is a later point, inside a link. `files` maps
-    paths in the run directory to SHA-256; it is None in format 1, which has no checksums.
+    `progress` is that of the last knot; `checkpoint` is a later point, inside a link. `next_id` is
+    that of the next link. `files` maps paths in the run directory to SHA-256.
     """
 
     format: int
@@ -148,15 +157,15 @@ class Manifest(_Part):
     hold: Annotated[str, Field(pattern=r"^(tied|carried)$")]
     rows: str | None = None
     links: list[LinkEntry]
-    next_id: Count | None = None  # of the link after the last, or the live one; None: their number
-    moments: Annotated[str, Field(pattern=r"^moments(/\d{3,})?\.safetensors$")] | None = None
+    next_id: Count = 0
+    moments: Annotated[str, Field(pattern=r"^moments/\d{3,}\.safetensors$")] | None = None
     checkpoint: Checkpoint | None = None
     selected: Selection | None
     progress: Progress
     numbers: Numbers | None = None  # decided when the run began; None before version 0.3
     records: Records | None = None
     changes: list[Change] = []
-    files: dict[str, str] | None = None
+    files: dict[str, str] = {}
     versions: dict[str, str] = {}
 
     @property
@@ -167,7 +176,12 @@ class Manifest(_Part):
     @property
     def has_run(self) -> bool:
         """Say whether a run wrote this, with its config; else it is a saved chain alone."""
-        return self.files is None or "config.yaml" in self.files
+        return "config.yaml" in self.files
+
+    @property
+    def state(self) -> str:
+        """Return the digest of the base with all links."""
+        return state_digest(self.base.fingerprint, self.links)
 
     @property
     def named(self) -> set[str]:
@@ -182,29 +196,56 @@ class Manifest(_Part):
         if self.selected is not None and self.selected.partial is not None:
             named.add(self.selected.partial.directory)
         for point in points:
-            if point.best is not None and point.best["partial"]:
-                named.add(point.best.get("directory", "best"))
+            if point.best is not None and "directory" in point.best:
+                named.add(point.best["directory"])
         return named
 
 
 def describe_link(link: Link, directory: str | None = None) -> dict[str, Any]:
-    """Return what a manifest says of a link, as JSON."""
+    """Return what a manifest says of a link by itself, as JSON."""
     return {
+        "id": link.id,
+        "stage": STAGE,
+        "strength": link.strength,
         "index": link.index,
-        "directory": directory or link_directory(link.index),
+        "directory": directory or link_directory(link.id),
         "rank": link.rank,
         "scaling": link.config.scaling,
         "num_steps": link.num_steps,
         "error": link.error,
-        "id": link.id,
-        "strength": link.strength,
         "config": link.config.model_dump(mode="json"),
     }
 
 
-def link_directory(index: int) -> str:
+def link_entry(
+    link: Link, fingerprint: str, below: Sequence[LinkEntry], directory: str | None = None
+) -> LinkEntry:
+    """Return the entry of a link that was tuned on the base and the links `below`."""
+    return LinkEntry(**describe_link(link, directory), tuned_on=state_digest(fingerprint, below))
+
+
+def link_entries(
+    links: Iterable[Link], fingerprint: str, known: Sequence[LinkEntry] = ()
+) -> list[LinkEntry]:
+    """Return the entries of a chain's links; what a known one was tuned on is kept."""
+    before = {entry.id: entry.tuned_on for entry in known}
+    entries: list[LinkEntry] = []
+    for link in links:
+        entry = link_entry(link, fingerprint, entries)
+        kept = before.get(entry.id, entry.tuned_on)
+        entries.append(entry.model_copy(update={"tuned_on": kept}))
+    return entries
+
+
+def state_digest(fingerprint: str, links: Iterable[LinkEntry]) -> str:
+    """Return the digest of a state: a base and the links on it, by their ids and strengths."""
+    state = [fingerprint, [[link.id, link.strength] for link in links]]
+    return hashlib.sha256(json.dumps(state).encode()).hexdigest()[:16]
+
+
+def link_directory(link_id: int) -> str:
     """Return where a link lies in the run directory."""
-    return f"links/{index:03d}"
+    return f"links/{link_id:03d}"
 
 
 # --- reading and writing ---
@@ -234,21 +275,22 @@ def decode_manifest(text: bytes, run: Path) -> Manifest:
         raise RunError(
             f"chain.json must hold {', '.join(keys)} (got no `{missing[0]}` in {run}); {INCOMPLETE}"
         )
-    _check_sum(tree, run)
-    return _validated(tree, run)
-
-
-def _check_sum(tree: dict[str, Any], run: Path) -> None:
-    stated = tree.pop("checksum", None)
-    if tree["format"] != 1 and stated != _checksum(tree):
+    if tree.pop("checksum", None) != _checksum(tree):
         raise RunError(
             f"chain.json must be as the run wrote it (got another checksum in {run}); {DAMAGED}"
         )
+    return _validated(tree, run)
 
 
 def _validated(tree: dict[str, Any], run: Path) -> Manifest:
     try:
+        if tree["format"] == 2:
+            _upgrade(tree)
         manifest = Manifest.model_validate_json(json.dumps(tree))  # lists for tuples, as in JSON
+    except (AttributeError, LookupError, TypeError) as error:
+        raise RunError(
+            "chain.json must hold valid values", f"{error!r} in {run}", DAMAGED
+        ) from None
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
@@ -260,23 +302,35 @@ def _validated(tree: dict[str, Any], run: Path) -> Manifest:
     return manifest
 
 
+def _upgrade(tree: dict[str, Any]) -> None:
+    """Give a manifest of format 2 what format 3 says of its links."""
+    partial = (tree["selected"] or {}).get("partial")
+    for link in [*tree["links"], *([partial] if partial else [])]:
+        below = [[place, 1.0] for place in range(link["index"])]
+        state = json.dumps([tree["base"]["fingerprint"], below])
+        digest = hashlib.sha256(state.encode()).hexdigest()[:16]
+        link |= {"id": link["index"], "stage": STAGE, "strength": 1.0, "tuned_on": digest}
+    tree["next_id"] = len(tree["links"])
+
+
 def _check_consistent(manifest: Manifest, run: Path) -> None:
     """Raise RunError where parts of a manifest contradict each other."""
     count = len(manifest.links)
     checkpoint, selected = manifest.checkpoint, manifest.selected
-    if [link.directory for link in manifest.links] != [link_directory(k) for k in range(count)]:
+    ids = [link.id for link in manifest.links]
+    if [link.directory for link in manifest.links] != [link_directory(id) for id in ids]:
         wrong = "links out of order"
     elif [link.index for link in manifest.links] != list(range(count)):
         wrong = "links numbered out of order"
+    elif len(set(ids)) != count or any(id >= manifest.next_id for id in ids):
+        wrong = "ids of links that are used again"
     elif manifest.progress.link != count:
         wrong = f"{count} links and progress of {manifest.progress.link}"
     elif checkpoint is not None and checkpoint.progress.link != count:
         wrong = f"{count} links and a checkpoint after {checkpoint.progress.link}"
     elif selected is not None and selected.num_links > count:
         wrong = f"{count} links and {selected.num_links} selected"
-    elif manifest.format != 1 and manifest.files is None:
-        wrong = "no checksums of files"
-    elif outside := [name for name in manifest.files or () if not _is_inside(name)]:
+    elif outside := [name for name in manifest.files if not _is_inside(name)]:
         wrong = f"a file outside, {outside[0]!r:.60}"
     else:
         return

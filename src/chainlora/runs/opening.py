@@ -1,19 +1,31 @@
-"""A run directory or a model, whichever a name stands for, as a live model."""
+"""A run on disk as a live model: its base, its links, and the tokenizer that its rows had."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from chainlora.models.loading import load_model
-from chainlora.runs.export import load_run
+from chainlora.chain.adapters import prepare_quantized
+from chainlora.chain.chain import Chain
+from chainlora.chain.holding import hold_for
+from chainlora.data.chat_templates import set_chat_template
+from chainlora.errors import RunError
+from chainlora.models.finding import resolve_model
+from chainlora.models.identity import base_files
+from chainlora.models.loading import load_model, load_tokenizer
+from chainlora.models.quantizing import is_quantized_model
+from chainlora.runs.manifest import CAUSAL, Manifest
+from chainlora.runs.reading import RunReader, check_base
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def load_run_or_model(
     run_or_model: str | Path, *, num_links: int | None = None, dtype: str | None = None
-) -> tuple[Any, Any]:
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Return ``(model, tokenizer)`` of a run's chain, or of a model as `load_model` takes it.
 
     `num_links` takes a run's chain as it was then; `dtype` defaults to the run's own, or float32.
@@ -21,3 +33,105 @@ def load_run_or_model(
     if (Path(run_or_model) / "chain.json").is_file():
         return load_run(run_or_model, num_links=num_links, dtype=dtype, as_trained=True)
     return load_model(run_or_model, getattr(torch, dtype or "float32"))
+
+
+def load_run(
+    run: str | Path,
+    *,
+    num_links: int | None = None,
+    dtype: str | None = None,
+    as_trained: bool = False,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a run's base, put its chain on, and return (plain transformers model, tokenizer).
+
+    The chain is the one the run selected, or the first `num_links` links; `dtype` defaults to the
+    run's own. The links of a quantised base are merged into it as it was before; with `as_trained`
+    they are left on the quantised one, in adapter layers. Raises RunError when a file of the run or
+    the base has changed, or the run was killed before it had anything.
+    """
+    reader = RunReader(run)
+    manifest = reader.manifest()
+    if manifest.base.task_type != CAUSAL:
+        raise RunError(
+            "only chains on causal language models bring their model with them (got one on "
+            f"{manifest.base.task_type or 'another model'} in {run}); load its model and call "
+            f"load_chain({str(run)!r}, model).detach()"
+        )
+    kind = getattr(torch, dtype or manifest.base.dtype)
+    if is_whole_model(reader, manifest):
+        if num_links is not None:
+            raise RunError(
+                f"--links needs a chain (got {run}, a run of full fine-tuning); leave --links out"
+            )
+        return load_model(reader / "model", kind)
+    links = reader.links_of(manifest, num_links)  # first, since a missing one is found at once
+    if not links and num_links is None:
+        _refuse_unfinished(reader)
+    folder = resolve_model(manifest.base.model)
+    if manifest.base.files is not None:
+        check_base(manifest, {"files": base_files(folder)}, reader.path)
+    quantize = manifest.base.quantize if as_trained else None
+    model, tokenizer = load_model(folder, kind, quantize=quantize)
+    is_quantized = is_quantized_model(model)
+    if is_quantized:
+        _check_kept_apart(manifest, as_trained)
+        prepare_quantized(model)
+    chain = Chain(model, hold=hold_for(model), checkpoint=folder)
+    if manifest.base.files is None:  # a saved chain, which knows no files
+        check_base(manifest, {"fingerprint": chain.base_fingerprint}, reader.path)
+    for link in links:
+        chain.add(link)
+    plain: Any = model if is_quantized else chain.detach()
+    return plain, _settled(tokenizer, reader, manifest)
+
+
+def tokenizer_of(reader: RunReader, base: Path) -> PreTrainedTokenizerBase:
+    """Return the tokenizer that turned the rows of a run into tokens: the base's, with the chat
+    template of the run's config."""
+    return _settled(load_tokenizer(base), reader, reader.manifest())
+
+
+def _settled(tokenizer: Any, reader: RunReader, manifest: Manifest) -> Any:
+    if manifest.has_run:
+        set_chat_template(tokenizer, reader.config().data)
+    return tokenizer
+
+
+def is_whole_model(reader: RunReader, manifest: Manifest) -> bool:
+    """Say whether the run is one of full fine-tuning that has ended, its files checked."""
+    if not (reader / "model").is_dir():
+        return False
+    if not any(name.startswith("model/") for name in manifest.files):
+        return False  # killed between the model and its manifest
+    reader.check_files(manifest, "model")
+    return True
+
+
+def _check_kept_apart(manifest: Manifest, as_trained: bool) -> None:
+    """Raise RunError where links would be merged into a checkpoint that came quantised."""
+    if not as_trained:
+        raise RunError(
+            f"links are merged into weights of 16 or 32 bits (got {manifest.base.model}, whose "
+            "checkpoint is quantised); use --to adapter, which PEFT loads on this base, or merges "
+            "onto the one before quantisation"
+        )
+
+
+def _refuse_unfinished(reader: RunReader) -> None:
+    """Refuse a run that was to train something and has not yet: the base would pass for it."""
+    if not reader.manifest().has_run:
+        raise RunError(
+            f"a saved chain must have a link (got none in {reader.path}); take the base by --links "
+            "0"
+        )
+    chain = reader.config().chain
+    if chain.tune == "full":
+        raise RunError(
+            f"a run of full fine-tuning must have ended (got no model/ in {reader.path}); "
+            "start over"
+        )
+    if chain.ranks:
+        raise RunError(
+            f"a run must have tied its first link (got none in {reader.path}); continue it with "
+            "--resume, or take the base by --links 0"
+        )

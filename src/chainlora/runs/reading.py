@@ -8,23 +8,24 @@ from pathlib import Path
 from typing import Any
 
 from chainlora import files
-from chainlora.chain.adapters import load_adapter
 from chainlora.chain.link import Link
-from chainlora.config.loading import load_config, make_config
-from chainlora.config.schema import LinkConfig, RunConfig
+from chainlora.config.chat_templates import is_resolved
+from chainlora.config.loading import make_config, read_tree
+from chainlora.config.schema import RunConfig
 from chainlora.errors import RunError
 from chainlora.models.identity import changed_files
-from chainlora.runs import format_1
 from chainlora.runs.links import read_link
 from chainlora.runs.manifest import (
     DAMAGED,
     INCOMPLETE,
+    RESULT,
     Change,
     LinkEntry,
     Manifest,
     decode_manifest,
 )
-from chainlora.runs.records import check_records
+from chainlora.runs.records import Record, check_records, read_records
+from chainlora.runs.results import read_result
 
 logger = logging.getLogger(__name__)
 
@@ -68,10 +69,30 @@ class RunReader:
             raise RunError(
                 f"a run directory must hold config.yaml (got none in {self.path}); {INCOMPLETE}"
             )
-        if manifest is None:
-            return load_config(self / "config.yaml")
-        self.check_files(manifest, "config.yaml")
-        return _changed(load_config(self / "config.yaml"), manifest.changes)
+        if manifest is not None:
+            self.check_files(manifest, "config.yaml")
+        tree = read_tree(self / "config.yaml")
+        _refuse_paths(tree, self.path)
+        return _changed(make_config(tree), manifest.changes if manifest else ())
+
+    def records(self) -> list[Record]:
+        """Read ``metrics.jsonl``, the records that the manifest knows checked against it."""
+        check_records(self / "metrics.jsonl", self.manifest().records)
+        return read_records(self / "metrics.jsonl")
+
+    def result(self) -> Record | None:
+        """Read ``result.json``, checked; None of a run that has not finished, or a saved chain."""
+        manifest = self.manifest()
+        if not self.is_finished(manifest):
+            return None
+        if manifest.format > 2:
+            self._check_file(manifest, RESULT)
+        return read_result(self / RESULT)
+
+    def is_finished(self, manifest: Manifest) -> bool:
+        """Say whether a run has its result. Version 0.2 did not name it in the manifest."""
+        by_file = manifest.format == 2 and manifest.has_run and (self / RESULT).is_file()
+        return by_file or RESULT in manifest.files
 
     def verify(self) -> Manifest:
         """Check every file that the manifest names, and return it.
@@ -88,11 +109,8 @@ class RunReader:
             return self._verified(now)  # a run that goes on has removed what it needs no more
 
     def _verified(self, manifest: Manifest) -> Manifest:
-        if manifest.files is None:
-            self.config()  # says what is missing
-            manifest = format_1.complete(manifest, self.path)
         checkpoint = manifest.checkpoint
-        for name in manifest.files or ():
+        for name in manifest.files:
             if checkpoint is None or not name.startswith(f"{checkpoint.directory}/"):
                 self._check_file(manifest, name)
         check_records(self / "metrics.jsonl", manifest.records)
@@ -116,18 +134,8 @@ class RunReader:
             entries += [selected.partial] if selected.partial else []
         return [self._load_link(manifest, entry) for entry in entries]
 
-    def load_partial(
-        self, manifest: Manifest, directory: str, index: int, config: LinkConfig
-    ) -> Link:
-        """Read a link that was kept before it was whole."""
-        self.check_files(manifest, directory)
-        factors, extra, _ = load_adapter(self / directory)
-        return Link(index, config, factors, extra)
-
     def check_files(self, manifest: Manifest, name: str) -> None:
         """Raise RunError unless a file, or all files of a folder, are as the manifest says."""
-        if manifest.files is None:
-            return
         names = [each for each in manifest.files if each == name or each.startswith(f"{name}/")]
         if not names:
             raise RunError(
@@ -148,7 +156,7 @@ class RunReader:
             )
         with files.reported(path, "read"):
             found = files.sha256(path)
-        if manifest.files is not None and found != manifest.files[name]:
+        if found != manifest.files[name]:
             raise RunError(
                 f"{name} must be as the run wrote it (got other bytes in {self.path}); {DAMAGED}"
             )
@@ -170,6 +178,18 @@ class RunReader:
         return manifest
 
 
+def _refuse_paths(tree: Mapping[str, Any], run: Path) -> None:
+    """Raise RunError where a saved config would have a file of this machine read."""
+    data = tree.get("data")
+    template = data.get("chat_template") if isinstance(data, Mapping) else None
+    if isinstance(template, str) and not is_resolved(template):
+        raise RunError(
+            "`data.chat_template` of a run must be a name or a text",
+            f"the path {template!r:.60} in {run / 'config.yaml'}",
+            "restore the file from a copy, or start over",
+        )
+
+
 def _changed(config: RunConfig, changes: Sequence[Change]) -> RunConfig:
     """Return a config with the keys that resumes have changed."""
     if not changes:
@@ -184,7 +204,7 @@ def _changed(config: RunConfig, changes: Sequence[Change]) -> RunConfig:
 def check_base(manifest: Manifest, base: Mapping[str, Any], run: Path) -> None:
     """Raise RunError unless the model at hand is the one the run was trained on.
 
-    `base` holds ``files`` (`models.identity`), or a ``fingerprint`` for runs of format 1.
+    `base` holds ``files`` (`models.identity`), or a ``fingerprint`` for chains without a run.
     """
     before = manifest.base
     for wrong in _differences(before.files, before.fingerprint, base):

@@ -96,7 +96,7 @@ def check_records(path: Path, known: Records | None) -> None:
         )
 
 
-def read_records(path: Path) -> list[dict[str, Any]]:
+def read_records(path: Path) -> list[Record]:
     """Read ``metrics.jsonl``; empty when there is none. Half a last line, of a kill, is left out.
 
     Raises RunError if another line is not a record.

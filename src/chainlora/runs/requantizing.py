@@ -17,14 +17,15 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from chainlora import files
 from chainlora.chain.adapters import dequantized
 from chainlora.chain.link import Link, stack_links
 from chainlora.errors import RunError
+from chainlora.models.finding import resolve_model
 from chainlora.models.loading import load_model
-from chainlora.runs.cards import Card, story_of, write_card
+from chainlora.runs.beside import copy_licences, save_model
+from chainlora.runs.cards import Card, public_name, story_of, write_card
 from chainlora.runs.export import Naming, empty_folder, export_merged
 from chainlora.runs.reading import RunReader
 
@@ -57,18 +58,14 @@ def export_quantized(
     before, _ = load_model(manifest.base.model, dtype, quantize=kind)
     lost, noise = lost_update(model, before, links)
     with files.replaced_folder(output) as folder:
-        try:
-            model.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
-        except SafetensorError as error:
-            raise files.unwritable(error, folder) from error
+        save_model(model, tokenizer, folder)
+        copy_licences(resolve_model(manifest.base.model), folder)  # `export_merged` checked it
         naming = naming or Naming()
-        named = naming.base or manifest.base.model
         card = Card(
-            f"`{named}` with a chain of {len(links)} LoRA link(s) merged into its "
-            f"weights, which were then quantised ({kind}): {lost:.0%} of the update is lost, under "
-            f"rounding of {noise:.1f} times its size.",
-            named,
+            f"with a chain of {len(links)} LoRA link(s) merged into its weights, which were then "
+            f"quantised ({kind}): {lost:.0%} of the update is lost, under rounding of {noise:.1f} "
+            "times its size.",
+            naming.base or public_name(manifest.base.model),
             "transformers",
             links,
             name=naming.name,

@@ -12,7 +12,7 @@ from filelock import FileLock, Timeout
 from chainlora.config.schema import RunConfig
 from chainlora.errors import RunError
 from chainlora.files import file_error
-from chainlora.runs.manifest import Change, Manifest
+from chainlora.runs.manifest import Change
 
 logger = logging.getLogger(__name__)
 
@@ -62,17 +62,13 @@ def changes(before: RunConfig, now: RunConfig, named: Collection[str], step: int
     return [Change(key=key, before=old[key], after=new[key], step=step) for key in differing]
 
 
-def check_rows(manifest: Manifest, rows: str | None) -> None:
+def check_rows(before: str | None, rows: str | None) -> None:
     """Raise RunError unless the rows are those that the run began with."""
-    before = manifest.rows
-    if rows is None or before is None:
-        return
-    if before.partition(":")[0] != rows.partition(":")[0]:  # the version, as in `data.splits`
-        logger.warning("digests of rows of two versions cannot be compared: %s, %s", before, rows)
-    elif before != rows:
+    if rows is not None and before is not None and before != rows:
         raise RunError(
-            f"--resume needs the rows the run began with, in their order (got digest {rows}, "
-            f"was {before}); restore the data files, or start over"
+            "--resume needs the rows the run began with, in their order",
+            f"digest {rows}, was {before}",
+            "restore the data files, or start over",
         )
 
 

@@ -38,13 +38,13 @@ from chainlora.runs.manifest import (
     FORMAT,
     Base,
     Checkpoint,
-    LinkEntry,
     Manifest,
     Progress,
     Selection,
-    describe_link,
     encode_manifest,
     link_directory,
+    link_entries,
+    link_entry,
 )
 from chainlora.runs.reading import RunReader, check_base
 
@@ -94,12 +94,14 @@ def write_chain(
     with files.replaced_folder(directory) as scratch:
         (scratch / "links").mkdir()
         for link in chain.links:
-            _write_link(scratch / link_directory(link.index), link, base)
+            _write_link(scratch / link_directory(link.id), link, base)
         if start := chain.start_of_extra():
             files.save_tensors(scratch / _START, start)
         checkpoint = _write_live(chain, scratch)
-        selected = _write_selected(live[0], scratch, base, checkpoint) if live else None
-        manifest = _manifest(chain, base, checkpoint, selected)
+        manifest = _manifest(chain, base, checkpoint)
+        if live:
+            selected = _write_selected(live[0], scratch, manifest)
+            manifest = manifest.model_copy(update={"selected": selected})
         update = {"files": files.checksums(scratch), "numbers": numbers}
         manifest = manifest.model_copy(update=update)
         files.write_json(scratch / "chain.json", encode_manifest(manifest))
@@ -125,10 +127,10 @@ def read_chain(directory: str | Path) -> SavedChain:
     """Read a saved chain and check all its files. Changes no model."""
     reader = RunReader(_folder_of(Path(directory)))
     manifest = reader.manifest()
-    for name in manifest.files or ():
+    for name in manifest.files:
         reader.check_files(manifest, name)
     links = reader.links_of(manifest, len(manifest.links))
-    start = load_tensors(reader / _START) if _START in (manifest.files or ()) else {}
+    start = load_tensors(reader / _START) if _START in manifest.files else {}
     return SavedChain(reader.path, manifest, links, _read_live(reader, manifest), start)
 
 
@@ -143,8 +145,7 @@ def restore_chain(chain: Chain, saved: SavedChain) -> None:
     chain.set_start_of_extra(saved.start)
     for link in saved.links:
         chain.add(link)
-    known = saved.manifest.next_id
-    chain.next_id = len(saved.links) if known is None else known
+    chain.next_id = saved.manifest.next_id
     if saved.live is not None:
         live = saved.live
         chain.extend(live.config)
@@ -204,15 +205,12 @@ def _write_link(folder: Path, link: Link, base: Base) -> None:
     )
 
 
-def _write_selected(
-    live: Link, folder: Path, base: Base, checkpoint: Checkpoint | None
-) -> Selection:
+def _write_selected(live: Link, folder: Path, manifest: Manifest) -> Selection:
     """Write the live link as an adapter, and name it as the end of what is loaded."""
-    assert checkpoint is not None
-    step = checkpoint.progress.step
+    step, base = manifest.position.step, manifest.base
     name = f"best/{step:08d}"
     _write_link(folder / name, live, base)
-    partial = LinkEntry(**describe_link(live, name))
+    partial = link_entry(live, base.fingerprint, manifest.links, name)
     return Selection(num_links=live.index, step=step, partial=partial)
 
 
@@ -230,18 +228,16 @@ def _write_live(chain: Chain, folder: Path) -> Checkpoint | None:
     return Checkpoint(directory=name, progress=progress)
 
 
-def _manifest(
-    chain: Chain, base: Base, checkpoint: Checkpoint | None, selected: Selection | None
-) -> Manifest:
+def _manifest(chain: Chain, base: Base, checkpoint: Checkpoint | None) -> Manifest:
     return Manifest(
         format=FORMAT,
         base=base,
         seed=chain.seed,
         hold=chain.hold,
-        links=[LinkEntry(**describe_link(link)) for link in chain.links],
+        links=link_entries(chain.links, base.fingerprint),
         next_id=chain.next_id,
         checkpoint=checkpoint,
-        selected=selected,
+        selected=None,
         progress=_progress(chain.links),
         versions=versions(),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from chainlora.chain.adapters import Factors, has_fan_in_first, linked_layer, reload_adapter
-from chainlora.chain.checks import misfit
+from chainlora.chain.checks import check_link, misfit
+from chainlora.chain.link import Link
 from chainlora.errors import ChainLoRAError, ModelError
 from chainlora.models.loading import load_model, load_skeleton
 from chainlora.runs.manifest import CAUSAL, Base
@@ -77,12 +78,15 @@ def check_adapter(
         )
 
 
-def stores_transposed(base: Base, modules: Mapping[str, Any]) -> bool:
-    """Say whether the modules store their weights (in × out), as GPT-2's do."""
-    skeleton = skeleton_of(base)
-    if skeleton is None:
-        return base.fan_in_fan_out
-    return any(has_fan_in_first(linked_layer(skeleton, name)) for name in modules)
+def stores_transposed(skeleton: nn.Module, links: Sequence[Link]) -> bool:
+    """Say whether the modules of links store their weights (in × out), as GPT-2's do.
+
+    Raises ChainError for links that do not fit the model.
+    """
+    for link in links:
+        check_link(link, skeleton)
+    names = {name for link in links for name in link.factors}
+    return any(has_fan_in_first(linked_layer(skeleton, name)) for name in names)
 
 
 def skeleton_like(model: nn.Module) -> nn.Module | None:

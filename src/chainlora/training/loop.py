@@ -121,7 +121,7 @@ def _begin_link(run: Run, moments: Moments | None) -> torch.optim.Optimizer:
     if len(run.chain) and run.train.optimizer_reset == "prune":
         kept = moments or _saved_moments(run)
         load_state(optimizer, prune_moments(kept, run.train.prune_fraction))
-    saved = run.directory.load_checkpoint(run.progress, config) if run.directory else None
+    saved = run.directory.load_checkpoint(run.progress) if run.directory else None
     if saved is not None:
         state, tensors = saved
         num_steps = run.progress.step - run.knots.first_step

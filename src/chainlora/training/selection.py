@@ -102,7 +102,7 @@ def _partial_link(run: Run) -> Link | None:
     partial, index = run.best_link, best["num_links"]
     if partial is None:
         assert run.directory is not None
-        where = best.get("directory", "best")
+        where = best["directory"]
         partial = run.directory.load_best(index, run.knots.links[index], where)
     first = sum(link.num_steps for link in run.chain.links[:index])
     return replace(partial, num_steps=best["step"] - first)

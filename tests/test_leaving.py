@@ -1,0 +1,198 @@
+"""What leaves the machine: every file of every export, walked for places on this machine,
+templates, modes, links, and text that would be markup."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import make_tiny_folder, write_rows
+from helpers import sign
+from markdown_it import MarkdownIt
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from chainlora import Chain, LinkConfig, export_adapter, export_merged, make_config, train
+from chainlora.config.chat_templates import template_text
+from chainlora.errors import ModelError, RunError
+from chainlora.runs.export import Naming
+from chainlora.runs.reading import RunReader
+from chainlora.runs.requantizing import export_quantized
+
+TOOLS = [{"type": "function", "function": {"name": "hill", "parameters": {"type": "object"}}}]
+CHAT = [{"role": "user", "content": "the cat sat on a green hill"}]
+MARKUP = "<script>alert(1)</script>`|"
+
+
+@pytest.fixture(scope="module")
+def chat_run(tmp_path_factory) -> Path:
+    """A run on chats with tools, by a template that is not the base's, its versions markup."""
+    folder = tmp_path_factory.mktemp("private")
+    base = make_tiny_folder(folder / "base", max_position_embeddings=1024)
+    (base / "LICENSE").write_text("Do as you like.")
+    said = {"role": "assistant", "content": "two red birds fly"}
+    rows = [{"messages": [*CHAT, said], "tools": TOOLS}] * 4
+    tree = {
+        "model": str(base),
+        "data": {
+            "train": str(write_rows(folder / "rows.jsonl", rows)),
+            "chat_template": "chatml",
+        },
+        "chain": {"ranks": [4, 2], "steps": [3, 3]},
+        "train": {"lr": 1e-2, "batch_size": 4},
+        "output": str(folder / "run"),
+    }
+    train(make_config(tree))
+    versions = RunReader(folder / "run").manifest().versions
+    sign(folder / "run", versions=versions | {"torch": MARKUP})
+    return folder / "run"
+
+
+def _quantized(run: Path, out: Path, **keys: object) -> None:
+    pytest.importorskip("bitsandbytes")
+    export_quantized(run, out, "nf4", **keys)
+
+
+PUSHED = Naming("me/chain", "tiny/llama", "apache-2.0")
+EXPORTS: dict[str, Callable[[Path, Path], object]] = {
+    "adapter": export_adapter,
+    "compressed": lambda run, out: export_adapter(run, out, rank=2),
+    "after one link": lambda run, out: export_adapter(run, out, num_links=1),
+    "merged": export_merged,
+    "merged after no link": lambda run, out: export_merged(run, out, num_links=0),
+    "quantised": _quantized,
+    "adapter for the Hub": lambda run, out: export_adapter(run, out, naming=PUSHED),
+    "merged for the Hub": lambda run, out: export_merged(run, out, naming=Naming("me/chain")),
+    "quantised for the Hub": lambda run, out: _quantized(run, out, naming=Naming("me/chain")),
+}
+
+
+@pytest.mark.parametrize("export", EXPORTS)
+@pytest.mark.parametrize("umask", [0o022, 0o027])
+def test_every_file_of_an_export_can_leave(chat_run, tmp_path, export, umask):
+    before = os.umask(umask)
+    try:
+        EXPORTS[export](chat_run, tmp_path / "out")
+    finally:
+        os.umask(before)
+    files = [path for path in (tmp_path / "out").rglob("*") if not path.is_dir()]
+    assert {"README.md", "LICENSE", "tokenizer.json"} <= {path.name for path in files}
+    for path in files:
+        assert not path.is_symlink()
+        assert path.stat().st_mode & 0o777 == 0o666 & ~umask, path.name
+        content = path.read_bytes()
+        for place in (chat_run.parent, tmp_path, Path.home(), Path.cwd()):
+            assert str(place).encode() not in content, path.name
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer.chat_template.endswith(template_text("chatml"))
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "Chat template: `chatml`" in card
+    _, front, text = card.split("---", 2)
+    assert yaml.safe_load(front)["library_name"] in ("peft", "transformers")
+    assert "<script" not in MarkdownIt("gfm-like", {"html": True, "linkify": False}).render(text)
+
+
+def test_the_card_of_an_adapter_serves_it_on_its_own_base(chat_run, tmp_path):
+    """Never on the merged model, which would have the update twice."""
+    export_adapter(chat_run, tmp_path / "here")
+    export_adapter(chat_run, tmp_path / "hub", naming=PUSHED)
+    for name, base, adapter in [
+        ("here", "FOLDER_OF_THE_BASE", "THIS_FOLDER"),
+        ("hub", "tiny/llama", "me/chain"),
+    ]:
+        card = (tmp_path / name / "README.md").read_text()
+        assert f"vllm serve {base} --enable-lora" in card
+        assert f"--lora-modules chain={adapter}" in card
+        assert f'AutoModelForCausalLM.from_pretrained("{base}")' in card
+
+
+@torch.no_grad()
+def test_a_chat_adapter_answers_as_the_merged_model_from_its_own_folder(chat_run, tmp_path):
+    """The prompt's text, tools included, and the greedy answer: plain PEFT and transformers."""
+    export_adapter(chat_run, tmp_path / "adapter")
+    export_merged(chat_run, tmp_path / "merged")
+    base = AutoModelForCausalLM.from_pretrained(chat_run.parent / "base")
+    models = {
+        "adapter": PeftModel.from_pretrained(base, tmp_path / "adapter"),
+        "merged": AutoModelForCausalLM.from_pretrained(tmp_path / "merged"),
+    }
+    prompts, answers = set(), set()
+    for name, model in models.items():
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / name)
+        keys = {"tools": TOOLS, "add_generation_prompt": True, "tokenize": False}
+        prompts.add(prompt := tokenizer.apply_chat_template(CHAT, **keys))
+        ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
+        found = model.generate(**ids, max_new_tokens=12, do_sample=False)
+        answers.add(tokenizer.decode(found[0, ids["input_ids"].shape[1] :]))
+    assert len(prompts) == len(answers) == 1
+    assert '"hill"' in prompts.pop()  # the tool
+
+
+# --- doors
+
+
+@pytest.mark.parametrize(
+    "name", ["LICENSE.txt", "chat_template.jinja", "generation_config.json", "vocab.txt"]
+)
+@pytest.mark.parametrize("export", [export_adapter, export_merged])
+def test_a_link_in_the_base_leads_no_file_into_an_export(chat_run, tmp_path, name, export):
+    base, secret = chat_run.parent / "base", tmp_path / "secret"
+    secret.write_text('{"secret": 1}')
+    path = base / name
+    kept = path.read_bytes() if path.is_file() else None
+    path.unlink(missing_ok=True)
+    path.symlink_to(secret)
+    try:
+        with pytest.raises((ModelError, RunError), match=rf"base's folder .*{name}|another {name}"):
+            export(chat_run, tmp_path / "out")
+    finally:
+        path.unlink()
+        if kept is not None:
+            path.write_bytes(kept)
+    assert not (tmp_path / "out").exists()
+
+
+def test_links_of_the_hubs_cache_are_its_own(chat_run, tmp_path):
+    cache = tmp_path / "models--tiny--llama"
+    snapshot = Path(shutil.copytree(chat_run.parent / "base", cache / "snapshots" / "abc"))
+    (cache / "blobs").mkdir()
+    for path in list(snapshot.iterdir()):
+        path.rename(cache / "blobs" / path.name)
+        path.symlink_to(f"../../blobs/{path.name}")
+    chain = Chain(AutoModelForCausalLM.from_pretrained(snapshot), checkpoint=snapshot)
+    chain.extend(LinkConfig(rank=2, target_modules=("q_proj",)))
+    export_adapter(chain, tmp_path / "out")
+    copied = tmp_path / "out" / "LICENSE"
+    assert copied.read_text() == "Do as you like."
+    assert not copied.is_symlink()
+
+
+def test_a_saved_config_reads_no_file(chat_run, tmp_path):
+    run = Path(shutil.copytree(chat_run, tmp_path / "run"))
+    (tmp_path / "secret").write_text("{{ messages }} secret")
+    tree = yaml.safe_load((run / "config.yaml").read_text())
+    tree["data"]["chat_template"] = str(tmp_path / "secret")
+    (run / "config.yaml").write_text(yaml.safe_dump(tree))
+    sign(run)
+    for export in (export_adapter, export_merged):
+        with pytest.raises(RunError, match=r"chat_template` of a run must be a name or a text"):
+            export(run, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_tokenizer_is_missed_in_words(chat_run, tmp_path, caplog):
+    base = chat_run.parent / "base"
+    base.rename(base.with_name("moved"))
+    try:
+        export_adapter(chat_run, tmp_path / "out")
+    finally:
+        base.with_name("moved").rename(base)
+    assert "the export has no licence and no tokenizer beside it" in caplog.text
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "base"
