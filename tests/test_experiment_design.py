@@ -172,14 +172,6 @@ def test_a_grid_is_extended_geometrically_at_the_end_that_was_chosen():
     assert extensions(record, sizes, {"train.batch_size": 3}) == []  # no half rows
 
 
-def test_an_end_is_looked_for_beside_the_other_keys_that_were_chosen():
-    record = tried([1e-3, 3e-3], 3e-3, **{"chain.dropout": 0.1})
-    record["tried"].append({"point": {"train.lr": 9e-3, "chain.dropout": 0.0}})  # another slice
-    grid = {"train.lr": (1e-3, 3e-3, 9e-3), "chain.dropout": (0.0, 0.1)}
-    (point,) = extensions(record, grid, {"train.lr": 1})
-    assert dict(point) == {"train.lr": 0.009, "chain.dropout": 0.1}
-
-
 def test_what_so_few_seeds_cannot_decide_is_said_before_they_are_run(tiny_folder, sentiment):
     def note(seeds, **keys):
         return undecidable(

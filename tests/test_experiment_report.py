@@ -146,14 +146,6 @@ def test_over_all_tasks_each_task_weighs_alike(tmp_path):
     assert whole.num_pairs == 4
 
 
-def test_a_verdict_does_not_hang_on_how_much_of_the_plan_is_done(tmp_path):
-    head = {"methods": {"lora": "One.", "chain3": "Three.", "chain2": "Two."}}
-    pairs = [["chain3", "lora"], ["chain2", "lora"]]
-    path = write_lines(tmp_path / "results.jsonl", **head, tasks=["wsc"], pairs=pairs)
-    only = report_experiment(path, figures=False).comparisons[0].difference
-    assert only.p_holm == 2 * only.p  # chain2 has no cell yet
-
-
 def test_a_report_of_what_is_there_so_far(tmp_path):
     """A killed experiment may have, for one task, nothing but zero_shot: every figure is drawn all
     the same."""
@@ -173,16 +165,6 @@ def test_exact_match_stands_beside_f1(tmp_path):
     path = change(tmp_path / "results.jsonl", as_words)
     text = report_experiment(path, figures=False).markdown
     assert "| wsc lora | em | 25.00 | 6 |" in text
-
-
-def test_the_report_of_a_real_run(done):
-    _, out, _ = done
-    report = report_experiment(out, out / "report")
-    assert [summary.method for summary in report.summaries] == ["lora", "chain3"]
-    assert "Chosen on validation rows for each task and method apart" in report.markdown
-    # two seeds decide nothing
-    assert "too few pairs to compare chain3 with lora on mood" in report.markdown
-    assert "2 pairs: no interval and no verdict from so few" in report.markdown
 
 
 # --- labels ---
@@ -236,14 +218,6 @@ def test_labels_of_every_kind(tmp_path, chain, train, words):
 
     path = change(tmp_path / "results.jsonl", configured)
     assert words in report_experiment(path, figures=False).markdown
-
-
-def test_a_report_s_title_names_the_tasks_that_it_is_about(tmp_path):
-    """One made of SST-2 alone was titled as the whole table."""
-    path = change(
-        tmp_path / "results.jsonl", lambda c: c if c["task"] == "wsc" else None, tasks=["wsc"]
-    )
-    assert report_experiment(path, figures=False).markdown.startswith("# made: wsc\n")
 
 
 def test_a_quantised_base_is_named_as_one(tmp_path):
@@ -389,12 +363,6 @@ def test_few_seeds_have_curves_without_bands_and_unlike_steps_meet(tmp_path):
     assert "![curves.png]" in report_experiment(path).markdown
     lora, _ = loss_curves(read_results(path), "wsc")
     assert (lora.steps, lora.num_seeds, lora.lows[0]) == ((0, 4, 8), 2, -math.inf)
-
-
-def test_results_without_curves_have_no_figure_of_them(tmp_path):
-    path = write_lines(tmp_path / "results.jsonl", figures=["curves"])
-    assert "curves" not in report_experiment(path).markdown
-    assert not (tmp_path / "curves.png").exists()
 
 
 def test_a_report_of_no_final_cell_yet(tmp_path):

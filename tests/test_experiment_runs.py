@@ -14,9 +14,8 @@ import pytest
 import yaml
 from experiment_cases import tree
 
-from chainlora.errors import ChainLoRAError, ConfigError, DataError, RunError
+from chainlora.errors import ChainLoRAError, ConfigError, RunError
 from chainlora.experiments import (
-    expand,
     experiment_progress,
     load_experiment,
     make_experiment,
@@ -25,35 +24,9 @@ from chainlora.experiments import (
     run_cells,
     run_experiment,
 )
-from chainlora.experiments.execution.measure import training_steps, with_curve
 
 # a decay of 1e6 a step: weights overflow
 WILD = {"batch_size": 8, "lr": 1e3, "weight_decay": 1e3, "max_grad_norm": None}
-
-
-def test_results_of_another_folder_count_as_done(done, tiny_folder, sentiment, tmp_path):
-    """More seeds can be added to results that were committed: only the new cells run."""
-    _, out, outcome = done
-    more = make_experiment(tree(tiny_folder, sentiment, seeds=[0, 1, 2]))
-    plans = []
-    grown = run_cells(
-        more, tmp_path, backend="inline", reuse=[outcome.results], listener=plans.append
-    )
-    assert grown.num_run == 2  # one seed more of two methods
-    assert [plan["later"] for plan in plans if plan["event"] == "plan"] == [
-        2,
-        0,
-    ]  # what is told of the time left
-    old, new = read_results(out), read_results(tmp_path)
-    assert [cell for cell in new.cells if cell["seed"] < 2] == old.cells
-    assert len(new.finals) == 6
-    again = run_cells(
-        more, tmp_path / "again", backend="inline", reuse=[tmp_path / "results.jsonl"]
-    )
-    assert again.num_run == 0
-    assert (tmp_path / "again" / "results.jsonl").read_text() == (
-        tmp_path / "results.jsonl"
-    ).read_text()
 
 
 def test_a_run_tunes_chooses_and_gathers(done):
@@ -75,17 +48,6 @@ def test_a_run_tunes_chooses_and_gathers(done):
     assert (
         len({c["trainable_parameters"] for c in results.finals}) == 1
     )  # memory of one LoRA, chain or not
-
-
-def test_what_is_done_is_not_done_again(done):
-    experiment, out, _ = done
-    before = {path: path.stat().st_mtime_ns for path in out.glob("cells/*/result.json")}
-    again = run_cells(experiment, out, backend="inline")
-    assert again.num_run == 0
-    assert {path: path.stat().st_mtime_ns for path in out.glob("cells/*/result.json")} == before
-    more = experiment.model_copy(update={"seeds": (0, 1, 2)})
-    assert run_cells(more, out, backend="inline").num_run == 2  # one more seed, two methods
-    run_cells(experiment, out, backend="inline")
 
 
 def test_a_failed_cell_is_reported_and_the_others_go_on(tiny_folder, sentiment, tmp_path):
@@ -118,26 +80,6 @@ def test_a_failed_cell_is_reported_and_the_others_go_on(tiny_folder, sentiment, 
     assert "gone lora: seeds 0" in report_experiment(tmp_path / "out", figures=False).markdown
     with pytest.raises(ConfigError, match="must be local or inline"):
         run_experiment(path, tmp_path / "out", backend="slurm")
-
-
-def test_rows_that_are_not_there_are_missed_before_anything_runs(tiny_folder, sentiment, tmp_path):
-    data = {
-        "task": "rte",
-        "train": None,
-        "validation": None,
-        "test": None,
-        "dir": str(tmp_path / "nowhere"),
-    }
-    tasks = {"rte": {"data": data}}
-    with pytest.raises(
-        DataError, match=r"'rte' needs its 'train' rows .*or leave the folder out to fetch"
-    ):
-        run_cells(
-            make_experiment(tree(tiny_folder, sentiment, tasks=tasks)),
-            tmp_path / "out",
-            backend="inline",
-        )
-    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("what", ["rows", "model"])
@@ -374,21 +316,6 @@ def test_tuning_shows_validation_scores_and_never_those_of_the_test_rows(
     assert said.count("validation accuracy") == 4
 
 
-def test_cells_are_counted_right_where_a_call_stops_early(tiny_folder, sentiment, tmp_path):
-    experiment = make_experiment(tree(tiny_folder, sentiment))
-    records = []
-    outcome = run_cells(
-        experiment, tmp_path, backend="inline", max_cells=1, listener=records.append
-    )
-    assert (outcome.num_run, outcome.num_done, outcome.num_cells) == (1, 1, 6)
-    (plan,) = (each for each in records if each["event"] == "plan")
-    counts = {key: plan[key] for key in ("cells", "done", "left_out", "later")}
-    assert counts == {"cells": 4, "done": 0, "left_out": 3, "later": 2}
-    assert len(plan["todo"]) == 1
-    outcome = run_cells(experiment, tmp_path, backend="inline", max_cells=100)
-    assert (outcome.num_run, outcome.num_done, outcome.num_cells) == (5, 6, 6)
-
-
 def test_a_run_keeps_its_curve_at_some_twenty_points_and_at_knots(tiny_folder, sentiment, tmp_path):
     base = tree(tiny_folder, sentiment)["base"]
     base["recipe"] = {"rank": 2, "steps": 80, "scaling": 2}
@@ -407,24 +334,3 @@ def test_a_run_keeps_its_curve_at_some_twenty_points_and_at_knots(tiny_folder, s
     assert len(ids) == 1  # how often a run is evaluated changes nothing that it computes
     scores = {cell["score"] for out in "abc" for cell in read_results(tmp_path / out).cells}
     assert len(scores) == 1
-
-
-def test_what_evaluates_by_itself_is_left_as_it_is(tiny_folder, sentiment):
-    def evaluates(**train):
-        base = tree(tiny_folder, sentiment)["base"]
-        base["train"] = base["train"] | train
-        cell = expand(make_experiment(tree(tiny_folder, sentiment, base=base, tune={})))[0]
-        return with_curve(cell.config, 3).train.eval_every
-
-    assert evaluates() == 2
-    assert evaluates(eval_every=5) == 5
-    assert evaluates(keep_best=True) is None  # more points to choose among would be another method
-    assert evaluates(eval_at_knots=False) is None  # evaluations cost: the file says not to
-
-
-def test_a_run_of_epochs_is_evaluated_as_often(tiny_folder, sentiment):
-    base = tree(tiny_folder, sentiment)["base"]
-    base["recipe"] = {"rank": 2, "epochs": 10, "scaling": 2}
-    cell = expand(make_experiment(tree(tiny_folder, sentiment, base=base, tune={})))[0]
-    assert training_steps(cell.config) == 40  # 32 rows by 8, ten times
-    assert with_curve(cell.config, 20).train.eval_every == 2

@@ -15,7 +15,6 @@ from chainlora.experiments.statistics.intervals import (
     bca_interval,
     interval_kind,
     mean_interval,
-    mean_sd,
     t_interval,
 )
 from chainlora.experiments.statistics.pairs import compare_pairs, judge
@@ -57,11 +56,6 @@ def test_holm_steps_down():
     assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])  # worked by hand
     assert holm([0.9, 0.8]) == [1.0, 1.0]
     assert holm([]) == []
-
-
-def test_mean_and_deviation():
-    assert mean_sd([1.0, 3.0]) == (2.0, pytest.approx(math.sqrt(2)))
-    assert math.isnan(mean_sd([1.0])[1])
 
 
 def test_the_exact_test_is_scipy_s_where_scipy_is_exact():

@@ -84,7 +84,7 @@ def test_compare_extends_its_rates(tiny_folder, sentiment, tmp_path, capsys):
     assert "lr 0.0001 (highest tried)" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("verb", ["experiment", "compare"])
+@pytest.mark.parametrize("verb", [pytest.param("experiment", marks=pytest.mark.slow), "compare"])
 def test_ctrl_c_says_that_the_same_command_resumes(tiny_folder, sentiment, tmp_path, verb):
     """`train --resume`, which was the advice, is for a run and not for an experiment."""
     base = tree(tiny_folder, sentiment, methods=["lora"], seeds=[0], tune={})

@@ -3,7 +3,6 @@ touched."""
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import struct
@@ -99,20 +98,6 @@ def size(png: Path) -> tuple[int, int]:
 def test_every_run_has_a_picture(rows, tmp_path):
     plot_training(rows, tmp_path / "training.png")
     assert min(size(tmp_path / "training.png")) > 200
-
-
-def test_scores_get_a_panel_of_their_own(tmp_path):
-    plot_training(records(metrics=()), tmp_path / "without.png")
-    plot_training(records(), tmp_path / "with.png")
-    assert size(tmp_path / "with.png")[1] > size(tmp_path / "without.png")[1]
-
-
-def test_file_and_records_give_the_same_bytes(tmp_path):
-    file = tmp_path / "metrics.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in records()))
-    plot_training(file, tmp_path / "a.png")
-    plot_training(records(), tmp_path / "b.png")
-    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
 
 
 @pytest.mark.parametrize(
