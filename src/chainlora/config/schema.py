@@ -270,7 +270,7 @@ class RunConfig(Section):
         refuse_if(
             not {"name"} <= section.keys() <= {"name", "quantize"},
             "`model` must be a name, or a section of name and quantize",
-            ", ".join(sorted(map(str, section))),
+            ", ".join(sorted(map(str, section))) or "an empty one",
             "e.g. model: {name: m, quantize: nf4}",
         )
         return dict(tree) | {"model": section.pop("name")} | section
