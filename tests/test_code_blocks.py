@@ -5,8 +5,11 @@ test_integrations_docs, test_theory, test_optimizers."""
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import click
@@ -15,7 +18,7 @@ import pytest
 from chainlora import make_config
 from chainlora.cli.main import cli
 from chainlora.config.loading import parse_yaml
-from chainlora.data.tasks.schema import Task
+from chainlora.data.tasks.task import Task
 from chainlora.experiments.design.loading import make_experiment
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -71,3 +74,25 @@ def check_command(words: list[str]) -> None:
         settings = command.context_settings
         context = click.Context(command, info_name=name, parent=context, **settings)
     command.make_parser(context).parse_args(list(rest))
+
+
+@pytest.mark.skipif(not os.environ.get("CHAINLORA_FULL"), reason="mypy reads torch for a minute")
+@pytest.mark.parametrize("page", ["README.md", "docs/python.md"])
+def test_a_type_checker_accepts_the_python_of_the_documents(page, tmp_path):
+    """As in a user's project: without our settings and plugins. `LinkConfig(rank=…)` failed."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    bodies = [body for language, body in FENCED.findall(text) if language == "python"]
+    for number, body in enumerate(bodies):
+        (tmp_path / f"block_{number}.py").write_text(body)
+    (tmp_path / "mypy.ini").write_text("[mypy]\nignore_missing_imports = true\n")
+    # Names that a reader puts in, such as the folder of a model, are not defined in a block.
+    strictness = ["--check-untyped-defs", "--disable-error-code", "name-defined"]
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", "--follow-imports=silent", *strictness, "."],
+        cwd=tmp_path,
+        env=os.environ
+        | {"MYPYPATH": str(ROOT / "src"), "MYPY_CACHE_DIR": str(ROOT / ".mypy_cache")},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout
