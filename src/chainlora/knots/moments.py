@@ -10,7 +10,7 @@ from torch import Tensor
 
 from chainlora.chain.adapters import Adapter, live_factors
 from chainlora.chain.soft_knot import Balance
-from chainlora.errors import ConfigError
+from chainlora.errors import ChainError, ConfigError
 
 # What optimizers keep of past gradients, by the power of the gradient that it is.
 MOMENTS = {
@@ -25,14 +25,16 @@ _FACTORED = {"row_var", "col_var"}  # Adafactor's means of squares, over columns
 
 @torch.no_grad()
 def carry_moments(
-    optimizer: torch.optim.Optimizer, adapter: Adapter, scales: Mapping[str, Balance]
+    optimizer: torch.optim.Optimizer, adapter: Adapter | None, scales: Mapping[str, Balance]
 ) -> None:
     """Carry an optimizer's moments over a soft knot, in place, exactly.
 
     Its gradients would have been β times as large for A and α times as large for B (`soft_knot`);
     first moments scale with them, second moments with their square, step counts stay. Raises
-    ConfigError for an optimizer whose state is not known to scale.
+    ConfigError for an optimizer whose state is not known to scale, ChainError without a live link.
     """
+    if adapter is None:
+        raise ChainError("moments are those of a live link", "none", "call it before chain.tie()")
     check_known(optimizer)
     for name, scale in scales.items():
         a, b = live_factors(adapter, name)
