@@ -153,7 +153,8 @@ def test_a_non_finite_loss_stops_and_keeps_the_last_good_state(
         sentiment,
         run,
         train={
-            "lr": 3e38,
+            "lr": 1e3,
+            "optimizer_options": {"weight_decay": 1e38},  # the first update overflows
             "schedule": "constant",
             "warmup_steps": warmup,  # the first step of a warm-up has rate 0
             "max_grad_norm": None,
