@@ -4,7 +4,6 @@ package."""
 from __future__ import annotations
 
 import importlib
-import io
 import itertools
 import json
 import re
@@ -12,7 +11,6 @@ import runpy
 import shlex
 import sys
 from pathlib import Path
-from typing import Any
 
 import peft
 import pytest
@@ -24,7 +22,7 @@ from transformers import AutoModelForCausalLM
 import chainlora
 from chainlora import Chain
 from chainlora.chain.soft_knot import time_constant
-from chainlora.cli.main import cli, run
+from chainlora.cli.main import run
 from chainlora.config.loading import parse_yaml
 from chainlora.config.schema import KnotConfig
 from chainlora.experiments import expand, load_experiment, report_experiment
@@ -55,6 +53,12 @@ def blocks(text: str, language: str) -> list[str]:
     """The fenced blocks of a language, in order."""
     found = re.findall(r"^```(\w*)\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
     return [body for name, body in found if name == language]
+
+
+def arguments(line: str) -> list[str]:
+    """The words of a shell command, with bash's $'…' read and comments left out."""
+    quoted = re.sub(r"\$'([^']*)'", lambda m: shlex.quote(m[1].replace("\\n", "\n")), line)
+    return shlex.split(quoted, comments=True)
 
 
 def block_with(text: str, start: str) -> str:
@@ -99,33 +103,6 @@ def test_the_readme_python_runs_and_its_adapter_is_the_model(checkout, monkeypat
         )
 
 
-def small_loop(tiny_folder) -> dict[str, Any]:
-    """The names that a block about a loop of one's own leaves to the reader."""
-    model = AutoModelForCausalLM.from_pretrained(tiny_folder)
-    ids = torch.arange(3, 11)[None]
-
-    def make_update(optimizer):
-        def update(batch):
-            model(input_ids=batch, labels=batch).loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-
-        return update
-
-    return {"torch": torch, "model": model, "batches": [ids, ids], "make_update": make_update}
-
-
-def test_the_chain_in_the_readme_runs(tiny_folder):
-    names = small_loop(tiny_folder)
-    model, before = names["model"], names["model"].lm_head.weight.clone()
-    exec(blocks(README, "python")[1], names)
-    assert names["plain"] is model
-    assert [link.config.rank for link in names["chain"].links] == [8, 8]
-    assert [link.num_steps for link in names["chain"].links] == [4, 4]
-    assert not any("lora" in name for name, _ in model.named_parameters())
-    assert torch.equal(model.lm_head.weight, before)
-
-
 PYTHON = (ROOT / "docs/python.md").read_text(encoding="utf-8")
 
 
@@ -160,18 +137,11 @@ def test_python_md_names_methods_that_exist():
 
 def test_the_readme_commands_run_in_order(checkout, monkeypatch, capsys):
     monkeypatch.chdir(checkout)
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"5 March 2021\n")))  # for chat
     (session,) = blocks(README, "console")
-    lines = [shlex.split(line[2:], comments=True) for line in session.splitlines()]
-    for line in lines:
-        assert line[0] == "chainlora"
-        status = run(line[1:])
-        assert status == 0, f"{line}: {capsys.readouterr().err}"
-        if "--json" in line:
-            assert json.loads(capsys.readouterr().out.splitlines()[-1])["task"] == "dates"
-    assert {line[1] for line in lines} | {"demo", "experiment", "compare", "convert-config"} == set(
-        cli.commands
-    )
+    for line in session.splitlines():
+        program, *words = arguments(line.removeprefix("$ "))
+        assert program == "chainlora"
+        assert run(words) == 0, f"{line}: {capsys.readouterr().err}"
     tree = block_with((ROOT / "docs/run-directory.md").read_text(encoding="utf-8"), "runs/dates/\n")
     promised = {name.strip("/") for name in re.findall(r"^  ([\w.]+)", tree, flags=re.MULTILINE)}
     found = {path.name for path in (checkout / "runs/dates").iterdir()}
@@ -183,6 +153,14 @@ def test_the_readme_commands_run_in_order(checkout, monkeypatch, capsys):
         for line in (checkout / "runs/soft/metrics.jsonl").read_text().splitlines()
     }
     AutoModelForCausalLM.from_pretrained("out/merged")
+
+
+def test_prompts_in_documents_end_as_the_rows_do():
+    """The model learned dates that are followed by a line `ISO:`."""
+    for document in DOCUMENTS:
+        for line in document.read_text(encoding="utf-8").splitlines():
+            if "Date: 5 March 2021" in line:
+                assert "2021\\nISO:" in line, f"{document.name}: {line}"
 
 
 def test_a_finished_run_is_resumed_by_its_own_config(checkout, monkeypatch):
@@ -255,18 +233,6 @@ def test_the_settings_in_config_md_are_read():
     *_, block = blocks(text, "yaml")
     tree = parse_yaml(block) | {"model": "m", "data": {"train": "rows.jsonl"}}
     assert chainlora.make_config(tree).chain.knots == KnotConfig()
-
-
-def test_the_file_tree_is_the_tree():
-    tree = block_with(README, "src/chainlora/\n")
-    package = tree.split("\ntests/")[0]
-    shown = re.findall(r"^  (\w+\.py|\w+/) +\S", package, flags=re.MULTILINE)
-    source = ROOT / "src/chainlora"
-    actual = [path.name for path in source.glob("*.py")]
-    actual += [f"{path.parent.name}/" for path in source.glob("*/__init__.py")]
-    assert sorted(shown) == sorted(actual)
-    for top in re.findall(r"^(\w+/)", tree, flags=re.MULTILINE):
-        assert (ROOT / top).is_dir()
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)

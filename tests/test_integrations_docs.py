@@ -78,7 +78,7 @@ def test_the_one_line_in_the_readme_runs(tiny_folder, tmp_path):
         "model": str(tiny_folder),
         "dataset": Dataset.from_list(rows),
     }
-    exec(blocks(README, "python")[2], names)
+    exec(blocks(README, "python")[1], names)
     names["trainer"].train()
     chain = chain_of(names["trainer"])
     assert [(link.config.rank, link.num_steps) for link in chain.links] == [(8, 2), (8, 2), (4, 2)]
