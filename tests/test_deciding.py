@@ -167,6 +167,10 @@ def test_a_finished_run_is_answered_at_once(tiny_folder, sentiment, tmp_path, mo
         train(changed, resume=True)
     with pytest.raises(RunError, match=r"no steps left to change \(got train.lr"):
         train(changed, resume=True, change=["train.lr"])
+    result = tmp_path / "run/result.json"
+    result.write_text(result.read_text().replace('"loss": 1', '"loss": 0', 1) + " ")
+    with pytest.raises(RunError, match=r"result.json must be as the run wrote it"):
+        train(config, resume=True)
 
 
 def test_a_soft_knot_leaves_a_part_of_the_link():

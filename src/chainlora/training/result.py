@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, TypedDict, cast
 
 from chainlora.config.schema import RunConfig
 from chainlora.data.rows import Rows
@@ -13,7 +12,7 @@ from chainlora.errors import RunError
 from chainlora.evaluation.metrics import INDEX_METRICS, majority_rate
 from chainlora.runs.costs import hardware, num_trained, peak_memory_mb
 from chainlora.runs.directory import versions
-from chainlora.runs.manifest import Best, describe_link
+from chainlora.runs.manifest import RESULT, Best, describe_link
 from chainlora.runs.reading import RunReader
 from chainlora.runs.resuming import changes
 from chainlora.training.events import Scored
@@ -51,17 +50,18 @@ def finished_result(config: RunConfig, change: Collection[str] = ()) -> TrainRes
 
     Raises RunError for another config than the run's.
     """
-    if config.output is None or not (Path(config.output) / "result.json").is_file():
+    if config.output is None or not (Path(config.output) / RESULT).is_file():
         return None
     reader = RunReader(config.output)
-    step = reader.verify().position.step
+    step, result = reader.verify().position.step, reader.result()
+    if result is None:  # killed before the manifest named it: the resume writes it again
+        return None
     if new := changes(reader.config(), config, change, step):
         raise RunError(
             f"a finished run has no steps left to change (got {new[0].key} for {config.output}); "
             "choose a new output"
         )
-    result: TrainResult = json.loads((reader / "result.json").read_text(encoding="utf-8"))
-    return result
+    return cast(TrainResult, result)
 
 
 def finish(run: Run) -> TrainResult:
