@@ -1,4 +1,4 @@
-"""Run long.yaml at half the cost: ``python benchmarks/smollm2/long.py --rows ROWS --output OUT``.
+"""Run long.yaml with half of the arithmetic: ``python long.py --rows ROWS --output OUT``.
 
 Only layers 24 to 29 are adapted, so what enters layer 24 is a fixed function of the row. It is
 computed once a row, kept in OUT/states, and shared by all methods, rates and seeds. All else is the
