@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
@@ -13,6 +14,7 @@ from chainlora.errors import ConfigError
 from chainlora.evaluation.evaluate import Evaluation
 from chainlora.training import loop
 from chainlora.training.acceptance import gain
+from chainlora.training.setup import prepare
 
 
 def test_a_gain_is_clear_beyond_its_standard_error():
@@ -71,6 +73,18 @@ def test_a_harmful_link_is_dropped_and_the_chain_ends(
     first, _ = load_run(tmp_path / "alone", num_links=1)
     for mine, theirs in zip(model.parameters(), first.parameters(), strict=True):
         assert torch.equal(mine, theirs)  # exactly the weights before the rejected link
+
+
+def test_the_id_of_a_rejected_link_is_not_given_again(
+    tiny_folder, sentiment, tmp_path, monkeypatch
+):
+    rejecting(monkeypatch)
+    settings = config(tiny_folder, sentiment, tmp_path / "run")
+    train(settings)
+    manifest = json.loads((tmp_path / "run" / "chain.json").read_text())
+    assert ([link["id"] for link in manifest["links"]], manifest["next_id"]) == ([0], 2)
+    with prepare(settings, resume=True, listener=lambda event: None) as run:
+        assert run.chain.next_id == 2
 
 
 def test_a_helpful_link_is_kept(tiny_folder, sentiment):

@@ -192,8 +192,12 @@ class RunDirectory(RunReader):
         links: list[Link],
         progress: Progress,
         numbers: Numbers | None = None,
+        next_id: int = 0,
     ) -> None:
-        """Write ``chain.json`` at a knot: last, after everything it names."""
+        """Write ``chain.json`` at a knot: last, after everything it names.
+
+        `next_id` is the chain's: a link that was rejected has used an id too.
+        """
         before = self._current
         known = before.links if before else []
         entries = link_entries(links, base["fingerprint"], known)
@@ -206,7 +210,7 @@ class RunDirectory(RunReader):
                 hold=config.chain.hold,
                 rows=self._rows,
                 links=entries,
-                next_id=max([before.next_id if before else 0, *(e.id + 1 for e in entries)]),
+                next_id=next_id,
                 moments=moments if moments in self._hashes else None,
                 selected=None,
                 progress=deepcopy(progress),
@@ -339,6 +343,11 @@ class RunDirectory(RunReader):
     def numbers(self) -> Numbers | None:
         """Return what was decided when the run began."""
         return self._current.numbers if self._current is not None else None
+
+    @property
+    def next_id(self) -> int:
+        """Return the id of the next link, or of the one that a checkpoint is inside of."""
+        return self._need_current().next_id
 
     def load_links(self, num_links: int | None = None) -> list[Link]:
         """Read the chain: as selected (the best point if it was kept), or its first links."""

@@ -99,7 +99,12 @@ class Run:
         self.count_seconds()
         if self.directory is not None:
             self.directory.write_manifest(
-                self.base, self.config, self.chain.links, self.progress, self.knots.numbers
+                self.base,
+                self.config,
+                self.chain.links,
+                self.progress,
+                self.knots.numbers,
+                self.chain.next_id,
             )
 
     def save_checkpoint(self, optimizer: torch.optim.Optimizer) -> None:

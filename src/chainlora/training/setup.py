@@ -275,6 +275,7 @@ def _restore_links(run: Run) -> None:
     if run.directory is not None:
         for link in run.directory.load_links(run.progress.link):
             run.chain.add(link)
+        run.chain.next_id = run.directory.next_id  # of a link that was rejected, none again
 
 
 def _announce(run: Run) -> None:
