@@ -1,8 +1,8 @@
 """Build the documentation site: `make site`, or python site/build.py OUTPUT. No network is used.
 
 Pages are the repository's own Markdown files at their own paths, so that one link is right here and
-on a code host. The start page is the README. Two reference pages are generated from the code. Every
-warning of Sphinx is an error, and so is a link in the built pages that leads nowhere.
+on a code host. The start page is the README; `reference/` is generated from the code. Every warning
+of Sphinx is an error, and so is a link in the built pages that leads nowhere.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from sphinx.cmd.build import main as sphinx
 
 import chainlora
 from chainlora.cli.main import cli
+from chainlora.config.foreign import keys_table
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -61,6 +62,7 @@ def lay_out(source: Path) -> None:
     (source / "reference").mkdir()
     (source / "reference/commands.md").write_text(commands_page(), encoding="utf-8")
     (source / "reference/names.md").write_text(names_page(), encoding="utf-8")
+    (source / "reference/keys.md").write_text(keys_page(), encoding="utf-8")
 
 
 def start_page_for_readme(text: str, page: Path) -> str:
@@ -111,10 +113,7 @@ def _command(command: click.Command, name: str) -> Iterator[str]:
     pieces = [piece for piece in command.collect_usage_pieces(context) if piece]
     yield f"```console\n$ {' '.join([name, *pieces])}\n```\n"
     options = [each for each in command.get_params(context) if isinstance(each, click.Option)]
-    if options:
-        yield "| option | meaning |\n|---|---|"
-        yield from (_option(each, context) for each in options)
-        yield ""
+    yield from (_option(each, context) for each in options)
     if isinstance(command, click.Group):
         for child in command.list_commands(context):
             yield from _command(command.commands[child], f"{name} {child}")
@@ -122,8 +121,8 @@ def _command(command: click.Command, name: str) -> Iterator[str]:
 
 def _option(option: click.Option, context: click.Context) -> str:
     shown = option.get_help_record(context) or ("", option.help or "")
-    names, meaning = (_text(part).replace("|", r"\|") for part in shown)
-    return f"| `{names}` | {meaning} |"
+    names, meaning = (_text(part) for part in shown)
+    return f"`{names}`\n: {meaning}\n"
 
 
 def _text(text: str) -> str:
@@ -145,6 +144,16 @@ def names_page() -> str:
         directive = f".. auto{kind}:: {value.__module__}.{name}"
         lines += [directive, *(["   :members:"] if name in ("Chain", "Link") else []), ""]
     return "\n".join([*lines, "```\n"])
+
+
+def keys_page() -> str:
+    """Return a page of the keys of other tools: a list, since a table is too wide for a phone."""
+    lines = ["# All keys of other tools\n", "In groups and by example: [keys](../docs/keys.md).\n"]
+    for row in keys_table().splitlines()[2:]:
+        key, tools, here, said = (cell.strip() for cell in row.strip("|").split(" | "))
+        here = here.replace("](config.md)", "](../docs/config.md)")
+        lines.append(f"{key} ({tools})\n: {'; '.join(part for part in (here, said) if part)}\n")
+    return "\n".join(lines)
 
 
 # --- links ---

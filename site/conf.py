@@ -4,11 +4,14 @@ from chainlora import __version__
 
 project = "chainlora"
 author = "The chainlora contributors"
+copyright = f"2026 {author}, Apache-2.0. Version {__version__}"  # the footer
 release = __version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 source_suffix = {".md": "markdown"}
 root_doc = "index"
+myst_enable_extensions = ["deflist"]
+smartquotes = False  # they make a dash of the two of an option
 myst_heading_anchors = 4  # links to headings are written as GitHub has them
 default_role = "code"
 highlight_language = "text"  # of blocks that name none, such as output

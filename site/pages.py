@@ -1,19 +1,17 @@
-"""Write the lists of keys at the end of docs/config.md and docs/keys.md: `make pages`."""
+"""Write the list of keys at the end of docs/config.md: `make pages`."""
 
 from pathlib import Path
 
-from chainlora.config.foreign import keys_table
 from chainlora.config.json_schema import config_page
 
-DOCS = Path(__file__).resolve().parents[1] / "docs"
-LISTS = {"config.md": ("### Top level", config_page), "keys.md": ("| key | of |", keys_table)}
+PAGE = Path(__file__).resolve().parents[1] / "docs/config.md"
+BEGIN = "### Top level"
 
 
 def main() -> None:
-    """Replace each list by what the code says."""
-    for name, (begin, make) in LISTS.items():
-        text = (DOCS / name).read_text(encoding="utf-8")
-        (DOCS / name).write_text(text[: text.index(begin)] + make(), encoding="utf-8")
+    """Replace the list by what the code says."""
+    text = PAGE.read_text(encoding="utf-8")
+    PAGE.write_text(text[: text.index(BEGIN)] + config_page(), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +13,6 @@ from chainlora.config.loading import parse_yaml
 from chainlora.errors import ConfigError
 from chainlora.training.optimizers import OPTIMIZERS
 
-DOCS = Path(__file__).resolve().parents[1] / "docs"
 # Whole configs as the tools' own examples have them.
 AXOLOTL = """
 base_model: NousResearch/Llama-3.2-1B
@@ -341,10 +339,8 @@ def test_our_side_of_the_table_exists():
         assert set(foreign_keys()[key].values.values()) == set(OPTIMIZERS)
 
 
-def test_keys_md_is_the_table(chainlora):
-    table = chainlora("convert-config", "--keys").out
-    assert table == keys_table()
-    assert (DOCS / "keys.md").read_text(encoding="utf-8").endswith(table)
+def test_the_table_of_keys_is_printed(chainlora):
+    assert chainlora("convert-config", "--keys").out == keys_table()
 
 
 @pytest.mark.parametrize("tool", TRAINED)

@@ -361,7 +361,7 @@ def _shown(value: Any) -> str:
 
 
 def keys_table() -> str:
-    """Return the table of docs/keys.md."""
+    """Return every known key of other tools and what it is here, as a Markdown table."""
     return "\n".join(["| key | of | here | |", "|---|---|---|---|", *_rows()]) + "\n"
 
 

@@ -30,7 +30,7 @@ class DataConfig(Section):
     """
 
     task: str | None = None
-    """Name of a shipped task (`chainlora tasks`) or path of a task file ([tasks.md](tasks.md))."""
+    """Name of a shipped task (`chainlora tasks`) or path of a task file ([tasks](tasks.md))."""
     dir: str | None = None
     """Folder with the task's rows; `null` fetches them from the Hub."""
     train: str | None = None
@@ -49,10 +49,10 @@ class DataConfig(Section):
     `input`, `output`) as chat, or as Alpaca's own prompt where there is no chat template;
     `conversational` (TRL: `prompt` and `completion` are lists of messages) as chat, with the loss
     on the completion's turns. `auto` decides by the first row, and a run says which of these it
-    recognised: [rows.md](rows.md)."""
+    recognised: [rows](rows.md)."""
     chat_template: str | None = None
     """Chat template for rows of chats: a name (`alpaca`, `chatml`, `llama3`, `zephyr`), a file, or
-    the Jinja text itself; `null` is the tokenizer's own ([rows.md](rows.md#chat-templates))."""
+    the Jinja text itself; `null` is the tokenizer's own ([rows](rows.md#chat-templates))."""
     template_arguments: dict[str, Argument] = Field(default={})
     """Arguments of the chat template, e.g. `{enable_thinking: false}`."""
     num_train: Count | None = None
@@ -157,7 +157,7 @@ class TrainConfig(Section):
     """Seed of the order of rows, of every link's initialization, and of dropout."""
     optimizer: str = "adamw"
     """Optimizer of each link: `adamw`, `sgd`, `adafactor`, `lion`, `muon`, `schedule_free_adamw`,
-    `adamw_8bit`, `paged_adamw_8bit` ([optimizers.md](optimizers.md))."""
+    `adamw_8bit`, `paged_adamw_8bit` ([optimizers](optimizers.md))."""
     optimizer_options: dict[str, bool | int | float | str | tuple[float | None, ...] | None] = (
         Field(default={})
     )
@@ -247,7 +247,7 @@ class RunConfig(Section):
     SmolLM2-135M-Instruct quantised to Q4_1, so not equal to the one of the Hub."""
     quantize: Literal["nf4", "int8"] | None = None
     """`nf4` or `int8` loads the linear layers of the base in 4 or 8 bits, with links carried beside
-    them, and prepares it as PEFT does ([scale.md](scale.md#quantised-bases)); `null` keeps the
+    them, and prepares it as PEFT does ([scale](scale.md#quantised-bases)); `null` keeps the
     checkpoint as it is, which may be quantised itself. `model: {name: …, quantize: nf4}` says the
     same."""
     data: DataConfig
