@@ -123,29 +123,9 @@ def smollm2_tokenizer(smollm2_folder):
 
 
 WORDS = [
-    "the",
-    "cat",
-    "sat",
-    "on",
-    "a",
-    "mat",
-    "and",
-    "saw",
-    "two",
-    "red",
-    "birds",
-    "fly",
-    "over",
-    "green",
-    "hill",
-    "yes",
-    "no",
-    "maybe",
-    "good",
-    "bad",
-    "it",
-    "was",
-]
+    "the", "cat", "sat", "on", "a", "mat", "and", "saw", "two", "red", "birds", "fly", "over",
+    "green", "hill", "yes", "no", "maybe", "good", "bad", "it", "was",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="session")

@@ -104,22 +104,6 @@ def test_a_file_is_read_once_while_it_is_unchanged(folder, later, monkeypatch):
     assert hashing.hash_file(path) == files.sha256(path) != first
 
 
-@pytest.mark.parametrize("seconds", [0, -86_400])  # or in the future, the clock being set back
-def test_a_file_that_has_just_changed_is_not_remembered(seconds, folder, cache, monkeypatch):
-    written = max(each.stat().st_ctime for each in folder.iterdir())
-    monkeypatch.setattr(hashing, "time", SimpleNamespace(time=lambda: written + seconds + 1))
-    hashing.hash_file(folder / "model.safetensors")
-    assert not (cache / "hashes").exists()
-
-
-def test_old_hashes_are_forgotten(folder, cache, later, monkeypatch):
-    monkeypatch.setattr(hashing, "_MOST_ENTRIES", 3)
-    for name in "abcd":
-        (folder / name).write_text(name)
-        hashing.hash_file(folder / name)
-    assert len(list((cache / "hashes").iterdir())) == 2
-
-
 def test_a_damaged_or_unwritable_cache_is_not_believed_and_does_no_harm(
     folder, cache, later, monkeypatch
 ):

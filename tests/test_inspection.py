@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import settings, stop_after
+from helpers import settings
 from safetensors.numpy import load_file
 
 from chainlora import inspect_run, make_config, train
@@ -157,26 +157,3 @@ def test_an_untrained_link_has_no_size(tiny_folder, sentiment, tmp_path):
     )
     row = inspect_run(tmp_path / "run")["links"][0]
     assert (row["delta_norm"], row["effective_rank"], row["stable_rank"]) == (0.0, 0.0, 0.0)
-
-
-def test_a_run_that_goes_on_can_be_inspected_at_any_moment(rich_config, tmp_path):
-    """What a manifest names may be gone a moment later, the next one being there."""
-    from chainlora.runs.reading import RunReader
-
-    stop_after(rich_config, 7)
-    run = tmp_path / "run"
-    read, before = RunReader.manifest, RunReader(run).manifest()
-    train(rich_config, resume=True)
-    seen = []
-
-    def late(self):
-        seen.append(self)
-        return before if len(seen) == 1 else read(self)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(RunReader, "manifest", late)
-        assert len(inspect_run(run)["links"]) == 3
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(RunReader, "manifest", lambda self: before)
-        with pytest.raises(RunError, match="must hold"):
-            inspect_run(run)

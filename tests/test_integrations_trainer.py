@@ -26,10 +26,8 @@ from helpers_integrations import (
 )
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, Trainer, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
 from chainlora import ChainCallback, export_merged, load_chain, load_run, make_config, train
-from chainlora.knots.policy import WHOLE, Knot
 from chainlora.runs.directory import RunDirectory
 from chainlora.training.plan import make_plan
 
@@ -131,14 +129,6 @@ def test_where_the_knots_fall(tiny_folder, tokenizer, tmp_path, keys, lengths):
     assert [record["link_steps"] for record in knots] == lengths[:-1]  # the last link is live
 
 
-def test_epochs_of_the_trainer(tiny_folder, tokenizer, tmp_path):
-    callback = ChainCallback(epochs=[1, 0.5])
-    keys = {"max_steps": -1, "num_train_epochs": 1.5, "gradient_accumulation_steps": 5}
-    trainer = run(tiny_folder, tokenizer, tmp_path, callback, **keys)
-    assert [link.num_steps for link in chain_of(trainer).links] == [3, 2]  # 12 batches, 3 steps
-    assert trainer.state.global_step == 5
-
-
 @pytest.mark.parametrize("schedule", ["constant", "linear"])
 def test_soft_knots_are_those_of_our_loop(tiny_folder, tokenizer, tmp_path, schedule):
     """With `linear`, the shares follow the rate of the step to come."""
@@ -172,20 +162,6 @@ def test_soft_knots_are_those_of_our_loop(tiny_folder, tokenizer, tmp_path, sche
     own.tie()
     # A compressed link has no factors of its own to compare: the function is.
     torch.testing.assert_close(logits(trainer.model), logits(own.model), atol=5e-3, rtol=0)
-
-
-def test_a_policy_may_end_a_link_early(tiny_folder, tokenizer, tmp_path):
-    class Early:
-        def knot_after(self, position):
-            if position.link == 0 and position.step == 2:
-                return WHOLE
-            if position.step >= position.num_steps:
-                return WHOLE
-            return Knot(0.5, "new") if position.step == 3 else None
-
-    callback = ChainCallback([4, 4], policy=Early())
-    trainer = run(tiny_folder, tokenizer, tmp_path, callback)
-    assert [link.num_steps for link in chain_of(trainer).links] == [2, 9]
 
 
 def test_the_optimizer_is_new_or_kept(tiny_folder, tokenizer, tmp_path):
@@ -285,24 +261,6 @@ def test_a_killed_run_resumes_across_a_knot(tiny_folder, tokenizer, tmp_path, ki
     assert torch.equal(logits(resumed.model), logits(whole.model))
 
 
-def test_a_finished_run_goes_on_with_more_links(tiny_folder, tokenizer, tmp_path):
-    keys = {"save_strategy": "steps", "save_steps": 100, "lr_scheduler_type": "constant"}
-    whole = run(
-        tiny_folder, tokenizer, tmp_path / "a", ChainCallback(steps=4), max_steps=12, **keys
-    )
-    run(tiny_folder, tokenizer, tmp_path / "b", ChainCallback(steps=4), max_steps=8, **keys)
-    more = make_trainer(
-        peft_model(tiny_folder),
-        tokenizer,
-        tmp_path / "b",
-        ChainCallback(steps=4),
-        max_steps=12,
-        **keys,
-    )
-    more.train(resume_from_checkpoint=True)
-    assert_links_agree(chain_of(more), chain_of(whole), atol=0.0)
-
-
 def test_a_resume_with_other_knots_is_refused(tiny_folder, tokenizer, tmp_path):
     keys = {"save_strategy": "steps", "save_steps": 3}
     run(tiny_folder, tokenizer, tmp_path, ChainCallback(steps=4), **keys)
@@ -342,19 +300,6 @@ def test_the_best_model_is_that_of_its_link(tiny_folder, tokenizer, tmp_path):
     assert (len(callback.chain), callback.chain.live_steps) == (0, 2)
     trainer.save_model(str(tmp_path / "best"))
     assert_adapter_is_the_model(tiny_folder, tmp_path / "best", trainer.model, ROUNDING)
-
-
-def test_load_best_goes_back_over_a_change_of_rank(tiny_folder, tokenizer, tmp_path):
-    """Loading by hand, as the Trainer does at the end, in both directions."""
-    callback = ChainCallback(ranks=[4, 2], steps=[4, 7])
-    keys = {"save_strategy": "steps", "save_steps": 3}
-    trainer = run(tiny_folder, tokenizer, tmp_path, callback, **keys)
-    end = logits(trainer.model)
-    trainer.model.load_adapter(str(tmp_path / "checkpoint-3"), "default")
-    early = load_chain(tmp_path / "checkpoint-3", plain_model(tiny_folder))
-    assert torch.equal(logits(trainer.model), logits(early.model))
-    trainer.model.load_adapter(str(tmp_path / "checkpoint-11"), "default")
-    assert torch.equal(logits(trainer.model), end)
 
 
 # --- what surrounds it ---
@@ -404,18 +349,3 @@ def test_a_bfloat16_base_with_checkpointing(tiny_folder, tokenizer, tmp_path):
         each.tie()
     # without the trainer's autocast around it
     assert torch.equal(logits(chain.model), logits(trainer.model.get_base_model()))
-
-
-def test_early_stopping_leaves_a_whole_chain(tiny_folder, tokenizer, tmp_path):
-    from transformers import TrainerCallback
-
-    class Enough(TrainerCallback):
-        def on_step_end(self, args, state, control, **_):
-            control.should_training_stop = state.global_step == 6
-
-    callback = ChainCallback(steps=4)
-    trainer = make_trainer(peft_model(tiny_folder), tokenizer, tmp_path, callback)
-    trainer.add_callback(Enough())
-    trainer.train()
-    assert [link.num_steps for link in chain_of(trainer).links] == [4, 2]
-    assert get_last_checkpoint(str(tmp_path)) is None

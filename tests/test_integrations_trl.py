@@ -6,8 +6,6 @@ import peft
 import pytest
 import torch
 from helpers_integrations import (
-    ALPHA,
-    LR,
     TARGETS,
     Recorder,
     StopAt,
@@ -17,19 +15,18 @@ from helpers_integrations import (
     chain_of,
     logits,
     own_loop,
-    peft_model,
     plain_model,
 )
 from transformers import AutoTokenizer
 
-from chainlora import ChainCallback, LinkConfig, load_chain
+from chainlora import ChainCallback, load_chain
 
 pytest.importorskip("trl", reason="TRL is an extra: pip install 'chainlora[trl]'")
 
-from helpers_trl import MAKERS, conversations, dpo, preferences, sft
+from helpers_trl import MAKERS, dpo, preferences, sft
 from torch.nn.functional import log_softmax, logsigmoid
 from transformers import AutoModelForSequenceClassification
-from trl import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
+from trl import RewardConfig, RewardTrainer
 
 RANKS, LENGTHS = (4, 4, 2), (4, 4, 3)
 # W x + s·B A x is summed in another order than (W + s·B A) x
@@ -95,20 +92,6 @@ def test_dpo_gives_the_links_of_our_loop(tiny_folder, tokenizer, tmp_path):
     assert_links_agree(chain_of(trainer), own, atol=2e-4)
 
 
-def test_the_reference_of_dpo_is_the_base_with_the_earlier_links(tiny_folder, tokenizer, tmp_path):
-    """At the first step of every link policy and reference agree: rewards are 0."""
-    trainer = dpo(tiny_folder, tokenizer, tmp_path, ChainCallback(RANKS, steps=LENGTHS))
-    trainer.train()
-    margins = {
-        record["step"]: record["rewards/margins"]
-        for record in trainer.state.log_history
-        if "rewards/margins" in record
-    }
-    # the first step of each link is logged as 1, 5 and 9
-    zero = [step for step, margin in margins.items() if abs(margin) < 1e-5]
-    assert zero == [1, 5, 9]
-
-
 def test_the_reference_stays_the_base_where_it_is_computed_before(tiny_folder, tokenizer, tmp_path):
     callback = ChainCallback(RANKS, steps=LENGTHS)
     trainer = dpo(tiny_folder, tokenizer, tmp_path, callback, precompute_ref_log_probs=True)
@@ -116,22 +99,6 @@ def test_the_reference_stays_the_base_where_it_is_computed_before(tiny_folder, t
     history = [r for r in trainer.state.log_history if "rewards/margins" in r]
     zero = [r["step"] for r in history if abs(r["rewards/margins"]) < 1e-5]
     assert zero == [1]
-
-
-def test_dpo_with_a_peft_model(tiny_folder, tokenizer, tmp_path):
-    """TRL adds a copy of the adapter as reference; the chain does without it."""
-    first = dpo(tiny_folder, tokenizer, tmp_path / "a", ChainCallback(RANKS, steps=LENGTHS))
-    second = dpo(
-        tiny_folder,
-        tokenizer,
-        tmp_path / "b",
-        ChainCallback(RANKS, steps=LENGTHS),
-        model=peft_model(tiny_folder),
-    )
-    for trainer in (first, second):
-        trainer.train()
-    assert list(second.model.peft_config) == ["default"]
-    assert_links_agree(chain_of(first), chain_of(second), atol=0.0)
 
 
 # --- saves, resume, best ---
@@ -174,43 +141,6 @@ def test_saves_resume_and_best_across_knots(tiny_folder, tokenizer, tmp_path, ki
     assert_adapter_is_the_model(tiny_folder, checkpoint, chain.model, ROUNDING)
     whole.save_model(str(tmp_path / "final"))
     assert_adapter_is_the_model(tiny_folder, tmp_path / "final", whole.model, ROUNDING)
-
-
-def test_the_defaults_of_trl(tiny_folder, tokenizer, tmp_path):
-    """Its own precision, checkpointing and target modules, as in the quickstart."""
-    trainer = SFTTrainer(
-        model=str(tiny_folder),
-        args=SFTConfig(
-            output_dir=str(tmp_path),
-            max_steps=4,
-            max_length=64,
-            report_to=[],
-            disable_tqdm=True,
-            use_cpu=True,
-            learning_rate=LR,
-            per_device_train_batch_size=4,
-        ),
-        train_dataset=conversations(),
-        peft_config=peft.LoraConfig(),
-        callbacks=[ChainCallback(steps=2)],
-    )
-    trainer.train()
-    links = chain_of(trainer).links
-    assert [link.config.rank for link in links] == [8, 8]
-    trainer.save_model(str(tmp_path / "final"))
-    loaded = peft.AutoPeftModelForCausalLM.from_pretrained(
-        str(tmp_path / "final"), dtype=trainer.model.dtype
-    )
-    # tied weights are rounded once in the base's dtype, loaded ones are added to the outputs
-    torch.testing.assert_close(logits(loaded), logits(trainer.model), atol=2e-2, rtol=0)
-
-
-def test_a_link_is_what_the_lora_of_trl_says(tiny_folder, tokenizer, tmp_path):
-    callback = ChainCallback(RANKS, steps=LENGTHS)
-    sft(tiny_folder, tokenizer, tmp_path, callback)
-    expected = LinkConfig(rank=4, alpha=ALPHA, target_modules=tuple(sorted(TARGETS)))
-    assert callback.chain.live is not None
-    assert callback.chain.live.config == expected
 
 
 # --- rewards ---

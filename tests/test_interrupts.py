@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -138,26 +137,6 @@ def test_the_second_signal_stops_at_once(tiny_folder, sentiment, tmp_path):
         train(config, listener=listening(interrupts, twice, 6))
     assert RunDirectory(tmp_path / "run").manifest().position.step == 4
     assert train(config, resume=True)["steps"] == 11
-
-
-def test_without_anything_to_save_the_first_signal_stops_at_once():
-    before = signal.getsignal(signal.SIGTERM)
-    with interruptible(), pytest.raises(KeyboardInterrupt):
-        kill(signal.SIGTERM)
-    assert signal.getsignal(signal.SIGTERM) is before
-
-
-def test_in_another_thread_signals_are_left_alone():
-    found: list[object] = []
-
-    def work() -> None:
-        with interruptible():
-            found.append(stop_requested())
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join()
-    assert found == [None]
 
 
 def test_without_a_run_directory_a_stop_says_what_is_lost(tiny_folder, sentiment):

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -197,23 +196,3 @@ def test_the_tokenizer_is_missed_in_words(chat_run, tmp_path, caplog):
     assert "the export has no licence and no tokenizer beside it" in caplog.text
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "base"
-
-
-def test_the_page_on_serving_puts_adapters_on_the_base_that_the_chain_was_tuned_on(
-    chat_run, chainlora, tmp_path, monkeypatch
-):
-    page = (Path(__file__).parents[1] / "docs" / "tutorials" / "serving.md").read_text()
-    (tmp_path / "runs").mkdir()
-    shutil.copytree(chat_run, tmp_path / "runs" / "dates")
-    monkeypatch.chdir(tmp_path)
-    commands = [line[2:] for line in page.splitlines() if line.startswith("$ chainlora export")]
-    for command in commands:
-        assert chainlora(*command.split()[1:]).status == 0, command
-    bases = re.findall(r"(?:vllm serve|--base) (\S+)(?= --enable-lora| out/dates)", page)
-    assert len(bases) == 2
-    tuned_on = AutoModelForCausalLM.from_pretrained(chat_run.parent / "base").state_dict()
-    for base in bases:
-        found = AutoModelForCausalLM.from_pretrained(tmp_path / base).state_dict()
-        assert all(torch.equal(found[name], tuned_on[name]) for name in tuned_on)
-    adapter = json.loads((tmp_path / "out" / "dates" / "adapter_config.json").read_text())
-    assert adapter["base_model_name_or_path"] == bases[0]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,9 +13,7 @@ from chainlora.chain.low_rank import (
     compress_together,
     effective_rank,
     frobenius_norm,
-    singular_values_of_sum,
     stable_rank,
-    subspace_overlap,
 )
 from chainlora.errors import ConfigError
 
@@ -44,21 +40,6 @@ def sums(draw, dtype: torch.dtype = torch.float64):
 
 def dense(factors) -> Tensor:
     return torch.stack([s * (b.double() @ a.double()) for a, b, s in factors]).sum(0)
-
-
-@given(sums())
-@settings(deadline=None, max_examples=60)
-def test_spectrum_and_norm(factors):
-    expected = torch.linalg.svdvals(dense(factors))
-    found = singular_values_of_sum(factors)
-    rank = min(sum(a.shape[0] for a, _, _ in factors), *dense(factors).shape)
-    assert found.shape == (rank,)
-    scale = float(expected[0])
-    assert torch.allclose(found, expected[:rank], atol=EXACT * scale, rtol=0)
-    assert expected[rank:].abs().max() < EXACT * scale if len(expected) > rank else True
-    assert frobenius_norm(factors) == pytest.approx(
-        float(torch.linalg.norm(dense(factors))), rel=EXACT
-    )
 
 
 @given(sums(), st.integers(1, 8))
@@ -152,39 +133,3 @@ def test_impossible_wishes_are_refused(arguments, word):
         compress_low_rank([(torch.ones(1, 2), torch.ones(2, 1), 1.0)], **arguments)
     with pytest.raises(ConfigError, match="at least one"):
         compress_low_rank([])
-
-
-@given(st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=12))
-def test_ranks_of_a_spectrum(values):
-    s = torch.tensor(values, dtype=torch.float64)
-    p = [v / sum(values) for v in values]
-    assert effective_rank(s) == pytest.approx(math.exp(-sum(x * math.log(x) for x in p)), rel=1e-9)
-    assert 1 - 1e-9 <= effective_rank(s) <= len(values) + 1e-9
-    assert stable_rank(s) == pytest.approx(sum(v * v for v in values) / max(values) ** 2, rel=1e-9)
-
-
-@given(st.integers(1, 4), st.integers(1, 4), st.integers(0, 1000))
-@settings(deadline=None, max_examples=60)
-def test_overlap_is_the_mean_squared_cosine(r, other, seed):
-    generator = torch.Generator().manual_seed(seed)
-    a = torch.randn(r, 9, generator=generator, dtype=torch.float64)
-    b = torch.randn(other, 9, generator=generator, dtype=torch.float64)
-    q1, q2 = torch.linalg.qr(a.T).Q, torch.linalg.qr(b.T).Q
-    cosines = torch.linalg.svdvals(q1.T @ q2)
-    found = subspace_overlap(a, b)
-    assert found == pytest.approx(float((cosines**2).mean()), abs=1e-9)
-    assert 0 <= found <= 1
-    assert found == pytest.approx(subspace_overlap(b, a), abs=1e-9)
-    mix = torch.randn(r, r, generator=generator, dtype=torch.float64) + 3 * torch.eye(r)
-    # Another basis of the same space; 1e-6 because the mixing matrix may be ill-conditioned.
-    assert subspace_overlap(mix @ a, b) == pytest.approx(found, abs=1e-6)
-
-
-def test_overlap_at_its_ends():
-    eye = torch.eye(6)
-    assert subspace_overlap(eye[:2], eye[:4]) == pytest.approx(1)
-    assert subspace_overlap(eye[:2], eye[2:]) == 0
-    assert subspace_overlap(torch.zeros(2, 6), eye) == 0
-    assert subspace_overlap(eye[:1].repeat(2, 1), eye[[0, 3]]) == pytest.approx(
-        1
-    )  # of rank one, and inside

@@ -106,17 +106,6 @@ def _chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.usefixtures("_chunk")
-@pytest.mark.parametrize("examples", [WORDS, PHRASES, TURNS], ids=["words", "phrases", "turns"])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_scores(architecture: str, examples: list[Example]) -> None:
-    model = tiny_model(architecture)
-    with torch.no_grad():
-        scores = candidate_scores(model, *packed(model, examples))
-        torch.testing.assert_close(scores, torch.stack(plain_scores(model, examples)), **CLOSE)
-    assert scores.dtype == torch.float32
-
-
-@pytest.mark.usefixtures("_chunk")
 @pytest.mark.parametrize("examples", [WORDS, PHRASES], ids=["words", "phrases"])
 @pytest.mark.parametrize("head", [(), ("lm_head",)], ids=["plain head", "LoRA on the head"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -25,19 +25,14 @@ from chainlora import Chain, LinkConfig
 from chainlora.data.examples import Example
 from chainlora.engine.engine import Engine
 from chainlora.engine.head import candidate_loss, completion_loss, logit_transform
-from chainlora.engine.matmul import (
-    add_product_,
-    linear,
-    product,
-)
 from chainlora.evaluation.evaluate import evaluate
 
 # One rounding to bfloat16, 2⁻⁸ of the number, after float32 sums of 48 terms of size 1 (48 · 2⁻²⁴,
 # and less).
 ONE_ROUNDING = {"rtol": 2**-8, "atol": 1e-5}
 # Native and float32 sums round to neighbours, 2⁻⁸ apart, here and there in some twenty operations
-# of two layers; a gradient goes through all of them twice, and small ones are sums of large terms.
-HIDDEN, GRADIENT = 2**-6, 2**-4
+# of two layers.
+HIDDEN = 2**-6
 TARGETS = {"opt": ("q_proj", "fc1"), "gpt2": ("c_attn", "c_fc"), "llama": ("q_proj", "up_proj")}
 
 
@@ -69,28 +64,6 @@ class MatmulsSeen(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_products_are_rounded_once(kernels):
-    kernels(False)
-    x, weight, bias, b, total = (
-        numbers(*shape, seed=seed)
-        for seed, shape in enumerate([(5, 48), (20, 48), (20,), (48, 20), (5, 20)])
-    )
-    exact = {
-        name: tensor.double()
-        for name, tensor in {"x": x, "w": weight, "c": bias, "b": b, "t": total}.items()
-    }
-    found = {
-        "x Wᵀ": (linear(x, weight), exact["x"] @ exact["w"].T),
-        "x Wᵀ + c": (linear(x[None], weight, bias)[0], exact["x"] @ exact["w"].T + exact["c"]),
-        "a b": (product(x, b), exact["x"] @ exact["b"]),
-        "t + s a b": (add_product_(total, x, b, 0.5), exact["t"] + 0.5 * exact["x"] @ exact["b"]),
-    }
-    for name, (mine, expected) in found.items():
-        assert mine.dtype is torch.bfloat16, name
-        torch.testing.assert_close(mine.double(), expected, **ONE_ROUNDING, msg=name)
-    assert found["t + s a b"][0] is total
-
-
 @pytest.mark.parametrize(
     "make",
     [lambda: nn.Linear(48, 20), lambda: nn.Linear(48, 20, bias=False), lambda: Conv1D(20, 48)],
@@ -115,20 +88,6 @@ def test_a_frozen_layer_and_its_gradient_are_those_of_float32_rounded_once(make,
     for mine, expected in zip(*results, strict=True):
         assert mine.dtype is torch.bfloat16
         torch.testing.assert_close(mine.float(), expected, **ONE_ROUNDING)
-
-
-def test_a_trained_layer_keeps_its_own_forward_and_gradients(kernels):
-    kernels(False)
-    layer, x = nn.Linear(48, 20).bfloat16(), numbers(4, 48)
-    accelerate_linears(layer)
-    layer(x).sum().backward()
-    assert layer.weight.grad is not None
-    with (
-        torch.no_grad(),
-        MatmulsSeen() as seen,
-    ):  # nothing is trained here, whatever the weight says
-        layer(x)
-    assert seen.dtypes == {torch.float32}
 
 
 def adapted(architecture: str) -> tuple[nn.Module, Chain]:

@@ -6,7 +6,6 @@ import itertools
 
 import pytest
 from conftest import tiny_model
-from helpers import assert_trains_as_peft
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -20,7 +19,6 @@ from chainlora.experiments.methods import (
     split_total,
 )
 from chainlora.training.loop import make_optimizer, train
-from chainlora.training.schedule import learning_rate_factor
 
 BASE = {"model": "m", "data": {"task": "rte"}, "recipe": {"rank": 8, "epochs": 5}}
 
@@ -58,28 +56,6 @@ def test_a_split_spends_the_whole_budget(total, links):
     assert len(parts) == links
     assert sum(parts) == pytest.approx(total, rel=1e-12)  # fractions of a unit add up to rounding
     assert all(early >= late > 0 for early, late in itertools.pairwise(parts))
-
-
-def test_relora_s_schedule_is_a_jagged_cosine():
-    train_keys = config_of("relora").train
-    lengths = (100, 100, 100)
-    factors = [
-        learning_rate_factor(
-            step,
-            lengths,
-            train_keys.schedule,
-            train_keys.warmup_steps,
-            train_keys.restart_schedule,
-            train_keys.restart_warmup_steps,
-        )
-        for step in range(300)
-    ]
-    assert factors[0] == factors[100] == factors[200] == 0  # to zero at every restart
-    assert factors[10] == 1
-    assert (
-        factors[99] > factors[110] > factors[199] > factors[210]
-    )  # the envelope goes on over the chain
-    assert factors[105] == pytest.approx(factors[110] / 2)  # half-way up the warm-up of ten steps
 
 
 def test_what_cannot_work_is_refused_in_one_line():
@@ -126,13 +102,6 @@ def test_each_method_runs(name, tiny_folder, sentiment):
     assert result["steps"] == (6 if config.chain.ranks else 0)
     assert 0 <= result["metrics"]["validation"]["accuracy"] <= 1
     assert len(result["links"]) == (0 if config.chain.tune == "full" else len(config.chain.ranks))
-
-
-def test_the_preset_lora_trains_as_peft_in_a_plain_loop(tiny_folder, sentiment, tmp_path):
-    config = small_run(
-        "lora", tiny_folder, sentiment, output=str(tmp_path / "run"), train={"max_grad_norm": 0.1}
-    )
-    assert_trains_as_peft(config)  # gradients of norm 0.24 to 0.52: every one is clipped
 
 
 def test_rac_lora_trains_one_factor_and_lora_plus_has_two_rates():

@@ -5,9 +5,6 @@ The tables run over the registry, so that a new entry is taken through all of th
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
-
 import pytest
 import torch
 from conftest import tiny_model
@@ -26,7 +23,6 @@ from chainlora.training.optimizers import (
     evaluated_weights,
     leave_average,
     make_optimizer,
-    state_tensors,
 )
 
 RATES = {"sgd": 0.3, "adafactor": 0.3, "muon": 5e-2}  # the others: that of AdamW
@@ -195,24 +191,6 @@ def states(optimizer) -> list[dict[str, torch.Tensor]]:
     return found
 
 
-def test_amsgrad_is_carried_too():
-    config = config_for("adamw", train={"optimizer_options": {"amsgrad": True}}).train
-    chain, _ = tuned(config)
-    scales = chain.tie_share(0.3)
-    seen, scaled = (history(chain.live, config, each) for each in (None, scales))
-    carry_moments(seen, chain.live, scales)
-    for one, two in zip(states(seen), states(scaled), strict=True):
-        torch.testing.assert_close(one["max_exp_avg_sq"], two["max_exp_avg_sq"])
-
-
-def test_a_state_that_is_not_known_is_not_carried():
-    chain, optimizer = tuned(config_for("adamw").train)
-    for state in optimizer.state.values():
-        state["exp_inf"] = state["exp_avg"].clone()
-    with pytest.raises(ConfigError, match=r"must know what each moment is \(got exp_inf\)"):
-        carry_moments(optimizer, chain.live, chain.tie_share(0.3))
-
-
 # --- one by one
 
 
@@ -246,25 +224,6 @@ def test_lion_is_that_of_bitsandbytes():
         first.step()
         second.step()
     torch.testing.assert_close(one, two, rtol=1e-6, atol=1e-6)  # float32
-
-
-@quiet
-def test_the_memory_that_the_documentation_states():
-    text = (Path(__file__).parents[1] / "docs/optimizers.md").read_text(encoding="utf-8")
-    stated = dict(re.findall(r"^\| `(\w+)` \| ([\d.]+) \|", text, flags=re.MULTILINE))
-    assert stated.keys() == OPTIMIZERS.keys()
-    for name in OPTIMIZERS:
-        try:
-            config = config_for(name).train
-        except pytest.skip.Exception:
-            continue
-        factor = nn.Parameter(torch.zeros(8, 2048))
-        options = config.model_copy(update={"optimizer_options": {}})
-        optimizer = OPTIMIZERS[name]([{"params": [factor], "ratio": 1.0}], options)
-        factor.grad = torch.ones_like(factor)
-        optimizer.step()
-        found = sum(v.numel() * v.element_size() for v in state_tensors(optimizer).values())
-        assert found / factor.numel() == pytest.approx(float(stated[name]), abs=0.006), name
 
 
 # --- what is refused
@@ -316,12 +275,6 @@ def test_eight_bits_have_soft_knots_with_new_moments():
     with pytest.raises(ConfigError, match=r"scale each moment \(got .*state1.*moments: new"):
         check_optimizer(config, CPU)
     check_optimizer(config_for("adamw_8bit", chain={"knots": knots | {"moments": "new"}}), CPU)
-
-
-def test_an_optimizer_without_a_state_is_taken():
-    keys = {"optimizer_options": {"momentum": 0.0}}
-    knots = {"knots": {"every": 1, "share": 0.3}}
-    check_optimizer(config_for("sgd", train=keys, chain=knots), CPU)
 
 
 def test_a_missing_package_is_named(monkeypatch):

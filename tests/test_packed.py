@@ -24,7 +24,6 @@ from chainlora import Chain, ChainLoRAError, export_adapter
 from chainlora.chain.adapters import check_targets
 from chainlora.config.schema import LinkConfig
 from chainlora.models.loading_shards import load_shards
-from chainlora.models.quantizing import is_quantized, is_quantized_model
 
 ALL = LinkConfig(rank=4, alpha=8, target_modules="all-linear")
 KNOT = 1e-5  # of the logits: the same float32 sums in another order
@@ -99,14 +98,6 @@ def tune(chain, steps=4) -> list[float]:
 
     chain.tune(range(steps), update)
     return losses
-
-
-def test_a_layer_that_shows_no_weight_is_quantised():
-    model = packed_model()
-    assert is_quantized_model(model)
-    assert is_quantized(model.model.layers[0].mlp.down_proj)
-    assert not is_quantized(model.lm_head)
-    assert not is_quantized_model(tiny_model("gpt2"))
 
 
 def test_a_chain_is_that_on_ordinary_layers(known_to_peft, tmp_path):

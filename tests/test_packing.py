@@ -70,32 +70,6 @@ def test_every_sequence_reads_back(examples: list[Example], share: bool, min_sha
         assert batch.num_tokens == batch.num_input_tokens
 
 
-def test_one_token_candidates_of_a_prompt_are_one_pass() -> None:
-    prompt = tuple(range(3, 20))
-    other = last_token_rows((9, 8, 1), (9, 8, 2), label=1)
-    batch = pack([last_token_rows((*prompt, 1), (*prompt, 2)), other])
-    assert batch.num_tokens == len(prompt) + 2
-    assert batch.one_position
-    assert batch.labels.tolist() == [0, 1]
-    assert batch.sequence_example.tolist() == [0, 0, 1, 1]
-    assert batch.sequence_slot.tolist() == [0, 1, 0, 1]
-
-
-def test_rows_of_one_passage_share_it() -> None:
-    passage = tuple(range(100, 140))
-    rows = [last_token_rows((*passage, q, q + 1, 5)) for q in (1, 3, 7)]
-    batch = pack(rows)
-    assert batch.num_tokens == 40 + 3 * 2
-    assert batch.longest == 42
-    assert [s.parent for s in batch.segments] == [-1, 0, 0, 0]
-
-
-def test_a_short_common_prefix_is_not_worth_a_segment() -> None:
-    rows = [last_token_rows((1, 2, 3, 4 + i, 5, 6)) for i in range(3)]
-    assert all(s.parent == -1 for s in pack(rows).segments)
-    assert pack(rows, min_shared=3).num_tokens == 3 + 3 * 2
-
-
 def test_deep_nesting_needs_no_recursion() -> None:
     rows = [last_token_rows((*[1] * i, 2, 3)) for i in range(1, 1500, 3)]
     batch = pack(rows, min_shared=1)
@@ -113,8 +87,3 @@ def test_deep_nesting_needs_no_recursion() -> None:
 def test_what_cannot_be_packed_is_refused(example: Example, message: str) -> None:
     with pytest.raises(DataError, match=message):
         pack([example])
-
-
-def test_an_empty_batch_is_refused() -> None:
-    with pytest.raises(DataError, match="at least one example"):
-        pack([])

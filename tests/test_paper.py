@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import tiny_model
-from experiment_cases import change, lines, tree
+from experiment_cases import change, tree
 from torch.utils.flop_counter import FlopCounterMode
 
 from chainlora.errors import ConfigError
 from chainlora.experiments import make_experiment, read_results, run_cells
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks/paper"))
-from flops import cell_costs, paper_flops, shapes_of, training_flops
+from flops import cell_costs, shapes_of, training_flops
 from report import report
 
 
@@ -55,14 +54,6 @@ def test_counted_operations_are_torch_s_own_count(architecture, targets):
     assert ours == counter.get_total_flops()
 
 
-def test_the_paper_s_rule_gives_its_table_3():
-    parameters = 48 * 2 * (2048 + 2048)  # OPT-1.3B, q and v of 24 layers, two ranks given up
-    assert paper_flops([parameters], [152_588]) == pytest.approx(
-        3.60e11, rel=1e-3
-    )  # as printed, three digits
-    assert paper_flops([1, 2], [10, 20]) == 6 * (10 + 40)
-
-
 def test_a_cell_of_today_is_counted_and_an_old_one_says_itself(tiny_folder, sentiment, tmp_path):
     base = tree(tiny_folder, sentiment)["base"]
     base["chain"]["init_batches"] = 2
@@ -95,17 +86,3 @@ def test_the_paper_s_numbers_and_figures_stand_beside_ours(tmp_path):
     assert "Score by the number of links: wsc" in (tmp_path / "report.html").read_text()
     with pytest.raises(ConfigError, match=r"`paper` must be one of table1, .*'table9'"):
         report(change(path, with_cost, paper="table9"))
-
-
-def test_operations_saved_stand_beside_the_paper_s(tmp_path):
-    methods = {"lora": "One.", "chain_8_8": "Two.", "chain_8_4": "Down."}
-    head, *cells = lines(paper="table3", tasks=["cb"], methods=methods, pairs=[], figures=[])
-    cells = [cell for cell in cells if cell["task"] == "cb" and cell["method"] == "lora"]
-    named = [
-        with_cost(cell) | {"method": m, "flops_6nd": cost}
-        for m, cost in (("chain_8_8", 3e12), ("chain_8_4", 2e12))
-        for cell in cells
-    ]
-    path = tmp_path / "results.jsonl"
-    path.write_text("".join(json.dumps(line) + "\n" for line in [head, *named]))
-    assert "| cb chain_8_4 | 1.00e+12 | 7.20e+11 | 0.000% |" in report(path).markdown

@@ -6,8 +6,6 @@ from __future__ import annotations
 import math
 import re
 import struct
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,7 +16,6 @@ from chainlora.reports.run_charts import (
     chain_pictures,
     plot_chain,
     plot_training,
-    smooth,
     training_pictures,
 )
 from chainlora.reports.runs import read_runs
@@ -126,24 +123,6 @@ def test_nothing_to_draw(tmp_path):
         plot_chain({"links": []}, tmp_path / "x.png")
     with pytest.raises(RunError, match=r"missing\.jsonl"):
         plot_training(tmp_path / "missing.jsonl", tmp_path / "x.png")
-
-
-def test_smoothing_keeps_a_constant_and_averages_noise():
-    assert smooth([2.0] * 9, span=5) == pytest.approx([2.0] * 9)
-    assert smooth([0.0, 1.0] * 200, span=50)[-1] == pytest.approx(
-        0.5, abs=0.02
-    )  # a step weighs 2 / 51
-    assert smooth([3.0, 1.0], span=1) == [3.0, 1.0]
-
-
-def test_matplotlib_is_loaded_late_and_pyplot_never(tmp_path):
-    code = (
-        "import sys; from chainlora.reports.run_charts import plot_chain; "
-        "assert 'matplotlib' not in sys.modules; "
-        f"plot_chain({inspection(2)!r}, {str(tmp_path / 'x.png')!r}); "
-        "assert 'matplotlib.pyplot' not in sys.modules"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_a_page_s_charts_are_legible_on_a_phone(finished):

@@ -14,7 +14,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 import yaml
 from accelerate.utils import DistributedType
 from helpers import settings
@@ -22,7 +21,7 @@ from helpers_processes import assert_close_links, launch, outcome
 
 from chainlora import ChainLoRAError, make_config, train
 from chainlora.runs.directory import RunDirectory
-from chainlora.training.processes import Processes, find_processes
+from chainlora.training.processes import find_processes
 
 CHAIN = {"ranks": [4, 4], "steps": [4, 3]}
 TRAIN = {"lr": 1e-3, "batch_size": 8, "eval_every": 2, "save_every": 1}
@@ -156,16 +155,6 @@ def test_other_ways_to_share_a_model_are_refused(kind):
     accelerator = SimpleNamespace(distributed_type=DistributedType[kind])
     with pytest.raises(ChainLoRAError, match=rf"\(got an Accelerate config for {kind}\); launch"):
         find_processes(accelerator)
-
-
-def test_one_process_is_the_plain_thing():
-    alone = Processes(0, 1, torch.device("cpu"))
-    assert alone.is_first
-    assert alone.share([3, 1, 2]) == [3, 1, 2]
-    assert alone.spread([3, 1], lambda items: [item + 1 for item in items]) == [4, 2]
-    assert alone.sum([1.0, 2]) == [1.0, 2]
-    shares = [Processes(rank, 3, torch.device("cpu")).share(range(7)) for rank in range(3)]
-    assert sorted(row for share in shares for row in share) == list(range(7))
 
 
 LEAVING = """

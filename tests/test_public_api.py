@@ -77,21 +77,6 @@ def test_what_is_called_how(name):
     assert f"({', '.join(words)})" == SIGNATURES[name]
 
 
-def test_typing_sees_the_names_that_running_sees():
-    """The imports for type checkers and the table of lazy names are the same list."""
-    import ast
-
-    tree = ast.parse(inspect.getsource(chainlora))
-    guarded = next(
-        node
-        for node in tree.body
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
-    )
-    imports = [node for node in guarded.body if isinstance(node, ast.ImportFrom)]
-    typed = {(alias.name, node.module) for node in imports for alias in node.names}
-    assert typed == set(chainlora._WHERE.items())
-
-
 def test_importing_the_package_costs_nothing():
     code = (
         "import sys, chainlora; "

@@ -261,27 +261,6 @@ def test_steps_are_those_of_peft_and_trainer(tiny_folder, tmp_path):
         assert (ours[name] - expected).norm() < 1e-3 * expected.norm()
 
 
-@needs_nf4
-def test_norms_and_logits_are_in_float32(tiny_folder, sentiment, tmp_path):
-    config = config_of("nf4", tiny_folder, sentiment, tmp_path, train={"dtype": "bfloat16"})
-    train(config)
-    model, _ = load_run(tmp_path, as_trained=True)
-    theirs = {name: p.dtype for name, p in prepared_by_peft(tiny_folder).named_parameters()}
-    ours = {name.replace(".base_layer", ""): p.dtype for name, p in model.named_parameters()}
-    assert {name: ours[name] for name in theirs} == theirs
-    assert theirs["model.norm.weight"] == torch.float32
-    assert logits(model).dtype == torch.float32
-
-
-@every_kind
-def test_activations_can_be_computed_again(kind, finished, tiny_folder, sentiment):
-    keys = {"gradient_checkpointing": True}
-    runs = [finished(kind)[1], []]
-    train(config_of(kind, tiny_folder, sentiment, None, train=keys), listener=runs[1].append)
-    losses = [[event.loss for event in run if event.name == "step"] for run in runs]
-    assert losses[0] == pytest.approx(losses[1], abs=1e-4)  # float32 sums in another order
-
-
 # --- a checkpoint that is quantised already
 
 
@@ -344,37 +323,8 @@ def test_an_adapter_is_not_quantised(tmp_path, capsys):
     assert "use it with --to merged" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("chain", "message"),
-    [
-        ({"hold": "tied"}, r"\(got hold: tied\); set chain.hold: carried"),
-        ({"tune": "full"}, r"\(got tune: full\)"),
-    ],
-    ids=str,
-)
-def test_weights_of_few_bits_are_not_merged_into(chain, message, tiny_folder, sentiment):
-    with pytest.raises(ChainLoRAError, match=message):
-        config_of("nf4", tiny_folder, sentiment, None, chain=chain)
-
-
-@every_kind
-def test_a_model_quantised_elsewhere_is_not_merged_into(kind, tiny_folder):
-    model, _ = load_model(tiny_folder, torch.float32, quantize=kind)
-    with pytest.raises(ChainLoRAError, match=r"cannot hold merged links .* use hold: carried"):
-        Chain(model).extend(LinkConfig(rank=2, target_modules=("q_proj",)))
-
-
 @pytest.mark.parametrize("kind", PACKAGES)
 def test_a_missing_package_is_named(kind, tiny_folder, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, PACKAGES[kind], None)
     with pytest.raises(ChainLoRAError, match=rf"needs the package {PACKAGES[kind]} .*pip install"):
         load_model(tiny_folder, torch.float32, quantize=kind)
-
-
-def test_the_section_of_a_model():
-    tree = {"data": {"task": "rte"}, "chain": {"ranks": [2], "steps": [1], "hold": "carried"}}
-    config = make_config(tree | {"model": {"name": "m", "quantize": "int8"}})
-    assert (config.model, config.quantize) == ("m", "int8")
-    assert make_config(tree | {"model": {"name": "m"}}).quantize is None
-    with pytest.raises(ChainLoRAError, match="a section of name and quantize"):
-        make_config(tree | {"model": {"path": "m"}})

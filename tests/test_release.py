@@ -4,38 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PYPROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-
-
-def test_every_dependency_has_a_lower_bound_and_none_an_upper_one():
-    lowest = runpy.run_path(str(ROOT / ".ci/lowest.py"))["lowest"]
-    section = PYPROJECT.partition("\ndependencies = [")[2].partition("]")[0]
-    named = re.findall(r'^    "(.*)",$', section, flags=re.MULTILINE)
-    assert len(list(lowest([]))) == len(named)
-    assert "peft==" in "\n".join(lowest([]))
-    assert any(line.startswith("pytest==") for line in lowest(["test"]))
-
-
-def test_the_manifest_names_what_there_is():
-    text = (ROOT / "MANIFEST.in").read_text(encoding="utf-8")
-    named = re.findall(r"^graft (\S+)", text, flags=re.MULTILINE)
-    named += " ".join(re.findall(r"^include (.+)", text, flags=re.MULTILINE)).split()
-    assert [name for name in named if not (ROOT / name).exists()] == []
-
-
-def test_the_container_copies_what_an_install_needs():
-    text = (ROOT / "Containerfile").read_text(encoding="utf-8")
-    copied = {
-        word for line in re.findall(r"^COPY (.+) \S+$", text, re.MULTILINE) for word in line.split()
-    }
-    assert copied == {"pyproject.toml", "setup.py", "README.md", "LICENSE", "src"}
-    assert [name for name in copied if not (ROOT / name).exists()] == []
 
 
 def test_data_files_of_the_package_are_installed():
@@ -69,18 +43,3 @@ def completed(words: str) -> list[str]:
 def test_a_shell_completes_commands_and_options():
     assert completed("chainlora ex") == ["experiment", "export"]
     assert {"--rank", "--to"} <= set(completed("chainlora export --"))
-
-
-def test_the_text_for_an_index_has_no_link_into_the_repository():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    shown = runpy.run_path(str(ROOT / "setup.py"))["for_an_index"](text)
-    links = re.findall(r"\]\(([^)]+)\)", shown)
-    assert links
-    assert [link for link in links if not link.startswith("https://")] == []
-    assert "([decision 1](docs" in text
-    assert "(decision 1)" in shown
-
-
-def test_lowest_versions_reach_into_extras_of_extras():
-    lowest = runpy.run_path(str(ROOT / ".ci/lowest.py"))["lowest"]
-    assert {line.partition("==")[0] for line in lowest(["test"])} >= {"gguf", "scipy", "pytest"}

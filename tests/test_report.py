@@ -247,19 +247,6 @@ def test_an_experiment_of_many_comparisons_is_summed_up(tmp_path):
     ]
 
 
-def test_answers_load_the_base_once(finished, tmp_path, monkeypatch):
-    loads = []
-    load = AutoModelForCausalLM.from_pretrained.__func__
-
-    def counted(cls, *args, **keys):
-        loads.append(args)
-        return load(cls, *args, **keys)
-
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", classmethod(counted))
-    report_runs([finished], tmp_path / "page.html", prompts="1", max_new_tokens=1)
-    assert len(loads) == 1
-
-
 def test_dollars_in_names_are_dollars(finished, tmp_path):
     """matplotlib took `$…$` for mathematics, and failed."""
     runs = [tmp_path / "a$\\frac$", tmp_path / "b$x_$"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, get_args
 
 import jsonschema
 import pytest
@@ -12,7 +11,7 @@ from jsonschema import Draft202012Validator
 
 from chainlora import ChainLoRAError, make_config
 from chainlora.cli.main import run
-from chainlora.config.json_schema import config_page, config_schema, config_sections, meanings
+from chainlora.config.json_schema import config_page, config_schema
 from chainlora.config.loading import parse_yaml
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -40,21 +39,6 @@ def test_config_md_has_what_stands_at_the_keys(chainlora):
     page = (ROOT / "docs/config.md").read_text(encoding="utf-8")
     assert page.endswith(config_page()), "run `make pages`"
     assert chainlora("schema", "--markdown").out == config_page()
-
-
-def test_every_key_has_a_meaning_that_names_its_choices():
-    for model in config_sections().values():
-        meant = meanings(model)
-        for key, field in model.model_fields.items():
-            assert [c for c in choices(field.annotation) if f"`{c}`" not in meant[key]] == [], key
-
-
-def choices(annotation: Any) -> list[str]:
-    """The strings of a Literal, inside a union or not."""
-    found = []
-    for argument in get_args(annotation):
-        found += [argument] if isinstance(argument, str) else choices(argument)
-    return found
 
 
 @pytest.mark.parametrize("file", EXAMPLES, ids=lambda path: path.stem)

@@ -17,7 +17,6 @@ from conftest import make_tiny_folder
 from helpers import settings
 from helpers_export import TARGETS, live
 from helpers_processes import assert_close_links, launch, outcome
-from pydantic import ValidationError
 
 from chainlora import ChainLoRAError, export_merged, make_config, train
 from chainlora.runs.directory import RunDirectory
@@ -146,21 +145,11 @@ def test_each_process_loads_its_rows_alone(launched, name):
     assert "loads all" not in (launched / "stderr").read_text()  # each read its rows alone
 
 
-def test_the_run_says_that_the_model_is_shared(launched):
-    notes = outcome(launched, "llama-2")["notes"]
-    assert "weights: shared by processes, whole one layer at a time" in notes
-    assert "packed sequences: yes" in notes
-
-
 def test_a_run_of_shares_is_exported_like_any_other(launched, tmp_path):
     export_merged(launched / "llama-4", tmp_path / "merged")
     merged = live(launched / "llama-4")
     # float32 sums in another order through two layers
     torch.testing.assert_close(merged, live(launched / "llama-1"), atol=1e-4, rtol=0)
-
-
-def test_a_batch_that_cannot_be_shared_is_refused(launched):
-    assert "(got 9 for 2 processes)" in outcome(launched, "odd")["error"]
 
 
 def test_a_killed_process_ends_the_others_with_one_sentence(launched):
@@ -217,8 +206,3 @@ def test_deepspeed_is_refused_by_the_name_of_fsdp2(monkeypatch):
         ChainLoRAError, match=r"\(got an Accelerate config with DeepSpeed\); launch"
     ):
         wants_shards(config_of())
-
-
-def test_another_kind_of_shards_is_refused():
-    with pytest.raises((ChainLoRAError, ValidationError), match=r"train.shard.*fsdp2"):
-        config_of(train={"shard": "fsdp1"})

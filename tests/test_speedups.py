@@ -30,11 +30,7 @@ from transformers import (
 )
 
 from chainlora.data.examples import Example
-from chainlora.engine.fast.decoder_layers.blocks import Attention, Mlp, attention_block, mlp_block
-from chainlora.engine.fast.decoder_layers.fused import RmsNorm, Rotary, SwiGlu, make_turn
-from chainlora.engine.fast.packed.layout import make_layout
-from chainlora.engine.fast.projection import Projection
-from chainlora.engine.packing import PackedBatch, Segment, pack
+from chainlora.engine.packing import PackedBatch, pack
 
 # float32: the same sums in another order, two layers deep; Llama's norm and rotary angles are
 # float32 in a float64 model too. bfloat16: 2⁻⁸ a rounding, some twenty of them.
@@ -213,74 +209,6 @@ def test_gradient_checkpointing_keeps_the_input_of_a_half_alone(hooked: bool) ->
         hidden_states(model, tree_batch(), path=Path.PACKED)
     # the MLP's width is twice that of a row
     assert max(sizes) <= tree_batch().num_tokens * model.config.hidden_size
-
-
-def test_the_last_layer_computes_needed_rows_alone() -> None:
-    model, batch = tiny_model("llama").requires_grad_(False), flat_batch()
-    seen: dict[int, int] = {}
-    for index, layer in enumerate(model.model.layers):
-        layer.self_attn.o_proj.register_forward_hook(
-            lambda module, args, out, index=index: seen.__setitem__(index, out.shape[0])
-        )
-    accelerate_model(model)
-    hidden_states(model, batch, path=Path.PACKED)
-    assert seen == {0: batch.num_tokens, 1: len(batch.rows)}
-
-
-def leaf(*shape: int) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
-
-
-def fixed(*shape: int) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64)
-
-
-@pytest.mark.parametrize(
-    ("function", "inputs"),
-    [
-        (RmsNorm, lambda: (leaf(3, 6), fixed(6), 1e-5)),
-        (SwiGlu, lambda: (leaf(3, 6), leaf(3, 6))),
-        (Rotary, lambda: (leaf(3, 2, 6), *make_turn(fixed(3, 6), fixed(3, 6)))),
-    ],
-)
-def test_gradients_against_differences(
-    function: type[torch.autograd.Function], inputs: Callable[[], tuple[object, ...]]
-) -> None:
-    torch.manual_seed(0)
-    torch.autograd.gradcheck(function.apply, inputs())
-
-
-def projections(*shapes: tuple[int, int]) -> list[Projection]:
-    """One map without a LoRA, the next with both factors trained, the next with A alone, …"""
-    found = []
-    for i, (wide, width) in enumerate(shapes):
-        a, b = leaf(2, width), leaf(wide, 2).requires_grad_(i % 3 == 1)
-        lora = (a, b, 0.5) if i % 3 else ()
-        found.append(Projection(fixed(wide, width), fixed(wide), *lora))
-    return found
-
-
-@pytest.mark.parametrize("first", [True, False])
-@pytest.mark.parametrize("again", [False, True])
-@pytest.mark.parametrize("trimmed", [False, True])
-def test_gradients_of_the_halves_of_a_layer(trimmed: bool, again: bool, first: bool) -> None:
-    """`first`: the first layer's input wants no gradient."""
-    torch.manual_seed(0)
-    rows = torch.tensor([1, 4, 5]) if trimmed else None
-    layout = make_layout([Segment(0, 4, -1), Segment(4, 6, -1)], "cpu", torch.float64, rows)
-    turn = make_turn(fixed(6, 4), fixed(6, 4))
-    attention = projections((8, 5), (4, 5), (4, 5), (5, 8))
-    mlp = projections((7, 5), (7, 5), (5, 7))
-    factors = [f for p in [*attention, *mlp] for f in (p.a, p.b) if f is not None]
-    wanted = [factor for factor in factors if factor.requires_grad]
-
-    def both(x: Tensor, *_: Tensor) -> Tensor:
-        half = Attention(norm, 1e-5, attention, 0.6, turn, layout, layout.rows)
-        x = attention_block(x, half, again=again)
-        return mlp_block(x, Mlp(norm, 1e-5, mlp), again=again)
-
-    norm = fixed(5)
-    torch.autograd.gradcheck(both, (fixed(6, 5) if first else leaf(6, 5), *wanted))
 
 
 def test_layers_that_differ_are_all_probed():

@@ -204,26 +204,6 @@ def records(run: Path) -> list[dict]:
     return [{k: v for k, v in record.items() if k != "seconds"} for record in found]
 
 
-def test_what_killed_writes_leave_is_cleared(rich_config, tmp_path):
-    stop_after(rich_config, 6)
-    run = tmp_path / "run"
-    for name in ("checkpoints/00000004.7-1.old", "links/001.7-2.new", "chain.json.7-3.new"):
-        (run / name).mkdir()
-        (run / name / "half").write_text("")
-    train(rich_config, resume=True)
-    assert not [path for path in run.rglob("*") if path.suffix in (".new", ".old")]
-
-
-def test_records_are_cut_beside_and_not_in_place(rich_config, tmp_path):
-    stop_after(rich_config, 6)
-    path = tmp_path / "run" / "metrics.jsonl"
-    path.write_bytes(path.read_bytes() + b'{"event": "step", "step": 7}\n{"ev')
-    with path.open("rb") as before:  # a reader keeps what it opened
-        train(rich_config, resume=True)
-        assert before.read().endswith(b'{"ev')
-    assert [r["step"] for r in records(tmp_path / "run") if r["event"] == "step"] == [*range(1, 12)]
-
-
 def test_a_run_is_for_one_process_at_a_time(rich_config, tmp_path):
     stop_after(rich_config, 6)
     tried: list[str] = []
@@ -237,14 +217,3 @@ def test_a_run_is_for_one_process_at_a_time(rich_config, tmp_path):
     train(rich_config, resume=True, listener=second)
     assert "must be used by one process at a time (got " in tried[0]
     train(rich_config, resume=True)  # free again
-
-
-def test_a_position_inside_a_link_without_its_checkpoint_is_not_taken_for_a_knot(
-    rich_config, tmp_path
-):
-    train(rich_config.model_copy(update={"output": str(tmp_path / "whole")}))
-    stop_after(rich_config, 6)
-    shutil.rmtree(tmp_path / "run" / "checkpoints")
-    assert RunDirectory(tmp_path / "run").verify().position.step == 4
-    train(rich_config, resume=True)
-    assert_same_links(tmp_path / "run", tmp_path / "whole")

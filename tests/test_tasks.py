@@ -50,37 +50,6 @@ def test_hub_rows_and_original_rows_render_the_same(name):
     assert task.render(HUB_ROWS[name]) == task.render(PROMPTS[name][0])
 
 
-def test_copa_keeps_I_upper_case_and_lowers_only_the_first_word():
-    row = {
-        "premise": "Paul sang. ",
-        "choice1": " The Queen left.",
-        "choice2": "I left.",
-        "question": "effect",
-        "label": 1,
-    }
-    shown = load_task("copa").render(row)
-    assert shown.prompt + shown.candidates[0] == "Paul sang so the Queen left."
-    assert shown.prompt + shown.candidates[1] == "Paul sang so I left."
-
-
-def test_boolq_keeps_a_question_mark_and_the_case_of_names():
-    row = {"passage": "P.", "question": "is NATO old?", "label": False}
-    assert load_task("boolq").render(row).prompt == "P. Is NATO old?"
-
-
-def test_record_compares_entities_with_all_right_ones():
-    shown = load_task("record").render(PROMPTS["record"][0])
-    assert shown.names == ("Rome", "Ann", "Bob")
-    assert shown.references == ("Bob", "Ann")
-
-
-def test_demonstrations_are_solved_rows_before_the_prompt():
-    task = load_task("sst2")
-    rows = [{"sentence": "good ", "label": 1}, {"sentence": "bad ", "label": 0}]
-    assert task.demonstrations(rows) == "good It was great\n\nbad It was terrible\n\n"
-    assert task.demonstrations([]) == ""
-
-
 @pytest.mark.parametrize("value", [True, 1, "1", "true", "True", 1.0, "Yes"])
 def test_labels_are_found_however_the_file_writes_them(value):
     task = load_task("wic")

@@ -15,7 +15,7 @@ from chainlora.config.loading import make_config
 from chainlora.config.schema import LinkConfig
 from chainlora.data.examples import Example
 from chainlora.engine.engine import Engine
-from chainlora.engine.fast.threads import Threads, split
+from chainlora.engine.fast.threads import Threads
 from chainlora.evaluation.evaluate import evaluate
 from chainlora.training.loop import train
 
@@ -33,36 +33,6 @@ def row(index: int, tokens: range | list[int], answer: int = 9) -> Example:
     return Example(
         index, (sequence, (*tokens, answer + 1)), (((len(sequence) - 1, len(sequence)),),) * 2, 0
     )
-
-
-def test_every_example_goes_to_one_thread_and_threads_are_even():
-    lengths = [40, 9, 10, 11, 30, 5, 20, 12]
-    examples = [row(i, [20 + i] * length) for i, length in enumerate(lengths)]
-    shards = split(examples, 2)
-    assert sorted(i for shard in shards for i in shard) == list(range(8))
-    filled = [sum(lengths[i] for i in shard) for shard in shards]
-    assert abs(filled[0] - filled[1]) <= 5  # the smallest row
-
-
-def test_rows_of_one_passage_stay_together_if_there_are_others_to_fill_a_thread():
-    passages = [list(range(20, 60)), list(range(60, 100))]
-    examples = [row(i, [*passages[i % 2], 100 + i, 3]) for i in range(8)]
-    assert sorted(split(examples, 2)) == [[0, 2, 4, 6], [1, 3, 5, 7]]
-
-
-def test_one_thread_where_the_passage_would_be_read_twice():
-    examples = [row(i, [*range(20, 90), 100 + i]) for i in range(4)]
-    assert split(examples, 2) == [[0, 1, 2, 3]]
-    long_tails = [row(i, [*range(20, 30), *[100 + i] * 40]) for i in range(4)]
-    assert len(split(long_tails, 2)) == 2
-
-
-def test_a_large_batch_is_cut_into_more_shards_than_threads():
-    """So memory does not grow with the batch: the activations of one shard a thread are alive."""
-    examples = [row(i, [20 + i] * 100) for i in range(32)]
-    shards = split(examples, 2)
-    assert len(shards) == 8
-    assert {len(shard) for shard in shards} == {4}
 
 
 @pytest.mark.parametrize("architecture", ["llama", "opt", "gpt2"])
@@ -183,12 +153,3 @@ def test_why_one_thread(two_threads):
     assert "rotary" in note_on_threads(stretched, training=False)
     torch.set_num_threads(1)
     assert "one thread" in note_on_threads(llama, training=True)
-
-
-def test_one_thread_for_dropout_in_the_adapter_and_without_speedups(
-    tiny_folder, sentiment, two_threads
-):
-    for keys in ({"chain": {"dropout": 0.1}}, {"train": {"speedups": "off"}}):
-        records: list[dict] = []
-        train(make_config(settings(tiny_folder, sentiment, **keys)), listener=records.append)
-        assert records[0]["threads"] == 1

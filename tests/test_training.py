@@ -19,7 +19,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from chainlora import evaluate_task, export_adapter, load_run, load_task, make_config, train
 from chainlora.errors import ChainLoRAError, ConfigError, ModelError, RunError
 from chainlora.runs.directory import RunDirectory
-from chainlora.training.optimizers import prune_moments
 from chainlora.training.plan import make_plan
 
 
@@ -276,24 +275,6 @@ def test_what_cannot_work_is_refused_before_the_output_is_claimed(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_best_point_at_the_last_knot_selects_no_partial_link(tiny_folder, sentiment, tmp_path):
-    run = tmp_path / "run"
-    tree = settings(
-        tiny_folder,
-        sentiment,
-        run,
-        train={"keep_best": True, "eval_every": 2, "select_metric": "loss"},
-    )
-    result = train(
-        make_config(tree)
-    )  # the loss falls to the end, after partial points that were best for a while
-    assert result["best"]["partial"] is False
-    assert result["best"]["num_links"] == 3
-    assert len(RunDirectory(run).load_links()) == 3
-    again = evaluate_task(run, load_task(sentiment / "task.yaml"), data=str(sentiment))
-    assert again["metrics"]["loss"] == pytest.approx(result["best"]["value"], abs=1e-5)
-
-
 def test_output_that_is_not_empty_is_refused_without_resume(tiny_folder, sentiment, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "notes.txt").write_text("mine")
@@ -321,19 +302,6 @@ def test_epochs_split_steps_at_the_knots(tiny_folder, sentiment):
             ),
             training_examples(config, AutoTokenizer.from_pretrained(tiny_folder)),
         )
-
-
-def test_pruned_moments_keep_the_largest_hundredth():
-    moment = torch.arange(1.0, 201.0)[
-        torch.randperm(200, generator=torch.Generator().manual_seed(0))
-    ]
-    state = {"0.exp_avg": moment, "0.exp_avg_sq": moment**2, "0.step": torch.tensor(7.0)}
-    pruned = prune_moments(state, 0.99)
-    assert sorted(pruned["0.exp_avg"][pruned["0.exp_avg"] != 0].tolist()) == [199.0, 200.0]
-    assert pruned["0.step"] == 7
-    others = prune_moments(state | {"0.exp_avg_sq": moment.flip(0) ** 2}, 0.99)
-    assert (others["0.exp_avg_sq"] != 0).sum() == 2
-    assert not (others["0.exp_avg"][others["0.exp_avg_sq"] == 0]).any()
 
 
 def test_a_link_after_a_pruned_reset_starts_with_steps_of_bounded_size(
@@ -392,9 +360,3 @@ def test_a_run_with_soft_knots(tiny_folder, sentiment, tmp_path):
     ids = torch.tensor([[5, 9, 30, 7]])
     torch.testing.assert_close(adapted(ids).logits, model(ids).logits, atol=1e-5, rtol=0)
     assert adapter["rank"] == sum(link["rank"] for link in result["links"])
-
-
-def test_gradient_checkpointing_warns_of_nothing(tiny_folder, sentiment, recwarn):
-    keys = {"train": {"gradient_checkpointing": True}}
-    train(make_config(settings(tiny_folder, sentiment, **keys)))
-    assert not [w for w in recwarn if "deprecated" in str(w.message)]

@@ -6,14 +6,12 @@ import io
 import json
 import re
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
 from heads.models import new_model, rows_of_text
 
 from chainlora.cli.main import run
@@ -99,19 +97,6 @@ def test_classification(tmp_path, capsys):
     assert run(words) == 0
 
 
-def test_the_table_of_what_was_tried_is_what_is_checked():
-    from heads.models import KINDS
-
-    text = (TUTORIALS / "classification.md").read_text(encoding="utf-8")
-    table = text.partition("| classes |")[2].partition("\n\n")[0]
-    names = [name for row in table.splitlines()[2:] for name in row.split("|")[2].split(",")]
-    plain = re.compile(r"[^a-z0-9]")
-    spelled = {plain.sub("", kind.lower()) for kind in KINDS}
-    for name in names:
-        word = plain.sub("", name.lower())
-        assert any(kind.startswith(word) for kind in spelled), name
-
-
 def test_serving(checkout, capsys):
     lengths = ["--chain.steps", "[2, 2, 2]", "--chain.epochs", "null"]
     assert run(["train", "examples/dates.yaml", *lengths]) == 0, capsys.readouterr().err
@@ -127,25 +112,6 @@ def test_serving(checkout, capsys):
     torch.testing.assert_close(adapted, merged, atol=5e-2, rtol=0)
 
 
-def test_commands_for_other_tools_are_shell_and_name_what_was_exported():
-    file = TUTORIALS / "serving.md"
-    exported = set(re.findall(r"--output (\S+)", file.read_text(encoding="utf-8")))
-    shell = blocks(file, "bash")
-    assert shell
-    for block in shell:
-        subprocess.run(["bash", "-n"], input=block, text=True, check=True)
-        for folder in re.findall(r"\bout/\w+", block):
-            assert folder in exported
-        for body in re.findall(r"-d '(.*?)'", block, flags=re.DOTALL):
-            json.loads(body)
-
-
 def test_the_method_in_code():
     (block,) = blocks(ROOT / "docs/method.md", "python")
     exec(block, {"__name__": "method"})
-
-
-def test_every_page_of_the_tutorials_is_in_the_navigation():
-    nav = yaml.safe_load((ROOT / "site/nav.yaml").read_text(encoding="utf-8"))
-    listed = {page for pages in nav.values() for page in pages if isinstance(page, str)}
-    assert {f"docs/tutorials/{file.stem}" for file in TUTORIALS.glob("*.md")} <= listed

@@ -158,13 +158,6 @@ def test_each_process_holds_its_ranges_alone(launched, name):
 
 
 @needs_deepspeed
-def test_the_run_says_that_the_model_is_shared(launched):
-    notes = outcome(launched, "llama-2")["notes"]
-    assert "weights: shared by processes, whole one module at a time" in notes
-    assert "packed sequences: no, speedups are off" in notes
-
-
-@needs_deepspeed
 def test_its_adapter_is_exported_like_any_other(launched, tmp_path):
     adapters = []
     for name in ("llama-1", "llama-2"):
@@ -220,17 +213,3 @@ def test_experts_in_a_list_are_refused():
     model = nn.ModuleDict({"experts": nn.ModuleList([nn.Linear(2, 2)])})
     with pytest.raises(ChainLoRAError, match=r"call the same modules \(got experts, a list"):
         zero3.share(model, None, torch.float32, torch.device("cpu"))
-
-
-def test_a_computation_runs_as_the_forward_of_a_module():
-    """With its hooks around it; a call inside is an ordinary one, and so is the next."""
-    linear, calls = nn.Linear(2, 2), []
-    linear.register_forward_pre_hook(lambda *_: calls.append("before"))
-    linear.register_forward_hook(lambda *_: calls.append("after"))
-    x = torch.ones(1, 2)
-    found = zero3.called(linear, lambda x: linear(x) + len(calls), x)
-    assert calls == ["before", "before", "after", "after"]
-    torch.testing.assert_close(found, linear(x) + 3)
-    with pytest.raises(ZeroDivisionError):
-        zero3.called(linear, lambda x: 1 / 0, x)
-    assert "forward" not in vars(linear)

@@ -1,4 +1,4 @@
-"""Every fault, one after another, and tables of how they ended: ``python tests/faults/soak.py``.
+"""Every fault, one after another, and a table of how they ended: ``python tests/faults/soak.py``.
 
 Cases that are done are kept in the state file; a soak that was stopped continues after them.
 
@@ -6,7 +6,6 @@ Cases that are done are kept in the state file; a soak that was stopped continue
     python tests/faults/soak.py --minutes 8          as much as fits, the rest another time
     python tests/faults/soak.py --sample 20          so many cases a class
     python tests/faults/soak.py --only "bit"         classes whose names hold a text
-    python tests/faults/soak.py --write DIR          soak.md and soak.json of what is in the state
 """
 
 from __future__ import annotations
@@ -27,7 +26,6 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
-ENDS = ("right", "refused", "detected", "harmless", "wrong")
 Cases = Iterable[tuple[str, Callable[[], str]]]
 
 
@@ -114,9 +112,6 @@ def classes(folder: Path, sample: int | None) -> dict[str, Cases]:
     return {first: lives[first]} | found | {name: lives[name] for name in others}
 
 
-# --- the tables
-
-
 def table(done: list[dict[str, Any]]) -> str:
     """Return how each class ended, in Markdown."""
     counts: dict[str, Counter[str]] = {}
@@ -133,119 +128,6 @@ def table(done: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def verb_table(done: list[dict[str, Any]]) -> str:
-    """Return what each verb made of a flipped bit, for each kind of file, in Markdown."""
-    counts: dict[tuple[str, str], dict[str, Counter[str]]] = {}
-    for each in done:
-        if not each["class"].endswith(", by verb"):
-            continue
-        name, kind, _, verb = each["case"].split()
-        run = "unfinished" if "unfinished" in each["class"] else "finished"
-        row = (run, f"{_kind_of_file(name)}{'' if kind == 'text' else f', {kind}'}")
-        counts.setdefault(row, {}).setdefault(verb, Counter())[each["end"].partition(":")[0]] += 1
-    verbs = list(dict.fromkeys(verb for found in counts.values() for verb in found))
-    lines = [
-        f"| run | file | bits | {' | '.join(f'`{verb}`' for verb in verbs)} |",
-        f"|---|---|---:|{'---|' * len(verbs)}",
-    ]
-    for (run, name), found in counts.items():
-        bits = max(ends.total() for ends in found.values())
-        cells = [
-            ", ".join(f"{n} {end}" for end, n in sorted(found.get(verb, Counter()).items()))
-            for verb in verbs
-        ]
-        lines.append(f"| {run} | {name} | {bits} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def unseen(done: list[dict[str, Any]]) -> str:
-    """Return the bytes of files that no reader minds, as a list in Markdown."""
-    found: dict[str, Counter[str]] = {}
-    for each in done:
-        if each["class"].startswith("one flipped bit") and "by verb" not in each["class"]:
-            name, kind, *_ = each["case"].split()
-            where = "the base's " if each["class"].endswith("the base") else ""
-            key = f"{where}{_kind_of_file(name)}{'' if kind == 'text' else f', {kind}'}"
-            found.setdefault(key, Counter())[each["end"].partition(":")[0]] += 1
-    lines = [
-        "| file | bits | detected | repaired | harmless | wrong |",
-        "|---|---:|---:|---:|---:|---:|",
-    ]
-    for name, ends in found.items():
-        cells = [ends.total(), ends["detected"], ends["right"], ends["harmless"], ends["wrong"]]
-        lines.append(f"| {name} | {' | '.join(map(str, cells))} |")
-    return "\n".join(lines)
-
-
-def _kind_of_file(name: str) -> str:
-    parts = ["NNN" if part[0].isdigit() else part for part in Path(name).parts]
-    if parts[-1][:2] == "NN":
-        parts[-1] = Path(name).suffix and f"NNN{Path(name).suffix}"
-    return "/".join(parts)
-
-
-def write(done: list[dict[str, Any]], folder: Path) -> None:
-    """Write soak.md, with the words of whatever is wrong, and soak.json."""
-    import platform
-    from importlib.metadata import version
-
-    names = ("torch", "transformers", "peft", "safetensors", "tokenizers")
-    versions = {"python": platform.python_version()} | {name: version(name) for name in names}
-    minutes = sum(each["seconds"] for each in done) / 60
-    wrong = [each for each in done if each["end"].startswith("wrong")]
-    operations = len({each["case"] for each in done if each["class"].startswith("SIGKILL before")})
-    text = f"""# The soak
-
-    python tests/faults/soak.py --state faults.jsonl
-    python tests/faults/soak.py --state faults.jsonl --write benchmarks/faults
-
-{len(done)} cases, {minutes:.0f} minutes ({platform.machine()}, a thread each); seeds: 0, and 1 for
-the bits by verb. The run has every feature that has state on disk (`tests/faults/lives.py`). It
-does {operations} file operations, and was killed before each of them once. `--only` and its name
-runs one class.
-
-{table(done)}
-
-*Ended right*: the result is that of a run without faults, bit for bit, after `--resume` where the
-fault ended the process. *Ended with our error*: one line that says what is wrong, and once that is
-repaired, the result is right.
-
-## One flipped bit, by verb
-
-*Detected*: an error. *Right*: the resume went back to the last knot and ended with the right files.
-*Harmless*: the answer is as before, since the verb does not read the byte or reads the same from
-it.
-
-{verb_table(done)}
-
-Every byte is detected or repaired by each verb that reads its file: `--resume` and `inspect` read
-all of them, `eval` leaves out records, moments, checkpoints and a best point that is not selected
-yet.
-
-## One flipped bit, more of them
-
-By `inspect` and loading all links; of the base, by its identity, which every verb checks.
-
-{unseen(done)}
-
-Harmless are, in the base's two configs, white space and keys that decide nothing that is computed
-(`transformers_version`, `dtype`, …).
-
-{", ".join(f"{name} {number}" for name, number in versions.items())}.
-"""
-    if wrong:
-        text += "\n## Wrong\n\n" + "".join(
-            f"- {each['class']}: {each['case']}: {each['end'][:300]}\n" for each in wrong
-        )
-    (folder / "soak.md").write_text(text, encoding="utf-8")
-    counts: dict[str, Counter[str]] = {}
-    for each in done:
-        counts.setdefault(each["class"], Counter())[each["end"].partition(":")[0]] += 1
-    summary = {"versions": versions, "operations": operations, "minutes": round(minutes, 1)}
-    told = summary | {"classes": counts, "wrong": wrong}
-    (folder / "soak.json").write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
-
-
 def main() -> int:
     """Run the soak and print its table; exit 1 if any case ended wrong."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -256,11 +138,7 @@ def main() -> int:
     parser.add_argument("--only", default="", help="classes whose names hold this text")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after so many")
     parser.add_argument("--folder", type=Path, default=None, help="to work in; default: in memory")
-    parser.add_argument("--write", type=Path, default=None, help="folder for soak.md and soak.json")
     options = parser.parse_args()
-    if options.write is not None:
-        write(read_state(options.state), options.write)
-        return 0
     memory = Path("/dev/shm")  # what is flushed there costs nothing
     parent = options.folder or (memory if memory.is_dir() else None)
     with tempfile.TemporaryDirectory(prefix="faults-", dir=parent) as name:
