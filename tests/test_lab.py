@@ -18,8 +18,6 @@ from chainlora.training.schedule import learning_rate_factor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks" / "lab"))
 
-import report
-import run as lab_run
 from arms import Arm, Lora, make
 from model import Tiny, compiled
 
@@ -94,47 +92,3 @@ def test_an_arm_trains_as_the_package_does(arm):
         a, b = live_factors(chain.live, name)
         torch.testing.assert_close(trained.a[module][layer].detach(), a.detach(), **CLOSE)
         torch.testing.assert_close(trained.b[module][layer].detach(), b.detach(), **CLOSE)
-
-
-def test_a_lab_is_resumed_after_a_kill_and_reported(tmp_path, monkeypatch):
-    monkeypatch.setattr(lab_run, "LENGTH", LENGTH)
-    out = tmp_path / "cells.jsonl"
-    study = {"name": "tiny", "text": "noise", "rank": 1, "steps": 4, "lr": 0.01}
-    study |= {"arms": ["lora", "soft"]}
-    plan = {
-        "arms": {"lora": None, "soft": {"every": 2, "share": 0.1}},
-        "tuning_seeds": [0],
-        "seeds": [1, 2, 3, 4],
-        "tries": 3,
-    }
-    lab_run.run_study(tiny_lab(tmp_path, out), plan, study)
-    whole = out.read_text()
-    out.write_text(whole[: len(whole) // 2])  # killed in the middle of a line
-    lab_run.run_study(tiny_lab(tmp_path, out), plan, study)
-    first, second = (
-        [(c["key"], c["loss"], c["curve"]) for c in cells]
-        for cells in (lab_run.read_cells(out), map(lab_run.json.loads, whole.splitlines()))
-    )
-    assert first == second
-    report.write_report(lab_run.read_cells(out), tmp_path / "report")
-    assert "soft" in (tmp_path / "report" / "tables.md").read_text()
-    assert list((tmp_path / "report").glob("*.png"))
-
-
-def tiny_lab(tmp_path: Path, out: Path) -> lab_run.Lab:
-    """A lab on a random model and random blocks."""
-    folder = tmp_path / "model"
-    tiny_model("llama").save_pretrained(folder)
-    lab = lab_run.Lab(folder, out, plain=True)
-    noise = torch.cat(blocks())
-    lab.texts["noise"] = lab_run.Text(noise[8:], noise[:4], noise[4:8])
-    return lab
-
-
-def test_the_plan_names_arms_that_there_are():
-    plan = lab_run.yaml.safe_load((lab_run.HERE / "plan.yaml").read_text(encoding="utf-8"))
-    for study in plan["studies"]:
-        for name in study["arms"]:
-            arm, guess = lab_run.arm_of(plan, study, name)
-            assert guess > 0
-            assert Arm(**arm.named()) == arm

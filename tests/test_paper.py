@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from chainlora.errors import ConfigError
 from chainlora.experiments import make_experiment, read_results, run_cells
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks/paper"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks/paper"))
 from flops import cell_costs, shapes_of, training_flops
 from report import report
 
