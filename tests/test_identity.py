@@ -62,14 +62,6 @@ def test_all_that_decides_what_a_base_computes_is_counted(folder):
     ]
 
 
-def test_what_decides_nothing_is_not_counted(folder):
-    before = base_files(folder)
-    keys = {"transformers_version": "9", "_name_or_path": "x", "dtype": "bfloat16"}
-    edit_json(folder / "config.json", **keys, use_cache=False)
-    (folder / "README.md").write_text("mine")
-    assert changed_files(before, base_files(folder)) == []
-
-
 def test_every_shard_is_counted(tmp_path, folder):
     tiny_model("llama").save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
     found = base_files(tmp_path / "sharded")

@@ -27,7 +27,7 @@ from helpers_integrations import (
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, Trainer, TrainingArguments
 
-from chainlora import ChainCallback, export_merged, load_chain, load_run, make_config, train
+from chainlora import ChainCallback, load_chain, make_config, train
 from chainlora.runs.directory import RunDirectory
 from chainlora.training.plan import make_plan
 
@@ -223,16 +223,6 @@ def test_every_save_is_a_chain_and_an_adapter(tiny_folder, tokenizer, tmp_path):
     trainer.model.save_pretrained(str(tmp_path / "again"))
     merged = trainer.model.merge_and_unload()
     assert_adapter_is_the_model(tiny_folder, tmp_path / "again", merged, ROUNDING)
-
-
-def test_a_saved_chain_is_read_like_a_run(tiny_folder, tokenizer, tmp_path):
-    trainer = run(tiny_folder, tokenizer, tmp_path / "out", ChainCallback(steps=4))
-    trainer.save_model(str(tmp_path / "final"))
-    model, _ = load_run(tmp_path / "final/chain")
-    chain_of(trainer)  # ties the last link, as load_run has it
-    assert torch.equal(logits(model), logits(trainer.model))
-    export_merged(tmp_path / "final/chain", tmp_path / "merged")
-    assert torch.equal(logits(plain_model(tmp_path / "merged")), logits(model))
 
 
 # --- resume ---

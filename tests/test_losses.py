@@ -10,11 +10,10 @@ from conftest import ARCHITECTURES, tiny_model
 from forwards import Path, hidden_states
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2ForCausalLM
 
 import chainlora.engine.head
 from chainlora.data.examples import Example
-from chainlora.engine.head import candidate_loss, candidate_scores, completion_loss, logit_transform
+from chainlora.engine.head import candidate_loss, candidate_scores, completion_loss
 from chainlora.engine.packing import PackedBatch, pack
 from chainlora.errors import ModelError
 
@@ -196,30 +195,6 @@ def test_no_full_logits(dtype: torch.dtype) -> None:
         chainlora.engine.head.CHUNK_ELEMENTS = before
     largest_other = max(hidden.numel(), 131 * 32)
     assert max(seen) <= max(131 * 10, largest_other) < 131 * len(batch.rows)
-
-
-@pytest.mark.parametrize("examples", [WORDS, PHRASES], ids=["words", "phrases"])
-def test_models_that_transform_their_logits(examples: list[Example]) -> None:
-    shape = {
-        "vocab_size": 131,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "pad_token_id": 0,
-    }
-    torch.manual_seed(0)
-    for model in (
-        Gemma2ForCausalLM(Gemma2Config(**shape, final_logit_softcapping=0.1)).eval(),
-        CohereForCausalLM(CohereConfig(**shape, logit_scale=3.0)).eval(),
-    ):
-        assert logit_transform(model) is not None
-        batch = pack(examples)
-        hidden = hidden_states(model, batch, path=Path.PADDED)
-        plain = plain_candidate_loss(model, examples)
-        torch.testing.assert_close(candidate_loss(model, hidden, batch), plain, **CLOSE)
 
 
 def test_unknown_logits_are_refused() -> None:

@@ -124,15 +124,6 @@ def test_a_chain_is_that_on_ordinary_layers(known_to_peft, tmp_path):
     assert torch.equal(logits(model), start)
 
 
-def test_soft_knots_leave_the_function_as_it_is(known_to_peft):
-    chain = Chain(packed_model(), hold="carried")
-    chain.extend(ALL)
-    tune(chain)
-    before = logits(chain.model)
-    chain.tie_share(0.4)
-    assert (logits(chain.model) - before).norm() < KNOT * before.norm()
-
-
 def test_links_are_not_merged_into_it(known_to_peft):
     chain = Chain(packed_model())
     with pytest.raises(

@@ -8,14 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny_model
-from experiment_cases import change, tree
+from experiment_cases import change
 from torch.utils.flop_counter import FlopCounterMode
 
 from chainlora.errors import ConfigError
-from chainlora.experiments import make_experiment, read_results, run_cells
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks/paper"))
-from flops import cell_costs, shapes_of, training_flops
+from flops import shapes_of, training_flops
 from report import report
 
 
@@ -52,24 +51,6 @@ def test_counted_operations_are_torch_s_own_count(architecture, targets):
         length * training_flops(shapes, 4, context=length) + length * 2 * head
     )  # forward, input's gradient
     assert ours == counter.get_total_flops()
-
-
-def test_a_cell_of_today_is_counted_and_an_old_one_says_itself(tiny_folder, sentiment, tmp_path):
-    base = tree(tiny_folder, sentiment)["base"]
-    base["chain"]["init_batches"] = 2
-    keys = {"base": base, "methods": ["chain3", "chain3_fw"], "seeds": [0], "tune": {}}
-    run_cells(make_experiment(tree(tiny_folder, sentiment, **keys)), tmp_path, backend="inline")
-    plain, directed = read_results(tmp_path).finals
-    costs = [cell_costs(c, tmp_path / "cells" / c["cell"] / "run") for c in (plain, directed)]
-    assert costs[0]["flops"] > costs[0]["flops_6nd"] > 0
-    # attention's share differs a little between batches; the tokens' own share is exact
-    assert costs[1]["flops"] / costs[0]["flops"] == pytest.approx(
-        directed["tokens"] / plain["tokens"], rel=0.01
-    )
-    assert cell_costs({"flops": 2, "flops_6nd": 1}) == {"flops": 2.0, "flops_6nd": 1.0}
-    with pytest.raises(FileNotFoundError, match="which modules they adapt"):
-        cell_costs(plain, tmp_path)
-    assert "| mood chain3 |" in report(tmp_path, tmp_path / "out").markdown
 
 
 def with_cost(cell):

@@ -13,18 +13,6 @@ from forwards import Path, accelerate_lora, accelerate_model, hidden_states, res
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import (
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    GraniteConfig,
-    GraniteForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
     SmolLM3Config,
     SmolLM3ForCausalLM,
 )
@@ -114,53 +102,6 @@ def assert_equal_to_plain(
 def test_equals_plain(targets: list[str], kind: str, dtype: torch.dtype) -> None:
     model = with_lora(tiny_model("llama", dtype=dtype), dtype, targets)
     assert_equal_to_plain(model, BATCHES[kind](), dtype)
-
-
-MODELS: dict[str, Callable[[], nn.Module]] = {
-    "mistral": lambda: MistralForCausalLM(MistralConfig(**SHAPE)),
-    "qwen2 (biases on q, k, v)": lambda: Qwen2ForCausalLM(Qwen2Config(**SHAPE)),
-    "llama with biases": lambda: LlamaForCausalLM(
-        LlamaConfig(**SHAPE, mlp_bias=True, attention_bias=True)
-    ),
-    "scaled rotary": lambda: LlamaForCausalLM(
-        LlamaConfig(
-            **SHAPE | {"max_position_embeddings": 4096},
-            rope_parameters={
-                "rope_type": "yarn",
-                "rope_theta": 1e4,
-                "factor": 4.0,
-                "original_max_position_embeddings": 1024,
-            },
-        )
-    ),
-}
-
-
-@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS.keys())
-def test_other_models_of_the_shape(make: Callable[[], nn.Module]) -> None:
-    torch.manual_seed(0)
-    model = with_lora(make().double().eval(), torch.float64, ["q_proj", "v_proj"])
-    assert_equal_to_plain(model, tree_batch(), torch.float64)
-
-
-OTHER_SHAPES: dict[str, Callable[[], nn.Module]] = {
-    "norms on queries and keys": lambda: Qwen3ForCausalLM(Qwen3Config(**SHAPE, head_dim=8)),
-    "four norms": lambda: Gemma2ForCausalLM(Gemma2Config(**SHAPE, head_dim=8)),
-    "another activation": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE, hidden_act="gelu")),
-    "the same shape, scaled residuals": lambda: GraniteForCausalLM(
-        GraniteConfig(**SHAPE, residual_multiplier=0.5)
-    ),
-    "opt": lambda: tiny_model("opt"),
-    "gpt2": lambda: tiny_model("gpt2"),
-}
-
-
-@pytest.mark.parametrize("make", OTHER_SHAPES.values(), ids=OTHER_SHAPES.keys())
-def test_not_taken_for_other_layers(make: Callable[[], nn.Module]) -> None:
-    torch.manual_seed(0)
-    model = make().eval()
-    assert accelerate_model(model) == 0
-    assert restore(model) == 0
 
 
 def inner(model: nn.Module, name: str) -> nn.Module:

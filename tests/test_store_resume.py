@@ -168,19 +168,6 @@ def test_a_lower_rate_by_name_is_kept_in_the_manifest(rich_config, tmp_path):
 # --- faults on the way
 
 
-def test_moments_of_a_killed_knot_are_not_taken_for_those_of_the_one_before(rich_config, tmp_path):
-    """Killed between the moments and the manifest, the link is tied again from its own start."""
-    train(rich_config.model_copy(update={"output": str(tmp_path / "whole")}))
-    stop_after(rich_config, 7)
-    run = tmp_path / "run"
-    (kept,) = (run / "moments").iterdir()
-    assert kept.name == "000.safetensors"
-    (run / "moments" / "001.safetensors").write_bytes(b"written just before the kill")
-    shutil.rmtree(run / "checkpoints")  # back to the knot
-    train(rich_config, resume=True)
-    assert_same_links(run, tmp_path / "whole")
-
-
 def test_a_damaged_checkpoint_falls_back_to_the_knot(rich_config, tmp_path, caplog):
     train(rich_config.model_copy(update={"output": str(tmp_path / "whole")}))
     for damage in (

@@ -92,24 +92,6 @@ def test_words_that_read_as_their_own_position_or_as_none_are_labels(tmp_path, w
         assert task.label_index(position) == task.label_index(word.strip()) == position
 
 
-def test_a_mapping_says_what_such_words_mean(tmp_path):
-    (tmp_path / "t.yaml").write_text(
-        'name: t\ndescription: d\nprompt: "{{ text }}"\nlabels: {true: " True", false: " False"}\n'
-        "metric: accuracy\nloss: candidates\n"
-    )
-    task = load_task(tmp_path / "t.yaml")
-    assert [
-        task.render({"text": "x", "label": value}).completion
-        for value in (1, "1", True, 0, "False")
-    ] == [
-        " True",
-        " True",
-        " True",
-        " False",
-        " False",
-    ]
-
-
 def test_bare_yes_and_no_are_caught(tmp_path):
     path = write_task(tmp_path)
     path.write_text(path.read_text().replace('[" red", " blue"]', "[No, Yes]"))

@@ -65,13 +65,6 @@ def test_a_bomb_is_one_sentence_in_a_task_and_in_a_chat(name, limits, tmp_path):
     read_chat("{% for m in messages %}{{ m.content }}{% endfor %}")  # the next one is rendered
 
 
-def test_expressions_are_bound_too(limits, tmp_path):
-    keys = {"labels": None, "candidates": "[text * 10**10, text]", "label": "0"}
-    assert "no end" in refusal(
-        lambda: load_task(write_task(tmp_path, **keys)).render({"text": "x"})
-    )
-
-
 def test_threads_and_forked_processes_are_bound(limits):
     found: list[str] = []
     thread = threading.Thread(
@@ -93,10 +86,3 @@ def test_a_long_row_is_no_endless_template(tmp_path):
     text = "word " * 100_000
     shown = load_task(write_task(tmp_path, prompt=prompt)).render({"text": text, "label": 0})
     assert shown.prompt == text.upper() + text + "!"
-
-
-def test_values_that_are_no_json_are_refused(tmp_path):
-    row: dict = {"text": "x", "label": 0}
-    row["me"] = row
-    said = refusal(lambda: load_task(write_task(tmp_path)).render(row))
-    assert "must hold texts, numbers, lists and objects" in said

@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import matplotlib.image
-import numpy as np
 import pytest
 import torch
 
@@ -62,49 +61,6 @@ def test_the_mean_gap_is_below_the_bound_of_theorem_4_1(kind, power_steps):
         )
 
 
-# --- RAC-LoRA's counter-example
-
-
-def test_rank_one_fails_from_afar_where_rac_lora_does_not():
-    rac = script("rac_counter_example")
-    near = {method: rac.tune(method, 1.0) for method in rac.METHODS}
-    far = {method: rac.tune(method, 5.0) for method in rac.METHODS}
-    best = (1 + 1) / (10 + 1 + 1)  # M = diag(10, 1, 1) without its steepest direction
-    assert rac.best_of_rank_one() == pytest.approx(best)
-    assert near["lora"][-1] == pytest.approx(best, rel=1e-3)  # every draw is stuck at rank one
-    assert near["chain"][-1].max() < 1e-3
-    assert np.isinf(far["lora"][-1]).all()
-    assert np.isinf(far["chain"][-1]).all()
-    # linear in the distance: the same share of the loss is left; rounding grows over 600 steps
-    np.testing.assert_allclose(near["rac"], far["rac"], rtol=1e-9)
-    assert near["rac"][-1].max() < 1e-3
-    assert np.diff(near["rac"], axis=0).max() <= 1e-15  # f never rises, up to rounding below 1
-
-
-# --- what M links leave
-
-
-def test_no_chain_beats_eckart_and_young_and_long_or_well_started_links_reach_it():
-    case = script("residual")
-    matrix = case.target()
-    bound = case.eckart_young(matrix, 6, 2)
-    squares = [0.8 ** (2 * k) for k in range(16)]  # four links of rank 2 take eight of them
-    assert bound[4] == pytest.approx((sum(squares[8:]) / sum(squares)) ** 0.5)
-    exact = case.residuals(matrix, "exact", num_links=6)
-    assert exact == pytest.approx(bound, abs=1e-9)  # float64: a few roundings
-    short = {kind: case.residuals(matrix, kind, 15, num_links=6) for kind in case.KINDS}
-    for values in short.values():
-        assert all(value >= best - 1e-9 for value, best in zip(values, bound, strict=True))
-    # fifteen steps from the gradient's directions leave 1 % of each of them
-    assert short["tuned FW"][4] == pytest.approx(bound[4], rel=1e-2)
-    assert short["tuned"][4] > 2 * bound[4]
-    long = {kind: case.residuals(matrix, kind, 400, num_links=4) for kind in case.KINDS[1:]}
-    assert long["tuned"][4] == pytest.approx(bound[4], rel=1e-2)  # 0.1657 against 0.1655
-    # B only: a share of what is left however long a link is; its steps have converged by 15
-    assert long["B only"][4] == pytest.approx(short["B only"][4], rel=1e-3)
-    assert long["B only"][4] > 4 * bound[4]
-
-
 # --- soft knots
 
 
@@ -128,19 +84,3 @@ def test_the_scales_of_a_soft_knot_are_those_of_the_package():
     scales = balance(pair.a[0, 0].float(), pair.b[0, 0].float(), share=0.3)
     torch.testing.assert_close(alpha.flatten().float(), scales.a, rtol=1e-6, atol=0)  # float32
     torch.testing.assert_close(beta.flatten().float(), scales.b, rtol=1e-6, atol=0)
-
-
-SPEC = {"condition": 1e3, "size": 0.01}
-
-
-@pytest.fixture
-def problem():
-    return script("quadratic").make_problem((0, 1), 300, **SPEC)
-
-
-@pytest.mark.parametrize("arm", ["folding only", "soft knots", "soft knots, new moments"])
-def test_what_folds_falls_far_below_the_floor_of_rank_one(arm, problem):
-    knots = script("quadratic")
-    trace = knots.tune(problem, knots.ARMS[arm], [1e-3, 2e-3], 15.0)
-    best = trace.loss[-1].min(0).values
-    assert (best < 0.6 * knots.floor(problem, 1)).all()  # 0.25 to 0.45 of it

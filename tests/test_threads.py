@@ -129,27 +129,3 @@ def test_evaluation_in_threads_is_evaluation_without(two_threads):
         torch.testing.assert_close(
             mine["scores"], other["scores"], rtol=0, atol=1e-5
         )  # packs of another size
-
-
-def note_on_threads(model, *, training: bool, speedups: str = "auto") -> str:
-    with Engine(model, training=training, speedups=speedups) as engine:
-        return engine.notes[-1]
-
-
-def test_why_one_thread(two_threads):
-    llama = tiny_model("llama")
-    assert note_on_threads(llama, training=True) == "threads: 2"
-    assert "off" in note_on_threads(llama, training=True, speedups="off")
-    for architecture, key in (
-        ("opt", "dropout"),
-        ("gpt2", "resid_pdrop"),
-        ("llama", "attention_dropout"),
-    ):
-        model = tiny_model(architecture, **{key: 0.1})
-        assert "random numbers" in note_on_threads(model, training=True)
-        assert note_on_threads(model, training=False) == "threads: 2"
-    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
-    stretched = tiny_model("llama", rope_parameters=rope)
-    assert "rotary" in note_on_threads(stretched, training=False)
-    torch.set_num_threads(1)
-    assert "one thread" in note_on_threads(llama, training=True)

@@ -275,18 +275,6 @@ def test_what_cannot_work_is_refused_before_the_output_is_claimed(
     assert not (tmp_path / "run").exists()
 
 
-def test_output_that_is_not_empty_is_refused_without_resume(tiny_folder, sentiment, tmp_path):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "notes.txt").write_text("mine")
-    with pytest.raises(
-        RunError, match=r"`output` must be a new or empty directory \(got .*another output"
-    ):
-        train(make_config(settings(tiny_folder, sentiment, tmp_path / "run")))
-    with pytest.raises(RunError, match="not a whole run"):
-        train(make_config(settings(tiny_folder, sentiment, tmp_path / "run")), resume=True)
-    assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
-
-
 def test_epochs_split_steps_at_the_knots(tiny_folder, sentiment):
     config = make_config(
         settings(tiny_folder, sentiment, chain={"steps": None, "epochs": [1, 0.5, 0.5]})
@@ -322,23 +310,6 @@ def test_a_link_after_a_pruned_reset_starts_with_steps_of_bounded_size(
         # drawn within 1/√32, then three steps of at most lr · 0.1/√0.001 (AdamW's largest, after
         # zero gradients) each
         assert factors.a.abs().max() <= 32**-0.5 + 3 * 1e-2 * 0.1 / 0.001**0.5
-
-
-def test_a_task_taught_by_the_right_candidate_alone_has_a_majority_too(
-    tiny_folder, sentiment, tmp_path
-):
-    """As COPA: the loss is teacher forcing, the score is accuracy, and always one answer is a rival
-    all the same."""
-    text = (sentiment / "task.yaml").read_text().replace("loss: candidates", "loss: completion")
-    (tmp_path / "taught.yaml").write_text(text)
-    keys = {"data": {"task": str(tmp_path / "taught.yaml")}, "chain": {"ranks": [2], "steps": [1]}}
-    metrics = train(make_config(settings(tiny_folder, sentiment, **keys)))["metrics"]["validation"]
-    labels = [
-        json.loads(line)["label"]
-        for line in (sentiment / "validation.jsonl").read_text().splitlines()
-    ]
-    assert metrics["majority"] == max(labels.count(0), labels.count(1)) / len(labels)
-    assert metrics.keys() == {"accuracy", "loss", "majority"}
 
 
 def test_a_run_with_soft_knots(tiny_folder, sentiment, tmp_path):

@@ -106,25 +106,6 @@ def test_law_9_killed_anywhere_and_resumed_is_the_uninterrupted_run(
     assert losses[0] == losses[1]
 
 
-@pytest.mark.parametrize("init", ["gradient", "pissa"])
-def test_a_link_begun_again_after_a_kill_starts_where_it_started_before(
-    tiny_folder, sentiment, tmp_path, init
-):
-    chain = {"ranks": [4, 4], "steps": [3, 3], "init": init}
-    keys = {"chain": chain, "train": {"dtype": "bfloat16", "save_every": None}}
-    train(make_config(settings(tiny_folder, sentiment, tmp_path / "whole", **keys)))
-    config = make_config(settings(tiny_folder, sentiment, tmp_path / "killed", **keys))
-
-    def die(record) -> None:
-        if record["event"] == "step" and record["link"] == 1:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        train(config, listener=die)
-    train(config, resume=True)
-    assert_same_links(tmp_path / "whole", tmp_path / "killed")
-
-
 def test_a_run_killed_between_its_early_stop_and_the_knot_still_ties_the_link(
     tiny_folder, sentiment, tmp_path
 ):

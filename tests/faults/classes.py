@@ -239,42 +239,6 @@ def _says_why(message: str) -> bool:
     return "one process at a time" in message or "which holds a run" in message
 
 
-# --- the clock
-
-
-def clock_set_back(world: World) -> Iterator[tuple[str, Case]]:
-    """Yield cases in which the wall clock jumps a day back, at some call."""
-    for call in (0, 3, 10, 50):
-        yield f"call {call}", partial(_clock, world, call)
-
-
-def _clock(world: World, call: int) -> str:
-    where = fresh(world.folder / f"clock-{call}")
-    config = world.config(where)
-
-    def work() -> None:
-        now, calls = time.time, [0]
-
-        def back() -> float:
-            calls[0] += 1
-            return now() - 86_400 * (calls[0] > call)
-
-        time.time = back
-        run(config)
-
-    end = live(work)
-    if end.status != 0:
-        return f"wrong: {end.message[-600:]}"
-    import json
-
-    result = json.loads((where / "run" / "result.json").read_text())
-    if not 0 <= result["wall_s"] < 600:
-        return f"wrong: {result['wall_s']} seconds"
-    found = repaired(world, where, end)
-    shutil.rmtree(where)
-    return found
-
-
 KILLS = {
     "SIGKILL before every file operation": partial(at_every_operation, kind="kill"),
     "SIGKILL in every write": partial(at_every_operation, kind="tear"),
@@ -289,6 +253,5 @@ KILLS = {
     "EIO at every file operation": partial(at_every_operation, kind="EIO"),
     "export killed or disk full at every file operation": of_exports,
     "two and three processes on one output": several_processes,
-    "clock set back": clock_set_back,
     "Ctrl-C or SIGTERM at every file operation": interrupted,
 }

@@ -74,64 +74,48 @@ def classes_of_bytes(path: Path) -> list[tuple[str, range]]:
     ]
 
 
-def flips(run: Path, per_class: int | None, seed: int = 0) -> Iterator[Case]:
-    """Yield a case a flipped bit: `per_class` in each class of bytes of each file, or all bytes."""
-    draw, before = random.Random(seed), contents(run)
-    for path in sorted(p for p in run.rglob("*") if p.is_file() and p.name not in NOT_CHECKED):
-        name = path.relative_to(run).as_posix()
-        for kind, places in classes_of_bytes(path):
-            chosen = places
-            if per_class is not None and len(places) > per_class:
-                chosen = sorted(draw.sample(places, per_class))
-            for place in chosen:
-                bit = draw.randrange(8)
-                yield (
-                    f"{name} {kind} {place}.{bit}",
-                    partial(_flipped, run, path, place, bit, before),
-                )
+def flips(run: Path, per_class: int, seed: int = 0) -> Iterator[Case]:
+    """Yield a case a flipped bit of a run: `per_class` in each class of bytes of each file."""
+    before = contents(run)
+    return _flips(run, per_class, seed, lambda path: verdict(run, before))
 
 
-def _flipped(run: Path, path: Path, place: int, bit: int, before: tuple[Any, ...]) -> str:
-    content = path.read_bytes()
-    changed = bytearray(content)
-    changed[place] ^= 1 << bit
-    path.write_bytes(changed)
-    try:
-        return verdict(run, before)
-    finally:
-        path.write_bytes(content)
-
-
-def base_flips(base: Path, per_class: int | None, seed: int = 0) -> Iterator[Case]:
+def base_flips(base: Path, per_class: int, seed: int = 0) -> Iterator[Case]:
     """Yield a case a flipped bit in the base: another model, or a key that decides nothing."""
-    draw, before = random.Random(seed), base_files(base)
-    for path in sorted(p for p in base.iterdir() if p.is_file()):
+    before = base_files(base)
+
+    def judge(path: Path) -> str:
+        try:
+            found = changed_files(before, base_files(base))
+        except ChainLoRAError:
+            return "detected"
+        if found:
+            return "detected"
+        is_config = path.name in ("config.json", "generation_config.json")
+        return "harmless" if is_config else "wrong: unseen"
+
+    return _flips(base, per_class, seed, judge)
+
+
+def _flips(folder: Path, per_class: int, seed: int, judge: Callable[[Path], str]) -> Iterator[Case]:
+    draw = random.Random(seed)
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in NOT_CHECKED):
+        name = path.relative_to(folder).as_posix()
         for kind, places in classes_of_bytes(path):
-            chosen = places
-            if per_class is not None and len(places) > per_class:
-                chosen = sorted(draw.sample(places, per_class))
-            for place in chosen:
+            for place in sorted(draw.sample(places, min(per_class, len(places)))):
                 bit = draw.randrange(8)
-                yield (
-                    f"{path.name} {kind} {place}.{bit}",
-                    partial(_flipped_base, base, path, place, bit, before),
-                )
+                yield f"{name} {kind} {place}.{bit}", partial(_flipped, path, place, bit, judge)
 
 
-def _flipped_base(base: Path, path: Path, place: int, bit: int, before: dict[str, str]) -> str:
+def _flipped(path: Path, place: int, bit: int, judge: Callable[[Path], str]) -> str:
     content = path.read_bytes()
     changed = bytearray(content)
     changed[place] ^= 1 << bit
     path.write_bytes(changed)
     try:
-        found = changed_files(before, base_files(base))
-    except ChainLoRAError:
-        return "detected"
+        return judge(path)
     finally:
         path.write_bytes(content)
-    if found:
-        return "detected"
-    return "harmless" if path.name in ("config.json", "generation_config.json") else "wrong: unseen"
 
 
 # --- whole files
