@@ -211,6 +211,11 @@ def test_gguf_is_converted_once(gguf_file, cache):
     ]
 
 
+def test_changed_gguf_is_converted_again(tmp_path, cache, gguf_model):
+    first = resolve_model(write_gguf(tmp_path / "tiny.gguf", gguf_model))
+    assert resolve_model(write_gguf(tmp_path / "tiny.gguf", gguf_model, pre="gpt-2")) != first
+
+
 def test_half_converted_folder_is_not_taken_for_a_whole_one(gguf_file, cache):
     whole = resolve_model(gguf_file)
     partial = whole.with_name(f"{whole.name}.1-0.new")
@@ -344,6 +349,11 @@ def test_folder_of_another_kind(folder, tmp_path):
     fails(folder, "name the file", "x.gguf")
     (folder / "adapter_config.json").write_text("{}")
     fails(folder, "adapter", "base model")
+
+
+def test_vocabulary_larger_than_the_embedding(folder):
+    tiny_model("llama", vocab_size=200).save_pretrained(folder)
+    fails(folder, "256 tokens", "200 rows")
 
 
 def test_bad_gguf(tmp_path, cache, gguf_model):

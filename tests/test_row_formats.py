@@ -56,52 +56,27 @@ class Case(NamedTuple):
     """Columns that TRL gets instead of the row's, where it has no such format."""
 
 
+def in_parts(turn: Mapping[str, str]) -> dict[str, Any]:
+    return {"role": turn["role"], "content": [{"type": "text", "text": turn["content"]}]}
+
+
 CHATML = {"chat_template": "chatml"}
 CASES = [
-    Case("plain text", {"text": "A dog has four legs."}),
-    Case(
-        "plain text, columns beside it",
-        {"text": "A dog has four legs.", "id": 7, "source": "x"},
-    ),
-    Case(
-        "prompt and completion",
-        {"prompt": "Legs of a dog:", "completion": " four"},
-    ),
+    Case("plain text, columns beside it", {"text": "A dog has four legs.", "id": 7}),
+    Case("prompt and completion", {"prompt": "Legs of a dog:", "completion": " four"}),
     Case(
         "prompt and completion that share a token",
         {"prompt": "Legs of a dog: ", "completion": "four"},
     ),
-    Case("chat", {"messages": [ASK, ANSWER]}, CHATML),
     Case(
         "chat of several turns with a system turn",
         {"messages": [SYSTEM, ASK, ANSWER, *MORE]},
         CHATML,
     ),
-    Case(
-        "chat with tools",
-        {"messages": CALLED, "tools": [TOOL]},
-        CHATML,
-    ),
-    Case(
-        "chat with tools in JSON",
-        {"messages": CALLED, "tools": json.dumps([TOOL])},
-        CHATML,
-    ),
-    Case(
-        "calls with arguments in JSON",
-        {"messages": CALLED_IN_JSON},
-        CHATML,
-    ),
-    Case(
-        "content as parts",
-        {
-            "messages": [
-                {"role": "user", "content": [{"type": "text", "text": "Hi."}]},
-                {"role": "assistant", "content": [{"type": "text", "text": "Hello."}]},
-            ]
-        },
-        CHATML,
-    ),
+    Case("chat with tools", {"messages": CALLED, "tools": [TOOL]}, CHATML),
+    Case("chat with tools in JSON", {"messages": CALLED, "tools": json.dumps([TOOL])}, CHATML),
+    Case("calls with arguments in JSON", {"messages": CALLED_IN_JSON}, CHATML),
+    Case("content as parts", {"messages": [in_parts(ASK), in_parts(ANSWER)]}, CHATML),
     Case(
         "chat with arguments of the template",
         {"messages": [ASK, ANSWER], "chat_template_kwargs": {"think": True}},
@@ -109,32 +84,16 @@ CASES = [
     ),
     Case(
         "conversational prompt and completion",
-        {"prompt": [SYSTEM, ASK], "completion": [ANSWER]},
-        CHATML,
-    ),
-    Case(
-        "the same, the prompt of several turns",
         {"prompt": [ASK, ANSWER, MORE[0]], "completion": [MORE[1]]},
         CHATML,
-    ),
-    Case(
-        "ShareGPT",
-        {
-            "conversations": [
-                {"from": "human", "value": ASK["content"]},
-                {"from": "gpt", "value": ANSWER["content"]},
-            ]
-        },
-        CHATML,
-        {"messages": [ASK, ANSWER]},
     ),
     Case(
         "ShareGPT with a system column",
         {
             "system": SYSTEM["content"],
             "conversations": [
-                {"from": "user", "value": ASK["content"]},
-                {"from": "assistant", "value": ANSWER["content"]},
+                {"from": "human", "value": ASK["content"]},
+                {"from": "gpt", "value": ANSWER["content"]},
             ],
         },
         CHATML,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from helpers_tasks import (
+    PROMPTS,
     write_rows,
     write_task,
 )
@@ -124,6 +125,15 @@ def test_a_row_that_does_not_suit_the_task_is_named(tmp_path, row, message):
     assert "\n" not in str(caught.value)
 
 
+def test_candidates_of_a_row_must_hold_the_right_one(tmp_path):
+    task = load_task("record")
+    row = PROMPTS["record"][0] | {"answers": ["Zoe"]}
+    with pytest.raises(DataError, match=r"label must be a candidate .*Zoe.*row 5"):
+        task.render(row, 5)
+    with pytest.raises(DataError, match=r"at least two"):
+        task.render(PROMPTS["record"][0] | {"entities": ["Bob"]})
+
+
 def test_a_text_among_the_candidates_of_a_row_is_the_item_and_a_number_the_position(tmp_path):
     task = load_task(write_task(tmp_path, labels=None, candidates="options"))
 
@@ -154,6 +164,12 @@ def test_a_text_among_the_candidates_of_a_row_is_the_item_and_a_number_the_posit
     assert repaired.render({"text": "x", "options": ["1", "2", "3", "4"], "label": "3"}).label == 2
     with pytest.raises(DataError, match=r"a candidate or its position \(got 20"):
         label(20, ["10", "20", "30"])
+
+
+def test_templates_run_in_a_sandbox(tmp_path):
+    task = load_task(write_task(tmp_path, prompt="{{ text.__class__.__mro__ }}"))
+    with pytest.raises(DataError, match="unsafe"):
+        task.render({"text": "x", "label": 0})
 
 
 @pytest.mark.parametrize(
