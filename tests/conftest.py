@@ -210,8 +210,10 @@ def chainlora(capfd) -> Callable[..., Outcome]:
     from chainlora.cli.main import run as command
 
     def call(*arguments: object) -> Outcome:
+        """Run the command of these words, or of the words in one text."""
+        words = str(arguments[0]).split() if len(arguments) == 1 else map(str, arguments)
         capfd.readouterr()
-        status = command([str(argument) for argument in arguments])
+        status = command(list(words))
         return Outcome(status, *capfd.readouterr())
 
     return call

@@ -112,38 +112,28 @@ WORDS = st.sampled_from(
      "{", "- ", "? ", ": ", "'", '"', "|", ">", "%", "@", "`", "\n", "\t", "\x00", "\ud800", "é",
      "all-linear", "auto", "q_proj", "(a+)+$", "../x", "{{ x }}", "1:1:1", ".inf", "-.nan", "1_0"]
 )  # fmt: skip
-NUMBERS = st.one_of(
-    st.integers(-3, 40),
-    st.sampled_from([2**31, 2**63, -(2**64), 10**30, 10**400]),
-    st.floats(),
-)
-SCALARS = st.one_of(st.none(), st.booleans(), NUMBERS, st.text(max_size=6), WORDS)
-NAMES = st.one_of(st.text(max_size=5), WORDS, st.integers(0, 3))
-VALUES = st.recursive(
-    SCALARS,
-    lambda inner: st.one_of(
-        st.lists(inner, max_size=4),
-        st.dictionaries(NAMES, inner, max_size=3),
-    ),
-    max_leaves=6,
-)
+LARGE = st.sampled_from([2**31, 2**63, -(2**64), 10**30, 10**400])
+INTEGERS = st.one_of(st.integers(-3, 40), LARGE)
+NUMBERS = st.one_of(INTEGERS, st.floats())
+
+
+def trees(*scalars: Any, names: Any) -> st.SearchStrategy[Any]:
+    """Return scalars, and lists and mappings of them."""
+    return st.recursive(
+        st.one_of(st.none(), st.booleans(), WORDS, *scalars),
+        lambda inner: st.one_of(
+            st.lists(inner, max_size=4),
+            st.dictionaries(names, inner, max_size=3),
+        ),
+        max_leaves=6,
+    )
+
+
+TEXTS = st.one_of(st.text(max_size=6), WORDS)
+VALUES = trees(NUMBERS, TEXTS, names=st.one_of(TEXTS, st.integers(0, 3)))
 # What JSON can say: no infinities, no keys but texts.
-JSON = st.recursive(
-    st.one_of(
-        st.none(),
-        st.booleans(),
-        st.integers(-3, 40),
-        st.sampled_from([2**31, 2**63, -(2**64), 10**30, 10**400]),
-        st.floats(allow_nan=False, allow_infinity=False),
-        st.text(max_size=8),
-        WORDS,
-    ),
-    lambda inner: st.one_of(
-        st.lists(inner, max_size=4),
-        st.dictionaries(st.one_of(st.text(max_size=5), WORDS), inner, max_size=3),
-    ),
-    max_leaves=6,
-)
+FINITE = st.floats(allow_nan=False, allow_infinity=False)
+JSON = trees(INTEGERS, FINITE, TEXTS, names=TEXTS)
 
 
 def plant(tree: Any, path: str, value: Any) -> None:

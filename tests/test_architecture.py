@@ -97,8 +97,3 @@ def test_help_needs_no_tensor_library():
         "sys.exit(any(m in sys.modules for m in heavy))"
     )
     assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL).returncode == 0
-
-
-def test_the_public_names_load():
-    for name in chainlora.__all__:
-        assert getattr(chainlora, name) is not None

@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from typing import get_type_hints
 
 import pytest
@@ -15,7 +14,7 @@ import yaml
 from conftest import write_rows
 from helpers import settings
 
-from chainlora import TrainResult, load_config, make_config, train
+from chainlora import TrainResult, make_config, train
 from chainlora.errors import ConfigError
 from chainlora.training.events import Planned, StepDone
 from chainlora.training.progress import progress_listener
@@ -53,15 +52,6 @@ def test_progress_is_shown_unless_somebody_listens(tree, capsys):
     assert "training rows" not in capsys.readouterr().err
 
 
-def test_overrides_are_texts_of_yaml_or_values(tree, tmp_path):
-    path = tmp_path / "run.yaml"
-    path.write_text(yaml.safe_dump(tree))
-    by_text = load_config(path, [("chain.ranks", "[4]"), ("train.lr", "1"), ("train.lr", "2e-3")])
-    by_value = load_config(path, {"chain.ranks": [4], "train.lr": 2e-3})
-    assert by_text == by_value
-    assert (by_value.chain.ranks, by_value.train.lr) == ((4,), 2e-3)
-
-
 # --- a log file ---
 
 
@@ -85,15 +75,6 @@ def say(steps: int, total: int, log_every: int | None = None) -> None:
         listener(Planned(0, total, [total], 8, "packed", 1, [], {}))
         for step in range(1, steps + 1):
             listener(StepDone(step, 0, 1.0, 1e-3, 1.0, 10, 1.0))
-
-
-def test_a_slow_run_says_something_every_minute(monkeypatch, capsys):
-    clock = iter(range(0, 10**6, 25))
-    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
-    say(8, total=10_000)
-    said = lines_of_steps(capsys.readouterr().err)
-    assert said  # far from a tenth of the run
-    assert len(said) < 8
 
 
 def test_the_time_left_can_be_believed(capsys):

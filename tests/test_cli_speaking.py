@@ -136,15 +136,26 @@ def test_chat_follows_the_template_turn_by_turn(chainlora, loud, typed):
     assert chainlora(*asked).out == f"{first}\n{alone}\n"
 
 
-def test_a_system_message_reaches_the_template(chainlora, tiny_folder, typed, tmp_path):
-    strict = tmp_path / "strict"
-    shutil.copytree(tiny_folder, strict)
-    tokenizer = AutoTokenizer.from_pretrained(strict)
-    refusal = "{% if messages[0].role == 'system' %}{{ raise_exception('none') }}{% endif %}"
-    tokenizer.chat_template = refusal + tokenizer.chat_template
-    tokenizer.save_pretrained(strict)
+@pytest.fixture
+def retold(tiny_folder, tmp_path):
+    """Copy the tiny model with another chat template, made of its own, or with none."""
+
+    def make(before: str | None) -> Path:
+        folder = Path(shutil.copytree(tiny_folder, tmp_path / "model"))
+        for file in folder.glob("chat_template*"):
+            file.unlink()
+        tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
+        tokenizer.chat_template = None if before is None else before + tokenizer.chat_template
+        tokenizer.save_pretrained(folder)
+        return folder
+
+    return make
+
+
+def test_a_system_message_reaches_the_template(chainlora, typed, retold):
+    strict = retold("{% if messages[0].role == 'system' %}{{ raise_exception('none') }}{% endif %}")
     typed("good cat\n")
-    assert chainlora("chat", strict, "--max-new-tokens", 2).status == 0
+    assert chainlora(f"chat {strict} --max-new-tokens 2").status == 0
     typed("good cat\n")
     chainlora("chat", strict, "--system", "say red").refused(
         "must suit the model's chat template (got: none); leave --system out"
@@ -157,25 +168,16 @@ def test_a_long_conversation_goes_on_without_its_oldest_turns(chainlora, tiny_fo
     assert (outcome.status, outcome.err) == (0, "")
 
 
-def test_what_cannot_be_said(chainlora, tiny_folder, finished, typed, tmp_path):
-    bare = tmp_path / "bare"
-    shutil.copytree(tiny_folder, bare)
-    for file in bare.glob("chat_template*"):
-        file.unlink()
-    tokenizer = AutoTokenizer.from_pretrained(bare)
-    tokenizer.chat_template = None
-    tokenizer.save_pretrained(bare)
+def test_what_cannot_be_said(chainlora, tiny_folder, finished, typed, retold):
     typed("hello\n")
-    chainlora("chat", bare).refused(
+    chainlora("chat", retold(None)).refused(
         "a model to chat with must have a chat template (got ", "use `chainlora generate` instead"
     )
     asked = ("generate", tiny_folder, "--prompt")
     chainlora(*asked, "").refused("the prompt must have tokens (got an empty one)")
     chainlora(*asked, "red birds fly " * 99).refused("must leave room in the context of 128 tokens")
-    chainlora("generate", tiny_folder, "--links", 1, "--prompt", "a").refused(
-        "--links needs a run directory"
-    )
-    chainlora("generate", finished, "--links", 9, "--prompt", "a").refused("--links must be 0 to 3")
+    chainlora(*asked, "a", "--links", 1).refused("--links needs a run directory")
+    chainlora(f"generate {finished} --links 9 --prompt a").refused("--links must be 0 to 3")
     outcome = chainlora(*asked, "a", "--top-p", 0.5)
     assert outcome.status == 2
     assert "--top-p needs --temperature above 0" in outcome.err

@@ -144,15 +144,3 @@ def test_every_preset_by_the_command_line(method, tiny_folder, sentiment, tmp_pa
     tree = merge_trees(base, {"recipe": {"rank": 4, "steps": 4}}, load_method(method).keys)
     result = train(apply_recipe(tree), tmp_path, {}, capfd)
     assert result["metrics"]["validation"]["loss"] > 0
-
-
-@pytest.mark.parametrize("resume", [False, True])
-def test_the_gradient_initialization_by_the_command_line(
-    resume, tiny_folder, sentiment, tmp_path, capfd
-):
-    """The listener of the progress bar looked events up by name and knew none for this one."""
-    tree = settings(tiny_folder, sentiment, tmp_path / "run", chain={"init": "gradient"})
-    train(tree, tmp_path, {}, capfd)
-    if resume:
-        words = ["train", str(tmp_path / "config.yaml"), "--resume"]
-        assert command(words) == 0, capfd.readouterr().err

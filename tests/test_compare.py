@@ -13,14 +13,10 @@ from chainlora.errors import ConfigError
 from chainlora.experiments import compare, comparison, expand, make_experiment, run_cells
 
 
-def test_compare_on_a_user_s_own_files(tiny_folder, sentiment, tmp_path):
+def test_compare_on_a_user_s_own_files(tiny_folder, tmp_path):
     rows = tmp_path / "mine.jsonl"
-    rows.write_text(
-        "".join(
-            json.dumps({"prompt": f"{word} is", "completion": f" {word}"}) + "\n"
-            for word in ("one", "two", "three", "four")
-        )
-    )
+    pairs = [{"prompt": f"{word} is", "completion": f" {word}"} for word in ("one", "two", "three")]
+    rows.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     config = make_config(
         {
             "model": str(tiny_folder),
@@ -35,35 +31,20 @@ def test_compare_on_a_user_s_own_files(tiny_folder, sentiment, tmp_path):
         ("chain2", "loss", "validation"),
     ]
     assert "No hyper-parameter was tuned" in report.markdown
-    experiment = comparison(config, ["lora", "chain2"], [0])
-    assert experiment.base["recipe"] == {"rank": 2, "steps": 3}
-    for keys, missing in (({"validation": None, "test": str(rows)}, "validation"), ({}, "test")):
-        data = config.data.model_copy(update=keys)
-        with pytest.raises(
-            ConfigError, match=rf"chosen on validation rows.*got no data\.{missing}"
-        ):
-            comparison(
-                config.model_copy(update={"data": data}), ["lora"], [0], learning_rates=[1e-3]
-            )
+    assert comparison(config, ["lora", "chain2"], [0]).base["recipe"] == {"rank": 2, "steps": 3}
+    with pytest.raises(ConfigError, match=r"chosen on validation rows.*got no data\.test"):
+        comparison(config, ["lora"], [0], learning_rates=[1e-3])
 
 
 def test_compare_lets_no_method_choose_among_more_points(tiny_folder, sentiment):
     """With keep_best, a chain would take the best of its knots where LoRA has its end alone."""
     base = tree(tiny_folder, sentiment)["base"]
-    config = make_config(
-        {
-            "model": base["model"],
-            "data": base["data"],
-            "chain": {"ranks": [2, 2], "steps": [2, 1]},
-            "train": {"keep_best": True, "early_stop": 3, "select_metric": "loss", "lr": 3e-3},
-        }
-    )
-    (cell, *_) = expand(comparison(config, ["lora", "chain2"], [0]))
-    assert (cell.config.train.keep_best, cell.config.train.early_stop, cell.config.train.lr) == (
-        False,
-        None,
-        3e-3,
-    )
+    keys = {"keep_best": True, "early_stop": 3, "select_metric": "loss", "lr": 3e-3}
+    chain = {"ranks": [2, 2], "steps": [2, 1]}
+    asked = {"model": base["model"], "data": base["data"], "chain": chain, "train": keys}
+    (cell, *_) = expand(comparison(make_config(asked), ["lora", "chain2"], [0]))
+    train = cell.config.train
+    assert (train.keep_best, train.early_stop, train.lr) == (False, None, 3e-3)
 
 
 def test_without_scipy_compare_stops_before_it_runs_and_an_experiment_runs(

@@ -8,11 +8,9 @@ import pytest
 from helpers_data import CHAT, FORGETS, MARKED, TALK, encode_examples, make_tokenizer, scored
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoTokenizer
 
-from chainlora.data.encoding import detect_format
 from chainlora.data.encoding.tokens import TokenReader
-from chainlora.data.tasks import Task, load_rows, load_task, sample_splits
+from chainlora.data.tasks import Task, load_rows, load_task
 from chainlora.errors import ConfigError, DataError
 
 
@@ -28,18 +26,16 @@ def colour(tmp_path):
             "labels": [" terrible", " great"],
             "metric": "accuracy",
             "loss": "candidates",
-        } | changes
-        path = tmp_path / "colour.yaml"
-        path.write_text(
-            json.dumps({key: value for key, value in keys.items() if value is not None})
-        )
-        return load_task(path)
+        }
+        keys |= changes
+        given = {key: value for key, value in keys.items() if value is not None}
+        (tmp_path / "colour.yaml").write_text(json.dumps(given))
+        return load_task(tmp_path / "colour.yaml")
 
     return make
 
 
-# --- tasks
-# --------------------------------------------------------------------------------------------------
+# --- tasks ---
 
 
 @pytest.mark.parametrize("special", ["", "bos", "bos eos"])
@@ -81,17 +77,6 @@ def test_completions_end_with_the_end_token_where_the_task_says_so():
     assert scored(example, tokenizer) == [[" two dogs\n"]]
 
 
-def test_what_candidates_stand_for_reaches_the_metrics():
-    row = {
-        "passage": "Ann met Bob.",
-        "query": "@placeholder left.",
-        "entities": ["Ann", "Bob"],
-        "answers": ["Bob"],
-    }
-    (example,) = encode_examples([row], make_tokenizer(), load_task("record"))
-    assert (example.names, example.references, example.label) == (("Ann", "Bob"), ("Bob",), 1)
-
-
 def test_demonstrations_go_before_the_prompt_and_are_cut_first(colour):
     tokenizer, task = make_tokenizer("bos"), colour()
     before = task.demonstrations([{"text": "the plot", "label": 0}] * 3)
@@ -102,37 +87,17 @@ def test_demonstrations_go_before_the_prompt_and_are_cut_first(colour):
     assert cut.prompt == (0, *example.prompt[len(example.prompt) - len(cut.prompt) + 1 :])
 
 
-def test_rows_keep_their_index_in_the_split(tmp_path, colour):
-    path = tmp_path / "train.jsonl"
-    path.write_text(
-        "".join(json.dumps({"text": f"film {i}", "label": 0}) + "\n" for i in range(20))
-    )
-    (tmp_path / "validation.jsonl").write_text(path.read_text())
-    drawn = sample_splits(colour(), tmp_path, 5, 5, 5)["train"]
-    examples = encode_examples(drawn, make_tokenizer(), colour())
-    assert [example.row for example in examples] == [row.index for row in drawn]
+SAME = {"labels": None, "candidates": "[text, text]"}
+ALIKE = {"labels": [" great film", " great plot"], "scoring": "first_token"}
 
 
 @pytest.mark.parametrize(
     ("changes", "row", "message"),
     [
         ({"labels": ["", " great"]}, {}, r"at least one token .*got ''.*write some text"),
-        (
-            {"prompt": "{{ text }} ", "labels": ["great", "terrible"]},
-            {"text": "the"},
-            r"at least one token .*last blank",
-        ),
-        (
-            {"labels": None, "candidates": "[text, text]"},
-            {},
-            r"different tokens .*'film' and 'film'",
-        ),
-        (
-            {"labels": [" great film", " great plot"], "scoring": "first_token"},
-            {},
-            r"first tokens .*use scoring: mean",
-        ),
-        ({"prompt": "{{ text }}"}, {"text": ""}, None),
+        ({"prompt": "{{ text }} ", "labels": ["great", "bad"]}, {"text": "the"}, "last blank"),
+        (SAME, {}, r"different tokens .*'film' and 'film'"),
+        (ALIKE, {}, r"first tokens .*use scoring: mean"),
     ],
 )
 def test_candidates_that_cannot_be_told_apart_or_are_nothing(
@@ -140,34 +105,33 @@ def test_candidates_that_cannot_be_told_apart_or_are_nothing(
 ):
     path = tmp_path / "bad.jsonl"
     path.write_text(json.dumps({"text": "film", "label": 0} | row))
-    rows, task = load_rows(path), colour(**changes)
-    if message is None:  # nothing before the candidate, but the tokenizer's own first token will do
-        assert encode_examples(rows, make_tokenizer("bos"), task)[0].scored[0][0][0] == 1
-        return
     with pytest.raises(DataError, match=message) as caught:
-        encode_examples(rows, make_tokenizer(), task)
+        encode_examples(load_rows(path), make_tokenizer(), colour(**changes))
     assert "bad.jsonl line 1" in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def test_first_token_scoring_cuts_after_it(colour):
-    task = colour(labels=[" great film", " terrible plot"], scoring="first_token")
-    (example,) = encode_examples([{"text": "so", "label": 0}], make_tokenizer(), task)
-    assert [
-        len(ids) - spans[0][0] for ids, spans in zip(example.sequences, example.scored, strict=True)
-    ] == [
-        1,
-        1,
-    ]
+def test_nothing_may_stand_before_a_candidate_but_the_tokenizer_s_first_token(colour):
+    task, row = colour(prompt="{{ text }}"), {"text": "", "label": 0}
+    (example,) = encode_examples([row], make_tokenizer("bos"), task)
+    assert example.scored[0][0][0] == 1
 
 
-# --- the two rules, on any text
-# -----------------------------------------------------------------------------
+# --- the two rules, on any text ---
 
 TEXT = st.text(alphabet="ab é\n.Yestgrail", max_size=40)
+CHOICE = Task(
+    name="words",
+    description="Made up.",
+    prompt="{{ prompt }}",
+    candidates="words",
+    label="right",
+    metric="accuracy",
+    loss="candidates",
+)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(
     prompt=TEXT,
     words=st.lists(TEXT.filter(bool), min_size=2, max_size=4, unique=True),
@@ -176,41 +140,28 @@ TEXT = st.text(alphabet="ab é\n.Yestgrail", max_size=40)
 )
 def test_boundary_and_truncation_hold_for_any_text(prompt, words, special, limit):
     tokenizer = make_tokenizer(special)
-    task = Task(
-        name="words",
-        description="Made up.",
-        prompt="{{ prompt }}",
-        candidates="words",
-        label="right",
-        metric="accuracy",
-        loss="candidates",
-    )
     row = {"prompt": prompt, "words": words, "right": 1}
     front = [0] if special else []
-    read = front + tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    wholes = [
-        front + tokenizer(prompt + word, add_special_tokens=False)["input_ids"] for word in words
-    ]
+    read, *wholes = (
+        front + tokenizer(text, add_special_tokens=False)["input_ids"]
+        for text in [prompt, *(prompt + word for word in words)]
+    )
     try:
-        (example,) = encode_examples([row], tokenizer, task)
-    except (
-        DataError
-    ):  # a word that melts into the prompt, or nothing to predict the first token from
+        (example,) = encode_examples([row], tokenizer, CHOICE)
+    except DataError:  # a word melts into the prompt, or nothing predicts the first token
         assert not read or any(len(whole) <= len(read) for whole in wholes)
         return
     assert [list(ids) for ids in example.sequences] == wholes
     for ids, spans in zip(example.sequences, example.scored, strict=True):
         assert spans == ((len(read), len(ids)),)  # MeZO: the last len(whole) - len(prompt) tokens
+    longest = max(map(len, wholes))
     try:
-        (cut,) = encode_examples([row], tokenizer, task, max_length=limit, truncation="left")
+        (cut,) = encode_examples([row], tokenizer, CHOICE, max_length=limit, truncation="left")
     except DataError:
-        assert max(map(len, wholes)) - len(read) + 1 > limit
+        assert longest - len(read) + 1 > limit
         return
     assert max(map(len, cut.sequences)) <= limit
-    dropped = max(0, max(map(len, wholes)) - limit)
-    assert {len(whole) - len(ids) for whole, ids in zip(wholes, cut.sequences, strict=True)} == {
-        dropped
-    }
+    dropped = max(0, longest - limit)
     for whole, ids, ((start, stop),) in zip(wholes, cut.sequences, cut.scored, strict=True):
         assert list(ids[: len(front)]) == front
         assert list(ids[len(front) :]) == whole[len(front) + dropped :]
@@ -238,8 +189,7 @@ def test_a_row_too_long_is_named_with_length_limit_and_remedy(colour, tmp_path):
     assert len(free[1].prompt) == 18
 
 
-# --- formats
-# ------------------------------------------------------------------------------------------------
+# --- formats ---
 
 
 @pytest.mark.parametrize("special", ["", "bos", "bos eos"])
@@ -315,32 +265,25 @@ def test_chats_that_cannot_be_used(tmp_path, template, messages, message):
 
 
 @pytest.mark.parametrize(
-    ("rows", "format", "error", "message"),
+    ("row", "format", "message"),
     [
-        ([{"a": 1}], "auto", DataError, r"prompt \+ completion .*got a at row 0.*task file"),
+        ({"a": 1}, "auto", r"prompt \+ completion .*got a at row 0.*task file"),
         (
-            [{"prompt": "x", "completion": None}],
+            {"prompt": "x", "completion": None},
             "completion",
-            DataError,
-            r"`completion` must be a text \(got None",
+            "must be a text .got None",
         ),
-        ([{"prompt": "x"}], "completion", DataError, r"`completion` must be a text"),
-        ([{"text": "x"}], "txt", ConfigError, r"'txt'; did you mean 'text'"),
-        ([{"prompt": "x", "completion": ""}], "completion", DataError, r"at least one token"),
+        ({"prompt": "x"}, "completion", r"`completion` must be a text"),
+        ({"text": "x"}, "txt", r"'txt'; did you mean 'text'"),
+        ({"prompt": "x", "completion": ""}, "completion", r"at least one token"),
     ],
 )
-def test_rows_that_suit_no_format(rows, format, error, message):
-    with pytest.raises(error, match=message):
-        encode_examples(rows, make_tokenizer(), format, add_eos=False)
+def test_rows_that_suit_no_format(row, format, message):
+    with pytest.raises((ConfigError, DataError), match=message):
+        encode_examples([row], make_tokenizer(), format, add_eos=False)
 
 
-def test_formats_are_told_by_their_fields():
-    assert detect_format([{"messages": []}]) == "chat"
-    assert detect_format([{"prompt": "", "completion": "", "text": ""}]) == "completion"
-
-
-# --- real tokenizers, where they are
-# ------------------------------------------------------------------------
+# --- real tokenizers, where they are ---
 
 
 def test_smollm2_chat_learns_answer_and_end_of_turn(smollm2_tokenizer):
@@ -348,30 +291,14 @@ def test_smollm2_chat_learns_answer_and_end_of_turn(smollm2_tokenizer):
     assert scored(example, smollm2_tokenizer) == [["two dogs<|im_end|>", "three<|im_end|>"]]
 
 
-def test_a_sentencepiece_like_tokenizer(shared_models, colour):
-    tokenizer = AutoTokenizer.from_pretrained(shared_models / "stories260k")
-    (example,) = encode_examples([{"text": "Once upon a time", "label": 1}], tokenizer, colour())
-    assert [spans[0].strip() for spans in scored(example, tokenizer)] == ["terrible", "great"]
-    assert example.sequences[0][0] == tokenizer.bos_token_id
-
-
-def assert_reads_as_called(tokenizer, texts):
-    reader = TokenReader(tokenizer)
-    assert reader.ids(texts) == tokenizer(texts)["input_ids"]
-    assert reader.bare(texts) == tokenizer(texts, add_special_tokens=False)["input_ids"]
-
-
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(texts=st.lists(st.text(max_size=60), min_size=1, max_size=5))
 def test_ids_are_those_that_calling_the_tokenizer_gives(smollm2_tokenizer, texts):
     texts = [*texts, "".join(texts) + "<|im_end|></s> 12345\u3000"]
-    assert_reads_as_called(smollm2_tokenizer, texts)
-    assert_reads_as_called(make_tokenizer("bos"), texts)
-
-
-def test_ids_of_a_sentencepiece_like_tokenizer_too(shared_models):
-    tokenizer = AutoTokenizer.from_pretrained(shared_models / "stories260k")
-    assert_reads_as_called(tokenizer, ["", " ", "Once upon", "a\nb  c\u3000é😀", "<s> x </s>"])
+    for tokenizer in (smollm2_tokenizer, make_tokenizer("bos")):
+        reader = TokenReader(tokenizer)
+        assert reader.ids(texts) == tokenizer(texts)["input_ids"]
+        assert reader.bare(texts) == tokenizer(texts, add_special_tokens=False)["input_ids"]
 
 
 def test_a_tokenizer_with_an_encoding_of_its_own_is_called():

@@ -44,11 +44,6 @@ def test_replay_takes_its_share_and_every_row_in_turn(num_rows, share, batch_siz
     assert (replayed_rows(num_rows, share, batch_size, seed, 70) == steps[70]).all()
 
 
-def test_seeds_and_epochs_differ():
-    drawn = {tuple(mixed_rows([50], [0.5], seed, epoch)) for seed in (0, 1) for epoch in (0, 1)}
-    assert len(drawn) == 4
-
-
 @given(
     prompts=st.lists(st.text(max_size=5), min_size=1, max_size=60),
     later=st.lists(st.text(max_size=5), max_size=60),
@@ -61,8 +56,3 @@ def test_no_row_changes_sides_when_rows_are_added(prompts, later, validation):
         assert sum(side.values()) == min(validation, len(side))
     else:
         assert held_out_bound([*prompts, *later], validation) == bound
-
-
-def test_a_share_is_held_out():
-    bound = held_out_bound([], 0.05)
-    assert abs(sum(is_held_out(f"prompt {i}", bound) for i in range(20_000)) - 1000) < 100

@@ -4,55 +4,14 @@ from __future__ import annotations
 
 import hashlib
 
-import numpy as np
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chainlora import make_config
 from chainlora.data.examples import Example
-from chainlora.data.order import epoch_order
 from chainlora.data.rows import MemoryRows
 from chainlora.training.plan import make_plan
-
-
-def epoch_batches(lengths, batch_size, seed, epoch, group=False) -> list[list[int]]:
-    order = epoch_order(np.asarray(lengths), batch_size, seed, epoch, group)
-    return [order.batch(index) for index in range(len(order))]
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    num_rows=st.integers(1, 300),
-    batch_size=st.integers(1, 9),
-    seed=st.integers(0, 5),
-    epoch=st.integers(0, 3),
-    group=st.booleans(),
-)
-def test_every_row_comes_once_an_epoch(num_rows, batch_size, seed, epoch, group):
-    lengths = [(7 * row) % 31 for row in range(num_rows)]
-    batches = epoch_batches(lengths, batch_size, seed, epoch, group)
-    assert sorted(row for batch in batches for row in batch) == list(range(num_rows))
-    assert sorted(map(len, batches), reverse=True)[:-1] == [batch_size] * (
-        (num_rows - 1) // batch_size
-    )
-    assert batches == epoch_batches(lengths, batch_size, seed, epoch, group)
-
-
-def test_epochs_and_seeds_differ_and_grouping_makes_like_lengths_meet():
-    lengths = [(37 * row) % 101 for row in range(512)]
-    drawn = [epoch_batches(lengths, 8, seed, epoch) for seed, epoch in ((0, 0), (0, 1), (1, 0))]
-    assert drawn[0] != drawn[1] != drawn[2] != drawn[0]
-
-    def padding(batches):
-        return sum(
-            max(lengths[row] for row in batch) * len(batch) - sum(lengths[row] for row in batch)
-            for batch in batches
-        )
-
-    # Sorted over 256 rows, lengths differ by about 3 inside a batch of 8, against 80 in a plain
-    # shuffle.
-    assert padding(epoch_batches(lengths, 8, 0, 0, True)) < 0.1 * padding(drawn[0])
 
 
 def batches_of_version_0_1(lengths, batch_size, seed, epoch, group_by_length=False):
@@ -110,16 +69,3 @@ def test_steps_see_the_rows_they_saw_in_version_0_1(
         epoch, within = divmod(step, plan.steps_per_epoch)
         old = batches_of_version_0_1(lengths, batch_size, seed, epoch, group)
         assert plan.batches(step) == old[within * accumulation : (within + 1) * accumulation]
-
-
-def test_a_step_does_not_order_the_epoch_again(monkeypatch):
-    calls = []
-    permute = torch.randperm
-    monkeypatch.setattr(torch, "randperm", lambda *a, **k: calls.append(a) or permute(*a, **k))
-    chain = {"ranks": [1], "steps": [1]}
-    config = make_config({"model": "none", "data": {"train": "none.jsonl"}, "chain": chain})
-    plan = make_plan(config, make_rows(80))
-    for step in range(2 * plan.steps_per_epoch):
-        plan.batches(step)
-        plan.batches(0)  # the probe of a knot
-    assert len(calls) == 2

@@ -18,11 +18,10 @@ from helpers_tasks import write_as, write_rows
 
 from chainlora.data import preparing
 from chainlora.data.encoding import Options
-from chainlora.data.examples import Example
 from chainlora.data.preparing import make_rows
 from chainlora.data.rows import MemoryRows
-from chainlora.data.sources import FileSource, ListSource, load_rows
-from chainlora.data.store import StoredRows, StoreWriter, flatten
+from chainlora.data.sources import FileSource
+from chainlora.data.store import StoredRows
 from chainlora.data.tasks import load_task
 from chainlora.errors import DataError
 
@@ -82,27 +81,6 @@ def test_rows_on_disk_are_the_rows_in_memory(cache, tmp_path, monkeypatch, kind)
     assert stored.lengths.tolist() == kept.lengths.tolist()
     assert stored.lengths.tolist() == [sum(map(len, e.sequences)) for e in kept]
     assert stored.lengths.dtype == kept.lengths.dtype == np.int32
-
-
-def test_an_example_of_any_shape_comes_back(tmp_path):
-    examples = [
-        Example(3, ((1, 2, 3),), (((1, 3),),), None, (1,)),
-        Example(9, ((5, 6), (5, 7, 8)), (((1, 2),), ((1, 2), (2, 3))), 0, (5,), ("é\n", "")),
-        Example(4, ((1, 200_000), (1, 3)), (((1, 2),),) * 2, 1, (1,), (), ("a", "ü")),
-        Example(2**40, ((0, 1),), (((1, 2),),), None, (0,)),
-    ]
-    with StoreWriter(tmp_path) as store:
-        store.append(flatten(examples[:1]))
-        store.append(flatten(examples[1:3]))
-        store.append(flatten([]))
-        store.append(flatten(examples[3:]))
-    rows = StoredRows(tmp_path, MemoryRows().summary)
-    assert list(rows) == examples
-    assert rows[-1] == examples[3]
-    assert rows[1:3] == examples[1:3]
-    assert rows.lengths.tolist() == [3, 5, 4, 2]
-    with pytest.raises(IndexError):
-        rows[4]
 
 
 # --- the cache ---
@@ -189,21 +167,6 @@ def test_whatever_changes_the_tokens_makes_a_store_of_its_own(cache, tmp_path, m
     assert encode(path)[1]
 
 
-def test_progress_is_told_rows_and_share(cache, tmp_path):
-    path = write_rows(tmp_path / "rows.jsonl", some_rows("text", 200))
-    seen = []
-    make_rows(
-        FileSource(path),
-        make_tokenizer(),
-        "text",
-        Options(),
-        progress=lambda rows, share: seen.append((rows, share)),
-    )
-    assert [rows for rows, _ in seen] == list(range(10, 201, 10))
-    assert seen == sorted(seen)
-    assert seen[-1][1] == 1.0
-
-
 def test_a_damaged_store_is_built_again(cache, tmp_path):
     path = write_rows(tmp_path / "rows.jsonl", some_rows("completion"))
     good = list(encode(path, kind="completion")[0])
@@ -248,16 +211,6 @@ def test_a_cache_that_cannot_be_written_says_what_to_do(cache, tmp_path, monkeyp
         encode(path)
 
 
-def test_rows_that_are_in_memory_are_cached_by_what_they_say(cache, tmp_path):
-    path = write_rows(tmp_path / "rows.jsonl", some_rows("text"))
-    rows, tokenizer = load_rows(path), make_tokenizer()
-    first = make_rows(ListSource(rows), tokenizer, "text", Options())
-    assert make_rows(ListSource(rows), tokenizer, "text", Options()).folder == first.folder
-    turned = make_rows(ListSource(rows[::-1]), tokenizer, "text", Options())
-    assert turned.folder != first.folder
-    assert list(turned) == list(first)[::-1]
-
-
 # --- several processes, and dead ones ---
 
 CHILD = """
@@ -270,8 +223,6 @@ from transformers import AutoTokenizer
 
 preparing.IN_MEMORY, preparing._CHUNK = 20, 10
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
-print("ready", flush=True)
-sys.stdin.readline()
 say = lambda rows, share: print("encoded", rows, flush=True)
 source = FileSource(Path(sys.argv[2]))
 rows = preparing.make_rows(source, tokenizer, "text", Options(), progress=say)
@@ -279,27 +230,16 @@ print("done", len(rows), rows.summary.digest, flush=True)
 """
 
 
-def start(folder: Path, path: Path) -> subprocess.Popen:
-    process = subprocess.Popen(
-        [sys.executable, "-c", CHILD, folder, path],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout.readline() == "ready\n"
-    return process
-
-
-def go(process: subprocess.Popen) -> None:
-    process.stdin.write("\n")
-    process.stdin.flush()
+def start(folder: Path, path: Path, **keys) -> subprocess.Popen:
+    """Start a process that encodes the rows of a file, and let it begin."""
+    command = [sys.executable, "-c", CHILD, folder, path]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=pipe, text=True, **keys)
 
 
 def test_processes_at_once_build_one_store(cache, tmp_path, tiny_folder):
     path = write_rows(tmp_path / "rows.jsonl", some_rows("text", 1000))
     processes = [start(tiny_folder, path) for _ in range(2)]
-    for process in processes:
-        go(process)
     lines = [process.communicate()[0].splitlines() for process in processes]
     assert len({each[-1] for each in lines}) == 1
     assert lines[0][-1].startswith("done 1000 ")
@@ -310,7 +250,6 @@ def test_processes_at_once_build_one_store(cache, tmp_path, tiny_folder):
 def test_a_killed_builder_leaves_no_store_and_no_worker(cache, tmp_path, tiny_folder):
     path = write_rows(tmp_path / "rows.jsonl", some_rows("text", 6000))
     process = start(tiny_folder, path)
-    go(process)
     assert process.stdout.readline().startswith("encoded")
     workers = children_of(process.pid)
     process.send_signal(signal.SIGKILL)
@@ -323,24 +262,15 @@ def test_a_killed_builder_leaves_no_store_and_no_worker(cache, tmp_path, tiny_fo
         time.sleep(0.05)
     assert not any(map(is_alive, workers))
     process = start(tiny_folder, path)
-    go(process)
     assert process.communicate()[0].splitlines()[-1].startswith("done 6000 ")
     (store,) = stores(cache)
     assert not store.name.endswith(".new")
 
 
+@pytest.mark.slow  # a process that encodes until it is interrupted
 def test_an_interrupt_ends_the_workers_in_silence(cache, tmp_path, tiny_folder):
     path = write_rows(tmp_path / "rows.jsonl", some_rows("text", 6000))
-    process = subprocess.Popen(
-        [sys.executable, "-c", CHILD, tiny_folder, path],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    assert process.stdout.readline() == "ready\n"
-    go(process)
+    process = start(tiny_folder, path, stderr=subprocess.PIPE, start_new_session=True)
     assert process.stdout.readline().startswith("encoded")
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: every process gets it
     _, errors = process.communicate()
@@ -350,16 +280,8 @@ def test_an_interrupt_ends_the_workers_in_silence(cache, tmp_path, tiny_folder):
 
 
 def children_of(pid: int) -> list[int]:
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdecimal():
-            try:
-                fields = (entry / "stat").read_text().rpartition(")")[2].split()
-            except OSError:
-                continue
-            if int(fields[1]) == pid:
-                found.append(int(entry.name))
-    return found
+    threads = Path(f"/proc/{pid}/task").glob("*/children")
+    return [int(each) for thread in threads for each in thread.read_text().split()]
 
 
 def is_alive(pid: int) -> bool:

@@ -11,7 +11,7 @@ import pytest
 from helpers_tasks import write_as, write_rows, write_task
 
 from chainlora import evaluate_task
-from chainlora.data.sources import FileSource, find_source, iterate
+from chainlora.data.sources import FileSource, iterate
 from chainlora.data.tasks import load_rows, load_split, load_task
 from chainlora.errors import DataError
 
@@ -113,23 +113,6 @@ def test_reading_takes_the_memory_of_a_few_rows(tmp_path, suffix):
     assert peak < 3e6  # 256 rows at a time are 0.5 MB, twice or thrice over
 
 
-@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
-def test_a_source_says_how_much_of_it_is_read(tmp_path, suffix):
-    rows = [{"text": f"{i} " + "word " * 100} for i in range(1000)]
-    source = find_source(write_as(tmp_path / f"a{suffix}", rows))
-    shares = [chunk.share for chunk in source.chunks(100)]
-    assert shares == sorted(shares)
-    assert shares[-1] == 1.0
-
-
-def test_a_limit_reads_no_more_than_its_rows(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    path.write_text('{"text": "a"}\n{"text": "b"}\n')
-    with path.open("r+b") as file:
-        file.truncate(2**36)  # 64 GB that take no room on the disk, and no line break in them
-    assert load_rows(path, limit=2) == [{"text": "a"}, {"text": "b"}]
-
-
 def test_eval_with_a_limit_reads_no_more_than_its_rows(tiny_folder, sentiment, tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text((sentiment / "validation.jsonl").read_text() + "broken\n")
@@ -167,12 +150,6 @@ def test_values_that_no_tokenizer_takes_are_named_by_file_and_line(tmp_path, row
         load_rows(path)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 400 + len(str(path))
-
-
-def test_a_whole_character_in_two_escapes_is_fine(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    path.write_bytes(rb'{"text": "\ud83d\ude00"}')
-    assert load_rows(path) == [{"text": "\U0001f600"}]
 
 
 def test_a_csv_field_over_the_limit_names_the_other_way(tmp_path):

@@ -302,10 +302,3 @@ def test_calls_without_content_name_the_template_that_shows_them(smollm2_tokeniz
     shows = DEFAULT_SYSTEM.replace("+ '</s>'", "+ (m.tool_calls | tojson if m.tool_calls else '')")
     (found,) = encode_examples([row], make_tokenizer("bos", shows), "chat")
     assert '"what": "dogs"' in scored(found, make_tokenizer("bos", shows))[0][0]
-
-
-def test_a_prompt_that_melts_into_its_completion_is_named_with_both():
-    row = {"prompt": "Que", "completion": "stion"}
-    message = r"'Que' and 'stion' at row 0, which become one token\); begin the answer with a space"
-    with pytest.raises(DataError, match=message):
-        encode_examples([row], make_tokenizer(), "auto")

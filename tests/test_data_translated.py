@@ -7,7 +7,6 @@ from helpers_data import CHAT, MARKED, TALK, encode_examples, make_tokenizer, sc
 from helpers_tasks import write_rows
 
 from chainlora.config.schema import DataConfig
-from chainlora.data.encoding import detect_format
 from chainlora.data.splits import prepare_splits
 from chainlora.errors import DataError
 
@@ -82,13 +81,6 @@ def test_what_was_recognised_is_reported(tmp_path, caplog):
     assert "train: nothing reads 'id'" in caplog.text
     data = data.model_copy(update={"format": "sharegpt"})
     assert "recognised" not in prepare_splits(data, tokenizer, 128).report()["train"]
-
-
-def test_a_text_in_a_column_of_that_name_is_no_conversation():
-    assert detect_format([{"prompt": "a", "completion": "b"}]) == "completion"
-    assert detect_format([{"prompt": [], "completion": []}]) == "conversational"
-    with pytest.raises(DataError, match=r"conversations \(sharegpt\); instruction \+ output"):
-        detect_format([{"conversations": "a"}])
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 
 from chainlora import ChainCallback, inspect_run, make_config, train
 from chainlora.config.json_schema import config_sections
-from chainlora.errors import ConfigError, RunError
+from chainlora.errors import RunError
 from chainlora.knots import numbers
 from chainlora.training import deciding
 from chainlora.training.plan import make_plan
@@ -171,19 +171,3 @@ def test_a_finished_run_is_answered_at_once(tiny_folder, sentiment, tmp_path, mo
     result.write_text(result.read_text().replace('"loss": 1', '"loss": 0', 1) + " ")
     with pytest.raises(RunError, match=r"result.json must be as the run wrote it"):
         train(config, resume=True)
-
-
-def test_a_soft_knot_leaves_a_part_of_the_link():
-    """Where the share rounds to 1, a link ended at its first soft knot."""
-    keys = {"model": "m", "data": {"task": "rte"}}
-    chain = {"knots": {"time_constant": 10, "every": 1000}}
-    with pytest.raises(ConfigError, match=r"knots.time_constant.* must leave a part .*; raise it"):
-        make_config(keys | {"chain": chain})
-
-
-def test_links_of_one_shape_are_one_config():
-    """Each knot built and checked a config for each planned link."""
-    chain = {"ranks": [8, 4] * 1000, "epochs": [1] * 2000}
-    links = make_config({"model": "m", "data": {"task": "rte"}, "chain": chain}).chain.links()
-    assert len(links) == 2000
-    assert len({id(link) for link in links}) == 2

@@ -123,16 +123,6 @@ def test_an_engine_that_refuses_leaves_the_model_as_it_was() -> None:
     assert state_of(model) == before
 
 
-def test_evaluation_freezes_for_its_time_and_keeps_the_modes() -> None:
-    model = tiny_model("llama").train()
-    model.lm_head.weight.requires_grad_(False)
-    before = state_of(model)
-    with Engine(model, training=False) as engine:
-        assert not any(p.requires_grad for p in model.parameters())
-        engine.scores(completions())
-    assert state_of(model) == before
-
-
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 def test_calls_without_a_layout_are_plain_transformers(implementation: str) -> None:
     model = tiny_model("llama")
@@ -189,22 +179,6 @@ def test_off_is_plain_transformers(two_threads: None) -> None:
     with Engine(model, training=True) as engine:
         assert (engine.path, engine.num_threads) == ("packed", 2)
         torch.testing.assert_close(engine.scores(completions()), off, rtol=0, atol=1e-5)
-
-
-def test_notes_say_what_applies_and_why_not() -> None:
-    with Engine(tiny_model("llama"), training=True) as engine:
-        assert engine.notes == [
-            "packed sequences: yes",
-            "fast decoder layers: yes",
-            "threads: 1, torch has one thread",
-        ]
-    with Engine(tiny_model("opt"), training=True) as engine:
-        assert engine.notes[1] == "fast decoder layers: no, they are not of Llama's shape"
-
-
-def test_only_causal_language_models() -> None:
-    with pytest.raises(ModelError, match="causal language model"):
-        Engine(nn.Linear(2, 2), training=False)
 
 
 def test_a_path_is_added_by_its_class_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
-import math
-import sys
 
 import pytest
-from experiment_cases import change, lines, with_curve, write_lines
+from experiment_cases import change, with_curve, write_lines
 
-from chainlora.errors import ConfigError
 from chainlora.experiments import read_results, report_experiment
 from chainlora.experiments.report.curves import difference_curves, loss_curves
 
@@ -39,26 +36,6 @@ def test_a_report_comes_from_the_results_file_alone(tmp_path):
     before = {file: file.read_bytes() for file in report.files}
     again = report_experiment(path)
     assert {file: file.read_bytes() for file in again.files} == before  # same results, same bytes
-
-
-def test_losses_are_told_apart_to_four_digits(tmp_path):
-    def as_loss(cell):
-        score = 0.72 + 0.001 * cell["seed"] - (0.0048 if cell["method"] == "chain3" else 0)
-        return cell | {
-            "metric": "loss",
-            "score": score,
-            "test": {"loss": score},
-            "validation": {"loss": score},
-        }
-
-    path = change(tmp_path / "results.jsonl", as_loss, figures=["scores", "differences"])
-    text = report_experiment(path).markdown
-    assert (
-        "chain3 is better than lora over all tasks: score −0.0048 (below 0 is better; "
-        "95 % interval −0.0048 to −0.0048" in text
-    )
-    assert "| wsc | chain3 − lora | 6 | −0.0048 | below 0 | 0.0000 | −0.0048 to −0.0048 |" in text
-    assert "| lora | 0.7225 ± 0.0019 (6) |" in text
 
 
 def test_a_choice_at_an_end_of_its_grid_is_marked(tmp_path):
@@ -92,44 +69,6 @@ def test_a_choice_at_an_end_of_its_grid_is_marked(tmp_path):
     assert note in text
 
 
-def test_two_methods_that_train_nothing_are_one_pair(tmp_path):
-    """One run each, whatever the number of seeds: nothing to test."""
-    path = change(
-        tmp_path / "results.jsonl",
-        lambda cell: (
-            cell | {"ranks": []} if cell["method"] != "chain3" and not cell["seed"] else None
-        ),
-        pairs=[["lora", "zero_shot"]],
-        tasks=["wsc"],
-    )
-    (found,) = report_experiment(path, figures=False).comparisons
-    assert (found.difference.num_pairs, found.difference.verdict) == (1, "too few pairs")
-
-
-def test_where_seeds_draw_rows_one_run_stands_for_itself(tmp_path):
-    path = write_lines(tmp_path / "results.jsonl", seed_keys=["train.seed", "data.data_seed"])
-    text = report_experiment(path, figures=False).markdown
-    assert "wsc zero_shot: seeds 1, 2, 3, 4, 5" in text
-    assert "A seed sets train.seed and data.data_seed." in text
-    assert (
-        "Seeds vary the training alone"
-        in report_experiment(write_lines(path), figures=False).markdown
-    )
-
-
-def test_a_task_without_losses_is_not_counted_among_them(tmp_path):
-    def written(cell):
-        return (
-            cell | {"metric": "em", "test": {"em": cell["score"]}} if cell["task"] == "cb" else cell
-        )
-
-    report_experiment(change(tmp_path / "results.jsonl", written), figures=False)
-    with (tmp_path / "differences.csv").open() as file:
-        (loss,) = [row for row in csv.DictReader(file) if row["value"] == "held-out loss"]
-    assert loss["task"] == "wsc"
-    assert float(loss["p_holm"]) == float(loss["p"])
-
-
 def test_over_all_tasks_each_task_weighs_alike(tmp_path):
     """Ten seeds of a task where the chain gains 10 points and two of one where it gains none: 5,
     not 8.3."""
@@ -144,27 +83,6 @@ def test_over_all_tasks_each_task_weighs_alike(tmp_path):
     whole = next(each.difference for each in report.comparisons if each.task == "all tasks")
     assert whole.mean == pytest.approx(5.0)
     assert whole.num_pairs == 4
-
-
-def test_a_report_of_what_is_there_so_far(tmp_path):
-    """A killed experiment may have, for one task, nothing but zero_shot: every figure is drawn all
-    the same."""
-    path = change(
-        tmp_path / "results.jsonl",
-        lambda cell: None if cell["task"] == "cb" and cell["method"] != "zero_shot" else cell,
-    )
-    report = report_experiment(path)
-    assert (tmp_path / "scores.png").stat().st_size > 0
-    assert "cb lora: seeds 0, 1, 2, 3, 4, 5; cb chain3: seeds" in report.markdown
-
-
-def test_exact_match_stands_beside_f1(tmp_path):
-    def as_words(cell):
-        return cell | {"metric": "token_f1", "test": {"token_f1": cell["score"], "em": 0.25}}
-
-    path = change(tmp_path / "results.jsonl", as_words)
-    text = report_experiment(path, figures=False).markdown
-    assert "| wsc lora | em | 25.00 | 6 |" in text
 
 
 # --- labels ---
@@ -190,43 +108,6 @@ def test_a_method_s_label_is_what_its_config_says_and_not_what_its_name_does(tmp
     assert "- **lora**: One LoRA of rank 8 (10 steps), scaling 2.\n" in text
     assert "- **rac_lora**: preset `rac_lora`.\n" in text  # it has no cell yet
     assert "three links" not in text
-
-
-@pytest.mark.parametrize(
-    ("chain", "train", "words"),
-    [
-        ({"ranks": [8, 4], "steps": [48, 48]}, {}, "2 links of ranks 8, 4 (48 steps each)"),
-        ({"ranks": [8, 8, 8], "epochs": [2, 2, 1]}, {}, "3 links of rank 8 (2 + 2 + 1 epochs)"),
-        ({"ranks": [8], "steps": [5], "tune": "full"}, {}, "Every weight trained (5 steps)"),
-        ({"ranks": []}, {}, "Nothing trained"),
-        ({"ranks": [1], "steps": [9], "knots": {}}, {}, "9 steps), scaling 16; soft knots: auto."),
-        ({"ranks": [1], "steps": [9], "knots": {"every": 3}}, {}, "; soft knots: every 3."),
-        (
-            {"ranks": [8], "steps": [5], "dora": True},
-            {},
-            "One LoRA of rank 8 (5 steps), scaling 2; D",
-        ),
-        ({"ranks": [8], "steps": [5]}, {"some_new_key": [1, 2]}, "some_new_key: [1, 2]"),
-    ],
-)
-def test_labels_of_every_kind(tmp_path, chain, train, words):
-    def configured(cell):
-        return cell | {"config": {"chain": chain, "train": train}} if is_chain(cell) else cell
-
-    def is_chain(cell):
-        return cell["method"] == "chain3"
-
-    path = change(tmp_path / "results.jsonl", configured)
-    assert words in report_experiment(path, figures=False).markdown
-
-
-def test_a_quantised_base_is_named_as_one(tmp_path):
-    file = "SmolLM2-135M-Instruct.Q4_1.gguf"
-    path = change(tmp_path / "results.jsonl", lambda cell: cell | {"base_file": file})
-    words = f"dequantised from {file}: its weights are Q4_1 ones, not those of the original"
-    assert words in report_experiment(path, figures=False).markdown
-    path = change(path, lambda cell: cell | {"base_file": "Qwen2-1.5B.F16.gguf"})
-    assert "(converted from Qwen2-1.5B.F16.gguf)" in report_experiment(path, figures=False).markdown
 
 
 # --- what may be concluded ---
@@ -283,55 +164,6 @@ def test_too_few_pairs_are_not_no_difference(tmp_path):
     )
 
 
-def test_the_share_of_the_gap_between_floor_and_ceiling(tmp_path):
-    """Floor 50, LoRA 60 to 65, chain two points above, ceiling 70: shares of a gap of 20 points."""
-
-    def placed(cell):
-        if cell["method"] == "zero_shot":
-            return cell | {"score": 0.5}
-        return cell
-
-    def and_full(cell):
-        config = {"chain": {"tune": "full", "ranks": [8], "steps": [10]}}
-        return cell | {"method": "full", "score": 0.7, "config": config}
-
-    head, *cells = lines(tasks=["wsc"], methods={n: n for n in ("lora", "zero_shot", "full")})
-    head |= {"pairs": [["lora", "zero_shot"]]}
-    own = [placed(c) for c in cells if c["task"] == "wsc" and c["method"] != "chain3"]
-    full = [and_full(c) | {"cell": "f" * 11 + str(c["seed"])} for c in own if c["method"] == "lora"]
-    path = tmp_path / "results.jsonl"
-    path.write_text("".join(json.dumps(each) + "\n" for each in [head, *own, *full]))
-    report = report_experiment(path, figures=False)
-    # 60, 61, …, 65 are 50, 55, …, 75 % of the way: 62.5 on average
-    assert "| wsc lora | 6 | 62.5 % | 52.7 to 72.3 % | 20.00 |" in report.markdown
-    assert "0 %: zero_shot. 100 %: full." in report.markdown
-    head["gap"] = ["zero_shot", "lora"]  # as the file may say
-    path.write_text("".join(json.dumps(each) + "\n" for each in [head, *own, *full]))
-    assert "100 %: lora." in report_experiment(path, figures=False).markdown
-    assert "Share of the gap" in (tmp_path / "gap.tex").read_text()
-
-
-def test_machines_are_shown_where_compared_methods_do_not_share_them(tmp_path):
-    def on(capability, methods):
-        hardware = {"device": "cpu", "machine": "x86_64", "threads": 1}
-        return lambda c: (
-            c
-            | {
-                "hardware": hardware
-                | {"cpu_capability": capability if c["method"] in methods else "A"}
-            }
-        )
-
-    every = ("lora", "chain3", "zero_shot")
-    path = change(tmp_path / "results.jsonl", on("AVX2", every))
-    assert "Machines that differ" not in report_experiment(path, figures=False).markdown
-    path = change(path, on("AVX2", ("lora",)))
-    text = report_experiment(path, figures=False).markdown
-    assert "### Machines that differ" in text
-    assert "| wsc lora | x86_64 CPU, AVX2, 1 thread | 0, 1, 2, 3, 4, 5 |" in text
-    assert "Compared across machines or kernels: wsc: chain3 − lora; cb: chain3 − lora." in text
-
-
 # --- curves ---
 
 
@@ -350,34 +182,6 @@ def test_losses_against_steps_are_drawn_and_paired(tmp_path):
     assert difference.means == pytest.approx([-0.1 * step for step in range(0, 11, 2)])
     # paired: seeds that shift both curves alike widen no band (rounding of float64)
     assert difference.highs == pytest.approx(difference.lows, abs=1e-12)
-
-
-def test_few_seeds_have_curves_without_bands_and_unlike_steps_meet(tmp_path):
-    def thinned(cell):
-        cell = with_curve(cell)
-        if cell["seed"] > 1:
-            return None
-        return cell | {"curve": cell["curve"][:: 1 + cell["seed"]]}
-
-    path = change(tmp_path / "results.jsonl", thinned, figures=["curves"])
-    assert "![curves.png]" in report_experiment(path).markdown
-    lora, _ = loss_curves(read_results(path), "wsc")
-    assert (lora.steps, lora.num_seeds, lora.lows[0]) == ((0, 4, 8), 2, -math.inf)
-
-
-def test_a_report_of_no_final_cell_yet(tmp_path):
-    path = change(tmp_path / "results.jsonl", lambda cell: cell | {"phase": "tune"})
-    text = report_experiment(path).markdown
-    assert "**Not there yet**" in text
-    assert "## Verdict" not in text
-
-
-def test_without_scipy_a_report_says_what_to_install(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "scipy", None)
-    path = write_lines(tmp_path / "results.jsonl")
-    with pytest.raises(ConfigError, match=r"pip install 'chainlora\[experiments\]'"):
-        report_experiment(path, tmp_path / "report")
-    assert not (tmp_path / "report").exists()
 
 
 def test_a_difference_is_this_less_that_and_says_which_sign_is_better(chainlora, tmp_path):

@@ -22,7 +22,6 @@ from chainlora.experiments import (
     read_results,
     report_experiment,
     run_cells,
-    run_experiment,
 )
 
 # a decay of 1e6 a step: weights overflow
@@ -48,38 +47,6 @@ def test_a_run_tunes_chooses_and_gathers(done):
     assert (
         len({c["trainable_parameters"] for c in results.finals}) == 1
     )  # memory of one LoRA, chain or not
-
-
-def test_a_failed_cell_is_reported_and_the_others_go_on(tiny_folder, sentiment, tmp_path):
-    (tmp_path / "rte").mkdir()
-    for split in ("train", "validation"):
-        (tmp_path / "rte" / f"{split}.jsonl").write_text('{"premise": "It rains."}\n' * 2000)
-    tasks = {
-        "gone": {
-            "data": {
-                "task": "rte",
-                "train": None,
-                "validation": None,
-                "test": None,
-                "dir": str(tmp_path),
-            }
-        },
-        "mood": {"data": {"task": str(sentiment / "task.yaml")}},
-    }
-    path = tmp_path / "experiment.yaml"
-    path.write_text(yaml.safe_dump(tree(tiny_folder, sentiment, tasks=tasks, tune={}, seeds=[0])))
-    events = []
-    with pytest.raises(
-        RunError, match=r"got 2 of 4 failed, first gone lora seed=0: a row must have what `prompt`"
-    ):
-        run_experiment(path, tmp_path / "out", backend="inline", listener=events.append)
-    results = read_results(tmp_path / "out")
-    assert [cell["task"] for cell in results.finals] == ["mood", "mood"]
-    ended = [event for event in events if event["event"] == "cell"]
-    assert [event["error"] is None for event in ended] == [False, False, True, True]
-    assert "gone lora: seeds 0" in report_experiment(tmp_path / "out", figures=False).markdown
-    with pytest.raises(ConfigError, match="must be local or inline"):
-        run_experiment(path, tmp_path / "out", backend="slurm")
 
 
 @pytest.mark.parametrize("what", ["rows", "model"])
@@ -122,31 +89,22 @@ def test_cells_of_other_rows_or_weights_are_not_put_into_one_table(
 ):
     folder = tmp_path / "rows" / "mood"
     shutil.copytree(sentiment, folder)
-    data = {
-        "task": str(sentiment / "task.yaml"),
-        "train": None,
-        "validation": None,
-        "test": None,
-        "dir": str(folder),
-    }
+    data = dict.fromkeys(("train", "validation", "test"))
+    data |= {"task": str(sentiment / "task.yaml"), "dir": str(folder)}
     data |= {"num_validation": 10, "num_train": 20}
-    one = make_experiment(
-        tree(tiny_folder, sentiment, tasks={"mood": {"data": data}}, tune={}, methods=["lora"])
-    )
+    keys = {"tasks": {"mood": {"data": data}}, "tune": {}, "methods": ["lora"]}
+    one = make_experiment(tree(tiny_folder, sentiment, **keys))
     run_cells(one, tmp_path / "out", backend="inline")
     rows = (folder / "train.jsonl").read_text().splitlines()
     (folder / "train.jsonl").write_text("\n".join(rows[::2]) + "\n")
-    more = one.model_copy(update={"seeds": (0, 1, 2)})
-    plans = []
-    for to_run in ([["mood lora seed=2"]], []):  # once they are there, nothing more is computed
-        with pytest.raises(
-            RunError,
-            match=r"must be of the same rows \(got \d:\w+ in mood lora seed 0, .*new output",
-        ):
+    message = r"must be of the same rows \(got \d:\w+ in mood lora seed 0, .*new output"
+    # the third seed shows it; once it is there, nothing more is computed
+    for seeds, to_run in ((3, [["mood lora seed=2"]]), (4, [])):
+        plans = []
+        more = one.model_copy(update={"seeds": tuple(range(seeds))})
+        with pytest.raises(RunError, match=message):
             run_cells(more, tmp_path / "out", backend="inline", listener=plans.append)
         assert [plan["todo"] for plan in plans if plan["event"] == "plan"] == to_run
-        plans.clear()
-        more = more.model_copy(update={"seeds": (0, 1, 2, 3)})
 
 
 def test_a_final_run_that_diverged_is_a_failure_however_often_it_is_asked_for(
@@ -163,62 +121,39 @@ def test_a_final_run_that_diverged_is_a_failure_however_often_it_is_asked_for(
     assert "Not there yet" not in text
 
 
-def test_a_tuning_cell_that_failed_leaves_nothing_chosen(done, tiny_folder, sentiment, tmp_path):
+def test_a_tuning_cell_that_failed_leaves_nothing_chosen(tiny_folder, sentiment, tmp_path):
     """One rate was never measured: a choice among the others would pass for a choice among all."""
-    grid = {
-        "data.num_validation": [4, 10**6],
-        "data.shots": [0, 10**6],
-    }  # so many demonstrations leave no rows
-    experiment = make_experiment(
-        tree(
-            tiny_folder,
-            sentiment,
-            methods=["lora"],
-            seeds=[0],
-            tune={"grid": {"data.shots": grid["data.shots"]}},
-        )
-    )
+    tune = {"grid": {"data.shots": [0, 10**6]}}  # so many demonstrations leave no rows
+    keys = {"methods": ["lora"], "seeds": [0], "tune": tune}
+    experiment = make_experiment(tree(tiny_folder, sentiment, **keys))
     outcome = run_cells(experiment, tmp_path, backend="inline")
     assert len(outcome.failed) == 1
-    results = read_results(tmp_path)
-    assert results.choices == []
+    assert read_results(tmp_path).choices == []
     assert "mood lora: seeds 0" in report_experiment(tmp_path, figures=False).markdown
 
 
 def test_what_cannot_be_chosen_or_scored_is_refused_before_anything_runs(
     tiny_folder, sentiment, tmp_path
 ):
-    wrong = make_experiment(
-        tree(tiny_folder, sentiment, tune={"grid": {"train.lr": [1e-3, 1e-2]}, "metric": "acuracy"})
-    )
-    with pytest.raises(
-        ConfigError, match=r"`tune.metric` must be one of accuracy, loss \(got 'acuracy'\)"
-    ):
-        run_cells(wrong, tmp_path / "out", backend="inline")
+    tune = {"grid": {"train.lr": [1e-3, 1e-2]}, "metric": "acuracy"}
     base = tree(tiny_folder, sentiment)["base"]
     base["data"] = {"train": base["data"]["train"]}
-    with pytest.raises(ConfigError, match="compared on rows they do not train on"):
-        run_cells(
-            make_experiment(tree(tiny_folder, sentiment, base=base)),
-            tmp_path / "out",
-            backend="inline",
-        )
+    for keys, message in (
+        ({"tune": tune}, r"`tune.metric` must be one of accuracy, loss \(got 'acuracy'\)"),
+        ({"base": base}, "compared on rows they do not train on"),
+    ):
+        wrong = make_experiment(tree(tiny_folder, sentiment, **keys))
+        with pytest.raises(ConfigError, match=message):
+            run_cells(wrong, tmp_path / "out", backend="inline")
     assert not (tmp_path / "out").exists()
 
 
 def test_a_rate_that_diverges_is_not_chosen_and_not_a_failure(tiny_folder, sentiment, tmp_path):
-    experiment = make_experiment(
-        tree(
-            tiny_folder,
-            sentiment,
-            base=tree(tiny_folder, sentiment)["base"] | {"train": WILD},
-            methods=["lora"],
-            seeds=[0],
-            tune={"grid": {"train.lr": [1e3, 1e-3]}},
-        )
-    )
-    outcome = run_cells(experiment, tmp_path, backend="inline")
-    assert not outcome.failed
+    base = tree(tiny_folder, sentiment)["base"] | {"train": WILD}
+    tune = {"grid": {"train.lr": [1e3, 1e-3]}}
+    keys = {"base": base, "methods": ["lora"], "seeds": [0], "tune": tune}
+    experiment = make_experiment(tree(tiny_folder, sentiment, **keys))
+    assert not run_cells(experiment, tmp_path, backend="inline").failed
     (choice,) = read_results(tmp_path).choices
     assert choice["chosen"] == {"train.lr": 1e-3}
     assert [tried["mean"] is None for tried in choice["tried"]] == [True, False]
@@ -314,23 +249,3 @@ def test_tuning_shows_validation_scores_and_never_those_of_the_test_rows(
     said = capsys.readouterr().err
     assert "tune: 4 cells, 0 done before, 4 to run, then 2 final cells" in said
     assert said.count("validation accuracy") == 4
-
-
-def test_a_run_keeps_its_curve_at_some_twenty_points_and_at_knots(tiny_folder, sentiment, tmp_path):
-    base = tree(tiny_folder, sentiment)["base"]
-    base["recipe"] = {"rank": 2, "steps": 80, "scaling": 2}
-    keys = {"base": base, "methods": ["chain3"], "seeds": [0], "tune": {}}
-    for out, points, expected in (("a", 20, 21), ("b", 4, 7), ("c", 0, 4)):
-        experiment = make_experiment(tree(tiny_folder, sentiment, curve_points=points, **keys))
-        run_cells(experiment, tmp_path / out, backend="inline")
-        (cell,) = read_results(tmp_path / out).cells
-        steps = [point["step"] for point in cell["curve"]]
-        assert steps[0] == 0
-        assert {27, 54, 80} <= set(steps)  # links of 27, 27 and 26 steps
-        assert abs(len(steps) - expected) <= 2
-        assert all(point["loss"] > 0 for point in cell["curve"])
-        assert cell["curve"][-1]["loss"] == cell["validation"]["loss"]
-    ids = {cell["cell"] for out in "abc" for cell in read_results(tmp_path / out).cells}
-    assert len(ids) == 1  # how often a run is evaluated changes nothing that it computes
-    scores = {cell["score"] for out in "abc" for cell in read_results(tmp_path / out).cells}
-    assert len(scores) == 1

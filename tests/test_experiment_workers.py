@@ -14,7 +14,6 @@ from experiment_cases import tree
 from chainlora.data.preparing import IN_MEMORY
 from chainlora.errors import ConfigError
 from chainlora.experiments import make_experiment, run_cells
-from chainlora.experiments.execution.progress import time_left
 from chainlora.experiments.execution.workers import worker_environment
 
 
@@ -25,6 +24,7 @@ def test_threads_and_gpus_are_shared_out():
     assert "CUDA_VISIBLE_DEVICES" not in worker_environment(1, 2, {"CUDA_VISIBLE_DEVICES": "0"})
 
 
+@pytest.mark.slow  # 20,000 rows and more
 def test_a_large_file_is_encoded_by_processes_of_a_worker(tiny_folder, tmp_path):
     """A worker reads its standard input in a thread. Processes that it forks to encode rows close
     theirs, and once waited for ever for the lock of that read."""
@@ -81,11 +81,3 @@ def test_workers_share_the_cells(tiny_folder, sentiment, tmp_path):
     outcome = run_cells(experiment, tmp_path, workers=2, listener=listen)
     assert (outcome.num_run, outcome.failed) == (3, {})
     assert max(most) == 2
-
-
-def test_time_left_is_by_task_and_by_workers():
-    assert time_left([], [("a", 1.0)], 0, 1) is None
-    assert (
-        time_left([("a", 10.0), ("b", 30.0)], [("a", 0.5), ("b", 1.0), ("c", 1.0)], 2, 2)
-        == (5 + 30 + 20 + 40) / 2
-    )

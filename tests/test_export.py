@@ -6,16 +6,38 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import ARCHITECTURES
+from helpers import settings
 from helpers_export import FINAL_NORM, IDS, TARGETS, fit, live, logits, on_fresh_base
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from chainlora import export_adapter, export_merged, load_run, make_config, train
-from chainlora.cli.main import run as command
+
+
+@pytest.fixture
+def tune(folders, sentiment, tmp_path):
+    """Return a function that makes a run: of an architecture, with keys of its chain."""
+
+    def make(architecture: str, name: str = "run", train: dict | None = None, **chain) -> Path:
+        chain = {"target_modules": TARGETS[architecture]} | chain
+        there = tmp_path / name
+        return fit(folders[architecture], sentiment, there, chain=chain, train=train or {})
+
+    return make
+
+
+def load(folder: Path):
+    return AutoModelForCausalLM.from_pretrained(folder)
+
+
+def assert_close(mine: torch.Tensor, theirs: torch.Tensor) -> None:
+    """Hold logits to the bound that was promised; float32 rounding near 1 is about 1e-6."""
+    torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -25,11 +47,8 @@ def test_law_10_the_exact_adapter_on_a_fresh_base_is_the_live_model(
     done = export_adapter(runs[architecture], tmp_path / "a")
     assert (done["rank"], done["links"], done["exact"], done["error"]) == (10, 3, True, 0.0)
     expected = live(runs[architecture])
-    # the bound that was promised; float32 rounding of logits near 1 is about 1e-6
-    torch.testing.assert_close(
-        on_fresh_base(folders[architecture], tmp_path / "a"), expected, atol=1e-5, rtol=0
-    )
-    base = logits(AutoModelForCausalLM.from_pretrained(folders[architecture]))
+    assert_close(on_fresh_base(folders[architecture], tmp_path / "a"), expected)
+    base = logits(load(folders[architecture]))
     assert (base - expected).abs().max() > 1e-2  # the chain did something
 
 
@@ -74,121 +93,59 @@ def test_a_merged_checkpoint_has_all_that_its_base_has(runs, folders, tmp_path, 
     assert "a chain of 3 LoRA link(s) merged" in card
 
 
-def test_links_k_is_the_chain_after_k_links(runs, folders, sentiment, tmp_path):
-    short = fit(
-        folders["llama"],
-        sentiment,
-        tmp_path / "short",
-        chain={"target_modules": TARGETS["llama"], "ranks": [4], "steps": [3]},
-        train={"schedule": "constant"},
-    )
-    long = fit(
-        folders["llama"],
-        sentiment,
-        tmp_path / "long",
-        chain={"target_modules": TARGETS["llama"]},
-        train={"schedule": "constant"},
-    )
+def test_links_k_is_the_chain_after_k_links(tune, folders, tmp_path):
+    constant = {"schedule": "constant"}
+    short = tune("llama", "short", constant, ranks=[4], steps=[3])
+    long = tune("llama", "long", constant)
     assert torch.equal(live(long, 1), live(short))
     done = export_adapter(long, tmp_path / "a", num_links=1)
     assert (done["rank"], done["links"]) == (4, 1)
-    torch.testing.assert_close(
-        on_fresh_base(folders["llama"], tmp_path / "a"), live(short), atol=1e-5, rtol=0
-    )
+    assert_close(on_fresh_base(folders["llama"], tmp_path / "a"), live(short))
     export_merged(long, tmp_path / "m", num_links=1)
-    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "m")), live(short))
+    assert torch.equal(logits(load(tmp_path / "m")), live(short))
     export_merged(long, tmp_path / "zero", num_links=0)
-    assert torch.equal(
-        logits(AutoModelForCausalLM.from_pretrained(tmp_path / "zero")),
-        logits(AutoModelForCausalLM.from_pretrained(folders["llama"])),
-    )
+    assert torch.equal(logits(load(tmp_path / "zero")), logits(load(folders["llama"])))
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_bfloat16_keeps_its_dtype_and_the_adapter_is_as_near_as_one_cast(
-    folders, sentiment, tmp_path, architecture
+    tune, folders, tmp_path, architecture
 ):
-    run = fit(
-        folders[architecture],
-        sentiment,
-        tmp_path / "run",
-        chain={"target_modules": TARGETS[architecture]},
-        train={"dtype": "bfloat16"},
-    )
+    """A norm that is trained whole survives too."""
+    norm = FINAL_NORM[architecture]
+    run = tune(architecture, train={"dtype": "bfloat16"}, extra_modules=[norm])
     assert export_merged(run, tmp_path / "m")["dtype"] == "bfloat16"
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    merged = load(tmp_path / "m")
     assert {p.dtype for p in merged.parameters()} == {torch.bfloat16}
     assert torch.equal(logits(merged), live(run))
     export_adapter(run, tmp_path / "a")
-    exact = load_run(run, dtype="float32")[0]
-    # in float32 there is no cast at all
-    torch.testing.assert_close(
-        on_fresh_base(folders[architecture], tmp_path / "a"), logits(exact), atol=1e-5, rtol=0
-    )
+    exact = logits(load_run(run, dtype="float32")[0])
+    assert_close(on_fresh_base(folders[architecture], tmp_path / "a"), exact)  # no cast at all
     # In bfloat16 both models round at every layer: base and product apart in one, their sum in the
     # other. Neither may be farther from the exact model than a few roundings (2⁻⁸ of the largest
     # logit) of a two-layer model.
-    size = float(logits(exact).abs().max())
     beside = on_fresh_base(folders[architecture], tmp_path / "a", torch.bfloat16)
     for found in (beside, logits(merged)):
-        assert (found - logits(exact)).abs().max() < 8 * 2**-8 * size
-
-
-def test_an_extra_module_survives_in_bfloat16_and_without_a_bias_anywhere(
-    folders, sentiment, tmp_path
-):
-    run = fit(
-        folders["llama"],
-        sentiment,
-        tmp_path / "run",
-        train={"dtype": "bfloat16"},
-        chain={"target_modules": TARGETS["llama"], "extra_modules": [FINAL_NORM["llama"]]},
-    )
-    export_merged(run, tmp_path / "m")
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
-    assert merged.model.norm.weight.dtype == torch.bfloat16
-    assert torch.equal(logits(merged), live(run))
-    export_adapter(run, tmp_path / "a")
-    exact = logits(load_run(run, dtype="float32")[0])
-    torch.testing.assert_close(
-        on_fresh_base(folders["llama"], tmp_path / "a"), exact, atol=1e-5, rtol=0
-    )
+        assert (found - exact).abs().max() < 8 * 2**-8 * float(exact.abs().max())
 
 
 @pytest.mark.parametrize("architecture", ["opt", "gpt2"])
-def test_extra_modules_and_lora_bias_survive(folders, sentiment, tmp_path, architecture):
-    run = fit(
-        folders[architecture],
-        sentiment,
-        tmp_path / "run",
-        chain={
-            "target_modules": TARGETS[architecture],
-            "extra_modules": [FINAL_NORM[architecture]],
-            "lora_bias": True,
-        },
-    )
+def test_extra_modules_and_lora_bias_survive(tune, folders, tmp_path, architecture):
+    norm = FINAL_NORM[architecture]
+    run = tune(architecture, extra_modules=[norm], lora_bias=True)
     export_adapter(run, tmp_path / "a")
     stored = load_file(tmp_path / "a" / "adapter_model.safetensors")
-    assert any(
-        name.endswith("lora_B.bias") and tensor.abs().max() > 0 for name, tensor in stored.items()
-    )
-    assert f"base_model.model.{FINAL_NORM[architecture]}.weight" in stored
-    torch.testing.assert_close(
-        on_fresh_base(folders[architecture], tmp_path / "a"), live(run), atol=1e-5, rtol=0
-    )
+    assert any(name.endswith("lora_B.bias") and stored[name].any() for name in stored)
+    assert f"base_model.model.{norm}.weight" in stored
+    assert_close(on_fresh_base(folders[architecture], tmp_path / "a"), live(run))
     export_merged(run, tmp_path / "m")
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    merged = load(tmp_path / "m")
     assert torch.equal(logits(merged), live(run))
-    base = AutoModelForCausalLM.from_pretrained(folders[architecture])
-    assert not torch.equal(
-        merged.get_submodule(FINAL_NORM[architecture]).weight,
-        base.get_submodule(FINAL_NORM[architecture]).weight,
-    )
-    done = export_adapter(
-        run, tmp_path / "c", rank=2
-    )  # compression leaves biases and extra modules whole
+    base = load(folders[architecture])
+    assert not torch.equal(merged.get_submodule(norm).weight, base.get_submodule(norm).weight)
+    # compression leaves biases and extra modules whole
+    assert export_adapter(run, tmp_path / "c", rank=2)["error"] > 0
     small = load_file(tmp_path / "c" / "adapter_model.safetensors")
-    assert done["error"] > 0
     for name in stored:
         if "lora_A" not in name and "lora_B.weight" not in name:
             assert torch.equal(small[name], stored[name])
@@ -206,80 +163,42 @@ def test_extra_modules_and_lora_bias_survive(folders, sentiment, tmp_path, archi
     ],
     ids=str,
 )
-def test_every_kind_of_link_becomes_one_adapter(folders, sentiment, tmp_path, keys):
-    run = fit(
-        folders["llama"],
-        sentiment,
-        tmp_path / "run",
-        chain={"target_modules": TARGETS["llama"], **keys},
-    )
-    done = export_adapter(run, tmp_path / "a")
-    assert done["rank"] == (
-        20 if keys.get("init") == "pissa" else 10
-    )  # PiSSA stores [B, −B₀]·[A; A₀]
-    torch.testing.assert_close(
-        on_fresh_base(folders["llama"], tmp_path / "a"), live(run), atol=1e-5, rtol=0
-    )
+def test_every_kind_of_link_becomes_one_adapter(tune, folders, tmp_path, keys):
+    run = tune("llama", **keys)
+    rank = 20 if keys.get("init") == "pissa" else 10  # PiSSA stores [B, −B₀]·[A; A₀]
+    assert export_adapter(run, tmp_path / "a")["rank"] == rank
+    assert_close(on_fresh_base(folders["llama"], tmp_path / "a"), live(run))
 
 
 def test_what_is_exported_is_the_best_point_where_the_run_kept_it(folders, sentiment, tmp_path):
     """Whole links and a partial one together; --links K still reaches the whole chain."""
     base, run = folders["llama"], tmp_path / "run"
-    data = {split: str(sentiment / f"{split}.jsonl") for split in ("train", "validation")}
-    result = train(
-        make_config(
-            {
-                "model": str(base),
-                "data": {"task": str(sentiment / "task.yaml"), **data},
-                "output": str(run),
-                "chain": {
-                    "ranks": [4, 4],
-                    "alpha": 8,
-                    "steps": [1, 9],
-                    "target_modules": TARGETS["llama"],
-                },
-                "train": {"lr": 1e-2, "schedule": "constant", "keep_best": True, "eval_every": 1},
-            }
-        )
-    )
-    best = result["best"]
-    assert (best["num_links"], best["partial"]) == (
-        1,
-        True,
-    )  # every row is right long before the last step
+    chain = {"ranks": [4, 4], "steps": [1, 9], "target_modules": TARGETS["llama"]}
+    best = {"schedule": "constant", "keep_best": True, "eval_every": 1}
+    result = train(make_config(settings(base, sentiment, run, chain=chain, train=best)))
+    found = result["best"]
+    # every row is right long before the last step
+    assert (found["num_links"], found["partial"]) == (1, True)
     assert export_adapter(run, tmp_path / "best")["links"] == 2
-    torch.testing.assert_close(on_fresh_base(base, tmp_path / "best"), live(run), atol=1e-5, rtol=0)
+    assert_close(on_fresh_base(base, tmp_path / "best"), live(run))
     export_merged(run, tmp_path / "m")
-    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "m")), live(run))
+    assert torch.equal(logits(load(tmp_path / "m")), live(run))
     assert export_adapter(run, tmp_path / "whole", num_links=2)["rank"] == 8
     assert not torch.allclose(live(run), live(run, 2), atol=1e-3)
 
 
-def test_dora_exports_merged_and_refuses_an_adapter(folders, sentiment, tmp_path, capsys):
-    run = fit(
-        folders["llama"],
-        sentiment,
-        tmp_path / "run",
-        chain={"target_modules": ["q_proj"], "dora": True, "ranks": [4, 4], "steps": [2, 2]},
-    )
+def test_dora_exports_merged_and_refuses_an_adapter(tune, tmp_path, chainlora):
+    run = tune("llama", target_modules=["q_proj"], dora=True, ranks=[4, 4], steps=[2, 2])
     export_merged(run, tmp_path / "m")
-    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "m")), live(run))
-    assert command(["export", str(run), "--to", "adapter", "--output", str(tmp_path / "a")]) == 1
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert "DoRA links are not a low-rank sum" in captured.err
-    assert "merged" in captured.err
+    assert torch.equal(logits(load(tmp_path / "m")), live(run))
+    chainlora(f"export {run} --to adapter --output {tmp_path}/a").refused(
+        "DoRA links are not a low-rank sum", "merged"
+    )
     assert not (tmp_path / "a").exists()
 
 
-def test_a_chain_that_learned_nothing_exports(folders, sentiment, tmp_path):
-    run = fit(
-        folders["llama"],
-        sentiment,
-        tmp_path / "run",
-        chain={"target_modules": ["q_proj"], "ranks": [4], "steps": [1]},
-        train={"warmup_steps": 1},
-    )  # its one rate is zero
+def test_a_chain_that_learned_nothing_exports(tune, folders, tmp_path):
+    run = tune("llama", train={"warmup_steps": 1}, ranks=[4], steps=[1])  # its one rate is zero
     for name, keys in {"exact": {}, "rank": {"rank": 2}, "tolerance": {"tolerance": 0.1}}.items():
         assert export_adapter(run, tmp_path / name, **keys)["error"] == 0.0
         assert torch.equal(on_fresh_base(folders["llama"], tmp_path / name), live(run))
@@ -288,10 +207,8 @@ def test_a_chain_that_learned_nothing_exports(folders, sentiment, tmp_path):
 @pytest.mark.parametrize(
     ("stored", "kept"),
     [
-        (
-            {"do_sample": False, "temperature": 0.6},
-            {"do_sample": True, "temperature": 0.6},
-        ),  # transformers won't save it
+        # transformers will not save it
+        ({"do_sample": False, "temperature": 0.6}, {"do_sample": True, "temperature": 0.6}),
         ({"do_sample": False, "temperature": 1.0}, {"do_sample": False, "temperature": 1.0}),
         ({"top_p": 0.9, "do_sample": True}, {"top_p": 0.9, "do_sample": True}),
     ],
@@ -300,18 +217,12 @@ def test_a_chain_that_learned_nothing_exports(folders, sentiment, tmp_path):
 def test_the_generation_config_is_the_base_s(folders, sentiment, tmp_path, stored, kept):
     base = tmp_path / "base"
     shutil.copytree(folders["llama"], base)
-    (base / "generation_config.json").write_text(
-        json.dumps({"max_new_tokens": 7, "pad_token_id": 0, **stored})
-    )
+    generation = json.dumps({"max_new_tokens": 7, "pad_token_id": 0, **stored})
+    (base / "generation_config.json").write_text(generation)
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(config | {"use_cache": False}))
-    run = fit(
-        base,
-        sentiment,
-        tmp_path / "run",
-        chain={"target_modules": ["q_proj"], "ranks": [2], "steps": [1]},
-    )
-    export_merged(run, tmp_path / "m")
+    chain = {"target_modules": ["q_proj"], "ranks": [2], "steps": [1]}
+    export_merged(fit(base, sentiment, tmp_path / "run", chain=chain), tmp_path / "m")
     found = GenerationConfig.from_pretrained(tmp_path / "m").to_dict()
     assert {key: found[key] for key in ("max_new_tokens", *kept)} == {"max_new_tokens": 7, **kept}
     assert json.loads((tmp_path / "m" / "config.json").read_text())["use_cache"] is False

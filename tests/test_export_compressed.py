@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from chainlora import export_adapter
 
 
-@pytest.mark.parametrize("rank", [1, 3, 6, 10, 64])
+@pytest.mark.parametrize("rank", [1, 6, 10])
 def test_the_error_of_a_compressed_adapter_is_the_measured_one(runs, folders, tmp_path, rank):
     done = export_adapter(runs["llama"], tmp_path / "a", rank=rank)
     assert done["rank"] == rank
@@ -28,7 +28,7 @@ def test_the_error_of_a_compressed_adapter_is_the_measured_one(runs, folders, tm
     on_fresh_base(folders["llama"], tmp_path / "a")  # and peft loads it
 
 
-@pytest.mark.parametrize("tolerance", [0.5, 0.1, 0.02])
+@pytest.mark.parametrize("tolerance", [0.5, 0.1])
 def test_a_tolerance_is_met_with_the_smallest_rank(runs, tmp_path, tolerance):
     done = export_adapter(runs["llama"], tmp_path / "a", tolerance=tolerance)
     assert done["error"] <= tolerance

@@ -10,8 +10,6 @@ from conftest import ARCHITECTURES, tiny_model
 from forwards import Path, choose_path, hidden_states
 from torch import Tensor, nn
 from transformers import (
-    Gemma2Config,
-    Gemma2ForCausalLM,
     MistralConfig,
     MistralForCausalLM,
 )
@@ -19,7 +17,6 @@ from transformers import (
 from chainlora.data.examples import Example
 from chainlora.engine.engine import Engine
 from chainlora.engine.fast.packed import layout
-from chainlora.engine.fast.packed.attention import NAME
 from chainlora.engine.packing import PackedBatch, pack
 from chainlora.models.text_config import base_model
 
@@ -168,41 +165,6 @@ def test_gradient_checkpointing(architecture: str) -> None:
         model, batch, Path.PADDED
     )  # the name stays set, and a plain call is still plain
     assert_close(plain, expected, torch.float64)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_the_probe_takes_the_packed_path(architecture: str, dtype: torch.dtype) -> None:
-    model = tiny_model(architecture, dtype=dtype).train()
-    model.lm_head.eval()
-    before, state = model.config._attn_implementation, torch.random.get_rng_state()
-    assert choose_path(model) is Path.PACKED
-    assert model.config._attn_implementation == before != NAME
-    assert model.training
-    assert not model.lm_head.training
-    assert torch.equal(torch.random.get_rng_state(), state)
-
-
-def test_eager_models_take_the_packed_path_too() -> None:
-    model = tiny_model("llama")
-    model.set_attn_implementation("eager")
-    assert choose_path(model) is Path.PACKED
-    assert_paths_agree(model, tree_batch(), torch.float32)
-    assert model.config._attn_implementation == "eager"
-
-
-def test_not_taken_for_a_softcap() -> None:
-    config = Gemma2Config(
-        vocab_size=131,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        attn_logit_softcapping=5.0,
-    )
-    assert choose_path(Gemma2ForCausalLM(config).eval()) is Path.PADDED
 
 
 def test_a_sequence_beyond_the_window_takes_the_padded_path() -> None:

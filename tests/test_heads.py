@@ -1,7 +1,7 @@
 """A chain on classifiers, encoders, encoder-decoders, vision and experts: trains, ties, is undone,
 saved, exported.
 
-All of tests/heads/models.py is in benchmarks/heads/results.md; here is one of each kind.
+One of each kind; the other classes of tests/heads/models.py are among the slow tests.
 """
 
 from __future__ import annotations
@@ -21,23 +21,27 @@ from chainlora import Chain, ChainCallback, LinkConfig, export_adapter, load_cha
 from chainlora.cli.main import run
 from chainlora.errors import ModelError, RunError
 
-ROOT = Path(__file__).resolve().parents[1]
-OWN_LOOP = (
-    "RobertaForSequenceClassification",  # a head of two layers
-    "BertForQuestionAnswering",
-    "T5ForConditionalGeneration",  # one weight is three embeddings and the head
-)
-TRAINER = (
-    "DistilBertForSequenceClassification",  # PEFT trains two modules for one name
-    "BartForConditionalGeneration",
-    "ViTForImageClassification",
-    "MixtralForSequenceClassification",
-)
+QUICK = {
+    "own loop": (
+        "RobertaForSequenceClassification",  # a head of two layers
+        "BertForQuestionAnswering",
+        "T5ForConditionalGeneration",  # one weight is three embeddings and the head
+    ),
+    "Trainer": (
+        "DistilBertForSequenceClassification",  # PEFT trains two modules for one name
+        "ViTForImageClassification",
+        "MixtralForSequenceClassification",
+    ),
+}
 
 
 @pytest.mark.parametrize(
     ("engine", "name"),
-    [("own loop", name) for name in OWN_LOOP] + [("Trainer", name) for name in TRAINER],
+    [
+        pytest.param(engine, name, marks=() if name in QUICK[engine] else pytest.mark.slow)
+        for engine in CHECKS
+        for name in KINDS
+    ],
 )
 def test_a_chain_on_other_models(engine, name, tmp_path):
     found = CHECKS[engine](name, tmp_path)
@@ -144,27 +148,6 @@ def test_stacked_experts_are_refused_with_what_to_name(tmp_path):
             TrainingArguments(str(tmp_path), report_to=[], use_cpu=True),
             callbacks=[ChainCallback(steps=2)],
         )
-
-
-def test_the_merged_model_is_the_class_it_was(tmp_path):
-    name = "T5ForConditionalGeneration"
-    model = new_model(name)
-    batch = KINDS[name].batch()
-    chain = Chain(model)
-    adapter = chain.extend(LinkConfig(rank=2))
-    assert "lm_head" not in adapter.layers  # all-linear leaves out the head, tied or not
-    chain.tie()
-    before = outputs(model, batch)
-    assert chain.detach() is model
-    assert torch.equal(outputs(model, batch), before)
-    assert model.lm_head.weight is model.shared.weight
-
-
-def test_the_committed_table_has_every_class():
-    text = (ROOT / "benchmarks/heads/results.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| (\w+) \| .*? \| (.*?) \| (.*?) \|$", text, flags=re.MULTILINE)
-    assert {name for name, *_ in rows if name != "class"} == set(KINDS)
-    assert all(cell.startswith("right") for _, *cells in rows[1:] for cell in cells)
 
 
 def test_an_embedding_is_trained_whole_where_nothing_is_tied_to_it(tmp_path):

@@ -11,29 +11,18 @@ import transformers
 from torch import Tensor
 
 VOCABULARY, LABELS, ROWS, LENGTH = 96, 3, 6, 7
-_ENCODER = {
-    "vocab_size": VOCABULARY,
+_LAYERS = {
     "hidden_size": 32,
     "intermediate_size": 64,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
-    "max_position_embeddings": 64,
-    "hidden_dropout_prob": 0.0,
-    "attention_probs_dropout_prob": 0.0,
-    "pad_token_id": 0,
 }
-_DECODER = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+_TEXT = _LAYERS | {"vocab_size": VOCABULARY, "max_position_embeddings": 64}
+_SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+_STEADY = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+_ENCODER = _TEXT | _STEADY | {"pad_token_id": 0}
+_DECODER = _TEXT | _SPECIAL | {"num_key_value_heads": 2}
+_VISION = _LAYERS | _STEADY | {"image_size": 16, "patch_size": 4, "num_channels": 3}
 _EXPERTS = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2}
 _T5 = {
     "vocab_size": VOCABULARY,
@@ -45,7 +34,7 @@ _T5 = {
     "dropout_rate": 0.0,
     "decoder_start_token_id": 0,
 }
-_BART = {
+_ENCODER_DECODER = _SPECIAL | {
     "vocab_size": VOCABULARY,
     "d_model": 32,
     "encoder_layers": 2,
@@ -54,41 +43,14 @@ _BART = {
     "decoder_attention_heads": 4,
     "encoder_ffn_dim": 64,
     "decoder_ffn_dim": 64,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "decoder_start_token_id": 2,
     "dropout": 0.0,
 }
-_VISION = {
-    "image_size": 16,
-    "patch_size": 4,
-    "num_channels": 3,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "hidden_dropout_prob": 0.0,
-    "attention_probs_dropout_prob": 0.0,
-}
-_SPEECH = {
-    "vocab_size": VOCABULARY,
+_BART = _ENCODER_DECODER | {"max_position_embeddings": 64, "decoder_start_token_id": 2}
+_SPEECH = _ENCODER_DECODER | {
     "num_mel_bins": 8,
-    "d_model": 32,
-    "encoder_layers": 2,
-    "decoder_layers": 2,
-    "encoder_attention_heads": 4,
-    "decoder_attention_heads": 4,
-    "encoder_ffn_dim": 64,
-    "decoder_ffn_dim": 64,
     "max_source_positions": 8,
     "max_target_positions": 16,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
     "decoder_start_token_id": 1,
-    "dropout": 0.0,
 }
 _DISTIL = {
     "vocab_size": VOCABULARY,
@@ -101,15 +63,12 @@ _DISTIL = {
     "attention_dropout": 0.0,
     "seq_classif_dropout": 0.0,
 }
-_GPT2 = {
+_GPT2 = _SPECIAL | {
     "vocab_size": VOCABULARY,
     "n_embd": 32,
     "n_layer": 2,
     "n_head": 4,
     "n_positions": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
     "resid_pdrop": 0.0,
     "embd_pdrop": 0.0,
     "attn_pdrop": 0.0,
