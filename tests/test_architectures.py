@@ -20,20 +20,17 @@ from chainlora.data.examples import Example
 from chainlora.engine.engine import Engine
 
 FULL = os.environ.get("CHAINLORA_FULL")
-# One for each way in which architectures differ: plain, with stacked experts, hybrid, recurrent,
-# layers unlike one another, shared weights, scalings that begin late, clipping, latent attention.
+# One for each way in which architectures differ: plain, stacked experts, latent attention, hybrid,
+# recurrent, shared weights, layers unlike one another, clipping, scalings that begin late.
 SAMPLE = [
     "llama",
     "gpt2",
-    "smollm3",
     "mixtral",
     "deepseek_v3",
-    "lfm2",
     "jamba, small weights",
     "rwkv",
     "zamba",
     "gemma3_text",
-    "ministral3, long context",
     "olmo, clipped",
     "phi3, LongRoPE",
 ]

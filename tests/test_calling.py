@@ -11,7 +11,6 @@ from typing import get_type_hints
 
 import pytest
 import yaml
-from conftest import write_rows
 from helpers import settings
 
 from chainlora import TrainResult, make_config, train
@@ -107,29 +106,6 @@ def test_a_resume_may_log_otherwise(tree, tmp_path):
     first = train(tree)
     again = train(tree | {"train": tree["train"] | {"log_every": 3}}, resume=True)
     assert again["metrics"] == first["metrics"]
-
-
-def test_what_became_of_long_texts_is_said(tree, tmp_path, capsys, caplog):
-    """Whatever is split, cut or not read is in the output and in the records."""
-    rows = [{"text": "the cat sat on a mat " * n, "id": n} for n in (1, 9, 30)]
-    path = str(write_rows(tmp_path / "rows.jsonl", rows))
-    data = {"train": path, "validation": path, "max_length": 32}
-    result = train(tree | {"data": data})
-    found = result["data"]["train"]
-    assert (found["rows"], found["rows_split"]) == (3, 2)
-    line = (
-        f"train: 2 of 3 texts were longer than the context or data.max_length: {found['examples']} "
-    )
-    assert line + "blocks, no token lost\n" in capsys.readouterr().err
-    assert caplog.messages == ["train, validation: nothing reads 'id'"]
-    caplog.clear()
-    result = train(tree | {"data": data | {"truncation": "left"}})
-    found = result["data"]["train"]
-    assert found["rows_cut"] == 2
-    assert (
-        f"train: 2 of 3 rows were longer than data.max_length or the context; "
-        f"{found['tokens_cut']} tokens were cut" in caplog.text
-    )
 
 
 # --- the command line ---

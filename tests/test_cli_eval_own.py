@@ -45,51 +45,47 @@ def validation(run: Path) -> dict[str, float]:
 
 
 def test_a_run_scores_what_its_validation_scored(chainlora, written, finished):
-    found = chainlora("eval", written, "--json").json
-    assert (found["task"], found["split"], found["rows"]) == (None, "validation", 6)
-    assert found["metrics"] == pytest.approx(validation(written), abs=ROUNDING)
-    found = chainlora("eval", finished, "--json").json  # a run with a task
-    assert (found["task"], found["split"], found["rows"]) == ("sentiment", "validation", 16)
-    assert found["metrics"] == pytest.approx(validation(finished), abs=ROUNDING)
-    assert chainlora("eval", written).out.startswith("validation: loss ")
+    for run, task, rows in ((written, None, 6), (finished, "sentiment", 16)):
+        found = chainlora(f"eval {run} --json").json
+        assert (found["task"], found["split"], found["rows"]) == (task, "validation", rows)
+        assert found["metrics"] == pytest.approx(validation(run), abs=ROUNDING)
+    assert chainlora(f"eval {written}").out.startswith("validation: loss ")
 
 
 def test_a_task_whose_rows_are_drawn_is_drawn_as_in_the_run(chainlora, config, sentiment, tmp_path):
-    drawn = ("--data.train", "null", "--data.validation", "null", "--data.dir", sentiment)
-    counts = ("--data.num_train", 20, "--data.num_validation", 7, "--data.num_test", 5)
-    result = chainlora("train", config, *drawn, *counts, "--data.shots", 2, "--json").json
-    found = chainlora("eval", tmp_path / "run", "--split", "train", "--json").json
+    drawn = f"--data.train null --data.validation null --data.dir {sentiment} --data.shots 2"
+    counts = "--data.num_train 20 --data.num_validation 7 --data.num_test 5"
+    result = chainlora(f"train {config} {drawn} {counts} --json").json
+    found = chainlora(f"eval {tmp_path}/run --split train --json").json
     assert found["rows"] == 18  # without the two that are demonstrations
     assert "accuracy" in found["metrics"]
     for split, rows in (("validation", 7), ("test", 5)):
-        found = chainlora("eval", tmp_path / "run", "--split", split, "--json").json
+        found = chainlora(f"eval {tmp_path}/run --split {split} --json").json
         assert found["rows"] == rows
         assert found["metrics"] == pytest.approx(result["metrics"][split], abs=ROUNDING)
 
 
 def test_other_rows_links_and_limits(chainlora, written, tiny_folder, texts, finished, sentiment):
     file = texts / "train.jsonl"
-    found = chainlora("eval", written, "--data", file, "--json").json
+    found = chainlora(f"eval {written} --data {file} --json").json
     assert (found["task"], found["split"], found["rows"]) == (None, str(file), 16)
-    assert found == chainlora(
-        "eval", written, "--data", texts, "--split", "train", "--json"
-    ).json | {"split": str(file)}
-    short = chainlora("eval", written, "--data", file, "--limit", 3, "--json").json
-    assert short["rows"] == 3
-    assert chainlora("eval", written, "--limit", 2, "--json").json["rows"] == 2
-    base = chainlora("eval", written, "--links", 0, "--data", file, "--json").json
+    folder = chainlora(f"eval {written} --data {texts} --split train --json").json
+    assert found == folder | {"split": str(file)}
+    assert chainlora(f"eval {written} --data {file} --limit 3 --json").json["rows"] == 3
+    assert chainlora(f"eval {written} --limit 2 --json").json["rows"] == 2
+    base = chainlora(f"eval {written} --links 0 --data {file} --json").json
     assert base["metrics"]["loss"] > found["metrics"]["loss"]
-    assert chainlora("eval", tiny_folder, "--data", file, "--json").json == base
-    found = chainlora("eval", finished, "--data", sentiment / "train.jsonl", "--json").json
+    assert chainlora(f"eval {tiny_folder} --data {file} --json").json == base
+    found = chainlora(f"eval {finished} --data {sentiment}/train.jsonl --json").json
     assert (found["task"], found["rows"]) == ("sentiment", 32)  # its task, on other rows
 
 
 def test_rows_that_are_not_there(chainlora, written, tiny_folder, texts):
-    chainlora("eval", written, "--split", "test").refused(
+    chainlora(f"eval {written} --split test").refused(
         "(got no data.test in the config of ", "name another --split, or a file as --data"
     )
-    chainlora("eval", written, "--split", "tset").refused("must be one of train, validation, test")
-    chainlora("eval", written, "--data", texts / "none.jsonl").refused("none.jsonl")
-    outcome = chainlora("eval", tiny_folder)
+    chainlora(f"eval {written} --split tset").refused("must be one of train, validation, test")
+    chainlora(f"eval {written} --data {texts}/none.jsonl").refused("none.jsonl")
+    outcome = chainlora(f"eval {tiny_folder}")
     assert outcome.status == 2
     assert "Missing option '--task' or '--data': only a run has its own rows" in outcome.err

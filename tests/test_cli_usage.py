@@ -83,7 +83,6 @@ def test_a_process_of_its_own(finished, sentiment, tmp_path):
     assert found.stdout.count("\n") == 1
     wrong = call(f"inspect {tmp_path}")
     assert (wrong.returncode, wrong.stdout, wrong.stderr.count("\n")) == (1, "", 1)
-    assert call(f"export {finished} --to adaptor --output x").returncode == 2
 
 
 def test_a_locale_of_few_characters_and_closed_streams(finished, monkeypatch):

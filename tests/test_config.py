@@ -4,8 +4,6 @@ is the same one."""
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from typing import get_args
 
@@ -14,7 +12,7 @@ import yaml
 from pydantic import BaseModel
 
 from chainlora import LinkConfig, RunConfig, load_config, make_config
-from chainlora.config.loading import dump_config, set_key
+from chainlora.config.loading import set_key
 from chainlora.errors import ConfigError
 
 TREE = {"model": "m", "data": {"train": "x.jsonl"}, "chain": {"ranks": [8], "steps": [1]}}
@@ -51,18 +49,10 @@ WRONG = [
     ("chain.alpha", "[1, 2]", "`alpha` must be one number or one a link (got (1.0, 2.0) for 1"),
     ("chain.alpha", ".inf", "`chain.alpha` must be a finite number"),
     ("chain.alpha", "1e300", "`chain.alpha` must be at most 1e+06 or a list"),
-    (
-        "chain.target_modules",
-        "[]",
-        "`target_modules` must name at least one module (got none); use",
-    ),
+    ("chain.target_modules", "[]", "`target_modules` must name at least one module (got none)"),
     ("chain.target_modules", "['']", "`target_modules` must hold names (got an empty one); remove"),
     ("chain.target_modules", "'*proj('", "`target_modules` must be a list of names, all-linear or"),
-    (
-        "chain.hold",
-        "tide",
-        "`chain.hold` must be 'tied' or 'carried' (got 'tide'); left out, it is",
-    ),
+    ("chain.hold", "tide", "`chain.hold` must be 'tied' or 'carried' (got 'tide'); left out"),
     ("chain.knots", "bogus", "`chain.knots` must be auto, null or a section of keys (got 'bogus')"),
     ("chain.knots", "true", "`chain.knots` must be auto, null or a section of keys (got True)"),
     ("chain.knots.time_constant", "1e-300", "`chain.knots.time_constant` must be at least 1 (got"),
@@ -181,11 +171,6 @@ def test_a_link_of_its_own_is_refused_in_the_same_words(keys, message):
         LinkConfig(**keys)
 
 
-def test_the_scaling_of_a_link():
-    assert LinkConfig(rank=4, alpha=8).scaling == 2.0
-    assert LinkConfig(rank=4, alpha=8, rslora=True).scaling == 4.0
-
-
 def test_alpha_when_the_rank_drops():
     def scalings(*overrides):
         chain = config(("chain.ranks", "[8, 4, 2]"), ("chain.steps", "[1, 1, 1]"), *overrides).chain
@@ -196,27 +181,6 @@ def test_alpha_when_the_rank_drops():
     assert scalings(("chain.alpha", "[8, 8, 2]")) == [1.0, 2.0, 1.0]
     root = scalings(("chain.rslora", "true"))
     assert root == pytest.approx([16 / 8**0.5] * 3)
-
-
-def test_overrides_are_yaml_and_make_the_sections_they_need(tmp_path):
-    file = tmp_path / "c.yaml"
-    file.write_text("model: m\ndata: {train: x.jsonl}\nchain: {ranks: [8], steps: [1]}\ntrain:\n")
-    loaded = load_config(
-        file,
-        [
-            ("train.lr", "5e-4"),
-            ("train.restart_schedule", "yes"),
-            ("output", "runs/a"),
-            ("chain.ranks", "[4, 2]"),
-            ("chain.steps", "[3, 1]"),
-            ("train.max_grad_norm", "null"),
-        ],
-    )
-    assert loaded.train.lr == 5e-4
-    assert loaded.train.restart_schedule is True
-    assert loaded.train.max_grad_norm is None
-    assert loaded.chain.ranks == (4, 2)
-    assert loaded.output == "runs/a"
 
 
 def test_one_value_where_a_list_is_due_is_a_list_of_one():
@@ -237,24 +201,12 @@ def test_one_value_where_a_list_is_due_is_a_list_of_one():
     assert LinkConfig(target_modules="q_proj").target_modules == ("q_proj",)
 
 
-def test_a_dumped_config_is_the_same_config():
-    whole = config(
-        ("chain.alpha", "[3.5]"),
-        ("chain.exclude_modules", "[lm_head]"),
-        ("train.trackers", "[wandb]"),
-    )
-    assert make_config(yaml.safe_load(dump_config(whole))) == whole
-
-
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         (b"", r"must hold a mapping of keys \(got NoneType"),
         (b"- a\n- b\n", r"must hold a mapping of keys \(got list"),
-        (
-            b"model: m\ntrain: {lr: [1\n",
-            r"must be YAML \(got .*c.yaml line \d: .*\); correct it there",
-        ),
+        (b"model: m\ntrain: {lr: [1\n", r"must be YAML \(got .*c.yaml line \d: .*\); correct it"),
         (
             b"model: m\ntrain: {lr: 1}\ntrain: {seed: 1}\n",
             r"must be YAML \(got .* line 3: key 'train' is there twice",
@@ -278,13 +230,3 @@ def test_a_missing_file_and_a_folder_are_named(tmp_path):
         load_config(tmp_path / "none.yaml")
     with pytest.raises(ConfigError, match=r"must be readable \(got .*: Is a directory\)"):
         load_config(tmp_path)
-
-
-def test_a_config_is_frozen_and_needs_no_tensor_library():
-    with pytest.raises(ValueError, match="frozen"):
-        config().train.lr = 1.0
-    code = (
-        "import sys, chainlora.config.loading; "
-        "assert not {'torch', 'transformers', 'peft'} & set(sys.modules)"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)

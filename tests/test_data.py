@@ -249,11 +249,7 @@ def test_a_long_chat_loses_its_oldest_turns_when_asked_to():
         (CHAT, "hello", r"list of objects with role and content .*chat.jsonl line 1"),
         (CHAT, [{"role": "user"}], r"list of objects with role and content"),
         (CHAT, TALK[:1], r"a turn with role assistant .*\['user'\]"),
-        (
-            "{{ raise_exception('roles must alternate') }}",
-            TALK,
-            r"suit the model's chat template .*alternate",
-        ),
+        ("{{ raise_exception('roles must alternate') }}", TALK, r"chat template .*alternate"),
     ],
 )
 def test_chats_that_cannot_be_used(tmp_path, template, messages, message):
@@ -268,11 +264,7 @@ def test_chats_that_cannot_be_used(tmp_path, template, messages, message):
     ("row", "format", "message"),
     [
         ({"a": 1}, "auto", r"prompt \+ completion .*got a at row 0.*task file"),
-        (
-            {"prompt": "x", "completion": None},
-            "completion",
-            "must be a text .got None",
-        ),
+        ({"prompt": "x", "completion": None}, "completion", "must be a text .got None"),
         ({"prompt": "x"}, "completion", r"`completion` must be a text"),
         ({"text": "x"}, "txt", r"'txt'; did you mean 'text'"),
         ({"prompt": "x", "completion": ""}, "completion", r"at least one token"),

@@ -50,22 +50,14 @@ def test_a_block_must_hold_something():
         encode_examples([{"text": "two dogs"}], make_tokenizer("bos"), "text", max_length=2)
 
 
-def test_a_text_is_refused_or_cut_where_that_is_asked_for():
-    rows, tokenizer = [{"text": "dogs and cats " * 9}], make_tokenizer()
-    (whole,) = encode_examples(rows, tokenizer, "text")
-    with pytest.raises(DataError, match="must fit the context"):
-        encode_examples(rows, tokenizer, "text", max_length=9, truncation="error")
-    (cut,) = encode_examples(rows, tokenizer, "text", max_length=9, truncation="left")
-    assert cut.sequences[0] == whole.sequences[0][-9:]
-
-
-def test_a_run_on_a_long_text_trains_on_all_of_it_and_says_so(tiny_folder, tmp_path):
+def test_a_run_on_a_long_text_trains_on_all_of_it_and_says_so(tiny_folder, tmp_path, capsys):
     path = write_rows(tmp_path / "book.jsonl", [{"text": "the cat sat on a mat " * 400}])
     tree = run_settings(tiny_folder, tmp_path, tmp_path / "run")
     tree["data"] = {"train": str(path)}
     tree["chain"] = {"ranks": [2], "epochs": [1]}
     seen = []
-    result = train(make_config(tree), listener=seen.append)
+    result = train(make_config(tree), listener=seen.append, progress=True)
+    assert "blocks, no token lost\n" in capsys.readouterr().err
     assert result["scored_tokens"] == 400 * 6 + 1  # words and the end of the text, its start not
     data = {"train": {"rows": 1, "examples": result["rows"], "rows_split": 1}}
     assert {k: v for k, v in result["data"]["train"].items() if k != "tokens"} == data["train"]

@@ -119,7 +119,7 @@ def test_content_decides_and_not_name_or_time(cache, tmp_path):
     assert len(stores(cache)) == 2
 
 
-@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
+@pytest.mark.parametrize("suffix", [".jsonl", pytest.param(".parquet", marks=pytest.mark.slow)])
 def test_a_file_that_changes_while_it_is_tokenised_is_refused(cache, tmp_path, suffix):
     """Its rows would be kept under the hash of the file as it was before."""
     rows = [{"text": f"{number} " + "dogs and cats " * 600} for number in range(400)]  # 3 MB

@@ -70,6 +70,7 @@ def test_a_file_is_read_with_overrides(tiny_folder, sentiment, tmp_path):
     assert changed.base["train"]["batch_size"] == 4
 
 
+@pytest.mark.slow  # some have hundreds of cells
 @pytest.mark.parametrize(
     "path", sorted((ROOT / "examples/experiments").glob("*.yaml")), ids=lambda path: path.stem
 )

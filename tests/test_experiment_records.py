@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from experiment_cases import change, tree, write_lines
+from experiment_cases import tree, write_lines
 
 from chainlora.errors import RunError
 from chainlora.experiments import (
@@ -60,16 +60,6 @@ def test_what_each_row_scored_gives_the_scores_of_the_cell(done):
 
 
 # --- formats and definitions ---
-
-
-def test_digests_of_one_definition_must_agree_and_those_of_two_are_not_compared(tmp_path):
-    def digested(*digests):
-        given = iter(digests)
-        return change(tmp_path / "results.jsonl", lambda c: c | {"rows_digest": next(given, None)})
-
-    report_experiment(digested("1:65c599ec628e", "2:b903ce1bad25"), figures=False)
-    with pytest.raises(RunError, match=r"same rows \(got 2:b903ce1bad25 .* 2:c{12}"):
-        report_experiment(digested("2:b903ce1bad25", "2:" + "c" * 12), figures=False)
 
 
 def test_a_result_of_another_version_is_not_taken_for_one_of_this(one, tmp_path):

@@ -9,7 +9,7 @@ import pytest
 from experiment_cases import change, with_curve, write_lines
 
 from chainlora.experiments import read_results, report_experiment
-from chainlora.experiments.report.curves import difference_curves, loss_curves
+from chainlora.experiments.report.curves import difference_curves
 
 
 def test_a_report_comes_from_the_results_file_alone(tmp_path):
@@ -165,23 +165,6 @@ def test_too_few_pairs_are_not_no_difference(tmp_path):
 
 
 # --- curves ---
-
-
-def test_losses_against_steps_are_drawn_and_paired(tmp_path):
-    path = change(tmp_path / "results.jsonl", with_curve, figures=["curves"])
-    report = report_experiment(path)
-    assert {"curves.png", "curves.svg"} <= {file.name for file in report.files}
-    assert "![curves.png](curves.png)" in report.markdown
-    found = read_results(path)
-    lora, chain = loss_curves(found, "wsc")
-    assert (lora.steps, lora.num_seeds, chain.knots) == ((0, 2, 4, 6, 8, 10), 6, (4,))
-    assert lora.means[0] == pytest.approx(2.025)
-    assert lora.lows[0] < lora.means[0] < lora.highs[0]
-    (difference,) = difference_curves(found, "wsc")
-    assert difference.name == "chain3 − lora"
-    assert difference.means == pytest.approx([-0.1 * step for step in range(0, 11, 2)])
-    # paired: seeds that shift both curves alike widen no band (rounding of float64)
-    assert difference.highs == pytest.approx(difference.lows, abs=1e-12)
 
 
 def test_a_difference_is_this_less_that_and_says_which_sign_is_better(chainlora, tmp_path):

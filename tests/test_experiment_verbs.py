@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -14,7 +13,6 @@ import pytest
 import yaml
 from experiment_cases import tree
 
-from chainlora.cli.main import run
 from chainlora.experiments import plan_experiment, report_experiment
 
 
@@ -42,46 +40,41 @@ def test_a_plan_says_what_could_be_found_and_how_many_pairs_a_difference_needs(
     assert (fresh.num_done, fresh.power) == (0, [])
 
 
-def test_plan_and_run_from_the_command_line(done, tiny_folder, sentiment, tmp_path, capsys):
+def test_plan_and_run_from_the_command_line(done, tiny_folder, sentiment, tmp_path, chainlora):
     _, out, _ = done
-    path = tmp_path / "experiment.yaml"
+    path, results = tmp_path / "experiment.yaml", out / "results.jsonl"
     path.write_text(yaml.safe_dump(tree(tiny_folder, sentiment)))
-    assert run(["experiment", "plan", str(path), "--seeds", "[0, 1, 2, 3, 4, 5]"]) == 0
-    said = capsys.readouterr().out
+    plan = f"experiment plan {path}"
+    said = chainlora(f"{plan} --seeds [0,1,2,3,4,5]").out
     assert "14 cells, 0 of them done" in said
     assert "no spread is measured yet" in said
-    results = str(out / "results.jsonl")
-    assert run(["experiment", "plan", str(path), "--reuse", results, "--difference", "2"]) == 0
-    said = capsys.readouterr().out
+    said = chainlora(f"{plan} --reuse {results} --difference 2").out
     assert "6 cells, 6 of them done" in said
     assert "note: 2 seeds cannot decide anything" in said
     assert "| task | pair | sd measured | pairs planned | detectable | pairs needed |" in said
-    assert run(["experiment", "plan", str(path), "--output", str(out), "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
+    found = chainlora(f"{plan} --output {out} --json").json
     assert (found["num_cells"], found["num_done"], len(found["power"])) == (6, 6, 1)
     assert not (tmp_path / "results.jsonl").exists()
-    command = ["experiment", "run", str(path), "--output", str(tmp_path / "out")]
-    command += ["--backend", "inline", "--reuse", results, "--max-cells", "1"]
-    assert run([*command, "--seeds", "[0, 1, 2]", "--json"]) == 0
-    captured = capsys.readouterr()
-    counts = {key: json.loads(captured.out)[key] for key in ("cells", "run", "done", "left")}
+    once = f"--output {tmp_path}/out --backend inline --reuse {results} --max-cells 1"
+    outcome = chainlora(f"experiment run {path} {once} --seeds [0,1,2] --json")
+    counts = {key: outcome.json[key] for key in ("cells", "run", "done", "left")}
     assert counts == {"cells": 8, "run": 1, "done": 7, "left": 1}
     # the spread of the two seeds that are there is spoken of at once
-    assert "note: chain3 − lora on mood: 3 pairs cannot decide it" in captured.err
+    assert "note: chain3 − lora on mood: 3 pairs cannot decide it" in outcome.err
 
 
-def test_compare_extends_its_rates(tiny_folder, sentiment, tmp_path, capsys):
+def test_compare_extends_its_rates(tiny_folder, sentiment, tmp_path, chainlora):
     base = tree(tiny_folder, sentiment)["base"]
     chain = {"ranks": [2], "steps": [6], "target_modules": ["q_proj", "v_proj"]}
-    config = {key: base[key] for key in ("model", "data", "train")} | {"chain": chain}
-    config["data"] = config["data"] | {"task": str(sentiment / "task.yaml")}
+    data = base["data"] | {"task": str(sentiment / "task.yaml")}
+    keys = {"model": base["model"], "train": base["train"], "data": data, "chain": chain}
     path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump(config))
-    command = ["compare", str(path), "--methods", "lora", "--seeds", "1", "--backend", "inline"]
-    command += ["--output", str(tmp_path / "out")]
-    assert run([*command, "--extend", "1"]) == 2  # nothing to extend
-    assert run([*command, "--learning-rates", "1e-6,1e-5", "--extend", "1"]) == 0
-    assert "lr 0.0001 (highest tried)" in capsys.readouterr().out
+    path.write_text(yaml.safe_dump(keys))
+    command = f"compare {path} --methods lora --seeds 1 --backend inline --output {tmp_path}/out"
+    assert chainlora(f"{command} --extend 1").status == 2  # nothing to extend
+    outcome = chainlora(f"{command} --learning-rates 1e-6,1e-5 --extend 1")
+    assert outcome.status == 0
+    assert "lr 0.0001 (highest tried)" in outcome.out
 
 
 @pytest.mark.parametrize("verb", [pytest.param("experiment", marks=pytest.mark.slow), "compare"])

@@ -3,7 +3,6 @@ taken."""
 
 from __future__ import annotations
 
-import peft
 import pytest
 import torch
 from conftest import ARCHITECTURES, tiny_model
@@ -18,7 +17,6 @@ from chainlora.data.examples import Example
 from chainlora.engine.engine import Engine
 from chainlora.engine.fast.packed import layout
 from chainlora.engine.packing import PackedBatch, pack
-from chainlora.models.text_config import base_model
 
 # The same sums over at most 64 terms in another order, two layers deep; Llama's norm and rotary
 # angles are float32 in a float64 model too. bfloat16: 2⁻⁸ a rounding, and a bias's gradient is a
@@ -102,53 +100,6 @@ def test_packed_equals_padded_for_long_sequences(
     assert_paths_agree(
         tiny_model(architecture, dtype=torch.float64), BATCHES[kind](), torch.float64
     )
-
-
-def test_attention_dropout_drops() -> None:
-    """Under dropout attention is SDPA, which drops; two calls then differ, and evaluation does
-    not."""
-    model, batch = tiny_model("llama", attention_dropout=0.5), tree_batch()
-    evaluated = [hidden_states(model.eval(), batch, path=Path.PACKED) for _ in range(2)]
-    trained = [hidden_states(model.train(), batch, path=Path.PACKED) for _ in range(2)]
-    assert torch.equal(*evaluated)
-    assert not torch.equal(*trained)
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_padded_equals_one_by_one(architecture: str) -> None:
-    model = tiny_model(architecture, dtype=torch.float64)
-    sequences = [tuple(range(i, i + size)) for i, size in enumerate((2, 5, 17))]
-    batch = pack([example(i, s) for i, s in enumerate(sequences)])
-    hidden = hidden_states(model, batch, path=Path.PADDED)
-    alone = [
-        base_model(model)(input_ids=torch.tensor([s[:-1]])).last_hidden_state[0, -1]
-        for s in sequences
-    ]
-    by_row = hidden[batch.token_row]
-    torch.testing.assert_close(
-        by_row, torch.stack(alone), rtol=1e-7, atol=1e-9
-    )  # cos and sin are float32
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_a_peft_model_and_one_adapted_in_place(architecture: str) -> None:
-    batch = tree_batch()
-    config = peft.LoraConfig(
-        r=2,
-        target_modules=["c_attn" if architecture == "gpt2" else "q_proj"],
-        init_lora_weights=False,
-        fan_in_fan_out=architecture == "gpt2",
-    )
-    torch.manual_seed(1)
-    wrapped = peft.get_peft_model(tiny_model(architecture, dtype=torch.float64), config).eval()
-    torch.manual_seed(1)
-    in_place = tiny_model(architecture, dtype=torch.float64)
-    peft.inject_adapter_in_model(config, in_place)
-    in_place.load_state_dict(wrapped.get_base_model().state_dict())
-    assert_paths_agree(wrapped, batch, torch.float64)
-    assert_paths_agree(in_place, batch, torch.float64)
-    one, two = (hidden_states(m, batch, path=Path.PACKED) for m in (wrapped, in_place))
-    assert torch.equal(one, two)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -52,7 +52,7 @@ WRITERS = {
 }
 
 
-@fuzz(short=80, full=1500)
+@fuzz(short=40, full=1500)
 @given(data=st.data())
 @guarded
 def test_rows_of_any_values_are_refused_or_tokenised(
@@ -109,7 +109,7 @@ TEMPLATES = st.one_of(
 ROW = {"text": "film", "sentence": "film", "label": 1, "question": "q", "answer": "a #### 1"}
 
 
-@fuzz(short=60, full=800)
+@fuzz(short=30, full=800)
 @given(data=st.data())
 @guarded
 def test_a_task_of_any_values_is_refused_or_renders(tmp_path_factory, data):
@@ -131,7 +131,7 @@ def test_a_task_of_any_values_is_refused_or_renders(tmp_path_factory, data):
 # --- experiments
 
 
-@fuzz(short=60, full=800)
+@fuzz(short=30, full=800)
 @given(data=st.data())
 @guarded
 def test_an_experiment_of_any_values_is_refused_or_expands(
@@ -152,7 +152,7 @@ def test_an_experiment_of_any_values_is_refused_or_expands(
     assert make_experiment(again) == experiment
 
 
-@fuzz(short=30, full=500)
+@fuzz(short=15, full=500)
 @given(data=st.data())
 @guarded
 def test_results_of_any_values_are_refused_or_reported(tmp_path_factory, data):
@@ -168,7 +168,7 @@ def test_results_of_any_values_are_refused_or_reported(tmp_path_factory, data):
 # --- models
 
 
-@fuzz(short=40, full=600)
+@fuzz(short=20, full=600)
 @given(data=st.data())
 @guarded
 def test_a_model_folder_of_any_values_is_refused_or_loads(tiny_folder, tmp_path_factory, data):
@@ -197,7 +197,7 @@ def gguf_bytes(tmp_path_factory) -> bytes:
     return write_gguf(folder / "tiny.gguf", model).read_bytes()
 
 
-@fuzz(short=15, full=400)
+@fuzz(short=8, full=400)
 @given(data=st.data())
 @guarded
 def test_a_gguf_file_of_any_bytes_is_refused_or_loads(

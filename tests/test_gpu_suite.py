@@ -7,9 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 RUN = Path(__file__).resolve().parents[1] / "benchmarks" / "gpu" / "run.py"
 
 
+@pytest.mark.slow
 def test_the_gpu_suite_runs_without_a_gpu(tmp_path):
     done = subprocess.run(
         [sys.executable, str(RUN), "--tiny", "--out", str(tmp_path)],

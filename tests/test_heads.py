@@ -7,7 +7,6 @@ One of each kind; the other classes of tests/heads/models.py are among the slow 
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 
 import peft
@@ -16,9 +15,9 @@ import torch
 from heads.checks import CHECKS, RATE, outputs, save_base
 from heads.models import KINDS, config_of, load, new_model, next_tokens
 from safetensors.torch import load_file
+from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 
 from chainlora import Chain, ChainCallback, LinkConfig, export_adapter, load_chain, save_chain
-from chainlora.cli.main import run
 from chainlora.errors import ModelError, RunError
 
 QUICK = {
@@ -75,36 +74,41 @@ def test_the_adapter_says_its_task_and_holds_its_head(tmp_path):
     assert "base_model.model.classifier.out_proj.weight" in stored
 
 
-def test_another_head_is_no_other_base_but_other_layers_are(tmp_path):
+@pytest.fixture
+def saved(tmp_path):
+    """Return a function that saves a tuned chain of a class; it returns the class's base."""
+
+    def save(name: str) -> Path:
+        folder = save_base(name, tmp_path / "base")
+        save_chain(tuned(name, folder), tmp_path / "chain")
+        return folder
+
+    return save
+
+
+def test_another_head_is_no_other_base_but_other_layers_are(saved, tmp_path):
     name = "BertForSequenceClassification"
-    folder = save_base(name, tmp_path / "base")
-    save_chain(tuned(name, folder), tmp_path / "chain")
+    folder = saved(name)
     load_chain(tmp_path / "chain", load(name, folder, seed=9), checkpoint=folder)
     with pytest.raises(RunError, match=r"must be the one .* was trained on"):
         load_chain(tmp_path / "chain", new_model(name, seed=9))
 
 
-def test_commands_take_a_saved_chain_or_say_what_to_do(tmp_path, capsys):
-    name = "BertForTokenClassification"
-    folder = save_base(name, tmp_path / "base")
-    save_chain(tuned(name, folder), tmp_path / "chain")
-    where = str(tmp_path / "chain")
-    assert run(["inspect", where]) == 0
-    assert run(["export", where, "--to", "adapter", "--output", str(tmp_path / "adapter")]) == 0
-    assert json.loads((tmp_path / "adapter/adapter_config.json").read_text())["task_type"] == (
-        "TOKEN_CLS"
-    )
-    capsys.readouterr()
-    assert run(["export", where, "--to", "merged", "--output", str(tmp_path / "merged")]) == 1
-    assert re.search(
-        r"got one on TOKEN_CLS .*load_chain\(.*\)\.detach\(\)", capsys.readouterr().err
+def test_commands_take_a_saved_chain_or_say_what_to_do(saved, tmp_path, chainlora):
+    saved("BertForTokenClassification")
+    where = tmp_path / "chain"
+    assert chainlora(f"inspect {where}").status == 0
+    assert chainlora(f"export {where} --to adapter --output {tmp_path}/adapter").status == 0
+    config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    assert config["task_type"] == "TOKEN_CLS"
+    chainlora(f"export {where} --to merged --output {tmp_path}/merged").refused(
+        "got one on TOKEN_CLS ", "load_chain(", ").detach()"
     )
 
 
-def test_a_damaged_start_is_refused(tmp_path):
+def test_a_damaged_start_is_refused(saved, tmp_path):
     name = "BertForSequenceClassification"
-    folder = save_base(name, tmp_path / "base")
-    save_chain(tuned(name, folder), tmp_path / "chain")
+    folder = saved(name)
     with (tmp_path / "chain/start.safetensors").open("r+b") as file:
         file.seek(-1, 2)
         file.write(b"\x7f")
@@ -122,59 +126,48 @@ def test_a_layer_inside_a_trained_module_is_not_adapted_too():
     assert set(adapter.extra) == {"classifier"}
 
 
+def begin_a_trainer(name: str, lora: peft.LoraConfig, folder: Path, change=lambda _: None) -> None:
+    model = peft.get_peft_model(new_model(name), lora)
+    change(model)
+    arguments = TrainingArguments(str(folder), report_to=[], use_cpu=True)
+    Trainer(model, arguments, callbacks=[ChainCallback(steps=2)])
+
+
 def test_trained_modules_to_save_are_refused(tmp_path):
-    from transformers import Trainer, TrainingArguments
+    @torch.no_grad()
+    def train_the_head(model) -> None:
+        model.base_model.model.classifier.modules_to_save["default"].weight.add_(1)
 
     lora = peft.LoraConfig(r=4, task_type="SEQ_CLS", target_modules=["query"])
-    model = peft.get_peft_model(new_model("BertForSequenceClassification"), lora)
-    with torch.no_grad():
-        model.base_model.model.classifier.modules_to_save["default"].weight.add_(1)
     with pytest.raises(ModelError, match=r"fresh modules to save .*classifier.*merge_and_unload"):
-        Trainer(
-            model,
-            TrainingArguments(str(tmp_path), report_to=[], use_cpu=True),
-            callbacks=[ChainCallback(steps=2)],
-        )
+        begin_a_trainer("BertForSequenceClassification", lora, tmp_path, train_the_head)
 
 
 def test_stacked_experts_are_refused_with_what_to_name(tmp_path):
-    from transformers import Trainer, TrainingArguments
-
     lora = peft.LoraConfig(r=4, task_type="CAUSAL_LM", target_modules="all-linear")
-    model = peft.get_peft_model(new_model("MixtralForCausalLM"), lora)
     with pytest.raises(ModelError, match=r"stacked experts cannot be linked .*q_proj"):
-        Trainer(
-            model,
-            TrainingArguments(str(tmp_path), report_to=[], use_cpu=True),
-            callbacks=[ChainCallback(steps=2)],
-        )
+        begin_a_trainer("MixtralForCausalLM", lora, tmp_path)
 
 
 def test_an_embedding_is_trained_whole_where_nothing_is_tied_to_it(tmp_path):
-    from transformers import LlamaForCausalLM
-
-    config = config_of("LlamaForSequenceClassification")
-    batch = next_tokens()
-    for tied in (False, True):
-        config.tie_word_embeddings = tied
-        chain = Chain(LlamaForCausalLM(config).eval())
-        whole = LinkConfig(rank=2, target_modules=("q_proj",), extra_modules=("embed_tokens",))
-        if tied:
-            with pytest.raises(ModelError, match="must not name a tied head or embedding"):
-                chain.extend(whole)
-            continue
-        start = outputs(chain.model, batch)
-        chain.extend(whole)
-        optimizer = torch.optim.AdamW(chain.parameters(), lr=RATE)
-        chain.model(**batch).loss.backward()
-        optimizer.step()
-        live = outputs(chain.model, batch)
-        chain.tie()
-        torch.testing.assert_close(outputs(chain.model, batch), live, atol=5e-5, rtol=0)  # rounding
-        export_adapter(chain, tmp_path / "adapter")
-        assert "base_model.model.model.embed_tokens.weight" in load_file(
-            tmp_path / "adapter/adapter_model.safetensors"
-        )
-        chain.drop(1)
-        assert torch.equal(outputs(chain.model, batch), start)
-        assert not torch.equal(live, start)
+    config, batch = config_of("LlamaForSequenceClassification"), next_tokens()
+    whole = LinkConfig(rank=2, target_modules=("q_proj",), extra_modules=("embed_tokens",))
+    config.tie_word_embeddings = True
+    with pytest.raises(ModelError, match="must not name a tied head or embedding"):
+        Chain(LlamaForCausalLM(config)).extend(whole)
+    config.tie_word_embeddings = False
+    chain = Chain(LlamaForCausalLM(config).eval())
+    start = outputs(chain.model, batch)
+    chain.extend(whole)
+    optimizer = torch.optim.AdamW(chain.parameters(), lr=RATE)
+    chain.model(**batch).loss.backward()
+    optimizer.step()
+    live = outputs(chain.model, batch)
+    chain.tie()
+    torch.testing.assert_close(outputs(chain.model, batch), live, atol=5e-5, rtol=0)  # rounding
+    export_adapter(chain, tmp_path / "adapter")
+    names = load_file(tmp_path / "adapter/adapter_model.safetensors")
+    assert "base_model.model.model.embed_tokens.weight" in names
+    chain.drop(1)
+    assert torch.equal(outputs(chain.model, batch), start)
+    assert not torch.equal(live, start)
