@@ -52,7 +52,8 @@ def test_without_scipy_compare_stops_before_it_runs_and_an_experiment_runs(
 ):
     """The report needs it; cells do not."""
     monkeypatch.setitem(sys.modules, "scipy", None)
-    keys = tree(tiny_folder, sentiment, methods=["lora", "chain2"], seeds=[0, 1], tune={})
+    keys = tree(tiny_folder, sentiment, methods=["lora", "chain2"], seeds=list(range(6)), tune={})
+    keys["base"]["recipe"]["steps"] = 2
     data = keys["base"]["data"] | {"task": str(sentiment / "task.yaml")}
     chain = {"ranks": [2], "steps": [2], "target_modules": ["q_proj"]}
     config = make_config({"model": str(tiny_folder), "data": data, "chain": chain})

@@ -113,21 +113,6 @@ SMALL = _table(
     picked_keys=_each(THRESHOLD, "index_topk"),
     causal={"is_decoder": True, "is_encoder_decoder": False, "add_cross_attention": False},
 )
-# Lists with an entry a layer, which a class derives from its number of layers when they are absent.
-DERIVED = {
-    "layer_types",
-    "mlp_layer_types",
-    "layers_block_type",
-    "no_rope_layers",
-    "moe_layers",
-    "full_attn_idxs",
-    "attention_layers",
-    "indexer_types",
-    "layer_rope_theta",
-    "num_attention_heads_per_layer",
-    "activation_sparsity_pattern",
-    "hybrid_layer_ids",
-}
 
 _MIXED = ["linear_attention", "full_attention"] * 2
 _WINDOWED = ["sliding_attention", "full_attention"] * 2
