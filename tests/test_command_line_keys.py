@@ -138,6 +138,7 @@ def test_every_key_by_the_command_line(key, tiny_folder, sentiment, tmp_path, ca
             assert found == yaml.safe_load(value) or str(found) == str(float(value)), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", list_methods())
 def test_every_preset_by_the_command_line(method, tiny_folder, sentiment, tmp_path, capfd):
     base = settings(tiny_folder, sentiment, tmp_path / "run", chain={"steps": None, "ranks": None})

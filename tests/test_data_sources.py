@@ -67,15 +67,6 @@ def test_other_unreadable_files_are_named(tmp_path, name, content, message):
         load_rows(tmp_path / name)
 
 
-def test_a_missing_file_or_split_says_what_was_looked_for(tmp_path):
-    with pytest.raises(
-        DataError, match=r"must be a file, a folder or a Hub dataset .*nothing.jsonl"
-    ):
-        load_rows(tmp_path / "nothing.jsonl")
-    with pytest.raises(DataError, match=r"'test' as one of test.jsonl.*without"):
-        load_rows(tmp_path, "test")
-
-
 def test_an_unreachable_hub_dataset_names_the_other_way():
     with pytest.raises(
         DataError, match=r"no-such-owner/none .*HF_HUB_OFFLINE is set.*local folder"

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from experiment_cases import tree, write_lines
+from experiment_cases import tree
 
 from chainlora.errors import RunError
 from chainlora.experiments import (
@@ -106,23 +106,6 @@ def test_a_cell_s_name_leads_nowhere_else(done, one, tmp_path, name):
     with pytest.raises(RunError, match="a line of results must have what reports read"):
         run_cells(one, path.parent, backend="inline")
     assert not list(path.parent.glob("cells/*"))
-
-
-def test_results_that_cannot_be_read(tmp_path):
-    with pytest.raises(RunError, match="must be readable"):
-        read_results(tmp_path)
-    path = write_lines(tmp_path / "results.jsonl", format=3)
-    with pytest.raises(RunError, match=r"must be of format 1 or 2 \(got 3 in .* line 1\)"):
-        report_experiment(path)
-    path.write_text('{"format": 2}\n')
-    with pytest.raises(
-        RunError, match=r"must be of kind experiment, choice or cell \(got None in .* line 1\)"
-    ):
-        read_results(path)
-    for torn in ("{\n", '{"name": "\\ud800"}\n', "[" * 10_000 + "\n", '"text"\n'):
-        path.write_text(torn)
-        with pytest.raises(RunError, match="line 1"):
-            read_results(path)
 
 
 @pytest.mark.parametrize("has_cells", [True, False])

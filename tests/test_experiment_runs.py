@@ -189,6 +189,7 @@ def test_killed_and_run_again_by_processes(tiny_folder, sentiment, tmp_path):
     assert steps == list(range(1, 301))  # no step lost, none twice
 
 
+@pytest.mark.slow
 def test_a_grid_is_extended_while_its_end_is_the_best_up_to_the_limit(
     tiny_folder, sentiment, tmp_path
 ):
@@ -211,6 +212,7 @@ def test_a_grid_is_extended_while_its_end_is_the_best_up_to_the_limit(
     assert run_cells(experiment, tmp_path, backend="inline").num_run == 0
 
 
+@pytest.mark.slow
 def test_several_seeds_choose_apart_from_those_compared(tiny_folder, sentiment, tmp_path):
     tune = {"grid": {"train.lr": [1e-3, 1e-2]}, "seeds": [10, 11]}
     experiment = make_experiment(
