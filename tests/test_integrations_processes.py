@@ -23,6 +23,7 @@ from chainlora import load_chain
 from chainlora.errors import ConfigError
 from chainlora.integrations.launched import find_trainer_processes
 
+pytestmark = pytest.mark.slow  # processes that torchrun starts
 CHAIN = {"ranks": [4, 4, 4], "steps": [4, 4, 3]}
 SAVED = {"save_strategy": "steps", "save_steps": 2}
 SCORED = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True}

@@ -143,13 +143,6 @@ def test_padding_uses_a_token_that_is_there(folder):
     assert model.get_input_embeddings().weight.shape[0] == 300
 
 
-@pytest.mark.parametrize(
-    ("architecture", "expected"), [("opt", 128), ("gpt2", 128), ("llama", 128)]
-)
-def test_context_length(architecture, expected):
-    assert context_length(tiny_model(architecture)) == expected
-
-
 # GGUF
 
 

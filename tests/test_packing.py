@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chainlora.data.examples import Example
 from chainlora.engine.packing import PackedBatch, pack
-from chainlora.errors import DataError
-
-
-def last_token_rows(*sequences: tuple[int, ...], label: int | None = 0) -> Example:
-    return Example(0, sequences, tuple(((len(s) - 1, len(s)),) for s in sequences), label)
 
 
 def visible(batch: PackedBatch, position: int) -> list[int]:
@@ -68,22 +62,3 @@ def test_every_sequence_reads_back(examples: list[Example], share: bool, min_sha
     assert batch.labelled == all(e.label is not None for e in examples)
     if not share:
         assert batch.num_tokens == batch.num_input_tokens
-
-
-def test_deep_nesting_needs_no_recursion() -> None:
-    rows = [last_token_rows((*[1] * i, 2, 3)) for i in range(1, 1500, 3)]
-    batch = pack(rows, min_shared=1)
-    assert batch.num_examples == 500
-
-
-@pytest.mark.parametrize(
-    ("example", "message"),
-    [
-        (Example(3, ((1, 2),), ((),)), r"a scored token \(got none in row 3\)"),
-        (Example(3, ((1, 2),), (((1, 3),),)), r"\[1, 2\) \(got 1 to 2 in row 3\)"),
-        (Example(3, ((1, 2),), (((0, 2),),)), r"\(got 0 to 1 in row 3\)"),
-    ],
-)
-def test_what_cannot_be_packed_is_refused(example: Example, message: str) -> None:
-    with pytest.raises(DataError, match=message):
-        pack([example])

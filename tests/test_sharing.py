@@ -7,7 +7,6 @@ tests. The first import of DeepSpeed on a CPU compiles an extension, for about a
 from __future__ import annotations
 
 import json
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,13 +19,11 @@ from helpers import settings
 from helpers_export import TARGETS
 from helpers_processes import assert_close_links, launch, outcome
 from safetensors.torch import load_file
-from torch import nn
 
-from chainlora import ChainLoRAError, export_adapter, make_config, train
-from chainlora.models import zero3
+from chainlora import export_adapter, make_config, train
 from chainlora.runs.directory import RunDirectory
-from chainlora.training.sharing import check_shards, wants_shards
 
+pytestmark = pytest.mark.slow  # processes that torchrun starts
 WAYS = ["fsdp2"] + ["zero3"] * bool(find_spec("deepspeed"))
 LOADED = ("llama", "opt", "gpt2", "untied")
 JOBS: dict[str, dict[str, Any]] = {
@@ -179,84 +176,3 @@ def test_a_killed_process_ends_the_others_with_one_sentence(launched):
     error = outcome(launched, "killed")["error"]
     assert error.startswith("TrainingError: the 2 processes of a run must go on together")
     assert RunDirectory(launched / "killed").verify().position.step in (2, 3)
-
-
-# --- what is refused
-
-
-def config_of(shard: str | None = "fsdp2", **sections: Any):
-    tree = {
-        "model": "m",
-        "data": {"train": "rows.jsonl"},
-        "chain": {"ranks": [4], "steps": [2]} | sections.pop("chain", {}),
-        "train": {"shard": shard},
-    }
-    return make_config(tree | sections)
-
-
-CARRIED = {"hold": "carried"}
-
-
-@pytest.mark.parametrize(
-    ("sections", "message"),
-    [
-        ({"chain": {"extra_modules": ["norm"]}}, r"\(got chain.extra_modules, which needs whole"),
-        ({"chain": {"dora": True}}, r"\(got chain.dora, which needs whole weights\)"),
-        ({"chain": {"init": "pissa"}}, r"\(got chain.init: pissa, which needs whole weights\)"),
-        ({"chain": {"tune": "full"}}, r"\(got chain.tune: full, which needs whole weights\)"),
-        ({"quantize": "int8", "chain": CARRIED}, r"\(got quantize, which needs whole"),
-        ({"chain": {"knots": "auto"}}, r"soft knots on a shared model need hold: carried"),
-        ({"shard": "zero3"}, r"zero3` cuts flattened weights.*hold: tied.*carried"),
-    ],
-)
-def test_what_a_shared_model_cannot_do_is_refused(sections, message):
-    with pytest.raises(ChainLoRAError, match=message):
-        check_shards(config_of(**sections))
-
-
-def test_a_missing_package_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "deepspeed", None)
-    with pytest.raises(ChainLoRAError, match=r"needs the package deepspeed .*chainlora\[deepspeed"):
-        check_shards(config_of("zero3", chain=CARRIED))
-
-
-@pytest.mark.parametrize(
-    ("shard", "variables", "found"),
-    [
-        ("fsdp2", {}, "fsdp2"),
-        ("zero3", {}, "zero3"),
-        (None, {}, None),
-        (None, BY_ACCELERATE, "fsdp2"),
-    ],
-    ids=str,
-)
-def test_a_config_or_the_launcher_says_how_a_model_is_shared(shard, variables, found, monkeypatch):
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    assert wants_shards(config_of(shard, chain=CARRIED)) == found
-
-
-@pytest.mark.parametrize(
-    ("shard", "variables", "message"),
-    [
-        (None, BY_ACCELERATE | {"FSDP_VERSION": "1"}, r"must be FSDP2 .*fsdp_version: 1\); set"),
-        ("zero3", BY_ACCELERATE, r"in one way \(got train.shard: zero3 and"),
-        (
-            "fsdp2",
-            {"ACCELERATE_USE_DEEPSPEED": "true"},
-            r"\(got an Accelerate config with DeepSpeed\); launch",
-        ),
-    ],
-    ids=["FSDP1", "two ways", "DeepSpeed"],
-)
-def test_other_ways_are_refused(shard, variables, message, monkeypatch):
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(ChainLoRAError, match=message):
-        wants_shards(config_of(shard, chain=CARRIED))
-
-
-def test_experts_in_a_list_are_refused():
-    model = nn.ModuleDict({"experts": nn.ModuleList([nn.Linear(2, 2)])})
-    with pytest.raises(ChainLoRAError, match=r"call the same modules \(got experts, a list"):
-        zero3.share(model, None, torch.float32, torch.device("cpu"))

@@ -14,6 +14,7 @@ import chainlora
 from chainlora.cli.main import cli
 
 ROOT = Path(__file__).resolve().parents[1]
+pytestmark = pytest.mark.slow
 pytest.importorskip("furo", reason="needs chainlora[docs]")
 pytest.importorskip("myst_parser", reason="needs chainlora[docs]")
 

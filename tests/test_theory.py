@@ -32,6 +32,7 @@ def script(name: str):
 # --- as a user runs them
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_script_prints_a_table_and_writes_one_small_picture(name, tmp_path):
     command = [sys.executable, THEORY / f"{name}.py", "figure.png", "--small"]

@@ -3,8 +3,6 @@ would be wrong."""
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 from conftest import tiny_model
@@ -91,30 +89,6 @@ def test_training_in_threads_is_training_without(
     )
     assert losses["two"] == losses["again"]
     assert_same_links(tmp_path / "two", tmp_path / "again")
-
-
-def test_a_killed_run_in_threads_goes_on_to_the_same_bits(
-    tiny_folder, sentiment, tmp_path, two_threads
-):
-    keys = {"train": {"dtype": "bfloat16", "save_every": 1}}
-    train(make_config(settings(tiny_folder, sentiment, tmp_path / "whole", **keys)))
-    config = make_config(settings(tiny_folder, sentiment, tmp_path / "killed", **keys))
-
-    def die(record) -> None:
-        if record["event"] == "step" and record["step"] in (2, 5):
-            raise KeyboardInterrupt
-
-    for resume in (False, True):
-        with pytest.raises(KeyboardInterrupt):
-            train(config, resume=resume, listener=die)
-    train(config, resume=True)
-    assert_same_links(tmp_path / "whole", tmp_path / "killed")
-    assert (tmp_path / "whole" / "result.json").exists()
-    one, two = (
-        json.loads((tmp_path / n / "result.json").read_text())["metrics"]
-        for n in ("whole", "killed")
-    )
-    assert one == two
 
 
 def test_evaluation_in_threads_is_evaluation_without(two_threads):

@@ -21,63 +21,45 @@ from chainlora.errors import TrainingError
 from chainlora.knots.driver import POLICIES
 from chainlora.knots.policy import WHOLE
 
+SOFT = {"knots": {"every": 1, "share": 0.3}}
+BEST = {"keep_best": True}
+KILLED = {
+    "plain": {},
+    "dropout, gradient": {
+        "chain": {"dropout": 0.1, "init": "gradient"},
+        "train": {"dtype": "bfloat16"},
+    },
+    "ReLoRA, best": {"chain": {"ranks": [4, 4, 4]}, "train": BEST | {"optimizer_reset": "prune"}},
+    "PiSSA, accumulation": {
+        "chain": {"init": "pissa"},
+        "train": {"gradient_accumulation": 2, "batch_size": 4},
+    },
+    "soft knots, best": {"chain": SOFT, "train": BEST | {"dtype": "bfloat16"}},
+    "soft knots, carried, SGD": {
+        "chain": SOFT | {"hold": "carried"},
+        "train": {"optimizer": "sgd"},
+    },
+}
+NUM_DEATHS = 6
+QUICK = ("plain", "ReLoRA, best", "soft knots, best")
+
 
 @pytest.mark.parametrize(
-    ("dtype", "keys"),
-    [
-        ("float32", {}),
-        ("bfloat16", {"chain": {"dropout": 0.1, "init": "gradient"}}),
-        (
-            "float32",
-            {
-                "train": {"optimizer_reset": "prune", "keep_best": True, "eval_every": 1},
-                "chain": {"ranks": [4, 4, 4]},
-            },
-        ),
-        (
-            "float32",
-            {"chain": {"init": "pissa"}, "train": {"gradient_accumulation": 2, "batch_size": 4}},
-        ),
-        ("float32", {"chain": {"knots": {"every": 1, "share": 0.3}}}),
-        (
-            "bfloat16",
-            {
-                "chain": {"knots": {"every": 2, "share": 0.3}},
-                "train": {"keep_best": True, "eval_every": 1},
-            },
-        ),
-        (
-            "float32",
-            {
-                "chain": {"knots": {"every": 1, "share": 0.3}, "hold": "carried"},
-                "train": {"optimizer": "sgd"},
-            },
-        ),
-    ],
-    ids=[
-        "plain",
-        "bfloat16-dropout-gradient",
-        "relora-best",
-        "pissa-accumulation",
-        "soft-knots",
-        "soft-knots-bfloat16-best",
-        "soft-knots-carried-sgd",
-    ],
+    "name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in KILLED]
 )
 def test_law_9_killed_anywhere_and_resumed_is_the_uninterrupted_run(
-    tiny_folder, sentiment, tmp_path, dtype, keys
+    tiny_folder, sentiment, tmp_path, name
 ):
-    """Ten deaths a configuration, at moments and at records (steps, evaluations, knots) drawn at
-    random."""
-    tree = settings(tiny_folder, sentiment, **keys)
+    """Deaths at moments and at records (steps, evaluations, knots) drawn at random."""
+    tree = settings(tiny_folder, sentiment, **KILLED[name])
     tree["chain"]["steps"] = [10, 10, 8]
-    tree["train"] |= {"dtype": dtype, "save_every": 2, "eval_every": 3}
+    tree["train"] |= {"save_every": 2, "eval_every": 3}
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(tree))
-    draw = random.Random(dtype + str(keys))
+    draw = random.Random(name)
     # about 40 records a run, 10 to 30 ms apart: a life that dies after its second to fifth leaves
     # enough
-    deaths = [f"{draw.randrange(2, 6)}+{draw.uniform(0, 0.02):.4f}" for _ in range(10)]
+    deaths = [f"{draw.randrange(2, 6)}+{draw.uniform(0, 0.02):.4f}" for _ in range(NUM_DEATHS)]
     script = Path(__file__).with_name("killed_run.py")
     whole = subprocess.run(
         [sys.executable, script, config, tmp_path / "whole"], capture_output=True, text=True
@@ -89,7 +71,7 @@ def test_law_9_killed_anywhere_and_resumed_is_the_uninterrupted_run(
         text=True,
     )
     assert killed.returncode == 0, killed.stderr
-    assert killed.stdout.split() == ["9"] * 10 + ["0"], killed.stdout
+    assert killed.stdout.split() == ["9"] * NUM_DEATHS + ["0"], killed.stdout
     assert_same_links(tmp_path / "whole", tmp_path / "killed")
     one, two = (
         json.loads((tmp_path / name / "result.json").read_text()) for name in ("whole", "killed")

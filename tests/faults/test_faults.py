@@ -1,80 +1,107 @@
-"""Faults of every class: a sample here, each file operation with ``CHAINLORA_FULL=1``.
+"""Faults of every class: a sample, or with ``CHAINLORA_FULL=1`` every file operation and many bits.
 
-`soak.py` runs the same by itself, and prints a table.
+The whole takes about 36 minutes: ``CHAINLORA_FULL=1 python -m pytest tests/faults -n 4``.
 """
 
 from __future__ import annotations
 
 import os
-from collections import Counter
-from collections.abc import Iterator
+import random
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 import pytest
-from soak import classes, sampled
+from changes import MORE
+from classes import KILLS, make_world
+from conftest import make_sentiment, make_tiny_folder
+from damage import base_flips, flips, whole_files
+from injection import Injection
+from lives import fresh, live, run
+from verbs import flips_by_verb
 
 FULL = bool(os.environ.get("CHAINLORA_FULL"))
-SAMPLES = {  # cases a class; a life takes about a second, a damaged file a hundredth
-    "SIGKILL before": 5,
-    "SIGKILL in": 3,
-    "SIGKILL twice": 2,
-    "Ctrl-C": 3,
-    "power": 4,
-    "disk full": 2,
-    "read-only": 2,
-    "EIO": 2,
-    "export": 4,
-    "two and three": 2,
-    "one flipped bit": 60,
-    "file of": 60,
-    "base, rows": 2,
-    "weights": 2,
+# Cases of each class; a life takes about a second, a damaged file a hundredth.
+SAMPLES = {
+    "SIGKILL before every file operation": 5,
+    "Ctrl-C or SIGTERM at every file operation": 3,
+    "power lost before every file operation": 3,
+    "disk full from every file operation on": 2,
+    "export killed or disk full at every file operation": 4,
+    "base, rows, tokenizer or task changed before a resume": 2,
+    "weights, losses, gradients not finite": 2,
+    "one flipped bit in a file of a finished run": 60,
+    "file of a finished run cut, missing, swapped or extra": 60,
 }
-BY_VERB = 8
-NAMES = [
-    "SIGKILL before every file operation",
-    "SIGKILL in every write",
-    "SIGKILL twice",
-    "Ctrl-C or SIGTERM at every file operation",
-    "power lost before every file operation",
-    "disk full from every file operation on",
-    "read-only from every file operation on",
-    "EIO at every file operation",
-    "export killed or disk full at every file operation",
-    "two and three processes on one output",
-    "Ctrl-C or SIGTERM at any moment",
-    "base, rows, tokenizer or task changed before a resume",
-    "weights, losses, gradients not finite",
-    "one flipped bit in a file of a finished run",
-    "one flipped bit in a file of an unfinished run",
-    "one flipped bit in a file of a finished run, by verb",
-    "one flipped bit in a file of an unfinished run, by verb",
-    "file of a finished run cut, missing, swapped or extra",
-    "file of an unfinished run cut, missing, swapped or extra",
-    "one flipped bit in the base",
-]
+SLOW = {
+    "SIGKILL in every write": 3,
+    "SIGKILL twice": 2,
+    "Ctrl-C or SIGTERM at any moment": 3,
+    "read-only from every file operation on": 2,
+    "EIO at every file operation": 2,
+    "two and three processes on one output": 2,
+    "one flipped bit in a file of an unfinished run": 60,
+    "one flipped bit in a file of a finished run, by verb": 8,
+    "one flipped bit in a file of an unfinished run, by verb": 8,
+    "file of an unfinished run cut, missing, swapped or extra": 60,
+    "one flipped bit in the base": 60,
+}
+
+
+Cases = Iterable[tuple[str, Callable[[], str]]]
 
 
 @pytest.fixture(scope="module")
-def faults(tmp_path_factory) -> Iterator[dict]:
-    """Every class of faults, on one run."""
+def faults(tmp_path_factory) -> Iterable[dict[str, Cases]]:
+    """Every class of faults with its cases, on one run."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CHAINLORA_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield classes(Path(tmp_path_factory.mktemp("faults")), None if FULL else 40)
+        yield made(tmp_path_factory.mktemp("faults"))
+
+
+def made(folder: Path) -> dict[str, Cases]:
+    base, data = folder / "base", fresh(folder / "data")
+    make_tiny_folder(base, num_hidden_layers=1)  # half the time of a life
+    make_sentiment(data)
+    world = make_world(base, data, folder)
+    finished, stopped = fresh(folder / "finished") / "run", fresh(folder / "stopped") / "run"
+    live(partial(run, world.config(finished.parent)))
+    saving = [i for i, name in enumerate(world.operations) if "checkpoints/00000003" in name]
+    live(partial(run, world.config(stopped.parent)), Injection(stopped.parent, "kill", saving[-1]))
+    bits = 400 if FULL else 5
+    found: dict[str, Cases] = {name: cases(world) for name, cases in (KILLS | MORE).items()}
+    for kind, path in (("a finished", finished), ("an unfinished", stopped)):
+        bit, scratch = f"one flipped bit in a file of {kind} run", fresh(folder / kind)
+        found[bit] = flips(path, bits)
+        found[f"{bit}, by verb"] = flips_by_verb(world, path, 8 if FULL else 5)
+        found[f"file of {kind} run cut, missing, swapped or extra"] = whole_files(path, scratch)
+    found["one flipped bit in the base"] = base_flips(base, bits)
+    return found
+
+
+def sampled(cases: Cases, sample: int) -> Cases:
+    """Return `sample` of the cases, spread by chance but always the same, or all."""
+    found = list(cases)
+    if FULL or len(found) <= sample:
+        return found
+    return [found[place] for place in sorted(random.Random(0).sample(range(len(found)), sample))]
 
 
 def test_every_class_is_here(faults):
-    assert set(faults) == set(NAMES)
+    assert set(faults) == {*SAMPLES, *SLOW}
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="lives are forked")
-@pytest.mark.parametrize("name", NAMES)
-def test_whatever_happens_the_result_is_right_or_the_fault_is_said(faults, name):
-    sample = next(count for start, count in SAMPLES.items() if name.startswith(start))
-    sample = BY_VERB if name.endswith("by verb") else sample
-    ends: Counter[str] = Counter()
-    for case, run in sampled(faults[name], None if FULL else sample):
-        end = run()
+@pytest.mark.parametrize(
+    ("name", "sample"),
+    [
+        *SAMPLES.items(),
+        *(pytest.param(name, sample, marks=pytest.mark.slow) for name, sample in SLOW.items()),
+    ],
+)
+def test_whatever_happens_the_result_is_right_or_the_fault_is_said(faults, name, sample):
+    cases = sampled(faults[name], sample)
+    assert cases
+    for case, happen in cases:
+        end = happen()
         assert not end.startswith("wrong"), f"{case}: {end}"
-        ends[end] += 1
-    assert ends.total() > 0
