@@ -55,6 +55,7 @@ def of_trainer_md(tiny_folder, tmp_path_factory) -> dict[str, Any]:
     return names
 
 
+@pytest.mark.slow
 def test_trainer_md_runs(of_trainer_md):
     names = of_trainer_md
     final = Path(names["output"]) / "sft/final"

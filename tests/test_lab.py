@@ -78,6 +78,7 @@ def package_step(engine: Engine, optimizer: torch.optim.Optimizer, tokens: torch
     return loss.item() / count
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arm",
     [Arm(1), Arm(3), Arm(2, every=3, share=0.3), Arm(1, every=2, share=0.0), Arm(2, links=3)],

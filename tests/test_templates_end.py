@@ -31,6 +31,7 @@ BOMBS = {
     "recursion": "{% macro f(n) %}{{ f(n) }}{% endmacro %}{{ f(1) }}",
     "surrogate": r"{{ '\ud800' }}",
 }
+IN_CHATS = ("loops", "times", "shared lists")
 
 
 @pytest.fixture
@@ -58,9 +59,10 @@ def test_a_bomb_is_one_sentence_in_a_task_and_in_a_chat(name, limits, tmp_path):
     said = refusal(lambda: task.render({"text": "x", "label": 0}, 7))
     assert "task 'colour'" in said
     assert "at row 7" in said
-    said = refusal(lambda: read_chat(BOMBS[name]))
-    assert "must suit the model's chat template (got: " in said
-    assert "at row 0" in said
+    if name in IN_CHATS:
+        said = refusal(lambda: read_chat(BOMBS[name]))
+        assert "must suit the model's chat template (got: " in said
+        assert "at row 0" in said
     assert time.monotonic() - start < 60
     read_chat("{% for m in messages %}{{ m.content }}{% endfor %}")  # the next one is rendered
 

@@ -16,6 +16,7 @@ from heads.models import new_model, rows_of_text
 
 from chainlora.cli.main import run
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[1]
 TUTORIALS = ROOT / "docs/tutorials"
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
