@@ -99,14 +99,18 @@ CHANGES = {
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_base_that_changed_is_refused_everywhere(change, tiny_folder, sentiment, tmp_path):
     base = Path(shutil.copytree(tiny_folder, tmp_path / "base"))
-    keys = {"ranks": [2], "steps": [1]}
-    config = make_config(settings(base, sentiment, tmp_path / "run", chain=keys))
-    train(config)
+    keys = {"ranks": [2, 2], "steps": [1, 1]}
+    finished, stopped = (
+        make_config(settings(base, sentiment, tmp_path / name, chain=keys))
+        for name in ("finished", "stopped")
+    )
+    train(finished)
+    stop_after(stopped, 1)
     name, edit = CHANGES[change]
     before = (base / name).read_bytes()
     (base / name).write_bytes(edit(before))
     assert (base / name).read_bytes() != before
-    for act in (lambda: load_run(tmp_path / "run"), lambda: train(config, resume=True)):
+    for act in (lambda: load_run(tmp_path / "finished"), lambda: train(stopped, resume=True)):
         with pytest.raises(RunError, match=rf"\(got another {name}\); restore it, or start over"):
             act()
 
