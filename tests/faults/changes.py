@@ -1,4 +1,4 @@
-"""What changes between a run and its resume, numbers that are no numbers."""
+"""What changes between a run and its resume, numbers that are no numbers, killed experiments."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from lives import End, fresh, live, run, run_with_signals
 
 from chainlora import train
 from chainlora.config.schema import RunConfig
+from chainlora.experiments import make_experiment, run_cells
 from chainlora.runs.reading import RunReader
 
 # --- base, rows, tokenizer, config
@@ -164,7 +165,74 @@ def _at_a_moment(world: World, number: int, name: str, after: float, again: floa
     return found
 
 
+# --- experiments
+
+
+def _experiment(world: World) -> Any:
+    data = {split: str(world.data / f"{name}.jsonl") for split, name in
+            (("train", "train"), ("validation", "validation"), ("test", "validation"))}  # fmt: skip
+    numbers = {"num_train": 8, "num_validation": 4, "num_test": 4}
+    return make_experiment(
+        {
+            "name": "killed",
+            "base": {
+                "model": str(world.base),
+                "recipe": {"rank": 2, "steps": 2, "scaling": 2},
+                "data": data | numbers,
+                "chain": {"target_modules": ["q_proj"]},
+                "train": {"batch_size": 4},
+            },
+            "tasks": {"mood": {"data": {"task": str(world.data / "task.yaml")}}},
+            "methods": ["lora", "chain2"],
+            "seeds": [0],
+            "curve_points": 0,
+        }
+    )
+
+
+def _run_experiment(world: World, where: Path) -> None:
+    run_cells(_experiment(world), where / "out", backend="inline")
+
+
+def _scores(where: Path) -> list[Any]:
+    """All that a result says but when and how fast."""
+    left_out = ("wall_s", "peak_rss_mb", "checksum", "hardware")
+    lines = (where / "out" / "results.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in left_out} for line in lines]
+
+
+def of_experiments(world: World) -> Iterator[tuple[str, Case]]:
+    """Yield a case for each file operation of an experiment of two cells: killed there, or the disk
+    full from there on, the same command ends it with the same scores."""
+    where = fresh(world.folder / "experiment")
+    counted = live(partial(_run_experiment, world, where), Injection(where))
+    assert counted.status == 0, counted.message
+    scores = _scores(where)
+    for kind in ("kill", "tear", "ENOSPC"):
+        for number, name in enumerate(counted.operations):
+            if kind != "kill" and "/run/" in name:
+                continue  # the run's own files: the classes above
+            case = f"{kind} {number} {name}"
+            yield case, partial(_killed_experiment, world, number, kind, scores)
+
+
+def _killed_experiment(world: World, number: int, kind: str, scores: list[Any]) -> str:
+    where = fresh(world.folder / f"experiment-{kind}-{number}")
+    work = partial(_run_experiment, world, where)
+    end = live(work, Injection(where, kind, number, kind == "ENOSPC"))
+    if end.status == 2:
+        return f"wrong: {end.message[-600:]}"
+    again = live(work)
+    if again.status != 0:
+        return f"wrong: the same command ended with {again.status}: {again.message[-600:]}"
+    if _scores(where) != scores:
+        return "wrong: other scores"
+    shutil.rmtree(where)
+    return "refused" if end.status == 1 else "right"
+
+
 MORE = {
+    "experiment killed, torn or disk full at every file operation": of_experiments,
     "Ctrl-C or SIGTERM at any moment": at_any_moment,
     "base, rows, tokenizer or task changed before a resume": changed_between,
     "weights, losses, gradients not finite": not_finite,

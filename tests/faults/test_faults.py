@@ -40,6 +40,7 @@ SLOW = {
     "read-only from every file operation on": 2,
     "EIO at every file operation": 2,
     "two and three processes on one output": 2,
+    "experiment killed, torn or disk full at every file operation": 3,
     "one flipped bit in a file of an unfinished run": 60,
     "one flipped bit in a file of a finished run, by verb": 8,
     "one flipped bit in a file of an unfinished run, by verb": 8,
