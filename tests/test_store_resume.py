@@ -81,10 +81,7 @@ def test_a_resume_finds_what_is_incomplete(tiny_folder, sentiment, run_copy):
     with pytest.raises(RunError, match=r"must hold config.yaml \(got none in .*\).* incomplete"):
         train(config, resume=True)
     (run_copy / "chain.json").unlink()
-    with pytest.raises(
-        RunError,
-        match=r"\(got .*run, which is not empty and not a whole run\); choose another output",
-    ):
+    with pytest.raises(RunError, match=r"must hold chain.json \(got none in .*is this the output"):
         train(config, resume=True)
 
 
