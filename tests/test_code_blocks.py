@@ -19,7 +19,7 @@ from chainlora import make_config
 from chainlora.cli.main import cli
 from chainlora.config.loading import parse_yaml
 from chainlora.data.tasks.task import Task
-from chainlora.experiments.design.loading import make_experiment
+from chainlora.experiments.schema import make_experiment
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]

@@ -11,8 +11,8 @@ from experiment_cases import tree
 
 from chainlora.errors import ConfigError
 from chainlora.experiments import expand, load_experiment, make_experiment
-from chainlora.experiments.design.choice import Trial, choose
-from chainlora.experiments.design.expansion import expand_tuning
+from chainlora.experiments.choice import Trial, choose
+from chainlora.experiments.expansion import Expansion
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -21,7 +21,9 @@ def test_cells_are_task_by_method_by_grid_by_seed_with_stable_ids(tiny_folder, s
     experiment = make_experiment(
         tree(tiny_folder, sentiment, methods=["lora", "chain3", "zero_shot"])
     )
-    assert len(expand_tuning(experiment)) == 2 * 2  # two methods that train, two rates, one seed
+    assert (
+        len(Expansion(experiment).tuning()) == 2 * 2
+    )  # two methods that train, two rates, one seed
     everything = expand(experiment)
     # what trains nothing needs neither rate nor second seed
     assert len(everything) == 2 * 2 * 2 + 1
@@ -45,7 +47,6 @@ WRONG = [
     ({"tune": {"grid": {"chain.init": ["a", "b"]}, "extend": {"chain.init": 1}}}, "positive"),
     ({"tune": {"seeds": []}}, "different seeds"),
     ({"primary": ["lora", "chain3"]}, "one of the pairs compared"),
-    ({"gap": ["lora", "ful"]}, "`gap` must name methods of this file"),
     ({"curve_points": -1}, "at least 0"),
     ({"tasks": ["rtee"]}, "did you mean 'rte'"),
     ({"base": {"train": {"lrr": 1}}}, "did you mean 'lr'"),

@@ -85,29 +85,43 @@ def test_over_all_tasks_each_task_weighs_alike(tmp_path):
     assert whole.num_pairs == 4
 
 
-# --- labels ---
+# --- methods ---
 
 
-def test_a_method_s_label_is_what_its_config_says_and_not_what_its_name_does(tmp_path):
+def test_methods_are_shown_by_the_keys_of_their_configs_and_not_by_their_names(tmp_path):
     """`chain4_r1_restart` was described by its preset: three links."""
-    chain = {"ranks": [1] * 4, "steps": [40] * 4, "alpha": 2.0}
-    train = {"lr": 1e-3, "restart_schedule": True, "restart_warmup_steps": 10}
+    chain = {"ranks": [1] * 4, "steps": [40, 39, 38, 37], "alpha": 2.0, "knots": {"every": 3}}
+    train = {"lr": 1e-3, "restart_schedule": True, "some_new_key": [1, 2]}
 
     def restarted(cell):
         if cell["method"] != "chain3":
             return cell
         return cell | {"ranks": [1] * 4, "config": {"chain": chain, "train": train}}
 
-    methods = {"lora": "One.", "chain3": "A chain of three links.", "rac_lora": "preset `rac_lora`"}
+    methods = {"lora": "One.", "chain3": "preset `chain3`", "rac_lora": "preset `rac_lora`"}
     path = change(tmp_path / "results.jsonl", restarted, methods=methods)
     text = report_experiment(path, figures=False).markdown
-    assert (
-        "- **chain3**: A chain of 4 links of rank 1 (40 steps each), scaling 2; lr: 0.001; the "
-        "schedule restarts at each link; restart_warmup_steps: 10.\n" in text
-    )
-    assert "- **lora**: One LoRA of rank 8 (10 steps), scaling 2.\n" in text
     assert "- **rac_lora**: preset `rac_lora`.\n" in text  # it has no cell yet
-    assert "three links" not in text
+    table = text.partition("### Keys by which methods differ\n\n")[2]
+    heads = ("chain.ranks", "chain.steps", "chain.alpha", "chain.knots", "train.lr")
+    heads += ("train.restart_schedule", "train.some_new_key")
+    assert table.startswith(f"| method | {' | '.join(heads)} |")
+    assert "| lora | 8 | 10 | – | – | – | – | – |\n" in table
+    assert "| chain3 | 4 × 1 | 40, 39, 38, 37 | 2 | every 3 | 0.001 | true | 1, 2 |\n" in table
+
+
+def test_methods_that_ran_on_different_machines_are_named(tmp_path):
+    def on_two(cell):
+        kernels = "AVX2" if cell["method"] == "lora" else "AVX512"
+        hardware = {"device": "cpu", "machine": "x86_64", "threads": 1, "cpu_capability": kernels}
+        return cell | {"hardware": hardware}
+
+    path = write_lines(tmp_path / "results.jsonl", tasks=["wsc"])
+    assert "across machines" not in report_experiment(path, figures=False).markdown
+    path = change(path, on_two, tasks=["wsc"])
+    where = "chain3 on x86_64 CPU, AVX512, threads 1, lora on x86_64 CPU, AVX2, threads 1"
+    text = report_experiment(path, figures=False).markdown
+    assert f"**Compared across machines or kernels**: wsc: {where}. Their" in text
 
 
 # --- what may be concluded ---

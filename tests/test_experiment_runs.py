@@ -249,5 +249,5 @@ def test_tuning_shows_validation_scores_and_never_those_of_the_test_rows(
     for record in records:
         progress(record)
     said = capsys.readouterr().err
-    assert "tune: 4 cells, 0 done before, 4 to run, then 2 final cells" in said
+    assert "tune: 4 cells, 0 done before, 4 to run" in said
     assert said.count("validation accuracy") == 4

@@ -33,8 +33,8 @@ def test_a_plan_says_what_could_be_found_and_how_many_pairs_a_difference_needs(
     assert (power.sd, power.num_measured, power.num_pairs) == (difference.sd, 2, 8)
     assert power.needed is None or power.needed >= 6
     assert plan.notes == [
-        "seed 0 chooses hyper-parameters and is compared as well; `tune.seeds` of their own keep "
-        "the comparison free of that choice"
+        "hyper-parameters are chosen by seeds that are compared too (0); `tune.seeds` of their own "
+        "keep the comparison free of that choice"
     ]
     fresh = plan_experiment(path)
     assert (fresh.num_done, fresh.power) == (0, [])
@@ -100,7 +100,7 @@ def test_ctrl_c_says_that_the_same_command_resumes(tiny_folder, sentiment, tmp_p
     )
     try:
         deadline = time.monotonic() + 300
-        while not list(out.glob("cells/*/status.json")) and time.monotonic() < deadline:
+        while not list(out.glob("cells/*/run/metrics.jsonl")) and time.monotonic() < deadline:
             time.sleep(0.05)
         os.killpg(process.pid, signal.SIGINT)  # as a terminal sends it: to the workers too
         _, said = process.communicate(timeout=60)

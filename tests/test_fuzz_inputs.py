@@ -26,7 +26,7 @@ from chainlora.config.yaml_text import parse_yaml
 from chainlora.data.splits import prepare_splits
 from chainlora.errors import ChainLoRAError, ConfigError, DataError, ModelError
 from chainlora.experiments import load_experiment, make_experiment, report_experiment
-from chainlora.experiments.design.expansion import expand
+from chainlora.experiments.expansion import expand
 from chainlora.models.loading import load_model
 
 # --- rows

@@ -121,8 +121,6 @@ def test_nothing_to_draw(tmp_path):
         plot_training([], tmp_path / "x.png")
     with pytest.raises(RunError, match="got none"):
         plot_chain({"links": []}, tmp_path / "x.png")
-    with pytest.raises(RunError, match=r"missing\.jsonl"):
-        plot_training(tmp_path / "missing.jsonl", tmp_path / "x.png")
 
 
 def test_a_page_s_charts_are_legible_on_a_phone(finished):

@@ -19,8 +19,7 @@ from curves import draw_curves
 from run import HERE, read_cells
 from search import best_rate, is_interior
 
-from chainlora.experiments.statistics.intervals import t_interval
-from chainlora.experiments.statistics.library import scipy_stats
+from chainlora.experiments.statistics.intervals import scipy_stats, t_interval
 from chainlora.experiments.statistics.sign_flip import sign_flip_test
 
 MIN_PAIRS = 4  # fewer give no interval and no p

@@ -31,11 +31,10 @@ from chainlora.experiments.report.charts import (  # noqa: E402
     name_metric,
     of_task,
 )
-from chainlora.experiments.report.facts import Facts  # noqa: E402
+from chainlora.experiments.report.comparisons import Facts  # noqa: E402
 from chainlora.experiments.report.report import Report  # noqa: E402
 from chainlora.experiments.report.sections import SECTIONS  # noqa: E402
-from chainlora.experiments.report.summaries import Summary  # noqa: E402
-from chainlora.experiments.report.values import cells_of  # noqa: E402
+from chainlora.experiments.report.values import Summary, cells_of  # noqa: E402
 from chainlora.reports.charts import GOLD, line_style, whole_steps  # noqa: E402
 from chainlora.reports.page import Block, Column, Numbers, Section, Text  # noqa: E402
 from chainlora.reports.tables import Table, big, number  # noqa: E402

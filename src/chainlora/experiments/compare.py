@@ -8,12 +8,11 @@ from typing import Any
 
 from chainlora.config.schema import RunConfig
 from chainlora.errors import ConfigError
-from chainlora.experiments.design.loading import make_experiment
-from chainlora.experiments.design.schema import Experiment
-from chainlora.experiments.execution.session import Listener
 from chainlora.experiments.report.report import Report, report_experiment
 from chainlora.experiments.runner import raise_on_failure, run_cells
-from chainlora.experiments.statistics.library import scipy_stats
+from chainlora.experiments.schema import Experiment, make_experiment
+from chainlora.experiments.session import Listener
+from chainlora.experiments.statistics.intervals import scipy_stats
 
 
 def compare(

@@ -12,16 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from chainlora.errors import ConfigError
-from chainlora.experiments.design.loading import load_experiment
-from chainlora.experiments.design.notes import notes
-from chainlora.experiments.design.schema import Experiment
-from chainlora.experiments.execution.results import Results, results_by_id
-from chainlora.experiments.execution.session import Session
-from chainlora.experiments.execution.store import Store
 from chainlora.experiments.report.comparisons import compare_all
 from chainlora.experiments.report.values import OVERALL, digits
+from chainlora.experiments.results import Results, results_by_id
+from chainlora.experiments.schema import Experiment, load_experiment
+from chainlora.experiments.session import Session
 from chainlora.experiments.statistics.power import LEVEL, POWER, detectable, pairs_needed
-from chainlora.reports.tables import Table, number
+from chainlora.experiments.statistics.sign_flip import least_pairs
+from chainlora.experiments.store import Store
+from chainlora.reports.tables import Table, number, table_of
 
 
 @dataclass(frozen=True)
@@ -54,23 +53,22 @@ class Plan:
 
     def table(self) -> Table:
         """Return the power of each comparison as a table."""
-        rows = tuple(
-            (
-                p.task,
-                f"{p.method} − {p.rival}",
-                f"{number(p.sd, digits(p.metric))} (of {p.num_measured})",
-                str(p.num_pairs),
-                number(p.detectable, digits(p.metric)),
-                "–" if p.needed is None else str(p.needed),
-            )
+        rows = [
+            {
+                "task": p.task,
+                "pair": f"{p.method} − {p.rival}",
+                "sd measured": f"{number(p.sd, digits(p.metric))} (of {p.num_measured})",
+                "pairs planned": str(p.num_pairs),
+                "detectable": number(p.detectable, digits(p.metric)),
+                "pairs needed": "–" if p.needed is None else str(p.needed),
+            }
             for p in self.power
-        )
-        heads = ("task", "pair", "sd measured", "pairs planned", "detectable", "pairs needed")
+        ]
         note = (
             f"Detectable: the mean difference that is found with {POWER:.0%} power at {LEVEL:.0%}, "
             "corrected for all comparisons planned. The sd of a few pairs is itself uncertain."
         )
-        return Table("Power", heads, rows, note)
+        return table_of("Power", rows, note)
 
 
 def plan_experiment(
@@ -99,7 +97,7 @@ def plan_experiment(
     every = session.all_cells().values()
     num_done = sum(session.store.is_done(cell) for cell in every)
     power = measured_power(experiment, session.results(), difference)
-    return Plan(len(every), num_done, notes(experiment), power)
+    return Plan(len(every), num_done, _notes(experiment), power)
 
 
 def measured_power(
@@ -129,20 +127,55 @@ def measured_power(
     return found
 
 
+# --- what a run says at its start ---
+
+
 def run_notes(experiment: Experiment, results: Results) -> list[str]:
     """Return what a run says at its start: what cannot be decided, and what could be found."""
     try:
         power = measured_power(experiment, results) if results.finals else []
     except ConfigError as error:  # without scipy a run still runs
-        return [*notes(experiment), str(error)]
-    return [*notes(experiment), *(_sentence(each) for each in _foremost(experiment, power))]
-
-
-def _foremost(experiment: Experiment, power: Sequence[Power]) -> Sequence[Power]:
-    """Return the comparisons that a run speaks of: the primary one, else those over all tasks."""
+        return [*_notes(experiment), str(error)]
     if experiment.primary is not None:
         power = [each for each in power if (each.method, each.rival) == experiment.primary]
-    return [each for each in power if each.task == OVERALL] or power
+    foremost = [each for each in power if each.task == OVERALL] or power
+    return [*_notes(experiment), *map(_sentence, foremost)]
+
+
+def _notes(experiment: Experiment) -> list[str]:
+    """Return what the size and the seeds of an experiment say, before anything is run."""
+    found = [undecidable(experiment), _tuned_on_compared_seeds(experiment)]
+    return [note for note in found if note is not None]
+
+
+def undecidable(experiment: Experiment) -> str | None:
+    """Return a sentence where so few seeds and so many comparisons can decide nothing."""
+    num_seeds, num_tasks = len(experiment.seeds), len(experiment.tasks)
+    alone = experiment.primary is not None and num_tasks == 1
+    together = num_tasks * (len(experiment.pairs) - alone)  # corrected on the tasks one by one
+    by_task = least_pairs(together, LEVEL) if together else 0
+    if num_seeds >= by_task:
+        return None
+    num_pairs = together // num_tasks
+    pooled = num_tasks > 1 and num_seeds * num_tasks >= least_pairs(num_pairs, LEVEL)
+    place = "on any one task (over all of them together they may)" if pooled else "anything"
+    beside = " beside the primary comparison" if experiment.primary else ""
+    return (
+        f"{num_seeds} seeds cannot decide {place}{beside}, however clear the results: an exact "
+        f"test corrected for {together} comparisons needs {by_task} for {LEVEL:.0%}"
+    )
+
+
+def _tuned_on_compared_seeds(experiment: Experiment) -> str | None:
+    """Return a sentence where seeds that choose hyper-parameters are compared as well."""
+    grids = [experiment.grid(method) for method in experiment.methods]
+    shared = [str(seed) for seed in experiment.tuning_seeds if seed in experiment.seeds]
+    if not shared or all(len(values) < 2 for grid in grids for values in grid.values()):
+        return None
+    return (
+        f"hyper-parameters are chosen by seeds that are compared too ({', '.join(shared)}); "
+        "`tune.seeds` of their own keep the comparison free of that choice"
+    )
 
 
 def _sentence(power: Power) -> str:

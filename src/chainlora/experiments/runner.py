@@ -17,14 +17,13 @@ import yaml
 from chainlora.data.sources import find_source
 from chainlora.data.splits import SPLITS
 from chainlora.errors import DataError, ModelError, RunError
-from chainlora.experiments.design.expansion import Cell, expand
-from chainlora.experiments.design.loading import load_experiment
-from chainlora.experiments.design.schema import Experiment
-from chainlora.experiments.execution.results import FILE, results_by_id
-from chainlora.experiments.execution.session import Listener, Session
-from chainlora.experiments.execution.store import Store
-from chainlora.experiments.execution.workers import check_workers, run_all
+from chainlora.experiments.expansion import Cell, expand
 from chainlora.experiments.plan import run_notes
+from chainlora.experiments.results import FILE, results_by_id
+from chainlora.experiments.schema import Experiment, load_experiment
+from chainlora.experiments.session import Listener, Session
+from chainlora.experiments.store import Store
+from chainlora.experiments.workers import check_workers, run_all
 from chainlora.files import check_writable, make_folder, write_text
 from chainlora.models.finding import resolve_model
 
@@ -73,7 +72,7 @@ def run_experiment(
         backend: "local", or "inline": cells one by one in this process (no start-up, but its peak
             memory is this process's).
         overrides: ``("base.data.dir", "rows")`` pairs that replace values of the file.
-        listener: gets ``{"event": "plan"|"cell"|"poll"|"end", …}`` while cells run.
+        listener: gets ``{"event": "plan"|"poll"|"cell"|"end", …}`` while cells run.
         max_cells: stop after so many cells; the rest is for another call.
         reuse: results files of other runs, of this machine or another; cells of the same config
             found there are taken as done.
@@ -178,7 +177,7 @@ def _run_phase(
         if max_cells is not None:
             todo = todo[: max(0, max_cells - session.num_run)]
         if todo or not told:
-            session.begin(phase, todo, workers, notes)
+            session.begin(phase, todo, notes)
             notes.clear()  # they are said once
             told = True
         if not todo:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from itertools import groupby, pairwise
@@ -39,14 +38,11 @@ _MOST_POINTS = 400  # of a curve; a page is as wide as about a thousand pixels
 # --- files ---
 
 
-def plot_training(records: str | Path | Sequence[Record], out_png: str | Path) -> None:
+def plot_training(records: Sequence[Record], out_png: str | Path) -> None:
     """Draw loss, validation scores and learning rate over the steps, knots as dashed lines.
-
-    records: the path of a ``metrics.jsonl``, or its records.
 
     Raises RunError if there is neither a training step nor an evaluation to draw.
     """
-    records = _read(records)
     steps, evals = _of_event(records, "step"), _of_event(records, "eval")
     if not steps and not evals:
         raise RunError(
@@ -93,18 +89,6 @@ def plot_chain(inspection: Mapping[str, Any], out_png: str | Path) -> None:
             axes.set_title(name, loc="left")
 
     save(fill, (11 if pairs else 7.4, 3.5), out_png)
-
-
-def _read(records: str | Path | Sequence[Record]) -> Sequence[Record]:
-    if not isinstance(records, (str, Path)):
-        return records
-    try:
-        lines = Path(records).read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError as error:
-        raise RunError(
-            f"a plot needs the run's metrics (got no {records}); train the run first"
-        ) from error
-    return [json.loads(line) for line in lines if line.strip()]
 
 
 def _of_event(records: Sequence[Record], event: str) -> list[Record]:

@@ -9,7 +9,6 @@ from typing import Any
 
 import yaml
 
-from chainlora.config.schema import RunConfig
 from chainlora.reports.answers import answers, changes, read_prompts
 from chainlora.reports.page import (
     Answer,
@@ -25,7 +24,7 @@ from chainlora.reports.page import (
 )
 from chainlora.reports.run_charts import chain_pictures, comparing_pictures, training_pictures
 from chainlora.reports.runs import Record, RunFacts, read_runs
-from chainlora.reports.tables import Table, number
+from chainlora.reports.tables import Table, number, table_of
 
 NAME = "report.html"
 _NONE = "–"
@@ -132,13 +131,9 @@ def overview(shown: Shown) -> Section:
     if len(runs) == 1:
         values = [(name, value) for name, value in _tiles(runs[0]) if value != _NONE]
         return Section("Overview", [Column("", [Tiles(values), *_remarks(runs[0])])])
-    heads = ("", *(run.name for run in runs))
-    columns = [dict(_tiles(run)) for run in runs]
-    names = list(dict.fromkeys(name for column in columns for name in column))
-    rows = tuple((name, *(c.get(name, _NONE) for c in columns)) for name in names)
+    table = _side_by_side("The runs", {run.name: dict(_tiles(run)) for run in runs})
     remarks = [remark for run in runs for remark in _remarks(run)]
-    blocks = [Numbers(Table("The runs", heads, rows)), *remarks, *comparing_pictures(runs)]
-    return Section("Overview", [Column("", blocks)])
+    return _section("Overview", [Numbers(table), *remarks, *comparing_pictures(runs)])
 
 
 def _tiles(run: RunFacts) -> list[tuple[str, str]]:
@@ -208,42 +203,36 @@ def _links_table(run: RunFacts) -> list[Block]:
     if not links:
         return []
     names = list(dict.fromkeys(name for link in links for name in link["scores"]))
-    heads = (
-        "link",
-        "rank",
-        "scaling",
-        "steps",
-        "training loss",
-        *(f"validation {n}" for n in names),
-    )
-    heads += ("‖ΔW‖", "effective rank", "stable rank")
-    rows = tuple(
-        (
-            str(link["link"]),
-            str(link["rank"]),
-            f"{link['scaling']:g}",
-            f"{link['steps']:,}",
-            number(link["loss"], 4),
-            *(number(link["scores"].get(name), 4) for name in names),
-            number(link.get("delta_norm"), 4),
-            number(link.get("effective_rank")),
-            number(link.get("stable_rank")),
-        )
+    rows = [
+        {
+            "link": str(link["link"]),
+            "rank": str(link["rank"]),
+            "scaling": f"{link['scaling']:g}",
+            "steps": f"{link['steps']:,}",
+            "training loss": number(link["loss"], 4),
+        }
+        | {f"validation {name}": number(link["scores"].get(name), 4) for name in names}
+        | {
+            "‖ΔW‖": number(link.get("delta_norm"), 4),
+            "effective rank": number(link.get("effective_rank")),
+            "stable rank": number(link.get("stable_rank")),
+        }
         for link in links
-    )
+    ]
     note = "Training loss: mean of the last tenth of the link's steps. Ranks: means over modules."
-    return [Numbers(Table("Each link", heads, rows, note)), *_modules_table(links)]
+    return [Numbers(table_of("Each link", rows, note)), *_modules_table(links)]
 
 
 def _modules_table(links: Sequence[Record]) -> list[Block]:
     if not all("modules" in link for link in links):
         return []
     names = dict.fromkeys(name for link in links for name in link["modules"])
-    rows = tuple(
-        (name, *(number(link["modules"].get(name), 4) for link in links)) for name in names
-    )
-    heads = ("module", *(f"link {link['link']}" for link in links))
-    return [Numbers(Table("‖ΔW‖ of every module", heads, rows), is_open=False)]
+    rows = [
+        {"module": name}
+        | {f"link {link['link']}": number(link["modules"].get(name), 4) for link in links}
+        for name in names
+    ]
+    return [Numbers(table_of("‖ΔW‖ of every module", rows), is_open=False)]
 
 
 def _answers(found: Sequence[Answer]) -> list[Block]:
@@ -261,7 +250,8 @@ def _answers(found: Sequence[Answer]) -> list[Block]:
 
 def cost(shown: Shown) -> Section:
     """Return steps, tokens, time, memory and machine."""
-    return _section("Cost", [Numbers(_costs(shown.runs)), *_link_costs(shown.runs)])
+    table = _side_by_side("What it cost", {run.name: _costs(run) for run in shown.runs})
+    return _section("Cost", [Numbers(table), *_link_costs(shown.runs)])
 
 
 def config(shown: Shown) -> Section:
@@ -271,35 +261,38 @@ def config(shown: Shown) -> Section:
 
 def versions(shown: Shown) -> Section:
     """Return packages, and digests of rows and base."""
-    return _section("Versions", [Numbers(_versions(shown.runs))])
+    known = {run.name: _versions(run) for run in shown.runs}
+    return _section("Versions", [Numbers(_side_by_side("Versions", known))])
 
 
 def _section(title: str, blocks: Sequence[Block]) -> Section:
     return Section(title, [Column("", blocks)])
 
 
-def _costs(runs: Sequence[RunFacts]) -> Table:
-    rows: dict[str, list[str]] = {}
-    for run in runs:
-        position, result = run.manifest.position, run.result
-        hardware = result.get("hardware", {})
-        values = {
-            "steps": f"{position.step:,}",
-            "tokens trained on": f"{position.tokens:,}",
-            "tokens scored": f"{position.scored_tokens:,}",
-            "time": _duration(position.seconds),
-            "tokens a second, training": _speed(run),
-            "peak memory": _memory(result),
-            "parameters trained (largest link)": _whole(result.get("trainable_parameters")),
-            "device": str(hardware.get("device", _NONE)),
-            "machine": str(hardware.get("machine", _NONE)),
-            "kernels": str(hardware.get("cpu_capability", _NONE)),
-            "threads": str(hardware.get("threads", _NONE)),
-        }
-        for name, value in values.items():
-            rows.setdefault(name, []).append(value)
-    cells = tuple((name, *values) for name, values in rows.items() if set(values) != {_NONE})
-    return Table("What it cost", ("", *(run.name for run in runs)), cells)
+def _side_by_side(title: str, runs: Mapping[str, Mapping[str, str]], corner: str = "") -> Table:
+    """Return what is known of each run, a column a run; rows that none knows are left out."""
+    names = dict.fromkeys(name for values in runs.values() for name in values)
+    rows = [(name, *(values.get(name, _NONE) for values in runs.values())) for name in names]
+    known = tuple(row for row in rows if set(row[1:]) != {_NONE})
+    return Table(title, (corner, *runs), known)
+
+
+def _costs(run: RunFacts) -> dict[str, str]:
+    position, result = run.manifest.position, run.result
+    hardware = result.get("hardware", {})
+    return {
+        "steps": f"{position.step:,}",
+        "tokens trained on": f"{position.tokens:,}",
+        "tokens scored": f"{position.scored_tokens:,}",
+        "time": _duration(position.seconds),
+        "tokens a second, training": _speed(run),
+        "peak memory": _memory(result),
+        "parameters trained (largest link)": _whole(result.get("trainable_parameters")),
+        "device": str(hardware.get("device", _NONE)),
+        "machine": str(hardware.get("machine", _NONE)),
+        "kernels": str(hardware.get("cpu_capability", _NONE)),
+        "threads": str(hardware.get("threads", _NONE)),
+    }
 
 
 def _speed(run: RunFacts) -> str:
@@ -314,35 +307,29 @@ def _link_costs(runs: Sequence[RunFacts]) -> list[Block]:
         for link in dict.fromkeys(record["link"] for record in run.steps):
             own = [record for record in run.steps if record["link"] == link]
             rows.append(
-                (
-                    f"{run.name}, link {link}",
-                    f"{len(own):,}",
-                    f"{sum(record.get('tokens', 0) for record in own):,}",
-                    _duration(sum(record.get("seconds", 0.0) for record in own)),
-                )
+                {
+                    "run and link": f"{run.name}, link {link}",
+                    "steps": f"{len(own):,}",
+                    "tokens": f"{sum(record.get('tokens', 0) for record in own):,}",
+                    "time in steps": _duration(sum(record.get("seconds", 0.0) for record in own)),
+                }
             )
-    heads = ("run and link", "steps", "tokens", "time in steps")
-    return [Numbers(Table("Cost of each link", heads, tuple(rows)))] if rows else []
+    return [Numbers(table_of("Cost of each link", rows))] if rows else []
 
 
 def _configs(runs: Sequence[RunFacts]) -> list[Block]:
-    known = [run for run in runs if run.config is not None]
-    flat = {run.name: dict(_flat(_tree(run.config))) for run in known if run.config}
+    trees = {run.name: run.config.model_dump(mode="json") for run in runs if run.config}
+    flat = {name: dict(_flat(tree)) for name, tree in trees.items()}
     keys = dict.fromkeys(key for values in flat.values() for key in values)
     apart = [key for key in keys if len({v.get(key, _NONE) for v in flat.values()}) > 1]
     found: list[Block] = []
-    if len(known) > 1:
-        rows = tuple((key, *(v.get(key, _NONE) for v in flat.values())) for key in apart)
-        found.append(Numbers(Table("Keys that differ", ("key", *flat), rows)))
-    for run in known:
-        assert run.config is not None
-        text = yaml.safe_dump(_tree(run.config), sort_keys=False, allow_unicode=True)
-        found.append(Listing(f"The whole config of {run.name}", text))
+    if len(trees) > 1:
+        shown = {name: {key: v.get(key, _NONE) for key in apart} for name, v in flat.items()}
+        found.append(Numbers(_side_by_side("Keys that differ", shown, "key")))
+    for name, tree in trees.items():
+        text = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+        found.append(Listing(f"The whole config of {name}", text))
     return found
-
-
-def _tree(config: RunConfig) -> dict[str, Any]:
-    return config.model_dump(mode="json")
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
@@ -355,15 +342,12 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     return found
 
 
-def _versions(runs: Sequence[RunFacts]) -> Table:
-    found = [run.manifest.versions for run in runs]
-    names = dict.fromkeys(name for each in found for name in each)
-    rows = [(name, *(each.get(name, _NONE) for each in found)) for name in names]
-    rows = [row for row in rows if set(row[1:]) != {"not installed"}]
-    digests = [run.manifest.rows or _NONE for run in runs]
-    bases = [run.manifest.base.fingerprint[:12] for run in runs]
-    rows += [("digest of the rows", *digests), ("fingerprint of the base", *bases)]
-    return Table("Versions", ("", *(run.name for run in runs)), tuple(rows))
+def _versions(run: RunFacts) -> dict[str, str]:
+    packages = {k: v for k, v in run.manifest.versions.items() if v != "not installed"}
+    return packages | {
+        "digest of the rows": run.manifest.rows or _NONE,
+        "fingerprint of the base": run.manifest.base.fingerprint[:12],
+    }
 
 
 def _whole(value: int | None) -> str:

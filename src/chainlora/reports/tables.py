@@ -65,6 +65,12 @@ class Table:
         )
 
 
+def table_of(title: str, records: Sequence[Mapping[str, str]], note: str = "") -> Table:
+    """Return the table of records with equal keys: these are its heads."""
+    heads = tuple(records[0]) if records else ()
+    return Table(title, heads, tuple(tuple(record.values()) for record in records), note)
+
+
 def _escape(text: str) -> str:
     return "".join(_LATEX.get(character, character) for character in text)
 

@@ -12,11 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from chainlora.evaluation.metrics import is_higher_better
-from chainlora.experiments.report.comparisons import Comparison
-from chainlora.experiments.report.curves import Curve
-from chainlora.experiments.report.facts import Facts
-from chainlora.experiments.report.summaries import Summary
-from chainlora.experiments.report.values import by_seed, digits
+from chainlora.experiments.report.comparisons import Comparison, Facts
+from chainlora.experiments.report.curves import Curve, difference_curves, loss_curves
+from chainlora.experiments.report.values import Summary, by_seed, digits
 from chainlora.experiments.statistics.pairs import VERDICTS
 from chainlora.reports.charts import (
     BLUE,
@@ -232,13 +230,13 @@ def draw_curves(axes: Any, curves: Sequence[Curve], places: Sequence[int], label
 
 
 def _draw_losses(axes: Any, facts: Facts, task: str) -> None:
-    curves = facts.curves(task)
+    curves = loss_curves(facts.results, task)
     places = [_place(facts, curve.name) for curve in curves]
     draw_curves(axes, curves, places, "validation loss")
 
 
 def _draw_loss_differences(axes: Any, facts: Facts, task: str) -> None:
-    curves = facts.curve_differences(task)
+    curves = difference_curves(facts.results, task)
     places = [_place(facts, curve.name.partition(" − ")[0]) for curve in curves]
     draw_curves(axes, curves, places, "difference in loss")
     axes.axhline(0, color="#000000", linewidth=0.8)
@@ -291,8 +289,8 @@ CHARTS = (
         title="Validation loss",
         note="mean over seeds; ticks are knots, bands 95 % intervals where seeds allow one",
         draw=_draw_losses,
-        tasks=lambda facts: [task for task in facts.tasks if facts.curves(task)],
-        table=lambda facts, task: _curve_table(facts.curves(task)),
+        tasks=lambda facts: [t for t in facts.tasks if loss_curves(facts.results, t)],
+        table=lambda facts, task: _curve_table(loss_curves(facts.results, task)),
     ),
     Chart(
         name="curve_differences",
@@ -301,7 +299,9 @@ CHARTS = (
         title="Loss less the rival's",
         note="paired by seed; below 0 is better",
         draw=_draw_loss_differences,
-        tasks=lambda facts: [task for task in facts.tasks if facts.curve_differences(task)],
-        table=lambda facts, task: _curve_table(facts.curve_differences(task)),
+        tasks=lambda facts: [
+            task for task in facts.tasks if difference_curves(facts.results, task)
+        ],
+        table=lambda facts, task: _curve_table(difference_curves(facts.results, task)),
     ),
 )

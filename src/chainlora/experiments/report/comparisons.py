@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from chainlora.evaluation.metrics import better_sign, is_higher_better
-from chainlora.experiments.execution.results import Results
 from chainlora.experiments.report.values import (
     OVERALL,
+    Summary,
     Value,
     by_seed,
     has_one_score,
     held_out_loss,
     shown_score,
+    summarise_all,
 )
+from chainlora.experiments.results import Results
 from chainlora.experiments.statistics.pairs import Difference, compare_pairs
 
 Key = tuple[str, str, str]  # task, method, rival
@@ -161,3 +164,33 @@ def _differences(
     if all(has_one_score(results, task, name) for name in (method, rival)):
         seeds = seeds[:1]  # of two runs there is one difference, not one a seed
     return {seed: one[seed] - other[seed] for seed in seeds}
+
+
+# --- all of it ---
+
+
+@dataclass(frozen=True)
+class Facts:
+    """An experiment's results with their summaries and comparisons."""
+
+    results: Results
+
+    @cached_property
+    def summaries(self) -> list[Summary]:
+        """Return a summary of each method on each task."""
+        return summarise_all(self.results)
+
+    @cached_property
+    def comparisons(self) -> list[Comparison]:
+        """Return the paired differences in score."""
+        return compare_all(self.results)
+
+    @cached_property
+    def losses(self) -> list[Comparison]:
+        """Return the paired differences in held-out loss."""
+        return compare_losses(self.results)
+
+    @property
+    def tasks(self) -> list[str]:
+        """Return the tasks that have a score."""
+        return list(dict.fromkeys(summary.task for summary in self.summaries))

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from chainlora.experiments.execution.results import Results
 from chainlora.experiments.report.values import cells_of
+from chainlora.experiments.results import Results
 from chainlora.experiments.statistics.intervals import mean_interval
 
 BySeed = dict[int, dict[int, float]]  # seed → step → loss

@@ -9,13 +9,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from chainlora.experiments.execution.results import check_alike, read_results
 from chainlora.experiments.report.charts import CHARTS, Chart, asked_for, pictures, save_charts
-from chainlora.experiments.report.comparisons import Comparison
-from chainlora.experiments.report.facts import Facts
-from chainlora.experiments.report.labels import title
+from chainlora.experiments.report.comparisons import Comparison, Facts
 from chainlora.experiments.report.sections import SECTIONS, headline
-from chainlora.experiments.report.summaries import Summary
+from chainlora.experiments.report.values import Summary
+from chainlora.experiments.results import check_alike, read_results
 from chainlora.files import make_folder, write_text
 from chainlora.reports.page import Column, Numbers, Page, Section, markdown, render
 from chainlora.reports.tables import to_csv
@@ -66,7 +64,8 @@ def report_experiment(
     facts = Facts(found)
     path = Path(results)
     folder = Path(out) if out is not None else (path if path.is_dir() else path.parent)
-    page = Page(title(found), headline(facts.comparisons), [make(facts) for make in sections])
+    title = f"{found.experiment['name']}: {', '.join(found.experiment['tasks'])}"
+    page = Page(title, headline(facts.comparisons), [make(facts) for make in sections])
     make_folder(folder)
     drawn = dict[str, str]()
     texts = dict[str, str]()

@@ -5,20 +5,28 @@ A table with a `name` is written as LaTeX too.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from chainlora.evaluation.metrics import is_higher_better
-from chainlora.experiments.report.comparisons import Comparison
-from chainlora.experiments.report.facts import Facts
-from chainlora.experiments.report.gap import gap_ends, shares
-from chainlora.experiments.report.labels import base_note, labels
-from chainlora.experiments.report.machines import machines_table, provenance
-from chainlora.experiments.report.summaries import Summary
-from chainlora.experiments.report.values import OVERALL, digits, diverged_finals, missing_cells
+from chainlora.experiments.report.comparisons import Comparison, Facts
+from chainlora.experiments.report.origin import (
+    base_note,
+    methods_table,
+    mixed_machines,
+    provenance,
+)
+from chainlora.experiments.report.values import (
+    OVERALL,
+    Summary,
+    digits,
+    diverged_finals,
+    missing_cells,
+)
 from chainlora.experiments.statistics.pairs import VERDICTS
 from chainlora.reports.page import Block, Column, Numbers, Section, Text
-from chainlora.reports.tables import Table, big, number
+from chainlora.reports.tables import Table, big, number, table_of
 
 
 def _section(title: str, *blocks: Block | None) -> Section:
@@ -78,13 +86,13 @@ def _how_chosen(facts: Facts) -> str:
 def verdict(facts: Facts) -> Section:
     """Return the verdicts in words, and the differences that they rest on."""
     losses = differences_table(facts.losses, "held-out loss", "Read as the table of scores.")
-    machines = machines_table(facts.results)
+    mixed = mixed_machines(facts.results)
     return _section(
         "Verdict",
         Text(verdicts(facts.comparisons)) if facts.comparisons else None,
+        Text(mixed) if mixed else None,
         Numbers(differences_table(facts.comparisons, "score"), name="differences"),
         Numbers(losses, name="losses"),
-        Numbers(machines) if machines else None,
     )
 
 
@@ -110,19 +118,9 @@ def headline(comparisons: Sequence[Comparison]) -> str:
         starts_with_a_name = said.startswith(f"{chosen[0].method} is ")
         return f"{said if starts_with_a_name else said[0].upper() + said[1:]}."
     place = " over all tasks" if chosen[0].task == OVERALL else ""
-    counts = []
-    for name in VERDICTS:
-        own = [c for c in chosen if c.difference.verdict == name]
-        if own:
-            on = [f"{c.method} against {c.rival}{_on(c)}" for c in own[:3]]
-            named = ", ".join(on) + (f" and {len(own) - 3} more" if len(own) > 3 else "")
-            is_clear = name in ("wins", "loses")
-            counts.append(f"{name} in {len(own)}" + f" ({named})" * is_clear)
+    found = Counter(c.difference.verdict for c in chosen)
+    counts = [f"{name} in {found[name]}" for name in VERDICTS if found[name]]
     return f"{len(chosen)} comparisons{place}: {', '.join(counts)}."
-
-
-def _on(comparison: Comparison) -> str:
-    return "" if comparison.task == OVERALL else f" on {comparison.task}"
 
 
 def sentence(comparison: Comparison) -> str:
@@ -168,22 +166,8 @@ def _tally(whole: Comparison, each: Sequence[Comparison]) -> str:
 
 def differences_table(comparisons: Sequence[Comparison], value: str, note: str = "") -> Table:
     """Return the paired differences with intervals, tests and verdicts, and how to read them."""
-    heads = (
-        "task",
-        "pair",
-        "n",
-        "difference",
-        "better",
-        "sd",
-        "95 % interval",
-        "p",
-        "Holm p",
-        "smallest Holm p",
-        "detectable",
-        "verdict",
-    )
-    rows = tuple(_difference_row(each) for each in comparisons)
-    return Table(f"Paired differences in {value}", heads, rows, note or _how_to_read(comparisons))
+    rows = [_difference_row(each) for each in comparisons]
+    return table_of(f"Paired differences in {value}", rows, note or _how_to_read(comparisons))
 
 
 def _how_to_read(comparisons: Sequence[Comparison]) -> str:
@@ -208,35 +192,34 @@ def _how_to_read(comparisons: Sequence[Comparison]) -> str:
     return note
 
 
-def _difference_row(comparison: Comparison) -> tuple[str, ...]:
+def _difference_row(comparison: Comparison) -> dict[str, str]:
     d, places = comparison.difference, digits(comparison.metric)
     interval = f"{number(d.low, places, sign=True)} to {number(d.high, places, sign=True)}"
-    return (
-        comparison.task,
-        f"{comparison.method} − {comparison.rival}{' *' if comparison.is_primary else ''}",
-        str(d.num_pairs),
-        number(d.mean, places, sign=True),
-        comparison.better.removesuffix(" is better"),
-        number(d.sd, places),
-        "–" if d.interval == "none" else interval,
-        f"{d.p:.3g}",
-        f"{d.p_holm:.3g}",
-        f"{d.smallest_p_holm:.2g}",
-        number(d.detectable, places),
-        d.verdict,
-    )
+    return {
+        "task": comparison.task,
+        "pair": f"{comparison.method} − {comparison.rival}{' *' if comparison.is_primary else ''}",
+        "n": str(d.num_pairs),
+        "difference": number(d.mean, places, sign=True),
+        "better": comparison.better.removesuffix(" is better"),
+        "sd": number(d.sd, places),
+        "95 % interval": "–" if d.interval == "none" else interval,
+        "p": f"{d.p:.3g}",
+        "Holm p": f"{d.p_holm:.3g}",
+        "smallest Holm p": f"{d.smallest_p_holm:.2g}",
+        "detectable": number(d.detectable, places),
+        "verdict": d.verdict,
+    }
 
 
 # --- scores ---
 
 
 def scores(facts: Facts) -> Section:
-    """Return mean scores, further metrics and shares of the gap."""
+    """Return mean scores and further metrics."""
     return _section(
         "Scores",
         Numbers(_scores_table(facts), name="scores"),
         Numbers(_others_table(facts.summaries)),
-        Numbers(_gap_table(facts), name="gap"),
     )
 
 
@@ -278,31 +261,17 @@ def _score(summary: Summary | None) -> str:
 
 def _others_table(summaries: Sequence[Summary]) -> Table:
     """Return the means of further metrics (exact match beside F1)."""
-    rows = tuple(
-        (f"{s.task} {s.method}", name, number(value), str(s.num_seeds))
+    rows = [
+        {
+            "task and method": f"{s.task} {s.method}",
+            "metric": name,
+            "mean": number(value),
+            "n": str(s.num_seeds),
+        }
         for s in summaries
         for name, value in s.others.items()
-    )
-    return Table("Further metrics", ("task and method", "metric", "mean", "n"), rows)
-
-
-def _gap_table(facts: Facts) -> Table:
-    """Return the share of the gap between floor and ceiling that each method closes."""
-    ends = gap_ends(facts.results) or ("", "")
-    metrics = {summary.task: summary.metric for summary in facts.summaries}
-    rows = tuple(
-        (
-            f"{s.task} {s.method}",
-            str(s.num_seeds),
-            f"{number(100 * s.mean, 1)} %",
-            "–" if s.num_seeds < 4 else f"{number(100 * s.low, 1)} to {number(100 * s.high, 1)} %",
-            number(s.gap, digits(metrics[s.task])),
-        )
-        for s in shares(facts.results)
-    )
-    heads = ("task and method", "n", "share", "95 % interval", "gap")
-    note = f"0 %: {ends[0]}. 100 %: {ends[1]}. Gap: {ends[1]} less {ends[0]}, in score."
-    return Table("Share of the gap", heads, rows, note)
+    ]
+    return table_of("Further metrics", rows)
 
 
 def curves(facts: Facts) -> Section:
@@ -315,62 +284,48 @@ def curves(facts: Facts) -> Section:
 
 def cost(facts: Facts) -> Section:
     """Return what each method cost and where its losses ended."""
-    rows = tuple(
-        (
-            f"{s.task} {s.method}",
-            ", ".join(map(str, s.ranks)) or "–",
-            big(s.num_trained),
-            big(s.tokens),
-            number(s.wall_s, 1),
-            number(s.peak_rss_mb, 0),
-            number(s.train_loss, 4),
-            number(s.held_out_loss, 4),
-            number(s.validation, digits(s.metric)),
-        )
+    rows = [
+        {
+            "task and method": f"{s.task} {s.method}",
+            "ranks": ", ".join(map(str, s.ranks)) or "–",
+            "trained": big(s.num_trained),
+            "tokens": big(s.tokens),
+            "seconds": number(s.wall_s, 1),
+            "peak MiB": number(s.peak_rss_mb, 0),
+            "train loss": number(s.train_loss, 4),
+            "held-out loss": number(s.held_out_loss, 4),
+            "validation": number(s.validation, digits(s.metric)),
+        }
         for s in facts.summaries
-    )
-    heads = (
-        "task and method",
-        "ranks",
-        "trained",
-        "tokens",
-        "seconds",
-        "peak MiB",
-        "train loss",
-        "held-out loss",
-        "validation",
-    )
+    ]
     note = (
         "Means per run; seconds: the median, evaluation and pauses of the machine included."
         " Trained: parameters of the largest link. Tokens include what gradient starts read beside"
         " the steps. Train loss: over the last tenth of the steps."
     )
-    return _section("Cost", Numbers(Table("Cost", heads, rows, note), name="costs"))
+    return _section("Cost", Numbers(table_of("Cost", rows, note), name="costs"))
 
 
 def choices(facts: Facts) -> Section:
     """Return what was chosen on validation rows, and the scores it was chosen from."""
-    rows = tuple(_choice_row(choice) for choice in facts.results.choices)
+    rows = [_choice_row(choice) for choice in facts.results.choices]
     note = ""
-    if any("tried)" in row[1] for row in rows):
+    if any("tried)" in row["chosen"] for row in rows):
         note = (
             "Lowest, highest tried: the chosen value is an end of its grid; a wider one "
             "(`tune.extend`) might choose another."
         )
-    heads = ("task and method", "chosen", "by validation", "tried")
-    return _section(
-        "Hyper-parameters", Numbers(Table("Chosen hyper-parameters", heads, rows, note))
-    )
+    return _section("Hyper-parameters", Numbers(table_of("Chosen hyper-parameters", rows, note)))
 
 
-def _choice_row(choice: Mapping[str, Any]) -> tuple[str, ...]:
+def _choice_row(choice: Mapping[str, Any]) -> dict[str, str]:
     chosen = choice["chosen"]
-    return (
-        f"{choice['task']} {choice['method']}",
-        _point(chosen) + _at_edges(choice) if chosen else "none",
-        choice["metric"] + _over_seeds(choice),
-        "; ".join(_tried(each) for each in choice["tried"]),
-    )
+    return {
+        "task and method": f"{choice['task']} {choice['method']}",
+        "chosen": _point(chosen) + _at_edges(choice) if chosen else "none",
+        "by validation": choice["metric"] + _over_seeds(choice),
+        "tried": "; ".join(_tried(each) for each in choice["tried"]),
+    }
 
 
 def _over_seeds(choice: Mapping[str, Any]) -> str:
@@ -420,9 +375,11 @@ def _point(point: Mapping[str, Any]) -> str:
 
 
 def methods(facts: Facts) -> Section:
-    """Return what each method is, generated from the configs of its cells."""
-    lines = [f"- **{name}**: {line}" for name, line in labels(facts.results).items()]
-    return _section("Methods", Text("\n".join(lines)))
+    """Return what the experiment's file says of each method, and what its cells' configs do."""
+    named = facts.results.experiment["methods"].items()
+    lines = [f"- **{name}**: {said.removesuffix('.')}." for name, said in named]
+    table = methods_table(facts.results)
+    return _section("Methods", Text("\n".join(lines)), Numbers(table))
 
 
 def origin(facts: Facts) -> Section:

@@ -1,15 +1,19 @@
-"""What a cell's numbers are in a report: scores in per cent, losses as they are. Pure functions.
+"""What a cell's numbers are in a report, and a method's over its seeds.
 
-A difference is this less that, in the metric's own unit.
+Scores are in per cent, losses as they are; a difference is this less that, in the metric's unit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean, median
 from typing import Any
 
+from chainlora.data.tasks import WORD_METRICS
 from chainlora.evaluation.metrics import is_higher_better
-from chainlora.experiments.execution.results import Results
+from chainlora.experiments.results import Results
+from chainlora.experiments.statistics.intervals import mean_sd
 
 Cell = Mapping[str, Any]
 Value = Callable[[Cell], float | None]
@@ -63,24 +67,107 @@ def by_seed(
     return found
 
 
-def missing_cells(results: Results) -> list[str]:
-    """Return task, method and seeds of the final cells that are neither there nor diverged."""
-    missing = []
-    diverged = {(c["task"], c["method"], c["seed"]) for c in diverged_finals(results)}
-    for task in results.experiment["tasks"]:
-        for method in results.experiment["methods"]:
-            have = by_seed(results, task, method).keys()
-            seeds = [
-                seed for seed in results.experiment["seeds"] if (task, method, seed) not in diverged
-            ]
-            lacking = [str(seed) for seed in seeds if seed not in have]
-            if lacking:
-                missing.append(f"{task} {method}: seeds {', '.join(lacking)}")
-    return missing
-
-
 def diverged_finals(results: Results) -> list[dict[str, Any]]:
     """Return the final cells whose loss stopped being finite."""
     return [
         cell for cell in results.cells if cell["phase"] == "final" and cell["status"] == "diverged"
     ]
+
+
+def missing_cells(results: Results) -> list[str]:
+    """Return task, method and seeds of the final cells that are neither there nor diverged."""
+    missing, experiment = [], results.experiment
+    diverged = {(c["task"], c["method"], c["seed"]) for c in diverged_finals(results)}
+    for task in experiment["tasks"]:
+        for method in experiment["methods"]:
+            have = by_seed(results, task, method).keys()
+            lacking = [
+                str(seed)
+                for seed in experiment["seeds"]
+                if seed not in have and (task, method, seed) not in diverged
+            ]
+            if lacking:
+                missing.append(f"{task} {method}: seeds {', '.join(lacking)}")
+    return missing
+
+
+# --- over seeds ---
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A method on a task over its seeds, and its mean cost a run.
+
+    Of `wall_s` the median is taken: machines pause. `others` are means of further metrics.
+    """
+
+    task: str
+    method: str
+    metric: str
+    split: str
+    num_seeds: int
+    mean: float
+    sd: float
+    majority: float | None
+    others: dict[str, float]
+    validation: float | None
+    held_out_loss: float | None
+    train_loss: float | None
+    point: dict[str, Any]
+    ranks: tuple[int, ...]
+    num_trained: float
+    tokens: float
+    wall_s: float
+    peak_rss_mb: float | None
+
+
+def summarise_all(results: Results) -> list[Summary]:
+    """Return one summary per task and method that has final cells, in the experiment's order."""
+    return [
+        _summarise(task, method, cells)
+        for task in results.experiment["tasks"]
+        for method in results.experiment["methods"]
+        if (cells := cells_of(results, task, method))
+    ]
+
+
+def _summarise(task: str, method: str, cells: Sequence[Cell]) -> Summary:
+    first = cells[0]
+    metric, majority = first["metric"], first.get("majority")
+    mean, sd = mean_sd([shown_score(cell) for cell in cells])
+    validation = [(cell["validation"] or {}).get(metric) for cell in cells]
+    return Summary(
+        task=task,
+        method=method,
+        metric=metric,
+        split=first["score_split"],
+        num_seeds=len(cells),
+        mean=mean,
+        sd=sd,
+        majority=None if majority is None else 100 * majority,
+        others=_other_metrics(cells, metric),
+        validation=_mean([None if v is None else v * scale(metric) for v in validation]),
+        held_out_loss=_mean([held_out_loss(cell) for cell in cells]),
+        train_loss=_mean([cell["train_loss"] for cell in cells]),
+        point=dict(first["point"]),
+        ranks=tuple(first["ranks"]),
+        num_trained=fmean(cell["trainable_parameters"] for cell in cells),
+        tokens=fmean(cell["tokens"] for cell in cells),
+        wall_s=median(cell["wall_s"] for cell in cells),
+        peak_rss_mb=_mean([cell["peak_rss_mb"] for cell in cells]),
+    )
+
+
+def _other_metrics(cells: Sequence[Cell], metric: str) -> dict[str, float]:
+    """Return the means of the metrics of words beside the main one (exact match beside F1)."""
+    scored = [cell.get(cell["score_split"]) or {} for cell in cells]
+    return {
+        name: 100 * fmean(values[name] for values in scored)
+        for name in WORD_METRICS
+        if name != metric and all(name in values for values in scored)
+    }
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return fmean(known) if known else None

@@ -9,16 +9,28 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from statistics import fmean, stdev
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
-from chainlora.experiments.statistics.library import scipy_stats
+from chainlora.errors import ConfigError
 
 Kind = Literal["none", "t", "BCa"]
 MIN_FOR_INTERVAL = 4
 MIN_FOR_BOOTSTRAP = 10
 NUM_RESAMPLES = 10_000
+
+
+def scipy_stats() -> Any:
+    """Return `scipy.stats`, of an extra. Raises ConfigError if scipy is not installed."""
+    try:
+        from scipy import stats
+    except ImportError:
+        raise ConfigError(
+            "reports and plans need scipy for their statistics (got none installed); "
+            "pip install 'chainlora[experiments]'"
+        ) from None
+    return stats
 
 
 def mean_sd(values: Sequence[float]) -> tuple[float, float]:

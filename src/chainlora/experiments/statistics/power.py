@@ -7,8 +7,9 @@ comparisons), whose power the sign-flip test shares once its smallest p-value is
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 
-from chainlora.experiments.statistics.library import scipy_stats
+from chainlora.experiments.statistics.intervals import scipy_stats
 from chainlora.experiments.statistics.sign_flip import least_pairs
 
 LEVEL = 0.05  # of a verdict
@@ -45,24 +46,14 @@ def pairs_needed(
     power: float = POWER,
 ) -> int | None:
     """Return how many pairs find a mean difference with `power`; None above 100,000."""
-    low = max(4, least_pairs(num_comparisons, level))
-    if difference == 0 or _fails(_MAX_PAIRS, sd, difference, num_comparisons, level, power):
-        return None
-    high = _MAX_PAIRS
-    while low < high:
-        middle = (low + high) // 2
-        if _fails(middle, sd, difference, num_comparisons, level, power):
-            low = middle + 1
-        else:
-            high = middle
-    return low
 
+    def is_found(num_pairs: int) -> bool:
+        least = detectable(sd, num_pairs, num_comparisons, level=level, power=power)
+        return least <= abs(difference)
 
-def _fails(
-    num_pairs: int, sd: float, difference: float, comparisons: int, level: float, power: float
-) -> bool:
-    found = detectable(sd, num_pairs, comparisons, level=level, power=power)
-    return found > abs(difference)
+    numbers = range(max(4, least_pairs(num_comparisons, level)), _MAX_PAIRS + 1)
+    place = bisect_left(numbers, True, key=is_found)
+    return numbers[place] if difference and place < len(numbers) else None
 
 
 def _effect(num_pairs: int, level: float, power: float) -> float:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from chainlora.experiments.statistics.library import scipy_stats
+from chainlora.experiments.statistics.intervals import scipy_stats
 
 MAX_EXACT = 40  # pairs; 2 × 2^20 half sums of 8 bytes, a second or two
 NUM_DRAWS = 1_000_000  # sign assignments where there are too many to count

@@ -1,13 +1,12 @@
 """The folder of an experiment, and which of its cells are done.
 
 OUT/experiment.yaml      what was asked
-OUT/cells/<id>/          config.yaml, run/, log.txt, rows.safetensors, result.json or error.txt
+OUT/cells/<id>/          config.yaml, run/, log.txt, result.json or error.txt
 OUT/results.jsonl        one line a cell (results.py), rewritten whenever a cell ends
 """
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,22 +15,20 @@ from typing import Any
 from chainlora.config.loading import dump_config, load_config
 from chainlora.config.schema import RunConfig
 from chainlora.errors import ConfigError
-from chainlora.experiments.design.expansion import Cell
-from chainlora.experiments.execution.cells import (
+from chainlora.experiments.expansion import Cell
+from chainlora.experiments.measure import with_curve
+from chainlora.experiments.results import (
+    FILE,
+    check_format,
+    parse_object,
+    results_by_id,
+)
+from chainlora.experiments.worker import (
     CONFIG,
     ERROR,
     RESULT,
     RUN,
-    STATUS,
     write_result,
-)
-from chainlora.experiments.execution.measure import with_curve
-from chainlora.experiments.execution.results import (
-    FILE,
-    check_format,
-    parse_object,
-    read_lines,
-    result_of,
 )
 from chainlora.files import make_folder, write_text
 
@@ -50,10 +47,8 @@ class Store:
         self.out = out
         self._curve_points = curve_points
         self._results = dict(known or {})
-        self._gathered = dict[str, dict[str, Any]]()
-        if out is not None and (out / FILE).is_file() and (out / FILE).stat().st_size:
-            lines = read_lines(out / FILE)
-            self._gathered = {x["cell"]: result_of(x) for x in lines if x["kind"] == "cell"}
+        has_results = out is not None and (out / FILE).is_file() and (out / FILE).stat().st_size
+        self._gathered = results_by_id([out / FILE]) if out is not None and has_results else {}
         self._results |= self._gathered
 
     @property
@@ -89,14 +84,6 @@ class Store:
         for name in (ERROR, RESULT):  # a result that is not whole
             (directory / name).unlink(missing_ok=True)
         return directory
-
-    def share_done(self, cell: Cell) -> float:
-        """Return how far a running cell is, from 0 to 1."""
-        try:
-            status = json.loads((self.directory(cell) / STATUS).read_text(encoding="utf-8"))
-            return float(status["step"] / max(status["num_steps"], 1))
-        except (OSError, ValueError, KeyError, TypeError):
-            return 0.0
 
     def keep_gathered(self) -> None:
         """Give each cell that only the results file has a folder, as the file is rewritten.

@@ -17,7 +17,7 @@ import chainlora
 from chainlora.config.schema import RunConfig
 from chainlora.data.tasks import load_task
 from chainlora.errors import ModelError
-from chainlora.experiments.execution.results import FORMAT
+from chainlora.experiments.results import FORMAT
 from chainlora.models.finding import resolve_model
 from chainlora.runs.records import read_records
 

@@ -31,7 +31,6 @@ class ExperimentLine(Line):
     methods: dict[str, str] = Field(min_length=1)
     pairs: list[Pair]
     primary: Pair | None = None
-    gap: Pair | None = None
     seeds: list[int] = Field(min_length=1)
     seed_keys: list[Name] = ["train.seed"]
     tuning_seeds: list[int]
@@ -40,10 +39,10 @@ class ExperimentLine(Line):
 
     @model_validator(mode="after")
     def _check(self) -> ExperimentLine:
-        named = [name for pair in [*self.pairs, self.gap or []] for name in pair]
+        named = [name for pair in self.pairs for name in pair]
         unknown = [name for name in named if name not in self.methods]
         if unknown:
-            raise ValueError(f"`pairs` and `gap` must name `methods` (got {unknown[0]!r})")
+            raise ValueError(f"`pairs` must name `methods` (got {unknown[0]!r})")
         if self.primary is not None and self.primary not in self.pairs:
             raise ValueError(f"`primary` must be one of `pairs` (got {self.primary})")
         for key in ("tasks", "seeds"):
@@ -80,21 +79,12 @@ class ChoiceLine(Line):
         return self
 
 
-class ChainSection(Line):
-    """What labels say of a chain."""
-
-    ranks: list[Annotated[int, Field(ge=1)]] = [8, 8]
-    steps: list[Count] | None = None
-    epochs: list[float] | None = None
-    alpha: float | list[float] = 16.0
-
-
 class CellConfig(Line):
     """A cell's config."""
 
     model: Name | None = None
     data: dict[str, Any] = {}
-    chain: ChainSection = ChainSection()
+    chain: dict[str, Any] = {}
     train: dict[str, Any] = {}
 
 
@@ -146,9 +136,9 @@ class DoneLine(CellLine):
 
 def model_of(line: dict[str, Any]) -> type[Line] | None:
     """Return what a line must be, by its kind and status; None for a kind that is not known."""
-    kind = line.get("kind")
-    if kind == "cell":
-        return DoneLine if line.get("status") == "done" else CellLine
-    if kind == "experiment":
-        return ExperimentLine
-    return ChoiceLine if kind == "choice" else None
+    models: dict[str, type[Line]] = {
+        "experiment": ExperimentLine,
+        "choice": ChoiceLine,
+        "cell": DoneLine if line.get("status") == "done" else CellLine,
+    }
+    return models.get(str(line.get("kind")))

@@ -34,9 +34,9 @@ from pydantic import ValidationError
 
 from chainlora.config.messages import problems
 from chainlora.errors import RunError
-from chainlora.experiments.design.expansion import Cell
-from chainlora.experiments.design.schema import Experiment
-from chainlora.experiments.execution.lines import model_of
+from chainlora.experiments.expansion import Cell
+from chainlora.experiments.lines import model_of
+from chainlora.experiments.schema import Experiment
 from chainlora.files import write_text
 
 logger = logging.getLogger(__name__)
@@ -79,7 +79,6 @@ def experiment_line(experiment: Experiment) -> dict[str, Any]:
         "methods": {name: experiment.describe_method(name) for name in experiment.methods},
         "pairs": [list(pair) for pair in experiment.pairs],
         "primary": list(experiment.primary) if experiment.primary else None,
-        "gap": list(experiment.gap) if experiment.gap else None,
         "seeds": list(experiment.seeds),
         "seed_keys": list(experiment.seed_keys),
         "tuning_seeds": list(experiment.tuning_seeds),
@@ -125,7 +124,7 @@ def read_results(path: str | Path) -> Results:
     line that is not whole, or a format of another version.
     """
     path = Path(path) / FILE if Path(path).is_dir() else Path(path)
-    lines = read_lines(path)
+    lines = _read_lines(path)
     heads = [line for line in lines if line["kind"] == "experiment"]
     if len(heads) != 1:
         raise RunError(
@@ -136,8 +135,7 @@ def read_results(path: str | Path) -> Results:
     return Results(heads[0], of_kind["choice"], of_kind["cell"])
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of a results file, each checked. Raises RunError as `read_results` does."""
+def _read_lines(path: Path) -> list[dict[str, Any]]:
     try:
         text = path.read_bytes().decode("utf-8", errors="replace")
     except OSError as error:

@@ -11,7 +11,8 @@ baseline: lora
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import yaml
@@ -19,11 +20,14 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    ValidationError,
     ValidationInfo,
     field_validator,
     model_validator,
 )
 
+from chainlora.config.loading import read_tree, set_key
+from chainlora.config.messages import problems
 from chainlora.errors import ConfigError, nearest
 from chainlora.experiments.methods import load_method, merge_trees
 
@@ -94,11 +98,6 @@ class Experiment(_Frozen):
     primary: tuple[str, str] | None = Field(
         default=None, description="the one comparison that is tested alone, at the full level"
     )
-    gap: tuple[str, str] | None = Field(
-        default=None,
-        description="(floor, ceiling) of the share of the gap; None: what trains nothing, and what "
-        "trains every weight, where both are there",
-    )
     curve_points: int = Field(
         default=20,
         ge=0,
@@ -143,9 +142,7 @@ class Experiment(_Frozen):
     def _named_methods(self) -> list[tuple[str, str]]:
         named = [("baseline", self.baseline)] if self.baseline else []
         named += [("comparisons", name) for pair in self.comparisons for name in pair]
-        for key in ("primary", "gap"):
-            named += [(key, name) for name in getattr(self, key) or ()]
-        return named
+        return named + [("primary", name) for name in self.primary or ()]
 
     @property
     def pairs(self) -> tuple[tuple[str, str], ...]:
@@ -195,4 +192,89 @@ def check_keys(where: str, tree: Mapping[str, Any]) -> None:
         if key != "model" and not isinstance(value, Mapping | None):
             raise ConfigError(
                 f"`{where}.{key}` must be a section of keys (got {value!r:.60}); give some"
+            )
+
+
+# --- reading ---
+
+
+def load_experiment(path: str | Path, overrides: Sequence[tuple[str, str]] = ()) -> Experiment:
+    """Read an experiment file and apply overrides.
+
+    Args:
+        path: the YAML file.
+        overrides: ``("base.data.dir", "rows")`` pairs, values parsed as YAML. A list of names for
+            `tasks` or `methods` keeps the file's entries of these names, and the comparisons among
+            them.
+
+    Raises:
+        ConfigError: unreadable file, unknown key (nearest named), wrong value.
+    """
+    tree = read_tree(path, "experiment file")
+    own = {key: tree.get(key) for key in ("tasks", "methods")}
+    for key, value in overrides:
+        set_key(tree, key, value)
+    for key, before in own.items():
+        names = tree.get(key)
+        if isinstance(before, Mapping) and isinstance(names, list) and _are_names(names):
+            tree[key] = {name: before.get(name) for name in names}
+    given = {key for key, _ in overrides}
+    if "methods" in given and _are_names(tree["methods"]):
+        _keep_what_is_left(tree, given)
+    return make_experiment(tree)
+
+
+def _are_names(values: Any) -> bool:
+    """Say whether these are names, and not something that is refused later."""
+    return isinstance(values, list | dict) and all(isinstance(each, str | int) for each in values)
+
+
+def _keep_what_is_left(tree: dict[str, Any], given: set[str]) -> None:
+    """Leave out comparisons, the primary one too, that name methods not asked for."""
+    names, pairs = set(tree["methods"] or ()), tree.get("comparisons")
+    primary = tree.get("primary") or ()
+    if "primary" not in given and _are_names(primary) and not set(primary) <= names:
+        del tree["primary"]
+    if "comparisons" in given or not isinstance(pairs, list) or not pairs:
+        return
+    kept = [pair for pair in pairs if not _are_names(pair) or set(pair) <= names]
+    if not kept:
+        raise ConfigError(
+            "`methods` must keep a pair that the file compares "
+            f"(got {list(tree['methods'] or ())}); name a rival too, or give `comparisons`"
+        )
+    tree["comparisons"] = kept
+
+
+def make_experiment(tree: Mapping[str, Any]) -> Experiment:
+    """Check a nested mapping and return the experiment.
+
+    Raises ConfigError with every problem in one line.
+    """
+    try:
+        experiment = Experiment.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(problems(error, Experiment)) from None
+    check_keys("base", experiment.base)
+    for name, keys in experiment.tasks.items():
+        check_keys(f"tasks.{name}", keys)
+    for name in experiment.methods:
+        experiment.method_tree(name)
+        _check_grid(experiment, name)
+    return experiment
+
+
+def _check_grid(experiment: Experiment, method: str) -> None:
+    try:
+        grid = experiment.grid(method)
+    except ValidationError as error:
+        raise ConfigError(problems(error, Tuning, f"methods.{method}.")) from None
+    for key in experiment.tune.extend:
+        if not any(key in experiment.grid(name) for name in experiment.methods):
+            raise ConfigError(f"`tune.extend` must name keys of `tune.grid` (got {key!r})")
+        values = grid.get(key, ())
+        if not all(type(value) in (int, float) and value > 0 for value in values):
+            raise ConfigError(
+                f"`tune.extend` needs positive numbers in the grid (got {list(values)} for {key}); "
+                f"give them, or leave {key} out of `extend`"
             )

@@ -6,10 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from chainlora.errors import ConfigError
-from chainlora.experiments.design.choice import Trial, choose, chosen_points, extensions
-from chainlora.experiments.design.expansion import Cell, Expansion, Point
-from chainlora.experiments.design.schema import Experiment
-from chainlora.experiments.execution.results import (
+from chainlora.experiments.choice import Trial, choose, extensions
+from chainlora.experiments.expansion import Cell, Expansion, Point
+from chainlora.experiments.results import (
     Results,
     cell_line,
     check_alike,
@@ -17,7 +16,8 @@ from chainlora.experiments.execution.results import (
     experiment_line,
     write_results,
 )
-from chainlora.experiments.execution.store import Store
+from chainlora.experiments.schema import Experiment
+from chainlora.experiments.store import Store
 
 Listener = Callable[[Mapping[str, Any]], None]
 Phase = str  # "tune" or "final"
@@ -32,6 +32,7 @@ class Session:
         self.failed: dict[str, str] = {}
         self.num_run = 0
         self._attempted: set[str] = set()
+        self._left = 0
 
     # --- what is known ---
 
@@ -82,7 +83,12 @@ class Session:
 
     def chosen(self) -> dict[tuple[str, str], Point]:
         """Return the point of each (task, method) that is known; without a grid there is one."""
-        return self.expansion.fixed() | chosen_points(self.choices())
+        chosen = {
+            (record["task"], record["method"]): tuple(record["chosen"].items())
+            for record in self.choices()
+            if record["chosen"] is not None
+        }
+        return self.expansion.first_points(only=True) | chosen
 
     def all_cells(self) -> dict[str, Cell]:
         """Return all cells by id; where nothing is chosen yet, stand-ins of the same number."""
@@ -108,19 +114,12 @@ class Session:
             if cell.id not in self._attempted and not self.store.is_done(cell)
         ]
 
-    def begin(
-        self, phase: Phase, todo: Sequence[Cell], workers: int, notes: Sequence[str] = ()
-    ) -> None:
+    def begin(self, phase: Phase, todo: Sequence[Cell], notes: Sequence[str]) -> None:
         """Tell the listener what this phase will run."""
-        cells, later = self.cells(phase), 0
+        cells = self.cells(phase)
         left_out = len(self.todo(phase)) - len(todo)
-        if phase == "tune":
-            tuned = {cell.id for cell in cells}
-            later = sum(
-                cell.id not in tuned and not self.store.is_done(cell)
-                for cell in self.all_cells().values()
-            )
         self._attempted |= {cell.id for cell in todo}
+        self._left = len(todo)
         self.listener(
             {
                 "event": "plan",
@@ -129,9 +128,6 @@ class Session:
                 "done": sum(self.store.is_done(cell) for cell in cells),
                 "todo": [str(cell) for cell in todo],
                 "left_out": left_out,
-                "later": later,
-                "workers": workers,
-                "tasks": [cell.task for cell in todo],
                 "notes": list(notes),
             }
         )
@@ -151,14 +147,14 @@ class Session:
     # --- while cells run ---
 
     def poll(self, running: Sequence[Cell]) -> None:
-        """Tell the listener how far the running cells are."""
-        shares = {str(cell): self.store.share_done(cell) for cell in running}
-        self.listener({"event": "poll", "running": shares})
+        """Tell the listener which cells run."""
+        self.listener({"event": "poll", "running": list(map(str, running))})
 
     def end(self, cell: Cell, error: str | None) -> None:
         """Take note of a cell that ended, tell the listener, and rewrite the results file."""
         self.num_run += 1
-        record = {"event": "cell", "cell": str(cell), "task": cell.task, "error": error}
+        self._left -= 1
+        record = {"event": "cell", "cell": str(cell), "error": error, "left": self._left}
         if error is None:
             record |= self._outcome(cell)
         else:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from chainlora.evaluation.metrics import is_higher_better
-from chainlora.experiments.design.expansion import Point
+from chainlora.experiments.expansion import Point
 
 
 @dataclass(frozen=True)
@@ -49,33 +49,18 @@ def _choose_one(
     task: str, method: str, by_point: Mapping[Point, Sequence[Trial]], metric: str | None
 ) -> dict[str, Any]:
     name = metric or next(iter(by_point.values()))[0].metric
-    tried, best = [], None
+    tried, best = list[dict[str, Any]](), None
     for point, trials in by_point.items():
         score, loss = _mean(trials, name), _mean(trials, "loss")
         key = (-score if is_higher_better(name) else score, loss)
-        tried.append(_describe(point, trials, name, score))
         if math.isfinite(score) and (best is None or key < best[0]):
             best = (key, point)
-    return {
-        "task": task,
-        "method": method,
-        "metric": name,
-        "chosen": None if best is None else dict(best[1]),
-        "tried": tried,
-    }
-
-
-def _describe(point: Point, trials: Sequence[Trial], name: str, mean: float) -> dict[str, Any]:
-    described: dict[str, Any] = {
-        "point": dict(point),
-        "mean": mean if math.isfinite(mean) else None,
-        "runs": len(trials),
-    }
-    if len(trials) > 1:
-        described["values"] = [
-            None if trial.metrics is None else trial.metrics.get(name) for trial in trials
-        ]
-    return described
+        mean = score if math.isfinite(score) else None
+        tried.append({"point": dict(point), "mean": mean, "runs": len(trials)})
+        if len(trials) > 1:
+            tried[-1]["values"] = [(trial.metrics or {}).get(name) for trial in trials]
+    chosen = None if best is None else dict(best[1])
+    return {"task": task, "method": method, "metric": name, "chosen": chosen, "tried": tried}
 
 
 def _mean(trials: Sequence[Trial], name: str) -> float:
@@ -84,15 +69,6 @@ def _mean(trials: Sequence[Trial], name: str) -> float:
         worst if trial.metrics is None else trial.metrics.get(name, worst) for trial in trials
     ]
     return sum(values) / len(values)
-
-
-def chosen_points(records: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str], Point]:
-    """Return (task, method) → chosen point, of those that have one."""
-    return {
-        (record["task"], record["method"]): tuple(record["chosen"].items())
-        for record in records
-        if record["chosen"] is not None
-    }
 
 
 def extensions(

@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from chainlora.errors import ConfigError
-from chainlora.experiments.design.expansion import Cell
-from chainlora.experiments.execution.cells import ERROR, RESULT, work_on
+from chainlora.experiments.expansion import Cell
+from chainlora.experiments.worker import ERROR, RESULT, work_on
 
 _POLL_SECONDS = 0.2
 
@@ -68,7 +68,7 @@ def run_processes(work: Work, poll: Poll, workers: int) -> Ended:
 
 
 def _start(directory: Path, slot: int, workers: int) -> subprocess.Popen[bytes]:
-    module = "chainlora.experiments.execution.worker"
+    module = "chainlora.experiments.worker"
     with (directory / "log.txt").open("ab") as log:
         return subprocess.Popen(
             [sys.executable, "-m", module, str(directory)],

@@ -1,25 +1,27 @@
 """From an experiment to its cells: task × method × hyper-parameters × seed, one run config each.
 
 A cell's config is base ← task ← method ← grid point ← seed, merged key by key. Its id is a hash of
-that config (`identity.py`), so a cell that was done once is never done again, under whatever
+that config (`config_id`), so a cell that was done once is never done again, under whatever
 experiment or folder.
 """
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from pathlib import Path
 from typing import Any
 
 from chainlora.config.loading import make_config
 from chainlora.config.schema import RunConfig
 from chainlora.data.tasks import REPORTED_OF_TEXT, check_split_files, load_task
 from chainlora.errors import ConfigError
-from chainlora.experiments.design.identity import config_id
-from chainlora.experiments.design.schema import Experiment
 from chainlora.experiments.methods import apply_recipe, merge_trees
+from chainlora.experiments.schema import Experiment
 
 Point = tuple[tuple[str, Any], ...]
 _OF_TRAINING = ("train", "chain", "recipe")  # sections that mean nothing where nothing is trained
@@ -65,11 +67,6 @@ def expand(
     return tuning + [cell for cell in expansion.all_finals() if cell.id not in tuned]
 
 
-def expand_tuning(experiment: Experiment) -> list[Cell]:
-    """Return the cells that choose a point; none where the grid leaves one point only."""
-    return Expansion(experiment).tuning()
-
-
 class Expansion:
     """The cells of one experiment, each built once: a config takes milliseconds to check."""
 
@@ -106,21 +103,13 @@ class Expansion:
             for point in self._points[method]
         )
 
-    def fixed(self) -> dict[tuple[str, str], Point]:
-        """Return the point of each (task, method) with nothing to choose: a grid of one."""
+    def first_points(self, *, only: bool = False) -> dict[tuple[str, str], Point]:
+        """Return the first point of each grid; with `only`, of the grids that have no other."""
         return {
             (task, method): found[0]
             for task in self.experiment.tasks
             for method, found in self._points.items()
-            if len(found) == 1
-        }
-
-    def first_points(self) -> dict[tuple[str, str], Point]:
-        """Return the first point of each grid: a stand-in where cells are only counted."""
-        return {
-            (task, method): found[0]
-            for task in self.experiment.tasks
-            for method, found in self._points.items()
+            if len(found) == 1 or not only
         }
 
     def _triples(self) -> Iterable[tuple[int, str, str]]:
@@ -220,3 +209,32 @@ def _nest(dotted: str, value: Any) -> dict[str, Any]:
     for part in reversed(dotted.split(".")):
         value = {part: value}
     return value
+
+
+# --- names of cells ---
+
+
+def config_id(config: RunConfig) -> str:
+    """Return twelve hex digits that name what a config computes.
+
+    Hashed are its values other than the defaults, so that a new key with a default renames no cell;
+    places and watchers are left out. A file named by the config (rows, a task of the user's own)
+    counts by its content. Of a shipped task only the name counts.
+    """
+    tree = config.model_dump(mode="json", exclude_defaults=True)
+    tree.pop("output", None)
+    tree["data"].pop("dir", None)
+    for key in ("task", "train", "validation", "test"):
+        path = Path(tree["data"].get(key) or "")
+        if path.is_file():
+            tree["data"][key] = _content(path, path.stat().st_mtime_ns)
+    for key in ("save_every", "log_every", "trackers"):
+        tree.get("train", {}).pop(key, None)
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:12]
+
+
+@lru_cache(maxsize=256)
+def _content(path: Path, changed: int) -> str:
+    """Return a hash of a file as it was at the time `changed`."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]

@@ -1,1 +1,0 @@
-"""How the cells of an experiment are computed and recorded."""

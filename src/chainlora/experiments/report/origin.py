@@ -1,0 +1,144 @@
+"""What methods are, as their cells' configs say, and where results come from."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from chainlora.experiments.results import Results
+from chainlora.reports.tables import Table, table_of
+
+_NOT_KNOWN = "not recorded"
+_LINKS = ("chain.ranks", "chain.epochs", "chain.steps", "chain.alpha")
+_OF_WATCHING = ("train.eval_every", "train.save_every", "train.eval_at_knots")
+_QUANTISED = re.compile(r"[.-](I?Q\d(?:_\w+)?)[.-]", re.IGNORECASE)  # model.Q4_1.gguf
+
+
+# --- methods ---
+
+
+def methods_table(results: Results) -> Table:
+    """Return by which keys of their configs methods differ: what ran, and not what was meant.
+
+    Ranks, lengths and alpha are always shown. Keys that grids and seeds set are left out.
+    """
+    found = {
+        method: [_flat(cell["config"]) for cell in results.cells if cell["method"] == method]
+        for method in results.experiment["methods"]
+    }
+    tuned = {key for choice in results.choices for each in choice["tried"] for key in each["point"]}
+    left_out = tuned | set(results.experiment.get("seed_keys", ["train.seed"])) | {*_OF_WATCHING}
+    first = [configs[0] for configs in found.values() if configs]
+    keys = [
+        key
+        for key in dict.fromkeys([*_LINKS, *(key for each in first for key in each)])
+        if key not in left_out and any(key in each for each in first)
+        if key in _LINKS or len({each.get(key) for each in first}) > 1
+    ]
+    rows = [
+        {"method": method} | {key: _values(configs, key) for key in keys}
+        for method, configs in found.items()
+        if configs
+    ]
+    note = "From the configs of the cells; a dash is the key's default."
+    return table_of("Keys by which methods differ", rows, note)
+
+
+def _flat(config: Mapping[str, Any]) -> dict[str, str]:
+    return {
+        f"{section}.{key}": _plain(value)
+        for section in ("chain", "train", "data")
+        for key, value in config.get(section, {}).items()
+    }
+
+
+def _values(configs: Iterable[Mapping[str, str]], key: str) -> str:
+    """Return the values of a key; several where tasks give different ones."""
+    return " or ".join(dict.fromkeys(config.get(key, "–") for config in configs))
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_plain(each)}" for key, each in value.items()) or "auto"
+    if isinstance(value, list) and len(value) > 3 and len(set(map(str, value))) == 1:
+        return f"{len(value)} × {_plain(value[0])}"
+    if isinstance(value, list):
+        return ", ".join(map(_plain, value)) or "none"
+    if isinstance(value, float):
+        return f"{value:g}"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+# --- base and machines ---
+
+
+def base_note(results: Results) -> str:
+    """Return the base model's name, and what it was made from where that is a quantised file."""
+    name = results.experiment["model"]
+    files = sorted({cell["base_file"] for cell in results.cells if cell.get("base_file")})
+    return f"{name} ({'; '.join(map(_from_file, files))})" if files else f"{name}"
+
+
+def _from_file(file: str) -> str:
+    quantised = _QUANTISED.search(file)
+    if quantised is None:
+        return f"converted from {file}"
+    return (
+        f"dequantised from {file}: its weights are {quantised[1]} ones, not those of the original "
+        "checkpoint"
+    )
+
+
+def mixed_machines(results: Results) -> str | None:
+    """Return a sentence where methods that are compared ran on different machines or kernels."""
+    on = dict[tuple[str, str], set[str]]()
+    for cell in results.finals:
+        on.setdefault((cell["task"], cell["method"]), set()).add(_machine(cell))
+    mixed = [
+        f"{task}: {method} on {_join(on[task, method])}, {rival} on {_join(on[task, rival])}"
+        for task in results.experiment["tasks"]
+        for method, rival in results.experiment["pairs"]
+        if (task, method) in on and (task, rival) in on and on[task, method] != on[task, rival]
+    ]
+    if not mixed:
+        return None
+    return (
+        f"**Compared across machines or kernels**: {'; '.join(mixed)}. Their numerics differ, "
+        "bfloat16's above all, and a difference of the methods cannot be told from one of the "
+        "machines."
+    )
+
+
+def provenance(results: Results) -> str:
+    """Return where everything comes from, in sentences."""
+    done = [cell for cell in results.cells if cell["status"] == "done"]
+    seconds = sum({cell["cell"]: cell["wall_s"] for cell in done}.values())
+    lines = [
+        f"{len(done)} cells, {seconds / 3600:.2f} hours of training and scoring in all.",
+        *(f"Versions: {line}." for line in sorted({_code(cell) for cell in done})),
+        *(f"Hardware: {line}." for line in sorted({_machine(cell) for cell in done})),
+    ]
+    return "\n".join(lines)
+
+
+def _machine(cell: Mapping[str, Any]) -> str:
+    """Return device, kernels and threads of a cell in words."""
+    hardware = cell["hardware"]
+    device = str(hardware.get("device", "")).replace("cpu", "CPU")
+    words = [
+        f"{hardware.get('machine', '')} {device}",
+        hardware.get("gpu") or hardware.get("cpu_capability") or f"kernels {_NOT_KNOWN}",
+    ]
+    if "float32_matmul" in hardware:
+        words.append(f"float32 matmul {hardware['float32_matmul']}")
+    return ", ".join(map(str, [*words, f"threads {hardware.get('threads', '?')}"]))
+
+
+def _code(cell: Mapping[str, Any]) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in cell["versions"].items())
+    return f"{versions}, commit {cell.get('commit') or _NOT_KNOWN}"
+
+
+def _join(names: Iterable[str]) -> str:
+    return " and ".join(sorted(names))
