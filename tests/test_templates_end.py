@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import signal
 import threading
 import time
 
@@ -88,3 +89,22 @@ def test_a_long_row_is_no_endless_template(tmp_path):
     text = "word " * 100_000
     shown = load_task(write_task(tmp_path, prompt=prompt)).render({"text": text, "label": 0})
     assert shown.prompt == text.upper() + text + "!"
+
+
+def test_a_process_that_was_stopped_for_a_while_is_no_endless_template(limits):
+    def stop_once() -> None:
+        while not (worker := templates._worker):
+            time.sleep(0.01)
+        time.sleep(0.5)  # it is at work
+        worker._process.send_signal(signal.SIGSTOP)
+        time.sleep(1.5)
+        worker._process.send_signal(signal.SIGCONT)
+
+    loops = (
+        "{% for i in range(5) %}{% for j in range(99999) %}{% endfor %}{% endfor %}{{ row.text }}"
+    )
+    thread = threading.Thread(target=stop_once)
+    thread.start()
+    while thread.is_alive():
+        (reply,) = templates.evaluate({"texts": {"": loops}, "values": {}}, [{"text": "x"}])
+        assert reply.value == {"": "x"}, reply

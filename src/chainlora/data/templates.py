@@ -34,6 +34,7 @@ SECONDS = 20.0
 """For one row; the longest chats take some hundredths of a second."""
 MEMORY = 2 << 30
 """Bytes that the process may take; it needs 60 MB."""
+_GROUP = 128  # items evaluated at a time: a message costs as much as an item or two
 _SCRIPT = Path(__file__).with_name("template_worker.py")
 _SYNTAX = ImmutableSandboxedEnvironment()
 
@@ -52,16 +53,22 @@ def evaluate(program: Mapping[str, Any], items: Sequence[Any]) -> list[Reply]:
     An item that takes more than `SECONDS` or `MEMORY` gets an error, and so do those behind it.
     Raises DataError for values that are no JSON.
     """
-    message = {"seconds": SECONDS, "program": program, "items": items}
-    try:
-        line = json.dumps(message, default=_plain).encode() + b"\n"
-    except (TypeError, ValueError, RecursionError) as error:
-        raise DataError(
-            f"a row must hold texts, numbers, lists and objects (got: {error}); correct the row"
-        ) from None
-    replies = _asked(line, len(items))
-    missing = Reply(error=f"no end within {SECONDS:g} s and {MEMORY >> 30} GiB of memory")
-    return replies + [missing] * (len(items) - len(replies))
+    replies: list[Reply] = []
+    for group in _groups(items, _GROUP):
+        found = _ask(program, group)
+        # Which item it was shows when each is asked for alone; and that the clock was not to blame,
+        # which goes on while a process is stopped.
+        parts = [found] if found else (_ask(program, [item]) for item in group)
+        for part in parts:
+            if not part:
+                reason = f"no end within {SECONDS:g} s and {MEMORY >> 30} GiB of memory"
+                return replies + [Reply(error=reason)] * (len(items) - len(replies))
+            replies += part
+    return replies
+
+
+def _groups(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+    return (items[first : first + size] for first in range(0, len(items), size))
 
 
 def render_chats(
@@ -117,11 +124,6 @@ def _check_names(tree: nodes.Template) -> None:
             raise jinja2.TemplateAssertionError(f"no filter or test {node.name!r}", node.lineno)
 
 
-def _plain(value: Any) -> Any:
-    """Return the number of an array's scalar, and the text of whatever else is no JSON."""
-    return value.item() if hasattr(value, "item") else str(value)
-
-
 # --- the process ---
 
 
@@ -139,20 +141,17 @@ class _Worker:
     def is_alive(self) -> bool:
         return self._process.poll() is None
 
-    def ask(self, line: bytes, count: int) -> list[Reply]:
-        """Return the replies, fewer than `count` where the process ended."""
+    def ask(self, line: bytes) -> bytes:
+        """Return the line that answers, empty where the process ended."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        replies: list[Reply] = []
         with self._limited_memory():
             try:
                 self._process.stdin.write(line)
                 self._process.stdin.flush()
             except OSError:  # it has ended
-                return replies
-            while len(replies) < count and (reply := self._process.stdout.readline()):
-                replies.append(Reply(**json.loads(reply)))
-        return replies
+                return b""
+            return self._process.stdout.readline()
 
     @contextmanager
     def _limited_memory(self) -> Iterator[None]:
@@ -183,20 +182,36 @@ _lock = threading.Lock()
 _worker: _Worker | None = None
 
 
-def _asked(line: bytes, count: int) -> list[Reply]:
-    """Return the replies to a message, by the process that is there or a new one."""
+def _ask(program: Mapping[str, Any], items: Sequence[Any]) -> list[Reply]:
+    """Return what the process replies, or a new one; nothing where it did not live to reply."""
     global _worker
+    line = _message(program, items)
     with _lock:
         if _worker is None or not _worker.is_alive():
             _worker = _Worker()
-        replies: list[Reply] = []
+        answer = b""
         try:
-            replies = _worker.ask(line, count)
-            return replies
+            answer = _worker.ask(line)
         finally:
-            if len(replies) < count:  # it ended, or this was interrupted half-way
+            if not answer.endswith(b"\n"):  # it ended, or this was interrupted half-way
                 _worker.end()
                 _worker = None
+    return [Reply(**each) for each in json.loads(answer)] if answer.endswith(b"\n") else []
+
+
+def _message(program: Mapping[str, Any], items: Sequence[Any]) -> bytes:
+    message = {"seconds": SECONDS, "program": program, "items": items}
+    try:
+        return json.dumps(message, default=_plain).encode() + b"\n"
+    except (TypeError, ValueError, RecursionError) as error:
+        raise DataError(
+            f"a row must hold texts, numbers, lists and objects (got: {error}); correct the row"
+        ) from None
+
+
+def _plain(value: Any) -> Any:
+    """Return the number of an array's scalar, and the text of whatever else is no JSON."""
+    return value.item() if hasattr(value, "item") else str(value)
 
 
 def _forget() -> None:

@@ -119,6 +119,8 @@ class ChatEncoder:
         texts = []
         for chat, whole in zip(chats, wholes, strict=True):
             found = [chat.value(next(replies))[0] for _ in chat.prefixes()]
+            if chat.ends:
+                found.append(whole)
             texts.append([whole, *self._edges(chat, whole, found)])
         tokens = iter(self.reader.bare([text for each in texts for text in each]))
         turns = []
@@ -148,7 +150,7 @@ class ChatEncoder:
     def _before_first(self, chat: _Chat, after: str) -> str:
         """Return what stands before the words of an assistant who speaks first.
 
-        No template renders a conversation of no turns, so it is found by what opens an answer.
+        It is found by what opens an answer.
         """
         at = after.find(self._opening) if self._opening else -1
         if at < 0:
@@ -184,6 +186,7 @@ class _Chat:
         self.arguments = _checked_arguments(row.get("chat_template_kwargs"), reader, self.place)
         self.turns = [at for at, each in enumerate(self.messages) if each["role"] == "assistant"]
         self.opens = self.turns[0] == 0  # the assistant speaks first
+        self.ends = self.turns[-1] == len(self.messages) - 1
 
     def item(self, messages: _Messages | None = None, **options: Any) -> dict[str, Any]:
         """Return messages, all of them unless some are given, as `render_chats` takes them."""
@@ -195,12 +198,13 @@ class _Chat:
         }
 
     def prefixes(self) -> list[dict[str, Any]]:
-        """Return the conversation before and after each of the assistant's turns; never none."""
+        """Return what is less than the whole, before and after each of the assistant's turns."""
         items = []
         for turn in self.turns:
-            if turn:
+            if turn:  # a conversation of no turns is one that no template renders
                 items.append(self.item(self.messages[:turn], add_generation_prompt=True))
-            items.append(self.item(self.messages[: turn + 1]))
+            if turn + 1 < len(self.messages):
+                items.append(self.item(self.messages[: turn + 1]))
         return items
 
     def fill_contents(self) -> bool:
