@@ -42,33 +42,12 @@ logger = logging.getLogger(__name__)
 
 CONVERSION = 1  # count up whenever the same file would convert to something else
 _CONTROL, _USER_DEFINED = 3, 4  # tokenizer.ggml.token_type
-_SCALARS = {
-    0: "B",
-    1: "b",
-    2: "H",
-    3: "h",
-    4: "I",
-    5: "i",
-    6: "f",
-    7: "?",
-    10: "Q",
-    11: "q",
-    12: "d",
-}
+_SCALARS = dict(zip((*range(8), 10, 11, 12), "BbHhIif?Qqd", strict=True))
 _STRING, _ARRAY = 8, 9
 
 # `tokenizer.ggml.pre` -> how text is cut before the merges (llama-vocab.cpp).
-_GPT2_LIKE = {
-    "gpt-2",
-    "default",
-    "phi-2",
-    "mpt",
-    "olmo",
-    "jais",
-    "trillion",
-    "roberta-bpe",
-    "gigachat",
-}
+_GPT2_LIKE = {"gpt-2", "default", "phi-2", "mpt", "olmo", "jais", "trillion", "roberta-bpe"}
+_GPT2_LIKE |= {"gigachat"}
 _DIGITS_FIRST = {"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"}
 # Those that look a whole piece up before merging (`ignore_merges`); BOS comes first unless the file
 # says no.
@@ -107,7 +86,15 @@ def _convert(file: Path, folder: Path, digest: str) -> None:
             f"join the parts with llama-gguf-split --merge"
         )
     _check_blocks(file, metadata)
-    tokenizer = _tokenizer(file, metadata)
+    try:
+        tokenizer = build_tokenizer(file, metadata)
+    except ModelError:
+        raise
+    except Exception as error:  # a damaged file can name any tokens, merges and types
+        raise ModelError(
+            f"a GGUF file must describe its tokenizer (got {type(error).__name__}: {error!s:.200} "
+            f"in {file}); download it again"
+        ) from error
     logger.info("converting %s once to %s", file, folder.parent)
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(
@@ -120,13 +107,11 @@ def _convert(file: Path, folder: Path, digest: str) -> None:
     except Exception as error:  # transformers raises many kinds for a file it cannot read
         raise ModelError(
             f"a GGUF file must hold an architecture that transformers can read (got "
-            f"{metadata.get('general.architecture')!r} in {file}: {_line(error)}); "
+            f"{metadata.get('general.architecture')!r} in {file}: {error!s:.200}); "
             f"use the model's safetensors checkpoint"
         ) from error
-    if hasattr(model.config, "quantization_config"):
-        del (
-            model.config.quantization_config
-        )  # the weights are float32 now, and saving refuses otherwise
+    if hasattr(model.config, "quantization_config"):  # the weights are float32 now
+        del model.config.quantization_config  # saving refuses otherwise
     model.hf_quantizer = None
     model.config._name_or_path = ""
     try:
@@ -155,18 +140,6 @@ def _check_blocks(file: Path, metadata: dict[str, Any]) -> None:
             f"a GGUF file must hold the tensors of its blocks (got {blocks} blocks and {tensors} "
             f"tensors in {file}); download it again"
         )
-
-
-def _tokenizer(file: Path, metadata: dict[str, Any]) -> Any:
-    try:
-        return build_tokenizer(file, metadata)
-    except ModelError:
-        raise
-    except Exception as error:  # a damaged file can name any tokens, merges and types
-        raise ModelError(
-            f"a GGUF file must describe its tokenizer (got {type(error).__name__}: {_line(error)} "
-            f"in {file}); download it again"
-        ) from error
 
 
 def read_metadata(file: Path) -> dict[str, Any]:
@@ -277,10 +250,8 @@ def _byte_level_tokenizer(
     names = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
     ids = {name: metadata.get(f"tokenizer.ggml.{key}_token_id") for name, key in names.items()}
     special = {name: tokens[index] for name, index in ids.items() if index is not None}
-    if (
-        metadata.get("tokenizer.ggml.add_bos_token", pre in _WHOLE_WORDS_FIRST)
-        and "bos_token" in special
-    ):
+    begins = metadata.get("tokenizer.ggml.add_bos_token", pre in _WHOLE_WORDS_FIRST)
+    if begins and "bos_token" in special:
         bos = special["bos_token"]
         backend.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A",
@@ -298,15 +269,12 @@ def _byte_level_tokenizer(
 
 
 def _pre_tokenizer(pre: str, file: Path) -> Any:
+    gpt2 = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     if pre in _GPT2_LIKE:
-        return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+        return gpt2
     if pre in _DIGITS_FIRST:
-        return pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Digits(individual_digits=True),
-                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-            ]
-        )
+        digits = pre_tokenizers.Digits(individual_digits=True)
+        return pre_tokenizers.Sequence([digits, gpt2])
     try:
         from transformers.integrations.gguf.gguf_tokenizer_mapping import (
             GGUF_PRE_TOKENIZER_SPLITS as splits,
@@ -318,13 +286,6 @@ def _pre_tokenizer(pre: str, file: Path) -> Any:
             f"a GGUF file's pre-tokenizer must be known (got {pre!r} in {file}); use the "
             f"model's safetensors checkpoint, or a newer transformers"
         )
-    return pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(splits[pre]), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
+    split = pre_tokenizers.Split(Regex(splits[pre]), behavior="isolated")
+    in_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return pre_tokenizers.Sequence([split, in_bytes])

@@ -1,17 +1,17 @@
 """Hashes of large files, remembered in the cache folder so that a file is read once.
 
-A hash is remembered for a path together with size, times, inode and device; whatever writes to the
-file changes one of them. A file changed less than two seconds ago is not remembered, since a second
-change within the resolution of its times could go unseen (Git calls such entries racily clean).
+A hash holds for a path as long as the file there has the size and the times that it had. A file
+changed less than two seconds ago is not remembered, since a second change within the resolution of
+its times could go unseen (Git calls such entries racily clean).
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,6 @@ from chainlora.files import make_folder, sha256, write_json
 logger = logging.getLogger(__name__)
 
 _RACY_SECONDS = 2.0
-_MOST_ENTRIES = 1000
 
 
 def cache_dir() -> Path:
@@ -33,75 +32,56 @@ def cache_dir() -> Path:
     return Path(base).expanduser() / "chainlora"
 
 
-def hash_files(paths: list[Path]) -> list[str]:
-    """Return the SHA-256 of each file, read in parallel and at most once while it is unchanged."""
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing releases the GIL
-        return list(pool.map(hash_file, paths))
-
-
 def hash_file(path: Path) -> str:
-    """Return the SHA-256 of a file, from the cache where it is unchanged since it was hashed."""
-    path = path.resolve()
-    entry = _entry(path)
-    state = _state(path)
-    if (known := _remembered(entry, state)) is not None:
-        return known
-    digest = sha256(path)
-    if state == _state(path) and _age(state) > _RACY_SECONDS:
-        _remember(entry, state, digest)
-    return digest
+    """Return the SHA-256 of a file, remembered while the file is unchanged."""
+    return hash_files([path])[0]
 
 
-def _age(state: dict[str, Any]) -> float:
-    """Return the seconds since a file changed; negative where the clock was set back since."""
-    return time.time() - max(state["mtime_ns"], state["ctime_ns"]) / 1e9
+def hash_files(paths: Sequence[Path]) -> list[str]:
+    """Return the SHA-256 of each file, read in parallel and at most once while it is unchanged."""
+    known = _remembered()
+    paths = [path.resolve() for path in paths]
+    states = [_state(path) for path in paths]
 
+    def digest(path: Path, state: list[int]) -> str:
+        *before, found = known.get(str(path), [None])
+        return str(found) if before == state else sha256(path)
 
-def _entry(path: Path) -> Path:
-    name = hashlib.sha256(os.fsencode(path)).hexdigest()
-    return cache_dir() / "hashes" / f"{name[:32]}.json"
-
-
-def _state(path: Path) -> dict[str, Any]:
-    found = path.stat()
-    return {
-        "path": str(path),
-        "size": found.st_size,
-        "mtime_ns": found.st_mtime_ns,
-        "ctime_ns": found.st_ctime_ns,  # a copied mtime does not hide a change
-        "inode": found.st_ino,
-        "device": found.st_dev,
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing releases the GIL
+        digests = list(pool.map(digest, paths, states))
+    found = {
+        str(path): [*state, digest]
+        for path, state, digest in zip(paths, states, digests, strict=True)
+        if state == _state(path) and _age(state) > _RACY_SECONDS
     }
+    if any(known.get(path) != entry for path, entry in found.items()):
+        _remember(known | found)
+    return digests
 
 
-def _remembered(entry: Path, state: dict[str, Any]) -> str | None:
+def _state(path: Path) -> list[int]:
+    found = path.stat()
+    return [found.st_size, found.st_mtime_ns, found.st_ctime_ns]  # ctime: an mtime can be copied
+
+
+def _age(state: list[int]) -> float:
+    """Return the seconds since a file changed; negative where the clock was set back since."""
+    return time.time() - max(state[1:]) / 1e9
+
+
+def _remembered() -> dict[str, list[Any]]:
     try:
-        known = json.loads(entry.read_text(encoding="utf-8"))
-        digest = known.pop("sha256")
-        whole = known.pop("check") == _check(state, digest)
-    except (OSError, ValueError, KeyError, AttributeError, TypeError):
-        return None
-    return digest if whole and known == state else None
+        known = json.loads((cache_dir() / "hashes.json").read_text(encoding="utf-8"))
+        return {path: entry for path, entry in known.items() if isinstance(entry, list) and entry}
+    except (OSError, ValueError, AttributeError):  # none yet, or a damaged one
+        return {}
 
 
-def _remember(entry: Path, state: dict[str, Any], digest: str) -> None:
+def _remember(known: dict[str, list[Any]]) -> None:
+    """Write what is known of the files that are still there."""
     try:
-        make_folder(entry.parent)
-        write_json(entry, state | {"sha256": digest, "check": _check(state, digest)})
-        _forget_old(entry.parent)
-    except (FileError, OSError) as error:  # the file is read again next time
-        logger.debug("a hash is not remembered: %s", error)
-
-
-def _forget_old(folder: Path) -> None:
-    """Delete the older half of the entries once there are many: their files may be long gone."""
-    entries = list(folder.glob("*.json"))
-    if len(entries) > _MOST_ENTRIES:
-        for entry in sorted(entries, key=lambda each: each.stat().st_mtime)[: len(entries) // 2]:
-            entry.unlink(missing_ok=True)
-
-
-def _check(state: dict[str, Any], digest: str) -> str:
-    """Return a checksum of a cache entry, so that a damaged one is not believed."""
-    text = json.dumps([state, digest], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+        make_folder(cache_dir())
+        there = {path: entry for path, entry in known.items() if os.path.exists(path)}
+        write_json(cache_dir() / "hashes.json", there)
+    except (FileError, OSError) as error:  # the files are read again next time
+        logger.debug("hashes are not remembered: %s", error)

@@ -80,8 +80,7 @@ def weight_files(folder: Path) -> list[Path]:
         shards = [folder / name for name in sorted(names)]
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise ModelError(
-            f"{_INDEX} must map weights to files (got {' '.join(str(error).split())} in {folder}); "
-            "download it again"
+            f"{_INDEX} must map weights to files (got {error} in {folder}); download it again"
         ) from error
     for shard in shards:
         if not shard.is_file():
@@ -107,9 +106,8 @@ def _config_digest(path: Path) -> str:
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split())
         raise ModelError(
-            f"{path.name} must be JSON (got {reason} in {path.parent}); download it again"
+            f"{path.name} must be JSON (got {error} in {path.parent}); download it again"
         ) from error
     text = json.dumps(_counted(tree), sort_keys=True, ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()

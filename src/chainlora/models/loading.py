@@ -49,10 +49,15 @@ def load_model(
     """
     folder, config, tokenizer = open_folder(spec)
     keys: dict[str, Any] = {}
+    is_quantized = getattr(config, "quantization_config", None) is not None
+    if quantize is not None and is_quantized:
+        raise ModelError(
+            f"`quantize` needs a checkpoint that is not quantised yet (got {folder}, whose "
+            "config.json has a quantization_config); leave quantize out"
+        )
     if quantize is not None:
-        _refuse_quantized(config, folder)
         keys["quantization_config"] = quantization(quantize, dtype)
-    if quantize is not None or getattr(config, "quantization_config", None) is not None:
+    if quantize is not None or is_quantized:
         keys["device_map"] = {"": device}
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -65,14 +70,12 @@ def load_model(
             output_loading_info=True,
             **keys,
         )
-    except (
-        Exception
-    ) as error:  # a config can break transformers' code anywhere: 0 heads divide by 0
+    except Exception as error:  # a config can break it anywhere: 0 heads divide by 0
         is_missing = isinstance(error, ImportError)  # what a quantised checkpoint needs
         remedy = "install what it names" if is_missing else "correct or download it again"
         raise ModelError(
             f"a model folder must load with transformers (got {type(error).__name__}: "
-            f"{_line(error)} in {folder}); {remedy}"
+            f"{error!s:.200} in {folder}); {remedy}"
         ) from error
     model, report = loaded
     _check_whole(model, report, folder)
@@ -114,7 +117,7 @@ def make_model(config: Any, spec: str | Path, **keys: Any) -> Any:
     except Exception as error:
         raise ModelError(
             f"a model must be one that transformers can make (got {type(error).__name__}: "
-            f"{_line(error)} for {spec}); check its config.json"
+            f"{error!s:.200} for {spec}); check its config.json"
         ) from error
 
 
@@ -132,7 +135,7 @@ def _load_config(folder: Path) -> Any:
         if isinstance(kind := stated.get("model_type"), str) and kind in CONFIG_MAPPING:
             raise ModelError(
                 f"config.json must be one that transformers can read (got "
-                f"{type(error).__name__}: {_line(error)} in {folder}); correct or download it again"
+                f"{type(error).__name__}: {error!s:.200} in {folder}); correct or download it again"
             ) from error
         raise ModelError(
             f"config.json must name an architecture transformers has (got "
@@ -142,11 +145,8 @@ def _load_config(folder: Path) -> Any:
     named = config.architectures
     names = [str(name) for name in named] if isinstance(named, list | tuple) else []
     masked = bool(names) and all(name.endswith("ForMaskedLM") for name in names)
-    if (
-        type(config) not in AutoModelForCausalLM._model_mapping
-        or config.is_encoder_decoder
-        or masked
-    ):
+    is_causal = type(config) in AutoModelForCausalLM._model_mapping
+    if not is_causal or config.is_encoder_decoder or masked:
         raise ModelError(
             f"`model` must be a causal language model (got "
             f"{', '.join(names) or config.model_type} in {folder}); use a decoder-only one such "
@@ -208,7 +208,7 @@ def load_tokenizer(folder: Path) -> Any:
             else "save it again beside the weights"
         )
         raise ModelError(
-            f"the tokenizer must load with transformers (got {_line(error)} in {folder}); {hint}"
+            f"the tokenizer must load with transformers (got {error!s:.200} in {folder}); {hint}"
         ) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.bos_token
@@ -228,14 +228,6 @@ def _check_whole(model: Any, report: dict[str, Any], folder: Path) -> None:
             len(unexpected),
             folder,
             unexpected[0],
-        )
-
-
-def _refuse_quantized(config: Any, folder: Path) -> None:
-    if getattr(config, "quantization_config", None) is not None:
-        raise ModelError(
-            f"`quantize` needs a checkpoint that is not quantised yet (got {folder}, whose "
-            "config.json has a quantization_config); leave quantize out"
         )
 
 
@@ -279,7 +271,3 @@ def _read_json(file: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]

@@ -47,9 +47,9 @@ def _check_package(kind: str) -> None:
             warnings.simplefilter("ignore")
             import_module(package)
     except (ImportError, RuntimeError, OSError) as error:
-        got = "it is not installed" if isinstance(error, ModuleNotFoundError) else f"{error}"
+        got = "it is not installed" if isinstance(error, ModuleNotFoundError) else error
         raise ModelError(
-            f"`quantize: {kind}` needs the package {package} (got: {' '.join(got.split())}); "
+            f"`quantize: {kind}` needs the package {package} (got: {got}); "
             f"pip install 'chainlora[{package}]'"
         ) from None
 

@@ -218,6 +218,6 @@ def _layers(body: nn.Module) -> Iterator[nn.Module]:
 
 def _unsuited(model: nn.Module, error: Exception) -> ModelError:
     return ModelError(
-        f"fully_shard must suit the model (got {' '.join(str(error).split())[:200]} from "
+        f"fully_shard must suit the model (got {error!s:.200} from "
         f"{type(model).__name__}); leave train.shard out: each process then holds all of it"
     )

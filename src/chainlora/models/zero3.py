@@ -97,7 +97,7 @@ def share(
     except Exception as error:
         raise ModelError(
             f"DeepSpeed must be able to share the model (got {type(error).__name__}: "
-            f"{' '.join(str(error).split())[:200]} from {type(model).__name__}); set "
+            f"{error!s:.200} from {type(model).__name__}); set "
             "train.shard: fsdp2"
         ) from error
     vars(model)["_chainlora_zero3"] = engine  # its end would take the hooks off
