@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from chainlora import Chain, LinkConfig, export_adapter, export_merged, make_config, train
 from chainlora.config.chat_templates import template_text
 from chainlora.errors import ModelError, RunError
-from chainlora.runs.export import Naming
+from chainlora.runs.cards import Naming
 from chainlora.runs.reading import RunReader
 from chainlora.runs.requantizing import export_quantized
 

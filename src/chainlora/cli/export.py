@@ -102,7 +102,8 @@ def export(
     if target == "adapter" and quantize is not None:
         raise click.UsageError("--quantize is for merged weights; use it with --to merged")
     quiet()
-    from chainlora.runs.export import Naming, export_adapter, export_merged
+    from chainlora.runs.cards import Naming
+    from chainlora.runs.export import export_adapter, export_merged
     from chainlora.runs.hub import check_push, push_folder
     from chainlora.runs.requantizing import export_quantized
 

@@ -31,6 +31,22 @@ _A_BASE = "FOLDER_OF_THE_BASE"
 
 
 @dataclass(frozen=True)
+class Naming:
+    """What an export and its base are called where it is published.
+
+    `name` is its repository on the Hub, None for a folder; `base` replaces the name that the run
+    has for its base; `licence` is an identifier, as the Hub knows them.
+    """
+
+    name: str | None = None
+    base: str | None = None
+    licence: str | None = None
+
+
+UNNAMED = Naming()
+
+
+@dataclass(frozen=True)
 class Story:
     """What a run knows of its chain beside the links: its config, its rows, and what it scored."""
 
@@ -42,18 +58,26 @@ class Story:
 
 @dataclass(frozen=True)
 class Card:
-    """What a card says. `what` goes on after the base's name; `name` is where others find the
-    export: a Hub id; None for a folder."""
+    """What a card says. `what` goes on after the base's name; `model` is what the run calls it."""
 
     what: str
-    base: str
+    model: str
     library: str
     links: Sequence[Link] = ()
     rank: int | None = None
-    name: str | None = None
-    licence: str | None = None
+    naming: Naming = UNNAMED
     story: Story | None = None
     is_causal: bool = True  # whether it continues texts; what other models do is not known
+
+    @property
+    def base(self) -> str:
+        """The name of the base, which tells nothing of this machine."""
+        return self.naming.base or public_name(self.model)
+
+    @property
+    def name(self) -> str | None:
+        """Where others find the export: a Hub id; None for a folder."""
+        return self.naming.name
 
 
 def story_of(run: str | Path) -> Story | None:
@@ -103,8 +127,8 @@ def _front_matter(card: Card) -> str:
     if card.name is None or is_hub_id(card.base):  # the Hub takes no other names
         keys["base_model"] = card.base
     keys["library_name"] = card.library
-    if card.licence is not None:
-        keys["license"] = card.licence
+    if card.naming.licence is not None:
+        keys["license"] = card.naming.licence
     if card.is_causal:
         keys["pipeline_tag"] = "text-generation"
     keys["tags"] = ["chain-of-lora", "lora"]
@@ -247,6 +271,6 @@ def _python(*lines: str) -> str:
 def _licence(folder: Path, card: Card) -> str:
     found = sorted(path.name for path in folder.iterdir() if is_licence(path.name))
     beside = f" Its texts are beside: {', '.join(map(_code, found))}." if found else ""
-    own = f"This is under {_code(card.licence)}. " if card.licence else ""
+    own = f"This is under {_code(card.naming.licence)}. " if card.naming.licence else ""
     base = f"The base, {_code(card.base)}, has a licence of its own, which may bind what is made "
     return f"{own}{base}of it.{beside}"

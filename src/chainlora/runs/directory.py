@@ -36,9 +36,13 @@ from chainlora.config.loading import dump_config
 from chainlora.config.schema import LinkConfig, RunConfig
 from chainlora.errors import RunError
 from chainlora.knots.numbers import Numbers
-from chainlora.runs.checkpoints import load_tensors, read_checkpoint, write_checkpoint
-from chainlora.runs.claiming import refuse_if_nothing, refuse_if_taken
-from chainlora.runs.links import read_partial, write_link
+from chainlora.runs.links import (
+    load_tensors,
+    read_checkpoint,
+    read_partial,
+    write_checkpoint,
+    write_link,
+)
 from chainlora.runs.manifest import (
     FORMAT,
     INCOMPLETE,
@@ -55,7 +59,13 @@ from chainlora.runs.manifest import (
 )
 from chainlora.runs.reading import RunReader, check_base
 from chainlora.runs.records import RecordLog, resumed_log
-from chainlora.runs.resuming import changes, check_rows, take_lock
+from chainlora.runs.resuming import (
+    changes,
+    check_rows,
+    refuse_if_nothing,
+    refuse_if_taken,
+    take_lock,
+)
 
 _GROWING = ("links", "moments", "best", "checkpoints")  # folders whose entries the manifest names
 
@@ -230,15 +240,15 @@ class RunDirectory(RunReader):
         update = {"selected": selected, "progress": deepcopy(progress), "checkpoint": None}
         self._replace(current.model_copy(update=update))
 
-    def save_link(self, link: Link, base: str) -> None:
+    def save_link(self, link: Link) -> None:
         """Write one link as a PEFT adapter under ``links/``."""
-        self._save_adapter(link_directory(link.id), link, base)
+        self._save_adapter(link_directory(link.id), link)
 
-    def save_best(self, link: Link, base: str, progress: Progress) -> None:
+    def save_best(self, link: Link, progress: Progress) -> None:
         """Write the best point, a part of a link, and note in the progress where it lies."""
         assert progress.best is not None
         directory = f"best/{progress.best['step']:08d}"
-        self._save_adapter(directory, link, base)
+        self._save_adapter(directory, link)
         progress.best["directory"] = directory
 
     def save_moments(self, tensors: Mapping[str, Tensor]) -> None:
@@ -281,10 +291,9 @@ class RunDirectory(RunReader):
         self._log.append(values)
         progress.num_records += 1
 
-    def _save_adapter(self, directory: str, link: Link, base: str) -> None:
-        transposed = self._need_current().base.fan_in_fan_out
+    def _save_adapter(self, directory: str, link: Link) -> None:
         with files.replaced_folder(self / directory) as scratch:
-            write_link(scratch, link, base, fan_in_fan_out=transposed)
+            write_link(scratch, link, self._need_current().base)
         self._hash_folder(directory)
 
     def _hash_folder(self, directory: str) -> None:

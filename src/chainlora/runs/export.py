@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from chainlora.errors import ChainError, ModelError, RunError
 from chainlora.models.finding import resolve_model
 from chainlora.models.loading import load_tokenizer
 from chainlora.runs.beside import check_own_files, copy_licences, save_model
-from chainlora.runs.cards import Card, Story, public_name, story_of, write_card
+from chainlora.runs.cards import UNNAMED, Card, Naming, Story, public_name, story_of, write_card
 from chainlora.runs.compression import adapter_factors
 from chainlora.runs.manifest import CAUSAL, Base
 from chainlora.runs.opening import is_whole_model, load_run, tokenizer_of
@@ -45,28 +44,14 @@ logger = logging.getLogger(__name__)
 _WIDEST = 2**14  # far beyond what servers take, and still small
 
 
-@dataclass(frozen=True)
-class Naming:
-    """What an export and its base are called where it is published.
-
-    `name` is its repository on the Hub; `base` replaces the name that the run has for its base;
-    `licence` is an identifier, as the Hub knows them.
-    """
-
-    name: str | None = None
-    base: str | None = None
-    licence: str | None = None
-
-
 def export_merged(
     run: str | Path,
     output: str | Path,
     *,
     num_links: int | None = None,
-    naming: Naming | None = None,
+    naming: Naming = UNNAMED,
 ) -> dict[str, Any]:
     """Write the run's model, links merged, as a transformers checkpoint in the base's dtype."""
-    naming = naming or Naming()
     output = empty_folder(output)
     reader = RunReader(run)
     manifest = reader.manifest()
@@ -79,18 +64,10 @@ def export_merged(
         save_model(model, tokenizer, scratch)
         if base is not None:
             copy_licences(base, scratch)
-        write_card(
-            scratch,
-            Card(
-                f"with {'every weight fine-tuned' if is_whole else done}.",
-                naming.base or public_name(manifest.base.model),
-                "transformers",
-                links,
-                name=naming.name,
-                licence=naming.licence,
-                story=story_of(run),
-            ),
-        )
+        what = f"with {'every weight fine-tuned' if is_whole else done}."
+        story = story_of(run)
+        card = Card(what, manifest.base.model, "transformers", links, naming=naming, story=story)
+        write_card(scratch, card)
         digests, dtype = state_digests(model), model.dtype
         del model  # two of them need not fit into memory
         check_checkpoint(scratch, digests, dtype)
@@ -105,7 +82,7 @@ def export_adapter(
     rank: int | None = None,
     tolerance: float | None = None,
     num_links: int | None = None,
-    naming: Naming | None = None,
+    naming: Naming = UNNAMED,
 ) -> dict[str, Any]:
     """Write a chain as one PEFT adapter: exact, or compressed to `rank` or to `tolerance`.
 
@@ -117,7 +94,6 @@ def export_adapter(
     named by the last part of that, unless `naming` says how. Returns rank and error; the error is
     ``√(Σ‖ΔW−ΔŴ‖² / Σ‖ΔW‖²)`` over all modules.
     """
-    naming = naming or Naming()
     _check_compression(rank, tolerance)
     output = empty_folder(output)
     links, base = _links_and_base(run, num_links)
@@ -230,22 +206,17 @@ def write_adapter_card(
     error: float,
     base: Base,
     *,
-    naming: Naming | None = None,
+    naming: Naming = UNNAMED,
     story: Story | None = None,
 ) -> None:
     """Write the model card of a chain as one adapter."""
-    naming = naming or Naming()
-    card = Card(
+    what = (
         f"with a chain of {len(links)} LoRA link(s) as one adapter of rank {rank} (relative error "
-        f"{error:.2e}).",
-        public_name(base.model) if naming.base is None else naming.base,
-        "peft",
-        links,
-        rank=rank,
-        name=naming.name,
-        licence=naming.licence,
-        story=story,
-        is_causal=base.task_type == CAUSAL,
+        f"{error:.2e})."
+    )
+    is_causal = base.task_type == CAUSAL
+    card = Card(
+        what, base.model, "peft", links, rank, naming=naming, story=story, is_causal=is_causal
     )
     write_card(folder, card)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from copy import deepcopy
 from typing import Any
 
@@ -13,9 +13,6 @@ from chainlora.runs.directory import Progress, RunDirectory
 class FollowedDirectory(RunDirectory):
     """A run directory that another process has claimed: read where a run resumes, never written."""
 
-    def open(self, config: RunConfig, *, resume: bool, change: Collection[str] = ()) -> None:
-        """Leave it to the first process to refuse and to lock."""
-
     def begin(
         self, config: RunConfig, base: Mapping[str, Any], *, resume: bool, rows: str | None = None
     ) -> Progress:
@@ -23,29 +20,10 @@ class FollowedDirectory(RunDirectory):
         self._current = self.verify()
         return deepcopy(self._current.position)
 
-    def write_manifest(self, *_: Any, **__: Any) -> None:
-        """Leave it to the first process."""
+    def _leave_to_the_first(self, *_: Any, **__: Any) -> None:
+        """Leave it to the first process to refuse, to lock and to write."""
 
-    def select(self, *_: Any, **__: Any) -> None:
-        """Leave it to the first process."""
-
-    def save_link(self, *_: Any, **__: Any) -> None:
-        """Leave it to the first process."""
-
-    def save_best(self, *_: Any, **__: Any) -> None:
-        """Leave it to the first process."""
-
-    def save_moments(self, *_: Any, **__: Any) -> None:
-        """Leave it to the first process."""
-
-    def save_checkpoint(self, *_: Any, **__: Any) -> None:
-        """Leave it to the first process."""
-
-    def save_model(self, *_: Any, **__: Any) -> None:
-        """Leave it to the first process."""
-
-    def save_result(self, *_: Any, **__: Any) -> None:
-        """Leave it to the first process."""
-
-    def record(self, *_: Any, **__: Any) -> None:
-        """Leave it to the first process."""
+    open = _leave_to_the_first
+    write_manifest = select = record = _leave_to_the_first
+    save_link = save_best = save_moments = save_checkpoint = _leave_to_the_first
+    save_model = save_result = _leave_to_the_first

@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from chainlora.errors import ConfigError, FileError
-from chainlora.runs.cards import is_hub_id
-from chainlora.runs.export import Naming
+from chainlora.runs.cards import Naming, is_hub_id
 from chainlora.runs.reading import RunReader
 
 
@@ -42,10 +41,9 @@ def push_folder(folder: str | Path, name: str, *, private: bool = False) -> str:
             repo_id=name, folder_path=folder, commit_message="A chain of LoRA, by chainlora"
         )
     except Exception as error:  # its own, and those of whichever HTTP library it has
-        reason = " ".join(str(error).split())
         raise FileError(
-            f"an export must reach the Hub to be pushed (got {type(error).__name__}: {reason:.200} "
-            f"for {name}); it is written to {folder}: log in with `hf auth login`, and push it by "
+            f"an export must reach the Hub to be pushed (got {type(error).__name__}: "
+            f"{error!s:.200} for {name}); it is written to {folder}: log in with `hf auth login`, and push it by "
             f"`hf upload {name} {folder}`"
         ) from error
     return str(done.commit_url)

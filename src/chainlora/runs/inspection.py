@@ -17,7 +17,6 @@ from chainlora.chain.low_rank import (
     stable_rank,
     subspace_overlap,
 )
-from chainlora.runs.manifest import Manifest
 from chainlora.runs.reading import RunReader
 from chainlora.runs.records import Record
 
@@ -56,14 +55,9 @@ def inspect_run(run: str | Path) -> dict[str, Any]:
         },
         "links": rows,
         "chain": whole | {"links": len(links), "rank": sum(link.rank for link in links)},
-        "numbers": _decided(manifest),
+        "numbers": manifest.numbers and manifest.model_dump(mode="json")["numbers"],
         "selected": manifest.selected and manifest.selected.model_dump(mode="json"),
     }
-
-
-def _decided(manifest: Manifest) -> dict[str, Any] | None:
-    """Return what was decided when the run began; None where it was not recorded."""
-    return manifest.model_dump(mode="json", include={"numbers"})["numbers"]
 
 
 def _describe(link: Link, earlier: Sequence[Link], records: Sequence[Record]) -> dict[str, Any]:

@@ -1,4 +1,7 @@
-"""Links on disk: each an ordinary PEFT adapter, checked against what the manifest says of it."""
+"""Links on disk: each an ordinary PEFT adapter, checked against what the manifest says of it.
+
+The live link is tensors of its own (`Chain.live_state`), beside those of its optimizer.
+"""
 
 from __future__ import annotations
 
@@ -7,22 +10,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from chainlora import files
 from chainlora.chain.adapters import load_adapter, save_adapter
 from chainlora.chain.checks import link_fault
 from chainlora.chain.link import Link
 from chainlora.config.schema import LinkConfig
 from chainlora.errors import RunError
-from chainlora.runs.manifest import DAMAGED, LinkEntry
+from chainlora.runs.manifest import DAMAGED, Base, LinkEntry
+
+_LINK, _OPTIMIZER = "link.safetensors", "optimizer.safetensors"
 
 
-def write_link(
-    folder: Path,
-    link: Link,
-    base: str,
-    *,
-    fan_in_fan_out: bool = False,
-    task_type: str | None = "CAUSAL_LM",
-) -> None:
+def write_link(folder: Path, link: Link, base: Base) -> None:
     """Write a link as a PEFT adapter, its scaling the tuned one whatever rank is stored."""
     power = 0.5 if link.config.rslora else 1
     save_adapter(
@@ -31,10 +34,10 @@ def write_link(
         link.config,
         rank=link.rank,
         alpha=link.config.scaling * link.rank**power,
-        base=base,
+        base=base.model,
         extra=link.extra,
-        fan_in_fan_out=fan_in_fan_out,
-        task_type=task_type,
+        fan_in_fan_out=base.fan_in_fan_out,
+        task_type=base.task_type,
     )
 
 
@@ -87,3 +90,33 @@ def _has_scaling(stored: Mapping[str, Any], scaling: float) -> bool:
         return False
     power = 0.5 if stored.get("use_rslora") else 1
     return math.isclose(alpha / rank**power, scaling, rel_tol=1e-6)
+
+
+# --- the live link ---
+
+
+def write_checkpoint(
+    folder: Path, state: Mapping[str, Tensor], optimizer: Mapping[str, Tensor]
+) -> None:
+    """Write the live link's state (`Chain.live_state`) and the optimizer's."""
+    files.save_tensors(folder / _LINK, state)
+    files.save_tensors(folder / _OPTIMIZER, optimizer)
+
+
+def read_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Read the live link's state and the optimizer's."""
+    optimizer = load_tensors(folder / _OPTIMIZER)
+    if not all(name.partition(".")[0].isdecimal() for name in optimizer):
+        raise RunError(
+            f"{_OPTIMIZER} must hold an optimizer's state (got other tensors in {folder}); "
+            f"{DAMAGED}"
+        )
+    return load_tensors(folder / _LINK), optimizer
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file. Raises RunError where that cannot be done."""
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"tensors must be readable (got {path}: {error}); {DAMAGED}") from None

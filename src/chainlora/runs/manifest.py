@@ -262,8 +262,7 @@ def decode_manifest(text: bytes, run: Path) -> Manifest:
     try:
         tree = json.loads(text)
     except (ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split())
-        raise RunError(f"chain.json must be JSON (got {run}: {reason}); {INCOMPLETE}") from None
+        raise RunError(f"chain.json must be JSON (got {run}: {error}); {INCOMPLETE}") from None
     keys = ("format", "base", "links", "selected", "hold", "progress")
     missing = [key for key in keys if not isinstance(tree, dict) or key not in tree]
     if "format" not in missing and tree["format"] not in READABLE:

@@ -74,7 +74,12 @@ def load_run(
     model, tokenizer = load_model(folder, kind, quantize=quantize)
     is_quantized = is_quantized_model(model)
     if is_quantized:
-        _check_kept_apart(manifest, as_trained)
+        if not as_trained:
+            raise RunError(
+                f"links are merged into weights of 16 or 32 bits (got {manifest.base.model}, whose "
+                "checkpoint is quantised); use --to adapter, which PEFT loads on this base, or "
+                "merges onto the one before quantisation"
+            )
         prepare_quantized(model)
     chain = Chain(model, hold=hold_for(model), checkpoint=folder)
     if manifest.base.files is None:  # a saved chain, which knows no files
@@ -105,16 +110,6 @@ def is_whole_model(reader: RunReader, manifest: Manifest) -> bool:
         return False  # killed between the model and its manifest
     reader.check_files(manifest, "model")
     return True
-
-
-def _check_kept_apart(manifest: Manifest, as_trained: bool) -> None:
-    """Raise RunError where links would be merged into a checkpoint that came quantised."""
-    if not as_trained:
-        raise RunError(
-            f"links are merged into weights of 16 or 32 bits (got {manifest.base.model}, whose "
-            "checkpoint is quantised); use --to adapter, which PEFT loads on this base, or merges "
-            "onto the one before quantisation"
-        )
 
 
 def _refuse_unfinished(reader: RunReader) -> None:

@@ -24,8 +24,7 @@ from chainlora.runs.manifest import (
     Manifest,
     decode_manifest,
 )
-from chainlora.runs.records import Record, check_records, read_records
-from chainlora.runs.results import read_result
+from chainlora.runs.records import Record, check_records, read_records, read_result
 
 logger = logging.getLogger(__name__)
 

@@ -1,4 +1,5 @@
-"""``metrics.jsonl``: one JSON object a line, appended while a run goes on, not edited in place.
+"""``metrics.jsonl``: one JSON object a line, appended while a run goes on, not edited in place; and
+``result.json``: what the run came to, as far as others read it.
 
 The manifest holds the number of lines that belong to the state it describes, and the hash of their
 bytes. A resume keeps exactly those lines.
@@ -13,9 +14,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
+from typing_extensions import TypedDict
+
 from chainlora.errors import RunError
 from chainlora.files import reported, sync_file, write_bytes
-from chainlora.runs.manifest import Records
+from chainlora.runs.manifest import DAMAGED, Records
 
 logger = logging.getLogger(__name__)
 
@@ -129,3 +133,31 @@ def score_names(evaluations: Sequence[Record]) -> list[str]:
 def _lines(content: bytes) -> list[bytes]:
     """Return the whole lines of a file, ends included."""
     return [line + b"\n" for line in content.split(b"\n")[:-1]]
+
+
+# --- result.json ---
+
+
+@with_config(ConfigDict(extra="allow"))
+class _Result(TypedDict):
+    """The keys that reports show."""
+
+    metrics: dict[str, dict[str, float]]
+    trainable_parameters: int
+    peak_memory_mb: int | None
+    hardware: dict[str, Any]
+    versions: dict[str, str]
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """Read a ``result.json``. Raises RunError unless it holds values of the kinds that it must."""
+    with reported(path, "read"):
+        content = path.read_bytes()
+    try:
+        return dict(TypeAdapter(_Result).validate_json(content))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the file"
+        raise RunError(
+            "result.json must hold a run's result", f"{first['msg']} at {where} in {path}", DAMAGED
+        ) from None

@@ -25,8 +25,8 @@ from chainlora.errors import RunError
 from chainlora.models.finding import resolve_model
 from chainlora.models.loading import load_model
 from chainlora.runs.beside import copy_licences, save_model
-from chainlora.runs.cards import Card, public_name, story_of, write_card
-from chainlora.runs.export import Naming, empty_folder, export_merged
+from chainlora.runs.cards import UNNAMED, Card, Naming, story_of, write_card
+from chainlora.runs.export import empty_folder, export_merged
 from chainlora.runs.reading import RunReader
 
 
@@ -36,7 +36,7 @@ def export_quantized(
     kind: str,
     *,
     num_links: int | None = None,
-    naming: Naming | None = None,
+    naming: Naming = UNNAMED,
 ) -> dict[str, Any]:
     """Write the run's model, links merged onto the whole base and quantised then; say what is lost.
 
@@ -60,16 +60,14 @@ def export_quantized(
     with files.replaced_folder(output) as folder:
         save_model(model, tokenizer, folder)
         copy_licences(resolve_model(manifest.base.model), folder)  # `export_merged` checked it
-        naming = naming or Naming()
         card = Card(
             f"with a chain of {len(links)} LoRA link(s) merged into its weights, which were then "
             f"quantised ({kind}): {lost:.0%} of the update is lost, under rounding of {noise:.1f} "
             "times its size.",
-            naming.base or public_name(manifest.base.model),
+            manifest.base.model,
             "transformers",
             links,
-            name=naming.name,
-            licence=naming.licence,
+            naming=naming,
             story=story_of(run),
         )
         write_card(folder, card)

@@ -1,4 +1,5 @@
-"""What a resume needs: the run for itself, the config and the rows that the run began with."""
+"""Whether a folder can become a run's, and what a resume needs: the run for itself, the config and
+the rows that it began with."""
 
 from __future__ import annotations
 
@@ -9,10 +10,11 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from chainlora import files
 from chainlora.config.schema import RunConfig
 from chainlora.errors import RunError
-from chainlora.files import file_error
 from chainlora.runs.manifest import Change
+from chainlora.runs.reading import RunReader
 
 logger = logging.getLogger(__name__)
 
@@ -20,6 +22,42 @@ LOCK = ".lock"
 
 # Keys that a resume may change by name: they decide steps to come, and nothing that is on disk.
 CHANGEABLE = ("train.lr", "train.max_grad_norm")
+
+_BEFORE_THE_MANIFEST = {".lock", "config.yaml", "links"}
+
+
+def refuse_if_taken(run: RunReader) -> None:
+    """Raise RunError where something else than an empty directory is."""
+    if not run.path.is_dir():
+        return
+    with files.reported(run.path, "read"):
+        entries = {entry.name for entry in run.path.iterdir()}
+    if entries <= {".lock"}:
+        return
+    what, remedy = (
+        ("holds a run", "pass --resume to resume it, or ")
+        if run.exists
+        else ("is not empty and not a whole run", "")
+    )
+    raise RunError(
+        f"`output` must be a new or empty directory (got {run.path}, which {what}); "
+        f"{remedy}choose another output"
+    )
+
+
+def refuse_if_nothing(run: RunReader) -> None:
+    """Raise RunError where there is nothing to resume.
+
+    A run that was killed before it had a manifest starts over: nothing in it is worth keeping.
+    """
+    if not run.path.is_dir():
+        raise RunError(
+            f"--resume needs a run directory (got {run.path}, which does not exist); check "
+            "`output`, or leave --resume out to start"
+        )
+    names = {entry.name for entry in run.path.iterdir() if not files.is_scratch(entry.name)}
+    if not run.exists and not names <= _BEFORE_THE_MANIFEST:
+        refuse_if_taken(run)
 
 
 def take_lock(run: Path) -> FileLock | None:
@@ -39,7 +77,7 @@ def take_lock(run: Path) -> FileLock | None:
         logger.warning("%s cannot be locked; start one process at a time in it", run)
         return None
     except OSError as error:
-        raise file_error(error, run / LOCK) from error
+        raise files.file_error(error, run / LOCK) from error
     return lock
 
 

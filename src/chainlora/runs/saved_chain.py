@@ -30,9 +30,8 @@ from chainlora.config.schema import LinkConfig
 from chainlora.errors import ConfigError, RunError
 from chainlora.knots.numbers import Numbers
 from chainlora.models.finding import folder_of
-from chainlora.runs.checkpoints import load_tensors
 from chainlora.runs.directory import versions
-from chainlora.runs.links import write_link
+from chainlora.runs.links import load_tensors, write_link
 from chainlora.runs.manifest import (
     DAMAGED,
     FORMAT,
@@ -196,13 +195,7 @@ def _refuse_if_taken(directory: Path) -> None:
 
 def _write_link(folder: Path, link: Link, base: Base) -> None:
     folder.mkdir(parents=True)
-    write_link(
-        folder,
-        link,
-        base.model,
-        fan_in_fan_out=base.fan_in_fan_out,
-        task_type=base.task_type,
-    )
+    write_link(folder, link, base)
 
 
 def _write_selected(live: Link, folder: Path, manifest: Manifest) -> Selection:

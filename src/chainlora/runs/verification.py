@@ -92,10 +92,7 @@ def stores_transposed(skeleton: nn.Module, links: Sequence[Link]) -> bool:
 def skeleton_like(model: nn.Module) -> nn.Module | None:
     """Return a model of the same class and config, without weights."""
     if not isinstance(model, PreTrainedModel):
-        logger.warning(
-            "the adapter was not checked by loading it: its base is no model of transformers"
-        )
-        return None
+        return _say_unchecked("its base is no model of transformers")
     with torch.device("meta"):
         return type(model)(copy.deepcopy(model.config))
 
@@ -103,15 +100,14 @@ def skeleton_like(model: nn.Module) -> nn.Module | None:
 def skeleton_of(base: Base) -> nn.Module | None:
     """Return a base without weights; where it is not at hand, that is said."""
     if base.task_type != CAUSAL:
-        logger.warning(
-            "the adapter was not checked by loading it: its base is no causal language model"
-        )
-        return None
+        return _say_unchecked("its base is no causal language model")
     if not base.model:
-        logger.warning("the adapter was not checked by loading it: its base has no name")
-        return None
+        return _say_unchecked("its base has no name")
     try:
         return load_skeleton(base.model)
     except ChainLoRAError as error:
-        logger.warning("the adapter was not checked by loading it: %s", error)
-        return None
+        return _say_unchecked(error)
+
+
+def _say_unchecked(reason: object) -> None:
+    logger.warning("the adapter was not checked by loading it: %s", reason)

@@ -169,7 +169,7 @@ def _end_link(run: Run, optimizer: torch.optim.Optimizer) -> Moments | None:
     run.progress.memory.clear()
     moments = state_tensors(optimizer) if run.train.optimizer_reset == "prune" else None
     if run.directory is not None:
-        run.directory.save_link(link, run.config.model)
+        run.directory.save_link(link)
         if moments is not None:
             run.directory.save_moments(moments)
     run.record(KnotTied(run.progress.step, link.index, change))

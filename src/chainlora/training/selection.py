@@ -90,7 +90,7 @@ def _keep_point(run: Run, metric: str, value: float) -> None:
     if run.train.keep_best and is_partial:
         run.best_link = run.chain.live_link()
         if run.directory is not None:
-            run.directory.save_best(run.best_link, run.config.model, run.progress)
+            run.directory.save_best(run.best_link, run.progress)
 
 
 def _partial_link(run: Run) -> Link | None:
