@@ -43,7 +43,7 @@ def push_folder(folder: str | Path, name: str, *, private: bool = False) -> str:
     except Exception as error:  # its own, and those of whichever HTTP library it has
         raise FileError(
             f"an export must reach the Hub to be pushed (got {type(error).__name__}: "
-            f"{error!s:.200} for {name}); it is written to {folder}: log in with `hf auth login`, and push it by "
-            f"`hf upload {name} {folder}`"
+            f"{error!s:.200} for {name}); it is written to {folder}: log in with "
+            f"`hf auth login`, and push it by `hf upload {name} {folder}`"
         ) from error
     return str(done.commit_url)

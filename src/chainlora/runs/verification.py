@@ -92,7 +92,7 @@ def stores_transposed(skeleton: nn.Module, links: Sequence[Link]) -> bool:
 def skeleton_like(model: nn.Module) -> nn.Module | None:
     """Return a model of the same class and config, without weights."""
     if not isinstance(model, PreTrainedModel):
-        return _say_unchecked("its base is no model of transformers")
+        return _none_since("its base is no model of transformers")
     with torch.device("meta"):
         return type(model)(copy.deepcopy(model.config))
 
@@ -100,14 +100,16 @@ def skeleton_like(model: nn.Module) -> nn.Module | None:
 def skeleton_of(base: Base) -> nn.Module | None:
     """Return a base without weights; where it is not at hand, that is said."""
     if base.task_type != CAUSAL:
-        return _say_unchecked("its base is no causal language model")
+        return _none_since("its base is no causal language model")
     if not base.model:
-        return _say_unchecked("its base has no name")
+        return _none_since("its base has no name")
     try:
         return load_skeleton(base.model)
     except ChainLoRAError as error:
-        return _say_unchecked(error)
+        return _none_since(error)
 
 
-def _say_unchecked(reason: object) -> None:
+def _none_since(reason: object) -> nn.Module | None:
+    """Return no base, and say why an adapter is not checked."""
     logger.warning("the adapter was not checked by loading it: %s", reason)
+    return None
