@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from numbers import Real
 from os import PathLike
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,12 +22,15 @@ from chainlora.errors import ChainError
 _LARGEST_STRENGTH = 1e6
 
 
-class _Rule(NamedTuple):
-    """What an argument must be, and what to write instead."""
+Holds = Callable[[Any], bool]
 
-    holds: Callable[[Any], bool]
-    rule: str
-    remedy: str
+
+def _is(*kinds: type) -> Holds:
+    return lambda value: isinstance(value, kinds)
+
+
+def _or_none(holds: Holds) -> Holds:
+    return lambda value: value is None or holds(value)
 
 
 def _is_count(value: Any) -> bool:
@@ -42,72 +45,67 @@ def _is_list(value: Any) -> bool:
     return isinstance(value, Iterable) and not isinstance(value, str | bytes | LinkConfig)
 
 
-def _are_tensors(value: Any) -> bool:
-    return isinstance(value, Mapping) and all(isinstance(each, Tensor) for each in value.values())
+def _maps_to(holds: Holds) -> Holds:
+    return lambda value: isinstance(value, Mapping) and all(map(holds, value.values()))
 
 
-def _are_strengths(value: Any) -> bool:
-    return isinstance(value, Mapping) and all(map(_is_number, value.values()))
-
-
-_RULES: dict[str, _Rule] = {
-    "model": _Rule(
-        lambda value: isinstance(value, nn.Module),
+# Argument → when it is right, what it must be, and what to write instead.
+_RULES: dict[str, tuple[Holds, str, str]] = {
+    "model": (
+        _is(nn.Module),
         "`model` must be a loaded model",
         "load it first: AutoModelForCausalLM.from_pretrained(…)",
     ),
-    "seed": _Rule(_is_count, "`seed` must be a whole number from 0", "e.g. seed=0"),
-    "checkpoint": _Rule(
-        lambda value: value is None or isinstance(value, str | PathLike),
+    "seed": (_is_count, "`seed` must be a whole number from 0", "e.g. seed=0"),
+    "checkpoint": (
+        _or_none(_is(str, PathLike)),
         "`checkpoint` must be the path of a folder",
         "leave it out if the model has none",
     ),
-    "config": _Rule(
-        lambda value: isinstance(value, LinkConfig),
+    "config": (
+        _is(LinkConfig),
         "`config` must be a LinkConfig",
         "write extend(LinkConfig(rank=8))",
     ),
-    "configs": _Rule(
-        lambda value: isinstance(value, list | tuple) and all(map(_RULES["config"].holds, value)),
+    "configs": (
+        lambda value: isinstance(value, list | tuple) and all(map(_is(LinkConfig), value)),
         "`configs` must be a list of LinkConfig",
         "write [LinkConfig(rank=8)] * 3",
     ),
-    "backward": _Rule(
-        lambda value: value is None or callable(value),
+    "backward": (
+        _or_none(callable),
         "`backward` must be a function of no arguments",
         "let it run the loss of a few batches, and their backward()",
     ),
-    "steps": _Rule(_is_list, "`steps` must be iterable", "write range(100), or a list of batches"),
-    "steps_of": _Rule(
-        callable, "`steps` must be a function of the link's number", "write lambda link: batches"
+    "steps": (_is_list, "`steps` must be iterable", "write range(100), or a list of batches"),
+    "steps_of": (
+        callable,
+        "`steps` must be a function of the link's number",
+        "write lambda link: batches",
     ),
-    "update": _Rule(
-        callable, "`update` must be a function of a step", "let it make an optimizer step"
-    ),
-    "update_of": _Rule(
+    "update": (callable, "`update` must be a function of a step", "let it make an optimizer step"),
+    "update_of": (
         callable,
         "`update` must be a function of the link's number",
         "let it make an optimizer, and return the function that makes a step",
     ),
-    "share": _Rule(
+    "share": (
         lambda value: _is_number(value) and 0 <= value < 1,
         "`share` must be in [0, 1)",
         "tie() ties all of the link",
     ),
-    "link": _Rule(
-        lambda value: isinstance(value, Link),
-        "`link` must be a Link",
-        "take it from tie(), drop() or chain.links",
+    "link": (_is(Link), "`link` must be a Link", "take it from tie(), drop() or chain.links"),
+    "num_links": (_is_count, "`num_links` must be a whole number from 0", "write drop(1)"),
+    "num_steps": (_is_count, "`num_steps` must be a whole number from 0", "e.g. 0"),
+    "num_soft_knots": (_is_count, "`num_soft_knots` must be a whole number from 0", "e.g. 0"),
+    "tensors": (
+        _maps_to(_is(Tensor)),
+        "a state must map names to tensors",
+        "take it from the chain that was saved",
     ),
-    "num_links": _Rule(_is_count, "`num_links` must be a whole number from 0", "write drop(1)"),
-    "num_steps": _Rule(_is_count, "`num_steps` must be a whole number from 0", "e.g. 0"),
-    "num_soft_knots": _Rule(_is_count, "`num_soft_knots` must be a whole number from 0", "e.g. 0"),
-    "tensors": _Rule(
-        _are_tensors, "a state must map names to tensors", "take it from the chain that was saved"
-    ),
-    "paths": _Rule(_is_list, "`paths` must be a list of parameters", "write ['score.weight']"),
-    "strengths": _Rule(
-        _are_strengths,
+    "paths": (_is_list, "`paths` must be a list of parameters", "write ['score.weight']"),
+    "strengths": (
+        _maps_to(_is_number),
         "`strengths` must map ids of links to numbers",
         "write {chain.links[0].id: 0.5}; 0 switches a link off",
     ),
@@ -117,9 +115,9 @@ _RULES: dict[str, _Rule] = {
 def check(**arguments: Any) -> None:
     """Raise ChainError, with what to write instead, for an argument that breaks its rule."""
     for key, value in arguments.items():
-        rule = _RULES[key]
-        if not rule.holds(value):
-            raise ChainError(f"{rule.rule} (got {shown(value)}); {rule.remedy}")
+        holds, rule, remedy = _RULES[key]
+        if not holds(value):
+            raise ChainError(rule, shown(value), remedy)
 
 
 def shown(value: Any) -> str:
@@ -167,7 +165,7 @@ def _module_fault(link: Link, name: str, model: nn.Module | None) -> str | None:
             return f"a {key} at {name}, which the link did not train"
         if vector is not None and list(vector.shape) != [b.shape[0]]:
             return f"a {key} of {list(vector.shape)} for {b.shape[0]} outputs at {name}"
-    if not all(_is_finite(part) for part in (a, b, *(v for v, _ in vectors.values()))):
+    if not all(map(_is_finite, (a, b, *(vector for vector, _ in vectors.values())))):
         return f"numbers that are not finite at {name}"
     return None if model is None else misfit(link.factors[name], model, name)
 

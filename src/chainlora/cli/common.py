@@ -9,15 +9,26 @@ import logging
 import os
 import sys
 import warnings
+from pathlib import Path
 from typing import Any
 
 import click
+
+from chainlora.errors import RunError
 
 HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 SIGNALLED = 128  # and the signal's number: the exit status, as shells have it
 
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print exactly one JSON object on stdout."
+)
+links_option = click.option(
+    "--links", type=click.IntRange(min=0), default=None, help="The chain as it was after K links."
+)
+dtype_option = click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16"]),
+    help="Data type of the weights. Default: the run's, or float32.",
 )
 
 
@@ -136,3 +147,39 @@ def _refuse(words: list[str]) -> None:
             f"unexpected argument {words[0]!r}; config keys are set with --key.sub VALUE, a list "
             'in quotes: "[8, 8]"'
         )
+
+
+# --- run directories, checked before anything heavy is imported ---
+
+
+def need_run(run: str) -> None:
+    """Raise RunError for what is not a run directory."""
+    folder = Path(run)
+    if (folder / "chain.json").is_file():
+        return
+    if (folder / "links").is_dir():
+        raise RunError(
+            f"a run directory must hold chain.json (got none in {run}); the run directory is "
+            "incomplete: copy it whole, or start over"
+        )
+    what = "holds no chain.json" if folder.exists() else "does not exist"
+    raise RunError(
+        f"RUN must be a run directory (got {run}, which {what}); it is the `output` of chainlora "
+        "train"
+    )
+
+
+def check_run_or_model(run_or_model: str, links: int | None) -> None:
+    """Raise RunError for half a run directory, or for --links of what is no run."""
+    if (Path(run_or_model) / "links").is_dir():
+        need_run(run_or_model)
+    elif links is not None and not is_run(run_or_model):
+        raise RunError(
+            f"--links needs a run directory (got {run_or_model}, which is not one); leave --links "
+            "out"
+        )
+
+
+def is_run(path: str) -> bool:
+    """Say whether a path is a run directory."""
+    return (Path(path) / "chain.json").is_file()

@@ -49,7 +49,12 @@ def run_demo(
     _check_packages()
     rows = headlines()
     config = _config(rows, output)
-    echo(_introduction(config))
+    ranks = config.chain.ranks
+    echo(
+        f"SmolLM2-135M-Instruct (dequantised from a Q4_1 file) learns to name the topic of BBC "
+        f"headlines.\n{_NUM_TRAIN} rows, {len(ranks)} links of rank {ranks[0]}, scored on "
+        f"{_NUM_VALIDATION} held-out headlines."
+    )
     result = train(config, listener=listener_for())
     records = read_records(Path(output) / "metrics.jsonl")
     plot_training(records, Path(output) / "training.png")
@@ -115,15 +120,6 @@ def _config(rows: Path, output: str) -> RunConfig:
             "train": {"lr": 1e-3, "schedule": "linear", "restart_schedule": True, "batch_size": 8},
             "output": output,
         }
-    )
-
-
-def _introduction(config: RunConfig) -> str:
-    ranks = config.chain.ranks
-    return (
-        f"SmolLM2-135M-Instruct (dequantised from a Q4_1 file) learns to name the topic of BBC "
-        f"headlines.\n{_NUM_TRAIN} rows, {len(ranks)} links of rank {ranks[0]}, scored on "
-        f"{_NUM_VALIDATION} held-out headlines."
     )
 
 

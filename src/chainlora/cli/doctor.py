@@ -40,8 +40,10 @@ def doctor(model: str | None, as_json: bool) -> None:
     which fast paths the model can take, or why not. The model is loaded for that.
     """
     quiet()
+    from chainlora.runs.directory import versions
+
     found: dict[str, Any] = {
-        "versions": _versions(),
+        "versions": versions(),
         "extras": _extras(),
         "machine": _machine(),
     }
@@ -71,12 +73,6 @@ def _section(title: str, values: dict[str, Any]) -> str:
     return "\n".join([title, *lines])
 
 
-def _versions() -> dict[str, str]:
-    from chainlora.runs.directory import versions
-
-    return versions()
-
-
 def _extras() -> dict[str, str]:
     """Return the version of each optional package, or what it is for and how to install it."""
     found = {}
@@ -92,21 +88,18 @@ def _machine() -> dict[str, Any]:
     import psutil
     import torch
 
+    from chainlora.models.hashing import cache_dir
+
     memory = psutil.virtual_memory()
+    known = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    gpus = [f"{each.name}, {_gib(each.total_memory)}" for each in known]
     return {
         "cores": f"{os.cpu_count()}, torch uses {torch.get_num_threads()}",
         "instructions": ", ".join(_instructions()) or "not known here",
         "memory": f"{_gib(memory.total)}, {_gib(memory.available)} of it free",
-        "gpus": _gpus() or "none that torch can use",
-        "cache": _cache(),
+        "gpus": gpus or "none that torch can use",
+        "cache": str(cache_dir()),
     }
-
-
-def _gpus() -> list[str]:
-    import torch
-
-    known = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
-    return [f"{each.name}, {_gib(each.total_memory)}" for each in known]
 
 
 def _gib(size: int) -> str:
@@ -120,12 +113,6 @@ def _instructions() -> list[str]:
     except (OSError, UnicodeDecodeError):
         return []
     return [name for name in _INSTRUCTIONS if name in words]
-
-
-def _cache() -> str:
-    from chainlora.models.hashing import cache_dir
-
-    return str(cache_dir())
 
 
 def _examined(name: str) -> dict[str, Any]:

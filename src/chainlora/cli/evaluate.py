@@ -6,8 +6,16 @@ from typing import Literal
 
 import click
 
-from chainlora.cli.common import HELP, json_option, print_json, quiet
-from chainlora.cli.runs import check_run_or_model, is_run
+from chainlora.cli.common import (
+    HELP,
+    check_run_or_model,
+    dtype_option,
+    is_run,
+    json_option,
+    links_option,
+    print_json,
+    quiet,
+)
 
 
 @click.command(name="eval", context_settings=HELP)
@@ -31,14 +39,8 @@ from chainlora.cli.runs import check_run_or_model, is_run
     default=None,
     help="Only the first N rows, in file order.",
 )
-@click.option(
-    "--links", type=click.IntRange(min=0), default=None, help="The chain as it was after K links."
-)
-@click.option(
-    "--dtype",
-    type=click.Choice(["float32", "bfloat16"]),
-    help="Data type of the weights. Default: the run's, or float32.",
-)
+@links_option
+@dtype_option
 @click.option(
     "--speedups",
     type=click.Choice(["auto", "off"]),

@@ -7,8 +7,7 @@ from typing import Any
 
 import click
 
-from chainlora.cli.common import HELP, json_option, print_json, quiet
-from chainlora.cli.runs import need_run
+from chainlora.cli.common import HELP, json_option, links_option, need_run, print_json, quiet
 from chainlora.errors import ConfigError
 
 
@@ -50,9 +49,7 @@ def _explain_gguf(context: click.Context, parameter: click.Parameter, target: st
     default=None,
     help="Quantise the merged weights, and say what of the update that loses.",
 )
-@click.option(
-    "--links", type=click.IntRange(min=0), default=None, help="The chain as it was after K links."
-)
+@links_option
 @click.option(
     "--push-to-hub",
     "repository",

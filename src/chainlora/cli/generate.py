@@ -9,8 +9,16 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
-from chainlora.cli.common import HELP, json_option, print_json, quiet, to_stderr
-from chainlora.cli.runs import check_run_or_model
+from chainlora.cli.common import (
+    HELP,
+    check_run_or_model,
+    dtype_option,
+    json_option,
+    links_option,
+    print_json,
+    quiet,
+    to_stderr,
+)
 
 if TYPE_CHECKING:
     from chainlora.evaluation.streaming import Speaker
@@ -25,12 +33,7 @@ def _speaking_options(command: Callable[..., None]) -> Callable[..., None]:
     """Add what both verbs take."""
     options = (
         click.argument("run_or_model", metavar="RUN|MODEL"),
-        click.option(
-            "--links",
-            type=click.IntRange(min=0),
-            default=None,
-            help="The chain as it was after K links.",
-        ),
+        links_option,
         click.option(
             "--max-new-tokens",
             type=click.IntRange(min=1),
@@ -53,11 +56,7 @@ def _speaking_options(command: Callable[..., None]) -> Callable[..., None]:
             help="Draw from the likeliest tokens that together have this probability.",
         ),
         click.option("--seed", type=int, default=0, show_default=True, help="Seed of the draws."),
-        click.option(
-            "--dtype",
-            type=click.Choice(["float32", "bfloat16"]),
-            help="Data type of the weights. Default: the run's, or float32.",
-        ),
+        dtype_option,
     )
     for option in reversed(options):
         command = option(command)

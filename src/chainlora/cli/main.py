@@ -136,17 +136,7 @@ def cli(context: click.Context, debug: bool) -> None:
     _refuse_processes(context.invoked_subcommand)
 
 
-cli.add_command(demo)
-cli.add_command(train)
-cli.add_command(evaluate)
-cli.add_command(generate)
-cli.add_command(chat)
-cli.add_command(inspect)
-cli.add_command(report)
-cli.add_command(export)
-cli.add_command(tasks)
-cli.add_command(experiment)
-cli.add_command(compare)
-cli.add_command(convert_config)
-cli.add_command(doctor)
-cli.add_command(schema)
+for _verb in (demo, train, evaluate, generate, chat, inspect, report, export):
+    cli.add_command(_verb)
+for _verb in (tasks, experiment, compare, convert_config, doctor, schema):
+    cli.add_command(_verb)

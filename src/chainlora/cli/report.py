@@ -6,8 +6,7 @@ from pathlib import Path
 
 import click
 
-from chainlora.cli.common import HELP, json_option, print_json, quiet
-from chainlora.cli.runs import need_run
+from chainlora.cli.common import HELP, json_option, need_run, print_json, quiet
 
 
 @click.command(context_settings=HELP)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import peft
@@ -206,16 +206,12 @@ def get_factors(adapter: Adapter, name: str) -> Factors:
     """Copy one module's factors to float32 on the CPU."""
     layer = adapter.layers[name]
     a, b, bias = factors_in(layer, LIVE)
-    magnitude = (
-        layer.lora_magnitude_vector[LIVE].weight if LIVE in layer.lora_magnitude_vector else None
-    )
-    return Factors(
-        _host(a),
-        _host(b),
-        None if bias is None else _host(bias),
-        None if magnitude is None else _host(magnitude),
-        of_embedding=LIVE in layer.lora_embedding_A,
-    )
+    found = Factors(_host(a), _host(b), of_embedding=LIVE in layer.lora_embedding_A)
+    if bias is not None:
+        found = replace(found, bias=_host(bias))
+    if LIVE in layer.lora_magnitude_vector:
+        found = replace(found, magnitude=_host(layer.lora_magnitude_vector[LIVE].weight))
+    return found
 
 
 def set_config(adapter: Adapter, config: LinkConfig) -> None:
@@ -290,22 +286,13 @@ def carry(adapter: Adapter, stacked: Mapping[str, Factors], room: int = 0) -> No
         _fill_branch(layer, stacked.get(name))
 
 
-def _branch_rank(adapter: Adapter) -> int:
-    """Return the rank that the frozen branch has room for, 0 where there is none."""
-    return max(
-        (factors_in(layer, CARRIED).a.shape[0] for layer in adapter.branch.values()), default=0
-    )
-
-
 def _branch_fits(
     adapter: Adapter, stacked: Mapping[str, Factors], rank: int, with_bias: bool
 ) -> bool:
-    has_bias = any(factors_in(layer, CARRIED).bias is not None for layer in adapter.branch.values())
-    return (
-        rank == _branch_rank(adapter)
-        and set(stacked) <= set(adapter.branch)
-        and (has_bias or not with_bias)
-    )
+    there = [factors_in(layer, CARRIED) for layer in adapter.branch.values()]
+    room = max((each.a.shape[0] for each in there), default=0)
+    has_bias = any(each.bias is not None for each in there)
+    return rank == room and stacked.keys() <= adapter.branch.keys() and has_bias >= with_bias
 
 
 def _put_on_branch(adapter: Adapter, modules: list[str], rank: int, with_bias: bool) -> None:

@@ -157,7 +157,13 @@ def _check_embedding(name: str, module: nn.Embedding) -> None:
 def _check_settings(config: LinkConfig, name: str, module: Any) -> None:
     """Raise if a link's initialization or bias does not suit a layer."""
     if isinstance(module, nn.Embedding):
-        _check_embedding_settings(config, name)
+        chosen = {"dora": config.dora, "lora_bias": config.lora_bias}
+        chosen |= {f"init: {config.init}": config.init not in ("kaiming", "gaussian")}
+        if found := [key for key, is_set in chosen.items() if is_set]:
+            raise ModelError(
+                f"an embedding takes a plain LoRA (got {found[0]} with {name} in target_modules); "
+                "leave one of them out"
+            )
         return
     shorter = min(sizes(module))
     if config.init in ("gradient", "pissa") and config.rank > shorter:
@@ -170,16 +176,6 @@ def _check_settings(config: LinkConfig, name: str, module: Any) -> None:
         raise ModelError(
             f"`lora_bias` needs a bias in the layer it is merged into (got {name} without one); "
             "set lora_bias: false"
-        )
-
-
-def _check_embedding_settings(config: LinkConfig, name: str) -> None:
-    chosen = {"dora": config.dora, "lora_bias": config.lora_bias}
-    chosen |= {f"init: {config.init}": config.init not in ("kaiming", "gaussian")}
-    if found := [key for key, is_set in chosen.items() if is_set]:
-        raise ModelError(
-            f"an embedding takes a plain LoRA (got {found[0]} with {name} in target_modules); "
-            "leave one of them out"
         )
 
 
