@@ -97,11 +97,6 @@ class Fingerprint:
         return hashlib.sha256(json.dumps(left).encode()).hexdigest()
 
 
-def fingerprint(model: nn.Module) -> str:
-    """Return a digest of a model's weights that is the same in float32 and in bfloat16."""
-    return fingerprints(model).whole
-
-
 def fingerprints(model: nn.Module) -> Fingerprint:
     """Return digests of a model's weights that are the same in float32 and in bfloat16.
 

@@ -240,7 +240,8 @@ def check_strengths(links: Sequence[Link]) -> None:
     for place, link in enumerate(links):
         above = [other for other in links[place + 1 :] if other.strength]
         dora = [other for other in above if other.config.dora]
-        heirs = above if link.config.dora else [o for o in above if _trains_same(o, link)]
+        trained = set(link.config.extra_modules)
+        heirs = [o for o in above if link.config.dora or trained & set(o.config.extra_modules)]
         if not abs(link.strength) <= _LARGEST_STRENGTH:  # NaN is not within any range
             raise _strength_error(link, f"must be within ±{_LARGEST_STRENGTH:g}", "use 0 to 1")
         if link.strength not in (0, 1) and (link.config.dora or link.config.extra_modules):
@@ -253,10 +254,6 @@ def check_strengths(links: Sequence[Link]) -> None:
             )
         if link.strength != 1 and dora:
             raise _strength_error(link, "below a DoRA link must be 1", f"switch {dora[0].id} off")
-
-
-def _trains_same(link: Link, other: Link) -> bool:
-    return not set(link.config.extra_modules).isdisjoint(other.config.extra_modules)
 
 
 def _strength_error(link: Link, rule: str, remedy: str) -> ChainError:

@@ -105,7 +105,10 @@ def initialize(
     for name, layer in adapter.layers.items():
         generator = generator_for(seed, link, name)
         if config.init == "pissa":
-            start[name] = principal_factors(config, _weight(layer), generator)
+            base = base_layer(layer)
+            weight = base.weight.detach().float().cpu()
+            weight = weight.T if is_transposed(base) else weight  # [out, in]
+            start[name] = principal_factors(config, weight, generator)
         else:
             start[name] = random_factors(
                 config,
@@ -121,13 +124,6 @@ def initialize(
     if backward is not None and config.init == "gradient":
         _point_along_gradient(adapter, seed, link, backward)
     return start if config.init == "pissa" else {}
-
-
-def _weight(layer: nn.Module) -> Tensor:
-    """Return the weight below a LoRA as it is now, [out, in] float32 on the CPU."""
-    base = base_layer(layer)
-    weight: Tensor = base.weight.detach().float().cpu()
-    return weight.T if is_transposed(base) else weight
 
 
 def _away_from(earlier: Sequence[Link], name: str, a: Tensor) -> Tensor:

@@ -86,7 +86,11 @@ def file_and_overrides(
         raise click.UsageError(
             f"Missing argument '{name}', a YAML file; its keys can then be set by --key.sub VALUE"
         )
-    _refuse(words[1:])
+    if words[1:]:
+        raise click.UsageError(
+            f"unexpected argument {words[1]!r}; config keys are set with --key.sub VALUE, a list "
+            'in quotes: "[8, 8]"'
+        )
     return words[0], pairs
 
 
@@ -129,24 +133,12 @@ def _split(arguments: list[str]) -> tuple[list[str], list[tuple[str, str]]]:
         if not equals:
             value = next(rest, "--")
             if value.startswith("--"):
-                raise click.UsageError(f"--{key} needs a value{_foreign(key)}")
+                from chainlora.config.foreign import foreign_hint
+
+                hint = foreign_hint(key.replace("-", "_")) or ""
+                raise click.UsageError(f"--{key} needs a value{hint}")
         pairs.append((key.replace("-", "_"), value))
     return words, pairs
-
-
-def _foreign(key: str) -> str:
-    """Return what a key of another tool is here."""
-    from chainlora.config.foreign import foreign_hint
-
-    return foreign_hint(key.replace("-", "_")) or ""
-
-
-def _refuse(words: list[str]) -> None:
-    if words:
-        raise click.UsageError(
-            f"unexpected argument {words[0]!r}; config keys are set with --key.sub VALUE, a list "
-            'in quotes: "[8, 8]"'
-        )
 
 
 # --- run directories, checked before anything heavy is imported ---

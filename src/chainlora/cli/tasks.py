@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import click
 
 from chainlora.cli.common import HELP, json_option, print_json
@@ -17,6 +15,7 @@ def tasks(name: str | None, as_json: bool) -> None:
 
     NAME is one of the list, or a file of your own.
     """
+    from chainlora.config.yaml_text import dump_yaml
     from chainlora.data.tasks import list_tasks, load_task
 
     if name is not None:
@@ -24,7 +23,8 @@ def tasks(name: str | None, as_json: bool) -> None:
         if as_json:
             print_json(task.model_dump(mode="json"))
         else:
-            click.echo(_task_text(task))
+            keys = task.model_dump(mode="json", by_alias=True, exclude_defaults=True)
+            click.echo(dump_yaml(keys).rstrip())
         return
     found = [load_task(each) for each in list_tasks()]
     if as_json:
@@ -34,9 +34,3 @@ def tasks(name: str | None, as_json: bool) -> None:
         width = max(len(t.name) for t in found)
         for t in found:
             click.echo(f"{t.name:<{width}}  {t.metric:<9} {t.description}")
-
-
-def _task_text(task: Any) -> str:
-    from chainlora.config.yaml_text import dump_yaml
-
-    return dump_yaml(task.model_dump(mode="json", by_alias=True, exclude_defaults=True)).rstrip()

@@ -266,14 +266,6 @@ def _path(value: Any, _: Any) -> str:
     return value
 
 
-def _config(value: Any, tree: dict[str, Any]) -> str:
-    return f"{_get(tree, 'data.train')}:{value}"
-
-
-def _revision(value: Any, tree: dict[str, Any]) -> str:
-    return f"{_get(tree, 'data.train')}@{value}"
-
-
 def _row_type(value: Any, tree: dict[str, Any]) -> str | None:
     """Return the chat template that a type of Axolotl's rows has, where it is not the model's."""
     if value == "completion":
@@ -314,8 +306,8 @@ _HOW: Mapping[str, Callable[[Any, dict[str, Any]], Any]] = {
     "names": _names,
     "modules": _modules,
     "path": _path,
-    "config": _config,
-    "revision": _revision,
+    "config": lambda value, tree: f"{_get(tree, 'data.train')}:{value}",
+    "revision": lambda value, tree: f"{_get(tree, 'data.train')}@{value}",
     "row_type": _row_type,
     "component": _component,
     "global_batch": _global_batch,

@@ -34,8 +34,6 @@ from chainlora.evaluation.metrics import (
 from chainlora.files import make_folder, write_text
 from chainlora.models.text_config import causal_model
 
-__all__ = ["Evaluation", "evaluate", "write_predictions"]
-
 
 @dataclass(frozen=True)
 class Evaluation:

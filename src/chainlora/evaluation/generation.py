@@ -35,9 +35,8 @@ class _StopAt(StoppingCriteria):
         self.prompt_width = prompt_width
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
-        new = input_ids[:, self.prompt_width :][
-            :, -max(len(self.stop) * 4, 2) :
-        ]  # a character is at most 4 tokens
+        last = max(len(self.stop) * 4, 2)  # a character is at most 4 tokens
+        new = input_ids[:, self.prompt_width :][:, -last:]
         texts = self.tokenizer.batch_decode(new)
         return torch.tensor([self.stop in text for text in texts], device=input_ids.device)
 

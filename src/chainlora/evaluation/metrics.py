@@ -23,16 +23,14 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 def accuracy(labels: Sequence[int], predictions: Sequence[int]) -> float:
     """Return the share of predictions that equal their label, in 0…1."""
-    return sum(
-        label == prediction for label, prediction in zip(labels, predictions, strict=True)
-    ) / len(labels)
+    pairs = zip(labels, predictions, strict=True)
+    return sum(label == prediction for label, prediction in pairs) / len(labels)
 
 
 def macro_f1(labels: Sequence[int], predictions: Sequence[int]) -> float:
     """Return the mean F1 over the classes that occur as label or prediction, in 0…1."""
-    right = Counter(
-        label for label, prediction in zip(labels, predictions, strict=True) if label == prediction
-    )
+    pairs = zip(labels, predictions, strict=True)
+    right = Counter(label for label, prediction in pairs if label == prediction)
     given, found = Counter(labels), Counter(predictions)
     classes = given.keys() | found.keys()
     return math.fsum(2 * right[c] / (given[c] + found[c]) for c in classes) / len(classes)

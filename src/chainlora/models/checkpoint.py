@@ -1,6 +1,7 @@
-"""Tensors of a checkpoint, by the names that a model has for them, whole or some rows of them.
+"""A checkpoint of transformers: written, and its tensors read, whole or some rows of them.
 
-They are read by memory map: no memory but that of what is asked for.
+Tensors go by the names that a model has for them. They are read by memory map: no memory but that
+of what is asked for.
 """
 
 from __future__ import annotations
@@ -9,9 +10,12 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from chainlora.files import unwritable
 
 ALL = slice(None)
 
@@ -64,3 +68,24 @@ def _index(folder: Path) -> dict[str, Path]:
         with safe_open(single, framework="pt") as reader:
             return dict.fromkeys(reader.keys(), single)
     return {}
+
+
+def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
+    """Write a model and its tokenizer as a transformers checkpoint."""
+    _complete_generation(model.generation_config)
+    try:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    except SafetensorError as error:  # how it reports a full disk
+        raise unwritable(error, folder) from error
+
+
+def _complete_generation(config: Any) -> None:
+    """Make a base's generation config one that transformers saves: it reads sampling values without
+    do_sample, but refuses to write them."""
+    if config is None:
+        return
+    try:
+        config.validate(strict=True)
+    except ValueError:
+        config.do_sample = True

@@ -23,7 +23,6 @@ from typing import Any
 import torch
 import transformers
 from filelock import FileLock
-from safetensors import SafetensorError
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
@@ -34,8 +33,8 @@ from chainlora.files import (
     remove,
     replaced_folder,
     reported,
-    unwritable,
 )
+from chainlora.models.checkpoint import save_model
 from chainlora.models.hashing import cache_dir, hash_file
 
 logger = logging.getLogger(__name__)
@@ -114,11 +113,7 @@ def _convert(file: Path, folder: Path, digest: str) -> None:
         del model.config.quantization_config  # saving refuses otherwise
     model.hf_quantizer = None
     model.config._name_or_path = ""
-    try:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-    except SafetensorError as error:  # how it reports a full disk
-        raise unwritable(error, folder) from error
+    save_model(model, tokenizer, folder)
     source = {
         "file": file.name,
         "size": file.stat().st_size,

@@ -65,7 +65,9 @@ def load_shards(
         model.to(device)
     else:
         _materialise(model, device)
-        _fill(model, stored)
+        with torch.no_grad():
+            for name, tensor in _weights(model).items():
+                shards.local(tensor).copy_(stored[name].read(shards.rows(tensor)))
     shards.start(model)
     return model.eval(), tokenizer
 
@@ -111,9 +113,3 @@ def _materialise(model: Any, device: torch.device) -> None:
     model.to_empty(device=device)
     for name, buffer in model.named_buffers():
         buffer.copy_(buffers[name])
-
-
-@torch.no_grad()
-def _fill(model: Any, stored: dict[str, Stored]) -> None:
-    for name, tensor in _weights(model).items():
-        shards.local(tensor).copy_(stored[name].read(shards.rows(tensor)))

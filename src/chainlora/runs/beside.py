@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
-from safetensors import SafetensorError
-
-from chainlora import files
 from chainlora.errors import ModelError
 from chainlora.models.identity import tokenizer_files
 
@@ -37,40 +32,18 @@ def check_own_files(base: Path) -> None:
     """
     licences = [path for path in base.iterdir() if is_licence(path.name)]
     configs = [base / name for name in _CONFIGS]
-    for path in _links(sorted([*licences, *configs, *tokenizer_files(base)])):
-        if not any(path.resolve().is_relative_to(home.resolve()) for home in _homes(base)):
+    for path in sorted([*licences, *configs, *tokenizer_files(base)]):
+        is_link = path.is_symlink() or path.parent.is_symlink()
+        if is_link and not any(
+            path.resolve().is_relative_to(home.resolve()) for home in _homes(base)
+        ):
             raise ModelError(
                 f"what an export copies must lie in the base's folder (got {path.name} in {base}, "
                 f"a link to {path.resolve()}); put a copy in its place"
             )
 
 
-def _links(paths: Iterable[Path]) -> list[Path]:
-    return [path for path in paths if path.is_symlink() or path.parent.is_symlink()]
-
-
 def _homes(base: Path) -> list[Path]:
     """Return the folders that a base's files may lie in."""
     in_cache = base.parent.name == "snapshots"
     return [base, base.parent.parent / "blobs"] if in_cache else [base]
-
-
-def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
-    """Write a model and its tokenizer as a transformers checkpoint."""
-    _complete_generation(model.generation_config)
-    try:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-    except SafetensorError as error:
-        raise files.unwritable(error, folder) from error
-
-
-def _complete_generation(config: Any) -> None:
-    """Make a base's generation config one that transformers saves: it reads sampling values without
-    do_sample, but refuses to write them."""
-    if config is None:
-        return
-    try:
-        config.validate(strict=True)
-    except ValueError:
-        config.do_sample = True

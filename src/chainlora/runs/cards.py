@@ -104,7 +104,8 @@ def public_name(base: str) -> str:
 
 def write_card(folder: Path, card: Card) -> None:
     """Write a card as ``README.md``."""
-    parts = [_front_matter(card), f"# {_title(card)}", f"{_code(card.base)} {card.what}"]
+    title = _code(card.name.rpartition("/")[2]) if card.name else "Model card"
+    parts = [_front_matter(card), f"# {title}", f"{_code(card.base)} {card.what}"]
     if card.links:
         parts += ["## The chain", _chain_table(card)]
     if card.story is not None:
@@ -133,10 +134,6 @@ def _front_matter(card: Card) -> str:
         keys["pipeline_tag"] = "text-generation"
     keys["tags"] = ["chain-of-lora", "lora"]
     return f"---\n{yaml.safe_dump(keys, sort_keys=False, width=10**6)}---"
-
-
-def _title(card: Card) -> str:
-    return _code(card.name.rpartition("/")[2]) if card.name else "Model card"
 
 
 # --- the story ---

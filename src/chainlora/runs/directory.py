@@ -27,7 +27,6 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from filelock import FileLock
-from safetensors import SafetensorError
 from torch import Tensor
 
 from chainlora import __version__, files
@@ -36,6 +35,7 @@ from chainlora.config.loading import dump_config
 from chainlora.config.schema import LinkConfig, RunConfig
 from chainlora.errors import RunError
 from chainlora.knots.numbers import Numbers
+from chainlora.models.checkpoint import save_model
 from chainlora.runs.links import (
     load_tensors,
     read_checkpoint,
@@ -274,11 +274,7 @@ class RunDirectory(RunReader):
     def save_model(self, model: Any, tokenizer: Any) -> None:
         """Write a whole model, the result of full fine-tuning."""
         with files.replaced_folder(self / "model") as scratch:
-            try:
-                model.save_pretrained(scratch)
-                tokenizer.save_pretrained(scratch)
-            except SafetensorError as error:
-                raise files.unwritable(error, self / "model") from error
+            save_model(model, tokenizer, scratch)
         self._hash_folder("model")
 
     def save_result(self, result: Mapping[str, Any]) -> None:

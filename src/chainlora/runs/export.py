@@ -21,9 +21,10 @@ from chainlora.chain.chain import Chain
 from chainlora.chain.link import Link
 from chainlora.config.schema import LinkConfig
 from chainlora.errors import ChainError, ModelError, RunError
+from chainlora.models.checkpoint import save_model
 from chainlora.models.finding import resolve_model
 from chainlora.models.loading import load_tokenizer
-from chainlora.runs.beside import check_own_files, copy_licences, save_model
+from chainlora.runs.beside import check_own_files, copy_licences
 from chainlora.runs.cards import UNNAMED, Card, Naming, Story, public_name, story_of, write_card
 from chainlora.runs.compression import adapter_factors
 from chainlora.runs.manifest import CAUSAL, Base

@@ -20,7 +20,6 @@ from chainlora.runs.manifest import (
     INCOMPLETE,
     RESULT,
     Change,
-    LinkEntry,
     Manifest,
     decode_manifest,
 )
@@ -131,7 +130,9 @@ class RunReader:
         elif selected is not None:
             entries = entries[: selected.num_links]
             entries += [selected.partial] if selected.partial else []
-        return [self._load_link(manifest, entry) for entry in entries]
+        for entry in entries:
+            self.check_files(manifest, entry.directory)
+        return [read_link(self / entry.directory, entry) for entry in entries]
 
     def check_files(self, manifest: Manifest, name: str) -> None:
         """Raise RunError unless a file, or all files of a folder, are as the manifest says."""
@@ -142,10 +143,6 @@ class RunReader:
             )
         for each in names:
             self._check_file(manifest, each)
-
-    def _load_link(self, manifest: Manifest, entry: LinkEntry) -> Link:
-        self.check_files(manifest, entry.directory)
-        return read_link(self / entry.directory, entry)
 
     def _check_file(self, manifest: Manifest, name: str) -> None:
         path = self / name

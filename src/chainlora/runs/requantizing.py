@@ -22,9 +22,10 @@ from chainlora import files
 from chainlora.chain.adapters import dequantized
 from chainlora.chain.link import Link, stack_links
 from chainlora.errors import RunError
+from chainlora.models.checkpoint import save_model
 from chainlora.models.finding import resolve_model
 from chainlora.models.loading import load_model
-from chainlora.runs.beside import copy_licences, save_model
+from chainlora.runs.beside import copy_licences
 from chainlora.runs.cards import UNNAMED, Card, Naming, story_of, write_card
 from chainlora.runs.export import empty_folder, export_merged
 from chainlora.runs.reading import RunReader

@@ -77,7 +77,10 @@ def save_adapter(
         task_type=task_type,
     )
     # PEFT's own writer lists sets in whatever order the process has them in.
-    tree = {key: _listed(value) for key, value in written.to_dict().items()}
+    tree = {
+        key: sorted(value) if isinstance(value, set | frozenset) else value
+        for key, value in written.to_dict().items()
+    }
     with reported(directory):
         text = json.dumps(tree, indent=2, sort_keys=True) + "\n"
         (directory / _CONFIG).write_text(text, encoding="utf-8")
@@ -91,10 +94,6 @@ def _stored(factor: Tensor) -> Tensor:
 
 def _names(share: Factors) -> tuple[str, str]:
     return _OF_EMBEDDING if share.of_embedding else _OF_LINEAR
-
-
-def _listed(value: Any) -> Any:
-    return sorted(value) if isinstance(value, set | frozenset) else value
 
 
 def load_adapter(directory: Path) -> tuple[dict[str, Factors], dict[str, Tensor], dict[str, Any]]:
@@ -135,13 +134,13 @@ def _read(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     except OSError as error:
         raise _damaged(directory, error.strerror or str(error)) from None
     except (ValueError, RecursionError, SafetensorError) as error:
-        raise _damaged(directory, " ".join(str(error).split())) from None
+        raise _damaged(directory, error) from None
     if not isinstance(config, dict):
         raise _damaged(directory, "an adapter_config.json that is not an object")
     return tensors, config
 
 
-def _damaged(directory: Path, what: str) -> RunError:
+def _damaged(directory: Path, what: object) -> RunError:
     return RunError(
         f"a link must be a whole PEFT adapter (got {what} in {directory}); the run directory is "
         "incomplete: copy it whole, or start over"

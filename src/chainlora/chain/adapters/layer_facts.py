@@ -73,7 +73,7 @@ def why_no_lora(module: nn.Module) -> str | None:
         try:
             peft.LoraModel._create_new_module(peft.LoraConfig(), "probe", module, r=1, lora_alpha=1)
         except (ValueError, TypeError, ImportError) as error:
-            return " ".join(str(error).partition(". ")[0].split())
+            return str(error).partition(". ")[0]
     return None
 
 
@@ -140,10 +140,9 @@ def _called_modules(model: nn.Module) -> frozenset[str] | None:
         try:
             with evaluation_mode(model), kept_random_state(model), torch.no_grad():
                 ids = torch.arange(1, 9, device=device)[None]
-                both = _is_encoder_decoder(model)
-                model(
-                    input_ids=ids, use_cache=False, **({"decoder_input_ids": ids} if both else {})
-                )
+                is_both = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+                both = {"decoder_input_ids": ids} if is_both else {}
+                model(input_ids=ids, use_cache=False, **both)
         except Exception:  # a model that cannot run is refused where it is to run
             return None
         finally:
@@ -152,10 +151,6 @@ def _called_modules(model: nn.Module) -> frozenset[str] | None:
         names = {name for name, module in model.named_modules() if module in seen}
         _CALLED[model] = frozenset(names)
     return _CALLED[model]
-
-
-def _is_encoder_decoder(model: nn.Module) -> bool:
-    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
 def shared_weights(model: nn.Module) -> dict[str, str]:

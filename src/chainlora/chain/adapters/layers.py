@@ -78,10 +78,6 @@ def factors_in(layer: Any, name: str) -> FactorsIn:
     return FactorsIn(layer.lora_A[name].weight, b.weight, b.bias)
 
 
-def _has_adapter(layer: Any, name: str) -> bool:
-    return name in layer.lora_A or name in layer.lora_embedding_A
-
-
 def _trained(layer: Any, config: LinkConfig) -> Iterator[nn.Parameter]:
     a, b, bias = factors_in(layer, LIVE)
     if config.train_factors != "B":
@@ -314,7 +310,11 @@ def _put_on_branch(adapter: Adapter, modules: list[str], rank: int, with_bias: b
         tuner.inject_adapter(tuner.model, CARRIED)
         tuner.set_adapter([CARRIED, LIVE])
     found = _layers(tuner.model)
-    adapter.branch = {n: layer for n, layer in found.items() if _has_adapter(layer, CARRIED)}
+    adapter.branch = {
+        name: layer
+        for name, layer in found.items()
+        if CARRIED in layer.lora_A or CARRIED in layer.lora_embedding_A
+    }
     for layer in adapter.branch.values():
         for parameter in factors_in(layer, CARRIED):
             if parameter is not None:

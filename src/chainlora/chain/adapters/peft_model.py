@@ -129,16 +129,14 @@ def _check_fields(config: Any) -> None:
         if each.name == "init_lora_weights":
             is_known = value is True or value == "gaussian"
         else:
-            is_known = each.name in _READ | _SILENT or _same(value, getattr(plain, each.name, None))
+            default = getattr(plain, each.name, None)
+            is_plain = value == default or (not value and not default)
+            is_known = is_plain or each.name in _READ | _SILENT
         if not is_known:
             remedy = _REMEDIES.get(each.name, "leave it out")
             raise ModelError(
                 f"a chain needs a plain LoRA (got `{each.name}={value!r:.60}`); {remedy}"
             )
-
-
-def _same(value: Any, default: Any) -> bool:
-    return value == default or (not value and not default)
 
 
 def _check_fresh(model: Any) -> None:
