@@ -38,4 +38,4 @@ from chainlora.chain.adapters.layers import (
 from chainlora.chain.adapters.peft_model import put_in, read_settings, redirect, take_off
 from chainlora.chain.adapters.quantized import dequantized, prepare_quantized
 from chainlora.chain.adapters.refusals import check_mergeable, check_targets
-from chainlora.chain.adapters.targets import is_extra, target_candidates, task_type, trained_module
+from chainlora.chain.adapters.targets import is_extra, target_candidates, task_type
