@@ -23,8 +23,8 @@ def tasks(name: str | None, as_json: bool) -> None:
         if as_json:
             print_json(task.model_dump(mode="json"))
         else:
-            keys = task.model_dump(mode="json", by_alias=True, exclude_defaults=True)
-            click.echo(dump_yaml(keys).rstrip())
+            tree = task.model_dump(mode="json", by_alias=True, exclude_defaults=True)
+            click.echo(dump_yaml(tree).rstrip())
         return
     found = [load_task(each) for each in list_tasks()]
     if as_json:
