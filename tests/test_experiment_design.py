@@ -66,7 +66,7 @@ def test_what_an_experiment_file_cannot_say(tiny_folder, sentiment, keys, words)
 def test_a_file_is_read_with_overrides(tiny_folder, sentiment, tmp_path):
     with pytest.raises(ConfigError, match="must be readable"):
         load_experiment(tmp_path / "none.yaml")
-    (tmp_path / "a.yaml").write_text(yaml.safe_dump(tree(tiny_folder, sentiment)))
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump(tree(tiny_folder, sentiment, gap=None)))
     changed = load_experiment(tmp_path / "a.yaml", [("base.train.batch_size", "4")])
     assert changed.base["train"]["batch_size"] == 4
 

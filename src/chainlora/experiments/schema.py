@@ -251,6 +251,8 @@ def make_experiment(tree: Mapping[str, Any]) -> Experiment:
 
     Raises ConfigError with every problem in one line.
     """
+    if "gap" in tree and tree["gap"] is None:  # as 0.2 wrote into OUT/experiment.yaml
+        tree = {key: value for key, value in tree.items() if key != "gap"}
     try:
         experiment = Experiment.model_validate(tree)
     except ValidationError as error:
