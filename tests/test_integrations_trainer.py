@@ -228,7 +228,7 @@ def test_every_save_is_a_chain_and_an_adapter(tiny_folder, tokenizer, tmp_path):
 # --- resume ---
 
 
-@pytest.mark.parametrize("killed", [3, 5, 9], ids=["before a knot", "after", "two knots on"])
+@pytest.mark.parametrize("killed", [3, 9], ids=["before a knot", "two knots on"])
 def test_a_killed_run_resumes_across_a_knot(tiny_folder, tokenizer, tmp_path, killed):
     keys = {"save_strategy": "steps", "save_steps": 2}
     knots = {"ranks": [4, 4, 2], "steps": [4, 4, 3], "restart_schedule": True}

@@ -104,6 +104,7 @@ def test_the_reference_stays_the_base_where_it_is_computed_before(tiny_folder, t
 # --- saves, resume, best ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", MAKERS)
 def test_saves_resume_and_best_across_knots(tiny_folder, tokenizer, tmp_path, kind):
     make = MAKERS[kind]

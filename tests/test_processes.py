@@ -177,7 +177,7 @@ else:
 
 @pytest.mark.parametrize(
     ("argument", "status", "said"),
-    [("0", 0, ""), ("3", 3, ""), ("--version", 0, "chainlora, version"), ("--wrong", 2, "")],
+    [("3", 3, ""), ("--version", 0, "chainlora, version"), ("--wrong", 2, "")],
 )
 def test_a_process_of_several_ends_with_its_status_and_without_teardown(argument, status, said):
     """Torn down, threads of Gloo that are late can abort it."""

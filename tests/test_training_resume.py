@@ -40,8 +40,8 @@ KILLED = {
         "train": {"optimizer": "sgd"},
     },
 }
-NUM_DEATHS = 6
-QUICK = ("plain", "ReLoRA, best", "soft knots, best")
+NUM_DEATHS = 5
+QUICK = ("ReLoRA, best", "soft knots, best")
 
 
 @pytest.mark.parametrize(
