@@ -25,7 +25,7 @@ from filelock import FileLock
 from chainlora.config.loading import load_config
 from chainlora.config.schema import RunConfig
 from chainlora.errors import ChainLoRAError, DivergedError
-from chainlora.files import make_folder, write_text
+from chainlora.files import make_folder, reported, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ RESULT, CONFIG, ERROR, RUN = "result.json", "config.yaml", "error.txt", "run"
 
 def work_on(directory: Path) -> int:
     """Compute the cell in `directory` unless it is done; return 0 if it has its result, else 1."""
-    with FileLock(directory / "lock"):
+    with reported(directory / "lock"), FileLock(directory / "lock"):
         if (directory / RESULT).is_file():
             return 0
         try:
