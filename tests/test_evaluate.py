@@ -31,9 +31,7 @@ def classified(
     row: int, prompt: tuple[int, ...], candidates: list[tuple[int, ...]], label: int = 0
 ) -> Example:
     sequences = tuple(prompt + candidate for candidate in candidates)
-    return Example(
-        row, sequences, tuple(((len(prompt), len(s)),) for s in sequences), label, prompt
-    )
+    return Example(row, sequences, tuple(((len(prompt), len(s)),) for s in sequences), label)
 
 
 def one_token(rng: random.Random) -> list[Example]:
@@ -304,7 +302,7 @@ def test_generated_answers_are_scored_against_their_references(stories):
     (answer,) = generate_greedy(model, tokenizer, [prompt], max_new_tokens=6)
     sequence, span = (*prompt, 5, 6), (len(prompt), len(prompt) + 2)
     gold, bad = (
-        Example(row, (sequence,), ((span,),), None, prompt, references)
+        Example(row, (sequence,), ((span,),), None, references)
         for row, references in ((4, ("nothing", f"The {answer}!")), (9, ("nothing",)))
     )
     model.train()
@@ -326,7 +324,7 @@ def test_a_candidate_is_compared_by_what_it_stands_for():
     rows = []
     for i, references in enumerate((("Boston", "the New York"), ("Jersey",))):
         plain = classified(i, words(rng, 12), [words(rng, 4), words(rng, 4)])
-        rows.append(Example(i, plain.sequences, plain.scored, 0, plain.prompt, references, names))
+        rows.append(Example(i, plain.sequences, plain.scored, 0, references, names))
     found = evaluate(tiny_model("llama"), rows, metrics=["em", "token_f1"])
     chosen = [names[p["prediction"]] for p in found.predictions]
     assert found.metrics["em"] == (chosen[0] == "New York") / 2

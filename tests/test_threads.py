@@ -13,7 +13,7 @@ from chainlora.config.loading import make_config
 from chainlora.config.schema import LinkConfig
 from chainlora.data.examples import Example
 from chainlora.engine.engine import Engine
-from chainlora.engine.fast.threads import Threads
+from chainlora.engine.fast.threads import make_pool, map_in_threads
 from chainlora.evaluation.evaluate import evaluate
 from chainlora.training.loop import train
 
@@ -58,8 +58,8 @@ def test_threads_compute_at_the_same_time_what_they_compute_alone(two_threads, a
         before = torch.get_num_threads()
         alone = [gradient(batch) for batch in batches]
         torch.set_num_threads(before)
-        with Threads(4) as threads:
-            together = list(threads.map(gradient, batches * 3))
+        with make_pool(4) as pool:
+            together = list(map_in_threads(pool, 4, gradient, batches * 3))
     for index, (loss, gradients) in enumerate(together):
         assert torch.equal(loss, alone[index % 12][0])
         assert all(map(torch.equal, gradients, alone[index % 12][1]))

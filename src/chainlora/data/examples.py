@@ -21,19 +21,10 @@ class Example:
     sequences: tuple[tuple[int, ...], ...]
     scored: tuple[Spans, ...]
     label: int | None = None
-    prompt: tuple[int, ...] = ()
     references: tuple[str, ...] = ()
     names: tuple[str, ...] = ()
 
-
-def make_example(
-    row: int,
-    sequences: tuple[tuple[int, ...], ...],
-    scored: tuple[Spans, ...],
-    label: int | None,
-    references: tuple[str, ...],
-    names: tuple[str, ...],
-) -> Example:
-    """Return a row's example; its prompt is what stands before the last span."""
-    prompt = sequences[0][: scored[0][-1][0]]
-    return Example(row, sequences, scored, label, prompt, references, names)
+    @property
+    def prompt(self) -> tuple[int, ...]:
+        """The tokens before the last span: what an answer is written after."""
+        return self.sequences[0][: self.scored[0][-1][0]]

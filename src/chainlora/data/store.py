@@ -30,7 +30,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from chainlora.data.examples import Example, make_example
+from chainlora.data.examples import Example
 from chainlora.data.rows import Rows, RowsSummary
 from chainlora.files import sha256
 
@@ -168,7 +168,7 @@ class StoredRows(Rows):
             scored.append(tuple(zip(flat[::2], flat[1::2], strict=True)))
         references, names = self._texts(index)
         label = int(arrays["labels"][index])
-        return make_example(
+        return Example(
             int(arrays["rows"][index]),
             tuple(sequences),
             tuple(scored),

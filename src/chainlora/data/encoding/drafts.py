@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from chainlora.data.examples import Example, make_example
+from chainlora.data.examples import Example
 from chainlora.data.sources import Row
 
 Ids = list[int]
@@ -32,7 +32,7 @@ class Draft:
 
     def example(self) -> Example:
         """Return the finished example."""
-        return make_example(
+        return Example(
             self.index,
             tuple(map(tuple, self.sequences)),
             tuple(map(tuple, self.scored)),

@@ -45,7 +45,7 @@ class CoreThreads(FastPath):
 
     def __init__(self) -> None:
         super().__init__()
-        self._pools: dict[int, Threads] = {}
+        self._pools: dict[int, ThreadPoolExecutor] = {}
         self._why_one: str | None = None
 
     def probe(self, model: nn.Module, facts: Facts) -> str | None:
@@ -64,7 +64,7 @@ class CoreThreads(FastPath):
     def undo(self) -> None:
         """End the threads."""
         for pool in self._pools.values():
-            pool.close()
+            pool.shutdown(cancel_futures=True)
         self._pools.clear()
 
     def note(self, reason: str | None) -> str | None:
@@ -84,8 +84,8 @@ class CoreThreads(FastPath):
         if count == 1:
             return None
         if count not in self._pools:
-            self._pools[count] = Threads(count)
-        return self._pools[count].map(function, items)
+            self._pools[count] = make_pool(count)
+        return map_in_threads(self._pools[count], count, function, items)
 
 
 def _why_one_thread(model: nn.Module, facts: Facts) -> str | None:
@@ -100,55 +100,34 @@ def _why_one_thread(model: nn.Module, facts: Facts) -> str | None:
     return facts.length
 
 
-class Threads:
-    """`count` threads, each with its share of this thread's cores. One thread is the calling one.
+def make_pool(count: int) -> ThreadPoolExecutor:
+    """Return `count` threads, each with its share of this thread's cores."""
+    share = max(torch.get_num_threads() // count, 1)
+    # torch's number of threads belongs to the thread that sets it: the caller keeps its own
+    return ThreadPoolExecutor(count, "chainlora", torch.set_num_threads, (share,))
 
-    Use as a context manager, or call `close`.
+
+def map_in_threads(
+    pool: ThreadPoolExecutor,
+    count: int,
+    function: Callable[[Item], Result],
+    items: Iterable[Item],
+) -> Iterator[Result]:
+    """Yield ``function(item)`` in the order of items, at most two items a thread ahead of the
+    caller.
+
+    Gradient and inference mode belong to a thread: `function` sets what it needs.
     """
-
-    def __init__(self, count: int) -> None:
-        self.count = max(count, 1)
-        self._pool: ThreadPoolExecutor | None = None
-
-    def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-        """Yield ``function(item)`` in the order of items, at most two items a thread ahead of
-        the caller.
-
-        Gradient and inference mode belong to a thread: `function` sets what it needs.
-        """
-        if self.count == 1:
-            yield from map(function, items)
-            return
-        pool, waiting = self._threads(), iter(items)
-        ahead = [pool.submit(function, item) for item in islice(waiting, 2 * self.count)]
-        try:
-            while ahead:
-                result = ahead.pop(0).result()
-                ahead += [pool.submit(function, item) for item in islice(waiting, 1)]
-                yield result
-        finally:
-            for future in ahead:
-                future.cancel()
-
-    def close(self) -> None:
-        """End the threads; a later `map` begins new ones."""
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
-            self._pool = None
-
-    def __enter__(self) -> Threads:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def _threads(self) -> ThreadPoolExecutor:
-        if self._pool is None:
-            share = max(torch.get_num_threads() // self.count, 1)
-            # torch's number of threads belongs to the thread that sets it: the caller keeps its own
-            setup, name = torch.set_num_threads, "chainlora"
-            self._pool = ThreadPoolExecutor(self.count, name, setup, (share,))
-        return self._pool
+    waiting = iter(items)
+    ahead = [pool.submit(function, item) for item in islice(waiting, 2 * count)]
+    try:
+        while ahead:
+            result = ahead.pop(0).result()
+            ahead += [pool.submit(function, item) for item in islice(waiting, 1)]
+            yield result
+    finally:
+        for future in ahead:
+            future.cancel()
 
 
 def split(examples: Sequence[Example], count: int) -> list[list[int]]:
