@@ -34,7 +34,7 @@ def decide(run: Run) -> None:
         if run.progress.step:
             logger.warning(
                 "the run was begun by a version that did not record what it decided; it goes on "
-                "with %s, as version 0.2 would have decided",
+                "with %s, decided now; an early version of `knots: auto` had other ones",
                 numbers,
             )
     elif numbers.path != str(run.engine.path):
