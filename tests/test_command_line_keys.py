@@ -49,6 +49,7 @@ VALUES: dict[str, dict[str, Any]] = {
     "chain.knots.time_constant": {"chain.knots.time_constant": "3"},
     "chain.knots.follow_rate": {"chain.knots.follow_rate": "true", "chain.knots.every": "1"},
     "chain.knots.moments": {"chain.knots.moments": "new", "chain.knots.every": "1"},
+    "chain.knots.policy": {"chain.knots.policy": "spaced", "chain.knots.every": "1"},
     "data.num_train": {"data.num_train": "16"},
     "data.num_validation": {"data.num_validation": "4"},
     "data.max_length": {"data.max_length": "64"},
