@@ -63,7 +63,7 @@ bf16: true
 output_dir: saves/x
 """
 TORCHTUNE = """
-output_dir: /tmp/out
+output_dir: saves/torchtune
 model:
   _component_: torchtune.models.llama3_2.lora_llama3_2_1b
   lora_attn_modules: ['q_proj', 'v_proj', 'output_proj']

@@ -20,12 +20,15 @@ from chainlora.runs.manifest import CAUSAL, Manifest
 from chainlora.runs.reading import RunReader, check_base
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
+
+    class CausalModel(PreTrainedModel, GenerationMixin):
+        """A causal language model of transformers, as type checkers see it: it can generate."""
 
 
 def load_run_or_model(
     run_or_model: str | Path, *, num_links: int | None = None, dtype: str | None = None
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+) -> tuple[CausalModel, PreTrainedTokenizerBase]:
     """Return ``(model, tokenizer)`` of a run's chain, or of a model as `load_model` takes it.
 
     `num_links` takes a run's chain as it was then; `dtype` defaults to the run's own, or float32.
@@ -41,7 +44,7 @@ def load_run(
     num_links: int | None = None,
     dtype: str | None = None,
     as_trained: bool = False,
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+) -> tuple[CausalModel, PreTrainedTokenizerBase]:
     """Load a run's base, put its chain on, and return (plain transformers model, tokenizer).
 
     The chain is the one the run selected, or the first `num_links` links; `dtype` defaults to the
