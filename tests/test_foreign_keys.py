@@ -73,11 +73,11 @@ model:
   lora_dropout: 0.0
 tokenizer:
   _component_: torchtune.models.llama3.llama3_tokenizer
-  path: /tmp/Llama-3.2-1B-Instruct/original/tokenizer.model
+  path: models/Llama-3.2-1B-Instruct/original/tokenizer.model
   max_seq_len: null
 checkpointer:
   _component_: torchtune.training.FullModelHFCheckpointer
-  checkpoint_dir: /tmp/Llama-3.2-1B-Instruct/
+  checkpoint_dir: models/Llama-3.2-1B-Instruct/
   checkpoint_files: [model.safetensors]
   output_dir: ${output_dir}
 dataset:
