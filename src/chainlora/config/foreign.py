@@ -7,7 +7,7 @@ names what became of every key. What would train something else is refused.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.resources import files
@@ -47,7 +47,12 @@ def _table() -> Mapping[str, Any]:
 @cache
 def foreign_keys() -> Mapping[str, ForeignKey]:
     """Return every known key of other tools, in the order in which they are converted."""
-    return {key: ForeignKey.model_validate(entry) for key, entry in _table()["keys"].items()}
+    found = {}
+    for row in _table()["rows"]:
+        meaning = {name: value for name, value in row.items() if name != "keys"}
+        for key, tools in row["keys"].items():
+            found[key] = ForeignKey(tools=tools.split(), **meaning)
+    return found
 
 
 def foreign_hint(key: str, value: Any = None) -> str | None:
@@ -184,32 +189,28 @@ def _convert_key(done: Conversion, key: str, value: Any, why: str) -> None:
     elif entry.ours in done.made and entry.how not in ("modules", "second", "config", "revision"):
         done.left.append(f"{named} – {entry.ours} is there already, from {done.made[entry.ours]}")
     else:
-        _take(done, entry, key, value, named)
+        try:
+            done.taken.append(f"{named} {_take(done, entry, key, value)}")
+        except (ValueError, TypeError) as error:
+            (done.refused if entry.refuse else done.left).append(f"{named} – {error}")
 
 
-def _take(done: Conversion, entry: ForeignKey, key: str, value: Any, named: str) -> None:
-    not_so = done.refused if entry.refuse else done.left
+def _take(done: Conversion, entry: ForeignKey, key: str, value: Any) -> str:
+    """Set our key, and return what became of theirs. Raises ValueError where there is none."""
     if entry.ours is None:
-        not_so.append(f"{named} – {entry.say}")
-        return
+        raise ValueError(entry.say)
     if entry.values and not isinstance(value, list):
         known = isinstance(value, bool | str) and value in entry.values
         if not known and entry.how != "names":
             asked = ", ".join(_shown(each) for each in entry.values)
-            not_so.append(f"{named} – {entry.ours} knows no such value; convertible: {asked}")
-            return
+            raise ValueError(f"{entry.ours} knows no such value; convertible: {asked}")
         value = entry.values[value] if known else value
-    try:
-        made = _HOW[entry.how](value, done.tree)
-    except (ValueError, TypeError) as error:
-        not_so.append(f"{named} – {error}")
-        return
-    if made is not None:
-        _set(done.tree, entry.ours, made)
-        done.made.setdefault(entry.ours, one_line(key))
-        done.taken.append(f"{named} → {entry.ours}: {_shown(made)}")
-    else:
-        done.taken.append(f"{named} – {entry.say or 'read from the rows'}")
+    made = _HOW[entry.how](value, done.tree)
+    if made is None:
+        return f"– {entry.say or 'read from the rows'}"
+    _set(done.tree, entry.ours, made)
+    done.made.setdefault(entry.ours, one_line(key))
+    return f"→ {entry.ours}: {_shown(made)}"
 
 
 def _finish(done: Conversion, processes: int) -> None:
@@ -290,13 +291,8 @@ def _global_batch(value: Any, tree: dict[str, Any]) -> int:
     return value // micro
 
 
-def _one_of_pair(index: int) -> Callable[[Any, dict[str, Any]], list[Any]]:
-    def convert_one(value: Any, tree: dict[str, Any]) -> list[Any]:
-        pair = list(_get(tree, "train.betas") or [0.9, 0.999])
-        pair[index] = value
-        return pair
-
-    return convert_one
+def _betas(tree: dict[str, Any]) -> list[Any]:
+    return _get(tree, "train.betas") or [0.9, 0.999]
 
 
 _HOW: Mapping[str, Callable[[Any, dict[str, Any]], Any]] = {
@@ -312,8 +308,8 @@ _HOW: Mapping[str, Callable[[Any, dict[str, Any]], Any]] = {
     "component": _component,
     "global_batch": _global_batch,
     "last_two": lambda value, _: "/".join(str(value).strip("/").split("/")[-2:]),
-    "first": _one_of_pair(0),
-    "second": _one_of_pair(1),
+    "first": lambda value, tree: [value, _betas(tree)[1]],
+    "second": lambda value, tree: [_betas(tree)[0], value],
 }
 
 
@@ -354,10 +350,7 @@ def _shown(value: Any) -> str:
 
 def keys_table() -> str:
     """Return every known key of other tools and what it is here, as a Markdown table."""
-    return "\n".join(["| key | of | here | |", "|---|---|---|---|", *_rows()]) + "\n"
-
-
-def _rows() -> Iterator[str]:
+    lines = ["| key | of | here | |", "|---|---|---|---|"]
     for key, entry in sorted(foreign_keys().items()):
         here = f"[`{entry.ours}`](config.md)" if entry.ours else "–"
         values = ", ".join(
@@ -366,4 +359,5 @@ def _rows() -> Iterator[str]:
             if theirs != ours
         )
         said = "; ".join(filter(None, (entry.say, values)))
-        yield f"| `{key}` | {', '.join(entry.tools)} | {here} | {said} |"
+        lines.append(f"| `{key}` | {', '.join(entry.tools)} | {here} | {said} |")
+    return "\n".join(lines) + "\n"
