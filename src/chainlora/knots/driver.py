@@ -33,6 +33,7 @@ class Knots:
         numbers: lengths and soft knots of each link, decided at the start.
         policy: decides inside every link, instead of what `config` says.
         memory: what a policy notes of a link, where the loop can save it.
+        first: links that were on the chain before: places, lengths and steps count from there.
     """
 
     def __init__(
@@ -43,27 +44,33 @@ class Knots:
         *,
         policy: KnotPolicy | None = None,
         memory: dict[str, float] | None = None,
+        first: int = 0,
     ) -> None:
-        self.chain, self.numbers, self.memory = chain, numbers, memory
+        self.chain, self.numbers, self.memory, self.first = chain, numbers, memory, first
         self.links: list[LinkConfig] = config.links()
         self.num_steps = sum(numbers.lengths)  # of the whole chain
         soft: tuple[Spacing | None, ...] = numbers.knots or (None,) * len(self.links)
         self._policies = [policy or make_policy(config, each) for each in soft]
 
     @property
+    def index(self) -> int:
+        """Return the place of the live or next link among those that are planned."""
+        return len(self.chain) - self.first
+
+    @property
     def is_last(self) -> bool:
         """Say whether the live link is the last one that is planned."""
-        return len(self.chain) + 1 == len(self.links)
+        return self.index + 1 == len(self.links)
 
     @property
     def next_link(self) -> LinkConfig:
         """Return the config of the link to extend the chain by."""
-        return self.links[len(self.chain)]
+        return self.links[self.index]
 
     @property
     def first_step(self) -> int:
         """Return the number of the live or next link's first step."""
-        return sum(link.num_steps for link in self.chain.links)
+        return sum(link.num_steps for link in self.chain.links[self.first :])
 
     @property
     def length(self) -> int:
@@ -72,9 +79,9 @@ class Knots:
         A policy may end a link early. The last link then makes up for it, so that the whole chain
         has the steps that were planned.
         """
-        index = len(self.chain)
-        is_last = index + 1 == len(self.links)
-        return self.num_steps - self.first_step if is_last else self.numbers.lengths[index]
+        if self.is_last:
+            return self.num_steps - self.first_step
+        return self.numbers.lengths[self.index]
 
     @property
     def lengths(self) -> list[int]:
@@ -87,7 +94,7 @@ class Knots:
 
         `rate` is the next step's learning rate, as a share of the schedule's highest.
         """
-        index, step, length = len(self.chain), self.chain.live_steps, self.length
+        index, step, length = self.index, self.chain.live_steps, self.length
         policy = self._policies[index]
         if step >= length:
             return WHOLE

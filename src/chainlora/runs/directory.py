@@ -66,6 +66,7 @@ from chainlora.runs.resuming import (
     refuse_if_taken,
     take_lock,
 )
+from chainlora.runs.start import NOTHING, Start
 
 _GROWING = ("links", "moments", "best", "checkpoints")  # folders whose entries the manifest names
 
@@ -96,6 +97,7 @@ class RunDirectory(RunReader):
         self._hashes: dict[str, str] = {}  # of files that this run has written or verified
         self._rows: str | None = None
         self._log = RecordLog(self / "metrics.jsonl")
+        self._begun_on = NOTHING
         self._is_new = False  # begun by this process
         self._is_changed = False  # this resume changes keys of the config
 
@@ -122,16 +124,23 @@ class RunDirectory(RunReader):
     def check_base_files(self, found: Mapping[str, str]) -> None:
         """Refuse to resume on another base than the run's, before it is loaded."""
         if self._current is not None:
-            check_base(self._current, {"files": found}, self.path)
+            check_base(self._current.base, {"files": found}, self.path)
 
     def begin(
-        self, config: RunConfig, base: Mapping[str, Any], *, resume: bool, rows: str | None = None
+        self,
+        config: RunConfig,
+        base: Mapping[str, Any],
+        *,
+        resume: bool,
+        rows: str | None = None,
+        start: Start = NOTHING,
     ) -> Progress:
         """Claim the directory for a run, or find the state to resume from.
 
         Args:
             base: the base model, as `manifest.Base` has it.
             rows: digest of the rows (`Splits.digest`).
+            start: the state that the run begins on. Its links are written here too.
 
         Raises RunError: non-empty without `resume`; incomplete or damaged; another config, base or
         rows; in use by another process.
@@ -140,7 +149,7 @@ class RunDirectory(RunReader):
             self.open(config, resume=True)
         if self._current is not None:
             return self._resume(self._current, base, rows)
-        return self._start(config, base, resume=resume, rows=rows)
+        return self._start(config, base, start, resume=resume, rows=rows)
 
     def close(self, *, undo: bool = False) -> None:
         """Let other processes use the directory.
@@ -150,14 +159,20 @@ class RunDirectory(RunReader):
         """
         if undo and self._is_new and self._lock is not None:
             current = self._current
-            if current is None or not (current.links or current.checkpoint):
+            if current is None or not (current.links[current.first :] or current.checkpoint):
                 self._remove_all()
         if self._lock is not None:
             self._lock.release()
         self._lock = None
 
     def _start(
-        self, config: RunConfig, base: Mapping[str, Any], *, resume: bool, rows: str | None
+        self,
+        config: RunConfig,
+        base: Mapping[str, Any],
+        start: Start,
+        *,
+        resume: bool,
+        rows: str | None,
     ) -> Progress:
         """Begin a run; with `resume`, over what one left that was killed before its manifest."""
         if not resume:
@@ -171,12 +186,15 @@ class RunDirectory(RunReader):
         files.write_text(self / "config.yaml", dump_config(config))
         self._hashes = {"config.yaml": files.sha256(self / "config.yaml")}
         files.make_folder(self / "links")
-        self._rows = rows
-        self.write_manifest(base, config, [], Progress())
-        return Progress()
+        self._rows, self._begun_on = rows, start
+        for link in start.links:
+            self._save_adapter(link_directory(link.id), link, Base(**base))
+        progress = Progress(link=len(start.links))
+        self.write_manifest(base, config, list(start.links), progress, None, start.next_id)
+        return progress
 
     def _resume(self, manifest: Manifest, base: Mapping[str, Any], rows: str | None) -> Progress:
-        check_base(manifest, base, self.path)
+        check_base(manifest.base, base, self.path)
         check_rows(manifest.rows, rows)
         self._rows = rows or manifest.rows
         self._remove_scratch()
@@ -208,9 +226,10 @@ class RunDirectory(RunReader):
 
         `next_id` is the chain's: a link that was rejected has used an id too.
         """
-        before = self._current
-        known = before.links if before else []
-        entries = link_entries(links, base["fingerprint"], known)
+        before, start = self._current, self._begun_on
+        known = before.links if before else start.entries
+        stage = before.stage if before else start.stage
+        entries = link_entries(links, base["fingerprint"], known, stage)
         moments = f"moments/{len(links) - 1:03d}.safetensors"
         self._replace(
             Manifest(
@@ -221,6 +240,9 @@ class RunDirectory(RunReader):
                 rows=self._rows,
                 links=entries,
                 next_id=next_id,
+                stage=stage,
+                first=before.first if before else len(start.links),
+                first_id=before.first_id if before else start.next_id,
                 moments=moments if moments in self._hashes else None,
                 selected=None,
                 progress=deepcopy(progress),
@@ -235,20 +257,20 @@ class RunDirectory(RunReader):
         if partial is not None:
             assert progress.best is not None
             below, place = current.links[:num_links], progress.best["directory"]
-            entry = link_entry(partial, current.base.fingerprint, below, place)
+            entry = link_entry(partial, current.base.fingerprint, below, place, current.stage)
         selected = Selection(num_links=num_links, step=step, partial=entry)
         update = {"selected": selected, "progress": deepcopy(progress), "checkpoint": None}
         self._replace(current.model_copy(update=update))
 
     def save_link(self, link: Link) -> None:
         """Write one link as a PEFT adapter under ``links/``."""
-        self._save_adapter(link_directory(link.id), link)
+        self._save_adapter(link_directory(link.id), link, self._need_current().base)
 
     def save_best(self, link: Link, progress: Progress) -> None:
         """Write the best point, a part of a link, and note in the progress where it lies."""
         assert progress.best is not None
         directory = f"best/{progress.best['step']:08d}"
-        self._save_adapter(directory, link)
+        self._save_adapter(directory, link, self._need_current().base)
         progress.best["directory"] = directory
 
     def save_moments(self, tensors: Mapping[str, Tensor]) -> None:
@@ -287,9 +309,9 @@ class RunDirectory(RunReader):
         self._log.append(values)
         progress.num_records += 1
 
-    def _save_adapter(self, directory: str, link: Link) -> None:
+    def _save_adapter(self, directory: str, link: Link, base: Base) -> None:
         with files.replaced_folder(self / directory) as scratch:
-            write_link(scratch, link, self._need_current().base)
+            write_link(scratch, link, base)
         self._hash_folder(directory)
 
     def _hash_folder(self, directory: str) -> None:
@@ -348,6 +370,16 @@ class RunDirectory(RunReader):
     def numbers(self) -> Numbers | None:
         """Return what was decided when the run began."""
         return self._current.numbers if self._current is not None else None
+
+    @property
+    def first(self) -> int:
+        """Return how many links of earlier stages the run began on."""
+        return self._need_current().first
+
+    @property
+    def stage(self) -> str:
+        """Return the name of the run's own stage."""
+        return self._need_current().stage
 
     @property
     def next_id(self) -> int:

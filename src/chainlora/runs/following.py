@@ -8,13 +8,20 @@ from typing import Any
 
 from chainlora.config.schema import RunConfig
 from chainlora.runs.directory import Progress, RunDirectory
+from chainlora.runs.start import NOTHING, Start
 
 
 class FollowedDirectory(RunDirectory):
     """A run directory that another process has claimed: read where a run resumes, never written."""
 
     def begin(
-        self, config: RunConfig, base: Mapping[str, Any], *, resume: bool, rows: str | None = None
+        self,
+        config: RunConfig,
+        base: Mapping[str, Any],
+        *,
+        resume: bool,
+        rows: str | None = None,
+        start: Start = NOTHING,
     ) -> Progress:
         """Read where the first process begins or resumes; call it after that one's `begin`."""
         self._current = self.verify()

@@ -149,6 +149,9 @@ class Manifest(_Part):
 
     `progress` is that of the last knot; `checkpoint` is a later point, inside a link. `next_id` is
     that of the next link. `files` maps paths in the run directory to SHA-256.
+
+    A run that is a later `stage` begins on the `first` links, of earlier ones; the ids of its own
+    begin at `first_id`.
     """
 
     format: int
@@ -158,6 +161,9 @@ class Manifest(_Part):
     rows: str | None = None
     links: list[LinkEntry]
     next_id: Count = 0
+    stage: str = STAGE
+    first: Count = 0
+    first_id: Count = 0
     moments: Annotated[str, Field(pattern=r"^moments/\d{3,}\.safetensors$")] | None = None
     checkpoint: Checkpoint | None = None
     selected: Selection | None
@@ -179,9 +185,17 @@ class Manifest(_Part):
         return "config.yaml" in self.files
 
     @property
+    def loaded(self) -> list[LinkEntry]:
+        """Return the links that the run is loaded as: up to its best point, if it was selected."""
+        if self.selected is None:
+            return self.links
+        partial = self.selected.partial
+        return [*self.links[: self.selected.num_links], *([partial] if partial else [])]
+
+    @property
     def state(self) -> str:
-        """Return the digest of the base with all links."""
-        return state_digest(self.base.fingerprint, self.links)
+        """Return the digest of the base with the links that the run is loaded as."""
+        return state_digest(self.base.fingerprint, self.loaded)
 
     @property
     def named(self) -> set[str]:
@@ -201,11 +215,11 @@ class Manifest(_Part):
         return named
 
 
-def describe_link(link: Link, directory: str | None = None) -> dict[str, Any]:
+def describe_link(link: Link, directory: str | None = None, stage: str = STAGE) -> dict[str, Any]:
     """Return what a manifest says of a link by itself, as JSON."""
     return {
         "id": link.id,
-        "stage": STAGE,
+        "stage": stage,
         "strength": link.strength,
         "index": link.index,
         "directory": directory or link_directory(link.id),
@@ -218,22 +232,26 @@ def describe_link(link: Link, directory: str | None = None) -> dict[str, Any]:
 
 
 def link_entry(
-    link: Link, fingerprint: str, below: Sequence[LinkEntry], directory: str | None = None
+    link: Link,
+    fingerprint: str,
+    below: Sequence[LinkEntry],
+    directory: str | None = None,
+    stage: str = STAGE,
 ) -> LinkEntry:
     """Return the entry of a link that was tuned on the base and the links `below`."""
-    return LinkEntry(**describe_link(link, directory), tuned_on=state_digest(fingerprint, below))
+    described = describe_link(link, directory, stage)
+    return LinkEntry(**described, tuned_on=state_digest(fingerprint, below))
 
 
 def link_entries(
-    links: Iterable[Link], fingerprint: str, known: Sequence[LinkEntry] = ()
+    links: Iterable[Link], fingerprint: str, known: Sequence[LinkEntry] = (), stage: str = STAGE
 ) -> list[LinkEntry]:
-    """Return the entries of a chain's links; what a known one was tuned on is kept."""
-    before = {entry.id: entry.tuned_on for entry in known}
+    """Return the entries of a chain's links; what a known one was tuned on and in is kept."""
+    before = {e.id: {"tuned_on": e.tuned_on, "stage": e.stage} for e in known}
     entries: list[LinkEntry] = []
     for link in links:
-        entry = link_entry(link, fingerprint, entries)
-        kept = before.get(entry.id, entry.tuned_on)
-        entries.append(entry.model_copy(update={"tuned_on": kept}))
+        entry = link_entry(link, fingerprint, entries, stage=stage)
+        entries.append(entry.model_copy(update=before.get(entry.id, {})))
     return entries
 
 
@@ -323,6 +341,8 @@ def _check_consistent(manifest: Manifest, run: Path) -> None:
         wrong = "links numbered out of order"
     elif len(set(ids)) != count or any(id >= manifest.next_id for id in ids):
         wrong = "ids of links that are used again"
+    elif manifest.first > count or manifest.first_id > manifest.next_id:
+        wrong = f"{count} links, of which {manifest.first} are of earlier stages"
     elif manifest.progress.link != count:
         wrong = f"{count} links and progress of {manifest.progress.link}"
     elif checkpoint is not None and checkpoint.progress.link != count:

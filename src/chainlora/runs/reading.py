@@ -19,6 +19,7 @@ from chainlora.runs.manifest import (
     DAMAGED,
     INCOMPLETE,
     RESULT,
+    Base,
     Change,
     Manifest,
     decode_manifest,
@@ -120,16 +121,11 @@ class RunReader:
 
     def links_of(self, manifest: Manifest, num_links: int | None = None) -> list[Link]:
         """Read the links that a manifest names, each checked."""
-        entries, selected = list(manifest.links), manifest.selected
-        if num_links is not None:
-            if not 0 <= num_links <= len(entries):
-                raise RunError(
-                    f"--links must be 0 to {len(entries)} for this run (got {num_links})"
-                )
-            entries = entries[:num_links]
-        elif selected is not None:
-            entries = entries[: selected.num_links]
-            entries += [selected.partial] if selected.partial else []
+        if num_links is not None and not 0 <= num_links <= len(manifest.links):
+            raise RunError(
+                f"--links must be 0 to {len(manifest.links)} for this run (got {num_links})"
+            )
+        entries = manifest.loaded if num_links is None else manifest.links[:num_links]
         for entry in entries:
             self.check_files(manifest, entry.directory)
         return [read_link(self / entry.directory, entry) for entry in entries]
@@ -197,12 +193,11 @@ def _changed(config: RunConfig, changes: Sequence[Change]) -> RunConfig:
     return make_config(tree)
 
 
-def check_base(manifest: Manifest, base: Mapping[str, Any], run: Path) -> None:
+def check_base(before: Base, base: Mapping[str, Any], run: Path | str) -> None:
     """Raise RunError unless the model at hand is the one the run was trained on.
 
     `base` holds ``files`` (`models.identity`), or a ``fingerprint`` for chains without a run.
     """
-    before = manifest.base
     for wrong in _differences(before.files, before.fingerprint, base):
         raise RunError(
             f"the base model must be the one {run} was trained on, {before.model} (got {wrong}); "

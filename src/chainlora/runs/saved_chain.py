@@ -137,7 +137,7 @@ def restore_chain(chain: Chain, saved: SavedChain) -> None:
     """Make a chain what was saved, whatever it is now; its model must be the one of the save."""
     body = saved.manifest.base.body
     if body is None or body != chain.fingerprint_without(saved.start):
-        check_base(saved.manifest, {"fingerprint": chain.base_fingerprint}, saved.path)
+        check_base(saved.manifest.base, {"fingerprint": chain.base_fingerprint}, saved.path)
     if chain.live is not None:
         chain.discard()
     chain.drop(len(chain))

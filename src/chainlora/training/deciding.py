@@ -73,11 +73,13 @@ def _take(run: Run, numbers: Numbers) -> None:
     train = run.train.model_copy(update=decided)
     run.config = run.config.model_copy(update={"train": train})
     run.plan = replace(run.plan, lengths=numbers.lengths)
-    run.knots = Knots(run.chain, run.config.chain, numbers, memory=run.progress.memory)
+    first = run.knots.first
+    run.knots = Knots(run.chain, run.config.chain, numbers, memory=run.progress.memory, first=first)
 
 
 def measure_step(run: Run) -> float:
     """Return the median seconds of an optimizer step, on a link that is discarded."""
+    next_id = run.chain.next_id
     plain = run.knots.links[0].model_copy(update={"init": "kaiming"})  # no start costs a step more
     adapter = run.chain.extend(plain)
     run.engine.adapt(adapter.layers.values())
@@ -93,6 +95,6 @@ def measure_step(run: Run) -> float:
             optimizer.zero_grad(set_to_none=True)
             seconds.append(time.perf_counter() - started)
     run.chain.discard()
-    run.chain.next_id = 0  # it was no link of the run, whose first one is drawn as ever
+    run.chain.next_id = next_id  # it was no link of the run, whose first one is drawn as ever
     median = statistics.median(seconds[_WARM_UP:])
     return run.processes.sum([median])[0] / run.processes.count

@@ -25,6 +25,7 @@ from chainlora.chain.live import SOFT_LINK_TOLERANCE
 from chainlora.config.schema import RunConfig
 from chainlora.errors import DivergedError, StoppedError, TrainingError
 from chainlora.knots.policy import Knot
+from chainlora.runs.start import NOTHING, Start
 from chainlora.training.acceptance import gain
 from chainlora.training.events import (
     AlreadyFinished,
@@ -64,10 +65,12 @@ def train(
     resume: bool = False,
     listener: Listener | None = None,
     change: Collection[str] = (),
+    start: Start = NOTHING,
 ) -> TrainResult:
     """Run a config from data to result and return what ``result.json`` holds.
 
     Prints nothing; `chainlora.train` (`training.calling`) shows progress.
+    The run begins on the state `start`, by default on the base.
 
     `listener` gets every event (`training.events`): `Planned` before the first step, and before it
     `RowsEncoded` while a large data set is tokenised. `change` names keys that a resume may change
@@ -78,7 +81,7 @@ def train(
     if resume and (found := finished_result(config, change)) is not None:
         tell(AlreadyFinished(found["steps"], str(config.output)))
         return found
-    with prepare(config, resume, tell, change) as run, run.processes.exchanging():
+    with prepare(config, resume, tell, change, start) as run, run.processes.exchanging():
         if run.progress.step == 0:
             evaluate_point(run, "start")
         if config.chain.tune == "full":
@@ -94,7 +97,7 @@ def tune_chain(run: Run) -> None:
     moments: Moments | None = None
     if run.progress.evaluation_due and not run.is_inside_link:
         _return_to_knot(run)
-    while len(run.chain) < len(run.knots.links):
+    while run.knots.index < len(run.knots.links):
         run.stop_if_requested()
         if run.progress.stopped and not run.is_inside_link:
             break
@@ -118,7 +121,7 @@ def _begin_link(run: Run, moments: Moments | None) -> torch.optim.Optimizer:
     adapter = run.chain.extend(config, backward=partial(_add_first_gradients, run))
     run.engine.adapt(adapter.layers.values())
     optimizer = make_optimizer(adapter, run.train)
-    if len(run.chain) and run.train.optimizer_reset == "prune":
+    if run.knots.index and run.train.optimizer_reset == "prune":
         kept = moments or _saved_moments(run)
         load_state(optimizer, prune_moments(kept, run.train.prune_fraction))
     saved = run.directory.load_checkpoint(run.progress) if run.directory else None

@@ -28,6 +28,7 @@ class TrainResult(TypedDict):
     format: int
     model: str
     task: str | None
+    stage: str
     metrics: dict[str, dict[str, float]]  # by split: validation, test
     best: Best | None  # the best point, where points were compared
     links: list[dict[str, Any]]
@@ -101,7 +102,8 @@ def _result(run: Run, metrics: dict[str, Any]) -> TrainResult:
         "task": config.data.task,
         "metrics": metrics,
         "best": progress.best,
-        "links": [describe_link(link) for link in run.chain.links],
+        "stage": run.stage,
+        "links": [describe_link(link, stage=run.stage) for link in run.own_links],
         "steps": progress.step,
         "tokens": progress.tokens,
         "scored_tokens": progress.scored_tokens,
@@ -120,7 +122,7 @@ def _result(run: Run, metrics: dict[str, Any]) -> TrainResult:
 def _num_trained(run: Run) -> int:
     if run.config.chain.tune == "full":
         return sum(parameter.numel() for parameter in run.chain.model.parameters())
-    return max((num_trained(link) for link in run.chain.links), default=0)
+    return max((num_trained(link) for link in run.own_links), default=0)
 
 
 def _write_selection(run: Run) -> None:

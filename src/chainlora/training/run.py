@@ -45,6 +45,7 @@ class Run:
     progress: Progress
     base: dict[str, Any]
     listener: Listener
+    stage: str  # its name; links of earlier ones are below its own
     best_link: Link | None = None  # the best point, where it lies inside a link
     last_scored: Evaluation | None = None  # of the model as it is; None once it may have changed
     accepted: Evaluation | None = None  # of the links that are kept; `accept_links: better` alone
@@ -64,6 +65,11 @@ class Run:
     def chain(self) -> Chain:
         """The chain that is tuned."""
         return self.knots.chain
+
+    @property
+    def own_links(self) -> list[Link]:
+        """The links of this run, without those that it began on."""
+        return self.chain.links[self.knots.first :]
 
     def record(self, event: Event) -> None:
         """Send an event to ``metrics.jsonl``, the listener and the trackers."""

@@ -103,6 +103,6 @@ def _partial_link(run: Run) -> Link | None:
     if partial is None:
         assert run.directory is not None
         where = best["directory"]
-        partial = run.directory.load_best(index, run.knots.links[index], where)
-    first = sum(link.num_steps for link in run.chain.links[:index])
-    return replace(partial, num_steps=best["step"] - first)
+        partial = run.directory.load_best(index, run.knots.links[index - run.knots.first], where)
+    before = sum(link.num_steps for link in run.chain.links[run.knots.first : index])
+    return replace(partial, num_steps=best["step"] - before, id=run.chain.links[index].id)

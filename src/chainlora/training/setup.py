@@ -29,6 +29,8 @@ from chainlora.models.quantizing import is_quantized_model
 from chainlora.models.text_config import context_length
 from chainlora.runs.directory import Progress, RunDirectory
 from chainlora.runs.following import FollowedDirectory
+from chainlora.runs.reading import check_base
+from chainlora.runs.start import Start
 from chainlora.training.deciding import decide
 from chainlora.training.events import Listener, Planned, RowsEncoded
 from chainlora.training.objectives import OBJECTIVES
@@ -43,7 +45,7 @@ _PATIENCE = InitProcessGroupKwargs(timeout=timedelta(hours=6))
 
 
 def prepare(
-    config: RunConfig, resume: bool, listener: Listener, change: Collection[str] = ()
+    config: RunConfig, resume: bool, listener: Listener, change: Collection[str], start: Start
 ) -> Run:
     """Load and check everything a run needs, claim its directory, find where to resume."""
     share_model = wants_shards(config) is not None
@@ -52,7 +54,9 @@ def prepare(
     directory = _directory(config, processes)
     try:
         with processes.together():
-            return _prepare(config, resume, listener, change, directory, accelerator, processes)
+            return _prepare(
+                config, resume, listener, change, start, directory, accelerator, processes
+            )
     except BaseException:
         if directory is not None:
             directory.close(undo=True)
@@ -64,6 +68,7 @@ def _prepare(
     resume: bool,
     listener: Listener,
     change: Collection[str],
+    start: Start,
     directory: RunDirectory | None,
     accelerator: Accelerator,
     processes: Processes,
@@ -79,16 +84,22 @@ def _prepare(
     engine = _new_engine(config, model, processes)
     try:
         base = _identity(config, chain, files)
-        progress = Progress()
+        if start.base is not None:
+            check_base(start.base, base, "the earlier stage")
+        first, stage = len(start.links), start.stage
+        progress = Progress(link=first)
         if directory is not None:
             with processes.in_turn():
-                progress = directory.begin(config, base, resume=resume, rows=splits.digest)
+                progress = directory.begin(
+                    config, base, resume=resume, rows=splits.digest, start=start
+                )
+            first, stage = directory.first, directory.stage
         run = Run(
             config=config,
             plan=plan,
             splits=splits,
             objective=OBJECTIVES[splits.loss],
-            knots=Knots(chain, config.chain, Numbers(plan.lengths)),
+            knots=Knots(chain, config.chain, Numbers(plan.lengths), first=first),
             engine=engine,
             tokenizer=tokenizer,
             accelerator=accelerator,
@@ -97,8 +108,9 @@ def _prepare(
             progress=progress,
             base=base,
             listener=listener,
+            stage=stage,
         )
-        _restore_links(run)
+        _restore_links(run, start)
         decide(run)
         _announce(run)
     except BaseException:
@@ -270,12 +282,15 @@ def _checkpoint_activations(model: Any) -> None:
     enable({"use_reentrant": False})
 
 
-def _restore_links(run: Run) -> None:
-    """Put the links of a run that is resumed back on the model."""
+def _restore_links(run: Run, start: Start) -> None:
+    """Put the links on the model that the run begins on, or had when it was stopped."""
+    links, next_id = start.links, start.next_id
     if run.directory is not None:
-        for link in run.directory.load_links(run.progress.link):
-            run.chain.add(link)
-        run.chain.next_id = run.directory.next_id  # of a link that was rejected, none again
+        links = run.directory.load_links(run.progress.link)
+        next_id = run.directory.next_id  # of a link that was rejected, none again
+    for link in links:
+        run.chain.add(link)
+    run.chain.next_id = next_id
 
 
 def _announce(run: Run) -> None:

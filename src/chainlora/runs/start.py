@@ -1,0 +1,44 @@
+"""What a stage begins on: the links of a state, as they are in the run that they come from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from chainlora.chain.link import Link
+from chainlora.runs.manifest import STAGE, Base, LinkEntry
+from chainlora.runs.reading import RunReader
+
+
+@dataclass(frozen=True)
+class Start:
+    """The state that a stage begins on; by default the base alone.
+
+    `entries` say of each link its id, stage, strength and what it was tuned on. `next_id` is the id
+    of the first link of the stage, `stage` its name.
+    """
+
+    stage: str = STAGE
+    links: tuple[Link, ...] = ()
+    entries: tuple[LinkEntry, ...] = ()
+    next_id: int = 0
+    base: Base | None = None  # that the links belong to
+
+
+NOTHING = Start()  # the base alone
+
+
+def start_of(reader: RunReader, stage: str) -> Start:
+    """Return what a stage of this name begins on after the run that `reader` reads.
+
+    These are the links that the run is loaded as, the best point if it was kept. Ids go on after
+    those that the run had planned, whether all of its links were made or not.
+    """
+    manifest = reader.manifest()
+    planned = len(reader.config().chain.ranks) if manifest.has_run else 0
+    return Start(
+        stage,
+        tuple(reader.links_of(manifest)),
+        tuple(manifest.loaded),
+        max(manifest.next_id, manifest.first_id + planned),
+        manifest.base,
+    )
