@@ -14,7 +14,7 @@ from experiment_cases import tree
 from chainlora.data.preparing import IN_MEMORY
 from chainlora.errors import ConfigError
 from chainlora.experiments import make_experiment, run_cells
-from chainlora.experiments.workers import worker_environment
+from chainlora.experiments.worker import worker_environment
 
 
 def test_threads_and_gpus_are_shared_out():

@@ -3,8 +3,8 @@
     schema.py      an experiment's file             expansion.py   its cells
     choice.py      hyper-parameters, on validation  methods/       presets, one small file each
     plan.py        what a run could find            compare.py     on a user's own data and config
-    runner.py      run the cells: session.py knows what is next, store.py what is done, workers.py
-                   starts a process a cell, worker.py is that process, measure.py what it reached
+    runner.py      run the cells: session.py knows what is done and what is next, worker.py runs a
+                   cell in a process of its own, measure.py says what it reached
     results.py     the lines of results.jsonl, written and read
     statistics/    tests, intervals, verdicts and power
     report/        tables, figures and text from a results file alone

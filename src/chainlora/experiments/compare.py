@@ -9,7 +9,7 @@ from typing import Any
 from chainlora.config.schema import RunConfig
 from chainlora.errors import ConfigError
 from chainlora.experiments.report.report import Report, report_experiment
-from chainlora.experiments.runner import raise_on_failure, run_cells
+from chainlora.experiments.runner import run_cells
 from chainlora.experiments.schema import Experiment, make_experiment
 from chainlora.experiments.session import Listener
 from chainlora.experiments.statistics.intervals import scipy_stats
@@ -57,7 +57,7 @@ def compare(
     scipy_stats()  # the report needs it: say so before hours are spent
     outcome = run_cells(experiment, Path(out), workers=workers, backend=backend, listener=listener)
     report = report_experiment(outcome.results)
-    raise_on_failure(outcome)
+    outcome.check()
     return report
 
 

@@ -11,8 +11,8 @@ import hashlib
 import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -23,112 +23,88 @@ from chainlora.errors import ConfigError
 from chainlora.experiments.methods import apply_recipe, merge_trees
 from chainlora.experiments.schema import Experiment
 
-Point = tuple[tuple[str, Any], ...]
+Pair = tuple[str, str]  # task, method
+Point = tuple[tuple[str, Any], ...]  # the grid's keys and their values, in its order
 _OF_TRAINING = ("train", "chain", "recipe")  # sections that mean nothing where nothing is trained
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of an experiment; `point` has the grid keys and their values, in the grid's order."""
+    """One run of an experiment; its `id` is the hash of its config."""
 
     task: str
     method: str
     seed: int
     point: Point
     config: RunConfig
+    id: str
     phase: str = "final"
-
-    @cached_property
-    def id(self) -> str:
-        """Hash of the config."""
-        return config_id(self.config)
 
     def __str__(self) -> str:
         point = "".join(f" {key.rpartition('.')[2]}={value}" for key, value in self.point)
         return f"{self.task} {self.method} seed={self.seed}{point}"
 
 
-def expand(
-    experiment: Experiment, choices: Mapping[tuple[str, str], Point] | None = None
-) -> list[Cell]:
-    """Return the cells of an experiment, in the order they are best run.
-
-    Without `choices`: every cell that its grid could ask for, the tuning cells first. With them
-    (task, method → chosen point): the final cells only, all methods of a seed before the next seed,
-    so that an interrupted run is balanced; a (task, method) without a choice has none.
+def expand(experiment: Experiment) -> list[Cell]:
+    """Return every cell that an experiment could ask for, those that choose a point first.
 
     Raises ConfigError for a cell that could not run.
     """
     expansion = Expansion(experiment)
-    if choices is not None:
-        return expansion.finals(choices)
     tuning = expansion.tuning()
     tuned = {cell.id for cell in tuning}
-    return tuning + [cell for cell in expansion.all_finals() if cell.id not in tuned]
+    return tuning + [cell for cell in expansion.finals(expansion.points) if cell.id not in tuned]
 
 
 class Expansion:
-    """The cells of one experiment, each built once: a config takes milliseconds to check."""
+    """The cells of one experiment, each built once: a config takes milliseconds to check.
+
+    `points` are those of the grid, by task and method; one empty point where nothing is tuned.
+    """
 
     def __init__(self, experiment: Experiment) -> None:
         self.experiment = experiment
-        self._points = {method: points(experiment, method) for method in experiment.methods}
-        self._cells: dict[tuple[str, str, int, str, str], Cell] = {}
+        self.points: dict[Pair, list[Point]] = {
+            (task, method): _points(experiment, method)
+            for task, method in itertools.product(experiment.tasks, experiment.methods)
+        }
+        self._cells: dict[tuple[str, str, int, str], Cell] = {}
 
-    def tuning(self, added: Mapping[tuple[str, str], Sequence[Point]] | None = None) -> list[Cell]:
+    def tuning(self, added: Mapping[Pair, Sequence[Point]] | None = None) -> list[Cell]:
         """Return the cells that choose a point: of the grid, and of points `added` beyond it."""
         grown = added or {}
         return _unique(
-            self.cell(task, method, seed, point, "tune")
+            replace(self._cell(*pair, seed, point), phase="tune")
             for seed in self.experiment.tuning_seeds
-            for task in self.experiment.tasks
-            for method in self.experiment.methods
-            if len(self._points[method]) > 1
-            for point in [*self._points[method], *grown.get((task, method), ())]
+            for pair, points in self.points.items()
+            if len(points) > 1
+            for point in [*points, *grown.get(pair, ())]
         )
 
-    def finals(self, choices: Mapping[tuple[str, str], Point]) -> list[Cell]:
-        """Return the final cells at the chosen points."""
+    def finals(self, chosen: Mapping[Pair, Sequence[Point]]) -> list[Cell]:
+        """Return the final cells at these points, none of a (task, method) that has none here.
+
+        All methods of a seed come before the next seed: a run that is interrupted is balanced.
+        """
         return _unique(
-            self.cell(task, method, seed, choices[task, method])
-            for seed, task, method in self._triples()
-            if (task, method) in choices
+            self._cell(*pair, seed, point)
+            for seed in self.experiment.seeds
+            for pair in self.points
+            if _uses_seed(self.experiment, pair[1], seed)
+            for point in chosen.get(pair, ())
         )
 
-    def all_finals(self) -> list[Cell]:
-        """Return the final cells at every point of the grid."""
-        return _unique(
-            self.cell(task, method, seed, point)
-            for seed, task, method in self._triples()
-            for point in self._points[method]
-        )
-
-    def first_points(self, *, only: bool = False) -> dict[tuple[str, str], Point]:
-        """Return the first point of each grid; with `only`, of the grids that have no other."""
-        return {
-            (task, method): found[0]
-            for task in self.experiment.tasks
-            for method, found in self._points.items()
-            if len(found) == 1 or not only
-        }
-
-    def _triples(self) -> Iterable[tuple[int, str, str]]:
-        for seed, task, method in itertools.product(
-            self.experiment.seeds, self.experiment.tasks, self.experiment.methods
-        ):
-            if _uses_seed(self.experiment, method, seed):
-                yield seed, task, method
-
-    def cell(self, task: str, method: str, seed: int, point: Point, phase: str = "final") -> Cell:
-        """Return one cell. Raises ConfigError if it could not run."""
-        key = (task, method, seed, repr(point), phase)
+    def _cell(self, task: str, method: str, seed: int, point: Point) -> Cell:
+        key = (task, method, seed, repr(point))
         if key not in self._cells:
-            self._cells[key] = _cell(self.experiment, task, method, seed, point, phase)
+            config = _config(self.experiment, task, method, seed, point)
+            metric = self.experiment.tune.metric if len(self.points[task, method]) > 1 else None
+            _check_rows(task, config, metric)
+            self._cells[key] = Cell(task, method, seed, point, config, config_id(config))
         return self._cells[key]
 
 
-def points(experiment: Experiment, method: str) -> list[Point]:
-    """Return the grid points of a method; one empty point if it has nothing to tune."""
+def _points(experiment: Experiment, method: str) -> list[Point]:
     grid = {
         key: values
         for key, values in experiment.grid(method).items()
@@ -148,67 +124,52 @@ def _trains(experiment: Experiment, method: str) -> bool:
 
 def _uses_seed(experiment: Experiment, method: str, seed: int) -> bool:
     """A model that is not trained scores the same under every training seed: one is enough."""
-    return (
-        _trains(experiment, method)
-        or experiment.seed_keys != ("train.seed",)
-        or seed == experiment.seeds[0]
-    )
+    alike = experiment.seed_keys == ("train.seed",) and not _trains(experiment, method)
+    return not alike or seed == experiment.seeds[0]
 
 
-def _cell(
-    experiment: Experiment, task: str, method: str, seed: int, point: Point, phase: str
-) -> Cell:
-    tree = merge_trees(
-        experiment.base, _task_tree(task, experiment.tasks[task]), experiment.method_tree(method)
-    )
-    for key, value in [*point, *((key, seed) for key in experiment.seed_keys)]:
-        tree = merge_trees(tree, _nest(key, value))
+def _config(experiment: Experiment, task: str, method: str, seed: int, point: Point) -> RunConfig:
+    own = experiment.tasks[task]
+    named = own.get("data") or {}
+    data = {} if "task" in named or "train" in named else {"data": {"task": task}}
+    set_keys = [_nest(key, value) for key, value in point]
+    set_keys += [_nest(key, seed) for key in experiment.seed_keys]
+    trees = (experiment.base, data, own, experiment.method_tree(method), *set_keys)
     try:
-        config = make_config(apply_recipe(tree))
+        return make_config(apply_recipe(merge_trees(*trees)))
     except ConfigError as error:
         raise ConfigError(f"task {task}, method {method}: {error}") from None
-    _check_rows(task, config)
-    if phase == "tune":
-        _check_metric(task, config, experiment.tune.metric)
-    return Cell(task, method, seed, point, config, phase)
-
-
-def _check_rows(task: str, config: RunConfig) -> None:
-    if config.data.task is not None:
-        _check_task(config.data.task, config.data.dir)
-    if config.data.train is not None and not (config.data.validation or config.data.test):
-        raise ConfigError(
-            f"task {task}: methods are compared on rows they do not train on (got none); give "
-            "data.test or data.validation"
-        )
-
-
-def _check_metric(task: str, config: RunConfig, metric: str | None) -> None:
-    named = config.data.task
-    reported = load_task(named).reported if named is not None else REPORTED_OF_TEXT
-    if metric is not None and metric not in reported:
-        raise ConfigError(
-            f"task {task}: `tune.metric` must be one of {', '.join(reported)} (got {metric!r})"
-        )
-
-
-@lru_cache(maxsize=64)
-def _check_task(name: str, dir: str | None) -> None:
-    task = load_task(name)
-    if dir is not None:
-        check_split_files(task, dir)
-
-
-def _task_tree(name: str, keys: Mapping[str, Any]) -> dict[str, Any]:
-    data = keys.get("data") or {}
-    named = "task" in data or "train" in data
-    return merge_trees({} if named else {"data": {"task": name}}, keys)
 
 
 def _nest(dotted: str, value: Any) -> dict[str, Any]:
     for part in reversed(dotted.split(".")):
         value = {part: value}
     return value
+
+
+def _check_rows(task: str, config: RunConfig, metric: str | None) -> None:
+    """Refuse rows that are not there, none to score, and a `metric` to choose by that is not."""
+    data = config.data
+    reported = _reported(data.task, data.dir) if data.task else REPORTED_OF_TEXT
+    if data.train is not None and not (data.validation or data.test):
+        raise ConfigError(
+            f"task {task}: methods are compared on rows they do not train on",
+            "none",
+            "give data.test or data.validation",
+        )
+    if metric is not None and metric not in reported:
+        raise ConfigError(
+            f"task {task}: `tune.metric` must be one of {', '.join(reported)}", repr(metric)
+        )
+
+
+@lru_cache(maxsize=64)
+def _reported(name: str, dir: str | None) -> tuple[str, ...]:
+    """Return the metrics of a task whose rows are there."""
+    task = load_task(name)
+    if dir is not None:
+        check_split_files(task, dir)
+    return task.reported
 
 
 # --- names of cells ---

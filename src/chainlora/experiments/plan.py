@@ -14,12 +14,11 @@ from pathlib import Path
 from chainlora.errors import ConfigError
 from chainlora.experiments.report.comparisons import compare_all
 from chainlora.experiments.report.values import OVERALL, digits
-from chainlora.experiments.results import Results, results_by_id
+from chainlora.experiments.results import Results
 from chainlora.experiments.schema import Experiment, load_experiment
 from chainlora.experiments.session import Session
 from chainlora.experiments.statistics.power import LEVEL, POWER, detectable, pairs_needed
 from chainlora.experiments.statistics.sign_flip import least_pairs
-from chainlora.experiments.store import Store
 from chainlora.reports.tables import Table, number, table_of
 
 
@@ -92,12 +91,10 @@ def plan_experiment(
         ConfigError, DataError, RunError: as for `run_experiment`; scipy not installed.
     """
     experiment = load_experiment(path, overrides)
-    store = Store(None if out is None else Path(out), results_by_id(reuse))
-    session = Session(experiment, store, lambda record: None)
-    every = session.all_cells().values()
-    num_done = sum(session.store.is_done(cell) for cell in every)
+    session = Session(experiment, None if out is None else Path(out), reuse)
+    num_done, num_cells = session.num_done()
     power = measured_power(experiment, session.results(), difference)
-    return Plan(len(every), num_done, _notes(experiment), power)
+    return Plan(num_cells, num_done, _notes(experiment), power)
 
 
 def measured_power(

@@ -7,23 +7,23 @@ known once its tuning cells have ended.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import yaml
 
 from chainlora.data.sources import find_source
 from chainlora.data.splits import SPLITS
-from chainlora.errors import DataError, ModelError, RunError
+from chainlora.errors import ConfigError, DataError, ModelError, RunError
 from chainlora.experiments.expansion import Cell, expand
 from chainlora.experiments.plan import run_notes
-from chainlora.experiments.results import FILE, results_by_id
+from chainlora.experiments.results import FILE
 from chainlora.experiments.schema import Experiment, load_experiment
 from chainlora.experiments.session import Listener, Session
-from chainlora.experiments.store import Store
-from chainlora.experiments.workers import check_workers, run_all
+from chainlora.experiments.worker import run_inline, run_processes
 from chainlora.files import check_writable, make_folder, write_text
 from chainlora.models.finding import resolve_model
 
@@ -51,60 +51,38 @@ class Outcome:
         """The results file."""
         return self.out / FILE
 
+    def check(self) -> None:
+        """Raise RunError if cells failed: how many, the first one's error and where its log is."""
+        for name, message in self.failed.items():
+            raise RunError(
+                "every cell must end",
+                f"{len(self.failed)} of {self.num_cells} failed, first {name}: {message}",
+                f"logs are in {self.out / 'cells'}, the next run tries again those that did not "
+                "diverge",
+            )
+
 
 def run_experiment(
     path: str | Path,
     out: str | Path,
     *,
-    workers: int = 1,
-    backend: Literal["local", "inline"] = "local",
     overrides: Sequence[tuple[str, str]] = (),
-    listener: Listener | None = None,
-    max_cells: int | None = None,
-    reuse: Sequence[str | Path] = (),
+    **options: Any,
 ) -> Outcome:
     """Run an experiment file and return what became of it.
 
     Args:
         path: the experiment file.
         out: folder for cells and results; one that holds some of them is resumed.
-        workers: cells at a time, each a process of this machine; threads are divided among them.
-        backend: "local", or "inline": cells one by one in this process (no start-up, but its peak
-            memory is this process's).
         overrides: ``("base.data.dir", "rows")`` pairs that replace values of the file.
-        listener: gets ``{"event": "plan"|"poll"|"cell"|"end", …}`` while cells run.
-        max_cells: stop after so many cells; the rest is for another call.
-        reuse: results files of other runs, of this machine or another; cells of the same config
-            found there are taken as done.
+        options: workers, backend, listener, max_cells and reuse, as for `run_cells`.
 
-    Raises:
-        ConfigError, DataError, ModelError: a file or a cell that cannot work, rows or a model that
-            are not there, before anything runs; an unknown backend.
-        RunError: cells of other rows or weights than the rest (see `results.check_alike`); at the
-            end, if cells failed: how many, the first one's error and where its log is.
+    Raises ConfigError, DataError, ModelError and RunError as `run_cells` does, and RunError at the
+    end if cells failed.
     """
-    outcome = run_cells(
-        load_experiment(path, overrides),
-        Path(out),
-        workers=workers,
-        backend=backend,
-        listener=listener,
-        max_cells=max_cells,
-        reuse=reuse,
-    )
-    raise_on_failure(outcome)
+    outcome = run_cells(load_experiment(path, overrides), Path(out), **options)
+    outcome.check()
     return outcome
-
-
-def raise_on_failure(outcome: Outcome) -> None:
-    """Raise RunError if cells failed."""
-    if outcome.failed:
-        name, message = next(iter(outcome.failed.items()))
-        raise RunError(
-            f"every cell must end (got {len(outcome.failed)} of {outcome.num_cells} failed, "
-            f"first {name}: {message}); logs are in {outcome.out / 'cells'}, the next run tries "
-            "again those that did not diverge"
-        )
 
 
 def run_cells(
@@ -117,71 +95,78 @@ def run_cells(
     max_cells: int | None = None,
     reuse: Sequence[str | Path] = (),
 ) -> Outcome:
-    """Run an experiment as `run_experiment` does, but return failures instead of raising them."""
-    check_workers(workers, backend)
+    """Run an experiment and return what became of it; cells that failed are in the outcome.
+
+    Args:
+        experiment: what to run.
+        out: folder for cells and results; one that holds some of them is resumed.
+        workers: cells at a time, each a process of this machine; threads are divided among them.
+        backend: "local", or "inline": cells one by one in this process (no start-up, but its peak
+            memory is this process's).
+        listener: gets ``{"event": "plan"|"poll"|"cell"|"end", …}`` while cells run.
+        max_cells: stop after so many cells; the rest is for another call.
+        reuse: results files of other runs, of this machine or another; cells of the same config
+            found there are taken as done.
+
+    Raises:
+        ConfigError, DataError, ModelError: a cell that cannot work, rows or a model that are not
+            there, before anything runs; an unknown backend.
+        RunError: cells of other rows or weights than the rest (see `results.check_alike`).
+    """
+    if workers < 1:
+        raise ConfigError("`workers` must be at least 1", workers)
+    if backend not in ("local", "inline"):
+        raise ConfigError("`backend` must be local or inline", repr(backend))
+    run = run_inline if backend == "inline" else partial(run_processes, workers=workers)
     expand(experiment)  # refuses what cannot work before anything runs
     check_writable(out)
-    store = Store(out, results_by_id(reuse), experiment.curve_points)
-    session = Session(experiment, store, listener or (lambda record: None))
+    session = Session(experiment, out, reuse, listener)
     make_folder(out)
-    store.keep_gathered()
-    write_text(
-        out / "experiment.yaml", yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False)
-    )
+    asked = yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False)
+    write_text(out / "experiment.yaml", asked)
     try:
         session.gather()  # results must go together before more are computed
-        _check_at_hand(c for c in session.all_cells().values() if not store.is_done(c))
+        _check_at_hand(cell for cell in session.all_cells() if not session.is_done(cell))
         notes = run_notes(experiment, session.results())
-        for phase in ("tune", "final"):
-            _run_phase(session, phase, workers, backend, max_cells, notes)
+        for todo in _rounds(session, max_cells, notes):
+            work = [(cell, session.prepare(cell)) for cell in todo]
+            for cell, error in run(work, session.poll):
+                session.end(cell, error)
         session.gather()
     finally:
         session.listener({"event": "end", "failed": session.failed})
-    every = session.all_cells().values()
-    num_done = sum(store.is_done(cell) for cell in every)
-    return Outcome(out, len(every), num_done, session.num_run, session.failed)
+    num_done, num_cells = session.num_done()
+    return Outcome(out, num_cells, num_done, session.num_run, session.failed)
+
+
+def _rounds(session: Session, max_cells: int | None, notes: Sequence[str]) -> Iterator[list[Cell]]:
+    """Yield what a phase needs, then what its results ask for in turn: a grid that is extended."""
+    for phase in ("tune", "final"):
+        told = not session.cells(phase)
+        while True:
+            todo = session.todo(phase)
+            if max_cells is not None:
+                todo = todo[: max(0, max_cells - session.num_run)]
+            if todo or not told:
+                session.begin(phase, todo, notes)
+                notes, told = (), True  # notes are said once
+            if not todo:
+                break
+            yield todo
 
 
 def _check_at_hand(cells: Iterable[Cell]) -> None:
     """Raise unless the model and the files of every cell are there, before any of them runs."""
     checked: set[tuple[str, str]] = set()
     for cell in cells:
-        data, wanted = cell.config.data, [("model", str(cell.config.model))]
-        wanted += [(split, value) for split in SPLITS if (value := getattr(data, split))]
-        for kind, spec in wanted:
-            if (kind, spec) in checked:
-                continue
-            checked.add((kind, spec))
+        wanted = {("model", str(cell.config.model))}
+        wanted |= {
+            (split, value) for split in SPLITS if (value := getattr(cell.config.data, split))
+        }
+        for kind, spec in sorted(wanted - checked):
             try:
-                if kind == "model":
-                    resolve_model(spec)
-                else:
-                    find_source(spec, kind)
+                _ = resolve_model(spec) if kind == "model" else find_source(spec, kind)
             except (DataError, ModelError) as error:
                 problem = f"task {cell.task}, method {cell.method}: {error}"
                 raise type(error)(problem) from None
-
-
-def _run_phase(
-    session: Session,
-    phase: str,
-    workers: int,
-    backend: str,
-    max_cells: int | None,
-    notes: list[str],
-) -> None:
-    """Run what a phase needs, and what its results ask for in turn (a grid that is extended)."""
-    told = not session.cells(phase)
-    while True:
-        todo = session.todo(phase)
-        if max_cells is not None:
-            todo = todo[: max(0, max_cells - session.num_run)]
-        if todo or not told:
-            session.begin(phase, todo, notes)
-            notes.clear()  # they are said once
-            told = True
-        if not todo:
-            return
-        work = [(cell, session.store.prepare(cell)) for cell in todo]
-        for cell, error in run_all(work, session.poll, workers, backend):
-            session.end(cell, error)
+        checked |= wanted

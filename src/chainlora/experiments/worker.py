@@ -1,11 +1,14 @@
-"""One cell: from its config to its result, done once, whoever asks and however often it is killed.
+"""Where cells run: each in a process of its own, some at a time, or one by one in this process.
 
 CELL_DIR/config.yaml is trained in CELL_DIR/run (a run that was killed is resumed), and
 CELL_DIR/result.json is written last and atomically: a cell is done exactly when that file is there.
 A lock that dies with its process keeps two runners of one folder from training the same cell twice;
 the second waits, then finds the result.
 
-``python -m chainlora.experiments.worker CELL_DIR`` is the process of one cell.
+``python -m chainlora.experiments.worker CELL_DIR`` is the process of one cell. It costs some
+seconds of start-up and buys a true peak memory, and a crash that takes nothing along: the pool of
+`concurrent.futures` fails as a whole where one process is killed for its memory, and leaves its
+processes behind where the runner is killed.
 """
 
 from __future__ import annotations
@@ -14,9 +17,11 @@ import json
 import logging
 import os
 import shutil
+import subprocess
 import sys
 import threading
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +30,20 @@ from filelock import FileLock
 from chainlora.config.loading import load_config
 from chainlora.config.schema import RunConfig
 from chainlora.errors import ChainLoRAError, DivergedError
+from chainlora.experiments.expansion import Cell
 from chainlora.files import make_folder, reported, write_text
 
 logger = logging.getLogger(__name__)
 
 RESULT, CONFIG, ERROR, RUN = "result.json", "config.yaml", "error.txt", "run"
+_POLL_SECONDS = 0.2
+
+Work = Sequence[tuple[Cell, Path]]
+Poll = Callable[[Sequence[Cell]], None]
+Ended = Iterator[tuple[Cell, str | None]]
+
+
+# --- one cell ---
 
 
 def work_on(directory: Path) -> int:
@@ -38,7 +52,7 @@ def work_on(directory: Path) -> int:
         if (directory / RESULT).is_file():
             return 0
         try:
-            write_result(directory, compute(load_config(directory / CONFIG), directory / RUN))
+            write_result(directory, _compute(load_config(directory / CONFIG), directory / RUN))
         except Exception as error:
             expected = isinstance(error, ChainLoRAError)
             if not expected:
@@ -56,7 +70,7 @@ def write_result(directory: Path, result: Mapping[str, Any]) -> None:
     write_text(directory / RESULT, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
 
 
-def compute(config: RunConfig, run: Path) -> dict[str, Any]:
+def _compute(config: RunConfig, run: Path) -> dict[str, Any]:
     """Train a config in `run`, resuming a run that is there, and return the cell's fields."""
     from chainlora.experiments.measure import diverged, summarise
     from chainlora.training.loop import train
@@ -73,6 +87,72 @@ def compute(config: RunConfig, run: Path) -> dict[str, Any]:
     # full fine-tuning keeps its weights there: gigabytes a cell
     shutil.rmtree(run / "model", ignore_errors=True)
     return found
+
+
+# --- many ---
+
+
+def run_inline(work: Work, poll: Poll) -> Ended:
+    """Run cells one by one in this process, and yield each with its error, or None, as it ends."""
+    for cell, directory in work:
+        poll([cell])
+        yield cell, None if work_on(directory) == 0 else _error(directory, 1)
+
+
+def run_processes(work: Work, poll: Poll, *, workers: int) -> Ended:
+    """Run cells as processes of this machine, `workers` at a time, and yield them as they end."""
+    waiting = list(work)
+    running: dict[int, tuple[Cell, Path, subprocess.Popen[bytes]]] = {}
+    try:
+        while waiting or running:
+            for slot in sorted(set(range(workers)) - running.keys())[: len(waiting)]:
+                cell, directory = waiting.pop(0)
+                running[slot] = (cell, directory, _start(directory, slot, workers))
+            ended = [slot for slot, (*_, process) in running.items() if process.poll() is not None]
+            for slot in ended:
+                cell, directory, process = running.pop(slot)
+                yield cell, _error(directory, process.returncode)
+            if not ended:
+                poll([cell for cell, *_ in running.values()])
+                time.sleep(_POLL_SECONDS)
+    finally:
+        for *_, process in running.values():
+            process.terminate()
+            process.wait()
+
+
+def _start(directory: Path, slot: int, workers: int) -> subprocess.Popen[bytes]:
+    with (directory / "log.txt").open("ab") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", __name__, str(directory)],
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=log,
+            env=os.environ | worker_environment(slot, workers, os.environ),
+        )
+
+
+def _error(directory: Path, status: int) -> str | None:
+    if (directory / RESULT).is_file():
+        return None
+    try:
+        return (directory / ERROR).read_text(encoding="utf-8").strip()
+    except OSError:
+        return f"its process ended with status {status} and no result; see {directory / 'log.txt'}"
+
+
+def worker_environment(slot: int, workers: int, environment: Mapping[str, str]) -> dict[str, str]:
+    """Return what a worker's environment adds: its share of the threads, and of the GPUs listed."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    threads = environment.get("OMP_NUM_THREADS") or str(max(1, cores // workers))
+    added = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), threads)
+    added["TOKENIZERS_PARALLELISM"] = "false"
+    listed = environment.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    devices = [device for device in listed if device.strip()]
+    if len(devices) > 1:
+        added["CUDA_VISIBLE_DEVICES"] = devices[slot % len(devices)]
+    return added
 
 
 # --- as a process ---

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from importlib.resources import files
 from typing import Any
 
@@ -48,6 +49,7 @@ def list_methods() -> list[str]:
     )
 
 
+@cache
 def load_method(name: str) -> Method:
     """Read a shipped method. Raises ConfigError for an unknown name (nearest named)."""
     if name.endswith((".yaml", ".yml")):
