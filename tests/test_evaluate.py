@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -180,7 +181,8 @@ LABELLED, PLAIN = one_token(random.Random(7)), language_rows(random.Random(7))
         (LABELLED, "acuracy", "did you mean 'accuracy'"),
         (PLAIN, "accuracy", "needs rows with a right candidate"),
         (LABELLED, "perplexity", "needs rows without candidates"),
-        (PLAIN, "em", "pass `tokenizer`"),
+        (PLAIN, "em", "needs gold answers"),
+        ([replace(PLAIN[0], references=("x",))], "em", "pass `tokenizer`"),
     ],
 )
 def test_what_cannot_be_scored_is_refused(rows, metrics, message):

@@ -12,8 +12,9 @@ import json
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path as FilePath
+from statistics import fmean
 from typing import Any
 
 from torch import nn
@@ -88,135 +89,92 @@ def evaluate(
     names = check_metrics(metrics)
     examples = list(examples)
     is_labelled = _are_labelled(examples)
-    _check_names(names, is_labelled=is_labelled)
+    in_words = [name for name in names if name in TEXT_METRICS]
+    _check_names(names, examples, is_labelled=is_labelled)
+    is_written = bool(in_words) and not is_labelled
+    found: dict[str, float] = {}
+    losses: dict[str, float] = {}
+    columns: dict[str, list[Any]] = {
+        "row": [example.row for example in examples],
+        "label": [example.label for example in examples],
+        "prediction": [None] * len(examples),
+        "scores": [[]] * len(examples),
+    }
     with nullcontext(engine) if engine else Engine(model, training=False) as runner:
-        asked = _Asked(
-            runner, examples, names, tokenizer, max_tokens, max_new_tokens, stop, progress
-        )
-        if is_labelled:
-            return _by_candidates(asked)
-        if not asked.of_text:
-            return _by_likelihood(asked)
-        if not any(name in LOSS_METRICS for name in names):
-            return _by_answers(asked)
-        scored = _by_likelihood(replace(asked, progress=_none_done(progress)))
-        return _with_scores(_by_answers(asked), scored)
-
-
-@dataclass(frozen=True)
-class _Asked:
-    """The arguments of `evaluate`, by their names there."""
-
-    engine: Engine
-    examples: list[Example]
-    names: tuple[str, ...]
-    tokenizer: PreTrainedTokenizerBase | None
-    max_tokens: int
-    max_new_tokens: int
-    stop: str | None
-    progress: ScoringProgress | None
-
-    @property
-    def of_text(self) -> list[str]:
-        """The metrics that compare answers in words."""
-        return [name for name in self.names if name in TEXT_METRICS]
-
-    def scores(self) -> list[list[float]]:
-        return self.engine.scores(self.examples, max_tokens=self.max_tokens, progress=self.progress)
+        if not is_written or any(name in LOSS_METRICS for name in names):
+            told = _none_done(progress) if is_written else progress
+            columns["scores"] = runner.scores(examples, max_tokens=max_tokens, progress=told)
+            losses = _losses(examples, columns["scores"], is_labelled=is_labelled)
+        if is_written:
+            texts = columns["prediction"] = _answers(
+                runner,
+                examples,
+                progress,
+                tokenizer=_required(tokenizer),
+                max_tokens=max_tokens,
+                max_new_tokens=max_new_tokens,
+                stop=stop,
+            )
+            columns["references"] = [list(example.references) for example in examples]
+    if is_labelled:
+        chosen = columns["prediction"] = [_best(row) for row in columns["scores"]]
+        found = {n: INDEX_METRICS[n](columns["label"], chosen) for n in names if n in INDEX_METRICS}
+        if in_words:
+            pairs = zip(examples, chosen, strict=True)
+            texts = [_candidate_text(example, index, tokenizer) for example, index in pairs]
+    for name in in_words:
+        answered = zip(texts, examples, strict=True)
+        found[name] = fmean(TEXT_METRICS[name](text, each.references) for text, each in answered)
+    rows = zip(*columns.values(), strict=True)
+    predictions = [dict(zip(columns, row, strict=True)) for row in rows]
+    return Evaluation(found | losses, len(examples), predictions)
 
 
 def write_predictions(path: str | FilePath, evaluation: Evaluation) -> None:
     """Write a JSON object a row: `row`, `label`, `prediction`, `scores`, `references`."""
     target = FilePath(path)
     make_folder(target.parent)
-    lines = [
-        json.dumps(prediction, ensure_ascii=False) + "\n" for prediction in evaluation.predictions
-    ]
+    lines = [json.dumps(each, ensure_ascii=False) + "\n" for each in evaluation.predictions]
     write_text(target, "".join(lines))
 
 
-# --- the three kinds of rows ---
-
-
-def _by_candidates(asked: _Asked) -> Evaluation:
-    """Choose the likeliest candidate of each row."""
-    examples, scores = asked.examples, asked.scores()
-    labels = [int(example.label) for example in examples if example.label is not None]
-    chosen = [_best(row) for row in scores]
-    found = {
-        name: INDEX_METRICS[name](labels, chosen) for name in asked.names if name in INDEX_METRICS
-    }
-    if asked.of_text:
-        pairs = zip(examples, chosen, strict=True)
-        texts = [_candidate_text(example, i, asked.tokenizer) for example, i in pairs]
-        found |= _text_metrics(asked, texts)
-    found["loss"] = math.fsum(map(cross_entropy, scores, labels)) / len(examples)
-    predictions = [
-        {"row": example.row, "label": example.label, "prediction": choice, "scores": row}
-        for example, choice, row in zip(examples, chosen, scores, strict=True)
-    ]
-    return Evaluation(found, len(examples), predictions)
-
-
-def _by_likelihood(asked: _Asked) -> Evaluation:
-    """Score the text of each row: the loss is per token, over all rows."""
-    examples, scores = asked.examples, asked.scores()
+def _losses(
+    examples: Sequence[Example], scores: Sequence[Sequence[float]], *, is_labelled: bool
+) -> dict[str, float]:
+    """Return the mean cross-entropy over candidates, or the loss per token over all rows."""
+    if is_labelled:
+        labels = [int(example.label or 0) for example in examples]
+        return {"loss": fmean(map(cross_entropy, scores, labels))}
     counts = [sum(end - start for start, end in example.scored[0]) for example in examples]
     total = math.fsum(-row[0] * count for row, count in zip(scores, counts, strict=True))
     loss = total / sum(counts)
-    predictions: list[dict[str, Any]] = [
-        {"row": example.row, "label": None, "prediction": None, "scores": row}
-        for example, row in zip(examples, scores, strict=True)
-    ]
-    return Evaluation({"loss": loss, "perplexity": perplexity(loss)}, len(examples), predictions)
+    return {"loss": loss, "perplexity": perplexity(loss)}
 
 
-def _by_answers(asked: _Asked) -> Evaluation:
-    """Let the model answer each prompt, and compare with the references."""
-    examples, engine, done = asked.examples, asked.engine, 0
-    tokenizer = _required(asked.tokenizer)
+def _answers(
+    engine: Engine, examples: Sequence[Example], progress: ScoringProgress | None, **options: Any
+) -> list[str]:
+    """Let the model answer each prompt, with `options` of `generate_greedy`."""
+    done = 0
 
     def advance(number: int) -> None:
         nonlocal done
         done += number
-        if asked.progress is not None:
-            asked.progress(done, len(examples))
+        if progress is not None:
+            progress(done, len(examples))
 
     def generate(prompts: Sequence[Any]) -> list[str]:
         with engine.plain() as model:
             return generate_greedy(
                 causal_model(model),
-                tokenizer,
-                prompts,
-                max_new_tokens=asked.max_new_tokens,
-                stop=asked.stop,
-                max_tokens=asked.max_tokens,
+                prompts=prompts,
                 progress=advance,
                 most=engine.most,
+                **options,
             )
 
     texts: list[str] = engine.spread([example.prompt for example in examples], generate)
-    predictions: list[dict[str, Any]] = [
-        {
-            "row": example.row,
-            "label": None,
-            "prediction": text,
-            "scores": [],
-            "references": list(example.references),
-        }
-        for example, text in zip(examples, texts, strict=True)
-    ]
-    return Evaluation(_text_metrics(asked, texts), len(examples), predictions)
-
-
-# --- parts of them ---
-
-
-def _with_scores(generated: Evaluation, scored: Evaluation) -> Evaluation:
-    """Return one evaluation of two of the same rows: answers, and what likelihood says."""
-    pairs = zip(generated.predictions, scored.predictions, strict=True)
-    predictions = [answer | {"scores": score["scores"]} for answer, score in pairs]
-    return Evaluation(generated.metrics | scored.metrics, generated.num_rows, predictions)
+    return texts
 
 
 def _none_done(progress: ScoringProgress | None) -> ScoringProgress:
@@ -245,40 +203,26 @@ def _are_labelled(examples: Sequence[Example]) -> bool:
     return labelled[0]
 
 
-def _check_names(names: Sequence[str], *, is_labelled: bool) -> None:
-    """Raise ConfigError for a metric that rows with (or without) a label cannot give."""
+def _check_names(names: Sequence[str], examples: Sequence[Example], *, is_labelled: bool) -> None:
+    """Raise for a metric that rows with (or without) a label or gold answers cannot give."""
     unfit = ["perplexity"] if is_labelled else list(INDEX_METRICS)
     needed, given = "rows with a right candidate", "rows without"
     if is_labelled:
         needed, given = "rows without candidates", "rows with them"
+    unanswered = next((example for example in examples if not example.references), None)
     for name in names:
         if name in unfit:
-            raise ConfigError(
-                f"metric {name!r} needs {needed} (got {given}); ask for another metric"
-            )
+            raise ConfigError(f"metric {name!r} needs {needed}", given, "ask for another metric")
+        if name in TEXT_METRICS and unanswered is not None:
+            got = f"none at row {unanswered.row}"
+            raise DataError(f"metric {name!r} needs gold answers", got, "give references")
 
 
 def _required(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
     if tokenizer is None:
-        raise ConfigError(
-            "metrics `em` and `token_f1` compare words (got no tokenizer); pass `tokenizer`"
-        )
+        rule = "metrics `em` and `token_f1` compare words"
+        raise ConfigError(rule, "no tokenizer", "pass `tokenizer`")
     return tokenizer
-
-
-def _text_metrics(asked: _Asked, texts: Sequence[str]) -> dict[str, float]:
-    for example in asked.examples:
-        if not example.references:
-            raise DataError(
-                f"metric {asked.of_text[0]!r} needs gold answers (got none at row {example.row}); "
-                "give references"
-            )
-    pairs = list(zip(texts, asked.examples, strict=True))
-    return {
-        name: math.fsum(TEXT_METRICS[name](text, each.references) for text, each in pairs)
-        / len(pairs)
-        for name in asked.of_text
-    }
 
 
 def _candidate_text(example: Example, index: int, tokenizer: PreTrainedTokenizerBase | None) -> str:
