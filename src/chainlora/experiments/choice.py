@@ -79,35 +79,25 @@ def extensions(
     The new value continues the last two geometrically. `limits` says how many values a key may gain
     beyond each end of its grid.
     """
-    chosen = record["chosen"]
-    if chosen is None:
-        return []
+    chosen = record["chosen"] or {}
     found: list[Point] = []
-    for key, limit in limits.items():
-        if key in grid:
-            value = _beyond(key, record, grid[key], limit)
-            if value is not None:
-                found.append(tuple((chosen | {key: value}).items()))
+    for key in (key for key in limits if key in grid and key in chosen):
+        value = _beyond(key, record, grid[key], limits[key])
+        if value is not None:
+            found.append(tuple((chosen | {key: value}).items()))
     return found
 
 
 def _beyond(key: str, record: Mapping[str, Any], grid: Sequence[float], limit: int) -> float | None:
     """Return the next value of a key beyond the end that was chosen; None if it is no end."""
     chosen = record["chosen"]
-    others = {name: value for name, value in chosen.items() if name != key}
-    tried = sorted(
-        {
-            each["point"][key]
-            for each in record["tried"]
-            if all(each["point"].get(name) == value for name, value in others.items())
-        }
-    )
+    points = [each["point"] for each in record["tried"]]
+    tried = sorted({point[key] for point in points if point == chosen | {key: point[key]}})
     if len(tried) < 2 or chosen[key] not in (tried[0], tried[-1]):
         return None
     lowest = chosen[key] == tried[0]
     end, neighbour = (tried[0], tried[1]) if lowest else (tried[-1], tried[-2])
-    added = sum(v < min(grid) if lowest else v > max(grid) for v in tried)
-    if added >= limit:
+    if sum(v < min(grid) if lowest else v > max(grid) for v in tried) >= limit:
         return None
     value = float(f"{end * end / neighbour:.2g}")  # two digits: a rate that a person would write
     if all(isinstance(each, int) for each in grid):

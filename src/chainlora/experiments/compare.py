@@ -11,7 +11,6 @@ from chainlora.errors import ConfigError
 from chainlora.experiments.report.report import Report, report_experiment
 from chainlora.experiments.runner import run_cells
 from chainlora.experiments.schema import Experiment, make_experiment
-from chainlora.experiments.session import Listener
 from chainlora.experiments.statistics.intervals import scipy_stats
 
 
@@ -23,10 +22,7 @@ def compare(
     *,
     learning_rates: Sequence[float] = (),
     extend: int = 0,
-    baseline: str | None = None,
-    workers: int = 1,
-    backend: str = "local",
-    listener: Listener | None = None,
+    **options: Any,
 ) -> Report:
     """Run `methods` on a config's model and data at equal epochs or steps, and report.
 
@@ -38,24 +34,21 @@ def compare(
 
     Args:
         config: the run config; `output` is not used.
-        methods: names of presets; the first is the baseline unless `baseline` names one.
+        methods: names of presets; the first is the baseline.
         seeds: training seeds, paired over methods.
         out: folder for cells, results and report; one that holds some of them is resumed.
         learning_rates: tried for each method on validation rows; none: all run with the config's.
         extend: rates added beyond each end of `learning_rates` while the best is that end.
-        baseline: the method that the others are compared with.
-        workers, backend, listener: as for `run_experiment`.
+        options: workers, backend and listener, as for `run_cells`.
 
     Raises:
         ConfigError: unknown method, no rows to score, a rate to choose without validation rows or
             without other rows to score, a chain that trains nothing, scipy not installed.
         RunError: cells failed (the report of the others is written first).
     """
-    experiment = comparison(
-        config, methods, seeds, learning_rates=learning_rates, extend=extend, baseline=baseline
-    )
+    experiment = comparison(config, methods, seeds, learning_rates=learning_rates, extend=extend)
     scipy_stats()  # the report needs it: say so before hours are spent
-    outcome = run_cells(experiment, Path(out), workers=workers, backend=backend, listener=listener)
+    outcome = run_cells(experiment, Path(out), **options)
     report = report_experiment(outcome.results)
     outcome.check()
     return report
@@ -68,11 +61,13 @@ def comparison(
     *,
     learning_rates: Sequence[float] = (),
     extend: int = 0,
-    baseline: str | None = None,
 ) -> Experiment:
     """Return the experiment that `compare` runs."""
+    tune: dict[str, Any] = {}
     if learning_rates:
         _check_rows(config)
+        grown = {"train.lr": extend} if extend else {}
+        tune = {"grid": {"train.lr": list(learning_rates)}, "extend": grown}
     data = config.model_dump(mode="json", exclude_defaults=True)["data"]
     name = Path(config.data.task).stem if config.data.task else "data"
     unit = "epochs" if config.chain.epochs else "steps"
@@ -81,12 +76,11 @@ def comparison(
             "name": "compare",
             "description": f"{', '.join(methods)} at equal {unit}, each scored at its end "
             "(keep_best and early_stop left out).",
-            "base": _base(config),
+            "base": _base(config, unit),
             "tasks": {name: {"data": {key: data[key] for key in ("task", "train") if key in data}}},
             "methods": list(methods),
             "seeds": list(seeds),
-            "baseline": baseline,
-            "tune": _tuning(learning_rates, extend),
+            "tune": tune,
         }
     )
 
@@ -102,33 +96,24 @@ def _check_rows(config: RunConfig) -> None:
         )
 
 
-def _base(config: RunConfig) -> dict[str, Any]:
+def _base(config: RunConfig, unit: str) -> dict[str, Any]:
     """Return what all methods share: the config without what a method decides."""
-    lengths = config.chain.epochs or config.chain.steps
+    lengths = getattr(config.chain, unit)
     if lengths is None:
         raise ConfigError(
-            "`compare` needs a chain that trains (got no epochs or steps); "
-            "e.g. chain: {ranks: [8], epochs: [3]}"
+            "`compare` needs a chain that trains",
+            "no epochs or steps",
+            "e.g. chain: {ranks: [8], epochs: [3]}",
         )
     tree = config.model_dump(mode="json", exclude_defaults=True)
-    left_out = ("keep_best", "early_stop", "select_metric")
-    train = {k: v for k, v in tree.get("train", {}).items() if k not in left_out}
-    chain = {
-        k: v for k, v in tree.get("chain", {}).items() if k not in ("ranks", "epochs", "steps")
-    }
+    for section, decided in (
+        ("train", ("keep_best", "early_stop", "select_metric")),
+        ("chain", ("ranks", "epochs", "steps")),
+    ):
+        own = tree.get(section, {})
+        tree[section] = {key: value for key, value in own.items() if key not in decided}
     alpha = config.chain.alpha
-    unit = "epochs" if config.chain.epochs else "steps"
-    return {
-        "model": config.model,
-        "data": tree["data"],
-        "train": train,
-        "recipe": {"rank": config.chain.ranks[0], unit: sum(lengths)},
-        "chain": chain | {"alpha": alpha if isinstance(alpha, float) else alpha[0]},
-    }
-
-
-def _tuning(learning_rates: Sequence[float], extend: int) -> dict[str, Any]:
-    if not learning_rates:
-        return {}
-    grid = {"train.lr": list(learning_rates)}
-    return {"grid": grid, "extend": {"train.lr": extend} if extend else {}}
+    tree["chain"]["alpha"] = alpha if isinstance(alpha, float) else alpha[0]
+    tree["recipe"] = {"rank": config.chain.ranks[0], unit: sum(lengths)}
+    tree.pop("output", None)
+    return tree

@@ -33,7 +33,6 @@ def summarise(config: RunConfig, result: Mapping[str, Any], run: Path) -> dict[s
     metrics = result["metrics"]
     split = "test" if "test" in metrics else "validation"
     metric = task_metric(config)
-    best = result.get("best")
     evaluations = _of_event(records, "eval")
     hardware = result["hardware"]
     return {
@@ -44,7 +43,6 @@ def summarise(config: RunConfig, result: Mapping[str, Any], run: Path) -> dict[s
         "score": metrics.get(split, {}).get(metric),
         "validation": metrics.get("validation"),
         "test": metrics.get("test"),
-        "validation_best": None if best is None else best["value"],
         "majority": metrics.get(split, {}).get("majority"),
         "train_loss": last_loss(steps),
         "steps": result["steps"],
@@ -60,7 +58,6 @@ def summarise(config: RunConfig, result: Mapping[str, Any], run: Path) -> dict[s
             sum(step["link"] == link for step in steps) for link in range(len(config.chain.ranks))
         ],
         "link_tokens": [a + b for a, b in zip(_by_link(steps, config), started, strict=True)],
-        "link_scores": [e.get(metric) for e in evaluations if e.get("where") == "knot"],
         "curve": [
             {key: value for key, value in each.items() if key not in ("event", "seconds")}
             for each in evaluations

@@ -8,13 +8,12 @@ A cell's line is its labels and its ``result.json``:
 
     status, metric, score_split, score        done or diverged; judged by what, on which rows
     validation, test, majority                metrics of the final model; share of one label
-    validation_best                           best value met at knots and evaluations
     curve                                     validation metrics along the run: step, link, where, …
     train_loss                                mean over the last tenth of the steps
     steps, tokens, start_tokens, rows         start_tokens: those that gradient starts read
     link_steps, link_tokens, scored_tokens    what benchmarks/paper counts operations from
     wall_s, peak_rss_mb                       time and memory
-    trainable_parameters, ranks, link_scores
+    trainable_parameters, ranks
     config                                    values other than the defaults
     rows_digest, base_fingerprint             what was trained on; compared between cells
     base_file                                 the GGUF file that the base was dequantised from
@@ -28,14 +27,13 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
 
 from chainlora.config.messages import problems
 from chainlora.errors import RunError
 from chainlora.experiments.expansion import Cell
-from chainlora.experiments.lines import model_of
 from chainlora.experiments.schema import Experiment
 from chainlora.files import write_text
 
@@ -43,7 +41,6 @@ logger = logging.getLogger(__name__)
 
 FILE = "results.jsonl"
 FORMAT = 2
-READABLE = (1, FORMAT)
 LABELS = ("kind", "cell", "phase", "task", "method", "seed", "point")
 _REBUILD = "remove the line: `chainlora experiment run` writes it again from its cell"
 
@@ -127,10 +124,8 @@ def read_results(path: str | Path) -> Results:
     lines = _read_lines(path)
     heads = [line for line in lines if line["kind"] == "experiment"]
     if len(heads) != 1:
-        raise RunError(
-            f"results file must have one line of kind experiment (got {len(heads)} in {path}); "
-            f"{_REBUILD}"
-        )
+        got = f"{len(heads)} in {path}"
+        raise RunError("results file must have one line of kind experiment", got, _REBUILD)
     of_kind = {kind: [x for x in lines if x["kind"] == kind] for kind in ("choice", "cell")}
     return Results(heads[0], of_kind["choice"], of_kind["cell"])
 
@@ -140,23 +135,21 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
         text = path.read_bytes().decode("utf-8", errors="replace")
     except OSError as error:
         raise RunError(
-            f"results file must be readable (got {path}: {error.strerror}); it is what "
-            "`chainlora experiment run` writes"
+            "results file must be readable",
+            f"{path}: {error.strerror}",
+            "it is what `chainlora experiment run` writes",
         ) from None
     numbered = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
     found = []
     for number, line in numbered:
         where = f"{path} line {number}"
         try:
-            value = parse_object(line)
+            found.append(_checked(where, parse_object(line)))
         except ValueError as error:
-            if number > 1 and number == numbered[-1][0]:
-                logger.warning("%s is torn and left out (%s)", where, error)
-                break
-            raise RunError(
-                f"results must hold JSON objects (got {where}: {error}); {_REBUILD}"
-            ) from None
-        found.append(_checked(where, value))
+            if number == 1 or number < numbered[-1][0]:
+                got = f"{where}: {error}"
+                raise RunError("results must hold JSON objects", got, _REBUILD) from None
+            logger.warning("%s is torn and left out (%s)", where, error)
     return found
 
 
@@ -174,27 +167,31 @@ def parse_object(text: str) -> dict[str, Any]:
 
 def check_format(where: str, value: Mapping[str, Any]) -> None:
     """Raise RunError for a format of another version."""
-    if value.get("format") not in READABLE or value.get("format") is True:
+    if value.get("format") != FORMAT:
         raise RunError(
-            f"results must be of format 1 or {FORMAT} (got {value.get('format')!r} in {where}); "
-            "read them with the version of chainlora that wrote them, or run the experiment again"
+            f"results must be of format {FORMAT}",
+            f"{value.get('format')!r} in {where}",
+            "read them with the version of chainlora that wrote them, or run the experiment again",
         )
 
 
 def _checked(where: str, line: dict[str, Any]) -> dict[str, Any]:
-    model = model_of(line)
+    """Return a line as it is. Raises RunError unless it has what reports rely on."""
+    is_done = line.get("status") == "done"
+    models = {"experiment": _Experiment, "choice": _Choice, "cell": _Done if is_done else _Cell}
+    model: type[_Line] | None = models.get(str(line.get("kind")))
     if model is None:
+        got = f"{line.get('kind')!r} in {where}"
         raise RunError(
-            "a line of results must be of kind experiment, choice or cell "
-            f"(got {line.get('kind')!r} in {where}); {_REBUILD}"
+            "a line of results must be of kind experiment, choice or cell", got, _REBUILD
         )
     check_format(where, line)
     try:
         model.model_validate(line)
     except ValidationError as error:
+        wrong = problems(error, model)
         raise RunError(
-            f"a line of results must have what reports read ({problems(error, model)}; got "
-            f"{where}); {_REBUILD}"
+            f"a line of results must have what reports read ({wrong}; got {where})", "", _REBUILD
         ) from None
     return line
 
@@ -202,6 +199,121 @@ def _checked(where: str, line: dict[str, Any]) -> dict[str, Any]:
 def results_by_id(paths: Iterable[str | Path]) -> dict[str, dict[str, Any]]:
     """Return the results of cells in results files, by id. Raises RunError: damaged."""
     return {line["cell"]: result_of(line) for path in paths for line in read_results(path).cells}
+
+
+# --- what lines must hold: keys that code relies on; others pass, for later versions ---
+
+_Name = Annotated[str, Field(max_length=200, pattern=r"^[^\n]*$")]
+_Pair = Annotated[list[_Name], Field(min_length=2, max_length=2)]
+_Count = Annotated[int, Field(ge=0)]
+_Metrics = dict[str, float]
+
+
+class _Line(BaseModel):
+    model_config = ConfigDict(extra="allow", strict=True)
+
+
+class _Experiment(_Line):
+    name: _Name
+    description: str
+    model: _Name | None
+    tasks: list[_Name] = Field(min_length=1)
+    methods: dict[str, str] = Field(min_length=1)
+    pairs: list[_Pair]
+    primary: _Pair | None = None
+    seeds: list[int] = Field(min_length=1)
+    seed_keys: list[_Name] = ["train.seed"]
+    tuning_seeds: list[int]
+    figures: list[_Name]
+    paper: _Name | None
+
+    @model_validator(mode="after")
+    def _check(self) -> _Experiment:
+        named = [name for pair in self.pairs for name in pair]
+        unknown = [name for name in named if name not in self.methods]
+        if unknown:
+            raise ValueError(f"`pairs` must name `methods` (got {unknown[0]!r})")
+        if self.primary is not None and self.primary not in self.pairs:
+            raise ValueError(f"`primary` must be one of `pairs` (got {self.primary})")
+        for key in ("tasks", "seeds"):
+            if len(set(getattr(self, key))) < len(getattr(self, key)):
+                raise ValueError(f"`{key}` must differ from each other")
+        return self
+
+
+class _Tried(_Line):
+    point: dict[str, Any]
+    mean: float | None
+    runs: _Count
+    values: list[float | None] | None = None
+
+
+class _Choice(_Line):
+    task: _Name
+    method: _Name
+    metric: _Name
+    chosen: dict[str, Any] | None
+    tried: list[_Tried] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> _Choice:
+        points = [each.point for each in self.tried]
+        if any(point.keys() != points[0].keys() for point in points):
+            raise ValueError("`tried` must have points of the same keys")
+        if self.chosen is not None and self.chosen not in points:
+            raise ValueError(f"`chosen` must be one of `tried` (got {self.chosen})")
+        return self
+
+
+class _Config(_Line):
+    model: _Name | None = None
+    data: dict[str, Any] = {}
+    chain: dict[str, Any] = {}
+    train: dict[str, Any] = {}
+
+
+class _Cell(_Line):
+    """A cell that diverged, or what is common to all."""
+
+    cell: str = Field(pattern=r"^[0-9a-f]{12}$")
+    phase: Literal["tune", "final"]
+    task: _Name
+    method: _Name
+    seed: int
+    point: dict[str, Any]
+    status: Literal["done", "diverged"]
+    metric: _Name
+    ranks: list[Annotated[int, Field(ge=1)]]
+    config: _Config
+    rows_digest: _Name | None = None
+    base_fingerprint: _Name | None = None
+    base_file: _Name | None = None
+    commit: _Name | None = None
+
+
+class _Point(_Line):
+    step: _Count
+    loss: float | None = None
+
+
+class _Done(_Cell):
+    """A cell that trained to its end."""
+
+    score_split: Literal["validation", "test"]
+    score: FiniteFloat
+    validation: _Metrics | None
+    test: _Metrics | None
+    majority: float | None
+    train_loss: float | None
+    steps: _Count
+    tokens: _Count
+    trainable_parameters: _Count
+    wall_s: FiniteFloat
+    peak_rss_mb: FiniteFloat | None
+    link_steps: list[_Count] = []
+    curve: list[_Point] = []
+    versions: dict[str, str]
+    hardware: dict[str, Any]
 
 
 # --- what goes together ---
@@ -215,28 +327,21 @@ def check_alike(cells: Sequence[Mapping[str, Any]]) -> None:
     """
     first: dict[tuple[str, str, str], tuple[str, str]] = {}
     for cell in cells:
-        name = f"{cell['task']} {cell['method']} seed {cell['seed']}"
-        for field, what, settings in _identities(cell):
-            found = cell.get(field)
-            if found is None:
+        name, config = f"{cell['task']} {cell['method']} seed {cell['seed']}", cell["config"]
+        cuts = ("max_length", "truncation")  # rows are cut after they are digested
+        data = {k: v for k, v in config.get("data", {}).items() if k not in cuts}
+        model = {"model": config.get("model"), "dtype": config.get("train", {}).get("dtype")}
+        for field, what, settings in (
+            ("rows_digest", "rows", data),
+            ("base_fingerprint", "base model", model),
+        ):
+            if (found := cell.get(field)) is None:
                 continue
-            key = (field, found.rpartition(":")[0], settings)
+            key = (field, found.rpartition(":")[0], json.dumps(settings, sort_keys=True))
             before, of = first.setdefault(key, (found, name))
             if found != before:
                 raise RunError(
-                    f"cells of one experiment must be of the same {what} (got {before} in {of}, "
-                    f"{found} in {name}): they have changed in between; use a new output folder, "
-                    "without --reuse"
+                    f"cells of one experiment must be of the same {what}",
+                    f"{before} in {of}, {found} in {name}",
+                    "they have changed in between; use a new output folder, without --reuse",
                 )
-
-
-def _identities(cell: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """Return (field, what it names, the settings that decide it)."""
-    config = cell["config"]
-    cuts = ("max_length", "truncation")  # rows are cut after they are digested
-    data = {k: v for k, v in config.get("data", {}).items() if k not in cuts}
-    model = {"model": config.get("model"), "dtype": config.get("train", {}).get("dtype")}
-    return [
-        ("rows_digest", "rows", json.dumps(data, sort_keys=True)),
-        ("base_fingerprint", "base model", json.dumps(model, sort_keys=True)),
-    ]

@@ -15,7 +15,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -31,7 +30,7 @@ from chainlora.config.messages import problems
 from chainlora.errors import ConfigError, nearest
 from chainlora.experiments.methods import load_method, merge_trees
 
-TREE_KEYS = ("model", "recipe", "data", "chain", "train")
+TREE_KEYS = ("model", "quantize", "recipe", "data", "chain", "train")
 Figure = Literal["scores", "differences", "curves", "chain_length", "rank_step_down"]
 
 
@@ -169,14 +168,9 @@ class Experiment(_Frozen):
         return merge_trees(preset.keys, given)
 
     def describe_method(self, name: str) -> str:
-        """Return what the file says of a method: its preset, and the keys set over it."""
-        preset = self.methods[name].get("preset", name)
-        given = {k: v for k, v in self.methods[name].items() if k not in ("preset", "grid")}
-        source = load_method(preset).source
-        line = f"preset `{preset}` ({source})"
-        if not given:
-            return line
-        return f"{line} with {yaml.safe_dump(given, default_flow_style=True, width=1000).strip()}"
+        """Return a method's preset and where that comes from."""
+        preset = load_method(self.methods[name].get("preset", name))
+        return f"preset `{preset.name}` ({preset.source})"
 
     def grid(self, method: str) -> dict[str, tuple[Any, ...]]:
         """Return the grid of a method: its own where it gives one, else the experiment's."""
@@ -189,10 +183,10 @@ def check_keys(where: str, tree: Mapping[str, Any]) -> None:
     for key, value in tree.items():
         if key not in TREE_KEYS:
             raise ConfigError(f"unknown key `{where}.{key}`{nearest(str(key), TREE_KEYS)}")
-        if key != "model" and not isinstance(value, Mapping | None):
-            raise ConfigError(
-                f"`{where}.{key}` must be a section of keys (got {value!r:.60}); give some"
-            )
+        kind = str if key in ("model", "quantize") else Mapping
+        if value is not None and not isinstance(value, kind):
+            what = "a name" if kind is str else "a section of keys"
+            raise ConfigError(f"`{where}.{key}` must be {what}", f"{value!r:.60}", "give one")
 
 
 # --- reading ---
