@@ -43,6 +43,7 @@ def test_compare_lets_no_method_choose_among_more_points(tiny_folder, sentiment)
     chain = {"ranks": [2, 2], "steps": [2, 1]}
     asked = {"model": base["model"], "data": base["data"], "chain": chain, "train": keys}
     asked["quantize"] = "int8"  # of the base, and so not for a method to decide
+    chain["hold"] = "carried"
     (cell, *_) = expand(comparison(make_config(asked), ["lora", "chain2"], [0]))
     train = cell.config.train
     assert (train.keep_best, train.early_stop, train.lr) == (False, None, 3e-3)
