@@ -11,7 +11,7 @@ import pytest
 from helpers_tasks import write_as, write_rows, write_task
 
 from chainlora import evaluate_task
-from chainlora.data.sources import FileSource, iterate
+from chainlora.data.sources import FileSource
 from chainlora.data.tasks import load_rows, load_split, load_task
 from chainlora.errors import DataError
 
@@ -96,9 +96,9 @@ def test_a_hub_dataset_is_read_by_folder_and_split(tmp_path, monkeypatch):
 def test_reading_takes_the_memory_of_a_few_rows(tmp_path, suffix):
     rows = [{"text": f"{i} " + "word " * 400} for i in range(4000)]  # 8 MB
     source = FileSource(write_as(tmp_path / f"a{suffix}", rows))
-    next(iterate(source))  # imports
+    next(iter(source))  # imports
     tracemalloc.start()
-    assert sum(1 for _ in iterate(source)) == 4000
+    assert sum(1 for _ in source) == 4000
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 3e6  # 256 rows at a time are 0.5 MB, twice or thrice over

@@ -40,57 +40,35 @@ def pin(path: Path) -> Pin:
     return Pin(tuple(blocks), size)
 
 
-class PinnedFile(io.RawIOBase):
+class PinnedFile(io.FileIO):
     """A file opened for reading whose blocks must be those of a pin. Raises DataError."""
 
+    # in terms of `readinto`, where `FileIO` has its own
+    read = io.RawIOBase.read  # type: ignore[assignment]
+    readall = io.RawIOBase.readall
+
     def __init__(self, path: Path, pinned: Pin) -> None:
-        super().__init__()
-        self.path, self.pinned = path, pinned
-        self._file = path.open("rb")
-        self._place, self._number, self._block = 0, -1, b""
-
-    def readable(self) -> bool:
-        """Say yes."""
-        return True
-
-    def seekable(self) -> bool:
-        """Say yes."""
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """Go to a place."""
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self.pinned.size}[whence]
-        self._place = base + offset
-        return self._place
-
-    def tell(self) -> int:
-        """Return the place."""
-        return self._place
+        super().__init__(path)
+        self.pinned = pinned
+        self._number, self._block = -1, b""
 
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
         """Read to the end of a block at most, which is checked."""
-        number, start = divmod(self._place, _BLOCK)
+        place = self.tell()
+        number, start = divmod(place, _BLOCK)
         if number != self._number:
             self._number, self._block = number, self._checked(number)
         part = self._block[start : start + len(buffer)]
         buffer[: len(part)] = part
-        self._place += len(part)
+        self.seek(place + len(part))
         return len(part)
 
-    def close(self) -> None:
-        """Close the file."""
-        if not self.closed:
-            self._file.close()
-        super().close()
-
     def _checked(self, number: int) -> bytes:
-        self._file.seek(number * _BLOCK)
-        block = self._file.read(_BLOCK)
-        blocks = self.pinned.blocks
-        same = not block if number >= len(blocks) else sha256(block).digest() == blocks[number]
-        if not same:
+        self.seek(number * _BLOCK)
+        block, known = super().read(_BLOCK), self.pinned.blocks[number : number + 1]
+        if known != ((sha256(block).digest(),) if block else ()):
             raise DataError(
                 f"a data file must stay as it is while its rows are tokenised (got other bytes in "
-                f"{self.path} than a moment before); start again when nothing writes to it"
+                f"{self.name} than a moment before); start again when nothing writes to it"
             )
         return block

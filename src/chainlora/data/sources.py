@@ -10,13 +10,14 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from io import BufferedReader
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO, NamedTuple
 
 from chainlora.data.pinned import Pin, PinnedFile, pin
 from chainlora.data.readers import READERS, Record, parse_json
@@ -43,37 +44,8 @@ def where(row: Mapping[str, Any], position: int = 0) -> str:
     return row.origin if isinstance(row, Row) else f"row {position}"
 
 
-class Chunk(Protocol):
+class Chunk(NamedTuple):
     """Some consecutive rows of a source, which another process may parse."""
-
-    @property
-    def share(self) -> float:
-        """Return how much of the source has been read after this chunk, in 0…1."""
-        ...
-
-    def rows(self) -> Sequence[Row]:
-        """Parse the rows. Raises DataError that names the bad one."""
-        ...
-
-
-class Source(Protocol):
-    """Rows that can be read again and again."""
-
-    def chunks(self, size: int) -> Iterator[Chunk]:
-        """Yield the rows, `size` at a time. Raises DataError where there are none."""
-        ...
-
-    def identity(self) -> str:
-        """Return what names the content: equal for equal rows, another for others.
-
-        Chunks that are taken afterwards are of this content, or refused.
-        """
-        ...
-
-
-@dataclass(frozen=True)
-class RecordChunk:
-    """Records of a file or Hub dataset."""
 
     records: Sequence[Record]
     first: int  # index of the first row
@@ -81,48 +53,79 @@ class RecordChunk:
 
     @property
     def share(self) -> float:
-        """Return how much of the source has been read after this chunk, in 0…1."""
+        """How much of the source has been read after this chunk, in 0…1."""
         return self.records[-1].share
 
-    def rows(self) -> Sequence[Row]:
+    def rows(self) -> list[Row]:
         """Parse the rows. Raises DataError that names the bad one."""
         return [
-            _row(record, index, f"{self.place} {record.number}")
-            for index, record in enumerate(self.records, start=self.first)
+            _row(each, index, self.place) for index, each in enumerate(self.records, self.first)
         ]
 
 
-@dataclass(frozen=True)
-class RowChunk:
-    """Rows that are parsed already."""
+@dataclass
+class Source(ABC):
+    """Rows that can be read again and again: all of them, or the first `limit`."""
 
-    parsed: Sequence[Row]
-    share: float
+    limit: int | None = field(default=None, kw_only=True)
 
-    def rows(self) -> Sequence[Row]:
-        """Return the rows."""
-        return self.parsed
+    @abstractmethod
+    def __str__(self) -> str:
+        """Return the name of the whole."""
+
+    @property
+    def place(self) -> str:
+        """What stands before the number of a row."""
+        return f"{self} row"
+
+    @abstractmethod
+    def records(self) -> Iterator[Record]:
+        """Yield the rows as they are read. Raises DataError that names file and line."""
+
+    @abstractmethod
+    def identity(self) -> str:
+        """Return what names the content: equal for equal rows, another for others.
+
+        Rows that are read afterwards are of this content, or refused.
+        """
+
+    def chunks(self, size: int = _CHUNK) -> Iterator[Chunk]:
+        """Yield the rows, `size` at a time. Raises DataError where there are none."""
+        stream, first = islice(self.records(), self.limit), 0
+        while part := list(islice(stream, size)):
+            yield Chunk(part, first, self.place)
+            first += len(part)
+        if not first:
+            raise DataError("data must hold at least one row", f"none in {self}", "check the file")
+
+    def __iter__(self) -> Iterator[Row]:
+        """Yield the rows one by one."""
+        for chunk in self.chunks():
+            yield from chunk.rows()
 
 
 @dataclass
-class FileSource:
-    """The rows of a file, all of them or the first `limit`; `pinned` has the bytes it must have."""
+class FileSource(Source):
+    """The rows of a file; `pinned` has the bytes it must have."""
 
     path: Path
-    limit: int | None = None
     pinned: Pin | None = None
 
-    def chunks(self, size: int) -> Iterator[Chunk]:
-        """Yield the rows, `size` at a time. Raises DataError that names file and line."""
-        read, unit = READERS[self._suffix()]
+    def __str__(self) -> str:
+        return str(self.path)
+
+    @property
+    def place(self) -> str:
+        return f"{self.path} {READERS[self._suffix()][1]}"
+
+    def records(self) -> Iterator[Record]:
+        read, _ = READERS[self._suffix()]
         try:
             with self._open() as file:
-                records = read(file, self.path)
-                yield from _chunks(records, f"{self.path} {unit}", size, self.limit)
+                yield from read(file, self.path)
         except OSError as error:
-            raise DataError(
-                f"data file must be readable (got {self.path}: {error.strerror}); check it"
-            ) from error
+            got = f"{self.path}: {error.strerror}"
+            raise DataError("data file must be readable", got, "check it") from error
 
     def identity(self) -> str:
         """Return the hash of the file's bytes, and pin them: rows read from now on are of these."""
@@ -138,14 +141,13 @@ class FileSource:
         suffix = self.path.suffix.lower()
         if suffix not in READERS:
             raise DataError(
-                f"a data file must end in {', '.join(SUFFIXES)} (got {self.path}); convert or "
-                "rename it"
+                f"a data file must end in {', '.join(SUFFIXES)}", self.path, "convert or rename it"
             )
         return suffix
 
 
-@dataclass(frozen=True)
-class HubSource:
+@dataclass
+class HubSource(Source):
     """One split of a Hub dataset; no code of the dataset is ever run.
 
     `name` is the configuration, where the dataset declares some; `folder` the folder inside the
@@ -158,7 +160,9 @@ class HubSource:
     name: str | None = None
     folder: str | None = None
     revision: str | None = None
-    limit: int | None = None
+
+    def __str__(self) -> str:
+        return f"{self.path} {self.split}"
 
     @cached_property
     def table(self) -> Any:
@@ -175,35 +179,38 @@ class HubSource:
             )
         except Exception as error:  # a dozen unrelated types for "could not get it"
             reason = " ".join(str(error).split())[:200]
-            if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+            if is_offline():
                 reason = "HF_HUB_OFFLINE is set and the dataset is not in the cache"
             raise DataError(
                 f"Hub dataset {self.path} split {self.split!r} must be reachable (got: {reason}); "
                 "go online, or name a local folder of rows (data.dir, --data DIR)"
             ) from error
 
-    def chunks(self, size: int) -> Iterator[Chunk]:
-        """Yield the rows, `size` at a time. Raises DataError where the Hub does not give them."""
+    def records(self) -> Iterator[Record]:
         count = len(self.table)
-        records = (Record(i, row, (i + 1) / count) for i, row in enumerate(self.table))
-        yield from _chunks(records, f"{self.path} {self.split} row", size, self.limit)
+        return (Record(i, row, (i + 1) / count) for i, row in enumerate(self.table))
 
     def identity(self) -> str:
-        """Return the dataset library's own fingerprint of the table."""
         return f"hub {self.table._fingerprint} {self.limit}"
 
 
-@dataclass(frozen=True)
-class ListSource:
+def is_offline() -> bool:
+    """Say whether the Hub's libraries are told to stay offline."""
+    return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+
+
+@dataclass
+class ListSource(Source):
     """Rows that are in memory."""
 
     parsed: Sequence[Row]
 
-    def chunks(self, size: int) -> Iterator[Chunk]:
-        """Yield the rows, `size` at a time."""
-        for start in range(0, len(self.parsed), size):
-            part = self.parsed[start : start + size]
-            yield RowChunk(part, min(1.0, (start + size) / len(self.parsed)))
+    def __str__(self) -> str:
+        return "a list"
+
+    def records(self) -> Iterator[Record]:
+        count = len(self.parsed)
+        return (Record(i, row, (i + 1) / count) for i, row in enumerate(self.parsed))
 
     def identity(self) -> str:
         """Return the hash of the rows and their indices."""
@@ -230,7 +237,7 @@ def find_source(source: str | Path, split: str = "train", limit: int | None = No
     if path.is_dir():
         path = find_file(path, [split]) or _missing(path, split)
     if path.is_file():
-        return FileSource(path, limit)
+        return FileSource(path, limit=limit)
     match = _HUB_ID.match(str(source))
     if match is None or path.suffix.lower() in SUFFIXES:
         raise DataError(
@@ -248,13 +255,7 @@ def load_rows(source: str | Path, split: str = "train", limit: int | None = None
     Raises DataError on a missing, unreadable or empty source, and on a row that is not an object of
     named values (file and line are named).
     """
-    return list(iterate(find_source(source, split, limit)))
-
-
-def iterate(source: Source, size: int = _CHUNK) -> Iterator[Row]:
-    """Yield the rows of a source one by one."""
-    for chunk in source.chunks(size):
-        yield from chunk.rows()
+    return list(find_source(source, split, limit))
 
 
 def find_file(folder: Path, stems: Sequence[str]) -> Path | None:
@@ -271,33 +272,15 @@ def _missing(folder: Path, split: str) -> Path:
     )
 
 
-def _chunks(
-    records: Iterable[Record], place: str, size: int, limit: int | None
-) -> Iterator[RecordChunk]:
-    stream, first = islice(records, limit), 0
-    while part := list(islice(stream, size)):
-        yield RecordChunk(part, first, place)
-        first += len(part)
-    if not first:
-        source = place.rpartition(" ")[0]
-        raise DataError(f"data must hold at least one row (got none in {source}); check the file")
-
-
-def _row(record: Record, index: int, origin: str) -> Row:
-    values = record.payload
+def _row(record: Record, index: int, place: str) -> Row:
+    values, origin = record.payload, f"{place} {record.number}"
+    if isinstance(values, Row):
+        return values
     if isinstance(values, bytes):
         values = parse_json(values, origin)
     if not isinstance(values, Mapping) or not values:
+        got = "an empty object" if values == {} else f"{type(values).__name__} {values!r:.40}"
         raise DataError(
-            f"a row must be an object of named values (got {_kind(values)} at {origin}); "
-            "correct or remove it"
+            "a row must be an object of named values", f"{got} at {origin}", "correct or remove it"
         )
     return Row(values, index, origin)
-
-
-def _kind(values: Any) -> str:
-    return (
-        "an empty object"
-        if isinstance(values, Mapping)
-        else f"{type(values).__name__} {values!r:.40}"
-    )

@@ -6,7 +6,8 @@ import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
+from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +18,7 @@ from chainlora.data.chat_templates import set_chat_template
 from chainlora.data.encoding import Options
 from chainlora.data.preparing import make_rows
 from chainlora.data.rows import MemoryRows, Rows
-from chainlora.data.sources import ListSource, Row, Source, find_source, iterate
+from chainlora.data.sources import ListSource, Row, Source, find_source
 from chainlora.data.tasks import (
     REPORTED_OF_TEXT,
     WORD_METRICS,
@@ -26,12 +27,13 @@ from chainlora.data.tasks import (
     sample_splits,
     unseen_source,
 )
-from chainlora.data.tasks.nested import NESTED, FlatSource, flat, without_first
+from chainlora.data.tasks.nested import flat, without_first
 from chainlora.errors import ConfigError
 
 _log = logging.getLogger(__name__)
 
 SPLITS = ("train", "validation", "test")
+_ASKED_OF_A_TASK = ("loss", "metrics", "reported", "metric", "stop", "max_new_tokens")
 _DIGEST_VERSION = 2  # 1, without a number in front, hashed the rows as one text of Python
 
 SplitProgress = Callable[[str, int, float], None]
@@ -50,10 +52,10 @@ class Splits:
     train: Rows
     validation: Rows
     test: Rows
-    loss: Literal["candidates", "completion"]
-    metrics: tuple[str, ...]
-    reported: tuple[str, ...]
-    metric: str
+    loss: Literal["candidates", "completion"] = "completion"
+    metrics: tuple[str, ...] = ("loss",)
+    reported: tuple[str, ...] = REPORTED_OF_TEXT
+    metric: str = "loss"
     stop: str | None = None
     max_new_tokens: int = 50
     digest: str = ""
@@ -79,54 +81,30 @@ def prepare_splits(
 
     Raises DataError or ConfigError before training.
     """
-    limit = _limit(data, context)
+    options = Options(_limit(data, context), data.truncation)
     set_chat_template(tokenizer, data)
-    wanted = (to_score,) if to_score else SPLITS
-
-    def encode(split: str, source: Source | None, kind: Task | str, options: Options) -> Rows:
-        if source is None or split not in wanted:
-            return MemoryRows()
-        return _encode(split, source, tokenizer, kind, options, progress)
-
-    if data.task is None:
-        sources, options = _file_sources(data), Options(limit, data.truncation)
-        rows = {split: encode(split, sources[split], data.format, options) for split in SPLITS}
-        _log_unread(rows)
-        return Splits(
-            rows["train"],
-            rows["validation"],
-            rows["test"],
-            loss="completion",
-            metrics=("loss",),
-            reported=REPORTED_OF_TEXT,
-            metric="loss",
-            digest=_digest(rows),
-        )
-    task = load_task(data.task)
-    sources = _task_sources(task, data)
-    before = _demonstrations(task, data, sources["train"])
-    scored = Options(limit, data.truncation, reserve=_reserve(task), before=before)
-    rows = {}
+    task = None if data.task is None else load_task(data.task)
+    sources = _file_sources(data) if task is None else _task_sources(task, data)
+    asked: dict[str, Any] = {}
+    if task is not None:
+        before = _demonstrations(task, data, sources["train"])
+        options = replace(options, reserve=_reserve(task), before=before)
+        asked = {name: getattr(task, name) for name in _ASKED_OF_A_TASK}
+    rows: dict[str, Rows] = {}
     for split, source in sources.items():
-        options = scored
-        if split == "train" and source is not None:
+        kept = options
+        if to_score not in (None, split):
+            source = None
+        if task is not None and split == "train" and source is not None:
             source = without_first(source, data.shots)
-        if split == "train" and to_score is None:
-            options = replace(scored, objective=task.loss, reserve=0)
-        rows[split] = encode(split, source, task, options)
+            if to_score is None:
+                kept = replace(options, objective=task.loss, reserve=0)
+        rows[split] = MemoryRows()
+        if source is not None:
+            rows[split] = _encode(split, source, tokenizer, task or data.format, kept, progress)
     _log_unread(rows)
-    return Splits(
-        rows["train"],
-        rows["validation"],
-        rows["test"],
-        loss=task.loss,
-        metrics=task.metrics,
-        reported=task.reported,
-        metric=task.metric,
-        stop=task.stop,
-        max_new_tokens=task.max_new_tokens,
-        digest=_digest(rows, before),
-    )
+    digest = _digest(rows, options.before)
+    return Splits(rows["train"], rows["validation"], rows["test"], digest=digest, **asked)
 
 
 def encode_split(
@@ -144,12 +122,8 @@ def encode_split(
     options = Options(context, reserve=_reserve(task))
     if data is not None and _shapes_prompts_of(data, task):
         before = _demonstrations(task, data, _task_sources(task, data)["train"])
-        options = replace(
-            options,
-            max_length=_limit(data, context),
-            truncation=data.truncation,
-            before=before,
-        )
+        limit = _limit(data, context)
+        options = replace(options, max_length=limit, truncation=data.truncation, before=before)
     source = ListSource(rows) if isinstance(rows, Sequence) else rows
     return _encode("scored", source, tokenizer, task, options, None)
 
@@ -162,40 +136,28 @@ def _encode(
     options: Options,
     progress: SplitProgress | None,
 ) -> Rows:
-    def tell(rows: int, share: float) -> None:
-        if progress is not None:
-            progress(split, rows, share)
-
+    """Encode rows, and say what was cut."""
+    tell = None if progress is None else partial(progress, split)
     rows = make_rows(source, tokenizer, task, options, progress=tell)
-    _log_summary(split, rows)
-    return rows
-
-
-def _log_summary(split: str, rows: Rows) -> None:
-    """Say what was cut."""
     found = rows.summary
     if found.rows_cut:
         _log.warning(
-            "%s: %d of %d rows were longer than data.max_length or the context; %d tokens were cut "
-            "from their beginnings (truncation: left)",
-            split,
-            found.rows_cut,
-            found.rows,
-            found.tokens_cut,
+            f"{split}: {found.rows_cut} of {found.rows} rows were longer than data.max_length or "
+            f"the context; {found.tokens_cut} tokens were cut from their beginnings (truncation: "
+            "left)"
         )
+    return rows
 
 
 def _log_unread(encoded: Mapping[str, Rows]) -> None:
     """Name each column that nothing reads once, with the splits that have it."""
-    places: dict[str, list[str]] = {}
-    for split, rows in encoded.items():
-        for column in rows.summary.unread:
-            places.setdefault(column, []).append(split)
+    unread = {split: rows.summary.unread for split, rows in encoded.items()}
     alike: dict[str, list[str]] = {}
-    for column, splits in places.items():
-        alike.setdefault(", ".join(splits), []).append(column)
-    for splits_in_words, columns in alike.items():
-        _log.warning("%s: nothing reads %s", splits_in_words, ", ".join(map(repr, columns)))
+    for column in dict.fromkeys(chain.from_iterable(unread.values())):
+        splits = ", ".join(split for split, columns in unread.items() if column in columns)
+        alike.setdefault(splits, []).append(repr(column))
+    for splits, columns in alike.items():
+        _log.warning("%s: nothing reads %s", splits, ", ".join(columns))
 
 
 def _shapes_prompts_of(data: DataConfig, task: Task) -> bool:
@@ -215,7 +177,7 @@ def _shapes_prompts_of(data: DataConfig, task: Task) -> bool:
 def _demonstrations(task: Task, data: DataConfig, train: Source | None) -> str:
     if not data.shots or train is None:
         return ""
-    first = list(islice(iterate(train), data.shots))
+    first = list(islice(train, data.shots))
     if len(first) < data.shots:
         raise ConfigError(
             "`data.shots` must be at most the number of training rows (got "
@@ -244,15 +206,8 @@ def _task_sources(task: Task, data: DataConfig) -> dict[str, Source | None]:
             split: None if source is None else flat(source, task.name)
             for split, source in _file_sources(data).items()
         }
-    drawn = sample_splits(
-        task,
-        data.dir,
-        data.num_train,
-        data.num_validation,
-        data.num_test,
-        data.data_seed,
-        data.sampling,
-    )
+    sizes = (data.num_train, data.num_validation, data.num_test)
+    drawn = sample_splits(task, data.dir, *sizes, data.data_seed, data.sampling)
     return {split: ListSource(rows) if rows else None for split, rows in drawn.items()}
 
 
@@ -287,6 +242,4 @@ def task_split_source(task: Task, data: str | None, split: str, limit: int | Non
     """Return the first `limit` rows of a task's split; `data` is its folder or one file."""
     if data is None or not Path(data).is_file():
         return unseen_source(task, data, split, limit)
-    if task.name in NESTED:
-        return FlatSource(find_source(data), task.name, limit=limit)
-    return find_source(data, limit=limit)
+    return replace(flat(find_source(data), task.name), limit=limit)

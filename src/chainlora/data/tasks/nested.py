@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
-from chainlora.data.sources import Chunk, Row, RowChunk, Source, iterate
+from chainlora.data.readers import Record
+from chainlora.data.sources import Row, Source
 from chainlora.errors import DataError
 
 _Flat = Iterator[dict[str, Any]]
@@ -51,9 +51,9 @@ NESTED: Mapping[str, Callable[[Mapping[str, Any]], _Flat]] = {
 """Task → how a row is flattened whose `passage` is an object."""
 
 
-@dataclass(frozen=True)
-class FlatSource:
-    """The rows of another source, nested ones flattened: without the first `skip`, at most `limit`.
+@dataclass
+class FlatSource(Source):
+    """The rows of another source, nested ones flattened, without the first `skip`.
 
     Indices count flat rows.
     """
@@ -61,26 +61,19 @@ class FlatSource:
     source: Source
     task: str
     skip: int = 0
-    limit: int | None = None
 
-    def chunks(self, size: int) -> Iterator[Chunk]:
-        """Yield the rows, `size` at a time. Raises DataError on a row that does not suit."""
-        share = 0.0
+    def __str__(self) -> str:
+        return str(self.source)
 
-        def read() -> Iterator[Row]:
-            nonlocal share
-            index = 0
-            for chunk in self.source.chunks(size):
-                share = chunk.share
-                for row in chunk.rows():
-                    for values in _flattened(self.task, row):
-                        yield Row(values, index, row.origin)
-                        index += 1
-
-        end = None if self.limit is None else self.skip + self.limit
-        rows = islice(read(), self.skip, end)
-        while part := list(islice(rows, size)):
-            yield RowChunk(part, share)
+    def records(self) -> Iterator[Record]:
+        """Yield the rows. Raises DataError on a row that does not suit."""
+        index = 0
+        for chunk in self.source.chunks():
+            for row in chunk.rows():
+                for values in _flattened(self.task, row):
+                    if index >= self.skip:
+                        yield Record(index, Row(values, index, row.origin), chunk.share)
+                    index += 1
 
     def identity(self) -> str:
         """Return what names the content."""
@@ -109,4 +102,4 @@ def without_first(source: Source, count: int) -> Source | None:
     if not count:
         return source
     rest = FlatSource(source, "", skip=count)
-    return rest if next(iterate(rest), None) is not None else None
+    return rest if next(rest.records(), None) is not None else None

@@ -8,13 +8,11 @@ the split is too small, validation takes its rows first and training gets what i
 from __future__ import annotations
 
 import logging
-import os
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
 
 from chainlora.data.sources import (
     SUFFIXES,
@@ -24,9 +22,9 @@ from chainlora.data.sources import (
     Row,
     Source,
     find_file,
-    iterate,
+    is_offline,
 )
-from chainlora.data.tasks.nested import FlatSource, flat
+from chainlora.data.tasks.nested import flat
 from chainlora.data.tasks.task import Task
 from chainlora.errors import ConfigError, DataError
 
@@ -40,15 +38,8 @@ _STEMS = {
 }
 # Where one split stands in for two, its test rows are the same whatever the data seed, as a test
 # split's are.
-_HELD_OUT_SEED = 0
-_HELD_OUT = "held out"
-
-
-class Part(NamedTuple):
-    """The part of a source that samples are drawn from: places of its rows."""
-
-    source: Source
-    order: Sequence[int]
+_SEED_OF_ASIDE = 0
+_SET_ASIDE = "set aside"
 
 
 def split_source(task: Task, dir: str | Path | None, split: str) -> Source:
@@ -63,18 +54,8 @@ def split_source(task: Task, dir: str | Path | None, split: str) -> Source:
     Raises:
         DataError: no such rows (the other way to get them is named).
     """
-    source: FileSource | HubSource
     if dir is not None:
-        path = _split_file(task, Path(dir), split)
-        if path is None:
-            raise DataError(_not_found(task, Path(dir), split))
-        source = FileSource(path)
-    else:
-        source = _hub_source(task, split)
-    return flat(source, task.name)
-
-
-def _hub_source(task: Task, split: str) -> HubSource:
+        return flat(FileSource(_need_file(task, Path(dir), split)), task.name)
     hub = task.hub
     if hub is None:
         raise DataError(
@@ -82,25 +63,19 @@ def _hub_source(task: Task, split: str) -> HubSource:
             "folder); give data.dir or --data DIR, or declare `hub` in the task file"
         )
     name = hub.splits.get(split, split)
-    return HubSource(hub.path, name, hub.name, hub.folder, hub.revision)
+    return flat(HubSource(hub.path, name, hub.name, hub.folder, hub.revision), task.name)
 
 
 def load_split(task: Task, dir: str | Path | None, split: str) -> list[Row]:
     """Read one split, as `split_source`, into memory. Raises DataError, also on a bad row."""
-    return list(iterate(split_source(task, dir, split)))
+    return list(split_source(task, dir, split))
 
 
 def check_split_files(task: Task, dir: str | Path) -> None:
     """Raise DataError if the folder lacks a split that samples are drawn from; reads nothing."""
     rules = task.sampling
-    for split in dict.fromkeys(rule.of for rule in (rules.train, rules.validation, rules.test)):
-        of = (
-            rules.without_train
-            if split == "train" and rules.without_train and _is_without_train(task, dir)
-            else split
-        )
-        if _split_file(task, Path(dir), of) is None:
-            raise DataError(_not_found(task, Path(dir), of))
+    for split in (rules.train.of, rules.validation.of, rules.test.of):
+        _need_file(task, Path(dir), _train_split(task, dir) if split == "train" else split)
 
 
 def unseen_source(
@@ -112,10 +87,10 @@ def unseen_source(
     Raises DataError where there are none, as for `split_source`.
     """
     source = split_source(task, dir, split)
-    if dir is None or not _is_trained_on(task, Path(dir), split):
-        assert isinstance(source, FileSource | HubSource | FlatSource)
+    stand_in, test = _train_split(task, dir), task.sampling.test
+    files = [dir and _find_file(task, Path(dir), each) for each in (split, stand_in)]
+    if stand_in == "train" or files[0] != files[1]:
         return replace(source, limit=limit)
-    stand_in, test = task.sampling.without_train, task.sampling.test
     count = _count(source)
     if test.of != stand_in:
         raise DataError(
@@ -123,7 +98,7 @@ def unseen_source(
             f"split (got {count} rows); score --split {test.of}, or name the file itself as "
             "--data to score it anyway"
         )
-    unseen = sorted(_hold_out(count, test.rows)[0])
+    unseen = sorted(_set_aside(count, test.rows)[0])
     _log.warning(
         "%s: no train split in %s, so %r stands in for it: only the %d of its %d rows that no "
         "run trains on are scored",
@@ -134,14 +109,6 @@ def unseen_source(
         count,
     )
     return ListSource(list(_pick(source, unseen[:limit]).values()))
-
-
-def _is_trained_on(task: Task, dir: Path, split: str) -> bool:
-    """Say whether a split stands in for a missing train split."""
-    stand_in = task.sampling.without_train
-    if stand_in is None or not _is_without_train(task, dir):
-        return False
-    return _split_file(task, dir, split) == _split_file(task, dir, stand_in)
 
 
 def sample_splits(
@@ -170,20 +137,25 @@ def sample_splits(
     """
     if sampling not in ("protocol", "saner"):
         raise ConfigError(f"`sampling` must be protocol or saner (got {sampling!r})")
-    rules = task.sampling
-    sizes = {
-        "train": num_train or rules.train.count(sampling),
-        "validation": num_validation or rules.validation.count(sampling),
-        "test": num_test or rules.test.count(sampling),
-    }
-    pools = _read_pools(task, dir, max(sizes["test"], rules.test.rows))
+    if dir is not None:
+        check_split_files(task, dir)
+    rules, stand_in = task.sampling, _train_split(task, dir)
+    draws = {"train": rules.train, "validation": rules.validation, "test": rules.test}
+    given = {"train": num_train, "validation": num_validation, "test": num_test}
+    sizes = {name: given[name] or draw.count(sampling) for name, draw in draws.items()}
+    num_aside = max(sizes["test"], rules.test.rows) if rules.test.of == stand_in != "train" else 0
+    if stand_in != "train":
+        aside = ", its test rows set aside with a fixed seed" if num_aside else ""
+        _log.warning("%s: no train in %s; %r stands in for it%s", task.name, dir, stand_in, aside)
+    pools: dict[str, list[str]] = {}
+    for name in ("test", "validation", "train"):  # in the order in which they take their rows
+        is_aside = name == "test" and num_aside
+        pools.setdefault(_SET_ASIDE if is_aside else draws[name].of, []).append(name)
     drawn: dict[str, list[Row]] = {}
-    for split, wanted in _by_pool(task, pools):
-        source, order = pools[split].source, list(pools[split].order)
-        if split != _HELD_OUT:
-            random.Random(f"{data_seed} {split}").shuffle(order)
-        places = {}
-        for name in wanted:
+    for pool, names in pools.items():
+        source = split_source(task, dir, stand_in if pool in ("train", _SET_ASIDE) else pool)
+        order, places = _order(pool, _count(source), num_aside, data_seed), {}
+        for name in names:
             places[name], order = order[: sizes[name]], order[sizes[name] :]
         rows = _pick(source, chain.from_iterable(places.values()))
         for name, chosen in places.items():
@@ -193,103 +165,69 @@ def sample_splits(
             f"validation must leave rows to train on (got {len(drawn['validation'])} rows in all "
             f"for {sizes['validation']} of validation, task {task.name!r}); lower num_validation"
         )
-    _log.info(
-        "%s: %s rows drawn with data seed %d (%s)",
-        task.name,
-        ", ".join(f"{len(drawn[name])} {name}" for name in sizes),
-        data_seed,
-        sampling,
-    )
+    counts = ", ".join(f"{len(drawn[name])} {name}" for name in sizes)
+    _log.info("%s: %s rows drawn, data seed %d (%s)", task.name, counts, data_seed, sampling)
     return {name: drawn[name] for name in sizes}
 
 
-def _read_pools(task: Task, dir: str | Path | None, num_held_out: int) -> dict[str, Part]:
-    """Return the rows to draw from, by split.
-
-    `_HELD_OUT` has test rows taken out of a stand-in for train.
-    """
-    rules = task.sampling
-    splits = dict.fromkeys(rule.of for rule in (rules.train, rules.validation, rules.test))
-    stand_in = rules.without_train
-    if stand_in is None or not _is_without_train(task, dir):
-        return {split: _whole(task, dir, split) for split in splits}
-    pools = {split: _whole(task, dir, split) for split in splits if split != "train"}
-    pools["train"] = pools[stand_in] if stand_in in pools else _whole(task, dir, stand_in)
-    _log.warning(
-        "%s: no train split in %s; %r stands in for it%s",
-        task.name,
-        dir,
-        stand_in,
-        ", its test rows set aside with a fixed seed" if rules.test.of == stand_in else "",
-    )
-    if rules.test.of == stand_in:
-        source, order = pools["train"]
-        held_out, others = _hold_out(len(order), num_held_out)
-        pools[_HELD_OUT], pools["train"] = Part(source, held_out), Part(source, sorted(others))
-    return pools
-
-
-def _whole(task: Task, dir: str | Path | None, split: str) -> Part:
-    source = split_source(task, dir, split)
-    return Part(source, range(_count(source)))
+def _order(pool: str, count: int, num_aside: int, data_seed: int) -> list[int]:
+    """Return the places of a pool's rows in the order in which they are drawn."""
+    order = list(range(count))
+    if num_aside and pool in ("train", _SET_ASIDE):
+        aside, others = _set_aside(count, num_aside)
+        if pool == _SET_ASIDE:
+            return aside
+        order = sorted(others)
+    random.Random(f"{data_seed} {pool}").shuffle(order)
+    return order
 
 
 def _count(source: Source) -> int:
     """Return the number of rows, and find a bad one; none is kept."""
-    return sum(1 for _ in iterate(source))
+    return sum(1 for _ in source)
 
 
 def _pick(source: Source, places: Iterable[int]) -> dict[int, Row]:
     """Return the rows at some places."""
     wanted = set(places)
-    return {place: row for place, row in enumerate(iterate(source)) if place in wanted}
+    return {place: row for place, row in enumerate(source) if place in wanted}
 
 
-def _is_without_train(task: Task, dir: str | Path | None) -> bool:
-    return dir is not None and _split_file(task, Path(dir), "train") is None
-
-
-def _hold_out(num_rows: int, count: int) -> tuple[list[int], list[int]]:
+def _set_aside(num_rows: int, count: int) -> tuple[list[int], list[int]]:
     """Part rows into test rows, the same for every run, and the others; both in drawn order."""
     order = list(range(num_rows))
-    random.Random(_HELD_OUT_SEED).shuffle(order)
+    random.Random(_SEED_OF_ASIDE).shuffle(order)
     return order[:count], order[count:]
 
 
-def _by_pool(task: Task, pools: Mapping[str, Part]) -> list[tuple[str, list[str]]]:
-    """Return which samples come out of which pool, in the order they take their rows."""
-    rules, groups = task.sampling, dict[str, list[str]]()
-    held_out = _HELD_OUT in pools
-    for name, rule in (
-        ("test", rules.test),
-        ("validation", rules.validation),
-        ("train", rules.train),
-    ):
-        groups.setdefault(_HELD_OUT if held_out and name == "test" else rule.of, []).append(name)
-    return list(groups.items())
+def _train_split(task: Task, dir: str | Path | None) -> str:
+    """Return "train", or the split that stands in for it where a folder has none."""
+    stand_in = task.sampling.without_train
+    is_there = dir is None or _find_file(task, Path(dir), "train") is not None
+    return "train" if is_there or stand_in is None else stand_in
 
 
-def _split_file(task: Task, folder: Path, split: str) -> Path | None:
-    stems = task.files.get(split) or _STEMS.get(split, (split,))
+def _stems(task: Task, split: str) -> tuple[str, ...]:
+    return task.files.get(split) or _STEMS.get(split, (split,))
+
+
+def _find_file(task: Task, folder: Path, split: str) -> Path | None:
+    stems = _stems(task, split)
     return find_file(folder, stems) or find_file(folder / task.name, stems)
 
 
-def _not_found(task: Task, folder: Path, split: str) -> str:
-    stems = task.files.get(split) or _STEMS.get(split, (split,))
-    names = f"{'|'.join(stems)}{{{','.join(SUFFIXES)}}}"
+def _need_file(task: Task, folder: Path, split: str) -> Path:
+    if (path := _find_file(task, folder, split)) is not None:
+        return path
+    names = f"{'|'.join(_stems(task, split))}{{{','.join(SUFFIXES)}}}"
+    have = f"neither in {folder} nor in {folder / task.name}"
     if task.hub is None:
         other = "this task declares no Hub dataset"
     else:
-        offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
-        other = f"or leave the folder out to fetch {task.hub.path} from the Hub" + (
-            " (HF_HUB_OFFLINE is set, so only a cached copy)" if offline else ""
-        )
-    have = (
-        "no such folder"
-        if not folder.is_dir()
-        else f"neither in {folder} nor in {folder / task.name}"
-    )
-    return (
-        f"task {task.name!r} needs its {split!r} rows as {names} (got {have}); name the folder "
-        f"that holds them, {other}"
+        only = " (HF_HUB_OFFLINE is set, so only a cached copy)" if is_offline() else ""
+        other = f"or leave the folder out to fetch {task.hub.path} from the Hub{only}"
+    raise DataError(
+        f"task {task.name!r} needs its {split!r} rows as {names}",
+        have if folder.is_dir() else "no such folder",
+        f"name the folder that holds them, {other}",
     )
