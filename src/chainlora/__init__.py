@@ -25,7 +25,7 @@ _WHERE = {
     "ChainCallback": "chainlora.integrations.callback",
     "evaluate_task": "chainlora.evaluation.scoring",
     "save_chain": "chainlora.runs.saved_chain",
-    "load_chain": "chainlora.runs.saved_chain",
+    "load_chain": "chainlora.runs.loading_start",
     "load_run": "chainlora.runs.opening",
     "export_adapter": "chainlora.runs.export",
     "export_merged": "chainlora.runs.export",
@@ -58,8 +58,8 @@ if TYPE_CHECKING:
     from chainlora.runs.export import export_adapter as export_adapter
     from chainlora.runs.export import export_merged as export_merged
     from chainlora.runs.inspection import inspect_run as inspect_run
+    from chainlora.runs.loading_start import load_chain as load_chain
     from chainlora.runs.opening import load_run as load_run
-    from chainlora.runs.saved_chain import load_chain as load_chain
     from chainlora.runs.saved_chain import save_chain as save_chain
     from chainlora.training.calling import train as train
     from chainlora.training.result import TrainResult as TrainResult

@@ -51,7 +51,7 @@ def resolve_model(spec: str | Path) -> Path:
             f"`model` must be a Hub id, a folder or a .gguf file (got the file {spec}); "
             f"name the folder it lies in"
         )
-    return _from_hub(spec)
+    return from_hub(spec)
 
 
 def folder_of(model: Any) -> Path | None:
@@ -95,24 +95,28 @@ def packaged_model(package: str) -> Path:
     )
 
 
-def _from_hub(spec: str) -> Path:
+def from_hub(spec: str, key: str = "model") -> Path:
+    """Return the folder of a repository on the Hub, downloaded or found in its cache.
+
+    `key` is what messages call it. Raises ModelError if nothing is found.
+    """
+    file = " or a .gguf file" if key == "model" else ""
     try:
         return Path(snapshot_download(spec, allow_patterns=_WANTED, ignore_patterns=_UNWANTED))
     except HFValidationError as error:
         raise ModelError(
-            f"`model` must be a Hub id, an existing folder or a .gguf file (got {spec!r}); "
-            f"check the path"
+            f"`{key}` must be a Hub id, an existing folder{file} (got {spec!r}); check the path"
         ) from error
     except RepositoryNotFoundError as error:
         raise ModelError(
-            f"`model` must exist as a folder or on the Hub (got {spec!r}, found in neither); "
+            f"`{key}` must exist as a folder or on the Hub (got {spec!r}, found in neither); "
             f"check the spelling, or log in with `hf auth login` if it is private"
         ) from error
     except (LocalEntryNotFoundError, OSError) as error:
         raise ModelError(
-            f"`model` must be an existing folder or a Hub id within reach (got {spec!r}: no "
-            f"such folder, not in the Hub cache, no download possible); give a local folder or "
-            f".gguf file, or connect and unset HF_HUB_OFFLINE"
+            f"`{key}` must be an existing folder or a Hub id within reach (got {spec!r}: no "
+            f"such folder, not in the Hub cache, no download possible); give a local folder{file}, "
+            "or connect and unset HF_HUB_OFFLINE"
         ) from error
 
 

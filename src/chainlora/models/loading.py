@@ -96,7 +96,7 @@ def open_folder(spec: str | Path) -> tuple[Path, Any, Any]:
 def settle(model: Any, tokenizer: Any, folder: Path) -> None:
     """Check a model against its folder and its tokenizer, and let it pad as that does."""
     _refuse_integers(model, folder)
-    _check_vocabulary(model, tokenizer, folder)
+    check_vocabulary(model, tokenizer, folder)
     if model.generation_config is not None and model.generation_config.pad_token_id is None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id
 
@@ -256,7 +256,8 @@ def _stored_dtypes(folder: Path) -> Iterator[tuple[str, str, Path]]:
                     yield name, reader.get_slice(name).get_dtype(), file
 
 
-def _check_vocabulary(model: Any, tokenizer: Any, folder: Path) -> None:
+def check_vocabulary(model: Any, tokenizer: Any, folder: Path) -> None:
+    """Raise ModelError for a tokenizer with more tokens than a model's embedding has rows."""
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         raise ModelError(

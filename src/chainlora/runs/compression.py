@@ -10,9 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-import torch
-
-from chainlora.chain.adapters import Factors
+from chainlora.chain.adapters import Factors, padded
 from chainlora.chain.link import Link, stack_links
 from chainlora.chain.low_rank import compress_low_rank, singular_values_of_sum
 from chainlora.errors import ChainError
@@ -31,7 +29,7 @@ def adapter_factors(
     stacked = stack_links(links)
     widest = max(share.a.shape[0] for share in stacked.values())
     if tolerance is None and (rank is None or rank >= widest):
-        return {name: _pad(share, rank or widest) for name, share in stacked.items()}, 0.0
+        return {name: padded(share, rank or widest) for name, share in stacked.items()}, 0.0
     spectra = {
         name: singular_values_of_sum([(share.a, share.b, 1.0)]).double()
         for name, share in stacked.items()
@@ -50,18 +48,6 @@ def adapter_factors(
         a, b, error = compress_low_rank(
             [(share.a, share.b, 1.0)], rank=min(rank, len(spectra[name]))
         )
-        compressed[name] = _pad(replace(share, a=a.float(), b=b.float()), rank)
+        compressed[name] = padded(replace(share, a=a.float(), b=b.float()), rank)
         squared += (error**2) * float((spectra[name] ** 2).sum())
     return compressed, math.sqrt(squared / total) if total else 0.0
-
-
-def _pad(share: Factors, rank: int) -> Factors:
-    """Widen factors with zeros to a uniform rank (vLLM and others load one rank an adapter)."""
-    missing = rank - share.a.shape[0]
-    if missing <= 0:
-        return share
-    return replace(
-        share,
-        a=torch.nn.functional.pad(share.a, (0, 0, 0, missing)),
-        b=torch.nn.functional.pad(share.b, (0, missing)),
-    )

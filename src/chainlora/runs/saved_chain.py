@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from chainlora import files
 from chainlora.chain.adapters import base_layer, has_fan_in_first, task_type
@@ -29,7 +29,6 @@ from chainlora.chain.link import Link
 from chainlora.config.schema import LinkConfig
 from chainlora.errors import ConfigError, RunError
 from chainlora.knots.numbers import Numbers
-from chainlora.models.finding import folder_of
 from chainlora.runs.directory import versions
 from chainlora.runs.links import load_tensors, write_link
 from chainlora.runs.manifest import (
@@ -106,25 +105,9 @@ def write_chain(
         files.write_json(scratch / "chain.json", encode_manifest(manifest))
 
 
-def load_chain(
-    directory: str | Path, model: nn.Module, *, checkpoint: str | Path | None = None
-) -> Chain:
-    """Put a saved chain on the model that it was tuned on, and return it, live link included.
-
-    `directory` can also be a trainer's checkpoint. `checkpoint` is the folder that the model was
-    loaded from, as for `Chain`; by default the one that the model names, if it is at hand. Raises
-    RunError for a damaged folder or another base.
-    """
-    saved = read_chain(directory)
-    manifest, folder = saved.manifest, checkpoint or folder_of(model)
-    chain = Chain(model, seed=manifest.seed, hold=manifest.hold, checkpoint=folder)
-    restore_chain(chain, saved)
-    return chain
-
-
 def read_chain(directory: str | Path) -> SavedChain:
     """Read a saved chain and check all its files. Changes no model."""
-    reader = RunReader(_folder_of(Path(directory)))
+    reader = RunReader(chain_folder(Path(directory)))
     manifest = reader.manifest()
     for name in manifest.files:
         reader.check_files(manifest, name)
@@ -244,7 +227,7 @@ def _progress(links: Sequence[Link]) -> Progress:
 # --- reading ---
 
 
-def _folder_of(directory: Path) -> Path:
+def chain_folder(directory: Path) -> Path:
     """Return where the chain lies: in the folder itself, or inside a trainer's checkpoint."""
     inside = directory / INSIDE
     if not (directory / "chain.json").is_file() and (inside / "chain.json").is_file():

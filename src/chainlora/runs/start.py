@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 
+from torch import Tensor
+
+from chainlora.chain.adapters import Imported
 from chainlora.chain.link import Link
 from chainlora.runs.manifest import STAGE, Base, LinkEntry
 from chainlora.runs.reading import RunReader
@@ -14,7 +18,10 @@ class Start:
     """The state that a stage begins on; by default the base alone.
 
     `entries` say of each link its id, stage, strength and what it was tuned on. `next_id` is the id
-    of the first link of the stage, `stage` its name.
+    of the first link of the stage, `stage` its name. What `load_start` (`loading_start.py`) read
+    from elsewhere comes with more: `extra`, extra modules before the first link that the base's
+    files lack; `adapter`, of which the base is known by its name alone; `tokenizer`, the folder of
+    one of its own; `notes` for the user.
     """
 
     stage: str = STAGE
@@ -22,6 +29,10 @@ class Start:
     entries: tuple[LinkEntry, ...] = ()
     next_id: int = 0
     base: Base | None = None  # that the links belong to
+    extra: dict[str, Tensor] = field(default_factory=dict)
+    adapter: Imported | None = None
+    tokenizer: Path | None = None
+    notes: tuple[str, ...] = ()
 
 
 NOTHING = Start()  # the base alone

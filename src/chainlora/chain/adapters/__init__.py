@@ -8,10 +8,12 @@ layers.py       a LoRA on a model: put on, read, written, taken off
 quantized.py    a base in few bits: prepared, and read as what it stands for
 peft_model.py   a chain inside PEFT's own model, for loops that know PEFT alone
 files.py        a link on disk, an ordinary PEFT adapter
+importing.py    a LoRA made elsewhere, as a link has it
 """
 
-from chainlora.chain.adapters.factors import Factors
+from chainlora.chain.adapters.factors import Factors, padded
 from chainlora.chain.adapters.files import load_adapter, reload_adapter, save_adapter
+from chainlora.chain.adapters.importing import Imported, import_adapter
 from chainlora.chain.adapters.layer_facts import sizes
 from chainlora.chain.adapters.layers import (
     LIVE,

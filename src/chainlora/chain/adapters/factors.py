@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
+from torch.nn import functional
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,3 +21,15 @@ class Factors:
     bias: Tensor | None = None
     magnitude: Tensor | None = None
     of_embedding: bool = False
+
+
+def padded(factors: Factors, rank: int) -> Factors:
+    """Widen factors with zeros to a rank (a link, vLLM and others have one rank an adapter)."""
+    missing = rank - factors.a.shape[0]
+    if missing <= 0:
+        return factors
+    return replace(
+        factors,
+        a=functional.pad(factors.a, (0, 0, 0, missing)),
+        b=functional.pad(factors.b, (0, missing)),
+    )

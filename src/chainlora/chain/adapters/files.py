@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +102,9 @@ def load_adapter(directory: Path) -> tuple[dict[str, Factors], dict[str, Tensor]
 
     Raises RunError unless it is whole: every module has both factors, of one rank.
     """
-    tensors, config = _read(directory)
+    config = read_config(directory)
+    with _whole(directory):
+        tensors = load_file(directory / _WEIGHTS)
     tensors = {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()}
     modules = [
         (name.removesuffix(f".{kind[0]}"), kind)
@@ -114,35 +117,43 @@ def load_adapter(directory: Path) -> tuple[dict[str, Factors], dict[str, Tensor]
         a = tensors.pop(f"{name}.{kind[0]}")
         b = tensors.pop(f"{name}.{kind[1]}", None)
         if b is None or a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1]:
-            raise _damaged(directory, f"no pair of factors for {name}")
+            raise damaged(directory, f"no pair of factors for {name}")
         bias = tensors.pop(f"{name}.lora_B.bias", None)
         magnitude = tensors.pop(f"{name}.lora_magnitude_vector", None)
         of_embedding = kind is _OF_EMBEDDING
+        bias, magnitude = (None if part is None else part.float() for part in (bias, magnitude))
         factors[name] = Factors(a.float(), b.float(), bias, magnitude, of_embedding)
     if not factors:
-        raise _damaged(directory, "no factors")
+        raise damaged(directory, "no factors")
     left = [name for name in tensors if ".lora_" in name]
     if left:
-        raise _damaged(directory, f"{left[0]} without its factors")
+        raise damaged(directory, f"{left[0]} without its factors")
     return factors, tensors, config
 
 
-def _read(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    try:
+def read_config(directory: Path) -> dict[str, Any]:
+    """Read PEFT's config of a saved adapter. Raises RunError unless it is a JSON object."""
+    with _whole(directory):
         config = json.loads((directory / _CONFIG).read_text(encoding="utf-8"))
-        tensors = load_file(directory / _WEIGHTS)
-    except OSError as error:
-        raise _damaged(directory, error.strerror or str(error)) from None
-    except (ValueError, RecursionError, SafetensorError) as error:
-        raise _damaged(directory, error) from None
     if not isinstance(config, dict):
-        raise _damaged(directory, "an adapter_config.json that is not an object")
-    return tensors, config
+        raise damaged(directory, "an adapter_config.json that is not an object")
+    return config
 
 
-def _damaged(directory: Path, what: object) -> RunError:
+@contextmanager
+def _whole(directory: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise damaged(directory, error.strerror or str(error)) from None
+    except (ValueError, RecursionError, SafetensorError) as error:
+        raise damaged(directory, error) from None
+
+
+def damaged(directory: Path, what: object) -> RunError:
+    """Return the error of an adapter that is not whole."""
     return RunError(
-        f"a link must be a whole PEFT adapter (got {what} in {directory}); the run directory is "
+        f"a link must be a whole PEFT adapter (got {what} in {directory}); the folder is "
         "incomplete: copy it whole, or start over"
     )
 

@@ -19,6 +19,7 @@ from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
+from chainlora.chain.adapters.importing import odd_field
 from chainlora.chain.adapters.layers import LIVE, Adapter
 from chainlora.errors import ModelError
 
@@ -35,20 +36,6 @@ _READ = {
     "exclude_modules",
     "init_lora_weights",
     "modules_to_save",
-}
-# Fields that say nothing of what is computed.
-_SILENT = {
-    "task_type",
-    "peft_type",
-    "auto_mapping",
-    "peft_version",
-    "base_model_name_or_path",
-    "revision",
-    "inference_mode",
-    "fan_in_fan_out",
-    "loftq_config",
-    "runtime_config",
-    "qalora_group_size",
 }
 _REMEDIES = {
     "use_dora": "what DoRA learns is no sum that one adapter could hold: leave it out, or use "
@@ -117,26 +104,19 @@ def trained_whole(model: Any) -> dict[str, ModulesToSaveWrapper]:
 
 def _check_fields(config: Any) -> None:
     """Refuse every field that would be lost when the next link begins."""
-    plain = peft.LoraConfig()
     if config.target_parameters:
         raise ModelError(
             "stacked experts cannot be linked (got PEFT's LoRA on the parameters "
             f"{', '.join(sorted(config.target_parameters)[:3])}, which all-linear includes); name "
             "linear layers in target_modules, such as q_proj and v_proj"
         )
-    for each in fields(config):
-        value = getattr(config, each.name)
-        if each.name == "init_lora_weights":
-            is_known = value is True or value == "gaussian"
-        else:
-            default = getattr(plain, each.name, None)
-            is_plain = value == default or (not value and not default)
-            is_known = is_plain or each.name in _READ | _SILENT
-        if not is_known:
-            remedy = _REMEDIES.get(each.name, "leave it out")
-            raise ModelError(
-                f"a chain needs a plain LoRA (got `{each.name}={value!r:.60}`); {remedy}"
-            )
+    told = {each.name: getattr(config, each.name) for each in fields(config)}
+    odd = odd_field(told, _READ)
+    if odd is None and config.init_lora_weights not in _INITS:
+        odd = "init_lora_weights", config.init_lora_weights
+    if odd is not None:
+        remedy = _REMEDIES.get(odd[0], "leave it out")
+        raise ModelError(f"a chain needs a plain LoRA (got `{odd[0]}={odd[1]!r:.60}`); {remedy}")
 
 
 def _check_fresh(model: Any) -> None:

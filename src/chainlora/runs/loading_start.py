@@ -1,0 +1,190 @@
+"""Where a chain can begin: a finished run, a saved chain, or a LoRA that PEFT has saved elsewhere.
+
+`load_start` reads it, before there is a model; `put_on` checks that the model is the right one, and
+puts the links on. `load_chain` is both, for Python.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from chainlora.chain.adapters import Imported, import_adapter, linked_layer
+from chainlora.chain.chain import Chain
+from chainlora.chain.holding import hold_for
+from chainlora.chain.link import Link
+from chainlora.errors import ModelError, RunError
+from chainlora.models.finding import folder_of, from_hub
+from chainlora.models.identity import TOKENIZERS, base_files
+from chainlora.models.loading import check_vocabulary, load_tokenizer
+from chainlora.runs.cards import is_hub_id
+from chainlora.runs.manifest import STAGE, link_entries
+from chainlora.runs.opening import is_whole_model
+from chainlora.runs.reading import RunReader, check_base
+from chainlora.runs.saved_chain import chain_folder, read_chain, restore_chain
+from chainlora.runs.start import Start, start_of
+
+logger = logging.getLogger(__name__)
+
+IMPORTED = "start"  # the stage of a link that was made elsewhere
+_MERGE = "merge it with PEFT, and take the result as the model"
+
+
+def load_start(source: str | Path, stage: str = STAGE) -> Start:
+    """Read what a stage of this name can begin on.
+
+    `source` is a finished run; a saved chain, or a trainer's checkpoint, which has one inside; or
+    the folder or Hub id of a LoRA that PEFT has saved. Raises ChainLoRAError for what has no links,
+    or cannot become links.
+    """
+    folder = Path(source).expanduser()
+    folder = folder if folder.exists() else from_hub(str(source), "start")
+    has_tokenizer = any(next(folder.glob(pattern), None) for pattern in TOKENIZERS)
+    tokenizer = folder if has_tokenizer else None
+    reader = RunReader(chain_folder(folder))
+    if reader.exists:
+        return replace(_of_chain(reader, stage), tokenizer=tokenizer)
+    if (folder / "adapter_config.json").is_file():
+        found = import_adapter(folder)
+        link = Link(0, found.config, found.factors, found.extra)
+        revision = found.stored.get("revision")
+        notes = (f"the adapter is for revision {revision} of its base",) if revision else ()
+        return Start(stage, (link,), (), 1, None, {}, found, tokenizer, notes)
+    raise RunError(
+        "a chain starts from a run, a saved chain or an adapter",
+        f"no chain.json and no adapter_config.json in {folder}",
+        "name another folder, or give a whole model as the model",
+    )
+
+
+def put_on(start: Start, chain: Chain, name: str | None = None) -> Start:
+    """Add links to a chain of none; return the start with the entries and notes that the model
+    completes.
+
+    `name` is what the model is called; by default, what it calls itself. Raises ModelError or
+    RunError, before anything changes, for a model that the links are not for.
+    """
+    if start.adapter is not None:
+        _check_fit(start.adapter, chain.model)
+        entries = link_entries(start.links, chain.base_fingerprint, stage=IMPORTED)
+        notes = _other_name(start.adapter, name or _name_of(chain.model))
+        start = replace(start, entries=tuple(entries), notes=start.notes + notes)
+    elif start.base is not None and start.base.body != chain.fingerprint_without(start.extra):
+        folder = folder_of(chain.model)
+        files = base_files(folder) if folder and start.base.files is not None else None
+        check_base(start.base, {"files": files, "fingerprint": chain.base_fingerprint}, "its start")
+    chain.set_start_of_extra(start.extra)
+    for link in start.links:
+        chain.add(link)
+    chain.next_id = start.next_id
+    return start
+
+
+def tokenizer_for(start: Start, model: nn.Module) -> Any:
+    """Return the tokenizer and chat template of a start's own; None where the base's are meant.
+
+    Raises ModelError for one with more tokens than the model.
+    """
+    if start.tokenizer is None:
+        return None
+    tokenizer = load_tokenizer(start.tokenizer)
+    check_vocabulary(model, tokenizer, start.tokenizer)
+    return tokenizer
+
+
+def load_chain(
+    directory: str | Path, model: nn.Module, *, checkpoint: str | Path | None = None
+) -> Chain:
+    """Return a chain on the model that it was tuned on.
+
+    `directory` is a saved chain, whose live link goes on to the same bits; a trainer's checkpoint;
+    a finished run; or the folder or Hub id of a LoRA that PEFT has saved, which becomes one link.
+    `checkpoint` is the folder that the model was loaded from, as for `Chain`; by default the one
+    that the model names, if it is at hand. Raises ChainLoRAError for a damaged folder or another
+    base.
+    """
+    place, reader = checkpoint or folder_of(model), RunReader(chain_folder(Path(directory)))
+    manifest = reader.manifest() if reader.exists else None
+    if manifest is None:
+        chain = Chain(model, hold=hold_for(model), checkpoint=place)
+    else:
+        chain = Chain(model, seed=manifest.seed, hold=manifest.hold, checkpoint=place)
+    if manifest is not None and not manifest.has_run:
+        restore_chain(chain, read_chain(directory))
+        return chain
+    for note in put_on(load_start(directory), chain).notes:
+        logger.warning(note)
+    return chain
+
+
+def _of_chain(reader: RunReader, stage: str) -> Start:
+    manifest = reader.manifest()
+    if is_whole_model(reader, manifest):
+        raise RunError(
+            "a chain starts from links",
+            f"a run of full fine-tuning, {reader.path}",
+            f"take {reader / 'model'} as the model",
+        )
+    if manifest.has_run and not reader.is_finished(manifest):
+        raise RunError("a chain starts from a finished run", reader.path, "finish it by --resume")
+    start = start_of(reader, stage)
+    if manifest.has_run:
+        return start
+    next_id = max([start.next_id, *(link.id + 1 for link in start.links)])  # a live one is loaded
+    return replace(start, next_id=next_id, extra=read_chain(reader.path).start)
+
+
+def _check_fit(adapter: Imported, model: nn.Module) -> None:
+    """Raise ModelError unless a model has the layers, and the embeddings, of an adapter."""
+    lacking = sorted(name for name in adapter.factors if linked_layer(model, name) is None)
+    if lacking:
+        more = f" and {len(lacking) - 3} more" if len(lacking) > 3 else ""
+        raise ModelError(
+            "a model must have the layers that an adapter is for",
+            f"none at {', '.join(lacking[:3])}{more}",
+            f"take the base of the adapter, {adapter.base or 'which it does not name'}",
+        )
+    found = dict(model.named_parameters(remove_duplicate=False))
+    for path, weight in adapter.kept.items():
+        own = found.get(path)
+        if own is None or own.shape != weight.shape or not _same_values(own, weight):
+            rows = 0 if own is None else own.shape[0]
+            raise ModelError(
+                "the vocabulary of an adapter must be that of its base",
+                f"{weight.shape[0]} rows for {rows}, or other values, at {path}",
+                _MERGE,
+            )
+
+
+def _same_values(own: Tensor, stored: Tensor) -> bool:
+    """Compare a parameter with what was saved of one, in the narrower of their dtypes."""
+    return torch.equal(own.detach().cpu().to(stored.dtype).to(own.dtype), stored.to(own.dtype))
+
+
+def _other_name(adapter: Imported, name: str) -> tuple[str, ...]:
+    """Return a note where a model has another name than the base of an adapter.
+
+    Folders are known by the last part of their path.
+    """
+    names = [adapter.base, name]
+    if not all(map(is_hub_id, names)):
+        names = [each.rstrip("/").rpartition("/")[2] for each in names]
+    if not all(names) or names[0] == names[1]:
+        return ()
+    return (
+        f"the adapter is for another base, {adapter.base}, than {name}; their shapes agree, what "
+        "they compute may not",
+    )
+
+
+def _name_of(model: nn.Module) -> str:
+    """Return what a model of transformers was loaded as: a Hub id, or a folder."""
+    name = str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
+    cached = re.search(r"models--([^/]+)/snapshots/", name)
+    return cached[1].replace("--", "/") if cached else name

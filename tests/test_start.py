@@ -1,0 +1,272 @@
+"""Chains that begin with what exists: a LoRA that PEFT has saved, a saved chain, a run."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from conftest import tiny_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from chainlora import Chain, ChainLoRAError, LinkConfig, export_adapter, load_chain, load_run
+from chainlora.files import write_json
+from chainlora.runs.loading_start import load_start, put_on, tokenizer_for
+from chainlora.runs.manifest import RESULT, encode_manifest
+from chainlora.runs.reading import RunReader
+from chainlora.runs.saved_chain import save_chain
+
+IDS = torch.randint(3, 131, (2, 12), generator=torch.Generator().manual_seed(0))
+TARGETS = {"llama": ["q_proj", "down_proj"], "gpt2": ["c_attn", "c_proj"]}
+PATTERN = {"llama": {"rank_pattern": {"q_proj": 2, r"layers\.1\.mlp\.down_proj": 7}}}
+PATTERN["llama"]["alpha_pattern"] = {"layers.0.self_attn.q_proj": 5, "down_proj": 3}
+PATTERN["gpt2"] = {"rank_pattern": {"attn.c_proj": 6}, "alpha_pattern": {"c_attn": 1}}
+
+VARIANTS: dict[str, Any] = {
+    "plain": {},
+    "patterns": PATTERN,
+    "patterns, rslora": {name: keys | {"use_rslora": True} for name, keys in PATTERN.items()},
+    "a regular expression": {
+        "llama": {"target_modules": r".*layers\.1.*(up|v)_proj"},
+        "gpt2": {"target_modules": r".*h\.0\.mlp\.c_\w+"},
+    },
+    "all-linear": {name: {"target_modules": "all-linear"} for name in TARGETS},
+    "one layer": {name: {"layers_to_transform": [1]} for name in TARGETS},
+    "modules to save": {  # PEFT takes every module whose path ends so: input_layernorm too
+        "llama": {"modules_to_save": ["norm"]},
+        "gpt2": {"modules_to_save": ["ln_f", "ln_1"]},
+    },
+    "an embedding": {
+        "llama": {"target_modules": ["embed_tokens", "q_proj"], "rank_pattern": {"q_proj": 2}}
+    },
+    "a bias": {"gpt2": {"lora_bias": True, "alpha_pattern": {"c_attn": 1}}},
+    "dora": {name: keys | {"use_dora": True} for name, keys in PATTERN.items()},
+}
+
+
+def base(architecture: str, dtype: torch.dtype = torch.float32, **keys) -> Any:
+    untied = {"tie_word_embeddings": False} if architecture == "llama" else {}
+    return tiny_model(architecture, dtype=dtype, **untied | keys)
+
+
+def save_lora(folder: Path, architecture: str = "llama", model=None, dtype=None, **keys) -> Path:
+    """Save a LoRA all of whose weights are drawn: nothing of it is zero or the base's."""
+    keys = {"target_modules": TARGETS[architecture], "r": 4, "lora_alpha": 6} | keys
+    model = peft.get_peft_model(model or base(architecture), peft.LoraConfig(**keys))
+    draw = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and "original_module" not in name:
+                noise = 0.1 * torch.randn(parameter.shape, generator=draw)
+                is_whole = "lora_A" not in name and "lora_B" not in name and "embedding" not in name
+                parameter.copy_(parameter * (1 + noise) if is_whole else 2 * noise)
+    model.save_pretrained(folder)
+    return folder
+
+
+def edit(folder: Path, **keys) -> Path:
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | keys))
+    return folder
+
+
+@torch.no_grad()
+def logits(model: Any) -> torch.Tensor:
+    return model.eval()(IDS).logits.float()
+
+
+def by_peft(model: Any, folder: Path) -> torch.Tensor:
+    return logits(peft.PeftModel.from_pretrained(model, folder))
+
+
+def cases() -> list[tuple[str, str]]:
+    return [
+        (variant, name)
+        for variant, keys in VARIANTS.items()
+        for name in TARGETS
+        if not keys or name in keys
+    ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(("variant", "architecture"), cases())
+def test_imported_and_exported_again_is_the_same_function(variant, architecture, dtype, tmp_path):
+    keys = VARIANTS[variant].get(architecture, {})
+    folder = save_lora(tmp_path / "made", architecture, base(architecture, dtype), **keys)
+    wanted = by_peft(base(architecture, dtype), folder)
+    update = torch.linalg.norm(wanted - logits(base(architecture, dtype)))
+    # bfloat16: a chain rounds weights once, PEFT activations in every layer
+    tolerance = 1e-5 if dtype == torch.float32 else 0.1
+
+    chain = load_chain(folder, base(architecture, dtype))
+    assert torch.linalg.norm(logits(chain.model) - wanted) < tolerance * update
+    if not chain.links[0].config.dora:
+        export_adapter(chain, tmp_path / "again")
+        found = by_peft(base(architecture, dtype), tmp_path / "again")
+        assert torch.linalg.norm(found - wanted) < tolerance / 5 * update
+
+    save_chain(chain, tmp_path / "chain")  # a link of a chain like any other
+    loaded = load_chain(tmp_path / "chain", base(architecture, dtype))
+    assert torch.equal(logits(loaded.model), logits(chain.model))
+
+
+def test_a_link_is_tuned_on_an_adapter_and_both_become_one(tmp_path):
+    folder = save_lora(tmp_path / "made", modules_to_save=["lm_head"])
+    chain = load_chain(folder, base("llama"))
+    before = logits(chain.model)
+    chain.extend(LinkConfig(rank=3, target_modules=("v_proj",)))
+    torch.testing.assert_close(logits(chain.model), before, atol=0, rtol=0)
+    optimizer = torch.optim.SGD(chain.parameters(), lr=1.0)
+    chain.tune(range(2), lambda _: (chain.model(IDS, labels=IDS).loss.backward(), optimizer.step()))
+    assert chain.tie().id == 1
+    export_adapter(chain, tmp_path / "both")
+    found = by_peft(base("llama"), tmp_path / "both")
+    torch.testing.assert_close(found, logits(chain.model), atol=2e-6, rtol=0)
+    chain.drop()
+    assert torch.equal(logits(chain.model), before)
+
+
+# --- runs and chains ---
+
+
+def test_a_start_has_the_state_of_a_run(stored_run, tiny_folder):
+    start = load_start(stored_run)
+    model = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    chain = load_chain(stored_run, model)
+    plain, _ = load_run(stored_run)
+    assert torch.equal(logits(chain.model), logits(plain))
+    assert start.next_id == chain.next_id == len(chain) == 3
+    assert list(start.entries) == RunReader(stored_run).manifest().links
+    with pytest.raises(ChainLoRAError, match="the base model must be the one"):
+        put_on(start, Chain(tiny_model("llama", vocab_size=model.config.vocab_size, seed=9)))
+
+
+def test_a_saved_chain_starts_with_its_live_link_and_gives_no_id_twice(tmp_path):
+    chain = load_chain(save_lora(tmp_path / "made"), base("llama"))
+    for _ in range(2):
+        chain.extend(LinkConfig(rank=2, target_modules=("v_proj",)))
+        torch.nn.init.normal_(next(p for p in chain.live.named_factor("B")))
+        chain.tie()
+    chain.drop(2)
+    chain.extend(LinkConfig(rank=2, target_modules=("v_proj",)))
+    torch.nn.init.normal_(next(p for p in chain.live.named_factor("B")))
+    save_chain(chain, tmp_path / "chain")
+    start = load_start(tmp_path / "chain")
+    assert ([link.id for link in start.links], start.next_id) == ([0, 3], 4)
+    other = Chain(base("llama"))
+    assert put_on(start, other).notes == ()
+    torch.testing.assert_close(logits(other.model), logits(chain.model), atol=2e-6, rtol=0)
+
+
+# --- what is said, what is refused ---
+
+
+def test_another_name_of_the_base_and_its_revision_are_said(tiny_folder, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    folder = save_lora(tmp_path / "made", model=model)
+    same = Chain(AutoModelForCausalLM.from_pretrained(tiny_folder))
+    assert put_on(load_start(folder), same).notes == ()
+    edit(folder, base_model_name_or_path="some/model", revision="abc")
+    other = Chain(base("llama", vocab_size=model.config.vocab_size))
+    start = put_on(load_start(folder), other, "our/model")
+    notes = start.notes
+    assert start.entries[0].stage == "start"
+    assert notes[0] == "the adapter is for revision abc of its base"
+    assert notes[1].startswith("the adapter is for another base, some/model, than our/model;")
+    assert load_start(folder).tokenizer is None
+
+
+def test_a_tokenizer_of_its_own_is_used(tiny_folder, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    folder = save_lora(tmp_path / "made", model=model)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
+    tokenizer.chat_template = "{{ messages[0].content }}!"
+    tokenizer.save_pretrained(folder)
+    assert tokenizer_for(load_start(folder), model).chat_template == tokenizer.chat_template
+    tokenizer.add_tokens([f"<{k}>" for k in range(9)])
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(ChainLoRAError, match="the embedding must have a row per token"):
+        tokenizer_for(load_start(folder), model)
+
+
+def without_weights(folder: Path) -> None:
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+
+
+def with_rows(count: int):
+    def add(folder: Path) -> None:
+        path = folder / "adapter_model.safetensors"
+        key = "base_model.model.model.embed_tokens.weight"
+        save_file(load_file(path) | {key: torch.zeros(count, 32)}, path)
+
+    return add
+
+
+CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
+    "another tuner": ({"peft_type": "IA3"}, "must be a LoRA .got 'IA3'"),
+    "biases": ({"bias": "all"}, "`bias: 'all'`.*merge it"),
+    "tokens": ({"trainable_token_indices": [1]}, "`trainable_token_indices: .1.`"),
+    "layers made twice": ({"layer_replication": [[0, 2]]}, "`layer_replication"),
+    "a key of tomorrow": ({"use_better": True}, "`use_better: True`"),
+    "pissa": ({"init_lora_weights": "pissa_niter_4"}, "pissa_niter_4.*plain LoRA first"),
+    "loftq": ({"init_lora_weights": "loftq"}, "loftq.*plain LoRA first"),
+    "another rank": ({"rank_pattern": {"q_proj": 3}}, "rank 3 for factors of rank 4 at .*q_proj"),
+    "no rank": ({"r": "four"}, "whole PEFT adapter"),
+}
+FILES: dict[str, tuple[Any, str]] = {
+    "pickle": (without_weights, "must be safetensors.*only adapter_model.bin"),
+    "no folder": (shutil.rmtree, "`start` must be"),
+    "nothing": (lambda f: (f / "adapter_config.json").unlink(), "starts from a run, a saved chain"),
+    "more tokens": (with_rows(135), "vocabulary.*135 rows for 131"),
+    "fewer tokens": (with_rows(100), "vocabulary.*100 rows for 131"),
+    "other embeddings": (with_rows(131), "vocabulary.*or other values"),
+}
+
+
+@pytest.mark.parametrize("what", [*CONFIGS, *FILES])
+def test_what_cannot_become_a_link_is_refused_in_one_line(what, tmp_path):
+    folder = save_lora(tmp_path / "made")
+    if what in CONFIGS:
+        keys, rule = CONFIGS[what]
+        edit(folder, **keys)
+    else:
+        change, rule = FILES[what]
+        change(folder)
+    model = base("llama")
+    before = logits(model)
+    with pytest.raises(ChainLoRAError, match=rule) as caught:
+        load_chain(folder, model)
+    (line,) = str(caught.value).splitlines()
+    assert re.search(r"\(got .*\); ", line)
+    assert torch.equal(logits(model), before)
+
+
+@pytest.mark.parametrize(
+    ("model", "rule"),
+    [
+        (lambda: base("gpt2"), r"none at model.layers.0.mlp.down_proj, .* and 1 more"),
+        (lambda: base("llama", head_dim=4), "must fit the model .got an update of"),
+        (lambda: base("llama", num_hidden_layers=1), "none at model.layers.1.mlp.down_proj, "),
+    ],
+    ids=["another architecture", "another shape", "fewer layers"],
+)
+def test_another_base_is_refused(model, rule, tmp_path):
+    folder = save_lora(tmp_path / "made")
+    with pytest.raises(ChainLoRAError, match=rule):
+        load_chain(folder, model())
+
+
+def test_an_unfinished_run_is_no_start(run_copy):
+    manifest = RunReader(run_copy).manifest()
+    files = {name: digest for name, digest in manifest.files.items() if name != RESULT}
+    write_json(
+        run_copy / "chain.json", encode_manifest(manifest.model_copy(update={"files": files}))
+    )
+    with pytest.raises(ChainLoRAError, match=r"a finished run .*--resume"):
+        load_start(run_copy)
