@@ -14,7 +14,8 @@ import yaml
 def test_train_writes_a_run_directory_and_shows_its_links(chainlora, config, tmp_path):
     done = chainlora("train", config)
     assert done.status == 0
-    files = {"config.yaml", "chain.json", "links", "metrics.jsonl", "result.json", "training.png"}
+    files = {"config.yaml", "chain.json", "links", "rows", "metrics.jsonl", "result.json"}
+    files |= {"training.png"}
     assert {p.name for p in (tmp_path / "run").iterdir()} - {".lock"} == files
     assert sorted(p.name for p in (tmp_path / "run" / "links").iterdir()) == ["000", "001", "002"]
     assert (tmp_path / "run" / "training.png").read_bytes().startswith(b"\x89PNG")

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chainlora.data.mixture import held_out_bound, is_held_out, mixed_rows, replayed_rows
+from chainlora.data.examples import Example
+from chainlora.data.mixture import (
+    example_hashes,
+    held_out_bound,
+    mixed_rows,
+    prompt_hashes,
+    replayed_rows,
+)
 
 COUNTS = st.lists(st.integers(0, 40), min_size=1, max_size=4)
 WEIGHTS = st.sampled_from([0.1, 0.25, 0.5, 1, 1.5, 2, 2.2, 3])
@@ -44,15 +52,35 @@ def test_replay_takes_its_share_and_every_row_in_turn(num_rows, share, batch_siz
     assert (replayed_rows(num_rows, share, batch_size, seed, 70) == steps[70]).all()
 
 
+WORDS = st.lists(st.integers(3, 9), min_size=0, max_size=3).map(tuple)
+
+
+def row(number: int, prompt: tuple[int, ...], *answers: tuple[int, ...]) -> Example:
+    """A row whose sequences begin with <s> and a prompt."""
+    sequences = tuple((1, *prompt, *answer) for answer in answers)
+    return Example(number, sequences, tuple(((1 + len(prompt), len(s)),) for s in sequences))
+
+
 @given(
-    prompts=st.lists(st.text(max_size=5), min_size=1, max_size=60),
-    later=st.lists(st.text(max_size=5), max_size=60),
-    validation=st.one_of(st.integers(1, 20), st.sampled_from([0.05, 0.5, 1.0])),
+    prompts=st.lists(WORDS, min_size=1, max_size=60),
+    later=st.lists(WORDS, max_size=60),
+    validation=st.one_of(st.integers(1, 20), st.sampled_from([0.05, 0.5])),
 )
 def test_no_row_changes_sides_when_rows_are_added(prompts, later, validation):
-    bound = held_out_bound(prompts, validation)
-    side = {prompt: is_held_out(prompt, bound) for prompt in prompts}
+    hashes = prompt_hashes([row(k, prompt, (2,)) for k, prompt in enumerate(prompts)], 1)
+    bound = held_out_bound(hashes, validation)
     if isinstance(validation, int):
-        assert sum(side.values()) == min(validation, len(side))
-    else:
-        assert held_out_bound([*prompts, *later], validation) == bound
+        assert sum(np.unique(hashes) < bound) == min(validation, len(set(prompts)))
+    moved = [row(k, prompt, (5,), (7, 8)) for k, prompt in enumerate([*later, *prompts]) if prompt]
+    again = dict(zip([e.sequences[0][1:-1] for e in moved], prompt_hashes(moved, 1), strict=True))
+    for prompt, found in zip(prompts, hashes, strict=True):  # whatever is answered, in any order
+        assert not prompt or again[prompt] == found
+
+
+def test_rows_without_a_prompt_are_told_apart_by_all_they_say_and_blocks_go_together():
+    texts = [row(0, (), (5, 6)), row(1, (), (5, 7)), row(1, (), (5, 6)), row(2, (), (5, 6))]
+    first, second, block, third = prompt_hashes(texts, 1).tolist()
+    assert first == third != second == block
+    assert len(set(prompt_hashes([row(0, (4,), (5,)), row(1, (4,), (6,))], 2).tolist())) == 2
+    labelled = replace(texts[0], label=0)
+    assert len(set(example_hashes([*texts, labelled]).tolist())) == 3

@@ -35,6 +35,7 @@ def test_what_a_run_directory_holds(stored_run, tiny_folder):
         "links",
         "metrics.jsonl",
         "result.json",
+        "rows",
     }
     manifest = json.loads((stored_run / "chain.json").read_text())
     assert manifest["format"] == 3
@@ -44,7 +45,7 @@ def test_what_a_run_directory_holds(stored_run, tiny_folder):
     assert {"torch", "transformers", "peft", "chainlora", "python"} <= set(manifest["versions"])
     names = {"adapter_config.json", "adapter_model.safetensors"}
     links = {f"links/{k:03d}/{name}" for k in range(3) for name in names}
-    assert set(manifest["files"]) == links | {"config.yaml", "result.json"}
+    assert set(manifest["files"]) == links | {"config.yaml", "result.json", "rows/main.safetensors"}
     for link in manifest["links"]:
         assert {p.name for p in (stored_run / link["directory"]).iterdir()} == names
         stored = json.loads((stored_run / link["directory"] / "adapter_config.json").read_text())
@@ -60,7 +61,7 @@ def test_the_manifest_names_all_that_a_resume_needs_and_nothing_else_stays(rich_
     found = {path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file()}
     assert found - named == {"chain.json", "metrics.jsonl", ".lock"}
     assert {path.partition("/")[0] for path in named} == {
-        "config.yaml", "links", "moments", "best", "checkpoints",
+        "config.yaml", "links", "rows", "moments", "best", "checkpoints",
     }  # fmt: skip
     train(rich_config, resume=True)
     assert not (run / "checkpoints").exists()

@@ -46,7 +46,7 @@ def test_a_run_from_config_to_result(tiny_folder, sentiment, tmp_path):
     assert make_config(yaml.safe_load((run / "config.yaml").read_text())) == make_config(
         settings(tiny_folder, sentiment, run)
     )
-    written = ["chain.json", "config.yaml", "links", "metrics.jsonl", "result.json"]
+    written = ["chain.json", "config.yaml", "links", "metrics.jsonl", "result.json", "rows"]
     assert sorted(path.name for path in run.iterdir() if path.name != ".lock") == written
 
 

@@ -75,6 +75,10 @@ class DataConfig(Section):
     shots: Number = 0
     """Number of training rows of a task shown, with their answers, before each prompt. They are not
     trained on; if links are trained, some rows must be left."""
+    keep_rows: bool = True
+    """Keep up to 1,000 tokenised rows of each split and hashes of all of them in the run directory.
+    Without them, later stages can neither replay these rows, nor hold out the
+    validation rows, nor leave out what was trained on, and show no scores on this stage."""
 
     @field_validator("train", "validation", "test", mode="before")
     @classmethod

@@ -7,18 +7,21 @@ Nothing here has a state or depends on the number of processes: what a step read
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from functools import lru_cache
+from itertools import takewhile
 from math import floor
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from chainlora.data.examples import Example
 from chainlora.data.order import seeded
 
-_HASHES = 1 << 64
+HASHES = 1 << 63  # how many there are of a prompt or an example
 
 
 def mixed_rows(
@@ -53,26 +56,52 @@ def replayed_rows(
     return _dealt(num_rows, f"{seed} replay", floor(step * per_step), floor((step + 1) * per_step))
 
 
-def held_out_bound(prompts: Iterable[str], validation: float | int) -> int:
-    """Return the bound for `is_held_out` that holds out a share, or a number of different prompts.
+def held_out_bound(hashes: NDArray[np.int64], validation: float | int) -> int:
+    """Return the bound below which hashes of prompts are held out: a share, or a number of prompts.
 
     A number (of 1 or more) is for the rows that are there. Kept with the run, the bound holds for
     rows that come later too, of which it takes the same share: no row ever changes sides.
     """
     if isinstance(validation, float):
-        return floor(Fraction(str(validation)) * _HASHES)
-    hashes = sorted({_hash(prompt) for prompt in prompts})
-    return _HASHES if validation > len(hashes) else 1 + hashes[validation - 1]
+        return floor(Fraction(str(validation)) * HASHES)
+    found = np.unique(hashes)
+    return HASHES if validation > len(found) else 1 + int(found[validation - 1])
 
 
-def is_held_out(prompt: str, bound: int) -> bool:
-    """Say whether a row is for validation: by its prompt alone, wherever the row stands."""
-    return _hash(prompt) < bound
+def prompt_hashes(examples: Iterable[Example], num_front: int) -> NDArray[np.int64]:
+    """Return for every example a hash of its prompt: rows of one prompt are held out together.
+
+    The prompt is what all sequences begin with before the first scored token, or all of them where
+    that is no more than the `num_front` special tokens in front, as in texts. Blocks of one text
+    have the hash of its first block.
+    """
+    hashes: list[int] = []
+    row = -1
+    for example in examples:
+        hashes.append(hashes[-1] if example.row == row else _hash(_prompt(example, num_front)))
+        row = example.row
+    return np.array(hashes, np.int64)
 
 
-def _hash(prompt: str) -> int:
-    digest = hashlib.sha256(prompt.encode("utf-8", "surrogatepass")).digest()
-    return int.from_bytes(digest[:8], "big")
+def example_hashes(examples: Iterable[Example]) -> NDArray[np.int64]:
+    """Return for every example a hash of all that it says, wherever it stands."""
+    found = (
+        _hash((each.sequences, each.scored, each.label, each.references, each.names))
+        for each in examples
+    )
+    return np.fromiter(found, np.int64)
+
+
+def _prompt(example: Example, num_front: int) -> object:
+    first = min(spans[0][0] for spans in example.scored)
+    columns = zip(*(tokens[:first] for tokens in example.sequences), strict=False)
+    prompt = [column[0] for column in takewhile(lambda column: len(set(column)) == 1, columns)]
+    return prompt if len(prompt) > max(num_front, 1) else example.sequences
+
+
+def _hash(value: object) -> int:
+    """Return a number in 0…2^63 − 1 that is the same on every machine."""
+    return int.from_bytes(hashlib.sha256(json.dumps(value).encode()).digest()[:8], "big") >> 1
 
 
 def _dealt(count: int, name: str, start: int, end: int) -> NDArray[np.int64]:

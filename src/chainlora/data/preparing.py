@@ -30,7 +30,7 @@ from chainlora.data.examples import Example
 from chainlora.data.parallel import map_in_processes, num_workers
 from chainlora.data.rows import MemoryRows, Rows, RowsSummary
 from chainlora.data.sources import Chunk, Source
-from chainlora.data.store import Arrays, StoredRows, StoreWriter, flatten, open_store
+from chainlora.data.store import Arrays, StoredRows, StoreWriter, flatten, mapped, open_store
 from chainlora.data.tasks import Task
 from chainlora.errors import DataError, FileError
 from chainlora.files import is_scratch, make_folder, remove, replaced_folder
@@ -119,7 +119,7 @@ def _build(
         counts.refuse_too_long(encode.fit.max_length)
         summary = _summary(counts, store.num_examples, store.num_tokens, digest.hexdigest())
         store.finish(summary)
-    return StoredRows(folder, summary)
+    return mapped(folder, summary)
 
 
 def _summary(counts: Counts, examples: int, tokens: int, digest: str) -> RowsSummary:

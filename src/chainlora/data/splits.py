@@ -11,11 +11,15 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from chainlora.config.schema import DataConfig
 from chainlora.data.chat_templates import set_chat_template
 from chainlora.data.encoding import Options
+from chainlora.data.encoding.tokens import TokenReader
+from chainlora.data.kept import SAMPLE, Kept
+from chainlora.data.mixture import example_hashes, prompt_hashes
 from chainlora.data.preparing import make_rows
 from chainlora.data.rows import MemoryRows, Rows
 from chainlora.data.sources import ListSource, Row, Source, find_source
@@ -59,6 +63,21 @@ class Splits:
     stop: str | None = None
     max_new_tokens: int = 50
     digest: str = ""
+    num_front: int = 1  # special tokens in front of every sequence
+
+    def kept(self) -> Kept:
+        """Return what a run keeps of these rows."""
+        hashes = example_hashes(self.train)
+        smallest = np.argsort(hashes, kind="stable")[:SAMPLE]
+        return Kept(
+            MemoryRows([self.train[int(index)] for index in smallest]),
+            MemoryRows(self.validation[:SAMPLE]),
+            MemoryRows(self.test[:SAMPLE]),
+            counts={name: len(getattr(self, name)) for name in SPLITS},
+            seen=np.unique(hashes),
+            held_out=np.unique(prompt_hashes(self.validation, self.num_front)),
+            loss=self.loss,
+        )
 
     def report(self) -> dict[str, dict[str, Any]]:
         """Return what became of the rows of each split: rows, tokens, cuts, columns not read."""
@@ -103,8 +122,9 @@ def prepare_splits(
         if source is not None:
             rows[split] = _encode(split, source, tokenizer, task or data.format, kept, progress)
     _log_unread(rows)
-    digest = _digest(rows, options.before)
-    return Splits(rows["train"], rows["validation"], rows["test"], digest=digest, **asked)
+    asked |= {"digest": _digest(rows, options.before)}
+    asked |= {"num_front": TokenReader(tokenizer).num_front}
+    return Splits(rows["train"], rows["validation"], rows["test"], **asked)
 
 
 def encode_split(

@@ -139,11 +139,10 @@ class StoreWriter:
 
 
 class StoredRows(Rows):
-    """The rows of a store. Safe to read from several threads."""
+    """Rows in the arrays that `flatten` gives of them. Safe to read from several threads."""
 
-    def __init__(self, folder: Path, summary: RowsSummary) -> None:
-        self.folder, self.summary = folder, summary
-        self._arrays = {name: _map(folder / name, dtype) for name, dtype in _TYPES.items()}
+    def __init__(self, arrays: Arrays, summary: RowsSummary) -> None:
+        self._arrays, self.summary = arrays, summary
         self._lengths = self._count_tokens()
 
     def __len__(self) -> int:
@@ -199,9 +198,15 @@ def open_store(folder: Path) -> StoredRows | None:
         )
         summary = index["summary"]
         summary["unread"] = tuple(summary["unread"])
-        return StoredRows(folder, RowsSummary(**summary)) if whole else None
+        return mapped(folder, RowsSummary(**summary)) if whole else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def mapped(folder: Path, summary: RowsSummary) -> StoredRows:
+    """Return the rows of a store that was just built or checked."""
+    arrays = {name: _map(folder / name, dtype) for name, dtype in _TYPES.items()}
+    return StoredRows(arrays, summary)
 
 
 def _map(path: Path, dtype: Any) -> NDArray[Any]:

@@ -3,6 +3,7 @@
     RUN/config.yaml              resolved config
     RUN/chain.json               manifest: links, where to resume, hashes of all that counts
     RUN/links/000/ …             each an ordinary PEFT adapter
+    RUN/rows/main.safetensors    rows kept of the run's stage, and of each stage before it
     RUN/moments/000.safetensors  optimizer state kept over the last knot (optimizer_reset: prune)
     RUN/best/00000120/           the best point, when it lies inside a link (a PEFT adapter)
     RUN/checkpoints/00000120/    the live link and its optimizer
@@ -18,7 +19,7 @@ any instant the manifest on disk describes a state from which the run can resume
 from __future__ import annotations
 
 import platform
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from copy import deepcopy
 from functools import cache
@@ -33,6 +34,7 @@ from chainlora import __version__, files
 from chainlora.chain.link import Link
 from chainlora.config.loading import dump_config
 from chainlora.config.schema import LinkConfig, RunConfig
+from chainlora.data.kept import Kept, write_kept
 from chainlora.errors import RunError
 from chainlora.knots.numbers import Numbers
 from chainlora.models.checkpoint import save_model
@@ -53,6 +55,7 @@ from chainlora.runs.manifest import (
     Progress,
     Selection,
     encode_manifest,
+    kept_rows,
     link_directory,
     link_entries,
     link_entry,
@@ -68,7 +71,13 @@ from chainlora.runs.resuming import (
 )
 from chainlora.runs.start import NOTHING, Start
 
-_GROWING = ("links", "moments", "best", "checkpoints")  # folders whose entries the manifest names
+_GROWING = (
+    "links",
+    "rows",
+    "moments",
+    "best",
+    "checkpoints",
+)  # folders whose entries the manifest names
 
 
 @cache
@@ -98,6 +107,7 @@ class RunDirectory(RunReader):
         self._rows: str | None = None
         self._log = RecordLog(self / "metrics.jsonl")
         self._begun_on = NOTHING
+        self._kept: list[str] = []  # stages whose rows are kept, of a run that begins
         self._is_new = False  # begun by this process
         self._is_changed = False  # this resume changes keys of the config
 
@@ -134,13 +144,15 @@ class RunDirectory(RunReader):
         resume: bool,
         rows: str | None = None,
         start: Start = NOTHING,
+        keep: Callable[[], Kept] | None = None,
     ) -> Progress:
         """Claim the directory for a run, or find the state to resume from.
 
         Args:
             base: the base model, as `manifest.Base` has it.
             rows: digest of the rows (`Splits.digest`).
-            start: the state that the run begins on. Its links are written here too.
+            start: the state that the run begins on. Its links and kept rows are written here too.
+            keep: makes the rows that a run keeps which begins. None keeps none.
 
         Raises RunError: non-empty without `resume`; incomplete or damaged; another config, base or
         rows; in use by another process.
@@ -149,7 +161,7 @@ class RunDirectory(RunReader):
             self.open(config, resume=True)
         if self._current is not None:
             return self._resume(self._current, base, rows)
-        return self._start(config, base, start, resume=resume, rows=rows)
+        return self._start(config, base, start, keep, resume=resume, rows=rows)
 
     def close(self, *, undo: bool = False) -> None:
         """Let other processes use the directory.
@@ -170,6 +182,7 @@ class RunDirectory(RunReader):
         config: RunConfig,
         base: Mapping[str, Any],
         start: Start,
+        keep: Callable[[], Kept] | None,
         *,
         resume: bool,
         rows: str | None,
@@ -187,6 +200,7 @@ class RunDirectory(RunReader):
         self._hashes = {"config.yaml": files.sha256(self / "config.yaml")}
         files.make_folder(self / "links")
         self._rows, self._begun_on = rows, start
+        self._keep({**start.kept, **({start.stage: keep()} if keep is not None else {})})
         for link in start.links:
             self._save_adapter(link_directory(link.id), link, Base(**base))
         progress = Progress(link=len(start.links))
@@ -206,6 +220,14 @@ class RunDirectory(RunReader):
             self._replace(manifest)  # before records are cut that the manifest on disk may know
         self._log.cut()
         return progress
+
+    def _keep(self, kept: Mapping[str, Kept]) -> None:
+        if kept:
+            files.make_folder(self / "rows")
+        for stage, rows in kept.items():
+            write_kept(self / kept_rows(stage), rows)
+            self._hashes[kept_rows(stage)] = files.sha256(self / kept_rows(stage))
+        self._kept = list(kept)
 
     def _take_lock(self) -> None:
         if self._lock is None:
@@ -247,6 +269,7 @@ class RunDirectory(RunReader):
                 selected=None,
                 progress=deepcopy(progress),
                 numbers=numbers,
+                kept=before.kept if before else self._kept,
                 changes=before.changes if before else [],
             )
         )
@@ -359,7 +382,7 @@ class RunDirectory(RunReader):
 
     def _remove_all(self) -> None:
         """Remove what `begin` made, the manifest before what it names."""
-        for name in ("metrics.jsonl", "chain.json", "links", "config.yaml", ".lock"):
+        for name in ("metrics.jsonl", "chain.json", "links", "rows", "config.yaml", ".lock"):
             files.remove(self / name)
         with suppress(OSError):  # not empty: trackers have written here
             self.path.rmdir()

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from typing import Any
 
 from chainlora.config.schema import RunConfig
+from chainlora.data.kept import Kept
 from chainlora.runs.directory import Progress, RunDirectory
 from chainlora.runs.start import NOTHING, Start
 
@@ -22,6 +23,7 @@ class FollowedDirectory(RunDirectory):
         resume: bool,
         rows: str | None = None,
         start: Start = NOTHING,
+        keep: Callable[[], Kept] | None = None,
     ) -> Progress:
         """Read where the first process begins or resumes; call it after that one's `begin`."""
         self._current = self.verify()

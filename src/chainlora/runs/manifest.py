@@ -151,7 +151,7 @@ class Manifest(_Part):
     that of the next link. `files` maps paths in the run directory to SHA-256.
 
     A run that is a later `stage` begins on the `first` links, of earlier ones; the ids of its own
-    begin at `first_id`.
+    begin at `first_id`. `kept` are the stages of which rows are kept, in their order.
     """
 
     format: int
@@ -169,6 +169,7 @@ class Manifest(_Part):
     selected: Selection | None
     progress: Progress
     numbers: Numbers | None = None  # decided when the run began; None before version 0.3
+    kept: list[Annotated[str, Field(pattern=r"^[\w-]+$")]] = []
     records: Records | None = None
     changes: list[Change] = []
     files: dict[str, str] = {}
@@ -201,6 +202,7 @@ class Manifest(_Part):
     def named(self) -> set[str]:
         """Return the files and folders that the run needs, by their paths in the run directory."""
         named = {"config.yaml", "model", *(link.directory for link in self.links)}
+        named |= {kept_rows(stage) for stage in self.kept}
         points = [self.progress]
         if self.checkpoint is not None:
             named.add(self.checkpoint.directory)
@@ -264,6 +266,11 @@ def state_digest(fingerprint: str, links: Iterable[LinkEntry]) -> str:
 def link_directory(link_id: int) -> str:
     """Return where a link lies in the run directory."""
     return f"links/{link_id:03d}"
+
+
+def kept_rows(stage: str) -> str:
+    """Return where the rows that a stage kept lie in the run directory."""
+    return f"rows/{stage}.safetensors"
 
 
 # --- reading and writing ---

@@ -12,6 +12,7 @@ from chainlora.chain.link import Link
 from chainlora.config.chat_templates import is_resolved
 from chainlora.config.loading import make_config, read_tree
 from chainlora.config.schema import RunConfig
+from chainlora.data.kept import Kept, read_kept
 from chainlora.errors import RunError
 from chainlora.models.identity import changed_files
 from chainlora.runs.links import read_link
@@ -23,6 +24,7 @@ from chainlora.runs.manifest import (
     Change,
     Manifest,
     decode_manifest,
+    kept_rows,
 )
 from chainlora.runs.records import Record, check_records, read_records, read_result
 
@@ -129,6 +131,13 @@ class RunReader:
         for entry in entries:
             self.check_files(manifest, entry.directory)
         return [read_link(self / entry.directory, entry) for entry in entries]
+
+    def kept(self) -> dict[str, Kept]:
+        """Read the rows that the run and the stages before it kept, by stage, each file checked."""
+        manifest = self.manifest()
+        for stage in manifest.kept:
+            self._check_file(manifest, kept_rows(stage))
+        return {stage: read_kept(self / kept_rows(stage)) for stage in manifest.kept}
 
     def check_files(self, manifest: Manifest, name: str) -> None:
         """Raise RunError unless a file, or all files of a folder, are as the manifest says."""

@@ -23,7 +23,7 @@ LOCK = ".lock"
 # Keys that a resume may change by name: they decide steps to come, and nothing that is on disk.
 CHANGEABLE = ("train.lr", "train.max_grad_norm")
 
-_BEFORE_THE_MANIFEST = {".lock", "config.yaml", "links"}
+_BEFORE_THE_MANIFEST = {".lock", "config.yaml", "links", "rows"}
 
 
 def refuse_if_taken(run: RunReader) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from chainlora.chain.adapters import Imported
 from chainlora.chain.link import Link
+from chainlora.data.kept import Kept
 from chainlora.runs.manifest import STAGE, Base, LinkEntry
 from chainlora.runs.reading import RunReader
 
@@ -18,10 +20,10 @@ class Start:
     """The state that a stage begins on; by default the base alone.
 
     `entries` say of each link its id, stage, strength and what it was tuned on. `next_id` is the id
-    of the first link of the stage, `stage` its name. What `load_start` (`loading_start.py`) read
-    from elsewhere comes with more: `extra`, extra modules before the first link that the base's
-    files lack; `adapter`, of which the base is known by its name alone; `tokenizer`, the folder of
-    one of its own; `notes` for the user.
+    of the first link of the stage, `stage` its name. `kept` are the rows that earlier stages kept.
+    What `load_start` (`loading_start.py`) read from elsewhere comes with more: `extra`, extra
+    modules before the first link that the base's files lack; `adapter`, of which the base is known
+    by its name alone; `tokenizer`, the folder of one of its own; `notes` for the user.
     """
 
     stage: str = STAGE
@@ -33,6 +35,7 @@ class Start:
     adapter: Imported | None = None
     tokenizer: Path | None = None
     notes: tuple[str, ...] = ()
+    kept: Mapping[str, Kept] = field(default_factory=dict)  # by stage, in their order
 
 
 NOTHING = Start()  # the base alone
@@ -52,4 +55,5 @@ def start_of(reader: RunReader, stage: str) -> Start:
         tuple(manifest.loaded),
         max(manifest.next_id, manifest.first_id + planned),
         manifest.base,
+        kept=reader.kept(),
     )

@@ -91,7 +91,12 @@ def _prepare(
         if directory is not None:
             with processes.in_turn():
                 progress = directory.begin(
-                    config, base, resume=resume, rows=splits.digest, start=start
+                    config,
+                    base,
+                    resume=resume,
+                    rows=splits.digest,
+                    start=start,
+                    keep=splits.kept if config.data.keep_rows else None,
                 )
             first, stage = directory.first, directory.stage
         run = Run(
