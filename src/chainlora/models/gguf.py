@@ -27,13 +27,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from chainlora.errors import ModelError
-from chainlora.files import (
-    is_scratch,
-    make_folder,
-    remove,
-    replaced_folder,
-    reported,
-)
+from chainlora.files import is_scratch, make_folder, remove, replaced_folder, reported
 from chainlora.models.checkpoint import save_model
 from chainlora.models.hashing import cache_dir, hash_file
 
@@ -43,6 +37,8 @@ CONVERSION = 1  # count up whenever the same file would convert to something els
 _CONTROL, _USER_DEFINED = 3, 4  # tokenizer.ggml.token_type
 _SCALARS = dict(zip((*range(8), 10, 11, 12), "BbHhIif?Qqd", strict=True))
 _STRING, _ARRAY = 8, 9
+_OTHER = "use the model's safetensors checkpoint"
+_NUM_TENSORS = "GGUF.tensor_count"  # as the package gguf calls it
 
 # `tokenizer.ggml.pre` -> how text is cut before the merges (llama-vocab.cpp).
 _GPT2_LIKE = {"gpt-2", "default", "phi-2", "mpt", "olmo", "jais", "trillion", "roberta-bpe"}
@@ -79,12 +75,17 @@ def converted_folder(file: Path) -> Path:
 
 def _convert(file: Path, folder: Path, digest: str) -> None:
     metadata = read_metadata(file)
-    if metadata.get("split.count", 1) > 1:
+    if (parts := metadata.get("split.count", 1)) > 1:
+        remedy = "join the parts with llama-gguf-split --merge"
+        raise ModelError("a GGUF model must be one file", f"part of {parts}: {file}", remedy)
+    architecture, tensors = metadata.get("general.architecture"), metadata[_NUM_TENSORS]
+    blocks = metadata.get(f"{architecture}.block_count")
+    if isinstance(blocks, int) and blocks > tensors:  # making them takes all time, then all memory
         raise ModelError(
-            f"a GGUF model must be one file (got part of {metadata['split.count']}: {file}); "
-            f"join the parts with llama-gguf-split --merge"
+            "a GGUF file must hold the tensors of its blocks",
+            f"{blocks} blocks and {tensors} tensors in {file}",
+            "download it again",
         )
-    _check_blocks(file, metadata)
     try:
         tokenizer = build_tokenizer(file, metadata)
     except ModelError:
@@ -105,36 +106,17 @@ def _convert(file: Path, folder: Path, digest: str) -> None:
         ) from error
     except Exception as error:  # transformers raises many kinds for a file it cannot read
         raise ModelError(
-            f"a GGUF file must hold an architecture that transformers can read (got "
-            f"{metadata.get('general.architecture')!r} in {file}: {error!s:.200}); "
-            f"use the model's safetensors checkpoint"
+            "a GGUF file must hold an architecture that transformers can read",
+            f"{architecture!r} in {file}: {error!s:.200}",
+            _OTHER,
         ) from error
     if hasattr(model.config, "quantization_config"):  # the weights are float32 now
         del model.config.quantization_config  # saving refuses otherwise
     model.hf_quantizer = None
     model.config._name_or_path = ""
     save_model(model, tokenizer, folder)
-    source = {
-        "file": file.name,
-        "size": file.stat().st_size,
-        "sha256": digest,
-        "conversion": CONVERSION,
-        "transformers": transformers.__version__,
-    }
+    source = {"file": file.name, "sha256": digest, "transformers": transformers.__version__}
     (folder / "source.json").write_text(json.dumps(source, indent=2) + "\n")
-
-
-def _check_blocks(file: Path, metadata: dict[str, Any]) -> None:
-    """Raise ModelError where a file names more blocks than it has tensors: making them takes all
-    time there is, and then all memory."""
-    with open(file, "rb") as stream:
-        (tensors,) = struct.unpack_from("<Q", stream.read(16), 8)
-    blocks = metadata.get(f"{metadata.get('general.architecture')}.block_count")
-    if isinstance(blocks, int) and blocks > tensors:
-        raise ModelError(
-            f"a GGUF file must hold the tensors of its blocks (got {blocks} blocks and {tensors} "
-            f"tensors in {file}); download it again"
-        )
 
 
 def read_metadata(file: Path) -> dict[str, Any]:
@@ -147,10 +129,10 @@ def read_metadata(file: Path) -> dict[str, Any]:
             raise ModelError(
                 f"a .gguf file must begin with GGUF (got {file}); is the download complete?"
             )
-        position, pairs = 4, {}
+        position, pairs = 4, dict[str, Any]()
         with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
             try:
-                version, _, num_pairs = struct.unpack_from("<IQQ", data, position)
+                version, pairs[_NUM_TENSORS], num_pairs = struct.unpack_from("<IQQ", data, position)
                 if version not in (2, 3):
                     raise ModelError(
                         f"a GGUF file must be of version 2 or 3, little-endian (got {version} in "
@@ -197,10 +179,7 @@ def build_tokenizer(file: Path, metadata: dict[str, Any]) -> Any:
     Raises ModelError if the file has no tokenizer, or one whose rules are not known here.
     """
     if "tokenizer.ggml.tokens" not in metadata:
-        raise ModelError(
-            f"a GGUF file must hold its tokenizer (got none in {file}); "
-            f"use the model's safetensors checkpoint"
-        )
+        raise ModelError("a GGUF file must hold its tokenizer", f"none in {file}", _OTHER)
     tokens = metadata["tokenizer.ggml.tokens"]
     kinds = metadata.get("tokenizer.ggml.token_type") or [1] * len(tokens)
     control = [token for token, kind in zip(tokens, kinds, strict=True) if kind == _CONTROL]
@@ -209,18 +188,18 @@ def build_tokenizer(file: Path, metadata: dict[str, Any]) -> Any:
         tokenizer = _byte_level_tokenizer(file, metadata, control, plain)
     else:
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-        tokenizer.add_tokens(
-            [AddedToken(token, special=True, normalized=False) for token in control]
-        )
+        tokenizer.add_tokens(_added(control, special=True))
     if metadata.get("tokenizer.chat_template"):
         tokenizer.chat_template = metadata["tokenizer.chat_template"]
     for token in control:
         if tokenizer.encode(token, add_special_tokens=False) != [tokens.index(token)]:
-            raise ModelError(
-                f"each control token must be one token (got {token!r} split in {file}); "
-                f"use the model's safetensors checkpoint"
-            )
+            got = f"{token!r} split in {file}"
+            raise ModelError("each control token must be one token", got, _OTHER)
     return tokenizer
+
+
+def _added(tokens: list[str], *, special: bool) -> list[AddedToken]:
+    return [AddedToken(token, special=special, normalized=False) for token in tokens]
 
 
 def _byte_level_tokenizer(
@@ -229,29 +208,21 @@ def _byte_level_tokenizer(
     tokens = metadata["tokenizer.ggml.tokens"]
     pre = metadata.get("tokenizer.ggml.pre", "default")
     merges = [tuple(merge.split(" ", 1)) for merge in metadata.get("tokenizer.ggml.merges", [])]
-    backend = Tokenizer(
-        models.BPE(
-            vocab={token: index for index, token in enumerate(tokens)},
-            merges=merges,
-            ignore_merges=pre in _WHOLE_WORDS_FIRST,
-        )
-    )
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    whole_first = pre in _WHOLE_WORDS_FIRST
+    backend = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=whole_first))
     backend.pre_tokenizer = _pre_tokenizer(pre, file)
     backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(
-        [AddedToken(token, special=True, normalized=False) for token in control]
-    )
-    backend.add_tokens([AddedToken(token, special=False, normalized=False) for token in plain])
+    backend.add_special_tokens(_added(control, special=True))
+    backend.add_tokens(_added(plain, special=False))
     names = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
     ids = {name: metadata.get(f"tokenizer.ggml.{key}_token_id") for name, key in names.items()}
     special = {name: tokens[index] for name, index in ids.items() if index is not None}
-    begins = metadata.get("tokenizer.ggml.add_bos_token", pre in _WHOLE_WORDS_FIRST)
+    begins = metadata.get("tokenizer.ggml.add_bos_token", whole_first)
     if begins and "bos_token" in special:
         bos = special["bos_token"]
         backend.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A",
-            pair=f"{bos} $A {bos}:1 $B:1",
-            special_tokens=[(bos, ids["bos_token"])],
+            f"{bos} $A", f"{bos} $A {bos}:1 $B:1", [(bos, ids["bos_token"])]
         )
     limit = metadata.get(f"{metadata.get('general.architecture')}.context_length")
     return PreTrainedTokenizerFast(
@@ -277,10 +248,8 @@ def _pre_tokenizer(pre: str, file: Path) -> Any:
     except ImportError:  # transformers below 5.20 or so has no such table
         splits = {}
     if pre not in splits:
-        raise ModelError(
-            f"a GGUF file's pre-tokenizer must be known (got {pre!r} in {file}); use the "
-            f"model's safetensors checkpoint, or a newer transformers"
-        )
+        got, remedy = f"{pre!r} in {file}", f"{_OTHER}, or a newer transformers"
+        raise ModelError("a GGUF file's pre-tokenizer must be known", got, remedy)
     split = pre_tokenizers.Split(Regex(splits[pre]), behavior="isolated")
     in_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     return pre_tokenizers.Sequence([split, in_bytes])

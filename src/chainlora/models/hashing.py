@@ -7,17 +7,17 @@ its times could go unseen (Git calls such entries racily clean).
 
 from __future__ import annotations
 
-import json
+import hashlib
 import logging
 import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from chainlora.errors import FileError
-from chainlora.files import make_folder, sha256, write_json
+from chainlora.files import make_folder, sha256, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -34,54 +34,29 @@ def cache_dir() -> Path:
 
 def hash_file(path: Path) -> str:
     """Return the SHA-256 of a file, remembered while the file is unchanged."""
-    return hash_files([path])[0]
+    before = _state(path)
+    note = cache_dir() / "hashes" / hashlib.sha256(before.encode()).hexdigest()
+    with suppress(OSError, ValueError):  # none yet, or a damaged one
+        if len(known := note.read_text(encoding="utf-8")) == 64:
+            return known
+    digest = sha256(path)
+    status = path.stat()
+    age = time.time() - max(status.st_mtime, status.st_ctime)  # below 0 where the clock was set
+    if _state(path) == before and age > _RACY_SECONDS:
+        try:
+            make_folder(note.parent)
+            write_text(note, digest)
+        except (FileError, OSError) as error:  # the file is read again next time
+            logger.debug("a hash is not remembered: %s", error)
+    return digest
 
 
 def hash_files(paths: Sequence[Path]) -> list[str]:
     """Return the SHA-256 of each file, read in parallel and at most once while it is unchanged."""
-    known = _remembered()
-    paths = [path.resolve() for path in paths]
-    states = [_state(path) for path in paths]
-
-    def digest(path: Path, state: list[int]) -> str:
-        *before, found = known.get(str(path), [None])
-        return str(found) if before == state else sha256(path)
-
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing releases the GIL
-        digests = list(pool.map(digest, paths, states))
-    found = {
-        str(path): [*state, digest]
-        for path, state, digest in zip(paths, states, digests, strict=True)
-        if state == _state(path) and _age(state) > _RACY_SECONDS
-    }
-    if any(known.get(path) != entry for path, entry in found.items()):
-        _remember(known | found)
-    return digests
+        return list(pool.map(hash_file, paths))
 
 
-def _state(path: Path) -> list[int]:
-    found = path.stat()
-    return [found.st_size, found.st_mtime_ns, found.st_ctime_ns]  # ctime: an mtime can be copied
-
-
-def _age(state: list[int]) -> float:
-    """Return the seconds since a file changed; negative where the clock was set back since."""
-    return time.time() - max(state[1:]) / 1e9
-
-
-def _remembered() -> dict[str, list[Any]]:
-    try:
-        known = json.loads((cache_dir() / "hashes.json").read_text(encoding="utf-8"))
-        return {path: entry for path, entry in known.items() if isinstance(entry, list) and entry}
-    except (OSError, ValueError, AttributeError):  # none yet, or a damaged one
-        return {}
-
-
-def _remember(known: dict[str, list[Any]]) -> None:
-    """Write what is known of the files that are still there."""
-    try:
-        make_folder(cache_dir())
-        there = {path: entry for path, entry in known.items() if os.path.exists(path)}
-        write_json(cache_dir() / "hashes.json", there)
-    except (FileError, OSError) as error:  # the files are read again next time
-        logger.debug("hashes are not remembered: %s", error)
+def _state(path: Path) -> str:
+    found = path.stat()  # with ctime, as an mtime can be copied
+    return f"{path.resolve()} {found.st_size} {found.st_mtime_ns} {found.st_ctime_ns}"

@@ -126,21 +126,18 @@ def _load_config(folder: Path) -> Any:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:
         stated = _read_json(folder / "config.json")
-        if "auto_map" in stated:
+        kind, has_code = stated.get("model_type"), "auto_map" in stated
+        if isinstance(kind, str) and kind in CONFIG_MAPPING and not has_code:
             raise ModelError(
-                f"a model must not need its own code (got {stated.get('model_type')!r} with "
-                f"auto_map in {folder}, unknown to transformers); use an architecture that "
-                f"transformers has, or a newer transformers"
+                "config.json must be one that transformers can read",
+                f"{type(error).__name__}: {error!s:.200} in {folder}",
+                "correct or download it again",
             ) from error
-        if isinstance(kind := stated.get("model_type"), str) and kind in CONFIG_MAPPING:
-            raise ModelError(
-                f"config.json must be one that transformers can read (got "
-                f"{type(error).__name__}: {error!s:.200} in {folder}); correct or download it again"
-            ) from error
+        code = ", with code of its own, which is never run" if has_code else ""
         raise ModelError(
-            f"config.json must name an architecture transformers has (got "
-            f"{stated.get('model_type')!r} in {folder}); use another model, or a newer "
-            f"transformers"
+            "config.json must name an architecture that transformers has",
+            f"{kind!r} in {folder}{code}",
+            "use another model, or a newer transformers",
         ) from error
     named = config.architectures
     names = [str(name) for name in named] if isinstance(named, list | tuple) else []
@@ -202,11 +199,9 @@ def load_tokenizer(folder: Path) -> Any:
             folder, trust_remote_code=False, local_files_only=True
         )
     except Exception as error:  # tokenizers raises bare Exception for a broken file
-        hint = (
-            "it brings its own code, which is never run; use a tokenizer that transformers has"
-            if "trust_remote_code" in str(error)
-            else "save it again beside the weights"
-        )
+        hint = "save it again beside the weights"
+        if "trust_remote_code" in str(error):
+            hint = "it brings code of its own, which is never run; use one that transformers has"
         raise ModelError(
             f"the tokenizer must load with transformers (got {error!s:.200} in {folder}); {hint}"
         ) from error
@@ -223,11 +218,9 @@ def _check_whole(model: Any, report: dict[str, Any], folder: Path) -> None:
             f"first {missing[0]}); use one saved from a causal language model"
         )
     if unexpected := sorted(report["unexpected_keys"]):
+        count, first = len(unexpected), unexpected[0]
         logger.warning(
-            "%d weights in %s are not the model's and are left out, first %s",
-            len(unexpected),
-            folder,
-            unexpected[0],
+            "%d weights in %s are not the model's and are left out, first %s", count, folder, first
         )
 
 
