@@ -53,7 +53,7 @@ def test_a_result_of_another_version_is_not_taken_for_one_of_this(one, tmp_path)
     (path,) = tmp_path.glob("cells/*/result.json")
     edit(path, format=3)
     (tmp_path / "results.jsonl").unlink()
-    with pytest.raises(RunError, match=r"must be of format 1 or 2 \(got 3 in "):
+    with pytest.raises(RunError, match=r"must be of format 2 \(got 3 in "):
         run_cells(one, tmp_path, backend="inline")
     assert path.is_file()  # it is no damage: nothing is set aside
 

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from chainlora.errors import RunError
-from chainlora.reports.charts import score_matrix
 from chainlora.reports.run_charts import (
     chain_pictures,
     plot_chain,
@@ -127,14 +126,9 @@ def test_a_page_s_charts_are_legible_on_a_phone(finished):
     """Text was 8.5 pixels high, and ticks stood at step 2.5."""
     (run,) = read_runs([finished])
     made = [*training_pictures(run), *chain_pictures(run)]
-    grid = [[0.5, math.nan], [0.25, 0.75]]
-    made.append(score_matrix("Scores of each state", ["base", "chat"], ["rte", "gsm8k"], grid))
     for each in made:
         (width,) = re.findall(r'viewBox="0 0 ([\d.]+)', each.svg)
         sizes = [float(size) for size in re.findall(r"font:?(?:-size:)? ([\d.]+)px", each.svg)]
         assert min(sizes) * 340 / float(width) >= 10, each.title  # of a phone's 390 pixels
         if "over the steps" in each.title:
             assert not re.search(r">\d+\.5</text>", each.svg.partition("matplotlib.axis_2")[0])
-    table = made[-1].table
-    assert table.rows == (("base", "0.5", "–"), ("chat", "0.25", "0.75"))
-    assert all(f">{text}</text>" in made[-1].svg for text in ("50.0", "25.0", "75.0", "base"))

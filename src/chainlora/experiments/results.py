@@ -178,8 +178,9 @@ def check_format(where: str, value: Mapping[str, Any]) -> None:
 def _checked(where: str, line: dict[str, Any]) -> dict[str, Any]:
     """Return a line as it is. Raises RunError unless it has what reports rely on."""
     is_done = line.get("status") == "done"
-    models = {"experiment": _Experiment, "choice": _Choice, "cell": _Done if is_done else _Cell}
-    model: type[_Line] | None = models.get(str(line.get("kind")))
+    cell = _Done if is_done else _Cell
+    models: dict[str, type[_Line]] = {"experiment": _Experiment, "choice": _Choice, "cell": cell}
+    model = models.get(str(line.get("kind")))
     if model is None:
         got = f"{line.get('kind')!r} in {where}"
         raise RunError(

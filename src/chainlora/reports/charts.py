@@ -77,6 +77,7 @@ _THEME = {
 _ON_LIGHT, _ON_DARK = "#0A0A0A", "#F8F8F8"  # text in a cell, whatever the page's colours
 
 Fill = Callable[[Any], object]  # draws into an empty figure
+Draw = Callable[[Any], object]  # draws into axes
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ class Picture:
 def picture(
     title: str,
     note: str,
-    fill: Fill,
+    draw: Draw,
     *,
     size: tuple[float, float] = PAGE_SIZE,
     table: Table | None = None,
@@ -101,7 +102,7 @@ def picture(
     """Return a chart as a picture. `table` replaces the numbers of its lines."""
     from matplotlib import rc_context
 
-    figure = drawn(fill, size, _FOR_PAGE)
+    figure = drawn(lambda figure: draw(figure.subplots()), size, _FOR_PAGE)
     out = io.StringIO()
     with rc_context(STYLE | _FOR_PAGE):
         figure.savefig(out, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format")))
@@ -184,20 +185,19 @@ def line_style(place: int) -> dict[str, Any]:
     return {"color": COLOURS[place % len(COLOURS)], "linestyle": dashes}
 
 
-def legend_above(figure: Any, columns: int = 2, **keys: Any) -> None:
+def legend_above(axes: Any, **keys: Any) -> None:
     """Name the lines above the axes, where they hide nothing."""
-    figure.legend(loc="outside upper left", ncols=columns, frameon=False, handlelength=1.4, **keys)
+    where = {"loc": "outside upper left", "ncols": 2, "frameon": False, "handlelength": 1.4}
+    axes.figure.legend(**where, **keys)
 
 
 def heat_map(
-    figure: Any,
     axes: Any,
     grid: Sequence[Sequence[float]],
     *,
     rows: Sequence[str],
     columns: Sequence[str],
     label: str,
-    low: float = 0.0,
     top: float | None = None,
     form: str = "{:.2f}",
 ) -> None:
@@ -207,10 +207,10 @@ def heat_map(
     """
     known = [value for line in grid for value in line if not math.isnan(value)]
     top = max(known, default=1.0) if top is None else top
-    top = top if top > low else low + 1.0
+    top = top if top > 0 else 1.0
     edges = [[place - 0.5 for place in range(len(names) + 1)] for names in (columns, rows)]
     image = axes.pcolormesh(
-        *edges, grid, cmap="cividis", vmin=low, vmax=top, edgecolors="face", linewidth=0.3
+        *edges, grid, cmap="cividis", vmin=0.0, vmax=top, edgecolors="face", linewidth=0.3
     )  # edges of the cells' own colour: without them the page shines through in between
     axes.invert_yaxis()
     axes.grid(visible=False)
@@ -221,33 +221,12 @@ def heat_map(
         for row, line in enumerate(grid):
             for column, value in enumerate(line):
                 if not math.isnan(value):
-                    ink = _ON_LIGHT if value - low > 0.6 * (top - low) else _ON_DARK
+                    ink = _ON_LIGHT if value > 0.6 * top else _ON_DARK
                     where = {"ha": "center", "va": "center", "fontsize": SMALL, "color": ink}
                     axes.text(column, row, form.format(value), **where)
-    bar = figure.colorbar(image, ax=axes, shrink=0.85)
+    bar = axes.figure.colorbar(image, ax=axes, shrink=0.85)
     bar.set_label(label)
     bar.outline.set_visible(False)
-
-
-def score_matrix(
-    title: str, states: Sequence[str], tasks: Sequence[str], grid: Sequence[Sequence[float]]
-) -> Picture:
-    """Return the scores of several states of a chain on several tasks, as a picture.
-
-    `grid` has a row a state and a column a task, as shares of 1; NaN where one was not scored.
-    """
-
-    def fill(figure: Any) -> None:
-        axes = figure.subplots()
-        shown = [[100 * value for value in line] for line in grid]
-        known = [value for line in shown for value in line if not math.isnan(value)]
-        low = min(known, default=0.0)
-        names: Any = {"rows": states, "columns": tasks}
-        heat_map(figure, axes, shown, **names, label="%", low=low, form="{:.1f}")
-        axes.set_ylabel("after")
-        axes.tick_params(axis="x", rotation=30)
-
-    return picture(title, "", fill, table=grid_table(title, states, tasks, grid, "after"))
 
 
 # --- SVG for a page ---

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import groupby, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from chainlora.errors import RunError
 from chainlora.reports.charts import (
@@ -18,7 +19,7 @@ from chainlora.reports.charts import (
     SKY,
     SMALL,
     VERMILION,
-    Fill,
+    Draw,
     Picture,
     grid_table,
     heat_map,
@@ -29,10 +30,21 @@ from chainlora.reports.charts import (
     whole_steps,
 )
 from chainlora.reports.runs import RunFacts
+from chainlora.reports.tables import Table
 from chainlora.runs.records import score_names
 
 Record = Mapping[str, Any]
 _MOST_POINTS = 400  # of a curve; a page is as wide as about a thousand pixels
+
+
+class Panel(NamedTuple):
+    """A chart of a run: drawn by itself for a page, with others into a file."""
+
+    title: str
+    note: str
+    draw: Draw
+    height: float = 1.0  # beside those above and below it in a file
+    table: Table | None = None  # where its lines do not say its numbers
 
 
 # --- files ---
@@ -43,25 +55,19 @@ def plot_training(records: Sequence[Record], out_png: str | Path) -> None:
 
     Raises RunError if there is neither a training step nor an evaluation to draw.
     """
-    steps, evals = _of_event(records, "step"), _of_event(records, "eval")
-    if not steps and not evals:
+    panels = _training(records)
+    if not panels:
         raise RunError(
-            "a plot needs a training step or an evaluation (got none); train the run first"
+            "a plot needs a training step or an evaluation", "none", "train the run first"
         )
-    scores = score_names(evals)
-    heights = [3.0, *([2.0] if scores else []), *([1.0] if steps else [])]
+    heights = [panel.height for panel in panels]
 
     def fill(figure: Any) -> None:
-        grid = figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)
-        panels = list(grid[:, 0])
-        draw_loss(panels[0], steps, evals)
-        if scores:
-            draw_scores(panels[1], evals, scores)
-        if steps:
-            draw_rate(panels[-1], steps)
-        mark_knots(panels, records)
-        panels[-1].set_xlabel("optimizer step")
-        figure.align_ylabels(panels)
+        grid = figure.subplots(len(panels), 1, sharex=True, squeeze=False, height_ratios=heights)
+        for panel, axes in zip(panels, grid.flat, strict=True):
+            panel.draw(axes)
+        _mark_knots(list(grid.flat), records)
+        figure.align_ylabels(list(grid.flat))
 
     save(fill, (8, 0.9 + 1.15 * sum(heights)), out_png)
 
@@ -74,25 +80,17 @@ def plot_chain(inspection: Mapping[str, Any], out_png: str | Path) -> None:
     links = inspection["links"]
     if not links:
         raise RunError(
-            "a picture of a chain needs at least one link (got none); train the run first"
+            "a picture of a chain needs at least one link", "none", "train the run first"
         )
-    pairs = _have_overlap(links)
+    panels = [*_sizes(links), *_overlap(links)]
 
     def fill(figure: Any) -> None:
-        panels = figure.subplots(1, 3 if pairs else 2, squeeze=False)[0]
-        draw_norms(panels[0], links)
-        draw_ranks(panels[1], links)
-        names = ["size of each link", "directions it uses", "overlap of input subspaces"]
-        if pairs:
-            draw_overlap(figure, panels[2], links)
-        for axes, name in zip(panels, names, strict=False):
-            axes.set_title(name, loc="left")
+        grid = figure.subplots(1, len(panels), squeeze=False)
+        for panel, axes in zip(panels, grid.flat, strict=True):
+            panel.draw(axes)
+            axes.set_title(panel.title, loc="left")
 
-    save(fill, (11 if pairs else 7.4, 3.5), out_png)
-
-
-def _of_event(records: Sequence[Record], event: str) -> list[Record]:
-    return [record for record in records if record["event"] == event]
+    save(fill, (3.7 * len(panels), 3.5), out_png)
 
 
 # --- pages ---
@@ -100,57 +98,29 @@ def _of_event(records: Sequence[Record], event: str) -> list[Record]:
 
 def training_pictures(run: RunFacts) -> list[Picture]:
     """Return loss, validation scores and learning rate over the steps, knots marked."""
-    steps, evals = run.steps, run.evaluations
-    some, width = thinned(steps)
-    each = "each step" if width == 1 else f"mean of {width} steps"
 
-    def over_steps(panel: Fill) -> Fill:
-        def fill(figure: Any) -> None:
-            axes = figure.subplots()
-            panel(axes)
-            mark_knots([axes], run.records)
-            axes.set_xlabel("step")
+    def marked(draw: Draw, axes: Any) -> None:
+        draw(axes)
+        _mark_knots([axes], run.records)
 
-        return fill
-
-    found = []
-    if steps or evals:
-        fill = over_steps(lambda axes: draw_loss(axes, some, evals, each=each))
-        found.append(picture("Loss over the steps", "in nats; vertical lines are knots", fill))
-    if names := score_names(evals):
-        fill = over_steps(lambda axes: draw_scores(axes, evals, names))
-        found.append(picture("Validation scores over the steps", "", fill))
-    if steps:
-        fill = over_steps(lambda axes: draw_rate(axes, some))
-        found.append(picture("Learning rate over the steps", "", fill))
-    return found
+    return [picture(p.title, p.note, partial(marked, p.draw)) for p in _training(run.records)]
 
 
 def chain_pictures(run: RunFacts) -> list[Picture]:
     """Return what each link became: size, rank, spectrum, where it went, overlap."""
     links = run.links
-    if not links:
-        return []
-    found = []
-    if measured := all("modules" in link for link in links):
-        note = "Frobenius norm of its update, over all modules"
-        found.append(picture("Size of each link", note, _axes(draw_norms, links)))
-    note = "how many directions it uses"
-    found.append(picture("Rank of each link", note, _axes(draw_ranks, links)))
-    if measured:
+    panels = _sizes(links) if links else []
+    if links and all("modules" in link for link in links):
         note = "mean over the modules, the largest first"
-        found.append(picture("Singular spectrum of each link", note, _axes(draw_spectra, links)))
-        found += _received(links)
-    if _have_overlap(links):
-        note = "1: they read the same subspace of their inputs; 0: orthogonal ones"
-        title, names = "Overlap of the links", [str(link["link"]) for link in links]
-        table = grid_table(title, names[1:], names[:-1], _overlaps(links), "link")
-
-        def fill(figure: Any) -> None:
-            draw_overlap(figure, figure.subplots(), links)
-
-        found.append(picture(title, note, fill, table=table))
-    return found
+        panels += [
+            Panel("Singular spectrum of each link", note, partial(_draw_spectra, links=links)),
+            *_received("What each layer received", links, layer_of, "layer"),
+            *_received("What each kind of module received", links, kind_of, ""),
+        ]
+    return [
+        picture(panel.title, panel.note, panel.draw, table=panel.table)
+        for panel in [*panels, *_overlap(links)]
+    ]
 
 
 def comparing_pictures(runs: Sequence[RunFacts]) -> list[Picture]:
@@ -159,13 +129,39 @@ def comparing_pictures(runs: Sequence[RunFacts]) -> list[Picture]:
     scores = {run.score for run in runs if run.score}
     names = ["loss", *scores] if len(scores) == 1 else ["loss"]
     for name in dict.fromkeys(names):
-        if any(_held_out(run, name) for run in runs):
-            title = f"Validation {name} of each run"
-            found.append(picture(title, "large dots are knots", _overlaid(runs, name)))
+        if any(_known(run.evaluations, name) for run in runs):
+            draw = partial(_draw_runs, runs=runs, name=name)
+            found.append(picture(f"Validation {name} of each run", "large dots are knots", draw))
     if any(run.steps for run in runs):
-        note = "smoothed; dots are knots"
-        found.append(picture("Training loss of each run", note, _overlaid(runs, None)))
+        draw = partial(_draw_runs, runs=runs, name=None)
+        found.append(picture("Training loss of each run", "smoothed; dots are knots", draw))
     return found
+
+
+def _draw_runs(axes: Any, runs: Sequence[RunFacts], name: str | None) -> None:
+    """Draw a validation metric of each run, or its smoothed training loss."""
+    for place, run in enumerate(runs):
+        records = _known(run.evaluations, name) if name else thinned(run.steps)[0]
+        values = [record[name or "loss"] for record in records]
+        if name is None:
+            values = smooth(values, span=max(9, len(values) / 12))
+        knots = {record["step"] for record in _of_event(run.records, "knot")}
+        at = [record["step"] for record in records]
+        marked = [i for i, step in enumerate(at) if step in knots]
+        style = line_style(place) | {"marker": "o", "markevery": marked, "linewidth": 1.6}
+        axes.plot(at, values, label=run.name, **style)
+    whole_steps(axes.xaxis)
+    axes.set_xlabel("step")
+    axes.set_ylabel(f"validation {name}" if name else "training loss")
+    legend_above(axes)
+
+
+def _of_event(records: Sequence[Record], event: str) -> list[Record]:
+    return [record for record in records if record["event"] == event]
+
+
+def _known(records: Sequence[Record], name: str) -> list[Record]:
+    return [record for record in records if math.isfinite(record.get(name, math.nan))]
 
 
 def thinned(steps: Sequence[Record]) -> tuple[list[Record], int]:
@@ -183,38 +179,25 @@ def thinned(steps: Sequence[Record]) -> tuple[list[Record], int]:
     return found, width
 
 
-def _axes(panel: Any, links: Sequence[Record]) -> Fill:
-    return lambda figure: panel(figure.subplots(), links)
-
-
-def _held_out(run: RunFacts, name: str) -> list[Record]:
-    return [r for r in run.evaluations if math.isfinite(r.get(name, math.nan))]
-
-
-def _overlaid(runs: Sequence[RunFacts], name: str | None) -> Fill:
-    """Return what draws a validation metric of each run, or its smoothed training loss."""
-
-    def fill(figure: Any) -> None:
-        axes = figure.subplots()
-        for place, run in enumerate(runs):
-            records = thinned(run.steps)[0] if name is None else _held_out(run, name)
-            values = [record[name or "loss"] for record in records]
-            if name is None:
-                values = smooth(values, span=max(9, len(values) / 12))
-            knots = {record["step"] for record in _of_event(run.records, "knot")}
-            at = [record["step"] for record in records]
-            marked = [i for i, step in enumerate(at) if step in knots]
-            style = line_style(place) | {"marker": "o", "markevery": marked, "linewidth": 1.6}
-            axes.plot(at, values, label=run.name, **style)
-        whole_steps(axes.xaxis)
-        axes.set_xlabel("step")
-        axes.set_ylabel(f"validation {name}" if name else "training loss")
-        legend_above(figure)
-
-    return fill
-
-
 # --- training ---
+
+
+def _training(records: Sequence[Record]) -> list[Panel]:
+    steps, evals = _of_event(records, "step"), _of_event(records, "eval")
+    some, width = thinned(steps)
+    each = "each step" if width == 1 else f"mean of {width} steps"
+    found = []
+    if steps or evals:
+        draw = partial(_draw_loss, steps=some, evals=evals, each=each)
+        note = "in nats; vertical lines are knots"
+        found.append(Panel("Loss over the steps", note, draw, 3.0))
+    if names := score_names(evals):
+        draw = partial(_draw_scores, evals=evals, names=names)
+        found.append(Panel("Validation scores over the steps", "", draw, 2.0))
+    if steps:
+        draw = partial(_draw_rate, steps=some)
+        found.append(Panel("Learning rate over the steps", "", draw))
+    return found
 
 
 def smooth(values: Sequence[float], span: float) -> list[float]:
@@ -228,17 +211,14 @@ def smooth(values: Sequence[float], span: float) -> list[float]:
     return out
 
 
-def draw_loss(
-    axes: Any, steps: Sequence[Record], evals: Sequence[Record], *, each: str = "each step"
-) -> None:
+def _draw_loss(axes: Any, steps: Sequence[Record], evals: Sequence[Record], each: str) -> None:
     """Draw the training loss, smoothed too, and the validation loss."""
-    finite = [r for r in steps if math.isfinite(r["loss"])]
-    at, losses = [r["step"] for r in finite], [r["loss"] for r in finite]
-    if losses:
-        smoothed = smooth(losses, span=max(9, len(losses) / 12))
+    finite, held_out = _known(steps, "loss"), _known(evals, "loss")
+    losses = [r["loss"] for r in finite]
+    if finite:
+        at, smoothed = [r["step"] for r in finite], smooth(losses, span=max(9, len(losses) / 12))
         axes.plot(at, losses, color=SKY, alpha=0.5, linewidth=0.8, label=each)
         axes.plot(at, smoothed, color=BLUE, linewidth=1.8, label="smoothed")
-    held_out = [r for r in evals if math.isfinite(r.get("loss", math.nan))]
     if held_out:
         at, values = [r["step"] for r in held_out], [r["loss"] for r in held_out]
         style = {"color": VERMILION, "linewidth": 1.2, "marker": "o", "markersize": 5}
@@ -260,13 +240,13 @@ def _keep_room(axes: Any, values: Sequence[float]) -> None:
     axes.set_ylim(low - 0.06 * room, top + 0.25 * room)
 
 
-def draw_scores(axes: Any, evals: Sequence[Record], names: Sequence[str]) -> None:
+def _draw_scores(axes: Any, evals: Sequence[Record], names: Sequence[str]) -> None:
     """Draw the validation scores that have these names."""
     from matplotlib.ticker import PercentFormatter
 
     everything = []
     for name, color, marker in zip(names, (GREEN, VERMILION, PURPLE), "osD", strict=False):
-        points = [(r["step"], r[name]) for r in evals if math.isfinite(r.get(name, math.nan))]
+        points = [(r["step"], r[name]) for r in _known(evals, name)]
         everything += [value for _, value in points]
         style = {"color": color, "marker": marker, "markersize": 5, "linewidth": 1.5}
         axes.plot(*zip(*points, strict=True), label=name, **style)
@@ -299,7 +279,7 @@ def _label_points(axes: Any, evals: Sequence[Record], name: str, form: str) -> N
         )
 
 
-def draw_rate(axes: Any, steps: Sequence[Record]) -> None:
+def _draw_rate(axes: Any, steps: Sequence[Record]) -> None:
     """Draw the learning rate."""
     for link, own in groupby(steps, key=lambda record: record["link"]):  # a restart is a gap
         points = [(r["step"], r.get("learning_rate", math.nan)) for r in own]
@@ -309,12 +289,13 @@ def draw_rate(axes: Any, steps: Sequence[Record]) -> None:
     axes.set_ylim(bottom=0)
 
 
-def mark_knots(panels: Sequence[Any], records: Sequence[Record]) -> None:
+def _mark_knots(panels: Sequence[Any], records: Sequence[Record]) -> None:
     """Draw a dashed line at each knot, and name each link above its part of the run."""
     knots = [r["step"] for r in _of_event(records, "knot")]
     last = max(r["step"] for r in records if "step" in r)
     for axes in panels:
         whole_steps(axes.xaxis)
+        axes.set_xlabel("step" if axes is panels[-1] else "")
         for step in knots:
             axes.axvline(step, color=GREY, linestyle=(0, (4, 3)), linewidth=1, label="_knot")
         axes.set_xlim(-0.04 * max(last, 1), 1.04 * max(last, 1))
@@ -337,14 +318,24 @@ def mark_knots(panels: Sequence[Any], records: Sequence[Record]) -> None:
 # --- links ---
 
 
-def draw_norms(axes: Any, links: Sequence[Record]) -> None:
-    """Draw the size of each link."""
+def _sizes(links: Sequence[Record]) -> list[Panel]:
+    """Return size and rank of each link; size where it can be measured, which DoRA's cannot."""
     norms = [link.get("delta_norm", math.nan) for link in links]
+    found = [
+        Panel("Rank of each link", "how many directions it uses", partial(_draw_ranks, links=links))
+    ]
+    if not any(map(math.isnan, norms)):
+        note = "Frobenius norm of its update, over all modules"
+        found.insert(0, Panel("Size of each link", note, partial(_draw_norms, norms=norms)))
+    return found
+
+
+def _draw_norms(axes: Any, norms: Sequence[float]) -> None:
     _bars(axes, norms, color=BLUE)
     axes.set_ylabel("‖ΔW‖ (Frobenius)")
 
 
-def draw_ranks(axes: Any, links: Sequence[Record]) -> None:
+def _draw_ranks(axes: Any, links: Sequence[Record]) -> None:
     """Draw rank and effective rank of each link."""
     ranks = [link["rank"] for link in links]
     used = [link.get("effective_rank", math.nan) for link in links]
@@ -377,7 +368,7 @@ def _number_links(axis: Any, places: range) -> None:
         whole_steps(axis)
 
 
-def draw_spectra(axes: Any, links: Sequence[Record]) -> None:
+def _draw_spectra(axes: Any, links: Sequence[Record]) -> None:
     """Draw the singular values of each link's update, their mean over the modules."""
     longest = 0
     for place, link in enumerate(links):
@@ -393,76 +384,59 @@ def draw_spectra(axes: Any, links: Sequence[Record]) -> None:
         axes.legend(loc="upper right")
 
 
-def _have_overlap(links: Sequence[Record]) -> bool:
-    return len(links) > 1 and any(link.get("overlap") for link in links)
-
-
-def _overlaps(links: Sequence[Record]) -> list[list[float]]:
-    """Return the overlap of each link but the first (rows) with each earlier one (columns)."""
-    empty = [math.nan] * len(links)
-    return [[*link.get("overlap", ()), *empty][: len(links) - 1] for link in links[1:]]
-
-
-def draw_overlap(figure: Any, axes: Any, links: Sequence[Record]) -> None:
-    """Draw the overlap of each link with each earlier one: the lower triangle of a matrix."""
-    grid, names = _overlaps(links), [str(link["link"]) for link in links]
+def _overlap(links: Sequence[Record]) -> list[Panel]:
+    """Return the overlap of each link but the first (rows) with each earlier one (columns): the
+    lower triangle of a matrix."""
+    if len(links) < 2 or not any(link.get("overlap") for link in links):
+        return []
+    empty, names = [math.nan] * len(links), [str(link["link"]) for link in links]
+    grid = [[*link.get("overlap", ()), *empty][: len(links) - 1] for link in links[1:]]
     known = [value for row in grid for value in row if not math.isnan(value)]
     top = max(0.1, *known)  # random subspaces overlap by rank / width, a few per cent
-    sides: Any = {"rows": names[1:], "columns": names[:-1]}
-    heat_map(figure, axes, grid, **sides, label="mean squared cosine", top=top)
-    axes.set_aspect("equal")
-    axes.set_xlabel("earlier link")
-    axes.set_ylabel("link")
+
+    def draw(axes: Any) -> None:
+        sides: Any = {"rows": names[1:], "columns": names[:-1]}
+        heat_map(axes, grid, **sides, label="mean squared cosine", top=top)
+        axes.set_aspect("equal")
+        axes.set_xlabel("earlier link")
+        axes.set_ylabel("link")
+
+    title, note = "Overlap of the links", "of input subspaces: 1 is the same, 0 orthogonal ones"
+    table = grid_table(title, names[1:], names[:-1], grid, "link")
+    return [Panel(title, note, draw, table=table)]
 
 
 # --- what each part of the model received ---
 
 
-def _received(links: Sequence[Record]) -> list[Picture]:
-    names = list(dict.fromkeys(name for link in links for name in link["modules"]))
-    found = []
-    for title, part_of in (
-        ("What each layer received", layer_of),
-        ("What each kind of module received", kind_of),
-    ):
-        parts: dict[str, list[str]] = {}
-        for name in names:
-            parts.setdefault(part_of(name), []).append(name)
-        if len(parts) > 1:
-            ordered = dict(sorted(parts.items(), key=_numbers_first))
-            found.append(
-                _received_by(title, links, ordered, "layer" if part_of is layer_of else "")
-            )
-    return found
-
-
-def _received_by(
-    title: str, links: Sequence[Record], parts: Mapping[str, Sequence[str]], axis: str
-) -> Picture:
-    """Return ‖ΔW‖ that each part of the model, a list of modules, received from each link."""
+def _received(
+    title: str, links: Sequence[Record], part_of: Callable[[str], str], axis: str
+) -> list[Panel]:
+    """Return ‖ΔW‖ that each part of the model received from each link; nothing for one part."""
+    parts: dict[str, list[str]] = {}
+    for name in dict.fromkeys(name for link in links for name in link["modules"]):
+        parts.setdefault(part_of(name), []).append(name)
+    if len(parts) < 2:
+        return []
+    parts = dict(sorted(parts.items(), key=_numbers_first))
     grid = [
-        [
-            math.hypot(*(link["modules"].get(name, 0.0) for name in names))
-            for names in parts.values()
-        ]
+        [math.hypot(*(link["modules"].get(name, 0.0) for name in own)) for own in parts.values()]
         for link in links
     ]
     numbers = [str(link["link"]) for link in links]
 
-    def fill(figure: Any) -> None:
-        axes = figure.subplots()
+    def draw(axes: Any) -> None:
         form = "{:.2f}" if max(map(max, grid)) < 10 else "{:.3g}"
         names: Any = {"rows": numbers, "columns": list(parts)}
-        heat_map(figure, axes, grid, **names, label="‖ΔW‖ (Frobenius)", form=form)
+        heat_map(axes, grid, **names, label="‖ΔW‖ (Frobenius)", form=form)
         axes.set_ylabel("link")
         axes.set_xlabel(axis)
         if not axis:
             axes.tick_params(axis="x", rotation=30)
 
-    columns = [f"link {number}" for number in numbers]
-    turned = list(zip(*grid, strict=True))
+    columns, turned = [f"link {number}" for number in numbers], list(zip(*grid, strict=True))
     table = grid_table(title, list(parts), columns, turned, axis or "module")
-    return picture(title, "Frobenius norm of the update by each link", fill, table=table)
+    return [Panel(title, "Frobenius norm of the update by each link", draw, table=table)]
 
 
 def layer_of(module: str) -> str:

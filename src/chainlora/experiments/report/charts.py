@@ -71,15 +71,14 @@ def pictures(facts: Facts, charts: Iterable[Chart], section: str) -> list[Pictur
 
 
 def _picture(facts: Facts, chart: Chart, task: str) -> Picture:
-    def fill(figure: Any) -> None:
-        axes = figure.subplots()
+    def draw(axes: Any) -> None:
         chart.draw(axes, facts, task)
         if axes.get_legend_handles_labels()[0]:
-            legend_above(figure, handles=_named(axes))
+            legend_above(axes, handles=_named(axes))
 
     size = (PAGE_SIZE[0], chart.height(facts, task))
     table = chart.table(facts, task)
-    return picture(f"{chart.title}: {task}", chart.note, fill, size=size, table=table)
+    return picture(f"{chart.title}: {task}", chart.note, draw, size=size, table=table)
 
 
 def save_charts(facts: Facts, charts: Iterable[Chart], out: Path) -> dict[str, str]:
@@ -215,15 +214,15 @@ def _rows_of(facts: Facts) -> list[str]:
 def draw_curves(axes: Any, curves: Sequence[Curve], places: Sequence[int], label: str) -> None:
     """Draw mean curves over seeds, 95 % bands where seeds allow one, and a tick at each knot."""
     for curve, place in zip(curves, places, strict=True):
-        style = line_style(place)
-        name = f"{curve.name} (n={curve.num_seeds})"
-        axes.plot(curve.steps, curve.means, linewidth=1.4, label=name, **style)
-        if all(map(math.isfinite, curve.lows)):
+        style, steps = line_style(place), list(curve.points)
+        means, lows, highs = zip(*curve.points.values(), strict=True)
+        axes.plot(steps, means, linewidth=1.4, label=f"{curve.name} (n={curve.num_seeds})", **style)
+        if all(map(math.isfinite, lows)):
             band = {"color": style["color"], "alpha": 0.15, "linewidth": 0}
-            axes.fill_between(curve.steps, curve.lows, curve.highs, **band)
-        by_step = dict(zip(curve.steps, curve.means, strict=True))
-        at = [step for step in curve.knots if step in by_step]
-        axes.plot(at, [by_step[step] for step in at], "|", color=style["color"], markersize=9)
+            axes.fill_between(steps, lows, highs, **band)
+        at = [step for step in curve.knots if step in curve.points]
+        heights = [curve.points[step][0] for step in at]
+        axes.plot(at, heights, "|", color=style["color"], markersize=9)
     whole_steps(axes.xaxis)
     axes.set_xlabel("step")
     axes.set_ylabel(label)
@@ -248,14 +247,11 @@ def _place(facts: Facts, method: str) -> int:
 
 def _curve_table(curves: Sequence[Curve]) -> Table:
     def cell(curve: Curve, step: int) -> str:
-        if step not in curve.steps:
-            return "–"
-        at = curve.steps.index(step)
-        low, high = number(curve.lows[at], 4), number(curve.highs[at], 4)
-        interval = f" ({low} to {high})" if math.isfinite(curve.lows[at]) else ""
-        return number(curve.means[at], 4) + interval
+        point = curve.points.get(step, (math.nan, math.nan, math.nan))
+        mean, low, high = (number(value, 4) for value in point)
+        return f"{mean} ({low} to {high})" if math.isfinite(point[1]) else mean
 
-    steps = sorted({step for curve in curves for step in curve.steps})
+    steps = sorted({step for curve in curves for step in curve.points})
     rows = tuple((str(step), *(cell(curve, step) for curve in curves)) for step in steps)
     heads = ("step", *(f"{curve.name} (n={curve.num_seeds})" for curve in curves))
     return Table("Means, with 95 % intervals where seeds allow one", heads, rows)

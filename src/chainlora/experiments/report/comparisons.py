@@ -76,34 +76,19 @@ def compare_losses(results: Results) -> list[Comparison]:
 
 def _compare(results: Results, name: str, value: Value, tasks: Sequence[str]) -> list[Comparison]:
     metrics, found = _metrics(results), list[Comparison]()
+    every = next(iter(metrics.values()), "")
     for family, is_primary in _families(results, value, tasks):
-        every = next(iter(metrics.values()), "")
         of = [metrics.get(key[0], every) if value is shown_score else "loss" for key in family]
         lower = [not is_higher_better(metric) for metric in of]
         differences = compare_pairs(list(family.values()), lower)
-        for key, metric, difference in zip(family, of, differences, strict=True):
-            if difference is None:
-                continue
-            found.append(
-                Comparison(
-                    *key,
-                    value=name,
-                    metric=metric,
-                    difference=difference,
-                    num_comparisons=len(family),
-                    is_primary=is_primary,
-                )
-            )
-    return _in_order(results, found, tasks)
-
-
-def _in_order(
-    results: Results, found: Sequence[Comparison], tasks: Sequence[str]
-) -> list[Comparison]:
-    """Sort by task, all tasks last, then by pair as planned."""
-    pairs = [tuple(pair) for pair in results.experiment["pairs"]]
-    places = {task: place for place, task in enumerate([*tasks, OVERALL])}
-    return sorted(found, key=lambda c: (places[c.task], pairs.index((c.method, c.rival))))
+        found += [
+            Comparison(*key, name, metric, difference, len(family), is_primary)
+            for key, metric, difference in zip(family, of, differences, strict=True)
+            if difference is not None
+        ]
+    pairs, places = results.experiment["pairs"], [*tasks, OVERALL]
+    found.sort(key=lambda c: (places.index(c.task), pairs.index([c.method, c.rival])))
+    return found
 
 
 def _families(results: Results, value: Value, tasks: Sequence[str]) -> list[tuple[Family, bool]]:
@@ -126,9 +111,7 @@ def _families(results: Results, value: Value, tasks: Sequence[str]) -> list[tupl
             pooled[OVERALL, method, rival] = _pool(own)
     primary = tuple(results.experiment.get("primary") or ())
     last = pooled or single
-    alone = {key: values for key, values in last.items() if key[1:] == primary}
-    for key in alone:
-        del last[key]
+    alone = {key: last.pop(key) for key in list(last) if key[1:] == primary}
     families = ((single, False), (pooled, False), (alone, True))
     return [(family, is_primary) for family, is_primary in families if family]
 

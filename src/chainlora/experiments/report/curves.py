@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 from statistics import fmean
-from typing import Any
 
 from chainlora.experiments.report.values import cells_of
 from chainlora.experiments.results import Results
@@ -16,79 +16,54 @@ BySeed = dict[int, dict[int, float]]  # seed → step → loss
 
 @dataclass(frozen=True)
 class Curve:
-    """Values at steps over seeds: their mean, and the interval of the mean where seeds allow one.
+    """Values over seeds: step → their mean and its interval, infinite where seeds allow none.
 
     `knots` are the steps at which links end.
     """
 
     name: str
-    steps: tuple[int, ...]
-    means: tuple[float, ...]
-    lows: tuple[float, ...]
-    highs: tuple[float, ...]
+    points: dict[int, tuple[float, float, float]]
     num_seeds: int
     knots: tuple[int, ...] = ()
 
 
 def loss_curves(results: Results, task: str) -> list[Curve]:
     """Return the validation loss of each method against steps; none where no curve was kept."""
-    found = []
-    for method in results.experiment["methods"]:
-        values = losses_by_seed(results, task, method)
-        if values:
-            found.append(_curve(method, values, _knots(results, task, method)))
-    return found
+    by_method = [(name, _losses(results, task, name)) for name in results.experiment["methods"]]
+    return [c for name, losses in by_method for c in _curve(results, task, name, name, losses)]
 
 
 def difference_curves(results: Results, task: str) -> list[Curve]:
     """Return the method's loss less its rival's against steps, by seed: lower is better."""
-    found = []
+    found = list[Curve]()
     for method, rival in results.experiment["pairs"]:
-        one, other = (losses_by_seed(results, task, name) for name in (method, rival))
-        paired: BySeed = {
+        one, other = (_losses(results, task, name) for name in (method, rival))
+        paired = {
             seed: {
-                step: one[seed][step] - other[seed][step]
-                for step in sorted(one[seed].keys() & other[seed].keys())
+                step: loss - other[seed][step] for step, loss in own.items() if step in other[seed]
             }
-            for seed in one.keys() & other.keys()
+            for seed, own in one.items()
+            if seed in other
         }
-        paired = {seed: values for seed, values in paired.items() if values}
-        if paired:
-            found.append(_curve(f"{method} − {rival}", paired, _knots(results, task, method)))
+        found += _curve(results, task, method, f"{method} − {rival}", paired)
     return found
 
 
-def losses_by_seed(results: Results, task: str, method: str) -> BySeed:
+def _losses(results: Results, task: str, method: str) -> BySeed:
     """Return the validation losses along the runs of a method; runs of one point have no curve."""
-    found = {}
-    for cell in cells_of(results, task, method):
-        values = {
-            point["step"]: point["loss"] for point in cell.get("curve", ()) if "loss" in point
-        }
-        if len(values) > 1:
-            found[cell["seed"]] = values
-    return found
+    by_seed = {
+        cell["seed"]: {p["step"]: p["loss"] for p in cell.get("curve", ()) if "loss" in p}
+        for cell in cells_of(results, task, method)
+    }
+    return {seed: losses for seed, losses in by_seed.items() if len(losses) > 1}
 
 
-def _curve(name: str, values: BySeed, knots: tuple[int, ...]) -> Curve:
-    """Return the curve over the steps that all seeds have."""
-    steps = sorted(set.intersection(*(set(each) for each in values.values())))
-    columns = [[each[step] for each in values.values()] for step in steps]
-    ends = [mean_interval(column) for column in columns]
-    return Curve(
-        name,
-        tuple(steps),
-        tuple(fmean(column) for column in columns),
-        tuple(low for low, _ in ends),
-        tuple(high for _, high in ends),
-        len(values),
-        knots,
-    )
-
-
-def _knots(results: Results, task: str, method: str) -> tuple[int, ...]:
-    """Return the steps at which links end, the last one left out."""
-    cells: Sequence[Mapping[str, Any]] = cells_of(results, task, method)
-    lengths = cells[0].get("link_steps") or [] if cells else []
-    ends = [sum(lengths[: position + 1]) for position in range(len(lengths))]
-    return tuple(ends[:-1])
+def _curve(results: Results, task: str, method: str, name: str, values: BySeed) -> Iterator[Curve]:
+    """Yield the curve over the steps that all seeds have, if they have any."""
+    values = {seed: losses for seed, losses in values.items() if losses}
+    if not values or not (shared := set.intersection(*map(set, values.values()))):
+        return
+    columns = {step: [losses[step] for losses in values.values()] for step in sorted(shared)}
+    points = {step: (fmean(own), *mean_interval(own)) for step, own in columns.items()}
+    lengths = cells_of(results, task, method)[0].get("link_steps") or []
+    yield Curve(name, points, len(values), tuple(accumulate(lengths[:-1])))
