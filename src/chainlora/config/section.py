@@ -44,7 +44,7 @@ class Section(BaseModel):
         return [value] if _is_due_a_list(field, value) else value
 
 
-def refuse_if(wrong: object, rule: str, got: object, remedy: str) -> None:
+def refuse_if(wrong: object, rule: str, got: object, remedy: str = "") -> None:
     """Raise ValueError, as validators do, where something is wrong."""
     if wrong:
         raise ValueError(sentence(rule, got, remedy))

@@ -60,7 +60,7 @@ class CandidatesEncoder:
         return Draft(
             row.index,
             row.origin,
-            shown.content(),
+            list(shown),
             sequences,
             scored,
             shown.label,

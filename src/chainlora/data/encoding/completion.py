@@ -93,7 +93,7 @@ def task_pairs(task: Task) -> Callable[[Sequence[Row]], list[Pair]]:
 
     def pairs(rows: Sequence[Row]) -> list[Pair]:
         return [
-            Pair(each.prompt, each.completion, each.references, each.content())
+            Pair(each.prompt, each.completion, each.references, list(each))
             for each in task.render_all(rows)
         ]
 

@@ -7,17 +7,15 @@ holds as null, is an error, never an empty string; every space and line break of
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NamedTuple
 
 from chainlora.data.sources import where
 from chainlora.data.tasks.schema import TaskFile
-from chainlora.data.templates import Reply, evaluate
+from chainlora.data.templates import evaluate
 from chainlora.errors import DataError
 
 
-@dataclass(frozen=True, slots=True)
-class Rendered:
+class Rendered(NamedTuple):
     """One row as text: a model reads ``prompt + candidates[i]`` or ``prompt + completion``."""
 
     prompt: str
@@ -26,17 +24,6 @@ class Rendered:
     completion: str  # what teacher forcing teaches: the right candidate, or the task's completion
     references: tuple[str, ...]  # gold answers for em and token_f1
     names: tuple[str, ...] = ()  # what each candidate stands for when compared with the references
-
-    def content(self) -> list[Any]:
-        """Return all there is, as JSON takes it: what the digest of the rows is taken of."""
-        return [
-            self.prompt,
-            self.candidates,
-            self.label,
-            self.completion,
-            self.references,
-            self.names,
-        ]
 
 
 def render_rows(
@@ -49,12 +36,21 @@ def render_rows(
         the row.
     """
     found = []
-    for at, (row, reply) in enumerate(
-        zip(rows, evaluate(_program(task), rows), strict=True), position
-    ):
+    replies = evaluate(_program(task), rows)
+    for at, (row, reply) in enumerate(zip(rows, replies, strict=True), position):
         place = where(row, at)
+        if reply.error and reply.key:
+            raise DataError(
+                f"a row must have what `{reply.key}` of task {task.name!r} needs",
+                f"{reply.error} at {place}, whose fields are {', '.join(map(str, row))}",
+                "correct the row or the task file",
+            )
         if reply.error:
-            _refuse(task, reply, row, place)
+            raise DataError(
+                f"the templates of task {task.name!r} must render a row",
+                f"{reply.error} at {place}",
+                "simplify them or correct the row",
+            )
         found.append(_rendered(task, reply.value, place))
     return found
 
@@ -70,18 +66,6 @@ def _program(task: TaskFile) -> dict[str, Any]:
     values |= {"candidates": task.candidates, "label": task.label}
     each = ["candidate", "candidates", task.candidate]
     return {"texts": texts, "values": values, "each": each}
-
-
-def _refuse(task: TaskFile, reply: Reply, row: Mapping[str, Any], place: str) -> NoReturn:
-    if not reply.key:
-        raise DataError(
-            f"the templates of task {task.name!r} must render a row (got {reply.error} at "
-            f"{place}); simplify them or correct the row"
-        )
-    raise DataError(
-        f"a row must have what `{reply.key}` of task {task.name!r} needs (got {reply.error} at "
-        f"{place}, whose fields are {', '.join(map(str, row))}); correct the row or the task file"
-    )
 
 
 def _rendered(task: TaskFile, found: Mapping[str, Any], place: str) -> Rendered:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, Literal
 
 import jinja2
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from chainlora.config.section import refuse_if
 from chainlora.data.templates import check_expression, check_template
 
 Metric = Literal["accuracy", "f1", "em", "token_f1", "loss"]
@@ -16,8 +17,6 @@ WORD_METRICS = ("em", "token_f1")
 """Metrics of answers in words; of one answer both are reported."""
 REPORTED_OF_TEXT = ("loss", "perplexity")
 """What an evaluation reports of rows that have neither candidates nor gold answers."""
-_TEMPLATES = ("prompt", "completion", "candidate")
-_EXPRESSIONS = ("label", "candidates", "references")
 
 
 class _Frozen(BaseModel):
@@ -110,94 +109,70 @@ class TaskFile(_Frozen):
     def _words(cls, labels: Any) -> Any:
         words = list(labels.values()) if isinstance(labels, Mapping) else labels
         for word in words if isinstance(words, list | tuple) else ():
-            if isinstance(word, bool):
-                raise ValueError(
-                    f"`labels` must be words (got {word}: YAML reads bare Yes and No so); put "
-                    "quotes around it"
-                )
+            got = f"{word}: YAML reads bare Yes and No so"
+            wrong = isinstance(word, bool)
+            refuse_if(wrong, "`labels` must be words", got, "put quotes around it")
         return labels
 
     @model_validator(mode="after")
     def _check(self) -> TaskFile:
-        given = [
-            key for key in ("labels", "candidates", "completion") if getattr(self, key) is not None
-        ]
-        if len(given) != 1:
-            raise ValueError(
-                "a task must declare one of `labels`, `candidates`, `completion` "
-                f"(got {' and '.join(given) or 'none'})"
-            )
-        if self.completion is not None and (
-            self.loss == "candidates" or self.metric in ("accuracy", "f1")
-        ):
-            raise ValueError(
-                "a `completion` gives loss: completion and metric em, token_f1 or loss (got "
-                f"loss: {self.loss}, metric: {self.metric})"
-            )
-        if self.labels is not None and len(self.label_words) < 2:
-            raise ValueError(
-                f"`labels` must be at least two different words (got {list(self.label_words)})"
-            )
-        if isinstance(self.labels, tuple) and len(set(self.labels)) < len(self.labels):
-            raise ValueError(f"`labels` must differ from each other (got {list(self.labels)})")
-        if isinstance(self.labels, tuple):
-            self._refuse_words_that_are_positions(self.labels)
-        if self.completion is not None and self.metric in WORD_METRICS and self.references is None:
-            raise ValueError(
-                f"`metric: {self.metric}` compares with `references` (got none); name the field "
-                "of gold answers"
-            )
-        if (
+        kinds = ("labels", "candidates", "completion")
+        given = [key for key in kinds if getattr(self, key) is not None]
+        refuse_if(
+            len(given) != 1,
+            "a task must declare one of `labels`, `candidates`, `completion`",
+            " and ".join(given) or "none",
+        )
+        refuse_if(
             self.completion is not None
-            and self.metric in WORD_METRICS
-            and self.stop is None
-            and not self.add_eos
-        ):
-            raise ValueError(
-                f"`metric: {self.metric}` has answers written, which must end somewhere (got "
-                "neither `stop` nor `add_eos`); set add_eos: true, or a `stop` that `completion` "
-                "ends with"
-            )
+            and (self.loss == "candidates" or self.metric in ("accuracy", "f1")),
+            "a `completion` gives loss: completion and metric em, token_f1 or loss",
+            f"loss: {self.loss}, metric: {self.metric}",
+        )
+        words = self.label_words
+        refuse_if(
+            self.labels is not None and len(words) < 2,
+            "`labels` must be at least two different words",
+            list(words),
+        )
+        if isinstance(self.labels, tuple):
+            wrong = len(words) < len(self.labels)
+            refuse_if(wrong, "`labels` must differ from each other", list(self.labels))
+            _refuse_words_that_are_positions(words)
+        is_written = self.completion is not None and self.metric in WORD_METRICS
+        refuse_if(
+            is_written and self.references is None,
+            f"`metric: {self.metric}` compares with `references`",
+            "none",
+            "name the field of gold answers",
+        )
+        refuse_if(
+            is_written and self.stop is None and not self.add_eos,
+            f"`metric: {self.metric}` has answers written, which must end somewhere",
+            "neither `stop` nor `add_eos`",
+            "set add_eos: true, or a `stop` that `completion` ends with",
+        )
         self._check_templates()
         return self
 
-    @staticmethod
-    def _refuse_words_that_are_positions(words: tuple[str, ...]) -> None:
-        for index, word in enumerate(words):
-            key = _label_key(word.strip())
-            if key != str(index) and key in map(str, range(len(words))):
-                raise ValueError(
-                    f"a list of `labels` is in the order of its positions (got {word!r} at "
-                    f"position {index}, which a row means by {word.strip()} and by {index}); write "
-                    "a mapping from each value of the row's label to its word, e.g. "
-                    f"{{{word.strip().lower()}: {word!r}, …}}"
-                )
-
     def _check_templates(self) -> None:
-        checks: list[tuple[str, str | None, Callable[[str], None]]] = [
-            *((key, getattr(self, key), check_template) for key in _TEMPLATES),
-            *((key, getattr(self, key), check_expression) for key in _EXPRESSIONS),
-        ]
-        for key, source, check in checks:
-            try:
-                if source is not None:
-                    check(source)
-            except jinja2.TemplateError as error:
-                kind = "template" if check is check_template else "expression"
-                raise ValueError(
-                    f"`{key}` must be a Jinja2 {kind} (got {error} in {source!r})"
-                ) from None
+        for keys, check, kind in (
+            (("prompt", "completion", "candidate"), check_template, "template"),
+            (("label", "candidates", "references"), check_expression, "expression"),
+        ):
+            for key in keys:
+                source = getattr(self, key)
+                try:
+                    if source is not None:
+                        check(source)
+                except jinja2.TemplateError as error:
+                    refuse_if(True, f"`{key}` must be a Jinja2 {kind}", f"{error} in {source!r}")
 
     @cached_property
     def label_words(self) -> tuple[str, ...]:
         """Candidate words in order; empty when candidates differ from row to row."""
-        if self.labels is None:
-            return ()
-        return (
-            self.labels
-            if isinstance(self.labels, tuple)
-            else tuple(dict.fromkeys(self.labels.values()))
-        )
+        words = self.labels.values() if isinstance(self.labels, dict) else self.labels
+        return tuple(dict.fromkeys(words or ()))
 
     @cached_property
     def label_values(self) -> tuple[str, ...]:
@@ -217,6 +192,18 @@ class TaskFile(_Frozen):
     def label_index(self, value: Any) -> int | None:
         """Return which candidate a row's label value means, or None."""
         return self._label_lookup.get(_label_key(value))
+
+
+def _refuse_words_that_are_positions(words: Sequence[str]) -> None:
+    for index, word in enumerate(words):
+        key, name = _label_key(word.strip()), word.strip()
+        refuse_if(
+            key != str(index) and key in map(str, range(len(words))),
+            "a list of `labels` is in the order of its positions",
+            f"{word!r} at position {index}, which a row means by {name} and by {index}",
+            "write a mapping from each value of the row's label to its word, e.g. "
+            f"{{{name.lower()}: {word!r}, …}}",
+        )
 
 
 def _label_key(value: Any) -> str:
