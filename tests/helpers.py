@@ -66,7 +66,7 @@ def assert_same_links(one: Path, two: Path) -> None:
 def training_examples(config, tokenizer):
     from chainlora.data.splits import prepare_splits
 
-    return prepare_splits(config.data, tokenizer, 128).train
+    return prepare_splits(config.data, tokenizer, 128, loss=config.train.loss).train
 
 
 def plain_peft_loop(config) -> tuple[list[float], dict[str, torch.Tensor]]:

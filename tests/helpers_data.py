@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from functools import lru_cache
+from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
@@ -73,7 +75,7 @@ def scored(example, tokenizer) -> list[list[str]]:
 
 def encode_examples(rows, tokenizer, task, **options) -> list:
     """Encode rows as a run would; `options` are those of `Options`."""
-    kind = detect_format(rows) if task == "auto" else task
+    kind = detect_format(rows, options.get("objective")) if task == "auto" else task
     encode = make_row_encoder(kind, tokenizer, Options(**options))
     named = [
         row if isinstance(row, Row) else Row(row, position, f"row {position}")
@@ -82,3 +84,29 @@ def encode_examples(rows, tokenizer, task, **options) -> list:
     encoded = encode(named)
     encoded.counts.refuse_too_long(encode.fit.max_length)
     return encoded.examples
+
+
+def pairs(count: int, start: int = 0) -> list[dict]:
+    """Rows of preferences: what is good is chosen."""
+    words = ["cat", "mat", "hill", "birds", "dog"]
+    return [
+        {
+            "prompt": f"the {words[k % 5]} {words[k // 5 % 5]} was",
+            "chosen": f" good {words[k // 2 % 5]}" + " and warm" * (k % 3),
+            "rejected": f" bad {words[k // 3 % 5]}" + " and cold" * (k % 2),
+        }
+        for k in range(start, start + count)
+    ]
+
+
+def pair_files(folder: Path) -> dict[str, str]:
+    """Write 40 and 12 pairs to train on and to choose by; return their places."""
+    return {
+        "train": write_rows(folder / "pairs.jsonl", pairs(40)),
+        "validation": write_rows(folder / "more_pairs.jsonl", pairs(12, 40)),
+    }
+
+
+def write_rows(path: Path, rows: list[dict]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)

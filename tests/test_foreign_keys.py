@@ -251,6 +251,13 @@ def test_a_converted_config_trains_what_the_tool_would_train(convert, tool):
         assert sum(line.startswith(f"# {key}: ") for line in notes) >= 1, key
 
 
+def test_dpo_is_dpo(convert):
+    text = LLAMA_FACTORY.replace("stage: sft", "stage: dpo\npref_beta: 0.3\npref_loss: sigmoid")
+    config = make_config(parse_yaml(convert(text).out))
+    assert (config.train.loss, config.train.dpo_beta) == ("dpo", 0.3)
+    convert(text.replace("sigmoid", "orpo")).refused("pref_loss: orpo – of pairs the loss is DPO's")
+
+
 def leaves(tree: Any, prefix: str = "") -> list[str]:
     """Every key of a config, those inside sections and the first section of lists included."""
     if isinstance(tree, list) and tree and isinstance(tree[0], dict):
@@ -273,8 +280,14 @@ def test_the_batch_of_one_device_is_said_for_several(convert):
 
 ROWS = "  - path: rows.jsonl"
 REFUSED = {
-    "preferences in Axolotl": (AXOLOTL + "rl: dpo\n", "rl: dpo – preferences are not trained"),
-    "preferences in LLaMA-Factory": (LLAMA_FACTORY.replace("sft", "kto"), "stage: kto – the loss"),
+    "preferences in Axolotl": (
+        AXOLOTL + "rl: ipo\n",
+        "rl: ipo – train.loss knows no such value; convertible: dpo",
+    ),
+    "preferences in LLaMA-Factory": (
+        LLAMA_FACTORY.replace("sft", "kto"),
+        "stage: kto – train.loss knows no such value",
+    ),
     "a slice": (AXOLOTL.replace(ROWS, f"{ROWS}\n    split: train[:10%]"), "split: train[:10%] – "),
     "a shard": (AXOLOTL.replace(ROWS, f"{ROWS}\n    shards: 10"), "datasets.shards: 10 – give"),
     "a column of messages": (

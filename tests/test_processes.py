@@ -17,6 +17,7 @@ import pytest
 import yaml
 from accelerate.utils import DistributedType
 from helpers import settings
+from helpers_data import pair_files
 from helpers_processes import assert_close_links, launch, outcome
 
 from chainlora import ChainLoRAError, make_config, train
@@ -31,6 +32,7 @@ JOBS: dict[str, dict[str, Any]] = {
     "gradient": {"chain": {"init": "gradient"}, "train": {"gradient_accumulation": 2}},
     "uneven": {"train": {"batch_size": 4, "gradient_accumulation": 3}, "data": {"num_train": 30}},
     "answers": {"data": {"num_validation": 5}},
+    "pairs": {"train": {"loss": "dpo"}, "data": {"task": None}},
 }
 
 
@@ -42,7 +44,7 @@ def tree_of(name: str, tiny_folder: Path, sentiment: Path, output: Path) -> dict
         output,
         chain=CHAIN | keys.get("chain", {}),
         train=TRAIN | keys.get("train", {}),
-        data=keys.get("data", {}),
+        data=keys.get("data", {}) | (pair_files(sentiment) if name == "pairs" else {}),
     )
 
 

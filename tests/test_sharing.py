@@ -16,6 +16,7 @@ import torch
 import yaml
 from conftest import make_tiny_folder
 from helpers import settings
+from helpers_data import pair_files
 from helpers_export import TARGETS
 from helpers_processes import assert_close_links, launch, outcome
 from safetensors.torch import load_file
@@ -33,13 +34,14 @@ JOBS: dict[str, dict[str, Any]] = {
     # 29 rows in micro-batches of 4: one process has no row of the last one
     "uneven": {"train": {"batch_size": 4, "gradient_accumulation": 2}, "data": {"num_train": 29}},
     "answers": {"data": {"num_validation": 3}},
+    "pairs": {"train": {"loss": "dpo"}, "data": {"task": None}},
     "bfloat16": {"train": {"dtype": "bfloat16"}},
     "soft": {
         "chain": {"knots": {"every": 2, "share": 0.3}, "hold": "carried", "init": "gradient"},
         "train": {"keep_best": True},
     },
 }
-EXACT = ("llama", "opt", "gpt2", "uneven", "answers")
+EXACT = ("llama", "opt", "gpt2", "uneven", "answers", "pairs")
 BY_ACCELERATE = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 
 
@@ -70,7 +72,7 @@ def launched(way, folders, answers, sentiment, tmp_path_factory) -> Path:
             train={"lr": 1e-3, "batch_size": 8, "eval_every": 2, "save_every": 1}
             | keys.get("train", {})
             | train_keys,
-            data=keys.get("data", {}),
+            data=keys.get("data", {}) | (pair_files(sentiment) if name == "pairs" else {}),
         )
 
     def job(name: str, output: str, train: dict[str, Any], **keys: Any) -> dict[str, Any]:

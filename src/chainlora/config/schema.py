@@ -136,6 +136,15 @@ class DataConfig(Section):
 class TrainConfig(Section):
     """How a link is tuned. Defaults follow the paper: AdamW, linear decay, batches of 8."""
 
+    loss: Literal["dpo"] | None = None
+    """`null` is the loss of the task, or the likelihood of what a row's format scores. `dpo`: rows
+    are preferences, and a pair's loss is that of DPO (the sigmoid loss, arXiv 2305.18290) against
+    the model as the run begins, whose scores are computed once and kept in the run directory."""
+    dpo_beta: Annotated[float, Field(ge=1e-6, le=1e3)] = 0.1
+    """How strongly DPO holds the model to where the run began."""
+    dpo_label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    """Share of pairs that DPO takes to be the wrong way round (conservative DPO). Evaluations are
+    without it."""
     lr: Annotated[float, Field(gt=0, le=1e3)] = 1e-3
     """Highest learning rate of the schedule."""
     lora_plus_ratio: Annotated[float, Field(ge=1e-6, le=1e6)] = 1.0
@@ -150,7 +159,7 @@ class TrainConfig(Section):
     """Warm-up steps of later links; `null` is `warmup_steps` if the schedule restarts, otherwise
     0."""
     batch_size: Count = 8
-    """Rows in a micro-batch, of all [processes](scale.md#many-processes) together."""
+    """Rows (or pairs) in a micro-batch, of all [processes](scale.md#many-processes) together."""
     gradient_accumulation: Count = 1
     """Micro-batches in a step; every row (or token) of the step has the same weight."""
     group_by_length: bool = False
@@ -302,6 +311,16 @@ class RunConfig(Section):
             list(chain.ranks),
             "use optimizer_reset: full",
         )
+        return self
+
+    @model_validator(mode="after")
+    def _check_preferences(self) -> RunConfig:
+        data, remedy = self.data, "give files of preferences as data.train, and no task or format"
+        rule = "`train.loss: dpo` learns from pairs of answers"
+        is_pairs = self.train.loss == "dpo"
+        refuse_if(is_pairs and data.task is not None, rule, f"task: {data.task}", remedy)
+        is_plain = data.format in ("chat", "text")
+        refuse_if(is_pairs and is_plain, rule, f"format: {data.format}", remedy)
         return self
 
     @model_validator(mode="after")

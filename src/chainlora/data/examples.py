@@ -14,7 +14,8 @@ class Example:
     `sequences` holds the full token sequences: one per candidate, or a single one for
     language-model rows. `scored` holds, per sequence, the spans ``[start, end)`` of tokens that are
     targets, ``start >= 1``. Candidates may stand for `names`, which metrics compare with
-    `references`.
+    `references`. A pair of preferences is two sequences, the chosen one first; `reference` is the
+    mean log-probability per token of each at the start of the run.
     """
 
     row: int
@@ -23,6 +24,7 @@ class Example:
     label: int | None = None
     references: tuple[str, ...] = ()
     names: tuple[str, ...] = ()
+    reference: tuple[float, ...] = ()
 
     @property
     def prompt(self) -> tuple[int, ...]:

@@ -60,7 +60,7 @@ def make_rows(
     head = list(islice(source.chunks(_CHUNK), IN_MEMORY // _CHUNK + 1))
     if not head:
         raise DataError("data must hold at least one row (got none); check the file or the split")
-    kind = detect_format(head[0].rows()) if task == "auto" else task
+    kind = detect_format(head[0].rows(), options.objective) if task == "auto" else task
     encode = make_row_encoder(kind, tokenizer, options)
     recognised = str(kind) if task == "auto" and kind in TRANSLATED else ""
     rows: Rows

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, overload
 
 import numpy as np
@@ -87,3 +87,31 @@ class MemoryRows(Rows):
     def example(self, index: int) -> Example:
         """Return one row."""
         return self.examples[index]
+
+
+@dataclass
+class ReferencedRows(Rows):
+    """Pairs of preferences with what they scored at the start of the run.
+
+    `reference` is [rows, 2] float32 (`Example.reference`).
+    """
+
+    rows: Rows
+    reference: NDArray[np.float32]
+
+    def __post_init__(self) -> None:
+        """Take over what became of the rows."""
+        self.summary = self.rows.summary
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return len(self.rows)
+
+    @property
+    def lengths(self) -> NDArray[np.int32]:
+        """Return the tokens of every row, over all its sequences."""
+        return self.rows.lengths
+
+    def example(self, index: int) -> Example:
+        """Return one row."""
+        return replace(self.rows.example(index), reference=tuple(self.reference[index].tolist()))

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from chainlora.config.schema import DataConfig
 from chainlora.data.chat_templates import set_chat_template
-from chainlora.data.encoding import Options
+from chainlora.data.encoding import Options, detect_pairs
 from chainlora.data.encoding.tokens import TokenReader
 from chainlora.data.kept import SAMPLE, Kept
 from chainlora.data.mixture import example_hashes, prompt_hashes
@@ -38,6 +38,7 @@ _log = logging.getLogger(__name__)
 
 SPLITS = ("train", "validation", "test")
 _ASKED_OF_A_TASK = ("loss", "metrics", "reported", "metric", "stop", "max_new_tokens")
+_ASKED_OF_PAIRS = {"loss": "dpo", "reported": ("loss", "accuracy", "margin")}
 _DIGEST_VERSION = 2  # 1, without a number in front, hashed the rows as one text of Python
 
 SplitProgress = Callable[[str, int, float], None]
@@ -56,7 +57,7 @@ class Splits:
     train: Rows
     validation: Rows
     test: Rows
-    loss: Literal["candidates", "completion"] = "completion"
+    loss: Literal["candidates", "completion", "dpo"] = "completion"
     metrics: tuple[str, ...] = ("loss",)
     reported: tuple[str, ...] = REPORTED_OF_TEXT
     metric: str = "loss"
@@ -93,18 +94,20 @@ def prepare_splits(
     context: int,
     progress: SplitProgress | None = None,
     to_score: str | None = None,
+    loss: Literal["dpo"] | None = None,
 ) -> Splits:
     """Read, sample, check and tokenise everything a config names, or the split `to_score`.
 
-    The tokenizer gets the config's chat template, if it names one.
+    The tokenizer gets the config's chat template, if it names one. `loss` is that of the config's
+    `train` section.
 
     Raises DataError or ConfigError before training.
     """
-    options = Options(_limit(data, context), data.truncation)
+    options = Options(_limit(data, context), data.truncation, objective=loss)
     set_chat_template(tokenizer, data)
     task = None if data.task is None else load_task(data.task)
     sources = _file_sources(data) if task is None else _task_sources(task, data)
-    asked: dict[str, Any] = {}
+    asked: dict[str, Any] = dict(_ASKED_OF_PAIRS) if loss == "dpo" else {}
     if task is not None:
         before = _demonstrations(task, data, sources["train"])
         options = replace(options, reserve=_reserve(task), before=before)
@@ -125,6 +128,13 @@ def prepare_splits(
     asked |= {"digest": _digest(rows, options.before)}
     asked |= {"num_front": TokenReader(tokenizer).num_front}
     return Splits(rows["train"], rows["validation"], rows["test"], **asked)
+
+
+def check_pairs(data: DataConfig) -> None:
+    """Refuse files whose first row is no pair of answers, before anything is loaded."""
+    for source in _file_sources(data).values():
+        for row in islice(source, 1) if source is not None else ():
+            detect_pairs(row)
 
 
 def encode_split(

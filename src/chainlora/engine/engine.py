@@ -188,10 +188,10 @@ class Engine:
         log-likelihood of each scored token.
         """
         if kind == "candidates":
-            return self._at_head(candidate_loss, batch), batch.num_examples
-        return self._at_head(completion_loss, batch)
+            return self.at_head(candidate_loss, batch), batch.num_examples
+        return self.at_head(completion_loss, batch)
 
-    def _at_head(self, compute: Callable[..., Result], batch: PackedBatch) -> Result:
+    def at_head(self, compute: Callable[..., Result], batch: PackedBatch) -> Result:
         """Return ``compute(model, hidden states, batch)``, which may use the head's weights."""
 
         def finish(hidden: Tensor) -> Result:
@@ -264,7 +264,7 @@ class Engine:
         def score(indices: list[int]) -> tuple[list[int], list[float]]:
             batch = self.pack([units[i] for i in indices])
             with self._no_gradients():
-                return indices, self._at_head(candidate_scores, batch).tolist()
+                return indices, self.at_head(candidate_scores, batch).tolist()
 
         done = 0
         with self.plain():

@@ -55,6 +55,7 @@ class PackedBatch:
     sequence_slot: Tensor  # [S] place among the sequences of its example
     sequence_length: Tensor  # [S] number of scored tokens, float32
     labels: Tensor  # [E] index of the right candidate, or -1
+    reference: Tensor  # [S] score of each sequence at the start of the run, float32; else [0]
     max_sequences: int  # most sequences an example has
     one_position: bool  # each example's candidates are single tokens predicted from one position
     labelled: bool  # every example has a right candidate
@@ -144,6 +145,7 @@ def pack(
         labels=torch.tensor(
             [-1 if example.label is None else example.label for example in examples]
         ),
+        reference=torch.tensor([score for example in examples for score in example.reference]),
         max_sequences=max(counts),
         one_position=_one_position(counts, positions),
         labelled=all(example.label is not None for example in examples),

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from chainlora.config.schema import DataConfig
+from chainlora.config.schema import DataConfig, RunConfig
 from chainlora.data.examples import Example
 from chainlora.data.splits import SPLITS, Splits, encode_split, prepare_splits, task_split_source
 from chainlora.data.tasks import Task, load_task
@@ -14,10 +14,12 @@ from chainlora.engine.engine import Engine, Speedups
 from chainlora.errors import ConfigError, RunError
 from chainlora.evaluation.evaluate import evaluate, write_predictions
 from chainlora.evaluation.metrics import INDEX_METRICS, majority_rate
-from chainlora.evaluation.training_rows import data_of
+from chainlora.evaluation.preferences import judge_pairs
+from chainlora.evaluation.training_rows import config_of
 from chainlora.files import check_writable
 from chainlora.models.text_config import context_length
 from chainlora.runs.opening import load_run_or_model
+from chainlora.runs.reading import RunReader
 
 Encode = Callable[[Any, int], tuple[Task | Splits, Sequence[Example]]]
 """From a tokenizer and the model's context to what is asked, and the rows as tokens."""
@@ -54,40 +56,67 @@ def evaluate_task(
     """
     if predictions is not None:
         check_writable(Path(predictions).parent)  # before the work
-    config = data_of(run_or_model)
-    if task is None and data is not None and config is not None and config.task is not None:
-        task = load_task(config.task)
+    config = config_of(run_or_model)
+    own = None if config is None else config.data
+    if task is None and data is not None and own is not None and own.task is not None:
+        task = load_task(own.task)
     if task is not None:
-        encode = _rows_of_task(task, config, data, split, limit)
+        encode = _rows_of_task(task, own, data, split, limit)
     else:
         encode = _own_rows(run_or_model, config, data, split, limit)
     model, tokenizer = load_run_or_model(run_or_model, num_links=num_links, dtype=dtype)
     asked, rows = encode(tokenizer, context_length(model))
     with Engine(model, speedups=speedups, training=False) as engine:
-        found = evaluate(
-            model,
-            rows,
-            engine=engine,
-            metrics=asked.metrics,
-            tokenizer=tokenizer,
-            stop=asked.stop,
-            max_new_tokens=asked.max_new_tokens,
-            progress=progress,
-        )
+        if asked.loss == "dpo":
+            scores = engine.scores(rows, progress=progress)
+        else:
+            found = evaluate(
+                model,
+                rows,
+                engine=engine,
+                metrics=asked.metrics,
+                tokenizer=tokenizer,
+                stop=asked.stop,
+                max_new_tokens=asked.max_new_tokens,
+                progress=progress,
+            )
+    if asked.loss == "dpo":
+        assert config is not None
+        del model, engine  # one model in memory
+        reference = _reference(run_or_model, config, rows, dtype, speedups, progress)
+        found = judge_pairs(rows, scores, reference, config.train.dpo_beta)
     if predictions is not None:
         write_predictions(predictions, found)
     metrics = dict(found.metrics)
     if asked.metric in INDEX_METRICS:
         metrics["majority"] = majority_rate(rows)
     is_file = task is None and data is not None and not Path(data).is_dir()
-    if task is None and config is not None and config.task is not None:
-        task = load_task(config.task)
+    if task is None and own is not None and own.task is not None:
+        task = load_task(own.task)
     return {
         "task": None if task is None else task.name,
         "split": data if is_file else split,
         "rows": found.num_rows,
         "metrics": metrics,
     }
+
+
+def _reference(
+    run: str | Path,
+    config: RunConfig,
+    rows: Sequence[Example],
+    dtype: str | None,
+    speedups: Speedups,
+    progress: Callable[[int, int], None] | None,
+) -> list[list[float]]:
+    """Return what pairs score at the start of a run (`training.reference`)."""
+    if config.chain.tune == "full":
+        model, _ = load_run_or_model(config.model, dtype=dtype)
+    else:
+        first = RunReader(run).manifest().first
+        model, _ = load_run_or_model(run, num_links=first, dtype=dtype)
+    with Engine(model, speedups=speedups, training=False) as engine:
+        return engine.scores(rows, progress=progress)
 
 
 def _rows_of_task(
@@ -103,10 +132,11 @@ def _rows_of_task(
 
 
 def _own_rows(
-    run: str | Path, config: DataConfig | None, data: str | None, split: str, limit: int | None
+    run: str | Path, whole: RunConfig | None, data: str | None, split: str, limit: int | None
 ) -> Encode:
     """Find a run's own rows, or those of a file in its format; return what tokenises them."""
-    config = config or DataConfig(train=data or "")
+    config = whole.data if whole is not None else DataConfig(train=data or "")
+    loss = whole.train.loss if whole is not None else None
     if split not in SPLITS:
         raise ConfigError(
             f"`split` of a run's own rows must be one of {', '.join(SPLITS)} (got {split!r}); name "
@@ -125,7 +155,7 @@ def _own_rows(
         config = config.model_copy(update={f"num_{split}": min(counts, default=None)})
 
     def encode(tokenizer: Any, context: int) -> tuple[Splits, Sequence[Example]]:
-        splits = prepare_splits(config, tokenizer, context, to_score=split)
+        splits = prepare_splits(config, tokenizer, context, to_score=split, loss=loss)
         return splits, getattr(splits, split)[:limit]
 
     return encode

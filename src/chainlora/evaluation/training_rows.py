@@ -7,7 +7,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from chainlora.config.schema import DataConfig
+from chainlora.config.schema import RunConfig
 from chainlora.data.encoding import Options
 from chainlora.data.examples import Example
 from chainlora.data.preparing import make_rows
@@ -32,7 +32,7 @@ def training_rows(run_or_model: str | Path, tokenizer: Any) -> RowFacts | None:
 
     None for a model, for rows without prompts, and where the rows are not on this machine.
     """
-    config = data_of(run_or_model)
+    config = config_of(run_or_model)
     if config is None:
         return None
     try:
@@ -49,21 +49,23 @@ def training_rows(run_or_model: str | Path, tokenizer: Any) -> RowFacts | None:
     )
 
 
-def data_of(run_or_model: str | Path) -> DataConfig | None:
-    """Return what a run says of its rows, None for a model or a saved chain."""
+def config_of(run_or_model: str | Path) -> RunConfig | None:
+    """Return the config of a run, None for a model or a saved chain."""
     if not (Path(run_or_model) / "chain.json").is_file():
         return None
     reader = RunReader(run_or_model)
-    return reader.config().data if reader.manifest().has_run else None
+    return reader.config() if reader.manifest().has_run else None
 
 
-def _first_rows(config: DataConfig, tokenizer: Any) -> list[Example]:
-    place = config.train or config.dir
+def _first_rows(config: RunConfig, tokenizer: Any) -> list[Example]:
+    data = config.data
+    place = data.train or data.dir
     if place is None or not Path(place).exists():
         return []
     source = find_source(place, "train", _ROWS)
-    kind = config.format if config.task is None else load_task(config.task)
-    return list(make_rows(source, tokenizer, kind, Options(objective="completion")))
+    kind = data.format if data.task is None else load_task(data.task)
+    options = Options(objective=config.train.loss or "completion")
+    return list(make_rows(source, tokenizer, kind, options))
 
 
 def common_ending(texts: Collection[str]) -> str:

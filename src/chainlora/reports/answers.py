@@ -117,7 +117,13 @@ def _own_prompts(run: RunFacts, count: int, model: Any, tokenizer: Any) -> list[
     assert run.config is not None
     rows: Rows = MemoryRows()
     for split in ("validation", "test", "train"):
-        splits = prepare_splits(run.config.data, tokenizer, context_length(model), to_score=split)
+        splits = prepare_splits(
+            run.config.data,
+            tokenizer,
+            context_length(model),
+            to_score=split,
+            loss=run.config.train.loss,
+        )
         rows = getattr(splits, split)
         if len(rows):
             break

@@ -5,6 +5,7 @@
     RUN/links/000/ …             each an ordinary PEFT adapter
     RUN/rows/main.safetensors    rows kept of the run's stage, and of each stage before it
     RUN/moments/000.safetensors  optimizer state kept over the last knot (optimizer_reset: prune)
+    RUN/reference.safetensors    scores of pairs before the first step (train.loss: dpo)
     RUN/best/00000120/           the best point, when it lies inside a link (a PEFT adapter)
     RUN/checkpoints/00000120/    the live link and its optimizer
     RUN/metrics.jsonl            one JSON object a line
@@ -28,6 +29,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from filelock import FileLock
+from safetensors import safe_open
 from torch import Tensor
 
 from chainlora import __version__, files
@@ -46,8 +48,10 @@ from chainlora.runs.links import (
     write_link,
 )
 from chainlora.runs.manifest import (
+    DAMAGED,
     FORMAT,
     INCOMPLETE,
+    REFERENCE,
     RESULT,
     Base,
     Checkpoint,
@@ -303,6 +307,14 @@ class RunDirectory(RunReader):
         files.write_tensors(self / name, tensors)
         self._hashes[name] = files.sha256(self / name)
 
+    def save_reference(self, tensors: Mapping[str, Tensor]) -> None:
+        """Keep what the pairs of each split score before the first step."""
+        manifest = self._need_current()
+        bound = {"rows": str(manifest.rows), "state": manifest.started_on}
+        files.write_tensors(self / REFERENCE, tensors, bound)
+        self._hashes[REFERENCE] = files.sha256(self / REFERENCE)
+        self._replace(manifest)
+
     def save_checkpoint(
         self, state: Mapping[str, Tensor], optimizer: Mapping[str, Tensor], progress: Progress
     ) -> None:
@@ -382,7 +394,8 @@ class RunDirectory(RunReader):
 
     def _remove_all(self) -> None:
         """Remove what `begin` made, the manifest before what it names."""
-        for name in ("metrics.jsonl", "chain.json", "links", "rows", "config.yaml", ".lock"):
+        names = ("metrics.jsonl", "chain.json", REFERENCE, "links", "rows", "config.yaml", ".lock")
+        for name in names:
             files.remove(self / name)
         with suppress(OSError):  # not empty: trackers have written here
             self.path.rmdir()
@@ -439,6 +452,22 @@ class RunDirectory(RunReader):
                 INCOMPLETE,
             )
         return load_tensors(self / name)
+
+    def load_reference(self) -> dict[str, Tensor] | None:
+        """Read the scores that `save_reference` kept; None before the first step."""
+        manifest = self._need_current()
+        if REFERENCE not in manifest.files and not manifest.position.step:
+            return None
+        self.check_files(manifest, REFERENCE)
+        with safe_open(self / REFERENCE, "pt") as file:
+            found = file.metadata()
+        if found != {"rows": manifest.rows, "state": manifest.started_on}:
+            raise RunError(
+                f"{REFERENCE} must be of the rows and the state that its run began on",
+                f"those of {found} in {self.path}",
+                DAMAGED,
+            )
+        return load_tensors(self / REFERENCE)
 
     def load_best(self, index: int, config: LinkConfig, directory: str) -> Link:
         """Read the partial link of the best point."""

@@ -35,4 +35,4 @@ class FollowedDirectory(RunDirectory):
     open = _leave_to_the_first
     write_manifest = select = record = _leave_to_the_first
     save_link = save_best = save_moments = save_checkpoint = _leave_to_the_first
-    save_model = save_result = _leave_to_the_first
+    save_model = save_result = save_reference = _leave_to_the_first

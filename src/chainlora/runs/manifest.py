@@ -32,6 +32,7 @@ CAUSAL = "CAUSAL_LM"  # PEFT's name of the task of causal language models
 READABLE = (2, 3)
 STAGE = "main"  # of links where no stage was named
 RESULT = "result.json"
+REFERENCE = "reference.safetensors"
 INCOMPLETE = "the run directory is incomplete: copy it whole, or start over"
 DAMAGED = "the run directory is damaged: restore the file from a copy, or start over"
 
@@ -194,6 +195,11 @@ class Manifest(_Part):
         return [*self.links[: self.selected.num_links], *([partial] if partial else [])]
 
     @property
+    def started_on(self) -> str:
+        """Return the digest of the state that the run began on."""
+        return state_digest(self.base.fingerprint, self.links[: self.first])
+
+    @property
     def state(self) -> str:
         """Return the digest of the base with the links that the run is loaded as."""
         return state_digest(self.base.fingerprint, self.loaded)
@@ -201,7 +207,7 @@ class Manifest(_Part):
     @property
     def named(self) -> set[str]:
         """Return the files and folders that the run needs, by their paths in the run directory."""
-        named = {"config.yaml", "model", *(link.directory for link in self.links)}
+        named = {"config.yaml", "model", REFERENCE, *(link.directory for link in self.links)}
         named |= {kept_rows(stage) for stage in self.kept}
         points = [self.progress]
         if self.checkpoint is not None:

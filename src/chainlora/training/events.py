@@ -46,6 +46,16 @@ class RowsEncoded(Event):
 
 
 @dataclass(frozen=True, eq=False)
+class ReferenceScored(Event):
+    """Pairs of a split have been scored before the first step; not in ``metrics.jsonl``."""
+
+    name = "reference"
+    split: str
+    rows: int  # so far
+    share: float  # of the split
+
+
+@dataclass(frozen=True, eq=False)
 class Planned(Event):
     """A run is about to start or to resume; not part of ``metrics.jsonl``."""
 

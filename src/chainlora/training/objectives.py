@@ -1,7 +1,7 @@
 """What a run learns: how examples become a batch, a batch a loss, and how the result is scored.
 
-An objective is found by the name that the data gives it (`Splits.loss`). A new one is a file in
-`objective_kinds`.
+An objective is found by the name that data or `train.loss` give it (`Splits.loss`). A new one is a
+file in `objective_kinds`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from chainlora.config.schema import TrainConfig
 from chainlora.data.examples import Example
 from chainlora.data.splits import Splits
 from chainlora.engine.engine import Engine
@@ -42,5 +43,14 @@ class Objective(Protocol):
         """Return the metrics of `examples`; call ``progress(rows_done, rows)`` after each batch."""
 
 
-# By the name in `Splits.loss`; one of your own can be added from outside.
-OBJECTIVES: dict[str, Objective] = entries(objective_kinds, "OBJECTIVES")
+# By the name in `Splits.loss`: an objective, or the class of one that reads keys of `train`. One of
+# your own can be added from outside.
+OBJECTIVES: dict[str, Objective | Callable[[TrainConfig], Objective]] = entries(
+    objective_kinds, "OBJECTIVES"
+)
+
+
+def make_objective(name: str, config: TrainConfig) -> Objective:
+    """Return the objective of this name."""
+    found = OBJECTIVES[name]
+    return found(config) if callable(found) else found

@@ -20,6 +20,7 @@ from chainlora.training.events import (
     KnotTied,
     Listener,
     Planned,
+    ReferenceScored,
     RowsEncoded,
     StepDone,
 )
@@ -67,7 +68,7 @@ class _Listener:
             disable=not self.console.is_terminal,
         )
         self.encoding = Progress(
-            TextColumn("tokenising {task.description}"),
+            TextColumn("{task.description}"),
             BarColumn(bar_width=24),
             TextColumn("{task.fields[rows]:,} rows"),
             TimeRemainingColumn(),
@@ -88,7 +89,7 @@ class _Listener:
 
     def __call__(self, event: Event) -> None:
         match event:
-            case RowsEncoded():
+            case RowsEncoded() | ReferenceScored():
                 self._encoded(event)
             case Planned():
                 self._plan(event)
@@ -104,11 +105,13 @@ class _Listener:
                     f"(function changed by {event.function_change:.1e})"
                 )
 
-    def _encoded(self, event: RowsEncoded) -> None:
-        if event.split not in self.splits:
-            self.splits[event.split] = self.encoding.add_task(event.split, total=1.0, rows=0)
+    def _encoded(self, event: RowsEncoded | ReferenceScored) -> None:
+        verb = "scoring" if isinstance(event, ReferenceScored) else "tokenising"
+        name = f"{verb} {event.split}"
+        if name not in self.splits:
+            self.splits[name] = self.encoding.add_task(name, total=1.0, rows=0)
             self.encoding.start()
-        self.encoding.update(self.splits[event.split], completed=event.share, rows=event.rows)
+        self.encoding.update(self.splits[name], completed=event.share, rows=event.rows)
 
     def _plan(self, event: Planned) -> None:
         self.encoding.stop()

@@ -16,7 +16,7 @@ from chainlora.chain.adapters import check_targets, prepare_quantized
 from chainlora.chain.chain import Chain
 from chainlora.chain.holding import holding_named
 from chainlora.config.schema import RunConfig
-from chainlora.data.splits import Splits, prepare_splits
+from chainlora.data.splits import Splits, check_pairs, prepare_splits
 from chainlora.engine.engine import Engine
 from chainlora.errors import ConfigError
 from chainlora.knots.driver import Knots, check_policy
@@ -33,10 +33,11 @@ from chainlora.runs.reading import check_base
 from chainlora.runs.start import Start
 from chainlora.training.deciding import decide
 from chainlora.training.events import Listener, Planned, RowsEncoded
-from chainlora.training.objectives import OBJECTIVES
+from chainlora.training.objectives import make_objective
 from chainlora.training.optimizers import check_optimizer
 from chainlora.training.plan import make_plan
 from chainlora.training.processes import Processes, find_processes, num_launched
+from chainlora.training.reference import take_reference
 from chainlora.training.run import Run, flatten
 from chainlora.training.sharing import check_shards, wants_shards
 
@@ -103,7 +104,7 @@ def _prepare(
             config=config,
             plan=plan,
             splits=splits,
-            objective=OBJECTIVES[splits.loss],
+            objective=make_objective(splits.loss, config.train),
             knots=Knots(chain, config.chain, Numbers(plan.lengths), first=first),
             engine=engine,
             tokenizer=tokenizer,
@@ -116,6 +117,8 @@ def _prepare(
             stage=stage,
         )
         _restore_links(run, start)
+        if splits.loss == "dpo":
+            take_reference(run)
         decide(run)
         _announce(run)
     except BaseException:
@@ -135,6 +138,8 @@ def _check_config(config: RunConfig, resume: bool, processes: Processes) -> None
     check_optimizer(config, processes.device)
     if config.chain.knots is not None:
         check_policy(config.chain.knots)
+    if config.train.loss == "dpo":
+        check_pairs(config.data)
     _check_share(config, processes)
 
 
@@ -179,7 +184,8 @@ def _load_splits(config: RunConfig, model: Any, tokenizer: Any, listener: Listen
     def tell(split: str, rows: int, share: float) -> None:
         listener(RowsEncoded(0, split, rows, share))
 
-    return prepare_splits(config.data, tokenizer, context_length(model), tell)
+    context, loss = context_length(model), config.train.loss
+    return prepare_splits(config.data, tokenizer, context, tell, loss=loss)
 
 
 def _new_chain(config: RunConfig, model: Any, folder: Path) -> Chain:

@@ -11,6 +11,7 @@ Everything is checked here, before training starts, and a row that cannot be use
 and line. One file an objective:
 
     candidates.py · completion.py · chat.py · text.py   rows to drafts with tokens and targets
+    preferences.py pairs of answers (DPO), each as a row of a plain format
     translated.py  rows of ShareGPT, Alpaca and TRL's conversations, as one of these formats
     tokens.py      texts to ids      fitting.py   what is longer than the context
     encoder.py     picks the encoder of a task or format, and puts them together
@@ -26,6 +27,7 @@ from chainlora.data.encoding.encoder import (
     detect_format,
     make_row_encoder,
 )
+from chainlora.data.encoding.preferences import detect_pairs
 
 __all__ = [
     "FORMATS",
@@ -33,5 +35,6 @@ __all__ = [
     "Options",
     "RowEncoder",
     "detect_format",
+    "detect_pairs",
     "make_row_encoder",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
@@ -16,7 +16,12 @@ from chainlora.data.encoding.chat import ChatEncoder
 from chainlora.data.encoding.completion import CompletionEncoder, row_pairs, task_pairs
 from chainlora.data.encoding.drafts import Draft, Encoder, Ids
 from chainlora.data.encoding.fitting import Counts, Fit
-from chainlora.data.encoding.preferences import refuse_preferences
+from chainlora.data.encoding.preferences import (
+    PairEncoder,
+    detect_pairs,
+    refuse_plain,
+    refuse_preferences,
+)
 from chainlora.data.encoding.text import TextEncoder
 from chainlora.data.encoding.tokens import TokenReader
 from chainlora.data.encoding.translated import make_translated
@@ -40,7 +45,7 @@ class Options:
         add_eos: end completions and texts with the end-of-sequence token. None is the task's own,
             yes for formats.
         objective: "candidates" gives every candidate, "completion" the right one alone (teacher
-            forcing). None is "candidates" where the task has some.
+            forcing), "dpo" the two answers of a pair. None is "candidates" where the task has some.
         reserve: tokens to keep free after the prompt (for generation).
         before: text in front of every prompt, such as `Task.demonstrations`.
     """
@@ -48,7 +53,7 @@ class Options:
     max_length: int | None = None
     truncation: Literal["error", "left"] | None = None
     add_eos: bool | None = None
-    objective: Literal["candidates", "completion"] | None = None
+    objective: Literal["candidates", "completion", "dpo"] | None = None
     reserve: int = 0
     before: str = ""
 
@@ -67,13 +72,13 @@ class RowEncoder:
 
     encoder: Encoder
     fit: Fit
-    is_format: bool  # a task says itself which columns it reads
+    refuse: Callable[[Row], None] | None  # None: a task says itself which columns it reads
 
     def __call__(self, rows: Sequence[Row]) -> Encoded:
         """Return the rows as examples. Raises DataError that names a row that cannot be used."""
-        if self.is_format:
+        if self.refuse is not None:
             for row in rows:
-                refuse_preferences(row)
+                self.refuse(row)
         drafts = self.encoder(rows)
         digests = b"".join(map(_digest, drafts))
         counts = Counts(unread=_unread(self.encoder, rows))
@@ -97,13 +102,18 @@ def make_row_encoder(
         reader.num_front,
         options.reserve,
     )
-    return RowEncoder(encoder, fit, is_format=isinstance(task, str))
+    refuse = refuse_plain if options.objective == "dpo" else refuse_preferences
+    return RowEncoder(encoder, fit, None if isinstance(task, Task) else refuse)
 
 
 def make_encoder(task: Task | str, reader: TokenReader, options: Options) -> Encoder:
     """Return how rows of a task or format are read: the one place that knows every encoder."""
     if isinstance(task, Task):
         return _task_encoder(task, reader, options)
+    if options.objective == "dpo":
+        plain = replace(options, objective=None)
+        answer = "conversational" if task == "sharegpt" else task
+        return PairEncoder(task, make_encoder(answer, reader, plain))
 
     def end() -> Ids:
         return [] if options.add_eos is False else reader.end()
@@ -145,8 +155,10 @@ def _task_encoder(task: Task, reader: TokenReader, options: Options) -> Encoder:
     )
 
 
-def detect_format(rows: Sequence[Mapping[str, Any]]) -> str:
+def detect_format(rows: Sequence[Mapping[str, Any]], objective: str | None = None) -> str:
     """Return the format whose fields the first row has. Raises DataError that names its fields."""
+    if objective == "dpo":
+        return detect_pairs(rows[0])
     refuse_preferences(rows[0])
     if (found := translated.detect_translated(rows[0])) is not None:
         return found

@@ -1,11 +1,23 @@
-"""Rows of preferences, which say which answers are bad, are never trained on as plain answers."""
+"""Rows of preferences: pairs of answers for DPO, which are never trained on as plain answers.
+
+    completion      {"prompt": …, "chosen": …, "rejected": …}                    texts (TRL)
+    conversational  {"prompt": [messages], "chosen": [messages], "rejected": …}  chats (TRL)
+    sharegpt        {"conversations": […], "chosen": {…}, "rejected": {…}}       LLaMA-Factory
+    alpaca          {"instruction": …, "input": …, "chosen": …, "rejected": …}   LLaMA-Factory
+
+Without a `prompt`, texts and chats begin with it both. A pair is read as two rows of the plain
+format of the same name, so that its answers are what they would be there.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from chainlora.data.sources import where
+from chainlora.data.encoding.drafts import Draft, Encoder
+from chainlora.data.encoding.translated import sharegpt_chat
+from chainlora.data.sources import Row, where
 from chainlora.errors import DataError
 
 _PAIRS = frozenset(("chosen", "rejected", "chosen_response", "rejected_response"))
@@ -13,6 +25,110 @@ _PAIRS |= {"chosen_messages", "rejected_messages"}
 _TAGS = frozenset(("label", "labels", "kto_tag"))
 _ANSWERS = frozenset(("completion", "completions", "messages", "conversations", "output"))
 _ANSWERS |= {"response"}
+_KINDS = {  # of answers, by format
+    "completion": (str, "texts"),
+    "alpaca": (str, "texts"),
+    "conversational": (list, "lists of messages"),
+    "sharegpt": (Mapping, "objects with from and value"),
+}
+
+
+class PairEncoder:
+    """Rows of pairs: two sequences of one prompt, the chosen answer first."""
+
+    truncation = "error"
+    keeps_targets = True
+
+    def __init__(self, kind: str, encoder: Encoder) -> None:
+        self.kind, self.encoder = kind, encoder
+
+    def __call__(self, rows: Sequence[Row]) -> list[Draft]:
+        """Return the rows as tokens. Raises DataError that names a row that cannot be used."""
+        drafts = self.encoder([plain for row in rows for plain in self._plain(row)])
+        return list(map(_pair, drafts[::2], drafts[1::2]))
+
+    def unread(self, row: Row) -> set[str]:
+        """Return the columns of a row that are not read."""
+        return self.encoder.unread(self._plain(row)[0])
+
+    def _plain(self, row: Row) -> list[Row]:
+        """Return the row of each answer."""
+        chosen, rejected = row["chosen"], row["rejected"]
+        kind, name = _KINDS[self.kind]
+        if not (isinstance(chosen, kind) and isinstance(rejected, kind)):
+            raise DataError(
+                f"`chosen` and `rejected` must both be {name}, as in the first row (got "
+                f"{chosen!r:.40} and {rejected!r:.40} at {row.origin}); correct or remove the row"
+            )
+        found = {key: value for key, value in row.items() if key not in ("chosen", "rejected")}
+        if self.kind == "alpaca":
+            plain = [found | {"output": answer} for answer in (chosen, rejected)]
+        elif self.kind == "sharegpt":
+            plain = [_with_last_turn(row, found, answer) for answer in (chosen, rejected)]
+        else:
+            prompt, chosen, rejected = _parts(row.get("prompt"), chosen, rejected)
+            plain = [found | {"prompt": prompt, "completion": each} for each in (chosen, rejected)]
+        return [Row(each, row.index, row.origin) for each in plain]
+
+
+def _with_last_turn(row: Row, found: dict[str, Any], answer: Any) -> dict[str, Any]:
+    turns = found.pop("conversations", row["conversations"])
+    turns = [*turns, answer] if isinstance(turns, list) else turns
+    chat = sharegpt_chat(Row(row | {"conversations": turns}, row.index, row.origin))
+    *prompt, last = chat["messages"]
+    return {k: v for k, v in found.items() if k != "system"} | {
+        "prompt": prompt,
+        "completion": [last],
+    }
+
+
+def _parts(prompt: Any, chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
+    """Return the prompt and what follows it.
+
+    Where it is not of the answers' kind, it is what both begin with (TRL's `extract_prompt`).
+    """
+    if isinstance(prompt, type(chosen)):
+        return prompt, chosen, rejected
+    last = max(min(len(chosen), len(rejected)) - 1, 0)
+    at = next((place for place in range(last) if chosen[place] != rejected[place]), last)
+    if at and chosen[at - 1] == " ":
+        at -= 1
+    return chosen[:at], chosen[at:], rejected[at:]
+
+
+def _pair(chosen: Draft, rejected: Draft) -> Draft:
+    """Return two answers as one draft; both begin at the first token in which they may differ."""
+    answers = (*chosen.scored, *rejected.scored)
+    first = min(spans[0][0] for spans in answers)
+    return replace(
+        chosen,
+        content=[chosen.content, rejected.content],
+        sequences=[*chosen.sequences, *rejected.sequences],
+        scored=[[(first, spans[0][1]), *spans[1:]] for spans in answers],
+    )
+
+
+def detect_pairs(row: Mapping[str, Any]) -> str:
+    """Return the format of a row of preferences. Raises DataError for a row without a pair."""
+    refuse_plain(row)
+    if "conversations" in row:
+        return "sharegpt"
+    if "instruction" in row:
+        return "alpaca"
+    return "conversational" if isinstance(row["chosen"], list) else "completion"
+
+
+def refuse_plain(row: Mapping[str, Any]) -> None:
+    """Raise DataError for a row without a pair of answers."""
+    if row.keys() >= {"chosen", "rejected"}:
+        return
+    tags = _tags(row)
+    got = f"an answer with {tags[0]}: {row[tags[0]]}" if tags else ", ".join(map(str, row))
+    remedy = "train on them with TRL's KTOTrainer and chainlora.ChainCallback"
+    raise DataError(
+        f"rows of `train.loss: dpo` must have a `chosen` and a `rejected` answer (got {got} at "
+        f"{where(row)}); {remedy if tags else 'correct the row, or leave train.loss out'}"
+    )
 
 
 def refuse_preferences(row: Mapping[str, Any]) -> None:
@@ -21,16 +137,22 @@ def refuse_preferences(row: Mapping[str, Any]) -> None:
     These are pairs of answers, and answers with a true or false `label` or `kto_tag`.
     """
     if pairs := sorted(map(str, row.keys() & _PAIRS)):
-        what, trainer, plain = f"the columns {', '.join(pairs)}", "DPOTrainer", "chosen"
-    elif row.keys() & _ANSWERS and (tags := [t for t in _TAGS & row.keys() if _is_tag(row[t])]):
-        what, trainer, plain = f"an answer with {tags[0]}: {row[tags[0]]}", "KTOTrainer", "good"
+        what, plain = f"the columns {', '.join(pairs)}", "chosen"
+        remedy = "set train.loss: dpo, which reads columns chosen and rejected"
+    elif tags := _tags(row):
+        what, plain = f"an answer with {tags[0]}: {row[tags[0]]}", "good"
+        remedy = "train on them with TRL's KTOTrainer and chainlora.ChainCallback"
     else:
         return
     raise DataError(
-        f"rows must have one right answer (got preferences, {what}, at {where(row)}); train on "
-        f"them with TRL's {trainer} and chainlora.ChainCallback (docs/trainer.md#dpo), or write "
-        f"the {plain} answers alone as prompt + completion"
+        f"rows must have one right answer (got preferences, {what}, at {where(row)}); {remedy}, or "
+        f"write the {plain} answers alone as prompt + completion"
     )
+
+
+def _tags(row: Mapping[str, Any]) -> list[str]:
+    """Return the columns that say whether an answer is good."""
+    return [tag for tag in _TAGS & row.keys() if _is_tag(row[tag])] if row.keys() & _ANSWERS else []
 
 
 def _is_tag(value: Any) -> bool:

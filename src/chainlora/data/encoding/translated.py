@@ -74,7 +74,7 @@ def make_translated(kind: str, reader: TokenReader, end: Callable[[], Ids]) -> E
     """Return the encoder of a format of another tool."""
     if kind == "sharegpt":
         return TranslatedEncoder(
-            ChatEncoder(reader), _sharegpt, ("conversations", "system", *_BESIDE)
+            ChatEncoder(reader), sharegpt_chat, ("conversations", "system", *_BESIDE)
         )
     if kind == "conversational":
         chat = ChatEncoder(reader, turns_before=_turns_of_prompt)
@@ -86,7 +86,8 @@ def make_translated(kind: str, reader: TokenReader, end: Callable[[], Ids]) -> E
     return TranslatedEncoder(plain, _alpaca_text, columns[:3])
 
 
-def _sharegpt(row: Row) -> dict[str, Any]:
+def sharegpt_chat(row: Row) -> dict[str, Any]:
+    """Return a row of ShareGPT as one of chats."""
     turns = row["conversations"]
     if not (isinstance(turns, list) and all(isinstance(turn, Mapping) for turn in turns)):
         raise DataError(

@@ -1,0 +1,58 @@
+"""Direct preference optimisation (arXiv 2305.18290, equation 7) against the start of the run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from chainlora.config.schema import TrainConfig
+from chainlora.data.examples import Example
+from chainlora.data.splits import Splits
+from chainlora.engine.engine import Engine
+from chainlora.engine.head import candidate_scores
+from chainlora.engine.packing import PackedBatch
+from chainlora.evaluation.evaluate import Evaluation
+from chainlora.evaluation.preferences import judge_pairs
+from chainlora.training.objective_kinds.likelihood import LanguageModelling
+
+
+class DPO(LanguageModelling):
+    """The chosen answer of a pair must gain more on its reference than the rejected one.
+
+    With the rewards r of `rewards` and the smoothing ε, the loss of a pair is
+    −(1 − ε)·log σ(r_chosen − r_rejected) − ε·log σ(r_rejected − r_chosen).
+    """
+
+    def __init__(self, config: TrainConfig) -> None:
+        super().__init__("candidates")  # terms are counted by examples
+        self.beta, self.smoothing = config.dpo_beta, config.dpo_label_smoothing
+
+    def rewards(self, engine: Engine, batch: PackedBatch) -> Tensor:
+        """Return β·log(π/π_ref) [E, 2], float32, of the chosen and the rejected answers."""
+        gains = engine.at_head(candidate_scores, batch) - batch.reference  # of a token, on average
+        return self.beta * (gains * batch.sequence_length).view(-1, 2)
+
+    def loss(self, engine: Engine, batch: PackedBatch) -> Tensor:
+        """Return the loss, summed over pairs."""
+        chosen, rejected = self.rewards(engine, batch).unbind(1)
+        margin = chosen - rejected
+        right, wrong = F.logsigmoid(margin), F.logsigmoid(-margin)
+        return -((1 - self.smoothing) * right + self.smoothing * wrong).sum()
+
+    def evaluate(
+        self,
+        engine: Engine,
+        examples: Sequence[Example],
+        splits: Splits,
+        tokenizer: Any,
+        progress: Callable[[int, int], None],
+    ) -> Evaluation:
+        """Return loss, accuracy and margin of pairs."""
+        scores = engine.scores(examples, progress=progress)
+        return judge_pairs(examples, scores, [each.reference for each in examples], self.beta)
+
+
+OBJECTIVES = {"dpo": DPO}

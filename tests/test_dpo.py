@@ -1,0 +1,397 @@
+"""Pairs of preferences: how rows are read, DPO's loss against the start of the run, and TRL's."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import Stop, assert_same_links, sign, stop_after
+from helpers_data import (
+    CHAT,
+    encode_examples,
+    make_tokenizer,
+    pair_files,
+    pairs,
+    scored,
+    write_rows,
+)
+from torch.nn.functional import logsigmoid
+from transformers import AutoTokenizer
+
+from chainlora import train
+from chainlora.config.loading import make_config
+from chainlora.errors import ConfigError, DataError, RunError
+from chainlora.evaluation.scoring import evaluate_task
+from chainlora.runs.opening import load_run
+from chainlora.training import objectives
+from chainlora.training.objective_kinds.preferences import DPO
+from chainlora.training.optimizers import OPTIMIZERS
+from chainlora.training.plan import make_plan
+
+
+def user(text: str) -> dict:
+    return {"role": "user", "content": text}
+
+
+def says(text: str) -> dict:
+    return {"role": "assistant", "content": text}
+
+
+def gpt(text: str) -> dict:
+    return {"from": "gpt", "value": text}
+
+
+@pytest.fixture
+def settings(tiny_folder, tmp_path):
+    def make(output=None, train=(), **chain) -> dict:
+        return {
+            "model": str(tiny_folder),
+            "data": pair_files(tmp_path),
+            "chain": {"ranks": [4, 2], "steps": [4, 3], "target_modules": ["q_proj", "v_proj"]}
+            | chain,
+            "train": {"loss": "dpo", "lr": 1e-2, "batch_size": 4} | dict(train),
+            "output": output and str(tmp_path / output),
+        }
+
+    return make
+
+
+# --- rows ---
+
+TALK = [user("one"), says("two"), user("three")]
+SHARE = [{"from": "human", "value": "three"}]
+FORMS = {
+    "texts": ({"prompt": "a cat", "chosen": " sat", "rejected": " ran"}, " sat</s>", " ran</s>"),
+    "texts that share a prompt": ({"chosen": "a cat sat", "rejected": "a cat ran"}, None, None),
+    "chats": (
+        {"prompt": TALK, "chosen": [says("four")], "rejected": [says("five")]},
+        "four</s>",
+        "five</s>",
+    ),
+    "chats that share a prompt": (
+        {"chosen": [*TALK, says("four")], "rejected": [*TALK, says("five")]},
+        "four</s>",
+        "five</s>",
+    ),
+    "chats beside the prompt as a text": (
+        {"prompt": "three", "chosen": [*TALK, says("four")], "rejected": [*TALK, says("five")]},
+        "four</s>",
+        "five</s>",
+    ),
+    "ShareGPT": (
+        {"conversations": SHARE, "chosen": gpt("four"), "rejected": gpt("five"), "system": "hush"},
+        "four</s>",
+        "five</s>",
+    ),
+    "Alpaca": (
+        {
+            "instruction": "add",
+            "input": "1",
+            "chosen": "four",
+            "rejected": "five",
+            "system": "hush",
+        },
+        "four</s>",
+        "five</s>",
+    ),
+}
+FORMS["texts that share a prompt"] = (FORMS["texts that share a prompt"][0], " sat</s>", " ran</s>")
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_pair_is_two_answers_to_one_prompt(form):
+    row, chosen, rejected = FORMS[form]
+    tokenizer = make_tokenizer("bos", CHAT)
+    (found,) = encode_examples([row], tokenizer, "auto", objective="dpo")
+    assert scored(found, tokenizer) == [[chosen], [rejected]]
+    prompts = {
+        tokenizer.decode(ids[: spans[0][0]])
+        for ids, spans in zip(found.sequences, found.scored, strict=True)
+    }
+    assert len(prompts) == 1
+    assert ("hush" in prompts.pop()) == ("system" in row)
+
+
+PLAIN = {
+    "no pair": (
+        {"prompt": "a", "completion": "b"},
+        r"and a `rejected` answer \(got prompt, completion at",
+    ),
+    "KTO": ({"prompt": "a", "completion": "b", "label": True}, "label: True .* TRL's KTOTrainer"),
+    "half a pair": ({"prompt": "a", "chosen": "b"}, "a `rejected` answer"),
+    "ms-swift": ({"messages": TALK, "rejected_response": "c"}, "a `rejected` answer"),
+}
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_rows_without_a_pair_are_refused_before_the_model_is_loaded(name, settings, tmp_path):
+    row, said = PLAIN[name]
+    tree = settings("run") | {"model": "no/model"}
+    tree["data"]["train"] = write_rows(tmp_path / "plain.jsonl", [row])
+    with pytest.raises(DataError, match=said) as caught:
+        train(tree)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(DataError, match=said):  # nor as a later row
+        encode_examples([*pairs(1), row], make_tokenizer("bos"), "auto", objective="dpo")
+
+
+@pytest.mark.parametrize("answers", [("a", None), ([says("a")], "b"), ("a", [says("b")])])
+def test_both_answers_are_of_one_kind(answers):
+    row = {"prompt": "a cat", "chosen": answers[0], "rejected": answers[1]}
+    with pytest.raises(DataError, match=r"must both be (texts|lists of messages).*at row 0"):
+        encode_examples([row], make_tokenizer("bos", CHAT), "auto", objective="dpo")
+
+
+@pytest.mark.parametrize("data", [{"task": "sst2"}, {"format": "chat"}, {"format": "text"}])
+def test_a_task_or_a_format_without_pairs_is_refused(data, settings):
+    tree = settings()
+    tree["data"] = {"train": tree["data"]["train"]} | data
+    with pytest.raises(ConfigError, match="learns from pairs of answers"):
+        make_config(tree)
+
+
+def test_a_cut_takes_as_much_of_both_prompts_and_nothing_of_the_answers():
+    tokenizer = make_tokenizer("bos")
+    row = {"prompt": "one two three four five", "chosen": " a cat sat", "rejected": " no"}
+    (whole,) = encode_examples([row], tokenizer, "auto", objective="dpo")
+    limit = len(whole.sequences[0]) - 3
+    keys = {"objective": "dpo", "max_length": limit, "truncation": "left"}
+    (cut,) = encode_examples([row], tokenizer, "auto", **keys)
+    assert scored(cut, tokenizer) == scored(whole, tokenizer)
+    assert [len(a) - len(b) for a, b in zip(whole.sequences, cut.sequences, strict=True)] == [3, 3]
+
+
+# --- the loss, its reference, and what a run reports ---
+
+
+def log_probabilities(model, examples) -> torch.Tensor:
+    """The sum over an answer's tokens [E, 2], by plain transformers, a sequence at a time."""
+    found = []
+    for example in examples:
+        for ids, ((start, end),) in zip(example.sequences, example.scored, strict=True):
+            with torch.no_grad():
+                logits = model(input_ids=torch.tensor([ids])).logits[0].double().log_softmax(-1)
+            found.append(logits[range(start - 1, end - 1), ids[start:end]].sum())
+    return torch.stack(found).view(-1, 2)
+
+
+def validation(tree) -> list:
+    tokenizer = AutoTokenizer.from_pretrained(tree["model"])
+    rows = [json.loads(line) for line in Path(tree["data"]["validation"]).read_text().splitlines()]
+    return encode_examples(rows, tokenizer, "auto", objective="dpo")
+
+
+@pytest.mark.parametrize(
+    "chain",
+    [{}, {"hold": "carried"}, {"knots": {"every": 2, "share": 0.5}}, {"init": "pissa"}],
+    ids=str,
+)
+def test_the_reference_is_the_model_at_the_start_through_links_and_knots(settings, chain):
+    """Metrics of the run are those of its final weights against the base by plain transformers."""
+    records: list = []
+    tree = settings("run", train={"dpo_beta": 0.3}, **chain)
+    result = train(tree, listener=records.append)
+    start = next(e for e in records if e.name == "eval")
+    assert start.metrics == {"loss": math.log(2), "accuracy": 0.5, "margin": 0.0}
+
+    rows, run = validation(tree), tree["output"]
+    ours = log_probabilities(load_run(run)[0], rows)
+    base = log_probabilities(load_run(run, num_links=0)[0], rows)
+    rewards = 0.3 * (ours - base)
+    margin = rewards[:, 0] - rewards[:, 1]
+    metrics = result["metrics"]["validation"]
+    # a link with soft knots is stored to 3e-3 of its update
+    close = {"rel": 1e-2 if "knots" in chain else 1e-4}
+    assert metrics["margin"] == pytest.approx(margin.mean().item(), **close)
+    assert metrics["loss"] == pytest.approx(-logsigmoid(margin).mean().item(), **close)
+    assert metrics["accuracy"] == (margin > 0).double().mean().item() > 0.5
+    assert metrics.keys() == {"loss", "accuracy", "margin"}
+
+    found = evaluate_task(run)
+    assert found["metrics"] == pytest.approx(metrics, **close)
+    at_start = evaluate_task(run, num_links=0)["metrics"]
+    assert at_start == {"loss": math.log(2), "accuracy": 0.5, "margin": 0.0}
+
+
+def test_the_loss_of_a_step_is_smoothed_and_that_of_an_evaluation_is_not(settings, monkeypatch):
+    seen: list = []
+
+    class Watched(DPO):
+        def loss(self, engine, batch):
+            found = super().loss(engine, batch)
+            seen.append((self.rewards(engine, batch).detach(), found.item()))
+            return found
+
+    monkeypatch.setitem(objectives.OBJECTIVES, "dpo", Watched)
+    records: list = []
+    train(settings(train={"dpo_label_smoothing": 0.2}), listener=records.append)
+    for rewards, loss in seen:
+        margin = (rewards[:, 0] - rewards[:, 1]).double()
+        right, wrong = logsigmoid(margin), logsigmoid(-margin)
+        assert loss == pytest.approx(-(0.8 * right + 0.2 * wrong).sum().item(), rel=1e-6)
+    steps = [e.loss for e in records if e.name == "step"]
+    assert steps[0] == pytest.approx(math.log(2), rel=1e-5)
+    assert steps[-1] < steps[0]
+    *_, last = [e.metrics for e in records if e.name == "eval"]
+    assert last["loss"] < -logsigmoid(torch.tensor(last["margin"])).item() + 0.01  # by convexity
+
+
+@pytest.mark.parametrize("metric", ["loss", "accuracy", "margin"])
+def test_the_best_point_is_chosen_by_any_of_the_metrics(settings, metric):
+    keys = {"keep_best": True, "eval_every": 1, "select_metric": metric}
+    records: list = []
+    result = train(settings("run", train=keys), listener=records.append)
+    values = [e.metrics[metric] for e in records if e.name == "eval"][1:]
+    best = min(values) if metric == "loss" else max(values)
+    assert result["best"]["value"] == best == result["metrics"]["validation"][metric]
+
+
+def test_a_link_that_lowers_the_loss_of_pairs_is_accepted(settings):
+    result = train(settings(train={"accept_links": "better"}))
+    assert len(result["links"]) >= 1
+
+
+# --- resume ---
+
+
+@pytest.mark.parametrize(
+    "chain", [{}, {"knots": {"every": 2, "share": 0.5}}], ids=["whole knots", "soft knots"]
+)
+def test_a_run_killed_at_any_step_ends_in_the_same_bits(settings, chain):
+    keys = {"save_every": 1, "eval_every": 2}
+    whole = settings("whole", train=keys, **chain)
+    expected = train(whole)["metrics"]
+    killed = settings("killed", train=keys, **chain)
+    reference = Path(killed["output"]) / "reference.safetensors"
+    for step in range(6):
+        stop_after(make_config(killed), step)
+        before = reference.stat().st_mtime_ns, reference.read_bytes()
+    assert train(killed, resume=True)["metrics"] == expected
+    assert before == (reference.stat().st_mtime_ns, reference.read_bytes())
+    assert_same_links(Path(whole["output"]), Path(killed["output"]))
+
+
+def test_a_run_killed_while_its_reference_is_computed_starts_over(settings):
+    def stop(event):
+        if event.name == "reference":
+            raise Stop
+
+    tree = settings("run")
+    with pytest.raises(Stop):
+        train(tree, listener=stop)
+    assert train(tree)["steps"] == 7
+
+
+@pytest.mark.parametrize("fault", ["gone", "of another state"])
+def test_a_resume_never_takes_another_reference(settings, fault):
+    from safetensors.torch import load_file, save_file
+
+    tree = settings("run", train={"save_every": 1})
+    stop_after(make_config(tree), 2)
+    run = Path(tree["output"])
+    path = run / "reference.safetensors"
+    tensors = load_file(path)
+    path.unlink()
+    if fault != "gone":
+        save_file(tensors, path, {"rows": "2:0", "state": "0"})
+        sign(run)
+    said = "must hold reference" if fault == "gone" else "of the rows and the state"
+    with pytest.raises(RunError, match=said):
+        train(tree, resume=True)
+
+
+# --- TRL ---
+
+
+def test_losses_rewards_and_gradients_are_those_of_trl(
+    settings, tiny_folder, tmp_path, monkeypatch
+):
+    """Step by step, on the same rows, tokens and batches in float32."""
+    pytest.importorskip("trl", reason="TRL is an extra: pip install 'chainlora[trl]'")
+    import peft
+    from datasets import Dataset
+    from helpers import start_as_ours, training_examples
+    from helpers_integrations import plain_model
+    from trl import DPOConfig, DPOTrainer
+
+    gradients: dict[str, list] = {"ours": [], "theirs": []}
+
+    class Recorded(torch.optim.SGD):
+        def __init__(self, groups, name, **keys):
+            super().__init__(groups, **keys)
+            self.name = name
+
+        def step(self, closure=None):
+            found = [p.grad.clone() for group in self.param_groups for p in group["params"]]
+            gradients[self.name].append(found)
+            return super().step(closure)
+
+    rewards: list = []
+
+    class Watched(DPO):
+        def rewards(self, engine, batch):
+            found = super().rewards(engine, batch)
+            rewards.append(found.detach().mean(0).tolist())
+            return found
+
+    monkeypatch.setitem(objectives.OBJECTIVES, "dpo", Watched)
+    monkeypatch.setitem(
+        OPTIMIZERS, "recorded", lambda groups, config: Recorded(groups, "ours", lr=config.lr)
+    )
+    keys = {"optimizer": "recorded", "lr": 1.0, "max_grad_norm": None, "schedule": "constant"}
+    tree = settings(train=keys, ranks=[4], steps=[8], alpha=8)
+    config = make_config(tree)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
+    plan = make_plan(config, training_examples(config, tokenizer))
+    losses = []
+    train(config, listener=lambda e: losses.append(e.loss) if e.name == "step" else None)
+
+    (link,) = config.chain.links()
+    wrapped = peft.get_peft_model(
+        plain_model(tiny_folder),
+        peft.LoraConfig(r=4, lora_alpha=8, target_modules=list(link.target_modules)),
+    )
+    start_as_ours(wrapped, link, 0)
+    rows = pairs(40)
+    trained = [p for p in wrapped.parameters() if p.requires_grad]
+    optimizer = Recorded(trained, "theirs", lr=1.0)
+    trainer = DPOTrainer(
+        model=wrapped,
+        args=DPOConfig(
+            output_dir=str(tmp_path / "trl"),
+            per_device_train_batch_size=4,
+            max_steps=8,
+            max_grad_norm=0,
+            logging_steps=1,
+            report_to=[],
+            save_strategy="no",
+            bf16=False,
+            use_cpu=True,
+            precompute_ref_log_probs=True,
+            train_sampling_strategy="sequential",
+            gradient_checkpointing=False,
+        ),
+        train_dataset=Dataset.from_list(
+            [rows[k] for step in range(8) for k in plan.batches(step)[0]]
+        ),
+        processing_class=tokenizer,
+        optimizers=(optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)),
+    )
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert losses == pytest.approx([entry["loss"] for entry in logs], rel=1e-5)
+    for ours, entry in zip(rewards, logs, strict=True):
+        theirs = [entry["rewards/chosen"], entry["rewards/rejected"]]
+        assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-5)
+    # ours have one more in front, of the trial that every optimizer gets
+    for ours, theirs in zip(gradients["ours"][-8:], gradients["theirs"], strict=True):
+        a, b = (torch.cat([g.flatten() for g in sorted_(each)]) for each in (ours, theirs))
+        assert (a - b).norm() < 1e-5 * b.norm()
+
+
+def sorted_(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """In an order that does not depend on how an optimizer groups them."""
+    return sorted(tensors, key=lambda t: (tuple(t.shape), t.norm().item()))
