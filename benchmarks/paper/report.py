@@ -36,7 +36,7 @@ from chainlora.experiments.report.report import Report  # noqa: E402
 from chainlora.experiments.report.sections import SECTIONS  # noqa: E402
 from chainlora.experiments.report.values import Summary, cells_of  # noqa: E402
 from chainlora.reports.charts import GOLD, line_style, whole_steps  # noqa: E402
-from chainlora.reports.page import Block, Column, Numbers, Section, Text  # noqa: E402
+from chainlora.reports.page import Numbers, Section, Text, section  # noqa: E402
 from chainlora.reports.tables import Table, big, number  # noqa: E402
 
 PRINTED: Mapping[str, Any] = parse_yaml((HERE / "printed/tables.yaml").read_text(encoding="utf-8"))
@@ -64,10 +64,9 @@ def paper(facts: Facts, folder: Path) -> Section:
     """Return the paper's scores, and operations: counted, by the paper's rule, and saved."""
     costs = _costs(facts, folder)
     tables = [_scores(facts), _operations(costs), _savings(facts, costs)]
-    blocks: list[Block] = [Numbers(table) for table in tables if table.rows]
-    if len(costs) < len(facts.summaries):
-        blocks.append(Text("Operations are counted where a cell's run directory is at hand."))
-    return Section("The paper", [Column("", blocks)])
+    missing = len(costs) < len(facts.summaries)
+    said = "Operations are counted where a cell's run directory is at hand."
+    return section("The paper", *map(Numbers, tables), Text(said) if missing else None)
 
 
 def _scores(facts: Facts) -> Table:

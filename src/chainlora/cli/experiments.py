@@ -86,9 +86,8 @@ def experiment() -> None:
 def plan(
     arguments: tuple[str, ...],
     output: str | None,
-    reuse: tuple[str, ...],
-    difference: float | None,
     as_json: bool,
+    **options: Any,
 ) -> None:
     """Say what a run of FILE would do; nothing is run.
 
@@ -101,7 +100,7 @@ def plan(
 
     file, keys = file_and_overrides(list(arguments), "FILE")
     quiet()
-    found = plan_experiment(file, output, overrides=keys, reuse=reuse, difference=difference)
+    found = plan_experiment(file, output, overrides=keys, **options)
     lines = [
         f"{found.num_cells} cells, {found.num_done} of them done",
         *(f"note: {note}" for note in found.notes),
@@ -122,15 +121,7 @@ def plan(
 )
 @_REUSE
 @json_option
-def run(
-    arguments: tuple[str, ...],
-    output: str,
-    workers: Any,
-    backend: Any,
-    max_cells: int | None,
-    reuse: tuple[str, ...],
-    as_json: bool,
-) -> None:
+def run(arguments: tuple[str, ...], output: str, as_json: bool, **options: Any) -> None:
     """Run FILE: every task, method, setting and seed.
 
     What is done is skipped, so the same command resumes.
@@ -142,30 +133,17 @@ def run(
     file, keys = file_and_overrides(list(arguments), "FILE")
     quiet()
     with _resumable(output):
-        outcome = run_experiment(
-            file,
-            output,
-            workers=workers,
-            backend=backend,
-            overrides=keys,
-            listener=experiment_progress(),
-            max_cells=max_cells,
-            reuse=reuse,
+        done = run_experiment(
+            file, output, overrides=keys, listener=experiment_progress(), **options
         )
-    left = outcome.num_cells - outcome.num_done
+    left = done.num_cells - done.num_done
+    counts = {"cells": done.num_cells, "run": done.num_run, "done": done.num_done, "left": left}
     _show(
-        {
-            "output": str(outcome.out),
-            "results": str(outcome.results),
-            "cells": outcome.num_cells,
-            "run": outcome.num_run,
-            "done": outcome.num_done,
-            "left": left,
-        },
+        {"output": str(done.out), "results": str(done.results)} | counts,
         as_json,
-        f"cells: {outcome.num_run} run, {outcome.num_done} of {outcome.num_cells} done"
+        f"cells: {done.num_run} run, {done.num_done} of {done.num_cells} done"
         + (f", {left} left: call again" if left else "")
-        + f"; results in {outcome.results}\nnext: chainlora experiment report {outcome.out}",
+        + f"; results in {done.results}\nnext: chainlora experiment report {done.out}",
     )
 
 
@@ -228,9 +206,8 @@ def compare(
     learning_rates: str,
     extend: int,
     output: str,
-    workers: Any,
-    backend: Any,
     as_json: bool,
+    **options: Any,
 ) -> None:
     """Compare methods on CONFIG's model and data.
 
@@ -253,9 +230,8 @@ def compare(
             Path(output),
             learning_rates=rates,
             extend=extend,
-            workers=workers,
-            backend=backend,
             listener=experiment_progress(),
+            **options,
         )
     _show(made.json(), as_json, made.markdown)
 

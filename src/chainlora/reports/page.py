@@ -9,12 +9,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
-from pathlib import Path
 
 import jinja2
 from markupsafe import Markup
 
-from chainlora.files import make_folder, write_text
 from chainlora.reports.charts import OWN, Picture
 from chainlora.reports.tables import Table
 
@@ -93,6 +91,12 @@ class Section:
         return [block for column in self.columns for block in column.blocks]
 
 
+def section(title: str, *blocks: Block | None) -> Section:
+    """Return a section of one column, with the blocks that have something in them."""
+    kept = [b for b in blocks if b and not (isinstance(b, Numbers) and not b.table.rows)]
+    return Section(title, [Column("", kept)])
+
+
 @dataclass(frozen=True)
 class Page:
     """A page: its title, what it says in one sentence, its sections. Empty ones are left out."""
@@ -100,14 +104,6 @@ class Page:
     title: str
     lead: str
     sections: Sequence[Section]
-
-
-def write_page(page: Page, path: Path) -> int:
-    """Write a page; return its size in bytes."""
-    text = render(page)
-    make_folder(path.parent)
-    write_text(path, text)
-    return len(text.encode("utf-8"))
 
 
 def render(page: Page) -> str:

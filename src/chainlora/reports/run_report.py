@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from chainlora.files import make_folder, write_text
 from chainlora.reports.answers import answers, changes, read_prompts
 from chainlora.reports.page import (
     Answer,
@@ -20,7 +21,8 @@ from chainlora.reports.page import (
     Section,
     Text,
     Tiles,
-    write_page,
+    render,
+    section,
 )
 from chainlora.reports.run_charts import chain_pictures, comparing_pictures, training_pictures
 from chainlora.reports.runs import Record, RunFacts, read_runs
@@ -54,7 +56,10 @@ def report_runs(
             answered[run.name] = answers(
                 run, wanted, max_new_tokens=max_new_tokens, progress=progress
             )
-    size = write_page(run_page(found, answered), path)
+    text = render(run_page(found, answered))
+    make_folder(path.parent)
+    write_text(path, text)
+    size = len(text.encode("utf-8"))
     return {"output": str(path), "bytes": size, "runs": [str(run.path) for run in found]}
 
 
@@ -130,10 +135,10 @@ def overview(shown: Shown) -> Section:
     runs = shown.runs
     if len(runs) == 1:
         values = [(name, value) for name, value in _tiles(runs[0]) if value != _NONE]
-        return Section("Overview", [Column("", [Tiles(values), *_remarks(runs[0])])])
+        return section("Overview", Tiles(values), *_remarks(runs[0]))
     table = _side_by_side("The runs", {run.name: dict(_tiles(run)) for run in runs})
     remarks = [remark for run in runs for remark in _remarks(run)]
-    return _section("Overview", [Numbers(table), *remarks, *comparing_pictures(runs)])
+    return section("Overview", Numbers(table), *remarks, *comparing_pictures(runs))
 
 
 def _tiles(run: RunFacts) -> list[tuple[str, str]]:
@@ -251,22 +256,18 @@ def _answers(found: Sequence[Answer]) -> list[Block]:
 def cost(shown: Shown) -> Section:
     """Return steps, tokens, time, memory and machine."""
     table = _side_by_side("What it cost", {run.name: _costs(run) for run in shown.runs})
-    return _section("Cost", [Numbers(table), *_link_costs(shown.runs)])
+    return section("Cost", Numbers(table), *_link_costs(shown.runs))
 
 
 def config(shown: Shown) -> Section:
     """Return the keys that differ, and every whole config."""
-    return _section("Config", _configs(shown.runs))
+    return section("Config", *_configs(shown.runs))
 
 
 def versions(shown: Shown) -> Section:
     """Return packages, and digests of rows and base."""
     known = {run.name: _versions(run) for run in shown.runs}
-    return _section("Versions", [Numbers(_side_by_side("Versions", known))])
-
-
-def _section(title: str, blocks: Sequence[Block]) -> Section:
-    return Section(title, [Column("", blocks)])
+    return section("Versions", Numbers(_side_by_side("Versions", known)))
 
 
 def _side_by_side(title: str, runs: Mapping[str, Mapping[str, str]], corner: str = "") -> Table:
@@ -314,7 +315,7 @@ def _link_costs(runs: Sequence[RunFacts]) -> list[Block]:
                     "time in steps": _duration(sum(record.get("seconds", 0.0) for record in own)),
                 }
             )
-    return [Numbers(table_of("Cost of each link", rows))] if rows else []
+    return [Numbers(table_of("Cost of each link", rows))]
 
 
 def _configs(runs: Sequence[RunFacts]) -> list[Block]:

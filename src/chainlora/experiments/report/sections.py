@@ -25,19 +25,8 @@ from chainlora.experiments.report.values import (
     missing_cells,
 )
 from chainlora.experiments.statistics.pairs import VERDICTS
-from chainlora.reports.page import Block, Column, Numbers, Section, Text
+from chainlora.reports.page import Numbers, Section, Text, section
 from chainlora.reports.tables import Table, big, number, table_of
-
-
-def _section(title: str, *blocks: Block | None) -> Section:
-    """Return a section of the blocks that have something in them."""
-    kept = [
-        block
-        for block in blocks
-        if block is not None and not (isinstance(block, Numbers) and not block.table.rows)
-    ]
-    return Section(title, [Column("", kept)])
-
 
 # --- question ---
 
@@ -56,7 +45,7 @@ def question(facts: Facts) -> Section:
     if diverged:
         names = "; ".join(f"{c['task']} {c['method']} seed {c['seed']}" for c in diverged)
         parts.append(f"**Diverged** ({len(diverged)}): {names}.")
-    return _section("Question", Text("\n\n".join(parts)))
+    return section("Question", Text("\n\n".join(parts)))
 
 
 def _how_chosen(facts: Facts) -> str:
@@ -87,7 +76,7 @@ def verdict(facts: Facts) -> Section:
     """Return the verdicts in words, and the differences that they rest on."""
     losses = differences_table(facts.losses, "held-out loss", "Read as the table of scores.")
     mixed = mixed_machines(facts.results)
-    return _section(
+    return section(
         "Verdict",
         Text(verdicts(facts.comparisons)) if facts.comparisons else None,
         Text(mixed) if mixed else None,
@@ -216,7 +205,7 @@ def _difference_row(comparison: Comparison) -> dict[str, str]:
 
 def scores(facts: Facts) -> Section:
     """Return mean scores and further metrics."""
-    return _section(
+    return section(
         "Scores",
         Numbers(_scores_table(facts), name="scores"),
         Numbers(_others_table(facts.summaries)),
@@ -276,7 +265,7 @@ def _others_table(summaries: Sequence[Summary]) -> Table:
 
 def curves(facts: Facts) -> Section:
     """Return where the charts of loss against steps stand."""
-    return Section("Loss against steps", [Column("", [])])
+    return section("Loss against steps")
 
 
 # --- cost and choices ---
@@ -303,7 +292,7 @@ def cost(facts: Facts) -> Section:
         " Trained: parameters of the largest link. Tokens include what gradient starts read beside"
         " the steps. Train loss: over the last tenth of the steps."
     )
-    return _section("Cost", Numbers(table_of("Cost", rows, note), name="costs"))
+    return section("Cost", Numbers(table_of("Cost", rows, note), name="costs"))
 
 
 def choices(facts: Facts) -> Section:
@@ -315,7 +304,7 @@ def choices(facts: Facts) -> Section:
             "Lowest, highest tried: the chosen value is an end of its grid; a wider one "
             "(`tune.extend`) might choose another."
         )
-    return _section("Hyper-parameters", Numbers(table_of("Chosen hyper-parameters", rows, note)))
+    return section("Hyper-parameters", Numbers(table_of("Chosen hyper-parameters", rows, note)))
 
 
 def _choice_row(choice: Mapping[str, Any]) -> dict[str, str]:
@@ -379,12 +368,12 @@ def methods(facts: Facts) -> Section:
     named = facts.results.experiment["methods"].items()
     lines = [f"- **{name}**: {said.removesuffix('.')}." for name, said in named]
     table = methods_table(facts.results)
-    return _section("Methods", Text("\n".join(lines)), Numbers(table))
+    return section("Methods", Text("\n".join(lines)), Numbers(table))
 
 
 def origin(facts: Facts) -> Section:
     """Return where everything comes from."""
-    return _section("Where this comes from", Text(provenance(facts.results)))
+    return section("Where this comes from", Text(provenance(facts.results)))
 
 
 SECTIONS: tuple[Callable[[Facts], Section], ...] = (
