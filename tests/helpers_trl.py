@@ -48,7 +48,11 @@ def sft(folder, tokenizer, output: Path, callback, **keys) -> SFTTrainer:
     )
 
 
-def dpo(folder, tokenizer, output: Path, callback, model=None, **keys) -> DPOTrainer:
+def dpo(
+    folder, tokenizer, output: Path, callback, model=None, ref_model=None, **keys
+) -> DPOTrainer:
+    """The reference is computed before, unless `keys` say otherwise: knots would move it."""
+    keys = {"precompute_ref_log_probs": True} | keys
     wrap = (
         {}
         if model is not None
@@ -56,6 +60,7 @@ def dpo(folder, tokenizer, output: Path, callback, model=None, **keys) -> DPOTra
     )
     return DPOTrainer(
         model=model or plain_model(folder),
+        ref_model=ref_model,
         args=DPOConfig(**arguments(output, max_length=64, bf16=False) | keys),
         train_dataset=preferences(),
         eval_dataset=preferences().select(range(8)),

@@ -47,10 +47,9 @@ def two_adapters(folder) -> peft.PeftModel:
     return model
 
 
-def trained(folder) -> peft.PeftModel:
+def merged(folder) -> peft.PeftModel:
     model = peft_model(folder)
-    with torch.no_grad():
-        next(p for name, p in model.named_parameters() if "lora_B" in name).fill_(0.1)
+    model.merge_adapter()
     return model
 
 
@@ -63,7 +62,7 @@ MODELS = {
     "full fine-tuning": (plain_model, "needs a model of PEFT"),
     "no model of PEFT": (injected, "needs a model of PEFT .*with an adapter"),
     "two adapters": (two_adapters, "needs one adapter"),
-    "a trained adapter": (trained, "begins with a fresh adapter"),
+    "a merged adapter": (merged, "needs an adapter beside the base"),
     "a tied head in modules_to_save": (
         lambda folder: peft_model(folder, modules_to_save=["lm_head"]),
         "must not name a tied head",

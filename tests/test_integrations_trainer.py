@@ -28,7 +28,9 @@ from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, Trainer, TrainingArguments
 
 from chainlora import ChainCallback, load_chain, make_config, train
+from chainlora.errors import ConfigError
 from chainlora.runs.directory import RunDirectory
+from chainlora.runs.loading_start import load_start
 from chainlora.training.plan import make_plan
 
 # One layer's product W x + s·B A x is summed in another order than (W + s·B A) x: float32 rounding
@@ -199,6 +201,58 @@ def test_records_say_which_link_they_are_of(tiny_folder, tokenizer, tmp_path):
     assert scores.pop(11, 2) == 2  # at the end the Trainer evaluates since transformers 5.4
     assert scores == {2: 0, 4: 0, 6: 1, 8: 1, 10: 2}
     assert trainer.evaluate()["link"] == 2
+
+
+# --- what a chain begins with ---
+
+
+def trained_adapter(folder, output) -> Path:
+    """A LoRA that PEFT has saved, all of it drawn."""
+    model = peft_model(folder)
+    draw = torch.Generator().manual_seed(2)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = 0.2 * torch.randn(parameter.shape, generator=draw)
+    model.save_pretrained(output)
+    return output
+
+
+@pytest.mark.parametrize("how", ["on the model", "by start"])
+def test_a_trained_adapter_is_the_first_link(how, tiny_folder, tokenizer, tmp_path):
+    adapter = trained_adapter(tiny_folder, tmp_path / "adapter")
+    begun = peft.PeftModel.from_pretrained(plain_model(tiny_folder), adapter)
+
+    def make(output, **keys):
+        model, start = peft_model(tiny_folder), adapter
+        if how == "on the model":
+            model, start = plain_model(tiny_folder), None
+            model = peft.PeftModel.from_pretrained(model, adapter, is_trainable=True)
+        callback = ChainCallback(ranks=[4, 2], start=start)
+        return make_trainer(model, tokenizer, output, callback, save_steps=3, **keys)
+
+    keys = {"save_strategy": "steps"}
+    whole = make(tmp_path / "whole", **keys)
+    torch.testing.assert_close(logits(whole.model), logits(begun), atol=ROUNDING, rtol=0)
+    whole.train()
+    whole.save_model(str(tmp_path / "final"))
+    assert_adapter_is_the_model(tiny_folder, tmp_path / "final", whole.model, ROUNDING)
+
+    killed = make(tmp_path / "killed", **keys)
+    killed.add_callback(StopAt(8))
+    with pytest.raises(KeyboardInterrupt):
+        killed.train()
+    resumed = make(tmp_path / "killed", **keys)
+    resumed.train(resume_from_checkpoint=True)
+    assert torch.equal(logits(resumed.model), logits(whole.model))
+
+    chain, (link,) = chain_of(whole), load_start(adapter).links
+    assert [(each.id, each.num_steps) for each in chain.links] == [(0, 0), (1, 6), (2, 5)]
+    for name, factors in link.factors.items():
+        assert torch.equal(chain.links[0].factors[name].a, factors.a)
+        assert torch.equal(chain.links[0].factors[name].b, factors.b)
+    model = peft.PeftModel.from_pretrained(plain_model(tiny_folder), adapter)
+    with pytest.raises(ConfigError, match="`start` needs a model with a fresh adapter"):
+        make_trainer(model, tokenizer, tmp_path, ChainCallback(steps=4, start=adapter))
 
 
 # --- saves ---

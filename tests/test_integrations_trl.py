@@ -20,6 +20,7 @@ from helpers_integrations import (
 from transformers import AutoTokenizer
 
 from chainlora import ChainCallback, load_chain
+from chainlora.errors import ConfigError
 
 pytest.importorskip("trl", reason="TRL is an extra: pip install 'chainlora[trl]'")
 
@@ -73,32 +74,78 @@ def log_probability(model, batch) -> torch.Tensor:
 
 
 def test_dpo_gives_the_links_of_our_loop(tiny_folder, tokenizer, tmp_path):
-    """The reference of a link is the base with the links before it, without the link itself."""
     trainer = dpo(tiny_folder, tokenizer, tmp_path, ChainCallback(RANKS, steps=LENGTHS))
     batches = record(trainer)
     trainer.train()
 
     def loss(model, batch):
-        with torch.no_grad():  # of a link that adds nothing: what was before it
-            live = [m for m in model.modules() if isinstance(m, peft.tuners.lora.LoraLayer)]
-            for layer in live:
-                layer.enable_adapters(False)
-            reference = log_probability(model, batch)
-            for layer in live:
-                layer.enable_adapters(True)
+        reference = torch.cat([batch["ref_chosen_logps"], batch["ref_rejected_logps"]])
         return dpo_loss(model, batch, reference)
 
     own = own_loop(tiny_folder, batches[:11], RANKS, LENGTHS, loss=loss)
     assert_links_agree(chain_of(trainer), own, atol=2e-4)
 
 
-def test_the_reference_stays_the_base_where_it_is_computed_before(tiny_folder, tokenizer, tmp_path):
-    callback = ChainCallback(RANKS, steps=LENGTHS)
-    trainer = dpo(tiny_folder, tokenizer, tmp_path, callback, precompute_ref_log_probs=True)
+# --- a second stage, and its reference ---
+
+
+@pytest.mark.parametrize("how", ["the same model", "what was saved"])
+def test_sft_and_then_dpo_are_one_chain_and_one_adapter(how, tiny_folder, tokenizer, tmp_path):
+    first = sft(tiny_folder, tokenizer, tmp_path / "sft", ChainCallback([4, 4], steps=[5, 6]))
+    first.train()
+    first.save_model(str(tmp_path / "sft/final"))
+    links = [*chain_of(first).links]
+    reference = plain_model(tiny_folder)
+    load_chain(tmp_path / "sft/final", reference)
+
+    is_same = how == "the same model"
+    callback = ChainCallback([4, 2], start=None if is_same else tmp_path / "sft/final")
+    model = first.model if is_same else None
+    second = dpo(tiny_folder, tokenizer, tmp_path / "dpo", callback, model)
+    batches = record(second)
+    second.train()
+    with torch.no_grad():
+        chosen, rejected = log_probability(reference.eval(), batches[0]).chunk(2)
+    torch.testing.assert_close(batches[0]["ref_chosen_logps"], chosen, atol=1e-4, rtol=0)
+    torch.testing.assert_close(batches[0]["ref_rejected_logps"], rejected, atol=1e-4, rtol=0)
+
+    second.save_model(str(tmp_path / "both"))
+    assert_adapter_is_the_model(tiny_folder, tmp_path / "both", second.model, ROUNDING)
+    chain = chain_of(second)
+    assert [link.id for link in chain.links] == [0, 1, 2, 3]
+    assert [link.num_steps for link in chain.links] == [5, 6, 6, 5]
+    for before, now in zip(links, chain.links, strict=False):
+        for name, factors in before.factors.items():
+            assert torch.equal(factors.a, now.factors[name].a)
+            assert torch.equal(factors.b, now.factors[name].b)
+
+
+def test_a_reference_that_knots_would_move_is_refused_before_the_first_step(
+    tiny_folder, tokenizer, tmp_path
+):
+    for keys in ({"steps": 4}, {"knots": "auto"}):
+        callback = ChainCallback(**keys)
+        trainer = dpo(tiny_folder, tokenizer, tmp_path, callback, precompute_ref_log_probs=False)
+        with pytest.raises(ConfigError, match="precompute_ref_log_probs=True, or give ref_model"):
+            trainer.train()
+        assert trainer.state.global_step == 0
+    args = {"precompute_ref_log_probs": False, "ref_model": plain_model(tiny_folder)}
+    trainer = dpo(tiny_folder, tokenizer, tmp_path, ChainCallback(steps=6), **args)
     trainer.train()
-    history = [r for r in trainer.state.log_history if "rewards/margins" in r]
-    zero = [r["step"] for r in history if abs(r["rewards/margins"]) < 1e-5]
-    assert zero == [1]
+    with trainer.model.disable_adapter():  # after training, for whoever wants to look
+        assert trainer.state.global_step == 11
+
+
+def test_one_link_has_what_it_began_on_as_its_reference(tiny_folder, tokenizer, tmp_path):
+    first = sft(tiny_folder, tokenizer, tmp_path / "sft", ChainCallback([4, 4]))
+    first.train()
+    first.save_model(str(tmp_path / "final"))
+    callback = ChainCallback([4], start=tmp_path / "final")
+    keys = {"precompute_ref_log_probs": False}
+    trainer = dpo(tiny_folder, tokenizer, tmp_path / "dpo", callback, **keys)
+    trainer.train()
+    margins = [r["rewards/margins"] for r in trainer.state.log_history if "rewards/margins" in r]
+    assert [abs(margin) < 1e-5 for margin in margins] == [True] + [False] * 10
 
 
 # --- saves, resume, best ---

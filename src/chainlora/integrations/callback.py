@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -29,6 +30,8 @@ from chainlora.integrations.wrapped_chain import WrappedChain
 from chainlora.knots.driver import Knots, check_policy
 from chainlora.knots.numbers import Numbers, spacings
 from chainlora.knots.policy import Knot, KnotPolicy
+from chainlora.runs.loading_start import load_start
+from chainlora.runs.start import NOTHING
 from chainlora.training.processes import Processes, num_launched
 
 logger = logging.getLogger(__name__)
@@ -39,6 +42,9 @@ class ChainCallback(TrainerCallback):
 
     Pass it in the trainer's `callbacks`. The model's own LoRA says what a link is: rank, alpha,
     target modules. Say with one of `steps`, `epochs` or `ranks` where the knots are.
+
+    What the LoRA has learned already is the chain's first link, and a fresh one follows. On a model
+    that an earlier trainer made a chain of, that chain goes on.
 
     Args:
         ranks: rank of each link, beginning with the LoRA's own. Alone, the links share the run
@@ -52,6 +58,8 @@ class ChainCallback(TrainerCallback):
         optimizer_reset: "full" forgets the optimizer's state at a knot; "off" keeps it, which needs
             equal ranks.
         restart_schedule: give each link the trainer's whole schedule for itself, warm-up included.
+        start: a finished run, a saved chain, or the folder or Hub id of a LoRA. The chain begins
+            with its links, and the model's own LoRA must be fresh.
         seed: of the links' initializations; None takes the trainer's.
     """
 
@@ -66,6 +74,7 @@ class ChainCallback(TrainerCallback):
         alpha_policy: Literal["proportional", "fixed"] = "proportional",
         optimizer_reset: Literal["full", "off"] = "full",
         restart_schedule: bool = False,
+        start: str | Path | None = None,
         seed: int | None = None,
     ) -> None:
         check_knots(ranks, steps, epochs)
@@ -79,7 +88,8 @@ class ChainCallback(TrainerCallback):
         self.ranks, self.steps, self.epochs = ranks, steps, epochs
         self.knots, self.policy, self.alpha_policy = knots, policy, alpha_policy
         self.optimizer_reset, self.seed = optimizer_reset, seed
-        self.restart_schedule = restart_schedule
+        self.restart_schedule, self._start = restart_schedule, start
+        self._is_training = False
         self._wrapped: WrappedChain | None = None
         self._processes = Processes(0, 1, torch.device("cpu"))  # until a trainer says otherwise
         self._settings: dict[str, Any] = {}  # what the model's own LoRA said
@@ -103,6 +113,7 @@ class ChainCallback(TrainerCallback):
             self._begin(args, model)
         _check_same_model(self._need().model, model)
         self._plan(args, state, kwargs.get("train_dataloader"))
+        self._is_training = True
         self._check_place(state)
         self._take_over(args, optimizer, scheduler)
         with self._processes.together():
@@ -115,7 +126,7 @@ class ChainCallback(TrainerCallback):
         """Tie the knot that the policy wants after the step before.
 
         Only now: what the trainer has evaluated and saved after that step is of the link that made
-        it, and DPO's reference moves with the next link.
+        it.
         """
         optimizer = kwargs["optimizer"]
         knot = self._knot(state, optimizer)
@@ -136,6 +147,10 @@ class ChainCallback(TrainerCallback):
             knot = self._knot(state, kwargs["optimizer"])
             if knot is not None and knot.ends_link:
                 control.should_training_stop = True
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Let the adapter be switched off again, by whoever wants to."""
+        self._is_training = False
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Say in every record of losses or scores which link it is of."""
@@ -168,8 +183,18 @@ class ChainCallback(TrainerCallback):
             check_policy(config.knots)
         self._trained = restarts.Trained(model)
         seed = args.seed if self.seed is None else self.seed
-        self._wrapped = WrappedChain(model, seed, writes=args.should_save)
-        self._wrapped.extend(config.links()[0])
+        first = config.links()[0]
+        start = NOTHING if self._start is None else load_start(self._start)
+        self._wrapped = WrappedChain(
+            model,
+            seed,
+            first,
+            start,
+            writes=args.should_save,
+            switch_off=self._check_reference,
+        )
+        self._begun_on = [link.config for link in self.chain.links]
+        self._wrapped.extend(first)
 
     def _chain_config(self, num_links: int) -> ChainConfig:
         """Return the chain as a config; where no ranks are given, all are the LoRA's own."""
@@ -194,7 +219,9 @@ class ChainCallback(TrainerCallback):
             )
         soft = begun + spacings(config, lengths)[len(begun) :]  # those of a resumed run stay
         wrapped.numbers = Numbers(tuple(lengths), soft[: len(lengths)])
-        self._knots = Knots(wrapped.chain, config, wrapped.numbers, policy=self.policy)
+        self._knots = Knots(
+            wrapped.chain, config, wrapped.numbers, policy=self.policy, first=wrapped.first
+        )
         ranks = [link.rank for link in self._knots.links]
         check_ranks(ranks, self._processes)
         if self.optimizer_reset == "off" and len(set(ranks)) > 1:
@@ -211,14 +238,14 @@ class ChainCallback(TrainerCallback):
                 "a trainer tunes a live link (got a chain whose links are all tied); begin with a "
                 "new model, callback and trainer"
             )
-        done = sum(link.num_steps for link in chain.links) + chain.live_steps
+        done = self._knots.first_step + chain.live_steps
         if done != state.global_step:
             raise ChainError(
                 f"chain and trainer must be at one step (got {done} and {state.global_step}); "
                 "resume from a checkpoint, or begin with a new model, callback and trainer"
             )
         found = [*(link.config for link in chain.links), chain.live.config]
-        planned = self._knots.links
+        planned = [*self._begun_on, *self._knots.links]
         if found != planned[: len(found)]:
             raise RunError(
                 "a resumed chain must have the links it began with (got ranks "
@@ -226,7 +253,8 @@ class ChainCallback(TrainerCallback):
                 f"{[config.rank for config in planned]}, or other settings of the LoRA); use "
                 "the settings of the checkpoint"
             )
-        ended, lengths = [link.num_steps for link in chain.links], list(self._knots.numbers.lengths)
+        ended = [link.num_steps for link in chain.links[self._need().first :]]
+        lengths = list(self._knots.numbers.lengths)
         if self.policy is None and ended != lengths[: len(ended)]:
             raise RunError(
                 f"a resumed chain must have the knots it began with (got links of {ended} steps, "
@@ -245,8 +273,16 @@ class ChainCallback(TrainerCallback):
             restarts.check_carried(optimizer)
         if self.restart_schedule:
             restarts.check_schedule(scheduler)
-        if num_links > 1 and self._processes.is_first:
-            _warn_of_moving_reference(args)
+
+    def _check_reference(self) -> None:
+        """Refuse a reference that is the model without its live link, where knots change that."""
+        moves = self._is_training and (self.policy or self.knots or len(self._knots.links) > 1)
+        if moves:
+            raise ConfigError(
+                "the reference of a trainer must stay where training began",
+                "the model with its adapter off, which knots change",
+                "set precompute_ref_log_probs=True, or give ref_model",
+            )
 
     # --- knots ---
 
@@ -300,16 +336,6 @@ def _refuse_late(state: TrainerState) -> None:
         raise ConfigError(
             f"{why}, a trainer needs ChainCallback when it is made (got it by add_callback); pass "
             "it in `callbacks`"
-        )
-
-
-def _warn_of_moving_reference(args: TrainingArguments) -> None:
-    """Say that scores against a reference do not compare links, where the best one is wanted."""
-    if args.load_best_model_at_end and getattr(args, "precompute_ref_log_probs", True) is False:
-        logger.warning(
-            "the reference of preference training moves on at every knot, so scores of different "
-            "links do not compare; for the best model, set precompute_ref_log_probs=True or give "
-            "ref_model"
         )
 
 

@@ -9,8 +9,9 @@ and one ordinary adapter of rank Σr, which PEFT loads onto the plain base.
 
 from __future__ import annotations
 
+import logging
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,16 +19,17 @@ from typing import Any
 import torch
 
 from chainlora import files
-from chainlora.chain.adapters import put_in, redirect, take_off
+from chainlora.chain.adapters import put_in, read_trained, redirect, take_off
 from chainlora.chain.chain import Chain
-from chainlora.chain.link import Link
+from chainlora.chain.link import Link, stack_links
 from chainlora.config.schema import LinkConfig
-from chainlora.errors import DivergedError, RunError
+from chainlora.errors import ConfigError, DivergedError, RunError
 from chainlora.knots.numbers import Numbers
 from chainlora.models.finding import folder_of
 from chainlora.models.modes import kept_random_state
 from chainlora.runs.compression import adapter_factors
 from chainlora.runs.export import write_adapter, write_adapter_card
+from chainlora.runs.loading_start import put_on
 from chainlora.runs.manifest import Base
 from chainlora.runs.saved_chain import (
     INSIDE,
@@ -37,23 +39,53 @@ from chainlora.runs.saved_chain import (
     restore_chain,
     write_chain,
 )
+from chainlora.runs.start import NOTHING, Start
 from chainlora.runs.verification import check_adapter, skeleton_like
+
+logger = logging.getLogger(__name__)
+
+_CHAIN = "_chain_of_links"  # where a PEFT model keeps its chain for the next trainer
 
 
 class WrappedChain:
     """A chain whose LoRA a PEFT model holds. The model stays the trainer's object.
 
-    Its own adapter, which is fresh, is taken off; `extend` puts the first link on. From then on
-    ``save_pretrained`` and ``load_adapter`` of the model save and restore the chain. Of several
-    processes that hold it, only those write that are told to.
+    Its own adapter is taken off; `extend` puts the first link on. From then on ``save_pretrained``
+    and ``load_adapter`` of the model save and restore the chain. Of several processes that hold it,
+    only those write that are told to.
+
+    The chain begins with the links of `start`, with what the model's own adapter has learned, or is
+    the chain that the model has from an earlier trainer. `first` is how many links that are.
     """
 
-    def __init__(self, model: Any, seed: int, *, writes: bool = True) -> None:
+    def __init__(
+        self,
+        model: Any,
+        seed: int,
+        config: LinkConfig,
+        start: Start = NOTHING,
+        *,
+        writes: bool = True,
+        switch_off: Callable[[], None],
+    ) -> None:
         self.model, self._writes = model, writes
-        plain = take_off(model)
-        self.chain = Chain(plain, seed=seed, checkpoint=folder_of(plain))
+        earlier: Chain | None = vars(model).get(_CHAIN)
+        trained = read_trained(model) if earlier is None else ({}, {})
+        if trained is not None and start.links:
+            raise ConfigError(
+                "`start` needs a model with a fresh adapter",
+                "one that has learned something",
+                "leave `start` out, or load the base anew",
+            )
+        with kept_random_state(model):
+            self.chain = _brought_to_an_end(earlier) if earlier else _begun(model, seed, start)
+        if earlier is None and trained is not None:
+            self.chain.add(Link(0, config, *trained))
+        stack_links(self.chain.links)  # one adapter holds them all
+        vars(model)[_CHAIN] = self.chain
+        self.first = len(self.chain)
         self.numbers: Numbers | None = None  # of the run, saved and loaded with the chain
-        redirect(model, self.save, self.load)
+        redirect(model, self.save, self.load, switch_off)
 
     def extend(self, config: LinkConfig) -> None:
         """Begin a link. Random numbers that the trainer draws later stay the same."""
@@ -113,6 +145,23 @@ class WrappedChain:
             restore_chain(self.chain, saved)
         if self.chain.adapter is not None:
             put_in(self.model, self.chain.adapter)
+
+
+def _begun(model: Any, seed: int, start: Start) -> Chain:
+    """Return a chain of the links of a start, on the plain model inside a PEFT model."""
+    plain = take_off(model)
+    chain = Chain(plain, seed=seed, checkpoint=folder_of(plain))
+    for note in put_on(start, chain).notes:
+        logger.warning(note)
+    return chain
+
+
+def _brought_to_an_end(chain: Chain) -> Chain:
+    """Return the chain of an earlier trainer, its last link tied and its layers off the model."""
+    if chain.live is not None:
+        chain.tie() if chain.live_steps else chain.discard()
+    chain.detach()
+    return chain
 
 
 def _with_drawn_factors(link: Link) -> Link:

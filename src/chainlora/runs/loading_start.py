@@ -1,7 +1,7 @@
 """Where a chain can begin: a finished run, a saved chain, or a LoRA that PEFT has saved elsewhere.
 
-`load_start` reads it, before there is a model; `put_on` checks that the model is the right one, and
-puts the links on. `load_chain` is both, for Python.
+`load_start` reads it, before there is a model; `fitted` checks that a model is the right one, and
+`put_on` puts the links on too. `load_chain` is all of it, for Python.
 """
 
 from __future__ import annotations
@@ -63,22 +63,30 @@ def load_start(source: str | Path, stage: str = STAGE) -> Start:
     )
 
 
-def put_on(start: Start, chain: Chain, name: str | None = None) -> Start:
-    """Add links to a chain of none; return the start with the entries and notes that the model
-    completes.
+def fitted(start: Start, chain: Chain, name: str | None = None) -> Start:
+    """Return a start with the entries and notes that the model of a chain completes.
 
     `name` is what the model is called; by default, what it calls itself. Raises ModelError or
-    RunError, before anything changes, for a model that the links are not for.
+    RunError for a model that the links are not for.
     """
     if start.adapter is not None:
         _check_fit(start.adapter, chain.model)
         entries = link_entries(start.links, chain.base_fingerprint, stage=IMPORTED)
         notes = _other_name(start.adapter, name or _name_of(chain.model))
-        start = replace(start, entries=tuple(entries), notes=start.notes + notes)
-    elif start.base is not None and start.base.body != chain.fingerprint_without(start.extra):
+        return replace(start, entries=tuple(entries), notes=start.notes + notes)
+    if start.base is not None and start.base.body != chain.fingerprint_without(start.extra):
         folder = folder_of(chain.model)
         files = base_files(folder) if folder and start.base.files is not None else None
         check_base(start.base, {"files": files, "fingerprint": chain.base_fingerprint}, "its start")
+    return start
+
+
+def put_on(start: Start, chain: Chain, name: str | None = None) -> Start:
+    """Add the links to a chain of none; return the start as `fitted` does.
+
+    Nothing changes where the model is refused.
+    """
+    start = fitted(start, chain, name)
     chain.set_start_of_extra(start.extra)
     for link in start.links:
         chain.add(link)

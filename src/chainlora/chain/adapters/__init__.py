@@ -37,7 +37,13 @@ from chainlora.chain.adapters.layers import (
     set_factors,
     zero,
 )
-from chainlora.chain.adapters.peft_model import put_in, read_settings, redirect, take_off
+from chainlora.chain.adapters.peft_model import (
+    put_in,
+    read_settings,
+    read_trained,
+    redirect,
+    take_off,
+)
 from chainlora.chain.adapters.quantized import dequantized, prepare_quantized
 from chainlora.chain.adapters.refusals import check_mergeable, check_targets
 from chainlora.chain.adapters.targets import is_extra, target_candidates, task_type

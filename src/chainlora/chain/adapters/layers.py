@@ -200,13 +200,17 @@ def live_factors(adapter: Adapter, name: str) -> tuple[nn.Parameter, nn.Paramete
 
 def get_factors(adapter: Adapter, name: str) -> Factors:
     """Copy one module's factors to float32 on the CPU."""
-    layer = adapter.layers[name]
+    return copied_factors(adapter.layers[name])
+
+
+def copied_factors(layer: Any) -> Factors:
+    """Copy the factors of a tuner layer to float32 on the CPU."""
     a, b, bias = factors_in(layer, LIVE)
-    found = Factors(_host(a), _host(b), of_embedding=LIVE in layer.lora_embedding_A)
+    found = Factors(host(a), host(b), of_embedding=LIVE in layer.lora_embedding_A)
     if bias is not None:
-        found = replace(found, bias=_host(bias))
+        found = replace(found, bias=host(bias))
     if LIVE in layer.lora_magnitude_vector:
-        found = replace(found, magnitude=_host(layer.lora_magnitude_vector[LIVE].weight))
+        found = replace(found, magnitude=host(layer.lora_magnitude_vector[LIVE].weight))
     return found
 
 
@@ -256,7 +260,7 @@ def extra_parameters(adapter: Adapter) -> Iterator[tuple[str, nn.Parameter]]:
 
 def get_extra(adapter: Adapter) -> dict[str, Tensor]:
     """Copy the trained extra modules' weights, by plain path, to float32 on the CPU."""
-    return {path: _host(parameter) for path, parameter in extra_parameters(adapter)}
+    return {path: host(parameter) for path, parameter in extra_parameters(adapter)}
 
 
 def set_extra(model: nn.Module, adapter: Adapter | None, weights: Mapping[str, Tensor]) -> None:
@@ -338,7 +342,8 @@ def _fill_branch(layer: Any, factors: Factors | None) -> None:
         bias.copy_(factors.bias)
 
 
-def _host(tensor: Tensor) -> Tensor:
+def host(tensor: Tensor) -> Tensor:
+    """Copy a tensor to float32 on the CPU."""
     return tensor.detach().to("cpu", torch.float32, copy=True)
 
 

@@ -1,9 +1,9 @@
 """A chain inside PEFT's own model, for loops that know PEFT and nothing of chains.
 
 A `PeftModel` is a shell around a tuner. The LoRA that its owner put on is read (`read_settings`)
-and taken off (`take_off`); the chain puts its own on the plain model inside, and the shell is given
-that tuner (`put_in`). Saving and loading, which the shell would do for one adapter, are redirected
-(`redirect`).
+and taken off (`take_off`), and what it has learned becomes a link (`read_trained`); the chain puts
+its own on the plain model inside, and the shell is given that tuner (`put_in`). Saving and loading,
+which the shell would do for one adapter, are redirected (`redirect`).
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ import peft
 import torch
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
-from torch import nn
+from torch import Tensor, nn
 
+from chainlora.chain.adapters.factors import Factors
 from chainlora.chain.adapters.importing import odd_field
-from chainlora.chain.adapters.layers import LIVE, Adapter
+from chainlora.chain.adapters.layers import LIVE, Adapter, copied_factors, host
 from chainlora.errors import ModelError
 
 # TRL's DPOTrainer adds a copy of a fresh adapter under this name, as its reference.
@@ -47,12 +48,11 @@ _REMEDIES = {
 def read_settings(model: nn.Module) -> dict[str, Any]:
     """Return what a model's LoRA says, by the keys of `LinkConfig`.
 
-    Raises ModelError unless it is a PEFT model with one fresh, plain LoRA.
+    Raises ModelError unless it is a PEFT model with one plain LoRA.
     """
     tuned = _peft_model(model)
     config = tuned.peft_config[LIVE]
     _check_fields(config)
-    _check_fresh(tuned)
     return {
         "rank": config.r,
         "alpha": config.lora_alpha,
@@ -119,26 +119,33 @@ def _check_fields(config: Any) -> None:
         raise ModelError(f"a chain needs a plain LoRA (got `{odd[0]}={odd[1]!r:.60}`); {remedy}")
 
 
-def _check_fresh(model: Any) -> None:
-    for name, wrapper in trained_whole(model).items():
-        start = wrapper.original_module.state_dict()
-        copy = wrapper.modules_to_save[LIVE].state_dict()
-        if any(not torch.equal(copy[key], value) for key, value in start.items()):
-            raise ModelError(
-                f"a chain begins with fresh modules to save (got trained weights at {name}); merge "
-                "the adapter (model.merge_and_unload()) and wrap the result anew"
-            )
-    for name, module in model.named_modules():
-        if not isinstance(module, LoraLayer):
-            continue
-        layer: Any = module
-        zeros = [*(b.weight for b in layer.lora_B.values()), *layer.lora_embedding_A.values()]
-        if layer.merged or any(bool(torch.any(zero)) for zero in zeros):
-            state = "merged" if layer.merged else "trained"
-            raise ModelError(
-                f"a chain begins with a fresh adapter, which adds nothing (got a {state} one at "
-                f"{name}); merge it (model.merge_and_unload()) and wrap the result anew"
-            )
+def read_trained(model: Any) -> tuple[dict[str, Factors], dict[str, Tensor]] | None:
+    """Return what a PEFT model's LoRA has learned; None of a fresh one, which adds nothing.
+
+    It is factors by module, and the weights that it trains whole, by path.
+
+    Raises ModelError for one that is merged.
+    """
+    plain, whole = model.get_base_model(), trained_whole(model)
+    layers = {name: each for name, each in plain.named_modules() if isinstance(each, LoraLayer)}
+    if merged := [name for name, layer in layers.items() if layer.merged]:
+        raise ModelError(
+            f"a chain needs an adapter beside the base (got a merged one at {merged[0]}); call "
+            "model.unmerge_adapter(), or load both anew"
+        )
+    factors = {name: copied_factors(layer) for name, layer in layers.items()}
+    pairs = [
+        (f"{name}.{key}", wrapper.original_module.get_parameter(key), parameter)
+        for name, wrapper in whole.items()
+        for key, parameter in wrapper.modules_to_save[LIVE].named_parameters()
+    ]
+    adds = any(
+        bool(f.a.any() and f.b.any()) or (f.bias is not None and bool(f.bias.any()))
+        for f in factors.values()
+    )
+    if not adds and all(torch.equal(before, now) for _, before, now in pairs):
+        return None
+    return factors, {path: host(now) for path, _, now in pairs}
 
 
 def _named(modules: Any) -> tuple[str, ...] | str | None:
@@ -166,13 +173,20 @@ def put_in(model: Any, adapter: Adapter) -> None:
     model.active_adapter = LIVE
 
 
-def redirect(model: Any, save: Callable[[Path], None], load: Callable[[Path], None]) -> None:
+def redirect(
+    model: Any,
+    save: Callable[[Path], None],
+    load: Callable[[Path], None],
+    switch_off: Callable[[], None],
+) -> None:
     """Have a PEFT model save and load by the functions given, in place.
 
     Whoever saves it (Trainer, TRL, a push to the Hub) calls ``save_pretrained``; resume and the
-    best model come by ``load_adapter``. Adapters of other names are left to PEFT.
+    best model come by ``load_adapter``. Adapters of other names are left to PEFT. `switch_off` is
+    called before ``disable_adapter``, by which TRL has its reference model.
     """
-    load_other = model.load_adapter
+    kind = type(model)  # not what an earlier chain put on the model
+    load_other, disable = kind.load_adapter.__get__(model), kind.disable_adapter.__get__(model)
 
     def save_pretrained(
         save_directory: str | Path, *_: Any, is_main_process: bool = True, **__: Any
@@ -186,4 +200,9 @@ def redirect(model: Any, save: Callable[[Path], None], load: Callable[[Path], No
         load(Path(model_id))
         return None
 
+    def disable_adapter() -> Any:
+        switch_off()
+        return disable()
+
     model.save_pretrained, model.load_adapter = save_pretrained, load_adapter
+    model.disable_adapter = disable_adapter
