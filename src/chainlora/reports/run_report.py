@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -63,19 +62,23 @@ def report_runs(
     return {"output": str(path), "bytes": size, "runs": [str(run.path) for run in found]}
 
 
-@dataclass(frozen=True)
-class Shown:
-    """What a page is about: runs, and what they answered, by name, where they were asked."""
-
-    runs: Sequence[RunFacts]
-    answered: Mapping[str, Sequence[Answer]]
-
-
 def run_page(runs: Sequence[RunFacts], answered: Mapping[str, Sequence[Answer]]) -> Page:
-    """Return the page about runs, and about what they answered where they were asked."""
-    shown = Shown(runs, answered)
-    title = " · ".join(run.name for run in runs)
-    return Page(title, _lead(runs), [make(shown) for make in SECTIONS])
+    """Return the page about runs, and about what they answered where they were asked.
+
+    A section is an entry of this list.
+    """
+    known = {run.name: _versions(run) for run in runs}
+    costs = {run.name: _costs(run) for run in runs}
+    sections = [
+        _overview(runs),
+        _each("Training", runs, training_pictures),
+        _each("Links", runs, lambda run: [*chain_pictures(run), *_links_table(run)]),
+        _each("Answers", runs, lambda run: _answers(answered.get(run.name, ()))),
+        section("Cost", Numbers(_side_by_side("What it cost", costs)), *_link_costs(runs)),
+        section("Config", *_configs(runs)),
+        section("Versions", Numbers(_side_by_side("Versions", known))),
+    ]
+    return Page(" · ".join(run.name for run in runs), _lead(runs), sections)
 
 
 def _each(
@@ -130,9 +133,8 @@ def _score(name: str, value: float) -> str:
     return f"{100 * value:.1f} %" if is_share else f"{value:.4g}"
 
 
-def overview(shown: Shown) -> Section:
+def _overview(runs: Sequence[RunFacts]) -> Section:
     """Return what to see first: of one run its numbers, of several a table and their curves."""
-    runs = shown.runs
     if len(runs) == 1:
         values = [(name, value) for name, value in _tiles(runs[0]) if value != _NONE]
         return section("Overview", Tiles(values), *_remarks(runs[0]))
@@ -185,22 +187,7 @@ def _remarks(run: RunFacts) -> list[Block]:
     return [Text(text) for text in found]
 
 
-# --- training, links, answers ---
-
-
-def training(shown: Shown) -> Section:
-    """Return the curves of each run."""
-    return _each("Training", shown.runs, training_pictures)
-
-
-def links(shown: Shown) -> Section:
-    """Return what each link became."""
-    return _each("Links", shown.runs, lambda run: [*chain_pictures(run), *_links_table(run)])
-
-
-def questions(shown: Shown) -> Section:
-    """Return the answers to the same prompts after 0, 1, … links."""
-    return _each("Answers", shown.runs, lambda run: _answers(shown.answered.get(run.name, ())))
+# --- links, answers ---
 
 
 def _links_table(run: RunFacts) -> list[Block]:
@@ -251,23 +238,6 @@ def _answers(found: Sequence[Answer]) -> list[Block]:
 
 
 # --- cost, config, versions ---
-
-
-def cost(shown: Shown) -> Section:
-    """Return steps, tokens, time, memory and machine."""
-    table = _side_by_side("What it cost", {run.name: _costs(run) for run in shown.runs})
-    return section("Cost", Numbers(table), *_link_costs(shown.runs))
-
-
-def config(shown: Shown) -> Section:
-    """Return the keys that differ, and every whole config."""
-    return section("Config", *_configs(shown.runs))
-
-
-def versions(shown: Shown) -> Section:
-    """Return packages, and digests of rows and base."""
-    known = {run.name: _versions(run) for run in shown.runs}
-    return section("Versions", Numbers(_side_by_side("Versions", known)))
 
 
 def _side_by_side(title: str, runs: Mapping[str, Mapping[str, str]], corner: str = "") -> Table:
@@ -371,15 +341,3 @@ def _memory(result: Record) -> str:
 def _together(text: str) -> str:
     """Return a text that no line break divides."""
     return text.replace(" ", "\N{NO-BREAK SPACE}")
-
-
-# The sections of the page, in order.
-SECTIONS: tuple[Callable[[Shown], Section], ...] = (
-    overview,
-    training,
-    links,
-    questions,
-    cost,
-    config,
-    versions,
-)
