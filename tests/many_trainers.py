@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from helpers_integrations import StopAt, make_trainer, peft_model
+from helpers_integrations import StopAt, make_trainer, peft_model, plain_model
 from transformers import AutoTokenizer
 
 from chainlora import ChainCallback
@@ -33,6 +33,8 @@ def make(job: dict[str, Any], callback: ChainCallback | None) -> Any:
         return make_trainer(peft_model(folder), tokenizer, output, callback, **keys)
     from helpers_trl import MAKERS
 
+    if job["kind"] == "DPOTrainer":  # computed before, it would need rows in files (TRL's cache)
+        keys = {"precompute_ref_log_probs": False, "ref_model": plain_model(folder)} | keys
     return MAKERS[job["kind"]](folder, tokenizer, output, callback, **keys)
 
 
