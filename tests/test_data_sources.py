@@ -123,8 +123,8 @@ def test_eval_with_a_limit_reads_no_more_than_its_rows(tiny_folder, sentiment, t
     [
         (rb'{"text": "a\ud83d b"}', r"whole characters \(got half of one, '\\ud83d', .* line 2\)"),
         (rb'{"a\uDE00": "b"}', r"whole characters .*line 2"),
-        (b'{"text": ' + b"9" * 5000 + b"}", r"can be read \(got: Exceeds the limit.*line 2"),
-        (b'{"text": ' + b"[" * 200_000 + b"]" * 200_000 + b"}", r"can be read \(got: .*line 2"),
+        (b'{"text": ' + b"9" * 5000 + b"}", r"can be read \(got Exceeds the limit.*line 2"),
+        (b'{"text": ' + b"[" * 200_000 + b"]" * 200_000 + b"}", r"can be read \(got .*line 2"),
     ],
     ids=["surrogate", "surrogate-key", "huge-integer", "deep"],
 )

@@ -17,6 +17,13 @@ _BATCH = 256  # rows of a Parquet file decoded at a time
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # half of a character, when it stands alone
 
 
+def bad_row(
+    rule: str, got: object, place: str, remedy: str = "correct or remove the row"
+) -> DataError:
+    """Return what is wrong with a row, which is named by file and line."""
+    return DataError(rule, f"{got} at {place}", remedy)
+
+
 class Record(NamedTuple):
     """One row as it is read, before it is parsed."""
 
@@ -53,22 +60,15 @@ def _read_csv(file: BinaryIO, path: Path) -> Iterator[Record]:
         try:
             for values in reader:
                 if None in values or None in values.values():
-                    raise DataError(
-                        f"a CSV row must have the header's {len(reader.fieldnames or [])} fields "
-                        f"(got another number at {path} line {reader.line_num}); correct or remove "
-                        "it"
-                    )
+                    rule = f"a CSV row must have the header's {len(reader.fieldnames or [])} fields"
+                    raise bad_row(rule, "another number", f"{path} line {reader.line_num}")
                 yield Record(reader.line_num, values, file.tell() / size)
         except UnicodeDecodeError:
-            raise DataError(
-                f"data must be UTF-8 (got other bytes in {path} after line {reader.line_num}); "
-                "convert the file"
-            ) from None
+            got = f"other bytes in {path} after line {reader.line_num}"
+            raise DataError("data must be UTF-8", got, "convert the file") from None
         except csv.Error as error:
-            raise DataError(
-                f"data must be CSV (got {error} at {path} line {reader.line_num}); correct it, or "
-                "write JSON lines"
-            ) from None
+            place, remedy = f"{path} line {reader.line_num}", "correct it, or write JSON lines"
+            raise bad_row("data must be CSV", error, place, remedy) from None
 
 
 def _read_parquet(file: BinaryIO, path: Path) -> Iterator[Record]:
@@ -115,23 +115,13 @@ def parse_json(content: bytes, origin: str) -> Any:
             json.dumps(values, ensure_ascii=False).encode("utf-8")
         return values
     except UnicodeDecodeError:
-        raise DataError(
-            f"data must be UTF-8 (got other bytes at {origin}); convert the file"
-        ) from None
+        raise bad_row("data must be UTF-8", "other bytes", origin, "convert the file") from None
     except UnicodeEncodeError as error:
-        half = error.object[error.start]
-        raise DataError(
-            f"a text must be whole characters (got half of one, {half!a}, at {origin}); correct "
-            "or remove it"
-        ) from None
+        got = f"half of one, {error.object[error.start]!a},"
+        raise bad_row("a text must be whole characters", got, origin) from None
     except json.JSONDecodeError as error:
         place = origin if " line " in origin else f"{origin} line {error.lineno}"
-        raise DataError(
-            f"data must be JSON (got {error.msg} at {place} column {error.colno}); "
-            "correct or remove it"
-        ) from None
+        raise bad_row("data must be JSON", error.msg, f"{place} column {error.colno}") from None
     except (ValueError, RecursionError) as error:  # an integer of thousands of digits; deep nesting
         reason = str(error).partition(";")[0]
-        raise DataError(
-            f"data must be JSON that can be read (got: {reason} at {origin}); correct or remove it"
-        ) from None
+        raise bad_row("data must be JSON that can be read", reason, origin) from None

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from chainlora.data.pinned import Pin, PinnedFile, pin
-from chainlora.data.readers import READERS, Record, parse_json
+from chainlora.data.readers import READERS, Record, bad_row, parse_json
 from chainlora.errors import DataError
 
 SUFFIXES = tuple(READERS)
@@ -280,7 +280,5 @@ def _row(record: Record, index: int, place: str) -> Row:
         values = parse_json(values, origin)
     if not isinstance(values, Mapping) or not values:
         got = "an empty object" if values == {} else f"{type(values).__name__} {values!r:.40}"
-        raise DataError(
-            "a row must be an object of named values", f"{got} at {origin}", "correct or remove it"
-        )
+        raise bad_row("a row must be an object of named values", got, origin)
     return Row(values, index, origin)

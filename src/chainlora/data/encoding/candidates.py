@@ -10,9 +10,9 @@ from collections.abc import Sequence
 
 from chainlora.data.encoding.drafts import Draft, Ids, Span
 from chainlora.data.encoding.tokens import TokenReader, check_start, refuse_nothing
+from chainlora.data.readers import bad_row
 from chainlora.data.sources import Row
 from chainlora.data.tasks import Rendered, Task
-from chainlora.errors import DataError
 
 
 class CandidatesEncoder:
@@ -29,20 +29,11 @@ class CandidatesEncoder:
         shown = self.task.render_all(rows)
         prompts = [self.before + each.prompt for each in shown]
         starts = [len(ids) for ids in self.reader.ids(prompts)]
-        wholes = iter(
-            self.reader.ids(
-                [
-                    prompt + text
-                    for prompt, each in zip(prompts, shown, strict=True)
-                    for text in each.candidates
-                ]
-            )
-        )
-        drafts = []
-        for row, each, prompt, start in zip(rows, shown, prompts, starts, strict=True):
-            sequences = [next(wholes) for _ in each.candidates]
-            drafts.append(self._draft(row, each, prompt, start, sequences))
-        return drafts
+        pairs = zip(prompts, shown, strict=True)
+        texts = [prompt + text for prompt, each in pairs for text in each.candidates]
+        wholes = iter(self.reader.ids(texts))
+        sequences = [[next(wholes) for _ in each.candidates] for each in shown]
+        return list(map(self._draft, rows, shown, prompts, starts, sequences))
 
     def _draft(
         self, row: Row, shown: Rendered, prompt: str, start: int, sequences: list[Ids]
@@ -57,16 +48,8 @@ class CandidatesEncoder:
         _check_different(shown.candidates, sequences, row.origin, first_token)
         scored: list[list[Span]] = [[(start, len(ids))] for ids in sequences]
         names = shown.names if self.task.candidates else ()
-        return Draft(
-            row.index,
-            row.origin,
-            list(shown),
-            sequences,
-            scored,
-            shown.label,
-            shown.references,
-            names,
-        )
+        right = (shown.label, shown.references, names)
+        return Draft(row.index, row.origin, list(shown), sequences, scored, *right)
 
     def unread(self, row: Row) -> set[str]:
         """Return nothing: which columns a task reads is its author's choice."""
@@ -81,8 +64,6 @@ def _check_different(
         twin = seen.setdefault(tuple(ids), index)
         if twin != index:
             what = "first tokens under scoring: first_token" if first_token else "tokens"
-            raise DataError(
-                f"candidates must have different {what} (got {texts[twin]!r} and "
-                f"{texts[index]!r} at {place}); {'use scoring: mean or ' if first_token else ''}"
-                "choose other words"
-            )
+            remedy = f"{'use scoring: mean or ' if first_token else ''}choose other words"
+            got = f"{texts[twin]!r} and {texts[index]!r}"
+            raise bad_row(f"candidates must have different {what}", got, place, remedy)

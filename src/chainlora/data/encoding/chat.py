@@ -6,11 +6,13 @@ import inspect
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import cached_property
 from typing import Any
 
 from chainlora.data.encoding.drafts import Draft, Ids, Span
 from chainlora.data.encoding.tokens import TokenReader, common_prefix
+from chainlora.data.readers import bad_row
 from chainlora.data.sources import Row
 from chainlora.data.templates import Reply, render_chats
 from chainlora.errors import DataError
@@ -88,10 +90,8 @@ class ChatEncoder:
         for what, item in without.items():
             (reply,) = self._render([item])
             if not reply.error and reply.value[0] == whole:  # one that refuses does read them
-                raise DataError(
-                    f"the model's chat template must show {what} (got a template that ignores "
-                    f"them, at {chat.place}); give {_CHATML}, or remove them from the rows"
-                )
+                rule, got = f"the model's chat template must show {what}", "one that ignores them"
+                raise bad_row(rule, got, chat.place, f"give {_CHATML}, or remove them")
 
     # --- turns by marks ---
 
@@ -138,11 +138,12 @@ class ChatEncoder:
         edges = []
         for turn, before, after in zip(chat.turns, found[::2], found[1::2], strict=True):
             if not (whole.startswith(after) and after.startswith(before)):
-                raise DataError(
-                    "the chat template must render a conversation as a prefix of the longer one "
-                    f"(got other text before turn {turn + 1} at {chat.place}), or mark turns with "
-                    f"{{% generation %}}; end the row with its first assistant turn, or give "
-                    f"{_CHATML}"
+                raise bad_row(
+                    "the chat template must render a conversation as a prefix of the longer one, "
+                    "or mark turns with {% generation %}",
+                    f"other text before turn {turn + 1}",
+                    chat.place,
+                    f"end the row with its first assistant turn, or give {_CHATML}",
                 )
             edges += [before, after.rstrip()]
         return edges
@@ -154,10 +155,11 @@ class ChatEncoder:
         """
         at = after.find(self._opening) if self._opening else -1
         if at < 0:
-            raise DataError(
-                "a chat that the assistant begins must be read by a template that marks turns with "
-                f"{{% generation %}} (got another at {chat.place}); give {_CHATML}, or remove the "
-                "first turn"
+            raise bad_row(
+                "a chat that the assistant begins must have a template that marks {% generation %}",
+                "another",
+                chat.place,
+                f"give {_CHATML}, or remove the first turn",
             )
         return after[: at + len(self._opening)]
 
@@ -216,20 +218,15 @@ class _Chat:
     def value(self, reply: Reply) -> Any:
         """Return text and marks. Raises DataError where the template refused."""
         if reply.error:
-            raise DataError(
-                f"messages must suit the model's chat template (got: {reply.error:.120} at "
-                f"{self.place}); correct the row, or give {_CHATML}"
-            )
+            rule, remedy = "messages must suit the model's chat template", "correct the row"
+            raise bad_row(rule, f"{reply.error:.120}", self.place, f"{remedy}, or give {_CHATML}")
         return reply.value
 
     def draft(self, ids: Ids, spans: list[Span]) -> Draft:
         """Return the row as tokens, its last answer as the reference."""
         spans = [(begin, stop) for begin, stop in spans if stop > begin]
         if not spans:
-            raise DataError(
-                f"an assistant's turn must tokenise to something (got none at {self.place}); "
-                "correct it"
-            )
+            raise bad_row("an assistant's turn must tokenise to something", "none", self.place)
         content: Any = [self.content, self.tools] if self.tools else self.content
         if self.arguments:
             content = [self.content, self.tools, self.arguments]
@@ -250,16 +247,13 @@ def _covered(offsets: Sequence[Span], marks: Sequence[Span]) -> list[Span]:
 
 def _checked_messages(messages: Any, place: str) -> _Messages:
     """Return messages without their nulls, which tables of unlike messages are full of."""
-    if not (_is_list(messages) and all(map(_is_message, messages))):
-        raise DataError(
-            f"`messages` must be a list of objects with role and content (got {messages!r:.80} "
-            f"at {place}); correct or remove the row"
-        )
-    if not any(message["role"] == "assistant" for message in messages):
-        raise DataError(
-            f"`messages` must have a turn with role assistant to learn from (got roles "
-            f"{[message['role'] for message in messages]} at {place}); remove the row"
-        )
+    if not (_are_objects(messages) and all(map(_is_message, messages))):
+        rule = "`messages` must be a list of objects with role and content"
+        raise bad_row(rule, f"{messages!r:.80}", place)
+    roles = [message["role"] for message in messages]
+    if "assistant" not in roles:
+        rule = "`messages` must have a turn with role assistant to learn from"
+        raise bad_row(rule, f"roles {roles}", place, "remove the row")
     return [_without_parts(message, place) for message in messages]
 
 
@@ -272,17 +266,14 @@ def _without_parts(message: Mapping[str, Any], place: str) -> dict[str, Any]:
     content: Any = found.get("content", "")
     if isinstance(content, str):
         return found
-    if not (_is_list(content) and all(map(_is_text_part, content))):
-        raise DataError(
-            "the content of a message must be a text, or parts of type text (got "
-            f"{content!r:.80} at {place}); remove other parts, or the row"
-        )
+    if not (_are_objects(content) and all(map(_is_text_part, content))):
+        rule = "the content of a message must be a text, or parts of type text"
+        raise bad_row(rule, f"{content!r:.80}", place, "remove other parts, or the row")
     return found | {"content": "".join(part["text"] for part in content)}
 
 
-def _is_text_part(part: Any) -> bool:
-    is_text = isinstance(part, Mapping) and part.get("type", "text") == "text"
-    return is_text and isinstance(part.get("text"), str)
+def _is_text_part(part: Mapping[str, Any]) -> bool:
+    return part.get("type", "text") == "text" and isinstance(part.get("text"), str)
 
 
 def _with_parsed_calls(message: dict[str, Any]) -> dict[str, Any]:
@@ -291,7 +282,7 @@ def _with_parsed_calls(message: dict[str, Any]) -> dict[str, Any]:
     A template would quote the text once more.
     """
     calls: Any = message.get("tool_calls")
-    if not (_is_list(calls) and all(isinstance(call, Mapping) for call in calls)):
+    if not _are_objects(calls):
         return message
     return message | {"tool_calls": [_parsed_call(call) for call in calls]}
 
@@ -313,38 +304,29 @@ def _checked_arguments(arguments: Any, reader: TokenReader, place: str) -> dict[
         return {}
     of_the_call = inspect.signature(reader.tokenizer.apply_chat_template).parameters
     if not isinstance(arguments, Mapping) or arguments.keys() & of_the_call.keys():
-        raise DataError(
-            "`chat_template_kwargs` must be an object of names that the template reads (got "
-            f"{arguments!r:.80} at {place}); correct or remove it"
-        )
+        rule = "`chat_template_kwargs` must be an object of names that the template reads"
+        raise bad_row(rule, f"{arguments!r:.80}", place)
     return {key: value for key, value in arguments.items() if value is not None}
 
 
-def _is_list(value: Any) -> bool:
-    return isinstance(value, Sequence) and not isinstance(value, str)
+def _are_objects(value: Any) -> bool:
+    is_list = isinstance(value, Sequence) and not isinstance(value, str)
+    return is_list and all(isinstance(each, Mapping) for each in value)
 
 
-def _is_message(message: Any) -> bool:
-    return (
-        isinstance(message, Mapping)
-        and isinstance(message.get("role"), str)
-        and ("content" in message or bool(message.get("tool_calls")))
-    )
+def _is_message(message: Mapping[str, Any]) -> bool:
+    says = "content" in message or bool(message.get("tool_calls"))
+    return says and isinstance(message.get("role"), str)
 
 
 def _checked_tools(tools: Any, place: str) -> list[dict[str, Any]] | None:
     """Return the tools of a row, which tables often hold as JSON text; None for none."""
     found = tools
     if isinstance(tools, str):
-        try:
+        with suppress(ValueError):
             found = json.loads(tools) if tools.strip() else None
-        except ValueError:
-            found = tools
     if not found:
         return None
-    if not (_is_list(found) and all(isinstance(tool, Mapping) for tool in found)):
-        raise DataError(
-            f"`tools` must be a list of JSON schemas (got {tools!r:.80} at {place}); correct or "
-            "remove it"
-        )
+    if not _are_objects(found):
+        raise bad_row("`tools` must be a list of JSON schemas", f"{tools!r:.80}", place)
     return [dict(tool) for tool in found]

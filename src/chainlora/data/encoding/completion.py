@@ -12,9 +12,9 @@ from chainlora.data.encoding.tokens import (
     common_prefix,
     refuse_nothing,
 )
+from chainlora.data.readers import bad_row
 from chainlora.data.sources import Row
 from chainlora.data.tasks import Task
-from chainlora.errors import DataError
 
 FIELDS = ("prompt", "completion")
 
@@ -55,16 +55,9 @@ class CompletionEncoder:
         """Return the rows as tokens. Raises DataError that names a row that cannot be used."""
         pairs = self.pairs(rows)
         prompts = [self.before + pair.prompt for pair in pairs]
-        reads = self.reader.ids(prompts)
-        wholes = self.reader.ids(
-            [prompt + pair.completion for prompt, pair in zip(prompts, pairs, strict=True)]
-        )
-        return [
-            self._draft(row, pair, prompt, read, whole)
-            for row, pair, prompt, read, whole in zip(
-                rows, pairs, prompts, reads, wholes, strict=True
-            )
-        ]
+        texts = [prompt + pair.completion for prompt, pair in zip(prompts, pairs, strict=True)]
+        reads, wholes = self.reader.ids(prompts), self.reader.ids(texts)
+        return list(map(self._draft, rows, pairs, prompts, reads, wholes))
 
     def _draft(self, row: Row, pair: Pair, prompt: str, read: Ids, whole: Ids) -> Draft:
         start = len(read) if self.exact else common_prefix(read, whole)
@@ -74,14 +67,8 @@ class CompletionEncoder:
         if prompt or self.exact:
             check_start(start, prompt, pair.completion, row.origin)
         span = (max(start, 1), len(ids))
-        return Draft(
-            row.index,
-            row.origin,
-            pair.content,
-            [ids],
-            [[span]],
-            references=pair.references,
-        )
+        refs = pair.references
+        return Draft(row.index, row.origin, pair.content, [ids], [[span]], references=refs)
 
     def unread(self, row: Row) -> set[str]:
         """Return the columns of a row that are not read."""
@@ -110,8 +97,5 @@ def text_of(row: Row, field: str) -> str:
     """Return a field that must be a text. Raises DataError that names the row."""
     text = row.get(field)
     if not isinstance(text, str):
-        raise DataError(
-            f"`{field}` must be a text (got {text!r:.60} at {row.origin}); correct or remove the "
-            "row"
-        )
+        raise bad_row(f"`{field}` must be a text", f"{text!r:.60}", row.origin)
     return text

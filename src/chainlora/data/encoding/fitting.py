@@ -7,7 +7,10 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from chainlora.data.encoding.drafts import Draft, Span
+from chainlora.data.readers import bad_row
 from chainlora.errors import DataError
+
+_SHORTEN = "shorten it or raise data.max_length"
 
 
 class TooLong(NamedTuple):
@@ -43,15 +46,11 @@ class Counts:
         if self.first_too_long is None:
             return
         length, place = self.first_too_long
-        more = (
-            f"; {self.rows_too_long} of {self.rows} rows are longer, up to {self.longest} tokens"
-            if self.rows_too_long > 1
-            else ""
-        )
-        raise DataError(
-            f"a row must fit the context (got {length} tokens for at most {max_length} at "
-            f"{place}{more}); shorten it, raise data.max_length, or set data.truncation: left"
-        )
+        if self.rows_too_long > 1:
+            count = f"{self.rows_too_long} of {self.rows}"
+            place += f"; {count} rows are longer, up to {self.longest} tokens"
+        got, remedy = f"{length} tokens for at most {max_length}", "or set data.truncation: left"
+        raise bad_row("a row must fit the context", got, place, f"{_SHORTEN}, {remedy}")
 
 
 @dataclass(frozen=True)
@@ -98,17 +97,13 @@ class Fit:
         first = max(front, 1)
         room = min(spans[0][0] for spans in draft.scored) - first
         if self.keeps_targets and excess > room:
-            raise DataError(
-                f"what is scored must fit the context beside one token of prompt (got "
-                f"{length - room} tokens for at most {max_length} at {draft.place}); shorten it "
-                "or raise data.max_length"
-            )
+            rule = "what is scored must fit the context beside one token of prompt"
+            got = f"{length - room} tokens for at most {max_length}"
+            raise bad_row(rule, got, draft.place, _SHORTEN)
         scored = [_move(spans, excess, first) for spans in draft.scored]
         if not all(scored):
-            raise DataError(
-                f"a cut row must keep something to learn (got only unscored tokens in the last "
-                f"{max_length} at {draft.place}); shorten it or raise data.max_length"
-            )
+            got = f"only unscored tokens in the last {max_length}"
+            raise bad_row("a cut row must keep something to learn", got, draft.place, _SHORTEN)
         sequences = [ids[:front] + ids[front + excess :] for ids in draft.sequences]
         return replace(draft, sequences=sequences, scored=scored)
 
@@ -121,13 +116,10 @@ class Fit:
         (ids,), front = draft.sequences, self.num_front
         step = max_length - front - 1
         if step < 1:
-            raise DataError(
-                f"a block of text must hold two tokens beside the {front} special ones (got "
-                f"max_length {max_length}); raise data.max_length"
-            )
-        blocks = [
-            replace(draft, sequences=[ids[:max_length]], scored=[[(max(front, 1), max_length)]])
-        ]
+            rule = f"a block of text must hold two tokens beside the {front} special ones"
+            raise DataError(rule, f"max_length {max_length}", "raise data.max_length")
+        first = [[(max(front, 1), max_length)]]
+        blocks = [replace(draft, sequences=[ids[:max_length]], scored=first)]
         for start in range(max_length, len(ids), step):
             block = ids[:front] + ids[start - 1 : start + step]
             blocks.append(replace(draft, sequences=[block], scored=[[(front + 1, len(block))]]))
@@ -135,8 +127,5 @@ class Fit:
 
 
 def _move(spans: list[Span], excess: int, first: int) -> list[Span]:
-    return [
-        (max(begin - excess, first), stop - excess)
-        for begin, stop in spans
-        if stop - excess > first
-    ]
+    kept = [(begin - excess, stop - excess) for begin, stop in spans if stop - excess > first]
+    return [(max(begin, first), stop) for begin, stop in kept]

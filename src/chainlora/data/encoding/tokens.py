@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.tokenization_utils_tokenizers import TokenizersBackend
 
 from chainlora.data.encoding.drafts import Ids
+from chainlora.data.readers import bad_row
 from chainlora.errors import DataError
 
 
@@ -67,21 +68,17 @@ def common_prefix(first: Ids, second: Ids) -> int:
     if second[: len(first)] == first:
         return len(first)
     pairs = enumerate(zip(first, second, strict=False))
-    return next(
-        (index for index, (one, other) in pairs if one != other), min(len(first), len(second))
-    )
+    unlike = (index for index, (one, other) in pairs if one != other)
+    return next(unlike, min(len(first), len(second)))
 
 
 def refuse_nothing(text: str, prompt: str, place: str) -> NoReturn:
     """Refuse a text that is no token after its prompt."""
-    merged = prompt != prompt.rstrip() and text.strip()
-    remedy = (
-        "move the prompt's last blank to the start of what follows" if merged else "write some text"
-    )
-    raise DataError(
-        f"a candidate or completion must tokenise to at least one token after its prompt (got "
-        f"{text!r:.60} after …{prompt[-20:]!r} at {place}); {remedy}"
-    )
+    rule = "a candidate or completion must tokenise to at least one token after its prompt"
+    remedy = "write some text"
+    if prompt != prompt.rstrip() and text.strip():
+        remedy = "move the prompt's last blank to the start of what follows"
+    raise bad_row(rule, f"{text!r:.60} after …{prompt[-20:]!r}", place, remedy)
 
 
 def check_start(start: int, prompt: str, answer: str, place: str) -> None:
@@ -89,11 +86,8 @@ def check_start(start: int, prompt: str, answer: str, place: str) -> None:
     if start:
         return
     if not prompt:
-        raise DataError(
-            f"a prompt must be a token at least (got '' at {place}, and this tokenizer puts none "
-            "in front); write some text"
-        )
-    raise DataError(
-        f"a prompt must keep a token of its own (got {prompt!r:.40} and {answer!r:.40} at {place}, "
-        "which become one token); begin the answer with a space, or lengthen the prompt"
-    )
+        got = "'', and this tokenizer puts none in front,"
+        raise bad_row("a prompt must be a token at least", got, place, "write some text")
+    got = f"{prompt!r:.40} and {answer!r:.40}, which become one token,"
+    remedy = "begin the answer with a space, or lengthen the prompt"
+    raise bad_row("a prompt must keep a token of its own", got, place, remedy)

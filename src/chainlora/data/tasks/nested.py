@@ -9,9 +9,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from chainlora.data.readers import Record
+from chainlora.data.readers import Record, bad_row
 from chainlora.data.sources import Row, Source
-from chainlora.errors import DataError
 
 _Flat = Iterator[dict[str, Any]]
 
@@ -86,10 +85,8 @@ def _flattened(task: str, row: Row) -> list[dict[str, Any]]:
     try:
         return list(NESTED[task](row))
     except (KeyError, TypeError) as error:
-        raise DataError(
-            f"a nested row of task {task!r} must have the form of SuperGLUE (got no {error} at "
-            f"{row.origin}); correct it or write flat rows"
-        ) from None
+        rule = f"a nested row of task {task!r} must have the form of SuperGLUE"
+        raise bad_row(rule, f"no {error}", row.origin, "correct it or write flat rows") from None
 
 
 def flat(source: Source, task: str) -> Source:

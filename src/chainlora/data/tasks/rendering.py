@@ -9,10 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from chainlora.data.readers import bad_row
 from chainlora.data.sources import where
 from chainlora.data.tasks.schema import TaskFile
 from chainlora.data.templates import evaluate
 from chainlora.errors import DataError
+
+_REMEDY = "correct the row or the task file"
 
 
 class Rendered(NamedTuple):
@@ -40,17 +43,12 @@ def render_rows(
     for at, (row, reply) in enumerate(zip(rows, replies, strict=True), position):
         place = where(row, at)
         if reply.error and reply.key:
-            raise DataError(
-                f"a row must have what `{reply.key}` of task {task.name!r} needs",
-                f"{reply.error} at {place}, whose fields are {', '.join(map(str, row))}",
-                "correct the row or the task file",
-            )
+            rule = f"a row must have what `{reply.key}` of task {task.name!r} needs"
+            fields = f"{place}, whose fields are {', '.join(map(str, row))}"
+            raise bad_row(rule, reply.error, fields, _REMEDY)
         if reply.error:
-            raise DataError(
-                f"the templates of task {task.name!r} must render a row",
-                f"{reply.error} at {place}",
-                "simplify them or correct the row",
-            )
+            rule, remedy = f"the templates of task {task.name!r} must render a row", "simplify them"
+            raise bad_row(rule, reply.error, place, f"{remedy} or correct the row")
         found.append(_rendered(task, reply.value, place))
     return found
 
@@ -87,20 +85,16 @@ def _references(task: TaskFile, found: Mapping[str, Any], place: str) -> tuple[s
     value = found["references"]
     values = [value] if isinstance(value, str) else value
     if not isinstance(values, Sequence) or not values:
-        raise DataError(
-            f"`references` of task {task.name!r} must be a text or a non-empty list of them "
-            f"(got {value!r:.60} at {place}); correct the row or the task file"
-        )
+        rule = f"`references` of task {task.name!r} must be a text or a non-empty list of them"
+        raise bad_row(rule, f"{value!r:.60}", place, _REMEDY)
     return tuple(str(item) for item in values)
 
 
 def _label_of(task: TaskFile, value: Any, place: str) -> int:
     label = task.label_index(value)
     if label is None:
-        raise DataError(
-            f"label must be one that task {task.name!r} declares (got {value!r:.60} at {place}); "
-            f"declared: {', '.join(task.label_values)}"
-        )
+        rule = f"label must be one that task {task.name!r} declares"
+        raise bad_row(rule, f"{value!r:.60}", place, f"declared: {', '.join(task.label_values)}")
     return label
 
 
@@ -109,10 +103,8 @@ def _row_candidates(
 ) -> tuple[tuple[str, ...], tuple[str, ...], int, tuple[str, ...]]:
     items = found["candidates"]
     if not isinstance(items, Sequence) or isinstance(items, str) or len(items) < 2:
-        raise DataError(
-            f"`candidates` of task {task.name!r} must give a list of at least two (got "
-            f"{items!r:.60} at {place}); correct the row or the task file"
-        )
+        rule = f"`candidates` of task {task.name!r} must give a list of at least two"
+        raise bad_row(rule, f"{items!r:.60}", place, _REMEDY)
     names = tuple(str(item) for item in items)
     texts, value = tuple(found["candidate"]), found["label"]
     if isinstance(value, list):
@@ -130,10 +122,8 @@ def _row_candidates(
         label = item if item is not None else place_of
         right = (names[label],) if label is not None else ()
     if label is None:
-        raise DataError(
-            f"label must be a candidate or its position (got {value!r:.60} for {len(names)} "
-            f"candidates of task {task.name!r} at {place}); correct the row or the task file"
-        )
+        got = f"{value!r:.60} for {len(names)} candidates of task {task.name!r}"
+        raise bad_row("label must be a candidate or its position", got, place, _REMEDY)
     return texts, names, label, right
 
 
