@@ -14,7 +14,7 @@ from chainlora.engine.fast.packed.path import PackedSequences, packed_hidden
 from chainlora.engine.fast.plugin import PACKED
 from chainlora.engine.packing import PackedBatch
 from chainlora.engine.padded import padded_hidden
-from chainlora.engine.patching import installed, patched_modules
+from chainlora.engine.patching import installed
 from chainlora.engine.probes import examine
 
 
@@ -70,6 +70,11 @@ def accelerate_layers(layers: Iterable[nn.Module]) -> int:
     layers = list(layers)
     LoraLayers().adapt(layers)
     return sum(bool(installed(layer)) and active_adapter(layer) is not None for layer in layers)
+
+
+def patched_modules(model: nn.Module) -> list[nn.Module]:
+    """The modules whose forward is one of ours."""
+    return [module for module in model.modules() if installed(module)]
 
 
 def accelerate_linears(model: nn.Module) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import tiny_model
+from forwards import patched_modules
 from torch import Tensor, nn
 
 from chainlora.chain.chain import Chain
@@ -18,7 +19,6 @@ from chainlora.engine.engine import Engine, num_terms
 from chainlora.engine.fast import registry
 from chainlora.engine.fast.plugin import FastPath
 from chainlora.engine.packing import PackedBatch
-from chainlora.engine.patching import patched_modules
 from chainlora.engine.probes import Facts
 from chainlora.errors import ModelError
 

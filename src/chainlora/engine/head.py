@@ -79,12 +79,12 @@ def completion_loss(model: nn.Module, hidden: Tensor, batch: PackedBatch) -> tup
     """Return the summed negative log-likelihood of the scored tokens (a scalar, float32) and their
     number."""
     head, hidden = _head(model), _for_head(model, hidden)
-    if logit_transform(model) is None and _is_plain(head) and not head.weight.requires_grad:
+    if logit_transform(model) is None and _is_frozen_linear(head):
         chunks = _chunks(batch.token_row, batch.token_target, hidden.shape[0], head.weight.shape[0])
-        return _SummedLoss.apply(hidden, head.weight, head.bias, chunks), batch.num_scored_tokens
-    return -token_logprobs(
-        model, hidden, batch.token_row, batch.token_target
-    ).sum(), batch.num_scored_tokens
+        loss = _SummedLoss.apply(hidden, head.weight, head.bias, chunks)
+    else:
+        loss = -token_logprobs(model, hidden, batch.token_row, batch.token_target).sum()
+    return loss, batch.num_scored_tokens
 
 
 def token_logprobs(
@@ -96,31 +96,15 @@ def token_logprobs(
     """
     head, transform, hidden = _head(model), logit_transform(model), _for_head(model, hidden)
     chunks = _chunks(token_row, token_target, hidden.shape[0], _vocabulary(model))
-    plain = transform is None and _is_plain(head) and not head.weight.requires_grad
-    weight = widened(head.weight) if plain else None
-    parts = []
-    for chunk, piece in zip(
-        chunks, hidden.split([chunk.last - chunk.first for chunk in chunks]), strict=True
-    ):
-        if weight is not None:
-            part = _TargetLogprobs.apply(piece, weight, head.bias, chunk.rows, chunk.targets)
-        elif torch.is_grad_enabled():
-            part = checkpoint(
-                _module_logprobs,
-                head,
-                transform,
-                piece,
-                chunk.rows,
-                chunk.targets,
-                use_reentrant=False,
-            )
-        else:
-            part = _module_logprobs(head, transform, piece, chunk.rows, chunk.targets)
-        parts.append(part)
-    result = torch.cat(parts)
-    return torch.empty_like(result).index_put(
-        (torch.cat([chunk.tokens for chunk in chunks]),), result
-    )
+    compute: Callable[[Tensor, Tensor, Tensor], Tensor] = partial(_logprobs, head, transform)
+    if transform is None and _is_frozen_linear(head):
+        compute = partial(_TargetLogprobs.apply, widened(head.weight), head.bias)
+    elif torch.is_grad_enabled():
+        compute = partial(checkpoint, compute, use_reentrant=False)
+    pieces = hidden.split([chunk.last - chunk.first for chunk in chunks])
+    parts = [compute(x, c.rows, c.targets) for x, c in zip(pieces, chunks, strict=True)]
+    result, tokens = torch.cat(parts), torch.cat([chunk.tokens for chunk in chunks])
+    return torch.empty_like(result).index_put((tokens,), result)
 
 
 def logit_transform(model: nn.Module) -> Transform | None:
@@ -245,11 +229,12 @@ def _vocabulary(model: nn.Module) -> int:
     return int(text_config(model).vocab_size)
 
 
-def _is_plain(head: nn.Module) -> bool:
-    """Say whether the head is exactly ``x @ W.T + b``: no subclass, no adapter, no hook but those
-    that gather its weight, which is whole here."""
+def _is_frozen_linear(head: Any) -> bool:
+    """Say whether the head is exactly ``x @ W.T + b`` with a frozen W: no subclass, no adapter, no
+    hook but those that gather its weight, which is whole here."""
     found = len(head._forward_hooks) + len(head._forward_pre_hooks)
-    return plain_type(head) is nn.Linear and found == num_hooks(head)
+    is_linear = plain_type(head) is nn.Linear and found == num_hooks(head)
+    return is_linear and not head.weight.requires_grad
 
 
 def _mean_by_sequence(logprobs: Tensor, batch: PackedBatch) -> Tensor:
@@ -260,13 +245,13 @@ def _mean_by_sequence(logprobs: Tensor, batch: PackedBatch) -> Tensor:
 def _label_logits(model: nn.Module, hidden: Tensor, batch: PackedBatch) -> Tensor:
     """Return the logit [S] of each one-token candidate, float32."""
     head, transform = _head(model), logit_transform(model)
-    if _is_plain(head) and not head.weight.requires_grad:
+    if _is_frozen_linear(head):
         weight = head.weight[batch.token_target].float()
         logits = (hidden.float()[batch.token_row] * weight).sum(-1)
         if head.bias is not None:
             logits = logits + head.bias[batch.token_target].float()
-        return logits if transform is None else transform(logits)
-    logits = head(hidden)[batch.token_row, batch.token_target].float()
+    else:
+        logits = head(hidden)[batch.token_row, batch.token_target].float()
     return logits if transform is None else transform(logits)
 
 
@@ -296,7 +281,7 @@ def _chunks(
     return chunks
 
 
-def _module_logprobs(
+def _logprobs(
     head: nn.Module, transform: Transform | None, hidden: Tensor, rows: Tensor, targets: Tensor
 ) -> Tensor:
     logits = head(hidden).float()
@@ -311,7 +296,7 @@ class _TargetLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, targets: Tensor
+        ctx: Any, weight: Tensor, bias: Tensor | None, hidden: Tensor, rows: Tensor, targets: Tensor
     ) -> Tensor:
         logits = linear(hidden, weight, bias).float()
         normaliser = torch.logsumexp(logits, dim=-1)
@@ -322,14 +307,14 @@ class _TargetLogprobs(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, rows, targets, normaliser = ctx.saved_tensors
-        if not ctx.needs_input_grad[0]:
+        if not ctx.needs_input_grad[2]:
             return None, None, None, None, None
         grad = grads[0]
         by_row = grad.new_zeros(hidden.shape[0]).index_add_(0, rows, grad)
         probabilities = linear(hidden, weight, bias).float().sub_(normaliser[:, None]).exp_()
         grad_logits = probabilities.mul_(-by_row[:, None])
         grad_logits.index_put_((rows, targets), grad, accumulate=True)
-        return product(grad_logits.to(hidden.dtype), weight), None, None, None, None
+        return None, None, product(grad_logits.to(hidden.dtype), weight), None, None
 
 
 class _SummedLoss(torch.autograd.Function):
@@ -367,9 +352,5 @@ class _SummedLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return (
-            None if ctx.grad is None else ctx.grad * grads[0].to(ctx.grad.dtype),
-            None,
-            None,
-            None,
-        )
+        grad = None if ctx.grad is None else ctx.grad * grads[0].to(ctx.grad.dtype)
+        return grad, None, None, None

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -91,11 +91,18 @@ class PackedBatch:
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> PackedBatch:
         """Return the batch with its tensors on `device`."""
-        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
-        for name, value in values.items():
-            if isinstance(value, Tensor):
-                values[name] = value.to(device, non_blocking=non_blocking)
-        return PackedBatch(**values)
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
+        moved: Any = {name: t.to(device, non_blocking=non_blocking) for name, t in tensors.items()}
+        return replace(self, **moved)
+
+
+def paths(segments: Sequence[Segment]) -> list[list[int]]:
+    """Return, for each segment, the packed positions of its whole sequence up to its end."""
+    found: list[list[int]] = []
+    for start, end, parent in segments:
+        found.append((found[parent] if parent >= 0 else []) + list(range(start, end)))
+    return found
 
 
 def pack(
@@ -107,8 +114,7 @@ def pack(
         examples: what to pack; order is kept in every per-example and per-sequence tensor.
         share_prefixes: store common prefixes once, else every sequence is its own segment.
         min_shared: fewest common tokens that make a segment of their own. A sequence that is a
-        prefix of another
-            is always stored inside it, as that costs nothing.
+            prefix of another is always stored inside it, as that costs nothing.
 
     Raises:
         DataError: no example, a sequence without a scored token, or a span outside its sequence.
@@ -117,12 +123,9 @@ def pack(
         raise DataError("a batch must hold at least one example (got none)")
     inputs = [sequence for example in examples for sequence in input_sequences(example)]
     tree = _Tree(inputs, share_prefixes, min_shared)
-    starts: list[list[tuple[int, int]]] = []
     positions: list[list[int]] = []  # per sequence: packed position that predicts each scored token
     targets: list[list[int]] = []
-    for example, spans, tokens in _sequences(examples):
-        where = tree.chains[len(starts)]
-        starts.append(where)
+    for where, (example, spans, tokens) in zip(tree.chains, _sequences(examples), strict=True):
         scored = [p for start, end in spans for p in range(start, end)]
         _check(example, scored, tokens)
         positions.append([_place(where, p - 1) for p in scored])

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from chainlora.engine.packing import PackedBatch
+from chainlora.engine.packing import PackedBatch, paths
 from chainlora.models.text_config import base_model, text_config
 
 
@@ -24,11 +24,8 @@ def padded_hidden(model: nn.Module, batch: PackedBatch) -> Tensor:
 def unpacked(batch: PackedBatch) -> tuple[Tensor, Tensor, Tensor]:
     """Return packed positions by leaf [L, longest], their mask, and the place of each needed row
     [R]."""
-    chains: list[list[int]] = []
     parents = {segment.parent for segment in batch.segments}
-    for start, end, parent in batch.segments:
-        chains.append((chains[parent] if parent >= 0 else []) + list(range(start, end)))
-    leaves = [chain for i, chain in enumerate(chains) if i not in parents]
+    leaves = [path for i, path in enumerate(paths(batch.segments)) if i not in parents]
     longest = max(map(len, leaves))
     index = torch.tensor([chain + [0] * (longest - len(chain)) for chain in leaves])
     mask = torch.tensor([[1] * len(chain) + [0] * (longest - len(chain)) for chain in leaves])

@@ -32,11 +32,6 @@ def installed(module: nn.Module) -> Forward | None:
     return getattr(forward, "__func__", None) if getattr(forward, _MARK, False) else None
 
 
-def patched_modules(model: nn.Module) -> list[nn.Module]:
-    """Return the modules of `model` whose forward is one of ours."""
-    return [module for module in model.modules() if installed(module)]
-
-
 class Patches:
     """Changes to models that are taken back together."""
 

@@ -247,10 +247,9 @@ def length_dependence(model: nn.Module) -> tuple[str | None, int]:
 def forget_lengths(model: nn.Module) -> None:
     """Let dynamic rotary embeddings forget the longest row so far, which they would go on using."""
     for module in model.modules():
-        for name in [n for n in vars(module) if n.endswith("original_inv_freq")]:
-            _restart_rotary(module, name.removesuffix("original_inv_freq"))
-        for name in [n for n in module._buffers if n.endswith("original_inv_freq")]:
-            _restart_rotary(module, name.removesuffix("original_inv_freq"))
+        for name in [*vars(module), *module._buffers]:
+            if name.endswith("original_inv_freq"):
+                _restart_rotary(module, name.removesuffix("original_inv_freq"))
 
 
 def _restart_rotary(module: Any, prefix: str) -> None:

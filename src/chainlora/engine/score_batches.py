@@ -26,9 +26,7 @@ def pack_size(examples: Sequence[Example], max_tokens: int, num_threads: int) ->
     threads end at about the same time."""
     if num_threads == 1:
         return max_tokens
-    tokens = sum(
-        len(sequence) for example in examples for sequence in set(input_sequences(example))
-    )
+    tokens = sum(len(tokens) for example in examples for tokens in set(input_sequences(example)))
     even = tokens // (_PACKS_A_THREAD * num_threads)
     return min(max_tokens // num_threads, max(even, _SMALL_TREE))
 
@@ -43,8 +41,7 @@ def evaluation_batches(
     common beginning is cut off at a length where its attention would cost more than reading the
     beginning again. Padded: longest first, counting the padding.
     """
-    cut = _packed_batches if packed else _padded_batches
-    return cut(examples, max_tokens)
+    return (_packed_batches if packed else _padded_batches)(examples, max_tokens)
 
 
 def _packed_batches(examples: Sequence[Example], max_tokens: int) -> Iterator[list[int]]:

@@ -169,12 +169,8 @@ class _MlpBlock(torch.autograd.Function):
         if not needs_x:
             return None, None, None, *of_factors
         total = input_gradient(input_gradient(None, grad_gate, up_g, gate), grad_up, up_u, up)
-        return (
-            normalise_backward(total, x, half.norm, inverse).add_(grad),
-            None,
-            None,
-            *of_factors,
-        )
+        grad_x = normalise_backward(total, x, half.norm, inverse).add_(grad)
+        return grad_x, None, None, *of_factors
 
 
 def _mlp(
@@ -200,10 +196,8 @@ def _prepare(
     ctx: Any, x: Tensor, projections: Sequence[Projection]
 ) -> tuple[list[Computed], list[Wanted]]:
     needs = ctx.needs_input_grad[3:]
-    return (
-        [own.as_computed(x.dtype) for own in projections],
-        [
-            Wanted(x.dtype if own.a is None else own.a.dtype, needs[2 * i], needs[2 * i + 1])
-            for i, own in enumerate(projections)
-        ],
-    )
+    wanted = [
+        Wanted(x.dtype if own.a is None else own.a.dtype, needs[2 * i], needs[2 * i + 1])
+        for i, own in enumerate(projections)
+    ]
+    return [own.as_computed(x.dtype) for own in projections], wanted

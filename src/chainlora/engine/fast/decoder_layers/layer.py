@@ -94,11 +94,10 @@ class DecoderLayers(FastPath):
 
     def apply(self, model: nn.Module) -> None:
         """Give every decoder layer the faster forward."""
-        layers = _layers(model)
-        for layer, function in zip(
-            layers, [*[_forward] * (len(layers) - 1), _last_forward], strict=True
-        ):
-            self.patches.replace_forward(layer, function)
+        *layers, last = _layers(model)
+        for layer in layers:
+            self.patches.replace_forward(layer, _forward)
+        self.patches.replace_forward(last, _last_forward)
 
 
 def _distinct(layers: list[Any], config: Any) -> list[Any]:

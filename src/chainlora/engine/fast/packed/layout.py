@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from chainlora.engine.packing import Segment
+from chainlora.engine.packing import Segment, paths
 
 KEYS_MULTIPLE = (
     16  # whole vector registers: a bfloat16 softmax over 85 keys takes longer than over 96
@@ -96,25 +96,15 @@ def make_layout(
 ) -> Layout:
     """Compute the layout of a packed row, for attention in `dtype` on `device`; with `rows`
     (ascending), also that of these positions alone."""
-    paths: list[list[int]] = []  # packed positions of the whole sequence up to a segment's end
-    for start, end, parent in segments:
-        paths.append((paths[parent] if parent >= 0 else []) + list(range(start, end)))
-    num_tokens = segments[-1].end
-    by_matmul = _by_matmul(max(map(len, paths)), device, dtype)
-    whole = [
-        _Unit(range(start, end), range(len(path) - (end - start), len(path)), path)
-        for (start, end, _), path in zip(segments, paths, strict=True)
-    ]
+    whole, num_tokens = paths(segments), segments[-1].end
+    limit = LONGEST_BY_MATMUL.get(dtype, LONGEST_BY_MATMUL_ELSE)
+    by_matmul = torch.device(device).type == "cpu" and max(map(len, whole)) <= limit
     trimmed = None
     if rows is not None and rows.shape[0] < num_tokens:
-        units = _row_units(segments, paths, rows.tolist())
+        units = _units(segments, whole, rows.tolist())
         trimmed = Rows(rows, _layout(units, rows.shape[0], num_tokens, by_matmul, device))
-    return _layout(whole, num_tokens, num_tokens, by_matmul, device, trimmed)
-
-
-def _by_matmul(longest: int, device: torch.device | str, dtype: torch.dtype) -> bool:
-    limit = LONGEST_BY_MATMUL.get(dtype, LONGEST_BY_MATMUL_ELSE)
-    return torch.device(device).type == "cpu" and longest <= limit
+    units = _units(segments, whole, range(num_tokens))
+    return _layout(units, num_tokens, num_tokens, by_matmul, device, trimmed)
 
 
 class _Unit(NamedTuple):
@@ -133,12 +123,15 @@ class _Unit(NamedTuple):
             yield _Unit(self.queries[low : low + PIECE], depths, self.keys[: depths[-1] + 1])
 
 
-def _row_units(segments: Sequence[Segment], paths: list[list[int]], rows: list[int]) -> list[_Unit]:
+def _units(
+    segments: Sequence[Segment], whole: Sequence[list[int]], rows: Sequence[int]
+) -> list[_Unit]:
+    """Return the queries at `rows` of each segment that has some, and the keys that they see."""
     units = []
-    for (start, end, _), path in zip(segments, paths, strict=True):
+    for (start, end, _), path in zip(segments, whole, strict=True):
         low, high = bisect_left(rows, start), bisect_left(rows, end)
         if low < high:
-            first = len(path) - (end - start) - start
+            first = len(path) - end
             depths = [first + row for row in rows[low:high]]
             units.append(_Unit(range(low, high), depths, path[: depths[-1] + 1]))
     return units
