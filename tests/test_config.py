@@ -68,6 +68,16 @@ WRONG = [
     ("train.betas", "[0.9, 1]", "`train.betas` must be below 1 (got 1 at position 1); left out, i"),
     ("train.keep_best", "true", "`early_stop`, `keep_best` and `accept_links` need validation row"),
     ("data.shots", "2", "`data.shots` are demonstrations of a task (got 2 for files without one)"),
+    *(
+        ("data.validation", value, "`data.validation` must be a file, a share between 0 and 1, or")
+        for value in ("0", "1.0", "-5", "true", "1.5")
+    ),
+    ("data", "{train: a, validation: 9, num_validation: 3}", "`data.validation` of a share or num"),
+    ("data.train", "[]", "`data.train` must name a file (got an empty list); e.g. [my.jsonl]"),
+    ("data.train", "5", "`data.train` must be a text or a list (got 5)"),
+    ("data.train", "[a, {path: b, weight: 0}]", "`data.train.weight` must be above 0 (got 0 at p"),
+    ("data.train", "[{weight: 2}]", "`data.train.path` must be given (got none); add it"),
+    ("data.train", "[{path: a, wight: 2}]", "unknown key `data.train.0.wight`; did you mean 'weig"),
     ("data.train", "null", "`data` must name a `task` or a `train` file (got neither); e.g. data:"),
 ]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from fractions import Fraction
 
 import numpy as np
 from hypothesis import given
@@ -26,13 +27,19 @@ WEIGHTS = st.sampled_from([0.1, 0.25, 0.5, 1, 1.5, 2, 2.2, 3])
 def test_a_weight_is_copies_per_epoch(counts, seed, data):
     weights = [data.draw(WEIGHTS) for _ in counts]
     epochs = [mixed_rows(counts, weights, seed, epoch) for epoch in range(20)]
-    seen = Counter(np.concatenate(epochs).tolist())
     edges = np.cumsum([0, *counts])
     for weight, first, end in zip(weights, edges[:-1], edges[1:], strict=True):
-        assert all(seen[row] == round(20 * weight) for row in range(first, end))
-        for rows in epochs:  # every one has its share, to a row
-            inside = sum(first <= row < end for row in rows.tolist())
-            assert abs(inside - weight * (end - first)) < 1
+        size = max(1, round(Fraction(str(weight)) * int(end - first))) if end > first else 0
+        for rows in epochs:
+            assert sum(first <= row < end for row in rows.tolist()) == size
+        for num_epochs in (1, 3, 20):  # all rows once before one comes again
+            seen = Counter(np.concatenate(epochs[:num_epochs]).tolist())
+            times = [seen[row] for row in range(first, end)]
+            assert not times or max(times) - min(times) <= 1
+        if weight == 1:
+            assert all(
+                (rows[(rows >= first) & (rows < end)] == range(first, end)).all() for rows in epochs
+            )
     for epoch in data.draw(st.permutations(range(20)))[:3]:  # in any order
         assert (mixed_rows(counts, weights, seed, epoch) == epochs[epoch]).all()
 

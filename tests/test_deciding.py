@@ -87,8 +87,8 @@ def later_version(monkeypatch):
     return change
 
 
-def _other_lengths(config, examples):
-    plan = make_plan(config, examples)
+def _other_lengths(*arguments):
+    plan = make_plan(*arguments)
     return replace(plan, lengths=tuple(length + 1 for length in plan.lengths))
 
 

@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from helpers import settings
+from helpers_data import make_tokenizer
 
-from chainlora import make_config, train
+from chainlora import evaluate_task, make_config, train
+from chainlora.config.schema import DataConfig
 from chainlora.data.mixture import example_hashes, prompt_hashes
 from chainlora.data.rows import MemoryRows
 from chainlora.data.splits import prepare_splits
-from chainlora.errors import RunError
+from chainlora.errors import ConfigError, RunError
 from chainlora.models.loading import load_tokenizer
 from chainlora.runs.reading import RunReader
 from chainlora.runs.start import start_of
 from chainlora.training.loop import train as train_run
+from chainlora.training.plan import make_plan
 
 SHORT = {"ranks": [2], "steps": [1]}
+
+
+@pytest.fixture
+def tokenizer():
+    return make_tokenizer("bos")
 
 
 def test_a_run_keeps_a_sample_of_its_rows_and_hashes_of_all(
@@ -54,6 +65,95 @@ def test_a_stage_holds_the_rows_of_those_before_it(tiny_folder, sentiment, tmp_p
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(RunError, match=r"rows/main.safetensors must be as the run wrote it"):
         RunReader(tmp_path / "b").kept()
+
+
+# --- several files, and rows held out of them
+
+
+def folder_of(path, **files):
+    """Write JSONL files of prompts and completions, one letter a row."""
+    for name, letters in files.items():
+        rows = [{"prompt": f"{letter} is", "completion": " good"} for letter in letters]
+        (path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return lambda name: str(path / f"{name}.jsonl")
+
+
+def encoded(tokenizer, **data):
+    return prepare_splits(DataConfig(**data), tokenizer, 128)
+
+
+def words(rows, tokenizer):
+    return [tokenizer.decode(each.sequences[0], skip_special_tokens=True)[0] for each in rows]
+
+
+def test_files_are_joined_and_an_epoch_reads_each_by_its_weight(tmp_path, tokenizer):
+    at = folder_of(tmp_path, a="abcd", b="efghijklmn", all="abcdefghijklmn")
+    whole = encoded(tokenizer, train=at("all"))
+    same = encoded(tokenizer, train=[at("a"), at("b")])
+    assert [replace(e, row=0) for e in same.train] == [replace(e, row=0) for e in whole.train]
+    assert [example.row for example in same.train] == list(range(14))
+    files = [at("a"), {"path": at("b"), "weight": 0.2}]
+    mixed = encoded(tokenizer, train=files)
+    config = make_config(
+        {
+            "model": "none",
+            "data": {"train": files},
+            "chain": {"ranks": [1], "epochs": [2.5]},
+            "train": {"batch_size": 4, "seed": 3},
+        }
+    )
+    plan = make_plan(config, mixed.train, mixed.mixture)
+    assert plan.lengths == (5,)  # of 4 + 2 rows an epoch
+    for epoch in range(5):
+        batches = [plan.batches(2 * epoch + k) for k in (1, 0)]
+        read = sorted(words([mixed.train[row] for (b,) in batches for row in b], tokenizer))
+        assert read[:4] == list("abcd")
+        assert len(set(read[4:]) & set("efghijklmn")) == 2
+    assert mixed.report()["train"]["weights"] == [1.0, 0.2]
+
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
+
+@pytest.mark.parametrize("validation", [0.3, 9])
+def test_rows_are_held_out_by_their_prompts_wherever_they_stand(validation, tmp_path, tokenizer):
+    at = folder_of(tmp_path, a=LETTERS[:9], b=LETTERS[9:] + "ab", other=LETTERS[::-1] + "xyz01234")
+    found = encoded(tokenizer, train=[at("a"), at("b")], validation=validation)
+    held_out = set(words(found.validation, tokenizer))
+    assert held_out
+    assert held_out.isdisjoint(words(found.train, tokenizer))
+    assert len(found.train) + len(found.validation) == 28
+    if validation == 9:
+        assert len(held_out) == 9
+    later = prepare_splits(
+        DataConfig(train=at("other"), validation=validation), tokenizer, 128, bound=found.bound
+    )
+    assert held_out == set(words(later.validation, tokenizer)) & set(LETTERS)
+    assert found.report()["train"]["held_out"] == len(found.validation)
+    assert found.digest != later.digest != encoded(tokenizer, train=at("other")).digest
+
+
+def test_a_task_over_own_files_holds_rows_out_as_they_are_scored(tiny_folder, sentiment, tmp_path):
+    keys = {"data": {"validation": 0.4}, "chain": SHORT, "output": str(tmp_path / "run")}
+    config = make_config(settings(tiny_folder, sentiment, **keys))
+    tokenizer = load_tokenizer(tiny_folder)
+    found = prepare_splits(config.data, tokenizer, 128)
+    assert {len(example.sequences) for example in found.validation} == {2}
+    result = train(config)
+    assert result["rows"] == len(found.train) == 32 - len(found.validation)
+    scored = evaluate_task(tmp_path / "run")
+    assert scored["rows"] == len(found.validation)
+    assert scored["metrics"] == result["metrics"]["validation"]
+
+
+@pytest.mark.parametrize(
+    ("validation", "message"),
+    [(26, r"some \(got 26 of 26\); give another"), (0.001, r"some \(got 0.001 of 26\)")],
+)
+def test_a_side_without_rows_is_refused(validation, message, tmp_path, tokenizer):
+    at = folder_of(tmp_path, a=LETTERS)
+    with pytest.raises(ConfigError, match=message):
+        encoded(tokenizer, train=at("a"), validation=validation)
 
 
 def test_rows_are_written_and_read_as_they_are(tmp_path):

@@ -32,7 +32,6 @@ MISTAKES = [
     Mistake("TRL", "dpo run.yaml", "or TRL with `ChainCallback`"),
     Mistake("Axolotl", "train axolotl.yaml", "chainlora convert-config axolotl.yaml"),
     Mistake("Axolotl", "merge-lora out", "export RUN --to merged"),
-    Mistake("Axolotl", "train run.yaml --data.train '[a.jsonl, b.jsonl]'", "rows into one file"),
     Mistake("Axolotl", "train run.yaml --sample_packing true", "not needed"),
     Mistake("LLaMA-Factory", "train run.yaml --chain.target_modules all", "say all-linear"),
     Mistake("LLaMA-Factory", "train run.yaml --data.chat_template qwen", "must be a name, a file"),

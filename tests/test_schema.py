@@ -51,6 +51,8 @@ ACCEPTED = (
     "chain: {ranks: [8, 4], epochs: [1, 0.5], alpha: [16, 8], knots: auto}",
     "chain: {ranks: [8], steps: [9], target_modules: q_proj, knots: {every: 3, share: 0.1}}",
     "model: {name: m, quantize: nf4}\nchain: {ranks: 8, steps: 9, hold: carried}",
+    "data: {train: [a.jsonl, {path: b.jsonl, weight: 2}], validation: 0.05}",
+    "data: {train: {path: b.jsonl, weight: 2}, validation: 500}",
     "train: {speedups: off, trackers: tensorboard, max_grad_norm: null}",
 )
 REFUSED = (
@@ -59,6 +61,9 @@ REFUSED = (
     "chain: {hold: hands}",
     "train: {lr: 0}",
     "train: {lr: true}",
+    "data: {train: [{path: a, weight: 0}]}",
+    "data: {train: a, validation: 0}",
+    "data: {train: a, validation: true}",
     "train: {early_stop: 0}",
     "data: {}\nmodle: m",
     "model: {nmae: m}",

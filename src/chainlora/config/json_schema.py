@@ -113,8 +113,11 @@ def _take_one_for_a_list(what: dict[str, Any]) -> None:
 
 
 def _take_short_forms(properties: Mapping[str, dict[str, Any]]) -> None:
-    """Allow what validators allow: ``knots: auto``, ``speedups: off``, a model as a section."""
+    """Allow what validators allow: ``knots: auto``, ``speedups: off``, a model as a section, paths
+    among files of a weight."""
     top, chain, train = (properties[name] for name in ("RunConfig", "ChainConfig", "TrainConfig"))
+    (files,) = [c for c in properties["DataConfig"]["train"]["anyOf"] if c.get("type") == "array"]
+    files["items"] = {"anyOf": [files["items"], {"type": "string"}]}
     chain["knots"]["anyOf"].append({"const": "auto"})
     train["speedups"].pop("type")
     train["speedups"]["enum"] += [True, False]  # YAML reads a bare `off` so

@@ -13,6 +13,7 @@ from chainlora.config.yaml_text import one_value
 from chainlora.errors import nearest, sentence
 
 _RULES = {
+    "list": "a list",
     "tuple": "a list, e.g. [{input!s:.60}]",
     "int": "a whole number",
     "float": "a number",
@@ -34,14 +35,14 @@ def problems(error: ValidationError, root: type[BaseModel], prefix: str = "") ->
     `prefix` goes before every key of `root` (``recipe.`` for a section that is read by itself).
     """
     found: dict[tuple[str, str, str], list[str]] = {}
-    for item in error.errors():
+    for item in _meant(error.errors()):
         if item["type"] in ("extra_forbidden", "invalid_key"):
-            keys = [str(part) for part in item["loc"]]
+            keys = [str(part) for part in item["loc"] if "[" not in str(part)]
             found[_unknown_key(keys, item["input"], root, prefix), "", ""] = []
         elif item["type"] == "value_error":
             found[str(item["ctx"]["error"]), "", ""] = []
         elif item["type"] == "missing":
-            keys = [part for part in item["loc"] if isinstance(part, str)]
+            keys = [part for part in item["loc"] if isinstance(part, str) and "[" not in part]
             found[f"`{prefix}{'.'.join(keys)}` must be given", "none", "add it"] = []
         else:
             key, remedy = _named(item["loc"], root)
@@ -53,6 +54,16 @@ def problems(error: ValidationError, root: type[BaseModel], prefix: str = "") ->
         sentence(" ".join([begin, " or ".join(rules)]).strip(), got, remedy)
         for (begin, got, remedy), rules in found.items()
     )
+
+
+def _meant(errors: Sequence[Any]) -> Iterator[Any]:
+    """Yield errors, without those of a union's plain members where another one comes closer."""
+    for item in errors:
+        place, member = item["loc"][:-1], item["loc"][-1:]
+        depth = len(place)
+        closer = (e for e in errors if e["loc"][:depth] == place and len(e["loc"]) > depth + 1)
+        if member not in (("str",), ("int",), ("float",)) or next(closer, None) is None:
+            yield item
 
 
 def _rule(item: Any) -> str:

@@ -22,6 +22,15 @@ from chainlora.config.chat_templates import Argument, check_arguments, resolved_
 from chainlora.config.section import LARGEST, Count, Number, Section, refuse_if
 
 
+class TrainFile(Section):
+    """A file of training rows and its weight."""
+
+    path: str
+    """File, folder or Hub dataset."""
+    weight: Annotated[float, Field(gt=0, le=1e3)] = 1.0
+    """Copies an epoch."""
+
+
 class DataConfig(Section):
     """Where the rows come from: a task by name or file, or the user's own files.
 
@@ -33,10 +42,14 @@ class DataConfig(Section):
     """Name of a shipped task (`chainlora tasks`) or path of a task file ([tasks](tasks.md))."""
     dir: str | None = None
     """Folder with the task's rows; `null` fetches them from the Hub."""
-    train: str | None = None
-    """File with the training rows."""
-    validation: str | None = None
-    """File with the rows that choose the best point; only beside `data.train`."""
+    train: str | list[TrainFile] | None = None
+    """File with the training rows, or a list of files, each a path or `{path: …, weight: …}`. A
+    weight is copies an epoch: of 2, every row comes twice; of 0.5, half of the rows, and the other
+    half in the next epoch."""
+    validation: str | Count | Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Rows that choose the best point, only beside `data.train`: a file; or a share (`0.05`) or
+    number (`500`) of the prompts in `data.train`, held out by a hash of their tokens. Rows with the
+    same prompt go together, and rows that are added change nobody's side."""
     test: str | None = None
     """File with the rows to report on; only beside `data.train`."""
     format: Literal[
@@ -56,7 +69,7 @@ class DataConfig(Section):
     template_arguments: dict[str, Argument] = Field(default={})
     """Arguments of the chat template, e.g. `{enable_thinking: false}`."""
     num_train: Count | None = None
-    """Number of training rows; `null` is the task's number, or the whole file."""
+    """Number of training rows; `null` is the task's number, or the whole of each file."""
     num_validation: Count | None = None
     """The same for validation."""
     num_test: Count | None = None
@@ -75,12 +88,26 @@ class DataConfig(Section):
     shots: Number = 0
     """Number of training rows of a task shown, with their answers, before each prompt. They are not
     trained on; if links are trained, some rows must be left."""
+    new_rows_only: bool = False
+    """Leave out training rows that an earlier stage was trained on."""
     keep_rows: bool = True
     """Keep up to 1,000 tokenised rows of each split and hashes of all of them in the run directory.
     Without them, later stages can neither replay these rows, nor hold out the
     validation rows, nor leave out what was trained on, and show no scores on this stage."""
 
-    @field_validator("train", "validation", "test", mode="before")
+    @field_validator("train", mode="before")
+    @classmethod
+    def _files(cls, value: Any) -> Any:
+        """Take one file for a list, and give one of no other weight as its path."""
+        files = [value] if isinstance(value, Mapping) else value
+        if not isinstance(files, list | tuple):
+            return value
+        refuse_if(not files, "`data.train` must name a file", "an empty list", "e.g. [my.jsonl]")
+        files = [{"path": each} if isinstance(each, str) else each for each in files]
+        is_plain = len(files) == 1 and isinstance(files[0], Mapping) and files[0].keys() == {"path"}
+        return files[0]["path"] if is_plain else files
+
+    @field_validator("validation", "test", mode="before")
     @classmethod
     def _one_source(cls, value: Any, info: ValidationInfo) -> Any:
         rows = value if isinstance(value, list) else [value]
@@ -91,6 +118,19 @@ class DataConfig(Section):
             "put the rows into one file",
         )
         return rows[0]
+
+    @field_validator("validation", mode="before")
+    @classmethod
+    def _share_or_number(cls, value: Any) -> Any:
+        is_share = isinstance(value, float) and 0 < value < 1
+        is_number = type(value) is int and 1 <= value < LARGEST
+        refuse_if(
+            isinstance(value, int | float) and not (is_share or is_number),
+            "`data.validation` must be a file, a share between 0 and 1, or a number from 1",
+            f"{value!r:.60}",
+            "e.g. 0.05 or 500",
+        )
+        return value
 
     @field_validator("chat_template")
     @classmethod
@@ -130,7 +170,23 @@ class DataConfig(Section):
             "a task whose rows are drawn",
             "give data.train beside them, or leave them out",
         )
+        refuse_if(
+            self.holds_out and self.num_validation,
+            "`data.validation` of a share or number says how many rows there are",
+            f"num_validation: {self.num_validation} beside it",
+            "leave one out",
+        )
         return self
+
+    @property
+    def train_files(self) -> list[TrainFile]:
+        """The files of training rows; none for a task whose rows are drawn."""
+        return [TrainFile(path=self.train)] if isinstance(self.train, str) else self.train or []
+
+    @property
+    def holds_out(self) -> bool:
+        """Say whether validation rows are held out of the training files."""
+        return isinstance(self.validation, int | float)
 
 
 class TrainConfig(Section):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 from itertools import takewhile
@@ -21,7 +22,50 @@ from numpy.typing import NDArray
 from chainlora.data.examples import Example
 from chainlora.data.order import seeded
 
-HASHES = 1 << 63  # how many there are of a prompt or an example
+_HASHES = 1 << 63  # how many there are of a prompt or an example
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """What training reads: rows of files, each with its weight, and rows of earlier stages.
+
+    Rows are numbered as if the files lay end to end, the `num_earlier` rows of earlier stages after
+    them. `replay` is the share of a batch that is added to it from these.
+    """
+
+    counts: tuple[int, ...]
+    weights: tuple[float, ...]
+    num_earlier: int = 0
+    replay: float = 0.0
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the files."""
+        return sum(self.counts)
+
+    @property
+    def per_epoch(self) -> int:
+        """Rows that an epoch reads of the files: the same number in every epoch."""
+        return sum(map(_per_epoch, self.counts, self.weights))
+
+    @property
+    def is_even(self) -> bool:
+        """Say whether every epoch reads the same rows."""
+        copies = map(_per_epoch, self.counts, self.weights)
+        return all(
+            each % max(count, 1) == 0 for each, count in zip(copies, self.counts, strict=True)
+        )
+
+    def epoch(self, seed: int, epoch: int) -> NDArray[np.int64]:
+        """Return the rows of an epoch."""
+        return mixed_rows(self.counts, self.weights, seed, epoch)
+
+    def added(self, batch_size: int, seed: int, batch: int) -> list[int]:
+        """Return the rows of earlier stages that the run's batch of this number gets."""
+        if not self.num_earlier:
+            return []
+        found = replayed_rows(self.num_earlier, self.replay, batch_size, seed, batch)
+        return [self.num_rows + row for row in found.tolist()]
 
 
 def mixed_rows(
@@ -29,18 +73,20 @@ def mixed_rows(
 ) -> NDArray[np.int64]:
     """Return the rows of an epoch over several files, numbered as if these lay end to end.
 
-    A weight is copies per epoch. Under 2.5 every row comes twice and half of the rows once more:
-    other halves in the next epoch, so that after two epochs each has come five times.
+    A weight is copies per epoch: a file of n rows and weight w gives round(w·n) of them to every
+    epoch, one at least. All rows of a file come once before one comes again, from epoch to epoch.
     """
     parts, first = [], 0
     for file, (count, weight) in enumerate(zip(counts, weights, strict=True)):
-        share = Fraction(str(weight))
-        whole, rest = divmod(share, 1)
-        parts += [np.arange(first, first + count)] * int(whole)
-        start, end = floor(epoch * rest * count), floor((epoch + 1) * rest * count)
-        parts.append(first + _dealt(count, f"{seed} file {file}", start, end))
+        size = _per_epoch(count, weight)
+        dealt = _dealt(count, f"{seed} file {file}", epoch * size, (epoch + 1) * size)
+        parts.append(first + np.sort(dealt))
         first += count
-    return np.concatenate(parts) if parts else np.empty(0, np.int64)
+    return np.concatenate(parts)
+
+
+def _per_epoch(count: int, weight: float) -> int:
+    return max(1, round(Fraction(str(weight)) * count)) if count else 0
 
 
 def replayed_rows(
@@ -63,9 +109,9 @@ def held_out_bound(hashes: NDArray[np.int64], validation: float | int) -> int:
     rows that come later too, of which it takes the same share: no row ever changes sides.
     """
     if isinstance(validation, float):
-        return floor(Fraction(str(validation)) * HASHES)
+        return floor(Fraction(str(validation)) * _HASHES)
     found = np.unique(hashes)
-    return HASHES if validation > len(found) else 1 + int(found[validation - 1])
+    return _HASHES if validation > len(found) else 1 + int(found[validation - 1])
 
 
 def prompt_hashes(examples: Iterable[Example], num_front: int) -> NDArray[np.int64]:

@@ -6,9 +6,11 @@ disk. Both give the same examples.
 
 from __future__ import annotations
 
+import hashlib
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any, overload
 
 import numpy as np
@@ -22,7 +24,7 @@ class RowsSummary:
     """What became of the rows of a split: counts that a run reports and keeps."""
 
     rows: int = 0  # as they were read
-    examples: int = 0  # more than rows where a text was split into blocks
+    examples: int = 0  # more than rows where texts were split, fewer where rows were left out
     tokens: int = 0  # over all sequences, after cuts
     rows_split: int = 0
     rows_cut: int = 0
@@ -115,3 +117,77 @@ class ReferencedRows(Rows):
     def example(self, index: int) -> Example:
         """Return one row."""
         return replace(self.rows.example(index), reference=tuple(self.reference[index].tolist()))
+
+
+class PickedRows(Rows):
+    """Some of the rows of another."""
+
+    def __init__(self, rows: Rows, places: NDArray[np.integer]) -> None:
+        self._rows, self._places = rows, places
+        self.summary = replace(
+            rows.summary,
+            examples=len(places),
+            tokens=int(self.lengths.sum()),
+            digest=_hashed(rows.summary.digest.encode(), places.astype("<i8").tobytes()),
+        )
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return len(self._places)
+
+    @property
+    def lengths(self) -> NDArray[np.int32]:
+        """Return the tokens of every row, over all its sequences."""
+        return self._rows.lengths[self._places]
+
+    def example(self, index: int) -> Example:
+        """Return one row."""
+        return self._rows.example(int(self._places[index]))
+
+
+class JoinedRows(Rows):
+    """The rows of several others, one after another, and numbered so."""
+
+    def __init__(self, parts: Sequence[Rows]) -> None:
+        self._parts = parts
+        self._ends = np.cumsum([len(part) for part in parts])
+        self._numbers = np.cumsum([0, *(part.summary.rows for part in parts)])
+        self.summary = _joined_summary([part.summary for part in parts])
+        self._lengths = np.concatenate([part.lengths for part in parts])
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return len(self._lengths)
+
+    @property
+    def lengths(self) -> NDArray[np.int32]:
+        """Return the tokens of every row, over all its sequences."""
+        return self._lengths
+
+    def example(self, index: int) -> Example:
+        """Return one row."""
+        part = int(np.searchsorted(self._ends, index, side="right"))
+        found = self._parts[part].example(index - int(self._ends[part]) + len(self._parts[part]))
+        return replace(found, row=found.row + int(self._numbers[part])) if part else found
+
+
+def joined(parts: Sequence[Rows]) -> Rows:
+    """Return the rows of all parts; of one, itself."""
+    parts = [part for part in parts if len(part)] or parts[:1]
+    if not parts:
+        return MemoryRows()
+    return parts[0] if len(parts) == 1 else JoinedRows(parts)
+
+
+def _joined_summary(parts: Sequence[RowsSummary]) -> RowsSummary:
+    counts = ("rows", "examples", "tokens", "rows_split", "rows_cut", "tokens_cut")
+    return RowsSummary(
+        **{name: sum(getattr(part, name) for part in parts) for name in counts},
+        unread=tuple(dict.fromkeys(chain.from_iterable(part.unread for part in parts))),
+        digest=_hashed(*(part.digest.encode() for part in parts)),
+        recognised=", ".join(dict.fromkeys(part.recognised for part in parts if part.recognised)),
+    )
+
+
+def _hashed(*contents: bytes) -> str:
+    return hashlib.sha256(b"\n".join(contents)).hexdigest()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -16,12 +16,13 @@ from transformers import PreTrainedTokenizerBase
 
 from chainlora.config.schema import DataConfig
 from chainlora.data.chat_templates import set_chat_template
+from chainlora.data.division import divide, pick
 from chainlora.data.encoding import Options, detect_pairs
 from chainlora.data.encoding.tokens import TokenReader
 from chainlora.data.kept import SAMPLE, Kept
-from chainlora.data.mixture import example_hashes, prompt_hashes
+from chainlora.data.mixture import Mixture, example_hashes, prompt_hashes
 from chainlora.data.preparing import make_rows
-from chainlora.data.rows import MemoryRows, Rows
+from chainlora.data.rows import MemoryRows, Rows, joined
 from chainlora.data.sources import ListSource, Row, Source, find_source
 from chainlora.data.tasks import (
     REPORTED_OF_TEXT,
@@ -65,6 +66,9 @@ class Splits:
     max_new_tokens: int = 50
     digest: str = ""
     num_front: int = 1  # special tokens in front of every sequence
+    mixture: Mixture | None = None  # what an epoch reads of `train`; None: all of it, once
+    bound: int | None = None  # of what `data.validation` held out (`held_out_bound`)
+    moved: Mapping[str, int] = field(default_factory=dict)  # `Division.counts`
 
     def kept(self) -> Kept:
         """Return what a run keeps of these rows."""
@@ -78,6 +82,7 @@ class Splits:
             seen=np.unique(hashes),
             held_out=np.unique(prompt_hashes(self.validation, self.num_front)),
             loss=self.loss,
+            bound=self.bound,
         )
 
     def report(self) -> dict[str, dict[str, Any]]:
@@ -85,6 +90,9 @@ class Splits:
         found = {name: getattr(self, name).summary.as_dict() for name in SPLITS}
         for summary in found.values():
             summary.pop("digest", None)
+        found["train"] |= self.moved
+        if self.mixture is not None and set(self.mixture.weights) != {1.0}:
+            found["train"]["weights"] = list(self.mixture.weights)
         return {name: summary for name, summary in found.items() if summary}
 
 
@@ -95,11 +103,15 @@ def prepare_splits(
     progress: SplitProgress | None = None,
     to_score: str | None = None,
     loss: Literal["dpo"] | None = None,
+    *,
+    earlier: Sequence[Kept] = (),
+    bound: int | None = None,
 ) -> Splits:
     """Read, sample, check and tokenise everything a config names, or the split `to_score`.
 
     The tokenizer gets the config's chat template, if it names one. `loss` is that of the config's
-    `train` section.
+    `train` section, `earlier` are the rows that earlier stages kept, `bound` is what the run to be
+    scored held out by.
 
     Raises DataError or ConfigError before training.
     """
@@ -108,32 +120,48 @@ def prepare_splits(
     task = None if data.task is None else load_task(data.task)
     sources = _file_sources(data) if task is None else _task_sources(task, data)
     asked: dict[str, Any] = dict(_ASKED_OF_PAIRS) if loss == "dpo" else {}
+    learned = options
     if task is not None:
         before = _demonstrations(task, data, sources["train"])
+        sources["train"] = _without_first(sources["train"], data.shots)
         options = replace(options, reserve=_reserve(task), before=before)
+        learned = replace(options, objective=task.loss, reserve=0)
         asked = {name: getattr(task, name) for name in _ASKED_OF_A_TASK}
-    rows: dict[str, Rows] = {}
-    for split, source in sources.items():
-        kept = options
-        if to_score not in (None, split):
-            source = None
-        if task is not None and split == "train" and source is not None:
-            source = without_first(source, data.shots)
-            if to_score is None:
-                kept = replace(options, objective=task.loss, reserve=0)
-        rows[split] = MemoryRows()
-        if source is not None:
-            rows[split] = _encode(split, source, tokenizer, task or data.format, kept, progress)
+
+    def encode(split: str, options: Options) -> list[Rows]:
+        kind = task or data.format
+        return [_encode(split, each, tokenizer, kind, options, progress) for each in sources[split]]
+
+    asked |= {"num_front": TokenReader(tokenizer).num_front}
+    parts: dict[str, list[Rows]] = {split: [] for split in SPLITS}
+    for split in SPLITS if to_score is None else (to_score,):
+        if split != "train" or not (data.holds_out or to_score is None):
+            parts[split] = encode(split, options)
+    if to_score is None or (data.holds_out and to_score != "test"):
+        files = encode("train", learned)
+        found = divide(files, data, asked["num_front"], earlier, bound)
+        scored = encode("train", options) if data.holds_out and options != learned else files
+        parts["train"] = list(map(pick, files if to_score is None else scored, found.train))
+        if data.holds_out:
+            parts["validation"] = list(map(pick, scored, found.validation))
+        asked |= {"mixture": _mixture(data, parts["train"])}
+        asked |= {"bound": found.bound, "moved": found.counts}
+    rows = {split: joined(each) for split, each in parts.items()}
     _log_unread(rows)
     asked |= {"digest": _digest(rows, options.before)}
-    asked |= {"num_front": TokenReader(tokenizer).num_front}
     return Splits(rows["train"], rows["validation"], rows["test"], **asked)
+
+
+def _mixture(data: DataConfig, files: Sequence[Rows]) -> Mixture | None:
+    weights = [each.weight for each in data.train_files] or [1.0]
+    weights = weights[len(weights) - len(files) :]  # of the first, all rows may be demonstrations
+    return Mixture(tuple(map(len, files)), tuple(weights)) if files else None
 
 
 def check_pairs(data: DataConfig) -> None:
     """Refuse files whose first row is no pair of answers, before anything is loaded."""
-    for source in _file_sources(data).values():
-        for row in islice(source, 1) if source is not None else ():
+    for source in chain.from_iterable(_file_sources(data).values()):
+        for row in islice(source, 1):
             detect_pairs(row)
 
 
@@ -204,10 +232,10 @@ def _shapes_prompts_of(data: DataConfig, task: Task) -> bool:
         return False
 
 
-def _demonstrations(task: Task, data: DataConfig, train: Source | None) -> str:
-    if not data.shots or train is None:
+def _demonstrations(task: Task, data: DataConfig, train: Sequence[Source]) -> str:
+    if not data.shots or not train:
         return ""
-    first = list(islice(train, data.shots))
+    first = list(islice(train[0], data.shots))
     if len(first) < data.shots:
         raise ConfigError(
             "`data.shots` must be at most the number of training rows (got "
@@ -230,29 +258,38 @@ def _limit(data: DataConfig, context: int) -> int:
     return data.max_length or context
 
 
-def _task_sources(task: Task, data: DataConfig) -> dict[str, Source | None]:
+def _task_sources(task: Task, data: DataConfig) -> dict[str, list[Source]]:
     if data.train is not None:
         return {
-            split: None if source is None else flat(source, task.name)
-            for split, source in _file_sources(data).items()
+            split: [flat(source, task.name) for source in found]
+            for split, found in _file_sources(data).items()
         }
     sizes = (data.num_train, data.num_validation, data.num_test)
     drawn = sample_splits(task, data.dir, *sizes, data.data_seed, data.sampling)
-    return {split: ListSource(rows) if rows else None for split, rows in drawn.items()}
+    return {split: [ListSource(rows)] if rows else [] for split, rows in drawn.items()}
 
 
-def _file_sources(data: DataConfig) -> dict[str, Source | None]:
-    """The user's own files, in file order; `num_…` takes the first rows."""
+def _file_sources(data: DataConfig) -> dict[str, list[Source]]:
+    """The user's own files, in file order; `num_…` takes the first rows of each."""
     if data.train is None:
         raise ConfigError(
             "`data.dir` holds the rows of a task (got no `task`); name one, or give data.train: "
             "my.jsonl"
         )
-    paths = {split: getattr(data, split) for split in SPLITS}
+    paths = {"train": [each.path for each in data.train_files]}
+    for split in ("validation", "test"):
+        path = getattr(data, split)
+        paths[split] = [path] if isinstance(path, str) else []
     return {
-        split: find_source(path, split, getattr(data, f"num_{split}")) if path else None
-        for split, path in paths.items()
+        split: [find_source(path, split, getattr(data, f"num_{split}")) for path in found if path]
+        for split, found in paths.items()
     }
+
+
+def _without_first(train: Sequence[Source], shots: int) -> list[Source]:
+    """Return the training rows without those that are shown."""
+    first = [without_first(source, shots) for source in train[:1]]
+    return [*(source for source in first if source is not None), *train[1:]]
 
 
 def _digest(rows: Mapping[str, Rows], before: str = "") -> str:

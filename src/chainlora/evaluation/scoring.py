@@ -15,7 +15,7 @@ from chainlora.errors import ConfigError, RunError
 from chainlora.evaluation.evaluate import evaluate, write_predictions
 from chainlora.evaluation.metrics import INDEX_METRICS, majority_rate
 from chainlora.evaluation.preferences import judge_pairs
-from chainlora.evaluation.training_rows import config_of
+from chainlora.evaluation.training_rows import bound_of, config_of
 from chainlora.files import check_writable
 from chainlora.models.text_config import context_length
 from chainlora.runs.opening import load_run_or_model
@@ -149,13 +149,16 @@ def _own_rows(
             f"{run}); name another --split, or a file as --data"
         )
     if data is not None:
-        config = config.model_copy(update={split: data, f"num_{split}": limit})
-    elif from_files:
+        given = {"validation": None, split: data, f"num_{split}": limit}
+        config = config.model_copy(update=given)
+    elif from_files and not config.holds_out:
         counts = [n for n in (getattr(config, f"num_{split}"), limit) if n is not None]
         config = config.model_copy(update={f"num_{split}": min(counts, default=None)})
 
+    bound = bound_of(run) if config.holds_out else None
+
     def encode(tokenizer: Any, context: int) -> tuple[Splits, Sequence[Example]]:
-        splits = prepare_splits(config, tokenizer, context, to_score=split, loss=loss)
+        splits = prepare_splits(config, tokenizer, context, to_score=split, loss=loss, bound=bound)
         return splits, getattr(splits, split)[:limit]
 
     return encode

@@ -57,9 +57,16 @@ def config_of(run_or_model: str | Path) -> RunConfig | None:
     return reader.config() if reader.manifest().has_run else None
 
 
+def bound_of(run: str | Path) -> int | None:
+    """Return what a run held its validation rows out by; None where it keeps no rows."""
+    reader = RunReader(run)
+    own = reader.kept().get(reader.manifest().stage)
+    return None if own is None else own.bound
+
+
 def _first_rows(config: RunConfig, tokenizer: Any) -> list[Example]:
     data = config.data
-    place = data.train or data.dir
+    place = data.train_files[0].path if data.train_files else data.dir
     if place is None or not Path(place).exists():
         return []
     source = find_source(place, "train", _ROWS)

@@ -185,10 +185,13 @@ def config_id(config: RunConfig) -> str:
     tree = config.model_dump(mode="json", exclude_defaults=True)
     tree.pop("output", None)
     tree["data"].pop("dir", None)
-    for key in ("task", "train", "validation", "test"):
-        path = Path(tree["data"].get(key) or "")
+    files = [(tree["data"], key) for key in ("task", "train", "validation", "test")]
+    train = tree["data"].get("train")
+    files += [(each, "path") for each in train] if isinstance(train, list) else []
+    for section, key in files:
+        path = Path(section.get(key) if isinstance(section.get(key), str) else "")
         if path.is_file():
-            tree["data"][key] = _content(path, path.stat().st_mtime_ns)
+            section[key] = _content(path, path.stat().st_mtime_ns)
     for key in ("save_every", "log_every", "trackers"):
         tree.get("train", {}).pop(key, None)
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:12]

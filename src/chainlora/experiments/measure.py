@@ -8,6 +8,7 @@ import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from importlib.metadata import PackageNotFoundError, distribution
+from operator import mul
 from pathlib import Path
 from typing import Any
 
@@ -158,9 +159,11 @@ def _num_rows(config: RunConfig) -> int | None:
     data = config.data
     if data.num_train is not None:
         return data.num_train
-    if data.train is not None:
-        path = Path(data.train)
-        return _count_lines(path) if path.suffix == ".jsonl" and path.is_file() else None
+    paths = [Path(file.path) for file in data.train_files]
+    if paths:
+        known = all(path.suffix == ".jsonl" and path.is_file() for path in paths)
+        weights = [file.weight for file in data.train_files]
+        return round(sum(map(mul, weights, map(_count_lines, paths)))) if known else None
     return load_task(data.task).sampling.train.count(data.sampling) if data.task else None
 
 

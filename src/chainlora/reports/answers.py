@@ -16,6 +16,7 @@ from chainlora.data.splits import prepare_splits
 from chainlora.errors import DataError
 from chainlora.evaluation.generation import generate_greedy
 from chainlora.evaluation.streaming import to_accelerator
+from chainlora.evaluation.training_rows import bound_of
 from chainlora.files import reported
 from chainlora.models.finding import resolve_model
 from chainlora.models.text_config import context_length
@@ -123,6 +124,7 @@ def _own_prompts(run: RunFacts, count: int, model: Any, tokenizer: Any) -> list[
             context_length(model),
             to_score=split,
             loss=run.config.train.loss,
+            bound=bound_of(run.path),
         )
         rows = getattr(splits, split)
         if len(rows):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from itertools import accumulate
@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chainlora.config.schema import RunConfig, TrainConfig
+from chainlora.data.mixture import Mixture
 from chainlora.data.order import EpochOrder, epoch_order
 from chainlora.data.rows import Rows
 from chainlora.errors import ConfigError
@@ -30,6 +31,7 @@ class Plan:
     steps_per_epoch: int
     row_lengths: NDArray[np.integer]
     config: TrainConfig
+    mixture: Mixture
 
     @property
     def num_steps(self) -> int:
@@ -40,44 +42,66 @@ class Plan:
         """Row indices of each micro-batch of a step."""
         epoch, within = divmod(step, self.steps_per_epoch)
         order, count = self._order(epoch), self.config.gradient_accumulation
-        first = within * count
-        return [order.batch(index) for index in range(first, min(first + count, len(order)))]
+        places = range(within * count, min((within + 1) * count, len(order)))
+        before, size, seed = epoch * len(order), self.config.batch_size, self.config.seed
+        return [
+            order.batch(place) + self.mixture.added(size, seed, before + place) for place in places
+        ]
 
     def steps_of(self, num_tokens: float) -> int:
-        """Return the number of steps, from the start, that have read `num_tokens` tokens."""
-        epochs, rest = divmod(num_tokens, int(self.row_lengths.sum()))
-        step, last = int(epochs) * self.steps_per_epoch, int(epochs + 1) * self.steps_per_epoch
+        """Return the number of steps, from the start, that have read `num_tokens` tokens.
+
+        Those of earlier stages' rows are not counted.
+        """
+        epoch, rest = 0, num_tokens
+        if self.mixture.is_even:
+            epochs, rest = divmod(num_tokens, self._tokens(self.mixture.epoch(0, 0)))
+            epoch = int(epochs)
+        while rest >= (tokens := self._tokens(self._order(epoch).rows)):
+            epoch, rest = epoch + 1, rest - tokens
+        step = epoch * self.steps_per_epoch
+        last = step + self.steps_per_epoch
         while rest > 0 and step < last:
-            rest -= sum(int(self.row_lengths[batch].sum()) for batch in self.batches(step))
+            rest -= sum(self._tokens(batch) for batch in self.batches(step))
             step += 1
         return step
 
+    def _tokens(self, rows: Sequence[int] | NDArray[np.integer]) -> int:
+        own = np.asarray(rows)
+        return int(self.row_lengths[own[own < self.mixture.num_rows]].sum())
+
     @cached_property
     def _order(self) -> Callable[[int], EpochOrder]:
-        train, lengths = self.config, self.row_lengths
+        train = self.config
 
         @lru_cache(maxsize=_KEPT_EPOCHS)
         def order(epoch: int) -> EpochOrder:
-            return epoch_order(lengths, train.batch_size, train.seed, epoch, train.group_by_length)
+            rows = self.mixture.epoch(train.seed, epoch)
+            found = epoch_order(
+                self.row_lengths[rows], train.batch_size, train.seed, epoch, train.group_by_length
+            )
+            return replace(found, rows=rows[found.rows])
 
         return order
 
 
-def make_plan(config: RunConfig, examples: Rows) -> Plan:
+def make_plan(config: RunConfig, examples: Rows, mixture: Mixture | None = None) -> Plan:
     """Turn what the config says of each link's length into steps.
 
+    `mixture` says which of the examples an epoch reads; by default all, once.
     Fractional epochs and tokens round at the knots, the total exactly. For `minutes`, which
     `training.budget` measures, links have one step each until then.
     """
     chain, train = config.chain, config.train
+    mixture = mixture or Mixture((len(examples),), (1.0,))
     if chain.ranks and not examples:
         raise ConfigError(
             f"training needs rows (got none beside {config.data.shots} demonstrations); lower "
             "data.shots or give more"
         )
-    num_batches = math.ceil(len(examples) / train.batch_size)
+    num_batches = math.ceil(mixture.per_epoch / train.batch_size)
     per_epoch = math.ceil(num_batches / train.gradient_accumulation)
-    plan = Plan((1,) * len(chain.ranks), per_epoch, examples.lengths, train)
+    plan = Plan((1,) * len(chain.ranks), per_epoch, examples.lengths, train, mixture)
     if chain.minutes is not None:
         return plan
     if chain.steps is not None:

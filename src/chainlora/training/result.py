@@ -107,7 +107,7 @@ def _result(run: Run, metrics: dict[str, Any]) -> TrainResult:
         "steps": progress.step,
         "tokens": progress.tokens,
         "scored_tokens": progress.scored_tokens,
-        "rows": len(run.splits.train),
+        "rows": run.plan.mixture.num_rows,
         "rows_digest": run.splits.digest,
         "data": run.splits.report(),
         "base_fingerprint": run.base["fingerprint"],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from chainlora.chain.adapters import check_targets, prepare_quantized
 from chainlora.chain.chain import Chain
 from chainlora.chain.holding import holding_named
 from chainlora.config.schema import RunConfig
+from chainlora.data.kept import Kept
 from chainlora.data.splits import Splits, check_pairs, prepare_splits
 from chainlora.engine.engine import Engine
 from chainlora.errors import ConfigError
@@ -78,8 +79,9 @@ def _prepare(
     folder, files = _claim(config, resume, change, directory, processes)
     model, tokenizer = _load_model(config, processes)
     with processes.in_turn():
-        splits = _load_splits(config, model, tokenizer, listener)
-    plan = make_plan(config, splits.train)
+        earlier = _rows_of_earlier_stages(directory, start)
+        splits = _load_splits(config, model, tokenizer, listener, earlier)
+    plan = make_plan(config, splits.train, splits.mixture)
     check(config, model, splits)
     chain = _new_chain(config, model, folder)
     engine = _new_engine(config, model, processes)
@@ -180,12 +182,22 @@ def _load_model(config: RunConfig, processes: Processes) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def _load_splits(config: RunConfig, model: Any, tokenizer: Any, listener: Listener) -> Splits:
+def _rows_of_earlier_stages(directory: RunDirectory | None, start: Start) -> list[Kept]:
+    """Return the rows that earlier stages kept; a run that is resumed has them itself."""
+    if directory is None or not directory.exists:
+        return list(start.kept.values())
+    own = directory.manifest().stage
+    return [kept for stage, kept in directory.kept().items() if stage != own]
+
+
+def _load_splits(
+    config: RunConfig, model: Any, tokenizer: Any, listener: Listener, earlier: Sequence[Kept]
+) -> Splits:
     def tell(split: str, rows: int, share: float) -> None:
         listener(RowsEncoded(0, split, rows, share))
 
     context, loss = context_length(model), config.train.loss
-    return prepare_splits(config.data, tokenizer, context, tell, loss=loss)
+    return prepare_splits(config.data, tokenizer, context, tell, loss=loss, earlier=earlier)
 
 
 def _new_chain(config: RunConfig, model: Any, folder: Path) -> Chain:
@@ -314,7 +326,7 @@ def _announce(run: Run) -> None:
             step=run.progress.step,
             num_steps=run.plan.num_steps,
             lengths=list(run.plan.lengths),
-            rows=len(run.splits.train),
+            rows=run.plan.mixture.num_rows,
             path=run.engine.path,
             threads=run.engine.num_threads,
             notes=list(run.engine.notes),

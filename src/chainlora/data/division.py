@@ -1,0 +1,92 @@
+"""Which rows of the training files are trained on, and which are held out or left out.
+
+A row is held out by its prompt alone: for validation if its hash is below the run's bound, and for
+good if it was a validation row of an earlier stage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from chainlora.config.schema import DataConfig
+from chainlora.data.kept import Kept
+from chainlora.data.mixture import example_hashes, held_out_bound, prompt_hashes
+from chainlora.data.rows import PickedRows, Rows
+from chainlora.errors import ConfigError
+
+Masks = list[NDArray[np.bool_]]
+
+
+@dataclass(frozen=True)
+class Division:
+    """What becomes of every example of the training files: masks, one a file.
+
+    `bound` is that of `held_out_bound`, None where nothing is held out. `counts` says how many
+    examples were held out, were validation rows of earlier stages, or were trained on there.
+    """
+
+    train: Masks
+    validation: Masks
+    bound: int | None = None
+    counts: dict[str, int] = field(default_factory=dict)
+
+
+def divide(
+    files: Sequence[Rows],
+    data: DataConfig,
+    num_front: int,
+    earlier: Sequence[Kept] = (),
+    bound: int | None = None,
+) -> Division:
+    """Divide the rows of training files, encoded as they are trained on.
+
+    `bound` is that of the run where it is known. Raises ConfigError where no side may be empty.
+    """
+    before = np.unique(np.concatenate([np.empty(0, np.int64), *(k.held_out for k in earlier)]))
+    seen = np.unique(np.concatenate([np.empty(0, np.int64), *(k.seen for k in earlier)]))
+    prompts = [np.empty(0, np.int64)] * len(files)
+    if data.holds_out or len(before):
+        prompts = [prompt_hashes(rows, num_front) for rows in files]
+    if data.holds_out and bound is None:
+        bound = _bound(np.concatenate(prompts), data.validation)
+    nothing = [np.zeros(len(rows), bool) for rows in files]
+    held_out = [hashes < bound for hashes in prompts] if bound is not None else nothing
+    left_out = [np.isin(hashes, before) for hashes in prompts] if len(before) else nothing
+    known = nothing
+    if data.new_rows_only and len(seen):
+        known = [np.isin(example_hashes(rows), seen) for rows in files]
+    parts = list(zip(held_out, left_out, known, strict=True))
+    train = [~(out | before | seen) for out, before, seen in parts]
+    counts = {
+        "held_out": sum(int(out.sum()) for out in held_out),
+        "left_out": sum(int((before & ~out).sum()) for out, before, _ in parts),
+        "seen": sum(int((seen & ~before & ~out).sum()) for out, before, seen in parts),
+    }
+    if files and not any(mask.any() for mask in train) and any(counts.values()):
+        raise ConfigError(
+            "training needs rows that no stage has held out or, with `data.new_rows_only`, seen",
+            ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in counts.items()),
+            "add rows, or hold out fewer",
+        )
+    return Division(train, held_out, bound, {name: n for name, n in counts.items() if n})
+
+
+def pick(rows: Rows, mask: NDArray[np.bool_]) -> Rows:
+    """Return the rows that a mask names."""
+    return rows if mask.all() else PickedRows(rows, np.flatnonzero(mask))
+
+
+def _bound(prompts: NDArray[np.int64], validation: str | int | float | None) -> int:
+    assert isinstance(validation, int | float)
+    bound = held_out_bound(prompts, validation)
+    if not 0 < (prompts < bound).sum() < len(prompts):
+        raise ConfigError(
+            "`data.validation` must hold out some prompts, and leave some",
+            f"{validation} of {len(np.unique(prompts))}",
+            "give another share or number, or more rows",
+        )
+    return bound
