@@ -56,6 +56,8 @@ VALUES: dict[str, dict[str, Any]] = {
     "data.truncation": {"data.truncation": "left"},
     "data.shots": {"data.shots": "1"},
     "data.data_seed": {"data.data_seed": "3"},
+    "data.new_rows_only": {"data.new_rows_only": "true"},
+    "data.keep_rows": {"data.keep_rows": "false"},
     "data.sampling": {"data.sampling": "saner"},
     "train.lr": {"train.lr": "2e-3"},
     "train.lora_plus_ratio": {"train.lora_plus_ratio": "4"},
@@ -92,6 +94,7 @@ VALUES: dict[str, dict[str, Any]] = {
 GIVEN = {"model", "output", "train.trackers", "data.task", "data.dir", "data.format"}
 GIVEN |= {"data.train", "data.validation", "data.test", "data.num_test"}
 GIVEN |= {"data.chat_template", "data.template_arguments"}  # test_data_templates.py
+GIVEN |= {"train.loss", "train.dpo_beta", "train.dpo_label_smoothing"}  # test_dpo.py
 GIVEN |= {"quantize"}  # test_quantized.py, where its packages are
 
 
