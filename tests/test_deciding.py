@@ -46,7 +46,7 @@ OFF = {
     "data.num_train", "data.num_validation", "data.num_test",
     "chain.exclude_modules", "chain.plateau",
     "train.max_grad_norm", "train.eval_every", "train.early_stop", "train.save_every",
-    "train.log_every", "train.shard",
+    "train.log_every", "train.shard", "train.loss",
 }  # fmt: skip
 
 
