@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from chainlora.evaluation.metrics import is_higher_better
-from chainlora.experiments.report.comparisons import Comparison, Facts
+from chainlora.experiments.report.comparisons import Facts
 from chainlora.experiments.report.curves import Curve, difference_curves, loss_curves
 from chainlora.experiments.report.values import Summary, by_seed, digits
+from chainlora.experiments.results import Results
 from chainlora.experiments.statistics.pairs import VERDICTS
 from chainlora.reports.charts import (
     BLUE,
@@ -31,6 +32,7 @@ from chainlora.reports.charts import (
 )
 from chainlora.reports.tables import Table, number
 
+Curves = Callable[[Results, str], list[Curve]]
 _COLOURS = dict(zip(VERDICTS, ("#1A7F37", "#CF222E", "#57606A", GREY), strict=True))
 
 
@@ -175,14 +177,9 @@ def _seeds_table(facts: Facts, task: str) -> Table:
 # --- differences ---
 
 
-def compared(facts: Facts, task: str) -> list[Comparison]:
-    """Return the comparisons of a task, or of all tasks together."""
-    return [each for each in facts.comparisons if each.task == task]
-
-
 def draw_differences(axes: Any, facts: Facts, task: str) -> None:
     """Draw the paired differences on a task with their intervals, verdicts in words."""
-    own = compared(facts, task)
+    own = [each for each in facts.comparisons if each.task == task]
     for row, comparison in enumerate(reversed(own)):
         d = comparison.difference
         colour = _COLOURS[d.verdict]
@@ -204,45 +201,42 @@ def draw_differences(axes: Any, facts: Facts, task: str) -> None:
     axes.set_xlabel(f"{own[0].value}, difference in {unit}\n{own[0].better}; 95 % intervals")
 
 
-def _rows_of(facts: Facts) -> list[str]:
-    return list(dict.fromkeys(comparison.task for comparison in facts.comparisons))
-
-
 # --- curves ---
 
 
-def draw_curves(axes: Any, curves: Sequence[Curve], places: Sequence[int], label: str) -> None:
-    """Draw mean curves over seeds, 95 % bands where seeds allow one, and a tick at each knot."""
-    for curve, place in zip(curves, places, strict=True):
-        style, steps = line_style(place), list(curve.points)
-        means, lows, highs = zip(*curve.points.values(), strict=True)
-        axes.plot(steps, means, linewidth=1.4, label=f"{curve.name} (n={curve.num_seeds})", **style)
-        if all(map(math.isfinite, lows)):
-            band = {"color": style["color"], "alpha": 0.15, "linewidth": 0}
-            axes.fill_between(steps, lows, highs, **band)
-        at = [step for step in curve.knots if step in curve.points]
-        heights = [curve.points[step][0] for step in at]
-        axes.plot(at, heights, "|", color=style["color"], markersize=9)
-    whole_steps(axes.xaxis)
-    axes.set_xlabel("step")
-    axes.set_ylabel(label)
+def _curve_chart(name: str, title: str, note: str, curves: Curves, label: str) -> Chart:
+    """Return a chart of mean curves over seeds: 95 % bands where seeds allow one, a tick at each
+    knot."""
 
+    def draw(axes: Any, facts: Facts, task: str) -> None:
+        methods = list(facts.results.experiment["methods"])
+        for curve in curves(facts.results, task):
+            style, steps = line_style(methods.index(curve.method)), list(curve.points)
+            means, lows, highs = zip(*curve.points.values(), strict=True)
+            said = f"{curve.name} (n={curve.num_seeds})"
+            axes.plot(steps, means, linewidth=1.4, label=said, **style)
+            if all(map(math.isfinite, lows)):
+                band = {"color": style["color"], "alpha": 0.15, "linewidth": 0}
+                axes.fill_between(steps, lows, highs, **band)
+            at = [step for step in curve.knots if step in curve.points]
+            heights = [curve.points[step][0] for step in at]
+            axes.plot(at, heights, "|", color=style["color"], markersize=9)
+        if curves is difference_curves:
+            axes.axhline(0, color="#000000", linewidth=0.8)
+        whole_steps(axes.xaxis)
+        axes.set_xlabel("step")
+        axes.set_ylabel(label)
 
-def _draw_losses(axes: Any, facts: Facts, task: str) -> None:
-    curves = loss_curves(facts.results, task)
-    places = [_place(facts, curve.name) for curve in curves]
-    draw_curves(axes, curves, places, "validation loss")
-
-
-def _draw_loss_differences(axes: Any, facts: Facts, task: str) -> None:
-    curves = difference_curves(facts.results, task)
-    places = [_place(facts, curve.name.partition(" − ")[0]) for curve in curves]
-    draw_curves(axes, curves, places, "difference in loss")
-    axes.axhline(0, color="#000000", linewidth=0.8)
-
-
-def _place(facts: Facts, method: str) -> int:
-    return list(facts.results.experiment["methods"]).index(method)
+    return Chart(
+        name=name,
+        figure="curves",
+        section="Loss against steps",
+        title=title,
+        note=note,
+        draw=draw,
+        tasks=lambda facts: [task for task in facts.tasks if curves(facts.results, task)],
+        table=lambda facts, task: _curve_table(curves(facts.results, task)),
+    )
 
 
 def _curve_table(curves: Sequence[Curve]) -> Table:
@@ -265,8 +259,8 @@ CHARTS = (
         section="Verdict",
         title="Paired differences",
         draw=draw_differences,
-        tasks=_rows_of,
-        height=lambda facts, task: 0.9 + 0.55 * len(compared(facts, task)),
+        tasks=lambda facts: list(dict.fromkeys(each.task for each in facts.comparisons)),
+        height=lambda facts, task: 0.9 + 0.55 * sum(c.task == task for c in facts.comparisons),
         columns=1,
     ),
     Chart(
@@ -278,26 +272,18 @@ CHARTS = (
         tasks=lambda facts: facts.tasks,
         table=_seeds_table,
     ),
-    Chart(
-        name="curves",
-        figure="curves",
-        section="Loss against steps",
-        title="Validation loss",
-        note="mean over seeds; ticks are knots, bands 95 % intervals where seeds allow one",
-        draw=_draw_losses,
-        tasks=lambda facts: [t for t in facts.tasks if loss_curves(facts.results, t)],
-        table=lambda facts, task: _curve_table(loss_curves(facts.results, task)),
+    _curve_chart(
+        "curves",
+        "Validation loss",
+        "mean over seeds; ticks are knots, bands 95 % intervals where seeds allow one",
+        loss_curves,
+        "validation loss",
     ),
-    Chart(
-        name="curve_differences",
-        figure="curves",
-        section="Loss against steps",
-        title="Loss less the rival's",
-        note="paired by seed; below 0 is better",
-        draw=_draw_loss_differences,
-        tasks=lambda facts: [
-            task for task in facts.tasks if difference_curves(facts.results, task)
-        ],
-        table=lambda facts, task: _curve_table(difference_curves(facts.results, task)),
+    _curve_chart(
+        "curve_differences",
+        "Loss less the rival's",
+        "paired by seed; below 0 is better",
+        difference_curves,
+        "difference in loss",
     ),
 )

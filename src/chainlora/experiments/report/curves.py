@@ -18,10 +18,11 @@ BySeed = dict[int, dict[int, float]]  # seed → step → loss
 class Curve:
     """Values over seeds: step → their mean and its interval, infinite where seeds allow none.
 
-    `knots` are the steps at which links end.
+    `knots` are the steps at which the links of `method` end.
     """
 
     name: str
+    method: str
     points: dict[int, tuple[float, float, float]]
     num_seeds: int
     knots: tuple[int, ...] = ()
@@ -66,4 +67,4 @@ def _curve(results: Results, task: str, method: str, name: str, values: BySeed) 
     columns = {step: [losses[step] for losses in values.values()] for step in sorted(shared)}
     points = {step: (fmean(own), *mean_interval(own)) for step, own in columns.items()}
     lengths = cells_of(results, task, method)[0].get("link_steps") or []
-    yield Curve(name, points, len(values), tuple(accumulate(lengths[:-1])))
+    yield Curve(name, method, points, len(values), tuple(accumulate(lengths[:-1])))
