@@ -21,6 +21,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 F32, BF16, INT64, INT32 = 4, 2, 8, 4
+LINE = 40  # what else a store has of a row: its number, its size and its span, as JSON
 BRANCH_RANK = 64  # most that deposits of a carried link are stacked to
 KEPT_EPOCHS = 3  # orders of rows in memory
 
@@ -207,7 +208,7 @@ class Run:
 
 def store(rows: float, tokens: int) -> float:
     """Bytes on disk of tokenised rows of one sequence with one scored span."""
-    return rows * (INT32 * tokens + 2 * INT32 + 6 * INT64)
+    return rows * (INT32 * tokens + 2 * INT64 + LINE)
 
 
 def order(rows: float) -> float:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, replace
 from functools import cache
@@ -30,7 +30,15 @@ from chainlora.data.examples import Example
 from chainlora.data.parallel import map_in_processes, num_workers
 from chainlora.data.rows import MemoryRows, Rows, RowsSummary
 from chainlora.data.sources import Chunk, Source
-from chainlora.data.store import Arrays, StoredRows, StoreWriter, flatten, mapped, open_store
+from chainlora.data.store import (
+    Arrays,
+    StoredRows,
+    finish_store,
+    flatten,
+    mapped,
+    open_store,
+    write_arrays,
+)
 from chainlora.data.tasks import Task
 from chainlora.errors import DataError, FileError
 from chainlora.files import is_scratch, make_folder, remove, replaced_folder
@@ -73,19 +81,6 @@ def make_rows(
     return rows
 
 
-def _built(
-    folder: Path, source: Source, encode: RowEncoder, progress: EncodingProgress | None
-) -> StoredRows:
-    """Return the store that this process builds, or another that was faster.
-
-    The rows are read from the beginning: the source gives those that it named in the store's key.
-    """
-    with _one_writer(folder):
-        found = open_store(folder)
-        chunks = source.chunks(_CHUNK)
-        return found or _build(folder, chunks, encode, progress or (lambda rows, share: None))
-
-
 def _encode_in_memory(chunks: Sequence[Chunk], encode: RowEncoder) -> MemoryRows:
     counts, examples, digest = Counts(), list[Example](), hashlib.sha256()
     for chunk in chunks:
@@ -99,40 +94,45 @@ def _encode_in_memory(chunks: Sequence[Chunk], encode: RowEncoder) -> MemoryRows
     return rows
 
 
-def _build(
-    folder: Path, chunks: Iterator[Chunk], encode: RowEncoder, progress: EncodingProgress
+def _built(
+    folder: Path, source: Source, encode: RowEncoder, progress: EncodingProgress | None
 ) -> StoredRows:
-    """Encode into a scratch folder that becomes the store at the end: it is whole or not there."""
+    """Return the store that this process builds, or another that was faster.
+
+    The rows are read from the beginning: the source gives those that it named in the store's key.
+    They go into a scratch folder that becomes the store at the end: it is whole or not there.
+    """
     counts, digest = Counts(), hashlib.sha256()
 
     def work(chunk: Chunk) -> tuple[Arrays, Counts, bytes, float]:
         encoded = encode(chunk.rows())
         return flatten(encoded.examples), encoded.counts, encoded.digests, chunk.share
 
-    parts = map_in_processes(work, chunks, num_workers())
-    with replaced_folder(folder) as scratch, StoreWriter(scratch) as store, closing(parts):
-        for arrays, part, digests, share in parts:
-            store.append(arrays)
-            counts.add(part)
-            digest.update(digests)
-            progress(counts.rows, share)
-        counts.refuse_too_long(encode.fit.max_length)
-        summary = _summary(counts, store.num_examples, store.num_tokens, digest.hexdigest())
-        store.finish(summary)
-    return mapped(folder, summary)
+    def arrays() -> Generator[Arrays, None, None]:
+        with closing(map_in_processes(work, source.chunks(_CHUNK), num_workers())) as parts:
+            for part, found, digests, share in parts:
+                counts.add(found)
+                digest.update(digests)
+                if progress is not None:
+                    progress(counts.rows, share)
+                yield part
+
+    with _one_writer(folder):
+        if (found := open_store(folder)) is not None:
+            return found
+        with replaced_folder(folder) as scratch, closing(arrays()) as parts:
+            examples, tokens = write_arrays(scratch, parts)
+            counts.refuse_too_long(encode.fit.max_length)
+            summary = _summary(counts, examples, tokens, digest.hexdigest())
+            finish_store(scratch, summary)
+        return mapped(folder, summary)
 
 
 def _summary(counts: Counts, examples: int, tokens: int, digest: str) -> RowsSummary:
-    return RowsSummary(
-        rows=counts.rows,
-        examples=examples,
-        tokens=tokens,
-        rows_split=counts.rows_split,
-        rows_cut=counts.rows_cut,
-        tokens_cut=counts.tokens_cut,
-        unread=tuple(counts.unread),
-        digest=digest,
-    )
+    names = ("rows", "rows_split", "rows_cut", "tokens_cut")
+    found = {name: getattr(counts, name) for name in names}
+    unread = tuple(counts.unread)
+    return RowsSummary(examples=examples, tokens=tokens, unread=unread, digest=digest, **found)
 
 
 # --- the cache ---

@@ -1,31 +1,23 @@
-"""Tokenised rows on disk: flat arrays with offsets, mapped into memory and read a row at a time.
+"""Tokenised rows as three arrays: a few in memory, or a store on disk that is mapped into memory.
 
-A store is a folder of raw little-endian arrays and ``store.json``. With N examples of S sequences
-of T tokens, P scored spans and B bytes of text:
+    tokens  int32 [T]     the tokens of all sequences, one after another
+    lines   uint8 [B]     what else an example has, as a line of JSON: its row, the tokens of each
+                          sequence, the spans that are scored, label, references and names
+    ends    int64 [N, 2]  where each of N examples ends in `lines`, and in `tokens`
 
-    tokens          int32 T     the tokens of all sequences, one after another
-    sequence_ends   int64 S     where each sequence ends in `tokens`
-    example_ends    int64 N     where each example ends in the sequences
-    spans           int32 2·P   [start, end) of what is scored
-    span_ends       int64 S     where the spans of each sequence end
-    rows, labels    int64 N     number of the row in its split; right candidate or −1
-    texts           uint8 B     JSON of references and names, nothing where an example has neither
-    text_ends       int64 N     where the text of each example ends
-
-``store.json`` holds the size and SHA-256 of every array and the summary of the rows; it is written
-last, and a store that does not agree with it is built again.
+A store is a folder with a file of each, little-endian, and ``store.json``: their SHA-256 and the
+summary of the rows. It is written last, and a store that does not agree with it is built again.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
-from itertools import chain
+from itertools import accumulate, chain, pairwise
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,120 +26,60 @@ from chainlora.data.examples import Example
 from chainlora.data.rows import Rows, RowsSummary
 from chainlora.files import sha256
 
-_TYPES: dict[str, Any] = {
-    "tokens": np.dtype("<i4"),
-    "sequence_ends": np.dtype("<i8"),
-    "example_ends": np.dtype("<i8"),
-    "spans": np.dtype("<i4"),
-    "span_ends": np.dtype("<i8"),
-    "rows": np.dtype("<i8"),
-    "labels": np.dtype("<i8"),
-    "texts": np.dtype("u1"),
-    "text_ends": np.dtype("<i8"),
-}
-_ENDS = {  # offsets, and the array whose length they count (of spans, the pairs)
-    "sequence_ends": "tokens",
-    "example_ends": "sequence_ends",
-    "span_ends": "spans",
-    "text_ends": "texts",
-}
+_TYPES = {"tokens": "<i4", "lines": "u1", "ends": "<i8"}
 _INDEX = "store.json"
-_FORMAT = 1
+_FORMAT = 2
 
 Arrays = Mapping[str, NDArray[Any]]
 
 
 def flatten(examples: Sequence[Example]) -> dict[str, NDArray[Any]]:
-    """Return examples as the arrays of a store, offsets counted from 0."""
-    sequences = [tokens for example in examples for tokens in example.sequences]
-    scored = [spans for example in examples for spans in example.scored]
-    texts = [_text(example) for example in examples]
-    bounds = [bound for spans in scored for span in spans for bound in span]
-    found = {
+    """Return examples as arrays."""
+    lines, lengths = [], []
+    for each in examples:
+        sizes = [len(sequence) for sequence in each.sequences]
+        rest = [each.row, sizes, each.scored, each.label, each.references, each.names]
+        lines.append(json.dumps(rest).encode() + b"\n")
+        lengths.append((len(lines[-1]), sum(sizes)))
+    sequences = chain.from_iterable(each.sequences for each in examples)
+    return {
         "tokens": np.fromiter(chain.from_iterable(sequences), _TYPES["tokens"]),
-        "sequence_ends": np.cumsum([len(tokens) for tokens in sequences]),
-        "example_ends": np.cumsum([len(example.sequences) for example in examples]),
-        "spans": np.array(bounds),
-        "span_ends": np.cumsum([len(spans) for spans in scored]),
-        "rows": np.array([example.row for example in examples]),
-        "labels": np.array([-1 if e.label is None else e.label for e in examples]),
-        "texts": np.frombuffer(b"".join(texts), _TYPES["texts"]),
-        "text_ends": np.cumsum([len(text) for text in texts]),
+        "lines": np.frombuffer(b"".join(lines), _TYPES["lines"]),
+        "ends": np.array(lengths, _TYPES["ends"]).reshape(-1, 2).cumsum(0),
     }
-    return {name: array.astype(_TYPES[name], copy=False) for name, array in found.items()}
 
 
-def _text(example: Example) -> bytes:
-    texts = [example.references, example.names]
-    return json.dumps(texts).encode() if any(texts) else b""
+def write_arrays(folder: Path, parts: Iterable[Arrays]) -> tuple[int, int]:
+    """Write the arrays of a store, of which `flatten` gives the parts; return examples, tokens."""
+    count, last = 0, np.zeros(2, np.int64)
+    with ExitStack() as stack:
+        files = {name: stack.enter_context((folder / name).open("wb")) for name in _TYPES}
+        for part in parts:
+            arrays = {**part, "ends": part["ends"] + last}
+            for name, file in files.items():
+                file.write(arrays[name].tobytes())
+            count += len(arrays["ends"])
+            last = arrays["ends"][-1] if len(arrays["ends"]) else last
+    return count, int(last[1])
 
 
-class StoreWriter:
-    """Appends arrays to a store that is being built."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._open = ExitStack()
-        self._files: dict[str, BinaryIO] = {
-            name: self._open.enter_context((folder / name).open("wb")) for name in _TYPES
-        }
-        self._hashes = {name: hashlib.sha256() for name in _TYPES}
-        self._counts = dict.fromkeys(_TYPES, 0)
-
-    def __enter__(self) -> StoreWriter:
-        """Return the writer."""
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Close the files."""
-        self._open.close()
-
-    def append(self, arrays: Arrays) -> None:
-        """Add the arrays that `flatten` gave of the next examples."""
-        bases = {name: self._counts[of] for name, of in _ENDS.items()}
-        bases["span_ends"] //= 2
-        for name, array in arrays.items():
-            content = (array + bases[name] if name in bases else array).astype(_TYPES[name])
-            data = content.tobytes()
-            self._files[name].write(data)
-            self._hashes[name].update(data)
-            self._counts[name] += len(array)
-
-    @property
-    def num_examples(self) -> int:
-        """Return how many examples there are so far."""
-        return self._counts["rows"]
-
-    @property
-    def num_tokens(self) -> int:
-        """Return how many tokens there are so far."""
-        return self._counts["tokens"]
-
-    def finish(self, summary: RowsSummary) -> None:
-        """Write ``store.json``, which makes the folder a store."""
-        for file in self._files.values():
-            file.flush()
-        index = {
-            "format": _FORMAT,
-            "summary": asdict(summary),
-            "arrays": {
-                name: {"count": self._counts[name], "sha256": self._hashes[name].hexdigest()}
-                for name in _TYPES
-            },
-        }
-        (self.folder / _INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")
+def finish_store(folder: Path, summary: RowsSummary) -> None:
+    """Write ``store.json``, which makes the folder a store."""
+    index = {"format": _FORMAT, "summary": asdict(summary), "sha256": _sums(folder)}
+    (folder / _INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")
 
 
 class StoredRows(Rows):
     """Rows in the arrays that `flatten` gives of them. Safe to read from several threads."""
 
     def __init__(self, arrays: Arrays, summary: RowsSummary) -> None:
-        self._arrays, self.summary = arrays, summary
-        self._lengths = self._count_tokens()
+        self.summary = summary
+        self._tokens, self._lines, self._ends = (arrays[name] for name in _TYPES)
+        self._lengths = np.diff(self._ends[:, 1], prepend=0).astype(np.int32)
 
     def __len__(self) -> int:
         """Return the number of rows."""
-        return len(self._arrays["rows"])
+        return len(self._ends)
 
     @property
     def lengths(self) -> NDArray[np.int32]:
@@ -156,64 +88,34 @@ class StoredRows(Rows):
 
     def example(self, index: int) -> Example:
         """Return one row."""
-        arrays = self._arrays
-        first, last = _bounds(arrays["example_ends"], index)
-        sequences, scored = [], []
-        for place in range(first, last):
-            start, end = _bounds(arrays["sequence_ends"], place)
-            sequences.append(tuple(arrays["tokens"][start:end].tolist()))
-            start, end = _bounds(arrays["span_ends"], place)
-            flat = arrays["spans"][2 * start : 2 * end].tolist()
-            scored.append(tuple(zip(flat[::2], flat[1::2], strict=True)))
-        references, names = self._texts(index)
-        label = int(arrays["labels"][index])
-        return Example(
-            int(arrays["rows"][index]),
-            tuple(sequences),
-            tuple(scored),
-            None if label < 0 else label,
-            references,
-            names,
-        )
-
-    def _texts(self, index: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        start, end = _bounds(self._arrays["text_ends"], index)
-        if start == end:
-            return (), ()
-        references, names = json.loads(self._arrays["texts"][start:end].tobytes())
-        return tuple(references), tuple(names)
-
-    def _count_tokens(self) -> NDArray[np.int32]:
-        last = self._arrays["example_ends"] - 1
-        ends = self._arrays["sequence_ends"][last]
-        return np.diff(ends, prepend=0).astype(np.int32)
+        starts = self._ends[index - 1].tolist() if index else (0, 0)
+        (first, start), (last, end) = starts, self._ends[index].tolist()
+        row, sizes, scored, *rest = json.loads(self._lines[first:last].tobytes())
+        label, references, names = rest
+        tokens = self._tokens[start:end].tolist()
+        bounds = pairwise(accumulate(sizes, initial=0))
+        sequences = tuple(tuple(tokens[begin:stop]) for begin, stop in bounds)
+        spans = tuple(tuple(map(tuple, each)) for each in scored)
+        return Example(row, sequences, spans, label, tuple(references), tuple(names))
 
 
 def open_store(folder: Path) -> StoredRows | None:
     """Return the rows of a store, or None where there is none or it is damaged."""
     try:
         index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
-        whole = index["format"] == _FORMAT and all(
-            sha256(folder / name) == index["arrays"][name]["sha256"] for name in _TYPES
-        )
-        summary = index["summary"]
-        summary["unread"] = tuple(summary["unread"])
-        return mapped(folder, RowsSummary(**summary)) if whole else None
+        if index["format"] != _FORMAT or index["sha256"] != _sums(folder):
+            return None
+        unread = tuple(index["summary"]["unread"])
+        return mapped(folder, RowsSummary(**index["summary"] | {"unread": unread}))
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
 def mapped(folder: Path, summary: RowsSummary) -> StoredRows:
     """Return the rows of a store that was just built or checked."""
-    arrays = {name: _map(folder / name, dtype) for name, dtype in _TYPES.items()}
-    return StoredRows(arrays, summary)
+    arrays = {n: np.asarray(np.memmap(folder / n, kind, "r")) for n, kind in _TYPES.items()}
+    return StoredRows(arrays | {"ends": arrays["ends"].reshape(-1, 2)}, summary)
 
 
-def _map(path: Path, dtype: Any) -> NDArray[Any]:
-    if not path.stat().st_size:  # nothing to map
-        return np.empty(0, dtype)
-    return np.asarray(np.memmap(path, dtype, "r"))
-
-
-def _bounds(ends: NDArray[Any], index: int) -> tuple[int, int]:
-    return (int(ends[index - 1]) if index else 0), int(ends[index])
+def _sums(folder: Path) -> dict[str, str]:
+    return {name: sha256(folder / name) for name in _TYPES}
