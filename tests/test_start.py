@@ -11,16 +11,28 @@ from typing import Any
 import peft
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import WORDS, tiny_model, write_rows
+from helpers import settings
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from chainlora import Chain, ChainLoRAError, LinkConfig, export_adapter, load_chain, load_run
+from chainlora import (
+    Chain,
+    ChainLoRAError,
+    LinkConfig,
+    export_adapter,
+    load_chain,
+    load_run,
+    make_config,
+)
 from chainlora.files import write_json
-from chainlora.runs.loading_start import load_start, put_on, tokenizer_for
+from chainlora.models.loading import load_tokenizer
+from chainlora.runs.loading_start import load_start, put_on
 from chainlora.runs.manifest import RESULT, encode_manifest
 from chainlora.runs.reading import RunReader
 from chainlora.runs.saved_chain import save_chain
+from chainlora.runs.start import NOTHING, Start
+from chainlora.training.loop import train
 
 IDS = torch.randint(3, 131, (2, 12), generator=torch.Generator().manual_seed(0))
 TARGETS = {"llama": ["q_proj", "down_proj"], "gpt2": ["c_attn", "c_proj"]}
@@ -167,7 +179,9 @@ def test_a_saved_chain_starts_with_its_live_link_and_gives_no_id_twice(tmp_path)
 # --- what is said, what is refused ---
 
 
-def test_another_name_of_the_base_and_its_revision_are_said(tiny_folder, tmp_path):
+def test_another_name_of_the_base_and_its_revision_are_said(
+    tiny_folder, sentiment, tmp_path, caplog
+):
     model = AutoModelForCausalLM.from_pretrained(tiny_folder)
     folder = save_lora(tmp_path / "made", model=model)
     same = Chain(AutoModelForCausalLM.from_pretrained(tiny_folder))
@@ -179,6 +193,11 @@ def test_another_name_of_the_base_and_its_revision_are_said(tiny_folder, tmp_pat
     assert start.entries[0].stage == "start"
     assert notes[0] == "the adapter is for revision abc of its base"
     assert notes[1].startswith("the adapter is for another base, some/model, than our/model;")
+    run = make_config(
+        settings(tiny_folder, sentiment, tmp_path / "run", chain={"ranks": [], "steps": []})
+    )
+    train(run, start=load_start(folder))
+    assert all(words in caplog.text for words in (notes[0], "another base, some/model, than /"))
     assert load_start(folder).tokenizer is None
 
 
@@ -186,13 +205,40 @@ def test_a_tokenizer_of_its_own_is_used(tiny_folder, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tiny_folder)
     folder = save_lora(tmp_path / "made", model=model)
     tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
-    tokenizer.chat_template = "{{ messages[0].content }}!"
+    tokenizer.chat_template = tokenizer.chat_template.replace("<s>", "<s>yes ")
     tokenizer.save_pretrained(folder)
-    assert tokenizer_for(load_start(folder), model).chat_template == tokenizer.chat_template
+    rows = [{"messages": [{"role": "user", "content": f"a {word}"}]} for word in WORDS]
+    for row in rows:
+        row["messages"].append({"role": "assistant", "content": "the mat"})
+    data = {
+        "task": None,
+        "train": str(write_rows(tmp_path / "rows.jsonl", rows)),
+        "validation": None,
+    }
+
+    def train_in(name: str, start: Start):
+        config = make_config(settings(tiny_folder, tmp_path, tmp_path / name, data=data))
+        train(config, start=start)
+        return RunReader(tmp_path / name)
+
+    run, plain = train_in("run", load_start(folder)), train_in("plain", NOTHING)
+    assert run.manifest().progress.tokens != plain.manifest().progress.tokens
+    assert [entry.stage for entry in run.manifest().links] == ["start", "main", "main", "main"]
+    export_adapter(run.path, tmp_path / "out")
+    again = train_in("again", load_start(run.path, "next"))
+    for tokens in (
+        load_run(run.path)[1],
+        load_run(again.path)[1],
+        load_tokenizer(tmp_path / "out"),
+    ):
+        assert tokens.chat_template == tokenizer.chat_template
+    train(run.config(), resume=True)
+
     tokenizer.add_tokens([f"<{k}>" for k in range(9)])
     tokenizer.save_pretrained(folder)
     with pytest.raises(ChainLoRAError, match="the embedding must have a row per token"):
-        tokenizer_for(load_start(folder), model)
+        train_in("more", load_start(folder))
+    assert not (tmp_path / "more").exists()
 
 
 def without_weights(folder: Path) -> None:

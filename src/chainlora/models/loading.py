@@ -96,7 +96,7 @@ def open_folder(spec: str | Path) -> tuple[Path, Any, Any]:
 def settle(model: Any, tokenizer: Any, folder: Path) -> None:
     """Check a model against its folder and its tokenizer, and let it pad as that does."""
     _refuse_integers(model, folder)
-    check_vocabulary(model, tokenizer, folder)
+    _check_vocabulary(model, tokenizer, folder)
     if model.generation_config is not None and model.generation_config.pad_token_id is None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id
 
@@ -184,10 +184,10 @@ def _check_layers(config: Any, folder: Path) -> None:
         )
 
 
-def load_tokenizer(folder: Path) -> Any:
+def load_tokenizer(folder: Path, model: Any = None) -> Any:
     """Return the tokenizer of a model folder, padding with a token it has.
 
-    Raises ModelError if there is none, or it does not load.
+    Raises ModelError if there is none, it does not load, or it has more tokens than a model.
     """
     if not any(next(folder.glob(pattern), None) for pattern in TOKENIZERS):
         raise ModelError(
@@ -207,6 +207,8 @@ def load_tokenizer(folder: Path) -> Any:
         ) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.bos_token
+    if model is not None:
+        _check_vocabulary(model, tokenizer, folder)
     return tokenizer
 
 
@@ -249,8 +251,7 @@ def _stored_dtypes(folder: Path) -> Iterator[tuple[str, str, Path]]:
                     yield name, reader.get_slice(name).get_dtype(), file
 
 
-def check_vocabulary(model: Any, tokenizer: Any, folder: Path) -> None:
-    """Raise ModelError for a tokenizer with more tokens than a model's embedding has rows."""
+def _check_vocabulary(model: Any, tokenizer: Any, folder: Path) -> None:
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         raise ModelError(

@@ -4,6 +4,7 @@
     RUN/chain.json               manifest: links, where to resume, hashes of all that counts
     RUN/links/000/ …             each an ordinary PEFT adapter
     RUN/rows/main.safetensors    rows kept of the run's stage, and of each stage before it
+    RUN/tokenizer/               one that is not the base's, if the run began with it
     RUN/moments/000.safetensors  optimizer state kept over the last knot (optimizer_reset: prune)
     RUN/reference.safetensors    scores of pairs before the first step (train.loss: dpo)
     RUN/best/00000120/           the best point, when it lies inside a link (a PEFT adapter)
@@ -20,6 +21,7 @@ any instant the manifest on disk describes a state from which the run can resume
 from __future__ import annotations
 
 import platform
+import shutil
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from copy import deepcopy
@@ -40,6 +42,7 @@ from chainlora.data.kept import Kept, write_kept
 from chainlora.errors import RunError
 from chainlora.knots.numbers import Numbers
 from chainlora.models.checkpoint import save_model
+from chainlora.models.identity import tokenizer_files
 from chainlora.runs.links import (
     load_tensors,
     read_checkpoint,
@@ -53,6 +56,7 @@ from chainlora.runs.manifest import (
     INCOMPLETE,
     REFERENCE,
     RESULT,
+    TOKENIZER,
     Base,
     Checkpoint,
     Manifest,
@@ -204,6 +208,8 @@ class RunDirectory(RunReader):
         self._hashes = {"config.yaml": files.sha256(self / "config.yaml")}
         files.make_folder(self / "links")
         self._rows, self._begun_on = rows, start
+        if start.tokenizer is not None:
+            self._copy_tokenizer(start.tokenizer)
         self._keep({**start.kept, **({start.stage: keep()} if keep is not None else {})})
         for link in start.links:
             self._save_adapter(link_directory(link.id), link, Base(**base))
@@ -349,6 +355,13 @@ class RunDirectory(RunReader):
             write_link(scratch, link, base)
         self._hash_folder(directory)
 
+    def _copy_tokenizer(self, folder: Path) -> None:
+        with files.replaced_folder(self / TOKENIZER) as scratch:
+            for path in tokenizer_files(folder):
+                (scratch / path.relative_to(folder)).parent.mkdir(exist_ok=True)
+                shutil.copyfile(path, scratch / path.relative_to(folder))
+        self._hash_folder(TOKENIZER)
+
     def _hash_folder(self, directory: str) -> None:
         found = files.checksums(self / directory)
         self._hashes = {k: v for k, v in self._hashes.items() if not _is_in(k, {directory})}
@@ -394,8 +407,8 @@ class RunDirectory(RunReader):
 
     def _remove_all(self) -> None:
         """Remove what `begin` made, the manifest before what it names."""
-        names = ("metrics.jsonl", "chain.json", REFERENCE, "links", "rows", "config.yaml", ".lock")
-        for name in names:
+        folders = ("links", "rows", TOKENIZER)
+        for name in ("metrics.jsonl", "chain.json", REFERENCE, *folders, "config.yaml", ".lock"):
             files.remove(self / name)
         with suppress(OSError):  # not empty: trackers have written here
             self.path.rmdir()

@@ -10,7 +10,6 @@ import logging
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +21,6 @@ from chainlora.chain.link import Link
 from chainlora.errors import ModelError, RunError
 from chainlora.models.finding import folder_of, from_hub
 from chainlora.models.identity import TOKENIZERS, base_files
-from chainlora.models.loading import check_vocabulary, load_tokenizer
 from chainlora.runs.cards import is_hub_id
 from chainlora.runs.manifest import STAGE, link_entries
 from chainlora.runs.opening import is_whole_model
@@ -49,13 +47,14 @@ def load_start(source: str | Path, stage: str = STAGE) -> Start:
     tokenizer = folder if has_tokenizer else None
     reader = RunReader(chain_folder(folder))
     if reader.exists:
-        return replace(_of_chain(reader, stage), tokenizer=tokenizer)
+        start = _of_chain(reader, stage)
+        return replace(start, tokenizer=tokenizer or start.tokenizer)
     if (folder / "adapter_config.json").is_file():
         found = import_adapter(folder)
         link = Link(0, found.config, found.factors, found.extra)
         revision = found.stored.get("revision")
         notes = (f"the adapter is for revision {revision} of its base",) if revision else ()
-        return Start(stage, (link,), (), 1, None, {}, found, tokenizer, notes)
+        return Start(stage, (link,), next_id=1, adapter=found, tokenizer=tokenizer, notes=notes)
     raise RunError(
         "a chain starts from a run, a saved chain or an adapter",
         f"no chain.json and no adapter_config.json in {folder}",
@@ -77,7 +76,9 @@ def fitted(start: Start, chain: Chain, name: str | None = None) -> Start:
     if start.base is not None and start.base.body != chain.fingerprint_without(start.extra):
         folder = folder_of(chain.model)
         files = base_files(folder) if folder and start.base.files is not None else None
-        check_base(start.base, {"files": files, "fingerprint": chain.base_fingerprint}, "its start")
+        check_base(
+            start.base, {"files": files, "fingerprint": chain.base_fingerprint}, "the earlier stage"
+        )
     return start
 
 
@@ -92,18 +93,6 @@ def put_on(start: Start, chain: Chain, name: str | None = None) -> Start:
         chain.add(link)
     chain.next_id = start.next_id
     return start
-
-
-def tokenizer_for(start: Start, model: nn.Module) -> Any:
-    """Return the tokenizer and chat template of a start's own; None where the base's are meant.
-
-    Raises ModelError for one with more tokens than the model.
-    """
-    if start.tokenizer is None:
-        return None
-    tokenizer = load_tokenizer(start.tokenizer)
-    check_vocabulary(model, tokenizer, start.tokenizer)
-    return tokenizer
 
 
 def load_chain(

@@ -32,6 +32,7 @@ CAUSAL = "CAUSAL_LM"  # PEFT's name of the task of causal language models
 READABLE = (2, 3)
 STAGE = "main"  # of links where no stage was named
 RESULT = "result.json"
+TOKENIZER = "tokenizer"  # folder of a tokenizer that is not the base's
 REFERENCE = "reference.safetensors"
 INCOMPLETE = "the run directory is incomplete: copy it whole, or start over"
 DAMAGED = "the run directory is damaged: restore the file from a copy, or start over"
@@ -207,7 +208,13 @@ class Manifest(_Part):
     @property
     def named(self) -> set[str]:
         """Return the files and folders that the run needs, by their paths in the run directory."""
-        named = {"config.yaml", "model", REFERENCE, *(link.directory for link in self.links)}
+        named = {
+            "config.yaml",
+            "model",
+            TOKENIZER,
+            REFERENCE,
+            *(link.directory for link in self.links),
+        }
         named |= {kept_rows(stage) for stage in self.kept}
         points = [self.progress]
         if self.checkpoint is not None:

@@ -94,12 +94,14 @@ def load_run(
 
 
 def tokenizer_of(reader: RunReader, base: Path) -> PreTrainedTokenizerBase:
-    """Return the tokenizer that turned the rows of a run into tokens: the base's, with the chat
-    template of the run's config."""
+    """Return the tokenizer that turned the rows of a run into tokens: the base's, or one of its
+    own, with the chat template of its config."""
     return _settled(load_tokenizer(base), reader, reader.manifest())
 
 
 def _settled(tokenizer: Any, reader: RunReader, manifest: Manifest) -> Any:
+    if (own := reader.tokenizer(manifest)) is not None:
+        tokenizer = load_tokenizer(own)
     if manifest.has_run:
         set_chat_template(tokenizer, reader.config().data)
     return tokenizer

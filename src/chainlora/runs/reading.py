@@ -20,6 +20,7 @@ from chainlora.runs.manifest import (
     DAMAGED,
     INCOMPLETE,
     RESULT,
+    TOKENIZER,
     Base,
     Change,
     Manifest,
@@ -94,6 +95,13 @@ class RunReader:
         """Say whether a run has its result. Version 0.2 did not name it in the manifest."""
         by_file = manifest.format == 2 and manifest.has_run and (self / RESULT).is_file()
         return by_file or RESULT in manifest.files
+
+    def tokenizer(self, manifest: Manifest) -> Path | None:
+        """Return the folder of the run's own tokenizer; None where it has the base's."""
+        if not any(name.startswith(f"{TOKENIZER}/") for name in manifest.files):
+            return None
+        self.check_files(manifest, TOKENIZER)
+        return self / TOKENIZER
 
     def verify(self) -> Manifest:
         """Check every file that the manifest names, and return it.

@@ -55,5 +55,6 @@ def start_of(reader: RunReader, stage: str) -> Start:
         tuple(manifest.loaded),
         max(manifest.next_id, manifest.first_id + planned),
         manifest.base,
+        tokenizer=reader.tokenizer(manifest),
         kept=reader.kept(),
     )

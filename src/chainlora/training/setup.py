@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -15,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from chainlora.chain.adapters import check_targets, prepare_quantized
 from chainlora.chain.chain import Chain
 from chainlora.chain.holding import holding_named
+from chainlora.chain.link import Link
 from chainlora.config.schema import RunConfig
 from chainlora.data.kept import Kept
 from chainlora.data.splits import Splits, check_pairs, prepare_splits
@@ -24,13 +26,13 @@ from chainlora.knots.driver import Knots, check_policy
 from chainlora.knots.numbers import Numbers
 from chainlora.models.finding import resolve_model
 from chainlora.models.identity import base_files
-from chainlora.models.loading import load_model
+from chainlora.models.loading import load_model, load_tokenizer
 from chainlora.models.loading_shards import load_shards
 from chainlora.models.quantizing import is_quantized_model
 from chainlora.models.text_config import context_length
 from chainlora.runs.directory import Progress, RunDirectory
 from chainlora.runs.following import FollowedDirectory
-from chainlora.runs.reading import check_base
+from chainlora.runs.loading_start import fitted
 from chainlora.runs.start import Start
 from chainlora.training.deciding import decide
 from chainlora.training.events import Listener, Planned, RowsEncoded
@@ -41,6 +43,8 @@ from chainlora.training.processes import Processes, find_processes, num_launched
 from chainlora.training.reference import take_reference
 from chainlora.training.run import Run, flatten
 from chainlora.training.sharing import check_shards, wants_shards
+
+logger = logging.getLogger(__name__)
 
 # The first process may encode a large data set while the others wait.
 _PATIENCE = InitProcessGroupKwargs(timeout=timedelta(hours=6))
@@ -78,6 +82,8 @@ def _prepare(
     _check_config(config, resume, processes)
     folder, files = _claim(config, resume, change, directory, processes)
     model, tokenizer = _load_model(config, processes)
+    if (own := _own_tokenizer(start, directory)) is not None:
+        tokenizer = load_tokenizer(own, model)
     with processes.in_turn():
         earlier = _rows_of_earlier_stages(directory, start)
         splits = _load_splits(config, model, tokenizer, listener, earlier)
@@ -87,8 +93,9 @@ def _prepare(
     engine = _new_engine(config, model, processes)
     try:
         base = _identity(config, chain, files)
-        if start.base is not None:
-            check_base(start.base, base, "the earlier stage")
+        start = fitted(start, chain, config.model)
+        for note in start.notes:
+            logger.warning("%s", note)
         first, stage = len(start.links), start.stage
         progress = Progress(link=first)
         if directory is not None:
@@ -180,6 +187,13 @@ def _load_model(config: RunConfig, processes: Processes) -> tuple[Any, Any]:
     if config.train.gradient_checkpointing:
         _checkpoint_activations(model)
     return model, tokenizer
+
+
+def _own_tokenizer(start: Start, directory: RunDirectory | None) -> Path | None:
+    """Return the folder of a tokenizer that the run has, or begins with, instead of the base's."""
+    if directory is not None and directory.exists:
+        return directory.tokenizer(directory.manifest())
+    return start.tokenizer
 
 
 def _rows_of_earlier_stages(directory: RunDirectory | None, start: Start) -> list[Kept]:
@@ -307,7 +321,8 @@ def _checkpoint_activations(model: Any) -> None:
 
 def _restore_links(run: Run, start: Start) -> None:
     """Put the links on the model that the run begins on, or had when it was stopped."""
-    links, next_id = start.links, start.next_id
+    links: Sequence[Link] = start.links
+    next_id = start.next_id
     if run.directory is not None:
         links = run.directory.load_links(run.progress.link)
         next_id = run.directory.next_id  # of a link that was rejected, none again
