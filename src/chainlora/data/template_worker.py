@@ -19,8 +19,7 @@ import faulthandler
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -32,14 +31,6 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 MAX_BYTES = 50_000_000
 """Of what one item gives: a long book, ten times over."""
-
-
-class KeyedError(Exception):
-    """What went wrong under a key of a program."""
-
-    def __init__(self, key: str, reason: str) -> None:
-        super().__init__(reason)
-        self.key = key
 
 
 def main() -> None:
@@ -60,22 +51,20 @@ def main() -> None:
 
 
 def _reply(program: Mapping[str, Any], item: Any) -> bytes:
-    key = ""
+    at = {"key": ""}
     try:
-        value = _chat(program["chat"], item) if "chat" in program else _row(program, item)
+        value = _chat(program["chat"], item) if "chat" in program else _row(program, item, at)
         reply = json.dumps({"value": value}, ensure_ascii=False, default=str).encode()
         if len(reply) <= MAX_BYTES:
             return reply
-        reason = f"more than {MAX_BYTES:,} bytes of text"
-    except KeyedError as error:
-        key, reason = error.key, str(error)
+        at["key"], reason = "", f"more than {MAX_BYTES:,} bytes of text"
     except UnicodeEncodeError as error:
-        reason = f"half of a character, {error.object[error.start]!a}"
+        at["key"], reason = "", f"half of a character, {error.object[error.start]!a}"
     except MemoryError:
-        reason = "too little memory"
+        at["key"], reason = "", "too little memory"
     except Exception as error:  # whatever the values make the template do
         reason = str(error) or type(error).__name__
-    return json.dumps({"error": " ".join(reason.split())[:1000], "key": key}).encode()
+    return json.dumps({"error": " ".join(reason.split())[:1000], **at}).encode()
 
 
 def _chat(templates: Mapping[str, str], item: Mapping[str, Any]) -> Any:
@@ -102,34 +91,25 @@ def _chat_renderer() -> Callable[..., Any]:
     return render_jinja_template
 
 
-def _row(program: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any]:
+def _row(program: Mapping[str, Any], row: Mapping[str, Any], at: dict[str, str]) -> dict[str, Any]:
+    """Return what a row gives under each key; `at` says which key is at work."""
     context = {**row, "row": row}
     found: dict[str, Any] = {}
     for key, source in program["texts"].items():
-        with _named(key):
-            found[key] = _template(source).render(context)
+        at["key"] = key
+        found[key] = _template(source).render(context)
     for key, source in program["values"].items():
-        with _named(key):
-            found[key] = _expression(source)(context)
-            if isinstance(found[key], jinja2.Undefined):
-                str(found[key])  # raises, with a message that names what is missing
+        at["key"] = key
+        found[key] = _expression(source)(context)
+        if isinstance(found[key], jinja2.Undefined):
+            str(found[key])  # raises, with a message that names what is missing
     if "each" in program:
         key, items, source = program["each"]
-        with _named(key):
-            each = _template(source)
-            values = found[items] if isinstance(found[items], list | tuple) else ()
-            found[key] = [each.render({**context, "item": value}) for value in values]
+        at["key"] = key
+        each = _template(source)
+        values = found[items] if isinstance(found[items], list | tuple) else ()
+        found[key] = [each.render({**context, "item": value}) for value in values]
     return found
-
-
-@contextmanager
-def _named(key: str) -> Iterator[None]:
-    try:
-        yield
-    except (MemoryError, UnicodeEncodeError):
-        raise
-    except Exception as error:
-        raise KeyedError(key, str(error) or type(error).__name__) from None
 
 
 def _refuse_null(value: Any) -> Any:

@@ -14,8 +14,8 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -54,7 +54,8 @@ def evaluate(program: Mapping[str, Any], items: Sequence[Any]) -> list[Reply]:
     Raises DataError for values that are no JSON.
     """
     replies: list[Reply] = []
-    for group in _groups(items, _GROUP):
+    for first in range(0, len(items), _GROUP):
+        group = items[first : first + _GROUP]
         found = _ask(program, group)
         # Which item it was shows when each is asked for alone; and that the clock was not to blame,
         # which goes on while a process is stopped.
@@ -65,10 +66,6 @@ def evaluate(program: Mapping[str, Any], items: Sequence[Any]) -> list[Reply]:
                 return replies + [Reply(error=reason)] * (len(items) - len(replies))
             replies += part
     return replies
-
-
-def _groups(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
-    return (items[first : first + size] for first in range(0, len(items), size))
 
 
 def render_chats(
@@ -88,18 +85,12 @@ def render_chats(
         }
     except ValueError as error:  # none, or several and no default
         return [Reply(error=str(error))] * len(chats)
-    special = tokenizer.special_tokens_map
-    items = [
-        special
-        | {key: value for key, value in chat.items() if key != "messages"}
-        | {"conversations": [_without_nulls(chat["messages"])]}
-        for chat in chats
-    ]
+    items = []
+    for chat in chats:
+        messages = [{k: v for k, v in each.items() if v is not None} for each in chat["messages"]]
+        options = {key: value for key, value in chat.items() if key != "messages"}
+        items.append(tokenizer.special_tokens_map | options | {"conversations": [messages]})
     return evaluate({"chat": templates}, items)
-
-
-def _without_nulls(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    return [{k: v for k, v in message.items() if v is not None} for message in messages]
 
 
 def check_template(source: str) -> None:
@@ -129,49 +120,36 @@ def _check_names(tree: nodes.Template) -> None:
 
 class _Worker:
     def __init__(self) -> None:
-        self._process = subprocess.Popen(
+        self._process: Any = subprocess.Popen(
             [sys.executable, "-P", str(_SCRIPT)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             start_new_session=True,  # a Ctrl-C is not for it
         )
-        self._resources = psutil.Process(self._process.pid)
-
-    def is_alive(self) -> bool:
-        return self._process.poll() is None
 
     def ask(self, line: bytes) -> bytes:
-        """Return the line that answers, empty where the process ended."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        with self._limited_memory():
-            try:
-                self._process.stdin.write(line)
-                self._process.stdin.flush()
-            except OSError:  # it has ended
-                return b""
-            return self._process.stdout.readline()
-
-    @contextmanager
-    def _limited_memory(self) -> Iterator[None]:
+        """Return the line that answers, empty or cut where the process ended."""
         done = threading.Event()
-
-        def watch() -> None:
-            while not done.wait(0.05):
-                try:
-                    if self._resources.memory_info().rss > MEMORY:
-                        self._process.kill()
-                except psutil.Error:  # it has ended
-                    return
-
-        watcher = threading.Thread(target=watch, daemon=True)
+        watcher = threading.Thread(target=self._limit_memory, args=(done,), daemon=True)
         watcher.start()
         try:
-            yield
+            self._process.stdin.write(line)
+            self._process.stdin.flush()
+            answer: bytes = self._process.stdout.readline()
+            return answer
+        except OSError:  # it has ended
+            return b""
         finally:
             done.set()
             watcher.join()
+
+    def _limit_memory(self, done: threading.Event) -> None:
+        with suppress(psutil.Error):  # it has ended
+            process = psutil.Process(self._process.pid)
+            while not done.wait(0.05):
+                if process.memory_info().rss > MEMORY:
+                    self._process.kill()
 
     def end(self) -> None:
         self._process.kill()
@@ -183,12 +161,16 @@ _worker: _Worker | None = None
 
 
 def _ask(program: Mapping[str, Any], items: Sequence[Any]) -> list[Reply]:
-    """Return what the process replies, or a new one; nothing where it did not live to reply."""
+    """Return what the process replies; nothing where it did not live to reply."""
     global _worker
-    line = _message(program, items)
+    message = {"seconds": SECONDS, "program": program, "items": items}
+    try:
+        line = json.dumps(message, default=_plain).encode() + b"\n"
+    except (TypeError, ValueError, RecursionError) as error:
+        rule = "a row must hold texts, numbers, lists and objects"
+        raise DataError(rule, error, "correct the row") from None
     with _lock:
-        if _worker is None or not _worker.is_alive():
-            _worker = _Worker()
+        _worker = _worker or _Worker()
         answer = b""
         try:
             answer = _worker.ask(line)
@@ -197,16 +179,6 @@ def _ask(program: Mapping[str, Any], items: Sequence[Any]) -> list[Reply]:
                 _worker.end()
                 _worker = None
     return [Reply(**each) for each in json.loads(answer)] if answer.endswith(b"\n") else []
-
-
-def _message(program: Mapping[str, Any], items: Sequence[Any]) -> bytes:
-    message = {"seconds": SECONDS, "program": program, "items": items}
-    try:
-        return json.dumps(message, default=_plain).encode() + b"\n"
-    except (TypeError, ValueError, RecursionError) as error:
-        raise DataError(
-            f"a row must hold texts, numbers, lists and objects (got: {error}); correct the row"
-        ) from None
 
 
 def _plain(value: Any) -> Any:
