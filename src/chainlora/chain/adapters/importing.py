@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -77,7 +77,7 @@ class Imported:
     @property
     def base(self) -> str:
         """Return the name of its base, which may be empty."""
-        return self.stored.get("base_model_name_or_path") or ""
+        return str(self.stored.get("base_model_name_or_path") or "")
 
 
 def import_adapter(folder: Path) -> Imported:
@@ -85,18 +85,18 @@ def import_adapter(folder: Path) -> Imported:
     _check_fields(read_config(folder), folder)
     _refuse_pickle(folder)
     factors, beside, stored = load_adapter(folder)
-    names = stored.get("modules_to_save") or ()
-    whole = {path: module for path in beside if (module := _saved_module(path, names))}
+    try:
+        names = tuple(stored.get("modules_to_save") or ())
+        whole = {path: module for path in beside if (module := _saved_module(path, names))}
+        config, factors = _as_one(stored, factors, tuple(sorted(set(whole.values()))))
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, re.error) as error:
+        raise damaged(folder, f"an adapter_config.json with {error}") from None
     extra = {path: weight for path, weight in beside.items() if path in whole}
     kept = {
         path.replace(".base_layer.", "."): weight
         for path, weight in beside.items()
         if path not in extra
     }
-    try:
-        config, factors = _as_one(stored, factors, tuple(sorted(set(whole.values()))))
-    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, re.error) as error:
-        raise damaged(folder, f"an adapter_config.json with {error}") from None
     return Imported(config, factors, extra, kept, stored)
 
 
@@ -132,11 +132,11 @@ def _refuse_pickle(folder: Path) -> None:
         )
 
 
-def _saved_module(path: str, names: Sequence[str]) -> str | None:
+def _saved_module(path: str, names: tuple[str, ...]) -> str | None:
     """Return the module trained whole that a parameter belongs to; PEFT goes by its path's end."""
     parts = path.split(".")
     outer = (".".join(parts[:size]) for size in range(1, len(parts)))
-    return next((module for module in outer if module.endswith(tuple(names))), None)
+    return next((module for module in outer if module.endswith(names)), None)
 
 
 def _as_one(
