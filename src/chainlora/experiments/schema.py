@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
@@ -42,7 +42,7 @@ class Tuning(_Frozen):
     """How hyper-parameters are chosen: on validation rows only, for each task and method apart."""
 
     grid: dict[str, tuple[Any, ...]] = {}
-    extend: dict[str, int] = Field(
+    extend: dict[str, Annotated[int, Field(ge=0)]] = Field(
         default={},
         description="key → values added beyond each end of its grid while the best is that end",
     )
@@ -67,9 +67,6 @@ class Tuning(_Frozen):
 
     @model_validator(mode="after")
     def _check(self) -> Tuning:
-        for key, count in self.extend.items():
-            if count < 0:
-                raise ValueError(f"`tune.extend` must be 0 or more values (got {count} for {key})")
         if self.seeds is not None and len(set(self.seeds)) < max(1, len(self.seeds)):
             raise ValueError(f"`tune.seeds` must be different seeds (got {list(self.seeds)})")
         return self
@@ -205,39 +202,33 @@ def load_experiment(path: str | Path, overrides: Sequence[tuple[str, str]] = ())
         ConfigError: unreadable file, unknown key (nearest named), wrong value.
     """
     tree = read_tree(path, "experiment file")
-    own = {key: tree.get(key) for key in ("tasks", "methods")}
+    file = make_experiment(tree) if overrides else None
     for key, value in overrides:
         set_key(tree, key, value)
-    for key, before in own.items():
-        names = tree.get(key)
-        if isinstance(before, Mapping) and isinstance(names, list) and _are_names(names):
-            tree[key] = {name: before.get(name) for name in names}
     given = {key for key, _ in overrides}
-    if "methods" in given and _are_names(tree["methods"]):
-        _keep_what_is_left(tree, given)
+    if file is not None:
+        for key, own in (("tasks", file.tasks), ("methods", file.methods)):
+            if key in given and isinstance(tree[key], list):
+                tree[key] = {str(name): own.get(str(name)) for name in tree[key]}
+        if isinstance(tree.get("methods"), dict):
+            tree |= _compared(file, list(map(str, tree["methods"])), given)
     return make_experiment(tree)
 
 
-def _are_names(values: Any) -> bool:
-    """Say whether these are names, and not something that is refused later."""
-    return isinstance(values, list | dict) and all(isinstance(each, str | int) for each in values)
-
-
-def _keep_what_is_left(tree: dict[str, Any], given: set[str]) -> None:
-    """Leave out comparisons, the primary one too, that name methods not asked for."""
-    names, pairs = set(tree["methods"] or ()), tree.get("comparisons")
-    primary = tree.get("primary") or ()
-    if "primary" not in given and _are_names(primary) and not set(primary) <= names:
-        del tree["primary"]
-    if "comparisons" in given or not isinstance(pairs, list) or not pairs:
-        return
-    kept = [pair for pair in pairs if not _are_names(pair) or set(pair) <= names]
-    if not kept:
-        raise ConfigError(
-            "`methods` must keep a pair that the file compares "
-            f"(got {list(tree['methods'] or ())}); name a rival too, or give `comparisons`"
-        )
-    tree["comparisons"] = kept
+def _compared(file: Experiment, names: list[str], given: set[str]) -> dict[str, Any]:
+    """Return what a file compares among the methods asked for, unless that is given too."""
+    kept: dict[str, Any] = {}
+    if file.primary and not set(file.primary) <= set(names):
+        kept["primary"] = None
+    if file.comparisons:
+        kept["comparisons"] = [pair for pair in file.comparisons if set(pair) <= set(names)]
+        if not kept["comparisons"] and "comparisons" not in given:
+            raise ConfigError(
+                "`methods` must keep a pair that the file compares",
+                ", ".join(names),
+                "name a rival too, or give `comparisons`",
+            )
+    return {key: value for key, value in kept.items() if key not in given}
 
 
 def make_experiment(tree: Mapping[str, Any]) -> Experiment:
@@ -267,10 +258,11 @@ def _check_grid(experiment: Experiment, method: str) -> None:
         raise ConfigError(problems(error, Tuning, f"methods.{method}.")) from None
     for key in experiment.tune.extend:
         if not any(key in experiment.grid(name) for name in experiment.methods):
-            raise ConfigError(f"`tune.extend` must name keys of `tune.grid` (got {key!r})")
+            raise ConfigError("`tune.extend` must name keys of `tune.grid`", repr(key))
         values = grid.get(key, ())
         if not all(type(value) in (int, float) and value > 0 for value in values):
             raise ConfigError(
-                f"`tune.extend` needs positive numbers in the grid (got {list(values)} for {key}); "
-                f"give them, or leave {key} out of `extend`"
+                "`tune.extend` needs positive numbers in the grid",
+                f"{list(values)} for {key}",
+                f"give them, or leave {key} out of `extend`",
             )
