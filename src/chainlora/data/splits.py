@@ -134,9 +134,6 @@ def prepare_splits(
 
     asked |= {"num_front": TokenReader(tokenizer).num_front}
     parts: dict[str, list[Rows]] = {split: [] for split in SPLITS}
-    for split in SPLITS if to_score is None else (to_score,):
-        if split != "train" or not (data.holds_out or to_score is None):
-            parts[split] = encode(split, options)
     if to_score is None or (data.holds_out and to_score != "test"):
         files = encode("train", learned)
         found = divide(files, data, asked["num_front"], earlier, bound)
@@ -146,6 +143,8 @@ def prepare_splits(
             parts["validation"] = list(map(pick, scored, found.validation))
         asked |= {"mixture": _mixture(data, parts["train"])}
         asked |= {"bound": found.bound, "moved": found.counts}
+    for split in SPLITS if to_score is None else (to_score,):
+        parts[split] = parts[split] or encode(split, options)
     rows = {split: joined(each) for split, each in parts.items()}
     _log_unread(rows)
     asked |= {"digest": _digest(rows, options.before)}
