@@ -2,9 +2,10 @@
 test_sharing.py).
 
 usage: many_processes.py JOBS, a JSON list of jobs: "config" (a file), "resume", "stop" (the step
-after which all processes end as if killed), "kill" ([process, step]), "outcome" (where the first
-process writes what it saw); or "command" (arguments of the command line); or "load" (a model folder
-that all processes load together), "dtype", "shard" and "outcome", which each of them writes.
+after which all processes end as if killed), "kill" ([process, step]), "start" (the run to begin
+on), "outcome" (where the first process writes what it saw); or "command" (arguments of the command
+line); or "load" (a model folder that all processes load together), "dtype", "shard" and "outcome",
+which each of them writes.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from chainlora.errors import ChainLoRAError
 from chainlora.models.loading import load_model
 from chainlora.models.loading_shards import load_shards
 from chainlora.models.shards import gathered, local
+from chainlora.runs.reading import RunReader
+from chainlora.runs.start import NOTHING, start_of
 from chainlora.training.loop import train
 from chainlora.training.processes import leave_processes
 
@@ -54,8 +57,12 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
             raise Stop
 
     try:
+        start = start_of(RunReader(job["start"]), "later") if "start" in job else NOTHING
         outcome["result"] = train(
-            load_config(job["config"]), resume=job.get("resume", False), listener=listener
+            load_config(job["config"]),
+            resume=job.get("resume", False),
+            listener=listener,
+            start=start,
         )
     except Stop:
         pass

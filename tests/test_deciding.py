@@ -43,7 +43,7 @@ DECIDED = {
 OFF = {
     "output", "quantize",
     "data.task", "data.dir", "data.train", "data.validation", "data.test",
-    "data.num_train", "data.num_validation", "data.num_test",
+    "data.replay", "data.num_train", "data.num_validation", "data.num_test",
     "chain.exclude_modules", "chain.plateau",
     "train.max_grad_norm", "train.eval_every", "train.early_stop", "train.save_every",
     "train.log_every", "train.shard", "train.loss",

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from math import floor
 
 import numpy as np
 import pytest
-from helpers import settings
-from helpers_data import make_tokenizer
+import yaml
+from helpers import Stop, assert_same_links, settings
+from helpers_data import make_tokenizer, pair_files
+from helpers_processes import launch, outcome
 
 from chainlora import evaluate_task, make_config, train
 from chainlora.config.schema import DataConfig
@@ -156,6 +159,112 @@ def test_a_side_without_rows_is_refused(validation, message, tmp_path, tokenizer
         encoded(tokenizer, train=at("a"), validation=validation)
 
 
+# --- rows of earlier stages
+
+
+def stage_of(tokenizer, earlier=None, **data):
+    return prepare_splits(DataConfig(**data), tokenizer, 128, earlier=earlier)
+
+
+def test_a_stage_neither_trains_on_earlier_validation_rows_nor_on_known_ones(tmp_path, tokenizer):
+    at = folder_of(tmp_path, a=LETTERS[:10], more=LETTERS[8:20], v="xyz", later=LETTERS)
+    keys = {"train": [at("a"), at("more")], "validation": 4}
+    first = stage_of(tokenizer, **keys)
+    second = stage_of(tokenizer, train=at("v"), validation=at("v"))
+    earlier = {"first": first.kept(), "second": second.kept()}
+    held_out, seen = set(words(first.validation, tokenizer)), set(words(first.train, tokenizer))
+    found = stage_of(tokenizer, earlier, train=at("later"))
+    assert set(words(found.train, tokenizer)) == set(LETTERS) - held_out - set("xyz")
+    assert found.report()["train"]["left_out"] == 7
+    assert found.digest != stage_of(tokenizer, train=at("later")).digest
+    new = stage_of(tokenizer, earlier, train=at("later"), new_rows_only=True)
+    assert set(words(new.train, tokenizer)) == set(LETTERS) - held_out - seen - set("xyz")
+    assert new.report()["train"]["seen"] == len(seen)
+    with pytest.raises(ConfigError, match=r"training needs rows .* \(got .*[1-9] seen\); add rows"):
+        stage_of(tokenizer, earlier, new_rows_only=True, train=at("a"))
+
+
+def test_rows_of_earlier_stages_are_added_to_every_batch(tmp_path, tokenizer):
+    at = folder_of(tmp_path, a=LETTERS[:10], b=LETTERS[8:20], v="ab")
+    earlier = {"first": stage_of(tokenizer, train=at("a")).kept()}
+    data = {"train": at("b"), "validation": at("v"), "replay": 0.3}
+    found = stage_of(tokenizer, earlier, **data)
+    assert set(words(found.train[12:], tokenizer)) == set(LETTERS[2:10])  # no validation row
+    again = found.kept()
+    assert set(words(again.train, tokenizer)) == set(LETTERS[8:20])
+    config = make_config(
+        {
+            "model": "none",
+            "data": data,
+            "chain": {"ranks": [1], "epochs": [2]},
+            "train": {"batch_size": 5, "gradient_accumulation": 2},
+        }
+    )
+    plan = make_plan(config, found.train, found.mixture)
+    assert (plan.lengths, plan.mixture.num_rows) == ((4,), 12)
+    batches = [batch for step in range(4) for batch in plan.batches(step)]
+    own = [[row for row in batch if row < 12] for batch in batches]
+    assert list(map(len, own)) == [5, 5, 2] * 2
+    added = [len(batch) - len(mine) for batch, mine in zip(batches, own, strict=True)]
+    assert added == [floor((k + 1) * 1.5) - floor(k * 1.5) for k in range(6)]  # 0.3 of 5 rows
+
+
+def test_ranked_rows_are_read_again_as_completions_and_pairs_are_not(
+    tiny_folder, sentiment, tmp_path, caplog
+):
+    tokenizer = load_tokenizer(tiny_folder)
+    data = settings(tiny_folder, sentiment)["data"]
+    ranked = stage_of(tokenizer, **data).kept()
+    pairs = prepare_splits(DataConfig(**pair_files(sentiment)), tokenizer, 128, loss="dpo").kept()
+    keys = {"train": folder_of(tmp_path, a="abc")("a"), "replay": 0.5}
+    found = stage_of(tokenizer, {"ranked": ranked, "pairs": pairs}, **keys)
+    right = [(e.sequences[e.label], e.scored[e.label]) for e in ranked.train]
+    assert [(*e.sequences, *e.scored) for e in found.train[3:]] == right
+    assert "this stage learns by completion, not pairs: dpo" in caplog.text
+    for earlier, got in (({}, "none"), ({"pairs": pairs}, "pairs: dpo")):
+        with pytest.raises(
+            ConfigError, match=rf"learned by completion \(got {got}\); leave it out"
+        ):
+            stage_of(tokenizer, earlier, **keys)
+
+
+def test_a_stage_with_replay_is_the_same_killed_and_in_two_processes(
+    tiny_folder, sentiment, tmp_path
+):
+    """A resume has the rows of earlier stages in its own directory."""
+    first = settings(tiny_folder, sentiment, tmp_path / "first", chain=SHORT)
+    train(make_config(first | {"data": first["data"] | {"num_train": 16}}))
+    start = start_of(RunReader(tmp_path / "first"), "later")
+
+    def config(name):
+        keys = {"data": {"replay": 0.4}, "train": {"save_every": 1}}
+        chain = {"ranks": [2, 2], "steps": [3, 2]}
+        return settings(tiny_folder, sentiment, tmp_path / name, chain=chain, **keys)
+
+    whole = train_run(make_config(config("whole")), start=start)
+    assert whole["data"]["train"]["replayed"] == 16
+    assert whole["rows"] == 32
+    with pytest.raises(Stop):
+        train_run(make_config(config("killed")), start=start, listener=stop_at(4))
+    (tmp_path / "first").rename(tmp_path / "elsewhere")
+    train_run(make_config(config("killed")), resume=True)
+    assert_same_links(tmp_path / "whole", tmp_path / "killed")
+    (tmp_path / "two.yaml").write_text(yaml.safe_dump(config("two")))
+    job = {"config": str(tmp_path / "two.yaml"), "outcome": str(tmp_path / "two.json")}
+    done = launch(2, tmp_path, [job | {"start": str(tmp_path / "elsewhere")}])
+    assert done.returncode == 0, done.stderr[-3000:]
+    losses = [e["loss"] for e in RunReader(tmp_path / "whole").records() if e["event"] == "step"]
+    assert outcome(tmp_path, "two")["losses"] == pytest.approx(losses, rel=1e-4)
+
+
+def stop_at(step):
+    def listener(event):
+        if event.name == "step" and event.step == step:
+            raise Stop
+
+    return listener
+
+
 def test_rows_are_written_and_read_as_they_are(tmp_path):
     from test_data_mixture import row
 
@@ -163,7 +272,9 @@ def test_rows_are_written_and_read_as_they_are(tmp_path):
 
     rows = MemoryRows([row(3, (4, 5), (6,), (7, 8)), row(4, (), (9,))])
     hashes = np.array([1, 2**62], np.int64)
-    kept = Kept(rows, MemoryRows(), rows, {"train": 7}, hashes, hashes[:1], "candidates", 2**62)
+    kept = Kept(
+        rows, MemoryRows(), rows, {"train": 7}, hashes, hashes, hashes[:1], "candidates", 2**62
+    )
     write_kept(tmp_path / "rows.safetensors", kept)
     found = read_kept(tmp_path / "rows.safetensors")
     assert (found.train[:], found.validation[:], found.test[:]) == (rows[:], [], rows[:])

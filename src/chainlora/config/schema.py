@@ -88,6 +88,9 @@ class DataConfig(Section):
     shots: Number = 0
     """Number of training rows of a task shown, with their answers, before each prompt. They are not
     trained on; if links are trained, some rows must be left."""
+    replay: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Rows of earlier stages added to every batch, as a share of it: 0.1 adds one row to a batch of
+    10. They come from the rows that those stages kept; lengths count the stage's own rows."""
     new_rows_only: bool = False
     """Leave out training rows that an earlier stage was trained on."""
     keep_rows: bool = True

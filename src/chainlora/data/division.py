@@ -6,17 +6,22 @@ good if it was a validation row of an earlier stage.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import hashlib
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from chainlora.config.schema import DataConfig
+from chainlora.data.examples import Example
 from chainlora.data.kept import Kept
 from chainlora.data.mixture import example_hashes, held_out_bound, prompt_hashes
-from chainlora.data.rows import PickedRows, Rows
+from chainlora.data.rows import MemoryRows, PickedRows, Rows, RowsSummary
 from chainlora.errors import ConfigError
+
+_log = logging.getLogger(__name__)
 
 Masks = list[NDArray[np.bool_]]
 
@@ -73,6 +78,41 @@ def divide(
             "add rows, or hold out fewer",
         )
     return Division(train, held_out, bound, {name: n for name, n in counts.items() if n})
+
+
+def rows_again(
+    earlier: Mapping[str, Kept], loss: str, validation: Iterable[Example], num_front: int
+) -> Rows:
+    """Return the rows of earlier stages that a stage with this loss can read again.
+
+    No validation row is among them, of this stage or an earlier one. Of ranked candidates the right
+    one is read where completions are learned. Raises ConfigError where there are none.
+    """
+    held_out = [prompt_hashes(validation, num_front), *(k.held_out for k in earlier.values())]
+    again, others = [], []
+    for stage, kept in earlier.items():
+        if kept.loss != loss and (kept.loss, loss) != ("candidates", "completion"):
+            others.append(f"{stage}: {kept.loss}")
+            continue
+        rows = pick(kept.train, ~np.isin(kept.prompts, np.concatenate(held_out)))
+        again += list(rows) if kept.loss == loss else list(map(_right_one, rows))
+    if not again:
+        raise ConfigError(
+            f"`data.replay` needs rows that an earlier stage kept and that are learned by {loss}",
+            ", ".join(others) or "none",
+            "leave it out",
+        )
+    if others:
+        _log.warning("data.replay: this stage learns by %s, not %s", loss, ", ".join(others))
+    digest = hashlib.sha256(example_hashes(again).tobytes()).hexdigest()
+    return MemoryRows(again, RowsSummary(digest=digest))
+
+
+def _right_one(example: Example) -> Example:
+    """Return the right candidate of a row as a completion."""
+    right = example.label or 0
+    sequence, spans = example.sequences[right], example.scored[right]
+    return replace(example, sequences=(sequence,), scored=(spans,), label=None, names=())
 
 
 def pick(rows: Rows, mask: NDArray[np.bool_]) -> Rows:

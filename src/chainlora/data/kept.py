@@ -5,7 +5,8 @@ what was trained on, and is scored on all of them, on a machine without the data
 
 A file of kept rows is safetensors: of each split, as ``train.tokens`` and so on, the arrays of
 `chainlora.data.store`; ``seen`` and ``held_out``, the sorted hashes (int64) of all training
-examples and of the prompts of all validation rows (`chainlora.data.mixture`).
+examples and of the prompts of all validation rows (`chainlora.data.mixture`); ``prompts``, those of
+the prompts of ``train``.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from chainlora.errors import RunError
 SAMPLE = 1000
 """Examples kept of each split: a few MB, and accuracy to 1.6 % (one standard error)."""
 _SPLITS = ("train", "validation", "test")
+_HASHES = ("prompts", "seen", "held_out")
 _FORMAT = 1
 
 
@@ -35,15 +37,17 @@ _FORMAT = 1
 class Kept:
     """Rows that a run kept.
 
-    `train` are the training examples of the smallest hashes, `validation` and `test` the first ones
-    in file order; `counts` says how many there were of each split. `loss` is that of `Splits`,
-    `bound` what `data.validation` held out (`held_out_bound`), None where it was a file.
+    `train` are the training examples of the smallest hashes, and `prompts` the hashes of their
+    prompts; `validation` and `test` are the first ones in file order; `counts` says how many there
+    were of each split. `loss` is that of `Splits`, `bound` what `data.validation` held out
+    (`held_out_bound`), None where it was a file.
     """
 
     train: Rows
     validation: Rows
     test: Rows
     counts: Mapping[str, int]
+    prompts: NDArray[np.int64]
     seen: NDArray[np.int64]
     held_out: NDArray[np.int64]
     loss: str
@@ -52,7 +56,7 @@ class Kept:
 
 def write_kept(path: Path, kept: Kept) -> None:
     """Write kept rows, whole or not at all."""
-    arrays = {"seen": kept.seen, "held_out": kept.held_out}
+    arrays = {name: getattr(kept, name) for name in _HASHES}
     for split in _SPLITS:
         found = flatten(getattr(kept, split)[:])
         arrays |= {f"{split}.{name}": array for name, array in found.items()}
@@ -85,8 +89,7 @@ def read_kept(path: Path) -> Kept:
             validation,
             test,
             counts=said["counts"],
-            seen=arrays["seen"],
-            held_out=arrays["held_out"],
+            **{name: arrays[name] for name in _HASHES},
             loss=said["loss"],
             bound=said["bound"],
         )

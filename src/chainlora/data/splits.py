@@ -16,13 +16,13 @@ from transformers import PreTrainedTokenizerBase
 
 from chainlora.config.schema import DataConfig
 from chainlora.data.chat_templates import set_chat_template
-from chainlora.data.division import divide, pick
+from chainlora.data.division import divide, pick, rows_again
 from chainlora.data.encoding import Options, detect_pairs
 from chainlora.data.encoding.tokens import TokenReader
 from chainlora.data.kept import SAMPLE, Kept
 from chainlora.data.mixture import Mixture, example_hashes, prompt_hashes
 from chainlora.data.preparing import make_rows
-from chainlora.data.rows import MemoryRows, Rows, joined
+from chainlora.data.rows import MemoryRows, Rows, first_of_row, joined
 from chainlora.data.sources import ListSource, Row, Source, find_source
 from chainlora.data.tasks import (
     REPORTED_OF_TEXT,
@@ -71,14 +71,17 @@ class Splits:
     moved: Mapping[str, int] = field(default_factory=dict)  # `Division.counts`
 
     def kept(self) -> Kept:
-        """Return what a run keeps of these rows."""
-        hashes = example_hashes(self.train)
-        smallest = np.argsort(hashes, kind="stable")[:SAMPLE]
+        """Return what a run keeps of these rows: not those that it reads again itself."""
+        own = len(self.train) if self.mixture is None else self.mixture.num_rows
+        hashes = example_hashes(self.train.example(index) for index in range(own))
+        smallest = np.argsort(hashes, kind="stable")[:SAMPLE].tolist()
+        firsts = [self.train[first_of_row(self.train, index)] for index in smallest]
         return Kept(
-            MemoryRows([self.train[int(index)] for index in smallest]),
+            MemoryRows([self.train[index] for index in smallest]),
             MemoryRows(self.validation[:SAMPLE]),
             MemoryRows(self.test[:SAMPLE]),
-            counts={name: len(getattr(self, name)) for name in SPLITS},
+            counts={name: len(getattr(self, name)) for name in SPLITS} | {"train": own},
+            prompts=prompt_hashes(firsts, self.num_front),
             seen=np.unique(hashes),
             held_out=np.unique(prompt_hashes(self.validation, self.num_front)),
             loss=self.loss,
@@ -104,14 +107,14 @@ def prepare_splits(
     to_score: str | None = None,
     loss: Literal["dpo"] | None = None,
     *,
-    earlier: Sequence[Kept] = (),
+    earlier: Mapping[str, Kept] | None = None,
     bound: int | None = None,
 ) -> Splits:
     """Read, sample, check and tokenise everything a config names, or the split `to_score`.
 
     The tokenizer gets the config's chat template, if it names one. `loss` is that of the config's
-    `train` section, `earlier` are the rows that earlier stages kept, `bound` is what the run to be
-    scored held out by.
+    `train` section, `earlier` are the rows that earlier stages kept, by stage; `bound` is what the
+    run to be scored held out by.
 
     Raises DataError or ConfigError before training.
     """
@@ -136,7 +139,7 @@ def prepare_splits(
     parts: dict[str, list[Rows]] = {split: [] for split in SPLITS}
     if to_score is None or (data.holds_out and to_score != "test"):
         files = encode("train", learned)
-        found = divide(files, data, asked["num_front"], earlier, bound)
+        found = divide(files, data, asked["num_front"], list((earlier or {}).values()), bound)
         scored = encode("train", options) if data.holds_out and options != learned else files
         parts["train"] = list(map(pick, files if to_score is None else scored, found.train))
         if data.holds_out:
@@ -147,6 +150,12 @@ def prepare_splits(
         parts[split] = parts[split] or encode(split, options)
     rows = {split: joined(each) for split, each in parts.items()}
     _log_unread(rows)
+    if data.replay is not None and to_score is None and parts["train"]:
+        kind = learned.objective or "completion"
+        again = rows_again(earlier or {}, kind, rows["validation"], asked["num_front"])
+        asked["mixture"] = replace(asked["mixture"], num_earlier=len(again), replay=data.replay)
+        asked["moved"] |= {"replayed": len(again)}
+        rows["train"] = joined([rows["train"], again])
     asked |= {"digest": _digest(rows, options.before)}
     return Splits(rows["train"], rows["validation"], rows["test"], **asked)
 

@@ -94,7 +94,7 @@ def make_plan(config: RunConfig, examples: Rows, mixture: Mixture | None = None)
     """
     chain, train = config.chain, config.train
     mixture = mixture or Mixture((len(examples),), (1.0,))
-    if chain.ranks and not examples:
+    if chain.ranks and not mixture.num_rows:
         raise ConfigError(
             f"training needs rows (got none beside {config.data.shots} demonstrations); lower "
             "data.shots or give more"

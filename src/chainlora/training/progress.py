@@ -185,6 +185,14 @@ def _what_became_of(found: Mapping[str, Any]) -> Iterator[str]:
     """Yield what a person should know of the rows of a split."""
     if "recognised" in found:
         yield f"rows recognised as {found['recognised']} (data.format)"
+    if "held_out" in found:
+        yield f"{found['held_out']:,} held out for validation (data.validation)"
+    if "left_out" in found:
+        yield f"{found['left_out']:,} left out: validation rows of earlier stages"
+    if "seen" in found:
+        yield f"{found['seen']:,} left out: trained on by earlier stages (data.new_rows_only)"
+    if "replayed" in found:
+        yield f"{found['replayed']:,} rows of earlier stages to read again (data.replay)"
     if "rows_split" in found:
         yield (
             f"{found['rows_split']:,} of {found['rows']:,} texts were longer than the context or "

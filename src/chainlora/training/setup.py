@@ -196,16 +196,16 @@ def _own_tokenizer(start: Start, directory: RunDirectory | None) -> Path | None:
     return start.tokenizer
 
 
-def _rows_of_earlier_stages(directory: RunDirectory | None, start: Start) -> list[Kept]:
+def _rows_of_earlier_stages(directory: RunDirectory | None, start: Start) -> Mapping[str, Kept]:
     """Return the rows that earlier stages kept; a run that is resumed has them itself."""
     if directory is None or not directory.exists:
-        return list(start.kept.values())
+        return start.kept
     own = directory.manifest().stage
-    return [kept for stage, kept in directory.kept().items() if stage != own]
+    return {stage: kept for stage, kept in directory.kept().items() if stage != own}
 
 
 def _load_splits(
-    config: RunConfig, model: Any, tokenizer: Any, listener: Listener, earlier: Sequence[Kept]
+    config: RunConfig, model: Any, tokenizer: Any, listener: Listener, earlier: Mapping[str, Kept]
 ) -> Splits:
     def tell(split: str, rows: int, share: float) -> None:
         listener(RowsEncoded(0, split, rows, share))
