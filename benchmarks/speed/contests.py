@@ -130,6 +130,23 @@ def _language(
     ]
 
 
+def _preferences(num_rows: int) -> Contest:
+    """DPO against TRL's DPOTrainer, which asks the base again in every step, or once before."""
+    peers = (
+        Entry("TRL", "trl_dpo"),
+        Entry("TRL, reference before", "trl_dpo", {"reference_before": True}),
+    )
+    return Contest(
+        "preferences-float32",
+        "preferences",
+        num_rows,
+        (Entry("chainlora", "ours"), *peers),
+        repeats=1,
+        settings={"objective": "dpo", "batch_size": 2, "lr": 5e-5},
+        goals={peer.label: {"speed": 1.0, "memory": 1.0} for peer in peers},
+    )
+
+
 def _evaluation(workload: str, num_rows: int, speed: float) -> list[Contest]:
     """Scoring against lm-eval, each dtype with its own and ours in bfloat16 with their float32."""
     entries = (Entry("chainlora", "ours_evaluation"), Entry("lm-eval", "lm_evaluation"))
@@ -241,6 +258,7 @@ CONTESTS: tuple[Contest, ...] = (
     _long(1024, 3, "0.5b"),
     _long(1024, 3, "1.3b"),
     *_language("chat", 32, _LANGUAGE),
+    _preferences(64),
     *_trainer("multirc", 32),
     *_trainer("rte", 48, name="rte-all-linear", targets=ALL_LINEAR),
     *_trainer("sst2", 192, name="sst2-tiny", model="tiny", dtypes=("float32",)),

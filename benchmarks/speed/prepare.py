@@ -83,6 +83,8 @@ def workload_files(
     name, _, split = workload.partition("-")
     if name == "chat":
         return _chat_files(data, num_rows, batch_size, folder)
+    if name == "preferences":
+        return _preference_files(data, num_rows, batch_size, folder)
     if name == "long":
         return _long_files(data, int(split), num_rows, batch_size, folder)
     if name not in list_tasks():
@@ -193,6 +195,36 @@ def _chat_files(data: str | None, num_rows: int, batch_size: int, folder: Path) 
         "rows": _write(
             folder / "rows.jsonl", [{"messages": user + answer} for user, answer in turns]
         ),
+        "ordered": _write(folder / "ordered.jsonl", ordered),
+    }
+
+
+_LETTERS_OF_A_PAIR = 1600  # at most, of the prompt and the longer answer: 400 tokens or so
+
+
+def _preference_files(
+    data: str | None, num_rows: int, batch_size: int, folder: Path
+) -> dict[str, str]:
+    """LLaMA-Factory's demonstration of preferences, those of one turn, as texts."""
+    source = f"{data}/preferences/dpo_en_demo.json" if data else "llamafactory/DPO-En-Zh-20k:en"
+    pairs = [
+        {
+            "prompt": f"Question: {row['conversations'][0]['value']}\nAnswer:",
+            "chosen": f" {row['chosen']['value']}",
+            "rejected": f" {row['rejected']['value']}",
+        }
+        for row in load_rows(source)
+        if len(row["conversations"]) == 1
+    ]
+    answers = ("chosen", "rejected")
+    pairs = [
+        pair
+        for pair in pairs
+        if len(pair["prompt"]) + max(len(pair[key]) for key in answers) <= _LETTERS_OF_A_PAIR
+    ][:num_rows]
+    ordered = [pairs[i] for i in _order(num_rows, batch_size)]
+    return {
+        "rows": _write(folder / "rows.jsonl", pairs),
         "ordered": _write(folder / "ordered.jsonl", ordered),
     }
 

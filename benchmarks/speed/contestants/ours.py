@@ -40,6 +40,7 @@ def config_of(spec: Mapping[str, Any]) -> RunConfig:
                 "batch_size": spec["batch_size"],
                 "seed": spec["seed"],
                 "dtype": spec["dtype"],
+                "loss": "dpo" if spec["objective"] == "dpo" else None,
                 "gradient_checkpointing": spec.get("gradient_checkpointing", False),
             },
         }
