@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,10 @@ from chainlora.config.loading import make_config
 from chainlora.errors import ConfigError, DataError, RunError
 from chainlora.evaluation.scoring import evaluate_task
 from chainlora.runs.opening import load_run
+from chainlora.runs.reading import RunReader
+from chainlora.runs.start import start_of
 from chainlora.training import objectives
+from chainlora.training.loop import train as train_stage
 from chainlora.training.objective_kinds.preferences import DPO
 from chainlora.training.optimizers import OPTIMIZERS
 from chainlora.training.plan import make_plan
@@ -254,6 +258,21 @@ def test_a_link_that_lowers_the_loss_of_pairs_is_accepted(settings):
     assert len(result["links"]) >= 1
 
 
+def test_the_reference_of_a_stage_is_the_chain_that_it_begins_on(settings, tmp_path):
+    first = settings("first")
+    train(first)
+    tree = settings("second", train={"save_every": 1}, knots={"every": 2, "share": 0.5})
+    records: list = []
+    start = start_of(RunReader(first["output"]), "again")
+    found = train_stage(make_config(tree), start=start, listener=records.append)
+    at_start = {"loss": math.log(2), "accuracy": 0.5, "margin": 0.0}
+    assert next(e for e in records if e.name == "eval").metrics == at_start
+    assert evaluate_task(tree["output"], num_links=2)["metrics"] == at_start
+    metrics = evaluate_task(tree["output"])["metrics"]
+    assert metrics == pytest.approx(found["metrics"]["validation"], rel=1e-2)  # soft knots
+    assert metrics["margin"] > 0
+
+
 # --- resume ---
 
 
@@ -274,15 +293,19 @@ def test_a_run_killed_at_any_step_ends_in_the_same_bits(settings, chain):
     assert_same_links(Path(whole["output"]), Path(killed["output"]))
 
 
-def test_a_run_killed_while_its_reference_is_computed_starts_over(settings):
+def test_a_run_killed_while_its_reference_is_computed_starts_over(settings, tmp_path):
+    tree = settings("run")
+
     def stop(event):
         if event.name == "reference":
+            shutil.copytree(tree["output"], tmp_path / "left")  # as a kill leaves it
             raise Stop
 
-    tree = settings("run")
     with pytest.raises(Stop):
         train(tree, listener=stop)
-    assert train(tree)["steps"] == 7
+    assert not Path(tree["output"]).exists()
+    metrics = train(tree)["metrics"]
+    assert train(tree | {"output": str(tmp_path / "left")}, resume=True)["metrics"] == metrics
 
 
 @pytest.mark.parametrize("fault", ["gone", "of another state"])
