@@ -129,7 +129,7 @@ def _final(run: RunFacts, name: str) -> float | None:
 
 
 def _score(name: str, value: float) -> str:
-    is_share = name not in ("loss", "perplexity") and 0 <= value <= 1
+    is_share = name not in ("loss", "perplexity", "margin") and 0 <= value <= 1
     return f"{100 * value:.1f} %" if is_share else f"{value:.4g}"
 
 
