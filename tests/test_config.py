@@ -31,7 +31,7 @@ WRONG = [
     ("train.learning", "1", "unknown key `train.learning`; known: accept_links, batch_size, "),
     ("model", "{a: x, 0: y}", "`model` must be a name, or a section of name and quantize (got"),
     ("lr", "1e-3", "unknown key `lr`; did you mean 'train.lr'?"),
-    ("8", "x", "unknown key `8`; known: chain, data, model, output, quantize, train"),
+    ("8", "x", "unknown key `8`; known: chain, data, model, output, quantize, start, train"),
     ("chain.ranks", "x", "`chain.ranks` must be a list, e.g. [x] (got 'x')"),
     ("chain.ranks", "{a: 8}", "`chain.ranks` must be a list, e.g. [{'a': 8}] (got {'a': 8})"),
     ("train.betas", "0.9", "`train.betas` must be a list, e.g. [0.9] (got 0.9)"),  # of two

@@ -9,12 +9,17 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from chainlora.errors import RunError
+from chainlora.config.stages import is_run as is_run
+from chainlora.errors import ConfigError, RunError
+
+if TYPE_CHECKING:
+    from chainlora.runs.reading import Address
 
 HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 SIGNALLED = 128  # and the signal's number: the exit status, as shells have it
@@ -24,6 +29,12 @@ json_option = click.option(
 )
 links_option = click.option(
     "--links", type=click.IntRange(min=0), default=None, help="The chain as it was after K links."
+)
+stages_option = click.option(
+    "--stages",
+    metavar="NAME[=STRENGTH],...",
+    default=None,
+    help="The chain with these stages alone, all others switched off.",
 )
 dtype_option = click.option(
     "--dtype",
@@ -76,7 +87,7 @@ def file_and_overrides(
     arguments: list[str], name: str = "CONFIG"
 ) -> tuple[str, list[tuple[str, str]]]:
     """Read a file's name and pairs ``--key.sub VALUE`` or ``--key.sub=VALUE``, in any order."""
-    words, pairs = _split(arguments)
+    words, pairs = words_and_overrides(arguments)
     if not words:
         given = next((value for key, value in pairs if key == "config"), None)
         if given is not None:
@@ -122,7 +133,8 @@ _VERBS = {
 }
 
 
-def _split(arguments: list[str]) -> tuple[list[str], list[tuple[str, str]]]:
+def words_and_overrides(arguments: list[str]) -> tuple[list[str], list[tuple[str, str]]]:
+    """Read words, and pairs ``--key.sub VALUE`` or ``--key.sub=VALUE``, in any order."""
     words, pairs = [], []
     rest = iter(arguments)
     for argument in rest:
@@ -147,7 +159,7 @@ def _split(arguments: list[str]) -> tuple[list[str], list[tuple[str, str]]]:
 def need_run(run: str) -> None:
     """Raise RunError for what is not a run directory."""
     folder = Path(run)
-    if (folder / "chain.json").is_file():
+    if is_run(run):
         return
     if (folder / "links").is_dir():
         raise RunError(
@@ -161,17 +173,37 @@ def need_run(run: str) -> None:
     )
 
 
-def check_run_or_model(run_or_model: str, links: int | None) -> None:
-    """Raise RunError for half a run directory, or for --links of what is no run."""
+def check_run_or_model(run_or_model: str, links: int | None, stages: str | None = None) -> None:
+    """Raise RunError for half a run directory, or for links and stages of what is no run."""
     if (Path(run_or_model) / "links").is_dir():
         need_run(run_or_model)
-    elif links is not None and not is_run(run_or_model):
+    if links is not None and stages is not None:
+        raise click.UsageError("--links and --stages both choose links; leave one out")
+    option = "--links" if links is not None else "--stages"
+    if (links is not None or stages is not None) and not is_run(run_or_model):
         raise RunError(
-            f"--links needs a run directory (got {run_or_model}, which is not one); leave --links "
-            "out"
+            f"{option} needs a run directory (got {run_or_model}, which is not one); leave "
+            f"{option} out"
         )
 
 
-def is_run(path: str) -> bool:
-    """Say whether a path is a run directory."""
-    return (Path(path) / "chain.json").is_file()
+def chosen_state(run: str, stages: str | None) -> Address:
+    """Return a run with the stages that ``--stages`` switches on; as it is without."""
+    from chainlora.runs.stages import open_run
+
+    return run if stages is None else open_run(run, read_strengths(stages.split(",")))
+
+
+def read_strengths(texts: Sequence[str], default: float | None = 1.0) -> dict[str, float]:
+    """Read ``NAME=STRENGTH`` pairs, with a default bare names too. Raises ConfigError."""
+    found: dict[str, float] = {}
+    for text in texts:
+        name, equals, value = text.strip().partition("=")
+        try:
+            strength = float(value) if equals else default
+        except ValueError:
+            strength = None
+        if strength is None or not abs(strength) < float("inf"):
+            raise ConfigError("a strength must be STAGE=NUMBER", repr(text), "e.g. style=0.5")
+        found[name] = strength
+    return found

@@ -9,12 +9,14 @@ import click
 from chainlora.cli.common import (
     HELP,
     check_run_or_model,
+    chosen_state,
     dtype_option,
     is_run,
     json_option,
     links_option,
     print_json,
     quiet,
+    stages_option,
 )
 
 
@@ -40,6 +42,7 @@ from chainlora.cli.common import (
     help="Only the first N rows, in file order.",
 )
 @links_option
+@stages_option
 @dtype_option
 @click.option(
     "--speedups",
@@ -62,6 +65,7 @@ def evaluate(
     split: str,
     limit: int | None,
     links: int | None,
+    stages: str | None,
     dtype: str | None,
     speedups: Literal["auto", "off"],
     predictions: str | None,
@@ -76,14 +80,14 @@ def evaluate(
     if task is None and data is None and not is_run(run_or_model):
         raise click.UsageError("Missing option '--task' or '--data': only a run has its own rows.")
     chosen = load_task(task) if task is not None else None
-    check_run_or_model(run_or_model, links)
+    check_run_or_model(run_or_model, links, stages)
     quiet()
     from chainlora.cli.progress import evaluation_progress
     from chainlora.evaluation.scoring import evaluate_task
 
     with evaluation_progress() as progress:
         result = evaluate_task(
-            run_or_model,
+            chosen_state(run_or_model, stages),
             chosen,
             data=data,
             split=split,

@@ -7,7 +7,17 @@ from typing import Any
 
 import click
 
-from chainlora.cli.common import HELP, json_option, links_option, need_run, print_json, quiet
+from chainlora.cli.common import (
+    HELP,
+    check_run_or_model,
+    chosen_state,
+    json_option,
+    links_option,
+    need_run,
+    print_json,
+    quiet,
+    stages_option,
+)
 from chainlora.errors import ConfigError
 
 
@@ -50,6 +60,7 @@ def _explain_gguf(context: click.Context, parameter: click.Parameter, target: st
     help="Quantise the merged weights, and say what of the update that loses.",
 )
 @links_option
+@stages_option
 @click.option(
     "--push-to-hub",
     "repository",
@@ -80,6 +91,7 @@ def export(
     tolerance: float | None,
     quantize: str | None,
     links: int | None,
+    stages: str | None,
     repository: str | None,
     private: bool,
     base_name: str | None,
@@ -92,6 +104,7 @@ def export(
     written is loaded back and compared first.
     """
     need_run(run)
+    check_run_or_model(run, links, stages)
     if target == "merged" and (rank is not None or tolerance is not None):
         raise click.UsageError(
             "--rank and --tolerance compress an adapter; use them with --to adapter"
@@ -104,16 +117,17 @@ def export(
     from chainlora.runs.hub import check_push, push_folder
     from chainlora.runs.requantizing import export_quantized
 
+    state = chosen_state(run, stages)
     naming = Naming(repository, base_name, licence)
     if repository is not None:
-        check_push(run, target, naming)
+        check_push(state, target, naming)
     if quantize is not None:
-        done = export_quantized(run, output, quantize, num_links=links, naming=naming)
+        done = export_quantized(state, output, quantize, num_links=links, naming=naming)
     elif target == "merged":
-        done = export_merged(run, output, num_links=links, naming=naming)
+        done = export_merged(state, output, num_links=links, naming=naming)
     else:
         done = export_adapter(
-            run, output, rank=rank, tolerance=tolerance, num_links=links, naming=naming
+            state, output, rank=rank, tolerance=tolerance, num_links=links, naming=naming
         )
     if repository is not None:
         done["commit"] = push_folder(output, repository, private=private)

@@ -12,11 +12,13 @@ import click
 from chainlora.cli.common import (
     HELP,
     check_run_or_model,
+    chosen_state,
     dtype_option,
     json_option,
     links_option,
     print_json,
     quiet,
+    stages_option,
     to_stderr,
 )
 
@@ -34,6 +36,7 @@ def _speaking_options(command: Callable[..., None]) -> Callable[..., None]:
     options = (
         click.argument("run_or_model", metavar="RUN|MODEL"),
         links_option,
+        stages_option,
         click.option(
             "--max-new-tokens",
             type=click.IntRange(min=1),
@@ -73,7 +76,7 @@ def generate(run_or_model: str, prompt: str | None, as_json: bool, **keys: Any) 
     The text is printed while the model writes it. `chat` uses the model's chat template, this does
     not.
     """
-    check_run_or_model(run_or_model, keys["links"])
+    check_run_or_model(run_or_model, keys["links"], keys["stages"])
     if prompt is None:
         stdin = _stdin()
         if stdin.isatty():
@@ -106,7 +109,7 @@ def chat(run_or_model: str, system: str | None, **keys: Any) -> None:
 
     A line is a turn. /clear forgets the conversation; /exit or Ctrl-D ends it.
     """
-    check_run_or_model(run_or_model, keys["links"])
+    check_run_or_model(run_or_model, keys["links"], keys["stages"])
     speaker, _ = _speaker(
         run_or_model, **keys | {"max_new_tokens": keys["max_new_tokens"] or _MOST}
     )
@@ -129,6 +132,7 @@ def _speaker(
     run_or_model: str,
     *,
     links: int | None,
+    stages: str | None,
     max_new_tokens: int | None,
     temperature: float,
     top_p: float,
@@ -143,8 +147,9 @@ def _speaker(
     from chainlora.evaluation.training_rows import training_rows
     from chainlora.runs.opening import load_run_or_model
 
-    model, tokenizer = load_run_or_model(run_or_model, num_links=links, dtype=dtype)
-    facts = training_rows(run_or_model, tokenizer)
+    state = chosen_state(run_or_model, stages)
+    model, tokenizer = load_run_or_model(state, num_links=links, dtype=dtype)
+    facts = training_rows(state, tokenizer)
     limit = _MOST if facts is None else min(_MOST, max(_FEWEST, 2 * facts.longest_answer))
     decoding = Decoding(temperature, top_p, max_new_tokens or limit, seed)
     return Speaker(model, tokenizer, decoding), facts

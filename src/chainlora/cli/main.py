@@ -24,6 +24,7 @@ from chainlora.cli.export import export
 from chainlora.cli.generate import chat, generate
 from chainlora.cli.report import inspect, report
 from chainlora.cli.schema import schema
+from chainlora.cli.stages import extend, mix
 from chainlora.cli.tasks import tasks
 from chainlora.cli.train import demo, train
 from chainlora.errors import (
@@ -104,10 +105,10 @@ def _what_failed(error: Exception) -> str:
 def _refuse_processes(verb: str | None) -> None:
     """Raise ConfigError for verbs that know of one process only."""
     count = os.environ.get("WORLD_SIZE", "1")
-    if verb not in (None, "train") and count.isdecimal() and int(count) > 1:
+    if verb not in (None, "train", "extend") and count.isdecimal() and int(count) > 1:
         raise ConfigError(
-            f"only `chainlora train` runs in several processes (got chainlora {verb} in {count}); "
-            "start it without torchrun or accelerate launch"
+            "only `chainlora train` and `extend` run in several processes (got chainlora "
+            f"{verb} in {count}); start it without torchrun or accelerate launch"
         )
 
 
@@ -136,7 +137,7 @@ def cli(context: click.Context, debug: bool) -> None:
     _refuse_processes(context.invoked_subcommand)
 
 
-for _verb in (demo, train, evaluate, generate, chat, inspect, report, export):
+for _verb in (demo, train, extend, mix, evaluate, generate, chat, inspect):
     cli.add_command(_verb)
-for _verb in (tasks, experiment, compare, convert_config, doctor, schema):
+for _verb in (report, export, tasks, experiment, compare, convert_config, doctor, schema):
     cli.add_command(_verb)

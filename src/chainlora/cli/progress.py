@@ -91,6 +91,7 @@ def _repeated(texts: Sequence[str]) -> str:
 
 def _table(found: Mapping[str, Any]) -> Table:
     """Return the table of links, which 80 columns hold."""
+    are_several = len({row["stage"] for row in found["links"]}) > 1
     title = escape(f"{found['run']}: chain on {found['base']} ({found['hold']})")
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=0)
     for column in _COLUMNS:
@@ -98,7 +99,7 @@ def _table(found: Mapping[str, Any]) -> Table:
     for row in found["links"]:
         scores = ", ".join(f"{name} {value:.4f}" for name, value in _telling(row["scores"]).items())
         table.add_row(
-            str(row["link"]),
+            str(row["link"]) + (_stage(row) if are_several else ""),
             _rank(row),
             str(row["steps"]),
             _number(row["loss"]),
@@ -120,6 +121,12 @@ def _table(found: Mapping[str, Any]) -> Table:
         "",
     )
     return table
+
+
+def _stage(row: Mapping[str, Any]) -> str:
+    """Return the stage of a link, and its strength where that is not 1."""
+    strength = "" if row["strength"] == 1 else f" × {row['strength']:g}"
+    return f" {escape(row['stage'])}{strength}"
 
 
 def _rank(row: Mapping[str, Any]) -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import click
 
 from chainlora.cli.common import HELP, json_option, need_run, print_json, quiet
@@ -23,10 +21,11 @@ def inspect(run: str, as_json: bool) -> None:
     from chainlora.cli.progress import show_inspection
     from chainlora.reports.run_charts import plot_chain
     from chainlora.runs.inspection import inspect_run
+    from chainlora.runs.stages import open_run
 
     found = inspect_run(run)
     if found["links"]:
-        plot_chain(found, Path(run) / "chain.png")
+        plot_chain(found, open_run(run) / "chain.png")
     if as_json:
         print_json(found)
     else:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import click
 
@@ -24,7 +25,11 @@ from chainlora.errors import ConfigError
 
 if TYPE_CHECKING:
     from chainlora.config.schema import RunConfig
+    from chainlora.config.stages import Stage
+    from chainlora.training.events import Listener
     from chainlora.training.result import TrainResult
+
+Result = TypeVar("Result")
 
 
 @click.command(context_settings=HELP | {"ignore_unknown_options": True})
@@ -32,18 +37,33 @@ if TYPE_CHECKING:
     "arguments", metavar="CONFIG [--KEY.SUB VALUE]...", nargs=-1, type=click.UNPROCESSED
 )
 @click.option(
-    "--resume", is_flag=True, help="Resume a run that was stopped or killed, to the same bits."
+    "--resume",
+    is_flag=True,
+    help="Resume a run that was stopped or killed, to the same bits. A config of stages needs no "
+    "--resume: it always goes on.",
 )
+@click.option("--dry-run", is_flag=True, help="Say what would be trained, and train nothing.")
 @json_option
-def train(arguments: tuple[str, ...], resume: bool, as_json: bool) -> None:
+def train(arguments: tuple[str, ...], resume: bool, dry_run: bool, as_json: bool) -> None:
     """Fine-tune by a chain of LoRA as CONFIG (YAML) says.
 
     Any key of the config can be set on the command line: --train.lr 5e-4 --chain.ranks "[8, 8]"
     --output runs/a. Ctrl-C once finishes the step, saves and stops; twice stops at once.
+
+    A config of `stages` trains those that are new: the same command does nothing where all have
+    ended.
     """
-    from chainlora.config.loading import load_config
+    from chainlora.config.loading import load_config, read_config
+    from chainlora.config.stages import Stage, make_stages
 
     file, overrides = file_and_overrides(list(arguments))
+    tree = read_config(file)
+    if "stages" in tree or tree.get("start") is not None:
+        from chainlora.runs.loading_start import with_start
+
+        stages = make_stages(with_start(tree), overrides)
+        train_and_show(stages, overrides, dry_run, as_json)
+        return
     settings = load_config(file, overrides)
     if settings.output is None:
         raise ConfigError(
@@ -53,20 +73,85 @@ def train(arguments: tuple[str, ...], resume: bool, as_json: bool) -> None:
     if is_first_process():
         to_stderr(_announcement(file, settings))  # before seconds of imports
     quiet()
-    from chainlora.reports.run_charts import plot_training
-    from chainlora.runs.records import read_records
+    if dry_run:
+        _show_plan([Stage("main", settings)], as_json)
+        return
+    from chainlora.training.loop import train as run_training
 
-    result = _train(settings, resume, [key for key, _ in overrides])
+    named = [key for key, _ in overrides]
+    result = _with_progress(
+        settings, lambda tell: run_training(settings, resume=resume, listener=tell, change=named)
+    )
     if not is_first_process():
         return
-    output = Path(settings.output)
-    records = read_records(output / "metrics.jsonl")
-    if records:  # none where nothing is trained and nothing held out
-        plot_training(records, output / "training.png")
+    _plot(settings)
     if as_json:
         print_json(result)
     else:
-        _show_result(result, output)
+        _show_result(result, Path(settings.output))
+
+
+def train_and_show(
+    stages: Sequence[Stage], overrides: Sequence[tuple[str, str]], dry_run: bool, as_json: bool
+) -> None:
+    """Train what is new of a chain's stages, and show what each came to."""
+    quiet()
+    if dry_run:
+        _show_plan(stages, as_json)
+        return
+    from chainlora.cli.progress import show_links
+    from chainlora.training.stages import train_stages
+
+    named = [key.split(".", 2)[-1] if key.startswith("stages.") else key for key, _ in overrides]
+    results = _with_progress(
+        stages[0].config, lambda tell: train_stages(stages, listener=tell, change=named)
+    )
+    if not is_first_process():
+        return
+    for stage, result in zip(stages, results, strict=True):
+        if result is not None:
+            _plot(stage.config)
+    if as_json:
+        names = [stage.name for stage in stages]
+        print_json({"stages": dict(zip(names, results, strict=True))})
+        return
+    run = Path(stages[0].config.output or "")
+    if not any(results):
+        click.echo(f"nothing new: every stage of {run} has ended")
+        return
+    show_links(run)
+    for result in filter(None, results):
+        _show_scores(result, f"{result['stage']}: ")
+    click.echo(f"run directory {run}")
+
+
+def _show_plan(stages: Sequence[Stage], as_json: bool) -> None:
+    """Say of each stage whether it has ended, goes on or is new."""
+    from chainlora.training.stages import survey
+
+    found = survey(stages)
+    if as_json:
+        print_json({"stages": [{"name": f.name, "state": f.state, "step": f.step} for f in found]})
+        return
+    for stage, where in zip(stages, found, strict=True):
+        ranks = ", ".join(map(str, stage.config.chain.ranks))
+        rows = stage.config.data.train or stage.config.data.task
+        does = {
+            "finished": "finished, nothing to do",
+            "stopped": f"goes on from step {where.step}",
+            "new": f"would train links of rank {ranks or 'none'} on {rows}",
+        }
+        click.echo(f"{stage.name}: {does[where.state]}")
+
+
+def _plot(settings: RunConfig) -> None:
+    from chainlora.reports.run_charts import plot_training
+    from chainlora.runs.records import read_records
+
+    output = Path(settings.output or "")
+    records = read_records(output / "metrics.jsonl")
+    if records:  # none where nothing is trained and nothing held out
+        plot_training(records, output / "training.png")
 
 
 def _announcement(file: str, settings: RunConfig) -> str:
@@ -76,11 +161,10 @@ def _announcement(file: str, settings: RunConfig) -> str:
     return f"{file}: {what} on {settings.model}, to {settings.output}"
 
 
-def _train(settings: RunConfig, resume: bool, named: list[str]) -> TrainResult:
+def _with_progress(settings: RunConfig, work: Callable[[Listener], Result]) -> Result:
     """Train with a progress bar. A signal stops the run after its step, once there is one."""
     from chainlora.training.events import Event, Planned
     from chainlora.training.interrupts import interruptible
-    from chainlora.training.loop import train as run_training
     from chainlora.training.progress import progress_listener
 
     first = is_first_process()
@@ -95,7 +179,7 @@ def _train(settings: RunConfig, resume: bool, named: list[str]) -> TrainResult:
             show(event)
 
         try:
-            return run_training(settings, resume=resume, listener=listener, change=named)
+            return work(listener)
         except KeyboardInterrupt:
             is_saved = (Path(settings.output or "") / "chain.json").is_file()
             hint = "; --resume continues from what was saved last" if is_saved else ""
@@ -116,12 +200,17 @@ def _show_result(result: TrainResult, output: Path) -> None:
     from chainlora.cli.progress import show_links
 
     show_links(output)
+    _show_scores(result)
+    click.echo(f"run directory {output}")
+
+
+def _show_scores(result: TrainResult, prefix: str = "") -> None:
     for split, metrics in result["metrics"].items():
         shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-        click.echo(f"{split}: {shown}")
+        click.echo(f"{prefix}{split}: {shown}")
     click.echo(
-        f"{result['steps']} steps, {result['tokens']} tokens, {result['wall_s']:.0f} s, "
-        f"peak memory {result['peak_memory_mb']} MiB; run directory {output}"
+        f"{prefix}{result['steps']} steps, {result['tokens']} tokens, {result['wall_s']:.0f} s, "
+        f"peak memory {result['peak_memory_mb']} MiB"
     )
 
 

@@ -31,20 +31,23 @@ def load_config(
     Raises:
         ConfigError: unreadable file, unknown key (nearest named), wrong value.
     """
+    tree = read_config(path)
+    for key, value in overrides.items() if isinstance(overrides, Mapping) else overrides:
+        set_key(tree, key, value)
+    return make_config(tree)
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """Read the keys of a config file, unchecked. Raises ConfigError for another tool's."""
     tree = read_tree(path)
-    foreign = (
-        foreign_file(tree, RunConfig.model_fields)
-        if tree.keys() - RunConfig.model_fields.keys()
-        else None
-    )
+    unknown = tree.keys() - RunConfig.model_fields.keys() - {"stages"}
+    foreign = foreign_file(tree, RunConfig.model_fields) if unknown else None
     if foreign is not None:
         raise ConfigError(
             f"config file must have chainlora's keys (got {path} with {foreign}); rewrite it: "
             f"chainlora convert-config {path} > chainlora.yaml"
         )
-    for key, value in overrides.items() if isinstance(overrides, Mapping) else overrides:
-        set_key(tree, key, value)
-    return make_config(tree)
+    return tree
 
 
 def read_tree(path: str | Path, what: str = "config file") -> dict[str, Any]:
@@ -106,6 +109,10 @@ def set_key(tree: dict[str, Any], dotted: str, value: Any) -> None:
 
 def make_config(tree: Mapping[str, Any]) -> RunConfig:
     """Return the frozen config of a mapping. Raises ConfigError with every problem in one line."""
+    if "stages" in tree:
+        raise ConfigError(
+            "a config of one run must have no `stages`", "some", "give it to `chainlora train`"
+        )
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:

@@ -322,6 +322,11 @@ class RunConfig(Section):
     them, and prepares it as PEFT does ([scale](scale.md#quantised-bases)); `null` keeps the
     checkpoint as it is, which may be quantised itself. `model: {name: …, quantize: nf4}` says the
     same."""
+    start: str | None = None
+    """State to begin on instead of the bare base: a run, a stage of one as `RUN@STAGE`, or the
+    folder or Hub id of a PEFT adapter ([stages](stages.md)). Links then go on top of it. Left out
+    beside it, `model` and what belongs to the whole run are those of that run; `null` is the
+    base."""
     data: DataConfig
     """Which rows, and how they are read."""
     chain: ChainConfig = ChainConfig()

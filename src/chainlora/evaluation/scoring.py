@@ -19,14 +19,15 @@ from chainlora.evaluation.training_rows import bound_of, config_of
 from chainlora.files import check_writable
 from chainlora.models.text_config import context_length
 from chainlora.runs.opening import load_run_or_model
-from chainlora.runs.reading import RunReader
+from chainlora.runs.reading import Address
+from chainlora.runs.stages import open_run
 
 Encode = Callable[[Any, int], tuple[Task | Splits, Sequence[Example]]]
 """From a tokenizer and the model's context to what is asked, and the rows as tokens."""
 
 
 def evaluate_task(
-    run_or_model: str | Path,
+    run_or_model: Address,
     task: Task | None = None,
     *,
     data: str | None = None,
@@ -102,7 +103,7 @@ def evaluate_task(
 
 
 def _reference(
-    run: str | Path,
+    run: Address,
     config: RunConfig,
     rows: Sequence[Example],
     dtype: str | None,
@@ -113,7 +114,7 @@ def _reference(
     if config.chain.tune == "full":
         model, _ = load_run_or_model(config.model, dtype=dtype)
     else:
-        first = RunReader(run).manifest().first
+        first = open_run(run).manifest().first
         model, _ = load_run_or_model(run, num_links=first, dtype=dtype)
     with Engine(model, speedups=speedups, training=False) as engine:
         return engine.scores(rows, progress=progress)
@@ -132,7 +133,7 @@ def _rows_of_task(
 
 
 def _own_rows(
-    run: str | Path, whole: RunConfig | None, data: str | None, split: str, limit: int | None
+    run: Address, whole: RunConfig | None, data: str | None, split: str, limit: int | None
 ) -> Encode:
     """Find a run's own rows, or those of a file in its format; return what tokenises them."""
     config = whole.data if whole is not None else DataConfig(train=data or "")

@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from chainlora.config.schema import RunConfig
+from chainlora.config.stages import is_run
 from chainlora.data.encoding import Options
 from chainlora.data.examples import Example
 from chainlora.data.preparing import make_rows
 from chainlora.data.sources import find_source
 from chainlora.data.tasks import load_task
 from chainlora.errors import ChainLoRAError
-from chainlora.runs.reading import RunReader
+from chainlora.runs.reading import Address
+from chainlora.runs.stages import open_run
 
 _ROWS = 200  # the first of the training file: read and tokenised in a fraction of a second
 
@@ -27,7 +29,7 @@ class RowFacts(NamedTuple):
     is_chat: bool  # a chat template wrote the prompts
 
 
-def training_rows(run_or_model: str | Path, tokenizer: Any) -> RowFacts | None:
+def training_rows(run_or_model: Address, tokenizer: Any) -> RowFacts | None:
     """Return what a run's training rows have in common.
 
     None for a model, for rows without prompts, and where the rows are not on this machine.
@@ -49,11 +51,11 @@ def training_rows(run_or_model: str | Path, tokenizer: Any) -> RowFacts | None:
     )
 
 
-def config_of(run_or_model: str | Path) -> RunConfig | None:
+def config_of(run_or_model: Address) -> RunConfig | None:
     """Return the config of a run, None for a model or a saved chain."""
-    if not (Path(run_or_model) / "chain.json").is_file():
+    if not is_run(run_or_model):
         return None
-    reader = RunReader(run_or_model)
+    reader = open_run(run_or_model)
     return reader.config() if reader.manifest().has_run else None
 
 

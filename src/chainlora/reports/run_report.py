@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from chainlora.config.stages import split_address
 from chainlora.files import make_folder, write_text
 from chainlora.reports.answers import answers, changes, read_prompts
 from chainlora.reports.page import (
@@ -46,8 +47,8 @@ def report_runs(
     which needs the base model. Raises ChainLoRAError subclasses.
     """
     found = read_runs(runs)
-    path = Path(output) if output is not None else (found[0].path if len(found) == 1 else Path())
-    path = path / NAME if output is None else path
+    folder = split_address(runs[0])[0] if len(runs) == 1 else Path()
+    path = Path(output) if output is not None else folder / NAME
     answered: dict[str, list[Answer]] = {}
     if prompts is not None:
         wanted = read_prompts(prompts, found)

@@ -10,8 +10,8 @@ from typing import Any
 from chainlora.config.schema import RunConfig
 from chainlora.runs.inspection import inspect_run
 from chainlora.runs.manifest import Manifest
-from chainlora.runs.reading import RunReader
 from chainlora.runs.records import score_names
+from chainlora.runs.stages import open_run
 
 Record = Mapping[str, Any]
 
@@ -52,16 +52,16 @@ class RunFacts:
 
 def read_runs(runs: Sequence[str | Path]) -> list[RunFacts]:
     """Read runs and check their files. Raises RunError for one that is damaged or not there."""
-    return [_read(Path(run), name) for run, name in zip(runs, _names(runs), strict=True)]
+    return [_read(run, name) for run, name in zip(runs, _names(runs), strict=True)]
 
 
-def _read(run: Path, name: str) -> RunFacts:
+def _read(run: str | Path, name: str) -> RunFacts:
     inspection = inspect_run(run)
-    reader = RunReader(run)
+    reader = open_run(run)
     manifest = reader.manifest()
     return RunFacts(
         name=name,
-        path=run,
+        path=reader.path,
         manifest=manifest,
         config=reader.config() if manifest.has_run else None,
         result=reader.result() or {},

@@ -21,8 +21,9 @@ from chainlora.config.chat_templates import NAMES
 from chainlora.config.schema import DataConfig, RunConfig
 from chainlora.files import reported
 from chainlora.runs.beside import is_licence
-from chainlora.runs.reading import RunReader
+from chainlora.runs.reading import Address
 from chainlora.runs.records import score_names
+from chainlora.runs.stages import open_run
 
 # Ranks that vLLM makes room for (`--max-lora-rank`).
 _SERVED_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -80,9 +81,9 @@ class Card:
         return self.naming.name
 
 
-def story_of(run: str | Path) -> Story | None:
+def story_of(run: Address) -> Story | None:
     """Return the story of a run; None of a saved chain, which has none."""
-    reader = RunReader(run)
+    reader = open_run(run)
     manifest = reader.manifest()
     if not manifest.has_run:
         return None

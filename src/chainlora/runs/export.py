@@ -29,8 +29,9 @@ from chainlora.runs.cards import UNNAMED, Card, Naming, Story, public_name, stor
 from chainlora.runs.compression import adapter_factors
 from chainlora.runs.manifest import CAUSAL, Base
 from chainlora.runs.opening import is_whole_model, load_run, tokenizer_of
-from chainlora.runs.reading import RunReader
+from chainlora.runs.reading import Address
 from chainlora.runs.saved_chain import current_links, describe_base
+from chainlora.runs.stages import open_run
 from chainlora.runs.verification import (
     check_adapter,
     check_checkpoint,
@@ -46,7 +47,7 @@ _WIDEST = 2**14  # far beyond what servers take, and still small
 
 
 def export_merged(
-    run: str | Path,
+    run: Address,
     output: str | Path,
     *,
     num_links: int | None = None,
@@ -54,7 +55,7 @@ def export_merged(
 ) -> dict[str, Any]:
     """Write the run's model, links merged, as a transformers checkpoint in the base's dtype."""
     output = empty_folder(output)
-    reader = RunReader(run)
+    reader = open_run(run)
     manifest = reader.manifest()
     base = _base_folder(manifest.base.model)
     model, tokenizer = load_run(run, num_links=num_links)
@@ -77,7 +78,7 @@ def export_merged(
 
 
 def export_adapter(
-    run: str | Path | Chain,
+    run: Address | Chain,
     output: str | Path,
     *,
     rank: int | None = None,
@@ -124,8 +125,8 @@ def export_adapter(
     }
 
 
-def _save_tokenizer(run: str | Path | Chain, base: Path, output: Path) -> None:
-    if not isinstance(run, Chain) and (reader := RunReader(run)).manifest().has_run:
+def _save_tokenizer(run: Address | Chain, base: Path, output: Path) -> None:
+    if not isinstance(run, Chain) and (reader := open_run(run)).manifest().has_run:
         tokenizer_of(reader, base).save_pretrained(output)
         return
     with suppress(ModelError):  # the folder of a chain without a run may have none
@@ -144,14 +145,14 @@ def _base_folder(base: str) -> Path | None:
     return folder
 
 
-def _links_and_base(run: str | Path | Chain, num_links: int | None) -> tuple[Sequence[Link], Base]:
+def _links_and_base(run: Address | Chain, num_links: int | None) -> tuple[Sequence[Link], Base]:
     """Return the links to export, and their base."""
     if isinstance(run, Chain):
         links = current_links(run)
         if num_links is not None and not 0 < num_links <= len(links):
             raise ChainError(f"`num_links` must be 1 to {len(links)} here (got {num_links})")
         return links[:num_links], describe_base(run)
-    reader = RunReader(run)
+    reader = open_run(run)
     manifest = reader.manifest()
     if is_whole_model(reader, manifest):
         raise RunError(

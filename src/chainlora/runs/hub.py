@@ -6,10 +6,11 @@ from pathlib import Path
 
 from chainlora.errors import ConfigError, FileError
 from chainlora.runs.cards import Naming, is_hub_id
-from chainlora.runs.reading import RunReader
+from chainlora.runs.reading import Address
+from chainlora.runs.stages import open_run
 
 
-def check_push(run: str | Path, target: str, naming: Naming) -> None:
+def check_push(run: Address, target: str, naming: Naming) -> None:
     """Raise ConfigError unless an export can be pushed.
 
     Its repository has a name, and an adapter a base that others can load.
@@ -18,7 +19,7 @@ def check_push(run: str | Path, target: str, naming: Naming) -> None:
         raise ConfigError(
             f"--push-to-hub must be OWNER/NAME (got {naming.name!r}); name a repository"
         )
-    base = naming.base or RunReader(run).manifest().base.model
+    base = naming.base or open_run(run).manifest().base.model
     if target == "adapter" and not is_hub_id(base):
         raise ConfigError(
             f"an adapter on the Hub must name a base that others can load (got {base}); give its "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,30 +17,36 @@ from chainlora.chain.low_rank import (
     stable_rank,
     subspace_overlap,
 )
-from chainlora.runs.reading import RunReader
+from chainlora.runs.reading import Address
 from chainlora.runs.records import Record
+from chainlora.runs.stages import open_run, records_of_stages
 
 
-def inspect_run(run: str | Path) -> dict[str, Any]:
+def inspect_run(run: Address) -> dict[str, Any]:
     """Describe a run link by link.
 
-    For each link: ``rank`` as it is stored, ``trained_rank``, ``steps``, mean training ``loss`` of
-    its last tenth, validation ``score`` at its knot, ``delta_norm`` ‖ΔW‖_F over all modules,
-    ``effective_rank`` exp(entropy of σ/Σσ) (Roy & Vetterli 2007) and ``stable_rank``, means over
-    modules, ``overlap`` with each earlier link's A (mean squared cosine of the principal angles,
-    averaged over modules; 1 is the same input subspace), ``spectrum`` (its singular values, their
-    mean over modules), and ``modules`` (‖ΔW‖_F of each). ``numbers`` is what was decided when
-    the run began. ``finished`` and ``position`` say where the run is: the step and the number of
-    whole links that a resume would start from.
+    For each link, at strength 1: ``rank`` as it is stored, ``trained_rank``, ``steps``, mean
+    training ``loss`` of its last tenth, validation ``score`` at its knot, ``delta_norm`` ‖ΔW‖_F
+    over all modules, ``effective_rank`` exp(entropy of σ/Σσ) (Roy & Vetterli 2007) and
+    ``stable_rank``, means over modules, ``overlap`` with each earlier link's A (mean squared cosine
+    of the principal angles, averaged over modules; 1 is the same input subspace), ``spectrum`` (its
+    singular values, their mean over modules), and ``modules`` (‖ΔW‖_F of each). ``numbers`` is what
+    was decided when the run began. ``finished`` and ``position`` say where the run is: the step and
+    the number of whole links that a resume would start from.
 
     Every file of the run is checked first. Raises RunError for one that is missing or has changed.
     """
-    reader = RunReader(run)
+    reader = open_run(run)
     manifest = reader.verify()
     # a saved chain has a live link where a run has a checkpoint
     links = reader.links_of(manifest, len(manifest.links) if manifest.has_run else None)
-    records = reader.records()
-    rows = [_describe(link, links[: link.index], records) for link in links]
+    records = {manifest.stage: reader.records()} | records_of_stages(run)
+    tuned = [replace(link, strength=1.0) for link in links]
+    entries = manifest.links if manifest.has_run else manifest.loaded
+    rows = []
+    for link, tuned_link, entry in zip(links, tuned, entries, strict=True):
+        row = _describe(tuned_link, tuned[: link.index], records.get(entry.stage, []))
+        rows.append(row | {"id": link.id, "stage": entry.stage, "strength": link.strength})
     is_sum = bool(links) and all(_is_low_rank(link) for link in links)
     whole = _sizes(_spectra(links).values()) if is_sum else {}
     return {
@@ -51,7 +57,9 @@ def inspect_run(run: str | Path) -> dict[str, Any]:
         "position": {
             "step": manifest.position.step,
             "links": len(links),
-            "planned_links": len(reader.config().chain.ranks) if manifest.has_run else len(links),
+            "planned_links": manifest.first + len(reader.config().chain.ranks)
+            if manifest.has_run
+            else len(links),
         },
         "links": rows,
         "chain": whole | {"links": len(links), "rank": sum(link.rank for link in links)},

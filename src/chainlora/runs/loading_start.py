@@ -1,13 +1,15 @@
 """Where a chain can begin: a finished run, a saved chain, or a LoRA that PEFT has saved elsewhere.
 
-`load_start` reads it, before there is a model; `fitted` checks that a model is the right one, and
-`put_on` puts the links on too. `load_chain` is all of it, for Python.
+`with_start` fills in a config that begins there, and `load_start` reads it, both before there is a
+model; `fitted` checks that a model is the right one, and `put_on` puts the links on too.
+`load_chain` is all of it, for Python.
 """
 
 from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +20,8 @@ from chainlora.chain.adapters import Imported, import_adapter, linked_layer
 from chainlora.chain.chain import Chain
 from chainlora.chain.holding import hold_for
 from chainlora.chain.link import Link
-from chainlora.errors import ModelError, RunError
+from chainlora.config.stages import RUN_WIDE, is_run, what_stages_share
+from chainlora.errors import ConfigError, ModelError, RunError
 from chainlora.models.finding import folder_of, from_hub
 from chainlora.models.identity import TOKENIZERS, base_files
 from chainlora.runs.cards import is_hub_id
@@ -26,6 +29,7 @@ from chainlora.runs.manifest import STAGE, link_entries
 from chainlora.runs.opening import is_whole_model
 from chainlora.runs.reading import RunReader, check_base
 from chainlora.runs.saved_chain import chain_folder, read_chain, restore_chain
+from chainlora.runs.stages import open_run
 from chainlora.runs.start import Start, start_of
 
 logger = logging.getLogger(__name__)
@@ -41,6 +45,8 @@ def load_start(source: str | Path, stage: str = STAGE) -> Start:
     the folder or Hub id of a LoRA that PEFT has saved. Raises ChainLoRAError for what has no links,
     or cannot become links.
     """
+    if is_run(source):
+        return _of_chain(open_run(source), stage)
     folder = Path(source).expanduser()
     folder = folder if folder.exists() else from_hub(str(source), "start")
     has_tokenizer = any(next(folder.glob(pattern), None) for pattern in TOKENIZERS)
@@ -185,3 +191,46 @@ def _name_of(model: nn.Module) -> str:
     name = str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
     cached = re.search(r"models--([^/]+)/snapshots/", name)
     return cached[1].replace("--", "/") if cached else name
+
+
+def with_start(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config with what is left out beside `start`: the base, and what the run has one of.
+
+    Raises ConfigError for a key of the whole run that says otherwise than the run.
+    """
+    own, source = dict(tree), tree.get("start")
+    if source is None:
+        return own
+    if not is_run(source):
+        return _with_adapter(own, load_start(source))
+    reader = open_run(source)
+    if not reader.manifest().has_run:
+        own.setdefault("model", reader.manifest().base.model)
+        return own
+    shared = what_stages_share(reader.config())
+    for key in ("model", "quantize"):
+        _agree(own, key, shared[key], key)
+    for section, keys in RUN_WIDE.items():
+        own[section] = dict(own.get(section) or {})
+        for key in keys:
+            _agree(own[section], key, shared[section][key], f"{section}.{key}")
+    return own
+
+
+def _with_adapter(own: dict[str, Any], start: Start) -> dict[str, Any]:
+    """Take base and chat template of an adapter that was made elsewhere."""
+    if start.adapter is not None and start.adapter.base:
+        own.setdefault("model", start.adapter.base)
+    template = start.tokenizer and load_tokenizer(start.tokenizer).chat_template
+    if isinstance(template, str):
+        own["data"] = {"chat_template": template} | dict(own.get("data") or {})
+    return own
+
+
+def _agree(own: dict[str, Any], key: str, value: Any, name: str) -> None:
+    if own.setdefault(key, value) != value:
+        raise ConfigError(
+            f"`{name}` must be that of the run that is begun on",
+            f"{own[key]!r:.60}, and {value!r:.60} there",
+            "leave it out",
+        )

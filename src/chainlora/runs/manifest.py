@@ -196,6 +196,24 @@ class Manifest(_Part):
         return [*self.links[: self.selected.num_links], *([partial] if partial else [])]
 
     @property
+    def stages(self) -> list[str]:
+        """Return the names of the stages that links are of, in their order."""
+        return list(dict.fromkeys(link.stage for link in self.loaded))
+
+    def at_strengths(self, strengths: Mapping[str, float]) -> Manifest:
+        """Return this with the links of these stages at other strengths."""
+
+        def changed(entry: LinkEntry) -> LinkEntry:
+            strength = strengths.get(entry.stage, entry.strength)
+            return entry.model_copy(update={"strength": strength})
+
+        update: dict[str, Any] = {"links": [changed(link) for link in self.links]}
+        if self.selected is not None and self.selected.partial is not None:
+            partial = changed(self.selected.partial)
+            update["selected"] = self.selected.model_copy(update={"partial": partial})
+        return self.model_copy(update=update)
+
+    @property
     def started_on(self) -> str:
         """Return the digest of the state that the run began on."""
         return state_digest(self.base.fingerprint, self.links[: self.first])
@@ -292,7 +310,7 @@ def kept_rows(stage: str) -> str:
 def encode_manifest(manifest: Manifest) -> dict[str, Any]:
     """Return the JSON object of a manifest, its checksum last."""
     tree = manifest.model_dump(mode="json")
-    return tree | {"checksum": _checksum(tree)}
+    return tree | {"checksum": checksum(tree)}
 
 
 def decode_manifest(text: bytes, run: Path) -> Manifest:
@@ -312,7 +330,7 @@ def decode_manifest(text: bytes, run: Path) -> Manifest:
         raise RunError(
             f"chain.json must hold {', '.join(keys)} (got no `{missing[0]}` in {run}); {INCOMPLETE}"
         )
-    if tree.pop("checksum", None) != _checksum(tree):
+    if tree.pop("checksum", None) != checksum(tree):
         raise RunError(
             f"chain.json must be as the run wrote it (got another checksum in {run}); {DAMAGED}"
         )
@@ -381,6 +399,7 @@ def _is_inside(name: str) -> bool:
     return not path.is_absolute() and ".." not in path.parts
 
 
-def _checksum(tree: Mapping[str, Any]) -> str:
+def checksum(tree: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of what a JSON file says."""
     text = json.dumps(tree, sort_keys=True, ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()

@@ -10,6 +10,7 @@ import torch
 from chainlora.chain.adapters import prepare_quantized
 from chainlora.chain.chain import Chain
 from chainlora.chain.holding import hold_for
+from chainlora.config.stages import is_run
 from chainlora.data.chat_templates import set_chat_template
 from chainlora.errors import RunError
 from chainlora.models.finding import resolve_model
@@ -17,7 +18,8 @@ from chainlora.models.identity import base_files
 from chainlora.models.loading import load_model, load_tokenizer
 from chainlora.models.quantizing import is_quantized_model
 from chainlora.runs.manifest import CAUSAL, Manifest
-from chainlora.runs.reading import RunReader, check_base
+from chainlora.runs.reading import Address, RunReader, check_base
+from chainlora.runs.stages import open_run
 
 if TYPE_CHECKING:
     from transformers import GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
@@ -27,19 +29,19 @@ if TYPE_CHECKING:
 
 
 def load_run_or_model(
-    run_or_model: str | Path, *, num_links: int | None = None, dtype: str | None = None
+    run_or_model: Address, *, num_links: int | None = None, dtype: str | None = None
 ) -> tuple[CausalModel, PreTrainedTokenizerBase]:
     """Return ``(model, tokenizer)`` of a run's chain, or of a model as `load_model` takes it.
 
     `num_links` takes a run's chain as it was then; `dtype` defaults to the run's own, or float32.
     """
-    if (Path(run_or_model) / "chain.json").is_file():
+    if is_run(run_or_model):
         return load_run(run_or_model, num_links=num_links, dtype=dtype, as_trained=True)
-    return load_model(run_or_model, getattr(torch, dtype or "float32"))
+    return load_model(str(run_or_model), getattr(torch, dtype or "float32"))
 
 
 def load_run(
-    run: str | Path,
+    run: Address,
     *,
     num_links: int | None = None,
     dtype: str | None = None,
@@ -52,7 +54,7 @@ def load_run(
     they are left on the quantised one, in adapter layers. Raises RunError when a file of the run or
     the base has changed, or the run was killed before it had anything.
     """
-    reader = RunReader(run)
+    reader = open_run(run)
     manifest = reader.manifest()
     if manifest.base.task_type != CAUSAL:
         raise RunError(

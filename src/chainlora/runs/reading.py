@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from chainlora import files
+from chainlora.chain.checks import check_strengths
 from chainlora.chain.link import Link
 from chainlora.config.chat_templates import is_resolved
 from chainlora.config.loading import make_config, read_tree
@@ -33,10 +34,13 @@ logger = logging.getLogger(__name__)
 
 
 class RunReader:
-    """One run on disk, to be read."""
+    """One run on disk, to be read.
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+    `strengths` of stages stand in for those that the links of these stages had in the run.
+    """
+
+    def __init__(self, path: str | Path, strengths: Mapping[str, float] | None = None) -> None:
+        self.path, self.strengths = Path(path), strengths or {}
         with files.reported(path, "read"):
             is_file = self.path.is_file()
         if is_file:
@@ -47,6 +51,12 @@ class RunReader:
     def __truediv__(self, name: str) -> Path:
         return self.path / name
 
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+    def __str__(self) -> str:
+        return str(self.path)
+
     @property
     def exists(self) -> bool:
         """Whether there is a run here."""
@@ -55,7 +65,8 @@ class RunReader:
     def manifest(self) -> Manifest:
         """Read and check ``chain.json``."""
         try:
-            return decode_manifest((self / "chain.json").read_bytes(), self.path)
+            manifest = decode_manifest((self / "chain.json").read_bytes(), self.path)
+            return manifest.at_strengths(self.strengths) if self.strengths else manifest
         except FileNotFoundError:
             raise RunError(
                 f"a run directory must hold chain.json (got none in {self.path}); "
@@ -138,7 +149,10 @@ class RunReader:
         entries = manifest.loaded if num_links is None else manifest.links[:num_links]
         for entry in entries:
             self.check_files(manifest, entry.directory)
-        return [read_link(self / entry.directory, entry) for entry in entries]
+        links = [read_link(self / entry.directory, entry) for entry in entries]
+        if self.strengths:
+            check_strengths(links)
+        return links
 
     def kept(self) -> dict[str, Kept]:
         """Read the rows that the run and the stages before it kept, by stage, each file checked."""
@@ -185,6 +199,10 @@ class RunReader:
             )
             return manifest.model_copy(update={"checkpoint": None})
         return manifest
+
+
+Address = str | Path | RunReader
+"""What names a run: a folder, ``RUN@STAGE`` (`runs.stages`), or what reads it."""
 
 
 def _refuse_paths(tree: Mapping[str, Any], run: Path) -> None:

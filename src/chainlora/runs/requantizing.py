@@ -28,11 +28,12 @@ from chainlora.models.loading import load_model
 from chainlora.runs.beside import copy_licences
 from chainlora.runs.cards import UNNAMED, Card, Naming, story_of, write_card
 from chainlora.runs.export import empty_folder, export_merged
-from chainlora.runs.reading import RunReader
+from chainlora.runs.reading import Address
+from chainlora.runs.stages import open_run
 
 
 def export_quantized(
-    run: str | Path,
+    run: Address,
     output: str | Path,
     kind: str,
     *,
@@ -44,7 +45,7 @@ def export_quantized(
     The result loads with transformers. Raises RunError for a chain without links.
     """
     output = empty_folder(output)
-    reader = RunReader(run)
+    reader = open_run(run)
     manifest = reader.manifest()
     links = reader.links_of(manifest, num_links)
     if not links:

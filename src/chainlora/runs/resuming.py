@@ -113,9 +113,10 @@ def check_rows(before: str | None, rows: str | None) -> None:
 def _science(config: RunConfig) -> dict[str, Any]:
     """Return the keys of a config that decide the weights.
 
-    Not where it is written, where rows of a task lie, who watches, which process holds what.
+    Not where it is written, what it begins on (its links tell), where rows of a task lie, who
+    watches, which process holds what.
     """
-    tree = config.model_dump(exclude={"output": True, "data": {"dir"}})
+    tree = config.model_dump(exclude={"output": True, "start": True, "data": {"dir"}})
     for key in ("trackers", "save_every", "log_every", "shard"):
         tree["train"].pop(key)
     flat = {key: tree.pop(key) for key in ("model", "quantize")}

@@ -56,6 +56,15 @@ class ReferenceScored(Event):
 
 
 @dataclass(frozen=True, eq=False)
+class StageBegins(Event):
+    """A stage is looked at: it has ended, goes on, or begins; not in ``metrics.jsonl``."""
+
+    name = "stage"
+    stage: str
+    state: Literal["finished", "stopped", "new"]
+
+
+@dataclass(frozen=True, eq=False)
 class Planned(Event):
     """A run is about to start or to resume; not part of ``metrics.jsonl``."""
 

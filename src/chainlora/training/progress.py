@@ -22,6 +22,7 @@ from chainlora.training.events import (
     Planned,
     ReferenceScored,
     RowsEncoded,
+    StageBegins,
     StepDone,
 )
 
@@ -97,6 +98,11 @@ class _Listener:
                 self._step(event)
             case Evaluated():
                 self._evaluated(event)
+            case StageBegins(state="finished"):
+                self._say(f"stage {event.stage}: finished before, its files are as they were")
+            case StageBegins():
+                again = f", from step {event.step}" if event.state == "stopped" else ""
+                self._say(f"stage {event.stage}{again}")
             case AlreadyFinished():
                 self._say(f"{event.run} was finished after step {event.step}: nothing to resume")
             case KnotTied():

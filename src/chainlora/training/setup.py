@@ -21,7 +21,7 @@ from chainlora.config.schema import RunConfig
 from chainlora.data.kept import Kept
 from chainlora.data.splits import Splits, check_pairs, prepare_splits
 from chainlora.engine.engine import Engine
-from chainlora.errors import ConfigError
+from chainlora.errors import ConfigError, RunError
 from chainlora.knots.driver import Knots, check_policy
 from chainlora.knots.numbers import Numbers
 from chainlora.models.finding import resolve_model
@@ -93,9 +93,7 @@ def _prepare(
     engine = _new_engine(config, model, processes)
     try:
         base = _identity(config, chain, files)
-        start = fitted(start, chain, config.model)
-        for note in start.notes:
-            logger.warning("%s", note)
+        start = _begun_on(start, chain, config)
         first, stage = len(start.links), start.stage
         progress = Progress(link=first)
         if directory is not None:
@@ -317,6 +315,20 @@ def _needs_one_thread(config: RunConfig, model: nn.Module) -> bool:
 def _checkpoint_activations(model: Any) -> None:
     enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
     enable({"use_reentrant": False})
+
+
+def _begun_on(start: Start, chain: Chain, config: RunConfig) -> Start:
+    """Put the links on the model that the run begins on, and say what it should know of them."""
+    if start.extra:
+        raise RunError(
+            "a stage begins on a base whose files hold all of it",
+            f"{len(start.extra)} parameters beside it, such as {next(iter(start.extra))}",
+            "continue in Python, by load_chain",
+        )
+    start = fitted(start, chain, config.model)
+    for note in start.notes:
+        logger.warning("%s", note)
+    return start
 
 
 def _restore_links(run: Run, start: Start) -> None:

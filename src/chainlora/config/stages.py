@@ -1,0 +1,198 @@
+"""A config of several stages: one chain over several data sets, each stage a config of its own.
+
+    model: …
+    train: {batch_size: 8}                      # of every stage that does not say otherwise
+    stages:
+      - name: facts
+        data: {train: facts.jsonl}
+        chain: {ranks: [8, 8], epochs: [1, 1]}
+      - name: style
+        data: {train: style.jsonl}
+        chain: {ranks: [8], epochs: [1]}
+    output: runs/mine
+
+Nothing below knows of lists of stages: `make_stages` gives one `RunConfig` for each.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from chainlora.config.loading import make_config, set_key
+from chainlora.config.schema import LENGTHS, RunConfig
+from chainlora.errors import ConfigError
+
+# What an export has one of, or the base has one of: a stage cannot say otherwise.
+RUN_WIDE = {
+    "data": ("chat_template", "template_arguments"),
+    "chain": ("hold",),
+    "train": ("dtype", "seed", "shard"),
+}
+_SECTIONS = ("data", "chain", "train")
+_NAME = re.compile(r"[A-Za-z][\w-]{0,63}")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of the chain: its name, and the config of the run that tunes it."""
+
+    name: str
+    config: RunConfig
+
+
+def make_stages(tree: Mapping[str, Any], overrides: Sequence[tuple[str, Any]] = ()) -> list[Stage]:
+    """Return the stages of a config, each with what the config says of all of them.
+
+    The first lies in `output`, a later one in its folder ``stages/NAME``. `overrides` are keys by
+    their dotted names: ``train.lr`` of all stages, ``stages.NAME.train.lr`` of one.
+
+    Raises:
+        ConfigError: names that are no names or come twice, keys that a stage cannot have.
+    """
+    shared = {key: _copied(value) for key, value in tree.items() if key != "stages"}
+    sections = list(_sections(tree["stages"]))
+    for key, value in overrides:
+        _override(shared, sections, key, value)
+    if shared.get("output") is None:
+        raise ConfigError(
+            "`output` must name a directory for a config of stages", "none", "add it, or --output"
+        )
+    return [make_stage(shared, section, place) for place, section in enumerate(sections)]
+
+
+def make_stage(shared: Mapping[str, Any], section: Mapping[str, Any], place: int) -> Stage:
+    """Return the stage of a section; `shared` says what is the same in all of them."""
+    _check_keys(section)
+    tree = {key: value for key, value in shared.items() if place == 0 or key != "start"}
+    for name in _SECTIONS:
+        tree[name] = _inherited(shared.get(name) or {}, section.get(name) or {}, name)
+    if place:
+        tree["output"] = str(stage_folder(Path(shared["output"]), section["name"]))
+    try:
+        return Stage(section["name"], make_config(tree))
+    except ConfigError as error:
+        raise ConfigError(f"stage {section['name']!r}: {error}") from None
+
+
+def what_stages_share(before: RunConfig) -> dict[str, Any]:
+    """Return what a stage has from one before it: not its rows, its links' sizes, its choice."""
+    choice = {"keep_best", "early_stop", "accept_links", "select_metric"}
+    tree = before.model_dump(mode="json", exclude={"output": True, "start": True, "train": choice})
+    kept = (*RUN_WIDE["data"], "max_length", "truncation")
+    tree["data"] = {key: tree["data"][key] for key in kept}
+    of_links = ("ranks", *LENGTHS, *(k for k, v in tree["chain"].items() if _is_per_link(v)))
+    tree["chain"] = {k: v for k, v in tree["chain"].items() if k not in of_links}
+    return tree
+
+
+def _is_per_link(value: Any) -> bool:
+    return isinstance(value, list) and any(isinstance(each, int | float) for each in value)
+
+
+def check_name(name: object, taken: Sequence[str] = ()) -> str:
+    """Return the name of a new stage. Raises ConfigError for one that is none, or is taken."""
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise ConfigError(
+            "a stage must have a `name` of letters, digits, - and _, a letter first",
+            f"{name!r:.40}" if name is not None else "none",
+            "e.g. name: facts",
+        )
+    if name in taken:
+        raise ConfigError("every stage must have a name of its own", f"{name!r} twice", "rename it")
+    return name
+
+
+def stage_folder(run: Path, name: str) -> Path:
+    """Return where a later stage of a run lies."""
+    return run / "stages" / name
+
+
+def split_address(address: str | PathLike[str]) -> tuple[Path, str | None]:
+    """Return the run and the stage that ``RUN@STAGE`` names; a folder with an @ is itself."""
+    path = Path(address)
+    head, at, name = str(path).rpartition("@")
+    if not at or path.exists() or not (Path(head) / "chain.json").is_file():
+        return path, None
+    return Path(head), name
+
+
+def is_run(address: str | PathLike[str]) -> bool:
+    """Say whether a run directory, or a saved chain, is there."""
+    run, _ = split_address(address)
+    return (run / "chain.json").is_file()
+
+
+def _inherited(shared: Mapping[str, Any], own: Mapping[str, Any], section: str) -> dict[str, Any]:
+    """Return a section of a stage: its own keys, and below them what all stages share.
+
+    A stage that says its own length inherits no other, and one of another objective not the
+    learning rate and keys of an objective that is not its own.
+    """
+    below = dict(shared)
+    if any(key in own for key in LENGTHS):
+        below = {key: value for key, value in below.items() if key not in LENGTHS}
+    if section == "train" and own.get("loss", below.get("loss")) != below.get("loss"):
+        below = {k: v for k, v in below.items() if k != "lr" and not k.startswith("dpo_")}
+    return below | dict(own)
+
+
+def _sections(stages: object) -> Iterator[dict[str, Any]]:
+    if not isinstance(stages, list) or not stages:
+        raise ConfigError(
+            "`stages` must be a list of stages",
+            f"{stages!r:.40}",
+            "e.g. - {name: facts, data: {…}, chain: {…}}",
+        )
+    names: list[str] = []
+    for stage in stages:
+        section = dict(stage) if isinstance(stage, Mapping) else {}
+        names.append(check_name(section.get("name"), names))
+        _check_keys(section)
+        yield {key: _copied(value) for key, value in section.items()}
+
+
+def _check_keys(section: Mapping[str, Any]) -> None:
+    name = section["name"]
+    unknown = [key for key in section if key not in ("name", *_SECTIONS)]
+    if unknown:
+        raise ConfigError(
+            f"a stage must say its name, data, chain and train, and nothing of the whole run (got "
+            f"`{unknown[0]}` in stage {name!r}); set it beside `stages`, for all of them"
+        )
+    for part in _SECTIONS:
+        own = section.get(part) or {}
+        if not isinstance(own, Mapping):
+            raise ConfigError(f"`{part}` of a stage must be a section", f"{own!r:.40} in {name!r}")
+        fixed = [key for key in RUN_WIDE[part] if key in own]
+        if fixed:
+            raise ConfigError(
+                f"`{part}.{fixed[0]}` must be the same in all stages, since the chain has one (got "
+                f"it in stage {name!r}); set it beside `stages`"
+            )
+
+
+def _override(
+    shared: dict[str, Any], sections: Sequence[dict[str, Any]], key: str, value: Any
+) -> None:
+    first, _, rest = key.partition(".")
+    if first != "stages":
+        set_key(shared, key, value)
+        return
+    name, _, rest = rest.partition(".")
+    found = [section for section in sections if section["name"] == name]
+    if not found or not rest:
+        names = ", ".join(section["name"] for section in sections)
+        raise ConfigError(
+            f"`stages.NAME.KEY` must name a stage (got `{key}`; the stages are {names})"
+        )
+    set_key(found[0], rest, value)
+    _check_keys(found[0])
+
+
+def _copied(value: Any) -> Any:
+    return dict(value) if isinstance(value, Mapping) else value

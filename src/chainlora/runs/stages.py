@@ -1,0 +1,183 @@
+"""The stages of a run, and the states that they end in.
+
+    RUN/                  the first stage: a run directory
+    RUN/stages.json       the order of stages, and their strengths
+    RUN/stages/style/     the second stage: a run directory that begins on the first one's links
+
+``RUN@STAGE`` names the state at the end of a stage, as it was then; ``RUN`` that of the last stage
+that has ended, each stage at the strength that ``stages.json`` gives it. That file is replaced as a
+whole when a stage ends or a strength changes, so that readers never meet half a stage. A run of one
+stage has none until then.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from chainlora import files
+from chainlora.config.stages import is_run, split_address, stage_folder
+from chainlora.errors import RunError
+from chainlora.runs.manifest import DAMAGED, checksum
+from chainlora.runs.reading import Address, RunReader
+from chainlora.runs.records import Record
+from chainlora.runs.resuming import take_lock
+
+STAGES = "stages.json"
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class StageEntry(_Part):
+    """A stage that has ended: its name and the digest of the state at its end."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z][\w-]{0,63}$")]
+    state: str
+
+
+class Stages(_Part):
+    """What ``stages.json`` says."""
+
+    format: int = 1
+    stages: list[StageEntry]
+    strengths: dict[str, float] = {}
+
+    @property
+    def names(self) -> list[str]:
+        """Return the names of the stages that have ended, in their order."""
+        return [stage.name for stage in self.stages]
+
+
+# --- addresses ---
+
+
+def open_run(
+    address: Address,
+    stages: Sequence[str] | Mapping[str, float] | None = None,
+) -> RunReader:
+    """Return what reads a state: every function that takes a run takes it too.
+
+    Args:
+        address: a run, which is its last stage that has ended, or ``RUN@STAGE``.
+        stages: the stages that are switched on, or the strength of each; the others are off.
+
+    Raises:
+        RunError: a stage that is not there.
+    """
+    if isinstance(address, RunReader):
+        return address
+    run, name = split_address(address)
+    if not is_run(run):
+        return RunReader(run)
+    found = read_stages(run)
+    place = len(found.names) - 1 if name is None else place_of(found, name, run)
+    folder, strengths = folder_of(run, found, place), found.strengths if name is None else {}
+    if stages is not None:
+        chosen = stages if isinstance(stages, Mapping) else dict.fromkeys(stages, 1.0)
+        strengths = dict.fromkeys(_names_in(folder, chosen), 0.0)
+        strengths |= {each: float(value) for each, value in chosen.items()}
+    return RunReader(folder, strengths)
+
+
+def strengths_of(run: Path) -> dict[str, float]:
+    """Return the strength of every stage that the run is loaded with, inherited ones too."""
+    reader = open_run(run)
+    return {name: reader.strengths.get(name, 1.0) for name in reader.manifest().stages}
+
+
+def records_of_stages(address: Address) -> dict[str, list[Record]]:
+    """Return what each stage of a run that has ended recorded; nothing for a run of one stage."""
+    run, _ = split_address(address)
+    if not (run / STAGES).is_file():
+        return {}
+    found = read_stages(run)
+    folders = [folder_of(run, found, place) for place in range(len(found.names))]
+    return {
+        name: RunReader(folder).records() for name, folder in zip(found.names, folders, strict=True)
+    }
+
+
+def _names_in(folder: Path, chosen: Iterable[str]) -> list[str]:
+    """Return the stages that a run has links of. Raises RunError for others among `chosen`."""
+    names = RunReader(folder).manifest().stages
+    for name in chosen:
+        if name not in names:
+            raise RunError(
+                f"a stage must be one of {', '.join(names)}", f"{name!r} for {folder}", "name one"
+            )
+    return names
+
+
+def place_of(found: Stages, name: str, run: Path) -> int:
+    """Return the place of a stage. Raises RunError where none of that name has ended."""
+    if name not in found.names:
+        raise RunError(
+            f"a stage must be one of {', '.join(found.names)}", f"{name!r} for {run}", "name one"
+        )
+    return found.names.index(name)
+
+
+def folder_of(run: Path, found: Stages, place: int) -> Path:
+    """Return the run directory of a stage."""
+    return run if place == 0 else stage_folder(run, found.names[place])
+
+
+# --- the file ---
+
+
+def read_stages(run: Path) -> Stages:
+    """Read the stages of a run. One without the file has its own stage alone."""
+    path = run / STAGES
+    if not path.is_file():
+        manifest = RunReader(run).manifest()
+        return Stages(stages=[StageEntry(name=manifest.stage, state=manifest.state)])
+    try:
+        tree = json.loads(path.read_bytes())
+        known = tree.pop("checksum", None)
+        if known != checksum(tree):
+            raise ValueError("another checksum")
+        return Stages.model_validate(tree)
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
+        what = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
+        raise RunError(f"{STAGES} must be as it was written", f"{what} in {run}", DAMAGED) from None
+
+
+def write_stages(run: Path, found: Stages) -> None:
+    """Replace the file, whole or not at all."""
+    tree: dict[str, Any] = found.model_dump(mode="json")
+    files.write_json(run / STAGES, tree | {"checksum": checksum(tree)})
+
+
+def end_stage(run: Path, name: str) -> None:
+    """Name a stage as ended: from here on it is what the run is loaded as."""
+    found = read_stages(run)
+    if name in found.names:
+        return
+    state = RunReader(stage_folder(run, name)).manifest().state
+    entry = StageEntry(name=name, state=state)
+    write_stages(run, found.model_copy(update={"stages": [*found.stages, entry]}))
+
+
+def set_stage_strengths(run: Path, strengths: Mapping[str, float]) -> None:
+    """Give stages other strengths, 0 for off; the others keep theirs.
+
+    Raises RunError: a stage that is not there, a strength that its links cannot have, a run that
+    another process is training.
+    """
+    lock = take_lock(run)
+    try:
+        found = read_stages(run)
+        folder = folder_of(run, found, len(found.names) - 1)
+        _names_in(folder, strengths)
+        merged = found.strengths | {name: float(value) for name, value in strengths.items()}
+        RunReader(folder, merged).load_links()  # refuses what is not a sum
+        write_stages(run, Stages(stages=found.stages, strengths=merged))
+    finally:
+        if lock is not None:
+            lock.release()

@@ -1,0 +1,184 @@
+"""One chain over several stages: what has ended is verified, what is new is trained.
+
+A stage is an ordinary run that begins on the state that the stage before it ended in. So what
+holds for a run holds inside a stage: kills, resume to the same bits, the best point, early stop.
+The same call again goes on where the last one was stopped, and does nothing where all is done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import PartialState
+
+from chainlora.config.loading import set_key
+from chainlora.config.stages import (
+    Stage,
+    check_name,
+    make_stage,
+    make_stages,
+    split_address,
+    what_stages_share,
+)
+from chainlora.errors import ChainLoRAError, RunError
+from chainlora.runs.loading_start import load_start
+from chainlora.runs.reading import RunReader
+from chainlora.runs.resuming import changes
+from chainlora.runs.stages import end_stage, folder_of, place_of, read_stages
+from chainlora.runs.start import NOTHING, Start
+from chainlora.training.events import Listener, StageBegins
+from chainlora.training.loop import train
+from chainlora.training.processes import is_first_launched, num_launched
+from chainlora.training.result import TrainResult
+
+
+@dataclass(frozen=True)
+class StageState:
+    """Where a stage is: `step` and `links` are those that a resume begins from."""
+
+    name: str
+    state: Literal["finished", "stopped", "new"]
+    step: int = 0
+
+
+def train_stages(
+    stages: Sequence[Stage], *, listener: Listener | None = None, change: Collection[str] = ()
+) -> list[TrainResult | None]:
+    """Train what is new of a chain's stages; return a result for each, None of what had ended.
+
+    `change` names keys that the resume of a stopped stage may change
+    (`runs.resuming.CHANGEABLE`).
+
+    Raises RunError where a stage that has ended is another one now, and what `train` raises.
+    """
+    tell = listener or (lambda event: None)
+    found = survey(stages, change)
+    results: list[TrainResult | None] = []
+    for stage, where in zip(stages, found, strict=True):
+        tell(StageBegins(where.step, stage.name, where.state))
+        if where.state == "finished":
+            results.append(None)
+        else:
+            results.append(_train(stage, stages, where, tell, change))
+    return results
+
+
+def survey(stages: Sequence[Stage], change: Collection[str] = ()) -> list[StageState]:
+    """Say where each stage is, all files of those that have ended checked. Trains nothing.
+
+    Raises RunError where the run holds other stages than these, or one of them with other contents.
+    """
+    run = _run_of(stages)
+    if not (run / "chain.json").is_file():
+        return [StageState(stage.name, "new") for stage in stages]
+    known, names = read_stages(run).names, [stage.name for stage in stages]
+    for place, name in enumerate(known[: len(names)]):
+        if names[place] != name:
+            raise RunError(
+                f"the stages of a run must be those that it has, in their order (got {names[place]}"
+                f" for {name} in {run}); add new ones below, or choose another output"
+            )
+    return [_state_of(stage, run, stage.name in known, change) for stage in stages]
+
+
+def extension(
+    address: str | Path, section: Mapping[str, Any], overrides: Sequence[tuple[str, Any]] = ()
+) -> list[Stage]:
+    """Return the stages of a run with one more, which `section` and `overrides` describe.
+
+    What they leave open is as in the stage before: not its rows, and neither the number of its
+    links nor their lengths. With `output` it is a fork: that run alone, which begins on the state
+    that `address` names, whose files stay as they are.
+
+    Raises:
+        ConfigError: a stage without a name, or with keys that a stage cannot have.
+        RunError: a stage that is not the last, and no `output`.
+    """
+    run, last = split_address(address)
+    own = {key: value for key, value in section.items() if key != "output"}
+    for key, value in overrides:
+        set_key(own, key, value)
+    output = own.pop("output", section.get("output"))
+    name = check_name(own.get("name"))
+    found = read_stages(run)
+    before = found.names[: found.names.index(name)] if name in found.names else found.names
+    if not before:
+        raise RunError("an extension must come after a stage", f"{name!r}, the first", "rename it")
+    last = last or before[-1]
+    if output is None and last != before[-1]:
+        raise RunError(
+            f"a run goes on at its last stage, {before[-1]} (got {address}); give --output for a "
+            "fork that begins there"
+        )
+    folders = [folder_of(run, found, place) for place in range(len(before))]
+    stages = [
+        Stage(each, RunReader(folder).config())
+        for each, folder in zip(before, folders, strict=True)
+    ]
+    shared = what_stages_share(stages[place_of(found, last, run)].config)
+    if output is not None:
+        tree = shared | {"start": str(address), "output": str(output)}
+        return make_stages(tree | {"stages": [own]})
+    tree = shared | {"output": str(run)}
+    return [*stages, make_stage(tree, own, len(stages))]
+
+
+def _state_of(stage: Stage, run: Path, has_ended: bool, change: Collection[str]) -> StageState:
+    reader = RunReader(stage.config.output or "")
+    if not reader.exists:
+        return StageState(stage.name, "new")
+    manifest = reader.verify()
+    is_finished = has_ended and reader.is_finished(manifest)
+    try:
+        changes(reader.config(), stage.config, () if is_finished else change, 0)
+    except RunError as error:
+        raise RunError(
+            f"a stage must stay what it was begun as (stage {stage.name!r}: {error}); give another "
+            "one a name of its own"
+        ) from None
+    state: Literal["finished", "stopped"] = "finished" if is_finished else "stopped"
+    return StageState(stage.name, state, manifest.position.step)
+
+
+def _train(
+    stage: Stage,
+    stages: Sequence[Stage],
+    where: StageState,
+    tell: Listener,
+    change: Collection[str],
+) -> TrainResult:
+    run, is_first = _run_of(stages), stage is stages[0]
+    try:
+        start = NOTHING if where.state == "stopped" else _start(stage, run, is_first)
+        resume = where.state == "stopped" or Path(stage.config.output or "").exists()
+        result = train(stage.config, resume=resume, listener=tell, change=change, start=start)
+    except ChainLoRAError as error:
+        error.args = (f"stage {stage.name!r}: {error}",)
+        raise
+    if not is_first and is_first_launched():
+        end_stage(run, stage.name)
+    if num_launched() > 1:  # the others read the stages next
+        PartialState(cpu=not torch.accelerator.is_available()).wait_for_everyone()
+    return result
+
+
+def _start(stage: Stage, run: Path, is_first: bool) -> Start:
+    """Return the state that a new stage begins on."""
+    address = stage.config.start if is_first else str(run)
+    if address is None:
+        return Start(stage.name)
+    start = load_start(address, stage.name)
+    if stage.name in {entry.stage for entry in start.entries}:
+        raise RunError(
+            f"a stage must have a name of its own (got {stage.name!r}, which {address} has); "
+            "choose another"
+        )
+    return start
+
+
+def _run_of(stages: Sequence[Stage]) -> Path:
+    return Path(stages[0].config.output or "")

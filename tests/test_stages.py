@@ -1,0 +1,285 @@
+"""Stages: one chain over several data sets, the same bits however it is told, each undoable."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import assert_same_links, links_of, settings
+
+from chainlora import load_run
+from chainlora.cli.main import run as cli
+from chainlora.config.stages import make_stages
+from chainlora.errors import ChainLoRAError, ConfigError, RunError
+from chainlora.files import checksums
+from chainlora.runs.stages import open_run, read_stages, set_stage_strengths
+from chainlora.training.stages import extension, survey, train_stages
+
+
+@pytest.fixture
+def config(tiny_folder, sentiment, tmp_path):
+    """Return a config of two stages: three links on all rows, two on rows of another order."""
+    rows = (sentiment / "train.jsonl").read_text().splitlines()
+    (tmp_path / "more.jsonl").write_text("\n".join(rows[::-1][:12]) + "\n")
+    shared = settings(tiny_folder, sentiment, tmp_path / "run")
+    facts = {"ranks": [4, 4, 2], "steps": [2, 2, 2]}
+    style = {"ranks": [2, 2], "steps": [2, 3]}
+    shared["chain"] = {"alpha": 8, "target_modules": ["q_proj", "v_proj"]}
+    data = shared.pop("data")
+    more = data | {"train": str(tmp_path / "more.jsonl")}
+    shared["stages"] = [
+        {"name": "facts", "chain": facts, "data": data},
+        {"name": "style", "chain": style, "data": more},
+    ]
+    return shared
+
+
+def stage_of(config: dict, name: str) -> dict:
+    return next(stage for stage in config["stages"] if stage["name"] == name)
+
+
+def one_stage(config: dict) -> dict:
+    return config | {"stages": config["stages"][:1]}
+
+
+def logits(run, **keys) -> torch.Tensor:
+    model, tokenizer = load_run(run, **keys)
+    return model(**tokenizer("a fine film", return_tensors="pt")).logits.detach()
+
+
+def files_of(run: Path) -> dict[str, str]:
+    return {name: digest for name, digest in checksums(run).items() if name != ".lock"}
+
+
+def test_extending_a_run_gives_the_bits_of_one_config_with_both_stages(config, tmp_path):
+    train_stages(make_stages(config))
+    later = one_stage(config) | {"output": str(tmp_path / "later")}
+    train_stages(make_stages(later))
+    before = files_of(tmp_path / "later")
+    train_stages(extension(tmp_path / "later", stage_of(config, "style")))
+    assert_same_links(tmp_path / "run/stages/style", tmp_path / "later/stages/style")
+    after = files_of(tmp_path / "later")
+    assert {name: after[name] for name in before} == before  # readers of the first stage
+    assert len(links_of(tmp_path / "run/stages/style")) == 5
+    ids = [link.id for link in open_run(tmp_path / "later").load_links()]
+    assert ids == [0, 1, 2, 3, 4]
+
+
+def test_the_same_call_again_trains_what_is_new(config, tmp_path):
+    assert [r is None for r in train_stages(make_stages(one_stage(config)))] == [False]
+    assert [r is None for r in train_stages(make_stages(config))] == [True, False]
+    before = files_of(tmp_path / "run")
+    (tmp_path / "more.jsonl").write_text("no row\n")  # a file that has changed since
+    assert train_stages(make_stages(config)) == [None, None]
+    assert files_of(tmp_path / "run") == before
+    assert [stage.state for stage in survey(make_stages(config))] == ["finished", "finished"]
+
+
+def test_a_stage_stays_what_it_was(config):
+    train_stages(make_stages(one_stage(config)))
+    config["stages"][0]["chain"]["steps"] = [2, 2, 3]
+    with pytest.raises(RunError, match=r"stage 'facts'.*chain.steps.*a name of its own"):
+        train_stages(make_stages(config))
+    config["stages"][0] = config["stages"][0] | {"name": "other"}
+    with pytest.raises(RunError, match="in their order"):
+        train_stages(make_stages(config))
+
+
+def test_a_fork_leaves_its_parent_alone(config, tmp_path):
+    train_stages(make_stages(config))
+    before, parent = files_of(tmp_path / "run"), tmp_path / "run"
+    own = stage_of(config, "style") | {"name": "law", "output": str(tmp_path / "fork")}
+    for _ in range(2):  # the second time, nothing is new
+        train_stages(extension(f"{parent}@facts", own))
+    assert files_of(parent) == before
+    fork = open_run(tmp_path / "fork").load_links()
+    assert [link.id for link in fork] == [0, 1, 2, 3, 4]
+    shutil.rmtree(parent)
+    train_stages(make_stages(_only(tmp_path / "fork", config, own)))
+    assert not torch.equal(logits(tmp_path / "fork"), logits(tmp_path / "fork", num_links=3))
+
+
+def _only(fork: Path, config: dict, own: dict) -> dict:
+    stage = {key: value for key, value in own.items() if key != "output"}
+    shared = {key: value for key, value in config.items() if key != "stages"}
+    return shared | {"output": str(fork), "stages": [stage]}
+
+
+def test_switched_off_and_on_a_stage_gives_the_states_back(config, tmp_path):
+    run = tmp_path / "run"
+    train_stages(make_stages(config))
+    ends = {name: logits(f"{run}@{name}") for name in ("facts", "style")}
+    assert torch.equal(logits(run), ends["style"])
+    set_stage_strengths(run, {"style": 0})
+    assert torch.equal(logits(run), ends["facts"])
+    set_stage_strengths(run, {"style": 0.5})
+    # one rounding of every weight, in float32
+    half = logits(open_run(run, {"facts": 1, "style": 0.5}))
+    torch.testing.assert_close(logits(run), half, rtol=0, atol=0)
+    assert torch.equal(logits(open_run(run, ["facts"])), ends["facts"])
+    set_stage_strengths(run, {"style": 1})
+    assert torch.equal(logits(run), ends["style"])
+    assert torch.equal(logits(f"{run}@style"), ends["style"])
+
+
+def test_a_stage_begins_on_what_the_mix_made(config, tmp_path):
+    run = tmp_path / "run"
+    train_stages(make_stages(config))
+    set_stage_strengths(run, {"facts": 0.5})
+    train_stages(extension(run, stage_of(config, "style") | {"name": "law"}))
+    strengths = [link.strength for link in open_run(run).load_links()]
+    assert strengths == [0.5] * 3 + [1.0] * 4
+    manifest = open_run(f"{run}@law").manifest()
+    assert [link.stage for link in manifest.links] == ["facts"] * 3 + ["style"] * 2 + ["law"] * 2
+    assert (manifest.first, manifest.first_id) == (5, 5)
+
+
+def test_a_stage_ends_inside_itself_with_its_best_point(config, tmp_path):
+    """The first stage keeps its best point: the second begins there, and not at the last link."""
+    config["stages"][0]["train"] = {"keep_best": True, "eval_every": 1, "lr": 3.0}
+    train_stages(make_stages(config))
+    first = open_run(f"{tmp_path / 'run'}@facts")
+    selected = first.manifest().selected
+    assert selected is not None
+    assert selected.step < 6  # a rate at which the model unlearns
+    begun_on = open_run(tmp_path / "run").load_links()[
+        : -len(config["stages"][1]["chain"]["ranks"])
+    ]
+    assert [link.id for link in begun_on] == [link.id for link in first.load_links()]
+    for ours, theirs in zip(begun_on, first.load_links(), strict=True):
+        assert all(torch.equal(ours.factors[n].b, theirs.factors[n].b) for n in ours.factors)
+    own = open_run(tmp_path / "run").manifest().links[-2:]
+    assert [link.id for link in own] == [3, 4]  # after those that were planned
+
+
+def test_a_stage_stopped_anywhere_resumes_to_the_same_bits(config, tmp_path):
+    whole = config | {"output": str(tmp_path / "whole")}
+    train_stages(make_stages(whole))
+    config["train"]["save_every"] = 1
+    for stop in range(1, 11):
+        with pytest.raises(_Stop):
+            train_stages(make_stages(config), listener=_stop_after(stop))
+        assert read_stages(tmp_path / "run").names[0] == "facts"
+    train_stages(make_stages(config))
+    assert_same_links(tmp_path / "run/stages/style", tmp_path / "whole/stages/style")
+    states = [[s.state for s in read_stages(tmp_path / name).stages] for name in ("run", "whole")]
+    assert states[0] == states[1]
+
+
+class _Stop(Exception):
+    pass
+
+
+def _stop_after(total: int):
+    """Stop where `total` steps of both stages are done: step 3 of 6, or step 2 of the second."""
+
+    def listener(event) -> None:
+        done = event.step + (6 if stage[0] == "style" else 0)
+        stage[0] = getattr(event, "stage", stage[0])
+        if event.name == "step" and done == total:
+            raise _Stop
+
+    stage = [""]
+    return listener
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"name": "facts"}, "every stage must have a name of its own"),
+        ({"name": "9"}, "must have a `name`"),
+        ({"name": None}, "must have a `name`"),
+        ({"model": "m"}, "nothing of the whole run .*`model`"),
+        ({"data": {"chat_template": "chatml"}}, "`data.chat_template` must be the same"),
+        ({"data": {"template_arguments": {}}}, "`data.template_arguments` must be the same"),
+        ({"chain": {"hold": "carried"}}, "`chain.hold` must be the same"),
+        ({"train": {"dtype": "bfloat16"}}, "`train.dtype` must be the same"),
+        ({"train": {"seed": 3}}, "`train.seed` must be the same"),
+        ({"train": {"shard": "fsdp2"}}, "`train.shard` must be the same"),
+        ({"train": {"lrr": 3}}, "stage 'style': unknown key `train.lrr`"),
+        ({"chain": []}, "stage 'style'"),
+    ],
+)
+def test_what_a_stage_cannot_say_is_refused_in_a_line(config, change, message):
+    config["stages"][1] |= change
+    if change.get("chain") == []:
+        config["stages"][1]["chain"] = {"ranks": [2]}
+        message = "must say how long"
+    with pytest.raises(ConfigError, match=message) as raised:
+        make_stages(config)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("stages", [[], {}, "facts", None, [3]])
+def test_stages_are_a_list(config, stages):
+    with pytest.raises(ConfigError, match="stage"):
+        make_stages(config | {"stages": stages})
+
+
+def test_run_wide_keys_of_an_extension_and_stages_that_are_not_there_are_refused(config, tmp_path):
+    train_stages(make_stages(config))
+    run, style = tmp_path / "run", stage_of(config, "style")
+    cases = [
+        (run, {"model": "m"}, "nothing of the whole run"),
+        (run, {"train": {"seed": 1}}, "`train.seed`"),
+        (run, {"name": "facts"}, "the first"),
+        (run, {"chain": {"ranks": [4]}, "name": "style"}, "stage 'style'"),
+        (f"{run}@facts", {"name": "law"}, "--output for a fork"),
+        (f"{run}@nope", {"name": "law", "output": str(tmp_path / "x")}, "one of facts, style"),
+    ]
+    before = files_of(run)
+    for address, change, message in cases:
+        with pytest.raises(ChainLoRAError, match=message):
+            train_stages(extension(address, style | change))
+    for strengths, message in [({"nope": 1}, "one of facts"), ({"style": 1e9}, "within")]:
+        with pytest.raises(ChainLoRAError, match=message):
+            set_stage_strengths(run, strengths)
+    assert files_of(run) == before
+
+
+def test_every_byte_of_stages_json_counts(config, tmp_path):
+    train_stages(make_stages(config))
+    path = tmp_path / "run/stages.json"
+    whole = path.read_bytes()
+    for place in range(0, len(whole), 7):
+        changed = bytearray(whole)
+        changed[place] ^= 1
+        path.write_bytes(changed)
+        try:
+            found = read_stages(tmp_path / "run")
+        except RunError:
+            continue
+        path.write_bytes(whole)
+        assert found == read_stages(tmp_path / "run")  # a blank, or the case of an escape
+
+
+def test_the_command_line_goes_from_two_data_sets_to_one_adapter(config, tmp_path, capsys):
+    stages, run = config.pop("stages"), tmp_path / "run"
+    file = tmp_path / "mine.yaml"
+    file.write_text(json.dumps(config | {"stages": stages[:1]}))
+    (tmp_path / "style.yaml").write_text(json.dumps(stages[1]))
+    assert cli(["train", str(file), "--dry-run"]) == 0
+    assert "facts: would train links of rank 4, 4, 2" in capsys.readouterr().out
+    assert not run.exists()
+    assert cli(["train", str(file)]) == 0
+    assert cli(["extend", str(run), str(tmp_path / "style.yaml")]) == 0
+    capsys.readouterr()
+    for command in (["extend", str(run), str(tmp_path / "style.yaml")], ["train", str(file)]):
+        assert cli(command) == 0
+        assert "nothing new" in capsys.readouterr().out
+    assert cli(["mix", str(run), "style=0"]) == 0
+    assert cli(["mix", str(run), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["strengths"]["style"] == 0
+    assert cli(["export", str(run), "--to", "adapter", "--output", str(tmp_path / "a")]) == 0
+    only = ["--to", "adapter", "--stages", "facts"]
+    assert cli(["export", str(run), *only, "--output", str(tmp_path / "b")]) == 0
+    sums = [checksums(tmp_path / name)["adapter_model.safetensors"] for name in "ab"]
+    assert sums[0] == sums[1]
+    for address in (f"{run}@facts", f"{run}@style", str(run)):
+        assert cli(["inspect", address]) == 0
+        assert cli(["eval", address]) == 0
+    assert cli(["train", str(file), "--stages.facts.train.lr", "1"]) == 1
+    assert cli(["eval", f"{run}@nope"]) == 1
