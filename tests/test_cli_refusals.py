@@ -19,7 +19,7 @@ WRONG = {
     "--data.task rt": "task must be a shipped one or a .yaml file (got 'rt'; did you mean 'rte'?)",
     "--data.task no.yaml": "task file must be readable (got no.yaml: No such file or directory)",
     "--data.max_length 200": "must fit the model's context of 128 tokens (got 200); lower",
-    "--data.max_length 5": " tokens); shorten it or raise data.max_length, or set data.truncation: ",
+    "--data.max_length 5": " tokens); shorten it or raise data.max_length, or set data.truncation:",
     "--model nowhere/at/all": "`model` must be a Hub id, an existing folder or a .gguf file (got '",
     "--model no/body": "`model` must be an existing folder or a Hub id within reach (got 'no/body'",
     "--chain.target_modules [query]": "candidates: down_proj, gate_proj, k_proj, o_proj, q_proj, u",

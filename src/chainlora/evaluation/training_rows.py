@@ -59,9 +59,9 @@ def config_of(run_or_model: Address) -> RunConfig | None:
     return reader.config() if reader.manifest().has_run else None
 
 
-def bound_of(run: str | Path) -> int | None:
+def bound_of(run: Address) -> int | None:
     """Return what a run held its validation rows out by; None where it keeps no rows."""
-    reader = RunReader(run)
+    reader = open_run(run)
     own = reader.kept().get(reader.manifest().stage)
     return None if own is None else own.bound
 

@@ -12,6 +12,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -202,7 +203,10 @@ def with_start(tree: Mapping[str, Any]) -> dict[str, Any]:
     if source is None:
         return own
     if not is_run(source):
-        return _with_adapter(own, load_start(source))
+        adapter = load_start(source).adapter
+        if adapter is not None and adapter.base:
+            own.setdefault("model", adapter.base)
+        return own
     reader = open_run(source)
     if not reader.manifest().has_run:
         own.setdefault("model", reader.manifest().base.model)
@@ -214,16 +218,6 @@ def with_start(tree: Mapping[str, Any]) -> dict[str, Any]:
         own[section] = dict(own.get(section) or {})
         for key in keys:
             _agree(own[section], key, shared[section][key], f"{section}.{key}")
-    return own
-
-
-def _with_adapter(own: dict[str, Any], start: Start) -> dict[str, Any]:
-    """Take base and chat template of an adapter that was made elsewhere."""
-    if start.adapter is not None and start.adapter.base:
-        own.setdefault("model", start.adapter.base)
-    template = start.tokenizer and load_tokenizer(start.tokenizer).chat_template
-    if isinstance(template, str):
-        own["data"] = {"chat_template": template} | dict(own.get("data") or {})
     return own
 
 
