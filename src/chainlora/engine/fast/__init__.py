@@ -11,5 +11,5 @@ one, write the file and name its class in `registry.py`; the engine is not edite
     bfloat16_linears.py   CPUs only  matmuls of bfloat16 where the CPU has none of its own
     threads.py            CPUs only  micro-batches side by side on the cores
 
-`projection.py` is shared by the two kinds of layers.
+`projection.py` is shared by all kinds of layers.
 """

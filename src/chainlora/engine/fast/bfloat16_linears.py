@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
 from chainlora.engine.fast.plugin import FastPath
-from chainlora.engine.matmul import is_slow, linear, product
+from chainlora.engine.fast.projection import Projection, ProjectionFunction
+from chainlora.engine.matmul import is_slow
 from chainlora.engine.patching import replacement
 from chainlora.engine.probes import Facts
 
@@ -48,29 +48,9 @@ def _slow_layers(model: nn.Module) -> Iterator[nn.Module]:
 
 @replacement
 def _forward(layer: Any, x: Tensor) -> Tensor:
-    trained = torch.is_grad_enabled() and any(
-        parameter.requires_grad for parameter in layer.parameters()
-    )
-    if (
-        trained
-        or not is_slow(x)
-        or not is_slow(layer.weight)
-        or torch.is_autocast_enabled(x.device.type)
-    ):
+    trained = torch.is_grad_enabled() and any(p.requires_grad for p in layer.parameters())
+    slow = is_slow(x) and is_slow(layer.weight)
+    if trained or not slow or torch.is_autocast_enabled(x.device.type):
         return type(layer).forward(layer, x)
     weight = layer.weight.T if type(layer) is Conv1D else layer.weight
-    return _Linear.apply(x, weight, layer.bias)
-
-
-class _Linear(torch.autograd.Function):
-    """``x Wᵀ + c``, W and c frozen."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(weight)
-        return linear(x, weight, bias)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return product(grads[0], ctx.saved_tensors[0]), None, None
+    return ProjectionFunction.apply(x, *Projection(weight, layer.bias))

@@ -12,18 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
 from chainlora.engine.fast.plugin import FastPath
-from chainlora.engine.fast.projection import (
-    Computed,
-    Projection,
-    Wanted,
-    factor_gradients,
-    input_gradient,
-    project,
-)
+from chainlora.engine.fast.projection import Projection, ProjectionFunction
 from chainlora.engine.patching import replacement
 from chainlora.engine.probes import Facts
 from chainlora.errors import ModelError
@@ -66,10 +58,8 @@ def is_lora_layer(module: nn.Module) -> bool:
 def active_adapter(layer: Any) -> str | None:
     """Return the one adapter the fused forward would compute, None where PEFT's own forward is
     needed."""
-    base, active = (
-        layer.base_layer,
-        [name for name in layer.active_adapters if name in layer.lora_A],
-    )
+    base = layer.base_layer
+    active = [name for name in layer.active_adapters if name in layer.lora_A]
     if len(active) != 1 or layer.disable_adapters or layer.merged:
         return None
     name = active[0]
@@ -103,7 +93,7 @@ def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     own = None if plain else projection_of(layer)
     if own is None or x.dtype != own.weight.dtype:
         return type(layer).forward(layer, x, *args, **kwargs)
-    return LoraFunction.apply(x, *own)
+    return ProjectionFunction.apply(x, *own)
 
 
 def projection_of(layer: Any) -> Projection | None:
@@ -115,38 +105,3 @@ def projection_of(layer: Any) -> Projection | None:
     weight = base.weight.T if type(base) is Conv1D else base.weight
     a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
     return Projection(weight, base.bias, a, b, layer.scaling[name])
-
-
-class LoraFunction(torch.autograd.Function):
-    """``x Wᵀ + c + s · (x Aᵀ) Bᵀ`` for a frozen W (out × in) and c; A rank × in, B out × rank."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        a: Tensor,
-        b: Tensor,
-        scaling: float,
-    ) -> Tensor:
-        flat = x.reshape(-1, x.shape[-1])
-        own = Projection(weight, bias, a, b, scaling).as_computed(x.dtype)
-        out, down = project(flat, own)
-        needs_a, needs_b = ctx.needs_input_grad[3:5]
-        ctx.save_for_backward(
-            flat if needs_a else None, weight, own.a, own.b_rows, down if needs_b else None
-        )
-        ctx.scaling, ctx.shape, ctx.factors = scaling, x.shape, Wanted(a.dtype, needs_a, needs_b)
-        # no view of what was computed: autograd refuses in-place changes of such a result
-        return torch.ops.aten._unsafe_view(out, [*x.shape[:-1], out.shape[-1]])
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        flat, weight, a, b_rows, down = ctx.saved_tensors
-        own = Computed(weight, None, a, b_rows, ctx.scaling)
-        grad, needs_x = grads[0].reshape(-1, weight.shape[0]), ctx.needs_input_grad[0]
-        up, grad_a, grad_b = factor_gradients(grad, flat, down, own, ctx.factors, needs_x)
-        grad_x = input_gradient(None, grad, up, own).view(ctx.shape) if needs_x else None
-        return grad_x, None, None, grad_a, grad_b, None

@@ -11,10 +11,11 @@ With g the gradient of the output (n × out): ``∂B = s · gᵀ (x Aᵀ)``, ``�
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from chainlora.engine.matmul import add_product_, linear, product
 
@@ -95,3 +96,39 @@ def input_gradient(total: Tensor | None, grad: Tensor, up: Tensor | None, own: C
     else:
         add_product_(total, grad, own.weight)
     return total if up is None or own.a is None else add_product_(total, up, own.a)
+
+
+class ProjectionFunction(torch.autograd.Function):
+    """A projection of x (… × in), the last inputs as `Projection` has them; W and c are frozen."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        a: Tensor | None,
+        b: Tensor | None,
+        scaling: float,
+    ) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        own = Projection(weight, bias, a, b, scaling).as_computed(x.dtype)
+        out, down = project(flat, own)
+        needs_a, needs_b = ctx.needs_input_grad[3:5]
+        ctx.save_for_backward(
+            flat if needs_a else None, weight, own.a, own.b_rows, down if needs_b else None
+        )
+        ctx.factors = Wanted(x.dtype if a is None else a.dtype, needs_a, needs_b)
+        ctx.scaling, ctx.shape = scaling, x.shape
+        # no view of what was computed: autograd refuses in-place changes of such a result
+        return torch.ops.aten._unsafe_view(out, [*x.shape[:-1], out.shape[-1]])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        flat, weight, a, b_rows, down = ctx.saved_tensors
+        own = Computed(weight, None, a, b_rows, ctx.scaling)
+        grad, needs_x = grads[0].reshape(-1, weight.shape[0]), ctx.needs_input_grad[0]
+        up, grad_a, grad_b = factor_gradients(grad, flat, down, own, ctx.factors, needs_x)
+        grad_x = input_gradient(None, grad, up, own).view(ctx.shape) if needs_x else None
+        return grad_x, None, None, grad_a, grad_b, None

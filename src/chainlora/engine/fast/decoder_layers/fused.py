@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
 
 def normalise(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -51,23 +50,6 @@ class RmsNorm(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, inverse = ctx.saved_tensors
         return normalise_backward(grads[0].clone(), x, weight, inverse), None, None
-
-
-class SwiGlu(torch.autograd.Function):
-    """``silu(gate) · up`` (arXiv 2002.05202)."""
-
-    @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
-        active = F.silu(gate)
-        ctx.save_for_backward(gate, up, active)
-        return active * up
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        gate, up, active = ctx.saved_tensors
-        grad = grads[0]
-        return torch.ops.aten.silu_backward(grad * up, gate), grad * active
 
 
 class Turn(NamedTuple):

@@ -20,10 +20,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers.activations import SiLUActivation
 
 from chainlora.engine.fast.decoder_layers.blocks import Attention, Mlp, attention_block, mlp_block
-from chainlora.engine.fast.decoder_layers.fused import RmsNorm, Rotary, SwiGlu, Turn, make_turn
+from chainlora.engine.fast.decoder_layers.fused import RmsNorm, Rotary, Turn, make_turn
 from chainlora.engine.fast.lora_layers import is_lora_layer, projection_of
 from chainlora.engine.fast.packed.attention import LAYOUT, attend
 from chainlora.engine.fast.packed.layout import Layout, Rows
@@ -281,7 +282,7 @@ def _attention_by_parts(
 def _mlp_by_parts(layer: Any, x: Tensor) -> Tensor:
     mlp, norm = layer.mlp, layer.post_attention_layernorm
     normed = RmsNorm.apply(x, norm.weight, norm.variance_epsilon)
-    return x + mlp.down_proj(SwiGlu.apply(mlp.gate_proj(normed), mlp.up_proj(normed)))
+    return x + mlp.down_proj(F.silu(mlp.gate_proj(normed)) * mlp.up_proj(normed))
 
 
 def _dropout(layer: Any) -> float:
