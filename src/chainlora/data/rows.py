@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any, overload
 
@@ -44,14 +44,17 @@ class RowsSummary:
 
 
 class Rows(Sequence[Example]):
-    """Tokenised rows: their number, the tokens of each, and each one on demand."""
+    """Tokenised rows, each read on demand.
 
-    summary: RowsSummary
+    `lengths` ([rows], int32) are the tokens of each row, over all its sequences.
+    """
 
-    @property
-    @abstractmethod
-    def lengths(self) -> NDArray[np.int32]:
-        """Return the tokens of every row, over all its sequences."""
+    def __init__(self, lengths: NDArray[np.int32], summary: RowsSummary) -> None:
+        self.lengths, self.summary = lengths, summary
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return len(self.lengths)
 
     @abstractmethod
     def example(self, index: int) -> Example:
@@ -69,54 +72,30 @@ class Rows(Sequence[Example]):
         return self.example(places)
 
 
-@dataclass
 class MemoryRows(Rows):
     """Rows as Python objects, for some thousands of them at most."""
 
-    examples: Sequence[Example] = ()
-    summary: RowsSummary = field(default_factory=RowsSummary)
-
-    def __len__(self) -> int:
-        """Return the number of rows."""
-        return len(self.examples)
-
-    @property
-    def lengths(self) -> NDArray[np.int32]:
-        """Return the tokens of every row, over all its sequences."""
-        counts = (sum(map(len, example.sequences)) for example in self.examples)
-        return np.fromiter(counts, np.int32, len(self))
+    def __init__(self, examples: Sequence[Example] = ()) -> None:
+        lengths = [sum(map(len, example.sequences)) for example in examples]
+        super().__init__(np.array(lengths, np.int32), RowsSummary())
+        self._examples = examples
 
     def example(self, index: int) -> Example:
-        """Return one row."""
-        return self.examples[index]
+        return self._examples[index]
 
 
-@dataclass
 class ReferencedRows(Rows):
     """Pairs of preferences with what they scored at the start of the run.
 
     `reference` is [rows, 2] float32 (`Example.reference`).
     """
 
-    rows: Rows
-    reference: NDArray[np.float32]
-
-    def __post_init__(self) -> None:
-        """Take over what became of the rows."""
-        self.summary = self.rows.summary
-
-    def __len__(self) -> int:
-        """Return the number of rows."""
-        return len(self.rows)
-
-    @property
-    def lengths(self) -> NDArray[np.int32]:
-        """Return the tokens of every row, over all its sequences."""
-        return self.rows.lengths
+    def __init__(self, rows: Rows, reference: NDArray[np.float32]) -> None:
+        super().__init__(rows.lengths, rows.summary)
+        self._rows, self._reference = rows, reference
 
     def example(self, index: int) -> Example:
-        """Return one row."""
-        return replace(self.rows.example(index), reference=tuple(self.reference[index].tolist()))
+        return replace(self._rows.example(index), reference=tuple(self._reference[index].tolist()))
 
 
 class PickedRows(Rows):
@@ -124,24 +103,13 @@ class PickedRows(Rows):
 
     def __init__(self, rows: Rows, places: NDArray[np.integer]) -> None:
         self._rows, self._places = rows, places
-        self.summary = replace(
-            rows.summary,
-            examples=len(places),
-            tokens=int(self.lengths.sum()),
-            digest=_hashed(rows.summary.digest.encode(), places.astype("<i8").tobytes()),
-        )
-
-    def __len__(self) -> int:
-        """Return the number of rows."""
-        return len(self._places)
-
-    @property
-    def lengths(self) -> NDArray[np.int32]:
-        """Return the tokens of every row, over all its sequences."""
-        return self._rows.lengths[self._places]
+        lengths = rows.lengths[places]
+        digest = _hashed(rows.summary.digest.encode(), places.astype("<i8").tobytes())
+        tokens = int(lengths.sum())
+        summary = replace(rows.summary, examples=len(places), tokens=tokens, digest=digest)
+        super().__init__(lengths, summary)
 
     def example(self, index: int) -> Example:
-        """Return one row."""
         return self._rows.example(int(self._places[index]))
 
 
@@ -152,20 +120,10 @@ class JoinedRows(Rows):
         self._parts = parts
         self._ends = np.cumsum([len(part) for part in parts])
         self._numbers = np.cumsum([0, *(part.summary.rows for part in parts)])
-        self.summary = _joined_summary([part.summary for part in parts])
-        self._lengths = np.concatenate([part.lengths for part in parts])
-
-    def __len__(self) -> int:
-        """Return the number of rows."""
-        return len(self._lengths)
-
-    @property
-    def lengths(self) -> NDArray[np.int32]:
-        """Return the tokens of every row, over all its sequences."""
-        return self._lengths
+        summary = _joined_summary([part.summary for part in parts])
+        super().__init__(np.concatenate([part.lengths for part in parts]), summary)
 
     def example(self, index: int) -> Example:
-        """Return one row."""
         part = int(np.searchsorted(self._ends, index, side="right"))
         found = self._parts[part].example(index - int(self._ends[part]) + len(self._parts[part]))
         return replace(found, row=found.row + int(self._numbers[part])) if part else found

@@ -73,21 +73,10 @@ class StoredRows(Rows):
     """Rows in the arrays that `flatten` gives of them. Safe to read from several threads."""
 
     def __init__(self, arrays: Arrays, summary: RowsSummary) -> None:
-        self.summary = summary
         self._tokens, self._lines, self._ends = (arrays[name] for name in _TYPES)
-        self._lengths = np.diff(self._ends[:, 1], prepend=0).astype(np.int32)
-
-    def __len__(self) -> int:
-        """Return the number of rows."""
-        return len(self._ends)
-
-    @property
-    def lengths(self) -> NDArray[np.int32]:
-        """Return the tokens of every row, over all its sequences."""
-        return self._lengths
+        super().__init__(np.diff(self._ends[:, 1], prepend=0).astype(np.int32), summary)
 
     def example(self, index: int) -> Example:
-        """Return one row."""
         starts = self._ends[index - 1].tolist() if index else (0, 0)
         (first, start), (last, end) = starts, self._ends[index].tolist()
         row, sizes, scored, *rest = json.loads(self._lines[first:last].tobytes())
