@@ -18,6 +18,7 @@ from chainlora.data.mixture import (
     prompt_hashes,
     replayed_rows,
 )
+from chainlora.data.rows import MemoryRows
 
 COUNTS = st.lists(st.integers(0, 40), min_size=1, max_size=4)
 WEIGHTS = st.sampled_from([0.1, 0.25, 0.5, 1, 1.5, 2, 2.2, 3])
@@ -90,4 +91,4 @@ def test_rows_without_a_prompt_are_told_apart_by_all_they_say_and_blocks_go_toge
     assert first == third != second == block
     assert len(set(prompt_hashes([row(0, (4,), (5,)), row(1, (4,), (6,))], 2).tolist())) == 2
     labelled = replace(texts[0], label=0)
-    assert len(set(example_hashes([*texts, labelled]).tolist())) == 3
+    assert len(set(example_hashes(MemoryRows([*texts, labelled])).tolist())) == 3

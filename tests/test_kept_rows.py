@@ -15,8 +15,9 @@ from helpers_processes import launch, outcome
 
 from chainlora import evaluate_task, make_config, train
 from chainlora.config.schema import DataConfig
+from chainlora.data.division import pick
 from chainlora.data.mixture import example_hashes, prompt_hashes
-from chainlora.data.rows import MemoryRows
+from chainlora.data.rows import MemoryRows, joined
 from chainlora.data.splits import prepare_splits
 from chainlora.errors import ConfigError, RunError
 from chainlora.models.loading import load_tokenizer
@@ -147,6 +148,8 @@ def test_a_task_over_own_files_holds_rows_out_as_they_are_scored(tiny_folder, se
     scored = evaluate_task(tmp_path / "run")
     assert scored["rows"] == len(found.validation)
     assert scored["metrics"] == result["metrics"]["validation"]
+    given = evaluate_task(tmp_path / "run", data=str(sentiment / "validation.jsonl"))
+    assert given["rows"] == 16
 
 
 @pytest.mark.parametrize(
@@ -270,7 +273,8 @@ def test_rows_are_written_and_read_as_they_are(tmp_path):
 
     from chainlora.data.kept import Kept, read_kept, write_kept
 
-    rows = MemoryRows([row(3, (4, 5), (6,), (7, 8)), row(4, (), (9,))])
+    labelled = replace(row(3, (4, 5), (6,), (7, 8)), label=1, references=("é",), names=("a", "b"))
+    rows = MemoryRows([labelled, row(4, (), (9,))])
     hashes = np.array([1, 2**62], np.int64)
     kept = Kept(
         rows, MemoryRows(), rows, {"train": 7}, hashes, hashes, hashes[:1], "candidates", 2**62
@@ -278,6 +282,9 @@ def test_rows_are_written_and_read_as_they_are(tmp_path):
     write_kept(tmp_path / "rows.safetensors", kept)
     found = read_kept(tmp_path / "rows.safetensors")
     assert (found.train[:], found.validation[:], found.test[:]) == (rows[:], [], rows[:])
+    assert example_hashes(found.train).tolist() == example_hashes(rows).tolist()
+    again = joined([pick(found.test, np.array([False, True])), rows])
+    assert example_hashes(again).tolist() == example_hashes(rows)[[1, 0, 1]].tolist()
     assert (found.counts, found.loss, found.bound) == (kept.counts, kept.loss, kept.bound)
     assert (found.seen.tolist(), found.held_out.tolist()) == ([1, 2**62], [1])
     (tmp_path / "rows.safetensors").write_bytes(b"{}")

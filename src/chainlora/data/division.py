@@ -104,8 +104,9 @@ def rows_again(
         )
     if others:
         _log.warning("data.replay: this stage learns by %s, not %s", loss, ", ".join(others))
-    digest = hashlib.sha256(example_hashes(again).tobytes()).hexdigest()
-    return MemoryRows(again, RowsSummary(digest=digest))
+    rows = MemoryRows(again)
+    rows.summary = RowsSummary(digest=hashlib.sha256(example_hashes(rows).tobytes()).hexdigest())
+    return rows
 
 
 def _right_one(example: Example) -> Example:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from itertools import chain
+
+import numpy as np
 
 Spans = tuple[tuple[int, int], ...]
 
@@ -25,6 +29,13 @@ class Example:
     references: tuple[str, ...] = ()
     names: tuple[str, ...] = ()
     reference: tuple[float, ...] = ()
+
+    def content(self) -> bytes:
+        """Return all that the row says, wherever it stands."""
+        sizes = [len(sequence) for sequence in self.sequences]
+        rest = [sizes, self.scored, self.label, self.references, self.names]
+        tokens = np.fromiter(chain.from_iterable(self.sequences), "<i4", sum(sizes))
+        return json.dumps(rest).encode() + tokens.tobytes()
 
     @property
     def prompt(self) -> tuple[int, ...]:

@@ -12,7 +12,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
-from itertools import takewhile
 from math import floor
 
 import numpy as np
@@ -21,6 +20,7 @@ from numpy.typing import NDArray
 
 from chainlora.data.examples import Example
 from chainlora.data.order import seeded
+from chainlora.data.rows import Rows
 
 _HASHES = 1 << 63  # how many there are of a prompt or an example
 
@@ -124,30 +124,29 @@ def prompt_hashes(examples: Iterable[Example], num_front: int) -> NDArray[np.int
     hashes: list[int] = []
     row = -1
     for example in examples:
-        hashes.append(hashes[-1] if example.row == row else _hash(_prompt(example, num_front)))
+        hashes.append(hashes[-1] if example.row == row else _hash_of_prompt(example, num_front))
         row = example.row
     return np.array(hashes, np.int64)
 
 
-def example_hashes(examples: Iterable[Example]) -> NDArray[np.int64]:
+def example_hashes(rows: Rows) -> NDArray[np.int64]:
     """Return for every example a hash of all that it says, wherever it stands."""
-    found = (
-        _hash((each.sequences, each.scored, each.label, each.references, each.names))
-        for each in examples
-    )
-    return np.fromiter(found, np.int64)
+    return np.fromiter((_hash(rows.content(k)) for k in range(len(rows))), np.int64, len(rows))
 
 
-def _prompt(example: Example, num_front: int) -> object:
+def _hash_of_prompt(example: Example, num_front: int) -> int:
     first = min(spans[0][0] for spans in example.scored)
-    columns = zip(*(tokens[:first] for tokens in example.sequences), strict=False)
-    prompt = [column[0] for column in takewhile(lambda column: len(set(column)) == 1, columns)]
-    return prompt if len(prompt) > max(num_front, 1) else example.sequences
+    prompts = [tokens[:first] for tokens in example.sequences]
+    if len(prompts) > 1:  # what all begin with
+        columns = enumerate(zip(*prompts, strict=False))
+        first = next((place for place, column in columns if len(set(column)) > 1), first)
+    is_prompt = first > max(num_front, 1)
+    return _hash(json.dumps(prompts[0][:first] if is_prompt else example.sequences).encode())
 
 
-def _hash(value: object) -> int:
+def _hash(content: bytes) -> int:
     """Return a number in 0…2^63 − 1 that is the same on every machine."""
-    return int.from_bytes(hashlib.sha256(json.dumps(value).encode()).digest()[:8], "big") >> 1
+    return int.from_bytes(hashlib.sha256(content).digest()[:8], "big") >> 1
 
 
 def _dealt(count: int, name: str, start: int, end: int) -> NDArray[np.int64]:

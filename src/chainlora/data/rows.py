@@ -60,6 +60,10 @@ class Rows(Sequence[Example]):
     def example(self, index: int) -> Example:
         """Return one row; 0 <= index < len."""
 
+    def content(self, index: int) -> bytes:
+        """Return `Example.content` of a row."""
+        return self.example(index).content()
+
     @overload
     def __getitem__(self, index: int) -> Example: ...
     @overload
@@ -112,6 +116,9 @@ class PickedRows(Rows):
     def example(self, index: int) -> Example:
         return self._rows.example(int(self._places[index]))
 
+    def content(self, index: int) -> bytes:
+        return self._rows.content(int(self._places[index]))
+
 
 class JoinedRows(Rows):
     """The rows of several others, one after another, and numbered so."""
@@ -124,9 +131,18 @@ class JoinedRows(Rows):
         super().__init__(np.concatenate([part.lengths for part in parts]), summary)
 
     def example(self, index: int) -> Example:
-        part = int(np.searchsorted(self._ends, index, side="right"))
-        found = self._parts[part].example(index - int(self._ends[part]) + len(self._parts[part]))
+        part, place = self._place(index)
+        found = self._parts[part].example(place)
         return replace(found, row=found.row + int(self._numbers[part])) if part else found
+
+    def content(self, index: int) -> bytes:
+        part, place = self._place(index)
+        return self._parts[part].content(place)
+
+    def _place(self, index: int) -> tuple[int, int]:
+        """Return the part that has a row, and the place of the row in it."""
+        part = int(np.searchsorted(self._ends, index, side="right"))
+        return part, index - int(self._ends[part]) + len(self._parts[part])
 
 
 def first_of_row(rows: Rows, index: int) -> int:

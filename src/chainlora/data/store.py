@@ -77,15 +77,24 @@ class StoredRows(Rows):
         super().__init__(np.diff(self._ends[:, 1], prepend=0).astype(np.int32), summary)
 
     def example(self, index: int) -> Example:
-        starts = self._ends[index - 1].tolist() if index else (0, 0)
-        (first, start), (last, end) = starts, self._ends[index].tolist()
-        row, sizes, scored, *rest = json.loads(self._lines[first:last].tobytes())
+        line, found = self._parts(index)
+        row, sizes, scored, *rest = json.loads(line)
         label, references, names = rest
-        tokens = self._tokens[start:end].tolist()
+        tokens = found.tolist()
         bounds = pairwise(accumulate(sizes, initial=0))
         sequences = tuple(tuple(tokens[begin:stop]) for begin, stop in bounds)
         spans = tuple(tuple(map(tuple, each)) for each in scored)
         return Example(row, sequences, spans, label, tuple(references), tuple(names))
+
+    def content(self, index: int) -> bytes:
+        line, tokens = self._parts(index)
+        return b"[" + line.partition(b", ")[2].rstrip() + tokens.tobytes()
+
+    def _parts(self, index: int) -> tuple[bytes, NDArray[np.int32]]:
+        """Return the line and the tokens of a row."""
+        starts = self._ends[index - 1].tolist() if index else (0, 0)
+        (first, start), (last, end) = starts, self._ends[index].tolist()
+        return self._lines[first:last].tobytes(), self._tokens[start:end]
 
 
 def open_store(folder: Path) -> StoredRows | None:
