@@ -79,9 +79,11 @@ class Rows(Sequence[Example]):
 class MemoryRows(Rows):
     """Rows as Python objects, for some thousands of them at most."""
 
-    def __init__(self, examples: Sequence[Example] = ()) -> None:
+    def __init__(
+        self, examples: Sequence[Example] = (), summary: RowsSummary | None = None
+    ) -> None:
         lengths = [sum(map(len, example.sequences)) for example in examples]
-        super().__init__(np.array(lengths, np.int32), RowsSummary())
+        super().__init__(np.array(lengths, np.int32), summary or RowsSummary())
         self._examples = examples
 
     def example(self, index: int) -> Example:
