@@ -25,7 +25,6 @@ class CandidatesEncoder:
         self.truncation: str = task.truncation
 
     def __call__(self, rows: Sequence[Row]) -> list[Draft]:
-        """Return the rows as tokens. Raises DataError that names a row that cannot be used."""
         shown = self.task.render_all(rows)
         prompts = [self.before + each.prompt for each in shown]
         starts = [len(ids) for ids in self.reader.ids(prompts)]

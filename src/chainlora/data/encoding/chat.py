@@ -45,7 +45,6 @@ class ChatEncoder:
         self.is_marked = "generation %}" in self.source.replace("-%}", "%}")
 
     def __call__(self, rows: Sequence[Row]) -> list[Draft]:
-        """Return the rows as tokens. Raises DataError that names a row that cannot be used."""
         chats = [_Chat(row, self.reader, self.source) for row in rows]
         rendered = self._render_whole(chats)
         for chat, (whole, _) in zip(chats, rendered, strict=True):

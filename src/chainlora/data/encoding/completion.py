@@ -42,7 +42,7 @@ class CompletionEncoder:
         reader: TokenReader,
         pairs: Callable[[Sequence[Row]], list[Pair]],
         *,
-        fields: Sequence[str] | None,
+        fields: Sequence[str] | None = None,
         truncation: str = "error",
         end: Ids,
         exact: bool = False,
@@ -52,7 +52,6 @@ class CompletionEncoder:
         self.end, self.exact, self.before = end, exact, before
 
     def __call__(self, rows: Sequence[Row]) -> list[Draft]:
-        """Return the rows as tokens. Raises DataError that names a row that cannot be used."""
         pairs = self.pairs(rows)
         prompts = [self.before + pair.prompt for pair in pairs]
         texts = [prompt + pair.completion for prompt, pair in zip(prompts, pairs, strict=True)]
@@ -71,20 +70,13 @@ class CompletionEncoder:
         return Draft(row.index, row.origin, pair.content, [ids], [[span]], references=refs)
 
     def unread(self, row: Row) -> set[str]:
-        """Return the columns of a row that are not read."""
         return set() if self.fields is None else row.keys() - self.fields
 
 
-def task_pairs(task: Task) -> Callable[[Sequence[Row]], list[Pair]]:
-    """Return how a task's rows give a prompt and its right completion."""
-
-    def pairs(rows: Sequence[Row]) -> list[Pair]:
-        return [
-            Pair(each.prompt, each.completion, each.references, list(each))
-            for each in task.render_all(rows)
-        ]
-
-    return pairs
+def task_pairs(task: Task, rows: Sequence[Row]) -> list[Pair]:
+    """Return the prompt and the right completion of a task's rows."""
+    shown = task.render_all(rows)
+    return [Pair(each.prompt, each.completion, each.references, list(each)) for each in shown]
 
 
 def row_pairs(rows: Sequence[Row]) -> list[Pair]:

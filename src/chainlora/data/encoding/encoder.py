@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
@@ -26,9 +27,10 @@ from chainlora.data.encoding.text import TextEncoder
 from chainlora.data.encoding.tokens import TokenReader
 from chainlora.data.encoding.translated import make_translated
 from chainlora.data.examples import Example
+from chainlora.data.readers import bad_row
 from chainlora.data.sources import Row, where
 from chainlora.data.tasks import Task
-from chainlora.errors import ConfigError, DataError, nearest
+from chainlora.errors import ConfigError, nearest
 
 FORMATS = {"completion": completion.FIELDS, "chat": chat.FIELDS, "text": text.FIELDS}
 
@@ -118,21 +120,18 @@ def make_encoder(task: Task | str, reader: TokenReader, options: Options) -> Enc
     def end() -> Ids:
         return [] if options.add_eos is False else reader.end()
 
-    makers: Mapping[str, Callable[[], Encoder]] = {
-        "completion": lambda: CompletionEncoder(
-            reader, row_pairs, fields=completion.FIELDS, end=end()
-        ),
-        "chat": lambda: ChatEncoder(reader),
-        "text": lambda: TextEncoder(reader, end()),
-    }
     if task in translated.FIELDS:
         return make_translated(task, reader, end)
-    if task not in makers:
-        known = [*makers, *translated.FIELDS]
-        raise ConfigError(
-            f"format must be auto, {', '.join(known)} (got {task!r}{nearest(task, known)})"
-        )
-    return makers[task]()
+    if task == "completion":
+        return CompletionEncoder(reader, row_pairs, fields=completion.FIELDS, end=end())
+    if task == "chat":
+        return ChatEncoder(reader)
+    if task == "text":
+        return TextEncoder(reader, end())
+    known = [*FORMATS, *translated.FIELDS]
+    raise ConfigError(
+        f"format must be auto, {', '.join(known)} (got {task!r}{nearest(task, known)})"
+    )
 
 
 def _task_encoder(task: Task, reader: TokenReader, options: Options) -> Encoder:
@@ -146,8 +145,7 @@ def _task_encoder(task: Task, reader: TokenReader, options: Options) -> Encoder:
     add_eos = task.add_eos if options.add_eos is None else options.add_eos
     return CompletionEncoder(
         reader,
-        task_pairs(task),
-        fields=None,
+        partial(task_pairs, task),
         truncation=task.truncation,
         end=reader.end() if add_eos else [],
         exact=task.completion is None,
@@ -167,10 +165,8 @@ def detect_format(rows: Sequence[Mapping[str, Any]], objective: str | None = Non
             return name
     every = [*FORMATS.items(), *translated.FIELDS.items()]
     known = "; ".join(f"{' + '.join(fields)} ({name})" for name, fields in every)
-    raise DataError(
-        f"rows must have the fields of a format: {known} (got {', '.join(map(str, rows[0]))} at "
-        f"{where(rows[0])}); rename the fields or describe them in a task file"
-    )
+    rule, got = f"rows must have the fields of a format: {known}", ", ".join(map(str, rows[0]))
+    raise bad_row(rule, got, where(rows[0]), "rename the fields or describe them in a task file")
 
 
 def _digest(draft: Draft) -> bytes:
@@ -179,7 +175,4 @@ def _digest(draft: Draft) -> bytes:
 
 
 def _unread(encoder: Encoder, rows: Iterable[Row]) -> list[str]:
-    names: set[str] = set()
-    for row in rows:
-        names |= encoder.unread(row)
-    return sorted(map(str, names))
+    return sorted(map(str, set().union(*map(encoder.unread, rows))))

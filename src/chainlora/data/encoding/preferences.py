@@ -17,14 +17,15 @@ from typing import Any
 
 from chainlora.data.encoding.drafts import Draft, Encoder
 from chainlora.data.encoding.translated import sharegpt_chat
+from chainlora.data.readers import bad_row
 from chainlora.data.sources import Row, where
-from chainlora.errors import DataError
 
 _PAIRS = frozenset(("chosen", "rejected", "chosen_response", "rejected_response"))
 _PAIRS |= {"chosen_messages", "rejected_messages"}
 _TAGS = frozenset(("label", "labels", "kto_tag"))
 _ANSWERS = frozenset(("completion", "completions", "messages", "conversations", "output"))
 _ANSWERS |= {"response"}
+_KTO = "train on them with TRL's KTOTrainer and chainlora.ChainCallback"
 _KINDS = {  # of answers, by format
     "completion": (str, "texts"),
     "alpaca": (str, "texts"),
@@ -43,12 +44,10 @@ class PairEncoder:
         self.kind, self.encoder = kind, encoder
 
     def __call__(self, rows: Sequence[Row]) -> list[Draft]:
-        """Return the rows as tokens. Raises DataError that names a row that cannot be used."""
         drafts = self.encoder([plain for row in rows for plain in self._plain(row)])
         return list(map(_pair, drafts[::2], drafts[1::2]))
 
     def unread(self, row: Row) -> set[str]:
-        """Return the columns of a row that are not read."""
         return self.encoder.unread(self._plain(row)[0])
 
     def _plain(self, row: Row) -> list[Row]:
@@ -56,10 +55,8 @@ class PairEncoder:
         chosen, rejected = row["chosen"], row["rejected"]
         kind, name = _KINDS[self.kind]
         if not (isinstance(chosen, kind) and isinstance(rejected, kind)):
-            raise DataError(
-                f"`chosen` and `rejected` must both be {name}, as in the first row (got "
-                f"{chosen!r:.40} and {rejected!r:.40} at {row.origin}); correct or remove the row"
-            )
+            rule = f"`chosen` and `rejected` must both be {name}, as in the first row"
+            raise bad_row(rule, f"{chosen!r:.40} and {rejected!r:.40}", row.origin)
         found = {key: value for key, value in row.items() if key not in ("chosen", "rejected")}
         if self.kind == "alpaca":
             plain = [found | {"output": answer} for answer in (chosen, rejected)]
@@ -76,10 +73,8 @@ def _with_last_turn(row: Row, found: dict[str, Any], answer: Any) -> dict[str, A
     turns = [*turns, answer] if isinstance(turns, list) else turns
     chat = sharegpt_chat(Row(row | {"conversations": turns}, row.index, row.origin))
     *prompt, last = chat["messages"]
-    return {k: v for k, v in found.items() if k != "system"} | {
-        "prompt": prompt,
-        "completion": [last],
-    }
+    found.pop("system", None)
+    return found | {"prompt": prompt, "completion": [last]}
 
 
 def _parts(prompt: Any, chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
@@ -124,11 +119,9 @@ def refuse_plain(row: Mapping[str, Any]) -> None:
         return
     tags = _tags(row)
     got = f"an answer with {tags[0]}: {row[tags[0]]}" if tags else ", ".join(map(str, row))
-    remedy = "train on them with TRL's KTOTrainer and chainlora.ChainCallback"
-    raise DataError(
-        f"rows of `train.loss: dpo` must have a `chosen` and a `rejected` answer (got {got} at "
-        f"{where(row)}); {remedy if tags else 'correct the row, or leave train.loss out'}"
-    )
+    rule = "rows of `train.loss: dpo` must have a `chosen` and a `rejected` answer"
+    remedy = _KTO if tags else "correct the row, or leave train.loss out"
+    raise bad_row(rule, got, where(row), remedy)
 
 
 def refuse_preferences(row: Mapping[str, Any]) -> None:
@@ -140,14 +133,11 @@ def refuse_preferences(row: Mapping[str, Any]) -> None:
         what, plain = f"the columns {', '.join(pairs)}", "chosen"
         remedy = "set train.loss: dpo, which reads columns chosen and rejected"
     elif tags := _tags(row):
-        what, plain = f"an answer with {tags[0]}: {row[tags[0]]}", "good"
-        remedy = "train on them with TRL's KTOTrainer and chainlora.ChainCallback"
+        what, plain, remedy = f"an answer with {tags[0]}: {row[tags[0]]}", "good", _KTO
     else:
         return
-    raise DataError(
-        f"rows must have one right answer (got preferences, {what}, at {where(row)}); {remedy}, or "
-        f"write the {plain} answers alone as prompt + completion"
-    )
+    remedy = f"{remedy}, or write the {plain} answers alone as prompt + completion"
+    raise bad_row("rows must have one right answer", f"preferences, {what},", where(row), remedy)
 
 
 def _tags(row: Mapping[str, Any]) -> list[str]:
@@ -159,6 +149,4 @@ def _is_tag(value: Any) -> bool:
     """Say whether a value is true or false, as CSV writes them too, or a list of those."""
     if isinstance(value, list | tuple):
         return bool(value) and all(map(_is_tag, value))
-    return isinstance(value, bool) or (
-        isinstance(value, str) and value.strip().lower() in ("true", "false")
-    )
+    return isinstance(value, bool | str) and str(value).strip().lower() in ("true", "false")

@@ -22,7 +22,6 @@ class TextEncoder:
         self.reader, self.end = reader, end
 
     def __call__(self, rows: Sequence[Row]) -> list[Draft]:
-        """Return the rows as tokens. Raises DataError that names a row that cannot be used."""
         texts = [text_of(row, "text") for row in rows]
         first = self.reader.num_front
         drafts = []
@@ -34,5 +33,4 @@ class TextEncoder:
         return drafts
 
     def unread(self, row: Row) -> set[str]:
-        """Return the columns of a row that are not read."""
         return row.keys() - FIELDS

@@ -17,20 +17,16 @@ from chainlora.data.encoding.chat import ChatEncoder
 from chainlora.data.encoding.completion import CompletionEncoder, row_pairs, text_of
 from chainlora.data.encoding.drafts import Draft, Encoder, Ids
 from chainlora.data.encoding.tokens import TokenReader
+from chainlora.data.readers import bad_row
 from chainlora.data.sources import Row
-from chainlora.errors import DataError
 
 FIELDS: Mapping[str, tuple[str, ...]] = {
     "conversational": ("prompt", "completion"),
     "sharegpt": ("conversations",),
     "alpaca": ("instruction", "output"),
 }
-_ROLES = {
-    "human": "user",
-    "gpt": "assistant",
-    "observation": "tool",
-    "function_response": "tool",
-} | {role: role for role in ("system", "user", "assistant", "tool")}
+_ROLES = {"human": "user", "gpt": "assistant", "observation": "tool", "function_response": "tool"}
+_ROLES |= {role: role for role in ("system", "user", "assistant", "tool")}
 _BESIDE = ("tools", "chat_template_kwargs")  # columns of chats
 _ALPACA = (
     "Below is an instruction that describes a task{more}. Write a response that appropriately \
@@ -49,7 +45,6 @@ class TranslatedEncoder:
         self.truncation, self.keeps_targets = encoder.truncation, encoder.keeps_targets
 
     def __call__(self, rows: Sequence[Row]) -> list[Draft]:
-        """Return the rows as tokens. Raises DataError that names a row that cannot be used."""
         return self.encoder([self._row(row) for row in rows])
 
     def unread(self, row: Row) -> set[str]:
@@ -77,7 +72,7 @@ def make_translated(kind: str, reader: TokenReader, end: Callable[[], Ids]) -> E
             ChatEncoder(reader), sharegpt_chat, ("conversations", "system", *_BESIDE)
         )
     if kind == "conversational":
-        chat = ChatEncoder(reader, turns_before=_turns_of_prompt)
+        chat = ChatEncoder(reader, turns_before=lambda row: int(row["turns_before"]))
         return TranslatedEncoder(chat, _conversational, ("prompt", "completion", *_BESIDE))
     columns = ("instruction", "input", "output", "system")
     if reader.tokenizer.chat_template:
@@ -90,10 +85,8 @@ def sharegpt_chat(row: Row) -> dict[str, Any]:
     """Return a row of ShareGPT as one of chats."""
     turns = row["conversations"]
     if not (isinstance(turns, list) and all(isinstance(turn, Mapping) for turn in turns)):
-        raise DataError(
-            f"`conversations` must be a list of objects with from and value (got {turns!r:.80} at "
-            f"{row.origin}); correct or remove the row"
-        )
+        rule = "`conversations` must be a list of objects with from and value"
+        raise bad_row(rule, f"{turns!r:.80}", row.origin)
     is_ours = all("role" in turn and "from" not in turn for turn in turns)
     messages = list(turns) if is_ours else [_message(turn, row.origin) for turn in turns]
     return _with_tools(row, _with_system(row, messages))
@@ -102,10 +95,8 @@ def sharegpt_chat(row: Row) -> dict[str, Any]:
 def _message(turn: Mapping[str, Any], place: str) -> dict[str, Any]:
     role, text = turn.get("from"), turn.get("value")
     if role not in _ROLES or not isinstance(text, str):
-        raise DataError(
-            f"a turn of `conversations` must have a value and be from one of "
-            f"{', '.join(_ROLES)} (got {dict(turn)!r:.80} at {place}); correct or remove the row"
-        )
+        rule = "a turn of `conversations` must have a value and be from one of"
+        raise bad_row(f"{rule} {', '.join(_ROLES)}", f"{dict(turn)!r:.80}", place)
     return {"role": _ROLES[role], "content": text}
 
 
@@ -122,18 +113,11 @@ def _with_tools(row: Row, messages: list[dict[str, Any]]) -> dict[str, Any]:
 def _conversational(row: Row) -> dict[str, Any]:
     parts = [row.get("prompt"), row.get("completion")]
     if not all(isinstance(part, list) and part for part in parts):
-        raise DataError(
-            f"`prompt` and `completion` must both be lists of messages, as in the first row (got "
-            f"others at {row.origin}); correct or remove the row"
-        )
+        rule = "`prompt` and `completion` must both be lists of messages, as in the first row"
+        raise bad_row(rule, "others", row.origin)
     joined = [*row["prompt"], *row["completion"]]
     before = sum(_is_answer(message) for message in row["prompt"])
     return _with_tools(row, joined) | {"turns_before": before}
-
-
-def _turns_of_prompt(row: Row) -> int:
-    """Return how many of the assistant's turns are only read."""
-    return int(row["turns_before"])
 
 
 def _is_answer(message: Any) -> bool:
