@@ -13,14 +13,17 @@ from chainlora.errors import ConfigError
 from chainlora.experiments import compare, comparison, expand, make_experiment, run_cells
 
 
-def test_compare_on_a_user_s_own_files(tiny_folder, tmp_path):
+@pytest.mark.parametrize("held_out", [False, True])
+def test_compare_on_a_user_s_own_files(tiny_folder, tmp_path, held_out):
     rows = tmp_path / "mine.jsonl"
     pairs = [{"prompt": f"{word} is", "completion": f" {word}"} for word in ("one", "two", "three")]
     rows.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     config = make_config(
         {
             "model": str(tiny_folder),
-            "data": {"train": str(rows), "validation": str(rows)},
+            "data": {"train": [{"path": str(rows)}], "validation": 1}
+            if held_out
+            else {"train": str(rows), "validation": str(rows)},
             "chain": {"ranks": [2, 2], "steps": [2, 1], "target_modules": ["q_proj"]},
             "train": {"batch_size": 2},
         }

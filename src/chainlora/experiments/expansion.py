@@ -182,9 +182,7 @@ def config_id(config: RunConfig) -> str:
     places and watchers are left out. A file named by the config (rows, a task of the user's own)
     counts by its content. Of a shipped task only the name counts.
     """
-    tree = config.model_dump(mode="json", exclude_defaults=True)
-    tree.pop("output", None)
-    tree["data"].pop("dir", None)
+    tree = compact_config(config)
     files = [(tree["data"], key) for key in ("task", "train", "validation", "test")]
     train = tree["data"].get("train")
     files += [(each, "path") for each in train] if isinstance(train, list) else []
@@ -195,6 +193,14 @@ def config_id(config: RunConfig) -> str:
     for key in ("save_every", "log_every", "trackers"):
         tree.get("train", {}).pop(key, None)
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def compact_config(config: RunConfig) -> dict[str, Any]:
+    """Return the config's values other than the defaults, without the places of this machine."""
+    tree = config.model_dump(mode="json", exclude_defaults=True)
+    tree.pop("output", None)
+    tree["data"].pop("dir", None)
+    return tree
 
 
 @lru_cache(maxsize=256)

@@ -18,6 +18,7 @@ import chainlora
 from chainlora.config.schema import RunConfig
 from chainlora.data.tasks import load_task
 from chainlora.errors import ModelError
+from chainlora.experiments.expansion import compact_config
 from chainlora.experiments.results import FORMAT
 from chainlora.models.finding import resolve_model
 from chainlora.runs.records import read_records
@@ -34,12 +35,8 @@ def summarise(config: RunConfig, result: Mapping[str, Any], run: Path) -> dict[s
     metrics = result["metrics"]
     split = "test" if "test" in metrics else "validation"
     metric = task_metric(config)
-    evaluations = _of_event(records, "eval")
     hardware = result["hardware"]
-    return {
-        "format": FORMAT,
-        "status": "done",
-        "metric": metric,
+    return described(config, "done") | {
         "score_split": split,
         "score": metrics.get(split, {}).get(metric),
         "validation": metrics.get("validation"),
@@ -54,44 +51,32 @@ def summarise(config: RunConfig, result: Mapping[str, Any], run: Path) -> dict[s
         "trainable_parameters": result["trainable_parameters"] if steps else 0,
         "wall_s": result["wall_s"],
         "peak_rss_mb": result["peak_memory_mb"],
-        "ranks": list(config.chain.ranks),
         "link_steps": [
             sum(step["link"] == link for step in steps) for link in range(len(config.chain.ranks))
         ],
         "link_tokens": [a + b for a, b in zip(_by_link(steps, config), started, strict=True)],
         "curve": [
             {key: value for key, value in each.items() if key not in ("event", "seconds")}
-            for each in evaluations
+            for each in _of_event(records, "eval")
         ],
-        "config": compact_config(config),
         "rows_digest": _digest(result["rows_digest"]),
         "base_fingerprint": _digest(result["base_fingerprint"]),
         "base_file": base_file(config.model),
         "versions": result["versions"],
-        "commit": commit(),
         "hardware": hardware | _accelerator(hardware["device"]),
     }
 
 
-def diverged(config: RunConfig, message: str) -> dict[str, Any]:
-    """Return the fields of a cell whose loss stopped being finite: a result while tuning."""
+def described(config: RunConfig, status: str) -> dict[str, Any]:
+    """Return the fields that say what a cell is: all there is of one whose loss diverged."""
     return {
         "format": FORMAT,
-        "status": "diverged",
+        "status": status,
         "metric": task_metric(config),
-        "message": message,
         "ranks": list(config.chain.ranks),
         "config": compact_config(config),
         "commit": commit(),
     }
-
-
-def compact_config(config: RunConfig) -> dict[str, Any]:
-    """Return the config's values other than the defaults, without the places of this machine."""
-    tree = config.model_dump(mode="json", exclude_defaults=True)
-    tree.pop("output", None)
-    tree["data"].pop("dir", None)
-    return tree
 
 
 def task_metric(config: RunConfig) -> str:

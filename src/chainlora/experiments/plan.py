@@ -103,24 +103,14 @@ def measured_power(
     """Return the power of each comparison whose spread has been measured on two pairs or more."""
     found = []
     for each in compare_all(results):
-        if each.difference.num_pairs < 2:
+        sd, num_measured = each.difference.sd, each.difference.num_pairs
+        if num_measured < 2:
             continue
-        num_tasks = len(experiment.tasks) if each.task == OVERALL else 1
-        num_pairs = num_tasks * len(experiment.seeds)
-        sd, together = each.difference.sd, each.num_comparisons
-        found.append(
-            Power(
-                each.task,
-                each.method,
-                each.rival,
-                each.metric,
-                sd,
-                each.difference.num_pairs,
-                num_pairs,
-                detectable(sd, num_pairs, together),
-                None if difference is None else pairs_needed(sd, difference, together),
-            )
-        )
+        num_pairs = len(experiment.seeds) * (len(experiment.tasks) if each.task == OVERALL else 1)
+        least = detectable(sd, num_pairs, each.num_comparisons)
+        needed = pairs_needed(sd, difference or 0.0, each.num_comparisons)
+        what = (each.task, each.method, each.rival, each.metric)
+        found.append(Power(*what, sd, num_measured, num_pairs, least, needed))
     return found
 
 

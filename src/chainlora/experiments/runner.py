@@ -16,7 +16,6 @@ from typing import Any
 import yaml
 
 from chainlora.data.sources import find_source
-from chainlora.data.splits import SPLITS
 from chainlora.errors import ConfigError, DataError, ModelError, RunError
 from chainlora.experiments.expansion import Cell, expand
 from chainlora.experiments.plan import run_notes
@@ -159,10 +158,10 @@ def _check_at_hand(cells: Iterable[Cell]) -> None:
     """Raise unless the model and the files of every cell are there, before any of them runs."""
     checked: set[tuple[str, str]] = set()
     for cell in cells:
-        wanted = {("model", str(cell.config.model))}
-        wanted |= {
-            (split, value) for split in SPLITS if (value := getattr(cell.config.data, split))
-        }
+        data = cell.config.data
+        named = {"validation": data.validation, "test": data.test, "model": cell.config.model}
+        wanted = {(kind, spec) for kind, spec in named.items() if isinstance(spec, str)}
+        wanted |= {("train", file.path) for file in data.train_files}
         for kind, spec in sorted(wanted - checked):
             try:
                 _ = resolve_model(spec) if kind == "model" else find_source(spec, kind)

@@ -72,7 +72,7 @@ def write_result(directory: Path, result: Mapping[str, Any]) -> None:
 
 def _compute(config: RunConfig, run: Path) -> dict[str, Any]:
     """Train a config in `run`, resuming a run that is there, and return the cell's fields."""
-    from chainlora.experiments.measure import diverged, summarise
+    from chainlora.experiments.measure import described, summarise
     from chainlora.training.loop import train
 
     if run.exists() and config.chain.tune == "full":
@@ -82,7 +82,7 @@ def _compute(config: RunConfig, run: Path) -> dict[str, Any]:
     try:
         result = train(config, resume=run.exists())
     except DivergedError as error:
-        return diverged(config, str(error))
+        return described(config, "diverged") | {"message": str(error)}
     found = summarise(config, result, run)
     # full fine-tuning keeps its weights there: gigabytes a cell
     shutil.rmtree(run / "model", ignore_errors=True)

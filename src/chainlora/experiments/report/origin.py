@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -12,7 +11,6 @@ from chainlora.reports.tables import Table, table_of
 _NOT_KNOWN = "not recorded"
 _LINKS = ("chain.ranks", "chain.epochs", "chain.steps", "chain.alpha")
 _OF_WATCHING = ("train.eval_every", "train.save_every", "train.eval_at_knots")
-_QUANTISED = re.compile(r"[.-](I?Q\d(?:_\w+)?)[.-]", re.IGNORECASE)  # model.Q4_1.gguf
 
 
 # --- methods ---
@@ -74,19 +72,14 @@ def _plain(value: Any) -> str:
 
 
 def base_note(results: Results) -> str:
-    """Return the base model's name, and what it was made from where that is a quantised file."""
+    """Return the base model's name, and what it was made from where that is a file."""
     name = results.experiment["model"]
     files = sorted({cell["base_file"] for cell in results.cells if cell.get("base_file")})
-    return f"{name} ({'; '.join(map(_from_file, files))})" if files else f"{name}"
-
-
-def _from_file(file: str) -> str:
-    quantised = _QUANTISED.search(file)
-    if quantised is None:
-        return f"converted from {file}"
+    if not files:
+        return f"{name}"
     return (
-        f"dequantised from {file}: its weights are {quantised[1]} ones, not those of the original "
-        "checkpoint"
+        f"{name} (converted from {', '.join(files)}; weights of a quantised file are not those of "
+        "the original checkpoint)"
     )
 
 
