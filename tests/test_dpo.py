@@ -258,6 +258,13 @@ def test_a_link_that_lowers_the_loss_of_pairs_is_accepted(settings):
     assert len(result["links"]) >= 1
 
 
+def test_every_weight_can_be_trained_on_pairs(settings):
+    tree = settings("run", train={"lr": 1e-3}, tune="full", ranks=[1], steps=[4])
+    metrics = train(tree)["metrics"]["validation"]
+    assert metrics["margin"] > 0
+    assert evaluate_task(tree["output"])["metrics"] == pytest.approx(metrics, rel=1e-4)
+
+
 def test_the_reference_of_a_stage_is_the_chain_that_it_begins_on(settings, tmp_path):
     first = settings("first")
     train(first)
