@@ -8,7 +8,6 @@ a row ends at its first line break (or another `stop`) or end-of-sequence token,
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -85,14 +84,14 @@ def generate_greedy(
         forget_lengths(model)
         ids, mask = _left_padded([cut[i] for i in batch], int(config.pad_token_id), model.device)
         criteria = StoppingCriteriaList([_StopAt(tokenizer, stop, ids.shape[1])] if stop else [])
-        with own_config(model, config):
-            output = run_generate(
-                model,
-                input_ids=ids,
-                attention_mask=mask,
-                stopping_criteria=criteria,
-                synced_gpus=is_sharded(model),
-            )
+        output = run_generate(
+            model,
+            config,
+            input_ids=ids,
+            attention_mask=mask,
+            stopping_criteria=criteria,
+            synced_gpus=is_sharded(model),
+        )
         answers = tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
         for index, answer in zip(batch, answers, strict=True):
             texts[index] = (answer.split(stop, 1)[0] if stop else answer).strip()
@@ -101,8 +100,12 @@ def generate_greedy(
     return texts
 
 
-def run_generate(model: Any, **inputs: Any) -> Tensor:
-    """Call transformers' `generate`. Raises ModelError for a model that trips over it."""
+def run_generate(model: Any, config: GenerationConfig, **inputs: Any) -> Any:
+    """Call transformers' `generate`, with nothing of the model's own config, which it would mix in.
+
+    Raises ModelError for a model that trips over it.
+    """
+    before, model.generation_config = model.generation_config, config
     try:
         return model.generate(**inputs)
     except OSError:  # of what a streamer writes to
@@ -112,6 +115,8 @@ def run_generate(model: Any, **inputs: Any) -> Tensor:
             f"the model must generate by transformers' `generate` (got {first_line(error)} from "
             f"{type(model).__name__}); use metrics that score, or another model"
         ) from error
+    finally:
+        model.generation_config = before
 
 
 def _cut_left(prompt: Sequence[int], room: int | None, bos: int | None, row: int) -> list[int]:
@@ -145,17 +150,6 @@ def greedy_config(
     )
 
 
-@contextmanager
-def own_config(model: Any, config: GenerationConfig) -> Iterator[None]:
-    """Let `config` stand in for the model's own, which `generate` would mix in."""
-    before = model.generation_config
-    model.generation_config = config
-    try:
-        yield
-    finally:
-        model.generation_config = before
-
-
 def _padding_shows(model: Any, config: GenerationConfig) -> bool:
     """Say whether padding on the left changes what the model goes on with.
 
@@ -177,8 +171,7 @@ def _padding_shows(model: Any, config: GenerationConfig) -> bool:
     try:
         for prompts in (rows[:1], rows):
             ids, mask = _left_padded(prompts, int(config.pad_token_id), model.device)
-            with own_config(model, probe):
-                steps = model.generate(input_ids=ids, attention_mask=mask).logits
+            steps = run_generate(model, probe, input_ids=ids, attention_mask=mask).logits
             found.append(torch.stack([logits[0] for logits in steps]))
     except Exception:  # whatever an architecture trips over: prompts of one length are safe
         return True

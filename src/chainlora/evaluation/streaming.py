@@ -15,7 +15,7 @@ from transformers import TextStreamer
 
 from chainlora.data.templates import render_chats
 from chainlora.errors import ConfigError, DataError, ModelError
-from chainlora.evaluation.generation import greedy_config, own_config, run_generate
+from chainlora.evaluation.generation import greedy_config, run_generate
 from chainlora.models.text_config import context_length
 
 Message = dict[str, str]
@@ -34,18 +34,16 @@ class Decoding:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, value, is_right, rule in (
-            ("temperature", self.temperature, self.temperature >= 0, "at least 0"),
-            ("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("max_new_tokens", self.max_new_tokens, self.max_new_tokens >= 1, "at least 1"),
-        ):
-            if not is_right:
-                raise ConfigError(f"`{name}` must be {rule} (got {value})")
+        if not self.temperature >= 0:
+            raise ConfigError("`temperature` must be at least 0", self.temperature)
+        if not 0 < self.top_p <= 1:
+            raise ConfigError("`top_p` must be above 0 and at most 1", self.top_p)
+        if self.max_new_tokens < 1:
+            raise ConfigError("`max_new_tokens` must be at least 1", self.max_new_tokens)
         if self.top_p < 1 and self.temperature == 0:
-            raise ConfigError(
-                f"`top_p` needs tokens that are drawn (got {self.top_p} at temperature 0, which "
-                "takes the likeliest); give a temperature above 0"
-            )
+            got = f"{self.top_p} at temperature 0, which takes the likeliest"
+            remedy = "give a temperature above 0"
+            raise ConfigError("`top_p` needs tokens that are drawn", got, remedy)
 
 
 class Speaker:
@@ -108,10 +106,11 @@ class Speaker:
             )
         config = self._config(min(self.decoding.max_new_tokens, room), ends)
         prompt = torch.tensor([ids], device=self.model.device)
-        with torch.random.fork_rng(), own_config(self.model, config):
+        with torch.random.fork_rng():
             torch.manual_seed(int(torch.randint(2**31, (), generator=self._generator)))
             output = run_generate(
                 self.model,
+                config,
                 input_ids=prompt,
                 attention_mask=torch.ones_like(prompt),
                 streamer=_Pieces(self.tokenizer, write),
@@ -124,9 +123,8 @@ class Speaker:
     def _config(self, max_new_tokens: int, ends: list[int]) -> Any:
         config = greedy_config(self.model, self.tokenizer, max_new_tokens)
         own = config.eos_token_id
-        own = own if isinstance(own, list) else [own]
-        found = [end for end in dict.fromkeys([*own, *ends]) if end is not None]
-        config.eos_token_id = found or None
+        all_ends = [*(own if isinstance(own, list) else [own]), *ends]
+        config.eos_token_id = [end for end in dict.fromkeys(all_ends) if end is not None] or None
         if self.decoding.temperature > 0:
             config.do_sample = True
             config.temperature = self.decoding.temperature
