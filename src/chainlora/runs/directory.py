@@ -316,8 +316,7 @@ class RunDirectory(RunReader):
     def save_reference(self, tensors: Mapping[str, Tensor]) -> None:
         """Keep what the pairs of each split score before the first step."""
         manifest = self._need_current()
-        bound = {"rows": str(manifest.rows), "state": manifest.started_on}
-        files.write_tensors(self / REFERENCE, tensors, bound)
+        files.write_tensors(self / REFERENCE, tensors, _begun_on(manifest))
         self._hashes[REFERENCE] = files.sha256(self / REFERENCE)
         self._replace(manifest)
 
@@ -474,7 +473,7 @@ class RunDirectory(RunReader):
         self.check_files(manifest, REFERENCE)
         with safe_open(self / REFERENCE, "pt") as file:
             found = file.metadata()
-        if found != {"rows": manifest.rows, "state": manifest.started_on}:
+        if found != _begun_on(manifest):
             raise RunError(
                 f"{REFERENCE} must be of the rows and the state that its run began on",
                 f"those of {found} in {self.path}",
@@ -496,6 +495,11 @@ class RunDirectory(RunReader):
             self._read(self.verify())
         assert self._current is not None
         return self._current
+
+
+def _begun_on(manifest: Manifest) -> dict[str, str]:
+    """Return what a reference is bound to: under one key, since safetensors orders them anyhow."""
+    return {"begun_on": f"rows {manifest.rows}, state {manifest.started_on}"}
 
 
 def _is_in(name: str, named: Collection[str]) -> bool:

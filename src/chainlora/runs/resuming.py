@@ -13,7 +13,7 @@ from filelock import FileLock, Timeout
 from chainlora import files
 from chainlora.config.schema import RunConfig
 from chainlora.errors import RunError
-from chainlora.runs.manifest import Change
+from chainlora.runs.manifest import REFERENCE, TOKENIZER, Change
 from chainlora.runs.reading import RunReader
 
 logger = logging.getLogger(__name__)
@@ -23,7 +23,7 @@ LOCK = ".lock"
 # Keys that a resume may change by name: they decide steps to come, and nothing that is on disk.
 CHANGEABLE = ("train.lr", "train.max_grad_norm")
 
-_BEFORE_THE_MANIFEST = {".lock", "config.yaml", "links", "rows"}
+_BEFORE_THE_MANIFEST = {".lock", "config.yaml", "links", "rows", TOKENIZER, REFERENCE}
 
 
 def refuse_if_taken(run: RunReader) -> None:

@@ -13,7 +13,8 @@ stage has none until then.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -154,6 +155,22 @@ def write_stages(run: Path, found: Stages) -> None:
     files.write_json(run / STAGES, tree | {"checksum": checksum(tree)})
 
 
+@contextmanager
+def alone_in(run: Path) -> Iterator[None]:
+    """Keep other processes from changing the stages of a run.
+
+    Raises RunError where one is doing so.
+    """
+    lock = take_lock(run)
+    try:
+        with files.reported(run):
+            files.remove_scratch(run)  # of a process that was killed while it wrote the file
+        yield
+    finally:
+        if lock is not None:
+            lock.release()
+
+
 def end_stage(run: Path, name: str) -> None:
     """Name a stage as ended: from here on it is what the run is loaded as."""
     found = read_stages(run)
@@ -170,14 +187,10 @@ def set_stage_strengths(run: Path, strengths: Mapping[str, float]) -> None:
     Raises RunError: a stage that is not there, a strength that its links cannot have, a run that
     another process is training.
     """
-    lock = take_lock(run)
-    try:
+    with alone_in(run):
         found = read_stages(run)
         folder = folder_of(run, found, len(found.names) - 1)
         _names_in(folder, strengths)
         merged = found.strengths | {name: float(value) for name, value in strengths.items()}
         RunReader(folder, merged).load_links()  # refuses what is not a sum
         write_stages(run, Stages(stages=found.stages, strengths=merged))
-    finally:
-        if lock is not None:
-            lock.release()

@@ -8,6 +8,7 @@ The same call again goes on where the last one was stopped, and does nothing whe
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -28,7 +29,14 @@ from chainlora.errors import ChainLoRAError, RunError
 from chainlora.runs.loading_start import load_start
 from chainlora.runs.reading import RunReader
 from chainlora.runs.resuming import changes
-from chainlora.runs.stages import end_stage, folder_of, place_of, read_stages
+from chainlora.runs.stages import (
+    STAGES,
+    alone_in,
+    end_stage,
+    folder_of,
+    place_of,
+    read_stages,
+)
 from chainlora.runs.start import NOTHING, Start
 from chainlora.training.events import Listener, StageBegins
 from chainlora.training.loop import train
@@ -73,16 +81,10 @@ def survey(stages: Sequence[Stage], change: Collection[str] = ()) -> list[StageS
     Raises RunError where the run holds other stages than these, or one of them with other contents.
     """
     run = _run_of(stages)
-    if not (run / "chain.json").is_file():
+    if not (run / "chain.json").is_file() and not (run / STAGES).is_file():
         return [StageState(stage.name, "new") for stage in stages]
-    known, names = read_stages(run).names, [stage.name for stage in stages]
-    for place, name in enumerate(known[: len(names)]):
-        if names[place] != name:
-            raise RunError(
-                f"the stages of a run must be those that it has, in their order (got {names[place]}"
-                f" for {name} in {run}); add new ones below, or choose another output"
-            )
-    return [_state_of(stage, run, stage.name in known, change) for stage in stages]
+    known = _known(run, stages)
+    return [_state_of(stage, stage.name in known, change) for stage in stages]
 
 
 def extension(
@@ -116,7 +118,7 @@ def extension(
         )
     folders = [folder_of(run, found, place) for place in range(len(before))]
     stages = [
-        Stage(each, RunReader(folder).config())
+        Stage(each, RunReader(folder).config().model_copy(update={"output": str(folder)}))
         for each, folder in zip(before, folders, strict=True)
     ]
     shared = what_stages_share(stages[place_of(found, last, run)].config)
@@ -127,9 +129,21 @@ def extension(
     return [*stages, make_stage(tree, own, len(stages))]
 
 
-def _state_of(stage: Stage, run: Path, has_ended: bool, change: Collection[str]) -> StageState:
+def _known(run: Path, stages: Sequence[Stage]) -> list[str]:
+    """Return the stages that have ended. Raises RunError unless `stages` begins with them."""
+    known, names = read_stages(run).names, [stage.name for stage in stages]
+    for place, name in enumerate(known[: len(names)]):
+        if names[place] != name:
+            raise RunError(
+                f"the stages of a run must be those that it has, in their order (got {names[place]}"
+                f" for {name} in {run}); add new ones below, or choose another output"
+            )
+    return known
+
+
+def _state_of(stage: Stage, has_ended: bool, change: Collection[str]) -> StageState:
     reader = RunReader(stage.config.output or "")
-    if not reader.exists:
+    if not has_ended and not reader.exists:
         return StageState(stage.name, "new")
     manifest = reader.verify()
     is_finished = has_ended and reader.is_finished(manifest)
@@ -152,15 +166,18 @@ def _train(
     change: Collection[str],
 ) -> TrainResult:
     run, is_first = _run_of(stages), stage is stages[0]
-    try:
-        start = NOTHING if where.state == "stopped" else _start(stage, run, is_first)
-        resume = where.state == "stopped" or Path(stage.config.output or "").exists()
-        result = train(stage.config, resume=resume, listener=tell, change=change, start=start)
-    except ChainLoRAError as error:
-        error.args = (f"stage {stage.name!r}: {error}",)
-        raise
-    if not is_first and is_first_launched():
-        end_stage(run, stage.name)
+    with alone_in(run) if is_first_launched() and not is_first else nullcontext():
+        if not is_first:
+            _known(run, stages)  # another process may have ended one in the meantime
+        try:
+            start = NOTHING if where.state == "stopped" else _start(stage, run, is_first)
+            resume = where.state == "stopped" or Path(stage.config.output or "").exists()
+            result = train(stage.config, resume=resume, listener=tell, change=change, start=start)
+        except ChainLoRAError as error:
+            error.args = (f"stage {stage.name!r}: {error}",)
+            raise
+        if not is_first and is_first_launched():
+            end_stage(run, stage.name)
     if num_launched() > 1:  # the others read the stages next
         PartialState(cpu=not torch.accelerator.is_available()).wait_for_everyone()
     return result
