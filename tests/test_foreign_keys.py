@@ -20,7 +20,7 @@ load_in_4bit: true
 datasets:
   - path: rows.jsonl
     type: alpaca
-val_set_size: 0.0
+val_set_size: 0.05
 output_dir: ./out
 adapter: qlora
 lora_model_dir:
@@ -152,6 +152,7 @@ TRAINED: dict[str, tuple[str, dict[str, Any]]] = {
             "rows": "rows.jsonl", "batch": 2 * 4 * 2, "scaling": 0.5, "epochs": (3,), "lr": 2e-4,
             "template": "alpaca", "quantize": "nf4", "schedule": "cosine", "dropout": 0.05,
             "targets": ["gate_proj", "down_proj"], "decay": 0, "warmup": 10, "longest": 2048,
+            "held out": 0.05,
         },
     ),
     "LLaMA-Factory": (
@@ -177,7 +178,7 @@ TRAINED: dict[str, tuple[str, dict[str, Any]]] = {
             "rows": "rows.json", "batch": 8, "scaling": 0.5, "epochs": (2,), "lr": 2e-4,
             "template": "alpaca", "schedule": "cosine", "dropout": 0.05, "clip": None,
             "targets": ["q_proj", "k_proj", "v_proj"], "decay": 0.01, "warmup": 100,
-            "longest": None,
+            "longest": None, "held out": 0.05,
         },
     ),
     "TRL": (
@@ -193,7 +194,7 @@ TRAINED: dict[str, tuple[str, dict[str, Any]]] = {
         {
             "rows": "rows.jsonl", "batch": 8 * 2, "scaling": 16.0, "epochs": (3,), "lr": 5e-5,
             "schedule": "constant", "dropout": 0, "targets": ["q_proj"], "decay": 0.01,
-            "warmup": 0, "longest": None,
+            "warmup": 0, "longest": None, "held out": "held_out.jsonl",
         },
     ),
 }  # fmt: skip
@@ -218,6 +219,7 @@ def trained(config: RunConfig) -> dict[str, Any]:
     return {
         "rows": data.train,
         "count": data.num_train,
+        "held out": data.validation,
         "longest": data.max_length,
         "template": data.chat_template,
         "batch": train.batch_size * train.gradient_accumulation,
@@ -244,7 +246,7 @@ def test_a_converted_config_trains_what_the_tool_would_train(convert, tool):
     assert f"read as a config of {tool}." in outcome.out
     assert "still to do" not in outcome.out
     found = trained(make_config(parse_yaml(outcome.out)))
-    assert found == {"count": None} | COMMON | expected
+    assert found == {"count": None, "held out": None} | COMMON | expected
     notes = [line for line in outcome.out.splitlines() if line.startswith("# ")][3:]
     assert outcome.err == "".join(f"{line[2:]}\n" for line in notes)
     for key in leaves(parse_yaml(text)):

@@ -83,7 +83,7 @@ def what_stages_share(before: RunConfig) -> dict[str, Any]:
     """Return what a stage has from one before it: not its rows, its links' sizes, its choice."""
     choice = {"keep_best", "early_stop", "accept_links", "select_metric"}
     tree = before.model_dump(mode="json", exclude={"output": True, "start": True, "train": choice})
-    kept = (*RUN_WIDE["data"], "max_length", "truncation")
+    kept = (*RUN_WIDE["data"], "max_length", "truncation", "keep_rows")
     tree["data"] = {key: tree["data"][key] for key in kept}
     of_links = ("ranks", *LENGTHS, *(k for k, v in tree["chain"].items() if _is_per_link(v)))
     tree["chain"] = {k: v for k, v in tree["chain"].items() if k not in of_links}
