@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +77,8 @@ def pictures(facts: Facts, charts: Iterable[Chart], section: str) -> list[Pictur
 def _picture(facts: Facts, chart: Chart, task: str) -> Picture:
     def draw(axes: Any) -> None:
         chart.draw(axes, facts, task)
-        if axes.get_legend_handles_labels()[0]:
-            legend_above(axes, handles=_named(axes))
+        if handles := _named(axes):
+            legend_above(axes, handles=handles)
 
     size = (PAGE_SIZE[0], chart.height(facts, task))
     table = chart.table(facts, task)
@@ -91,7 +93,7 @@ def save_charts(facts: Facts, charts: Iterable[Chart], out: Path) -> dict[str, s
         columns = min(chart.columns, len(tasks))
         rows = [tasks[start : start + columns] for start in range(0, len(tasks), columns)]
         heights = [max(chart.height(facts, task) for task in row) for row in rows]
-        fill = _grid(facts, chart, rows, heights)
+        fill = partial(_fill, facts=facts, chart=chart, rows=rows, heights=heights)
         width = (PAGE_SIZE[0] if columns > 1 else 1.6 * PAGE_SIZE[0]) * columns
         for suffix in ("png", "svg"):
             save(fill, (width, sum(heights) + 0.5), out / f"{chart.name}.{suffix}")
@@ -99,24 +101,20 @@ def save_charts(facts: Facts, charts: Iterable[Chart], out: Path) -> dict[str, s
     return written
 
 
-def _grid(
-    facts: Facts, chart: Chart, rows: Sequence[Sequence[str]], heights: Sequence[float]
-) -> Callable[[Any], None]:
-    def fill(figure: Any) -> None:
-        panels = figure.subplots(len(rows), len(rows[0]), squeeze=False, height_ratios=heights)
-        spare = list(panels.flat)
-        for task in (task for row in rows for task in row):
-            axes = spare.pop(0)
-            chart.draw(axes, facts, task)
-            axes.set_title(task)
-        for axes in spare:
-            axes.remove()
-        if panels.flat[0].get_legend_handles_labels()[0]:
-            figure.legend(
-                handles=_named(*panels.flat), loc="outside lower center", ncols=4, frameon=False
-            )
-
-    return fill
+def _fill(
+    figure: Any, facts: Facts, chart: Chart, rows: Sequence[Sequence[str]], heights: list[float]
+) -> None:
+    """Draw a panel a task."""
+    panels = figure.subplots(len(rows), len(rows[0]), squeeze=False, height_ratios=heights)
+    spare = list(panels.flat)
+    for task in chain.from_iterable(rows):
+        axes = spare.pop(0)
+        chart.draw(axes, facts, task)
+        axes.set_title(task)
+    for axes in spare:
+        axes.remove()
+    if handles := _named(*panels.flat):
+        figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False)
 
 
 def _named(*panels: Any) -> list[Any]:

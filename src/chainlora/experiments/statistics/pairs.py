@@ -90,43 +90,32 @@ def compare_pairs(
     An empty set is a comparison planned and not there yet: it counts in the correction, so that a
     verdict does not depend on how much of the plan is done.
     """
+    num_planned = len(differences)
     tests = [sign_flip_test(values) if values else 1.0 for values in differences]
     corrected = holm(tests)
     smallest = holm([smallest_p(len(values)) for values in differences])
-    lower = lower_is_better or [False] * len(differences)
+    lower = lower_is_better or [False] * num_planned
+
+    def difference(
+        values: Sequence[float], is_lower: bool, p: float, p_holm: float, least: float
+    ) -> Difference:
+        count = len(values)
+        mean, sd = mean_sd(values)
+        low, high = mean_interval(values, 1 - level)
+        return Difference(
+            num_pairs=count,
+            mean=mean,
+            sd=sd,
+            low=low,
+            high=high,
+            interval=interval_kind(count),
+            p=p,
+            p_holm=p_holm,
+            smallest_p_holm=least,
+            exact=count <= MAX_EXACT,
+            detectable=detectable(sd, count, num_planned, level=level),
+            verdict=judge(low, high, p_holm, least, count, level, lower_is_better=is_lower),
+        )
+
     rows = zip(differences, lower, tests, corrected, smallest, strict=True)
-    return [
-        _difference(values, down, *numbers, num_comparisons=len(differences), level=level)
-        if values
-        else None
-        for values, down, *numbers in rows
-    ]
-
-
-def _difference(
-    values: Sequence[float],
-    lower_is_better: bool,
-    p: float,
-    p_holm: float,
-    smallest: float,
-    *,
-    num_comparisons: int,
-    level: float,
-) -> Difference:
-    count = len(values)
-    mean, sd = mean_sd(values)
-    low, high = mean_interval(values, 1 - level)
-    return Difference(
-        num_pairs=count,
-        mean=mean,
-        sd=sd,
-        low=low,
-        high=high,
-        interval=interval_kind(count),
-        p=p,
-        p_holm=p_holm,
-        smallest_p_holm=smallest,
-        exact=count <= MAX_EXACT,
-        detectable=detectable(sd, count, num_comparisons, level=level),
-        verdict=judge(low, high, p_holm, smallest, count, level, lower_is_better=lower_is_better),
-    )
+    return [difference(*row) if row[0] else None for row in rows]
