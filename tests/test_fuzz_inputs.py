@@ -24,6 +24,7 @@ from transformers import AutoTokenizer
 from chainlora import load_task, make_config
 from chainlora.config.yaml_text import parse_yaml
 from chainlora.data.splits import prepare_splits
+from chainlora.data.templates import evaluate
 from chainlora.errors import ChainLoRAError, ConfigError, DataError, ModelError
 from chainlora.experiments import load_experiment, make_experiment, report_experiment
 from chainlora.experiments.expansion import expand
@@ -88,6 +89,7 @@ def monkeypatch_module(tmp_path_factory):
     """Caches go where the tests write."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CHAINLORA_CACHE", str(tmp_path_factory.mktemp("cache")))
+        evaluate({"texts": {}, "values": {}}, [{}])  # its process is started once
         yield patch
 
 
