@@ -277,7 +277,15 @@ def test_rows_are_written_and_read_as_they_are(tmp_path):
     rows = MemoryRows([labelled, row(4, (), (9,))])
     hashes = np.array([1, 2**62], np.int64)
     kept = Kept(
-        rows, MemoryRows(), rows, {"train": 7}, hashes, hashes, hashes[:1], "candidates", 2**62
+        rows,
+        MemoryRows(),
+        rows,
+        {"train": 7},
+        hashes,
+        hashes,
+        hashes[:1],
+        {"loss": "candidates"},
+        2**62,
     )
     write_kept(tmp_path / "rows.safetensors", kept)
     found = read_kept(tmp_path / "rows.safetensors")

@@ -10,10 +10,11 @@ import pytest
 import torch
 from helpers import assert_same_links, links_of, settings
 
-from chainlora import load_run
+from chainlora import evaluate_task, load_run
 from chainlora.cli.main import run as cli
 from chainlora.config.stages import make_stages
 from chainlora.errors import ChainLoRAError, ConfigError, RunError
+from chainlora.evaluation.stages import best_mix, stage_matrix
 from chainlora.files import checksums
 from chainlora.runs.stages import open_run, read_stages, set_stage_strengths
 from chainlora.training.stages import extension, survey, train_stages
@@ -283,3 +284,54 @@ def test_the_command_line_goes_from_two_data_sets_to_one_adapter(config, tmp_pat
         assert cli(["eval", address]) == 0
     assert cli(["train", str(file), "--stages.facts.train.lr", "1"]) == 1
     assert cli(["eval", f"{run}@nope"]) == 1
+
+
+def test_a_stage_without_rows_is_refused_before_the_stages_before_it(config, tmp_path):
+    config["stages"][1]["data"] |= {"train": str(tmp_path / "none.jsonl")}
+    with pytest.raises(ChainLoRAError, match=r"stage 'style': .*none.jsonl"):
+        train_stages(make_stages(config))
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "none.jsonl").write_text('{"text": "no pair"}\n')
+    config["stages"][1]["data"] = {"train": str(tmp_path / "none.jsonl")}
+    config["stages"][1]["train"] = {"loss": "dpo", "lr": 1e-3}
+    with pytest.raises(ChainLoRAError, match=r"stage 'style': .*chosen"):
+        train_stages(make_stages(config))
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_matrix_is_what_eval_says_and_is_kept(config, tmp_path):
+    """Average, transfer and forgetting have tests of their own (test_matrix.py)."""
+    run = tmp_path / "run"
+    train_stages(make_stages(config))
+    found = stage_matrix(run)
+    assert found.states == ["base", "facts", "style"]
+    for state, row in zip(found.states, found.grid, strict=True):
+        links = {"base": 0, "facts": 3, "style": 5}[state]
+        score = evaluate_task(run, num_links=links)["metrics"]["accuracy"]
+        assert [cell.value for cell in row] == [score, score]  # both stages have these rows
+    (summary,) = found.summaries()
+    assert (summary.metric, summary.stages) == ("accuracy", ("facts", "style"))
+    before = (run / "matrix.jsonl").read_bytes()
+    set_stage_strengths(run, {"facts": 0.25})
+    assert stage_matrix(run, compute=False).grid[-1] == [None, None]
+    assert stage_matrix(run).states == ["base", "facts", "style", "now"]
+    assert (run / "matrix.jsonl").read_bytes().startswith(before)
+    assert stage_matrix(run).summaries() == [summary]  # the mix does not pass for the last stage
+    again = stage_matrix(run).grid
+    (run / "matrix.jsonl").unlink()
+    assert stage_matrix(run).grid == again  # to the bit
+    for data in ("train", "validation"):  # the rows are the run's own
+        Path(config["stages"][0]["data"][data]).unlink()
+    (run / "matrix.jsonl").unlink()
+    assert stage_matrix(run).grid == again
+    best, after, now = best_mix(run)
+    assert after >= now
+    assert set(best) == {"facts", "style"}
+
+
+def test_rows_that_are_not_kept_are_missing_from_the_matrix(config, tmp_path):
+    config["stages"][0]["data"]["keep_rows"] = False
+    train_stages(make_stages(config))
+    found = stage_matrix(tmp_path / "run")
+    assert [[cell is None for cell in row] for row in found.grid] == [[True, False]] * 3
+    assert found.summaries() == []

@@ -14,6 +14,7 @@ from chainlora.cli.common import (
     is_run,
     json_option,
     links_option,
+    need_run,
     print_json,
     quiet,
     stages_option,
@@ -57,6 +58,12 @@ from chainlora.cli.common import (
     default=None,
     help="Write what each row scored to this file, as JSONL.",
 )
+@click.option(
+    "--matrix",
+    is_flag=True,
+    help="Score the rows that each stage of a run kept, after each stage. What was scored before "
+    "is not scored again.",
+)
 @json_option
 def evaluate(
     run_or_model: str,
@@ -69,12 +76,24 @@ def evaluate(
     dtype: str | None,
     speedups: Literal["auto", "off"],
     predictions: str | None,
+    matrix: bool,
     as_json: bool,
 ) -> None:
     """Score a run or a model on a task or on rows.
 
     A run without --task and --data is scored on the rows that it was configured with.
     """
+    if matrix:
+        need_run(run_or_model)
+        quiet()
+        from chainlora.cli.stages import scored_matrix, show_matrix
+
+        found = scored_matrix(run_or_model, speedups)
+        if as_json:
+            print_json(found.as_dict())
+        else:
+            show_matrix(found)
+        return
     from chainlora.data.tasks import load_task
 
     if task is None and data is None and not is_run(run_or_model):

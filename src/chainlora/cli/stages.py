@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 import click
 
 from chainlora.cli.common import (
@@ -11,9 +14,14 @@ from chainlora.cli.common import (
     print_json,
     quiet,
     read_strengths,
+    to_stderr,
     words_and_overrides,
 )
 from chainlora.config.stages import split_address
+
+if TYPE_CHECKING:
+    from chainlora.engine.engine import Speedups
+    from chainlora.evaluation.stages import Cell, StageMatrix
 
 
 @click.command(context_settings=HELP | {"ignore_unknown_options": True})
@@ -51,27 +59,87 @@ def extend(arguments: tuple[str, ...], dry_run: bool, as_json: bool) -> None:
 @click.command(context_settings=HELP)
 @click.argument("run", type=click.Path())
 @click.argument("strengths", metavar="[STAGE=STRENGTH]...", nargs=-1)
+@click.option("--best", is_flag=True, help="Search the strengths of the best average.")
+@click.option("--no-scores", is_flag=True, help="Do not score the mix on the rows of each stage.")
 @json_option
-def mix(run: str, strengths: tuple[str, ...], as_json: bool) -> None:
+def mix(run: str, strengths: tuple[str, ...], best: bool, no_scores: bool, as_json: bool) -> None:
     """Switch stages of RUN off and on, or weaken them: style=0 law=0.5.
 
     Nothing is trained and nothing is lost: 1 gives back what was, to the bit. From then on RUN
     is this mix for every command; RUN@STAGE stays what that stage ended in. Without strengths, they
-    are shown.
+    are shown. What the mix does to the rows of each stage is scored on those that the run kept.
     """
     need_run(run)
     folder, stage = split_address(run)
     if stage is not None:
         raise click.UsageError(f"RUN must be a whole run, not {run}; leave @{stage} out")
+    if best and strengths:
+        raise click.UsageError("--best searches the strengths; leave them out")
     chosen = read_strengths(strengths, default=None)
     quiet()
     from chainlora.runs.stages import set_stage_strengths, strengths_of
 
+    if best:
+        chosen, after, before = _searched(folder)
+        to_stderr(f"average {before:.4f} before, {after:.4f} with the best strengths")
     if chosen:
         set_stage_strengths(folder, chosen)
     found = strengths_of(folder)
+    matrix = None if no_scores else scored_matrix(run, compute=bool(chosen))
     if as_json:
-        print_json({"run": run, "strengths": found})
+        print_json({"run": run, "strengths": found, "matrix": matrix and matrix.as_dict()})
         return
+    if matrix is not None:
+        show_matrix(matrix)
     for name, strength in found.items():
         click.echo(f"{name}={strength:g}")
+
+
+def scored_matrix(run: str, speedups: Speedups = "auto", *, compute: bool = True) -> StageMatrix:
+    """Return the matrix of a run; cells that are missing are scored, with a bar on a terminal."""
+    from chainlora.cli.progress import evaluation_progress
+    from chainlora.evaluation.stages import stage_matrix
+
+    with evaluation_progress() as progress:
+
+        def tell(what: str, done: int, rows: int) -> None:
+            progress(done, rows)
+
+        return stage_matrix(run, speedups=speedups, progress=tell, compute=compute)
+
+
+def _searched(run: Path) -> tuple[dict[str, float], float, float]:
+    from chainlora.cli.progress import evaluation_progress
+    from chainlora.evaluation.stages import best_mix
+
+    with evaluation_progress() as progress:
+        return best_mix(run, progress=lambda what, done, rows: progress(done, rows))
+
+
+def show_matrix(matrix: StageMatrix) -> None:
+    """Print a row a state and a column a stage; nothing where no cell was scored."""
+    cells = [cell for row in matrix.grid for cell in row if cell is not None]
+    if not cells:
+        return
+    heads = {cell.stage: f"{cell.metric} of {_rows_of(cell)}" for cell in cells}
+    columns = [f"{stage} ({heads.get(stage, 'no rows kept')})" for stage in matrix.stages]
+    lines = [["after", *columns]]
+    for state, row in zip(matrix.states, matrix.grid, strict=True):
+        lines.append([state, *("–" if cell is None else f"{cell.value:.4f}" for cell in row)])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        padded = [text.rjust(width) for text, width in zip(line, widths, strict=True)]
+        click.echo("  ".join([line[0].ljust(widths[0]), *padded[1:]]))
+    for found in matrix.summaries():
+        turned = ", sign turned" if found.is_turned else ""
+        parts = [f"average {found.average:.4f}"]
+        if found.backward_transfer is not None:
+            parts.append(f"backward transfer {found.backward_transfer:+.4f}")
+        if found.forgetting is not None:
+            parts.append(f"forgetting {found.forgetting:+.4f}")
+        click.echo(f"{found.metric}{turned}: {', '.join(parts)}")
+
+
+def _rows_of(cell: Cell) -> str:
+    some = f"{cell.rows}" if cell.rows == cell.of else f"{cell.rows} of {cell.of}"
+    return f"{some} {cell.split}"

@@ -100,6 +100,7 @@ def train_and_show(
         _show_plan(stages, as_json)
         return
     from chainlora.cli.progress import show_links
+    from chainlora.cli.stages import scored_matrix, show_matrix
     from chainlora.training.stages import train_stages
 
     named = [key.split(".", 2)[-1] if key.startswith("stages.") else key for key, _ in overrides]
@@ -122,6 +123,7 @@ def train_and_show(
     show_links(run)
     for result in filter(None, results):
         _show_scores(result, f"{result['stage']}: ")
+    show_matrix(scored_matrix(str(run), compute=False))
     click.echo(f"run directory {run}")
 
 

@@ -15,6 +15,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,6 +29,7 @@ from chainlora.errors import RunError
 
 SAMPLE = 1000
 """Examples kept of each split: a few MB, and accuracy to 1.6 % (one standard error)."""
+ASKED = ("loss", "metrics", "metric", "stop", "max_new_tokens")
 _SPLITS = ("train", "validation", "test")
 _HASHES = ("prompts", "seen", "held_out")
 _FORMAT = 1
@@ -39,8 +41,8 @@ class Kept:
 
     `train` are the training examples of the smallest hashes, and `prompts` the hashes of their
     prompts; `validation` and `test` are the first ones in file order; `counts` says how many there
-    were of each split. `loss` is that of `Splits`, `bound` what `data.validation` held out
-    (`held_out_bound`), None where it was a file.
+    were of each split. `asked` is what `Splits` says of how they are scored (`ASKED`), `bound` what
+    `data.validation` held out (`held_out_bound`), None where it was a file.
     """
 
     train: Rows
@@ -50,8 +52,19 @@ class Kept:
     prompts: NDArray[np.int64]
     seen: NDArray[np.int64]
     held_out: NDArray[np.int64]
-    loss: str
+    asked: Mapping[str, Any]
     bound: int | None = None
+
+    @property
+    def loss(self) -> str:
+        """Return what a step minimised (`Splits.loss`)."""
+        return str(self.asked["loss"])
+
+    @property
+    def scored(self) -> tuple[str, Rows]:
+        """Return the split to score a stage by, test before validation before training rows."""
+        named = {"test": self.test, "validation": self.validation}
+        return next(((name, rows) for name, rows in named.items() if rows), ("train", self.train))
 
 
 def write_kept(path: Path, kept: Kept) -> None:
@@ -63,7 +76,7 @@ def write_kept(path: Path, kept: Kept) -> None:
     said = {
         "format": _FORMAT,
         "counts": dict(kept.counts),
-        "loss": kept.loss,
+        "asked": dict(kept.asked),
         "bound": kept.bound,
     }
     tensors = {name: torch.tensor(array) for name, array in arrays.items()}
@@ -90,7 +103,7 @@ def read_kept(path: Path) -> Kept:
             test,
             counts=said["counts"],
             **{name: arrays[name] for name in _HASHES},
-            loss=said["loss"],
+            asked=said["asked"],
             bound=said["bound"],
         )
     except (OSError, SafetensorError, ValueError, LookupError, TypeError) as error:

@@ -19,7 +19,7 @@ from chainlora.data.chat_templates import set_chat_template
 from chainlora.data.division import divide, pick, rows_again
 from chainlora.data.encoding import Options, detect_pairs
 from chainlora.data.encoding.tokens import TokenReader
-from chainlora.data.kept import SAMPLE, Kept
+from chainlora.data.kept import ASKED, SAMPLE, Kept
 from chainlora.data.mixture import Mixture, example_hashes, prompt_hashes
 from chainlora.data.preparing import make_rows
 from chainlora.data.rows import MemoryRows, Rows, first_of_row, joined
@@ -84,7 +84,7 @@ class Splits:
             prompts=prompt_hashes(firsts, self.num_front),
             seen=np.unique(hashes),
             held_out=np.unique(prompt_hashes(self.validation, self.num_front)),
-            loss=self.loss,
+            asked={name: getattr(self, name) for name in ASKED},
             bound=self.bound,
         )
 
@@ -164,6 +164,12 @@ def _mixture(data: DataConfig, files: Sequence[Rows]) -> Mixture | None:
     weights = [each.weight for each in data.train_files] or [1.0]
     weights = weights[len(weights) - len(files) :]  # of the first, all rows may be demonstrations
     return Mixture(tuple(map(len, files)), tuple(weights)) if files else None
+
+
+def check_files(data: DataConfig) -> None:
+    """Raise DataError for a file of rows that is not there. Reads none."""
+    if data.train is not None:
+        _file_sources(data)
 
 
 def check_pairs(data: DataConfig) -> None:

@@ -25,7 +25,9 @@ from chainlora.config.stages import (
     split_address,
     what_stages_share,
 )
+from chainlora.data.splits import check_files, check_pairs
 from chainlora.errors import ChainLoRAError, RunError
+from chainlora.evaluation.stages import stage_matrix
 from chainlora.runs.loading_start import load_start
 from chainlora.runs.reading import RunReader
 from chainlora.runs.resuming import changes
@@ -34,6 +36,7 @@ from chainlora.runs.stages import (
     alone_in,
     end_stage,
     folder_of,
+    open_run,
     place_of,
     read_stages,
 )
@@ -54,12 +57,17 @@ class StageState:
 
 
 def train_stages(
-    stages: Sequence[Stage], *, listener: Listener | None = None, change: Collection[str] = ()
+    stages: Sequence[Stage],
+    *,
+    listener: Listener | None = None,
+    change: Collection[str] = (),
+    matrix: bool = True,
 ) -> list[TrainResult | None]:
     """Train what is new of a chain's stages; return a result for each, None of what had ended.
 
     `change` names keys that the resume of a stopped stage may change
-    (`runs.resuming.CHANGEABLE`).
+    (`runs.resuming.CHANGEABLE`). With `matrix`, the rows that stages kept are scored after each
+    stage (`evaluation.stages`).
 
     Raises RunError where a stage that has ended is another one now, and what `train` raises.
     """
@@ -72,17 +80,22 @@ def train_stages(
             results.append(None)
         else:
             results.append(_train(stage, stages, where, tell, change))
+            _wait_for_all()
+            if matrix and is_first_launched():
+                _score(_run_of(stages))
+            _wait_for_all()
     return results
 
 
 def survey(stages: Sequence[Stage], change: Collection[str] = ()) -> list[StageState]:
     """Say where each stage is, all files of those that have ended checked. Trains nothing.
 
-    Raises RunError where the run holds other stages than these, or one of them with other contents.
+    Raises RunError where the run holds other stages than these, or one of them with other contents,
+    DataError where a new one has no rows.
     """
     run = _run_of(stages)
     if not (run / "chain.json").is_file() and not (run / STAGES).is_file():
-        return [StageState(stage.name, "new") for stage in stages]
+        return [_new(stage) for stage in stages]
     known = _known(run, stages)
     return [_state_of(stage, stage.name in known, change) for stage in stages]
 
@@ -141,10 +154,22 @@ def _known(run: Path, stages: Sequence[Stage]) -> list[str]:
     return known
 
 
+def _new(stage: Stage) -> StageState:
+    """Refuse what the files of a stage tell, before hours of the stages before it."""
+    try:
+        check_files(stage.config.data)
+        if stage.config.train.loss == "dpo":
+            check_pairs(stage.config.data)
+    except ChainLoRAError as error:
+        error.args = (f"stage {stage.name!r}: {error}",)
+        raise
+    return StageState(stage.name, "new")
+
+
 def _state_of(stage: Stage, has_ended: bool, change: Collection[str]) -> StageState:
     reader = RunReader(stage.config.output or "")
     if not has_ended and not reader.exists:
-        return StageState(stage.name, "new")
+        return _new(stage)
     manifest = reader.verify()
     is_finished = has_ended and reader.is_finished(manifest)
     try:
@@ -181,6 +206,19 @@ def _train(
     if num_launched() > 1:  # the others read the stages next
         PartialState(cpu=not torch.accelerator.is_available()).wait_for_everyone()
     return result
+
+
+def _wait_for_all() -> None:
+    """Let all processes come here: the first one writes what the others read next."""
+    if num_launched() > 1:
+        PartialState(cpu=not torch.accelerator.is_available()).wait_for_everyone()
+
+
+def _score(run: Path) -> None:
+    """Score all stages in all states, where there are several and they kept rows."""
+    manifest = open_run(run).manifest()
+    if len(manifest.stages) > 1 and manifest.kept:
+        stage_matrix(run)
 
 
 def _start(stage: Stage, run: Path, is_first: bool) -> Start:

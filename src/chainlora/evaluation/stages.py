@@ -1,0 +1,307 @@
+"""The matrix of a run: the rows of every stage scored in every state that the run has been in.
+
+    RUN/matrix.jsonl    a JSON object a cell: digest of the state, stage, split, metric, value, rows
+
+A state is the base, the end of a stage, or the mix that the run is now; a cell is found by the
+digest of its state, so that after a stage was switched off nothing passes for the end of the last
+one. The rows are those that the run kept, so that the data files may have changed or gone; a number
+is computed once. What matrices say in one number is in `evaluation.matrix`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from chainlora import files
+from chainlora.chain.chain import Chain
+from chainlora.chain.holding import hold_for
+from chainlora.config.stages import split_address
+from chainlora.data.kept import Kept
+from chainlora.data.rows import MemoryRows, Rows
+from chainlora.engine.engine import Engine, Speedups
+from chainlora.errors import RunError
+from chainlora.evaluation.evaluate import Evaluation, evaluate
+from chainlora.evaluation.matrix import MatrixSummary, summarise_matrix
+from chainlora.evaluation.metrics import is_higher_better
+from chainlora.evaluation.preferences import judge_pairs
+from chainlora.models.finding import resolve_model
+from chainlora.runs.manifest import LinkEntry, state_digest
+from chainlora.runs.opening import load_run
+from chainlora.runs.reading import RunReader
+from chainlora.runs.stages import open_run, read_stages
+
+MATRIX = "matrix.jsonl"
+BASE, NOW = "base", "now"
+_TRIED = (1.0, 0.75, 0.5, 0.25, 0.0)  # an equal one is not taken: the first wins
+
+Progress = Callable[[str, int, int], None]
+"""Told (state and stage, rows done, rows) as cells are scored."""
+Strengths = Mapping[int, float]  # by link id
+
+
+@dataclass(frozen=True)
+class Cell:
+    """The score of a stage's rows in a state: `rows` of the `of` that there were.
+
+    `error` is the standard error over the rows, 0 where a metric has none.
+    """
+
+    state: str
+    stage: str
+    split: str
+    metric: str
+    value: float
+    error: float
+    rows: int
+    of: int
+
+
+@dataclass(frozen=True)
+class StageMatrix:
+    """Scores by state and stage.
+
+    `states` are the base, the ends of stages, and ``now`` where the run is another mix than the
+    last end; `grid` has a row for each, and a column for each stage, None where it kept no rows.
+    """
+
+    stages: list[str]
+    states: list[str]
+    grid: list[list[Cell | None]]
+
+    def summaries(self) -> list[MatrixSummary]:
+        """Return average, backward transfer and forgetting; none where cells are missing."""
+        ends = [row for state, row in zip(self.states, self.grid, strict=True) if state != NOW]
+        whole = [[cell for cell in row if cell is not None] for row in ends]
+        if len(ends) != len(self.stages) + 1 or any(len(r) < len(self.stages) for r in whole):
+            return []
+        values = [[cell.value for cell in row] for row in whole]
+        return summarise_matrix(values, self.stages, [cell.metric for cell in whole[0]])
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return all of it as JSON takes it."""
+        cells = [[cell and asdict(cell) for cell in row] for row in self.grid]
+        rows = dict(zip(self.states, cells, strict=True))
+        return {
+            "stages": self.stages,
+            "states": rows,
+            "summaries": [asdict(summary) for summary in self.summaries()],
+        }
+
+
+def stage_matrix(
+    run: str | Path,
+    *,
+    speedups: Speedups = "auto",
+    progress: Progress | None = None,
+    compute: bool = True,
+) -> StageMatrix:
+    """Return the matrix of a run; cells that were never scored are, if `compute`, and are kept.
+
+    Raises RunError for a run that kept no rows, and what loading it raises.
+    """
+    folder, _ = split_address(run)
+    reader = open_run(folder)
+    kept, states = reader.kept(), dict(_states(folder, reader))
+    known = {(cell.state, cell.stage): cell for cell in _read(folder)}
+    stages = [stage for stage in reader.manifest().stages if stage in kept]
+    if compute and not stages:
+        raise RunError(
+            "a matrix scores the rows that the stages of a run kept",
+            f"none in {folder}",
+            "train with data.keep_rows: true",
+        )
+    digests = {name: _digest(reader, strengths) for name, strengths in states.items()}
+    missing = [
+        (name, stage)
+        for name, digest in digests.items()
+        for stage in stages
+        if (digest, stage) not in known
+    ]
+    if compute and missing:
+        scorer = Scorer(reader, kept, speedups, progress)
+        for name in dict.fromkeys(name for name, _ in missing):
+            wanted = [stage for state, stage in missing if state == name]
+            for cell in scorer.score(name, states[name], wanted):
+                known[cell.state, cell.stage] = cell
+        _write(folder, list(known.values()))
+    names = reader.manifest().stages
+    grid = [[known.get((digest, stage)) for stage in names] for digest in digests.values()]
+    return StageMatrix(names, list(digests), grid)
+
+
+def best_mix(
+    run: str | Path, *, speedups: Speedups = "auto", progress: Progress | None = None
+) -> tuple[dict[str, float], float, float]:
+    """Return the strengths of stages with the best average, that average, and the one there is now.
+
+    The average is that of the matrix, over the rows of all stages that kept some; of a loss, the
+    less the better. Strengths 0, ¼, ½, ¾ and 1 are tried stage by stage, the last stage first,
+    until none changes. Nothing is trained, and nothing of the run is changed. Chosen on the
+    validation rows where there are any, so that test rows stay evidence.
+
+    Raises RunError where stages are judged by different metrics, which have no average.
+    """
+    folder, _ = split_address(run)
+    reader = open_run(folder)
+    kept, entries = reader.kept(), reader.manifest().loaded
+    stages = [stage for stage in reader.manifest().stages if stage in kept]
+    metrics = {"accuracy" if k.loss == "dpo" else str(k.asked["metric"]) for k in kept.values()}
+    if len(metrics) != 1 or not stages:
+        raise RunError(
+            "a mix is searched by one metric of all stages",
+            ", ".join(sorted(metrics)) or "no rows kept",
+            "name the strengths",
+        )
+    chosen = {
+        name: replace(k, test=MemoryRows()) if k.validation else k for name, k in kept.items()
+    }
+    scorer = Scorer(reader, chosen, speedups, progress)
+    sign = 1 if is_higher_better(metrics.pop()) else -1
+
+    @cache
+    def average(strengths: tuple[tuple[str, float], ...]) -> float:
+        of = dict(strengths)
+        state = {entry.id: of[entry.stage] for entry in entries}
+        return sign * fmean(cell.value for cell in scorer.score("mix", state, stages))
+
+    now = {entry.stage: entry.strength for entry in entries}
+    best, before = dict(now), None
+    while best != before:
+        before = dict(best)
+        for name in reversed(now):
+            tries = [best | {name: strength} for strength in (best[name], *_TRIED)]
+            best = max(tries, key=lambda each: average(tuple(each.items())))
+    return best, sign * average(tuple(best.items())), sign * average(tuple(now.items()))
+
+
+class Scorer:
+    """Scores the kept rows of stages in states of one run, whose base is loaded once."""
+
+    def __init__(
+        self,
+        reader: RunReader,
+        kept: Mapping[str, Kept],
+        speedups: Speedups = "auto",
+        progress: Progress | None = None,
+    ) -> None:
+        self.reader, self.kept, self.speedups = reader, kept, speedups
+        self.progress = progress or (lambda what, done, rows: None)
+        model, self.tokenizer = load_run(reader, num_links=0, as_trained=True)
+        base = resolve_model(reader.manifest().base.model)
+        self.chain = Chain(model, hold=hold_for(model), checkpoint=base)
+        for link in RunReader(reader.path).load_links():
+            self.chain.add(link)
+        self._references: dict[str, list[list[float]]] = {}
+
+    def score(self, name: str, strengths: Strengths, stages: Sequence[str]) -> Iterator[Cell]:
+        """Yield a cell for each of `stages`, in the state of these strengths (others are 0)."""
+        for stage in stages:
+            if self.kept[stage].loss == "dpo" and stage not in self._references:
+                self._references[stage] = self._reference(stage)
+        with self._engine(strengths) as engine:
+            for stage in stages:
+                yield self._cell(engine, f"{name}: {stage}", _digest(self.reader, strengths), stage)
+
+    def _engine(self, strengths: Strengths) -> Engine:
+        self.chain.set_strengths({id: strengths.get(id, 0.0) for id in self.chain.strengths})
+        return Engine(self.chain.model, speedups=self.speedups, training=False)
+
+    def _cell(self, engine: Engine, what: str, state: str, stage: str) -> Cell:
+        kept = self.kept[stage]
+        split, rows = kept.scored
+
+        def tell(done: int, total: int) -> None:
+            self.progress(what, done, total)
+
+        metric = str(kept.asked["metric"])
+        if kept.loss == "dpo":
+            scores = engine.scores(rows[:], progress=tell)
+            metric, found = "accuracy", judge_pairs(rows, scores, self._references[stage], 1.0)
+        else:
+            found = evaluate(
+                engine.model,
+                rows[:],
+                engine=engine,
+                metrics=[metric],
+                tokenizer=self.tokenizer,
+                stop=kept.asked["stop"],
+                max_new_tokens=kept.asked["max_new_tokens"],
+                progress=tell,
+            )
+        value, error = found.metrics[metric], _standard_error(found, metric)
+        return Cell(state, stage, split, metric, value, error, len(rows), kept.counts[split])
+
+    def _reference(self, stage: str) -> list[list[float]]:
+        """Return what pairs score in the state that their stage began on."""
+        entries = self.reader.manifest().loaded
+        first = next(place for place, entry in enumerate(entries) if entry.stage == stage)
+        raw = RunReader(self.reader.path).manifest().loaded[:first]
+        rows: Rows = self.kept[stage].scored[1]
+        with self._engine({entry.id: entry.strength for entry in raw}) as engine:
+            return engine.scores(rows[:])
+
+
+def _standard_error(found: Evaluation, metric: str) -> float:
+    """Return the standard error of a mean over rows; of a loss, as if all rows weighed the same."""
+    rows = found.predictions
+    if metric == "accuracy":
+        values = [float(row["prediction"] == row["label"]) for row in rows]
+    elif metric == "loss" and all(len(row["scores"]) == 1 for row in rows):
+        values = [-row["scores"][0] for row in rows]
+    else:
+        return 0.0
+    return stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+
+
+def _states(run: Path, reader: RunReader) -> Iterator[tuple[str, Strengths]]:
+    """Yield the states of a run by name: the base, the end of each stage, the mix it is now."""
+    yield BASE, {}
+    ended, entries = read_stages(run).names, RunReader(reader.path).manifest().loaded
+    last: Strengths = {}
+    for name in reader.manifest().stages:
+        if name in ended:
+            last = _strengths(open_run(f"{run}@{name}").manifest().loaded)
+        else:  # of a run that this one was forked from
+            place = max(p for p, entry in enumerate(entries) if entry.stage == name)
+            last = _strengths(entries[: place + 1])
+        yield name, last
+    now = _strengths(reader.manifest().loaded)
+    if now != last:
+        yield NOW, now
+
+
+def _strengths(entries: Sequence[LinkEntry]) -> dict[int, float]:
+    return {entry.id: entry.strength for entry in entries if entry.strength}
+
+
+def _digest(reader: RunReader, strengths: Strengths) -> str:
+    """Return the digest of a state: of the links that add something to it."""
+    manifest = reader.manifest()
+    entries = [
+        entry.model_copy(update={"strength": strengths[entry.id]})
+        for entry in manifest.loaded
+        if strengths.get(entry.id)
+    ]
+    return state_digest(manifest.base.fingerprint, entries)
+
+
+def _read(run: Path) -> list[Cell]:
+    try:
+        lines = (run / MATRIX).read_text(encoding="utf-8").splitlines()
+        return [Cell(**json.loads(line)) for line in lines]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, TypeError) as error:
+        raise RunError(
+            f"{MATRIX} must be as it was written", f"{error} in {run}", "delete it: it is made anew"
+        ) from None
+
+
+def _write(run: Path, cells: Sequence[Cell]) -> None:
+    files.write_text(run / MATRIX, "".join(json.dumps(asdict(cell)) + "\n" for cell in cells))
