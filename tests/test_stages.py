@@ -23,6 +23,7 @@ from chainlora.training.stages import extension, survey, train_stages
 @pytest.fixture
 def config(tiny_folder, sentiment, tmp_path):
     """Return a config of two stages: three links on all rows, two on rows of another order."""
+    sentiment = shutil.copytree(sentiment, tmp_path / "rows")
     rows = (sentiment / "train.jsonl").read_text().splitlines()
     (tmp_path / "more.jsonl").write_text("\n".join(rows[::-1][:12]) + "\n")
     shared = settings(tiny_folder, sentiment, tmp_path / "run")
