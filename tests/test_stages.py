@@ -15,7 +15,9 @@ from chainlora.cli.main import run as cli
 from chainlora.config.stages import make_stages
 from chainlora.errors import ChainLoRAError, ConfigError, RunError
 from chainlora.evaluation.stages import best_mix, stage_matrix
-from chainlora.files import checksums
+from chainlora.files import checksums, sha256
+from chainlora.runs.inspection import inspect_run
+from chainlora.runs.pruning import prune_stage
 from chainlora.runs.stages import open_run, read_stages, set_stage_strengths
 from chainlora.training.stages import extension, survey, train_stages
 
@@ -336,3 +338,97 @@ def test_rows_that_are_not_kept_are_missing_from_the_matrix(config, tmp_path):
     found = stage_matrix(tmp_path / "run")
     assert [[cell is None for cell in row] for row in found.grid] == [[True, False]] * 3
     assert found.summaries() == []
+
+
+# --- prune ---
+
+
+@pytest.fixture
+def three(config, tmp_path) -> dict:
+    """Return a config of three stages, trained: facts (links 0 to 2), style (3, 4), law (5, 6)."""
+    law = stage_of(config, "style") | {"name": "law"}
+    law["data"] = stage_of(config, "facts")["data"] | {"num_train": 20}
+    config["stages"].append(law)
+    config["stages"][1]["train"] = {"eval_every": 1, "keep_best": True}
+    train_stages(make_stages(config))
+    return config
+
+
+def test_a_pruned_stage_is_nowhere_and_later_ones_are_what_they_were_without(three, tmp_path):
+    run = tmp_path / "run"
+    without = {name: logits(open_run(run, name.split(","))) for name in ("facts,law", "law")}
+    losses = [row["loss"] for row in inspect_run(run)["links"] if row["stage"] == "law"]
+    hashes = {
+        stage: {sha256(p) for p in run.rglob("*") if _is_of(p, stage)}
+        for stage in ("style", "facts")
+    }
+    for stage, left in (("style", "facts,law"), ("facts", "law")):
+        for _ in range(2):
+            prune_stage(run, stage)
+        assert hashes[stage].isdisjoint(files_of(run).values())
+        assert not [p for p in run.rglob("*") if stage in p.name and p != run / "stages/style"]
+        assert torch.equal(logits(run), without[left])
+        assert torch.equal(logits(f"{run}@law"), without[left])
+        assert [found.state for found in survey(make_stages(three))][-1] == "finished"
+        assert train_stages(make_stages(three)) == [None] * 3
+        found = inspect_run(run)["links"]
+        assert [row["loss"] for row in found if row["stage"] == "law"] == losses
+        with pytest.raises(RunError, match=r"which was pruned.*name one"):
+            open_run(f"{run}@{stage}")
+        with pytest.raises(RunError, match="must be one of"):
+            set_stage_strengths(run, {stage: 1})
+    with pytest.raises(RunError, match=r"must keep a stage.*its only one"):
+        prune_stage(run, "law")
+
+
+def _is_of(path: Path, stage: str) -> bool:
+    """Say whether a file holds rows of a stage, or weights that were tuned on them."""
+    links = {"facts": ("000", "001", "002"), "style": ("003", "004")}[stage]
+    is_link = path.parent.name in links or (stage == "style" and "best" in path.parts)
+    return path.suffix == ".safetensors" and (is_link or path.stem == stage)
+
+
+def test_names_and_ids_of_a_pruned_stage_are_not_used_again(three, tmp_path):
+    run, style = tmp_path / "run", stage_of(three, "style")
+    for stage in ("law", "style"):
+        prune_stage(run, stage)
+    assert [link.id for link in open_run(run).load_links()] == [0, 1, 2]
+    with pytest.raises(RunError, match="'law', which was pruned"):
+        train_stages(extension(run, style | {"name": "law"}))
+    train_stages(extension(run, style | {"name": "new"}))
+    assert [link.id for link in open_run(run).load_links()][:4] == [0, 1, 2, 7]
+    three["stages"] = [three["stages"][0], style | {"name": "new"}]
+    assert train_stages(make_stages(three)) == [None] * 2  # left out of the config
+
+
+def test_a_fork_is_pruned_of_its_parents_stage(three, tmp_path):
+    run, fork = tmp_path / "run", tmp_path / "fork"
+    own = stage_of(three, "law") | {"name": "new", "output": str(fork)}
+    train_stages(extension(f"{run}@style", own))
+    before = files_of(run)
+    prune_stage(fork, "facts")
+    assert open_run(fork).manifest().stages == ["style", "new"]
+    assert list(open_run(fork).kept()) == ["style", "new"]
+    with pytest.raises(RunError, match="must be one of style, new"):
+        prune_stage(fork, "facts")
+    assert files_of(run) == before
+
+
+def test_what_cannot_be_pruned_is_refused_and_the_command_asks_first(three, tmp_path, capsys):
+    run = tmp_path / "run"
+    before = files_of(run)
+    assert cli(["prune", str(run), "style"]) == 1
+    shown = capsys.readouterr()
+    assert "would delete" in shown.out
+    assert "no --yes" in shown.err
+    assert cli(["prune", str(run), "nope", "--yes"]) == 1
+    assert cli(["prune", f"{run}@style", "style", "--yes"]) == 2
+    (run / "stages/begun").mkdir()
+    assert cli(["prune", str(run), "style", "--yes"]) == 1
+    assert "half trained" in capsys.readouterr().err
+    (run / "stages/begun").rmdir()
+    assert files_of(run) == before
+    assert cli(["prune", str(run), "style", "--yes", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["again"] == [f"chainlora extend {run}@facts law.yaml --name law --output FOLDER"]
+    assert not any(Path(path).exists() for path in found["files"])

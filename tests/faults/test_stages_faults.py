@@ -31,6 +31,7 @@ from chainlora.errors import ChainLoRAError, RunError
 from chainlora.files import checksums, write_json
 from chainlora.models.identity import tokenizer_files
 from chainlora.runs.loading_start import with_start
+from chainlora.runs.pruning import prune_stage
 from chainlora.runs.stages import alone_in, open_run, set_stage_strengths
 from chainlora.training.stages import extension, survey, train_stages
 
@@ -107,12 +108,17 @@ def _mix(world: World, where: Path) -> None:
     set_stage_strengths(where / "run", {"facts": 0.5, "taste": 0})
 
 
+def _prune(world: World, where: Path, stage: str = "facts") -> None:
+    prune_stage(where / "run", stage)
+
+
 # Verb → what it does, and the run that it is done to.
 VERBS: dict[str, tuple[Callable[[World, Path], None], str | None]] = {
     "train": (_train, None),
     "extend": (_extend, "one"),
     "fork": (_fork, "one"),
     "mix": (_mix, "two"),
+    "prune": (_prune, "two"),
 }
 
 
@@ -205,9 +211,11 @@ def _sample(verb: str, kinds: list[str], size: int, world: World) -> list[tuple[
     [
         ("extend", 4),
         ("mix", 2),
+        ("prune", 4),
         pytest.param("extend", 40, marks=pytest.mark.slow),
         pytest.param("fork", 24, marks=pytest.mark.slow),
         pytest.param("mix", 99, marks=pytest.mark.slow),
+        pytest.param("prune", 200, marks=pytest.mark.slow),
         pytest.param("train", 24, marks=pytest.mark.slow),
     ],
 )

@@ -24,7 +24,7 @@ from chainlora.cli.export import export
 from chainlora.cli.generate import chat, generate
 from chainlora.cli.report import inspect, report
 from chainlora.cli.schema import schema
-from chainlora.cli.stages import extend, mix
+from chainlora.cli.stages import extend, mix, prune
 from chainlora.cli.tasks import tasks
 from chainlora.cli.train import demo, train
 from chainlora.errors import (
@@ -137,7 +137,7 @@ def cli(context: click.Context, debug: bool) -> None:
     _refuse_processes(context.invoked_subcommand)
 
 
-for _verb in (demo, train, extend, mix, evaluate, generate, chat, inspect):
+for _verb in (demo, train, extend, mix, prune, evaluate, generate, chat, inspect):
     cli.add_command(_verb)
 for _verb in (report, export, tasks, experiment, compare, convert_config, doctor, schema):
     cli.add_command(_verb)

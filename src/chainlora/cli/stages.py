@@ -1,4 +1,4 @@
-"""The verbs of stages: `chainlora extend` and `chainlora mix`."""
+"""The verbs of stages: `chainlora extend`, `mix` and `prune`."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from chainlora.cli.common import (
     words_and_overrides,
 )
 from chainlora.config.stages import split_address
+from chainlora.errors import ConfigError
 
 if TYPE_CHECKING:
     from chainlora.engine.engine import Speedups
@@ -143,3 +144,44 @@ def show_matrix(matrix: StageMatrix) -> None:
 def _rows_of(cell: Cell) -> str:
     some = f"{cell.rows}" if cell.rows == cell.of else f"{cell.rows} of {cell.of}"
     return f"{some} {cell.split}"
+
+
+@click.command(context_settings=HELP)
+@click.argument("run", type=click.Path())
+@click.argument("stage")
+@click.option("--yes", is_flag=True, help="Delete it. Without, say what would be deleted.")
+@json_option
+def prune(run: str, stage: str, yes: bool, as_json: bool) -> None:
+    """Delete STAGE of RUN for good: links, kept rows, reference, records, result, pictures.
+
+    The copies that later stages have of them are deleted too: they were tuned on top of these
+    links, and go on without them. Its config stays, and its name is never used again. Without --yes
+    nothing is deleted, and the exit status is 1. To switch a stage off, and on again, take mix.
+    """
+    need_run(run)
+    folder, at = split_address(run)
+    if at is not None:
+        raise click.UsageError(f"RUN must be a whole run, not {run}; leave @{at} out")
+    quiet()
+    from chainlora.models.hashing import cache_dir
+    from chainlora.runs.pruning import plan_pruning, prune_stage
+
+    found = (prune_stage if yes else plan_pruning)(folder, stage)
+    gone, begin = [str(path) for path in found.gone], f"{run}@{found.before}"
+    fork = f"chainlora extend {begin} {{0}}.yaml --name {{0}} --output FOLDER"
+    again = [fork.format(name) for name in found.later if found.before is not None]
+    if as_json:
+        print_json({"run": run, "stage": stage, "deleted": yes, "files": gone, "again": again})
+    else:
+        for path in gone or ["nothing: it was pruned before"]:
+            click.echo(f"{'deleted' if yes else 'would delete'} {path}")
+        if found.later:
+            names = ", ".join(found.later)
+            how = "".join(f"\n  {line}" for line in again) or " chainlora train, without the stage"
+            click.echo(f"stays: {names}, tuned on top of it; to train again what they were:{how}")
+        rows = cache_dir() / "rows"
+        click.echo("stays: its data files, forks (prune them too), exports, predictions, reports")
+        if rows.is_dir():
+            click.echo(f"may hold its rows, and can be deleted at any time: {rows}")
+    if not yes:
+        raise ConfigError("`prune` deletes for good only when told so", "no --yes", "add --yes")

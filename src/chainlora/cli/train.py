@@ -140,6 +140,7 @@ def _show_plan(stages: Sequence[Stage], as_json: bool) -> None:
         rows = stage.config.data.train or stage.config.data.task
         does = {
             "finished": "finished, nothing to do",
+            "pruned": "pruned, nothing to do",
             "stopped": f"goes on from step {where.step}",
             "new": f"would train links of rank {ranks or 'none'} on {rows}",
         }

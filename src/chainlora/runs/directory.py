@@ -79,13 +79,8 @@ from chainlora.runs.resuming import (
 )
 from chainlora.runs.start import NOTHING, Start
 
-_GROWING = (
-    "links",
-    "rows",
-    "moments",
-    "best",
-    "checkpoints",
-)  # folders whose entries the manifest names
+# Folders whose entries the manifest names.
+GROWING = ("links", "rows", "moments", "best", "checkpoints")
 
 
 @cache
@@ -363,7 +358,7 @@ class RunDirectory(RunReader):
 
     def _hash_folder(self, directory: str) -> None:
         found = files.checksums(self / directory)
-        self._hashes = {k: v for k, v in self._hashes.items() if not _is_in(k, {directory})}
+        self._hashes = {k: v for k, v in self._hashes.items() if not is_in(k, {directory})}
         self._hashes |= {f"{directory}/{name}": digest for name, digest in found.items()}
 
     def _replace(self, manifest: Manifest, *, result: str | None = None) -> None:
@@ -372,7 +367,7 @@ class RunDirectory(RunReader):
         A new state has no result yet, so that the result of an earlier one can be overwritten.
         """
         named = manifest.named
-        hashes = {name: digest for name, digest in self._hashes.items() if _is_in(name, named)}
+        hashes = {name: digest for name, digest in self._hashes.items() if is_in(name, named)}
         hashes |= {RESULT: result} if result else {}
         update = {
             "format": FORMAT,
@@ -390,7 +385,7 @@ class RunDirectory(RunReader):
     def _remove_unnamed(self) -> None:
         """Remove what of the growing folders the manifest does not name."""
         named = self._need_current().named
-        for folder in (self / name for name in _GROWING):
+        for folder in (self / name for name in GROWING):
             entries = list(folder.iterdir()) if folder.is_dir() else []
             for entry in entries:
                 if f"{folder.name}/{entry.name}" not in named:
@@ -400,7 +395,7 @@ class RunDirectory(RunReader):
                     folder.rmdir()
 
     def _remove_scratch(self) -> None:
-        for folder in (self.path, *(self / name for name in _GROWING)):
+        for folder in (self.path, *(self / name for name in GROWING)):
             with files.reported(folder):
                 files.remove_scratch(folder)
 
@@ -502,6 +497,6 @@ def _begun_on(manifest: Manifest) -> dict[str, str]:
     return {"begun_on": f"rows {manifest.rows}, state {manifest.started_on}"}
 
 
-def _is_in(name: str, named: Collection[str]) -> bool:
+def is_in(name: str, named: Collection[str]) -> bool:
     """Say whether a file, or a folder that it lies in, is among those named."""
     return name in named or any(str(parent) in named for parent in PurePosixPath(name).parents)

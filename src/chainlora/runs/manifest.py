@@ -166,6 +166,7 @@ class Manifest(_Part):
     stage: str = STAGE
     first: Count = 0
     first_id: Count = 0
+    pruned: Count = 0  # links of earlier stages that were deleted since
     moments: Annotated[str, Field(pattern=r"^moments/\d{3,}\.safetensors$")] | None = None
     checkpoint: Checkpoint | None = None
     selected: Selection | None

@@ -89,9 +89,14 @@ class RunReader:
         return _changed(make_config(tree), manifest.changes if manifest else ())
 
     def records(self) -> list[Record]:
-        """Read ``metrics.jsonl``, the records that the manifest knows checked against it."""
-        check_records(self / "metrics.jsonl", self.manifest().records)
-        return read_records(self / "metrics.jsonl")
+        """Read ``metrics.jsonl``, the records that the manifest knows checked against it.
+
+        Links are numbered as they are now, without those that were pruned.
+        """
+        manifest = self.manifest()
+        check_records(self / "metrics.jsonl", manifest.records)
+        found = read_records(self / "metrics.jsonl")
+        return [{**r, "link": r["link"] - manifest.pruned} if "link" in r else r for r in found]
 
     def result(self) -> Record | None:
         """Read ``result.json``, checked; None of a run that has not finished, or a saved chain."""

@@ -36,10 +36,14 @@ class _Part(BaseModel):
 
 
 class StageEntry(_Part):
-    """A stage that has ended: its name and the digest of the state at its end."""
+    """A stage that has ended: its name and the digest of the state at its end.
+
+    Of one that was pruned (`runs.pruning`), the name and the ids of its links are taken for ever.
+    """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z][\w-]{0,63}$")]
     state: str
+    pruned: bool = False
 
 
 class Stages(_Part):
@@ -53,6 +57,16 @@ class Stages(_Part):
     def names(self) -> list[str]:
         """Return the names of the stages that have ended, in their order."""
         return [stage.name for stage in self.stages]
+
+    @property
+    def here(self) -> list[str]:
+        """Return the names of those that were not pruned."""
+        return [stage.name for stage in self.stages if not stage.pruned]
+
+    @property
+    def last(self) -> int:
+        """Return the place of the stage that the run is loaded as."""
+        return self.names.index(self.here[-1])
 
 
 # --- addresses ---
@@ -77,7 +91,7 @@ def open_run(
     if not is_run(run):
         return RunReader(run)
     found = read_stages(run)
-    place = len(found.names) - 1 if name is None else place_of(found, name, run)
+    place = found.last if name is None else place_of(found, name, run)
     folder, strengths = folder_of(run, found, place), found.strengths if name is None else {}
     if stages is not None:
         chosen = stages if isinstance(stages, Mapping) else dict.fromkeys(stages, 1.0)
@@ -98,10 +112,8 @@ def records_of_stages(address: Address) -> dict[str, list[Record]]:
     if not (run / STAGES).is_file():
         return {}
     found = read_stages(run)
-    folders = [folder_of(run, found, place) for place in range(len(found.names))]
-    return {
-        name: RunReader(folder).records() for name, folder in zip(found.names, folders, strict=True)
-    }
+    folders = {name: folder_of(run, found, place_of(found, name, run)) for name in found.here}
+    return {name: RunReader(folder).records() for name, folder in folders.items()}
 
 
 def _names_in(folder: Path, chosen: Iterable[str]) -> list[str]:
@@ -116,11 +128,10 @@ def _names_in(folder: Path, chosen: Iterable[str]) -> list[str]:
 
 
 def place_of(found: Stages, name: str, run: Path) -> int:
-    """Return the place of a stage. Raises RunError where none of that name has ended."""
-    if name not in found.names:
-        raise RunError(
-            f"a stage must be one of {', '.join(found.names)}", f"{name!r} for {run}", "name one"
-        )
+    """Return the place of a stage. Raises RunError for one that has not ended, or was pruned."""
+    if name not in found.here:
+        what = f"{name!r}{', which was pruned,' if name in found.names else ''} for {run}"
+        raise RunError(f"a stage must be one of {', '.join(found.here)}", what, "name one")
     return found.names.index(name)
 
 
@@ -189,7 +200,7 @@ def set_stage_strengths(run: Path, strengths: Mapping[str, float]) -> None:
     """
     with alone_in(run):
         found = read_stages(run)
-        folder = folder_of(run, found, len(found.names) - 1)
+        folder = folder_of(run, found, found.last)
         _names_in(folder, strengths)
         merged = found.strengths | {name: float(value) for name, value in strengths.items()}
         RunReader(folder, merged).load_links()  # refuses what is not a sum

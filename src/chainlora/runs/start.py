@@ -48,13 +48,19 @@ def start_of(reader: RunReader, stage: str) -> Start:
     those that the run had planned, whether all of its links were made or not.
     """
     manifest = reader.manifest()
-    planned = len(reader.config().chain.ranks) if manifest.has_run else 0
     return Start(
         stage,
         tuple(reader.links_of(manifest)),
         tuple(manifest.loaded),
-        max(manifest.next_id, manifest.first_id + planned),
+        next_id_after(reader),
         manifest.base,
         tokenizer=reader.tokenizer(manifest),
         kept=reader.kept(),
     )
+
+
+def next_id_after(reader: RunReader) -> int:
+    """Return the id of the first link of a stage that comes after a run."""
+    manifest = reader.manifest()
+    planned = len(reader.config().chain.ranks) if manifest.has_run else 0
+    return max(manifest.next_id, manifest.first_id + planned)

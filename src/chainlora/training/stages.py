@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,7 +40,7 @@ from chainlora.runs.stages import (
     place_of,
     read_stages,
 )
-from chainlora.runs.start import NOTHING, Start
+from chainlora.runs.start import NOTHING, Start, next_id_after
 from chainlora.training.events import Listener, StageBegins
 from chainlora.training.loop import train
 from chainlora.training.processes import is_first_launched, num_launched
@@ -52,7 +52,7 @@ class StageState:
     """Where a stage is: `step` and `links` are those that a resume begins from."""
 
     name: str
-    state: Literal["finished", "stopped", "new"]
+    state: Literal["finished", "pruned", "stopped", "new"]
     step: int = 0
 
 
@@ -76,7 +76,7 @@ def train_stages(
     results: list[TrainResult | None] = []
     for stage, where in zip(stages, found, strict=True):
         tell(StageBegins(where.step, stage.name, where.state))
-        if where.state == "finished":
+        if where.state in ("finished", "pruned"):
             results.append(None)
         else:
             results.append(_train(stage, stages, where, tell, change))
@@ -96,8 +96,13 @@ def survey(stages: Sequence[Stage], change: Collection[str] = ()) -> list[StageS
     run = _run_of(stages)
     if not (run / "chain.json").is_file() and not (run / STAGES).is_file():
         return [_new(stage) for stage in stages]
-    known = _known(run, stages)
-    return [_state_of(stage, stage.name in known, change) for stage in stages]
+    known, here = _known(run, stages), read_stages(run).here
+    return [
+        StageState(stage.name, "pruned")
+        if stage.name in known and stage.name not in here
+        else _state_of(stage, stage.name in known, change)
+        for stage in stages
+    ]
 
 
 def extension(
@@ -113,28 +118,31 @@ def extension(
         ConfigError: a stage without a name, or with keys that a stage cannot have.
         RunError: a stage that is not the last, and no `output`.
     """
-    run, last = split_address(address)
+    run, named = split_address(address)
     own = {key: value for key, value in section.items() if key != "output"}
     for key, value in overrides:
         set_key(own, key, value)
     output = own.pop("output", section.get("output"))
     name = check_name(own.get("name"))
     found = read_stages(run)
-    before = found.names[: found.names.index(name)] if name in found.names else found.names
+    before = found.names
+    if output is None and name in before:
+        before = before[: place_of(found, name, run)]
     if not before:
         raise RunError("an extension must come after a stage", f"{name!r}, the first", "rename it")
-    last = last or before[-1]
-    if output is None and last != before[-1]:
+    last = before[-1] if named is None else found.names[place_of(found, named, run)]
+    goes_on = [each for each in before if each in found.here][-1:]
+    if output is None and last not in (before[-1], *goes_on):
         raise RunError(
-            f"a run goes on at its last stage, {before[-1]} (got {address}); give --output for a "
-            "fork that begins there"
+            f"a run goes on at its last stage, {(goes_on or before)[-1]} (got {address}); give "
+            "--output for a fork that begins there"
         )
     folders = [folder_of(run, found, place) for place in range(len(before))]
     stages = [
         Stage(each, RunReader(folder).config().model_copy(update={"output": str(folder)}))
         for each, folder in zip(before, folders, strict=True)
     ]
-    shared = what_stages_share(stages[place_of(found, last, run)].config)
+    shared = what_stages_share(stages[before.index(last)].config)
     if output is not None:
         tree = shared | {"start": str(address), "output": str(output)}
         return make_stages(tree | {"stages": [own]})
@@ -143,8 +151,13 @@ def extension(
 
 
 def _known(run: Path, stages: Sequence[Stage]) -> list[str]:
-    """Return the stages that have ended. Raises RunError unless `stages` begins with them."""
-    known, names = read_stages(run).names, [stage.name for stage in stages]
+    """Return the stages that have ended. Raises RunError unless `stages` begins with them.
+
+    Later ones that were pruned may be left out.
+    """
+    found, names = read_stages(run), [stage.name for stage in stages]
+    kept = {found.names[0], *found.here, *names}
+    known = [name for name in found.names if name in kept]
     for place, name in enumerate(known[: len(names)]):
         if names[place] != name:
             raise RunError(
@@ -227,6 +240,10 @@ def _start(stage: Stage, run: Path, is_first: bool) -> Start:
     if address is None:
         return Start(stage.name)
     start = load_start(address, stage.name)
+    if not is_first:  # ids of stages that were pruned are not used again
+        found = read_stages(run)
+        last = RunReader(folder_of(run, found, len(found.names) - 1))
+        start = replace(start, next_id=next_id_after(last))
     if stage.name in {entry.stage for entry in start.entries}:
         raise RunError(
             f"a stage must have a name of its own (got {stage.name!r}, which {address} has); "
