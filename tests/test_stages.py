@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -242,6 +244,58 @@ def test_run_wide_keys_of_an_extension_and_stages_that_are_not_there_are_refused
         with pytest.raises(ChainLoRAError, match=message):
             set_stage_strengths(run, strengths)
     assert files_of(run) == before
+
+
+def test_a_config_that_begins_on_a_stage_is_the_fork(config, tmp_path):
+    train_stages(make_stages(one_stage(config)))
+    address = f"{tmp_path / 'run'}@facts"
+    style = stage_of(config, "style") | {"name": "new", "train": config["train"]}
+    train_stages(extension(address, style | {"output": str(tmp_path / "fork")}))
+    own = {key: style[key] for key in ("data", "train")} | {"start": address}
+    own |= {"chain": config["chain"] | style["chain"], "output": str(tmp_path / "new")}
+    (tmp_path / "new.yaml").write_text(json.dumps(own))
+    for _ in range(2):
+        assert cli(["train", str(tmp_path / "new.yaml")]) == 0
+    assert_same_links(tmp_path / "fork", tmp_path / "new")
+    assert open_run(tmp_path / "new").manifest().stages == ["facts", "new"]
+
+
+# Whole commands by their words; ADDRESS is the run, or a stage of it.
+VERBS = {
+    "eval": "eval ADDRESS --limit 2",
+    "generate": "generate ADDRESS --prompt good --max-new-tokens 2",
+    "chat": "chat ADDRESS",
+    "inspect": "inspect ADDRESS",
+    "report": "report ADDRESS",
+    "adapter": "export ADDRESS --to adapter --output OUT",
+    "merged": "export ADDRESS --to merged --output OUT",
+}
+CHOICES = {
+    "": 0,
+    "--links 1": 0,
+    "--stages facts=0.5": 0,
+    "--stages nope": 1,
+    "--stages facts --links 1": 2,
+}
+
+
+def test_every_verb_takes_every_state_or_refuses_it_in_a_line(
+    config, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    train_stages(make_stages(config))
+    run = str(tmp_path / "run")
+    for number, (verb, stage, choice) in enumerate(
+        product(VERBS, ("", "@facts", "@nope"), CHOICES)
+    ):
+        if choice and verb != "eval" and (verb in ("inspect", "report") or stage):
+            continue
+        words = f"{VERBS[verb]} {choice}".replace("ADDRESS", run + stage)
+        capsys.readouterr()
+        status = cli(words.replace("OUT", str(tmp_path / f"out-{number}")).split())
+        assert status == (CHOICES[choice] or int(stage == "@nope")), words
+        said = capsys.readouterr().err
+        assert status != 1 or "a stage must be one of facts" in said.splitlines()[-1]
 
 
 def test_every_byte_of_stages_json_counts(config, tmp_path):

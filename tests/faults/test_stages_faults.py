@@ -152,7 +152,7 @@ def _bytes(where: Path) -> dict[str, Any]:
 
 
 def _timeless(line: str) -> Any:
-    if line.startswith("output:"):
+    if line.startswith(("output:", "start:")):
         return None
     if not line.startswith("{"):
         return line

@@ -49,19 +49,23 @@ def make_stages(tree: Mapping[str, Any], overrides: Sequence[tuple[str, Any]] = 
     """Return the stages of a config, each with what the config says of all of them.
 
     The first lies in `output`, a later one in its folder ``stages/NAME``. `overrides` are keys by
-    their dotted names: ``train.lr`` of all stages, ``stages.NAME.train.lr`` of one.
+    their dotted names: ``train.lr`` of all stages, ``stages.NAME.train.lr`` of one. A config
+    without `stages` is one stage, named as the folder of `output`.
 
     Raises:
         ConfigError: names that are no names or come twice, keys that a stage cannot have.
     """
     shared = {key: _copied(value) for key, value in tree.items() if key != "stages"}
-    sections = list(_sections(tree["stages"]))
+    sections = list(_sections(tree["stages"])) if "stages" in tree else []
     for key, value in overrides:
         _override(shared, sections, key, value)
     if shared.get("output") is None:
         raise ConfigError(
             "`output` must name a directory for a config of stages", "none", "add it, or --output"
         )
+    if "stages" not in tree:
+        name = Path(shared["output"]).name
+        sections = [{"name": name if _NAME.fullmatch(name) else "main"}]
     return [make_stage(shared, section, place) for place, section in enumerate(sections)]
 
 
