@@ -279,6 +279,7 @@ CHOICES = {
 }
 
 
+@pytest.mark.slow
 def test_every_verb_takes_every_state_or_refuses_it_in_a_line(
     config, tmp_path, capsys, monkeypatch
 ):

@@ -210,10 +210,13 @@ def remove(path: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def remove_scratch(folder: Path) -> None:
-    """Delete what killed writes left directly in a folder that nobody else writes to now."""
+def remove_scratch(folder: Path, name: str = "") -> None:
+    """Delete what killed writes left directly in a folder that nobody else writes to now.
+
+    With `name`, what writes of that file left, which nobody else writes now.
+    """
     for entry in list(folder.iterdir()) if folder.is_dir() else ():
-        if is_scratch(entry.name):
+        if is_scratch(entry.name) and entry.name.startswith(name):
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
 

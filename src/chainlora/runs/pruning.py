@@ -96,7 +96,7 @@ def prune_stage(run: Path, name: str) -> Pruning:
         write_stages(run, found.model_copy(update={"stages": stages}))
         for folder, manifest in plan.manifests.items():
             with files.reported(folder):
-                files.remove_scratch(folder)  # of this, killed before
+                files.remove_scratch(folder, "chain.json")
             files.write_json(folder / "chain.json", encode_manifest(manifest))
         _delete(plan.gone)
         for place, entry in enumerate(stages):

@@ -175,7 +175,7 @@ def alone_in(run: Path) -> Iterator[None]:
     lock = take_lock(run)
     try:
         with files.reported(run):
-            files.remove_scratch(run)  # of a process that was killed while it wrote the file
+            files.remove_scratch(run, STAGES)
         yield
     finally:
         if lock is not None:

@@ -66,8 +66,8 @@ def train_stages(
     """Train what is new of a chain's stages; return a result for each, None of what had ended.
 
     `change` names keys that the resume of a stopped stage may change
-    (`runs.resuming.CHANGEABLE`). With `matrix`, the rows that stages kept are scored after each
-    stage (`evaluation.stages`).
+    (`runs.resuming.CHANGEABLE`). With `matrix`, the rows that stages kept are scored in the states
+    where they were not yet (`evaluation.stages`).
 
     Raises RunError where a stage that has ended is another one now, and what `train` raises.
     """
@@ -81,9 +81,9 @@ def train_stages(
         else:
             results.append(_train(stage, stages, where, tell, change))
             _wait_for_all()
-            if matrix and is_first_launched():
-                _score(_run_of(stages))
-            _wait_for_all()
+    if matrix and is_first_launched():
+        _score(_run_of(stages))
+    _wait_for_all()
     return results
 
 
