@@ -17,7 +17,14 @@ from chainlora.cli.main import run
 OPTIONS = {
     "train": ("--resume", "--json", "CONFIG"),
     "eval": ("--task", "--data", "--split", "--limit", "--predictions", "--json"),
-    "export": ("--to", "[merged|adapter|gguf]", "--output", "--rank", "--tolerance", "--links"),
+    "export": (
+        "--to",
+        "[merged|adapter|gguf|gguf-adapter]",
+        "--output",
+        "--rank",
+        "--tolerance",
+        "--links",
+    ),
 }
 
 
@@ -45,6 +52,8 @@ USAGE = {
     "inspect": "Missing argument 'RUN'",
     "inspect run --jsn": "No such option",
     "export run --to adaptor --output x": "'adaptor' is not one of 'merged', 'adapter', 'gguf'",
+    "export run --to gguf --output x --rank 2": "--rank and --tolerance compress an adapter",
+    "export run --to adapter --output x --gguf-type f16": "--gguf-type is for GGUF files",
     "export run --to adapter": "Missing option '--output'",
     "export run --output x": "Missing option '--to'",
     "tasks rte sst2": "Got unexpected extra argument",

@@ -107,13 +107,3 @@ def test_an_adapter_whose_base_is_not_at_hand_is_written_and_said_to_be_unchecke
     export_adapter(run, tmp_path / "a")
     assert "the adapter was not checked by loading it: " in caplog.text
     assert (tmp_path / "a" / "adapter_model.safetensors").is_file()
-
-
-def test_how_a_gguf_file_is_made_is_said_in_one_line(chainlora, tmp_path):
-    for arguments in ((), ("run",), ("run", "--output", tmp_path / "out")):
-        chainlora("export", *arguments, "--to", "gguf").refused(
-            "made by llama.cpp from a merged checkpoint (got --to gguf)",
-            "`chainlora export RUN --to merged --output DIR`",
-            "`python convert_hf_to_gguf.py DIR --outfile DIR.gguf`",
-        )
-    assert list(tmp_path.iterdir()) == []

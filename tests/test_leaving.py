@@ -21,9 +21,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from chainlora import Chain, LinkConfig, export_adapter, export_merged, make_config, train
 from chainlora.config.chat_templates import template_text
 from chainlora.errors import ModelError, RunError
+from chainlora.models.gguf import build_tokenizer, read_metadata
 from chainlora.runs.cards import Naming
 from chainlora.runs.reading import RunReader
 from chainlora.runs.requantizing import export_quantized
+from chainlora.runs.to_gguf import export_gguf
 
 TOOLS = [{"type": "function", "function": {"name": "hill", "parameters": {"type": "object"}}}]
 CHAT = [{"role": "user", "content": "the cat sat on a green hill"}]
@@ -59,6 +61,11 @@ def _quantized(run: Path, out: Path, **keys: object) -> None:
     export_quantized(run, out, "nf4", **keys)
 
 
+def _gguf(run: Path, out: Path, **keys: object) -> None:
+    pytest.importorskip("gguf")
+    export_gguf(run, out, **keys)
+
+
 PUSHED = Naming("me/chain", "tiny/llama", "apache-2.0")
 EXPORTS: dict[str, Callable[[Path, Path], object]] = {
     "adapter": export_adapter,
@@ -69,6 +76,8 @@ EXPORTS: dict[str, Callable[[Path, Path], object]] = {
     "quantised": _quantized,
     "adapter for the Hub": lambda run, out: export_adapter(run, out, naming=PUSHED),
     "merged for the Hub": lambda run, out: export_merged(run, out, naming=Naming("me/chain")),
+    "gguf": lambda run, out: _gguf(run, out, kind="q8_0"),
+    "gguf adapter for the Hub": lambda run, out: _gguf(run, out, as_adapter=True, naming=PUSHED),
     "quantised for the Hub": lambda run, out: _quantized(run, out, naming=Naming("me/chain")),
 }
 
@@ -81,19 +90,24 @@ def test_every_file_of_an_export_can_leave(chat_run, tmp_path, export):
     finally:
         os.umask(before)
     files = [path for path in (tmp_path / "out").rglob("*") if not path.is_dir()]
-    assert {"README.md", "LICENSE", "tokenizer.json"} <= {path.name for path in files}
+    weights = next((path for path in files if path.name in ("model.gguf", "base.gguf")), None)
+    names = {"README.md", "LICENSE", "Modelfile" if weights else "tokenizer.json"}
+    assert names <= {path.name for path in files}
     for path in files:
         assert not path.is_symlink()
         assert path.stat().st_mode & 0o777 == 0o666 & ~umask, path.name
         content = path.read_bytes()
         for place in (chat_run.parent, tmp_path, Path.home(), Path.cwd()):
             assert str(place).encode() not in content, path.name
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    if weights is None:
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    else:
+        tokenizer = build_tokenizer(weights, read_metadata(weights))
     assert tokenizer.chat_template.endswith(template_text("chatml"))
     card = (tmp_path / "out" / "README.md").read_text()
     assert "Chat template: `chatml`" in card
     _, front, text = card.split("---", 2)
-    assert yaml.safe_load(front)["library_name"] in ("peft", "transformers")
+    assert yaml.safe_load(front)["library_name"] in ("peft", "transformers", "gguf")
     assert "<script" not in MarkdownIt("gfm-like", {"html": True, "linkify": False}).render(text)
 
 

@@ -1,4 +1,4 @@
-"""`chainlora export`: a run as a merged checkpoint or one PEFT adapter."""
+"""`chainlora export`: a run as a merged checkpoint, one PEFT adapter, or GGUF."""
 
 from __future__ import annotations
 
@@ -18,18 +18,6 @@ from chainlora.cli.common import (
     quiet,
     stages_option,
 )
-from chainlora.errors import ConfigError
-
-
-def _explain_gguf(context: click.Context, parameter: click.Parameter, target: str) -> str:
-    """Return the target of an export. Raises ConfigError that says how a GGUF file is made."""
-    if target == "gguf":
-        raise ConfigError(
-            "a GGUF file is made by llama.cpp from a merged checkpoint (got --to gguf); run "
-            "`chainlora export RUN --to merged --output DIR`, then llama.cpp's "
-            "`python convert_hf_to_gguf.py DIR --outfile DIR.gguf`"
-        )
-    return target
 
 
 @click.command(context_settings=HELP)
@@ -37,11 +25,10 @@ def _explain_gguf(context: click.Context, parameter: click.Parameter, target: st
 @click.option(
     "--to",
     "target",
-    type=click.Choice(["merged", "adapter", "gguf"]),
+    type=click.Choice(["merged", "adapter", "gguf", "gguf-adapter"]),
     required=True,
-    is_eager=True,
-    callback=_explain_gguf,
-    help="merged: a transformers checkpoint; adapter: one PEFT adapter; gguf: says how.",
+    help="merged: a transformers checkpoint; adapter: one PEFT adapter; gguf: one file for "
+    "llama.cpp, and a Modelfile for Ollama; gguf-adapter: the same as a base and a LoRA.",
 )
 @click.option("--output", required=True, type=click.Path(), help="New directory to write.")
 @click.option(
@@ -58,6 +45,12 @@ def _explain_gguf(context: click.Context, parameter: click.Parameter, target: st
     type=click.Choice(["nf4"]),
     default=None,
     help="Quantise the merged weights, and say what of the update that loses.",
+)
+@click.option(
+    "--gguf-type",
+    type=click.Choice(["f32", "f16", "bf16", "q8_0"]),
+    default=None,
+    help="What weights in a GGUF file are stored as. Default: as the run has them.",
 )
 @links_option
 @stages_option
@@ -90,6 +83,7 @@ def export(
     rank: int | None,
     tolerance: float | None,
     quantize: str | None,
+    gguf_type: str | None,
     links: int | None,
     stages: str | None,
     repository: str | None,
@@ -98,24 +92,27 @@ def export(
     licence: str | None,
     as_json: bool,
 ) -> None:
-    """Turn RUN into a checkpoint or one PEFT adapter.
+    """Turn RUN into a checkpoint, one PEFT adapter, or GGUF.
 
     An adapter is exact, of the ranks' sum, unless --rank or --tolerance asks for another. What is
     written is loaded back and compared first.
     """
     need_run(run)
     check_run_or_model(run, links, stages)
-    if target == "merged" and (rank is not None or tolerance is not None):
+    if not target.endswith("adapter") and (rank is not None or tolerance is not None):
         raise click.UsageError(
             "--rank and --tolerance compress an adapter; use them with --to adapter"
         )
-    if target == "adapter" and quantize is not None:
+    if target != "merged" and quantize is not None:
         raise click.UsageError("--quantize is for merged weights; use it with --to merged")
+    if not target.startswith("gguf") and gguf_type is not None:
+        raise click.UsageError("--gguf-type is for GGUF files; use it with --to gguf")
     quiet()
     from chainlora.runs.cards import Naming
     from chainlora.runs.export import export_adapter, export_merged
     from chainlora.runs.hub import check_push, push_folder
     from chainlora.runs.requantizing import export_quantized
+    from chainlora.runs.to_gguf import export_gguf
 
     state = chosen_state(run, stages)
     naming = Naming(repository, base_name, licence)
@@ -123,6 +120,17 @@ def export(
         check_push(state, target, naming)
     if quantize is not None:
         done = export_quantized(state, output, quantize, num_links=links, naming=naming)
+    elif target.startswith("gguf"):
+        done = export_gguf(
+            state,
+            output,
+            kind=gguf_type,
+            as_adapter=target == "gguf-adapter",
+            rank=rank,
+            tolerance=tolerance,
+            num_links=links,
+            naming=naming,
+        )
     elif target == "merged":
         done = export_merged(state, output, num_links=links, naming=naming)
     else:
@@ -134,7 +142,10 @@ def export(
     if as_json:
         print_json(done)
         return
-    click.echo(_adapter_text(done) if target == "adapter" else _merged_text(done, quantize))
+    if target.startswith("gguf"):
+        click.echo(_gguf_text(done))
+    else:
+        click.echo(_adapter_text(done) if target == "adapter" else _merged_text(done, quantize))
     if repository is not None:
         click.echo(f"pushed to {repository}: {done['commit']}")
 
@@ -151,3 +162,9 @@ def _merged_text(done: Mapping[str, Any], quantize: str | None) -> str:
     lost = "" if quantize is None else f", {done['lost']:.0%} of the update lost"
     kind = done["dtype"] if quantize is None else quantize
     return f"merged checkpoint ({kind}{lost}) of {done['links']} link(s) in {done['output']}"
+
+
+def _gguf_text(done: Mapping[str, Any]) -> str:
+    sizes = ", ".join(f"{name} ({size / 1e6:,.1f} MB)" for name, size in done["bytes"].items())
+    made = f"{sizes} in {done['type']} of {done['links']} link(s) in {done['output']}"
+    return f"{made}; for Ollama: ollama create NAME -f {done['output']}/Modelfile"

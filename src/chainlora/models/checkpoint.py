@@ -48,6 +48,10 @@ class Checkpoint:
     def __init__(self, folder: Path | None) -> None:
         self._files = {} if folder is None else _index(folder)
 
+    def all(self) -> dict[str, Stored]:
+        """Return every tensor by its name in the files."""
+        return {key: Stored(file, key) for key, file in self._files.items()}
+
     def find(self, path: str, shape: tuple[int, ...]) -> Iterator[Stored]:
         """Yield the tensors of this shape that may be the parameter `path` of a model: names differ
         by the prefix of the model's body."""

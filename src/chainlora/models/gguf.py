@@ -41,9 +41,9 @@ _OTHER = "use the model's safetensors checkpoint"
 _NUM_TENSORS = "GGUF.tensor_count"  # as the package gguf calls it
 
 # `tokenizer.ggml.pre` -> how text is cut before the merges (llama-vocab.cpp).
-_GPT2_LIKE = {"gpt-2", "default", "phi-2", "mpt", "olmo", "jais", "trillion", "roberta-bpe"}
-_GPT2_LIKE |= {"gigachat"}
-_DIGITS_FIRST = {"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"}
+_GPT2_LIKE = ("gpt-2", "default", "phi-2", "mpt", "olmo", "jais", "trillion", "roberta-bpe")
+_GPT2_LIKE += ("gigachat",)
+_DIGITS_FIRST = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
 # Those that look a whole piece up before merging (`ignore_merges`); BOS comes first unless the file
 # says no.
 _WHOLE_WORDS_FIRST = {"llama3", "llama-v3", "llama-bpe", "falcon3", "pixtral", "tekken"}
@@ -235,21 +235,29 @@ def _byte_level_tokenizer(
 
 
 def _pre_tokenizer(pre: str, file: Path) -> Any:
-    gpt2 = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    if pre in _GPT2_LIKE:
-        return gpt2
-    if pre in _DIGITS_FIRST:
-        digits = pre_tokenizers.Digits(individual_digits=True)
-        return pre_tokenizers.Sequence([digits, gpt2])
+    known = known_pre_tokenizers()
+    if pre not in known:
+        got, remedy = f"{pre!r} in {file}", f"{_OTHER}, or a newer transformers"
+        raise ModelError("a GGUF file's pre-tokenizer must be known", got, remedy)
+    return known[pre][0]
+
+
+def known_pre_tokenizers() -> dict[str, tuple[Any, bool]]:
+    """Return by name how texts are cut before the merges, and whether pieces are looked up whole.
+
+    Of names that mean the same, the first is the one that llama.cpp's own converter writes most.
+    """
     try:
         from transformers.integrations.gguf.gguf_tokenizer_mapping import (
             GGUF_PRE_TOKENIZER_SPLITS as splits,
         )
     except ImportError:  # transformers below 5.20 or so has no such table
         splits = {}
-    if pre not in splits:
-        got, remedy = f"{pre!r} in {file}", f"{_OTHER}, or a newer transformers"
-        raise ModelError("a GGUF file's pre-tokenizer must be known", got, remedy)
-    split = pre_tokenizers.Split(Regex(splits[pre]), behavior="isolated")
+    gpt2 = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    digits = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), gpt2])
     in_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    return pre_tokenizers.Sequence([split, in_bytes])
+    known = dict.fromkeys(_GPT2_LIKE, gpt2) | dict.fromkeys(_DIGITS_FIRST, digits)
+    for name in sorted(splits, key=lambda name: name != "llama-bpe"):
+        split = pre_tokenizers.Split(Regex(splits[name]), behavior="isolated")
+        known[name] = pre_tokenizers.Sequence([split, in_bytes])
+    return {name: (cutter, name in _WHOLE_WORDS_FIRST) for name, cutter in known.items()}

@@ -203,6 +203,14 @@ def _templates(data: DataConfig) -> list[str]:
 def _loading(card: Card) -> list[str]:
     where = card.name or "this folder"
     served = shlex.quote(card.name) if card.name else "THIS_FOLDER"
+    if card.library == "gguf":
+        files = "-m model.gguf" if card.rank is None else "-m base.gguf --lora adapter.gguf"
+        return [
+            "In llama.cpp:",
+            f"```sh\nllama-server {files}\n```",
+            "In Ollama:",
+            "```sh\nollama create chain -f Modelfile\nollama run chain\n```",
+        ]
     if card.library != "peft":
         return [
             "In transformers:",

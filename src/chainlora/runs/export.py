@@ -96,7 +96,7 @@ def export_adapter(
     named by the last part of that, unless `naming` says how. Returns rank and error; the error is
     ``√(Σ‖ΔW−ΔŴ‖² / Σ‖ΔW‖²)`` over all modules.
     """
-    _check_compression(rank, tolerance)
+    check_compression(rank, tolerance)
     output = empty_folder(output)
     links, base = _links_and_base(run, num_links)
     folder = _base_folder(base.model)
@@ -161,7 +161,8 @@ def _links_and_base(run: Address | Chain, num_links: int | None) -> tuple[Sequen
     return reader.links_of(manifest, num_links), manifest.base
 
 
-def _check_compression(rank: int | None, tolerance: float | None) -> None:
+def check_compression(rank: int | None, tolerance: float | None) -> None:
+    """Raise ChainError unless an adapter can be compressed in this way."""
     if rank is not None and tolerance is not None:
         raise ChainError("give --rank or --tolerance, not both (got both)")
     if rank is not None and rank < 1:

@@ -1,0 +1,237 @@
+"""A chain for llama.cpp and Ollama: one GGUF file, or a LoRA beside its base, and a Modelfile.
+
+Ollama (https://docs.ollama.com/modelfile) renders chats by a Go template. It guesses that from the
+chat template in the GGUF file, by the distance of texts, and gives the bare prompt where it knows
+none. So the Modelfile says it: pieces cut out of what the chat template renders, checked against it
+on another chat, or the bare prompt where the rows were no chats.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from itertools import zip_longest
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+
+from jinja2 import TemplateError
+
+from chainlora import files
+from chainlora.chain.adapters import Factors
+from chainlora.errors import ModelError
+from chainlora.models.gguf_writing import check_convertible, write_gguf, write_lora_gguf
+from chainlora.models.loading import open_folder
+from chainlora.runs.beside import copy_licences
+from chainlora.runs.cards import UNNAMED, Card, Naming, public_name, story_of, write_card
+from chainlora.runs.compression import adapter_factors
+from chainlora.runs.export import check_compression, empty_folder, export_merged
+from chainlora.runs.opening import is_whole_model, tokenizer_of
+from chainlora.runs.reading import Address, RunReader
+from chainlora.runs.stages import open_run
+
+logger = logging.getLogger(__name__)
+
+_CONTEXT = 4096  # tokens that Ollama makes room for by itself
+
+
+def export_gguf(
+    run: Address,
+    output: str | Path,
+    *,
+    kind: str | None = None,
+    as_adapter: bool = False,
+    rank: int | None = None,
+    tolerance: float | None = None,
+    num_links: int | None = None,
+    naming: Naming = UNNAMED,
+) -> dict[str, Any]:
+    """Write a run's model as ``model.gguf``, links merged, with a ``Modelfile`` for Ollama.
+
+    With `as_adapter`, its base as ``base.gguf`` and the links as a LoRA, ``adapter.gguf``, of which
+    `rank` and `tolerance` are those of `export_adapter`. `kind` is what weights are stored as, one
+    of `gguf_writing.KINDS`; by default nothing is rounded. Each file is loaded back and compared.
+
+    Raises ModelError for models that are not written as GGUF here, and for what a LoRA of llama.cpp
+    cannot hold.
+    """
+    check_compression(rank, tolerance)
+    output = empty_folder(output)
+    reader = open_run(run)
+    manifest = reader.manifest()
+    folder, config, _ = open_folder(manifest.base.model)
+    tokenizer = tokenizer_of(reader, folder)
+    check_convertible(config, tokenizer)
+    links = [] if is_whole_model(reader, manifest) else reader.links_of(manifest, num_links)
+    factors: dict[str, Factors] = {}
+    if as_adapter:
+        factors, error = adapter_factors(links, rank=rank, tolerance=tolerance)
+        _check_factors(factors, {name for link in links for name in link.extra})
+    name = naming.base or public_name(manifest.base.model)
+    with TemporaryDirectory(dir=output.parent) as scratch, files.replaced_folder(output) as made:
+        merged = Path(scratch) / "merged"
+        done = export_merged(run, merged, num_links=0 if as_adapter else num_links)
+        kind = kind or {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}[done["dtype"]]
+        model = made / ("base.gguf" if as_adapter else "model.gguf")
+        write_gguf(merged, tokenizer, model, kind, name)
+        if as_adapter:
+            pairs = {module: (pair.a, pair.b) for module, pair in factors.items()}
+            write_lora_gguf(pairs, config, model, made / "adapter.gguf", name)
+        modelfile = _modelfile(reader, tokenizer, config, as_adapter)
+        (made / "Modelfile").write_text(modelfile, encoding="utf-8")
+        copy_licences(merged, made)
+        what = f"with a chain of {len(links)} LoRA link(s) in GGUF ({kind})"
+        what += (
+            f", as a LoRA of rank {_rank(factors)} (relative error {error:.2e})."
+            if as_adapter
+            else "."
+        )
+        story = story_of(run)
+        wide = _rank(factors) if as_adapter else None
+        base = manifest.base.model
+        write_card(made, Card(what, base, "gguf", links, wide, naming=naming, story=story))
+    sizes = {path.name: path.stat().st_size for path in sorted(output.glob("*.gguf"))}
+    done = {"output": str(output), "links": len(links), "type": kind, "bytes": sizes}
+    if as_adapter:
+        return {"to": "gguf-adapter", **done, "rank": _rank(factors), "error": error}
+    return {"to": "gguf", **done}
+
+
+def _rank(factors: Mapping[str, Factors]) -> int:
+    return next(iter(factors.values())).a.shape[0]
+
+
+def _check_factors(factors: Mapping[str, Factors], extra: set[str]) -> None:
+    """Raise ModelError for what llama.cpp does not add to a model from a LoRA."""
+    wrong = [f"{name}, trained whole" for name in sorted(extra)]
+    for name, pair in factors.items():
+        if pair.bias is not None or pair.magnitude is not None:
+            wrong.append(f"{name}, with a bias or DoRA")
+        if ".layers." not in name:
+            wrong.append(f"{name}, an embedding or head")
+    if wrong:
+        raise ModelError(
+            "a LoRA of llama.cpp must be on linear maps of layers alone", wrong[0], "use --to gguf"
+        )
+
+
+# --- Ollama ---
+
+
+def _modelfile(reader: RunReader, tokenizer: Any, config: Any, as_adapter: bool) -> str:
+    lines = ["FROM ./base.gguf", "ADAPTER ./adapter.gguf"] if as_adapter else ["FROM ./model.gguf"]
+    has_run = reader.manifest().has_run
+    longest = (reader.config().data.max_length if has_run else None) or 0
+    room = min(config.max_position_embeddings, max(_CONTEXT, longest))
+    chat = cut_template(tokenizer) if tokenizer.chat_template else None
+    if not tokenizer.chat_template or not _is_chat(reader, tokenizer):
+        lines.append('TEMPLATE """{{ .Prompt }}"""')
+    elif chat is None:
+        logger.warning("the Modelfile has no TEMPLATE: Ollama guesses this chat template")
+    else:
+        lines += [f'TEMPLATE """{chat.in_go()}"""', f'PARAMETER stop "{chat.stop}"']
+    return "\n".join([*lines, f"PARAMETER num_ctx {room}"]) + "\n"
+
+
+def _is_chat(reader: RunReader, tokenizer: Any) -> bool:
+    """Say whether a chat template wrote the rows; where no rows are kept, that is assumed."""
+    kept = reader.kept().get(reader.manifest().stage)
+    if kept is None or not len(kept.train):
+        return True
+    messages = [{"role": "user", "content": "a"}]
+    said = [_rendered(tokenizer, messages, add_generation_prompt=add) for add in (False, True)]
+    opening = said[1].removeprefix(said[0]).strip()
+    return opening in tokenizer.decode(list(kept.train[0].sequences[0]))
+
+
+class ChatPieces(NamedTuple):
+    """What a chat template writes around contents; `start` where there is no system message."""
+
+    system: tuple[str, str] | None  # before and after one; None where the template refuses it
+    start: str
+    user: str
+    assistant: str
+    answered: str
+    end: str
+    stop: str
+
+    def text(self, contents: Sequence[str], system: str | None = None) -> str:
+        """Return what a chat of user and assistant in turn becomes."""
+        said = self.start if system is None or not self.system else system.join(self.system)
+        for user, answer in zip_longest(contents[::2], contents[1::2]):
+            said += self.user + user
+            said += "" if answer is None else self.assistant + answer + self.answered
+        return said + self.end
+
+    def in_go(self) -> str:
+        """Return it as a template of Ollama."""
+        start = self.start
+        if self.system:
+            said = "{{ .System }}".join(self.system)
+            start = f"{{{{ if .System }}}}{said}{{{{ else }}}}{start}{{{{ end }}}}"
+        turn = f'{{{{ if eq .Role "user" }}}}{self.user}{{{{ .Content }}}}'
+        turn += f'{{{{ else if eq .Role "assistant" }}}}{self.assistant}{{{{ .Content }}}}'
+        turn += f"{self.answered}{{{{ end }}}}"
+        return f"{start}{{{{ range .Messages }}}}{turn}{{{{ end }}}}{self.end}"
+
+
+def cut_template(tokenizer: Any) -> ChatPieces | None:
+    """Cut a tokenizer's chat template into pieces; None where pieces cannot say what it does.
+
+    BOS, which llama.cpp puts before a text, is left out where the tokenizer puts it there too.
+    """
+    begins = tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+    bos = tokenizer.bos_token if begins else ""
+
+    def said(contents: Sequence[str], system: str | None = None) -> str:
+        roles = ["user", "assistant"] * len(contents)
+        messages = [{"role": r, "content": c} for r, c in zip(roles, contents, strict=False)]
+        first = [] if system is None else [{"role": "system", "content": system}]
+        text = _rendered(tokenizer, first + messages, add_generation_prompt=True)
+        return text.removeprefix(bos)
+
+    marks = ("§1§", "§2§", "§3§")
+    try:
+        bare = _split(said(marks), marks)
+    except (TemplateError, ValueError):
+        return None
+    system: list[str] | None
+    try:
+        system = _split(said(marks, "§0§"), ("§0§", *marks))
+    except (TemplateError, ValueError):
+        system = None  # Gemma's refuses one
+    befores = [bare[0], bare[2]] + ([system[1]] if system else [])
+    endings = (bare[0][i:] for i in range(len(bare[0]) + 1))
+    user = next(end for end in endings if all(text.endswith(end) for text in befores))
+    words = re.search(r"<[^<>]+>|\S+", bare[2])
+    pieces = ChatPieces(
+        system=(system[0], system[1].removesuffix(user)) if system else None,
+        start=bare[0].removesuffix(user),
+        user=user,
+        assistant=bare[1],
+        answered=bare[2].removesuffix(user),
+        end=bare[3],
+        stop=words[0] if words else "",
+    )
+    chat = ("one  two", "three", "four\nfive", "six", "seven")
+    same = pieces.text(chat) == said(chat)
+    if system:
+        same = same and pieces.text(chat, "eight") == said(chat, "eight")
+    literal = "".join(bare + (system or []))
+    return pieces if same and not re.search(r'\{\{|"""', literal) else None
+
+
+def _rendered(tokenizer: Any, messages: Sequence[Mapping[str, str]], **keys: bool) -> str:
+    return str(tokenizer.apply_chat_template(list(messages), tokenize=False, **keys))
+
+
+def _split(text: str, marks: Sequence[str]) -> list[str]:
+    """Cut a text at marks, each there once and in this order. Raises ValueError."""
+    pieces = []
+    for mark in marks:
+        before, found, text = text.partition(mark)
+        if not found:
+            raise ValueError(mark)
+        pieces.append(before)
+    return [*pieces, text]

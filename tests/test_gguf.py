@@ -1,0 +1,246 @@
+"""Chains in GGUF: read back by transformers, run by llama.cpp where it is installed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from conftest import make_tiny_folder, write_rows
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from chainlora import Chain, LinkConfig, load_run, make_config, save_chain, train
+from chainlora.config.chat_templates import NAMES, template_text
+from chainlora.errors import ModelError
+from chainlora.runs.to_gguf import cut_template, export_gguf
+
+gguf = pytest.importorskip("gguf")
+
+_LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+_LLAMA3 |= {"rope_type": "llama3", "original_max_position_embeddings": 16, "rope_theta": 1e4}
+# (class of config, keys); what llama.cpp has in code, a tiny model must have too.
+MODELS = {
+    "llama": ("Llama", {"tie_word_embeddings": True}),
+    "llama untied": ("Llama", {"tie_word_embeddings": False, "head_dim": 16}),
+    "llama with RoPE of 3": ("Llama", {"rope_parameters": _LLAMA3}),
+    "mistral": ("Mistral", {"sliding_window": 48}),
+    "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
+    "qwen3": ("Qwen3", {"head_dim": 128}),
+    "gemma": ("Gemma", {"head_dim": 16}),
+    "gemma2": ("Gemma2", {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8}),
+    "gemma3": ("Gemma3Text", {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8}),
+    "phi3": ("Phi3", {"pad_token_id": 0}),
+}
+UNREAD = ("gemma", "llama with RoPE of 3")  # transformers does not read these out of GGUF
+TEXT = "the cat sat on a mat and saw two red birds fly over 12 green hills; it's good"
+
+
+def make_base(folder: Path, name: str, **more: object) -> Path:
+    """A tiny model of a class, whose norms and biases are not what they begin as."""
+    kind, keys = MODELS[name]
+    tokenizer = AutoTokenizer.from_pretrained(make_tiny_folder(folder))
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=len(tokenizer) + 3,  # as many have rows to spare
+        hidden_size=32,
+        num_hidden_layers=7 if kind == "Gemma3Text" else 2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        **{"intermediate_size": 64} | keys | more,
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    for parameter in model.parameters():
+        noise = torch.randn_like(parameter) * 0.2
+        parameter.data += noise
+    model.save_pretrained(folder)
+    return folder
+
+
+def make_chain(folder: Path, base: Path, target_modules: object = "all-linear", **keys) -> Path:
+    """A saved chain of two links that change much."""
+    model = AutoModelForCausalLM.from_pretrained(base)
+    chain = Chain(model, checkpoint=base)
+    for rank in (4, 2):
+        link = LinkConfig(rank=rank, alpha=rank, target_modules=target_modules, **keys)
+        chain.extend(link)
+        for parameter in chain.parameters():
+            parameter.data += torch.randn_like(parameter) * 0.1
+        chain.tie()
+    save_chain(chain, folder)
+    return folder
+
+
+def ids_of(base: Path) -> list[int]:
+    return AutoTokenizer.from_pretrained(base)(TEXT)["input_ids"][:48]
+
+
+@torch.no_grad()
+def logits(model, ids: list[int]) -> torch.Tensor:
+    return model.eval()(torch.tensor([ids])).logits[0]
+
+
+def tensors_of(file: Path) -> dict[str, np.ndarray]:
+    found = gguf.GGUFReader(file).tensors
+    return {tensor.name: gguf.dequantize(tensor.data, tensor.tensor_type) for tensor in found}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_gguf_is_the_model(tmp_path, name):
+    """Merged, and as a LoRA on its base: the same function, to float32's rounding."""
+    base = make_base(tmp_path / "base", name)
+    run = make_chain(tmp_path / "chain", base)
+    done = export_gguf(run, tmp_path / "merged", kind="f32")
+    assert (done["to"], done["type"], done["links"]) == ("gguf", "f32", 2)
+    export_gguf(run, tmp_path / "lora", as_adapter=True)
+
+    merged, plain = (
+        tensors_of(tmp_path / file) for file in ("merged/model.gguf", "lora/base.gguf")
+    )
+    lora = tensors_of(tmp_path / "lora" / "adapter.gguf")
+    assert lora
+    for key in plain:  # as llama.cpp adds a LoRA: alpha is the rank
+        if f"{key}.lora_a" in lora:
+            plain[key] = plain[key] + lora[f"{key}.lora_b"] @ lora[f"{key}.lora_a"]
+        assert np.allclose(merged[key], plain[key], atol=1e-5), key
+
+    ids = ids_of(base)
+    wanted = logits(load_run(run)[0], ids)
+    if name not in UNREAD:
+        read = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", gguf_file="model.gguf")
+        assert torch.allclose(logits(read, ids), wanted, atol=1e-4)
+    llama_cpp = pytest.importorskip("llama_cpp")
+    for file, adapter in [("merged/model.gguf", None), ("lora/base.gguf", "lora/adapter.gguf")]:
+        llama = llama_cpp.Llama(
+            str(tmp_path / file),
+            lora_path=adapter and str(tmp_path / adapter),
+            n_ctx=64,
+            logits_all=True,
+            verbose=False,
+        )
+        assert llama.tokenize(TEXT.encode())[:48] == ids
+        llama.eval(ids)
+        # llama.cpp keeps keys and values in float16
+        assert torch.allclose(torch.tensor(llama.scores[: len(ids)]), wanted, atol=0.05, rtol=0.02)
+
+
+@pytest.mark.parametrize(("kind", "bits"), [("f32", 32), ("f16", 16), ("bf16", 16), ("q8_0", 8.5)])
+def test_a_kind_rounds_as_it_says_and_is_as_large(tmp_path, kind, bits):
+    base = make_base(tmp_path / "base", "llama", intermediate_size=40)
+    run = make_chain(tmp_path / "chain", base, ["q_proj", "down_proj"])
+    export_gguf(run, tmp_path / "out", kind=kind)
+    found = {t.name: t for t in gguf.GGUFReader(tmp_path / "out" / "model.gguf").tensors}
+    assert found["token_embd.weight"].n_bytes * 8 == found["token_embd.weight"].n_elements * bits
+    assert found["output_norm.weight"].tensor_type.name == "F32"
+    fits = "F16" if kind == "q8_0" else kind.upper()  # 40 is no multiple of 32
+    assert found["blk.0.ffn_down.weight"].tensor_type.name == fits
+    read = AutoModelForCausalLM.from_pretrained(tmp_path / "out", gguf_file="model.gguf")
+    down = load_run(run)[0].model.layers[0].mlp.down_proj.weight
+    error = (read.model.layers[0].mlp.down_proj.weight - down).abs().max() / down.abs().max()
+    assert error <= {"f32": 0, "bf16": 2**-8}.get(kind, 2**-11)
+
+
+def test_a_tokenizer_of_sentencepiece_is_the_same(tmp_path, shared_models):
+    run = make_chain(tmp_path / "chain", shared_models / "stories260k", ["v_proj"])
+    export_gguf(run, tmp_path / "out")  # which compares them
+    kinds = gguf.GGUFReader(tmp_path / "out" / "model.gguf").fields
+    assert kinds["tokenizer.ggml.model"].contents() == "llama"
+    assert kinds["tokenizer.ggml.add_bos_token"].contents()
+
+
+REFUSED = {
+    "another class": ("llama", {"model_type": "olmo"}, "must be one of llama, mistral"),
+    "activation": ("llama", {"hidden_act": "relu"}, "have the activation silu (got relu)"),
+    "biases": ("llama", {"attention_bias": True}, "have no attention_bias"),
+    "RoPE": (
+        "llama",
+        {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
+        "(got dynamic)",
+    ),
+    "attention scale": ("gemma2", {"query_pre_attn_scalar": 8}, "scale attention by its head_dim"),
+    "caps": ("gemma3", {"final_logit_softcapping": 30.0}, "cap logits as its kind does"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_llama_cpp_would_compute_otherwise_is_refused_by_name(tmp_path, case):
+    name, keys, words = REFUSED[case]
+    if case == "another class":
+        base = make_tiny_folder(tmp_path / "base")
+        config = transformers.OlmoConfig(vocab_size=400, hidden_size=32, intermediate_size=64,
+                                         num_hidden_layers=1, num_attention_heads=4)  # fmt: skip
+        AutoModelForCausalLM.from_config(config).save_pretrained(base)
+    else:
+        base = make_base(tmp_path / "base", name, **keys)
+    run = make_chain(tmp_path / "chain", base, ["v_proj"])
+    with pytest.raises(ModelError) as caught:
+        export_gguf(run, tmp_path / "out")
+    assert words in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "keys"),
+    [
+        ("llama untied", {"target_modules": ["lm_head"]}),
+        ("qwen2", {"target_modules": ["v_proj"], "lora_bias": True}),
+    ],
+)
+def test_what_a_lora_of_llama_cpp_cannot_hold_is_refused(tmp_path, name, keys):
+    run = make_chain(tmp_path / "chain", make_base(tmp_path / "base", name), **keys)
+    with pytest.raises(ModelError, match="linear maps of layers alone"):
+        export_gguf(run, tmp_path / "out", as_adapter=True)
+
+
+# --- Ollama
+
+
+@pytest.mark.parametrize("template", [*NAMES, "the model's", "alternating", "of its own kind"])
+def test_the_template_for_ollama_says_what_the_chat_template_does(tiny_folder, template):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
+    if template in NAMES:
+        tokenizer.chat_template = template_text(template)
+    if template == "alternating":  # as Gemma's: no system message
+        refusal = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no') }}{% endif %}"
+        tokenizer.chat_template = refusal + tokenizer.chat_template
+    if template == "of its own kind":  # counts turns, which pieces cannot
+        tokenizer.chat_template = tokenizer.chat_template.replace("<s>", "{{ messages | length }}")
+    chat = cut_template(tokenizer)
+    if template == "of its own kind":
+        assert chat is None
+        return
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    messages.append({"role": "user", "content": "c"})
+    keys = {"tokenize": False, "add_generation_prompt": True}
+    assert chat.text("abc") == tokenizer.apply_chat_template(messages, **keys)
+    assert chat.stop
+    go = chat.in_go()
+    assert go.count("{{ .Content }}") == 2
+    assert ("{{ .System }}" in go) == (template != "alternating")
+    assert go.count("{{ end }}") == go.count("{{ if") + go.count("{{ range")
+
+
+def test_the_modelfile_is_for_the_rows(chainlora, tiny_folder, sentiment, tmp_path):
+    said = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sat"}]
+    chats = write_rows(tmp_path / "rows.jsonl", [{"messages": said}] * 4)
+    task = {"task": str(sentiment / "task.yaml"), "train": str(sentiment / "train.jsonl")}
+    for name, data in [("chats", {"train": str(chats), "chat_template": "chatml"}), ("task", task)]:
+        tree = {"model": str(tiny_folder), "data": data, "output": str(tmp_path / name)}
+        train(make_config(tree | {"chain": {"ranks": [2], "steps": [1]}}))
+    chat = chainlora(
+        "export", tmp_path / "chats", "--to", "gguf-adapter", "--output", tmp_path / "a"
+    )
+    assert chat.status == 0, chat.err
+    assert "adapter.gguf" in chat.out
+    lines = (tmp_path / "a" / "Modelfile").read_text()
+    assert lines.startswith(
+        'FROM ./base.gguf\nADAPTER ./adapter.gguf\nTEMPLATE """{{ if .System }}'
+    )
+    assert '\nPARAMETER stop "<|im_end|>"\nPARAMETER num_ctx 128\n' in lines
+    words = ("--to", "gguf", "--gguf-type", "q8_0", "--output", tmp_path / "b")
+    assert chainlora("export", tmp_path / "task", *words).status == 0
+    assert (tmp_path / "b" / "Modelfile").read_text() == (
+        'FROM ./model.gguf\nTEMPLATE """{{ .Prompt }}"""\nPARAMETER num_ctx 128\n'
+    )
