@@ -52,8 +52,6 @@ USAGE = {
     "inspect": "Missing argument 'RUN'",
     "inspect run --jsn": "No such option",
     "export run --to adaptor --output x": "'adaptor' is not one of 'merged', 'adapter', 'gguf'",
-    "export run --to gguf --output x --rank 2": "--rank and --tolerance compress an adapter",
-    "export run --to adapter --output x --gguf-type f16": "--gguf-type is for GGUF files",
     "export run --to adapter": "Missing option '--output'",
     "export run --output x": "Missing option '--to'",
     "tasks rte sst2": "Got unexpected extra argument",

@@ -29,8 +29,8 @@ MODELS = {
     "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
     "qwen3": ("Qwen3", {"head_dim": 128}),
     "gemma": ("Gemma", {"head_dim": 16}),
-    "gemma2": ("Gemma2", {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8}),
-    "gemma3": ("Gemma3Text", {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8}),
+    "gemma2": ("Gemma2", {"head_dim": 256, "sliding_window": 8}),
+    "gemma3": ("Gemma3Text", {"head_dim": 256, "sliding_window": 8}),
     "phi3": ("Phi3", {"pad_token_id": 0}),
 }
 UNREAD = ("gemma", "llama with RoPE of 3")  # transformers does not read these out of GGUF
@@ -87,35 +87,40 @@ def tensors_of(file: Path) -> dict[str, np.ndarray]:
     return {tensor.name: gguf.dequantize(tensor.data, tensor.tensor_type) for tensor in found}
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_gguf_is_the_model(tmp_path, name):
-    """Merged, and as a LoRA on its base: the same function, to float32's rounding."""
-    base = make_base(tmp_path / "base", name)
+@pytest.fixture(params=MODELS)
+def exported(request, tmp_path) -> tuple[str, Path, list[int], torch.Tensor]:
+    """A chain as merged/model.gguf and lora/*.gguf: (name, folder, tokens, their logits)."""
+    base = make_base(tmp_path / "base", request.param)
     run = make_chain(tmp_path / "chain", base)
     done = export_gguf(run, tmp_path / "merged", kind="f32")
     assert (done["to"], done["type"], done["links"]) == ("gguf", "f32", 2)
     export_gguf(run, tmp_path / "lora", as_adapter=True)
+    ids = ids_of(base)
+    return request.param, tmp_path, ids, logits(load_run(run)[0], ids)
 
-    merged, plain = (
-        tensors_of(tmp_path / file) for file in ("merged/model.gguf", "lora/base.gguf")
-    )
-    lora = tensors_of(tmp_path / "lora" / "adapter.gguf")
+
+def test_gguf_is_the_model(exported):
+    """Merged, and as a LoRA on its base: the same function, to float32's rounding."""
+    name, folder, ids, wanted = exported
+    merged, plain = (tensors_of(folder / file) for file in ("merged/model.gguf", "lora/base.gguf"))
+    lora = tensors_of(folder / "lora" / "adapter.gguf")
     assert lora
     for key in plain:  # as llama.cpp adds a LoRA: alpha is the rank
         if f"{key}.lora_a" in lora:
             plain[key] = plain[key] + lora[f"{key}.lora_b"] @ lora[f"{key}.lora_a"]
         assert np.allclose(merged[key], plain[key], atol=1e-5), key
-
-    ids = ids_of(base)
-    wanted = logits(load_run(run)[0], ids)
     if name not in UNREAD:
-        read = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", gguf_file="model.gguf")
+        read = AutoModelForCausalLM.from_pretrained(folder / "merged", gguf_file="model.gguf")
         assert torch.allclose(logits(read, ids), wanted, atol=1e-4)
+
+
+def test_llama_cpp_computes_the_model(exported):
     llama_cpp = pytest.importorskip("llama_cpp")
+    _, folder, ids, wanted = exported
     for file, adapter in [("merged/model.gguf", None), ("lora/base.gguf", "lora/adapter.gguf")]:
         llama = llama_cpp.Llama(
-            str(tmp_path / file),
-            lora_path=adapter and str(tmp_path / adapter),
+            str(folder / file),
+            lora_path=adapter and str(folder / adapter),
             n_ctx=64,
             logits_all=True,
             verbose=False,
@@ -239,7 +244,9 @@ def test_the_modelfile_is_for_the_rows(chainlora, tiny_folder, sentiment, tmp_pa
         'FROM ./base.gguf\nADAPTER ./adapter.gguf\nTEMPLATE """{{ if .System }}'
     )
     assert '\nPARAMETER stop "<|im_end|>"\nPARAMETER num_ctx 128\n' in lines
-    words = ("--to", "gguf", "--gguf-type", "q8_0", "--output", tmp_path / "b")
+    words = ("--gguf-type", "q8_0", "--output", tmp_path / "b", "--to", "gguf")
+    wrong = chainlora("export", tmp_path / "task", *words[:-1], "adapter")
+    assert (wrong.status, "--gguf-type is for GGUF files" in wrong.err) == (2, True)
     assert chainlora("export", tmp_path / "task", *words).status == 0
     assert (tmp_path / "b" / "Modelfile").read_text() == (
         'FROM ./model.gguf\nTEMPLATE """{{ .Prompt }}"""\nPARAMETER num_ctx 128\n'
