@@ -41,8 +41,18 @@ _OTHER = "use the model's safetensors checkpoint"
 _NUM_TENSORS = "GGUF.tensor_count"  # as the package gguf calls it
 
 # `tokenizer.ggml.pre` -> how text is cut before the merges (llama-vocab.cpp).
-_GPT2_LIKE = "gpt-2 default phi-2 mpt olmo jais trillion roberta-bpe gigachat".split()
-_DIGITS_FIRST = "smollm starcoder refact command-r codeshell exaone minerva-7b".split()
+_GPT2_LIKE = [
+    "gpt-2",
+    "default",
+    "phi-2",
+    "mpt",
+    "olmo",
+    "jais",
+    "trillion",
+    "roberta-bpe",
+    "gigachat",
+]
+_DIGITS_FIRST = ["smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"]
 # Those that look a whole piece up before merging (`ignore_merges`); BOS comes first unless the file
 # says no.
 _WHOLE_WORDS_FIRST = {"llama3", "llama-v3", "llama-bpe", "falcon3", "pixtral", "tekken"}
