@@ -19,10 +19,15 @@ from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM
 
 from chainlora import Chain, LinkConfig, make_config, report_runs, save_chain, train
+from chainlora.config.stages import make_stages
+from chainlora.evaluation.stages import stage_matrix
 from chainlora.experiments import report_experiment
+from chainlora.reports.charts import short
 from chainlora.reports.page import render
 from chainlora.reports.run_report import run_page
 from chainlora.reports.runs import read_runs
+from chainlora.runs.stages import set_stage_strengths
+from chainlora.training.stages import train_stages
 
 
 def table(page: str, title: str) -> list[list[str]]:
@@ -177,6 +182,25 @@ def test_every_kind_of_run_has_a_page(tiny_folder, sentiment, tmp_path):
     keys = [row[0] for row in table(together, "Keys that differ")]
     assert "chain.ranks" in keys
     assert "train.lr" not in keys
+
+
+def test_a_run_of_stages_shows_what_each_did_to_every_other(tiny_folder, sentiment, tmp_path):
+    run = tmp_path / "run"
+    config = settings(tiny_folder, sentiment, run, chain={"ranks": [2], "steps": [1]})
+    train_stages(make_stages(config | {"stages": [{"name": "facts"}, {"name": "style"}]}))
+    matrix = stage_matrix(run)
+    set_stage_strengths(run, {"style": 0.5})  # a state that nobody has scored
+    report_runs([run])
+    page = (run / "report.html").read_text(encoding="utf-8")
+    heads, *rows = table(page, "What each stage did to the accuracy of every stage")
+    assert heads == ["after", "facts", "style"]
+    scores = [[short(cell.value) for cell in row] for row in matrix.grid]
+    assert [row[1:] for row in rows] == [*scores, ["–", "–"]]
+    assert [row[0] for row in rows] == ["base", "facts", "style", "now"]
+    assert "accuracy, higher is better" in page
+    assert f"{matrix.summaries()[0]}." in html.unescape(page)
+    links = table(page, "Each link")
+    assert [row[1:3] for row in links] == [["stage", "strength"], ["facts", "1"], ["style", "0.5"]]
 
 
 def test_a_run_that_was_stopped_says_so(tiny_folder, sentiment, tmp_path):

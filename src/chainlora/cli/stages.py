@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -117,7 +118,7 @@ def _searched(run: Path) -> tuple[dict[str, float], float, float]:
         return best_mix(run, progress=lambda what, done, rows: progress(done, rows))
 
 
-def show_matrix(matrix: StageMatrix) -> None:
+def show_matrix(matrix: StageMatrix, echo: Callable[[str], object] = click.echo) -> None:
     """Print a row a state and a column a stage; nothing where no cell was scored."""
     cells = [cell for row in matrix.grid for cell in row if cell is not None]
     if not cells:
@@ -130,15 +131,9 @@ def show_matrix(matrix: StageMatrix) -> None:
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for line in lines:
         padded = [text.rjust(width) for text, width in zip(line, widths, strict=True)]
-        click.echo("  ".join([line[0].ljust(widths[0]), *padded[1:]]))
+        echo("  ".join([line[0].ljust(widths[0]), *padded[1:]]))
     for found in matrix.summaries():
-        turned = ", sign turned" if found.is_turned else ""
-        parts = [f"average {found.average:.4f}"]
-        if found.backward_transfer is not None:
-            parts.append(f"backward transfer {found.backward_transfer:+.4f}")
-        if found.forgetting is not None:
-            parts.append(f"forgetting {found.forgetting:+.4f}")
-        click.echo(f"{found.metric}{turned}: {', '.join(parts)}")
+        echo(str(found))
 
 
 def _rows_of(cell: Cell) -> str:

@@ -33,6 +33,14 @@ class MatrixSummary:
     backward_transfer: float | None
     forgetting: float | None
 
+    def __str__(self) -> str:
+        parts = [f"average {self.average:.4f}"]
+        if self.backward_transfer is not None:
+            parts.append(f"backward transfer {self.backward_transfer:+.4f}")
+        if self.forgetting is not None:
+            parts.append(f"forgetting {self.forgetting:+.4f}")
+        return f"{self.metric}{', sign turned' * self.is_turned}: {', '.join(parts)}"
+
 
 def summarise_matrix(
     scores: Sequence[Sequence[float]], stages: Sequence[str], metrics: Sequence[str]

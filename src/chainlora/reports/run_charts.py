@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from chainlora.errors import RunError
+from chainlora.evaluation.metrics import is_higher_better
+from chainlora.evaluation.stages import StageMatrix
 from chainlora.reports.charts import (
     BLUE,
     GREEN,
@@ -121,6 +123,35 @@ def chain_pictures(run: RunFacts) -> list[Picture]:
         picture(panel.title, panel.note, panel.draw, table=panel.table)
         for panel in [*panels, *_overlap(links)]
     ]
+
+
+def stage_pictures(run: RunFacts) -> list[Picture]:
+    """Return how the rows of every stage score in every state, a picture for each metric."""
+    if run.matrix is None:
+        return []
+    metrics = {cell.stage: cell.metric for row in run.matrix.grid for cell in row if cell}
+    return [_matrix_picture(run.matrix, metrics, m) for m in dict.fromkeys(metrics.values())]
+
+
+def _matrix_picture(matrix: StageMatrix, metrics: Mapping[str, str], metric: str) -> Picture:
+    """Return the columns of one metric. Cells that were not scored are empty."""
+    places = [place for place, name in enumerate(matrix.stages) if metrics.get(name) == metric]
+    columns = [matrix.stages[place] for place in places]
+    rows = [[row[place] for place in places] for row in matrix.grid]
+    grid = [[math.nan if cell is None else cell.value for cell in row] for row in rows]
+
+    def draw(axes: Any) -> None:
+        better = "higher" if is_higher_better(metric) else "lower"
+        names: Any = {"rows": matrix.states, "columns": columns}
+        heat_map(axes, grid, **names, label=f"{metric}, {better} is better")
+        axes.set_xlabel("rows of stage")
+        axes.set_ylabel("after")
+
+    title = f"What each stage did to the {metric} of every stage"
+    note = "on the rows that the run kept; now: the mix that the run is"
+    return picture(
+        title, note, draw, table=grid_table(title, matrix.states, columns, grid, "after")
+    )
 
 
 def comparing_pictures(runs: Sequence[RunFacts]) -> list[Picture]:

@@ -24,7 +24,12 @@ from chainlora.reports.page import (
     render,
     section,
 )
-from chainlora.reports.run_charts import chain_pictures, comparing_pictures, training_pictures
+from chainlora.reports.run_charts import (
+    chain_pictures,
+    comparing_pictures,
+    stage_pictures,
+    training_pictures,
+)
 from chainlora.reports.runs import Record, RunFacts, read_runs
 from chainlora.reports.tables import Table, number, table_of
 
@@ -74,6 +79,7 @@ def run_page(runs: Sequence[RunFacts], answered: Mapping[str, Sequence[Answer]])
         _overview(runs),
         _each("Training", runs, training_pictures),
         _each("Links", runs, lambda run: [*chain_pictures(run), *_links_table(run)]),
+        _each("Stages", runs, _stages),
         _each("Answers", runs, lambda run: _answers(answered.get(run.name, ()))),
         section("Cost", Numbers(_side_by_side("What it cost", costs)), *_link_costs(runs)),
         section("Config", *_configs(runs)),
@@ -196,9 +202,11 @@ def _links_table(run: RunFacts) -> list[Block]:
     if not links:
         return []
     names = list(dict.fromkeys(name for link in links for name in link["scores"]))
+    are_several = len({link["stage"] for link in links}) > 1
     rows = [
-        {
-            "link": str(link["link"]),
+        {"link": str(link["link"])}
+        | ({"stage": link["stage"], "strength": f"{link['strength']:g}"} if are_several else {})
+        | {
             "rank": str(link["rank"]),
             "scaling": f"{link['scaling']:g}",
             "steps": f"{link['steps']:,}",
@@ -226,6 +234,12 @@ def _modules_table(links: Sequence[Record]) -> list[Block]:
         for name in names
     ]
     return [Numbers(table_of("‖ΔW‖ of every module", rows), is_open=False)]
+
+
+def _stages(run: RunFacts) -> list[Block]:
+    """Return the matrix of a run of several stages, and what it comes to."""
+    summaries = run.matrix.summaries() if run.matrix else []
+    return [*stage_pictures(run), *(Text(f"{summary}.") for summary in summaries)]
 
 
 def _answers(found: Sequence[Answer]) -> list[Block]:

@@ -8,17 +8,22 @@ from pathlib import Path
 from typing import Any
 
 from chainlora.config.schema import RunConfig
+from chainlora.config.stages import split_address
+from chainlora.evaluation.stages import StageMatrix, stage_matrix
 from chainlora.runs.inspection import inspect_run
 from chainlora.runs.manifest import Manifest
 from chainlora.runs.records import score_names
-from chainlora.runs.stages import open_run
+from chainlora.runs.stages import open_run, read_stages
 
 Record = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class RunFacts:
-    """A run, or a saved chain: then without a config, a result and records."""
+    """A run, or a saved chain: then without a config, a result and records.
+
+    `matrix` is that of a run of several stages, as far as it has been scored.
+    """
 
     name: str
     path: Path
@@ -27,6 +32,7 @@ class RunFacts:
     result: Record
     records: Sequence[Record]
     inspection: Record
+    matrix: StageMatrix | None = None
 
     @property
     def steps(self) -> list[Record]:
@@ -67,7 +73,16 @@ def _read(run: str | Path, name: str) -> RunFacts:
         result=reader.result() or {},
         records=reader.records(),
         inspection=inspection,
+        matrix=stage_matrix(run, compute=False) if _has_stages(run, manifest) else None,
     )
+
+
+def _has_stages(run: str | Path, manifest: Manifest) -> bool:
+    """Return whether a run went on, or began on stages of another."""
+    if not manifest.has_run:
+        return False
+    ended = read_stages(split_address(run)[0]).names
+    return len({*ended, *manifest.stages}) > 1
 
 
 def _names(runs: Sequence[str | Path]) -> list[str]:
