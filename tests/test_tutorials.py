@@ -61,6 +61,21 @@ def test_own_data(checkout, capsys):
     assert (checkout / "out/own-merged/model.safetensors").is_file()
 
 
+def test_second_data_set(checkout, capsys):
+    file = TUTORIALS / "second-data-set.md"
+    for name, text in zip(("run.yaml", "times.yaml"), blocks(file, "yaml"), strict=True):
+        (checkout / name).write_text(text, encoding="utf-8")
+    said = ""
+    for words in commands(file.name):
+        assert run(words) == 0, capsys.readouterr().err
+        said += capsys.readouterr().out
+    plan, *_, again = blocks(file, "")  # without numbers, which are another model's
+    assert set((plan + again).splitlines()) <= set(said.splitlines())
+    for name in ("both", "half"):
+        config = json.loads((checkout / f"out/{name}/adapter_config.json").read_text())
+        assert config["r"] == 24
+
+
 def test_chat(checkout, monkeypatch, capsys):
     (row,) = blocks(TUTORIALS / "chat.md", "json")
     assert [turn["role"] for turn in json.loads(row)["messages"]] == ["user", "assistant"]
