@@ -443,7 +443,7 @@ def _is_of(path: Path, stage: str) -> bool:
     return path.suffix == ".safetensors" and (is_link or path.stem == stage)
 
 
-def test_names_and_ids_of_a_pruned_stage_are_not_used_again(three, tmp_path):
+def test_names_and_ids_of_a_pruned_stage_are_not_used_again(three, tmp_path, capsys):
     run, style = tmp_path / "run", stage_of(three, "style")
     for stage in ("law", "style"):
         prune_stage(run, stage)
@@ -452,8 +452,20 @@ def test_names_and_ids_of_a_pruned_stage_are_not_used_again(three, tmp_path):
         train_stages(extension(run, style | {"name": "law"}))
     train_stages(extension(run, style | {"name": "new"}))
     assert [link.id for link in open_run(run).load_links()][:4] == [0, 1, 2, 7]
+    assert cli(["train", str(run / "stages/law/config.yaml"), "--resume"]) == 1
+    assert "was pruned stays so" in capsys.readouterr().err
     three["stages"] = [three["stages"][0], style | {"name": "new"}]
     assert train_stages(make_stages(three)) == [None] * 2  # left out of the config
+
+
+def test_a_stage_that_others_need_goes_after_them(config, tmp_path):
+    config["stages"][1]["chain"] = {"ranks": [2], "steps": [1], "dora": True}
+    train_stages(make_stages(config), matrix=False)
+    before = files_of(tmp_path / "run")
+    with pytest.raises(RunError, match="prune the later ones first"):
+        prune_stage(tmp_path / "run", "facts")
+    assert files_of(tmp_path / "run") == before
+    prune_stage(tmp_path / "run", "style")
 
 
 def test_a_fork_is_pruned_of_its_parents_stage(three, tmp_path):

@@ -304,4 +304,5 @@ def _read(run: Path) -> list[Cell]:
 
 
 def _write(run: Path, cells: Sequence[Cell]) -> None:
+    files.remove_scratch(run, MATRIX)
     files.write_text(run / MATRIX, "".join(json.dumps(asdict(cell)) + "\n" for cell in cells))

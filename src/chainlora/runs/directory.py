@@ -130,6 +130,8 @@ class RunDirectory(RunReader):
         if not self.exists:
             return
         manifest = self.verify()
+        if manifest.is_pruned:
+            raise RunError("a stage that was pruned stays so", self.path, "choose another output")
         new = changes(self.config(), config, change, manifest.position.step)
         self._is_changed = bool(new)
         self._read(manifest.model_copy(update={"changes": [*manifest.changes, *new]}))

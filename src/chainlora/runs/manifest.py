@@ -167,6 +167,7 @@ class Manifest(_Part):
     first: Count = 0
     first_id: Count = 0
     pruned: Count = 0  # links of earlier stages that were deleted since
+    is_pruned: bool = False  # its own were
     moments: Annotated[str, Field(pattern=r"^moments/\d{3,}\.safetensors$")] | None = None
     checkpoint: Checkpoint | None = None
     selected: Selection | None
