@@ -171,9 +171,9 @@ def prune(run: str, stage: str, yes: bool, as_json: bool) -> None:
         for path in gone or ["nothing: it was pruned before"]:
             click.echo(f"{'deleted' if yes else 'would delete'} {path}")
         if found.later:
-            names = ", ".join(found.later)
-            how = "".join(f"\n  {line}" for line in again) or " chainlora train, without the stage"
-            click.echo(f"stays: {names}, tuned on top of it; to train again what they were:{how}")
+            whole = " chainlora train CONFIG --output FOLDER, without that stage in CONFIG"
+            how = "".join(f"\n  {line}" for line in again) or whole
+            click.echo(f"stays: {', '.join(found.later)}, tuned on top of it; without it:{how}")
         rows = cache_dir() / "rows"
         click.echo("stays: its data files, forks (prune them too), exports, predictions, reports")
         if rows.is_dir():
