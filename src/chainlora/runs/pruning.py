@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from chainlora import files
 from chainlora.chain.checks import check_strengths
@@ -142,9 +143,9 @@ def _without(manifest: Manifest, name: str) -> Manifest:
     is_own, selected = manifest.stage == name, manifest.selected
     if selected is not None:
         partial = selected.partial and _moved(selected.partial, selected.partial.index - below)
-        update = {"num_links": selected.num_links - below, "partial": partial}
-        selected = selected.model_copy(update=update)
-    update = {
+        place = {"num_links": selected.num_links - below, "partial": partial}
+        selected = selected.model_copy(update=place)
+    update: dict[str, Any] = {
         "format": FORMAT if is_own else manifest.format,
         "links": [_moved(entry, index) for index, entry in enumerate(links)],
         "first": manifest.first - below,
