@@ -123,12 +123,13 @@ def _check_folder(folder: Path) -> None:
         return
     if (folder / "adapter_config.json").is_file():
         raise ModelError(
-            f"`model` must be a whole model (got {folder}, an adapter); name its base model"
+            f"`model` must be a whole model (got {folder}, an adapter); name its base "
+            f"model, and with `stages` the adapter as start: {folder}"
         )
     if (folder / "chain.json").is_file():
         raise ModelError(
             f"`model` must be a whole model (got {folder}, a run); "
-            f"export it first: chainlora export {folder} --to merged --output DIR"
+            f"to go on from it: chainlora extend {folder} --name NAME"
         )
     found = sorted(folder.glob("*.gguf"))
     remedy = f"name the file: {found[0]}" if found else "name a folder written by save_pretrained"

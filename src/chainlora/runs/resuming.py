@@ -126,6 +126,10 @@ def _science(config: RunConfig) -> dict[str, Any]:
 
 
 def _how_to_change(refused: list[str]) -> str:
+    if any(key.startswith(("data.", "chain.")) for key in refused):
+        return (
+            "; to train other rows or further links on top of it: chainlora extend RUN --name NAME"
+        )
     if not all(key in CHANGEABLE for key in refused):
         return ""
     words = " ".join(f"--{key} VALUE" for key in refused)
