@@ -18,6 +18,7 @@ import pytest
 from chainlora import make_config
 from chainlora.cli.main import cli
 from chainlora.config.loading import parse_yaml
+from chainlora.config.stages import make_stages
 from chainlora.data.tasks.task import Task
 from chainlora.experiments.schema import make_experiment
 
@@ -58,6 +59,8 @@ def check_yaml(body: str) -> None:
         Task.model_validate(tree)
     elif "methods" in tree:
         make_experiment(tree)
+    elif "stages" in tree:
+        make_stages(tree)
     else:
         make_config(LEAST | tree)
 

@@ -22,6 +22,10 @@ NAMES = [
     "__version__",
     "carry_moments",
     "evaluate_task",
+    "extend",
+    "mix_stages",
+    "open_run",
+    "stage_matrix",
     "export_adapter",
     "export_merged",
     "inspect_run",
@@ -39,6 +43,10 @@ NAMES = [
 ]
 SIGNATURES = {
     "train": "(config, *, resume, listener, change, progress)",
+    "extend": "(run, stage, *, listener, progress)",
+    "open_run": "(address, stages)",
+    "mix_stages": "(run, strengths)",
+    "stage_matrix": "(run, *, speedups, progress, compute)",
     "load_config": "(path, overrides)",
     "load_run": "(run, *, num_links, dtype, as_trained)",
     "export_merged": "(run, output, *, num_links, naming)",

@@ -26,7 +26,7 @@ from chainlora.reports.charts import short
 from chainlora.reports.page import render
 from chainlora.reports.run_report import run_page
 from chainlora.reports.runs import read_runs
-from chainlora.runs.stages import set_stage_strengths
+from chainlora.runs.stages import mix_stages
 from chainlora.training.stages import train_stages
 
 
@@ -189,7 +189,7 @@ def test_a_run_of_stages_shows_what_each_did_to_every_other(tiny_folder, sentime
     config = settings(tiny_folder, sentiment, run, chain={"ranks": [2], "steps": [1]})
     train_stages(make_stages(config | {"stages": [{"name": "facts"}, {"name": "style"}]}))
     matrix = stage_matrix(run)
-    set_stage_strengths(run, {"style": 0.5})  # a state that nobody has scored
+    mix_stages(run, {"style": 0.5})  # a state that nobody has scored
     report_runs([run])
     page = (run / "report.html").read_text(encoding="utf-8")
     heads, *rows = table(page, "What each stage did to the accuracy of every stage")

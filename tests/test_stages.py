@@ -20,7 +20,7 @@ from chainlora.evaluation.stages import best_mix, stage_matrix
 from chainlora.files import checksums, sha256
 from chainlora.runs.inspection import inspect_run
 from chainlora.runs.pruning import prune_stage
-from chainlora.runs.stages import open_run, read_stages, set_stage_strengths
+from chainlora.runs.stages import mix_stages, open_run, read_stages
 from chainlora.training.stages import extension, survey, train_stages
 
 
@@ -119,14 +119,14 @@ def test_switched_off_and_on_a_stage_gives_the_states_back(config, tmp_path):
     train_stages(make_stages(config))
     ends = {name: logits(f"{run}@{name}") for name in ("facts", "style")}
     assert torch.equal(logits(run), ends["style"])
-    set_stage_strengths(run, {"style": 0})
+    mix_stages(run, {"style": 0})
     assert torch.equal(logits(run), ends["facts"])
-    set_stage_strengths(run, {"style": 0.5})
+    mix_stages(run, {"style": 0.5})
     # one rounding of every weight, in float32
     half = logits(open_run(run, {"facts": 1, "style": 0.5}))
     torch.testing.assert_close(logits(run), half, rtol=0, atol=0)
     assert torch.equal(logits(open_run(run, ["facts"])), ends["facts"])
-    set_stage_strengths(run, {"style": 1})
+    mix_stages(run, {"style": 1})
     assert torch.equal(logits(run), ends["style"])
     assert torch.equal(logits(f"{run}@style"), ends["style"])
 
@@ -134,7 +134,7 @@ def test_switched_off_and_on_a_stage_gives_the_states_back(config, tmp_path):
 def test_a_stage_begins_on_what_the_mix_made(config, tmp_path):
     run = tmp_path / "run"
     train_stages(make_stages(config))
-    set_stage_strengths(run, {"facts": 0.5})
+    mix_stages(run, {"facts": 0.5})
     train_stages(extension(run, stage_of(config, "style") | {"name": "law"}))
     strengths = [link.strength for link in open_run(run).load_links()]
     assert strengths == [0.5] * 3 + [1.0] * 4
@@ -242,7 +242,7 @@ def test_run_wide_keys_of_an_extension_and_stages_that_are_not_there_are_refused
             train_stages(extension(address, style | change))
     for strengths, message in [({"nope": 1}, "one of facts"), ({"style": 1e9}, "within")]:
         with pytest.raises(ChainLoRAError, match=message):
-            set_stage_strengths(run, strengths)
+            mix_stages(run, strengths)
     assert files_of(run) == before
 
 
@@ -370,7 +370,7 @@ def test_the_matrix_is_what_eval_says_and_is_kept(config, tmp_path):
     (summary,) = found.summaries()
     assert (summary.metric, summary.stages) == ("accuracy", ("facts", "style"))
     before = (run / "matrix.jsonl").read_bytes()
-    set_stage_strengths(run, {"facts": 0.25})
+    mix_stages(run, {"facts": 0.25})
     assert stage_matrix(run, compute=False).grid[-1] == [None, None]
     assert stage_matrix(run).states == ["base", "facts", "style", "now"]
     assert (run / "matrix.jsonl").read_bytes().startswith(before)
@@ -431,7 +431,7 @@ def test_a_pruned_stage_is_nowhere_and_later_ones_are_what_they_were_without(thr
         with pytest.raises(RunError, match=r"which was pruned.*name one"):
             open_run(f"{run}@{stage}")
         with pytest.raises(RunError, match="must be one of"):
-            set_stage_strengths(run, {stage: 1})
+            mix_stages(run, {stage: 1})
     with pytest.raises(RunError, match=r"must keep a stage.*its only one"):
         prune_stage(run, "law")
 

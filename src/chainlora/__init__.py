@@ -20,6 +20,10 @@ _WHERE = {
     "load_config": "chainlora.config.loading",
     "make_config": "chainlora.config.loading",
     "train": "chainlora.training.calling",
+    "extend": "chainlora.training.calling",
+    "open_run": "chainlora.runs.stages",
+    "mix_stages": "chainlora.runs.stages",
+    "stage_matrix": "chainlora.evaluation.stages",
     "TrainResult": "chainlora.training.result",
     "carry_moments": "chainlora.knots.moments",
     "ChainCallback": "chainlora.integrations.callback",
@@ -51,6 +55,7 @@ if TYPE_CHECKING:
     from chainlora.data.tasks import load_task as load_task
     from chainlora.errors import ChainLoRAError as ChainLoRAError
     from chainlora.evaluation.scoring import evaluate_task as evaluate_task
+    from chainlora.evaluation.stages import stage_matrix as stage_matrix
     from chainlora.integrations.callback import ChainCallback as ChainCallback
     from chainlora.knots.moments import carry_moments as carry_moments
     from chainlora.models.loading import load_model as load_model
@@ -61,6 +66,9 @@ if TYPE_CHECKING:
     from chainlora.runs.loading_start import load_chain as load_chain
     from chainlora.runs.opening import load_run as load_run
     from chainlora.runs.saved_chain import save_chain as save_chain
+    from chainlora.runs.stages import mix_stages as mix_stages
+    from chainlora.runs.stages import open_run as open_run
+    from chainlora.training.calling import extend as extend
     from chainlora.training.calling import train as train
     from chainlora.training.result import TrainResult as TrainResult
 

@@ -32,7 +32,7 @@ from chainlora.files import checksums, write_json
 from chainlora.models.identity import tokenizer_files
 from chainlora.runs.loading_start import with_start
 from chainlora.runs.pruning import prune_stage
-from chainlora.runs.stages import alone_in, open_run, set_stage_strengths
+from chainlora.runs.stages import alone_in, mix_stages, open_run
 from chainlora.training.stages import extension, survey, train_stages
 
 FULL = bool(os.environ.get("CHAINLORA_FULL"))
@@ -105,7 +105,7 @@ def _fork(world: World, where: Path) -> None:
 
 
 def _mix(world: World, where: Path) -> None:
-    set_stage_strengths(where / "run", {"facts": 0.5, "taste": 0})
+    mix_stages(where / "run", {"facts": 0.5, "taste": 0})
 
 
 def _prune(world: World, where: Path, stage: str = "facts") -> None:

@@ -24,7 +24,7 @@ from chainlora.models.hashing import cache_dir
 from chainlora.reports.run_charts import plot_training
 from chainlora.reports.run_report import report_runs
 from chainlora.runs.records import read_records
-from chainlora.runs.stages import set_stage_strengths
+from chainlora.runs.stages import mix_stages
 from chainlora.runs.start import Start
 from chainlora.training.loop import train
 from chainlora.training.stages import extension, train_stages
@@ -71,7 +71,7 @@ def run_demo(
     echo(_summary(zero_shot, after_links, result["metrics"]["validation"]))
     echo(f"\nA second data set, {_NUM_TIMES} times of day, becomes a stage of the same chain.")
     train_stages(extension(output, _second(rows)), listener=listener_for())
-    set_stage_strengths(Path(output), {"times": 0})
+    mix_stages(Path(output), {"times": 0})
     matrix = stage_matrix(output)
     echo("What it did to the first one; now is after `chainlora mix`, which switched it off:\n")
     show_matrix(matrix, echo)

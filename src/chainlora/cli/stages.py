@@ -79,13 +79,13 @@ def mix(run: str, strengths: tuple[str, ...], best: bool, no_scores: bool, as_js
         raise click.UsageError("--best searches the strengths; leave them out")
     chosen = read_strengths(strengths, default=None)
     quiet()
-    from chainlora.runs.stages import set_stage_strengths, strengths_of
+    from chainlora.runs.stages import mix_stages, strengths_of
 
     if best:
         chosen, after, before = _searched(folder)
         to_stderr(f"average {before:.4f} before, {after:.4f} with the best strengths")
     if chosen:
-        set_stage_strengths(folder, chosen)
+        mix_stages(folder, chosen)
     found = strengths_of(folder)
     matrix = None if no_scores else scored_matrix(run, compute=bool(chosen))
     if as_json:

@@ -159,7 +159,7 @@ class Manifest(_Part):
     format: int
     base: Base
     seed: int = 0
-    hold: Annotated[str, Field(pattern=r"^(tied|carried)$")]
+    hold: str
     rows: str | None = None
     links: list[LinkEntry]
     next_id: Count = 0

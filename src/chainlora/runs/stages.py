@@ -192,12 +192,15 @@ def end_stage(run: Path, name: str) -> None:
     write_stages(run, found.model_copy(update={"stages": [*found.stages, entry]}))
 
 
-def set_stage_strengths(run: Path, strengths: Mapping[str, float]) -> None:
-    """Give stages other strengths, 0 for off; the others keep theirs.
+def mix_stages(run: str | Path, strengths: Mapping[str, float]) -> None:
+    """Give stages of a run other strengths, 0 for off; the others keep theirs.
+
+    From then on the run is this mix wherever it is loaded; 1 gives back what was, to the bit.
 
     Raises RunError: a stage that is not there, a strength that its links cannot have, a run that
     another process is training.
     """
+    run = Path(run)
     with alone_in(run):
         found = read_stages(run)
         folder = folder_of(run, found, found.last)

@@ -1,19 +1,23 @@
-"""`chainlora.train`: the loop as a script or a notebook calls it."""
+"""`chainlora.train` and `chainlora.extend`: the loop as a script or a notebook calls it."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from contextlib import nullcontext
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from chainlora.config.loading import load_config, make_config
+from chainlora.config.loading import make_config, read_config
 from chainlora.config.schema import RunConfig
+from chainlora.config.stages import Stage, make_stages
+from chainlora.runs.loading_start import with_start
+from chainlora.runs.reading import RunReader
 from chainlora.training.events import Event, Listener
 from chainlora.training.loop import train as run_training
 from chainlora.training.processes import is_first_launched
 from chainlora.training.progress import progress_listener
 from chainlora.training.result import TrainResult
+from chainlora.training.stages import extension, train_stages
 
 
 def train(
@@ -27,8 +31,9 @@ def train(
     """Run a config from data to result and return what ``result.json`` holds.
 
     Args:
-        config: a config, the path of a YAML file, or a mapping of its keys.
-        resume: continue a run that was stopped or killed, to the same bits.
+        config: a config, the path of a YAML file, or a mapping of its keys. One with `stages`
+            trains those that are new, and gives the result of the last one.
+        resume: continue a run that was stopped or killed, to the same bits; stages always do.
         listener: gets every event (`training.events`): `Planned` before the first step, and before
             it `RowsEncoded` while a large data set is tokenised.
         change: keys that a resume may change (`runs.resuming.CHANGEABLE`).
@@ -37,10 +42,54 @@ def train(
 
     Everything that can be refused is refused before training. Raises ChainLoRAError subclasses.
     """
-    checked = _checked(config)
+    if isinstance(config, str | Path):
+        config = read_config(config)
+    if isinstance(config, Mapping) and ("stages" in config or config.get("start") is not None):
+        stages = make_stages(with_start(config))
+        return _of_stages(stages, listener, change, progress)
+    checked = config if isinstance(config, RunConfig) else make_config(config)
+    with _shown(checked, listener, progress) as tell:
+        return run_training(checked, resume=resume, listener=tell, change=change)
+
+
+def extend(
+    run: str | Path,
+    stage: Mapping[str, Any],
+    *,
+    listener: Listener | None = None,
+    progress: bool | None = None,
+) -> TrainResult:
+    """Train one more stage on top of a run, and return what its ``result.json`` holds.
+
+    `stage` has a `name`, and the sections data, chain and train; what it leaves open is as in the
+    stage before, but for rows, ranks and lengths. With `output` it becomes a fork that begins on
+    `run`, which may then be ``RUN@STAGE``. The same call again goes on where it was stopped.
+    """
+    return _of_stages(extension(run, stage), listener, (), progress)
+
+
+def _of_stages(
+    stages: Sequence[Stage],
+    listener: Listener | None,
+    change: Collection[str],
+    progress: bool | None,
+) -> TrainResult:
+    """Train what is new, and return the last stage's result."""
+    with _shown(stages[0].config, listener, progress) as tell:
+        last = train_stages(stages, listener=tell, change=change)[-1]
+    if last is None:
+        last = cast(TrainResult, RunReader(stages[-1].config.output or "").result())
+    return last
+
+
+@contextmanager
+def _shown(
+    config: RunConfig, listener: Listener | None, progress: bool | None
+) -> Iterator[Listener]:
+    """Give what tells the listener, and shows progress where it is wanted."""
     is_shown = (listener is None) if progress is None else progress
     shown = (
-        progress_listener(checked.train.log_every)
+        progress_listener(config.train.log_every)
         if is_shown and is_first_launched()
         else nullcontext(_ignore)
     )
@@ -51,13 +100,7 @@ def train(
             if listener is not None:
                 listener(event)
 
-        return run_training(checked, resume=resume, listener=tell, change=change)
-
-
-def _checked(config: RunConfig | Mapping[str, Any] | str | Path) -> RunConfig:
-    if isinstance(config, RunConfig):
-        return config
-    return load_config(config) if isinstance(config, str | Path) else make_config(config)
+        yield tell
 
 
 def _ignore(event: Event) -> None:
