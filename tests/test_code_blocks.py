@@ -61,6 +61,8 @@ def check_yaml(body: str) -> None:
         make_experiment(tree)
     elif "stages" in tree:
         make_stages(tree)
+    elif "name" in tree:  # of one stage, as `extend` takes it
+        make_stages({"model": "m", "output": "runs/a", "stages": [tree]})
     else:
         make_config(LEAST | tree)
 

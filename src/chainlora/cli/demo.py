@@ -77,8 +77,8 @@ def run_demo(
     show_matrix(matrix, echo)
     page = report_runs([f"{output}@headlines"], prompts=_PROMPTS)["output"]
     echo(_next_commands(rows, output, page))
-    scores = {"zero_shot": zero_shot, "after_links": after_links, "matrix": matrix.as_dict()}
-    return {**result, **scores, "report": page}
+    shown = {"zero_shot": zero_shot, "after_links": after_links, "matrix": matrix.as_dict()}
+    return {**result, **shown, "report": page}
 
 
 def _check_packages() -> None:
