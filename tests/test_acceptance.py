@@ -11,6 +11,7 @@ from helpers import assert_same_links, settings
 
 from chainlora import load_run, make_config, train
 from chainlora.evaluation.evaluate import Evaluation
+from chainlora.runs.start import NOTHING
 from chainlora.training import loop
 from chainlora.training.acceptance import gain
 from chainlora.training.setup import prepare
@@ -82,7 +83,7 @@ def test_the_id_of_a_rejected_link_is_not_given_again(
     train(settings)
     manifest = json.loads((tmp_path / "run" / "chain.json").read_text())
     assert ([link["id"] for link in manifest["links"]], manifest["next_id"]) == ([0], 2)
-    with prepare(settings, resume=True, listener=lambda event: None) as run:
+    with prepare(settings, True, lambda event: None, (), NOTHING) as run:
         assert run.chain.next_id == 2
 
 

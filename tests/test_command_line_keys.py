@@ -97,6 +97,7 @@ GIVEN |= {"data.chat_template", "data.template_arguments"}  # test_data_template
 GIVEN |= {"train.loss", "train.dpo_beta", "train.dpo_label_smoothing"}  # test_dpo.py
 GIVEN |= {"data.replay"}  # test_kept_rows.py
 GIVEN |= {"quantize"}  # test_quantized.py, where its packages are
+GIVEN |= {"start"}  # test_stages.py, test_start.py
 
 
 def keys(model: type[BaseModel], prefix: str = "") -> list[str]:

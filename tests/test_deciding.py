@@ -41,7 +41,7 @@ DECIDED = {
 }
 # Optional keys for which None means off, or which decide nothing that a step sees.
 OFF = {
-    "output", "quantize",
+    "output", "quantize", "start",
     "data.task", "data.dir", "data.train", "data.validation", "data.test",
     "data.replay", "data.num_train", "data.num_validation", "data.num_test",
     "chain.exclude_modules", "chain.plateau",

@@ -41,5 +41,5 @@ def completed(words: str) -> list[str]:
 
 
 def test_a_shell_completes_commands_and_options():
-    assert completed("chainlora ex") == ["experiment", "export"]
+    assert completed("chainlora ex") == ["experiment", "export", "extend"]
     assert {"--rank", "--to"} <= set(completed("chainlora export --"))
