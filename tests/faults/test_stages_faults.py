@@ -212,11 +212,11 @@ def _sample(verb: str, kinds: list[str], size: int, world: World) -> list[tuple[
         ("extend", 4),
         ("mix", 2),
         ("prune", 4),
-        pytest.param("extend", 16, marks=pytest.mark.slow),
-        pytest.param("fork", 12, marks=pytest.mark.slow),
+        pytest.param("extend", 8, marks=pytest.mark.slow),
+        pytest.param("fork", 6, marks=pytest.mark.slow),
         pytest.param("mix", 99, marks=pytest.mark.slow),
-        pytest.param("prune", 200, marks=pytest.mark.slow),
-        pytest.param("train", 12, marks=pytest.mark.slow),
+        pytest.param("prune", 40, marks=pytest.mark.slow),
+        pytest.param("train", 6, marks=pytest.mark.slow),
     ],
 )
 def test_a_verb_that_met_a_fault_is_typed_again(world, verb, size):
