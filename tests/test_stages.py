@@ -198,6 +198,8 @@ def _stop_after(total: int):
         ({"name": "facts"}, "every stage must have a name of its own"),
         ({"name": "9"}, "must have a `name`"),
         ({"name": None}, "must have a `name`"),
+        ({"name": "base"}, "not base or now"),
+        ({"name": "now"}, "not base or now"),
         ({"model": "m"}, "nothing of the whole run .*`model`"),
         ({"data": {"chat_template": "chatml"}}, "`data.chat_template` must be the same"),
         ({"data": {"template_arguments": {}}}, "`data.template_arguments` must be the same"),

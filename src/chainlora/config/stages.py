@@ -34,7 +34,8 @@ RUN_WIDE = {
     "train": ("dtype", "seed", "shard"),
 }
 _SECTIONS = ("data", "chain", "train")
-_NAME = re.compile(r"[A-Za-z][\w-]{0,63}")
+# `base` and `now` are states of the matrix that are no stages.
+_NAME = re.compile(r"(?!(?:base|now)\Z)[A-Za-z][\w-]{0,63}")
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,8 @@ def check_name(name: object, taken: Sequence[str] = ()) -> str:
     """Return the name of a new stage. Raises ConfigError for one that is none, or is taken."""
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise ConfigError(
-            "a stage must have a `name` of letters, digits, - and _, a letter first",
+            "a stage must have a `name` of letters, digits, - and _, a letter first, and not base or "
+            "now",
             f"{name!r:.40}" if name is not None else "none",
             "e.g. name: facts",
         )
