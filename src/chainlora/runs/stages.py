@@ -95,7 +95,7 @@ def open_run(
     folder, strengths = folder_of(run, found, place), found.strengths if name is None else {}
     if stages is not None:
         chosen = stages if isinstance(stages, Mapping) else dict.fromkeys(stages, 1.0)
-        strengths = dict.fromkeys(_names_in(folder, chosen), 0.0)
+        strengths = dict.fromkeys(_names_in(folder, chosen, run), 0.0)
         strengths |= {each: float(value) for each, value in chosen.items()}
     return RunReader(folder, strengths)
 
@@ -116,13 +116,13 @@ def records_of_stages(address: Address) -> dict[str, list[Record]]:
     return {name: RunReader(folder).records() for name, folder in folders.items()}
 
 
-def _names_in(folder: Path, chosen: Iterable[str]) -> list[str]:
+def _names_in(folder: Path, chosen: Iterable[str], run: Path) -> list[str]:
     """Return the stages that a run has links of. Raises RunError for others among `chosen`."""
     names = RunReader(folder).manifest().stages
     for name in chosen:
         if name not in names:
             raise RunError(
-                f"a stage must be one of {', '.join(names)}", f"{name!r} for {folder}", "name one"
+                f"a stage must be one of {', '.join(names)}", f"{name!r} for {run}", "name one"
             )
     return names
 
@@ -204,7 +204,7 @@ def mix_stages(run: str | Path, strengths: Mapping[str, float]) -> None:
     with alone_in(run):
         found = read_stages(run)
         folder = folder_of(run, found, found.last)
-        _names_in(folder, strengths)
+        _names_in(folder, strengths, run)
         merged = found.strengths | {name: float(value) for name, value in strengths.items()}
         RunReader(folder, merged).load_links()  # refuses what is not a sum
         write_stages(run, Stages(stages=found.stages, strengths=merged))
