@@ -21,7 +21,7 @@ import torch
 from chainlora import Chain, Link, LinkConfig, load_model
 from chainlora.chain.adapters import Factors
 from chainlora.models.finding import resolve_model
-from chainlora.runs.directory import versions
+from chainlora.runs.costs import versions
 
 
 def main() -> None:

@@ -27,7 +27,7 @@ from torch import Tensor
 from chainlora import Chain, LinkConfig, carry_moments, load_model
 from chainlora.chain.adapters import live_factors
 from chainlora.models.finding import resolve_model
-from chainlora.runs.directory import versions
+from chainlora.runs.costs import versions
 from chainlora.runs.links import write_link
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -40,7 +40,7 @@ def doctor(model: str | None, as_json: bool) -> None:
     which fast paths the model can take, or why not. The model is loaded for that.
     """
     quiet()
-    from chainlora.runs.directory import versions
+    from chainlora.runs.costs import versions
 
     found: dict[str, Any] = {
         "versions": versions(),

@@ -1,14 +1,17 @@
-"""What a run cost: parameters trained, peak memory, hardware."""
+"""What a run cost: parameters trained, peak memory, hardware, and versions of what it ran on."""
 
 from __future__ import annotations
 
 import platform
 import sys
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import psutil
 import torch
 
+from chainlora import __version__
 from chainlora.chain.link import Link
 
 
@@ -45,3 +48,15 @@ def hardware(device: torch.device) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "device": str(device),
     }
+
+
+@cache
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages whose numerics matter."""
+    found = {"python": platform.python_version(), "chainlora": __version__}
+    for package in ("torch", "transformers", "peft", "accelerate"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "unknown"
+    return found

@@ -2,32 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from copy import deepcopy
 from typing import Any
 
-from chainlora.config.schema import RunConfig
-from chainlora.data.kept import Kept
-from chainlora.runs.directory import Progress, RunDirectory
-from chainlora.runs.start import NOTHING, Start
+from chainlora.runs.directory import RunDirectory
+from chainlora.runs.manifest import Progress
 
 
 class FollowedDirectory(RunDirectory):
     """A run directory that another process has claimed: read where a run resumes, never written."""
 
-    def begin(
-        self,
-        config: RunConfig,
-        base: Mapping[str, Any],
-        *,
-        resume: bool,
-        rows: str | None = None,
-        start: Start = NOTHING,
-        keep: Callable[[], Kept] | None = None,
-    ) -> Progress:
+    def begin(self, *_: Any, **__: Any) -> Progress:
         """Read where the first process begins or resumes; call it after that one's `begin`."""
         self._current = self.verify()
-        return deepcopy(self._current.position)
+        return deepcopy(self.current.position)
 
     def _leave_to_the_first(self, *_: Any, **__: Any) -> None:
         """Leave it to the first process to refuse, to lock and to write."""

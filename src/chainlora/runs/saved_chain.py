@@ -29,7 +29,7 @@ from chainlora.chain.link import Link
 from chainlora.config.schema import LinkConfig
 from chainlora.errors import ConfigError, RunError
 from chainlora.knots.numbers import Numbers
-from chainlora.runs.directory import versions
+from chainlora.runs.costs import versions
 from chainlora.runs.links import load_tensors, write_link
 from chainlora.runs.manifest import (
     DAMAGED,

@@ -26,9 +26,13 @@ logger = logging.getLogger(__name__)
 _WARM_UP, _TIMED = 2, 6  # steps
 
 
-def decide(run: Run) -> None:
-    """Give a run its numbers: those that it began with, or new ones, which are recorded."""
-    numbers = run.directory.numbers if run.directory is not None else None
+def decide(run: Run, first: int) -> None:
+    """Give a run its numbers: those that it began with, or new ones, which are recorded.
+
+    `first` is how many links the run began on.
+    """
+    state = run.directory.current if run.directory is not None else None
+    numbers = state.numbers if state is not None else None
     if numbers is None:
         numbers = _new_numbers(run)
         if run.progress.step:
@@ -44,8 +48,8 @@ def decide(run: Run) -> None:
             numbers.path,
             run.engine.path,
         )
-    _take(run, numbers)
-    if run.directory is not None and run.directory.numbers is None and not run.is_inside_link:
+    _take(run, numbers, first)
+    if state is not None and state.numbers is None and not run.is_inside_link:
         run.write_manifest()
 
 
@@ -64,7 +68,7 @@ def _new_numbers(run: Run) -> Numbers:
     )
 
 
-def _take(run: Run, numbers: Numbers) -> None:
+def _take(run: Run, numbers: Numbers, first: int) -> None:
     """From here on a run reads numbers, and nothing that is left open."""
     decided = {
         "restart_warmup_steps": numbers.restart_warmup_steps,
@@ -73,14 +77,14 @@ def _take(run: Run, numbers: Numbers) -> None:
     train = run.train.model_copy(update=decided)
     run.config = run.config.model_copy(update={"train": train})
     run.plan = replace(run.plan, lengths=numbers.lengths)
-    first = run.knots.first
     run.knots = Knots(run.chain, run.config.chain, numbers, memory=run.progress.memory, first=first)
 
 
 def measure_step(run: Run) -> float:
     """Return the median seconds of an optimizer step, on a link that is discarded."""
     next_id = run.chain.next_id
-    plain = run.knots.links[0].model_copy(update={"init": "kaiming"})  # no start costs a step more
+    first = run.config.chain.links()[0]
+    plain = first.model_copy(update={"init": "kaiming"})  # no start costs a step more
     adapter = run.chain.extend(plain)
     run.engine.adapt(adapter.layers.values())
     run.chain.model.train()

@@ -10,8 +10,7 @@ from chainlora.config.schema import RunConfig
 from chainlora.data.rows import Rows
 from chainlora.errors import RunError
 from chainlora.evaluation.metrics import INDEX_METRICS, majority_rate
-from chainlora.runs.costs import hardware, num_trained, peak_memory_mb
-from chainlora.runs.directory import versions
+from chainlora.runs.costs import hardware, num_trained, peak_memory_mb, versions
 from chainlora.runs.manifest import RESULT, Best, describe_link
 from chainlora.runs.reading import RunReader
 from chainlora.runs.resuming import changes
@@ -110,7 +109,7 @@ def _result(run: Run, metrics: dict[str, Any]) -> TrainResult:
         "rows": run.plan.mixture.num_rows,
         "rows_digest": run.splits.digest,
         "data": run.splits.report(),
-        "base_fingerprint": run.base["fingerprint"],
+        "base_fingerprint": run.chain.base_fingerprint,
         "wall_s": round(progress.seconds, 2),
         "peak_memory_mb": peak_memory_mb(),
         "trainable_parameters": _num_trained(run),

@@ -20,7 +20,8 @@ from chainlora.engine.engine import Engine
 from chainlora.errors import StoppedError, TrainingError
 from chainlora.evaluation.evaluate import Evaluation
 from chainlora.knots.driver import Knots
-from chainlora.runs.directory import Progress, RunDirectory
+from chainlora.runs.directory import RunDirectory
+from chainlora.runs.manifest import Progress
 from chainlora.training.events import Event, Listener
 from chainlora.training.objectives import Objective
 from chainlora.training.optimizers import state_tensors
@@ -36,16 +37,16 @@ class Run:
     plan: Plan
     splits: Splits
     objective: Objective
-    knots: Knots
+    chain: Chain
     engine: Engine
     tokenizer: Any
     accelerator: Accelerator
     processes: Processes
     directory: RunDirectory | None
     progress: Progress
-    base: dict[str, Any]
     listener: Listener
     stage: str  # its name; links of earlier ones are below its own
+    knots: Knots = field(init=False)  # from when it has decided its numbers (`training.deciding`)
     best_link: Link | None = None  # the best point, where it lies inside a link
     last_scored: Evaluation | None = None  # of the model as it is; None once it may have changed
     accepted: Evaluation | None = None  # of the links that are kept; `accept_links: better` alone
@@ -60,11 +61,6 @@ class Run:
     def device(self) -> torch.device:
         """Where the model lives."""
         return self.accelerator.device
-
-    @property
-    def chain(self) -> Chain:
-        """The chain that is tuned."""
-        return self.knots.chain
 
     @property
     def own_links(self) -> list[Link]:
@@ -105,12 +101,7 @@ class Run:
         self.count_seconds()
         if self.directory is not None:
             self.directory.write_manifest(
-                self.base,
-                self.config,
-                self.chain.links,
-                self.progress,
-                self.knots.numbers,
-                self.chain.next_id,
+                self.chain.links, self.progress, self.knots.numbers, self.chain.next_id
             )
 
     def save_checkpoint(self, optimizer: torch.optim.Optimizer) -> None:

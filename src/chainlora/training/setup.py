@@ -22,17 +22,17 @@ from chainlora.data.kept import Kept
 from chainlora.data.splits import Splits, check_pairs, prepare_splits
 from chainlora.engine.engine import Engine
 from chainlora.errors import ConfigError, RunError
-from chainlora.knots.driver import Knots, check_policy
-from chainlora.knots.numbers import Numbers
+from chainlora.knots.driver import check_policy
 from chainlora.models.finding import resolve_model
 from chainlora.models.identity import base_files
 from chainlora.models.loading import load_model, load_tokenizer
 from chainlora.models.loading_shards import load_shards
 from chainlora.models.quantizing import is_quantized_model
 from chainlora.models.text_config import context_length
-from chainlora.runs.directory import Progress, RunDirectory
+from chainlora.runs.directory import RunDirectory
 from chainlora.runs.following import FollowedDirectory
 from chainlora.runs.loading_start import fitted
+from chainlora.runs.manifest import Base, Progress
 from chainlora.runs.start import Start
 from chainlora.training.deciding import decide
 from chainlora.training.events import Listener, Planned, RowsEncoded
@@ -106,27 +106,26 @@ def _prepare(
                     start=start,
                     keep=splits.kept if config.data.keep_rows else None,
                 )
-            first, stage = directory.first, directory.stage
+            first, stage = directory.current.first, directory.current.stage
         run = Run(
             config=config,
             plan=plan,
             splits=splits,
             objective=make_objective(splits.loss, config.train),
-            knots=Knots(chain, config.chain, Numbers(plan.lengths), first=first),
+            chain=chain,
             engine=engine,
             tokenizer=tokenizer,
             accelerator=accelerator,
             processes=processes,
             directory=directory,
             progress=progress,
-            base=base,
             listener=listener,
             stage=stage,
         )
         _restore_links(run, start)
         if splits.loss == "dpo":
             take_reference(run)
-        decide(run)
+        decide(run, first)
         _announce(run)
     except BaseException:
         engine.close()
@@ -229,16 +228,16 @@ def _new_engine(config: RunConfig, model: Any, processes: Processes) -> Engine:
     )
 
 
-def _identity(config: RunConfig, chain: Chain, files: Mapping[str, str]) -> dict[str, Any]:
-    """Return what the manifest says of the base model (`runs.manifest.Base`)."""
-    return {
-        "model": config.model,
-        "fingerprint": chain.base_fingerprint,
-        "dtype": config.train.dtype,
-        "files": files,
-        "fan_in_fan_out": any(isinstance(module, Conv1D) for module in chain.model.modules()),
-        "quantize": config.quantize,
-    }
+def _identity(config: RunConfig, chain: Chain, files: dict[str, str]) -> Base:
+    """Return what the manifest says of the base model."""
+    return Base(
+        model=config.model,
+        fingerprint=chain.base_fingerprint,
+        dtype=config.train.dtype,
+        files=files,
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in chain.model.modules()),
+        quantize=config.quantize,
+    )
 
 
 def check(config: RunConfig, model: nn.Module, splits: Splits) -> None:
@@ -337,7 +336,7 @@ def _restore_links(run: Run, start: Start) -> None:
     next_id = start.next_id
     if run.directory is not None:
         links = run.directory.load_links(run.progress.link)
-        next_id = run.directory.next_id  # of a link that was rejected, none again
+        next_id = run.directory.current.next_id  # of a link that was rejected, none again
     for link in links:
         run.chain.add(link)
     run.chain.next_id = next_id
