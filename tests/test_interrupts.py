@@ -18,7 +18,6 @@ from helpers import assert_same_links, settings
 from chainlora import make_config, train
 from chainlora.cli.main import run as command
 from chainlora.errors import StoppedError
-from chainlora.evaluation.evaluate import evaluate
 from chainlora.runs.directory import RunDirectory
 from chainlora.training.interrupts import interruptible, stop_requested
 from chainlora.training.objective_kinds.likelihood import LanguageModelling
@@ -71,7 +70,7 @@ class Halted(LanguageModelling):
         super().__init__("candidates")
         self.at, self.made = at, 0
 
-    def evaluate(self, engine, examples, splits, tokenizer, progress):
+    def evaluate(self, engine, examples, **options):
         self.made += 1
         is_here = self.made == self.at
 
@@ -79,12 +78,9 @@ class Halted(LanguageModelling):
             assert done < rows or not is_here, "the evaluation went on to its end"
             if is_here:
                 kill(signal.SIGTERM)
-            progress(done, rows)
+            options["progress"](done, rows)
 
-        metrics = splits.metrics
-        return evaluate(
-            engine.model, examples, metrics=metrics, engine=engine, max_tokens=64, progress=tell
-        )
+        return super().evaluate(engine, examples, **options | {"max_tokens": 64, "progress": tell})
 
 
 def records(run: Path) -> list[dict[str, Any]]:

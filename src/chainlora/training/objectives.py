@@ -13,7 +13,6 @@ from torch import Tensor
 
 from chainlora.config.schema import TrainConfig
 from chainlora.data.examples import Example
-from chainlora.data.splits import Splits
 from chainlora.engine.engine import Engine
 from chainlora.evaluation.evaluate import Evaluation
 from chainlora.registry import entries
@@ -32,15 +31,11 @@ class Objective(Protocol):
     def loss(self, engine: Engine, batch: Any) -> Tensor:
         """Return the loss of a batch, summed over its terms: a scalar, differentiable."""
 
-    def evaluate(
-        self,
-        engine: Engine,
-        examples: Sequence[Example],
-        splits: Splits,
-        tokenizer: Any,
-        progress: Callable[[int, int], None],
-    ) -> Evaluation:
-        """Return the metrics of `examples`; call ``progress(rows_done, rows)`` after each batch."""
+    def evaluate(self, engine: Engine, examples: Sequence[Example], **options: Any) -> Evaluation:
+        """Return the metrics of `examples`; `options` are those of `evaluation.evaluate`.
+
+        Its ``progress(rows_done, rows)`` is called after each batch.
+        """
 
 
 # By the name in `Splits.loss`: an objective, or the class of one that reads keys of `train`. One of

@@ -52,7 +52,13 @@ def score(run: Run, examples: Sequence[Example]) -> Evaluation:
     if run.is_resumable:
         run.stop_if_requested()
     return run.objective.evaluate(
-        run.engine, examples, run.splits, run.tokenizer, progress=between_batches
+        run.engine,
+        examples,
+        metrics=run.splits.metrics,
+        tokenizer=run.tokenizer,
+        stop=run.splits.stop,
+        max_new_tokens=run.splits.max_new_tokens,
+        progress=between_batches,
     )
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
 from chainlora.data.examples import Example
-from chainlora.data.splits import Splits
 from chainlora.engine.engine import Engine, Kind, num_terms
 from chainlora.evaluation.evaluate import Evaluation, evaluate
 
@@ -31,25 +30,9 @@ class LanguageModelling:
         """Return the summed cross-entropy."""
         return engine.loss(batch, self.kind)[0]
 
-    def evaluate(
-        self,
-        engine: Engine,
-        examples: Sequence[Example],
-        splits: Splits,
-        tokenizer: Any,
-        progress: Callable[[int, int], None],
-    ) -> Evaluation:
+    def evaluate(self, engine: Engine, examples: Sequence[Example], **options: Any) -> Evaluation:
         """Return the metrics of the run's task."""
-        return evaluate(
-            engine.model,
-            examples,
-            engine=engine,
-            metrics=splits.metrics,
-            tokenizer=tokenizer,
-            stop=splits.stop,
-            max_new_tokens=splits.max_new_tokens,
-            progress=progress,
-        )
+        return evaluate(engine.model, examples, engine=engine, **options)
 
 
 OBJECTIVES = {

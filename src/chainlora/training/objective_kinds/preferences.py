@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -10,7 +10,6 @@ from torch.nn import functional as F
 
 from chainlora.config.schema import TrainConfig
 from chainlora.data.examples import Example
-from chainlora.data.splits import Splits
 from chainlora.engine.engine import Engine
 from chainlora.engine.head import candidate_scores
 from chainlora.engine.packing import PackedBatch
@@ -42,16 +41,9 @@ class DPO(LanguageModelling):
         right, wrong = F.logsigmoid(margin), F.logsigmoid(-margin)
         return -((1 - self.smoothing) * right + self.smoothing * wrong).sum()
 
-    def evaluate(
-        self,
-        engine: Engine,
-        examples: Sequence[Example],
-        splits: Splits,
-        tokenizer: Any,
-        progress: Callable[[int, int], None],
-    ) -> Evaluation:
+    def evaluate(self, engine: Engine, examples: Sequence[Example], **options: Any) -> Evaluation:
         """Return loss, accuracy and margin of pairs."""
-        scores = engine.scores(examples, progress=progress)
+        scores = engine.scores(examples, progress=options["progress"])
         return judge_pairs(examples, scores, [each.reference for each in examples], self.beta)
 
 
