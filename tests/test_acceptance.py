@@ -10,10 +10,10 @@ import torch
 from helpers import assert_same_links, settings
 
 from chainlora import load_run, make_config, train
+from chainlora.evaluation.acceptance import gain
 from chainlora.evaluation.evaluate import Evaluation
 from chainlora.runs.start import NOTHING
 from chainlora.training import loop
-from chainlora.training.acceptance import gain
 from chainlora.training.setup import prepare
 
 

@@ -21,6 +21,7 @@ from chainlora.files import checksums, sha256
 from chainlora.runs.inspection import inspect_run
 from chainlora.runs.pruning import prune_stage
 from chainlora.runs.stages import mix_stages, open_run, read_stages
+from chainlora.training import stages as stages_module
 from chainlora.training.stages import extension, survey, train_stages
 
 
@@ -395,6 +396,93 @@ def test_rows_that_are_not_kept_are_missing_from_the_matrix(config, tmp_path):
     found = stage_matrix(tmp_path / "run")
     assert [[cell is None for cell in row] for row in found.grid] == [[True, False]] * 3
     assert found.summaries() == []
+
+
+# --- accept_links: a number ---
+
+
+@pytest.fixture
+def harmful(config, tmp_path) -> dict:
+    """Return the config with a second stage that learns the opposite of the first."""
+    flipped = []
+    for line in (tmp_path / "rows/train.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        flipped.append(json.dumps(row | {"label": 1 - row["label"]}))
+    (tmp_path / "more.jsonl").write_text("\n".join(flipped) + "\n")
+    facts, style = config["stages"]
+    facts["chain"] |= {"ranks": [4], "steps": [30]}
+    style["chain"] |= {"ranks": [4], "steps": [30]}
+    facts["train"] = {"lr": 1e-2}
+    style["train"] = {"lr": 1e-2, "accept_links": 0.0}
+    return config
+
+
+def test_a_stage_that_harms_earlier_ones_is_weakened_until_they_lose_no_more(
+    harmful, tmp_path, capsys
+):
+    """The command line says what it did; typed again, it does nothing."""
+    run, file = tmp_path / "run", tmp_path / "mine.yaml"
+    file.write_text(json.dumps(harmful))
+    status = cli(["train", str(file)])
+    said, found = capsys.readouterr().err, open_run(run).strengths
+    assert found["style"] < 1
+    assert f"stage style: strength {found['style']:g} by accept_links" in said
+    assert status == (0 if found["style"] else 3)
+    assert cli(["train", str(file)]) == 0
+    before, full, now = stage_matrix(run).grid[1:]
+    if found["style"]:
+        assert before[0].value - now[0].value <= before[0].error + now[0].error
+    else:
+        assert now[0] == before[0]
+    assert full[0].value < before[0].value - full[0].error  # there was something to lose
+    mix_stages(run, {"style": 1.0})  # what was weakened is not lost
+    assert torch.equal(logits(f"{run}@style"), logits(run))
+
+
+def test_a_stage_within_the_tolerance_keeps_its_strength(harmful, tmp_path):
+    harmful["stages"][1]["train"]["accept_links"] = 1.0
+    train_stages(make_stages(harmful))
+    assert open_run(tmp_path / "run").strengths == {}
+
+
+def test_a_stage_that_no_strength_makes_harmless_is_off_and_the_exit_status_says_so(
+    harmful, tmp_path, capsys
+):
+    """At a quarter of its strength 60 steps at this rate still overrule the first stage."""
+    harmful["stages"][1]["train"]["lr"] = 0.1
+    harmful["stages"][1]["chain"]["steps"] = [60]
+    (tmp_path / "mine.yaml").write_text(json.dumps(harmful))
+    assert cli(["train", str(tmp_path / "mine.yaml")]) == 3
+    assert "switched off by accept_links: style" in capsys.readouterr().err
+    assert torch.equal(logits(tmp_path / "run"), logits(f"{tmp_path / 'run'}@facts"))
+
+
+@pytest.mark.parametrize("is_fork", [False, True])
+def test_a_kill_between_training_and_judging_loses_neither(harmful, tmp_path, monkeypatch, is_fork):
+    train_stages(make_stages(one_stage(harmful)))
+    section = stage_of(harmful, "style") | ({"output": str(tmp_path / "fork")} if is_fork else {})
+    run = tmp_path / ("fork" if is_fork else "run")
+
+    def killed(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stages_module, "guard", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train_stages(extension(tmp_path / "run", section))
+    train_stages(extension(tmp_path / "run", section))
+    assert open_run(run).strengths["style"] < 1
+    assert train_stages(extension(tmp_path / "run", section))[-1] is None
+
+
+def test_what_a_tolerance_needs_is_asked_for_before_any_training(harmful, tmp_path):
+    harmful["stages"][0]["data"]["keep_rows"] = False
+    with pytest.raises(RunError, match=r"accept_links: 0.0.*none of facts.*keep_rows"):
+        train_stages(make_stages(harmful))
+    assert not (tmp_path / "run").exists()
+    harmful["stages"][1]["chain"]["dora"] = True
+    with pytest.raises(ConfigError, match="on or off"):
+        make_stages(harmful)
 
 
 # --- prune ---

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from chainlora.runs.reading import Address
 
 HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
+GUARDED = 3  # a new stage was switched off for what earlier ones would lose
 SIGNALLED = 128  # and the signal's number: the exit status, as shells have it
 
 json_option = click.option(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, TypeVar
 import click
 
 from chainlora.cli.common import (
+    GUARDED,
     HELP,
     SIGNALLED,
     file_and_overrides,
@@ -51,7 +52,7 @@ def train(arguments: tuple[str, ...], resume: bool, dry_run: bool, as_json: bool
     --output runs/a. Ctrl-C once finishes the step, saves and stops; twice stops at once.
 
     A config of `stages` trains those that are new: the same command does nothing where all have
-    ended.
+    ended. The exit status is 3 where `train.accept_links` switched a new stage off.
     """
     from chainlora.config.loading import load_config, read_config
     from chainlora.config.stages import Stage, make_stages
@@ -99,13 +100,22 @@ def train_and_show(
     if dry_run:
         _show_plan(stages, as_json)
         return
-    from chainlora.cli.progress import show_links
-    from chainlora.cli.stages import scored_matrix, show_matrix
+    from chainlora.training.events import Event, StageGuarded
     from chainlora.training.stages import train_stages
+
+    off: list[str] = []
+
+    def watched(tell: Listener) -> Listener:
+        def listener(event: Event) -> None:
+            if isinstance(event, StageGuarded) and not event.strength:
+                off.append(event.stage)
+            tell(event)
+
+        return listener
 
     named = [key.split(".", 2)[-1] if key.startswith("stages.") else key for key, _ in overrides]
     results = _with_progress(
-        stages[0].config, lambda tell: train_stages(stages, listener=tell, change=named)
+        stages[0].config, lambda tell: train_stages(stages, listener=watched(tell), change=named)
     )
     if not is_first_process():
         return
@@ -115,8 +125,17 @@ def train_and_show(
     if as_json:
         names = [stage.name for stage in stages]
         print_json({"stages": dict(zip(names, results, strict=True))})
-        return
-    run = Path(stages[0].config.output or "")
+    else:
+        _show_stages(Path(stages[0].config.output or ""), results)
+    if off:
+        click.echo(f"chainlora: switched off by accept_links: {', '.join(off)}", err=True)
+        raise click.exceptions.Exit(GUARDED)
+
+
+def _show_stages(run: Path, results: Sequence[TrainResult | None]) -> None:
+    from chainlora.cli.progress import show_links
+    from chainlora.cli.stages import scored_matrix, show_matrix
+
     if not any(results):
         click.echo(f"nothing new: every stage of {run} has ended")
         return

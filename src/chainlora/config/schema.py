@@ -261,10 +261,12 @@ class TrainConfig(Section):
     full`, where it would be another copy of the model."""
     early_stop: Count | None = None
     """Stop after so many evaluations without improvement."""
-    accept_links: Literal["all", "better"] = "all"
+    accept_links: Literal["all", "better"] | Annotated[float, Field(ge=0, le=1e6)] = "all"
     """`all` keeps every link; `better`: a link that does not lower the loss of the validation rows
     by more than its standard error (of the differences row by row) is dropped, and the chain ends
-    there. Not with `keep_best`."""
+    there. Not with `keep_best`. A number, for a later [stage](stages.md): what an earlier stage may
+    lose of its metric, beyond the standard error; the new stage is weakened, or switched off, until
+    none loses more."""
     save_every: Count | None = 100
     """Steps between checkpoints; `null` saves at knots only."""
     log_every: Count | None = None
@@ -388,6 +390,17 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _check_tolerance(self) -> RunConfig:
+        refuse_if(
+            isinstance(self.train.accept_links, float)
+            and (self.chain.dora or self.chain.extra_modules),
+            "a number as `accept_links` weakens a stage, and DoRA and extra modules are on or off",
+            self.train.accept_links,
+            "leave it out, or these",
+        )
+        return self
+
+    @model_validator(mode="after")
     def _check_full(self) -> RunConfig:
         if self.chain.tune != "full":
             return self
@@ -404,8 +417,8 @@ class RunConfig(Section):
             "leave it out, or use early_stop",
         )
         refuse_if(
-            self.train.accept_links == "better",
-            "`accept_links: better` drops links, of which `tune: full` has none",
+            self.train.accept_links != "all",
+            "`accept_links` drops or weakens links, of which `tune: full` has none",
             "both",
             "leave it out, or use early_stop",
         )

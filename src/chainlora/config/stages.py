@@ -45,6 +45,12 @@ class Stage:
     name: str
     config: RunConfig
 
+    @property
+    def tolerance(self) -> float | None:
+        """Return what earlier stages may lose by this one (`accept_links`); None is all of it."""
+        found = self.config.train.accept_links
+        return None if isinstance(found, str) else found
+
 
 def make_stages(tree: Mapping[str, Any], overrides: Sequence[tuple[str, Any]] = ()) -> list[Stage]:
     """Return the stages of a config, each with what the config says of all of them.

@@ -61,6 +61,11 @@ class Kept:
         return str(self.asked["loss"])
 
     @property
+    def metric(self) -> str:
+        """Return what the rows are judged by in a matrix; pairs by how many are ranked right."""
+        return "accuracy" if self.loss == "dpo" else str(self.asked["metric"])
+
+    @property
     def scored(self) -> tuple[str, Rows]:
         """Return the split to score a stage by, test before validation before training rows."""
         named = {"test": self.test, "validation": self.validation}

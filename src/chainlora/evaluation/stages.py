@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 from chainlora import files
@@ -26,6 +26,7 @@ from chainlora.data.kept import Kept
 from chainlora.data.rows import MemoryRows, Rows
 from chainlora.engine.engine import Engine, Speedups
 from chainlora.errors import RunError
+from chainlora.evaluation.acceptance import Gain, gain, standard_error, values
 from chainlora.evaluation.evaluate import Evaluation, evaluate
 from chainlora.evaluation.matrix import MatrixSummary, summarise_matrix
 from chainlora.evaluation.metrics import is_higher_better
@@ -151,17 +152,14 @@ def best_mix(
     reader = open_run(folder)
     kept, entries = reader.kept(), reader.manifest().loaded
     stages = [stage for stage in reader.manifest().stages if stage in kept]
-    metrics = {"accuracy" if k.loss == "dpo" else str(k.asked["metric"]) for k in kept.values()}
+    metrics = {each.metric for each in kept.values()}
     if len(metrics) != 1 or not stages:
         raise RunError(
             "a mix is searched by one metric of all stages",
             ", ".join(sorted(metrics)) or "no rows kept",
             "name the strengths",
         )
-    chosen = {
-        name: replace(k, test=MemoryRows()) if k.validation else k for name, k in kept.items()
-    }
-    scorer = Scorer(reader, chosen, speedups, progress)
+    scorer = Scorer(reader, _to_choose_by(kept), speedups, progress)
     sign = 1 if is_higher_better(metrics.pop()) else -1
 
     @cache
@@ -178,6 +176,46 @@ def best_mix(
             tries = [best | {name: strength} for strength in (best[name], *_TRIED)]
             best = max(tries, key=lambda each: average(tuple(each.items())))
     return best, sign * average(tuple(best.items())), sign * average(tuple(now.items()))
+
+
+def guard(
+    run: Path,
+    tolerance: float,
+    *,
+    speedups: Speedups = "auto",
+    progress: Progress | None = None,
+) -> tuple[float, dict[str, Gain]]:
+    """Return the largest strength of a run's own links at which no earlier stage loses much.
+
+    No earlier stage may lose more than `tolerance` (of its metric) beyond the standard error of
+    its loss, row by row, against the state that the run began on. Strengths 1, ¾, ½, ¼ and 0 are
+    tried. With it comes what each earlier stage gained at strength 1; a loss is below 0.
+
+    `run` is the directory of the stage. Chosen on the validation rows where there are any.
+    """
+    reader = RunReader(run)
+    manifest, kept = reader.manifest(), reader.kept()
+    own = {entry.id for entry in manifest.loaded if entry.stage == manifest.stage}
+    below = {e.id: e.strength for e in manifest.loaded if e.id not in own}
+    earlier = [stage for stage in manifest.stages if stage in kept and stage != manifest.stage]
+    scorer = Scorer(reader, _to_choose_by(kept), speedups, progress)
+    before = dict(scorer.evaluations("before", below, earlier))
+    gains: dict[str, Gain] = {}
+    for strength in _TRIED[:-1]:
+        now = scorer.evaluations(f"{strength:g}", below | dict.fromkeys(own, strength), earlier)
+        found = {stage: gain(before[stage], each, kept[stage].metric) for stage, each in now}
+        gains = gains or found
+        if all(-each.mean <= tolerance + each.standard_error for each in found.values()):
+            return strength, gains
+    return 0.0, gains
+
+
+def _to_choose_by(kept: Mapping[str, Kept]) -> dict[str, Kept]:
+    """Return the rows without test rows where there are validation rows: those stay evidence."""
+    return {
+        name: replace(each, test=MemoryRows()) if each.validation else each
+        for name, each in kept.items()
+    }
 
 
 class Scorer:
@@ -201,41 +239,50 @@ class Scorer:
 
     def score(self, name: str, strengths: Strengths, stages: Sequence[str]) -> Iterator[Cell]:
         """Yield a cell for each of `stages`, in the state of these strengths (others are 0)."""
+        state = _digest(self.reader, strengths)
+        for stage, found in self.evaluations(name, strengths, stages):
+            kept = self.kept[stage]
+            split, metric = kept.scored[0], kept.metric
+            each = values(found, metric)
+            error = standard_error(each) if len(each) > 1 else 0.0
+            counts = len(found.predictions), kept.counts[split]
+            yield Cell(state, stage, split, metric, found.metrics[metric], error, *counts)
+
+    def evaluations(
+        self, name: str, strengths: Strengths, stages: Sequence[str]
+    ) -> Iterator[tuple[str, Evaluation]]:
+        """Yield what the rows of each of `stages` come to, in the state of these strengths."""
         for stage in stages:
             if self.kept[stage].loss == "dpo" and stage not in self._references:
                 self._references[stage] = self._reference(stage)
         with self._engine(strengths) as engine:
             for stage in stages:
-                yield self._cell(engine, f"{name}: {stage}", _digest(self.reader, strengths), stage)
+                yield stage, self._evaluate(engine, f"{name}: {stage}", stage)
 
     def _engine(self, strengths: Strengths) -> Engine:
         self.chain.set_strengths({id: strengths.get(id, 0.0) for id in self.chain.strengths})
         return Engine(self.chain.model, speedups=self.speedups, training=False)
 
-    def _cell(self, engine: Engine, what: str, state: str, stage: str) -> Cell:
+    def _evaluate(self, engine: Engine, what: str, stage: str) -> Evaluation:
         kept = self.kept[stage]
-        split, rows = kept.scored
+        rows = kept.scored[1]
 
         def tell(done: int, total: int) -> None:
             self.progress(what, done, total)
 
-        metric = str(kept.asked["metric"])
         if kept.loss == "dpo":
             scores = engine.scores(rows[:], progress=tell)
-            metric, found = "accuracy", judge_pairs(rows, scores, self._references[stage], 1.0)
-        else:
-            found = evaluate(
-                engine.model,
-                rows[:],
-                engine=engine,
-                metrics=[metric],
-                tokenizer=self.tokenizer,
-                stop=kept.asked["stop"],
-                max_new_tokens=kept.asked["max_new_tokens"],
-                progress=tell,
-            )
-        value, error = found.metrics[metric], _standard_error(found, metric)
-        return Cell(state, stage, split, metric, value, error, len(rows), kept.counts[split])
+            return judge_pairs(rows, scores, self._references[stage], 1.0)
+        return evaluate(
+            engine.model,
+            rows[:],
+            engine=engine,
+            metrics=[kept.metric],
+            tokenizer=self.tokenizer,
+            stop=kept.asked["stop"],
+            max_new_tokens=kept.asked["max_new_tokens"],
+            progress=tell,
+        )
 
     def _reference(self, stage: str) -> list[list[float]]:
         """Return what pairs score in the state that their stage began on."""
@@ -245,18 +292,6 @@ class Scorer:
         rows: Rows = self.kept[stage].scored[1]
         with self._engine({entry.id: entry.strength for entry in raw}) as engine:
             return engine.scores(rows[:])
-
-
-def _standard_error(found: Evaluation, metric: str) -> float:
-    """Return the standard error of a mean over rows; of a loss, as if all rows weighed the same."""
-    rows = found.predictions
-    if metric == "accuracy":
-        values = [float(row["prediction"] == row["label"]) for row in rows]
-    elif metric == "loss" and all(len(row["scores"]) == 1 for row in rows):
-        values = [-row["scores"][0] for row in rows]
-    else:
-        return 0.0
-    return stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
 
 
 def _states(run: Path, reader: RunReader) -> Iterator[tuple[str, Strengths]]:

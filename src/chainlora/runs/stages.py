@@ -182,14 +182,18 @@ def alone_in(run: Path) -> Iterator[None]:
             lock.release()
 
 
-def end_stage(run: Path, name: str) -> None:
-    """Name a stage as ended: from here on it is what the run is loaded as."""
+def end_stage(run: Path, name: str, strength: float = 1.0) -> None:
+    """Name a stage as ended: from here on it is what the run is loaded as, at this strength."""
     found = read_stages(run)
-    if name in found.names:
+    if name in found.names and (run / STAGES).is_file():
         return
-    state = RunReader(stage_folder(run, name)).manifest().state
-    entry = StageEntry(name=name, state=state)
-    write_stages(run, found.model_copy(update={"stages": [*found.stages, entry]}))
+    entries, strengths = found.stages, found.strengths
+    if name not in found.names:
+        state = RunReader(stage_folder(run, name)).manifest().state
+        entries = [*entries, StageEntry(name=name, state=state)]
+    if strength != 1:
+        strengths = strengths | {name: strength}
+    write_stages(run, Stages(stages=entries, strengths=strengths))
 
 
 def mix_stages(run: str | Path, strengths: Mapping[str, float]) -> None:

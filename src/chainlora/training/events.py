@@ -65,6 +65,20 @@ class StageBegins(Event):
 
 
 @dataclass(frozen=True, eq=False)
+class StageGuarded(Event):
+    """A stage got the strength at which earlier ones lose little (`train.accept_links`).
+
+    `gains` are those of earlier stages at strength 1, below 0 what they would have lost; not in
+    ``metrics.jsonl``.
+    """
+
+    name = "guard"
+    stage: str
+    strength: float
+    gains: Mapping[str, float]
+
+
+@dataclass(frozen=True, eq=False)
 class Planned(Event):
     """A run is about to start or to resume; not part of ``metrics.jsonl``."""
 

@@ -24,9 +24,9 @@ from chainlora.chain.link import Link
 from chainlora.chain.live import SOFT_LINK_TOLERANCE
 from chainlora.config.schema import RunConfig
 from chainlora.errors import DivergedError, StoppedError, TrainingError
+from chainlora.evaluation.acceptance import gain
 from chainlora.knots.policy import Knot
 from chainlora.runs.start import NOTHING, Start
-from chainlora.training.acceptance import gain
 from chainlora.training.events import (
     AlreadyFinished,
     GradientMeasured,

@@ -23,6 +23,7 @@ from chainlora.training.events import (
     ReferenceScored,
     RowsEncoded,
     StageBegins,
+    StageGuarded,
     StepDone,
 )
 
@@ -103,6 +104,12 @@ class _Listener:
             case StageBegins():
                 again = f", from step {event.step}" if event.state == "stopped" else ""
                 self._say(f"stage {event.stage}{again}")
+            case StageGuarded():
+                gains = ", ".join(f"{name} {gain:+.4f}" for name, gain in event.gains.items())
+                self._say(
+                    f"stage {event.stage}: strength {event.strength:g} by accept_links; at full "
+                    f"strength earlier stages change by {gains} (below 0 is worse)"
+                )
             case AlreadyFinished():
                 self._say(f"{event.run} was finished after step {event.step}: nothing to resume")
             case KnotTied():

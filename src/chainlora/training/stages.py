@@ -27,7 +27,7 @@ from chainlora.config.stages import (
 )
 from chainlora.data.splits import check_files, check_pairs
 from chainlora.errors import ChainLoRAError, RunError
-from chainlora.evaluation.stages import stage_matrix
+from chainlora.evaluation.stages import guard, stage_matrix
 from chainlora.runs.loading_start import load_start
 from chainlora.runs.reading import RunReader
 from chainlora.runs.resuming import changes
@@ -41,7 +41,7 @@ from chainlora.runs.stages import (
     read_stages,
 )
 from chainlora.runs.start import NOTHING, Start, next_id_after
-from chainlora.training.events import Listener, StageBegins
+from chainlora.training.events import Listener, StageBegins, StageGuarded
 from chainlora.training.loop import train
 from chainlora.training.processes import is_first_launched, num_launched
 from chainlora.training.result import TrainResult
@@ -95,14 +95,19 @@ def survey(stages: Sequence[Stage], change: Collection[str] = ()) -> list[StageS
     """
     run = _run_of(stages)
     if not (run / "chain.json").is_file() and not (run / STAGES).is_file():
-        return [_new(stage) for stage in stages]
-    known, here = _known(run, stages), read_stages(run).here
-    return [
-        StageState(stage.name, "pruned")
-        if stage.name in known and stage.name not in here
-        else _state_of(stage, stage.name in known, change)
-        for stage in stages
-    ]
+        found = [_new(stage) for stage in stages]
+    else:
+        known, here = _known(run, stages), read_stages(run).here
+        found = [
+            StageState(stage.name, "pruned")
+            if stage.name in known and stage.name not in here
+            else _state_of(stage, stage.name in known and _is_judged(stage, run), change)
+            for stage in stages
+        ]
+    for place, (stage, where) in enumerate(zip(stages, found, strict=True)):
+        if where.state == "new" and stage.tolerance is not None:
+            _need_rows(stage, [s.name for s in stages[:place] if not s.config.data.keep_rows])
+    return found
 
 
 def extension(
@@ -179,6 +184,22 @@ def _new(stage: Stage) -> StageState:
     return StageState(stage.name, "new")
 
 
+def _need_rows(stage: Stage, without: Sequence[str]) -> None:
+    """Refuse a tolerance for what stages lose whose rows are not there, before it is trained."""
+    if without:
+        raise RunError(
+            f"`accept_links: {stage.tolerance}` of stage {stage.name!r} scores rows that earlier "
+            "stages kept",
+            f"none of {', '.join(without)}",
+            "train those with data.keep_rows: true, or leave accept_links out",
+        )
+
+
+def _is_judged(stage: Stage, run: Path) -> bool:
+    """Say whether a stage that has ended got its strength; a first one is listed before."""
+    return (run / STAGES).is_file() or stage.tolerance is None or stage.config.start is None
+
+
 def _state_of(stage: Stage, has_ended: bool, change: Collection[str]) -> StageState:
     reader = RunReader(stage.config.output or "")
     if not has_ended and not reader.exists:
@@ -209,16 +230,33 @@ def _train(
             _known(run, stages)  # another process may have ended one in the meantime
         try:
             start = NOTHING if where.state == "stopped" else _start(stage, run, is_first)
+            if stage.tolerance is not None:
+                below = {entry.stage for entry in start.entries}
+                _need_rows(stage, sorted(below - start.kept.keys()))
             resume = where.state == "stopped" or Path(stage.config.output or "").exists()
             result = train(stage.config, resume=resume, listener=tell, change=change, start=start)
         except ChainLoRAError as error:
             error.args = (f"stage {stage.name!r}: {error}",)
             raise
-        if not is_first and is_first_launched():
-            end_stage(run, stage.name)
+        if is_first_launched():
+            _end(stage, run, is_first, tell)
     if num_launched() > 1:  # the others read the stages next
         PartialState(cpu=not torch.accelerator.is_available()).wait_for_everyone()
     return result
+
+
+def _end(stage: Stage, run: Path, is_first: bool, tell: Listener) -> None:
+    """Name a stage as ended, at full strength or, with a tolerance, at what earlier ones bear."""
+    folder = Path(stage.config.output or "")
+    is_judged = stage.tolerance is not None and len(RunReader(folder).manifest().stages) > 1
+    strength = 1.0
+    if stage.tolerance is not None and is_judged:
+        strength, gains = guard(folder, stage.tolerance)
+        means = {name: found.mean for name, found in gains.items()}
+        tell(StageGuarded(0, stage.name, strength, means))
+    if is_judged or not is_first:
+        with alone_in(run) if is_first else nullcontext():
+            end_stage(run, stage.name, strength)
 
 
 def _wait_for_all() -> None:
