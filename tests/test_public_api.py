@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import inspect
+import json
+import re
 import subprocess
 import sys
+from html.parser import HTMLParser
 
 import pytest
+import torch
+from conftest import make_tiny_folder
 from helpers import settings
 
 import chainlora
+from chainlora.evaluation.stages import Cell, StageMatrix
 
 NAMES = [
     "Chain",
@@ -134,3 +140,99 @@ def test_from_config_to_a_model_in_the_reader_s_hands(tiny_folder, sentiment, tm
     assert not any("lora" in name for name, _ in model.named_parameters())
     text = tokenizer("good cat it was", return_tensors="pt", return_token_type_ids=False)
     assert model.generate(**text, max_new_tokens=2).shape[1] == text["input_ids"].shape[1] + 2
+
+
+# --- what a notebook shows ---
+
+LINES, COLUMNS = 24, 80  # a screen
+
+
+@pytest.fixture(scope="module")
+def shown(sentiment, tmp_path_factory):
+    """A value of every public class, and of what public functions return, of a model of many
+    modules. The run's name would be a tag if somebody forgot to escape it."""
+    folder = tmp_path_factory.mktemp("shown")
+    model, run = make_tiny_folder(folder / "model", num_hidden_layers=12), folder / "<script>"
+    tree = settings(model, sentiment, run, chain={"target_modules": None, "steps": [1, 1, 1]})
+    task = chainlora.load_task(sentiment / "task.yaml")
+    values = {
+        "RunConfig": chainlora.make_config(tree),
+        "TrainResult": chainlora.train(tree, progress=False),
+        "open_run": chainlora.open_run(run, {"main": 0.5}),
+        "inspect_run": chainlora.inspect_run(run),
+        "stage_matrix": chainlora.stage_matrix(run),
+        "MatrixSummary": chainlora.stage_matrix(run).summaries()[0],
+        "evaluate_task": chainlora.evaluate_task(run, task, data=str(sentiment)),
+        "load_task": task,
+        "export_adapter": chainlora.export_adapter(run, folder / "adapter"),
+        "export_merged": chainlora.export_merged(run, folder / "merged"),
+        "report_runs": chainlora.report_runs([run], folder / "page.html"),
+        "ChainCallback": chainlora.ChainCallback(ranks=[8, 8]),
+        "ChainLoRAError": chainlora.ChainLoRAError("a rule", "a value", "a remedy"),
+        "LinkConfig": chainlora.LinkConfig(rank=4),
+    }
+    values["Chain"] = chain = chainlora.load_chain(
+        run, chainlora.load_model(str(model), torch.float32)[0]
+    )
+    values["Link"] = chain.links[0]
+    values["Link.factors"] = chain.links[0].factors
+    values["stack_links"] = chainlora.stack_links(chain.links)
+    values["Chain.extend"] = chain.extend(values["LinkConfig"])
+    values["Chain.live_state"] = chain.live_state()
+    values["Chain.tie_share"] = chain.tie_share(0.3)
+    return values
+
+
+def test_every_public_class_is_shown_on_a_screen_and_loads_nothing(shown):
+    classes = {name for name in chainlora.__all__ if inspect.isclass(getattr(chainlora, name))}
+    assert classes <= shown.keys()
+    for name, value in shown.items():
+        text = repr(value)
+        assert len(text) <= LINES * COLUMNS, (name, len(text))
+        assert " object at 0x" not in text, name
+    pages = {
+        name: value._repr_html_() for name, value in shown.items() if hasattr(value, "_repr_html_")
+    }
+    tables = {"Chain", "TrainResult", "open_run", "stage_matrix", "inspect_run", "evaluate_task"}
+    assert tables <= pages.keys()
+    for name, page in pages.items():
+        found: list[tuple[str, list]] = []
+        parser = HTMLParser()
+        parser.handle_starttag = lambda tag, attributes, found=found: found.append(
+            (tag, attributes)
+        )
+        parser.feed(page)
+        assert {tag for tag, _ in found} <= {"table", "caption", "tr", "th", "td", "p", "b"}, name
+        assert {key for _, attributes in found for key, _ in attributes} <= {"style"}, name
+        assert "url(" not in page
+        assert len(found) <= 8 * LINES, (name, len(found))
+    assert "&lt;script&gt;" in pages["open_run"]
+    assert "accuracy" in pages["TrainResult"]
+
+
+def test_results_are_still_dictionaries(shown):
+    """Shown in short, whole to whoever reads, writes or copies them."""
+    for name in ("TrainResult", "inspect_run", "evaluate_task"):
+        value = shown[name]
+        assert json.loads(json.dumps(value)) == value
+        assert isinstance(value, dict)
+    assert len(shown["Link.factors"]) == 12 * 7
+
+
+def test_a_matrix_is_a_heat_map_where_better_is_darker():
+    def column(stage: str, metric: str, *values: float | None) -> list:
+        return [v and Cell("", stage, "test", metric, v, 0.0, 8, 8) for v in values]
+
+    columns = [column("a", "loss", 4.0, 1.0, 2.0), column("b", "accuracy", None, 0.5, 0.9)]
+    grid = [list(row) for row in zip(*columns, strict=True)]
+    page = StageMatrix(["a", "b"], ["base", "a", "b"], grid)._repr_html_()
+    cells = re.findall(r"<td([^>]*)>([\d.–]+)</td>", page)
+    shades = {text: float((re.findall(r"([\d.]+)\)", style) or [0])[0]) for style, text in cells}
+    assert shades == {
+        "4.0000": 0,
+        "1.0000": 0.5,
+        "2.0000": 0.33,
+        "–": 0,
+        "0.5000": 0,
+        "0.9000": 0.5,
+    }

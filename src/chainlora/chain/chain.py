@@ -93,7 +93,7 @@ class Chain:
         return showing.line(self)
 
     def _repr_html_(self) -> str:
-        return showing.table(self)
+        return showing.page(self)
 
     # --- the paper's verbs ---
 
@@ -160,7 +160,7 @@ class Chain:
         scales, tied = share_out(adapter, share)
         self._holding.deposit(tied, adapter)
         live.num_soft_knots += 1
-        return scales
+        return showing.Shown(scales)
 
     def fit(
         self,
@@ -232,7 +232,7 @@ class Chain:
     def live_state(self) -> dict[str, Tensor]:
         """Return all that the live link is made of, as tensors, for `load_live_state`."""
         self._need_live("live_state")
-        return state_of(self._layers(), self._holding)
+        return showing.Shown(state_of(self._layers(), self._holding))
 
     def load_live_state(
         self, state: Mapping[str, Tensor], num_steps: int, num_soft_knots: int = 0

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from chainlora.chain.adapters import Factors
 from chainlora.chain.low_rank import delta_weight
+from chainlora.chain.showing import Shown
 from chainlora.config.schema import LinkConfig
 from chainlora.errors import ChainError
 
@@ -38,6 +39,7 @@ class Link:
     strength: float = 1.0  # 0: switched off
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "factors", Shown(self.factors))
         if self.id < 0:
             object.__setattr__(self, "id", self.index)
 
@@ -82,7 +84,7 @@ def stack_links(links: Sequence[Link]) -> dict[str, Factors]:
     links of models of other shapes.
     """
     held = [link for link in links if link.strength]
-    stacked = {}
+    stacked: Shown[Factors] = Shown()
     for name in dict.fromkeys(name for link in held for name in link.factors):
         terms = [(link.factors[name], link.scaling) for link in held if name in link.factors]
         _check_summable(name, [factors for factors, _ in terms])

@@ -1,14 +1,113 @@
-"""How a chain is shown: one line, and a small table in a notebook."""
+"""How a chain, and whatever else is found, is shown: a line, and a small table in a notebook."""
 
 from __future__ import annotations
 
-from html import escape
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from itertools import islice, zip_longest
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from chainlora.chain.link import Link
+from markupsafe import Markup
 
 if TYPE_CHECKING:
     from chainlora.chain.chain import Chain
+
+_MOST = 24  # keys or rows: a screen of a terminal has so many lines
+_FEW = 3  # entries of what stands inside
+_LONGEST = 60  # characters of a text
+_BLUE = "11, 92, 173"  # seen on white and on black, with the text on it
+
+Value = TypeVar("Value")
+
+
+class Shown(dict[str, Value]):
+    """A dictionary that is shown on a screen at most, whatever is in it."""
+
+    def __repr__(self) -> str:
+        return _short(self, _MOST)
+
+    def _repr_html_(self) -> str:
+        return table((), [(Markup("<b>{}</b>").format(k), _cell(v)) for k, v in self.items()])
+
+
+def table(
+    heads: Sequence[object],
+    rows: Sequence[Sequence[object]],
+    caption: str = "",
+    shades: Sequence[Sequence[float]] = (),
+) -> Markup:
+    """Return a table as HTML that loads nothing; of many rows the first ones.
+
+    Args:
+        heads: of the columns, none for a table without.
+        rows: of cells; all but `Markup` is escaped.
+        caption: what stands above.
+        shades: of each cell, 0 to 1: how dark its background is.
+    """
+    parts = [Markup("<caption>{}</caption>").format(caption)] if caption else []
+    parts += [_row("th", heads)] if heads else []
+    for cells, shades_of in zip_longest(rows[:_MOST], shades[:_MOST], fillvalue=()):
+        parts.append(_row("td", cells, shades_of))
+    if len(rows) > _MOST:
+        parts.append(_row("td", [f"… {len(rows) - _MOST} more"]))
+    return Markup("<table>{}</table>").format(Markup("").join(parts))
+
+
+def _row(tag: str, cells: Sequence[object], shades: Sequence[float] = ()) -> Markup:
+    row = Markup("")
+    for cell, shade in zip_longest(cells, shades, fillvalue=0.0):
+        style = f' style="background: rgba({_BLUE}, {shade:.2f})"' if shade else ""
+        row += Markup(f"<{tag}{style}>{{}}</{tag}>").format(_text(cell))
+    return Markup("<tr>{}</tr>").format(row)
+
+
+def _cell(value: Any) -> object:
+    """Return a value for a table: records as a table inside it, all else in a few words."""
+    if isinstance(value, Mapping) and value and all(map(_is_record, value.values())):
+        value = [{"": name} | dict(record) for name, record in value.items()]
+    if isinstance(value, list | tuple) and value and all(map(_is_record, value)):
+        heads = [key for key, each in value[0].items() if not _is_long(each)]
+        return table(heads, [[_cell(record.get(key, "")) for key in heads] for record in value])
+    if isinstance(value, Mapping):
+        few = [f"{key} {_text(each)}" for key, each in islice(value.items(), _FEW)]
+        return ", ".join(few + ["…"] * (len(value) > len(few)))
+    return value
+
+
+def _is_record(value: object) -> bool:
+    return isinstance(value, Mapping)
+
+
+def _is_long(value: object) -> bool:
+    return isinstance(value, list) or (isinstance(value, Mapping) and len(value) > _FEW)
+
+
+def _text(value: object) -> object:
+    """Return what stands for a value between others: texts as they are, numbers with few digits."""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return value if isinstance(value, str) else _short(value)
+
+
+def _short(value: Any, most: int = _FEW) -> str:
+    """Return the repr of a value with its first entries, and "…" for the others."""
+    if isinstance(value, Mapping):
+        entries = [f"{key!r}: {_short(each)}" for key, each in islice(value.items(), most)]
+        return f"{{{_joined(entries, len(value))}}}"
+    if isinstance(value, list | tuple):
+        left, right = "[]" if isinstance(value, list) else "()"
+        return f"{left}{_joined([_short(each) for each in value[:most]], len(value))}{right}"
+    if hasattr(value, "shape"):
+        return f"<{type(value).__name__} {' × '.join(map(str, value.shape))}>"
+    text = repr(value)
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 1]}…"
+
+
+def _joined(entries: Sequence[str], count: int) -> str:
+    left = count - len(entries)
+    return ", ".join([*entries, f"… {left} more"] if left else entries)
+
+
+# --- a chain ---
 
 
 def line(chain: Chain) -> str:
@@ -20,19 +119,15 @@ def line(chain: Chain) -> str:
     return f"<Chain: {type(chain.model).__name__}, {chain.hold}, {links}{live}>"
 
 
-def table(chain: Chain) -> str:
+def page(chain: Chain) -> str:
     """Return a chain as an HTML table, a row a link."""
-    names = ("link", "id", "rank", "modules", "steps", "strength")
-    rows = "".join(f"<tr>{_cells(link)}</tr>" for link in chain.links)
-    live = f"<p>{_live(chain)}</p>" if chain.live else ""
-    head = "".join(f"<th>{name}</th>" for name in names)
-    title = escape(f"Chain: {type(chain.model).__name__}, {chain.hold}")
-    return f"<table><caption>{title}</caption><tr>{head}</tr>{rows}</table>{live}"
-
-
-def _cells(link: Link) -> str:
-    values = (link.index, link.id, link.rank, len(link.factors), link.num_steps, link.strength)
-    return "".join(f"<td>{value:g}</td>" for value in values)
+    heads = ("link", "id", "rank", "modules", "steps", "strength")
+    rows = [
+        (link.index, link.id, link.rank, len(link.factors), link.num_steps, link.strength)
+        for link in chain.links
+    ]
+    found = table(heads, rows, f"Chain: {type(chain.model).__name__}, {chain.hold}")
+    return found + Markup("<p>{}</p>").format(_live(chain)) if chain.live else found
 
 
 def _live(chain: Chain) -> str:

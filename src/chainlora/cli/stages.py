@@ -23,7 +23,7 @@ from chainlora.errors import ConfigError
 
 if TYPE_CHECKING:
     from chainlora.engine.engine import Speedups
-    from chainlora.evaluation.stages import Cell, StageMatrix
+    from chainlora.evaluation.stages import StageMatrix
 
 
 @click.command(context_settings=HELP | {"ignore_unknown_options": True})
@@ -120,25 +120,8 @@ def _searched(run: Path) -> tuple[dict[str, float], float, float]:
 
 def show_matrix(matrix: StageMatrix, echo: Callable[[str], object] = click.echo) -> None:
     """Print a row a state and a column a stage; nothing where no cell was scored."""
-    cells = [cell for row in matrix.grid for cell in row if cell is not None]
-    if not cells:
-        return
-    heads = {cell.stage: f"{cell.metric} of {_rows_of(cell)}" for cell in cells}
-    columns = [f"{stage} ({heads.get(stage, 'no rows kept')})" for stage in matrix.stages]
-    lines = [["after", *columns]]
-    for state, row in zip(matrix.states, matrix.grid, strict=True):
-        lines.append([state, *("–" if cell is None else f"{cell.value:.4f}" for cell in row)])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    for line in lines:
-        padded = [text.rjust(width) for text, width in zip(line, widths, strict=True)]
-        echo("  ".join([line[0].ljust(widths[0]), *padded[1:]]))
-    for found in matrix.summaries():
-        echo(str(found))
-
-
-def _rows_of(cell: Cell) -> str:
-    some = f"{cell.rows}" if cell.rows == cell.of else f"{cell.rows} of {cell.of}"
-    return f"{some} {cell.split}"
+    if matrix.cells:
+        echo(str(matrix))
 
 
 @click.command(context_settings=HELP)

@@ -30,6 +30,12 @@ class Section(BaseModel):
         allow_inf_nan=False,
     )
 
+    def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
+        """Yield the keys that are not at their default, for a repr of a few lines."""
+        for key, value in super().__repr_args__():
+            if key is None or value != type(self).model_fields[key].get_default():
+                yield key, value
+
     @field_validator("*", mode="before")
     @classmethod
     def _as_people_write_it(cls, value: Any, info: ValidationInfo) -> Any:

@@ -12,7 +12,7 @@ import json
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path as FilePath
 from statistics import fmean
 from typing import Any
@@ -48,7 +48,7 @@ class Evaluation:
 
     metrics: dict[str, float]
     num_rows: int
-    predictions: list[dict[str, Any]]
+    predictions: list[dict[str, Any]] = field(repr=False)
 
 
 def evaluate(

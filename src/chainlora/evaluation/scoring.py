@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from chainlora.chain.showing import Shown
 from chainlora.config.schema import DataConfig, RunConfig
 from chainlora.data.examples import Example
 from chainlora.data.splits import SPLITS, Splits, encode_split, prepare_splits, task_split_source
@@ -94,12 +95,13 @@ def evaluate_task(
     is_file = task is None and data is not None and not Path(data).is_dir()
     if task is None and own is not None and own.task is not None:
         task = load_task(own.task)
-    return {
+    shown = {
         "task": None if task is None else task.name,
         "split": data if is_file else split,
         "rows": found.num_rows,
         "metrics": metrics,
     }
+    return Shown(shown)
 
 
 def _reference(

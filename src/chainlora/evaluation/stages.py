@@ -18,9 +18,12 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from markupsafe import Markup
+
 from chainlora import files
 from chainlora.chain.chain import Chain
 from chainlora.chain.holding import hold_for
+from chainlora.chain.showing import table
 from chainlora.config.stages import split_address
 from chainlora.data.kept import Kept
 from chainlora.data.rows import MemoryRows, Rows
@@ -75,6 +78,36 @@ class StageMatrix:
     states: list[str]
     grid: list[list[Cell | None]]
 
+    def __repr__(self) -> str:
+        lines = [self._heads(), *self._lines()]
+        (width, *widths) = (max(map(len, column)) for column in zip(*lines, strict=True))
+        texts = [
+            "  ".join([state.ljust(width), *map(str.rjust, values, widths)])
+            for state, *values in lines
+        ]
+        return "\n".join([*texts, *map(str, self.summaries())])
+
+    def _repr_html_(self) -> str:
+        columns = [_shades(column) for column in zip(*self.grid, strict=True)]
+        shades = [[0.0, *row] for row in zip(*columns, strict=True)]
+        notes = [Markup("<p>{}</p>").format(each) for each in self.summaries()]
+        return Markup("").join([table(self._heads(), self._lines(), shades=shades), *notes])
+
+    @property
+    def cells(self) -> list[Cell]:
+        """Return the cells that were scored."""
+        return [cell for row in self.grid for cell in row if cell is not None]
+
+    def _heads(self) -> list[str]:
+        scored = {cell.stage: f"{cell.metric} of {_rows_of(cell)}" for cell in self.cells}
+        return ["after", *(f"{name} ({scored.get(name, 'no rows kept')})" for name in self.stages)]
+
+    def _lines(self) -> list[list[str]]:
+        return [
+            [state, *("–" if cell is None else f"{cell.value:.4f}" for cell in row)]
+            for state, row in zip(self.states, self.grid, strict=True)
+        ]
+
     def summaries(self) -> list[MatrixSummary]:
         """Return average, backward transfer and forgetting; none where cells are missing."""
         ends = [row for state, row in zip(self.states, self.grid, strict=True) if state != NOW]
@@ -93,6 +126,22 @@ class StageMatrix:
             "states": rows,
             "summaries": [asdict(summary) for summary in self.summaries()],
         }
+
+
+def _shades(column: Sequence[Cell | None]) -> list[float]:
+    """Return how dark each cell of a stage is shown: from 0 for its worst score to a half."""
+    known = [cell for cell in column if cell is not None]
+    values = [cell.value for cell in known]
+    if not known or min(values) == max(values):
+        return [0.0] * len(column)
+    worst = min(values) if is_higher_better(known[0].metric) else max(values)
+    span = 2 * (max(values) - min(values))
+    return [0.0 if cell is None else abs(cell.value - worst) / span for cell in column]
+
+
+def _rows_of(cell: Cell) -> str:
+    some = f"{cell.rows}" if cell.rows == cell.of else f"{cell.rows} of {cell.of}"
+    return f"{some} {cell.split}"
 
 
 def stage_matrix(

@@ -94,6 +94,10 @@ class ChainCallback(TrainerCallback):
         self._processes = Processes(0, 1, torch.device("cpu"))  # until a trainer says otherwise
         self._settings: dict[str, Any] = {}  # what the model's own LoRA said
 
+    def __repr__(self) -> str:
+        chain = "not in a trainer yet" if self._wrapped is None else repr(self.chain)
+        return f"<ChainCallback: {chain}>"
+
     @property
     def chain(self) -> Chain:
         """The chain. After training its last link is still live: `chain.tie()` ends it."""

@@ -17,6 +17,7 @@ from chainlora.chain.low_rank import (
     stable_rank,
     subspace_overlap,
 )
+from chainlora.chain.showing import Shown
 from chainlora.runs.reading import Address
 from chainlora.runs.records import Record
 from chainlora.runs.stages import open_run, records_of_stages
@@ -49,7 +50,7 @@ def inspect_run(run: Address) -> dict[str, Any]:
         rows.append(row | {"id": link.id, "stage": entry.stage, "strength": link.strength})
     is_sum = bool(links) and all(_is_low_rank(link) for link in links)
     whole = _sizes(_spectra(links).values()) if is_sum else {}
-    return {
+    found = {
         "run": str(run),
         "base": manifest.base.model,
         "hold": manifest.hold,
@@ -66,6 +67,7 @@ def inspect_run(run: Address) -> dict[str, Any]:
         "numbers": manifest.numbers and manifest.model_dump(mode="json")["numbers"],
         "selected": manifest.selected and manifest.selected.model_dump(mode="json"),
     }
+    return Shown(found)
 
 
 def _describe(link: Link, earlier: Sequence[Link], records: Sequence[Record]) -> dict[str, Any]:

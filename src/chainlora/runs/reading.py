@@ -10,6 +10,7 @@ from typing import Any
 from chainlora import files
 from chainlora.chain.checks import check_strengths
 from chainlora.chain.link import Link
+from chainlora.chain.showing import table
 from chainlora.config.chat_templates import is_resolved
 from chainlora.config.loading import make_config, read_tree
 from chainlora.config.schema import RunConfig
@@ -56,6 +57,19 @@ class RunReader:
 
     def __str__(self) -> str:
         return str(self.path)
+
+    def __repr__(self) -> str:
+        strengths = "".join(f", {name}={value:g}" for name, value in self.strengths.items())
+        return f"<RunReader: {self.path}{strengths}>"
+
+    def _repr_html_(self) -> str | None:
+        """Return the links that the run is loaded with; None where it has none yet."""
+        if not self.exists:
+            return None
+        heads = ("link", "stage", "rank", "steps", "strength")
+        links = self.manifest().loaded
+        rows = [(link.id, link.stage, link.rank, link.num_steps, link.strength) for link in links]
+        return table(heads, rows, str(self))
 
     @property
     def exists(self) -> bool:

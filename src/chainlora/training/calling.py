@@ -7,6 +7,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
+from chainlora.chain.showing import Shown
 from chainlora.config.loading import make_config, read_config
 from chainlora.config.schema import RunConfig
 from chainlora.config.stages import Stage, make_stages
@@ -49,7 +50,8 @@ def train(
         return _of_stages(stages, listener, change, progress)
     checked = config if isinstance(config, RunConfig) else make_config(config)
     with _shown(checked, listener, progress) as tell:
-        return run_training(checked, resume=resume, listener=tell, change=change)
+        found = run_training(checked, resume=resume, listener=tell, change=change)
+    return cast(TrainResult, Shown(found))
 
 
 def extend(
@@ -79,7 +81,7 @@ def _of_stages(
         last = train_stages(stages, listener=tell, change=change)[-1]
     if last is None:
         last = cast(TrainResult, RunReader(stages[-1].config.output or "").result())
-    return last
+    return cast(TrainResult, Shown(last))
 
 
 @contextmanager

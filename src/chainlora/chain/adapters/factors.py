@@ -22,6 +22,9 @@ class Factors:
     magnitude: Tensor | None = None
     of_embedding: bool = False
 
+    def __repr__(self) -> str:
+        return f"<Factors: A {tuple(self.a.shape)}, B {tuple(self.b.shape)}>"
+
 
 def padded(factors: Factors, rank: int) -> Factors:
     """Widen factors with zeros to a rank (a link, vLLM and others have one rank an adapter)."""
