@@ -23,7 +23,16 @@ from helpers_integrations import arguments, collator, lora
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
-from chainlora import Chain, ChainLoRAError, load_run, make_config, train
+from chainlora import (
+    Chain,
+    ChainLoRAError,
+    extend,
+    load_run,
+    make_config,
+    mix_stages,
+    stage_matrix,
+    train,
+)
 from chainlora.chain.adapters import dequantized
 from chainlora.cli.main import run as command
 from chainlora.config.schema import LinkConfig
@@ -45,6 +54,7 @@ CHAIN = {
     "hold": "carried",
     "target_modules": "all-linear",
 }
+ONE = {"ranks": [4], "steps": [6]}
 KNOT = 1e-5  # of the hidden states: the same float32 sums in another order
 
 
@@ -121,6 +131,26 @@ def test_killed_and_resumed_it_is_the_uninterrupted_run(
     stop_after(config, 8)
     train(config, resume=True)
     assert_same_links(tmp_path / "run", whole)
+
+
+@every_kind
+def test_a_second_stage_is_switched_off_and_on_to_the_bit(kind, tiny_folder, sentiment, tmp_path):
+    first = config_of(kind, tiny_folder, sentiment, tmp_path / "run", chain=ONE)
+    train(first)
+    rows = first.data.model_dump(include={"task", "train", "validation"}, exclude_none=True)
+    extend(tmp_path / "run", {"name": "later", "data": rows, "chain": ONE, "train": {"lr": 1e-2}})
+
+    def logits(address) -> torch.Tensor:
+        model, tokenizer = load_run(address)
+        return model(**tokenizer("a fine film", return_tensors="pt")).logits.detach()
+
+    run, before = tmp_path / "run", logits(tmp_path / "run")
+    assert not torch.equal(before, logits(f"{run}@main"))
+    mix_stages(run, {"later": 0})
+    assert torch.equal(logits(run), logits(f"{run}@main"))
+    mix_stages(run, {"later": 1})
+    assert torch.equal(logits(run), before)
+    assert [len(row) for row in stage_matrix(run, compute=False).grid] == [2, 2, 2]
 
 
 @every_kind

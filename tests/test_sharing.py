@@ -21,8 +21,10 @@ from helpers_export import TARGETS
 from helpers_processes import assert_close_links, launch, outcome
 from safetensors.torch import load_file
 
-from chainlora import export_adapter, make_config, train
+from chainlora import export_adapter, make_config, stage_matrix, train
+from chainlora.config.stages import make_stages
 from chainlora.runs.directory import RunDirectory
+from chainlora.training.stages import train_stages
 
 pytestmark = pytest.mark.slow  # processes that torchrun starts
 WAYS = ["fsdp2"] + ["zero3"] * bool(find_spec("deepspeed"))
@@ -80,8 +82,16 @@ def launched(way, folders, answers, sentiment, tmp_path_factory) -> Path:
         path.write_text(yaml.safe_dump(tree_of(name, folder / output, **train)))
         return {"config": str(path), "outcome": str(folder / f"{output}.json")} | keys
 
+    def stages(output: str, **train_keys: Any) -> dict[str, Any]:
+        tree = tree_of("llama", folder / output, **train_keys)
+        chain, data = tree["chain"] | {"ranks": [4], "steps": [3]}, tree.pop("data")
+        later = {"data": data | {"replay": 0.25}, "train": {"accept_links": 1.0, "lr": 2e-3}}
+        both = [{"name": "facts", "data": data}, {"name": "style"} | later]
+        return tree | {"chain": chain, "stages": both}
+
     for name in JOBS:
         train(make_config(tree_of(name, folder / f"{name}-1")))
+    train_stages(make_stages(stages("stages-1")))
     stopped = {name: f"{name}-stopped" for name in ("soft", "uneven")}
     two = [job(name, f"{name}-2", shared) for name in JOBS]
     if way == "fsdp2":
@@ -92,6 +102,8 @@ def launched(way, folders, answers, sentiment, tmp_path_factory) -> Path:
     else:
         two += [job(name, there, shared, stop=6) for name, there in stopped.items()]
     two += [job("soft", stopped["soft"], shared, resume=True)]
+    (folder / "stages.yaml").write_text(yaml.safe_dump(stages("stages-2", **shared)))
+    two += [{"command": ["train", str(folder / "stages.yaml")]}]
     bases = folders | {"untied": make_tiny_folder(folder / "untied", tie_word_embeddings=False)}
     for name in LOADED:
         dtype = "bfloat16" if name == "opt" else "float32"
@@ -112,6 +124,15 @@ def records(run: Path) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("name", EXACT)
 def test_the_chain_is_that_of_one_process(launched, name):
     assert_close_links(launched / f"{name}-1", launched / f"{name}-2")
+
+
+def test_stages_are_those_of_one_process(launched):
+    """Two of them, the second with rows of the first, judged by what it does to that one."""
+    one, two = launched / "stages-1", launched / "stages-2"
+    assert_close_links(one / "stages/style", two / "stages/style")
+    found, known = stage_matrix(two, compute=False), stage_matrix(one, compute=False)
+    for row, other in zip(found.grid, known.grid, strict=True):
+        assert [cell.value for cell in row] == pytest.approx([cell.value for cell in other])
 
 
 def test_a_stopped_run_is_resumed_by_one_process(launched):
