@@ -67,6 +67,13 @@ def test_wrong_usage_is_status_2(chainlora, arguments):
     assert "Traceback" not in outcome.err
 
 
+@pytest.mark.parametrize("group", [(), ("experiment",)])
+def test_a_group_alone_prints_its_help(chainlora, group):
+    alone, asked = chainlora(*group), chainlora(*group, "--help")
+    assert (alone.status, asked.status) == (2, 0)
+    assert alone.err == asked.out
+
+
 def test_a_traceback_only_with_debug(chainlora, tmp_path):
     quiet = chainlora(f"train {tmp_path}/no.yaml")
     loud = chainlora(f"train {tmp_path}/no.yaml --debug")

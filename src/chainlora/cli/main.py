@@ -63,6 +63,9 @@ def run(arguments: list[str]) -> int:
             _check_text(argument)
         status = cli.main(arguments, prog_name="chainlora", standalone_mode=False)
         return status if isinstance(status, int) else 0
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        return 2
     except click.UsageError as error:
         click.UsageError(one_line(error.format_message()), error.ctx).show()
         return 2
