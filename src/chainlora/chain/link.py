@@ -76,6 +76,11 @@ def part_of(factors: Factors, rows: slice, bias_rows: slice, *, transposed: bool
     return Factors(factors.a, factors.b[rows], bias, magnitude)
 
 
+def switched_on(links: Sequence[Link]) -> list[Link]:
+    """Return the links that add something to the weights."""
+    return [link for link in links if link.strength]
+
+
 def stack_links(links: Sequence[Link]) -> dict[str, Factors]:
     """Return one pair of factors a module with ``B·A = Σ c_j·s_j·B_j·A_j``.
 
@@ -83,7 +88,7 @@ def stack_links(links: Sequence[Link]) -> dict[str, Factors]:
     ``Σ c_j·s_j·b_j``. Raises ChainError for DoRA links, whose update is not a low-rank sum, and for
     links of models of other shapes.
     """
-    held = [link for link in links if link.strength]
+    held = switched_on(links)
     stacked: Shown[Factors] = Shown()
     for name in dict.fromkeys(name for link in held for name in link.factors):
         terms = [(link.factors[name], link.scaling) for link in held if name in link.factors]

@@ -152,7 +152,7 @@ def _chain_table(card: Card) -> str:
     if at_start is not None:
         rows.append(["before", "", "", "", *_scores(at_start, names)])
     for link in card.links:
-        numbers = [_rank(link), f"{link.config.scaling:g}", f"{link.num_steps:,}"]
+        numbers = [_rank(link), f"{link.scaling:g}", f"{link.num_steps:,}"]
         rows.append([str(link.index), *numbers, *_scores(after.get(str(link.index), {}), names)])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 

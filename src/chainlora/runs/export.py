@@ -18,7 +18,7 @@ from torch import Tensor
 from chainlora import files
 from chainlora.chain.adapters import Factors, save_adapter
 from chainlora.chain.chain import Chain
-from chainlora.chain.link import Link
+from chainlora.chain.link import Link, switched_on
 from chainlora.config.schema import LinkConfig
 from chainlora.errors import ChainError, ModelError, RunError
 from chainlora.models.checkpoint import save_model
@@ -60,7 +60,7 @@ def export_merged(
     base = _base_folder(manifest.base.model)
     model, tokenizer = load_run(run, num_links=num_links)
     is_whole = is_whole_model(reader, manifest)
-    links = [] if is_whole else reader.links_of(manifest, num_links)
+    links = [] if is_whole else switched_on(reader.links_of(manifest, num_links))
     done = f"a chain of {len(links)} LoRA link(s) merged into its weights"
     with files.replaced_folder(output) as scratch:
         save_model(model, tokenizer, scratch)
@@ -146,19 +146,19 @@ def _base_folder(base: str) -> Path | None:
 
 
 def _links_and_base(run: Address | Chain, num_links: int | None) -> tuple[Sequence[Link], Base]:
-    """Return the links to export, and their base."""
+    """Return the links to export, those that are switched on, and their base."""
     if isinstance(run, Chain):
         links = current_links(run)
         if num_links is not None and not 0 < num_links <= len(links):
             raise ChainError(f"`num_links` must be 1 to {len(links)} here (got {num_links})")
-        return links[:num_links], describe_base(run)
+        return switched_on(links[:num_links]), describe_base(run)
     reader = open_run(run)
     manifest = reader.manifest()
     if is_whole_model(reader, manifest):
         raise RunError(
             f"--to adapter needs a chain (got {run}, a run of full fine-tuning); use --to merged"
         )
-    return reader.links_of(manifest, num_links), manifest.base
+    return switched_on(reader.links_of(manifest, num_links)), manifest.base
 
 
 def check_compression(rank: int | None, tolerance: float | None) -> None:

@@ -20,7 +20,7 @@ import torch
 
 from chainlora import files
 from chainlora.chain.adapters import dequantized
-from chainlora.chain.link import Link, stack_links
+from chainlora.chain.link import Link, stack_links, switched_on
 from chainlora.errors import RunError
 from chainlora.models.checkpoint import save_model
 from chainlora.models.finding import resolve_model
@@ -47,7 +47,7 @@ def export_quantized(
     output = empty_folder(output)
     reader = open_run(run)
     manifest = reader.manifest()
-    links = reader.links_of(manifest, num_links)
+    links = switched_on(reader.links_of(manifest, num_links))
     if not links:
         raise RunError(
             f"--quantize needs a chain with a link (got none in {run}); quantise the base itself"

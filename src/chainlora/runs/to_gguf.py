@@ -20,6 +20,7 @@ from jinja2 import TemplateError
 
 from chainlora import files
 from chainlora.chain.adapters import Factors
+from chainlora.chain.link import switched_on
 from chainlora.errors import ModelError
 from chainlora.models.gguf_writing import check_convertible, write_gguf, write_lora_gguf
 from chainlora.models.loading import open_folder
@@ -63,7 +64,8 @@ def export_gguf(
     folder, config, _ = open_folder(manifest.base.model)
     tokenizer = tokenizer_of(reader, folder)
     check_convertible(config, tokenizer)
-    links = [] if is_whole_model(reader, manifest) else reader.links_of(manifest, num_links)
+    is_whole = is_whole_model(reader, manifest)
+    links = [] if is_whole else switched_on(reader.links_of(manifest, num_links))
     factors: dict[str, Factors] = {}
     if as_adapter:
         factors, error = adapter_factors(links, rank=rank, tolerance=tolerance)
