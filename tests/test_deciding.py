@@ -104,7 +104,7 @@ def test_a_resume_takes_what_was_decided_at_the_start(
     assert_same_links(tmp_path / "whole", tmp_path / "killed")
     decided = [manifest_of(tmp_path / name)["numbers"] for name in ("whole", "killed")]
     assert decided[0] == decided[1]
-    assert inspect_run(tmp_path / "killed")["numbers"] == decided[0]
+    assert inspect_run(tmp_path / "killed")["numbers"] == {"main": decided[0]}
     assert len(decided[0]["lengths"]) == len(decided[0]["knots"]) == 2
     assert None not in decided[0].values()
 

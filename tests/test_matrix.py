@@ -24,6 +24,7 @@ def test_metrics_stand_apart_and_losses_are_turned():
     loss, accuracy = summarise_matrix(scores, ["a", "b", "c"], ["loss", "accuracy", "loss"])
     assert (loss.stages, accuracy.stages) == (("a", "c"), ("b",))
     assert loss == MatrixSummary("loss", ("a", "c"), True, -2.5, -3.0, 3.0)
+    assert str(loss).startswith("minus the loss: average -2.5000, ")
     assert accuracy.forgetting == pytest.approx(0.1)
 
 

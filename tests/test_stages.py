@@ -236,6 +236,7 @@ def test_run_wide_keys_of_an_extension_and_stages_that_are_not_there_are_refused
         (run, {"train": {"seed": 1}}, "`train.seed`"),
         (run, {"name": "facts"}, "the first"),
         (run, {"chain": {"ranks": [4]}, "name": "style"}, "stage 'style'"),
+        (run, {"chain": {"ranks": [4], "steps": [1]}}, r"begun as \(got stage 'style', where"),
         (f"{run}@facts", {"name": "law"}, "--output for a fork"),
         (f"{run}@nope", {"name": "law", "output": str(tmp_path / "x")}, "one of facts, style"),
     ]
@@ -336,12 +337,16 @@ def test_the_command_line_goes_from_two_data_sets_to_one_adapter(config, tmp_pat
     assert cli(["mix", str(run), "--json"]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["strengths"]["style"] == 0
     assert cli(["export", str(run), "--to", "adapter", "--output", str(tmp_path / "a")]) == 0
+    assert "from 3 link(s)" in capsys.readouterr().out
     only = ["--to", "adapter", "--stages", "facts"]
     assert cli(["export", str(run), *only, "--output", str(tmp_path / "b")]) == 0
-    sums = [checksums(tmp_path / name)["adapter_model.safetensors"] for name in "ab"]
-    assert sums[0] == sums[1]
+    assert checksums(tmp_path / "a") == checksums(tmp_path / "b")  # the card too
     for address in (f"{run}@facts", f"{run}@style", str(run)):
+        capsys.readouterr()
         assert cli(["inspect", address]) == 0
+        planned = ["3 × 2 steps", *(["2 steps, 3 steps"] if "@facts" not in address else [])]
+        lines = [line for line in capsys.readouterr().out.splitlines() if "planned" in line]
+        assert [line.partition(": ")[2] for line in lines] == planned
         assert cli(["eval", address]) == 0
     assert cli(["train", str(file), "--stages.facts.train.lr", "1"]) == 1
     assert cli(["eval", f"{run}@nope"]) == 1

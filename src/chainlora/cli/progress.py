@@ -65,8 +65,9 @@ def show_inspection(found: Mapping[str, Any]) -> None:
             f"`chainlora train CONFIG --resume` resumes from step {position['step']}",
             highlight=False,
         )
-    if found["numbers"] is not None:
-        console.print(_decided(found["numbers"]), highlight=False)
+    for stage, numbers in found["numbers"].items():
+        name = f" of {stage}" if len(found["numbers"]) > 1 else ""
+        console.print(f"planned{name}: {_decided(numbers)}", highlight=False)
     if found["selected"] is not None:
         step, whole_links = found["selected"]["step"], found["selected"]["num_links"]
         part = " and a partial one" if found["selected"]["partial"] else ""
@@ -77,10 +78,10 @@ def show_inspection(found: Mapping[str, Any]) -> None:
 
 
 def _decided(numbers: Mapping[str, Any]) -> str:
-    """Say what was decided when the run began: steps of each link, its soft knots."""
+    """Say what was decided when a stage began: steps of each link, its soft knots."""
     lengths = _repeated([f"{steps} steps" for steps in numbers["lengths"]])
     soft = _repeated([f"{share:.3f} every {every} steps" for every, share in numbers["knots"]])
-    return f"planned: {lengths}" + (f"; soft knots of {soft}" if soft else "")
+    return lengths + (f"; soft knots of {soft}" if soft else "")
 
 
 def _repeated(texts: Sequence[str]) -> str:

@@ -157,9 +157,7 @@ def prune(run: str, stage: str, yes: bool, as_json: bool) -> None:
             whole = " chainlora train CONFIG --output FOLDER, without that stage in CONFIG"
             how = "".join(f"\n  {line}" for line in again) or whole
             click.echo(f"stays: {', '.join(found.later)}, tuned on top of it; without it:{how}")
-        rows = cache_dir() / "rows"
         click.echo("stays: its data files, forks (prune them too), exports, predictions, reports")
-        if rows.is_dir():
-            click.echo(f"may hold its rows, and can be deleted at any time: {rows}")
+        click.echo(f"stays: the cache of tokenised rows of all runs, {cache_dir() / 'rows'}")
     if not yes:
         raise ConfigError("`prune` deletes for good only when told so", "no --yes", "add --yes")

@@ -39,7 +39,7 @@ class MatrixSummary:
             parts.append(f"backward transfer {self.backward_transfer:+.4f}")
         if self.forgetting is not None:
             parts.append(f"forgetting {self.forgetting:+.4f}")
-        return f"{self.metric}{', sign turned' * self.is_turned}: {', '.join(parts)}"
+        return f"{'minus the ' * self.is_turned}{self.metric}: {', '.join(parts)}"
 
 
 def summarise_matrix(

@@ -99,7 +99,7 @@ class StageMatrix:
         return [cell for row in self.grid for cell in row if cell is not None]
 
     def _heads(self) -> list[str]:
-        scored = {cell.stage: f"{cell.metric} of {_rows_of(cell)}" for cell in self.cells}
+        scored = {cell.stage: f"{cell.metric}, {_rows_of(cell)}" for cell in self.cells}
         return ["after", *(f"{name} ({scored.get(name, 'no rows kept')})" for name in self.stages)]
 
     def _lines(self) -> list[list[str]]:
@@ -141,7 +141,7 @@ def _shades(column: Sequence[Cell | None]) -> list[float]:
 
 def _rows_of(cell: Cell) -> str:
     some = f"{cell.rows}" if cell.rows == cell.of else f"{cell.rows} of {cell.of}"
-    return f"{some} {cell.split}"
+    return f"{some} {cell.split} rows"
 
 
 def stage_matrix(

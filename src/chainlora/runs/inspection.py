@@ -20,7 +20,7 @@ from chainlora.chain.low_rank import (
 from chainlora.chain.showing import Shown
 from chainlora.runs.reading import Address
 from chainlora.runs.records import Record
-from chainlora.runs.stages import open_run, records_of_stages
+from chainlora.runs.stages import open_run, readers_of_stages
 
 
 def inspect_run(run: Address) -> dict[str, Any]:
@@ -32,8 +32,8 @@ def inspect_run(run: Address) -> dict[str, Any]:
     ``stable_rank``, means over modules, ``overlap`` with each earlier link's A (mean squared cosine
     of the principal angles, averaged over modules; 1 is the same input subspace), ``spectrum`` (its
     singular values, their mean over modules), and ``modules`` (‖ΔW‖_F of each). ``numbers`` is what
-    was decided when the run began. ``finished`` and ``position`` say where the run is: the step and
-    the number of whole links that a resume would start from.
+    was decided when each stage began. ``finished`` and ``position`` say where the run is: the step
+    and the number of whole links that a resume would start from.
 
     Every file of the run is checked first. Raises RunError for one that is missing or has changed.
     """
@@ -41,7 +41,13 @@ def inspect_run(run: Address) -> dict[str, Any]:
     manifest = reader.verify()
     # a saved chain has a live link where a run has a checkpoint
     links = reader.links_of(manifest, len(manifest.links) if manifest.has_run else None)
-    records = {manifest.stage: reader.records()} | records_of_stages(run)
+    readers = {manifest.stage: reader} | readers_of_stages(run)
+    records = {stage: each.records() for stage, each in readers.items()}
+    decided = {
+        stage: readers[stage].manifest().model_dump(mode="json")["numbers"]
+        for stage in dict.fromkeys([*manifest.stages, manifest.stage])
+        if stage in readers
+    }
     tuned = [replace(link, strength=1.0) for link in links]
     entries = manifest.links if manifest.has_run else manifest.loaded
     rows = []
@@ -64,7 +70,7 @@ def inspect_run(run: Address) -> dict[str, Any]:
         },
         "links": rows,
         "chain": whole | {"links": len(links), "rank": sum(link.rank for link in links)},
-        "numbers": manifest.numbers and manifest.model_dump(mode="json")["numbers"],
+        "numbers": {stage: numbers for stage, numbers in decided.items() if numbers},
         "selected": manifest.selected and manifest.selected.model_dump(mode="json"),
     }
     return Shown(found)

@@ -81,21 +81,34 @@ def take_lock(run: Path) -> FileLock | None:
     return lock
 
 
-def changes(before: RunConfig, now: RunConfig, named: Collection[str], step: int) -> list[Change]:
+def changes(
+    before: RunConfig,
+    now: RunConfig,
+    named: Collection[str],
+    step: int = 0,
+    *,
+    stage: str | None = None,
+) -> list[Change]:
     """Return the keys that a resume changes, all of them `named` by the user.
 
-    Raises RunError where the config is not the one that the run has.
+    Raises RunError where the config is not the one that the run, or its `stage`, has.
     """
     old, new = _science(before), _science(now)
     differing = [key for key in {**old, **new} if old.get(key) != new.get(key)]
     refused = [key for key in differing if key not in named or key not in CHANGEABLE]
     if refused:
         first, sections = refused[0], dict.fromkeys(key.partition(".")[0] for key in refused)
+        differs = f"{first} is {new.get(first)!r:.40}, was {old.get(first)!r:.40}"
+        if stage is not None:
+            raise RunError(
+                "a stage must stay what it was begun as",
+                f"stage {stage!r}, where {differs}",
+                "give another one a name of its own",
+            )
         raise RunError(
-            f"--resume needs the config the run began with (got other values under "
-            f"{', '.join(sections)}: {first} is {new.get(first)!r:.40}, was "
-            f"{old.get(first)!r:.40}); use the run's config.yaml or a new output"
-            + _how_to_change(refused)
+            "--resume needs the config the run began with",
+            f"other values under {', '.join(sections)}: {differs}",
+            f"use the run's config.yaml or a new output{_how_to_change(refused)}",
         )
     return [Change(key=key, before=old[key], after=new[key], step=step) for key in differing]
 

@@ -25,7 +25,6 @@ from chainlora.config.stages import is_run, split_address, stage_folder
 from chainlora.errors import RunError
 from chainlora.runs.manifest import DAMAGED, checksum
 from chainlora.runs.reading import Address, RunReader
-from chainlora.runs.records import Record
 from chainlora.runs.resuming import take_lock
 
 STAGES = "stages.json"
@@ -106,14 +105,14 @@ def strengths_of(run: Path) -> dict[str, float]:
     return {name: reader.strengths.get(name, 1.0) for name in reader.manifest().stages}
 
 
-def records_of_stages(address: Address) -> dict[str, list[Record]]:
-    """Return what each stage of a run that has ended recorded; nothing for a run of one stage."""
+def readers_of_stages(address: Address) -> dict[str, RunReader]:
+    """Return what reads each stage of a run that has ended; nothing for a run of one stage."""
     run, _ = split_address(address)
     if not (run / STAGES).is_file():
         return {}
     found = read_stages(run)
-    folders = {name: folder_of(run, found, place_of(found, name, run)) for name in found.here}
-    return {name: RunReader(folder).records() for name, folder in folders.items()}
+    places = {name: place_of(found, name, run) for name in found.here}
+    return {name: RunReader(folder_of(run, found, place)) for name, place in places.items()}
 
 
 def _names_in(folder: Path, chosen: Iterable[str], run: Path) -> list[str]:

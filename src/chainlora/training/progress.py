@@ -62,7 +62,7 @@ class _Listener:
             TextColumn("link {task.fields[link]}"),
             BarColumn(bar_width=24),
             TextColumn("{task.completed}/{task.total}"),
-            TextColumn("loss {task.fields[loss]}"),
+            TextColumn("loss {task.fields[loss]} (smoothed)"),
             TextColumn("lr {task.fields[rate]:.1e}"),
             TextColumn("{task.fields[speed]:.0f} tokens/s"),
             TextColumn("{task.fields[left]}"),
@@ -115,7 +115,7 @@ class _Listener:
             case KnotTied():
                 self._say(
                     f"step {event.step:>5}  link {event.link} tied "
-                    f"(function changed by {event.function_change:.1e})"
+                    f"(rounding changed the function by {event.function_change:.1e})"
                 )
 
     def _encoded(self, event: RowsEncoded | ReferenceScored) -> None:
@@ -176,7 +176,7 @@ class _Listener:
         self.said = time.monotonic()
         left = self._left(event.step)
         self._say(
-            f"step {event.step:>5}  link {event.link}: loss {self.loss:.4f}, "
+            f"step {event.step:>5}  link {event.link}: loss {self.loss:.4f} (smoothed), "
             f"lr {event.learning_rate:.1e}, {self.speed:,.0f} tokens/s"
             + (f", {left}" if left else "")
         )

@@ -206,13 +206,7 @@ def _state_of(stage: Stage, has_ended: bool, change: Collection[str]) -> StageSt
         return _new(stage)
     manifest = reader.verify()
     is_finished = has_ended and reader.is_finished(manifest)
-    try:
-        changes(reader.config(), stage.config, () if is_finished else change, 0)
-    except RunError as error:
-        raise RunError(
-            f"a stage must stay what it was begun as (stage {stage.name!r}: {error}); give another "
-            "one a name of its own"
-        ) from None
+    changes(reader.config(), stage.config, () if is_finished else change, stage=stage.name)
     state: Literal["finished", "stopped"] = "finished" if is_finished else "stopped"
     return StageState(stage.name, state, manifest.position.step)
 
@@ -240,8 +234,6 @@ def _train(
             raise
         if is_first_launched():
             _end(stage, run, is_first, tell)
-    if num_launched() > 1:  # the others read the stages next
-        PartialState(cpu=not torch.accelerator.is_available()).wait_for_everyone()
     return result
 
 
