@@ -73,7 +73,8 @@ def quiet() -> None:
         warnings.simplefilter("ignore")
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    for library in ("bitsandbytes", "torchao"):  # they tell of kernels that a machine does without
+    # They tell of kernels that a machine does without, and of what torchao calls in torch.
+    for library in ("bitsandbytes", "torchao", "torch.utils._pytree"):
         logging.getLogger(library).setLevel(logging.ERROR)
     level = logging.WARNING if is_first_process() else logging.ERROR
     logging.basicConfig(stream=sys.stderr, level=level, format="chainlora: %(message)s")

@@ -45,10 +45,7 @@ class ChatEncoder:
         self.is_marked = "generation %}" in self.source.replace("-%}", "%}")
 
     def __call__(self, rows: Sequence[Row]) -> list[Draft]:
-        chats = [_Chat(row, self.reader, self.source) for row in rows]
-        rendered = self._render_whole(chats)
-        for chat, (whole, _) in zip(chats, rendered, strict=True):
-            self._check_tools_are_shown(chat, whole)
+        chats, rendered = self.rendered(rows)
         if self.is_marked:
             turns = self._marked_turns(rendered)
         else:
@@ -65,6 +62,17 @@ class ChatEncoder:
         return (row.keys() - _COLUMNS) | unread
 
     # --- rendering ---
+
+    def rendered(self, rows: Sequence[Row]) -> tuple[list[_Chat], list[tuple[str, list[Span]]]]:
+        """Return each chat, its text, and the characters that a template marks.
+
+        Raises DataError for chats that do not suit the template, or whose tools it would drop.
+        """
+        chats = [_Chat(row, self.reader, self.source) for row in rows]
+        rendered = self._render_whole(chats)
+        for chat, (whole, _) in zip(chats, rendered, strict=True):
+            self._check_tools_are_shown(chat, whole)
+        return chats, rendered
 
     def _render_whole(self, chats: Sequence[_Chat]) -> list[tuple[str, list[Span]]]:
         """Return the text of each chat, and the characters that a template marks."""
