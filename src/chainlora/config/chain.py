@@ -148,8 +148,8 @@ class KnotConfig(Section):
     """Steps after which 1 − 1/e of what a step has learned is tied; `null` is 5 times the root of
     the link's steps."""
     follow_rate: bool = False
-    """Shares in proportion to the learning rate, so that they end with it: late steps are then tied
-    less, and can still be corrected."""
+    """Shares in proportion to the learning rate: late steps are tied less, and can still be
+    corrected."""
     moments: Literal["carried", "new"] = "carried"
     """Moments of the optimizer: `carried` exactly, or `new` at each soft knot."""
     policy: str = "spaced"
@@ -206,9 +206,8 @@ class ChainConfig(LinkShape):
     init_batches: Count = 4
     """Number of steps whose batches `init: gradient` reads."""
     knots: KnotConfig | None = None
-    """[Soft knots](#soft-knots) inside each link: every so many steps a share of it is tied, and
-    training continues from the rest. `auto` chooses distance and share; otherwise a section with
-    the keys below."""
+    """[Soft knots](#soft-knots) inside each link. `auto` chooses distance and share; otherwise a
+    section with the keys below."""
     plateau: PlateauConfig | None = None
     """End a link, the last one excepted, when it has stopped to learn; the last link gets the steps
     that are left. A section with the keys below."""

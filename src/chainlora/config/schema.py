@@ -32,7 +32,7 @@ class TrainFile(Section):
 
 
 class DataConfig(Section):
-    """Where the rows come from: a task by name or file, or the user's own files.
+    """Where the rows come from.
 
     Give a `task`, or a `train` file, or both (a task's prompt over your own files). Files are
     JSONL, JSON, CSV or Parquet.
@@ -55,14 +55,11 @@ class DataConfig(Section):
     format: Literal[
         "auto", "completion", "chat", "text", "sharegpt", "alpaca", "conversational"
     ] = "auto"
-    """What a row of your own file is: `completion` (`prompt` + `completion`, loss on the
-    completion), `chat` (`messages`, and `tools` if a row has some, through the model's chat
-    template; loss on the assistant's turns), `text` (loss on everything). Of other tools:
-    `sharegpt` (`conversations` with `from` and `value`) is read as chat; `alpaca` (`instruction`,
-    `input`, `output`) as chat, or as Alpaca's own prompt where there is no chat template;
-    `conversational` (TRL: `prompt` and `completion` are lists of messages) as chat, with the loss
-    on the completion's turns. `auto` decides by the first row, and a run says which of these it
-    recognised: [rows](rows.md)."""
+    """What a [row](rows.md) of your own file is: `completion` (`prompt` + `completion`, loss on the
+    completion), `chat` (`messages`, loss on the assistant's turns), `text` (loss on everything),
+    and of other tools `sharegpt`, `alpaca` and `conversational` (TRL: `prompt` and `completion` are
+    lists of messages). `auto` decides by the first row, and a run says which of these it
+    recognised."""
     chat_template: str | None = None
     """Chat template for rows of chats: a name (`alpaca`, `chatml`, `llama3`, `zephyr`), a file, or
     the Jinja text itself; `null` is the tokenizer's own ([rows](rows.md#chat-templates))."""
@@ -84,7 +81,7 @@ class DataConfig(Section):
     truncation: Literal["error", "left"] | None = None
     """What happens to a longer row: `error` refuses it by file and line, `left` drops the oldest
     tokens. `null` is the task's own choice; for files it is `error`, except that a long `text`
-    becomes several examples and loses nothing. A run reports how many rows were cut or split."""
+    becomes several examples and loses nothing."""
     shots: Number = 0
     """Number of training rows of a task shown, with their answers, before each prompt. They are not
     trained on; if links are trained, some rows must be left."""
@@ -95,8 +92,8 @@ class DataConfig(Section):
     """Leave out training rows that an earlier stage was trained on."""
     keep_rows: bool = True
     """Keep up to 1,000 tokenised rows of each split and hashes of all of them in the run directory.
-    Without them, later stages can neither replay these rows, nor hold out the
-    validation rows, nor leave out what was trained on, and show no scores on this stage."""
+    Later stages need them for `replay`, `new_rows_only`, held-out validation rows and scores on
+    this stage."""
 
     @field_validator("train", mode="before")
     @classmethod
@@ -198,7 +195,7 @@ class TrainConfig(Section):
     loss: Literal["dpo"] | None = None
     """`null` is the loss of the task, or the likelihood of what a row's format scores. `dpo`: rows
     are preferences, and a pair's loss is that of DPO (the sigmoid loss, arXiv 2305.18290) against
-    the model as the run begins, whose scores are computed once and kept in the run directory."""
+    the model as the run begins, whose scores are computed once."""
     dpo_beta: Annotated[float, Field(ge=1e-6, le=1e3)] = 0.1
     """How strongly DPO holds the model to where the run began."""
     dpo_label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
@@ -243,10 +240,8 @@ class TrainConfig(Section):
     max_grad_norm: Annotated[float, Field(ge=1e-12, le=1e12)] | None = 1.0
     """Clip the gradient to this norm; `null` is off."""
     optimizer_reset: Literal["full", "prune"] = "full"
-    """At a whole knot: `full` makes a new optimizer; `prune` keeps the largest moments and the
-    optimizer's step count, as ReLoRA does (`adamw` and equal ranks only). Give
-    `restart_warmup_steps` with it: the first steps of a link are larger than those of a new
-    optimizer."""
+    """At a whole knot: `full` makes a new optimizer; `prune` keeps the largest moments and the step
+    count, as ReLoRA does (`adamw` and equal ranks only). Give `restart_warmup_steps` with it."""
     prune_fraction: Annotated[float, Field(gt=0, le=1)] = 0.99
     """Share of the moments that `prune` sets to 0."""
     eval_every: Count | None = None
@@ -257,8 +252,7 @@ class TrainConfig(Section):
     select_metric: str | None = None
     """Metric that picks the best point; `null` is the task's own, or the loss for files."""
     keep_best: bool = False
-    """End with the best point of the whole chain, which can lie inside a link; refused with `tune:
-    full`, where it would be another copy of the model."""
+    """End with the best point of the whole chain, which can lie inside a link."""
     early_stop: Count | None = None
     """Stop after so many evaluations without improvement."""
     accept_links: Literal["all", "better"] | Annotated[float, Field(ge=0, le=1e6)] = "all"
@@ -270,11 +264,10 @@ class TrainConfig(Section):
     save_every: Count | None = 100
     """Steps between checkpoints; `null` saves at knots only."""
     log_every: Count | None = None
-    """Steps between lines of progress where there is no terminal to draw a bar on; `null` is a
-    tenth of the run, and a line after a minute without one. `metrics.jsonl` has every step."""
+    """Steps between lines of progress where there is no terminal; `null` is a tenth of the run, and
+    a line after a minute without one. `metrics.jsonl` has every step."""
     gradient_checkpointing: bool = False
-    """Less memory for more time: of each layer only its inputs are kept for the backward pass, and
-    the rest is computed again."""
+    """Less memory for more time: of each layer only its inputs are kept for the backward pass."""
     speedups: Literal["auto", "off"] = "auto"
     """`auto` uses faster forwards, packed batches and threads where a probe shows that they compute
     the same; `off` runs the layers of PEFT and transformers on padded batches in one thread."""
@@ -321,14 +314,12 @@ class RunConfig(Section):
     SmolLM2-135M-Instruct quantised to Q4_1, so not equal to the one of the Hub."""
     quantize: Literal["nf4", "int8"] | None = None
     """`nf4` or `int8` loads the linear layers of the base in 4 or 8 bits, with links carried beside
-    them, and prepares it as PEFT does ([scale](scale.md#quantised-bases)); `null` keeps the
-    checkpoint as it is, which may be quantised itself. `model: {name: …, quantize: nf4}` says the
-    same."""
+    them ([scale](scale.md#quantised-bases)); `null` keeps the checkpoint as it is, which may be
+    quantised itself. `model: {name: …, quantize: nf4}` says the same."""
     start: str | None = None
     """State to begin on instead of the bare base: a run, a stage of one as `RUN@STAGE`, or the
-    folder or Hub id of a PEFT adapter ([stages](stages.md)). Links then go on top of it. Left out
-    beside it, `model` and what belongs to the whole run are those of that run; `null` is the
-    base."""
+    folder or Hub id of a PEFT adapter ([stages](stages.md)). Left out beside it, `model` and what
+    belongs to the whole run are those of that run."""
     data: DataConfig
     """Which rows, and how they are read."""
     chain: ChainConfig = ChainConfig()
