@@ -341,6 +341,7 @@ def test_the_command_line_goes_from_two_data_sets_to_one_adapter(config, tmp_pat
     only = ["--to", "adapter", "--stages", "facts"]
     assert cli(["export", str(run), *only, "--output", str(tmp_path / "b")]) == 0
     assert checksums(tmp_path / "a") == checksums(tmp_path / "b")  # the card too
+    assert "Trained on" not in (tmp_path / "a/README.md").read_text()  # a stage that is off
     for address in (f"{run}@facts", f"{run}@style", str(run)):
         capsys.readouterr()
         assert cli(["inspect", address]) == 0

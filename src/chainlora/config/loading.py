@@ -122,3 +122,12 @@ def make_config(tree: Mapping[str, Any]) -> RunConfig:
 def dump_config(config: RunConfig) -> str:
     """Return the resolved config as YAML; loading it gives the same config."""
     return dump_yaml(config.model_dump(mode="json"))
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Return a nested config as ``{"train.lr": "0.001", …}``, as trackers and tables take it."""
+    flat: dict[str, str] = {}
+    for key, value in tree.items():
+        nested = isinstance(value, Mapping)
+        flat |= flatten(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": str(value)}
+    return flat

@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from chainlora.config.loading import flatten
 from chainlora.config.stages import split_address
 from chainlora.files import make_folder, write_text
 from chainlora.reports.answers import answers, changes, read_prompts
@@ -305,7 +306,7 @@ def _link_costs(runs: Sequence[RunFacts]) -> list[Block]:
 
 def _configs(runs: Sequence[RunFacts]) -> list[Block]:
     trees = {run.name: run.config.model_dump(mode="json") for run in runs if run.config}
-    flat = {name: dict(_flat(tree)) for name, tree in trees.items()}
+    flat = {name: flatten(tree) for name, tree in trees.items()}
     keys = dict.fromkeys(key for values in flat.values() for key in values)
     apart = [key for key in keys if len({v.get(key, _NONE) for v in flat.values()}) > 1]
     found: list[Block] = []
@@ -315,16 +316,6 @@ def _configs(runs: Sequence[RunFacts]) -> list[Block]:
     for name, tree in trees.items():
         text = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
         found.append(Listing(f"The whole config of {name}", text))
-    return found
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    found = []
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            found += _flat(value, f"{prefix}{key}.")
-        else:
-            found.append((f"{prefix}{key}", str(value)))
     return found
 
 

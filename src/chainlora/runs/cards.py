@@ -82,10 +82,14 @@ class Card:
 
 
 def story_of(run: Address) -> Story | None:
-    """Return the story of a run; None of a saved chain, which has none."""
+    """Return the story of a run; None of a saved chain, which has none, and of a stage that is off.
+
+    What earlier stages were trained on is told by their own runs.
+    """
     reader = open_run(run)
     manifest = reader.manifest()
-    if not manifest.has_run:
+    own = [link.strength for link in manifest.loaded if link.stage == manifest.stage]
+    if not manifest.has_run or (own and not any(own)):
         return None
     evaluations = [record for record in reader.records() if record["event"] == "eval"]
     return Story(reader.config(), manifest.rows, evaluations, manifest.versions)

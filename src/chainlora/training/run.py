@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -148,12 +147,3 @@ class Run:
     ) -> None:
         is_refused = error is not None and not isinstance(error, TrainingError | KeyboardInterrupt)
         self.close(undo=is_refused and self.progress.step == 0)
-
-
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Return a nested config as ``{"train.lr": "0.001", …}``, as trackers take it."""
-    flat: dict[str, str] = {}
-    for key, value in tree.items():
-        nested = isinstance(value, Mapping)
-        flat |= flatten(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": str(value)}
-    return flat

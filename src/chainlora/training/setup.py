@@ -17,6 +17,7 @@ from chainlora.chain.adapters import check_targets, prepare_quantized
 from chainlora.chain.chain import Chain
 from chainlora.chain.holding import holding_named
 from chainlora.chain.link import Link
+from chainlora.config.loading import flatten
 from chainlora.config.schema import RunConfig
 from chainlora.data.kept import Kept
 from chainlora.data.splits import Splits, check_pairs, prepare_splits
@@ -41,7 +42,7 @@ from chainlora.training.optimizers import check_optimizer
 from chainlora.training.plan import make_plan
 from chainlora.training.processes import Processes, find_processes, num_launched
 from chainlora.training.reference import take_reference
-from chainlora.training.run import Run, flatten
+from chainlora.training.run import Run
 from chainlora.training.sharing import check_shards, wants_shards
 
 logger = logging.getLogger(__name__)
