@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from enum import StrEnum
 
+import torch
 from torch import Tensor, nn
 
 from chainlora.engine.fast.bfloat16_linears import Bfloat16Linears
@@ -34,6 +35,19 @@ def hidden_states(model: nn.Module, batch: PackedBatch, *, path: Path) -> Tensor
     finally:
         if not any(getattr(m, "gradient_checkpointing", False) for m in model.modules()):
             packed.undo()
+
+
+def gradients(
+    model: nn.Module, batch: PackedBatch, path: Path = Path.PACKED
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Hidden states by one path, and the gradients of a weighted sum of them."""
+    model.zero_grad()
+    hidden = hidden_states(model, batch, path=path)
+    weights = torch.linspace(-1, 1, hidden.numel(), dtype=hidden.dtype).view_as(hidden)
+    (hidden * weights).sum().backward()
+    return hidden.detach(), {
+        n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None
+    }
 
 
 def choose_path(model: nn.Module) -> Path:

@@ -129,7 +129,7 @@ def test_the_first_line_comes_before_what_takes_time(config):
         "main()\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, "train", str(config)],
+        [sys.executable, "-c", code, "train", str(config), "--dry-run"],
         capture_output=True,
         text=True,
         env=os.environ | {"HF_HUB_OFFLINE": "1"},

@@ -38,21 +38,6 @@ def test_what_a_run_cannot_do_is_refused_before_it_begins(chainlora, config, tmp
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(
-    ("content", "parts"),
-    [
-        ("", ["must hold at least one row", "train.jsonl"]),
-        ('{"text": "good", "label": 1}\n{"text": "bad", "label": 7}\n', ["train.jsonl line 2"]),
-        ('{"text": "good", "label": 1}\n{"text": "bad", "label"\n', ["must be JSON", "line 2"]),
-    ],
-    ids=["empty", "label", "torn"],
-)
-def test_a_bad_row_is_named_by_file_and_line(chainlora, config, tmp_path, content, parts):
-    (tmp_path / "train.jsonl").write_text(content)
-    chainlora(f"train {config} --data.train {tmp_path}/train.jsonl").refused(*parts, "(got ")
-    assert not (tmp_path / "run").exists()
-
-
 def test_output_in_use(chainlora, config, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "notes.txt").write_text("mine")
@@ -87,7 +72,12 @@ def test_a_lower_rate_is_named_to_continue_with_it(chainlora, config, tmp_path):
     chainlora(f"{lower} --train.seed 1").refused("train.seed is 1")
     assert chainlora(f"{lower} --json").json["steps"] == 11
     changes = json.loads((tmp_path / "run" / "chain.json").read_text())["changes"]
-    assert [(each["key"], each["after"]) for each in changes] == [("train.lr", 1e-3)]
+    found = [(each["key"], each["before"], each["after"], each["step"]) for each in changes]
+    assert found == [("train.lr", 1e-2, 1e-3, 4)]
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
+    rates = {r["step"]: r["learning_rate"] for r in records if r["event"] == "step"}
+    assert rates[5] < rates[4] / 5
+    assert chainlora(f"{lower} --json").json["steps"] == 11  # it is the run's own rate now
     chainlora(f"train {config} --resume").refused(
         "train.lr is 0.01, was 0.001", "pass --resume --train.lr VALUE"
     )

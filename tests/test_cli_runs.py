@@ -6,10 +6,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-from helpers import stop_after
-from safetensors.torch import load_file, save_file
-
-from chainlora import load_config
 
 
 @pytest.fixture
@@ -71,25 +67,6 @@ def test_a_run_directory_that_is_incomplete(chainlora, finished, config, task, t
         chainlora(words).refused("(got ")
     chainlora(everything[0]).refused("must hold chain.json (got none in ", "is incomplete")
     assert not (tmp_path / "out").exists()
-
-
-def test_a_base_that_is_another_than_the_run_s(chainlora, tiny_folder, task, config, tmp_path):
-    base = Path(shutil.copytree(tiny_folder, tmp_path / "base"))
-    stop_after(load_config(config, {"model": str(base)}), 6)
-    tensors = load_file(base / "model.safetensors")
-    tensors["model.norm.weight"] *= 1.01
-    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
-    run = tmp_path / "run"
-    for words in (
-        f"eval {run} {task}",
-        f"export {run} --to merged --output {tmp_path}/m",
-        f"train {config} --model {base} --resume",
-    ):
-        chainlora(words).refused(
-            "the base model must be the one ",
-            "(got another model.safetensors); restore it, or start over",
-        )
-    assert not (tmp_path / "m").exists()
 
 
 def test_no_run(chainlora, task, tiny_folder, tmp_path):

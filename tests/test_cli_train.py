@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import yaml
@@ -14,10 +11,6 @@ import yaml
 def test_train_writes_a_run_directory_and_shows_its_links(chainlora, config, tmp_path):
     done = chainlora("train", config)
     assert done.status == 0
-    files = {"config.yaml", "chain.json", "links", "rows", "metrics.jsonl", "result.json"}
-    files |= {"training.png"}
-    assert {p.name for p in (tmp_path / "run").iterdir()} - {".lock"} == files
-    assert sorted(p.name for p in (tmp_path / "run" / "links").iterdir()) == ["000", "001", "002"]
     assert (tmp_path / "run" / "training.png").read_bytes().startswith(b"\x89PNG")
     for shown in ("validation: accuracy 1.0000", "majority", "11 steps", "‖ΔW‖", "overlap"):
         assert shown in done.out
@@ -42,34 +35,6 @@ def test_any_key_can_be_set_in_any_order_and_either_spelling(chainlora, config, 
     assert not (tmp_path / "run").exists()
 
 
-_DIES = """
-import os, signal, sys
-from chainlora.config.loading import load_config
-from chainlora.training.loop import train
-def listener(record):
-    if record["event"] == "step" and record["step"] == 6:
-        os.kill(os.getpid(), signal.SIGKILL)
-train(load_config(sys.argv[1]), listener=listener)
-"""
-
-
-def test_train_resumes_a_run_that_was_stopped(chainlora, config, tmp_path):
-    whole = chainlora(f"train {config} --output {tmp_path}/whole --json").json
-    died = subprocess.run([sys.executable, "-c", _DIES, config], capture_output=True, text=True)
-    assert died.returncode == -9, died.stderr
-    assert len(json.loads((tmp_path / "run" / "chain.json").read_text())["links"]) == 1
-    shown = chainlora(f"inspect {tmp_path}/run --json").json
-    assert len(shown["links"]) == 1  # half-way is fine to look at
-    resumed = chainlora(f"train {config} --resume --json")
-    assert "resuming after step" in resumed.err
-    assert resumed.json["metrics"] == whole["metrics"]
-    for link in ("000", "001", "002"):
-        file = Path("links") / link / "adapter_model.safetensors"
-        assert (tmp_path / "run" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
-    again = chainlora(f"train {config} --resume --json").json  # done: nothing to do
-    assert again["metrics"] == whole["metrics"]
-
-
 def test_a_chain_of_none_is_the_zero_shot_model(chainlora, config):
     none = f"train {config} --chain.ranks [] --chain.steps [] --json"
     result = chainlora(none).json
@@ -84,25 +49,12 @@ def test_early_stop_and_the_best_point(chainlora, config, tmp_path):
     assert "selected: best point at step 1" in chainlora(f"inspect {tmp_path}/run").out
 
 
-# a decay of 1e6 a step: weights overflow
-WILD = "--train.lr 1e3 --train.weight_decay 1e3 --train.max_grad_norm null"
-
-
-def test_a_non_finite_loss_stops_and_says_where_the_last_good_state_is(chainlora, config, tmp_path):
-    outcome = chainlora(f"train {config} {WILD} --json")
-    assert (outcome.status, outcome.out) == (1, "")
-    line = outcome.err.splitlines()[-1]
-    assert line.startswith("chainlora: error: the norm of the weights must be finite (got ")
-    kept = f"at step 4, link 0); the last good state is kept in {tmp_path / 'run'}; lower train.lr"
-    assert kept in line
-    shown = chainlora(f"inspect {tmp_path}/run --json").json
-    assert shown["links"] == []  # whole, and of no link yet
-
-
 def test_full_fine_tuning_has_weights_in_place_of_links(chainlora, config, sentiment, tmp_path):
     run = tmp_path / "run"
     full = f"train {config} --chain.tune full --chain.ranks [1] --chain.steps [3] --json"
-    expected = chainlora(full).json["metrics"]["validation"]["loss"]
+    result = chainlora(full).json
+    assert result["trainable_parameters"] > 20_000
+    expected = result["metrics"]["validation"]["loss"]
     task = f"--task {sentiment}/task.yaml --data {sentiment} --json"
     scored = chainlora(f"eval {run} {task}").json
     assert scored["metrics"]["loss"] == pytest.approx(expected, abs=1e-5)

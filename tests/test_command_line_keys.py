@@ -13,7 +13,6 @@ from pydantic import BaseModel
 
 from chainlora.cli.main import run as command
 from chainlora.config.schema import RunConfig
-from chainlora.experiments.methods import apply_recipe, list_methods, load_method, merge_trees
 
 # For every key, the overrides of one run in which it has another value than its default.
 VALUES: dict[str, dict[str, Any]] = {
@@ -142,12 +141,3 @@ def test_every_key_by_the_command_line(key, tiny_folder, sentiment, tmp_path, ca
             assert found == value
         elif value != "auto":
             assert found == yaml.safe_load(value) or str(found) == str(float(value)), name
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("method", list_methods())
-def test_every_preset_by_the_command_line(method, tiny_folder, sentiment, tmp_path, capfd):
-    base = settings(tiny_folder, sentiment, tmp_path / "run", chain={"steps": None, "ranks": None})
-    tree = merge_trees(base, {"recipe": {"rank": 4, "steps": 4}}, load_method(method).keys)
-    result = train(apply_recipe(tree), tmp_path, {}, capfd)
-    assert result["metrics"]["validation"]["loss"] > 0

@@ -231,12 +231,3 @@ def test_files_that_are_no_config(tmp_path, content, message):
     with pytest.raises(ConfigError, match=message) as raised:
         load_config(file)
     assert "\n" not in str(raised.value)
-
-
-def test_a_missing_file_and_a_folder_are_named(tmp_path):
-    with pytest.raises(
-        ConfigError, match=r"must be readable \(got .*none.yaml: No such file or directory\); check"
-    ):
-        load_config(tmp_path / "none.yaml")
-    with pytest.raises(ConfigError, match=r"must be readable \(got .*: Is a directory\)"):
-        load_config(tmp_path)

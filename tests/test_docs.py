@@ -4,7 +4,6 @@ package."""
 from __future__ import annotations
 
 import importlib
-import itertools
 import json
 import re
 import runpy
@@ -25,7 +24,6 @@ from chainlora.chain.soft_knot import time_constant
 from chainlora.cli.main import run
 from chainlora.config.loading import parse_yaml
 from chainlora.config.schema import KnotConfig
-from chainlora.experiments import expand, load_experiment, report_experiment
 from chainlora.knots.numbers import spacing
 from chainlora.runs.resuming import CHANGEABLE
 from chainlora.training.events import Event
@@ -162,14 +160,6 @@ def test_the_readme_commands_run_in_order(checkout, monkeypatch, capsys):
     AutoModelForCausalLM.from_pretrained("out/merged")
 
 
-def test_prompts_in_documents_end_as_the_rows_do():
-    """The model learned dates that are followed by a line `ISO:`."""
-    for document in DOCUMENTS:
-        for line in document.read_text(encoding="utf-8").splitlines():
-            if "Date: 5 March 2021" in line:
-                assert "2021\\nISO:" in line, f"{document.name}: {line}"
-
-
 def test_a_finished_run_is_resumed_by_its_own_config(checkout, monkeypatch):
     """The command of docs/run-directory.md, after the README's."""
     monkeypatch.chdir(checkout)
@@ -258,60 +248,6 @@ def test_python_md_has_every_public_name():
     }
     assert table | {"ChainLoRAError"} == set(chainlora.__all__)
     assert "`ChainLoRAError`" in text
-
-
-def test_the_numbers_of_the_first_decision():
-    text = next((ROOT / "docs/decisions").glob("0001-*.md")).read_text(encoding="utf-8")
-    (code,) = blocks(text, "python")
-    printed: list[str] = []
-    exec(
-        code.replace("1024", "512"),
-        {"print": lambda *values: printed.append(" ".join(map(str, values)))},
-    )
-    (row,) = re.findall(r"^\| share .*? \| (.*) \|$", text, flags=re.MULTILINE)
-    said = [int(cell.strip(" %")) for cell in row.split("|")]
-    found = [int(re.findall(r"(\d+)%", line)[0]) for line in printed]
-    assert len(said) == len(found)
-    # a quarter of the weights: the shares move by a percentage point or two
-    assert all(abs(one - other) <= 2 for one, other in zip(said, found, strict=True))
-
-
-PAPER = ROOT / "benchmarks/paper"
-
-
-@pytest.mark.parametrize("file", sorted(PAPER.glob("*.yaml")), ids=lambda path: path.stem)
-def test_a_measured_experiment_expands_without_data_or_model(file, monkeypatch, tmp_path):
-    """Those of examples/experiments/ are held to the same and more by test_experiments."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("CHAINLORA_CACHE", str(tmp_path / "cache"))
-    experiment = load_experiment(file)
-    assert experiment.name == file.stem
-    cells = expand(experiment)
-    assert {(cell.task, cell.method) for cell in cells} == set(
-        itertools.product(experiment.tasks, experiment.methods)
-    )
-    for task in experiment.tasks:  # equal epochs or steps for all that train
-        chains = [
-            cell.config.chain for cell in cells if cell.task == task and cell.config.chain.ranks
-        ]
-        assert len({sum(chain.epochs or chain.steps) for chain in chains}) == 1
-    assert list(tmp_path.iterdir()) == []
-    assert f"| `{file.stem}` |" in (PAPER / "README.md").read_text(encoding="utf-8")
-
-
-COMMITTED = [*PAPER.glob("*/results.jsonl"), *ROOT.glob("benchmarks/smollm2/*/results.jsonl")]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("results", sorted(COMMITTED), ids=lambda path: path.parent.name)
-def test_committed_results_are_reported(results, tmp_path):
-    report = report_experiment(results, tmp_path, figures=False)
-    if not results.with_name("report.md").is_file():
-        return
-    old = results.with_name("report.md").read_text(encoding="utf-8")
-    assert report.markdown.splitlines()[0] == old.splitlines()[0]
-    for verdict in ("is better than", "is worse than", "no difference found between"):
-        assert report.markdown.count(verdict) == old.count(verdict)
 
 
 def test_the_changelog_and_the_citation_know_the_version():

@@ -253,11 +253,6 @@ def test_the_best_point_is_chosen_by_any_of_the_metrics(settings, metric):
     assert result["best"]["value"] == best == result["metrics"]["validation"][metric]
 
 
-def test_a_link_that_lowers_the_loss_of_pairs_is_accepted(settings):
-    result = train(settings(train={"accept_links": "better"}))
-    assert len(result["links"]) >= 1
-
-
 def test_every_weight_can_be_trained_on_pairs(settings):
     tree = settings("run", train={"lr": 1e-3}, tune="full", ranks=[1], steps=[4])
     metrics = train(tree)["metrics"]["validation"]

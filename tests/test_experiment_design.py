@@ -73,9 +73,13 @@ def test_a_file_is_read_with_overrides(tiny_folder, sentiment, tmp_path):
 
 @pytest.mark.slow  # some have hundreds of cells
 @pytest.mark.parametrize(
-    "path", sorted((ROOT / "examples/experiments").glob("*.yaml")), ids=lambda path: path.stem
+    "path",
+    [*(ROOT / "examples/experiments").glob("*.yaml"), *(ROOT / "benchmarks/paper").glob("*.yaml")],
+    ids=lambda path: path.stem,
 )
-def test_every_shipped_experiment_expands(path):
+def test_every_shipped_experiment_expands_without_data_or_model(path, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CHAINLORA_CACHE", str(tmp_path / "cache"))
     experiment = load_experiment(path)
     cells = expand(experiment)
     assert {cell.task for cell in cells} == set(experiment.tasks)
@@ -85,6 +89,7 @@ def test_every_shipped_experiment_expands(path):
         budgets[cell.task].add(sum(chain.epochs or chain.steps or ()))
     for spent in budgets.values():  # equal epochs or steps for all that train
         assert len(spent - {0}) == 1
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_choice_is_by_validation_then_loss_then_order():

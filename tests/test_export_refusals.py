@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
-from pathlib import Path
-
 import pytest
 import torch
 from helpers import settings, stop_after
-from helpers_export import fit, live, logits
+from helpers_export import live, logits
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -96,14 +93,3 @@ def test_a_checkpoint_that_does_not_load_as_it_was_is_not_handed_out(runs, tmp_p
     with pytest.raises(ModelError, match=r"must load as it was \(got another model.norm.weight"):
         export_merged(runs["llama"], tmp_path / "m")
     assert list(tmp_path.iterdir()) == []
-
-
-def test_an_adapter_whose_base_is_not_at_hand_is_written_and_said_to_be_unchecked(
-    folders, sentiment, tmp_path, caplog
-):
-    base = Path(shutil.copytree(folders["llama"], tmp_path / "base"))
-    run = fit(base, sentiment, tmp_path / "run", chain={"ranks": [2], "steps": [1]})
-    base.rename(tmp_path / "moved")
-    export_adapter(run, tmp_path / "a")
-    assert "the adapter was not checked by loading it: " in caplog.text
-    assert (tmp_path / "a" / "adapter_model.safetensors").is_file()

@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import ARCHITECTURES, tiny_model
-from forwards import Path, choose_path, hidden_states
+from forwards import Path, choose_path, gradients, hidden_states
 from torch import Tensor, nn
 from transformers import (
     MistralConfig,
@@ -48,16 +48,6 @@ def tree_batch() -> PackedBatch:
 
 
 BATCHES = {"flat": flat_batch, "tree": tree_batch}
-
-
-def gradients(model: nn.Module, batch: PackedBatch, path: Path) -> tuple[Tensor, dict[str, Tensor]]:
-    model.zero_grad()
-    hidden = hidden_states(model, batch, path=path)
-    weights = torch.linspace(-1, 1, hidden.numel(), dtype=hidden.dtype).view_as(hidden)
-    (hidden * weights).sum().backward()
-    return hidden.detach(), {
-        n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None
-    }
 
 
 def assert_close(

@@ -11,14 +11,13 @@ import shutil
 import string
 from copy import deepcopy
 from pathlib import Path
-from typing import get_args
 
 import pytest
 from fuzzing import VALUES, WORDS, altered, check_error, damaged, fuzz, guarded, plant
 from helpers import as_format_2, settings, signed
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import BaseModel
+from test_command_line_keys import keys
 
 from chainlora import inspect_run, load_config, make_config, train
 from chainlora.chain.adapters import load_adapter
@@ -29,19 +28,8 @@ from chainlora.config.yaml_text import parse_yaml
 from chainlora.errors import ChainLoRAError, ConfigError, RunError
 from chainlora.runs.directory import RunDirectory
 
-
-def keys(model: type[BaseModel]) -> list[str]:
-    """Every dotted key of the config."""
-    found = []
-    for name, field in model.model_fields.items():
-        kinds = (field.annotation, *get_args(field.annotation))
-        section = [k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)]
-        found += [name, *(f"{name}.{key}" for each in section for key in keys(each))]
-    return found
-
-
 KEYS = st.one_of(
-    st.sampled_from(keys(RunConfig)),
+    st.sampled_from([*keys(RunConfig), *RunConfig.model_fields]),
     st.text(string.ascii_lowercase + "._", max_size=8),
     WORDS,
 )

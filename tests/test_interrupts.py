@@ -171,7 +171,7 @@ def test_the_command_line_stops_with_the_status_that_shells_expect(
         in (capfd.readouterr().out.replace("\n", ""))
     )
     assert command(["train", str(path), "--resume"]) == 0
-    capfd.readouterr()
+    assert "resuming after step 5" in capfd.readouterr().err
     assert command(["inspect", str(tmp_path / "run")]) == 0
     assert "unfinished" not in capfd.readouterr().out
 

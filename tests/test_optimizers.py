@@ -275,17 +275,3 @@ def test_eight_bits_have_soft_knots_with_new_moments():
     with pytest.raises(ConfigError, match=r"scale each moment \(got .*state1.*moments: new"):
         check_optimizer(config, CPU)
     check_optimizer(config_for("adamw_8bit", chain={"knots": knots | {"moments": "new"}}), CPU)
-
-
-def test_a_missing_package_is_named(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "schedulefree", None)
-    config = make_config(
-        {
-            "model": "m",
-            "data": {"task": "rte"},
-            "chain": {"ranks": [4], "steps": [1]},
-            "train": train_keys("schedule_free_adamw"),
-        }
-    )
-    with pytest.raises(ConfigError, match=r"needs the package schedulefree .*chainlora\[sch"):
-        check_optimizer(config, CPU)

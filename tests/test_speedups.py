@@ -9,8 +9,8 @@ import peft
 import pytest
 import torch
 from conftest import tiny_model
-from forwards import Path, accelerate_lora, accelerate_model, hidden_states, restore
-from torch import Tensor, nn
+from forwards import Path, accelerate_lora, accelerate_model, gradients, hidden_states, restore
+from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import (
     SmolLM3Config,
@@ -70,15 +70,6 @@ def with_lora(model: nn.Module, dtype: torch.dtype, targets: list[str]) -> nn.Mo
             parameter.data = parameter.data.float()
     accelerate_lora(model)
     return model
-
-
-def gradients(model: nn.Module, batch: PackedBatch) -> tuple[Tensor, dict[str, Tensor]]:
-    model.zero_grad()
-    hidden = hidden_states(model, batch, path=Path.PACKED)
-    (hidden * torch.linspace(-1, 1, hidden.numel()).view_as(hidden).to(hidden)).sum().backward()
-    return hidden.detach(), {
-        n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None
-    }
 
 
 def assert_equal_to_plain(

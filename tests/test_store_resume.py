@@ -16,13 +16,6 @@ from chainlora.runs.directory import RunDirectory
 # --- the start
 
 
-def test_output_that_is_a_file_is_refused(tiny_folder, sentiment, tmp_path):
-    (tmp_path / "run").write_text("mine")
-    with pytest.raises(RunError, match=r"must be a directory \(got the file .*run\); name another"):
-        train(make_config(settings(tiny_folder, sentiment, tmp_path / "run")))
-    assert (tmp_path / "run").read_text() == "mine"
-
-
 @pytest.mark.parametrize("name", ["file/run", "gone", "x" * 300])
 def test_output_that_cannot_be_made_is_refused_before_the_model_loads(name, sentiment, tmp_path):
     (tmp_path / "file").write_text("mine")
@@ -30,12 +23,6 @@ def test_output_that_cannot_be_made_is_refused_before_the_model_loads(name, sent
     config = make_config(settings("/no/such/model", sentiment, tmp_path / name))
     with pytest.raises(FileError, match="got "):
         train(config)
-
-
-def test_resume_needs_something_to_resume(rich_config, tmp_path):
-    with pytest.raises(RunError, match=r"--resume needs a run directory \(got .* not exist\)"):
-        train(rich_config, resume=True)
-    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_killed_before_its_manifest_starts_over(tiny_folder, sentiment, tmp_path):
@@ -143,27 +130,6 @@ def test_watchers_may_change_over_a_resume_and_science_may_not(tiny_folder, sent
         find(lr=1e-4)
     with pytest.raises(RunError, match=r"train.seed is 1, was 0\); use the run's config.yaml"):
         find(change=["train.seed", "train.lr"], seed=1, lr=1e-4)
-
-
-def test_a_lower_rate_by_name_is_kept_in_the_manifest(rich_config, tmp_path):
-    stop_after(rich_config, 6)
-    lower = rich_config.model_copy(
-        update={"train": rich_config.train.model_copy(update={"lr": 1e-4})}
-    )
-    result = train(lower, resume=True, change=["train.lr"])
-    assert result["steps"] == 11
-    (change,) = RunDirectory(tmp_path / "run").manifest().changes
-    assert (change.key, change.before, change.after, change.step) == ("train.lr", 1e-2, 1e-4, 6)
-    assert RunDirectory(tmp_path / "run").config().train.lr == 1e-4
-    rates = {
-        record["step"]: record["learning_rate"]
-        for record in map(json.loads, (tmp_path / "run" / "metrics.jsonl").open())
-        if record["event"] == "step"
-    }
-    assert rates[7] < rates[6] / 50
-    assert train(lower, resume=True)["steps"] == 11  # it is the run's own rate now
-    with pytest.raises(RunError, match=r"train.lr is 0.01, was 0.0001"):
-        train(rich_config, resume=True)
 
 
 # --- faults on the way

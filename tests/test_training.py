@@ -16,8 +16,8 @@ from helpers import (
 )
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from chainlora import evaluate_task, export_adapter, load_run, load_task, make_config, train
-from chainlora.errors import ChainLoRAError, ConfigError, ModelError, RunError
+from chainlora import export_adapter, load_run, make_config, train
+from chainlora.errors import ChainLoRAError, ConfigError, ModelError
 from chainlora.runs.directory import RunDirectory
 from chainlora.training.plan import make_plan
 
@@ -46,8 +46,6 @@ def test_a_run_from_config_to_result(tiny_folder, sentiment, tmp_path):
     assert make_config(yaml.safe_load((run / "config.yaml").read_text())) == make_config(
         settings(tiny_folder, sentiment, run)
     )
-    written = ["chain.json", "config.yaml", "links", "metrics.jsonl", "result.json", "rows"]
-    assert sorted(path.name for path in run.iterdir() if path.name != ".lock") == written
 
 
 def test_every_link_is_an_adapter_that_peft_loads(tiny_folder, sentiment, tmp_path):
@@ -132,13 +130,6 @@ def test_the_best_point_over_the_whole_chain_is_kept(tiny_folder, sentiment, tmp
     assert len(RunDirectory(run).load_links(2)) == 2  # the whole chain is still there
 
 
-def test_early_stop_ends_the_chain(tiny_folder, sentiment):
-    tree = settings(tiny_folder, sentiment, train={"lr": 1e-9, "early_stop": 2, "eval_every": 1})
-    assert (
-        train(make_config(tree))["steps"] == 3
-    )  # best at the first evaluation, then two without gain
-
-
 def test_accumulated_batches_weigh_every_row_alike(tiny_folder, sentiment):
     def losses(**keys) -> list[float]:
         seen = []
@@ -181,22 +172,6 @@ def test_own_files_in_every_format(tiny_folder, tmp_path, rows):
     assert (
         result["metrics"]["validation"]["loss"] < before - 0.3
     )  # far more than rounding; it is a tiny random model
-
-
-def test_full_fine_tuning_trains_and_keeps_every_weight(tiny_folder, sentiment, tmp_path):
-    run = tmp_path / "run"
-    chain = {"tune": "full", "ranks": [1], "steps": [8]}
-    result = train(
-        make_config(settings(tiny_folder, sentiment, run, chain=chain, train={"lr": 1e-3}))
-    )
-    assert result["trainable_parameters"] > 20_000
-    assert result["metrics"]["validation"]["accuracy"] > 0.8
-    again = evaluate_task(run, load_task(sentiment / "task.yaml"), data=str(sentiment))
-    assert again["metrics"]["loss"] == pytest.approx(
-        result["metrics"]["validation"]["loss"], abs=1e-5
-    )
-    with pytest.raises(RunError, match="--to merged"):
-        export_adapter(run, tmp_path / "adapter")
 
 
 def test_full_fine_tuning_is_evaluated_at_its_end_which_may_be_its_best_point(

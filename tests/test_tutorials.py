@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import re
 import shlex
 import sys
 from pathlib import Path
@@ -13,20 +12,18 @@ from typing import Any
 import pytest
 import torch
 from heads.models import new_model, rows_of_text
+from test_docs import HUB_ID, ROOT
+from test_docs import blocks as blocks_of
 
 from chainlora.cli.main import run
 
 pytestmark = pytest.mark.slow
-ROOT = Path(__file__).resolve().parents[1]
 TUTORIALS = ROOT / "docs/tutorials"
-HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
 def blocks(file: Path, language: str) -> list[str]:
     """The fenced blocks of a language, in order."""
-    text = file.read_text(encoding="utf-8")
-    found = re.findall(r"^```(\w*)\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
-    return [body for name, body in found if name == language]
+    return blocks_of(file.read_text(encoding="utf-8"), language)
 
 
 def commands(name: str) -> list[list[str]]:

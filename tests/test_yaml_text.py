@@ -77,7 +77,7 @@ def test_bytes_that_are_not_text(content, tmp_path):
     assert "\n" not in str(raised.value)
 
 
-@pytest.mark.parametrize("path", ["a\0b", "a\ud800b", "x" * 300, "no/such.yaml"])
+@pytest.mark.parametrize("path", ["a\0b", "a\ud800b", "x" * 300, "no/such.yaml", "."])
 def test_paths_that_are_not_paths(path):
     with pytest.raises(ConfigError, match=r"must be readable \(got ") as raised:
         load_config(path)
