@@ -11,12 +11,8 @@ from pathlib import Path
 import pytest
 
 from chainlora.errors import RunError
-from chainlora.reports.run_charts import (
-    chain_pictures,
-    plot_chain,
-    plot_training,
-    training_pictures,
-)
+from chainlora.reports.chain_charts import chain_pictures, plot_chain
+from chainlora.reports.run_charts import plot_training, training_pictures
 from chainlora.reports.runs import read_runs
 
 

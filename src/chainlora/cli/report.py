@@ -19,7 +19,7 @@ def inspect(run: str, as_json: bool) -> None:
     need_run(run)
     quiet()
     from chainlora.cli.progress import show_inspection
-    from chainlora.reports.run_charts import plot_chain
+    from chainlora.reports.chain_charts import plot_chain
     from chainlora.runs.inspection import inspect_run
     from chainlora.runs.stages import open_run
 

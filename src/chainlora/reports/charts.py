@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from chainlora.reports.tables import Table
 
@@ -255,3 +255,13 @@ def _own_ids(svg: str) -> str:
     svg = re.sub(r' id="([^"]+)"', lambda m: f' id="{OWN}{m[1]}"' if m[1] in used else "", svg)
     svg = re.sub(r'(url\(#|href="#)', rf"\1{OWN}", svg)
     return re.sub(r">\s+<", "><", svg)
+
+
+class Panel(NamedTuple):
+    """A chart of a run: drawn by itself for a page, with others into a file."""
+
+    title: str
+    note: str
+    draw: Draw
+    height: float = 1.0  # beside those above and below it in a file
+    table: Table | None = None  # where its lines do not say its numbers

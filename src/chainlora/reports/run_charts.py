@@ -1,17 +1,15 @@
-"""The charts of a run: how training went, and what each link became; PNG files and page alike."""
+"""The charts of training: losses, scores and rates over the steps; PNG files and page alike."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import groupby, pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from chainlora.errors import RunError
-from chainlora.evaluation.metrics import is_higher_better
-from chainlora.evaluation.stages import StageMatrix
 from chainlora.reports.charts import (
     BLUE,
     GREEN,
@@ -22,9 +20,8 @@ from chainlora.reports.charts import (
     SMALL,
     VERMILION,
     Draw,
+    Panel,
     Picture,
-    grid_table,
-    heat_map,
     legend_above,
     line_style,
     picture,
@@ -32,21 +29,10 @@ from chainlora.reports.charts import (
     whole_steps,
 )
 from chainlora.reports.runs import RunFacts
-from chainlora.reports.tables import Table
 from chainlora.runs.records import score_names
 
 Record = Mapping[str, Any]
 _MOST_POINTS = 400  # of a curve; a page is as wide as about a thousand pixels
-
-
-class Panel(NamedTuple):
-    """A chart of a run: drawn by itself for a page, with others into a file."""
-
-    title: str
-    note: str
-    draw: Draw
-    height: float = 1.0  # beside those above and below it in a file
-    table: Table | None = None  # where its lines do not say its numbers
 
 
 # --- files ---
@@ -74,27 +60,6 @@ def plot_training(records: Sequence[Record], out_png: str | Path) -> None:
     save(fill, (8, 0.9 + 1.15 * sum(heights)), out_png)
 
 
-def plot_chain(inspection: Mapping[str, Any], out_png: str | Path) -> None:
-    """Draw ‖ΔW‖, effective rank and overlap of the links, from what `inspect_run` returns.
-
-    Raises RunError if the chain has no link.
-    """
-    links = inspection["links"]
-    if not links:
-        raise RunError(
-            "a picture of a chain needs at least one link", "none", "train the run first"
-        )
-    panels = [*_sizes(links), *_overlap(links)]
-
-    def fill(figure: Any) -> None:
-        grid = figure.subplots(1, len(panels), squeeze=False)
-        for panel, axes in zip(panels, grid.flat, strict=True):
-            panel.draw(axes)
-            axes.set_title(panel.title, loc="left")
-
-    save(fill, (3.7 * len(panels), 3.5), out_png)
-
-
 # --- pages ---
 
 
@@ -106,52 +71,6 @@ def training_pictures(run: RunFacts) -> list[Picture]:
         _mark_knots([axes], run.records)
 
     return [picture(p.title, p.note, partial(marked, p.draw)) for p in _training(run.records)]
-
-
-def chain_pictures(run: RunFacts) -> list[Picture]:
-    """Return what each link became: size, rank, spectrum, where it went, overlap."""
-    links = run.links
-    panels = _sizes(links) if links else []
-    if links and all("modules" in link for link in links):
-        note = "mean over the modules, the largest first"
-        panels += [
-            Panel("Singular spectrum of each link", note, partial(_draw_spectra, links=links)),
-            *_received("What each layer received", links, layer_of, "layer"),
-            *_received("What each kind of module received", links, kind_of, ""),
-        ]
-    return [
-        picture(panel.title, panel.note, panel.draw, table=panel.table)
-        for panel in [*panels, *_overlap(links)]
-    ]
-
-
-def stage_pictures(run: RunFacts) -> list[Picture]:
-    """Return how the rows of every stage score in every state, a picture for each metric."""
-    if run.matrix is None:
-        return []
-    metrics = {cell.stage: cell.metric for row in run.matrix.grid for cell in row if cell}
-    return [_matrix_picture(run.matrix, metrics, m) for m in dict.fromkeys(metrics.values())]
-
-
-def _matrix_picture(matrix: StageMatrix, metrics: Mapping[str, str], metric: str) -> Picture:
-    """Return the columns of one metric. Cells that were not scored are empty."""
-    places = [place for place, name in enumerate(matrix.stages) if metrics.get(name) == metric]
-    columns = [matrix.stages[place] for place in places]
-    rows = [[row[place] for place in places] for row in matrix.grid]
-    grid = [[math.nan if cell is None else cell.value for cell in row] for row in rows]
-
-    def draw(axes: Any) -> None:
-        better = "higher" if is_higher_better(metric) else "lower"
-        names: Any = {"rows": matrix.states, "columns": columns}
-        heat_map(axes, grid, **names, label=f"{metric}, {better} is better")
-        axes.set_xlabel("rows of stage")
-        axes.set_ylabel("after")
-
-    title = f"What each stage did to the {metric} of every stage"
-    note = "on the rows that the run kept; now: the mix that the run is"
-    return picture(
-        title, note, draw, table=grid_table(title, matrix.states, columns, grid, "after")
-    )
 
 
 def comparing_pictures(runs: Sequence[RunFacts]) -> list[Picture]:
@@ -344,143 +263,3 @@ def _mark_knots(panels: Sequence[Any], records: Sequence[Record]) -> None:
             fontsize=SMALL,
             color="#444444",
         )
-
-
-# --- links ---
-
-
-def _sizes(links: Sequence[Record]) -> list[Panel]:
-    """Return size and rank of each link; size where it can be measured, which DoRA's cannot."""
-    norms = [link.get("delta_norm", math.nan) for link in links]
-    found = [
-        Panel("Rank of each link", "how many directions it uses", partial(_draw_ranks, links=links))
-    ]
-    if not any(map(math.isnan, norms)):
-        note = "Frobenius norm of its update, over all modules"
-        found.insert(0, Panel("Size of each link", note, partial(_draw_norms, norms=norms)))
-    return found
-
-
-def _draw_norms(axes: Any, norms: Sequence[float]) -> None:
-    _bars(axes, norms, color=BLUE)
-    axes.set_ylabel("‖ΔW‖ (Frobenius)")
-
-
-def _draw_ranks(axes: Any, links: Sequence[Record]) -> None:
-    """Draw rank and effective rank of each link."""
-    ranks = [link["rank"] for link in links]
-    used = [link.get("effective_rank", math.nan) for link in links]
-    frame = {"facecolor": "none", "edgecolor": GREY, "linestyle": "--"}
-    axes.bar(range(len(links)), ranks, width=0.7, label="rank", **frame)
-    _bars(axes, used, color=GREEN, label="effective rank", inside=True)
-    axes.set_ylim(top=1.3 * max(ranks))
-    axes.set_ylabel("mean over modules")
-    axes.legend(loc="upper right", ncols=2)
-
-
-def _bars(axes: Any, values: Sequence[float], *, inside: bool = False, **keys: Any) -> None:
-    bars = axes.bar(range(len(values)), values, width=0.7, **keys)
-    if len(values) <= MOST_LABELS:
-        shown = ["" if math.isnan(value) else f"{value:.3g}" for value in values]
-        where, ink = ("center", "#FFFFFF") if inside else ("edge", "#222222")
-        axes.bar_label(bars, shown, label_type=where, padding=2, fontsize=SMALL, color=ink)
-    axes.margins(y=0.15)
-    axes.grid(axis="x", visible=False)
-    _number_links(axes.xaxis, range(len(values)))
-    side = 0.6 if len(values) > 1 else 1.2
-    axes.set_xlim(-side, len(values) - 1 + side)
-    axes.set_xlabel("link")
-
-
-def _number_links(axis: Any, places: range) -> None:
-    if len(places) <= MOST_LABELS:
-        axis.set_ticks(places)
-    else:
-        whole_steps(axis)
-
-
-def _draw_spectra(axes: Any, links: Sequence[Record]) -> None:
-    """Draw the singular values of each link's update, their mean over the modules."""
-    longest = 0
-    for place, link in enumerate(links):
-        values = link.get("spectrum", ())
-        longest = max(longest, len(values))
-        style = line_style(place) | {"marker": "o", "markersize": 4, "linewidth": 1.5}
-        axes.plot(range(1, len(values) + 1), values, label=f"link {link['link']}", **style)
-    axes.set_ylim(bottom=0)
-    axes.set_xlabel("direction")
-    axes.set_ylabel("singular value")
-    _number_links(axes.xaxis, range(1, longest + 1))
-    if len(links) <= MOST_LABELS:
-        axes.legend(loc="upper right")
-
-
-def _overlap(links: Sequence[Record]) -> list[Panel]:
-    """Return the overlap of each link but the first (rows) with each earlier one (columns): the
-    lower triangle of a matrix."""
-    if len(links) < 2 or not any(link.get("overlap") for link in links):
-        return []
-    empty, names = [math.nan] * len(links), [str(link["link"]) for link in links]
-    grid = [[*link.get("overlap", ()), *empty][: len(links) - 1] for link in links[1:]]
-    known = [value for row in grid for value in row if not math.isnan(value)]
-    top = max(0.1, *known)  # random subspaces overlap by rank / width, a few per cent
-
-    def draw(axes: Any) -> None:
-        sides: Any = {"rows": names[1:], "columns": names[:-1]}
-        heat_map(axes, grid, **sides, label="mean squared cosine", top=top)
-        axes.set_aspect("equal")
-        axes.set_xlabel("earlier link")
-        axes.set_ylabel("link")
-
-    title, note = "Overlap of the links", "of input subspaces: 1 is the same, 0 orthogonal ones"
-    table = grid_table(title, names[1:], names[:-1], grid, "link")
-    return [Panel(title, note, draw, table=table)]
-
-
-# --- what each part of the model received ---
-
-
-def _received(
-    title: str, links: Sequence[Record], part_of: Callable[[str], str], axis: str
-) -> list[Panel]:
-    """Return ‖ΔW‖ that each part of the model received from each link; nothing for one part."""
-    parts: dict[str, list[str]] = {}
-    for name in dict.fromkeys(name for link in links for name in link["modules"]):
-        parts.setdefault(part_of(name), []).append(name)
-    if len(parts) < 2:
-        return []
-    parts = dict(sorted(parts.items(), key=_numbers_first))
-    grid = [
-        [math.hypot(*(link["modules"].get(name, 0.0) for name in own)) for own in parts.values()]
-        for link in links
-    ]
-    numbers = [str(link["link"]) for link in links]
-
-    def draw(axes: Any) -> None:
-        form = "{:.2f}" if max(map(max, grid)) < 10 else "{:.3g}"
-        names: Any = {"rows": numbers, "columns": list(parts)}
-        heat_map(axes, grid, **names, label="‖ΔW‖ (Frobenius)", form=form)
-        axes.set_ylabel("link")
-        axes.set_xlabel(axis)
-        if not axis:
-            axes.tick_params(axis="x", rotation=30)
-
-    columns, turned = [f"link {number}" for number in numbers], list(zip(*grid, strict=True))
-    table = grid_table(title, list(parts), columns, turned, axis or "module")
-    return [Panel(title, "Frobenius norm of the update by each link", draw, table=table)]
-
-
-def layer_of(module: str) -> str:
-    """Return the number of the layer that a module is in; its last name where it is in none."""
-    numbers = [part for part in module.split(".") if part.isdecimal()]
-    return numbers[0] if numbers else kind_of(module)
-
-
-def kind_of(module: str) -> str:
-    """Return the name that a module has in every layer."""
-    return [part for part in module.split(".") if not part.isdecimal()][-1]
-
-
-def _numbers_first(item: tuple[str, list[str]]) -> tuple[bool, int, str]:
-    name = item[0]
-    return (not name.isdecimal(), int(name) if name.isdecimal() else 0, name)

@@ -12,6 +12,7 @@ from chainlora.config.loading import flatten
 from chainlora.config.stages import split_address
 from chainlora.files import make_folder, write_text
 from chainlora.reports.answers import answers, changes, read_prompts
+from chainlora.reports.chain_charts import chain_pictures, stage_pictures
 from chainlora.reports.page import (
     Answer,
     Block,
@@ -25,12 +26,7 @@ from chainlora.reports.page import (
     render,
     section,
 )
-from chainlora.reports.run_charts import (
-    chain_pictures,
-    comparing_pictures,
-    stage_pictures,
-    training_pictures,
-)
+from chainlora.reports.run_charts import comparing_pictures, training_pictures
 from chainlora.reports.runs import Record, RunFacts, read_runs
 from chainlora.reports.tables import Table, number, table_of
 
