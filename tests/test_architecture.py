@@ -26,6 +26,7 @@ ROOMS = [
     "runs",
     "evaluation",
     "reports",
+    "board",
     "training",
     "integrations",
     "experiments",

@@ -15,6 +15,7 @@ from chainlora.cli.common import HELP, json_option, print_json, quiet
 # Package → what it is for, and the extra that brings it.
 _OPTIONAL = {
     "gguf": ("models in GGUF files, the demo's too; export to them", "gguf"),
+    "gradio": ("`board`, a page to watch and mix runs", "board"),
     "scipy": ("the statistics of `experiment` and `compare`", "experiments"),
     "trl": ("chains in TRL's trainers", "trl"),
     "bitsandbytes": ("bases in 4 bits, optimizers in 8", "bitsandbytes"),

@@ -31,8 +31,7 @@ if TYPE_CHECKING:
     from chainlora.evaluation.training_rows import RowFacts
 
 
-_MOST = 256  # tokens of an answer, as transformers' own text generation has it
-_FEWEST = 32  # that the rows of a run lower it to
+_MOST = 256  # tokens of an answer: `MOST_TOKENS`, without what it imports
 
 
 def _speaking_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -226,14 +225,13 @@ def _speaker(
         raise click.UsageError("--top-p needs --temperature above 0: at 0 no token is drawn")
     quiet()
     from chainlora.evaluation.streaming import Decoding, Speaker
-    from chainlora.evaluation.training_rows import training_rows
+    from chainlora.evaluation.training_rows import answer_limit, training_rows
     from chainlora.runs.opening import load_run_or_model
 
     state = chosen_state(run_or_model, stages)
     model, tokenizer = load_run_or_model(state, num_links=links, dtype=dtype)
     facts = training_rows(state, tokenizer)
-    limit = _MOST if facts is None else min(_MOST, max(_FEWEST, 2 * facts.longest_answer))
-    decoding = Decoding(temperature, top_p, max_new_tokens or limit, seed)
+    decoding = Decoding(temperature, top_p, max_new_tokens or answer_limit(facts), seed)
     return Speaker(model, tokenizer, decoding), facts
 
 

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import click
 
 from chainlora import __version__
+from chainlora.cli.board import board
 from chainlora.cli.common import HELP, SIGNALLED, Verbs, is_first_process, prepare_streams
 from chainlora.cli.convert import convert_config
 from chainlora.cli.doctor import doctor
@@ -143,5 +144,5 @@ def cli(context: click.Context, debug: bool) -> None:
 
 for _verb in (demo, train, extend, mix, prune, evaluate, generate, chat, inspect):
     cli.add_command(_verb)
-for _verb in (report, export, tasks, experiment, compare, convert_config, doctor, schema):
+for _verb in (report, board, export, tasks, experiment, compare, convert_config, doctor, schema):
     cli.add_command(_verb)

@@ -268,7 +268,10 @@ def _to_choose_by(kept: Mapping[str, Kept]) -> dict[str, Kept]:
 
 
 class Scorer:
-    """Scores the kept rows of stages in states of one run, whose base is loaded once."""
+    """Scores the kept rows of stages in states of one run, whose base is loaded once.
+
+    `hold` is that of its chain; by default what suits the model.
+    """
 
     def __init__(
         self,
@@ -276,12 +279,13 @@ class Scorer:
         kept: Mapping[str, Kept],
         speedups: Speedups = "auto",
         progress: Progress | None = None,
+        hold: str | None = None,
     ) -> None:
         self.reader, self.kept, self.speedups = reader, kept, speedups
         self.progress = progress or (lambda what, done, rows: None)
         model, self.tokenizer = load_run(reader, num_links=0, as_trained=True)
         base = resolve_model(reader.manifest().base.model)
-        self.chain = Chain(model, hold=hold_for(model), checkpoint=base)
+        self.chain = Chain(model, hold=hold or hold_for(model), checkpoint=base)
         for link in RunReader(reader.path).load_links():
             self.chain.add(link)
         self._references: dict[str, list[list[float]]] = {}

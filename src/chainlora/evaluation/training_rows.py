@@ -18,6 +18,8 @@ from chainlora.errors import ChainLoRAError
 from chainlora.runs.reading import Address
 from chainlora.runs.stages import open_run
 
+MOST_TOKENS = 256  # of an answer, as transformers' own text generation has it
+_FEWEST = 32  # that the rows of a run lower it to
 _ROWS = 200  # the first of the training file: read and tokenised in a fraction of a second
 
 
@@ -48,6 +50,13 @@ def training_rows(run_or_model: Address, tokenizer: Any) -> RowFacts | None:
         ending,
         longest_answer=max(len(row.sequences[0]) - len(row.prompt) for row in rows),
         is_chat=any(str(token) in ending for token in tokenizer.all_special_tokens),
+    )
+
+
+def answer_limit(facts: RowFacts | None) -> int:
+    """Return the most tokens of an answer: twice the longest of the rows, if that is less."""
+    return (
+        MOST_TOKENS if facts is None else min(MOST_TOKENS, max(_FEWEST, 2 * facts.longest_answer))
     )
 
 

@@ -5,10 +5,12 @@ The HTML file loads nothing, and its content security policy forbids it to.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
+from typing import Any
 
 import jinja2
 from markupsafe import Markup
@@ -108,14 +110,28 @@ class Page:
 
 def render(page: Page) -> str:
     """Return a page as HTML. The same page gives the same text."""
+    return _rendered("page.html", page.sections, page=page, style=_file("page.css"))
+
+
+def render_part(sections: Sequence[Section]) -> str:
+    """Return sections as HTML for a page of somebody else's, styled by `part_style`."""
+    return f'<div class="chainlora">{_rendered("sections.html", sections)}</div>'
+
+
+def part_style() -> str:
+    """Return the style of `render_part`, which is that of a page, for nothing around it."""
+    style = re.sub(r"(:root|body) \{", "& {", _file("page.css"))
+    return f".chainlora {{ {style} }}"
+
+
+def _rendered(template: str, sections: Sequence[Section], **values: Any) -> str:
     counter = iter(range(10**6))
 
     def svg(picture: Picture) -> Markup:
         return Markup(picture.svg.replace(OWN, f"f{next(counter)}-"))
 
-    template = _environment().get_template("page.html")
-    sections = [section for section in page.sections if section.blocks]
-    return template.render(page=page, sections=sections, svg=svg, style=_file("page.css"))
+    kept = [section for section in sections if section.blocks]
+    return _environment().get_template(template).render(sections=kept, svg=svg, **values)
 
 
 def markdown(page: Page, pictures: Mapping[str, str]) -> str:

@@ -63,14 +63,14 @@ def plot_training(records: Sequence[Record], out_png: str | Path) -> None:
 # --- pages ---
 
 
-def training_pictures(run: RunFacts) -> list[Picture]:
+def training_pictures(records: Sequence[Record]) -> list[Picture]:
     """Return loss, validation scores and learning rate over the steps, knots marked."""
 
     def marked(draw: Draw, axes: Any) -> None:
         draw(axes)
-        _mark_knots([axes], run.records)
+        _mark_knots([axes], records)
 
-    return [picture(p.title, p.note, partial(marked, p.draw)) for p in _training(run.records)]
+    return [picture(p.title, p.note, partial(marked, p.draw)) for p in _training(records)]
 
 
 def comparing_pictures(runs: Sequence[RunFacts]) -> list[Picture]:

@@ -74,9 +74,9 @@ def run_page(runs: Sequence[RunFacts], answered: Mapping[str, Sequence[Answer]])
     costs = {run.name: _costs(run) for run in runs}
     sections = [
         _overview(runs),
-        _each("Training", runs, training_pictures),
-        _each("Links", runs, lambda run: [*chain_pictures(run), *_links_table(run)]),
-        _each("Stages", runs, _stages),
+        _each("Training", runs, lambda run: training_pictures(run.records)),
+        _each("Links", runs, lambda run: [*chain_pictures(run), *links_table(run)]),
+        _each("Stages", runs, stage_blocks),
         _each("Answers", runs, lambda run: _answers(answered.get(run.name, ()))),
         section("Cost", Numbers(_side_by_side("What it cost", costs)), *_link_costs(runs)),
         section("Config", *_configs(runs)),
@@ -122,9 +122,10 @@ def _gain(run: RunFacts) -> str:
     if name is None or not known:
         return ""
     last = _final(run, name) or known[-1][name]
-    text = f"validation {name} {_score(name, last)}"
+    text = f"validation {name} {score_text(name, last)}"
     if known[0]["where"] == "start" and len(known) > 1:
-        text = f"validation {name} from {_score(name, known[0][name])} to {_score(name, last)}"
+        first = score_text(name, known[0][name])
+        text = f"validation {name} from {first} to {score_text(name, last)}"
     return f": {text}, in {run.manifest.position.step:,} steps"
 
 
@@ -132,7 +133,8 @@ def _final(run: RunFacts, name: str) -> float | None:
     return run.result.get("metrics", {}).get("validation", {}).get(name)
 
 
-def _score(name: str, value: float) -> str:
+def score_text(name: str, value: float) -> str:
+    """Return the value of a metric, a share as per cent."""
     is_share = name not in ("loss", "perplexity", "margin") and 0 <= value <= 1
     return f"{100 * value:.1f} %" if is_share else f"{value:.4g}"
 
@@ -155,17 +157,17 @@ def _tiles(run: RunFacts) -> list[tuple[str, str]]:
         start = next((r for r in known if r["where"] == "start"), None)
         final = _final(run, name)
         found += [
-            (f"{name} before", _NONE if start is None else _score(name, start[name])),
-            (f"{name} after", _score(name, known[-1][name] if final is None else final)),
+            (f"{name} before", _NONE if start is None else score_text(name, start[name])),
+            (f"{name} after", score_text(name, known[-1][name] if final is None else final)),
         ]
     majority = result.get("metrics", {}).get("validation", {}).get("majority")
     if majority is not None:
-        found.append(("commonest answer", _score("accuracy", majority)))
+        found.append(("commonest answer", score_text("accuracy", majority)))
     chain = run.inspection["chain"]
     return [
         *found,
         ("steps", f"{run.manifest.position.step:,}"),
-        ("time", _duration(run.manifest.position.seconds)),
+        ("time", duration(run.manifest.position.seconds)),
         ("parameters trained", _whole(result.get("trainable_parameters"))),
         ("peak memory", _memory(result)),
         ("‖ΔW‖ of the chain", number(chain.get("delta_norm"), 3)),
@@ -194,7 +196,8 @@ def _remarks(run: RunFacts) -> list[Block]:
 # --- links, answers ---
 
 
-def _links_table(run: RunFacts) -> list[Block]:
+def links_table(run: RunFacts) -> list[Block]:
+    """Return the table of a run's links, and what every module received from each."""
     links = run.links
     if not links:
         return []
@@ -233,7 +236,7 @@ def _modules_table(links: Sequence[Record]) -> list[Block]:
     return [Numbers(table_of("‖ΔW‖ of every module", rows), is_open=False)]
 
 
-def _stages(run: RunFacts) -> list[Block]:
+def stage_blocks(run: RunFacts) -> list[Block]:
     """Return the matrix of a run of several stages, and what it comes to."""
     summaries = run.matrix.summaries() if run.matrix else []
     return [*stage_pictures(run), *(Text(f"{summary}.") for summary in summaries)]
@@ -267,7 +270,7 @@ def _costs(run: RunFacts) -> dict[str, str]:
         "steps": f"{position.step:,}",
         "tokens trained on": f"{position.tokens:,}",
         "tokens scored": f"{position.scored_tokens:,}",
-        "time": _duration(position.seconds),
+        "time": duration(position.seconds),
         "tokens a second, training": _speed(run),
         "peak memory": _memory(result),
         "parameters trained (largest link)": _whole(result.get("trainable_parameters")),
@@ -294,7 +297,7 @@ def _link_costs(runs: Sequence[RunFacts]) -> list[Block]:
                     "run and link": f"{run.name}, link {link}",
                     "steps": f"{len(own):,}",
                     "tokens": f"{sum(record.get('tokens', 0) for record in own):,}",
-                    "time in steps": _duration(sum(record.get("seconds", 0.0) for record in own)),
+                    "time in steps": duration(sum(record.get("seconds", 0.0) for record in own)),
                 }
             )
     return [Numbers(table_of("Cost of each link", rows))]
@@ -327,7 +330,8 @@ def _whole(value: int | None) -> str:
     return _NONE if value is None else f"{value:,}"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Return a time as people say it, never broken over two lines."""
     if seconds < 60:
         return _together(f"{seconds:.1f} s")
     minutes, rest = divmod(round(seconds), 60)

@@ -58,7 +58,7 @@ class RunFacts:
 
 def read_runs(runs: Sequence[str | Path]) -> list[RunFacts]:
     """Read runs and check their files. Raises RunError for one that is damaged or not there."""
-    return [_read(run, name) for run, name in zip(runs, _names(runs), strict=True)]
+    return [_read(run, name) for run, name in zip(runs, run_names(runs), strict=True)]
 
 
 def _read(run: str | Path, name: str) -> RunFacts:
@@ -85,7 +85,7 @@ def _has_stages(run: str | Path, manifest: Manifest) -> bool:
     return len({*ended, *manifest.stages}) > 1
 
 
-def _names(runs: Sequence[str | Path]) -> list[str]:
+def run_names(runs: Sequence[str | Path]) -> list[str]:
     """Return the last parts of the paths: as many as tell them apart."""
     parts = [Path(run).resolve().parts for run in runs]
     longest = max(map(len, parts))

@@ -12,7 +12,7 @@ from filelock import FileLock, Timeout
 
 from chainlora import files
 from chainlora.config.schema import RunConfig
-from chainlora.errors import RunError
+from chainlora.errors import FileError, RunError
 from chainlora.runs.manifest import REFERENCE, TOKENIZER, Change
 from chainlora.runs.reading import RunReader
 
@@ -79,6 +79,21 @@ def take_lock(run: Path) -> FileLock | None:
     except OSError as error:
         raise files.file_error(error, run / LOCK) from error
     return lock
+
+
+def is_in_use(run: Path) -> bool:
+    """Say whether another process is training in a run directory, or changing its stages."""
+    if not (run / LOCK).is_file():
+        return False
+    try:
+        lock = take_lock(run)
+    except RunError:
+        return True
+    except FileError:  # not ours to write in: nobody here can tell
+        return False
+    if lock is not None:
+        lock.release()
+    return False
 
 
 def changes(

@@ -1,0 +1,279 @@
+"""The page, by Gradio: what there is to see and to set. What it does is in `watching` and `desk`.
+
+It is served to this machine alone unless another host is named, and loads nothing from elsewhere:
+`Guard` forbids it to the browser, whatever Gradio or a model's answer would fetch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import gradio as gr
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.middleware import Middleware
+from starlette.responses import PlainTextResponse
+
+from chainlora.board.desk import EXPORTS, Desk, Mix
+from chainlora.board.watching import find_runs, sections_of
+from chainlora.errors import ChainLoRAError
+from chainlora.evaluation.streaming import Decoding
+from chainlora.evaluation.training_rows import answer_limit
+from chainlora.reports.page import Numbers, part_style, render_part, section
+from chainlora.reports.tables import number, table_of
+
+_SECONDS = 4  # between two looks at the files; what has not changed is not drawn again
+_SIDES = ("A", "B")
+_MODEL: Any = {"concurrency_id": "model", "concurrency_limit": 1}  # there is one
+_LOCAL = ("127.0.0.1", "localhost")
+_POLICY = (
+    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; "
+    "style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; font-src 'self' data:; "
+    "worker-src 'self' blob:"
+)
+_STYLE = """
+.gradio-container { max-width: 84rem !important; }
+footer { display: none !important; }
+.chainlora { background: none !important; }
+.chainlora section:first-child h2 { margin-top: 0; }
+"""
+_FONTS: Any = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
+
+
+def serve(places: Sequence[str | Path], host: str, port: int | None) -> tuple[gr.Blocks, str]:
+    """Serve the page from threads of this process; return it and its address.
+
+    `port` None takes the first free one from 7860 on. Raises OSError where none is free.
+    """
+    blocks = page_of(places)
+    _, address, _ = blocks.launch(
+        server_name=host,
+        server_port=port,
+        share=False,
+        quiet=True,
+        prevent_thread_lock=True,
+        ssr_mode=False,
+        footer_links=[],
+        theme=gr.themes.Default(primary_hue="blue", **_FONTS),
+        head=f"<style>{_STYLE}{part_style()}</style>",
+        app_kwargs={"middleware": [Middleware(Guard, is_local=host in _LOCAL)]},
+    )
+    return blocks, address
+
+
+class Guard:
+    """ASGI: no page of another site may call this one, and this one may load nothing from there."""
+
+    def __init__(self, app: Any, is_local: bool) -> None:
+        self.app, self.is_local = app, is_local
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Answer a request."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        host, origin = headers.get("host", ""), headers.get("origin")
+        is_foreign = origin is not None and urlsplit(origin).netloc != host
+        if is_foreign or (self.is_local and host.rpartition(":")[0] not in _LOCAL):
+            await PlainTextResponse("not from here", 403)(scope, receive, send)
+            return
+
+        async def answer(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)["Content-Security-Policy"] = _POLICY
+            await send(message)
+
+        await self.app(scope, receive, answer)
+
+
+def page_of(places: Sequence[str | Path]) -> gr.Blocks:
+    """Return the page about the runs at some places."""
+    desks: dict[str, Desk] = {}  # the last one alone: a model is held in memory
+    names = list(find_runs(places))
+
+    def desk_of(name: str) -> Desk:
+        fresh = Desk(find_runs(places)[name])
+        if name not in desks or desks[name].links != fresh.links:
+            desks.clear()
+            desks[name] = fresh
+        return desks[name]
+
+    def look(name: str) -> tuple[Any, str]:
+        runs = find_runs(places)
+        choices = gr.skip() if list(runs) == names else gr.Dropdown(list(runs), visible=True)
+        return choices, render_part(sections_of(runs, name))
+
+    with gr.Blocks(title="chainlora board", analytics_enabled=False) as blocks:
+        run = gr.Dropdown(names, label="Run", visible=len(names) > 1, elem_id="run")
+        with gr.Tab("Watch"):
+            view = gr.HTML(apply_default_css=False)
+        with gr.Tab("Mix and talk"):
+
+            @gr.render(run)
+            def mixing(name: str) -> None:
+                try:
+                    _mixing(desk_of(name))
+                except ChainLoRAError as error:
+                    gr.Markdown(f"{error}. Then load this page again.")
+
+        keys: Any = {"inputs": run, "outputs": [run, view], "show_progress": "hidden"}
+        blocks.load(look, **keys)
+        run.input(look, **keys)
+        gr.Timer(_SECONDS).tick(look, **keys)
+    return blocks
+
+
+# --- mixing ---
+
+
+def _mixing(desk: Desk) -> None:
+    """Put two mixes on the page, and what can be done with them."""
+    now = desk.now.strengths
+    last = list(desk.stages)[-1]
+    with gr.Row():
+        a, b = _sliders(desk, "A", now), _sliders(desk, "B", now | {last: 0.0})
+    _talking(desk, [*a, *b])
+    _scoring(desk, [*a, *b])
+    _keeping(desk, [*a, *b])
+
+
+def _sliders(desk: Desk, side: str, strengths: Mapping[str, float]) -> list[Any]:
+    """Return the widgets of one mix: for each stage its strength, and which of its links are on."""
+    found: list[Any] = []
+    with gr.Column(min_width=300):
+        gr.Markdown(f"### {side}")
+        for stage, links in desk.stages.items():
+            keys: Any = {"interactive": True, "elem_id": f"{side}-{stage}"}
+            step = 0.05 if desk.is_sum(stage) else 1
+            found.append(gr.Slider(0, 1, strengths[stage], step=step, label=stage, **keys))
+            choices = [(f"link {link.index}, rank {link.rank}", link.id) for link in links]
+            keys = {"interactive": True, "show_label": False, "container": False}
+            found.append(gr.CheckboxGroup(choices, value=[each for _, each in choices], **keys))
+    return found
+
+
+def _mixes(desk: Desk, values: Sequence[Any]) -> list[Mix]:
+    """Return the mixes that the widgets of both sides say."""
+    half, found = len(values) // 2, []
+    for own in (values[:half], values[half:]):
+        on = {each for chosen in own[1::2] for each in chosen}
+        off = frozenset(link.id for link in desk.links if link.id not in on)
+        found.append(Mix(dict(zip(desk.stages, own[::2], strict=True)), off))
+    return found
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """Show our errors to the person who asked, as the line that they are."""
+    try:
+        yield
+    except ChainLoRAError as error:
+        raise gr.Error(str(error), duration=None, print_exception=False) from error
+
+
+def _talking(desk: Desk, widgets: list[Any]) -> None:
+    rows, has_template = desk.rows, bool(desk.tokenizer.chat_template)
+    is_chat = has_template and (rows is None or rows.is_chat)
+    keys: Any = {"lines": 2, "max_lines": 8, "placeholder": "Shift+Enter asks A, and then B"}
+    prompt = gr.Textbox(label="Prompt", elem_id="prompt", **keys)
+    with gr.Row():
+        ask = gr.Button("Ask both", variant="primary", min_width=90)
+        stop, clear = gr.Button("Stop", min_width=90), gr.Button("Clear", min_width=90)
+    if not is_chat and (prompts := desk.prompts(3)):
+        gr.Examples([[text] for text in prompts], prompt, label="Prompts of its rows")
+    with gr.Accordion("How to answer", open=False), gr.Row():
+        as_chat = gr.Checkbox(is_chat, label="Chat template", visible=has_template)
+        limit = gr.Number(answer_limit(rows), label="Most tokens", precision=0, minimum=1)
+        heat = gr.Slider(0, 2, 0, step=0.1, label="Temperature")
+    with gr.Row():
+        keys = {"render_markdown": False, "buttons": [], "height": 320, "min_width": 300}
+        chats = [gr.Chatbot(label=f"{s} says", elem_id=f"chat-{s}", **keys) for s in _SIDES]
+
+    def talk(text: str, chat: bool, most: int, temperature: float, *values: Any) -> Iterator[Any]:
+        if rows is not None and not chat and not text.endswith(rows.ending):
+            gr.Warning(f"The rows of this run have prompts that end in {rows.ending!r}.")
+        question = {"role": "user", "content": text}
+        said = [[*_answered(turns), question] for turns in values[:2]]
+        yield "" if chat else text, *said
+        with _told():
+            decoding = Decoding(temperature=temperature, max_new_tokens=most)
+            for place, mix in enumerate(_mixes(desk, values[2:])):
+                asked = said[place]
+                for answer in desk.answer(mix, asked, decoding, as_chat=chat):
+                    said[place] = [*asked, {"role": "assistant", "content": answer or "(nothing)"}]
+                    yield gr.skip(), *said
+
+    asking = gr.on(
+        [ask.click, prompt.submit],
+        talk,
+        [prompt, as_chat, limit, heat, *chats, *widgets],
+        [prompt, *chats],
+        show_progress_on=chats,
+        **_MODEL,
+    )
+    stop.click(None, cancels=asking)
+    clear.click(lambda: ([], []), None, chats, cancels=asking)
+
+
+def _answered(turns: Sequence[Any]) -> list[dict[str, str]]:
+    """Return a conversation as models take it, without a last question that was not answered.
+
+    Gradio gives a text back as its parts.
+    """
+    found = [
+        {"role": turn["role"], "content": "".join(part["text"] for part in turn["content"])}
+        for turn in turns
+    ]
+    return found[:-1] if found and found[-1]["role"] == "user" else found
+
+
+def _scoring(desk: Desk, widgets: list[Any]) -> None:
+    button = gr.Button("Score both on the rows of each stage")
+    view = gr.HTML(apply_default_css=False)
+
+    @_told()
+    def score(*values: Any) -> str:
+        a, b = desk.scores(_mixes(desk, values))
+        rows = [
+            {
+                "rows of stage": f"{one.stage} ({one.rows} {one.split})",
+                "metric": one.metric,
+                "A": f"{number(one.value, 4)} ± {number(one.error, 4)}",
+                "B": f"{number(two.value, 4)} ± {number(two.error, 4)}",
+            }
+            for one, two in zip(a, b, strict=True)
+        ]
+        table = table_of("What the mixes score", rows, "± is one standard error over the rows.")
+        return render_part([section("Scores", Numbers(table))])
+
+    button.click(score, widgets, view, **_MODEL)
+
+
+def _keeping(desk: Desk, widgets: list[Any]) -> None:
+    with gr.Accordion("Save or export", open=False):
+        side = gr.Radio(list(_SIDES), value="A", label="Which mix")
+        save = gr.Button("Save: the run is this mix from now on")
+        with gr.Row():
+            kind = gr.Radio(list(EXPORTS), value="adapter", label="Export as")
+            folder = gr.Textbox(f"{desk.run}-mix", label="New folder")
+        export = gr.Button("Export")
+        outcome = gr.Markdown(elem_id="outcome")
+
+    @_told()
+    def save_mix(which: str, *values: Any) -> str:
+        mix = _mixes(desk, values)[_SIDES.index(which)]
+        desk.save(mix)
+        words = " ".join(f"{stage}={strength:g}" for stage, strength in mix.strengths.items())
+        return f"Saved, as by `chainlora mix {desk.run} {words}`."
+
+    @_told()
+    def export_mix(which: str, to: str, output: str, *values: Any) -> str:
+        done = desk.export(_mixes(desk, values)[_SIDES.index(which)], output, to)
+        return f"{done['links']} links are in `{done['output']}`."
+
+    save.click(save_mix, [side, *widgets], outcome)
+    export.click(export_mix, [side, kind, folder, *widgets], outcome)

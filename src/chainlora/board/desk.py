@@ -1,0 +1,175 @@
+"""The links of a run on its base, each at a strength of one's own, heard and scored.
+
+The base is loaded when it is first needed. Links are carried beside it, so that another mix takes
+a tenth of a second and no byte of the run changes; a mix is the same function as what `mix_stages`
+makes the run be, to rounding. Links that are no sum (DoRA, modules trained whole) are merged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from queue import SimpleQueue
+from threading import Event, Lock
+from typing import Any
+
+from chainlora.config.stages import split_address
+from chainlora.errors import ConfigError, RunError
+from chainlora.evaluation.stages import Cell, Scorer
+from chainlora.evaluation.streaming import Decoding, Message, Speaker
+from chainlora.evaluation.training_rows import RowFacts, training_rows
+from chainlora.models.finding import resolve_model
+from chainlora.runs.export import export_adapter, export_merged
+from chainlora.runs.manifest import LinkEntry
+from chainlora.runs.opening import tokenizer_of
+from chainlora.runs.stages import mix_stages, open_run
+
+EXPORTS = {"adapter": export_adapter, "merged": export_merged}
+
+
+@dataclass(frozen=True)
+class Mix:
+    """The strength of each stage, and the ids of links that are off whatever their stage is."""
+
+    strengths: dict[str, float]
+    off: frozenset[int] = frozenset()
+
+
+class Desk:
+    """One run, the mixes that somebody tries, and the model that answers in each of them.
+
+    Raises RunError for a run that has no links, or none yet.
+    """
+
+    def __init__(self, run: str | Path) -> None:
+        self.run, _ = split_address(run)
+        self.reader = open_run(self.run)
+        self.links: list[LinkEntry] = self.reader.manifest().loaded
+        if not self.links:
+            raise RunError("there must be links to mix", f"none in {run}", "wait for a knot")
+        self._one_at_a_time = Lock()
+
+    @property
+    def now(self) -> Mix:
+        """Return the mix that the run is."""
+        return Mix({link.stage: link.strength for link in open_run(self.run).manifest().loaded})
+
+    @property
+    def stages(self) -> dict[str, list[LinkEntry]]:
+        """Return the links of each stage."""
+        names = dict.fromkeys(link.stage for link in self.links)
+        return {name: [link for link in self.links if link.stage == name] for name in names}
+
+    def is_sum(self, stage: str) -> bool:
+        """Say whether a stage can have any strength; else it is on or off."""
+        return all(map(_is_sum, self.stages[stage]))
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The tokenizer that the rows of the run had."""
+        return tokenizer_of(self.reader, resolve_model(self.reader.manifest().base.model))
+
+    @cached_property
+    def rows(self) -> RowFacts | None:
+        """What the training rows of the run have in common, where they are on this machine."""
+        return training_rows(self.reader, self.tokenizer)
+
+    def prompts(self, count: int) -> list[str]:
+        """Return the first prompts that the last stage kept; none of a run that keeps no rows."""
+        kept = self.reader.kept().get(self.links[-1].stage)
+        rows = kept.scored[1] if kept is not None else []
+        some = [rows[place].prompt for place in range(min(count, len(rows)))]
+        texts = [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in some]
+        return list(dict.fromkeys(text for text in texts if text))
+
+    @cached_property
+    def _scorer(self) -> Scorer:
+        hold = "carried" if all(map(_is_sum, self.links)) else None
+        return Scorer(self.reader, self.reader.kept(), hold=hold)
+
+    def _strengths(self, mix: Mix) -> dict[int, float]:
+        on = [link for link in self.links if link.id not in mix.off]
+        return dict.fromkeys((link.id for link in self.links), 0.0) | {
+            link.id: float(mix.strengths[link.stage]) for link in on
+        }
+
+    def answer(
+        self, mix: Mix, turns: Sequence[Message], decoding: Decoding, *, as_chat: bool
+    ) -> Iterator[str]:
+        """Yield what a mix has answered so far, again and again; the last time it is whole.
+
+        `turns` end in the question. As a chat they go through the model's template; else the
+        question alone is continued, as `chainlora generate` does. Where the iterator is closed, the
+        model stops.
+        """
+        with self._one_at_a_time:
+            self._scorer.chain.set_strengths(self._strengths(mix))
+            speaker = Speaker(self._scorer.chain.model, self._scorer.tokenizer, decoding)
+
+            def speak(write: Callable[[str], None]) -> str:
+                if as_chat:
+                    return speaker.answer(turns, write)
+                return speaker.complete(turns[-1]["content"], write)
+
+            yield from _growing(speak)
+
+    def scores(self, mixes: Sequence[Mix]) -> list[list[Cell]]:
+        """Score the rows that each stage kept in each mix: a row of the matrix a mix.
+
+        Raises RunError for a run that kept none.
+        """
+        with self._one_at_a_time:
+            scorer = self._scorer
+            stages = [stage for stage in self.reader.manifest().stages if stage in scorer.kept]
+            if not stages:
+                rule = "a mix is scored on the rows that stages kept"
+                raise RunError(rule, f"none in {self.run}", "train with data.keep_rows: true")
+            return [list(scorer.score("mix", self._strengths(mix), stages)) for mix in mixes]
+
+    def save(self, mix: Mix) -> None:
+        """Make the run this mix, as `chainlora mix` does."""
+        mix_stages(self.run, self._by_stages(mix))
+
+    def export(self, mix: Mix, output: str | Path, to: str) -> dict[str, Any]:
+        """Write this mix, as `chainlora export --stages` does; the run stays what it is."""
+        return EXPORTS[to](open_run(self.run, self._by_stages(mix)), output)
+
+    def _by_stages(self, mix: Mix) -> dict[str, float]:
+        """Return the strengths of stages. Raises ConfigError for what they cannot say."""
+        off = [link for link in self.links if link.id in mix.off and mix.strengths[link.stage]]
+        if off:
+            rule = "what is saved are strengths of whole stages"
+            got = f"link {off[0].index} of {off[0].stage} off"
+            raise ConfigError(rule, got, "switch it on, or weaken its stage")
+        return mix.strengths
+
+
+def _is_sum(link: LinkEntry) -> bool:
+    config = link.link_config()
+    return not config.dora and not config.extra_modules
+
+
+def _growing(speak: Callable[[Callable[[str], None]], str]) -> Iterator[str]:
+    """Yield a text as `speak` writes it, in a thread of its own."""
+    pieces: SimpleQueue[str | None] = SimpleQueue()
+    left = Event()
+
+    def write(piece: str) -> None:
+        if left.is_set():
+            raise BrokenPipeError("nobody listens any more")
+        pieces.put(piece)
+
+    text = ""
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            done = pool.submit(speak, write)
+            done.add_done_callback(lambda _: pieces.put(None))
+            while (piece := pieces.get()) is not None:
+                text += piece
+                yield text
+            yield done.result()  # or what it raised
+        finally:
+            left.set()

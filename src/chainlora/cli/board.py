@@ -1,0 +1,46 @@
+"""`chainlora board`: runs on a local page, to watch them and to mix their stages."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from chainlora.cli.common import HELP, need_run, quiet
+from chainlora.errors import ConfigError
+
+
+@click.command(context_settings=HELP)
+@click.argument("runs", metavar="RUN [RUN ...]", nargs=-1, required=True, type=click.Path())
+@click.option(
+    "--host",
+    default="127.0.0.1",
+    show_default=True,
+    help="Address to serve at. Whoever reaches it can mix, save and export.",
+)
+@click.option(
+    "--port", type=click.IntRange(1, 65535), default=None, help="Default: 7860, or the next free."
+)
+def board(runs: tuple[str, ...], host: str, port: int | None) -> None:
+    """Watch runs in a browser while they train, and mix their stages while you talk to them.
+
+    RUN is a run, or a folder of runs. Two mixes answer the same prompt side by side. Nothing is
+    loaded from or sent to the network.
+    """
+    for run in runs:
+        if not any(Path(run).glob("*/chain.json")):
+            need_run(run)
+    quiet()
+    try:
+        from chainlora.board.app import serve
+    except ModuleNotFoundError as error:
+        if error.name != "gradio":
+            raise
+        rule, remedy = "`board` needs Gradio", "pip install 'chainlora[board]'"
+        raise ConfigError(rule, "none installed", remedy) from None
+    try:
+        blocks, address = serve(runs, host, port)
+    except OSError as error:
+        raise ConfigError("--port must be free", f"{port}: {error}", "leave it out") from None
+    click.echo(f"{address}  (Ctrl-C ends it)")
+    blocks.block_thread()

@@ -1,0 +1,222 @@
+"""The board: what is heard at the desk is what `mix` and `generate` say, and a browser shows it."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+from conftest import write_rows
+from helpers import settings, stop_after
+
+from chainlora import export_adapter, load_run, make_config
+from chainlora.board.desk import Desk, Mix
+from chainlora.board.watching import find_runs, sections_of, standing_of
+from chainlora.config.stages import make_stages
+from chainlora.errors import ConfigError, RunError
+from chainlora.evaluation.stages import stage_matrix
+from chainlora.evaluation.streaming import Decoding, Speaker
+from chainlora.files import checksums
+from chainlora.reports.page import render_part
+from chainlora.runs.resuming import take_lock
+from chainlora.runs.stages import mix_stages, open_run, strengths_of
+from chainlora.training.stages import train_stages
+
+PROMPT = "the cat sat on 3"
+SAID = {"birds": " red birds fly over it", "hills": " a green hill and a good mat"}
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_folder, sentiment, tmp_path_factory) -> Path:
+    """A run of two stages that learn other answers by heart."""
+    folder = tmp_path_factory.mktemp("board")
+    tree = settings(tiny_folder, sentiment, folder / "run", train={"lr": 3e-2, "eval_every": 10})
+    chain = tree.pop("chain") | {"ranks": [4, 4], "steps": [15, 15]}
+    del tree["data"]
+    stages = []
+    for name, said in SAID.items():
+        rows = [{"prompt": f"the cat sat on {n}", "completion": said} for n in range(32)]
+        data = {"train": str(write_rows(folder / f"{name}.jsonl", rows)), "validation": 0.25}
+        stages.append({"name": name, "data": data, "chain": chain})
+    train_stages(make_stages(tree | {"stages": stages}))
+    return folder / "run"
+
+
+@pytest.fixture
+def run(trained, tmp_path) -> Path:
+    return Path(shutil.copytree(trained, tmp_path / "run"))
+
+
+def heard(desk: Desk, mix: Mix) -> str:
+    turns = [{"role": "user", "content": PROMPT}]
+    return list(desk.answer(mix, turns, Decoding(max_new_tokens=12), as_chat=False))[-1]
+
+
+def test_a_mix_is_heard_and_scored_as_what_it_makes_the_run_be(run):
+    desk, answers = Desk(run), {}
+    before = checksums(run)
+    for strengths in ((1, 1), (1, 0), (0.5, 1), (0.35, 0.6), (0, 0), (1, 1)):
+        mix = Mix(dict(zip(SAID, strengths, strict=True)))
+        answers[strengths] = heard(desk, mix)
+        (scored,) = desk.scores([mix])
+        assert checksums(run) == before  # nothing that is heard changes the run
+        model, tokenizer = load_run(open_run(run, mix.strengths))
+        decoding = Decoding(max_new_tokens=12)
+        said = Speaker(model, tokenizer, decoding).complete(PROMPT, lambda piece: None)
+        assert answers[strengths] == said
+        row = stage_matrix_of(run, mix.strengths)
+        assert [cell.value for cell in scored] == pytest.approx(row, abs=1e-5)
+    assert len(set(answers.values())) > 2
+    without_a_link = Mix({"birds": 1, "hills": 0}, frozenset({1}))
+    model, tokenizer = load_run(run, num_links=1)
+    said = Speaker(model, tokenizer, Decoding(max_new_tokens=12)).complete(PROMPT, lambda _: None)
+    assert heard(desk, without_a_link) == said
+
+
+def stage_matrix_of(run: Path, strengths: dict[str, float]) -> list[float]:
+    """What the matrix says of a run that is this mix, in a copy of it."""
+    copy = Path(shutil.copytree(run, run.parent / "copy"))
+    mix_stages(copy, strengths)
+    matrix = stage_matrix(copy)
+    shutil.rmtree(copy)
+    where = "base" if not any(strengths.values()) else matrix.states[-1]
+    return [cell.value for cell in matrix.grid[matrix.states.index(where)]]
+
+
+def test_a_mix_is_saved_and_exported_as_by_command(run, tmp_path):
+    desk, mix = Desk(run), Mix({"birds": 0.5, "hills": 1.0})
+    desk.export(mix, tmp_path / "desk", "adapter")
+    assert strengths_of(run) == {"birds": 1.0, "hills": 1.0}
+    export_adapter(open_run(run, mix.strengths), tmp_path / "command")
+    assert checksums(tmp_path / "desk") == checksums(tmp_path / "command")
+    desk.save(mix)
+    assert strengths_of(run) == mix.strengths == desk.now.strengths
+    with pytest.raises(ConfigError, match=r"whole stages \(got link 2 of hills off\)"):
+        desk.save(Mix(mix.strengths, frozenset({2})))
+    desk.save(Mix({"birds": 1.0, "hills": 0.0}, frozenset({2})))  # its whole stage is off
+
+
+def test_who_stops_listening_stops_the_model(run):
+    desk = Desk(run)
+    turns = [{"role": "user", "content": PROMPT}]
+    answer = desk.answer(desk.now, turns, Decoding(max_new_tokens=100), as_chat=True)
+    assert next(answer) != ""
+    answer.close()
+    assert heard(desk, desk.now)  # the desk is free again
+
+
+def test_where_runs_are_is_read_while_they_train(trained, tiny_folder, sentiment, tmp_path):
+    config = make_config(settings(tiny_folder, sentiment, tmp_path / "live"))
+    stop_after(config, 5)
+    shutil.copytree(trained, tmp_path / "done")
+    shutil.copytree(trained, tmp_path / "broken")
+    (tmp_path / "broken/stages.json").write_text("{")
+    runs = find_runs([tmp_path])
+    assert list(runs) == ["broken", "done", "live"]
+    assert find_runs([tmp_path / "live", tmp_path]).keys() == runs.keys()
+    lock = take_lock(runs["live"])
+    states = {name: standing_of(run) for name, run in runs.items()}
+    lock.release()
+    assert states["done"] | {"loss": "", "validation": ""} == {
+        "state": "done", "stage": "hills", "step": "30", "left": "–", "loss": "", "validation": "",
+    }  # fmt: skip
+    assert states["broken"]["state"] == "cannot be read"
+    assert states["live"]["state"] == "training"
+    assert states["live"]["step"] == "6 of 11"
+    assert states["live"]["left"].endswith("s")
+    assert standing_of(runs["live"])["state"] == "interrupted"
+    assert "stages.json must be" in render_part(sections_of(runs, "broken"))
+    live = render_part(sections_of(runs, "live"))
+    assert live.count("<svg") > 4
+    assert "<details" not in live
+    done = render_part(sections_of(runs, "done"))
+    assert all(f">{name}</h3>" in done for name in SAID)
+    assert "What each stage did to the loss" in done
+
+
+def test_what_cannot_be_shown(chainlora, run, tiny_folder, sentiment, tmp_path, monkeypatch):
+    chainlora("board", tmp_path / "hub").refused("RUN must be a run directory")
+    monkeypatch.delitem(sys.modules, "chainlora.board.app", raising=False)
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    chainlora("board", tmp_path).refused("needs Gradio", "pip install 'chainlora[board]'")
+    config = make_config(settings(tiny_folder, sentiment, tmp_path / "live"))
+    stop_after(config, 1)
+    with pytest.raises(RunError, match=r"there must be links to mix \(got none in .*live\)"):
+        Desk(tmp_path / "live")
+
+
+# --- in a browser ---
+
+
+@pytest.fixture
+def served(run):
+    pytest.importorskip("gradio", reason="no gradio: pip install 'chainlora[board]'")
+    from chainlora.board.app import serve
+
+    away = []
+
+    def watch(event: str, arguments: tuple) -> None:
+        if event == "socket.getaddrinfo" and arguments[0] not in ("127.0.0.1", "localhost", None):
+            away.append(arguments)
+
+    sys.addaudithook(watch)
+    blocks, address = serve([run], "127.0.0.1", None)
+    yield address
+    blocks.close()
+    assert away == []
+
+
+@pytest.fixture
+def browser():
+    api = pytest.importorskip("playwright.sync_api", reason="no playwright")
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    if chromium is None:
+        pytest.skip("no Chromium")
+    with api.sync_playwright() as playwright:
+        yield playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_a_person_watches_mixes_talks_and_saves(browser, served, run, width):
+    page = browser.new_page(viewport={"width": width, "height": 900})
+    asked, faults = [], []
+    page.on("request", lambda request: asked.append(request.url))
+    page.on("pageerror", lambda error: faults.append(error))
+    page.goto(served)
+    page.wait_for_selector(".tiles")
+    assert "done" in page.inner_text(".tiles")
+    assert page.locator("svg:has-text('rows of stage')").count() == 1  # the matrix
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    page.get_by_role("tab", name="Mix and talk").click()
+    page.fill("#A-hills input[type=number]", "0.5")
+    page.keyboard.press("Tab")
+    page.fill("#prompt textarea", PROMPT)
+    page.get_by_role("button", name="Ask both").click()
+    answers = []
+    desk = Desk(run)
+    for side, strength in (("A", 0.5), ("B", 0.0)):
+        mix = Mix({"birds": 1.0, "hills": strength})
+        turns, decoding = [{"role": "user", "content": PROMPT}], Decoding(max_new_tokens=32)
+        answers.append(list(desk.answer(mix, turns, decoding, as_chat=False))[-1].strip())
+        page.wait_for_selector(f"#chat-{side} .bot:has-text({answers[-1]!r})")
+    assert answers[0] != answers[1]
+    page.get_by_role("button", name="Score both").click()
+    page.wait_for_selector("td:has-text('±')")
+    page.get_by_text("Save or export").click()
+    page.get_by_role("button", name="Save: the run").click()
+    page.wait_for_selector("#outcome:has-text('hills=0.5')")
+    assert strengths_of(run) == {"birds": 1.0, "hills": 0.5}
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert faults == []
+    assert all(url.startswith((served, "data:", "blob:")) for url in asked)
+
+
+def test_no_other_site_may_call_it_and_it_may_call_none(served):
+    with urllib.request.urlopen(served) as answer:
+        assert "default-src 'self'" in answer.headers["Content-Security-Policy"]
+    for header in ({"Origin": "https://example.com"}, {"Host": "example.com:80"}):
+        with pytest.raises(urllib.error.HTTPError, match="403"):
+            urllib.request.urlopen(urllib.request.Request(served, headers=header))
