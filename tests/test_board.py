@@ -16,7 +16,7 @@ from chainlora import export_adapter, load_run, make_config
 from chainlora.board.desk import Desk, Mix
 from chainlora.board.watching import find_runs, sections_of, standing_of
 from chainlora.config.stages import make_stages
-from chainlora.errors import ConfigError, RunError
+from chainlora.errors import ChainError, ConfigError, RunError
 from chainlora.evaluation.stages import stage_matrix
 from chainlora.evaluation.streaming import Decoding, Speaker
 from chainlora.files import checksums
@@ -65,14 +65,14 @@ def test_a_mix_is_heard_and_scored_as_what_it_makes_the_run_be(run):
         assert checksums(run) == before  # nothing that is heard changes the run
         model, tokenizer = load_run(open_run(run, mix.strengths))
         decoding = Decoding(max_new_tokens=12)
-        said = Speaker(model, tokenizer, decoding).complete(PROMPT, lambda piece: None)
+        said = Speaker(model, tokenizer, decoding).complete(PROMPT, len)
         assert answers[strengths] == said
         row = stage_matrix_of(run, mix.strengths)
         assert [cell.value for cell in scored] == pytest.approx(row, abs=1e-5)
     assert len(set(answers.values())) > 2
     without_a_link = Mix({"birds": 1, "hills": 0}, frozenset({1}))
     model, tokenizer = load_run(run, num_links=1)
-    said = Speaker(model, tokenizer, Decoding(max_new_tokens=12)).complete(PROMPT, lambda _: None)
+    said = Speaker(model, tokenizer, Decoding(max_new_tokens=12)).complete(PROMPT, len)
     assert heard(desk, without_a_link) == said
 
 
@@ -93,19 +93,32 @@ def test_a_mix_is_saved_and_exported_as_by_command(run, tmp_path):
     export_adapter(open_run(run, mix.strengths), tmp_path / "command")
     assert checksums(tmp_path / "desk") == checksums(tmp_path / "command")
     desk.save(mix)
-    assert strengths_of(run) == mix.strengths == desk.now.strengths
+    assert strengths_of(run) == mix.strengths
     with pytest.raises(ConfigError, match=r"whole stages \(got link 2 of hills off\)"):
         desk.save(Mix(mix.strengths, frozenset({2})))
     desk.save(Mix({"birds": 1.0, "hills": 0.0}, frozenset({2})))  # its whole stage is off
 
 
+def test_links_that_are_no_sum_are_on_or_off(tiny_folder, sentiment, tmp_path):
+    tree = settings(tiny_folder, sentiment, tmp_path / "run", chain={"dora": True})
+    train_stages(make_stages(tree | {"stages": [{"name": "dora"}]}))
+    desk = Desk(tmp_path / "run")
+    assert not desk.is_sum("dora")
+    with pytest.raises(ChainError, match="with DoRA must be 0 or 1"):
+        heard(desk, Mix({"dora": 0.5}))
+    for strength in (1, 0):
+        model, tokenizer = load_run(tmp_path / "run", num_links=None if strength else 0)
+        said = Speaker(model, tokenizer, Decoding(max_new_tokens=12)).complete(PROMPT, len)
+        assert heard(desk, Mix({"dora": strength})) == said
+
+
 def test_who_stops_listening_stops_the_model(run):
     desk = Desk(run)
     turns = [{"role": "user", "content": PROMPT}]
-    answer = desk.answer(desk.now, turns, Decoding(max_new_tokens=100), as_chat=True)
+    answer = desk.answer(Mix(strengths_of(run)), turns, Decoding(max_new_tokens=100), as_chat=True)
     assert next(answer) != ""
     answer.close()
-    assert heard(desk, desk.now)  # the desk is free again
+    assert heard(desk, Mix(strengths_of(run)))  # the desk is free again
 
 
 def test_where_runs_are_is_read_while_they_train(trained, tiny_folder, sentiment, tmp_path):
@@ -128,11 +141,11 @@ def test_where_runs_are_is_read_while_they_train(trained, tiny_folder, sentiment
     assert states["live"]["step"] == "6 of 11"
     assert states["live"]["left"].endswith("s")
     assert standing_of(runs["live"])["state"] == "interrupted"
-    assert "stages.json must be" in render_part(sections_of(runs, "broken"))
-    live = render_part(sections_of(runs, "live"))
+    assert "stages.json must be" in render_part(sections_of(runs, runs["broken"]))
+    live = render_part(sections_of(runs, runs["live"]))
     assert live.count("<svg") > 4
     assert "<details" not in live
-    done = render_part(sections_of(runs, "done"))
+    done = render_part(sections_of({}, runs["done"]))
     assert all(f">{name}</h3>" in done for name in SAID)
     assert "What each stage did to the loss" in done
 
@@ -194,7 +207,7 @@ def test_a_person_watches_mixes_talks_and_saves(browser, served, run, width):
     page.fill("#A-hills input[type=number]", "0.5")
     page.keyboard.press("Tab")
     page.fill("#prompt textarea", PROMPT)
-    page.get_by_role("button", name="Ask both").click()
+    page.get_by_role("button", name="Ask").click()
     answers = []
     desk = Desk(run)
     for side, strength in (("A", 0.5), ("B", 0.0)):
@@ -203,8 +216,8 @@ def test_a_person_watches_mixes_talks_and_saves(browser, served, run, width):
         answers.append(list(desk.answer(mix, turns, decoding, as_chat=False))[-1].strip())
         page.wait_for_selector(f"#chat-{side} .bot:has-text({answers[-1]!r})")
     assert answers[0] != answers[1]
-    page.get_by_role("button", name="Score both").click()
-    page.wait_for_selector("td:has-text('±')")
+    page.get_by_role("button", name="Score A and B").click()
+    page.wait_for_selector("text=What the mixes score")
     page.get_by_text("Save or export").click()
     page.get_by_role("button", name="Save: the run").click()
     page.wait_for_selector("#outcome:has-text('hills=0.5')")

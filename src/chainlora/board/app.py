@@ -24,6 +24,7 @@ from chainlora.evaluation.streaming import Decoding
 from chainlora.evaluation.training_rows import answer_limit
 from chainlora.reports.page import Numbers, part_style, render_part, section
 from chainlora.reports.tables import number, table_of
+from chainlora.runs.stages import strengths_of
 
 _SECONDS = 4  # between two looks at the files; what has not changed is not drawn again
 _SIDES = ("A", "B")
@@ -78,7 +79,7 @@ class Guard:
         headers = Headers(scope=scope)
         host, origin = headers.get("host", ""), headers.get("origin")
         is_foreign = origin is not None and urlsplit(origin).netloc != host
-        if is_foreign or (self.is_local and host.rpartition(":")[0] not in _LOCAL):
+        if is_foreign or (self.is_local and urlsplit(f"//{host}").hostname not in _LOCAL):
             await PlainTextResponse("not from here", 403)(scope, receive, send)
             return
 
@@ -92,31 +93,31 @@ class Guard:
 
 def page_of(places: Sequence[str | Path]) -> gr.Blocks:
     """Return the page about the runs at some places."""
-    desks: dict[str, Desk] = {}  # the last one alone: a model is held in memory
-    names = list(find_runs(places))
+    desks: list[Desk] = []  # the last one alone: a model is held in memory
+    before = find_runs(places)
 
-    def desk_of(name: str) -> Desk:
-        fresh = Desk(find_runs(places)[name])
-        if name not in desks or desks[name].links != fresh.links:
-            desks.clear()
-            desks[name] = fresh
-        return desks[name]
+    def desk_of(run: str) -> Desk:
+        fresh = Desk(run)
+        if [desk.what for desk in desks] != [fresh.what]:
+            desks[:] = [fresh]
+        return desks[0]
 
-    def look(name: str) -> tuple[Any, str]:
+    def look(shown: str) -> tuple[Any, str]:
         runs = find_runs(places)
-        choices = gr.skip() if list(runs) == names else gr.Dropdown(list(runs), visible=True)
-        return choices, render_part(sections_of(runs, name))
+        choices = gr.skip() if runs == before else gr.Dropdown(_choices(runs), visible=True)
+        return choices, render_part(sections_of(runs, Path(shown)))
 
     with gr.Blocks(title="chainlora board", analytics_enabled=False) as blocks:
-        run = gr.Dropdown(names, label="Run", visible=len(names) > 1, elem_id="run")
+        several = len(before) > 1
+        run = gr.Dropdown(_choices(before), label="Run", visible=several, elem_id="run")
         with gr.Tab("Watch"):
             view = gr.HTML(apply_default_css=False)
         with gr.Tab("Mix and talk"):
 
             @gr.render(run)
-            def mixing(name: str) -> None:
+            def mixing(shown: str) -> None:
                 try:
-                    _mixing(desk_of(name))
+                    _mixing(desk_of(shown))
                 except ChainLoRAError as error:
                     gr.Markdown(f"{error}. Then load this page again.")
 
@@ -127,12 +128,16 @@ def page_of(places: Sequence[str | Path]) -> gr.Blocks:
     return blocks
 
 
+def _choices(runs: Mapping[str, Path]) -> list[tuple[str, str]]:
+    return [(name, str(run)) for name, run in runs.items()]
+
+
 # --- mixing ---
 
 
 def _mixing(desk: Desk) -> None:
     """Put two mixes on the page, and what can be done with them."""
-    now = desk.now.strengths
+    now = strengths_of(desk.run)
     last = list(desk.stages)[-1]
     with gr.Row():
         a, b = _sliders(desk, "A", now), _sliders(desk, "B", now | {last: 0.0})
@@ -181,16 +186,16 @@ def _talking(desk: Desk, widgets: list[Any]) -> None:
     keys: Any = {"lines": 2, "max_lines": 8, "placeholder": "Shift+Enter asks A, and then B"}
     prompt = gr.Textbox(label="Prompt", elem_id="prompt", **keys)
     with gr.Row():
-        ask = gr.Button("Ask both", variant="primary", min_width=90)
+        ask = gr.Button("Ask", variant="primary", min_width=90)
         stop, clear = gr.Button("Stop", min_width=90), gr.Button("Clear", min_width=90)
     if not is_chat and (prompts := desk.prompts(3)):
-        gr.Examples([[text] for text in prompts], prompt, label="Prompts of its rows")
+        gr.Examples([[text] for text in prompts], prompt, label="Prompts from its rows")
     with gr.Accordion("How to answer", open=False), gr.Row():
         as_chat = gr.Checkbox(is_chat, label="Chat template", visible=has_template)
         limit = gr.Number(answer_limit(rows), label="Most tokens", precision=0, minimum=1)
         heat = gr.Slider(0, 2, 0, step=0.1, label="Temperature")
     with gr.Row():
-        keys = {"render_markdown": False, "buttons": [], "height": 320, "min_width": 300}
+        keys = {"render_markdown": False, "buttons": [], "height": 280, "min_width": 300}
         chats = [gr.Chatbot(label=f"{s} says", elem_id=f"chat-{s}", **keys) for s in _SIDES]
 
     def talk(text: str, chat: bool, most: int, temperature: float, *values: Any) -> Iterator[Any]:
@@ -232,7 +237,7 @@ def _answered(turns: Sequence[Any]) -> list[dict[str, str]]:
 
 
 def _scoring(desk: Desk, widgets: list[Any]) -> None:
-    button = gr.Button("Score both on the rows of each stage")
+    button = gr.Button("Score A and B")
     view = gr.HTML(apply_default_css=False)
 
     @_told()
@@ -240,14 +245,14 @@ def _scoring(desk: Desk, widgets: list[Any]) -> None:
         a, b = desk.scores(_mixes(desk, values))
         rows = [
             {
-                "rows of stage": f"{one.stage} ({one.rows} {one.split})",
-                "metric": one.metric,
-                "A": f"{number(one.value, 4)} ± {number(one.error, 4)}",
-                "B": f"{number(two.value, 4)} ± {number(two.error, 4)}",
+                "rows of": f"{one.stage}, {one.metric} of {one.rows} {one.split}",
+                "A": number(one.value, 4),
+                "B": number(two.value, 4),
+                "±": number(max(one.error, two.error), 4),
             }
             for one, two in zip(a, b, strict=True)
         ]
-        table = table_of("What the mixes score", rows, "± is one standard error over the rows.")
+        table = table_of("What the mixes score", rows, "±: standard error over the rows.")
         return render_part([section("Scores", Numbers(table))])
 
     button.click(score, widgets, view, **_MODEL)

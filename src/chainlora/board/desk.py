@@ -50,12 +50,8 @@ class Desk:
         self.links: list[LinkEntry] = self.reader.manifest().loaded
         if not self.links:
             raise RunError("there must be links to mix", f"none in {run}", "wait for a knot")
+        self.what = (self.run, [link.id for link in self.links])
         self._one_at_a_time = Lock()
-
-    @property
-    def now(self) -> Mix:
-        """Return the mix that the run is."""
-        return Mix({link.stage: link.strength for link in open_run(self.run).manifest().loaded})
 
     @property
     def stages(self) -> dict[str, list[LinkEntry]]:
@@ -92,9 +88,7 @@ class Desk:
 
     def _strengths(self, mix: Mix) -> dict[int, float]:
         on = [link for link in self.links if link.id not in mix.off]
-        return dict.fromkeys((link.id for link in self.links), 0.0) | {
-            link.id: float(mix.strengths[link.stage]) for link in on
-        }
+        return {link.id: float(mix.strengths[link.stage]) for link in on}
 
     def answer(
         self, mix: Mix, turns: Sequence[Message], decoding: Decoding, *, as_chat: bool
@@ -106,8 +100,8 @@ class Desk:
         model stops.
         """
         with self._one_at_a_time:
-            self._scorer.chain.set_strengths(self._strengths(mix))
-            speaker = Speaker(self._scorer.chain.model, self._scorer.tokenizer, decoding)
+            model = self._scorer.model_at(self._strengths(mix))
+            speaker = Speaker(model, self.tokenizer, decoding)
 
             def speak(write: Callable[[str], None]) -> str:
                 if as_chat:

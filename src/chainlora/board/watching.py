@@ -38,16 +38,14 @@ def find_runs(places: Sequence[str | Path]) -> dict[str, Path]:
     return dict(zip(run_names(found), found, strict=True)) if found else {}
 
 
-def sections_of(runs: Mapping[str, Path], name: str) -> list[Section]:
+def sections_of(runs: Mapping[str, Path], shown: Path) -> list[Section]:
     """Return what there is to see: where each run is, and of one its curves, stages and links."""
-    standings = {each: standing_of(run) for each, run in runs.items()}
-    rows = [{"run": each, **standing} for each, standing in standings.items()]
-    known = [(what, value) for what, value in standings[name].items() if value != _NONE]
-    found = [section(name, Tiles(known))]
-    if len(runs) > 1:
-        found.insert(0, section("Runs", Numbers(table_of("Where they are", rows))))
+    rows = [{"run": name, **standing_of(run)} for name, run in runs.items()]
+    table = [Numbers(table_of("Where they are", rows))] if len(runs) > 1 else []
+    known = [(what, value) for what, value in standing_of(shown).items() if value != _NONE]
+    found = [section("Runs", *table), section(shown.name, Tiles(known))]
     try:
-        return [*found, *_details(runs[name])]
+        return [*found, *_details(shown)]
     except ChainLoRAError as error:
         return [*found, section("Not to be read", Text(str(error)))]
 

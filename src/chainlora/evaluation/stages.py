@@ -312,9 +312,13 @@ class Scorer:
             for stage in stages:
                 yield stage, self._evaluate(engine, f"{name}: {stage}", stage)
 
-    def _engine(self, strengths: Strengths) -> Engine:
+    def model_at(self, strengths: Strengths) -> Any:
+        """Return the model, put into the state of these strengths (others are 0)."""
         self.chain.set_strengths({id: strengths.get(id, 0.0) for id in self.chain.strengths})
-        return Engine(self.chain.model, speedups=self.speedups, training=False)
+        return self.chain.model
+
+    def _engine(self, strengths: Strengths) -> Engine:
+        return Engine(self.model_at(strengths), speedups=self.speedups, training=False)
 
     def _evaluate(self, engine: Engine, what: str, stage: str) -> Evaluation:
         kept = self.kept[stage]
