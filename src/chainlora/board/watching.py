@@ -14,9 +14,10 @@ from statistics import median
 from chainlora.config.stages import is_run, split_address
 from chainlora.errors import ChainLoRAError
 from chainlora.evaluation.stages import MATRIX, stage_matrix
+from chainlora.reports.chain_charts import chain_pictures
 from chainlora.reports.charts import Picture
 from chainlora.reports.page import Block, Column, Numbers, Section, Text, Tiles, section
-from chainlora.reports.run_charts import chain_pictures, training_pictures
+from chainlora.reports.run_charts import training_pictures
 from chainlora.reports.run_report import duration, links_table, score_text, stage_blocks
 from chainlora.reports.runs import RunFacts, read_runs, run_names
 from chainlora.reports.tables import table_of
