@@ -133,13 +133,14 @@ def test_where_runs_are_is_read_while_they_train(trained, tiny_folder, sentiment
     lock = take_lock(runs["live"])
     states = {name: standing_of(run) for name, run in runs.items()}
     lock.release()
-    assert states["done"] | {"loss": "", "validation": ""} == {
-        "state": "done", "stage": "hills", "step": "30", "left": "–", "loss": "", "validation": "",
+    assert states["done"] | {"training loss": "", "validation": ""} == {
+        "state": "done", "stage": "hills", "step": "30", "time left": "–",
+        "training loss": "", "validation": "",
     }  # fmt: skip
     assert states["broken"]["state"] == "cannot be read"
     assert states["live"]["state"] == "training"
     assert states["live"]["step"] == "6 of 11"
-    assert states["live"]["left"].endswith("s")
+    assert states["live"]["time left"].endswith("s")
     assert standing_of(runs["live"])["state"] == "interrupted"
     assert "stages.json must be" in render_part(sections_of(runs, runs["broken"]))
     live = render_part(sections_of(runs, runs["live"]))
@@ -216,6 +217,11 @@ def test_a_person_watches_mixes_talks_and_saves(browser, served, run, width):
         answers.append(list(desk.answer(mix, turns, decoding, as_chat=False))[-1].strip())
         page.wait_for_selector(f"#chat-{side} .bot:has-text({answers[-1]!r})")
     assert answers[0] != answers[1]
+    page.get_by_text("How to answer").click()
+    page.get_by_label("Chat template").check()
+    page.get_by_role("button", name="Ask").click()
+    page.wait_for_selector("#chat-B .bot >> nth=1")
+    assert page.input_value("#prompt textarea") == ""
     page.get_by_role("button", name="Score A and B").click()
     page.wait_for_selector("text=What the mixes score")
     page.get_by_text("Save or export").click()

@@ -53,7 +53,7 @@ def sections_of(runs: Mapping[str, Path], shown: Path) -> list[Section]:
 
 def standing_of(run: Path) -> dict[str, str]:
     """Say where a run is: the stage that it trains or trained last, in words."""
-    keys = ("state", "stage", "step", "left", "loss", "validation")
+    keys = ("state", "stage", "step", "time left", "training loss", "validation")
     try:
         return dict(zip(keys, _standing(run), strict=True))
     except ChainLoRAError:
@@ -87,8 +87,9 @@ def _details(run: Path) -> list[Section]:
         Column(name if len(folders) > 1 else "", _curves(folder, _stamp(folder / "metrics.jsonl")))
         for name, folder in reversed(folders.items())
     ]
-    files = (last / "chain.json", run / STAGES, run / MATRIX)
-    links, stages = _links_and_stages(run, last, *map(_stamp, files))
+    reader, stamps = RunReader(last), (_stamp(run / STAGES), _stamp(run / MATRIX))
+    knots = sum(record.get("where") == "knot" for record in reader.records())
+    links, stages = _links_and_stages(run, last, reader.manifest().state, knots, *stamps)
     return [Section("Training", curves), section("Stages", *stages), section("Links", *links)]
 
 
@@ -111,7 +112,7 @@ def _curves(folder: Path, stamp: int) -> list[Block]:
 
 
 @lru_cache(maxsize=16)
-def _links_and_stages(run: Path, last: Path, *stamps: int) -> tuple[list[Block], list[Block]]:
+def _links_and_stages(run: Path, last: Path, *versions: object) -> tuple[list[Block], list[Block]]:
     """Return tables and pictures; all files of the links are checked first."""
     has_ended = last.name in read_stages(run).names or last == run
     (facts,) = read_runs([run if has_ended else last])

@@ -24,8 +24,8 @@ from chainlora.errors import ConfigError
 def board(runs: tuple[str, ...], host: str, port: int | None) -> None:
     """Watch runs in a browser while they train, and mix their stages while you talk to them.
 
-    RUN is a run, or a folder of runs. Two mixes answer the same prompt side by side. Nothing is
-    loaded from or sent to the network.
+    RUN is a run, or a folder of runs. Two mixes answer the same prompt side by side. The page loads
+    nothing from the network.
     """
     for run in runs:
         if not any(Path(run).glob("*/chain.json")):
