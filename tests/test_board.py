@@ -233,9 +233,11 @@ def test_a_person_watches_mixes_talks_and_saves(browser, served, run, width):
     assert all(url.startswith((served, "data:", "blob:")) for url in asked)
 
 
-def test_no_other_site_may_call_it_and_it_may_call_none(served):
+def test_no_other_site_may_call_it_and_it_may_call_none(served, run, chainlora):
     with urllib.request.urlopen(served) as answer:
         assert "default-src 'self'" in answer.headers["Content-Security-Policy"]
     for header in ({"Origin": "https://example.com"}, {"Host": "example.com:80"}):
         with pytest.raises(urllib.error.HTTPError, match="403"):
             urllib.request.urlopen(urllib.request.Request(served, headers=header))
+    port = served.rstrip("/").rpartition(":")[2]
+    chainlora("board", run, "--port", port).refused(f"--port must be free (got {port})")

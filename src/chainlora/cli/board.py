@@ -41,6 +41,6 @@ def board(runs: tuple[str, ...], host: str, port: int | None) -> None:
     try:
         blocks, address = serve(runs, host, port)
     except OSError as error:
-        raise ConfigError("--port must be free", f"{port}: {error}", "leave it out") from None
+        raise ConfigError("--port must be free", port, "leave it out") from error
     click.echo(f"{address}  (Ctrl-C ends it)")
     blocks.block_thread()
