@@ -15,7 +15,7 @@ from helpers import settings
 
 from chainlora import TrainResult, make_config, train
 from chainlora.errors import ConfigError
-from chainlora.training.events import Planned, StepDone
+from chainlora.training.events import Evaluated, Planned, Scored, StepDone
 from chainlora.training.progress import progress_listener
 
 
@@ -89,6 +89,35 @@ def test_the_time_left_can_be_believed(capsys):
     assert [line.rsplit(", ", 1)[1] for line in told[4:]] == [
         f"0:{round((100 - step) / 2):02} left" for step in range(5, 11)
     ]
+
+
+def test_the_time_left_counts_evaluations(capsys, monkeypatch):
+    """Without them it was a fifth of the truth where every third step is followed by one."""
+    clock = 0.0
+    monkeypatch.setattr("time.monotonic", lambda: clock)
+    with progress_listener(log_every=1) as listener:
+        listener(Planned(0, 30, [30], 8, "packed", 1, [], {}, evaluations=[10, 20, 30, 30]))
+        clock += 60
+        listener(Evaluated(0, 0, "start", {"loss": 1.0}))
+        for step in range(1, 11):
+            clock += 1
+            listener(StepDone(step, 0, 1.0, 1e-3, 1.0, 10, 1.0))
+    told = [line for line in capsys.readouterr().err.splitlines() if "loss 1.0000 (" in line]
+    assert [line.rsplit(", ", 1)[1] for line in (told[4], told[9])] == ["4:25 left", "4:20 left"]
+
+
+@pytest.mark.parametrize("at_knots", [True, False])
+def test_the_plan_says_when_rows_will_be_scored(tree, at_knots):
+    seen = []
+    keys = {"eval_every": 2, "eval_at_knots": at_knots}
+    chain = tree["chain"] | {"ranks": [2, 2], "steps": [4, 3]}
+    data = tree["data"] | {"test": tree["data"]["validation"]}
+    config = tree | {"chain": chain, "data": data, "train": tree["train"] | keys}
+    train(config, listener=seen.append)
+    (plan,) = (event for event in seen if isinstance(event, Planned))
+    told = [e.step for e in seen if isinstance(e, Evaluated) and e.where != "start"]
+    told += [e.step for e in seen if isinstance(e, Scored)][at_knots:]
+    assert plan.evaluations == told
 
 
 def test_a_notebook_gets_lines_and_needs_no_widgets(monkeypatch, capsys):

@@ -5,7 +5,7 @@ An event is a mapping of its record, ``event["step"]``; a listener ignores types
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
 
@@ -90,6 +90,7 @@ class Planned(Event):
     threads: int
     notes: list[str]  # which fast paths apply, and why not the others
     data: Mapping[str, Mapping[str, Any]]  # what became of each split's rows (`Splits.report`)
+    evaluations: Sequence[int] = ()  # steps, in order, after which the validation rows are scored
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import time
+from bisect import bisect_left
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from statistics import median
 from typing import Any
@@ -84,7 +85,9 @@ class _Listener:
         self.loss: float | None = None
         self.speed: float | None = None
         self.seconds: deque[float] = deque(maxlen=_RECENT)
-        self.said = time.monotonic()
+        self.evaluations: Sequence[int] = ()
+        self.evaluation_seconds: deque[float] = deque(maxlen=_RECENT)
+        self.heard = self.said = time.monotonic()
 
     def _say(self, line: str) -> None:
         self.console.print(line, highlight=False, markup=False, soft_wrap=True)
@@ -117,6 +120,7 @@ class _Listener:
                     f"step {event.step:>5}  link {event.link} tied "
                     f"(rounding changed the function by {event.function_change:.1e})"
                 )
+        self.heard = time.monotonic()
 
     def _encoded(self, event: RowsEncoded | ReferenceScored) -> None:
         verb = "scoring" if isinstance(event, ReferenceScored) else "tokenising"
@@ -128,7 +132,7 @@ class _Listener:
 
     def _plan(self, event: Planned) -> None:
         self.encoding.stop()
-        self.total = event.num_steps
+        self.total, self.evaluations = event.num_steps, event.evaluations
         lengths = " + ".join(map(str, event.lengths))
         resumed = f", resuming after step {event.step}" if event.step else ""
         self._say(f"{event.rows} training rows, {event.num_steps} steps ({lengths}){resumed}")
@@ -182,12 +186,17 @@ class _Listener:
         )
 
     def _left(self, step: int) -> str:
-        """Return how long the steps that are left take, once enough were seen to tell."""
+        """Return how long steps and evaluations that are left take, once enough were seen."""
         if len(self.seconds) < min(_ENOUGH, self.total):
             return ""
-        return f"{_duration(median(self.seconds) * (self.total - step))} left"
+        seconds = median(self.seconds) * (self.total - step)
+        if self.evaluation_seconds:
+            due = len(self.evaluations) - bisect_left(self.evaluations, step)
+            seconds += median(self.evaluation_seconds) * due
+        return f"{_duration(seconds)} left"
 
     def _evaluated(self, event: Evaluated) -> None:
+        self.evaluation_seconds.append(time.monotonic() - self.heard)
         scores = ", ".join(f"{name} {value:.4f}" for name, value in event.metrics.items())
         places = {"start": "before training", "knot": f"after link {event.link}"}
         place = places.get(event.where, f"link {event.link}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Mapping, Sequence
 from datetime import timedelta
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -358,5 +359,17 @@ def _announce(run: Run) -> None:
             threads=run.engine.num_threads,
             notes=list(run.engine.notes),
             data=run.splits.report(),
+            evaluations=_evaluations(run),
         )
     )
+
+
+def _evaluations(run: Run) -> list[int]:
+    """Return the steps after which validation rows are scored; so many test rows count as one."""
+    if not run.splits.validation:
+        return []
+    ends, last = list(accumulate(run.plan.lengths)), run.plan.num_steps
+    every = run.train.eval_every or last
+    inside = set(range(every, last, every)) - set(ends)
+    tests = round(len(run.splits.test) / len(run.splits.validation))
+    return sorted([*inside, *(ends if run.train.eval_at_knots else [last]), *[last] * tests])
