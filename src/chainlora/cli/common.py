@@ -9,12 +9,15 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.shell_completion import CompletionItem
 
+from chainlora.config.section import types_in
 from chainlora.config.stages import is_run as is_run
 from chainlora.errors import ConfigError, RunError
 
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
 HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 GUARDED = 3  # a new stage was switched off for what earlier ones would lose
 SIGNALLED = 128  # and the signal's number: the exit status, as shells have it
+_PACKAGE = Path(__file__).resolve().parents[1]
 
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print exactly one JSON object on stdout."
@@ -121,6 +125,64 @@ class Verbs(click.Group):
             hint = f"; here it is `chainlora {meant}`" if meant else ""
             raise click.UsageError(f"No such command {args[0]!r}{hint}", ctx)
         return super().resolve_command(ctx, args)
+
+
+# --- what a shell completes ---
+
+
+class WithKeys(click.Command):
+    """A command whose options go on in the keys of a config."""
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Offer options, and where a word begins like one, keys too."""
+        found = super().shell_complete(ctx, incomplete)
+        names = _keys() if incomplete.startswith("-") else ()
+        return found + [CompletionItem(name) for name in names if name.startswith(incomplete)]
+
+
+def complete_values(
+    ctx: click.Context, param: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
+    """Offer the values that the key before the word can have, or files."""
+    words = ctx.params.get(param.name or "")
+    key = words[-1] if words else ""
+    if key == "--data.task":
+        return complete_presets("data/tasks")(ctx, param, incomplete)
+    found = set(types_in(_keys()[key].annotation)) if key in _keys() else set()
+    values = sorted(kind for kind in found if isinstance(kind, str))
+    return _offered(values + (["true", "false"] if bool in found else []), incomplete)
+
+
+def complete_presets(
+    folder: str,
+) -> Callable[[click.Context, click.Parameter, str], list[CompletionItem]]:
+    """Return what offers the names of a folder's YAML files, at the end of a list too, or files."""
+
+    def complete(
+        ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        before, comma, _ = incomplete.rpartition(",")
+        names = sorted(path.stem for path in (_PACKAGE / folder).glob("*.yaml"))
+        return _offered([before + comma + name for name in names], incomplete)
+
+    return complete
+
+
+def _offered(values: Sequence[str], incomplete: str) -> list[CompletionItem]:
+    found = [CompletionItem(value) for value in values if value.startswith(incomplete)]
+    return found or [CompletionItem(incomplete, type="file")]
+
+
+@cache
+def _keys() -> dict[str, Any]:
+    """Return the fields of a config by the options that set them."""
+    from chainlora.config.json_schema import config_sections
+
+    return {
+        f"--{prefix}{key}": field
+        for prefix, section in config_sections().items()
+        for key, field in section.model_fields.items()
+    }
 
 
 # Verbs of TRL, Axolotl, LLaMA-Factory and others.

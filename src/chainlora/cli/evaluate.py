@@ -10,6 +10,7 @@ from chainlora.cli.common import (
     HELP,
     check_run_or_model,
     chosen_state,
+    complete_presets,
     dtype_option,
     is_run,
     json_option,
@@ -22,14 +23,16 @@ from chainlora.cli.common import (
 
 
 @click.command(name="eval", context_settings=HELP)
-@click.argument("run_or_model", metavar="RUN|MODEL")
+@click.argument("run_or_model", metavar="RUN|MODEL", type=click.Path())
 @click.option(
     "--task",
     default=None,
+    shell_complete=complete_presets("data/tasks"),
     help="Task name (see `chainlora tasks`) or a task file. Default: the run's own rows.",
 )
 @click.option(
     "--data",
+    type=click.Path(),
     default=None,
     help="One file of rows, or the task's folder. Default: the run's own, or from the Hub.",
 )

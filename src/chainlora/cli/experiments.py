@@ -10,7 +10,14 @@ from typing import Any
 
 import click
 
-from chainlora.cli.common import SIGNALLED, file_and_overrides, json_option, print_json, quiet
+from chainlora.cli.common import (
+    SIGNALLED,
+    complete_presets,
+    file_and_overrides,
+    json_option,
+    print_json,
+    quiet,
+)
 
 _FILE = "FILE [--KEY.SUB VALUE]..."
 
@@ -68,7 +75,7 @@ def experiment() -> None:
 
 
 @experiment.command(name="plan", context_settings={"ignore_unknown_options": True})
-@click.argument("arguments", metavar=_FILE, nargs=-1, type=click.UNPROCESSED)
+@click.argument("arguments", metavar=_FILE, nargs=-1, type=click.Path())
 @click.option(
     "--output",
     default=None,
@@ -112,7 +119,7 @@ def plan(
 
 
 @experiment.command(name="run", context_settings={"ignore_unknown_options": True})
-@click.argument("arguments", metavar=_FILE, nargs=-1, type=click.UNPROCESSED)
+@click.argument("arguments", metavar=_FILE, nargs=-1, type=click.Path())
 @_OUTPUT
 @_WORKERS
 @_BACKEND
@@ -174,6 +181,7 @@ def report(results: str, output: str | None, as_json: bool) -> None:
 @click.option(
     "--methods",
     required=True,
+    shell_complete=complete_presets("experiments/methods"),
     help="Comma-separated presets, e.g. lora,chain3; the first is the baseline.",
 )
 @click.option(

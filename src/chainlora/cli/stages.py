@@ -10,6 +10,8 @@ import click
 
 from chainlora.cli.common import (
     HELP,
+    WithKeys,
+    complete_values,
     json_option,
     need_run,
     print_json,
@@ -26,12 +28,13 @@ if TYPE_CHECKING:
     from chainlora.evaluation.stages import StageMatrix
 
 
-@click.command(context_settings=HELP | {"ignore_unknown_options": True})
+@click.command(cls=WithKeys, context_settings=HELP | {"ignore_unknown_options": True})
 @click.argument(
     "arguments",
     metavar="RUN[@STAGE] [STAGE.yaml] --name NAME [--KEY.SUB VALUE]...",
     nargs=-1,
     type=click.UNPROCESSED,
+    shell_complete=complete_values,
 )
 @click.option("--dry-run", is_flag=True, help="Say what would be trained, and train nothing.")
 @json_option

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import click
 
-from chainlora.cli.common import HELP, json_option, print_json
+from chainlora.cli.common import HELP, complete_presets, json_option, print_json
 
 
 @click.command(context_settings=HELP)
-@click.argument("name", required=False)
+@click.argument("name", required=False, shell_complete=complete_presets("data/tasks"))
 @json_option
 def tasks(name: str | None, as_json: bool) -> None:
     """List the tasks, or show one: prompt, labels, source.

@@ -15,6 +15,8 @@ from chainlora.cli.common import (
     GUARDED,
     HELP,
     SIGNALLED,
+    WithKeys,
+    complete_values,
     file_and_overrides,
     is_first_process,
     json_option,
@@ -33,9 +35,13 @@ if TYPE_CHECKING:
 Result = TypeVar("Result")
 
 
-@click.command(context_settings=HELP | {"ignore_unknown_options": True})
+@click.command(cls=WithKeys, context_settings=HELP | {"ignore_unknown_options": True})
 @click.argument(
-    "arguments", metavar="CONFIG [--KEY.SUB VALUE]...", nargs=-1, type=click.UNPROCESSED
+    "arguments",
+    metavar="CONFIG [--KEY.SUB VALUE]...",
+    nargs=-1,
+    type=click.UNPROCESSED,
+    shell_complete=complete_values,
 )
 @click.option(
     "--resume",

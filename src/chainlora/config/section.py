@@ -41,7 +41,7 @@ class Section(BaseModel):
     def _as_people_write_it(cls, value: Any, info: ValidationInfo) -> Any:
         """Take ``ranks: 8`` for ``[8]``; refuse ``lr: true``, which pydantic takes for 1.0."""
         field = cls.model_fields[str(info.field_name)]
-        kinds = set(_kinds(field.annotation))
+        kinds = set(types_in(field.annotation))
         parts = value if isinstance(value, list | tuple) else [value]
         if kinds & {int, float} and bool not in kinds and any(isinstance(p, bool) for p in parts):
             raise PydanticCustomError("number", "a number")
@@ -56,22 +56,22 @@ def refuse_if(wrong: object, rule: str, got: object, remedy: str = "") -> None:
         raise ValueError(sentence(rule, got, remedy))
 
 
-def _kinds(annotation: Any) -> Iterator[Any]:
+def types_in(annotation: Any) -> Iterator[Any]:
     """Yield the plain types in an annotation such as ``tuple[float, ...] | None``."""
     yield annotation
     for part in get_args(annotation):
-        yield from _kinds(part)
+        yield from types_in(part)
 
 
 def _is_due_a_list(field: Any, value: Any) -> bool:
     """Say whether a value stands alone where several may stand; a plain name is no pattern."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return False
-    kinds = set(_kinds(field.annotation))
+    kinds = set(types_in(field.annotation))
     if Ellipsis not in kinds:
         return False
     members = () if get_origin(field.annotation) is tuple else get_args(field.annotation)
-    alone = {kind for each in members if get_origin(each) is not tuple for kind in _kinds(each)}
+    alone = {kind for each in members if get_origin(each) is not tuple for kind in types_in(each)}
     if isinstance(value, str):
         return str in kinds and (re.fullmatch(r"[\w.]+", value) is not None or str not in alone)
     return bool(kinds & {int, float}) and not alone & {int, float}
