@@ -19,7 +19,7 @@ from helpers import settings
 from transformers import AutoModelForCausalLM
 
 import chainlora
-from chainlora import Chain
+from chainlora import Chain, load_config
 from chainlora.chain.soft_knot import time_constant
 from chainlora.cli.main import run
 from chainlora.config.loading import parse_yaml
@@ -189,6 +189,16 @@ def test_the_shortest_task_in_tasks_md_runs(tiny_folder, tmp_path, monkeypatch):
         write_rows(tmp_path / f"headlines/{split}.jsonl", rows)
     (command,) = re.findall(r"^chainlora (eval MODEL .*)$", text, flags=re.MULTILINE)
     assert run(shlex.split(command.replace("MODEL", str(tiny_folder)))) == 0
+
+
+def test_the_sweep_runs(checkout, monkeypatch, capsys):
+    pytest.importorskip("optuna", reason="no package optuna")
+    monkeypatch.chdir(checkout)
+    monkeypatch.setattr(sys, "argv", ["sweep.py", "examples/dates.yaml", "2"])
+    runpy.run_path("examples/sweep.py", run_name="__main__")
+    assert "{'train.lr': 0.0" in capsys.readouterr().out
+    rates = [load_config(f"runs/sweep/{trial}/config.yaml").train.lr for trial in (0, 1)]
+    assert rates[0] != rates[1]
 
 
 def test_the_own_loop_runs(checkout, monkeypatch, capsys):
