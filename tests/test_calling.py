@@ -125,6 +125,7 @@ def test_a_notebook_gets_lines_and_needs_no_widgets(monkeypatch, capsys):
         """What rich and others take for a notebook."""
 
     monkeypatch.setattr(builtins, "get_ipython", ZMQInteractiveShell, raising=False)
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as ipykernel does
     say(2, total=2)
     shown = capsys.readouterr()
     assert lines_of_steps(shown.err) == [1, 2]

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from chainlora.runs.inspection import inspect_run
-from chainlora.training.progress import console_of_bars
+from chainlora.training.progress import console_of_bars, console_on_stderr
 
 _COLUMNS = (
     "link",
@@ -32,7 +32,7 @@ _COLUMNS = (
 @contextmanager
 def evaluation_progress() -> Iterator[Callable[[int, int], None]]:
     """Give a ``progress(rows_done, rows)`` that draws a bar on stderr if that is a terminal."""
-    console = Console(stderr=True)
+    console = console_on_stderr()
     bar = Progress(
         TextColumn("rows"),
         BarColumn(bar_width=24),

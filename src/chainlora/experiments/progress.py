@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -15,12 +14,12 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from chainlora.training.progress import console_of_bars
+from chainlora.training.progress import console_of_bars, console_on_stderr
 
 
 def experiment_progress() -> Callable[[Mapping[str, Any]], None]:
     """Return a listener for `run_experiment` that shows progress and time left on stderr."""
-    console = Console(stderr=True)
+    console = console_on_stderr()
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 from bisect import bisect_left
 from collections import deque
@@ -48,6 +49,15 @@ def progress_listener(log_every: int | None = None) -> Iterator[Listener]:
         listener.bar.stop()
 
 
+def console_on_stderr() -> Console:
+    """Return the console for progress, on which bars are drawn only if stderr is a terminal.
+
+    A notebook is none, though it sets FORCE_COLOR: rich would need widgets there, or would print
+    each frame of a bar below the last one.
+    """
+    return Console(stderr=True, force_jupyter=False, force_terminal=sys.stderr.isatty())
+
+
 def console_of_bars(console: Console) -> Console:
     """Return the console that bars are drawn on: a silent one where they are disabled, for which
     rich before 14.3 writes an empty line."""
@@ -56,8 +66,7 @@ def console_of_bars(console: Console) -> Console:
 
 class _Listener:
     def __init__(self, log_every: int | None) -> None:
-        # A notebook is no terminal: what rich would draw there needs widgets, lines do not.
-        self.console = Console(stderr=True, force_jupyter=False)
+        self.console = console_on_stderr()
         self.log_every = log_every
         self.bar = Progress(
             TextColumn("link {task.fields[link]}"),
