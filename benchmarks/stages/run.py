@@ -42,7 +42,7 @@ RANK, STEPS, BATCH = 8, 40, 8
 
 LETTERS = 140  # of a text that are read
 TEST, VALIDATION = 100, 32
-TASKS = ("agnews", "amazon", "dbpedia")  # those that the gate let through
+TASKS = ("agnews", "dbpedia", "times")  # those that the gate let through
 ASKS = {
     "agnews": "Which topic is it?",
     "amazon": "How is it rated?",
@@ -50,6 +50,8 @@ ASKS = {
     "imdb": "Is the film good or bad?",
     "mnli": "How does the second sentence relate to the first?",
     "qqp": "Do both sentences ask the same?",
+    "sst2": "How is the film?",
+    "times": "What is it in 24 hours?",
 }
 ARMS: dict[str, dict[str, dict[str, Any]]] = {
     "chain": {},
@@ -58,6 +60,16 @@ ARMS: dict[str, dict[str, dict[str, Any]]] = {
     "orthogonal": {"chain": {"init": "orthogonal"}},
 }
 CONTINUED = {"one LoRA": RANK, "one LoRA, rank 24": RANK * len(TASKS)}
+ORDER = [
+    "chain",
+    "one LoRA",
+    "replay 0.1",
+    "strengths",
+    "orthogonal",
+    "together",
+    "one LoRA, rank 24",
+    "replay 0.02",
+]
 
 
 def main() -> None:
@@ -66,22 +78,26 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="the folder of data sets")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--results", type=Path, default=HERE / "results.jsonl")
-    parser.add_argument("--part", choices=["gate", "chains", "continued", "strengths", "together"])
+    parser.add_argument("--only", choices=["gate", *ORDER], help="one arm, or the gate")
     parser.add_argument("--rate", type=float, default=1e-3, help="learning rate of all")
     options = parser.parse_args()
     torch.set_num_threads(1)
     make_rows(options.data, options.output / "rows")
     work = Work(options.output, options.results, options.rate)
-    parts = [options.part] if options.part else ["chains", "continued", "strengths", "together"]
-    for part in parts:
-        getattr(work, part)()
+    for arm in [options.only] if options.only else ORDER:
+        if arm in ARMS:
+            work.chain(arm)
+        elif arm in CONTINUED:
+            work.continued(arm)
+        else:
+            getattr(work, arm)()
 
 
 def make_rows(data: Path, rows: Path) -> None:
     """Write rows of ``prompt`` and ``answer``: training, validation and test rows of each set."""
     rows.mkdir(parents=True, exist_ok=True)
     for name, question in ASKS.items():
-        train, test = (_read(data / name / f"{split}.jsonl") for split in ("train", "test"))
+        train, test = read_set(data, name)
         random.Random(0).shuffle(train)
         random.Random(0).shuffle(test)
         count = STEPS * BATCH
@@ -101,6 +117,28 @@ def make_rows(data: Path, rows: Path) -> None:
                 for row in found
             ]
             (rows / f"{name}.{split}.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def read_set(data: Path, name: str) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+    """Return training and test rows; SST-2 lies beside O-LoRA's, times are made."""
+    if name == "times":
+        rows = [_time(hour, minute) for hour in range(24) for minute in range(60)]
+        random.Random(1).shuffle(rows)
+        return rows[:1000], rows[1000:]
+    if name != "sst2":
+        return _read(data / name / "train.jsonl"), _read(data / name / "test.jsonl")
+    splits = (_read(data.parent / "sst2" / f"{split}.jsonl") for split in ("train", "validation"))
+    words = ("Terrible", "Great")
+    train, test = (
+        [{"text": row["sentence"], "label": words[int(row["label"])]} for row in rows]
+        for rows in splits
+    )
+    return train, test
+
+
+def _time(hour: int, minute: int) -> dict[str, str]:
+    text = f"{hour % 12 or 12}:{minute:02} {'am' if hour < 12 else 'pm'}"
+    return {"text": text, "label": f"{hour:02}:{minute:02}"}
 
 
 def _read(path: Path) -> list[dict[str, str]]:
@@ -139,22 +177,19 @@ class Work:
                 right = self._ended(self._alone(name), [name])
                 self.note("gate", [name], right, majority=most)
 
-    def chains(self) -> None:
-        """A fresh link for each task, by forks, with each protection."""
-        for arm, keys in ARMS.items():
-            for order in permutations(TASKS):
-                for end in (1, 2, 3):
-                    begun = order[:end]
-                    if not self.has("alone" if end == 1 else arm, begun):
-                        self._extend(arm, keys, begun)
+    def chain(self, arm: str) -> None:
+        """A fresh link for each task, by forks, with the protection of an arm."""
+        for order in permutations(TASKS):
+            for end in (1, 2, 3):
+                begun = order[:end]
+                if not self.has("alone" if end == 1 else arm, begun):
+                    self._extend(arm, ARMS[arm], begun)
 
-    def continued(self) -> None:
+    def continued(self, arm: str) -> None:
         """One LoRA for all tasks, with a fresh optimizer for each."""
-        for arm, rank in CONTINUED.items():
-            for first in TASKS:
-                if all(self.has(arm, o) for o in permutations(TASKS) if o[0] == first):
-                    continue
-                self._continue(arm, rank, first)
+        for first in TASKS:
+            if not all(self.has(arm, order) for order in permutations(TASKS) if order[0] == first):
+                self._continue(arm, CONTINUED[arm], first)
 
     def strengths(self) -> None:
         """The chains of the arm without protection, mixed by validation rows."""
@@ -194,7 +229,7 @@ class Work:
             run = self._alone(name)
             self.note("alone", order, self._ended(run, order))
             return
-        folder, run = self.output / arm.replace(" ", "_"), None
+        folder = self.output / arm.replace(" ", "_")
         begun = self._alone(before[0]) if not before[1:] else folder / "-".join(before)
         run = folder / "-".join(order)
         tree = self._config(self._rows(name, "train"), name, run, RANK, STEPS)

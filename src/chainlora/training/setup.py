@@ -369,7 +369,7 @@ def _evaluations(run: Run) -> list[int]:
     if not run.splits.validation:
         return []
     ends, last = list(accumulate(run.plan.lengths)), run.plan.num_steps
-    every = run.train.eval_every or last
+    every = run.train.eval_every or last or 1  # a run may have no step
     inside = set(range(every, last, every)) - set(ends)
     tests = round(len(run.splits.test) / len(run.splits.validation))
     return sorted([*inside, *(ends if run.train.eval_at_knots else [last]), *[last] * tests])
