@@ -160,6 +160,8 @@ def test_extra_modules_and_lora_bias_survive(tune, folders, tmp_path, architectu
         {"train_factors": "B"},
         {"alpha": [8, 2, 1]},
         {"init": "gradient"},
+        {"target_modules": "all-linear"},
+        {"target_modules": r".*\.0\..*(q|up)_proj"},
     ],
     ids=str,
 )
@@ -168,6 +170,32 @@ def test_every_kind_of_link_becomes_one_adapter(tune, folders, tmp_path, keys):
     rank = 20 if keys.get("init") == "pissa" else 10  # PiSSA stores [B, −B₀]·[A; A₀]
     assert export_adapter(run, tmp_path / "a")["rank"] == rank
     assert_close(on_fresh_base(folders["llama"], tmp_path / "a"), live(run))
+    check_for_servers(tmp_path / "a", rank)
+    export_adapter(run, tmp_path / "padded", rank=32)
+    assert_close(on_fresh_base(folders["llama"], tmp_path / "padded"), live(run))
+    check_for_servers(tmp_path / "padded", 32)
+
+
+def check_for_servers(adapter: Path, rank: int) -> None:
+    """The table of docs/tutorials/serving.md: what vLLM, SGLang and Ollama read of an adapter."""
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    found = config["r"], config["lora_alpha"]
+    assert found == (rank, rank)
+    assert {type(number) for number in found} == {int}  # Ollama reads whole numbers
+    off = ("use_rslora", "use_dora", "lora_bias", "modules_to_save", "rank_pattern")
+    assert not any(config[key] for key in (*off, "alpha_pattern", "trainable_token_indices"))
+    assert config["bias"] == "none"
+    assert not config["base_model_name_or_path"].startswith("/")
+    names = {
+        f"base_model.model.{module}.lora_{factor}.weight": factor
+        for module in config["target_modules"]
+        for factor in "AB"
+    }
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    assert tensors.keys() == names.keys()
+    assert {tensors[name].shape["AB".index(names[name])] for name in names} == {rank}
+    assert (adapter / "chat_template.jinja").is_file()
+    assert not (adapter / "added_tokens.json").exists()
 
 
 def test_what_is_exported_is_the_best_point_where_the_run_kept_it(folders, sentiment, tmp_path):
