@@ -41,7 +41,13 @@ def test_help_and_version(chainlora):
 
 USAGE = {
     "trian": "No such command 'trian'; here it is `chainlora train`",
-    "train": "Missing argument 'CONFIG'",
+    "train": "Missing argument 'CONFIG', a YAML file",
+    # what people who come from other tools type
+    "train --config c.yaml": "write the file without --config: c.yaml",
+    "train c.yaml --bf16": "--bf16 needs a value; here it is `train.dtype`",
+    "sft c.yaml": "here it is `chainlora train CONFIG`",
+    "dpo c.yaml": "or TRL with `ChainCallback`",
+    "merge-lora out": "here it is `chainlora export RUN --to merged --output DIR`",
     "train c.yaml d.yaml": "unexpected argument 'd.yaml'; config keys are set with --key.sub VALUE",
     "train c.yaml --chain.ranks 8 8": "unexpected argument '8'",
     "train c.yaml --train.lr": "--train.lr needs a value",

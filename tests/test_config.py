@@ -36,6 +36,13 @@ WRONG = [
     ("chain.ranks", "{a: 8}", "`chain.ranks` must be a list, e.g. [{'a': 8}] (got {'a': 8})"),
     ("train.betas", "0.9", "`train.betas` must be a list, e.g. [0.9] (got 0.9)"),  # of two
     ("chain.lora_r", "8", "unknown key `chain.lora_r`; here it is `chain.ranks` (one rank a"),
+    ("sample_packing", "true", "unknown key `sample_packing`; there is no such key here: not need"),
+    ("bias", "all", "unknown key `bias`; there is no such key here: biases of the base are not tr"),
+    ("optim", "adamw_bnb_8bit", "unknown key `optim`; here it is `train.optimizer: adamw_8bit`"),
+    ("resume_from_checkpoint", "out", "unknown key `resume_from_checkpoint`; there is no such key"),
+    ("load_in_4bit", "true", "unknown key `load_in_4bit`; here it is `quantize: nf4`"),
+    ("chain.target_modules", "all", "`target_modules` must name modules (got all); say all-linear"),
+    ("data.chat_template", "qwen", "`data.chat_template` must be a name, a file or a Jinja text ("),
     ("fp16", "true", "unknown key `fp16`; there is no such key here: train.dtype is float32"),
     ("chain.ranks", "[8, a]", "`chain.ranks` must be a whole number (got 'a' at position 1)"),
     ("chain.ranks", "[0]", "`chain.ranks` must be at least 1 (got 0 at position 0)"),
@@ -65,6 +72,11 @@ WRONG = [
     ("train.lr", "true", "`train.lr` must be a number (got True); left out, it is 0.001"),
     ("train.schedule", "lin", "`train.schedule` must be 'linear', 'cosine' or 'constant' (got 'li"),
     ("train.seed", "-1", "`train.seed` must be at least 0 (got -1); left out, it is 0"),
+    (
+        "train.betas",
+        "[true, 0.9]",
+        "`train.betas` must be a number (got [True, 0.9]); left out, it",
+    ),
     ("train.betas", "[0.9, 1]", "`train.betas` must be below 1 (got 1 at position 1); left out, i"),
     ("train.keep_best", "true", "`early_stop`, `keep_best` and `accept_links` need validation row"),
     ("data.shots", "2", "`data.shots` are demonstrations of a task (got 2 for files without one)"),
@@ -131,7 +143,8 @@ def test_a_number_that_no_key_can_mean_is_refused_by_name(key):
         ("train: {keep_best: true, eval_at_knots: false}", "compare the knots"),
         ("train: {keep_best: true, accept_links: better}", "both choose what is kept"),
         ("data: {task: rte, dir: x}", "exclude each other"),
-        ("quantize: nf4", "can be neither trained nor merged into without loss"),
+        ("quantize: nf4", r"merged into without loss \(got hold: tied\); set chain.hold: carried"),
+        ("quantize: nf4\nchain: {tune: full}", r"\(got tune: full\); leave chain.tune out, and"),
     ],
 )
 def test_combinations_that_cannot_work_are_refused_before_a_link_begins(keys, message):
@@ -226,6 +239,9 @@ def test_one_value_where_a_list_is_due_is_a_list_of_one():
     ids=["empty", "list", "torn", "twice", "binary"],
 )
 def test_files_that_are_no_config(tmp_path, content, message):
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}')
+    with pytest.raises(ConfigError, match=r"rows of data\); name the rows there, as data: \{train"):
+        load_config(tmp_path / "rows.jsonl")
     file = tmp_path / "c.yaml"
     file.write_bytes(content)
     with pytest.raises(ConfigError, match=message) as raised:

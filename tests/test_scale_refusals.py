@@ -36,16 +36,6 @@ class Refusal(NamedTuple):
 
 
 REFUSALS = [
-    Refusal("train run.yaml --quantize nf4", "(got hold: tied); set chain.hold: carried"),
-    Refusal(
-        "train run.yaml --quantize nf4 --chain.tune full",
-        "(got tune: full); leave chain.tune out, and set chain.hold: carried",
-    ),
-    Refusal(
-        "train run.yaml --quantize nf4 --chain.hold carried",
-        "pip install 'chainlora[bitsandbytes]'",
-        missing="bitsandbytes",
-    ),
     Refusal("train run.yaml", "set fsdp_version: 2, or launch with torchrun", variables=BY_FSDP),
     Refusal(
         "train run.yaml --train.optimizer schedule_free_adamw --train.schedule constant",
