@@ -127,6 +127,15 @@ def start_as_ours(model: peft.PeftModel, link: LinkConfig, seed: int) -> None:
             module.lora_A["default"].weight.copy_(start.a)
 
 
+def as_row(example: Any) -> dict[str, list[int]]:
+    """An example of ours as trainers take it: labels are not shifted yet."""
+    (ids,), (spans,) = example.sequences, example.scored
+    labels = [-100] * len(ids)
+    for start, end in spans:
+        labels[start:end] = ids[start:end]
+    return {"input_ids": list(ids), "labels": labels, "attention_mask": [1] * len(ids)}
+
+
 def assert_trains_as_peft(config) -> None:
     """Same seed, same batches, same losses and weights as PEFT with a plain AdamW loop."""
     losses = []
@@ -142,6 +151,20 @@ def assert_trains_as_peft(config) -> None:
         # by a small share of the learning rate; six steps of 1e-3 moved the weights by up to 4e-3
         torch.testing.assert_close(ours[name], theirs[name], atol=2e-5, rtol=0)
         assert (ours[name] - theirs[name]).abs().median() < 1e-7
+
+
+def records_of(run: Path) -> list[dict[str, Any]]:
+    """The lines of a run's ``metrics.jsonl``."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same_records(one: Path, two: Path) -> None:
+    """Equal but for what steps took."""
+    first, second = (
+        [{k: v for k, v in each.items() if k != "seconds"} for each in records_of(run)]
+        for run in (one, two)
+    )
+    assert first == second
 
 
 class Stop(BaseException):

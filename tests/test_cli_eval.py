@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import write_rows
+from helpers import records_of
 
 from chainlora.data.tasks import load_task, sample_splits
 
@@ -42,7 +43,7 @@ def test_eval_takes_the_first_rows_in_file_order(chainlora, finished, sentiment,
 def test_eval_of_the_plain_model_and_of_the_chain_as_it_was(chainlora, finished, tiny_folder, task):
     base = chainlora(f"eval {tiny_folder} {task} --json").json
     assert chainlora(f"eval {finished} {task} --links 0 --json").json == base
-    records = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    records = records_of(finished)
     knots = [r for r in records if r["event"] == "eval" and r["where"] in ("start", "knot")]
     for links, record in enumerate(knots):
         found = chainlora(f"eval {finished} {task} --links {links} --json").json["metrics"]

@@ -8,7 +8,7 @@ import os
 import shutil
 
 import pytest
-from helpers import stop_after
+from helpers import records_of, stop_after
 
 from chainlora import load_config
 
@@ -74,7 +74,7 @@ def test_a_lower_rate_is_named_to_continue_with_it(chainlora, config, tmp_path):
     changes = json.loads((tmp_path / "run" / "chain.json").read_text())["changes"]
     found = [(each["key"], each["before"], each["after"], each["step"]) for each in changes]
     assert found == [("train.lr", 1e-2, 1e-3, 4)]
-    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
+    records = records_of(tmp_path / "run")
     rates = {r["step"]: r["learning_rate"] for r in records if r["event"] == "step"}
     assert rates[5] < rates[4] / 5
     assert chainlora(f"{lower} --json").json["steps"] == 11  # it is the run's own rate now

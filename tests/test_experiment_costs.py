@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
-
 from experiment_cases import tree
+from helpers import records_of
 
 from chainlora.experiments import make_experiment, read_results, run_cells
 
@@ -21,12 +20,8 @@ def test_a_gradient_start_is_paid_for(tiny_folder, sentiment, tmp_path):
     plain, directed = read_results(tmp_path).finals
     assert plain["start_tokens"] == 0
     assert directed["start_tokens"] == directed["tokens"] - plain["tokens"] > 0
-    records = [
-        json.loads(line)
-        for line in next(tmp_path.glob(f"cells/{directed['cell']}/run/metrics.jsonl")).open()
-    ]
+    records = records_of(tmp_path / "cells" / directed["cell"] / "run")
     steps = [record["tokens"] for record in records if record["event"] == "step"]
-    assert directed["start_tokens"] == 3 * sum(
-        steps
-    )  # links of two steps: each reads its own batches three times
+    # links of two steps: each reads its own batches three times
+    assert directed["start_tokens"] == 3 * sum(steps)
     assert sum(directed["link_tokens"]) == directed["tokens"]

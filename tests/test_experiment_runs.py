@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
@@ -13,6 +12,7 @@ import time
 import pytest
 import yaml
 from experiment_cases import tree
+from helpers import records_of
 
 from chainlora.errors import ChainLoRAError, ConfigError, RunError
 from chainlora.experiments import (
@@ -184,7 +184,7 @@ def test_killed_and_run_again_by_processes(tiny_folder, sentiment, tmp_path):
     outcome = run_cells(load_experiment(path), out, backend="inline")
     assert outcome.num_run == 2
     assert not outcome.failed
-    records = [json.loads(line) for line in (half[0] / "metrics.jsonl").read_text().splitlines()]
+    records = records_of(half[0])
     steps = [record["step"] for record in records if record["event"] == "step"]
     assert steps == list(range(1, 301))  # no step lost, none twice
 

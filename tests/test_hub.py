@@ -10,6 +10,7 @@ import sys
 
 import torch
 import yaml
+from helpers import records_of
 from helpers_export import IDS, logits
 from helpers_hub import COMMIT, local_hub
 from peft import AutoPeftModelForCausalLM, PeftModel
@@ -71,7 +72,7 @@ def check_card(card: str, run) -> None:
     assert front["base_model"] == "tiny/llama"
     assert (front["library_name"], front["license"]) == ("peft", "apache-2.0")
     assert json.loads((run / "chain.json").read_text())["rows"] in card
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    records = records_of(run)
     scores = [r for r in records if r["event"] == "eval" and r["where"] in ("start", "knot")]
     names = ["before", "0", "1", "2"]
     for name, record in zip(names, scores, strict=True):

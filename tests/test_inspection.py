@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import settings
+from helpers import records_of, settings
 from safetensors.numpy import load_file
 
 from chainlora import inspect_run, make_config, train
@@ -102,7 +102,7 @@ def test_the_numbers_of_each_link_are_those_of_dense_arithmetic(run):
 
 
 def test_loss_and_score_are_those_of_the_records(run):
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    records = records_of(run)
     rows = inspect_run(run)["links"]
     for row in rows:
         losses = [r["loss"] for r in records if r["event"] == "step" and r["link"] == row["link"]]

@@ -8,7 +8,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from helpers import settings, training_examples
+from helpers import as_row, settings, training_examples
 from helpers_integrations import (
     LR,
     StopAt,
@@ -103,15 +103,6 @@ def test_train_and_trainer_give_the_same_links(tiny_folder, tokenizer, sentiment
             other = theirs.factors[name]
             torch.testing.assert_close(factors.b, other.b, atol=5e-4, rtol=0)
             assert (factors.b - other.b).abs().median() < 1e-6
-
-
-def as_row(example) -> dict[str, list[int]]:
-    """An example of ours as the Trainer takes it."""
-    (ids,), (spans,) = example.sequences, example.scored
-    labels = [-100] * len(ids)
-    for start, end in spans:
-        labels[start:end] = ids[start:end]
-    return {"input_ids": list(ids), "labels": labels, "attention_mask": [1] * len(ids)}
 
 
 @pytest.mark.parametrize(

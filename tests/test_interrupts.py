@@ -3,17 +3,15 @@ once."""
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
-from helpers import assert_same_links, settings
+from helpers import assert_same_links, assert_same_records, settings
 
 from chainlora import make_config, train
 from chainlora.cli.main import run as command
@@ -83,11 +81,6 @@ class Halted(LanguageModelling):
         return super().evaluate(engine, examples, **options | {"max_tokens": 64, "progress": tell})
 
 
-def records(run: Path) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
-
-
 BETTER = {"accept_links": "better"}
 
 
@@ -119,7 +112,7 @@ def test_a_signal_during_an_evaluation_stops_after_its_batch(
     assert RunDirectory(tmp_path / "run").verify().position.step == step
     assert train(config, resume=True)["metrics"] == expected["metrics"]
     assert_same_links(tmp_path / "run", tmp_path / "whole")
-    assert records(tmp_path / "run") == records(tmp_path / "whole")
+    assert_same_records(tmp_path / "run", tmp_path / "whole")
 
 
 def test_the_second_signal_stops_at_once(tiny_folder, sentiment, tmp_path):

@@ -5,7 +5,6 @@ torchrun starts the processes. A start costs seconds, so a few launches do the j
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -16,7 +15,7 @@ from typing import Any
 import pytest
 import yaml
 from accelerate.utils import DistributedType
-from helpers import settings
+from helpers import records_of, settings
 from helpers_data import pair_files
 from helpers_processes import assert_close_links, assert_close_updates, launch, outcome
 
@@ -88,12 +87,8 @@ def test_the_chain_is_that_of_one_process(launched, name, count):
 
 
 def test_losses_tokens_and_evaluations_are_those_of_one_process(launched):
-    def records(run: str) -> list[dict[str, Any]]:
-        lines = (launched / run / "metrics.jsonl").read_text().splitlines()
-        return [json.loads(line) for line in lines]
-
     for count in (2, 4):
-        one, many = records("plain-1"), records(f"plain-{count}")
+        one, many = records_of(launched / "plain-1"), records_of(launched / f"plain-{count}")
         assert [r["event"] for r in one] == [r["event"] for r in many]  # each written once
         for a, b in zip(one, many, strict=True):
             assert a.get("tokens") == b.get("tokens")

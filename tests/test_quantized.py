@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import write_rows
 from helpers import (
+    as_row,
     assert_same_links,
     links_of,
     settings,
@@ -270,11 +271,7 @@ def test_steps_are_those_of_peft_and_trainer(tiny_folder, tmp_path):
     train(config, listener=lambda e: losses.append(e.loss) if e.name == "step" else None)
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
-    encoded = []
-    for example in training_examples(config, tokenizer):
-        (ids,), (((start, _),),) = example.sequences, example.scored
-        labels = [-100] * start + list(ids[start:])
-        encoded.append({"input_ids": list(ids), "labels": labels})
+    encoded = [as_row(example) for example in training_examples(config, tokenizer)]
     model = peft.get_peft_model(prepared_by_peft(tiny_folder), lora())
     start_as_ours(model, config.chain.links()[0], config.train.seed)
     keys = {"max_steps": 3, "per_device_train_batch_size": 8, "learning_rate": 0.5}

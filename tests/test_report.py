@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from experiment_cases import change, with_curve, write_lines
-from helpers import settings, stop_after
+from helpers import records_of, settings, stop_after
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM
 
@@ -66,7 +66,7 @@ def test_one_file_that_needs_nothing_else(chainlora, finished, tmp_path):
 def test_the_numbers_are_those_of_the_files(finished, tmp_path):
     report_runs([finished], tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
-    records = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    records = records_of(finished)
     heads, *rows = table(page, "Loss over the steps")
     assert heads == ["step", "each step", "smoothed", "validation"]
     steps = {str(r["step"]): r["loss"] for r in records if r["event"] == "step"}

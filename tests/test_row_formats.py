@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import pytest
 from conftest import write_rows
+from helpers import as_row
 from transformers import AutoTokenizer
 
 from chainlora.config.schema import DataConfig
@@ -141,15 +142,6 @@ def read(smollm2_folder, tmp_path_factory):
     return call
 
 
-def _labels(example: Any) -> list[int]:
-    """Labels as trainers have them; the first token is predicted from nothing."""
-    (ids,), (spans,) = example.sequences, example.scored
-    labels = [-100] * len(ids)
-    for begin, stop in spans:
-        labels[begin:stop] = ids[begin:stop]
-    return labels
-
-
 @pytest.fixture(scope="module")
 def trl_labels(smollm2_folder, tiny_folder, tmp_path_factory):
     """Tokens and labels of TRL's SFTTrainer for a case."""
@@ -199,4 +191,4 @@ def test_labels_are_those_of_trl(case, read, trl_labels):
     found = read(case)
     assert found.sequences == (tuple(ids),)
     # The first token has no token before it that could predict it: trainers shift labels by one.
-    assert _labels(found)[1:] == labels[1:]
+    assert as_row(found)["labels"][1:] == labels[1:]

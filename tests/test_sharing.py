@@ -15,7 +15,7 @@ import pytest
 import torch
 import yaml
 from conftest import make_tiny_folder
-from helpers import settings
+from helpers import records_of, settings
 from helpers_data import pair_files
 from helpers_export import TARGETS
 from helpers_processes import assert_close_links, assert_close_updates, launch, outcome
@@ -117,10 +117,6 @@ def launched(way, folders, answers, sentiment, tmp_path_factory) -> Path:
     return folder
 
 
-def records(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
 @pytest.mark.parametrize("name", EXACT)
 def test_the_chain_is_that_of_one_process(launched, name):
     assert_close_links(launched / f"{name}-1", launched / f"{name}-2")
@@ -146,7 +142,7 @@ def test_four_processes_that_accelerate_started_train_the_same_chain(way, launch
 
 @pytest.mark.parametrize("name", ["llama", "uneven", "answers"])
 def test_losses_and_evaluations_are_those_of_one_process(launched, name):
-    one, two = records(launched / f"{name}-1"), records(launched / f"{name}-2")
+    one, two = records_of(launched / f"{name}-1"), records_of(launched / f"{name}-2")
     assert [r["event"] for r in one] == [r["event"] for r in two]
     for a, b in zip(one, two, strict=True):
         for key in ("loss", "grad_norm", "accuracy", "em"):
@@ -160,7 +156,7 @@ def test_carried_links_with_soft_knots_are_those_of_one_process(launched, other)
 
 def test_in_bfloat16_weights_are_rebuilt_and_rounded_once(launched):
     """A row is computed beside others, so activations round differently; knots do not."""
-    one, two = records(launched / "bfloat16-1"), records(launched / "bfloat16-2")
+    one, two = records_of(launched / "bfloat16-1"), records_of(launched / "bfloat16-2")
     for a, b in zip(one, two, strict=True):
         assert a.get("loss") == pytest.approx(b.get("loss"), abs=2e-2)  # of 0.7, eight bits each
     changes = [r["function_change"] for r in one + two if r["event"] == "knot"]

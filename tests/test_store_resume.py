@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
 import pytest
-from helpers import assert_same_links, settings, stop_after
+from helpers import assert_same_links, assert_same_records, settings, stop_after
 
 from chainlora import load_run, make_config, train
 from chainlora.errors import ChainLoRAError, FileError, RunError
@@ -143,12 +142,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_knot(rich_config, tmp_path, capl
     assert "the checkpoint at step 6 cannot be used" in caplog.text
     assert "the run resumes from step 4" in caplog.text
     assert_same_links(tmp_path / "run", tmp_path / "whole")
-    assert records(tmp_path / "run") == records(tmp_path / "whole")
-
-
-def records(run: Path) -> list[dict]:
-    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in record.items() if k != "seconds"} for record in found]
+    assert_same_records(tmp_path / "run", tmp_path / "whole")
 
 
 def test_a_run_is_for_one_process_at_a_time(rich_config, tmp_path):

@@ -11,6 +11,7 @@ import yaml
 from conftest import write_rows
 from helpers import (
     assert_trains_as_peft,
+    records_of,
     settings,
     training_examples,
 )
@@ -29,7 +30,7 @@ def test_a_run_from_config_to_result(tiny_folder, sentiment, tmp_path):
     assert result["steps"] == 11
     assert result["metrics"]["validation"]["accuracy"] > 0.9  # the word is in the sentence
     assert json.loads((run / "result.json").read_text()) == result
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    records = records_of(run)
     assert [dict(r) for r in seen[1:-1]] == records
     assert [seen[0]["event"], seen[-1]["event"]] == ["plan", "scored"]
     assert [r["where"] for r in records if r["event"] == "eval"] == [
@@ -114,11 +115,7 @@ def test_the_best_point_over_the_whole_chain_is_kept(tiny_folder, sentiment, tmp
         },
     )
     result = train(make_config(tree))
-    evals = [
-        r
-        for r in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-        if r["event"] == "eval"
-    ]
+    evals = [r for r in records_of(run) if r["event"] == "eval"]
     best = min((r for r in evals if r["where"] != "start"), key=lambda r: r["loss"])
     assert result["best"]["step"] == best["step"]
     assert result["metrics"]["validation"]["loss"] == pytest.approx(best["loss"], abs=1e-5)
@@ -181,7 +178,7 @@ def test_full_fine_tuning_is_evaluated_at_its_end_which_may_be_its_best_point(
     chain = {"tune": "full", "ranks": [1, 1], "steps": [4, 4]}
     keys = {"lr": 1e-3, "eval_every": 2, "select_metric": "loss"}
     result = train(make_config(settings(tiny_folder, sentiment, run, chain=chain, train=keys)))
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    records = records_of(run)
     losses = {r["step"]: r["loss"] for r in records if r["event"] == "eval"}
     assert [r["step"] for r in records if r["event"] == "eval"] == [0, 2, 4, 6, 8]
     assert (
@@ -291,7 +288,7 @@ def test_a_link_after_a_pruned_reset_starts_with_steps_of_bounded_size(
 def test_a_run_with_soft_knots(tiny_folder, sentiment, tmp_path):
     run, keys = tmp_path / "run", {"chain": {"knots": "auto", "ranks": [4, 2], "steps": [8, 6]}}
     result = train(make_config(settings(tiny_folder, sentiment, run, **keys)))
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    records = records_of(run)
     knots = [record for record in records if record["event"] == "soft_knot"]
     # auto: a time constant of 5 · √8 steps, so a knot every step but the last of the link
     assert [record["step"] for record in knots] == [*range(1, 8), *range(9, 14)]

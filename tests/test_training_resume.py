@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from helpers import assert_same_links, settings
+from helpers import assert_same_links, assert_same_records, settings
 from safetensors.torch import load_file
 
 from chainlora import make_config, train
@@ -78,14 +78,7 @@ def test_law_9_killed_anywhere_and_resumed_is_the_uninterrupted_run(
     )
     assert one["metrics"] == two["metrics"]
     assert one["best"] == two["best"]
-    losses = [
-        [
-            json.loads(line).get("loss")
-            for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()
-        ]
-        for name in ("whole", "killed")
-    ]
-    assert losses[0] == losses[1]
+    assert_same_records(tmp_path / "whole", tmp_path / "killed")
 
 
 def test_a_run_killed_between_its_early_stop_and_the_knot_still_ties_the_link(
