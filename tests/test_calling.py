@@ -132,6 +132,12 @@ def test_a_notebook_gets_lines_and_needs_no_widgets(monkeypatch, capsys):
     assert shown.out == ""
 
 
+def test_without_stderr_nothing_is_shown(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stderr", None)
+    say(2, total=2)
+    assert capsys.readouterr().out == ""
+
+
 def test_a_resume_may_log_otherwise(tree, tmp_path):
     tree = tree | {"output": str(tmp_path / "run")}
     first = train(tree)

@@ -55,7 +55,8 @@ def console_on_stderr() -> Console:
     A notebook is none, though it sets FORCE_COLOR: rich would need widgets there, or would print
     each frame of a bar below the last one.
     """
-    return Console(stderr=True, force_jupyter=False, force_terminal=sys.stderr.isatty())
+    isatty = getattr(sys.stderr, "isatty", bool)  # a daemon has no stderr, others put a log there
+    return Console(stderr=True, force_jupyter=False, force_terminal=isatty())
 
 
 def console_of_bars(console: Console) -> Console:
