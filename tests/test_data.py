@@ -278,11 +278,6 @@ def test_rows_that_suit_no_format(row, format, message):
 # --- real tokenizers, where they are ---
 
 
-def test_smollm2_chat_learns_answer_and_end_of_turn(smollm2_tokenizer):
-    (example,) = encode_examples([{"messages": TALK}], smollm2_tokenizer, "auto")
-    assert scored(example, smollm2_tokenizer) == [["two dogs<|im_end|>", "three<|im_end|>"]]
-
-
 @settings(max_examples=30, deadline=None)
 @given(texts=st.lists(st.text(max_size=60), min_size=1, max_size=5))
 def test_ids_are_those_that_calling_the_tokenizer_gives(smollm2_tokenizer, texts):

@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import pytest
 from helpers import settings as run_settings
-from helpers_data import CHAT, TALK, encode_examples, make_tokenizer, scored
+from helpers_data import CHAT, TALK, encode_examples, make_tokenizer
 from helpers_tasks import write_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -119,33 +119,12 @@ def test_columns_that_nothing_reads_are_named_once(tmp_path, caplog, rows, unrea
 
 TOOL = {"type": "function", "function": {"name": "count", "parameters": {"type": "object"}}}
 CALL = {"type": "function", "function": {"name": "count", "arguments": {"what": "dogs"}}}
-# As models that use tools render them: their descriptions first, a call as JSON.
-TOOLS = (
-    "{% if tools %}<|tools|>{% for tool in tools %}{{ tool.function.name }}{% endfor %}</s>\n"
-    "{% endif %}{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% for call in m.tool_calls "
-    "or [] %}{{ call.function | tojson }}{% endfor %}</s>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
 ASKED = [
     {"role": "user", "content": "how many dogs?"},
     {"role": "assistant", "content": None, "tool_calls": [CALL]},
     {"role": "tool", "content": "2"},
     {"role": "assistant", "content": "two dogs"},
 ]
-
-
-@pytest.mark.parametrize("tools", [[TOOL], json.dumps([TOOL])], ids=["list", "json"])
-def test_tools_and_calls_reach_the_chat_template(tools):
-    tokenizer = make_tokenizer("", TOOLS)
-    (example,) = encode_examples([{"messages": ASKED, "tools": tools}], tokenizer, "auto")
-    messages = [{k: v for k, v in message.items() if v is not None} for message in ASKED]
-    text = tokenizer.apply_chat_template(messages, tools=[TOOL], tokenize=False)
-    assert text.startswith("<|tools|>count</s>\n")
-    assert tokenizer.decode(example.sequences[0]) == text
-    call = json.dumps(CALL["function"], separators=(", ", ": "))
-    assert scored(example, tokenizer) == [[f"{call}</s>", "two dogs</s>"]]
-    (without,) = encode_examples([{"messages": ASKED, "tools": []}], tokenizer, "auto")
-    assert not tokenizer.decode(without.sequences[0]).startswith("<|tools|>")
 
 
 @pytest.mark.parametrize(

@@ -18,12 +18,6 @@ from chainlora.data.chat_templates import set_chat_template
 from chainlora.errors import ConfigError, DataError
 
 SYSTEM = {"role": "system", "content": "count"}
-PARTS = [{"type": "text", "text": "how many "}, {"type": "text", "text": "dogs?"}]
-ECHO = (
-    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% for call in m.tool_calls or [] %}"
-    "{{ call.function.arguments | tojson }}{% endfor %}</s>{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
 
 
 def tokenizer_with(**keys):
@@ -179,35 +173,14 @@ def test_templates_and_arguments_that_are_refused(keys, message):
 # --- what a message may hold ---
 
 
-@pytest.mark.parametrize("template", [CHAT, MARKED], ids=["prefixes", "marked"])
-def test_content_in_parts_is_one_text(template):
-    tokenizer = make_tokenizer("bos", template)
-    rows = [
-        {"messages": TALK[:2]},
-        {"messages": [{"role": "user", "content": PARTS}, TALK[1]]},
-    ]
-    whole, parts = encode_examples(rows, tokenizer, "auto")
-    assert (parts.sequences, parts.scored) == (whole.sequences, whole.scored)
+def test_content_that_is_no_text_is_refused():
     image = {"type": "image_url", "image_url": "x"}
     with pytest.raises(DataError, match=r"parts of type text .*image_url.* at row 0"):
         encode_examples(
-            [{"messages": [{"role": "user", "content": [image]}, TALK[1]]}], tokenizer, "chat"
+            [{"messages": [{"role": "user", "content": [image]}, TALK[1]]}],
+            make_tokenizer("bos", CHAT),
+            "chat",
         )
-
-
-def test_arguments_of_calls_in_json_are_read_where_the_template_does_not():
-    """OpenAI writes them as text; a template that asks for an object would quote it again."""
-    tokenizer = make_tokenizer("bos", ECHO)
-    messages = [
-        [TALK[0], {"role": "assistant", "content": "", "tool_calls": [call]}]
-        for call in (
-            {"function": {"name": "f", "arguments": '{"a": 1}'}},
-            {"function": {"name": "f", "arguments": {"a": 1}}},
-        )
-    ]
-    text, read = encode_examples([{"messages": each} for each in messages], tokenizer, "chat")
-    assert text.sequences == read.sequences
-    assert scored(text, tokenizer) == [['{"a": 1}</s>']]
 
 
 @pytest.mark.parametrize("arguments", ["loud", ["loud"], {"chat_template": "x"}, {"tokenize": 1}])

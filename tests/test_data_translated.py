@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from helpers_data import CHAT, MARKED, TALK, encode_examples, make_tokenizer, scored
+from helpers_data import CHAT, MARKED, TALK, encode_examples, make_tokenizer
 from helpers_tasks import write_rows
 
 from chainlora.config.schema import DataConfig
@@ -43,33 +43,6 @@ def test_alpaca_is_chat_where_there_is_a_template():
     question = {"role": "user", "content": "how many dogs?"}
     for nothing in ("", None):
         same(ALPACA | {"input": nothing}, {"messages": [question, answer]})
-
-
-def test_alpaca_is_its_own_prompt_where_there_is_none():
-    """The prompts of github.com/tatsu-lab/stanford_alpaca, train.py."""
-    tokenizer = make_tokenizer("bos")
-    texts = {
-        "two dogs": "Below is an instruction that describes a task, paired with an input that "
-        "provides further context. Write a response that appropriately completes the request.\n\n"
-        "### Instruction:\nhow many dogs?\n\n### Input:\ntwo dogs\n\n### Response:\n",
-        "": "Below is an instruction that describes a task. Write a response that appropriately "
-        "completes the request.\n\n### Instruction:\nhow many dogs?\n\n### Response:\n",
-    }
-    for more, prompt in texts.items():
-        (found,) = encode_examples([ALPACA | {"input": more}], tokenizer, "alpaca")
-        assert tokenizer.decode(found.sequences[0]) == f"<s>{prompt}two</s>"
-        assert scored(found, tokenizer) == [["two</s>"]]
-
-
-@pytest.mark.parametrize("template", [CHAT, MARKED], ids=["prefixes", "marked"])
-def test_of_a_conversational_row_only_the_completion_is_learnt(template):
-    tokenizer = make_tokenizer("bos", template)
-    row = {"prompt": TALK[:3], "completion": TALK[3:]}
-    (found,) = encode_examples([row], tokenizer, "auto")
-    (whole,) = encode_examples([{"messages": TALK}], tokenizer, "chat")
-    assert found.sequences == whole.sequences
-    assert [list(spans) for spans in found.scored] == [list(whole.scored[0])[1:]]
-    assert scored(found, tokenizer) == [["three</s>"]]
 
 
 def test_what_was_recognised_is_reported(tmp_path, caplog):

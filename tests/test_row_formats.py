@@ -123,6 +123,17 @@ CASES = [
             "completion": "Four.",
         },
     ),
+    Case(
+        "Alpaca, without one and without an input",
+        {"instruction": ASK["content"], "output": ANSWER["content"]},
+        {"chat_template": None},
+        {
+            "prompt": "Below is an instruction that describes a task. Write a response that "
+            "appropriately completes the request.\n\n### Instruction:\nHow many legs has a dog?"
+            "\n\n### Response:\n",
+            "completion": "Four.",
+        },
+    ),
 ]
 
 
