@@ -288,7 +288,7 @@ class Work:
         model, tokenizer = load_model(MODEL, dtype="bfloat16")
         chain = Chain(model, hold=hold_for(model), seed=0)
         layers = chain.extend(LinkConfig(rank=rank, alpha=2.0 * rank)).layers.values()
-        with Engine(model) as engine:
+        with Engine(model, training=True) as engine:
             engine.adapt(layers)
             for order in self._visits(chain, engine, first):
                 right = {task: self._right(engine, tokenizer, task) for task in order}
