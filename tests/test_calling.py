@@ -69,9 +69,9 @@ def test_a_log_has_a_line_every_so_many_steps(tree, capsys):
     assert lines_of_steps(capsys.readouterr().err) == [*range(2, 21, 2)]  # a tenth of the run
 
 
-def say(steps: int, total: int, log_every: int | None = None) -> None:
+def say(steps: int, total: int) -> None:
     """Show a run that has made some steps of a second each."""
-    with progress_listener(log_every) as listener:
+    with progress_listener() as listener:
         listener(Planned(0, total, [total], 8, "packed", 1, [], {}))
         for step in range(1, steps + 1):
             listener(StepDone(step, 0, 1.0, 1e-3, 1.0, 10, 1.0))
@@ -79,8 +79,8 @@ def say(steps: int, total: int, log_every: int | None = None) -> None:
 
 def test_the_time_left_can_be_believed(capsys):
     """The demo's first one was 2:38:45, told by its first step."""
-    with progress_listener(log_every=1) as listener:
-        listener(Planned(0, 100, [100], 8, "packed", 1, [], {}))
+    with progress_listener() as listener:
+        listener(Planned(0, 100, [100], 8, "packed", 1, [], {}, log_every=1))
         for step in range(1, 11):
             seconds = 90.0 if step == 1 else 0.5
             listener(StepDone(step, 0, 1.0, 1e-3, 1.0, 10, seconds))
@@ -95,8 +95,8 @@ def test_the_time_left_counts_evaluations(capsys, monkeypatch):
     """Without them it was a fifth of the truth where every third step is followed by one."""
     clock = 0.0
     monkeypatch.setattr("time.monotonic", lambda: clock)
-    with progress_listener(log_every=1) as listener:
-        listener(Planned(0, 30, [30], 8, "packed", 1, [], {}, evaluations=[10, 20, 30, 30]))
+    with progress_listener() as listener:
+        listener(Planned(0, 30, [30], 8, "packed", 1, [], {}, [10, 20, 30, 30], log_every=1))
         clock += 60
         listener(Evaluated(0, 0, "start", {"loss": 1.0}))
         for step in range(1, 11):
@@ -104,6 +104,19 @@ def test_the_time_left_counts_evaluations(capsys, monkeypatch):
             listener(StepDone(step, 0, 1.0, 1e-3, 1.0, 10, 1.0))
     told = [line for line in capsys.readouterr().err.splitlines() if "loss 1.0000 (" in line]
     assert [line.rsplit(", ", 1)[1] for line in (told[4], told[9])] == ["4:25 left", "4:20 left"]
+
+
+def test_what_a_stage_shows_is_its_own(capsys):
+    with progress_listener() as listener:
+        for loss, log_every in ((9.0, 10), (1.0, 2)):
+            listener(Planned(0, 10, [10], 8, "packed", 1, [], {}, log_every=log_every))
+            for step in range(1, 11):
+                listener(StepDone(step, 0, loss, 1e-3, 1.0, int(10 * loss), loss))
+    first, *second = [line for line in capsys.readouterr().err.splitlines() if "loss" in line]
+    assert "loss 9.0000" in first
+    assert len(second) == 5
+    assert all("loss 1.0000 (smoothed), lr 1.0e-03, 10 tokens/s" in line for line in second)
+    assert ["left" in line for line in second] == [False, False, True, True, True]
 
 
 @pytest.mark.parametrize("at_knots", [True, False])

@@ -271,6 +271,8 @@ def test_an_interrupted_chat_is_saved_up_to_its_last_answer(
         (CALL.replace("count", "delete"), CALL.replace("count", "delete"), 0),  # no such tool
         ('an {"open brace', 'an {"open brace', 0),
         ("{" * 5000, "{" * 5000, 0),
+        (CALL.replace("{", r'{"x": "\ud800", '), CALL.replace("{", r'{"x": "\ud800", '), 0),
+        (CALL.replace("{", '{"x": NaN, '), CALL.replace("{", '{"x": NaN, '), 0),  # in no JSON file
     ],
 )
 def test_calls_are_found_as_models_write_them(text, content, calls):
@@ -316,6 +318,7 @@ def test_what_cannot_be_said(chainlora, tiny_folder, finished, typed, retold):
     chainlora(*asked, "red birds fly " * 99).refused("must leave room in the context of 128 tokens")
     chainlora(*asked, "a", "--links", 1).refused("--links needs a run directory")
     chainlora(f"generate {finished} --links 9 --prompt a").refused("--links must be 0 to 3")
+    chainlora(*asked, "a", "--seed", 10**20).refused("`seed` must be at least 0 and below 2**63")
     outcome = chainlora(*asked, "a", "--top-p", 0.5)
     assert outcome.status == 2
     assert "--top-p needs --temperature above 0" in outcome.err

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
+import signal
 from itertools import product
 from pathlib import Path
 
@@ -12,16 +14,16 @@ import pytest
 import torch
 from helpers import assert_same_links, links_of, settings
 
-from chainlora import evaluate_task, load_run
+from chainlora import evaluate_task, export_adapter, load_run
 from chainlora.cli.main import run as cli
 from chainlora.config.stages import make_stages
-from chainlora.errors import ChainLoRAError, ConfigError, RunError
+from chainlora.errors import ChainLoRAError, ConfigError, RunError, StoppedError
 from chainlora.evaluation.stages import best_mix, stage_matrix
 from chainlora.files import checksums, sha256
 from chainlora.runs.inspection import inspect_run
 from chainlora.runs.pruning import prune_stage
 from chainlora.runs.stages import mix_stages, open_run, read_stages
-from chainlora.training import stages as stages_module
+from chainlora.training.interrupts import interruptible
 from chainlora.training.stages import extension, survey, train_stages
 
 
@@ -198,6 +200,7 @@ def _stop_after(total: int):
     [
         ({"name": "facts"}, "every stage must have a name of its own"),
         ({"name": "9"}, "must have a `name`"),
+        ({"name": "x²"}, "must have a `name`"),
         ({"name": None}, "must have a `name`"),
         ({"name": "base"}, "not base or now"),
         ({"name": "now"}, "not base or now"),
@@ -458,24 +461,29 @@ def test_a_stage_that_no_strength_makes_harmless_is_off_and_the_exit_status_says
     harmful["stages"][1]["train"]["lr"] = 0.1
     harmful["stages"][1]["chain"]["steps"] = [60]
     (tmp_path / "mine.yaml").write_text(json.dumps(harmful))
-    assert cli(["train", str(tmp_path / "mine.yaml")]) == 3
-    assert "switched off by accept_links: style" in capsys.readouterr().err
+    assert cli(["train", str(tmp_path / "mine.yaml"), "--json"]) == 3
+    told = capsys.readouterr()
+    assert "switched off by accept_links: style" in told.err
+    assert json.loads(told.out)["strengths"] == {"facts": 1.0, "style": 0.0}
     assert torch.equal(logits(tmp_path / "run"), logits(f"{tmp_path / 'run'}@facts"))
 
 
 @pytest.mark.parametrize("is_fork", [False, True])
-def test_a_kill_between_training_and_judging_loses_neither(harmful, tmp_path, monkeypatch, is_fork):
+def test_a_signal_between_training_and_judging_loses_neither(harmful, tmp_path, is_fork):
     train_stages(make_stages(one_stage(harmful)))
     section = stage_of(harmful, "style") | ({"output": str(tmp_path / "fork")} if is_fork else {})
     run = tmp_path / ("fork" if is_fork else "run")
 
-    def killed(*arguments: object) -> None:
-        raise KeyboardInterrupt
+    def listener(event) -> None:
+        if event.name == "scored":
+            os.kill(os.getpid(), signal.SIGINT)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(stages_module, "guard", killed)
-        with pytest.raises(KeyboardInterrupt):
-            train_stages(extension(tmp_path / "run", section))
+    with interruptible() as interrupts:
+        interrupts.defer()
+        with pytest.raises(
+            StoppedError, match=r"SIGINT.*before: facts\); the same command goes on"
+        ):
+            train_stages(extension(tmp_path / "run", section), listener=listener)
     train_stages(extension(tmp_path / "run", section))
     assert open_run(run).strengths["style"] < 1
     assert train_stages(extension(tmp_path / "run", section))[-1] is None
@@ -489,6 +497,25 @@ def test_what_a_tolerance_needs_is_asked_for_before_any_training(harmful, tmp_pa
     harmful["stages"][1]["chain"]["dora"] = True
     with pytest.raises(ConfigError, match="on or off"):
         make_stages(harmful)
+
+
+def test_what_a_chain_begins_on_is_asked_for_before_any_training(harmful, tmp_path):
+    """A PEFT adapter has no rows, and its link a name; a stage that was pruned needs neither."""
+    facts, style = harmful["stages"]
+    facts["data"]["keep_rows"] = False
+    del style["train"]["accept_links"]
+    train_stages(make_stages(harmful))
+    export_adapter(tmp_path / "run", tmp_path / "adapter")
+    begun = harmful | {"start": str(tmp_path / "adapter"), "output": str(tmp_path / "begun")}
+    law = style | {"name": "law", "train": {"accept_links": 0.1}}
+    for last, message in ((law, "none of start"), (style | {"name": "start"}, "name of its own")):
+        with pytest.raises(RunError, match=message):
+            train_stages(make_stages(begun | {"stages": [style, last]}))
+    assert not (tmp_path / "begun").exists()
+    with pytest.raises(RunError, match="none of facts"):
+        survey(extension(tmp_path / "run", law))
+    prune_stage(tmp_path / "run", "facts")
+    assert [found.state for found in survey(extension(tmp_path / "run", law))][-1] == "new"
 
 
 # --- prune ---

@@ -36,9 +36,10 @@ if TYPE_CHECKING:
     type=click.UNPROCESSED,
     shell_complete=complete_values,
 )
+@click.option("--resume", is_flag=True, hidden=True, help="As `train` has it: it always goes on.")
 @click.option("--dry-run", is_flag=True, help="Say what would be trained, and train nothing.")
 @json_option
-def extend(arguments: tuple[str, ...], dry_run: bool, as_json: bool) -> None:
+def extend(arguments: tuple[str, ...], resume: bool, dry_run: bool, as_json: bool) -> None:
     """Train one more stage on top of RUN: new data, fresh links, the same chain.
 
     What is not said is as in the stage before; say at least the name, the rows, the ranks and how

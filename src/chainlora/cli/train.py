@@ -129,8 +129,11 @@ def train_and_show(
         if result is not None:
             _plot(stage.config)
     if as_json:
-        names = [stage.name for stage in stages]
-        print_json({"stages": dict(zip(names, results, strict=True))})
+        from chainlora.runs.stages import strengths_of
+
+        found = dict(zip([stage.name for stage in stages], results, strict=True))
+        strengths = strengths_of(Path(stages[0].config.output or ""))
+        print_json({"stages": found, "strengths": strengths})
     else:
         _show_stages(Path(stages[0].config.output or ""), results)
     if off:
@@ -195,10 +198,7 @@ def _with_progress(settings: RunConfig, work: Callable[[Listener], Result]) -> R
     from chainlora.training.interrupts import interruptible
     from chainlora.training.progress import progress_listener
 
-    first = is_first_process()
-    shown = (
-        progress_listener(settings.train.log_every) if first else nullcontext(lambda event: None)
-    )
+    shown = progress_listener() if is_first_process() else nullcontext(lambda event: None)
     with shown as show, interruptible(_say_stopping) as interrupts:
 
         def listener(event: Event) -> None:

@@ -35,7 +35,7 @@ RUN_WIDE = {
 }
 _SECTIONS = ("data", "chain", "train")
 # `base` and `now` are states of the matrix that are no stages.
-_NAME = re.compile(r"(?!(?:base|now)\Z)[A-Za-z][\w-]{0,63}")
+_NAME = re.compile(r"(?!(?:base|now)\Z)[A-Za-z][\w-]{0,63}", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -109,8 +109,8 @@ def check_name(name: object, taken: Sequence[str] = ()) -> str:
     """Return the name of a new stage. Raises ConfigError for one that is none, or is taken."""
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise ConfigError(
-            "a stage must have a `name` of letters, digits, - and _, a letter first, and "
-            "not base or now",
+            "a stage must have a `name` of at most 64 letters a to z, digits, - and _, a letter "
+            "first, and not base or now",
             f"{name!r:.40}" if name is not None else "none",
             "e.g. name: facts",
         )

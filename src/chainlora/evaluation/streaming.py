@@ -48,6 +48,8 @@ class Decoding:
             raise ConfigError("`top_p` must be above 0 and at most 1", self.top_p)
         if self.max_new_tokens < 1:
             raise ConfigError("`max_new_tokens` must be at least 1", self.max_new_tokens)
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError("`seed` must be at least 0 and below 2**63", self.seed)
         if self.top_p < 1 and self.temperature == 0:
             got = f"{self.top_p} at temperature 0, which takes the likeliest"
             remedy = "give a temperature above 0"
@@ -207,9 +209,14 @@ def message_of(text: str, tools: Tools, num_calls: int = 0) -> Message:
 
 
 def _object_at(text: str, start: int) -> tuple[dict[str, Any], int]:
-    """Return the JSON object that begins at a brace and where it ends; an empty one for none."""
+    """Return the JSON object that begins at a brace and where it ends; an empty one for none.
+
+    What no row to train on could hold, NaN or half a surrogate pair, is none.
+    """
     try:
-        return json.JSONDecoder().raw_decode(text, start)
+        found, end = json.JSONDecoder().raw_decode(text, start)
+        json.dumps(found, ensure_ascii=False, allow_nan=False).encode()
+        return found, end
     except (ValueError, RecursionError):
         return {}, start
 

@@ -49,7 +49,7 @@ def train(
         stages = make_stages(with_start(config))
         return _of_stages(stages, listener, change, progress)
     checked = config if isinstance(config, RunConfig) else make_config(config)
-    with _shown(checked, listener, progress) as tell:
+    with _shown(listener, progress) as tell:
         found = run_training(checked, resume=resume, listener=tell, change=change)
     return cast(TrainResult, Shown(found))
 
@@ -77,7 +77,7 @@ def _of_stages(
     progress: bool | None,
 ) -> TrainResult:
     """Train what is new, and return the last stage's result."""
-    with _shown(stages[0].config, listener, progress) as tell:
+    with _shown(listener, progress) as tell:
         last = train_stages(stages, listener=tell, change=change)[-1]
     if last is None:
         last = cast(TrainResult, RunReader(stages[-1].config.output or "").result())
@@ -85,16 +85,10 @@ def _of_stages(
 
 
 @contextmanager
-def _shown(
-    config: RunConfig, listener: Listener | None, progress: bool | None
-) -> Iterator[Listener]:
+def _shown(listener: Listener | None, progress: bool | None) -> Iterator[Listener]:
     """Give what tells the listener, and shows progress where it is wanted."""
     is_shown = (listener is None) if progress is None else progress
-    shown = (
-        progress_listener(config.train.log_every)
-        if is_shown and is_first_launched()
-        else nullcontext(_ignore)
-    )
+    shown = progress_listener() if is_shown and is_first_launched() else nullcontext(_ignore)
     with shown as show:
 
         def tell(event: Event) -> None:

@@ -91,6 +91,7 @@ class Planned(Event):
     notes: list[str]  # which fast paths apply, and why not the others
     data: Mapping[str, Mapping[str, Any]]  # what became of each split's rows (`Splits.report`)
     evaluations: Sequence[int] = ()  # steps, in order, after which the validation rows are scored
+    log_every: int | None = None  # `train.log_every`
 
 
 @dataclass(frozen=True, eq=False)

@@ -35,13 +35,13 @@ _SILENCE = 60.0  # seconds after which a line is due all the same
 
 
 @contextmanager
-def progress_listener(log_every: int | None = None) -> Iterator[Listener]:
+def progress_listener() -> Iterator[Listener]:
     """Give a listener for `train` that shows loss, rate, tokens/s and time left on stderr.
 
     On a terminal that is a bar, which goes when the context ends, however it ends. In a log file or
-    a notebook it is a line every `log_every` steps; None: a tenth of the run, or after a minute.
+    a notebook it is a line every `train.log_every` steps.
     """
-    listener = _Listener(log_every)
+    listener = _Listener()
     try:
         yield listener
     finally:
@@ -66,9 +66,9 @@ def console_of_bars(console: Console) -> Console:
 
 
 class _Listener:
-    def __init__(self, log_every: int | None) -> None:
+    def __init__(self) -> None:
         self.console = console_on_stderr()
-        self.log_every = log_every
+        self.log_every: int | None = None
         self.bar = Progress(
             TextColumn("link {task.fields[link]}"),
             BarColumn(bar_width=24),
@@ -142,6 +142,8 @@ class _Listener:
 
     def _plan(self, event: Planned) -> None:
         self.encoding.stop()
+        self._forget()
+        self.log_every = event.log_every
         self.total, self.evaluations = event.num_steps, event.evaluations
         lengths = " + ".join(map(str, event.lengths))
         resumed = f", resuming after step {event.step}" if event.step else ""
@@ -161,6 +163,15 @@ class _Listener:
             left="",
         )
         self.bar.start()
+
+    def _forget(self) -> None:
+        """Forget the stage before: its losses and seconds say nothing of the next one."""
+        self.loss = self.speed = None
+        self.seconds.clear()
+        self.evaluation_seconds.clear()
+        for task in self.splits.values():
+            self.encoding.remove_task(task)
+        self.splits.clear()
 
     def _step(self, event: StepDone) -> None:
         self.seconds.append(event.seconds)

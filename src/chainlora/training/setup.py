@@ -360,6 +360,7 @@ def _announce(run: Run) -> None:
             notes=list(run.engine.notes),
             data=run.splits.report(),
             evaluations=_evaluations(run),
+            log_every=run.train.log_every,
         )
     )
 

@@ -7,6 +7,7 @@ The same call again goes on where the last one was stopped, and does nothing whe
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -26,9 +27,9 @@ from chainlora.config.stages import (
     what_stages_share,
 )
 from chainlora.data.splits import check_files, check_pairs
-from chainlora.errors import ChainLoRAError, RunError
+from chainlora.errors import ChainLoRAError, RunError, StoppedError
 from chainlora.evaluation.stages import guard, stage_matrix
-from chainlora.runs.loading_start import load_start
+from chainlora.runs.loading_start import IMPORTED, load_start
 from chainlora.runs.reading import RunReader
 from chainlora.runs.resuming import changes
 from chainlora.runs.stages import (
@@ -42,6 +43,7 @@ from chainlora.runs.stages import (
 )
 from chainlora.runs.start import NOTHING, Start, next_id_after
 from chainlora.training.events import Listener, StageBegins, StageGuarded
+from chainlora.training.interrupts import stop_requested
 from chainlora.training.loop import train
 from chainlora.training.processes import is_first_launched, num_launched
 from chainlora.training.result import TrainResult
@@ -104,10 +106,30 @@ def survey(stages: Sequence[Stage], change: Collection[str] = ()) -> list[StageS
             else _state_of(stage, stage.name in known and _is_judged(stage, run), change)
             for stage in stages
         ]
-    for place, (stage, where) in enumerate(zip(stages, found, strict=True)):
-        if where.state == "new" and stage.tolerance is not None:
-            _need_rows(stage, [s.name for s in stages[:place] if not s.config.data.keep_rows])
+    below = _begun_on(stages)
+    for stage, where in zip(stages, found, strict=True):
+        if where.state == "new":
+            _need_name(stage, below)
+            _need_rows(stage, below)
+        if where.state != "pruned":
+            below[stage.name] = stage.config.data.keep_rows
     return found
+
+
+def _begun_on(stages: Sequence[Stage]) -> dict[str, bool]:
+    """Return the stages that a chain begins on, and whether their rows are kept."""
+    first = stages[0].config
+    reader = RunReader(first.output or "")
+    if reader.exists:
+        manifest = reader.manifest()
+        return {e.stage: e.stage in manifest.kept for e in manifest.links[: manifest.first]}
+    return {} if first.start is None else _below(load_start(first.start, stages[0].name))
+
+
+def _below(start: Start) -> dict[str, bool]:
+    """Return the stages below one that begins there, and whether their rows are kept."""
+    names = [IMPORTED] if start.adapter is not None else [entry.stage for entry in start.entries]
+    return {name: name in start.kept for name in names}
 
 
 def extension(
@@ -184,9 +206,20 @@ def _new(stage: Stage) -> StageState:
     return StageState(stage.name, "new")
 
 
-def _need_rows(stage: Stage, without: Sequence[str]) -> None:
-    """Refuse a tolerance for what stages lose whose rows are not there, before it is trained."""
-    if without:
+def _need_name(stage: Stage, below: Mapping[str, bool]) -> None:
+    """Refuse a name that a stage has which the chain begins on, before any is trained."""
+    if stage.name in below:
+        raise RunError(
+            "a stage must have a name of its own",
+            f"{stage.name!r}, which is there",
+            "choose another",
+        )
+
+
+def _need_rows(stage: Stage, below: Mapping[str, bool]) -> None:
+    """Refuse a tolerance for what stages lose whose rows are not there, before any is trained."""
+    without = [name for name, is_kept in below.items() if not is_kept]
+    if without and stage.tolerance is not None:
         raise RunError(
             f"`accept_links: {stage.tolerance}` of stage {stage.name!r} scores rows that earlier "
             "stages kept",
@@ -224,9 +257,8 @@ def _train(
             _known(run, stages)  # another process may have ended one in the meantime
         try:
             start = NOTHING if where.state == "stopped" else _start(stage, run, is_first)
-            if stage.tolerance is not None:
-                below = {entry.stage for entry in start.entries}
-                _need_rows(stage, sorted(below - start.kept.keys()))
+            _need_name(stage, _below(start))
+            _need_rows(stage, _below(start))
             resume = where.state == "stopped" or Path(stage.config.output or "").exists()
             result = train(stage.config, resume=resume, listener=tell, change=change, start=start)
         except ChainLoRAError as error:
@@ -243,7 +275,7 @@ def _end(stage: Stage, run: Path, is_first: bool, tell: Listener) -> None:
     is_judged = stage.tolerance is not None and len(RunReader(folder).manifest().stages) > 1
     strength = 1.0
     if stage.tolerance is not None and is_judged:
-        strength, gains = guard(folder, stage.tolerance)
+        strength, gains = guard(folder, stage.tolerance, progress=_stop_if_requested)
         means = {name: found.mean for name, found in gains.items()}
         tell(StageGuarded(0, stage.name, strength, means))
     if is_judged or not is_first:
@@ -261,7 +293,18 @@ def _score(run: Path) -> None:
     """Score all stages in all states, where there are several and they kept rows."""
     manifest = open_run(run).manifest()
     if len(manifest.stages) > 1 and manifest.kept:
-        stage_matrix(run)
+        stage_matrix(run, progress=_stop_if_requested)
+
+
+def _stop_if_requested(what: str, done: int, rows: int) -> None:
+    """Raise StoppedError while stages are scored, which the same command then does, if asked to.
+
+    Several processes must stop alike, so they finish what they have begun.
+    """
+    number = stop_requested()
+    if number is not None and num_launched() == 1:
+        got = f"{signal.Signals(number).name} while it was scored, {what}"
+        raise StoppedError(f"the run stopped (got {got}); the same command goes on", number)
 
 
 def _start(stage: Stage, run: Path, is_first: bool) -> Start:
@@ -274,11 +317,6 @@ def _start(stage: Stage, run: Path, is_first: bool) -> Start:
         found = read_stages(run)
         last = RunReader(folder_of(run, found, len(found.names) - 1))
         start = replace(start, next_id=next_id_after(last))
-    if stage.name in {entry.stage for entry in start.entries}:
-        raise RunError(
-            f"a stage must have a name of its own (got {stage.name!r}, which {address} has); "
-            "choose another"
-        )
     return start
 
 
