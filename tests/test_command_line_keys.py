@@ -95,6 +95,7 @@ GIVEN |= {"data.train", "data.validation", "data.test", "data.num_test"}
 GIVEN |= {"data.chat_template", "data.template_arguments"}  # test_data_templates.py
 GIVEN |= {"train.loss", "train.dpo_beta", "train.dpo_label_smoothing"}  # test_dpo.py
 GIVEN |= {"data.replay"}  # test_kept_rows.py
+GIVEN |= {"data.fields"}  # test_row_formats.py
 GIVEN |= {"quantize"}  # test_quantized.py, where its packages are
 GIVEN |= {"start"}  # test_stages.py, test_start.py
 

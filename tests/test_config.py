@@ -42,6 +42,21 @@ WRONG = [
     ("resume_from_checkpoint", "out", "unknown key `resume_from_checkpoint`; there is no such key"),
     ("load_in_4bit", "true", "unknown key `load_in_4bit`; here it is `quantize: nf4`"),
     ("chain.target_modules", "all", "`target_modules` must name modules (got all); say all-linear"),
+    (
+        "data.fields",
+        "{question: prompt}",
+        "`data.fields` must have fields of format auto: prompt, ",
+    ),
+    (
+        "data",
+        "{train: x, format: text, fields: {prompt: q}}",
+        "`data.fields` must have fields of f",
+    ),
+    (
+        "data",
+        "{task: sst2, fields: {text: q}}",
+        "`data.fields` are those of a format, and a task n",
+    ),
     ("data.chat_template", "qwen", "`data.chat_template` must be a name, a file or a Jinja text ("),
     ("fp16", "true", "unknown key `fp16`; there is no such key here: train.dtype is float32"),
     ("chain.ranks", "[8, a]", "`chain.ranks` must be a whole number (got 'a' at position 1)"),

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -117,6 +118,17 @@ def test_content_decides_and_not_name_or_time(cache, tmp_path):
     assert path.stat().st_size == before.st_size
     assert changed.summary.digest != first.summary.digest
     assert len(stores(cache)) == 2
+
+
+def test_names_of_columns_decide_too(cache, tmp_path):
+    rows = [{"a": f" {words['text']}", "b": " two"} for words in some_rows("text")]
+    source = FileSource(write_rows(tmp_path / "rows.jsonl", rows))
+    digests = set()
+    for prompt, completion in ("ab", "ba"):
+        fields = {"prompt": prompt, "completion": completion}
+        found = make_rows(replace(source, fields=fields), make_tokenizer("bos"), "auto", Options())
+        digests.add(found.summary.digest)
+    assert len(digests) == len(stores(cache)) == 2
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", pytest.param(".parquet", marks=pytest.mark.slow)])

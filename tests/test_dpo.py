@@ -26,6 +26,7 @@ from chainlora import train
 from chainlora.config.loading import make_config
 from chainlora.errors import ConfigError, DataError, RunError
 from chainlora.evaluation.scoring import evaluate_task
+from chainlora.evaluation.training_rows import training_rows
 from chainlora.runs.opening import load_run
 from chainlora.runs.reading import RunReader
 from chainlora.runs.start import start_of
@@ -166,6 +167,27 @@ def test_a_cut_takes_as_much_of_both_prompts_and_nothing_of_the_answers():
     (cut,) = encode_examples([row], tokenizer, "auto", **keys)
     assert scored(cut, tokenizer) == scored(whole, tokenizer)
     assert [len(a) - len(b) for a, b in zip(whole.sequences, cut.sequences, strict=True)] == [3, 3]
+
+
+def test_columns_of_other_names_are_the_same_pairs(settings, tmp_path):
+    tree = settings("ours")
+    expected = train(tree)["metrics"]
+    theirs = settings("theirs", train={"save_every": 1})
+    fields = {"prompt": "ask", "chosen": "yes", "rejected": "no"}
+    for split, path in theirs["data"].items():
+        rows = map(json.loads, Path(path).read_text().splitlines())
+        named = [{fields[k]: v for k, v in row.items()} for row in rows]
+        theirs["data"][split] = write_rows(tmp_path / f"{split} named.jsonl", named)
+    theirs["data"]["fields"] = fields
+    stop_after(make_config(theirs), 3)
+    swapped = fields | {"chosen": "no", "rejected": "yes"}
+    with pytest.raises(RunError, match=r"data\.fields"):
+        train(theirs | {"data": theirs["data"] | {"fields": swapped}}, resume=True)
+    assert train(theirs, resume=True)["metrics"] == expected
+    assert evaluate_task(theirs["output"])["metrics"] == evaluate_task(tree["output"])["metrics"]
+    tokenizer = AutoTokenizer.from_pretrained(tree["model"])
+    facts = [training_rows(each["output"], tokenizer) for each in (tree, theirs)]
+    assert facts[0] == facts[1] is not None
 
 
 # --- the loss, its reference, and what a run reports ---

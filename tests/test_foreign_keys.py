@@ -260,6 +260,13 @@ def test_dpo_is_dpo(convert):
     convert(text.replace("sigmoid", "orpo")).refused("pref_loss: orpo – of pairs the loss is DPO's")
 
 
+def test_columns_of_rows_have_fields(convert):
+    columns = "\n    field_instruction: ask\n    field_output: reply\n    field_messages: turns"
+    config = make_config(parse_yaml(convert(AXOLOTL.replace(ROWS, ROWS + columns)).out))
+    fields = {"instruction": "ask", "output": "reply", "conversations": "turns"}
+    assert config.data.fields == fields
+
+
 def leaves(tree: Any, prefix: str = "") -> list[str]:
     """Every key of a config, those inside sections and the first section of lists included."""
     if isinstance(tree, list) and tree and isinstance(tree[0], dict):
@@ -292,16 +299,11 @@ REFUSED = {
     ),
     "a slice": (AXOLOTL.replace(ROWS, f"{ROWS}\n    split: train[:10%]"), "split: train[:10%] – "),
     "a shard": (AXOLOTL.replace(ROWS, f"{ROWS}\n    shards: 10"), "datasets.shards: 10 – give"),
-    "a column of messages": (
-        AXOLOTL.replace(ROWS, f"{ROWS}\n    field_messages: turns"),
-        "datasets.field_messages: turns – chats are read from",
-    ),
     "names of turns": (
         AXOLOTL.replace(ROWS, f"{ROWS}\n    message_property_mappings: {{role: who}}"),
         "datasets.message_property_mappings.role: who – a turn has",
     ),
     "roles": (AXOLOTL.replace(ROWS, f"{ROWS}\n    roles_to_train: [user]"), 'roles_to_train: ["u'),
-    "a column of text": (AXOLOTL.replace(ROWS, f"{ROWS}\n    field: body"), "datasets.field: body"),
     "a key that is not known": (AXOLOTL.replace(ROWS, f"{ROWS}\n    x: 1"), "datasets.x: 1 – not"),
     "a type of rows": (AXOLOTL.replace("alpaca", "pygmalion"), "datasets.type: pygmalion – rows"),
     "two data sets": (AXOLOTL.replace(ROWS, f"  - path: a\n{ROWS}"), 'datasets.1: {"path": "rows'),
@@ -347,7 +349,7 @@ def test_our_side_of_the_table_exists():
         assert entry.ours or entry.say, key
         if entry.ours is None:
             continue
-        section, _, name = entry.ours.rpartition(".")
+        section, _, name = entry.ours.partition(".fields")[0].rpartition(".")
         fields = RunConfig.model_fields
         model = fields[section].annotation if section else RunConfig
         assert name in model.model_fields, key

@@ -12,8 +12,11 @@ from conftest import write_rows
 from helpers import as_row
 from transformers import AutoTokenizer
 
+from chainlora import train
 from chainlora.config.schema import DataConfig
+from chainlora.data.encoding import detect_format
 from chainlora.data.splits import prepare_splits
+from chainlora.errors import DataError
 
 ASK = {"role": "user", "content": "How many legs has a dog?"}
 ANSWER = {"role": "assistant", "content": "Four."}
@@ -151,6 +154,31 @@ def read(smollm2_folder, tmp_path_factory):
         return example
 
     return call
+
+
+@pytest.mark.parametrize("named", [True, False], ids=["format", "auto"])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_columns_of_other_names_are_the_same_row(case, named, read):
+    """Also beside columns that have the names of fields, and mean something else."""
+    fields = {name: f"their {name}" for name in case.row if name != "id"}
+    row = dict.fromkeys(fields, 7) | {fields.get(k, k): v for k, v in case.row.items()}
+    keys = {"fields": fields} | ({"format": detect_format([case.row])} if named else {})
+    found = read(case._replace(row=row, keys={**case.keys, **keys}))
+    assert (found.sequences, found.scored) == (read(case).sequences, read(case).scored)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"text": "body", "system": "rule"}, "fields of format text: text, .* (got system)"),
+        ({"text": "bodi"}, "(got 'bodi', which no row of .* has); .*has id, body, rule)"),
+    ],
+)
+def test_fields_that_the_rows_do_not_have_are_refused(fields, said, tmp_path, tiny_folder):
+    path = write_rows(tmp_path / "rows.jsonl", [{"id": 1, "body": "a dog", "rule": "b"}] * 2)
+    tree = {"model": str(tiny_folder), "data": {"train": str(path), "fields": fields}}
+    with pytest.raises(DataError, match=said.replace("(", r"\(").replace(")", r"\)")):
+        train(tree | {"chain": {"ranks": [2], "steps": [1]}})
 
 
 @pytest.fixture(scope="module")

@@ -338,8 +338,10 @@ def _get(tree: Mapping[str, Any], dotted: str) -> Any:
 
 
 def _set(tree: dict[str, Any], dotted: str, value: Any) -> None:
-    section, _, key = dotted.rpartition(".")
-    (tree.setdefault(section, {}) if section else tree)[key] = value
+    *sections, key = dotted.split(".")
+    for section in sections:
+        tree = tree.setdefault(section, {})
+    tree[key] = value
 
 
 def _shown(value: Any) -> str:

@@ -7,7 +7,7 @@ imports no tensor library, so that the command line can check a file in millisec
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
@@ -20,6 +20,16 @@ from chainlora.config.chain import PlateauConfig as PlateauConfig
 from chainlora.config.chain import Share
 from chainlora.config.chat_templates import Argument, check_arguments, resolved_template
 from chainlora.config.section import LARGEST, Count, Number, Section, refuse_if
+
+ROW_FIELDS: Mapping[str, tuple[str, ...]] = {
+    "completion": ("prompt", "completion"),
+    "chat": ("messages", "tools", "chat_template_kwargs"),
+    "text": ("text",),
+    "sharegpt": ("conversations", "system", "tools", "chat_template_kwargs"),
+    "alpaca": ("instruction", "input", "output", "system"),
+    "conversational": ("prompt", "completion", "tools", "chat_template_kwargs"),
+}
+"""What is read of a row, by format; of pairs also `chosen` and `rejected`."""
 
 
 class TrainFile(Section):
@@ -60,6 +70,9 @@ class DataConfig(Section):
     and of other tools `sharegpt`, `alpaca` and `conversational` (TRL: `prompt` and `completion` are
     lists of messages). `auto` decides by the first row, and a run says which of these it
     recognised."""
+    fields: dict[str, str] = Field(default={})
+    """Names that the file has for fields of its format, e.g. `{prompt: question, completion:
+    answer}`; in every file of this section."""
     chat_template: str | None = None
     """Chat template for rows of chats: a name (`alpaca`, `chatml`, `llama3`, `zephyr`), a file, or
     the Jinja text itself; `null` is the tokenizer's own ([rows](rows.md#chat-templates))."""
@@ -159,6 +172,13 @@ class DataConfig(Section):
             "name a task, or leave it out",
         )
         refuse_if(
+            self.fields and task is not None,
+            "`data.fields` are those of a format, and a task names columns itself",
+            f"task: {task}",
+            "leave one out",
+        )
+        check_fields(self.fields, self.format)
+        refuse_if(
             task is not None and train is not None and self.dir is not None,
             "`data.dir` and `data.train` exclude each other",
             "both",
@@ -187,6 +207,19 @@ class DataConfig(Section):
     def holds_out(self) -> bool:
         """Say whether validation rows are held out of the training files."""
         return isinstance(self.validation, int | float)
+
+
+def check_fields(fields: Iterable[str], kind: str) -> None:
+    """Raise ValueError for a field that is none of a format, or of any where it is `auto`."""
+    kinds = ROW_FIELDS if kind == "auto" else [kind]
+    known = dict.fromkeys(field for each in kinds for field in ROW_FIELDS[each])
+    known |= dict.fromkeys(("chosen", "rejected"))
+    refuse_if(
+        wrong := [field for field in fields if field not in known],
+        f"`data.fields` must have fields of format {kind}: {', '.join(known)}",
+        ", ".join(wrong),
+        "write FIELD: NAME IN THE FILE, e.g. {prompt: question, completion: answer}",
+    )
 
 
 class TrainConfig(Section):

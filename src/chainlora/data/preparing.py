@@ -23,6 +23,7 @@ import transformers
 from filelock import FileLock
 from transformers import PreTrainedTokenizerBase
 
+from chainlora.config.schema import check_fields
 from chainlora.data.encoding import Options, RowEncoder, detect_format, make_row_encoder
 from chainlora.data.encoding.fitting import Counts
 from chainlora.data.encoding.translated import FIELDS as TRANSLATED
@@ -68,7 +69,13 @@ def make_rows(
     head = list(islice(source.chunks(_CHUNK), IN_MEMORY // _CHUNK + 1))
     if not head:
         raise DataError("data must hold at least one row (got none); check the file or the split")
+    source.check_fields()
     kind = detect_format(head[0].rows(), options.objective) if task == "auto" else task
+    if source.fields:
+        try:
+            check_fields(source.fields, str(kind))
+        except ValueError as error:
+            raise DataError(str(error)) from None
     encode = make_row_encoder(kind, tokenizer, options)
     recognised = str(kind) if task == "auto" and kind in TRANSLATED else ""
     rows: Rows
@@ -159,7 +166,7 @@ def _key(
     source: Source, tokenizer: PreTrainedTokenizerBase, kind: Task | str, options: Options
 ) -> str:
     parts = {
-        "source": source.identity(),
+        "source": [source.identity(), dict(source.fields)],
         "tokenizer": _fingerprint(tokenizer),
         "task": kind.model_dump(mode="json") if isinstance(kind, Task) else kind,
         "options": asdict(options),

@@ -50,6 +50,7 @@ class Chunk(NamedTuple):
     records: Sequence[Record]
     first: int  # index of the first row
     place: str
+    fields: Mapping[str, str]  # of `Source`
 
     @property
     def share(self) -> float:
@@ -59,15 +60,20 @@ class Chunk(NamedTuple):
     def rows(self) -> list[Row]:
         """Parse the rows. Raises DataError that names the bad one."""
         return [
-            _row(each, index, self.place) for index, each in enumerate(self.records, self.first)
+            _row(each, index, self.place, self.fields)
+            for index, each in enumerate(self.records, self.first)
         ]
 
 
 @dataclass
 class Source(ABC):
-    """Rows that can be read again and again: all of them, or the first `limit`."""
+    """Rows that can be read again and again: all of them, or the first `limit`.
+
+    `fields` are names that columns get, with those that they have.
+    """
 
     limit: int | None = field(default=None, kw_only=True)
+    fields: Mapping[str, str] = field(default_factory=dict, kw_only=True)
 
     @abstractmethod
     def __str__(self) -> str:
@@ -93,7 +99,7 @@ class Source(ABC):
         """Yield the rows, `size` at a time. Raises DataError where there are none."""
         stream, first = islice(self.records(), self.limit), 0
         while part := list(islice(stream, size)):
-            yield Chunk(part, first, self.place)
+            yield Chunk(part, first, self.place, self.fields)
             first += len(part)
         if not first:
             raise DataError("data must hold at least one row", f"none in {self}", "check the file")
@@ -102,6 +108,17 @@ class Source(ABC):
         """Yield the rows one by one."""
         for chunk in self.chunks():
             yield from chunk.rows()
+
+    def check_fields(self) -> None:
+        """Raise DataError for a column of `fields` that no row has; read as few as it takes."""
+        rows, missing = iter(self), set(self.fields)
+        while missing:
+            if (row := next(rows, None)) is None:
+                got = " and ".join(repr(self.fields[each]) for each in sorted(missing))
+                rule, first = "`data.fields` must name columns of the rows", next(iter(self))
+                remedy = f"correct it (the first row has {', '.join(map(str, first))})"
+                raise DataError(rule, f"{got}, which no row of {self} has", remedy)
+            missing -= row.keys()
 
 
 @dataclass
@@ -272,7 +289,7 @@ def _missing(folder: Path, split: str) -> Path:
     )
 
 
-def _row(record: Record, index: int, place: str) -> Row:
+def _row(record: Record, index: int, place: str, fields: Mapping[str, str]) -> Row:
     values, origin = record.payload, f"{place} {record.number}"
     if isinstance(values, Row):
         return values
@@ -281,4 +298,8 @@ def _row(record: Record, index: int, place: str) -> Row:
     if not isinstance(values, Mapping) or not values:
         got = "an empty object" if values == {} else f"{type(values).__name__} {values!r:.40}"
         raise bad_row("a row must be an object of named values", got, origin)
+    if fields:  # a column that had such a name is another
+        taken = {*fields, *fields.values()}
+        named = {field: values[name] for field, name in fields.items() if name in values}
+        values = {name: value for name, value in values.items() if name not in taken} | named
     return Row(values, index, origin)

@@ -166,17 +166,16 @@ def _mixture(data: DataConfig, files: Sequence[Rows]) -> Mixture | None:
     return Mixture(tuple(map(len, files)), tuple(weights)) if files else None
 
 
-def check_files(data: DataConfig) -> None:
-    """Raise DataError for a file of rows that is not there. Reads none."""
-    if data.train is not None:
-        _file_sources(data)
+def check_files(data: DataConfig, loss: str | None) -> None:
+    """Raise DataError for a file of rows that is not there, or whose first rows do not suit.
 
-
-def check_pairs(data: DataConfig) -> None:
-    """Refuse files whose first row is no pair of answers, before anything is loaded."""
-    for source in chain.from_iterable(_file_sources(data).values()):
-        for row in islice(source, 1):
-            detect_pairs(row)
+    Reads rows only of pairs (`loss`), or where the config has names for columns.
+    """
+    sources = {} if data.train is None else _file_sources(data)
+    for source in chain.from_iterable(sources.values()):
+        source.check_fields()
+        if loss is not None:
+            detect_pairs(next(iter(source)))
 
 
 def encode_split(
@@ -295,7 +294,11 @@ def _file_sources(data: DataConfig) -> dict[str, list[Source]]:
         path = getattr(data, split)
         paths[split] = [path] if isinstance(path, str) else []
     return {
-        split: [find_source(path, split, getattr(data, f"num_{split}")) for path in found if path]
+        split: [
+            replace(find_source(each, split, getattr(data, f"num_{split}")), fields=data.fields)
+            for each in found
+            if each
+        ]
         for split, found in paths.items()
     }
 

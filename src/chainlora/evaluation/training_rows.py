@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import replace
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -80,7 +81,7 @@ def _first_rows(config: RunConfig, tokenizer: Any) -> list[Example]:
     place = data.train_files[0].path if data.train_files else data.dir
     if place is None or not Path(place).exists():
         return []
-    source = find_source(place, "train", _ROWS)
+    source = replace(find_source(place, "train", _ROWS), fields=data.fields)
     kind = data.format if data.task is None else load_task(data.task)
     options = Options(objective=config.train.loss or "completion")
     return list(make_rows(source, tokenizer, kind, options))

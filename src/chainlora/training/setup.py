@@ -21,7 +21,7 @@ from chainlora.chain.link import Link
 from chainlora.config.loading import flatten
 from chainlora.config.schema import RunConfig
 from chainlora.data.kept import Kept
-from chainlora.data.splits import Splits, check_pairs, prepare_splits
+from chainlora.data.splits import Splits, check_files, prepare_splits
 from chainlora.engine.engine import Engine
 from chainlora.errors import ConfigError, RunError
 from chainlora.knots.driver import check_policy
@@ -146,8 +146,7 @@ def _check_config(config: RunConfig, resume: bool, processes: Processes) -> None
     check_optimizer(config, processes.device)
     if config.chain.knots is not None:
         check_policy(config.chain.knots)
-    if config.train.loss == "dpo":
-        check_pairs(config.data)
+    check_files(config.data, config.train.loss)
     _check_share(config, processes)
 
 

@@ -26,7 +26,7 @@ from chainlora.config.stages import (
     split_address,
     what_stages_share,
 )
-from chainlora.data.splits import check_files, check_pairs
+from chainlora.data.splits import check_files
 from chainlora.errors import ChainLoRAError, RunError, StoppedError
 from chainlora.evaluation.stages import guard, stage_matrix
 from chainlora.runs.loading_start import IMPORTED, load_start
@@ -197,9 +197,7 @@ def _known(run: Path, stages: Sequence[Stage]) -> list[str]:
 def _new(stage: Stage) -> StageState:
     """Refuse what the files of a stage tell, before hours of the stages before it."""
     try:
-        check_files(stage.config.data)
-        if stage.config.train.loss == "dpo":
-            check_pairs(stage.config.data)
+        check_files(stage.config.data, stage.config.train.loss)
     except ChainLoRAError as error:
         error.args = (f"stage {stage.name!r}: {error}",)
         raise

@@ -10,6 +10,7 @@ from contextlib import suppress
 from functools import cached_property
 from typing import Any
 
+from chainlora.config.schema import ROW_FIELDS
 from chainlora.data.encoding.drafts import Draft, Ids, Span
 from chainlora.data.encoding.tokens import TokenReader, common_prefix
 from chainlora.data.readers import bad_row
@@ -18,7 +19,7 @@ from chainlora.data.templates import Reply, render_chats
 from chainlora.errors import DataError
 
 FIELDS = ("messages",)
-_COLUMNS = frozenset(("messages", "tools", "chat_template_kwargs", "turns_before"))
+_COLUMNS = frozenset((*ROW_FIELDS["chat"], "turns_before"))
 _READS_TEXT = re.compile(r"arguments\s+is\s+string")  # of a call, by the template itself
 _CHATML = "another chat template, as in data.chat_template: chatml"
 _Messages = list[dict[str, Any]]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from chainlora.config.schema import ROW_FIELDS
 from chainlora.data.encoding.drafts import Draft, Ids
 from chainlora.data.encoding.tokens import (
     TokenReader,
@@ -16,7 +17,7 @@ from chainlora.data.readers import bad_row
 from chainlora.data.sources import Row
 from chainlora.data.tasks import Task
 
-FIELDS = ("prompt", "completion")
+FIELDS = ROW_FIELDS["completion"]
 
 
 class Pair(NamedTuple):

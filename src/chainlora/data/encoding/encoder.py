@@ -166,7 +166,9 @@ def detect_format(rows: Sequence[Mapping[str, Any]], objective: str | None = Non
     every = [*FORMATS.items(), *translated.FIELDS.items()]
     known = "; ".join(f"{' + '.join(fields)} ({name})" for name, fields in every)
     rule, got = f"rows must have the fields of a format: {known}", ", ".join(map(str, rows[0]))
-    raise bad_row(rule, got, where(rows[0]), "rename the fields or describe them in a task file")
+    raise bad_row(
+        rule, got, where(rows[0]), "name them by data.fields, or describe them in a task file"
+    )
 
 
 def _digest(draft: Draft) -> bytes:

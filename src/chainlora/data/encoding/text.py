@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from chainlora.config.schema import ROW_FIELDS
 from chainlora.data.encoding.completion import text_of
 from chainlora.data.encoding.drafts import Draft, Ids
 from chainlora.data.encoding.tokens import TokenReader, refuse_nothing
 from chainlora.data.sources import Row
 
-FIELDS = ("text",)
+FIELDS = ROW_FIELDS["text"]
 
 
 class TextEncoder:

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from chainlora.config.schema import ROW_FIELDS
 from chainlora.data.encoding.chat import ChatEncoder
 from chainlora.data.encoding.completion import CompletionEncoder, row_pairs, text_of
 from chainlora.data.encoding.drafts import Draft, Encoder, Ids
@@ -67,14 +68,12 @@ def detect_translated(row: Mapping[str, Any]) -> str | None:
 
 def make_translated(kind: str, reader: TokenReader, end: Callable[[], Ids]) -> Encoder:
     """Return the encoder of a format of another tool."""
+    columns = ROW_FIELDS[kind]
     if kind == "sharegpt":
-        return TranslatedEncoder(
-            ChatEncoder(reader), sharegpt_chat, ("conversations", "system", *_BESIDE)
-        )
+        return TranslatedEncoder(ChatEncoder(reader), sharegpt_chat, columns)
     if kind == "conversational":
         chat = ChatEncoder(reader, turns_before=lambda row: int(row["turns_before"]))
-        return TranslatedEncoder(chat, _conversational, ("prompt", "completion", *_BESIDE))
-    columns = ("instruction", "input", "output", "system")
+        return TranslatedEncoder(chat, _conversational, columns)
     if reader.tokenizer.chat_template:
         return TranslatedEncoder(ChatEncoder(reader), _alpaca_chat, columns)
     plain = CompletionEncoder(reader, row_pairs, fields=("prompt", "completion"), end=end())
