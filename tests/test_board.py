@@ -7,12 +7,13 @@ import sys
 import urllib.error
 import urllib.request
 from pathlib import Path
+from threading import Timer
 
 import pytest
 from conftest import write_rows
 from helpers import settings, stop_after
 
-from chainlora import export_adapter, load_run, make_config
+from chainlora import export_adapter, load_run, make_config, train
 from chainlora.board.desk import Desk, Mix
 from chainlora.board.watching import find_runs, sections_of, standing_of
 from chainlora.config.stages import make_stages
@@ -151,6 +152,22 @@ def test_where_runs_are_is_read_while_they_train(trained, tiny_folder, sentiment
     assert "What each stage did to the loss" in done
 
 
+def test_a_run_that_is_made_anew_is_shown_and_heard_anew(tiny_folder, sentiment, tmp_path):
+    run, seen = tmp_path / "run", []
+    for rate in (1e-2, 2e-2):
+        train(settings(tiny_folder, sentiment, run, train={"lr": rate}))
+        seen.append((sections_of({}, run)[-1], Desk(run).what))
+        shutil.rmtree(run)
+    assert seen[0][0] != seen[1][0]  # the links
+    assert seen[0][1] != seen[1][1]
+
+
+def test_who_looks_at_a_run_keeps_nobody_out(run):
+    looking = take_lock(run)
+    Timer(0.05, looking.release).start()
+    take_lock(run).release()
+
+
 def test_what_cannot_be_shown(chainlora, run, tiny_folder, sentiment, tmp_path, monkeypatch):
     chainlora("board", tmp_path / "hub").refused("RUN must be a run directory")
     monkeypatch.delitem(sys.modules, "chainlora.board.app", raising=False)
@@ -163,6 +180,23 @@ def test_what_cannot_be_shown(chainlora, run, tiny_folder, sentiment, tmp_path, 
 
 
 # --- in a browser ---
+
+
+def test_a_run_that_goes_and_strengths_beyond_a_slider(run):
+    gradio = pytest.importorskip("gradio", reason="no gradio: pip install 'chainlora[board]'")
+    from chainlora.board import app
+
+    mix_stages(run, {"birds": 1.5, "hills": -0.5})
+    desk = Desk(run)
+    with gradio.Blocks():
+        for slider in app._sliders(desk, "A", strengths_of(run))[::2]:
+            assert slider.preprocess(slider.value) == strengths_of(run)[slider.label]
+    blocks = app.page_of([run, run.parent])
+    look = next(each.fn for each in blocks.fns.values() if each.name == "look")
+    shutil.rmtree(run)
+    choices, page = look(str(run))
+    assert choices.preprocess(str(run)) == str(run)  # else Gradio refuses it, every few seconds
+    assert "cannot be read" in page
 
 
 @pytest.fixture
@@ -218,16 +252,19 @@ def test_a_person_watches_mixes_talks_and_saves(browser, served, run, width):
         page.wait_for_selector(f"#chat-{side} .bot:has-text({answers[-1]!r})")
     assert answers[0] != answers[1]
     page.get_by_text("How to answer").click()
+    page.get_by_label("Most tokens").fill("")  # the default, then
     page.get_by_label("Chat template").check()
     page.get_by_role("button", name="Ask").click()
     page.wait_for_selector("#chat-B .bot >> nth=1")
-    assert page.input_value("#prompt textarea") == ""
+    page.wait_for_function("document.querySelector('#prompt textarea').value === ''")
     page.get_by_role("button", name="Score A and B").click()
     page.wait_for_selector("text=What the mixes score")
     page.get_by_text("Save or export").click()
+    page.get_by_label("B", exact=True).check()
     page.get_by_role("button", name="Save: the run").click()
-    page.wait_for_selector("#outcome:has-text('hills=0.5')")
-    assert strengths_of(run) == {"birds": 1.0, "hills": 0.5}
+    page.wait_for_selector("#outcome:has-text('hills=0')")
+    assert strengths_of(run) == {"birds": 1.0, "hills": 0.0}
+    assert page.locator("input:disabled, textarea:disabled").count() == 0
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     assert faults == []
     assert all(url.startswith((served, "data:", "blob:")) for url in loaded)
@@ -241,3 +278,5 @@ def test_no_other_site_may_call_it_and_it_may_call_none(served, run, chainlora):
             urllib.request.urlopen(urllib.request.Request(served, headers=header))
     port = served.rstrip("/").rpartition(":")[2]
     chainlora("board", run, "--port", port).refused(f"--port must be free (got {port})")
+    for host in ("999.1.1.1", "::1", "a..b"):
+        chainlora("board", run, "--host", host).refused("--host must be a name or an IPv4", host)

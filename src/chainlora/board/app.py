@@ -104,8 +104,9 @@ def page_of(places: Sequence[str | Path]) -> gr.Blocks:
 
     def look(shown: str) -> tuple[Any, str]:
         runs = find_runs(places)
-        choices = gr.skip() if runs == before else gr.Dropdown(_choices(runs), visible=True)
-        return choices, render_part(sections_of(runs, Path(shown)))
+        gone = {} if Path(shown) in runs.values() else {Path(shown).name: Path(shown)}
+        there = gr.skip() if runs == before else gr.Dropdown(_choices(runs | gone), visible=True)
+        return there, render_part(sections_of(runs, Path(shown)))
 
     with gr.Blocks(title="chainlora board", analytics_enabled=False) as blocks:
         several = len(before) > 1
@@ -153,8 +154,9 @@ def _sliders(desk: Desk, side: str, strengths: Mapping[str, float]) -> list[Any]
         gr.Markdown(f"### {side}")
         for stage, links in desk.stages.items():
             keys: Any = {"interactive": True, "elem_id": f"{side}-{stage}"}
-            step = 0.05 if desk.is_sum(stage) else 1
-            found.append(gr.Slider(0, 1, strengths[stage], step=step, label=stage, **keys))
+            step, now = 0.05 if desk.is_sum(stage) else 1, strengths[stage]
+            least, most = min(0, now), max(1, now)  # `mix` takes any number
+            found.append(gr.Slider(least, most, now, step=step, label=stage, **keys))
             choices = [(f"link {link.index}, rank {link.rank}", link.id) for link in links]
             keys = {"interactive": True, "show_label": False, "container": False}
             found.append(gr.CheckboxGroup(choices, value=[each for _, each in choices], **keys))
@@ -192,20 +194,23 @@ def _talking(desk: Desk, widgets: list[Any]) -> None:
         gr.Examples([[text] for text in prompts], prompt, label="Prompts from its rows")
     with gr.Accordion("How to answer", open=False), gr.Row():
         as_chat = gr.Checkbox(is_chat, label="Chat template", visible=has_template)
-        limit = gr.Number(answer_limit(rows), label="Most tokens", precision=0, minimum=1)
+        keys = {"precision": 0, "minimum": 1, "interactive": True}
+        limit = gr.Number(answer_limit(rows), label="Most tokens", **keys)
         heat = gr.Slider(0, 2, 0, step=0.1, label="Temperature")
     with gr.Row():
         keys = {"render_markdown": False, "buttons": [], "height": 280, "min_width": 300}
         chats = [gr.Chatbot(label=f"{s} says", elem_id=f"chat-{s}", **keys) for s in _SIDES]
 
-    def talk(text: str, chat: bool, most: int, temperature: float, *values: Any) -> Iterator[Any]:
+    def talk(
+        text: str, chat: bool, most: int | None, temperature: float, *values: Any
+    ) -> Iterator[Any]:
         if rows is not None and not chat and not text.endswith(rows.ending):
             gr.Warning(f"The rows of this run have prompts that end in {rows.ending!r}.")
         question = {"role": "user", "content": text}
         said = [[*_answered(turns), question] for turns in values[:2]]
         yield "" if chat else text, *said
         with _told():
-            decoding = Decoding(temperature=temperature, max_new_tokens=most)
+            decoding = Decoding(temperature=temperature, max_new_tokens=most or answer_limit(rows))
             for place, mix in enumerate(_mixes(desk, values[2:])):
                 asked = said[place]
                 for answer in desk.answer(mix, asked, decoding, as_chat=chat):
@@ -260,11 +265,12 @@ def _scoring(desk: Desk, widgets: list[Any]) -> None:
 
 def _keeping(desk: Desk, widgets: list[Any]) -> None:
     with gr.Accordion("Save or export", open=False):
-        side = gr.Radio(list(_SIDES), value="A", label="Which mix")
+        keys: Any = {"interactive": True}  # what has a value is else shown only
+        side = gr.Radio(list(_SIDES), value="A", label="Which mix", **keys)
         save = gr.Button("Save: the run is this mix from now on")
         with gr.Row():
-            kind = gr.Radio(list(EXPORTS), value="adapter", label="Export as")
-            folder = gr.Textbox(f"{desk.run}-mix", label="New folder")
+            kind = gr.Radio(list(EXPORTS), value="adapter", label="Export as", **keys)
+            folder = gr.Textbox(f"{desk.run}-mix", label="New folder", **keys)
         export = gr.Button("Export")
         outcome = gr.Markdown(elem_id="outcome")
 

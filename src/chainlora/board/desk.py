@@ -50,7 +50,9 @@ class Desk:
         self.links: list[LinkEntry] = self.reader.manifest().loaded
         if not self.links:
             raise RunError("there must be links to mix", f"none in {run}", "wait for a knot")
-        self.what = (self.run, [link.id for link in self.links])
+        here = tuple(f"{link.directory}/" for link in self.links)
+        sums = self.reader.manifest().files
+        self.what = (self.run, {name: sums[name] for name in sums if name.startswith(here)})
         self._one_at_a_time = Lock()
 
     @property

@@ -53,28 +53,35 @@ def sections_of(runs: Mapping[str, Path], shown: Path) -> list[Section]:
 
 def standing_of(run: Path) -> dict[str, str]:
     """Say where a run is: the stage that it trains or trained last, in words."""
-    keys = ("state", "stage", "step", "time left", "training loss", "validation")
+    keys = ("stage", "step", "time left", "training loss", "validation")
     try:
-        return dict(zip(keys, _standing(run), strict=True))
+        last = list(_folders(run).values())[-1]
+        stamps = _stamp(last / "chain.json"), _stamp(last / "metrics.jsonl")
+        is_done, *said = _standing(last, *stamps)
     except ChainLoRAError:
-        return dict.fromkeys(keys, _NONE) | {"state": "cannot be read"}
+        return {"state": "cannot be read"} | dict.fromkeys(keys, _NONE)
+    is_training = not is_done and is_in_use(run)
+    state = "done" if is_done else "training" if is_training else "interrupted"
+    found = {"state": state} | dict(zip(keys, said, strict=True))
+    return found if is_training else found | {"time left": _NONE}
 
 
-def _standing(run: Path) -> tuple[str, ...]:
-    reader = RunReader(list(_folders(run).values())[-1])
-    facts = RunFacts("", run, reader.manifest(), None, {}, reader.records(), {})
+@lru_cache(maxsize=1000)
+def _standing(last: Path, *stamps: int) -> tuple[bool, str, str, str, str, str]:
+    """Return whether the run of a stage is done, and what there is to say of it."""
+    reader = RunReader(last)
+    facts = RunFacts("", last, reader.manifest(), None, {}, reader.records(), {})
     manifest, steps, metric = facts.manifest, facts.steps, facts.score
     is_done = reader.is_finished(manifest) or not manifest.has_run
-    is_training = not is_done and is_in_use(run)
     step = steps[-1]["step"] if steps else manifest.position.step
     total = sum(manifest.numbers.lengths) if manifest.numbers and not is_done else step
     recent = [record["seconds"] for record in steps[-_RECENT:]]
     scores = [record[metric] for record in facts.evaluations if metric and metric in record]
     return (
-        "done" if is_done else "training" if is_training else "interrupted",
+        is_done,
         manifest.stage,
         f"{step:,} of {total:,}" if total > step else f"{step:,}",
-        duration(median(recent) * (total - step)) if is_training and recent else _NONE,
+        duration(median(recent) * (total - step)) if recent else _NONE,
         f"{steps[-1]['loss']:.4g}" if steps else _NONE,
         f"{metric} {score_text(metric, scores[-1])}" if metric and scores else _NONE,
     )
@@ -87,7 +94,9 @@ def _details(run: Path) -> list[Section]:
         Column(name if len(folders) > 1 else "", _curves(folder, _stamp(folder / "metrics.jsonl")))
         for name, folder in reversed(folders.items())
     ]
-    reader, stamps = RunReader(last), (_stamp(run / STAGES), _stamp(run / MATRIX))
+    # the config is written once: another one is another run
+    reader, begun = RunReader(last), _stamp(last / "config.yaml")
+    stamps = (begun, _stamp(run / STAGES), _stamp(run / MATRIX))
     knots = sum(record.get("where") == "knot" for record in reader.records())
     links, stages = _links_and_stages(run, last, reader.manifest().state, knots, *stamps)
     return [Section("Training", curves), section("Stages", *stages), section("Links", *links)]
@@ -103,7 +112,10 @@ def _folders(run: Path) -> dict[str, Path]:
 
 def _stamp(path: Path) -> int:
     """Return what is another number when a file is another one."""
-    return path.stat().st_mtime_ns if path.is_file() else 0
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return 0
 
 
 @lru_cache(maxsize=64)

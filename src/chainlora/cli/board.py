@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import socket
 from pathlib import Path
 
 import click
@@ -39,8 +41,15 @@ def board(runs: tuple[str, ...], host: str, port: int | None) -> None:
         rule, remedy = "`board` needs Gradio", "pip install 'chainlora[board]'"
         raise ConfigError(rule, "none installed", remedy) from None
     try:
+        socket.create_server((host, port or 0)).close()  # Gradio tries a wrong host for ever
         blocks, address = serve(runs, host, port)
-    except OSError as error:
-        raise ConfigError("--port must be free", port, "leave it out") from error
+    except (OSError, UnicodeError) as error:
+        if getattr(error, "errno", 0) in (None, errno.EADDRINUSE, errno.EACCES):
+            got = port or "none of 7860 to 7959"
+            raise ConfigError(
+                "--port must be free", got, "leave it out, or take another"
+            ) from error
+        rule = "--host must be a name or an IPv4 address of this machine"
+        raise ConfigError(rule, host, "leave it out, or take 0.0.0.0 for all") from error
     click.echo(f"{address}  (Ctrl-C ends it)")
     blocks.block_thread()

@@ -60,12 +60,13 @@ def refuse_if_nothing(run: RunReader) -> None:
         refuse_if_taken(run)
 
 
-def take_lock(run: Path) -> FileLock | None:
+def take_lock(run: Path, wait: float = 0.2) -> FileLock | None:
     """Lock a run directory for this process; the system unlocks it when the process ends.
 
-    Raises RunError at once where another process holds it.
+    Raises RunError where another process holds it for longer than `wait` seconds: who looks whether
+    it is in use holds it for a moment.
     """
-    lock = FileLock(str(run / LOCK), timeout=0, thread_local=False)
+    lock = FileLock(str(run / LOCK), timeout=wait, thread_local=False)
     try:
         lock.acquire()
     except Timeout:
@@ -86,7 +87,7 @@ def is_in_use(run: Path) -> bool:
     if not (run / LOCK).is_file():
         return False
     try:
-        lock = take_lock(run)
+        lock = take_lock(run, wait=0)
     except RunError:
         return True
     except FileError:  # not ours to write in: nobody here can tell
