@@ -46,7 +46,7 @@ USAGE = {
     "train --config c.yaml": "write the file without --config: c.yaml",
     "train c.yaml --bf16": "--bf16 needs a value; here it is `train.dtype`",
     "sft c.yaml": "here it is `chainlora train CONFIG`",
-    "dpo c.yaml": "or TRL with `ChainCallback`",
+    "kto c.yaml": "or TRL with `ChainCallback`",
     "merge-lora out": "here it is `chainlora export RUN --to merged --output DIR`",
     "train c.yaml d.yaml": "unexpected argument 'd.yaml'; config keys are set with --key.sub VALUE",
     "train c.yaml --chain.ranks 8 8": "unexpected argument '8'",

@@ -1,10 +1,11 @@
-"""Pairs of preferences: how rows are read, DPO's loss against the start of the run, and TRL's."""
+"""Pairs of preferences: how rows are read, the losses of DPO and ORPO, and TRL's."""
 
 from __future__ import annotations
 
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,9 @@ from transformers import AutoTokenizer
 from chainlora import train
 from chainlora.config.loading import make_config
 from chainlora.errors import ConfigError, DataError, RunError
+from chainlora.evaluation.preferences import orpo_losses
 from chainlora.evaluation.scoring import evaluate_task
+from chainlora.evaluation.stages import stage_matrix
 from chainlora.evaluation.training_rows import training_rows
 from chainlora.runs.opening import load_run
 from chainlora.runs.reading import RunReader
@@ -265,6 +268,36 @@ def test_the_loss_of_a_step_is_smoothed_and_that_of_an_evaluation_is_not(setting
     assert last["loss"] < -logsigmoid(torch.tensor(last["margin"])).item() + 0.01  # by convexity
 
 
+def test_orpo_has_no_reference_and_its_metrics_are_those_of_plain_transformers(settings):
+    tree = settings("run", train={"loss": "orpo", "orpo_beta": 0.3, "accept_links": "better"})
+    metrics = train(tree)["metrics"]["validation"]
+    assert not (Path(tree["output"]) / "reference.safetensors").exists()
+    rows, model = validation(tree), load_run(tree["output"])[0]
+    lengths = torch.tensor([[end - start for ((start, end),) in e.scored] for e in rows])
+    chosen, rejected = (log_probabilities(model, rows) / lengths).unbind(1)
+    whole = [replace(e, scored=tuple(((1, len(ids)),) for ids in e.sequences)) for e in rows]
+    read = torch.tensor([len(e.sequences[0]) - 1 for e in rows])
+    likelihood = log_probabilities(model, whole)[:, 0] / read
+    odds = [(p.exp() / (1 - p.exp())).log() for p in (chosen, rejected)]
+    losses = -likelihood - 0.3 * logsigmoid(odds[0] - odds[1])
+    expected = {
+        "loss": losses.mean().item(),
+        "accuracy": (chosen > rejected).double().mean().item(),
+        "margin": 0.3 * (chosen - rejected).mean().item(),
+    }
+    assert metrics == pytest.approx(expected, rel=1e-5)
+    assert metrics["accuracy"] > 0.5
+    assert evaluate_task(tree["output"])["metrics"] == pytest.approx(metrics, rel=1e-5)
+    ((cell,),) = stage_matrix(tree["output"]).grid[1:]
+    assert (cell.metric, cell.value) == ("accuracy", metrics["accuracy"])
+
+
+def test_an_answer_that_is_certain_has_a_gradient():
+    scores = torch.tensor([[0.0, -9.0, -1.0], [-9.0, 0.0, -1.0]], requires_grad=True)
+    orpo_losses(scores, 0.1).sum().backward()
+    assert scores.grad.isfinite().all()
+
+
 @pytest.mark.parametrize("metric", ["loss", "accuracy", "margin"])
 def test_the_best_point_is_chosen_by_any_of_the_metrics(settings, metric):
     keys = {"keep_best": True, "eval_every": 1, "select_metric": metric}
@@ -353,16 +386,22 @@ def test_a_resume_never_takes_another_reference(settings, fault):
 # --- TRL ---
 
 
+@pytest.mark.parametrize("loss", ["dpo", "orpo"])
 def test_losses_rewards_and_gradients_are_those_of_trl(
-    settings, tiny_folder, tmp_path, monkeypatch
+    loss, settings, tiny_folder, tmp_path, monkeypatch
 ):
-    """Step by step, on the same rows, tokens and batches in float32."""
+    """Step by step, on the same rows, tokens and batches in float32.
+
+    Every pair counts alike here; TRL's ORPO weighs pairs of a micro-batch by their lengths, so it
+    gets micro-batches of one.
+    """
     pytest.importorskip("trl", reason="TRL is an extra: pip install 'chainlora[trl]'")
     import peft
     from datasets import Dataset
     from helpers import start_as_ours, training_examples
     from helpers_integrations import plain_model
     from trl import DPOConfig, DPOTrainer
+    from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
     gradients: dict[str, list] = {"ours": [], "theirs": []}
 
@@ -388,7 +427,13 @@ def test_losses_rewards_and_gradients_are_those_of_trl(
     monkeypatch.setitem(
         OPTIMIZERS, "recorded", lambda groups, config: Recorded(groups, "ours", lr=config.lr)
     )
-    keys = {"optimizer": "recorded", "lr": 1.0, "max_grad_norm": None, "schedule": "constant"}
+    keys = {
+        "loss": loss,
+        "optimizer": "recorded",
+        "lr": 1.0,
+        "max_grad_norm": None,
+        "schedule": "constant",
+    }
     tree = settings(train=keys, ranks=[4], steps=[8], alpha=8)
     config = make_config(tree)
     tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
@@ -405,11 +450,18 @@ def test_losses_rewards_and_gradients_are_those_of_trl(
     rows = pairs(40)
     trained = [p for p in wrapped.parameters() if p.requires_grad]
     optimizer = Recorded(trained, "theirs", lr=1.0)
-    trainer = DPOTrainer(
+    if loss == "dpo":
+        trainer_of, args_of = DPOTrainer, DPOConfig
+        own = {"per_device_train_batch_size": 4, "precompute_ref_log_probs": True}
+    else:
+        trainer_of, args_of = ORPOTrainer, ORPOConfig
+        own = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
+        tokenizer.pad_token = tokenizer.eos_token
+        tokenizer.bos_token = None  # this trainer adds one where a tokenizer does not
+    trainer = trainer_of(
         model=wrapped,
-        args=DPOConfig(
+        args=args_of(
             output_dir=str(tmp_path / "trl"),
-            per_device_train_batch_size=4,
             max_steps=8,
             max_grad_norm=0,
             logging_steps=1,
@@ -417,9 +469,9 @@ def test_losses_rewards_and_gradients_are_those_of_trl(
             save_strategy="no",
             bf16=False,
             use_cpu=True,
-            precompute_ref_log_probs=True,
             train_sampling_strategy="sequential",
             gradient_checkpointing=False,
+            **own,
         ),
         train_dataset=Dataset.from_list(
             [rows[k] for step in range(8) for k in plan.batches(step)[0]]
@@ -430,7 +482,7 @@ def test_losses_rewards_and_gradients_are_those_of_trl(
     trainer.train()
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert losses == pytest.approx([entry["loss"] for entry in logs], rel=1e-5)
-    for ours, entry in zip(rewards, logs, strict=True):
+    for ours, entry in zip(rewards, logs, strict=loss == "dpo"):
         theirs = [entry["rewards/chosen"], entry["rewards/rejected"]]
         assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-5)
     # ours have one more in front, of the trial that every optimizer gets

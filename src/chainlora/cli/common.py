@@ -191,7 +191,8 @@ _VERBS = {
     **dict.fromkeys(("merge", "merge-lora"), "export RUN --to merged --output DIR"),
     **dict.fromkeys(("inference", "infer", "predict", "sample"), "generate RUN --prompt TEXT"),
     **dict.fromkeys(("evaluate", "test"), "eval RUN"),
-    **dict.fromkeys(("dpo", "kto", "grpo", "rlhf"), "train CONFIG`, or TRL with `ChainCallback"),
+    **dict.fromkeys(("dpo", "orpo"), "train CONFIG"),
+    **dict.fromkeys(("kto", "grpo", "rlhf"), "train CONFIG`, or TRL with `ChainCallback"),
     "preprocess": "train CONFIG",
     "env": "doctor",
 }

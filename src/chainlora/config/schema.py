@@ -8,7 +8,7 @@ imports no tensor library, so that the command line can check a file in millisec
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
@@ -30,6 +30,9 @@ ROW_FIELDS: Mapping[str, tuple[str, ...]] = {
     "conversational": ("prompt", "completion", "tools", "chat_template_kwargs"),
 }
 """What is read of a row, by format; of pairs also `chosen` and `rejected`."""
+PairLoss = Literal["dpo", "orpo"]
+PAIR_LOSSES: tuple[str, ...] = get_args(PairLoss)
+"""Those of `train.loss` whose rows are preferences."""
 
 
 class TrainFile(Section):
@@ -225,15 +228,18 @@ def check_fields(fields: Iterable[str], kind: str) -> None:
 class TrainConfig(Section):
     """How a link is tuned. Defaults follow the paper: AdamW, linear decay, batches of 8."""
 
-    loss: Literal["dpo"] | None = None
+    loss: PairLoss | None = None
     """`null` is the loss of the task, or the likelihood of what a row's format scores. `dpo`: rows
     are preferences, and a pair's loss is that of DPO (the sigmoid loss, arXiv 2305.18290) against
-    the model as the run begins, whose scores are computed once."""
+    the model as the run begins, whose scores are computed once. `orpo`: that of ORPO (arXiv
+    2403.07691), without a reference."""
     dpo_beta: Annotated[float, Field(ge=1e-6, le=1e3)] = 0.1
     """How strongly DPO holds the model to where the run began."""
     dpo_label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
     """Share of pairs that DPO takes to be the wrong way round (conservative DPO). Evaluations are
     without it."""
+    orpo_beta: Annotated[float, Field(ge=1e-6, le=1e3)] = 0.1
+    """Weight of ORPO's odds ratio beside the likelihood of the chosen row."""
     lr: Annotated[float, Field(gt=0, le=1e3)] = 1e-3
     """Highest learning rate of the schedule."""
     lora_plus_ratio: Annotated[float, Field(ge=1e-6, le=1e6)] = 1.0
@@ -406,8 +412,8 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _check_preferences(self) -> RunConfig:
         data, remedy = self.data, "give files of preferences as data.train, and no task or format"
-        rule = "`train.loss: dpo` learns from pairs of answers"
-        is_pairs = self.train.loss == "dpo"
+        rule = f"`train.loss: {self.train.loss}` learns from pairs of answers"
+        is_pairs = self.train.loss is not None
         refuse_if(is_pairs and data.task is not None, rule, f"task: {data.task}", remedy)
         is_plain = data.format in ("chat", "text")
         refuse_if(is_pairs and is_plain, rule, f"format: {data.format}", remedy)

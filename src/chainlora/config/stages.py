@@ -149,7 +149,8 @@ def _inherited(shared: Mapping[str, Any], own: Mapping[str, Any], section: str) 
     if any(key in own for key in LENGTHS):
         below = {key: value for key, value in below.items() if key not in LENGTHS}
     if section == "train" and own.get("loss", below.get("loss")) != below.get("loss"):
-        below = {k: v for k, v in below.items() if k != "lr" and not k.startswith("dpo_")}
+        of_loss = ("dpo_", "orpo_")
+        below = {k: v for k, v in below.items() if k != "lr" and not k.startswith(of_loss)}
     return below | dict(own)
 
 

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from chainlora import files
+from chainlora.config.schema import PAIR_LOSSES
 from chainlora.data.rows import Rows, RowsSummary
 from chainlora.data.store import StoredRows, flatten
 from chainlora.errors import RunError
@@ -63,7 +64,7 @@ class Kept:
     @property
     def metric(self) -> str:
         """Return what the rows are judged by in a matrix; pairs by how many are ranked right."""
-        return "accuracy" if self.loss == "dpo" else str(self.asked["metric"])
+        return "accuracy" if self.loss in PAIR_LOSSES else str(self.asked["metric"])
 
     @property
     def scored(self) -> tuple[str, Rows]:

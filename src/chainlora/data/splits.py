@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from chainlora.config.schema import DataConfig
+from chainlora.config.schema import DataConfig, PairLoss
 from chainlora.data.chat_templates import set_chat_template
 from chainlora.data.division import divide, pick, rows_again
 from chainlora.data.encoding import Options, detect_pairs
@@ -39,7 +39,7 @@ _log = logging.getLogger(__name__)
 
 SPLITS = ("train", "validation", "test")
 _ASKED_OF_A_TASK = ("loss", "metrics", "reported", "metric", "stop", "max_new_tokens")
-_ASKED_OF_PAIRS = {"loss": "dpo", "reported": ("loss", "accuracy", "margin")}
+_REPORTED_OF_PAIRS = ("loss", "accuracy", "margin")
 _DIGEST_VERSION = 2  # 1, without a number in front, hashed the rows as one text of Python
 
 SplitProgress = Callable[[str, int, float], None]
@@ -58,7 +58,7 @@ class Splits:
     train: Rows
     validation: Rows
     test: Rows
-    loss: Literal["candidates", "completion", "dpo"] = "completion"
+    loss: Literal["candidates", "completion"] | PairLoss = "completion"
     metrics: tuple[str, ...] = ("loss",)
     reported: tuple[str, ...] = REPORTED_OF_TEXT
     metric: str = "loss"
@@ -105,7 +105,7 @@ def prepare_splits(
     context: int,
     progress: SplitProgress | None = None,
     to_score: str | None = None,
-    loss: Literal["dpo"] | None = None,
+    loss: PairLoss | None = None,
     *,
     earlier: Mapping[str, Kept] | None = None,
     bound: int | None = None,
@@ -122,7 +122,7 @@ def prepare_splits(
     set_chat_template(tokenizer, data)
     task = None if data.task is None else load_task(data.task)
     sources = _file_sources(data) if task is None else _task_sources(task, data)
-    asked: dict[str, Any] = dict(_ASKED_OF_PAIRS) if loss == "dpo" else {}
+    asked: dict[str, Any] = {"loss": loss, "reported": _REPORTED_OF_PAIRS} if loss else {}
     learned = options
     if task is not None:
         before = _demonstrations(task, data, sources["train"])

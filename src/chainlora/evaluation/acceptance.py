@@ -67,4 +67,6 @@ def standard_error(numbers: Sequence[float]) -> float:
 
 def _loss(row: dict[str, Any]) -> float:
     scores, label = row["scores"], row["label"]
+    if "loss" in row:
+        return float(row["loss"])
     return float(-scores[0]) if label is None else cross_entropy(scores, label)

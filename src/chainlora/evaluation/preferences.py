@@ -1,15 +1,23 @@
-"""Scores of pairs of preferences, by DPO's implicit reward (arXiv 2305.18290, equation 5).
+"""Scores of pairs of preferences: a pair is right where the chosen answer has the larger reward.
 
-The reward of an answer is β·log(π(answer)/π_ref(answer)): by how much more likely a model finds it
-than its reference does. A pair is right where the chosen answer has the larger reward.
+DPO's implicit reward of an answer (arXiv 2305.18290, equation 5) is β·log(π(answer)/π_ref(answer)):
+by how much more likely a model finds it than its reference does. ORPO's has no reference: it is β
+times the mean log-probability per token.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 from chainlora.data.examples import Example
+from chainlora.engine.engine import Engine, ScoringProgress
 from chainlora.evaluation.evaluate import Evaluation
 from chainlora.evaluation.metrics import cross_entropy
 
@@ -29,18 +37,61 @@ def judge_pairs(
         [beta * n * (ours - theirs) for n, ours, theirs in zip(_lengths(e), *found, strict=True)]
         for e, *found in zip(examples, scores, reference, strict=True)
     ]
-    margins = [chosen - rejected for chosen, rejected in rewards]
+    predictions = [{"scores": pair} for pair in rewards]
+    return _judged(examples, predictions, [cross_entropy(pair, 0) for pair in rewards])
+
+
+def judge_odds(
+    engine: Engine, examples: Sequence[Example], beta: float, progress: ScoringProgress | None
+) -> Evaluation:
+    """Return the metrics of pairs as `judge_pairs` does; `loss` is the mean of `orpo_losses`."""
+    scores = engine.scores(list(map(with_whole_row, examples)), progress=progress)
+    losses = orpo_losses(torch.tensor(scores, dtype=torch.float64), beta).tolist()
+    predictions = [
+        {"scores": [beta * score for score in found[:2]], "loss": loss}
+        for found, loss in zip(scores, losses, strict=True)
+    ]
+    return _judged(examples, predictions, losses)
+
+
+def with_whole_row(pair: Example) -> Example:
+    """Return a pair with its chosen sequence once more, all of it scored, for `orpo_losses`."""
+    whole = pair.sequences[0]
+    sequences, scored = (*pair.sequences, whole), (*pair.scored, ((1, len(whole)),))
+    return replace(pair, sequences=sequences, scored=scored)
+
+
+def orpo_losses(scores: Tensor, beta: float) -> Tensor:
+    """Return the losses [E] of pairs (arXiv 2403.07691, equations 6 to 8), differentiable.
+
+    −log P(chosen row) − β·log σ(log odds(chosen) − log odds(rejected)), odds(P) = P / (1 − P)
+
+    Args:
+        scores: [E, 3], mean log-probabilities per token (log P): of the chosen and the rejected
+            answer, and of the chosen row, prompt included (as the authors and TRL have it).
+        beta: λ of the paper.
+    """
+    answers = scores[:, :2].clamp(max=-torch.finfo(torch.float32).eps)  # P = 1 has no odds
+    chosen, rejected = (answers - torch.log(-torch.expm1(answers))).unbind(1)
+    return -scores[:, 2] - beta * logsigmoid(chosen - rejected)
+
+
+def _judged(
+    examples: Sequence[Example], predictions: list[dict[str, Any]], losses: Sequence[float]
+) -> Evaluation:
+    """Return the metrics of pairs; complete their predictions, whose scores are rewards."""
+    margins = [chosen - rejected for chosen, rejected in (each["scores"] for each in predictions)]
     totals = {
-        "loss": math.fsum(cross_entropy(pair, 0) for pair in rewards),
+        "loss": math.fsum(losses),
         "accuracy": math.fsum((m > 0) + 0.5 * (m == 0) for m in margins),
         "margin": math.fsum(margins),
     }
-    predictions = [
-        {"row": example.row, "label": 0, "prediction": int(margin < 0), "scores": pair}
-        for example, margin, pair in zip(examples, margins, rewards, strict=True)
+    said = [
+        {"row": example.row, "label": 0, "prediction": int(margin < 0)} | prediction
+        for example, margin, prediction in zip(examples, margins, predictions, strict=True)
     ]
-    metrics = {name: total / len(rewards) for name, total in totals.items()}
-    return Evaluation(metrics, len(rewards), predictions)
+    metrics = {name: total / len(said) for name, total in totals.items()}
+    return Evaluation(metrics, len(said), said)
 
 
 def _lengths(example: Example) -> list[int]:

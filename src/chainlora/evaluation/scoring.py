@@ -15,7 +15,7 @@ from chainlora.engine.engine import Engine, Speedups
 from chainlora.errors import ConfigError, RunError
 from chainlora.evaluation.evaluate import evaluate, write_predictions
 from chainlora.evaluation.metrics import INDEX_METRICS, majority_rate
-from chainlora.evaluation.preferences import judge_pairs
+from chainlora.evaluation.preferences import judge_odds, judge_pairs
 from chainlora.evaluation.training_rows import bound_of, config_of
 from chainlora.files import check_writable
 from chainlora.models.text_config import context_length
@@ -71,6 +71,9 @@ def evaluate_task(
     with Engine(model, speedups=speedups, training=False) as engine:
         if asked.loss == "dpo":
             scores = engine.scores(rows, progress=progress)
+        elif asked.loss == "orpo":
+            assert config is not None
+            found = judge_odds(engine, rows, config.train.orpo_beta, progress)
         else:
             found = evaluate(
                 model,

@@ -33,7 +33,7 @@ from chainlora.evaluation.acceptance import Gain, gain, standard_error, values
 from chainlora.evaluation.evaluate import Evaluation, evaluate
 from chainlora.evaluation.matrix import MatrixSummary, summarise_matrix
 from chainlora.evaluation.metrics import is_higher_better
-from chainlora.evaluation.preferences import judge_pairs
+from chainlora.evaluation.preferences import judge_odds, judge_pairs
 from chainlora.models.finding import resolve_model
 from chainlora.runs.manifest import LinkEntry, state_digest
 from chainlora.runs.opening import load_run
@@ -327,6 +327,8 @@ class Scorer:
         def tell(done: int, total: int) -> None:
             self.progress(what, done, total)
 
+        if kept.loss == "orpo":
+            return judge_odds(engine, rows[:], 1.0, tell)
         if kept.loss == "dpo":
             scores = engine.scores(rows[:], progress=tell)
             return judge_pairs(rows, scores, self._references[stage], 1.0)

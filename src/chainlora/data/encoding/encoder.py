@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
+from chainlora.config.schema import PAIR_LOSSES, PairLoss
 from chainlora.data.encoding import chat, completion, text, translated
 from chainlora.data.encoding.candidates import CandidatesEncoder
 from chainlora.data.encoding.chat import ChatEncoder
@@ -47,7 +48,7 @@ class Options:
         add_eos: end completions and texts with the end-of-sequence token. None is the task's own,
             yes for formats.
         objective: "candidates" gives every candidate, "completion" the right one alone (teacher
-            forcing), "dpo" the two answers of a pair. None is "candidates" where the task has some.
+            forcing), that of a pair its two answers. None is "candidates" where the task has some.
         reserve: tokens to keep free after the prompt (for generation).
         before: text in front of every prompt, such as `Task.demonstrations`.
     """
@@ -55,7 +56,7 @@ class Options:
     max_length: int | None = None
     truncation: Literal["error", "left"] | None = None
     add_eos: bool | None = None
-    objective: Literal["candidates", "completion", "dpo"] | None = None
+    objective: Literal["candidates", "completion"] | PairLoss | None = None
     reserve: int = 0
     before: str = ""
 
@@ -104,7 +105,7 @@ def make_row_encoder(
         reader.num_front,
         options.reserve,
     )
-    refuse = refuse_plain if options.objective == "dpo" else refuse_preferences
+    refuse = refuse_plain if options.objective in PAIR_LOSSES else refuse_preferences
     return RowEncoder(encoder, fit, None if isinstance(task, Task) else refuse)
 
 
@@ -112,7 +113,7 @@ def make_encoder(task: Task | str, reader: TokenReader, options: Options) -> Enc
     """Return how rows of a task or format are read: the one place that knows every encoder."""
     if isinstance(task, Task):
         return _task_encoder(task, reader, options)
-    if options.objective == "dpo":
+    if options.objective in PAIR_LOSSES:
         plain = replace(options, objective=None)
         answer = "conversational" if task == "sharegpt" else task
         return PairEncoder(task, make_encoder(answer, reader, plain))
@@ -155,7 +156,7 @@ def _task_encoder(task: Task, reader: TokenReader, options: Options) -> Encoder:
 
 def detect_format(rows: Sequence[Mapping[str, Any]], objective: str | None = None) -> str:
     """Return the format whose fields the first row has. Raises DataError that names its fields."""
-    if objective == "dpo":
+    if objective in PAIR_LOSSES:
         return detect_pairs(rows[0])
     refuse_preferences(rows[0])
     if (found := translated.detect_translated(rows[0])) is not None:

@@ -119,7 +119,7 @@ def refuse_plain(row: Mapping[str, Any]) -> None:
         return
     tags = _tags(row)
     got = f"an answer with {tags[0]}: {row[tags[0]]}" if tags else ", ".join(map(str, row))
-    rule = "rows of `train.loss: dpo` must have a `chosen` and a `rejected` answer"
+    rule = "rows of `train.loss: dpo` and orpo must have a `chosen` and a `rejected` answer"
     remedy = _KTO if tags else "correct the row, or leave train.loss out"
     raise bad_row(rule, got, where(row), remedy)
 
@@ -131,7 +131,7 @@ def refuse_preferences(row: Mapping[str, Any]) -> None:
     """
     if pairs := sorted(map(str, row.keys() & _PAIRS)):
         what, plain = f"the columns {', '.join(pairs)}", "chosen"
-        remedy = "set train.loss: dpo, which reads columns chosen and rejected"
+        remedy = "set train.loss: dpo or orpo, which read columns chosen and rejected"
     elif tags := _tags(row):
         what, plain, remedy = f"an answer with {tags[0]}: {row[tags[0]]}", "good", _KTO
     else:

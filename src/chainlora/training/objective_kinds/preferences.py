@@ -1,4 +1,4 @@
-"""Direct preference optimisation (arXiv 2305.18290, equation 7) against the start of the run."""
+"""Losses of pairs: direct preference optimisation, and odds ratios beside the likelihood."""
 
 from __future__ import annotations
 
@@ -14,12 +14,19 @@ from chainlora.engine.engine import Engine
 from chainlora.engine.head import candidate_scores
 from chainlora.engine.packing import PackedBatch
 from chainlora.evaluation.evaluate import Evaluation
-from chainlora.evaluation.preferences import judge_pairs
+from chainlora.evaluation.preferences import (
+    judge_odds,
+    judge_pairs,
+    orpo_losses,
+    with_whole_row,
+)
 from chainlora.training.objective_kinds.likelihood import LanguageModelling
 
 
 class DPO(LanguageModelling):
     """The chosen answer of a pair must gain more on its reference than the rejected one.
+
+    The reference is the start of the run (arXiv 2305.18290, equation 7).
 
     With the rewards r of `rewards` and the smoothing ε, the loss of a pair is
     −(1 − ε)·log σ(r_chosen − r_rejected) − ε·log σ(r_rejected − r_chosen).
@@ -47,4 +54,28 @@ class DPO(LanguageModelling):
         return judge_pairs(examples, scores, [each.reference for each in examples], self.beta)
 
 
-OBJECTIVES = {"dpo": DPO}
+class ORPO(LanguageModelling):
+    """The chosen row is learned, and its answer must have larger odds than the rejected one.
+
+    The loss of a pair is that of `orpo_losses` (arXiv 2403.07691); there is no reference.
+    """
+
+    def __init__(self, config: TrainConfig) -> None:
+        super().__init__("candidates")  # terms are counted by examples
+        self.beta = config.orpo_beta
+
+    def collate(self, engine: Engine, examples: Sequence[Example]) -> list[Any]:
+        """Return a micro-batch as packed batches, in which a pair is three sequences."""
+        return super().collate(engine, list(map(with_whole_row, examples)))
+
+    def loss(self, engine: Engine, batch: PackedBatch) -> Tensor:
+        """Return the loss, summed over pairs."""
+        scores = engine.at_head(candidate_scores, batch).view(-1, 3)
+        return orpo_losses(scores, self.beta).sum()
+
+    def evaluate(self, engine: Engine, examples: Sequence[Example], **options: Any) -> Evaluation:
+        """Return loss, accuracy and margin of pairs."""
+        return judge_odds(engine, examples, self.beta, options["progress"])
+
+
+OBJECTIVES = {"dpo": DPO, "orpo": ORPO}
