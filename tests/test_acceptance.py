@@ -10,8 +10,10 @@ import torch
 from helpers import assert_same_links, settings
 
 from chainlora import load_run, make_config, train
+from chainlora.data.examples import Example
 from chainlora.evaluation.acceptance import gain
 from chainlora.evaluation.evaluate import Evaluation
+from chainlora.evaluation.preferences import judge_pairs
 from chainlora.runs.start import NOTHING
 from chainlora.training import loop
 from chainlora.training.setup import prepare
@@ -28,6 +30,14 @@ def test_a_gain_is_clear_beyond_its_standard_error():
     assert found.is_clear
     assert not gain(scored([1.0, 2.0]), scored([0.0, 2.9])).is_clear
     assert not gain(scored([1.0]), scored([0.0])).is_clear  # one row says nothing
+
+
+def test_a_pair_whose_answers_are_ranked_the_same_is_right_by_half():
+    rows = [Example(0, ((1, 2), (1, 3)), (((1, 2),),) * 2)] * 2
+    before = judge_pairs(rows, [[-1.0, -1.0]] * 2, [[-1.0, -1.0]] * 2, 1.0)
+    after = judge_pairs(rows, [[-1.0, -2.0], [-2.0, -1.0]], [[-1.0, -1.0]] * 2, 1.0)
+    found = gain(before, after, "accuracy")
+    assert (found.mean, before.metrics["accuracy"], after.metrics["accuracy"]) == (0, 0.5, 0.5)
 
 
 def config(folder, rows, output=None, **train_keys):

@@ -5,9 +5,11 @@ The long list, of every file operation, is in tests/faults.
 
 from __future__ import annotations
 
+import json
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from test_models import TOKENS, write_gguf
 
 from chainlora.cli.main import run as command
 from chainlora.errors import FileError
+from chainlora.evaluation.stages import Cell, stage_matrix
 from chainlora.experiments import make_experiment, run_cells
 from chainlora.models.loading import load_model
 
@@ -39,6 +42,18 @@ def test_a_gguf_file_that_cannot_be_converted_leaves_nothing(tmp_path, monkeypat
         load_model(file, torch.float32)
     assert [p.name for p in (tmp_path / "cache" / "gguf").iterdir() if p.suffix != ".lock"] == []
     load_model(file, torch.float32)
+
+
+def test_what_is_only_looked_at_is_shown(chainlora, run_copy, caplog):
+    cells = [Cell(f"{n}", "main", "validation", "accuracy", 0.5, 0.0, 9, 9) for n in range(200)]
+    lines = "".join(json.dumps(asdict(cell)) + "\n" for cell in cells)  # of other states
+    (run_copy / "matrix.jsonl").write_text(lines)
+    with files_up_to(20_000):
+        shown, scored = chainlora("inspect", run_copy), stage_matrix(run_copy)
+    assert (shown.status, "overlap" in shown.out) == (0, True)
+    assert f"chainlora: a file must be written (got File too large for {run_copy}" in shown.err
+    assert len(scored.cells) == 2
+    assert "the scores are not kept: a file must be written" in caplog.text
 
 
 def test_an_experiment_on_a_full_disk_says_so_and_goes_on_later(tiny_folder, sentiment, tmp_path):

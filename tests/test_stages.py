@@ -399,6 +399,15 @@ def test_the_matrix_is_what_eval_says_and_is_kept(config, tmp_path):
     assert set(best) == {"facts", "style"}
 
 
+def test_the_best_mix_of_what_is_no_sum_is_on_or_off(config, tmp_path):
+    config["stages"][1]["chain"]["dora"] = True
+    train_stages(make_stages(config))
+    best, after, now = best_mix(tmp_path / "run")
+    assert after >= now
+    assert best["style"] in (0, 1)
+    mix_stages(tmp_path / "run", best)
+
+
 def test_rows_that_are_not_kept_are_missing_from_the_matrix(config, tmp_path):
     config["stages"][0]["data"]["keep_rows"] = False
     train_stages(make_stages(config))
@@ -516,6 +525,14 @@ def test_what_a_chain_begins_on_is_asked_for_before_any_training(harmful, tmp_pa
         survey(extension(tmp_path / "run", law))
     prune_stage(tmp_path / "run", "facts")
     assert [found.state for found in survey(extension(tmp_path / "run", law))][-1] == "new"
+
+
+def test_one_row_is_no_excuse(harmful, tmp_path):
+    """It has no standard error."""
+    for stage in harmful["stages"]:
+        stage["data"] |= {"num_validation": 1}
+    train_stages(make_stages(harmful))
+    assert open_run(tmp_path / "run").strengths["style"] < 1
 
 
 # --- prune ---

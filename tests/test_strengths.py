@@ -71,10 +71,18 @@ DORA, NORM = {"dora": True}, {"extra_modules": ("final_layer_norm",)}
     ("links", "strengths", "words"),
     [
         ([DORA], {0: 0.5}, "with DoRA must be 0 or 1 (got 0.5 for link 0)"),
-        ([DORA, {}], {0: 0}, "can be 0 only with those above (got 0 for link 0); add 1"),
+        (
+            [DORA, {}],
+            {0: 0},
+            "can be 0 only with those above (got 0 for link 0); switch it on, or 1 off",
+        ),
         ([{}, DORA], {0: 0.5}, "below a DoRA link must be 1 (got 0.5 for link 0); switch 1 off"),
         ([NORM], {0: 2}, "with extra modules must be 0 or 1"),
-        ([NORM, NORM], {0: 0}, "can be 0 only with those above (got 0 for link 0); add 1"),
+        (
+            [NORM, NORM],
+            {0: 0},
+            "can be 0 only with those above (got 0 for link 0); switch it on, or 1 off",
+        ),
         ([{}], {0: float("nan")}, "must be within ±1e+06 (got nan for link 0)"),
         ([{}], {0: 1e300}, "must be within ±1e+06 (got 1e+300 for link 0)"),
         ([{}], {7: 1}, "strengths are of the links' ids, [0] (got 7)"),

@@ -250,7 +250,9 @@ def check_strengths(links: Sequence[Link]) -> None:
         if not link.strength and heirs:
             ids = ", ".join(str(other.id) for other in heirs)
             raise _strength_error(
-                link, "with DoRA or extra modules can be 0 only with those above", f"add {ids}"
+                link,
+                "with DoRA or extra modules can be 0 only with those above",
+                f"switch it on, or {ids} off",
             )
         if link.strength != 1 and dora:
             raise _strength_error(link, "below a DoRA link must be 1", f"switch {dora[0].id} off")

@@ -9,7 +9,8 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ from click.shell_completion import CompletionItem
 
 from chainlora.config.section import types_in
 from chainlora.config.stages import is_run as is_run
-from chainlora.errors import ConfigError, RunError
+from chainlora.errors import ConfigError, FileError, RunError
 
 if TYPE_CHECKING:
     from chainlora.runs.reading import Address
@@ -67,6 +68,15 @@ def print_json(value: Any) -> None:
 def to_stderr(text: str = "") -> None:
     """Print a line on stderr, where progress goes."""
     click.echo(text, err=True)
+
+
+@contextmanager
+def picture_if_possible() -> Iterator[None]:
+    """Say why a picture could not be written beside numbers, which are shown all the same."""
+    try:
+        yield
+    except FileError as error:
+        to_stderr(f"chainlora: {error}")
 
 
 def quiet() -> None:

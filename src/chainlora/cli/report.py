@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import click
 
-from chainlora.cli.common import HELP, json_option, need_run, print_json, quiet
+from chainlora.cli.common import (
+    HELP,
+    json_option,
+    need_run,
+    picture_if_possible,
+    print_json,
+    quiet,
+)
 
 
 @click.command(context_settings=HELP)
@@ -25,7 +32,8 @@ def inspect(run: str, as_json: bool) -> None:
 
     found = inspect_run(run)
     if found["links"]:
-        plot_chain(found, open_run(run) / "chain.png")
+        with picture_if_possible():
+            plot_chain(found, open_run(run) / "chain.png")
     if as_json:
         print_json(found)
     else:

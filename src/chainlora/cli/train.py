@@ -20,6 +20,7 @@ from chainlora.cli.common import (
     file_and_overrides,
     is_first_process,
     json_option,
+    picture_if_possible,
     print_json,
     quiet,
     to_stderr,
@@ -182,7 +183,8 @@ def _plot(settings: RunConfig) -> None:
     output = Path(settings.output or "")
     records = read_records(output / "metrics.jsonl")
     if records:  # none where nothing is trained and nothing held out
-        plot_training(records, output / "training.png")
+        with picture_if_possible():
+            plot_training(records, output / "training.png")
 
 
 def _announcement(file: str, settings: RunConfig) -> str:

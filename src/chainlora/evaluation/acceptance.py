@@ -47,7 +47,7 @@ def values(found: Evaluation, metric: str) -> list[float]:
     """
     rows = found.predictions
     if metric == "accuracy":
-        return [float(row["prediction"] == row["label"]) for row in rows]
+        return [_share(row) for row in rows]
     if metric == "loss":
         return [_loss(row) for row in rows]
     if metric in TEXT_METRICS and all("references" in row for row in rows):
@@ -63,6 +63,11 @@ def standard_error(numbers: Sequence[float]) -> float:
     mean = math.fsum(numbers) / len(numbers)
     variance = math.fsum((each - mean) ** 2 for each in numbers) / (len(numbers) - 1)
     return math.sqrt(variance / len(numbers))
+
+
+def _share(row: dict[str, Any]) -> float:
+    """Return 1 where a row is right, and a half of a pair whose answers are ranked the same."""
+    return 0.5 if row["prediction"] is None else float(row["prediction"] == row["label"])
 
 
 def _loss(row: dict[str, Any]) -> float:

@@ -87,11 +87,16 @@ def _judged(
         "margin": math.fsum(margins),
     }
     said = [
-        {"row": example.row, "label": 0, "prediction": int(margin < 0)} | prediction
+        {"row": example.row, "label": 0, "prediction": _preferred(margin)} | prediction
         for example, margin, prediction in zip(examples, margins, predictions, strict=True)
     ]
     metrics = {name: total / len(said) for name, total in totals.items()}
     return Evaluation(metrics, len(said), said)
+
+
+def _preferred(margin: float) -> int | None:
+    """Return which answer has the larger reward; None where neither has."""
+    return None if margin == 0 else int(not margin > 0)
 
 
 def _lengths(example: Example) -> list[int]:

@@ -11,6 +11,8 @@ is computed once. What matrices say in one number is in `evaluation.matrix`.
 from __future__ import annotations
 
 import json
+import logging
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
@@ -28,7 +30,7 @@ from chainlora.config.stages import split_address
 from chainlora.data.kept import Kept
 from chainlora.data.rows import MemoryRows, Rows
 from chainlora.engine.engine import Engine, Speedups
-from chainlora.errors import RunError
+from chainlora.errors import ChainError, FileError, RunError
 from chainlora.evaluation.acceptance import Gain, gain, standard_error, values
 from chainlora.evaluation.evaluate import Evaluation, evaluate
 from chainlora.evaluation.matrix import MatrixSummary, summarise_matrix
@@ -39,6 +41,8 @@ from chainlora.runs.manifest import LinkEntry, state_digest
 from chainlora.runs.opening import load_run
 from chainlora.runs.reading import RunReader
 from chainlora.runs.stages import open_run, read_stages
+
+logger = logging.getLogger(__name__)
 
 MATRIX = "matrix.jsonl"
 BASE, NOW = "base", "now"
@@ -179,7 +183,10 @@ def stage_matrix(
             wanted = [stage for state, stage in missing if state == name]
             for cell in scorer.score(name, states[name], wanted):
                 known[cell.state, cell.stage] = cell
-        _write(folder, list(known.values()))
+        try:
+            _write(folder, list(known.values()))
+        except FileError as error:  # numbers of a run that cannot be written are numbers too
+            logger.warning("the scores are not kept: %s", error)
     names = reader.manifest().stages
     grid = [[known.get((digest, stage)) for stage in names] for digest in digests.values()]
     return StageMatrix(names, list(digests), grid)
@@ -215,7 +222,10 @@ def best_mix(
     def average(strengths: tuple[tuple[str, float], ...]) -> float:
         of = dict(strengths)
         state = {entry.id: of[entry.stage] for entry in entries}
-        return sign * fmean(cell.value for cell in scorer.score("mix", state, stages))
+        try:
+            return sign * fmean(cell.value for cell in scorer.score("mix", state, stages))
+        except ChainError:  # what is no sum is on or off
+            return -math.inf
 
     now = {entry.stage: entry.strength for entry in entries}
     best, before = dict(now), None
@@ -254,9 +264,14 @@ def guard(
         now = scorer.evaluations(f"{strength:g}", below | dict.fromkeys(own, strength), earlier)
         found = {stage: gain(before[stage], each, kept[stage].metric) for stage, each in now}
         gains = gains or found
-        if all(-each.mean <= tolerance + each.standard_error for each in found.values()):
+        if all(-each.mean <= tolerance + _doubt(each) for each in found.values()):
             return strength, gains
     return 0.0, gains
+
+
+def _doubt(found: Gain) -> float:
+    """Return the standard error of a gain; of a single row, which has none, no doubt is granted."""
+    return found.standard_error if math.isfinite(found.standard_error) else 0.0
 
 
 def _to_choose_by(kept: Mapping[str, Kept]) -> dict[str, Kept]:

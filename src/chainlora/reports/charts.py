@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from chainlora.files import reported
 from chainlora.reports.tables import Table
 
 BLUE, VERMILION, GREEN, SKY, PURPLE, GREY = (  # Okabe–Ito: told apart by every kind of vision
@@ -127,7 +128,7 @@ def save(fill: Fill, size: tuple[float, float], path: str | Path) -> Path:
     path = Path(path)
     figure = drawn(fill, size)
     metadata = {"Date": None} if path.suffix == ".svg" else {"Software": None}
-    with rc_context(STYLE):
+    with rc_context(STYLE), reported(path):
         figure.savefig(path, metadata=metadata)
     return path
 
