@@ -70,7 +70,8 @@ def _cell(value: Any) -> object:
     if isinstance(value, Mapping):
         few = [f"{key} {_text(each)}" for key, each in islice(value.items(), _FEW)]
         return ", ".join(few + ["…"] * (len(value) > len(few)))
-    return value
+    most = 10 * _LONGEST
+    return f"{value[:most]}…" if isinstance(value, str) and len(value) > most else value
 
 
 def _is_record(value: object) -> bool:

@@ -116,7 +116,8 @@ class StageMatrix:
         """Return average, backward transfer and forgetting; none where cells are missing."""
         ends = [row for state, row in zip(self.states, self.grid, strict=True) if state != NOW]
         whole = [[cell for cell in row if cell is not None] for row in ends]
-        if len(ends) != len(self.stages) + 1 or any(len(r) < len(self.stages) for r in whole):
+        is_whole = all(len(row) == len(self.stages) for row in whole)
+        if not self.stages or len(ends) != len(self.stages) + 1 or not is_whole:
             return []
         values = [[cell.value for cell in row] for row in whole]
         return summarise_matrix(values, self.stages, [cell.metric for cell in whole[0]])
@@ -134,13 +135,13 @@ class StageMatrix:
 
 def _shades(column: Sequence[Cell | None]) -> list[float]:
     """Return how dark each cell of a stage is shown: from 0 for its worst score to a half."""
-    known = [cell for cell in column if cell is not None]
+    known = [cell for cell in column if cell is not None and math.isfinite(cell.value)]
     values = [cell.value for cell in known]
     if not known or min(values) == max(values):
         return [0.0] * len(column)
     worst = min(values) if is_higher_better(known[0].metric) else max(values)
     span = 2 * (max(values) - min(values))
-    return [0.0 if cell is None else abs(cell.value - worst) / span for cell in column]
+    return [abs(cell.value - worst) / span if cell in known else 0.0 for cell in column]
 
 
 def _rows_of(cell: Cell) -> str:
