@@ -178,6 +178,18 @@ def test_a_stage_stopped_anywhere_resumes_to_the_same_bits(config, tmp_path):
     assert states[0] == states[1]
 
 
+def test_no_stage_begins_while_another_is_half_trained(config, tmp_path):
+    """Whichever ends last would be the run, without the links of the other."""
+    style = stage_of(config, "style")
+    train_stages(make_stages(one_stage(config)))
+    with pytest.raises(_Stop):
+        train_stages(extension(tmp_path / "run", style), listener=_stop_after(8))
+    with pytest.raises(RunError, match=r"half trained \(got .*style\); finish it, or delete"):
+        survey(extension(tmp_path / "run", style | {"name": "law"}))
+    train_stages(extension(tmp_path / "run", style))
+    assert survey(extension(tmp_path / "run", style | {"name": "law"}))[-1].state == "new"
+
+
 class _Stop(Exception):
     pass
 

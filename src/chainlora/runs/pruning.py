@@ -35,6 +35,7 @@ from chainlora.runs.stages import (
     Stages,
     alone_in,
     folder_of,
+    half_trained,
     open_run,
     read_stages,
     write_stages,
@@ -115,7 +116,7 @@ def _check(
         raise RunError(f"a stage must be one of {names}", f"{name!r} for {run}", "name one")
     if found.here == [name]:
         raise RunError("a run must keep a stage", f"{name!r}, its only one", f"delete {run}")
-    begun = [path for path in (run / "stages").glob("*") if path.name not in found.names]
+    begun = half_trained(run, found)
     if not (run / STAGES).is_file() and not RunReader(run).is_finished(manifests[run]):
         begun = [run]
     if begun:

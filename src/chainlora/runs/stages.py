@@ -139,6 +139,11 @@ def folder_of(run: Path, found: Stages, place: int) -> Path:
     return run if place == 0 else stage_folder(run, found.names[place])
 
 
+def half_trained(run: Path, found: Stages) -> list[Path]:
+    """Return the run directories of stages that were begun and have not ended."""
+    return [path for path in (run / "stages").glob("*") if path.name not in found.names]
+
+
 # --- the file ---
 
 

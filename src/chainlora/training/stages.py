@@ -37,6 +37,7 @@ from chainlora.runs.stages import (
     alone_in,
     end_stage,
     folder_of,
+    half_trained,
     open_run,
     place_of,
     read_stages,
@@ -109,6 +110,7 @@ def survey(stages: Sequence[Stage], change: Collection[str] = ()) -> list[StageS
     below = _begun_on(stages)
     for stage, where in zip(stages, found, strict=True):
         if where.state == "new":
+            _need_no_other(run, stages)
             _need_name(stage, below)
             _need_rows(stage, below)
         if where.state != "pruned":
@@ -204,6 +206,16 @@ def _new(stage: Stage) -> StageState:
     return StageState(stage.name, "new")
 
 
+def _need_no_other(run: Path, stages: Sequence[Stage]) -> None:
+    """Refuse a new stage while another one is half trained, which would go on without it."""
+    begun = half_trained(run, read_stages(run)) if (run / "chain.json").is_file() else []
+    names = [stage.name for stage in stages]
+    others = [path for path in begun if path.name not in names]
+    if others:
+        rule = "a stage can begin when no other is half trained"
+        raise RunError(rule, others[0], "finish it, or delete that folder")
+
+
 def _need_name(stage: Stage, below: Mapping[str, bool]) -> None:
     """Refuse a name that a stage has which the chain begins on, before any is trained."""
     if stage.name in below:
@@ -251,8 +263,9 @@ def _train(
 ) -> TrainResult:
     run, is_first = _run_of(stages), stage is stages[0]
     with alone_in(run) if is_first_launched() and not is_first else nullcontext():
-        if not is_first:
-            _known(run, stages)  # another process may have ended one in the meantime
+        if not is_first:  # another process may have ended one in the meantime, or begun one
+            _known(run, stages)
+            _need_no_other(run, stages)
         try:
             start = NOTHING if where.state == "stopped" else _start(stage, run, is_first)
             _need_name(stage, _below(start))
