@@ -33,6 +33,7 @@ HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DOCUMENTS = [
     *(ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")),
+    ROOT / "examples/README.md",
     *sorted((ROOT / "docs").rglob("*.md")),
 ]
 OURS = (
@@ -271,6 +272,13 @@ def test_contributing_names_targets_of_the_makefile():
     named = re.findall(r"^make (\w+)", text, flags=re.MULTILINE)
     assert named
     assert set(named) <= set(targets)
+
+
+def test_every_example_is_in_the_gallery():
+    text = (ROOT / "examples/README.md").read_text(encoding="utf-8")
+    assert len(text.split()) <= 150
+    paths = [*(ROOT / "examples").iterdir(), *(ROOT / "examples/notebooks").glob("*.ipynb")]
+    assert {path.name for path in paths if path.name not in text} == {"README.md"}
 
 
 def test_files_that_documents_name_exist():
