@@ -357,6 +357,17 @@ def test_the_command_line_goes_from_two_data_sets_to_one_adapter(config, tmp_pat
     assert cli(["export", str(run), *only, "--output", str(tmp_path / "b")]) == 0
     assert checksums(tmp_path / "a") == checksums(tmp_path / "b")  # the card too
     assert "Trained on" not in (tmp_path / "a/README.md").read_text()  # a stage that is off
+    for name, stages, is_scored in (("c", "facts,style=0.5", False), ("d", "facts,style", True)):
+        only = ["--to", "adapter", "--stages", stages, "--output", str(tmp_path / name)]
+        assert cli(["export", str(run), *only]) == 0
+        card = (tmp_path / name / "README.md").read_text()
+        assert ("validation `accuracy`" in card) == is_scored  # scored was another mix
+    assert cli(["mix", str(run), "style=1", "style=0"]) == 1
+    assert "a stage must have one strength (got 'style' twice)" in capsys.readouterr().err
+    assert cli(["eval", str(run), "--matrix", "--stages", "facts"]) == 2
+    assert "--matrix scores the kept rows in all states; leave --stages out" in (
+        capsys.readouterr().err
+    )
     for address in (f"{run}@facts", f"{run}@style", str(run)):
         capsys.readouterr()
         assert cli(["inspect", address]) == 0

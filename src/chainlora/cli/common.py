@@ -280,5 +280,7 @@ def read_strengths(texts: Sequence[str], default: float | None = 1.0) -> dict[st
             strength = None
         if strength is None or not abs(strength) < float("inf"):
             raise ConfigError("a strength must be STAGE=NUMBER", repr(text), "e.g. style=0.5")
+        if name in found:
+            raise ConfigError("a stage must have one strength", f"{name!r} twice", "leave one out")
         found[name] = strength
     return found

@@ -87,6 +87,12 @@ def evaluate(
     A run without --task and --data is scored on the rows that it was configured with.
     """
     if matrix:
+        given = {"task": task, "data": data, "limit": limit, "links": links, "stages": stages}
+        given |= {"dtype": dtype, "predictions": predictions}
+        for name in (name for name, value in given.items() if value is not None):
+            raise click.UsageError(
+                f"--matrix scores the kept rows in all states; leave --{name} out"
+            )
         need_run(run_or_model)
         quiet()
         from chainlora.cli.stages import scored_matrix, show_matrix

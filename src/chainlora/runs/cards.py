@@ -21,7 +21,7 @@ from chainlora.config.chat_templates import NAMES
 from chainlora.config.schema import DataConfig, RunConfig
 from chainlora.files import reported
 from chainlora.runs.beside import is_licence
-from chainlora.runs.reading import Address
+from chainlora.runs.reading import Address, RunReader
 from chainlora.runs.records import score_names
 from chainlora.runs.stages import open_run
 
@@ -84,14 +84,17 @@ class Card:
 def story_of(run: Address) -> Story | None:
     """Return the story of a run; None of a saved chain, which has none, and of a stage that is off.
 
-    What earlier stages were trained on is told by their own runs.
+    What earlier stages were trained on is told by their own runs, and what a run scored only of the
+    mix that it was trained as.
     """
     reader = open_run(run)
     manifest = reader.manifest()
     own = [link.strength for link in manifest.loaded if link.stage == manifest.stage]
     if not manifest.has_run or (own and not any(own)):
         return None
-    evaluations = [record for record in reader.records() if record["event"] == "eval"]
+    is_as_trained = manifest.state == RunReader(reader.path).manifest().state
+    records = reader.records() if is_as_trained else []
+    evaluations = [record for record in records if record["event"] == "eval"]
     return Story(reader.config(), manifest.rows, evaluations, manifest.versions)
 
 

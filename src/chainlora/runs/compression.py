@@ -25,7 +25,8 @@ def adapter_factors(
     A `rank` above what there is is reached with zeros: the function stays the exact one.
     """
     if not links:
-        raise ChainError("an adapter needs at least one link (got a chain of none)")
+        rule = "an adapter needs at least one link"
+        raise ChainError(rule, "a chain of none", "switch a stage on, or take the base")
     stacked = stack_links(links)
     widest = max(share.a.shape[0] for share in stacked.values())
     if tolerance is None and (rank is None or rank >= widest):
