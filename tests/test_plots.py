@@ -121,7 +121,7 @@ def test_nothing_to_draw(tmp_path):
 def test_a_page_s_charts_are_legible_on_a_phone(finished):
     """Text was 8.5 pixels high, and ticks stood at step 2.5."""
     (run,) = read_runs([finished])
-    made = [*training_pictures(run), *chain_pictures(run)]
+    made = [*training_pictures(run.records), *chain_pictures(run)]
     for each in made:
         (width,) = re.findall(r'viewBox="0 0 ([\d.]+)', each.svg)
         sizes = [float(size) for size in re.findall(r"font:?(?:-size:)? ([\d.]+)px", each.svg)]

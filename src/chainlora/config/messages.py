@@ -37,7 +37,8 @@ def problems(error: ValidationError, root: type[BaseModel], prefix: str = "") ->
     found: dict[tuple[str, str, str], list[str]] = {}
     for item in _meant(error.errors()):
         if item["type"] in ("extra_forbidden", "invalid_key"):
-            keys = [str(part) for part in item["loc"] if "[" not in str(part)]
+            *above, key = map(str, item["loc"])  # members of unions have a "[", as may the key
+            keys = [*(part for part in above if "[" not in part), key]
             found[_unknown_key(keys, item["input"], root, prefix), "", ""] = []
         elif item["type"] == "value_error":
             found[str(item["ctx"]["error"]), "", ""] = []
