@@ -18,7 +18,8 @@ from chainlora import evaluate_task, export_adapter, load_run
 from chainlora.cli.main import run as cli
 from chainlora.config.stages import make_stages
 from chainlora.errors import ChainLoRAError, ConfigError, RunError, StoppedError
-from chainlora.evaluation.stages import best_mix, stage_matrix
+from chainlora.evaluation.stages import stage_matrix
+from chainlora.evaluation.strengths import best_mix
 from chainlora.files import checksums, sha256
 from chainlora.runs.inspection import inspect_run
 from chainlora.runs.pruning import prune_stage

@@ -30,7 +30,8 @@ from chainlora.config.stages import Stage
 from chainlora.data.kept import Kept
 from chainlora.engine.engine import Engine
 from chainlora.evaluation.evaluate import evaluate
-from chainlora.evaluation.stages import Scorer, best_mix
+from chainlora.evaluation.stages import Scorer
+from chainlora.evaluation.strengths import best_mix
 from chainlora.training.objective_kinds.likelihood import LanguageModelling
 from chainlora.training.optimizers import make_optimizer
 from chainlora.training.schedule import rate_factor

@@ -116,7 +116,7 @@ def scored_matrix(run: str, speedups: Speedups = "auto", *, compute: bool = True
 
 def _searched(run: Path) -> tuple[dict[str, float], float, float]:
     from chainlora.cli.progress import evaluation_progress
-    from chainlora.evaluation.stages import best_mix
+    from chainlora.evaluation.strengths import best_mix
 
     with evaluation_progress() as progress:
         return best_mix(run, progress=lambda what, done, rows: progress(done, rows))

@@ -28,7 +28,8 @@ from chainlora.config.stages import (
 )
 from chainlora.data.splits import check_files
 from chainlora.errors import ChainLoRAError, RunError, StoppedError
-from chainlora.evaluation.stages import guard, stage_matrix
+from chainlora.evaluation.stages import stage_matrix
+from chainlora.evaluation.strengths import guard
 from chainlora.runs.loading_start import IMPORTED, load_start
 from chainlora.runs.reading import RunReader
 from chainlora.runs.resuming import changes

@@ -1,0 +1,115 @@
+"""Strengths of stages that the rows of stages choose: of the best average, and of little harm.
+
+Nothing is trained. Chosen on validation rows where there are any, so that test rows stay evidence.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from statistics import fmean
+
+from chainlora.config.stages import split_address
+from chainlora.data.kept import Kept
+from chainlora.data.rows import MemoryRows
+from chainlora.engine.engine import Speedups
+from chainlora.errors import ChainError, RunError
+from chainlora.evaluation.acceptance import Gain, gain
+from chainlora.evaluation.metrics import is_higher_better
+from chainlora.evaluation.stages import Progress, Scorer
+from chainlora.runs.reading import RunReader
+from chainlora.runs.stages import open_run
+
+_TRIED = (1.0, 0.75, 0.5, 0.25, 0.0)  # an equal one is not taken: the first wins
+
+
+def best_mix(
+    run: str | Path, *, speedups: Speedups = "auto", progress: Progress | None = None
+) -> tuple[dict[str, float], float, float]:
+    """Return the strengths of stages with the best average, that average, and the one there is now.
+
+    The average is that of the matrix, over the rows of all stages that kept some; of a loss, the
+    less the better. Strengths 0, ¼, ½, ¾ and 1 are tried stage by stage, the last stage first,
+    until none changes. Nothing of the run is changed.
+
+    Raises RunError where stages are judged by different metrics, which have no average.
+    """
+    folder, _ = split_address(run)
+    reader = open_run(folder)
+    kept, entries = reader.kept(), reader.manifest().loaded
+    stages = [stage for stage in reader.manifest().stages if stage in kept]
+    metrics = {each.metric for each in kept.values()}
+    if len(metrics) != 1 or not stages:
+        raise RunError(
+            "a mix is searched by one metric of all stages",
+            ", ".join(sorted(metrics)) or "no rows kept",
+            "name the strengths",
+        )
+    scorer = Scorer(reader, _to_choose_by(kept), speedups, progress)
+    sign = 1 if is_higher_better(metrics.pop()) else -1
+
+    @cache
+    def average(strengths: tuple[tuple[str, float], ...]) -> float:
+        of = dict(strengths)
+        state = {entry.id: of[entry.stage] for entry in entries}
+        try:
+            return sign * fmean(cell.value for cell in scorer.score("mix", state, stages))
+        except ChainError:  # what is no sum is on or off
+            return -math.inf
+
+    now = {entry.stage: entry.strength for entry in entries}
+    best, before = dict(now), None
+    while best != before:
+        before = dict(best)
+        for name in reversed(now):
+            tries = [best | {name: strength} for strength in (best[name], *_TRIED)]
+            best = max(tries, key=lambda each: average(tuple(each.items())))
+    return best, sign * average(tuple(best.items())), sign * average(tuple(now.items()))
+
+
+def guard(
+    run: Path,
+    tolerance: float,
+    *,
+    speedups: Speedups = "auto",
+    progress: Progress | None = None,
+) -> tuple[float, dict[str, Gain]]:
+    """Return the largest strength of a run's own links at which no earlier stage loses much.
+
+    No earlier stage may lose more than `tolerance` (of its metric) beyond the standard error of
+    its loss, row by row, against the state that the run began on. Strengths 1, ¾, ½, ¼ and 0 are
+    tried. With it comes what each earlier stage gained at strength 1; a loss is below 0.
+
+    `run` is the directory of the stage.
+    """
+    reader = RunReader(run)
+    manifest, kept = reader.manifest(), reader.kept()
+    own = {entry.id for entry in manifest.loaded if entry.stage == manifest.stage}
+    below = {e.id: e.strength for e in manifest.loaded if e.id not in own}
+    earlier = [stage for stage in manifest.stages if stage in kept and stage != manifest.stage]
+    scorer = Scorer(reader, _to_choose_by(kept), speedups, progress)
+    before = dict(scorer.evaluations("before", below, earlier))
+    gains: dict[str, Gain] = {}
+    for strength in _TRIED[:-1]:
+        now = scorer.evaluations(f"{strength:g}", below | dict.fromkeys(own, strength), earlier)
+        found = {stage: gain(before[stage], each, kept[stage].metric) for stage, each in now}
+        gains = gains or found
+        if all(-each.mean <= tolerance + _doubt(each) for each in found.values()):
+            return strength, gains
+    return 0.0, gains
+
+
+def _doubt(found: Gain) -> float:
+    """Return the standard error of a gain; of a single row, which has none, no doubt is granted."""
+    return found.standard_error if math.isfinite(found.standard_error) else 0.0
+
+
+def _to_choose_by(kept: Mapping[str, Kept]) -> dict[str, Kept]:
+    """Return the rows without test rows where there are validation rows: those stay evidence."""
+    return {
+        name: replace(each, test=MemoryRows()) if each.validation else each
+        for name, each in kept.items()
+    }
