@@ -105,6 +105,7 @@ WRONG = [
     ("data.train", "[a, {path: b, weight: 0}]", "`data.train.weight` must be above 0 (got 0 at p"),
     ("data.train", "[{weight: 2}]", "`data.train.path` must be given (got none); add it"),
     ("data.train", "[{path: a, wight: 2}]", "unknown key `data.train.0.wight`; did you mean 'weig"),
+    ("data.fields", "[a]", "`data.fields` must be a section of keys (got ['a'])"),
     ("data.[x]", "1", "unknown key `data.[x]`; known: "),
     ("data.train", "null", "`data` must name a `task` or a `train` file (got neither); e.g. data:"),
 ]

@@ -14,7 +14,7 @@ import pytest
 import torch
 from helpers import assert_same_links, links_of, settings
 
-from chainlora import evaluate_task, export_adapter, load_run
+from chainlora import evaluate_task, export_adapter, load_run, train
 from chainlora.cli.main import run as cli
 from chainlora.config.stages import make_stages
 from chainlora.errors import ChainLoRAError, ConfigError, RunError, StoppedError
@@ -520,6 +520,19 @@ def test_a_signal_between_training_and_judging_loses_neither(harmful, tmp_path, 
     train_stages(extension(tmp_path / "run", section))
     assert open_run(run).strengths["style"] < 1
     assert train_stages(extension(tmp_path / "run", section))[-1] is None
+
+
+def test_a_tolerance_without_earlier_stages_is_refused(config, tmp_path, capsys):
+    plain = {key: value for key, value in config.items() if key != "stages"}
+    plain["data"] = config["stages"][0]["data"]
+    plain["chain"] |= config["stages"][0]["chain"]
+    plain["train"] = {"accept_links": 0.02}
+    (tmp_path / "plain.yaml").write_text(json.dumps(plain))
+    assert cli(["train", str(tmp_path / "plain.yaml")]) == 1
+    assert "0.02 in a run without any" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="without any"):
+        train(plain)
+    assert not (tmp_path / "run").exists()
 
 
 def test_what_a_tolerance_needs_is_asked_for_before_any_training(harmful, tmp_path):

@@ -62,7 +62,7 @@ def train(arguments: tuple[str, ...], resume: bool, dry_run: bool, as_json: bool
     ended. The exit status is 3 where `train.accept_links` switched a new stage off.
     """
     from chainlora.config.loading import load_config, read_config
-    from chainlora.config.stages import Stage, make_stages
+    from chainlora.config.stages import Stage, check_alone, make_stages
 
     file, overrides = file_and_overrides(list(arguments))
     tree = read_config(file)
@@ -72,7 +72,7 @@ def train(arguments: tuple[str, ...], resume: bool, dry_run: bool, as_json: bool
         stages = make_stages(with_start(tree), overrides)
         train_and_show(stages, overrides, dry_run, as_json)
         return
-    settings = load_config(file, overrides)
+    settings = check_alone(load_config(file, overrides))
     if settings.output is None:
         raise ConfigError(
             "`output` must name a directory for the run (got none); add it to the config or pass "

@@ -20,6 +20,7 @@ _RULES = {
     "string": "a text",
     "bool": "true or false",
     "model": "a section of keys",
+    "dict": "a section of keys",
     "finite": "a finite number",
     "greater_than": "above {gt}",
     "greater_than_equal": "at least {ge}",

@@ -52,6 +52,18 @@ class Stage:
         return None if isinstance(found, str) else found
 
 
+def check_alone(config: RunConfig) -> RunConfig:
+    """Return the config of a run without stages. Raises ConfigError for what needs earlier ones."""
+    tolerance = Stage("main", config).tolerance
+    if tolerance is not None:
+        raise ConfigError(
+            "a number as `train.accept_links` is what earlier stages may lose",
+            f"{tolerance:g} in a run without any",
+            "use all or better, or give it to a later stage",
+        )
+    return config
+
+
 def make_stages(tree: Mapping[str, Any], overrides: Sequence[tuple[str, Any]] = ()) -> list[Stage]:
     """Return the stages of a config, each with what the config says of all of them.
 

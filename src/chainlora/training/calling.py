@@ -10,7 +10,7 @@ from typing import Any, cast
 from chainlora.chain.showing import Shown
 from chainlora.config.loading import make_config, read_config
 from chainlora.config.schema import RunConfig
-from chainlora.config.stages import Stage, make_stages
+from chainlora.config.stages import Stage, check_alone, make_stages
 from chainlora.runs.loading_start import with_start
 from chainlora.runs.reading import RunReader
 from chainlora.training.events import Event, Listener
@@ -48,7 +48,7 @@ def train(
     if isinstance(config, Mapping) and ("stages" in config or config.get("start") is not None):
         stages = make_stages(with_start(config))
         return _of_stages(stages, listener, change, progress)
-    checked = config if isinstance(config, RunConfig) else make_config(config)
+    checked = check_alone(config if isinstance(config, RunConfig) else make_config(config))
     with _shown(listener, progress) as tell:
         found = run_training(checked, resume=resume, listener=tell, change=change)
     return cast(TrainResult, Shown(found))
