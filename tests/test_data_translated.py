@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from helpers_data import CHAT, MARKED, TALK, encode_examples, make_tokenizer
+from helpers_data import CHAT, MARKED, TALK, encode_examples, make_tokenizer, scored
 from helpers_tasks import write_rows
 
 from chainlora.config.schema import DataConfig
@@ -45,6 +45,22 @@ def test_alpaca_is_chat_where_there_is_a_template():
         same(ALPACA | {"input": nothing}, {"messages": [question, answer]})
 
 
+@pytest.mark.parametrize("thoughts", ["", "hm"])
+def test_turns_of_a_prompt_are_not_learnt_however_often_a_template_marks_them(thoughts):
+    """Thoughts and words are marked apart, and a call not at all."""
+    template = (
+        "{% for m in messages %}<{{ m.role }}>{% if m.role != 'assistant' %}{{ m.content }}"
+        "{% elif m.tool_calls %}called{% else %}{% generation %}{{ m.thoughts }}{% endgeneration %}"
+        "|{% generation %}{{ m.content }}</s>{% endgeneration %}{% endif %}{% endfor %}"
+    )
+    called = {"role": "assistant", "tool_calls": [{"name": "f"}]}
+    prompt = [*TALK[:2], TALK[0], called, {"role": "tool", "content": "4"}]
+    row = {"prompt": prompt, "completion": [TALK[3] | {"thoughts": thoughts}]}
+    tokenizer = make_tokenizer("", template)
+    (found,) = encode_examples([row], tokenizer, "auto")
+    assert scored(found, tokenizer) == [[*filter(None, [thoughts]), "three</s>"]]
+
+
 def test_what_was_recognised_is_reported(tmp_path, caplog):
     tokenizer = make_tokenizer("", CHAT)
     rows = [{"conversations": SHAREGPT, "id": "a"}] * 2
@@ -61,6 +77,7 @@ def test_what_was_recognised_is_reported(tmp_path, caplog):
     [
         ({"conversations": [{"from": "bot", "value": "a"}]}, "sharegpt", "from one of human, gpt"),
         ({"conversations": [{"from": "gpt"}]}, "sharegpt", "must have a value"),
+        ({"text": "a"}, "sharegpt", "must be a list of objects with from and value"),
         ({"conversations": ["a"]}, "sharegpt", "must be a list of objects with from and value"),
         ({"prompt": TALK[:1], "completion": "b"}, "conversational", "both be lists of messages"),
         ({"instruction": 5, "output": "b"}, "alpaca", "`instruction` must be a text"),

@@ -12,6 +12,7 @@ import yaml
 from helpers import Stop, assert_same_links, settings
 from helpers_data import make_tokenizer, pair_files
 from helpers_processes import launch, outcome
+from helpers_tasks import write_rows, write_task
 
 from chainlora import evaluate_task, make_config, train
 from chainlora.config.schema import DataConfig
@@ -135,6 +136,18 @@ def test_rows_are_held_out_by_their_prompts_wherever_they_stand(validation, tmp_
     assert held_out == set(words(later.validation, tokenizer)) & set(LETTERS)
     assert found.report()["train"]["held_out"] == len(found.validation)
     assert found.digest != later.digest != encoded(tokenizer, train=at("other")).digest
+
+
+def test_rows_that_are_shown_leave_the_numbers_of_others_apart(tmp_path, tokenizer):
+    """Neighbours of one number are taken for blocks of one text."""
+    for name in "ab":
+        rows = [{"text": f"{name} {k}", "label": k % 2} for k in range(9)]
+        write_rows(tmp_path / f"{name}.jsonl", rows)
+    keys = {"task": str(write_task(tmp_path)), "shots": 2}
+    files = [str(tmp_path / f"{name}.jsonl") for name in "ab"]
+    for validation in range(1, 16):
+        found = encoded(tokenizer, train=files, validation=validation, **keys)
+        assert len(found.kept().held_out) == len(found.validation) == validation
 
 
 def test_a_task_over_own_files_holds_rows_out_as_they_are_scored(tiny_folder, sentiment, tmp_path):

@@ -48,13 +48,10 @@ class ChatEncoder:
     def __call__(self, rows: Sequence[Row]) -> list[Draft]:
         chats, rendered = self.rendered(rows)
         if self.is_marked:
-            turns = self._marked_turns(rendered)
+            turns = self._marked_turns(chats, rendered)
         else:
             turns = self._prefix_turns(chats, [whole for whole, _ in rendered])
-        return [
-            chat.draft(ids, spans[self.turns_before(chat.row) :])
-            for chat, (ids, spans) in zip(chats, turns, strict=True)
-        ]
+        return [chat.draft(*turn) for chat, turn in zip(chats, turns, strict=True)]
 
     def unread(self, row: Row) -> set[str]:
         """Return the columns of a row, and the keys of its messages, that are not read."""
@@ -104,17 +101,39 @@ class ChatEncoder:
     # --- turns by marks ---
 
     def _marked_turns(
-        self, rendered: Sequence[tuple[str, list[Span]]]
+        self, chats: Sequence[_Chat], rendered: Sequence[tuple[str, list[Span]]]
     ) -> list[tuple[Ids, list[Span]]]:
         """Return tokens and targets where the template marks turns by ``{% generation %}``."""
+        learnt = [
+            spans[before:]
+            for before, (_, spans) in zip(self._marks_before(chats), rendered, strict=True)
+        ]
         encoded = self.reader.tokenizer(
             [text for text, _ in rendered],
             add_special_tokens=False,
             return_offsets_mapping=True,
             verbose=False,
         )
-        read = zip(encoded["input_ids"], encoded["offset_mapping"], rendered, strict=True)
-        return [(list(ids), _covered(offsets, spans)) for ids, offsets, (_, spans) in read]
+        read = zip(encoded["input_ids"], encoded["offset_mapping"], learnt, strict=True)
+        return [(list(ids), _covered(offsets, spans)) for ids, offsets, spans in read]
+
+    def _marks_before(self, chats: Sequence[_Chat]) -> list[int]:
+        """Return how many marks stand in the turns that are not learnt: one turn may have several,
+        or none."""
+        counts = [self.turns_before(chat.row) for chat in chats]
+        items = [
+            chat.item(
+                chat.messages[: next(iter(chat.turns[count:]), None)],
+                return_assistant_tokens_mask=True,
+            )
+            for chat, count in zip(chats, counts, strict=True)
+            if count
+        ]
+        replies = iter(self._render(items))
+        return [
+            len(chat.value(next(replies))[1]) if count else 0
+            for chat, count in zip(chats, counts, strict=True)
+        ]
 
     # --- turns by prefixes ---
 
@@ -132,10 +151,10 @@ class ChatEncoder:
             texts.append([whole, *self._edges(chat, whole, found)])
         tokens = iter(self.reader.bare([text for each in texts for text in each]))
         turns = []
-        for each in texts:
+        for chat, each in zip(chats, texts, strict=True):
             ids, *edges = [next(tokens) for _ in each]
             places = [common_prefix(edge, ids) for edge in edges]
-            spans = zip(places[::2], places[1::2], strict=True)
+            spans = [*zip(places[::2], places[1::2], strict=True)][self.turns_before(chat.row) :]
             turns.append((ids, [(max(begin, 1), stop) for begin, stop in spans]))
         return turns
 

@@ -69,12 +69,12 @@ class PairEncoder:
 
 
 def _with_last_turn(row: Row, found: dict[str, Any], answer: Any) -> dict[str, Any]:
-    turns = found.pop("conversations", row["conversations"])
+    turns = row.get("conversations")
     turns = [*turns, answer] if isinstance(turns, list) else turns
     chat = sharegpt_chat(Row(row | {"conversations": turns}, row.index, row.origin))
     *prompt, last = chat["messages"]
-    found.pop("system", None)
-    return found | {"prompt": prompt, "completion": [last]}
+    rest = {key: found[key] for key in found.keys() - {"conversations", "system"}}
+    return rest | {"prompt": prompt, "completion": [last]}
 
 
 def _parts(prompt: Any, chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:

@@ -82,7 +82,7 @@ def make_translated(kind: str, reader: TokenReader, end: Callable[[], Ids]) -> E
 
 def sharegpt_chat(row: Row) -> dict[str, Any]:
     """Return a row of ShareGPT as one of chats."""
-    turns = row["conversations"]
+    turns = row.get("conversations")
     if not (isinstance(turns, list) and all(isinstance(turn, Mapping) for turn in turns)):
         rule = "`conversations` must be a list of objects with from and value"
         raise bad_row(rule, f"{turns!r:.80}", row.origin)

@@ -54,7 +54,7 @@ NESTED: Mapping[str, Callable[[Mapping[str, Any]], _Flat]] = {
 class FlatSource(Source):
     """The rows of another source, nested ones flattened, without the first `skip`.
 
-    Indices count flat rows.
+    Indices count the rows that are left.
     """
 
     source: Source
@@ -66,11 +66,11 @@ class FlatSource(Source):
 
     def records(self) -> Iterator[Record]:
         """Yield the rows. Raises DataError on a row that does not suit."""
-        index = 0
+        index = -self.skip
         for chunk in self.source.chunks():
             for row in chunk.rows():
                 for values in _flattened(self.task, row):
-                    if index >= self.skip:
+                    if index >= 0:
                         yield Record(index, Row(values, index, row.origin), chunk.share)
                     index += 1
 
