@@ -140,6 +140,8 @@ def test_arguments_are_defaults_of_the_template_that_a_row_may_change():
     before = tokenizer.chat_template
     set_chat_template(tokenizer, DataConfig(train="x", template_arguments={"loud": True}))
     assert tokenizer.chat_template == before
+    happy = tokenizer_with(chat_template=LOUD, template_arguments={"mark": "🙂"})
+    assert happy.apply_chat_template(TALK[:1], tokenize=False) == "how many dogs?🙂"
 
 
 @pytest.mark.parametrize(

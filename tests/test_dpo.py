@@ -32,6 +32,7 @@ from chainlora.evaluation.stages import stage_matrix
 from chainlora.evaluation.training_rows import training_rows
 from chainlora.runs.opening import load_run
 from chainlora.runs.reading import RunReader
+from chainlora.runs.stages import mix_stages
 from chainlora.runs.start import start_of
 from chainlora.training import objectives
 from chainlora.training.loop import train as train_stage
@@ -328,6 +329,8 @@ def test_the_reference_of_a_stage_is_the_chain_that_it_begins_on(settings, tmp_p
     metrics = evaluate_task(tree["output"])["metrics"]
     assert metrics == pytest.approx(found["metrics"]["validation"], rel=1e-2)  # soft knots
     assert metrics["margin"] > 0
+    mix_stages(tree["output"], {"main": 0, "again": 0})  # the base, whose reference is not itself
+    assert evaluate_task(tree["output"])["metrics"]["margin"] != 0
 
 
 # --- resume ---

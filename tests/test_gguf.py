@@ -135,13 +135,13 @@ def test_llama_cpp_computes_the_model(exported):
 def test_a_kind_rounds_as_it_says_and_is_as_large(tmp_path, kind, bits):
     base = make_base(tmp_path / "base", "llama", intermediate_size=40)
     run = make_chain(tmp_path / "chain", base, ["q_proj", "down_proj"])
-    export_gguf(run, tmp_path / "out", kind=kind)
-    found = {t.name: t for t in gguf.GGUFReader(tmp_path / "out" / "model.gguf").tensors}
+    export_gguf(run, tmp_path / "new/out", kind=kind)
+    found = {t.name: t for t in gguf.GGUFReader(tmp_path / "new/out/model.gguf").tensors}
     assert found["token_embd.weight"].n_bytes * 8 == found["token_embd.weight"].n_elements * bits
     assert found["output_norm.weight"].tensor_type.name == "F32"
     fits = "F16" if kind == "q8_0" else kind.upper()  # 40 is no multiple of 32
     assert found["blk.0.ffn_down.weight"].tensor_type.name == fits
-    read = AutoModelForCausalLM.from_pretrained(tmp_path / "out", gguf_file="model.gguf")
+    read = AutoModelForCausalLM.from_pretrained(tmp_path / "new/out", gguf_file="model.gguf")
     down = load_run(run)[0].model.layers[0].mlp.down_proj.weight
     error = (read.model.layers[0].mlp.down_proj.weight - down).abs().max() / down.abs().max()
     assert error <= {"f32": 0, "bf16": 2**-8}.get(kind, 2**-11)

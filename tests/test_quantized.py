@@ -210,7 +210,7 @@ def test_evaluation_is_of_the_trained_function_and_merging_of_the_whole_base(
 def test_merged_weights_are_quantised_by_name_and_the_loss_is_said(
     finished, tiny_folder, tmp_path, capsys
 ):
-    run, out = finished("nf4")[0], tmp_path / "nf4"
+    run, out = finished("nf4")[0], tmp_path / "new/nf4"
     whole = ["export", str(run), "--to", "merged", "--output"]
     assert command([*whole, str(tmp_path / "merged")]) == 0
     capsys.readouterr()

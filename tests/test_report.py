@@ -24,6 +24,7 @@ from chainlora.evaluation.stages import stage_matrix
 from chainlora.experiments import report_experiment
 from chainlora.reports.charts import short
 from chainlora.reports.page import render
+from chainlora.reports.run_charts import training_pictures
 from chainlora.reports.run_report import run_page
 from chainlora.reports.runs import read_runs
 from chainlora.runs.stages import mix_stages
@@ -127,6 +128,18 @@ def test_answers_to_a_run_s_own_rows(finished, sentiment, tmp_path):
     assert "link 2 changed " in page
 
 
+def test_a_live_link_answers_too(tiny_folder, tmp_path):
+    chain = own_chain(tiny_folder)
+    chain.extend(LinkConfig(rank=2, alpha=4, target_modules=("q_proj",)))
+    with torch.no_grad():
+        for parameter in chain.parameters():
+            parameter.add_(0.01)
+    save_chain(chain, tmp_path / "saved")
+    (tmp_path / "asked.txt").write_text("the cat sat\n")
+    report_runs([tmp_path / "saved"], prompts=str(tmp_path / "asked.txt"), max_new_tokens=2)
+    assert "<dt>after link 2</dt>" in (tmp_path / "saved/report.html").read_text(encoding="utf-8")
+
+
 def test_prompts_that_are_none(chainlora, finished, tiny_folder, tmp_path):
     empty, wrong = tmp_path / "empty.txt", tmp_path / "wrong.jsonl"
     empty.write_text("\n")
@@ -201,6 +214,9 @@ def test_a_run_of_stages_shows_what_each_did_to_every_other(tiny_folder, sentime
     assert f"{matrix.summaries()[0]}." in html.unescape(page)
     links = table(page, "Each link")
     assert [row[1:3] for row in links] == [["stage", "strength"], ["facts", "1"], ["style", "0.5"]]
+    (facts,) = read_runs([run])
+    loss = training_pictures(facts.records)[0].svg
+    assert re.findall(r">(link \d)<", loss) == ["link 1"]
 
 
 def test_a_run_that_was_stopped_says_so(tiny_folder, sentiment, tmp_path):

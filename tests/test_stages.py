@@ -149,12 +149,24 @@ def test_a_stage_begins_on_what_the_mix_made(config, tmp_path):
 
 def test_a_stage_ends_inside_itself_with_its_best_point(config, tmp_path):
     """The first stage keeps its best point: the second begins there, and not at the last link."""
-    config["stages"][0]["train"] = {"keep_best": True, "eval_every": 1, "lr": 3.0}
+    config["stages"][0] |= {
+        "chain": {"ranks": [4, 4], "steps": [1, 9]},
+        "train": {"keep_best": True, "eval_every": 1, "schedule": "constant"},
+    }
     train_stages(make_stages(config))
     first = open_run(f"{tmp_path / 'run'}@facts")
     selected = first.manifest().selected
     assert selected is not None
-    assert selected.step < 6  # a rate at which the model unlearns
+    assert selected.partial is not None
+    assert selected.step < 10  # every row is right long before the last step
+    records = [record for record in first.records() if record["step"] == selected.step]
+    (loss,) = (record["loss"] for record in records if record["event"] == "step")
+    (scores,) = (record for record in records if record["event"] == "eval")
+    link = inspect_run(tmp_path / "run")["links"][1]
+    assert (link["loss"], link["scores"]["loss"]) == (loss, scores["loss"])
+    export_adapter(f"{tmp_path / 'run'}@facts", tmp_path / "adapter")
+    card = (tmp_path / "adapter/README.md").read_text(encoding="utf-8")
+    assert f"| 1 | 4 | 2 | {selected.step - 1} | 1.0000 | {scores['loss']:.4f} |" in card
     begun_on = open_run(tmp_path / "run").load_links()[
         : -len(config["stages"][1]["chain"]["ranks"])
     ]
@@ -162,7 +174,7 @@ def test_a_stage_ends_inside_itself_with_its_best_point(config, tmp_path):
     for ours, theirs in zip(begun_on, first.load_links(), strict=True):
         assert all(torch.equal(ours.factors[n].b, theirs.factors[n].b) for n in ours.factors)
     own = open_run(tmp_path / "run").manifest().links[-2:]
-    assert [link.id for link in own] == [3, 4]  # after those that were planned
+    assert [link.id for link in own] == [2, 3]  # after those that were planned
 
 
 def test_a_stage_stopped_anywhere_resumes_to_the_same_bits(config, tmp_path):
@@ -185,6 +197,7 @@ def test_no_stage_begins_while_another_is_half_trained(config, tmp_path):
     train_stages(make_stages(one_stage(config)))
     with pytest.raises(_Stop):
         train_stages(extension(tmp_path / "run", style), listener=_stop_after(8))
+    (tmp_path / "run/stages/.DS_Store").touch()  # what looks at folders leaves is no stage
     with pytest.raises(RunError, match=r"half trained \(got .*style\); finish it, or delete"):
         survey(extension(tmp_path / "run", style | {"name": "law"}))
     train_stages(extension(tmp_path / "run", style))
@@ -193,6 +206,14 @@ def test_no_stage_begins_while_another_is_half_trained(config, tmp_path):
 
 class _Stop(Exception):
     pass
+
+
+def _stop_at(cell: str):
+    def progress(what: str, done: int, rows: int) -> None:
+        if what == cell:
+            raise _Stop
+
+    return progress
 
 
 def _stop_after(total: int):
@@ -397,6 +418,10 @@ def test_the_matrix_is_what_eval_says_and_is_kept(config, tmp_path):
     """Average, transfer and forgetting have tests of their own (test_matrix.py)."""
     run = tmp_path / "run"
     train_stages(make_stages(config))
+    (run / "matrix.jsonl").unlink()
+    with pytest.raises(_Stop):  # what was scored until then is kept
+        stage_matrix(run, progress=_stop_at("style: facts"))
+    assert len((run / "matrix.jsonl").read_text().splitlines()) == 4
     found = stage_matrix(run)
     assert found.states == ["base", "facts", "style"]
     for state, row in zip(found.states, found.grid, strict=True):

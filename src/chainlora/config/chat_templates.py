@@ -78,4 +78,4 @@ def with_defaults(template: str, arguments: Mapping[str, Argument]) -> str:
 
 def _literal(value: Argument) -> str:
     """Return a value as Jinja writes it."""
-    return "none" if value is None else json.dumps(value)
+    return "none" if value is None else json.dumps(value, ensure_ascii=False)

@@ -245,7 +245,7 @@ def _asks_nothing(entry: ForeignKey, value: Any) -> bool:
 def _number(value: Any, _: Any) -> int:
     if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
         return value
-    raise ValueError("give a number of steps, 1 or more")
+    raise ValueError("give a whole number, 1 or more")
 
 
 def _names(value: Any, _: Any) -> Any:

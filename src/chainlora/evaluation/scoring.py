@@ -16,11 +16,12 @@ from chainlora.errors import ConfigError, RunError
 from chainlora.evaluation.evaluate import evaluate, write_predictions
 from chainlora.evaluation.metrics import INDEX_METRICS, majority_rate
 from chainlora.evaluation.preferences import judge_odds, judge_pairs
+from chainlora.evaluation.streaming import to_accelerator
 from chainlora.evaluation.training_rows import bound_of, config_of
 from chainlora.files import check_writable
 from chainlora.models.text_config import context_length
 from chainlora.runs.opening import load_run_or_model
-from chainlora.runs.reading import Address
+from chainlora.runs.reading import Address, RunReader
 from chainlora.runs.stages import open_run
 
 Encode = Callable[[Any, int], tuple[Task | Splits, Sequence[Example]]]
@@ -68,7 +69,7 @@ def evaluate_task(
         encode = _own_rows(run_or_model, config, data, split, limit)
     model, tokenizer = load_run_or_model(run_or_model, num_links=num_links, dtype=dtype)
     asked, rows = encode(tokenizer, context_length(model))
-    with Engine(model, speedups=speedups, training=False) as engine:
+    with Engine(to_accelerator(model), speedups=speedups, training=False) as engine:
         if asked.loss == "dpo":
             scores = engine.scores(rows, progress=progress)
         elif asked.loss == "orpo":
@@ -119,9 +120,9 @@ def _reference(
     if config.chain.tune == "full":
         model, _ = load_run_or_model(config.model, dtype=dtype)
     else:
-        first = open_run(run).manifest().first
-        model, _ = load_run_or_model(run, num_links=first, dtype=dtype)
-    with Engine(model, speedups=speedups, training=False) as engine:
+        own = RunReader(open_run(run).path)  # at the strengths of then, whatever the mix is now
+        model, _ = load_run_or_model(own, num_links=own.manifest().first, dtype=dtype)
+    with Engine(to_accelerator(model), speedups=speedups, training=False) as engine:
         return engine.scores(rows, progress=progress)
 
 

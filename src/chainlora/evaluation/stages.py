@@ -34,6 +34,7 @@ from chainlora.evaluation.evaluate import Evaluation, evaluate
 from chainlora.evaluation.matrix import MatrixSummary, summarise_matrix
 from chainlora.evaluation.metrics import is_higher_better
 from chainlora.evaluation.preferences import judge_odds, judge_pairs
+from chainlora.evaluation.streaming import to_accelerator
 from chainlora.models.finding import resolve_model
 from chainlora.runs.manifest import LinkEntry, state_digest
 from chainlora.runs.opening import load_run
@@ -177,14 +178,13 @@ def stage_matrix(
     ]
     if compute and missing:
         scorer = Scorer(reader, kept, speedups, progress)
-        for name in dict.fromkeys(name for name, _ in missing):
-            wanted = [stage for state, stage in missing if state == name]
-            for cell in scorer.score(name, states[name], wanted):
-                known[cell.state, cell.stage] = cell
         try:
+            for name in dict.fromkeys(name for name, _ in missing):
+                wanted = [stage for state, stage in missing if state == name]
+                for cell in scorer.score(name, states[name], wanted):
+                    known[cell.state, cell.stage] = cell
+        finally:  # a signal loses one cell at most
             _write(folder, list(known.values()))
-        except FileError as error:  # numbers of a run that cannot be written are numbers too
-            logger.warning("the scores are not kept: %s", error)
     names = reader.manifest().stages
     grid = [[known.get((digest, stage)) for stage in names] for digest in digests.values()]
     return StageMatrix(names, list(digests), grid)
@@ -208,7 +208,7 @@ class Scorer:
         self.progress = progress or (lambda what, done, rows: None)
         model, self.tokenizer = load_run(reader, num_links=0, as_trained=True)
         base = resolve_model(reader.manifest().base.model)
-        self.chain = Chain(model, hold=hold or hold_for(model), checkpoint=base)
+        self.chain = Chain(to_accelerator(model), hold=hold or hold_for(model), checkpoint=base)
         for link in RunReader(reader.path).load_links():
             self.chain.add(link)
         self._references: dict[str, list[list[float]]] = {}
@@ -321,5 +321,9 @@ def _read(run: Path) -> list[Cell]:
 
 
 def _write(run: Path, cells: Sequence[Cell]) -> None:
-    files.remove_scratch(run, MATRIX)
-    files.write_text(run / MATRIX, "".join(json.dumps(asdict(cell)) + "\n" for cell in cells))
+    """Keep the cells; numbers of a run that cannot be written are numbers too."""
+    try:
+        files.remove_scratch(run, MATRIX)
+        files.write_text(run / MATRIX, "".join(json.dumps(asdict(cell)) + "\n" for cell in cells))
+    except FileError as error:
+        logger.warning("the scores are not kept: %s", error)

@@ -68,7 +68,8 @@ def answers(
     test or training data. The base is loaded once; links are added one by one. Raises DataError
     where rows have no prompts.
     """
-    links = RunReader(run.path).links_of(run.manifest, len(run.manifest.links))
+    count = len(run.manifest.links) if run.config is not None else None  # of a chain the live one
+    links = RunReader(run.path).links_of(run.manifest, count)
     model, tokenizer = load_run_or_model(run.path, num_links=0)
     base = resolve_model(run.manifest.base.model)
     chain = Chain(to_accelerator(model), hold=hold_for(model), checkpoint=base)

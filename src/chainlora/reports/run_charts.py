@@ -252,7 +252,8 @@ def _mark_knots(panels: Sequence[Any], records: Sequence[Record]) -> None:
     edges = [0, *knots, *([last] if not knots or last > knots[-1] else [])]
     if len(edges) - 1 > MOST_LABELS:
         return
-    for link, (start, end) in enumerate(pairwise(edges)):
+    first = min((r["link"] for r in records if "link" in r), default=0)  # of a later stage: not 0
+    for link, (start, end) in enumerate(pairwise(edges), first):
         panels[0].annotate(
             f"link {link}" if len(edges) < 7 else f"{link}",
             ((start + end) / 2, 1),

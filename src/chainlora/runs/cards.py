@@ -11,6 +11,7 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
@@ -49,9 +50,13 @@ UNNAMED = Naming()
 
 @dataclass(frozen=True)
 class Story:
-    """What a run knows of its chain beside the links: its config, its rows, and what it scored."""
+    """What a run knows of its chain beside the links: its config, its rows, and what it scored.
+
+    `first` is the index of its first link.
+    """
 
     config: RunConfig
+    first: int
     rows: str | None
     evaluations: Sequence[Mapping[str, Any]]
     versions: Mapping[str, str]
@@ -95,7 +100,7 @@ def story_of(run: Address) -> Story | None:
     is_as_trained = manifest.state == RunReader(reader.path).manifest().state
     records = reader.records() if is_as_trained else []
     evaluations = [record for record in records if record["event"] == "eval"]
-    return Story(reader.config(), manifest.rows, evaluations, manifest.versions)
+    return Story(reader.config(), manifest.first, manifest.rows, evaluations, manifest.versions)
 
 
 def is_hub_id(name: str) -> bool:
@@ -152,7 +157,11 @@ def _chain_table(card: Card) -> str:
     evaluations = card.story.evaluations if card.story else ()
     names = [*score_names(evaluations), "loss"] if evaluations else []
     at_start = next((e for e in evaluations if e.get("where") == "start"), None)
-    after = {str(e.get("link")): e for e in evaluations if e.get("where") == "knot"}
+    own = [link for link in card.links if card.story and link.index >= card.story.first]
+    ends = zip(own, accumulate(link.num_steps for link in own), strict=True)
+    places = {(link.index, end) for link, end in ends}  # the best point can lie before a knot
+    found = [e for e in evaluations if (e.get("link"), e.get("step")) in places]
+    after = {e["link"]: e for e in found if e.get("where") != "start"}
     titles = (f"validation {_code(name)}".replace("|", "\\|") for name in names)
     rows = [["link", "rank", "scaling", "steps", *titles]]
     rows.append(["---", *["---:"] * (len(rows[0]) - 1)])
@@ -160,7 +169,7 @@ def _chain_table(card: Card) -> str:
         rows.append(["before", "", "", "", *_scores(at_start, names)])
     for link in card.links:
         numbers = [_rank(link), f"{link.scaling:g}", f"{link.num_steps:,}"]
-        rows.append([str(link.index), *numbers, *_scores(after.get(str(link.index), {}), names)])
+        rows.append([str(link.index), *numbers, *_scores(after.get(link.index, {}), names)])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 

@@ -50,9 +50,10 @@ def inspect_run(run: Address) -> dict[str, Any]:
     }
     tuned = [replace(link, strength=1.0) for link in links]
     entries = manifest.links if manifest.has_run else manifest.loaded
-    rows = []
+    rows, ends = [], dict[str, int]()
     for link, tuned_link, entry in zip(links, tuned, entries, strict=True):
-        row = _describe(tuned_link, tuned[: link.index], records.get(entry.stage, []))
+        end = ends[entry.stage] = ends.get(entry.stage, 0) + link.num_steps
+        row = _describe(tuned_link, tuned[: link.index], records.get(entry.stage, []), end)
         rows.append(row | {"id": link.id, "stage": entry.stage, "strength": link.strength})
     is_sum = bool(links) and all(_is_low_rank(link) for link in links)
     whole = _sizes(_spectra(links).values()) if is_sum else {}
@@ -76,14 +77,15 @@ def inspect_run(run: Address) -> dict[str, Any]:
     return Shown(found)
 
 
-def _describe(link: Link, earlier: Sequence[Link], records: Sequence[Record]) -> dict[str, Any]:
-    losses = [r["loss"] for r in records if r["event"] == "step" and r["link"] == link.index]
+def _describe(
+    link: Link, earlier: Sequence[Link], records: Sequence[Record], end: int
+) -> dict[str, Any]:
+    """Return what there is to say of a link that ends after step `end` of its stage: at its knot,
+    or before it, where its stage kept the best point."""
+    own = [r for r in records if r.get("link") == link.index and r["step"] <= end]
+    losses = [r["loss"] for r in own if r["event"] == "step"]
     tail = losses[-max(1, len(losses) // 10) :]
-    knots = [
-        r
-        for r in records
-        if r["event"] == "eval" and r["link"] == link.index and r["where"] == "knot"
-    ]
+    last = [r for r in own if r["event"] == "eval" and r["step"] == end and r["where"] != "start"]
     keys = ("event", "step", "link", "where")
     row: dict[str, Any] = {
         "link": link.index,
@@ -92,7 +94,7 @@ def _describe(link: Link, earlier: Sequence[Link], records: Sequence[Record]) ->
         "scaling": link.config.scaling,
         "steps": link.num_steps,
         "loss": sum(tail) / len(tail) if tail else None,
-        "scores": {k: v for k, v in knots[-1].items() if k not in keys} if knots else {},
+        "scores": {k: v for k, v in last[-1].items() if k not in keys} if last else {},
     }
     if _is_low_rank(link):
         spectra = _spectra([link])

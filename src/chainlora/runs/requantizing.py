@@ -52,6 +52,7 @@ def export_quantized(
         raise RunError(
             f"--quantize needs a chain with a link (got none in {run}); quantise the base itself"
         )
+    files.make_folder(output.parent)
     with TemporaryDirectory(dir=output.parent) as scratch:
         merged = Path(scratch) / "merged"
         done = export_merged(run, merged, num_links=num_links)

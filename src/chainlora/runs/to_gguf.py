@@ -71,7 +71,7 @@ def export_gguf(
         factors, error = adapter_factors(links, rank=rank, tolerance=tolerance)
         _check_factors(factors, {name for link in links for name in link.extra})
     name = naming.base or public_name(manifest.base.model)
-    with TemporaryDirectory(dir=output.parent) as scratch, files.replaced_folder(output) as made:
+    with files.replaced_folder(output) as made, TemporaryDirectory(dir=output.parent) as scratch:
         merged = Path(scratch) / "merged"
         done = export_merged(run, merged, num_links=0 if as_adapter else num_links)
         kind = kind or {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}[done["dtype"]]
