@@ -170,6 +170,14 @@ def test_a_long_conversation_goes_on_without_its_oldest_turns(chainlora, tiny_fo
     assert (outcome.status, outcome.err) == (0, "")
 
 
+def test_a_turn_that_is_too_long_does_not_end_what_was_said_before(chainlora, loud, typed):
+    typed(f"good cat\n{'the cat ' * 200}\nbad mat\n")
+    outcome = chainlora("chat", loud, "--max-new-tokens", 8)
+    assert outcome.status == 0
+    assert outcome.out == "".join(f"{said}\n" for said in chatted(loud, ["good cat", "bad mat"]))
+    assert "leave room in the context of 128 tokens" in outcome.err
+
+
 # --- tools ---
 
 TOOL = {"type": "function", "function": {"name": "count", "parameters": {"type": "object"}}}

@@ -163,7 +163,15 @@ def _talk(speaker: Speaker, messages: list[Message], tools: Tools, lines: Iterat
         else:
             messages.append({"role": "user", "content": line})
         if not waiting:
-            text = speaker.answer(messages, _write, tools)
+            try:
+                text = speaker.answer(messages, _write, tools)
+            except DataError as error:  # too long a turn must not end what was said before it
+                if not any(each["role"] == "assistant" for each in messages):
+                    raise
+                to_stderr(f"chainlora: {error}")
+                if messages.pop()["role"] == "tool":
+                    waiting.insert(0, call)
+                continue
             click.echo()
             messages.append(message_of(text, tools, num_calls))
             waiting = list(messages[-1].get("tool_calls", ()))
