@@ -194,6 +194,10 @@ def test_a_stage_stopped_anywhere_resumes_to_the_same_bits(config, tmp_path):
 def test_no_stage_begins_while_another_is_half_trained(config, tmp_path):
     """Whichever ends last would be the run, without the links of the other."""
     style = stage_of(config, "style")
+    with pytest.raises(_Stop):
+        train_stages(make_stages(one_stage(config)), listener=_stop_after(3))
+    with pytest.raises(RunError, match="can be mixed when its first stage has ended"):
+        mix_stages(tmp_path / "run", {"facts": 0.5})  # which would name it as ended
     train_stages(make_stages(one_stage(config)))
     with pytest.raises(_Stop):
         train_stages(extension(tmp_path / "run", style), listener=_stop_after(8))

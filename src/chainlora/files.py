@@ -235,7 +235,7 @@ def _scratch(path: Path, ending: str) -> Path:
 
 def sync_file(path: Path) -> None:
     """Flush a file's content to disk."""
-    with path.open("rb") as file:
+    with path.open("r+b") as file:  # Windows flushes no file that is open for reading alone
         os.fsync(file.fileno())
 
 

@@ -207,11 +207,15 @@ def mix_stages(run: str | Path, strengths: Mapping[str, float]) -> None:
     From then on the run is this mix wherever it is loaded; 1 gives back what was, to the bit.
 
     Raises RunError: a stage that is not there, a strength that its links cannot have, a run that
-    another process is training.
+    another process is training, or whose first stage has not ended.
     """
     run = Path(run)
     with alone_in(run):
-        found = read_stages(run)
+        found, first = read_stages(run), RunReader(run)
+        manifest = first.manifest()
+        if not ((run / STAGES).is_file() or first.is_finished(manifest) or not manifest.has_run):
+            rule = "a run can be mixed when its first stage has ended"
+            raise RunError(rule, run, "finish it by --resume")
         folder = folder_of(run, found, found.last)
         _names_in(folder, strengths, run)
         merged = found.strengths | {name: float(value) for name, value in strengths.items()}
