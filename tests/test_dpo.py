@@ -23,16 +23,16 @@ from helpers_data import (
 from torch.nn.functional import logsigmoid
 from transformers import AutoTokenizer
 
-from chainlora import train
+from chainlora import extend, train
 from chainlora.config.loading import make_config
 from chainlora.errors import ConfigError, DataError, RunError
 from chainlora.evaluation.preferences import orpo_losses
 from chainlora.evaluation.scoring import evaluate_task
-from chainlora.evaluation.stages import stage_matrix
+from chainlora.evaluation.stages import Scorer, stage_matrix
 from chainlora.evaluation.training_rows import training_rows
 from chainlora.runs.opening import load_run
 from chainlora.runs.reading import RunReader
-from chainlora.runs.stages import mix_stages
+from chainlora.runs.stages import mix_stages, open_run
 from chainlora.runs.start import start_of
 from chainlora.training import objectives
 from chainlora.training.loop import train as train_stage
@@ -331,6 +331,20 @@ def test_the_reference_of_a_stage_is_the_chain_that_it_begins_on(settings, tmp_p
     assert metrics["margin"] > 0
     mix_stages(tree["output"], {"main": 0, "again": 0})  # the base, whose reference is not itself
     assert evaluate_task(tree["output"])["metrics"]["margin"] != 0
+
+
+def test_a_mix_that_a_later_stage_begins_on_changes_no_reference(settings):
+    first = settings("run")
+    again = {key: first[key] for key in ("data", "train")} | {"name": "again"}
+    train(first)
+    for name in ("again", "third"):
+        extend(first["output"], again | {"name": name, "chain": {"ranks": [2], "steps": [2]}})
+        mix_stages(first["output"], {"main": 0.25})
+    state = {link.id: 1.0 for link in RunReader(first["output"] + "/stages/again").load_links()}
+    reader = open_run(first["output"])
+    ((_, found),) = Scorer(reader, reader.kept()).evaluations("again", state, ["again"])
+    metrics = evaluate_task(f"{first['output']}@again")["metrics"]  # of a tenth of the rewards
+    assert found.metrics["margin"] == pytest.approx(10 * metrics["margin"])
 
 
 # --- resume ---

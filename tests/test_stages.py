@@ -638,6 +638,8 @@ def test_a_pruned_stage_is_nowhere_and_later_ones_are_what_they_were_without(thr
             open_run(f"{run}@{stage}")
         with pytest.raises(RunError, match="must be one of"):
             mix_stages(run, {stage: 1})
+    export_adapter(run, tmp_path / "adapter")  # whose card has no scores of what was pruned
+    assert "validation" not in (tmp_path / "adapter/README.md").read_text(encoding="utf-8")
     with pytest.raises(RunError, match=r"must keep a stage.*its only one"):
         prune_stage(run, "law")
 

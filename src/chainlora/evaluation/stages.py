@@ -39,7 +39,7 @@ from chainlora.models.finding import resolve_model
 from chainlora.runs.manifest import LinkEntry, state_digest
 from chainlora.runs.opening import load_run
 from chainlora.runs.reading import RunReader
-from chainlora.runs.stages import open_run, read_stages
+from chainlora.runs.stages import open_run, read_stages, readers_of_stages, run_around
 
 logger = logging.getLogger(__name__)
 
@@ -268,11 +268,12 @@ class Scorer:
 
     def _reference(self, stage: str) -> list[list[float]]:
         """Return what pairs score in the state that their stage began on."""
-        entries = self.reader.manifest().loaded
+        here = RunReader(self.reader.path)  # for a stage of the run that this one was forked from
+        own = readers_of_stages(run_around(here.path)).get(stage, here)
+        entries = own.manifest().loaded
         first = next(place for place, entry in enumerate(entries) if entry.stage == stage)
-        raw = RunReader(self.reader.path).manifest().loaded[:first]
         rows: Rows = self.kept[stage].scored[1]
-        with self._engine({entry.id: entry.strength for entry in raw}) as engine:
+        with self._engine(_strengths(entries[:first])) as engine:
             return engine.scores(rows[:])
 
 

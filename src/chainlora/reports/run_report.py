@@ -121,12 +121,11 @@ def _gain(run: RunFacts) -> str:
     known = [record for record in evals if name in record]
     if name is None or not known:
         return ""
-    last = _final(run, name) or known[-1][name]
-    text = f"validation {name} {score_text(name, last)}"
+    final = _final(run, name)
+    text = score_text(name, known[-1][name] if final is None else final)
     if known[0]["where"] == "start" and len(known) > 1:
-        first = score_text(name, known[0][name])
-        text = f"validation {name} from {first} to {score_text(name, last)}"
-    return f": {text}, in {run.manifest.position.step:,} steps"
+        text = f"from {score_text(name, known[0][name])} to {text}"
+    return f": validation {name} {text}, in {run.manifest.position.step:,} steps"
 
 
 def _final(run: RunFacts, name: str) -> float | None:
@@ -187,6 +186,11 @@ def _remarks(run: RunFacts) -> list[Block]:
         found.append(
             f"{run.name} is loaded as its best point: step {selected.step}, after "
             f"{selected.num_links} link{'s' * (selected.num_links != 1)}{part}."
+        )
+    if not run.is_as_trained:
+        found.append(
+            f"{run.name} was mixed or pruned since: the scores of its training are not those of "
+            "what it is now."
         )
     if rejected := [r for r in run.records if r["event"] == "rejected"]:
         found.append(f"{run.name}: link {rejected[-1]['link']} was dropped, as it brought nothing.")

@@ -33,6 +33,7 @@ class RunFacts:
     records: Sequence[Record]
     inspection: Record
     matrix: StageMatrix | None = None
+    is_as_trained: bool = True  # what its records scored is what it is loaded as
 
     @property
     def steps(self) -> list[Record]:
@@ -74,6 +75,7 @@ def _read(run: str | Path, name: str) -> RunFacts:
         records=reader.records(),
         inspection=inspection,
         matrix=stage_matrix(run, compute=False) if _has_stages(run, manifest) else None,
+        is_as_trained=reader.is_as_trained(),
     )
 
 

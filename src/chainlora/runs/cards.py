@@ -22,7 +22,7 @@ from chainlora.config.chat_templates import NAMES
 from chainlora.config.schema import DataConfig, RunConfig
 from chainlora.files import reported
 from chainlora.runs.beside import is_licence
-from chainlora.runs.reading import Address, RunReader
+from chainlora.runs.reading import Address
 from chainlora.runs.records import score_names
 from chainlora.runs.stages import open_run
 
@@ -97,8 +97,7 @@ def story_of(run: Address) -> Story | None:
     own = [link.strength for link in manifest.loaded if link.stage == manifest.stage]
     if not manifest.has_run or (own and not any(own)):
         return None
-    is_as_trained = manifest.state == RunReader(reader.path).manifest().state
-    records = reader.records() if is_as_trained else []
+    records = reader.records() if reader.is_as_trained() else []
     evaluations = [record for record in records if record["event"] == "eval"]
     return Story(reader.config(), manifest.first, manifest.rows, evaluations, manifest.versions)
 

@@ -126,6 +126,12 @@ class RunReader:
         by_file = manifest.format == 2 and manifest.has_run and (self / RESULT).is_file()
         return by_file or RESULT in manifest.files
 
+    def is_as_trained(self) -> bool:
+        """Say whether the run is loaded as what it scored when it was trained: not mixed or pruned
+        since."""
+        manifest = self.manifest()
+        return not manifest.pruned and manifest.state == RunReader(self.path).manifest().state
+
     def tokenizer(self, manifest: Manifest) -> Path | None:
         """Return the folder of the run's own tokenizer; None where it has the base's."""
         if not any(name.startswith(f"{TOKENIZER}/") for name in manifest.files):

@@ -115,6 +115,13 @@ def readers_of_stages(address: Address) -> dict[str, RunReader]:
     return {name: RunReader(folder_of(run, found, place)) for name, place in places.items()}
 
 
+def run_around(folder: Path) -> Path:
+    """Return the run that a run directory is a later stage of; else the directory itself."""
+    around = folder.parent.parent
+    is_stage = folder == stage_folder(around, folder.name) and (around / "chain.json").is_file()
+    return around if is_stage else folder
+
+
 def _names_in(folder: Path, chosen: Iterable[str], run: Path) -> list[str]:
     """Return the stages that a run has links of. Raises RunError for others among `chosen`."""
     names = RunReader(folder).manifest().stages
