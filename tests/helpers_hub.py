@@ -87,8 +87,12 @@ class _Handler(BaseHTTPRequestHandler):
         self._file(with_body=False)
 
     def do_GET(self) -> None:
-        found = re.fullmatch(r"/api/models/([^/]+/[^/]+)(/revision/\w+)?", self.path.split("?")[0])
-        if found and found[1] in self.hub.repositories:
+        asked = r"/api/models/([^/]+/[^/]+)(/revision/\w+|/tree/\w+)?"
+        found = re.fullmatch(asked, self.path.split("?")[0])
+        if found and found[1] in self.hub.repositories and "/tree/" in (found[2] or ""):
+            files = self.hub.repositories[found[1]].items()
+            self._json([{"type": "file", "path": p, "size": len(f), "oid": "0"} for p, f in files])
+        elif found and found[1] in self.hub.repositories:
             names = [{"rfilename": path} for path in self.hub.repositories[found[1]]]
             self._json({"id": found[1], "sha": COMMIT, "siblings": names})
         else:

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from chainlora import Chain, LinkConfig, load_run, make_config, save_chain, train
 from chainlora.config.chat_templates import NAMES, template_text
 from chainlora.errors import ModelError
+from chainlora.models.loading import load_model
 from chainlora.runs.to_gguf import cut_template, export_gguf
 
 gguf = pytest.importorskip("gguf")
@@ -153,6 +154,16 @@ def test_a_tokenizer_of_sentencepiece_is_the_same(tmp_path, shared_models):
     kinds = gguf.GGUFReader(tmp_path / "out" / "model.gguf").fields
     assert kinds["tokenizer.ggml.model"].contents() == "llama"
     assert kinds["tokenizer.ggml.add_bos_token"].contents()
+
+
+def test_chat_templates_for_chats_and_tools_are_kept(tmp_path):
+    base = make_base(tmp_path / "base", "llama")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
+    tokenizer.save_pretrained(base)
+    export_gguf(make_chain(tmp_path / "chain", base, ["v_proj"]), tmp_path / "out")
+    found = load_model(tmp_path / "out" / "model.gguf", torch.float32)[1]
+    assert found.chat_template == tokenizer.chat_template
 
 
 REFUSED = {

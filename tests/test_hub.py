@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -14,7 +15,7 @@ from helpers import records_of
 from helpers_export import IDS, logits
 from helpers_hub import COMMIT, local_hub
 from peft import AutoPeftModelForCausalLM, PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from chainlora import load_run
 
@@ -30,6 +31,33 @@ model = AutoPeftModelForCausalLM.from_pretrained("me/chain")
 with torch.no_grad():
     print(json.dumps(model.eval()(torch.tensor(json.loads(probe))).logits.tolist()))
 """
+
+
+FETCH = """
+import json
+from chainlora.models.finding import resolve_model
+from chainlora.models.loading import load_tokenizer
+print(json.dumps(load_tokenizer(resolve_model("tiny/llama")).chat_template))
+"""
+
+
+def test_every_chat_template_of_a_model_is_fetched(tiny_folder, tmp_path):
+    """Those of tools and the like lie in a folder below."""
+    folder = shutil.copytree(tiny_folder, tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
+    tokenizer.save_pretrained(folder)
+    with local_hub() as hub:
+        hub.publish("tiny/llama", folder)
+        keys = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home")}
+        done = subprocess.run(
+            [sys.executable, "-c", FETCH],
+            capture_output=True,
+            text=True,
+            timeout=240,
+            env=os.environ | keys | {"HF_HUB_DISABLE_XET": "1"},
+        )
+    assert json.loads(done.stdout) == tokenizer.chat_template
 
 
 def test_an_adapter_on_the_hub(finished, tiny_folder, tmp_path):

@@ -18,6 +18,7 @@ from tokenizers import models as tokenizer_models
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from chainlora.errors import ModelError
+from chainlora.models.checkpoint import Checkpoint
 from chainlora.models.finding import packaged_model, resolve_model
 from chainlora.models.loading import load_model
 from chainlora.models.text_config import context_length
@@ -313,6 +314,19 @@ def test_missing_weights(folder):
     weights.pop("model.layers.0.mlp.up_proj.weight")
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     fails(folder, "every weight", "model.layers.0.mlp.up_proj.weight")
+
+
+def test_weights_are_read_from_the_files_that_transformers_reads(folder):
+    """Shards of an earlier save may lie beside them."""
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(folder / "model.safetensors")
+    save_file({name: weight + 1 for name, weight in weights.items()}, folder / "old.safetensors")
+    index = json.dumps({"weight_map": dict.fromkeys(weights, "old.safetensors")})
+    (folder / "model.safetensors.index.json").write_text(index)
+    for name, parameter in load_model(folder, torch.float32)[0].named_parameters():
+        stored = next(Checkpoint(folder).find(name, tuple(parameter.shape)))
+        assert torch.equal(stored.read(), parameter)
 
 
 def test_truncated_weights(folder):

@@ -21,7 +21,8 @@ from helpers import (
     training_examples,
 )
 from helpers_integrations import arguments, collator, lora
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 from chainlora import (
@@ -341,6 +342,23 @@ def test_a_quantised_checkpoint_is_not_merged_into(
 
 
 # --- what is refused
+
+
+@every_kind
+def test_a_checkpoint_without_a_weight(kind, tiny_folder, quantised_folder, tmp_path):
+    """What is missing would be drawn at random."""
+    for folder, quantize, name in (
+        (tiny_folder, kind, "layers.0.self_attn.q_proj.weight"),
+        (tiny_folder, kind, "layers.0.input_layernorm.weight"),
+        (quantised_folder(kind), None, "layers.0.input_layernorm.weight"),
+    ):
+        copy = shutil.copytree(folder, tmp_path / name / str(quantize))
+        with safe_open(copy / "model.safetensors", "pt") as file:
+            metadata, names = file.metadata(), file.keys()
+            kept = {each: file.get_tensor(each) for each in names if not each.endswith(name)}
+        save_file(kept, copy / "model.safetensors", metadata=metadata)
+        with pytest.raises(ChainLoRAError, match=f"every weight .* first model.{name}"):
+            load_model(copy, torch.float32, quantize=quantize)
 
 
 def test_an_adapter_is_not_quantised(tmp_path, capsys):

@@ -15,7 +15,8 @@ from chainlora.models.text_config import base_model, text_config
 def padded_hidden(model: nn.Module, batch: PackedBatch) -> Tensor:
     """Return [R, d] at `batch.rows`, from one right-padded row per leaf of the prefix tree."""
     index, mask, place = unpacked(batch)
-    pad = getattr(text_config(model), "pad_token_id", None) or 0  # some find padding by its token
+    # some find padding by its token; others say -1 for none
+    pad = max(getattr(text_config(model), "pad_token_id", None) or 0, 0)
     ids = torch.where(mask.bool(), batch.input_ids[index], pad)
     output = base_model(model)(input_ids=ids, attention_mask=mask, use_cache=False)
     return output.last_hidden_state.flatten(0, 1).index_select(0, place)

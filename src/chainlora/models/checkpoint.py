@@ -6,7 +6,6 @@ of what is asked for.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from chainlora.files import unwritable
+from chainlora.models.identity import weight_files
 
 ALL = slice(None)
 
@@ -32,6 +32,12 @@ class Stored:
         """Its shape, from the file's header."""
         with safe_open(self.file, framework="pt") as reader:
             return tuple(reader.get_slice(self.key).get_shape())
+
+    @property
+    def dtype(self) -> str:
+        """Its dtype as safetensors calls it, from the file's header."""
+        with safe_open(self.file, framework="pt") as reader:
+            return str(reader.get_slice(self.key).get_dtype())
 
     def read(self, rows: slice = ALL) -> Tensor:
         """Return it, or rows of it, in the dtype that it is stored in."""
@@ -63,15 +69,12 @@ class Checkpoint:
 
 
 def _index(folder: Path) -> dict[str, Path]:
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        weight_map = json.loads(index.read_text())["weight_map"]
-        return {key: folder / name for key, name in weight_map.items()}
-    single = folder / "model.safetensors"
-    if single.is_file():
-        with safe_open(single, framework="pt") as reader:
-            return dict.fromkeys(reader.keys(), single)
-    return {}
+    found: dict[str, Path] = {}
+    for file in weight_files(folder):
+        if file.suffix == ".safetensors":
+            with safe_open(file, framework="pt") as reader:
+                found |= dict.fromkeys(reader.keys(), file)
+    return found
 
 
 def save_model(model: Any, tokenizer: Any, folder: Path) -> None:

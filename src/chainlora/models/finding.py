@@ -22,7 +22,9 @@ from chainlora.models.gguf import converted_folder
 from chainlora.models.identity import weight_files
 
 _WANTED = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken"]
-_UNWANTED = ["*/*", "consolidated*", "original*"]  # the same weights again, in other layouts
+# The same weights again, in other layouts; of folders only templates are wanted.
+_UNWANTED = ["consolidated*", "original*"]
+_UNWANTED += [f"*/{each}" for each in _WANTED if each != "*.jinja"]
 
 
 def resolve_model(spec: str | Path) -> Path:

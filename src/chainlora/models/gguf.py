@@ -198,13 +198,19 @@ def build_tokenizer(file: Path, metadata: dict[str, Any]) -> Any:
     else:
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
         tokenizer.add_tokens(_added(control, special=True))
-    if metadata.get("tokenizer.chat_template"):
-        tokenizer.chat_template = metadata["tokenizer.chat_template"]
+    tokenizer.chat_template = _chat_template(metadata) or tokenizer.chat_template
     for token in control:
         if tokenizer.encode(token, add_special_tokens=False) != [tokens.index(token)]:
             got = f"{token!r} split in {file}"
             raise ModelError("each control token must be one token", got, _OTHER)
     return tokenizer
+
+
+def _chat_template(metadata: dict[str, Any]) -> Any:
+    """Return the chat template, or several by name, the default among them."""
+    default, key = metadata.get("tokenizer.chat_template"), "tokenizer.chat_template"
+    named = {name: metadata[f"{key}.{name}"] for name in metadata.get(f"{key}s", [])}
+    return named | ({"default": default} if default else {}) if named else default
 
 
 def _added(tokens: list[str], *, special: bool) -> list[AddedToken]:

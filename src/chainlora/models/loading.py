@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from chainlora.errors import ModelError
+from chainlora.models.checkpoint import Checkpoint
 from chainlora.models.finding import resolve_model
-from chainlora.models.identity import TOKENIZERS, weight_files
+from chainlora.models.identity import TOKENIZERS
 from chainlora.models.quantizing import quantization, settle_kernels
 
 logger = logging.getLogger(__name__)
@@ -78,7 +78,7 @@ def load_model(
             f"{error!s:.200} in {folder}); {remedy}"
         ) from error
     model, report = loaded
-    _check_whole(model, report, folder)
+    _check_whole(model, report, folder, is_quantized)
     settle(model, tokenizer, folder)
     settle_kernels(model)
     return model.eval(), tokenizer
@@ -174,7 +174,7 @@ def _check_layers(config: Any, folder: Path) -> None:
     if not isinstance(layers, int) or layers <= _MANY_LAYERS:
         return
     try:
-        tensors = sum(1 for _ in _stored_dtypes(folder))
+        tensors = len(Checkpoint(folder).all())
     except SafetensorError:  # a damaged file holds none that can be read
         tensors = 0
     if layers > tensors:
@@ -212,9 +212,12 @@ def load_tokenizer(folder: Path, model: Any = None) -> Any:
     return tokenizer
 
 
-def _check_whole(model: Any, report: dict[str, Any], folder: Path) -> None:
+def _check_whole(model: Any, report: dict[str, Any], folder: Path, is_quantized: bool) -> None:
     missing = sorted(report["missing_keys"])
-    if missing and getattr(model.config, "quantization_config", None) is None:
+    if is_quantized:  # weights of linear layers may be stored under other names
+        linear = [name for name, module in model.named_modules() if hasattr(module, "in_features")]
+        missing = [name for name in missing if name.rpartition(".")[0] not in linear]
+    if missing:
         raise ModelError(
             f"a checkpoint must hold every weight (got {len(missing)} missing in {folder}, "
             f"first {missing[0]}); use one saved from a causal language model"
@@ -234,21 +237,13 @@ def _refuse_integers(model: Any, folder: Path) -> None:
     prefix = f"{model.base_model_prefix}."
     names = {name for name, _ in model.named_parameters()}
     names |= {name.removeprefix(prefix) for name in names}
-    for name, dtype, file in _stored_dtypes(folder):
-        if name in names and dtype in _INTEGERS:
+    for name, stored in Checkpoint(folder).all().items():
+        if name in names and stored.dtype in _INTEGERS:
             raise ModelError(
                 f"weights must be floating-point unless config.json has a quantization_config (got "
-                f"{dtype} for {name} in {file}); use the checkpoint before quantisation"
+                f"{stored.dtype} for {name} in {stored.file}); use the checkpoint before "
+                "quantisation"
             )
-
-
-def _stored_dtypes(folder: Path) -> Iterator[tuple[str, str, Path]]:
-    """Yield name, dtype and file of every stored tensor, from the files' headers."""
-    for file in weight_files(folder):
-        if file.suffix == ".safetensors":
-            with safe_open(file, framework="pt") as reader:
-                for name in reader.keys():  # noqa: SIM118 - not a dict
-                    yield name, reader.get_slice(name).get_dtype(), file
 
 
 def _check_vocabulary(model: Any, tokenizer: Any, folder: Path) -> None:
