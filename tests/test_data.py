@@ -8,9 +8,11 @@ import pytest
 from helpers_data import CHAT, FORGETS, MARKED, TALK, encode_examples, make_tokenizer, scored
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast
 
 from chainlora.data.encoding.tokens import TokenReader
-from chainlora.data.tasks import Task, load_rows, load_task
+from chainlora.data.sources import find_source
+from chainlora.data.tasks import Task, load_task
 from chainlora.errors import ConfigError, DataError
 
 
@@ -106,7 +108,7 @@ def test_candidates_that_cannot_be_told_apart_or_are_nothing(
     path = tmp_path / "bad.jsonl"
     path.write_text(json.dumps({"text": "film", "label": 0} | row))
     with pytest.raises(DataError, match=message) as caught:
-        encode_examples(load_rows(path), make_tokenizer(), colour(**changes))
+        encode_examples(list(find_source(path)), make_tokenizer(), colour(**changes))
     assert "bad.jsonl line 1" in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -172,7 +174,7 @@ def test_boundary_and_truncation_hold_for_any_text(prompt, words, special, limit
 def test_a_row_too_long_is_named_with_length_limit_and_remedy(colour, tmp_path):
     path = tmp_path / "long.jsonl"
     path.write_text('{"text": "a", "label": 0}\n{"text": "%s", "label": 0}\n' % ("the film " * 50))
-    rows, tokenizer = load_rows(path), make_tokenizer()
+    rows, tokenizer = list(find_source(path)), make_tokenizer()
     with pytest.raises(
         DataError, match=r"got \d+ tokens for at most 30 at .*long.jsonl line 2.*truncation: left"
     ):
@@ -203,8 +205,9 @@ def test_prompt_and_completion_learns_the_completion_and_its_end(special):
     # In the second row the blank and the word are one token: it is learned, not lost.
     assert [scored(example, tokenizer) for example in examples] == [[[" two</s>"]], [[" many</s>"]]]
     assert [example.references for example in examples] == [(" two",), ("many",)]
-    without = encode_examples(rows, tokenizer, "completion", add_eos=False)
-    assert scored(without[0], tokenizer) == [[" two"]]
+    without = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
+    with pytest.raises(DataError, match=r"end-of-sequence token .* name one as eos_token"):
+        encode_examples(rows, without, "completion")
 
 
 def test_text_learns_all_there_is_to_predict():
@@ -256,7 +259,7 @@ def test_chats_that_cannot_be_used(tmp_path, template, messages, message):
     path = tmp_path / "chat.jsonl"
     path.write_text(json.dumps({"messages": messages}))
     with pytest.raises(DataError, match=message) as caught:
-        encode_examples(load_rows(path), make_tokenizer("", template), "chat")
+        encode_examples(list(find_source(path)), make_tokenizer("", template), "chat")
     assert "\n" not in str(caught.value)
 
 
@@ -272,7 +275,7 @@ def test_chats_that_cannot_be_used(tmp_path, template, messages, message):
 )
 def test_rows_that_suit_no_format(row, format, message):
     with pytest.raises((ConfigError, DataError), match=message):
-        encode_examples([row], make_tokenizer(), format, add_eos=False)
+        encode_examples([row], make_tokenizer(), format)
 
 
 # --- real tokenizers, where they are ---

@@ -166,7 +166,6 @@ def test_whatever_changes_the_tokens_makes_a_store_of_its_own(cache, tmp_path, m
         (path, other, "text", {}),
         (path, plain, "text", {"max_length": 12}),
         (path, plain, "text", {"max_length": 12, "truncation": "left"}),
-        (path, plain, "text", {"add_eos": False}),
         (chats, template, "chat", {}),
         (chats, louder, "chat", {}),
     ]

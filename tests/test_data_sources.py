@@ -11,8 +11,8 @@ import pytest
 from helpers_tasks import write_as, write_rows, write_task
 
 from chainlora import evaluate_task
-from chainlora.data.sources import FileSource
-from chainlora.data.tasks import load_rows, load_split, load_task
+from chainlora.data.sources import FileSource, find_source
+from chainlora.data.tasks import load_task, split_source
 from chainlora.errors import DataError
 
 
@@ -23,13 +23,13 @@ def test_jsonl_json_csv_and_parquet_give_the_same_rows(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps(rows))
     (tmp_path / "b.json").write_text(json.dumps({"data": rows}))
     for name in ("a.jsonl", "a.json", "b.json", "a.csv", "a.parquet"):
-        read = load_rows(tmp_path / name)
+        read = list(find_source(tmp_path / name))
         assert read == rows, name
         assert [row.index for row in read] == [0, 1]
         assert all(name in row.origin for row in read)
     # The whole file is read as a Hub dataset's folder would be: by split name.
     write_rows(tmp_path / "set" / "test.jsonl", rows)
-    assert load_rows(tmp_path / "set", "test") == rows
+    assert list(find_source(tmp_path / "set", "test")) == rows
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,7 @@ def test_a_bad_row_is_named_by_file_and_line(tmp_path, content, message):
     path = tmp_path / "bad.jsonl"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(DataError, match=message) as caught:
-        load_rows(path)
+        list(find_source(path))
     assert "\n" not in str(caught.value)
 
 
@@ -64,14 +64,14 @@ def test_a_bad_row_is_named_by_file_and_line(tmp_path, content, message):
 def test_other_unreadable_files_are_named(tmp_path, name, content, message):
     (tmp_path / name).write_text(content)
     with pytest.raises(DataError, match=message):
-        load_rows(tmp_path / name)
+        list(find_source(tmp_path / name))
 
 
 def test_an_unreachable_hub_dataset_names_the_other_way():
     with pytest.raises(
         DataError, match=r"no-such-owner/none .*HF_HUB_OFFLINE is set.*local folder"
     ):
-        load_rows("no-such-owner/none:config@main", "train")
+        list(find_source("no-such-owner/none:config@main", "train"))
 
 
 def test_a_hub_dataset_is_read_by_folder_and_split(tmp_path, monkeypatch):
@@ -84,7 +84,7 @@ def test_a_hub_dataset_is_read_by_folder_and_split(tmp_path, monkeypatch):
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"text": word, "label": 1}]), target)
     hub = {"path": str(tmp_path / "hub"), "folder": "colour", "splits": {"training": "train"}}
     task = load_task(write_task(tmp_path, hub=hub))
-    rows = load_split(task, None, "training")
+    rows = list(split_source(task, None, "training"))
     assert rows == [{"text": "film", "label": 1}]
     assert rows[0].origin.endswith("train row 0")
 
@@ -132,7 +132,7 @@ def test_values_that_no_tokenizer_takes_are_named_by_file_and_line(tmp_path, row
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b'{"text": "a"}\n' + row + b"\n")
     with pytest.raises(DataError, match=message) as caught:
-        load_rows(path)
+        list(find_source(path))
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 400 + len(str(path))
 
@@ -141,4 +141,4 @@ def test_a_csv_field_over_the_limit_names_the_other_way(tmp_path):
     path = tmp_path / "rows.csv"
     path.write_text("text\n" + "a" * 200_000 + "\n")
     with pytest.raises(DataError, match=r"field larger .*rows.csv line .*JSON lines"):
-        load_rows(path)
+        list(find_source(path))

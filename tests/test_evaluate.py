@@ -220,10 +220,10 @@ def scored_both_ways(
     from their text; and whether any was cut."""
     from helpers_data import encode_examples
 
-    from chainlora.data.tasks import load_split, load_task
+    from chainlora.data.tasks import load_task, split_source
 
     task = load_task(task_name)
-    rows = load_split(task, folder, "validation")[:num_rows]
+    rows = list(split_source(task, folder, "validation"))[:num_rows]
     texts = [task.render(row) for row in rows]
     expected = [
         reference_scores_of_text(model, tokenizer, t.prompt, t.candidates, max_length)

@@ -11,8 +11,8 @@ from helpers_tasks import (
 )
 
 from chainlora.data.tasks import (
-    load_split,
     load_task,
+    split_source,
 )
 from chainlora.errors import DataError
 
@@ -77,7 +77,7 @@ def test_multirc_passages_flatten_to_one_row_an_answer(tmp_path):
     }
     write_rows(tmp_path / "train.jsonl", [{"idx": 7, "passage": passage}] * 2)
     task = load_task("multirc")
-    rows = load_split(task, tmp_path, "train")
+    rows = list(split_source(task, tmp_path, "train"))
     assert [row.index for row in rows] == list(range(6))
     assert [row["answer"] for row in rows[:3]] == ["Tom", "Tim", "two"]
     assert rows[2]["idx"] == {"paragraph": 7, "question": 1, "answer": 2}
@@ -99,7 +99,7 @@ def test_record_originals_flatten_with_entities_cut_from_the_text(tmp_path):
     }
     write_rows(tmp_path / "record" / "val.jsonl", [row])
     task = load_task("record")
-    assert task.render(load_split(task, tmp_path, "validation")[0]) == task.render(
+    assert task.render(next(iter(split_source(task, tmp_path, "validation")))) == task.render(
         PROMPTS["record"][0]
     )
 
@@ -109,4 +109,4 @@ def test_a_nested_row_that_does_not_suit_is_named(tmp_path):
         tmp_path / "train.jsonl", [{"passage": {"text": "t", "questions": [{"question": "q"}]}}]
     )
     with pytest.raises(DataError, match=r"multirc.*answers.*train.jsonl line 1"):
-        load_split(load_task("multirc"), tmp_path, "train")
+        list(split_source(load_task("multirc"), tmp_path, "train"))

@@ -9,8 +9,8 @@ from helpers_tasks import (
     write_task,
 )
 
+from chainlora.data.sources import find_source
 from chainlora.data.tasks import (
-    load_rows,
     load_task,
 )
 from chainlora.errors import ConfigError, DataError
@@ -121,7 +121,7 @@ def test_a_row_that_does_not_suit_the_task_is_named(tmp_path, row, message):
     task = load_task(write_task(tmp_path))
     path = write_rows(tmp_path / "bad.jsonl", [row])
     with pytest.raises(DataError, match=message) as caught:
-        task.render(load_rows(path)[0])
+        task.render(next(iter(find_source(path))))
     assert "\n" not in str(caught.value)
 
 

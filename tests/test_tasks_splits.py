@@ -10,9 +10,9 @@ from helpers_tasks import (
 )
 
 from chainlora.data.tasks import (
-    load_split,
     load_task,
     sample_splits,
+    split_source,
 )
 from chainlora.errors import ConfigError, DataError
 
@@ -21,7 +21,9 @@ def test_the_folder_may_be_the_tasks_own_or_the_one_above(tmp_path):
     task = load_task("sst2")
     write_rows(tmp_path / "data" / "sst2" / "dev.jsonl", [{"sentence": "x ", "label": 0}])
     for folder in ("data", "data/sst2"):
-        assert load_split(task, tmp_path / folder, "validation") == [{"sentence": "x ", "label": 0}]
+        assert list(split_source(task, tmp_path / folder, "validation")) == [
+            {"sentence": "x ", "label": 0}
+        ]
 
 
 def test_missing_rows_say_both_ways_to_get_them(tmp_path):
@@ -29,14 +31,14 @@ def test_missing_rows_say_both_ways_to_get_them(tmp_path):
         DataError,
         match=r"'train' rows .*neither in .*name the folder.*aps/super_glue.*HF_HUB_OFFLINE",
     ):
-        load_split(load_task("rte"), tmp_path, "train")
+        list(split_source(load_task("rte"), tmp_path, "train"))
     with pytest.raises(DataError, match=r"no such folder"):
-        load_split(load_task("rte"), tmp_path / "none", "train")
+        list(split_source(load_task("rte"), tmp_path / "none", "train"))
     with pytest.raises(DataError, match=r"aps/super_glue .*HF_HUB_OFFLINE.*local folder"):
-        load_split(load_task("rte"), None, "train")
+        list(split_source(load_task("rte"), None, "train"))
     custom = load_task(write_task(tmp_path))
     with pytest.raises(DataError, match=r"no Hub dataset.*data.dir"):
-        load_split(custom, None, "train")
+        list(split_source(custom, None, "train"))
 
 
 def test_samples_are_disjoint_deterministic_and_follow_the_data_seed(tmp_path):

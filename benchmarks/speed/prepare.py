@@ -17,7 +17,8 @@ import numpy as np
 import yaml
 
 from chainlora.data.order import epoch_order
-from chainlora.data.tasks import Row, list_tasks, load_rows, load_split, load_task
+from chainlora.data.sources import find_source
+from chainlora.data.tasks import Row, list_tasks, load_task, split_source
 from chainlora.models.finding import resolve_model
 
 SEED = 0
@@ -89,7 +90,7 @@ def workload_files(
         return _long_files(data, int(split), num_rows, batch_size, folder)
     if name not in list_tasks():
         raise ValueError(f"workload must be a shipped task or chat (got {workload!r})")
-    rows = load_split(load_task(name), data, split or "train")
+    rows = list(split_source(load_task(name), data, split or "train"))
     if split:
         return _evaluation_files(name, rows[:num_rows], folder)
     drawn = random.Random(SEED).sample(rows, num_rows)
@@ -157,7 +158,7 @@ def _long_files(
     """Rows of some `num_tokens` tokens: questions and answers of GSM8K one after another, the first
     question as the prompt."""
     task = load_task("gsm8k")
-    shown = [task.render(row) for row in load_split(task, data, "train")]
+    shown = [task.render(row) for row in split_source(task, data, "train")]
     random.Random(SEED).shuffle(shown)
     pairs = []
     for _ in range(num_rows):
@@ -176,7 +177,7 @@ def _long_files(
 
 def _chat_files(data: str | None, num_rows: int, batch_size: int, folder: Path) -> dict[str, str]:
     source = f"{data}/alpaca_demo/train.jsonl" if data else "llamafactory/alpaca_en"
-    rows = random.Random(SEED).sample(load_rows(source), num_rows)
+    rows = random.Random(SEED).sample(list(find_source(source)), num_rows)
     turns = [
         (
             [
@@ -213,7 +214,7 @@ def _preference_files(
             "chosen": f" {row['chosen']['value']}",
             "rejected": f" {row['rejected']['value']}",
         }
-        for row in load_rows(source)
+        for row in find_source(source)
         if len(row["conversations"]) == 1
     ]
     answers = ("chosen", "rejected")

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
+from chainlora.data.sources import find_source
 from chainlora.data.splits import encode_split
-from chainlora.data.tasks import load_rows, load_task
+from chainlora.data.tasks import load_task
 from chainlora.evaluation.evaluate import evaluate
 from chainlora.models.loading import load_model
 from chainlora.models.text_config import context_length
@@ -18,7 +19,7 @@ from chainlora.models.text_config import context_length
 
 def run(spec: Mapping[str, Any]) -> dict[str, Any]:
     """Score the rows of a task."""
-    task, rows = load_task(spec["files"]["task"]), load_rows(spec["files"]["rows"])
+    task, rows = load_task(spec["files"]["task"]), list(find_source(spec["files"]["rows"]))
     model, tokenizer = load_model(spec["model"], getattr(torch, spec["dtype"]))
     began = time.perf_counter()
     examples = encode_split(task, rows, tokenizer, context_length(model))

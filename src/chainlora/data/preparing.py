@@ -67,8 +67,6 @@ def make_rows(
     ConfigError, after reading all rows where only that can tell.
     """
     head = list(islice(source.chunks(_CHUNK), IN_MEMORY // _CHUNK + 1))
-    if not head:
-        raise DataError("data must hold at least one row (got none); check the file or the split")
     source.check_fields()
     kind = detect_format(head[0].rows(), options.objective) if task == "auto" else task
     if source.fields:

@@ -79,11 +79,9 @@ class Rows(Sequence[Example]):
 class MemoryRows(Rows):
     """Rows as Python objects, for some thousands of them at most."""
 
-    def __init__(
-        self, examples: Sequence[Example] = (), summary: RowsSummary | None = None
-    ) -> None:
+    def __init__(self, examples: Sequence[Example] = ()) -> None:
         lengths = [sum(map(len, example.sequences)) for example in examples]
-        super().__init__(np.array(lengths, np.int32), summary or RowsSummary())
+        super().__init__(np.array(lengths, np.int32), RowsSummary())
         self._examples = examples
 
     def example(self, index: int) -> Example:

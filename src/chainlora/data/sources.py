@@ -266,15 +266,6 @@ def find_source(source: str | Path, split: str = "train", limit: int | None = No
     )
 
 
-def load_rows(source: str | Path, split: str = "train", limit: int | None = None) -> list[Row]:
-    """Read the rows of a file, of a split in a folder, or of a Hub dataset, as `find_source`.
-
-    Raises DataError on a missing, unreadable or empty source, and on a row that is not an object of
-    named values (file and line are named).
-    """
-    return list(find_source(source, split, limit))
-
-
 def find_file(folder: Path, stems: Sequence[str]) -> Path | None:
     """Return the first ``<stem><suffix>`` in `folder`, or None."""
     candidates = (folder / f"{stem}{suffix}" for stem in stems for suffix in SUFFIXES)

@@ -67,7 +67,6 @@ class Engine:
         training: whether gradients will be asked for. Without, every parameter is frozen until
             `close`.
         threads: most threads; None is one a core, up to a few.
-        device: where the model is moved to first; None leaves it where it is.
         sharing: the processes that share the work; None computes everything here.
 
     Raises:
@@ -84,10 +83,9 @@ class Engine:
         speedups: Speedups = "auto",
         training: bool,
         threads: int | None = None,
-        device: torch.device | str | None = None,
         sharing: Sharing | None = None,
     ) -> None:
-        self.model = model if device is None else model.to(device)
+        self.model = model
         # what is fast reads weights of other modules than the one that is called
         self.speedups = "off" if by_module(model) else speedups
         self.notes: list[str] = []

@@ -169,8 +169,9 @@ def probe_batch(model: nn.Module, *, packed: bool = True) -> PackedBatch:
 
 
 def relative_difference(mine: Tensor, theirs: Tensor) -> Tensor:
-    """Return the difference of each row, of the norm of the row."""
-    return (mine - theirs).double().norm(dim=-1) / theirs.double().norm(dim=-1)
+    """Return the difference of each row, of the norm of the row, on the CPU: MPS has no float64."""
+    mine, theirs = mine.cpu().double(), theirs.cpu().double()
+    return (mine - theirs).norm(dim=-1) / theirs.norm(dim=-1)
 
 
 def computing_wide(model: nn.Module) -> Any:

@@ -16,7 +16,7 @@ from chainlora.data.encoding import chat, completion, text, translated
 from chainlora.data.encoding.candidates import CandidatesEncoder
 from chainlora.data.encoding.chat import ChatEncoder
 from chainlora.data.encoding.completion import CompletionEncoder, row_pairs, task_pairs
-from chainlora.data.encoding.drafts import Draft, Encoder, Ids
+from chainlora.data.encoding.drafts import Draft, Encoder
 from chainlora.data.encoding.fitting import Counts, Fit
 from chainlora.data.encoding.preferences import (
     PairEncoder,
@@ -45,8 +45,6 @@ class Options:
         truncation: "left" cuts the oldest tokens of the prompt, by the same number for all
             candidates of a row and never the candidate; "error" refuses. None is the task's own;
             for formats "error", and for plain text the splitting into blocks.
-        add_eos: end completions and texts with the end-of-sequence token. None is the task's own,
-            yes for formats.
         objective: "candidates" gives every candidate, "completion" the right one alone (teacher
             forcing), that of a pair its two answers. None is "candidates" where the task has some.
         reserve: tokens to keep free after the prompt (for generation).
@@ -55,7 +53,6 @@ class Options:
 
     max_length: int | None = None
     truncation: Literal["error", "left"] | None = None
-    add_eos: bool | None = None
     objective: Literal["candidates", "completion"] | PairLoss | None = None
     reserve: int = 0
     before: str = ""
@@ -117,18 +114,14 @@ def make_encoder(task: Task | str, reader: TokenReader, options: Options) -> Enc
         plain = replace(options, objective=None)
         answer = "conversational" if task == "sharegpt" else task
         return PairEncoder(task, make_encoder(answer, reader, plain))
-
-    def end() -> Ids:
-        return [] if options.add_eos is False else reader.end()
-
     if task in translated.FIELDS:
-        return make_translated(task, reader, end)
+        return make_translated(task, reader)
     if task == "completion":
-        return CompletionEncoder(reader, row_pairs, fields=completion.FIELDS, end=end())
+        return CompletionEncoder(reader, row_pairs, fields=completion.FIELDS, end=reader.end())
     if task == "chat":
         return ChatEncoder(reader)
     if task == "text":
-        return TextEncoder(reader, end())
+        return TextEncoder(reader, reader.end())
     known = [*FORMATS, *translated.FIELDS]
     raise ConfigError(
         f"format must be auto, {', '.join(known)} (got {task!r}{nearest(task, known)})"
@@ -143,12 +136,11 @@ def _task_encoder(task: Task, reader: TokenReader, options: Options) -> Encoder:
         )
     if options.objective != "completion" and task.completion is None:
         return CandidatesEncoder(reader, task, options.before)
-    add_eos = task.add_eos if options.add_eos is None else options.add_eos
     return CompletionEncoder(
         reader,
         partial(task_pairs, task),
         truncation=task.truncation,
-        end=reader.end() if add_eos else [],
+        end=reader.end() if task.add_eos else [],
         exact=task.completion is None,
         before=options.before,
     )

@@ -40,8 +40,8 @@ class TokenReader:
         """Return the end-of-sequence token. Raises DataError where the tokenizer has none."""
         if self.tokenizer.eos_token_id is None:
             raise DataError(
-                "the tokenizer must have an end-of-sequence token to end completions with (got "
-                "none); set add_eos: false"
+                "the tokenizer must have an end-of-sequence token to end rows with (got none); "
+                "name one as eos_token in its tokenizer_config.json"
             )
         return [self.tokenizer.eos_token_id]
 

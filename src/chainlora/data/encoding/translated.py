@@ -16,7 +16,7 @@ from typing import Any
 from chainlora.config.schema import ROW_FIELDS
 from chainlora.data.encoding.chat import ChatEncoder
 from chainlora.data.encoding.completion import CompletionEncoder, row_pairs, text_of
-from chainlora.data.encoding.drafts import Draft, Encoder, Ids
+from chainlora.data.encoding.drafts import Draft, Encoder
 from chainlora.data.encoding.tokens import TokenReader
 from chainlora.data.readers import bad_row
 from chainlora.data.sources import Row
@@ -66,7 +66,7 @@ def detect_translated(row: Mapping[str, Any]) -> str | None:
     return None
 
 
-def make_translated(kind: str, reader: TokenReader, end: Callable[[], Ids]) -> Encoder:
+def make_translated(kind: str, reader: TokenReader) -> Encoder:
     """Return the encoder of a format of another tool."""
     columns = ROW_FIELDS[kind]
     if kind == "sharegpt":
@@ -76,7 +76,7 @@ def make_translated(kind: str, reader: TokenReader, end: Callable[[], Ids]) -> E
         return TranslatedEncoder(chat, _conversational, columns)
     if reader.tokenizer.chat_template:
         return TranslatedEncoder(ChatEncoder(reader), _alpaca_chat, columns)
-    plain = CompletionEncoder(reader, row_pairs, fields=("prompt", "completion"), end=end())
+    plain = CompletionEncoder(reader, row_pairs, fields=("prompt", "completion"), end=reader.end())
     return TranslatedEncoder(plain, _alpaca_text, columns[:3])
 
 

@@ -11,12 +11,12 @@ Adding a task is writing one YAML file; no Python is touched. The shipped files 
 protocol (arXiv 2305.17333), which the chain-of-LoRA paper follows. See docs/tasks.md.
 """
 
-from chainlora.data.sources import Row, load_rows, where
+from chainlora.data.sources import Row, where
 from chainlora.data.tasks.rendering import Rendered
 from chainlora.data.tasks.sampling import (
     check_split_files,
-    load_split,
     sample_splits,
+    split_source,
     unseen_source,
 )
 from chainlora.data.tasks.schema import REPORTED_OF_TEXT, WORD_METRICS
@@ -30,10 +30,9 @@ __all__ = [
     "Task",
     "check_split_files",
     "list_tasks",
-    "load_rows",
-    "load_split",
     "load_task",
     "sample_splits",
+    "split_source",
     "unseen_source",
     "where",
 ]

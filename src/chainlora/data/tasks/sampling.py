@@ -66,11 +66,6 @@ def split_source(task: Task, dir: str | Path | None, split: str) -> Source:
     return flat(HubSource(hub.path, name, hub.name, hub.folder, hub.revision), task.name)
 
 
-def load_split(task: Task, dir: str | Path | None, split: str) -> list[Row]:
-    """Read one split, as `split_source`, into memory. Raises DataError, also on a bad row."""
-    return list(split_source(task, dir, split))
-
-
 def check_split_files(task: Task, dir: str | Path) -> None:
     """Raise DataError if the folder lacks a split that samples are drawn from; reads nothing."""
     rules = task.sampling
@@ -124,7 +119,7 @@ def sample_splits(
 
     Args:
         task: the task.
-        dir: as for `load_split`.
+        dir: as for `split_source`.
         num_train: rows to train on; None is the task's number. Fewer come when the split has fewer.
         num_validation: rows to choose by; disjoint from the training rows.
         num_test: rows to report on; disjoint from both.

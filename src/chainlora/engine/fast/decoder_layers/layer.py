@@ -32,7 +32,7 @@ from chainlora.engine.fast.plugin import PACKED, FastPath
 from chainlora.engine.fast.projection import Projection
 from chainlora.engine.float32 import widened
 from chainlora.engine.patching import installed, replacement
-from chainlora.engine.probes import Facts, first_line, probing
+from chainlora.engine.probes import Facts, first_line, probing, relative_difference
 from chainlora.models.modes import evaluation_mode, training_mode
 from chainlora.models.shards import whole
 from chainlora.models.text_config import base_model, text_config
@@ -142,7 +142,7 @@ def _probe(layer: Any, hidden: Tensor, kwargs: dict[str, Any], training: bool) -
             gradient = torch.autograd.grad((out * direction).sum(), leaf)[0]
             results.append((out.detach() - hidden, gradient - direction))
     return max(
-        ((mine - own).double().norm() / own.double().norm()).item()
+        relative_difference(mine.flatten(), own.flatten()).item()
         for own, mine in zip(*results, strict=True)
     )
 
