@@ -145,6 +145,16 @@ def test_a_link_that_does_not_fit_is_not_added(hold, words):
     assert torch.equal(logits(chain.model), before)
 
 
+@pytest.mark.parametrize("hold", ["tied", "carried"])
+@pytest.mark.parametrize("extra", [(), ("final_layer_norm",)], ids=str)
+def test_a_link_that_is_refused_leaves_the_earlier_ones_on_the_model(hold, extra):
+    chain = tuned_chain(tiny_model("opt"), "opt", num_links=1, hold=hold, extra_modules=extra)
+    before = logits(chain.model)
+    with pytest.raises(ChainLoRAError, match="must match at least one module"):
+        chain.extend(config("opt", target_modules=("nowhere",)))
+    assert torch.equal(logits(chain.model), before)
+
+
 def test_links_of_other_models_are_not_stacked(chain):
     factors = Factors(torch.zeros(4, 8), torch.zeros(8, 4))
     other = Link(0, config("opt"), dict.fromkeys(chain.links[0].factors, factors))

@@ -246,9 +246,14 @@ def test_law_10_carried_is_the_same_function_as_tied(architecture, dtype):
     torch.testing.assert_close(
         logits(carried.model), logits(tied.model), atol=LOGITS[dtype], rtol=0
     )
-    torch.testing.assert_close(
-        logits(carried.detach()), logits(tied.detach()), atol=LOGITS[dtype], rtol=0
-    )
+    for chain in (tied, carried):
+        before = logits(chain.model)
+        torch.testing.assert_close(logits(chain.detach()), before, atol=LOGITS[dtype], rtol=0)
+        chain.drop()
+        shorter = logits(chain.model)
+        assert not torch.equal(shorter, before)
+        chain.extend(config(architecture))  # on layers of its own again
+        torch.testing.assert_close(logits(chain.model), shorter, atol=LOGITS[dtype], rtol=0)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

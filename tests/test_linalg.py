@@ -8,10 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from chainlora.chain.low_rank import (
-    compress_low_rank,
-    compress_together,
-)
+from chainlora.chain.initialization import generator_for, principal_factors
+from chainlora.chain.low_rank import compress_low_rank, compress_together
+from chainlora.config.schema import LinkConfig
 from chainlora.errors import ConfigError
 
 EXACT = 1e-12  # float64 against float64: a few hundred roundings of 1e-16, relative to the whole
@@ -108,3 +107,14 @@ def test_impossible_wishes_are_refused(arguments, word):
         compress_low_rank([(torch.ones(1, 2), torch.ones(2, 1), 1.0)], **arguments)
     with pytest.raises(ConfigError, match="at least one"):
         compress_low_rank([])
+
+
+def test_decompositions_leave_the_generators_of_all_devices_as_they_were(monkeypatch):
+    """A GPU's drew the same dropout after each checkpoint of a trainer's soft knots."""
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("seeded"))
+    matrix, before = torch.eye(700), torch.get_rng_state()
+    matrix[4:] = 0  # so large that its leading directions are found by random ones
+    pairs, _ = compress_together(lambda _: matrix, ["m"], 1e-3)
+    assert pairs["m"][0].shape == (4, 700)
+    principal_factors(LinkConfig(rank=2, init="pissa"), matrix, generator_for(0, 0, "m"))
+    assert torch.equal(torch.get_rng_state(), before)

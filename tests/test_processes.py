@@ -28,7 +28,10 @@ TRAIN = {"lr": 1e-3, "batch_size": 8, "eval_every": 2, "save_every": 1}
 JOBS: dict[str, dict[str, Any]] = {
     "plain": {},
     "soft": {"chain": {"knots": {"every": 2, "share": 0.3}}, "train": {"keep_best": True}},
-    "gradient": {"chain": {"init": "gradient"}, "train": {"gradient_accumulation": 2}},
+    "gradient": {
+        "chain": {"init": "gradient", "train_factors": "B"},
+        "train": {"gradient_accumulation": 2},
+    },
     "uneven": {"train": {"batch_size": 4, "gradient_accumulation": 3}, "data": {"num_train": 30}},
     "answers": {"data": {"num_validation": 5}},
     "pairs": {"train": {"loss": "dpo"}, "data": {"task": None}},

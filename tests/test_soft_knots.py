@@ -181,6 +181,10 @@ def test_a_live_link_continues_from_its_state_to_the_same_bits(architecture, dty
         carry_moments(optimizer, adapter, chain.tie_share(0.2))
         step(chain, optimizer)
     state, expected = chain.live_state(), logits(chain.model)
+    chain.tie_share(0.5)
+    step(chain, optimizer)
+    chain.load_live_state(state, num_steps=6, num_soft_knots=3)  # which has stayed as it was
+    assert torch.equal(logits(chain.model), expected)
     other = Chain(tiny_model(architecture, dtype=dtype), hold=hold)
     other.extend(config(architecture))
     other.load_live_state(state, num_steps=6, num_soft_knots=3)

@@ -58,6 +58,7 @@ VARIANTS: dict[str, Any] = {
         "llama": {"target_modules": ["embed_tokens", "q_proj"], "rank_pattern": {"q_proj": 2}}
     },
     "a bias": {"gpt2": {"lora_bias": True, "alpha_pattern": {"c_attn": 1}}},
+    "eva": {"llama": {"init_lora_weights": "eva"}},  # which leaves the base as it is
     "dora": {name: keys | {"use_dora": True} for name, keys in PATTERN.items()},
 }
 

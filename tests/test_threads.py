@@ -66,11 +66,16 @@ def test_threads_compute_at_the_same_time_what_they_compute_alone(two_threads, a
     assert model.config._attn_implementation == "sdpa"
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+FROZEN = {"init": "gradient", "train_factors": "B"}  # A is drawn from gradients, and not trained
+
+
+@pytest.mark.parametrize(
+    ("dtype", "chain"), [("float32", {}), ("bfloat16", {}), ("float32", FROZEN)]
+)
 def test_training_in_threads_is_training_without(
-    tiny_folder, sentiment, tmp_path, two_threads, dtype
+    tiny_folder, sentiment, tmp_path, two_threads, dtype, chain
 ):
-    keys = {"train": {"dtype": dtype, "batch_size": 8, "gradient_accumulation": 2}}
+    keys = {"train": {"dtype": dtype, "batch_size": 8, "gradient_accumulation": 2}, "chain": chain}
     plans, losses = {}, {}
     for name in ("one", "two", "again"):
         torch.set_num_threads(1 if name == "one" else 2)

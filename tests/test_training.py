@@ -98,6 +98,23 @@ def test_law_6_a_chain_of_one_is_peft_lora(tiny_folder, sentiment, tmp_path, spe
     assert_trains_as_peft(make_config(tree))
 
 
+@pytest.mark.parametrize("module", ["mlp", "self_attn"])  # which a fast decoder layer goes into
+def test_a_block_is_trained_whole_in_a_narrow_model_as_its_own_forward_has_it(
+    tiny_folder, sentiment, module
+):
+    losses: dict[str, list[float]] = {"auto": [], "off": []}
+    for speedups, seen in losses.items():
+        keys = {"ranks": [4], "steps": [3], "target_modules": "all-linear"}
+        tree = settings(
+            tiny_folder,
+            sentiment,
+            chain=keys | {"extra_modules": [module]},
+            train={"speedups": speedups, "dtype": "bfloat16", "lr": 1e-3},
+        )
+        train(tree, listener=lambda e, seen=seen: seen.append(e.loss) if e.name == "step" else None)
+    assert losses["auto"] == pytest.approx(losses["off"], abs=5e-3)  # roundings of activations
+
+
 def test_the_best_point_over_the_whole_chain_is_kept(tiny_folder, sentiment, tmp_path):
     run = tmp_path / "run"
     # a learning rate that wrecks the model later on: the best point lies inside the chain

@@ -81,12 +81,14 @@ def test_law_9_killed_anywhere_and_resumed_is_the_uninterrupted_run(
     assert_same_records(tmp_path / "whole", tmp_path / "killed")
 
 
+@pytest.mark.parametrize("init", ["kaiming", "gradient"])  # which reads rows again at the resume
 def test_a_run_killed_between_its_early_stop_and_the_knot_still_ties_the_link(
-    tiny_folder, sentiment, tmp_path
+    tiny_folder, sentiment, tmp_path, init
 ):
     keys = {"lr": 1e-9, "early_stop": 2, "eval_every": 1, "save_every": 1}
-    train(make_config(settings(tiny_folder, sentiment, tmp_path / "whole", train=keys)))
-    config = make_config(settings(tiny_folder, sentiment, tmp_path / "killed", train=keys))
+    keys = {"train": keys, "chain": {"init": init}}
+    train(make_config(settings(tiny_folder, sentiment, tmp_path / "whole", **keys)))
+    config = make_config(settings(tiny_folder, sentiment, tmp_path / "killed", **keys))
 
     def die(record) -> None:
         if record["event"] == "knot":
@@ -153,7 +155,7 @@ class _EndsEarly:
         return WHOLE if position.link == 0 and position.step == 2 else None
 
 
-@pytest.mark.parametrize("dies_at", [None, 1, 2, 3, 7])
+@pytest.mark.parametrize("dies_at", [None, 1, 2, "knot", 3, 7])
 def test_a_link_may_end_early_and_the_last_one_makes_up_for_it(
     tiny_folder, sentiment, tmp_path, monkeypatch, dies_at
 ):
@@ -162,7 +164,7 @@ def test_a_link_may_end_early_and_the_last_one_makes_up_for_it(
     config = make_config(settings(tiny_folder, sentiment, tmp_path / "run", **keys))
 
     def die(event) -> None:
-        if event["event"] == "step" and event["step"] == dies_at:
+        if dies_at in (event["event"], event["step"]):
             raise KeyboardInterrupt
 
     if dies_at is not None:

@@ -264,7 +264,6 @@ class Chain:
         check_strengths([*self.links, placed])
         adapter = self._adapter
         if adapter is None or link.extra or link.factors.keys() - adapter.layers:
-            self._take_off()
             self._put_on(link.config)
         self.links.append(placed)
         self.next_id = max(self.next_id, placed.id + 1)
@@ -303,8 +302,8 @@ class Chain:
         A live link must be tied first.
         """
         self._need_no_live("detach")
+        self._holding.detach()  # refuses bases that cannot be merged into, before anything changes
         self._take_off()
-        self._holding.detach()
         adapters.set_extra(self.model, None, self._latest_extra())
         return self.model
 
@@ -349,12 +348,20 @@ class Chain:
         if self._adapter is not None and adapters.same_shape(self._adapter, config):
             adapters.set_config(self._adapter, config)
             return self._adapter
-        self._take_off()
         return self._put_on(config)
 
     def _put_on(self, config: LinkConfig) -> Adapter:
-        self._holding.check_layers(self.model, config)
-        self._adapter = adapter = adapters.attach(self.model, config)
+        """Put new layers on; the ones before, and what they hold, stay where that is refused."""
+        before = self._adapter
+        self._take_off()
+        try:
+            self._holding.check_layers(self.model, config)
+            self._adapter = adapter = adapters.attach(self.model, config)
+        except Exception:
+            if before is not None:
+                self._put_on(before.config)
+                self._settle()
+            raise
         self._holding.adopt(adapter)
         for path, parameter in adapters.extra_parameters(adapter):
             self.weights.remember(path, parameter)

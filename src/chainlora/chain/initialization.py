@@ -74,7 +74,7 @@ def principal_factors(config: LinkConfig, weight: Tensor, generator: torch.Gener
     the base.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(generator.initial_seed() % 2**63)
+        torch.default_generator.manual_seed(generator.initial_seed())
         u, s, v = torch.svd_lowrank(weight, q=min(config.rank + 8, *weight.shape), niter=4)
     root = (s[: config.rank] / config.scaling).sqrt()
     return Factors(

@@ -162,7 +162,7 @@ def _leading_triplets(matrix: Tensor, tolerance: float) -> _Triplets:
             found = _Triplets(u, s, vh, 0.0)
         else:
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(0)
+                torch.default_generator.manual_seed(0)  # and no accelerator's
                 u, s, v = torch.svd_lowrank(matrix, q=width, niter=4)
             beyond = max(total - float(s.double().square().sum()), 0.0)
             found = _Triplets(u, s, v.T, beyond)

@@ -141,14 +141,15 @@ def _tune_link(run: Run, optimizer: torch.optim.Optimizer) -> None:
     rate, end = factor(run.progress.step), knots.first_step + knots.length
     with closing(steps_ahead(run, run.progress.step, end)) as steps:
         for work in steps:
+            if run.progress.stopped:
+                return
             loss = update(run, work, optimizer, rate)
             run.chain.count_step()
             run.last_scored = None
             rate = factor(run.progress.step)
             knot = knots.after_step(loss, rate)
             if knot is not None and knot.ends_link:
-                _save_if_due(run, optimizer)
-                return
+                return  # no checkpoint, from which a link that ends early would go on
             if knot is not None:
                 _tie_share(run, optimizer, knot)
             _between_steps(run, optimizer)
@@ -253,15 +254,17 @@ def _add_first_gradients(run: Run) -> None:
     """Add the gradients of the first batches that the live link will see: `init: gradient`."""
     assert run.chain.live is not None
     run.engine.adapt(run.chain.live.layers.values())  # the forward of training: same bits
-    first, parameters = run.knots.first_step, list(run.chain.parameters())
+    first, model = run.knots.first_step, run.chain.model
+    # not `chain.parameters()`: of a factor that is not trained the gradient is wanted too
+    parameters = [p for p in model.parameters() if p.requires_grad]
     last = min(first + run.config.chain.init_batches, run.plan.num_steps)
-    training, tokens = run.chain.model.training, 0
-    run.chain.model.eval()
+    training, tokens = model.training, 0
+    model.eval()
     with closing(steps_ahead(run, first, last)) as steps:
         for work in steps:
             tokens += add_gradients(run, work, parameters).num_tokens
     run.processes.sum_gradients(parameters)
-    run.chain.model.train(training)
+    model.train(training)
     if run.progress.step == first:  # not again where a stopped run resumes inside the link
         run.record(GradientMeasured(first, len(run.chain), tokens))
 
@@ -312,6 +315,8 @@ def _tune_everything(run: Run) -> None:
     optimizer = full_optimizer(model.parameters(), run.train)
     with closing(steps_ahead(run, 0, end)) as steps:
         for work in steps:
+            if run.progress.stopped:
+                break
             update(run, work, optimizer, rate_factor(run.train, run.plan.lengths, work.step))
             run.last_scored = None
             if run.progress.step < end:

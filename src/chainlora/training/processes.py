@@ -21,6 +21,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -33,6 +34,9 @@ from chainlora.training.interrupts import SIGNALS, stop_requested
 
 Item = TypeVar("Item")
 Found = TypeVar("Found")
+
+# The first process may encode a large data set, or score all stages, while the others wait.
+PATIENCE = timedelta(hours=6)
 
 _WHOLE_MODELS = ("NO", "MULTI_CPU", "MULTI_GPU")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Mapping, Sequence
-from datetime import timedelta
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -41,15 +40,12 @@ from chainlora.training.events import Listener, Planned, RowsEncoded
 from chainlora.training.objectives import make_objective
 from chainlora.training.optimizers import check_optimizer
 from chainlora.training.plan import make_plan
-from chainlora.training.processes import Processes, find_processes, num_launched
+from chainlora.training.processes import PATIENCE, Processes, find_processes, num_launched
 from chainlora.training.reference import take_reference
 from chainlora.training.run import Run
 from chainlora.training.sharing import check_shards, wants_shards
 
 logger = logging.getLogger(__name__)
-
-# The first process may encode a large data set while the others wait.
-_PATIENCE = InitProcessGroupKwargs(timeout=timedelta(hours=6))
 
 
 def prepare(
@@ -277,7 +273,7 @@ def make_accelerator(config: RunConfig) -> Accelerator:
             cpu=num_launched() > 1 and not torch.accelerator.is_available(),
             log_with=wanted or None,
             project_dir=config.output,
-            kwargs_handlers=[_PATIENCE],
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
         )
         known = [str(getattr(tracker, "value", tracker)) for tracker in accelerator.log_with]
         missing = [name for name in wanted if name not in known]

@@ -47,7 +47,7 @@ from chainlora.runs.start import NOTHING, Start, next_id_after
 from chainlora.training.events import Listener, StageBegins, StageGuarded
 from chainlora.training.interrupts import stop_requested
 from chainlora.training.loop import train
-from chainlora.training.processes import is_first_launched, num_launched
+from chainlora.training.processes import PATIENCE, is_first_launched, num_launched
 from chainlora.training.result import TrainResult
 
 
@@ -298,7 +298,8 @@ def _end(stage: Stage, run: Path, is_first: bool, tell: Listener) -> None:
 def _wait_for_all() -> None:
     """Let all processes come here: the first one writes what the others read next."""
     if num_launched() > 1:
-        PartialState(cpu=not torch.accelerator.is_available()).wait_for_everyone()
+        cpu = not torch.accelerator.is_available()
+        PartialState(cpu=cpu, timeout=PATIENCE).wait_for_everyone()
 
 
 def _score(run: Path) -> None:

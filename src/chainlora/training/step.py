@@ -52,12 +52,10 @@ def steps_ahead(run: Run, begin: int, end: int) -> Generator[Work, None, None]:
         return [run.objective.collate(run.engine, examples) for examples in rows]
 
     with ThreadPoolExecutor(1) as packer:
-        ahead = packer.submit(pack, begin) if begin < end else None
-        for step in range(begin, end):
-            if run.progress.stopped or ahead is None:
-                return
-            work = ahead.result()
-            ahead = packer.submit(pack, step + 1) if step + 1 < end else None
+        packed = (packer.submit(pack, step) for step in range(begin, end))
+        ahead = next(packed, None)
+        while ahead is not None:
+            work, ahead = ahead.result(), next(packed, None)
             yield work
 
 

@@ -34,6 +34,7 @@ SILENT = {
     "inference_mode",
     "fan_in_fan_out",
     "loftq_config",
+    "eva_config",
     "runtime_config",
     "qalora_group_size",
 }

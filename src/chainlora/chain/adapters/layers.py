@@ -145,20 +145,25 @@ def _train_in_float32(module: nn.Module) -> None:
     """Keep an extra module in float32, with casts at its borders: bfloat16 loses small updates."""
     if all(parameter.dtype == torch.float32 for parameter in module.parameters()):
         return
+    own = next(module.parameters()).dtype
     module.float()
-    dtypes: list[torch.dtype] = []
+    outside: list[torch.dtype] = []  # the dtype that it is given, or its own where that is ids
 
-    def widen(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        dtypes[:] = [inputs[0].dtype]
-        return tuple(
-            i.float() if torch.is_tensor(i) and i.is_floating_point() else i for i in inputs
-        )
+    def widen(_: nn.Module, inputs: Any, named: Any) -> tuple[Any, Any]:
+        first = next(iter((*inputs, *named.values())))
+        outside[:] = [first.dtype if first.is_floating_point() else own]
+        return _as(torch.float32, inputs), {k: _as(torch.float32, v) for k, v in named.items()}
 
-    def narrow(_: nn.Module, __: Any, output: Tensor) -> Tensor:
-        return output.to(dtypes[0]) if dtypes[0].is_floating_point else output
+    module.register_forward_pre_hook(widen, with_kwargs=True)
+    module.register_forward_hook(lambda _, __, output: _as(outside[0], output))
 
-    module.register_forward_pre_hook(widen)
-    module.register_forward_hook(narrow)
+
+def _as(dtype: torch.dtype, value: Any) -> Any:
+    """Return a value with the floating-point tensors that are in it cast."""
+    if isinstance(value, tuple):
+        return tuple(_as(dtype, each) for each in value)
+    is_float = torch.is_tensor(value) and value.is_floating_point()
+    return value.to(dtype) if is_float else value
 
 
 def detach(adapter: Adapter) -> None:

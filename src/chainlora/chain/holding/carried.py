@@ -32,6 +32,7 @@ class Carried(Holding):
         super().__init__(model, weights)
         self._deposits: dict[str, Factors] = {}
         self.branch_error = 0.0  # largest relative error that compressing deposits has made
+        self._merged: Tied | None = None  # what holds the links of a plain model, after `detach`
 
     @staticmethod
     def check_config(config: LinkConfig) -> None:
@@ -59,7 +60,10 @@ class Carried(Holding):
     def settle(self, links: Sequence[Link], adapter: Adapter | None) -> None:
         """Make the branch hold `links`: of the same links at other strengths, only B changes."""
         self.links, self._deposits = list(links), {}
+        if self._merged is not None:
+            self._merged.settle(links if adapter is None else [], None)
         if adapter is not None:
+            self._merged = None
             adapters.carry(adapter, stack_links(links), stacked_rank(links))
 
     def take_out(self, start: Mapping[str, Factors], scaling: float) -> None:
@@ -109,7 +113,7 @@ class Carried(Holding):
     def detach(self) -> None:
         """Leave the links merged into the plain model."""
         merged = Tied(self.model, self.weights)
-        merged.modules = self.modules
+        merged.modules = set(self.modules)
         for name in self.modules:
             module = self.base_of(name)
             if is_quantized(module):
@@ -120,6 +124,7 @@ class Carried(Holding):
             for key, parameter in module.named_parameters(recurse=False):
                 self.weights.remember(f"{name}.{key}", parameter)  # untouched until now
         merged.settle(self.links, None)
+        self._merged = merged
 
     def _fill_branch(self, adapter: Adapter) -> None:
         held = stack_links(self.links)

@@ -78,7 +78,7 @@ class Tied(Holding):
 
     def state(self) -> dict[str, Tensor]:
         """Return the exact weights by module."""
-        return {name: exact.detach().cpu() for name, exact in self._exact.items()}
+        return {name: exact.to("cpu", copy=True) for name, exact in self._exact.items()}
 
     @torch.no_grad()
     def restore(self, state: Mapping[str, Tensor], adapter: Adapter) -> None:

@@ -172,9 +172,11 @@ def _has_shape(layer: Any) -> bool:
 
 
 def _quiet(module: nn.Module) -> bool:
-    """Say whether no hook waits for this module to be called."""
+    """Say whether no hook waits for this module to be called, nor for one that PEFT trains whole in
+    its place."""
     return not (
-        module._forward_hooks
+        hasattr(module, "modules_to_save")
+        or module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
