@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from curves import draw_curves
-from run import HERE, read_cells
+from run import HERE, LENGTH, read_cells
 from search import best_rate, is_interior
 
 from chainlora.experiments.statistics.intervals import scipy_stats, t_interval
@@ -66,6 +66,7 @@ def write_report(cells: Sequence[dict[str, Any]], out: Path, primary: str = "sof
         if REFERENCE in finalists and len(finalists) > 1:
             sections.append(f"![{study}]({study}.png)\n")
             draw_curves(study, finalists, gate_lines(arms), REFERENCE, out / f"{study}.png")
+    sections.insert(1, rule_table(cells))
     (out / "tables.md").write_text("\n".join(sections), encoding="utf-8")
 
 
@@ -177,6 +178,70 @@ def _gate_sentence(arms: dict[str, Results]) -> str:
     best = min(lora.tried.values())
     parts = [f"{name} {loss:.4f} ({loss - best:+.4f})" for name, loss in lines.items()]
     return f"Gate, tuning seeds, each at its best rate: lora {best:.4f}, {', '.join(parts)}.\n"
+
+
+# --- the rule of README.md, "When to expect anything" ---
+
+PARAMETERS = 5780  # that LoRA of rank 1 trains: in + out, summed over the 35 linear layers
+FITTED = (
+    *("gsm8k-r1-250", "gsm8k-r1-1000", "gsm8k-r1-4000", "gsm8k-r1-1000-row1", "python-r1-1000"),
+    *("gsm8k-r2-4000", "gsm8k-r4-4000"),
+)
+Place = tuple[str, int, int, int]  # text, steps, blocks a step, rank
+
+
+def rule_table(cells: Sequence[dict[str, Any]]) -> str:
+    """Return what the rule says of each study, and what came out."""
+    lines = [
+        "## When to expect anything\n",
+        "| study | tokens a parameter | share, by the rule | says | less LoRA | hit "
+        "| gap to rank 4r | share |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    tuned = plain_lora(cells)
+    places = {cell["study"]: _place(cell) for cell in cells if cell["name"] == REFERENCE}
+    for study, arms in by_study(cells).items():
+        lora = arms.get(REFERENCE)
+        found = paired(arms.get("auto"), lora) or paired(arms.get("soft10"), lora)
+        if len(found) >= MIN_PAIRS:
+            *where, rank = places[study]
+            gap = tuned[*where, rank] - tuned.get((*where, 4 * rank), math.nan)
+            lines.append(_rule_row(study, places[study], found, gap))
+    return "\n".join(lines) + "\n"
+
+
+def _rule_row(study: str, place: Place, found: Sequence[float], gap: float) -> str:
+    _, steps, rows, rank = place
+    tokens = steps * rows * LENGTH / (PARAMETERS * rank)
+    share = 0.13 * math.log2(tokens / (11 * math.sqrt(rank)))
+    says, hit = "–", "–"
+    if share <= 0 or share >= 0.1:
+        is_ahead = t_interval(found)[1] < 0
+        says = "ahead" if share >= 0.1 else "not ahead"
+        hit = "yes" if is_ahead == (share >= 0.1) else "**no**"
+    closed = ["–", "–"]
+    if not math.isnan(gap):
+        closed = [f"{gap:.3f}", f"{-statistics.fmean(found) / gap:+.2f}"]
+    name = f"{study}, fitted" if study in FITTED else study
+    row = [name, f"{tokens:.1f}", f"{share:+.2f}", says, difference(found), hit, *closed]
+    return f"| {' | '.join(row)} |"
+
+
+def plain_lora(cells: Sequence[dict[str, Any]]) -> dict[Place, float]:
+    """Return the best mean tuning loss of one LoRA, whatever the study calls it."""
+    losses: dict[Place, dict[float, list[float]]] = {}
+    for cell in cells:
+        config = cell["config"]
+        is_plain = config["arm"].keys() == {"rank"} and config["arm"]["rank"] > 0
+        if is_plain and config["held_out"] == "tuning":
+            loss = math.inf if cell["loss"] is None else cell["loss"]
+            losses.setdefault(_place(cell), {}).setdefault(config["lr"], []).append(loss)
+    return {place: min(map(statistics.fmean, rates.values())) for place, rates in losses.items()}
+
+
+def _place(cell: dict[str, Any]) -> Place:
+    config = cell["config"]
+    return config["text"], config["steps"], config["rows"], config["arm"]["rank"]
 
 
 def _header(cells: Sequence[dict[str, Any]]) -> str:
