@@ -109,6 +109,18 @@ def test_a_resume_takes_what_was_decided_at_the_start(
     assert None not in decided[0].values()
 
 
+def test_soft_knots_in_a_run_too_short_for_them_are_warned_of(
+    tiny_folder, sentiment, tmp_path, caplog
+):
+    """11·√rank learned tokens a trained parameter: benchmarks/lab/README.md."""
+    for steps, is_warned in ((2, True), (100, False)):
+        chain = {"ranks": [1], "steps": [steps], "knots": "auto", "target_modules": r".*0.*q_proj"}
+        keys = {"chain": chain, "train": {"batch_size": 8, "eval_at_knots": False}}
+        caplog.clear()
+        train(make_config(settings(tiny_folder, sentiment, tmp_path / str(steps), **keys)))
+        assert ("learn 11 tokens or more a trained parameter" in caplog.text) == is_warned
+
+
 def test_a_run_of_version_2_goes_on_as_it_would_have(tiny_folder, sentiment, tmp_path, caplog):
     train(make_config(settings(tiny_folder, sentiment, tmp_path / "whole", **OPEN)))
     killed = make_config(settings(tiny_folder, sentiment, tmp_path / "killed", **OPEN))

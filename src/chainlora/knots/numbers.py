@@ -54,6 +54,14 @@ def spacings(chain: ChainConfig, lengths: Sequence[int]) -> tuple[Spacing, ...]:
     return () if soft is None else tuple(spacing(soft, length) for length in lengths)
 
 
+def break_even(rank: int) -> float:
+    """Return the learned tokens a trained parameter below which soft knots were not ahead of LoRA.
+
+    Measured, not derived: benchmarks/lab/README.md, "When to expect anything".
+    """
+    return 11 * math.sqrt(rank)
+
+
 def between(ends: Sequence[int]) -> tuple[int, ...]:
     """Return the lengths of links that end after these steps."""
     return tuple(end - begin for begin, end in zip([0, *ends], ends, strict=False))

@@ -14,8 +14,10 @@ import time
 from contextlib import closing
 from dataclasses import replace
 
+from chainlora.chain.adapters.layer_facts import sizes
+from chainlora.chain.adapters.targets import matched_modules
 from chainlora.knots.driver import Knots
-from chainlora.knots.numbers import Numbers, spacings
+from chainlora.knots.numbers import Numbers, break_even, spacings
 from chainlora.training.optimizers import make_optimizer
 from chainlora.training.run import Run
 from chainlora.training.schedule import restart_warmup
@@ -24,6 +26,7 @@ from chainlora.training.step import add_gradients, steps_ahead
 logger = logging.getLogger(__name__)
 
 _WARM_UP, _TIMED = 2, 6  # steps
+_LOOKED_AT = 64  # rows whose learned tokens are counted
 
 
 def decide(run: Run, first: int) -> None:
@@ -59,6 +62,8 @@ def _new_numbers(run: Run) -> Numbers:
     if chain.minutes and not run.progress.planned:
         seconds = measure_step(run)
         lengths = tuple(max(1, round(60 * each / seconds)) for each in chain.minutes)
+    if chain.knots is not None and lengths:
+        _say_what_to_expect(run, lengths[0])
     return Numbers(
         lengths=lengths,
         knots=spacings(chain, lengths),
@@ -66,6 +71,25 @@ def _new_numbers(run: Run) -> Numbers:
         select_metric=train.select_metric or run.splits.metric,
         path=str(run.engine.path),
     )
+
+
+def _say_what_to_expect(run: Run, num_steps: int) -> None:
+    """Warn of soft knots in a first link that is too short for them."""
+    link, rows = run.config.chain.links()[0], run.splits.train[:_LOOKED_AT]
+    spans = [span for row in rows for span in row.scored[0]]
+    a_step = run.train.batch_size * run.train.gradient_accumulation / len(rows)
+    learned = num_steps * a_step * sum(end - start for start, end in spans)
+    modules = matched_modules(run.chain.model, link).values()
+    found = learned / (link.rank * sum(sum(sizes(module)) for module in modules))
+    if found < (least := break_even(link.rank)):
+        logger.warning(
+            "soft knots were ahead of plain LoRA only where links of rank %d learn %.0f tokens or "
+            "more a trained parameter (got %.1f in the first link); train longer, or leave "
+            "chain.knots out",
+            link.rank,
+            least,
+            found,
+        )
 
 
 def _take(run: Run, numbers: Numbers, first: int) -> None:
