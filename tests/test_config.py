@@ -13,6 +13,7 @@ from pydantic import BaseModel
 
 from chainlora import LinkConfig, RunConfig, load_config, make_config
 from chainlora.config.loading import set_key
+from chainlora.config.stages import split_address
 from chainlora.errors import ConfigError
 
 TREE = {"model": "m", "data": {"train": "x.jsonl"}, "chain": {"ranks": [8], "steps": [1]}}
@@ -221,6 +222,15 @@ def test_alpha_when_the_rank_drops():
     assert scalings(("chain.alpha", "[8, 8, 2]")) == [1.0, 2.0, 1.0]
     root = scalings(("chain.rslora", "true"))
     assert root == pytest.approx([16 / 8**0.5] * 3)
+
+
+def test_a_tilde_is_the_home_of_the_user(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/chain.json").touch()
+    tree = {"model": "m", "data": {"train": "x"}, "chain": {"ranks": []}, "output": "~/run"}
+    assert make_config(tree).output == str(tmp_path / "run")
+    assert split_address("~/run@facts") == (tmp_path / "run", "facts")
 
 
 def test_one_value_where_a_list_is_due_is_a_list_of_one():

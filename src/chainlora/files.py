@@ -74,10 +74,9 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode("utf-8"))
 
 
-def write_json(path: Path, value: Any, *, sort_keys: bool = False) -> None:
+def write_json(path: Path, value: Any) -> None:
     """Replace a JSON file atomically and durably."""
-    text = json.dumps(value, indent=2, ensure_ascii=False, sort_keys=sort_keys)
-    write_text(path, text + "\n")
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_tensors(

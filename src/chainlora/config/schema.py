@@ -8,6 +8,7 @@ imports no tensor library, so that the command line can check a file in millisec
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from os.path import expanduser
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
@@ -368,6 +369,12 @@ class RunConfig(Section):
     output: str | None = None
     """[Run directory](run-directory.md); must be new or empty, except with `--resume`. The command
     line needs it; from Python, `null` writes nothing."""
+
+    @field_validator("output")
+    @classmethod
+    def _home(cls, output: str | None) -> str | None:
+        """Take a ``~`` for the user's home, as shells do."""
+        return output and expanduser(output)
 
     @model_validator(mode="before")
     @classmethod

@@ -20,6 +20,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
+from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +139,7 @@ def stage_folder(run: Path, name: str) -> Path:
 
 def split_address(address: str | PathLike[str]) -> tuple[Path, str | None]:
     """Return the run and the stage that ``RUN@STAGE`` names; a folder with an @ is itself."""
-    path = Path(address)
+    path = Path(expanduser(address))
     head, at, name = str(path).rpartition("@")
     if not at or path.exists() or not (Path(head) / "chain.json").is_file():
         return path, None

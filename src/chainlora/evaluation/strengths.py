@@ -15,7 +15,6 @@ from statistics import fmean
 from chainlora.config.stages import split_address
 from chainlora.data.kept import Kept
 from chainlora.data.rows import MemoryRows
-from chainlora.engine.engine import Speedups
 from chainlora.errors import ChainError, RunError
 from chainlora.evaluation.acceptance import Gain, gain
 from chainlora.evaluation.metrics import is_higher_better
@@ -27,7 +26,7 @@ _TRIED = (1.0, 0.75, 0.5, 0.25, 0.0)  # an equal one is not taken: the first win
 
 
 def best_mix(
-    run: str | Path, *, speedups: Speedups = "auto", progress: Progress | None = None
+    run: str | Path, *, progress: Progress | None = None
 ) -> tuple[dict[str, float], float, float]:
     """Return the strengths of stages with the best average, that average, and the one there is now.
 
@@ -48,7 +47,7 @@ def best_mix(
             ", ".join(sorted(metrics)) or "no rows kept",
             "name the strengths",
         )
-    scorer = Scorer(reader, _to_choose_by(kept), speedups, progress)
+    scorer = Scorer(reader, _to_choose_by(kept), progress=progress)
     sign = 1 if is_higher_better(metrics.pop()) else -1
 
     @cache
@@ -71,11 +70,7 @@ def best_mix(
 
 
 def guard(
-    run: Path,
-    tolerance: float,
-    *,
-    speedups: Speedups = "auto",
-    progress: Progress | None = None,
+    run: Path, tolerance: float, *, progress: Progress | None = None
 ) -> tuple[float, dict[str, Gain]]:
     """Return the largest strength of a run's own links at which no earlier stage loses much.
 
@@ -90,7 +85,7 @@ def guard(
     own = {entry.id for entry in manifest.loaded if entry.stage == manifest.stage}
     below = {e.id: e.strength for e in manifest.loaded if e.id not in own}
     earlier = [stage for stage in manifest.stages if stage in kept and stage != manifest.stage]
-    scorer = Scorer(reader, _to_choose_by(kept), speedups, progress)
+    scorer = Scorer(reader, _to_choose_by(kept), progress=progress)
     before = dict(scorer.evaluations("before", below, earlier))
     gains: dict[str, Gain] = {}
     for strength in _TRIED[:-1]:

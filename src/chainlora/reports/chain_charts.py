@@ -27,8 +27,7 @@ from chainlora.reports.charts import (
     whole_steps,
 )
 from chainlora.reports.runs import RunFacts
-
-Record = Mapping[str, Any]
+from chainlora.runs.records import Record
 
 
 def plot_chain(inspection: Mapping[str, Any], out_png: str | Path) -> None:

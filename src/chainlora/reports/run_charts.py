@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from itertools import groupby, pairwise
 from pathlib import Path
@@ -29,9 +29,8 @@ from chainlora.reports.charts import (
     whole_steps,
 )
 from chainlora.reports.runs import RunFacts
-from chainlora.runs.records import score_names
+from chainlora.runs.records import Record, score_names
 
-Record = Mapping[str, Any]
 _MOST_POINTS = 400  # of a curve; a page is as wide as about a thousand pixels
 
 

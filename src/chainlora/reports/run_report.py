@@ -27,8 +27,9 @@ from chainlora.reports.page import (
     section,
 )
 from chainlora.reports.run_charts import comparing_pictures, training_pictures
-from chainlora.reports.runs import Record, RunFacts, read_runs
+from chainlora.reports.runs import RunFacts, read_runs
 from chainlora.reports.tables import Table, number, table_of
+from chainlora.runs.records import Record
 
 NAME = "report.html"
 _NONE = "–"

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from chainlora.config.schema import RunConfig
 from chainlora.config.stages import split_address
 from chainlora.evaluation.stages import StageMatrix, stage_matrix
 from chainlora.runs.inspection import inspect_run
 from chainlora.runs.manifest import Manifest
-from chainlora.runs.records import score_names
+from chainlora.runs.records import Record, score_names
 from chainlora.runs.stages import open_run, read_stages
-
-Record = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
