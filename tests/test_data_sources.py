@@ -55,6 +55,7 @@ def test_a_bad_row_is_named_by_file_and_line(tmp_path, content, message):
     [
         ("bad.csv", "text,label\na,1\nb\n", r"header's 2 fields .*bad.csv line 3"),
         ("bad.csv", 'text,label\n"a,1\n', r"must be CSV .*bad.csv line"),
+        ("bad.csv", "text,label,text\na,1,b\n", r"a column once \(got 'text' twice at .* line 1"),
         ("bad.json", '[{"a": 1},\n]', r"must be JSON .*bad.json line"),
         ("bad.json", '{"a": 1}', r"list of rows.*dict"),
         ("bad.parquet", "text", r"must be Parquet .*bad.parquet"),

@@ -175,6 +175,13 @@ def test_a_side_without_rows_is_refused(validation, message, tmp_path, tokenizer
         encoded(tokenizer, train=at("a"), validation=validation)
 
 
+def test_nothing_is_held_out_of_rows_that_are_all_shown(tmp_path, tokenizer):
+    file = write_rows(tmp_path / "a.jsonl", [{"text": "a", "label": 0}] * 3)
+    keys = {"task": str(write_task(tmp_path)), "shots": 3, "validation": 0.5}
+    with pytest.raises(ConfigError, match=r"leave some \(got 0.5 of 0\)"):
+        encoded(tokenizer, train=str(file), **keys)
+
+
 # --- rows of earlier stages
 
 

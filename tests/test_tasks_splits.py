@@ -78,9 +78,11 @@ def test_a_short_train_split_gives_validation_its_rows_first(tmp_path):
         sample_splits(task, tmp_path)
 
 
-def test_a_split_that_stands_in_for_train_keeps_its_test_rows_apart_and_fixed(tmp_path, caplog):
+@pytest.mark.parametrize("of", ["train", "validation"])
+def test_a_split_that_stands_in_for_train_keeps_its_test_rows_apart_and_fixed(of, tmp_path, caplog):
     make_split(tmp_path / "validation.jsonl", 100)
     rules = {"test": {"of": "validation", "rows": 40}, "without_train": "validation"}
+    rules["validation"] = {"of": of, "rows": 20}
     task = load_task(write_task(tmp_path, sampling=rules))
     one = sample_splits(task, tmp_path, 30, 20, 40, data_seed=0)
     two = sample_splits(task, tmp_path, 30, 20, 10, data_seed=1)

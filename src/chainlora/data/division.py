@@ -51,13 +51,13 @@ def divide(
 
     `bound` is that of the run where it is known. Raises ConfigError where no side may be empty.
     """
-    before = np.unique(np.concatenate([np.empty(0, np.int64), *(k.held_out for k in earlier)]))
-    seen = np.unique(np.concatenate([np.empty(0, np.int64), *(k.seen for k in earlier)]))
+    before = np.unique(_joined(kept.held_out for kept in earlier))
+    seen = np.unique(_joined(kept.seen for kept in earlier))
     prompts = [np.empty(0, np.int64)] * len(files)
     if data.holds_out or len(before):
         prompts = [prompt_hashes(rows, num_front) for rows in files]
     if data.holds_out and bound is None:
-        bound = _bound(np.concatenate(prompts), data.validation)
+        bound = _bound(_joined(prompts), data.validation)
     nothing = [np.zeros(len(rows), bool) for rows in files]
     held_out = [hashes < bound for hashes in prompts] if bound is not None else nothing
     left_out = [np.isin(hashes, before) for hashes in prompts] if len(before) else nothing
@@ -119,6 +119,10 @@ def _right_one(example: Example) -> Example:
 def pick(rows: Rows, mask: NDArray[np.bool_]) -> Rows:
     """Return the rows that a mask names."""
     return rows if mask.all() else PickedRows(rows, np.flatnonzero(mask))
+
+
+def _joined(hashes: Iterable[NDArray[np.int64]]) -> NDArray[np.int64]:
+    return np.concatenate([np.empty(0, np.int64), *hashes])
 
 
 def _bound(prompts: NDArray[np.int64], validation: str | int | float | None) -> int:

@@ -58,9 +58,13 @@ def _read_csv(file: BinaryIO, path: Path) -> Iterator[Record]:
     with TextIOWrapper(file, "utf-8-sig", newline="") as text:
         reader = csv.DictReader(text, strict=True)
         try:
+            names = reader.fieldnames or []
+            if twice := [name for name in names if names.count(name) > 1]:
+                rule, got = "a CSV header must name a column once", f"{twice[0]!r} twice"
+                raise bad_row(rule, got, f"{path} line 1", "rename one")
             for values in reader:
                 if None in values or None in values.values():
-                    rule = f"a CSV row must have the header's {len(reader.fieldnames or [])} fields"
+                    rule = f"a CSV row must have the header's {len(names)} fields"
                     raise bad_row(rule, "another number", f"{path} line {reader.line_num}")
                 yield Record(reader.line_num, values, file.tell() / size)
         except UnicodeDecodeError:

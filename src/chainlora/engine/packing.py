@@ -59,7 +59,6 @@ class PackedBatch:
     max_sequences: int  # most sequences an example has
     one_position: bool  # each example's candidates are single tokens predicted from one position
     labelled: bool  # every example has a right candidate
-    num_input_tokens: int  # tokens the sequences would take one by one (without padding)
 
     @property
     def num_tokens(self) -> int:
@@ -89,11 +88,10 @@ class PackedBatch:
             depths.append(end - start + (depths[parent] if parent >= 0 else 0))
         return max(depths, default=0)
 
-    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> PackedBatch:
+    def to(self, device: torch.device | str) -> PackedBatch:
         """Return the batch with its tensors on `device`."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
-        moved: Any = {name: t.to(device, non_blocking=non_blocking) for name, t in tensors.items()}
+        moved: Any = {name: t.to(device) for name, t in values.items() if isinstance(t, Tensor)}
         return replace(self, **moved)
 
 
@@ -152,7 +150,6 @@ def pack(
         max_sequences=max(counts),
         one_position=_one_position(counts, positions),
         labelled=all(example.label is not None for example in examples),
-        num_input_tokens=sum(map(len, inputs)),
     )
 
 

@@ -95,6 +95,7 @@ def _convert(file: Path, folder: Path, digest: str) -> None:
             f"{blocks} blocks and {tensors} tensors in {file}",
             "download it again",
         )
+    import_gguf()
     try:
         tokenizer = build_tokenizer(file, metadata)
     except ModelError:
@@ -109,10 +110,6 @@ def _convert(file: Path, folder: Path, digest: str) -> None:
         model: Any = AutoModelForCausalLM.from_pretrained(
             file.parent, gguf_file=file.name, dtype=torch.float32
         )
-    except ImportError as error:
-        raise ModelError(
-            f"a GGUF file needs the package gguf (got {error}); pip install 'chainlora[gguf]'"
-        ) from error
     except Exception as error:  # transformers raises many kinds for a file it cannot read
         raise ModelError(
             "a GGUF file must hold an architecture that transformers can read",
@@ -126,6 +123,17 @@ def _convert(file: Path, folder: Path, digest: str) -> None:
     save_model(model, tokenizer, folder)
     source = {"file": file.name, "sha256": digest, "transformers": transformers.__version__}
     (folder / "source.json").write_text(json.dumps(source, indent=2) + "\n")
+
+
+def import_gguf() -> Any:
+    """Return the package gguf. Raises ModelError where it is not installed."""
+    try:
+        import gguf
+    except ImportError as error:
+        raise ModelError(
+            f"a GGUF file needs the package gguf (got {error}); pip install 'chainlora[gguf]'"
+        ) from error
+    return gguf
 
 
 def read_metadata(file: Path) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from chainlora.errors import ModelError
 from chainlora.models.checkpoint import Checkpoint, Stored
-from chainlora.models.gguf import build_tokenizer, known_pre_tokenizers, read_metadata
+from chainlora.models.gguf import build_tokenizer, import_gguf, known_pre_tokenizers, read_metadata
 
 KINDS = ("f32", "f16", "bf16", "q8_0")
 _ARCHITECTURES = {
@@ -55,7 +55,7 @@ _PROBES = (
 
 def check_convertible(config: Any, tokenizer: Any) -> None:
     """Raise ModelError for a model, or a tokenizer, that is not written as GGUF here."""
-    _import_gguf()
+    import_gguf()
     for rule, got in _misfits(config):
         raise ModelError(f"a model in GGUF must {rule}", got, _OTHER)
     _tokenizer_kind(tokenizer)
@@ -100,16 +100,6 @@ def _gemma_misfits(config: Any) -> list[tuple[str, str]]:
     return found
 
 
-def _import_gguf() -> Any:
-    try:
-        import gguf
-    except ImportError as error:
-        raise ModelError(
-            f"a GGUF file needs the package gguf (got {error}); pip install 'chainlora[gguf]'"
-        ) from error
-    return gguf
-
-
 # --- a model ---
 
 
@@ -120,7 +110,7 @@ def write_gguf(folder: Path, tokenizer: Any, file: Path, kind: str, name: str) -
     llama.cpp has them. One weight at a time is in memory. The file is loaded back and compared;
     ModelError is raised unless it is the same model, to the kind's rounding, and tokenizer.
     """
-    gguf = _import_gguf()
+    gguf = import_gguf()
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     check_convertible(config, tokenizer)
     stored = Checkpoint(folder).all()
@@ -167,7 +157,7 @@ class _Names:
     """llama.cpp's names for a model's tensors, and its arrangement of their rows."""
 
     def __init__(self, config: Any) -> None:
-        gguf = _import_gguf()
+        gguf = import_gguf()
         self.architecture = _ARCHITECTURES[config.model_type]
         number = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}[self.architecture]
         self._map = gguf.get_tensor_name_map(number, config.num_hidden_layers)
@@ -201,7 +191,7 @@ def _ropes(config: Any) -> dict[str, Any]:
 
 
 def _add_config(writer: Any, config: Any) -> None:
-    gguf = _import_gguf()
+    gguf = import_gguf()
     ropes, size = _ropes(config), _head_size(config)
     rope, window = ropes["full_attention"], getattr(config, "sliding_window", None)
     has_windows = config.model_type in ("gemma2", "gemma3_text")
@@ -311,7 +301,7 @@ def write_lora_gguf(
 ) -> None:
     """Write A (rank × in) and B (out × rank) of modules, of one rank and scaling 1, as a LoRA of
     llama.cpp for the GGUF file `base`. It is loaded back and compared."""
-    gguf = _import_gguf()
+    gguf = import_gguf()
     names = _Names(config)
     tensors: dict[str, Tensor] = {}
     for module, (a, b) in factors.items():
@@ -344,7 +334,7 @@ def write_lora_gguf(
 
 def _check_model(file: Path, written: Mapping[str, tuple[Stored, str]], names: _Names) -> None:
     """Raise ModelError unless a GGUF file holds the weights, each to the rounding of its kind."""
-    gguf = _import_gguf()
+    gguf = import_gguf()
     found = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
     for key, (stored, kind) in written.items():
         wanted = names.arranged(key, stored.read().float()).numpy()

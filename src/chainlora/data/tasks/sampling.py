@@ -144,8 +144,9 @@ def sample_splits(
         _log.warning("%s: no train in %s; %r stands in for it%s", task.name, dir, stand_in, aside)
     pools: dict[str, list[str]] = {}
     for name in ("test", "validation", "train"):  # in the order in which they take their rows
+        of = "train" if draws[name].of == stand_in else draws[name].of
         is_aside = name == "test" and num_aside
-        pools.setdefault(_SET_ASIDE if is_aside else draws[name].of, []).append(name)
+        pools.setdefault(_SET_ASIDE if is_aside else of, []).append(name)
     drawn: dict[str, list[Row]] = {}
     for pool, names in pools.items():
         source = split_source(task, dir, stand_in if pool in ("train", _SET_ASIDE) else pool)
