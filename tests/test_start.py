@@ -187,6 +187,11 @@ def test_another_name_of_the_base_and_its_revision_are_said(
     folder = save_lora(tmp_path / "made", model=model)
     same = Chain(AutoModelForCausalLM.from_pretrained(tiny_folder))
     assert put_on(load_start(folder), same).notes == ()
+    for there in ("C:\\bases\\Llama", "C:\\hub\\models--our--Llama\\snapshots\\1\\"):
+        edit(folder, base_model_name_or_path="our/Llama")
+        same = Chain(AutoModelForCausalLM.from_pretrained(tiny_folder))
+        same.model.config._name_or_path = there
+        assert put_on(load_start(folder), same).notes == ()
     edit(folder, base_model_name_or_path="some/model", revision="abc")
     other = Chain(base("llama", vocab_size=model.config.vocab_size))
     start = put_on(load_start(folder), other, "our/model")

@@ -27,10 +27,10 @@ def num_trained(link: Link) -> int:
     return total
 
 
-def peak_memory_mb() -> int:
-    """Peak resident memory of this process in MiB (accelerator peak where there is one)."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() // 2**20
+def peak_memory_mb(device: torch.device) -> int:
+    """Peak resident memory of this process in MiB; of a run on a GPU, that of the GPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) // 2**20
     if sys.platform == "win32":
         return int(psutil.Process().memory_info().peak_wset // 2**20)
     import resource  # of Unix

@@ -11,7 +11,7 @@ import logging
 import re
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import torch
@@ -178,7 +178,7 @@ def _other_name(adapter: Imported, name: str) -> tuple[str, ...]:
     """
     names = [adapter.base, name]
     if not all(map(is_hub_id, names)):
-        names = [each.rstrip("/").rpartition("/")[2] for each in names]
+        names = [PureWindowsPath(each).name for each in names]  # knows both separators
     if not all(names) or names[0] == names[1]:
         return ()
     return (
@@ -190,7 +190,7 @@ def _other_name(adapter: Imported, name: str) -> tuple[str, ...]:
 def _name_of(model: nn.Module) -> str:
     """Return what a model of transformers was loaded as: a Hub id, or a folder."""
     name = str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
-    cached = re.search(r"models--([^/]+)/snapshots/", name)
+    cached = re.search(r"models--([^/\\]+)[/\\]snapshots[/\\]", name)
     return cached[1].replace("--", "/") if cached else name
 
 
