@@ -238,6 +238,15 @@ def test_the_template_for_ollama_says_what_the_chat_template_does(tiny_folder, t
     assert go.count("{{ end }}") == go.count("{{ if") + go.count("{{ range")
 
 
+def test_what_ends_no_turn_stops_nothing(tmp_path):
+    base = make_base(tmp_path / "base", "llama")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}\n{% endfor %}"
+    tokenizer.save_pretrained(base)
+    export_gguf(make_chain(tmp_path / "chain", base, ["q_proj"]), tmp_path / "out")
+    assert "PARAMETER stop" not in (tmp_path / "out/Modelfile").read_text()
+
+
 def test_the_modelfile_is_for_the_rows(chainlora, tiny_folder, sentiment, tmp_path):
     said = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sat"}]
     chats = write_rows(tmp_path / "rows.jsonl", [{"messages": said}] * 4)

@@ -132,7 +132,9 @@ def _modelfile(reader: RunReader, tokenizer: Any, config: Any, as_adapter: bool)
     elif chat is None:
         logger.warning("the Modelfile has no TEMPLATE: Ollama guesses this chat template")
     else:
-        lines += [f'TEMPLATE """{chat.in_go()}"""', f'PARAMETER stop "{chat.stop}"']
+        lines.append(f'TEMPLATE """{chat.in_go()}"""')
+        if chat.stop:  # an empty one would stop at once
+            lines.append(f'PARAMETER stop "{chat.stop}"')
     return "\n".join([*lines, f"PARAMETER num_ctx {room}"]) + "\n"
 
 
