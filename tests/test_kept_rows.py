@@ -135,6 +135,7 @@ def test_rows_are_held_out_by_their_prompts_wherever_they_stand(validation, tmp_
     )
     assert held_out == set(words(later.validation, tokenizer)) & set(LETTERS)
     assert found.report()["train"]["held_out"] == len(found.validation)
+    assert found.report()["validation"].keys() == {"examples", "tokens"}
     assert found.digest != later.digest != encoded(tokenizer, train=at("other")).digest
 
 

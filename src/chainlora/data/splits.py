@@ -91,8 +91,11 @@ class Splits:
     def report(self) -> dict[str, dict[str, Any]]:
         """Return what became of the rows of each split: rows, tokens, cuts, columns not read."""
         found = {name: getattr(self, name).summary.as_dict() for name in SPLITS}
-        for summary in found.values():
-            summary.pop("digest", None)
+        told = ("rows", "rows_split", "rows_cut", "tokens_cut", "recognised")  # of whole files
+        for name, summary in found.items():
+            held_out = name == "validation" and self.bound is not None
+            for key in ("digest", *(told if held_out else ())):
+                summary.pop(key, None)
         found["train"] |= self.moved
         if self.mixture is not None and set(self.mixture.weights) != {1.0}:
             found["train"]["weights"] = list(self.mixture.weights)

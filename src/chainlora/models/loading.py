@@ -214,9 +214,10 @@ def load_tokenizer(folder: Path, model: Any = None) -> Any:
 
 def _check_whole(model: Any, report: dict[str, Any], folder: Path, is_quantized: bool) -> None:
     missing = sorted(report["missing_keys"])
-    if is_quantized:  # weights of linear layers may be stored under other names
-        linear = [name for name, module in model.named_modules() if hasattr(module, "in_features")]
-        missing = [name for name in missing if name.rpartition(".")[0] not in linear]
+    if is_quantized:  # weights of linear layers and experts may be stored under other names
+        linear = {name for name, module in model.named_modules() if hasattr(module, "in_features")}
+        missing = [name for name in missing if name.endswith(".weight")]
+        missing = [name for name in missing if name.removesuffix(".weight") not in linear]
     if missing:
         raise ModelError(
             f"a checkpoint must hold every weight (got {len(missing)} missing in {folder}, "

@@ -237,9 +237,10 @@ def _what_became_of(found: Mapping[str, Any]) -> Iterator[str]:
     if "replayed" in found:
         yield f"{found['replayed']:,} rows of earlier stages to read again (data.replay)"
     if "rows_split" in found:
+        blocks = sum(found.get(each, 0) for each in ("examples", "held_out", "left_out", "seen"))
         yield (
             f"{found['rows_split']:,} of {found['rows']:,} texts were longer than the context or "
-            f"data.max_length: {found['examples']:,} blocks, no token lost"
+            f"data.max_length: {blocks:,} blocks, no token lost"
         )
 
 
