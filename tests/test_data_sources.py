@@ -55,7 +55,7 @@ def test_a_bad_row_is_named_by_file_and_line(tmp_path, content, message):
     [
         ("bad.csv", "text,label\na,1\nb\n", r"header's 2 fields .*bad.csv line 3"),
         ("bad.csv", 'text,label\n"a,1\n', r"must be CSV .*bad.csv line"),
-        ("bad.csv", "text,label,text\na,1,b\n", r"a column once \(got 'text' twice at .* line 1"),
+        ("bad.csv", "text,label,text\na,1,b\n", r"different names \(got 'text' twice in .*bad.csv"),
         ("bad.json", '[{"a": 1},\n]', r"must be JSON .*bad.json line"),
         ("bad.json", '{"a": 1}', r"list of rows.*dict"),
         ("bad.parquet", "text", r"must be Parquet .*bad.parquet"),
@@ -136,6 +136,16 @@ def test_values_that_no_tokenizer_takes_are_named_by_file_and_line(tmp_path, row
         list(find_source(path))
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 400 + len(str(path))
+
+
+def test_values_of_parquet_that_are_nothing_here_are_named(tmp_path):
+    path, far = tmp_path / "rows.parquet", pyarrow.array([2**62], pyarrow.timestamp("us"))
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a"], "when": far}), path)
+    with pytest.raises(DataError, match=r"rows.parquet: date value out of range"):
+        list(find_source(path))
+    pyarrow.parquet.write_table(pyarrow.table([["a"], ["b"]], names=["text", "text"]), path)
+    with pytest.raises(DataError, match=r"'text' twice in .*rows.parquet"):
+        list(find_source(path))
 
 
 def test_a_csv_field_over_the_limit_names_the_other_way(tmp_path):

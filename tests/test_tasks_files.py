@@ -125,6 +125,14 @@ def test_a_row_that_does_not_suit_the_task_is_named(tmp_path, row, message):
     assert "\n" not in str(caught.value)
 
 
+def test_bytes_are_no_text_to_a_template_and_no_matter_where_none_reads_them(tmp_path):
+    """Columns of Parquet may be binary; of b'x' a template would write that."""
+    task = load_task(write_task(tmp_path))
+    with pytest.raises(DataError, match=r"`prompt` .*bytes that are no text"):
+        task.render({"text": b"x", "label": 0})
+    assert task.render({"text": "x", "label": 0, "image": b"x"}).prompt == "x It is"
+
+
 def test_candidates_of_a_row_must_hold_the_right_one(tmp_path):
     task = load_task("record")
     row = PROMPTS["record"][0] | {"answers": ["Zoe"]}

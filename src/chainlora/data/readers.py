@@ -6,7 +6,7 @@ import codecs
 import csv
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from io import SEEK_END, TextIOWrapper
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -59,9 +59,7 @@ def _read_csv(file: BinaryIO, path: Path) -> Iterator[Record]:
         reader = csv.DictReader(text, strict=True)
         try:
             names = reader.fieldnames or []
-            if twice := [name for name in names if names.count(name) > 1]:
-                rule, got = "a CSV header must name a column once", f"{twice[0]!r} twice"
-                raise bad_row(rule, got, f"{path} line 1", "rename one")
+            _check_names(names, path)
             for values in reader:
                 if None in values or None in values.values():
                     rule = f"a CSV row must have the header's {len(names)} fields"
@@ -81,16 +79,22 @@ def _read_parquet(file: BinaryIO, path: Path) -> Iterator[Record]:
 
     try:
         table = pyarrow.parquet.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False)
+        _check_names(table.schema_arrow.names, path)
         count, number = table.metadata.num_rows, 0
         for batch in table.iter_batches(batch_size=_BATCH):
             for values in batch.to_pylist():
                 yield Record(number, values, (number + 1) / count)
                 number += 1
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         reason = " ".join(str(error).split())
         raise DataError(
             f"data file must be Parquet (got {path}: {reason:.120}); write it again"
         ) from None
+
+
+def _check_names(names: Sequence[str], path: Path) -> None:
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise DataError("columns must have different names", f"{twice[0]!r} twice in {path}")
 
 
 def _size(file: BinaryIO) -> int:

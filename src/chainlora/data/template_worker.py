@@ -114,7 +114,7 @@ def _row(program: Mapping[str, Any], row: Mapping[str, Any], at: dict[str, str])
 
 def _refuse_null(value: Any) -> Any:
     if value is None:
-        raise jinja2.UndefinedError("a null")
+        raise jinja2.UndefinedError("a null, or bytes that are no text")
     return value
 
 

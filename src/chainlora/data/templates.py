@@ -182,7 +182,10 @@ def _ask(program: Mapping[str, Any], items: Sequence[Any]) -> list[Reply]:
 
 
 def _plain(value: Any) -> Any:
-    """Return the number of an array's scalar, and the text of whatever else is no JSON."""
+    """Return the number of an array's scalar, nothing for bytes, and the text of whatever else is
+    no JSON."""
+    if isinstance(value, bytes):
+        return None
     return value.item() if hasattr(value, "item") else str(value)
 
 
