@@ -77,7 +77,7 @@ def test_law_9_killed_anywhere_and_resumed_is_the_uninterrupted_run(
         json.loads((tmp_path / name / "result.json").read_text()) for name in ("whole", "killed")
     )
     assert one["metrics"] == two["metrics"]
-    assert one["best"] == two["best"]
+    assert (one["best"], one["links"]) == (two["best"], two["links"])
     assert_same_records(tmp_path / "whole", tmp_path / "killed")
 
 

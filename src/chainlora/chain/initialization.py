@@ -16,7 +16,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from chainlora.chain.adapters import LIVE, Adapter, Factors, base_layer, is_transposed, set_factors
+from chainlora.chain.adapters import LIVE, Adapter, Factors, base_layer, dequantized, set_factors
 from chainlora.chain.link import Link
 from chainlora.chain.low_rank import row_basis
 from chainlora.config.schema import LinkConfig
@@ -105,10 +105,7 @@ def initialize(
     for name, layer in adapter.layers.items():
         generator = generator_for(seed, link, name)
         if config.init == "pissa":
-            base = base_layer(layer)
-            weight = base.weight.detach().float().cpu()
-            weight = weight.T if is_transposed(base) else weight  # [out, in]
-            start[name] = principal_factors(config, weight, generator)
+            start[name] = principal_factors(config, dequantized(base_layer(layer)), generator)
         else:
             start[name] = random_factors(
                 config,

@@ -49,6 +49,7 @@ class Best(TypedDict):
     metric: str
     value: float
     directory: NotRequired[Annotated[str, Field(pattern=r"^best/\d{8,}$")]]
+    error: NotRequired[Annotated[float, Field(ge=0)]]  # of that link, as `Link.error`
 
 
 @dataclass

@@ -25,7 +25,7 @@ from chainlora.chain.live import SOFT_LINK_TOLERANCE
 from chainlora.config.schema import RunConfig
 from chainlora.errors import DivergedError, StoppedError, TrainingError
 from chainlora.evaluation.acceptance import gain
-from chainlora.knots.policy import Knot
+from chainlora.models.modes import evaluation_mode
 from chainlora.runs.start import NOTHING, Start
 from chainlora.training.events import (
     AlreadyFinished,
@@ -151,13 +151,9 @@ def _tune_link(run: Run, optimizer: torch.optim.Optimizer) -> None:
             if knot is not None and knot.ends_link:
                 return  # no checkpoint, from which a link that ends early would go on
             if knot is not None:
-                _tie_share(run, optimizer, knot)
+                knots.tie_share(knot, optimizer)
+                run.record(ShareTied(run.progress.step, len(run.chain), knot.share))
             _between_steps(run, optimizer)
-
-
-def _tie_share(run: Run, optimizer: torch.optim.Optimizer, knot: Knot) -> None:
-    run.knots.tie_share(knot, optimizer)
-    run.record(ShareTied(run.progress.step, len(run.chain), knot.share))
 
 
 def _end_link(run: Run, optimizer: torch.optim.Optimizer) -> Moments | None:
@@ -240,14 +236,9 @@ def _probe_batch(run: Run) -> Any:
     return run.engine.pack([run.splits.train[row] for row in rows])
 
 
-@torch.no_grad()
 def _hidden(run: Run, batch: Any) -> Tensor:
-    model = run.chain.model
-    training = model.training
-    model.eval()
-    hidden = run.engine.hidden(batch).float()
-    model.train(training)
-    return hidden
+    with run.engine.plain():
+        return run.engine.hidden(batch).float()
 
 
 def _add_first_gradients(run: Run) -> None:
@@ -258,13 +249,11 @@ def _add_first_gradients(run: Run) -> None:
     # not `chain.parameters()`: of a factor that is not trained the gradient is wanted too
     parameters = [p for p in model.parameters() if p.requires_grad]
     last = min(first + run.config.chain.init_batches, run.plan.num_steps)
-    training, tokens = model.training, 0
-    model.eval()
-    with closing(steps_ahead(run, first, last)) as steps:
+    tokens = 0
+    with evaluation_mode(model), closing(steps_ahead(run, first, last)) as steps:
         for work in steps:
             tokens += add_gradients(run, work, parameters).num_tokens
     run.processes.sum_gradients(parameters)
-    model.train(training)
     if run.progress.step == first:  # not again where a stopped run resumes inside the link
         run.record(GradientMeasured(first, len(run.chain), tokens))
 

@@ -95,6 +95,7 @@ def _keep_point(run: Run, metric: str, value: float) -> None:
     }
     if run.train.keep_best and is_partial:
         run.best_link = run.chain.live_link()
+        run.progress.best["error"] = run.best_link.error
         if run.directory is not None:
             run.directory.save_best(run.best_link, run.progress)
 
@@ -111,4 +112,5 @@ def _partial_link(run: Run) -> Link | None:
         where = best["directory"]
         partial = run.directory.load_best(index, run.knots.links[index - run.knots.first], where)
     before = sum(link.num_steps for link in run.chain.links[run.knots.first : index])
-    return replace(partial, num_steps=best["step"] - before, id=run.chain.links[index].id)
+    steps, error = best["step"] - before, best.get("error", 0.0)
+    return replace(partial, num_steps=steps, error=error, id=run.chain.links[index].id)
