@@ -269,6 +269,12 @@ def test_stages_are_a_list(config, stages):
         make_stages(config | {"stages": stages})
 
 
+@pytest.mark.parametrize("key", ["data", "chain", "train", "start"])
+def test_a_key_of_all_stages_of_another_kind_is_refused(config, key):
+    with pytest.raises(ConfigError, match=f"`{key}` must be a"):
+        train(config | {key: 5})
+
+
 def test_run_wide_keys_of_an_extension_and_stages_that_are_not_there_are_refused(config, tmp_path):
     train_stages(make_stages(config))
     run, style = tmp_path / "run", stage_of(config, "style")

@@ -94,13 +94,21 @@ def make_stage(shared: Mapping[str, Any], section: Mapping[str, Any], place: int
     _check_keys(section)
     tree = {key: value for key, value in shared.items() if place == 0 or key != "start"}
     for name in _SECTIONS:
-        tree[name] = _inherited(shared.get(name) or {}, section.get(name) or {}, name)
+        tree[name] = _inherited(section_of(shared, name), section.get(name) or {}, name)
     if place:
         tree["output"] = str(stage_folder(Path(shared["output"]), section["name"]))
     try:
         return Stage(section["name"], make_config(tree))
     except ConfigError as error:
         raise ConfigError(f"stage {section['name']!r}: {error}") from None
+
+
+def section_of(tree: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Return a section of an unchecked config. Raises ConfigError for what is none."""
+    found = tree.get(name) or {}
+    if not isinstance(found, Mapping):
+        raise ConfigError(f"`{name}` must be a section of keys", f"{found!r:.60}")
+    return dict(found)
 
 
 def what_stages_share(before: RunConfig) -> dict[str, Any]:
@@ -152,13 +160,13 @@ def is_run(address: str | PathLike[str]) -> bool:
     return (run / "chain.json").is_file()
 
 
-def _inherited(shared: Mapping[str, Any], own: Mapping[str, Any], section: str) -> dict[str, Any]:
+def _inherited(shared: dict[str, Any], own: Mapping[str, Any], section: str) -> dict[str, Any]:
     """Return a section of a stage: its own keys, and below them what all stages share.
 
     A stage that says its own length inherits no other, and one of another objective not the
     learning rate and keys of an objective that is not its own.
     """
-    below = dict(shared)
+    below = shared
     if any(key in own for key in LENGTHS):
         below = {key: value for key, value in below.items() if key not in LENGTHS}
     if section == "train" and own.get("loss", below.get("loss")) != below.get("loss"):

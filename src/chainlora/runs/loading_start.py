@@ -21,7 +21,7 @@ from chainlora.chain.adapters import Imported, import_adapter, linked_layer
 from chainlora.chain.chain import Chain
 from chainlora.chain.holding import hold_for
 from chainlora.chain.link import Link
-from chainlora.config.stages import RUN_WIDE, is_run, what_stages_share
+from chainlora.config.stages import RUN_WIDE, is_run, section_of, what_stages_share
 from chainlora.errors import ConfigError, ModelError, RunError
 from chainlora.models.finding import folder_of, from_hub
 from chainlora.models.identity import TOKENIZERS, base_files
@@ -200,7 +200,7 @@ def with_start(tree: Mapping[str, Any]) -> dict[str, Any]:
     Raises ConfigError for a key of the whole run that says otherwise than the run.
     """
     own, source = dict(tree), tree.get("start")
-    if source is None:
+    if not isinstance(source, str):  # none, or what the config will refuse
         return own
     if not is_run(source):
         adapter = load_start(source).adapter
@@ -215,7 +215,7 @@ def with_start(tree: Mapping[str, Any]) -> dict[str, Any]:
     for key in ("model", "quantize"):
         _agree(own, key, shared[key], key)
     for section, keys in RUN_WIDE.items():
-        own[section] = dict(own.get(section) or {})
+        own[section] = section_of(own, section)
         for key in keys:
             _agree(own[section], key, shared[section][key], f"{section}.{key}")
     return own
