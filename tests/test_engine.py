@@ -182,6 +182,14 @@ def test_off_is_plain_transformers(two_threads: None) -> None:
         torch.testing.assert_close(engine.scores(completions()), off, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("rope", [{"rope_type": "yarn", "beta_fast": 32}, {"rope_type": "linear"}])
+def test_whole_numbers_of_a_rotary_embedding_are_no_lengths(rope: dict[str, Any]) -> None:
+    rope |= {"rope_theta": 1e4, "factor": 40, "original_max_position_embeddings": 2048}
+    model = tiny_model("llama", rope_parameters=rope)
+    with Engine(model, training=False) as engine:
+        assert engine.path == "packed"
+
+
 def test_a_path_is_added_by_its_class_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
 

@@ -40,7 +40,7 @@ _NO_LENGTH = re.compile(
     r"|\w+_(dim|headdim|rank|heads|layers|head|id|ids|index|token|channels?|width|bits|base|groups)"
     r"|(image|video|audio|vision)_\w+|dim|dff|moe_num_experts|zero_expert_num|mamba_d_\w+"
     r"|query_pre_attn_scalar|codebook_size|scale_emb|\w*max_position_embeddings|\w+_positions"
-    r"|max_seq_len|model_max_length|context_length|max_length"
+    r"|max_seq_len|model_max_length|context_length|max_length|(\w+_)?factor|beta_fast|beta_slow"
 )
 _A_LENGTH = "original_max_position_embeddings"
 
