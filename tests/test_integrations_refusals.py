@@ -97,7 +97,7 @@ def test_models(tiny_folder, tokenizer, tmp_path, what):
 
 
 KNOTS = {
-    "beyond the end": ({"steps": 100}, "a knot must fall before the run ends .*steps=100"),
+    "beyond the end": ({"steps": 1e2}, "a knot must fall before the run ends .*steps=100"),
     "epochs beyond the end": ({"epochs": 3}, "a knot must fall before .*run of 11 steps"),
     "not the run's steps": ({"steps": [4, 4]}, r"add up to the run \(got \[4, 4\]"),
     "too many ranks": ({"ranks": [4, 4], "steps": 4}, "one entry a link"),
@@ -125,6 +125,7 @@ def test_knots(tiny_folder, tokenizer, tmp_path, what):
         ({}, "must say where its knots are"),
         ({"steps": 4, "epochs": 1}, "not both"),
         ({"steps": 0}, "must be positive"),
+        ({"steps": [2.5, 4]}, "must be positive whole numbers"),
         ({"ranks": [4, 4], "steps": [1, 1, 1]}, "of one length"),
         ({"steps": 4, "optimizer_reset": "prune"}, "must be full or off"),
     ],

@@ -22,8 +22,10 @@ def check_knots(ranks: Sequence[int] | None, steps: Lengths, epochs: Epochs) -> 
         if value is None:
             continue
         listed = [value] if isinstance(value, int | float) else list(value)
-        if not listed or any(isinstance(v, bool) or not v > 0 for v in listed):
-            raise ConfigError(f"`{key}` must be positive (got {value!r})")
+        has_part = key == "steps" and any(v % 1 for v in listed)
+        if not listed or has_part or any(isinstance(v, bool) or not v > 0 for v in listed):
+            rule = "positive whole numbers" if key == "steps" else "positive"
+            raise ConfigError(f"`{key}` must be {rule} (got {value!r})")
         if not isinstance(value, int | float) and ranks is not None and len(ranks) != len(listed):
             raise ConfigError(
                 f"`ranks` and `{key}` must be of one length (got {len(ranks)} and {len(listed)}); "
@@ -50,12 +52,12 @@ def link_lengths(
             "knots by epochs need a data set with a length (got one without); give `steps`"
         )
     per_epoch = steps_per_epoch or 0
-    if isinstance(steps, int):
+    if isinstance(steps, int | float):
         lengths = _by_distance(float(steps), num_steps, f"steps={steps}")
     elif isinstance(epochs, int | float):
         lengths = _by_distance(epochs * per_epoch, num_steps, f"epochs={epochs:g}")
     elif steps is not None:
-        lengths = list(steps)
+        lengths = list(map(int, steps))
     elif epochs is not None:
         lengths = _by_epochs(epochs, per_epoch, num_steps)
     else:
