@@ -3,6 +3,7 @@ is the same one."""
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from typing import get_args
@@ -228,8 +229,15 @@ def test_a_tilde_is_the_home_of_the_user(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "run").mkdir()
     (tmp_path / "run/chain.json").touch()
-    tree = {"model": "m", "data": {"train": "x"}, "chain": {"ranks": []}, "output": "~/run"}
-    assert make_config(tree).output == str(tmp_path / "run")
+    own = {"validation": "~/v", "test": "~/t"}
+    files = [{"path": "~/a", "weight": 1.0}, {"path": "~/b", "weight": 2.0}]
+    tasks = {"task": "~/task", "dir": "~/rows"}
+    for data in (tasks, own | {"train": files}, own | {"train": "~/rows"}):
+        tree = {"model": "m", "data": data, "chain": {"ranks": []}, "output": "~/run"}
+        found = make_config(tree)
+        assert found.output == str(tmp_path / "run")
+        read = found.data.model_dump_json(include=set(data))
+        assert json.loads(read.replace(str(tmp_path), "~")) == data
     assert split_address("~/run@facts") == (tmp_path / "run", "facts")
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from os.path import expanduser
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
 
 from chainlora.config.chain import LENGTHS as LENGTHS
 from chainlora.config.chain import ChainConfig as ChainConfig
@@ -31,6 +31,14 @@ ROW_FIELDS: Mapping[str, tuple[str, ...]] = {
     "conversational": ("prompt", "completion", "tools", "chat_template_kwargs"),
 }
 """What is read of a row, by format; of pairs also `chosen` and `rejected`."""
+
+
+def _at_home(value: Any) -> Any:
+    """Take a ``~`` before a path for the user's home, as shells do."""
+    return expanduser(value) if isinstance(value, str) else value
+
+
+Home = AfterValidator(_at_home)
 PairLoss = Literal["dpo", "orpo"]
 PAIR_LOSSES: tuple[str, ...] = get_args(PairLoss)
 """Those of `train.loss` whose rows are preferences."""
@@ -39,7 +47,7 @@ PAIR_LOSSES: tuple[str, ...] = get_args(PairLoss)
 class TrainFile(Section):
     """A file of training rows and its weight."""
 
-    path: str
+    path: Annotated[str, Home]
     """File, folder or Hub dataset."""
     weight: Annotated[float, Field(gt=0, le=1e3)] = 1.0
     """Copies an epoch."""
@@ -52,19 +60,19 @@ class DataConfig(Section):
     JSONL, JSON, CSV or Parquet.
     """
 
-    task: str | None = None
+    task: Annotated[str | None, Home] = None
     """Name of a shipped task (`chainlora tasks`) or path of a task file ([tasks](tasks.md))."""
-    dir: str | None = None
+    dir: Annotated[str | None, Home] = None
     """Folder with the task's rows; `null` fetches them from the Hub."""
-    train: str | list[TrainFile] | None = None
+    train: Annotated[str | list[TrainFile] | None, Home] = None
     """File with the training rows, or a list of files, each a path or `{path: …, weight: …}`. A
     weight is copies an epoch: of 2, every row comes twice; of 0.5, half of the rows, and the other
     half in the next epoch."""
-    validation: str | Count | Annotated[float, Field(gt=0, lt=1)] | None = None
+    validation: Annotated[str | Count | Annotated[float, Field(gt=0, lt=1)] | None, Home] = None
     """Rows that choose the best point, only beside `data.train`: a file; or a share (`0.05`) or
     number (`500`) of the prompts in `data.train`, held out by a hash of their tokens. Rows with the
     same prompt go together, and rows that are added change nobody's side."""
-    test: str | None = None
+    test: Annotated[str | None, Home] = None
     """File with the rows to report on; only beside `data.train`."""
     format: Literal[
         "auto", "completion", "chat", "text", "sharegpt", "alpaca", "conversational"
@@ -366,15 +374,9 @@ class RunConfig(Section):
     """How many links, how wide, how long each is tuned."""
     train: TrainConfig = TrainConfig()
     """How links are tuned."""
-    output: str | None = None
+    output: Annotated[str | None, Home] = None
     """[Run directory](run-directory.md); must be new or empty, except with `--resume`. The command
     line needs it; from Python, `null` writes nothing."""
-
-    @field_validator("output")
-    @classmethod
-    def _home(cls, output: str | None) -> str | None:
-        """Take a ``~`` for the user's home, as shells do."""
-        return output and expanduser(output)
 
     @model_validator(mode="before")
     @classmethod
