@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers import models as tokenizer_models
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from chainlora.errors import ModelError
+from chainlora.errors import ConfigError, ModelError
 from chainlora.models.checkpoint import Checkpoint
 from chainlora.models.finding import packaged_model, resolve_model
 from chainlora.models.loading import load_model
@@ -327,6 +327,13 @@ def test_weights_are_read_from_the_files_that_transformers_reads(folder):
     for name, parameter in load_model(folder, torch.float32)[0].named_parameters():
         stored = next(Checkpoint(folder).find(name, tuple(parameter.shape)))
         assert torch.equal(stored.read(), parameter)
+
+
+@pytest.mark.parametrize("dtype", ["float99", "cuda", "int8", torch.int8, None])
+def test_a_dtype_that_no_weights_have_is_refused(folder, dtype):
+    with pytest.raises(ConfigError, match="must be a floating dtype"):
+        load_model(folder, dtype)
+    assert load_model(folder, "bfloat16")[0].dtype == torch.bfloat16
 
 
 def test_truncated_weights(folder):

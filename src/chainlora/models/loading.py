@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from chainlora.errors import ModelError
+from chainlora.errors import ConfigError, ModelError
 from chainlora.models.checkpoint import Checkpoint
 from chainlora.models.finding import resolve_model
 from chainlora.models.identity import TOKENIZERS
@@ -31,12 +31,12 @@ _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 def load_model(
     spec: str | Path,
-    dtype: torch.dtype,
+    dtype: torch.dtype | str,
     *,
     quantize: str | None = None,
     device: torch.device | str = "cpu",
 ) -> tuple[Any, Any]:
-    """Return ``(model, tokenizer)`` in eval mode, weights cast to ``dtype``.
+    """Return ``(model, tokenizer)`` in eval mode, weights cast to ``dtype``, or the one of a name.
 
     spec: Hub id, local folder, ``.gguf`` file, or ``pip:PACKAGE`` for a GGUF file in an installed
     package. quantize: how its linear layers are quantised while they load (`quantizing`). device:
@@ -45,8 +45,9 @@ def load_model(
     The tokenizer pads with a token it already has; the vocabulary is left as it is.
 
     Raises ModelError if nothing is there, if it would need remote code or pickle, if it is not a
-    causal language model, or if weights or tokenizer are missing.
+    causal language model, or if weights or tokenizer are missing; ConfigError for another dtype.
     """
+    dtype = _floating(dtype)
     folder, config, tokenizer = open_folder(spec)
     keys: dict[str, Any] = {}
     is_quantized = getattr(config, "quantization_config", None) is not None
@@ -82,6 +83,13 @@ def load_model(
     settle(model, tokenizer, folder)
     settle_kernels(model)
     return model.eval(), tokenizer
+
+
+def _floating(dtype: torch.dtype | str) -> torch.dtype:
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ConfigError("`dtype` must be a floating dtype of torch", repr(dtype), "e.g. bfloat16")
+    return found
 
 
 def open_folder(spec: str | Path) -> tuple[Path, Any, Any]:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from chainlora.chain.adapters import prepare_quantized
 from chainlora.chain.chain import Chain
 from chainlora.chain.holding import hold_for
@@ -22,6 +20,7 @@ from chainlora.runs.reading import Address, RunReader, check_base
 from chainlora.runs.stages import open_run
 
 if TYPE_CHECKING:
+    import torch
     from transformers import GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
 
     class CausalModel(PreTrainedModel, GenerationMixin):
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
 
 
 def load_run_or_model(
-    run_or_model: Address, *, num_links: int | None = None, dtype: str | None = None
+    run_or_model: Address, *, num_links: int | None = None, dtype: str | torch.dtype | None = None
 ) -> tuple[CausalModel, PreTrainedTokenizerBase]:
     """Return ``(model, tokenizer)`` of a run's chain, or of a model as `load_model` takes it.
 
@@ -37,14 +36,14 @@ def load_run_or_model(
     """
     if is_run(run_or_model):
         return load_run(run_or_model, num_links=num_links, dtype=dtype, as_trained=True)
-    return load_model(str(run_or_model), getattr(torch, dtype or "float32"))
+    return load_model(str(run_or_model), dtype or "float32")
 
 
 def load_run(
     run: Address,
     *,
     num_links: int | None = None,
-    dtype: str | None = None,
+    dtype: str | torch.dtype | None = None,
     as_trained: bool = False,
 ) -> tuple[CausalModel, PreTrainedTokenizerBase]:
     """Load a run's base, put its chain on, and return (plain transformers model, tokenizer).
@@ -62,7 +61,7 @@ def load_run(
             f"{manifest.base.task_type or 'another model'} in {run}); load its model and call "
             f"load_chain({str(run)!r}, model).detach()"
         )
-    kind = getattr(torch, dtype or manifest.base.dtype)
+    kind = dtype or manifest.base.dtype
     if is_whole_model(reader, manifest):
         if num_links is not None:
             raise RunError(
