@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 
+import pytest
 import torch
 import yaml
 from helpers import records_of
@@ -110,6 +111,16 @@ def check_card(card: str, run) -> None:
     assert 'model.load_adapter("me/chain")' in card
     assert "--max-lora-rank 16" in card  # the chain has rank 10
     assert "LICENSE" in card
+
+
+@pytest.mark.parametrize(("rank", "serves"), [(512, True), (513, False)])
+def test_a_card_names_vllm_up_to_the_ranks_that_it_serves(
+    chainlora, finished, tmp_path, rank, serves
+):
+    out = tmp_path / "out"
+    done = chainlora("export", finished, "--to", "adapter", "--rank", rank, "--output", out)
+    assert done.status == 0, done.err
+    assert ("--max-lora-rank 512" in (out / "README.md").read_text()) == serves
 
 
 def test_what_cannot_be_pushed_is_refused_before_the_work(chainlora, finished, tmp_path):

@@ -244,7 +244,7 @@ def _loading(card: Card) -> list[str]:
                 f"model = PeftModel.from_pretrained(base, {_quoted(where)})",
             ),
         ]
-    rank = next((r for r in _SERVED_RANKS if r >= (card.rank or 1)), _SERVED_RANKS[-1])
+    rank = next((r for r in _SERVED_RANKS if r >= (card.rank or 1)), None)
     is_loadable = "/" in card.base and not card.base.endswith(".gguf")
     base = card.base if is_loadable else _A_BASE
     return [
@@ -255,6 +255,12 @@ def _loading(card: Card) -> list[str]:
             f"model = AutoModelForCausalLM.from_pretrained({_quoted(base)})",
             f"model.load_adapter({_quoted(where)})",
         ),
+        *(_in_vllm(base, served, rank) if rank else []),
+    ]
+
+
+def _in_vllm(base: str, served: str, rank: int) -> list[str]:
+    return [
         "In vLLM:",
         f"```sh\nvllm serve {shlex.quote(base)} --enable-lora --max-lora-rank {rank} \\\n"
         f"  --lora-modules chain={served}\n```",
