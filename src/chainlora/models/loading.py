@@ -36,7 +36,7 @@ def load_model(
     quantize: str | None = None,
     device: torch.device | str = "cpu",
 ) -> tuple[Any, Any]:
-    """Return ``(model, tokenizer)`` in eval mode, weights cast to ``dtype``, or the one of a name.
+    """Return ``(model, tokenizer)`` in eval mode, weights cast to a dtype of torch, or of its name.
 
     spec: Hub id, local folder, ``.gguf`` file, or ``pip:PACKAGE`` for a GGUF file in an installed
     package. quantize: how its linear layers are quantised while they load (`quantizing`). device:

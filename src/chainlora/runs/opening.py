@@ -51,7 +51,8 @@ def load_run(
     The chain is the one the run selected, or the first `num_links` links; `dtype` defaults to the
     run's own. The links of a quantised base are merged into it as it was before; with `as_trained`
     they are left on the quantised one, in adapter layers. Raises RunError when a file of the run or
-    the base has changed, or the run was killed before it had anything.
+    the base has changed, or the run was killed before it had anything; ConfigError for a dtype that
+    no weights have.
     """
     reader = open_run(run)
     manifest = reader.manifest()

@@ -83,9 +83,9 @@ def _say_what_to_expect(run: Run, num_steps: int) -> None:
     found = learned / (link.rank * sum(sum(sizes(module)) for module in modules))
     if found < (least := break_even(link.rank)):
         logger.warning(
-            "soft knots were ahead of plain LoRA only where links of rank %d learn %.0f tokens or "
-            "more a trained parameter (got %.1f in the first link); train longer, or leave "
-            "chain.knots out",
+            "as measured, soft knots are ahead of plain LoRA only where links of rank %d learn "
+            "%.0f tokens or more a trained parameter (got %.1f in the first link); train longer, "
+            "or leave chain.knots out",
             link.rank,
             least,
             found,
