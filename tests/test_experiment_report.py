@@ -150,6 +150,32 @@ def test_the_primary_comparison_is_tested_alone(tmp_path):
     assert "| wsc | chain3 − lora * | 6 |" in report.markdown
 
 
+@pytest.mark.parametrize(
+    ("ahead", "said"),
+    [
+        (
+            0.1,
+            "**Rank 1 binds on wsc**: rank 4 is 0.100 ahead. With 88.0 learned tokens a trained "
+            "parameter soft knots (`chain.knots: auto`) may win 39% of that; they break even at 11",
+        ),
+        (0.0, "Rank 1 was not found to bind on wsc"),
+    ],
+)
+def test_a_report_says_whether_rank_binds_and_what_soft_knots_may_then_win(tmp_path, ahead, said):
+    """88 tokens a parameter are 2³ times what breaks even: 3 · 0.13 of the gap."""
+
+    def wider(cell):
+        if cell["task"] != "wsc":
+            return None
+        is_wide = cell["method"] == "chain3"
+        loss = 0.5 - is_wide * (ahead + 0.001 * cell["seed"] - 0.0025)
+        ranks = [4 if is_wide else 1] if cell["ranks"] else []
+        return cell | {"ranks": ranks, "scored_tokens": 88 * 64, "test": {"loss": loss}}
+
+    path = change(tmp_path / "results.jsonl", wider, tasks=["wsc"])
+    assert said in report_experiment(path, figures=False).markdown
+
+
 def test_too_few_pairs_are_not_no_difference(tmp_path):
     def noisy(cell):
         swing = 0.05 * (-1) ** cell["seed"] * (cell["method"] == "chain3")

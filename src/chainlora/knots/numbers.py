@@ -62,6 +62,14 @@ def break_even(rank: int) -> float:
     return 11 * math.sqrt(rank)
 
 
+def share_of_gap(tokens_a_parameter: float, rank: int) -> float:
+    """Return what share of LoRA's gap to four times the rank soft knots closed where rank bound.
+
+    The same lab's rule, right in all studies of it that checked it; below breaking even it is 0.
+    """
+    return max(0.0, 0.13 * math.log2(tokens_a_parameter / break_even(rank)))
+
+
 def between(ends: Sequence[int]) -> tuple[int, ...]:
     """Return the lengths of links that end after these steps."""
     return tuple(end - begin for begin, end in zip([0, *ends], ends, strict=False))

@@ -6,7 +6,7 @@ A table with a `name` is written as LaTeX too.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from chainlora.evaluation.metrics import is_higher_better
@@ -25,6 +25,7 @@ from chainlora.experiments.report.values import (
     missing_cells,
 )
 from chainlora.experiments.statistics.pairs import VERDICTS
+from chainlora.knots.numbers import break_even, share_of_gap
 from chainlora.reports.page import Numbers, Section, Text, section
 from chainlora.reports.tables import Table, big, number, table_of
 
@@ -75,11 +76,12 @@ def _how_chosen(facts: Facts) -> str:
 def verdict(facts: Facts) -> Section:
     """Return the verdicts in words, and the differences that they rest on."""
     losses = differences_table(facts.losses, "held-out loss", "Read as the table of scores.")
-    mixed = mixed_machines(facts.results)
+    mixed, gates = mixed_machines(facts.results), "\n\n".join(does_rank_bind(facts))
     return section(
         "Verdict",
         Text(verdicts(facts.comparisons)) if facts.comparisons else None,
         Text(mixed) if mixed else None,
+        Text(gates) if gates else None,
         Numbers(differences_table(facts.comparisons, "score"), name="differences"),
         Numbers(losses, name="losses"),
     )
@@ -127,6 +129,29 @@ def sentence(comparison: Comparison) -> str:
     what = comparison.value if comparison.task == OVERALL else comparison.metric
     difference = f"{what} {number(d.mean, places, sign=True)}"
     return f"{primary}{words}: {difference} ({comparison.better}; {_evidence(comparison)})"
+
+
+def does_rank_bind(facts: Facts) -> Iterator[str]:
+    """Return what soft knots may win, of each task where LoRA was compared with LoRA of rank 4r."""
+    by = {(s.task, s.method): s for s in facts.summaries}
+    for each in (*facts.comparisons, *facts.losses):
+        wide, lora = by.get((each.task, each.method)), by.get((each.task, each.rival))
+        if each.metric != "loss" or wide is None or lora is None or not lora.scored_tokens:
+            continue
+        if len(lora.ranks) != 1 or wide.ranks != (4 * lora.ranks[0],):
+            continue
+        (rank,) = lora.ranks
+        if each.difference.verdict != "wins":
+            yield f"Rank {rank} was not found to bind on {each.task}: chains win little there."
+            continue
+        tokens = lora.scored_tokens / lora.num_trained
+        share = share_of_gap(tokens, rank)
+        yield (
+            f"**Rank {rank} binds on {each.task}**: rank {4 * rank} is "
+            f"{-each.difference.mean:.3f} ahead. With {number(tokens, 1)} learned tokens a trained "
+            f"parameter soft knots (`chain.knots: auto`) may win {share:.0%} of that; they break "
+            f"even at {break_even(rank):.0f} (a rule measured on a tiny model)."
+        )
 
 
 def _evidence(comparison: Comparison) -> str:

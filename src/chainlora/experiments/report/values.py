@@ -117,6 +117,7 @@ class Summary:
     ranks: tuple[int, ...]
     num_trained: float
     tokens: float
+    scored_tokens: float | None
     wall_s: float
     peak_rss_mb: float | None
 
@@ -153,6 +154,7 @@ def _summarise(task: str, method: str, cells: Sequence[Cell]) -> Summary:
         ranks=tuple(first["ranks"]),
         num_trained=fmean(cell["trainable_parameters"] for cell in cells),
         tokens=fmean(cell["tokens"] for cell in cells),
+        scored_tokens=_mean([cell.get("scored_tokens") for cell in cells]),
         wall_s=median(cell["wall_s"] for cell in cells),
         peak_rss_mb=_mean([cell["peak_rss_mb"] for cell in cells]),
     )
