@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from helpers_tasks import write_as, write_rows
 
 from chainlora.data import preparing
 from chainlora.data.encoding import Options
+from chainlora.data.parallel import map_in_processes
 from chainlora.data.preparing import make_rows
 from chainlora.data.rows import MemoryRows
 from chainlora.data.sources import FileSource
@@ -288,6 +290,22 @@ def test_an_interrupt_ends_the_workers_in_silence(cache, tmp_path, tiny_folder):
     assert errors.count("Traceback") == 1  # the script's own, which catches nothing
     assert errors.rstrip().endswith("KeyboardInterrupt")
     assert stores(cache) == []
+
+
+@pytest.mark.parametrize("when", ["at its start", "at a row"])
+def test_a_worker_that_dies_says_so(monkeypatch, when):
+    parent, begin = os.getpid(), threading.Thread.start
+
+    def no_more_threads(thread):
+        if os.getpid() != parent:
+            raise RuntimeError("can't start new thread")
+        begin(thread)
+
+    if when == "at its start":
+        monkeypatch.setattr(threading.Thread, "start", no_more_threads)
+    rows = map_in_processes(lambda _: os.kill(os.getpid(), signal.SIGKILL), range(9), 2)
+    with pytest.raises(DataError, match=r"must live to the end .*killed.*; free some memory"):
+        list(rows)
 
 
 def children_of(pid: int) -> list[int]:

@@ -38,12 +38,11 @@ def map_in_processes(
     if workers < 2 or not _can_fork():
         yield from map(function, items)
         return
-    with _plain_fork():
-        pool = ProcessPoolExecutor(
-            workers, multiprocessing.get_context("fork"), _begin_worker, (function,)
-        )
-        pool.submit(os.getpid).result()  # forks all of them
+    context = multiprocessing.get_context("fork")
+    pool = ProcessPoolExecutor(workers, context, _begin_worker, (function,))
     try:
+        with _plain_fork():
+            pool.submit(os.getpid).result()  # forks all of them
         yield from _in_order(pool, items, ahead=2 * workers)
     except BrokenProcessPool:
         raise DataError(
