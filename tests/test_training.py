@@ -265,6 +265,16 @@ def test_what_cannot_work_is_refused_before_the_output_is_claimed(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_tracker_without_a_place_is_told_apart_from_one_that_is_missing(tiny_folder, sentiment):
+    tree = settings(tiny_folder, sentiment) | {"output": None}
+    for names, rule in (
+        (["tensorboard"], r"needs a place for them \(got 'tensorboard' .*; give output"),
+        (["tensorboard", "notebook"], r"that are installed \(got 'notebook'\)"),
+    ):
+        with pytest.raises(ChainLoRAError, match=rule):
+            train(make_config(tree | {"train": tree["train"] | {"trackers": names}}))
+
+
 def test_epochs_split_steps_at_the_knots(tiny_folder, sentiment):
     config = make_config(
         settings(tiny_folder, sentiment, chain={"steps": None, "epochs": [1, 0.5, 0.5]})

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -268,7 +269,9 @@ def check(config: RunConfig, model: nn.Module, splits: Splits) -> None:
 def make_accelerator(config: RunConfig) -> Accelerator:
     """Return the accelerator of a run, its trackers checked."""
     wanted = list(config.train.trackers)
-    try:
+    missing = [name for name in wanted if name not in LOGGER_TYPE_TO_CLASS]
+    if not missing:
+        _check_place_of(wanted, config.output)
         accelerator = Accelerator(
             cpu=num_launched() > 1 and not torch.accelerator.is_available(),
             log_with=wanted or None,
@@ -277,14 +280,22 @@ def make_accelerator(config: RunConfig) -> Accelerator:
         )
         known = [str(getattr(tracker, "value", tracker)) for tracker in accelerator.log_with]
         missing = [name for name in wanted if name not in known]
-    except ValueError:
-        missing = wanted
     if missing:
         raise ConfigError(
             "`trackers` must name trackers that Accelerate knows and that are installed (got "
             f"{missing[0]!r}); pip install it or remove it"
         )
     return accelerator
+
+
+def _check_place_of(trackers: Sequence[str], output: str | None) -> None:
+    for name in trackers if output is None else ():
+        if LOGGER_TYPE_TO_CLASS[name].requires_logging_directory:
+            raise ConfigError(
+                "a tracker that writes files needs a place for them",
+                f"{name!r} in `trackers` and no output",
+                "give output, or remove it",
+            )
 
 
 def _directory(config: RunConfig, processes: Processes) -> RunDirectory | None:
