@@ -61,7 +61,11 @@ def injected(folder):
 MODELS = {
     "full fine-tuning": (plain_model, "needs a model of PEFT"),
     "no model of PEFT": (injected, "needs a model of PEFT .*with an adapter"),
-    "two adapters": (two_adapters, "needs one adapter"),
+    "two adapters": (two_adapters, "needs one adapter.*; merge or delete the others"),
+    "another name": (
+        lambda folder: peft.get_peft_model(plain_model(folder), lora(), adapter_name="mine"),
+        "needs one adapter.*; leave adapter_name out",
+    ),
     "a merged adapter": (merged, "needs an adapter beside the base"),
     "a tied head in modules_to_save": (
         lambda folder: peft_model(folder, modules_to_save=["lm_head"]),

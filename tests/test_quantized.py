@@ -27,6 +27,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingA
 
 from chainlora import (
     Chain,
+    ChainCallback,
     ChainLoRAError,
     extend,
     load_run,
@@ -289,6 +290,14 @@ def test_steps_are_those_of_peft_and_trainer(tiny_folder, tmp_path):
     for name, expected in peft.get_peft_model_state_dict(model).items():
         # the same arithmetic but for the order of sums; hidden states in bfloat16 are 1e-2 away
         assert (ours[name] - expected).norm() < 1e-3 * expected.norm()
+
+
+@needs_nf4
+def test_a_callback_says_what_there_is_instead(tiny_folder, tmp_path):
+    model = peft.get_peft_model(prepared_by_peft(tiny_folder), lora())
+    args = TrainingArguments(**arguments(tmp_path))
+    with pytest.raises(ChainLoRAError, match=r"`chainlora train`, or a base that is not quantised"):
+        Trainer(model, args, callbacks=[ChainCallback(steps=4)])
 
 
 # --- a checkpoint that is quantised already

@@ -173,7 +173,7 @@ def detach(adapter: Adapter) -> None:
     adapter.tuner.unload()
     for name, module in originals.items():
         model.set_submodule(name, module)
-    for attribute in ("peft_config", "peft_type", "_hfpeft_config_loaded"):
+    for attribute in ("peft_config", "peft_type"):
         if attribute in vars(model):
             delattr(model, attribute)
     adapter.layers, adapter.extra, adapter.branch = {}, {}, {}

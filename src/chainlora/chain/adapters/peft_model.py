@@ -76,9 +76,10 @@ def _peft_model(model: nn.Module) -> Any:
         )
     names = [name for name in model.peft_config if name != _REFERENCE]
     if names != [LIVE] or model.active_adapters != [LIVE]:
+        remedy = "merge or delete the others" if len(names) > 1 else "leave adapter_name out"
         raise ModelError(
             f"a chain needs one adapter, of PEFT's name {LIVE!r} (got {', '.join(names)}; active: "
-            f"{', '.join(model.active_adapters)}); merge or delete the others"
+            f"{', '.join(model.active_adapters)}); {remedy}"
         )
     if model.peft_config[LIVE].peft_type != peft.PeftType.LORA:
         kind = getattr(model.peft_config[LIVE].peft_type, "value", "another")

@@ -219,5 +219,6 @@ def check_mergeable(model: nn.Module, config: LinkConfig) -> None:
         if is_quantized(module):
             raise ModelError(
                 f"a quantised layer cannot hold merged links (got {type(module).__name__} at "
-                f"{name}); use hold: carried"
+                f"{name}); use hold: carried (with ChainCallback, which has none: `chainlora "
+                "train`, or a base that is not quantised)"
             )
