@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import pytest
+import torch
+from architectures.tiny import tiny_model
 from conftest import write_rows
 from helpers import assert_same_links, settings, stop_after
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from chainlora import make_config, train
+from chainlora import Chain, LinkConfig, make_config, train
 
 
 @pytest.fixture
@@ -80,6 +83,29 @@ def test_a_link_ends_at_a_plateau(planned, tmp_path, of, dies_at):
     assert found[0] == {"norm": 6, "loss": 4}[of]
     train(planned("planned", slow, all_rows, steps=found))
     assert_same_links(tmp_path / "run", tmp_path / "planned")
+
+
+def test_the_norm_is_taken_on_the_host():
+    """MPS has no float64: what is cast to it is a copy on the CPU, not the link's own factor."""
+    cast = []
+
+    class Casts(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if (kwargs or {}).get("dtype") is torch.float64:
+                cast.append(args[0].data_ptr())
+            return func(*args, **(kwargs or {}))
+
+    chain = Chain(tiny_model("llama"))
+    adapter = chain.extend(LinkConfig(rank=2, alpha=6, target_modules=("q_proj", "down_proj")))
+    with torch.no_grad():
+        for parameter in chain.parameters():
+            parameter.normal_()
+    with Casts():
+        norm = chain.live_norm()
+    assert cast
+    assert not {parameter.data_ptr() for parameter in chain.parameters()} & {*cast}
+    deltas = [layer.get_delta_weight("default").detach() for layer in adapter.layers.values()]
+    assert norm == pytest.approx(float(sum(d.square().sum() for d in deltas)) ** 0.5, rel=1e-5)
 
 
 def test_shares_follow_the_rate(planned):

@@ -55,11 +55,10 @@ def factors_of(live: Live, adapter: Adapter, holding: Holding) -> tuple[dict[str
     return {name: replace(found[name], a=a, b=b) for name, (a, b) in pairs.items()}, error
 
 
-@torch.no_grad()
 def norm_of(adapter: Adapter) -> float:
-    """Return ‖s·B·A‖_F over all modules."""
-    pairs = [adapters.live_factors(adapter, name) for name in adapter.layers]
-    norms = [frobenius_norm([(a, b, adapter.config.scaling)]) for a, b in pairs]
+    """Return ‖s·B·A‖_F over all modules, computed on the CPU: MPS has no float64."""
+    parts = [adapters.get_factors(adapter, name) for name in adapter.layers]
+    norms = [frobenius_norm([(part.a, part.b, adapter.config.scaling)]) for part in parts]
     return math.sqrt(math.fsum(norm**2 for norm in norms))
 
 
