@@ -40,6 +40,8 @@ def test_jsonl_json_csv_and_parquet_give_the_same_rows(tmp_path):
         ('{"text": "a"}\n{}\n', r"row must be an object .*empty object.*line 2"),
         ("\n \n", r"at least one row .*bad.jsonl"),
         (b'{"text": "a"}\n{"text": "\xff"}\n', r"must be UTF-8 .*bad.jsonl line 2"),
+        ('{"text": "a"}\n{"text": "b", "text": "c"}\n', r"'text' twice in an object at .*line 2"),
+        ('{"turns": [{"who": "a", "who": "b"}]}\n', r"'who' twice in an object at .*line 1"),
     ],
 )
 def test_a_bad_row_is_named_by_file_and_line(tmp_path, content, message):
@@ -58,6 +60,7 @@ def test_a_bad_row_is_named_by_file_and_line(tmp_path, content, message):
         ("bad.csv", "text,label,text\na,1,b\n", r"different names \(got 'text' twice in .*bad.csv"),
         ("bad.json", '[{"a": 1},\n]', r"must be JSON .*bad.json line"),
         ("bad.json", '{"a": 1}', r"list of rows.*dict"),
+        ("bad.json", '{"a": 1}\n{"a": 2}\n', r"bad.json line 2 .*; one row a line is .jsonl"),
         ("bad.parquet", "text", r"must be Parquet .*bad.parquet"),
         ("bad.txt", "text", r"must end in .jsonl.*bad.txt"),
     ],
@@ -146,6 +149,23 @@ def test_values_of_parquet_that_are_nothing_here_are_named(tmp_path):
     pyarrow.parquet.write_table(pyarrow.table([["a"], ["b"]], names=["text", "text"]), path)
     with pytest.raises(DataError, match=r"'text' twice in .*rows.parquet"):
         list(find_source(path))
+
+
+def test_what_a_table_fills_in_is_no_value(tmp_path):
+    """A column of Parquet has one type, so that each call has the arguments of all."""
+    rows = [
+        {
+            "messages": [
+                {"role": "assistant", "content": None, "calls": [{"arguments": {name: 1}}]}
+            ],
+            "meta": {name: 1},
+        }
+        for name in ("city", "day")
+    ]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    first, second = find_source(tmp_path / "a.parquet")
+    assert [first["messages"], second["messages"]] == [row["messages"] for row in rows]
+    assert first["meta"] == {"city": 1, "day": None}  # of a task, which may ask for it
 
 
 def test_a_csv_field_over_the_limit_names_the_other_way(tmp_path):

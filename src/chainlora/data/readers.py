@@ -13,13 +13,12 @@ from typing import Any, BinaryIO, NamedTuple
 
 from chainlora.errors import DataError
 
+_CORRECT = "correct or remove the row"
 _BATCH = 256  # rows of a Parquet file decoded at a time
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # half of a character, when it stands alone
 
 
-def bad_row(
-    rule: str, got: object, place: str, remedy: str = "correct or remove the row"
-) -> DataError:
+def bad_row(rule: str, got: object, place: str, remedy: str = _CORRECT) -> DataError:
     """Return what is wrong with a row, which is named by file and line."""
     return DataError(rule, f"{got} at {place}", remedy)
 
@@ -41,7 +40,7 @@ def _read_jsonl(file: BinaryIO, path: Path) -> Iterator[Record]:
 
 
 def _read_json(file: BinaryIO, path: Path) -> Iterator[Record]:
-    tree = parse_json(file.read(), str(path))
+    tree = parse_json(file.read(), str(path), second="one row a line is .jsonl")
     if isinstance(tree, Mapping) and isinstance(tree.get("data"), list):
         tree = tree["data"]  # what pandas writes with orient="table"
     if not isinstance(tree, list):
@@ -83,13 +82,38 @@ def _read_parquet(file: BinaryIO, path: Path) -> Iterator[Record]:
         count, number = table.metadata.num_rows, 0
         for batch in table.iter_batches(batch_size=_BATCH):
             for values in batch.to_pylist():
-                yield Record(number, values, (number + 1) / count)
+                yield Record(number, without_filling(values), (number + 1) / count)
                 number += 1
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         reason = " ".join(str(error).split())
         raise DataError(
             f"data file must be Parquet (got {path}: {reason:.120}); write it again"
         ) from None
+
+
+def without_filling(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a row of a table without the nulls in the parts of a list's objects.
+
+    A column has one type: the arguments of a call get a null for each argument of every other call,
+    and so do the properties of a tool.
+    """
+    return {
+        name: list(map(_object_without, value)) if isinstance(value, list) else value
+        for name, value in values.items()
+    }
+
+
+def _object_without(value: Any) -> Any:
+    is_object = isinstance(value, dict)
+    return {key: _without_nulls(part) for key, part in value.items()} if is_object else value
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, list):
+        return list(map(_without_nulls, value))
+    if isinstance(value, dict):
+        return {key: _without_nulls(part) for key, part in value.items() if part is not None}
+    return value
 
 
 def _check_names(names: Sequence[str], path: Path) -> None:
@@ -116,9 +140,22 @@ READERS: Mapping[str, tuple[Callable[[BinaryIO, Path], Iterator[Record]], str]] 
 # --- JSON ---
 
 
-def parse_json(content: bytes, origin: str) -> Any:
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{twice!r:.60} twice in an object")
+    return found
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_distinct)
+
+
+def parse_json(content: bytes, origin: str, second: str = _CORRECT) -> Any:
+    """Return the one value of a text. `second` is what to do where another follows."""
     try:
-        values = json.loads(content.removeprefix(codecs.BOM_UTF8).decode())
+        values = _DECODER.decode(content.removeprefix(codecs.BOM_UTF8).decode())
         if _SURROGATE.search(content):
             json.dumps(values, ensure_ascii=False).encode("utf-8")
         return values
@@ -129,7 +166,9 @@ def parse_json(content: bytes, origin: str) -> Any:
         raise bad_row("a text must be whole characters", got, origin) from None
     except json.JSONDecodeError as error:
         place = origin if " line " in origin else f"{origin} line {error.lineno}"
-        raise bad_row("data must be JSON", error.msg, f"{place} column {error.colno}") from None
+        place += f" column {error.colno}"
+        remedy = {"remedy": second} if error.msg == "Extra data" else {}
+        raise bad_row("data must be JSON", error.msg, place, **remedy) from None
     except (ValueError, RecursionError) as error:  # an integer of thousands of digits; deep nesting
         reason = str(error).partition(";")[0]
         raise bad_row("data must be JSON that can be read", reason, origin) from None

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from chainlora.data.pinned import Pin, PinnedFile, pin
-from chainlora.data.readers import READERS, Record, bad_row, parse_json
+from chainlora.data.readers import READERS, Record, bad_row, parse_json, without_filling
 from chainlora.errors import DataError
 
 SUFFIXES = tuple(READERS)
@@ -205,7 +205,8 @@ class HubSource(Source):
 
     def records(self) -> Iterator[Record]:
         count = len(self.table)
-        return (Record(i, row, (i + 1) / count) for i, row in enumerate(self.table))
+        rows = map(without_filling, self.table)
+        return (Record(i, row, (i + 1) / count) for i, row in enumerate(rows))
 
     def identity(self) -> str:
         return f"hub {self.table._fingerprint} {self.limit}"
