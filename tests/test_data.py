@@ -8,8 +8,9 @@ import pytest
 from helpers_data import CHAT, FORGETS, MARKED, TALK, encode_examples, make_tokenizer, scored
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import PreTrainedTokenizerFast
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
+from chainlora.config.chat_templates import template_text
 from chainlora.data.encoding.tokens import TokenReader
 from chainlora.data.sources import find_source
 from chainlora.data.tasks import Task, load_task
@@ -231,6 +232,12 @@ def test_chat_learns_the_assistants_turns_only(template):
         "and cats?</s>\n<|assistant|>" if template is CHAT else "and cats?</s><|assistant|>"
     )
     assert example.references == ("three",)
+
+
+def test_marks_are_not_needed_of_a_tokenizer_that_knows_no_characters():
+    tokenizer = ByT5Tokenizer(chat_template=template_text("zephyr"))
+    (example,) = encode_examples([{"messages": TALK}], tokenizer, "auto")
+    assert scored(example, tokenizer) == [["two dogs</s>", "three</s>"]]
 
 
 def test_a_long_chat_loses_its_oldest_turns_when_asked_to():

@@ -43,7 +43,8 @@ class ChatEncoder:
         self.reader = reader
         self.turns_before = turns_before  # of the assistant, that are read and not learnt
         self.source = str(reader.tokenizer.chat_template)
-        self.is_marked = "generation %}" in self.source.replace("-%}", "%}")
+        has_marks = "generation %}" in self.source.replace("-%}", "%}")
+        self.is_marked = has_marks and reader.tokenizer.is_fast  # others know no characters
 
     def __call__(self, rows: Sequence[Row]) -> list[Draft]:
         chats, rendered = self.rendered(rows)
