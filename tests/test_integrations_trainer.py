@@ -63,6 +63,23 @@ def test_the_same_batches_give_the_same_links(tiny_folder, tokenizer, tmp_path, 
     torch.testing.assert_close(logits(trainer.model), logits(own.model), atol=ROUNDING, rtol=0)
 
 
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [("cosine_with_min_lr", {"min_lr": LR / 2}), ("polynomial", {"lr_end": LR / 2})],
+)
+def test_a_schedule_a_link_ends_at_the_rate_that_is_asked_for(
+    tiny_folder, tokenizer, tmp_path, kind, options
+):
+    keys = {"lr_scheduler_type": kind, "lr_scheduler_kwargs": options}
+    rates = []
+    for callback, steps in ((None, 4), (ChainCallback(steps=4, restart_schedule=True), 8)):
+        trainer = run(tiny_folder, tokenizer, tmp_path, callback, max_steps=steps, **keys)
+        records = trainer.state.log_history
+        rates.append([each["learning_rate"] for each in records if "learning_rate" in each])
+    assert rates[1] == pytest.approx(rates[0] * 2)
+    assert min(rates[0]) > LR / 2
+
+
 def test_train_and_trainer_give_the_same_links(tiny_folder, tokenizer, sentiment, tmp_path):
     """`chainlora train` on the same rows in the same order."""
     rows = tmp_path / "rows.jsonl"
@@ -356,6 +373,16 @@ def test_an_optimizer_of_the_user_s_own(tiny_folder, tokenizer, tmp_path):
     links = chain_of(trainer).links
     assert [link.config.rank for link in links] == [4, 2]
     assert all(share.b.any() for link in links for share in link.factors.values())
+
+
+def test_embeddings_that_no_save_would_hold_are_warned_of(tiny_folder, tokenizer, tmp_path, caplog):
+    for more in (0, 3):
+        caplog.clear()
+        model = plain_model(tiny_folder)
+        model.resize_token_embeddings(model.config.vocab_size + more)
+        model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["q_proj"]))
+        make_trainer(model, tokenizer, tmp_path, ChainCallback([4, 4]))
+        assert ("embeddings were resized after loading" in caplog.text) == bool(more)
 
 
 def test_added_after_the_trainer_was_made(tiny_folder, tokenizer, tmp_path):

@@ -128,7 +128,7 @@ def restart_schedule(
     scheduler: LambdaLR, args: TrainingArguments, first: int, num_steps: int
 ) -> None:
     """Give a link the whole schedule for itself, from step `first` on, warm-up included."""
-    factor = _factor(args, num_steps)
+    factor = _factor(args, num_steps, scheduler.optimizer.defaults["lr"])
 
     def of_link(step: int) -> float:
         return factor(step - first)
@@ -140,12 +140,15 @@ def restart_schedule(
     scheduler._last_lr = rates
 
 
-def _factor(args: TrainingArguments, num_steps: int) -> Callable[[int], float]:
-    """Return the schedule that the trainer would make for a run of `num_steps` steps."""
+def _factor(args: TrainingArguments, num_steps: int, lr: float) -> Callable[[int], float]:
+    """Return the schedule that the trainer would make for a run of `num_steps` steps.
+
+    Some end at a rate (`min_lr`, `lr_end`), as a share of the optimizer's own.
+    """
     options = args.lr_scheduler_kwargs
     made = get_scheduler(
         args.lr_scheduler_type,
-        optimizer=torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0),
+        optimizer=torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=lr),
         num_warmup_steps=args.get_warmup_steps(num_steps),
         num_training_steps=num_steps,
         scheduler_specific_kwargs=options if isinstance(options, dict) else None,

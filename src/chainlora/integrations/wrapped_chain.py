@@ -78,7 +78,9 @@ class WrappedChain:
                 "leave `start` out, or load the base anew",
             )
         with kept_random_state(model):
-            self.chain = _brought_to_an_end(earlier) if earlier else _begun(model, seed, start)
+            self.chain = (
+                _brought_to_an_end(earlier) if earlier else _begun(model, seed, config, start)
+            )
         if earlier is None and trained is not None:
             self.chain.add(Link(0, config, *trained))
         stack_links(self.chain.links)  # one adapter holds them all
@@ -147,13 +149,36 @@ class WrappedChain:
             put_in(self.model, self.chain.adapter)
 
 
-def _begun(model: Any, seed: int, start: Start) -> Chain:
+def _begun(model: Any, seed: int, config: LinkConfig, start: Start) -> Chain:
     """Return a chain of the links of a start, on the plain model inside a PEFT model."""
     plain = take_off(model)
-    chain = Chain(plain, seed=seed, checkpoint=folder_of(plain))
+    folder = folder_of(plain)
+    if folder is not None:
+        _warn_of_vocabulary(plain, folder, config)
+    chain = Chain(plain, seed=seed, checkpoint=folder)
     for note in put_on(start, chain).notes:
         logger.warning(note)
     return chain
+
+
+def _warn_of_vocabulary(model: Any, folder: Path, config: LinkConfig) -> None:
+    """Warn of embeddings that were resized after loading, unless the links train them whole.
+
+    PEFT would save them, a chain does not; and no resume would draw the new rows as they were.
+    """
+    stored = type(model.config).from_pretrained(folder)
+    now, before = (
+        getattr(getattr(each, "text_config", each), "vocab_size", None)
+        for each in (model.config, stored)
+    )
+    trained = [model.get_submodule(name) for name in config.extra_modules]
+    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+    if now != before and any(end is not None and end not in trained for end in ends):
+        logger.warning(
+            "the embeddings were resized after loading (got %s for %s in %s), and no save of the "
+            "chain holds them; save the resized model by save_pretrained, and begin on that",
+            *(now, before, folder),
+        )
 
 
 def _brought_to_an_end(chain: Chain) -> Chain:
