@@ -52,14 +52,14 @@ class _DiedError(Exception):
     pass
 
 
-def rejecting(monkeypatch):
-    """Let every link after the first be harmful: its learning rate is far too large."""
+def rejecting(monkeypatch, since=8):
+    """Let every link after the first be harmful: from a step on its rate is far too large."""
 
     real = loop.rate_factor
 
     def rate(train_config, lengths, number):
-        is_first = number < 8
-        return real(train_config, lengths, number) if is_first else 1.0 / train_config.lr
+        is_harmless = number < since
+        return real(train_config, lengths, number) if is_harmless else 1.0 / train_config.lr
 
     monkeypatch.setattr(loop, "rate_factor", rate)
 
@@ -85,6 +85,17 @@ def test_a_harmful_link_is_dropped_and_the_chain_ends(
         assert torch.equal(mine, theirs)  # exactly the weights before the rejected link
 
 
+def test_the_best_point_is_none_of_a_rejected_link(tiny_folder, sentiment, monkeypatch):
+    """Before the rejected link did harm, it was better for two steps."""
+    rejecting(monkeypatch, since=10)
+    seen, keys = [], {"eval_every": 1, "select_metric": "loss"}
+    result = train(config(tiny_folder, sentiment, **keys), listener=seen.append)
+    losses = {event.step: event.metrics["loss"] for event in seen if event.name == "eval"}
+    assert losses[10] < losses[8] < losses[12]
+    kept = {"step": 8, "num_links": 1, "partial": False, "metric": "loss", "value": losses[8]}
+    assert (result["best"], len(result["links"])) == (kept, 1)
+
+
 def test_the_id_of_a_rejected_link_is_not_given_again(
     tiny_folder, sentiment, tmp_path, monkeypatch
 ):
@@ -97,10 +108,13 @@ def test_the_id_of_a_rejected_link_is_not_given_again(
         assert run.chain.next_id == 2
 
 
-def test_a_link_that_learns_nothing_is_dropped(tiny_folder, sentiment):
-    result = train(config(tiny_folder, sentiment, lr=1e-12))
-    assert result["links"] == []
+def test_a_link_that_learns_nothing_is_dropped(tiny_folder, sentiment, tmp_path):
+    result = train(config(tiny_folder, sentiment, tmp_path / "run", lr=1e-12))
+    assert (result["links"], result["best"]) == ([], None)
     assert result["steps"] == 8
+    model, _ = load_run(tmp_path / "run")  # which is the base then
+    base, _ = load_run(tmp_path / "run", num_links=0)
+    assert all(map(torch.equal, model.parameters(), base.parameters()))
 
 
 @pytest.mark.parametrize("dies_at", [8, 12])  # at the knot, and where a link is dropped

@@ -132,7 +132,7 @@ def _refuse_unfinished(reader: RunReader) -> None:
             f"a run of full fine-tuning must have ended (got no model/ in {reader.path}); "
             "start over"
         )
-    if chain.ranks:
+    if chain.ranks and not reader.is_finished(reader.manifest()):  # all may have been rejected
         raise RunError(
             f"a run must have tied its first link (got none in {reader.path}); continue it with "
             "--resume, or take the base by --links 0"

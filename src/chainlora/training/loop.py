@@ -47,7 +47,7 @@ from chainlora.training.optimizers import (
 from chainlora.training.result import TrainResult, finish, finished_result
 from chainlora.training.run import Run
 from chainlora.training.schedule import rate_factor
-from chainlora.training.selection import evaluate_point, score, select_best
+from chainlora.training.selection import evaluate_point, leave_dropped_link, score, select_best
 from chainlora.training.setup import prepare
 from chainlora.training.step import add_gradients, steps_ahead, update
 
@@ -189,6 +189,7 @@ def _judge_link(run: Run) -> None:
         run.chain.drop(1)
         run.progress.stopped = True
         run.last_scored = run.accepted
+        leave_dropped_link(run)
     run.write_manifest()
 
 

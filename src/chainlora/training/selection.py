@@ -78,6 +78,22 @@ def select_best(run: Run) -> None:
     run.best_link = partial
 
 
+def leave_dropped_link(run: Run) -> None:
+    """Name the end of the links that are kept, if the best point lay in the one just dropped."""
+    best, step = run.progress.best, run.knots.first_step
+    if best is None or best["step"] <= step:
+        return
+    run.progress.best = None  # as at the start, which is no point to go back to
+    if step and run.accepted is not None:
+        run.progress.best = {
+            "step": step,
+            "num_links": len(run.chain),
+            "partial": False,
+            "metric": best["metric"],
+            "value": run.accepted.metrics[best["metric"]],
+        }
+
+
 def _is_better(metric: str, value: float, best: Best | None) -> bool:
     sign = 1 if is_higher_better(metric) else -1
     return best is None or sign * value > sign * best["value"]
