@@ -51,6 +51,30 @@ def test_an_adapter_is_exported_at_the_strengths(hold, tmp_path):
     torch.testing.assert_close(logits(loaded), logits(chain.model), atol=1e-5, rtol=0)
 
 
+def test_links_with_a_bias_and_without_become_one_adapter(tmp_path):
+    """Of other modules: PEFT adapts the bias of all of an adapter's layers, or of none."""
+    tiny_model("opt").save_pretrained(tmp_path / "base")
+    with_bias = {"target_modules": ("q_proj",), "lora_bias": True}
+    chain = chain_of(with_bias, {"target_modules": ("k_proj",)})
+    chain.model.config._name_or_path = str(tmp_path / "base")
+    export_adapter(chain, tmp_path / "adapter")
+    loaded = peft.PeftModel.from_pretrained(tiny_model("opt"), tmp_path / "adapter")
+    # float32: the same sums in another order
+    torch.testing.assert_close(logits(loaded), logits(chain.model), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("hold", ["tied", "carried"])
+def test_all_links_adapt_a_module_or_train_it_whole(hold):
+    whole = {"target_modules": ("q_proj",), "extra_modules": ("fc2",)}
+    for keys in ((whole, {"target_modules": ("fc2",)}), ({"target_modules": ("fc2",)}, whole)):
+        chain = chain_of(keys[0], hold=hold)
+        before = logits(chain.model)
+        with pytest.raises(ChainLoRAError, match=r"both for model.decoder.layers.0.fc2"):
+            chain.extend(config("opt", **keys[1]))
+        assert torch.equal(logits(chain.model), before)
+        chain.extend(config("opt", **keys[0]))
+
+
 def test_a_link_is_tuned_on_the_strengths_there_are():
     chain = chain_of({}, {})
     chain.set_strengths({0: 0})

@@ -32,7 +32,14 @@ from torch import Tensor, nn
 from chainlora.chain import adapters, showing
 from chainlora.chain.adapters import Adapter
 from chainlora.chain.base_weights import BaseWeights, fingerprints
-from chainlora.chain.checks import check, check_link, check_strengths, check_values, with_strengths
+from chainlora.chain.checks import (
+    check,
+    check_apart,
+    check_link,
+    check_strengths,
+    check_values,
+    with_strengths,
+)
 from chainlora.chain.holding import holding_named
 from chainlora.chain.initialization import Backward, initialize
 from chainlora.chain.link import Link
@@ -356,6 +363,7 @@ class Chain:
         self._take_off()
         try:
             self._holding.check_layers(self.model, config)
+            check_apart(self.links, self.model, config)
             self._adapter = adapter = adapters.attach(self.model, config)
         except Exception:
             if before is not None:

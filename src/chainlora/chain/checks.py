@@ -190,6 +190,24 @@ def _extra_fault(link: Link, path: str, model: nn.Module | None) -> str | None:
     return None if model is None else _value_fault(model, path, weight)
 
 
+def check_apart(links: Sequence[Link], model: nn.Module, config: LinkConfig) -> None:
+    """Raise ChainError for a link that trains whole what others adapt, or the other way round.
+
+    One of the two would be lost at the next knot.
+    """
+    whole = {path.rpartition(".")[0] for link in links for path in link.extra}
+    adapted = {name for link in links for name in link.factors}
+    both = adapted & adapters.inside(model, config.extra_modules)
+    if whole:
+        both |= whole & adapters.matched_modules(model, config).keys()
+    if both:
+        raise ChainError(
+            "all links of a chain adapt a module, or all that touch it train it whole",
+            f"both for {min(both)}",
+            "leave it out of this link, by exclude_modules or extra_modules",
+        )
+
+
 def check_values(model: nn.Module, values: Mapping[str, Tensor]) -> None:
     """Raise ChainError unless values by path fit the parameters of a model."""
     for path, value in values.items():

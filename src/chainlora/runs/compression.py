@@ -7,8 +7,10 @@ update is never formed.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+
+import torch
 
 from chainlora.chain.adapters import Factors, padded
 from chainlora.chain.link import Link, stack_links
@@ -27,7 +29,7 @@ def adapter_factors(
     if not links:
         rule = "an adapter needs at least one link"
         raise ChainError(rule, "a chain of none", "switch a stage on, or take the base")
-    stacked = stack_links(links)
+    stacked = _with_biases(stack_links(links))
     widest = max(share.a.shape[0] for share in stacked.values())
     if tolerance is None and (rank is None or rank >= widest):
         return {name: padded(share, rank or widest) for name, share in stacked.items()}, 0.0
@@ -52,3 +54,13 @@ def adapter_factors(
         compressed[name] = padded(replace(share, a=a.float(), b=b.float()), rank)
         squared += (error**2) * float((spectra[name] ** 2).sum())
     return compressed, math.sqrt(squared / total) if total else 0.0
+
+
+def _with_biases(stacked: Mapping[str, Factors]) -> dict[str, Factors]:
+    """Return factors with a bias on all layers if one has it: PEFT adapts that of all or none."""
+    if all(share.bias is None for share in stacked.values()):
+        return dict(stacked)
+    return {
+        name: replace(share, bias=torch.zeros(share.b.shape[0])) if share.bias is None else share
+        for name, share in stacked.items()
+    }

@@ -46,4 +46,10 @@ from chainlora.chain.adapters.peft_model import (
 )
 from chainlora.chain.adapters.quantized import dequantized, prepare_quantized
 from chainlora.chain.adapters.refusals import check_mergeable, check_targets
-from chainlora.chain.adapters.targets import is_extra, target_candidates, task_type
+from chainlora.chain.adapters.targets import (
+    inside,
+    is_extra,
+    matched_modules,
+    target_candidates,
+    task_type,
+)
