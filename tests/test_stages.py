@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import assert_same_links, links_of, settings
+from transformers import AutoModelForCausalLM
 
-from chainlora import evaluate_task, export_adapter, load_run, train
+from chainlora import evaluate_task, export_adapter, load_chain, load_run, make_config, train
 from chainlora.cli.main import run as cli
 from chainlora.config.stages import make_stages
 from chainlora.errors import ChainLoRAError, ConfigError, RunError, StoppedError
@@ -25,6 +26,7 @@ from chainlora.runs.inspection import inspect_run
 from chainlora.runs.pruning import prune_stage
 from chainlora.runs.stages import mix_stages, open_run, read_stages
 from chainlora.training.interrupts import interruptible
+from chainlora.training.loop import train as train_run
 from chainlora.training.stages import extension, survey, train_stages
 
 
@@ -147,6 +149,24 @@ def test_a_stage_begins_on_what_the_mix_made(config, tmp_path):
     assert (manifest.first, manifest.first_id) == (5, 5)
 
 
+def test_a_fork_of_a_mix_says_the_strengths_that_it_has(config, tmp_path, capsys):
+    """Its own `stages.json`, which it has not, would say nothing of stages of its parent."""
+    run, fork = tmp_path / "run", tmp_path / "fork"
+    config["chain"]["hold"], config["train"]["seed"] = "carried", 3
+    train_stages(make_stages(config), matrix=False)
+    chain = load_chain(f"{run}@facts", AutoModelForCausalLM.from_pretrained(config["model"]))
+    assert (len(chain), chain.hold, chain.seed) == (3, "carried", 3)
+    mix_stages(run, {"facts": 0.5, "style": 0})
+    own = stage_of(config, "style") | {"name": "law", "output": str(fork)}
+    train_stages(extension(run, own), matrix=False)
+    for address in (fork, run):
+        assert cli(["mix", str(address), "--no-scores"]) == 0
+    assert capsys.readouterr().out.split() == [
+        *("facts=0.5", "style=0", "law=1"),
+        *("facts=0.5", "style=0"),
+    ]
+
+
 def test_a_stage_ends_inside_itself_with_its_best_point(config, tmp_path):
     """The first stage keeps its best point: the second begins there, and not at the last link."""
     config["stages"][0] |= {
@@ -251,6 +271,7 @@ def _stop_after(total: int):
         ({"train": {"shard": "fsdp2"}}, "`train.shard` must be the same"),
         ({"train": {"lrr": 3}}, "stage 'style': unknown key `train.lrr`"),
         ({"chain": []}, "stage 'style'"),
+        ({"chain": {"tune": "full", "ranks": [2], "steps": [1]}}, "stages are links .* in 'style'"),
     ],
 )
 def test_what_a_stage_cannot_say_is_refused_in_a_line(config, change, message):
@@ -297,6 +318,36 @@ def test_run_wide_keys_of_an_extension_and_stages_that_are_not_there_are_refused
     assert files_of(run) == before
 
 
+@pytest.mark.parametrize(
+    ("below", "chain", "strengths", "words"),
+    [
+        ({"dora": True}, {"dora": False}, {"style": 0}, "DoRA or extra modules can be 0 only"),
+        ({}, {"dora": True}, {"facts": 0.5}, "below a DoRA link must be 1"),
+    ],
+)
+def test_a_stage_that_the_mix_does_not_bear_is_refused_before_any_is_trained(
+    config, tmp_path, below, chain, strengths, words
+):
+    """In the run, in a fork, and where another new stage comes first."""
+    run, style = tmp_path / "run", stage_of(config, "style")
+    keys = {"ranks": [2], "steps": [1]}
+    config["stages"][1] = style | {"chain": keys | below}
+    train_stages(make_stages(config), matrix=False)
+    mix_stages(run, strengths)
+    law = style | {"name": "law", "chain": keys | chain}
+    tree = config | {"start": str(run), "output": str(tmp_path / "fork")}
+    plain = law | {"name": "plain", "chain": keys | {"dora": bool(below)}}
+    before = files_of(run)
+    for stages in (
+        extension(run, law),
+        extension(run, law | {"output": str(tmp_path / "fork")}),
+        make_stages(tree | {"stages": [plain | {"chain": keys}, law]}),
+    ):
+        with pytest.raises(RunError, match=f"stage '(law|plain)' needs .*{words}.*by `mix`"):
+            survey(stages)
+    assert files_of(run) == before
+
+
 def test_a_config_that_begins_on_a_stage_is_the_fork(config, tmp_path):
     train_stages(make_stages(one_stage(config)))
     address = f"{tmp_path / 'run'}@facts"
@@ -304,10 +355,17 @@ def test_a_config_that_begins_on_a_stage_is_the_fork(config, tmp_path):
     train_stages(extension(address, style | {"output": str(tmp_path / "fork")}))
     own = {key: style[key] for key in ("data", "train")} | {"start": address}
     own |= {"chain": config["chain"] | style["chain"], "output": str(tmp_path / "new")}
-    (tmp_path / "new.yaml").write_text(json.dumps(own))
+    (tmp_path / "new.yaml").write_text(json.dumps(own | {"start": None}))
+    words = ["train", str(tmp_path / "new.yaml"), "--start", address]
     for _ in range(2):
-        assert cli(["train", str(tmp_path / "new.yaml")]) == 0
+        assert cli(words) == 0
     assert_same_links(tmp_path / "fork", tmp_path / "new")
+    other = own | {"model": config["model"], "output": str(tmp_path / "other")}
+    train(make_config(other))
+    assert_same_links(tmp_path / "fork", tmp_path / "other")
+    assert cli([*words, "--train.seed", "1"]) == 1  # that of the run that is begun on
+    with pytest.raises(ConfigError, match="`start` is read by"):
+        train_run(make_config(other | {"output": None}))
     assert open_run(tmp_path / "new").manifest().stages == ["facts", "new"]
 
 
@@ -469,6 +527,9 @@ def test_the_best_mix_of_what_is_no_sum_is_on_or_off(config, tmp_path):
 
 def test_rows_that_are_not_kept_are_missing_from_the_matrix(config, tmp_path):
     config["stages"][0]["data"]["keep_rows"] = False
+    train_stages(make_stages(one_stage(config)))
+    assert cli(["mix", str(tmp_path / "run"), "facts=0"]) == 0  # there is nothing to score it by
+    mix_stages(tmp_path / "run", {"facts": 1})
     train_stages(make_stages(config))
     found = stage_matrix(tmp_path / "run")
     assert [[cell is None for cell in row] for row in found.grid] == [[True, False]] * 3
@@ -552,6 +613,11 @@ def test_a_signal_between_training_and_judging_loses_neither(harmful, tmp_path, 
             StoppedError, match=r"SIGINT.*before: facts\); the same command goes on"
         ):
             train_stages(extension(tmp_path / "run", section), listener=listener)
+    if is_fork:  # it would pass for judged
+        with pytest.raises(RunError, match="mixed when its first stage has ended"):
+            mix_stages(run, {"facts": 0.5})
+        with pytest.raises(RunError, match="pruned when no other is half trained"):
+            prune_stage(run, "facts")
     train_stages(extension(tmp_path / "run", section))
     assert open_run(run).strengths["style"] < 1
     assert train_stages(extension(tmp_path / "run", section))[-1] is None
@@ -575,6 +641,11 @@ def test_what_a_tolerance_needs_is_asked_for_before_any_training(harmful, tmp_pa
     with pytest.raises(RunError, match=r"accept_links: 0.0.*none of facts.*keep_rows"):
         train_stages(make_stages(harmful))
     assert not (tmp_path / "run").exists()
+    del harmful["stages"][1]["train"]["accept_links"]
+    harmful["stages"][1]["data"]["new_rows_only"] = True
+    with pytest.raises(RunError, match=r"data.new_rows_only.*none of facts.*leave data.new_rows"):
+        train_stages(make_stages(harmful))
+    harmful["stages"][1]["train"]["accept_links"] = 0.0
     harmful["stages"][1]["chain"]["dora"] = True
     with pytest.raises(ConfigError, match="on or off"):
         make_stages(harmful)

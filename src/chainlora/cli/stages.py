@@ -83,7 +83,7 @@ def mix(run: str, strengths: tuple[str, ...], best: bool, no_scores: bool, as_js
         raise click.UsageError("--best searches the strengths; leave them out")
     chosen = read_strengths(strengths, default=None)
     quiet()
-    from chainlora.runs.stages import mix_stages, strengths_of
+    from chainlora.runs.stages import mix_stages, open_run, strengths_of
 
     if best:
         chosen, after, before = _searched(folder)
@@ -91,7 +91,8 @@ def mix(run: str, strengths: tuple[str, ...], best: bool, no_scores: bool, as_js
     if chosen:
         mix_stages(folder, chosen)
     found = strengths_of(folder)
-    matrix = None if no_scores else scored_matrix(run, compute=bool(chosen))
+    can_score = bool(chosen and open_run(folder).manifest().kept)
+    matrix = None if no_scores else scored_matrix(run, compute=can_score)
     if as_json:
         print_json({"run": run, "strengths": found, "matrix": matrix and matrix.as_dict()})
         return

@@ -61,11 +61,14 @@ def train(arguments: tuple[str, ...], resume: bool, dry_run: bool, as_json: bool
     A config of `stages` trains those that are new: the same command does nothing where all have
     ended. The exit status is 3 where `train.accept_links` switched a new stage off.
     """
-    from chainlora.config.loading import load_config, read_config
+    from chainlora.config.loading import load_config, read_config, set_key
     from chainlora.config.stages import Stage, check_alone, make_stages
 
     file, overrides = file_and_overrides(list(arguments))
     tree = read_config(file)
+    for key, value in overrides:
+        if not key.startswith("stages."):
+            set_key(tree, key, value)
     if "stages" in tree or tree.get("start") is not None:
         from chainlora.runs.loading_start import with_start
 

@@ -98,9 +98,13 @@ def make_stage(shared: Mapping[str, Any], section: Mapping[str, Any], place: int
     if place:
         tree["output"] = str(stage_folder(Path(shared["output"]), section["name"]))
     try:
-        return Stage(section["name"], make_config(tree))
+        stage = Stage(section["name"], make_config(tree))
     except ConfigError as error:
         raise ConfigError(f"stage {section['name']!r}: {error}") from None
+    if stage.config.chain.tune == "full":
+        got = f"tune: full in {stage.name!r}"
+        raise ConfigError("stages are links", got, "train it as a run, and take RUN/model as model")
+    return stage
 
 
 def section_of(tree: Mapping[str, Any], name: str) -> dict[str, Any]:

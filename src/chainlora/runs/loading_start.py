@@ -108,19 +108,20 @@ def load_chain(
     """Return a chain on the model that it was tuned on.
 
     `directory` is a saved chain, whose live link goes on to the same bits; a trainer's checkpoint;
-    a finished run; or the folder or Hub id of a LoRA that PEFT has saved, which becomes one link.
-    `checkpoint` is the folder that the model was loaded from, as for `Chain`; by default the one
-    that the model names, if it is at hand. Raises ChainLoRAError for a damaged folder or another
-    base.
+    a finished run, or ``RUN@STAGE``; or the folder or Hub id of a LoRA that PEFT has saved, which
+    becomes one link. `checkpoint` is the folder that the model was loaded from, as for `Chain`; by
+    default the one that the model names, if it is at hand. Raises ChainLoRAError for a damaged
+    folder or another base.
     """
-    place, reader = checkpoint or folder_of(model), RunReader(chain_folder(Path(directory)))
+    place, folder = checkpoint or folder_of(model), chain_folder(Path(directory).expanduser())
+    reader = open_run(directory) if is_run(directory) else RunReader(folder)
     manifest = reader.manifest() if reader.exists else None
     if manifest is None:
         chain = Chain(model, hold=hold_for(model), checkpoint=place)
     else:
         chain = Chain(model, seed=manifest.seed, hold=manifest.hold, checkpoint=place)
     if manifest is not None and not manifest.has_run:
-        restore_chain(chain, read_chain(directory))
+        restore_chain(chain, read_chain(reader.path))
         return chain
     for note in put_on(load_start(directory), chain).notes:
         logger.warning(note)

@@ -97,6 +97,10 @@ class LinkEntry(_Part):
         except (ConfigError, TypeError) as error:
             raise RunError(f"a link's config must be valid (got {error}); {DAMAGED}") from None
 
+    def outline(self) -> Link:
+        """Return the link without its tensors."""
+        return Link(self.index, self.link_config(), {}, id=self.id, strength=self.strength)
+
 
 class Base(_Part):
     """The model that the links belong to. `files` are hashes of all that makes it what it is; a

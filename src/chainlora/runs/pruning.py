@@ -17,7 +17,6 @@ from typing import Any
 
 from chainlora import files
 from chainlora.chain.checks import check_strengths
-from chainlora.chain.link import Link
 from chainlora.errors import ChainError, FileError, RunError
 from chainlora.runs.directory import GROWING, is_in
 from chainlora.runs.manifest import (
@@ -31,9 +30,9 @@ from chainlora.runs.manifest import (
 )
 from chainlora.runs.reading import RunReader
 from chainlora.runs.stages import (
-    STAGES,
     Stages,
     alone_in,
+    first_is_open,
     folder_of,
     half_trained,
     open_run,
@@ -117,14 +116,13 @@ def _check(
     if found.here == [name]:
         raise RunError("a run must keep a stage", f"{name!r}, its only one", f"delete {run}")
     begun = half_trained(run, found)
-    if not (run / STAGES).is_file() and not RunReader(run).is_finished(manifests[run]):
-        begun = [run]
+    begun += [run] * first_is_open(run)
     if begun:
         rule = "a stage can be pruned when no other is half trained"
         raise RunError(rule, begun[0], "finish it, or delete that folder")
     for folder, manifest in manifests.items():
         links = [
-            Link(e.index, e.link_config(), {}, id=e.id, strength=float(e.stage != name))
+            replace(e.outline(), strength=float(e.stage != name))
             for e in ([] if manifest.stage == name else manifest.loaded)
         ]
         try:

@@ -101,8 +101,7 @@ def open_run(
 
 def strengths_of(run: Path) -> dict[str, float]:
     """Return the strength of every stage that the run is loaded with, inherited ones too."""
-    reader = open_run(run)
-    return {name: reader.strengths.get(name, 1.0) for name in reader.manifest().stages}
+    return {link.stage: link.strength for link in open_run(run).manifest().loaded}
 
 
 def readers_of_stages(address: Address) -> dict[str, RunReader]:
@@ -150,6 +149,17 @@ def half_trained(run: Path, found: Stages) -> list[Path]:
     """Return the run directories of stages that were begun and have not ended."""
     begun = [path for path in (run / "stages").glob("*") if path.is_dir()]
     return [path for path in begun if path.name not in found.names]
+
+
+def first_is_open(run: Path) -> bool:
+    """Say whether the first stage of a run has not ended: is half trained, or, on stages that it
+    must not harm (`accept_links`), not judged yet."""
+    first = RunReader(run)
+    manifest = first.manifest()
+    if (run / STAGES).is_file() or not manifest.has_run:
+        return False
+    is_guarded = isinstance(first.config().train.accept_links, float) and len(manifest.stages) > 1
+    return is_guarded or not first.is_finished(manifest)
 
 
 # --- the file ---
@@ -218,11 +228,10 @@ def mix_stages(run: str | Path, strengths: Mapping[str, float]) -> None:
     """
     run = Path(run)
     with alone_in(run):
-        found, first = read_stages(run), RunReader(run)
-        manifest = first.manifest()
-        if not ((run / STAGES).is_file() or first.is_finished(manifest) or not manifest.has_run):
+        found = read_stages(run)
+        if first_is_open(run):
             rule = "a run can be mixed when its first stage has ended"
-            raise RunError(rule, run, "finish it by --resume")
+            raise RunError(rule, run, "finish it by the command that began it")
         folder = folder_of(run, found, found.last)
         _names_in(folder, strengths, run)
         merged = found.strengths | {name: float(value) for name, value in strengths.items()}

@@ -45,6 +45,8 @@ def train(
     """
     if isinstance(config, str | Path):
         config = read_config(config)
+    if isinstance(config, RunConfig) and config.start is not None:
+        config = config.model_dump(mode="json")
     if isinstance(config, Mapping) and ("stages" in config or config.get("start") is not None):
         stages = make_stages(with_start(config))
         return _of_stages(stages, listener, change, progress)

@@ -35,7 +35,7 @@ from chainlora.runs.directory import RunDirectory
 from chainlora.runs.following import FollowedDirectory
 from chainlora.runs.loading_start import fitted
 from chainlora.runs.manifest import Base, Progress
-from chainlora.runs.start import Start
+from chainlora.runs.start import NOTHING, Start
 from chainlora.training.deciding import decide
 from chainlora.training.events import Listener, Planned, RowsEncoded
 from chainlora.training.objectives import make_objective
@@ -79,6 +79,12 @@ def _prepare(
     processes: Processes,
 ) -> Run:
     _check_config(config, resume, processes)
+    if config.start is not None and start is NOTHING and not (directory and directory.exists):
+        raise ConfigError(
+            "`start` is read by `chainlora train`, `extend` and `chainlora.train`",
+            f"{config.start!r} elsewhere",
+            "leave it out",
+        )
     folder, files = _claim(config, resume, change, directory, processes)
     model, tokenizer = _load_model(config, processes)
     if (own := _own_tokenizer(start, directory)) is not None:

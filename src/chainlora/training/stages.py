@@ -17,6 +17,8 @@ from typing import Any, Literal
 import torch
 from accelerate import PartialState
 
+from chainlora.chain.checks import check_strengths
+from chainlora.chain.link import Link
 from chainlora.config.loading import set_key
 from chainlora.config.stages import (
     Stage,
@@ -27,7 +29,7 @@ from chainlora.config.stages import (
     what_stages_share,
 )
 from chainlora.data.splits import check_files
-from chainlora.errors import ChainLoRAError, RunError, StoppedError
+from chainlora.errors import ChainError, ChainLoRAError, RunError, StoppedError
 from chainlora.evaluation.stages import stage_matrix
 from chainlora.evaluation.strengths import guard
 from chainlora.runs.loading_start import IMPORTED, load_start
@@ -37,6 +39,7 @@ from chainlora.runs.stages import (
     STAGES,
     alone_in,
     end_stage,
+    first_is_open,
     folder_of,
     half_trained,
     open_run,
@@ -105,28 +108,36 @@ def survey(stages: Sequence[Stage], change: Collection[str] = ()) -> list[StageS
         found = [
             StageState(stage.name, "pruned")
             if stage.name in known and stage.name not in here
-            else _state_of(stage, stage.name in known and _is_judged(stage, run), change)
+            else _state_of(stage, stage.name in known and not first_is_open(run), change)
             for stage in stages
         ]
-    below = _begun_on(stages)
+    below, links = _begun_on(stages)
     for stage, where in zip(stages, found, strict=True):
+        if where.state in ("new", "stopped"):
+            links += [Link(len(links), each, {}) for each in stage.config.chain.links()]
         if where.state == "new":
             _need_no_other(run, stages)
             _need_name(stage, below)
             _need_rows(stage, below)
+            _need_sum(stage, links)
         if where.state != "pruned":
             below[stage.name] = stage.config.data.keep_rows
     return found
 
 
-def _begun_on(stages: Sequence[Stage]) -> dict[str, bool]:
-    """Return the stages that a chain begins on, and whether their rows are kept."""
+def _begun_on(stages: Sequence[Stage]) -> tuple[dict[str, bool], list[Link]]:
+    """Return the stages that a chain begins on, whether their rows are kept, and all links that
+    are there, without their tensors."""
     first = stages[0].config
     reader = RunReader(first.output or "")
     if reader.exists:
         manifest = reader.manifest()
-        return {e.stage: e.stage in manifest.kept for e in manifest.links[: manifest.first]}
-    return {} if first.start is None else _below(load_start(first.start, stages[0].name))
+        below = {e.stage: e.stage in manifest.kept for e in manifest.links[: manifest.first]}
+        return below, [entry.outline() for entry in open_run(reader.path).manifest().loaded]
+    if first.start is None:
+        return {}, []
+    start = load_start(first.start, stages[0].name)
+    return _below(start), list(start.links)
 
 
 def _below(start: Start) -> dict[str, bool]:
@@ -228,20 +239,33 @@ def _need_name(stage: Stage, below: Mapping[str, bool]) -> None:
 
 
 def _need_rows(stage: Stage, below: Mapping[str, bool]) -> None:
-    """Refuse a tolerance for what stages lose whose rows are not there, before any is trained."""
+    """Refuse what needs rows of earlier stages that are not there, before any is trained.
+
+    Of what was made elsewhere nobody knows the rows, new or not.
+    """
     without = [name for name, is_kept in below.items() if not is_kept]
-    if without and stage.tolerance is not None:
+    key = f"accept_links: {stage.tolerance}"
+    if stage.tolerance is None:
+        key = "data.new_rows_only"
+        without = [name for name in without if name != IMPORTED]
+    if without and (stage.tolerance is not None or stage.config.data.new_rows_only):
         raise RunError(
-            f"`accept_links: {stage.tolerance}` of stage {stage.name!r} scores rows that earlier "
-            "stages kept",
+            f"`{key}` of stage {stage.name!r} needs rows that earlier stages kept",
             f"none of {', '.join(without)}",
-            "train those with data.keep_rows: true, or leave accept_links out",
+            f"train those with data.keep_rows: true, or leave {key.partition(':')[0]} out",
         )
 
 
-def _is_judged(stage: Stage, run: Path) -> bool:
-    """Say whether a stage that has ended got its strength; a first one is listed before."""
-    return (run / STAGES).is_file() or stage.tolerance is None or stage.config.start is None
+def _need_sum(stage: Stage, links: Sequence[Link]) -> None:
+    """Refuse a stage on links of a strength that it cannot be tuned on, before any is trained."""
+    try:
+        check_strengths(links)
+    except ChainError as error:
+        raise RunError(
+            f"stage {stage.name!r} needs those below at a strength that it can be tuned on",
+            error,
+            "restore that one by `mix`, or prune it",
+        ) from None
 
 
 def _state_of(stage: Stage, has_ended: bool, change: Collection[str]) -> StageState:
