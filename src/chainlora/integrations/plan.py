@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from numbers import Real
+from typing import Any
 
 from chainlora.errors import ConfigError
 from chainlora.knots.numbers import between
@@ -14,19 +16,21 @@ Epochs = float | Sequence[float] | None
 
 def check_knots(ranks: Sequence[int] | None, steps: Lengths, epochs: Epochs) -> None:
     """Raise ConfigError for what contradicts itself, whatever the trainer will say."""
-    if ranks is not None and not len(ranks):
-        raise ConfigError("`ranks` must have an entry for each link (got none); e.g. [8, 8]")
+    if ranks is not None and (not isinstance(ranks, list | tuple) or not ranks):
+        raise ConfigError(f"`ranks` must list a rank for each link (got {ranks!r}); e.g. [8, 8]")
     if steps is not None and epochs is not None:
         raise ConfigError("give `steps` or `epochs`, not both (got both); leave one out")
-    for key, value in (("steps", steps), ("epochs", epochs)):
+    given: dict[str, Any] = {"steps": steps, "epochs": epochs}
+    for key, value in given.items():
         if value is None:
             continue
-        listed = [value] if isinstance(value, int | float) else list(value)
-        has_part = key == "steps" and any(v % 1 for v in listed)
-        if not listed or has_part or any(isinstance(v, bool) or not v > 0 for v in listed):
+        is_list = isinstance(value, Collection) and not isinstance(value, str)
+        listed = list(value) if is_list else [value]
+        is_wrong = not all(isinstance(v, Real) and v is not True and float(v) > 0 for v in listed)
+        if not listed or is_wrong or (key == "steps" and any(v % 1 for v in listed)):
             rule = "positive whole numbers" if key == "steps" else "positive"
             raise ConfigError(f"`{key}` must be {rule} (got {value!r})")
-        if not isinstance(value, int | float) and ranks is not None and len(ranks) != len(listed):
+        if is_list and ranks is not None and len(ranks) != len(listed):
             raise ConfigError(
                 f"`ranks` and `{key}` must be of one length (got {len(ranks)} and {len(listed)}); "
                 "give one entry a link"
@@ -52,9 +56,9 @@ def link_lengths(
             "knots by epochs need a data set with a length (got one without); give `steps`"
         )
     per_epoch = steps_per_epoch or 0
-    if isinstance(steps, int | float):
+    if steps is not None and not isinstance(steps, Collection):
         lengths = _by_distance(float(steps), num_steps, f"steps={steps}")
-    elif isinstance(epochs, int | float):
+    elif epochs is not None and not isinstance(epochs, Collection):
         lengths = _by_distance(epochs * per_epoch, num_steps, f"epochs={epochs:g}")
     elif steps is not None:
         lengths = list(map(int, steps))
@@ -92,7 +96,7 @@ def _check(lengths: Sequence[int], num_links: int | None, num_steps: int) -> Non
         )
     if any(length < 1 for length in lengths):
         raise ConfigError(
-            f"every link must have at least one step (got {list(lengths)}); tie less often"
+            f"every link must have at least one step (got {list(lengths)!r:.60}); tie less often"
         )
     if sum(lengths) != num_steps:
         raise ConfigError(
