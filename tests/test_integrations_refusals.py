@@ -167,6 +167,19 @@ def test_an_optimizer_of_something_else(tiny_folder, tokenizer, tmp_path):
         ).train()
 
 
+def test_a_schedule_of_one_s_own_is_not_replaced(tiny_folder, tmp_path):
+    model = peft_model(tiny_folder)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    with pytest.raises(ChainLoRAError, match=r"another than lr_scheduler_type='linear'"):
+        Trainer(
+            model=model,
+            args=TrainingArguments(**arguments(tmp_path)),
+            train_dataset=token_rows(),
+            optimizers=(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 0.5)),
+            callbacks=[ChainCallback(steps=4, restart_schedule=True)],
+        ).train()
+
+
 def test_a_checkpoint_without_a_chain(tiny_folder, tokenizer, tmp_path):
     keys = {"save_strategy": "steps", "save_steps": 4}
     make_trainer(peft_model(tiny_folder), tokenizer, tmp_path, None, **keys).train()

@@ -276,7 +276,7 @@ class ChainCallback(TrainerCallback):
         if soft is not None and soft.moments == "carried":
             restarts.check_carried(optimizer)
         if self.restart_schedule:
-            restarts.check_schedule(scheduler)
+            restarts.check_schedule(scheduler, args, self._knots.num_steps)
 
     def _check_reference(self) -> None:
         """Refuse a reference that is the model without its live link, where knots change that."""

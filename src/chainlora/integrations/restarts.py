@@ -115,12 +115,23 @@ def _name(optimizer: Any) -> str:
     return type(getattr(optimizer, "optimizer", optimizer)).__name__
 
 
-def check_schedule(scheduler: Any) -> None:
-    """Raise ConfigError for a schedule that cannot begin anew at a knot."""
+def check_schedule(scheduler: Any, args: TrainingArguments, num_steps: int) -> None:
+    """Raise ConfigError for a schedule that cannot begin anew at a knot.
+
+    It must be the one that the arguments name, since that is what a link gets.
+    """
     if not isinstance(scheduler, LambdaLR):
         raise ConfigError(
             "`restart_schedule` needs a schedule that is a function of the step (got "
             f"{type(scheduler).__name__}); use another lr_scheduler_type, or restart_schedule=False"
+        )
+    factor = _factor(args, num_steps, scheduler.optimizer.defaults["lr"])
+    steps = range(0, num_steps, max(num_steps // 50, 1))
+    if any(own(step) != factor(step) for own in scheduler.lr_lambdas for step in steps):
+        raise ConfigError(
+            "`restart_schedule` begins the schedule of the trainer's arguments anew",
+            f"another than lr_scheduler_type={getattr(args.lr_scheduler_type, 'value', '')!r}",
+            "name it there, or set restart_schedule=False",
         )
 
 
