@@ -90,6 +90,8 @@ def test_without_a_limit_the_rows_of_a_run_give_one_and_say_how_prompts_end(
     assert right.out == chainlora(*asked, "cat 3 sat on a", "--max-new-tokens", 32).out
     hint = "chainlora: the run's rows have prompts that end in ' sat on a', and this one does not"
     assert chainlora(*asked, "cat 3", "--max-new-tokens", 3).err.startswith(hint)
+    off = ("--stages", "main=0", "--max-new-tokens", 3)
+    assert chainlora(*asked, "cat 3", *off).err == ""  # the base learned no rows
     (tmp_path / "rows.jsonl").unlink()  # a run that was moved says nothing of its rows
     assert "after 112 tokens" not in chainlora(*asked, "cat 3").err
 

@@ -128,6 +128,23 @@ def test_answers_to_a_run_s_own_rows(finished, sentiment, tmp_path):
     assert "link 2 changed " in page
 
 
+def test_answers_to_the_rows_of_a_stage(tiny_folder, sentiment, tmp_path):
+    """The one after it held out fewer of the same file."""
+    rows = [{"prompt": f"cat {n} sat", "completion": " on a mat"} for n in range(12)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = tmp_path / "run"
+    config = settings(tiny_folder, sentiment, run, chain={"ranks": [2], "steps": [1]})
+    data = {"train": str(tmp_path / "rows.jsonl")}
+    stages = [
+        {"name": "facts", "data": {"validation": 6}},
+        {"name": "style", "data": {"validation": 2}},
+    ]
+    train_stages(make_stages(config | {"data": data, "stages": stages}), matrix=False)
+    report_runs([f"{run}@facts"], prompts="12", max_new_tokens=1)
+    page = (run / "report.html").read_text(encoding="utf-8")
+    assert len(re.findall(r"Prompt: </span>", page)) == 6
+
+
 def test_a_live_link_answers_too(tiny_folder, tmp_path):
     chain = own_chain(tiny_folder)
     chain.extend(LinkConfig(rank=2, alpha=4, target_modules=("q_proj",)))

@@ -638,13 +638,14 @@ def test_a_tolerance_without_earlier_stages_is_refused(config, tmp_path, capsys)
 
 def test_what_a_tolerance_needs_is_asked_for_before_any_training(harmful, tmp_path):
     harmful["stages"][0]["data"]["keep_rows"] = False
-    with pytest.raises(RunError, match=r"accept_links: 0.0.*none of facts.*keep_rows"):
+    with pytest.raises(RunError, match=r"accept_links.*none of facts.*keep_rows"):
         train_stages(make_stages(harmful))
     assert not (tmp_path / "run").exists()
     del harmful["stages"][1]["train"]["accept_links"]
-    harmful["stages"][1]["data"]["new_rows_only"] = True
-    with pytest.raises(RunError, match=r"data.new_rows_only.*none of facts.*leave data.new_rows"):
-        train_stages(make_stages(harmful))
+    for key, value in (("replay", 0.1), ("new_rows_only", True)):
+        harmful["stages"][1]["data"][key] = value
+        with pytest.raises(RunError, match=rf"data.{key}.*none of facts.*leave data.{key} out"):
+            train_stages(make_stages(harmful))
     harmful["stages"][1]["train"]["accept_links"] = 0.0
     harmful["stages"][1]["chain"]["dora"] = True
     with pytest.raises(ConfigError, match="on or off"):

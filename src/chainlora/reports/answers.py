@@ -125,7 +125,7 @@ def _own_prompts(run: RunFacts, count: int, model: Any, tokenizer: Any) -> list[
             context_length(model),
             to_score=split,
             loss=run.config.train.loss,
-            bound=bound_of(run.path),
+            bound=bound_of(RunReader(run.path)),
         )
         rows = getattr(splits, split)
         if len(rows):

@@ -94,8 +94,7 @@ def story_of(run: Address) -> Story | None:
     """
     reader = open_run(run)
     manifest = reader.manifest()
-    own = [link.strength for link in manifest.loaded if link.stage == manifest.stage]
-    if not manifest.has_run or (own and not any(own)):
+    if not manifest.has_run or manifest.is_off:
         return None
     records = reader.records() if reader.is_as_trained() else []
     evaluations = [record for record in records if record["event"] == "eval"]

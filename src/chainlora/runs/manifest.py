@@ -207,6 +207,12 @@ class Manifest(_Part):
         """Return the names of the stages that links are of, in their order."""
         return list(dict.fromkeys(link.stage for link in self.loaded))
 
+    @property
+    def is_off(self) -> bool:
+        """Say whether the run's own links are all switched off."""
+        own = [link.strength for link in self.loaded if link.stage == self.stage]
+        return bool(own) and not any(own)
+
     def at_strengths(self, strengths: Mapping[str, float]) -> Manifest:
         """Return this with the links of these stages at other strengths."""
 

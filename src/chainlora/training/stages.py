@@ -243,17 +243,19 @@ def _need_rows(stage: Stage, below: Mapping[str, bool]) -> None:
 
     Of what was made elsewhere nobody knows the rows, new or not.
     """
-    without = [name for name, is_kept in below.items() if not is_kept]
-    key = f"accept_links: {stage.tolerance}"
-    if stage.tolerance is None:
-        key = "data.new_rows_only"
-        without = [name for name in without if name != IMPORTED]
-    if without and (stage.tolerance is not None or stage.config.data.new_rows_only):
-        raise RunError(
-            f"`{key}` of stage {stage.name!r} needs rows that earlier stages kept",
-            f"none of {', '.join(without)}",
-            f"train those with data.keep_rows: true, or leave {key.partition(':')[0]} out",
-        )
+    data, without = stage.config.data, [name for name, is_kept in below.items() if not is_kept]
+    missing = {
+        "train.accept_links": without if stage.tolerance is not None else [],
+        "data.new_rows_only": [n for n in without if data.new_rows_only and n != IMPORTED],
+        "data.replay": without if data.replay and len(without) == len(below) else [],
+    }
+    for key, names in missing.items():
+        if names:
+            raise RunError(
+                f"`{key}` of stage {stage.name!r} needs rows that earlier stages kept",
+                f"none of {', '.join(names)}",
+                f"train those with data.keep_rows: true, or leave {key} out",
+            )
 
 
 def _need_sum(stage: Stage, links: Sequence[Link]) -> None:
