@@ -194,9 +194,11 @@ def rule_table(cells: Sequence[dict[str, Any]]) -> str:
     """Return what the rule says of each study, and what came out."""
     lines = [
         "## When to expect anything\n",
-        "| study | tokens a parameter | share, by the rule | says | less LoRA | hit "
-        "| gap to rank 4r | share |",
-        "|---|---|---|---|---|---|---|---|",
+        "Less LoRA of the same rank: soft knots (`auto`, else `soft10`), and four whole knots "
+        "(`classic4`).\n",
+        "| study | tokens a parameter | share, by the rule | says | soft knots | pairs | p | hit "
+        "| gap to rank 4r | share | whole knots | hours |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     tuned = plain_lora(cells)
     places = {cell["study"]: _place(cell) for cell in cells if cell["name"] == REFERENCE}
@@ -206,11 +208,14 @@ def rule_table(cells: Sequence[dict[str, Any]]) -> str:
         if len(found) >= MIN_PAIRS:
             *where, rank = places[study]
             gap = tuned[*where, rank] - tuned.get((*where, 4 * rank), math.nan)
-            lines.append(_rule_row(study, places[study], found, gap))
+            row = _rule_row(study, places[study], found, gap)
+            whole = difference(paired(arms.get("classic4"), lora))
+            hours = sum(arm.seconds for arm in arms.values()) / 3600
+            lines.append(f"| {' | '.join([*row, whole, f'{hours:.1f}'])} |")
     return "\n".join(lines) + "\n"
 
 
-def _rule_row(study: str, place: Place, found: Sequence[float], gap: float) -> str:
+def _rule_row(study: str, place: Place, found: Sequence[float], gap: float) -> list[str]:
     _, steps, rows, rank = place
     tokens = steps * rows * LENGTH / (PARAMETERS * rank)
     share = 0.13 * math.log2(tokens / (11 * math.sqrt(rank)))
@@ -223,8 +228,8 @@ def _rule_row(study: str, place: Place, found: Sequence[float], gap: float) -> s
     if not math.isnan(gap):
         closed = [f"{gap:.3f}", f"{-statistics.fmean(found) / gap:+.2f}"]
     name = f"{study}, fitted" if study in FITTED else study
-    row = [name, f"{tokens:.1f}", f"{share:+.2f}", says, difference(found), hit, *closed]
-    return f"| {' | '.join(row)} |"
+    rule = [name, f"{tokens:.1f}", f"{share:+.2f}", says]
+    return [*rule, difference(found), str(len(found)), _p(found), hit, *closed]
 
 
 def plain_lora(cells: Sequence[dict[str, Any]]) -> dict[Place, float]:
