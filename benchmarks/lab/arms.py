@@ -39,6 +39,7 @@ class Arm:
     every: int | None = None  # steps between soft knots
     share: float | None = None  # that a soft knot ties
     time_constant: float | None = None  # of the soft knots, as a fraction of the steps
+    tokens: float | None = None  # the same, in learned tokens a trained parameter
     eighth: bool = False  # eight soft knots, ρ = 0.35
     auto: bool = False  # soft knots as `knots: auto` has them
     tied: bool = True
@@ -57,13 +58,17 @@ class Arm:
             if getattr(self, key.name) != key.default
         }
 
-    def soft(self, steps: int) -> tuple[int, float] | None:
-        """Return (steps between soft knots, share), or None."""
+    def soft(self, steps: int, a_step: float) -> tuple[int, float] | None:
+        """Return (steps between soft knots, share), or None.
+
+        `a_step` is how many tokens are learned in a step, by trained parameter.
+        """
         if self.eighth:
             return steps // 8, 0.65
-        if not (self.auto or self.every or self.time_constant):
+        if not (self.auto or self.every or self.time_constant or self.tokens):
             return None
         tau = None if self.time_constant is None else self.time_constant * steps
+        tau = tau if self.tokens is None else self.tokens / a_step
         return spacing(KnotConfig(every=self.every, share=self.share, time_constant=tau), steps)
 
 
@@ -80,14 +85,16 @@ class Trained(Protocol):
         """Return the weights to evaluate."""
 
 
-def make(arm: Arm, tiny: Tiny, seed: int, lr: float, steps: int, warmup: int) -> Trained:
+def make(
+    arm: Arm, tiny: Tiny, seed: int, lr: float, steps: int, warmup: int, tokens_a_step: int = 256
+) -> Trained:
     """Return an arm at work on a copy of the model's weights."""
     rate = partial(
         learning_rate_factor, lengths=[steps], kind="linear", warmup_steps=warmup, restart=False
     )
     if arm.rank == 0:
         return Full(tiny, lr, rate)
-    lora = Lora(arm, tiny, seed, lr, steps, rate)
+    lora = Lora(arm, tiny, seed, lr, steps, rate, tokens_a_step)
     return lora if arm.ema is None else Averaged(lora, arm.ema * steps)
 
 
@@ -116,11 +123,15 @@ class Full:
 class Lora:
     """Low-rank factors of every linear layer, stacked over layers, and the weights they adapt."""
 
-    def __init__(self, arm: Arm, tiny: Tiny, seed: int, lr: float, steps: int, rate) -> None:
+    def __init__(
+        self, arm: Arm, tiny: Tiny, seed: int, lr: float, steps: int, rate, tokens_a_step: int
+    ) -> None:
         self.arm, self.tiny, self.seed, self.lr, self.rate = arm, tiny, seed, lr, rate
         self.base = {name: w.clone() for name, w in tiny.stacks.items()}
         self.slices = tiny.slices()
-        self.soft = arm.soft(steps)
+        shapes = [self.rows(self.base, name).shape for name in MODULES]
+        trained = arm.rank * sum(layers * (out + inputs) for layers, out, inputs in shapes)
+        self.soft = arm.soft(steps, tokens_a_step / trained)
         self.whole = {round(k * steps / arm.links) for k in range(1, arm.links)}
         self.reference: dict[str, Tensor] = {}
         self.link = 0

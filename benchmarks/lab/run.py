@@ -150,7 +150,8 @@ class Lab:
         tuning = config["held_out"] == "tuning"
         held_out = text.tuning if tuning else text.results
         points = {steps} if tuning else {round(k * steps / POINTS) for k in range(1, POINTS + 1)}
-        trained = make(arm, self.tiny, config["seed"], config["lr"], steps, warmup(steps))
+        tokens = config["rows"] * config["length"]
+        trained = make(arm, self.tiny, config["seed"], config["lr"], steps, warmup(steps), tokens)
         curve = [] if tuning else [(0, self.zero_shot(config["text"]))]
         for step, batch in enumerate(batches(text.train, config["rows"], steps, config["seed"])):
             gradients, loss = self.gradients(trained.stacks(), batch)
