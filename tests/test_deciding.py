@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
 import pytest
+from datasets import Dataset
 from helpers import assert_same_links, settings, stop_after
-from helpers_integrations import StopAt, make_trainer, peft_model
-from transformers import AutoTokenizer
+from helpers_integrations import StopAt, arguments, collator, make_trainer, peft_model, token_rows
+from transformers import AutoTokenizer, Trainer, TrainingArguments
 
 from chainlora import ChainCallback, inspect_run, make_config, train
 from chainlora.config.json_schema import config_sections
-from chainlora.errors import RunError
+from chainlora.errors import ConfigError, RunError
 from chainlora.knots import numbers
 from chainlora.training import deciding
 from chainlora.training.plan import make_plan
@@ -109,16 +111,61 @@ def test_a_resume_takes_what_was_decided_at_the_start(
     assert None not in decided[0].values()
 
 
-def test_soft_knots_in_a_run_too_short_for_them_are_warned_of(
-    tiny_folder, sentiment, tmp_path, caplog
+def test_soft_knots_are_paced_by_learned_tokens_a_parameter_and_short_runs_are_warned(
+    tiny_folder, tmp_path, caplog
 ):
-    """11·√rank learned tokens a trained parameter: benchmarks/lab/README.md."""
-    for steps, is_warned in ((2, True), (100, False)):
-        chain = {"ranks": [1], "steps": [steps], "knots": "auto", "target_modules": r".*0.*q_proj"}
-        keys = {"chain": chain, "train": {"batch_size": 8, "eval_at_knots": False}}
+    """Twelve knots in 8 learned tokens a parameter, whatever the rank; 11 are a run's fewest."""
+    rows = [{"prompt": f"{i} is", "completion": " one" * (1 + i % 3)} for i in range(48)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"train": str(tmp_path / "rows.jsonl")}
+    for rank, steps, is_warned in ((1, 100, False), (3, 40, True)):
+        chain = {
+            "ranks": [rank],
+            "steps": [steps],
+            "knots": "auto",
+            "target_modules": ".*0.*q_proj",
+        }
+        keys = {"chain": chain | {"knots": "auto"}, "train": {"batch_size": 8}}
+        run = tmp_path / str(rank)
         caplog.clear()
-        train(make_config(settings(tiny_folder, sentiment, tmp_path / str(steps), **keys)))
-        assert ("learn 11 tokens or more a trained parameter" in caplog.text) == is_warned
+        result = train({"model": str(tiny_folder), "data": data, "output": str(run)} | keys)
+        learned = result["scored_tokens"] / result["trainable_parameters"]
+        ((every, share),) = manifest_of(run)["numbers"]["knots"]
+        assert every == round(8 / (learned / steps) / 12)
+        assert share == pytest.approx(1 - math.exp(-every * learned / steps / 8))
+        assert ("learns 11 tokens or more a trained parameter" in caplog.text) == is_warned
+        assert (learned < 11) == is_warned
+
+
+def test_a_trainer_paces_them_by_its_collator_s_labels(tiny_folder, tmp_path, caplog):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
+    callback = ChainCallback(knots="auto")
+    keys = {"gradient_accumulation_steps": 2, "max_steps": 3, "save_strategy": "no"}
+    trainer = make_trainer(peft_model(tiny_folder), tokenizer, tmp_path, callback, **keys)
+    trainer.train()
+    rows = [trainer.train_dataset[i]["input_ids"] for i in range(len(trainer.train_dataset))]
+    a_row = sum(len(row) - 1 for row in rows) / len(rows)
+    learned = 2 * trainer.args.train_batch_size * a_row / trainer.model.num_parameters(True)
+    ((every, share),) = callback._wrapped.numbers.knots
+    assert every == max(1, round(8 / learned / 12))
+    assert share == pytest.approx(1 - math.exp(-every * learned / 8))
+    assert "learns 11 tokens or more" in caplog.text
+
+
+def test_rows_without_places_ask_for_a_time_constant(tiny_folder, tmp_path):
+    def trainer(**knots) -> Trainer:
+        keys = arguments(tmp_path, max_steps=3)
+        return Trainer(
+            model=peft_model(tiny_folder),
+            args=TrainingArguments(**keys),
+            train_dataset=Dataset.from_list(token_rows()).to_iterable_dataset(),
+            data_collator=collator(AutoTokenizer.from_pretrained(tiny_folder)),
+            callbacks=[ChainCallback(knots=knots or "auto")],
+        )
+
+    with pytest.raises(ConfigError, match=r"a length and places .*; give `knots` a time_constant"):
+        trainer().train()
+    assert trainer(time_constant=20).train().global_step == 3
 
 
 def test_a_run_of_version_2_goes_on_as_it_would_have(tiny_folder, sentiment, tmp_path, caplog):

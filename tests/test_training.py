@@ -313,11 +313,11 @@ def test_a_link_after_a_pruned_reset_starts_with_steps_of_bounded_size(
 
 
 def test_a_run_with_soft_knots(tiny_folder, sentiment, tmp_path):
-    run, keys = tmp_path / "run", {"chain": {"knots": "auto", "ranks": [4, 2], "steps": [8, 6]}}
+    soft = {"time_constant": 14}  # a twelfth of it is a knot every step but the last of a link
+    run, keys = tmp_path / "run", {"chain": {"knots": soft, "ranks": [4, 2], "steps": [8, 6]}}
     result = train(make_config(settings(tiny_folder, sentiment, run, **keys)))
     records = records_of(run)
     knots = [record for record in records if record["event"] == "soft_knot"]
-    # auto: a time constant of 5 · √8 steps, so a knot every step but the last of the link
     assert [record["step"] for record in knots] == [*range(1, 8), *range(9, 14)]
     assert len({record["share"] for record in knots if record["link"] == 0}) == 1
     changes = [record["function_change"] for record in records if record["event"] == "knot"]

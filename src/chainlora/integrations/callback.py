@@ -18,23 +18,26 @@ from pydantic import ValidationError
 from torch import nn
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 
-from chainlora.chain.adapters import read_settings
+from chainlora.chain.adapters import num_trained, read_settings
 from chainlora.chain.chain import Chain
 from chainlora.config.messages import problems
-from chainlora.config.schema import ChainConfig, KnotConfig
+from chainlora.config.schema import ChainConfig, KnotConfig, LinkConfig
 from chainlora.errors import ChainError, ConfigError, RunError
 from chainlora.integrations import restarts
 from chainlora.integrations.launched import check_ranks, find_trainer_processes
 from chainlora.integrations.plan import Epochs, Lengths, check_knots, link_lengths
 from chainlora.integrations.wrapped_chain import WrappedChain
 from chainlora.knots.driver import Knots, check_policy
-from chainlora.knots.numbers import Numbers, spacings
+from chainlora.knots.numbers import Numbers, asks_for_tokens, say_what_to_expect, spacing
 from chainlora.knots.policy import Knot, KnotPolicy
+from chainlora.models.modes import kept_random_state
 from chainlora.runs.loading_start import load_start
 from chainlora.runs.start import NOTHING
 from chainlora.training.processes import Processes, num_launched
 
 logger = logging.getLogger(__name__)
+
+_LOOKED_AT = 64  # rows whose learned tokens are counted
 
 
 class ChainCallback(TrainerCallback):
@@ -215,13 +218,19 @@ class ChainCallback(TrainerCallback):
         per_epoch = _steps_per_epoch(loader, args)
         lengths = link_lengths(num_links, self.steps, self.epochs, state.max_steps, per_epoch)
         config, wrapped = self._chain_config(len(lengths)), self._need()
-        begun = () if wrapped.numbers is None else wrapped.numbers.knots
+        begun = () if wrapped.numbers is None else wrapped.numbers.knots  # those of a resume stay
         if state.global_step and wrapped.numbers is None and self.knots is not None:
             logger.warning(
                 "the checkpoint does not say where its soft knots are (got one of version 0.2); "
-                "they go on as version 0.2 would have decided"
+                "that is decided now"
             )
-        soft = begun + spacings(config, lengths)[len(begun) :]  # those of a resumed run stay
+        soft = begun
+        if config.knots is not None and len(begun) < len(lengths):
+            learned = [math.nan] * len(lengths)
+            if asks_for_tokens(config.knots):
+                learned = self._learned_a_step(config.links(), args, loader)
+                say_what_to_expect(lengths[0] * learned[0])
+            soft += tuple(spacing(config.knots, each) for each in learned)[len(begun) :]
         wrapped.numbers = Numbers(tuple(lengths), soft[: len(lengths)])
         self._knots = Knots(
             wrapped.chain, config, wrapped.numbers, policy=self.policy, first=wrapped.first
@@ -233,6 +242,16 @@ class ChainCallback(TrainerCallback):
                 "`optimizer_reset: off` keeps moments over a knot, so all ranks must be equal (got "
                 f"{ranks}); use optimizer_reset='full'"
             )
+
+    def _learned_a_step(
+        self, links: Sequence[LinkConfig], args: TrainingArguments, loader: Any
+    ) -> list[float]:
+        """Return the tokens that a step learns, by trained parameter of each link."""
+        rows = args.train_batch_size * args.gradient_accumulation_steps * self._processes.count
+        with kept_random_state(self.chain.model):
+            a_step = rows * _learned_a_row(loader)
+        live: Any = self.chain.live
+        return [a_step / num_trained(link.rank, live.layers) for link in links]
 
     def _check_place(self, state: TrainerState) -> None:
         """Raise unless the chain is where the trainer is, and was tuned as planned so far."""
@@ -350,6 +369,30 @@ def _steps_per_epoch(loader: Any, args: TrainingArguments) -> int | None:
     except (TypeError, NotImplementedError):
         return None
     return max(math.ceil(batches / args.gradient_accumulation_steps), 1)
+
+
+def _learned_a_row(loader: Any) -> float:
+    """Return how many tokens a row teaches on average, by the labels that the collator gives to
+    some rows.
+
+    Raises ConfigError where rows cannot be looked at, or do not show what is learned.
+    """
+    remedy = "give `knots` a time_constant, in steps"
+    rows: Any = getattr(loader, "dataset", None)
+    try:
+        some = [rows[i] for i in range(0, len(rows), math.ceil(len(rows) / _LOOKED_AT))]
+    except (TypeError, NotImplementedError, KeyError):
+        rule = "`knots: auto` looks at some rows, so the data set must have a length and places"
+        raise ConfigError(rule, type(rows).__name__, remedy) from None
+    batch = loader.collate_fn(some)
+    if "labels" in batch:
+        learned = (batch["labels"][:, 1:] != -100).sum()
+    elif "completion_mask" in batch:  # TRL's pairs of preferences
+        learned = batch["completion_mask"].sum()
+    else:
+        rule = "`knots: auto` counts learned tokens, so batches must have `labels`"
+        raise ConfigError(rule, ", ".join(batch), remedy)
+    return max(int(learned), 1) / len(some)
 
 
 def _newest_loss(state: TrainerState) -> float:

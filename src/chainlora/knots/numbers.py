@@ -5,19 +5,25 @@ A resumed run takes the numbers that it began with, whatever this version would 
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from chainlora.config.schema import ChainConfig, KnotConfig
+from chainlora.config.schema import KnotConfig
 
-# `knots: auto`: τ = 5·√steps. In benchmarks/lab the best of the time constants tried was 100 to
-# 200 for 250 steps, 150 for 1,000, 200 to 600 for 4,000 and 200 for 16,000 (docs/decisions/0029).
-# The number of knots in that time is a choice that has not been measured: more cost time, fewer
-# are coarser.
-_TIME_CONSTANT = 5.0
+logger = logging.getLogger(__name__)
+
+# `knots: auto`: τ in learned tokens a trained parameter. In benchmarks/lab the best of those tried
+# was 5 to 14, whatever rank, steps and tokens a step (docs/decisions/0029). The number of knots in
+# that time is a choice that has not been measured: more cost time, fewer are coarser.
+_TIME_CONSTANT = 8.0
 _KNOTS_PER_TIME_CONSTANT = 12
+
+# Learned tokens a trained parameter below which soft knots gained nothing over LoRA there, whatever
+# the rank (benchmarks/lab/README.md, "When to expect anything").
+BREAK_EVEN = 11.0
 
 
 class Spacing(NamedTuple):
@@ -38,36 +44,45 @@ class Numbers:
     path: str | None = None  # how batches run through the model
 
 
-def spacing(soft: KnotConfig, num_steps: int) -> Spacing:
-    """Return the soft knots of a link of `num_steps` steps.
+def spacing(soft: KnotConfig, learned: float) -> Spacing:
+    """Return the soft knots of a link.
 
-    With the time constant τ and a distance I, the share is 1 − exp(−I/τ).
+    With the time constant τ and a distance I, in steps, the share is 1 − exp(−I/τ).
+
+    Args:
+        learned: tokens a step, divided by the link's trained parameters.
     """
-    tau = soft.time_constant or _TIME_CONSTANT * math.sqrt(num_steps)
+    tau = soft.time_constant or max(_TIME_CONSTANT / learned, _KNOTS_PER_TIME_CONSTANT)
     every = soft.every or max(1, round(tau / _KNOTS_PER_TIME_CONSTANT))
     return Spacing(every, soft.share if soft.share is not None else -math.expm1(-every / tau))
 
 
-def spacings(chain: ChainConfig, lengths: Sequence[int]) -> tuple[Spacing, ...]:
-    """Return the soft knots of each link; none where the config asks for none."""
-    soft = chain.knots
-    return () if soft is None else tuple(spacing(soft, length) for length in lengths)
+def asks_for_tokens(soft: KnotConfig) -> bool:
+    """Say whether the soft knots of a link depend on the tokens that it learns."""
+    return soft.time_constant is None and None in (soft.every, soft.share)
 
 
-def break_even(rank: int) -> float:
-    """Return the learned tokens a trained parameter below which soft knots were not ahead of LoRA.
+def share_of_gap(learned: float) -> float:
+    """Return what share of LoRA's gap to four times the rank soft knots close.
 
-    Measured, not derived: benchmarks/lab/README.md, "When to expect anything".
+    Args:
+        learned: tokens of the whole run a trained parameter.
+
+    A rule of the same lab, fitted there: 0 where they break even, an eighth for every doubling.
     """
-    return 11 * math.sqrt(rank)
+    return max(0.0, 0.13 * math.log2(learned / BREAK_EVEN))
 
 
-def share_of_gap(tokens_a_parameter: float, rank: int) -> float:
-    """Return what share of LoRA's gap to four times the rank soft knots closed where rank bound.
-
-    The same lab's rule, right in all studies of it that checked it; below breaking even it is 0.
-    """
-    return max(0.0, 0.13 * math.log2(tokens_a_parameter / break_even(rank)))
+def say_what_to_expect(learned: float) -> None:
+    """Warn of soft knots in a first link that learns too few tokens a trained parameter."""
+    if learned < BREAK_EVEN:
+        logger.warning(
+            "as measured, soft knots are ahead of plain LoRA only where a link learns %.0f tokens "
+            "or more a trained parameter (got %.1f in the first link); train longer, or leave "
+            "soft knots out",
+            BREAK_EVEN,
+            learned,
+        )
 
 
 def between(ends: Sequence[int]) -> tuple[int, ...]:

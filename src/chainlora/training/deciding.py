@@ -9,15 +9,16 @@ loading, evaluations and checkpoints come on top.
 from __future__ import annotations
 
 import logging
+import math
 import statistics
 import time
 from contextlib import closing
 from dataclasses import replace
 
-from chainlora.chain.adapters.layer_facts import sizes
+from chainlora.chain.adapters.layer_facts import num_trained
 from chainlora.chain.adapters.targets import matched_modules
 from chainlora.knots.driver import Knots
-from chainlora.knots.numbers import Numbers, break_even, spacings
+from chainlora.knots.numbers import Numbers, Spacing, say_what_to_expect, spacing
 from chainlora.training.optimizers import make_optimizer
 from chainlora.training.run import Run
 from chainlora.training.schedule import restart_warmup
@@ -62,34 +63,29 @@ def _new_numbers(run: Run) -> Numbers:
     if chain.minutes and not run.progress.planned:
         seconds = measure_step(run)
         lengths = tuple(max(1, round(60 * each / seconds)) for each in chain.minutes)
+    soft: tuple[Spacing, ...] = ()
     if chain.knots is not None and lengths:
-        _say_what_to_expect(run, lengths[0])
+        learned = _learned_a_step(run)
+        say_what_to_expect(lengths[0] * learned[0])
+        soft = tuple(spacing(chain.knots, each) for each in learned)
     return Numbers(
         lengths=lengths,
-        knots=spacings(chain, lengths),
+        knots=soft,
         restart_warmup_steps=restart_warmup(train),
         select_metric=train.select_metric or run.splits.metric,
         path=str(run.engine.path),
     )
 
 
-def _say_what_to_expect(run: Run, num_steps: int) -> None:
-    """Warn of soft knots in a first link that is too short for them."""
-    link, rows = run.config.chain.links()[0], run.splits.train[:_LOOKED_AT]
-    spans = [span for row in rows for span in row.scored[0]]
-    a_step = run.train.batch_size * run.train.gradient_accumulation / len(rows)
-    learned = num_steps * a_step * sum(end - start for start, end in spans)
-    modules = matched_modules(run.chain.model, link).values()
-    found = learned / (link.rank * sum(sum(sizes(module)) for module in modules))
-    if found < (least := break_even(link.rank)):
-        logger.warning(
-            "as measured, soft knots are ahead of plain LoRA only where links of rank %d learn "
-            "%.0f tokens or more a trained parameter (got %.1f in the first link); train longer, "
-            "or leave chain.knots out",
-            link.rank,
-            least,
-            found,
-        )
+def _learned_a_step(run: Run) -> list[float]:
+    """Return the tokens that a step learns, as some rows have them, by trained parameter of each
+    link."""
+    rows = run.splits.train
+    some = [rows[i] for i in range(0, len(rows), math.ceil(len(rows) / _LOOKED_AT))]
+    tokens = sum(end - start for row in some for start, end in row.scored[0]) / len(some)
+    a_step = tokens * run.train.batch_size * run.train.gradient_accumulation
+    model, links = run.chain.model, run.config.chain.links()
+    return [a_step / num_trained(link.rank, matched_modules(model, link)) for link in links]
 
 
 def _take(run: Run, numbers: Numbers, first: int) -> None:

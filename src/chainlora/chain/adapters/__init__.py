@@ -14,7 +14,7 @@ importing.py    a LoRA made elsewhere, as a link has it
 from chainlora.chain.adapters.factors import Factors, padded
 from chainlora.chain.adapters.files import load_adapter, reload_adapter, save_adapter
 from chainlora.chain.adapters.importing import Imported, import_adapter
-from chainlora.chain.adapters.layer_facts import sizes
+from chainlora.chain.adapters.layer_facts import num_trained, sizes
 from chainlora.chain.adapters.layers import (
     LIVE,
     Adapter,

@@ -34,6 +34,11 @@ def sizes(module: Any) -> tuple[int, int]:
     return module.in_features, module.out_features  # a quantised weight has another shape
 
 
+def num_trained(rank: int, modules: Mapping[str, Any]) -> int:
+    """Return how many parameters a LoRA of this rank on these layers has."""
+    return rank * sum(sum(sizes(module)) for module in modules.values())
+
+
 def looks_up(module: nn.Embedding) -> bool:
     """Say whether a forward is a look-up, times `embed_scale` where there is one, as in PEFT."""
     if type(module).forward is nn.Embedding.forward:

@@ -25,7 +25,7 @@ from chainlora.experiments.report.values import (
     missing_cells,
 )
 from chainlora.experiments.statistics.pairs import VERDICTS
-from chainlora.knots.numbers import break_even, share_of_gap
+from chainlora.knots.numbers import BREAK_EVEN, share_of_gap
 from chainlora.reports.page import Numbers, Section, Text, section
 from chainlora.reports.tables import Table, big, number, table_of
 
@@ -145,12 +145,12 @@ def does_rank_bind(facts: Facts) -> Iterator[str]:
             yield f"Rank {rank} was not found to bind on {each.task}: chains win little there."
             continue
         tokens = lora.scored_tokens / lora.num_trained
-        share = share_of_gap(tokens, rank)
+        share = share_of_gap(tokens)
         yield (
             f"**Rank {rank} binds on {each.task}**: rank {4 * rank} is "
             f"{-each.difference.mean:.3f} ahead. With {number(tokens, 1)} learned tokens a trained "
             f"parameter soft knots (`chain.knots: auto`) may win {share:.0%} of that; they break "
-            f"even at {break_even(rank):.0f} (a rule measured on a tiny model)."
+            f"even at {BREAK_EVEN:.0f} (a rule measured on a tiny model)."
         )
 
 
