@@ -114,11 +114,11 @@ def test_a_resume_takes_what_was_decided_at_the_start(
 def test_soft_knots_are_paced_by_learned_tokens_a_parameter_and_short_runs_are_warned(
     tiny_folder, tmp_path, caplog
 ):
-    """Twelve knots in 8 learned tokens a parameter, whatever the rank; 11 are a run's fewest."""
+    """Twelve knots in τ = 1.4·n/√N, with N learned tokens a parameter; below 11 a run is warned."""
     rows = [{"prompt": f"{i} is", "completion": " one" * (1 + i % 3)} for i in range(48)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = {"train": str(tmp_path / "rows.jsonl")}
-    for rank, steps, is_warned in ((1, 100, False), (3, 40, True)):
+    for rank, steps, is_warned in ((1, 96, False), (3, 48, True)):
         chain = {
             "ranks": [rank],
             "steps": [steps],
@@ -131,8 +131,9 @@ def test_soft_knots_are_paced_by_learned_tokens_a_parameter_and_short_runs_are_w
         result = train({"model": str(tiny_folder), "data": data, "output": str(run)} | keys)
         learned = result["scored_tokens"] / result["trainable_parameters"]
         ((every, share),) = manifest_of(run)["numbers"]["knots"]
-        assert every == round(8 / (learned / steps) / 12)
-        assert share == pytest.approx(1 - math.exp(-every * learned / steps / 8))
+        tau = 1.4 * steps / math.sqrt(learned)
+        assert every == max(1, round(tau / 12))
+        assert share == pytest.approx(1 - math.exp(-every / tau))
         assert ("learns 11 tokens or more a trained parameter" in caplog.text) == is_warned
         assert (learned < 11) == is_warned
 
@@ -147,8 +148,9 @@ def test_a_trainer_paces_them_by_its_collator_s_labels(tiny_folder, tmp_path, ca
     a_row = sum(len(row) - 1 for row in rows) / len(rows)
     learned = 2 * trainer.args.train_batch_size * a_row / trainer.model.num_parameters(True)
     ((every, share),) = callback._wrapped.numbers.knots
-    assert every == max(1, round(8 / learned / 12))
-    assert share == pytest.approx(1 - math.exp(-every * learned / 8))
+    tau = 1.4 * math.sqrt(3 / learned)
+    assert every == max(1, round(tau / 12))
+    assert share == pytest.approx(1 - math.exp(-every / tau))
     assert "learns 11 tokens or more" in caplog.text
 
 

@@ -7,19 +7,23 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from conftest import tiny_model
 
 from chainlora import Chain, LinkConfig
 from chainlora.chain.adapters import live_factors
+from chainlora.config.schema import KnotConfig
 from chainlora.data.examples import Example
 from chainlora.engine.engine import Engine
 from chainlora.knots.moments import carry_moments
+from chainlora.knots.numbers import spacing
 from chainlora.training.schedule import learning_rate_factor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks" / "lab"))
 
 from arms import Arm, Lora, make
 from model import Tiny, compiled
+from source import HERE
 
 STEPS, LENGTH, LR = 12, 16, 3e-3
 # Two float32 computations of one loss; a dozen optimizer steps let the roundings grow a little.
@@ -76,6 +80,12 @@ def package_step(engine: Engine, optimizer: torch.optim.Optimizer, tokens: torch
     (loss / count).backward()
     optimizer.step()
     return loss.item() / count
+
+
+def test_the_lab_s_auto_is_the_package_s():
+    plan = yaml.safe_load((HERE / "plan.yaml").read_text(encoding="utf-8"))
+    arm = Arm(rank=4, **plan["arms"]["auto"])
+    assert arm.soft(4000, 0.011) == spacing(KnotConfig(), 4000, 0.011)
 
 
 @pytest.mark.slow

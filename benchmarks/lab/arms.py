@@ -41,7 +41,10 @@ class Arm:
     time_constant: float | None = None  # of the soft knots, as a fraction of the steps
     tokens: float | None = None  # the same, in learned tokens a trained parameter
     eighth: bool = False  # eight soft knots, ρ = 0.35
-    auto: bool = False  # soft knots as `knots: auto` has them
+    root: float | None = None  # the same, of so many √steps
+    pace: float | None = (
+        None  # the same, of so many √(steps · steps that learn a token a parameter)
+    )
     tied: bool = True
     fading: bool = False  # shares follow the schedule of the learning rate
     moments: str = "carried"
@@ -65,11 +68,17 @@ class Arm:
         """
         if self.eighth:
             return steps // 8, 0.65
-        if not (self.auto or self.every or self.time_constant or self.tokens):
+        taus = [
+            (self.time_constant, steps),
+            (self.tokens, 1 / a_step),
+            (self.root, math.sqrt(steps)),
+            (self.pace, math.sqrt(steps / a_step)),
+        ]
+        tau = next((factor * unit for factor, unit in taus if factor), None)
+        if tau is None and self.every is None:
             return None
-        tau = None if self.time_constant is None else self.time_constant * steps
-        tau = tau if self.tokens is None else self.tokens / a_step
-        return spacing(KnotConfig(every=self.every, share=self.share, time_constant=tau), steps)
+        soft = KnotConfig(every=self.every, share=self.share, time_constant=tau)
+        return spacing(soft, steps, a_step)
 
 
 class Trained(Protocol):

@@ -67,11 +67,15 @@ def run_study(lab: Lab, plan: dict[str, Any], study: dict[str, Any]) -> None:
 def tuned_rate(lab: Lab, plan: dict[str, Any], study: dict[str, Any], name: str) -> float:
     """Return an arm's best learning rate on the tuning seeds; `search.py` has the rule."""
     arm, guess = arm_of(plan, study, name)
+    seeds = study.get("tuning_seeds", plan["tuning_seeds"])
+    if "at" in study:  # this rate, without a search
+        for seed in seeds:
+            lab.cell(study, name, arm, study["at"], seed, "tuning")
+        return float(study["at"])
     tried: dict[float, float] = {}
     tries = study.get("tries", plan["tries"])
     while not is_settled(tried, tries):
         lr = next_rate(tried, guess)
-        seeds = study.get("tuning_seeds", plan["tuning_seeds"])
         losses = [lab.cell(study, name, arm, lr, seed, "tuning") for seed in seeds]
         tried[lr] = statistics.fmean(losses)
     return best_rate(tried)

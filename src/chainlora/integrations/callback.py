@@ -28,7 +28,7 @@ from chainlora.integrations.launched import check_ranks, find_trainer_processes
 from chainlora.integrations.plan import Epochs, Lengths, check_knots, link_lengths
 from chainlora.integrations.wrapped_chain import WrappedChain
 from chainlora.knots.driver import Knots, check_policy
-from chainlora.knots.numbers import Numbers, asks_for_tokens, say_what_to_expect, spacing
+from chainlora.knots.numbers import Numbers, asks_for_tokens, say_what_to_expect, spacings
 from chainlora.knots.policy import Knot, KnotPolicy
 from chainlora.models.modes import kept_random_state
 from chainlora.runs.loading_start import load_start
@@ -230,7 +230,7 @@ class ChainCallback(TrainerCallback):
             if asks_for_tokens(config.knots):
                 learned = self._learned_a_step(config.links(), args, loader)
                 say_what_to_expect(lengths[0] * learned[0])
-            soft += tuple(spacing(config.knots, each) for each in learned)[len(begun) :]
+            soft += spacings(config.knots, lengths, learned)[len(begun) :]
         wrapped.numbers = Numbers(tuple(lengths), soft[: len(lengths)])
         self._knots = Knots(
             wrapped.chain, config, wrapped.numbers, policy=self.policy, first=wrapped.first

@@ -15,10 +15,10 @@ from chainlora.config.schema import KnotConfig
 
 logger = logging.getLogger(__name__)
 
-# `knots: auto`: τ in learned tokens a trained parameter. In benchmarks/lab the best of those tried
-# was 5 to 14, whatever rank, steps and tokens a step (docs/decisions/0029). The number of knots in
-# that time is a choice that has not been measured: more cost time, fewer are coarser.
-_TIME_CONSTANT = 8.0
+# `knots: auto`: τ = 1.4·√(n·m), for a link of n steps that learns as many tokens as it trains
+# parameters in m steps (docs/decisions/0029). The number of knots in that time is a choice that has
+# not been measured: more cost time, fewer are coarser.
+_TIME_CONSTANT = 1.4
 _KNOTS_PER_TIME_CONSTANT = 12
 
 # Learned tokens a trained parameter below which soft knots gained nothing over LoRA there, whatever
@@ -33,28 +33,36 @@ class Spacing(NamedTuple):
     share: float
 
 
+Spacings = tuple[Spacing, ...]
+
+
 @dataclass(frozen=True)
 class Numbers:
     """All that a run decides at its start because its config leaves it open."""
 
     lengths: tuple[int, ...]  # steps of each link, as planned
-    knots: tuple[Spacing, ...] = ()  # of each link, where the config asks for soft knots
+    knots: Spacings = ()  # of each link, where the config asks for soft knots
     restart_warmup_steps: int | None = None
     select_metric: str | None = None
     path: str | None = None  # how batches run through the model
 
 
-def spacing(soft: KnotConfig, learned: float) -> Spacing:
-    """Return the soft knots of a link.
+def spacing(soft: KnotConfig, num_steps: int, learned: float) -> Spacing:
+    """Return the soft knots of a link of `num_steps` steps.
 
     With the time constant τ and a distance I, in steps, the share is 1 − exp(−I/τ).
 
     Args:
         learned: tokens a step, divided by the link's trained parameters.
     """
-    tau = soft.time_constant or max(_TIME_CONSTANT / learned, _KNOTS_PER_TIME_CONSTANT)
+    tau = soft.time_constant or max(1.0, _TIME_CONSTANT * math.sqrt(num_steps / learned))
     every = soft.every or max(1, round(tau / _KNOTS_PER_TIME_CONSTANT))
     return Spacing(every, soft.share if soft.share is not None else -math.expm1(-every / tau))
+
+
+def spacings(soft: KnotConfig, lengths: Sequence[int], learned: Sequence[float]) -> Spacings:
+    """Return the soft knots of each link."""
+    return tuple(spacing(soft, *link) for link in zip(lengths, learned, strict=True))
 
 
 def asks_for_tokens(soft: KnotConfig) -> bool:

@@ -18,7 +18,7 @@ from dataclasses import replace
 from chainlora.chain.adapters.layer_facts import num_trained
 from chainlora.chain.adapters.targets import matched_modules
 from chainlora.knots.driver import Knots
-from chainlora.knots.numbers import Numbers, Spacing, say_what_to_expect, spacing
+from chainlora.knots.numbers import Numbers, Spacings, say_what_to_expect, spacings
 from chainlora.training.optimizers import make_optimizer
 from chainlora.training.run import Run
 from chainlora.training.schedule import restart_warmup
@@ -63,11 +63,11 @@ def _new_numbers(run: Run) -> Numbers:
     if chain.minutes and not run.progress.planned:
         seconds = measure_step(run)
         lengths = tuple(max(1, round(60 * each / seconds)) for each in chain.minutes)
-    soft: tuple[Spacing, ...] = ()
+    soft: Spacings = ()
     if chain.knots is not None and lengths:
         learned = _learned_a_step(run)
         say_what_to_expect(lengths[0] * learned[0])
-        soft = tuple(spacing(chain.knots, each) for each in learned)
+        soft = spacings(chain.knots, lengths, learned)
     return Numbers(
         lengths=lengths,
         knots=soft,
