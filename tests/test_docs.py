@@ -225,12 +225,14 @@ def test_the_chat_example_runs(checkout, monkeypatch):
 
 def test_the_example_of_automatic_knots_in_config_md():
     text = " ".join((ROOT / "docs/config.md").read_text(encoding="utf-8").split())
-    told = re.search(r"of (\S+) steps that is τ = (\d+), I = (\d+), share (\S+): (\d+) soft", text)
-    num_steps, tau, every, share, count = (float(word.replace(",", "")) for word in told.groups())
-    found = spacing(KnotConfig(), int(num_steps))
+    told = re.search(
+        r"For (\S+) steps and N = (\d+) that is τ = (\d+), I = (\d+), share (\S+): (\d+) soft", text
+    )
+    steps, tokens, tau, every, share, count = (float(n.replace(",", "")) for n in told.groups())
+    found = spacing(KnotConfig(), int(steps), tokens / steps)
     assert found == (every, pytest.approx(share, abs=5e-4))
     assert time_constant(*found) == pytest.approx(tau)
-    assert count == (num_steps - 1) // every  # the last step ends the link
+    assert count == (steps - 1) // every  # the last step ends the link
 
 
 def test_the_settings_in_config_md_are_read():

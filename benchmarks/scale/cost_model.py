@@ -415,15 +415,18 @@ def memory_table(shape: Shape) -> list[str]:
     return [*lines, ""]
 
 
-def soft_knots(steps: float) -> int:
-    """How many soft knots `knots: auto` ties in a link: twelve in a time constant of 5·√steps."""
-    return int(steps / round(5 * math.sqrt(steps) / 12))
+def soft_knots(shape: Shape, steps: float, tokens: float) -> int:
+    """How many soft knots `knots: auto` ties in a link of rank 8 that learns all its tokens."""
+    from chainlora.config.schema import KnotConfig
+    from chainlora.knots.numbers import spacing
+
+    return int(steps / spacing(KnotConfig(), int(steps), tokens / steps / shape.lora(8)).every)
 
 
 def knot_table(shape: Shape) -> list[str]:
     """The last knot of four, and its share of a run over 10⁹ rows."""
     rows, tokens, batch = 1e9, 256, 256
-    machine, knots = Machine(), soft_knots(rows / 4 / batch)
+    machine, knots = Machine(), soft_knots(shape, rows / 4 / batch, rows / 4 * tokens)
     lines = [
         f"### {shape.name}: the fourth knot",
         "",

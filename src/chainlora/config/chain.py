@@ -145,8 +145,8 @@ class KnotConfig(Section):
     """Share tied at each, from 0 (only balancing) to below 1; `null` is 1 − exp(−every / time
     constant)."""
     time_constant: Annotated[float, Field(ge=1, le=1e9)] | None = None
-    """Steps after which 1 − 1/e of what a step has learned is tied; `null` is 5 times the root of
-    the link's steps."""
+    """Steps after which 1 − 1/e of what a step has learned is tied; `null` is 1.4·n/√N
+    for a link of n steps that learns N tokens a trained parameter."""
     follow_rate: bool = False
     """Shares in proportion to the learning rate: late steps are tied less, and can still be
     corrected."""
