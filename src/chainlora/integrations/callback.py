@@ -304,7 +304,7 @@ class ChainCallback(TrainerCallback):
             raise ConfigError(
                 "the reference of a trainer must stay where training began",
                 "the model with its adapter off, which knots change",
-                "set precompute_ref_log_probs=True, or give ref_model",
+                "set precompute_ref_log_probs=True, or give ref_model (GRPO has neither: beta=0)",
             )
 
     # --- knots ---
@@ -385,8 +385,8 @@ def _learned_a_row(loader: Any) -> float:
         rule = "`knots: auto` looks at some rows, so the data set must have a length and places"
         raise ConfigError(rule, type(rows).__name__, remedy) from None
     batch = loader.collate_fn(some)
-    if "labels" in batch:
-        learned = (batch["labels"][:, 1:] != -100).sum()
+    if "labels" in batch:  # of tokens, or one of a row
+        learned = (batch["labels"] != -100).sum()
     elif "completion_mask" in batch:  # TRL's pairs of preferences
         learned = batch["completion_mask"].sum()
     else:
