@@ -11,7 +11,7 @@ from typing import get_args
 
 import pytest
 from datasets import Dataset
-from helpers import assert_same_links, settings, stop_after
+from helpers import assert_same_links, records_of, settings, stop_after
 from helpers_integrations import StopAt, arguments, collator, make_trainer, peft_model, token_rows
 from transformers import AutoTokenizer, Trainer, TrainingArguments
 
@@ -71,7 +71,7 @@ def manifest_of(run: Path) -> dict:
 
 
 OPEN = {
-    "chain": {"ranks": [4, 4], "steps": None, "epochs": [2, 1.5], "knots": "auto"},
+    "chain": {"ranks": [4, 4], "steps": None, "epochs": [2, 1.5], "knots": {"every": 1}},
     "train": {"save_every": 1, "restart_schedule": True, "warmup_steps": 2, "keep_best": True},
 }
 
@@ -130,17 +130,18 @@ def test_soft_knots_are_paced_by_learned_tokens_a_parameter_and_short_runs_are_w
         caplog.clear()
         result = train({"model": str(tiny_folder), "data": data, "output": str(run)} | keys)
         learned = result["scored_tokens"] / result["trainable_parameters"]
-        ((every, share),) = manifest_of(run)["numbers"]["knots"]
-        tau = 1.4 * steps / math.sqrt(learned)
-        assert every == max(1, round(tau / 12))
-        assert share == pytest.approx(1 - math.exp(-every / tau))
-        assert ("learns 11 tokens or more a trained parameter" in caplog.text) == is_warned
         assert (learned < 11) == is_warned
+        assert ("so `knots: auto` ties none; train longer" in caplog.text) == is_warned
+        tau = 1.4 * steps / math.sqrt(learned)
+        every = max(1, round(tau / 12))
+        soft = None if is_warned else [every, pytest.approx(1 - math.exp(-every / tau))]
+        assert manifest_of(run)["numbers"]["knots"] == [soft]
+        assert ("soft_knot" in {each["event"] for each in records_of(run)}) == (not is_warned)
 
 
 def test_a_trainer_paces_them_by_its_collator_s_labels(tiny_folder, tmp_path, caplog):
     tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
-    callback = ChainCallback(knots="auto")
+    callback = ChainCallback(knots={"moments": "new"})  # no `auto`, which would tie none
     keys = {"gradient_accumulation_steps": 2, "max_steps": 3, "save_strategy": "no"}
     trainer = make_trainer(peft_model(tiny_folder), tokenizer, tmp_path, callback, **keys)
     trainer.train()
@@ -151,7 +152,7 @@ def test_a_trainer_paces_them_by_its_collator_s_labels(tiny_folder, tmp_path, ca
     tau = 1.4 * math.sqrt(3 / learned)
     assert every == max(1, round(tau / 12))
     assert share == pytest.approx(1 - math.exp(-every / tau))
-    assert "learns 11 tokens or more" in caplog.text
+    assert "a link learns 11 tokens or more" in caplog.text
 
 
 def test_rows_without_places_ask_for_a_time_constant(tiny_folder, tmp_path):
@@ -196,7 +197,7 @@ def test_a_trainer_too(tiny_folder, tmp_path, later_version):
     keys = {"save_strategy": "steps", "save_steps": 1}
 
     def trainer(name: str):
-        callback = ChainCallback(knots="auto")
+        callback = ChainCallback(knots={"every": 2})
         return make_trainer(peft_model(tiny_folder), tokenizer, tmp_path / name, callback, **keys)
 
     whole = trainer("whole")

@@ -80,8 +80,8 @@ def show_inspection(found: Mapping[str, Any]) -> None:
 def _decided(numbers: Mapping[str, Any]) -> str:
     """Say what was decided when a stage began: steps of each link, its soft knots."""
     lengths = _repeated([f"{steps} steps" for steps in numbers["lengths"]])
-    soft = _repeated([f"{share:.3f} every {every} steps" for every, share in numbers["knots"]])
-    return lengths + (f"; soft knots of {soft}" if soft else "")
+    soft = [f"{each[1]:.3f} every {each[0]} steps" if each else "none" for each in numbers["knots"]]
+    return lengths + (f"; soft knots of {_repeated(soft)}" if any(numbers["knots"]) else "")
 
 
 def _repeated(texts: Sequence[str]) -> str:

@@ -229,7 +229,7 @@ class ChainCallback(TrainerCallback):
             learned = [math.nan] * len(lengths)
             if asks_for_tokens(config.knots):
                 learned = self._learned_a_step(config.links(), args, loader)
-                say_what_to_expect(lengths[0] * learned[0])
+                say_what_to_expect(config.knots, lengths[0] * learned[0])
             soft += spacings(config.knots, lengths, learned)[len(begun) :]
         wrapped.numbers = Numbers(tuple(lengths), soft[: len(lengths)])
         self._knots = Knots(

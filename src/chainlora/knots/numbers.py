@@ -22,7 +22,7 @@ _TIME_CONSTANT = 1.4
 _KNOTS_PER_TIME_CONSTANT = 12
 
 # Learned tokens a trained parameter below which soft knots gained nothing over LoRA there, whatever
-# the rank (benchmarks/lab/README.md, "When to expect anything").
+# the rank (benchmarks/lab/README.md, "When to expect anything"). `knots: auto` then ties none.
 BREAK_EVEN = 11.0
 
 
@@ -33,7 +33,7 @@ class Spacing(NamedTuple):
     share: float
 
 
-Spacings = tuple[Spacing, ...]
+Spacings = tuple[Spacing | None, ...]
 
 
 @dataclass(frozen=True)
@@ -47,14 +47,16 @@ class Numbers:
     path: str | None = None  # how batches run through the model
 
 
-def spacing(soft: KnotConfig, num_steps: int, learned: float) -> Spacing:
-    """Return the soft knots of a link of `num_steps` steps.
+def spacing(soft: KnotConfig, num_steps: int, learned: float) -> Spacing | None:
+    """Return the soft knots of a link of `num_steps` steps; None where `auto` expects nothing.
 
     With the time constant τ and a distance I, in steps, the share is 1 − exp(−I/τ).
 
     Args:
         learned: tokens a step, divided by the link's trained parameters.
     """
+    if soft == KnotConfig() and num_steps * learned < BREAK_EVEN:
+        return None
     tau = soft.time_constant or max(1.0, _TIME_CONSTANT * math.sqrt(num_steps / learned))
     every = soft.every or max(1, round(tau / _KNOTS_PER_TIME_CONSTANT))
     return Spacing(every, soft.share if soft.share is not None else -math.expm1(-every / tau))
@@ -81,15 +83,15 @@ def share_of_gap(learned: float) -> float:
     return max(0.0, 0.13 * math.log2(learned / BREAK_EVEN))
 
 
-def say_what_to_expect(learned: float) -> None:
-    """Warn of soft knots in a first link that learns too few tokens a trained parameter."""
+def say_what_to_expect(soft: KnotConfig, learned: float) -> None:
+    """Warn of a first link that learns too few tokens a trained parameter for soft knots."""
     if learned < BREAK_EVEN:
         logger.warning(
-            "as measured, soft knots are ahead of plain LoRA only where a link learns %.0f tokens "
-            "or more a trained parameter (got %.1f in the first link); train longer, or leave "
-            "soft knots out",
+            "soft knots gain on plain LoRA where a link learns %.0f tokens or more a trained "
+            "parameter (got %.1f in the first link)%s; train longer, or leave soft knots out",
             BREAK_EVEN,
             learned,
+            ", so `knots: auto` ties none" if soft == KnotConfig() else "",
         )
 
 

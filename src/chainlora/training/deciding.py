@@ -66,7 +66,7 @@ def _new_numbers(run: Run) -> Numbers:
     soft: Spacings = ()
     if chain.knots is not None and lengths:
         learned = _learned_a_step(run)
-        say_what_to_expect(lengths[0] * learned[0])
+        say_what_to_expect(chain.knots, lengths[0] * learned[0])
         soft = spacings(chain.knots, lengths, learned)
     return Numbers(
         lengths=lengths,
