@@ -176,6 +176,18 @@ def test_a_report_says_whether_rank_binds_and_what_soft_knots_may_then_win(tmp_p
     assert said in report_experiment(path, figures=False).markdown
 
 
+def test_a_report_says_where_automatic_knots_tied_none(tmp_path):
+    def soft(cell):
+        if cell["method"] != "chain3":
+            return cell
+        chain = {"ranks": [8], "steps": [10], "knots": {}}
+        return cell | {"config": {"chain": chain}, "soft_knots": 2 * (cell["task"] == "cb")}
+
+    found = report_experiment(change(tmp_path / "results.jsonl", soft), figures=False).markdown
+    assert "**chain3 tied no soft knot on wsc**: `knots: auto` ties none in a link" in found
+    assert "soft knot on cb" not in found
+
+
 def test_too_few_pairs_are_not_no_difference(tmp_path):
     def noisy(cell):
         swing = 0.05 * (-1) ** cell["seed"] * (cell["method"] == "chain3")

@@ -55,6 +55,7 @@ def summarise(config: RunConfig, result: Mapping[str, Any], run: Path) -> dict[s
             sum(step["link"] == link for step in steps) for link in range(len(config.chain.ranks))
         ],
         "link_tokens": [a + b for a, b in zip(_by_link(steps, config), started, strict=True)],
+        "soft_knots": len(_of_event(records, "soft_knot")),
         "curve": [
             {key: value for key, value in each.items() if key not in ("event", "seconds")}
             for each in _of_event(records, "eval")

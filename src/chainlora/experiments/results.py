@@ -12,6 +12,7 @@ A cell's line is its labels and its ``result.json``:
     train_loss                                mean over the last tenth of the steps
     steps, tokens, start_tokens, rows         start_tokens: those that gradient starts read
     link_steps, link_tokens, scored_tokens    what benchmarks/paper counts operations from
+    soft_knots                                how many were tied
     wall_s, peak_rss_mb                       time and memory
     trainable_parameters, ranks
     config                                    values other than the defaults

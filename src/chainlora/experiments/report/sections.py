@@ -20,6 +20,7 @@ from chainlora.experiments.report.origin import (
 from chainlora.experiments.report.values import (
     OVERALL,
     Summary,
+    cells_of,
     digits,
     diverged_finals,
     missing_cells,
@@ -76,12 +77,13 @@ def _how_chosen(facts: Facts) -> str:
 def verdict(facts: Facts) -> Section:
     """Return the verdicts in words, and the differences that they rest on."""
     losses = differences_table(facts.losses, "held-out loss", "Read as the table of scores.")
-    mixed, gates = mixed_machines(facts.results), "\n\n".join(does_rank_bind(facts))
+    mixed = mixed_machines(facts.results)
+    soft = "\n\n".join([*does_rank_bind(facts), *tied_none(facts)])
     return section(
         "Verdict",
         Text(verdicts(facts.comparisons)) if facts.comparisons else None,
         Text(mixed) if mixed else None,
-        Text(gates) if gates else None,
+        Text(soft) if soft else None,
         Numbers(differences_table(facts.comparisons, "score"), name="differences"),
         Numbers(losses, name="losses"),
     )
@@ -152,6 +154,18 @@ def does_rank_bind(facts: Facts) -> Iterator[str]:
             f"parameter soft knots (`chain.knots: auto`) may win {share:.0%} of that; they break "
             f"even at {BREAK_EVEN:.0f} (a rule measured on a tiny model)."
         )
+
+
+def tied_none(facts: Facts) -> Iterator[str]:
+    """Return which methods with `knots: auto` were plain LoRA, their links too short for it."""
+    for each in facts.summaries:
+        cells = cells_of(facts.results, each.task, each.method)
+        is_auto = all(cell["config"].get("chain", {}).get("knots") == {} for cell in cells)
+        if is_auto and not any(cell.get("soft_knots", 1) for cell in cells):
+            yield (
+                f"**{each.method} tied no soft knot on {each.task}**: `knots: auto` ties none in a "
+                f"link that learns fewer than {BREAK_EVEN:.0f} tokens a trained parameter."
+            )
 
 
 def _evidence(comparison: Comparison) -> str:
