@@ -166,7 +166,7 @@ def test_rows_without_places_ask_for_a_time_constant(tiny_folder, tmp_path):
             callbacks=[ChainCallback(knots=knots or "auto")],
         )
 
-    with pytest.raises(ConfigError, match=r"a length and places .*; give `knots` a time_constant"):
+    with pytest.raises(ConfigError, match=r"must have a length .*; give `knots` a time_constant"):
         trainer().train()
     assert trainer(time_constant=20).train().global_step == 3
 

@@ -382,7 +382,7 @@ def _learned_a_row(loader: Any) -> float:
     try:
         some = [rows[i] for i in range(0, len(rows), math.ceil(len(rows) / _LOOKED_AT))]
     except (TypeError, NotImplementedError, KeyError):
-        rule = "`knots: auto` looks at some rows, so the data set must have a length and places"
+        rule = "soft knots count the tokens of some rows, so the data set must have a length"
         raise ConfigError(rule, type(rows).__name__, remedy) from None
     batch = loader.collate_fn(some)
     if "labels" in batch:  # of tokens, or one of a row
@@ -390,7 +390,7 @@ def _learned_a_row(loader: Any) -> float:
     elif "completion_mask" in batch:  # TRL's pairs of preferences
         learned = batch["completion_mask"].sum()
     else:
-        rule = "`knots: auto` counts learned tokens, so batches must have `labels`"
+        rule = "soft knots count learned tokens, so batches must have `labels`"
         raise ConfigError(rule, ", ".join(batch), remedy)
     return max(int(learned), 1) / len(some)
 
