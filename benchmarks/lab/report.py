@@ -33,8 +33,7 @@ class Results:
     name: str
     tuning: dict[float, list[float]] = field(default_factory=dict)  # losses by rate
     curves: dict[int, list[list[float]]] = field(default_factory=dict)  # by fresh seed
-    seconds: float = 0.0
-    steps: int = 0
+    busy: float = 0.0  # seconds of processor time
 
     @property
     def tried(self) -> dict[float, float]:
@@ -77,8 +76,7 @@ def by_study(cells: Sequence[dict[str, Any]]) -> dict[str, dict[str, Results]]:
         arms = studies.setdefault(cell["study"], {})
         arm = arms.setdefault(cell["name"], Results(cell["name"]))
         config = cell["config"]
-        arm.seconds += cell["seconds"]
-        arm.steps += config["steps"]
+        arm.busy += cell["cpu_seconds"]
         if config["held_out"] == "tuning":
             loss = math.inf if cell["loss"] is None else cell["loss"]
             arm.tuning.setdefault(config["lr"], []).append(loss)
@@ -190,8 +188,8 @@ def rule_table(cells: Sequence[dict[str, Any]]) -> str:
     """Return what the second rule says of each study, and what came out."""
     lines = [
         "## When to expect anything\n",
-        "Less LoRA of the same rank: `auto`, `root5`, four whole knots (`classic4`). The hours are "
-        "those of all arms.\n",
+        "Less LoRA of the same rank: `auto`, `root5`, four whole knots (`classic4`). Hours: "
+        "processor time of all arms.\n",
         "| study | tokens a parameter | share, by the rule | says | `auto` | pairs | p | hit "
         "| gap to rank 4r | share | `root5` | whole knots | hours |",
         f"|{'---|' * 13}",
@@ -206,7 +204,7 @@ def rule_table(cells: Sequence[dict[str, Any]]) -> str:
             gap = tuned[*where, rank] - tuned.get((*where, 4 * rank), math.nan)
             row = _rule_row(study, places[study], found, gap)
             row += [difference(paired(arms.get(name), lora)) for name in ("root5", "classic4")]
-            row.append(f"{sum(arm.seconds for arm in arms.values()) / 3600:.1f}")
+            row.append(f"{sum(arm.busy for arm in arms.values()) / 3600:.1f}")
             lines.append(f"| {' | '.join(row)} |")
     return "\n".join(lines) + "\n"
 
