@@ -25,6 +25,7 @@ from chainlora.config.schema import ChainConfig, KnotConfig, LinkConfig
 from chainlora.errors import ChainError, ConfigError, RunError
 from chainlora.integrations import restarts
 from chainlora.integrations.launched import check_ranks, find_trainer_processes
+from chainlora.integrations.loaders import learned_a_row, steps_per_epoch
 from chainlora.integrations.plan import Epochs, Lengths, check_knots, link_lengths
 from chainlora.integrations.wrapped_chain import WrappedChain
 from chainlora.knots.driver import Knots, check_policy
@@ -36,8 +37,6 @@ from chainlora.runs.start import NOTHING
 from chainlora.training.processes import Processes, num_launched
 
 logger = logging.getLogger(__name__)
-
-_LOOKED_AT = 64  # rows whose learned tokens are counted
 
 
 class ChainCallback(TrainerCallback):
@@ -215,7 +214,7 @@ class ChainCallback(TrainerCallback):
 
     def _plan(self, args: TrainingArguments, state: TrainerState, loader: Any) -> None:
         num_links = None if self.ranks is None else len(self.ranks)
-        per_epoch = _steps_per_epoch(loader, args)
+        per_epoch = steps_per_epoch(loader, args)
         lengths = link_lengths(num_links, self.steps, self.epochs, state.max_steps, per_epoch)
         config, wrapped = self._chain_config(len(lengths)), self._need()
         begun = () if wrapped.numbers is None else wrapped.numbers.knots  # those of a resume stay
@@ -249,7 +248,7 @@ class ChainCallback(TrainerCallback):
         """Return the tokens that a step learns, by trained parameter of each link."""
         rows = args.train_batch_size * args.gradient_accumulation_steps * self._processes.count
         with kept_random_state(self.chain.model):
-            a_step = rows * _learned_a_row(loader)
+            a_step = rows * learned_a_row(loader)
         live: Any = self.chain.live
         return [a_step / num_trained(link.rank, live.layers) for link in links]
 
@@ -360,39 +359,6 @@ def _refuse_late(state: TrainerState) -> None:
             f"{why}, a trainer needs ChainCallback when it is made (got it by add_callback); pass "
             "it in `callbacks`"
         )
-
-
-def _steps_per_epoch(loader: Any, args: TrainingArguments) -> int | None:
-    """Return the optimizer steps of an epoch as the trainer counts them; None without a length."""
-    try:
-        batches = len(loader)
-    except (TypeError, NotImplementedError):
-        return None
-    return max(math.ceil(batches / args.gradient_accumulation_steps), 1)
-
-
-def _learned_a_row(loader: Any) -> float:
-    """Return how many tokens a row teaches on average, by the labels that the collator gives to
-    some rows.
-
-    Raises ConfigError where rows cannot be looked at, or do not show what is learned.
-    """
-    remedy = "give `knots` a time_constant, in steps"
-    rows: Any = getattr(loader, "dataset", None)
-    try:
-        some = [rows[i] for i in range(0, len(rows), math.ceil(len(rows) / _LOOKED_AT))]
-    except (TypeError, NotImplementedError, KeyError):
-        rule = "soft knots count the tokens of some rows, so the data set must have a length"
-        raise ConfigError(rule, type(rows).__name__, remedy) from None
-    batch = loader.collate_fn(some)
-    if "labels" in batch:  # of tokens, or one of a row
-        learned = (batch["labels"] != -100).sum()
-    elif "completion_mask" in batch:  # TRL's pairs of preferences
-        learned = batch["completion_mask"].sum()
-    else:
-        rule = "soft knots count learned tokens, so batches must have `labels`"
-        raise ConfigError(rule, ", ".join(batch), remedy)
-    return max(int(learned), 1) / len(some)
 
 
 def _newest_loss(state: TrainerState) -> float:

@@ -9,11 +9,12 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from chainlora.config.schema import KnotConfig
 
 logger = logging.getLogger(__name__)
+Row = TypeVar("Row")
 
 # `knots: auto`: τ = 1.4·√(n·m), for a link of n steps that learns as many tokens as it trains
 # parameters in m steps (docs/decisions/0029). The number of knots in that time is a choice that has
@@ -70,6 +71,11 @@ def spacings(soft: KnotConfig, lengths: Sequence[int], learned: Sequence[float])
 def asks_for_tokens(soft: KnotConfig) -> bool:
     """Say whether the soft knots of a link depend on the tokens that it learns."""
     return soft.time_constant is None and None in (soft.every, soft.share)
+
+
+def some_of(rows: Sequence[Row]) -> list[Row]:
+    """Return at most 64 rows, evenly spread, whose learned tokens stand for those of all."""
+    return [rows[i] for i in range(0, len(rows), math.ceil(len(rows) / 64))]
 
 
 def share_of_gap(learned: float) -> float:

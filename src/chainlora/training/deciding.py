@@ -9,7 +9,6 @@ loading, evaluations and checkpoints come on top.
 from __future__ import annotations
 
 import logging
-import math
 import statistics
 import time
 from contextlib import closing
@@ -18,7 +17,7 @@ from dataclasses import replace
 from chainlora.chain.adapters.layer_facts import num_trained
 from chainlora.chain.adapters.targets import matched_modules
 from chainlora.knots.driver import Knots
-from chainlora.knots.numbers import Numbers, Spacings, say_what_to_expect, spacings
+from chainlora.knots.numbers import Numbers, Spacings, say_what_to_expect, some_of, spacings
 from chainlora.training.optimizers import make_optimizer
 from chainlora.training.run import Run
 from chainlora.training.schedule import restart_warmup
@@ -27,7 +26,6 @@ from chainlora.training.step import add_gradients, steps_ahead
 logger = logging.getLogger(__name__)
 
 _WARM_UP, _TIMED = 2, 6  # steps
-_LOOKED_AT = 64  # rows whose learned tokens are counted
 
 
 def decide(run: Run, first: int) -> None:
@@ -80,8 +78,7 @@ def _new_numbers(run: Run) -> Numbers:
 def _learned_a_step(run: Run) -> list[float]:
     """Return the tokens that a step learns, as some rows have them, by trained parameter of each
     link."""
-    rows = run.splits.train
-    some = [rows[i] for i in range(0, len(rows), math.ceil(len(rows) / _LOOKED_AT))]
+    some = some_of(run.splits.train)
     tokens = sum(end - start for row in some for start, end in row.scored[0]) / len(some)
     a_step = tokens * run.train.batch_size * run.train.gradient_accumulation
     model, links = run.chain.model, run.config.chain.links()
