@@ -52,41 +52,27 @@ def frobenius_norm(factors: Sequence[Factor]) -> float:
     return float(torch.linalg.norm(torch.linalg.qr(b).R @ a))
 
 
-def compress_low_rank(
-    factors: Sequence[Factor], rank: int | None = None, tolerance: float | None = None
-) -> tuple[Tensor, Tensor, float]:
+def compress_low_rank(factors: Sequence[Factor], rank: int) -> tuple[Tensor, Tensor, float]:
     """Return ``(A, B, error)``: the best approximation ``B·A`` of ``Σ s·B·A`` in Frobenius norm.
 
-    By Eckart–Young, the leading k singular triplets. A [k, in] and B [out, k] have the dtype of the
-    first A (float32 if that is narrower); the singular values are split evenly between them,
-    scaling is 1.
+    By Eckart–Young, the leading k = min(rank, Σr, in, out) singular triplets. A [k, in] and B
+    [out, k] have the dtype of the first A (float32 if that is narrower); the singular values are
+    split evenly between them, scaling is 1.
 
-    Args:
-        rank: k is at most this.
-        tolerance: k is as small as brings the relative error ‖Σ − B·A‖_F / ‖Σ‖_F to this or below.
-            With `rank` too, the rank wins. With neither, k = min(Σr, in, out) and the error is
-            rounding.
+    ``error`` is the relative error ‖Σ − B·A‖_F / ‖Σ‖_F of the factors as returned, their rounding
+    included; 0 for a sum of zero.
 
-    ``error`` is the relative error of the factors as returned, their rounding included; 0 for a sum
-    of zero.
-
-    Raises ConfigError if ``rank`` is below 1 or ``tolerance`` is not in [0, 1).
+    Raises ConfigError if ``rank`` is below 1.
     """
-    if rank is not None and rank < 1:
+    if rank < 1:
         raise ConfigError(f"`rank` must be a positive integer (got {rank}); give 1 or more")
-    if tolerance is not None and not 0 <= tolerance < 1:
-        raise ConfigError(
-            f"`tolerance` must be in [0, 1) (got {tolerance}); 0.01 keeps the error below 1 %"
-        )
     a, b = stack_factors(factors)
     left, right = torch.linalg.qr(b), torch.linalg.qr(a.T)
     u, s, vh = torch.linalg.svd(left.R @ right.R.T, full_matrices=False)
-    kept = len(s) if tolerance is None else _rank_for(s, tolerance)
-    kept = kept if rank is None else min(kept, rank)
-    root = s[:kept].sqrt()
+    root = s[:rank].sqrt()
     dtype = torch.promote_types(factors[0][0].dtype, torch.float32)
-    new_a = (root.unsqueeze(1) * (vh[:kept] @ right.Q.T)).to(dtype)
-    new_b = (left.Q @ u[:, :kept] * root).to(dtype)
+    new_a = (root.unsqueeze(1) * (vh[:rank] @ right.Q.T)).to(dtype)
+    new_b = (left.Q @ u[:, :rank] * root).to(dtype)
     norm = float(torch.linalg.norm(s))
     error = frobenius_norm([(a, b, 1.0), (new_a, new_b, -1.0)]) / norm if norm > 0 else 0.0
     return new_a, new_b, error
@@ -171,12 +157,6 @@ def _leading_triplets(matrix: Tensor, tolerance: float) -> _Triplets:
         width *= 2
     ranks = range(1, len(found.s))
     return found.first(next((k for k in ranks if found.tail(k) <= allowed), len(found.s)))
-
-
-def _rank_for(s: Tensor, tolerance: float) -> int:
-    """Return the least rank, 1 or more, whose discarded tail is within `tolerance` of the whole."""
-    tails = s.square().flip(0).cumsum(0).flip(0).sqrt()  # [k]: norm of what a rank of k leaves out
-    return max(1, int((tails > tolerance * tails[0]).sum()))
 
 
 def effective_rank(s: Tensor) -> float:

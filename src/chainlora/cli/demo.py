@@ -23,7 +23,7 @@ from chainlora.evaluation.stages import stage_matrix
 from chainlora.models.hashing import cache_dir
 from chainlora.reports.run_charts import plot_training
 from chainlora.reports.run_report import report_runs
-from chainlora.runs.records import read_records
+from chainlora.runs.records import of_event, read_records
 from chainlora.runs.stages import mix_stages
 from chainlora.runs.start import Start
 from chainlora.training.loop import train
@@ -65,7 +65,7 @@ def run_demo(
     result = train(config, listener=listener_for(), start=Start("headlines"))
     records = read_records(Path(output) / "metrics.jsonl")
     plot_training(records, Path(output) / "training.png")
-    scores = [record for record in records if record["event"] == "eval"]
+    scores = of_event(records, "eval")
     zero_shot = next(score["accuracy"] for score in scores if score["where"] == "start")
     after_links = [score["accuracy"] for score in scores if score["where"] == "knot"]
     echo(_summary(zero_shot, after_links, result["metrics"]["validation"]))

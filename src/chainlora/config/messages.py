@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import typing
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
 from chainlora.config.foreign import foreign_hint, foreign_keys
+from chainlora.config.section import types_in
 from chainlora.config.yaml_text import one_value
 from chainlora.errors import nearest, sentence
 
@@ -115,8 +115,6 @@ def _unknown_key(keys: Sequence[str], value: Any, root: type[BaseModel], prefix:
 
 
 def _models(annotation: Any) -> Iterator[type[BaseModel]]:
-    """Yield the models in an annotation such as ``Section``, also in a union or a tuple."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
-    for part in typing.get_args(annotation):
-        yield from _models(part)
+    """Return the models in an annotation such as ``Section``, also in a union or a tuple."""
+    kinds = (kind for kind in types_in(annotation) if isinstance(kind, type))
+    return (kind for kind in kinds if issubclass(kind, BaseModel))

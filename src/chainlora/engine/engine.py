@@ -31,7 +31,7 @@ from chainlora.engine.padded import padded_hidden
 from chainlora.engine.probes import Facts, examine, forget_lengths
 from chainlora.engine.score_batches import evaluation_batches, pack_size
 from chainlora.errors import ModelError
-from chainlora.models.modes import evaluation_mode
+from chainlora.models.modes import in_mode
 from chainlora.models.shards import at_head, by_module, in_forward, is_sharded
 from chainlora.models.text_config import base_model
 
@@ -308,7 +308,7 @@ class Engine:
     @contextmanager
     def plain(self) -> Iterator[nn.Module]:
         """Yield the model for calls of its own forward or `generate`, in inference mode."""
-        with evaluation_mode(self.model), self._no_gradients():
+        with in_mode(self.model), self._no_gradients():
             yield self.model
 
     def _no_gradients(self) -> AbstractContextManager[Any]:

@@ -23,7 +23,7 @@ from chainlora.engine.limits import short_threshold
 from chainlora.engine.packing import PackedBatch, pack
 from chainlora.engine.padded import padded_hidden
 from chainlora.errors import ModelError, is_out_of_memory
-from chainlora.models.modes import evaluation_mode, kept_random_state, training_mode
+from chainlora.models.modes import in_mode, kept_random_state
 from chainlora.models.shards import by_module
 from chainlora.models.text_config import base_model, compute_dtype, context_length, text_config
 
@@ -37,7 +37,7 @@ _SHORT_THRESHOLD = 128  # tokens; a row beyond a longer one would take long on a
 @contextmanager
 def probing(model: nn.Module) -> Iterator[None]:
     """Run without gradients and dropout; put every training flag and the random state back."""
-    with kept_random_state(model), torch.no_grad(), evaluation_mode(model):
+    with kept_random_state(model), torch.no_grad(), in_mode(model):
         yield
 
 
@@ -192,7 +192,7 @@ def random_in_training(model: nn.Module) -> str | None:
     ids = torch.arange(1, 9, device=next(model.parameters()).device)[None]
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     try:
-        with kept_random_state(model), torch.no_grad(), training_mode(model):  # noqa: SIM117
+        with kept_random_state(model), torch.no_grad(), in_mode(model, training=True):  # noqa: SIM117
             with _watching_generators(model) as drawn:
                 base_model(model)(input_ids=ids, use_cache=False)
     except Exception as error:

@@ -21,7 +21,7 @@ from chainlora.errors import ModelError
 from chainlora.experiments.expansion import compact_config
 from chainlora.experiments.results import FORMAT
 from chainlora.models.finding import resolve_model
-from chainlora.runs.records import read_records
+from chainlora.runs.records import of_event, read_records
 
 _PACKAGE = Path(chainlora.__file__).parent
 _DIGITS = 12  # of a digest
@@ -30,8 +30,8 @@ _DIGITS = 12  # of a digest
 def summarise(config: RunConfig, result: Mapping[str, Any], run: Path) -> dict[str, Any]:
     """Return the fields of a cell (see `results.py`) from what `train` returned and wrote."""
     records = read_records(run / "metrics.jsonl")
-    steps = _of_event(records, "step")
-    started = _by_link(_of_event(records, "gradient"), config)
+    steps = of_event(records, "step")
+    started = _by_link(of_event(records, "gradient"), config)
     metrics = result["metrics"]
     split = "test" if "test" in metrics else "validation"
     metric = task_metric(config)
@@ -55,10 +55,10 @@ def summarise(config: RunConfig, result: Mapping[str, Any], run: Path) -> dict[s
             sum(step["link"] == link for step in steps) for link in range(len(config.chain.ranks))
         ],
         "link_tokens": [a + b for a, b in zip(_by_link(steps, config), started, strict=True)],
-        "soft_knots": len(_of_event(records, "soft_knot")),
+        "soft_knots": len(of_event(records, "soft_knot")),
         "curve": [
             {key: value for key, value in each.items() if key not in ("event", "seconds")}
-            for each in _of_event(records, "eval")
+            for each in of_event(records, "eval")
         ],
         "rows_digest": _digest(result["rows_digest"]),
         "base_fingerprint": _digest(result["base_fingerprint"]),
@@ -89,10 +89,6 @@ def last_loss(steps: Sequence[Mapping[str, Any]]) -> float | None:
     """Return the mean training loss over the last tenth of the steps; None if there were none."""
     tail = steps[-max(1, len(steps) // 10) :]
     return sum(step["loss"] for step in tail) / len(tail) if tail else None
-
-
-def _of_event(records: Iterable[Mapping[str, Any]], event: str) -> list[Mapping[str, Any]]:
-    return [record for record in records if record["event"] == event]
 
 
 def _by_link(records: Iterable[Mapping[str, Any]], config: RunConfig) -> list[int]:

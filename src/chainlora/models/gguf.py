@@ -27,7 +27,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from chainlora.errors import ModelError
-from chainlora.files import is_scratch, make_folder, remove, replaced_folder, reported
+from chainlora.files import make_folder, remove_scratch, replaced_folder, reported
 from chainlora.models.checkpoint import save_model
 from chainlora.models.hashing import cache_dir, hash_file
 
@@ -74,9 +74,7 @@ def converted_folder(file: Path) -> Path:
     with reported(folder.parent), FileLock(folder.parent / f".{name}.lock"):
         if folder.is_dir():
             return folder
-        for left in list(folder.parent.iterdir()):
-            if left.name.startswith(f"{name}.") and is_scratch(left.name):
-                remove(left)  # of a killed conversion; the lock makes it ours
+        remove_scratch(folder.parent, f"{name}.")  # of a killed conversion; the lock makes it ours
         with replaced_folder(folder) as scratch:
             _convert(file, scratch, digest)
     return folder

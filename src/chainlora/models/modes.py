@@ -1,4 +1,4 @@
-"""Run a model in evaluation mode for a while, and leave it as it was."""
+"""Run a model in another mode for a while, and leave it as it was."""
 
 from __future__ import annotations
 
@@ -10,26 +10,11 @@ from torch import nn
 
 
 @contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Switch every module to evaluation mode, and give each its own mode back."""
-    with kept_modes(model):
-        model.eval()
-        yield
-
-
-@contextmanager
-def training_mode(model: nn.Module) -> Iterator[None]:
-    """Switch every module to training mode, and give each its own mode back."""
-    with kept_modes(model):
-        model.train()
-        yield
-
-
-@contextmanager
-def kept_modes(model: nn.Module) -> Iterator[None]:
-    """Give every module its own training or evaluation mode back at the end."""
+def in_mode(model: nn.Module, *, training: bool = False) -> Iterator[None]:
+    """Switch every module to evaluation (or training) mode, and give each its own mode back."""
     modes = [(module, module.training) for module in model.modules()]
     try:
+        model.train(training)
         yield
     finally:
         for module, training in modes:

@@ -29,7 +29,7 @@ from chainlora.reports.charts import (
     whole_steps,
 )
 from chainlora.reports.runs import RunFacts
-from chainlora.runs.records import Record, score_names
+from chainlora.runs.records import Record, of_event, score_names
 
 _MOST_POINTS = 400  # of a curve; a page is as wide as about a thousand pixels
 
@@ -94,7 +94,7 @@ def _draw_runs(axes: Any, runs: Sequence[RunFacts], name: str | None) -> None:
         values = [record[name or "loss"] for record in records]
         if name is None:
             values = smooth(values, span=max(9, len(values) / 12))
-        knots = {record["step"] for record in _of_event(run.records, "knot")}
+        knots = {record["step"] for record in of_event(run.records, "knot")}
         at = [record["step"] for record in records]
         marked = [i for i, step in enumerate(at) if step in knots]
         style = line_style(place) | {"marker": "o", "markevery": marked, "linewidth": 1.6}
@@ -103,10 +103,6 @@ def _draw_runs(axes: Any, runs: Sequence[RunFacts], name: str | None) -> None:
     axes.set_xlabel("step")
     axes.set_ylabel(f"validation {name}" if name else "training loss")
     legend_above(axes)
-
-
-def _of_event(records: Sequence[Record], event: str) -> list[Record]:
-    return [record for record in records if record["event"] == event]
 
 
 def _known(records: Sequence[Record], name: str) -> list[Record]:
@@ -132,7 +128,7 @@ def thinned(steps: Sequence[Record]) -> tuple[list[Record], int]:
 
 
 def _training(records: Sequence[Record]) -> list[Panel]:
-    steps, evals = _of_event(records, "step"), _of_event(records, "eval")
+    steps, evals = of_event(records, "step"), of_event(records, "eval")
     some, width = thinned(steps)
     each = "each step" if width == 1 else f"mean of {width} steps"
     found = []
@@ -240,7 +236,7 @@ def _draw_rate(axes: Any, steps: Sequence[Record]) -> None:
 
 def _mark_knots(panels: Sequence[Any], records: Sequence[Record]) -> None:
     """Draw a dashed line at each knot, and name each link above its part of the run."""
-    knots = [r["step"] for r in _of_event(records, "knot")]
+    knots = [r["step"] for r in of_event(records, "knot")]
     last = max(r["step"] for r in records if "step" in r)
     for axes in panels:
         whole_steps(axes.xaxis)

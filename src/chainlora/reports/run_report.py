@@ -6,10 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from chainlora.config.loading import flatten
 from chainlora.config.stages import split_address
+from chainlora.config.yaml_text import dump_yaml
 from chainlora.files import make_folder, write_text
 from chainlora.reports.answers import answers, changes, read_prompts
 from chainlora.reports.chain_charts import chain_pictures, stage_pictures
@@ -29,7 +28,7 @@ from chainlora.reports.page import (
 from chainlora.reports.run_charts import comparing_pictures, training_pictures
 from chainlora.reports.runs import RunFacts, read_runs
 from chainlora.reports.tables import Table, number, table_of
-from chainlora.runs.records import Record
+from chainlora.runs.records import Record, of_event
 
 NAME = "report.html"
 _NONE = "–"
@@ -193,7 +192,7 @@ def _remarks(run: RunFacts) -> list[Block]:
             f"{run.name} was mixed or pruned since: the scores of its training are not those of "
             "what it is now."
         )
-    if rejected := [r for r in run.records if r["event"] == "rejected"]:
+    if rejected := of_event(run.records, "rejected"):
         found.append(f"{run.name}: link {rejected[-1]['link']} was dropped, as it brought nothing.")
     return [Text(text) for text in found]
 
@@ -318,8 +317,7 @@ def _configs(runs: Sequence[RunFacts]) -> list[Block]:
         shown = {name: {key: v.get(key, _NONE) for key in apart} for name, v in flat.items()}
         found.append(Numbers(_side_by_side("Keys that differ", shown, "key")))
     for name, tree in trees.items():
-        text = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
-        found.append(Listing(f"The whole config of {name}", text))
+        found.append(Listing(f"The whole config of {name}", dump_yaml(tree)))
     return found
 
 

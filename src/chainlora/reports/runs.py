@@ -11,7 +11,7 @@ from chainlora.config.stages import split_address
 from chainlora.evaluation.stages import StageMatrix, stage_matrix
 from chainlora.runs.inspection import inspect_run
 from chainlora.runs.manifest import Manifest
-from chainlora.runs.records import Record, score_names
+from chainlora.runs.records import Record, of_event, score_names
 from chainlora.runs.stages import open_run, read_stages
 
 
@@ -35,12 +35,12 @@ class RunFacts:
     @property
     def steps(self) -> list[Record]:
         """Return the records of its steps."""
-        return [record for record in self.records if record["event"] == "step"]
+        return of_event(self.records, "step")
 
     @property
     def evaluations(self) -> list[Record]:
         """Return the records of its validations."""
-        return [record for record in self.records if record["event"] == "eval"]
+        return of_event(self.records, "eval")
 
     @property
     def links(self) -> list[Record]:

@@ -23,7 +23,7 @@ from chainlora.config.schema import DataConfig, RunConfig
 from chainlora.files import reported
 from chainlora.runs.beside import is_licence
 from chainlora.runs.reading import Address
-from chainlora.runs.records import score_names
+from chainlora.runs.records import of_event, score_names
 from chainlora.runs.stages import open_run
 
 # Ranks that vLLM makes room for (`--max-lora-rank`).
@@ -96,8 +96,7 @@ def story_of(run: Address) -> Story | None:
     manifest = reader.manifest()
     if not manifest.has_run or manifest.is_off:
         return None
-    records = reader.records() if reader.is_as_trained() else []
-    evaluations = [record for record in records if record["event"] == "eval"]
+    evaluations = of_event(reader.records() if reader.is_as_trained() else (), "eval")
     return Story(reader.config(), manifest.first, manifest.rows, evaluations, manifest.versions)
 
 

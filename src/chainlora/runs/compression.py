@@ -34,8 +34,7 @@ def adapter_factors(
     if tolerance is None and (rank is None or rank >= widest):
         return {name: padded(share, rank or widest) for name, share in stacked.items()}, 0.0
     spectra = {
-        name: singular_values_of_sum([(share.a, share.b, 1.0)]).double()
-        for name, share in stacked.items()
+        name: singular_values_of_sum([(share.a, share.b, 1.0)]) for name, share in stacked.items()
     }
     total = sum(float((s**2).sum()) for s in spectra.values())
     longest = max(len(s) for s in spectra.values())
@@ -48,9 +47,7 @@ def adapter_factors(
     compressed = {}
     squared = 0.0
     for name, share in stacked.items():
-        a, b, error = compress_low_rank(
-            [(share.a, share.b, 1.0)], rank=min(rank, len(spectra[name]))
-        )
+        a, b, error = compress_low_rank([(share.a, share.b, 1.0)], rank)
         compressed[name] = padded(replace(share, a=a.float(), b=b.float()), rank)
         squared += (error**2) * float((spectra[name] ** 2).sum())
     return compressed, math.sqrt(squared / total) if total else 0.0

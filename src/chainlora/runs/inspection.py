@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from chainlora.chain.low_rank import (
 )
 from chainlora.chain.showing import Shown
 from chainlora.runs.reading import Address
-from chainlora.runs.records import Record
+from chainlora.runs.records import Record, of_event
 from chainlora.runs.stages import open_run, readers_of_stages
 
 
@@ -83,9 +84,9 @@ def _describe(
     """Return what there is to say of a link that ends after step `end` of its stage: at its knot,
     or before it, where its stage kept the best point."""
     own = [r for r in records if r.get("link") == link.index and r["step"] <= end]
-    losses = [r["loss"] for r in own if r["event"] == "step"]
+    losses = [r["loss"] for r in of_event(own, "step")]
     tail = losses[-max(1, len(losses) // 10) :]
-    last = [r for r in own if r["event"] == "eval" and r["step"] == end and r["where"] != "start"]
+    last = [r for r in of_event(own, "eval") if r["step"] == end and r["where"] != "start"]
     keys = ("event", "step", "link", "where")
     row: dict[str, Any] = {
         "link": link.index,
@@ -122,9 +123,9 @@ def _sizes(spectra: Iterable[Tensor]) -> dict[str, float]:
     if not spectra:
         return {"delta_norm": 0.0, "effective_rank": 0.0, "stable_rank": 0.0}
     return {
-        "delta_norm": float(torch.stack([(s.double() ** 2).sum() for s in spectra]).sum().sqrt()),
-        "effective_rank": sum(float(effective_rank(s)) for s in spectra) / len(spectra),
-        "stable_rank": sum(float(stable_rank(s)) for s in spectra) / len(spectra),
+        "delta_norm": float(torch.cat(spectra).norm()),
+        "effective_rank": fmean(map(effective_rank, spectra)),
+        "stable_rank": fmean(map(stable_rank, spectra)),
     }
 
 
@@ -136,8 +137,6 @@ def _mean_spectrum(spectra: Sequence[Tensor]) -> list[float]:
 
 
 def _overlap(link: Link, other: Link) -> float:
-    shared = [name for name in link.factors if name in other.factors]
-    overlaps = [
-        float(subspace_overlap(link.factors[name].a, other.factors[name].a)) for name in shared
-    ]
-    return sum(overlaps) / len(overlaps) if overlaps else 0.0
+    pairs = [(own, other.factors.get(name)) for name, own in link.factors.items()]
+    overlaps = [subspace_overlap(own.a, theirs.a) for own, theirs in pairs if theirs is not None]
+    return fmean(overlaps) if overlaps else 0.0

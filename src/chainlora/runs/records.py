@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +117,11 @@ def read_records(path: Path) -> list[Record]:
             "remove the broken line"
         ) from None
     return records
+
+
+def of_event(records: Iterable[Record], event: str) -> list[Record]:
+    """Return the records of one kind of event."""
+    return [record for record in records if record["event"] == event]
 
 
 def score_names(evaluations: Sequence[Record]) -> list[str]:

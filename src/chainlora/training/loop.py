@@ -25,7 +25,7 @@ from chainlora.chain.live import SOFT_LINK_TOLERANCE
 from chainlora.config.schema import RunConfig
 from chainlora.errors import DivergedError, StoppedError, TrainingError
 from chainlora.evaluation.acceptance import gain
-from chainlora.models.modes import evaluation_mode
+from chainlora.models.modes import in_mode
 from chainlora.runs.start import NOTHING, Start
 from chainlora.training.events import (
     AlreadyFinished,
@@ -251,7 +251,7 @@ def _add_first_gradients(run: Run) -> None:
     parameters = [p for p in model.parameters() if p.requires_grad]
     last = min(first + run.config.chain.init_batches, run.plan.num_steps)
     tokens = 0
-    with evaluation_mode(model), closing(steps_ahead(run, first, last)) as steps:
+    with in_mode(model), closing(steps_ahead(run, first, last)) as steps:
         for work in steps:
             tokens += add_gradients(run, work, parameters).num_tokens
     run.processes.sum_gradients(parameters)

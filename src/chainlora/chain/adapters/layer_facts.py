@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from chainlora.models.modes import evaluation_mode, kept_random_state
+from chainlora.models.modes import in_mode, kept_random_state
 from chainlora.models.quantizing import is_packed, is_quantized
 from chainlora.models.shards import local, whole_shape
 
@@ -143,7 +143,7 @@ def _called_modules(model: nn.Module) -> frozenset[str] | None:
         ]
         device = next(model.parameters()).device
         try:
-            with evaluation_mode(model), kept_random_state(model), torch.no_grad():
+            with in_mode(model), kept_random_state(model), torch.no_grad():
                 ids = torch.arange(1, 9, device=device)[None]
                 is_both = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
                 both = {"decoder_input_ids": ids} if is_both else {}

@@ -109,7 +109,7 @@ def attach(model: nn.Module, config: LinkConfig) -> Adapter:
     when a matched layer is neither Linear, Conv1D nor Embedding, when a target shares its storage
     (tied head), or `lora_bias` finds no bias.
     """
-    if any(isinstance(module, LoraLayer) for module in model.modules()):
+    if lora_layers(model):
         raise ModelError(
             "a chain needs a model without adapters (got one that already has LoRA layers); "
             "merge or unload them first"
@@ -123,7 +123,9 @@ def attach(model: nn.Module, config: LinkConfig) -> Adapter:
         whole = {"modules_to_save": extra, "exclude_modules": None, "task_type": task_type(model)}
         targets = sorted(matched_modules(model, config))
         tuner = peft.LoraModel(model, peft_config(config, target_modules=targets, **whole), LIVE)
-    adapter = Adapter(tuner, config, _layers(model), _extra_modules(model))
+    whole_modules = trained_whole(model).items()
+    copies = {name: wrapper.modules_to_save[LIVE] for name, wrapper in whole_modules}
+    adapter = Adapter(tuner, config, lora_layers(model), copies)
     for layer in adapter.layers.values():
         for part in (layer.lora_A, layer.lora_B, layer.lora_embedding_A, layer.lora_embedding_B):
             part.float()
@@ -169,14 +171,20 @@ def _as(dtype: torch.dtype, value: Any) -> Any:
 def detach(adapter: Adapter) -> None:
     """Take the LoRA off in place: plain layers again, and the extra modules as they were before."""
     model = adapter.tuner.model
-    originals = {name: model.get_submodule(name).original_module for name in adapter.extra}
-    adapter.tuner.unload()
-    for name, module in originals.items():
-        model.set_submodule(name, module)
+    unload(adapter.tuner, model)
     for attribute in ("peft_config", "peft_type"):
         if attribute in vars(model):
             delattr(model, attribute)
     adapter.layers, adapter.extra, adapter.branch = {}, {}, {}
+
+
+def unload(tuner: Any, model: nn.Module) -> None:
+    """Take all LoRA off a plain model in place, and give it its own modules for those that PEFT
+    trains whole: copies would no longer be tied to what they were tied to."""
+    originals = {name: wrapper.original_module for name, wrapper in trained_whole(model).items()}
+    tuner.unload()
+    for name, module in originals.items():
+        model.set_submodule(name, module)
 
 
 def same_shape(adapter: Adapter, config: LinkConfig) -> bool:
@@ -318,10 +326,9 @@ def _put_on_branch(adapter: Adapter, modules: list[str], rank: int, with_bias: b
         warnings.simplefilter("ignore")
         tuner.inject_adapter(tuner.model, CARRIED)
         tuner.set_adapter([CARRIED, LIVE])
-    found = _layers(tuner.model)
     adapter.branch = {
         name: layer
-        for name, layer in found.items()
+        for name, layer in lora_layers(tuner.model).items()
         if CARRIED in layer.lora_A or CARRIED in layer.lora_embedding_A
     }
     for layer in adapter.branch.values():
@@ -352,16 +359,18 @@ def host(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", torch.float32, copy=True)
 
 
-def _layers(model: nn.Module) -> dict[str, Any]:
+def lora_layers(model: nn.Module) -> dict[str, Any]:
+    """Return the layers of a model that a LoRA of PEFT is on, by path."""
     return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
 
 
-def _extra_modules(model: nn.Module) -> dict[str, nn.Module]:
-    return {
-        name: module.modules_to_save[LIVE]
-        for name, module in model.named_modules()
-        if isinstance(module, ModulesToSaveWrapper)
-    }
+def trained_whole(model: nn.Module) -> dict[str, ModulesToSaveWrapper]:
+    """Return the modules that PEFT trains whole (`modules_to_save`), by path on the plain model.
+
+    Some are there because of the task: PEFT adds the head of a classifier by itself.
+    """
+    found = model.named_modules()
+    return {name: module for name, module in found if isinstance(module, ModulesToSaveWrapper)}
 
 
 def is_transposed(module: nn.Module) -> bool:

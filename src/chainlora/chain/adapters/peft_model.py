@@ -15,13 +15,19 @@ from typing import Any
 
 import peft
 import torch
-from peft.tuners.lora import LoraLayer
-from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from chainlora.chain.adapters.factors import Factors
 from chainlora.chain.adapters.importing import odd_field
-from chainlora.chain.adapters.layers import LIVE, Adapter, copied_factors, host
+from chainlora.chain.adapters.layers import (
+    LIVE,
+    Adapter,
+    copied_factors,
+    host,
+    lora_layers,
+    trained_whole,
+    unload,
+)
 from chainlora.errors import ModelError
 
 # TRL's DPOTrainer adds a copy of a fresh adapter under this name, as its reference.
@@ -62,17 +68,17 @@ def read_settings(model: nn.Module) -> dict[str, Any]:
         "init": _INITS[config.init_lora_weights],
         "target_modules": _named(config.target_modules),
         "exclude_modules": _named(config.exclude_modules),
-        "extra_modules": tuple(trained_whole(tuned)),
+        "extra_modules": tuple(trained_whole(tuned.get_base_model())),
     }
 
 
 def _peft_model(model: nn.Module) -> Any:
     if not isinstance(model, peft.PeftModel):
-        what = type(model).__name__
-        what += " with an adapter" if _has_lora(model) else ", all of whose weights would be tuned"
+        has_lora = bool(lora_layers(model))
+        beside = " with an adapter" if has_lora else ", all of whose weights would be tuned"
         raise ModelError(
-            f"a chain needs a model of PEFT (got {what}); wrap it by peft.get_peft_model, or pass "
-            "peft_config to a trainer of TRL"
+            f"a chain needs a model of PEFT (got {type(model).__name__}{beside}); wrap it by "
+            "peft.get_peft_model, or pass peft_config to a trainer of TRL"
         )
     names = [name for name in model.peft_config if name != _REFERENCE]
     if names != [LIVE] or model.active_adapters != [LIVE]:
@@ -85,22 +91,6 @@ def _peft_model(model: nn.Module) -> Any:
         kind = getattr(model.peft_config[LIVE].peft_type, "value", "another")
         raise ModelError(f"a chain needs a LoRA (got {kind}); use peft.LoraConfig")
     return model
-
-
-def _has_lora(model: nn.Module) -> bool:
-    return any(isinstance(module, LoraLayer) for module in model.modules())
-
-
-def trained_whole(model: Any) -> dict[str, ModulesToSaveWrapper]:
-    """Return the modules that a PEFT model trains whole (`modules_to_save`), by plain path.
-
-    Some are there because of the task: PEFT adds the head of a classifier by itself.
-    """
-    return {
-        name: module
-        for name, module in model.get_base_model().named_modules()
-        if isinstance(module, ModulesToSaveWrapper)
-    }
 
 
 def _check_fields(config: Any) -> None:
@@ -127,8 +117,8 @@ def read_trained(model: Any) -> tuple[dict[str, Factors], dict[str, Tensor]] | N
 
     Raises ModelError for one that is merged.
     """
-    plain, whole = model.get_base_model(), trained_whole(model)
-    layers = {name: each for name, each in plain.named_modules() if isinstance(each, LoraLayer)}
+    plain = model.get_base_model()
+    layers, whole = lora_layers(plain), trained_whole(plain)
     if merged := [name for name, layer in layers.items() if layer.merged]:
         raise ModelError(
             f"a chain needs an adapter beside the base (got a merged one at {merged[0]}); call "
@@ -154,16 +144,9 @@ def _named(modules: Any) -> tuple[str, ...] | str | None:
 
 
 def take_off(model: Any) -> nn.Module:
-    """Take every LoRA off a PEFT model, in place, and return the plain model inside it.
-
-    What PEFT trains whole are copies, which would no longer be tied to what they were tied to: the
-    model gets its own modules back.
-    """
+    """Take every LoRA off a PEFT model, in place, and return the plain model inside it."""
     plain: nn.Module = model.get_base_model()
-    originals = {name: wrapper.original_module for name, wrapper in trained_whole(model).items()}
-    model.base_model.unload()
-    for name, module in originals.items():
-        plain.set_submodule(name, module)
+    unload(model.base_model, plain)
     return plain
 
 

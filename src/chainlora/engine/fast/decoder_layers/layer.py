@@ -33,7 +33,7 @@ from chainlora.engine.fast.projection import Projection
 from chainlora.engine.float32 import widened
 from chainlora.engine.patching import installed, replacement
 from chainlora.engine.probes import Facts, first_line, probing, relative_difference
-from chainlora.models.modes import evaluation_mode, training_mode
+from chainlora.models.modes import in_mode
 from chainlora.models.shards import whole
 from chainlora.models.text_config import base_model, text_config
 
@@ -133,7 +133,7 @@ def _probe(layer: Any, hidden: Tensor, kwargs: dict[str, Any], training: bool) -
     generator = torch.Generator().manual_seed(0)
     direction = torch.randn(hidden.shape, generator=generator).to(hidden)
     results = []
-    mode = training_mode(layer) if training else evaluation_mode(layer)
+    mode = in_mode(layer, training=training)
     with probing(layer), torch.enable_grad(), widened(layer), mode:
         for function in (type(layer).forward, _fast_forward):
             leaf = hidden.clone().requires_grad_()
