@@ -18,7 +18,7 @@ from chainlora.experiments.statistics.intervals import (
 )
 from chainlora.experiments.statistics.pairs import compare_pairs, judge
 from chainlora.experiments.statistics.power import LEVEL, detectable, pairs_needed
-from chainlora.experiments.statistics.sign_flip import holm, least_pairs, sign_flip_test
+from chainlora.experiments.statistics.sign_flip import NUM_DRAWS, holm, least_pairs, sign_flip_test
 
 
 def brute_force(values):
@@ -46,9 +46,7 @@ def test_known_p_values():
     # too many for the exact count: drawn, within 5 sd of the exact two-sided binomial tail
     many = [1.0] * 32 + [-1.0] * 18
     exact = 2 * sum(math.comb(50, k) for k in range(32, 51)) / 2**50
-    assert sign_flip_test(many, num_draws=100_000) == pytest.approx(
-        exact, abs=5 * math.sqrt(exact / 100_000)
-    )
+    assert sign_flip_test(many) == pytest.approx(exact, abs=5 * math.sqrt(exact / NUM_DRAWS))
 
 
 def test_holm_steps_down():

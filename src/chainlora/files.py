@@ -107,9 +107,8 @@ def save_tensors(
 
 def unwritable(error: Exception, path: Path) -> FileError:
     """Return a FileError for what safetensors raises when it cannot write."""
-    reason = " ".join(str(error).split())
     return FileError(
-        f"a file must be written (got {reason} for {path}); free some space, or choose a folder "
+        f"a file must be written (got {error} for {path}); free some space, or choose a folder "
         "that can be written"
     )
 

@@ -20,6 +20,7 @@ from click.shell_completion import CompletionItem
 
 from chainlora.config.section import types_in
 from chainlora.config.stages import is_run as is_run
+from chainlora.config.stages import split_address
 from chainlora.errors import ConfigError, FileError, RunError
 
 if TYPE_CHECKING:
@@ -63,6 +64,14 @@ def print_json(value: Any) -> None:
     """Print one JSON object on stdout, in characters that it can show."""
     can_show_all = (sys.stdout.encoding or "").lower() == "utf-8"
     click.echo(json.dumps(value, ensure_ascii=not can_show_all))
+
+
+def show(value: Any, text: str, as_json: bool) -> None:
+    """Print a result: one JSON object, or what it is in words."""
+    if as_json:
+        print_json(value)
+    else:
+        click.echo(text)
 
 
 def to_stderr(text: str = "") -> None:
@@ -260,6 +269,15 @@ def check_run_or_model(run_or_model: str, links: int | None, stages: str | None 
             f"{option} needs a run directory (got {run_or_model}, which is not one); leave "
             f"{option} out"
         )
+
+
+def whole_run(run: str) -> Path:
+    """Return the folder of a run. Raises RunError for none, UsageError for ``RUN@STAGE``."""
+    need_run(run)
+    folder, stage = split_address(run)
+    if stage is not None:
+        raise click.UsageError(f"RUN must be a whole run, not {run}; leave @{stage} out")
+    return folder
 
 
 def chosen_state(run: str, stages: str | None) -> Address:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import click
 
@@ -18,6 +18,7 @@ from chainlora.cli.common import (
     need_run,
     print_json,
     quiet,
+    show,
     stages_option,
 )
 
@@ -88,20 +89,8 @@ def evaluate(
     """
     if matrix:
         given = {"task": task, "data": data, "limit": limit, "links": links, "stages": stages}
-        given |= {"dtype": dtype, "predictions": predictions}
-        for name in (name for name, value in given.items() if value is not None):
-            raise click.UsageError(
-                f"--matrix scores the kept rows in all states; leave --{name} out"
-            )
-        need_run(run_or_model)
-        quiet()
-        from chainlora.cli.stages import scored_matrix, show_matrix
-
-        found = scored_matrix(run_or_model, speedups)
-        if as_json:
-            print_json(found.as_dict())
-        else:
-            show_matrix(found)
+        others = given | {"dtype": dtype, "predictions": predictions}
+        _score_matrix(run_or_model, speedups, as_json, **others)
         return
     from chainlora.data.tasks import load_task
 
@@ -126,9 +115,23 @@ def evaluate(
             speedups=speedups,
             progress=progress,
         )
+    shown = ", ".join(f"{name} {value:.4f}" for name, value in result["metrics"].items())
+    name = " ".join(filter(None, (result["task"], result["split"])))
+    show(result, f"{name}: {shown} ({result['rows']} rows)", as_json)
+
+
+def _score_matrix(run: str, speedups: Literal["auto", "off"], as_json: bool, **others: Any) -> None:
+    """Score the kept rows in all states and show the matrix; no other option goes with that."""
+    if given := [name for name, value in others.items() if value is not None]:
+        raise click.UsageError(
+            f"--matrix scores the kept rows in all states; leave --{given[0]} out"
+        )
+    need_run(run)
+    quiet()
+    from chainlora.cli.stages import scored_matrix, show_matrix
+
+    found = scored_matrix(run, speedups)
     if as_json:
-        print_json(result)
+        print_json(found.as_dict())
     else:
-        shown = ", ".join(f"{name} {value:.4f}" for name, value in result["metrics"].items())
-        name = " ".join(filter(None, (result["task"], result["split"])))
-        click.echo(f"{name}: {shown} ({result['rows']} rows)")
+        show_matrix(found)

@@ -15,8 +15,8 @@ from chainlora.cli.common import (
     complete_presets,
     file_and_overrides,
     json_option,
-    print_json,
     quiet,
+    show,
 )
 
 _FILE = "FILE [--KEY.SUB VALUE]..."
@@ -115,7 +115,7 @@ def plan(
         if found.power
         else "no spread is measured yet: run two seeds, then plan again with --output or --reuse",
     ]
-    _show(asdict(found), as_json, "\n".join(lines))
+    show(asdict(found), "\n".join(lines), as_json)
 
 
 @experiment.command(name="run", context_settings={"ignore_unknown_options": True})
@@ -145,12 +145,12 @@ def run(arguments: tuple[str, ...], output: str, as_json: bool, **options: Any) 
         )
     left = done.num_cells - done.num_done
     counts = {"cells": done.num_cells, "run": done.num_run, "done": done.num_done, "left": left}
-    _show(
+    show(
         {"output": str(done.out), "results": str(done.results)} | counts,
-        as_json,
         f"cells: {done.num_run} run, {done.num_done} of {done.num_cells} done"
         + (f", {left} left: call again" if left else "")
         + f"; results in {done.results}\nnext: chainlora experiment report {done.out}",
+        as_json,
     )
 
 
@@ -173,7 +173,7 @@ def report(results: str, output: str | None, as_json: bool) -> None:
 
     quiet()
     made = report_experiment(results, output)
-    _show(made.json(), as_json, made.markdown)
+    show(made.json(), made.markdown, as_json)
 
 
 @click.command()
@@ -241,7 +241,7 @@ def compare(
             listener=experiment_progress(),
             **options,
         )
-    _show(made.json(), as_json, made.markdown)
+    show(made.json(), made.markdown, as_json)
 
 
 def _rates(text: str) -> list[float]:
@@ -251,10 +251,3 @@ def _rates(text: str) -> list[float]:
         raise click.UsageError(
             f"--learning-rates must be numbers with commas between (got {text!r})"
         ) from None
-
-
-def _show(value: dict[str, Any], as_json: bool, text: str) -> None:
-    if as_json:
-        print_json(value)
-    else:
-        click.echo(text)

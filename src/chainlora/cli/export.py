@@ -14,8 +14,8 @@ from chainlora.cli.common import (
     json_option,
     links_option,
     need_run,
-    print_json,
     quiet,
+    show,
     stages_option,
 )
 
@@ -118,36 +118,26 @@ def export(
     naming = Naming(repository, base_name, licence)
     if repository is not None:
         check_push(state, target, naming)
+    keys: dict[str, Any] = {"num_links": links, "naming": naming}
+    if target.endswith("adapter"):
+        keys |= {"rank": rank, "tolerance": tolerance}
     if quantize is not None:
-        done = export_quantized(state, output, quantize, num_links=links, naming=naming)
-    elif target.startswith("gguf"):
-        done = export_gguf(
-            state,
-            output,
-            kind=gguf_type,
-            as_adapter=target == "gguf-adapter",
-            rank=rank,
-            tolerance=tolerance,
-            num_links=links,
-            naming=naming,
-        )
+        done = export_quantized(state, output, quantize, **keys)
+        text = _merged_text(done, quantize)
     elif target == "merged":
-        done = export_merged(state, output, num_links=links, naming=naming)
+        done = export_merged(state, output, **keys)
+        text = _merged_text(done, quantize)
+    elif target == "adapter":
+        done = export_adapter(state, output, **keys)
+        text = _adapter_text(done)
     else:
-        done = export_adapter(
-            state, output, rank=rank, tolerance=tolerance, num_links=links, naming=naming
-        )
+        is_adapter = target == "gguf-adapter"
+        done = export_gguf(state, output, kind=gguf_type, as_adapter=is_adapter, **keys)
+        text = _gguf_text(done)
     if repository is not None:
         done["commit"] = push_folder(output, repository, private=private)
-    if as_json:
-        print_json(done)
-        return
-    if target.startswith("gguf"):
-        click.echo(_gguf_text(done))
-    else:
-        click.echo(_adapter_text(done) if target == "adapter" else _merged_text(done, quantize))
-    if repository is not None:
-        click.echo(f"pushed to {repository}: {done['commit']}")
+        text += f"\npushed to {repository}: {done['commit']}"
+    show(done, text, as_json)
 
 
 def _adapter_text(done: Mapping[str, Any]) -> str:

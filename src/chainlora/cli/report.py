@@ -11,6 +11,8 @@ from chainlora.cli.common import (
     picture_if_possible,
     print_json,
     quiet,
+    show,
+    to_stderr,
 )
 
 
@@ -85,9 +87,6 @@ def report(
         output,
         prompts=prompts,
         max_new_tokens=max_new_tokens,
-        progress=lambda text: click.echo(text, err=True),
+        progress=to_stderr,
     )
-    if as_json:
-        print_json(written)
-    else:
-        click.echo(f"{written['output']} ({written['bytes'] / 1000:.0f} kB)")
+    show(written, f"{written['output']} ({written['bytes'] / 1000:.0f} kB)", as_json)

@@ -18,9 +18,9 @@ from chainlora.cli.common import (
     quiet,
     read_strengths,
     to_stderr,
+    whole_run,
     words_and_overrides,
 )
-from chainlora.config.stages import split_address
 from chainlora.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -75,10 +75,7 @@ def mix(run: str, strengths: tuple[str, ...], best: bool, no_scores: bool, as_js
     is this mix for every command; RUN@STAGE stays what that stage ended in. Without strengths, they
     are shown. What the mix does to the rows of each stage is scored on those that the run kept.
     """
-    need_run(run)
-    folder, stage = split_address(run)
-    if stage is not None:
-        raise click.UsageError(f"RUN must be a whole run, not {run}; leave @{stage} out")
+    folder = whole_run(run)
     if best and strengths:
         raise click.UsageError("--best searches the strengths; leave them out")
     chosen = read_strengths(strengths, default=None)
@@ -141,10 +138,7 @@ def prune(run: str, stage: str, yes: bool, as_json: bool) -> None:
     links, and go on without them. Its config stays, and its name is never used again. Without --yes
     nothing is deleted, and the exit status is 1. To switch a stage off, and on again, take mix.
     """
-    need_run(run)
-    folder, at = split_address(run)
-    if at is not None:
-        raise click.UsageError(f"RUN must be a whole run, not {run}; leave @{at} out")
+    folder = whole_run(run)
     quiet()
     from chainlora.models.hashing import cache_dir
     from chainlora.runs.pruning import plan_pruning, prune_stage

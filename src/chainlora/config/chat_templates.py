@@ -49,14 +49,15 @@ def _is_template(text: str) -> bool:
     return "{%" in text or "{{" in text
 
 
-def check_arguments(arguments: Mapping[str, Argument]) -> None:
-    """Raise ValueError for a name that is no argument of a template."""
+def checked_arguments(arguments: dict[str, Argument]) -> dict[str, Argument]:
+    """Return arguments. Raises ValueError for a name that is none of a template."""
     for name in arguments:
         if not re.fullmatch(r"[A-Za-z_]\w*", name) or name in _GIVEN:
             raise ValueError(
                 "`data.template_arguments` must be names that a chat template reads, such as "
                 f"enable_thinking (got {name!r:.40}); correct or remove it"
             )
+    return arguments
 
 
 def template_text(template: str) -> str:

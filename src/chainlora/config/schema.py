@@ -11,7 +11,14 @@ from collections.abc import Iterable, Mapping
 from os.path import expanduser
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from chainlora.config.chain import LENGTHS as LENGTHS
 from chainlora.config.chain import ChainConfig as ChainConfig
@@ -19,7 +26,7 @@ from chainlora.config.chain import KnotConfig as KnotConfig
 from chainlora.config.chain import LinkConfig as LinkConfig
 from chainlora.config.chain import PlateauConfig as PlateauConfig
 from chainlora.config.chain import Share
-from chainlora.config.chat_templates import Argument, check_arguments, resolved_template
+from chainlora.config.chat_templates import Argument, checked_arguments, resolved_template
 from chainlora.config.section import LARGEST, Count, Number, Section, refuse_if
 
 ROW_FIELDS: Mapping[str, tuple[str, ...]] = {
@@ -38,7 +45,13 @@ def _at_home(value: Any) -> Any:
     return expanduser(value) if isinstance(value, str) else value
 
 
+def _auto_or_off(value: Any) -> Any:
+    """Take a boolean, as which YAML reads a bare ``off``."""
+    return ("auto" if value else "off") if isinstance(value, bool) else value
+
+
 Home = AfterValidator(_at_home)
+Arguments = Annotated[dict[str, Argument], AfterValidator(checked_arguments)]
 PairLoss = Literal["dpo", "orpo"]
 PAIR_LOSSES: tuple[str, ...] = get_args(PairLoss)
 """Those of `train.loss` whose rows are preferences."""
@@ -85,10 +98,10 @@ class DataConfig(Section):
     fields: dict[str, str] = Field(default={})
     """Names that the file has for fields of its format, e.g. `{prompt: question, completion:
     answer}`; in every file of this section."""
-    chat_template: str | None = None
+    chat_template: Annotated[str, AfterValidator(resolved_template)] | None = None
     """Chat template for rows of chats: a name (`alpaca`, `chatml`, `llama3`, `zephyr`), a file, or
     the Jinja text itself; `null` is the tokenizer's own ([rows](rows.md#chat-templates))."""
-    template_arguments: dict[str, Argument] = Field(default={})
+    template_arguments: Arguments = Field(default={})
     """Arguments of the chat template, e.g. `{enable_thinking: false}`."""
     num_train: Count | None = None
     """Number of training rows; `null` is the task's number, or the whole of each file."""
@@ -156,17 +169,6 @@ class DataConfig(Section):
             "e.g. 0.05 or 500",
         )
         return value
-
-    @field_validator("chat_template")
-    @classmethod
-    def _chat_template(cls, template: str | None) -> str | None:
-        return None if template is None else resolved_template(template)
-
-    @field_validator("template_arguments")
-    @classmethod
-    def _template_arguments(cls, arguments: dict[str, Argument]) -> dict[str, Argument]:
-        check_arguments(arguments)
-        return arguments
 
     @model_validator(mode="after")
     def _check(self) -> DataConfig:
@@ -316,7 +318,7 @@ class TrainConfig(Section):
     a line after a minute without one. `metrics.jsonl` has every step."""
     gradient_checkpointing: bool = False
     """Less memory for more time: of each layer only its inputs are kept for the backward pass."""
-    speedups: Literal["auto", "off"] = "auto"
+    speedups: Annotated[Literal["auto", "off"], BeforeValidator(_auto_or_off)] = "auto"
     """`auto` uses faster forwards, packed batches and threads where a probe shows that they compute
     the same; `off` runs the layers of PEFT and transformers on padded batches in one thread."""
     shard: Literal["fsdp2", "zero3"] | None = None
@@ -325,11 +327,6 @@ class TrainConfig(Section):
     ([scale](scale.md#a-model-larger-than-a-gpu))."""
     trackers: tuple[str, ...] = ()
     """Trackers of Accelerate by name, e.g. `[tensorboard]`; install them yourself."""
-
-    @field_validator("speedups", mode="before")
-    @classmethod
-    def _speedups(cls, value: Any) -> Any:
-        return ("auto" if value else "off") if isinstance(value, bool) else value  # YAML's off
 
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:

@@ -20,15 +20,16 @@ Number = Annotated[int, Field(ge=0, lt=LARGEST)]
 _NAMES = re.compile(r"[\w.]+(\s*,\s*[\w.]+)+")
 
 
-class Section(BaseModel):
-    """A part of a config. `None` means off."""
+class Frozen(BaseModel):
+    """What a file says: frozen, and strict about keys."""
 
     model_config = ConfigDict(
-        extra="forbid",
-        frozen=True,
-        protected_namespaces=(),
-        allow_inf_nan=False,
+        extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False
     )
+
+
+class Section(Frozen):
+    """A part of a config. `None` means off."""
 
     def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
         """Yield the keys that are not at their default, for a repr of a few lines."""

@@ -190,6 +190,13 @@ def stage_matrix(
     return StageMatrix(names, list(digests), grid)
 
 
+def chain_on_base(reader: RunReader, hold: str | None = None) -> tuple[Chain, Any]:
+    """Return a chain of no links on the base of a run, and the tokenizer of its rows."""
+    model, tokenizer = load_run(reader, num_links=0, as_trained=True)
+    base = resolve_model(reader.manifest().base.model)
+    return Chain(to_accelerator(model), hold=hold or hold_for(model), checkpoint=base), tokenizer
+
+
 class Scorer:
     """Scores the kept rows of stages in states of one run, whose base is loaded once.
 
@@ -206,9 +213,7 @@ class Scorer:
     ) -> None:
         self.reader, self.kept, self.speedups = reader, kept, speedups
         self.progress = progress or (lambda what, done, rows: None)
-        model, self.tokenizer = load_run(reader, num_links=0, as_trained=True)
-        base = resolve_model(reader.manifest().base.model)
-        self.chain = Chain(to_accelerator(model), hold=hold or hold_for(model), checkpoint=base)
+        self.chain, self.tokenizer = chain_on_base(reader, hold)
         for link in RunReader(reader.path).load_links():
             self.chain.add(link)
         self._references: dict[str, list[list[float]]] = {}

@@ -15,18 +15,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from chainlora.config.loading import read_tree, set_key
 from chainlora.config.messages import problems
+from chainlora.config.section import Frozen
 from chainlora.errors import ConfigError, nearest
 from chainlora.experiments.methods import load_method, merge_trees
 
@@ -34,14 +27,10 @@ TREE_KEYS = ("model", "quantize", "recipe", "data", "chain", "train")
 Figure = Literal["scores", "differences", "curves", "chain_length", "rank_step_down"]
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class Tuning(_Frozen):
+class Tuning(Frozen):
     """How hyper-parameters are chosen: on validation rows only, for each task and method apart."""
 
-    grid: dict[str, tuple[Any, ...]] = {}
+    grid: dict[str, tuple[Any, ...]] = Field(default={})
     extend: dict[str, Annotated[int, Field(ge=0)]] = Field(
         default={},
         description="key → values added beyond each end of its grid while the best is that end",
@@ -72,7 +61,7 @@ class Tuning(_Frozen):
         return self
 
 
-class Experiment(_Frozen):
+class Experiment(Frozen):
     """One experiment: task × method × grid × seed."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][\w.-]*$")

@@ -8,21 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from chainlora.chain.chain import Chain
-from chainlora.chain.holding import hold_for
 from chainlora.data.examples import Example
 from chainlora.data.rows import MemoryRows, Rows
 from chainlora.data.splits import prepare_splits
 from chainlora.errors import DataError
 from chainlora.evaluation.generation import generate_greedy
-from chainlora.evaluation.streaming import to_accelerator
+from chainlora.evaluation.stages import chain_on_base
 from chainlora.evaluation.training_rows import bound_of
 from chainlora.files import reported
-from chainlora.models.finding import resolve_model
 from chainlora.models.text_config import context_length
 from chainlora.reports.page import Answer
 from chainlora.reports.runs import RunFacts
-from chainlora.runs.opening import load_run_or_model
 from chainlora.runs.reading import RunReader
 
 _ASK = "give a file: a prompt a line, or JSONL rows with a `prompt`"
@@ -70,11 +66,9 @@ def answers(
     """
     count = len(run.manifest.links) if run.config is not None else None  # of a chain the live one
     links = RunReader(run.path).links_of(run.manifest, count)
-    model, tokenizer = load_run_or_model(run.path, num_links=0)
-    base = resolve_model(run.manifest.base.model)
-    chain = Chain(to_accelerator(model), hold=hold_for(model), checkpoint=base)
+    chain, tokenizer = chain_on_base(RunReader(run.path))
     if isinstance(wanted, int):
-        prompts = _own_prompts(run, wanted, model, tokenizer)
+        prompts = _own_prompts(run, wanted, chain.model, tokenizer)
     else:
         prompts = [Prompt(tuple(tokenizer(text)["input_ids"]), text) for text in wanted]
     columns: list[tuple[str, list[str]]] = []

@@ -69,13 +69,8 @@ def train(
 ) -> TrainResult:
     """Run a config from data to result and return what ``result.json`` holds.
 
-    Prints nothing; `chainlora.train` (`training.calling`) shows progress.
-    The run begins on the state `start`, by default on the base.
-
-    `listener` gets every event (`training.events`): `Planned` before the first step, and before it
-    `RowsEncoded` while a large data set is tokenised. `change` names keys that a resume may change
-    (`runs.resuming.CHANGEABLE`). Everything that can be refused is refused before training. Raises
-    ChainLoRAError subclasses.
+    What `chainlora.train` (`training.calling`) is made of, which shows progress too; this prints
+    nothing. The run begins on the state `start`, by default on the base.
     """
     tell = listener or (lambda event: None)
     if resume and (found := finished_result(config, change)) is not None:
@@ -271,16 +266,12 @@ def _between_steps(run: Run, optimizer: torch.optim.Optimizer) -> None:
     every = run.train.eval_every
     if every and run.progress.step % every == 0:
         _evaluate_inside(run, optimizer)
-    _save_if_due(run, optimizer)
-    if run.processes.stop_requested() is not None:
-        run.save_checkpoint(optimizer)
-        run.stop_if_requested()
-
-
-def _save_if_due(run: Run, optimizer: torch.optim.Optimizer) -> None:
     every = run.train.save_every
     if every and run.progress.step % every == 0:
         run.save_checkpoint(optimizer)
+    if run.processes.stop_requested() is not None:
+        run.save_checkpoint(optimizer)
+        run.stop_if_requested()
 
 
 def _evaluate_inside(run: Run, optimizer: torch.optim.Optimizer) -> None:

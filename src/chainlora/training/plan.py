@@ -90,7 +90,7 @@ def make_plan(config: RunConfig, examples: Rows, mixture: Mixture | None = None)
 
     `mixture` says which of the examples an epoch reads; by default all, once.
     Fractional epochs and tokens round at the knots, the total exactly. For `minutes`, which
-    `training.budget` measures, links have one step each until then.
+    `training.deciding` measures, links have one step each until then.
     """
     chain, train = config.chain, config.train
     mixture = mixture or Mixture((len(examples),), (1.0,))

@@ -94,7 +94,7 @@ def _prepare(
         splits = _load_splits(config, model, tokenizer, listener, earlier)
     plan = make_plan(config, splits.train, splits.mixture)
     check(config, model, splits)
-    chain = _new_chain(config, model, folder)
+    chain = Chain(model, seed=config.train.seed, hold=config.chain.hold, checkpoint=folder)
     engine = _new_engine(config, model, processes)
     try:
         base = _identity(config, chain, files)
@@ -215,21 +215,13 @@ def _load_splits(
     return prepare_splits(config.data, tokenizer, context, tell, loss=loss, earlier=earlier)
 
 
-def _new_chain(config: RunConfig, model: Any, folder: Path) -> Chain:
-    return Chain(model, seed=config.train.seed, hold=config.chain.hold, checkpoint=folder)
-
-
 def _new_engine(config: RunConfig, model: Any, processes: Processes) -> Engine:
     """LoRA's dropout draws from one generator, full gradients are as large as the model, and
     quantised layers keep state of their own."""
-    threads = 1 if _needs_one_thread(config, model) else None
-    return Engine(
-        model,
-        speedups=config.train.speedups,
-        training=True,
-        threads=threads,
-        sharing=processes,
-    )
+    draws_or_is_large = config.chain.tune == "full" or config.chain.dropout > 0
+    threads = 1 if draws_or_is_large or is_quantized_model(model) else None
+    speedups = config.train.speedups
+    return Engine(model, speedups=speedups, training=True, threads=threads, sharing=processes)
 
 
 def _identity(config: RunConfig, chain: Chain, files: dict[str, str]) -> Base:
@@ -318,11 +310,6 @@ def _check_share(config: RunConfig, processes: Processes) -> None:
             f"number (got {config.train.batch_size} for {processes.count} processes); start "
             "another number of them, or change it"
         )
-
-
-def _needs_one_thread(config: RunConfig, model: nn.Module) -> bool:
-    draws_or_is_large = config.chain.tune == "full" or config.chain.dropout > 0
-    return draws_or_is_large or is_quantized_model(model)
 
 
 def _checkpoint_activations(model: Any) -> None:

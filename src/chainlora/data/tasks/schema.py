@@ -7,9 +7,9 @@ from functools import cached_property
 from typing import Any, Literal
 
 import jinja2
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from chainlora.config.section import refuse_if
+from chainlora.config.section import Frozen, refuse_if
 from chainlora.data.templates import check_expression, check_template
 
 Metric = Literal["accuracy", "f1", "em", "token_f1", "loss"]
@@ -19,11 +19,7 @@ REPORTED_OF_TEXT = ("loss", "perplexity")
 """What an evaluation reports of rows that have neither candidates nor gold answers."""
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class HubRows(_Frozen):
+class HubRows(Frozen):
     """Where the rows are on the Hub."""
 
     path: str
@@ -39,7 +35,7 @@ class HubRows(_Frozen):
     )
 
 
-class Draw(_Frozen):
+class Draw(Frozen):
     """How many rows a sample takes, and of which split."""
 
     of: str
@@ -51,7 +47,7 @@ class Draw(_Frozen):
         return self.saner if sampling == "saner" and self.saner is not None else self.rows
 
 
-class Draws(_Frozen):
+class Draws(Frozen):
     """The MeZO protocol unless a task says otherwise."""
 
     train: Draw = Draw(of="train", rows=1000)
@@ -62,7 +58,7 @@ class Draws(_Frozen):
     )
 
 
-class TaskFile(_Frozen):
+class TaskFile(Frozen):
     """What a task file says: templates, labels, metric and where the rows are (docs/tasks.md)."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][\w.-]*$")
@@ -83,7 +79,7 @@ class TaskFile(_Frozen):
     max_new_tokens: int = Field(default=50, ge=1)
     separator: str = "\n\n"
     hub: HubRows | None = None
-    files: dict[str, tuple[str, ...]] = {}
+    files: dict[str, tuple[str, ...]] = Field(default={})
     sampling: Draws = Draws()
 
     @property

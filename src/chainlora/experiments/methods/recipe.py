@@ -10,23 +10,22 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from chainlora.config.messages import problems
+from chainlora.config.section import Frozen
 from chainlora.errors import ConfigError
 
 _Rank = Annotated[int, Field(ge=1, lt=2**31)]
 
 
-class Recipe(BaseModel):
+class Recipe(Frozen):
     """How a method spends the budget that all methods share.
 
     `rank`, and one of `epochs` and `steps`, belong to the comparison; the rest to the method.
     `scaling` sets ``chain.alpha = scaling · rank`` so that one scaling serves every rank; None
     leaves `chain.alpha` alone.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     rank: _Rank = 8
     epochs: float | None = Field(default=None, gt=0, description="of the whole chain")

@@ -19,6 +19,7 @@ Kind = Literal["none", "t", "BCa"]
 MIN_FOR_INTERVAL = 4
 MIN_FOR_BOOTSTRAP = 10
 NUM_RESAMPLES = 10_000
+CONFIDENCE = 0.95  # of an interval
 
 
 def scipy_stats() -> Any:
@@ -45,8 +46,8 @@ def interval_kind(num_values: int) -> Kind:
     return "t" if num_values < MIN_FOR_BOOTSTRAP else "BCa"
 
 
-def mean_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
-    """Return the interval of the mean that `interval_kind` names; (-inf, inf) where it is none.
+def mean_interval(values: Sequence[float]) -> tuple[float, float]:
+    """Return the 95 % interval that `interval_kind` names; (-inf, inf) where that is none.
 
     Values that are all equal give an interval of no width.
     """
@@ -55,31 +56,25 @@ def mean_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[fl
         return -math.inf, math.inf
     if max(values) == min(values):
         return values[0], values[0]
-    return t_interval(values, confidence) if kind == "t" else bca_interval(values, confidence)
+    return t_interval(values) if kind == "t" else bca_interval(values)
 
 
-def t_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
-    """Return Student's interval of the mean (two values or more)."""
+def t_interval(values: Sequence[float]) -> tuple[float, float]:
+    """Return Student's 95 % interval of the mean (two values or more)."""
     mean, sd = mean_sd(values)
-    quantile = scipy_stats().t.ppf((1 + confidence) / 2, len(values) - 1)
+    quantile = scipy_stats().t.ppf((1 + CONFIDENCE) / 2, len(values) - 1)
     half = float(quantile) * sd / math.sqrt(len(values))
     return mean - half, mean + half
 
 
-def bca_interval(
-    values: Sequence[float],
-    confidence: float = 0.95,
-    *,
-    num_resamples: int = NUM_RESAMPLES,
-    seed: int = 0,
-) -> tuple[float, float]:
-    """Return the BCa bootstrap interval of the mean (Efron 1987); a seed gives the same one."""
+def bca_interval(values: Sequence[float]) -> tuple[float, float]:
+    """Return the 95 % BCa bootstrap interval of the mean (Efron 1987); always the same one."""
     found = scipy_stats().bootstrap(
         (np.asarray(values, dtype=np.float64),),
         np.mean,
-        confidence_level=confidence,
-        n_resamples=num_resamples,
+        confidence_level=CONFIDENCE,
+        n_resamples=NUM_RESAMPLES,
         method="BCa",
-        rng=np.random.default_rng(seed),
+        rng=np.random.default_rng(0),
     )
     return float(found.confidence_interval.low), float(found.confidence_interval.high)

@@ -61,18 +61,17 @@ def judge(
     p: float,
     smallest_p: float,
     num_pairs: int,
-    level: float = LEVEL,
     *,
     lower_is_better: bool = False,
 ) -> Verdict:
     """Return what may be said of a difference.
 
     `too few pairs`: no result could have been a verdict. `no difference found`: one could have
-    been, and this is none. `wins` and `loses` need an interval without zero and p at most `level`.
+    been, and this is none. `wins` and `loses` need an interval without zero and p at most `LEVEL`.
     """
-    if num_pairs < MIN_FOR_INTERVAL or smallest_p > level:
+    if num_pairs < MIN_FOR_INTERVAL or smallest_p > LEVEL:
         return "too few pairs"
-    if p > level or low <= 0 <= high:
+    if p > LEVEL or low <= 0 <= high:
         return "no difference found"
     return "wins" if (high < 0 if lower_is_better else low > 0) else "loses"
 
@@ -80,8 +79,6 @@ def judge(
 def compare_pairs(
     differences: Sequence[Sequence[float]],
     lower_is_better: Sequence[bool] | None = None,
-    *,
-    level: float = LEVEL,
 ) -> list[Difference | None]:
     """Compare several sets of paired differences, Holm-corrected together; None for an empty set.
 
@@ -101,7 +98,7 @@ def compare_pairs(
     ) -> Difference:
         count = len(values)
         mean, sd = mean_sd(values)
-        low, high = mean_interval(values, 1 - level)
+        low, high = mean_interval(values)
         return Difference(
             num_pairs=count,
             mean=mean,
@@ -113,8 +110,8 @@ def compare_pairs(
             p_holm=p_holm,
             smallest_p_holm=least,
             exact=count <= MAX_EXACT,
-            detectable=detectable(sd, count, num_planned, level=level),
-            verdict=judge(low, high, p_holm, least, count, level, lower_is_better=is_lower),
+            detectable=detectable(sd, count, num_planned),
+            verdict=judge(low, high, p_holm, least, count, lower_is_better=is_lower),
         )
 
     rows = zip(differences, lower, tests, corrected, smallest, strict=True)

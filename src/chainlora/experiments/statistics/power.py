@@ -17,46 +17,31 @@ POWER = 0.8  # Cohen's convention: one real difference in five is missed
 _MAX_PAIRS = 100_000
 
 
-def detectable(
-    sd: float,
-    num_pairs: int,
-    num_comparisons: int = 1,
-    *,
-    level: float = LEVEL,
-    power: float = POWER,
-) -> float:
-    """Return the mean difference that is found with `power`; inf where none can be.
+def detectable(sd: float, num_pairs: int, num_comparisons: int = 1) -> float:
+    """Return the mean difference that is found with `POWER` at `LEVEL`; inf where none can be.
 
     Args:
         sd: standard deviation of the paired differences.
         num_pairs: pairs of each comparison.
         num_comparisons: comparisons corrected together.
     """
-    if num_pairs < max(4, least_pairs(num_comparisons, level)) or math.isnan(sd):
+    if num_pairs < max(4, least_pairs(num_comparisons, LEVEL)) or math.isnan(sd):
         return math.inf
-    return sd * _effect(num_pairs, level / num_comparisons, power)
+    return sd * _effect(num_pairs, LEVEL / num_comparisons)
 
 
-def pairs_needed(
-    sd: float,
-    difference: float,
-    num_comparisons: int = 1,
-    *,
-    level: float = LEVEL,
-    power: float = POWER,
-) -> int | None:
-    """Return how many pairs find a mean difference with `power`; None above 100,000."""
+def pairs_needed(sd: float, difference: float, num_comparisons: int = 1) -> int | None:
+    """Return how many pairs find a mean difference with `POWER`; None above 100,000."""
 
     def is_found(num_pairs: int) -> bool:
-        least = detectable(sd, num_pairs, num_comparisons, level=level, power=power)
-        return least <= abs(difference)
+        return detectable(sd, num_pairs, num_comparisons) <= abs(difference)
 
-    numbers = range(max(4, least_pairs(num_comparisons, level)), _MAX_PAIRS + 1)
+    numbers = range(max(4, least_pairs(num_comparisons, LEVEL)), _MAX_PAIRS + 1)
     place = bisect_left(numbers, True, key=is_found)
     return numbers[place] if difference and place < len(numbers) else None
 
 
-def _effect(num_pairs: int, level: float, power: float) -> float:
+def _effect(num_pairs: int, level: float) -> float:
     """Return the effect size d = mean / sd of a two-sided paired t-test, by bisection."""
     stats, freedom = scipy_stats(), num_pairs - 1
     critical = stats.t.ppf(1 - level / 2, freedom)
@@ -65,9 +50,9 @@ def _effect(num_pairs: int, level: float, power: float) -> float:
         return float(stats.nct.sf(critical, freedom, effect * math.sqrt(num_pairs)))
 
     low, high = 0.0, 1.0
-    while reached(high) < power:
+    while reached(high) < POWER:
         high *= 2
     for _ in range(40):  # halvings: 1e-12 of the first bracket
         middle = (low + high) / 2
-        low, high = (middle, high) if reached(middle) < power else (low, middle)
+        low, high = (middle, high) if reached(middle) < POWER else (low, middle)
     return high

@@ -19,13 +19,11 @@ _TIE = 1e-9  # relative: sums of the same numbers in another order differ by rou
 _BATCH = 10_000  # assignments drawn at a time, so that memory stays small
 
 
-def sign_flip_test(
-    differences: Sequence[float], *, num_draws: int = NUM_DRAWS, seed: int = 0
-) -> float:
+def sign_flip_test(differences: Sequence[float]) -> float:
     """Return the two-sided p-value that the differences are symmetric about zero.
 
     It is the share of the 2^n sign assignments whose sum is at least as far from zero as the one
-    seen: exact for up to 40 differences, from `num_draws` assignments for more, the one seen among
+    seen: exact for up to 40 differences, from `NUM_DRAWS` assignments for more, the one seen among
     them (Phipson & Smyth 2010).
 
     Raises ValueError for no differences.
@@ -37,7 +35,7 @@ def sign_flip_test(
     if seen <= 0:
         return 1.0
     if len(values) > MAX_EXACT:
-        return _drawn_test(values, num_draws, seed)
+        return _drawn_test(values)
     half = len(values) // 2
     one, two = _signed_sums(values[:half]), np.sort(_signed_sums(values[half:]))
     beyond = len(two) * len(one) - np.searchsorted(two, seen - one, side="left").sum()
@@ -45,16 +43,16 @@ def sign_flip_test(
     return float(2 * beyond / (len(one) * len(two)))
 
 
-def _drawn_test(values: np.ndarray, num_draws: int, seed: int) -> float:
+def _drawn_test(values: np.ndarray) -> float:
     found = scipy_stats().permutation_test(
         (values,),
         lambda sample, axis: np.abs(sample.sum(axis=axis)),
         permutation_type="samples",
         vectorized=True,
-        n_resamples=num_draws,
+        n_resamples=NUM_DRAWS,
         batch=_BATCH,
         alternative="greater",
-        rng=np.random.default_rng(seed),
+        rng=np.random.default_rng(0),
     )
     return float(found.pvalue)
 
