@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,7 @@ def test_an_empty_folder_that_keeps_its_name_is_filled(tmp_path, monkeypatch):
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", busy)
+    monkeypatch.setattr(files.ctypes, "CDLL", lambda name: None)  # nor exchanged
     for name in ("mount", "link"):
         with files.replaced_folder(tmp_path / name) as scratch:
             (scratch / "sub").mkdir()
@@ -34,6 +36,27 @@ def test_an_empty_folder_that_keeps_its_name_is_filled(tmp_path, monkeypatch):
     assert (tmp_path / "link").is_symlink()
     with pytest.raises(FileError, match="busy"), files.replaced_folder(tmp_path / "mount"):
         pass  # not empty any more
+
+
+@pytest.mark.parametrize("can_exchange", [sys.platform == "linux", False])
+def test_a_folder_is_there_while_it_is_replaced(tmp_path, monkeypatch, can_exchange):
+    """At every instant where the system can exchange two names, and at the end in any case."""
+    place, gone = tmp_path / "place", []
+    rename = Path.rename
+
+    def watched(self, target):
+        rename(self, target)
+        gone.append(not place.is_dir())
+
+    monkeypatch.setattr(Path, "rename", watched)
+    if not can_exchange:
+        monkeypatch.setattr(files.ctypes, "CDLL", lambda name: None)
+    for text in "ab":
+        with files.replaced_folder(place) as scratch:
+            (scratch / text).write_text(text)
+    assert any(gone) == (not can_exchange)
+    assert [path.name for path in place.iterdir()] == ["b"]
+    assert [path.name for path in tmp_path.iterdir()] == ["place"]
 
 
 def test_a_folder_that_cannot_be_made_is_refused_beforehand(tmp_path):

@@ -11,10 +11,11 @@ import transformers
 from conftest import make_tiny_folder, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from chainlora import Chain, LinkConfig, load_run, make_config, save_chain, train
+from chainlora import Chain, LinkConfig, extend, load_run, make_config, save_chain, train
 from chainlora.config.chat_templates import NAMES, template_text
 from chainlora.errors import ModelError
 from chainlora.models.loading import load_model
+from chainlora.runs.stages import mix_stages
 from chainlora.runs.to_gguf import cut_template, export_gguf
 
 gguf = pytest.importorskip("gguf")
@@ -250,6 +251,7 @@ def test_what_ends_no_turn_stops_nothing(tmp_path):
 def test_the_modelfile_is_for_the_rows(chainlora, tiny_folder, sentiment, tmp_path):
     said = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sat"}]
     chats = write_rows(tmp_path / "rows.jsonl", [{"messages": said}] * 4)
+    plain = write_rows(tmp_path / "plain.jsonl", [{"prompt": "the cat", "completion": " sat"}] * 4)
     task = {"task": str(sentiment / "task.yaml"), "train": str(sentiment / "train.jsonl")}
     for name, data in [("chats", {"train": str(chats), "chat_template": "chatml"}), ("task", task)]:
         tree = {"model": str(tiny_folder), "data": data, "output": str(tmp_path / name)}
@@ -264,6 +266,13 @@ def test_the_modelfile_is_for_the_rows(chainlora, tiny_folder, sentiment, tmp_pa
         'FROM ./base.gguf\nADAPTER ./adapter.gguf\nTEMPLATE """{{ if .System }}'
     )
     assert '\nPARAMETER stop "<|im_end|>"\nPARAMETER num_ctx 128\n' in lines
+    rest = {"data": {"train": str(plain)}, "chain": {"ranks": [2], "steps": [1]}}
+    extend(tmp_path / "chats", {"name": "plain", **rest})
+    for number, (strength, is_chat) in enumerate([(1, False), (0, True)]):
+        mix_stages(tmp_path / "chats", {"plain": strength})
+        export_gguf(tmp_path / "chats", tmp_path / f"mix-{number}")
+        said = (tmp_path / f"mix-{number}" / "Modelfile").read_text()
+        assert ("im_start" in said) == is_chat
     words = ("--gguf-type", "q8_0", "--output", tmp_path / "b", "--to", "gguf")
     wrong = chainlora("export", tmp_path / "task", *words[:-1], "adapter")
     assert (wrong.status, "--gguf-type is for GGUF files" in wrong.err) == (2, True)

@@ -208,6 +208,22 @@ def test_a_stage_neither_trains_on_earlier_validation_rows_nor_on_known_ones(tmp
         stage_of(tokenizer, earlier, new_rows_only=True, train=at("a"))
 
 
+def test_rows_to_score_that_an_earlier_stage_was_trained_on_are_counted(
+    tmp_path, tokenizer, caplog
+):
+    at = folder_of(tmp_path, a=LETTERS, v="abxyz", new="xyz")
+    earlier = {"first": stage_of(tokenizer, train=at("a"), num_train=20).kept()}
+    for number, validation in enumerate([at("v"), at("new"), 13]):
+        found = stage_of(tokenizer, earlier, train=at("a"), validation=validation)
+        known = set(words(found.validation, tokenizer)) & set(LETTERS[:20])
+        told = (
+            f"validation: an earlier stage was trained on {len(known)} of {len(found.validation)}"
+        )
+        assert bool(known) == (number != 1)
+        assert (told in caplog.text) == bool(known)
+        caplog.clear()
+
+
 def test_rows_of_earlier_stages_are_added_to_every_batch(tmp_path, tokenizer):
     at = folder_of(tmp_path, a=LETTERS[:10], b=LETTERS[8:20], v="ab")
     earlier = {"first": stage_of(tokenizer, train=at("a")).kept()}

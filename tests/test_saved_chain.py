@@ -22,6 +22,11 @@ from chainlora import (
     load_run,
     save_chain,
 )
+from chainlora.errors import RunError
+from chainlora.runs.loading_start import load_start, with_start
+from chainlora.runs.saved_chain import INSIDE
+from chainlora.runs.stages import mix_stages
+from chainlora.training.stages import extension
 
 IDS = torch.randint(3, 131, (2, 12), generator=torch.Generator().manual_seed(0))
 
@@ -62,6 +67,41 @@ def test_a_chain_is_loaded_as_it_was(architecture, hold, tmp_path):
     assert (loaded.seed, loaded.hold, len(loaded)) == (5, hold, 2)
     assert [link.num_steps for link in loaded.links] == [3, 3]
     assert torch.equal(logits(loaded.model, IDS), logits(chain.model, IDS))
+
+
+@pytest.mark.parametrize("live", [False, True], ids=["tied", "with a live link"])
+def test_a_chain_that_was_mixed_is_loaded_as_the_mix(live, tmp_path):
+    """In Python, as a start and inside a trainer's checkpoint; a live link has no strength."""
+    place, chain = tmp_path / "checkpoint" / INSIDE, make_chain()
+    if live:
+        chain.extend(LinkConfig(rank=3, target_modules=("q_proj",)))
+        tune(chain, 1)
+    chain.model.config._name_or_path = "owner/base"
+    save_chain(chain, place)
+    full = logits(chain.model, IDS)
+    mix_stages(place, {"main": 0.5})
+    if live:
+        with pytest.raises(RunError, match=r"at full strength \(got 0.5 .*mix .* main=1"):
+            load_chain(place, tiny_model("llama"))
+        mix_stages(place, {"main": 1})
+        assert torch.equal(logits(load_chain(place, tiny_model("llama")).model, IDS), full)
+        return
+    chain.set_strengths(dict.fromkeys(chain.strengths, 0.5))
+    for address in (place, place.parent, f"{place}@main"):
+        wanted = full if "@" in str(address) else logits(chain.model, IDS)
+        assert torch.equal(logits(load_chain(address, tiny_model("llama")).model, IDS), wanted)
+    assert {link.strength for link in load_start(place.parent).links} == {0.5}
+    tree = {"start": str(place.parent), "output": str(tmp_path / "new")}
+    assert with_start(tree)["model"] == "owner/base"
+    with pytest.raises(RunError, match="begin a run on it, by start"):
+        extension(place, {"name": "law"})
+    chain.set_strengths({0: 0.25})
+    save_chain(chain, place)
+    with pytest.raises(RunError, match=r"one strength \(got 0.25, 0.5 in 'main'"):
+        mix_stages(place, {"main": 1})  # which would not give it back
+    assert torch.equal(
+        logits(load_chain(place, tiny_model("llama")).model, IDS), logits(chain.model, IDS)
+    )
 
 
 @pytest.mark.parametrize("soft", [False, True], ids=["plain", "soft knots"])

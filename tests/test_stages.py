@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import assert_same_links, links_of, settings
+from helpers_data import pair_files
 from transformers import AutoModelForCausalLM
 
 from chainlora import evaluate_task, export_adapter, load_chain, load_run, make_config, train
@@ -348,7 +349,7 @@ def test_a_stage_that_the_mix_does_not_bear_is_refused_before_any_is_trained(
     assert files_of(run) == before
 
 
-def test_a_config_that_begins_on_a_stage_is_the_fork(config, tmp_path):
+def test_a_config_that_begins_on_a_stage_is_the_fork(config, tmp_path, capsys):
     train_stages(make_stages(one_stage(config)))
     address = f"{tmp_path / 'run'}@facts"
     style = stage_of(config, "style") | {"name": "new", "train": config["train"]}
@@ -360,6 +361,13 @@ def test_a_config_that_begins_on_a_stage_is_the_fork(config, tmp_path):
     for _ in range(2):
         assert cli(words) == 0
     assert_same_links(tmp_path / "fork", tmp_path / "new")
+    before = json.loads((tmp_path / "new.yaml").read_text())
+    for name, status in (({"name": config["model"]}, 0), ({"name": "m"}, 1), ({"nme": "m"}, 1)):
+        (tmp_path / "model.yaml").write_text(json.dumps(before | {"model": name}))
+        capsys.readouterr()
+        assert cli(["train", str(tmp_path / "model.yaml"), "--start", address]) == status
+        message = "name and quantize" if "nme" in name else "`model` must be that of the run"
+        assert not status or message in capsys.readouterr().err
     other = own | {"model": config["model"], "output": str(tmp_path / "other")}
     train(make_config(other))
     assert_same_links(tmp_path / "fork", tmp_path / "other")
@@ -367,6 +375,33 @@ def test_a_config_that_begins_on_a_stage_is_the_fork(config, tmp_path):
     with pytest.raises(ConfigError, match="`start` is read by"):
         train_run(make_config(other | {"output": None}))
     assert open_run(tmp_path / "new").manifest().stages == ["facts", "new"]
+
+
+def test_a_run_that_has_begun_does_not_need_what_it_began_on(config, tmp_path, capsys):
+    config["chain"]["hold"] = "carried"  # which the config leaves to the run that is begun on
+    train_stages(make_stages(one_stage(config)))
+    style = stage_of(config, "style")
+    own = {"start": f"{tmp_path / 'run'}@facts", "output": str(tmp_path / "new")}
+    own |= {key: style[key] for key in ("data", "chain")} | {"train": config["train"]}
+    with pytest.raises(_Stop):
+        train(own, listener=_stop_after(1))
+    whole, fork = own | {"output": str(tmp_path / "whole")}, tmp_path / "fork"
+    train(whole)
+    with pytest.raises(_Stop):
+        train_stages(
+            extension(own["start"], style | {"output": str(fork)}), listener=_stop_after(7)
+        )
+    shutil.rmtree(tmp_path / "run")
+    for _ in range(2):
+        train(own)
+    assert cli(["train", str(tmp_path / "new/config.yaml")]) == 0
+    assert_same_links(tmp_path / "new", tmp_path / "whole")
+    assert cli(["train", str(fork / "config.yaml")]) == 0  # what `extend` began
+    assert open_run(fork).manifest().stages == ["facts", "style"]
+    with pytest.raises(ConfigError, match=r"`start` must be what the run began on .*run@other"):
+        train(own | {"start": f"{tmp_path / 'run'}@other"})
+    with pytest.raises(ChainLoRAError, match=r"`start` must be .*run@facts"):
+        train(own | {"output": str(tmp_path / "third")})
 
 
 # Whole commands by their words; ADDRESS is the run, or a stage of it.
@@ -614,6 +649,9 @@ def test_a_signal_between_training_and_judging_loses_neither(harmful, tmp_path, 
         ):
             train_stages(extension(tmp_path / "run", section), listener=listener)
     if is_fork:  # it would pass for judged
+        for start in (run, f"{run}@style"):
+            with pytest.raises(RunError, match=r"judged where it says `accept_links`.*finish it"):
+                survey(extension(start, section | {"name": "law", "output": str(tmp_path / "x")}))
         with pytest.raises(RunError, match="mixed when its first stage has ended"):
             mix_stages(run, {"facts": 0.5})
         with pytest.raises(RunError, match="pruned when no other is half trained"):
@@ -650,6 +688,30 @@ def test_what_a_tolerance_needs_is_asked_for_before_any_training(harmful, tmp_pa
     harmful["stages"][1]["chain"]["dora"] = True
     with pytest.raises(ConfigError, match="on or off"):
         make_stages(harmful)
+
+
+def test_rows_that_no_stage_learns_alike_are_not_replayed(harmful, tmp_path):
+    """Refused before any work: in the first stage, a later one, a fork, and beside a stage that
+    has ended."""
+    facts, style = harmful["stages"]
+    del style["train"]["accept_links"]
+    pairs = style | {"name": "pairs", "train": {"loss": "dpo", "lr": 1e-3}}
+    pairs["data"] = pair_files(tmp_path) | {"replay": 0.1}
+    again = facts | {"data": facts["data"] | {"replay": 0.1}}
+    for stages, got in (
+        ([again, style], "stage 'facts' .*no earlier stage"),
+        ([facts, style, pairs], "learned by dpo .got facts: candidates, style: candidates"),
+    ):
+        with pytest.raises(RunError, match=got):
+            train_stages(make_stages(harmful | {"stages": stages}))
+        assert not (tmp_path / "run").exists()
+    facts["chain"]["steps"] = [1]
+    train_stages(make_stages(one_stage(harmful)))
+    for output in ({}, {"output": str(tmp_path / "fork")}):
+        with pytest.raises(RunError, match=r"learned by dpo .got facts: candidates"):
+            survey(extension(tmp_path / "run", pairs | output))
+    answers = style | {"data": {"train": str(tmp_path / "pairs.jsonl"), "replay": 0.1}}
+    assert survey(extension(tmp_path / "run", answers))[-1].state == "new"
 
 
 def test_what_a_chain_begins_on_is_asked_for_before_any_training(harmful, tmp_path):

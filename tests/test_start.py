@@ -320,5 +320,5 @@ def test_an_unfinished_run_is_no_start(run_copy):
     write_json(
         run_copy / "chain.json", encode_manifest(manifest.model_copy(update={"files": files}))
     )
-    with pytest.raises(ChainLoRAError, match=r"a finished run .*--resume"):
+    with pytest.raises(ChainLoRAError, match=r"a finished run.*finish it"):
         load_start(run_copy)

@@ -2,14 +2,16 @@
 
 A write goes to a scratch file beside its target, is flushed to disk, and is renamed into place;
 then the folder is flushed. So a kill at any instant leaves the old file or the new one, and after
-the call returns a power loss does too. A folder is written and replaced in the same way, and
-renamed before it is deleted: whoever sees a folder by its name sees all of it.
+the call returns a power loss does too. A folder is written in the same way, and renamed before it
+is deleted: whoever sees a folder by its name sees all of it. A folder that replaces another changes
+names with it; where the system cannot do that in one step, there is an instant without either.
 
 Scratch names end in ``.new`` or ``.old``; `remove_scratch` clears what a killed process left.
 """
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import hashlib
 import itertools
@@ -155,6 +157,10 @@ def _set_modes(folder: Path) -> None:
 
 
 def _swap(scratch: Path, path: Path) -> None:
+    if path.is_dir() and any(path.iterdir()) and _exchange(scratch, path):
+        sync_folder(path.parent)
+        shutil.rmtree(scratch, ignore_errors=True)  # which is the old one now
+        return
     old = _scratch(path, ".old")
     if path.exists():
         try:
@@ -172,6 +178,16 @@ def _swap(scratch: Path, path: Path) -> None:
         raise
     sync_folder(path.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchange(one: Path, two: Path) -> bool:
+    """Let two folders change their names in one step, and say so, where the system can (Linux)."""
+    try:
+        rename = ctypes.CDLL(None).renameat2
+    except (AttributeError, OSError, TypeError):
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE: renameat2(2)
+    return bool(rename(here, os.fsencode(one), here, os.fsencode(two), exchange) == 0)
 
 
 def _fill(path: Path, scratch: Path) -> None:

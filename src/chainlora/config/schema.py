@@ -350,6 +350,23 @@ class TrainConfig(Section):
         return self.keep_best or self.early_stop is not None or self.accept_links == "better"
 
 
+def with_flat_model(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an unchecked config with ``model: {name: …, quantize: nf4}`` as the two keys.
+
+    Raises ValueError, as validators do, for a section of other keys.
+    """
+    if not isinstance(tree.get("model"), Mapping):
+        return dict(tree)
+    section = dict(tree["model"])
+    refuse_if(
+        not {"name"} <= section.keys() <= {"name", "quantize"},
+        "`model` must be a name, or a section of name and quantize",
+        ", ".join(sorted(map(str, section))) or "an empty one",
+        "e.g. model: {name: m, quantize: nf4}",
+    )
+    return dict(tree) | {"model": section.pop("name")} | section
+
+
 class RunConfig(Section):
     """One run: model, data, chain, training, output."""
 
@@ -378,17 +395,7 @@ class RunConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _model_section(cls, tree: Any) -> Any:
-        """Take ``model: {name: …, quantize: nf4}`` for the two keys."""
-        if not isinstance(tree, Mapping) or not isinstance(tree.get("model"), Mapping):
-            return tree
-        section = dict(tree["model"])
-        refuse_if(
-            not {"name"} <= section.keys() <= {"name", "quantize"},
-            "`model` must be a name, or a section of name and quantize",
-            ", ".join(sorted(map(str, section))) or "an empty one",
-            "e.g. model: {name: m, quantize: nf4}",
-        )
-        return dict(tree) | {"model": section.pop("name")} | section
+        return with_flat_model(tree) if isinstance(tree, Mapping) else tree
 
     @model_validator(mode="after")
     def _check_chain(self) -> RunConfig:

@@ -91,7 +91,7 @@ def rows_again(
     held_out = [prompt_hashes(validation, num_front), *(k.held_out for k in earlier.values())]
     again, others = [], []
     for stage, kept in earlier.items():
-        if kept.loss != loss and (kept.loss, loss) != ("candidates", "completion"):
+        if not can_read_again(kept.loss, loss):
             others.append(f"{stage}: {kept.loss}")
             continue
         rows = pick(kept.train, ~np.isin(kept.prompts, np.concatenate(held_out)))
@@ -107,6 +107,11 @@ def rows_again(
     rows = MemoryRows(again)
     rows.summary = RowsSummary(digest=hashlib.sha256(example_hashes(rows).tobytes()).hexdigest())
     return rows
+
+
+def can_read_again(before: str, loss: str) -> bool:
+    """Say whether a stage with this loss can read rows again that were learned by another."""
+    return before == loss or (before, loss) == ("candidates", "completion")
 
 
 def _right_one(example: Example) -> Example:

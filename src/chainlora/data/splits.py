@@ -154,11 +154,13 @@ def prepare_splits(
     rows = {split: joined(each) for split, each in parts.items()}
     _log_unread(rows)
     if data.replay is not None and to_score is None and parts["train"]:
-        kind = learned.objective or "completion"
+        kind = learned_by(data, loss)
         again = rows_again(earlier or {}, kind, rows["validation"], asked["num_front"])
         asked["mixture"] = replace(asked["mixture"], num_earlier=len(again), replay=data.replay)
         asked["moved"] |= {"replayed": len(again)}
         rows["train"] = joined([rows["train"], again])
+    if earlier and to_score is None:
+        _log_trained_on(rows, earlier)
     asked |= {"digest": _digest(rows, options.before)}
     return Splits(rows["train"], rows["validation"], rows["test"], **asked)
 
@@ -167,6 +169,11 @@ def _mixture(data: DataConfig, files: Sequence[Rows]) -> Mixture | None:
     weights = [each.weight for each in data.train_files] or [1.0]
     weights = weights[len(weights) - len(files) :]  # of the first, all rows may be demonstrations
     return Mixture(tuple(map(len, files)), tuple(weights)) if files else None
+
+
+def learned_by(data: DataConfig, loss: PairLoss | None) -> str:
+    """Return what the rows of a config are learned by (`Splits.loss`)."""
+    return loss or ("completion" if data.task is None else load_task(data.task).loss)
 
 
 def check_files(data: DataConfig, loss: str | None) -> None:
@@ -232,6 +239,19 @@ def _log_unread(encoded: Mapping[str, Rows]) -> None:
         alike.setdefault(splits, []).append(repr(column))
     for splits, columns in alike.items():
         _log.warning("%s: nothing reads %s", splits, ", ".join(columns))
+
+
+def _log_trained_on(rows: Mapping[str, Rows], earlier: Mapping[str, Kept]) -> None:
+    """Warn of rows to be scored that an earlier stage was trained on, which flatter the model."""
+    seen = np.concatenate([kept.seen for kept in earlier.values()])
+    for split in SPLITS[1:]:
+        count = int(np.isin(example_hashes(rows[split]), seen).sum())
+        if count:
+            _log.warning(
+                f"{split}: an earlier stage was trained on {count} of {len(rows[split])} rows, so "
+                "that scores on them are too good; give other rows, or hold out no more of a file "
+                "than that stage did"
+            )
 
 
 def _shapes_prompts_of(data: DataConfig, task: Task) -> bool:

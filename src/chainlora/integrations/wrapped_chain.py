@@ -39,6 +39,7 @@ from chainlora.runs.saved_chain import (
     restore_chain,
     write_chain,
 )
+from chainlora.runs.stages import open_run
 from chainlora.runs.start import NOTHING, Start
 from chainlora.runs.verification import check_adapter, skeleton_like
 
@@ -141,7 +142,7 @@ class WrappedChain:
                 f"a checkpoint must hold a chain (got none in {folder}, which was saved without "
                 "ChainCallback); start over"
             )
-        saved = read_chain(folder / INSIDE)
+        saved = read_chain(open_run(folder / INSIDE))
         self.numbers = saved.manifest.numbers
         with kept_random_state(self.chain.model):
             restore_chain(self.chain, saved)

@@ -21,7 +21,14 @@ from chainlora.chain.adapters import Imported, import_adapter, linked_layer
 from chainlora.chain.chain import Chain
 from chainlora.chain.holding import hold_for
 from chainlora.chain.link import Link
-from chainlora.config.stages import RUN_WIDE, is_run, section_of, what_stages_share
+from chainlora.config.schema import with_flat_model
+from chainlora.config.stages import (
+    RUN_WIDE,
+    is_run,
+    section_of,
+    split_address,
+    what_stages_share,
+)
 from chainlora.errors import ConfigError, ModelError, RunError
 from chainlora.models.finding import folder_of, from_hub
 from chainlora.models.identity import TOKENIZERS, base_files
@@ -30,7 +37,7 @@ from chainlora.runs.manifest import STAGE, link_entries
 from chainlora.runs.opening import is_whole_model
 from chainlora.runs.reading import RunReader, check_base
 from chainlora.runs.saved_chain import chain_folder, read_chain, restore_chain
-from chainlora.runs.stages import open_run
+from chainlora.runs.stages import first_is_open, open_run, run_around
 from chainlora.runs.start import Start, start_of
 
 logger = logging.getLogger(__name__)
@@ -47,12 +54,19 @@ def load_start(source: str | Path, stage: str = STAGE) -> Start:
     or cannot become links.
     """
     if is_run(source):
+        run, _ = split_address(source)
+        if run_around(run) == run and first_is_open(run):
+            raise RunError(
+                "a chain starts from a finished run, judged where it says `accept_links`",
+                run,
+                "finish it by the command that began it",
+            )
         return _of_chain(open_run(source), stage)
     folder = Path(source).expanduser()
     folder = folder if folder.exists() else from_hub(str(source), "start")
     has_tokenizer = any(next(folder.glob(pattern), None) for pattern in TOKENIZERS)
     tokenizer = folder if has_tokenizer else None
-    reader = RunReader(chain_folder(folder))
+    reader = open_run(chain_folder(folder))
     if reader.exists:
         start = _of_chain(reader, stage)
         return replace(start, tokenizer=tokenizer or start.tokenizer)
@@ -113,15 +127,17 @@ def load_chain(
     default the one that the model names, if it is at hand. Raises ChainLoRAError for a damaged
     folder or another base.
     """
-    place, folder = checkpoint or folder_of(model), chain_folder(Path(directory).expanduser())
-    reader = open_run(directory) if is_run(directory) else RunReader(folder)
+    place = checkpoint or folder_of(model)
+    reader = open_run(
+        directory if is_run(directory) else chain_folder(Path(directory).expanduser())
+    )
     manifest = reader.manifest() if reader.exists else None
     if manifest is None:
         chain = Chain(model, hold=hold_for(model), checkpoint=place)
     else:
         chain = Chain(model, seed=manifest.seed, hold=manifest.hold, checkpoint=place)
     if manifest is not None and not manifest.has_run:
-        restore_chain(chain, read_chain(reader.path))
+        restore_chain(chain, read_chain(reader))
         return chain
     for note in put_on(load_start(directory), chain).notes:
         logger.warning(note)
@@ -136,13 +152,11 @@ def _of_chain(reader: RunReader, stage: str) -> Start:
             f"a run of full fine-tuning, {reader.path}",
             f"take {reader / 'model'} as the model",
         )
-    if manifest.has_run and not reader.is_finished(manifest):
-        raise RunError("a chain starts from a finished run", reader.path, "finish it by --resume")
     start = start_of(reader, stage)
     if manifest.has_run:
         return start
     next_id = max([start.next_id, *(link.id + 1 for link in start.links)])  # a live one is loaded
-    return replace(start, next_id=next_id, extra=read_chain(reader.path).start)
+    return replace(start, next_id=next_id, extra=read_chain(reader).start)
 
 
 def _check_fit(adapter: Imported, model: nn.Module) -> None:
@@ -198,21 +212,38 @@ def _name_of(model: nn.Module) -> str:
 def with_start(tree: Mapping[str, Any]) -> dict[str, Any]:
     """Return a config with what is left out beside `start`: the base, and what the run has one of.
 
-    Raises ConfigError for a key of the whole run that says otherwise than the run.
+    A run that has begun says it itself, and what its stage is called, so that a resume does not
+    need what it began on. Raises ConfigError for a key of the whole run that says otherwise, and
+    for another `start` than it had.
     """
-    own, source = dict(tree), tree.get("start")
+    try:
+        own, source = with_flat_model(tree), tree.get("start")
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
     if not isinstance(source, str):  # none, or what the config will refuse
         return own
-    if not is_run(source):
-        adapter = load_start(source).adapter
-        if adapter is not None and adapter.base:
-            own.setdefault("model", adapter.base)
-        return own
-    reader = open_run(source)
-    if not reader.manifest().has_run:
-        own.setdefault("model", reader.manifest().base.model)
-        return own
-    shared = what_stages_share(reader.config())
+    begun = RunReader(Path(str(own.get("output"))).expanduser())
+    if begun.exists and begun.manifest().has_run:
+        before = begun.config().start or "the base"
+        if source != before and Path(source).resolve() != Path(before).resolve():
+            raise ConfigError(
+                "`start` must be what the run began on",
+                f"{source}, and {before} for {begun}",
+                "choose another output",
+            )
+        own.setdefault("stages", [{"name": begun.manifest().stage}])
+        return _filled_in(own, begun)
+    if is_run(source) and open_run(source).manifest().has_run:
+        return _filled_in(own, open_run(source))
+    start = load_start(source)
+    base = start.adapter.base if start.adapter is not None else start.base and start.base.model
+    if base:
+        own.setdefault("model", base)
+    return own
+
+
+def _filled_in(own: dict[str, Any], run: RunReader) -> dict[str, Any]:
+    shared = what_stages_share(run.config())
     for key in ("model", "quantize"):
         _agree(own, key, shared[key], key)
     for section, keys in RUN_WIDE.items():

@@ -105,9 +105,8 @@ def write_chain(
         files.write_json(scratch / "chain.json", encode_manifest(manifest))
 
 
-def read_chain(directory: str | Path) -> SavedChain:
+def read_chain(reader: RunReader) -> SavedChain:
     """Read a saved chain and check all its files. Changes no model."""
-    reader = RunReader(chain_folder(Path(directory)))
     manifest = reader.manifest()
     for name in manifest.files:
         reader.check_files(manifest, name)
@@ -117,7 +116,17 @@ def read_chain(directory: str | Path) -> SavedChain:
 
 
 def restore_chain(chain: Chain, saved: SavedChain) -> None:
-    """Make a chain what was saved, whatever it is now; its model must be the one of the save."""
+    """Make a chain what was saved, whatever it is now; its model must be the one of the save.
+
+    Raises RunError for another model, and for a live link that was weakened by `mix`.
+    """
+    selected = saved.manifest.selected
+    if saved.live and selected and selected.partial and selected.partial.strength != 1:
+        raise RunError(
+            "a link that goes on being tuned is at full strength",
+            f"{selected.partial.strength:g} in {saved.path}",
+            f"restore it first: chainlora mix {saved.path} {selected.partial.stage}=1",
+        )
     body = saved.manifest.base.body
     if body is None or body != chain.fingerprint_without(saved.start):
         check_base(saved.manifest.base, {"fingerprint": chain.base_fingerprint}, saved.path)

@@ -218,13 +218,28 @@ def end_stage(run: Path, name: str, strength: float = 1.0) -> None:
     write_stages(run, Stages(stages=entries, strengths=strengths))
 
 
+def _need_one_strength(folder: Path, names: Iterable[str]) -> None:
+    """Raise RunError for a stage to which 1 would not give back what was: a chain that was saved
+    with links of several strengths."""
+    for name in names:
+        loaded = RunReader(folder).manifest().loaded
+        found = {entry.strength for entry in loaded if entry.stage == name}
+        if len(found) > 1:
+            shown = ", ".join(f"{each:g}" for each in sorted(found))
+            raise RunError(
+                "a stage can be mixed whose links have one strength",
+                f"{shown} in {name!r} of {folder}",
+                "take Chain.set_strengths, and save the chain",
+            )
+
+
 def mix_stages(run: str | Path, strengths: Mapping[str, float]) -> None:
     """Give stages of a run other strengths, 0 for off; the others keep theirs.
 
     From then on the run is this mix wherever it is loaded; 1 gives back what was, to the bit.
 
-    Raises RunError: a stage that is not there, a strength that its links cannot have, a run that
-    another process is training, or whose first stage has not ended.
+    Raises RunError: a stage that is not there, or that has no one strength, a strength that its
+    links cannot have, a run that another process is training, or whose first stage has not ended.
     """
     run = Path(run)
     with alone_in(run):
@@ -234,6 +249,7 @@ def mix_stages(run: str | Path, strengths: Mapping[str, float]) -> None:
             raise RunError(rule, run, "finish it by the command that began it")
         folder = folder_of(run, found, found.last)
         _names_in(folder, strengths, run)
+        _need_one_strength(folder, strengths)
         merged = found.strengths | {name: float(value) for name, value in strengths.items()}
         RunReader(folder, merged).load_links()  # refuses what is not a sum
         write_stages(run, Stages(stages=found.stages, strengths=merged))

@@ -80,7 +80,9 @@ def export_gguf(
         if as_adapter:
             pairs = {module: (pair.a, pair.b) for module, pair in factors.items()}
             write_lora_gguf(pairs, config, model, made / "adapter.gguf", name)
-        modelfile = _modelfile(reader, tokenizer, config, as_adapter)
+        entries = manifest.loaded if num_links is None else manifest.links[:num_links]
+        on = [entry.stage for entry in entries if entry.strength] or [manifest.stage]
+        modelfile = _modelfile(reader, on[-1], tokenizer, config, as_adapter)
         (made / "Modelfile").write_text(modelfile, encoding="utf-8")
         copy_licences(merged, made)
         what = f"with a chain of {len(links)} LoRA link(s) in GGUF ({kind})"
@@ -121,13 +123,14 @@ def _check_factors(factors: Mapping[str, Factors], extra: set[str]) -> None:
 # --- Ollama ---
 
 
-def _modelfile(reader: RunReader, tokenizer: Any, config: Any, as_adapter: bool) -> str:
+def _modelfile(reader: RunReader, stage: str, tokenizer: Any, config: Any, as_adapter: bool) -> str:
+    """Return the Modelfile for the rows of a stage, the last one that is on."""
     lines = ["FROM ./base.gguf", "ADAPTER ./adapter.gguf"] if as_adapter else ["FROM ./model.gguf"]
     has_run = reader.manifest().has_run
     longest = (reader.config().data.max_length if has_run else None) or 0
     room = min(config.max_position_embeddings, max(_CONTEXT, longest))
     chat = cut_template(tokenizer) if tokenizer.chat_template else None
-    if not tokenizer.chat_template or not _is_chat(reader, tokenizer):
+    if not tokenizer.chat_template or not _is_chat(reader, stage, tokenizer):
         lines.append('TEMPLATE """{{ .Prompt }}"""')
     elif chat is None:
         logger.warning("the Modelfile has no TEMPLATE: Ollama guesses this chat template")
@@ -138,9 +141,9 @@ def _modelfile(reader: RunReader, tokenizer: Any, config: Any, as_adapter: bool)
     return "\n".join([*lines, f"PARAMETER num_ctx {room}"]) + "\n"
 
 
-def _is_chat(reader: RunReader, tokenizer: Any) -> bool:
+def _is_chat(reader: RunReader, stage: str, tokenizer: Any) -> bool:
     """Say whether a chat template wrote the rows; where no rows are kept, that is assumed."""
-    kept = reader.kept().get(reader.manifest().stage)
+    kept = reader.kept().get(stage)
     if kept is None or not len(kept.train):
         return True
     messages = [{"role": "user", "content": "a"}]

@@ -8,7 +8,7 @@ The same call again goes on where the last one was stopped, and does nothing whe
 from __future__ import annotations
 
 import signal
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,7 +28,9 @@ from chainlora.config.stages import (
     split_address,
     what_stages_share,
 )
-from chainlora.data.splits import check_files
+from chainlora.data.division import can_read_again
+from chainlora.data.kept import Kept
+from chainlora.data.splits import check_files, learned_by
 from chainlora.errors import ChainError, ChainLoRAError, RunError, StoppedError
 from chainlora.evaluation.stages import stage_matrix
 from chainlora.evaluation.strengths import guard
@@ -121,18 +123,27 @@ def survey(stages: Sequence[Stage], change: Collection[str] = ()) -> list[StageS
             _need_rows(stage, below)
             _need_sum(stage, links)
         if where.state != "pruned":
-            below[stage.name] = stage.config.data.keep_rows
+            below[stage.name] = _kept_loss(stage, is_new=where.state == "new")
     return found
 
 
-def _begun_on(stages: Sequence[Stage]) -> tuple[dict[str, bool], list[Link]]:
-    """Return the stages that a chain begins on, whether their rows are kept, and all links that
-    are there, without their tensors."""
+def _kept_loss(stage: Stage, *, is_new: bool) -> str | None:
+    """Return what the rows are learned by that a stage keeps; None where it keeps none."""
+    data = stage.config.data
+    if is_new:
+        return learned_by(data, stage.config.train.loss) if data.keep_rows else None
+    kept = RunReader(stage.config.output or "").kept().get(stage.name)
+    return kept and kept.loss
+
+
+def _begun_on(stages: Sequence[Stage]) -> tuple[dict[str, str | None], list[Link]]:
+    """Return the stages that a chain begins on, what the rows are learned by that they kept, and
+    all links that are there, without their tensors."""
     first = stages[0].config
     reader = RunReader(first.output or "")
     if reader.exists:
         manifest = reader.manifest()
-        below = {e.stage: e.stage in manifest.kept for e in manifest.links[: manifest.first]}
+        below = _losses((e.stage for e in manifest.links[: manifest.first]), reader.kept())
         return below, [entry.outline() for entry in open_run(reader.path).manifest().loaded]
     if first.start is None:
         return {}, []
@@ -140,10 +151,14 @@ def _begun_on(stages: Sequence[Stage]) -> tuple[dict[str, bool], list[Link]]:
     return _below(start), list(start.links)
 
 
-def _below(start: Start) -> dict[str, bool]:
-    """Return the stages below one that begins there, and whether their rows are kept."""
+def _below(start: Start) -> dict[str, str | None]:
+    """Return the stages below one that begins there, and what their kept rows are learned by."""
     names = [IMPORTED] if start.adapter is not None else [entry.stage for entry in start.entries]
-    return {name: name in start.kept for name in names}
+    return _losses(names, start.kept)
+
+
+def _losses(names: Iterable[str], kept: Mapping[str, Kept]) -> dict[str, str | None]:
+    return {name: kept[name].loss if name in kept else None for name in names}
 
 
 def extension(
@@ -160,6 +175,12 @@ def extension(
         RunError: a stage that is not the last, and no `output`.
     """
     run, named = split_address(address)
+    if not RunReader(run).manifest().has_run:
+        raise RunError(
+            "a stage is added to a run",
+            f"a saved chain, {run}",
+            f"begin a run on it, by start: {run} in its config",
+        )
     own = {key: value for key, value in section.items() if key != "output"}
     for key, value in overrides:
         set_key(own, key, value)
@@ -228,7 +249,7 @@ def _need_no_other(run: Path, stages: Sequence[Stage]) -> None:
         raise RunError(rule, others[0], "finish it, or delete that folder")
 
 
-def _need_name(stage: Stage, below: Mapping[str, bool]) -> None:
+def _need_name(stage: Stage, below: Mapping[str, str | None]) -> None:
     """Refuse a name that a stage has which the chain begins on, before any is trained."""
     if stage.name in below:
         raise RunError(
@@ -238,12 +259,12 @@ def _need_name(stage: Stage, below: Mapping[str, bool]) -> None:
         )
 
 
-def _need_rows(stage: Stage, below: Mapping[str, bool]) -> None:
+def _need_rows(stage: Stage, below: Mapping[str, str | None]) -> None:
     """Refuse what needs rows of earlier stages that are not there, before any is trained.
 
     Of what was made elsewhere nobody knows the rows, new or not.
     """
-    data, without = stage.config.data, [name for name, is_kept in below.items() if not is_kept]
+    data, without = stage.config.data, [name for name, loss in below.items() if loss is None]
     missing = {
         "train.accept_links": without if stage.tolerance is not None else [],
         "data.new_rows_only": [n for n in without if data.new_rows_only and n != IMPORTED],
@@ -256,6 +277,14 @@ def _need_rows(stage: Stage, below: Mapping[str, bool]) -> None:
                 f"none of {', '.join(names)}",
                 f"train those with data.keep_rows: true, or leave {key} out",
             )
+    losses = {name: loss for name, loss in below.items() if loss is not None}
+    own = learned_by(data, stage.config.train.loss)
+    if data.replay and not any(can_read_again(loss, own) for loss in losses.values()):
+        raise RunError(
+            f"`data.replay` of stage {stage.name!r} needs earlier rows that are learned by {own}",
+            ", ".join(f"{name}: {loss}" for name, loss in losses.items()) or "no earlier stage",
+            "leave it out of that stage",
+        )
 
 
 def _need_sum(stage: Stage, links: Sequence[Link]) -> None:
