@@ -251,6 +251,9 @@ def test_a_long_chat_loses_its_oldest_turns_when_asked_to():
         encode_examples(rows, tokenizer, "chat", max_length=20)
 
 
+EMPTY = {"role": "assistant", "content": ""}
+
+
 @pytest.mark.parametrize(
     ("template", "messages", "message"),
     [
@@ -259,6 +262,8 @@ def test_a_long_chat_loses_its_oldest_turns_when_asked_to():
         (CHAT, "hello", r"list of objects with role and content .*chat.jsonl line 1"),
         (CHAT, [{"role": "user"}], r"list of objects with role and content"),
         (CHAT, TALK[:1], r"a turn with role assistant .*\['user'\]"),
+        (CHAT, [TALK[0], EMPTY, *TALK[2:]], r"say something .*an empty turn 2 at .*line 1\)"),
+        (MARKED, [*TALK, EMPTY | {"tool_calls": []}], r"say something .*an empty turn 5 at "),
         ("{{ raise_exception('roles must alternate') }}", TALK, r"chat template .*alternate"),
     ],
 )

@@ -9,12 +9,13 @@ from itertools import pairwise
 import pytest
 from helpers import settings as run_settings
 from helpers_data import CHAT, TALK, encode_examples, make_tokenizer
-from helpers_tasks import write_rows
+from helpers_tasks import write_rows, write_task
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chainlora import make_config, train
 from chainlora.config.schema import DataConfig
+from chainlora.data import preparing
 from chainlora.data.splits import prepare_splits
 from chainlora.errors import DataError
 from chainlora.training.progress import _what_became_of
@@ -136,6 +137,52 @@ ASKED = [
     {"role": "tool", "content": "2"},
     {"role": "assistant", "content": "two dogs"},
 ]
+
+
+@pytest.mark.parametrize("in_memory", [2, 2000])
+@pytest.mark.parametrize("kind", ["text", "completion", "pairs", "candidates", "right one"])
+def test_rows_to_score_that_are_trained_on_are_named(
+    tmp_path, caplog, monkeypatch, kind, in_memory
+):
+    """Whatever is learned of them, and wherever they lie; what is held out is none of them."""
+    monkeypatch.setattr(preparing, "IN_MEMORY", in_memory)
+    monkeypatch.setattr(preparing, "_CHUNK", 2)
+    monkeypatch.setenv("CHAINLORA_CACHE", str(tmp_path / "cache"))
+    makers = {
+        "text": lambda k: {"text": f"{k}" + " two dogs" * 20},
+        "completion": lambda k: {"prompt": f"how many {k}?", "completion": " two", "id": k},
+        "pairs": lambda k: {"prompt": f"dogs {k}", "chosen": " two", "rejected": " three"},
+    }
+    make = makers.get(kind, lambda k: {"text": f"dogs {k}", "label": k % 2})
+    files = {
+        "train": [make(k) for k in (0, 1, 2, 2, 3, 4, 5)],
+        "validation": [make(k) for k in (7, 2, 3, 8, 5, 4)],
+        "test": [make(k) for k in (0, 9, 0)],
+    }
+    paths = {
+        name: str(write_rows(tmp_path / f"{name}.jsonl", rows)) for name, rows in files.items()
+    }
+    if kind in ("candidates", "right one"):
+        loss = "candidates" if kind == "candidates" else "completion"
+        paths["task"] = str(write_task(tmp_path, loss=loss))
+    loss = "dpo" if kind == "pairs" else None
+    prepare_splits(DataConfig(**paths), make_tokenizer("bos"), 24, loss=loss)
+    told = [record.message for record in caplog.records if "too good" in record.message]
+    named = {"validation": (2, 3, 5), "test": (1, 3)}
+    lines = [", ".join(f"{paths[name]} line {k}" for k in at) for name, at in named.items()]
+    assert told == [
+        f"validation: 4 of 6 rows are training rows too, so that scores on them are too good "
+        f"({lines[0]}, …); remove them from one of the files",
+        f"test: 2 of 3 rows are training rows too, so that scores on them are too good "
+        f"({lines[1]}); remove them from one of the files",
+    ]
+    assert "data.num" not in caplog.text
+    caplog.clear()
+    held = DataConfig(**paths | {"validation": 0.5, "test": None, "num_test": 3})
+    splits = prepare_splits(held, make_tokenizer("bos"), 24, loss=loss)
+    assert splits.validation
+    assert "too good" not in caplog.text
+    assert "data.num_test takes rows of data.test, which names none" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import pytest
 from datasets import Dataset
 from helpers import assert_same_links, records_of, settings, stop_after
 from helpers_integrations import StopAt, arguments, collator, make_trainer, peft_model, token_rows
+from helpers_tasks import write_rows, write_task
 from transformers import AutoTokenizer, Trainer, TrainingArguments
 
 from chainlora import ChainCallback, inspect_run, make_config, train
@@ -111,13 +112,24 @@ def test_a_resume_takes_what_was_decided_at_the_start(
     assert None not in decided[0].values()
 
 
+@pytest.mark.parametrize("kind", ["completion", "pair", "candidates"])
 def test_soft_knots_are_paced_by_learned_tokens_a_parameter_and_short_runs_are_warned(
-    tiny_folder, tmp_path, caplog
+    kind, tiny_folder, tmp_path, caplog
 ):
-    """Twelve knots in τ = 1.4·n/√N, with N learned tokens a parameter; below 11 a run is warned."""
-    rows = [{"prompt": f"{i} is", "completion": " one" * (1 + i % 3)} for i in range(48)]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    data = {"train": str(tmp_path / "rows.jsonl")}
+    """Twelve knots in τ = 1.4·n/√N, with N learned tokens a parameter; below 11 a run is warned.
+
+    What is learned is the right answer alone: a wrong one counts neither here nor in the result.
+    """
+    make = {
+        "completion": lambda i: {"prompt": f"{i} is", "completion": " cat" * (1 + i % 3)},
+        "pair": lambda i: {"prompt": "a", "chosen": " cat" * (1 + i % 3), "rejected": " sat" * 5},
+        "candidates": lambda i: {"text": "a", "label": i % 2},
+    }[kind]
+    data = {"train": str(write_rows(tmp_path / "rows.jsonl", [make(i) for i in range(48)]))}
+    if kind == "candidates":
+        data["task"] = str(write_task(tmp_path, labels=[" cat", " sat on"]))
+    loss = {"loss": "dpo"} if kind == "pair" else {}
+    a_row = 1.5 if kind == "candidates" else 2 + 1  # the end of a completion too
     for rank, steps, is_warned in ((1, 96, False), (3, 48, True)):
         chain = {
             "ranks": [rank],
@@ -125,10 +137,11 @@ def test_soft_knots_are_paced_by_learned_tokens_a_parameter_and_short_runs_are_w
             "knots": "auto",
             "target_modules": ".*0.*q_proj",
         }
-        keys = {"chain": chain | {"knots": "auto"}, "train": {"batch_size": 8}}
+        keys = {"chain": chain | {"knots": "auto"}, "train": {"batch_size": 8} | loss}
         run = tmp_path / str(rank)
         caplog.clear()
         result = train({"model": str(tiny_folder), "data": data, "output": str(run)} | keys)
+        assert result["scored_tokens"] == steps * 8 * a_row
         learned = result["scored_tokens"] / result["trainable_parameters"]
         assert (learned < 11) == is_warned
         assert ("so `knots: auto` ties none; train longer" in caplog.text) == is_warned

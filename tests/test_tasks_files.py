@@ -112,6 +112,7 @@ def test_a_file_that_is_not_yaml_is_named_with_its_line(tmp_path):
     [
         ({"label": 0}, r"`prompt` .*'text' is undefined.*bad.jsonl line 1.*fields are label"),
         ({"text": None, "label": 0}, r"`prompt` .*a null"),
+        ({"text": ["x"], "label": 0}, r"`prompt` .*got \['x'\], which is no text at .*row"),
         ({"text": "x"}, r"`label` .*'label' is undefined"),
         ({"text": "x", "label": 2}, r"label must be one .*got 2 .*bad.jsonl line 1.*0 or 'red'"),
         ({"text": "x", "label": None}, r"label must be one .*got None"),

@@ -121,6 +121,22 @@ def _right_one(example: Example) -> Example:
     return replace(example, sequences=(sequence,), scored=(spans,), label=None, names=())
 
 
+def rows_in_both(train: Rows, others: Rows) -> list[int]:
+    """Return which rows of `others` are trained on with all their tokens.
+
+    Of ranked candidates the right one counts, of a text all its blocks.
+    """
+    told = [(_hash_of_right(each), each.row) for each in others]
+    both = {found for found, _ in told}.intersection(map(_hash_of_right, train))
+    new = {row for found, row in told if found not in both}
+    return list(dict.fromkeys(row for _, row in told if row not in new))
+
+
+def _hash_of_right(example: Example) -> int:
+    right = slice(None) if example.label is None else slice(example.label, example.label + 1)
+    return hash(example.sequences[right])
+
+
 def pick(rows: Rows, mask: NDArray[np.bool_]) -> Rows:
     """Return the rows that a mask names."""
     return rows if mask.all() else PickedRows(rows, np.flatnonzero(mask))

@@ -38,6 +38,11 @@ class Example:
         return json.dumps(rest).encode() + tokens.tobytes()
 
     @property
+    def num_learned(self) -> int:
+        """Tokens that the row teaches: those scored of its right candidate or chosen answer."""
+        return sum(end - start for start, end in self.scored[self.label or 0])
+
+    @property
     def prompt(self) -> tuple[int, ...]:
         """The tokens before the last span: what an answer is written after."""
         return self.sequences[0][: self.scored[0][-1][0]]

@@ -16,14 +16,14 @@ from transformers import PreTrainedTokenizerBase
 
 from chainlora.config.schema import DataConfig, PairLoss
 from chainlora.data.chat_templates import set_chat_template
-from chainlora.data.division import divide, pick, rows_again
+from chainlora.data.division import divide, pick, rows_again, rows_in_both
 from chainlora.data.encoding import Options, detect_pairs
 from chainlora.data.encoding.tokens import TokenReader
 from chainlora.data.kept import ASKED, SAMPLE, Kept
 from chainlora.data.mixture import Mixture, example_hashes, prompt_hashes
 from chainlora.data.preparing import make_rows
 from chainlora.data.rows import MemoryRows, Rows, first_of_row, joined
-from chainlora.data.sources import ListSource, Row, Source, find_source
+from chainlora.data.sources import ListSource, Row, Source, find_source, where
 from chainlora.data.tasks import (
     REPORTED_OF_TEXT,
     WORD_METRICS,
@@ -153,6 +153,8 @@ def prepare_splits(
         parts[split] = parts[split] or encode(split, options)
     rows = {split: joined(each) for split, each in parts.items()}
     _log_unread(rows)
+    if to_score is None:
+        _log_in_both(data, rows, sources)
     if data.replay is not None and to_score is None and parts["train"]:
         kind = learned_by(data, loss)
         again = rows_again(earlier or {}, kind, rows["validation"], asked["num_front"])
@@ -239,6 +241,28 @@ def _log_unread(encoded: Mapping[str, Rows]) -> None:
         alike.setdefault(splits, []).append(repr(column))
     for splits, columns in alike.items():
         _log.warning("%s: nothing reads %s", splits, ", ".join(columns))
+
+
+def _log_in_both(
+    data: DataConfig, rows: Mapping[str, Rows], sources: Mapping[str, Sequence[Source]]
+) -> None:
+    """Warn of rows to be scored that are trained on, and of a number of them without a file.
+
+    Rows that are held out are not looked at: they are none (`Division`).
+    """
+    for split in SPLITS[1:]:
+        if getattr(data, f"num_{split}") and not rows[split]:
+            _log.warning("data.num_%s takes rows of data.%s, which names none", split, split)
+        for source in sources[split]:
+            if found := rows_in_both(rows["train"], rows[split]):
+                first = found[:3]
+                named = islice((where(row) for row in source if row.index in first), len(first))
+                places = ", ".join(named) + ", …" * (len(found) > 3)
+                _log.warning(
+                    f"{split}: {len(found)} of {rows[split].summary.rows} rows are training rows "
+                    f"too, so that scores on them are too good ({places}); remove them from one of "
+                    "the files"
+                )
 
 
 def _log_trained_on(rows: Mapping[str, Rows], earlier: Mapping[str, Kept]) -> None:

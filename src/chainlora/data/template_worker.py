@@ -112,9 +112,11 @@ def _row(program: Mapping[str, Any], row: Mapping[str, Any], at: dict[str, str])
     return found
 
 
-def _refuse_null(value: Any) -> Any:
+def _refuse_no_text(value: Any) -> Any:
     if value is None:
         raise jinja2.UndefinedError("a null, or bytes that are no text")
+    if isinstance(value, list | tuple | dict):
+        raise jinja2.UndefinedError(f"{value!r:.60}, which is no text")
     return value
 
 
@@ -122,7 +124,7 @@ _ENVIRONMENT = ImmutableSandboxedEnvironment(
     undefined=jinja2.StrictUndefined,
     keep_trailing_newline=True,
     autoescape=False,
-    finalize=_refuse_null,
+    finalize=_refuse_no_text,
 )
 
 

@@ -36,8 +36,8 @@ def learned_a_row(loader: Any) -> float:
     batch = loader.collate_fn(some)
     if "labels" in batch:  # of tokens, or one of a row
         learned = (batch["labels"] != -100).sum()
-    elif "completion_mask" in batch:  # TRL's pairs of preferences
-        learned = batch["completion_mask"].sum()
+    elif "completion_mask" in batch:  # TRL's pairs of preferences, chosen answers first
+        learned = batch["completion_mask"][: len(some)].sum()
     else:
         rule = "soft knots count learned tokens, so batches must have `labels`"
         raise ConfigError(rule, ", ".join(batch), remedy)

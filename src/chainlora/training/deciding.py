@@ -79,7 +79,7 @@ def _learned_a_step(run: Run) -> list[float]:
     """Return the tokens that a step learns, as some rows have them, by trained parameter of each
     link."""
     some = some_of(run.splits.train)
-    tokens = sum(end - start for row in some for start, end in row.scored[0]) / len(some)
+    tokens = sum(row.num_learned for row in some) / len(some)
     a_step = tokens * run.train.batch_size * run.train.gradient_accumulation
     model, links = run.chain.model, run.config.chain.links()
     return [a_step / num_trained(link.rank, matched_modules(model, link)) for link in links]

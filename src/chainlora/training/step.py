@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from chainlora.data.examples import Example
 from chainlora.errors import DivergedError
 from chainlora.training.events import StepDone
 from chainlora.training.run import Run
@@ -20,22 +21,19 @@ from chainlora.training.run import Run
 class Work(NamedTuple):
     """What a step computes: for every micro-batch, its batches, one a thread at a time.
 
-    `idle` are micro-batches that are computed for nothing (`Processes.idle`).
+    `idle` are micro-batches that are computed for nothing (`Processes.idle`), `num_scored_tokens`
+    those of the rows (`Example.num_learned`).
     """
 
     step: int
     batches: list[list[Any]]
     idle: list[list[Any]]
+    num_scored_tokens: int
 
     @property
     def num_tokens(self) -> int:
         """Tokens computed."""
         return sum(batch.num_tokens for shards in self.batches for batch in shards)
-
-    @property
-    def num_scored_tokens(self) -> int:
-        """Tokens that the loss looks at."""
-        return sum(batch.num_scored_tokens for shards in self.batches for batch in shards)
 
 
 def steps_ahead(run: Run, begin: int, end: int) -> Generator[Work, None, None]:
@@ -43,13 +41,16 @@ def steps_ahead(run: Run, begin: int, end: int) -> Generator[Work, None, None]:
 
     def pack(step: int) -> Work:
         batches = run.plan.batches(step)
-        shares = [run.processes.share(batch) for batch in batches]
-        idle = [run.processes.idle(batch) for batch in batches]
-        return Work(step, collated(shares), collated(idle))
+        shares = [read(run.processes.share(batch)) for batch in batches]
+        idle = [read(run.processes.idle(batch)) for batch in batches]
+        learned = sum(row.num_learned for share in shares for row in share)
+        return Work(step, collated(shares), collated(idle), learned)
 
-    def collated(shares: Sequence[Sequence[int]]) -> list[list[Any]]:
-        rows = [[run.splits.train[row] for row in share] for share in shares if share]
-        return [run.objective.collate(run.engine, examples) for examples in rows]
+    def read(rows: Sequence[int]) -> list[Example]:
+        return [run.splits.train[row] for row in rows]
+
+    def collated(shares: Sequence[list[Example]]) -> list[list[Any]]:
+        return [run.objective.collate(run.engine, share) for share in shares if share]
 
     with ThreadPoolExecutor(1) as packer:
         packed = (packer.submit(pack, step) for step in range(begin, end))

@@ -21,6 +21,7 @@ from chainlora.errors import DataError
 FIELDS = ("messages",)
 _COLUMNS = frozenset((*ROW_FIELDS["chat"], "turns_before"))
 _READS_TEXT = re.compile(r"arguments\s+is\s+string")  # of a call, by the template itself
+_NAMES = ("role", "name")  # of a message, beside what it says
 _CHATML = "another chat template, as in data.chat_template: chatml"
 _Messages = list[dict[str, Any]]
 
@@ -48,6 +49,8 @@ class ChatEncoder:
 
     def __call__(self, rows: Sequence[Row]) -> list[Draft]:
         chats, rendered = self.rendered(rows)
+        for chat in chats:
+            chat.check_answers(self.turns_before(chat.row))
         if self.is_marked:
             turns = self._marked_turns(chats, rendered)
         else:
@@ -226,6 +229,14 @@ class _Chat:
             **options,
             "messages": self.messages if messages is None else messages,
         }
+
+    def check_answers(self, before: int) -> None:
+        """Refuse a turn to be learned that is empty: nothing but its end would be learned."""
+        for turn in self.turns[before:]:
+            said = {key: value for key, value in self.messages[turn].items() if key not in _NAMES}
+            if not any(said.values()):
+                rule, got = "an assistant's turn must say something", f"an empty turn {turn + 1}"
+                raise bad_row(rule, got, self.place, "write some text, or remove the row")
 
     def prefixes(self) -> list[dict[str, Any]]:
         """Return what is less than the whole, before and after each of the assistant's turns."""
