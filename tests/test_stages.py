@@ -225,6 +225,11 @@ def test_no_stage_begins_while_another_is_half_trained(config, tmp_path):
     (tmp_path / "run/stages/.DS_Store").touch()  # what looks at folders leaves is no stage
     with pytest.raises(RunError, match=r"half trained \(got .*style\); finish it, or delete"):
         survey(extension(tmp_path / "run", style | {"name": "law"}))
+    facts, law = config["stages"][0], style | {"name": "law"}
+    with pytest.raises(RunError, match=r"half trained \(got .*style\)"):
+        survey(make_stages(config | {"stages": [facts, law, style]}))
+    found = survey(make_stages(config | {"stages": [facts, style, law]}))
+    assert [each.state for each in found] == ["finished", "stopped", "new"]
     train_stages(extension(tmp_path / "run", style))
     assert survey(extension(tmp_path / "run", style | {"name": "law"}))[-1].state == "new"
 
@@ -383,6 +388,7 @@ def test_a_run_that_has_begun_does_not_need_what_it_began_on(config, tmp_path, c
     style = stage_of(config, "style")
     own = {"start": f"{tmp_path / 'run'}@facts", "output": str(tmp_path / "new")}
     own |= {key: style[key] for key in ("data", "chain")} | {"train": config["train"]}
+    own["data"] |= {"replay": 0.25}
     with pytest.raises(_Stop):
         train(own, listener=_stop_after(1))
     whole, fork = own | {"output": str(tmp_path / "whole")}, tmp_path / "fork"

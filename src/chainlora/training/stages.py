@@ -118,7 +118,7 @@ def survey(stages: Sequence[Stage], change: Collection[str] = ()) -> list[StageS
         if where.state in ("new", "stopped"):
             links += [Link(len(links), each, {}) for each in stage.config.chain.links()]
         if where.state == "new":
-            _need_no_other(run, stages)
+            _need_no_other(stage, stages)
             _need_name(stage, below)
             _need_rows(stage, below)
             _need_sum(stage, links)
@@ -239,10 +239,14 @@ def _new(stage: Stage) -> StageState:
     return StageState(stage.name, "new")
 
 
-def _need_no_other(run: Path, stages: Sequence[Stage]) -> None:
-    """Refuse a new stage while another one is half trained, which would go on without it."""
+def _need_no_other(stage: Stage, stages: Sequence[Stage]) -> None:
+    """Refuse a new stage while another one is half trained, which would go on without it.
+
+    One that comes before it in the config is trained first.
+    """
+    run = _run_of(stages)
     begun = half_trained(run, read_stages(run)) if (run / "chain.json").is_file() else []
-    names = [stage.name for stage in stages]
+    names = [each.name for each in stages[: stages.index(stage) + 1]]
     others = [path for path in begun if path.name not in names]
     if others:
         rule = "a stage can begin when no other is half trained"
@@ -321,11 +325,13 @@ def _train(
     with alone_in(run) if is_first_launched() and not is_first else nullcontext():
         if not is_first:  # another process may have ended one in the meantime, or begun one
             _known(run, stages)
-            _need_no_other(run, stages)
+            _need_no_other(stage, stages)
         try:
-            start = NOTHING if where.state == "stopped" else _start(stage, run, is_first)
-            _need_name(stage, _below(start))
-            _need_rows(stage, _below(start))
+            start = NOTHING
+            if where.state == "new":
+                start = _start(stage, run, is_first)
+                _need_name(stage, _below(start))
+                _need_rows(stage, _below(start))
             resume = where.state == "stopped" or Path(stage.config.output or "").exists()
             result = train(stage.config, resume=resume, listener=tell, change=change, start=start)
         except ChainLoRAError as error:
