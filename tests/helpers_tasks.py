@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
+from conftest import write_rows
 
 # One row a task and, letter for letter, what a model reads: the protocol's table with its fields
 # filled in ("/" there is a line break). The third entry is the text of each candidate, or the
@@ -166,12 +167,6 @@ HUB_ROWS = {
         "label": 0,
     },
 }
-
-
-def write_rows(path: Path, rows: list[dict]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
 
 
 def write_as(path: Path, rows: list[dict]) -> Path:

@@ -8,7 +8,6 @@ classes is transformers' own, so that new ones come in by themselves.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -87,14 +86,6 @@ def test_what_cannot_be_made_tiny_still_cannot(name: str) -> None:
     except Exception:  # whatever transformers says
         return
     pytest.fail("it can now: take it out of IMPOSSIBLE")
-
-
-@pytest.fixture
-def two_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
 
 
 RANDOM = {

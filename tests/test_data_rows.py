@@ -33,12 +33,11 @@ WORDS = TEXT.split()
 
 
 @pytest.fixture
-def cache(tmp_path, monkeypatch) -> Path:
+def cache(cache, monkeypatch) -> Path:
     """A cache of its own, and a limit for what stays in memory that three chunks of rows pass."""
-    monkeypatch.setenv("CHAINLORA_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(preparing, "_CHUNK", 10)
     monkeypatch.setattr(preparing, "IN_MEMORY", 20)
-    return tmp_path / "cache" / "rows"
+    return cache / "rows"
 
 
 def stores(cache: Path) -> list[Path]:

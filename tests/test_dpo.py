@@ -74,7 +74,11 @@ TALK = [user("one"), says("two"), user("three")]
 SHARE = [{"from": "human", "value": "three"}]
 FORMS = {
     "texts": ({"prompt": "a cat", "chosen": " sat", "rejected": " ran"}, " sat</s>", " ran</s>"),
-    "texts that share a prompt": ({"chosen": "a cat sat", "rejected": "a cat ran"}, None, None),
+    "texts that share a prompt": (
+        {"chosen": "a cat sat", "rejected": "a cat ran"},
+        " sat</s>",
+        " ran</s>",
+    ),
     "chats": (
         {"prompt": TALK, "chosen": [says("four")], "rejected": [says("five")]},
         "four</s>",
@@ -107,7 +111,6 @@ FORMS = {
         "five</s>",
     ),
 }
-FORMS["texts that share a prompt"] = (FORMS["texts that share a prompt"][0], " sat</s>", " ran</s>")
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -21,14 +20,6 @@ from chainlora.engine.fast.plugin import FastPath
 from chainlora.engine.packing import PackedBatch
 from chainlora.engine.probes import Facts
 from chainlora.errors import ModelError
-
-
-@pytest.fixture
-def two_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
 
 
 def completions(count: int = 8) -> list[Example]:

@@ -77,9 +77,8 @@ def test_a_file_is_read_with_overrides(tiny_folder, sentiment, tmp_path):
     [*(ROOT / "examples/experiments").glob("*.yaml"), *(ROOT / "benchmarks/paper").glob("*.yaml")],
     ids=lambda path: path.stem,
 )
-def test_every_shipped_experiment_expands_without_data_or_model(path, monkeypatch, tmp_path):
+def test_every_shipped_experiment_expands_without_data_or_model(path, monkeypatch, tmp_path, cache):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("CHAINLORA_CACHE", str(tmp_path / "cache"))
     experiment = load_experiment(path)
     cells = expand(experiment)
     assert {cell.task for cell in cells} == set(experiment.tasks)

@@ -35,12 +35,11 @@ def files_up_to(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_gguf_file_that_cannot_be_converted_leaves_nothing(tmp_path, monkeypatch):
-    monkeypatch.setenv("CHAINLORA_CACHE", str(tmp_path / "cache"))
+def test_a_gguf_file_that_cannot_be_converted_leaves_nothing(tmp_path, cache):
     file = write_gguf(tmp_path / "tiny.gguf", tiny_model("llama", vocab_size=len(TOKENS)))
     with files_up_to(10_000), pytest.raises(FileError, match=r"must be written \(got .*; free"):
         load_model(file, torch.float32)
-    assert [p.name for p in (tmp_path / "cache" / "gguf").iterdir() if p.suffix != ".lock"] == []
+    assert [p.name for p in (cache / "gguf").iterdir() if p.suffix != ".lock"] == []
     load_model(file, torch.float32)
 
 

@@ -19,7 +19,6 @@ from fuzzing import JSON, VALUES, WORDS, altered, check_error, damaged, fuzz, gu
 from hypothesis import given
 from hypothesis import strategies as st
 from test_models import TOKENS, write_gguf
-from transformers import AutoTokenizer
 
 from chainlora import load_task, make_config
 from chainlora.config.yaml_text import parse_yaml
@@ -31,11 +30,6 @@ from chainlora.experiments.expansion import expand
 from chainlora.models.loading import load_model
 
 # --- rows
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tiny_folder):
-    return AutoTokenizer.from_pretrained(tiny_folder)
 
 
 TURN = {"role": "user", "content": "a"}

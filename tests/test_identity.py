@@ -20,11 +20,7 @@ from chainlora.models import hashing
 from chainlora.models.identity import base_files, changed_files
 from chainlora.models.loading import load_model
 
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch) -> Path:
-    monkeypatch.setenv("CHAINLORA_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 @pytest.fixture

@@ -9,14 +9,9 @@ import pytest
 import torch
 from architectures.tiny import tiny_model
 from helpers_integrations import arguments, lora, make_trainer, peft_model, plain_model, token_rows
-from transformers import AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from chainlora import ChainCallback, ChainLoRAError
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tiny_folder):
-    return AutoTokenizer.from_pretrained(tiny_folder)
 
 
 class NoStep(TrainerCallback):

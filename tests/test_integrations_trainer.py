@@ -26,7 +26,7 @@ from helpers_integrations import (
     trainer_loss,
 )
 from torch.utils.data import DataLoader
-from transformers import AutoTokenizer, Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from chainlora import ChainCallback, load_chain, make_config, train
 from chainlora.errors import ConfigError
@@ -37,11 +37,6 @@ from chainlora.training.plan import make_plan
 # One layer's product W x + s·B A x is summed in another order than (W + s·B A) x: float32 rounding
 # of logits below 10 over two layers.
 ROUNDING = 2e-5
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tiny_folder):
-    return AutoTokenizer.from_pretrained(tiny_folder)
 
 
 def run(tiny_folder, tokenizer, output: Path, callback: ChainCallback, **keys) -> Trainer:

@@ -17,7 +17,6 @@ from helpers_integrations import (
     own_loop,
     plain_model,
 )
-from transformers import AutoTokenizer
 
 from chainlora import ChainCallback, load_chain
 from chainlora.errors import ConfigError
@@ -32,11 +31,6 @@ from trl import RewardConfig, RewardTrainer
 RANKS, LENGTHS = (4, 4, 2), (4, 4, 3)
 # W x + s·B A x is summed in another order than (W + s·B A) x
 ROUNDING = 2e-5
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tiny_folder):
-    return AutoTokenizer.from_pretrained(tiny_folder)
 
 
 def record(trainer) -> list:

@@ -97,6 +97,26 @@ def assert_same_weights(before, after) -> None:
     assert [name for name in before if not torch.equal(before[name], after[name])] == []
 
 
+def as_numbers(chain: Chain, strengths, *, transposed: bool) -> dict[str, torch.Tensor]:
+    """Return ``W_0 + Σ c·s·B·A`` of every linked weight, formed in float64."""
+    found = {}
+    for name in chain.links[0].factors:
+        exact = chain.weights.read(f"{name}.weight").double()
+        for link in chain.links:
+            a, b = link.factors[name].a.double(), link.factors[name].b.double()
+            update = strengths[link.id] * link.config.scaling * (b @ a)
+            exact += update.T if transposed else update
+        found[f"{name}.weight"] = exact
+    return found
+
+
+def assert_one_rounding(found, exact, dtype) -> None:
+    """One rounding a link of what was added up in float32, then one cast: half an ulp."""
+    bound = 4 * torch.finfo(torch.float32).eps + torch.finfo(dtype).eps / 2
+    for name, value in exact.items():
+        assert ((found[name].double() - value).abs() <= bound * value.abs().clamp(min=0.05)).all()
+
+
 @on_everything
 @pytest.mark.parametrize("init", ["kaiming", "gaussian", "gradient"])
 def test_law_1_a_new_link_is_an_exact_no_op(architecture, dtype, init):
@@ -180,29 +200,12 @@ def test_law_7_the_change_of_weights_is_the_sum_of_links(architecture, dtype):
     before = weights(model)
     chain = tuned_chain(model, architecture, num_links=3)
     after = weights(chain.detach())
-    for name in chain.links[0].factors:
-        total = sum(link.delta_weight(name).double() for link in chain.links)
-        stored = total.T if architecture == "gpt2" else total
-        pristine = before[f"{name}.weight"].double()
-        exact = pristine + stored
-        # the float32 sum: at most one rounding a link of what was added up so far; then one cast,
-        # half an ulp
-        summed = pristine.abs() + sum(
-            link.config.scaling
-            * (link.factors[name].b.abs() @ link.factors[name].a.abs()).T.double()
-            if architecture == "gpt2"
-            else link.config.scaling
-            * (link.factors[name].b.abs() @ link.factors[name].a.abs()).double()
-            for link in chain.links
-        )
-        bound = (
-            4 * torch.finfo(torch.float32).eps * summed + torch.finfo(dtype).eps / 2 * exact.abs()
-        )
-        assert ((after[f"{name}.weight"].double() - exact).abs() <= bound).all()
-        assert torch.linalg.matrix_rank(total, rtol=1e-6) <= 12
-    untouched = [
-        name for name in before if name.removesuffix(".weight") not in chain.links[0].factors
-    ]
+    exact = as_numbers(chain, dict.fromkeys(range(3), 1.0), transposed=architecture == "gpt2")
+    assert_one_rounding(after, exact, dtype)
+    for name, value in exact.items():
+        change = value - before[name].double()
+        assert torch.linalg.matrix_rank(change, rtol=1e-6) <= 12
+    untouched = before.keys() - exact.keys()
     assert all(torch.equal(before[name], after[name]) for name in untouched)
 
 
@@ -311,19 +314,6 @@ def test_law_13_tying_without_tuning_changes_nothing(architecture, dtype):
 STRENGTHS = {0: 0.5, 1: 0, 2: -1.25}
 
 
-def as_numbers(chain: Chain, transposed: bool) -> dict[str, torch.Tensor]:
-    """Return ``W_0 + Σ c·s·B·A`` of every linked weight, formed in float64."""
-    found = {}
-    for name in chain.links[0].factors:
-        exact = chain.weights.read(f"{name}.weight").double()
-        for link in chain.links:
-            a, b = link.factors[name].a.double(), link.factors[name].b.double()
-            update = STRENGTHS[link.id] * link.config.scaling * (b @ a)
-            exact += update.T if transposed else update
-        found[f"{name}.weight"] = exact
-    return found
-
-
 @on_everything
 @pytest.mark.parametrize("hold", ["tied", "carried"])
 def test_law_16_chosen_links_and_strengths_are_the_float64_sum_to_one_rounding(
@@ -334,14 +324,10 @@ def test_law_16_chosen_links_and_strengths_are_the_float64_sum_to_one_rounding(
     chain.set_strengths(STRENGTHS)
     shown = logits(model)
     after = weights(chain.detach())
-    exact = as_numbers(chain, transposed=architecture == "gpt2")
+    exact = as_numbers(chain, STRENGTHS, transposed=architecture == "gpt2")
+    assert_one_rounding(after, exact, dtype)
     reference = tiny_model(architecture, dtype=dtype)
-    for name, value in exact.items():
-        with torch.no_grad():
-            reference.get_parameter(name).copy_(value)
-        # one rounding a link of what was added up in float32, then one cast: half an ulp
-        bound = 4 * torch.finfo(torch.float32).eps + torch.finfo(dtype).eps / 2
-        assert ((after[name].double() - value).abs() <= bound * value.abs().clamp(min=0.05)).all()
+    reference.load_state_dict(exact, strict=False)
     torch.testing.assert_close(shown, logits(reference), atol=LOGITS[dtype], rtol=0)
 
 

@@ -40,12 +40,6 @@ def tiny_tokenizer(**special: str) -> PreTrainedTokenizerFast:
 
 
 @pytest.fixture
-def cache(tmp_path, monkeypatch) -> Path:
-    monkeypatch.setenv("CHAINLORA_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
-@pytest.fixture
 def folder(tmp_path) -> Path:
     """A tiny Llama saved with its tokenizer."""
     model = tiny_model("llama", vocab_size=300)

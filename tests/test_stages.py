@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import assert_same_links, links_of, settings
+from helpers import Stop, assert_same_links, links_of, settings
 from helpers_data import pair_files
 from transformers import AutoModelForCausalLM
 
@@ -203,7 +203,7 @@ def test_a_stage_stopped_anywhere_resumes_to_the_same_bits(config, tmp_path):
     train_stages(make_stages(whole))
     config["train"]["save_every"] = 1
     for stop in range(1, 11):
-        with pytest.raises(_Stop):
+        with pytest.raises(Stop):
             train_stages(make_stages(config), listener=_stop_after(stop))
         assert read_stages(tmp_path / "run").names[0] == "facts"
     train_stages(make_stages(config))
@@ -215,12 +215,12 @@ def test_a_stage_stopped_anywhere_resumes_to_the_same_bits(config, tmp_path):
 def test_no_stage_begins_while_another_is_half_trained(config, tmp_path):
     """Whichever ends last would be the run, without the links of the other."""
     style = stage_of(config, "style")
-    with pytest.raises(_Stop):
+    with pytest.raises(Stop):
         train_stages(make_stages(one_stage(config)), listener=_stop_after(3))
     with pytest.raises(RunError, match="can be mixed when its first stage has ended"):
         mix_stages(tmp_path / "run", {"facts": 0.5})  # which would name it as ended
     train_stages(make_stages(one_stage(config)))
-    with pytest.raises(_Stop):
+    with pytest.raises(Stop):
         train_stages(extension(tmp_path / "run", style), listener=_stop_after(8))
     (tmp_path / "run/stages/.DS_Store").touch()  # what looks at folders leaves is no stage
     with pytest.raises(RunError, match=r"half trained \(got .*style\); finish it, or delete"):
@@ -234,14 +234,10 @@ def test_no_stage_begins_while_another_is_half_trained(config, tmp_path):
     assert survey(extension(tmp_path / "run", style | {"name": "law"}))[-1].state == "new"
 
 
-class _Stop(Exception):
-    pass
-
-
 def _stop_at(cell: str):
     def progress(what: str, done: int, rows: int) -> None:
         if what == cell:
-            raise _Stop
+            raise Stop
 
     return progress
 
@@ -253,7 +249,7 @@ def _stop_after(total: int):
         done = event.step + (6 if stage[0] == "style" else 0)
         stage[0] = getattr(event, "stage", stage[0])
         if event.name == "step" and done == total:
-            raise _Stop
+            raise Stop
 
     stage = [""]
     return listener
@@ -389,11 +385,11 @@ def test_a_run_that_has_begun_does_not_need_what_it_began_on(config, tmp_path, c
     own = {"start": f"{tmp_path / 'run'}@facts", "output": str(tmp_path / "new")}
     own |= {key: style[key] for key in ("data", "chain")} | {"train": config["train"]}
     own["data"] |= {"replay": 0.25}
-    with pytest.raises(_Stop):
+    with pytest.raises(Stop):
         train(own, listener=_stop_after(1))
     whole, fork = own | {"output": str(tmp_path / "whole")}, tmp_path / "fork"
     train(whole)
-    with pytest.raises(_Stop):
+    with pytest.raises(Stop):
         train_stages(
             extension(own["start"], style | {"output": str(fork)}), listener=_stop_after(7)
         )
@@ -528,7 +524,7 @@ def test_the_matrix_is_what_eval_says_and_is_kept(config, tmp_path):
     run = tmp_path / "run"
     train_stages(make_stages(config))
     (run / "matrix.jsonl").unlink()
-    with pytest.raises(_Stop):  # what was scored until then is kept
+    with pytest.raises(Stop):  # what was scored until then is kept
         stage_matrix(run, progress=_stop_at("style: facts"))
     assert len((run / "matrix.jsonl").read_text().splitlines()) == 4
     found = stage_matrix(run)

@@ -18,14 +18,6 @@ from chainlora.evaluation.evaluate import evaluate
 from chainlora.training.loop import train
 
 
-@pytest.fixture
-def two_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
-
-
 def row(index: int, tokens: range | list[int], answer: int = 9) -> Example:
     sequence = (*tokens, answer)
     return Example(
