@@ -8,7 +8,7 @@ from conftest import ARCHITECTURES, tiny_model
 from safetensors.torch import load_file
 from test_laws import LOGITS, TARGETS, config, logits, loss_of, on_everything, weights
 
-from chainlora import Chain, ChainLoRAError
+from chainlora import Chain, ChainLoRAError, LinkConfig
 from chainlora.chain.adapters import LIVE, load_adapter
 from chainlora.knots.moments import carry_moments
 from chainlora.runs.links import write_link
@@ -236,3 +236,17 @@ def test_links_that_are_no_plain_product_are_refused(keys):
         chain.tie_share(0.5)
     with pytest.raises(ChainLoRAError, match=r"`share` must be in \[0, 1\)"):
         chain.tie_share(1.0)
+
+
+def test_carried_deposits_have_room_for_a_wide_link():
+    """Between soft knots its rows turn: the sum of its deposits has a multiple of its rank."""
+    torch.manual_seed(0)
+    chain = Chain(torch.nn.Sequential(torch.nn.Linear(96, 96)), hold="carried")
+    adapter = chain.extend(LinkConfig(rank=32, alpha=32, target_modules=("0",)))
+    x = torch.randn(8, 96)
+    for _ in range(4):
+        for factor in factors(adapter, "0"):
+            factor.data += 0.1 * torch.randn(factor.shape)
+        before = chain.model(x)
+        chain.tie_share(0.2)
+        torch.testing.assert_close(chain.model(x), before, atol=1e-4, rtol=0)

@@ -18,9 +18,10 @@ from chainlora.config.schema import LinkConfig
 from chainlora.errors import ChainError
 from chainlora.models.quantizing import is_quantized
 
-# Deposits of the live link, stacked: at this rank they are compressed, to half of it or less. The
-# deposits of one module turn slowly, so that little is lost; how much, is kept in `branch_error`.
+# Deposits of the live link are stacked up to this rank, or this many times the link's. Beyond it
+# they are compressed to half: they turn slowly, so that little is lost.
 _DEPOSIT_RANK = 64
+_DEPOSIT_RANKS = 8
 
 
 class Carried(Holding):
@@ -31,7 +32,6 @@ class Carried(Holding):
     def __init__(self, model: nn.Module, weights: BaseWeights) -> None:
         super().__init__(model, weights)
         self._deposits: dict[str, Factors] = {}
-        self.branch_error = 0.0  # largest relative error that compressing deposits has made
         self._merged: Tied | None = None  # what holds the links of a plain model, after `detach`
 
     @staticmethod
@@ -74,11 +74,10 @@ class Carried(Holding):
         for name, factors in deposits.items():
             new = Factors(factors.a.float().cpu(), factors.b.float().cpu())
             stacked = _stack(self._deposits.get(name), new)
-            if stacked.a.shape[0] > _DEPOSIT_RANK:
+            if stacked.a.shape[0] > (room := _room(adapter)):
                 pair = (stacked.a, stacked.b, 1.0)
-                a, b, error = compress_low_rank([pair], rank=_DEPOSIT_RANK // 2)
+                a, b, _ = compress_low_rank([pair], rank=room // 2)
                 stacked = Factors(a, b)
-                self.branch_error = max(self.branch_error, error)
             self._deposits[name] = stacked
         self._fill_branch(adapter)
 
@@ -130,7 +129,12 @@ class Carried(Holding):
         held = stack_links(self.links)
         for name, deposits in self._deposits.items():
             held[name] = _stack(held.get(name), deposits)
-        adapters.carry(adapter, held, stacked_rank(self.links) + _DEPOSIT_RANK)
+        adapters.carry(adapter, held, stacked_rank(self.links) + _room(adapter))
+
+
+def _room(adapter: Adapter) -> int:
+    """Return the largest rank of stacked deposits."""
+    return max(_DEPOSIT_RANK, _DEPOSIT_RANKS * adapter.config.rank)
 
 
 def _stack(first: Factors | None, second: Factors) -> Factors:
