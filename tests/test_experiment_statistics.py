@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -59,6 +60,8 @@ def test_few_values_get_no_interval_some_student_s_and_many_the_bootstrap():
     assert [interval_kind(count) for count in (1, 3, 4, 9, 10)] == ["none", "none", "t", "t", "BCa"]
     assert mean_interval([1.0, 2.0, 3.0]) == (-math.inf, math.inf)
     assert mean_interval([2.0] * 5) == (2.0, 2.0)
+    (found,) = compare_pairs([[0.1] * 9 + [0.1 + 2e-17]])  # equal but for rounding
+    assert (found.low, found.verdict) == (0.1, "wins")
     values = [0.1, 0.4, -0.3, 0.9, 1.4]
     found = stats.ttest_1samp(values, 0).confidence_interval(0.95)
     assert mean_interval(values) == t_interval(values) == pytest.approx((found.low, found.high))
@@ -97,7 +100,16 @@ def test_the_least_number_of_pairs_is_the_least_that_can_decide(num_comparisons)
     assert compare_pairs([clear[1]] * num_comparisons)[0].verdict == "too few pairs"
 
 
-def test_power_is_that_of_the_paired_t_test():
+@pytest.mark.parametrize(("num_pairs", "num_comparisons"), [(6, 1), (7, 2), (8, 3), (9, 1), (9, 6)])
+def test_power_is_that_of_the_exact_test(num_pairs, num_comparisons):
+    least = detectable(1.0, num_pairs, num_comparisons)
+    drawn = least + np.random.default_rng(0).standard_normal((1000, num_pairs))
+    found = [sign_flip_test(row) * num_comparisons <= LEVEL for row in drawn]
+    # 3 sd of 1,000 draws are 0.038; from three assignments on, the power is that of a t-test
+    assert np.mean(found) == pytest.approx(0.8, abs=0.045)
+
+
+def test_power_of_many_pairs_is_that_of_the_paired_t_test():
     # Cohen 1988 by G*Power 3.1: d = 0.5, α 0.05 two-sided, power 0.8 needs 34 pairs; d = 0.8: 15
     assert (pairs_needed(1.0, 0.5), pairs_needed(1.0, 0.8)) == (34, 15)
     assert detectable(1.0, 34) <= 0.5 < detectable(1.0, 33)

@@ -16,6 +16,7 @@ import numpy as np
 from chainlora.errors import ConfigError
 
 Kind = Literal["none", "t", "BCa"]
+_ROUNDING = 1e-12  # relative: differences of scores that are equal but for rounding
 MIN_FOR_INTERVAL = 4
 MIN_FOR_BOOTSTRAP = 10
 NUM_RESAMPLES = 10_000
@@ -49,12 +50,12 @@ def interval_kind(num_values: int) -> Kind:
 def mean_interval(values: Sequence[float]) -> tuple[float, float]:
     """Return the 95 % interval that `interval_kind` names; (-inf, inf) where that is none.
 
-    Values that are all equal give an interval of no width.
+    Values that are all equal, to rounding, give an interval of no width.
     """
     kind = interval_kind(len(values))
     if kind == "none":
         return -math.inf, math.inf
-    if max(values) == min(values):
+    if max(values) - min(values) <= _ROUNDING * max(map(abs, values)):
         return values[0], values[0]
     return t_interval(values) if kind == "t" else bca_interval(values)
 
