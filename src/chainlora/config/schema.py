@@ -2,23 +2,15 @@
 
 A config is frozen, refuses keys it does not know, and is complete once loaded: `None` means off. It
 imports no tensor library, so that the command line can check a file in milliseconds. The keys of
-`chain` are in `config.chain`.
+`chain` are in `config.chain`, those of `data` in `config.data`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from os.path import expanduser
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import (
-    AfterValidator,
-    BeforeValidator,
-    Field,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
+from pydantic import BeforeValidator, Field, model_validator
 
 from chainlora.config.chain import LENGTHS as LENGTHS
 from chainlora.config.chain import ChainConfig as ChainConfig
@@ -26,214 +18,18 @@ from chainlora.config.chain import KnotConfig as KnotConfig
 from chainlora.config.chain import LinkConfig as LinkConfig
 from chainlora.config.chain import PlateauConfig as PlateauConfig
 from chainlora.config.chain import Share
-from chainlora.config.chat_templates import Argument, checked_arguments, resolved_template
-from chainlora.config.section import LARGEST, Count, Number, Section, refuse_if
+from chainlora.config.data import DataConfig as DataConfig
+from chainlora.config.data import Home
+from chainlora.config.section import Count, Number, Section, refuse_if
 
-ROW_FIELDS: Mapping[str, tuple[str, ...]] = {
-    "completion": ("prompt", "completion"),
-    "chat": ("messages", "tools", "chat_template_kwargs"),
-    "text": ("text",),
-    "sharegpt": ("conversations", "system", "tools", "chat_template_kwargs"),
-    "alpaca": ("instruction", "input", "output", "system"),
-    "conversational": ("prompt", "completion", "tools", "chat_template_kwargs"),
-}
-"""What is read of a row, by format; of pairs also `chosen` and `rejected`."""
-
-
-def _at_home(value: Any) -> Any:
-    """Take a ``~`` before a path for the user's home, as shells do."""
-    return expanduser(value) if isinstance(value, str) else value
-
-
-def _auto_or_off(value: Any) -> Any:
-    """Take a boolean, as which YAML reads a bare ``off``."""
-    return ("auto" if value else "off") if isinstance(value, bool) else value
-
-
-Home = AfterValidator(_at_home)
-Arguments = Annotated[dict[str, Argument], AfterValidator(checked_arguments)]
 PairLoss = Literal["dpo", "orpo"]
 PAIR_LOSSES: tuple[str, ...] = get_args(PairLoss)
 """Those of `train.loss` whose rows are preferences."""
 
 
-class TrainFile(Section):
-    """A file of training rows and its weight."""
-
-    path: Annotated[str, Home]
-    """File, folder or Hub dataset."""
-    weight: Annotated[float, Field(gt=0, le=1e3)] = 1.0
-    """Copies an epoch."""
-
-
-class DataConfig(Section):
-    """Where the rows come from.
-
-    Give a `task`, or a `train` file, or both (a task's prompt over your own files). Files are
-    JSONL, JSON, CSV or Parquet.
-    """
-
-    task: Annotated[str | None, Home] = None
-    """Name of a shipped task (`chainlora tasks`) or path of a task file ([tasks](tasks.md))."""
-    dir: Annotated[str | None, Home] = None
-    """Folder with the task's rows; `null` fetches them from the Hub."""
-    train: Annotated[str | list[TrainFile] | None, Home] = None
-    """File with the training rows, or a list of files, each a path or `{path: …, weight: …}`. A
-    weight is copies an epoch: of 2, every row comes twice; of 0.5, half of the rows, and the other
-    half in the next epoch."""
-    validation: Annotated[str | Count | Annotated[float, Field(gt=0, lt=1)] | None, Home] = None
-    """Rows that choose the best point, only beside `data.train`: a file; or a share (`0.05`) or
-    number (`500`) of the prompts in `data.train`, held out by a hash of their tokens. Rows with the
-    same prompt go together, and rows that are added change nobody's side."""
-    test: Annotated[str | None, Home] = None
-    """File with the rows to report on; only beside `data.train`."""
-    format: Literal[
-        "auto", "completion", "chat", "text", "sharegpt", "alpaca", "conversational"
-    ] = "auto"
-    """What a [row](rows.md) of your own file is: `completion` (`prompt` + `completion`, loss on the
-    completion), `chat` (`messages`, loss on the assistant's turns), `text` (loss on everything),
-    and of other tools `sharegpt`, `alpaca` and `conversational` (TRL: `prompt` and `completion` are
-    lists of messages). `auto` decides by the first row, and a run says which of these it
-    recognised."""
-    fields: dict[str, str] = Field(default={})
-    """Names that the file has for fields of its format, e.g. `{prompt: question, completion:
-    answer}`; in every file of this section."""
-    chat_template: Annotated[str, AfterValidator(resolved_template)] | None = None
-    """Chat template for rows of chats: a name (`alpaca`, `chatml`, `llama3`, `zephyr`), a file, or
-    the Jinja text itself; `null` is the tokenizer's own ([rows](rows.md#chat-templates))."""
-    template_arguments: Arguments = Field(default={})
-    """Arguments of the chat template, e.g. `{enable_thinking: false}`."""
-    num_train: Count | None = None
-    """Number of training rows; `null` is the task's number, or the whole of each file."""
-    num_validation: Count | None = None
-    """The same for validation."""
-    num_test: Count | None = None
-    """The same for test."""
-    data_seed: Annotated[int, Field(ge=-(2**32), lt=2**32)] = 0
-    """Which rows a task draws; independent of `train.seed`."""
-    sampling: Literal["protocol", "saner"] = "protocol"
-    """`protocol` draws as MeZO does, which the paper follows; `saner` leaves small tasks (WSC) more
-    rows to train on."""
-    max_length: Annotated[int, Field(ge=2, lt=LARGEST)] | None = None
-    """Longest sequence in tokens; `null` is the model's context."""
-    truncation: Literal["error", "left"] | None = None
-    """What happens to a longer row: `error` refuses it by file and line, `left` drops the oldest
-    tokens. `null` is the task's own choice; for files it is `error`, except that a long `text`
-    becomes several examples and loses nothing."""
-    shots: Number = 0
-    """Number of training rows of a task shown, with their answers, before each prompt. They are not
-    trained on; if links are trained, some rows must be left."""
-    replay: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Rows of earlier stages added to every batch, as a share of it: 0.1 adds one row to a batch of
-    10. They come from the rows that those stages kept; lengths count the stage's own rows."""
-    new_rows_only: bool = False
-    """Leave out training rows that an earlier stage was trained on."""
-    keep_rows: bool = True
-    """Keep up to 1,000 tokenised rows of each split and hashes of all of them in the run directory.
-    Later stages need them for `replay`, `new_rows_only`, held-out validation rows and scores on
-    this stage."""
-
-    @field_validator("train", mode="before")
-    @classmethod
-    def _files(cls, value: Any) -> Any:
-        """Take one file for a list, and give one of no other weight as its path."""
-        files = [value] if isinstance(value, Mapping) else value
-        if not isinstance(files, list | tuple):
-            return value
-        refuse_if(not files, "`data.train` must name a file", "an empty list", "e.g. [my.jsonl]")
-        files = [{"path": each} if isinstance(each, str) else each for each in files]
-        is_plain = len(files) == 1 and isinstance(files[0], Mapping) and files[0].keys() == {"path"}
-        return files[0]["path"] if is_plain else files
-
-    @field_validator("validation", "test", mode="before")
-    @classmethod
-    def _one_source(cls, value: Any, info: ValidationInfo) -> Any:
-        rows = value if isinstance(value, list) else [value]
-        refuse_if(
-            len(rows) != 1,
-            f"`data.{info.field_name}` must be one file, folder or Hub dataset",
-            len(rows),
-            "put the rows into one file",
-        )
-        return rows[0]
-
-    @field_validator("validation", mode="before")
-    @classmethod
-    def _share_or_number(cls, value: Any) -> Any:
-        is_share = isinstance(value, float) and 0 < value < 1
-        is_number = type(value) is int and 1 <= value < LARGEST
-        refuse_if(
-            isinstance(value, int | float) and not (is_share or is_number),
-            "`data.validation` must be a file, a share between 0 and 1, or a number from 1",
-            f"{value!r:.60}",
-            "e.g. 0.05 or 500",
-        )
-        return value
-
-    @model_validator(mode="after")
-    def _check(self) -> DataConfig:
-        task, train = self.task, self.train
-        refuse_if(
-            task is None and train is None and self.dir is None,
-            "`data` must name a `task` or a `train` file",
-            "neither",
-            "e.g. data: {train: my.jsonl}",
-        )
-        refuse_if(
-            self.shots and task is None,
-            "`data.shots` are demonstrations of a task",
-            f"{self.shots} for files without one",
-            "name a task, or leave it out",
-        )
-        refuse_if(
-            self.fields and task is not None,
-            "`data.fields` are those of a format, and a task names columns itself",
-            f"task: {task}",
-            "leave one out",
-        )
-        check_fields(self.fields, self.format)
-        refuse_if(
-            task is not None and train is not None and self.dir is not None,
-            "`data.dir` and `data.train` exclude each other",
-            "both",
-            "keep one",
-        )
-        refuse_if(
-            task is not None and train is None and (self.validation or self.test),
-            "`data.validation` and `data.test` go with data.train",
-            "a task whose rows are drawn",
-            "give data.train beside them, or leave them out",
-        )
-        refuse_if(
-            self.holds_out and self.num_validation,
-            "`data.validation` of a share or number says how many rows there are",
-            f"num_validation: {self.num_validation} beside it",
-            "leave one out",
-        )
-        return self
-
-    @property
-    def train_files(self) -> list[TrainFile]:
-        """The files of training rows; none for a task whose rows are drawn."""
-        return [TrainFile(path=self.train)] if isinstance(self.train, str) else self.train or []
-
-    @property
-    def holds_out(self) -> bool:
-        """Say whether validation rows are held out of the training files."""
-        return isinstance(self.validation, int | float)
-
-
-def check_fields(fields: Iterable[str], kind: str) -> None:
-    """Raise ValueError for a field that is none of a format, or of any where it is `auto`."""
-    kinds = ROW_FIELDS if kind == "auto" else [kind]
-    known = dict.fromkeys(field for each in kinds for field in ROW_FIELDS[each])
-    known |= dict.fromkeys(("chosen", "rejected"))
-    refuse_if(
-        wrong := [field for field in fields if field not in known],
-        f"`data.fields` must have fields of format {kind}: {', '.join(known)}",
-        ", ".join(wrong),
-        "write FIELD: NAME IN THE FILE, e.g. {prompt: question, completion: answer}",
-    )
+def _auto_or_off(value: Any) -> Any:
+    """Take a boolean, as which YAML reads a bare ``off``."""
+    return ("auto" if value else "off") if isinstance(value, bool) else value
 
 
 class TrainConfig(Section):

@@ -23,7 +23,7 @@ import transformers
 from filelock import FileLock
 from transformers import PreTrainedTokenizerBase
 
-from chainlora.config.schema import check_fields
+from chainlora.config.data import check_fields
 from chainlora.data.encoding import Options, RowEncoder, detect_format, make_row_encoder
 from chainlora.data.encoding.fitting import Counts
 from chainlora.data.encoding.translated import FIELDS as TRANSLATED
@@ -43,7 +43,7 @@ from chainlora.data.store import (
 from chainlora.data.tasks import Task
 from chainlora.errors import DataError, FileError
 from chainlora.files import is_scratch, make_folder, remove, replaced_folder
-from chainlora.models.gguf import cache_dir
+from chainlora.models.hashing import cache_dir
 
 IN_MEMORY = 2000
 """Rows up to which nothing is stored: they take a few MB and a fraction of a second."""

@@ -315,7 +315,7 @@ class ChainCallback(TrainerCallback):
         return self._knots.after_step(_newest_loss(state), restarts.rate_factor(optimizer))
 
     def _next_link(self, state: TrainerState, optimizer: torch.optim.Optimizer) -> None:
-        self._processes.check_same(self.chain.parameters(), "link")
+        self._processes.check_same(self.chain.parameters())
         link = self._need().tie()
         logger.info("link %d tied after step %d", link.index, state.global_step)
         state.log_history.append(

@@ -154,7 +154,7 @@ def _tune_link(run: Run, optimizer: torch.optim.Optimizer) -> None:
 def _end_link(run: Run, optimizer: torch.optim.Optimizer) -> Moments | None:
     """Tie the link and write it; return what ReLoRA keeps of its optimizer."""
     leave_average(optimizer)
-    run.processes.check_same(run.chain.parameters(), "link")
+    run.processes.check_same(run.chain.parameters())
     is_soft, probe = run.chain.live_soft_knots > 0, _probe_batch(run)
     before = _hidden(run, probe)
     link = run.chain.tie()

@@ -141,8 +141,8 @@ class Processes:
         """Return the signal that asked the run to stop, once all processes know of it."""
         return stop_requested() if self.count == 1 else self._asked_to_stop
 
-    def check_same(self, parameters: Iterable[Tensor], what: str) -> None:
-        """Raise TrainingError unless all processes hold the same values, to the same bits."""
+    def check_same(self, parameters: Iterable[Tensor]) -> None:
+        """Raise TrainingError unless all processes hold the same link, to the same bits."""
         if self.count == 1:
             return
         sums = [p.detach().double().sum() for p in parameters]
@@ -150,7 +150,7 @@ class Processes:
         found = self._gather(digest)
         if any(each != found[0] for each in found):
             raise TrainingError(
-                f"all processes must hold the same {what} (got sums "
+                "all processes must hold the same link (got sums "
                 f"{', '.join(str(each[0]) for each in found)}); use like machines and versions for "
                 "all of them"
             )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from chainlora.config.schema import ROW_FIELDS
+from chainlora.config.data import ROW_FIELDS
 from chainlora.data.encoding.drafts import Draft, Ids
 from chainlora.data.encoding.tokens import (
     TokenReader,

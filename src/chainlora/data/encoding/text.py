@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from chainlora.config.schema import ROW_FIELDS
+from chainlora.config.data import ROW_FIELDS
 from chainlora.data.encoding.completion import text_of
 from chainlora.data.encoding.drafts import Draft, Ids
 from chainlora.data.encoding.tokens import TokenReader, refuse_nothing

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from chainlora.config.schema import ROW_FIELDS
+from chainlora.config.data import ROW_FIELDS
 from chainlora.data.encoding.chat import ChatEncoder
 from chainlora.data.encoding.completion import CompletionEncoder, row_pairs, text_of
 from chainlora.data.encoding.drafts import Draft, Encoder
