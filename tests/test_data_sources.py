@@ -39,6 +39,7 @@ def test_jsonl_json_csv_and_parquet_give_the_same_rows(tmp_path):
         ('{"text": "a"}\n\n["b"]\n', r"row must be an object .*list.*bad.jsonl line 3"),
         ('{"text": "a"}\n{}\n', r"row must be an object .*empty object.*line 2"),
         ("\n \n", r"at least one row .*bad.jsonl"),
+        ('[\n {"text": "a"}\n]\n', r"line 1 column .*; a file of one JSON value must end in .json"),
         (b'{"text": "a"}\n{"text": "\xff"}\n', r"must be UTF-8 .*bad.jsonl line 2"),
         ('{"text": "a"}\n{"text": "b", "text": "c"}\n', r"'text' twice in an object at .*line 2"),
         ('{"turns": [{"who": "a", "who": "b"}]}\n', r"'who' twice in an object at .*line 1"),

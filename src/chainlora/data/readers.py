@@ -167,8 +167,10 @@ def parse_json(content: bytes, origin: str, second: str = _CORRECT) -> Any:
     except json.JSONDecodeError as error:
         place = origin if " line " in origin else f"{origin} line {error.lineno}"
         place += f" column {error.colno}"
-        remedy = {"remedy": second} if error.msg == "Extra data" else {}
-        raise bad_row("data must be JSON", error.msg, place, **remedy) from None
+        remedy = second if error.msg == "Extra data" else _CORRECT
+        if content.strip() in (b"[", b"{"):  # the first line of what is indented
+            remedy = "a file of one JSON value must end in .json"
+        raise bad_row("data must be JSON", error.msg, place, remedy) from None
     except (ValueError, RecursionError) as error:  # an integer of thousands of digits; deep nesting
         reason = str(error).partition(";")[0]
         raise bad_row("data must be JSON that can be read", reason, origin) from None
