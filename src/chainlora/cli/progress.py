@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from chainlora.reports.tables import number
 from chainlora.runs.inspection import inspect_run
 from chainlora.training.progress import console_of_bars, console_on_stderr
 
@@ -103,10 +104,10 @@ def _table(found: Mapping[str, Any]) -> Table:
             str(row["link"]) + (_stage(row) if are_several else ""),
             _rank(row),
             str(row["steps"]),
-            _number(row["loss"]),
+            number(row["loss"], 4),
             scores or "–",
-            _number(row.get("delta_norm")),
-            _number(row.get("effective_rank"), 2),
+            number(row.get("delta_norm"), 4),
+            number(row.get("effective_rank")),
             ", ".join(f"{value:.2f}" for value in row.get("overlap", [])) or "–",
         )
     whole = found["chain"]
@@ -117,8 +118,8 @@ def _table(found: Mapping[str, Any]) -> Table:
         str(sum(row["steps"] for row in found["links"])),
         "",
         "",
-        _number(whole.get("delta_norm")),
-        _number(whole.get("effective_rank"), 2),
+        number(whole.get("delta_norm"), 4),
+        number(whole.get("effective_rank")),
         "",
     )
     return table
@@ -140,7 +141,3 @@ def _telling(scores: Mapping[str, float]) -> Mapping[str, float]:
     """What a task is judged by; the loss where it has nothing else."""
     judged = {name: value for name, value in scores.items() if name not in ("loss", "perplexity")}
     return judged or {name: value for name, value in scores.items() if name == "loss"}
-
-
-def _number(value: float | None, digits: int = 4) -> str:
-    return "–" if value is None else f"{value:.{digits}f}"

@@ -133,7 +133,7 @@ def _kept_loss(stage: Stage, *, is_new: bool) -> str | None:
     if is_new:
         return learned_by(data, stage.config.train.loss) if data.keep_rows else None
     kept = RunReader(stage.config.output or "").kept().get(stage.name)
-    return kept and kept.loss
+    return None if kept is None else kept.loss
 
 
 def _begun_on(stages: Sequence[Stage]) -> tuple[dict[str, str | None], list[Link]]:

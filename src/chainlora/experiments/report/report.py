@@ -11,8 +11,9 @@ from typing import Any
 
 from chainlora.experiments.report.charts import CHARTS, Chart, asked_for, pictures, save_charts
 from chainlora.experiments.report.comparisons import Comparison, Facts
-from chainlora.experiments.report.sections import SECTIONS, headline
+from chainlora.experiments.report.sections import SECTIONS
 from chainlora.experiments.report.values import Summary
+from chainlora.experiments.report.verdicts import headline
 from chainlora.experiments.results import check_alike, read_results
 from chainlora.files import make_folder, write_text
 from chainlora.reports.page import Column, Numbers, Page, Section, markdown, render

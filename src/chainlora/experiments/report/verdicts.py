@@ -1,0 +1,126 @@
+"""Comparisons in words and as a table: what may be concluded, and what it rests on."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from chainlora.experiments.report.comparisons import Comparison
+from chainlora.experiments.report.values import OVERALL, digits
+from chainlora.experiments.statistics.pairs import VERDICTS
+from chainlora.reports.tables import Table, number, table_of
+
+
+def verdicts(comparisons: Sequence[Comparison]) -> str:
+    """Return the verdicts in words: over all tasks, else of each; the primary one first."""
+    whole = [c for c in comparisons if c.task == OVERALL]
+    each = [c for c in comparisons if c.task != OVERALL]
+    ordered = sorted(whole or each, key=lambda c: not c.is_primary)
+    return "\n".join(f"- {sentence(c)}{_tally(c, each) if whole else ''}" for c in ordered)
+
+
+def headline(comparisons: Sequence[Comparison]) -> str:
+    """Return the verdict in one sentence: of the comparison that decides, else how many say what.
+
+    That is the primary one; else those over all tasks; else all there are.
+    """
+    whole = [c for c in comparisons if c.task == OVERALL] or list(comparisons)
+    chosen = [c for c in whole if c.is_primary] or whole
+    if not chosen:
+        return "Nothing is compared yet."
+    if len(chosen) == 1:
+        said = sentence(chosen[0])
+        starts_with_a_name = said.startswith(f"{chosen[0].method} is ")
+        return f"{said if starts_with_a_name else said[0].upper() + said[1:]}."
+    place = " over all tasks" if chosen[0].task == OVERALL else ""
+    found = Counter(c.difference.verdict for c in chosen)
+    counts = [f"{name} in {found[name]}" for name in VERDICTS if found[name]]
+    return f"{len(chosen)} comparisons{place}: {', '.join(counts)}."
+
+
+def sentence(comparison: Comparison) -> str:
+    """Return a comparison in words, with its interval and p-value."""
+    d, places = comparison.difference, digits(comparison.metric)
+    place = "over all tasks" if comparison.task == OVERALL else f"on {comparison.task}"
+    method, rival = comparison.method, comparison.rival
+    words = {
+        "wins": f"{method} is better than {rival} {place}",
+        "loses": f"{method} is worse than {rival} {place}",
+        "no difference found": f"no difference found between {method} and {rival} {place}",
+        "too few pairs": f"too few pairs to compare {method} with {rival} {place}",
+    }[d.verdict]
+    primary = "Primary comparison: " if comparison.is_primary else ""
+    what = comparison.value if comparison.task == OVERALL else comparison.metric
+    difference = f"{what} {number(d.mean, places, sign=True)}"
+    return f"{primary}{words}: {difference} ({comparison.better}; {_evidence(comparison)})"
+
+
+def _evidence(comparison: Comparison) -> str:
+    """Return the interval, the pairs, the p-values, and what so many pairs could have found."""
+    d, places = comparison.difference, digits(comparison.metric)
+    pairs = f"{d.num_pairs} pair{'s' * (d.num_pairs != 1)}"
+    if d.interval == "none":
+        return f"{pairs}: no interval and no verdict from so few"
+    interval = f"{number(d.low, places, sign=True)} to {number(d.high, places, sign=True)}"
+    test = f"{'exact' if d.exact else 'drawn'} p = {d.p:.3g}, Holm {d.p_holm:.3g}"
+    found = f"95 % interval {interval}, {pairs}, {test}"
+    if d.verdict == "too few pairs":
+        return f"{found}, {d.smallest_p_holm:.2g} at best"
+    if d.verdict == "no difference found":
+        return f"{found}; {number(d.detectable, places)} would be found with 80 % power"
+    return found
+
+
+def _tally(whole: Comparison, each: Sequence[Comparison]) -> str:
+    own = [c for c in each if (c.method, c.rival) == (whole.method, whole.rival)]
+    counts = [(sum(c.difference.verdict == name for c in own), name) for name in VERDICTS]
+    ahead = sum(c.is_ahead for c in own)
+    said = ", ".join(f"{count} {name}" for count, name in counts if count)
+    return f"; by task: {said}; ahead on {ahead} of {len(own)}"
+
+
+def differences_table(comparisons: Sequence[Comparison], value: str, note: str = "") -> Table:
+    """Return the paired differences with intervals, tests and verdicts, and how to read them."""
+    rows = [_difference_row(each) for each in comparisons]
+    return table_of(f"Paired differences in {value}", rows, note or _how_to_read(comparisons))
+
+
+def _how_to_read(comparisons: Sequence[Comparison]) -> str:
+    note = (
+        "Paired by seed: the first method less the second; better: which side of 0 is. Interval of "
+        "the mean: Student's t for four to nine pairs, BCa bootstrap from ten, none below four. p: "
+        "sign-flip test, two-sided, exact up to 40 pairs. Holm: over the tasks and pairs planned "
+        "for this table, its rows for all tasks apart; smallest: what it would be if every one of "
+        "them were as clear as its pairs allow. Detectable: the difference that so many pairs of "
+        "this spread find with 80 % power. Too few pairs: nothing could have been decided. No "
+        "difference found: it could have been. Wins and loses need an interval without zero and "
+        "Holm p ≤ 0.05."
+    )
+    if any(c.is_primary for c in comparisons):
+        note += " *: the primary comparison, named beforehand and tested alone."
+    if any(c.task == OVERALL for c in comparisons):
+        note += (
+            " All tasks: the mean of the tasks' means, over the seeds that all of them have. "
+            "Hyper-parameters are chosen once a task and method: what another choice would change "
+            "is in no interval."
+        )
+    return note
+
+
+def _difference_row(comparison: Comparison) -> dict[str, str]:
+    d, places = comparison.difference, digits(comparison.metric)
+    interval = f"{number(d.low, places, sign=True)} to {number(d.high, places, sign=True)}"
+    return {
+        "task": comparison.task,
+        "pair": f"{comparison.method} − {comparison.rival}{' *' if comparison.is_primary else ''}",
+        "n": str(d.num_pairs),
+        "difference": number(d.mean, places, sign=True),
+        "better": comparison.better.removesuffix(" is better"),
+        "sd": number(d.sd, places),
+        "95 % interval": "–" if d.interval == "none" else interval,
+        "p": f"{d.p:.3g}",
+        "Holm p": f"{d.p_holm:.3g}",
+        "smallest Holm p": f"{d.smallest_p_holm:.2g}",
+        "detectable": number(d.detectable, places),
+        "verdict": d.verdict,
+    }
