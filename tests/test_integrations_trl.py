@@ -20,13 +20,16 @@ from helpers_integrations import (
 
 from chainlora import ChainCallback, load_chain
 from chainlora.errors import ConfigError
+from chainlora.integrations.loaders import learned_a_row
 
 pytest.importorskip("trl", reason="TRL is an extra: pip install 'chainlora[trl]'")
 
 from helpers_trl import MAKERS, dpo, preferences, sft
 from torch.nn.functional import log_softmax, logsigmoid
+from torch.utils.data import DataLoader
 from transformers import AutoModelForSequenceClassification
 from trl import RewardConfig, RewardTrainer
+from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 RANKS, LENGTHS = (4, 4, 2), (4, 4, 3)
 # W x + s·B A x is summed in another order than (W + s·B A) x
@@ -81,6 +84,15 @@ def test_dpo_gives_the_links_of_our_loop(tiny_folder, tokenizer, tmp_path):
 
 
 # --- a second stage, and its reference ---
+
+
+def test_a_pair_teaches_the_tokens_of_its_chosen_answer():
+    rows = [
+        {"prompt_ids": [1, 2, 3], "chosen_ids": [4, 5], "rejected_ids": [6]},
+        {"prompt_ids": [7, 8], "chosen_ids": [9], "rejected_ids": [10, 11, 12]},
+    ]
+    loader = DataLoader(rows, collate_fn=DataCollatorForPreference(pad_token_id=0))
+    assert learned_a_row(loader) == 1.5
 
 
 @pytest.mark.parametrize("how", ["the same model", "what was saved"])
