@@ -78,9 +78,10 @@ def _new_numbers(run: Run) -> Numbers:
 def _learned_a_step(run: Run) -> list[float]:
     """Return the tokens that a step learns, as some rows have them, by trained parameter of each
     link."""
-    some = some_of(run.splits.train)
-    tokens = sum(row.num_learned for row in some) / len(some)
-    a_step = tokens * run.train.batch_size * run.train.gradient_accumulation
+    rows = run.plan.mixture.epoch(run.train.seed, 0).tolist()
+    some = some_of(rows)
+    tokens = sum(run.splits.train[row].num_learned for row in some) / len(some)
+    a_step = tokens * len(rows) / run.plan.steps_per_epoch  # the last of an epoch may have few rows
     model, links = run.chain.model, run.config.chain.links()
     return [a_step / num_trained(link.rank, matched_modules(model, link)) for link in links]
 
