@@ -8,7 +8,6 @@ weight itself (arXiv 2404.02948). `orthogonal` looks at the earlier links.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -21,6 +20,7 @@ from chainlora.chain.link import Link
 from chainlora.chain.low_rank import row_basis
 from chainlora.config.schema import LinkConfig
 from chainlora.errors import ChainError
+from chainlora.models.modes import seeded
 
 Backward = Callable[[], object]
 """Runs forward and backward over a few batches, adding up gradients in the trained parameters;
@@ -35,8 +35,7 @@ _SWEEPS = 2
 
 def generator_for(seed: int, link: int, module: str) -> torch.Generator:
     """Return a CPU generator that depends on (seed, link id, module) alone."""
-    digest = hashlib.sha256(f"{seed}/{link}/{module}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    return seeded(f"{seed}/{link}/{module}")
 
 
 def random_factors(

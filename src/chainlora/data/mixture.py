@@ -19,8 +19,8 @@ import torch
 from numpy.typing import NDArray
 
 from chainlora.data.examples import Example
-from chainlora.data.order import seeded
 from chainlora.data.rows import Rows
+from chainlora.models.modes import seeded
 
 _HASHES = 1 << 63  # how many there are of a prompt or an example
 

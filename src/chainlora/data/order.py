@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+
+from chainlora.models.modes import seeded
 
 # Rows are sorted by length within this many batches: long enough that lengths are alike, short
 # enough that the order stays random.
@@ -33,12 +34,6 @@ class EpochOrder:
             place * self.batch_size : (place + 1) * self.batch_size
         ].tolist()
         return rows
-
-
-def seeded(name: str) -> torch.Generator:
-    """Return a generator that draws the same for the same name."""
-    digest = hashlib.sha256(name.encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
 def epoch_order(

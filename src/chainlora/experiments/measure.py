@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import subprocess
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from functools import cache
 from importlib.metadata import PackageNotFoundError, distribution
 from operator import mul
@@ -21,7 +21,7 @@ from chainlora.errors import ModelError
 from chainlora.experiments.expansion import compact_config
 from chainlora.experiments.results import FORMAT
 from chainlora.models.finding import resolve_model
-from chainlora.runs.records import of_event, read_records
+from chainlora.runs.records import last_loss, of_event, read_records
 
 _PACKAGE = Path(chainlora.__file__).parent
 _DIGITS = 12  # of a digest
@@ -83,12 +83,6 @@ def described(config: RunConfig, status: str) -> dict[str, Any]:
 def task_metric(config: RunConfig) -> str:
     """Return the metric a run is judged by: the task's own, the loss for a user's files."""
     return load_task(config.data.task).metric if config.data.task is not None else "loss"
-
-
-def last_loss(steps: Sequence[Mapping[str, Any]]) -> float | None:
-    """Return the mean training loss over the last tenth of the steps; None if there were none."""
-    tail = steps[-max(1, len(steps) // 10) :]
-    return sum(step["loss"] for step in tail) / len(tail) if tail else None
 
 
 def _by_link(records: Iterable[Mapping[str, Any]], config: RunConfig) -> list[int]:

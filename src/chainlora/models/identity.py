@@ -17,7 +17,7 @@ from chainlora.errors import ModelError
 from chainlora.files import reported
 from chainlora.models.hashing import hash_files
 
-TOKENIZERS = (
+_TOKENIZERS = (
     "tokenizer.json",
     "tokenizer.model",
     "vocab.json",
@@ -91,9 +91,14 @@ def weight_files(folder: Path) -> list[Path]:
     return [index, *shards]
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Say whether a folder holds a tokenizer."""
+    return any(next(folder.glob(pattern), None) for pattern in _TOKENIZERS)
+
+
 def tokenizer_files(folder: Path) -> list[Path]:
     """Return the files of a model's tokenizer."""
-    patterns = (*TOKENIZERS, *_BESIDE_TOKENIZERS)
+    patterns = (*_TOKENIZERS, *_BESIDE_TOKENIZERS)
     return sorted({path for pattern in patterns for path in folder.glob(pattern)})
 
 

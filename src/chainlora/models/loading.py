@@ -19,7 +19,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoT
 from chainlora.errors import ConfigError, ModelError
 from chainlora.models.checkpoint import Checkpoint
 from chainlora.models.finding import resolve_model
-from chainlora.models.identity import TOKENIZERS
+from chainlora.models.identity import has_tokenizer
 from chainlora.models.quantizing import quantization, settle_kernels
 
 logger = logging.getLogger(__name__)
@@ -197,7 +197,7 @@ def load_tokenizer(folder: Path, model: Any = None) -> Any:
 
     Raises ModelError if there is none, it does not load, or it has more tokens than a model.
     """
-    if not any(next(folder.glob(pattern), None) for pattern in TOKENIZERS):
+    if not has_tokenizer(folder):
         raise ModelError(
             f"a model folder must hold its tokenizer (got no tokenizer.json or the like in "
             f"{folder}); save the tokenizer beside the weights"

@@ -1,7 +1,8 @@
-"""Run a model in another mode for a while, and leave it as it was."""
+"""Run a model in another mode for a while and leave it as it was; draw beside torch's own state."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -19,6 +20,12 @@ def in_mode(model: nn.Module, *, training: bool = False) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+def seeded(name: str) -> torch.Generator:
+    """Return a generator on the CPU that draws the same for the same name."""
+    digest = hashlib.sha256(name.encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from chainlora.chain.low_rank import (
 )
 from chainlora.chain.showing import Shown
 from chainlora.runs.reading import Address
-from chainlora.runs.records import Record, of_event
+from chainlora.runs.records import Record, last_loss, of_event
 from chainlora.runs.stages import open_run, readers_of_stages
 
 
@@ -84,8 +84,6 @@ def _describe(
     """Return what there is to say of a link that ends after step `end` of its stage: at its knot,
     or before it, where its stage kept the best point."""
     own = [r for r in records if r.get("link") == link.index and r["step"] <= end]
-    losses = [r["loss"] for r in of_event(own, "step")]
-    tail = losses[-max(1, len(losses) // 10) :]
     last = [r for r in of_event(own, "eval") if r["step"] == end and r["where"] != "start"]
     keys = ("event", "step", "link", "where")
     row: dict[str, Any] = {
@@ -94,7 +92,7 @@ def _describe(
         "trained_rank": link.config.rank,
         "scaling": link.config.scaling,
         "steps": link.num_steps,
-        "loss": sum(tail) / len(tail) if tail else None,
+        "loss": last_loss(of_event(own, "step")),
         "scores": {k: v for k, v in last[-1].items() if k not in keys} if last else {},
     }
     if _is_low_rank(link):

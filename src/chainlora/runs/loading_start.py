@@ -31,7 +31,7 @@ from chainlora.config.stages import (
 )
 from chainlora.errors import ConfigError, ModelError, RunError
 from chainlora.models.finding import folder_of, from_hub
-from chainlora.models.identity import TOKENIZERS, base_files
+from chainlora.models.identity import base_files, has_tokenizer
 from chainlora.runs.cards import is_hub_id
 from chainlora.runs.manifest import STAGE, link_entries
 from chainlora.runs.opening import is_whole_model
@@ -64,8 +64,7 @@ def load_start(source: str | Path, stage: str = STAGE) -> Start:
         return _of_chain(open_run(source), stage)
     folder = Path(source).expanduser()
     folder = folder if folder.exists() else from_hub(str(source), "start")
-    has_tokenizer = any(next(folder.glob(pattern), None) for pattern in TOKENIZERS)
-    tokenizer = folder if has_tokenizer else None
+    tokenizer = folder if has_tokenizer(folder) else None
     reader = open_run(chain_folder(folder))
     if reader.exists:
         start = _of_chain(reader, stage)

@@ -124,6 +124,12 @@ def of_event(records: Iterable[Record], event: str) -> list[Record]:
     return [record for record in records if record["event"] == event]
 
 
+def last_loss(steps: Sequence[Record]) -> float | None:
+    """Return the mean training loss over the last tenth of the steps; None if there were none."""
+    tail = steps[-max(1, len(steps) // 10) :]
+    return sum(step["loss"] for step in tail) / len(tail) if tail else None
+
+
 def score_names(evaluations: Sequence[Record]) -> list[str]:
     """Return the metrics that are worth a curve, the one that a task is judged by first."""
     names = {

@@ -8,8 +8,8 @@ The same call again goes on where the last one was stopped, and does nothing whe
 from __future__ import annotations
 
 import signal
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -231,12 +231,19 @@ def _known(run: Path, stages: Sequence[Stage]) -> list[str]:
 
 def _new(stage: Stage) -> StageState:
     """Refuse what the files of a stage tell, before hours of the stages before it."""
-    try:
+    with _named(stage):
         check_files(stage.config.data, stage.config.train.loss)
+    return StageState(stage.name, "new")
+
+
+@contextmanager
+def _named(stage: Stage) -> Iterator[None]:
+    """Begin an error's message with the name of the stage."""
+    try:
+        yield
     except ChainLoRAError as error:
         error.args = (f"stage {stage.name!r}: {error}",)
         raise
-    return StageState(stage.name, "new")
 
 
 def _need_no_other(stage: Stage, stages: Sequence[Stage]) -> None:
@@ -326,7 +333,7 @@ def _train(
         if not is_first:  # another process may have ended one in the meantime, or begun one
             _known(run, stages)
             _need_no_other(stage, stages)
-        try:
+        with _named(stage):
             start = NOTHING
             if where.state == "new":
                 start = _start(stage, run, is_first)
@@ -334,9 +341,6 @@ def _train(
                 _need_rows(stage, _below(start))
             resume = where.state == "stopped" or Path(stage.config.output or "").exists()
             result = train(stage.config, resume=resume, listener=tell, change=change, start=start)
-        except ChainLoRAError as error:
-            error.args = (f"stage {stage.name!r}: {error}",)
-            raise
         if is_first_launched():
             _end(stage, run, is_first, tell)
     return result
