@@ -150,6 +150,33 @@ def test_optimizers_and_schedules(tiny_folder, tokenizer, tmp_path):
         assert rule in refused(model, tokenizer, tmp_path, callback, **trainer_keys)
 
 
+def adam_whose_weights_decay(parameters) -> torch.optim.Optimizer:
+    return torch.optim.Adam(parameters, weight_decay=0.1)
+
+
+def optimizer_that_counts(parameters) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([{"params": parameters, "k": 0}])  # as schedule-free ones do
+
+
+@pytest.mark.parametrize(
+    ("make", "moments", "rule"),
+    [
+        (adam_whose_weights_decay, "carried", "those of Adam and SGD without weight_decay"),
+        (optimizer_that_counts, "new", r"to be reset \(got 'k'"),
+    ],
+)
+def test_moments_that_no_soft_knot_can_carry_or_clear(tiny_folder, tmp_path, make, moments, rule):
+    model = peft_model(tiny_folder)
+    with pytest.raises(ChainLoRAError, match=rule):
+        Trainer(
+            model=model,
+            args=TrainingArguments(**arguments(tmp_path)),
+            train_dataset=token_rows(),
+            optimizers=(make([p for p in model.parameters() if p.requires_grad]), None),
+            callbacks=[ChainCallback(knots={"time_constant": 5, "moments": moments})],
+        ).train()
+
+
 def test_an_optimizer_of_something_else(tiny_folder, tokenizer, tmp_path):
     model = peft_model(tiny_folder)
     with pytest.raises(ChainLoRAError, match="must train the LoRA and nothing else"):

@@ -5,6 +5,8 @@ The tables run over the registry, so that a new entry is taken through all of th
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from conftest import tiny_model
@@ -151,6 +153,16 @@ def test_a_soft_knot_carries_the_state_or_is_refused(name):
         assert one.keys() == two.keys()
         for key in one:  # the same sums in float32, scaled before or after
             torch.testing.assert_close(one[key], two[key], rtol=1e-5, atol=1e-12)
+
+
+@pytest.mark.parametrize("momentum", [0.9, 0.0])
+def test_momentum_into_which_weights_decay_is_not_carried(momentum):
+    """A weight is scaled as the other factor's gradient is."""
+    train = {"weight_decay": 0.1, "optimizer_options": {"momentum": momentum}}
+    config = config_for("sgd", chain={"knots": {"every": 1, "share": 0.3}}, train=train)
+    refuses = pytest.raises(ConfigError, match=r"got weight_decay in the moments .*moments: new")
+    with refuses if momentum else nullcontext():
+        check_optimizer(config, CPU)
 
 
 def history(adapter, config, scales):

@@ -291,9 +291,10 @@ class ChainCallback(TrainerCallback):
         """Have the optimizer train the live link, and check that it suits the knots to come."""
         self._trained.take_over(optimizer, self._processes)
         num_links, soft = len(self._knots.links), self._chain_config(1).knots
-        if self.optimizer_reset == "full" and num_links > 1:
+        carries = soft is not None and soft.moments == "carried"
+        if (self.optimizer_reset == "full" and num_links > 1) or (soft is not None and not carries):
             restarts.check_restart(optimizer)
-        if soft is not None and soft.moments == "carried":
+        if carries:
             restarts.check_carried(optimizer)
         if self.restart_schedule:
             restarts.check_schedule(scheduler, args, self._knots.num_steps)

@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainingArguments, get_scheduler
 
 from chainlora.errors import ChainError, ConfigError
+from chainlora.knots.moments import unknown_moments
 from chainlora.training.processes import Processes
 
 # Keys of parameter groups in which an optimizer counts or adapts (schedule-free, Prodigy, D-Adapt).
@@ -97,10 +98,10 @@ def check_restart(optimizer: torch.optim.Optimizer) -> None:
 def check_carried(optimizer: torch.optim.Optimizer) -> None:
     """Raise ConfigError for an optimizer whose moments cannot be carried over soft knots."""
     inner = getattr(optimizer, "optimizer", optimizer)
-    if not isinstance(inner, _CARRIED):
+    if not isinstance(inner, _CARRIED) or unknown_moments(inner):
         raise ConfigError(
-            f"soft knots carry the moments of Adam, AdamW and SGD (got {_name(optimizer)}); set "
-            "moments: new in `knots`, or use one of them"
+            "soft knots carry the moments of Adam, AdamW and SGD, those of Adam and SGD without "
+            f"weight_decay (got {_name(optimizer)}); set moments: new in `knots`, or use AdamW"
         )
 
 

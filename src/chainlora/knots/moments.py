@@ -44,18 +44,26 @@ def carry_moments(
 
 def check_known(optimizer: torch.optim.Optimizer) -> None:
     """Raise ConfigError for an optimizer with moments that cannot be carried."""
-    if unknown := unknown_moments(next(iter(optimizer.state.values()), {})):
+    if unknown := unknown_moments(optimizer):
         raise ConfigError(
             f"carry_moments must know what each moment is (got {', '.join(unknown)}); make a new "
             "optimizer after the soft knot instead"
         )
 
 
-def unknown_moments(state: Mapping[str, Any]) -> list[str]:
-    """Return what of a parameter's state is a tensor of which soft knots know nothing."""
-    known = MOMENTS.keys() | _FACTORED
+def unknown_moments(optimizer: torch.optim.Optimizer) -> list[str]:
+    """Return what soft knots cannot carry: tensors of a parameter's state of which they know
+    nothing, and moments into which weights decay, which do not scale as gradients do."""
+    known, state = MOMENTS.keys() | _FACTORED, next(iter(optimizer.state.values()), {})
     tensors = {key for key, value in state.items() if torch.is_tensor(value) and value.dim()}
-    return sorted(tensors - known)
+    inner = getattr(optimizer, "optimizer", optimizer)  # Accelerate's wraps one
+    decays = isinstance(inner, torch.optim.SGD | torch.optim.Adam) and any(
+        group["weight_decay"]
+        and group.get("momentum", True)
+        and not group.get("decoupled_weight_decay")
+        for group in inner.param_groups
+    )
+    return sorted(tensors - known) + ["weight_decay in the moments"] * decays
 
 
 def _scale(state: Mapping[str, Any], scale: Tensor) -> None:

@@ -54,7 +54,7 @@ def check_optimizer(config: RunConfig, device: torch.device) -> None:
             f"{train.optimizer}, which keeps two: those it steps from, and their average); leave "
             "chain.knots out"
         )
-    unknown = unknown_moments(state)
+    unknown = unknown_moments(optimizer)
     if chain.knots is not None and chain.knots.moments == "carried" and unknown:
         raise ConfigError(
             f"a soft knot must scale each moment (got {', '.join(unknown)} of train.optimizer: "
