@@ -43,6 +43,8 @@ def test_an_experiment_from_the_command_line(chainlora, tiny_folder, sentiment, 
     chainlora(f"{again} --methods [lara]").refused("'lara'", "did you mean 'lora'")
     chainlora(f"{again} --taks [rte]").refused("taks", "did you mean 'tasks'")
     chainlora(f"experiment report {tmp_path}").refused("results file must be readable")
+    chainlora(f"experiment report {file}").refused("name the folder of `experiment run`")
+    chainlora(f"train {file}").refused("an experiment); chainlora experiment run ")
     assert chainlora(f"experiment run --output {out}").status == 2
 
 
@@ -52,9 +54,13 @@ def test_compare_from_the_command_line(chainlora, config, tmp_path):
     assert outcome.status == 0, outcome.err
     assert "too few pairs to compare chain2 with lora" in outcome.out  # two seeds decide nothing
     assert (tmp_path / "out" / "report.md").read_text() == outcome.out.removesuffix("\n")
+    assert outcome.err.endswith(f"report: {tmp_path}/out/report.html\n")
     chainlora(f"{two}/o --learning-rates 1e-3,1e-2").refused("got no data.test")
+    chainlora(f"{two}/o --train.lrr 1").refused("did you mean 'lr'")  # keys as `train` takes them
+    chainlora(f"experiment plan {config}").refused("one run); chainlora compare ")
     other = f"compare {config} --output {tmp_path}/o --methods"
     chainlora(f"{other} chane2").refused("did you mean 'chain2'")
+    chainlora(f"{other} lora,lora").refused("`compare` needs two methods")
     chainlora(f"{other} lora,mine.yaml").refused(
         "got the file 'mine.yaml'", "`methods` of an experiment file"
     )

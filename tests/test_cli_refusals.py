@@ -50,6 +50,8 @@ def test_output_in_use(chainlora, config, tmp_path):
     assert chainlora("train", config).status == 0
     before = (tmp_path / "run" / "chain.json").read_bytes()
     chainlora("train", config).refused("holds a run); pass --resume to resume it, or choose anoth")
+    as_file = f"train {tmp_path}/run/config.yaml --resume"
+    chainlora("train", tmp_path / "run").refused(f"that of a run: chainlora {as_file}")
     chainlora(f"train {config} --resume --train.seed 1").refused(
         "--resume needs the config the run began with (got other values under train: train.seed is "
         "1, was 0); use "

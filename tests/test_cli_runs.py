@@ -69,7 +69,7 @@ def test_a_run_directory_that_is_incomplete(chainlora, finished, config, task, t
     assert not (tmp_path / "out").exists()
 
 
-def test_no_run(chainlora, task, tiny_folder, tmp_path):
+def test_no_run(chainlora, finished, task, tiny_folder, tmp_path):
     for verb, options in (("inspect", ""), ("export", f"--to merged --output {tmp_path}/o")):
         chainlora(f"{verb} {tmp_path}/none {options}").refused(
             "RUN must be a run directory (got ",
@@ -77,6 +77,8 @@ def test_no_run(chainlora, task, tiny_folder, tmp_path):
         )
         chainlora(f"{verb} {tmp_path} {options}").refused("which holds no chain.json); it is the")
     chainlora(f"eval {tmp_path}/none {task}").refused("`model` must be ")
+    for verb in ("inspect", "eval", "chat"):  # a typing error beside runs
+        chainlora(f"{verb} {finished.parent}/rnu").refused("exist); it is", f"one of {finished}")
     chainlora(f"eval {tiny_folder} {task} --links 1").refused("--links needs a run directory (got ")
     assert not (tmp_path / "o").exists()
 
@@ -103,4 +105,6 @@ def test_compression_is_for_adapters(chainlora, finished, tmp_path):
     outcome = chainlora(f"export {finished} --to merged --output {tmp_path}/m --rank 4")
     assert outcome.status == 2
     assert "use them with --to adapter" in outcome.err
+    private = chainlora(f"export {finished} --to adapter --output {tmp_path}/m --private")
+    assert "use it with --push-to-hub" in private.err
     assert not (tmp_path / "m").exists()

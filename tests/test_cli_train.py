@@ -59,6 +59,7 @@ def test_full_fine_tuning_has_weights_in_place_of_links(chainlora, config, senti
     scored = chainlora(f"eval {run} {task}").json
     assert scored["metrics"]["loss"] == pytest.approx(expected, abs=1e-5)
     assert chainlora(f"inspect {run} --json").json["links"] == []
+    assert chainlora(f"inspect {run}").out.startswith(f"{run}: no links on ")
     assert chainlora(f"export {run} --to merged --output {tmp_path}/m").status == 0
     assert "every weight fine-tuned" in (tmp_path / "m" / "README.md").read_text()
     assert chainlora(f"eval {tmp_path}/m {task}").json == scored

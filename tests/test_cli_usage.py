@@ -47,12 +47,16 @@ USAGE = {
     "train c.yaml --bf16": "--bf16 needs a value; here it is `train.dtype`",
     "sft c.yaml": "here it is `chainlora train CONFIG`",
     "kto c.yaml": "or TRL with `ChainCallback`",
+    "undo run": "here it is `chainlora mix RUN STAGE=0`",
+    "matrix run": "here it is `chainlora eval RUN --matrix`",
+    "help": "here it is `chainlora COMMAND --help`",
+    "import adapter": "here it is `chainlora train CONFIG --start ADAPTER`",
     "merge-lora out": "here it is `chainlora export RUN --to merged --output DIR`",
     "train c.yaml d.yaml": "unexpected argument 'd.yaml'; config keys are set with --key.sub VALUE",
     "train c.yaml --chain.ranks 8 8": "unexpected argument '8'",
     "train c.yaml --train.lr": "--train.lr needs a value",
     "train c.yaml --train.keep_best --train.lr 1": "--train.keep_best needs a value",
-    "eval run": "Missing option '--task' or '--data'",
+    "eval run": "'--data': only a run has its own rows, and run does not exist",
     "eval run --task rte --limit 0": "0 is not in the range x>=1",
     "eval run --task rte --limit few": "'few' is not a valid integer",
     "inspect": "Missing argument 'RUN'",
@@ -163,7 +167,7 @@ def test_the_demo_leaves_a_directory_in_use_alone(chainlora, smollm2_folder, tmp
     (tmp_path / "mine" / "file").write_text("mine")
     outcome = chainlora("demo", "--output", tmp_path / "mine", "--json")
     assert (outcome.status, outcome.out) == (1, "")
-    assert "`output` must be a new or empty directory (got " in outcome.err.splitlines()[-1]
+    assert "--output must be a new or empty directory (got " in outcome.err.splitlines()[-1]
 
 
 def test_the_demo_undoes_its_second_stage(chainlora, tiny_folder, tmp_path, monkeypatch):

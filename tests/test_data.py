@@ -280,7 +280,7 @@ def test_chats_that_cannot_be_used(tmp_path, template, messages, message):
     [
         ({"a": 1}, "auto", r"prompt \+ completion .*got a at row 0.*task file"),
         ({"prompt": "x", "completion": None}, "completion", "must be a text .got None"),
-        ({"prompt": "x"}, "completion", r"`completion` must be a text"),
+        ({"prompt": "x"}, "completion", r"`completion` must be given .got prompt at .*data.fields"),
         ({"text": "x"}, "txt", r"'txt'; did you mean 'text'"),
         ({"prompt": "x", "completion": ""}, "completion", r"at least one token"),
     ],

@@ -214,7 +214,7 @@ def test_a_stage_stopped_anywhere_resumes_to_the_same_bits(config, tmp_path):
 
 def test_no_stage_begins_while_another_is_half_trained(config, tmp_path):
     """Whichever ends last would be the run, without the links of the other."""
-    style = stage_of(config, "style")
+    style, half = stage_of(config, "style"), f"{tmp_path}/run@style"
     with pytest.raises(Stop):
         train_stages(make_stages(one_stage(config)), listener=_stop_after(3))
     with pytest.raises(RunError, match="can be mixed when its first stage has ended"):
@@ -222,6 +222,9 @@ def test_no_stage_begins_while_another_is_half_trained(config, tmp_path):
     train_stages(make_stages(one_stage(config)))
     with pytest.raises(Stop):
         train_stages(extension(tmp_path / "run", style), listener=_stop_after(8))
+    for act in (lambda: prune_stage(tmp_path / "run", "style"), lambda: open_run(half)):
+        with pytest.raises(RunError, match=r"none is half trained|'style', which has not ended,"):
+            act()
     (tmp_path / "run/stages/.DS_Store").touch()  # what looks at folders leaves is no stage
     with pytest.raises(RunError, match=r"half trained \(got .*style\); finish it, or delete"):
         survey(extension(tmp_path / "run", style | {"name": "law"}))
@@ -540,6 +543,7 @@ def test_the_matrix_is_what_eval_says_and_is_kept(config, tmp_path):
     assert stage_matrix(run, compute=False).grid[-1] == [None, None]
     assert stage_matrix(run).states == ["base", "facts", "style", "now"]
     assert (run / "matrix.jsonl").read_bytes().startswith(before)
+    assert str(stage_matrix(run)).splitlines()[-1] == f"after style, {summary}"
     assert stage_matrix(run).summaries() == [summary]  # the mix does not pass for the last stage
     again = stage_matrix(run).grid
     (run / "matrix.jsonl").unlink()
@@ -656,7 +660,7 @@ def test_a_signal_between_training_and_judging_loses_neither(harmful, tmp_path, 
                 survey(extension(start, section | {"name": "law", "output": str(tmp_path / "x")}))
         with pytest.raises(RunError, match="mixed when its first stage has ended"):
             mix_stages(run, {"facts": 0.5})
-        with pytest.raises(RunError, match="pruned when no other is half trained"):
+        with pytest.raises(RunError, match="pruned when none is half trained"):
             prune_stage(run, "facts")
     train_stages(extension(tmp_path / "run", section))
     assert open_run(run).strengths["style"] < 1

@@ -9,7 +9,7 @@ import pytest
 from helpers import assert_same_links, assert_same_records, settings, stop_after
 
 from chainlora import load_run, make_config, train
-from chainlora.errors import ChainLoRAError, FileError, RunError
+from chainlora.errors import ChainLoRAError, DataError, FileError, ModelError, RunError
 from chainlora.runs.directory import RunDirectory
 
 # --- the start
@@ -96,6 +96,38 @@ def test_a_base_that_changed_is_refused_everywhere(change, tiny_folder, sentimen
     for act in (lambda: load_run(tmp_path / "finished"), lambda: train(stopped, resume=True)):
         with pytest.raises(RunError, match=rf"\(got another {name}\); restore it, or start over"):
             act()
+
+
+def test_a_run_goes_on_where_its_base_and_rows_lie_now(
+    tiny_folder, sentiment, tmp_path, monkeypatch
+):
+    """A run that was copied to another machine could not be resumed, loaded or exported."""
+    base, data = tmp_path / "here/base", tmp_path / "here/data"
+    shutil.copytree(tiny_folder, base)
+    shutil.copytree(sentiment, data)
+    task = {"task": str(sentiment / "task.yaml")}
+    before = settings(base, data, tmp_path / "run", data=task)
+    stop_after(make_config(before), 5)
+    (tmp_path / "here").rename(tmp_path / "there")
+    with pytest.raises(DataError, match="check the path"):
+        train(make_config(before), resume=True)
+    base, data = tmp_path / "there/base", tmp_path / "there/data"
+    now = make_config(settings(base, data, tmp_path / "run", data=task))
+    train(now, resume=True)
+    assert train(now, resume=True)["steps"] == 11  # nothing to resume
+    train(make_config(settings(tiny_folder, sentiment, tmp_path / "whole")))
+    assert_same_links(tmp_path / "run", tmp_path / "whole")
+    load_run(tmp_path / "run")
+
+    base.rename(tmp_path / "base")
+    with pytest.raises(ModelError, match="set CHAINLORA_MODELS to the folder that holds it now"):
+        load_run(tmp_path / "run")
+    monkeypatch.setenv("CHAINLORA_MODELS", str(tmp_path))
+    load_run(tmp_path / "run")
+    name, edit = CHANGES["a weight"]
+    (tmp_path / "base" / name).write_bytes(edit((tmp_path / "base" / name).read_bytes()))
+    with pytest.raises(RunError, match=r"another model\.safetensors"):
+        load_run(tmp_path / "run")
 
 
 def test_rows_that_changed_are_refused(tiny_folder, sentiment, tmp_path):

@@ -139,7 +139,7 @@ class Verbs(click.Group):
         """Find the verb. Raises UsageError that names the one that was meant."""
         if args and not args[0].startswith("-") and self.get_command(ctx, args[0]) is None:
             name = args[0].replace("_", "-")
-            close = difflib.get_close_matches(name, self.list_commands(ctx), n=1)
+            close = difflib.get_close_matches(name, self.list_commands(ctx), n=1, cutoff=0.7)
             meant = _VERBS.get(name, close[0] if close else None)
             hint = f"; here it is `chainlora {meant}`" if meant else ""
             raise click.UsageError(f"No such command {args[0]!r}{hint}", ctx)
@@ -172,6 +172,11 @@ def complete_values(
     return _offered(values + (["true", "false"] if bool in found else []), incomplete)
 
 
+def presets(folder: str) -> list[str]:
+    """Return the names of a folder's YAML files."""
+    return sorted(path.stem for path in (_PACKAGE / folder).glob("*.yaml"))
+
+
 def complete_presets(
     folder: str,
 ) -> Callable[[click.Context, click.Parameter, str], list[CompletionItem]]:
@@ -181,8 +186,7 @@ def complete_presets(
         ctx: click.Context, param: click.Parameter, incomplete: str
     ) -> list[CompletionItem]:
         before, comma, _ = incomplete.rpartition(",")
-        names = sorted(path.stem for path in (_PACKAGE / folder).glob("*.yaml"))
-        return _offered([before + comma + name for name in names], incomplete)
+        return _offered([before + comma + name for name in presets(folder)], incomplete)
 
     return complete
 
@@ -204,7 +208,7 @@ def _keys() -> dict[str, Any]:
     }
 
 
-# Verbs of TRL, Axolotl, LLaMA-Factory and others.
+# Verbs of TRL, Axolotl, LLaMA-Factory and others, and what people look for first.
 _VERBS = {
     **dict.fromkeys(("sft", "finetune", "fine-tune", "lora", "fit", "run"), "train CONFIG"),
     **dict.fromkeys(("merge", "merge-lora"), "export RUN --to merged --output DIR"),
@@ -212,6 +216,15 @@ _VERBS = {
     **dict.fromkeys(("evaluate", "test"), "eval RUN"),
     **dict.fromkeys(("dpo", "orpo"), "train CONFIG"),
     **dict.fromkeys(("kto", "grpo", "rlhf"), "train CONFIG`, or TRL with `ChainCallback"),
+    **dict.fromkeys(("undo", "revert", "disable", "enable"), "mix RUN STAGE=0"),
+    **dict.fromkeys(("rm", "remove", "delete", "clean"), "prune RUN STAGE"),
+    **dict.fromkeys(("show", "info", "status", "ls", "list", "stages"), "inspect RUN"),
+    **dict.fromkeys(("check", "validate", "verify"), "train CONFIG --dry-run"),
+    "resume": "train CONFIG --resume",
+    "matrix": "eval RUN --matrix",
+    "import": "train CONFIG --start ADAPTER",
+    "serve": "export RUN --to merged --output DIR",
+    "help": "COMMAND --help",
     "preprocess": "train CONFIG",
     "env": "doctor",
 }
@@ -251,15 +264,24 @@ def need_run(run: str) -> None:
             "incomplete: copy it whole, or start over"
         )
     what = "holds no chain.json" if folder.exists() else "does not exist"
+    near = ", ".join(_runs_near(folder)[:8])
     raise RunError(
         f"RUN must be a run directory (got {run}, which {what}); it is the `output` of chainlora "
-        "train"
+        f"train{f', here one of {near}' if near else ''}"
     )
 
 
+def _runs_near(folder: Path) -> list[str]:
+    """Return the runs in a folder, or beside one that does not exist."""
+    around = folder if folder.exists() else folder.parent
+    return sorted(str(path.parent) for path in around.glob("*/chain.json"))
+
+
 def check_run_or_model(run_or_model: str, links: int | None, stages: str | None = None) -> None:
-    """Raise RunError for half a run directory, or for links and stages of what is no run."""
-    if (Path(run_or_model) / "links").is_dir():
+    """Raise RunError for half a run directory, for what can only be a run that is not there, or for
+    links and stages of what is no run."""
+    folder = Path(run_or_model)
+    if (folder / "links").is_dir() or (not folder.exists() and _runs_near(folder)):
         need_run(run_or_model)
     if links is not None and stages is not None:
         raise click.UsageError("--links and --stages both choose links; leave one out")

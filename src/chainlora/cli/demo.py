@@ -23,6 +23,7 @@ from chainlora.evaluation.stages import stage_matrix
 from chainlora.models.hashing import cache_dir
 from chainlora.reports.run_charts import plot_training
 from chainlora.reports.run_report import report_runs
+from chainlora.runs.export import empty_folder
 from chainlora.runs.records import of_event, read_records
 from chainlora.runs.stages import mix_stages
 from chainlora.runs.start import Start
@@ -54,6 +55,7 @@ def run_demo(
     Return the first stage's result with `zero_shot` and `after_links` accuracies, and the `matrix`.
     """
     _check_packages()
+    empty_folder(output)
     rows = headlines()
     config = _config(rows, output)
     ranks = config.chain.ranks

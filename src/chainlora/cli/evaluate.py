@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any, Literal
 
 import click
@@ -94,10 +95,14 @@ def evaluate(
         return
     from chainlora.data.tasks import load_task
 
-    if task is None and data is None and not is_run(run_or_model):
-        raise click.UsageError("Missing option '--task' or '--data': only a run has its own rows.")
-    chosen = load_task(task) if task is not None else None
     check_run_or_model(run_or_model, links, stages)
+    if task is None and data is None and not is_run(run_or_model):
+        what = "is none" if os.path.exists(run_or_model) else "does not exist"
+        raise click.UsageError(
+            "Missing option '--task' or '--data': only a run has its own rows, and "
+            f"{run_or_model} {what}"
+        )
+    chosen = load_task(task) if task is not None else None
     quiet()
     from chainlora.cli.progress import evaluation_progress
     from chainlora.evaluation.scoring import evaluate_task

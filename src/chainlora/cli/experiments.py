@@ -6,21 +6,28 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from chainlora.cli.common import (
     SIGNALLED,
+    WithKeys,
     complete_presets,
+    complete_values,
     file_and_overrides,
     json_option,
+    presets,
     quiet,
     show,
+    to_stderr,
 )
 
-_FILE = "FILE [--KEY.SUB VALUE]..."
+if TYPE_CHECKING:
+    from chainlora.experiments.report.report import Report
 
+_FILE = "FILE [--KEY.SUB VALUE]..."
+_PRESETS = presets("experiments/methods")
 
 _WORKERS = click.option(
     "--workers",
@@ -70,7 +77,8 @@ def _resumable(output: str) -> Iterator[None]:
 def experiment() -> None:
     """Compare methods over tasks and seeds.
 
-    FILE is an experiment in YAML. A report has intervals and exact paired tests.
+    FILE is an experiment in YAML. A report has intervals and exact paired tests. `chainlora compare
+    --help` lists the methods; it compares them on one config, without a FILE.
     """
 
 
@@ -172,17 +180,22 @@ def report(results: str, output: str | None, as_json: bool) -> None:
     from chainlora.experiments import report_experiment
 
     quiet()
-    made = report_experiment(results, output)
-    show(made.json(), made.markdown, as_json)
+    _show_report(report_experiment(results, output), as_json)
 
 
-@click.command()
-@click.argument("config", type=click.Path())
+@click.command(cls=WithKeys, context_settings={"ignore_unknown_options": True})
+@click.argument(
+    "arguments",
+    metavar="CONFIG [--KEY.SUB VALUE]...",
+    nargs=-1,
+    type=click.UNPROCESSED,
+    shell_complete=complete_values,
+)
 @click.option(
     "--methods",
     required=True,
     shell_complete=complete_presets("experiments/methods"),
-    help="Comma-separated presets, e.g. lora,chain3; the first is the baseline.",
+    help=f"Comma-separated; the first is the baseline. One of {', '.join(_PRESETS)}.",
 )
 @click.option(
     "--seeds",
@@ -208,7 +221,7 @@ def report(results: str, output: str | None, as_json: bool) -> None:
 @_BACKEND
 @json_option
 def compare(
-    config: str,
+    arguments: tuple[str, ...],
     methods: str,
     seeds: int,
     learning_rates: str,
@@ -219,20 +232,22 @@ def compare(
 ) -> None:
     """Compare methods on CONFIG's model and data.
 
-    All of them get the same rows, steps and seeds. The report, Markdown and HTML, has intervals
-    and exact paired tests.
+    CONFIG is one for `chainlora train`, and its keys can be set as there: --train.lr 5e-4. All
+    methods get the same rows, steps and seeds. The report, Markdown and HTML, has intervals and
+    exact paired tests.
     """
     from chainlora.config.loading import load_config
     from chainlora.experiments import compare as run_compare
     from chainlora.experiments import experiment_progress
 
+    file, keys = file_and_overrides(list(arguments))
     rates = _rates(learning_rates)
     if extend and not rates:
         raise click.UsageError("--extend goes with --learning-rates (got none)")
     quiet()
     with _resumable(output):
         made = run_compare(
-            load_config(config),
+            load_config(file, keys),
             [name.strip() for name in methods.split(",")],
             range(seeds),
             Path(output),
@@ -241,7 +256,7 @@ def compare(
             listener=experiment_progress(),
             **options,
         )
-    show(made.json(), made.markdown, as_json)
+    _show_report(made, as_json)
 
 
 def _rates(text: str) -> list[float]:
@@ -251,3 +266,8 @@ def _rates(text: str) -> list[float]:
         raise click.UsageError(
             f"--learning-rates must be numbers with commas between (got {text!r})"
         ) from None
+
+
+def _show_report(made: Report, as_json: bool) -> None:
+    show(made.json(), made.markdown, as_json)
+    to_stderr(f"report: {next(path for path in made.files if path.name == 'report.html')}")

@@ -107,6 +107,8 @@ def export(
         raise click.UsageError("--quantize is for merged weights; use it with --to merged")
     if not target.startswith("gguf") and gguf_type is not None:
         raise click.UsageError("--gguf-type is for GGUF files; use it with --to gguf")
+    if private and repository is None:
+        raise click.UsageError("--private is for a repository; use it with --push-to-hub")
     quiet()
     from chainlora.runs.cards import Naming
     from chainlora.runs.export import export_adapter, export_merged

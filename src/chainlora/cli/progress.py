@@ -58,7 +58,10 @@ def show_inspection(found: Mapping[str, Any]) -> None:
     console = Console()
     if not console.is_terminal:
         console = Console(width=140)
-    console.print(_table(found), highlight=False)
+    if found["links"]:
+        console.print(_table(found), highlight=False)
+    else:
+        console.print(f"{found['run']}: no links on {found['base']}", highlight=False)
     if not found["finished"]:
         position = found["position"]
         console.print(
@@ -66,7 +69,8 @@ def show_inspection(found: Mapping[str, Any]) -> None:
             f"`chainlora train CONFIG --resume` resumes from step {position['step']}",
             highlight=False,
         )
-    for stage, numbers in found["numbers"].items():
+    planned = {name: each for name, each in found["numbers"].items() if each["lengths"]}
+    for stage, numbers in planned.items():
         name = f" of {stage}" if len(found["numbers"]) > 1 else ""
         console.print(f"planned{name}: {_decided(numbers)}", highlight=False)
     if found["selected"] is not None:
@@ -80,9 +84,15 @@ def show_inspection(found: Mapping[str, Any]) -> None:
 
 def _decided(numbers: Mapping[str, Any]) -> str:
     """Say what was decided when a stage began: steps of each link, its soft knots."""
-    lengths = _repeated([f"{steps} steps" for steps in numbers["lengths"]])
-    soft = [f"{each[1]:.3f} every {each[0]} steps" if each else "none" for each in numbers["knots"]]
+    lengths = _repeated([_steps(steps) for steps in numbers["lengths"]])
+    soft = [
+        f"{each[1]:.3f} every {_steps(each[0])}" if each else "none" for each in numbers["knots"]
+    ]
     return lengths + (f"; soft knots of {_repeated(soft)}" if any(numbers["knots"]) else "")
+
+
+def _steps(count: int) -> str:
+    return f"{count} step{'s' * (count != 1)}"
 
 
 def _repeated(texts: Sequence[str]) -> str:

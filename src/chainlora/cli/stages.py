@@ -84,7 +84,7 @@ def mix(run: str, strengths: tuple[str, ...], best: bool, no_scores: bool, as_js
 
     if best:
         chosen, after, before = _searched(folder)
-        to_stderr(f"average {before:.4f} before, {after:.4f} with the best strengths")
+        to_stderr(f"mean of the row {before:.4f} before, {after:.4f} with the best strengths")
     if chosen:
         mix_stages(folder, chosen)
     found = strengths_of(folder)

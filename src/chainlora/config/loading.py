@@ -40,6 +40,12 @@ def load_config(
 def read_config(path: str | Path) -> dict[str, Any]:
     """Read the keys of a config file, unchecked. Raises ConfigError for another tool's."""
     tree = read_tree(path)
+    if tree.keys() >= {"base", "methods"}:
+        raise ConfigError(
+            "config file must describe one run",
+            f"{path}, an experiment",
+            f"chainlora experiment run {path} --output DIR",
+        )
     unknown = tree.keys() - RunConfig.model_fields.keys() - {"stages"}
     foreign = foreign_file(tree, RunConfig.model_fields) if unknown else None
     if foreign is not None:
@@ -61,9 +67,10 @@ def read_tree(path: str | Path, what: str = "config file") -> dict[str, Any]:
     try:
         tree = parse_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(
-            f"{what} must be readable (got {path}: {error.strerror}); check the path"
-        ) from None
+        remedy = "check the path"
+        if (path / "config.yaml").is_file():
+            remedy = f"that of a run: chainlora train {path / 'config.yaml'} --resume"
+        raise ConfigError(f"{what} must be readable", f"{path}: {error.strerror}", remedy) from None
     except UnicodeDecodeError:
         raise ConfigError(
             f"{what} must be UTF-8 text (got other bytes in {path}); is it a YAML file?"
@@ -80,9 +87,8 @@ def read_tree(path: str | Path, what: str = "config file") -> dict[str, Any]:
             "correct it there"
         ) from None
     if not isinstance(tree, dict):
-        raise ConfigError(
-            f"{what} must hold a mapping of keys (got {type(tree).__name__} in {path})"
-        )
+        got = "nothing" if tree is None else "a list" if isinstance(tree, list) else repr(tree)[:40]
+        raise ConfigError(f"{what} must hold a mapping of keys", f"{got} in {path}")
     return tree
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ from chainlora.errors import nearest, sentence
 
 _RULES = {
     "list": "a list",
-    "tuple": "a list, e.g. [{input!s:.60}]",
+    "tuple": "a list",
     "int": "a whole number",
     "float": "a number",
     "string": "a text",
@@ -52,9 +53,14 @@ def problems(error: ValidationError, root: type[BaseModel], prefix: str = "") ->
             got = f"{item['input']!r:.60}{place}"
             place_and_value = f"`{prefix}{key}` must be", got, remedy
             found.setdefault(place_and_value, []).append(_rule(item))
-    return "; ".join(
+    said = [
         sentence(" ".join([begin, " or ".join(rules)]).strip(), got, remedy)
         for (begin, got, remedy), rules in found.items()
+    ]
+    lists = [text.partition("; known: ")[2] for text in said]
+    return "; ".join(
+        text.partition("; known: ")[0] if known and known in lists[place + 1 :] else text
+        for place, (text, known) in enumerate(zip(said, lists, strict=True))
     )
 
 
@@ -97,12 +103,16 @@ def _unknown_key(keys: Sequence[str], value: Any, root: type[BaseModel], prefix:
         if part in model.model_fields:
             model = next(_models(model.model_fields[part].annotation))
     known, last = list(model.model_fields), keys[-1]
-    elsewhere = [
-        f"{name}.{last}"
+    inside = [
+        (key, f"{name}.{key}")
         for name, field in root.model_fields.items()
         for section in _models(field.annotation)
-        if last in section.model_fields
+        for key in section.model_fields
     ]
+    elsewhere = [place for key, place in inside if key == last]
+    if not elsewhere and len(keys) == 1:
+        close = difflib.get_close_matches(last, [key for key, _ in inside], n=1, cutoff=0.8)
+        elsewhere = [place for key, place in inside if key in close and last not in known]
     hint = f"; did you mean {elsewhere[0]!r}?" if len(elsewhere) == 1 else None
     if hint is None and {"model", "chain", "train"} <= root.model_fields.keys():
         hint = foreign_hint(last, value)

@@ -87,12 +87,12 @@ class StageMatrix:
             "  ".join([state.ljust(width), *map(str.rjust, values, widths)])
             for state, *values in lines
         ]
-        return "\n".join([*texts, *map(str, self.summaries())])
+        return "\n".join([*texts, *self._notes()])
 
     def _repr_html_(self) -> str:
         columns = [_shades(column) for column in zip(*self.grid, strict=True)]
         shades = [[0.0, *row] for row in zip(*columns, strict=True)]
-        notes = [Markup("<p>{}</p>").format(each) for each in self.summaries()]
+        notes = [Markup("<p>{}</p>").format(each) for each in self._notes()]
         return Markup("").join([table(self._heads(), self._lines(), shades=shades), *notes])
 
     @property
@@ -109,6 +109,11 @@ class StageMatrix:
             [state, *("–" if cell is None else f"{cell.value:.4f}" for cell in row)]
             for state, row in zip(self.states, self.grid, strict=True)
         ]
+
+    def _notes(self) -> list[str]:
+        """Return the summaries in words. They are of the last end, also where the run is a mix."""
+        of = f"after {self.states[-2]}, " if self.states[-1:] == [NOW] else ""
+        return [f"{of}{summary}" for summary in self.summaries()]
 
     def summaries(self) -> list[MatrixSummary]:
         """Return average, backward transfer and forgetting; none where cells are missing."""

@@ -42,8 +42,9 @@ def compare(
         options: workers, backend and listener, as for `run_cells`.
 
     Raises:
-        ConfigError: unknown method, no rows to score, a rate to choose without validation rows or
-            without other rows to score, a chain that trains nothing, scipy not installed.
+        ConfigError: unknown method, one alone and no rates to choose, no rows to score, a rate to
+            choose without validation rows or without other rows to score, a chain that trains
+            nothing, scipy not installed.
         RunError: cells failed (the report of the others is written first).
     """
     experiment = comparison(config, methods, seeds, learning_rates=learning_rates, extend=extend)
@@ -71,7 +72,7 @@ def comparison(
     data = config.model_dump(mode="json", exclude_defaults=True)["data"]
     name = Path(config.data.task).stem if config.data.task else "data"
     unit = "epochs" if config.chain.epochs else "steps"
-    return make_experiment(
+    experiment = make_experiment(
         {
             "name": "compare",
             "description": f"{', '.join(methods)} at equal {unit}, each scored at its end "
@@ -83,6 +84,9 @@ def comparison(
             "tune": tune,
         }
     )
+    if len(experiment.methods) < 2 and not learning_rates:
+        raise ConfigError("`compare` needs two methods", ", ".join(methods), "name a rival")
+    return experiment
 
 
 def _check_rows(config: RunConfig) -> None:

@@ -147,9 +147,11 @@ def undecidable(experiment: Experiment) -> str | None:
     pooled = num_tasks > 1 and num_seeds * num_tasks >= least_pairs(num_pairs, LEVEL)
     place = "on any one task (over all of them together they may)" if pooled else "anything"
     beside = " beside the primary comparison" if experiment.primary else ""
+    seeds = f"{num_seeds} seed{'s' * (num_seeds != 1)}"
+    of = f"{together} comparison{'s' * (together != 1)}"
     return (
-        f"{num_seeds} seeds cannot decide {place}{beside}, however clear the results: an exact "
-        f"test corrected for {together} comparisons needs {by_task} for {LEVEL:.0%}"
+        f"{seeds} cannot decide {place}{beside}, however clear the results: an exact test "
+        f"corrected for {of} needs {by_task} for {LEVEL:.0%}"
     )
 
 

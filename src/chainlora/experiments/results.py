@@ -148,8 +148,9 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
             found.append(_checked(where, parse_object(line)))
         except ValueError as error:
             if number == 1 or number < numbered[-1][0]:
-                got = f"{where}: {error}"
-                raise RunError("results must hold JSON objects", got, _REBUILD) from None
+                rule, got = "results must hold JSON objects", f"{where}: {error}"
+                of_ours = "name the folder of `experiment run`, or its results.jsonl"
+                raise RunError(rule, got, _REBUILD if found else of_ours) from None
             logger.warning("%s is torn and left out (%s)", where, error)
     return found
 

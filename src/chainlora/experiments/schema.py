@@ -191,6 +191,12 @@ def load_experiment(path: str | Path, overrides: Sequence[tuple[str, str]] = ())
         ConfigError: unreadable file, unknown key (nearest named), wrong value.
     """
     tree = read_tree(path, "experiment file")
+    if "model" in tree and "base" not in tree:
+        raise ConfigError(
+            "experiment file must hold base, tasks and methods",
+            f"{path}, the config of one run",
+            f"chainlora compare {path} --methods lora,chain3 --output DIR",
+        )
     file = make_experiment(tree) if overrides else None
     for key, value in overrides:
         set_key(tree, key, value)

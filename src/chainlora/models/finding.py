@@ -6,6 +6,7 @@ can be memory-mapped from where the model came from.
 
 from __future__ import annotations
 
+import os
 from importlib import metadata as packages
 from pathlib import Path
 from typing import Any
@@ -31,14 +32,14 @@ def resolve_model(spec: str | Path) -> Path:
     """Return the local folder with the safetensors and tokenizer that ``spec`` stands for.
 
     A Hub id is downloaded into (or found in) the Hub cache; a GGUF file is converted once into the
-    user's.
+    user's. What is not where ``spec`` says is looked for by its name in ``$CHAINLORA_MODELS``.
 
     Raises ModelError if nothing is found.
     """
     spec = str(spec)
     if spec.startswith("pip:"):
         return converted_folder(packaged_model(spec.removeprefix("pip:")))
-    path = Path(spec).expanduser()
+    path = _moved(Path(spec).expanduser())
     if path.suffix.lower() == ".gguf":
         if not path.is_file():
             raise ModelError(
@@ -54,6 +55,18 @@ def resolve_model(spec: str | Path) -> Path:
             f"name the folder it lies in"
         )
     return from_hub(spec)
+
+
+def _moved(path: Path) -> Path:
+    """Return a path, or where the same name lies in ``$CHAINLORA_MODELS`` if it lies only there.
+
+    A run that was copied to another machine, or whose base was moved, finds its base so.
+    """
+    around = os.environ.get("CHAINLORA_MODELS")
+    if not around or path.exists():
+        return path
+    there = Path(around).expanduser() / path.name
+    return there if there.exists() else path
 
 
 def folder_of(model: Any) -> Path | None:
@@ -101,22 +114,24 @@ def from_hub(spec: str, key: str = "model") -> Path:
     `key` is what messages call it. Raises ModelError if nothing is found.
     """
     file = " or a .gguf file" if key == "model" else ""
+    moved = ", or set CHAINLORA_MODELS to the folder that holds it now" if key == "model" else ""
     try:
         return Path(snapshot_download(spec, allow_patterns=_WANTED, ignore_patterns=_UNWANTED))
     except HFValidationError as error:
         raise ModelError(
-            f"`{key}` must be a Hub id, an existing folder{file} (got {spec!r}); check the path"
+            f"`{key}` must be a Hub id, an existing folder{file} (got {spec!r}); check the "
+            f"path{moved}"
         ) from error
     except RepositoryNotFoundError as error:
         raise ModelError(
             f"`{key}` must exist as a folder or on the Hub (got {spec!r}, found in neither); "
-            f"check the spelling, or log in with `hf auth login` if it is private"
+            f"check the spelling, or log in with `hf auth login` if it is private{moved}"
         ) from error
     except (LocalEntryNotFoundError, OSError) as error:
         raise ModelError(
             f"`{key}` must be an existing folder or a Hub id within reach (got {spec!r}: no "
             f"such folder, not in the Hub cache, no download possible); give a local folder{file}, "
-            "or connect and unset HF_HUB_OFFLINE"
+            f"or connect and unset HF_HUB_OFFLINE{moved}"
         ) from error
 
 
@@ -125,8 +140,8 @@ def _check_folder(folder: Path) -> None:
         return
     if (folder / "adapter_config.json").is_file():
         raise ModelError(
-            f"`model` must be a whole model (got {folder}, an adapter); name its base "
-            f"model, and with `stages` the adapter as start: {folder}"
+            f"`model` must be a whole model (got {folder}, an adapter); PEFT loads it; to train on "
+            "top of it, name its base as `model` and the adapter as `start`"
         )
     if (folder / "chain.json").is_file():
         raise ModelError(

@@ -141,7 +141,8 @@ def markdown(page: Page, pictures: Mapping[str, str]) -> str:
     """
     parts = [f"# {page.title}\n"]
     for section in page.sections:
-        found = [_markdown_of(block) for block in section.blocks]
+        again = f"### {section.title}\n\n"  # a table of the section's name needs none of its own
+        found = [_markdown_of(block).removeprefix(again) for block in section.blocks]
         found += [f"![{name}]({name})\n" for name, of in pictures.items() if of == section.title]
         found = [text for text in found if text]
         if found:

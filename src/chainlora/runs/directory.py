@@ -106,7 +106,8 @@ class RunDirectory(RunInProgress):
         manifest = self.verify()
         if manifest.is_pruned:
             raise RunError("a stage that was pruned stays so", self.path, "choose another output")
-        new = changes(self.config(), config, change, manifest.position.step)
+        step, is_read = manifest.position.step, manifest.rows is not None
+        new = changes(self.config(), config, change, step, may_move=is_read)
         self._is_changed = bool(new)
         self._current = manifest.model_copy(update={"changes": [*manifest.changes, *new]})
         self._hashes = {k: v for k, v in manifest.files.items() if k != RESULT}

@@ -229,8 +229,8 @@ def empty_folder(output: str | Path) -> Path:
     output = Path(output)
     files.check_writable(output if output.is_dir() else output.parent)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        what = "which is not empty" if output.is_dir() else "a file"
         raise RunError(
-            f"--output must be a new or empty directory (got {output}, which is not empty); "
-            "choose another"
+            "--output must be a new or empty directory", f"{output}, {what}", "choose another"
         )
     return output

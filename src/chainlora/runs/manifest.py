@@ -143,9 +143,9 @@ class Records(_Part):
 
 
 class Change(_Part):
-    """A config key that a resume changed by name, and from which step on."""
+    """A config key that a resume changed, and from which step on."""
 
-    key: Annotated[str, Field(pattern=r"^(data|chain|train)\.\w+$")]
+    key: Annotated[str, Field(pattern=r"^(model|(data|chain|train)\.\w+)$")]
     before: Any
     after: Any
     step: Count

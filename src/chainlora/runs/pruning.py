@@ -110,16 +110,16 @@ def prune_stage(run: Path, name: str) -> Pruning:
 def _check(
     run: Path, found: Stages, name: str, manifests: Mapping[Path, Manifest], *, is_there: bool
 ) -> None:
+    begun = half_trained(run, found)
+    begun += [run] * first_is_open(run)
+    if begun:
+        rule = "a stage can be pruned when none is half trained"
+        raise RunError(rule, begun[0], "finish it, or delete that folder")
     if not is_there:
         names = ", ".join(open_run(run).manifest().stages)
         raise RunError(f"a stage must be one of {names}", f"{name!r} for {run}", "name one")
     if found.here == [name]:
         raise RunError("a run must keep a stage", f"{name!r}, its only one", f"delete {run}")
-    begun = half_trained(run, found)
-    begun += [run] * first_is_open(run)
-    if begun:
-        rule = "a stage can be pruned when no other is half trained"
-        raise RunError(rule, begun[0], "finish it, or delete that folder")
     for folder, manifest in manifests.items():
         links = [
             replace(e.outline(), strength=float(e.stage != name))

@@ -248,8 +248,8 @@ def _changed(config: RunConfig, changes: Sequence[Change]) -> RunConfig:
         return config
     tree = config.model_dump(mode="json")
     for change in changes:
-        section, key = change.key.split(".")
-        tree[section][key] = change.after
+        *section, key = change.key.split(".")
+        (tree[section[0]] if section else tree)[key] = change.after
     return make_config(tree)
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from filelock import FileLock, Timeout
 
 from chainlora import files
 from chainlora.config.schema import RunConfig
+from chainlora.config.yaml_text import one_value
 from chainlora.errors import FileError, RunError
 from chainlora.runs.manifest import REFERENCE, TOKENIZER, Change
 from chainlora.runs.reading import RunReader
@@ -22,6 +23,8 @@ LOCK = ".lock"
 
 # Keys that a resume may change by name: they decide steps to come, and nothing that is on disk.
 CHANGEABLE = ("train.lr", "train.max_grad_norm")
+# Keys that say where something lies. A resume reads it, and checks that it is the same.
+_PLACES = ("model", "data.train", "data.validation", "data.test")
 
 _BEFORE_THE_MANIFEST = {".lock", "config.yaml", "links", "rows", TOKENIZER, REFERENCE}
 
@@ -104,17 +107,22 @@ def changes(
     step: int = 0,
     *,
     stage: str | None = None,
+    may_move: bool = False,
 ) -> list[Change]:
-    """Return the keys that a resume changes, all of them `named` by the user.
+    """Return the keys that a resume changes: `named` by the user, or places, if base and rows
+    `may_move`.
 
     Raises RunError where the config is not the one that the run, or its `stage`, has.
     """
     old, new = _science(before), _science(now)
     differing = [key for key in {**old, **new} if old.get(key) != new.get(key)]
-    refused = [key for key in differing if key not in named or key not in CHANGEABLE]
+    allowed = set(named).intersection(CHANGEABLE)
+    if may_move:
+        allowed |= {key for key in _PLACES if _without_place(old[key]) == _without_place(new[key])}
+    refused = [key for key in differing if key not in allowed]
     if refused:
         first, sections = refused[0], dict.fromkeys(key.partition(".")[0] for key in refused)
-        differs = f"{first} is {new.get(first)!r:.40}, was {old.get(first)!r:.40}"
+        differs = f"{first} is {one_value(new[first]):.40}, was {one_value(old[first]):.40}"
         if stage is not None:
             raise RunError(
                 "a stage must stay what it was begun as",
@@ -127,6 +135,16 @@ def changes(
             f"use the run's config.yaml or a new output{_how_to_change(refused)}",
         )
     return [Change(key=key, before=old[key], after=new[key], step=step) for key in differing]
+
+
+def _without_place(value: Any) -> Any:
+    """Return what is left of a model or a source of rows when it may lie anywhere.
+
+    Of several files the digest of the rows does not tell which row is of which: their names do.
+    """
+    if isinstance(value, list | tuple):
+        return [(PurePath(each["path"]).name, each["weight"]) for each in value]
+    return str if isinstance(value, str) else value
 
 
 def check_rows(before: str | None, rows: str | None) -> None:

@@ -135,7 +135,9 @@ def _names_in(folder: Path, chosen: Iterable[str], run: Path) -> list[str]:
 def place_of(found: Stages, name: str, run: Path) -> int:
     """Return the place of a stage. Raises RunError for one that has not ended, or was pruned."""
     if name not in found.here:
-        what = f"{name!r}{', which was pruned,' if name in found.names else ''} for {run}"
+        is_begun = stage_folder(run, name) in half_trained(run, found)
+        why = "was pruned" if name in found.names else "has not ended" if is_begun else ""
+        what = f"{name!r}{f', which {why},' if why else ''} for {run}"
         raise RunError(f"a stage must be one of {', '.join(found.here)}", what, "name one")
     return found.names.index(name)
 

@@ -147,7 +147,8 @@ class _Listener:
         self.total, self.evaluations = event.num_steps, event.evaluations
         lengths = " + ".join(map(str, event.lengths))
         resumed = f", resuming after step {event.step}" if event.step else ""
-        self._say(f"{event.rows} training rows, {event.num_steps} steps ({lengths}){resumed}")
+        rows = f"{event.rows} training row{'s' * (event.rows != 1)}"
+        self._say(f"{rows}, {event.num_steps} steps ({lengths or 'no link'}){resumed}")
         for split, found in event.data.items():
             for line in _what_became_of(found):
                 self._say(f"{split}: {line}")

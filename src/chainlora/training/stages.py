@@ -316,7 +316,8 @@ def _state_of(stage: Stage, has_ended: bool, change: Collection[str]) -> StageSt
         return _new(stage)
     manifest = reader.verify()
     is_finished = has_ended and reader.is_finished(manifest)
-    changes(reader.config(), stage.config, () if is_finished else change, stage=stage.name)
+    named = () if is_finished else change
+    changes(reader.config(), stage.config, named, stage=stage.name, may_move=not is_finished)
     state: Literal["finished", "stopped"] = "finished" if is_finished else "stopped"
     return StageState(stage.name, state, manifest.position.step)
 

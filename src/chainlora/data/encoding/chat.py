@@ -292,7 +292,7 @@ def _checked_messages(messages: Any, place: str) -> _Messages:
     roles = [message["role"] for message in messages]
     if "assistant" not in roles:
         rule = "`messages` must have a turn with role assistant to learn from"
-        raise bad_row(rule, f"roles {roles}", place, "remove the row")
+        raise bad_row(rule, f"roles {roles}", place, "rename its role, or remove the row")
     return [_without_parts(message, place) for message in messages]
 
 

@@ -90,5 +90,8 @@ def text_of(row: Row, field: str) -> str:
     """Return a field that must be a text. Raises DataError that names the row."""
     text = row.get(field)
     if not isinstance(text, str):
+        if field not in row:
+            remedy = "add it, or name the field that has it by data.fields"
+            raise bad_row(f"`{field}` must be given", f"{', '.join(row)}", row.origin, remedy)
         raise bad_row(f"`{field}` must be a text", f"{text!r:.60}", row.origin)
     return text
