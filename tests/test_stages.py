@@ -166,6 +166,10 @@ def test_a_fork_of_a_mix_says_the_strengths_that_it_has(config, tmp_path, capsys
         *("facts=0.5", "style=0", "law=1"),
         *("facts=0.5", "style=0"),
     ]
+    (*ends, _), (*same, law) = stage_matrix(run).grid, stage_matrix(fork).grid
+    assert [row[:2] for row in same] == ends  # what a stage ended in stays that in a fork of a mix
+    mix_stages(fork, {"facts": 1})
+    assert stage_matrix(fork).grid[:-1] == [*same, law]
 
 
 def test_a_stage_ends_inside_itself_with_its_best_point(config, tmp_path):

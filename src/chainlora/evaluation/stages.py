@@ -36,7 +36,7 @@ from chainlora.evaluation.metrics import is_higher_better
 from chainlora.evaluation.preferences import judge_odds, judge_pairs
 from chainlora.evaluation.streaming import to_accelerator
 from chainlora.models.finding import resolve_model
-from chainlora.runs.manifest import LinkEntry, state_digest
+from chainlora.runs.manifest import LinkEntry, Manifest, state_digest
 from chainlora.runs.opening import load_run
 from chainlora.runs.reading import RunReader
 from chainlora.runs.stages import open_run, read_stages, readers_of_stages, run_around
@@ -290,18 +290,30 @@ class Scorer:
 def _states(run: Path, reader: RunReader) -> Iterator[tuple[str, Strengths]]:
     """Yield the states of a run by name: the base, the end of each stage, the mix it is now."""
     yield BASE, {}
-    ended, entries = read_stages(run).names, RunReader(reader.path).manifest().loaded
+    ended, begun = read_stages(run).names, RunReader(run).manifest()
     last: Strengths = {}
     for name in reader.manifest().stages:
         if name in ended:
             last = _strengths(open_run(f"{run}@{name}").manifest().loaded)
-        else:  # of a run that this one was forked from
-            place = max(p for p, entry in enumerate(entries) if entry.stage == name)
-            last = _strengths(entries[: place + 1])
+        else:
+            last = _end_before_the_fork(begun, name)
         yield name, last
     now = _strengths(reader.manifest().loaded)
     if now != last:
         yield NOW, now
+
+
+def _end_before_the_fork(begun: Manifest, stage: str) -> Strengths:
+    """Return the state at the end of a stage of the run that a run was forked from.
+
+    The stage is at full strength, on what it was tuned on; on all links before it at full strength
+    where the fork began on another mix than that.
+    """
+    places = [place for place, entry in enumerate(begun.links) if entry.stage == stage]
+    below, own = begun.links[: places[0]], begun.links[places[0] : places[-1] + 1]
+    is_known = state_digest(begun.base.fingerprint, below) == own[0].tuned_on
+    before = _strengths(below) if is_known else {entry.id: 1.0 for entry in below}
+    return before | {entry.id: 1.0 for entry in own}
 
 
 def _strengths(entries: Sequence[LinkEntry]) -> dict[int, float]:
