@@ -513,10 +513,19 @@ def test_the_command_line_goes_from_two_data_sets_to_one_adapter(config, tmp_pat
     assert cli(["eval", f"{run}@nope"]) == 1
 
 
-def test_a_stage_without_rows_is_refused_before_the_stages_before_it(config, tmp_path):
+def test_a_stage_that_cannot_be_trained_is_refused_before_the_stages_before_it(config, tmp_path):
     config["stages"][1]["data"] |= {"train": str(tmp_path / "none.jsonl")}
     with pytest.raises(ChainLoRAError, match=r"stage 'style': .*none.jsonl"):
         train_stages(make_stages(config))
+    assert not (tmp_path / "run").exists()
+    style, data = config["stages"][1], config["stages"][0]["data"]
+    for change, message in (
+        ({"chain": style["chain"] | {"target_modules": ["q_pro"]}}, "got .'q_pro'.*; candidates"),
+        ({"data": data | {"max_length": 10_000}}, "must fit the model's context"),
+    ):
+        tree = config | {"stages": [config["stages"][0], style | {"data": data} | change]}
+        with pytest.raises(ChainLoRAError, match=f"stage 'style': .*{message}"):
+            train_stages(make_stages(tree))
     assert not (tmp_path / "run").exists()
     (tmp_path / "none.jsonl").write_text('{"text": "no pair"}\n')
     config["stages"][1]["data"] = {"train": str(tmp_path / "none.jsonl")}

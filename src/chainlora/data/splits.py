@@ -121,7 +121,7 @@ def prepare_splits(
 
     Raises DataError or ConfigError before training.
     """
-    options = Options(_limit(data, context), data.truncation, objective=loss)
+    options = Options(length_limit(data, context), data.truncation, objective=loss)
     set_chat_template(tokenizer, data)
     task = None if data.task is None else load_task(data.task)
     sources = _file_sources(data) if task is None else _task_sources(task, data)
@@ -205,7 +205,7 @@ def encode_split(
     options = Options(context, reserve=_reserve(task))
     if data is not None and _shapes_prompts_of(data, task):
         before = _demonstrations(task, data, _task_sources(task, data)["train"])
-        limit = _limit(data, context)
+        limit = length_limit(data, context)
         options = replace(options, max_length=limit, truncation=data.truncation, before=before)
     source = ListSource(rows) if isinstance(rows, Sequence) else rows
     return _encode("scored", source, tokenizer, task, options, None)
@@ -309,7 +309,8 @@ def _reserve(task: Task) -> int:
     return task.max_new_tokens if task.completion is not None and task.metric in WORD_METRICS else 0
 
 
-def _limit(data: DataConfig, context: int) -> int:
+def length_limit(data: DataConfig, context: int) -> int:
+    """Return the most tokens of a row. Raises ConfigError for more than the model's context."""
     if data.max_length is not None and data.max_length > context:
         raise ConfigError(
             f"`data.max_length` must fit the model's context of {context} tokens (got "

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 from accelerate import PartialState
 
+from chainlora.chain.adapters import check_targets
 from chainlora.chain.checks import check_strengths
 from chainlora.chain.link import Link
 from chainlora.config.loading import set_key
@@ -30,10 +31,12 @@ from chainlora.config.stages import (
 )
 from chainlora.data.division import can_read_again
 from chainlora.data.kept import Kept
-from chainlora.data.splits import check_files, learned_by
+from chainlora.data.splits import check_files, learned_by, length_limit
 from chainlora.errors import ChainError, ChainLoRAError, RunError, StoppedError
 from chainlora.evaluation.stages import stage_matrix
 from chainlora.evaluation.strengths import guard
+from chainlora.models.loading import load_skeleton
+from chainlora.models.text_config import context_length
 from chainlora.runs.loading_start import IMPORTED, load_start
 from chainlora.runs.reading import RunReader
 from chainlora.runs.resuming import changes
@@ -82,6 +85,8 @@ def train_stages(
     """
     tell = listener or (lambda event: None)
     found = survey(stages, change)
+    if is_first_launched():
+        _need_model(stages, found)
     results: list[TrainResult | None] = []
     for stage, where in zip(stages, found, strict=True):
         tell(StageBegins(where.step, stage.name, where.state))
@@ -234,6 +239,21 @@ def _new(stage: Stage) -> StageState:
     with _named(stage):
         check_files(stage.config.data, stage.config.train.loss)
     return StageState(stage.name, "new")
+
+
+def _need_model(stages: Sequence[Stage], found: Sequence[StageState]) -> None:
+    """Refuse what the model cannot take, before hours of the stages before it.
+
+    The first stage that is to be trained is not looked at: it is checked when it begins.
+    """
+    ended = sum(where.state in ("finished", "pruned") for where in found)
+    later = stages[ended + 1 :]
+    model = load_skeleton(stages[0].config.model) if later else None
+    for stage in later:
+        with _named(stage):
+            length_limit(stage.config.data, context_length(model))
+            for link in dict.fromkeys(stage.config.chain.links()):
+                check_targets(model, link)
 
 
 @contextmanager
