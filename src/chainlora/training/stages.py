@@ -248,7 +248,9 @@ def _need_model(stages: Sequence[Stage], found: Sequence[StageState]) -> None:
     """
     ended = sum(where.state in ("finished", "pruned") for where in found)
     later = stages[ended + 1 :]
-    model = load_skeleton(stages[0].config.model) if later else None
+    if not later:
+        return
+    model = load_skeleton(stages[0].config.model)
     for stage in later:
         with _named(stage):
             length_limit(stage.config.data, context_length(model))
