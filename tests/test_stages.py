@@ -522,6 +522,8 @@ def test_a_stage_that_cannot_be_trained_is_refused_before_the_stages_before_it(c
     for change, message in (
         ({"chain": style["chain"] | {"target_modules": ["q_pro"]}}, "got .'q_pro'.*; candidates"),
         ({"data": data | {"max_length": 10_000}}, "must fit the model's context"),
+        ({"train": {"optimizer": "adamm"}}, "`train.optimizer` must be one of"),
+        ({"chain": style["chain"] | {"knots": {"policy": "space", "every": 1}}}, "policy` must be"),
     ):
         tree = config | {"stages": [config["stages"][0], style | {"data": data} | change]}
         with pytest.raises(ChainLoRAError, match=f"stage 'style': .*{message}"):

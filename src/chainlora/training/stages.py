@@ -35,6 +35,7 @@ from chainlora.data.splits import check_files, learned_by, length_limit
 from chainlora.errors import ChainError, ChainLoRAError, RunError, StoppedError
 from chainlora.evaluation.stages import stage_matrix
 from chainlora.evaluation.strengths import guard
+from chainlora.knots.driver import check_policy
 from chainlora.models.loading import load_skeleton
 from chainlora.models.text_config import context_length
 from chainlora.runs.loading_start import IMPORTED, load_start
@@ -55,6 +56,7 @@ from chainlora.runs.start import NOTHING, Start, next_id_after
 from chainlora.training.events import Listener, StageBegins, StageGuarded
 from chainlora.training.interrupts import stop_requested
 from chainlora.training.loop import train
+from chainlora.training.optimizers import check_optimizer
 from chainlora.training.processes import PATIENCE, is_first_launched, num_launched
 from chainlora.training.result import TrainResult
 
@@ -242,7 +244,7 @@ def _new(stage: Stage) -> StageState:
 
 
 def _need_model(stages: Sequence[Stage], found: Sequence[StageState]) -> None:
-    """Refuse what the model cannot take, before hours of the stages before it.
+    """Refuse what the model or this machine cannot do, before hours of the stages before it.
 
     The first stage that is to be trained is not looked at: it is checked when it begins.
     """
@@ -251,8 +253,13 @@ def _need_model(stages: Sequence[Stage], found: Sequence[StageState]) -> None:
     if not later:
         return
     model = load_skeleton(stages[0].config.model)
+    has_one, cpu = torch.accelerator.is_available(), torch.device("cpu")
+    device = (torch.accelerator.current_accelerator() if has_one else None) or cpu
     for stage in later:
         with _named(stage):
+            check_optimizer(stage.config, device)
+            if stage.config.chain.knots is not None:
+                check_policy(stage.config.chain.knots)
             length_limit(stage.config.data, context_length(model))
             for link in dict.fromkeys(stage.config.chain.links()):
                 check_targets(model, link)
