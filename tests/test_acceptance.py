@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
+from conftest import tiny_model
 from helpers import assert_same_links, settings
 
 from chainlora import load_run, make_config, train
 from chainlora.data.examples import Example
 from chainlora.evaluation.acceptance import gain
-from chainlora.evaluation.evaluate import Evaluation
+from chainlora.evaluation.evaluate import Evaluation, evaluate
 from chainlora.evaluation.preferences import judge_pairs
 from chainlora.runs.start import NOTHING
 from chainlora.training import loop
@@ -30,6 +32,23 @@ def test_a_gain_is_clear_beyond_its_standard_error():
     assert found.is_clear
     assert not gain(scored([1.0, 2.0]), scored([0.0, 2.9])).is_clear
     assert not gain(scored([1.0]), scored([0.0])).is_clear  # one row says nothing
+
+
+def test_a_gain_is_that_of_the_metric():
+    """Of a loss per token long rows count for more; shown by two models and rows of all lengths."""
+    rows = [Example(k, (tuple(range(1, 3 + 4 * k)),), (((1, 2 + 4 * k),),)) for k in range(6)]
+    before, after = (evaluate(tiny_model(name), rows, metrics="loss") for name in ("llama", "opt"))
+    found = gain(before, after)
+    assert found.mean == pytest.approx(before.metrics["loss"] - after.metrics["loss"], abs=1e-6)
+    tokens = np.array([1 + 4 * k for k in range(6)])
+    gains = np.array(
+        [
+            now["scores"][0] - then["scores"][0]
+            for then, now in zip(before.predictions, after.predictions, strict=True)
+        ]
+    )
+    rest = tokens * (gains - found.mean)  # the delta method, for a ratio of two means
+    assert found.standard_error == pytest.approx(rest.std(ddof=1) * 6**0.5 / tokens.sum())
 
 
 def test_a_pair_whose_answers_are_ranked_the_same_is_right_by_half():

@@ -6,6 +6,7 @@ import math
 
 import pytest
 
+from chainlora.data.examples import Example
 from chainlora.errors import ConfigError
 from chainlora.evaluation.metrics import (
     LOSS_METRICS,
@@ -13,6 +14,7 @@ from chainlora.evaluation.metrics import (
     exact_match,
     is_higher_better,
     macro_f1,
+    majority_rate,
     normalize_answer,
     perplexity,
     token_f1,
@@ -37,6 +39,9 @@ def test_macro_f1_is_the_mean_over_classes():
         (2 * 2 / 5 + 2 * 1 / 4 + 0) / 3
     )
     assert macro_f1([1, 1], [1, 1]) == 1
+    rows = [Example(0, (), (), label) for label in (0, 0, 1, 1, 1, 2)]
+    assert majority_rate(rows) == 3 / 6
+    assert majority_rate(rows, "f1") == pytest.approx((2 * 3 / (3 + 6)) / 3)  # two classes are 0
 
 
 def test_perplexity_does_not_overflow():

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import mul
 from typing import Any
 
 from chainlora.evaluation.evaluate import Evaluation
@@ -30,18 +31,20 @@ class Gain:
 def gain(before: Evaluation, after: Evaluation, metric: str = "loss") -> Gain:
     """Return what a change brought, from evaluations of the same rows.
 
-    A metric that is no mean over rows has a gain without standard error.
+    A loss per token weighs rows by their tokens, as the metric does. A metric that is no mean over
+    rows has a gain without standard error.
     """
     sign = 1 if is_higher_better(metric) else -1
     pairs = zip(values(before, metric), values(after, metric), strict=True)
     gains = [sign * (now - then) for then, now in pairs]
     if not gains:
         return Gain(sign * (after.metrics[metric] - before.metrics[metric]), 0.0)
-    return Gain(math.fsum(gains) / len(gains), standard_error(gains))
+    weights = weights_of(after, metric)
+    return Gain(_mean(gains, weights), standard_error(gains, weights))
 
 
 def values(found: Evaluation, metric: str) -> list[float]:
-    """Return what each row adds to the mean; none of a metric that is no mean over rows.
+    """Return what is averaged over rows by `weights_of`; nothing of a metric that is no such mean.
 
     The loss of a row is that of its right candidate among all, or a token's on average.
     """
@@ -56,13 +59,22 @@ def values(found: Evaluation, metric: str) -> list[float]:
     return []
 
 
-def standard_error(numbers: Sequence[float]) -> float:
-    """Return that of a mean; infinite for a single number."""
+def weights_of(found: Evaluation, metric: str) -> list[int]:
+    """Return how much each row counts in the mean: of a loss per token, its tokens."""
+    return [row.get("tokens", 1) if metric == "loss" else 1 for row in found.predictions]
+
+
+def standard_error(numbers: Sequence[float], weights: Sequence[int]) -> float:
+    """Return that of a weighted mean, by linearisation; infinite for a single number."""
     if len(numbers) < 2:
         return math.inf
-    mean = math.fsum(numbers) / len(numbers)
-    variance = math.fsum((each - mean) ** 2 for each in numbers) / (len(numbers) - 1)
-    return math.sqrt(variance / len(numbers))
+    mean, pairs = _mean(numbers, weights), zip(numbers, weights, strict=True)
+    squares = math.fsum((weight * (each - mean)) ** 2 for each, weight in pairs)
+    return math.sqrt(squares * len(numbers) / (len(numbers) - 1)) / sum(weights)
+
+
+def _mean(numbers: Sequence[float], weights: Sequence[int]) -> float:
+    return math.fsum(map(mul, numbers, weights)) / sum(weights)
 
 
 def _share(row: dict[str, Any]) -> float:

@@ -42,8 +42,8 @@ class Evaluation:
 
     `predictions` has one dict a row, in the order of the examples: `row`, `label` (right candidate
     or None), `prediction` (chosen candidate, generated text, or None for language-model rows) and
-    `scores` (mean log-probability per token of each sequence, natural logarithm); generated rows
-    also have `references`.
+    `scores` (mean log-probability per token of each sequence, natural logarithm); rows without
+    candidates also have `tokens`, how many are scored, generated ones `references`.
     """
 
     metrics: dict[str, float]
@@ -105,6 +105,8 @@ def evaluate(
             told = _none_done(progress) if is_written else progress
             columns["scores"] = runner.scores(examples, max_tokens=max_tokens, progress=told)
             losses = _losses(examples, columns["scores"], is_labelled=is_labelled)
+            if not is_labelled:
+                columns["tokens"] = [example.num_learned for example in examples]
         if is_written:
             texts = columns["prediction"] = _answers(
                 runner,
@@ -131,7 +133,7 @@ def evaluate(
 
 
 def write_predictions(path: str | FilePath, evaluation: Evaluation) -> None:
-    """Write a JSON object a row: `row`, `label`, `prediction`, `scores`, `references`."""
+    """Write the predictions, a JSON object a row."""
     target = FilePath(path)
     make_folder(target.parent)
     lines = [json.dumps(each, ensure_ascii=False) + "\n" for each in evaluation.predictions]
@@ -145,7 +147,7 @@ def _losses(
     if is_labelled:
         labels = [int(example.label or 0) for example in examples]
         return {"loss": fmean(map(cross_entropy, scores, labels))}
-    counts = [sum(end - start for start, end in example.scored[0]) for example in examples]
+    counts = [example.num_learned for example in examples]
     total = math.fsum(-row[0] * count for row, count in zip(scores, counts, strict=True))
     loss = total / sum(counts)
     return {"loss": loss, "perplexity": perplexity(loss)}

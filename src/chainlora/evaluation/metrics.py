@@ -123,14 +123,15 @@ def better_sign(metric: str | None) -> str:
     return f"{'above' if is_higher_better(metric) else 'below'} 0 is better"
 
 
-def majority_rate(examples: Iterable[Example]) -> float:
-    """Return the share of the commonest label, in 0…1: the score of always giving that answer.
+def majority_rate(examples: Iterable[Example], metric: str = "accuracy") -> float:
+    """Return the score of always giving the commonest answer, in 0…1: of accuracy its share.
 
     Raises DataError when no example has a label.
     """
-    counts = Counter(example.label for example in examples if example.label is not None)
-    if not counts:
+    labels = [example.label for example in examples if example.label is not None]
+    if not labels:
         raise DataError(
             "a majority rate needs rows with a label (got none); use a classification task"
         )
-    return max(counts.values()) / counts.total()
+    ((commonest, _),) = Counter(labels).most_common(1)
+    return INDEX_METRICS[metric](labels, [commonest] * len(labels))

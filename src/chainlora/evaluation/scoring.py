@@ -95,7 +95,7 @@ def evaluate_task(
         write_predictions(predictions, found)
     metrics = dict(found.metrics)
     if asked.metric in INDEX_METRICS:
-        metrics["majority"] = majority_rate(rows)
+        metrics["majority"] = majority_rate(rows, asked.metric)
     is_file = task is None and data is not None and not Path(data).is_dir()
     if task is None and own is not None and own.task is not None:
         task = load_task(own.task)

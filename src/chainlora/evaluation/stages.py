@@ -29,7 +29,7 @@ from chainlora.data.kept import Kept
 from chainlora.data.rows import Rows
 from chainlora.engine.engine import Engine, Speedups
 from chainlora.errors import FileError, RunError
-from chainlora.evaluation.acceptance import standard_error, values
+from chainlora.evaluation.acceptance import standard_error, values, weights_of
 from chainlora.evaluation.evaluate import Evaluation, evaluate
 from chainlora.evaluation.matrix import MatrixSummary, summarise_matrix
 from chainlora.evaluation.metrics import is_higher_better
@@ -229,8 +229,8 @@ class Scorer:
         for stage, found in self.evaluations(name, strengths, stages):
             kept = self.kept[stage]
             split, metric = kept.scored[0], kept.metric
-            each = values(found, metric)
-            error = standard_error(each) if len(each) > 1 else 0.0
+            each, weights = values(found, metric), weights_of(found, metric)
+            error = standard_error(each, weights) if len(each) > 1 else 0.0
             counts = len(found.predictions), kept.counts[split]
             yield Cell(state, stage, split, metric, found.metrics[metric], error, *counts)
 

@@ -140,7 +140,7 @@ class LinkRejected(Event):
 
     name = "rejected"
     link: int
-    gain: float  # nats a row
+    gain: float  # nats a row, of text a token
     standard_error: float
 
 

@@ -89,7 +89,7 @@ def _final_metrics(run: Run) -> dict[str, Any]:
         metrics[name] = dict(scored.metrics)
         run.listener(Scored(run.progress.step, name, scored.predictions))
         if run.splits.metric in INDEX_METRICS:
-            metrics[name]["majority"] = majority_rate(examples)
+            metrics[name]["majority"] = majority_rate(examples, run.splits.metric)
     return metrics
 
 
