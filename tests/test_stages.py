@@ -371,15 +371,18 @@ def test_a_config_that_begins_on_a_stage_is_the_fork(config, tmp_path, capsys):
     assert_same_links(tmp_path / "fork", tmp_path / "new")
     before = json.loads((tmp_path / "new.yaml").read_text())
     for name, status in (({"name": config["model"]}, 0), ({"name": "m"}, 1), ({"nme": "m"}, 1)):
-        (tmp_path / "model.yaml").write_text(json.dumps(before | {"model": name}))
+        changed = before | {"model": name, "output": str(tmp_path / "fresh")}
+        (tmp_path / "model.yaml").write_text(json.dumps(changed))
         capsys.readouterr()
-        assert cli(["train", str(tmp_path / "model.yaml"), "--start", address]) == status
+        again = ["train", str(tmp_path / "model.yaml"), *words[2:], "--dry-run"]
+        assert cli(again) == status
         message = "name and quantize" if "nme" in name else "`model` must be that of the run"
         assert not status or message in capsys.readouterr().err
     other = own | {"model": config["model"], "output": str(tmp_path / "other")}
     train(make_config(other))
     assert_same_links(tmp_path / "fork", tmp_path / "other")
-    assert cli([*words, "--train.seed", "1"]) == 1  # that of the run that is begun on
+    for output in ("new", "fresh"):  # that of the run, or of the one that is begun on
+        assert cli([*words, "--train.seed", "1", "--output", str(tmp_path / output)]) == 1
     with pytest.raises(ConfigError, match="`start` is read by"):
         train_run(make_config(other | {"output": None}))
     assert open_run(tmp_path / "new").manifest().stages == ["facts", "new"]
@@ -400,7 +403,15 @@ def test_a_run_that_has_begun_does_not_need_what_it_began_on(config, tmp_path, c
         train_stages(
             extension(own["start"], style | {"output": str(fork)}), listener=_stop_after(7)
         )
+    export_adapter(own["start"], tmp_path / "adapter")
+    (tmp_path / "mine.jinja").write_text("{{ messages }}")
+    data = style["data"] | {"chat_template": str(tmp_path / "mine.jinja")}  # kept as its text
+    on_adapter = own | {"start": str(tmp_path / "adapter"), "output": str(tmp_path / "second")}
+    on_adapter["data"] = {key: data[key] for key in data if key != "replay"}
+    train(on_adapter | {"model": config["model"]})
     shutil.rmtree(tmp_path / "run")
+    shutil.rmtree(tmp_path / "adapter")
+    train(on_adapter)
     for _ in range(2):
         train(own)
     assert cli(["train", str(tmp_path / "new/config.yaml")]) == 0

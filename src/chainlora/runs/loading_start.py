@@ -212,8 +212,8 @@ def with_start(tree: Mapping[str, Any]) -> dict[str, Any]:
     """Return a config with what is left out beside `start`: the base, and what the run has one of.
 
     A run that has begun says it itself, and what its stage is called, so that a resume does not
-    need what it began on. Raises ConfigError for a key of the whole run that says otherwise, and
-    for another `start` than it had.
+    need what it began on. Raises ConfigError for a key of the whole run that says otherwise than
+    the run that is begun on, and for another `start` than a run had.
     """
     try:
         own, source = with_flat_model(tree), tree.get("start")
@@ -230,19 +230,21 @@ def with_start(tree: Mapping[str, Any]) -> dict[str, Any]:
                 f"{source}, and {before} for {begun}",
                 "choose another output",
             )
-        own.setdefault("stages", [{"name": begun.manifest().stage}])
-        return _filled_in(own, begun)
-    if is_run(source) and open_run(source).manifest().has_run:
-        return _filled_in(own, open_run(source))
-    start = load_start(source)
-    base = start.adapter.base if start.adapter is not None else start.base and start.base.model
-    if base:
-        own.setdefault("model", base)
-    return own
-
-
-def _filled_in(own: dict[str, Any], run: RunReader) -> dict[str, Any]:
-    shared = what_stages_share(run.config())
+        shared = what_stages_share(begun.config())
+        whole = {key: shared[key] for key in ("model", "quantize")}
+        whole["stages"] = [{"name": begun.manifest().stage}]
+        parts = {
+            section: {key: shared[section][key] for key in keys} | section_of(own, section)
+            for section, keys in RUN_WIDE.items()
+        }
+        return whole | own | parts
+    if not is_run(source) or not open_run(source).manifest().has_run:
+        start = load_start(source)
+        base = start.adapter.base if start.adapter is not None else start.base and start.base.model
+        if base:
+            own.setdefault("model", base)
+        return own
+    shared = what_stages_share(open_run(source).config())
     for key in ("model", "quantize"):
         _agree(own, key, shared[key], key)
     for section, keys in RUN_WIDE.items():
