@@ -86,6 +86,9 @@ def test_rows_that_are_not_there(chainlora, written, tiny_folder, texts):
     )
     chainlora(f"eval {written} --split tset").refused("must be one of train, validation, test")
     chainlora(f"eval {written} --data {texts}/none.jsonl").refused("none.jsonl")
+    moved = texts.rename(f"{texts}-moved")
+    chainlora(f"eval {written}").refused("check the path, or score those that the run kept: --matr")
+    moved.rename(texts)
     outcome = chainlora(f"eval {tiny_folder}")
     assert outcome.status == 2
     assert "Missing option '--task' or '--data': only a run has its own rows" in outcome.err

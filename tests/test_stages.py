@@ -25,6 +25,7 @@ from chainlora.evaluation.strengths import best_mix
 from chainlora.files import checksums, sha256
 from chainlora.runs.inspection import inspect_run
 from chainlora.runs.pruning import prune_stage
+from chainlora.runs.resuming import take_lock
 from chainlora.runs.stages import mix_stages, open_run, read_stages
 from chainlora.training.interrupts import interruptible
 from chainlora.training.loop import train as train_run
@@ -509,6 +510,10 @@ def test_the_command_line_goes_from_two_data_sets_to_one_adapter(config, tmp_pat
         assert ("validation `accuracy`" in card) == is_scored  # scored was another mix
     assert cli(["mix", str(run), "style=1", "style=0"]) == 1
     assert "a stage must have one strength (got 'style' twice)" in capsys.readouterr().err
+    lock = take_lock(run)  # as a process that trains in it has
+    assert cli(["mix", str(run), "--best"]) == 1
+    assert "mean of the row" not in capsys.readouterr().err  # refused before it is searched
+    lock.release()
     assert cli(["eval", str(run), "--matrix", "--stages", "facts"]) == 2
     assert "--matrix scores the kept rows in all states; leave --stages out" in (
         capsys.readouterr().err

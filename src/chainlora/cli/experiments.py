@@ -77,8 +77,18 @@ def _resumable(output: str) -> Iterator[None]:
 def experiment() -> None:
     """Compare methods over tasks and seeds.
 
-    FILE is an experiment in YAML. A report has intervals and exact paired tests. `chainlora compare
-    --help` lists the methods; it compares them on one config, without a FILE.
+    A report has intervals and exact paired tests. `chainlora compare --help` lists the methods;
+    `compare` needs no FILE, but the config of a run. FILE is YAML such as:
+
+    \b
+      name: mine
+      base:
+        model: HuggingFaceTB/SmolLM2-135M
+        recipe: {rank: 8, steps: 150}
+      tasks:
+        support: {data: {train: support.jsonl, test: support_test.jsonl}}
+      methods: [lora, chain3]
+      seeds: [0, 1, 2, 3, 4, 5]
     """
 
 

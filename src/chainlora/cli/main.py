@@ -44,7 +44,7 @@ from chainlora.files import file_error
 _FIRST_STEPS = """\b
 First steps:
   chainlora demo               a chain of two links, and a page about it
-  chainlora train CONFIG       your own; `chainlora schema` lists the keys
+  chainlora train CONFIG       your own; `chainlora schema --markdown` lists the keys
   chainlora COMMAND --help     what a command takes
 """
 

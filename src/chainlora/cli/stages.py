@@ -83,6 +83,7 @@ def mix(run: str, strengths: tuple[str, ...], best: bool, no_scores: bool, as_js
     from chainlora.runs.stages import mix_stages, open_run, strengths_of
 
     if best:
+        mix_stages(folder, {})  # refuses what would refuse the mix that is found
         chosen, after, before = _searched(folder)
         to_stderr(f"mean of the row {before:.4f} before, {after:.4f} with the best strengths")
     if chosen:

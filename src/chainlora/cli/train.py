@@ -60,6 +60,14 @@ def train(arguments: tuple[str, ...], resume: bool, dry_run: bool, as_json: bool
 
     A config of `stages` trains those that are new: the same command does nothing where all have
     ended. The exit status is 3 where `train.accept_links` switched a new stage off.
+
+    The smallest config; `chainlora schema --markdown` has all keys:
+
+    \b
+      model: HuggingFaceTB/SmolLM2-135M
+      data: {train: rows.jsonl}
+      chain: {ranks: [8, 8], epochs: [1, 1]}
+      output: runs/mine
     """
     from chainlora.config.loading import load_config, read_config, set_key
     from chainlora.config.stages import Stage, check_alone, make_stages

@@ -12,7 +12,7 @@ from chainlora.data.examples import Example
 from chainlora.data.splits import SPLITS, Splits, encode_split, prepare_splits, task_split_source
 from chainlora.data.tasks import Task, load_task
 from chainlora.engine.engine import Engine, Speedups
-from chainlora.errors import ConfigError, RunError
+from chainlora.errors import ConfigError, DataError, RunError
 from chainlora.evaluation.evaluate import evaluate, write_predictions
 from chainlora.evaluation.metrics import INDEX_METRICS, majority_rate
 from chainlora.evaluation.preferences import judge_odds, judge_pairs
@@ -165,7 +165,14 @@ def _own_rows(
     bound = bound_of(run) if config.holds_out else None
 
     def encode(tokenizer: Any, context: int) -> tuple[Splits, Sequence[Example]]:
-        splits = prepare_splits(config, tokenizer, context, to_score=split, loss=loss, bound=bound)
+        try:
+            splits = prepare_splits(
+                config, tokenizer, context, to_score=split, loss=loss, bound=bound
+            )
+        except DataError as error:
+            if data is None and open_run(run).manifest().kept:
+                error.args = (f"{error}, or score those that the run kept: --matrix",)
+            raise
         return splits, getattr(splits, split)[:limit]
 
     return encode
