@@ -52,6 +52,8 @@ def test_output_in_use(chainlora, config, tmp_path):
     chainlora("train", config).refused("holds a run); pass --resume to resume it, or choose anoth")
     as_file = f"train {tmp_path}/run/config.yaml --resume"
     chainlora("train", tmp_path / "run").refused(f"that of a run: chainlora {as_file}")
+    copy = shutil.copytree(tmp_path / "run", tmp_path / "copy")  # it would resume the other one
+    chainlora(f"train {copy}/config.yaml --resume").refused(f"; add --output {copy}")
     chainlora(f"train {config} --resume --train.seed 1").refused(
         "--resume needs the config the run began with (got other values under train: train.seed is "
         "1, was 0); use "

@@ -10,7 +10,10 @@ from helpers import assert_same_links, assert_same_records, settings, stop_after
 
 from chainlora import load_run, make_config, train
 from chainlora.errors import ChainLoRAError, DataError, FileError, ModelError, RunError
+from chainlora.files import write_json
 from chainlora.runs.directory import RunDirectory
+from chainlora.runs.manifest import encode_manifest
+from chainlora.runs.reading import RunReader
 
 # --- the start
 
@@ -161,6 +164,16 @@ def test_watchers_may_change_over_a_resume_and_science_may_not(tiny_folder, sent
         find(lr=1e-4)
     with pytest.raises(RunError, match=r"train.seed is 1, was 0\); use the run's config.yaml"):
         find(change=["train.seed", "train.lr"], seed=1, lr=1e-4)
+
+
+def test_a_resume_under_other_versions_says_so(rich_config, tmp_path, caplog):
+    stop_after(rich_config, 6)
+    manifest = RunReader(tmp_path / "run").manifest()
+    before = manifest.model_copy(update={"versions": manifest.versions | {"torch": "2.1"}})
+    write_json(tmp_path / "run/chain.json", encode_manifest(before))
+    train(rich_config, resume=True)
+    assert "the run was begun with torch 2.1, now 2." in caplog.text
+    assert "transformers" not in caplog.text
 
 
 # --- faults on the way

@@ -19,6 +19,7 @@ from chainlora.cli.common import (
     complete_values,
     file_and_overrides,
     is_first_process,
+    is_run,
     json_option,
     picture_if_possible,
     print_json,
@@ -89,6 +90,11 @@ def train(arguments: tuple[str, ...], resume: bool, dry_run: bool, as_json: bool
             "`output` must name a directory for the run (got none); add it to the config or pass "
             "--output"
         )
+    own = Path(file).parent
+    is_elsewhere = own.resolve() != Path(settings.output).resolve()
+    if resume and is_elsewhere and is_run(own) and "output" not in dict(overrides):
+        rule = "a run that was moved or copied must be told where it is"
+        raise ConfigError(rule, f"output: {settings.output} in {file}", f"add --output {own}")
     if is_first_process():
         to_stderr(_announcement(file, settings))  # before seconds of imports
     quiet()

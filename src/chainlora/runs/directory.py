@@ -63,6 +63,7 @@ from chainlora.runs.records import RecordLog, resumed_log
 from chainlora.runs.resuming import (
     changes,
     check_rows,
+    compare_versions,
     refuse_if_nothing,
     refuse_if_taken,
     take_lock,
@@ -183,6 +184,7 @@ class RunDirectory(RunInProgress):
 
     def _resume(self, manifest: Manifest, base: Base, rows: str) -> Progress:
         check_rows(manifest.rows, rows)
+        compare_versions(manifest.versions, versions())
         manifest = self._current = manifest.model_copy(update={"base": base, "rows": rows})
         self._remove_scratch()
         self._remove_unnamed()  # a link that was written, and then the run was killed

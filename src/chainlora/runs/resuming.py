@@ -4,7 +4,7 @@ the rows that it began with."""
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -145,6 +145,20 @@ def _without_place(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [(PurePath(each["path"]).name, each["weight"]) for each in value]
     return str if isinstance(value, str) else value
+
+
+def compare_versions(before: Mapping[str, str], now: Mapping[str, str]) -> None:
+    """Warn where a run goes on under other versions: the same steps, but other roundings."""
+    other = [
+        f"{name} {old}, now {now[name]}"
+        for name, old in before.items()
+        if old != now.get(name, old)
+    ]
+    if other:
+        logger.warning(
+            "the run was begun with %s; with other versions a resume is not the same to the bit",
+            "; ".join(other),
+        )
 
 
 def check_rows(before: str | None, rows: str | None) -> None:
