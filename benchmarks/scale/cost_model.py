@@ -22,7 +22,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 F32, BF16, INT64, INT32 = 4, 2, 8, 4
 LINE = 40  # what else a store has of a row: its number, its size and its span, as JSON
-BRANCH_RANK = 64  # most that deposits of a carried link are stacked to
+BRANCH_RANK = 64  # most that deposits of a carried link of rank 8 are stacked to
 KEPT_EPOCHS = 3  # orders of rows in memory
 
 

@@ -67,15 +67,20 @@ def compress_low_rank(factors: Sequence[Factor], rank: int) -> tuple[Tensor, Ten
     if rank < 1:
         raise ConfigError(f"`rank` must be a positive integer (got {rank}); give 1 or more")
     a, b = stack_factors(factors)
+    dtype = torch.promote_types(factors[0][0].dtype, torch.float32)
+    new_a, new_b = (factor.to(dtype) for factor in best_of_rank(a, b, rank))
+    norm = frobenius_norm(factors)
+    error = frobenius_norm([(a, b, 1.0), (new_a, new_b, -1.0)]) / norm if norm > 0 else 0.0
+    return new_a, new_b, error
+
+
+def best_of_rank(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Return A and B of `rank` or less whose product is closest to that of A and B as given, all
+    in the precision of these."""
     left, right = torch.linalg.qr(b), torch.linalg.qr(a.T)
     u, s, vh = torch.linalg.svd(left.R @ right.R.T, full_matrices=False)
     root = s[:rank].sqrt()
-    dtype = torch.promote_types(factors[0][0].dtype, torch.float32)
-    new_a = (root.unsqueeze(1) * (vh[:rank] @ right.Q.T)).to(dtype)
-    new_b = (left.Q @ u[:, :rank] * root).to(dtype)
-    norm = float(torch.linalg.norm(s))
-    error = frobenius_norm([(a, b, 1.0), (new_a, new_b, -1.0)]) / norm if norm > 0 else 0.0
-    return new_a, new_b, error
+    return root.unsqueeze(1) * (vh[:rank] @ right.Q.T), left.Q @ u[:, :rank] * root
 
 
 def compress_together(

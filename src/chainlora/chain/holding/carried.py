@@ -13,7 +13,7 @@ from chainlora.chain.base_weights import BaseWeights
 from chainlora.chain.holding.base import Holding
 from chainlora.chain.holding.tied import Tied
 from chainlora.chain.link import Link, stack_links, stacked_rank
-from chainlora.chain.low_rank import compress_low_rank
+from chainlora.chain.low_rank import best_of_rank
 from chainlora.config.schema import LinkConfig
 from chainlora.errors import ChainError
 from chainlora.models.quantizing import is_quantized
@@ -75,9 +75,7 @@ class Carried(Holding):
             new = Factors(factors.a.float().cpu(), factors.b.float().cpu())
             stacked = _stack(self._deposits.get(name), new)
             if stacked.a.shape[0] > (room := _room(adapter)):
-                pair = (stacked.a, stacked.b, 1.0)
-                a, b, _ = compress_low_rank([pair], rank=room // 2)
-                stacked = Factors(a, b)
+                stacked = Factors(*best_of_rank(stacked.a, stacked.b, room // 2))
             self._deposits[name] = stacked
         self._fill_branch(adapter)
 
