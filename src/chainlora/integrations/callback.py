@@ -246,7 +246,9 @@ class ChainCallback(TrainerCallback):
         self, links: Sequence[LinkConfig], args: TrainingArguments, loader: Any
     ) -> list[float]:
         """Return the tokens that a step learns, by trained parameter of each link."""
-        rows = args.train_batch_size * args.gradient_accumulation_steps * self._processes.count
+        rows: float = (
+            args.train_batch_size * args.gradient_accumulation_steps * self._processes.count
+        )
         if per_epoch := steps_per_epoch(loader, args):
             rows = min(rows, len(loader.dataset) / per_epoch)  # the last step may have few
         with kept_random_state(self.chain.model):

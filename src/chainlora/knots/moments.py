@@ -54,7 +54,8 @@ def check_known(optimizer: torch.optim.Optimizer) -> None:
 def unknown_moments(optimizer: torch.optim.Optimizer) -> list[str]:
     """Return what soft knots cannot carry: tensors of a parameter's state of which they know
     nothing, and moments into which weights decay, which do not scale as gradients do."""
-    known, state = MOMENTS.keys() | _FACTORED, next(iter(optimizer.state.values()), {})
+    known = MOMENTS.keys() | _FACTORED
+    state: Mapping[str, Any] = next(iter(optimizer.state.values()), {})
     tensors = {key for key, value in state.items() if torch.is_tensor(value) and value.dim()}
     inner = getattr(optimizer, "optimizer", optimizer)  # Accelerate's wraps one
     decays = isinstance(inner, torch.optim.SGD | torch.optim.Adam) and any(
