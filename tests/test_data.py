@@ -262,6 +262,7 @@ EMPTY = {"role": "assistant", "content": ""}
         (CHAT, "hello", r"list of objects with role and content .*chat.jsonl line 1"),
         (CHAT, [{"role": "user"}], r"list of objects with role and content"),
         (CHAT, TALK[:1], r"a turn with role assistant .*\['user'\]"),
+        (CHAT, [*TALK, TALK[1] | {"role": "Assistant"}], r"small letters .*'Assistant'.*line 1\)"),
         (CHAT, [TALK[0], EMPTY, *TALK[2:]], r"say something .*an empty turn 2 at .*line 1\)"),
         (MARKED, [*TALK, EMPTY | {"tool_calls": []}], r"say something .*an empty turn 5 at "),
         ("{{ raise_exception('roles must alternate') }}", TALK, r"chat template .*alternate"),

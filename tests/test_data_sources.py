@@ -72,6 +72,13 @@ def test_other_unreadable_files_are_named(tmp_path, name, content, message):
         list(find_source(tmp_path / name))
 
 
+def test_a_folder_with_one_split_in_two_files_is_refused(tmp_path):
+    for name in ("train.csv", "train.jsonl"):
+        (tmp_path / name).write_text("")
+    with pytest.raises(DataError, match=r"in one file \(got train.jsonl, train.csv in "):
+        find_source(tmp_path)
+
+
 def test_an_unreachable_hub_dataset_names_the_other_way():
     with pytest.raises(
         DataError, match=r"no-such-owner/none .*HF_HUB_OFFLINE is set.*local folder"

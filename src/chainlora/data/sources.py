@@ -268,9 +268,21 @@ def find_source(source: str | Path, split: str = "train", limit: int | None = No
 
 
 def find_file(folder: Path, stems: Sequence[str]) -> Path | None:
-    """Return the first ``<stem><suffix>`` in `folder`, or None."""
-    candidates = (folder / f"{stem}{suffix}" for stem in stems for suffix in SUFFIXES)
-    return next((path for path in candidates if path.is_file()), None)
+    """Return the file of the first stem that `folder` has as ``<stem><suffix>``, or None.
+
+    Raises DataError where one stem has several files.
+    """
+    for stem in stems:
+        found = [path for suffix in SUFFIXES if (path := folder / f"{stem}{suffix}").is_file()]
+        if len(found) > 1:
+            names = ", ".join(path.name for path in found)
+            raise DataError(
+                f"a data folder must hold a split in one file (got {names} in {folder}); name the "
+                "file itself, or move the others away"
+            )
+        if found:
+            return found[0]
+    return None
 
 
 def _missing(folder: Path, split: str) -> Path:

@@ -293,6 +293,9 @@ def _checked_messages(messages: Any, place: str) -> _Messages:
     if "assistant" not in roles:
         rule = "`messages` must have a turn with role assistant to learn from"
         raise bad_row(rule, f"roles {roles}", place, "rename its role, or remove the row")
+    if any(role != "assistant" and role.lower() == "assistant" for role in roles):
+        rule = "turns to learn have the role assistant, in small letters"
+        raise bad_row(rule, f"roles {roles}", place, "rename their roles")
     return [_without_parts(message, place) for message in messages]
 
 
