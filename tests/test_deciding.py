@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args
@@ -150,6 +151,24 @@ def test_soft_knots_are_paced_by_learned_tokens_a_parameter_and_short_runs_are_w
         soft = None if is_warned else [every, pytest.approx(1 - math.exp(-every / tau))]
         assert manifest_of(run)["numbers"]["knots"] == [soft]
         assert ("soft_knot" in {each["event"] for each in records_of(run)}) == (not is_warned)
+
+
+@pytest.mark.parametrize(
+    ("keys", "warning"),
+    [
+        ({"warmup_steps": 4}, "the chain never reaches `train.lr`: its warm-up takes 4 of 4 steps"),
+        ({"warmup_steps": 1, "restart_schedule": True}, "link 1 .* 1 of 1 steps; lower train.warm"),
+        ({"restart_warmup_steps": 2}, "link 1 .* 2 of 1 steps; lower train.restart_warmup_steps"),
+        ({"warmup_steps": 3}, None),
+    ],
+)
+def test_a_link_that_ends_before_its_warm_up_is_named(tiny_folder, tmp_path, caplog, keys, warning):
+    rows = write_rows(tmp_path / "rows.jsonl", [{"text": "the cat sat"}] * 4)
+    chain = {"ranks": [1, 1], "steps": [3, 1], "target_modules": ".*0.*q_proj"}
+    train({"model": str(tiny_folder), "data": {"train": str(rows)}, "chain": chain, "train": keys})
+    found = [each for each in caplog.messages if "never reaches" in each]
+    assert len(found) == (warning is not None)
+    assert warning is None or re.search(warning, found[0])
 
 
 def test_a_trainer_paces_them_by_its_collator_s_labels(tiny_folder, tmp_path, caplog):

@@ -20,7 +20,7 @@ from chainlora.knots.driver import Knots
 from chainlora.knots.numbers import Numbers, Spacings, say_what_to_expect, some_of, spacings
 from chainlora.training.optimizers import make_optimizer
 from chainlora.training.run import Run
-from chainlora.training.schedule import restart_warmup
+from chainlora.training.schedule import restart_warmup, say_what_stays_low
 from chainlora.training.step import add_gradients, steps_ahead
 
 logger = logging.getLogger(__name__)
@@ -61,6 +61,7 @@ def _new_numbers(run: Run) -> Numbers:
     if chain.minutes and not run.progress.planned:
         seconds = measure_step(run)
         lengths = tuple(max(1, round(60 * each / seconds)) for each in chain.minutes)
+    say_what_stays_low(train, lengths)
     soft: Spacings = ()
     if chain.knots is not None and lengths:
         learned = _learned_a_step(run)

@@ -9,12 +9,15 @@ knot (arXiv 2307.05695, section 3).
 
 from __future__ import annotations
 
+import logging
 import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
 
 from chainlora.config.schema import TrainConfig
+
+logger = logging.getLogger(__name__)
 
 
 def learning_rate_factor(
@@ -54,6 +57,21 @@ def restart_warmup(config: TrainConfig) -> int:
     if config.restart_warmup_steps is not None:
         return config.restart_warmup_steps
     return config.warmup_steps if config.restart_schedule else 0
+
+
+def say_what_stays_low(config: TrainConfig, lengths: Sequence[int]) -> None:
+    """Warn of a link that ends before its warm-up does, or of a whole chain."""
+    rooms = lengths if config.restart_schedule else [sum(lengths), *lengths[1:]]
+    for link, room in enumerate(rooms):
+        rise = restart_warmup(config) if link else config.warmup_steps
+        if rise >= room:
+            place = f"link {link}" if link or config.restart_schedule else "the chain"
+            key = "restart_" if link and config.restart_warmup_steps is not None else ""
+            logger.warning(
+                f"{place} never reaches `train.lr`: its warm-up takes {rise} of {room} steps; "
+                f"lower train.{key}warmup_steps"
+            )
+            return
 
 
 def rate_factor(config: TrainConfig, lengths: Sequence[int], step: int) -> float:
