@@ -112,12 +112,14 @@ def prepare_splits(
     *,
     earlier: Mapping[str, Kept] | None = None,
     bound: int | None = None,
+    compare: bool = True,
 ) -> Splits:
     """Read, sample, check and tokenise everything a config names, or the split `to_score`.
 
     The tokenizer gets the config's chat template, if it names one. `loss` is that of the config's
     `train` section, `earlier` are the rows that earlier stages kept, by stage; `bound` is what the
-    run to be scored held out by.
+    run to be scored held out by. `compare` looks for rows to score that are trained on, which
+    reads all rows.
 
     Raises DataError or ConfigError before training.
     """
@@ -153,7 +155,7 @@ def prepare_splits(
         parts[split] = parts[split] or encode(split, options)
     rows = {split: joined(each) for split, each in parts.items()}
     _log_unread(rows)
-    if to_score is None:
+    if to_score is None and compare:
         _log_in_both(data, rows, sources)
     if data.replay is not None and to_score is None and parts["train"]:
         kind = learned_by(data, loss)
@@ -161,7 +163,7 @@ def prepare_splits(
         asked["mixture"] = replace(asked["mixture"], num_earlier=len(again), replay=data.replay)
         asked["moved"] |= {"replayed": len(again)}
         rows["train"] = joined([rows["train"], again])
-    if earlier and to_score is None:
+    if earlier and to_score is None and compare:
         _log_trained_on(rows, earlier)
     asked |= {"digest": _digest(rows, options.before)}
     return Splits(rows["train"], rows["validation"], rows["test"], **asked)

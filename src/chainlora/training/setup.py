@@ -91,7 +91,8 @@ def _prepare(
         tokenizer = load_tokenizer(own, model)
     with processes.in_turn():
         earlier = _rows_of_earlier_stages(directory, start)
-        splits = _load_splits(config, model, tokenizer, listener, earlier)
+        compare = processes.is_first and not (directory is not None and directory.exists)
+        splits = _load_splits(config, model, tokenizer, listener, earlier, compare)
     plan = make_plan(config, splits.train, splits.mixture)
     check(config, model, splits)
     chain = Chain(model, seed=config.train.seed, hold=config.chain.hold, checkpoint=folder)
@@ -206,13 +207,20 @@ def _rows_of_earlier_stages(directory: RunDirectory | None, start: Start) -> Map
 
 
 def _load_splits(
-    config: RunConfig, model: Any, tokenizer: Any, listener: Listener, earlier: Mapping[str, Kept]
+    config: RunConfig,
+    model: Any,
+    tokenizer: Any,
+    listener: Listener,
+    earlier: Mapping[str, Kept],
+    compare: bool,
 ) -> Splits:
     def tell(split: str, rows: int, share: float) -> None:
         listener(RowsEncoded(0, split, rows, share))
 
     context, loss = context_length(model), config.train.loss
-    return prepare_splits(config.data, tokenizer, context, tell, loss=loss, earlier=earlier)
+    return prepare_splits(
+        config.data, tokenizer, context, tell, loss=loss, earlier=earlier, compare=compare
+    )
 
 
 def _new_engine(config: RunConfig, model: Any, processes: Processes) -> Engine:
