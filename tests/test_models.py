@@ -357,7 +357,7 @@ def test_folder_of_another_kind(folder, tmp_path):
     (folder / "x.gguf").touch()
     fails(folder, "name the file", "x.gguf")
     (folder / "adapter_config.json").write_text("{}")
-    fails(folder, "adapter", "base model")
+    fails(folder, "adapter", "name its base as `model`")
 
 
 def test_vocabulary_larger_than_the_embedding(folder):

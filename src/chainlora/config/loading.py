@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,7 @@ def read_tree(path: str | Path, what: str = "config file") -> dict[str, Any]:
         tree = parse_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         remedy = "check the path"
-        if (path / "config.yaml").is_file():
+        if os.path.isfile(path / "config.yaml"):
             remedy = f"that of a run: chainlora train {path / 'config.yaml'} --resume"
         raise ConfigError(f"{what} must be readable", f"{path}: {error.strerror}", remedy) from None
     except UnicodeDecodeError:

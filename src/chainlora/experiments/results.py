@@ -150,7 +150,8 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
             if number == 1 or number < numbered[-1][0]:
                 rule, got = "results must hold JSON objects", f"{where}: {error}"
                 of_ours = "name the folder of `experiment run`, or its results.jsonl"
-                raise RunError(rule, got, _REBUILD if found else of_ours) from None
+                remedy = _REBUILD if path.suffix == ".jsonl" else of_ours
+                raise RunError(rule, got, remedy) from None
             logger.warning("%s is torn and left out (%s)", where, error)
     return found
 
