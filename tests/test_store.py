@@ -255,6 +255,14 @@ def test_a_run_of_version_0_2_loads_exports_and_resumes(rich_config, tmp_path):
     export_adapter(tmp_path / "run", tmp_path / "adapter")
 
 
+def test_an_absurd_place_in_a_manifest_of_0_2_is_refused_and_takes_no_memory(run_copy):
+    as_format_2(run_copy)
+    links = json.loads((run_copy / "chain.json").read_text())["links"]
+    sign(run_copy, links=[links[0] | {"index": 2**31}, *links[1:]])
+    with pytest.raises(RunError, match="out of order"):
+        inspect_run(run_copy)
+
+
 def test_what_is_wrong_with_the_links_is_said_before_the_base_is_loaded(run_copy):
     base = RunDirectory(run_copy).manifest().base
     rewrite(run_copy, base=base.model_copy(update={"model": "/nowhere"}))

@@ -373,9 +373,9 @@ def _validated(tree: dict[str, Any], run: Path) -> Manifest:
 def _upgrade(tree: dict[str, Any]) -> None:
     """Give a manifest of format 2 what format 3 says of its links."""
     partial = (tree["selected"] or {}).get("partial")
+    places = [[place, 1.0] for place in range(len(tree["links"]))]
     for link in [*tree["links"], *([partial] if partial else [])]:
-        below = [[place, 1.0] for place in range(link["index"])]
-        state = json.dumps([tree["base"]["fingerprint"], below])
+        state = json.dumps([tree["base"]["fingerprint"], places[: link["index"]]])
         digest = hashlib.sha256(state.encode()).hexdigest()[:16]
         link |= {"id": link["index"], "stage": STAGE, "strength": 1.0, "tuned_on": digest}
     tree["next_id"] = len(tree["links"])
