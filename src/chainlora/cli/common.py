@@ -172,6 +172,17 @@ def complete_values(
     return _offered(values + (["true", "false"] if bool in found else []), incomplete)
 
 
+def keys_argument(metavar: str) -> Callable[[Any], Any]:
+    """Return the argument of a command that takes config keys as options."""
+    return click.argument(
+        "arguments",
+        metavar=f"{metavar} [--KEY.SUB VALUE]...",
+        nargs=-1,
+        type=click.UNPROCESSED,
+        shell_complete=complete_values,
+    )
+
+
 def presets(folder: str) -> list[str]:
     """Return the names of a folder's YAML files."""
     return sorted(path.stem for path in (_PACKAGE / folder).glob("*.yaml"))

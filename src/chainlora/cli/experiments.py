@@ -14,9 +14,9 @@ from chainlora.cli.common import (
     SIGNALLED,
     WithKeys,
     complete_presets,
-    complete_values,
     file_and_overrides,
     json_option,
+    keys_argument,
     presets,
     quiet,
     show,
@@ -194,13 +194,7 @@ def report(results: str, output: str | None, as_json: bool) -> None:
 
 
 @click.command(cls=WithKeys, context_settings={"ignore_unknown_options": True})
-@click.argument(
-    "arguments",
-    metavar="CONFIG [--KEY.SUB VALUE]...",
-    nargs=-1,
-    type=click.UNPROCESSED,
-    shell_complete=complete_values,
-)
+@keys_argument("CONFIG")
 @click.option(
     "--methods",
     required=True,

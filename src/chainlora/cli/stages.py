@@ -11,8 +11,8 @@ import click
 from chainlora.cli.common import (
     HELP,
     WithKeys,
-    complete_values,
     json_option,
+    keys_argument,
     need_run,
     print_json,
     quiet,
@@ -29,13 +29,7 @@ if TYPE_CHECKING:
 
 
 @click.command(cls=WithKeys, context_settings=HELP | {"ignore_unknown_options": True})
-@click.argument(
-    "arguments",
-    metavar="RUN[@STAGE] [STAGE.yaml] --name NAME [--KEY.SUB VALUE]...",
-    nargs=-1,
-    type=click.UNPROCESSED,
-    shell_complete=complete_values,
-)
+@keys_argument("RUN[@STAGE] [STAGE.yaml] --name NAME")
 @click.option("--resume", is_flag=True, hidden=True, help="As `train` has it: it always goes on.")
 @click.option("--dry-run", is_flag=True, help="Say what would be trained, and train nothing.")
 @json_option

@@ -16,11 +16,11 @@ from chainlora.cli.common import (
     HELP,
     SIGNALLED,
     WithKeys,
-    complete_values,
     file_and_overrides,
     is_first_process,
     is_run,
     json_option,
+    keys_argument,
     picture_if_possible,
     print_json,
     quiet,
@@ -38,13 +38,7 @@ Result = TypeVar("Result")
 
 
 @click.command(cls=WithKeys, context_settings=HELP | {"ignore_unknown_options": True})
-@click.argument(
-    "arguments",
-    metavar="CONFIG [--KEY.SUB VALUE]...",
-    nargs=-1,
-    type=click.UNPROCESSED,
-    shell_complete=complete_values,
-)
+@keys_argument("CONFIG")
 @click.option(
     "--resume",
     is_flag=True,
