@@ -11,13 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from chainlora.data.examples import Example
-from chainlora.data.mixture import (
-    example_hashes,
-    held_out_bound,
-    mixed_rows,
-    prompt_hashes,
-    replayed_rows,
-)
+from chainlora.data.mixture import Mixture, example_hashes, held_out_bound, prompt_hashes
 from chainlora.data.rows import MemoryRows
 
 COUNTS = st.lists(st.integers(0, 40), min_size=1, max_size=4)
@@ -27,7 +21,8 @@ WEIGHTS = st.sampled_from([0.1, 0.25, 0.5, 1, 1.5, 2, 2.2, 3])
 @given(counts=COUNTS, seed=st.integers(0, 3), data=st.data())
 def test_a_weight_is_copies_per_epoch(counts, seed, data):
     weights = [data.draw(WEIGHTS) for _ in counts]
-    epochs = [mixed_rows(counts, weights, seed, epoch) for epoch in range(20)]
+    mixture = Mixture(tuple(counts), tuple(weights))
+    epochs = [mixture.epoch(seed, epoch) for epoch in range(20)]
     edges = np.cumsum([0, *counts])
     for weight, first, end in zip(weights, edges[:-1], edges[1:], strict=True):
         size = max(1, round(Fraction(str(weight)) * int(end - first))) if end > first else 0
@@ -42,7 +37,7 @@ def test_a_weight_is_copies_per_epoch(counts, seed, data):
                 (rows[(rows >= first) & (rows < end)] == range(first, end)).all() for rows in epochs
             )
     for epoch in data.draw(st.permutations(range(20)))[:3]:  # in any order
-        assert (mixed_rows(counts, weights, seed, epoch) == epochs[epoch]).all()
+        assert (mixture.epoch(seed, epoch) == epochs[epoch]).all()
 
 
 @given(
@@ -52,12 +47,13 @@ def test_a_weight_is_copies_per_epoch(counts, seed, data):
     seed=st.integers(0, 3),
 )
 def test_replay_takes_its_share_and_every_row_in_turn(num_rows, share, batch_size, seed):
-    steps = [replayed_rows(num_rows, share, batch_size, seed, step) for step in range(100)]
+    mixture = Mixture((7,), (1.0,), num_rows, share)
+    steps = [mixture.added(batch_size, seed, step) for step in range(100)]
     assert sum(map(len, steps)) == round(100 * share * batch_size)
     assert max(map(len, steps)) - min(map(len, steps)) <= 1
     counts = Counter(np.concatenate(steps).tolist())
-    assert max(counts.values()) - min(counts[row] for row in range(num_rows)) <= 1
-    assert (replayed_rows(num_rows, share, batch_size, seed, 70) == steps[70]).all()
+    assert max(counts.values()) - min(counts[7 + row] for row in range(num_rows)) <= 1
+    assert mixture.added(batch_size, seed, 70) == steps[70]
 
 
 WORDS = st.lists(st.integers(3, 9), min_size=0, max_size=3).map(tuple)

@@ -224,7 +224,7 @@ def scored_both_ways(
 
     task = load_task(task_name)
     rows = list(split_source(task, folder, "validation"))[:num_rows]
-    texts = [task.render(row) for row in rows]
+    texts = task.render_all(rows)
     expected = [
         reference_scores_of_text(model, tokenizer, t.prompt, t.candidates, max_length)
         for t in texts

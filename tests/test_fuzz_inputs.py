@@ -117,7 +117,7 @@ def test_a_task_of_any_values_is_refused_or_renders(tmp_path_factory, data):
     path.write_bytes(text.encode("utf-8", "surrogatepass"))
     try:
         task = load_task(path)
-        rendered = task.render(altered(data, dict(ROW), JSON))
+        rendered = task.render_all([altered(data, dict(ROW), JSON)])[0]
     except ChainLoRAError as error:
         check_error(error)
         return

@@ -20,7 +20,7 @@ from chainlora.errors import DataError
 @pytest.mark.parametrize("name", list(PROMPTS))
 def test_prompts_are_those_of_the_protocol_to_the_letter(name):
     row, prompt, options, right = PROMPTS[name]
-    shown = load_task(name).render(row)
+    shown = load_task(name).render_all([row])[0]
     assert shown.prompt == prompt
     if isinstance(options, str):
         assert (shown.completion, shown.references, shown.candidates, shown.label) == (
@@ -38,7 +38,7 @@ def test_no_token_of_smollm2_melts_prompt_and_candidate_into_one(name, smollm2_t
     task, (row, prompt, *_) = load_task(name), PROMPTS[name]
     (example,) = encode_examples([row], smollm2_tokenizer, task, objective="candidates")
     read = smollm2_tokenizer(prompt)["input_ids"]
-    for candidate, ids in zip(task.render(row).candidates, example.sequences, strict=True):
+    for candidate, ids in zip(task.render_all([row])[0].candidates, example.sequences, strict=True):
         assert list(ids) == smollm2_tokenizer(prompt + candidate)["input_ids"]
         assert list(ids[: len(read)]) == read
         assert task.labels is None or len(ids) == len(read) + 1  # one pass scores all labels
@@ -47,7 +47,7 @@ def test_no_token_of_smollm2_melts_prompt_and_candidate_into_one(name, smollm2_t
 @pytest.mark.parametrize("name", list(HUB_ROWS))
 def test_hub_rows_and_original_rows_render_the_same(name):
     task = load_task(name)
-    assert task.render(HUB_ROWS[name]) == task.render(PROMPTS[name][0])
+    assert task.render_all([HUB_ROWS[name]])[0] == task.render_all([PROMPTS[name][0]])[0]
 
 
 @pytest.mark.parametrize("value", [True, 1, "1", "true", "True", 1.0, "Yes"])
@@ -82,7 +82,7 @@ def test_multirc_passages_flatten_to_one_row_an_answer(tmp_path):
     assert [row["answer"] for row in rows[:3]] == ["Tom", "Tim", "two"]
     assert rows[2]["idx"] == {"paragraph": 7, "question": 1, "answer": 2}
     assert rows[3].origin.endswith("train.jsonl line 2")
-    assert task.render(rows[0]) == task.render(PROMPTS["multirc"][0])
+    assert task.render_all([rows[0]])[0] == task.render_all([PROMPTS["multirc"][0]])[0]
 
 
 def test_record_originals_flatten_with_entities_cut_from_the_text(tmp_path):
@@ -99,8 +99,9 @@ def test_record_originals_flatten_with_entities_cut_from_the_text(tmp_path):
     }
     write_rows(tmp_path / "record" / "val.jsonl", [row])
     task = load_task("record")
-    assert task.render(next(iter(split_source(task, tmp_path, "validation")))) == task.render(
-        PROMPTS["record"][0]
+    assert (
+        task.render_all([next(iter(split_source(task, tmp_path, "validation")))])[0]
+        == task.render_all([PROMPTS["record"][0]])[0]
     )
 
 

@@ -122,7 +122,7 @@ def test_a_row_that_does_not_suit_the_task_is_named(tmp_path, row, message):
     task = load_task(write_task(tmp_path))
     path = write_rows(tmp_path / "bad.jsonl", [row])
     with pytest.raises(DataError, match=message) as caught:
-        task.render(next(iter(find_source(path))))
+        task.render_all([next(iter(find_source(path)))])
     assert "\n" not in str(caught.value)
 
 
@@ -130,24 +130,24 @@ def test_bytes_are_no_text_to_a_template_and_no_matter_where_none_reads_them(tmp
     """Columns of Parquet may be binary; of b'x' a template would write that."""
     task = load_task(write_task(tmp_path))
     with pytest.raises(DataError, match=r"`prompt` .*bytes that are no text"):
-        task.render({"text": b"x", "label": 0})
-    assert task.render({"text": "x", "label": 0, "image": b"x"}).prompt == "x It is"
+        task.render_all([{"text": b"x", "label": 0}])
+    assert task.render_all([{"text": "x", "label": 0, "image": b"x"}])[0].prompt == "x It is"
 
 
 def test_candidates_of_a_row_must_hold_the_right_one(tmp_path):
     task = load_task("record")
     row = PROMPTS["record"][0] | {"answers": ["Zoe"]}
-    with pytest.raises(DataError, match=r"label must be a candidate .*Zoe.*row 5"):
-        task.render(row, 5)
+    with pytest.raises(DataError, match=r"label must be a candidate .*Zoe.*row 0"):
+        task.render_all([row])
     with pytest.raises(DataError, match=r"at least two"):
-        task.render(PROMPTS["record"][0] | {"entities": ["Bob"]})
+        task.render_all([PROMPTS["record"][0] | {"entities": ["Bob"]}])
 
 
 def test_a_text_among_the_candidates_of_a_row_is_the_item_and_a_number_the_position(tmp_path):
     task = load_task(write_task(tmp_path, labels=None, candidates="options"))
 
     def label(value, options):
-        return task.render({"text": "x", "options": options, "label": value}).label
+        return task.render_all([{"text": "x", "options": options, "label": value}])[0].label
 
     assert [label(value, ["10", "20", "30"]) for value in ("20", "1", 1)] == [
         1,
@@ -170,7 +170,10 @@ def test_a_text_among_the_candidates_of_a_row_is_the_item_and_a_number_the_posit
     repaired = load_task(
         write_task(tmp_path, labels=None, candidates="options", label="(options).index(label)")
     )
-    assert repaired.render({"text": "x", "options": ["1", "2", "3", "4"], "label": "3"}).label == 2
+    assert (
+        repaired.render_all([{"text": "x", "options": ["1", "2", "3", "4"], "label": "3"}])[0].label
+        == 2
+    )
     with pytest.raises(DataError, match=r"a candidate or its position \(got 20"):
         label(20, ["10", "20", "30"])
 
@@ -178,7 +181,7 @@ def test_a_text_among_the_candidates_of_a_row_is_the_item_and_a_number_the_posit
 def test_templates_run_in_a_sandbox(tmp_path):
     task = load_task(write_task(tmp_path, prompt="{{ text.__class__.__mro__ }}"))
     with pytest.raises(DataError, match="unsafe"):
-        task.render({"text": "x", "label": 0})
+        task.render_all([{"text": "x", "label": 0}])
 
 
 @pytest.mark.parametrize(
@@ -187,4 +190,4 @@ def test_templates_run_in_a_sandbox(tmp_path):
 def test_numbers_of_any_size_are_labels_that_the_task_does_not_declare(tmp_path, value):
     task = load_task(write_task(tmp_path))
     with pytest.raises(DataError, match=r"must be one that task 'colour' declares .*row 0"):
-        task.render({"text": "film", "label": value})
+        task.render_all([{"text": "film", "label": value}])

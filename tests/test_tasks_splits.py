@@ -14,7 +14,7 @@ from chainlora.data.tasks import (
     sample_splits,
     split_source,
 )
-from chainlora.errors import ConfigError, DataError
+from chainlora.errors import DataError
 
 
 def test_the_folder_may_be_the_tasks_own_or_the_one_above(tmp_path):
@@ -92,11 +92,6 @@ def test_a_split_that_stands_in_for_train_keeps_its_test_rows_apart_and_fixed(of
     assert {row.index for row in two["test"]} < indices[2]
     assert one["train"] != two["train"]
     assert not {row.index for row in two["train"] + two["validation"]} & indices[2]
-
-
-def test_an_unknown_sampling_rule_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"protocol or saner \(got 'random'\)"):
-        sample_splits(load_task("rte"), tmp_path, sampling="random")
 
 
 DRAWN = {

@@ -57,9 +57,9 @@ def refusal(work) -> str:
 def test_a_bomb_is_one_sentence_in_a_task_and_in_a_chat(name, limits, tmp_path):
     task = load_task(write_task(tmp_path, prompt=BOMBS[name]))  # nothing is evaluated yet
     start = time.monotonic()
-    said = refusal(lambda: task.render({"text": "x", "label": 0}, 7))
+    said = refusal(lambda: task.render_all([{"text": "x", "label": 0}]))
     assert "task 'colour'" in said
-    assert "at row 7" in said
+    assert "at row 0" in said
     if name in IN_CHATS:
         said = refusal(lambda: read_chat(BOMBS[name]))
         assert "must suit the model's chat template (got " in said
@@ -87,7 +87,9 @@ def test_threads_and_forked_processes_are_bound(limits):
 def test_a_long_row_is_no_endless_template(tmp_path):
     prompt = "{% for word in text.split() %}{{ word | upper }} {% endfor %}{{ text ~ '!' }}"
     text = "word " * 100_000
-    shown = load_task(write_task(tmp_path, prompt=prompt)).render({"text": text, "label": 0})
+    shown = load_task(write_task(tmp_path, prompt=prompt)).render_all([{"text": text, "label": 0}])[
+        0
+    ]
     assert shown.prompt == text.upper() + text + "!"
 
 

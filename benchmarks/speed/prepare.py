@@ -17,8 +17,8 @@ import numpy as np
 import yaml
 
 from chainlora.data.order import epoch_order
-from chainlora.data.sources import find_source
-from chainlora.data.tasks import Row, list_tasks, load_task, split_source
+from chainlora.data.sources import Row, find_source
+from chainlora.data.tasks import list_tasks, load_task, split_source
 from chainlora.models.finding import resolve_model
 
 SEED = 0
@@ -158,7 +158,7 @@ def _long_files(
     """Rows of some `num_tokens` tokens: questions and answers of GSM8K one after another, the first
     question as the prompt."""
     task = load_task("gsm8k")
-    shown = [task.render(row) for row in split_source(task, data, "train")]
+    shown = task.render_all(list(split_source(task, data, "train")))
     random.Random(SEED).shuffle(shown)
     pairs = []
     for _ in range(num_rows):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
@@ -57,49 +57,34 @@ class Mixture:
         )
 
     def epoch(self, seed: int, epoch: int) -> NDArray[np.int64]:
-        """Return the rows of an epoch."""
-        return mixed_rows(self.counts, self.weights, seed, epoch)
+        """Return the rows of an epoch.
+
+        A weight is copies per epoch: a file of n rows and weight w gives round(w·n) of them to
+        every epoch, one at least. All rows of a file come once before one comes again, from epoch
+        to epoch.
+        """
+        parts, first = [], 0
+        for file, (count, weight) in enumerate(zip(self.counts, self.weights, strict=True)):
+            size = _per_epoch(count, weight)
+            dealt = _dealt(count, f"{seed} file {file}", epoch * size, (epoch + 1) * size)
+            parts.append(first + np.sort(dealt))
+            first += count
+        return np.concatenate(parts)
 
     def added(self, batch_size: int, seed: int, batch: int) -> list[int]:
-        """Return the rows of earlier stages that the run's batch of this number gets."""
-        if not self.num_earlier:
-            return []
-        found = replayed_rows(self.num_earlier, self.replay, batch_size, seed, batch)
-        return [self.num_rows + row for row in found.tolist()]
+        """Return the rows of earlier stages that the run's batch of this number gets.
 
-
-def mixed_rows(
-    counts: Sequence[int], weights: Sequence[float], seed: int, epoch: int
-) -> NDArray[np.int64]:
-    """Return the rows of an epoch over several files, numbered as if these lay end to end.
-
-    A weight is copies per epoch: a file of n rows and weight w gives round(w·n) of them to every
-    epoch, one at least. All rows of a file come once before one comes again, from epoch to epoch.
-    """
-    parts, first = [], 0
-    for file, (count, weight) in enumerate(zip(counts, weights, strict=True)):
-        size = _per_epoch(count, weight)
-        dealt = _dealt(count, f"{seed} file {file}", epoch * size, (epoch + 1) * size)
-        parts.append(first + np.sort(dealt))
-        first += count
-    return np.concatenate(parts)
+        These are floor((k + 1)·p·B) − floor(k·p·B) rows for batch k of B rows, a share p of them:
+        2 % of batches of 8 is one row in six batches or seven. All rows come once before one comes
+        again.
+        """
+        each = Fraction(str(self.replay)) * batch_size
+        places = floor(batch * each), floor((batch + 1) * each)
+        return (self.num_rows + _dealt(self.num_earlier, f"{seed} replay", *places)).tolist()
 
 
 def _per_epoch(count: int, weight: float) -> int:
     return max(1, round(Fraction(str(weight)) * count)) if count else 0
-
-
-def replayed_rows(
-    num_rows: int, share: float, batch_size: int, seed: int, step: int
-) -> NDArray[np.int64]:
-    """Return which of `num_rows` earlier rows a step reads again.
-
-    These are floor((k + 1)·p·B) − floor(k·p·B) rows in step k of batches of B rows, a share p of
-    them: 2 % of batches of 8 is one row in six steps or seven. All rows come once before one comes
-    again.
-    """
-    per_step = Fraction(str(share)) * batch_size
-    return _dealt(num_rows, f"{seed} replay", floor(step * per_step), floor((step + 1) * per_step))
 
 
 def held_out_bound(hashes: NDArray[np.int64], validation: float | int) -> int:

@@ -80,8 +80,9 @@ def make_rows(
     if len(head) <= IN_MEMORY // _CHUNK:
         rows = _encode_in_memory(head, encode)
     else:
-        folder = cache_dir() / "rows" / _key(source, tokenizer, kind, options)
-        rows = open_store(folder) or _built(folder, source, encode, progress)
+        content = source.identity()
+        folder = cache_dir() / "rows" / _key([content, source.fields], tokenizer, kind, options)
+        rows = open_store(folder) or _built(folder, source, content, encode, progress)
     rows.summary = replace(rows.summary, recognised=recognised)
     return rows
 
@@ -100,11 +101,15 @@ def _encode_in_memory(chunks: Sequence[Chunk], encode: RowEncoder) -> MemoryRows
 
 
 def _built(
-    folder: Path, source: Source, encode: RowEncoder, progress: EncodingProgress | None
+    folder: Path,
+    source: Source,
+    content: str,
+    encode: RowEncoder,
+    progress: EncodingProgress | None,
 ) -> StoredRows:
     """Return the store that this process builds, or another that was faster.
 
-    The rows are read from the beginning: the source gives those that it named in the store's key.
+    The rows are read from the beginning, and must be of the `content` that the store is named by.
     They go into a scratch folder that becomes the store at the end: it is whole or not there.
     """
     counts, digest = Counts(), hashlib.sha256()
@@ -126,8 +131,9 @@ def _built(
         if (found := open_store(folder)) is not None:
             return found
         with replaced_folder(folder) as scratch, closing(arrays()) as parts:
-            examples, tokens = write_arrays(scratch, parts)
-            counts.refuse_too_long(encode.fit.max_length)
+            with _unchanged(source, content):
+                examples, tokens = write_arrays(scratch, parts)
+                counts.refuse_too_long(encode.fit.max_length)
             summary = _summary(counts, examples, tokens, digest.hexdigest())
             finish_store(scratch, summary)
         return mapped(folder, summary)
@@ -138,6 +144,24 @@ def _summary(counts: Counts, examples: int, tokens: int, digest: str) -> RowsSum
     found = {name: getattr(counts, name) for name in names}
     unread = tuple(counts.unread)
     return RowsSummary(examples=examples, tokens=tokens, unread=unread, digest=digest, **found)
+
+
+@contextmanager
+def _unchanged(source: Source, content: str) -> Iterator[None]:
+    """Raise DataError where a source has changed meanwhile, whatever its rows were refused for."""
+    refused = None
+    try:
+        yield
+    except DataError as error:
+        refused = error
+    if source.identity() != content:
+        raise DataError(
+            "a data file must stay as it is while its rows are tokenised",
+            f"other bytes in {source} than a moment before",
+            "start again when nothing writes to it",
+        ) from refused
+    if refused is not None:
+        raise refused
 
 
 # --- the cache ---
@@ -161,10 +185,10 @@ def _one_writer(folder: Path) -> Iterator[None]:
 
 
 def _key(
-    source: Source, tokenizer: PreTrainedTokenizerBase, kind: Task | str, options: Options
+    source: object, tokenizer: PreTrainedTokenizerBase, kind: Task | str, options: Options
 ) -> str:
     parts = {
-        "source": [source.identity(), dict(source.fields)],
+        "source": source,
         "tokenizer": _fingerprint(tokenizer),
         "task": kind.model_dump(mode="json") if isinstance(kind, Task) else kind,
         "options": asdict(options),

@@ -14,14 +14,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from io import BufferedReader
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
-from chainlora.data.pinned import Pin, PinnedFile, pin
 from chainlora.data.readers import READERS, Record, bad_row, parse_json, without_filling
 from chainlora.errors import DataError
+from chainlora.files import sha256
 
 SUFFIXES = tuple(READERS)
 _HUB_ID = re.compile(r"^(?P<path>[\w.-]+/[\w.-]+)(:(?P<name>[\w.-]+))?(@(?P<revision>[\w./-]+))?$")
@@ -90,10 +89,7 @@ class Source(ABC):
 
     @abstractmethod
     def identity(self) -> str:
-        """Return what names the content: equal for equal rows, another for others.
-
-        Rows that are read afterwards are of this content, or refused.
-        """
+        """Return what names the content: equal for equal rows, another for others."""
 
     def chunks(self, size: int = _CHUNK) -> Iterator[Chunk]:
         """Yield the rows, `size` at a time. Raises DataError where there are none."""
@@ -123,10 +119,9 @@ class Source(ABC):
 
 @dataclass
 class FileSource(Source):
-    """The rows of a file; `pinned` has the bytes it must have."""
+    """The rows of a file."""
 
     path: Path
-    pinned: Pin | None = None
 
     def __str__(self) -> str:
         return str(self.path)
@@ -138,21 +133,21 @@ class FileSource(Source):
     def records(self) -> Iterator[Record]:
         read, _ = READERS[self._suffix()]
         try:
-            with self._open() as file:
+            with self.path.open("rb") as file:
                 yield from read(file, self.path)
         except OSError as error:
-            got = f"{self.path}: {error.strerror}"
-            raise DataError("data file must be readable", got, "check it") from error
+            raise self._unreadable(error) from error
 
     def identity(self) -> str:
-        """Return the hash of the file's bytes, and pin them: rows read from now on are of these."""
-        self.pinned = pin(self.path)
-        return f"{self._suffix()} {self.pinned.digest} {self.limit}"
+        """Return the hash of the file's bytes, whatever its name and times."""
+        try:
+            return f"{self._suffix()} {sha256(self.path)} {self.limit}"
+        except OSError as error:
+            raise self._unreadable(error) from error
 
-    def _open(self) -> BinaryIO:
-        if self.pinned is None:
-            return self.path.open("rb")
-        return BufferedReader(PinnedFile(self.path, self.pinned), 1 << 20)
+    def _unreadable(self, error: OSError) -> DataError:
+        got = f"{self.path}: {error.strerror}"
+        return DataError("data file must be readable", got, "check it")
 
     def _suffix(self) -> str:
         suffix = self.path.suffix.lower()

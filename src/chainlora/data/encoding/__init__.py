@@ -19,22 +19,7 @@ and line. One file an objective:
 
 from __future__ import annotations
 
-from chainlora.data.encoding.encoder import (
-    FORMATS,
-    Encoded,
-    Options,
-    RowEncoder,
-    detect_format,
-    make_row_encoder,
-)
+from chainlora.data.encoding.encoder import Options, RowEncoder, detect_format, make_row_encoder
 from chainlora.data.encoding.preferences import detect_pairs
 
-__all__ = [
-    "FORMATS",
-    "Encoded",
-    "Options",
-    "RowEncoder",
-    "detect_format",
-    "detect_pairs",
-    "make_row_encoder",
-]
+__all__ = ["Options", "RowEncoder", "detect_format", "detect_pairs", "make_row_encoder"]

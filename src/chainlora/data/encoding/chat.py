@@ -18,7 +18,6 @@ from chainlora.data.sources import Row
 from chainlora.data.templates import Reply, render_chats
 from chainlora.errors import DataError
 
-FIELDS = ("messages",)
 _COLUMNS = frozenset((*ROW_FIELDS["chat"], "turns_before"))
 _READS_TEXT = re.compile(r"arguments\s+is\s+string")  # of a call, by the template itself
 _NAMES = ("role", "name")  # of a message, beside what it says

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from chainlora.config.data import ROW_FIELDS
 from chainlora.data.encoding.drafts import Draft, Ids
 from chainlora.data.encoding.tokens import (
     TokenReader,
@@ -16,8 +15,6 @@ from chainlora.data.encoding.tokens import (
 from chainlora.data.readers import bad_row
 from chainlora.data.sources import Row
 from chainlora.data.tasks import Task
-
-FIELDS = ROW_FIELDS["completion"]
 
 
 class Pair(NamedTuple):

@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from chainlora.config.schema import PAIR_LOSSES, PairLoss
-from chainlora.data.encoding import chat, completion, text, translated
+from chainlora.data.encoding import translated
 from chainlora.data.encoding.candidates import CandidatesEncoder
 from chainlora.data.encoding.chat import ChatEncoder
 from chainlora.data.encoding.completion import CompletionEncoder, row_pairs, task_pairs
@@ -31,9 +31,9 @@ from chainlora.data.examples import Example
 from chainlora.data.readers import bad_row
 from chainlora.data.sources import Row, where
 from chainlora.data.tasks import Task
-from chainlora.errors import ConfigError, nearest
 
-FORMATS = {"completion": completion.FIELDS, "chat": chat.FIELDS, "text": text.FIELDS}
+FORMATS = {"completion": ("prompt", "completion"), "chat": ("messages",), "text": ("text",)}
+"""What a row of our own must have, by format."""
 
 
 @dataclass(frozen=True)
@@ -89,10 +89,7 @@ class RowEncoder:
 def make_row_encoder(
     task: Task | str, tokenizer: PreTrainedTokenizerBase, options: Options
 ) -> RowEncoder:
-    """Return the encoder of a task, or of a format: "completion", "chat" or "text".
-
-    Raises ConfigError on an unknown format, or an objective that the task does not have.
-    """
+    """Return the encoder of a task, or of a format of `data.format`."""
     reader = TokenReader(tokenizer)
     encoder = make_encoder(task, reader, options)
     fit = Fit(
@@ -117,23 +114,11 @@ def make_encoder(task: Task | str, reader: TokenReader, options: Options) -> Enc
     if task in translated.FIELDS:
         return make_translated(task, reader)
     if task == "completion":
-        return CompletionEncoder(reader, row_pairs, fields=completion.FIELDS, end=reader.end())
-    if task == "chat":
-        return ChatEncoder(reader)
-    if task == "text":
-        return TextEncoder(reader, reader.end())
-    known = [*FORMATS, *translated.FIELDS]
-    raise ConfigError(
-        f"format must be auto, {', '.join(known)} (got {task!r}{nearest(task, known)})"
-    )
+        return CompletionEncoder(reader, row_pairs, fields=FORMATS[task], end=reader.end())
+    return ChatEncoder(reader) if task == "chat" else TextEncoder(reader, reader.end())
 
 
 def _task_encoder(task: Task, reader: TokenReader, options: Options) -> Encoder:
-    if options.objective == "candidates" and task.completion is not None:
-        raise ConfigError(
-            f"objective 'candidates' needs a task with candidates (got {task.name!r}, "
-            "which has a completion); use objective 'completion'"
-        )
     if options.objective != "completion" and task.completion is None:
         return CandidatesEncoder(reader, task, options.before)
     return CompletionEncoder(

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from chainlora.config.data import ROW_FIELDS
 from chainlora.data.encoding.completion import text_of
 from chainlora.data.encoding.drafts import Draft, Ids
 from chainlora.data.encoding.tokens import TokenReader, refuse_nothing
 from chainlora.data.sources import Row
-
-FIELDS = ROW_FIELDS["text"]
 
 
 class TextEncoder:
@@ -34,4 +31,4 @@ class TextEncoder:
         return drafts
 
     def unread(self, row: Row) -> set[str]:
-        return row.keys() - FIELDS
+        return row.keys() - {"text"}

@@ -11,7 +11,6 @@ Adding a task is writing one YAML file; no Python is touched. The shipped files 
 protocol (arXiv 2305.17333), which the chain-of-LoRA paper follows. See docs/tasks.md.
 """
 
-from chainlora.data.sources import Row, where
 from chainlora.data.tasks.rendering import Rendered
 from chainlora.data.tasks.sampling import (
     check_split_files,
@@ -26,7 +25,6 @@ __all__ = [
     "REPORTED_OF_TEXT",
     "WORD_METRICS",
     "Rendered",
-    "Row",
     "Task",
     "check_split_files",
     "list_tasks",
@@ -34,5 +32,4 @@ __all__ = [
     "sample_splits",
     "split_source",
     "unseen_source",
-    "where",
 ]

@@ -29,18 +29,15 @@ class Rendered(NamedTuple):
     names: tuple[str, ...] = ()  # what each candidate stands for when compared with the references
 
 
-def render_rows(
-    task: TaskFile, rows: Sequence[Mapping[str, Any]], position: int = 0
-) -> list[Rendered]:
-    """Render rows of a task; `position` is that of the first, where rows come from no file.
+def render_rows(task: TaskFile, rows: Sequence[Mapping[str, Any]]) -> list[Rendered]:
+    """Render rows of a task.
 
-    Raises:
-        DataError: a field that a template needs is missing or null, or a label is unknown; names
-        the row.
+    Raises DataError that names a row whose label is unknown, or which has no value, or null, for a
+    field that a template needs.
     """
     found = []
     replies = evaluate(_program(task), rows)
-    for at, (row, reply) in enumerate(zip(rows, replies, strict=True), position):
+    for at, (row, reply) in enumerate(zip(rows, replies, strict=True)):
         place = where(row, at)
         if reply.error and reply.key:
             rule = f"a row must have what `{reply.key}` of task {task.name!r} needs"

@@ -26,7 +26,7 @@ from chainlora.data.sources import (
 )
 from chainlora.data.tasks.nested import flat
 from chainlora.data.tasks.task import Task
-from chainlora.errors import ConfigError, DataError
+from chainlora.errors import DataError
 
 _log = logging.getLogger(__name__)
 
@@ -124,14 +124,12 @@ def sample_splits(
         num_validation: rows to choose by; disjoint from the training rows.
         num_test: rows to report on; disjoint from both.
         data_seed: decides the draw and nothing else.
-        sampling: "protocol", or "saner" for a split that leaves small sets something to train on.
+        sampling: as `data.sampling` of a config.
 
     Returns:
         "train" in drawn order (the first n are the draw for n), "validation" and "test" in file
         order.
     """
-    if sampling not in ("protocol", "saner"):
-        raise ConfigError(f"`sampling` must be protocol or saner (got {sampling!r})")
     if dir is not None:
         check_split_files(task, dir)
     rules, stand_in = task.sampling, _train_split(task, dir)

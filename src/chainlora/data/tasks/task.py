@@ -18,13 +18,8 @@ from chainlora.errors import ConfigError, nearest
 class Task(TaskFile):
     """One task: what its file says, and its rows as text."""
 
-    def render(self, row: Mapping[str, Any], position: int = 0) -> Rendered:
-        """Render one row. Raises DataError that names the row."""
-        (rendered,) = render_rows(self, [row], position)
-        return rendered
-
     def render_all(self, rows: Sequence[Mapping[str, Any]]) -> list[Rendered]:
-        """Render rows, several at once. Raises DataError that names the first bad one."""
+        """Render rows. Raises DataError that names the first bad one."""
         return render_rows(self, rows)
 
     def demonstrations(self, rows: Sequence[Mapping[str, Any]]) -> str:
