@@ -19,13 +19,9 @@ from helpers import settings
 from transformers import AutoModelForCausalLM
 
 import chainlora
-from chainlora import Chain, load_config
-from chainlora.chain.soft_knot import time_constant
+from chainlora import load_config
 from chainlora.cli.main import run
 from chainlora.config.loading import parse_yaml
-from chainlora.config.schema import KnotConfig
-from chainlora.knots.numbers import spacing
-from chainlora.runs.resuming import CHANGEABLE
 from chainlora.training.events import Event
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -129,11 +125,6 @@ def test_python_md_has_every_event():
     assert dict(described) == kinds
 
 
-def test_python_md_names_methods_that_exist():
-    for name in re.findall(r"`chain\.(\w+)", PYTHON):
-        assert hasattr(Chain, name) or name == "links"  # an attribute of the instance
-
-
 def test_the_readme_commands_run_in_order(checkout, monkeypatch, capsys):
     monkeypatch.chdir(checkout)
     (session,) = blocks(README, "console")
@@ -169,12 +160,6 @@ def test_a_finished_run_is_resumed_by_its_own_config(checkout, monkeypatch):
     assert (checkout / "runs/dates/links/002/adapter_model.safetensors").read_bytes() == before
 
 
-def test_the_keys_that_a_resume_may_change_are_named():
-    text = (ROOT / "docs/run-directory.md").read_text(encoding="utf-8")
-    (sentence,) = re.findall(r"([^.]*`train\.[^:]*) may be\s+changed by naming them", text)
-    assert set(re.findall(r"`(train\.\w+)`", sentence.rpartition("differ")[2])) == set(CHANGEABLE)
-
-
 def test_the_shortest_task_in_tasks_md_runs(tiny_folder, tmp_path, monkeypatch):
     text = (ROOT / "docs/tasks.md").read_text(encoding="utf-8")
     monkeypatch.chdir(tmp_path)
@@ -207,40 +192,6 @@ def test_the_own_loop_runs(checkout, monkeypatch, capsys):
     assert losses[4] == losses[2]  # the last link dropped
 
 
-def test_the_chat_example_runs(checkout, monkeypatch):
-    # gradient checkpointing stays as the file has it; the tiny model's context is 128 tokens, its
-    # vocabulary bytes
-    monkeypatch.chdir(checkout)
-    short = [
-        "--data.max_length",
-        "128",
-        "--data.truncation",
-        "left",
-        "--chain.epochs",
-        "[0.7, 0.4]",
-    ]
-    assert run(["train", "examples/chat.yaml", *short]) == 0
-
-
-def test_the_example_of_automatic_knots_in_config_md():
-    text = " ".join((ROOT / "docs/config.md").read_text(encoding="utf-8").split())
-    told = re.search(
-        r"For (\S+) steps and N = (\d+) that is τ = (\d+), I = (\d+), share (\S+): (\d+) soft", text
-    )
-    steps, tokens, tau, every, share, count = (float(n.replace(",", "")) for n in told.groups())
-    found = spacing(KnotConfig(), int(steps), tokens / steps)
-    assert found == (every, pytest.approx(share, abs=5e-4))
-    assert time_constant(*found) == pytest.approx(tau)
-    assert count == (steps - 1) // every  # the last step ends the link
-
-
-def test_the_settings_in_config_md_are_read():
-    text = (ROOT / "docs/config.md").read_text(encoding="utf-8")
-    *_, block = blocks(text, "yaml")
-    tree = parse_yaml(block) | {"model": "m", "data": {"train": "rows.jsonl"}}
-    assert chainlora.make_config(tree).chain.knots == KnotConfig()
-
-
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_links_in_documents_lead_somewhere(document):
     targets = re.findall(r"\]\(([^)#]+)[^)]*\)", document.read_text(encoding="utf-8"))
@@ -265,21 +216,6 @@ def test_the_changelog_and_the_citation_know_the_version():
     citation = parse_yaml((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert citation["version"] == chainlora.__version__
     assert citation["license"] == "Apache-2.0"
-
-
-def test_contributing_names_targets_of_the_makefile():
-    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
-    named = re.findall(r"^make (\w+)", text, flags=re.MULTILINE)
-    assert named
-    assert set(named) <= set(targets)
-
-
-def test_every_example_is_in_the_gallery():
-    text = (ROOT / "examples/README.md").read_text(encoding="utf-8")
-    assert len(text.split()) <= 150
-    paths = [*(ROOT / "examples").iterdir(), *(ROOT / "examples/notebooks").glob("*.ipynb")]
-    assert {path.name for path in paths if path.name not in text} == {"README.md"}
 
 
 def test_files_that_documents_name_exist():

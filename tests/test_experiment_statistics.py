@@ -22,6 +22,10 @@ from chainlora.experiments.statistics.power import LEVEL, detectable, pairs_need
 from chainlora.experiments.statistics.sign_flip import NUM_DRAWS, holm, least_pairs, sign_flip_test
 
 
+def compared(*differences):
+    return compare_pairs(differences, [False] * len(differences))
+
+
 def brute_force(values):
     sums = [
         abs(sum(s * v for s, v in zip(signs, values, strict=True)))
@@ -60,7 +64,7 @@ def test_few_values_get_no_interval_some_student_s_and_many_the_bootstrap():
     assert [interval_kind(count) for count in (1, 3, 4, 9, 10)] == ["none", "none", "t", "t", "BCa"]
     assert mean_interval([1.0, 2.0, 3.0]) == (-math.inf, math.inf)
     assert mean_interval([2.0] * 5) == (2.0, 2.0)
-    (found,) = compare_pairs([[0.1] * 9 + [0.1 + 2e-17]])  # equal but for rounding
+    (found,) = compared([0.1] * 9 + [0.1 + 2e-17])  # equal but for rounding
     assert (found.low, found.verdict) == (0.1, "wins")
     values = [0.1, 0.4, -0.3, 0.9, 1.4]
     found = stats.ttest_1samp(values, 0).confidence_interval(0.95)
@@ -78,7 +82,7 @@ def test_a_verdict_needs_interval_and_test():
     assert judge(-0.1, 0.5, 0.01, 0.01, 8) == "no difference found"
     assert judge(0.1, 0.5, 0.06, 0.06, 5) == "too few pairs"
     assert judge(0.1, 0.5, 0.01, 0.01, 3) == "too few pairs"  # whatever a test may say
-    many, five, none = compare_pairs([[1.0, 1.1, 0.9, 1.2, 0.8, 1.0, 1.3, 1.0], [1.0] * 5, []])
+    many, five, none = compared([1.0, 1.1, 0.9, 1.2, 0.8, 1.0, 1.3, 1.0], [1.0] * 5, [])
     assert none is None
     assert many.verdict == "wins"
     assert many.p_holm == 3 * many.p == 6 / 2**8  # three were planned, whatever is there
@@ -86,7 +90,7 @@ def test_a_verdict_needs_interval_and_test():
     # the second in Holm's order, even if as clear as can be
     assert five.smallest_p_holm == 2 * 2 / 32
     assert five.exact
-    (drawn,) = compare_pairs([[1.0 + 0.01 * k for k in range(48)]])
+    (drawn,) = compared([1.0 + 0.01 * k for k in range(48)])
     assert not drawn.exact
     # the one seen, of a million drawn beside it; scipy counts both tails of a symmetric statistic
     assert drawn.p == drawn.smallest_p_holm == 1 / (10**6 + 1)
@@ -96,8 +100,8 @@ def test_a_verdict_needs_interval_and_test():
 def test_the_least_number_of_pairs_is_the_least_that_can_decide(num_comparisons):
     least = least_pairs(num_comparisons, LEVEL)
     clear = [[1.0 + 0.01 * k for k in range(n)] for n in (least, least - 1)]
-    assert compare_pairs([clear[0]] * num_comparisons)[0].verdict == "wins"
-    assert compare_pairs([clear[1]] * num_comparisons)[0].verdict == "too few pairs"
+    assert compared(*[clear[0]] * num_comparisons)[0].verdict == "wins"
+    assert compared(*[clear[1]] * num_comparisons)[0].verdict == "too few pairs"
 
 
 @pytest.mark.parametrize(("num_pairs", "num_comparisons"), [(6, 1), (7, 2), (8, 3), (9, 1), (9, 6)])

@@ -21,7 +21,6 @@ from chainlora.config.yaml_text import one_value
 
 
 def config_schema() -> dict[str, Any]:
-    """Return the JSON Schema of a config file."""
     schema = RunConfig.model_json_schema()
     schema |= {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "chainlora"}
     properties = {RunConfig.__name__: schema["properties"]}

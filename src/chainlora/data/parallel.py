@@ -54,9 +54,14 @@ def map_in_processes(
 
 
 def num_workers() -> int:
-    """Return how many processes encode: one a core that this process may use."""
+    """Return how many processes encode."""
+    return min(_MOST_WORKERS, num_cores())
+
+
+def num_cores() -> int:
+    """Return how many cores this process may use."""
     affinity = getattr(os, "sched_getaffinity", None)
-    return min(_MOST_WORKERS, len(affinity(0)) if affinity else os.cpu_count() or 1)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def _can_fork() -> bool:

@@ -53,7 +53,6 @@ class Rows(Sequence[Example]):
         self.lengths, self.summary = lengths, summary
 
     def __len__(self) -> int:
-        """Return the number of rows."""
         return len(self.lengths)
 
     @abstractmethod

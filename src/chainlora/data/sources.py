@@ -8,7 +8,6 @@ process.
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +16,8 @@ from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from huggingface_hub import is_offline_mode
 
 from chainlora.data.readers import READERS, Record, bad_row, parse_json, without_filling
 from chainlora.errors import DataError
@@ -101,7 +102,6 @@ class Source(ABC):
             raise DataError("data must hold at least one row", f"none in {self}", "check the file")
 
     def __iter__(self) -> Iterator[Row]:
-        """Yield the rows one by one."""
         for chunk in self.chunks():
             yield from chunk.rows()
 
@@ -191,7 +191,7 @@ class HubSource(Source):
             )
         except Exception as error:  # a dozen unrelated types for "could not get it"
             reason = " ".join(str(error).split())[:200]
-            if is_offline():
+            if is_offline_mode():
                 reason = "HF_HUB_OFFLINE is set and the dataset is not in the cache"
             raise DataError(
                 f"Hub dataset {self.path} split {self.split!r} must be reachable (got: {reason}); "
@@ -205,11 +205,6 @@ class HubSource(Source):
 
     def identity(self) -> str:
         return f"hub {self.table._fingerprint} {self.limit}"
-
-
-def is_offline() -> bool:
-    """Say whether the Hub's libraries are told to stay offline."""
-    return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
 
 
 @dataclass

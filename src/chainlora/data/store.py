@@ -28,7 +28,6 @@ from chainlora.files import sha256
 
 _TYPES = {"tokens": "<i4", "lines": "u1", "ends": "<i8"}
 _INDEX = "store.json"
-_FORMAT = 2
 
 Arrays = Mapping[str, NDArray[Any]]
 
@@ -65,7 +64,7 @@ def write_arrays(folder: Path, parts: Iterable[Arrays]) -> tuple[int, int]:
 
 def finish_store(folder: Path, summary: RowsSummary) -> None:
     """Write ``store.json``, which makes the folder a store."""
-    index = {"format": _FORMAT, "summary": asdict(summary), "sha256": _sums(folder)}
+    index = {"summary": asdict(summary), "sha256": _sums(folder)}
     (folder / _INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")
 
 
@@ -101,7 +100,7 @@ def open_store(folder: Path) -> StoredRows | None:
     """Return the rows of a store, or None where there is none or it is damaged."""
     try:
         index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
-        if index["format"] != _FORMAT or index["sha256"] != _sums(folder):
+        if index["sha256"] != _sums(folder):
             return None
         unread = tuple(index["summary"]["unread"])
         return mapped(folder, RowsSummary(**index["summary"] | {"unread": unread}))

@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from chainlora.errors import DataError
 from chainlora.evaluation.metrics import is_higher_better
 
 
@@ -51,22 +50,9 @@ def summarise_matrix(
         scores: R, [T + 1][T].
         stages: the name of each column, [T].
         metrics: what each column is scored by, [T]; numbers of different ones are never averaged.
-
-    Raises:
-        DataError: another shape.
     """
-    count = len(stages)
-    widths = {len(row) for row in scores}
-    if not count or len(metrics) != count or len(scores) != count + 1 or widths != {count}:
-        raise DataError(
-            f"a matrix of {count} stages must have a row for the base and one for each, of {count} "
-            "scores",
-            f"{len(scores)} rows of {sorted(widths)} and {len(metrics)} metrics",
-            "score every stage in every state",
-        )
-    columns = range(count)
     return [
-        _summary(scores, stages, metric, [j for j in columns if metrics[j] == metric])
+        _summary(scores, stages, metric, [j for j, own in enumerate(metrics) if own == metric])
         for metric in dict.fromkeys(metrics)
     ]
 

@@ -97,7 +97,6 @@ class StageMatrix:
 
     @property
     def cells(self) -> list[Cell]:
-        """Return the cells that were scored."""
         return [cell for row in self.grid for cell in row if cell is not None]
 
     def _heads(self) -> list[str]:
@@ -126,7 +125,6 @@ class StageMatrix:
         return summarise_matrix(values, self.stages, [cell.metric for cell in whole[0]])
 
     def as_dict(self) -> dict[str, Any]:
-        """Return all of it as JSON takes it."""
         cells = [[cell and asdict(cell) for cell in row] for row in self.grid]
         rows = dict(zip(self.states, cells, strict=True))
         return {

@@ -156,13 +156,11 @@ class _Pieces(TextStreamer):
         self._write = write
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """Hand a piece on."""
         if text:
             self._write(text)
 
 
 def check_chat(tokenizer: Any, name: str) -> None:
-    """Raise ModelError for a model without a chat template."""
     if not tokenizer.chat_template:
         raise ModelError(
             f"a model to chat with must have a chat template (got {name}, which has none); use "

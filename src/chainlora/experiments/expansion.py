@@ -22,6 +22,7 @@ from chainlora.data.tasks import REPORTED_OF_TEXT, check_split_files, load_task
 from chainlora.errors import ConfigError
 from chainlora.experiments.methods import apply_recipe, merge_trees
 from chainlora.experiments.schema import Experiment
+from chainlora.models.hashing import hash_file
 
 Pair = tuple[str, str]  # task, method
 Point = tuple[tuple[str, Any], ...]  # the grid's keys and their values, in its order
@@ -189,7 +190,7 @@ def config_id(config: RunConfig) -> str:
     for section, key in files:
         path = Path(section.get(key) if isinstance(section.get(key), str) else "")
         if path.is_file():
-            section[key] = _content(path, path.stat().st_mtime_ns)
+            section[key] = hash_file(path)[:16]
     for key in ("save_every", "log_every", "trackers"):
         tree.get("train", {}).pop(key, None)
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:12]
@@ -201,10 +202,3 @@ def compact_config(config: RunConfig) -> dict[str, Any]:
     tree.pop("output", None)
     tree["data"].pop("dir", None)
     return tree
-
-
-@lru_cache(maxsize=256)
-def _content(path: Path, changed: int) -> str:
-    """Return a hash of a file as it was at the time `changed`."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]

@@ -88,7 +88,6 @@ def experiment_line(experiment: Experiment) -> dict[str, Any]:
 
 
 def choice_line(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the line of a choice."""
     return {"format": FORMAT, "kind": "choice"} | dict(record)
 
 

@@ -47,7 +47,6 @@ class Outcome:
 
     @property
     def results(self) -> Path:
-        """The results file."""
         return self.out / FILE
 
     def check(self) -> None:
@@ -70,14 +69,8 @@ def run_experiment(
 ) -> Outcome:
     """Run an experiment file and return what became of it.
 
-    Args:
-        path: the experiment file.
-        out: folder for cells and results; one that holds some of them is resumed.
-        overrides: ``("base.data.dir", "rows")`` pairs that replace values of the file.
-        options: workers, backend, listener, max_cells and reuse, as for `run_cells`.
-
-    Raises ConfigError, DataError, ModelError and RunError as `run_cells` does, and RunError at the
-    end if cells failed.
+    `overrides` are ``("base.data.dir", "rows")`` pairs that replace values of the file; the rest is
+    as for `run_cells`. Raises what that raises, and RunError at the end if cells failed.
     """
     outcome = run_cells(load_experiment(path, overrides), Path(out), **options)
     outcome.check()

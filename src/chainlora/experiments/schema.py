@@ -139,7 +139,6 @@ class Experiment(Frozen):
 
     @property
     def tuning_seeds(self) -> tuple[int, ...]:
-        """Seeds of the runs that choose."""
         return self.tune.seeds or self.seeds[:1]
 
     def method_tree(self, name: str) -> dict[str, Any]:

@@ -75,14 +75,12 @@ class Session:
         return self._results.get(cell.id)
 
     def is_done(self, cell: Cell) -> bool:
-        """Return whether the cell has a result."""
         return self.result(cell) is not None
 
     def _done(self, cells: Iterable[Cell]) -> list[tuple[Cell, dict[str, Any]]]:
         return [(cell, found) for cell in cells if (found := self.result(cell)) is not None]
 
     def num_done(self) -> tuple[int, int]:
-        """Return how many cells are done, and of how many."""
         cells = self.all_cells()
         return len(self._done(cells)), len(cells)
 
@@ -188,7 +186,6 @@ class Session:
     # --- while cells run ---
 
     def poll(self, running: Sequence[Cell]) -> None:
-        """Tell the listener which cells run."""
         self.listener({"event": "poll", "running": list(map(str, running))})
 
     def end(self, cell: Cell, error: str | None) -> None:

@@ -29,6 +29,7 @@ from filelock import FileLock
 
 from chainlora.config.loading import load_config
 from chainlora.config.schema import RunConfig
+from chainlora.data.parallel import num_cores
 from chainlora.errors import ChainLoRAError, DivergedError
 from chainlora.experiments.expansion import Cell
 from chainlora.files import make_folder, reported, write_text
@@ -143,9 +144,7 @@ def _error(directory: Path, status: int) -> str | None:
 
 def worker_environment(slot: int, workers: int, environment: Mapping[str, str]) -> dict[str, str]:
     """Return what a worker's environment adds: its share of the threads, and of the GPUs listed."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
-    threads = environment.get("OMP_NUM_THREADS") or str(max(1, cores // workers))
+    threads = environment.get("OMP_NUM_THREADS") or str(max(1, num_cores() // workers))
     added = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), threads)
     added["TOKENIZERS_PARALLELISM"] = "false"
     listed = environment.get("CUDA_VISIBLE_DEVICES", "").split(",")

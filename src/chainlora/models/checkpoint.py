@@ -29,7 +29,6 @@ class Stored:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Its shape, from the file's header."""
         with safe_open(self.file, framework="pt") as reader:
             return tuple(reader.get_slice(self.key).get_shape())
 
@@ -55,7 +54,6 @@ class Checkpoint:
         self._files = {} if folder is None else _index(folder)
 
     def all(self) -> dict[str, Stored]:
-        """Return every tensor by its name in the files."""
         return {key: Stored(file, key) for key, file in self._files.items()}
 
     def find(self, path: str, shape: tuple[int, ...]) -> Iterator[Stored]:

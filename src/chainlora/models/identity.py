@@ -92,12 +92,10 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Say whether a folder holds a tokenizer."""
     return any(next(folder.glob(pattern), None) for pattern in _TOKENIZERS)
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
-    """Return the files of a model's tokenizer."""
     patterns = (*_TOKENIZERS, *_BESIDE_TOKENIZERS)
     return sorted({path for pattern in patterns for path in folder.glob(pattern)})
 

@@ -18,6 +18,8 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor
 from transformers import GenerationConfig
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter
 
 from chainlora.errors import ModelError
 from chainlora.models import shards, zero3
@@ -91,11 +93,6 @@ def _find_tensors(
 
 def _converters(model: Any) -> list[str]:
     """Return the kinds of changes, other than names, that transformers makes to stored weights."""
-    try:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter
-    except ImportError:  # before transformers 5 nothing was converted
-        return []
     found = get_model_conversion_mapping(model)
     return [type(each).__name__ for each in found if isinstance(each, WeightConverter)]
 

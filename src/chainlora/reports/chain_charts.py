@@ -118,7 +118,6 @@ def _draw_norms(axes: Any, norms: Sequence[float]) -> None:
 
 
 def _draw_ranks(axes: Any, links: Sequence[Record]) -> None:
-    """Draw rank and effective rank of each link."""
     ranks = [link["rank"] for link in links]
     used = [link.get("effective_rank", math.nan) for link in links]
     frame = {"facecolor": "none", "edgecolor": GREY, "linestyle": "--"}

@@ -111,7 +111,6 @@ def picture(
 
 
 def drawn(fill: Fill, size: tuple[float, float], style: Any = None) -> Any:
-    """Return a figure that `fill` has drawn into."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -157,7 +156,6 @@ def grid_table(
     grid: Sequence[Sequence[float]],
     corner: str,
 ) -> Table:
-    """Return the numbers of a heat map."""
     lines = zip(rows, grid, strict=True)
     body = tuple((name, *(short(value) for value in values)) for name, values in lines)
     return Table(title, (corner, *columns), body)

@@ -84,12 +84,10 @@ class Section:
 
     @property
     def anchor(self) -> str:
-        """Return what the section is linked by."""
         return "-".join(self.title.lower().split())
 
     @property
     def blocks(self) -> list[Block]:
-        """Return the blocks of all columns."""
         return [block for column in self.columns for block in column.blocks]
 
 

@@ -157,7 +157,6 @@ def smooth(values: Sequence[float], span: float) -> list[float]:
 
 
 def _draw_loss(axes: Any, steps: Sequence[Record], evals: Sequence[Record], each: str) -> None:
-    """Draw the training loss, smoothed too, and the validation loss."""
     finite, held_out = _known(steps, "loss"), _known(evals, "loss")
     losses = [r["loss"] for r in finite]
     if finite:
@@ -186,7 +185,6 @@ def _keep_room(axes: Any, values: Sequence[float]) -> None:
 
 
 def _draw_scores(axes: Any, evals: Sequence[Record], names: Sequence[str]) -> None:
-    """Draw the validation scores that have these names."""
     from matplotlib.ticker import PercentFormatter
 
     everything = []
@@ -225,7 +223,6 @@ def _label_points(axes: Any, evals: Sequence[Record], name: str, form: str) -> N
 
 
 def _draw_rate(axes: Any, steps: Sequence[Record]) -> None:
-    """Draw the learning rate."""
     for link, own in groupby(steps, key=lambda record: record["link"]):  # a restart is a gap
         points = [(r["step"], r.get("learning_rate", math.nan)) for r in own]
         axes.plot(*zip(*points, strict=True), color=PURPLE, linewidth=1.5, label=f"link {link}")

@@ -34,17 +34,14 @@ class RunFacts:
 
     @property
     def steps(self) -> list[Record]:
-        """Return the records of its steps."""
         return of_event(self.records, "step")
 
     @property
     def evaluations(self) -> list[Record]:
-        """Return the records of its validations."""
         return of_event(self.records, "eval")
 
     @property
     def links(self) -> list[Record]:
-        """Return what inspection says of each link."""
         return list(self.inspection["links"])
 
     @property

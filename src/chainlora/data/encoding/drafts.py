@@ -31,7 +31,6 @@ class Draft:
     names: tuple[str, ...] = ()
 
     def example(self) -> Example:
-        """Return the finished example."""
         return Example(
             self.index,
             tuple(map(tuple, self.sequences)),

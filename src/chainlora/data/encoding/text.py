@@ -11,8 +11,6 @@ from chainlora.data.sources import Row
 
 
 class TextEncoder:
-    """Rows of plain text."""
-
     truncation = "split"
     keeps_targets = False
 

@@ -65,7 +65,6 @@ class FlatSource(Source):
         return str(self.source)
 
     def records(self) -> Iterator[Record]:
-        """Yield the rows. Raises DataError on a row that does not suit."""
         index = -self.skip
         for chunk in self.source.chunks():
             for row in chunk.rows():
@@ -75,7 +74,6 @@ class FlatSource(Source):
                     index += 1
 
     def identity(self) -> str:
-        """Return what names the content."""
         return f"flat {self.task} {self.skip} {self.limit} {self.source.identity()}"
 
 

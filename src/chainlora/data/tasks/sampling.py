@@ -14,6 +14,8 @@ from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
+from huggingface_hub import is_offline_mode
+
 from chainlora.data.sources import (
     SUFFIXES,
     FileSource,
@@ -22,7 +24,6 @@ from chainlora.data.sources import (
     Row,
     Source,
     find_file,
-    is_offline,
 )
 from chainlora.data.tasks.nested import flat
 from chainlora.data.tasks.task import Task
@@ -182,7 +183,6 @@ def _count(source: Source) -> int:
 
 
 def _pick(source: Source, places: Iterable[int]) -> dict[int, Row]:
-    """Return the rows at some places."""
     wanted = set(places)
     return {place: row for place, row in enumerate(source) if place in wanted}
 
@@ -218,7 +218,7 @@ def _need_file(task: Task, folder: Path, split: str) -> Path:
     if task.hub is None:
         other = "this task declares no Hub dataset"
     else:
-        only = " (HF_HUB_OFFLINE is set, so only a cached copy)" if is_offline() else ""
+        only = " (HF_HUB_OFFLINE is set, so only a cached copy)" if is_offline_mode() else ""
         other = f"or leave the folder out to fetch {task.hub.path} from the Hub{only}"
     raise DataError(
         f"task {task.name!r} needs its {split!r} rows as {names}",

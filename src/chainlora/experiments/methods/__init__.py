@@ -41,7 +41,6 @@ class Method:
 
 
 def list_methods() -> list[str]:
-    """Return the names of the shipped methods."""
     return sorted(
         entry.name.removesuffix(".yaml")
         for entry in files(__package__).iterdir()

@@ -60,7 +60,6 @@ class Recipe(Frozen):
 
     @property
     def length(self) -> int:
-        """Number of links."""
         return self.links if self.ranks is None else len(self.ranks)
 
 

@@ -104,7 +104,6 @@ def save_charts(facts: Facts, charts: Iterable[Chart], out: Path) -> dict[str, s
 def _fill(
     figure: Any, facts: Facts, chart: Chart, rows: Sequence[Sequence[str]], heights: list[float]
 ) -> None:
-    """Draw a panel a task."""
     panels = figure.subplots(len(rows), len(rows[0]), squeeze=False, height_ratios=heights)
     spare = list(panels.flat)
     for task in chain.from_iterable(rows):
@@ -118,7 +117,6 @@ def _fill(
 
 
 def _named(*panels: Any) -> list[Any]:
-    """Return one handle a name."""
     found: dict[str, Any] = {}
     for axes in panels:
         for handle, name in zip(*axes.get_legend_handles_labels(), strict=True):
@@ -158,7 +156,6 @@ def name_metric(axes: Any, summary: Summary) -> None:
 
 
 def of_task(facts: Facts, task: str) -> list[Summary]:
-    """Return the summaries of a task."""
     return [summary for summary in facts.summaries if summary.task == task]
 
 

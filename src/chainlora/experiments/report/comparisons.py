@@ -48,7 +48,6 @@ class Comparison:
 
     @property
     def is_ahead(self) -> bool:
-        """Whether the method's mean is better than its rival's."""
         mean = self.difference.mean
         return mean > 0 if is_higher_better(self.metric) else mean < 0
 
@@ -160,20 +159,16 @@ class Facts:
 
     @cached_property
     def summaries(self) -> list[Summary]:
-        """Return a summary of each method on each task."""
         return summarise_all(self.results)
 
     @cached_property
     def comparisons(self) -> list[Comparison]:
-        """Return the paired differences in score."""
         return compare_all(self.results)
 
     @cached_property
     def losses(self) -> list[Comparison]:
-        """Return the paired differences in held-out loss."""
         return compare_losses(self.results)
 
     @property
     def tasks(self) -> list[str]:
-        """Return the tasks that have a score."""
         return list(dict.fromkeys(summary.task for summary in self.summaries))

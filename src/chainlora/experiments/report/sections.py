@@ -85,7 +85,6 @@ def verdict(facts: Facts) -> Section:
 
 
 def scores(facts: Facts) -> Section:
-    """Return mean scores and further metrics."""
     return section(
         "Scores",
         Numbers(_scores_table(facts), name="scores"),
@@ -253,7 +252,6 @@ def methods(facts: Facts) -> Section:
 
 
 def origin(facts: Facts) -> Section:
-    """Return where everything comes from."""
     return section("Where this comes from", Text(provenance(facts.results)))
 
 

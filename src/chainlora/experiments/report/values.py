@@ -42,7 +42,6 @@ def held_out_loss(cell: Cell) -> float | None:
 
 
 def cells_of(results: Results, task: str, method: str) -> list[dict[str, Any]]:
-    """Return the final cells of a method on a task."""
     return [cell for cell in results.finals if cell["task"] == task and cell["method"] == method]
 
 

@@ -77,12 +77,11 @@ def judge(
 
 
 def compare_pairs(
-    differences: Sequence[Sequence[float]],
-    lower_is_better: Sequence[bool] | None = None,
+    differences: Sequence[Sequence[float]], lower_is_better: Sequence[bool]
 ) -> list[Difference | None]:
     """Compare several sets of paired differences, Holm-corrected together; None for an empty set.
 
-    `lower_is_better` says for each set whether a negative difference is a win; None: for none.
+    `lower_is_better` says for each set whether a negative difference is a win.
 
     An empty set is a comparison planned and not there yet: it counts in the correction, so that a
     verdict does not depend on how much of the plan is done.
@@ -91,7 +90,6 @@ def compare_pairs(
     tests = [sign_flip_test(values) if values else 1.0 for values in differences]
     corrected = holm(tests)
     smallest = holm([smallest_p(len(values)) for values in differences])
-    lower = lower_is_better or [False] * num_planned
 
     def difference(
         values: Sequence[float], is_lower: bool, p: float, p_holm: float, least: float
@@ -114,5 +112,5 @@ def compare_pairs(
             verdict=judge(low, high, p_holm, least, count, lower_is_better=is_lower),
         )
 
-    rows = zip(differences, lower, tests, corrected, smallest, strict=True)
+    rows = zip(differences, lower_is_better, tests, corrected, smallest, strict=True)
     return [difference(*row) if row[0] else None for row in rows]
