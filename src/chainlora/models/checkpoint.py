@@ -76,21 +76,18 @@ def _index(folder: Path) -> dict[str, Path]:
 
 
 def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
-    """Write a model and its tokenizer as a transformers checkpoint."""
-    _complete_generation(model.generation_config)
+    """Write a model and its tokenizer as a transformers checkpoint.
+
+    The generation config is written as it is: transformers reads flags that contradict each other,
+    sampling values without do_sample among them, and refuses to write them.
+    """
+    generation = model.generation_config
     try:
+        model.generation_config = type(generation)()
         model.save_pretrained(folder)
+        generation.to_json_file(folder / "generation_config.json")
         tokenizer.save_pretrained(folder)
     except SafetensorError as error:  # how it reports a full disk
         raise unwritable(error, folder) from error
-
-
-def _complete_generation(config: Any) -> None:
-    """Make a base's generation config one that transformers saves: it reads sampling values without
-    do_sample, but refuses to write them."""
-    if config is None:
-        return
-    try:
-        config.validate(strict=True)
-    except ValueError:
-        config.do_sample = True
+    finally:
+        model.generation_config = generation

@@ -23,6 +23,7 @@ from chainlora.models.gguf import converted_folder
 from chainlora.models.identity import weight_files
 
 _WANTED = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken"]
+_WANTED += ["LICEN[CS]E*", "NOTICE*", "USE_POLICY*"]  # exports have them beside the weights
 # The same weights again, in other layouts; of folders only templates are wanted.
 _UNWANTED = ["consolidated*", "original*"]
 _UNWANTED += [f"*/{each}" for each in _WANTED if each != "*.jinja"]

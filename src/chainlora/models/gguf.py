@@ -1,14 +1,14 @@
 """Convert a GGUF file, once, into an ordinary safetensors folder with a right tokenizer.
 
 transformers reads the tensors, dequantised to float32: that is what a GGUF file means, and any
-other dtype is one cast away. Three things it leaves wrong are put right here: the
+other dtype is one cast away. Four things it leaves wrong are put right here: scaled RoPE, the
 ``quantization_config`` that makes the model impossible to save, control tokens missing among the
 special ones, and the pre-tokenizer that ``tokenizer.ggml.pre`` names (SmolLM2 splits digits off
 before anything else). A byte-level BPE tokenizer is therefore built from the file's metadata alone;
 its rules follow llama.cpp's ``llama-vocab.cpp``.
 
 A conversion lives under the user's cache directory, named by the file's content and by
-`CONVERSION`; it appears by one rename, so that whoever sees the folder sees all of it.
+`_conversion`; it appears by one rename, so that whoever sees the folder sees all of it.
 """
 
 from __future__ import annotations
@@ -20,11 +20,13 @@ import struct
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from filelock import FileLock
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from chainlora.errors import ModelError
 from chainlora.files import make_folder, remove_scratch, replaced_folder, reported
@@ -33,12 +35,17 @@ from chainlora.models.hashing import cache_dir, hash_file
 
 logger = logging.getLogger(__name__)
 
-CONVERSION = 1  # count up whenever the same file would convert to something else
 _CONTROL, _USER_DEFINED = 3, 4  # tokenizer.ggml.token_type
 _SCALARS = dict(zip((*range(8), 10, 11, 12), "BbHhIif?Qqd", strict=True))
 _STRING, _ARRAY = 8, 9
 _OTHER = "use the model's safetensors checkpoint"
 _NUM_TENSORS = "GGUF.tensor_count"  # as the package gguf calls it
+_LLAMA3 = {  # of every Llama from 3.1 on
+    "rope_type": "llama3",
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
 
 # `tokenizer.ggml.pre` -> how text is cut before the merges (llama-vocab.cpp).
 _GPT2_LIKE = [
@@ -66,7 +73,7 @@ def converted_folder(file: Path) -> Path:
     Raises ModelError if the file is no GGUF model that can be converted.
     """
     digest = hash_file(file)
-    name = f"{file.stem}-{file.stat().st_size}-{digest[:16]}-v{CONVERSION}"
+    name = f"{file.stem}-{file.stat().st_size}-{digest[:16]}-v{_conversion(file)}"
     folder = cache_dir() / "gguf" / name
     if folder.is_dir():
         return folder
@@ -78,6 +85,16 @@ def converted_folder(file: Path) -> Path:
         with replaced_folder(folder) as scratch:
             _convert(file, scratch, digest)
     return folder
+
+
+def _conversion(file: Path) -> int:
+    """Return a number that is another one where a file no longer becomes what it became before.
+
+    1 left out that RoPE is scaled.
+    """
+    with open(file, "rb") as stream:
+        head = stream.read(2**26)  # metadata and names of tensors
+    return 2 if b"rope_f" in head or b".rope.scal" in head else 1
 
 
 def _convert(file: Path, folder: Path, digest: str) -> None:
@@ -118,9 +135,61 @@ def _convert(file: Path, folder: Path, digest: str) -> None:
         del model.config.quantization_config  # saving refuses otherwise
     model.hf_quantizer = None
     model.config._name_or_path = ""
+    _scale_rope(model.config, file, metadata)
     save_model(model, tokenizer, folder)
     source = {"file": file.name, "sha256": digest, "transformers": transformers.__version__}
     (folder / "source.json").write_text(json.dumps(source, indent=2) + "\n")
+
+
+def _scale_rope(config: Any, file: Path, metadata: dict[str, Any]) -> None:
+    """Give a config the scaled RoPE of its file, which transformers leaves out.
+
+    Of Llama 3's, a file holds what each frequency is divided by, and not what that came from.
+    Raises ModelError for RoPE that is not known here.
+    """
+    if not getattr(config, "rope_parameters", None):
+        return
+    rope, prefix = ropes_of(config)["full_attention"], f"{metadata['general.architecture']}.rope"
+    if rope.get("rope_type", "default") != "default":
+        return  # it was read
+    tensors = {t.name: t.data for t in import_gguf().GGUFReader(file).tensors if "rope_" in t.name}
+    kind = metadata.get(f"{prefix}.scaling.type", "linear")
+    factor = metadata.get(f"{prefix}.scaling.factor") or metadata.get(f"{prefix}.scale_linear") or 1
+    divisors = tensors.pop("rope_freqs.weight", None)
+    is_known = kind in ("none", "linear") and not tensors
+    if divisors is not None:
+        rope |= _LLAMA3 | {"factor": float(divisors.max())}
+        found = rope_factors(config)
+        is_known &= factor == 1 and found.shape == divisors.shape
+        is_known = is_known and np.allclose(found, divisors, rtol=1e-3)
+    elif kind == "linear" and factor != 1:
+        rope |= {"rope_type": "linear", "factor": factor}
+    if not is_known:
+        got = f"{kind}, {', '.join(tensors) or 'with other frequencies'} in {file}"
+        rule = "a GGUF file must have RoPE that is plain, linear or Llama 3's"
+        raise ModelError(rule, got, _OTHER)
+
+
+def ropes_of(config: Any) -> dict[str, Any]:
+    """Return the RoPE parameters of each kind of layer; of most models there is one kind."""
+    found = config.rope_parameters
+    return found if "full_attention" in found else {"full_attention": found}
+
+
+def head_size(config: Any) -> int:
+    """Return the size of an attention head."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def rope_factors(config: Any) -> Any:
+    """Return what Llama 3's RoPE divides each frequency by (head size / 2), or None."""
+    rope = ropes_of(config)["full_attention"]
+    if rope.get("rope_type") != "llama3":
+        return None
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+    size = head_size(config)
+    plain = rope["rope_theta"] ** -(torch.arange(0, size, 2).double() / size)
+    return (plain / scaled.double()).float().numpy()
 
 
 def import_gguf() -> Any:

@@ -15,14 +15,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 from transformers import AutoConfig
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from chainlora.errors import ModelError
 from chainlora.models.checkpoint import Checkpoint, Stored
-from chainlora.models.gguf import build_tokenizer, import_gguf, known_pre_tokenizers, read_metadata
+from chainlora.models.gguf import (
+    build_tokenizer,
+    head_size,
+    import_gguf,
+    known_pre_tokenizers,
+    read_metadata,
+    rope_factors,
+    ropes_of,
+)
 
 KINDS = ("f32", "f16", "bf16", "q8_0")
 _ARCHITECTURES = {
@@ -74,9 +80,11 @@ def _misfits(config: Any) -> list[tuple[str, str]]:
     for name in ("attention_bias", "mlp_bias"):
         if getattr(config, name, False):
             found.append((f"have no {name}", f"{name}: true"))
-    for rope in _ropes(config).values():
-        if (rope_kind := rope.get("rope_type", "default")) not in ("default", "linear", "llama3"):
-            found.append(("have RoPE as default, linear or llama3", rope_kind))
+    for rope in ropes_of(config).values():
+        # llama.cpp has frequencies of their own for its llama alone
+        known = ("default", "linear") + ("llama3",) * (_ARCHITECTURES[kind] == "llama")
+        if (rope_kind := rope.get("rope_type", "default")) not in known:
+            found.append((f"have RoPE as {' or '.join(known)}", rope_kind))
     if kind in ("gemma2", "gemma3_text"):
         found += _gemma_misfits(config)
     return found
@@ -125,7 +133,7 @@ def write_gguf(folder: Path, tokenizer: Any, file: Path, kind: str, name: str) -
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     _add_config(writer, config)
     _add_tokenizer(writer, tokenizer, stored["model.embed_tokens.weight"].shape[0])
-    factors = _rope_factors(config)
+    factors = rope_factors(config)
     if factors is not None:
         writer.add_tensor_info("rope_freqs.weight", factors.shape, factors.dtype, factors.nbytes)
     kinds = {key: _kind_of(found.shape, kind) for key, found in stored.items()}
@@ -180,19 +188,9 @@ class _Names:
         return weight.contiguous()
 
 
-def _head_size(config: Any) -> int:
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-
-
-def _ropes(config: Any) -> dict[str, Any]:
-    """Return the RoPE parameters of each kind of layer; of most models there is one kind."""
-    found = config.rope_parameters
-    return found if "full_attention" in found else {"full_attention": found}
-
-
 def _add_config(writer: Any, config: Any) -> None:
     gguf = import_gguf()
-    ropes, size = _ropes(config), _head_size(config)
+    ropes, size = ropes_of(config), head_size(config)
     rope, window = ropes["full_attention"], getattr(config, "sliding_window", None)
     has_windows = config.model_type in ("gemma2", "gemma3_text")
     context = config.max_position_embeddings
@@ -220,17 +218,6 @@ def _add_config(writer: Any, config: Any) -> None:
         writer.add_final_logit_softcapping(config.final_logit_softcapping)
     if "sliding_attention" in ropes:
         writer.add_rope_freq_base_swa(ropes["sliding_attention"]["rope_theta"])
-
-
-def _rope_factors(config: Any) -> Any:
-    """Return what Llama 3's RoPE divides each frequency by (head size / 2), or None."""
-    rope = _ropes(config)["full_attention"]
-    if rope.get("rope_type") != "llama3":
-        return None
-    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
-    size = _head_size(config)
-    plain = rope["rope_theta"] ** -(torch.arange(0, size, 2).double() / size)
-    return (plain / scaled.double()).float().numpy()
 
 
 # --- its tokenizer ---

@@ -213,6 +213,8 @@ def load_tokenizer(folder: Path, model: Any = None) -> Any:
         raise ModelError(
             f"the tokenizer must load with transformers (got {error!s:.200} in {folder}); {hint}"
         ) from error
+    for key in ("is_local", "local_files_only"):  # how it was loaded here, which it would save
+        tokenizer.init_kwargs.pop(key, None)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.bos_token
     if model is not None:

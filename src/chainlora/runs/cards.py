@@ -7,6 +7,7 @@ stands in it as text, not as Markdown or HTML.
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -107,9 +108,10 @@ def is_hub_id(name: str) -> bool:
 
 def public_name(base: str) -> str:
     """Return a name for a base that tells nothing of this machine: of a path, its last part."""
-    path = PureWindowsPath(base)  # knows the separators of all systems
-    is_place = path.root or path.drive or base.startswith(("~", "."))
-    return path.name if is_place else base
+    is_place = base.startswith(("~", ".")) or os.path.exists(base)
+    if is_hub_id(base) and not is_place:
+        return base
+    return PureWindowsPath(base).name  # knows the separators of all systems
 
 
 def write_card(folder: Path, card: Card) -> None:
@@ -243,6 +245,7 @@ def _loading(card: Card) -> list[str]:
             ),
         ]
     rank = next((r for r in _SERVED_RANKS if r >= (card.rank or 1)), None)
+    has_more = any(link.extra or link.config.lora_bias for link in card.links)  # vLLM refuses it
     is_loadable = "/" in card.base and not card.base.endswith(".gguf")
     base = card.base if is_loadable else _A_BASE
     return [
@@ -253,7 +256,7 @@ def _loading(card: Card) -> list[str]:
             f"model = AutoModelForCausalLM.from_pretrained({_quoted(base)})",
             f"model.load_adapter({_quoted(where)})",
         ),
-        *(_in_vllm(base, served, rank) if rank else []),
+        *(_in_vllm(base, served, rank) if rank and not has_more else []),
     ]
 
 

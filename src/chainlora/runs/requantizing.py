@@ -11,16 +11,15 @@ modules, with Q quantised and dequantised, and ΔQ = Q(W_0 + ΔW) − Q(W_0):
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
 from chainlora import files
-from chainlora.chain.adapters import dequantized
-from chainlora.chain.link import Link, stack_links, switched_on
+from chainlora.chain.adapters import Factors, dequantized
+from chainlora.chain.link import stack_links, switched_on
 from chainlora.errors import RunError
 from chainlora.models.checkpoint import save_model
 from chainlora.models.finding import resolve_model
@@ -42,7 +41,8 @@ def export_quantized(
 ) -> dict[str, Any]:
     """Write the run's model, links merged onto the whole base and quantised then; say what is lost.
 
-    The result loads with transformers. Raises RunError for a chain without links.
+    The result loads with transformers. Raises RunError for a chain without links, and ChainError
+    for one that is no sum (DoRA).
     """
     output = empty_folder(output)
     reader = open_run(run)
@@ -52,15 +52,15 @@ def export_quantized(
         raise RunError(
             f"--quantize needs a chain with a link (got none in {run}); quantise the base itself"
         )
-    files.make_folder(output.parent)
-    with TemporaryDirectory(dir=output.parent) as scratch:
-        merged = Path(scratch) / "merged"
+    deltas = stack_links(links)  # refused before the long work
+    with files.replaced_folder(output) as folder:
+        merged = folder / "merged"
         done = export_merged(run, merged, num_links=num_links)
         dtype = getattr(torch, done["dtype"])
         model, tokenizer = load_model(merged, dtype, quantize=kind)
-    before, _ = load_model(manifest.base.model, dtype, quantize=kind)
-    lost, noise = lost_update(model, before, links)
-    with files.replaced_folder(output) as folder:
+        files.remove(merged)
+        before, _ = load_model(manifest.base.model, dtype, quantize=kind)
+        lost, noise = lost_update(model, before, deltas)
         save_model(model, tokenizer, folder)
         copy_licences(resolve_model(manifest.base.model), folder)  # `export_merged` checked it
         card = Card(
@@ -78,10 +78,10 @@ def export_quantized(
 
 
 @torch.no_grad()
-def lost_update(model: Any, before: Any, links: Sequence[Link]) -> tuple[float, float]:
-    """Return what of the links' update is lost between two quantised models, and the rounding."""
+def lost_update(model: Any, before: Any, deltas: Mapping[str, Factors]) -> tuple[float, float]:
+    """Return what of an update is lost between two quantised models, and the rounding."""
     arrived, wrong, whole = [], [], []
-    for name, factors in stack_links(links).items():
+    for name, factors in deltas.items():
         delta = factors.b @ factors.a
         found = dequantized(model.get_submodule(name)) - dequantized(before.get_submodule(name))
         arrived.append(float((found * delta).sum()))

@@ -13,7 +13,6 @@ import re
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
@@ -71,8 +70,8 @@ def export_gguf(
         factors, error = adapter_factors(links, rank=rank, tolerance=tolerance)
         _check_factors(factors, {name for link in links for name in link.extra})
     name = naming.base or public_name(manifest.base.model)
-    with files.replaced_folder(output) as made, TemporaryDirectory(dir=output.parent) as scratch:
-        merged = Path(scratch) / "merged"
+    with files.replaced_folder(output) as made:
+        merged = made / "merged"
         done = export_merged(run, merged, num_links=0 if as_adapter else num_links)
         kind = kind or {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}[done["dtype"]]
         model = made / ("base.gguf" if as_adapter else "model.gguf")
@@ -85,6 +84,7 @@ def export_gguf(
         modelfile = _modelfile(reader, on[-1], tokenizer, config, as_adapter)
         (made / "Modelfile").write_text(modelfile, encoding="utf-8")
         copy_licences(merged, made)
+        files.remove(merged)
         what = f"with a chain of {len(links)} LoRA link(s) in GGUF ({kind})"
         what += (
             f", as a LoRA of rank {_rank(factors)} (relative error {error:.2e})."
