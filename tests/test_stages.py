@@ -242,6 +242,21 @@ def test_no_stage_begins_while_another_is_half_trained(config, tmp_path):
     assert survey(extension(tmp_path / "run", style | {"name": "law"}))[-1].state == "new"
 
 
+def test_a_mix_fits_the_stage_that_is_half_trained(config, tmp_path):
+    train_stages(make_stages(one_stage(config)))
+    style = stage_of(config, "style")
+    style["chain"] |= {"dora": True}
+    with pytest.raises(Stop):
+        train_stages(extension(tmp_path / "run", style), listener=_stop_after(7))
+    with pytest.raises(
+        RunError, match=r"half trained \(got .* below a DoRA link must be 1 .*style"
+    ):
+        mix_stages(tmp_path / "run", {"facts": 0.5})
+    mix_stages(tmp_path / "run", {"facts": 1})
+    train_stages(extension(tmp_path / "run", style))
+    assert open_run(tmp_path / "run").load_links()
+
+
 def _stop_at(cell: str):
     def progress(what: str, done: int, rows: int) -> None:
         if what == cell:
@@ -538,6 +553,7 @@ def test_a_stage_that_cannot_be_trained_is_refused_before_the_stages_before_it(c
     for change, message in (
         ({"chain": style["chain"] | {"target_modules": ["q_pro"]}}, "got .'q_pro'.*; candidates"),
         ({"data": data | {"max_length": 10_000}}, "must fit the model's context"),
+        ({"chain": style["chain"] | {"extra_modules": ["q_proj"]}}, "chain adapt a module, or"),
         ({"train": {"optimizer": "adamm"}}, "`train.optimizer` must be one of"),
         ({"chain": style["chain"] | {"knots": {"policy": "space", "every": 1}}}, "policy` must be"),
     ):
@@ -835,11 +851,13 @@ def test_names_and_ids_of_a_pruned_stage_are_not_used_again(three, tmp_path, cap
     assert [link.id for link in open_run(run).load_links()] == [0, 1, 2]
     with pytest.raises(RunError, match="'law', which was pruned"):
         train_stages(extension(run, style | {"name": "law"}))
-    train_stages(extension(run, style | {"name": "new"}))
+    new = style | {"name": "new", "train": {}}
+    assert extension(run, new)[-1].config.train.eval_every is None  # as facts, not as style was
+    train_stages(extension(run, new))
     assert [link.id for link in open_run(run).load_links()][:4] == [0, 1, 2, 7]
     assert cli(["train", str(run / "stages/law/config.yaml"), "--resume"]) == 1
     assert "was pruned stays so" in capsys.readouterr().err
-    three["stages"] = [three["stages"][0], style | {"name": "new"}]
+    three["stages"] = [three["stages"][0], new]
     assert train_stages(make_stages(three)) == [None] * 2  # left out of the config
 
 

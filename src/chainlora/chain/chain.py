@@ -363,7 +363,9 @@ class Chain:
         self._take_off()
         try:
             self._holding.check_layers(self.model, config)
-            check_apart(self.links, self.model, config)
+            adapted = {name for link in self.links for name in link.factors}
+            whole = {path.rpartition(".")[0] for link in self.links for path in link.extra}
+            check_apart(adapted, whole, self.model, config)
             self._adapter = adapter = adapters.attach(self.model, config)
         except Exception:
             if before is not None:

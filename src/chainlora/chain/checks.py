@@ -190,13 +190,11 @@ def _extra_fault(link: Link, path: str, model: nn.Module | None) -> str | None:
     return None if model is None else _value_fault(model, path, weight)
 
 
-def check_apart(links: Sequence[Link], model: nn.Module, config: LinkConfig) -> None:
+def check_apart(adapted: set[str], whole: set[str], model: nn.Module, config: LinkConfig) -> None:
     """Raise ChainError for a link that trains whole what others adapt, or the other way round.
 
-    One of the two would be lost at the next knot.
+    One of the two would be lost at the next knot. `adapted` and `whole` are the modules of others.
     """
-    whole = {path.rpartition(".")[0] for link in links for path in link.extra}
-    adapted = {name for link in links for name in link.factors}
     both = adapted & adapters.inside(model, config.extra_modules)
     if whole:
         both |= whole & adapters.matched_modules(model, config).keys()

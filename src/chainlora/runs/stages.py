@@ -21,8 +21,10 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from chainlora import files
+from chainlora.chain.checks import check_strengths
+from chainlora.chain.link import Link
 from chainlora.config.stages import is_run, split_address, stage_folder
-from chainlora.errors import RunError
+from chainlora.errors import ChainError, RunError
 from chainlora.runs.manifest import DAMAGED, checksum
 from chainlora.runs.reading import Address, RunReader
 from chainlora.runs.resuming import take_lock
@@ -235,6 +237,24 @@ def _need_one_strength(folder: Path, names: Iterable[str]) -> None:
             )
 
 
+def _need_sum_later(begun: Path, strengths: Mapping[str, float]) -> None:
+    """Raise RunError where a mix would be no sum once a half-trained stage has ended."""
+    reader = RunReader(begun, strengths)
+    if not reader.exists:
+        return
+    manifest = reader.manifest()
+    links = [entry.outline() for entry in manifest.links[: manifest.first]]
+    links += [Link(len(links), each, {}) for each in reader.config().chain.links()]
+    try:
+        check_strengths(links)
+    except ChainError as error:
+        raise RunError(
+            "a mix must fit the stage that is half trained",
+            f"{error} in {begun}",
+            "finish it first",
+        ) from None
+
+
 def mix_stages(run: str | Path, strengths: Mapping[str, float]) -> None:
     """Give stages of a run other strengths, 0 for off; the others keep theirs.
 
@@ -254,4 +274,6 @@ def mix_stages(run: str | Path, strengths: Mapping[str, float]) -> None:
         _need_one_strength(folder, strengths)
         merged = found.strengths | {name: float(value) for name, value in strengths.items()}
         RunReader(folder, merged).load_links()  # refuses what is not a sum
+        for begun in half_trained(run, found):
+            _need_sum_later(begun, merged)
         write_stages(run, Stages(stages=found.stages, strengths=merged))

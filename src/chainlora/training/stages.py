@@ -16,11 +16,13 @@ from typing import Any, Literal
 
 import torch
 from accelerate import PartialState
+from torch import nn
 
-from chainlora.chain.adapters import check_targets
-from chainlora.chain.checks import check_strengths
+from chainlora.chain.adapters import check_targets, inside, matched_modules
+from chainlora.chain.checks import check_apart, check_strengths
 from chainlora.chain.link import Link
 from chainlora.config.loading import set_key
+from chainlora.config.schema import LinkConfig
 from chainlora.config.stages import (
     Stage,
     check_name,
@@ -199,8 +201,8 @@ def extension(
         before = before[: place_of(found, name, run)]
     if not before:
         raise RunError("an extension must come after a stage", f"{name!r}, the first", "rename it")
-    last = before[-1] if named is None else found.names[place_of(found, named, run)]
     goes_on = [each for each in before if each in found.here][-1:]
+    last = (goes_on or before)[-1] if named is None else found.names[place_of(found, named, run)]
     if output is None and last not in (before[-1], *goes_on):
         raise RunError(
             f"a run goes on at its last stage, {(goes_on or before)[-1]} (got {address}); give "
@@ -255,6 +257,11 @@ def _need_model(stages: Sequence[Stage], found: Sequence[StageState]) -> None:
     model = load_skeleton(stages[0].config.model)
     has_one, cpu = torch.accelerator.is_available(), torch.device("cpu")
     device = (torch.accelerator.current_accelerator() if has_one else None) or cpu
+    below = [
+        link
+        for stage, where in zip(stages[: ended + 1], found, strict=False)
+        for link in (stage.config.chain.links() if where.state != "pruned" else [])
+    ]
     for stage in later:
         with _named(stage):
             check_optimizer(stage.config, device)
@@ -263,6 +270,15 @@ def _need_model(stages: Sequence[Stage], found: Sequence[StageState]) -> None:
             length_limit(stage.config.data, context_length(model))
             for link in dict.fromkeys(stage.config.chain.links()):
                 check_targets(model, link)
+                _need_apart(model, below, link)
+        below += stage.config.chain.links()
+
+
+def _need_apart(model: nn.Module, below: Sequence[LinkConfig], link: LinkConfig) -> None:
+    others = dict.fromkeys(below)
+    adapted = {name for other in others for name in matched_modules(model, other)}
+    whole = {name for other in others for name in inside(model, other.extra_modules)}
+    check_apart(adapted, whole, model, link)
 
 
 @contextmanager
