@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from functools import lru_cache
 from pathlib import Path
 
+from conftest import write_rows
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -102,11 +102,6 @@ def pairs(count: int, start: int = 0) -> list[dict]:
 def pair_files(folder: Path) -> dict[str, str]:
     """Write 40 and 12 pairs to train on and to choose by; return their places."""
     return {
-        "train": write_rows(folder / "pairs.jsonl", pairs(40)),
-        "validation": write_rows(folder / "more_pairs.jsonl", pairs(12, 40)),
+        "train": str(write_rows(folder / "pairs.jsonl", pairs(40))),
+        "validation": str(write_rows(folder / "more_pairs.jsonl", pairs(12, 40))),
     }
-
-
-def write_rows(path: Path, rows: list[dict]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)

@@ -24,11 +24,7 @@ from chainlora.experiments.schema import make_experiment
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-LEAST = {
-    "model": "m",
-    "data": {"train": "rows.jsonl"},
-    "chain": {"ranks": [8], "steps": [9]},
-}
+LEAST = {"model": "m", "data": {"train": "rows.jsonl"}, "chain": {"ranks": [8], "steps": [9]}}
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
 KNOWN = {"", "bash", "console", "diff", "json", "python", "yaml"}
 FOUND = [

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import sys
 
 import pytest
+from conftest import write_rows
 from experiment_cases import tree
 
 from chainlora.config.loading import make_config
@@ -15,9 +15,8 @@ from chainlora.experiments import compare, comparison, expand, make_experiment, 
 
 @pytest.mark.parametrize("held_out", [False, True])
 def test_compare_on_a_user_s_own_files(tiny_folder, tmp_path, held_out):
-    rows = tmp_path / "mine.jsonl"
     pairs = [{"prompt": f"{word} is", "completion": f" {word}"} for word in ("one", "two", "three")]
-    rows.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    rows = write_rows(tmp_path / "mine.jsonl", pairs)
     config = make_config(
         {
             "model": str(tiny_folder),

@@ -108,12 +108,7 @@ def test_what_a_cut_takes_is_counted_and_told_once(tmp_path, caplog, format):
         ([{"text": "dogs", "id": 1}, {"text": "cats", "source": "web"}], "'id', 'source'"),
         ([{"prompt": "dogs", "completion": " two", "system": "Be short."}], "'system'"),
         (
-            [
-                {
-                    "messages": [*TALK[:1], {**TALK[1], "weight": 0, "name": None}],
-                    "documents": ["a"],
-                }
-            ],
+            [{"messages": [*TALK[:1], {**TALK[1], "weight": 0, "name": None}], "documents": ["a"]}],
             "'documents', 'messages[].weight'",
         ),
     ],

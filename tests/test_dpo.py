@@ -142,7 +142,7 @@ PLAIN = {
 def test_rows_without_a_pair_are_refused_before_the_model_is_loaded(name, settings, tmp_path):
     row, said = PLAIN[name]
     tree = settings("run") | {"model": "no/model"}
-    tree["data"]["train"] = write_rows(tmp_path / "plain.jsonl", [row])
+    tree["data"]["train"] = str(write_rows(tmp_path / "plain.jsonl", [row]))
     with pytest.raises(DataError, match=said) as caught:
         train(tree)
     assert "\n" not in str(caught.value)
@@ -184,7 +184,7 @@ def test_columns_of_other_names_are_the_same_pairs(settings, tmp_path):
     for split, path in theirs["data"].items():
         rows = map(json.loads, Path(path).read_text().splitlines())
         named = [{fields[k]: v for k, v in row.items()} for row in rows]
-        theirs["data"][split] = write_rows(tmp_path / f"{split} named.jsonl", named)
+        theirs["data"][split] = str(write_rows(tmp_path / f"{split} named.jsonl", named))
     theirs["data"]["fields"] = fields
     stop_after(make_config(theirs), 3)
     swapped = fields | {"chosen": "no", "rejected": "yes"}

@@ -177,7 +177,6 @@ LABELLED, PLAIN = one_token(random.Random(7)), language_rows(random.Random(7))
     ("rows", "metrics", "message"),
     [
         ([], "accuracy", r"\(got none\)"),
-        (LABELLED + PLAIN, "loss", "cannot be scored together"),
         (LABELLED, "acuracy", "did you mean 'accuracy'"),
         (PLAIN, "accuracy", "needs rows with a right candidate"),
         (LABELLED, "perplexity", "needs rows without candidates"),

@@ -12,12 +12,7 @@ import torch
 from experiment_cases import tree
 
 from chainlora.errors import RunError
-from chainlora.experiments import (
-    make_experiment,
-    read_results,
-    report_experiment,
-    run_cells,
-)
+from chainlora.experiments import make_experiment, read_results, report_experiment, run_cells
 
 ROOT = Path(__file__).resolve().parents[1]
 

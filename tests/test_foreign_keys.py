@@ -320,10 +320,7 @@ REFUSED = {
     "an adapter to start from": (AXOLOTL.replace("dir:\n", "dir: x\n"), "lora_model_dir: x – a"),
     "a schedule": (LLAMA_FACTORY.replace("cosine", "polynomial"), "polynomial – train.schedule"),
     "an optimizer": (AXOLOTL.replace("adamw_8bit", "apollo_adamw"), "optimizer: apollo_adamw – "),
-    "a batch of no number": (
-        AXOLOTL.replace("size: 2", "size: auto"),
-        "size: auto – give a",
-    ),
+    "a batch of no number": (AXOLOTL.replace("size: 2", "size: auto"), "size: auto – give a"),
     "a batch that does not divide": (LITGPT.replace("size: 8", "size: 7"), "must be a multiple"),
 }
 

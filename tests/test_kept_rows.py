@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from math import floor
 
@@ -79,7 +78,7 @@ def folder_of(path, **files):
     """Write JSONL files of prompts and completions, one letter a row."""
     for name, letters in files.items():
         rows = [{"prompt": f"{letter} is", "completion": " good"} for letter in letters]
-        (path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_rows(path / f"{name}.jsonl", rows)
     return lambda name: str(path / f"{name}.jsonl")
 
 

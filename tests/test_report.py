@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import write_rows
 from experiment_cases import change, with_curve, write_lines
 from helpers import records_of, settings, stop_after
 from safetensors.numpy import load_file
@@ -95,9 +96,7 @@ def test_the_numbers_are_those_of_the_files(finished, tmp_path):
 def test_answers_after_each_link_are_those_of_generate(chainlora, finished, tmp_path):
     prompts = ["the cat sat", "<b>two</b> & red birds"]
     (tmp_path / "asked.txt").write_text("\n".join(prompts) + "\n\n")
-    (tmp_path / "asked.jsonl").write_text(
-        "".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts)
-    )
+    write_rows(tmp_path / "asked.jsonl", [{"prompt": prompt} for prompt in prompts])
     pages = []
     for name in ("asked.txt", "asked.jsonl"):
         keys = ("--prompts", tmp_path / name, "--max-new-tokens", "5")
@@ -131,10 +130,9 @@ def test_answers_to_a_run_s_own_rows(finished, sentiment, tmp_path):
 def test_answers_to_the_rows_of_a_stage(tiny_folder, sentiment, tmp_path):
     """The one after it held out fewer of the same file."""
     rows = [{"prompt": f"cat {n} sat", "completion": " on a mat"} for n in range(12)]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"train": str(write_rows(tmp_path / "rows.jsonl", rows))}
     run = tmp_path / "run"
     config = settings(tiny_folder, sentiment, run, chain={"ranks": [2], "steps": [1]})
-    data = {"train": str(tmp_path / "rows.jsonl")}
     stages = [
         {"name": "facts", "data": {"validation": 6}},
         {"name": "style", "data": {"validation": 2}},

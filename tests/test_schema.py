@@ -16,11 +16,7 @@ from chainlora.config.loading import parse_yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = [ROOT / f"examples/{name}.yaml" for name in ("dates", "chat")]
-LEAST = {
-    "model": "m",
-    "data": {"train": "rows.jsonl"},
-    "chain": {"ranks": [8], "steps": [9]},
-}
+LEAST = {"model": "m", "data": {"train": "rows.jsonl"}, "chain": {"ranks": [8], "steps": [9]}}
 
 
 @pytest.fixture(scope="module")

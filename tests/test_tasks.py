@@ -4,16 +4,9 @@ from __future__ import annotations
 
 import pytest
 from helpers_data import encode_examples
-from helpers_tasks import (
-    HUB_ROWS,
-    PROMPTS,
-    write_rows,
-)
+from helpers_tasks import HUB_ROWS, PROMPTS, write_rows
 
-from chainlora.data.tasks import (
-    load_task,
-    split_source,
-)
+from chainlora.data.tasks import load_task, split_source
 from chainlora.errors import DataError
 
 

@@ -3,16 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from helpers_tasks import (
-    PROMPTS,
-    write_rows,
-    write_task,
-)
+from helpers_tasks import PROMPTS, write_rows, write_task
 
 from chainlora.data.sources import find_source
-from chainlora.data.tasks import (
-    load_task,
-)
+from chainlora.data.tasks import load_task
 from chainlora.errors import ConfigError, DataError
 
 

@@ -3,17 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from helpers_tasks import (
-    make_split,
-    write_rows,
-    write_task,
-)
+from helpers_tasks import make_split, write_rows, write_task
 
-from chainlora.data.tasks import (
-    load_task,
-    sample_splits,
-    split_source,
-)
+from chainlora.data.tasks import load_task, sample_splits, split_source
 from chainlora.errors import DataError
 
 

@@ -81,16 +81,15 @@ def meanings(model: type[BaseModel]) -> dict[str, str]:
     return found
 
 
-def config_sections() -> dict[str, type[BaseModel]]:
+def config_sections(
+    prefix: str = "", model: type[BaseModel] = RunConfig
+) -> dict[str, type[BaseModel]]:
     """Return the sections of a config by the prefix of their keys: ``""``, ``"data."``, …"""
-    return dict(_sections("", RunConfig))
-
-
-def _sections(prefix: str, model: type[BaseModel]) -> Iterator[tuple[str, type[BaseModel]]]:
-    yield prefix, model
+    found = {prefix: model}
     for key, field in model.model_fields.items():
         for kind in _sections_in(field.annotation):
-            yield from _sections(f"{prefix}{key}.", kind)
+            found |= config_sections(f"{prefix}{key}.", kind)
+    return found
 
 
 def _sections_in(annotation: Any) -> list[type[BaseModel]]:

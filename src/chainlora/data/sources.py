@@ -183,11 +183,7 @@ class HubSource(Source):
 
         try:
             return load_dataset(
-                self.path,
-                self.name,
-                data_dir=self.folder,
-                revision=self.revision,
-                split=self.split,
+                self.path, self.name, data_dir=self.folder, revision=self.revision, split=self.split
             )
         except Exception as error:  # a dozen unrelated types for "could not get it"
             reason = " ".join(str(error).split())[:200]

@@ -83,7 +83,7 @@ def evaluate(
 
     Raises:
         ConfigError: an unknown metric, or one that these rows cannot give.
-        DataError: no examples, or rows with and without a label mixed.
+        DataError: no examples.
         ModelError: the model gives scores that are not numbers.
     """
     names = check_metrics(metrics)
@@ -168,11 +168,7 @@ def _answers(
     def generate(prompts: Sequence[Any]) -> list[str]:
         with engine.plain() as model:
             return generate_greedy(
-                causal_model(model),
-                prompts=prompts,
-                progress=advance,
-                most=engine.most,
-                **options,
+                causal_model(model), prompts=prompts, progress=advance, most=engine.most, **options
             )
 
     texts: list[str] = engine.spread([example.prompt for example in examples], generate)
@@ -194,15 +190,7 @@ def _are_labelled(examples: Sequence[Example]) -> bool:
         raise DataError(
             "an evaluation needs at least one example (got none); check the split and --limit"
         )
-    labelled = [example.label is not None for example in examples]
-    if any(labelled) and not all(labelled):
-        raise DataError(
-            f"rows with and without a right candidate cannot be scored together (got none at row "
-            f"{examples[labelled.index(False)].row}); evaluate them apart"
-        )
-    if not labelled[0] and any(len(example.sequences) != 1 for example in examples):
-        raise DataError("rows of several candidates need a right one (got none); give the label")
-    return labelled[0]
+    return examples[0].label is not None
 
 
 def _check_names(names: Sequence[str], examples: Sequence[Example], *, is_labelled: bool) -> None:

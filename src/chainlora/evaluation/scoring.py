@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from chainlora.chain.showing import Shown
 from chainlora.config.schema import DataConfig, RunConfig
 from chainlora.data.examples import Example
+from chainlora.data.sources import Source
 from chainlora.data.splits import SPLITS, Splits, encode_split, prepare_splits, task_split_source
 from chainlora.data.tasks import Task, load_task
 from chainlora.engine.engine import Engine, Speedups
@@ -64,7 +66,8 @@ def evaluate_task(
     if task is None and data is not None and own is not None and own.task is not None:
         task = load_task(own.task)
     if task is not None:
-        encode = _rows_of_task(task, own, data, split, limit)
+        source = task_split_source(task, data, split, limit)
+        encode: Encode = partial(_rows_of_task, task, source, own)
     else:
         encode = _own_rows(run_or_model, config, data, split, limit)
     model, tokenizer = load_run_or_model(run_or_model, num_links=num_links, dtype=dtype)
@@ -127,15 +130,9 @@ def _reference(
 
 
 def _rows_of_task(
-    task: Task, config: DataConfig | None, data: str | None, split: str, limit: int | None
-) -> Encode:
-    """Find the rows of a task; return what tokenises them."""
-    source = task_split_source(task, data, split, limit)
-
-    def encode(tokenizer: Any, context: int) -> tuple[Task, Sequence[Example]]:
-        return task, encode_split(task, source, tokenizer, context, config)
-
-    return encode
+    task: Task, source: Source, config: DataConfig | None, tokenizer: Any, context: int
+) -> tuple[Task, Sequence[Example]]:
+    return task, encode_split(task, source, tokenizer, context, config)
 
 
 def _own_rows(

@@ -13,21 +13,15 @@ See docs/experiments.md. Files to run are in examples/experiments, results in be
 """
 
 from chainlora.experiments.compare import compare, comparison
-from chainlora.experiments.expansion import Cell, expand
-from chainlora.experiments.plan import Plan, plan_experiment
+from chainlora.experiments.expansion import expand
+from chainlora.experiments.plan import plan_experiment
 from chainlora.experiments.progress import experiment_progress
-from chainlora.experiments.report.report import Report, report_experiment
-from chainlora.experiments.results import Results, read_results
-from chainlora.experiments.runner import Outcome, run_cells, run_experiment
-from chainlora.experiments.schema import Experiment, load_experiment, make_experiment
+from chainlora.experiments.report.report import report_experiment
+from chainlora.experiments.results import read_results
+from chainlora.experiments.runner import run_cells, run_experiment
+from chainlora.experiments.schema import load_experiment, make_experiment
 
 __all__ = [
-    "Cell",
-    "Experiment",
-    "Outcome",
-    "Plan",
-    "Report",
-    "Results",
     "compare",
     "comparison",
     "expand",

@@ -61,11 +61,7 @@ class Outcome:
 
 
 def run_experiment(
-    path: str | Path,
-    out: str | Path,
-    *,
-    overrides: Sequence[tuple[str, str]] = (),
-    **options: Any,
+    path: str | Path, out: str | Path, *, overrides: Sequence[tuple[str, str]] = (), **options: Any
 ) -> Outcome:
     """Run an experiment file and return what became of it.
 

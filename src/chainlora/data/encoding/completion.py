@@ -6,12 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from chainlora.data.encoding.drafts import Draft, Ids
-from chainlora.data.encoding.tokens import (
-    TokenReader,
-    check_start,
-    common_prefix,
-    refuse_nothing,
-)
+from chainlora.data.encoding.tokens import TokenReader, check_start, common_prefix, refuse_nothing
 from chainlora.data.readers import bad_row
 from chainlora.data.sources import Row
 from chainlora.data.tasks import Task

@@ -10,12 +10,7 @@ from typing import Any
 
 from chainlora.evaluation.metrics import is_higher_better
 from chainlora.experiments.report.comparisons import Facts
-from chainlora.experiments.report.origin import (
-    base_note,
-    methods_table,
-    mixed_machines,
-    provenance,
-)
+from chainlora.experiments.report.origin import base_note, methods_table, mixed_machines, provenance
 from chainlora.experiments.report.soft_knots import does_rank_bind, tied_none
 from chainlora.experiments.report.values import Summary, digits, diverged_finals, missing_cells
 from chainlora.experiments.report.verdicts import differences_table, verdicts

@@ -19,12 +19,7 @@ from chainlora.experiments.statistics.intervals import (
     mean_sd,
 )
 from chainlora.experiments.statistics.power import LEVEL, detectable
-from chainlora.experiments.statistics.sign_flip import (
-    MAX_EXACT,
-    holm,
-    sign_flip_test,
-    smallest_p,
-)
+from chainlora.experiments.statistics.sign_flip import MAX_EXACT, holm, sign_flip_test, smallest_p
 
 Verdict = Literal["wins", "loses", "no difference found", "too few pairs"]
 VERDICTS: tuple[Verdict, ...] = ("wins", "loses", "no difference found", "too few pairs")
