@@ -53,6 +53,14 @@ def injected(folder):
     return peft.inject_adapter_in_model(lora(4), plain_model(folder))
 
 
+def trained_otherwise(folder, name: str, *, is_trained: bool) -> peft.PeftModel:
+    model = peft_model(folder)
+    for path, parameter in model.named_parameters():
+        if name in path:
+            parameter.requires_grad_(is_trained)
+    return model
+
+
 MODELS = {
     "full fine-tuning": (plain_model, "needs a model of PEFT"),
     "no model of PEFT": (injected, "needs a model of PEFT .*with an adapter"),
@@ -62,6 +70,14 @@ MODELS = {
         "needs one adapter.*; leave adapter_name out",
     ),
     "a merged adapter": (merged, "needs an adapter beside the base"),
+    "a norm that is trained too": (
+        lambda folder: trained_otherwise(folder, "model.norm", is_trained=True),
+        r"model\.norm\.weight, which is trained too\); freeze it, or name its module",
+    ),
+    "A that is frozen": (
+        lambda folder: trained_otherwise(folder, "lora_A", is_trained=False),
+        r"lora_A\.default\.weight, which is frozen\).*train_factors",
+    ),
     "a tied head in modules_to_save": (
         lambda folder: peft_model(folder, modules_to_save=["lm_head"]),
         "must not name a tied head",
@@ -154,18 +170,27 @@ def adam_whose_weights_decay(parameters) -> torch.optim.Optimizer:
     return torch.optim.Adam(parameters, weight_decay=0.1)
 
 
-def optimizer_that_counts(parameters) -> torch.optim.Optimizer:
+def optimizer_with_weights(parameters) -> torch.optim.Optimizer:
     return torch.optim.AdamW([{"params": parameters, "k": 0}])  # as schedule-free ones do
 
 
 @pytest.mark.parametrize(
-    ("make", "moments", "rule"),
+    ("make", "keys", "rule"),
     [
-        (adam_whose_weights_decay, "carried", "those of Adam and SGD without weight_decay"),
-        (optimizer_that_counts, "new", r"to be reset \(got 'k'"),
+        (
+            adam_whose_weights_decay,
+            {"knots": {"time_constant": 5}},
+            "those of Adam and SGD without weight_decay",
+        ),
+        (
+            optimizer_with_weights,
+            {"knots": {"time_constant": 5, "moments": "new"}},
+            r"moments alone, by parameter, to go over a knot \(got 'k'",
+        ),
+        (optimizer_with_weights, {"steps": 4, "optimizer_reset": "off"}, r"\(got 'k'"),
     ],
 )
-def test_moments_that_no_soft_knot_can_carry_or_clear(tiny_folder, tmp_path, make, moments, rule):
+def test_what_no_knot_can_carry_or_clear(tiny_folder, tmp_path, make, keys, rule):
     model = peft_model(tiny_folder)
     with pytest.raises(ChainLoRAError, match=rule):
         Trainer(
@@ -173,7 +198,7 @@ def test_moments_that_no_soft_knot_can_carry_or_clear(tiny_folder, tmp_path, mak
             args=TrainingArguments(**arguments(tmp_path)),
             train_dataset=token_rows(),
             optimizers=(make([p for p in model.parameters() if p.requires_grad]), None),
-            callbacks=[ChainCallback(knots={"time_constant": 5, "moments": moments})],
+            callbacks=[ChainCallback(**keys)],
         ).train()
 
 
@@ -245,6 +270,10 @@ def test_a_second_training_and_a_second_trainer(tiny_folder, tokenizer, tmp_path
     trainer = make_trainer(peft_model(tiny_folder), tokenizer, tmp_path, callback)
     trainer.train()
     with pytest.raises(ChainLoRAError, match="chain and trainer must be at one step"):
+        trainer.train()
+    trainer = make_trainer(peft_model(tiny_folder), tokenizer, tmp_path, ChainCallback(steps=4))
+    trainer.add_callback(ChainCallback(steps=4))
+    with pytest.raises(ChainLoRAError, match=r"got 2 and 1\); .* one ChainCallback"):
         trainer.train()
     with pytest.raises(ChainLoRAError, match="for one trainer"):
         make_trainer(peft_model(tiny_folder), tokenizer, tmp_path, callback)

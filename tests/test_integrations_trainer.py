@@ -26,10 +26,11 @@ from helpers_integrations import (
     trainer_loss,
 )
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments, get_scheduler
 
 from chainlora import ChainCallback, load_chain, make_config, train
 from chainlora.errors import ConfigError
+from chainlora.integrations.restarts import restart_schedule
 from chainlora.runs.directory import RunDirectory
 from chainlora.runs.loading_start import load_start
 from chainlora.training.plan import make_plan
@@ -74,6 +75,21 @@ def test_a_schedule_a_link_ends_at_the_rate_that_is_asked_for(
         rates.append([each["learning_rate"] for each in records if "learning_rate" in each])
     assert rates[1] == pytest.approx(rates[0] * 2)
     assert min(rates[0]) > LR / 2
+
+
+def test_a_schedule_that_lags_begins_with_its_link(tmp_path):
+    """A gradient scaler skips steps, and the schedule with them; no rate falls below zero."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule = get_scheduler("linear", optimizer, 0, 8)
+    optimizer.step()
+    schedule.step()
+    restart_schedule(schedule, TrainingArguments(**arguments(tmp_path)), first=4, num_steps=4)
+    rates = []
+    for _ in range(4):
+        rates += schedule.get_last_lr()
+        optimizer.step()
+        schedule.step()
+    assert rates == [1.0, 0.75, 0.5, 0.25]
 
 
 def test_train_and_trainer_give_the_same_links(tiny_folder, tokenizer, sentiment, tmp_path):
@@ -170,10 +186,27 @@ def test_soft_knots_are_those_of_our_loop(tiny_folder, tokenizer, tmp_path, sche
     torch.testing.assert_close(logits(trainer.model), logits(own.model), atol=5e-3, rtol=0)
 
 
+def test_a_batch_size_that_is_found_decides_the_soft_knots(tiny_folder, tokenizer, tmp_path):
+    spacings = []
+    for batch_size in (2, 4):
+        callback = ChainCallback(knots={"every": 2})
+        keys = {"max_steps": -1, "num_train_epochs": 1, "auto_find_batch_size": True}
+        keys["per_device_train_batch_size"] = batch_size
+        trainer = make_trainer(peft_model(tiny_folder), tokenizer, tmp_path, callback, **keys)
+        trainer.model.register_forward_pre_hook(fit_two_rows, with_kwargs=True)
+        trainer.train()
+        assert sum(callback._knots.numbers.lengths) == 24
+        spacings.append(callback._knots.numbers.knots)
+    assert spacings[0] == spacings[1]
+
+
+def fit_two_rows(model, _, batch) -> None:
+    if len(batch["input_ids"]) > 2:
+        raise RuntimeError("CUDA out of memory.")
+
+
 def test_the_optimizer_is_new_or_kept(tiny_folder, tokenizer, tmp_path):
     """The first step of a fresh Adam moves every weight by the rate."""
-    from transformers import TrainerCallback
-
     moved = {}
 
     class Look(TrainerCallback):
@@ -259,13 +292,28 @@ def test_a_trained_adapter_is_the_first_link(how, tiny_folder, tokenizer, tmp_pa
         make_trainer(model, tokenizer, tmp_path, ChainCallback(steps=4, start=adapter))
 
 
+def test_a_chain_of_one_link_goes_on_in_a_second_trainer(tiny_folder, tokenizer, tmp_path):
+    knots = {"every": 3, "share": 0.5}
+    first = run(tiny_folder, tokenizer, tmp_path, ChainCallback(knots=knots))
+    before = logits(first.model)
+    second = make_trainer(first.model, tokenizer, tmp_path, ChainCallback([4, 2]))
+    # the link that has ended is stored to a relative error of 3e-3
+    torch.testing.assert_close(logits(second.model), before, atol=5e-3, rtol=0)
+    second.train()
+    second.save_model(str(tmp_path / "final"))
+    assert_adapter_is_the_model(tiny_folder, tmp_path / "final", second.model, ROUNDING)
+    assert [link.num_steps for link in chain_of(second).links] == [11, 6, 5]
+
+
 # --- saves ---
 
 
 def test_every_save_is_a_chain_and_an_adapter(tiny_folder, tokenizer, tmp_path):
     callback = ChainCallback(ranks=[4, 4, 2], steps=[4, 4, 3])
     keys = {"save_strategy": "steps", "save_steps": 2}
-    trainer = run(tiny_folder, tokenizer, tmp_path, callback, **keys)
+    trainer = make_trainer(peft_model(tiny_folder), tokenizer, tmp_path, callback, **keys)
+    trainer.save_model(str(tmp_path / "final"))
+    trainer.train()
     ranks = {}
     for step in (2, 4, 6, 8, 10, 11):
         folder = tmp_path / f"checkpoint-{step}"
@@ -278,6 +326,7 @@ def test_every_save_is_a_chain_and_an_adapter(tiny_folder, tokenizer, tmp_path):
 
     trainer.save_model(str(tmp_path / "final"))
     assert_adapter_is_the_model(tiny_folder, tmp_path / "final", trainer.model, ROUNDING)
+    assert "3 LoRA link(s) as one adapter of rank 10" in (tmp_path / "final/README.md").read_text()
     trainer.model.save_pretrained(str(tmp_path / "again"))
     merged = trainer.model.merge_and_unload()
     assert_adapter_is_the_model(tiny_folder, tmp_path / "again", merged, ROUNDING)

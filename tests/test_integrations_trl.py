@@ -27,8 +27,8 @@ pytest.importorskip("trl", reason="TRL is an extra: pip install 'chainlora[trl]'
 from helpers_trl import MAKERS, dpo, preferences, sft
 from torch.nn.functional import log_softmax, logsigmoid
 from torch.utils.data import DataLoader
-from transformers import AutoModelForSequenceClassification
-from trl import RewardConfig, RewardTrainer
+from transformers import AutoModelForSequenceClassification, TrainerCallback
+from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 RANKS, LENGTHS = (4, 4, 2), (4, 4, 3)
@@ -198,6 +198,32 @@ def test_saves_resume_and_best_across_knots(tiny_folder, tokenizer, tmp_path, ki
 
 
 # --- rewards ---
+
+
+def test_dropout_that_trl_switches_off_stays_off(tiny_folder, tokenizer, tmp_path):
+    """DPOTrainer does it on the chain's layers, RewardTrainer before there is a chain."""
+    seen = set()
+
+    class Look(TrainerCallback):
+        def on_step_end(self, args, state, control, model, **_):
+            seen.update(m.p for m in model.modules() if isinstance(m, torch.nn.Dropout))
+
+    settings = {"r": 4, "target_modules": TARGETS, "lora_dropout": 0.5}
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_folder, num_labels=1)
+    for make, config, base, task, more in (
+        (RewardTrainer, RewardConfig, model, "SEQ_CLS", {}),
+        (DPOTrainer, DPOConfig, plain_model(tiny_folder), None, {"precompute_ref_log_probs": True}),
+    ):
+        keys = arguments(tmp_path, max_steps=2, max_length=64, bf16=False) | more
+        make(
+            model=base,
+            args=config(**keys),
+            train_dataset=preferences().select(range(8)),
+            processing_class=tokenizer,
+            peft_config=peft.LoraConfig(**settings, task_type=task),
+            callbacks=[ChainCallback([4, 2]), Look()],
+        ).train()
+        assert seen == {0}
 
 
 def test_a_reward_model_is_a_chain_with_its_head(tiny_folder, tokenizer, tmp_path):

@@ -17,7 +17,7 @@ from torch import nn
 
 from chainlora import Chain, make_config, train
 from chainlora.errors import ConfigError
-from chainlora.knots.moments import carry_moments
+from chainlora.knots.moments import carry_moments, unknown_moments
 from chainlora.training.optimizer_kinds.lion import Lion
 from chainlora.training.optimizers import (
     OPTIMIZERS,
@@ -163,6 +163,10 @@ def test_momentum_into_which_weights_decay_is_not_carried(momentum):
     refuses = pytest.raises(ConfigError, match=r"got weight_decay in the moments .*moments: new")
     with refuses if momentum else nullcontext():
         check_optimizer(config, CPU)
+    parameters = [nn.Parameter(torch.ones(2, 2))]
+    for kind in (torch.optim.Adam, torch.optim.NAdam, torch.optim.RAdam):
+        keys = {"weight_decay": 0.1, "decoupled_weight_decay": not momentum}
+        assert bool(unknown_moments(kind(parameters, **keys))) == bool(momentum)
 
 
 def history(adapter, config, scales):

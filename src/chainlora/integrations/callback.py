@@ -29,7 +29,13 @@ from chainlora.integrations.loaders import learned_a_row, steps_per_epoch
 from chainlora.integrations.plan import Epochs, Lengths, check_knots, link_lengths
 from chainlora.integrations.wrapped_chain import WrappedChain
 from chainlora.knots.driver import Knots, check_policy
-from chainlora.knots.numbers import Numbers, asks_for_tokens, say_what_to_expect, spacings
+from chainlora.knots.numbers import (
+    Numbers,
+    Spacings,
+    asks_for_tokens,
+    say_what_to_expect,
+    spacings,
+)
 from chainlora.knots.policy import Knot, KnotPolicy
 from chainlora.models.modes import kept_random_state
 from chainlora.runs.loading_start import load_start
@@ -149,6 +155,7 @@ class ChainCallback(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Count the step, and stop where the policy ends the last link."""
         self.chain.count_step()
+        self._check_step(state)
         if self._knots.is_last:
             knot = self._knot(state, kwargs["optimizer"])
             if knot is not None and knot.ends_link:
@@ -217,8 +224,10 @@ class ChainCallback(TrainerCallback):
         per_epoch = steps_per_epoch(loader, args)
         lengths = link_lengths(num_links, self.steps, self.epochs, state.max_steps, per_epoch)
         config, wrapped = self._chain_config(len(lengths)), self._need()
-        begun = () if wrapped.numbers is None else wrapped.numbers.knots  # those of a resume stay
-        if state.global_step and wrapped.numbers is None and self.knots is not None:
+        begun: Spacings = ()
+        if state.global_step and wrapped.numbers is not None:
+            begun = wrapped.numbers.knots  # of a resume
+        elif state.global_step and self.knots is not None:
             logger.warning(
                 "the checkpoint does not say where its soft knots are (got one of version 0.2); "
                 "that is decided now"
@@ -264,12 +273,7 @@ class ChainCallback(TrainerCallback):
                 "a trainer tunes a live link (got a chain whose links are all tied); begin with a "
                 "new model, callback and trainer"
             )
-        done = self._knots.first_step + chain.live_steps
-        if done != state.global_step:
-            raise ChainError(
-                f"chain and trainer must be at one step (got {done} and {state.global_step}); "
-                "resume from a checkpoint, or begin with a new model, callback and trainer"
-            )
+        self._check_step(state)
         found = [*(link.config for link in chain.links), chain.live.config]
         planned = [*self._begun_on, *self._knots.links]
         if found != planned[: len(found)]:
@@ -287,6 +291,15 @@ class ChainCallback(TrainerCallback):
                 f"planned {lengths}); use the settings of the checkpoint"
             )
 
+    def _check_step(self, state: TrainerState) -> None:
+        """Raise unless the chain has made the trainer's steps: no other loop or callback counts."""
+        done = self._knots.first_step + self.chain.live_steps
+        if done != state.global_step:
+            raise ChainError(
+                f"chain and trainer must be at one step (got {done} and {state.global_step}); "
+                "resume from a checkpoint, or begin with a new model, trainer and one ChainCallback"
+            )
+
     def _take_over(
         self, args: TrainingArguments, optimizer: torch.optim.Optimizer, scheduler: Any
     ) -> None:
@@ -294,8 +307,9 @@ class ChainCallback(TrainerCallback):
         self._trained.take_over(optimizer, self._processes)
         num_links, soft = len(self._knots.links), self._chain_config(1).knots
         carries = soft is not None and soft.moments == "carried"
-        if (self.optimizer_reset == "full" and num_links > 1) or (soft is not None and not carries):
-            restarts.check_restart(optimizer)
+        is_new = (self.optimizer_reset == "full" and num_links > 1) or not (carries or soft is None)
+        if num_links > 1 or is_new or self.policy is not None:
+            restarts.check_restart(optimizer, is_reset=is_new)
         if carries:
             restarts.check_carried(optimizer)
         if self.restart_schedule:

@@ -19,8 +19,10 @@ from chainlora.errors import ChainError, ConfigError
 from chainlora.knots.moments import unknown_moments
 from chainlora.training.processes import Processes
 
-# Keys of parameter groups in which an optimizer counts or adapts (schedule-free, Prodigy, D-Adapt).
-_MEMORIES = ("k", "d", "step", "weight_sum", "scheduled_lr")
+# Keys of parameter groups by which optimizers tell that they keep weights, which no knot would
+# change (schedule-free, Prodigy, D-Adapt); and the key in which some count steps.
+_WEIGHTS = ("k", "d", "weight_sum", "scheduled_lr")
+_COUNT = ("step",)
 # Optimizers whose moments are known (`knots.moments.MOMENTS`).
 _CARRIED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
 
@@ -84,14 +86,19 @@ def named_parameters(model: nn.Module) -> dict[nn.Parameter, str]:
     return {p: name for name, p in model.named_parameters() if p.requires_grad}
 
 
-def check_restart(optimizer: torch.optim.Optimizer) -> None:
-    """Raise ConfigError for an optimizer that keeps something when its state is cleared."""
+def check_restart(optimizer: torch.optim.Optimizer, *, is_reset: bool) -> None:
+    """Raise ConfigError for an optimizer that no knot leaves as it should be.
+
+    With `is_reset` it must be as new when its state is cleared. Otherwise it goes on, and must not
+    draw the next link towards the weights of the one before.
+    """
     for group in optimizer.param_groups:
-        kept = [key for key in _MEMORIES if key in group]
+        kept = [key for key in _WEIGHTS + _COUNT * is_reset if key in group]
         if kept:
             raise ConfigError(
-                f"an optimizer must keep what it knows by parameter to be reset (got {kept[0]!r} "
-                f"in the groups of {_name(optimizer)}); use optimizer_reset='off', or another"
+                "an optimizer must keep moments alone, by parameter, to go over a knot",
+                f"{kept[0]!r} in the groups of {_name(optimizer)}",
+                "use another, such as adamw_torch",
             )
 
 
@@ -139,7 +146,12 @@ def check_schedule(scheduler: Any, args: TrainingArguments, num_steps: int) -> N
 def restart_schedule(
     scheduler: LambdaLR, args: TrainingArguments, first: int, num_steps: int
 ) -> None:
-    """Give a link the whole schedule for itself, from step `first` on, warm-up included."""
+    """Give a link the whole schedule for itself, from step `first` on, warm-up included.
+
+    A schedule may lag behind the steps: it leaves out those that a gradient scaler skips, and is
+    new where a checkpoint was saved without it.
+    """
+    scheduler.last_epoch = max(scheduler.last_epoch, first)
     factor = _factor(args, num_steps, scheduler.optimizer.defaults["lr"])
 
     def of_link(step: int) -> float:

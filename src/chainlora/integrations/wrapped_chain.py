@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,14 @@ from typing import Any
 import torch
 
 from chainlora import files
-from chainlora.chain.adapters import put_in, read_trained, redirect, take_off
+from chainlora.chain.adapters import (
+    get_dropouts,
+    put_in,
+    read_trained,
+    redirect,
+    set_dropouts,
+    take_off,
+)
 from chainlora.chain.chain import Chain
 from chainlora.chain.link import Link, stack_links
 from chainlora.config.schema import LinkConfig
@@ -27,6 +35,7 @@ from chainlora.errors import ConfigError, DivergedError, RunError
 from chainlora.knots.numbers import Numbers
 from chainlora.models.finding import folder_of
 from chainlora.models.modes import kept_random_state
+from chainlora.runs.cards import is_of_another
 from chainlora.runs.compression import adapter_factors
 from chainlora.runs.export import write_adapter, write_adapter_card
 from chainlora.runs.loading_start import put_on
@@ -70,20 +79,26 @@ class WrappedChain:
         switch_off: Callable[[], None],
     ) -> None:
         self.model, self._writes = model, writes
+        self._dropouts = get_dropouts(model.get_base_model())
         earlier: Chain | None = vars(model).get(_CHAIN)
-        trained = read_trained(model) if earlier is None else ({}, {})
-        if trained is not None and start.links:
+        trained = read_trained(model) if earlier is None else None
+        is_fresh = trained is None and not (earlier is not None and _has_learned(earlier))
+        if start.links and not is_fresh:
             raise ConfigError(
                 "`start` needs a model with a fresh adapter",
                 "one that has learned something",
                 "leave `start` out, or load the base anew",
             )
         with kept_random_state(model):
-            self.chain = (
-                _brought_to_an_end(earlier) if earlier else _begun(model, seed, config, start)
+            self.chain = chain = (
+                _begun(model, seed, config) if earlier is None else _brought_to_an_end(earlier)
             )
-        if earlier is None and trained is not None:
-            self.chain.add(Link(0, config, *trained))
+        if is_fresh:
+            chain.seed = seed
+            for note in put_on(start, chain).notes:
+                logger.warning(note)
+        if trained is not None:
+            chain.add(Link(0, config, *trained))
         stack_links(self.chain.links)  # one adapter holds them all
         vars(model)[_CHAIN] = self.chain
         self.first = len(self.chain)
@@ -92,8 +107,8 @@ class WrappedChain:
 
     def extend(self, config: LinkConfig) -> None:
         """Begin a link. Random numbers that the trainer draws later stay the same."""
-        with kept_random_state(self.chain.model):
-            put_in(self.model, self.chain.extend(config))
+        with self._putting_in():
+            self.chain.extend(config)
 
     def tie(self) -> Link:
         """End the live link. Raises DivergedError rather than tie what is not finite."""
@@ -144,22 +159,30 @@ class WrappedChain:
             )
         saved = read_chain(open_run(folder / INSIDE))
         self.numbers = saved.manifest.numbers
-        with kept_random_state(self.chain.model):
+        with self._putting_in():
             restore_chain(self.chain, saved)
+
+    @contextmanager
+    def _putting_in(self) -> Iterator[None]:
+        """Give the model the layers that the chain puts on, with the dropout of those before.
+
+        A trainer of TRL switches dropout off once, on the layers there are.
+        """
+        self._dropouts |= get_dropouts(self.chain.model)
+        with kept_random_state(self.chain.model):
+            yield
         if self.chain.adapter is not None:
             put_in(self.model, self.chain.adapter)
+            set_dropouts(self.chain.adapter, self._dropouts)
 
 
-def _begun(model: Any, seed: int, config: LinkConfig, start: Start) -> Chain:
-    """Return a chain of the links of a start, on the plain model inside a PEFT model."""
+def _begun(model: Any, seed: int, config: LinkConfig) -> Chain:
+    """Return a chain of no links on the plain model inside a PEFT model."""
     plain = take_off(model)
     folder = folder_of(plain)
     if folder is not None:
         _warn_of_vocabulary(plain, folder, config)
-    chain = Chain(plain, seed=seed, checkpoint=folder)
-    for note in put_on(start, chain).notes:
-        logger.warning(note)
-    return chain
+    return Chain(plain, seed=seed, checkpoint=folder)
 
 
 def _warn_of_vocabulary(model: Any, folder: Path, config: LinkConfig) -> None:
@@ -180,6 +203,10 @@ def _warn_of_vocabulary(model: Any, folder: Path, config: LinkConfig) -> None:
             "chain holds them; save the resized model by save_pretrained, and begin on that",
             *(now, before, folder),
         )
+
+
+def _has_learned(chain: Chain) -> bool:
+    return bool(chain.links) or chain.live_steps > 0
 
 
 def _brought_to_an_end(chain: Chain) -> Chain:
@@ -208,7 +235,7 @@ def _write_adapter(folder: Path, links: Sequence[Link], base: Base) -> None:
     factors, _ = adapter_factors(links)
     with files.reported(folder), tempfile.TemporaryDirectory(dir=folder) as scratch:
         rank, _ = write_adapter(Path(scratch), links, factors, base)
-        if not (folder / "README.md").exists():  # the trainer's own card stays
+        if not is_of_another(folder):  # the trainer's own card stays
             write_adapter_card(Path(scratch), links, rank, 0.0, base)
         for file in sorted(Path(scratch).iterdir()):
             files.sync_file(file)

@@ -20,6 +20,8 @@ MOMENTS = {
     "momentum_buffer": 1,
     "variance": 2,
 }
+# Optimizers whose weight_decay is a part of the gradient, unless it is decoupled.
+_DECAYING = (torch.optim.SGD, torch.optim.Adam, torch.optim.NAdam, torch.optim.RAdam)
 _FACTORED = {"row_var", "col_var"}  # Adafactor's means of squares, over columns and over rows
 
 
@@ -58,7 +60,7 @@ def unknown_moments(optimizer: torch.optim.Optimizer) -> list[str]:
     state: Mapping[str, Any] = next(iter(optimizer.state.values()), {})
     tensors = {key for key, value in state.items() if torch.is_tensor(value) and value.dim()}
     inner = getattr(optimizer, "optimizer", optimizer)  # Accelerate's wraps one
-    decays = isinstance(inner, torch.optim.SGD | torch.optim.Adam) and any(
+    decays = isinstance(inner, _DECAYING) and any(
         group["weight_decay"]
         and group.get("momentum", True)
         and not group.get("decoupled_weight_decay")

@@ -31,6 +31,9 @@ from chainlora.runs.stages import open_run
 _SERVED_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _A_BASE = "FOLDER_OF_THE_BASE"
+_SIGNED = (
+    "Made with chainlora (Chain of LoRA, [arXiv 2401.04151](https://arxiv.org/abs/2401.04151))."
+)
 
 
 @dataclass(frozen=True)
@@ -123,11 +126,15 @@ def write_card(folder: Path, card: Card) -> None:
     if card.story is not None:
         parts.append(_training(card.story))
     parts += ["## Use", *_loading(card), "## Licence", _licence(folder, card)]
-    parts.append(
-        "Made with chainlora (Chain of LoRA, [arXiv 2401.04151](https://arxiv.org/abs/2401.04151))."
-    )
+    parts.append(_SIGNED)
     with reported(folder / "README.md"):
         (folder / "README.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+def is_of_another(folder: Path) -> bool:
+    """Say whether a folder has a card that `write_card` has not written."""
+    path = folder / "README.md"
+    return path.exists() and _SIGNED not in path.read_text(encoding="utf-8", errors="replace")
 
 
 def _code(text: object) -> str:

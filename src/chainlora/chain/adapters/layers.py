@@ -235,6 +235,22 @@ def set_config(adapter: Adapter, config: LinkConfig) -> None:
     adapter.config = config
 
 
+def get_dropouts(model: nn.Module) -> dict[str, float]:
+    """Return the dropout of each tuner layer that has one, by path; an owner may have set it."""
+    found = {
+        name: layer.lora_dropout[LIVE]
+        for name, layer in lora_layers(model).items()
+        if LIVE in layer.lora_dropout
+    }
+    return {name: each.p for name, each in found.items() if isinstance(each, nn.Dropout)}
+
+
+def set_dropouts(adapter: Adapter, dropouts: Mapping[str, float]) -> None:
+    """Set the dropout of tuner layers that have one."""
+    for name in get_dropouts(adapter.tuner.model).keys() & dropouts.keys():
+        adapter.layers[name].lora_dropout[LIVE].p = dropouts[name]
+
+
 def zero(adapter: Adapter) -> None:
     """Make the adapter add nothing: both factors and the bias to zero, in place."""
     with torch.no_grad():

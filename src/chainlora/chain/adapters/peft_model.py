@@ -23,6 +23,7 @@ from chainlora.chain.adapters.layers import (
     LIVE,
     Adapter,
     copied_factors,
+    factors_in,
     host,
     lora_layers,
     trained_whole,
@@ -59,6 +60,7 @@ def read_settings(model: nn.Module) -> dict[str, Any]:
     tuned = _peft_model(model)
     config = tuned.peft_config[LIVE]
     _check_fields(config)
+    _check_trained(tuned.get_base_model())
     return {
         "rank": config.r,
         "alpha": config.lora_alpha,
@@ -108,6 +110,24 @@ def _check_fields(config: Any) -> None:
     if odd is not None:
         remedy = _REMEDIES.get(odd[0], "leave it out")
         raise ModelError(f"a chain needs a plain LoRA (got `{odd[0]}={odd[1]!r:.60}`); {remedy}")
+
+
+def _check_trained(model: nn.Module) -> None:
+    """Refuse a choice of what is trained that links would undo: they train the LoRA, all of it."""
+    lora = {p for layer in lora_layers(model).values() for p in factors_in(layer, LIVE)}
+    for wrapper in trained_whole(model).values():
+        lora |= set(wrapper.modules_to_save[LIVE].parameters())
+    named = dict(model.named_parameters())
+    trained = {name for name, parameter in named.items() if parameter.requires_grad}
+    own = {name for name, parameter in named.items() if parameter in lora}
+    if trained - own:
+        got, remedy = "is trained too", "freeze it, or name its module in modules_to_save"
+    elif trained and own - trained:  # an adapter that was loaded to be used is frozen as a whole
+        got, remedy = "is frozen", "unfreeze it, or use `chainlora train` with chain.train_factors"
+    else:
+        return
+    rule = "a chain trains the model's LoRA, all of it and nothing else"
+    raise ModelError(rule, f"{min(trained ^ own)}, which {got}", remedy)
 
 
 def read_trained(model: Any) -> tuple[dict[str, Factors], dict[str, Tensor]] | None:
