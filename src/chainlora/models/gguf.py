@@ -122,8 +122,8 @@ def _convert(file: Path, folder: Path, digest: str) -> None:
         ) from error
     logger.info("converting %s once to %s", file, folder.parent)
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            file.parent, gguf_file=file.name, dtype=torch.float32
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            file.parent, gguf_file=file.name, dtype=torch.float32, output_loading_info=True
         )
     except Exception as error:  # transformers raises many kinds for a file it cannot read
         raise ModelError(
@@ -131,20 +131,29 @@ def _convert(file: Path, folder: Path, digest: str) -> None:
             f"{architecture!r} in {file}: {error!s:.200}",
             _OTHER,
         ) from error
+    model, report = loaded
+    if missing := sorted(report["missing_keys"]):
+        got = f"none for {missing[0]} in {file}"
+        raise ModelError("a GGUF file must hold every weight of its model", got, _OTHER)
     if hasattr(model.config, "quantization_config"):  # the weights are float32 now
         del model.config.quantization_config  # saving refuses otherwise
     model.hf_quantizer = None
     model.config._name_or_path = ""
-    _scale_rope(model.config, file, metadata)
+    stored = {tensor.name: tensor for tensor in import_gguf().GGUFReader(file).tensors}
+    rope = {name: stored.pop(name).data for name in list(stored) if name.startswith("rope_")}
+    _scale_rope(model.config, rope, file, metadata)
+    held = sum(parameter.numel() for parameter in model.parameters())
+    if (left := sum(int(tensor.n_elements) for tensor in stored.values()) - held) > 0:
+        logger.warning("%d values in %s are not the model's and are left out", left, file)
     save_model(model, tokenizer, folder)
     source = {"file": file.name, "sha256": digest, "transformers": transformers.__version__}
     (folder / "source.json").write_text(json.dumps(source, indent=2) + "\n")
 
 
-def _scale_rope(config: Any, file: Path, metadata: dict[str, Any]) -> None:
+def _scale_rope(config: Any, tensors: dict[str, Any], file: Path, metadata: dict[str, Any]) -> None:
     """Give a config the scaled RoPE of its file, which transformers leaves out.
 
-    Of Llama 3's, a file holds what each frequency is divided by, and not what that came from.
+    Of Llama 3's, the file's tensors say what each frequency is divided by, not what that came from.
     Raises ModelError for RoPE that is not known here.
     """
     if not getattr(config, "rope_parameters", None):
@@ -152,7 +161,6 @@ def _scale_rope(config: Any, file: Path, metadata: dict[str, Any]) -> None:
     rope, prefix = ropes_of(config)["full_attention"], f"{metadata['general.architecture']}.rope"
     if rope.get("rope_type", "default") != "default":
         return  # it was read
-    tensors = {t.name: t.data for t in import_gguf().GGUFReader(file).tensors if "rope_" in t.name}
     kind = metadata.get(f"{prefix}.scaling.type", "linear")
     factor = metadata.get(f"{prefix}.scaling.factor") or metadata.get(f"{prefix}.scale_linear") or 1
     divisors = tensors.pop("rope_freqs.weight", None)

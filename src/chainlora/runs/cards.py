@@ -22,6 +22,7 @@ from chainlora.chain.link import Link
 from chainlora.config.chat_templates import NAMES
 from chainlora.config.schema import DataConfig, RunConfig
 from chainlora.files import reported
+from chainlora.models.finding import hub_id_of
 from chainlora.runs.beside import is_licence
 from chainlora.runs.reading import Address
 from chainlora.runs.records import of_event, score_names
@@ -82,7 +83,7 @@ class Card:
     @property
     def base(self) -> str:
         """The name of the base, which tells nothing of this machine."""
-        return self.naming.base or public_name(self.model)
+        return self.naming.base or public_name(self.model) or "a base without a name"
 
     @property
     def name(self) -> str | None:
@@ -110,7 +111,11 @@ def is_hub_id(name: str) -> bool:
 
 
 def public_name(base: str) -> str:
-    """Return a name for a base that tells nothing of this machine: of a path, its last part."""
+    """Return a name for a base that tells nothing of this machine: of a path, its last part.
+
+    A folder in the Hub's cache has its Hub id.
+    """
+    base = hub_id_of(base) or base
     is_place = base.startswith(("~", ".")) or os.path.exists(base)
     if is_hub_id(base) and not is_place:
         return base
@@ -144,7 +149,8 @@ def _code(text: object) -> str:
 
 def _front_matter(card: Card) -> str:
     keys: dict[str, Any] = {}
-    if card.name is None or is_hub_id(card.base):  # the Hub takes no other names
+    is_named = card.naming.base or card.model
+    if is_hub_id(card.base) or (card.name is None and is_named):  # the Hub takes ids alone
         keys["base_model"] = card.base
     keys["library_name"] = card.library
     if card.naming.licence is not None:

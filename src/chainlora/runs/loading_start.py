@@ -8,7 +8,6 @@ model; `fitted` checks that a model is the right one, and `put_on` puts the link
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path, PureWindowsPath
@@ -30,7 +29,7 @@ from chainlora.config.stages import (
     what_stages_share,
 )
 from chainlora.errors import ConfigError, ModelError, RunError
-from chainlora.models.finding import folder_of, from_hub
+from chainlora.models.finding import folder_of, from_hub, hub_id_of
 from chainlora.models.identity import base_files, has_tokenizer
 from chainlora.runs.cards import is_hub_id
 from chainlora.runs.manifest import STAGE, link_entries
@@ -204,8 +203,7 @@ def _other_name(adapter: Imported, name: str) -> tuple[str, ...]:
 def _name_of(model: nn.Module) -> str:
     """Return what a model of transformers was loaded as: a Hub id, or a folder."""
     name = str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
-    cached = re.search(r"models--([^/\\]+)[/\\]snapshots[/\\]", name)
-    return cached[1].replace("--", "/") if cached else name
+    return hub_id_of(name) or name
 
 
 def with_start(tree: Mapping[str, Any]) -> dict[str, Any]:
