@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import make_tiny_folder, write_rows
 from helpers import settings
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from chainlora import load_run, make_config, train
@@ -112,6 +113,15 @@ def test_drawn_tokens_depend_on_the_seed_alone(chainlora, tiny_folder):
 def loud(tmp_path_factory) -> Path:
     """A model of large weights, whose answer depends on every word of the conversation."""
     return make_tiny_folder(tmp_path_factory.mktemp("loud"), initializer_range=0.5)
+
+
+def test_a_tokenizer_that_ends_every_text_ends_no_prompt(chainlora, loud, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(shutil.copytree(loud, tmp_path / "model"))
+    end = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", tokenizer.eos_token_id)])
+    tokenizer.backend_tokenizer.post_processor = end
+    tokenizer.save_pretrained(tmp_path / "model")
+    asked = ("--prompt", PROMPT, "--max-new-tokens", 8)
+    assert len({chainlora("generate", f, *asked).out for f in (loud, tmp_path / "model")}) == 1
 
 
 def chatted(folder: Path, turns: list[str]) -> list[str]:

@@ -68,7 +68,7 @@ class Speaker:
 
     def complete(self, prompt: str, write: Callable[[str], None]) -> str:
         """Continue a text. Raises DataError for one that is empty or fills the context."""
-        ids = list(self.tokenizer(prompt)["input_ids"])
+        (ids,) = TokenReader(self.tokenizer).ids([prompt])  # as rows have prompts
         if not ids:
             raise DataError("the prompt must have tokens (got an empty one); give some text")
         return self._speak(ids, write, [])

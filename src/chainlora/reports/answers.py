@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from chainlora.data.encoding.tokens import TokenReader
 from chainlora.data.examples import Example
 from chainlora.data.rows import MemoryRows, Rows
 from chainlora.data.splits import prepare_splits
@@ -70,7 +71,8 @@ def answers(
     if isinstance(wanted, int):
         prompts = _own_prompts(run, wanted, chain.model, tokenizer)
     else:
-        prompts = [Prompt(tuple(tokenizer(text)["input_ids"]), text) for text in wanted]
+        found = zip(TokenReader(tokenizer).ids(wanted), wanted, strict=True)
+        prompts = [Prompt(tuple(ids), text) for ids, text in found]
     columns: list[tuple[str, list[str]]] = []
     for count in range(len(links) + 1):
         if count:
