@@ -87,9 +87,8 @@ def test_threads_and_forked_processes_are_bound(limits):
 def test_a_long_row_is_no_endless_template(tmp_path):
     prompt = "{% for word in text.split() %}{{ word | upper }} {% endfor %}{{ text ~ '!' }}"
     text = "word " * 100_000
-    shown = load_task(write_task(tmp_path, prompt=prompt)).render_all([{"text": text, "label": 0}])[
-        0
-    ]
+    task = load_task(write_task(tmp_path, prompt=prompt))
+    (shown,) = task.render_all([{"text": text, "label": 0}])
     assert shown.prompt == text.upper() + text + "!"
 
 
