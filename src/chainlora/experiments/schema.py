@@ -31,16 +31,10 @@ class Tuning(Frozen):
     """How hyper-parameters are chosen: on validation rows only, for each task and method apart."""
 
     grid: dict[str, tuple[Any, ...]] = Field(default={})
-    extend: dict[str, Annotated[int, Field(ge=0)]] = Field(
-        default={},
-        description="key → values added beyond each end of its grid while the best is that end",
-    )
-    seeds: tuple[int, ...] | None = Field(
-        default=None, description="None: the first of the experiment's seeds"
-    )
-    metric: str | None = Field(
-        default=None, description="validation metric that chooses; None: the task's own"
-    )
+    # key → values added beyond each end of its grid while the best is that end
+    extend: dict[str, Annotated[int, Field(ge=0)]] = Field(default={})
+    seeds: tuple[int, ...] | None = None  # None: the first of the experiment's seeds
+    metric: str | None = None  # validation metric that chooses; None: the task's own
 
     @field_validator("grid")
     @classmethod
@@ -70,29 +64,17 @@ class Experiment(Frozen):
     tasks: dict[str, dict[str, Any]] = Field(min_length=1)
     methods: dict[str, dict[str, Any]] = Field(min_length=1)
     seeds: tuple[int, ...] = Field(default=(0, 1, 2, 3, 4), min_length=1)
-    seed_keys: tuple[str, ...] = Field(
-        default=("train.seed",),
-        min_length=1,
-        description="keys a seed sets; with data.data_seed each draws its rows",
-    )
+    # keys a seed sets; with data.data_seed each draws its rows
+    seed_keys: tuple[str, ...] = Field(default=("train.seed",), min_length=1)
     tune: Tuning = Tuning()
-    baseline: str | None = Field(default=None, description="None: the first method")
-    comparisons: tuple[tuple[str, str], ...] = Field(
-        default=(), description="(method, rival), instead of a baseline"
-    )
-    primary: tuple[str, str] | None = Field(
-        default=None, description="the one comparison that is tested alone, at the full level"
-    )
-    curve_points: int = Field(
-        default=20,
-        ge=0,
-        description="evaluations on validation rows along a run, beside those at knots; a config "
-        "with eval_every, keep_best, early_stop or eval_at_knots: false keeps its own",
-    )
+    baseline: str | None = None  # None: the first method
+    comparisons: tuple[tuple[str, str], ...] = ()  # (method, rival), instead of a baseline
+    primary: tuple[str, str] | None = None  # the one that is tested alone, at the full level
+    # evaluations on validation rows along a run, beside those at knots; a config with eval_every,
+    # keep_best, early_stop or eval_at_knots: false keeps its own
+    curve_points: int = Field(default=20, ge=0)
     figures: tuple[Figure, ...] = ("scores", "differences", "curves")
-    paper: str | None = Field(
-        default=None, description="a table of the paper, for benchmarks/paper/report.py: table1 …"
-    )
+    paper: str | None = None  # a table of the paper, for benchmarks/paper/report.py: table1 …
 
     @field_validator("tasks", "methods", mode="before")
     @classmethod

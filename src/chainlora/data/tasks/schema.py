@@ -23,16 +23,10 @@ class HubRows(Frozen):
     """Where the rows are on the Hub."""
 
     path: str
-    name: str | None = Field(default=None, description="configuration")
-    folder: str | None = Field(
-        default=None, description="folder of the configuration on converted Parquet"
-    )
-    revision: str | None = Field(
-        default=None, description="refs/convert/parquet where main is a script"
-    )
-    splits: dict[str, str] = Field(
-        default={}, description="names that differ from train, validation, test"
-    )
+    name: str | None = None  # configuration
+    folder: str | None = None  # of the configuration, on converted Parquet
+    revision: str | None = None  # refs/convert/parquet where main is a script
+    splits: dict[str, str] = Field(default={})  # names that differ from train, validation, test
 
 
 class Draw(Frozen):
@@ -40,7 +34,7 @@ class Draw(Frozen):
 
     of: str
     rows: int = Field(ge=1)
-    saner: int | None = Field(default=None, ge=1, description="rows where `rows` starves training")
+    saner: int | None = Field(default=None, ge=1)  # rows where `rows` starves training
 
     def count(self, sampling: str) -> int:
         """Return the rows to take under a sampling rule."""
@@ -53,9 +47,7 @@ class Draws(Frozen):
     train: Draw = Draw(of="train", rows=1000)
     validation: Draw = Draw(of="train", rows=500)
     test: Draw = Draw(of="validation", rows=1000)
-    without_train: str | None = Field(
-        default=None, description="split that stands in for a missing train"
-    )
+    without_train: str | None = None  # split that stands in for a missing train
 
 
 class TaskFile(Frozen):

@@ -28,19 +28,13 @@ class Recipe(Frozen):
     """
 
     rank: _Rank = 8
-    epochs: float | None = Field(default=None, gt=0, description="of the whole chain")
-    steps: int | None = Field(default=None, ge=1, lt=2**63, description="of the whole chain")
+    epochs: float | None = Field(default=None, gt=0)  # of the whole chain, as `steps`
+    steps: int | None = Field(default=None, ge=1, lt=2**63)
     scaling: float | None = Field(default=None, gt=0)
-    links: int = Field(default=1, ge=0, le=10_000, description="0 trains nothing")
-    rank_times: int = Field(
-        default=1, ge=1, lt=2**31, description="ranks are multiplied by it, their scaling unchanged"
-    )
-    ranks: tuple[_Rank, ...] | None = Field(
-        default=None, description="rank of each link, instead of links · rank"
-    )
-    shares: tuple[float, ...] | None = Field(
-        default=None, description="proportions; None: as equal as can be"
-    )
+    links: int = Field(default=1, ge=0, le=10_000)  # 0 trains nothing
+    rank_times: _Rank = 1  # ranks are multiplied by it, their scaling unchanged
+    ranks: tuple[_Rank, ...] | None = None  # rank of each link, instead of links · rank
+    shares: tuple[float, ...] | None = None  # proportions; None: as equal as can be
 
     @model_validator(mode="after")
     def _check(self) -> Recipe:
