@@ -29,7 +29,8 @@ from chainlora.runs.resuming import take_lock
 from chainlora.runs.stages import mix_stages, open_run, read_stages
 from chainlora.training.interrupts import interruptible
 from chainlora.training.loop import train as train_run
-from chainlora.training.stages import extension, survey, train_stages
+from chainlora.training.stages import extension, train_stages
+from chainlora.training.survey import survey
 
 
 @pytest.fixture

@@ -33,7 +33,8 @@ from chainlora.models.identity import tokenizer_files
 from chainlora.runs.loading_start import with_start
 from chainlora.runs.pruning import prune_stage
 from chainlora.runs.stages import alone_in, mix_stages, open_run
-from chainlora.training.stages import extension, survey, train_stages
+from chainlora.training.stages import extension, train_stages
+from chainlora.training.survey import survey
 
 FULL = bool(os.environ.get("CHAINLORA_FULL"))
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="lives are forked")

@@ -169,7 +169,7 @@ def _show_stages(run: Path, results: Sequence[TrainResult | None]) -> None:
 
 def _show_plan(stages: Sequence[Stage], as_json: bool) -> None:
     """Say of each stage whether it has ended, goes on or is new."""
-    from chainlora.training.stages import survey
+    from chainlora.training.survey import survey
 
     found = survey(stages)
     if as_json:

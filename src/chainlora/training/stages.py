@@ -8,21 +8,16 @@ The same call again goes on where the last one was stopped, and does nothing whe
 from __future__ import annotations
 
 import signal
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from accelerate import PartialState
-from torch import nn
 
-from chainlora.chain.adapters import check_targets, inside, matched_modules
-from chainlora.chain.checks import check_apart, check_strengths
-from chainlora.chain.link import Link
 from chainlora.config.loading import set_key
-from chainlora.config.schema import LinkConfig
 from chainlora.config.stages import (
     Stage,
     check_name,
@@ -31,45 +26,30 @@ from chainlora.config.stages import (
     split_address,
     what_stages_share,
 )
-from chainlora.data.division import can_read_again
-from chainlora.data.kept import Kept
-from chainlora.data.splits import check_files, learned_by, length_limit
-from chainlora.errors import ChainError, ChainLoRAError, RunError, StoppedError
+from chainlora.errors import RunError, StoppedError
 from chainlora.evaluation.stages import stage_matrix
 from chainlora.evaluation.strengths import guard
-from chainlora.knots.driver import check_policy
-from chainlora.models.loading import load_skeleton
-from chainlora.models.text_config import context_length
-from chainlora.runs.loading_start import IMPORTED, load_start
+from chainlora.runs.loading_start import load_start
 from chainlora.runs.reading import RunReader
-from chainlora.runs.resuming import changes
-from chainlora.runs.stages import (
-    STAGES,
-    alone_in,
-    end_stage,
-    first_is_open,
-    folder_of,
-    half_trained,
-    open_run,
-    place_of,
-    read_stages,
-)
+from chainlora.runs.stages import alone_in, end_stage, folder_of, open_run, place_of, read_stages
 from chainlora.runs.start import NOTHING, Start, next_id_after
 from chainlora.training.events import Listener, StageBegins, StageGuarded
 from chainlora.training.interrupts import stop_requested
 from chainlora.training.loop import train
-from chainlora.training.optimizers import check_optimizer
 from chainlora.training.processes import PATIENCE, is_first_launched, num_launched
 from chainlora.training.result import TrainResult
-
-
-@dataclass(frozen=True)
-class StageState:
-    """Where a stage is: `step` and `links` are those that a resume begins from."""
-
-    name: str
-    state: Literal["finished", "pruned", "stopped", "new"]
-    step: int = 0
+from chainlora.training.survey import (
+    StageState,
+    ended_stages,
+    naming,
+    need_model,
+    need_name,
+    need_no_other,
+    need_rows,
+    run_of,
+    survey,
+    what_is_below,
+)
 
 
 def train_stages(
@@ -90,7 +70,7 @@ def train_stages(
     tell = listener or (lambda event: None)
     found = survey(stages, change)
     if is_first_launched():
-        _need_model(stages, found)
+        need_model(stages, found)
     results: list[TrainResult | None] = []
     for stage, where in zip(stages, found, strict=True):
         tell(StageBegins(where.step, stage.name, where.state))
@@ -100,74 +80,9 @@ def train_stages(
             results.append(_train(stage, stages, where, tell, change))
             _wait_for_all()
     if matrix and is_first_launched():
-        _score(_run_of(stages))
+        _score(run_of(stages))
     _wait_for_all()
     return results
-
-
-def survey(stages: Sequence[Stage], change: Collection[str] = ()) -> list[StageState]:
-    """Say where each stage is, all files of those that have ended checked. Trains nothing.
-
-    Raises RunError where the run holds other stages than these, or one of them with other contents,
-    DataError where a new one has no rows.
-    """
-    run = _run_of(stages)
-    if not (run / "chain.json").is_file() and not (run / STAGES).is_file():
-        found = [_new(stage) for stage in stages]
-    else:
-        known, here = _known(run, stages), read_stages(run).here
-        found = [
-            StageState(stage.name, "pruned")
-            if stage.name in known and stage.name not in here
-            else _state_of(stage, stage.name in known and not first_is_open(run), change)
-            for stage in stages
-        ]
-    below, links = _begun_on(stages)
-    for stage, where in zip(stages, found, strict=True):
-        if where.state in ("new", "stopped"):
-            links += [Link(len(links), each, {}) for each in stage.config.chain.links()]
-        if where.state == "new":
-            _need_no_other(stage, stages)
-            _need_name(stage, below)
-            _need_rows(stage, below)
-            _need_sum(stage, links)
-        if where.state != "pruned":
-            below[stage.name] = _kept_loss(stage, is_new=where.state == "new")
-    return found
-
-
-def _kept_loss(stage: Stage, *, is_new: bool) -> str | None:
-    """Return what the rows are learned by that a stage keeps; None where it keeps none."""
-    data = stage.config.data
-    if is_new:
-        return learned_by(data, stage.config.train.loss) if data.keep_rows else None
-    kept = RunReader(stage.config.output or "").kept().get(stage.name)
-    return None if kept is None else kept.loss
-
-
-def _begun_on(stages: Sequence[Stage]) -> tuple[dict[str, str | None], list[Link]]:
-    """Return the stages that a chain begins on, what the rows are learned by that they kept, and
-    all links that are there, without their tensors."""
-    first = stages[0].config
-    reader = RunReader(first.output or "")
-    if reader.exists:
-        manifest = reader.manifest()
-        below = _losses((e.stage for e in manifest.links[: manifest.first]), reader.kept())
-        return below, [entry.outline() for entry in open_run(reader.path).manifest().loaded]
-    if first.start is None:
-        return {}, []
-    start = load_start(first.start, stages[0].name)
-    return _below(start), list(start.links)
-
-
-def _below(start: Start) -> dict[str, str | None]:
-    """Return the stages below one that begins there, and what their kept rows are learned by."""
-    names = [IMPORTED] if start.adapter is not None else [entry.stage for entry in start.entries]
-    return _losses(names, start.kept)
-
-
-def _losses(names: Iterable[str], kept: Mapping[str, Kept]) -> dict[str, str | None]:
-    return {name: kept[name].loss if name in kept else None for name in names}
 
 
 def extension(
@@ -221,152 +136,6 @@ def extension(
     return [*stages, make_stage(tree, own, len(stages))]
 
 
-def _known(run: Path, stages: Sequence[Stage]) -> list[str]:
-    """Return the stages that have ended. Raises RunError unless `stages` begins with them.
-
-    Later ones that were pruned may be left out.
-    """
-    found, names = read_stages(run), [stage.name for stage in stages]
-    kept = {found.names[0], *found.here, *names}
-    known = [name for name in found.names if name in kept]
-    for place, name in enumerate(known[: len(names)]):
-        if names[place] != name:
-            raise RunError(
-                f"the stages of a run must be those that it has, in their order (got {names[place]}"
-                f" for {name} in {run}); add new ones below, or choose another output"
-            )
-    return known
-
-
-def _new(stage: Stage) -> StageState:
-    """Refuse what the files of a stage tell, before hours of the stages before it."""
-    with _named(stage):
-        check_files(stage.config.data, stage.config.train.loss)
-    return StageState(stage.name, "new")
-
-
-def _need_model(stages: Sequence[Stage], found: Sequence[StageState]) -> None:
-    """Refuse what the model or this machine cannot do, before hours of the stages before it.
-
-    The first stage that is to be trained is not looked at: it is checked when it begins.
-    """
-    ended = sum(where.state in ("finished", "pruned") for where in found)
-    later = stages[ended + 1 :]
-    if not later:
-        return
-    model = load_skeleton(stages[0].config.model)
-    has_one, cpu = torch.accelerator.is_available(), torch.device("cpu")
-    device = (torch.accelerator.current_accelerator() if has_one else None) or cpu
-    below = [
-        link
-        for stage, where in zip(stages[: ended + 1], found, strict=False)
-        for link in (stage.config.chain.links() if where.state != "pruned" else [])
-    ]
-    for stage in later:
-        with _named(stage):
-            check_optimizer(stage.config, device)
-            if stage.config.chain.knots is not None:
-                check_policy(stage.config.chain.knots)
-            length_limit(stage.config.data, context_length(model))
-            for link in dict.fromkeys(stage.config.chain.links()):
-                check_targets(model, link)
-                _need_apart(model, below, link)
-        below += stage.config.chain.links()
-
-
-def _need_apart(model: nn.Module, below: Sequence[LinkConfig], link: LinkConfig) -> None:
-    others = dict.fromkeys(below)
-    adapted = {name for other in others for name in matched_modules(model, other)}
-    whole = {name for other in others for name in inside(model, other.extra_modules)}
-    check_apart(adapted, whole, model, link)
-
-
-@contextmanager
-def _named(stage: Stage) -> Iterator[None]:
-    """Begin an error's message with the name of the stage."""
-    try:
-        yield
-    except ChainLoRAError as error:
-        error.args = (f"stage {stage.name!r}: {error}",)
-        raise
-
-
-def _need_no_other(stage: Stage, stages: Sequence[Stage]) -> None:
-    """Refuse a new stage while another one is half trained, which would go on without it.
-
-    One that comes before it in the config is trained first.
-    """
-    run = _run_of(stages)
-    begun = half_trained(run, read_stages(run)) if (run / "chain.json").is_file() else []
-    names = [each.name for each in stages[: stages.index(stage) + 1]]
-    others = [path for path in begun if path.name not in names]
-    if others:
-        rule = "a stage can begin when no other is half trained"
-        raise RunError(rule, others[0], "finish it, or delete that folder")
-
-
-def _need_name(stage: Stage, below: Mapping[str, str | None]) -> None:
-    """Refuse a name that a stage has which the chain begins on, before any is trained."""
-    if stage.name in below:
-        raise RunError(
-            "a stage must have a name of its own",
-            f"{stage.name!r}, which is there",
-            "choose another",
-        )
-
-
-def _need_rows(stage: Stage, below: Mapping[str, str | None]) -> None:
-    """Refuse what needs rows of earlier stages that are not there, before any is trained.
-
-    Of what was made elsewhere nobody knows the rows, new or not.
-    """
-    data, without = stage.config.data, [name for name, loss in below.items() if loss is None]
-    missing = {
-        "train.accept_links": without if stage.tolerance is not None else [],
-        "data.new_rows_only": [n for n in without if data.new_rows_only and n != IMPORTED],
-        "data.replay": without if data.replay and len(without) == len(below) else [],
-    }
-    for key, names in missing.items():
-        if names:
-            raise RunError(
-                f"`{key}` of stage {stage.name!r} needs rows that earlier stages kept",
-                f"none of {', '.join(names)}",
-                f"train those with data.keep_rows: true, or leave {key} out",
-            )
-    losses = {name: loss for name, loss in below.items() if loss is not None}
-    own = learned_by(data, stage.config.train.loss)
-    if data.replay and not any(can_read_again(loss, own) for loss in losses.values()):
-        raise RunError(
-            f"`data.replay` of stage {stage.name!r} needs earlier rows that are learned by {own}",
-            ", ".join(f"{name}: {loss}" for name, loss in losses.items()) or "no earlier stage",
-            "leave it out of that stage",
-        )
-
-
-def _need_sum(stage: Stage, links: Sequence[Link]) -> None:
-    """Refuse a stage on links of a strength that it cannot be tuned on, before any is trained."""
-    try:
-        check_strengths(links)
-    except ChainError as error:
-        raise RunError(
-            f"stage {stage.name!r} needs those below at a strength that it can be tuned on",
-            error,
-            "restore that one by `mix`, or prune it",
-        ) from None
-
-
-def _state_of(stage: Stage, has_ended: bool, change: Collection[str]) -> StageState:
-    reader = RunReader(stage.config.output or "")
-    if not has_ended and not reader.exists:
-        return _new(stage)
-    manifest = reader.verify()
-    is_finished = has_ended and reader.is_finished(manifest)
-    named = () if is_finished else change
-    changes(reader.config(), stage.config, named, stage=stage.name, may_move=not is_finished)
-    state: Literal["finished", "stopped"] = "finished" if is_finished else "stopped"
-    return StageState(stage.name, state, manifest.position.step)
-
-
 def _train(
     stage: Stage,
     stages: Sequence[Stage],
@@ -374,17 +143,17 @@ def _train(
     tell: Listener,
     change: Collection[str],
 ) -> TrainResult:
-    run, is_first = _run_of(stages), stage is stages[0]
+    run, is_first = run_of(stages), stage is stages[0]
     with alone_in(run) if is_first_launched() and not is_first else nullcontext():
         if not is_first:  # another process may have ended one in the meantime, or begun one
-            _known(run, stages)
-            _need_no_other(stage, stages)
-        with _named(stage):
+            ended_stages(run, stages)
+            need_no_other(stage, stages)
+        with naming(stage):
             start = NOTHING
             if where.state == "new":
                 start = _start(stage, run, is_first)
-                _need_name(stage, _below(start))
-                _need_rows(stage, _below(start))
+                need_name(stage, what_is_below(start))
+                need_rows(stage, what_is_below(start))
             resume = where.state == "stopped" or Path(stage.config.output or "").exists()
             result = train(stage.config, resume=resume, listener=tell, change=change, start=start)
         if is_first_launched():
@@ -442,7 +211,3 @@ def _start(stage: Stage, run: Path, is_first: bool) -> Start:
         last = RunReader(folder_of(run, found, len(found.names) - 1))
         start = replace(start, next_id=next_id_after(last))
     return start
-
-
-def _run_of(stages: Sequence[Stage]) -> Path:
-    return Path(stages[0].config.output or "")
