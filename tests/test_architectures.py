@@ -12,11 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from architectures.checks import cases, check
+from architectures.checks import cases, check, example_config
 from architectures.tiny import IMPOSSIBLE, model_types, tiny_model
 
+from chainlora import make_config, train
 from chainlora.data.examples import Example
 from chainlora.engine.engine import Engine
+from chainlora.errors import ConfigError, ModelError
+from chainlora.models.text_config import base_model, context_length
 
 FULL = os.environ.get("CHAINLORA_FULL")
 # One for each way in which architectures differ: plain, stacked experts, latent attention, hybrid,
@@ -117,6 +120,40 @@ def test_randomness_is_found_whatever_it_is_called(name: str, two_threads: None)
         assert losses[0] == losses[1]
         torch.manual_seed(1)
         assert [engine.loss(batch, "completion")[0].item() for batch in batches] != losses[0]
+
+
+BORDERS = {"roberta": {"pad_token_id": 1}, "whisper": {}, "opt": {}}  # offsets, another name
+
+
+@pytest.mark.parametrize("name", BORDERS)
+def test_the_context_is_what_a_table_of_positions_holds(name: str) -> None:
+    model = tiny_model(name, **BORDERS[name])
+    row = torch.arange(context_length(model) + 1)[None] % 200 + 3
+    base_model(model)(input_ids=row[:, :-1], use_cache=False)
+    with pytest.raises((IndexError, RuntimeError)):
+        base_model(model)(input_ids=row, use_cache=False)
+
+
+def test_attention_that_is_causal_only_beside_padding_is_refused() -> None:
+    model = tiny_model("gemma", use_bidirectional_attention=True)
+    with pytest.raises(ModelError, match=r"computed alike .*\(got GemmaForCausalLM"):
+        Engine(model, training=False)
+
+
+def test_words_in_a_config_are_no_factors_and_what_is_left_out_is_said() -> None:
+    """MPT takes a word as `logit_scale`; the loss of a router is no part of the likelihood."""
+    with Engine(tiny_model("mpt", logit_scale="inv_sqrt_d_model"), training=True) as engine:
+        assert not any("router" in note for note in engine.notes)
+    with Engine(tiny_model("mixtral", output_router_logits=True), training=True) as engine:
+        assert engine.notes[0] == "auxiliary loss of the router (`output_router_logits`): left out"
+
+
+def test_gradient_checkpointing_is_refused_where_a_class_has_none(tmp_path: Path) -> None:
+    keys = example_config(tiny_model("ctrl"), tmp_path).model_dump()
+    keys["train"]["gradient_checkpointing"] = True
+    with pytest.raises(ConfigError, match=r"checkpointing.*\(got CTRLLMHeadModel\); leave it out"):
+        train(make_config(keys))
+    assert not (tmp_path / "run").exists()
 
 
 def test_nothing_random_is_found_where_nothing_is_drawn(two_threads: None) -> None:

@@ -155,6 +155,17 @@ def test_a_link_that_is_refused_leaves_the_earlier_ones_on_the_model(hold, extra
     assert torch.equal(logits(chain.model), before)
 
 
+def test_weights_of_one_byte_are_not_merged_into():
+    """Checkpoints in float8 keep a scale beside each weight (transformers' FP8Linear)."""
+    model = tiny_model("llama")
+    for layer in model.model.layers:
+        projection = layer.self_attn.q_proj
+        narrow = projection.weight.detach().to(torch.float8_e4m3fn)
+        projection.weight = torch.nn.Parameter(narrow, requires_grad=False)
+    with pytest.raises(ChainLoRAError, match=r"quantised layer cannot hold .*q_proj\); use hold"):
+        Chain(model).extend(LinkConfig(rank=2, target_modules=("q_proj",)))
+
+
 def test_links_of_other_models_are_not_stacked(chain):
     factors = Factors(torch.zeros(4, 8), torch.zeros(8, 4))
     other = Link(0, config("opt"), dict.fromkeys(chain.links[0].factors, factors))

@@ -117,6 +117,7 @@ def test_a_sequence_beyond_the_window_takes_the_padded_path() -> None:
         num_attention_heads=4,
         num_key_value_heads=2,
         sliding_window=12,
+        use_sliding_window=False,  # Qwen2's word, which Mistral does not read
     )
     torch.manual_seed(0)
     model = MistralForCausalLM(config).double().eval()

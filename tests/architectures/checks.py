@@ -80,8 +80,7 @@ def check(name: str, work: Path) -> Result:
         model = tiny_model(model_type, **changes)
         result.kind = type(model).__name__
         folder, run = work / "model", work / "run"
-        _save(model, folder)
-        config = _config(folder, run, _rows(work))
+        config = example_config(model, work)
         records: list[Any] = []
         try:
             final = train(config, listener=records.append)
@@ -97,6 +96,12 @@ def check(name: str, work: Path) -> Result:
         result.why = ", ".join(f"{k} off by {v:.1e}" for k, v in _wrong(result).items())
         result.outcome = "wrong" if result.why else "right"
     return result
+
+
+def example_config(model: Any, work: Path) -> Any:
+    """Save a model and rows in `work`; return the config of a run on them."""
+    _save(model, work / "model")
+    return _config(work / "model", work / "run", _rows(work))
 
 
 def _wrong(result: Result) -> dict[str, float]:

@@ -33,7 +33,7 @@ from chainlora.engine.score_batches import evaluation_batches, pack_size
 from chainlora.errors import ModelError
 from chainlora.models.modes import in_mode
 from chainlora.models.shards import at_head, by_module, in_forward, is_sharded
-from chainlora.models.text_config import base_model
+from chainlora.models.text_config import base_model, text_config
 
 log = logging.getLogger(__name__)
 
@@ -98,6 +98,8 @@ class Engine:
                 parameter.requires_grad_(False)
             base_model(model)  # refuses what is not a causal language model
             facts = examine(model, training=training)
+            if training and getattr(text_config(model), "output_router_logits", False):
+                self.notes.append("auxiliary loss of the router (`output_router_logits`): left out")
             facts.most_threads, facts.is_shared = threads, self._is_sharded
             self._length_from = facts.threshold if facts.length else None
             logit_transform(model)  # refuses a model with other logits; found once, not in a thread

@@ -171,15 +171,20 @@ def _known_transforms(config: Any) -> list[Transform]:
     """Return what the config's fields may mean: a softcap (Gemma 2), a factor, a divisor."""
     known: list[Transform] = []
     for name in ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap"):
-        if cap := getattr(config, name, None):
+        if cap := _number(config, name):
             known.append(partial(_softcap, cap=cap))
     for name in ("logit_scale", "lm_head_multiplier"):
-        if scale := getattr(config, name, None):
+        if scale := _number(config, name):
             known.append(partial(torch.mul, other=scale))
     for name in ("logits_scaling", "logits_mup_width_multiplier"):
-        if divisor := getattr(config, name, None):
+        if divisor := _number(config, name):
             known.append(partial(torch.div, other=divisor))
     return known
+
+
+def _number(config: Any, name: str) -> float | None:
+    value = getattr(config, name, None)
+    return value if isinstance(value, int | float) else None  # MPT's scale may be a word
 
 
 def _softcap(logits: Tensor, cap: float) -> Tensor:

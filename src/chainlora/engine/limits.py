@@ -55,12 +55,8 @@ class Limits(NamedTuple):
 
 def packing_limits(model: nn.Module, probed: int) -> Limits:
     """Return the limits that a model's config sets, beyond the `probed` tokens of a probe."""
-    config = text_config(model)
-    values = config.to_dict()
-    if getattr(config, "use_sliding_window", True) is False:
-        values.pop("sliding_window", None)
     sequence, row, field = UNLIMITED, UNLIMITED, ""
-    for name, value in _integers(values):
+    for name, value in _integers(text_config(model).to_dict()):
         if name in _WINDOWS and value > 0:
             sequence = min(sequence, value)
         elif probed < value < row and _may_be_a_length(name):

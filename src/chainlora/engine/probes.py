@@ -30,6 +30,7 @@ from chainlora.models.text_config import base_model, compute_dtype, context_leng
 # A state whose later tokens differ, half of them at least: to rounding in float32, with room for
 # experts in two bytes.
 _CAUSAL, _CAUSAL_TWO_BYTES = 1e-4, 0.1
+_ALONE = 0.05  # of a row beside others: another mask moves it more, 8-bit activations less
 _FARTHEST = 2**20  # positions; for models that state no context
 _SHORT_THRESHOLD = 128  # tokens; a row beyond a longer one would take long on a CPU
 
@@ -85,10 +86,10 @@ def _plain_states(model: nn.Module) -> tuple[Tensor, str | None]:
     with probing(model), _watching_generators(model) as drawn:
         try:
             with computing_wide(model):
-                states = padded_hidden(model, batch)
+                states, alone = _states(model, batch)
         except Exception as error:
             failure = f"it cannot be probed in float32 ({first_line(error)})"
-            states = _padded_or_refused(model, batch)
+            states, alone = _states_or_refused(model, batch)
         _run_past_short_thresholds(model)
     name = type(model).__name__
     if drawn:
@@ -107,6 +108,12 @@ def _plain_states(model: nn.Module) -> tuple[Tensor, str | None]:
         raise ModelError(
             f"the model must be causal (got {name}, where a position sees the tokens after it); "
             "use a decoder, or set `is_decoder` in its config if it was trained as one"
+        )
+    if relative_difference(states[batch.token_sequence == 0], alone).median() > _ALONE:
+        raise ModelError(
+            "a row must be computed alike whatever is beside it",
+            f"{name}, for which it is another one where nothing is padded",
+            "configure it otherwise (`use_bidirectional_attention`), or use another",
         )
     return states, failure
 
@@ -130,9 +137,17 @@ def _run_past_short_thresholds(model: nn.Module) -> None:
         base_model(model)(input_ids=ids, use_cache=False)
 
 
-def _padded_or_refused(model: nn.Module, batch: PackedBatch) -> Tensor:
+def _states(model: nn.Module, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+    """Return the hidden states of every token, and those of the first sequence by itself."""
+    rows = batch.rows[batch.token_row[batch.token_sequence == 0]]
+    ids = batch.input_ids[rows][None]
+    alone = base_model(model)(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+    return padded_hidden(model, batch), alone.last_hidden_state[0]
+
+
+def _states_or_refused(model: nn.Module, batch: PackedBatch) -> tuple[Tensor, Tensor]:
     try:
-        return padded_hidden(model, batch)
+        return _states(model, batch)
     except Exception as error:
         raise ModelError(
             f"the model must run on token ids alone (got {first_line(error)} from "

@@ -67,11 +67,14 @@ def settle_kernels(model: nn.Module) -> None:
 
 
 def is_quantized(module: nn.Module) -> bool:
-    """Say whether a layer's weight is not an ordinary tensor of floating-point numbers."""
+    """Say whether a layer's weight is not an ordinary tensor of floating-point numbers.
+
+    Those of one byte need a scale, which a layer keeps beside them.
+    """
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor):
         return is_packed(module)
-    return _is_special(weight) or not weight.is_floating_point()
+    return _is_special(weight) or not weight.is_floating_point() or weight.element_size() == 1
 
 
 def is_packed(module: nn.Module) -> bool:

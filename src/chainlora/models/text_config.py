@@ -10,6 +10,14 @@ from chainlora.errors import ModelError
 
 # tokens; for architectures without a limit of their own (ALiBi, recurrent)
 UNLIMITED_CONTEXT = 1 << 30
+_CONTEXTS = (
+    "max_position_embeddings",
+    "n_positions",
+    "n_ctx",
+    "max_seq_len",
+    "seq_length",
+    "max_target_positions",  # of Whisper's decoder
+)
 
 
 def text_config(model: nn.Module) -> Any:
@@ -45,7 +53,14 @@ def context_length(model: nn.Module) -> int:
     """Return how many tokens the model can read at once; `UNLIMITED_CONTEXT` where no limit is
     stated."""
     config = text_config(model)
-    for name in ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length"):
+    for name in _CONTEXTS:
         if isinstance(length := getattr(config, name, None), int) and length > 0:
-            return length
+            return length - _first_position(model)
     return UNLIMITED_CONTEXT
+
+
+def _first_position(model: nn.Module) -> int:
+    """Return where a table of positions begins: RoBERTa's behind the one of padding."""
+    tables: Any = [m for name, m in model.named_modules() if name.endswith("position_embeddings")]
+    found = (getattr(table, "padding_idx", None) for table in tables)
+    return next((index + 1 for index in found if index is not None), 0)

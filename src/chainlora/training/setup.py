@@ -322,7 +322,14 @@ def _check_share(config: RunConfig, processes: Processes) -> None:
 
 def _checkpoint_activations(model: Any) -> None:
     enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-    enable({"use_reentrant": False})
+    try:
+        enable({"use_reentrant": False})
+    except ValueError as error:  # a class that is not made for it
+        raise ConfigError(
+            "`train.gradient_checkpointing` needs a model that has it",
+            type(model).__name__,
+            "leave it out",
+        ) from error
 
 
 def _begun_on(start: Start, chain: Chain, config: RunConfig) -> Start:
