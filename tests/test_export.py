@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ARCHITECTURES
+from conftest import ARCHITECTURES, make_tiny_folder, tiny_model, write_rows
 from helpers import settings
 from helpers_export import FINAL_NORM, IDS, TARGETS, fit, live, logits, on_fresh_base
 from safetensors.torch import load_file, save_file
@@ -151,6 +151,27 @@ def test_extra_modules_and_lora_bias_survive(tune, folders, tmp_path, architectu
     for name in stored:
         if "lora_A" not in name and "lora_B.weight" not in name:
             assert torch.equal(small[name], stored[name])
+
+
+def test_a_merged_chat_model_stops_where_its_template_ends_turns(tmp_path):
+    """Also where the template writes special tokens before an answer, as Qwen3's does."""
+    base = make_tiny_folder(tmp_path / "base")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>", "<think>"]})
+    tokenizer.save_pretrained(base)
+    tiny_model("llama", vocab_size=len(tokenizer)).save_pretrained(base)
+    said = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sat"}]
+    own = "{% for m in messages %}{{ m.role }}: <think>{{ m.content }}<|im_end|>{% endfor %}"
+    for name, template in {"named": "chatml", "own": own}.items():
+        data = {
+            "train": str(write_rows(tmp_path / "rows.jsonl", [{"messages": said}] * 4)),
+            "chat_template": template,
+        }
+        run = {"model": str(base), "data": data, "output": str(tmp_path / name)}
+        train(make_config(run | {"chain": {"ranks": [2], "steps": [1]}}))
+        export_merged(tmp_path / name, tmp_path / f"{name}-merged")
+        found = GenerationConfig.from_pretrained(tmp_path / f"{name}-merged")
+        assert found.eos_token_id == [2, tokenizer.convert_tokens_to_ids("<|im_end|>")]
 
 
 def test_a_bias_beside_an_embedding_is_no_adapter(folders, tmp_path):

@@ -8,8 +8,10 @@ from transformers import PreTrainedTokenizerBase
 
 from chainlora.config.chat_templates import ENDS, template_text, with_defaults
 from chainlora.config.schema import DataConfig
+from chainlora.data.templates import render_chats
 from chainlora.errors import ConfigError
 
+_ANSWER = "§answer§"  # in no template
 _log = logging.getLogger(__name__)
 
 
@@ -30,6 +32,19 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> N
     elif template:
         template = with_defaults(template, data.template_arguments)
     tokenizer.chat_template = template
+
+
+def ends_of_turn(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the special token that the chat template writes after an answer, if it writes one.
+
+    The model's own end of sequence is often another one, if it is a base model.
+    """
+    said = [{"role": "user", "content": "x"}, {"role": "assistant", "content": _ANSWER}]
+    (reply,) = render_chats(tokenizer, [{"messages": said}])
+    text = "" if reply.error else str(reply.value[0])
+    _, found, after = text.rpartition(_ANSWER)
+    ids = tokenizer(after, add_special_tokens=False)["input_ids"] if found else []
+    return [int(token) for token in ids if token in tokenizer.added_tokens_decoder][:1]
 
 
 def _check_read(template: object, data: DataConfig) -> None:

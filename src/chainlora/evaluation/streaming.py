@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from transformers import TextStreamer
 
+from chainlora.data.chat_templates import ends_of_turn
 from chainlora.data.encoding.chat import ChatEncoder
 from chainlora.data.encoding.tokens import TokenReader
 from chainlora.data.sources import Row
@@ -87,12 +88,10 @@ class Speaker:
             if len(ids) <= room:
                 break
             ids = self._chat_ids([*system, *turns[question:]], tools)
-        return self._speak(ids, write, self._ends_of_turn())
+        return self._speak(ids, write, ends_of_turn(self.tokenizer))
 
-    def _chat_ids(
-        self, messages: Sequence[Message], tools: Tools = (), *, open_turn: bool = True
-    ) -> list[int]:
-        chat = {"messages": messages, "add_generation_prompt": open_turn, "tools": tools or None}
+    def _chat_ids(self, messages: Sequence[Message], tools: Tools) -> list[int]:
+        chat = {"messages": messages, "add_generation_prompt": True, "tools": tools or None}
         (reply,) = render_chats(self.tokenizer, [chat])
         if reply.error:
             raise DataError(
@@ -100,18 +99,6 @@ class Speaker:
                 "leave --system out"
             )
         return list(self.tokenizer(reply.value[0], add_special_tokens=False)["input_ids"])
-
-    def _ends_of_turn(self) -> list[int]:
-        """Return the special token that the template writes after an answer, if it writes one.
-
-        The model's own end of sequence is often another one, if it is a base model.
-        """
-        word = {"role": "assistant", "content": "x"}
-        question = {"role": "user", "content": "x"}
-        before = self._chat_ids([question])
-        after = self._chat_ids([question, word], open_turn=False)[len(before) :]
-        special = {int(id_) for id_ in self.tokenizer.added_tokens_decoder}
-        return [token for token in after if token in special][:1]
 
     def _speak(self, ids: list[int], write: Callable[[str], None], ends: list[int]) -> str:
         room = context_length(self.model) - len(ids)

@@ -20,6 +20,7 @@ from chainlora.chain.adapters import Factors, save_adapter
 from chainlora.chain.chain import Chain
 from chainlora.chain.link import Link, switched_on
 from chainlora.config.schema import LinkConfig
+from chainlora.data.chat_templates import ends_of_turn
 from chainlora.errors import ChainError, ModelError, RunError
 from chainlora.models.checkpoint import save_model
 from chainlora.models.finding import resolve_model
@@ -59,6 +60,8 @@ def export_merged(
     manifest = reader.manifest()
     base = _base_folder(manifest.base.model)
     model, tokenizer = load_run(run, num_links=num_links)
+    if manifest.has_run and reader.config().data.chat_template is not None:
+        _stop_at_turns(model.generation_config, tokenizer)
     is_whole = is_whole_model(reader, manifest)
     links = [] if is_whole else switched_on(reader.links_of(manifest, num_links))
     done = f"a chain of {len(links)} LoRA link(s) merged into its weights"
@@ -75,6 +78,14 @@ def export_merged(
         check_checkpoint(scratch, digests, dtype)
     name = str(dtype).removeprefix("torch.")
     return {"to": "merged", "output": str(output), "links": len(links), "dtype": name}
+
+
+def _stop_at_turns(generation: Any, tokenizer: Any) -> None:
+    """Let a model stop where the chat template of its rows ends a turn, too."""
+    own = generation.eos_token_id
+    own = own if isinstance(own, list) else [own] if own is not None else []
+    if more := [end for end in ends_of_turn(tokenizer) if end not in own]:
+        generation.eos_token_id = own + more
 
 
 def export_adapter(
