@@ -36,28 +36,28 @@ def preferences() -> Dataset:
     )
 
 
-def sft(folder, tokenizer, output: Path, callback, **keys) -> SFTTrainer:
+def lora(**keys) -> peft.LoraConfig:
+    return peft.LoraConfig(r=4, lora_alpha=ALPHA, target_modules=TARGETS, **keys)
+
+
+def sft(folder, tokenizer, output: Path, callback, whole=None, **keys) -> SFTTrainer:
     return SFTTrainer(
         model=plain_model(folder),
         args=SFTConfig(**arguments(output, max_length=64, bf16=False) | keys),
         train_dataset=conversations(),
         eval_dataset=conversations().select(range(8)),
         processing_class=tokenizer,
-        peft_config=peft.LoraConfig(r=4, lora_alpha=ALPHA, target_modules=TARGETS),
+        peft_config=lora(modules_to_save=whole),
         callbacks=[callback],
     )
 
 
 def dpo(
-    folder, tokenizer, output: Path, callback, model=None, ref_model=None, **keys
+    folder, tokenizer, output: Path, callback, model=None, ref_model=None, whole=None, **keys
 ) -> DPOTrainer:
     """The reference is computed before, unless `keys` say otherwise: knots would move it."""
     keys = {"precompute_ref_log_probs": True} | keys
-    wrap = (
-        {}
-        if model is not None
-        else {"peft_config": peft.LoraConfig(r=4, lora_alpha=ALPHA, target_modules=TARGETS)}
-    )
+    wrap = {} if model is not None else {"peft_config": lora(modules_to_save=whole)}
     return DPOTrainer(
         model=model or plain_model(folder),
         ref_model=ref_model,

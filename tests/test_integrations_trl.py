@@ -143,11 +143,13 @@ def test_a_reference_that_knots_would_move_is_refused_before_the_first_step(
 
 
 def test_one_link_has_what_it_began_on_as_its_reference(tiny_folder, tokenizer, tmp_path):
-    first = sft(tiny_folder, tokenizer, tmp_path / "sft", ChainCallback([4, 4]))
+    """Modules that it trained whole are a part of that."""
+    keys = {"whole": ["norm"], "learning_rate": 0.1}
+    first = sft(tiny_folder, tokenizer, tmp_path / "sft", ChainCallback([4, 4]), **keys)
     first.train()
     first.save_model(str(tmp_path / "final"))
     callback = ChainCallback([4], start=tmp_path / "final")
-    keys = {"precompute_ref_log_probs": False}
+    keys |= {"precompute_ref_log_probs": False}
     trainer = dpo(tiny_folder, tokenizer, tmp_path / "dpo", callback, **keys)
     trainer.train()
     margins = [r["rewards/margins"] for r in trainer.state.log_history if "rewards/margins" in r]

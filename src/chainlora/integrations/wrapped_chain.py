@@ -99,7 +99,8 @@ class WrappedChain:
                 logger.warning(note)
         if trained is not None:
             chain.add(Link(0, config, *trained))
-        stack_links(self.chain.links)  # one adapter holds them all
+        stack_links(chain.links)  # one adapter holds them all
+        chain.detach()  # modules trained whole too are then what they are with the adapter off
         vars(model)[_CHAIN] = self.chain
         self.first = len(self.chain)
         self.numbers: Numbers | None = None  # of the run, saved and loaded with the chain
@@ -210,10 +211,9 @@ def _has_learned(chain: Chain) -> bool:
 
 
 def _brought_to_an_end(chain: Chain) -> Chain:
-    """Return the chain of an earlier trainer, its last link tied and its layers off the model."""
+    """Return the chain of an earlier trainer, its last link tied."""
     if chain.live is not None:
         chain.tie() if chain.live_steps else chain.discard()
-    chain.detach()
     return chain
 
 
