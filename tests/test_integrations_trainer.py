@@ -358,6 +358,24 @@ def test_a_killed_run_resumes_across_a_knot(tiny_folder, tokenizer, tmp_path, ki
     assert torch.equal(logits(resumed.model), logits(whole.model))
 
 
+def test_a_checkpoint_of_another_callback_is_resumed(tiny_folder, tokenizer, tmp_path):
+    """Trainer's own for SIGTERM (`enable_jit_checkpoint`) comes before all that users pass."""
+
+    class Save(TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            if state.global_step == 4:
+                trainer._save_checkpoint(trainer.model, trial=None)
+
+    found = []
+    for resume in (None, str(tmp_path / "checkpoint-4")):
+        callback = ChainCallback(ranks=[4, 2], steps=[4, 7])
+        trainer = make_trainer(peft_model(tiny_folder), tokenizer, tmp_path, callback)
+        trainer.callback_handler.callbacks.insert(0, Save())
+        trainer.train(resume_from_checkpoint=resume)
+        found.append(logits(trainer.model))
+    assert torch.equal(*found)
+
+
 def test_a_resume_with_other_knots_is_refused(tiny_folder, tokenizer, tmp_path):
     keys = {"save_strategy": "steps", "save_steps": 3}
     run(tiny_folder, tokenizer, tmp_path, ChainCallback(steps=4), **keys)

@@ -152,9 +152,12 @@ class ChainCallback(TrainerCallback):
             if self.restart_schedule:
                 self._restart_schedule(kwargs["lr_scheduler"], args)
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Count the step, and stop where the policy ends the last link."""
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Count the step, before any other callback may save it."""
         self.chain.count_step()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Stop where the policy ends the last link."""
         self._check_step(state)
         if self._knots.is_last:
             knot = self._knot(state, kwargs["optimizer"])
