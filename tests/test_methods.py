@@ -11,13 +11,8 @@ from hypothesis import strategies as st
 
 from chainlora.config.loading import make_config
 from chainlora.errors import ConfigError
-from chainlora.experiments.methods import (
-    apply_recipe,
-    list_methods,
-    load_method,
-    merge_trees,
-    split_total,
-)
+from chainlora.experiments.methods import apply_recipe, list_methods, load_method, merge_trees
+from chainlora.experiments.methods.recipe import split_total
 from chainlora.training.loop import make_optimizer, train
 
 BASE = {"model": "m", "data": {"task": "rte"}, "recipe": {"rank": 8, "epochs": 5}}

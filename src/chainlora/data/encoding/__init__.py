@@ -21,5 +21,3 @@ from __future__ import annotations
 
 from chainlora.data.encoding.encoder import Options, RowEncoder, detect_format, make_row_encoder
 from chainlora.data.encoding.preferences import detect_pairs
-
-__all__ = ["Options", "RowEncoder", "detect_format", "detect_pairs", "make_row_encoder"]

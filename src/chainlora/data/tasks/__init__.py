@@ -20,16 +20,3 @@ from chainlora.data.tasks.sampling import (
 )
 from chainlora.data.tasks.schema import REPORTED_OF_TEXT, WORD_METRICS
 from chainlora.data.tasks.task import Task, list_tasks, load_task
-
-__all__ = [
-    "REPORTED_OF_TEXT",
-    "WORD_METRICS",
-    "Rendered",
-    "Task",
-    "check_split_files",
-    "list_tasks",
-    "load_task",
-    "sample_splits",
-    "split_source",
-    "unseen_source",
-]

@@ -15,17 +15,7 @@ from typing import Any
 
 from chainlora.config.loading import parse_yaml
 from chainlora.errors import ConfigError, nearest
-from chainlora.experiments.methods.recipe import Recipe, apply_recipe, split_total
-
-__all__ = [
-    "Method",
-    "Recipe",
-    "apply_recipe",
-    "list_methods",
-    "load_method",
-    "merge_trees",
-    "split_total",
-]
+from chainlora.experiments.methods.recipe import apply_recipe
 
 _SECTIONS = ("recipe", "data", "chain", "train")
 
