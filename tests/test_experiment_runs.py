@@ -251,3 +251,22 @@ def test_tuning_shows_validation_scores_and_never_those_of_the_test_rows(
     said = capsys.readouterr().err
     assert "tune: 4 cells, 0 done before, 4 to run" in said
     assert said.count("validation accuracy") == 4
+
+
+def test_a_gradient_start_is_paid_for(tiny_folder, sentiment, tmp_path):
+    """Its sweeps read batches that no step counts: three a link, over `init_batches` batches
+    each."""
+    base = tree(tiny_folder, sentiment)["base"]
+    base["chain"]["init_batches"] = 2
+    experiment = make_experiment(
+        tree(tiny_folder, sentiment, base=base, methods=["chain3", "chain3_fw"], seeds=[0], tune={})
+    )
+    run_cells(experiment, tmp_path, backend="inline")
+    plain, directed = read_results(tmp_path).finals
+    assert plain["start_tokens"] == 0
+    assert directed["start_tokens"] == directed["tokens"] - plain["tokens"] > 0
+    records = records_of(tmp_path / "cells" / directed["cell"] / "run")
+    steps = [record["tokens"] for record in records if record["event"] == "step"]
+    # links of two steps: each reads its own batches three times
+    assert directed["start_tokens"] == 3 * sum(steps)
+    assert sum(directed["link_tokens"]) == directed["tokens"]
