@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
 
 import pytest
 import yaml
+from conftest import write_rows
 from experiment_cases import tree
 
 from chainlora.data.preparing import IN_MEMORY
@@ -29,25 +29,15 @@ def test_a_large_file_is_encoded_by_processes_of_a_worker(tiny_folder, tmp_path)
     """A worker reads its standard input in a thread. Processes that it forks to encode rows close
     theirs, and once waited for ever for the lock of that read."""
     rows = [{"prompt": f"good {k}", "completion": " film"} for k in range(IN_MEMORY + 1)]
-    for name in ("train", "test"):
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        rows = rows[:8]
+    files = {"train": rows, "test": rows[:8]}
+    keys = {"tasks": {"own": {"data": {"task": None}}}, "methods": ["lora"], "seeds": [0]}
+    told = tree(tiny_folder, tmp_path, **keys, tune={}, curve_points=0)
+    told["base"] |= {"train": {"batch_size": 2, "eval_at_knots": False}}
+    told["base"]["data"] = {
+        name: str(write_rows(tmp_path / f"{name}.jsonl", found)) for name, found in files.items()
+    }
     file = tmp_path / "experiment.yaml"
-    base = {
-        "model": str(tiny_folder),
-        "recipe": {"rank": 2, "steps": 1, "scaling": 2},
-        "data": {name: str(tmp_path / f"{name}.jsonl") for name in ("train", "test")},
-        "chain": {"target_modules": ["q_proj"]},
-        "train": {"batch_size": 2, "eval_at_knots": False},
-    }
-    small = {
-        "name": "large",
-        "base": base,
-        "tasks": {"own": {"data": {"task": None}}},
-        "methods": ["lora"],
-        "seeds": [0],
-    }
-    file.write_text(yaml.safe_dump(small | {"curve_points": 0}))
+    file.write_text(yaml.safe_dump(told))
     command = [sys.executable, "-m", "chainlora", "experiment", "run", file, "--output"]
     done = subprocess.run(
         [*command, tmp_path / "out"],

@@ -571,7 +571,7 @@ def test_a_stage_that_cannot_be_trained_is_refused_before_the_stages_before_it(c
 
 
 def test_the_matrix_is_what_eval_says_and_is_kept(config, tmp_path):
-    """Average, transfer and forgetting have tests of their own (test_matrix.py)."""
+    """Average, transfer and forgetting have tests of their own (test_metrics.py)."""
     run = tmp_path / "run"
     train_stages(make_stages(config))
     (run / "matrix.jsonl").unlink()
