@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 from conftest import tiny_model
+from helpers import settings
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -70,29 +71,12 @@ def test_what_cannot_work_is_refused_in_one_line():
         load_method("rslorra")
 
 
-def small_run(method: str, tiny_folder, sentiment, **keys):
-    """The config of a preset on rows that are learnt in a few steps."""
-    tree = merge_trees(
-        {
-            "model": str(tiny_folder),
-            "data": {
-                "task": str(sentiment / "task.yaml"),
-                "train": str(sentiment / "train.jsonl"),
-                "validation": str(sentiment / "validation.jsonl"),
-            },
-            "recipe": {"rank": 2, "steps": 6, "scaling": 2},
-            "chain": {"target_modules": ["q_proj", "v_proj"]},
-            "train": {"lr": 1e-3, "batch_size": 8},
-        },
-        load_method(method).keys,
-        keys,
-    )
-    return make_config(apply_recipe(tree))
-
-
 @pytest.mark.parametrize("name", list_methods())
 def test_each_method_runs(name, tiny_folder, sentiment):
-    config = small_run(name, tiny_folder, sentiment)
+    own = {"chain": dict.fromkeys(("ranks", "alpha", "steps")), "train": {"lr": 1e-3}}
+    recipe = {"recipe": {"rank": 2, "steps": 6, "scaling": 2}}
+    base = settings(tiny_folder, sentiment, **own)
+    config = make_config(apply_recipe(merge_trees(base, recipe, load_method(name).keys)))
     result = train(config)
     assert result["steps"] == (6 if config.chain.ranks else 0)
     assert 0 <= result["metrics"]["validation"]["accuracy"] <= 1
