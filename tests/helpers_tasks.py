@@ -146,26 +146,13 @@ PROMPTS = {
 
 # What the same task calls its fields and labels on the Hub, where that differs from the original
 # files.
-HUB_ROWS = {
-    "rte": {"premise": "Rain fell all day.", "hypothesis": "It rained.", "label": 0},
-    "cb": {
-        "premise": "She doubted that the ship had sailed.",
-        "hypothesis": "the ship had sailed",
-        "label": 2,
-    },
-    "boolq": {"passage": "Tea -- Tea is a drink.", "question": "is tea a drink", "label": 1},
-    "wsc": {
-        "text": "Ann thanked Eve because She had helped.",
-        "span1_text": "Eve",
-        "span2_text": "She",
-        "label": 1,
-    },
-    "wic": {
-        "word": "bank",
-        "sentence1": "We sat on the bank.",
-        "sentence2": "The bank was shut.",
-        "label": 0,
-    },
+HUB_LABELS = {"rte": 0, "cb": 2, "boolq": 1, "wic": 0}
+HUB_ROWS = {name: PROMPTS[name][0] | {"label": label} for name, label in HUB_LABELS.items()}
+HUB_ROWS["wsc"] = {
+    "text": "Ann thanked Eve because She had helped.",
+    "span1_text": "Eve",
+    "span2_text": "She",
+    "label": 1,
 }
 
 

@@ -1,14 +1,8 @@
 """Rows to tokens: what is read, what is a target, what is cut or split.
 
-Rows are those of a task (`chainlora.data.tasks`) or of a user's own file in one of three formats:
-
-    completion   {"prompt": …, "completion": …}              loss on the completion
-    chat         {"messages": [{"role": …, "content": …}]}   the model's own chat template, loss on
-                                                             the assistant; `tools` beside it
-    text         {"text": …}                                 loss on everything
-
-Everything is checked here, before training starts, and a row that cannot be used is named by file
-and line. One file an objective:
+Rows are those of a task (`chainlora.data.tasks`) or of a user's own file, in a format of
+`data.format`. Everything is checked here, before training starts, and a row that cannot be used is
+named by file and line. One file an objective:
 
     candidates.py · completion.py · chat.py · text.py   rows to drafts with tokens and targets
     preferences.py pairs of answers (DPO), each as a row of a plain format
