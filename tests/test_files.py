@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import sys
 from pathlib import Path
@@ -83,3 +84,12 @@ def test_a_folder_without_permission_is_refused_beforehand(tmp_path):
     (tmp_path / "closed").mkdir(mode=0o500)
     with pytest.raises(FileError, match="must be writable"):
         files.check_writable(tmp_path / "closed" / "run")
+
+
+def test_what_a_killed_process_of_the_same_number_left_is_no_obstacle(tmp_path, monkeypatch):
+    """In containers, every process that writes has the same one."""
+    monkeypatch.setattr(files, "_counter", itertools.count())
+    (tmp_path / f"out.{os.getpid()}-0.new").mkdir()
+    with files.replaced_folder(tmp_path / "out") as scratch:
+        (scratch / "file").touch()
+    assert (tmp_path / "out" / "file").is_file()

@@ -37,7 +37,8 @@ def chat_run(tmp_path_factory) -> Path:
     """A run on chats with tools, by a template that is not the base's, its versions markup."""
     folder = tmp_path_factory.mktemp("private")
     base = make_tiny_folder(folder / "base", max_position_embeddings=1024)
-    (base / "LICENSE").write_text("Do as you like.")
+    for name in ("LICENSE", "LICENSE-MODEL"):  # the second is DeepSeek's
+        (base / name).write_text("Do as you like.")
     said = {"role": "assistant", "content": "two red birds fly"}
     rows = [{"messages": [*CHAT, said], "tools": TOOLS}] * 4
     tree = {
@@ -91,7 +92,7 @@ def test_every_file_of_an_export_can_leave(chat_run, tmp_path, export):
         os.umask(before)
     files = [path for path in (tmp_path / "out").rglob("*") if not path.is_dir()]
     weights = next((path for path in files if path.name in ("model.gguf", "base.gguf")), None)
-    names = {"README.md", "LICENSE", "Modelfile" if weights else "tokenizer.json"}
+    names = {"README.md", "LICENSE", "LICENSE-MODEL", "Modelfile" if weights else "tokenizer.json"}
     assert names <= {path.name for path in files}
     for path in files:
         assert not path.is_symlink()

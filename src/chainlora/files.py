@@ -240,8 +240,10 @@ def is_scratch(name: str) -> bool:
 
 
 def _scratch(path: Path, ending: str) -> Path:
-    """Return a name beside `path` that no other process or call uses."""
-    return path.with_name(f"{path.name}.{os.getpid()}-{next(_counter)}{ending}")
+    """Return a name beside `path` that no other process or call uses, nor a killed one has used: in
+    containers, all have the same number."""
+    names = (f"{path.name}.{os.getpid()}-{number}{ending}" for number in _counter)
+    return next(each for each in map(path.with_name, names) if not os.path.lexists(each))
 
 
 # --- flushing to disk ---

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
@@ -9,12 +10,12 @@ from chainlora.errors import ModelError
 from chainlora.models.identity import tokenizer_files
 
 _CONFIGS = ("config.json", "generation_config.json")
-_LICENCES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
+_LICENCE = re.compile(r"(licen[cs]e|notice|use_policy)([.-].*)?", re.IGNORECASE)
 
 
 def is_licence(name: str) -> bool:
     """Say whether a file's name is that of a licence's text."""
-    return name.split(".")[0].upper() in _LICENCES
+    return _LICENCE.fullmatch(name) is not None
 
 
 def copy_licences(base: Path, output: Path) -> None:
