@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from chainlora import Chain, LinkConfig, export_adapter, export_merged, load_run, make_config, train
 from chainlora.errors import ChainError
+from chainlora.runs.to_gguf import export_gguf
 
 
 @pytest.fixture
@@ -171,7 +172,12 @@ def test_a_merged_chat_model_stops_where_its_template_ends_turns(tmp_path):
         train(make_config(run | {"chain": {"ranks": [2], "steps": [1]}}))
         export_merged(tmp_path / name, tmp_path / f"{name}-merged")
         found = GenerationConfig.from_pretrained(tmp_path / f"{name}-merged")
-        assert found.eos_token_id == [2, tokenizer.convert_tokens_to_ids("<|im_end|>")]
+        end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+        assert found.eos_token_id == [2, end]
+    gguf = pytest.importorskip("gguf")
+    export_gguf(tmp_path / "own", tmp_path / "gguf")
+    fields = gguf.GGUFReader(tmp_path / "gguf" / "model.gguf").fields
+    assert fields["tokenizer.ggml.eot_token_id"].contents() == end
 
 
 def test_a_bias_beside_an_embedding_is_no_adapter(folders, tmp_path):

@@ -107,6 +107,10 @@ def test_gguf_is_the_model(exported):
     """Merged, and as a LoRA on its base: the same function, to float32's rounding."""
     name, folder, ids, wanted = exported
     merged, plain = (tensors_of(folder / file) for file in ("merged/model.gguf", "lora/base.gguf"))
+    fields = gguf.GGUFReader(folder / "merged" / "model.gguf").fields
+    (context,) = (field.contents() for key, field in fields.items() if "context_length" in key)
+    assert context == (48 if name == "mistral" else 64)  # of a window, where llama.cpp has none
+    assert f"PARAMETER num_ctx {context}\n" in (folder / "merged" / "Modelfile").read_text()
     lora = tensors_of(folder / "lora" / "adapter.gguf")
     assert lora
     for key in plain:  # as llama.cpp adds a LoRA: alpha is the rank

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -111,9 +111,12 @@ def _gemma_misfits(config: Any) -> list[tuple[str, str]]:
 # --- a model ---
 
 
-def write_gguf(folder: Path, tokenizer: Any, file: Path, kind: str, name: str) -> None:
+def write_gguf(
+    folder: Path, tokenizer: Any, file: Path, kind: str, name: str, ends: Sequence[int] = ()
+) -> None:
     """Write a checkpoint as one GGUF file, its weights of two dimensions in `kind`.
 
+    `ends` is the token that ends a turn of a chat, if that is not the end of sequence.
     Rows that Q8_0's blocks of 32 do not fit are float16; weights of one dimension are float32, as
     llama.cpp has them. One weight at a time is in memory. The file is loaded back and compared;
     ModelError is raised unless it is the same model, to the kind's rounding, and tokenizer.
@@ -133,6 +136,8 @@ def write_gguf(folder: Path, tokenizer: Any, file: Path, kind: str, name: str) -
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     _add_config(writer, config)
     _add_tokenizer(writer, tokenizer, stored["model.embed_tokens.weight"].shape[0])
+    for end in ends:
+        writer.add_eot_token_id(end)
     factors = rope_factors(config)
     if factors is not None:
         writer.add_tensor_info("rope_freqs.weight", factors.shape, factors.dtype, factors.nbytes)
@@ -188,15 +193,22 @@ class _Names:
         return weight.contiguous()
 
 
+def context_of(config: Any) -> int:
+    """Return the context that a model has in llama.cpp, which attends fully in most classes: that
+    is the same up to the length of a window."""
+    window = None if _has_windows(config) else getattr(config, "sliding_window", None)
+    return min(config.max_position_embeddings, window or config.max_position_embeddings)
+
+
+def _has_windows(config: Any) -> bool:
+    return config.model_type in ("gemma2", "gemma3_text")
+
+
 def _add_config(writer: Any, config: Any) -> None:
     gguf = import_gguf()
     ropes, size = ropes_of(config), head_size(config)
-    rope, window = ropes["full_attention"], getattr(config, "sliding_window", None)
-    has_windows = config.model_type in ("gemma2", "gemma3_text")
-    context = config.max_position_embeddings
-    if window and not has_windows:  # llama.cpp attends fully, which is the same up to there
-        context = min(context, window)
-    writer.add_context_length(context)
+    rope = ropes["full_attention"]
+    writer.add_context_length(context_of(config))
     writer.add_vocab_size(config.vocab_size)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
@@ -211,8 +223,8 @@ def _add_config(writer: Any, config: Any) -> None:
     if rope.get("rope_type") == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(rope["factor"])
-    if has_windows:
-        writer.add_sliding_window(window)
+    if _has_windows(config):
+        writer.add_sliding_window(config.sliding_window)
     if config.model_type == "gemma2":
         writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
         writer.add_final_logit_softcapping(config.final_logit_softcapping)

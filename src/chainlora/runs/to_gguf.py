@@ -20,8 +20,14 @@ from jinja2 import TemplateError
 from chainlora import files
 from chainlora.chain.adapters import Factors
 from chainlora.chain.link import switched_on
+from chainlora.data.chat_templates import ends_of_turn
 from chainlora.errors import ModelError
-from chainlora.models.gguf_writing import check_convertible, write_gguf, write_lora_gguf
+from chainlora.models.gguf_writing import (
+    check_convertible,
+    context_of,
+    write_gguf,
+    write_lora_gguf,
+)
 from chainlora.models.loading import open_folder
 from chainlora.runs.beside import copy_licences
 from chainlora.runs.cards import UNNAMED, Card, Naming, public_name, story_of, write_card
@@ -75,7 +81,8 @@ def export_gguf(
         done = export_merged(run, merged, num_links=0 if as_adapter else num_links)
         kind = kind or {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}[done["dtype"]]
         model = made / ("base.gguf" if as_adapter else "model.gguf")
-        write_gguf(merged, tokenizer, model, kind, name)
+        ends = [end for end in ends_of_turn(tokenizer) if end != tokenizer.eos_token_id]
+        write_gguf(merged, tokenizer, model, kind, name, ends)
         if as_adapter:
             pairs = {module: (pair.a, pair.b) for module, pair in factors.items()}
             write_lora_gguf(pairs, config, model, made / "adapter.gguf", name)
@@ -128,7 +135,7 @@ def _modelfile(reader: RunReader, stage: str, tokenizer: Any, config: Any, as_ad
     lines = ["FROM ./base.gguf", "ADAPTER ./adapter.gguf"] if as_adapter else ["FROM ./model.gguf"]
     has_run = reader.manifest().has_run
     longest = (reader.config().data.max_length if has_run else None) or 0
-    room = min(config.max_position_embeddings, max(_CONTEXT, longest))
+    room = min(context_of(config), max(_CONTEXT, longest))
     chat = cut_template(tokenizer) if tokenizer.chat_template else None
     if not tokenizer.chat_template or not _is_chat(reader, stage, tokenizer):
         lines.append('TEMPLATE """{{ .Prompt }}"""')
