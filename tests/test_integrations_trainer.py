@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -328,8 +329,14 @@ def test_every_save_is_a_chain_and_an_adapter(tiny_folder, tokenizer, tmp_path):
     assert_adapter_is_the_model(tiny_folder, tmp_path / "final", trainer.model, ROUNDING)
     assert "3 LoRA link(s) as one adapter of rank 10" in (tmp_path / "final/README.md").read_text()
     trainer.model.save_pretrained(str(tmp_path / "again"))
+    snapshot = copy.deepcopy(trainer.model)
     merged = trainer.model.merge_and_unload()
     assert_adapter_is_the_model(tiny_folder, tmp_path / "again", merged, ROUNDING)
+
+    for parameter in callback.chain.parameters():
+        parameter.data.zero_()
+    snapshot.save_pretrained(str(tmp_path / "snapshot"))
+    assert_adapter_is_the_model(tiny_folder, tmp_path / "snapshot", snapshot, ROUNDING)
 
 
 # --- resume ---

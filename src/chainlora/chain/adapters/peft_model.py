@@ -9,7 +9,7 @@ which the shell would do for one adapter, are redirected (`redirect`).
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -189,24 +189,35 @@ def redirect(
     best model come by ``load_adapter``. Adapters of other names are left to PEFT. `switch_off` is
     called before ``disable_adapter``, by which TRL has its reference model.
     """
-    kind = type(model)  # not what an earlier chain put on the model
-    load_other, disable = kind.load_adapter.__get__(model), kind.disable_adapter.__get__(model)
+    redirected = _Redirected(model, save, load, switch_off)
+    model.save_pretrained = redirected.save_pretrained
+    model.load_adapter = redirected.load_adapter
+    model.disable_adapter = redirected.disable_adapter
+
+
+@dataclass
+class _Redirected:
+    """The methods that a PEFT model gets. Methods, and not functions, as a copy of the model then
+    has its own."""
+
+    model: Any
+    save: Callable[[Path], None]
+    load: Callable[[Path], None]
+    switch_off: Callable[[], None]
 
     def save_pretrained(
-        save_directory: str | Path, *_: Any, is_main_process: bool = True, **__: Any
+        self, save_directory: str | Path, *_: Any, is_main_process: bool = True, **__: Any
     ) -> None:
         if is_main_process:
-            save(Path(save_directory))
+            self.save(Path(save_directory))
 
-    def load_adapter(model_id: str | Path, adapter_name: str, *rest: Any, **keys: Any) -> Any:
+    def load_adapter(self, model_id: str | Path, adapter_name: str, *rest: Any, **keys: Any) -> Any:
         if adapter_name != LIVE:
-            return load_other(model_id, adapter_name, *rest, **keys)
-        load(Path(model_id))
+            kind = type(self.model)
+            return kind.load_adapter(self.model, model_id, adapter_name, *rest, **keys)
+        self.load(Path(model_id))
         return None
 
-    def disable_adapter() -> Any:
-        switch_off()
-        return disable()
-
-    model.save_pretrained, model.load_adapter = save_pretrained, load_adapter
-    model.disable_adapter = disable_adapter
+    def disable_adapter(self) -> Any:
+        self.switch_off()
+        return type(self.model).disable_adapter(self.model)
