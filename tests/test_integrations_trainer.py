@@ -235,10 +235,10 @@ def test_records_say_which_link_they_are_of(tiny_folder, tokenizer, tmp_path):
     history = trainer.state.log_history
     losses = [record["link"] for record in history if "loss" in record]
     assert losses == [0] * 4 + [1] * 4 + [2] * 3
-    scores = {record["step"]: record["link"] for record in history if "eval_loss" in record}
+    scores = {record["step"]: record["eval_link"] for record in history if "eval_loss" in record}
     assert scores.pop(11, 2) == 2  # at the end the Trainer evaluates since transformers 5.4
     assert scores == {2: 0, 4: 0, 6: 1, 8: 1, 10: 2}
-    assert trainer.evaluate()["link"] == 2
+    assert trainer.evaluate()["eval_link"] == 2
 
 
 # --- what a chain begins with ---
@@ -295,7 +295,9 @@ def test_a_trained_adapter_is_the_first_link(how, tiny_folder, tokenizer, tmp_pa
 
 def test_a_chain_of_one_link_goes_on_in_a_second_trainer(tiny_folder, tokenizer, tmp_path):
     knots = {"every": 3, "share": 0.5}
-    first = run(tiny_folder, tokenizer, tmp_path, ChainCallback(knots=knots))
+    model = peft_model(tiny_folder, init_lora_weights="gaussian")
+    first = make_trainer(model, tokenizer, tmp_path, ChainCallback(knots=knots))
+    first.train()
     before = logits(first.model)
     second = make_trainer(first.model, tokenizer, tmp_path, ChainCallback([4, 2]))
     # the link that has ended is stored to a relative error of 3e-3
@@ -303,7 +305,9 @@ def test_a_chain_of_one_link_goes_on_in_a_second_trainer(tiny_folder, tokenizer,
     second.train()
     second.save_model(str(tmp_path / "final"))
     assert_adapter_is_the_model(tiny_folder, tmp_path / "final", second.model, ROUNDING)
-    assert [link.num_steps for link in chain_of(second).links] == [11, 6, 5]
+    links = chain_of(second).links
+    assert [link.num_steps for link in links] == [11, 6, 5]
+    assert {link.config.init for link in links} == {"gaussian"}
 
 
 # --- saves ---

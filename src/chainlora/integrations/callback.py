@@ -176,9 +176,11 @@ class ChainCallback(TrainerCallback):
         chain = self.chain
         if not chain.live_steps:  # the model as it came
             return
-        logs["link"] = len(chain)
+        # of scores with their prefix, from which notebooks and cards take the title of a column
+        prefix = next((key.removesuffix("runtime") for key in logs if key.endswith("_runtime")), "")
+        logs[f"{prefix}link"] = len(chain)
         if state.log_history and state.log_history[-1].get("step") == state.global_step:
-            state.log_history[-1]["link"] = len(chain)
+            state.log_history[-1][f"{prefix}link"] = len(chain)
 
     # --- the beginning ---
 

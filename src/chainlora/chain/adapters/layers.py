@@ -121,6 +121,8 @@ def attach(model: nn.Module, config: LinkConfig) -> Adapter:
         # give it whole paths
         extra = [name for name, _ in named_modules(model, config.extra_modules)] or None
         whole = {"modules_to_save": extra, "exclude_modules": None, "task_type": task_type(model)}
+        if config.init == "gaussian":  # for whoever reads of the tuner what a link is
+            whole["init_lora_weights"] = "gaussian"
         targets = sorted(matched_modules(model, config))
         tuner = peft.LoraModel(model, peft_config(config, target_modules=targets, **whole), LIVE)
     whole_modules = trained_whole(model).items()
