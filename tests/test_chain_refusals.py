@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import tiny_model
 from test_laws import config, logits, plain_update, tuned_chain, weights
+from transformers.integrations.finegrained_fp8 import FP8Linear
 
 from chainlora import (
     Chain,
@@ -156,12 +157,10 @@ def test_a_link_that_is_refused_leaves_the_earlier_ones_on_the_model(hold, extra
 
 
 def test_weights_of_one_byte_are_not_merged_into():
-    """Checkpoints in float8 keep a scale beside each weight (transformers' FP8Linear)."""
+    """In float8 they are codes, with a scale a block beside them."""
     model = tiny_model("llama")
     for layer in model.model.layers:
-        projection = layer.self_attn.q_proj
-        narrow = projection.weight.detach().to(torch.float8_e4m3fn)
-        projection.weight = torch.nn.Parameter(narrow, requires_grad=False)
+        layer.self_attn.q_proj = FP8Linear(32, 32, block_size=(16, 16))
     with pytest.raises(ChainLoRAError, match=r"quantised layer cannot hold .*q_proj\); use hold"):
         Chain(model).extend(LinkConfig(rank=2, target_modules=("q_proj",)))
 
