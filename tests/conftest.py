@@ -194,6 +194,12 @@ def sentiment(tmp_path_factory) -> Path:
     return make_sentiment(tmp_path_factory.mktemp("sentiment"))
 
 
+@pytest.fixture
+def task(sentiment) -> str:
+    """The options that name a task and its rows."""
+    return f"--task {sentiment}/task.yaml --data {sentiment}"
+
+
 def make_sentiment(folder: Path) -> Path:
     """A folder with a task file and its rows: which of two words was said, learnable in a few
     steps."""

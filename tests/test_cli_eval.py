@@ -14,12 +14,6 @@ from helpers import records_of
 from chainlora.data.tasks import load_task, sample_splits
 
 
-@pytest.fixture
-def task(sentiment) -> str:
-    """The options that name a task and its rows."""
-    return f"--task {sentiment}/task.yaml --data {sentiment}"
-
-
 def test_eval_takes_the_first_rows_in_file_order(chainlora, finished, sentiment, task, tmp_path):
     target = tmp_path / "new" / "predictions.jsonl"
     asked = f"eval {finished} {task} --split train --limit 5 --predictions {target} --json"

@@ -8,12 +8,6 @@ from pathlib import Path
 import pytest
 
 
-@pytest.fixture
-def task(sentiment) -> str:
-    """The options that name a task and its rows."""
-    return f"--task {sentiment}/task.yaml --data {sentiment}"
-
-
 def test_inspect_shows_every_link_and_draws_them(chainlora, finished):
     rows = chainlora(f"inspect {finished} --json").json["links"]
     assert [row["link"] for row in rows] == [0, 1, 2]

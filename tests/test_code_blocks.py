@@ -14,6 +14,7 @@ from pathlib import Path
 
 import click
 import pytest
+from test_schema import LEAST
 
 from chainlora import make_config
 from chainlora.cli.main import cli
@@ -24,7 +25,6 @@ from chainlora.experiments.schema import make_experiment
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-LEAST = {"model": "m", "data": {"train": "rows.jsonl"}, "chain": {"ranks": [8], "steps": [9]}}
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
 KNOWN = {"", "bash", "console", "diff", "json", "python", "yaml"}
 FOUND = [

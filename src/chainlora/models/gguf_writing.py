@@ -42,9 +42,8 @@ _ARCHITECTURES = {
     "phi3": "phi3",
 }
 _OTHER = "export --to merged, and convert that with llama.cpp"
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(
-    1, 7
-)  # tokenizer.ggml.token_type
+# tokenizer.ggml.token_type
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
 _BLOCK = 32  # values that share a scale in Q8_0
 
 # Half a step of each kind, in sizes of the largest value of a row; Q8_0's scale is rounded too.

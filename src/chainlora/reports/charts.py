@@ -18,14 +18,9 @@ from typing import Any, NamedTuple
 from chainlora.files import reported
 from chainlora.reports.tables import Table
 
-BLUE, VERMILION, GREEN, SKY, PURPLE, GREY = (  # Okabe–Ito: told apart by every kind of vision
-    "#0072B2",
-    "#D55E00",
-    "#009E73",
-    "#56B4E9",
-    "#CC79A7",
-    "#777777",
-)
+# Okabe–Ito: told apart by every kind of vision
+BLUE, VERMILION, GREEN = "#0072B2", "#D55E00", "#009E73"
+SKY, PURPLE, GREY = "#56B4E9", "#CC79A7", "#777777"
 GOLD, INK = "#BF8700", "#222222"
 COLOURS = (BLUE, VERMILION, GREEN, PURPLE, SKY, GREY)
 SMALL = 9  # points; the smallest text of a page's chart
