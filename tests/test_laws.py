@@ -19,6 +19,7 @@ from chainlora import (
     LinkConfig,
 )
 from chainlora.chain.adapters import LIVE
+from chainlora.chain.base_weights import BaseWeights
 
 DTYPES = (torch.float32, torch.bfloat16)
 TARGETS = {
@@ -235,6 +236,20 @@ def test_law_8_in_bfloat16_the_error_after_16_knots_is_that_of_one_cast(architec
         for delta in deltas:
             in_place += delta.to(torch.bfloat16)
         assert (in_place.double() - exact).norm() > 1.15 * error  # the contrast is real
+
+
+def test_links_added_together_are_those_added_one_by_one(monkeypatch):
+    """Each weight is written once, however many they are: a run loads in the time of one link."""
+    links = tuned_chain(tiny_model("llama"), "llama", num_links=3).links
+    write, written = BaseWeights.write, []
+    counted = staticmethod(lambda *pair: (written.append(pair), write(*pair)))
+    monkeypatch.setattr(BaseWeights, "write", counted)
+    together, apart = Chain(tiny_model("llama")), Chain(tiny_model("llama"))
+    together.add(*links)
+    assert len(written) == len(links[0].factors)
+    for link in links:
+        apart.add(link)
+    assert_same_weights(weights(together.model), weights(apart.model))
 
 
 @on_everything

@@ -258,13 +258,22 @@ class Chain:
 
     # --- the links that are tied ---
 
-    def add(self, link: Link) -> None:
-        """Append a link tuned before (from disk, or one that was dropped), as `tie` would have.
+    def add(self, *links: Link) -> None:
+        """Append links tuned before (from disk, or dropped), as `tie` would have.
 
-        It keeps its id, unless a link of the chain has the same.
+        A link keeps its id, unless one of the chain has the same. Weights are rebuilt once, after
+        the last of them.
         """
-        check(link=link)
+        for link in links:
+            check(link=link)
         self._need_no_live("add")
+        try:
+            for link in links:
+                self._append(link)
+        finally:
+            self._settle()
+
+    def _append(self, link: Link) -> None:
         check_link(link, self.model)
         taken = link.id in self.strengths
         placed = replace(link, index=len(self.links), id=self.next_id if taken else link.id)
@@ -274,7 +283,6 @@ class Chain:
             self._put_on(link.config)
         self.links.append(placed)
         self.next_id = max(self.next_id, placed.id + 1)
-        self._settle()
 
     def drop(self, num_links: int = 1) -> list[Link]:
         """Undo: drop the last links and return them; the weights are exactly the earlier ones."""

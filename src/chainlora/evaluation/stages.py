@@ -217,8 +217,7 @@ class Scorer:
         self.reader, self.kept, self.speedups = reader, kept, speedups
         self.progress = progress or (lambda what, done, rows: None)
         self.chain, self.tokenizer = chain_on_base(reader, hold)
-        for link in RunReader(reader.path).load_links():
-            self.chain.add(link)
+        self.chain.add(*RunReader(reader.path).load_links())
         self._references: dict[str, list[list[float]]] = {}
 
     def score(self, name: str, strengths: Strengths, stages: Sequence[str]) -> Iterator[Cell]:

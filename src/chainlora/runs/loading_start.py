@@ -108,8 +108,7 @@ def put_on(start: Start, chain: Chain, name: str | None = None) -> Start:
     """
     start = fitted(start, chain, name)
     chain.set_start_of_extra(start.extra)
-    for link in start.links:
-        chain.add(link)
+    chain.add(*start.links)
     chain.next_id = start.next_id
     return start
 

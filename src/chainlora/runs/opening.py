@@ -89,8 +89,7 @@ def load_run(
     chain = Chain(model, hold=hold_for(model), checkpoint=folder)
     if manifest.base.files is None:  # a saved chain, which knows no files
         check_base(manifest.base, {"fingerprint": chain.base_fingerprint}, reader.path)
-    for link in links:
-        chain.add(link)
+    chain.add(*links)
     plain: Any = model if is_quantized else chain.detach()
     return plain, _settled(tokenizer, reader, manifest)
 

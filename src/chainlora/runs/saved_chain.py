@@ -134,8 +134,7 @@ def restore_chain(chain: Chain, saved: SavedChain) -> None:
         chain.discard()
     chain.drop(len(chain))
     chain.set_start_of_extra(saved.start)
-    for link in saved.links:
-        chain.add(link)
+    chain.add(*saved.links)
     chain.next_id = saved.manifest.next_id
     if saved.live is not None:
         live = saved.live

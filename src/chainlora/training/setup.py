@@ -353,8 +353,7 @@ def _restore_links(run: Run, start: Start) -> None:
     if run.directory is not None:
         links = run.directory.load_links(run.progress.link)
         next_id = run.directory.current.next_id  # of a link that was rejected, none again
-    for link in links:
-        run.chain.add(link)
+    run.chain.add(*links)
     run.chain.next_id = next_id
 
 
