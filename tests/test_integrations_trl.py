@@ -93,6 +93,9 @@ def test_a_pair_teaches_the_tokens_of_its_chosen_answer():
     ]
     loader = DataLoader(rows, collate_fn=DataCollatorForPreference(pad_token_id=0))
     assert learned_a_row(loader) == 1.5
+    loader = DataLoader(rows, collate_fn=lambda rows: rows)  # as GRPO has it
+    with pytest.raises(ConfigError, match=r"must have `labels` \(got a list\); .*time_constant"):
+        learned_a_row(loader)
 
 
 @pytest.mark.parametrize("how", ["the same model", "what was saved"])

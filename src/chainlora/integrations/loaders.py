@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from transformers import TrainingArguments
@@ -40,5 +41,6 @@ def learned_a_row(loader: Any) -> float:
         learned = batch["completion_mask"][: len(some)].sum()
     else:
         rule = "soft knots count learned tokens, so batches must have `labels`"
-        raise ConfigError(rule, ", ".join(batch), remedy)
+        got = ", ".join(batch) if isinstance(batch, Mapping) else f"a {type(batch).__name__}"
+        raise ConfigError(rule, got, remedy)
     return max(int(learned), 1) / len(some)
