@@ -52,6 +52,24 @@ def test_compare_lets_no_method_choose_among_more_points(tiny_folder, sentiment)
     assert cell.config.quantize == "int8"
 
 
+def test_a_method_is_what_its_preset_says_whatever_the_config_sets(tiny_folder, sentiment):
+    """Under `knots: auto`, `lora` and `soft` were one cell, and LoRA of rank 4r had soft knots."""
+    base = tree(tiny_folder, sentiment)["base"]
+    chain = {"ranks": [2], "steps": [3], "knots": "auto", "dropout": 0.1}
+    keys = {"lora_plus_ratio": 4, "accept_links": "better", "schedule": "cosine"}
+    asked = {"model": base["model"], "data": base["data"], "chain": chain, "train": keys}
+    methods = ["lora", "soft", "lora_plus", "relora"]
+    experiment = comparison(make_config(asked), methods, [0])
+    assert "left out: chain.knots, train.accept_links, train.lora_plus_ratio." in (
+        experiment.description
+    )
+    configs = [cell.config for cell in expand(experiment)]
+    found = [(c.chain.knots is not None, c.train.lora_plus_ratio) for c in configs]
+    assert found == [(False, 1), (True, 1), (False, 16), (False, 1)]
+    shared = {(c.train.accept_links, c.train.schedule, c.chain.dropout) for c in configs}
+    assert shared == {("all", "cosine", 0.1)}
+
+
 def test_without_scipy_compare_stops_before_it_runs_and_an_experiment_runs(
     tiny_folder, sentiment, tmp_path, monkeypatch
 ):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 
 import pytest
 from experiment_cases import change, with_curve, write_lines
@@ -91,7 +92,7 @@ def test_over_all_tasks_each_task_weighs_alike(tmp_path):
 def test_methods_are_shown_by_the_keys_of_their_configs_and_not_by_their_names(tmp_path):
     """`chain4_r1_restart` was described by its preset: three links."""
     chain = {"ranks": [1] * 4, "steps": [40, 39, 38, 37], "alpha": 2.0, "knots": {"every": 3}}
-    train = {"lr": 1e-3, "restart_schedule": True, "some_new_key": [1, 2]}
+    train = {"lr": 1e-3, "restart_schedule": True, "some_new_key": "1|2"}
 
     def restarted(cell):
         if cell["method"] != "chain3":
@@ -107,14 +108,14 @@ def test_methods_are_shown_by_the_keys_of_their_configs_and_not_by_their_names(t
     heads += ("train.restart_schedule", "train.some_new_key")
     assert table.startswith(f"| method | {' | '.join(heads)} |")
     assert "| lora | 8 | 10 | – | – | – | – | – |\n" in table
-    assert "| chain3 | 4 × 1 | 40, 39, 38, 37 | 2 | every 3 | 0.001 | true | 1, 2 |\n" in table
+    assert "| chain3 | 4 × 1 | 40, 39, 38, 37 | 2 | every 3 | 0.001 | true | 1\\|2 |\n" in table
 
 
 def test_methods_that_ran_on_different_machines_are_named(tmp_path):
     def on_two(cell):
         kernels = "AVX2" if cell["method"] == "lora" else "AVX512"
         hardware = {"device": "cpu", "machine": "x86_64", "threads": 1, "cpu_capability": kernels}
-        return cell | {"hardware": hardware}
+        return cell | {"hardware": hardware, "commit": kernels, "versions": {"torch": "2.9"}}
 
     path = write_lines(tmp_path / "results.jsonl", tasks=["wsc"])
     assert "across machines" not in report_experiment(path, figures=False).markdown
@@ -122,9 +123,60 @@ def test_methods_that_ran_on_different_machines_are_named(tmp_path):
     where = "chain3 on x86_64 CPU, AVX512, threads 1, lora on x86_64 CPU, AVX2, threads 1"
     text = report_experiment(path, figures=False).markdown
     assert f"**Compared across machines or kernels**: wsc: {where}. Their" in text
+    commits = "chain3 on commit AVX512, lora on commit AVX2"
+    assert f"**Compared across versions**: wsc: {commits}. One config" in text
 
 
 # --- what may be concluded ---
+
+
+def diverged(cell):
+    return {k: v for k, v in cell.items() if k not in ("test", "score")} | {"status": "diverged"}
+
+
+@pytest.mark.parametrize(
+    ("made", "tasks", "said"),
+    [
+        (
+            lambda c: diverged(c) if c["method"] == "chain3" and c["seed"] > 3 else c,
+            ["wsc"],
+            "4 of 6 pairs (2 diverged), exact p",
+        ),
+        (lambda c: c if c["seed"] < 5 else None, ["wsc"], "| wsc | chain3 − lora | 5 of 6 |"),
+        (lambda c: c if c["seed"] < 5 else None, ["wsc", "cb"], ", 10 of 12 pairs, exact p"),
+        (
+            lambda c: c if c["task"] == "wsc" else None,
+            ["wsc", "cb"],
+            "- too few pairs to compare chain3 with lora on wsc",
+        ),
+        # an infinite loss has no mean
+        (
+            lambda c: c | {"test": {"loss": math.inf}} if c["seed"] == 2 else c,
+            ["wsc"],
+            "| wsc | chain3 − lora | 5 of 6 | −0.0200 |",
+        ),
+    ],
+    ids=["diverged", "missing", "of all tasks", "a task is missing", "infinite"],
+)
+def test_pairs_that_are_missing_are_said_where_the_others_decide(tmp_path, made, tasks, said):
+    """Six seeds of nine were "6 pairs", and one task of two "over all tasks"."""
+    path = change(
+        tmp_path / "results.jsonl", lambda c: made(c) if c["task"] in tasks else None, tasks=tasks
+    )
+    text = report_experiment(path, figures=False).markdown
+    assert said in text
+    assert ("over all tasks:" in text) == ("of 12" in said)
+
+
+def test_a_method_that_diverged_wherever_it_was_tried_is_not_one_to_come(tmp_path):
+    path = change(tmp_path / "results.jsonl", lambda c: c if c["method"] == "lora" else None)
+    tried = [{"point": {"train.lr": 1.0}, "mean": None, "runs": 1}]
+    choice = {"format": 2, "kind": "choice", "task": "wsc", "method": "chain3", "chosen": None}
+    path.write_text(path.read_text() + json.dumps(choice | {"metric": "f1", "tried": tried}) + "\n")
+    text = report_experiment(path, figures=False).markdown
+    assert "**Diverged** (1): wsc chain3 wherever tried." in text
+    assert "wsc chain3: seeds" not in text
+    assert "cb chain3: seeds" in text
 
 
 def test_the_primary_comparison_is_tested_alone(tmp_path):
@@ -151,28 +203,33 @@ def test_the_primary_comparison_is_tested_alone(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("ahead", "said"),
+    ("ahead", "num_seeds", "said"),
     [
         (
             0.1,
+            6,
             "**Rank 1 binds on wsc**: rank 4 is 0.100 ahead. With 88.0 learned tokens a trained "
             "parameter soft knots (`chain.knots: auto`) may win 39% of that; they break even at 11",
         ),
-        (0.0, "Rank 1 was not found to bind on wsc"),
+        (0.0, 6, "Rank 1 was not found to bind on wsc"),
+        (0.1, 3, "Too few pairs to say whether rank 1 binds on wsc."),
     ],
 )
-def test_a_report_says_whether_rank_binds_and_what_soft_knots_may_then_win(tmp_path, ahead, said):
+def test_a_report_says_whether_rank_binds_and_what_soft_knots_may_then_win(
+    tmp_path, ahead, num_seeds, said
+):
     """88 tokens a parameter are 2³ times what breaks even: 3 · 0.13 of the gap."""
 
     def wider(cell):
-        if cell["task"] != "wsc":
+        if cell["task"] != "wsc" or cell["seed"] >= num_seeds:
             return None
         is_wide = cell["method"] == "chain3"
         loss = 0.5 - is_wide * (ahead + 0.001 * cell["seed"] - 0.0025)
         ranks = [4 if is_wide else 1] if cell["ranks"] else []
         return cell | {"ranks": ranks, "scored_tokens": 88 * 64, "test": {"loss": loss}}
 
-    path = change(tmp_path / "results.jsonl", wider, tasks=["wsc"])
+    head = {"tasks": ["wsc"], "seeds": list(range(num_seeds))}
+    path = change(tmp_path / "results.jsonl", wider, **head)
     assert said in report_experiment(path, figures=False).markdown
 
 

@@ -138,7 +138,9 @@ def test_what_cannot_be_chosen_or_scored_is_refused_before_anything_runs(
     tune = {"grid": {"train.lr": [1e-3, 1e-2]}, "metric": "acuracy"}
     base = tree(tiny_folder, sentiment)["base"]
     base["data"] = {"train": base["data"]["train"]}
+    scored = base | {"data": base["data"] | {"test": base["data"]["train"]}}
     for keys, message in (
+        ({"base": scored}, r"task mood: hyper-parameters are chosen on validation rows \(got none"),
         ({"tune": tune}, r"`tune.metric` must be one of accuracy, loss \(got 'acuracy'\)"),
         ({"base": base}, "compared on rows they do not train on"),
     ):

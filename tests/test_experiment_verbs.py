@@ -11,9 +11,10 @@ from contextlib import suppress
 
 import pytest
 import yaml
-from experiment_cases import tree
+from experiment_cases import change, tree
 
-from chainlora.experiments import plan_experiment, report_experiment
+from chainlora.experiments import plan_experiment, read_results, report_experiment
+from chainlora.experiments.plan import measured_power
 
 
 def test_a_plan_says_what_could_be_found_and_how_many_pairs_a_difference_needs(
@@ -27,9 +28,9 @@ def test_a_plan_says_what_could_be_found_and_how_many_pairs_a_difference_needs(
     assert sorted(tmp_path.rglob("*")) == before  # nothing is run or written
     assert (plan.num_cells, plan.num_done) == (18, 6)
     (power,) = plan.power
-    difference = (
-        report_experiment(out, tmp_path / "report", figures=False).comparisons[0].difference
-    )
+    report = report_experiment(out, tmp_path / "report", figures=False)
+    assert "\n6 cells, " in report.markdown  # two of them have two lines: they tuned as well
+    difference = report.comparisons[0].difference
     assert (power.sd, power.num_measured, power.num_pairs) == (difference.sd, 2, 8)
     assert power.needed is None or power.needed >= 6
     assert plan.notes == [
@@ -38,6 +39,15 @@ def test_a_plan_says_what_could_be_found_and_how_many_pairs_a_difference_needs(
     ]
     fresh = plan_experiment(path)
     assert (fresh.num_done, fresh.power) == (0, [])
+
+
+def test_a_plan_has_one_pair_a_task_of_two_methods_that_train_nothing(tmp_path):
+    def untrained(cell):
+        return cell | {"ranks": []} if cell["seed"] == 0 else None
+
+    path = change(tmp_path / "results.jsonl", untrained, pairs=[["chain3", "zero_shot"]])
+    (power,) = measured_power(read_results(path))
+    assert (power.task, power.num_measured, power.num_pairs) == ("all tasks", 2, 2)
 
 
 def test_plan_and_run_from_the_command_line(done, tiny_folder, sentiment, tmp_path, chainlora):

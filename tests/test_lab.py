@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
@@ -86,6 +87,26 @@ def test_the_lab_s_auto_is_the_package_s():
     plan = yaml.safe_load((HERE / "plan.yaml").read_text(encoding="utf-8"))
     arm = Arm(rank=4, **plan["arms"]["auto"])
     assert arm.soft(4000, 0.011) == spacing(KnotConfig(), 4000, 0.011)
+
+
+def test_a_seed_that_diverged_is_counted_where_its_arm_is_judged():
+    """Means and pairs are of the others: without a word, an arm that fails looks better."""
+
+    def cell(name, seed, loss):
+        config = {"held_out": "results", "lr": 0.01, "seed": seed}
+        curve = [[8, loss]] if loss else []
+        made = {"study": "s", "name": name, "config": config, "curve": curve, "cpu_seconds": 1.0}
+        return made | {"loss": loss}
+
+    cells = [cell(name, seed, 2.0 + seed) for name in ("lora", "auto") for seed in range(5)]
+    cells[-1] |= {"loss": None, "curve": []}
+    spec = spec_from_file_location("lab_report", HERE / "report.py")
+    lab = module_from_spec(spec)
+    sys.modules[spec.name] = lab
+    spec.loader.exec_module(lab)
+    text = lab.section("s", lab.by_study(cells)["s"], "auto")
+    assert "| lora | – | – | 5 | 4.0000 |" in text
+    assert "| auto | – | – | 4 (1 diverged) | 3.5000 |" in text
 
 
 @pytest.mark.slow

@@ -19,10 +19,9 @@ from chainlora.training.loop import make_optimizer, train
 BASE = {"model": "m", "data": {"task": "rte"}, "recipe": {"rank": 8, "epochs": 5}}
 
 
-def config_of(method: str, **recipe):
-    return make_config(
-        apply_recipe(merge_trees(BASE, load_method(method).keys, {"recipe": recipe}))
-    )
+def config_of(method: str, shared=None, **recipe):
+    keys = load_method(method).keys
+    return make_config(apply_recipe(merge_trees(BASE, shared, keys, {"recipe": recipe})))
 
 
 def test_every_method_is_a_config():
@@ -40,9 +39,11 @@ def test_the_paper_s_splits_and_the_rival_of_equal_rank():
     assert split_total(5, 3) == [2, 2, 1]
     assert split_total(2, 4) == [0.5] * 4
     assert split_total(100, 2, shares=(3, 1)) == [75, 25]
-    wide, chain = config_of("lora_sum_rank").chain, config_of("chain3").chain
-    assert sum(wide.ranks) == sum(chain.ranks) == 24
-    assert wide.links()[0].scaling == chain.links()[0].scaling
+    for preset in ("lora", "rslora"):  # what the config of the comparison says of scaling
+        keys = load_method(preset).keys
+        wide, chain = (config_of(name, keys).chain for name in ("lora_sum_rank", "chain3"))
+        assert sum(wide.ranks) == sum(chain.ranks) == 24
+        assert wide.links()[0].scaling == pytest.approx(chain.links()[0].scaling)
     assert config_of("chain", ranks=[8, 4]).chain.ranks == (8, 4)
 
 

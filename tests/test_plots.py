@@ -9,10 +9,11 @@ import struct
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 
 from chainlora.errors import RunError
 from chainlora.reports.chain_charts import chain_pictures, plot_chain
-from chainlora.reports.run_charts import plot_training, training_pictures
+from chainlora.reports.run_charts import _draw_loss, plot_training, training_pictures
 from chainlora.reports.runs import read_runs
 
 
@@ -109,6 +110,17 @@ def test_every_run_has_a_picture(rows, tmp_path):
 def test_every_chain_has_a_picture(found, tmp_path):
     plot_chain(found, tmp_path / "chain.png")
     assert min(size(tmp_path / "chain.png")) > 200
+
+
+def test_a_validation_loss_is_never_cut_off_like_a_spike_of_training():
+    """The last one of nine, among four hundred steps about one, was above the picture."""
+    steps = [
+        {"event": "step", "step": k, "link": 0, "loss": 1 + 0.01 * (k % 9)} for k in range(400)
+    ]
+    evals = [{"event": "eval", "step": k, "loss": loss} for k, loss in ((0, 1.1), (400, 9.0))]
+    axes = Figure().subplots()
+    _draw_loss(axes, [*steps, {"step": 400, "loss": 50.0}], evals, "each step")
+    assert 9.0 < axes.get_ylim()[1] < 50.0
 
 
 def test_nothing_to_draw(tmp_path):

@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import write_rows
+from conftest import make_tiny_folder, write_rows
 from experiment_cases import change, with_curve, write_lines
 from helpers import records_of, settings, stop_after
 from safetensors.numpy import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from chainlora import Chain, LinkConfig, make_config, report_runs, save_chain, train
 from chainlora.config.stages import make_stages
@@ -153,6 +153,28 @@ def test_a_live_link_answers_too(tiny_folder, tmp_path):
     (tmp_path / "asked.txt").write_text("the cat sat\n")
     report_runs([tmp_path / "saved"], prompts=str(tmp_path / "asked.txt"), max_new_tokens=2)
     assert "<dt>after link 2</dt>" in (tmp_path / "saved/report.html").read_text(encoding="utf-8")
+
+
+def test_an_answer_of_a_chat_ends_with_its_turn(tmp_path):
+    """The chat template's end of turn is not the end of sequence of a base model."""
+    folder = make_tiny_folder(tmp_path / "model", initializer_range=0.5)
+    asked = tmp_path / "asked.txt"
+    asked.write_text("the cat sat\n")
+
+    def answer(name):
+        save_chain(own_chain(folder), tmp_path / name)
+        report_runs([tmp_path / name], prompts=str(asked))
+        return said((tmp_path / name / "report.html").read_text(encoding="utf-8"))[0][0]
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    whole = answer("saved")
+    word = tokenizer.tokenize(whole)[3]
+    tokenizer.add_special_tokens({"additional_special_tokens": [word]})
+    tokenizer.chat_template = "{{ messages[-1].content }}" + word
+    tokenizer.save_pretrained(folder)
+    ended = answer("chat")
+    assert 0 < len(ended) < len(whole)
+    assert whole.startswith(ended)
 
 
 def test_prompts_that_are_none(chainlora, finished, tiny_folder, tmp_path):

@@ -33,6 +33,7 @@ class Results:
     name: str
     tuning: dict[float, list[float]] = field(default_factory=dict)  # losses by rate
     curves: dict[int, list[list[float]]] = field(default_factory=dict)  # by fresh seed
+    diverged: int = 0  # fresh seeds, which are in no mean and in no pair
     busy: float = 0.0  # seconds of processor time
 
     @property
@@ -82,6 +83,8 @@ def by_study(cells: Sequence[dict[str, Any]]) -> dict[str, dict[str, Results]]:
             arm.tuning.setdefault(config["lr"], []).append(loss)
         elif cell["loss"] is not None:
             arm.curves[config["seed"]] = cell["curve"]
+        else:
+            arm.diverged += 1
     return studies
 
 
@@ -105,6 +108,7 @@ def _row(arm: Results, arms: dict[str, Results], primary: str, gap: float | None
         rate = f"{best:g} ({tried[best]:.4f}{'' if is_interior(tried) else ', not interior'})"
     final = arm.final()
     loss = f"{statistics.fmean(final.values()):.4f}" if final else "–"
+    seeds = f"{len(final)}" + f" ({arm.diverged} diverged)" * (arm.diverged > 0)
     against = paired(arm, arms.get(REFERENCE))
     rest = paired(arms.get(primary), arm)
     closed = "–"
@@ -112,7 +116,7 @@ def _row(arm: Results, arms: dict[str, Results], primary: str, gap: float | None
         closed = f"{-statistics.fmean(against) / gap:.0%}"
     return (
         f"| {arm.name} | {rate} | {', '.join(f'{r:g}' for r in sorted(tried)) or '–'} "
-        f"| {len(final)} | {loss} | {difference(against)} | {_better(against)} "
+        f"| {seeds} | {loss} | {difference(against)} | {_better(against)} "
         f"| {_p(against)} | {_sign_p(against)} | {difference(rest)} | {closed} |"
     )
 
@@ -249,8 +253,9 @@ def _header(cells: Sequence[dict[str, Any]]) -> str:
     return (
         "# Results of the lab\n\nHeld-out loss in nats a token; differences are paired by seed, "
         "with 95 % t intervals; p is the exact two-sided sign-flip test, sign p the exact sign "
-        "test. Rates are chosen on tuning seeds and other held-out blocks. The share of the gap is "
-        "that between LoRA and full fine-tuning on the tuning seeds.\n\n"
+        "test, neither corrected for the number of arms. Rates are chosen on tuning seeds and "
+        "other held-out blocks. The share of the gap is that between LoRA and full fine-tuning on "
+        "the tuning seeds.\n\n"
         f"{len(cells)} cells, {steps:,} steps in {seconds / 3600:.2f} hours ({speed}, evaluation "
         f"included); {machines}.\n"
     )

@@ -8,10 +8,20 @@ from typing import Any
 
 from chainlora.config.schema import RunConfig
 from chainlora.errors import ConfigError
+from chainlora.experiments.methods import load_method
 from chainlora.experiments.report.report import Report, report_experiment
 from chainlora.experiments.runner import run_cells
 from chainlora.experiments.schema import Experiment, make_experiment
 from chainlora.experiments.statistics.intervals import scipy_stats
+
+# Keys that make a method what it is, or let it choose among its points: never the config's.
+_OF_METHODS = {
+    "data": (),
+    "chain": ("knots", "tune"),
+    "train": ("keep_best", "early_stop", "select_metric", "accept_links"),
+}
+# Keys that some presets set, and that all other methods take from the config.
+_SHARED = {"schedule", "warmup_steps"}
 
 
 def compare(
@@ -28,9 +38,11 @@ def compare(
 
     The config's `chain` says what the comparison fixes: its first rank is r, the sum of its epochs
     or steps the budget of every method; what else it sets (targets, dropout, …) all methods share.
+    Left out are soft knots and what else a preset of `methods` sets, so that each is what its
+    preset says: under `knots: auto`, `lora` and `soft` would be one method.
 
-    Every method is scored at its end: `keep_best` and `early_stop` are left out, as they would let
-    a method with more points to look at choose among more.
+    Every method is scored at its end: `keep_best`, `early_stop` and `accept_links` are left out, as
+    they would let a method with more points to look at choose among more.
 
     Args:
         config: the run config; `output` is not used.
@@ -72,12 +84,14 @@ def comparison(
     data = config.model_dump(mode="json", exclude_defaults=True)["data"]
     name = Path(config.data.task).stem if config.data.task else "data"
     unit = "epochs" if config.chain.epochs else "steps"
+    base, left_out = _base(config, unit, methods)
+    said = f"{', '.join(methods)} at equal {unit}, each scored at its end"
+    said += f"; of the config left out: {', '.join(left_out)}" * bool(left_out)
     experiment = make_experiment(
         {
             "name": "compare",
-            "description": f"{', '.join(methods)} at equal {unit}, each scored at its end "
-            "(keep_best and early_stop left out).",
-            "base": _base(config, unit),
+            "description": f"{said}.",
+            "base": base,
             "tasks": {name: {"data": {key: data[key] for key in ("task", "train") if key in data}}},
             "methods": list(methods),
             "seeds": list(seeds),
@@ -100,8 +114,8 @@ def _check_rows(config: RunConfig) -> None:
         )
 
 
-def _base(config: RunConfig, unit: str) -> dict[str, Any]:
-    """Return what all methods share: the config without what a method decides."""
+def _base(config: RunConfig, unit: str, methods: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """Return what all methods share, and the keys of the config that methods decide instead."""
     lengths = getattr(config.chain, unit)
     if lengths is None:
         raise ConfigError(
@@ -110,14 +124,17 @@ def _base(config: RunConfig, unit: str) -> dict[str, Any]:
             "e.g. chain: {ranks: [8], epochs: [3]}",
         )
     tree = config.model_dump(mode="json", exclude_defaults=True)
-    for section, decided in (
-        ("train", ("keep_best", "early_stop", "select_metric")),
-        ("chain", ("ranks", "epochs", "steps")),
-    ):
-        own = tree.get(section, {})
-        tree[section] = {key: value for key, value in own.items() if key not in decided}
+    presets = [load_method(name).keys for name in methods]
+    left_out = list[str]()
+    for section, keys in _OF_METHODS.items():
+        set_by_presets = {key for preset in presets for key in preset.get(section, {})} - _SHARED
+        decided = set_by_presets.union(keys).intersection(tree.get(section, {}))
+        left_out += sorted(f"{section}.{key}" for key in decided)
+        tree[section] = {k: v for k, v in tree.get(section, {}).items() if k not in decided}
+    for key in ("ranks", unit):
+        tree["chain"].pop(key, None)
     alpha = config.chain.alpha
     tree["chain"]["alpha"] = alpha if isinstance(alpha, float) else alpha[0]
     tree["recipe"] = {"rank": config.chain.ranks[0], unit: sum(lengths)}
     tree.pop("output", None)
-    return tree
+    return tree, left_out

@@ -99,8 +99,9 @@ class Expansion:
         key = (task, method, seed, repr(point))
         if key not in self._cells:
             config = _config(self.experiment, task, method, seed, point)
-            metric = self.experiment.tune.metric if len(self.points[task, method]) > 1 else None
-            _check_rows(task, config, metric)
+            _check_rows(task, config)
+            if len(self.points[task, method]) > 1:
+                _check_choice(task, config, self.experiment.tune.metric)
             self._cells[key] = Cell(task, method, seed, point, config, config_id(config))
         return self._cells[key]
 
@@ -148,16 +149,29 @@ def _nest(dotted: str, value: Any) -> dict[str, Any]:
     return value
 
 
-def _check_rows(task: str, config: RunConfig, metric: str | None) -> None:
-    """Refuse rows that are not there, none to score, and a `metric` to choose by that is not."""
+def _check_rows(task: str, config: RunConfig) -> None:
+    """Refuse rows that are not there, and none to score."""
     data = config.data
-    reported = _reported(data.task, data.dir) if data.task else REPORTED_OF_TEXT
+    if data.task:
+        _reported(data.task, data.dir)
     if data.train is not None and not (data.validation or data.test):
         raise ConfigError(
             f"task {task}: methods are compared on rows they do not train on",
             "none",
             "give data.test or data.validation",
         )
+
+
+def _check_choice(task: str, config: RunConfig, metric: str | None) -> None:
+    """Refuse to choose on no rows, and by a `metric` that there is not."""
+    data = config.data
+    if data.train is not None and not data.validation:
+        raise ConfigError(
+            f"task {task}: hyper-parameters are chosen on validation rows",
+            "none",
+            "give data.validation, or leave `tune` out",
+        )
+    reported = _reported(data.task, data.dir) if data.task else REPORTED_OF_TEXT
     if metric is not None and metric not in reported:
         raise ConfigError(
             f"task {task}: `tune.metric` must be one of {', '.join(reported)}", repr(metric)

@@ -93,24 +93,21 @@ def plan_experiment(
     experiment = load_experiment(path, overrides)
     session = Session(experiment, None if out is None else Path(out), reuse)
     num_done, num_cells = session.num_done()
-    power = measured_power(experiment, session.results(), difference)
+    power = measured_power(session.results(), difference)
     return Plan(num_cells, num_done, _notes(experiment), power)
 
 
-def measured_power(
-    experiment: Experiment, results: Results, difference: float | None = None
-) -> list[Power]:
+def measured_power(results: Results, difference: float | None = None) -> list[Power]:
     """Return the power of each comparison whose spread has been measured on two pairs or more."""
     found = []
     for each in compare_all(results):
         sd, num_measured = each.difference.sd, each.difference.num_pairs
         if num_measured < 2:
             continue
-        num_pairs = len(experiment.seeds) * (len(experiment.tasks) if each.task == OVERALL else 1)
-        least = detectable(sd, num_pairs, each.num_comparisons)
+        least = detectable(sd, each.num_planned, each.num_comparisons)
         needed = pairs_needed(sd, difference or 0.0, each.num_comparisons)
         what = (each.task, each.method, each.rival, each.metric)
-        found.append(Power(*what, sd, num_measured, num_pairs, least, needed))
+        found.append(Power(*what, sd, num_measured, each.num_planned, least, needed))
     return found
 
 
@@ -120,7 +117,7 @@ def measured_power(
 def run_notes(experiment: Experiment, results: Results) -> list[str]:
     """Return what a run says at its start: what cannot be decided, and what could be found."""
     try:
-        power = measured_power(experiment, results) if results.finals else []
+        power = measured_power(results) if results.finals else []
     except ConfigError as error:  # without scipy a run still runs
         return [*_notes(experiment), str(error)]
     if experiment.primary is not None:

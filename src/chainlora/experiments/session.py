@@ -112,7 +112,7 @@ class Session:
     def _choose(self, cells: Sequence[Cell]) -> list[dict[str, Any]]:
         waiting = {(cell.task, cell.method) for cell in cells if not self.is_done(cell)}
         trials = [
-            Trial(cell.task, cell.method, cell.point, _validation(cell, result), result["metric"])
+            Trial(cell.task, cell.method, cell.point, result.get("validation"), result["metric"])
             for cell, result in self._done(cells)
             if (cell.task, cell.method) not in waiting
         ]
@@ -253,16 +253,3 @@ def _read(path: Path) -> dict[str, Any] | None:
         return None
     check_format(str(path), result)
     return result
-
-
-def _validation(cell: Cell, result: Mapping[str, Any]) -> Mapping[str, float] | None:
-    """Return the metrics that choose; None of a run that diverged."""
-    if result["status"] == "diverged":
-        return None
-    if result["validation"] is None:
-        raise ConfigError(
-            "hyper-parameters are chosen on validation rows",
-            f"none for {cell}",
-            "give data.validation or leave `tune` out",
-        )
-    return result["validation"]

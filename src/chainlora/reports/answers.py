@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from chainlora.data.chat_templates import ends_of_turn
 from chainlora.data.encoding.tokens import TokenReader
 from chainlora.data.examples import Example
 from chainlora.data.rows import MemoryRows, Rows
@@ -84,7 +85,7 @@ def answers(
             tokenizer,
             [prompt.ids for prompt in prompts],
             max_new_tokens=max_new_tokens,
-            stop=_stop(run),
+            stop=_stop(run, tokenizer),
         )
         columns.append(("before training" if count == 0 else f"after link {count - 1}", texts))
     return [
@@ -141,9 +142,11 @@ def _prompt(row: Example, tokenizer: Any) -> Prompt:
     return Prompt(row.prompt, text, tokenizer.decode(right, skip_special_tokens=True).strip())
 
 
-def _stop(run: RunFacts) -> str | None:
-    """Return where an answer ends: that of a task is one line."""
-    return "\n" if run.config is not None and run.config.data.task is not None else None
+def _stop(run: RunFacts, tokenizer: Any) -> str | None:
+    """Return where an answer ends: that of a task is one line, that of a chat its turn."""
+    if run.config is not None and run.config.data.task is not None:
+        return "\n"
+    return tokenizer.decode(ends_of_turn(tokenizer)) or None
 
 
 def changes(found: Sequence[Answer]) -> list[int]:

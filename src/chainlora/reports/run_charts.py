@@ -171,15 +171,17 @@ def _draw_loss(axes: Any, steps: Sequence[Record], evals: Sequence[Record], each
     narrow = {"handlelength": 1.2, "columnspacing": 0.8, "handletextpad": 0.4}
     for handle in axes.legend(loc="upper right", ncols=3, **narrow).get_lines():
         handle.set(alpha=1, linewidth=1.8)
-    _keep_room(axes, losses[len(losses) // 50 :] + [r["loss"] for r in held_out])
+    _keep_room(axes, losses[len(losses) // 50 :], [r["loss"] for r in held_out])
 
 
-def _keep_room(axes: Any, values: Sequence[float]) -> None:
-    """Cut single spikes off the top (the highest half per cent), and leave room for the legend."""
-    if not values:
+def _keep_room(axes: Any, losses: Sequence[float], held_out: Sequence[float]) -> None:
+    """Cut single spikes of training off the top (the highest half per cent), and leave room for the
+    legend."""
+    ordered = sorted(losses)
+    shown = [*ordered[: int(len(ordered) * 0.995) + 1], *held_out]
+    if not shown:
         return
-    ordered = sorted(values)
-    top, low = ordered[min(len(ordered) - 1, int(len(ordered) * 0.995))], ordered[0]
+    top, low = max(shown), min(shown)
     room = (top - low) or abs(top) or 1.0
     axes.set_ylim(low - 0.06 * room, top + 0.25 * room)
 

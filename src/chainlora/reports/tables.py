@@ -36,7 +36,10 @@ class Table:
     def markdown(self) -> str:
         """Return the table as Markdown with its title as a heading."""
         rule = ["---", *["---:"] * (len(self.heads) - 1)]
-        lines = ["| " + " | ".join(cells) + " |" for cells in (self.heads, rule, *self.rows)]
+        lines = [
+            "| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |"
+            for cells in (self.heads, rule, *self.rows)
+        ]
         return (
             f"### {self.title}\n\n"
             + "\n".join(lines)

@@ -103,7 +103,8 @@ def _alpha(recipe: Recipe, chain: Mapping[str, Any]) -> dict[str, Any]:
         raise ConfigError(
             f"`rank_times` needs one chain.alpha for all links (got {alpha}); give one number"
         )
-    return {"alpha": alpha * recipe.rank_times}
+    times = recipe.rank_times ** (0.5 if chain.get("rslora") else 1)  # scaling: alpha / √rank
+    return {"alpha": alpha * times}
 
 
 def split_total(total: float, links: int, shares: Sequence[float] | None = None) -> list[float]:

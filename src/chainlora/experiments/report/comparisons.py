@@ -12,6 +12,7 @@ from chainlora.experiments.report.values import (
     Summary,
     Value,
     by_seed,
+    diverged_finals,
     has_one_score,
     held_out_loss,
     shown_score,
@@ -29,7 +30,8 @@ class Comparison:
     """A method against a rival on a task (or all of them together) by a value.
 
     `metric` is what the value is of; `num_comparisons` were corrected together; `is_primary` is the
-    one named beforehand, which is tested alone.
+    one named beforehand, which is tested alone. Of the `num_planned` pairs, `num_diverged` have a
+    run that diverged: a mean over the others flatters a method that fails.
     """
 
     task: str
@@ -40,6 +42,8 @@ class Comparison:
     difference: Difference
     num_comparisons: int
     is_primary: bool
+    num_planned: int
+    num_diverged: int
 
     @property
     def better(self) -> str:
@@ -55,9 +59,9 @@ class Comparison:
 def compare_all(results: Results) -> list[Comparison]:
     """Return every pair's difference by score on every task, then over all tasks.
 
-    A pair over all tasks pools its (task, seed) differences, of the seeds that all of its tasks
-    have, so that tasks weigh alike; tasks of unlike metrics are not pooled. Tasks one by one are
-    one Holm family, all tasks together another; the primary comparison is tested alone.
+    A pair over all tasks pools its (task, seed) differences, of the seeds that all tasks have, so
+    that tasks weigh alike; scores and losses are not pooled. Tasks one by one are one Holm family,
+    all tasks together another; the primary comparison is tested alone.
     """
     return _compare(results, "score", shown_score, results.experiment["tasks"])
 
@@ -80,11 +84,10 @@ def _compare(results: Results, name: str, value: Value, tasks: Sequence[str]) ->
         of = [metrics.get(key[0], every) if value is shown_score else "loss" for key in family]
         lower = [not is_higher_better(metric) for metric in of]
         differences = compare_pairs(list(family.values()), lower)
-        found += [
-            Comparison(*key, name, metric, difference, len(family), is_primary)
-            for key, metric, difference in zip(family, of, differences, strict=True)
-            if difference is not None
-        ]
+        for key, metric, difference in zip(family, of, differences, strict=True):
+            if difference is not None:
+                about = (len(family), is_primary, *_planned(results, key, tasks))
+                found.append(Comparison(*key, name, metric, difference, *about))
     pairs, places = results.experiment["pairs"], [*tasks, OVERALL]
     found.sort(key=lambda c: (places.index(c.task), pairs.index([c.method, c.rival])))
     return found
@@ -130,11 +133,30 @@ def _has_loss(results: Results, task: str) -> bool:
     return not cells or any(held_out_loss(cell) is not None for cell in cells)
 
 
+def _planned(results: Results, key: Key, tasks: Sequence[str]) -> tuple[int, int]:
+    """Return how many pairs a comparison is planned to have, and how many of them diverged."""
+    own, methods = (tasks if key[0] == OVERALL else key[:1]), key[1:]
+    diverged = {
+        (cell["task"], cell["seed"])
+        for cell in diverged_finals(results)
+        if cell["task"] in own and cell["method"] in methods
+    }
+    num_planned = sum(
+        1 if _are_one_pair(results, task, *methods) else len(results.experiment["seeds"])
+        for task in own
+    )
+    return num_planned, len(diverged)
+
+
+def _are_one_pair(results: Results, task: str, *methods: str) -> bool:
+    """Say whether two methods have one score each: then there is one difference, not one a seed."""
+    return all(has_one_score(results, task, name) for name in methods)
+
+
 def _pool(by_task: Sequence[Mapping[int, float]]) -> list[float]:
-    """Return the differences of all tasks that have any, over the seeds that all of these have."""
-    there = [found for found in by_task if found]
-    shared = set.intersection(*(set(found) for found in there)) if there else set()
-    return [found[seed] for found in there for seed in sorted(shared)]
+    """Return the differences of all tasks, over the seeds that all of them have."""
+    shared = set.intersection(*map(set, by_task))
+    return [found[seed] for found in by_task for seed in sorted(shared)]
 
 
 def _differences(
@@ -143,8 +165,8 @@ def _differences(
     """Return a method's values less its rival's, by seed."""
     one, other = (by_seed(results, task, name, value) for name in (method, rival))
     seeds = sorted(one.keys() & other.keys())
-    if all(has_one_score(results, task, name) for name in (method, rival)):
-        seeds = seeds[:1]  # of two runs there is one difference, not one a seed
+    if _are_one_pair(results, task, method, rival):
+        seeds = seeds[:1]
     return {seed: one[seed] - other[seed] for seed in seeds}
 
 

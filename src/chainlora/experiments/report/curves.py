@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from statistics import fmean
 
-from chainlora.experiments.report.values import cells_of
+from chainlora.experiments.report.values import cells_of, finite
 from chainlora.experiments.results import Results
 from chainlora.experiments.statistics.intervals import mean_interval
 
@@ -53,7 +53,11 @@ def difference_curves(results: Results, task: str) -> list[Curve]:
 def _losses(results: Results, task: str, method: str) -> BySeed:
     """Return the validation losses along the runs of a method; runs of one point have no curve."""
     by_seed = {
-        cell["seed"]: {p["step"]: p["loss"] for p in cell.get("curve", ()) if "loss" in p}
+        cell["seed"]: {
+            point["step"]: loss
+            for point in cell.get("curve", ())
+            if (loss := finite(point.get("loss"))) is not None
+        }
         for cell in cells_of(results, task, method)
     }
     return {seed: losses for seed, losses in by_seed.items() if len(losses) > 1}

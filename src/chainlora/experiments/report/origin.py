@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
+from chainlora.experiments.report.values import Cell
 from chainlora.experiments.results import Results
 from chainlora.reports.tables import Table, table_of
 
@@ -83,30 +85,36 @@ def base_note(results: Results) -> str:
     )
 
 
-def mixed_machines(results: Results) -> str | None:
-    """Return a sentence where methods that are compared ran on different machines or kernels."""
-    on = dict[tuple[str, str], set[str]]()
-    for cell in results.finals:
-        on.setdefault((cell["task"], cell["method"]), set()).add(_machine(cell))
-    mixed = [
-        f"{task}: {method} on {_join(on[task, method])}, {rival} on {_join(on[task, rival])}"
-        for task in results.experiment["tasks"]
-        for method, rival in results.experiment["pairs"]
-        if (task, method) in on and (task, rival) in on and on[task, method] != on[task, rival]
-    ]
-    if not mixed:
-        return None
-    return (
-        f"**Compared across machines or kernels**: {'; '.join(mixed)}. Their numerics differ, "
-        "bfloat16's above all, and a difference of the methods cannot be told from one of the "
-        "machines."
+def mixed_origins(results: Results) -> Iterator[str]:
+    """Yield sentences where methods that are compared ran on different machines or versions."""
+    all_versions = [set(_versions(cell).items()) for cell in results.finals]
+    alike = {name for name, _ in set.intersection(*all_versions)} if all_versions else set()
+    kinds: tuple[tuple[str, Callable[[Cell], str], str], ...] = (
+        ("machines or kernels", _machine, "Their numerics differ, bfloat16's above all"),
+        ("versions", partial(_code, but=alike), "One config may compute something else in each"),
     )
+    for what, of, why in kinds:
+        on = dict[tuple[str, str], set[str]]()
+        for cell in results.finals:
+            on.setdefault((cell["task"], cell["method"]), set()).add(of(cell))
+        mixed = [
+            f"{task}: {method} on {_join(on[task, method])}, {rival} on {_join(on[task, rival])}"
+            for task in results.experiment["tasks"]
+            for method, rival in results.experiment["pairs"]
+            if (task, method) in on and (task, rival) in on and on[task, method] != on[task, rival]
+        ]
+        if mixed:
+            yield (
+                f"**Compared across {what}**: {'; '.join(mixed)}. {why}, and a difference of the "
+                f"methods cannot be told from one of the {what}."
+            )
 
 
 def provenance(results: Results) -> str:
     """Return where everything comes from, in sentences."""
-    done = [cell for cell in results.cells if cell["status"] == "done"]
-    seconds = sum({cell["cell"]: cell["wall_s"] for cell in done}.values())
+    # one that tuned and is compared has two lines
+    done = {cell["cell"]: cell for cell in results.cells if cell["status"] == "done"}.values()
+    seconds = sum(cell["wall_s"] for cell in done)
     lines = [
         f"{len(done)} cells, {seconds / 3600:.2f} hours of training and scoring in all.",
         *(f"Versions: {line}." for line in sorted({_code(cell) for cell in done})),
@@ -115,7 +123,7 @@ def provenance(results: Results) -> str:
     return "\n".join(lines)
 
 
-def _machine(cell: Mapping[str, Any]) -> str:
+def _machine(cell: Cell) -> str:
     """Return device, kernels and threads of a cell in words."""
     hardware = cell["hardware"]
     device = str(hardware.get("device", "")).replace("cpu", "CPU")
@@ -128,9 +136,13 @@ def _machine(cell: Mapping[str, Any]) -> str:
     return ", ".join(map(str, [*words, f"threads {hardware.get('threads', '?')}"]))
 
 
-def _code(cell: Mapping[str, Any]) -> str:
-    versions = ", ".join(f"{name} {version}" for name, version in cell["versions"].items())
-    return f"{versions}, commit {cell.get('commit') or _NOT_KNOWN}"
+def _versions(cell: Cell) -> dict[str, str]:
+    """Return the versions of packages, and the commit of this one."""
+    return {**cell["versions"], "commit": cell.get("commit") or _NOT_KNOWN}
+
+
+def _code(cell: Cell, but: Collection[str] = ()) -> str:
+    return ", ".join(f"{name} {of}" for name, of in _versions(cell).items() if name not in but)
 
 
 def _join(names: Iterable[str]) -> str:

@@ -116,6 +116,5 @@ def _finite(value: Any) -> Any:
 
 def _flat_comparison(comparison: Comparison) -> dict[str, Any]:
     values = asdict(comparison)
-    labels = ("task", "method", "rival", "value", "metric", "is_primary")
-    better = {"better": comparison.better}
-    return {key: values[key] for key in labels} | better | values["difference"]
+    values |= {"better": comparison.better} | values.pop("difference")
+    return values

@@ -10,9 +10,15 @@ from typing import Any
 
 from chainlora.evaluation.metrics import is_higher_better
 from chainlora.experiments.report.comparisons import Facts
-from chainlora.experiments.report.origin import base_note, methods_table, mixed_machines, provenance
+from chainlora.experiments.report.origin import base_note, methods_table, mixed_origins, provenance
 from chainlora.experiments.report.soft_knots import does_rank_bind, tied_none
-from chainlora.experiments.report.values import Summary, digits, diverged_finals, missing_cells
+from chainlora.experiments.report.values import (
+    Summary,
+    digits,
+    diverged_finals,
+    missing_cells,
+    nothing_chosen,
+)
 from chainlora.experiments.report.verdicts import differences_table, verdicts
 from chainlora.reports.page import Numbers, Section, Text, section
 from chainlora.reports.tables import Table, big, number, table_of
@@ -28,12 +34,14 @@ def question(facts: Facts) -> Section:
         f"Model: {base_note(facts.results)}. Seeds: {', '.join(map(str, head['seeds']))}. "
         f"{_how_chosen(facts)}",
     ]
-    missing, diverged = missing_cells(facts.results), diverged_finals(facts.results)
+    results = facts.results
+    missing, finals = missing_cells(results), diverged_finals(results)
+    diverged = [f"{c['task']} {c['method']} seed {c['seed']}" for c in finals]
+    diverged += [f"{task} {method} wherever tried" for task, method in nothing_chosen(results)]
     if missing:
         parts.append(f"**Not there yet** ({len(missing)}): {'; '.join(missing)}.")
     if diverged:
-        names = "; ".join(f"{c['task']} {c['method']} seed {c['seed']}" for c in diverged)
-        parts.append(f"**Diverged** ({len(diverged)}): {names}.")
+        parts.append(f"**Diverged** ({len(diverged)}): {'; '.join(diverged)}.")
     return section("Question", Text("\n\n".join(parts)))
 
 
@@ -64,7 +72,7 @@ def _how_chosen(facts: Facts) -> str:
 def verdict(facts: Facts) -> Section:
     """Return the verdicts in words, and the differences that they rest on."""
     losses = differences_table(facts.losses, "held-out loss", "Read as the table of scores.")
-    mixed = mixed_machines(facts.results)
+    mixed = "\n\n".join(mixed_origins(facts.results))
     soft = "\n\n".join([*does_rank_bind(facts), *tied_none(facts)])
     return section(
         "Verdict",

@@ -20,8 +20,14 @@ def does_rank_bind(facts: Facts) -> Iterator[str]:
         if len(lora.ranks) != 1 or wide.ranks != (4 * lora.ranks[0],):
             continue
         (rank,) = lora.ranks
+        if each.difference.verdict == "too few pairs":
+            yield f"Too few pairs to say whether rank {rank} binds on {each.task}."
+            continue
         if each.difference.verdict != "wins":
-            yield f"Rank {rank} was not found to bind on {each.task}: chains win little there."
+            yield (
+                f"Rank {rank} was not found to bind on {each.task}: chains win little where it "
+                "does not."
+            )
             continue
         tokens = lora.scored_tokens / lora.num_trained
         share = share_of_gap(tokens)

@@ -5,6 +5,7 @@ Scores are in per cent, losses as they are; a difference is this less that, in t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
@@ -37,8 +38,12 @@ def shown_score(cell: Cell) -> float:
 
 def held_out_loss(cell: Cell) -> float | None:
     """Return a cell's loss on the rows it is scored on; None for written answers."""
-    loss = (cell.get(cell["score_split"]) or {}).get("loss")
-    return None if loss is None else float(loss)
+    return finite((cell.get(cell["score_split"]) or {}).get("loss"))
+
+
+def finite(loss: float | None) -> float | None:
+    """Return a loss; None for one that has no mean, an infinite one (a label of probability 0)."""
+    return float(loss) if loss is not None and math.isfinite(loss) else None
 
 
 def cells_of(results: Results, task: str, method: str) -> list[dict[str, Any]]:
@@ -73,9 +78,14 @@ def diverged_finals(results: Results) -> list[dict[str, Any]]:
     ]
 
 
+def nothing_chosen(results: Results) -> list[tuple[str, str]]:
+    """Return each task and method that diverged at every point that was tried."""
+    return [(c["task"], c["method"]) for c in results.choices if c["chosen"] is None]
+
+
 def missing_cells(results: Results) -> list[str]:
     """Return task, method and seeds of the final cells that are neither there nor diverged."""
-    missing, experiment = [], results.experiment
+    missing, experiment, hopeless = [], results.experiment, nothing_chosen(results)
     diverged = {(c["task"], c["method"], c["seed"]) for c in diverged_finals(results)}
     for task in experiment["tasks"]:
         for method in experiment["methods"]:
@@ -84,6 +94,7 @@ def missing_cells(results: Results) -> list[str]:
                 str(seed)
                 for seed in experiment["seeds"]
                 if seed not in have and (task, method, seed) not in diverged
+                if (task, method) not in hopeless
             ]
             if lacking:
                 missing.append(f"{task} {method}: seeds {', '.join(lacking)}")

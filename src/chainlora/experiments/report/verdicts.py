@@ -58,7 +58,8 @@ def sentence(comparison: Comparison) -> str:
 def _evidence(comparison: Comparison) -> str:
     """Return the interval, the pairs, the p-values, and what so many pairs could have found."""
     d, places = comparison.difference, digits(comparison.metric)
-    pairs = f"{d.num_pairs} pair{'s' * (d.num_pairs != 1)}"
+    pairs = f"{_pairs(comparison)} pair{'s' * (comparison.num_planned != 1)}"
+    pairs += f" ({comparison.num_diverged} diverged)" * (comparison.num_diverged > 0)
     if d.interval == "none":
         return f"{pairs}: no interval and no verdict from so few"
     interval = f"{number(d.low, places, sign=True)} to {number(d.high, places, sign=True)}"
@@ -69,6 +70,12 @@ def _evidence(comparison: Comparison) -> str:
     if d.verdict == "no difference found":
         return f"{found}; {number(d.detectable, places)} would be found with 80 % power"
     return found
+
+
+def _pairs(comparison: Comparison) -> str:
+    """Return how many pairs there are, and of how many planned where some are missing."""
+    count, planned = comparison.difference.num_pairs, comparison.num_planned
+    return f"{count}" if count >= planned else f"{count} of {planned}"
 
 
 def _tally(whole: Comparison, each: Sequence[Comparison]) -> str:
@@ -113,7 +120,7 @@ def _difference_row(comparison: Comparison) -> dict[str, str]:
     return {
         "task": comparison.task,
         "pair": f"{comparison.method} − {comparison.rival}{' *' if comparison.is_primary else ''}",
-        "n": str(d.num_pairs),
+        "n": _pairs(comparison),
         "difference": number(d.mean, places, sign=True),
         "better": comparison.better.removesuffix(" is better"),
         "sd": number(d.sd, places),

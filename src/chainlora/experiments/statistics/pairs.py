@@ -66,7 +66,7 @@ def judge(
     """
     if num_pairs < MIN_FOR_INTERVAL or smallest_p > LEVEL:
         return "too few pairs"
-    if p > LEVEL or low <= 0 <= high:
+    if p > LEVEL or not (low > 0 or high < 0):
         return "no difference found"
     return "wins" if (high < 0 if lower_is_better else low > 0) else "loses"
 
