@@ -86,10 +86,11 @@ def _compare(results: Results, name: str, value: Value, tasks: Sequence[str]) ->
         differences = compare_pairs(list(family.values()), lower)
         for key, metric, difference in zip(family, of, differences, strict=True):
             if difference is not None:
-                about = (len(family), is_primary, *_planned(results, key, tasks))
-                found.append(Comparison(*key, name, metric, difference, *about))
-    pairs, places = results.experiment["pairs"], [*tasks, OVERALL]
-    found.sort(key=lambda c: (places.index(c.task), pairs.index([c.method, c.rival])))
+                pairs = _planned(results, key, tasks)
+                what = (name, metric, difference)
+                found.append(Comparison(*key, *what, len(family), is_primary, *pairs))
+    order, places = results.experiment["pairs"], [*tasks, OVERALL]
+    found.sort(key=lambda c: (places.index(c.task), order.index([c.method, c.rival])))
     return found
 
 
