@@ -58,6 +58,7 @@ USAGE = {
     "train c.yaml --train.keep_best --train.lr 1": "--train.keep_best needs a value",
     "eval run": "'--data': only a run has its own rows, and run does not exist",
     "eval run --task rte --limit 0": "0 is not in the range x>=1",
+    "eval run --matrix --split test": "leave --split out",
     "eval run --task rte --limit few": "'few' is not a valid integer",
     "inspect": "Missing argument 'RUN'",
     "inspect run --jsn": "No such option",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
@@ -219,6 +220,30 @@ def test_text_learns_all_there_is_to_predict():
         assert scored(example, tokenizer)[0][0].endswith(expected[-8:])
 
 
+@pytest.mark.parametrize("special", ["bos", "bos eos"])
+def test_special_tokens_that_a_text_has_are_not_there_twice(special):
+    tokenizer = make_tokenizer(special)
+    for rows in (
+        [{"text": "two dogs"}, {"text": "<s>two dogs</s>"}],
+        [{"prompt": "two", "completion": " dogs"}, {"prompt": "<s>two", "completion": " dogs</s>"}],
+    ):
+        plain, written = encode_examples(rows, tokenizer, "auto")
+        assert (written.sequences, written.scored) == (plain.sequences, plain.scored)
+
+
+def test_an_answer_that_ends_in_one_token_with_what_follows_is_learnt_whole():
+    tokenizer = copy.deepcopy(make_tokenizer("", CHAT.replace("</s>", "\n")))
+    tokenizer.add_tokens(["s\n\n"])
+    (example,) = encode_examples([{"messages": TALK}], tokenizer, "auto")
+    assert scored(example, tokenizer) == [["two dogs\n\n", "three"]]
+
+
+def test_a_template_that_writes_the_day_writes_the_same_day_ever():
+    tokenizer = make_tokenizer("", "{{ strftime_now('%d %b %Y') }}" + CHAT)
+    (example,) = encode_examples([{"messages": TALK}], tokenizer, "auto")
+    assert tokenizer.decode(example.sequences[0]).startswith("26 Jul 2024<|user|>")
+
+
 @pytest.mark.parametrize("template", [CHAT, MARKED])
 def test_chat_learns_the_assistants_turns_only(template):
     tokenizer = make_tokenizer("bos", template)
@@ -264,6 +289,7 @@ EMPTY = {"role": "assistant", "content": ""}
         (CHAT, TALK[:1], r"a turn with role assistant .*\['user'\]"),
         (CHAT, [*TALK, TALK[1] | {"role": "Assistant"}], r"small letters .*'Assistant'.*line 1\)"),
         (CHAT, [TALK[0], EMPTY, *TALK[2:]], r"say something .*an empty turn 2 at .*line 1\)"),
+        (CHAT, [TALK[0], TALK[1] | {"weight": 0}], r"all learned .got weight: 0 in turn 2 at "),
         (MARKED, [*TALK, EMPTY | {"tool_calls": []}], r"say something .*an empty turn 5 at "),
         ("{{ raise_exception('roles must alternate') }}", TALK, r"chat template .*alternate"),
     ],

@@ -77,6 +77,7 @@ def test_what_was_recognised_is_reported(tmp_path, caplog):
     [
         ({"conversations": [{"from": "bot", "value": "a"}]}, "sharegpt", "from one of human, gpt"),
         ({"conversations": [{"from": "gpt"}]}, "sharegpt", "must have a value"),
+        ({"conversations": [SHAREGPT[1] | {"weight": 0}]}, "sharegpt", "learned .got weight: 0 in"),
         ({"text": "a"}, "sharegpt", "must be a list of objects with from and value"),
         ({"conversations": ["a"]}, "sharegpt", "must be a list of objects with from and value"),
         ({"prompt": TALK[:1], "completion": "b"}, "conversational", "both be lists of messages"),

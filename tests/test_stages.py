@@ -17,6 +17,7 @@ from helpers_data import pair_files
 from transformers import AutoModelForCausalLM
 
 from chainlora import evaluate_task, export_adapter, load_chain, load_run, make_config, train
+from chainlora.cli.common import words_and_overrides
 from chainlora.cli.main import run as cli
 from chainlora.config.stages import make_stages
 from chainlora.errors import ChainLoRAError, ConfigError, RunError, StoppedError
@@ -101,6 +102,20 @@ def test_a_stage_stays_what_it_was(config):
     config["stages"][0] = config["stages"][0] | {"name": "other"}
     with pytest.raises(RunError, match="in their order"):
         train_stages(make_stages(config))
+
+
+def test_keys_of_all_stages_and_of_one():
+    """A key without effect is refused; keys of an objective reach the stages that have it."""
+    chain = {"ranks": [2], "epochs": [1]}
+    first = {"name": "first", "data": {"train": "x"}, "chain": chain, "train": {"lr": 0.5}}
+    second = first | {"name": "second-one", "train": {"loss": "dpo"}}
+    tree = {"model": "m", "output": "o", "train": {"dpo_beta": 0.3}, "stages": [first, second]}
+    _, named = words_and_overrides(["--stages.second-one.train.log-every", "7"])
+    trains = [stage.config.train for stage in make_stages(tree, named)]
+    assert [(each.dpo_beta, each.log_every) for each in trains] == [(0.1, None), (0.3, 7)]
+    for key, hidden in {"train.lr": "train.lr", "chain.steps": "chain.epochs"}.items():
+        with pytest.raises(ConfigError, match=rf"got `stages.first.{hidden}` .* set stages.first"):
+            make_stages(tree, [(key, "5")])
 
 
 def test_a_fork_leaves_its_parent_alone(config, tmp_path):

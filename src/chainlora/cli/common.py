@@ -257,8 +257,15 @@ def words_and_overrides(arguments: list[str]) -> tuple[list[str], list[tuple[str
 
                 hint = foreign_hint(key.replace("-", "_")) or ""
                 raise click.UsageError(f"--{key} needs a value{hint}")
-        pairs.append((key.replace("-", "_"), value))
+        pairs.append((_with_underscores(key), value))
     return words, pairs
+
+
+def _with_underscores(key: str) -> str:
+    """Return a key as a config has it; a name that a person gave may have hyphens."""
+    parts = key.split(".")
+    named = parts[1:2] if parts[0] in ("stages", "tasks", "methods") else []
+    return ".".join(each if each in named else each.replace("-", "_") for each in parts)
 
 
 # --- run directories, checked before anything heavy is imported ---

@@ -39,7 +39,10 @@ from chainlora.cli.common import (
     help="One file of rows, or the task's folder. Default: the run's own, or from the Hub.",
 )
 @click.option(
-    "--split", default="validation", show_default=True, help="Which rows of the task or the run."
+    "--split",
+    default=None,
+    show_default="validation",
+    help="Which rows of the task or the run.",
 )
 @click.option(
     "--limit",
@@ -74,7 +77,7 @@ def evaluate(
     run_or_model: str,
     task: str | None,
     data: str | None,
-    split: str,
+    split: str | None,
     limit: int | None,
     links: int | None,
     stages: str | None,
@@ -90,7 +93,7 @@ def evaluate(
     """
     if matrix:
         given = {"task": task, "data": data, "limit": limit, "links": links, "stages": stages}
-        others = given | {"dtype": dtype, "predictions": predictions}
+        others = given | {"split": split, "dtype": dtype, "predictions": predictions}
         _score_matrix(run_or_model, speedups, as_json, **others)
         return
     from chainlora.data.tasks import load_task
@@ -112,7 +115,7 @@ def evaluate(
             chosen_state(run_or_model, stages),
             chosen,
             data=data,
-            split=split,
+            split=split or "validation",
             limit=limit,
             num_links=links,
             dtype=dtype,

@@ -148,9 +148,9 @@ class DataConfig(Section):
     def _check(self) -> DataConfig:
         task, train = self.task, self.train
         refuse_if(
-            task is None and train is None and self.dir is None,
+            task is None and train is None,
             "`data` must name a `task` or a `train` file",
-            "neither",
+            "neither" if self.dir is None else "`dir`, which holds the rows of a task",
             "e.g. data: {train: my.jsonl}",
         )
         refuse_if(
@@ -167,7 +167,20 @@ class DataConfig(Section):
         )
         check_fields(self.fields, self.format)
         refuse_if(
-            task is not None and train is not None and self.dir is not None,
+            self.format != "auto" and task is not None,
+            "`data.format` is that of rows without a task, whose file says how they are read",
+            f"format: {self.format} and task: {task}",
+            "leave one out",
+        )
+        paths = [each.path for each in self.train_files]
+        refuse_if(
+            len(set(paths)) < len(paths),
+            "`data.train` must name different files",
+            ", ".join(paths),
+            "to read one twice an epoch, give it weight: 2",
+        )
+        refuse_if(
+            train is not None and self.dir is not None,
             "`data.dir` and `data.train` exclude each other",
             "both",
             "keep one",

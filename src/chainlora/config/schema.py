@@ -226,6 +226,14 @@ class RunConfig(Section):
         refuse_if(is_pairs and data.task is not None, rule, f"task: {data.task}", remedy)
         is_plain = data.format in ("chat", "text")
         refuse_if(is_pairs and is_plain, rule, f"format: {data.format}", remedy)
+        others = tuple(f"{each}_" for each in PAIR_LOSSES if each != self.train.loss)
+        for key, value in self.train:
+            refuse_if(
+                key.startswith(others) and value != TrainConfig.model_fields[key].default,
+                f"`train.{key}` is for loss: {key.partition('_')[0]}",
+                f"loss: {self.train.loss or 'null'}",
+                "set train.loss, or leave it out",
+            )
         return self
 
     @model_validator(mode="after")

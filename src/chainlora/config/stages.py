@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from chainlora.config.loading import make_config, set_key
-from chainlora.config.schema import LENGTHS, RunConfig
+from chainlora.config.schema import LENGTHS, PAIR_LOSSES, RunConfig
 from chainlora.errors import ConfigError
 
 # What an export has one of, or the base has one of: a stage cannot say otherwise.
@@ -94,7 +94,7 @@ def make_stage(shared: Mapping[str, Any], section: Mapping[str, Any], place: int
     _check_keys(section)
     tree = {key: value for key, value in shared.items() if place == 0 or key != "start"}
     for name in _SECTIONS:
-        tree[name] = _inherited(section_of(shared, name), section.get(name) or {}, name)
+        tree[name] = _inherited(section_of(shared, name), section.get(name) or {})
     if place:
         tree["output"] = str(stage_folder(Path(shared["output"]), section["name"]))
     try:
@@ -164,18 +164,19 @@ def is_run(address: str | PathLike[str]) -> bool:
     return (run / "chain.json").is_file()
 
 
-def _inherited(shared: dict[str, Any], own: Mapping[str, Any], section: str) -> dict[str, Any]:
+def _inherited(shared: dict[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
     """Return a section of a stage: its own keys, and below them what all stages share.
 
-    A stage that says its own length inherits no other, and one of another objective not the
-    learning rate and keys of an objective that is not its own.
+    A stage that says its own length inherits no other, one of another objective not the learning
+    rate, and none the keys of an objective that is not its own.
     """
-    below = shared
+    loss = own.get("loss", shared.get("loss"))
+    others = tuple(f"{each}_" for each in PAIR_LOSSES if each != loss)
+    below = {key: value for key, value in shared.items() if not str(key).startswith(others)}
     if any(key in own for key in LENGTHS):
         below = {key: value for key, value in below.items() if key not in LENGTHS}
-    if section == "train" and own.get("loss", below.get("loss")) != below.get("loss"):
-        of_loss = ("dpo_", "orpo_")
-        below = {k: v for k, v in below.items() if k != "lr" and not k.startswith(of_loss)}
+    if loss != shared.get("loss"):
+        below.pop("lr", None)
     return below | dict(own)
 
 
@@ -219,6 +220,7 @@ def _override(
 ) -> None:
     first, _, rest = key.partition(".")
     if first != "stages":
+        _refuse_hidden(sections, first, rest.partition(".")[0])
         set_key(shared, key, value)
         return
     name, _, rest = rest.partition(".")
@@ -230,6 +232,16 @@ def _override(
         )
     set_key(found[0], rest, value)
     _check_keys(found[0])
+
+
+def _refuse_hidden(sections: Sequence[dict[str, Any]], part: str, key: str) -> None:
+    """Refuse a key of all stages that has no effect on one, which says the key itself."""
+    alike = LENGTHS if key in LENGTHS else (key,)
+    for section in sections if part in _SECTIONS else ():
+        if hidden := [own for own in alike if own in (section.get(part) or {})]:
+            name = f"stages.{section['name']}.{part}"
+            rule = f"`{part}.{key}` must have an effect on all stages"
+            raise ConfigError(rule, f"`{name}.{hidden[0]}` beside it", f"set {name}.{key}")
 
 
 def _copied(value: Any) -> Any:

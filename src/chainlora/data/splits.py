@@ -185,8 +185,7 @@ def check_files(data: DataConfig, loss: str | None) -> None:
 
     Reads rows only of pairs (`loss`), or where the config has names for columns.
     """
-    sources = {} if data.train is None else _file_sources(data)
-    for source in chain.from_iterable(sources.values()):
+    for source in chain.from_iterable(_file_sources(data).values()):
         source.check_fields()
         if loss is not None:
             detect_pairs(next(iter(source)))
@@ -334,11 +333,6 @@ def _task_sources(task: Task, data: DataConfig) -> dict[str, list[Source]]:
 
 def _file_sources(data: DataConfig) -> dict[str, list[Source]]:
     """The user's own files, in file order; `num_…` takes the first rows of each."""
-    if data.train is None:
-        raise ConfigError(
-            "`data.dir` holds the rows of a task (got no `task`); name one, or give data.train: "
-            "my.jsonl"
-        )
     paths = {"train": [each.path for each in data.train_files]}
     for split in ("validation", "test"):
         path = getattr(data, split)

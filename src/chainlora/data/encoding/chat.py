@@ -156,10 +156,20 @@ class ChatEncoder:
         turns = []
         for chat, each in zip(chats, texts, strict=True):
             ids, *edges = [next(tokens) for _ in each]
-            places = [common_prefix(edge, ids) for edge in edges]
-            spans = [*zip(places[::2], places[1::2], strict=True)][self.turns_before(chat.row) :]
+            begins = [common_prefix(edge, ids) for edge in edges[::2]]
+            ends = zip(each[2::2], edges[1::2], strict=True)
+            stops = [self._stop(each[0], ids, text, edge) for text, edge in ends]
+            spans = [*zip(begins, stops, strict=True)][self.turns_before(chat.row) :]
             turns.append((ids, [(max(begin, 1), stop) for begin, stop in spans]))
         return turns
+
+    def _stop(self, whole: str, ids: Ids, text: str, edge: Ids) -> int:
+        """Return where an answer ends: with the blanks behind it if they are one token with it."""
+        if ids[: len(edge)] != edge:
+            rest = whole[len(text) :]
+            blanks = rest[: len(rest) - len(rest.lstrip())]
+            (edge,) = self.reader.bare([text + blanks])
+        return common_prefix(edge, ids)
 
     def _edges(self, chat: _Chat, whole: str, found: list[str]) -> list[str]:
         """Return the text before and after each of the assistant's turns."""
@@ -230,8 +240,12 @@ class _Chat:
         }
 
     def check_answers(self, before: int) -> None:
-        """Refuse a turn to be learned that is empty: nothing but its end would be learned."""
+        """Refuse a turn that is not to be learned, and one of which its end alone would be."""
         for turn in self.turns[before:]:
+            if self.messages[turn].get("weight") == 0:  # as OpenAI and Axolotl write it
+                rule, got = "assistant's turns are all learned", f"weight: 0 in turn {turn + 1}"
+                remedy = "put the turns up to it into `prompt`, later ones into `completion`"
+                raise bad_row(rule, got, self.place, remedy)
             said = {key: value for key, value in self.messages[turn].items() if key not in _NAMES}
             if not any(said.values()):
                 rule, got = "an assistant's turn must say something", f"an empty turn {turn + 1}"

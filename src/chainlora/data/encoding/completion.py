@@ -6,7 +6,13 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from chainlora.data.encoding.drafts import Draft, Ids
-from chainlora.data.encoding.tokens import TokenReader, check_start, common_prefix, refuse_nothing
+from chainlora.data.encoding.tokens import (
+    TokenReader,
+    check_start,
+    common_prefix,
+    refuse_nothing,
+    with_end,
+)
 from chainlora.data.readers import bad_row
 from chainlora.data.sources import Row
 from chainlora.data.tasks import Task
@@ -53,7 +59,7 @@ class CompletionEncoder:
 
     def _draft(self, row: Row, pair: Pair, prompt: str, read: Ids, whole: Ids) -> Draft:
         start = len(read) if self.exact else common_prefix(read, whole)
-        ids = whole + self.end
+        ids = with_end(whole, self.end)
         if len(whole) <= start or len(ids) < 2:
             refuse_nothing(pair.completion, prompt, row.origin)
         if prompt or self.exact:

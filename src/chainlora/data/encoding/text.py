@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from chainlora.data.encoding.completion import text_of
 from chainlora.data.encoding.drafts import Draft, Ids
-from chainlora.data.encoding.tokens import TokenReader, refuse_nothing
+from chainlora.data.encoding.tokens import TokenReader, refuse_nothing, with_end
 from chainlora.data.sources import Row
 
 
@@ -22,7 +22,7 @@ class TextEncoder:
         first = self.reader.num_front
         drafts = []
         for row, text, read in zip(rows, texts, self.reader.ids(texts), strict=True):
-            ids = read + self.end
+            ids = with_end(read, self.end)
             if len(read) <= first or len(ids) < 2:
                 refuse_nothing(text, "", row.origin)
             drafts.append(Draft(row.index, row.origin, text, [ids], [[(max(first, 1), len(ids))]]))

@@ -25,11 +25,14 @@ class TokenReader:
             at for at in range(len(whole) - len(plain) + 1) if whole[at : at + len(plain)] == plain
         ]
         self.num_front = starts[0] if starts else 0  # special tokens in front, such as BOS
+        self._front = whole[: self.num_front]
         self._num_back = len(whole) - len(plain) - self.num_front if starts else 0
 
     def ids(self, texts: Sequence[str]) -> list[Ids]:
-        """Tokenise with the special tokens in front and none behind."""
-        found = self._encode(texts, special=True)
+        """Tokenise with the special tokens in front, once if a text has them too, none behind."""
+        found, front = self._encode(texts, special=True), self.num_front
+        if front:
+            found = [ids[front:] if ids[: 2 * front] == self._front * 2 else ids for ids in found]
         return [ids[: -self._num_back] for ids in found] if self._num_back else found
 
     def bare(self, texts: Sequence[str]) -> list[Ids]:
@@ -61,6 +64,11 @@ def _backend(tokenizer: PreTrainedTokenizerBase) -> Any:
     """
     own = getattr(type(tokenizer), "_encode_plus", None)
     return tokenizer.backend_tokenizer if own is TokenizersBackend._encode_plus else None
+
+
+def with_end(ids: Ids, end: Ids) -> Ids:
+    """Return ids that end with `end`, once if the text has it too, as TRL does."""
+    return ids if ids[-1:] == end else ids + end
 
 
 def common_prefix(first: Ids, second: Ids) -> int:

@@ -96,7 +96,8 @@ def _message(turn: Mapping[str, Any], place: str) -> dict[str, Any]:
     if role not in _ROLES or not isinstance(text, str):
         rule = "a turn of `conversations` must have a value and be from one of"
         raise bad_row(f"{rule} {', '.join(_ROLES)}", f"{dict(turn)!r:.80}", place)
-    return {"role": _ROLES[role], "content": text}
+    ignored = {"weight": 0} if turn.get("weight") == 0 else {}
+    return {"role": _ROLES[role], "content": text} | ignored
 
 
 def _with_system(row: Row, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
