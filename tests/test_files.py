@@ -93,3 +93,11 @@ def test_what_a_killed_process_of_the_same_number_left_is_no_obstacle(tmp_path, 
     with files.replaced_folder(tmp_path / "out") as scratch:
         (scratch / "file").touch()
     assert (tmp_path / "out" / "file").is_file()
+
+
+def test_what_is_named_as_backups_are_is_no_scratch(tmp_path):
+    own = {"chain.json.old", "config.yaml.new", "links.old", "v1-2.old"}
+    for name in (*own, "chain.json.12-3.new", "links.12-0.old"):
+        (tmp_path / name).mkdir()
+    files.remove_scratch(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == own

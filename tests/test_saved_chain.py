@@ -104,10 +104,16 @@ def test_a_chain_that_was_mixed_is_loaded_as_the_mix(live, tmp_path):
     )
 
 
-@pytest.mark.parametrize("soft", [False, True], ids=["plain", "soft knots"])
-def test_a_live_link_continues_to_the_same_bits(soft, tmp_path):
+@pytest.mark.parametrize(
+    ("init", "soft"),
+    [("kaiming", False), ("pissa", False), ("kaiming", True), ("gradient", True)],
+)
+def test_a_live_link_continues_to_the_same_bits(init, soft, tmp_path):
     chains = [make_chain()]
-    chains[0].extend(LinkConfig(rank=3, target_modules=tuple(TARGETS["llama"])))
+    chains[0].extend(
+        LinkConfig(rank=3, target_modules=tuple(TARGETS["llama"]), init=init),
+        backward=lambda: chains[0].model(input_ids=IDS, labels=IDS).loss.backward(),
+    )
     optimizer = tune(chains[0], 2)
     if soft:
         carry_moments(optimizer, chains[0].live, chains[0].tie_share(0.5))
@@ -116,7 +122,8 @@ def test_a_live_link_continues_to_the_same_bits(soft, tmp_path):
     for chain in chains:
         assert (chain.live_steps, chain.live_soft_knots) == (2, int(soft))
         tune(chain, 2)  # a new optimizer in both
-        assert chain.tie().num_steps == 4
+        link = chain.tie()
+        assert (link.num_steps, link.config.init) == (4, init)
     assert torch.equal(logits(chains[0].model, IDS), logits(chains[1].model, IDS))
 
 

@@ -25,7 +25,9 @@ from chainlora.evaluation.stages import stage_matrix
 from chainlora.evaluation.strengths import best_mix
 from chainlora.files import checksums, sha256
 from chainlora.runs.inspection import inspect_run
+from chainlora.runs.loading_start import load_start
 from chainlora.runs.pruning import prune_stage
+from chainlora.runs.reading import RunReader
 from chainlora.runs.resuming import take_lock
 from chainlora.runs.stages import mix_stages, open_run, read_stages
 from chainlora.training.interrupts import interruptible
@@ -246,6 +248,8 @@ def test_no_stage_begins_while_another_is_half_trained(config, tmp_path):
     for act in (lambda: prune_stage(tmp_path / "run", "style"), lambda: open_run(half)):
         with pytest.raises(RunError, match=r"none is half trained|'style', which has not ended,"):
             act()
+    with pytest.raises(RunError, match="starts from a finished run"):
+        load_start(tmp_path / "run/stages/style")
     (tmp_path / "run/stages/.DS_Store").touch()  # what looks at folders leaves is no stage
     with pytest.raises(RunError, match=r"half trained \(got .*style\); finish it, or delete"):
         survey(extension(tmp_path / "run", style | {"name": "law"}))
@@ -875,6 +879,13 @@ def test_names_and_ids_of_a_pruned_stage_are_not_used_again(three, tmp_path, cap
     assert "was pruned stays so" in capsys.readouterr().err
     three["stages"] = [three["stages"][0], new]
     assert train_stages(make_stages(three)) == [None] * 2  # left out of the config
+
+
+def test_a_pruned_stage_of_pairs_names_nothing_that_is_deleted(config, tmp_path):
+    config["stages"][1] |= {"data": pair_files(tmp_path), "train": {"loss": "dpo"}}
+    train_stages(make_stages(config), matrix=False)
+    prune_stage(tmp_path / "run", "style")
+    assert RunReader(tmp_path / "run/stages/style").verify().is_pruned
 
 
 def test_a_stage_that_others_need_goes_after_them(config, tmp_path):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from helpers import assert_same_links, assert_same_records, settings, stop_after
 
 from chainlora import load_run, make_config, train
@@ -33,8 +36,11 @@ def test_a_run_killed_before_its_manifest_starts_over(tiny_folder, sentiment, tm
     (tmp_path / "run" / "links").mkdir(parents=True)
     (tmp_path / "run" / "config.yaml").write_text("model: half")
     (tmp_path / "run" / "chain.json.1-1.new").write_text("{")
-    with pytest.raises(RunError, match="not empty and not a whole run"):
-        train(config)
+    for resume in (False, True):  # nobody has locked it: these can be somebody's own files
+        with pytest.raises(RunError, match="not empty and not a whole run"):
+            train(config, resume=resume)
+    assert (tmp_path / "run" / "config.yaml").read_text() == "model: half"
+    (tmp_path / "run" / ".lock").touch()
     assert train(config, resume=True)["steps"] == 1
     assert not (tmp_path / "run" / "chain.json.1-1.new").exists()
 
@@ -203,3 +209,21 @@ def test_a_run_is_for_one_process_at_a_time(rich_config, tmp_path):
     train(rich_config, resume=True, listener=second)
     assert "must be used by one process at a time (got " in tried[0]
     train(rich_config, resume=True)  # free again
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP])
+def test_a_disk_that_cannot_lock_is_told_and_used(
+    number, tiny_folder, sentiment, tmp_path, monkeypatch, caplog
+):
+    def refuse(lock: FileLock, *_, **__) -> None:
+        Path(lock.lock_file).touch()
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(FileLock, "acquire", refuse)
+    keys = {"ranks": [2], "steps": [1]}
+    config = make_config(settings(tiny_folder, sentiment, tmp_path / "run", chain=keys))
+    with pytest.raises(ChainLoRAError, match="late"):
+        train(config, listener=fail_at_once)
+    assert not (tmp_path / "run").exists()  # refused late, as on any other disk
+    assert train(config)["steps"] == 1
+    assert "cannot be locked; start one process at a time in it" in caplog.text

@@ -6,7 +6,8 @@ the call returns a power loss does too. A folder is written in the same way, and
 is deleted: whoever sees a folder by its name sees all of it. A folder that replaces another changes
 names with it; where the system cannot do that in one step, there is an instant without either.
 
-Scratch names end in ``.new`` or ``.old``; `remove_scratch` clears what a killed process left.
+Scratch names end as in ``NAME.123-4.new`` or ``.old``; `remove_scratch` clears what a killed
+process left.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -28,7 +30,7 @@ from chainlora.errors import FileError
 if TYPE_CHECKING:
     from torch import Tensor
 
-_SCRATCH = (".new", ".old")
+_SCRATCH = re.compile(r"\.\d+-\d+\.(new|old)$")
 _counter = itertools.count()
 
 # What to do about the errors that users meet; for others the system's own words must do.
@@ -236,7 +238,7 @@ def remove_scratch(folder: Path, name: str = "") -> None:
 
 def is_scratch(name: str) -> bool:
     """Say whether a file name is one that a killed write can leave."""
-    return name.endswith(_SCRATCH)
+    return _SCRATCH.search(name) is not None
 
 
 def _scratch(path: Path, ending: str) -> Path:

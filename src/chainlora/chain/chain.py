@@ -35,6 +35,7 @@ from chainlora.chain.base_weights import BaseWeights, fingerprints
 from chainlora.chain.checks import (
     check,
     check_apart,
+    check_deposits,
     check_link,
     check_strengths,
     check_values,
@@ -244,10 +245,16 @@ class Chain:
     def load_live_state(
         self, state: Mapping[str, Tensor], num_steps: int, num_soft_knots: int = 0
     ) -> None:
-        """Continue a live link, just extended, from `live_state`, to the same bits."""
+        """Continue a live link, just extended or further on, from `live_state`, to the same bits.
+
+        `num_soft_knots` is `live_soft_knots` as it was then.
+        """
         check(tensors=state, num_steps=num_steps, num_soft_knots=num_soft_knots)
         live = self._need_live("load_live_state")
+        check_deposits(state, num_soft_knots)
         load_state(self._layers(), self._holding, state)
+        if live.num_soft_knots and not num_soft_knots:  # what they have deposited since then
+            self._holding.settle(self.links, self._layers())
         live.num_steps, live.num_soft_knots = num_steps, num_soft_knots
 
     def discard(self) -> None:

@@ -206,6 +206,17 @@ def check_apart(adapted: set[str], whole: set[str], model: nn.Module, config: Li
         )
 
 
+def check_deposits(state: Mapping[str, Tensor], num_soft_knots: int) -> None:
+    """Raise ChainError unless a live link's state has deposits where it had soft knots."""
+    has_some = any(name.startswith("deposit/") for name in state)
+    if has_some != (num_soft_knots > 0):
+        raise ChainError(
+            "`num_soft_knots` must be that of the state",
+            f"{num_soft_knots} {'with' if has_some else 'without'} deposits",
+            "give live_soft_knots of the chain that it is from",
+        )
+
+
 def check_values(model: nn.Module, values: Mapping[str, Tensor]) -> None:
     """Raise ChainError unless values by path fit the parameters of a model."""
     for path, value in values.items():

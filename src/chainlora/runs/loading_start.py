@@ -36,7 +36,7 @@ from chainlora.runs.manifest import STAGE, link_entries
 from chainlora.runs.opening import is_whole_model
 from chainlora.runs.reading import RunReader, check_base
 from chainlora.runs.saved_chain import chain_folder, read_chain, restore_chain
-from chainlora.runs.stages import first_is_open, open_run, run_around
+from chainlora.runs.stages import first_is_open, open_run
 from chainlora.runs.start import Start, start_of
 
 logger = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ def load_start(source: str | Path, stage: str = STAGE) -> Start:
     """
     if is_run(source):
         run, _ = split_address(source)
-        if run_around(run) == run and first_is_open(run):
+        if first_is_open(run):
             raise RunError(
                 "a chain starts from a finished run, judged where it says `accept_links`",
                 run,

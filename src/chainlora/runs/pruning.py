@@ -157,7 +157,7 @@ def _without(manifest: Manifest, name: str) -> Manifest:
         nothing = dict.fromkeys(("selected", "moments", "checkpoint", "records", "numbers"))
         update |= {"progress": Progress(link=len(links)), "is_pruned": True} | nothing
     found = manifest.model_copy(update=update)
-    named = found.named | {RESULT} - set(_OWN if is_own else ())
+    named = (found.named | {RESULT}) - set(_OWN if is_own else ())
     sums = {path: digest for path, digest in manifest.files.items() if is_in(path, named)}
     return found.model_copy(update={"files": sums})
 

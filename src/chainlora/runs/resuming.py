@@ -3,6 +3,7 @@ the rows that it began with."""
 
 from __future__ import annotations
 
+import errno
 import logging
 from collections.abc import Collection, Mapping
 from pathlib import Path, PurePath
@@ -20,13 +21,14 @@ from chainlora.runs.reading import RunReader
 logger = logging.getLogger(__name__)
 
 LOCK = ".lock"
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)  # of a network disk that has none
 
 # Keys that a resume may change by name: they decide steps to come, and nothing that is on disk.
 CHANGEABLE = ("train.lr", "train.max_grad_norm")
 # Keys that say where something lies. A resume reads it, and checks that it is the same.
 _PLACES = ("model", "data.train", "data.validation", "data.test")
 
-_BEFORE_THE_MANIFEST = {".lock", "config.yaml", "links", "rows", TOKENIZER, REFERENCE}
+_BEFORE_THE_MANIFEST = {LOCK, "config.yaml", "links", "rows", TOKENIZER, REFERENCE}
 
 
 def refuse_if_taken(run: RunReader) -> None:
@@ -35,7 +37,7 @@ def refuse_if_taken(run: RunReader) -> None:
         return
     with files.reported(run.path, "read"):
         entries = {entry.name for entry in run.path.iterdir()}
-    if entries <= {".lock"}:
+    if entries <= {LOCK}:
         return
     what, remedy = (
         ("holds a run", "pass --resume to resume it, or ")
@@ -51,7 +53,8 @@ def refuse_if_taken(run: RunReader) -> None:
 def refuse_if_nothing(run: RunReader) -> None:
     """Raise RunError where there is nothing to resume.
 
-    A run that was killed before it had a manifest starts over: nothing in it is worth keeping.
+    A run that was killed before it had a manifest starts over: nothing in it is worth keeping. It
+    has a lock; without one, files of the same names are somebody's own.
     """
     if not run.path.is_dir():
         raise RunError(
@@ -59,7 +62,8 @@ def refuse_if_nothing(run: RunReader) -> None:
             "`output`, or leave --resume out to start"
         )
     names = {entry.name for entry in run.path.iterdir() if not files.is_scratch(entry.name)}
-    if not run.exists and not names <= _BEFORE_THE_MANIFEST:
+    is_killed_run = LOCK in names and names <= _BEFORE_THE_MANIFEST
+    if not run.exists and not is_killed_run:
         refuse_if_taken(run)
 
 
@@ -77,11 +81,11 @@ def take_lock(run: Path, wait: float = 0.2) -> FileLock | None:
             f"a run directory must be used by one process at a time (got {run}, which another "
             "process is training in); wait for it, or choose another output"
         ) from None
-    except NotImplementedError:
+    except (NotImplementedError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
+            raise files.file_error(error, run / LOCK) from error
         logger.warning("%s cannot be locked; start one process at a time in it", run)
         return None
-    except OSError as error:
-        raise files.file_error(error, run / LOCK) from error
     return lock
 
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from chainlora import files
-from chainlora.chain.adapters import base_layer, has_fan_in_first, task_type
+from chainlora.chain.adapters import base_layer, has_fan_in_first, set_config, task_type
 from chainlora.chain.chain import Chain
 from chainlora.chain.link import Link
 from chainlora.config.schema import LinkConfig
@@ -138,7 +138,10 @@ def restore_chain(chain: Chain, saved: SavedChain) -> None:
     chain.next_id = saved.manifest.next_id
     if saved.live is not None:
         live = saved.live
-        chain.extend(live.config)
+        # what the loss said at its start is in the tensors
+        init = "kaiming" if live.config.init == "gradient" else live.config.init
+        adapter = chain.extend(live.config.model_copy(update={"init": init}))
+        set_config(adapter, live.config)
         chain.load_live_state(live.tensors, live.num_steps, live.num_soft_knots)
 
 

@@ -157,13 +157,15 @@ def half_trained(run: Path, found: Stages) -> list[Path]:
 
 def first_is_open(run: Path) -> bool:
     """Say whether the first stage of a run has not ended: is half trained, or, on stages that it
-    must not harm (`accept_links`), not judged yet."""
+    must not harm (`accept_links`), not judged yet. A later one is judged in the run around it."""
     first = RunReader(run)
     manifest = first.manifest()
     if (run / STAGES).is_file() or not manifest.has_run:
         return False
+    if not first.is_finished(manifest):
+        return True
     is_guarded = isinstance(first.config().train.accept_links, float) and len(manifest.stages) > 1
-    return is_guarded or not first.is_finished(manifest)
+    return is_guarded and run_around(run) == run
 
 
 # --- the file ---
