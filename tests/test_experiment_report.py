@@ -142,6 +142,11 @@ def diverged(cell):
             ["wsc"],
             "4 of 6 pairs (2 diverged), exact p",
         ),
+        (
+            lambda c: diverged(c) if c["method"] == "chain3" and c["seed"] > 3 else c,
+            ["wsc"],
+            "| chain3 | 63.55 ± 1.32 (4 of 6) |",
+        ),
         (lambda c: c if c["seed"] < 5 else None, ["wsc"], "| wsc | chain3 − lora | 5 of 6 |"),
         (lambda c: c if c["seed"] < 5 else None, ["wsc", "cb"], ", 10 of 12 pairs, exact p"),
         (
@@ -156,7 +161,14 @@ def diverged(cell):
             "| wsc | chain3 − lora | 5 of 6 | −0.0200 |",
         ),
     ],
-    ids=["diverged", "missing", "of all tasks", "a task is missing", "infinite"],
+    ids=[
+        "diverged",
+        "scores of the others",
+        "missing",
+        "of all tasks",
+        "a task is missing",
+        "infinite",
+    ],
 )
 def test_pairs_that_are_missing_are_said_where_the_others_decide(tmp_path, made, tasks, said):
     """Six seeds of nine were "6 pairs", and one task of two "over all tasks"."""
@@ -199,7 +211,7 @@ def test_the_primary_comparison_is_tested_alone(tmp_path):
     assert (together.difference.verdict, alone.difference.verdict) == ("too few pairs", "wins")
     assert by_pair[False]["zero_shot"].num_comparisons == 1
     assert "- Primary comparison: chain3 is better than lora on wsc" in report.markdown
-    assert "| wsc | chain3 − lora * | 6 |" in report.markdown
+    assert report.markdown.count("chain3 − lora *") == 1  # the held-out loss is another question
 
 
 @pytest.mark.parametrize(

@@ -82,6 +82,12 @@ def test_metrics_stand_apart_and_losses_are_turned():
     assert accuracy.forgetting == pytest.approx(0.1)
 
 
+def test_what_the_base_did_better_was_not_learned_and_is_not_forgotten():
+    scores = [[0.9, 0.1], [0.6, 0.2], [0.6, 0.8]]
+    (found,) = summarise_matrix(scores, ["a", "b"], ["accuracy"] * 2)
+    assert (found.backward_transfer, found.forgetting) == (0, 0)
+
+
 def test_one_stage_forgets_nothing():
     (found,) = summarise_matrix([[0.5], [0.9]], ["a"], ["f1"])
     assert found == MatrixSummary("f1", ("a",), False, 0.9, None, None)

@@ -336,3 +336,4 @@ def test_dollars_in_names_are_dollars(finished, tmp_path):
     text = results.read_text().replace('"zero_shot"', '"$\\\\frac$"')
     results.write_text(text)
     report_experiment(results)
+    assert r"\$\textbackslash{}frac\$ & 50.00 (1) \\" in (tmp_path / "scores.tex").read_text()

@@ -24,7 +24,7 @@ class Gain:
 
     @property
     def is_clear(self) -> bool:
-        """Say whether it is better by more than chance would."""
+        """Say whether it is better by more than its standard error."""
         return self.mean > self.standard_error
 
 

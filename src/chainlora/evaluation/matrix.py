@@ -5,7 +5,7 @@ stages (Lopez-Paz & Ranzato, arXiv 1706.08840; Chaudhry et al., arXiv 1801.10112
 
     average             mean over j of R[T, j]
     backward transfer   mean over j < T of R[T, j] − R[j, j]
-    forgetting          mean over j < T of max over i < T of R[i, j], less R[T, j]
+    forgetting          mean over j < T of max over 0 < i < T of R[i, j], less R[T, j]
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def _summary(
     column = {j: [sign * row[j] for row in scores] for j in columns}
     before = [j for j in columns if j + 1 < last]  # stage j is learned in state j + 1
     transfers = [column[j][last] - column[j][j + 1] for j in before]
-    losses = [max(column[j][:last]) - column[j][last] for j in before]
+    losses = [max(column[j][1:last]) - column[j][last] for j in before]
     return MatrixSummary(
         metric,
         tuple(stages[j] for j in columns),

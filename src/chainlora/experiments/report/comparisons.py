@@ -13,8 +13,8 @@ from chainlora.experiments.report.values import (
     Value,
     by_seed,
     diverged_finals,
-    has_one_score,
     held_out_loss,
+    num_planned,
     shown_score,
     summarise_all,
 )
@@ -98,7 +98,8 @@ def _families(results: Results, value: Value, tasks: Sequence[str]) -> list[tupl
     """Return the sets of comparisons that are corrected together, and which is the primary one.
 
     The primary pair is a family by itself where it matters most: over all tasks where they are
-    pooled, on the task where there is one. On single tasks of several it is one of many.
+    pooled, on the task where there is one. On single tasks of several it is one of many, and by
+    the losses beside the scores too: of one question asked beforehand there is one answer.
     """
     pairs = [tuple(pair) for pair in results.experiment["pairs"]]
     by_task = {
@@ -112,7 +113,7 @@ def _families(results: Results, value: Value, tasks: Sequence[str]) -> list[tupl
         for method, rival in pairs:
             own = [by_task[task, method, rival] for task in tasks]
             pooled[OVERALL, method, rival] = _pool(own)
-    primary = tuple(results.experiment.get("primary") or ())
+    primary = tuple(results.experiment.get("primary") or ()) if value is shown_score else ()
     last = pooled or single
     alone = {key: last.pop(key) for key in list(last) if key[1:] == primary}
     families = ((single, False), (pooled, False), (alone, True))
@@ -142,16 +143,7 @@ def _planned(results: Results, key: Key, tasks: Sequence[str]) -> tuple[int, int
         for cell in diverged_finals(results)
         if cell["task"] in own and cell["method"] in methods
     }
-    num_planned = sum(
-        1 if _are_one_pair(results, task, *methods) else len(results.experiment["seeds"])
-        for task in own
-    )
-    return num_planned, len(diverged)
-
-
-def _are_one_pair(results: Results, task: str, *methods: str) -> bool:
-    """Say whether two methods have one score each: then there is one difference, not one a seed."""
-    return all(has_one_score(results, task, name) for name in methods)
+    return sum(num_planned(results, task, *methods) for task in own), len(diverged)
 
 
 def _pool(by_task: Sequence[Mapping[int, float]]) -> list[float]:
@@ -165,9 +157,7 @@ def _differences(
 ) -> dict[int, float]:
     """Return a method's values less its rival's, by seed."""
     one, other = (by_seed(results, task, name, value) for name in (method, rival))
-    seeds = sorted(one.keys() & other.keys())
-    if _are_one_pair(results, task, method, rival):
-        seeds = seeds[:1]
+    seeds = sorted(one.keys() & other.keys())[: num_planned(results, task, method, rival)]
     return {seed: one[seed] - other[seed] for seed in seeds}
 
 

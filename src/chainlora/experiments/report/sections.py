@@ -128,7 +128,8 @@ def _score(summary: Summary | None) -> str:
         return "–"
     places = digits(summary.metric)
     spread = f" ± {number(summary.sd, places)}" if summary.num_seeds > 1 else ""
-    return f"{number(summary.mean, places)}{spread} ({summary.num_seeds})"
+    of = f" of {summary.num_planned}" * (summary.num_seeds < summary.num_planned)
+    return f"{number(summary.mean, places)}{spread} ({summary.num_seeds}{of})"
 
 
 def _others_table(summaries: Sequence[Summary]) -> Table:

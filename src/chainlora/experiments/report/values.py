@@ -108,7 +108,8 @@ def missing_cells(results: Results) -> list[str]:
 class Summary:
     """A method on a task over its seeds, and its mean cost a run.
 
-    Of `wall_s` the median is taken: machines pause. `others` are means of further metrics.
+    Of `num_planned` seeds `num_seeds` trained to their end. Of `wall_s` the median is taken:
+    machines pause. `others` are means of further metrics.
     """
 
     task: str
@@ -116,6 +117,7 @@ class Summary:
     metric: str
     split: str
     num_seeds: int
+    num_planned: int
     mean: float
     sd: float
     majority: float | None
@@ -135,14 +137,20 @@ class Summary:
 def summarise_all(results: Results) -> list[Summary]:
     """Return one summary per task and method that has final cells, in the experiment's order."""
     return [
-        _summarise(task, method, cells)
+        _summarise(task, method, cells, num_planned(results, task, method))
         for task in results.experiment["tasks"]
         for method in results.experiment["methods"]
         if (cells := cells_of(results, task, method))
     ]
 
 
-def _summarise(task: str, method: str, cells: Sequence[Cell]) -> Summary:
+def num_planned(results: Results, task: str, *methods: str) -> int:
+    """Return over how many seeds a method is planned, or a pair: one where nothing varies."""
+    is_one = all(has_one_score(results, task, name) for name in methods)
+    return 1 if is_one else len(results.experiment["seeds"])
+
+
+def _summarise(task: str, method: str, cells: Sequence[Cell], planned: int) -> Summary:
     first = cells[0]
     metric, majority = first["metric"], first.get("majority")
     mean, sd = mean_sd([shown_score(cell) for cell in cells])
@@ -153,6 +161,7 @@ def _summarise(task: str, method: str, cells: Sequence[Cell]) -> Summary:
         metric=metric,
         split=first["score_split"],
         num_seeds=len(cells),
+        num_planned=planned,
         mean=mean,
         sd=sd,
         majority=None if majority is None else 100 * majority,
