@@ -180,6 +180,19 @@ def test_pairs_that_are_missing_are_said_where_the_others_decide(tmp_path, made,
     assert ("over all tasks:" in text) == ("of 12" in said)
 
 
+@pytest.mark.parametrize("train", [{}, {"keep_best": True}, {"accept_links": "better"}])
+def test_scores_of_the_rows_that_chose_are_marked(tmp_path, train):
+    """The best of several points on these rows is not what other rows would score."""
+
+    def on_validation(cell):
+        return cell | {"score_split": "validation", "config": cell["config"] | {"train": train}}
+
+    report = report_experiment(change(tmp_path / "results.jsonl", on_validation), figures=False)
+    assert ("**The scores of cb, wsc are of the rows that chose.**" in report.markdown) == bool(
+        train
+    )
+
+
 def test_a_method_that_diverged_wherever_it_was_tried_is_not_one_to_come(tmp_path):
     path = change(tmp_path / "results.jsonl", lambda c: c if c["method"] == "lora" else None)
     tried = [{"point": {"train.lr": 1.0}, "mean": None, "runs": 1}]

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import partial
+from itertools import product
 from typing import Any
 
-from chainlora.experiments.report.values import Cell
+from chainlora.experiments.report.values import Cell, cells_of
 from chainlora.experiments.results import Results
 from chainlora.reports.tables import Table, table_of
 
@@ -94,20 +95,22 @@ def mixed_origins(results: Results) -> Iterator[str]:
         ("versions", partial(_code, but=alike), "One config may compute something else in each"),
     )
     for what, of, why in kinds:
-        on = dict[tuple[str, str], set[str]]()
-        for cell in results.finals:
-            on.setdefault((cell["task"], cell["method"]), set()).add(of(cell))
-        mixed = [
-            f"{task}: {method} on {_join(on[task, method])}, {rival} on {_join(on[task, rival])}"
-            for task in results.experiment["tasks"]
-            for method, rival in results.experiment["pairs"]
-            if (task, method) in on and (task, rival) in on and on[task, method] != on[task, rival]
-        ]
-        if mixed:
+        if mixed := _apart(results, of):
             yield (
                 f"**Compared across {what}**: {'; '.join(mixed)}. {why}, and a difference of the "
                 f"methods cannot be told from one of the {what}."
             )
+
+
+def _apart(results: Results, of: Callable[[Cell], str]) -> list[str]:
+    """Return in what the cells of methods that are compared are not alike."""
+    found = []
+    for task, (method, rival) in product(results.experiment["tasks"], results.experiment["pairs"]):
+        on = [{of(cell) for cell in cells_of(results, task, name)} for name in (method, rival)]
+        own, other = (" and ".join(sorted(each)) for each in on)
+        if own and other and own != other:
+            found.append(f"{task}: {method} on {own}, {rival} on {other}")
+    return found
 
 
 def provenance(results: Results) -> str:
@@ -143,7 +146,3 @@ def _versions(cell: Cell) -> dict[str, str]:
 
 def _code(cell: Cell, but: Collection[str] = ()) -> str:
     return ", ".join(f"{name} {of}" for name, of in _versions(cell).items() if name not in but)
-
-
-def _join(names: Iterable[str]) -> str:
-    return " and ".join(sorted(names))

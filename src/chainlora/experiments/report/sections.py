@@ -20,6 +20,7 @@ from chainlora.experiments.report.values import (
     nothing_chosen,
 )
 from chainlora.experiments.report.verdicts import differences_table, verdicts
+from chainlora.experiments.results import Results
 from chainlora.reports.page import Numbers, Section, Text, section
 from chainlora.reports.tables import Table, big, number, table_of
 
@@ -28,13 +29,12 @@ from chainlora.reports.tables import Table, big, number, table_of
 
 def question(facts: Facts) -> Section:
     """Return description, model, seeds, how keys were chosen, and what is missing."""
-    head = facts.results.experiment
+    results, head = facts.results, facts.results.experiment
     parts = [
         head["description"].strip() or "An experiment.",
-        f"Model: {base_note(facts.results)}. Seeds: {', '.join(map(str, head['seeds']))}. "
-        f"{_how_chosen(facts)}",
+        f"Model: {base_note(results)}. Seeds: {', '.join(map(str, head['seeds']))}. "
+        f"{_how_chosen(results)}",
     ]
-    results = facts.results
     missing, finals = missing_cells(results), diverged_finals(results)
     diverged = [f"{c['task']} {c['method']} seed {c['seed']}" for c in finals]
     diverged += [f"{task} {method} wherever tried" for task, method in nothing_chosen(results)]
@@ -45,25 +45,34 @@ def question(facts: Facts) -> Section:
     return section("Question", Text("\n\n".join(parts)))
 
 
-def _how_chosen(facts: Facts) -> str:
-    results = facts.results
-    if not results.choices:
-        return "No hyper-parameter was tuned: every method ran with the values of the file."
-    tuning = results.experiment["tuning_seeds"]
-    keys = dict.fromkeys(
-        key for choice in results.choices for tried in choice["tried"] for key in tried["point"]
-    )
-    text = (
-        "Chosen on validation rows for each task and method apart, never on test rows: "
-        f"{', '.join(keys)} (tuning seeds: {', '.join(map(str, tuning))})."
-    )
-    shared = [str(seed) for seed in tuning if seed in results.experiment["seeds"]]
-    if shared:
-        text += f" Compared seeds that also chose: {', '.join(shared)}."
-    themselves = {cell["task"] for cell in results.finals if cell["score_split"] == "validation"}
+def _how_chosen(results: Results) -> str:
+    """Return what was chosen, by which rows, and whether scores are of these."""
+    text = "No hyper-parameter was tuned: every method ran with the values of the file."
+    if results.choices:
+        tuning = results.experiment["tuning_seeds"]
+        tried = [each["point"] for choice in results.choices for each in choice["tried"]]
+        text = (
+            "Chosen on validation rows for each task and method apart, never on test rows: "
+            f"{', '.join(dict.fromkeys(key for point in tried for key in point))} "
+            f"(tuning seeds: {', '.join(map(str, tuning))})."
+        )
+        if shared := [str(seed) for seed in tuning if seed in results.experiment["seeds"]]:
+            text += f" Compared seeds that also chose: {', '.join(shared)}."
+    themselves = {
+        cell["task"]
+        for cell in results.finals
+        if cell["score_split"] == "validation" and (results.choices or _chooses(cell))
+    }
     if themselves:
-        text += f" **The scores of {', '.join(sorted(themselves))} are of these same rows.**"
+        text += f" **The scores of {', '.join(sorted(themselves))} are of the rows that chose.**"
     return text
+
+
+def _chooses(cell: Mapping[str, Any]) -> bool:
+    """Say whether a run ended at a point that its validation rows chose."""
+    train = cell["config"].get("train", {})
+    kept = train.get("keep_best") or train.get("early_stop")
+    return bool(kept) or train.get("accept_links") == "better"
 
 
 # --- verdict ---

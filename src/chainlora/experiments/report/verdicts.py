@@ -62,14 +62,18 @@ def _evidence(comparison: Comparison) -> str:
     pairs += f" ({comparison.num_diverged} diverged)" * (comparison.num_diverged > 0)
     if d.interval == "none":
         return f"{pairs}: no interval and no verdict from so few"
-    interval = f"{number(d.low, places, sign=True)} to {number(d.high, places, sign=True)}"
     test = f"{'exact' if d.exact else 'drawn'} p = {d.p:.3g}, Holm {d.p_holm:.3g}"
-    found = f"95 % interval {interval}, {pairs}, {test}"
+    found = f"95 % interval {_interval(comparison)}, {pairs}, {test}"
     if d.verdict == "too few pairs":
         return f"{found}, {d.smallest_p_holm:.2g} at best"
     if d.verdict == "no difference found":
         return f"{found}; {number(d.detectable, places)} would be found with 80 % power"
     return found
+
+
+def _interval(comparison: Comparison) -> str:
+    d, places = comparison.difference, digits(comparison.metric)
+    return f"{number(d.low, places, sign=True)} to {number(d.high, places, sign=True)}"
 
 
 def _pairs(comparison: Comparison) -> str:
@@ -116,7 +120,6 @@ def _how_to_read(comparisons: Sequence[Comparison]) -> str:
 
 def _difference_row(comparison: Comparison) -> dict[str, str]:
     d, places = comparison.difference, digits(comparison.metric)
-    interval = f"{number(d.low, places, sign=True)} to {number(d.high, places, sign=True)}"
     return {
         "task": comparison.task,
         "pair": f"{comparison.method} − {comparison.rival}{' *' if comparison.is_primary else ''}",
@@ -124,7 +127,7 @@ def _difference_row(comparison: Comparison) -> dict[str, str]:
         "difference": number(d.mean, places, sign=True),
         "better": comparison.better.removesuffix(" is better"),
         "sd": number(d.sd, places),
-        "95 % interval": "–" if d.interval == "none" else interval,
+        "95 % interval": "–" if d.interval == "none" else _interval(comparison),
         "p": f"{d.p:.3g}",
         "Holm p": f"{d.p_holm:.3g}",
         "smallest Holm p": f"{d.smallest_p_holm:.2g}",
