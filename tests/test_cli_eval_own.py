@@ -85,7 +85,7 @@ def test_rows_that_are_not_there(chainlora, written, tiny_folder, texts):
         "(got no data.test in the config of ", "name another --split, or a file as --data"
     )
     chainlora(f"eval {written} --split tset").refused("must be one of train, validation, test")
-    chainlora(f"eval {written} --data {texts}/none.jsonl").refused("none.jsonl")
+    chainlora(f"eval no/model --data {texts}/none.jsonl").refused("none.jsonl")  # looked for first
     moved = texts.rename(f"{texts}-moved")
     chainlora(f"eval {written}").refused("check the path, or score those that the run kept: --matr")
     moved.rename(texts)

@@ -38,6 +38,26 @@ def test_what_a_run_cannot_do_is_refused_before_it_begins(chainlora, config, tmp
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ("--data.task rt", "did you mean 'rte'"),
+        ("--data.train null --data.validation null --data.dir none", "needs its 'train' rows"),
+        ("--data.train null --data.validation null", "declares no Hub dataset"),
+        ("--data.validation {empty}", "data must hold at least one row"),
+        ("--data.train {cut}", "data must be JSON"),
+        ("--data.task null --data.train {other}", "rows must have the fields of a format"),
+        ("--data.task null --data.format text --data.train {other}", "`model` must be a Hub id"),
+    ],
+)
+def test_rows_are_looked_at_before_the_model(chainlora, config, tmp_path, keys, message):
+    files = {"empty": "", "cut": '{"text": "go', "other": '{"a": 1}\n'}
+    for name, content in files.items():
+        (tmp_path / f"{name}.jsonl").write_text(content)
+    keys = keys.format(**{name: tmp_path / f"{name}.jsonl" for name in files})
+    chainlora(f"train {config} --model nowhere/at/all {keys}").refused(message, "(got ")
+
+
 def test_output_in_use(chainlora, config, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "notes.txt").write_text("mine")

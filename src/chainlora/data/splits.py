@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from chainlora.config.schema import DataConfig, PairLoss
 from chainlora.data.chat_templates import set_chat_template
 from chainlora.data.division import divide, pick, rows_again, rows_in_both
-from chainlora.data.encoding import Options, detect_pairs
+from chainlora.data.encoding import Options, detect_format
 from chainlora.data.encoding.tokens import TokenReader
 from chainlora.data.kept import ASKED, SAMPLE, Kept
 from chainlora.data.mixture import Mixture, example_hashes, prompt_hashes
@@ -28,8 +28,10 @@ from chainlora.data.tasks import (
     REPORTED_OF_TEXT,
     WORD_METRICS,
     Task,
+    check_split_files,
     load_task,
     sample_splits,
+    split_source,
     unseen_source,
 )
 from chainlora.data.tasks.nested import flat, without_first
@@ -181,14 +183,20 @@ def learned_by(data: DataConfig, loss: PairLoss | None) -> str:
 
 
 def check_files(data: DataConfig, loss: str | None) -> None:
-    """Raise DataError for a file of rows that is not there, or whose first rows do not suit.
+    """Look for a task and for rows, and at the first row of each file; a task's are not rendered.
 
-    Reads rows only of pairs (`loss`), or where the config has names for columns.
+    Raises ConfigError for no such task, DataError for rows that are not there or suit no format.
     """
+    task = None if data.task is None else load_task(data.task)
+    if task is not None and data.dir is not None:
+        check_split_files(task, data.dir)
+    elif task is not None and data.train is None:
+        split_source(task, None, "train")
     for source in chain.from_iterable(_file_sources(data).values()):
         source.check_fields()
-        if loss is not None:
-            detect_pairs(next(iter(source)))
+        first = next(iter(source))
+        if task is None and (loss is not None or data.format == "auto"):
+            detect_format([first], loss)
 
 
 def encode_split(

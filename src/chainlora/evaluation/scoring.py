@@ -10,7 +10,7 @@ from typing import Any
 from chainlora.chain.showing import Shown
 from chainlora.config.schema import DataConfig, RunConfig
 from chainlora.data.examples import Example
-from chainlora.data.sources import Source
+from chainlora.data.sources import Source, find_source
 from chainlora.data.splits import SPLITS, Splits, encode_split, prepare_splits, task_split_source
 from chainlora.data.tasks import Task, load_task
 from chainlora.engine.engine import Engine, Speedups
@@ -155,6 +155,7 @@ def _own_rows(
     if data is not None:
         given = {"validation": None, split: data, f"num_{split}": limit}
         config = config.model_copy(update=given)
+        find_source(data, split)  # before the model is loaded
     elif from_files and not config.holds_out:
         counts = [n for n in (getattr(config, f"num_{split}"), limit) if n is not None]
         config = config.model_copy(update={f"num_{split}": min(counts, default=None)})

@@ -14,4 +14,3 @@ named by file and line. One file an objective:
 from __future__ import annotations
 
 from chainlora.data.encoding.encoder import Options, RowEncoder, detect_format, make_row_encoder
-from chainlora.data.encoding.preferences import detect_pairs
