@@ -79,6 +79,7 @@ WRONG = [
     ("train.schedule", "lin", "`train.schedule` must be 'linear', 'cosine' or 'constant' (got 'li"),
     ("train.seed", "-1", "`train.seed` must be at least 0 (got -1); left out, it is 0"),
     ("train.betas", "[true, 0.9]", "`train.betas` must be a number (got [True, 0.9]); left out"),
+    ("train.betas", "[0.9]", "`train.betas` must be given (got none at position 1); add it"),
     ("train.betas", "[0.9, 1]", "`train.betas` must be below 1 (got 1 at position 1); left out, i"),
     ("train.keep_best", "true", "`early_stop`, `keep_best` and `accept_links` need validation row"),
     ("data.shots", "2", "`data.shots` are demonstrations of a task (got 2 for files without one)"),

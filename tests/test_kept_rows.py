@@ -248,6 +248,18 @@ def test_rows_of_earlier_stages_are_added_to_every_batch(tmp_path, tokenizer):
     assert added == [floor((k + 1) * 1.5) - floor(k * 1.5) for k in range(6)]  # 0.3 of 5 rows
 
 
+def test_rows_of_earlier_stages_that_are_longer_are_left_out(tmp_path, tokenizer, caplog):
+    rows = [{"prompt": "a film " * k, "completion": " good"} for k in (3, 9, 9)]
+    long = write_rows(tmp_path / "long.jsonl", rows)
+    earlier = {"first": stage_of(tokenizer, train=str(long)).kept()}
+    keys = {"train": folder_of(tmp_path, b="cd")("b"), "replay": 0.5}
+    length = earlier["first"].train.lengths.min()
+    assert len(stage_of(tokenizer, earlier, **keys, max_length=length).train) == 3
+    assert f"data.replay: 2 rows of more than {length} tokens are left out" in caplog.text
+    with pytest.raises(ConfigError, match=f"got 3 rows of more than {length - 1} tokens"):
+        stage_of(tokenizer, earlier, **keys, max_length=length - 1)
+
+
 def test_ranked_rows_are_read_again_as_completions_and_pairs_are_not(
     tiny_folder, sentiment, tmp_path, caplog
 ):

@@ -178,6 +178,14 @@ def test_templates_run_in_a_sandbox(tmp_path):
         task.render_all([{"text": "x", "label": 0}])
 
 
+def test_a_template_that_draws_gives_a_row_the_same_text_always(tmp_path):
+    task = load_task(write_task(tmp_path, prompt="{{ text }}{{ range(99999)|random }}"))
+    rows = [{"text": "", "id": each, "label": 0} for each in (1, 2)]
+    one, other = task.render_all(rows)
+    assert [one, other] == task.render_all(rows)
+    assert one.prompt != other.prompt
+
+
 @pytest.mark.parametrize(
     "value", [10**4000, -(10**300), 1e308, float("inf"), float("nan"), [1] * 9]
 )

@@ -46,7 +46,9 @@ def problems(error: ValidationError, root: type[BaseModel], prefix: str = "") ->
             found[str(item["ctx"]["error"]), "", ""] = []
         elif item["type"] == "missing":
             keys = [part for part in item["loc"] if isinstance(part, str) and "[" not in part]
-            found[f"`{prefix}{'.'.join(keys)}` must be given", "none", "add it"] = []
+            at = item["loc"][-1]
+            got = f"none at position {at}" if isinstance(at, int) else "none"
+            found[f"`{prefix}{'.'.join(keys)}` must be given", got, "add it"] = []
         else:
             key, remedy = _named(item["loc"], root)
             place = "".join(f" at position {part}" for part in item["loc"] if isinstance(part, int))

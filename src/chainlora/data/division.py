@@ -81,12 +81,17 @@ def divide(
 
 
 def rows_again(
-    earlier: Mapping[str, Kept], loss: str, validation: Iterable[Example], num_front: int
+    earlier: Mapping[str, Kept],
+    loss: str,
+    validation: Iterable[Example],
+    num_front: int,
+    max_length: int,
 ) -> Rows:
     """Return the rows of earlier stages that a stage with this loss can read again.
 
-    No validation row is among them, of this stage or an earlier one. Of ranked candidates the right
-    one is read where completions are learned. Raises ConfigError where there are none.
+    No validation row is among them, of this stage or an earlier one, and no row of more tokens than
+    `max_length`. Of ranked candidates the right one is read where completions are learned. Raises
+    ConfigError where there are none.
     """
     held_out = [prompt_hashes(validation, num_front), *(k.held_out for k in earlier.values())]
     again, others = [], []
@@ -96,15 +101,19 @@ def rows_again(
             continue
         rows = pick(kept.train, ~np.isin(kept.prompts, np.concatenate(held_out)))
         again += list(rows) if kept.loss == loss else list(map(_right_one, rows))
-    if not again:
+    fitting = [each for each in again if max(map(len, each.sequences)) <= max_length]
+    long = f"{len(again) - len(fitting)} rows of more than {max_length} tokens"
+    if not fitting:
         raise ConfigError(
             f"`data.replay` needs rows that an earlier stage kept and that are learned by {loss}",
-            ", ".join(others) or "none",
+            ", ".join(others + [long] * bool(again)) or "none",
             "leave it out",
         )
     if others:
         _log.warning("data.replay: this stage learns by %s, not %s", loss, ", ".join(others))
-    rows = MemoryRows(again)
+    if len(fitting) < len(again):
+        _log.warning("data.replay: %s are left out", long)
+    rows = MemoryRows(fitting)
     rows.summary = RowsSummary(digest=hashlib.sha256(example_hashes(rows).tobytes()).hexdigest())
     return rows
 

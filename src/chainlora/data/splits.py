@@ -161,7 +161,8 @@ def prepare_splits(
         _log_in_both(data, rows, sources)
     if data.replay is not None and to_score is None and parts["train"]:
         kind = learned_by(data, loss)
-        again = rows_again(earlier or {}, kind, rows["validation"], asked["num_front"])
+        fits = asked["num_front"], length_limit(data, context)
+        again = rows_again(earlier or {}, kind, rows["validation"], *fits)
         asked["mixture"] = replace(asked["mixture"], num_earlier=len(again), replay=data.replay)
         asked["moved"] |= {"replayed": len(again)}
         rows["train"] = joined([rows["train"], again])
