@@ -86,6 +86,17 @@ def test_over_all_tasks_each_task_weighs_alike(tmp_path):
     assert whole.num_pairs == 4
 
 
+def test_a_pair_that_lacks_a_task_is_judged_on_the_others(tmp_path):
+    def lacking(cell):
+        return None if (cell["task"], cell["method"]) == ("cb", "chain3") else cell
+
+    pairs = [["chain3", "lora"], ["zero_shot", "lora"]]
+    path = change(tmp_path / "results.jsonl", lacking, pairs=pairs)
+    text = report_experiment(path, figures=False).markdown
+    assert "- too few pairs to compare chain3 with lora on wsc: " in text
+    assert "- zero_shot is worse than lora over all tasks: " in text
+
+
 # --- methods ---
 
 

@@ -152,7 +152,7 @@ def num_planned(results: Results, task: str, *methods: str) -> int:
 
 def _summarise(task: str, method: str, cells: Sequence[Cell], planned: int) -> Summary:
     first = cells[0]
-    metric, majority = first["metric"], first.get("majority")
+    metric, majority = first["metric"], _mean([cell.get("majority") for cell in cells])
     mean, sd = mean_sd([shown_score(cell) for cell in cells])
     validation = [(cell["validation"] or {}).get(metric) for cell in cells]
     return Summary(

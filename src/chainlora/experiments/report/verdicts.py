@@ -13,10 +13,14 @@ from chainlora.reports.tables import Table, number, table_of
 
 def verdicts(comparisons: Sequence[Comparison]) -> str:
     """Return the verdicts in words: over all tasks, else of each; the primary one first."""
-    whole = [c for c in comparisons if c.task == OVERALL]
-    each = [c for c in comparisons if c.task != OVERALL]
-    ordered = sorted(whole or each, key=lambda c: not c.is_primary)
-    return "\n".join(f"- {sentence(c)}{_tally(c, each) if whole else ''}" for c in ordered)
+    ordered = sorted(_foremost(comparisons), key=lambda c: not c.is_primary)
+    return "\n".join(f"- {sentence(c)}{_tally(c, comparisons)}" for c in ordered)
+
+
+def _foremost(comparisons: Sequence[Comparison]) -> list[Comparison]:
+    """Return the comparisons over all tasks; of a pair that has none, those of each task."""
+    whole = {(c.method, c.rival) for c in comparisons if c.task == OVERALL}
+    return [c for c in comparisons if c.task == OVERALL or (c.method, c.rival) not in whole]
 
 
 def headline(comparisons: Sequence[Comparison]) -> str:
@@ -24,7 +28,7 @@ def headline(comparisons: Sequence[Comparison]) -> str:
 
     That is the primary one; else those over all tasks; else all there are.
     """
-    whole = [c for c in comparisons if c.task == OVERALL] or list(comparisons)
+    whole = _foremost(comparisons)
     chosen = [c for c in whole if c.is_primary] or whole
     if not chosen:
         return "Nothing is compared yet."
@@ -32,7 +36,7 @@ def headline(comparisons: Sequence[Comparison]) -> str:
         said = sentence(chosen[0])
         starts_with_a_name = said.startswith(f"{chosen[0].method} is ")
         return f"{said if starts_with_a_name else said[0].upper() + said[1:]}."
-    place = " over all tasks" if chosen[0].task == OVERALL else ""
+    place = " over all tasks" if all(c.task == OVERALL for c in chosen) else ""
     found = Counter(c.difference.verdict for c in chosen)
     counts = [f"{name} in {found[name]}" for name in VERDICTS if found[name]]
     return f"{len(chosen)} comparisons{place}: {', '.join(counts)}."
@@ -82,8 +86,12 @@ def _pairs(comparison: Comparison) -> str:
     return f"{count}" if count >= planned else f"{count} of {planned}"
 
 
-def _tally(whole: Comparison, each: Sequence[Comparison]) -> str:
-    own = [c for c in each if (c.method, c.rival) == (whole.method, whole.rival)]
+def _tally(whole: Comparison, comparisons: Sequence[Comparison]) -> str:
+    """Return what a comparison over all tasks comes to on each; nothing for one on a task."""
+    if whole.task != OVERALL:
+        return ""
+    pair = (whole.method, whole.rival)
+    own = [c for c in comparisons if c.task != OVERALL and (c.method, c.rival) == pair]
     counts = [(sum(c.difference.verdict == name for c in own), name) for name in VERDICTS]
     ahead = sum(c.is_ahead for c in own)
     said = ", ".join(f"{count} {name}" for count, name in counts if count)
