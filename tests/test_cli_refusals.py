@@ -58,6 +58,17 @@ def test_rows_are_looked_at_before_the_model(chainlora, config, tmp_path, keys, 
     chainlora(f"train {config} --model nowhere/at/all {keys}").refused(message, "(got ")
 
 
+def test_a_dry_run_refuses_what_the_model_and_the_output_tell(chainlora, config, tmp_path):
+    dry = f"train {config} --dry-run"
+    for keys in ("--model no/body", "--data.max_length 200", "--chain.target_modules [query]"):
+        chainlora(f"{dry} {keys}").refused(WRONG[keys])
+    chainlora(f"{dry} --resume").refused("--resume needs a run directory (got ")
+    assert chainlora(dry).status == 0
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    chainlora(dry).refused("`output` must be a new or empty directory (got ")
+
+
 def test_output_in_use(chainlora, config, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "notes.txt").write_text("mine")

@@ -110,7 +110,7 @@ def test_a_process_of_its_own(finished, sentiment, tmp_path):
     assert (wrong.returncode, wrong.stdout, wrong.stderr.count("\n")) == (1, "", 1)
 
 
-def test_a_locale_of_few_characters_and_closed_streams(finished, monkeypatch):
+def test_a_locale_of_few_characters_and_closed_streams(finished, monkeypatch, capsys):
     """‖ΔW‖ was an unexpected UnicodeEncodeError in the locale C, and --json without a stdout."""
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
     assert run(["inspect", str(finished)]) == 0
@@ -121,6 +121,9 @@ def test_a_locale_of_few_characters_and_closed_streams(finished, monkeypatch):
     assert json.loads(text.splitlines()[-1])["finished"]
     monkeypatch.setattr(sys, "stdout", None)
     assert run(["tasks", "--json"]) == 0
+    monkeypatch.setattr(sys, "stdin", None)
+    assert run(["generate", str(finished)]) == 1
+    assert "the prompt must have tokens" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("word", ["a\0b", "r\udcc3n"])

@@ -108,11 +108,15 @@ def test_what_a_cut_takes_is_counted_and_told_once(tmp_path, caplog, format):
         ([{"text": "dogs", "id": 1}, {"text": "cats", "source": "web"}], "'id', 'source'"),
         ([{"prompt": "dogs", "completion": " two", "system": "Be short."}], "'system'"),
         (
-            [{"messages": [*TALK[:1], {**TALK[1], "weight": 0, "name": None}], "documents": ["a"]}],
+            [{"messages": [*TALK[:1], {**TALK[1], "weight": 1, "name": None}], "documents": ["a"]}],
             "'documents', 'messages[].weight'",
         ),
+        (
+            [{"conversations": [{"from": "gpt", "value": "a", "train": False, "html": None}]}],
+            "'conversations[].train'",
+        ),
     ],
-    ids=["text", "completion", "chat"],
+    ids=["text", "completion", "chat", "sharegpt"],
 )
 def test_columns_that_nothing_reads_are_named_once(tmp_path, caplog, rows, unread):
     path = write_rows(tmp_path / "rows.jsonl", rows * 20)

@@ -51,7 +51,11 @@ dtype_option = click.option(
 
 
 def prepare_streams() -> None:
-    """Let any text be printed: as escapes in a locale of few characters, nowhere if closed."""
+    """Let any text be printed: as escapes in a locale of few characters, nowhere if closed.
+
+    A closed stdin is an empty one.
+    """
+    sys.stdin = sys.stdin or open(os.devnull, encoding="utf-8")  # noqa: SIM115
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:

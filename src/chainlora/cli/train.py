@@ -93,6 +93,10 @@ def train(arguments: tuple[str, ...], resume: bool, dry_run: bool, as_json: bool
         to_stderr(_announcement(file, settings))  # before seconds of imports
     quiet()
     if dry_run:
+        from chainlora.runs.reading import RunReader
+        from chainlora.runs.resuming import refuse_if_nothing, refuse_if_taken
+
+        (refuse_if_nothing if resume else refuse_if_taken)(RunReader(settings.output))
         _show_plan([Stage("main", settings)], as_json)
         return
     from chainlora.training.loop import train as run_training
@@ -168,10 +172,11 @@ def _show_stages(run: Path, results: Sequence[TrainResult | None]) -> None:
 
 
 def _show_plan(stages: Sequence[Stage], as_json: bool) -> None:
-    """Say of each stage whether it has ended, goes on or is new."""
-    from chainlora.training.survey import survey
+    """Say of each stage whether it has ended, goes on or is new, if the model can bear it."""
+    from chainlora.training.survey import need_model, survey
 
     found = survey(stages)
+    need_model(stages, found, ahead=0)
     if as_json:
         print_json({"stages": [{"name": f.name, "state": f.state, "step": f.step} for f in found]})
         return

@@ -263,7 +263,7 @@ def _modules(value: Any, tree: dict[str, Any]) -> list[str]:
 def _path(value: Any, _: Any) -> str:
     value = value[0] if isinstance(value, list) and len(value) == 1 else value
     if not isinstance(value, str) or "," in value:
-        raise ValueError("one file, folder or Hub dataset can be trained on; put the rows into one")
+        raise ValueError("one file, folder or Hub dataset is converted; list several as data.train")
     return value
 
 

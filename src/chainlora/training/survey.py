@@ -141,13 +141,13 @@ def _state_of(stage: Stage, has_ended: bool, change: Collection[str]) -> StageSt
     return StageState(stage.name, state, manifest.position.step)
 
 
-def need_model(stages: Sequence[Stage], found: Sequence[StageState]) -> None:
+def need_model(stages: Sequence[Stage], found: Sequence[StageState], ahead: int = 1) -> None:
     """Refuse what the model or this machine cannot do, before hours of the stages before it.
 
-    The first stage that is to be trained is not looked at: it is checked when it begins.
+    The first stage that is to be trained (`ahead`) is not looked at: it is checked when it begins.
     """
-    ended = sum(where.state in ("finished", "pruned") for where in found)
-    later = stages[ended + 1 :]
+    first = ahead + sum(where.state in ("finished", "pruned") for where in found)
+    later = stages[first:]
     if not later:
         return
     model = load_skeleton(stages[0].config.model)
@@ -155,7 +155,7 @@ def need_model(stages: Sequence[Stage], found: Sequence[StageState]) -> None:
     device = (torch.accelerator.current_accelerator() if has_one else None) or cpu
     below = [
         link
-        for stage, where in zip(stages[: ended + 1], found, strict=False)
+        for stage, where in zip(stages[:first], found, strict=False)
         for link in (stage.config.chain.links() if where.state != "pruned" else [])
     ]
     for stage in later:

@@ -49,8 +49,11 @@ class TranslatedEncoder:
         return self.encoder([self._row(row) for row in rows])
 
     def unread(self, row: Row) -> set[str]:
-        """Return the columns of a row, and of what it was translated to, that are not read."""
-        return (row.keys() - self.columns) | self.encoder.unread(self._row(row))
+        """Return the columns of a row, keys of turns, and of the translation, that are not read."""
+        turns = [turn for turn in row.get("conversations") or () if "from" in turn]
+        keys = {key for turn in turns for key in turn if turn[key] is not None}
+        unread = {f"conversations[].{key}" for key in keys - {"from", "value"}}
+        return (row.keys() - self.columns) | unread | self.encoder.unread(self._row(row))
 
     def _row(self, row: Row) -> Row:
         return Row(self.translate(row), row.index, row.origin)
