@@ -141,8 +141,9 @@ def test_a_link_that_does_not_fit_is_not_added(hold, words):
     chain = tuned_chain(tiny_model("opt"), "opt", num_links=1, hold=hold)
     before = logits(chain.model)
     with pytest.raises(ChainLoRAError) as error:
-        chain.add(BAD[words](chain.links[0]))
+        chain.add(chain.links[0], BAD[words](chain.links[0]))
     assert words in str(error.value)
+    assert (len(chain), chain.next_id) == (1, 1)  # nor is the one before it
     assert torch.equal(logits(chain.model), before)
 
 
@@ -205,6 +206,9 @@ def test_dora_and_pissa_are_refused_by_a_carried_chain_before_they_are_tuned():
     chain.tie()
     with pytest.raises(ChainLoRAError, match="use hold: tied"):
         chain.extend(config("opt", init="pissa"))  # on layers that are there already
+    with pytest.raises(ChainLoRAError, match="not a low-rank sum"):
+        chain.add(*tuned_chain(tiny_model("opt"), "opt", num_links=1, dora=True).links)
+    assert len(chain) == 1
 
 
 def test_a_gradient_start_without_a_loss_leaves_no_live_link(chain):

@@ -8,6 +8,8 @@ attention, tied embeddings).
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import ARCHITECTURES, tiny_model
@@ -250,6 +252,16 @@ def test_links_added_together_are_those_added_one_by_one(monkeypatch):
     for link in links:
         apart.add(link)
     assert_same_weights(weights(together.model), weights(apart.model))
+
+
+@pytest.mark.parametrize("hold", ["tied", "carried"])
+def test_a_link_is_held_on_all_its_modules_whatever_its_config_matches(hold):
+    """What `all-linear` leaves out depends on versions, and on whether the model runs at all."""
+    chain, other = (Chain(tiny_model("llama"), hold=hold) for _ in range(2))
+    chain.add(*tuned_chain(tiny_model("llama"), "llama", num_links=1).links)
+    fewer = chain.links[0].config.model_copy(update={"target_modules": ("q_proj",)})
+    other.add(replace(chain.links[0], config=fewer))
+    assert torch.equal(logits(other.model), logits(chain.model))
 
 
 @on_everything

@@ -222,8 +222,5 @@ def test_a_disk_that_cannot_lock_is_told_and_used(
     monkeypatch.setattr(FileLock, "acquire", refuse)
     keys = {"ranks": [2], "steps": [1]}
     config = make_config(settings(tiny_folder, sentiment, tmp_path / "run", chain=keys))
-    with pytest.raises(ChainLoRAError, match="late"):
-        train(config, listener=fail_at_once)
-    assert not (tmp_path / "run").exists()  # refused late, as on any other disk
     assert train(config)["steps"] == 1
     assert "cannot be locked; start one process at a time in it" in caplog.text

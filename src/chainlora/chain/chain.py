@@ -269,16 +269,21 @@ class Chain:
         """Append links tuned before (from disk, or dropped), as `tie` would have.
 
         A link keeps its id, unless one of the chain has the same. Weights are rebuilt once, after
-        the last of them.
+        the last of them. Where one is refused, none is added.
         """
         for link in links:
             check(link=link)
         self._need_no_live("add")
+        before = self.links, self.next_id
+        self.links = [*self.links]
         try:
             for link in links:
                 self._append(link)
-        finally:
             self._settle()
+        except Exception:
+            self.links, self.next_id = before
+            self._settle()
+            raise
 
     def _append(self, link: Link) -> None:
         check_link(link, self.model)
@@ -287,7 +292,10 @@ class Chain:
         check_strengths([*self.links, placed])
         adapter = self._adapter
         if adapter is None or link.extra or link.factors.keys() - adapter.layers:
-            self._put_on(link.config)
+            adapter = self._put_on(link.config)
+        if link.factors.keys() - adapter.layers:  # where it was tuned, its config matched more
+            named = {"target_modules": tuple(sorted(link.factors)), "exclude_modules": None}
+            self._put_on(link.config.model_copy(update=named))
         self.links.append(placed)
         self.next_id = max(self.next_id, placed.id + 1)
 

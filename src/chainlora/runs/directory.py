@@ -174,7 +174,7 @@ class RunDirectory(RunInProgress):
         With `undo`, a run that this process began, and that has no link and no checkpoint yet, is
         removed: what was refused late must not be in the way of the corrected run.
         """
-        if undo and self._is_new:
+        if undo and self._is_new and self._lock is not None:
             current = self._current
             if current is None or not (current.links[current.first :] or current.checkpoint):
                 self._remove_all()
