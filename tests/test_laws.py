@@ -18,6 +18,7 @@ from torch import nn
 import chainlora
 from chainlora import (
     Chain,
+    ChainLoRAError,
     LinkConfig,
 )
 from chainlora.chain.adapters import LIVE
@@ -475,6 +476,12 @@ def test_a_host_copy_and_the_checkpoint_give_the_same_knots(tmp_path):
         )
         chains.append(weights(chain.detach()))
     assert_same_weights(*chains)
+    model.save_pretrained(tmp_path / "merged")  # over the base that the chain reads
+    (tmp_path / "merged/model.safetensors").replace(tmp_path / "model.safetensors")
+    for words in ("other values", "No such file"):
+        with pytest.raises(ChainLoRAError, match=f"files of a base must stay .*{words}"):
+            chain.drop(0)
+        (tmp_path / "model.safetensors").unlink(missing_ok=True)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

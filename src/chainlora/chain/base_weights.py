@@ -18,8 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from chainlora.errors import ModelError
 from chainlora.models import shards
 from chainlora.models.checkpoint import Checkpoint, Stored
 from chainlora.models.quantizing import plain_tensor
@@ -37,6 +39,7 @@ class BaseWeights:
     def __init__(self, checkpoint: str | Path | None = None) -> None:
         self._checkpoint = Checkpoint(Path(checkpoint) if checkpoint else None)
         self._stored: dict[str, Stored] = {}
+        self._samples: dict[str, bytes] = {}  # of what is stored
         self._copies: dict[str, Tensor] = {}
         self._rows: dict[str, slice] = {}
 
@@ -47,16 +50,34 @@ class BaseWeights:
         rows, held = shards.rows(parameter), shards.local(parameter).detach()
         self._rows[path] = rows
         for stored in self._checkpoint.find(path, tuple(parameter.shape)):
-            if torch.equal(stored.read(rows).to(held.dtype), held.cpu()):
-                self._stored[path] = stored
+            found = stored.read(rows)
+            if torch.equal(found.to(held.dtype), held.cpu()):
+                self._stored[path], self._samples[path] = stored, _sample(found)
                 return
         self._copies[path] = held.to("cpu", copy=True)
 
     def read(self, path: str) -> Tensor:
-        """Return the pristine parameter, or its rows at hand, as a float32 copy on the CPU."""
-        if path in self._stored:
-            return self._stored[path].read(self._rows[path]).to(torch.float32, copy=True)
-        return self._copies[path].to(torch.float32, copy=True)
+        """Return the pristine parameter, or its rows at hand, as a float32 copy on the CPU.
+
+        Raises ModelError where the checkpoint was overwritten or deleted since.
+        """
+        found = self._read_stored(path) if path in self._stored else self._copies[path]
+        return found.to(torch.float32, copy=True)
+
+    def _read_stored(self, path: str) -> Tensor:
+        stored = self._stored[path]
+        try:
+            found = stored.read(self._rows[path])
+            wrong = None if _sample(found) == self._samples[path] else "other values"
+        except (OSError, SafetensorError) as error:
+            wrong = str(error)
+        if wrong is not None:
+            raise ModelError(
+                "the files of a base must stay while a chain is on it",
+                f"{wrong} for {path} in {stored.file}",
+                "restore them",
+            )
+        return found
 
     def rows(self, path: str) -> slice:
         """Return the rows of a parameter that are at hand: all of them unless it is shared."""
@@ -105,14 +126,18 @@ def fingerprints(model: nn.Module) -> Fingerprint:
     """
     digest, parts = hashlib.sha256(), {}
     for name, tensor in sorted(shards.saved_tensors(model).items()):
-        flat = plain_tensor(tensor).detach().reshape(-1)
-        step = max(1, flat.numel() // _SAMPLES)
-        sample = flat[::step].to("cpu")
-        if sample.is_floating_point():
-            sample = sample.to(torch.bfloat16)
         title = f"{name}{shards.whole_shape(tensor)}".encode()
-        data = sample.contiguous().view(torch.uint8).numpy().tobytes()
+        data = _sample(plain_tensor(tensor))
         digest.update(title)
         digest.update(data)
         parts[name] = hashlib.sha256(title + data).hexdigest()
     return Fingerprint(digest.hexdigest(), parts)
+
+
+def _sample(tensor: Tensor) -> bytes:
+    """Return evenly spaced values of a tensor, the same in float32 and in bfloat16."""
+    flat = tensor.detach().reshape(-1)
+    sample = flat[:: max(1, flat.numel() // _SAMPLES)].to("cpu")
+    if sample.is_floating_point():
+        sample = sample.to(torch.bfloat16)
+    return sample.contiguous().view(torch.uint8).numpy().tobytes()
