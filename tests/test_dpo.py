@@ -157,6 +157,12 @@ def test_both_answers_are_of_one_kind(answers):
         encode_examples([row], make_tokenizer("bos", CHAT), "auto", objective="dpo")
 
 
+def test_a_prompt_is_not_dropped_for_its_kind():
+    row = {"prompt": [{"role": "user", "content": "a"}], "chosen": "b", "rejected": "c"}
+    with pytest.raises(DataError, match=r"of the kind of its answers, which are texts .*at row 0"):
+        encode_examples([row], make_tokenizer("bos", CHAT), "auto", objective="dpo")
+
+
 @pytest.mark.parametrize("data", [{"task": "sst2"}, {"format": "chat"}, {"format": "text"}])
 def test_a_task_or_a_format_without_pairs_is_refused(data, settings):
     tree = settings()

@@ -734,7 +734,7 @@ def test_a_signal_between_training_and_judging_loses_neither(harmful, tmp_path, 
     assert train_stages(extension(tmp_path / "run", section))[-1] is None
 
 
-def test_a_tolerance_without_earlier_stages_is_refused(config, tmp_path, capsys):
+def test_what_needs_earlier_stages_is_refused_without(config, tmp_path, capsys):
     plain = {key: value for key, value in config.items() if key != "stages"}
     plain["data"] = config["stages"][0]["data"]
     plain["chain"] |= config["stages"][0]["chain"]
@@ -742,6 +742,9 @@ def test_a_tolerance_without_earlier_stages_is_refused(config, tmp_path, capsys)
     (tmp_path / "plain.yaml").write_text(json.dumps(plain))
     assert cli(["train", str(tmp_path / "plain.yaml")]) == 1
     assert "0.02 in a run without any" in capsys.readouterr().err
+    keys = ["--train.accept_links", "all", "--data.replay", "0.1"]
+    assert cli(["train", str(tmp_path / "plain.yaml"), *keys]) == 1
+    assert "0.1 in a run without any" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="without any"):
         train(plain)
     assert not (tmp_path / "run").exists()

@@ -80,11 +80,14 @@ def test_a_list_of_labels_has_no_word_that_reads_as_another_position(tmp_path, w
         load_task(write_task(tmp_path, labels=words))
 
 
-@pytest.mark.parametrize("words", [[" False", " True"], [" 0", " 1"], [" 2", " 3"], [" a", " 1"]])
+@pytest.mark.parametrize(
+    "words", [[" False", " True"], [" 0", " 1"], [" 2", " 3"], [" a", " None"]]
+)
 def test_words_that_read_as_their_own_position_or_as_none_are_labels(tmp_path, words):
     task = load_task(write_task(tmp_path, labels=words))
     for position, word in enumerate(words):
         assert task.label_index(position) == task.label_index(word.strip()) == position
+    assert task.label_index(None) is None
 
 
 def test_bare_yes_and_no_are_caught(tmp_path):

@@ -62,6 +62,9 @@ def check_alone(config: RunConfig) -> RunConfig:
             f"{tolerance:g} in a run without any",
             "use all or better, or give it to a later stage",
         )
+    if config.data.replay is not None:
+        got, remedy = f"{config.data.replay:g} in a run without any", "give it to a later stage"
+        raise ConfigError("`data.replay` reads rows of earlier stages again", got, remedy)
     return config
 
 

@@ -63,7 +63,11 @@ class PairEncoder:
         elif self.kind == "sharegpt":
             plain = [_with_last_turn(row, found, answer) for answer in (chosen, rejected)]
         else:
-            prompt, chosen, rejected = _parts(row.get("prompt"), chosen, rejected)
+            prompt = row.get("prompt")
+            if not (prompt is None or isinstance(prompt, (str, kind))):
+                rule = f"a `prompt` must be of the kind of its answers, which are {name}"
+                raise bad_row(rule, f"{prompt!r:.60}", row.origin)
+            prompt, chosen, rejected = _parts(prompt, chosen, rejected)
             plain = [found | {"prompt": prompt, "completion": each} for each in (chosen, rejected)]
         return [Row(each, row.index, row.origin) for each in plain]
 

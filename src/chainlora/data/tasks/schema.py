@@ -198,4 +198,5 @@ def _label_key(value: Any) -> str:
     """Make true, "True", 1, "1" and 1.0 one key: JSON, CSV and Parquet write labels differently."""
     whole = isinstance(value, bool) or (isinstance(value, float) and value.is_integer())
     text = str(int(value) if whole else value)
+    text = "\0" if value is None else text  # no word of a list
     return {"true": "1", "false": "0"}.get(text.lower(), text)
