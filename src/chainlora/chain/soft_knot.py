@@ -16,7 +16,6 @@ scales: ScaLoRA, arXiv 2510.23818.)
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -70,8 +69,3 @@ def check_soft_knots(config: LinkConfig) -> None:
             "soft knots need plain LoRA links that train both factors (got dora, lora_bias, "
             "init: pissa or train_factors); tie whole links instead"
         )
-
-
-def time_constant(every: int, share: float) -> float:
-    """Return after how many steps 1/e of the live link is left: τ = −every / ln(1 − share)."""
-    return -every / math.log1p(-share)
