@@ -54,6 +54,7 @@ USAGE = {
     "merge-lora out": "here it is `chainlora export RUN --to merged --output DIR`",
     "train c.yaml d.yaml": "unexpected argument 'd.yaml'; config keys are set with --key.sub VALUE",
     "train c.yaml --chain.ranks 8 8": "unexpected argument '8'",
+    "train c.yaml d --train.lr 1 --train.lr 2": "of --train.lr the last one counts, and no other",
     "train c.yaml --train.lr": "--train.lr needs a value",
     "train c.yaml --train.keep_best --train.lr 1": "--train.keep_best needs a value",
     "eval run": "'--data': only a run has its own rows, and run does not exist",

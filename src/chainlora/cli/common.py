@@ -262,6 +262,9 @@ def words_and_overrides(arguments: list[str]) -> tuple[list[str], list[tuple[str
                 hint = foreign_hint(key.replace("-", "_")) or ""
                 raise click.UsageError(f"--{key} needs a value{hint}")
         pairs.append((_with_underscores(key), value))
+    keys = [key for key, _ in pairs]
+    if is_first_process() and (twice := [key for key in dict(pairs) if keys.count(key) > 1]):
+        to_stderr(f"chainlora: of --{', --'.join(twice)} the last one counts, and no other")
     return words, pairs
 
 

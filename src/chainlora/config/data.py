@@ -78,7 +78,8 @@ class DataConfig(Section):
     template_arguments: Arguments = Field(default={})
     """Arguments of the chat template, e.g. `{enable_thinking: false}`."""
     num_train: Count | None = None
-    """Number of training rows; `null` is the task's number, or the whole of each file."""
+    """Number of training rows, the first of each file; `null` is the task's number, or all of
+    them."""
     num_validation: Count | None = None
     """The same for validation."""
     num_test: Count | None = None

@@ -244,9 +244,10 @@ def find_source(source: str | Path, split: str = "train", limit: int | None = No
         return FileSource(path, limit=limit)
     match = _HUB_ID.match(str(source))
     if match is None or path.suffix.lower() in SUFFIXES:
+        begin = "" if path.is_absolute() else f", which begins in {Path.cwd()}"
         raise DataError(
             f"data must be a file, a folder or a Hub dataset owner/name (got {source}, which is "
-            "none of them); check the path"
+            f"none of them); check the path{begin}"
         )
     return HubSource(
         match["path"], split, name=match["name"], revision=match["revision"], limit=limit
