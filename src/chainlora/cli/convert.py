@@ -25,7 +25,7 @@ def convert_config(file: str | None, processes: int, keys: bool) -> None:
 
     FILE is a config of Axolotl, LLaMA-Factory, TRL, Trainer with PEFT, torchtune or litgpt, in YAML
     or JSON. The result goes to stdout; what became of each key is in its comments and on stderr. A
-    config that would train something else here, such as one for DPO, is refused.
+    config that would train something else here, such as one for KTO, is refused.
     """
     from chainlora.config.foreign import convert, keys_table
     from chainlora.config.loading import make_config, read_tree
