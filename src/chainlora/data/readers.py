@@ -55,20 +55,24 @@ def _read_json(file: BinaryIO, path: Path) -> Iterator[Record]:
 def _read_csv(file: BinaryIO, path: Path) -> Iterator[Record]:
     size = _size(file)
     with TextIOWrapper(file, "utf-8-sig", newline="") as text:
-        reader = csv.DictReader(text, strict=True)
+        reader, line = csv.reader(text, strict=True), 0  # the last line read, of a row of several
         try:
-            names = reader.fieldnames or []
+            names = next(reader, [])
             _check_names(names, path)
+            line = reader.line_num
             for values in reader:
-                if None in values or None in values.values():
+                first, line = line + 1, reader.line_num
+                if not values:  # an empty line
+                    continue
+                if len(values) != len(names):
                     rule = f"a CSV row must have the header's {len(names)} fields"
-                    raise bad_row(rule, "another number", f"{path} line {reader.line_num}")
-                yield Record(reader.line_num, values, file.tell() / size)
+                    raise bad_row(rule, len(values), f"{path} line {first}")
+                yield Record(first, dict(zip(names, values, strict=True)), file.tell() / size)
         except UnicodeDecodeError:
             got = f"other bytes in {path} after line {reader.line_num}"
             raise DataError("data must be UTF-8", got, "convert the file") from None
         except csv.Error as error:
-            place, remedy = f"{path} line {reader.line_num}", "correct it, or write JSON lines"
+            place, remedy = f"{path} line {line + 1}", "correct it, or write JSON lines"
             raise bad_row("data must be CSV", error, place, remedy) from None
 
 
