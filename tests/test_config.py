@@ -148,6 +148,12 @@ def test_a_number_that_no_key_can_mean_is_refused_by_name(key):
         ("train: {keep_best: true, eval_at_knots: false}", "compare the knots"),
         ("train: {keep_best: true, accept_links: better}", "both choose what is kept"),
         ("train: {dpo_beta: 0.2}", r"`train.dpo_beta` is for loss: dpo \(got loss: null\)"),
+        ("data: {sampling: saner}", r"`data.sampling` needs train: null \(got train: "),
+        (
+            "chain: {init_batches: 2}",
+            r"`chain.init_batches` needs init: gradient \(got init: kaiming",
+        ),
+        ("train: {prune_fraction: 0.5}", "`train.prune_fraction` needs optimizer_reset: prune"),
         ("data: {dir: x}", "exclude each other"),
         ("data: {train: null, dir: x}", "`data` must name a `task` or a `train` file .got `dir`"),
         ("data: {task: rte, format: chat}", "`data.format` is that of rows without a task"),

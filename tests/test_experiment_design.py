@@ -74,7 +74,7 @@ def test_a_file_is_read_with_overrides(tiny_folder, sentiment, tmp_path):
 @pytest.mark.slow  # some have hundreds of cells
 @pytest.mark.parametrize(
     "path",
-    [*(ROOT / "examples/experiments").glob("*.yaml"), *(ROOT / "benchmarks/paper").glob("*.yaml")],
+    [*ROOT.glob("examples/experiments/*.yaml"), *ROOT.glob("benchmarks/[ps][am]*/*.yaml")],
     ids=lambda path: path.stem,
 )
 def test_every_shipped_experiment_expands_without_data_or_model(path, monkeypatch, tmp_path, cache):

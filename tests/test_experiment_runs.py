@@ -258,11 +258,8 @@ def test_tuning_shows_validation_scores_and_never_those_of_the_test_rows(
 def test_a_gradient_start_is_paid_for(tiny_folder, sentiment, tmp_path):
     """Its sweeps read batches that no step counts: three a link, over `init_batches` batches
     each."""
-    base = tree(tiny_folder, sentiment)["base"]
-    base["chain"]["init_batches"] = 2
-    experiment = make_experiment(
-        tree(tiny_folder, sentiment, base=base, methods=["chain3", "chain3_fw"], seeds=[0], tune={})
-    )
+    methods = {"chain3": {}, "chain3_fw": {"chain": {"init_batches": 2}}}
+    experiment = make_experiment(tree(tiny_folder, sentiment, methods=methods, seeds=[0], tune={}))
     run_cells(experiment, tmp_path, backend="inline")
     plain, directed = read_results(tmp_path).finals
     assert plain["start_tokens"] == 0

@@ -40,6 +40,8 @@ WRONG = {
     "no bytes": "a: !!binary é",
     "an object": "a: !!python/object:os.system x",
     "a call": "a: !!python/object/apply:os.system [ls]",
+    "an octal number": "a: 010",
+    "a time": "a: [1, 1:30]",
     "a long number": "a: " + "9" * 5000,
     "half a surrogate": 'a: "\\ud800" b',
     "control characters": "a: \x07",
@@ -93,7 +95,9 @@ def test_aliases_that_people_write_still_work():
     }
 
 
-@pytest.mark.parametrize("text", ["1e5", "1e-3", "true", "2020-01-01", "~", "0x1f", " a ", "ä: b"])
+@pytest.mark.parametrize(
+    "text", ["1e5", "1e-3", "true", "2020-01-01", "~", "0x1f", "010", "1:30", " a ", "ä: b"]
+)
 def test_a_text_that_reads_as_something_else_stays_a_text(text):
     """A folder named 1e5 was written to config.yaml as a number, and its run could not resume."""
     tree = {"model": text, "data": {"train": text}, "chain": {"ranks": [1], "steps": [1]}}

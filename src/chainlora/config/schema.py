@@ -146,6 +146,14 @@ class TrainConfig(Section):
         return self.keep_best or self.early_stop is not None or self.accept_links == "better"
 
 
+READ_WITH: Mapping[str, tuple[str, Any]] = {
+    "data.sampling": ("train", None),
+    "chain.init_batches": ("init", "gradient"),
+    "train.prune_fraction": ("optimizer_reset", "prune"),
+}
+"""Keys that are read only where another one of their section has a value."""
+
+
 def with_flat_model(tree: Mapping[str, Any]) -> dict[str, Any]:
     """Return an unchecked config with ``model: {name: …, quantize: nf4}`` as the two keys.
 
@@ -233,6 +241,20 @@ class RunConfig(Section):
                 f"`train.{key}` is for loss: {key.partition('_')[0]}",
                 f"loss: {self.train.loss or 'null'}",
                 "set train.loss, or leave it out",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_read(self) -> RunConfig:
+        for name, (other, value) in READ_WITH.items():
+            part, _, key = name.partition(".")
+            section = getattr(self, part)
+            found, default = getattr(section, other), type(section).model_fields[key].default
+            refuse_if(
+                getattr(section, key) != default and found != value,
+                f"`{name}` needs {other}: {value or 'null'}",
+                f"{other}: {found!s:.60}",
+                "leave it out",
             )
         return self
 

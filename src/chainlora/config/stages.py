@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from chainlora.config.loading import make_config, set_key
-from chainlora.config.schema import LENGTHS, PAIR_LOSSES, RunConfig
+from chainlora.config.schema import LENGTHS, PAIR_LOSSES, READ_WITH, RunConfig
 from chainlora.errors import ConfigError
 
 # What an export has one of, or the base has one of: a stage cannot say otherwise.
@@ -171,7 +171,7 @@ def _inherited(shared: dict[str, Any], own: Mapping[str, Any]) -> dict[str, Any]
     """Return a section of a stage: its own keys, and below them what all stages share.
 
     A stage that says its own length inherits no other, one of another objective not the learning
-    rate, and none the keys of an objective that is not its own.
+    rate, and none the keys of an objective that is not its own or that its own keys leave unread.
     """
     loss = own.get("loss", shared.get("loss"))
     others = tuple(f"{each}_" for each in PAIR_LOSSES if each != loss)
@@ -180,6 +180,9 @@ def _inherited(shared: dict[str, Any], own: Mapping[str, Any]) -> dict[str, Any]
         below = {key: value for key, value in below.items() if key not in LENGTHS}
     if loss != shared.get("loss"):
         below.pop("lr", None)
+    for name, (other, value) in READ_WITH.items():
+        if own.get(other, value) != value:
+            below.pop(name.partition(".")[2], None)
     return below | dict(own)
 
 

@@ -68,6 +68,16 @@ for _kind in (_Loader, _Dumper):
     )
 
 
+def _construct_int(loader: _Loader, node: Any) -> int:
+    """Refuse ``010``, which YAML 1.1 reads as 8, and ``1:30``, which it reads as 90."""
+    if re.match(r"[-+]?0_*[0-9]|.*:", node.value):
+        raise _problem(f"{node.value} would be read as another number, or a time", node.start_mark)
+    return int(loader.construct_yaml_int(node))
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)
+
+
 def dump_yaml(tree: Any) -> str:
     """Return a tree as YAML, from which `parse_yaml` gives the same tree."""
     return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
