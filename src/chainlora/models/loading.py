@@ -104,7 +104,7 @@ def open_folder(spec: str | Path) -> tuple[Path, Any, Any]:
 def settle(model: Any, tokenizer: Any, folder: Path) -> None:
     """Check a model against its folder and its tokenizer, and let it pad as that does."""
     _refuse_integers(model, folder)
-    _check_vocabulary(model, tokenizer, folder)
+    check_vocabulary(model, tokenizer, folder)
     if model.generation_config is not None and model.generation_config.pad_token_id is None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id
 
@@ -192,10 +192,10 @@ def _check_layers(config: Any, folder: Path) -> None:
         )
 
 
-def load_tokenizer(folder: Path, model: Any = None) -> Any:
+def load_tokenizer(folder: Path) -> Any:
     """Return the tokenizer of a model folder, padding with a token it has.
 
-    Raises ModelError if there is none, it does not load, or it has more tokens than a model.
+    Raises ModelError if there is none, or it does not load.
     """
     if not has_tokenizer(folder):
         raise ModelError(
@@ -217,8 +217,6 @@ def load_tokenizer(folder: Path, model: Any = None) -> Any:
         tokenizer.init_kwargs.pop(key, None)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.bos_token
-    if model is not None:
-        _check_vocabulary(model, tokenizer, folder)
     return tokenizer
 
 
@@ -257,7 +255,8 @@ def _refuse_integers(model: Any, folder: Path) -> None:
             )
 
 
-def _check_vocabulary(model: Any, tokenizer: Any, folder: Path) -> None:
+def check_vocabulary(model: Any, tokenizer: Any, folder: Path) -> None:
+    """Raise ModelError where a tokenizer, of this folder, has more tokens than a model."""
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         raise ModelError(

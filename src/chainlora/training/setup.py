@@ -27,7 +27,13 @@ from chainlora.errors import ConfigError, RunError
 from chainlora.knots.driver import check_policy
 from chainlora.models.finding import resolve_model
 from chainlora.models.identity import base_files
-from chainlora.models.loading import load_model, load_tokenizer
+from chainlora.models.loading import (
+    check_vocabulary,
+    load_model,
+    load_skeleton,
+    load_tokenizer,
+    open_folder,
+)
 from chainlora.models.loading_shards import load_shards
 from chainlora.models.quantizing import is_quantized_model
 from chainlora.models.text_config import context_length
@@ -86,13 +92,15 @@ def _prepare(
             "leave it out",
         )
     folder, files = _claim(config, resume, change, directory, processes)
-    model, tokenizer = _load_model(config, processes)
+    _, _, tokenizer = open_folder(config.model)
     if (own := _own_tokenizer(start, directory)) is not None:
-        tokenizer = load_tokenizer(own, model)
-    with processes.in_turn():
+        tokenizer = load_tokenizer(own)
+    with processes.in_turn():  # a bad row is told before the model is loaded
         earlier = _rows_of_earlier_stages(directory, start)
         compare = processes.is_first and not (directory is not None and directory.exists)
-        splits = _load_splits(config, model, tokenizer, listener, earlier, compare)
+        splits = _load_splits(config, tokenizer, listener, earlier, compare)
+    model = _load_model(config, processes)
+    check_vocabulary(model, tokenizer, own or folder)
     plan = make_plan(config, splits.train, splits.mixture)
     check(config, model, splits)
     chain = Chain(model, seed=config.train.seed, hold=config.chain.hold, checkpoint=folder)
@@ -172,14 +180,14 @@ def _claim(
     return folder, files
 
 
-def _load_model(config: RunConfig, processes: Processes) -> tuple[Any, Any]:
-    """Return the model, frozen, and its tokenizer. Links train their own factors."""
+def _load_model(config: RunConfig, processes: Processes) -> Any:
+    """Return the model, frozen. Links train their own factors."""
     dtype, device = getattr(torch, config.train.dtype), processes.device
     if processes.shares_model:
         kind = wants_shards(config) or "fsdp2"
-        model, tokenizer = load_shards(config.model, dtype, processes.count, device, kind)
+        model, _ = load_shards(config.model, dtype, processes.count, device, kind)
     else:
-        model, tokenizer = load_model(config.model, dtype, quantize=config.quantize, device=device)
+        model, _ = load_model(config.model, dtype, quantize=config.quantize, device=device)
         model.requires_grad_(False)
         if is_quantized_model(model):
             prepare_quantized(model)
@@ -188,7 +196,7 @@ def _load_model(config: RunConfig, processes: Processes) -> tuple[Any, Any]:
     model.config.use_cache = False
     if config.train.gradient_checkpointing:
         _checkpoint_activations(model)
-    return model, tokenizer
+    return model
 
 
 def _own_tokenizer(start: Start, directory: RunDirectory | None) -> Path | None:
@@ -208,7 +216,6 @@ def _rows_of_earlier_stages(directory: RunDirectory | None, start: Start) -> Map
 
 def _load_splits(
     config: RunConfig,
-    model: Any,
     tokenizer: Any,
     listener: Listener,
     earlier: Mapping[str, Kept],
@@ -217,7 +224,7 @@ def _load_splits(
     def tell(split: str, rows: int, share: float) -> None:
         listener(RowsEncoded(0, split, rows, share))
 
-    context, loss = context_length(model), config.train.loss
+    context, loss = context_length(load_skeleton(config.model)), config.train.loss
     return prepare_splits(
         config.data, tokenizer, context, tell, loss=loss, earlier=earlier, compare=compare
     )
