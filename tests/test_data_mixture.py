@@ -7,12 +7,16 @@ from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
+import pytest
+from helpers_data import encode_examples, make_tokenizer
+from helpers_tasks import write_task
 from hypothesis import given
 from hypothesis import strategies as st
 
 from chainlora.data.examples import Example
 from chainlora.data.mixture import Mixture, example_hashes, held_out_bound, prompt_hashes
 from chainlora.data.rows import MemoryRows
+from chainlora.data.tasks import load_task
 
 COUNTS = st.lists(st.integers(0, 40), min_size=1, max_size=4)
 WEIGHTS = st.sampled_from([0.1, 0.25, 0.5, 1, 1.5, 2, 2.2, 3])
@@ -56,35 +60,86 @@ def test_replay_takes_its_share_and_every_row_in_turn(num_rows, share, batch_siz
     assert mixture.added(batch_size, seed, 70) == steps[70]
 
 
-WORDS = st.lists(st.integers(3, 9), min_size=0, max_size=3).map(tuple)
-
-
 def row(number: int, prompt: tuple[int, ...], *answers: tuple[int, ...]) -> Example:
     """A row whose sequences begin with <s> and a prompt."""
     sequences = tuple((1, *prompt, *answer) for answer in answers)
     return Example(number, sequences, tuple(((1 + len(prompt), len(s)),) for s in sequences))
 
 
+PROMPTS = ["Q: ", "Q:", "how many dogs? ", "how many dogs?  ", "the rain(", "no  "]
+ANSWERS = ["two dogs", " great", "4", "(because", "\n"]  # some melt into what the prompt ends in
+SPOKEN = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+SPOKEN_MARKS = SPOKEN.replace(
+    "{{ m.content }}",
+    "{% if m.role == 'user' %}{{ m.content }}{% else %}{% generation %}{{ m.content }}"
+    "{% endgeneration %}{% endif %}",
+)
+
+
+def chat_of(prompt: str, answer: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer + "!"}]
+
+
+KINDS = {
+    "completion": lambda prompt, answer: {"prompt": prompt, "completion": answer},
+    "chat": lambda prompt, answer: {"messages": chat_of(prompt, answer)},
+    "marked chat": lambda prompt, answer: {"messages": chat_of(prompt, answer)},
+    "pairs": lambda prompt, answer: {"prompt": prompt, "chosen": answer, "rejected": "no cats"},
+    "candidates": lambda prompt, answer: {"text": prompt, "answers": [answer, "no cats"]},
+    "right one": lambda prompt, answer: {"text": prompt, "answers": [answer, "no cats"]},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_of_one_prompt_have_one_hash_whatever_is_answered(kind, tmp_path):
+    template = {"chat": SPOKEN, "marked chat": SPOKEN_MARKS}.get(kind)
+    tokenizer, task, options = make_tokenizer("bos", template), "auto", {}
+    if kind in ("candidates", "right one"):
+        keys = {"prompt": "{{ text }}", "candidates": "answers", "label": "0"}
+        task = load_task(write_task(tmp_path, labels=None, **keys))
+        options = {"objective": "completion"} if kind == "right one" else {}
+    elif kind == "pairs":
+        options = {"objective": "dpo"}
+    rows = [KINDS[kind](prompt, answer) for prompt in PROMPTS for answer in ANSWERS]
+    found = encode_examples(rows, tokenizer, task, **options)
+    hashes = prompt_hashes(found).reshape(len(PROMPTS), len(ANSWERS))
+    assert (hashes == hashes[:, :1]).all()
+    assert len(np.unique(hashes)) == len(PROMPTS)
+    if kind not in ("candidates", "right one"):  # of which a prompt keeps as many tokens
+        assert len({e.sequences[0][: e.scored[0][0][0]] for e in found}) > len(PROMPTS)  # some melt
+    if kind == "completion":  # a cut leaves more of the prompt of a shorter answer
+        cut = encode_examples(rows, tokenizer, task, max_length=9, truncation="left")
+        assert cut != found
+        assert prompt_hashes(cut).tolist() == hashes.ravel().tolist()
+
+
 @given(
-    prompts=st.lists(WORDS, min_size=1, max_size=60),
-    later=st.lists(WORDS, max_size=60),
+    hashes=st.lists(st.integers(0, 2**63 - 1), min_size=1, max_size=60),
     validation=st.one_of(st.integers(1, 20), st.sampled_from([0.05, 0.5])),
 )
-def test_no_row_changes_sides_when_rows_are_added(prompts, later, validation):
-    hashes = prompt_hashes([row(k, prompt, (2,)) for k, prompt in enumerate(prompts)], 1)
-    bound = held_out_bound(hashes, validation)
+def test_as_many_prompts_are_held_out_as_asked_for(hashes, validation):
+    found = np.array(hashes + hashes[:3], np.int64)
+    bound = held_out_bound(found, validation)
     if isinstance(validation, int):
-        assert sum(np.unique(hashes) < bound) == min(validation, len(set(prompts)))
-    moved = [row(k, prompt, (5,), (7, 8)) for k, prompt in enumerate([*later, *prompts]) if prompt]
-    again = dict(zip([e.sequences[0][1:-1] for e in moved], prompt_hashes(moved, 1), strict=True))
-    for prompt, found in zip(prompts, hashes, strict=True):  # whatever is answered, in any order
-        assert not prompt or again[prompt] == found
+        assert sum(np.unique(found) < bound) == min(validation, len(set(hashes)))
+    else:
+        assert bound / 2**63 == pytest.approx(validation)
 
 
 def test_rows_without_a_prompt_are_told_apart_by_all_they_say_and_blocks_go_together():
-    texts = [row(0, (), (5, 6)), row(1, (), (5, 7)), row(1, (), (5, 6)), row(2, (), (5, 6))]
-    first, second, block, third = prompt_hashes(texts, 1).tolist()
-    assert first == third != second == block
-    assert len(set(prompt_hashes([row(0, (4,), (5,)), row(1, (4,), (6,))], 2).tolist())) == 2
-    labelled = replace(texts[0], label=0)
-    assert len(set(example_hashes(MemoryRows([*texts, labelled])).tolist())) == 3
+    tokenizer = make_tokenizer("bos")
+    texts = [{"text": text} for text in ("dogs", "cats", "dogs " * 30, "dogs")]
+    first, second, *blocks, last = prompt_hashes(
+        encode_examples(texts, tokenizer, "text", max_length=9)
+    ).tolist()
+    assert first == last != second
+    assert len(blocks) > 1
+    assert len({*blocks, first, second}) == 3
+    bare = [{"prompt": "", "completion": answer} for answer in ("dogs", "cats")]
+    assert len(set(prompt_hashes(encode_examples(bare, tokenizer, "completion")).tolist())) == 2
+    examples = [row(0, (), (5, 6)), row(1, (), (5, 7)), row(2, (), (5, 6))]
+    labelled = replace(examples[0], label=0)
+    assert len(set(example_hashes(MemoryRows([*examples, labelled])).tolist())) == 3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import tracemalloc
 
 import pyarrow
@@ -10,7 +11,7 @@ import pyarrow.parquet
 import pytest
 from helpers_tasks import write_as, write_rows, write_task
 
-from chainlora import evaluate_task
+from chainlora import evaluate_task, make_config, train
 from chainlora.data.sources import FileSource, find_source
 from chainlora.data.tasks import load_task, split_source
 from chainlora.errors import DataError
@@ -53,11 +54,20 @@ def test_a_bad_row_is_named_by_file_and_line(tmp_path, content, message):
     assert "\n" not in str(caught.value)
 
 
+def test_a_bad_row_is_named_before_the_model_is_loaded(tiny_folder, tmp_path):
+    model = shutil.copytree(tiny_folder, tmp_path / "model")
+    (model / "model.safetensors").write_bytes(b"no weights")
+    keys = {"model": str(model), "chain": {"ranks": [2], "steps": [1]}}
+    path = write_rows(tmp_path / "rows.jsonl", [{"text": "a"}] * 2 + [{"text": 3}])
+    with pytest.raises(DataError, match=r"`text` must be a text \(got 3 at .*rows.jsonl line 3"):
+        train(make_config(keys | {"data": {"train": str(path)}}))
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("bad.csv", "text,label\na,1\nb\n", r"header's 2 fields .*bad.csv line 3"),
-        ("bad.csv", 'text,label\n"a,1\n', r"must be CSV .*bad.csv line"),
+        ("bad.csv", 'text,label\n"a\n",1\n\n"b\nb"\n', r"2 fields \(got 1 at .*bad.csv line 5"),
+        ("bad.csv", 'text,label\na,1\n"a,1\na,1\n', r"must be CSV .*bad.csv line 3"),
         ("bad.csv", "text,label,text\na,1,b\n", r"different names \(got 'text' twice in .*bad.csv"),
         ("bad.json", '[{"a": 1},\n]', r"must be JSON .*bad.json line"),
         ("bad.json", '{"a": 1}', r"list of rows.*dict"),

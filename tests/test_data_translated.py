@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 from helpers_data import CHAT, MARKED, TALK, encode_examples, make_tokenizer, scored
 from helpers_tasks import write_rows
 
 from chainlora.config.schema import DataConfig
-from chainlora.data.splits import prepare_splits
+from chainlora.data.splits import check_files, prepare_splits
 from chainlora.errors import DataError
 
 SHAREGPT = [
@@ -59,6 +61,27 @@ def test_turns_of_a_prompt_are_not_learnt_however_often_a_template_marks_them(th
     tokenizer = make_tokenizer("", template)
     (found,) = encode_examples([row], tokenizer, "auto")
     assert scored(found, tokenizer) == [[*filter(None, [thoughts]), "three</s>"]]
+
+
+@pytest.mark.parametrize(
+    ("train", "validation", "said"),
+    [
+        (["pair"], "text", "validation: rows are text, and those trained on completion"),
+        (["text"], "pair", "validation: rows are completion, and those trained on text"),
+        (["pair", "text"], "text", ""),
+        (["pair"], "chat", ""),
+    ],
+)
+def test_text_is_scored_otherwise_than_answers(train, validation, said, tmp_path, caplog):
+    rows = {"pair": {"prompt": "a", "completion": "b"}, "text": {"text": "a"}}
+    rows |= {"chat": {"messages": TALK}}
+    path = {name: str(write_rows(tmp_path / f"{name}.jsonl", [row])) for name, row in rows.items()}
+    data = DataConfig(train=[path[name] for name in train], validation=path[validation])
+    with caplog.at_level(logging.WARNING, logger="chainlora"):
+        check_files(data, None)
+    assert [record.message[: len(said)] for record in caplog.records] == [said] * bool(said)
+    check_files(data.model_copy(update={"format": "text"}), None)
+    assert len(caplog.records) == bool(said)
 
 
 def test_what_was_recognised_is_reported(tmp_path, caplog):

@@ -48,7 +48,7 @@ def test_a_run_keeps_a_sample_of_its_rows_and_hashes_of_all(
     hashes = example_hashes(whole.train)
     assert kept.seen.tolist() == sorted(set(hashes.tolist()))
     assert example_hashes(kept.train).tolist() == sorted(hashes.tolist())[:9]
-    assert kept.held_out.tolist() == np.unique(prompt_hashes(whole.validation, 0)).tolist()
+    assert kept.held_out.tolist() == np.unique(prompt_hashes(whole.validation)).tolist()
     assert (kept.loss, kept.bound, len(kept.test)) == ("candidates", None, 0)
 
 
@@ -321,7 +321,8 @@ def test_rows_are_written_and_read_as_they_are(tmp_path):
 
     from chainlora.data.kept import Kept, read_kept, write_kept
 
-    labelled = replace(row(3, (4, 5), (6,), (7, 8)), label=1, references=("é",), names=("a", "b"))
+    keys = {"label": 1, "references": ("é",), "names": ("a", "b"), "prompt_hash": 2**63 - 1}
+    labelled = replace(row(3, (4, 5), (6,), (7, 8)), **keys)
     rows = MemoryRows([labelled, row(4, (), (9,))])
     hashes = np.array([1, 2**62], np.int64)
     kept = Kept(

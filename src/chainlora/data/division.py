@@ -43,7 +43,6 @@ class Division:
 def divide(
     files: Sequence[Rows],
     data: DataConfig,
-    num_front: int,
     earlier: Sequence[Kept] = (),
     bound: int | None = None,
 ) -> Division:
@@ -55,7 +54,7 @@ def divide(
     seen = np.unique(_joined(kept.seen for kept in earlier))
     prompts = [np.empty(0, np.int64)] * len(files)
     if data.holds_out or len(before):
-        prompts = [prompt_hashes(rows, num_front) for rows in files]
+        prompts = [prompt_hashes(rows) for rows in files]
     if data.holds_out and bound is None:
         bound = _bound(_joined(prompts), data.validation)
     nothing = [np.zeros(len(rows), bool) for rows in files]
@@ -84,7 +83,6 @@ def rows_again(
     earlier: Mapping[str, Kept],
     loss: str,
     validation: Iterable[Example],
-    num_front: int,
     max_length: int,
 ) -> Rows:
     """Return the rows of earlier stages that a stage with this loss can read again.
@@ -93,7 +91,7 @@ def rows_again(
     `max_length`. Of ranked candidates the right one is read where completions are learned. Raises
     ConfigError where there are none.
     """
-    held_out = [prompt_hashes(validation, num_front), *(k.held_out for k in earlier.values())]
+    held_out = [prompt_hashes(validation), *(k.held_out for k in earlier.values())]
     again, others = [], []
     for stage, kept in earlier.items():
         if not can_read_again(kept.loss, loss):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from itertools import chain
@@ -19,7 +20,9 @@ class Example:
     language-model rows. `scored` holds, per sequence, the spans ``[start, end)`` of tokens that are
     targets, ``start >= 1``. Candidates may stand for `names`, which metrics compare with
     `references`. A pair of preferences is two sequences, the chosen one first; `reference` is the
-    mean log-probability per token of each at the start of the run.
+    mean log-probability per token of each at the start of the run. `prompt_hash` is of the prompt
+    as it is read alone and uncut, or of the whole row where there is none: rows of one prompt have
+    one, whatever is answered.
     """
 
     row: int
@@ -29,6 +32,7 @@ class Example:
     references: tuple[str, ...] = ()
     names: tuple[str, ...] = ()
     reference: tuple[float, ...] = ()
+    prompt_hash: int = 0
 
     def content(self) -> bytes:
         """Return all that the row says, wherever it stands."""
@@ -46,3 +50,8 @@ class Example:
     def prompt(self) -> tuple[int, ...]:
         """The tokens before the last span: what an answer is written after."""
         return self.sequences[0][: self.scored[0][-1][0]]
+
+
+def hash_of(content: bytes) -> int:
+    """Return a number in 0…2^63 − 1 that is the same on every machine."""
+    return int.from_bytes(hashlib.sha256(content).digest()[:8], "big") >> 1

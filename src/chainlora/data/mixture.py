@@ -6,8 +6,6 @@ Nothing here has a state or depends on the number of processes: what a step read
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
@@ -18,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from chainlora.data.examples import Example
+from chainlora.data.examples import Example, hash_of
 from chainlora.data.rows import Rows
 from chainlora.models.modes import seeded
 
@@ -99,39 +97,14 @@ def held_out_bound(hashes: NDArray[np.int64], validation: float | int) -> int:
     return _HASHES if validation > len(found) else 1 + int(found[validation - 1])
 
 
-def prompt_hashes(examples: Iterable[Example], num_front: int) -> NDArray[np.int64]:
-    """Return for every example a hash of its prompt: rows of one prompt are held out together.
-
-    The prompt is what all sequences begin with before the first scored token, or all of them where
-    that is no more than the `num_front` special tokens in front, as in texts. Blocks of one text
-    have the hash of its first block.
-    """
-    hashes: list[int] = []
-    row = -1
-    for example in examples:
-        hashes.append(hashes[-1] if example.row == row else _hash_of_prompt(example, num_front))
-        row = example.row
-    return np.array(hashes, np.int64)
+def prompt_hashes(examples: Iterable[Example]) -> NDArray[np.int64]:
+    """Return `Example.prompt_hash` of each: rows of one prompt are held out together."""
+    return np.fromiter((example.prompt_hash for example in examples), np.int64)
 
 
 def example_hashes(rows: Rows) -> NDArray[np.int64]:
     """Return for every example a hash of all that it says, wherever it stands."""
-    return np.fromiter((_hash(rows.content(k)) for k in range(len(rows))), np.int64, len(rows))
-
-
-def _hash_of_prompt(example: Example, num_front: int) -> int:
-    first = min(spans[0][0] for spans in example.scored)
-    prompts = [tokens[:first] for tokens in example.sequences]
-    if len(prompts) > 1:  # what all begin with
-        columns = enumerate(zip(*prompts, strict=False))
-        first = next((place for place, column in columns if len(set(column)) > 1), first)
-    is_prompt = first > max(num_front, 1)
-    return _hash(json.dumps(prompts[0][:first] if is_prompt else example.sequences).encode())
-
-
-def _hash(content: bytes) -> int:
-    """Return a number in 0…2^63 − 1 that is the same on every machine."""
-    return int.from_bytes(hashlib.sha256(content).digest()[:8], "big") >> 1
+    return np.fromiter((hash_of(rows.content(k)) for k in range(len(rows))), np.int64, len(rows))
 
 
 def _dealt(count: int, name: str, start: int, end: int) -> NDArray[np.int64]:

@@ -144,13 +144,6 @@ class JoinedRows(Rows):
         return part, index - int(self._ends[part]) + len(self._parts[part])
 
 
-def first_of_row(rows: Rows, index: int) -> int:
-    """Return the place of the first block of the row that an example is of."""
-    while index and rows.example(index - 1).row == rows.example(index).row:
-        index -= 1
-    return index
-
-
 def joined(parts: Sequence[Rows]) -> Rows:
     """Return the rows of all parts; of one, itself."""
     parts = [part for part in parts if len(part)] or parts[:1]

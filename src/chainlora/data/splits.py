@@ -18,11 +18,10 @@ from chainlora.config.schema import DataConfig, PairLoss
 from chainlora.data.chat_templates import set_chat_template
 from chainlora.data.division import divide, pick, rows_again, rows_in_both
 from chainlora.data.encoding import Options, detect_format
-from chainlora.data.encoding.tokens import TokenReader
 from chainlora.data.kept import ASKED, SAMPLE, Kept
 from chainlora.data.mixture import Mixture, example_hashes, prompt_hashes
 from chainlora.data.preparing import make_rows
-from chainlora.data.rows import MemoryRows, Rows, first_of_row, joined
+from chainlora.data.rows import MemoryRows, Rows, joined
 from chainlora.data.sources import ListSource, Row, Source, find_source, where
 from chainlora.data.tasks import (
     REPORTED_OF_TEXT,
@@ -67,7 +66,6 @@ class Splits:
     stop: str | None = None
     max_new_tokens: int = 50
     digest: str = ""
-    num_front: int = 1  # special tokens in front of every sequence
     mixture: Mixture | None = None  # what an epoch reads of `train`; None: all of it, once
     bound: int | None = None  # of what `data.validation` held out (`held_out_bound`)
     moved: Mapping[str, int] = field(default_factory=dict)  # `Division.counts`
@@ -77,15 +75,15 @@ class Splits:
         own = len(self.train) if self.mixture is None else self.mixture.num_rows
         hashes = example_hashes(self.train)[:own]
         smallest = np.argsort(hashes, kind="stable")[:SAMPLE].tolist()
-        firsts = [self.train[first_of_row(self.train, index)] for index in smallest]
+        sample = [self.train[index] for index in smallest]
         return Kept(
-            MemoryRows([self.train[index] for index in smallest]),
+            MemoryRows(sample),
             MemoryRows(self.validation[:SAMPLE]),
             MemoryRows(self.test[:SAMPLE]),
             counts={name: len(getattr(self, name)) for name in SPLITS} | {"train": own},
-            prompts=prompt_hashes(firsts, self.num_front),
+            prompts=prompt_hashes(sample),
             seen=np.unique(hashes),
-            held_out=np.unique(prompt_hashes(self.validation, self.num_front)),
+            held_out=np.unique(prompt_hashes(self.validation)),
             asked={name: getattr(self, name) for name in ASKED},
             bound=self.bound,
         )
@@ -142,11 +140,10 @@ def prepare_splits(
         kind = task or data.format
         return [_encode(split, each, tokenizer, kind, options, progress) for each in sources[split]]
 
-    asked |= {"num_front": TokenReader(tokenizer).num_front}
     parts: dict[str, list[Rows]] = {split: [] for split in SPLITS}
     if to_score is None or (data.holds_out and to_score != "test"):
         files = encode("train", learned)
-        found = divide(files, data, asked["num_front"], list((earlier or {}).values()), bound)
+        found = divide(files, data, list((earlier or {}).values()), bound)
         scored = encode("train", options) if data.holds_out and options != learned else files
         parts["train"] = list(map(pick, files if to_score is None else scored, found.train))
         if data.holds_out:
@@ -161,8 +158,8 @@ def prepare_splits(
         _log_in_both(data, rows, sources)
     if data.replay is not None and to_score is None and parts["train"]:
         kind = learned_by(data, loss)
-        fits = asked["num_front"], length_limit(data, context)
-        again = rows_again(earlier or {}, kind, rows["validation"], *fits)
+        longest = length_limit(data, context)
+        again = rows_again(earlier or {}, kind, rows["validation"], longest)
         asked["mixture"] = replace(asked["mixture"], num_earlier=len(again), replay=data.replay)
         asked["moved"] |= {"replayed": len(again)}
         rows["train"] = joined([rows["train"], again])
@@ -186,18 +183,31 @@ def learned_by(data: DataConfig, loss: PairLoss | None) -> str:
 def check_files(data: DataConfig, loss: str | None) -> None:
     """Look for a task and for rows, and at the first row of each file; a task's are not rendered.
 
-    Raises ConfigError for no such task, DataError for rows that are not there or suit no format.
+    Warns of rows to score that are plain text while those trained on are not, or the other way
+    round. Raises ConfigError for no such task, DataError for rows that are not there or suit no
+    format.
     """
     task = None if data.task is None else load_task(data.task)
     if task is not None and data.dir is not None:
         check_split_files(task, data.dir)
     elif task is not None and data.train is None:
         split_source(task, None, "train")
-    for source in chain.from_iterable(_file_sources(data).values()):
-        source.check_fields()
-        first = next(iter(source))
-        if task is None and (loss is not None or data.format == "auto"):
-            detect_format([first], loss)
+    kinds: dict[str, set[str]] = {}
+    for split, sources in _file_sources(data).items():
+        for source in sources:
+            source.check_fields()
+            first = next(iter(source))
+            if task is None and (loss is not None or data.format == "auto"):
+                kinds.setdefault(split, set()).add(detect_format([first], loss))
+    trained = kinds.pop("train", set())
+    for split, found in kinds.items():
+        if {kind == "text" for kind in found} - {kind == "text" for kind in trained}:
+            _log.warning(
+                "%s: rows are %s, and those trained on %s: of text all tokens are scored, else "
+                "the answers alone; to read all files as one format, set data.format",
+                split,
+                *(", ".join(sorted(each)) for each in (found, trained)),
+            )
 
 
 def encode_split(

@@ -2,7 +2,8 @@
 
     tokens  int32 [T]     the tokens of all sequences, one after another
     lines   uint8 [B]     what else an example has, as a line of JSON: its row, the tokens of each
-                          sequence, the spans that are scored, label, references and names
+                          sequence, the spans that are scored, label, references, names and
+                          the hash of its prompt
     ends    int64 [N, 2]  where each of N examples ends in `lines`, and in `tokens`
 
 A store is a folder with a file of each, little-endian, and ``store.json``: their SHA-256 and the
@@ -38,6 +39,7 @@ def flatten(examples: Sequence[Example]) -> dict[str, NDArray[Any]]:
     for each in examples:
         sizes = [len(sequence) for sequence in each.sequences]
         rest = [each.row, sizes, each.scored, each.label, each.references, each.names]
+        rest.append(each.prompt_hash)
         lines.append(json.dumps(rest).encode() + b"\n")
         lengths.append((len(lines[-1]), sum(sizes)))
     sequences = chain.from_iterable(each.sequences for each in examples)
@@ -78,16 +80,18 @@ class StoredRows(Rows):
     def example(self, index: int) -> Example:
         line, found = self._parts(index)
         row, sizes, scored, *rest = json.loads(line)
-        label, references, names = rest
+        label, references, names, *hashed = rest  # none in rows kept before it
         tokens = found.tolist()
         bounds = pairwise(accumulate(sizes, initial=0))
         sequences = tuple(tuple(tokens[begin:stop]) for begin, stop in bounds)
         spans = tuple(tuple(map(tuple, each)) for each in scored)
-        return Example(row, sequences, spans, label, tuple(references), tuple(names))
+        right = (label, tuple(references), tuple(names))
+        return Example(row, sequences, spans, *right, (), *hashed)
 
     def content(self, index: int) -> bytes:
         line, tokens = self._parts(index)
-        return b"[" + line.partition(b", ")[2].rstrip() + tokens.tobytes()
+        said = line.partition(b", ")[2].rpartition(b", ")[0]
+        return b"[" + said + b"]" + tokens.tobytes()
 
     def _parts(self, index: int) -> tuple[bytes, NDArray[np.int32]]:
         """Return the line and the tokens of a row."""

@@ -27,16 +27,17 @@ class CandidatesEncoder:
     def __call__(self, rows: Sequence[Row]) -> list[Draft]:
         shown = self.task.render_all(rows)
         prompts = [self.before + each.prompt for each in shown]
-        starts = [len(ids) for ids in self.reader.ids(prompts)]
+        reads = self.reader.ids(prompts)
         pairs = zip(prompts, shown, strict=True)
         texts = [prompt + text for prompt, each in pairs for text in each.candidates]
         wholes = iter(self.reader.ids(texts))
         sequences = [[next(wholes) for _ in each.candidates] for each in shown]
-        return list(map(self._draft, rows, shown, prompts, starts, sequences))
+        return list(map(self._draft, rows, shown, prompts, reads, sequences))
 
     def _draft(
-        self, row: Row, shown: Rendered, prompt: str, start: int, sequences: list[Ids]
+        self, row: Row, shown: Rendered, prompt: str, read: Ids, sequences: list[Ids]
     ) -> Draft:
+        start = len(read)
         for text, ids in zip(shown.candidates, sequences, strict=True):
             if len(ids) <= start or len(ids) < 2:
                 refuse_nothing(text, prompt, row.origin)
@@ -48,7 +49,7 @@ class CandidatesEncoder:
         scored: list[list[Span]] = [[(start, len(ids))] for ids in sequences]
         names = shown.names if self.task.candidates else ()
         right = (shown.label, shown.references, names)
-        return Draft(row.index, row.origin, list(shown), sequences, scored, *right)
+        return Draft(row.index, row.origin, list(shown), sequences, scored, *right, prompt=read)
 
     def unread(self, row: Row) -> set[str]:
         """Return nothing: which columns a task reads is its author's choice."""

@@ -105,8 +105,8 @@ class ChatEncoder:
 
     def _marked_turns(
         self, chats: Sequence[_Chat], rendered: Sequence[tuple[str, list[Span]]]
-    ) -> list[tuple[Ids, list[Span]]]:
-        """Return tokens and targets where the template marks turns by ``{% generation %}``."""
+    ) -> list[tuple[Ids, list[Span], Ids]]:
+        """Return tokens, targets and prompt where ``{% generation %}`` marks turns."""
         learnt = [
             spans[before:]
             for before, (_, spans) in zip(self._marks_before(chats), rendered, strict=True)
@@ -117,8 +117,11 @@ class ChatEncoder:
             return_offsets_mapping=True,
             verbose=False,
         )
-        read = zip(encoded["input_ids"], encoded["offset_mapping"], learnt, strict=True)
-        return [(list(ids), _covered(offsets, spans)) for ids, offsets, spans in read]
+        starts = [spans[0][0] if spans else 0 for spans in learnt]
+        texts = zip(rendered, starts, strict=True)
+        prompts = self.reader.bare([text[:start] for (text, _), start in texts])
+        read = zip(encoded["input_ids"], encoded["offset_mapping"], learnt, prompts, strict=True)
+        return [(list(ids), _covered(offsets, spans), each) for ids, offsets, spans, each in read]
 
     def _marks_before(self, chats: Sequence[_Chat]) -> list[int]:
         """Return how many marks stand in the turns that are not learnt: one turn may have several,
@@ -142,8 +145,8 @@ class ChatEncoder:
 
     def _prefix_turns(
         self, chats: Sequence[_Chat], wholes: Sequence[str]
-    ) -> list[tuple[Ids, list[Span]]]:
-        """Return tokens and targets where a turn is what the template adds to the turns before."""
+    ) -> list[tuple[Ids, list[Span], Ids]]:
+        """Return tokens, targets and prompt where a turn is what the template adds."""
         items = [item for chat in chats for item in chat.prefixes()]
         replies = iter(self._render(items))
         texts = []
@@ -159,8 +162,10 @@ class ChatEncoder:
             begins = [common_prefix(edge, ids) for edge in edges[::2]]
             ends = zip(each[2::2], edges[1::2], strict=True)
             stops = [self._stop(each[0], ids, text, edge) for text, edge in ends]
-            spans = [*zip(begins, stops, strict=True)][self.turns_before(chat.row) :]
-            turns.append((ids, [(max(begin, 1), stop) for begin, stop in spans]))
+            before = self.turns_before(chat.row)
+            spans = [*zip(begins, stops, strict=True)][before:]
+            prompt = next(iter(edges[2 * before :]), [])
+            turns.append((ids, [(max(begin, 1), stop) for begin, stop in spans], prompt))
         return turns
 
     def _stop(self, whole: str, ids: Ids, text: str, edge: Ids) -> int:
@@ -274,7 +279,7 @@ class _Chat:
             raise bad_row(rule, f"{reply.error:.120}", self.place, f"{remedy}, or give {_CHATML}")
         return reply.value
 
-    def draft(self, ids: Ids, spans: list[Span]) -> Draft:
+    def draft(self, ids: Ids, spans: list[Span], prompt: Ids) -> Draft:
         """Return the row as tokens, its last answer as the reference."""
         spans = [(begin, stop) for begin, stop in spans if stop > begin]
         if not spans:
@@ -283,7 +288,8 @@ class _Chat:
         if self.arguments:
             content = [self.content, self.tools, self.arguments]
         references = (str(self.messages[self.turns[-1]].get("content") or ""),)
-        return Draft(self.row.index, self.place, content, [ids], [spans], references=references)
+        said = (self.row.index, self.place, content, [ids], [spans])
+        return Draft(*said, references=references, prompt=prompt)
 
 
 def _covered(offsets: Sequence[Span], marks: Sequence[Span]) -> list[Span]:

@@ -65,8 +65,8 @@ class CompletionEncoder:
         if prompt or self.exact:
             check_start(start, prompt, pair.completion, row.origin)
         span = (max(start, 1), len(ids))
-        refs = pair.references
-        return Draft(row.index, row.origin, pair.content, [ids], [[span]], references=refs)
+        said = (row.index, row.origin, pair.content, [ids], [[span]])
+        return Draft(*said, references=pair.references, prompt=read)
 
     def unread(self, row: Row) -> set[str]:
         return set() if self.fields is None else row.keys() - self.fields

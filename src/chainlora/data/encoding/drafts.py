@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from chainlora.data.examples import Example
@@ -18,7 +18,8 @@ class Draft:
     """A row on its way to an example.
 
     `content` is what was read of the row, as JSON takes it: the digest of the rows is taken of it,
-    before anything is cut. `scored` holds, per sequence, the spans ``[start, end)`` of its targets.
+    before anything is cut. `scored` holds, per sequence, the spans ``[start, end)`` of its targets,
+    `prompt` the tokens of the prompt read alone, whose last may melt into an answer's first.
     """
 
     index: int
@@ -29,6 +30,8 @@ class Draft:
     label: int | None = None
     references: tuple[str, ...] = ()
     names: tuple[str, ...] = ()
+    prompt: Ids = field(default_factory=list)
+    prompt_hash: int = 0
 
     def example(self) -> Example:
         return Example(
@@ -38,6 +41,7 @@ class Draft:
             self.label,
             self.references,
             self.names if self.label is not None else (),
+            prompt_hash=self.prompt_hash,
         )
 
 

@@ -27,7 +27,7 @@ from chainlora.data.encoding.preferences import (
 from chainlora.data.encoding.text import TextEncoder
 from chainlora.data.encoding.tokens import TokenReader
 from chainlora.data.encoding.translated import make_translated
-from chainlora.data.examples import Example
+from chainlora.data.examples import Example, hash_of
 from chainlora.data.readers import bad_row
 from chainlora.data.sources import Row, where
 from chainlora.data.tasks import Task
@@ -81,6 +81,9 @@ class RowEncoder:
                 self.refuse(row)
         drafts = self.encoder(rows)
         digests = b"".join(map(_digest, drafts))
+        for draft in drafts:  # before a cut, whose length is that of the answer too
+            prompt = draft.prompt if len(draft.prompt) > self.fit.num_front else draft.sequences
+            draft.prompt_hash = hash_of(json.dumps(prompt).encode())
         counts = Counts(unread=_unread(self.encoder, rows))
         examples = [draft.example() for draft in self.fit(drafts, counts)]
         return Encoded(examples, counts, digests)
