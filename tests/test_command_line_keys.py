@@ -57,7 +57,6 @@ VALUES: dict[str, dict[str, Any]] = {
     "data.data_seed": {"data.data_seed": "3"},
     "data.new_rows_only": {"data.new_rows_only": "true"},
     "data.keep_rows": {"data.keep_rows": "false"},
-    "data.sampling": {"data.sampling": "saner"},
     "train.lr": {"train.lr": "2e-3"},
     "train.lora_plus_ratio": {"train.lora_plus_ratio": "4"},
     "train.schedule": {"train.schedule": "cosine"},
@@ -95,6 +94,7 @@ GIVEN |= {"data.train", "data.validation", "data.test", "data.num_test"}
 GIVEN |= {"data.chat_template", "data.template_arguments"}  # test_data_templates.py
 GIVEN |= {"train.loss", "train.dpo_beta", "train.dpo_label_smoothing", "train.orpo_beta"}
 GIVEN |= {"data.replay"}  # test_kept_rows.py
+GIVEN |= {"data.sampling"}  # test_tasks_splits.py
 GIVEN |= {"data.fields"}  # test_row_formats.py
 GIVEN |= {"quantize"}  # test_quantized.py, where its packages are
 GIVEN |= {"start"}  # test_stages.py, test_start.py
