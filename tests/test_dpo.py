@@ -342,18 +342,23 @@ def test_the_reference_of_a_stage_is_the_chain_that_it_begins_on(settings, tmp_p
     assert evaluate_task(tree["output"])["metrics"]["margin"] != 0
 
 
-def test_a_mix_that_a_later_stage_begins_on_changes_no_reference(settings):
-    first = settings("run")
+def test_a_mix_that_a_later_stage_or_a_fork_begins_on_changes_no_reference(settings):
+    first, fork = settings("run"), settings("fork")["output"]
     again = {key: first[key] for key in ("data", "train")} | {"name": "again"}
     train(first)
     for name in ("again", "third"):
         extend(first["output"], again | {"name": name, "chain": {"ranks": [2], "steps": [2]}})
         mix_stages(first["output"], {"main": 0.25})
+    extend(
+        first["output"],
+        again | {"name": "own", "chain": {"ranks": [2], "steps": [2]}, "output": fork},
+    )
     state = {link.id: 1.0 for link in RunReader(first["output"] + "/stages/again").load_links()}
-    reader = open_run(first["output"])
-    ((_, found),) = Scorer(reader, reader.kept()).evaluations("again", state, ["again"])
     metrics = evaluate_task(f"{first['output']}@again")["metrics"]  # of a tenth of the rewards
-    assert found.metrics["margin"] == pytest.approx(10 * metrics["margin"])
+    for run in (first["output"], fork):
+        reader = open_run(run)
+        ((_, found),) = Scorer(reader, reader.kept()).evaluations("again", state, ["again"])
+        assert found.metrics["margin"] == pytest.approx(10 * metrics["margin"])
 
 
 # --- resume ---

@@ -275,12 +275,10 @@ class Scorer:
 
     def _reference(self, stage: str) -> list[list[float]]:
         """Return what pairs score in the state that their stage began on."""
-        here = RunReader(self.reader.path)  # for a stage of the run that this one was forked from
-        own = readers_of_stages(run_around(here.path)).get(stage, here)
-        entries = own.manifest().loaded
-        first = next(place for place, entry in enumerate(entries) if entry.stage == stage)
+        run = run_around(self.reader.path)
+        own = readers_of_stages(run).get(stage) or RunReader(run)
         rows: Rows = self.kept[stage].scored[1]
-        with self._engine(_strengths(entries[:first])) as engine:
+        with self._engine(_tuned_on(own.manifest(), stage)) as engine:
             return engine.scores(rows[:])
 
 
@@ -301,16 +299,24 @@ def _states(run: Path, reader: RunReader) -> Iterator[tuple[str, Strengths]]:
 
 
 def _end_before_the_fork(begun: Manifest, stage: str) -> Strengths:
-    """Return the state at the end of a stage of the run that a run was forked from.
+    """Return the state at the end of a stage of the run that a run was forked from: the stage at
+    full strength, on what it was tuned on."""
+    own = [entry.id for entry in begun.links if entry.stage == stage]
+    return _tuned_on(begun, stage) | dict.fromkeys(own, 1.0)
 
-    The stage is at full strength, on what it was tuned on; on all links before it at full strength
-    where the fork began on another mix than that.
+
+def _tuned_on(begun: Manifest, stage: str) -> Strengths:
+    """Return the state that a stage was tuned on.
+
+    Of a stage before a fork, that is all links before it at full strength where the fork began on
+    another mix than that.
     """
-    places = [place for place, entry in enumerate(begun.links) if entry.stage == stage]
-    below, own = begun.links[: places[0]], begun.links[places[0] : places[-1] + 1]
-    is_known = state_digest(begun.base.fingerprint, below) == own[0].tuned_on
-    before = _strengths(below) if is_known else {entry.id: 1.0 for entry in below}
-    return before | {entry.id: 1.0 for entry in own}
+    place = next(place for place, entry in enumerate(begun.links) if entry.stage == stage)
+    below, first = begun.links[:place], begun.links[place]
+    is_known = state_digest(begun.base.fingerprint, below) == first.tuned_on
+    if is_known or stage == begun.stage:
+        return _strengths(below)
+    return {entry.id: 1.0 for entry in below}
 
 
 def _strengths(entries: Sequence[LinkEntry]) -> dict[int, float]:
