@@ -125,7 +125,8 @@ def _gain(run: RunFacts) -> str:
     text = score_text(name, known[-1][name] if final is None else final)
     if known[0]["where"] == "start" and len(known) > 1:
         text = f"from {score_text(name, known[0][name])} to {text}"
-    return f": validation {name} {text}, in {run.manifest.position.step:,} steps"
+    of = f" of stage {run.manifest.stage}" if run.matrix is not None else ""
+    return f": validation {name} {text}, in {run.manifest.position.step:,} steps{of}"
 
 
 def _final(run: RunFacts, name: str) -> float | None:
@@ -186,6 +187,11 @@ def _remarks(run: RunFacts) -> list[Block]:
         found.append(
             f"{run.name} is loaded as its best point: step {selected.step}, after "
             f"{selected.num_links} link{'s' * (selected.num_links != 1)}{part}."
+        )
+    if run.matrix is not None:
+        found.append(
+            f"Score, steps, time, memory and cost of {run.name} are those of stage "
+            f"{run.manifest.stage} alone; RUN@STAGE reports on another one."
         )
     if not run.is_as_trained:
         found.append(
