@@ -109,12 +109,87 @@ def plain_peft_loop(config) -> tuple[list[float], dict[str, torch.Tensor]]:
             last[:, labels], torch.tensor([row["label"] for row in batch])
         )
         loss.backward()
-        if keys.max_grad_norm is not None:
-            torch.nn.utils.clip_grad_norm_(trained, keys.max_grad_norm)
+        torch.nn.utils.clip_grad_norm_(trained, keys.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
     return losses, peft.get_peft_model_state_dict(model)
+
+
+def plain_chain(config) -> tuple[list[float], list[float], torch.nn.Module]:
+    """Train completions as a config of AdamW says; return losses, norms of gradients and the model.
+
+    In float64 and plain torch, a row at a time: no peft, no padding, nothing of ours but the order
+    of rows and the first A.
+    """
+    keys, soft, lengths = config.train, config.chain.knots, config.chain.steps
+    model = AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float64)
+    model.requires_grad_(False)
+    examples = training_examples(config, AutoTokenizer.from_pretrained(config.model))
+    plan = make_plan(config, examples)
+    layers = {
+        name: layer
+        for name, layer in model.named_modules()
+        if name.rpartition(".")[2] in config.chain.target_modules
+    }
+    losses: list[float] = []
+    norms: list[float] = []
+    for index, link in enumerate(config.chain.links()):
+        pairs, hooks = {}, []
+        for name, layer in layers.items():
+            shape, start = (layer.in_features, layer.out_features), (keys.seed, index, name)
+            drawn = random_factors(link, *shape, generator_for(*start))
+            a, b = pairs[name] = [each.double().requires_grad_() for each in (drawn.a, drawn.b)]
+            hooks.append(layer.register_forward_hook(_branch(a, b, link.scaling)))
+        ratios = (1.0, keys.lora_plus_ratio)
+        groups = [
+            {"params": list(each), "ratio": ratio}
+            for each, ratio in zip(zip(*pairs.values(), strict=True), ratios, strict=True)
+        ]
+        optimizer = torch.optim.AdamW(groups, weight_decay=keys.weight_decay)
+        factors = [factor for group in groups for factor in group["params"]]
+        for done in range(1, lengths[index] + 1):
+            batches = plan.batches(len(losses))
+            rows = [as_row(examples[row]) for batch in batches for row in batch]
+            loss = sum(_row_loss(model, row) for row in rows)
+            loss = loss / sum(label >= 0 for row in rows for label in row["labels"])
+            loss.backward()
+            norms.append(torch.nn.utils.clip_grad_norm_(factors, keys.max_grad_norm).item())
+            for group in optimizer.param_groups:
+                group["lr"] = keys.lr * (1 - len(losses) / sum(lengths)) * group["ratio"]
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+            if soft is not None and done < lengths[index] and done % soft.every == 0:
+                for name, pair in pairs.items():
+                    _tie_share(layers[name], *pair, link.scaling, soft.share, optimizer)
+        for name, (a, b) in pairs.items():
+            layers[name].weight.data += link.scaling * (b @ a).detach()
+        for hook in hooks:
+            hook.remove()
+    return losses, norms, model
+
+
+def _branch(a: torch.Tensor, b: torch.Tensor, scaling: float):
+    return lambda layer, args, output: output + scaling * args[0] @ a.T @ b.T
+
+
+def _row_loss(model, row) -> torch.Tensor:
+    logits = model(torch.tensor([row["input_ids"]])).logits[0, :-1]
+    labels = torch.tensor(row["labels"][1:])
+    return torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+
+
+@torch.no_grad()
+def _tie_share(layer, a, b, scaling, share, optimizer) -> None:
+    """Tie a share of B·A, balance the rest, and scale Adam's moments as its gradients."""
+    x, y = a.norm(dim=1), b.norm(dim=0)
+    alpha, beta = ((1 - share) * y / x).sqrt(), ((1 - share) * x / y).sqrt()
+    layer.weight += scaling * share * b @ a
+    for factor, own, other in ((a, alpha[:, None], beta[:, None]), (b, beta, alpha)):
+        factor *= own
+        optimizer.state[factor]["exp_avg"] *= other
+        optimizer.state[factor]["exp_avg_sq"] *= other**2
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ import yaml
 from conftest import write_rows
 from helpers import (
     assert_trains_as_peft,
+    plain_chain,
     records_of,
     settings,
     training_examples,
@@ -84,16 +85,15 @@ def test_law_5_the_schedule_is_where_it_should_be(tiny_folder, sentiment):
     assert warm[1] == warm[5] == pytest.approx(5e-3)
 
 
-@pytest.mark.parametrize(("speedups", "norm"), [("auto", 1.0), ("auto", 0.1), ("off", 1.0)])
-def test_law_6_a_chain_of_one_is_peft_lora(tiny_folder, sentiment, tmp_path, speedups, norm):
-    """Norms of gradients are 0.24 to 0.52: with a bound of 0.1 every one is clipped."""
+@pytest.mark.parametrize("speedups", ["auto", "off"])
+def test_law_6_a_chain_of_one_is_peft_lora(tiny_folder, sentiment, tmp_path, speedups):
     run = tmp_path / "run"
     tree = settings(
         tiny_folder,
         sentiment,
         run,
         chain={"ranks": [4], "steps": [6]},
-        train={"seed": 3, "max_grad_norm": norm, "lr": 1e-3, "speedups": speedups},
+        train={"seed": 3, "lr": 1e-3, "speedups": speedups},
     )
     assert_trains_as_peft(make_config(tree))
 
@@ -144,17 +144,32 @@ def test_the_best_point_over_the_whole_chain_is_kept(tiny_folder, sentiment, tmp
     assert len(RunDirectory(run).load_links(2)) == 2  # the whole chain is still there
 
 
-def test_accumulated_batches_weigh_every_row_alike(tiny_folder, sentiment):
-    def losses(**keys) -> list[float]:
-        seen = []
-        config = make_config(settings(tiny_folder, sentiment, train=keys))
-        train(config, listener=lambda r: seen.append(r["loss"]) if r["event"] == "step" else None)
-        return seen
-
-    # same rows in a step, in one batch or in four: float32 sums in another order
-    torch.testing.assert_close(
-        losses(batch_size=8), losses(batch_size=2, gradient_accumulation=4), atol=1e-4, rtol=0
-    )
+@pytest.mark.parametrize("knots", [None, {"every": 2, "share": 0.3}], ids=["whole", "soft"])
+def test_a_chain_is_the_loop_written_out_in_float64(tiny_folder, tmp_path, knots):
+    """Two links on rows of unlike lengths, accumulated, clipped and decayed, B at another rate."""
+    rows = [{"prompt": "the cat", "completion": " sat" * n} for n in (1, 40, 2, 1, 30, 3, 1)]
+    run, targets = tmp_path / "run", ["q_proj", "down_proj"]
+    chain = {"ranks": [3, 2], "alpha": 6, "steps": [4, 3], "target_modules": targets}
+    keys = {"lr": 5e-3, "lora_plus_ratio": 4, "weight_decay": 0.1, "max_grad_norm": 0.05}
+    tree = {
+        "model": str(tiny_folder),
+        "data": {"train": str(write_rows(tmp_path / "rows.jsonl", rows))},
+        "chain": chain | {"knots": knots},
+        "train": keys | {"batch_size": 2, "gradient_accumulation": 2},
+        "output": str(run),
+    }
+    config = make_config(tree)
+    train(config)
+    losses, norms, model = plain_chain(config)
+    assert max(norms) > 0.05 > min(norms)
+    steps = [record for record in records_of(run) if record["event"] == "step"]
+    for step, loss, norm in zip(steps, losses, norms, strict=True):
+        # float32; a link with soft knots is stored to a relative error of 3e-3
+        near = 1e-3 if knots and step["link"] else 2e-6
+        assert (step["loss"], step["grad_norm"]) == pytest.approx((loss, norm), abs=near)
+    ids = torch.tensor([[5, 9, 30, 7]])
+    found = load_run(run)[0](ids).logits.double()
+    torch.testing.assert_close(found, model(ids).logits, atol=1e-3 if knots else 1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("rows", ["completion", "chat", "text"])
