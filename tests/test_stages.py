@@ -786,7 +786,9 @@ def test_rows_that_no_stage_learns_alike_are_not_replayed(harmful, tmp_path):
     for output in ({}, {"output": str(tmp_path / "fork")}):
         with pytest.raises(RunError, match=r"learned by dpo .got facts: candidates"):
             survey(extension(tmp_path / "run", pairs | output))
-    answers = style | {"data": {"train": str(tmp_path / "pairs.jsonl"), "replay": 0.1}}
+    rows = tmp_path / "answers.jsonl"
+    rows.write_text('{"prompt": "the cat", "completion": " was good"}\n')
+    answers = style | {"data": {"train": str(rows), "replay": 0.1}}
     assert survey(extension(tmp_path / "run", answers))[-1].state == "new"
 
 
