@@ -305,7 +305,7 @@ def _end_before_the_fork(begun: Manifest, stage: str) -> Strengths:
     return _tuned_on(begun, stage) | dict.fromkeys(own, 1.0)
 
 
-def _tuned_on(begun: Manifest, stage: str) -> Strengths:
+def _tuned_on(begun: Manifest, stage: str) -> dict[int, float]:
     """Return the state that a stage was tuned on.
 
     Of a stage before a fork, that is all links before it at full strength where the fork began on
