@@ -61,6 +61,7 @@ from chainlora.runs.manifest import (
 )
 from chainlora.runs.records import RecordLog, resumed_log
 from chainlora.runs.resuming import (
+    LOCK,
     changes,
     check_rows,
     compare_versions,
@@ -349,12 +350,17 @@ class RunDirectory(RunInProgress):
                 files.remove_scratch(folder)
 
     def _remove_all(self) -> None:
-        """Remove what `begin` made, the manifest before what it names."""
+        """Remove what `begin` made, the manifest before what it names.
+
+        The lock goes last. Where something could not be removed, it says that the rest is a run's.
+        """
         folders = ("links", "rows", TOKENIZER)
-        for name in ("metrics.jsonl", "chain.json", REFERENCE, *folders, "config.yaml", ".lock"):
+        for name in ("metrics.jsonl", "chain.json", REFERENCE, *folders, "config.yaml"):
             files.remove(self / name)
-        with suppress(OSError):  # not empty: trackers have written here
-            self.path.rmdir()
+        with suppress(OSError):
+            if [entry.name for entry in self.path.iterdir()] == [LOCK]:
+                files.remove(self / LOCK)
+                self.path.rmdir()
 
 
 def is_in(name: str, named: Collection[str]) -> bool:
