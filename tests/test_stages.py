@@ -250,7 +250,7 @@ def test_no_stage_begins_while_another_is_half_trained(config, tmp_path):
             act()
     with pytest.raises(RunError, match="starts from a finished run"):
         load_start(tmp_path / "run/stages/style")
-    (tmp_path / "run/stages/.DS_Store").touch()  # what looks at folders leaves is no stage
+    (tmp_path / "run/stages/.ipynb_checkpoints").mkdir()  # what looks at folders leaves is no stage
     with pytest.raises(RunError, match=r"half trained \(got .*style\); finish it, or delete"):
         survey(extension(tmp_path / "run", style | {"name": "law"}))
     facts, law = config["stages"][0], style | {"name": "law"}

@@ -151,7 +151,7 @@ def folder_of(run: Path, found: Stages, place: int) -> Path:
 
 def half_trained(run: Path, found: Stages) -> list[Path]:
     """Return the run directories of stages that were begun and have not ended."""
-    begun = [path for path in (run / "stages").glob("*") if path.is_dir()]
+    begun = [path for path in (run / "stages").glob("[!.]*") if path.is_dir()]
     return [path for path in begun if path.name not in found.names]
 
 
