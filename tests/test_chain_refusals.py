@@ -73,7 +73,6 @@ WRONG = [
     (lambda c: c.drop(9), "drop can drop 0 to 2 links (got 9); drop fewer"),
     (lambda c: c.set_strengths([1, 0]), "`strengths` must map ids of links to numbers"),
     (lambda c: c.set_start_of_extra([]), "a state must map names to tensors"),
-    (lambda c: c.fingerprint_without("a.b"), "`paths` must be a list of parameters (got 'a.b')"),
     (lambda c: c.tie(), "tie needs a live link (got none); call extend first"),
     (lambda c: c.discard(), "discard needs a live link"),
     (lambda c: list(c.parameters()), "parameters needs a live link"),

@@ -89,11 +89,11 @@ def test_the_manifest_names_all_that_a_resume_needs_and_nothing_else_stays(rich_
         ),
         (
             lambda run: (run / "chain.json").write_text("[]"),
-            r"chain.json must hold .* \(got no `format` in .*incomplete",
+            r"must be of format 2 or 3 \(got None in ",
         ),
         (
             lambda run: (run / "chain.json").write_text('{"format": 3}'),
-            r"must hold .* \(got no `base` in .*incomplete",
+            r"must be as the run wrote it \(got another checksum",
         ),
         (
             lambda run: (run / "chain.json").write_text('{"format": 9}'),
@@ -112,7 +112,7 @@ def test_the_manifest_names_all_that_a_resume_needs_and_nothing_else_stays(rich_
             r"links/000/adapter_(config.json|model.safetensors) must be as the run wrote it",
         ),
         (
-            lambda run: edit(run / "chain.json", ('"num_steps": 4', '"num_steps": 5')),
+            lambda run: edit(run / "chain.json", '"num_steps": 4', '"num_steps": 5'),
             r"chain.json must be as the run wrote it \(got another checksum",
         ),
         (
@@ -148,53 +148,27 @@ def swap(one: Path, two: Path) -> None:
     aside.rename(two)
 
 
-def edit(path: Path, *pairs: tuple[str, str]) -> None:
+def edit(path: Path, before: str, after: str) -> None:
     text = path.read_text()
-    for before, after in pairs:
-        assert before in text
-        text = text.replace(before, after)
-    path.write_text(text)
+    assert before in text
+    path.write_text(text.replace(before, after))
 
 
 A, B = (f"{PREFIX}model.layers.0.self_attn.q_proj.lora_{x}.weight" for x in "AB")
-OTHER = f"{PREFIX}model.layers.0.mlp.up_proj.lora_"
+# What else a link's tensors cannot be is told of links in memory (test_chain_refusals.py).
 TENSORS = {
     "none": (lambda t: {}, "got no factors"),
     "without A": (lambda t: {k: v for k, v in t.items() if k != A}, "without its"),
     "half of A": (lambda t: {**t, A: t[A][:2]}, "no pair of factors"),
     "not finite": (lambda t: {**t, A: t[A] * torch.nan}, "not finite"),
     "a flat A": (lambda t: {**t, A: t[A].flatten()}, "no pair of factors"),
-    "another rank": (
-        lambda t: {**t, A: t[A][:2], B: t[B][:, :2].clone()},
-        r"\[2, 32\] .* of rank 4 at .*q_proj",
-    ),
-    "an extra module": (
-        lambda t: {**t, PREFIX + "lm_head.weight": torch.ones(2)},
-        "weights at lm_head.weight, which the link did not train",
-    ),
-    "extra factors": (
-        lambda t: {**t, f"{OTHER}A.weight": t[A].clone(), f"{OTHER}B.weight": t[B].clone()},
-        "tensors of other modules",
-    ),
-    "a bias": (
-        lambda t: {**t, B.replace("weight", "bias"): torch.ones(32)},
-        "a bias at .*q_proj, which the link did not train",
-    ),
-    "a magnitude": (
-        lambda t: {**t, B.replace("B.weight", "magnitude_vector"): torch.ones(32)},
-        "a magnitude at .*q_proj, which the link did not train",
-    ),
 }
 TEXTS = {
-    "its rank": ("links/001/adapter_config.json", '"r": 4', '"r": 2', "another scaling"),
-    "its modules": ("links/001/adapter_config.json", 'v_proj"', 'k_proj"', "other modules"),
-    "alpha": ("chain.json", '"alpha": 8.0', '"alpha": 96.0', "scaling"),
-    "rank": ("chain.json", '"rank": 4', '"rank": 5', "rank|`rank`|scaling"),
-    "index": ("chain.json", '"index": 1', '"index": 2', "out of order"),
-    "id": ("chain.json", '"id": 1', '"id": 7', "out of order"),
-    "next id": ("chain.json", '"next_id": 3', '"next_id": 2', "used again"),
-    "directory": ("chain.json", 'y": "links/001', 'y": "../links', "valid values"),
-    "a key": ("chain.json", '"rslora"', '"rslore"', "config must be valid"),
+    "index": ('"index": 1', '"index": 2', "out of order"),
+    "id": ('"id": 1', '"id": 7', "out of order"),
+    "next id": ('"next_id": 3', '"next_id": 2', "used again"),
+    "directory": ('y": "links/001', 'y": "../links', "valid values"),
+    "a key": ('"rslora"', '"rslore"', "config must be valid"),
 }
 
 
@@ -215,8 +189,8 @@ def test_tensors_that_no_such_link_has_are_refused_whatever_the_checksums(
 
 @pytest.mark.parametrize("damage", TEXTS)
 def test_texts_that_contradict_each_other_are_refused_whatever_the_checksums(run_copy, damage):
-    name, before, after, message = TEXTS[damage]
-    edit(run_copy / name, (before, after))
+    before, after, message = TEXTS[damage]
+    edit(run_copy / "chain.json", before, after)
     sign(run_copy)
     with pytest.raises(RunError, match=message):
         load_run(run_copy)

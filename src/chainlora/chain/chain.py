@@ -84,7 +84,7 @@ class Chain:
         self.links: list[Link] = []
         self.next_id = 0  # of the live link, else of the next one; an id is never given twice
         self.weights = BaseWeights(checkpoint)
-        self._fingerprint = fingerprints(model)
+        self.fingerprint = fingerprints(model)  # of the model as it came
         self._holding = holding(model, self.weights)
         self._adapter: Adapter | None = None  # the LoRA layers on the model
         self._live: Live | None = None  # None between links: the layers then add nothing
@@ -95,7 +95,7 @@ class Chain:
     @property
     def base_fingerprint(self) -> str:
         """Digest of the model as it came."""
-        return self._fingerprint.whole
+        return self.fingerprint.whole
 
     def __repr__(self) -> str:
         return showing.line(self)
@@ -356,11 +356,6 @@ class Chain:
             self.weights.replace(path, value)
         if start:
             self._settle()
-
-    def fingerprint_without(self, paths: Iterable[str]) -> str:
-        """Return a digest of the model as it came, but for these parameters."""
-        check(paths=paths)
-        return self._fingerprint.without(paths)
 
     # --- what the verbs share ---
 

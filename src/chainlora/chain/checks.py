@@ -103,7 +103,6 @@ _RULES: dict[str, tuple[Holds, str, str]] = {
         "a state must map names to tensors",
         "take it from the chain that was saved",
     ),
-    "paths": (_is_list, "`paths` must be a list of parameters", "write ['score.weight']"),
     "strengths": (
         _maps_to(_is_number),
         "`strengths` must map ids of links to numbers",

@@ -39,7 +39,7 @@ def factors_of(live: Live, adapter: Adapter, holding: Holding) -> tuple[dict[str
     Without soft knots these are the factors on the model, and exact; PiSSA's less those it began
     with.
     """
-    found = {name: adapters.get_factors(adapter, name) for name in adapter.layers}
+    found = {name: adapters.copied_factors(layer) for name, layer in adapter.layers.items()}
     for name, first in live.start.items():
         now = found[name]
         a, b = torch.cat([now.a, first.a]), torch.cat([now.b, -first.b], dim=1)
@@ -57,7 +57,7 @@ def factors_of(live: Live, adapter: Adapter, holding: Holding) -> tuple[dict[str
 
 def norm_of(adapter: Adapter) -> float:
     """Return ‖s·B·A‖_F over all modules, computed on the CPU: MPS has no float64."""
-    parts = [adapters.get_factors(adapter, name) for name in adapter.layers]
+    parts = map(adapters.copied_factors, adapter.layers.values())
     norms = [frobenius_norm([(part.a, part.b, adapter.config.scaling)]) for part in parts]
     return math.sqrt(math.fsum(norm**2 for norm in norms))
 
@@ -84,8 +84,8 @@ def load_state(adapter: Adapter, holding: Holding, state: Mapping[str, Tensor]) 
 
 def _tensors_of(adapter: Adapter) -> dict[str, Tensor]:
     state = {f"extra/{path}": weight for path, weight in adapters.get_extra(adapter).items()}
-    for name in adapter.layers:
-        factors = adapters.get_factors(adapter, name)
+    for name, layer in adapter.layers.items():
+        factors = adapters.copied_factors(layer)
         parts = (factors.a, factors.b, factors.bias, factors.magnitude)
         for key, part in zip(_PARTS, parts, strict=True):
             if part is not None:

@@ -16,8 +16,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from chainlora.errors import ConfigError
-
 _LEFT_OUT = 0.95  # of a tolerance; the rest is for rounding to float16, some 2e-4 of a sum
 _DECOMPOSED_WHOLE = 640  # shorter side; a full decomposition then takes well under a second
 
@@ -31,10 +29,6 @@ def delta_weight(a: Tensor, b: Tensor, scaling: float = 1.0) -> Tensor:
 
 def stack_factors(factors: Sequence[Factor]) -> tuple[Tensor, Tensor]:
     """Return A [Σr, in] and B [out, Σr] with ``B·A = Σ s_j·B_j·A_j``, in float64."""
-    if not factors:
-        raise ConfigError(
-            "a low-rank sum must have at least one term (got none); give a pair of factors"
-        )
     a = torch.cat([a.double() for a, _, _ in factors])
     b = torch.cat([b.double() * scaling for _, b, scaling in factors], dim=1)
     return a, b
@@ -61,11 +55,7 @@ def compress_low_rank(factors: Sequence[Factor], rank: int) -> tuple[Tensor, Ten
 
     ``error`` is the relative error ‖Σ − B·A‖_F / ‖Σ‖_F of the factors as returned, their rounding
     included; 0 for a sum of zero.
-
-    Raises ConfigError if ``rank`` is below 1.
     """
-    if rank < 1:
-        raise ConfigError(f"`rank` must be a positive integer (got {rank}); give 1 or more")
     a, b = stack_factors(factors)
     dtype = torch.promote_types(factors[0][0].dtype, torch.float32)
     new_a, new_b = (factor.to(dtype) for factor in best_of_rank(a, b, rank))

@@ -92,7 +92,7 @@ def fitted(start: Start, chain: Chain, name: str | None = None) -> Start:
         entries = link_entries(start.links, chain.base_fingerprint, stage=IMPORTED)
         notes = _other_name(start.adapter, name or _name_of(chain.model))
         return replace(start, entries=tuple(entries), notes=start.notes + notes)
-    if start.base is not None and start.base.body != chain.fingerprint_without(start.extra):
+    if start.base is not None and start.base.body != chain.fingerprint.without(start.extra):
         folder = folder_of(chain.model)
         files = base_files(folder) if folder and start.base.files is not None else None
         check_base(

@@ -332,16 +332,11 @@ def decode_manifest(text: bytes, run: Path) -> Manifest:
         tree = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise RunError(f"chain.json must be JSON (got {run}: {error}); {INCOMPLETE}") from None
-    keys = ("format", "base", "links", "selected", "hold", "progress")
-    missing = [key for key in keys if not isinstance(tree, dict) or key not in tree]
-    if "format" not in missing and tree["format"] not in READABLE:
+    found = tree.get("format") if isinstance(tree, dict) else None
+    if found not in READABLE:
         raise RunError(
-            f"chain.json must be of format {' or '.join(map(str, READABLE))} (got "
-            f"{tree['format']!r:.40} in {run}); use the version of chainlora that wrote it"
-        )
-    if missing:
-        raise RunError(
-            f"chain.json must hold {', '.join(keys)} (got no `{missing[0]}` in {run}); {INCOMPLETE}"
+            f"chain.json must be of format {' or '.join(map(str, READABLE))} (got {found!r:.40} in "
+            f"{run}); use the version of chainlora that wrote it"
         )
     if tree.pop("checksum", None) != checksum(tree):
         raise RunError(

@@ -91,16 +91,11 @@ class RunReader:
 
     def config(self) -> RunConfig:
         """Return the resolved config of the run, with what resumes have changed."""
-        manifest = self.manifest() if self.exists else None
-        if not (self / "config.yaml").is_file():
-            raise RunError(
-                f"a run directory must hold config.yaml (got none in {self.path}); {INCOMPLETE}"
-            )
-        if manifest is not None:
-            self.check_files(manifest, "config.yaml")
+        manifest = self.manifest()
+        self.check_files(manifest, "config.yaml")
         tree = read_tree(self / "config.yaml")
         _refuse_paths(tree, self.path)
-        return _changed(make_config(tree), manifest.changes if manifest else ())
+        return _changed(make_config(tree), manifest.changes)
 
     def records(self) -> list[Record]:
         """Read ``metrics.jsonl``, the records that the manifest knows checked against it.

@@ -90,19 +90,15 @@ def write_chain(
     _refuse_if_taken(directory)
     base, live = describe_base(chain), links[len(chain) :]
     with files.replaced_folder(directory) as scratch:
-        (scratch / "links").mkdir()
         for link in chain.links:
             _write_link(scratch / link_directory(link.id), link, base)
         if start := chain.start_of_extra():
             files.save_tensors(scratch / _START, start)
-        checkpoint = _write_live(chain, scratch)
-        manifest = _manifest(chain, base, checkpoint)
-        if live:
-            selected = _write_selected(live[0], scratch, manifest)
-            manifest = manifest.model_copy(update={"selected": selected})
-        update = {"files": files.checksums(scratch), "numbers": numbers}
-        manifest = manifest.model_copy(update=update)
-        files.write_json(scratch / "chain.json", encode_manifest(manifest))
+        manifest = _manifest(chain, base, _write_live(chain, scratch))
+        selected = _write_selected(live[0], scratch, manifest) if live else None
+        update = {"selected": selected, "files": files.checksums(scratch), "numbers": numbers}
+        whole = encode_manifest(manifest.model_copy(update=update))
+        files.write_json(scratch / "chain.json", whole)
 
 
 def read_chain(reader: RunReader) -> SavedChain:
@@ -128,7 +124,7 @@ def restore_chain(chain: Chain, saved: SavedChain) -> None:
             f"restore it first: chainlora mix {saved.path} {selected.partial.stage}=1",
         )
     body = saved.manifest.base.body
-    if body is None or body != chain.fingerprint_without(saved.start):
+    if body is None or body != chain.fingerprint.without(saved.start):
         check_base(saved.manifest.base, {"fingerprint": chain.base_fingerprint}, saved.path)
     if chain.live is not None:
         chain.discard()
@@ -165,7 +161,7 @@ def describe_base(chain: Chain) -> Base:
     return Base(
         model=getattr(getattr(model, "config", None), "_name_or_path", "") or "",
         fingerprint=chain.base_fingerprint,
-        body=chain.fingerprint_without(start) if start else None,
+        body=chain.fingerprint.without(start) if start else None,
         task_type=task_type(model),
         dtype=str(parameter.dtype).removeprefix("torch."),
         fan_in_fan_out=any(has_fan_in_first(base_layer(module)) for module in model.modules()),

@@ -213,11 +213,6 @@ def live_factors(adapter: Adapter, name: str) -> tuple[nn.Parameter, nn.Paramete
     return found.a, found.b
 
 
-def get_factors(adapter: Adapter, name: str) -> Factors:
-    """Copy one module's factors to float32 on the CPU."""
-    return copied_factors(adapter.layers[name])
-
-
 def copied_factors(layer: Any) -> Factors:
     """Copy the factors of a tuner layer to float32 on the CPU."""
     a, b, bias = factors_in(layer, LIVE)

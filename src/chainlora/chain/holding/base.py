@@ -35,10 +35,11 @@ class Holding(ABC):
     def check_config(config: LinkConfig) -> None:
         """Raise ChainError for a link that cannot be tuned on links that are held here."""
 
-    @staticmethod
-    @abstractmethod
-    def check_layers(model: nn.Module, config: LinkConfig) -> None:
+    @classmethod
+    def check_layers(cls, model: nn.Module, config: LinkConfig) -> None:
         """Raise ModelError if a link adapts layers that cannot hold it."""
+        if cls.writes_base:
+            adapters.check_mergeable(model, config)
 
     @abstractmethod
     def adopt(self, adapter: Adapter) -> None:

@@ -48,10 +48,6 @@ class Carried(Holding):
                 "use hold: tied"
             )
 
-    @staticmethod
-    def check_layers(model: nn.Module, config: LinkConfig) -> None:
-        """Let any layer through: it is not touched."""
-
     def adopt(self, adapter: Adapter) -> None:
         """Put the branch on."""
         self.modules |= set(adapter.layers)

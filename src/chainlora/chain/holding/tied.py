@@ -34,11 +34,6 @@ class Tied(Holding):
     def check_config(config: LinkConfig) -> None:
         """Let any link through: all of them can be merged."""
 
-    @staticmethod
-    def check_layers(model: nn.Module, config: LinkConfig) -> None:
-        """Raise ModelError for layers that cannot be merged into without loss."""
-        adapters.check_mergeable(model, config)
-
     def adopt(self, adapter: Adapter) -> None:
         """Remember the weights that links will be merged into."""
         self.modules |= set(adapter.layers)
