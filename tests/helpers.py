@@ -261,7 +261,7 @@ def stop_after(config: Any, step: int) -> None:
 def as_format_2(run: Path) -> None:
     """Rewrite a run's manifest as version 0.2 wrote it."""
     tree = json.loads((run / "chain.json").read_text())
-    for key in ("checksum", "next_id", "stage", "first", "first_id", "kept"):
+    for key in ("checksum", "next_id", "stage", "first", "first_id", "kept", "numbers"):
         del tree[key]
     partial = (tree["selected"] or {}).get("partial")
     for link in [*tree["links"], *([partial] if partial else [])]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import peft
 import torch
+from helpers_export import logits
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
@@ -22,7 +23,6 @@ from chainlora import Chain, ChainCallback, LinkConfig
 
 TARGETS = ["q_proj", "v_proj"]
 LR, ALPHA = 1e-2, 8
-IDS = torch.tensor([[5, 9, 30, 7, 11, 60], [8, 200, 17, 6, 44, 3]])
 Batch = dict[str, torch.Tensor]
 
 
@@ -165,11 +165,6 @@ def assert_links_agree(chain: Chain, other: Chain, atol: float = 0.0) -> None:
             torch.testing.assert_close(factors.a, theirs.factors[name].a, atol=atol, rtol=0)
             torch.testing.assert_close(factors.b, theirs.factors[name].b, atol=atol, rtol=0)
             assert factors.b.any()
-
-
-@torch.no_grad()
-def logits(model: Any) -> torch.Tensor:
-    return model.eval()(IDS).logits
 
 
 def assert_adapter_is_the_model(folder: Path, adapter: Path, model: Any, atol: float) -> None:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import peft
 from datasets import Dataset
-from helpers_integrations import ALPHA, TARGETS, arguments, plain_model
+from helpers_integrations import arguments, lora, plain_model
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 
@@ -36,10 +35,6 @@ def preferences() -> Dataset:
     )
 
 
-def lora(**keys) -> peft.LoraConfig:
-    return peft.LoraConfig(r=4, lora_alpha=ALPHA, target_modules=TARGETS, **keys)
-
-
 def sft(folder, tokenizer, output: Path, callback, whole=None, **keys) -> SFTTrainer:
     return SFTTrainer(
         model=plain_model(folder),
@@ -47,7 +42,7 @@ def sft(folder, tokenizer, output: Path, callback, whole=None, **keys) -> SFTTra
         train_dataset=conversations(),
         eval_dataset=conversations().select(range(8)),
         processing_class=tokenizer,
-        peft_config=lora(modules_to_save=whole),
+        peft_config=lora(task_type=None, modules_to_save=whole),
         callbacks=[callback],
     )
 
@@ -57,7 +52,7 @@ def dpo(
 ) -> DPOTrainer:
     """The reference is computed before, unless `keys` say otherwise: knots would move it."""
     keys = {"precompute_ref_log_probs": True} | keys
-    wrap = {} if model is not None else {"peft_config": lora(modules_to_save=whole)}
+    wrap = {} if model is not None else {"peft_config": lora(task_type=None, modules_to_save=whole)}
     return DPOTrainer(
         model=model or plain_model(folder),
         ref_model=ref_model,

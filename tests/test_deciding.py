@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 import re
 from dataclasses import replace
@@ -202,27 +201,6 @@ def test_rows_without_places_ask_for_a_time_constant(tiny_folder, tmp_path):
     with pytest.raises(ConfigError, match=r"must have a length .*; give `knots` a time_constant"):
         trainer().train()
     assert trainer(time_constant=20).train().global_step == 3
-
-
-def test_a_run_of_version_2_goes_on_as_it_would_have(tiny_folder, sentiment, tmp_path, caplog):
-    train(make_config(settings(tiny_folder, sentiment, tmp_path / "whole", **OPEN)))
-    killed = make_config(settings(tiny_folder, sentiment, tmp_path / "killed", **OPEN))
-    stop_after(killed, 2)
-    forget_numbers(tmp_path / "killed")
-    with caplog.at_level(logging.WARNING):
-        train(killed, resume=True)
-    assert "did not record what it decided" in caplog.text
-    assert_same_links(tmp_path / "whole", tmp_path / "killed")
-
-
-def forget_numbers(run: Path) -> None:
-    """Make a manifest one of version 0.2, which has no numbers."""
-    from chainlora.runs.manifest import Manifest, encode_manifest
-
-    tree = manifest_of(run)
-    del tree["checksum"], tree["numbers"]
-    manifest = Manifest.model_validate_json(json.dumps(tree))
-    (run / "chain.json").write_text(json.dumps(encode_manifest(manifest)))
 
 
 def test_a_trainer_too(tiny_folder, tmp_path, later_version):

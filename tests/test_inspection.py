@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers import records_of, settings
+from helpers_export import dense_adapter
 from safetensors.numpy import load_file
 
 from chainlora import inspect_run, make_config, train
@@ -29,22 +30,12 @@ def run(tiny_folder, sentiment, tmp_path_factory) -> Path:
     return output
 
 
-def dense(
-    run: Path, link: int, scaling: float
-) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """ΔW and A by module, float64, from the files alone."""
-    tensors = load_file(run / "links" / f"{link:03d}" / "adapter_model.safetensors")
-    factors = {name: tensor.astype(np.float64) for name, tensor in tensors.items()}
-    names = [
-        name.removesuffix(".lora_A.weight") for name in factors if name.endswith(".lora_A.weight")
-    ]
-    return (
-        {
-            name: scaling * factors[f"{name}.lora_B.weight"] @ factors[f"{name}.lora_A.weight"]
-            for name in names
-        },
-        {name: factors[f"{name}.lora_A.weight"] for name in names},
-    )
+def dense(run: Path, link: int) -> tuple[dict[str, np.ndarray], list[np.ndarray]]:
+    """ΔW by module and all A, float64, from the files alone."""
+    folder = run / "links" / f"{link:03d}"
+    tensors = load_file(folder / "adapter_model.safetensors")
+    factors = [tensors[name].astype(np.float64) for name in sorted(tensors) if "lora_A" in name]
+    return {name: delta.numpy() for name, delta in dense_adapter(folder).items()}, factors
 
 
 def norm(deltas: list[np.ndarray]) -> float:
@@ -79,7 +70,7 @@ def test_the_numbers_of_each_link_are_those_of_dense_arithmetic(run):
     # float64 on both sides, but there the scaling is folded into float32 factors: a relative
     # rounding of 6e-8 each
     for row in found["links"]:
-        deltas, _ = dense(run, row["link"], row["scaling"])
+        deltas, _ = dense(run, row["link"])
         assert row["delta_norm"] == pytest.approx(norm(list(deltas.values())), rel=1e-7)
         assert row["effective_rank"] == pytest.approx(
             np.mean([effective_rank(d) for d in deltas.values()]), rel=1e-6
@@ -88,10 +79,10 @@ def test_the_numbers_of_each_link_are_those_of_dense_arithmetic(run):
             np.mean([stable_rank(d) for d in deltas.values()]), rel=1e-7
         )
         assert 1 <= row["stable_rank"] <= row["effective_rank"] <= row["rank"]
-    (first, a), (second, b) = dense(run, 0, 2.0), dense(run, 1, 1.5)
+    (first, a), (second, b) = dense(run, 0), dense(run, 1)
     assert found["links"][0]["overlap"] == []
     assert found["links"][1]["overlap"] == pytest.approx(
-        [np.mean([overlap(b[n], a[n]) for n in a])], rel=1e-7
+        [np.mean([overlap(*pair) for pair in zip(b, a, strict=True)])], rel=1e-7
     )
     total = [first[name] + second[name] for name in first]
     assert found["chain"]["delta_norm"] == pytest.approx(norm(total), rel=1e-7)

@@ -174,56 +174,51 @@ def optimizer_with_weights(parameters) -> torch.optim.Optimizer:
     return torch.optim.AdamW([{"params": parameters, "k": 0}])  # as schedule-free ones do
 
 
+def of_something_else(_) -> torch.optim.Optimizer:
+    return torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=0.1)
+
+
+def half(optimizer) -> torch.optim.lr_scheduler.LambdaLR:
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 0.5)
+
+
 @pytest.mark.parametrize(
-    ("make", "keys", "rule"),
+    ("make", "schedule", "keys", "rule"),
     [
         (
             adam_whose_weights_decay,
+            None,
             {"knots": {"time_constant": 5}},
             "those of Adam and SGD without weight_decay",
         ),
         (
             optimizer_with_weights,
+            None,
             {"knots": {"time_constant": 5, "moments": "new"}},
             r"moments alone, by parameter, to go over a knot \(got 'k'",
         ),
-        (optimizer_with_weights, {"steps": 4, "optimizer_reset": "off"}, r"\(got 'k'"),
+        (optimizer_with_weights, None, {"steps": 4, "optimizer_reset": "off"}, r"\(got 'k'"),
+        (of_something_else, None, {"steps": 4}, "must train the LoRA and nothing else"),
+        (
+            torch.optim.AdamW,
+            half,
+            {"steps": 4, "restart_schedule": True},
+            r"another than lr_scheduler_type='linear'",
+        ),
     ],
 )
-def test_what_no_knot_can_carry_or_clear(tiny_folder, tmp_path, make, keys, rule):
+def test_what_no_knot_can_carry_clear_or_begin_anew(
+    tiny_folder, tmp_path, make, schedule, keys, rule
+):
     model = peft_model(tiny_folder)
+    optimizer = make([p for p in model.parameters() if p.requires_grad])
     with pytest.raises(ChainLoRAError, match=rule):
         Trainer(
             model=model,
             args=TrainingArguments(**arguments(tmp_path)),
             train_dataset=token_rows(),
-            optimizers=(make([p for p in model.parameters() if p.requires_grad]), None),
+            optimizers=(optimizer, schedule and schedule(optimizer)),
             callbacks=[ChainCallback(**keys)],
-        ).train()
-
-
-def test_an_optimizer_of_something_else(tiny_folder, tokenizer, tmp_path):
-    model = peft_model(tiny_folder)
-    with pytest.raises(ChainLoRAError, match="must train the LoRA and nothing else"):
-        Trainer(
-            model=model,
-            args=TrainingArguments(**arguments(tmp_path)),
-            train_dataset=token_rows(),
-            optimizers=(torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=0.1), None),
-            callbacks=[ChainCallback(steps=4)],
-        ).train()
-
-
-def test_a_schedule_of_one_s_own_is_not_replaced(tiny_folder, tmp_path):
-    model = peft_model(tiny_folder)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    with pytest.raises(ChainLoRAError, match=r"another than lr_scheduler_type='linear'"):
-        Trainer(
-            model=model,
-            args=TrainingArguments(**arguments(tmp_path)),
-            train_dataset=token_rows(),
-            optimizers=(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 0.5)),
-            callbacks=[ChainCallback(steps=4, restart_schedule=True)],
         ).train()
 
 

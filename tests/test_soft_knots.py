@@ -31,13 +31,6 @@ def step(chain, optimizer, count: int = 1) -> None:
         optimizer.zero_grad()
 
 
-def update_of(chain, name: str) -> torch.Tensor:
-    """Return ``s·B·A`` of the live link in the layout of the weight, float64."""
-    link = chain.live_link() if not chain._live.num_soft_knots else None
-    assert link is not None
-    return link.delta_weight(name).double()
-
-
 @on_everything
 @pytest.mark.parametrize("hold", ["tied", "carried"])
 @pytest.mark.parametrize("share", [0.0, 0.05, 0.7])
@@ -51,7 +44,8 @@ def test_a_soft_knot_preserves_the_function(architecture, dtype, hold, share):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_rest_is_balanced_and_what_is_tied_is_the_share(architecture):
     chain, adapter, _ = tuned(architecture)
-    before = {name: update_of(chain, name) for name in adapter.layers}
+    link = chain.live_link()
+    before = {name: link.delta_weight(name).double() for name in adapter.layers}
     base = weights(chain.model)
     chain.tie_share(0.25)
     for name, layer in adapter.layers.items():

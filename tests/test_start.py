@@ -12,7 +12,7 @@ import peft
 import pytest
 import torch
 from conftest import WORDS, tiny_model, write_rows
-from helpers import settings
+from helpers import settings, sign
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -25,10 +25,9 @@ from chainlora import (
     load_run,
     make_config,
 )
-from chainlora.files import write_json
 from chainlora.models.loading import load_tokenizer
 from chainlora.runs.loading_start import load_start, put_on
-from chainlora.runs.manifest import RESULT, encode_manifest
+from chainlora.runs.manifest import RESULT
 from chainlora.runs.reading import RunReader
 from chainlora.runs.saved_chain import save_chain
 from chainlora.runs.start import NOTHING, Start
@@ -316,10 +315,7 @@ def test_another_base_is_refused(model, rule, tmp_path):
 
 
 def test_an_unfinished_run_is_no_start(run_copy):
-    manifest = RunReader(run_copy).manifest()
-    files = {name: digest for name, digest in manifest.files.items() if name != RESULT}
-    write_json(
-        run_copy / "chain.json", encode_manifest(manifest.model_copy(update={"files": files}))
-    )
+    known = RunReader(run_copy).manifest().files
+    sign(run_copy, files={name: digest for name, digest in known.items() if name != RESULT})
     with pytest.raises(ChainLoRAError, match=r"a finished run.*finish it"):
         load_start(run_copy)

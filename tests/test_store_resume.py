@@ -9,13 +9,11 @@ from pathlib import Path
 
 import pytest
 from filelock import FileLock
-from helpers import assert_same_links, assert_same_records, settings, stop_after
+from helpers import assert_same_links, assert_same_records, settings, sign, stop_after
 
 from chainlora import load_run, make_config, train
 from chainlora.errors import ChainLoRAError, DataError, FileError, ModelError, RunError
-from chainlora.files import write_json
 from chainlora.runs.directory import RunDirectory
-from chainlora.runs.manifest import encode_manifest
 from chainlora.runs.reading import RunReader
 
 # --- the start
@@ -143,12 +141,18 @@ def test_rows_that_changed_are_refused(tiny_folder, sentiment, tmp_path):
     data = Path(shutil.copytree(sentiment, tmp_path / "data"))
     config = make_config(settings(tiny_folder, data, tmp_path / "run"))
     stop_after(config, 5)
-    lines = (data / "train.jsonl").read_text().splitlines(keepends=True)
-    for changed in (lines[1:] + lines[:1], [*lines, lines[0]], lines[:-1]):
-        (data / "train.jsonl").write_text("".join(changed))
+    for name, edit in (
+        ("train.jsonl", lambda lines: lines[1:] + lines[:1]),
+        ("train.jsonl", lambda lines: [*lines, lines[0]]),
+        ("train.jsonl", lambda lines: lines[:-1]),
+        ("validation.jsonl", lambda lines: lines[::-1]),
+        ("task.yaml", lambda lines: [line.replace("it was", "it is") for line in lines]),
+    ):
+        before = (data / name).read_text()
+        (data / name).write_text("".join(edit(before.splitlines(keepends=True))))
         with pytest.raises(RunError, match=r"needs the rows the run began with, in their order"):
             train(config, resume=True)
-    (data / "train.jsonl").write_text("".join(lines))
+        (data / name).write_text(before)
     assert train(config, resume=True)["steps"] == 11
 
 
@@ -174,9 +178,8 @@ def test_watchers_may_change_over_a_resume_and_science_may_not(tiny_folder, sent
 
 def test_a_resume_under_other_versions_says_so(rich_config, tmp_path, caplog):
     stop_after(rich_config, 6)
-    manifest = RunReader(tmp_path / "run").manifest()
-    before = manifest.model_copy(update={"versions": manifest.versions | {"torch": "2.1"}})
-    write_json(tmp_path / "run/chain.json", encode_manifest(before))
+    before = RunReader(tmp_path / "run").manifest().versions
+    sign(tmp_path / "run", versions=before | {"torch": "2.1"})
     train(rich_config, resume=True)
     assert "the run was begun with torch 2.1, now 2." in caplog.text
     assert "transformers" not in caplog.text

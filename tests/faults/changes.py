@@ -1,4 +1,4 @@
-"""What changes between a run and its resume, numbers that are no numbers, killed experiments."""
+"""Numbers that are no numbers, signals at any moment, killed experiments."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import random
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,71 +19,6 @@ from chainlora import train
 from chainlora.config.schema import RunConfig
 from chainlora.experiments import make_experiment, run_cells
 from chainlora.runs.reading import RunReader
-
-# --- base, rows, tokenizer, config
-
-
-def _lines(text: bytes, order: Callable[[list[bytes]], list[bytes]]) -> bytes:
-    return b"".join(order(text.splitlines(keepends=True)))
-
-
-def _edited(text: bytes, **keys: Any) -> bytes:
-    return json.dumps(json.loads(text) | keys).encode()
-
-
-CHANGES: dict[str, tuple[str, Callable[[bytes], bytes]]] = {
-    "first rows swapped": ("data/train.jsonl", lambda b: _lines(b, lambda x: [x[1], x[0], *x[2:]])),
-    "rows reversed": ("data/train.jsonl", lambda b: _lines(b, lambda x: x[::-1])),
-    "a row before": ("data/train.jsonl", lambda b: _lines(b, lambda x: [x[-1], *x])),
-    "a row less": ("data/train.jsonl", lambda b: _lines(b, lambda x: x[1:])),
-    "a word of a row": ("data/train.jsonl", lambda b: b.replace(b"good ", b"bad ", 1)),
-    "validation rows reversed": ("data/validation.jsonl", lambda b: _lines(b, lambda x: x[::-1])),
-    "the task's prompt": ("data/task.yaml", lambda b: b.replace(b"it was", b"it is")),
-    "the task's labels": ("data/task.yaml", lambda b: b.replace(b'" good"', b'" cat"')),
-    "a bit of the first weight": (
-        "base/model.safetensors",
-        lambda b: (
-            b[: 8 + int.from_bytes(b[:8], "little")]
-            + bytes([b[8 + int.from_bytes(b[:8], "little")] ^ 1])
-            + b[9 + int.from_bytes(b[:8], "little") :]
-        ),
-    ),
-    "a bit of the last weight": ("base/model.safetensors", lambda b: b[:-1] + bytes([b[-1] ^ 1])),
-    "epsilon": ("base/config.json", lambda b: _edited(b, rms_norm_eps=1e-3)),
-    "activation": ("base/config.json", lambda b: _edited(b, hidden_act="gelu")),
-    "heads": ("base/config.json", lambda b: _edited(b, num_attention_heads=2)),
-    "two tokens": ("base/tokenizer.json", lambda b: b.replace(b'"cat"', b'"dog"')),
-    "padding": ("base/tokenizer_config.json", lambda b: _edited(b, pad_token="</s>")),
-}
-
-
-def changed_between(world: World) -> Iterator[tuple[str, Case]]:
-    """Yield cases of a file that changes between a kill and the resume: refused, and right again
-    when it is as it was. Killed inside a link, and just after a knot."""
-    last = len(world.operations) - 1
-    for name in CHANGES:
-        for place in (last // 3, last // 2):
-            yield f"{name}, killed at {place}", partial(_changed, world, name, place)
-
-
-def _changed(world: World, name: str, place: int) -> str:
-    file, edit = CHANGES[name]
-    path = (world.base if file.startswith("base/") else world.data) / Path(file).name
-    where = fresh(world.folder / "changed")
-    config = world.config(where)
-    live(partial(run, config), Injection(where, "kill", place))
-    content = path.read_bytes()
-    path.write_bytes(edit(content))
-    try:
-        if path.read_bytes() == content:
-            return "wrong: nothing was changed"
-        end = live(partial(run, config))
-    finally:
-        path.write_bytes(content)
-    if end.status != 1:
-        return f"wrong: {end.status} {end.message[-300:]}"
-    return repaired(world, where, end, refused=True)
-
 
 # --- numbers that are no numbers
 
@@ -234,6 +169,5 @@ def _killed_experiment(world: World, number: int, kind: str, scores: list[Any]) 
 MORE = {
     "experiment killed, torn or disk full at every file operation": of_experiments,
     "Ctrl-C or SIGTERM at any moment": at_any_moment,
-    "base, rows, tokenizer or task changed before a resume": changed_between,
     "weights, losses, gradients not finite": not_finite,
 }

@@ -61,7 +61,7 @@ def make_world(base: Path, data: Path, folder: Path) -> World:
     return World(base, data, folder, outcome(where / "run"), end.operations)
 
 
-def repaired(world: World, where: Path, end: End, *, refused: bool = False) -> str:
+def repaired(world: World, where: Path, end: End) -> str:
     """Resume as a user would, and compare."""
     if end.status == 2 or (end.status == 1 and "unexpected" in end.message):
         return f"wrong: {end.message[-600:]}"
@@ -71,7 +71,7 @@ def repaired(world: World, where: Path, end: End, *, refused: bool = False) -> s
     different = difference(world.whole, outcome(where / "run"))
     if different:
         return f"wrong: other {different}"
-    return "refused" if refused or end.status == 1 else "right"
+    return "refused" if end.status == 1 else "right"
 
 
 # --- killed, torn, without power, refused by the system, at every operation

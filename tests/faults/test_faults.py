@@ -18,7 +18,6 @@ from conftest import make_sentiment, make_tiny_folder
 from damage import base_flips, flips, whole_files
 from injection import Injection
 from lives import fresh, live, run
-from verbs import flips_by_verb
 
 FULL = bool(os.environ.get("CHAINLORA_FULL"))
 # Cases of each class; a life takes about a second, a damaged file a hundredth.
@@ -28,7 +27,6 @@ SAMPLES = {
     "power lost before every file operation": 3,
     "disk full from every file operation on": 2,
     "export killed or disk full at every file operation": 4,
-    "base, rows, tokenizer or task changed before a resume": 2,
     "weights, losses, gradients not finite": 2,
     "one flipped bit in a file of a finished run": 60,
     "file of a finished run cut, missing, swapped or extra": 60,
@@ -42,8 +40,6 @@ SLOW = {
     "two and three processes on one output": 2,
     "experiment killed, torn or disk full at every file operation": 3,
     "one flipped bit in a file of an unfinished run": 60,
-    "one flipped bit in a file of a finished run, by verb": 8,
-    "one flipped bit in a file of an unfinished run, by verb": 8,
     "file of an unfinished run cut, missing, swapped or extra": 60,
     "one flipped bit in the base": 60,
 }
@@ -74,7 +70,6 @@ def made(folder: Path) -> dict[str, Cases]:
     for kind, path in (("a finished", finished), ("an unfinished", stopped)):
         bit, scratch = f"one flipped bit in a file of {kind} run", fresh(folder / kind)
         found[bit] = flips(path, bits)
-        found[f"{bit}, by verb"] = flips_by_verb(world, path, 8 if FULL else 5)
         found[f"file of {kind} run cut, missing, swapped or extra"] = whole_files(path, scratch)
     found["one flipped bit in the base"] = base_flips(base, bits)
     return found

@@ -93,10 +93,8 @@ def _by_link(records: Iterable[Mapping[str, Any]], config: RunConfig) -> list[in
     return tokens
 
 
-def _digest(value: str | None) -> str | None:
+def _digest(value: str) -> str:
     """Return the first digits of a digest and what its definition calls itself, else 1."""
-    if value is None:
-        return None
     definition, _, digits = value.rpartition(":")
     return f"{definition or 1}:{digits[:_DIGITS]}"
 

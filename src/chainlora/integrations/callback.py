@@ -25,7 +25,7 @@ from chainlora.config.schema import ChainConfig, KnotConfig, LinkConfig
 from chainlora.errors import ChainError, ConfigError, RunError
 from chainlora.integrations import restarts
 from chainlora.integrations.launched import check_ranks, find_trainer_processes
-from chainlora.integrations.loaders import learned_a_row, steps_per_epoch
+from chainlora.integrations.loaders import learned_a_step, steps_per_epoch
 from chainlora.integrations.plan import Epochs, Lengths, check_knots, link_lengths
 from chainlora.integrations.wrapped_chain import WrappedChain
 from chainlora.knots.driver import Knots, check_policy
@@ -229,21 +229,15 @@ class ChainCallback(TrainerCallback):
         per_epoch = steps_per_epoch(loader, args)
         lengths = link_lengths(num_links, self.steps, self.epochs, state.max_steps, per_epoch)
         config, wrapped = self._chain_config(len(lengths)), self._need()
-        begun: Spacings = ()
+        soft: Spacings = ()
         if state.global_step and wrapped.numbers is not None:
-            begun = wrapped.numbers.knots  # of a resume
-        elif state.global_step and self.knots is not None:
-            logger.warning(
-                "the checkpoint does not say where its soft knots are (got one of version 0.2); "
-                "that is decided now"
-            )
-        soft = begun
-        if config.knots is not None and len(begun) < len(lengths):
+            soft = wrapped.numbers.knots  # of a resume
+        if config.knots is not None and len(soft) < len(lengths):
             learned = [math.nan] * len(lengths)
             if asks_for_tokens(config.knots):
-                learned = self._learned_a_step(config.links(), args, loader)
+                learned = self._learned(config.links(), args, loader)
                 say_what_to_expect(config.knots, lengths[0] * learned[0])
-            soft += spacings(config.knots, lengths, learned)[len(begun) :]
+            soft += spacings(config.knots, lengths, learned)[len(soft) :]
         wrapped.numbers = Numbers(tuple(lengths), soft[: len(lengths)])
         self._knots = Knots(
             wrapped.chain, config, wrapped.numbers, policy=self.policy, first=wrapped.first
@@ -256,17 +250,12 @@ class ChainCallback(TrainerCallback):
                 f"{ranks}); use optimizer_reset='full'"
             )
 
-    def _learned_a_step(
+    def _learned(
         self, links: Sequence[LinkConfig], args: TrainingArguments, loader: Any
     ) -> list[float]:
         """Return the tokens that a step learns, by trained parameter of each link."""
-        rows: float = (
-            args.train_batch_size * args.gradient_accumulation_steps * self._processes.count
-        )
-        if per_epoch := steps_per_epoch(loader, args):
-            rows = min(rows, len(loader.dataset) / per_epoch)  # the last step may have few
         with kept_random_state(self.chain.model):
-            a_step = rows * learned_a_row(loader)
+            a_step = learned_a_step(loader, args, self._processes.count)
         live: Any = self.chain.live
         return [a_step / num_trained(link.rank, live.layers) for link in links]
 

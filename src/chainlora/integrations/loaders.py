@@ -21,6 +21,14 @@ def steps_per_epoch(loader: Any, args: TrainingArguments) -> int | None:
     return max(math.ceil(batches / args.gradient_accumulation_steps), 1)
 
 
+def learned_a_step(loader: Any, args: TrainingArguments, num_processes: int) -> float:
+    """Return how many tokens an optimizer step teaches on average."""
+    rows: float = args.train_batch_size * args.gradient_accumulation_steps * num_processes
+    if per_epoch := steps_per_epoch(loader, args):
+        rows = min(rows, len(loader.dataset) / per_epoch)  # the last step may have few
+    return rows * learned_a_row(loader)
+
+
 def learned_a_row(loader: Any) -> float:
     """Return how many tokens a row teaches on average, by the labels that the collator gives to
     some rows.

@@ -5,12 +5,14 @@ layer_facts.py  what is known of a layer before a link goes on it
 targets.py      which modules a link adapts
 refusals.py     why a module, or what a link asks of it, is refused
 layers.py       a LoRA on a model: put on, read, written, taken off
+branch.py       a frozen low-rank sum beside it
 quantized.py    a base in few bits: prepared, and read as what it stands for
 peft_model.py   a chain inside PEFT's own model, for loops that know PEFT alone
 files.py        a link on disk, an ordinary PEFT adapter
 importing.py    a LoRA made elsewhere, as a link has it
 """
 
+from chainlora.chain.adapters.branch import carry
 from chainlora.chain.adapters.factors import Factors, padded
 from chainlora.chain.adapters.files import load_adapter, reload_adapter, save_adapter
 from chainlora.chain.adapters.importing import Imported, import_adapter
@@ -21,7 +23,6 @@ from chainlora.chain.adapters.layers import (
     attach,
     base_layer,
     base_parameters,
-    carry,
     copied_factors,
     detach,
     extra_parameters,

@@ -30,7 +30,6 @@ from chainlora.config.schema import LinkConfig
 from chainlora.errors import ModelError
 
 LIVE = "default"  # the name that PEFT gives, and that its users and TRL expect
-CARRIED = "carried"
 
 
 @dataclass
@@ -134,11 +133,12 @@ def attach(model: nn.Module, config: LinkConfig) -> Adapter:
         layer.lora_magnitude_vector.float()
     for module in adapter.extra.values():
         _train_in_float32(module)
-    _train_only(adapter)
+    train_only(adapter)
     return adapter
 
 
-def _train_only(adapter: Adapter) -> None:
+def train_only(adapter: Adapter) -> None:
+    """Let a LoRA be trained, and nothing else of its model."""
     for parameter in adapter.tuner.model.parameters():
         parameter.requires_grad_(False)
     for parameter in adapter.parameters():
@@ -295,76 +295,6 @@ def set_extra(model: nn.Module, adapter: Adapter | None, weights: Mapping[str, T
     with torch.no_grad():
         for path, weight in weights.items():
             (copies[path] if path in copies else model.get_parameter(path)).copy_(weight)
-
-
-def carry(adapter: Adapter, stacked: Mapping[str, Factors], room: int = 0) -> None:
-    """Hold a low-rank sum beside the base as one frozen branch, in place.
-
-    Scalings are folded into B and the bias. The branch has the rank of the sum, or `room` where
-    that is more, and keeps its tensors as long as that rank stays the same.
-    """
-    rank = max([factors.a.shape[0] for factors in stacked.values()] + [room])
-    with_bias = any(factors.bias is not None for factors in stacked.values())
-    if not _branch_fits(adapter, stacked, rank, with_bias):
-        modules = dict.fromkeys([*adapter.layers, *stacked])
-        _put_on_branch(adapter, list(modules), rank, with_bias)
-    for name, layer in adapter.branch.items():
-        _fill_branch(layer, stacked.get(name))
-
-
-def _branch_fits(
-    adapter: Adapter, stacked: Mapping[str, Factors], rank: int, with_bias: bool
-) -> bool:
-    there = [factors_in(layer, CARRIED) for layer in adapter.branch.values()]
-    room = max((each.a.shape[0] for each in there), default=0)
-    has_bias = any(each.bias is not None for each in there)
-    return rank == room and stacked.keys() <= adapter.branch.keys() and has_bias >= with_bias
-
-
-def _put_on_branch(adapter: Adapter, modules: list[str], rank: int, with_bias: bool) -> None:
-    tuner = adapter.tuner
-    if CARRIED in tuner.peft_config:
-        tuner.delete_adapter(CARRIED)
-        adapter.branch = {}
-    if not rank:
-        return
-    tuner.peft_config[CARRIED] = peft.LoraConfig(
-        r=rank,
-        lora_alpha=rank,
-        target_modules=modules,
-        init_lora_weights=True,
-        lora_bias=with_bias,
-    )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        tuner.inject_adapter(tuner.model, CARRIED)
-        tuner.set_adapter([CARRIED, LIVE])
-    adapter.branch = {
-        name: layer
-        for name, layer in lora_layers(tuner.model).items()
-        if CARRIED in layer.lora_A or CARRIED in layer.lora_embedding_A
-    }
-    for layer in adapter.branch.values():
-        for parameter in factors_in(layer, CARRIED):
-            if parameter is not None:
-                parameter.data = parameter.data.float()
-        layer.scaling[CARRIED] = 1.0
-    _train_only(adapter)
-
-
-@torch.no_grad()
-def _fill_branch(layer: Any, factors: Factors | None) -> None:
-    a, b, bias = factors_in(layer, CARRIED)
-    for parameter in (a, b, bias):
-        if parameter is not None:
-            parameter.zero_()
-    if factors is None:
-        return
-    rank = factors.a.shape[0]
-    a[:rank].copy_(factors.a)
-    b[:, :rank].copy_(factors.b)
-    if bias is not None and factors.bias is not None:
-        bias.copy_(factors.bias)
 
 
 def host(tensor: Tensor) -> Tensor:
