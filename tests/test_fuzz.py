@@ -20,12 +20,12 @@ from hypothesis import strategies as st
 from test_command_line_keys import keys
 
 from chainlora import inspect_run, load_config, make_config, train
-from chainlora.chain.adapters import load_adapter
+from chainlora.chain.adapters import import_adapter
 from chainlora.cli.main import run as command
 from chainlora.config.loading import dump_config
 from chainlora.config.schema import RunConfig
 from chainlora.config.yaml_text import parse_yaml
-from chainlora.errors import ChainLoRAError, ConfigError, RunError
+from chainlora.errors import ChainLoRAError, ConfigError
 from chainlora.runs.directory import RunDirectory
 
 KEYS = st.one_of(
@@ -136,6 +136,6 @@ def test_an_adapter_of_any_bytes_is_refused_or_read(pristine, data, tmp_path_fac
     name = data.draw(st.sampled_from(["adapter_config.json", "adapter_model.safetensors"]))
     (folder / name).write_bytes(damaged(data, (folder / name).read_bytes()))
     try:
-        load_adapter(folder)
-    except RunError as error:
+        import_adapter(folder)
+    except ChainLoRAError as error:
         check_error(error)

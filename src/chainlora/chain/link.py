@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from chainlora.chain.adapters import Factors
-from chainlora.chain.low_rank import delta_weight
 from chainlora.chain.showing import Shown
 from chainlora.config.schema import LinkConfig
 from chainlora.errors import ChainError
@@ -60,7 +59,7 @@ class Link:
 
     def delta_weight(self, module: str) -> Tensor:
         """Return ``c·s·B·A`` (out × in), float32: what the link adds to the weight."""
-        return delta_weight(self.factors[module].a, self.factors[module].b, self.scaling)
+        return self.scaling * (self.factors[module].b @ self.factors[module].a)
 
 
 def part_of(factors: Factors, rows: slice, bias_rows: slice, *, transposed: bool) -> Factors:

@@ -58,8 +58,8 @@ def factors_of(live: Live, adapter: Adapter, holding: Holding) -> tuple[dict[str
 def norm_of(adapter: Adapter) -> float:
     """Return ‖s·B·A‖_F over all modules, computed on the CPU: MPS has no float64."""
     parts = map(adapters.copied_factors, adapter.layers.values())
-    norms = [frobenius_norm([(part.a, part.b, adapter.config.scaling)]) for part in parts]
-    return math.sqrt(math.fsum(norm**2 for norm in norms))
+    norms = [frobenius_norm(part.a, part.b) for part in parts]
+    return adapter.config.scaling * math.sqrt(math.fsum(norm**2 for norm in norms))
 
 
 def state_of(adapter: Adapter, holding: Holding) -> dict[str, Tensor]:

@@ -1,9 +1,9 @@
-"""Linear algebra of low-rank sums ``Σ s_j · B_j · A_j``, from their factors alone.
+"""Linear algebra of low-rank products ``B·A``, from their factors alone.
 
-The dense out × in matrix is never formed. Stacked, the sum is ``B·A`` with B [out, R], A [R, in], R
-= Σ r_j; two thin QR decompositions leave a core no larger than R × R, which has the same singular
-values. All of it runs in float64 on the factors' device; a core of a few hundred columns costs
-nothing beside a training step.
+The dense out × in matrix is never formed: two thin QR decompositions leave a core no larger than
+rank × rank, which has the same singular values. A sum ``Σ s_j·B_j·A_j`` is such a product, its
+factors stacked (`chain.link.stack_links`). All of it runs in float64 on the factors' device; a core
+of a few hundred columns costs nothing beside a training step.
 """
 
 from __future__ import annotations
@@ -19,49 +19,40 @@ from torch.nn import functional
 _LEFT_OUT = 0.95  # of a tolerance; the rest is for rounding to float16, some 2e-4 of a sum
 _DECOMPOSED_WHOLE = 640  # shorter side; a full decomposition then takes well under a second
 
-Factor = tuple[Tensor, Tensor, float]  # (A [rank, in], B [out, rank], scaling)
+Pair = tuple[Tensor, Tensor]  # A [rank, in], B [out, rank]
 
 
-def delta_weight(a: Tensor, b: Tensor, scaling: float = 1.0) -> Tensor:
-    """Return ``scaling · B · A`` [out, in] for A [rank, in] and B [out, rank]."""
-    return scaling * (b @ a)
-
-
-def stack_factors(factors: Sequence[Factor]) -> tuple[Tensor, Tensor]:
-    """Return A [Σr, in] and B [out, Σr] with ``B·A = Σ s_j·B_j·A_j``, in float64."""
-    a = torch.cat([a.double() for a, _, _ in factors])
-    b = torch.cat([b.double() * scaling for _, b, scaling in factors], dim=1)
-    return a, b
-
-
-def singular_values_of_sum(factors: Sequence[Factor]) -> Tensor:
-    """Return the min(Σr, in, out) leading singular values of ``Σ s·B·A``, float64, descending."""
-    a, b = stack_factors(factors)
+def singular_values(a: Tensor, b: Tensor) -> Tensor:
+    """Return the min(rank, in, out) leading singular values of ``B·A``, float64, descending."""
+    a, b = a.double(), b.double()
     return torch.linalg.svdvals(torch.linalg.qr(b).R @ torch.linalg.qr(a.T).R.T)
 
 
-def frobenius_norm(factors: Sequence[Factor]) -> float:
-    """Return ``‖Σ s·B·A‖_F``; by QR it is accurate also where the terms nearly cancel."""
-    a, b = stack_factors(factors)
-    return float(torch.linalg.norm(torch.linalg.qr(b).R @ a))
+def frobenius_norm(a: Tensor, b: Tensor) -> float:
+    """Return ``‖B·A‖_F``."""
+    return float(torch.linalg.norm(torch.linalg.qr(b.double()).R @ a.double()))
 
 
-def compress_low_rank(factors: Sequence[Factor], rank: int) -> tuple[Tensor, Tensor, float]:
-    """Return ``(A, B, error)``: the best approximation ``B·A`` of ``Σ s·B·A`` in Frobenius norm.
+def _distance(one: Pair, other: Pair) -> float:
+    """Return ``‖B·A − B'·A'‖_F``; by QR it is accurate also where the two nearly cancel."""
+    a = torch.cat([one[0].double(), other[0].double()])
+    return frobenius_norm(a, torch.cat([one[1].double(), -other[1].double()], dim=1))
 
-    By Eckart–Young, the leading k = min(rank, Σr, in, out) singular triplets. A [k, in] and B
-    [out, k] have the dtype of the first A (float32 if that is narrower); the singular values are
-    split evenly between them, scaling is 1.
 
-    ``error`` is the relative error ‖Σ − B·A‖_F / ‖Σ‖_F of the factors as returned, their rounding
-    included; 0 for a sum of zero.
+def compress_low_rank(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
+    """Return ``(A, B, error)``: the best approximation of ``B·A`` in Frobenius norm.
+
+    By Eckart–Young, the leading k = min(rank, in, out) singular triplets. A [k, in] and B [out, k]
+    have the dtype of A as given (float32 if that is narrower); the singular values are split evenly
+    between them.
+
+    ``error`` is the relative error of the factors as returned, their rounding included; 0 for a
+    product of zero.
     """
-    a, b = stack_factors(factors)
-    dtype = torch.promote_types(factors[0][0].dtype, torch.float32)
-    new_a, new_b = (factor.to(dtype) for factor in best_of_rank(a, b, rank))
-    norm = frobenius_norm(factors)
-    error = frobenius_norm([(a, b, 1.0), (new_a, new_b, -1.0)]) / norm if norm > 0 else 0.0
-    return new_a, new_b, error
+    dtype = torch.promote_types(a.dtype, torch.float32)
+    found_a, found_b = (each.to(dtype) for each in best_of_rank(a.double(), b.double(), rank))
+    norm = frobenius_norm(a, b)
+    return found_a, found_b, _distance((a, b), (found_a, found_b)) / norm if norm > 0 else 0.0
 
 
 def best_of_rank(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -75,7 +66,7 @@ def best_of_rank(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 def compress_together(
     matrix: Callable[[str], Tensor], names: Sequence[str], tolerance: float
-) -> tuple[dict[str, tuple[Tensor, Tensor]], float]:
+) -> tuple[dict[str, Pair], float]:
     """Return low-rank factors of several dense matrices, all of one rank, and their relative error.
 
     The rank is the least that brings ``√(Σ‖M − B·A‖² / Σ‖M‖²)`` to `tolerance` or below. `matrix`
@@ -93,9 +84,7 @@ def compress_together(
     if not total:
         return pairs, 0.0
     narrow = {name: (a.half().float(), b.half().float()) for name, (a, b) in pairs.items()}
-    rounding = sum(
-        frobenius_norm([(*pairs[name], 1.0), (*narrow[name], -1.0)]) ** 2 for name in names
-    )
+    rounding = sum(_distance(pairs[name], narrow[name]) ** 2 for name in names)
     error = math.sqrt((tails[rank] + rounding) / total)
     if error <= tolerance:  # false for what is beyond float16 as well
         return narrow, error

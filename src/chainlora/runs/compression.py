@@ -14,7 +14,7 @@ import torch
 
 from chainlora.chain.adapters import Factors, padded
 from chainlora.chain.link import Link, stack_links
-from chainlora.chain.low_rank import compress_low_rank, singular_values_of_sum
+from chainlora.chain.low_rank import compress_low_rank, singular_values
 from chainlora.errors import ChainError
 
 
@@ -33,9 +33,7 @@ def adapter_factors(
     widest = max(share.a.shape[0] for share in stacked.values())
     if tolerance is None and (rank is None or rank >= widest):
         return {name: padded(share, rank or widest) for name, share in stacked.items()}, 0.0
-    spectra = {
-        name: singular_values_of_sum([(share.a, share.b, 1.0)]) for name, share in stacked.items()
-    }
+    spectra = {name: singular_values(share.a, share.b) for name, share in stacked.items()}
     total = sum(float((s**2).sum()) for s in spectra.values())
     longest = max(len(s) for s in spectra.values())
     if tolerance is not None:
@@ -47,7 +45,7 @@ def adapter_factors(
     compressed = {}
     squared = 0.0
     for name, share in stacked.items():
-        a, b, error = compress_low_rank([(share.a, share.b, 1.0)], rank)
+        a, b, error = compress_low_rank(share.a, share.b, rank)
         compressed[name] = padded(replace(share, a=a.float(), b=b.float()), rank)
         squared += (error**2) * float((spectra[name] ** 2).sum())
     return compressed, math.sqrt(squared / total) if total else 0.0

@@ -9,13 +9,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
 from chainlora.chain.link import Link
 from chainlora.config.schema import LinkConfig
 from chainlora.errors import RunError
-from chainlora.runs.links import load_tensors, read_checkpoint, read_partial
-from chainlora.runs.manifest import DAMAGED, INCOMPLETE, REFERENCE, Manifest, Progress
+from chainlora.runs.links import read_checkpoint, read_partial
+from chainlora.runs.manifest import DAMAGED, REFERENCE, Manifest, Progress
 from chainlora.runs.reading import RunReader, check_base
 
 
@@ -54,14 +55,8 @@ class RunInProgress(RunReader):
 
     def load_moments(self) -> dict[str, Tensor]:
         """Read the optimizer state that the last link's knot kept."""
-        name = self.current.moments
-        if name is None:
-            raise RunError(
-                "a run with optimizer_reset: prune must hold the moments of its last link",
-                f"none in {self.path}",
-                INCOMPLETE,
-            )
-        return load_tensors(self / name)
+        assert self.current.moments is not None
+        return load_file(self / self.current.moments)
 
     def load_reference(self) -> dict[str, Tensor] | None:
         """Read what the pairs of each split scored before the first step; None where it is due."""
@@ -76,7 +71,7 @@ class RunInProgress(RunReader):
                 f"those of {found} in {self.path}",
                 DAMAGED,
             )
-        return load_tensors(self / REFERENCE)
+        return load_file(self / REFERENCE)
 
     def load_best(self, index: int, config: LinkConfig, directory: str) -> Link:
         """Read the partial link of the best point."""

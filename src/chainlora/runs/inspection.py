@@ -14,7 +14,7 @@ from torch.nn import functional
 from chainlora.chain.link import Link, stack_links
 from chainlora.chain.low_rank import (
     effective_rank,
-    singular_values_of_sum,
+    singular_values,
     stable_rank,
     subspace_overlap,
 )
@@ -110,10 +110,7 @@ def _is_low_rank(link: Link) -> bool:
 
 def _spectra(links: Sequence[Link]) -> dict[str, Tensor]:
     """Return the singular values of what the links add up to, by module."""
-    return {
-        name: singular_values_of_sum([(pair.a, pair.b, 1.0)])
-        for name, pair in stack_links(links).items()
-    }
+    return {name: singular_values(pair.a, pair.b) for name, pair in stack_links(links).items()}
 
 
 def _sizes(spectra: Iterable[Tensor]) -> dict[str, float]:

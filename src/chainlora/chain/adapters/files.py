@@ -97,12 +97,11 @@ def _names(share: Factors) -> tuple[str, str]:
     return _OF_EMBEDDING if share.of_embedding else _OF_LINEAR
 
 
-def load_adapter(directory: Path) -> tuple[dict[str, Factors], dict[str, Tensor], dict[str, Any]]:
-    """Read a saved adapter: factors by module, extra weights by parameter path, PEFT's config.
+def load_adapter(directory: Path) -> tuple[dict[str, Factors], dict[str, Tensor]]:
+    """Read a saved adapter: factors by module, extra weights by parameter path.
 
     Raises RunError unless it is whole: every module has both factors, of one rank.
     """
-    config = read_config(directory)
     with _whole(directory):
         tensors = load_file(directory / _WEIGHTS)
     tensors = {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()}
@@ -128,7 +127,7 @@ def load_adapter(directory: Path) -> tuple[dict[str, Factors], dict[str, Tensor]
     left = [name for name in tensors if ".lora_" in name]
     if left:
         raise damaged(directory, f"{left[0]} without its factors")
-    return factors, tensors, config
+    return factors, tensors
 
 
 def read_config(directory: Path) -> dict[str, Any]:

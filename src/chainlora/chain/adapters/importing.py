@@ -83,9 +83,10 @@ class Imported:
 
 def import_adapter(folder: Path) -> Imported:
     """Read an adapter that PEFT has saved. Raises ModelError for what cannot become a link."""
-    _check_fields(read_config(folder), folder)
+    stored = read_config(folder)
+    _check_fields(stored, folder)
     _refuse_pickle(folder)
-    factors, beside, stored = load_adapter(folder)
+    factors, beside = load_adapter(folder)
     try:
         names = tuple(stored.get("modules_to_save") or ())
         whole = {path: module for path in beside if (module := _saved_module(path, names))}
