@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import peft
@@ -25,14 +24,13 @@ def test_the_loop_of_somebody_else_in_python_md_runs(tiny_folder, tmp_path, caps
     assert "'rank': 4" in printed
 
 
-@pytest.fixture(scope="module")
-def of_trainer_md(tiny_folder, tmp_path_factory) -> dict[str, Any]:
-    """All blocks of docs/trainer.md, run in order; what they leave behind."""
+@pytest.mark.slow
+def test_trainer_md_runs(tiny_folder, tmp_path):
+    """All its blocks in order, and what they leave behind."""
     pytest.importorskip("trl", reason="TRL is an extra: pip install 'chainlora[trl]'")
-    output = tmp_path_factory.mktemp("trainer")
     names: dict[str, Any] = {
         "model": str(tiny_folder),
-        "output": str(output),
+        "output": str(tmp_path),
         "conversations": [
             [
                 {"role": "user", "content": f"the {word} sat"},
@@ -52,14 +50,7 @@ def of_trainer_md(tiny_folder, tmp_path_factory) -> dict[str, Any]:
         for config in ("SFTConfig(", "DPOConfig("):  # TRL's bfloat16 wants a GPU, or to be told
             block = block.replace(f"args={config}", f"args={config}use_cpu=True, ")
         exec(block, names)
-    return names
-
-
-@pytest.mark.slow
-def test_trainer_md_runs(of_trainer_md):
-    names = of_trainer_md
-    final = Path(names["output"]) / "sft/final"
-    assert (final / "adapter_model.safetensors").is_file()
+    assert (tmp_path / "sft/final/adapter_model.safetensors").is_file()
     assert isinstance(names["loaded"], peft.PeftModel)
     chain = names["chain"]
     assert ([link.num_steps for link in chain.links], chain.live_steps) == ([2], 2)

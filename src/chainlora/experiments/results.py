@@ -87,20 +87,11 @@ def experiment_line(experiment: Experiment) -> dict[str, Any]:
     }
 
 
-def choice_line(record: Mapping[str, Any]) -> dict[str, Any]:
-    return {"format": FORMAT, "kind": "choice"} | dict(record)
-
-
 def cell_line(cell: Cell, result: Mapping[str, Any]) -> dict[str, Any]:
     """Return the line of a cell from its labels and its ``result.json``."""
     values = ("cell", cell.id, cell.phase, cell.task, cell.method, cell.seed, dict(cell.point))
     labels = {"format": FORMAT} | dict(zip(LABELS, values, strict=True))
     return labels | {key: value for key, value in result.items() if key != "format"}
-
-
-def result_of(line: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the ``result.json`` that a cell's line was made from."""
-    return {key: value for key, value in line.items() if key not in LABELS}
 
 
 def write_results(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
@@ -200,8 +191,12 @@ def _checked(where: str, line: dict[str, Any]) -> dict[str, Any]:
 
 
 def results_by_id(paths: Iterable[str | Path]) -> dict[str, dict[str, Any]]:
-    """Return the results of cells in results files, by id. Raises RunError: damaged."""
-    return {line["cell"]: result_of(line) for path in paths for line in read_results(path).cells}
+    """Return the ``result.json`` of cells in results files, by id. Raises RunError: damaged."""
+    return {
+        line["cell"]: {key: value for key, value in line.items() if key not in LABELS}
+        for path in paths
+        for line in read_results(path).cells
+    }
 
 
 # --- what lines must hold: keys that code relies on; others pass, for later versions ---

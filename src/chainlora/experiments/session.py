@@ -18,11 +18,11 @@ from chainlora.experiments.expansion import Cell, Expansion, Pair, Point
 from chainlora.experiments.measure import with_curve
 from chainlora.experiments.results import (
     FILE,
+    FORMAT,
     Results,
     cell_line,
     check_alike,
     check_format,
-    choice_line,
     experiment_line,
     parse_object,
     results_by_id,
@@ -136,7 +136,7 @@ class Session:
         """Return the results so far, as a report reads them."""
         known = [cell for phase in ("tune", "final") for cell in self.cells(phase)]
         lines = [cell_line(cell, result) for cell, result in self._done(known)]
-        choices = [choice_line(record) for record in self.choices()]
+        choices = [{"format": FORMAT, "kind": "choice"} | record for record in self.choices()]
         return Results(experiment_line(self.experiment), choices, lines)
 
     # --- what comes next ---

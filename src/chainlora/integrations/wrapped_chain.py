@@ -82,7 +82,8 @@ class WrappedChain:
         self._dropouts = get_dropouts(model.get_base_model())
         earlier: Chain | None = vars(model).get(_CHAIN)
         trained = read_trained(model) if earlier is None else None
-        is_fresh = trained is None and not (earlier is not None and _has_learned(earlier))
+        has_links = earlier is not None and (bool(earlier.links) or earlier.live_steps > 0)
+        is_fresh = trained is None and not has_links
         if start.links and not is_fresh:
             raise ConfigError(
                 "`start` needs a model with a fresh adapter",
@@ -204,10 +205,6 @@ def _warn_of_vocabulary(model: Any, folder: Path, config: LinkConfig) -> None:
             "chain holds them; save the resized model by save_pretrained, and begin on that",
             *(now, before, folder),
         )
-
-
-def _has_learned(chain: Chain) -> bool:
-    return bool(chain.links) or chain.live_steps > 0
 
 
 def _brought_to_an_end(chain: Chain) -> Chain:

@@ -67,7 +67,10 @@ def apply_recipe(tree: Mapping[str, Any]) -> dict[str, Any]:
     tree = dict(tree)
     if "recipe" not in tree:
         return tree
-    recipe = _read_recipe(tree.pop("recipe") or {})
+    try:
+        recipe = Recipe.model_validate(tree.pop("recipe") or {})
+    except ValidationError as error:
+        raise ConfigError(problems(error, Recipe, "recipe.")) from None
     chain = dict(tree.get("chain") or {})
     twice = [key for key in ("ranks", "epochs", "steps") if key in chain]
     if twice:
@@ -83,13 +86,6 @@ def apply_recipe(tree: Mapping[str, Any]) -> dict[str, Any]:
         chain[unit] = split_total(total, len(ranks), recipe.shares)
         chain |= _alpha(recipe, chain)
     return tree | {"chain": chain}
-
-
-def _read_recipe(values: Mapping[str, Any]) -> Recipe:
-    try:
-        return Recipe.model_validate(values)
-    except ValidationError as error:
-        raise ConfigError(problems(error, Recipe, "recipe.")) from None
 
 
 def _alpha(recipe: Recipe, chain: Mapping[str, Any]) -> dict[str, Any]:
@@ -116,15 +112,11 @@ def split_total(total: float, links: int, shares: Sequence[float] | None = None)
     the total is an integer number of steps.
     """
     if shares is not None:
-        return _split_by_shares(total, shares)
+        ends = [total * sum(shares[: k + 1]) / sum(shares) for k in range(len(shares))]
+        if isinstance(total, int):
+            ends = [round(end) for end in ends]
+        return [end - begin for begin, end in zip([0, *ends], ends, strict=False)]
     if total == int(total) and total >= links:
         whole, rest = divmod(int(total), links)
         return [whole + (index < rest) for index in range(links)]
     return [total / links] * links
-
-
-def _split_by_shares(total: float, shares: Sequence[float]) -> list[float]:
-    ends = [total * sum(shares[: k + 1]) / sum(shares) for k in range(len(shares))]
-    if isinstance(total, int):
-        ends = [round(end) for end in ends]
-    return [end - begin for begin, end in zip([0, *ends], ends, strict=False)]

@@ -108,8 +108,9 @@ def _families(results: Results, value: Value, tasks: Sequence[str]) -> list[tupl
         for method, rival in pairs
     }
     single = {key: list(found.values()) for key, found in by_task.items()}
-    pooled: Family = {}
-    if len(tasks) > 1 and _poolable(results, tasks):
+    metrics, pooled = _metrics(results), Family()
+    is_alike = len({is_higher_better(metrics[task]) for task in tasks if task in metrics}) == 1
+    if len(tasks) > 1 and is_alike:
         for method, rival in pairs:
             own = [by_task[task, method, rival] for task in tasks]
             pooled[OVERALL, method, rival] = _pool(own)
@@ -118,11 +119,6 @@ def _families(results: Results, value: Value, tasks: Sequence[str]) -> list[tupl
     alone = {key: last.pop(key) for key in list(last) if key[1:] == primary}
     families = ((single, False), (pooled, False), (alone, True))
     return [(family, is_primary) for family, is_primary in families if family]
-
-
-def _poolable(results: Results, tasks: Sequence[str]) -> bool:
-    metrics = _metrics(results)
-    return len({is_higher_better(metrics[task]) for task in tasks if task in metrics}) == 1
 
 
 def _metrics(results: Results) -> dict[str, str]:
