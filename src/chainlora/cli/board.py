@@ -8,21 +8,18 @@ from pathlib import Path
 
 import click
 
-from chainlora.cli.common import HELP, need_run, quiet
+from chainlora.cli.common import need_run, quiet
 from chainlora.errors import ConfigError
 
 
-@click.command(context_settings=HELP)
+@click.command
 @click.argument("runs", metavar="RUN [RUN ...]", nargs=-1, required=True, type=click.Path())
 @click.option(
     "--host",
     default="127.0.0.1",
-    show_default=True,
     help="Address to serve at. Whoever reaches it can mix, save and export.",
 )
-@click.option(
-    "--port", type=click.IntRange(1, 65535), default=None, help="Default: 7860, or the next free."
-)
+@click.option("--port", type=click.IntRange(1, 65535), help="Default: 7860, or the next free.")
 def board(runs: tuple[str, ...], host: str, port: int | None) -> None:
     """Watch runs in a browser while they train, and mix their stages while you talk to them.
 

@@ -26,7 +26,6 @@ from chainlora.errors import ConfigError, FileError, RunError
 if TYPE_CHECKING:
     from chainlora.runs.reading import Address
 
-HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 GUARDED = 3  # a new stage was switched off for what earlier ones would lose
 SIGNALLED = 128  # and the signal's number: the exit status, as shells have it
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -35,12 +34,11 @@ json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print exactly one JSON object on stdout."
 )
 links_option = click.option(
-    "--links", type=click.IntRange(min=0), default=None, help="The chain as it was after K links."
+    "--links", type=click.IntRange(min=0), help="The chain as it was after K links."
 )
 stages_option = click.option(
     "--stages",
     metavar="NAME[=STRENGTH],...",
-    default=None,
     help="The chain with these stages alone, all others switched off.",
 )
 dtype_option = click.option(
@@ -155,6 +153,8 @@ class Verbs(click.Group):
 
 class WithKeys(click.Command):
     """A command whose options go on in the keys of a config."""
+
+    ignore_unknown_options = True
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
         """Offer options, and where a word begins like one, keys too."""

@@ -6,17 +6,16 @@ from pathlib import Path
 
 import click
 
-from chainlora.cli.common import HELP, to_stderr
+from chainlora.cli.common import to_stderr
 from chainlora.errors import ConfigError
 
 
-@click.command(name="convert-config", context_settings=HELP)
+@click.command(name="convert-config")
 @click.argument("file", required=False, type=click.Path())
 @click.option(
     "--processes",
     type=click.IntRange(min=1),
     default=1,
-    show_default=True,
     help="How many devices it was trained on: most tools count the rows of a batch by device.",
 )
 @click.option("--keys", is_flag=True, help="Print the table of known keys instead.")

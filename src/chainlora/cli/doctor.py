@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from chainlora.cli.common import HELP, json_option, print_json, quiet
+from chainlora.cli.common import json_option, print_json, quiet
 
 # Package → what it is for, and the extra that brings it.
 _OPTIONAL = {
@@ -31,7 +31,7 @@ _FAST_PATHS = (
 )
 
 
-@click.command(context_settings=HELP)
+@click.command
 @click.argument("model", required=False)
 @json_option
 def doctor(model: str | None, as_json: bool) -> None:

@@ -8,7 +8,6 @@ from typing import Any, Literal
 import click
 
 from chainlora.cli.common import (
-    HELP,
     check_run_or_model,
     chosen_state,
     complete_presets,
@@ -24,30 +23,26 @@ from chainlora.cli.common import (
 )
 
 
-@click.command(name="eval", context_settings=HELP)
+@click.command(name="eval")
 @click.argument("run_or_model", metavar="RUN|MODEL", type=click.Path())
 @click.option(
     "--task",
-    default=None,
     shell_complete=complete_presets("data/tasks"),
     help="Task name (see `chainlora tasks`) or a task file. Default: the run's own rows.",
 )
 @click.option(
     "--data",
     type=click.Path(),
-    default=None,
     help="One file of rows, or the task's folder. Default: the run's own, or from the Hub.",
 )
 @click.option(
     "--split",
-    default=None,
     show_default="validation",
     help="Which rows of the task or the run.",
 )
 @click.option(
     "--limit",
     type=click.IntRange(min=1),
-    default=None,
     help="Only the first N rows, in file order.",
 )
 @links_option
@@ -57,13 +52,11 @@ from chainlora.cli.common import (
     "--speedups",
     type=click.Choice(["auto", "off"]),
     default="auto",
-    show_default=True,
     help="off: plain transformers, without packing, faster forwards or threads.",
 )
 @click.option(
     "--predictions",
     type=click.Path(dir_okay=False),
-    default=None,
     help="Write what each row scored to this file, as JSONL.",
 )
 @click.option(
@@ -76,30 +69,26 @@ from chainlora.cli.common import (
 def evaluate(
     run_or_model: str,
     task: str | None,
-    data: str | None,
     split: str | None,
-    limit: int | None,
     links: int | None,
     stages: str | None,
-    dtype: str | None,
     speedups: Literal["auto", "off"],
-    predictions: str | None,
     matrix: bool,
     as_json: bool,
+    **options: Any,
 ) -> None:
     """Score a run or a model on a task or on rows.
 
     A run without --task and --data is scored on the rows that it was configured with.
     """
     if matrix:
-        given = {"task": task, "data": data, "limit": limit, "links": links, "stages": stages}
-        others = given | {"split": split, "dtype": dtype, "predictions": predictions}
-        _score_matrix(run_or_model, speedups, as_json, **others)
+        others = {"task": task, "split": split, "links": links, "stages": stages}
+        _score_matrix(run_or_model, speedups, as_json, **others, **options)
         return
     from chainlora.data.tasks import load_task
 
     check_run_or_model(run_or_model, links, stages)
-    if task is None and data is None and not is_run(run_or_model):
+    if task is None and options["data"] is None and not is_run(run_or_model):
         what = "is none" if os.path.exists(run_or_model) else "does not exist"
         raise click.UsageError(
             "Missing option '--task' or '--data': only a run has its own rows, and "
@@ -114,14 +103,11 @@ def evaluate(
         result = evaluate_task(
             chosen_state(run_or_model, stages),
             chosen,
-            data=data,
             split=split or "validation",
-            limit=limit,
             num_links=links,
-            dtype=dtype,
-            predictions=predictions,
             speedups=speedups,
             progress=progress,
+            **options,
         )
     shown = ", ".join(f"{name} {value:.4f}" for name, value in result["metrics"].items())
     name = " ".join(filter(None, (result["task"], result["split"])))

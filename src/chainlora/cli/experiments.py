@@ -34,14 +34,12 @@ _WORKERS = click.option(
     metavar="N",
     type=click.IntRange(min=1),
     default=1,
-    show_default=True,
     help="Cells at a time, each a process; threads are divided among them.",
 )
 _BACKEND = click.option(
     "--backend",
     type=click.Choice(["local", "inline"]),
     default="local",
-    show_default=True,
     help="local: a process a cell; inline: all in this process.",
 )
 _OUTPUT = click.option(
@@ -96,7 +94,6 @@ def experiment() -> None:
 @click.argument("arguments", metavar=_FILE, nargs=-1, type=click.Path())
 @click.option(
     "--output",
-    default=None,
     type=click.Path(file_okay=False),
     help="Folder of an earlier run, whose results count as measured.",
 )
@@ -104,7 +101,6 @@ def experiment() -> None:
 @click.option(
     "--difference",
     type=float,
-    default=None,
     help="A difference to find (points, or a loss): how many pairs that needs.",
 )
 @json_option
@@ -141,9 +137,7 @@ def plan(
 @_OUTPUT
 @_WORKERS
 @_BACKEND
-@click.option(
-    "--max-cells", type=click.IntRange(min=1), default=None, help="Stop after so many cells."
-)
+@click.option("--max-cells", type=click.IntRange(min=1), help="Stop after so many cells.")
 @_REUSE
 @json_option
 def run(arguments: tuple[str, ...], output: str, as_json: bool, **options: Any) -> None:
@@ -177,7 +171,6 @@ def run(arguments: tuple[str, ...], output: str, as_json: bool, **options: Any) 
 @click.option(
     "--output",
     type=click.Path(file_okay=False),
-    default=None,
     help="Default: the results' own folder.",
 )
 @json_option
@@ -193,7 +186,7 @@ def report(results: str, output: str | None, as_json: bool) -> None:
     _show_report(report_experiment(results, output), as_json)
 
 
-@click.command(cls=WithKeys, context_settings={"ignore_unknown_options": True})
+@click.command(cls=WithKeys)
 @keys_argument("CONFIG")
 @click.option(
     "--methods",
@@ -205,19 +198,15 @@ def report(results: str, output: str | None, as_json: bool) -> None:
     "--seeds",
     type=click.IntRange(min=1),
     default=6,
-    show_default=True,
     help="Number of paired seeds: six can decide one comparison, seven two or three.",
 )
 @click.option(
-    "--learning-rates",
-    default="",
-    help="Comma-separated; chosen on validation rows for each method.",
+    "--learning-rates", help="Comma-separated; chosen on validation rows for each method."
 )
 @click.option(
     "--extend",
     type=click.IntRange(min=0),
     default=0,
-    show_default=True,
     help="Rates added beyond each end of --learning-rates while the best is that end.",
 )
 @_OUTPUT
@@ -228,7 +217,7 @@ def compare(
     arguments: tuple[str, ...],
     methods: str,
     seeds: int,
-    learning_rates: str,
+    learning_rates: str | None,
     extend: int,
     output: str,
     as_json: bool,
@@ -245,7 +234,7 @@ def compare(
     from chainlora.experiments import experiment_progress
 
     file, keys = file_and_overrides(list(arguments))
-    rates = _rates(learning_rates)
+    rates = _rates(learning_rates or "")
     if extend and not rates:
         raise click.UsageError("--extend goes with --learning-rates (got none)")
     quiet()

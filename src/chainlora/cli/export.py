@@ -8,7 +8,6 @@ from typing import Any
 import click
 
 from chainlora.cli.common import (
-    HELP,
     check_run_or_model,
     chosen_state,
     json_option,
@@ -20,7 +19,7 @@ from chainlora.cli.common import (
 )
 
 
-@click.command(context_settings=HELP)
+@click.command
 @click.argument("run", type=click.Path())
 @click.option(
     "--to",
@@ -34,22 +33,17 @@ from chainlora.cli.common import (
 @click.option(
     "--rank",
     type=int,
-    default=None,
     help="Rank of the adapter. Below the chain's it is compressed, above it filled with zeros.",
 )
-@click.option(
-    "--tolerance", type=float, default=None, help="Compress the adapter to this relative error."
-)
+@click.option("--tolerance", type=float, help="Compress the adapter to this relative error.")
 @click.option(
     "--quantize",
     type=click.Choice(["nf4"]),
-    default=None,
     help="Quantise the merged weights, and say what of the update that loses.",
 )
 @click.option(
     "--gguf-type",
     type=click.Choice(["f32", "f16", "bf16", "q8_0"]),
-    default=None,
     help="What weights in a GGUF file are stored as. Default: as the run has them.",
 )
 @links_option
@@ -58,21 +52,18 @@ from chainlora.cli.common import (
     "--push-to-hub",
     "repository",
     metavar="OWNER/NAME",
-    default=None,
     help="Also upload the export to this repository of the Hub, with a card about the chain.",
 )
 @click.option("--private", is_flag=True, help="Make the repository private, if it is a new one.")
 @click.option(
     "--base-name",
     metavar="HUB_ID",
-    default=None,
     help="Name of the base in card and adapter. Default: as the run's config has it.",
 )
 @click.option(
     "--license",
     "licence",
     metavar="ID",
-    default=None,
     help="License that the card states, such as apache-2.0. Default: none.",
 )
 @json_option

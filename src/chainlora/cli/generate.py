@@ -13,7 +13,6 @@ import click
 
 from chainlora import files
 from chainlora.cli.common import (
-    HELP,
     check_run_or_model,
     chosen_state,
     dtype_option,
@@ -43,7 +42,6 @@ def _speaking_options(command: Callable[..., None]) -> Callable[..., None]:
         click.option(
             "--max-new-tokens",
             type=click.IntRange(min=1),
-            default=None,
             help=f"Most tokens of an answer. Default: {_MOST}; of `generate` twice the longest "
             "completion of the run's rows, if that is less.",
         ),
@@ -51,17 +49,15 @@ def _speaking_options(command: Callable[..., None]) -> Callable[..., None]:
             "--temperature",
             type=click.FloatRange(min=0),
             default=0.0,
-            show_default=True,
             help="0 takes the likeliest token; above it, tokens are drawn.",
         ),
         click.option(
             "--top-p",
             type=click.FloatRange(min=0, max=1, min_open=True),
             default=1.0,
-            show_default=True,
             help="Draw from the likeliest tokens that together have this probability.",
         ),
-        click.option("--seed", type=int, default=0, show_default=True, help="Seed of the draws."),
+        click.option("--seed", type=int, default=0, help="Seed of the draws."),
         dtype_option,
     )
     for option in reversed(options):
@@ -69,9 +65,9 @@ def _speaking_options(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
-@click.command(context_settings=HELP)
+@click.command
 @_speaking_options
-@click.option("--prompt", default=None, help="Text to continue; else it is read from stdin.")
+@click.option("--prompt", help="Text to continue; else it is read from stdin.")
 @json_option
 def generate(run_or_model: str, prompt: str | None, as_json: bool, **keys: Any) -> None:
     """Continue a text with a run or a model.
@@ -104,9 +100,9 @@ def generate(run_or_model: str, prompt: str | None, as_json: bool, **keys: Any) 
         )
 
 
-@click.command(context_settings=HELP)
+@click.command
 @_speaking_options
-@click.option("--system", default=None, help="A system message before the conversation.")
+@click.option("--system", help="A system message before the conversation.")
 @click.option(
     "--tools", "tools_file", type=click.Path(), help="JSON file: a list of schemas of functions."
 )

@@ -17,7 +17,7 @@ import click
 
 from chainlora import __version__
 from chainlora.cli.board import board
-from chainlora.cli.common import HELP, SIGNALLED, Verbs, is_first_process, prepare_streams
+from chainlora.cli.common import SIGNALLED, Verbs, is_first_process, prepare_streams
 from chainlora.cli.convert import convert_config
 from chainlora.cli.doctor import doctor
 from chainlora.cli.evaluate import evaluate
@@ -41,6 +41,12 @@ from chainlora.errors import (
 )
 from chainlora.files import file_error
 
+# All commands inherit these.
+_SETTINGS = {
+    "help_option_names": ["-h", "--help"],
+    "max_content_width": 110,
+    "show_default": True,
+}
 _FIRST_STEPS = """\b
 First steps:
   chainlora demo               a chain of two links, and a page about it
@@ -133,7 +139,7 @@ def _fail(message: str, debug: bool) -> int:
     return 1
 
 
-@click.group(cls=Verbs, context_settings=HELP, epilog=_FIRST_STEPS)
+@click.group(cls=Verbs, context_settings=_SETTINGS, epilog=_FIRST_STEPS)
 @click.version_option(__version__, prog_name="chainlora")
 @click.option("--debug", is_flag=True, help="Show tracebacks and debug logs (may stand anywhere).")
 @click.pass_context

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 from chainlora.cli.common import (
-    HELP,
     json_option,
     need_run,
     picture_if_possible,
@@ -16,7 +17,7 @@ from chainlora.cli.common import (
 )
 
 
-@click.command(context_settings=HELP)
+@click.command
 @click.argument("run", type=click.Path())
 @json_option
 def inspect(run: str, as_json: bool) -> None:
@@ -42,18 +43,16 @@ def inspect(run: str, as_json: bool) -> None:
         show_inspection(found)
 
 
-@click.command(context_settings=HELP)
+@click.command
 @click.argument("runs", metavar="RUN [RUN ...]", nargs=-1, required=True, type=click.Path())
 @click.option(
     "--output",
     type=click.Path(dir_okay=False),
-    default=None,
     help="File to write. Default: report.html, in RUN, or here for several.",
 )
 @click.option(
     "--prompts",
     metavar="N|FILE",
-    default=None,
     help="Show answers after 0, 1, ... links: to the first N rows of the run's own data, or to a "
     "file's prompts (one a line, or JSONL rows with a `prompt`). Loads the model.",
 )
@@ -61,17 +60,10 @@ def inspect(run: str, as_json: bool) -> None:
     "--max-new-tokens",
     type=click.IntRange(min=1),
     default=32,
-    show_default=True,
     help="Most tokens of an answer.",
 )
 @json_option
-def report(
-    runs: tuple[str, ...],
-    output: str | None,
-    prompts: str | None,
-    max_new_tokens: int,
-    as_json: bool,
-) -> None:
+def report(runs: tuple[str, ...], output: str | None, as_json: bool, **options: Any) -> None:
     """Write one HTML file about one run or several.
 
     It has curves, what each link became and received, costs, config and versions; several runs
@@ -82,11 +74,5 @@ def report(
     quiet()
     from chainlora.reports.run_report import report_runs
 
-    written = report_runs(
-        runs,
-        output,
-        prompts=prompts,
-        max_new_tokens=max_new_tokens,
-        progress=to_stderr,
-    )
+    written = report_runs(runs, output, progress=to_stderr, **options)
     show(written, f"{written['output']} ({written['bytes'] / 1000:.0f} kB)", as_json)

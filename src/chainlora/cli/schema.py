@@ -6,10 +6,8 @@ import json
 
 import click
 
-from chainlora.cli.common import HELP
 
-
-@click.command(context_settings=HELP)
+@click.command
 @click.option("--markdown", is_flag=True, help="Print a list to read instead.")
 def schema(markdown: bool) -> None:
     """Print the JSON Schema of a config, for editors.

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 import click
 
 from chainlora.cli.common import (
-    HELP,
     WithKeys,
     json_option,
     keys_argument,
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
     from chainlora.evaluation.stages import StageMatrix
 
 
-@click.command(cls=WithKeys, context_settings=HELP | {"ignore_unknown_options": True})
+@click.command(cls=WithKeys)
 @keys_argument("RUN[@STAGE] [STAGE.yaml] --name NAME")
 @click.option("--resume", is_flag=True, hidden=True, help="As `train` has it: it always goes on.")
 @click.option("--dry-run", is_flag=True, help="Say what would be trained, and train nothing.")
@@ -56,7 +55,7 @@ def extend(arguments: tuple[str, ...], resume: bool, dry_run: bool, as_json: boo
     train_and_show(extension(words[0], section, overrides), overrides, dry_run, as_json)
 
 
-@click.command(context_settings=HELP)
+@click.command
 @click.argument("run", type=click.Path())
 @click.argument("strengths", metavar="[STAGE=STRENGTH]...", nargs=-1)
 @click.option("--best", is_flag=True, help="Search the strengths of the best average.")
@@ -121,7 +120,7 @@ def show_matrix(matrix: StageMatrix, echo: Callable[[str], object] = click.echo)
         echo(str(matrix))
 
 
-@click.command(context_settings=HELP)
+@click.command
 @click.argument("run", type=click.Path())
 @click.argument("stage")
 @click.option("--yes", is_flag=True, help="Delete it. Without, say what would be deleted.")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import click
 
-from chainlora.cli.common import HELP, complete_presets, json_option, print_json
+from chainlora.cli.common import complete_presets, json_option, print_json
 
 
-@click.command(context_settings=HELP)
+@click.command
 @click.argument("name", required=False, shell_complete=complete_presets("data/tasks"))
 @json_option
 def tasks(name: str | None, as_json: bool) -> None:

@@ -13,7 +13,6 @@ import click
 
 from chainlora.cli.common import (
     GUARDED,
-    HELP,
     SIGNALLED,
     WithKeys,
     file_and_overrides,
@@ -37,7 +36,7 @@ if TYPE_CHECKING:
 Result = TypeVar("Result")
 
 
-@click.command(cls=WithKeys, context_settings=HELP | {"ignore_unknown_options": True})
+@click.command(cls=WithKeys)
 @keys_argument("CONFIG")
 @click.option(
     "--resume",
@@ -260,8 +259,8 @@ def _show_scores(result: TrainResult, prefix: str = "") -> None:
     )
 
 
-@click.command(context_settings=HELP)
-@click.option("--output", default="demo-run", show_default=True, help="Run directory to write.")
+@click.command
+@click.option("--output", default="demo-run", help="Run directory to write.")
 @json_option
 def demo(output: str, as_json: bool) -> None:
     """Fine-tune a 135M model on headlines, then on a second data set, in minutes.
