@@ -147,7 +147,8 @@ def test_a_number_that_no_key_can_mean_is_refused_by_name(key):
         ("chain: {ranks: [8, 4], steps: [1, 1]}\ntrain: {optimizer_reset: prune}", "all ranks"),
         ("train: {keep_best: true, eval_at_knots: false}", "compare the knots"),
         ("train: {keep_best: true, accept_links: better}", "both choose what is kept"),
-        ("train: {dpo_beta: 0.2}", r"`train.dpo_beta` is for loss: dpo \(got loss: null\)"),
+        ("train: {dpo_beta: 0.2}", r"`train.dpo_beta` needs loss: dpo \(got loss: null\); set"),
+        ("train: {orpo_beta: 0.2}", "`train.orpo_beta` needs loss: orpo"),
         ("data: {sampling: saner}", r"`data.sampling` needs train: null \(got train: "),
         (
             "chain: {init_batches: 2}",

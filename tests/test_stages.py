@@ -115,6 +115,8 @@ def test_keys_of_all_stages_and_of_one():
     _, named = words_and_overrides(["--stages.second-one.train.log-every", "7"])
     trains = [stage.config.train for stage in make_stages(tree, named)]
     assert [(each.dpo_beta, each.log_every) for each in trains] == [(0.1, None), (0.3, 7)]
+    with pytest.raises(ConfigError, match=r"`train.orpo_beta` needs loss: orpo .got no stage"):
+        make_stages(tree | {"train": {"orpo_beta": 0.3}})
     for key, hidden in {"train.lr": "train.lr", "chain.steps": "chain.epochs"}.items():
         with pytest.raises(ConfigError, match=rf"got `stages.first.{hidden}` .* set stages.first"):
             make_stages(tree, [(key, "5")])

@@ -150,6 +150,9 @@ READ_WITH: Mapping[str, tuple[str, Any]] = {
     "data.sampling": ("train", None),
     "chain.init_batches": ("init", "gradient"),
     "train.prune_fraction": ("optimizer_reset", "prune"),
+    "train.dpo_beta": ("loss", "dpo"),
+    "train.dpo_label_smoothing": ("loss", "dpo"),
+    "train.orpo_beta": ("loss", "orpo"),
 }
 """Keys that are read only where another one of their section has a value."""
 
@@ -234,14 +237,6 @@ class RunConfig(Section):
         refuse_if(is_pairs and data.task is not None, rule, f"task: {data.task}", remedy)
         is_plain = data.format in ("chat", "text")
         refuse_if(is_pairs and is_plain, rule, f"format: {data.format}", remedy)
-        others = tuple(f"{each}_" for each in PAIR_LOSSES if each != self.train.loss)
-        for key, value in self.train:
-            refuse_if(
-                key.startswith(others) and value != TrainConfig.model_fields[key].default,
-                f"`train.{key}` is for loss: {key.partition('_')[0]}",
-                f"loss: {self.train.loss or 'null'}",
-                "set train.loss, or leave it out",
-            )
         return self
 
     @model_validator(mode="after")
@@ -253,8 +248,8 @@ class RunConfig(Section):
             refuse_if(
                 getattr(section, key) != default and found != value,
                 f"`{name}` needs {other}: {value or 'null'}",
-                f"{other}: {found!s:.60}",
-                "leave it out",
+                f"{other}: {'null' if found is None else found!s:.60}",
+                f"set it, or leave {key} out",
             )
         return self
 

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from chainlora.config.loading import make_config, set_key
-from chainlora.config.schema import LENGTHS, PAIR_LOSSES, READ_WITH, RunConfig
+from chainlora.config.schema import LENGTHS, READ_WITH, RunConfig
 from chainlora.errors import ConfigError
 
 # What an export has one of, or the base has one of: a stage cannot say otherwise.
@@ -89,7 +89,9 @@ def make_stages(tree: Mapping[str, Any], overrides: Sequence[tuple[str, Any]] = 
     if "stages" not in tree:
         name = Path(shared["output"]).name
         sections = [{"name": name if _NAME.fullmatch(name) else "main"}]
-    return [make_stage(shared, section, place) for place, section in enumerate(sections)]
+    stages = [make_stage(shared, section, place) for place, section in enumerate(sections)]
+    _refuse_unread(shared, stages)
+    return stages
 
 
 def make_stage(shared: Mapping[str, Any], section: Mapping[str, Any], place: int) -> Stage:
@@ -171,19 +173,29 @@ def _inherited(shared: dict[str, Any], own: Mapping[str, Any]) -> dict[str, Any]
     """Return a section of a stage: its own keys, and below them what all stages share.
 
     A stage that says its own length inherits no other, one of another objective not the learning
-    rate, and none the keys of an objective that is not its own or that its own keys leave unread.
+    rate, and none a key that it does not read.
     """
-    loss = own.get("loss", shared.get("loss"))
-    others = tuple(f"{each}_" for each in PAIR_LOSSES if each != loss)
-    below = {key: value for key, value in shared.items() if not str(key).startswith(others)}
+    below, whole = dict(shared), shared | dict(own)
     if any(key in own for key in LENGTHS):
         below = {key: value for key, value in below.items() if key not in LENGTHS}
-    if loss != shared.get("loss"):
+    if whole.get("loss") != shared.get("loss"):
         below.pop("lr", None)
     for name, (other, value) in READ_WITH.items():
-        if own.get(other, value) != value:
+        if whole.get(other) != value:
             below.pop(name.partition(".")[2], None)
     return below | dict(own)
+
+
+def _refuse_unread(shared: Mapping[str, Any], stages: Sequence[Stage]) -> None:
+    """Refuse a key of all stages that none of them reads."""
+    for name, (other, value) in READ_WITH.items():
+        part, _, key = name.partition(".")
+        sections = [getattr(stage.config, part) for stage in stages]
+        default = type(sections[0]).model_fields[key].default
+        is_given = section_of(shared, part).get(key, default) != default
+        if is_given and all(getattr(each, other) != value for each in sections):
+            rule, got = f"`{name}` needs {other}: {value or 'null'}", "no stage with it"
+            raise ConfigError(rule, got, f"set it in one, or leave {key} out")
 
 
 def _sections(stages: object) -> Iterator[dict[str, Any]]:

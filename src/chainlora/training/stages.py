@@ -22,7 +22,6 @@ from chainlora.config.stages import (
     Stage,
     check_name,
     make_stage,
-    make_stages,
     split_address,
     what_stages_share,
 )
@@ -131,7 +130,7 @@ def extension(
     shared = what_stages_share(stages[before.index(last)].config)
     if output is not None:
         tree = shared | {"start": str(address), "output": str(output)}
-        return make_stages(tree | {"stages": [own]})
+        return [make_stage(tree, own, 0)]
     tree = shared | {"output": str(run)}
     return [*stages, make_stage(tree, own, len(stages))]
 
