@@ -69,10 +69,11 @@ class Chunk(NamedTuple):
 class Source(ABC):
     """Rows that can be read again and again: all of them, or the first `limit`.
 
-    `fields` are names that columns get, with those that they have.
+    `skip` of these are left out. `fields` are names that columns get, with those that they have.
     """
 
     limit: int | None = field(default=None, kw_only=True)
+    skip: int = field(default=0, kw_only=True)
     fields: Mapping[str, str] = field(default_factory=dict, kw_only=True)
 
     @abstractmethod
@@ -94,7 +95,7 @@ class Source(ABC):
 
     def chunks(self, size: int = _CHUNK) -> Iterator[Chunk]:
         """Yield the rows, `size` at a time. Raises DataError where there are none."""
-        stream, first = islice(self.records(), self.limit), 0
+        stream, first = islice(islice(self.records(), self.limit), self.skip, None), 0
         while part := list(islice(stream, size)):
             yield Chunk(part, first, self.place, self.fields)
             first += len(part)
@@ -141,7 +142,7 @@ class FileSource(Source):
     def identity(self) -> str:
         """Return the hash of the file's bytes, whatever its name and times."""
         try:
-            return f"{self._suffix()} {sha256(self.path)} {self.limit}"
+            return f"{self._suffix()} {sha256(self.path)} {self.limit} {self.skip}"
         except OSError as error:
             raise self._unreadable(error) from error
 
@@ -200,12 +201,12 @@ class HubSource(Source):
         return (Record(i, row, (i + 1) / count) for i, row in enumerate(rows))
 
     def identity(self) -> str:
-        return f"hub {self.table._fingerprint} {self.limit}"
+        return f"hub {self.table._fingerprint} {self.limit} {self.skip}"
 
 
 @dataclass
 class ListSource(Source):
-    """Rows that are in memory."""
+    """Rows that are in memory, each with an index of its own."""
 
     parsed: Sequence[Row]
 
@@ -218,7 +219,7 @@ class ListSource(Source):
 
     def identity(self) -> str:
         """Return the hash of the rows and their indices."""
-        digest = hashlib.sha256()
+        digest = hashlib.sha256(f"{self.skip}".encode())
         for row in self.parsed:
             digest.update(f"{row.index} {dict(row)!r}".encode("utf-8", "surrogatepass"))
         return f"rows {digest.hexdigest()}"

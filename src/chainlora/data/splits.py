@@ -33,7 +33,7 @@ from chainlora.data.tasks import (
     split_source,
     unseen_source,
 )
-from chainlora.data.tasks.nested import flat, without_first
+from chainlora.data.tasks.nested import flat
 from chainlora.errors import ConfigError
 
 _log = logging.getLogger(__name__)
@@ -368,8 +368,11 @@ def _file_sources(data: DataConfig) -> dict[str, list[Source]]:
 
 def _without_first(train: Sequence[Source], shots: int) -> list[Source]:
     """Return the training rows without those that are shown."""
-    first = [without_first(source, shots) for source in train[:1]]
-    return [*(source for source in first if source is not None), *train[1:]]
+    if not shots or not train:
+        return list(train)
+    first, *others = train
+    has_more = next(islice(first, shots, None), None) is not None
+    return [replace(first, skip=shots), *others] if has_more else others
 
 
 def _digest(rows: Mapping[str, Rows], before: str = "") -> str:

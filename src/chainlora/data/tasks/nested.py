@@ -52,34 +52,31 @@ NESTED: Mapping[str, Callable[[Mapping[str, Any]], _Flat]] = {
 
 @dataclass
 class FlatSource(Source):
-    """The rows of another source, nested ones flattened, without the first `skip`.
-
-    Indices count the rows that are left.
-    """
+    """The rows of another source, nested ones flattened."""
 
     source: Source
     task: str
-    skip: int = 0
 
     def __str__(self) -> str:
         return str(self.source)
 
+    @property
+    def place(self) -> str:
+        return self.source.place
+
     def records(self) -> Iterator[Record]:
-        index = -self.skip
         for chunk in self.source.chunks():
-            for row in chunk.rows():
+            for record, row in zip(chunk.records, chunk.rows(), strict=True):
                 for values in _flattened(self.task, row):
-                    if index >= 0:
-                        yield Record(index, Row(values, index, row.origin), chunk.share)
-                    index += 1
+                    yield Record(record.number, values, record.share)
 
     def identity(self) -> str:
-        return f"flat {self.task} {self.skip} {self.limit} {self.source.identity()}"
+        return f"flat {self.task} {self.limit} {self.skip} {self.source.identity()}"
 
 
 def _flattened(task: str, row: Row) -> list[dict[str, Any]]:
-    if task not in NESTED or not isinstance(row.get("passage"), Mapping):  # flat already
-        return [row]
+    if not isinstance(row.get("passage"), Mapping):  # flat already
+        return [dict(row)]
     try:
         return list(NESTED[task](row))
     except (KeyError, TypeError) as error:
@@ -90,11 +87,3 @@ def _flattened(task: str, row: Row) -> list[dict[str, Any]]:
 def flat(source: Source, task: str) -> Source:
     """Return the rows of a task's source, nested ones flattened."""
     return FlatSource(source, task) if task in NESTED else source
-
-
-def without_first(source: Source, count: int) -> Source | None:
-    """Return a source without its first rows; None where none are left."""
-    if not count:
-        return source
-    rest = FlatSource(source, "", skip=count)
-    return rest if next(rest.records(), None) is not None else None
