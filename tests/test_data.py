@@ -277,43 +277,60 @@ def test_a_long_chat_loses_its_oldest_turns_when_asked_to():
 
 
 EMPTY = {"role": "assistant", "content": ""}
+IMAGE = {"type": "image_url", "image_url": "x"}
+TOOL = {"type": "function", "function": {"name": "count", "parameters": {"type": "object"}}}
+# Messages under a chat template, and what is said of them.
+CHATS = [
+    (None, TALK, r"must have a chat template"),
+    (FORGETS, TALK, r"must render a conversation as a prefix .*turn 2 at "),
+    (CHAT, "hello", r"list of objects with role and content"),
+    (CHAT, [{"role": "user"}], r"list of objects with role and content"),
+    (CHAT, [{"role": "user", "content": [IMAGE]}, TALK[1]], r"parts of type text .*image_url"),
+    (CHAT, TALK[:1], r"a turn with role assistant .*\['user'\]"),
+    (CHAT, [*TALK, TALK[1] | {"role": "Assistant"}], r"small letters .*'Assistant'"),
+    (CHAT, [TALK[0], EMPTY, *TALK[2:]], r"say something .*an empty turn 2 at "),
+    (CHAT, [TALK[0], TALK[1] | {"weight": 0}], r"all learned .got weight: 0 in turn 2 at "),
+    (MARKED, [*TALK, EMPTY | {"tool_calls": []}], r"say something .*an empty turn 5 at "),
+    ("{{ raise_exception('roles must alternate') }}", TALK, r"chat template .*alternate"),
+]
+# Rows of a format, all under a chat template.
+ROWS = [
+    *(("chat", {"messages": TALK, "tools": tools}, said) for tools, said in [
+        ([TOOL], "template must show `tools`"),
+        ("count", "`tools` must be a list of JSON schemas"),
+        ([5], "`tools` must be a list of JSON schemas"),
+    ]),
+    *(("chat", {"messages": TALK, "chat_template_kwargs": given}, "names that the template reads")
+      for given in ("loud", ["loud"], {"chat_template": "x"}, {"tokenize": 1})),
+    ("auto", {"a": 1}, r"prompt \+ completion .*got a at row 0.*task file"),
+    ("completion", {"prompt": "x", "completion": None}, "must be a text .got None"),
+    ("completion", {"prompt": "x"}, r"`completion` must be given .got prompt at .*data.fields"),
+    ("completion", {"prompt": "x", "completion": ""}, "at least one token"),
+    *(("sharegpt", {"conversations": turns}, said) for turns, said in [
+        ([{"from": "bot", "value": "a"}], "from one of human, gpt"),
+        ([{"from": "gpt"}], "must have a value"),
+        ([{"from": "gpt", "value": "a", "weight": 0}], "learned .got weight: 0 in"),
+        (None, "must be a list of objects with from and value"),
+        (["a"], "must be a list of objects with from and value"),
+    ]),
+    ("conversational", {"prompt": TALK[:1], "completion": "b"}, "both be lists of messages"),
+    ("conversational", {"prompt": TALK[:1], "completion": TALK[:1]}, "a turn with role assist"),
+    ("alpaca", {"instruction": 5, "output": "b"}, "`instruction` must be a text"),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("template", "messages", "message"),
+    ("template", "kind", "row", "message"),
     [
-        (None, TALK, r"must have a chat template"),
-        (FORGETS, TALK, r"must render a conversation as a prefix .*turn 2 at .*chat.jsonl line 1"),
-        (CHAT, "hello", r"list of objects with role and content .*chat.jsonl line 1"),
-        (CHAT, [{"role": "user"}], r"list of objects with role and content"),
-        (CHAT, TALK[:1], r"a turn with role assistant .*\['user'\]"),
-        (CHAT, [*TALK, TALK[1] | {"role": "Assistant"}], r"small letters .*'Assistant'.*line 1\)"),
-        (CHAT, [TALK[0], EMPTY, *TALK[2:]], r"say something .*an empty turn 2 at .*line 1\)"),
-        (CHAT, [TALK[0], TALK[1] | {"weight": 0}], r"all learned .got weight: 0 in turn 2 at "),
-        (MARKED, [*TALK, EMPTY | {"tool_calls": []}], r"say something .*an empty turn 5 at "),
-        ("{{ raise_exception('roles must alternate') }}", TALK, r"chat template .*alternate"),
+        *((template, "chat", {"messages": chat}, message) for template, chat, message in CHATS),
+        *((CHAT, *each) for each in ROWS),
     ],
 )
-def test_chats_that_cannot_be_used(tmp_path, template, messages, message):
-    path = tmp_path / "chat.jsonl"
-    path.write_text(json.dumps({"messages": messages}))
+def test_a_row_that_cannot_be_used_is_named(template, kind, row, message):
     with pytest.raises(DataError, match=message) as caught:
-        encode_examples(list(find_source(path)), make_tokenizer("", template), "chat")
+        encode_examples([row], make_tokenizer("", template), kind)
     assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("row", "format", "message"),
-    [
-        ({"a": 1}, "auto", r"prompt \+ completion .*got a at row 0.*task file"),
-        ({"prompt": "x", "completion": None}, "completion", "must be a text .got None"),
-        ({"prompt": "x"}, "completion", r"`completion` must be given .got prompt at .*data.fields"),
-        ({"prompt": "x", "completion": ""}, "completion", r"at least one token"),
-    ],
-)
-def test_rows_that_suit_no_format(row, format, message):
-    with pytest.raises(DataError, match=message):
-        encode_examples([row], make_tokenizer(), format)
+    assert "at row 0" in str(caught.value) or template is None
 
 
 # --- real tokenizers, where they are ---

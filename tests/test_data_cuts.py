@@ -126,18 +126,6 @@ def test_columns_that_nothing_reads_are_named_once(tmp_path, caplog, rows, unrea
     assert splits.report()["train"]["unread"] == [name.strip("'") for name in unread.split(", ")]
 
 
-# --- tools and their calls ---
-
-TOOL = {"type": "function", "function": {"name": "count", "parameters": {"type": "object"}}}
-CALL = {"type": "function", "function": {"name": "count", "arguments": {"what": "dogs"}}}
-ASKED = [
-    {"role": "user", "content": "how many dogs?"},
-    {"role": "assistant", "content": None, "tool_calls": [CALL]},
-    {"role": "tool", "content": "2"},
-    {"role": "assistant", "content": "two dogs"},
-]
-
-
 @pytest.mark.parametrize("in_memory", [2, 2000])
 @pytest.mark.parametrize("kind", ["text", "completion", "pairs", "candidates", "right one"])
 def test_rows_to_score_that_are_trained_on_are_named(
@@ -182,19 +170,3 @@ def test_rows_to_score_that_are_trained_on_are_named(
     assert splits.validation
     assert "too good" not in caplog.text
     assert "data.num_test takes rows of data.test, which names none" in caplog.text
-
-
-@pytest.mark.parametrize(
-    ("row", "message"),
-    [
-        ({"messages": TALK, "tools": [TOOL]}, r"template must show `tools` .*chat.jsonl line 1"),
-        ({"messages": ASKED}, r"template must show `tool_calls` .*chat.jsonl line 1"),
-        ({"messages": TALK, "tools": "count"}, r"`tools` must be a list of JSON schemas .*line 1"),
-        ({"messages": TALK, "tools": [5]}, r"`tools` must be a list of JSON schemas .*line 1"),
-    ],
-)
-def test_tools_that_the_template_would_drop_are_refused(tmp_path, row, message):
-    path = write_rows(tmp_path / "chat.jsonl", [row])
-    with pytest.raises(DataError, match=message) as caught:
-        prepare_splits(DataConfig(train=str(path)), make_tokenizer("", CHAT), 128)
-    assert "\n" not in str(caught.value)

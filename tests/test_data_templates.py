@@ -175,23 +175,6 @@ def test_templates_and_arguments_that_are_refused(keys, message):
 # --- what a message may hold ---
 
 
-def test_content_that_is_no_text_is_refused():
-    image = {"type": "image_url", "image_url": "x"}
-    with pytest.raises(DataError, match=r"parts of type text .*image_url.* at row 0"):
-        encode_examples(
-            [{"messages": [{"role": "user", "content": [image]}, TALK[1]]}],
-            make_tokenizer("bos", CHAT),
-            "chat",
-        )
-
-
-@pytest.mark.parametrize("arguments", ["loud", ["loud"], {"chat_template": "x"}, {"tokenize": 1}])
-def test_arguments_of_a_row_are_the_template_s_alone(arguments):
-    row = {"messages": TALK[:2], "chat_template_kwargs": arguments}
-    with pytest.raises(DataError, match=r"names that the template reads \(got .* at row 0\)"):
-        encode_examples([row], make_tokenizer("bos", CHAT), "chat")
-
-
 PREFERENCES = {
     "TRL": {"prompt": "a", "chosen": "b", "rejected": "c"},
     "TRL, the prompt inside": {"chosen": "ab", "rejected": "ac"},

@@ -10,7 +10,6 @@ from helpers_tasks import write_rows
 
 from chainlora.config.schema import DataConfig
 from chainlora.data.splits import check_files, prepare_splits
-from chainlora.errors import DataError
 
 SHAREGPT = [
     {"from": "human", "value": "how many dogs?"},
@@ -93,22 +92,3 @@ def test_what_was_recognised_is_reported(tmp_path, caplog):
     assert "train: nothing reads 'id'" in caplog.text
     data = data.model_copy(update={"format": "sharegpt"})
     assert "recognised" not in prepare_splits(data, tokenizer, 128).report()["train"]
-
-
-@pytest.mark.parametrize(
-    ("row", "kind", "message"),
-    [
-        ({"conversations": [{"from": "bot", "value": "a"}]}, "sharegpt", "from one of human, gpt"),
-        ({"conversations": [{"from": "gpt"}]}, "sharegpt", "must have a value"),
-        ({"conversations": [SHAREGPT[1] | {"weight": 0}]}, "sharegpt", "learned .got weight: 0 in"),
-        ({"text": "a"}, "sharegpt", "must be a list of objects with from and value"),
-        ({"conversations": ["a"]}, "sharegpt", "must be a list of objects with from and value"),
-        ({"prompt": TALK[:1], "completion": "b"}, "conversational", "both be lists of messages"),
-        ({"instruction": 5, "output": "b"}, "alpaca", "`instruction` must be a text"),
-        ({"prompt": TALK[:1], "completion": TALK[:1]}, "conversational", "a turn with role assist"),
-    ],
-)
-def test_a_row_that_cannot_be_translated_is_named(row, kind, message):
-    with pytest.raises(DataError, match=message) as raised:
-        encode_examples([row], make_tokenizer("", CHAT), kind)
-    assert "at row 0" in str(raised.value)
