@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -21,6 +21,9 @@ from chainlora.cli.common import (
     show,
     stages_option,
 )
+
+if TYPE_CHECKING:
+    from chainlora.engine.engine import Speedups
 
 
 @click.command(name="eval")
@@ -72,7 +75,6 @@ def evaluate(
     split: str | None,
     links: int | None,
     stages: str | None,
-    speedups: Literal["auto", "off"],
     matrix: bool,
     as_json: bool,
     **options: Any,
@@ -82,8 +84,8 @@ def evaluate(
     A run without --task and --data is scored on the rows that it was configured with.
     """
     if matrix:
-        others = {"task": task, "split": split, "links": links, "stages": stages}
-        _score_matrix(run_or_model, speedups, as_json, **others, **options)
+        others: dict[str, Any] = {"task": task, "split": split, "links": links, "stages": stages}
+        _score_matrix(run_or_model, as_json, **others, **options)
         return
     from chainlora.data.tasks import load_task
 
@@ -105,7 +107,6 @@ def evaluate(
             chosen,
             split=split or "validation",
             num_links=links,
-            speedups=speedups,
             progress=progress,
             **options,
         )
@@ -114,7 +115,7 @@ def evaluate(
     show(result, f"{name}: {shown} ({result['rows']} rows)", as_json)
 
 
-def _score_matrix(run: str, speedups: Literal["auto", "off"], as_json: bool, **others: Any) -> None:
+def _score_matrix(run: str, as_json: bool, speedups: Speedups, **others: Any) -> None:
     """Score the kept rows in all states and show the matrix; no other option goes with that."""
     if given := [name for name, value in others.items() if value is not None]:
         raise click.UsageError(

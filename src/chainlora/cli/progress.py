@@ -31,8 +31,8 @@ _COLUMNS = (
 
 
 @contextmanager
-def evaluation_progress() -> Iterator[Callable[[int, int], None]]:
-    """Give a ``progress(rows_done, rows)`` that draws a bar on stderr if that is a terminal."""
+def evaluation_progress() -> Iterator[Callable[..., None]]:
+    """Give a ``progress([what,] rows_done, rows)`` that draws a bar on stderr, if a terminal."""
     console = console_on_stderr()
     bar = Progress(
         TextColumn("rows"),
@@ -45,7 +45,7 @@ def evaluation_progress() -> Iterator[Callable[[int, int], None]]:
     )
     task = bar.add_task("rows", total=None)
     with bar:
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+        yield lambda *told: bar.update(task, completed=told[-2], total=told[-1])
 
 
 def show_links(run: str | Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -76,8 +75,12 @@ def mix(run: str, strengths: tuple[str, ...], best: bool, no_scores: bool, as_js
     from chainlora.runs.stages import mix_stages, open_run, strengths_of
 
     if best:
+        from chainlora.cli.progress import evaluation_progress
+        from chainlora.evaluation.strengths import best_mix
+
         mix_stages(folder, {})  # refuses what would refuse the mix that is found
-        chosen, after, before = _searched(folder)
+        with evaluation_progress() as progress:
+            chosen, after, before = best_mix(folder, progress=progress)
         to_stderr(f"mean of the row {before:.4f} before, {after:.4f} with the best strengths")
     if chosen:
         mix_stages(folder, chosen)
@@ -99,19 +102,7 @@ def scored_matrix(run: str, speedups: Speedups = "auto", *, compute: bool = True
     from chainlora.evaluation.stages import stage_matrix
 
     with evaluation_progress() as progress:
-
-        def tell(what: str, done: int, rows: int) -> None:
-            progress(done, rows)
-
-        return stage_matrix(run, speedups=speedups, progress=tell, compute=compute)
-
-
-def _searched(run: Path) -> tuple[dict[str, float], float, float]:
-    from chainlora.cli.progress import evaluation_progress
-    from chainlora.evaluation.strengths import best_mix
-
-    with evaluation_progress() as progress:
-        return best_mix(run, progress=lambda what, done, rows: progress(done, rows))
+        return stage_matrix(run, speedups=speedups, progress=progress, compute=compute)
 
 
 def show_matrix(matrix: StageMatrix, echo: Callable[[str], object] = click.echo) -> None:

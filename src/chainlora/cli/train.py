@@ -110,7 +110,11 @@ def train(arguments: tuple[str, ...], resume: bool, dry_run: bool, as_json: bool
     if as_json:
         print_json(result)
     else:
-        _show_result(result, Path(settings.output))
+        from chainlora.cli.progress import show_links
+
+        show_links(settings.output)
+        _show_scores(result)
+        click.echo(f"run directory {settings.output}")
 
 
 def train_and_show(
@@ -239,14 +243,6 @@ def _say_stopping(number: int) -> None:
     text = "\nchainlora: stopping after this step; press Ctrl-C again to stop at once\n"
     with suppress(OSError):
         os.write(2, text.encode())
-
-
-def _show_result(result: TrainResult, output: Path) -> None:
-    from chainlora.cli.progress import show_links
-
-    show_links(output)
-    _show_scores(result)
-    click.echo(f"run directory {output}")
 
 
 def _show_scores(result: TrainResult, prefix: str = "") -> None:
