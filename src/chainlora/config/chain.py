@@ -265,24 +265,13 @@ class ChainConfig(LinkShape):
         return self
 
     @model_validator(mode="after")
-    def _hold(self) -> ChainConfig:
-        is_carried = self.hold == "carried"
-        refuse_if(
-            self.dora and is_carried,
-            "`dora` cannot be carried, its update is not low-rank",
-            "hold: carried",
-            "use hold: tied",
-        )
-        refuse_if(
-            self.init == "pissa" and is_carried,
-            "`init: pissa` takes its start out of the base",
-            "hold: carried",
-            "use hold: tied",
-        )
-        return self
-
-    @model_validator(mode="after")
-    def _knots_and_plateau(self) -> ChainConfig:
+    def _check(self) -> ChainConfig:
+        for given, rule in (
+            (self.dora, "`dora` cannot be carried, its update is not low-rank"),
+            (self.init == "pissa", "`init: pissa` takes its start out of the base"),
+        ):
+            wrong = given and self.hold == "carried"
+            refuse_if(wrong, rule, "hold: carried", "use hold: tied")
         knots, plateau = self.knots is not None, self.plateau
         plain = self.init != "pissa" and self.train_factors == "both"
         refuse_if(
@@ -304,10 +293,6 @@ class ChainConfig(LinkShape):
                 "tune: full, which has none",
                 "leave it out",
             )
-        return self
-
-    @model_validator(mode="after")
-    def _each_link(self) -> ChainConfig:
         try:
             self.links()
         except ConfigError as error:  # here, and not when the link begins

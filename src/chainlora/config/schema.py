@@ -227,16 +227,28 @@ class RunConfig(Section):
             list(chain.ranks),
             "use optimizer_reset: full",
         )
+        refuse_if(
+            isinstance(train.accept_links, float) and (chain.dora or chain.extra_modules),
+            "a number as `accept_links` weakens a stage, and DoRA and extra modules are on or off",
+            train.accept_links,
+            "leave it out, or these",
+        )
         return self
 
     @model_validator(mode="after")
-    def _check_preferences(self) -> RunConfig:
+    def _check_rows(self) -> RunConfig:
         data, remedy = self.data, "give files of preferences as data.train, and no task or format"
         rule = f"`train.loss: {self.train.loss}` learns from pairs of answers"
         is_pairs = self.train.loss is not None
         refuse_if(is_pairs and data.task is not None, rule, f"task: {data.task}", remedy)
         is_plain = data.format in ("chat", "text")
         refuse_if(is_pairs and is_plain, rule, f"format: {data.format}", remedy)
+        refuse_if(
+            self.train.compares and not (data.validation or (data.task and data.train is None)),
+            "`early_stop`, `keep_best` and `accept_links` need validation rows",
+            "none",
+            "give data.validation",
+        )
         return self
 
     @model_validator(mode="after")
@@ -251,17 +263,6 @@ class RunConfig(Section):
                 f"{other}: {'null' if found is None else found!s:.60}",
                 f"set it, or leave {key} out",
             )
-        return self
-
-    @model_validator(mode="after")
-    def _check_tolerance(self) -> RunConfig:
-        refuse_if(
-            isinstance(self.train.accept_links, float)
-            and (self.chain.dora or self.chain.extra_modules),
-            "a number as `accept_links` weakens a stage, and DoRA and extra modules are on or off",
-            self.train.accept_links,
-            "leave it out, or these",
-        )
         return self
 
     @model_validator(mode="after")
@@ -285,16 +286,5 @@ class RunConfig(Section):
             "`accept_links` drops or weakens links, of which `tune: full` has none",
             "both",
             "leave it out, or use early_stop",
-        )
-        return self
-
-    @model_validator(mode="after")
-    def _check_validation(self) -> RunConfig:
-        sampled = self.data.task is not None and self.data.train is None
-        refuse_if(
-            self.train.compares and not (self.data.validation or sampled),
-            "`early_stop`, `keep_best` and `accept_links` need validation rows",
-            "none",
-            "give data.validation",
         )
         return self
