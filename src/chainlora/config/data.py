@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from os.path import expanduser
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from chainlora.config.chat_templates import Argument, checked_arguments, resolved_template
 from chainlora.config.section import LARGEST, Count, Number, Section, refuse_if
@@ -119,18 +119,6 @@ class DataConfig(Section):
         files = [{"path": each} if isinstance(each, str) else each for each in files]
         is_plain = len(files) == 1 and isinstance(files[0], Mapping) and files[0].keys() == {"path"}
         return files[0]["path"] if is_plain else files
-
-    @field_validator("validation", "test", mode="before")
-    @classmethod
-    def _one_source(cls, value: Any, info: ValidationInfo) -> Any:
-        rows = value if isinstance(value, list) else [value]
-        refuse_if(
-            len(rows) != 1,
-            f"`data.{info.field_name}` must be one file, folder or Hub dataset",
-            len(rows),
-            "put the rows into one file",
-        )
-        return rows[0]
 
     @field_validator("validation", mode="before")
     @classmethod
