@@ -26,62 +26,30 @@ import yaml
 from helpers_cli import Outcome
 
 SHARED = Path(os.environ.get("CHAINLORA_TEST_DATA", Path(__file__).resolve().parents[2] / "shared"))
-ARCHITECTURES = ("opt", "gpt2", "llama")
+# `llama` has grouped-query attention (4 heads, 2 key-value heads) and tied embeddings; `gpt2` has
+# Conv1D.
+SIZES = {
+    "opt": {"hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+            "max_position_embeddings": 128, "word_embed_proj_dim": 32, "dropout": 0.0},
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128, "resid_pdrop": 0.0,
+             "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+    "llama": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+              "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True,
+              "max_position_embeddings": 128},
+}  # fmt: skip
+ARCHITECTURES = tuple(SIZES)
 
 
 def tiny_model(
     architecture: str, *, dtype: torch.dtype = torch.float32, seed: int = 0, **overrides
 ):
-    """A randomly initialised real model of two layers.
-
-    `llama` has grouped-query attention (4 heads, 2 key-value heads) and tied embeddings; `gpt2` has
-    Conv1D.
-    """
-    from transformers import (
-        GPT2Config,
-        GPT2LMHeadModel,
-        LlamaConfig,
-        LlamaForCausalLM,
-        OPTConfig,
-        OPTForCausalLM,
-    )
+    """A randomly initialised real model of two layers."""
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(seed)
     common = {"vocab_size": 131, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    if architecture == "opt":
-        config = OPTConfig(
-            hidden_size=32,
-            ffn_dim=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=128,
-            word_embed_proj_dim=32,
-            **{"dropout": 0.0} | common | overrides,
-        )
-        model = OPTForCausalLM(config)
-    elif architecture == "gpt2":
-        config = GPT2Config(
-            n_embd=32,
-            n_layer=2,
-            n_head=4,
-            n_positions=128,
-            **{"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0} | common | overrides,
-        )
-        model = GPT2LMHeadModel(config)
-    elif architecture == "llama":
-        config = LlamaConfig(
-            hidden_size=32,
-            intermediate_size=64,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            **{"num_hidden_layers": 2, "tie_word_embeddings": True, "max_position_embeddings": 128}
-            | common
-            | overrides,
-        )
-        model = LlamaForCausalLM(config)
-    else:
-        raise ValueError(architecture)
-    return model.to(dtype).eval()
+    config = AutoConfig.for_model(architecture, **SIZES[architecture] | common | overrides)
+    return AutoModelForCausalLM.from_config(config).to(dtype).eval()
 
 
 @pytest.fixture
@@ -136,21 +104,8 @@ def tiny_folder(tmp_path_factory) -> Path:
 def make_tiny_folder(folder: Path, **overrides: int) -> Path:
     """A model folder as the Hub has them: a tiny Llama in safetensors and a byte-level BPE
     tokenizer with a chat template, made on the spot."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=["<pad>", "<s>", "</s>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    )
-    tokenizer.train_from_iterator([" ".join(WORDS), *(f" {word}\n" for word in WORDS)] * 4, trainer)
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
-    )
+    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
+    fast = byte_level([" ".join(WORDS), *(f" {word}\n" for word in WORDS)] * 4, special)
     fast.chat_template = (
         "{% for message in messages %}<s>{{ message['role'] }}\n{{ message['content'] }}</s>\n{% "
         "endfor %}"
@@ -159,6 +114,26 @@ def make_tiny_folder(folder: Path, **overrides: int) -> Path:
     fast.save_pretrained(folder)
     tiny_model("llama", vocab_size=len(fast), **overrides).save_pretrained(folder)
     return folder
+
+
+def byte_level(corpus: list[str], special: dict[str, str], post_processor=None):
+    """A byte-level BPE of 400 tokens, trained on the spot, the special ones first."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=list(special.values()),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    core.train_from_iterator(corpus, trainer)
+    if post_processor is not None:
+        core.post_processor = post_processor
+    return PreTrainedTokenizerFast(tokenizer_object=core, **special)
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,8 @@ from __future__ import annotations
 from functools import lru_cache
 from pathlib import Path
 
-from conftest import write_rows
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from conftest import byte_level, write_rows
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from chainlora.data.encoding import Options, detect_format, make_row_encoder
@@ -45,24 +45,13 @@ TALK = [
 @lru_cache
 def make_tokenizer(special: str = "", chat_template: str | None = None) -> PreTrainedTokenizerFast:
     """A byte-level BPE of 400 tokens; `special` says what it adds: "", "bos" or "bos eos"."""
-    core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=["<s>", "</s>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    core.train_from_iterator(CORPUS * 20, trainer)
+    adds = None
     if special:
         pattern = "<s> $A </s>" if "eos" in special else "<s> $A"
-        core.post_processor = processors.TemplateProcessing(
-            single=pattern, special_tokens=[("<s>", 0), ("</s>", 1)]
-        )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core, bos_token="<s>", eos_token="</s>", chat_template=chat_template
-    )
+        adds = TemplateProcessing(single=pattern, special_tokens=[("<s>", 0), ("</s>", 1)])
+    tokenizer = byte_level(CORPUS * 20, {"bos_token": "<s>", "eos_token": "</s>"}, adds)
+    tokenizer.chat_template = chat_template
+    return tokenizer
 
 
 def scored(example, tokenizer) -> list[list[str]]:
