@@ -14,28 +14,13 @@ import yaml
 from chainlora import __version__
 from chainlora.cli.main import run
 
-OPTIONS = {
-    "train": ("--resume", "--json", "CONFIG"),
-    "eval": ("--task", "--data", "--split", "--limit", "--predictions", "--json"),
-    "export": (
-        "--to",
-        "[merged|adapter|gguf|gguf-adapter]",
-        "--output",
-        "--rank",
-        "--tolerance",
-        "--links",
-    ),
-}
-
 
 def test_help_and_version(chainlora):
     shown = chainlora("--help")
     assert shown.status == 0
     for verb in ("demo", "train", "eval", "generate", "chat", "inspect", "export", "tasks"):
         assert f"\n  {verb} " in shown.out
-        told = chainlora(f"{verb} --help")
-        assert told.status == 0
-        assert all(option in told.out for option in OPTIONS.get(verb, ()))
+        assert chainlora(f"{verb} -h").out == chainlora(f"{verb} --help").out
     assert __version__ in chainlora("--version").out
 
 
