@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from chainlora.cli.common import json_option, print_json, quiet
+from chainlora.cli.common import json_option, quiet, show
 
 # Package → what it is for, and the extra that brings it.
 _OPTIONAL = {
@@ -50,12 +50,9 @@ def doctor(model: str | None, as_json: bool) -> None:
     }
     if model is not None:
         found["model"] = _examined(model)
-    if as_json:
-        print_json(found)
-        return
-    click.echo("\n\n".join(_section(title, values) for title, values in found.items()))
-    if model is not None:
-        click.echo(f"\n{textwrap.fill(_FAST_PATHS, 100)}")
+    parts = [_section(title, values) for title, values in found.items()]
+    parts += [] if model is None else [textwrap.fill(_FAST_PATHS, 100)]
+    show(found, "\n\n".join(parts), as_json)
 
 
 def _section(title: str, values: dict[str, Any]) -> str:

@@ -266,12 +266,11 @@ class ChainConfig(LinkShape):
 
     @model_validator(mode="after")
     def _check(self) -> ChainConfig:
-        for given, rule in (
+        for wrong, rule in (
             (self.dora, "`dora` cannot be carried, its update is not low-rank"),
             (self.init == "pissa", "`init: pissa` takes its start out of the base"),
         ):
-            wrong = given and self.hold == "carried"
-            refuse_if(wrong, rule, "hold: carried", "use hold: tied")
+            refuse_if(wrong and self.hold == "carried", rule, "hold: carried", "use hold: tied")
         knots, plateau = self.knots is not None, self.plateau
         plain = self.init != "pissa" and self.train_factors == "both"
         refuse_if(

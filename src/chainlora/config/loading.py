@@ -67,19 +67,16 @@ def read_tree(path: str | Path, what: str = "config file") -> dict[str, Any]:
         )
     try:
         tree = parse_yaml(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        remedy = "check the path"
-        if os.path.isfile(path / "config.yaml"):
-            remedy = f"that of a run: chainlora train {path / 'config.yaml'} --resume"
-        raise ConfigError(f"{what} must be readable", f"{path}: {error.strerror}", remedy) from None
     except UnicodeDecodeError:
         raise ConfigError(
             f"{what} must be UTF-8 text (got other bytes in {path}); is it a YAML file?"
         ) from None
-    except ValueError:  # a NUL or half a surrogate in the path
-        raise ConfigError(
-            f"{what} must be readable (got {str(path)!a}, not a path); check the path"
-        ) from None
+    except (OSError, ValueError) as error:  # a ValueError: a NUL or half a surrogate in the path
+        remedy = "check the path"
+        if os.path.isfile(path / "config.yaml"):
+            remedy = f"that of a run: chainlora train {path / 'config.yaml'} --resume"
+        got = f"{path}: {getattr(error, 'strerror', error)}"
+        raise ConfigError(f"{what} must be readable", got, remedy) from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}" if mark else ""

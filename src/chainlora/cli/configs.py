@@ -1,0 +1,85 @@
+"""The verbs about configs: `chainlora schema`, `convert-config` and `tasks`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from chainlora.cli.common import complete_presets, json_option, show, to_stderr
+from chainlora.errors import ConfigError
+
+
+@click.command
+@click.option("--markdown", is_flag=True, help="Print a list to read instead.")
+def schema(markdown: bool) -> None:
+    """Print the JSON Schema of a config, for editors.
+
+    With it an editor completes and checks the keys: save it as chainlora.schema.json, and write as
+    the first line of a config: # yaml-language-server: $schema=chainlora.schema.json
+    """
+    from chainlora.config.json_schema import config_page, config_schema
+
+    if markdown:
+        click.echo(config_page(), nl=False)
+    else:
+        click.echo(json.dumps(config_schema(), indent=2, ensure_ascii=False))
+
+
+@click.command(name="convert-config")
+@click.argument("file", required=False, type=click.Path())
+@click.option(
+    "--processes",
+    type=click.IntRange(min=1),
+    default=1,
+    help="How many devices it was trained on: most tools count the rows of a batch by device.",
+)
+@click.option("--keys", is_flag=True, help="Print the table of known keys instead.")
+def convert_config(file: str | None, processes: int, keys: bool) -> None:
+    """Rewrite a config of another tool as one of ours.
+
+    FILE is a config of Axolotl, LLaMA-Factory, TRL, Trainer with PEFT, torchtune or litgpt, in YAML
+    or JSON. The result goes to stdout; what became of each key is in its comments and on stderr. A
+    config that would train something else here, such as one for KTO, is refused.
+    """
+    from chainlora.config.foreign import convert, keys_table
+    from chainlora.config.loading import make_config, read_tree
+
+    if keys:
+        click.echo(keys_table(), nl=False)
+        return
+    if file is None:
+        raise click.UsageError("Missing argument 'FILE'.")
+    done = convert(read_tree(file), processes)
+    try:
+        make_config(done.tree)
+    except ConfigError as error:
+        done.left.insert(0, f"still to do: {error}")
+    click.echo(done.text(Path(file).name), nl=False)
+    for line in done.notes:
+        to_stderr(line)
+
+
+@click.command
+@click.argument("name", required=False, shell_complete=complete_presets("data/tasks"))
+@json_option
+def tasks(name: str | None, as_json: bool) -> None:
+    """List the tasks, or show one: prompt, labels, source.
+
+    NAME is one of the list, or a file of your own.
+    """
+    from chainlora.config.yaml_text import dump_yaml
+    from chainlora.data.tasks import list_tasks, load_task
+
+    if name is not None:
+        task = load_task(name)
+        tree = task.model_dump(mode="json", exclude_defaults=True)
+        show(task.model_dump(mode="json"), dump_yaml(tree).rstrip(), as_json)
+        return
+    found = [load_task(each) for each in list_tasks()]
+    width = max(len(task.name) for task in found)
+    lines = [f"{t.name:<{width}}  {t.metric:<9} {t.description}" for t in found]
+    keys = ("name", "description", "metric")
+    told = {"tasks": [{key: getattr(task, key) for key in keys} for task in found]}
+    show(told, "\n".join(lines), as_json)
