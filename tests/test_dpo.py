@@ -72,53 +72,27 @@ def settings(tiny_folder, tmp_path):
 
 TALK = [user("one"), says("two"), user("three")]
 SHARE = [{"from": "human", "value": "three"}]
+TWO = {"chosen": [says("four")], "rejected": [says("five")]}
+WHOLE = {side: [*TALK, *answer] for side, answer in TWO.items()}
 FORMS = {
-    "texts": ({"prompt": "a cat", "chosen": " sat", "rejected": " ran"}, " sat</s>", " ran</s>"),
-    "texts that share a prompt": (
-        {"chosen": "a cat sat", "rejected": "a cat ran"},
-        " sat</s>",
-        " ran</s>",
-    ),
-    "chats": (
-        {"prompt": TALK, "chosen": [says("four")], "rejected": [says("five")]},
-        "four</s>",
-        "five</s>",
-    ),
-    "chats that share a prompt": (
-        {"chosen": [*TALK, says("four")], "rejected": [*TALK, says("five")]},
-        "four</s>",
-        "five</s>",
-    ),
-    "chats beside the prompt as a text": (
-        {"prompt": "three", "chosen": [*TALK, says("four")], "rejected": [*TALK, says("five")]},
-        "four</s>",
-        "five</s>",
-    ),
-    "ShareGPT": (
-        {"conversations": SHARE, "chosen": gpt("four"), "rejected": gpt("five"), "system": "hush"},
-        "four</s>",
-        "five</s>",
-    ),
-    "Alpaca": (
-        {
-            "instruction": "add",
-            "input": "1",
-            "chosen": "four",
-            "rejected": "five",
-            "system": "hush",
-        },
-        "four</s>",
-        "five</s>",
-    ),
+    "texts": {"prompt": "a cat", "chosen": " four", "rejected": " five"},
+    "texts that share a prompt": {"chosen": "a cat four", "rejected": "a cat five"},
+    "chats": {"prompt": TALK} | TWO,
+    "chats that share a prompt": WHOLE,
+    "chats beside the prompt as a text": {"prompt": "three"} | WHOLE,
+    "ShareGPT": {"conversations": SHARE, "chosen": gpt("four"), "rejected": gpt("five")}
+    | {"system": "hush"},
+    "Alpaca": {"instruction": "add", "input": "1", "chosen": "four", "rejected": "five"}
+    | {"system": "hush"},
 }
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_a_pair_is_two_answers_to_one_prompt(form):
-    row, chosen, rejected = FORMS[form]
+    row, blank = FORMS[form], " " * form.startswith("texts")
     tokenizer = make_tokenizer("bos", CHAT)
     (found,) = encode_examples([row], tokenizer, "auto", objective="dpo")
-    assert scored(found, tokenizer) == [[chosen], [rejected]]
+    assert scored(found, tokenizer) == [[f"{blank}four</s>"], [f"{blank}five</s>"]]
     prompts = {
         tokenizer.decode(ids[: spans[0][0]])
         for ids, spans in zip(found.sequences, found.scored, strict=True)
@@ -127,40 +101,37 @@ def test_a_pair_is_two_answers_to_one_prompt(form):
     assert ("hush" in prompts.pop()) == ("system" in row)
 
 
-PLAIN = {
-    "no pair": (
-        {"prompt": "a", "completion": "b"},
-        r"and a `rejected` answer \(got prompt, completion at",
-    ),
-    "KTO": ({"prompt": "a", "completion": "b", "label": True}, "label: True .* TRL's KTOTrainer"),
+PLAIN = {"prompt": "a", "completion": "b"}
+UNLIKE = r"must both be (texts|lists of messages).*at row "
+REFUSED = {
+    "no pair": (PLAIN, r"and a `rejected` answer \(got prompt, completion at"),
+    "KTO": (PLAIN | {"label": True}, "label: True .* TRL's KTOTrainer"),
     "half a pair": ({"prompt": "a", "chosen": "b"}, "a `rejected` answer"),
     "ms-swift": ({"messages": TALK, "rejected_response": "c"}, "a `rejected` answer"),
+    "nothing": ({"prompt": "a cat", "chosen": "a", "rejected": None}, UNLIKE),
+    "a chat and a text": ({"prompt": "a cat", "chosen": [says("a")], "rejected": "b"}, UNLIKE),
+    "a text and a chat": ({"prompt": "a cat", "chosen": "a", "rejected": [says("b")]}, UNLIKE),
+    "a prompt of another kind": (
+        {"prompt": [user("a")], "chosen": "b", "rejected": "c"},
+        r"of the kind of its answers, which are texts .*at row ",
+    ),
 }
 
 
-@pytest.mark.parametrize("name", PLAIN)
-def test_rows_without_a_pair_are_refused_before_the_model_is_loaded(name, settings, tmp_path):
-    row, said = PLAIN[name]
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_no_pair_is_refused_as_any_row(name):
+    row, said = REFUSED[name]
+    for rows in ([row], [*pairs(1), row]):
+        with pytest.raises(DataError, match=said) as caught:
+            encode_examples(rows, make_tokenizer("bos", CHAT), "auto", objective="dpo")
+        assert "\n" not in str(caught.value)
+
+
+def test_rows_without_a_pair_are_refused_before_the_model_is_loaded(settings, tmp_path):
     tree = settings("run") | {"model": "no/model"}
-    tree["data"]["train"] = str(write_rows(tmp_path / "plain.jsonl", [row]))
-    with pytest.raises(DataError, match=said) as caught:
+    tree["data"]["train"] = str(write_rows(tmp_path / "plain.jsonl", [PLAIN]))
+    with pytest.raises(DataError, match=REFUSED["no pair"][1]):
         train(tree)
-    assert "\n" not in str(caught.value)
-    with pytest.raises(DataError, match=said):  # nor as a later row
-        encode_examples([*pairs(1), row], make_tokenizer("bos"), "auto", objective="dpo")
-
-
-@pytest.mark.parametrize("answers", [("a", None), ([says("a")], "b"), ("a", [says("b")])])
-def test_both_answers_are_of_one_kind(answers):
-    row = {"prompt": "a cat", "chosen": answers[0], "rejected": answers[1]}
-    with pytest.raises(DataError, match=r"must both be (texts|lists of messages).*at row 0"):
-        encode_examples([row], make_tokenizer("bos", CHAT), "auto", objective="dpo")
-
-
-def test_a_prompt_is_not_dropped_for_its_kind():
-    row = {"prompt": [{"role": "user", "content": "a"}], "chosen": "b", "rejected": "c"}
-    with pytest.raises(DataError, match=r"of the kind of its answers, which are texts .*at row 0"):
-        encode_examples([row], make_tokenizer("bos", CHAT), "auto", objective="dpo")
 
 
 @pytest.mark.parametrize("data", [{"task": "sst2"}, {"format": "chat"}, {"format": "text"}])
