@@ -39,6 +39,15 @@ def check_error(error: ChainLoRAError) -> None:
     text.encode("utf-8")
 
 
+@contextmanager
+def refusals(*kinds: type[ChainLoRAError]) -> Iterator[None]:
+    """Let the block end in an error of these kinds, if it is as `check_error` wants it."""
+    try:
+        yield
+    except kinds as error:
+        check_error(error)
+
+
 # --- what no case may do: take for ever, write anywhere but where tests write
 
 _watched: list[str] | None = None

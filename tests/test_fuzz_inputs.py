@@ -15,7 +15,7 @@ import torch
 import yaml
 from conftest import tiny_model
 from experiment_cases import lines, tree
-from fuzzing import JSON, VALUES, WORDS, altered, check_error, damaged, fuzz, guarded
+from fuzzing import JSON, VALUES, WORDS, altered, check_error, damaged, fuzz, guarded, refusals
 from hypothesis import given
 from hypothesis import strategies as st
 from test_models import TOKENS, write_gguf
@@ -69,13 +69,9 @@ def test_rows_of_any_values_are_refused_or_tokenised(
     if data.draw(st.booleans()):
         keys |= {"truncation": "left", "max_length": 5}
     config = make_config({"model": "m", "data": keys, "chain": {"ranks": [2], "steps": [1]}})
-    try:
-        splits = prepare_splits(config.data, tokenizer, 128)
-    except (DataError, ConfigError) as error:
-        check_error(error)
-        return
-    for example in splits.train:
-        assert all(0 <= t < len(tokenizer) for ids in example.sequences for t in ids)
+    with refusals(DataError, ConfigError):
+        for example in prepare_splits(config.data, tokenizer, 128).train:
+            assert all(0 <= t < len(tokenizer) for ids in example.sequences for t in ids)
 
 
 @pytest.fixture(scope="module")
@@ -115,13 +111,10 @@ def test_a_task_of_any_values_is_refused_or_renders(tmp_path_factory, data):
     path = tmp_path_factory.getbasetemp() / "task.yaml"
     text = yaml.safe_dump(told, allow_unicode=True)
     path.write_bytes(text.encode("utf-8", "surrogatepass"))
-    try:
+    with refusals(ChainLoRAError):
         task = load_task(path)
         rendered = task.render_all([altered(data, dict(ROW), JSON)])[0]
-    except ChainLoRAError as error:
-        check_error(error)
-        return
-    assert isinstance(rendered.prompt, str)
+        assert isinstance(rendered.prompt, str)
 
 
 # --- experiments
@@ -155,10 +148,8 @@ def test_results_of_any_values_are_refused_or_reported(tmp_path_factory, data):
     told = altered(data, [dict(line) for line in lines()], JSON)
     path = tmp_path_factory.getbasetemp() / "results.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in told))
-    try:
+    with refusals(ChainLoRAError):
         report_experiment(path, figures=False)
-    except ChainLoRAError as error:
-        check_error(error)
 
 
 # --- models
@@ -179,10 +170,8 @@ def test_a_model_folder_of_any_values_is_refused_or_loads(tiny_folder, tmp_path_
     else:
         content = json.dumps(altered(data, json.loads(content), JSON)).encode()
     (folder / name).write_bytes(content)
-    try:
+    with refusals(ModelError):
         load_model(folder, torch.float32)
-    except ModelError as error:
-        check_error(error)
 
 
 @pytest.fixture(scope="module")
@@ -203,9 +192,6 @@ def test_a_gguf_file_of_any_bytes_is_refused_or_loads(
     monkeypatch_module.setenv("CHAINLORA_CACHE", str(folder))
     path = tmp_path_factory.getbasetemp() / "fuzzed.gguf"
     path.write_bytes(damaged(data, gguf_bytes, header=data.draw(st.sampled_from([24, 800, 8000]))))
-    try:
+    with refusals(ModelError):
         load_model(path, torch.float32)
-    except ModelError as error:
-        check_error(error)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(folder, ignore_errors=True)
