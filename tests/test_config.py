@@ -142,6 +142,10 @@ def test_a_number_that_no_key_can_mean_is_refused_by_name(key):
         ("chain: {knots: auto, plateau: {}}", "`plateau.of: norm` watches"),
         ("chain: {knots: auto, tune: full}", "`knots` tie links"),
         ("chain: {plateau: {}, tune: full}", "`plateau` ends links"),
+        (
+            "chain: {ranks: [8], steps: null, minutes: [1], tune: full}",
+            "`minutes` time steps of links",
+        ),
         ("chain: {tune: full}\ntrain: {dtype: bfloat16}", "`tune: full` needs dtype: float32"),
         ("chain: {tune: full}\ntrain: {keep_best: true}", "`tune: full` keeps no best point"),
         ("chain: {ranks: [8, 4], steps: [1, 1]}\ntrain: {optimizer_reset: prune}", "all ranks"),

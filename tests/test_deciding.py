@@ -159,11 +159,13 @@ def test_soft_knots_are_paced_by_learned_tokens_a_parameter_and_short_runs_are_w
         ({"warmup_steps": 1, "restart_schedule": True}, "link 1 .* 1 of 1 steps; lower train.warm"),
         ({"restart_warmup_steps": 2}, "link 1 .* 2 of 1 steps; lower train.restart_warmup_steps"),
         ({"warmup_steps": 3}, None),
+        ({}, None),
     ],
 )
 def test_a_link_that_ends_before_its_warm_up_is_named(tiny_folder, tmp_path, caplog, keys, warning):
     rows = write_rows(tmp_path / "rows.jsonl", [{"text": "the cat sat"}] * 4)
     chain = {"ranks": [1, 1], "steps": [3, 1], "target_modules": ".*0.*q_proj"}
+    chain |= {} if keys else {"ranks": [], "steps": []}  # a run without steps
     train({"model": str(tiny_folder), "data": {"train": str(rows)}, "chain": chain, "train": keys})
     found = [each for each in caplog.messages if "never reaches" in each]
     assert len(found) == (warning is not None)

@@ -181,6 +181,17 @@ def test_whole_numbers_of_a_rotary_embedding_are_no_lengths(rope: dict[str, Any]
         assert engine.path == "packed"
 
 
+@pytest.mark.parametrize("speedups", ["auto", "off"])
+def test_a_row_whose_angles_depend_on_the_longest_is_scored_as_by_itself(speedups: str) -> None:
+    """What is read counts, up to the last target: not what a row holds behind it."""
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    model = tiny_model("llama", rope_parameters=rope, max_position_embeddings=16)
+    row = tuple(range(3, 43))
+    examples = [Example(0, (row,), (((1, 40),),)), Example(1, (row,), (((1, 24),),))]
+    with Engine(model, speedups=speedups, training=False) as engine:
+        assert engine.scores(examples) == [engine.scores([each])[0] for each in examples]
+
+
 def test_a_path_is_added_by_its_class_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
 

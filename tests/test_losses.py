@@ -151,6 +151,10 @@ def test_completion_loss_is_the_cross_entropy_of_the_logits(dtype: torch.dtype, 
     # The gradient of the logits is rounded to the dtype, which the plain way does for each target.
     rounding = 2 * torch.finfo(dtype).eps * plain.abs().max().item()
     torch.testing.assert_close(mine, plain, rtol=1e-5, atol=max(rounding, 1e-6))
+    # Of a mean, the factor is not rounded to the dtype, which would make all of it larger.
+    third = torch.autograd.grad(completion_loss(model, hidden, batch)[0] / 3, hidden)[0]
+    share = (third.double() * mine).sum() / mine.double().square().sum()
+    assert share.item() == pytest.approx(1 / 3, rel=1e-3)
 
 
 @pytest.mark.usefixtures("_chunk")

@@ -17,7 +17,9 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers import models as tokenizer_models
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from chainlora.errors import ConfigError, ModelError
+from chainlora.data.examples import Example
+from chainlora.engine.engine import Engine
+from chainlora.errors import ConfigError, DataError, ModelError
 from chainlora.models.checkpoint import Checkpoint
 from chainlora.models.finding import packaged_model, resolve_model
 from chainlora.models.loading import load_model
@@ -373,7 +375,25 @@ def test_folder_of_another_kind(folder, tmp_path):
 
 def test_vocabulary_larger_than_the_embedding(folder):
     tiny_model("llama", vocab_size=200).save_pretrained(folder)
-    fails(folder, "256 tokens", "200 rows")
+    fails(folder, "token 255", "200 rows")
+
+
+def test_special_tokens_may_lie_beyond_the_embedding_but_not_in_rows(folder):
+    """Gemma 3 1B has a token for images, and no row for it. Padding needs a row."""
+    tokenizer = tiny_tokenizer(eos_token="!")
+    tokenizer.add_tokens([f"<{number}>" for number in range(256, 300)])
+    tokenizer.add_tokens(["<image>"], special_tokens=True)
+    tokenizer.save_pretrained(folder)
+    model, tokenizer = load_model(folder, torch.float32)
+    (image,) = tokenizer("<image>").input_ids
+    rows = [Example(0, ((5, 6),), (((1, 2),),)), Example(7, ((5, image),), (((1, 2),),))]
+    with Engine(model, training=False) as engine:
+        engine.scores(rows[:1])
+        with pytest.raises(DataError, match="token 300 in row 7, and 300 tokens"):
+            engine.scores(rows)
+    tokenizer.pad_token = "<image>"
+    tokenizer.save_pretrained(folder)
+    fails(folder, "token 300", "300 rows")
 
 
 def test_what_is_not_the_model_s_in_a_gguf_file_is_said(tmp_path, cache, gguf_model, caplog):

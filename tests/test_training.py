@@ -217,6 +217,8 @@ def test_full_fine_tuning_is_evaluated_at_its_end_which_may_be_its_best_point(
         losses[8] == min(losses.values()) == result["metrics"]["validation"]["loss"]
     )  # small steps, and few
     assert (result["best"]["step"], result["best"]["value"]) == (8, losses[8])
+    config = json.loads((run / "model" / "config.json").read_text())
+    assert config["use_cache"]  # as the base: without one, generating takes far longer
 
 
 @pytest.mark.parametrize("init", ["gradient", "pissa"])

@@ -285,9 +285,10 @@ class ChainConfig(LinkShape):
             "knots too",
             "use plateau.of: loss",
         )
-        for key, verb, given in (("plateau", "ends", plateau), ("knots", "tie", self.knots)):
+        of_links = {"plateau": "ends", "knots": "tie", "minutes": "time steps of"}
+        for key, verb in of_links.items():
             refuse_if(
-                given is not None and self.tune == "full",
+                getattr(self, key) is not None and self.tune == "full",
                 f"`{key}` {verb} links",
                 "tune: full, which has none",
                 "leave it out",

@@ -17,6 +17,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from itertools import chain
 from typing import Any, Literal, Protocol, TypeVar
 
 import torch
@@ -26,14 +27,14 @@ from chainlora.data.examples import Example
 from chainlora.engine.fast import registry
 from chainlora.engine.fast.plugin import PACKED, FastPath
 from chainlora.engine.head import candidate_loss, candidate_scores, completion_loss, logit_transform
-from chainlora.engine.packing import PackedBatch, pack
+from chainlora.engine.packing import PackedBatch, input_sequences, pack
 from chainlora.engine.padded import padded_hidden
 from chainlora.engine.probes import Facts, examine, forget_lengths
 from chainlora.engine.score_batches import evaluation_batches, pack_size
-from chainlora.errors import ModelError
+from chainlora.errors import DataError, ModelError
 from chainlora.models.modes import in_mode
-from chainlora.models.shards import at_head, by_module, in_forward, is_sharded
-from chainlora.models.text_config import base_model, text_config
+from chainlora.models.shards import at_head, by_module, in_forward, is_sharded, whole_shape
+from chainlora.models.text_config import base_model, causal_model, text_config
 
 log = logging.getLogger(__name__)
 
@@ -97,6 +98,8 @@ class Engine:
             for parameter in self._frozen:
                 parameter.requires_grad_(False)
             base_model(model)  # refuses what is not a causal language model
+            embedding: Any = causal_model(model).get_input_embeddings()  # type: ignore[operator]
+            self._num_tokens = whole_shape(embedding.weight)[0]
             facts = examine(model, training=training)
             if training and getattr(text_config(model), "output_router_logits", False):
                 self.notes.append("auxiliary loss of the router (`output_router_logits`): left out")
@@ -149,8 +152,19 @@ class Engine:
             path.adapt(layers)
 
     def pack(self, examples: Sequence[Example]) -> PackedBatch:
-        """Return examples as one batch on the model's device."""
+        """Return examples as one batch on the model's device.
+
+        Raises DataError where there is a token that the model does not have.
+        """
         batch = pack(examples, share_prefixes=self.speedups == "auto")
+        last = int(max(batch.input_ids.max(), batch.token_target.max()))
+        if last >= self._num_tokens:
+            row = next(each.row for each in examples if last in {*chain(*each.sequences)})
+            raise DataError(
+                "the model must have the tokens of a row",
+                f"token {last} in row {row}, and {self._num_tokens} tokens",
+                "drop the row",
+            )
         return batch.to(next(self.model.parameters()).device)
 
     def split(self, examples: Sequence[Example]) -> list[list[Example]]:
@@ -291,7 +305,7 @@ class Engine:
         groups: dict[int, list[int]] = {}
         for index, unit in enumerate(units):
             first = self._length_from
-            length = 0 if first is None else max(len(unit.sequences[0]), first)
+            length = 0 if first is None else max(*map(len, input_sequences(unit)), first)
             groups.setdefault(length, []).append(index)
         for group in groups.values():
             packed = self.path == "packed"

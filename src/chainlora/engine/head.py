@@ -357,5 +357,5 @@ class _SummedLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad = None if ctx.grad is None else ctx.grad * grads[0].to(ctx.grad.dtype)
+        grad = None if ctx.grad is None else ctx.grad * grads[0]
         return grad, None, None, None

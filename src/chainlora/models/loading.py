@@ -256,12 +256,18 @@ def _refuse_integers(model: Any, folder: Path) -> None:
 
 
 def check_vocabulary(model: Any, tokenizer: Any, folder: Path) -> None:
-    """Raise ModelError where a tokenizer, of this folder, has more tokens than a model."""
+    """Raise ModelError where a tokenizer, of this folder, writes tokens that a model has no row of.
+
+    Special ones may lie beyond, as those of images do in text models (Gemma 3 1B).
+    """
     rows = model.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > rows:
+    special = {key for key, token in tokenizer.added_tokens_decoder.items() if token.special}
+    written = [getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "unk", "pad")]
+    needed = {*tokenizer.get_vocab().values()} - special | {*written} - {None}
+    if (last := max(needed, default=0)) >= rows:
         raise ModelError(
-            f"the embedding must have a row per token (got {len(tokenizer)} tokens and {rows} "
-            f"rows in {folder}); use the tokenizer the model was trained with"
+            f"the embedding must have a row per token (got token {last} and {rows} rows in "
+            f"{folder}); use the tokenizer the model was trained with"
         )
 
 

@@ -64,7 +64,7 @@ def say_what_stays_low(config: TrainConfig, lengths: Sequence[int]) -> None:
     rooms = lengths if config.restart_schedule else [sum(lengths), *lengths[1:]]
     for link, room in enumerate(rooms):
         rise = restart_warmup(config) if link else config.warmup_steps
-        if rise >= room:
+        if 0 < room <= rise:
             place = f"link {link}" if link or config.restart_schedule else "the chain"
             key = "restart_" if link and config.restart_warmup_steps is not None else ""
             logger.warning(

@@ -193,7 +193,6 @@ def _load_model(config: RunConfig, processes: Processes) -> Any:
             prepare_quantized(model)
         else:
             model.to(device)
-    model.config.use_cache = False
     if config.train.gradient_checkpointing:
         _checkpoint_activations(model)
     return model
