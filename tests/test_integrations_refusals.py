@@ -111,7 +111,8 @@ def test_models(tiny_folder, tokenizer, tmp_path, what):
     assert re.search(rule, line), line
 
 
-KNOTS = {
+ON_PLATEAU = {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps"}
+KNOTS = {  # keys of the callback, what is said, and what the trainer is given
     "beyond the end": ({"steps": 1e2}, "a knot must fall before the run ends .*steps=100"),
     "epochs beyond the end": ({"epochs": 3}, "a knot must fall before .*run of 11 steps"),
     "not the run's steps": ({"steps": [4, 4]}, r"add up to the run \(got \[4, 4\]"),
@@ -124,13 +125,16 @@ KNOTS = {
         "all ranks must be equal",
     ),
     "an unknown key": ({"knots": {"often": 3}}, "unknown key `knots.often`"),
+    "an optimizer": ({"knots": "auto"}, "moments of Adam, AdamW and SGD", {"optim": "adafactor"}),
+    "a schedule": ({"steps": 4, "restart_schedule": True}, "a function of the step", ON_PLATEAU),
 }
 
 
 @pytest.mark.parametrize("what", KNOTS)
 def test_knots(tiny_folder, tokenizer, tmp_path, what):
-    keys, rule = KNOTS[what]
-    line = refused(peft_model(tiny_folder), tokenizer, tmp_path, ChainCallback(**keys))
+    keys, rule, *given = KNOTS[what]
+    more = given[0] if given else {}
+    line = refused(peft_model(tiny_folder), tokenizer, tmp_path, ChainCallback(**keys), **more)
     assert re.search(rule, line), line
 
 
@@ -151,19 +155,6 @@ def test_knots(tiny_folder, tokenizer, tmp_path, what):
 def test_a_callback_that_contradicts_itself(keys, rule):
     with pytest.raises(ChainLoRAError, match=rule):
         ChainCallback(**keys)
-
-
-def test_optimizers_and_schedules(tiny_folder, tokenizer, tmp_path):
-    for keys, trainer_keys, rule in (
-        ({"knots": "auto"}, {"optim": "adafactor"}, "moments of Adam, AdamW and SGD"),
-        (
-            {"steps": 4, "restart_schedule": True},
-            {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps"},
-            "a function of the step",
-        ),
-    ):
-        model, callback = peft_model(tiny_folder), ChainCallback(**keys)
-        assert rule in refused(model, tokenizer, tmp_path, callback, **trainer_keys)
 
 
 def adam_whose_weights_decay(parameters) -> torch.optim.Optimizer:

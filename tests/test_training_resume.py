@@ -3,17 +3,12 @@ links."""
 
 from __future__ import annotations
 
-import json
 import random
-import subprocess
-import sys
 import threading
-from pathlib import Path
 
 import pytest
 import torch
-import yaml
-from helpers import assert_same_links, assert_same_records, settings
+from helpers import Stop, assert_same_links, assert_same_records, settings
 from safetensors.torch import load_file
 
 from chainlora import make_config, train
@@ -50,35 +45,32 @@ QUICK = ("ReLoRA, best", "soft knots, best")
 def test_law_9_killed_anywhere_and_resumed_is_the_uninterrupted_run(
     tiny_folder, sentiment, tmp_path, name
 ):
-    """Deaths at moments and at records (steps, evaluations, knots) drawn at random."""
+    """At records (steps, evaluations, knots) drawn at random; at file operations: tests/faults."""
+    draw = random.Random(name)
     tree = settings(tiny_folder, sentiment, **KILLED[name])
     tree["chain"]["steps"] = [10, 10, 8]
     tree["train"] |= {"save_every": 2, "eval_every": 3}
-    config = tmp_path / "config.yaml"
-    config.write_text(yaml.safe_dump(tree))
-    draw = random.Random(name)
-    # about 40 records a run, 10 to 30 ms apart: a life that dies after its second to fifth leaves
-    # enough
-    deaths = [f"{draw.randrange(2, 6)}+{draw.uniform(0, 0.02):.4f}" for _ in range(NUM_DEATHS)]
-    script = Path(__file__).with_name("killed_run.py")
-    whole = subprocess.run(
-        [sys.executable, script, config, tmp_path / "whole"], capture_output=True, text=True
-    )
-    assert whole.returncode == 0, whole.stderr
-    killed = subprocess.run(
-        [sys.executable, script, config, tmp_path / "killed", *deaths],
-        capture_output=True,
-        text=True,
-    )
-    assert killed.returncode == 0, killed.stderr
-    assert killed.stdout.split() == ["9"] * NUM_DEATHS + ["0"], killed.stdout
+    whole = train(tree | {"output": str(tmp_path / "whole")})
+    killed = tree | {"output": str(tmp_path / "killed")}
+    for _ in range(NUM_DEATHS):
+        resume, listener = (tmp_path / "killed").exists(), dies_after(draw.randrange(3, 9))
+        with pytest.raises(Stop):
+            train(killed, resume=resume, listener=listener)
+    found = train(killed, resume=True)
     assert_same_links(tmp_path / "whole", tmp_path / "killed")
-    one, two = (
-        json.loads((tmp_path / name / "result.json").read_text()) for name in ("whole", "killed")
-    )
-    assert one["metrics"] == two["metrics"]
-    assert (one["best"], one["links"]) == (two["best"], two["links"])
+    assert all(found[key] == whole[key] for key in ("metrics", "best", "links"))
     assert_same_records(tmp_path / "whole", tmp_path / "killed")
+
+
+def dies_after(num_records: int):
+    seen = []
+
+    def listener(record) -> None:
+        seen.append(record)
+        if len(seen) == num_records:
+            raise Stop
+
+    return listener
 
 
 @pytest.mark.parametrize("init", ["kaiming", "gradient"])  # which reads rows again at the resume

@@ -225,19 +225,6 @@ class _Experiment(_Line):
     figures: list[_Name]
     paper: _Name | None
 
-    @model_validator(mode="after")
-    def _check(self) -> _Experiment:
-        named = [name for pair in self.pairs for name in pair]
-        unknown = [name for name in named if name not in self.methods]
-        if unknown:
-            raise ValueError(f"`pairs` must name `methods` (got {unknown[0]!r})")
-        if self.primary is not None and self.primary not in self.pairs:
-            raise ValueError(f"`primary` must be one of `pairs` (got {self.primary})")
-        for key in ("tasks", "seeds"):
-            if len(set(getattr(self, key))) < len(getattr(self, key)):
-                raise ValueError(f"`{key}` must differ from each other")
-        return self
-
 
 class _Tried(_Line):
     point: dict[str, Any]

@@ -36,7 +36,7 @@ class RunInProgress(RunReader):
     def check_base_files(self, found: Mapping[str, str]) -> None:
         """Refuse to resume on another base than the run's, before it is loaded."""
         if self._current is not None:
-            check_base(self._current.base, {"files": found}, self.path)
+            check_base(self._current.base, self.path, files=found)
 
     def has_checkpoint(self, progress: Progress) -> bool:
         """Whether there is a checkpoint of exactly this progress."""

@@ -95,9 +95,8 @@ def fitted(start: Start, chain: Chain, name: str | None = None) -> Start:
     if start.base is not None and start.base.body != chain.fingerprint.without(start.extra):
         folder = folder_of(chain.model)
         files = base_files(folder) if folder and start.base.files is not None else None
-        check_base(
-            start.base, {"files": files, "fingerprint": chain.base_fingerprint}, "the earlier stage"
-        )
+        fingerprint = chain.base_fingerprint
+        check_base(start.base, "the earlier stage", files=files, fingerprint=fingerprint)
     return start
 
 

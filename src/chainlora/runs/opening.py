@@ -74,7 +74,7 @@ def load_run(
         _refuse_unfinished(reader)
     folder = resolve_model(manifest.base.model)
     if manifest.base.files is not None:
-        check_base(manifest.base, {"files": base_files(folder)}, reader.path)
+        check_base(manifest.base, reader.path, files=base_files(folder))
     quantize = manifest.base.quantize if as_trained else None
     model, tokenizer = load_model(folder, kind, quantize=quantize)
     is_quantized = is_quantized_model(model)
@@ -88,7 +88,7 @@ def load_run(
         prepare_quantized(model)
     chain = Chain(model, hold=hold_for(model), checkpoint=folder)
     if manifest.base.files is None:  # a saved chain, which knows no files
-        check_base(manifest.base, {"fingerprint": chain.base_fingerprint}, reader.path)
+        check_base(manifest.base, reader.path, fingerprint=chain.base_fingerprint)
     chain.add(*links)
     plain: Any = model if is_quantized else chain.detach()
     return plain, _settled(tokenizer, reader, manifest)

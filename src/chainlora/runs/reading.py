@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -248,23 +248,25 @@ def _changed(config: RunConfig, changes: Sequence[Change]) -> RunConfig:
     return make_config(tree)
 
 
-def check_base(before: Base, base: Mapping[str, Any], run: Path | str) -> None:
+def check_base(
+    before: Base,
+    run: Path | str,
+    *,
+    files: Mapping[str, str] | None = None,
+    fingerprint: str | None = None,
+) -> None:
     """Raise RunError unless the model at hand is the one the run was trained on.
 
-    `base` holds ``files`` (`models.identity`), or a ``fingerprint`` for chains without a run.
+    It is known by its `files` (`models.identity`), or in chains without a run by its `fingerprint`.
     """
-    for wrong in _differences(before.files, before.fingerprint, base):
+    wrong = ""
+    if before.files is not None and files is not None:
+        if changed := changed_files(before.files, files):
+            wrong = f"another {changed[0]}" + " and more" * bool(changed[1:])
+    elif fingerprint is not None and fingerprint != before.fingerprint:
+        wrong = f"fingerprint {fingerprint[:12]} for {before.fingerprint[:12]}"
+    if wrong:
         raise RunError(
             f"the base model must be the one {run} was trained on, {before.model} (got {wrong}); "
             "restore it, or start over"
         )
-
-
-def _differences(
-    known: Mapping[str, str] | None, fingerprint: str, base: Mapping[str, Any]
-) -> Iterator[str]:
-    if known is not None and base.get("files") is not None:
-        if changed := changed_files(known, base["files"]):
-            yield f"another {changed[0]}" + (" and more" if changed[1:] else "")
-    elif "fingerprint" in base and fingerprint != base["fingerprint"]:
-        yield f"fingerprint {base['fingerprint'][:12]} for {fingerprint[:12]}"

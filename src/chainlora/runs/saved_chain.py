@@ -125,7 +125,7 @@ def restore_chain(chain: Chain, saved: SavedChain) -> None:
         )
     body = saved.manifest.base.body
     if body is None or body != chain.fingerprint.without(saved.start):
-        check_base(saved.manifest.base, {"fingerprint": chain.base_fingerprint}, saved.path)
+        check_base(saved.manifest.base, saved.path, fingerprint=chain.base_fingerprint)
     if chain.live is not None:
         chain.discard()
     chain.drop(len(chain))
