@@ -25,8 +25,8 @@ from chainlora.errors import ChainLoRAError
 from chainlora.models.loading import load_model
 from chainlora.models.loading_shards import load_shards
 from chainlora.models.shards import gathered, local
-from chainlora.runs.reading import RunReader
-from chainlora.runs.start import NOTHING, start_of
+from chainlora.runs.loading_start import load_start
+from chainlora.runs.start import NOTHING
 from chainlora.training.loop import train
 from chainlora.training.processes import leave_processes
 
@@ -57,7 +57,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
             raise Stop
 
     try:
-        start = start_of(RunReader(job["start"]), "later") if "start" in job else NOTHING
+        start = load_start(job["start"], "later") if "start" in job else NOTHING
         outcome["result"] = train(
             load_config(job["config"]),
             resume=job.get("resume", False),

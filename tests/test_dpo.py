@@ -30,10 +30,10 @@ from chainlora.evaluation.preferences import orpo_losses
 from chainlora.evaluation.scoring import evaluate_task
 from chainlora.evaluation.stages import Scorer, stage_matrix
 from chainlora.evaluation.training_rows import training_rows
+from chainlora.runs.loading_start import load_start
 from chainlora.runs.opening import load_run
 from chainlora.runs.reading import RunReader
 from chainlora.runs.stages import mix_stages, open_run
-from chainlora.runs.start import start_of
 from chainlora.training import objectives
 from chainlora.training.loop import train as train_stage
 from chainlora.training.objective_kinds.preferences import DPO
@@ -301,7 +301,7 @@ def test_the_reference_of_a_stage_is_the_chain_that_it_begins_on(settings, tmp_p
     train(first)
     tree = settings("second", train={"save_every": 1}, knots={"every": 2, "share": 0.5})
     records: list = []
-    start = start_of(RunReader(first["output"]), "again")
+    start = load_start(first["output"], "again")
     found = train_stage(make_config(tree), start=start, listener=records.append)
     at_start = {"loss": math.log(2), "accuracy": 0.5, "margin": 0.0}
     assert next(e for e in records if e.name == "eval").metrics == at_start

@@ -21,8 +21,8 @@ from chainlora.data.rows import MemoryRows, joined
 from chainlora.data.splits import prepare_splits
 from chainlora.errors import ConfigError, RunError
 from chainlora.models.loading import load_tokenizer
+from chainlora.runs.loading_start import load_start
 from chainlora.runs.reading import RunReader
-from chainlora.runs.start import start_of
 from chainlora.training.loop import train as train_run
 from chainlora.training.plan import make_plan
 
@@ -56,11 +56,11 @@ def test_a_stage_holds_the_rows_of_those_before_it(tiny_folder, sentiment, tmp_p
     """A fork needs nothing of its parent; a stage that keeps no rows has those of the others."""
     whole = settings(tiny_folder, sentiment, tmp_path / "a", chain=SHORT)
     train(make_config(whole))
-    start = start_of(RunReader(tmp_path / "a"), "b")
+    start = load_start(tmp_path / "a", "b")
     data = {"data": whole["data"] | {"keep_rows": False}}
     for name in ("b", "c"):
         train_run(make_config(whole | data | {"output": str(tmp_path / name)}), start=start)
-        start = start_of(RunReader(tmp_path / "b"), "c")
+        start = load_start(tmp_path / "b", "c")
         data = {}
     assert list(RunReader(tmp_path / "b").kept()) == ["main"]
     assert list(RunReader(tmp_path / "c").kept()) == ["main", "c"]
@@ -285,7 +285,7 @@ def test_a_stage_with_replay_is_the_same_killed_and_in_two_processes(
     """A resume has the rows of earlier stages in its own directory."""
     first = settings(tiny_folder, sentiment, tmp_path / "first", chain=SHORT)
     train(make_config(first | {"data": first["data"] | {"num_train": 16}}))
-    start = start_of(RunReader(tmp_path / "first"), "later")
+    start = load_start(tmp_path / "first", "later")
 
     def config(name):
         keys = {"data": {"replay": 0.4}, "train": {"save_every": 1}}

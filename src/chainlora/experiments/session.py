@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from chainlora.config.loading import dump_config, load_config
+from chainlora.errors import ConfigError
 from chainlora.experiments.choice import Trial, choose, extensions
 from chainlora.experiments.expansion import Cell, Expansion, Pair, Point
 from chainlora.experiments.measure import with_curve
@@ -171,9 +172,12 @@ class Session:
         make_folder(directory)
         config = with_curve(cell.config, self.experiment.curve_points)
         if (directory / RUN).exists():  # with the evaluations that this run started with
-            every = load_config(directory / CONFIG).train.eval_every
-            train = config.train.model_copy(update={"eval_every": every})
-            config = config.model_copy(update={"train": train})
+            try:
+                every = load_config(directory / CONFIG).train.eval_every
+                train = config.train.model_copy(update={"eval_every": every})
+                config = config.model_copy(update={"train": train})
+            except ConfigError:  # of another version: the cell says so, and the others run
+                logger.warning("%s cannot be read and is written again", directory / CONFIG)
         write_text(directory / CONFIG, dump_config(config))
         for name in (ERROR, RESULT):  # a result that is not whole
             (directory / name).unlink(missing_ok=True)

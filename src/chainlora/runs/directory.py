@@ -150,23 +150,22 @@ class RunDirectory(RunInProgress):
         self._keep(kept)
         for link in start.links:
             self._save_adapter(link_directory(link.id), link, base)
-        self._replace(
-            Manifest(
-                format=FORMAT,
-                base=base,
-                seed=config.train.seed,
-                hold=config.chain.hold,
-                rows=rows,
-                links=link_entries(start.links, base.fingerprint, start.entries, start.stage),
-                next_id=start.next_id,
-                stage=start.stage,
-                first=len(start.links),
-                first_id=start.next_id,
-                selected=None,
-                progress=Progress(link=len(start.links)),
-                kept=list(kept),
-            )
+        self._current = Manifest(
+            format=FORMAT,
+            base=base,
+            seed=config.train.seed,
+            hold=config.chain.hold,
+            rows=rows,
+            links=link_entries(start.links, base.fingerprint, start.entries, start.stage),
+            next_id=start.next_id,
+            stage=start.stage,
+            first=len(start.links),
+            first_id=start.next_id,
+            selected=None,
+            progress=Progress(link=len(start.links)),
+            kept=list(kept),
         )
+        self._replace()
         return deepcopy(self.current.progress)
 
     def close(self, *, undo: bool = False) -> None:
@@ -193,7 +192,7 @@ class RunDirectory(RunInProgress):
         self._log = resumed_log(self._log.path, known, progress.num_records)
         progress.num_records = self._log.count
         if self._is_changed or (known is not None and known.count != self._log.count):
-            self._replace(manifest)  # before records are cut that the manifest on disk may know
+            self._replace()  # before records are cut that the manifest on disk may know
         self._log.cut()
         return progress
 
@@ -219,16 +218,15 @@ class RunDirectory(RunInProgress):
         """
         current = self.current
         moments = f"moments/{len(links) - 1:03d}.safetensors"
-        update = {
-            "links": link_entries(links, current.base.fingerprint, current.links, current.stage),
-            "next_id": next_id,
-            "moments": moments if moments in self._hashes else None,
-            "checkpoint": None,
-            "selected": None,
-            "progress": deepcopy(progress),
-            "numbers": numbers,
-        }
-        self._replace(current.model_copy(update=update))
+        self._replace(
+            links=link_entries(links, current.base.fingerprint, current.links, current.stage),
+            next_id=next_id,
+            moments=moments if moments in self._hashes else None,
+            checkpoint=None,
+            selected=None,
+            progress=deepcopy(progress),
+            numbers=numbers,
+        )
 
     def select(self, num_links: int, step: int, partial: Link | None, progress: Progress) -> None:
         """Name the best point, which the run is then loaded as. All links are kept."""
@@ -238,8 +236,7 @@ class RunDirectory(RunInProgress):
             below, place = current.links[:num_links], progress.best["directory"]
             entry = link_entry(partial, current.base.fingerprint, below, place, current.stage)
         selected = Selection(num_links=num_links, step=step, partial=entry)
-        update = {"selected": selected, "progress": deepcopy(progress), "checkpoint": None}
-        self._replace(current.model_copy(update=update))
+        self._replace(selected=selected, progress=deepcopy(progress), checkpoint=None)
 
     def save_link(self, link: Link) -> None:
         """Write one link as a PEFT adapter under ``links/``."""
@@ -263,7 +260,7 @@ class RunDirectory(RunInProgress):
         """Keep what the pairs of each split score before the first step."""
         files.write_tensors(self / REFERENCE, tensors, begun_on(self.current))
         self._hashes[REFERENCE] = files.sha256(self / REFERENCE)
-        self._replace(self.current)
+        self._replace()
 
     def save_checkpoint(
         self, state: Mapping[str, Tensor], optimizer: Mapping[str, Tensor], progress: Progress
@@ -275,8 +272,7 @@ class RunDirectory(RunInProgress):
         with files.replaced_folder(self / directory) as scratch:
             write_checkpoint(scratch, state, optimizer)
         self._hash_folder(directory)
-        checkpoint = Checkpoint(directory=directory, progress=deepcopy(progress))
-        self._replace(self.current.model_copy(update={"checkpoint": checkpoint}))
+        self._replace(checkpoint=Checkpoint(directory=directory, progress=deepcopy(progress)))
 
     def save_model(self, model: Any, tokenizer: Any) -> None:
         """Write a whole model, the result of full fine-tuning."""
@@ -287,7 +283,7 @@ class RunDirectory(RunInProgress):
     def save_result(self, result: Mapping[str, Any]) -> None:
         """Write ``result.json``, and name it in the manifest: the last act of a run."""
         files.write_json(self / RESULT, result)
-        self._replace(self.current, result=files.sha256(self / RESULT))
+        self._replace(result=files.sha256(self / RESULT))
 
     def record(self, values: Mapping[str, Any], progress: Progress) -> None:
         """Append one line to ``metrics.jsonl``."""
@@ -311,11 +307,12 @@ class RunDirectory(RunInProgress):
         self._hashes = {k: v for k, v in self._hashes.items() if not is_in(k, {directory})}
         self._hashes |= {f"{directory}/{name}": digest for name, digest in found.items()}
 
-    def _replace(self, manifest: Manifest, *, result: str | None = None) -> None:
-        """Replace the manifest on disk, and delete what the new one does not name.
+    def _replace(self, *, result: str | None = None, **changed: Any) -> None:
+        """Replace the manifest on disk by one that has `changed`, and delete what it does not name.
 
         A new state has no result yet, so that the result of an earlier one can be overwritten.
         """
+        manifest = self.current.model_copy(update=changed)
         named = manifest.named
         hashes = {name: digest for name, digest in self._hashes.items() if is_in(name, named)}
         hashes |= {RESULT: result} if result else {}

@@ -37,7 +37,7 @@ from chainlora.runs.opening import is_whole_model
 from chainlora.runs.reading import RunReader, check_base
 from chainlora.runs.saved_chain import chain_folder, read_chain, restore_chain
 from chainlora.runs.stages import first_is_open, open_run
-from chainlora.runs.start import Start, start_of
+from chainlora.runs.start import Start, next_id_after
 
 logger = logging.getLogger(__name__)
 
@@ -141,6 +141,7 @@ def load_chain(
 
 
 def _of_chain(reader: RunReader, stage: str) -> Start:
+    """Return the links that a run is loaded as, the best point if it was kept."""
     manifest = reader.manifest()
     if is_whole_model(reader, manifest):
         raise RunError(
@@ -148,10 +149,19 @@ def _of_chain(reader: RunReader, stage: str) -> Start:
             f"a run of full fine-tuning, {reader.path}",
             f"take {reader / 'model'} as the model",
         )
-    start = start_of(reader, stage)
+    links = reader.links_of(manifest)
+    start = Start(
+        stage,
+        tuple(links),
+        tuple(manifest.loaded),
+        next_id_after(reader),
+        manifest.base,
+        tokenizer=reader.tokenizer(manifest),
+        kept=reader.kept(),
+    )
     if manifest.has_run:
         return start
-    next_id = max([start.next_id, *(link.id + 1 for link in start.links)])  # a live one is loaded
+    next_id = max([start.next_id, *(link.id + 1 for link in links)])  # a live one is loaded
     return replace(start, next_id=next_id, extra=read_chain(reader).start)
 
 

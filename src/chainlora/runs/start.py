@@ -41,26 +41,11 @@ class Start:
 NOTHING = Start()  # the base alone
 
 
-def start_of(reader: RunReader, stage: str) -> Start:
-    """Return what a stage of this name begins on after the run that `reader` reads.
-
-    These are the links that the run is loaded as, the best point if it was kept. Ids go on after
-    those that the run had planned, whether all of its links were made or not.
-    """
-    manifest = reader.manifest()
-    return Start(
-        stage,
-        tuple(reader.links_of(manifest)),
-        tuple(manifest.loaded),
-        next_id_after(reader),
-        manifest.base,
-        tokenizer=reader.tokenizer(manifest),
-        kept=reader.kept(),
-    )
-
-
 def next_id_after(reader: RunReader) -> int:
-    """Return the id of the first link of a stage that comes after a run."""
+    """Return the id of the first link of a stage that comes after a run.
+
+    It goes on after those that the run had planned, whether all of its links were made or not.
+    """
     manifest = reader.manifest()
     planned = len(reader.config().chain.ranks) if manifest.has_run else 0
     return max(manifest.next_id, manifest.first_id + planned)
