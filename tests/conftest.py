@@ -255,7 +255,7 @@ def answers(sentiment, tmp_path_factory) -> Path:
     for split in ("train", "validation"):
         rows = map(json.loads, (sentiment / f"{split}.jsonl").read_text().splitlines())
         told = [{"text": row["text"], "answer": ["bad", "good"][row["label"]]} for row in rows]
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in told))
+        write_rows(folder / f"{split}.jsonl", told)
     task = {
         "name": "answers",
         "description": "Good or bad?",

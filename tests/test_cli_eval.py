@@ -7,9 +7,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-import yaml
 from conftest import write_rows
 from helpers import records_of
+from helpers_tasks import make_split, write_task
 
 from chainlora.data.tasks import load_task, sample_splits
 
@@ -82,21 +82,10 @@ def stand_in(tiny_folder, tmp_path):
             "validation": {"of": "train", "rows": 5},
             "test": {"of": test_of, "rows": 12},
         }
-        keys = {
-            "name": "word",
-            "description": "Made up.",
-            "prompt": "{{ text }} it was",
-            "labels": [" bad", " good"],
-            "metric": "accuracy",
-            "loss": "candidates",
-            "sampling": rules,
-        }
-        (tmp_path / "word.yaml").write_text(yaml.safe_dump(keys))
-        (tmp_path / "rows").mkdir()
+        task = write_task(tmp_path, sampling=rules)
         for split, count in (("validation", 30), ("test", 4)):
-            rows = [{"text": f"cat {i}", "label": i % 2} for i in range(count)]
-            write_rows(tmp_path / "rows" / f"{split}.jsonl", rows)
-        return f"eval {tiny_folder} --task {tmp_path}/word.yaml --json --data"
+            make_split(tmp_path / "rows" / f"{split}.jsonl", count)
+        return f"eval {tiny_folder} --task {task} --json --data"
 
     return make
 
@@ -110,7 +99,7 @@ def test_eval_of_a_split_that_stands_in_for_train_scores_rows_that_no_run_trains
     assert "only the 12 of its 30 rows that no run trains on are scored" in caplog.text
     unseen = [json.loads(line)["row"] for line in scored.read_text().splitlines()]
     assert unseen == sorted(set(unseen))
-    task = load_task(tmp_path / "word.yaml")
+    task = load_task(tmp_path / "colour.yaml")
     for seed in range(4):
         for num_test in (3, 12, 20):
             drawn = sample_splits(task, rows, num_test=num_test, data_seed=seed)
@@ -129,7 +118,7 @@ def test_eval_of_a_split_that_stands_in_for_train_is_refused_where_test_rows_com
 ):
     evaluate, rows = stand_in("test"), tmp_path / "rows"
     chainlora(f"{evaluate} {rows}").refused(
-        "split 'validation' of task 'word' is what runs train on",
+        "split 'validation' of task 'colour' is what runs train on",
         "(got 30 rows)",
         "score --split test, or name the file itself as --data",
     )

@@ -7,6 +7,7 @@ import json
 
 import pytest
 from helpers_data import CHAT, FORGETS, MARKED, TALK, encode_examples, make_tokenizer, scored
+from helpers_tasks import write_task
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
@@ -22,21 +23,8 @@ from chainlora.errors import DataError
 def colour(tmp_path):
     """Make a task of two labels, with changes."""
 
-    def make(**changes):
-        keys = {
-            "name": "colour",
-            "description": "Made up.",
-            "prompt": "{{ text }} It was",
-            "labels": [" terrible", " great"],
-            "metric": "accuracy",
-            "loss": "candidates",
-        }
-        keys |= changes
-        given = {key: value for key, value in keys.items() if value is not None}
-        (tmp_path / "colour.yaml").write_text(json.dumps(given))
-        return load_task(tmp_path / "colour.yaml")
-
-    return make
+    keys = {"prompt": "{{ text }} It was", "labels": [" terrible", " great"]}
+    return lambda **changes: load_task(write_task(tmp_path, **keys | changes))
 
 
 # --- tasks ---

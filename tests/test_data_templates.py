@@ -34,43 +34,27 @@ def fresh_tokenizers():
     make_tokenizer.cache_clear()
 
 
-@pytest.mark.parametrize(
-    ("name", "text", "targets"),
-    [
-        (
-            "chatml",
-            "<|im_start|>system\ncount<|im_end|>\n<|im_start|>user\nhow many dogs?<|im_end|>\n"
-            "<|im_start|>assistant\ntwo dogs<|im_end|>\n",
-            "two dogs<|im_end|>",
-        ),
-        (
-            "llama3",
-            "<s><|start_header_id|>system<|end_header_id|>\n\ncount<|eot_id|>"
-            "<|start_header_id|>user<|end_header_id|>\n\nhow many dogs?<|eot_id|>"
-            "<|start_header_id|>assistant<|end_header_id|>\n\ntwo dogs<|eot_id|>",
-            "two dogs<|eot_id|>",
-        ),
-        (
-            "zephyr",
-            "<|system|>\ncount</s>\n<|user|>\nhow many dogs?</s>\n<|assistant|>\ntwo dogs</s>\n",
-            "two dogs</s>",
-        ),
-        (
-            "alpaca",
-            "count\n\n### Instruction:\nhow many dogs?\n\n### Response:\ntwo dogs</s>\n\n",
-            "two dogs</s>",
-        ),
-    ],
-)
-def test_named_templates(name, text, targets):
-    tokenizer = tokenizer_with(chat_template=name)
+NAMED = {
+    "chatml": "<|im_start|>system\ncount<|im_end|>\n<|im_start|>user\nhow many dogs?<|im_end|>\n"
+    "<|im_start|>assistant\ntwo dogs<|im_end|>\n",
+    "llama3": "<s><|start_header_id|>system<|end_header_id|>\n\ncount<|eot_id|>"
+    "<|start_header_id|>user<|end_header_id|>\n\nhow many dogs?<|eot_id|>"
+    "<|start_header_id|>assistant<|end_header_id|>\n\ntwo dogs<|eot_id|>",
+    "zephyr": "<|system|>\ncount</s>\n<|user|>\nhow many dogs?</s>\n<|assistant|>\ntwo dogs</s>\n",
+    "alpaca": "count\n\n### Instruction:\nhow many dogs?\n\n### Response:\ntwo dogs</s>\n\n",
+}
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_named_templates(name):
+    tokenizer, text = tokenizer_with(chat_template=name), NAMED[name]
     (example,) = encode_examples([{"messages": [SYSTEM, *TALK[:2]]}], tokenizer, "auto")
     assert tokenizer.decode(example.sequences[0]) == text
-    assert scored(example, tokenizer) == [[targets]]
     asked = tokenizer.apply_chat_template(
         [SYSTEM, TALK[0]], tokenize=False, add_generation_prompt=True
     )
-    assert text.startswith(asked + "two dogs")
+    begin, said, end = text.rpartition("two dogs")
+    assert (begin, scored(example, tokenizer)) == (asked, [[said + end.rstrip()]])
 
 
 def test_chatml_writes_tools_and_calls():

@@ -86,6 +86,12 @@ def encoded(tokenizer, **data):
     return prepare_splits(DataConfig(**data), tokenizer, 128)
 
 
+def plan_of(data, splits, epochs, **train):
+    chain = {"ranks": [1], "epochs": [epochs]}
+    config = make_config({"model": "none", "data": data, "chain": chain, "train": train})
+    return make_plan(config, splits.train, splits.mixture)
+
+
 def words(rows, tokenizer):
     return [tokenizer.decode(each.sequences[0], skip_special_tokens=True)[0] for each in rows]
 
@@ -98,15 +104,7 @@ def test_files_are_joined_and_an_epoch_reads_each_by_its_weight(tmp_path, tokeni
     assert [example.row for example in same.train] == list(range(14))
     files = [at("a"), {"path": at("b"), "weight": 0.2}]
     mixed = encoded(tokenizer, train=files)
-    config = make_config(
-        {
-            "model": "none",
-            "data": {"train": files},
-            "chain": {"ranks": [1], "epochs": [2.5]},
-            "train": {"batch_size": 4, "seed": 3},
-        }
-    )
-    plan = make_plan(config, mixed.train, mixed.mixture)
+    plan = plan_of({"train": files}, mixed, 2.5, batch_size=4, seed=3)
     assert plan.lengths == (5,)  # of 4 + 2 rows an epoch
     for epoch in range(5):
         batches = [plan.batches(2 * epoch + k) for k in (1, 0)]
@@ -231,15 +229,7 @@ def test_rows_of_earlier_stages_are_added_to_every_batch(tmp_path, tokenizer):
     assert set(words(found.train[12:], tokenizer)) == set(LETTERS[2:10])  # no validation row
     again = found.kept()
     assert set(words(again.train, tokenizer)) == set(LETTERS[8:20])
-    config = make_config(
-        {
-            "model": "none",
-            "data": data,
-            "chain": {"ranks": [1], "epochs": [2]},
-            "train": {"batch_size": 5, "gradient_accumulation": 2},
-        }
-    )
-    plan = make_plan(config, found.train, found.mixture)
+    plan = plan_of(data, found, 2, batch_size=5, gradient_accumulation=2)
     assert (plan.lengths, plan.mixture.num_rows) == ((4,), 12)
     batches = [batch for step in range(4) for batch in plan.batches(step)]
     own = [[row for row in batch if row < 12] for batch in batches]
@@ -325,17 +315,8 @@ def test_rows_are_written_and_read_as_they_are(tmp_path):
     labelled = replace(row(3, (4, 5), (6,), (7, 8)), **keys)
     rows = MemoryRows([labelled, row(4, (), (9,))])
     hashes = np.array([1, 2**62], np.int64)
-    kept = Kept(
-        rows,
-        MemoryRows(),
-        rows,
-        {"train": 7},
-        hashes,
-        hashes,
-        hashes[:1],
-        {"loss": "candidates"},
-        2**62,
-    )
+    told = ({"train": 7}, hashes, hashes, hashes[:1], {"loss": "candidates"}, 2**62)
+    kept = Kept(rows, MemoryRows(), rows, *told)
     write_kept(tmp_path / "rows.safetensors", kept)
     found = read_kept(tmp_path / "rows.safetensors")
     assert (found.train[:], found.validation[:], found.test[:]) == (rows[:], [], rows[:])
