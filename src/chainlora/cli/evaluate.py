@@ -38,16 +38,8 @@ if TYPE_CHECKING:
     type=click.Path(),
     help="One file of rows, or the task's folder. Default: the run's own, or from the Hub.",
 )
-@click.option(
-    "--split",
-    show_default="validation",
-    help="Which rows of the task or the run.",
-)
-@click.option(
-    "--limit",
-    type=click.IntRange(min=1),
-    help="Only the first N rows, in file order.",
-)
+@click.option("--split", show_default="validation", help="Which rows of the task or the run.")
+@click.option("--limit", type=click.IntRange(min=1), help="Only the first N rows, in file order.")
 @links_option
 @stages_option
 @dtype_option

@@ -104,12 +104,7 @@ def experiment() -> None:
     help="A difference to find (points, or a loss): how many pairs that needs.",
 )
 @json_option
-def plan(
-    arguments: tuple[str, ...],
-    output: str | None,
-    as_json: bool,
-    **options: Any,
-) -> None:
+def plan(arguments: tuple[str, ...], output: str | None, as_json: bool, **options: Any) -> None:
     """Say what a run of FILE would do; nothing is run.
 
     Also which differences it could find, by the spread of results that are there already: --output
@@ -169,9 +164,7 @@ def run(arguments: tuple[str, ...], output: str, as_json: bool, **options: Any) 
 @experiment.command(name="report")
 @click.argument("results", type=click.Path())
 @click.option(
-    "--output",
-    type=click.Path(file_okay=False),
-    help="Default: the results' own folder.",
+    "--output", type=click.Path(file_okay=False), help="Default: the results' own folder."
 )
 @json_option
 def report(results: str, output: str | None, as_json: bool) -> None:

@@ -16,7 +16,6 @@ from collections.abc import Sequence
 import click
 
 from chainlora import __version__
-from chainlora.cli.board import board
 from chainlora.cli.common import SIGNALLED, Verbs, is_first_process, prepare_streams
 from chainlora.cli.configs import convert_config, schema, tasks
 from chainlora.cli.doctor import doctor
@@ -24,7 +23,7 @@ from chainlora.cli.evaluate import evaluate
 from chainlora.cli.experiments import compare, experiment
 from chainlora.cli.export import export
 from chainlora.cli.generate import chat, generate
-from chainlora.cli.report import inspect, report
+from chainlora.cli.report import board, inspect, report
 from chainlora.cli.stages import extend, mix, prune
 from chainlora.cli.train import demo, train
 from chainlora.errors import (
