@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from chainlora.chain.adapters import LIVE, Adapter, Factors, base_layer, dequantized, set_factors
 from chainlora.chain.link import Link
-from chainlora.chain.low_rank import row_basis
+from chainlora.chain.low_rank import randomized_svd, row_basis
 from chainlora.config.schema import LinkConfig
 from chainlora.errors import ChainError
 from chainlora.models.modes import seeded
@@ -72,9 +72,8 @@ def principal_factors(config: LinkConfig, weight: Tensor, generator: torch.Gener
     ``scaling · B · A`` is the best rank-r approximation of the weight; the caller takes it out of
     the base.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(generator.initial_seed())
-        u, s, v = torch.svd_lowrank(weight, q=min(config.rank + 8, *weight.shape), niter=4)
+    width = min(config.rank + 8, *weight.shape)
+    u, s, v = randomized_svd(weight, width, generator.initial_seed())
     root = (s[: config.rank] / config.scaling).sqrt()
     return Factors(
         (v[:, : config.rank] * root).T.contiguous(), (u[:, : config.rank] * root).contiguous()

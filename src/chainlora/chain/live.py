@@ -7,11 +7,10 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-import torch
 from torch import Tensor
 
 from chainlora.chain import adapters
-from chainlora.chain.adapters import Adapter, Factors
+from chainlora.chain.adapters import Adapter, Factors, stacked
 from chainlora.chain.holding import Holding
 from chainlora.chain.low_rank import compress_together, frobenius_norm
 from chainlora.errors import ChainError
@@ -41,9 +40,7 @@ def factors_of(live: Live, adapter: Adapter, holding: Holding) -> tuple[dict[str
     """
     found = {name: adapters.copied_factors(layer) for name, layer in adapter.layers.items()}
     for name, first in live.start.items():
-        now = found[name]
-        a, b = torch.cat([now.a, first.a]), torch.cat([now.b, -first.b], dim=1)
-        found[name] = Factors(a, b, now.bias)
+        found[name] = stacked(found[name], replace(first, b=-first.b))
     if not live.num_soft_knots:
         return found, 0.0
 

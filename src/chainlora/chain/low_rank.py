@@ -33,31 +33,21 @@ def frobenius_norm(a: Tensor, b: Tensor) -> float:
     return float(torch.linalg.norm(torch.linalg.qr(b.double()).R @ a.double()))
 
 
-def _distance(one: Pair, other: Pair) -> float:
-    """Return ``‖B·A − B'·A'‖_F``; by QR it is accurate also where the two nearly cancel."""
-    a = torch.cat([one[0].double(), other[0].double()])
-    return frobenius_norm(a, torch.cat([one[1].double(), -other[1].double()], dim=1))
-
-
-def compress_low_rank(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
-    """Return ``(A, B, error)``: the best approximation of ``B·A`` in Frobenius norm.
-
-    By Eckart–Young, the leading k = min(rank, in, out) singular triplets. A [k, in] and B [out, k]
-    have the dtype of A as given (float32 if that is narrower); the singular values are split evenly
-    between them.
-
-    ``error`` is the relative error of the factors as returned, their rounding included; 0 for a
-    product of zero.
-    """
-    dtype = torch.promote_types(a.dtype, torch.float32)
-    found_a, found_b = (each.to(dtype) for each in best_of_rank(a.double(), b.double(), rank))
-    norm = frobenius_norm(a, b)
-    return found_a, found_b, _distance((a, b), (found_a, found_b)) / norm if norm > 0 else 0.0
+def randomized_svd(matrix: Tensor, width: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return ``(U, s, V)`` of a matrix's leading `width` singular triplets, by a randomized range
+    finder (arXiv 0909.4061). The generators of all devices stay as they were."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        u, s, v = torch.svd_lowrank(matrix, q=width, niter=4)
+    return u, s, v
 
 
 def best_of_rank(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Return A and B of `rank` or less whose product is closest to that of A and B as given, all
-    in the precision of these."""
+    in the precision of these.
+
+    By Eckart–Young, the leading singular triplets, their values split evenly between A and B.
+    """
     left, right = torch.linalg.qr(b), torch.linalg.qr(a.T)
     u, s, vh = torch.linalg.svd(left.R @ right.R.T, full_matrices=False)
     root = s[:rank].sqrt()
@@ -91,6 +81,12 @@ def compress_together(
     return pairs, math.sqrt(tails[rank] / total)
 
 
+def _distance(one: Pair, other: Pair) -> float:
+    """Return ``‖B·A − B'·A'‖_F``; by QR it is accurate also where the two nearly cancel."""
+    a = torch.cat([one[0].double(), other[0].double()])
+    return frobenius_norm(a, torch.cat([one[1].double(), -other[1].double()], dim=1))
+
+
 class _Triplets(NamedTuple):
     """The leading singular triplets of a matrix."""
 
@@ -120,8 +116,7 @@ def _leading_triplets(matrix: Tensor, tolerance: float) -> _Triplets:
     """Return as many singular triplets as leave out at most `tolerance` of the norm, less what
     `_LEFT_OUT` keeps for rounding.
 
-    Small matrices are decomposed whole. Large ones by a randomized range finder (arXiv 0909.4061)
-    whose width doubles until it is enough.
+    Small matrices are decomposed whole. Of large ones the width doubles until it is enough.
     """
     total, shorter = float(matrix.double().square().sum()), min(matrix.shape)
     allowed = (_LEFT_OUT * tolerance) ** 2 * total
@@ -131,9 +126,7 @@ def _leading_triplets(matrix: Tensor, tolerance: float) -> _Triplets:
             u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
             found = _Triplets(u, s, vh, 0.0)
         else:
-            with torch.random.fork_rng(devices=[]):
-                torch.default_generator.manual_seed(0)  # and no accelerator's
-                u, s, v = torch.svd_lowrank(matrix, q=width, niter=4)
+            u, s, v = randomized_svd(matrix, width, 0)
             beyond = max(total - float(s.double().square().sum()), 0.0)
             found = _Triplets(u, s, v.T, beyond)
         if width >= shorter or found.beyond <= allowed:

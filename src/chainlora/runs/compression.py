@@ -14,7 +14,7 @@ import torch
 
 from chainlora.chain.adapters import Factors, padded
 from chainlora.chain.link import Link, stack_links
-from chainlora.chain.low_rank import compress_low_rank, singular_values
+from chainlora.chain.low_rank import best_of_rank, singular_values
 from chainlora.errors import ChainError
 
 
@@ -34,21 +34,17 @@ def adapter_factors(
     if tolerance is None and (rank is None or rank >= widest):
         return {name: padded(share, rank or widest) for name, share in stacked.items()}, 0.0
     spectra = {name: singular_values(share.a, share.b) for name, share in stacked.items()}
-    total = sum(float((s**2).sum()) for s in spectra.values())
     longest = max(len(s) for s in spectra.values())
+    # squared norms of what each rank leaves out
+    tails = [sum(float((s[r:] ** 2).sum()) for s in spectra.values()) for r in range(longest + 1)]
     if tolerance is not None:
-        tails = [
-            sum(float((s[r:] ** 2).sum()) for s in spectra.values()) for r in range(longest + 1)
-        ]
-        rank = next(r for r, tail in enumerate(tails) if r and tail <= tolerance**2 * total)
+        rank = next(r for r, tail in enumerate(tails) if r and tail <= tolerance**2 * tails[0])
     assert rank is not None
     compressed = {}
-    squared = 0.0
     for name, share in stacked.items():
-        a, b, error = compress_low_rank(share.a, share.b, rank)
+        a, b = best_of_rank(share.a.double(), share.b.double(), rank)
         compressed[name] = padded(replace(share, a=a.float(), b=b.float()), rank)
-        squared += (error**2) * float((spectra[name] ** 2).sum())
-    return compressed, math.sqrt(squared / total) if total else 0.0
+    return compressed, math.sqrt(tails[min(rank, longest)] / tails[0]) if tails[0] else 0.0
 
 
 def _with_biases(stacked: Mapping[str, Factors]) -> dict[str, Factors]:

@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -149,7 +148,7 @@ def current_links(chain: Chain) -> list[Link]:
     if chain.live is None:
         return list(chain.links)
     live = chain.live_link()
-    adds = any(bool(torch.any(f.a)) and bool(torch.any(f.b)) for f in live.factors.values())
+    adds = any(share.adds for share in live.factors.values())
     return [*chain.links, live] if adds or not chain.links else list(chain.links)
 
 

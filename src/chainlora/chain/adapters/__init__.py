@@ -13,7 +13,7 @@ importing.py    a LoRA made elsewhere, as a link has it
 """
 
 from chainlora.chain.adapters.branch import carry
-from chainlora.chain.adapters.factors import Factors, padded
+from chainlora.chain.adapters.factors import Factors, padded, stacked
 from chainlora.chain.adapters.files import load_adapter, reload_adapter, save_adapter
 from chainlora.chain.adapters.importing import Imported, import_adapter
 from chainlora.chain.adapters.layer_facts import num_trained, sizes

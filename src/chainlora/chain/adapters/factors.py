@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -24,6 +25,17 @@ class Factors:
 
     def __repr__(self) -> str:
         return f"<Factors: A {tuple(self.a.shape)}, B {tuple(self.b.shape)}>"
+
+    @property
+    def adds(self) -> bool:
+        """Whether the layer computes anything else with them."""
+        has_bias = self.bias is not None and bool(self.bias.any())
+        return has_bias or bool(self.a.any() and self.b.any())
+
+
+def stacked(one: Factors, other: Factors) -> Factors:
+    """Return factors of the sum of two products; what is beside A and B is that of the first."""
+    return replace(one, a=torch.cat([one.a, other.a]), b=torch.cat([one.b, other.b], dim=1))
 
 
 def padded(factors: Factors, rank: int) -> Factors:

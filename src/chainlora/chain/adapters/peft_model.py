@@ -150,10 +150,7 @@ def read_trained(model: Any) -> tuple[dict[str, Factors], dict[str, Tensor]] | N
         for name, wrapper in whole.items()
         for key, parameter in wrapper.modules_to_save[LIVE].named_parameters()
     ]
-    adds = any(
-        bool(f.a.any() and f.b.any()) or (f.bias is not None and bool(f.bias.any()))
-        for f in factors.values()
-    )
+    adds = any(share.adds for share in factors.values())
     if not adds and all(torch.equal(before, now) for _, before, now in pairs):
         return None
     return factors, {path: host(now) for path, _, now in pairs}

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor, nn
 
 from chainlora.chain import adapters
-from chainlora.chain.adapters import Adapter, Factors
+from chainlora.chain.adapters import Adapter, Factors, stacked
 from chainlora.chain.base_weights import BaseWeights
 from chainlora.chain.holding.base import Holding
 from chainlora.chain.holding.tied import Tied
@@ -69,10 +68,10 @@ class Carried(Holding):
         """Stack ``B·A`` on the deposits so far, and bring them into the branch."""
         for name, factors in deposits.items():
             new = Factors(factors.a.float().cpu(), factors.b.float().cpu())
-            stacked = _stack(self._deposits.get(name), new)
-            if stacked.a.shape[0] > (room := _room(adapter)):
-                stacked = Factors(*best_of_rank(stacked.a, stacked.b, room // 2))
-            self._deposits[name] = stacked
+            found = stacked(self._deposits[name], new) if name in self._deposits else new
+            if found.a.shape[0] > (room := _room(adapter)):
+                found = Factors(*best_of_rank(found.a, found.b, room // 2))
+            self._deposits[name] = found
         self._fill_branch(adapter)
 
     def deposited(self, module: str) -> Tensor | None:
@@ -122,21 +121,13 @@ class Carried(Holding):
     def _fill_branch(self, adapter: Adapter) -> None:
         held = stack_links(self.links)
         for name, deposits in self._deposits.items():
-            held[name] = _stack(held.get(name), deposits)
+            held[name] = stacked(held[name], deposits) if name in held else deposits
         adapters.carry(adapter, held, stacked_rank(self.links) + _room(adapter))
 
 
 def _room(adapter: Adapter) -> int:
     """Return the largest rank of stacked deposits."""
     return max(_DEPOSIT_RANK, _DEPOSIT_RANKS * adapter.config.rank)
-
-
-def _stack(first: Factors | None, second: Factors) -> Factors:
-    """Return factors of the sum of two low-rank products."""
-    if first is None:
-        return second
-    a, b = torch.cat([first.a, second.a]), torch.cat([first.b, second.b], dim=1)
-    return Factors(a, b, first.bias)
 
 
 def _is_pair(a: Tensor | None, b: Tensor | None, layer: nn.Module) -> bool:
