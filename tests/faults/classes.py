@@ -158,19 +158,19 @@ def of_exports(world: World) -> Iterator[tuple[str, Case]]:
         where = fresh(world.folder / f"export-{to}")
         counted = live(partial(_export, to, there / "run", where), Injection(where))
         assert counted.status == 0, counted.message
+        killed = partial(_killed_export, world, to, there / "run", set(os.listdir(where / "out")))
         for kind in ("kill", "ENOSPC"):
             for number, name in enumerate(counted.operations):
-                yield (
-                    f"{to} {kind} {number} {name}",
-                    partial(_killed_export, world, to, there / "run", number, kind),
-                )
+                yield f"{to} {kind} {number} {name}", partial(killed, number, kind)
 
 
 def _export(to: str, source: Path, where: Path) -> None:
     {"merged": export_merged, "adapter": export_adapter}[to](source, where / "out")
 
 
-def _killed_export(world: World, to: str, source: Path, number: int, kind: str) -> str:
+def _killed_export(
+    world: World, to: str, source: Path, whole: set[str], number: int, kind: str
+) -> str:
     where = fresh(world.folder / f"export-{to}-{kind}-{number}")
     end = live(partial(_export, to, source, where), Injection(where, kind, number, kind != "kill"))
     if end.status == 2:
@@ -179,24 +179,10 @@ def _killed_export(world: World, to: str, source: Path, number: int, kind: str) 
     again = live(partial(_export, to, source, where))
     if not names and again.status != 0:
         return f"wrong: the export cannot be repeated: {again.message}"
-    if names and names != _names(to):
+    if names and names != whole:
         return f"wrong: {sorted(names)} at the output"
     shutil.rmtree(where)
     return "refused" if end.status == 1 else "right"
-
-
-def _names(to: str) -> set[str]:
-    if to == "adapter":
-        return {"README.md", "adapter_config.json", "adapter_model.safetensors"}
-    return {
-        "README.md",
-        "chat_template.jinja",
-        "config.json",
-        "generation_config.json",
-        "model.safetensors",
-        "tokenizer.json",
-        "tokenizer_config.json",
-    }
 
 
 # --- several processes on one output

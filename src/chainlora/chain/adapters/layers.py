@@ -20,12 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from chainlora.chain.adapters.factors import Factors
 from chainlora.chain.adapters.layer_facts import is_linear
 from chainlora.chain.adapters.refusals import check_targets
-from chainlora.chain.adapters.targets import (
-    matched_modules,
-    named_modules,
-    peft_config,
-    task_type,
-)
+from chainlora.chain.adapters.targets import named_modules, peft_config, task_type
 from chainlora.config.schema import LinkConfig
 from chainlora.errors import ModelError
 
@@ -113,7 +108,7 @@ def attach(model: nn.Module, config: LinkConfig) -> Adapter:
             "a chain needs a model without adapters (got one that already has LoRA layers); "
             "merge or unload them first"
         )
-    check_targets(model, config)
+    targets = sorted(check_targets(model, config))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         # PEFT would take every module whose path *ends* in the name, `input_layernorm` for `norm`:
@@ -122,7 +117,6 @@ def attach(model: nn.Module, config: LinkConfig) -> Adapter:
         whole = {"modules_to_save": extra, "exclude_modules": None, "task_type": task_type(model)}
         if config.init == "gaussian":  # for whoever reads of the tuner what a link is
             whole["init_lora_weights"] = "gaussian"
-        targets = sorted(matched_modules(model, config))
         tuner = peft.LoraModel(model, peft_config(config, target_modules=targets, **whole), LIVE)
     whole_modules = trained_whole(model).items()
     copies = {name: wrapper.modules_to_save[LIVE] for name, wrapper in whole_modules}

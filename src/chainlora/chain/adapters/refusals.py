@@ -39,9 +39,9 @@ log = logging.getLogger(__name__)
 _WARNED: WeakKeyDictionary[nn.Module, set[int]] = WeakKeyDictionary()
 
 
-def check_targets(model: nn.Module, config: LinkConfig) -> None:
-    """Raise ModelError if a link's modules match nothing, or what they match cannot be linked and
-    merged."""
+def check_targets(model: nn.Module, config: LinkConfig) -> dict[str, nn.Module]:
+    """Return the modules that a link adapts. Raises ModelError if its names match nothing, or what
+    they match cannot be linked and merged."""
     matched = matched_modules(model, config)
     _check_names(model, config, matched)
     head, embedding = tied_pair(model)
@@ -75,6 +75,7 @@ def check_targets(model: nn.Module, config: LinkConfig) -> None:
     for extra in config.extra_modules:
         _check_extra(model, extra, (head, embedding))
     _warn_of_rank(model, config.rank, matched)
+    return matched
 
 
 def _warn_of_rank(model: nn.Module, rank: int, matched: Mapping[str, nn.Module]) -> None:
