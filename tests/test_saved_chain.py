@@ -155,9 +155,9 @@ def test_damage_and_another_base_are_refused(tmp_path):
             load_chain(copy, tiny_model("llama"))
 
 
-def folder_with(chain: Chain, folder) -> str:
+def folder_with(chain: Chain, folder, architecture: str = "llama") -> str:
     """Save a chain's base where its adapter will look for it, and say so."""
-    tiny_model("llama").save_pretrained(folder)
+    tiny_model(architecture).save_pretrained(folder)
     chain.model.config._name_or_path = str(folder)
     return str(folder)
 
@@ -183,6 +183,19 @@ def test_a_chain_in_memory_is_exported(live, tmp_path):
     assert short["error"] > 0
     with pytest.raises(ChainLoRAError, match="`num_links` must be 1 to"):
         export_adapter(chain, tmp_path / "none", num_links=9)
+
+
+def test_a_live_link_whose_bias_alone_was_learned_is_part_of_what_is_exported(tmp_path):
+    chain = make_chain("opt", ranks=(2,))
+    folder_with(chain, tmp_path / "base", "opt")
+    chain.extend(LinkConfig(rank=2, target_modules=("fc1",), lora_bias=True))
+    with torch.no_grad():
+        for parameter in chain.parameters():
+            parameter.fill_(0.1) if parameter.dim() == 1 else parameter.zero_()
+    assert export_adapter(chain, tmp_path / "adapter")["links"] == 2
+    loaded = peft.PeftModel.from_pretrained(tiny_model("opt"), tmp_path / "adapter")
+    # float32: the same sums in another order
+    torch.testing.assert_close(logits(loaded, IDS), logits(chain.model, IDS), atol=1e-5, rtol=0)
 
 
 def test_a_saved_chain_is_read_like_a_run(tiny_folder, sentiment, tmp_path, chainlora):
