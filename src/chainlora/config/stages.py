@@ -96,20 +96,21 @@ def make_stages(tree: Mapping[str, Any], overrides: Sequence[tuple[str, Any]] = 
 
 def make_stage(shared: Mapping[str, Any], section: Mapping[str, Any], place: int) -> Stage:
     """Return the stage of a section; `shared` says what is the same in all of them."""
-    _check_keys(section)
+    name = section["name"]
     tree = {key: value for key, value in shared.items() if place == 0 or key != "start"}
-    for name in _SECTIONS:
-        tree[name] = _inherited(section_of(shared, name), section.get(name) or {})
     if place:
-        tree["output"] = str(stage_folder(Path(shared["output"]), section["name"]))
+        tree["output"] = str(stage_folder(Path(shared["output"]), name))
     try:
-        stage = Stage(section["name"], make_config(tree))
+        _check_keys(section)
+        for part in _SECTIONS:
+            tree[part] = _inherited(section_of(shared, part), section_of(section, part))
+        config = make_config(tree)
+        if config.chain.tune == "full":
+            remedy = "train it as a run, and take RUN/model as model"
+            raise ConfigError("stages are links", "tune: full", remedy)
     except ConfigError as error:
-        raise ConfigError(f"stage {section['name']!r}: {error}") from None
-    if stage.config.chain.tune == "full":
-        got = f"tune: full in {stage.name!r}"
-        raise ConfigError("stages are links", got, "train it as a run, and take RUN/model as model")
-    return stage
+        raise ConfigError(f"stage {name!r}: {error}") from None
+    return Stage(name, config)
 
 
 def section_of(tree: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -209,28 +210,22 @@ def _sections(stages: object) -> Iterator[dict[str, Any]]:
     for stage in stages:
         section = dict(stage) if isinstance(stage, Mapping) else {}
         names.append(check_name(section.get("name"), names))
-        _check_keys(section)
         yield {key: _copied(value) for key, value in section.items()}
 
 
 def _check_keys(section: Mapping[str, Any]) -> None:
-    name = section["name"]
+    """Refuse what a stage cannot say for itself."""
     unknown = [key for key in section if key not in ("name", *_SECTIONS)]
     if unknown:
         raise ConfigError(
-            f"a stage must say its name, data, chain and train, and nothing of the whole run (got "
-            f"`{unknown[0]}` in stage {name!r}); set it beside `stages`, for all of them"
+            "a stage must say its name, data, chain and train, and nothing of the whole run",
+            f"`{unknown[0]}`",
+            "set it beside `stages`, for all of them",
         )
     for part in _SECTIONS:
-        own = section.get(part) or {}
-        if not isinstance(own, Mapping):
-            raise ConfigError(f"`{part}` of a stage must be a section", f"{own!r:.40} in {name!r}")
-        fixed = [key for key in RUN_WIDE[part] if key in own]
-        if fixed:
-            raise ConfigError(
-                f"`{part}.{fixed[0]}` must be the same in all stages, since the chain has one (got "
-                f"it in stage {name!r}); set it beside `stages`"
-            )
+        if fixed := [key for key in RUN_WIDE[part] if key in section_of(section, part)]:
+            rule = f"`{part}.{fixed[0]}` must be the same in all stages, since the chain has one"
+            raise ConfigError(rule, "one of its own", "set it beside `stages`")
 
 
 def _override(
@@ -249,14 +244,13 @@ def _override(
             f"`stages.NAME.KEY` must name a stage (got `{key}`; the stages are {names})"
         )
     set_key(found[0], rest, value)
-    _check_keys(found[0])
 
 
 def _refuse_hidden(sections: Sequence[dict[str, Any]], part: str, key: str) -> None:
     """Refuse a key of all stages that has no effect on one, which says the key itself."""
     alike = LENGTHS if key in LENGTHS else (key,)
     for section in sections if part in _SECTIONS else ():
-        if hidden := [own for own in alike if own in (section.get(part) or {})]:
+        if hidden := [own for own in alike if own in section_of(section, part)]:
             name = f"stages.{section['name']}.{part}"
             rule = f"`{part}.{key}` must have an effect on all stages"
             raise ConfigError(rule, f"`{name}.{hidden[0]}` beside it", f"set {name}.{key}")
