@@ -318,7 +318,10 @@ def _stop_after(total: int):
         ({"train": {"shard": "fsdp2"}}, "`train.shard` must be the same"),
         ({"train": {"lrr": 3}}, "stage 'style': unknown key `train.lrr`"),
         ({"chain": []}, "stage 'style'"),
-        ({"chain": {"tune": "full", "ranks": [2], "steps": [1]}}, "stages are links .* in 'style'"),
+        (
+            {"chain": {"tune": "full", "ranks": [2], "steps": [1]}},
+            "stage 'style': stages are links",
+        ),
     ],
 )
 def test_what_a_stage_cannot_say_is_refused_in_a_line(config, change, message):
