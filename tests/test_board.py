@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 import sys
 import urllib.error
@@ -18,7 +19,7 @@ from chainlora.board.desk import Desk, Mix
 from chainlora.board.watching import find_runs, sections_of, standing_of
 from chainlora.config.stages import make_stages
 from chainlora.errors import ChainError, ConfigError, RunError
-from chainlora.evaluation.stages import stage_matrix
+from chainlora.evaluation.stages import Scorer, stage_matrix
 from chainlora.evaluation.streaming import Decoding, Speaker
 from chainlora.files import checksums
 from chainlora.reports.page import render_part
@@ -126,7 +127,9 @@ def test_where_runs_are_is_read_while_they_train(trained, tiny_folder, sentiment
     config = make_config(settings(tiny_folder, sentiment, tmp_path / "live"))
     stop_after(config, 5)
     shutil.copytree(trained, tmp_path / "done")
+    shutil.copytree(trained / "stages/hills", tmp_path / "done/stages/.hills.1-2.new")
     shutil.copytree(trained, tmp_path / "broken")
+    shutil.copytree(trained, tmp_path / ".done.1-2.old")
     (tmp_path / "broken/stages.json").write_text("{")
     runs = find_runs([tmp_path])
     assert list(runs) == ["broken", "done", "live"]
@@ -197,6 +200,24 @@ def test_a_run_that_goes_and_strengths_beyond_a_slider(run):
     choices, page = look(str(run))
     assert choices.preprocess(str(run)) == str(run)  # else Gradio refuses it, every few seconds
     assert "cannot be read" in page
+
+
+def test_pages_that_were_closed_hold_no_model(run):
+    gradio = pytest.importorskip("gradio", reason="no gradio: pip install 'chainlora[board]'")
+    from chainlora.board import app
+
+    other = shutil.copytree(run, run.parent / "other")
+    (mixing,) = app.page_of([run.parent]).renderables
+    pages = []
+    for shown in (run, other):
+        with gradio.Blocks() as page:
+            mixing.fn(str(shown))
+        pages.append(page)
+        (score,) = (each.fn for each in page.fns.values() if each.name == "score")
+        mix = (1.0, [0, 1], 1.0, [2, 3])
+        assert "What the mixes score" in score(*mix, *mix)
+    gc.collect()
+    assert sum(type(each) is Scorer for each in gc.get_objects()) == 1
 
 
 @pytest.fixture

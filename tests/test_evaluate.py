@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import ARCHITECTURES, tiny_model
 from reference_scorer import reference_predictions, reference_scores, reference_scores_of_text
+from transformers import MptConfig, MptForCausalLM
 
 from chainlora.data.examples import Example
 from chainlora.engine.engine import Engine
@@ -295,6 +296,17 @@ def test_generation_leaves_room_by_cutting_the_prompt_from_the_left(stories):
     assert [text] == generate_greedy(model, tokenizer, [kept], max_new_tokens=8)
     with pytest.raises(ConfigError, match=f"below the context of {context} tokens"):
         generate_greedy(model, tokenizer, [prompt], max_new_tokens=context)
+
+
+def test_a_context_is_kept_to_whatever_a_config_calls_it(tokenizer):
+    """MPT's is `max_seq_len`; generation knew `max_position_embeddings` alone, and failed."""
+    sizes = {"d_model": 16, "n_heads": 2, "n_layers": 1, "max_seq_len": 32}
+    model = MptForCausalLM(MptConfig(vocab_size=len(tokenizer), **sizes)).eval()
+    prompt = list(range(5, 65))
+    found = [
+        generate_greedy(model, tokenizer, [ids], max_new_tokens=8) for ids in (prompt, prompt[-24:])
+    ]
+    assert found[0] == found[1]
 
 
 def test_generated_answers_are_scored_against_their_references(stories):

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 from chainlora.errors import RunError
 from chainlora.reports.chain_charts import chain_pictures, plot_chain
+from chainlora.reports.charts import heat_map
 from chainlora.reports.run_charts import _draw_loss, plot_training, training_pictures
 from chainlora.reports.runs import read_runs
 
@@ -121,6 +122,28 @@ def test_a_validation_loss_is_never_cut_off_like_a_spike_of_training():
     axes = Figure().subplots()
     _draw_loss(axes, [*steps, {"step": 400, "loss": 50.0}], evals, "each step")
     assert 9.0 < axes.get_ylim()[1] < 50.0
+
+
+def test_long_names_and_many_numbers_fit_into_a_matrix():
+    names = ["customer-support", "legal-contracts", "x" * 64, *(f"stage{k}" for k in range(5))]
+    for count in (4, 8):
+        axes = Figure((4, 2.9), layout="constrained").subplots()
+        grid = [[0.5, math.inf, *[math.nan] * (count - 2)]] * count
+        heat_map(axes, grid, rows=names[:count], columns=names[:count], label="loss")
+        axes.figure.draw_without_rendering()
+        labels = [label.get_window_extent() for label in axes.get_yticklabels()]
+        assert min(box.x0 for box in labels) >= 0
+        assert {label.get_rotation() for label in axes.get_xticklabels()} == {30}
+        assert len(axes.texts) == (2 * count if count == 4 else 0)
+        assert axes.collections[0].norm.vmax == 0.5
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_run_whose_answers_are_written_has_no_loss_before_its_first_step():
+    start = {"event": "eval", "step": 0, "link": 0, "where": "start", "em": 0.1, "token_f1": 0.2}
+    assert [each.title for each in training_pictures([start])] == [
+        "Validation scores over the steps"
+    ]
 
 
 def test_nothing_to_draw(tmp_path):

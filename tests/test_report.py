@@ -94,8 +94,8 @@ def test_the_numbers_are_those_of_the_files(finished, tmp_path):
 
 
 def test_answers_after_each_link_are_those_of_generate(chainlora, finished, tmp_path):
-    prompts = ["the cat sat", "<b>two</b> & red birds"]
-    (tmp_path / "asked.txt").write_text("\n".join(prompts) + "\n\n")
+    prompts = ["the cat sat", "<b>two</b> & red\u2028birds"]
+    (tmp_path / "asked.txt").write_text("\n".join(prompts) + "\n\n", encoding="utf-8-sig")
     write_rows(tmp_path / "asked.jsonl", [{"prompt": prompt} for prompt in prompts])
     pages = []
     for name in ("asked.txt", "asked.jsonl"):
@@ -105,7 +105,7 @@ def test_answers_after_each_link_are_those_of_generate(chainlora, finished, tmp_
         assert outcome.err.splitlines()[0] == "run: answers after 0 links"
         pages.append((tmp_path / "page.html").read_text(encoding="utf-8"))
     assert pages[0] == pages[1]
-    assert "&lt;b&gt;two&lt;/b&gt; &amp; red birds" in pages[0]
+    assert "&lt;b&gt;two&lt;/b&gt; &amp; red\u2028birds" in pages[0]
     assert "<b>two" not in pages[0]
     found = said(pages[0])
     for prompt, texts in zip(prompts, found, strict=True):
@@ -177,13 +177,32 @@ def test_an_answer_of_a_chat_ends_with_its_turn(tmp_path):
     assert whole.startswith(ended)
 
 
+def test_answers_end_as_the_task_of_a_run_says(tiny_folder, answers, tmp_path):
+    task = Path(shutil.copytree(answers, tmp_path / "task")) / "task.yaml"
+    config = settings(
+        tiny_folder, task.parent, tmp_path / "run", chain={"ranks": [2], "steps": [1]}
+    )
+    train(make_config(config))
+
+    def answered():
+        report_runs([tmp_path / "run"], tmp_path / "page.html", prompts="1", max_new_tokens=5)
+        return said((tmp_path / "page.html").read_text(encoding="utf-8"))[0][0]
+
+    whole = answered()
+    stop = whole[len(whole) // 2]
+    task.write_text(f"{task.read_text()}stop: {json.dumps(stop)}\n")
+    assert answered() == (whole.split(stop)[0].strip() or "(nothing)")
+
+
 def test_prompts_that_are_none(chainlora, finished, tiny_folder, tmp_path):
     empty, wrong = tmp_path / "empty.txt", tmp_path / "wrong.jsonl"
     empty.write_text("\n")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     wrong.write_text('{"question": "?"}\n')
     ask = ("report", finished, "--output", tmp_path / "x.html", "--prompts")
     chainlora(*ask, empty).refused("must have some", "empty.txt", "a prompt a line")
     chainlora(*ask, wrong).refused("rows with a `prompt`", "wrong.jsonl")
+    chainlora(*ask, tmp_path / "latin.txt").refused("must be UTF-8", "latin.txt")
     chainlora(*ask, tmp_path / "missing.txt").refused("missing.txt")
     chainlora("report", tmp_path / "none").refused("RUN must be a run directory")
     save_chain(own_chain(tiny_folder), tmp_path / "saved")
@@ -259,11 +278,11 @@ def test_a_run_of_stages_shows_what_each_did_to_every_other(tiny_folder, sentime
 
 
 def test_a_run_that_was_stopped_says_so(tiny_folder, sentiment, tmp_path):
-    keys = settings(tiny_folder, sentiment, tmp_path / "run", train={"save_every": 1})
-    stop_after(make_config(keys), 6)
-    report_runs([tmp_path / "run"])
-    page = (tmp_path / "run/report.html").read_text(encoding="utf-8")
-    assert "is not finished" in page
+    run = tmp_path / "__run__ *1*"
+    stop_after(make_config(settings(tiny_folder, sentiment, run, train={"save_every": 1})), 6)
+    report_runs([run])
+    page = (run / "report.html").read_text(encoding="utf-8")
+    assert "/__run__ *1* is not finished" in page
     assert "1 of 3 links are tied" in page
 
 
@@ -325,13 +344,17 @@ def test_an_experiment_of_many_comparisons_is_summed_up(tmp_path):
     ]
 
 
-def test_dollars_in_names_are_dollars(finished, tmp_path):
-    """matplotlib took `$…$` for mathematics, and failed."""
-    runs = [tmp_path / "a$\\frac$", tmp_path / "b$x_$"]
+def test_names_are_text_whatever_is_in_them(finished, tmp_path):
+    """matplotlib took `$…$` for mathematics and failed, and has no legend of `_…`; `#222222` was a
+    colour."""
+    runs = [tmp_path / "a$\\frac$", tmp_path / "b$x_$", tmp_path / "#222222", tmp_path / "_c"]
     for run in runs:
         shutil.copytree(finished, run)
     report_runs(runs, tmp_path / "page.html")
-    assert "a$\\frac$" in (tmp_path / "page.html").read_text(encoding="utf-8")
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    names = [f"{tmp_path.name}/{run.name}" for run in runs]
+    assert table(page, "Training loss of each run")[0] == ["step", *names]
+    assert all(page.count(f">{name}</text>") == 3 for name in names)
     methods = {"lora": "One.", "chain3": "Three.", "zero_shot": "$\\frac$", "$\\x$": "New."}
     results = change(tmp_path / "results.jsonl", with_curve, methods=methods, tasks=["wsc"])
     text = results.read_text().replace('"zero_shot"', '"$\\\\frac$"')

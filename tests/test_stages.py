@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import Stop, assert_same_links, links_of, settings
+from helpers import Stop, assert_same_links, links_of, settings, stop_after
 from helpers_data import pair_files
 from transformers import AutoModelForCausalLM
 
@@ -213,6 +213,11 @@ def test_a_stage_ends_inside_itself_with_its_best_point(config, tmp_path):
     export_adapter(f"{tmp_path / 'run'}@facts", tmp_path / "adapter")
     card = (tmp_path / "adapter/README.md").read_text(encoding="utf-8")
     assert f"| 1 | 4 | 2 | {selected.step - 1} | 1.0000 | {scores['loss']:.4f} |" in card
+    export_adapter(tmp_path / "run", tmp_path / "whole")
+    card = (tmp_path / "whole/README.md").read_text(encoding="utf-8")
+    rows = [line.split(" | ")[0] for line in card.splitlines() if line.startswith("| ")]
+    assert rows == ["| link", "| ---", "| 0", "| 1", "| before", "| 2", "| 3"]  # the last stage
+    assert "Links from 2 on were trained on the task `task`" in card
     begun_on = open_run(tmp_path / "run").load_links()[
         : -len(config["stages"][1]["chain"]["ranks"])
     ]
@@ -627,6 +632,23 @@ def test_the_matrix_is_what_eval_says_and_is_kept(config, tmp_path):
     best, after, now = best_mix(run)
     assert after >= now
     assert set(best) == {"facts", "style"}
+
+
+def test_scores_of_half_a_stage_are_not_kept(config, tmp_path):
+    """The best point is a part of a link that was whole when the run was stopped."""
+    facts = {"ranks": [4, 4], "steps": [9, 2]}
+    keys = {"keep_best": True, "eval_every": 1, "schedule": "constant", "save_every": 1}
+    config["stages"][0] |= {"chain": facts, "train": keys}
+    (stage,) = make_stages(one_stage(config))
+    stop_after(stage.config, 9)
+    whole = stage_matrix(tmp_path / "run").grid[-1][0]
+    assert not (tmp_path / "run/matrix.jsonl").exists()
+    train(stage.config, resume=True)
+    selected = open_run(tmp_path / "run").manifest().selected
+    assert selected.num_links == 0
+    assert selected.step < 9
+    assert stage_matrix(tmp_path / "run").grid[-1][0].state == whole.state
+    assert (tmp_path / "run/matrix.jsonl").exists()
 
 
 def test_the_best_mix_of_what_is_no_sum_is_on_or_off(config, tmp_path):

@@ -93,12 +93,14 @@ class Guard:
 
 def page_of(places: Sequence[str | Path]) -> gr.Blocks:
     """Return the page about the runs at some places."""
-    desks: list[Desk] = []  # the last one alone: a model is held in memory
+    desks: list[Desk] = []  # the last one alone has a model in memory
     before = find_runs(places)
 
     def desk_of(run: str) -> Desk:
         fresh = Desk(run)
         if [desk.what for desk in desks] != [fresh.what]:
+            for desk in desks:  # pages that were closed hold them for ever
+                desk.release()
             desks[:] = [fresh]
         return desks[0]
 
@@ -253,7 +255,7 @@ def _scoring(desk: Desk, widgets: list[Any]) -> None:
                 "rows of": f"{one.stage}, {one.metric} of {one.rows} {one.split}",
                 "A": number(one.value, 4),
                 "B": number(two.value, 4),
-                "±": number(max(one.error, two.error), 4),
+                "±": number(max(one.error, two.error) or None, 4),
             }
             for one, two in zip(a, b, strict=True)
         ]

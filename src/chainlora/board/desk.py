@@ -88,6 +88,10 @@ class Desk:
         hold = "carried" if all(map(_is_sum, self.links)) else None
         return Scorer(self.reader, self.reader.kept(), hold=hold)
 
+    def release(self) -> None:
+        """Let go of the model; it is loaded again when it is needed."""
+        vars(self).pop("_scorer", None)
+
     def _strengths(self, mix: Mix) -> dict[int, float]:
         on = [link for link in self.links if link.id not in mix.off]
         return {link.id: float(mix.strengths[link.stage]) for link in on}

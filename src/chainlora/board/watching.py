@@ -16,14 +16,23 @@ from chainlora.errors import ChainLoRAError
 from chainlora.evaluation.stages import MATRIX, stage_matrix
 from chainlora.reports.chain_charts import chain_pictures
 from chainlora.reports.charts import Picture
-from chainlora.reports.page import Block, Column, Numbers, Section, Text, Tiles, section
+from chainlora.reports.page import (
+    Block,
+    Column,
+    Numbers,
+    Section,
+    Text,
+    Tiles,
+    as_text,
+    section,
+)
 from chainlora.reports.run_charts import training_pictures
 from chainlora.reports.run_report import duration, links_table, score_text, stage_blocks
 from chainlora.reports.runs import RunFacts, read_runs, run_names
 from chainlora.reports.tables import table_of
 from chainlora.runs.reading import RunReader
 from chainlora.runs.resuming import is_in_use
-from chainlora.runs.stages import STAGES, folder_of, read_stages
+from chainlora.runs.stages import STAGES, folder_of, half_trained, read_stages
 
 _RECENT = 25  # steps whose median tells the time left, as on the command line
 _NONE = "–"
@@ -33,7 +42,7 @@ def find_runs(places: Sequence[str | Path]) -> dict[str, Path]:
     """Return the runs at some places by their names: runs, and runs in folders of them."""
     found: list[Path] = []
     for place in places:
-        inside = sorted(path.parent for path in Path(place).glob("*/chain.json"))
+        inside = sorted(path.parent for path in Path(place).glob("[!.]*/chain.json"))
         found += [split_address(place)[0]] if is_run(place) else inside
     found = list(dict.fromkeys(found))
     return dict(zip(run_names(found), found, strict=True)) if found else {}
@@ -48,7 +57,7 @@ def sections_of(runs: Mapping[str, Path], shown: Path) -> list[Section]:
     try:
         return [*found, *_details(shown)]
     except ChainLoRAError as error:
-        return [*found, section("Not to be read", Text(str(error)))]
+        return [*found, section("Not to be read", Text(as_text(str(error))))]
 
 
 def standing_of(run: Path) -> dict[str, str]:
@@ -106,8 +115,8 @@ def _folders(run: Path) -> dict[str, Path]:
     """Return the run directory of each stage, one that has begun and not ended last."""
     found = read_stages(run)
     folders = {name: folder_of(run, found, found.names.index(name)) for name in found.here}
-    begun = [path.parent for path in (run / "stages").glob("*/chain.json")]
-    return folders | {folder.name: folder for folder in begun if folder.name not in found.names}
+    begun = [path for path in half_trained(run, found) if RunReader(path).exists]
+    return folders | {folder.name: folder for folder in begun}
 
 
 def _stamp(path: Path) -> int:

@@ -93,7 +93,9 @@ def generate(run_or_model: str, prompt: str | None, as_json: bool, **keys: Any) 
         print_json({"prompt": prompt, "text": text})
     else:
         click.echo()
-    if speaker.was_cut and keys["max_new_tokens"] is None:
+    if speaker.cut_by == "context":
+        to_stderr("chainlora: the answer was cut where the model's context ends")
+    elif speaker.cut_by == "limit" and keys["max_new_tokens"] is None:
         to_stderr(
             f"chainlora: the answer was cut after {speaker.decoding.max_new_tokens} tokens; "
             "--max-new-tokens allows more"

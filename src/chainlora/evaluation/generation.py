@@ -22,7 +22,7 @@ from transformers import (
 from chainlora.engine.probes import first_line, forget_lengths, length_dependence
 from chainlora.errors import ConfigError, DataError, ModelError
 from chainlora.models.shards import is_sharded
-from chainlora.models.text_config import compute_dtype, text_config
+from chainlora.models.text_config import compute_dtype, context_length, text_config
 
 
 class _StopAt(StoppingCriteria):
@@ -64,16 +64,14 @@ def generate_greedy(
     `model` is a transformers causal language model. Raises DataError on an empty prompt and
     ConfigError when `max_new_tokens` does not fit the context.
     """
-    context = getattr(text_config(model), "max_position_embeddings", None)
-    if max_new_tokens < 1 or (context is not None and max_new_tokens >= context):
+    context = context_length(model)
+    if not 0 < max_new_tokens < context:
         raise ConfigError(
             f"max_new_tokens must be at least 1 and below the context of {context} tokens "
             f"(got {max_new_tokens}); change it"
         )
-    room = None if context is None else context - max_new_tokens
-    cut = [
-        _cut_left(prompt, room, tokenizer.bos_token_id, row) for row, prompt in enumerate(prompts)
-    ]
+    room, bos = context - max_new_tokens, tokenizer.bos_token_id
+    cut = [_cut_left(prompt, room, bos, row) for row, prompt in enumerate(prompts)]
     config = greedy_config(model, tokenizer, max_new_tokens)
     texts = [""] * len(cut)
     lengths = [len(prompt) for prompt in cut]
@@ -119,12 +117,12 @@ def run_generate(model: Any, config: GenerationConfig, **inputs: Any) -> Any:
         model.generation_config = before
 
 
-def _cut_left(prompt: Sequence[int], room: int | None, bos: int | None, row: int) -> list[int]:
+def _cut_left(prompt: Sequence[int], room: int, bos: int | None, row: int) -> list[int]:
     if not prompt:
         raise DataError(
             f"a prompt to continue must have tokens (got none at prompt {row}); check the template"
         )
-    if room is None or len(prompt) <= room:
+    if len(prompt) <= room:
         return list(prompt)
     kept = [bos] if bos is not None and prompt[0] == bos and room > 1 else []
     return kept + list(prompt[len(prompt) - room + len(kept) :])

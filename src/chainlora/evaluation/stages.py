@@ -39,7 +39,13 @@ from chainlora.models.finding import resolve_model
 from chainlora.runs.manifest import LinkEntry, Manifest, state_digest
 from chainlora.runs.opening import load_run
 from chainlora.runs.reading import RunReader
-from chainlora.runs.stages import open_run, read_stages, readers_of_stages, run_around
+from chainlora.runs.stages import (
+    first_is_open,
+    open_run,
+    read_stages,
+    readers_of_stages,
+    run_around,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -87,12 +93,12 @@ class StageMatrix:
             "  ".join([state.ljust(width), *map(str.rjust, values, widths)])
             for state, *values in lines
         ]
-        return "\n".join([*texts, *self._notes()])
+        return "\n".join([*texts, *self.notes()])
 
     def _repr_html_(self) -> str:
         columns = [_shades(column) for column in zip(*self.grid, strict=True)]
         shades = [[0.0, *row] for row in zip(*columns, strict=True)]
-        notes = [Markup("<p>{}</p>").format(each) for each in self._notes()]
+        notes = [Markup("<p>{}</p>").format(each) for each in self.notes()]
         return Markup("").join([table(self._heads(), self._lines(), shades=shades), *notes])
 
     @property
@@ -109,7 +115,7 @@ class StageMatrix:
             for state, row in zip(self.states, self.grid, strict=True)
         ]
 
-    def _notes(self) -> list[str]:
+    def notes(self) -> list[str]:
         """Return the summaries in words. They are of the last end, also where the run is a mix."""
         of = f"after {self.states[-2]}, " if self.states[-1:] == [NOW] else ""
         return [f"{of}{summary}" for summary in self.summaries()]
@@ -187,7 +193,8 @@ def stage_matrix(
                 for cell in scorer.score(name, states[name], wanted):
                     known[cell.state, cell.stage] = cell
         finally:  # a signal loses one cell at most
-            _write(folder, list(known.values()))
+            if not first_is_open(folder):  # its best point may be a part of a link of the same id
+                _write(folder, list(known.values()))
     names = reader.manifest().stages
     grid = [[known.get((digest, stage)) for stage in names] for digest in digests.values()]
     return StageMatrix(names, list(digests), grid)

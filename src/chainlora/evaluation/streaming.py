@@ -64,7 +64,7 @@ class Speaker:
         self.model = to_accelerator(model)
         self.tokenizer = tokenizer
         self.decoding = decoding or Decoding()
-        self.was_cut = False  # the last answer, by its number of tokens
+        self.cut_by: str | None = None  # the last answer: by its `limit`, or by the `context`
         self._generator = torch.Generator().manual_seed(self.decoding.seed)
 
     def complete(self, prompt: str, write: Callable[[str], None]) -> str:
@@ -101,13 +101,14 @@ class Speaker:
         return list(self.tokenizer(reply.value[0], add_special_tokens=False)["input_ids"])
 
     def _speak(self, ids: list[int], write: Callable[[str], None], ends: list[int]) -> str:
-        room = context_length(self.model) - len(ids)
+        limit, context = self.decoding.max_new_tokens, context_length(self.model)
+        room = context - len(ids)
         if room < 1:
             raise DataError(
-                f"the prompt must leave room in the context of {context_length(self.model)} tokens "
+                f"the prompt must leave room in the context of {context} tokens "
                 f"(got {len(ids)}); shorten it"
             )
-        config = self._config(min(self.decoding.max_new_tokens, room), ends)
+        config = self._config(min(limit, room), ends)
         prompt = torch.tensor([ids], device=self.model.device)
         with torch.random.fork_rng():
             torch.manual_seed(int(torch.randint(2**31, (), generator=self._generator)))
@@ -119,8 +120,8 @@ class Speaker:
                 streamer=_Pieces(self.tokenizer, write),
             )
         answer = output[0, len(ids) :].tolist()
-        is_full = len(answer) == self.decoding.max_new_tokens
-        self.was_cut = is_full and answer[-1] not in (config.eos_token_id or [])
+        is_cut = len(answer) >= min(limit, room) and answer[-1] not in (config.eos_token_id or [])
+        self.cut_by = ("limit" if limit <= room else "context") if is_cut else None
         return str(self.tokenizer.decode(answer, skip_special_tokens=True))
 
     def _config(self, max_new_tokens: int, ends: list[int]) -> Any:

@@ -50,7 +50,7 @@ def training_rows(run_or_model: Address, tokenizer: Any) -> RowFacts | None:
     ending = common_ending({str(tokenizer.decode(row.prompt)) for row in rows})
     return RowFacts(
         ending,
-        longest_answer=max(len(row.sequences[0]) - len(row.prompt) for row in rows),
+        longest_answer=max(max(map(len, row.sequences)) - len(row.prompt) for row in rows),
         is_chat=any(str(token) in ending for token in tokenizer.all_special_tokens),
     )
 

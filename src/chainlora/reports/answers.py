@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,9 @@ from chainlora.data.chat_templates import ends_of_turn
 from chainlora.data.encoding.tokens import TokenReader
 from chainlora.data.examples import Example
 from chainlora.data.rows import MemoryRows, Rows
+from chainlora.data.sources import find_source
 from chainlora.data.splits import prepare_splits
+from chainlora.data.tasks import load_task
 from chainlora.errors import DataError
 from chainlora.evaluation.generation import generate_greedy
 from chainlora.evaluation.stages import chain_on_base
@@ -95,21 +96,18 @@ def answers(
 
 
 def _texts(path: Path) -> list[str]:
-    with reported(path, "read"):
-        lines = path.read_text(encoding="utf-8").splitlines()
-    lines = [line for line in lines if line.strip()]
-    if path.suffix != ".jsonl":
-        return lines
+    if path.suffix == ".jsonl":
+        rows = list(find_source(str(path), "prompts"))
+        for row in rows:
+            if not isinstance(row.get("prompt"), str):
+                raise DataError("rows with a `prompt`, a text, are needed", row.origin, _ASK)
+        return [row["prompt"] for row in rows]
     try:
-        texts = [json.loads(line)["prompt"] for line in lines]
-        if not all(isinstance(text, str) for text in texts):
-            raise TypeError("a prompt that is no text")
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(
-            f"a .jsonl file of prompts must hold rows with a `prompt` (got {error} in {path}); "
-            f"{_ASK}"
-        ) from None
-    return texts
+        with reported(path, "read"):
+            lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError:
+        raise DataError("a file of prompts must be UTF-8", path, "convert it") from None
+    return [line for line in lines if line.strip()]
 
 
 def _own_prompts(run: RunFacts, count: int, model: Any, tokenizer: Any) -> list[Prompt]:
@@ -143,9 +141,10 @@ def _prompt(row: Example, tokenizer: Any) -> Prompt:
 
 
 def _stop(run: RunFacts, tokenizer: Any) -> str | None:
-    """Return where an answer ends: that of a task is one line, that of a chat its turn."""
+    """Return where an answer ends: as its task says, or with a line; that of a chat its turn."""
     if run.config is not None and run.config.data.task is not None:
-        return "\n"
+        task = load_task(run.config.data.task)
+        return task.stop or (None if task.add_eos else "\n")
     return tokenizer.decode(ends_of_turn(tokenizer)) or None
 
 

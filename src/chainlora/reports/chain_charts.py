@@ -172,12 +172,11 @@ def _overlap(links: Sequence[Record]) -> list[Panel]:
         return []
     empty, names = [math.nan] * len(links), [str(link["link"]) for link in links]
     grid = [[*link.get("overlap", ()), *empty][: len(links) - 1] for link in links[1:]]
-    known = [value for row in grid for value in row if not math.isnan(value)]
-    top = max(0.1, *known)  # random subspaces overlap by rank / width, a few per cent
 
     def draw(axes: Any) -> None:
         sides: Any = {"rows": names[1:], "columns": names[:-1]}
-        heat_map(axes, grid, **sides, label="mean squared cosine", top=top)
+        # random subspaces overlap by rank / width, a few per cent
+        heat_map(axes, grid, **sides, label="mean squared cosine", least=0.1)
         axes.set_aspect("equal")
         axes.set_xlabel("earlier link")
         axes.set_ylabel("link")
@@ -207,13 +206,10 @@ def _received(
     numbers = [str(link["link"]) for link in links]
 
     def draw(axes: Any) -> None:
-        form = "{:.2f}" if max(map(max, grid)) < 10 else "{:.3g}"
         names: Any = {"rows": numbers, "columns": list(parts)}
-        heat_map(axes, grid, **names, label="‖ΔW‖ (Frobenius)", form=form)
+        heat_map(axes, grid, **names, label="‖ΔW‖ (Frobenius)")
         axes.set_ylabel("link")
         axes.set_xlabel(axis)
-        if not axis:
-            axes.tick_params(axis="x", rotation=30)
 
     columns, turned = [f"link {number}" for number in numbers], list(zip(*grid, strict=True))
     table = grid_table(title, list(parts), columns, turned, axis or "module")

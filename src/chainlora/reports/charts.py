@@ -21,11 +21,13 @@ from chainlora.reports.tables import Table
 # Okabe–Ito: told apart by every kind of vision
 BLUE, VERMILION, GREEN = "#0072B2", "#D55E00", "#009E73"
 SKY, PURPLE, GREY = "#56B4E9", "#CC79A7", "#777777"
-GOLD, INK = "#BF8700", "#222222"
+INK = "#222222"
 COLOURS = (BLUE, VERMILION, GREEN, PURPLE, SKY, GREY)
 SMALL = 9  # points; the smallest text of a page's chart
 PAGE_SIZE = (4.0, 2.9)  # inches
 MOST_LABELS = 12  # names or values that still fit
+_MOST_NUMBERS = 7  # beside each other
+_LONGEST, _WIDEST = 18, 24  # characters: of a name, of names beside each other
 OWN = "own--"  # before the ids of a picture; replaced where it is put on a page
 STYLE: Any = {
     "text.parse_math": False,  # names of runs and methods are text: $ is a dollar
@@ -55,20 +57,15 @@ _THEME = {
     "#222222": "ink",
     "#000000": "ink",
     "#444444": "soft",
-    "#57606a": "soft",
     "#777777": "grey",
-    "#bfc4ca": "grey",
     "#e6e6e6": "grid",
     "#b0b0b0": "grid",
     "#ffffff": "paper",
     "#0072b2": "blue",
     "#56b4e9": "sky",
     "#d55e00": "vermilion",
-    "#cf222e": "vermilion",
     "#009e73": "green",
-    "#1a7f37": "green",
     "#cc79a7": "purple",
-    "#bf8700": "gold",
 }
 _ON_LIGHT, _ON_DARK = "#0A0A0A", "#F8F8F8"  # text in a cell, whatever the page's colours
 
@@ -192,26 +189,28 @@ def heat_map(
     rows: Sequence[str],
     columns: Sequence[str],
     label: str,
-    top: float | None = None,
-    form: str = "{:.2f}",
+    least: float = 0.0,
 ) -> None:
     """Draw a matrix of numbers as colours, the first row above, and as text where it fits.
 
-    `rows` and `columns` name them; of many, some are shown. NaN cells stay empty.
+    `rows` and `columns` name them; of many, some are shown, and of long names the beginning. NaN
+    cells stay empty. The scale goes to the largest number, or to `least` if that is more.
     """
-    known = [value for line in grid for value in line if not math.isnan(value)]
-    top = max(known, default=1.0) if top is None else top
-    top = top if top > 0 else 1.0
+    top = max([least, *(value for line in grid for value in line if math.isfinite(value))]) or 1.0
+    form = "{:.2f}" if top < 10 else "{:.3g}"
     edges = [[place - 0.5 for place in range(len(names) + 1)] for names in (columns, rows)]
     image = axes.pcolormesh(
         *edges, grid, cmap="cividis", vmin=0.0, vmax=top, edgecolors="face", linewidth=0.3
     )  # edges of the cells' own colour: without them the page shines through in between
     axes.invert_yaxis()
     axes.grid(visible=False)
+    turned: Any = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"}
     for axis, names in ((axes.xaxis, columns), (axes.yaxis, rows)):
         every = -(-len(names) // MOST_LABELS)
-        axis.set_ticks(range(0, len(names), every), list(names[::every]))
-    if max(len(rows), len(columns)) <= MOST_LABELS:
+        shown = [_cut(name) for name in names[::every]]
+        is_wide = axis is axes.xaxis and sum(map(len, shown)) > _WIDEST
+        axis.set_ticks(range(0, len(names), every), shown, **(turned if is_wide else {}))
+    if len(rows) <= MOST_LABELS and len(columns) <= _MOST_NUMBERS:
         for row, line in enumerate(grid):
             for column, value in enumerate(line):
                 if not math.isnan(value):
@@ -221,6 +220,10 @@ def heat_map(
     bar = axes.figure.colorbar(image, ax=axes, shrink=0.85)
     bar.set_label(label)
     bar.outline.set_visible(False)
+
+
+def _cut(name: str) -> str:
+    return name if len(name) <= _LONGEST else f"{name[: _LONGEST - 1]}…"
 
 
 # --- SVG for a page ---
@@ -234,7 +237,7 @@ def _for_page(svg: str) -> str:
     rest = re.sub(r"<metadata>.*?</metadata>", "", rest, flags=re.DOTALL)
     rest = re.sub(r"<!--.*?-->\s*", "", rest, flags=re.DOTALL)
     rest = re.sub(r"'DejaVu Sans'[^;\"]*", "system-ui, sans-serif", rest)
-    rest = re.sub(r"#[0-9a-f]{6}\b", _variable, rest)
+    rest = re.sub(r"(?<=: )#[0-9a-f]{6}\b", _variable, rest)
     return f'<svg {box} aria-hidden="true" focusable="false">{_own_ids(rest)}'
 
 

@@ -27,6 +27,11 @@ class Text:
     kind: str = "text"
 
 
+def as_text(words: str) -> str:
+    """Return Markdown that says words as they are, whatever marks are in them."""
+    return re.sub(r"([!-/:-@[-`{-~])", r"\\\1", words)
+
+
 @dataclass(frozen=True)
 class Tiles:
     """A few numbers to see first: (what it is, the number)."""

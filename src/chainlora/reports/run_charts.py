@@ -132,7 +132,7 @@ def _training(records: Sequence[Record]) -> list[Panel]:
     some, width = thinned(steps)
     each = "each step" if width == 1 else f"mean of {width} steps"
     found = []
-    if steps or evals:
+    if steps or _known(evals, "loss"):
         draw = partial(_draw_loss, steps=some, evals=evals, each=each)
         note = "in nats; vertical lines are knots"
         found.append(Panel("Loss over the steps", note, draw, 3.0))

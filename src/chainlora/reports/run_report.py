@@ -22,6 +22,7 @@ from chainlora.reports.page import (
     Section,
     Text,
     Tiles,
+    as_text,
     render,
     section,
 )
@@ -176,30 +177,30 @@ def _tiles(run: RunFacts) -> list[tuple[str, str]]:
 
 def _remarks(run: RunFacts) -> list[Block]:
     """Return what a reader must know: a run that is not finished, links that are left out."""
-    found, position = [], run.inspection["position"]
+    found, position, name = [], run.inspection["position"], as_text(run.name)
     if not run.inspection["finished"]:
         found.append(
-            f"**{run.name} is not finished**: {position['links']} of {position['planned_links']} "
+            f"**{name} is not finished**: {position['links']} of {position['planned_links']} "
             f"links are tied, {position['step']} steps done."
         )
     if (selected := run.manifest.selected) is not None:
         part = " and a part of the next" if selected.partial else ""
         found.append(
-            f"{run.name} is loaded as its best point: step {selected.step}, after "
+            f"{name} is loaded as its best point: step {selected.step}, after "
             f"{selected.num_links} link{'s' * (selected.num_links != 1)}{part}."
         )
     if run.matrix is not None:
         found.append(
-            f"Score, steps, time, memory and cost of {run.name} are those of stage "
+            f"Score, steps, time, memory and cost of {name} are those of stage "
             f"{run.manifest.stage} alone; RUN@STAGE reports on another one."
         )
     if not run.is_as_trained:
         found.append(
-            f"{run.name} was mixed or pruned since: the scores of its training are not those of "
+            f"{name} was mixed or pruned since: the scores of its training are not those of "
             "what it is now."
         )
     if rejected := of_event(run.records, "rejected"):
-        found.append(f"{run.name}: link {rejected[-1]['link']} was dropped, as it brought nothing.")
+        found.append(f"{name}: link {rejected[-1]['link']} was dropped, as it brought nothing.")
     return [Text(text) for text in found]
 
 
@@ -248,8 +249,8 @@ def _modules_table(links: Sequence[Record]) -> list[Block]:
 
 def stage_blocks(run: RunFacts) -> list[Block]:
     """Return the matrix of a run of several stages, and what it comes to."""
-    summaries = run.matrix.summaries() if run.matrix else []
-    return [*stage_pictures(run), *(Text(f"{summary}.") for summary in summaries)]
+    notes = run.matrix.notes() if run.matrix else []
+    return [*stage_pictures(run), *(Text(f"{note}.") for note in notes)]
 
 
 def _answers(found: Sequence[Answer]) -> list[Block]:

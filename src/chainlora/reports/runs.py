@@ -82,11 +82,13 @@ def _has_stages(run: str | Path, manifest: Manifest) -> bool:
 
 
 def run_names(runs: Sequence[str | Path]) -> list[str]:
-    """Return the last parts of the paths: as many as tell them apart."""
+    """Return the last parts of the paths: as many as tell them apart.
+
+    None begins with ``_``: matplotlib leaves such lines out of a legend.
+    """
     parts = [Path(run).resolve().parts for run in runs]
-    longest = max(map(len, parts))
-    for count in range(1, longest):
+    for count in range(1, max(map(len, parts), default=1)):
         names = ["/".join(each[-count:]) for each in parts]
-        if len(set(names)) == len(names):
+        if len(set(names)) == len(names) and not any(name.startswith("_") for name in names):
             return names
-    return [f"{'/'.join(each[-1:])} ({place})" for place, each in enumerate(parts, 1)]
+    return [f"({place}) {each[-1]}" for place, each in enumerate(parts, 1)]

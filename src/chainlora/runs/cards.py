@@ -169,7 +169,8 @@ def _chain_table(card: Card) -> str:
     evaluations = card.story.evaluations if card.story else ()
     names = [*score_names(evaluations), "loss"] if evaluations else []
     at_start = next((e for e in evaluations if e.get("where") == "start"), None)
-    own = [link for link in card.links if card.story and link.index >= card.story.first]
+    first = card.story.first if card.story else 0
+    own = [link for link in card.links if link.index >= first]
     ends = zip(own, accumulate(link.num_steps for link in own), strict=True)
     places = {(link.index, end) for link, end in ends}  # the best point can lie before a knot
     found = [e for e in evaluations if (e.get("link"), e.get("step")) in places]
@@ -177,9 +178,9 @@ def _chain_table(card: Card) -> str:
     titles = (f"validation {_code(name)}".replace("|", "\\|") for name in names)
     rows = [["link", "rank", "scaling", "steps", *titles]]
     rows.append(["---", *["---:"] * (len(rows[0]) - 1)])
-    if at_start is not None:
-        rows.append(["before", "", "", "", *_scores(at_start, names)])
     for link in card.links:
+        if at_start is not None and link.index == first:
+            rows.append(["before", "", "", "", *_scores(at_start, names)])
         numbers = [_rank(link), f"{link.scaling:g}", f"{link.num_steps:,}"]
         rows.append([str(link.index), *numbers, *_scores(after.get(link.index, {}), names)])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
@@ -203,8 +204,9 @@ def _training(story: Story) -> str:
     named = [targets] if isinstance(targets, str) else targets
     digest = f", digest of the rows {_code(story.rows)}" if story.rows else ""
     versions = [f"{name} {v}" for name, v in story.versions.items() if v != "unknown"]
+    begun = f"Links from {story.first} on were trained" if story.first else "Trained"
     sentences = [
-        f"Trained on {task}{digest}; learning rate {config.train.lr:g}, batch size "
+        f"{begun} on {task}{digest}; learning rate {config.train.lr:g}, batch size "
         f"{config.train.batch_size}, {config.train.dtype}, on {_code(', '.join(named))}.",
         *_templates(config.data),
         f"Versions: {_code(', '.join(versions))}.",
