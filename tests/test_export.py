@@ -159,11 +159,12 @@ def test_a_merged_chat_model_stops_where_its_template_ends_turns(tmp_path):
     base = make_tiny_folder(tmp_path / "base")
     tokenizer = AutoTokenizer.from_pretrained(base)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>", "<think>"]})
+    own = "{% for m in messages %}{{ m.role }}: <think>{{ m.content }}<|im_end|>{% endfor %}"
+    tokenizer.chat_template = own
     tokenizer.save_pretrained(base)
     tiny_model("llama", vocab_size=len(tokenizer)).save_pretrained(base)
     said = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sat"}]
-    own = "{% for m in messages %}{{ m.role }}: <think>{{ m.content }}<|im_end|>{% endfor %}"
-    for name, template in {"named": "chatml", "own": own}.items():
+    for name, template in {"named": "chatml", "own": own, "the base's": None}.items():
         data = {
             "train": str(write_rows(tmp_path / "rows.jsonl", [{"messages": said}] * 4)),
             "chat_template": template,

@@ -299,7 +299,7 @@ def need_run(run: str) -> None:
 def _runs_near(folder: Path) -> list[str]:
     """Return the runs in a folder, or beside one that does not exist."""
     around = folder if folder.exists() else folder.parent
-    return sorted(str(path.parent) for path in around.glob("*/chain.json"))
+    return sorted(str(path.parent) for path in around.glob("[!.]*/chain.json"))
 
 
 def check_run_or_model(run_or_model: str, links: int | None, stages: str | None = None) -> None:

@@ -94,7 +94,7 @@ def board(runs: tuple[str, ...], host: str, port: int | None) -> None:
     nothing from the network.
     """
     for run in runs:
-        if not any(Path(run).glob("*/chain.json")):
+        if not any(Path(run).glob("[!.]*/chain.json")):
             need_run(run)
     quiet()
     try:

@@ -13,6 +13,7 @@ import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path as FilePath
 from statistics import fmean
 from typing import Any
@@ -102,7 +103,9 @@ def evaluate(
     }
     with nullcontext(engine) if engine else Engine(model, training=False) as runner:
         if not is_written or any(name in LOSS_METRICS for name in names):
-            told = _none_done(progress) if is_written else progress
+            told = progress
+            if is_written and progress is not None:  # its answer is still to come
+                told = partial(_none_done, progress)
             columns["scores"] = runner.scores(examples, max_tokens=max_tokens, progress=told)
             losses = _losses(examples, columns["scores"], is_labelled=is_labelled)
             if not is_labelled:
@@ -175,14 +178,8 @@ def _answers(
     return texts
 
 
-def _none_done(progress: ScoringProgress | None) -> ScoringProgress:
-    """Return what reports each batch, and no row as done: its answer is still to come."""
-
-    def report(done: int, rows: int) -> None:
-        if progress is not None:
-            progress(0, rows)
-
-    return report
+def _none_done(progress: ScoringProgress, done: int, rows: int) -> None:
+    progress(0, rows)
 
 
 def _are_labelled(examples: Sequence[Example]) -> bool:

@@ -129,21 +129,27 @@ def _cut_left(prompt: Sequence[int], room: int, bos: int | None, row: int) -> li
 
 
 def greedy_config(
-    model: Any, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    max_new_tokens: int,
+    more_ends: Sequence[int] = (),
 ) -> GenerationConfig:
     """Return plain greedy search, with nothing of the model's own config but where it ends."""
     own = getattr(model, "generation_config", None)
-    ends = getattr(own, "eos_token_id", None)
-    ends = tokenizer.eos_token_id if ends is None else ends
-    first = ends[0] if isinstance(ends, list) else ends
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else first
+    found = getattr(own, "eos_token_id", None)
+    found = tokenizer.eos_token_id if found is None else found
+    known = [*(found if isinstance(found, list) else [found]), *more_ends]
+    ends = [end for end in dict.fromkeys(known) if end is not None]
+    pad = tokenizer.pad_token_id
+    if pad is None:  # padding is masked, so that any id does
+        pad = ends[0] if ends else 0
     return GenerationConfig(
         do_sample=False,
         num_beams=1,
         max_new_tokens=max_new_tokens,
         use_cache=True,
-        eos_token_id=ends,
-        pad_token_id=0 if pad is None else pad,  # padding is masked, so that any id does
+        eos_token_id=ends or None,
+        pad_token_id=pad,
         bos_token_id=getattr(own, "bos_token_id", None),
     )
 

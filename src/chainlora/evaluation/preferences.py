@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,8 +36,7 @@ def judge_pairs(
         [beta * n * (ours - theirs) for n, ours, theirs in zip(_lengths(e), *found, strict=True)]
         for e, *found in zip(examples, scores, reference, strict=True)
     ]
-    predictions = [{"scores": pair} for pair in rewards]
-    return _judged(examples, predictions, [cross_entropy(pair, 0) for pair in rewards])
+    return _judged(examples, rewards, [cross_entropy(pair, 0) for pair in rewards])
 
 
 def judge_odds(
@@ -47,11 +45,7 @@ def judge_odds(
     """Return the metrics of pairs as `judge_pairs` does; `loss` is the mean of `orpo_losses`."""
     scores = engine.scores(list(map(with_whole_row, examples)), progress=progress)
     losses = orpo_losses(torch.tensor(scores, dtype=torch.float64), beta).tolist()
-    predictions = [
-        {"scores": [beta * score for score in found[:2]], "loss": loss}
-        for found, loss in zip(scores, losses, strict=True)
-    ]
-    return _judged(examples, predictions, losses)
+    return _judged(examples, [[beta * score for score in found[:2]] for found in scores], losses)
 
 
 def with_whole_row(pair: Example) -> Example:
@@ -77,18 +71,19 @@ def orpo_losses(scores: Tensor, beta: float) -> Tensor:
 
 
 def _judged(
-    examples: Sequence[Example], predictions: list[dict[str, Any]], losses: Sequence[float]
+    examples: Sequence[Example], rewards: Sequence[Sequence[float]], losses: Sequence[float]
 ) -> Evaluation:
-    """Return the metrics of pairs; complete their predictions, whose scores are rewards."""
-    margins = [chosen - rejected for chosen, rejected in (each["scores"] for each in predictions)]
+    """Return the metrics of pairs, and predictions whose scores are rewards."""
+    margins = [chosen - rejected for chosen, rejected in rewards]
     totals = {
         "loss": math.fsum(losses),
         "accuracy": math.fsum((m > 0) + 0.5 * (m == 0) for m in margins),
         "margin": math.fsum(margins),
     }
+    columns = zip(examples, margins, rewards, losses, strict=True)
     said = [
-        {"row": example.row, "label": 0, "prediction": _preferred(margin)} | prediction
-        for example, margin, prediction in zip(examples, margins, predictions, strict=True)
+        {"row": e.row, "label": 0, "prediction": _preferred(m), "scores": pair, "loss": loss}
+        for e, m, pair, loss in columns
     ]
     metrics = {name: total / len(said) for name, total in totals.items()}
     return Evaluation(metrics, len(said), said)
@@ -96,7 +91,7 @@ def _judged(
 
 def _preferred(margin: float) -> int | None:
     """Return which answer has the larger reward; None where neither has."""
-    return None if margin == 0 else int(not margin > 0)
+    return None if margin == 0 else int(margin < 0)
 
 
 def _lengths(example: Example) -> list[int]:

@@ -63,13 +63,14 @@ def evaluate_task(
         check_writable(Path(predictions).parent)  # before the work
     config = config_of(run_or_model)
     own = None if config is None else config.data
-    if task is None and data is not None and own is not None and own.task is not None:
-        task = load_task(own.task)
-    if task is not None:
-        source = task_split_source(task, data, split, limit)
-        encode: Encode = partial(_rows_of_task, task, source, own)
-    else:
+    own_task = load_task(own.task) if task is None and own is not None and own.task else None
+    task = own_task if task is None and data is not None else task
+    encode: Encode
+    if task is None:
         encode = _own_rows(run_or_model, config, data, split, limit)
+    else:
+        source = task_split_source(task, data, split, limit)
+        encode = partial(_rows_of_task, task, source, own)
     model, tokenizer = load_run_or_model(run_or_model, num_links=num_links, dtype=dtype)
     asked, rows = encode(tokenizer, context_length(model))
     with Engine(to_accelerator(model), speedups=speedups, training=False) as engine:
@@ -100,15 +101,9 @@ def evaluate_task(
     if asked.metric in INDEX_METRICS:
         metrics["majority"] = majority_rate(rows, asked.metric)
     is_file = task is None and data is not None and not Path(data).is_dir()
-    if task is None and own is not None and own.task is not None:
-        task = load_task(own.task)
-    shown = {
-        "task": None if task is None else task.name,
-        "split": data if is_file else split,
-        "rows": found.num_rows,
-        "metrics": metrics,
-    }
-    return Shown(shown)
+    named = task or own_task
+    shown = {"task": named and named.name, "split": data if is_file else split}
+    return Shown(shown | {"rows": found.num_rows, "metrics": metrics})
 
 
 def _reference(

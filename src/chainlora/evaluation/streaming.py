@@ -125,10 +125,7 @@ class Speaker:
         return str(self.tokenizer.decode(answer, skip_special_tokens=True))
 
     def _config(self, max_new_tokens: int, ends: list[int]) -> Any:
-        config = greedy_config(self.model, self.tokenizer, max_new_tokens)
-        own = config.eos_token_id
-        all_ends = [*(own if isinstance(own, list) else [own]), *ends]
-        config.eos_token_id = [end for end in dict.fromkeys(all_ends) if end is not None] or None
+        config = greedy_config(self.model, self.tokenizer, max_new_tokens, ends)
         if self.decoding.temperature > 0:
             config.do_sample = True
             config.temperature = self.decoding.temperature

@@ -57,9 +57,7 @@ def training_rows(run_or_model: Address, tokenizer: Any) -> RowFacts | None:
 
 def answer_limit(facts: RowFacts | None) -> int:
     """Return the most tokens of an answer: twice the longest of the rows, if that is less."""
-    return (
-        MOST_TOKENS if facts is None else min(MOST_TOKENS, max(_FEWEST, 2 * facts.longest_answer))
-    )
+    return min(MOST_TOKENS, max(_FEWEST, 2 * facts.longest_answer)) if facts else MOST_TOKENS
 
 
 def config_of(run_or_model: Address) -> RunConfig | None:

@@ -81,7 +81,6 @@ class Picture:
     note: str
     svg: str
     table: Table | None = None
-    kind: str = "picture"
 
 
 def picture(

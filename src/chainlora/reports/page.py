@@ -24,7 +24,6 @@ class Text:
     """Markdown."""
 
     markdown: str
-    kind: str = "text"
 
 
 def as_text(words: str) -> str:
@@ -37,7 +36,6 @@ class Tiles:
     """A few numbers to see first: (what it is, the number)."""
 
     values: Sequence[tuple[str, str]]
-    kind: str = "tiles"
 
 
 @dataclass(frozen=True)
@@ -47,7 +45,6 @@ class Numbers:
     table: Table
     is_open: bool = True
     name: str = ""
-    kind: str = "numbers"
 
 
 @dataclass(frozen=True)
@@ -56,7 +53,6 @@ class Listing:
 
     title: str
     text: str
-    kind: str = "listing"
 
 
 @dataclass(frozen=True)
@@ -66,7 +62,6 @@ class Answer:
     prompt: str
     expected: str | None
     answers: Sequence[tuple[str, str]]
-    kind: str = "answer"
 
 
 Block = Text | Tiles | Numbers | Listing | Answer | Picture
@@ -169,6 +164,7 @@ def _environment() -> jinja2.Environment:
         undefined=jinja2.StrictUndefined,
     )
     environment.filters["markdown"] = _html
+    environment.filters["kind"] = lambda block: type(block).__name__.lower()
     return environment
 
 

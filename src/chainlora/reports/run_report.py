@@ -118,20 +118,20 @@ def _what(run: RunFacts) -> str:
 
 def _gain(run: RunFacts) -> str:
     """Return how the validation score went from the start to the end, in words."""
-    name, evals = run.score, run.evaluations
-    known = [record for record in evals if name in record]
-    if name is None or not known:
+    if run.score is None:
         return ""
-    final = _final(run, name)
-    text = score_text(name, known[-1][name] if final is None else final)
-    if known[0]["where"] == "start" and len(known) > 1:
-        text = f"from {score_text(name, known[0][name])} to {text}"
+    before, after = _score(run, run.score)
+    text = f"from {before} to {after}" if before != _NONE and run.steps else after
     of = f" of stage {run.manifest.stage}" if run.matrix is not None else ""
-    return f": validation {name} {text}, in {run.manifest.position.step:,} steps{of}"
+    return f": validation {run.score} {text}, in {run.manifest.position.step:,} steps{of}"
 
 
-def _final(run: RunFacts, name: str) -> float | None:
-    return run.result.get("metrics", {}).get("validation", {}).get(name)
+def _score(run: RunFacts, name: str) -> tuple[str, str]:
+    """Return a metric of the validation rows at the start, and in the end or at the last look."""
+    known = [record for record in run.evaluations if name in record]
+    before = [score_text(name, record[name]) for record in known if record["where"] == "start"]
+    final = run.result.get("metrics", {}).get("validation", {}).get(name, known[-1][name])
+    return (before or [_NONE])[0], score_text(name, final)
 
 
 def score_text(name: str, value: float) -> str:
@@ -152,15 +152,10 @@ def _overview(runs: Sequence[RunFacts]) -> Section:
 
 def _tiles(run: RunFacts) -> list[tuple[str, str]]:
     name, result = run.score, run.result
-    known = [record for record in run.evaluations if name is not None and name in record]
     found = [("ranks", ", ".join(str(link["rank"]) for link in run.links) or _NONE)]
-    if name is not None and known:
-        start = next((r for r in known if r["where"] == "start"), None)
-        final = _final(run, name)
-        found += [
-            (f"{name} before", _NONE if start is None else score_text(name, start[name])),
-            (f"{name} after", score_text(name, known[-1][name] if final is None else final)),
-        ]
+    if name is not None:
+        before, after = _score(run, name)
+        found += [(f"{name} before", before), (f"{name} after", after)]
     majority = result.get("metrics", {}).get("validation", {}).get("majority")
     if majority is not None:
         found.append(("commonest answer", score_text("accuracy", majority)))

@@ -263,6 +263,10 @@ def _loading(card: Card) -> list[str]:
     has_more = any(link.extra or link.config.lora_bias for link in card.links)  # vLLM refuses it
     is_loadable = "/" in card.base and not card.base.endswith(".gguf")
     base = card.base if is_loadable else _A_BASE
+    vllm = (
+        f"```sh\nvllm serve {shlex.quote(base)} --enable-lora --max-lora-rank {rank} \\\n"
+        f"  --lora-modules chain={served}\n```"
+    )
     return [
         *_in_peft(base, where),
         "In transformers:",
@@ -271,15 +275,7 @@ def _loading(card: Card) -> list[str]:
             f"model = AutoModelForCausalLM.from_pretrained({_quoted(base)})",
             f"model.load_adapter({_quoted(where)})",
         ),
-        *(_in_vllm(base, served, rank) if rank and not has_more else []),
-    ]
-
-
-def _in_vllm(base: str, served: str, rank: int) -> list[str]:
-    return [
-        "In vLLM:",
-        f"```sh\nvllm serve {shlex.quote(base)} --enable-lora --max-lora-rank {rank} \\\n"
-        f"  --lora-modules chain={served}\n```",
+        *(["In vLLM:", vllm] if rank and not has_more else []),
     ]
 
 

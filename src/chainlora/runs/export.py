@@ -60,8 +60,7 @@ def export_merged(
     manifest = reader.manifest()
     base = _base_folder(manifest.base.model)
     model, tokenizer = load_run(run, num_links=num_links)
-    if manifest.has_run and reader.config().data.chat_template is not None:
-        _stop_at_turns(model.generation_config, tokenizer)
+    _stop_at_turns(model.generation_config, tokenizer)
     is_whole = is_whole_model(reader, manifest)
     links = [] if is_whole else switched_on(reader.links_of(manifest, num_links))
     done = f"a chain of {len(links)} LoRA link(s) merged into its weights"
