@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import io
 import json
 import os
 import subprocess
@@ -117,6 +118,25 @@ def test_what_a_stage_shows_is_its_own(capsys):
     assert len(second) == 5
     assert all("loss 1.0000 (smoothed), lr 1.0e-03, 10 tokens/s" in line for line in second)
     assert ["left" in line for line in second] == [False, False, True, True, True]
+
+
+class Terminal(io.StringIO):
+    """What stands for a terminal on stderr."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_stage_does_not_show_the_bar_of_the_one_before(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    with progress_listener() as listener:
+        for total in (2, 3):
+            before = len(sys.stderr.getvalue())
+            listener(Planned(0, total, [total], 8, "packed", 1, [], {}))
+            listener(StepDone(total, 0, 1.0, 1e-3, 1.0, 10, 1.0))
+    shown = sys.stderr.getvalue()[before:]
+    assert "3/3 loss 1.0000" in shown
+    assert "2/2" not in shown
 
 
 @pytest.mark.parametrize("at_knots", [True, False])

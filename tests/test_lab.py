@@ -13,12 +13,12 @@ from conftest import tiny_model
 
 from chainlora import Chain, LinkConfig
 from chainlora.chain.adapters import live_factors
-from chainlora.config.schema import KnotConfig
+from chainlora.config.schema import KnotConfig, TrainConfig
 from chainlora.data.examples import Example
 from chainlora.engine.engine import Engine
 from chainlora.knots.moments import carry_moments
 from chainlora.knots.numbers import spacing
-from chainlora.training.schedule import learning_rate_factor
+from chainlora.training.schedule import rate_factor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks" / "lab"))
 
@@ -52,6 +52,7 @@ def package_losses(arm: Arm) -> tuple[list[float], Chain]:
     """Train the same with the chain, the engine and the optimizer of the package."""
     chain = Chain(tiny_model("llama"), seed=7)
     losses = []
+    rates = TrainConfig(warmup_steps=2)
     with Engine(chain.model, training=True, threads=1) as engine:
         for step, tokens in enumerate(blocks()):
             if step % (STEPS // arm.links) == 0:
@@ -62,7 +63,7 @@ def package_losses(arm: Arm) -> tuple[list[float], Chain]:
                 )
                 engine.adapt(adapter.layers.values())
                 optimizer = torch.optim.AdamW(list(chain.parameters()), weight_decay=0.0)
-            optimizer.param_groups[0]["lr"] = LR * learning_rate_factor(step, [STEPS], "linear", 2)
+            optimizer.param_groups[0]["lr"] = LR * rate_factor(rates, [STEPS], step)
             losses.append(package_step(engine, optimizer, tokens))
             if arm.every and (step + 1) % arm.every == 0:
                 scales = chain.tie_share(arm.share)

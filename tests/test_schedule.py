@@ -8,7 +8,8 @@ import pytest
 import torch
 import transformers
 
-from chainlora.training.schedule import learning_rate_factor
+from chainlora.config.schema import TrainConfig
+from chainlora.training.schedule import rate_factor
 
 KINDS = ("linear", "cosine", "constant")
 
@@ -31,7 +32,8 @@ def reference(kind: str, num_steps: int, warmup: int) -> list[float]:
     ("num_steps", "warmup"), [(1, 0), (10, 0), (10, 1), (10, 3), (10, 10), (5, 8)]
 )
 def test_one_schedule_is_that_of_transformers(kind, num_steps, warmup):
-    found = [learning_rate_factor(step, [num_steps], kind, warmup) for step in range(num_steps)]
+    config = TrainConfig(schedule=kind, warmup_steps=warmup)
+    found = [rate_factor(config, [num_steps], step) for step in range(num_steps)]
     assert found == pytest.approx(
         reference(kind, num_steps, warmup), abs=1e-12
     )  # the same float64 formula
@@ -39,21 +41,24 @@ def test_one_schedule_is_that_of_transformers(kind, num_steps, warmup):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_restarting_gives_each_link_its_own(kind):
-    found = [learning_rate_factor(step, [5, 4, 3], kind, 2, True, 1) for step in range(12)]
+    keys = {"schedule": kind, "restart_schedule": True, "restart_warmup_steps": 1}
+    config = TrainConfig(warmup_steps=2, **keys)
     links = [
-        [learning_rate_factor(step, [length], kind, warmup) for step in range(length)]
-        for length, warmup in ((5, 2), (4, 1), (3, 1))
+        [rate_factor(TrainConfig(schedule=kind, warmup_steps=w), [n], k) for k in range(n)]
+        for n, w in ((5, 2), (4, 1), (3, 1))
     ]
-    assert found == [*links[0], *links[1], *links[2]]
+    assert [rate_factor(config, [5, 4, 3], step) for step in range(12)] == [
+        *links[0],
+        *links[1],
+        *links[2],
+    ]
 
 
 def test_jagged_cosine_rises_from_zero_to_the_cosine_of_the_whole_run():
     num_steps, warmup, rise = 60, 4, 5
     cosine = reference("cosine", num_steps, warmup)
-    found = [
-        learning_rate_factor(step, [20] * 3, "cosine", warmup, False, rise)
-        for step in range(num_steps)
-    ]
+    config = TrainConfig(schedule="cosine", warmup_steps=warmup, restart_warmup_steps=rise)
+    found = [rate_factor(config, [20] * 3, step) for step in range(num_steps)]
     for step in range(num_steps):
         within = step % 20
         if step < 20 or within >= rise:

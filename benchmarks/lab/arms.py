@@ -25,9 +25,9 @@ from torch import Tensor
 
 from chainlora.chain.initialization import generator_for, random_factors
 from chainlora.chain.soft_knot import Balance, balance
-from chainlora.config.schema import KnotConfig, LinkConfig
+from chainlora.config.schema import KnotConfig, LinkConfig, TrainConfig
 from chainlora.knots.numbers import spacing
-from chainlora.training.schedule import learning_rate_factor
+from chainlora.training.schedule import rate_factor
 
 
 @dataclass(frozen=True)
@@ -98,9 +98,7 @@ def make(
     arm: Arm, tiny: Tiny, seed: int, lr: float, steps: int, warmup: int, tokens_a_step: int = 256
 ) -> Trained:
     """Return an arm at work on a copy of the model's weights."""
-    rate = partial(
-        learning_rate_factor, lengths=[steps], kind="linear", warmup_steps=warmup, restart=False
-    )
+    rate = partial(rate_factor, TrainConfig(warmup_steps=warmup), [steps])
     if arm.rank == 0:
         return Full(tiny, lr, rate)
     lora = Lora(arm, tiny, seed, lr, steps, rate, tokens_a_step)

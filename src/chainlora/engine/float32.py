@@ -21,8 +21,7 @@ _TWO_BYTES = (torch.bfloat16, torch.float16)
 @contextmanager
 def widened(module: nn.Module) -> Iterator[None]:
     """Hold the two-byte weights and buffers of `module`, all of them, in float32."""
-    held = [t for t in chain(module.parameters(), module.buffers()) if t.dtype in _TWO_BYTES]
-    with _held_in_float32(held):
+    with _held_in_float32(_two_byte_tensors(module, recurse=True)):
         yield
 
 
@@ -36,7 +35,7 @@ def computing_in_float32(model: nn.Module) -> Iterator[None]:
     contexts: dict[nn.Module, Any] = {}
 
     def enter(module: nn.Module, _: Any) -> None:
-        context = _held_in_float32(_own_two_byte_tensors(module))
+        context = _held_in_float32(_two_byte_tensors(module))
         context.__enter__()
         contexts[module] = context
 
@@ -49,7 +48,7 @@ def computing_in_float32(model: nn.Module) -> Iterator[None]:
 
     handles = []
     for module in model.modules():
-        if not _own_two_byte_tensors(module):
+        if not _two_byte_tensors(module):
             continue
         if isinstance(module, nn.Embedding):
             handles.append(module.register_forward_hook(widen))
@@ -65,9 +64,9 @@ def computing_in_float32(model: nn.Module) -> Iterator[None]:
             leave(module)
 
 
-def _own_two_byte_tensors(module: nn.Module) -> list[Tensor]:
-    own = chain(module.parameters(recurse=False), module.buffers(recurse=False))
-    return [tensor for tensor in own if tensor.dtype in _TWO_BYTES]
+def _two_byte_tensors(module: nn.Module, *, recurse: bool = False) -> list[Tensor]:
+    held = chain(module.parameters(recurse), module.buffers(recurse))
+    return [tensor for tensor in held if tensor.dtype in _TWO_BYTES]
 
 
 @contextmanager

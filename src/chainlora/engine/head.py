@@ -29,7 +29,7 @@ from torch.utils.checkpoint import checkpoint
 from chainlora.engine.matmul import linear, product, widened
 from chainlora.engine.packing import PackedBatch
 from chainlora.engine.probes import probing
-from chainlora.errors import DataError, ModelError
+from chainlora.errors import ModelError
 from chainlora.models.shards import num_hooks, plain_type, whole_shape
 from chainlora.models.text_config import base_model, causal_model, text_config
 
@@ -49,7 +49,8 @@ def candidate_scores(model: nn.Module, hidden: Tensor, batch: PackedBatch) -> Te
     `hidden` [R, d] is `hidden_states` of the batch.
     """
     logprobs = token_logprobs(model, hidden, batch.token_row, batch.token_target)
-    return _mean_by_sequence(logprobs, batch)
+    totals = logprobs.new_zeros(batch.num_sequences).index_add(0, batch.token_sequence, logprobs)
+    return totals / batch.sequence_length
 
 
 def candidate_loss(model: nn.Module, hidden: Tensor, batch: PackedBatch) -> Tensor:
@@ -58,15 +59,7 @@ def candidate_loss(model: nn.Module, hidden: Tensor, batch: PackedBatch) -> Tens
 
     Where every candidate is one token after the same prompt, scores differ from logits by a
     constant only, and just those tokens' rows of the head are used.
-
-    Raises:
-        DataError: an example without a right candidate.
     """
-    if not batch.labelled:
-        raise DataError(
-            "a candidate loss needs a label in every example (got one without); "
-            "use the completion loss"
-        )
     hidden = _for_head(model, hidden)
     score = _label_logits if batch.one_position else candidate_scores
     scores = score(model, hidden, batch)
@@ -242,11 +235,6 @@ def _is_frozen_linear(head: Any) -> bool:
     return is_linear and not head.weight.requires_grad
 
 
-def _mean_by_sequence(logprobs: Tensor, batch: PackedBatch) -> Tensor:
-    totals = logprobs.new_zeros(batch.num_sequences).index_add(0, batch.token_sequence, logprobs)
-    return totals / batch.sequence_length
-
-
 def _label_logits(model: nn.Module, hidden: Tensor, batch: PackedBatch) -> Tensor:
     """Return the logit [S] of each one-token candidate, float32."""
     head, transform = _head(model), logit_transform(model)
@@ -312,8 +300,6 @@ class _TargetLogprobs(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, rows, targets, normaliser = ctx.saved_tensors
-        if not ctx.needs_input_grad[2]:
-            return None, None, None, None, None
         grad = grads[0]
         by_row = grad.new_zeros(hidden.shape[0]).index_add_(0, rows, grad)
         probabilities = linear(hidden, weight, bias).float().sub_(normaliser[:, None]).exp_()

@@ -58,7 +58,6 @@ class PackedBatch:
     reference: Tensor  # [S] score of each sequence at the start of the run, float32; else [0]
     max_sequences: int  # most sequences an example has
     one_position: bool  # each example's candidates are single tokens predicted from one position
-    labelled: bool  # every example has a right candidate
 
     @property
     def num_tokens(self) -> int:
@@ -109,16 +108,14 @@ def pack(
     """Lay the sequences of `examples` out as one row.
 
     Args:
-        examples: what to pack; order is kept in every per-example and per-sequence tensor.
+        examples: one at least; their order is kept in every per-example and per-sequence tensor.
         share_prefixes: store common prefixes once, else every sequence is its own segment.
         min_shared: fewest common tokens that make a segment of their own. A sequence that is a
             prefix of another is always stored inside it, as that costs nothing.
 
     Raises:
-        DataError: no example, a sequence without a scored token, or a span outside its sequence.
+        DataError: a sequence without a scored token, or a span outside its sequence.
     """
-    if not examples:
-        raise DataError("a batch must hold at least one example (got none)")
     inputs = [sequence for example in examples for sequence in input_sequences(example)]
     tree = _Tree(inputs, share_prefixes, min_shared)
     positions: list[list[int]] = []  # per sequence: packed position that predicts each scored token
@@ -149,7 +146,6 @@ def pack(
         reference=torch.tensor([score for example in examples for score in example.reference]),
         max_sequences=max(counts),
         one_position=_one_position(counts, positions),
-        labelled=all(example.label is not None for example in examples),
     )
 
 

@@ -48,17 +48,7 @@ _LLAMA3 = {  # of every Llama from 3.1 on
 }
 
 # `tokenizer.ggml.pre` -> how text is cut before the merges (llama-vocab.cpp).
-_GPT2_LIKE = [
-    "gpt-2",
-    "default",
-    "phi-2",
-    "mpt",
-    "olmo",
-    "jais",
-    "trillion",
-    "roberta-bpe",
-    "gigachat",
-]
+_GPT2 = ["gpt-2", "default", "phi-2", "mpt", "olmo", "jais", "trillion", "roberta-bpe", "gigachat"]
 _DIGITS_FIRST = ["smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"]
 # Those that look a whole piece up before merging (`ignore_merges`); BOS comes first unless the file
 # says no.
@@ -309,7 +299,10 @@ def _byte_level_tokenizer(
     vocabulary = {token: index for index, token in enumerate(tokens)}
     whole_first = pre in _WHOLE_WORDS_FIRST
     backend = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=whole_first))
-    backend.pre_tokenizer = _pre_tokenizer(pre, file)
+    if pre not in (known := known_pre_tokenizers()):
+        got, remedy = f"{pre!r} in {file}", f"{_OTHER}, or a newer transformers"
+        raise ModelError("a GGUF file's pre-tokenizer must be known", got, remedy)
+    backend.pre_tokenizer = known[pre][0]
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens(_added(control, special=True))
     backend.add_tokens(_added(plain, special=False))
@@ -332,14 +325,6 @@ def _byte_level_tokenizer(
     )
 
 
-def _pre_tokenizer(pre: str, file: Path) -> Any:
-    known = known_pre_tokenizers()
-    if pre not in known:
-        got, remedy = f"{pre!r} in {file}", f"{_OTHER}, or a newer transformers"
-        raise ModelError("a GGUF file's pre-tokenizer must be known", got, remedy)
-    return known[pre][0]
-
-
 def known_pre_tokenizers() -> dict[str, tuple[Any, bool]]:
     """Return by name how texts are cut before the merges, and whether pieces are looked up whole.
 
@@ -354,7 +339,7 @@ def known_pre_tokenizers() -> dict[str, tuple[Any, bool]]:
     gpt2 = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     digits = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), gpt2])
     in_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    known = dict.fromkeys(_GPT2_LIKE, gpt2) | dict.fromkeys(_DIGITS_FIRST, digits)
+    known = dict.fromkeys(_GPT2, gpt2) | dict.fromkeys(_DIGITS_FIRST, digits)
     for name in sorted(splits, key=lambda name: name != "llama-bpe"):
         split = pre_tokenizers.Split(Regex(splits[name]), behavior="isolated")
         known[name] = pre_tokenizers.Sequence([split, in_bytes])

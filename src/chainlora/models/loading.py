@@ -261,12 +261,12 @@ def check_vocabulary(model: Any, tokenizer: Any, folder: Path) -> None:
     Special ones may lie beyond, as those of images do in text models (Gemma 3 1B).
     """
     rows = model.get_input_embeddings().weight.shape[0]
-    special = {key for key, token in tokenizer.added_tokens_decoder.items() if token.special}
-    written = [getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "unk", "pad")]
-    needed = {*tokenizer.get_vocab().values()} - special | {*written} - {None}
-    if (last := max(needed, default=0)) >= rows:
+    beyond = {index for index in tokenizer.get_vocab().values() if index >= rows}
+    added = tokenizer.added_tokens_decoder if beyond else {}  # Mistral's own tokenizer has none
+    written = {getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "unk", "pad")}
+    if wrong := beyond - ({key for key, token in added.items() if token.special} - written):
         raise ModelError(
-            f"the embedding must have a row per token (got token {last} and {rows} rows in "
+            f"the embedding must have a row per token (got token {max(wrong)} and {rows} rows in "
             f"{folder}); use the tokenizer the model was trained with"
         )
 

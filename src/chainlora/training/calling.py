@@ -90,8 +90,8 @@ def _of_stages(
 def _shown(listener: Listener | None, progress: bool | None) -> Iterator[Listener]:
     """Give what tells the listener, and shows progress where it is wanted."""
     is_shown = (listener is None) if progress is None else progress
-    shown = progress_listener() if is_shown and is_first_launched() else nullcontext(_ignore)
-    with shown as show:
+    is_shown &= is_first_launched()
+    with progress_listener() if is_shown else nullcontext(lambda event: None) as show:
 
         def tell(event: Event) -> None:
             show(event)
@@ -99,7 +99,3 @@ def _shown(listener: Listener | None, progress: bool | None) -> Iterator[Listene
                 listener(event)
 
         yield tell
-
-
-def _ignore(event: Event) -> None:
-    """Take an event and show nothing."""

@@ -15,7 +15,6 @@ from __future__ import annotations
 from collections.abc import Collection
 from contextlib import closing
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -155,10 +154,9 @@ def _end_link(run: Run, optimizer: torch.optim.Optimizer) -> Moments | None:
     """Tie the link and write it; return what ReLoRA keeps of its optimizer."""
     leave_average(optimizer)
     run.processes.check_same(run.chain.parameters())
-    is_soft, probe = run.chain.live_soft_knots > 0, _probe_batch(run)
-    before = _hidden(run, probe)
+    is_soft, before = run.chain.live_soft_knots > 0, _probed(run)
     link = run.chain.tie()
-    change = ((_hidden(run, probe) - before).norm() / before.norm()).item()
+    change = ((_probed(run) - before).norm() / before.norm()).item()
     _check_knot(run, link, change, _SOFT_KNOT_TOLERANCE if is_soft else _KNOT_TOLERANCE)
     run.progress.soft_knots = 0
     run.progress.memory.clear()
@@ -227,14 +225,11 @@ def _check_knot(run: Run, link: Link, change: float, tolerance: float) -> None:
         raise TrainingError("a knot must preserve the function", got, remedy)
 
 
-def _probe_batch(run: Run) -> Any:
-    rows = run.plan.batches(0)[0][:2]
-    return run.engine.pack([run.splits.train[row] for row in rows])
-
-
-def _hidden(run: Run, batch: Any) -> Tensor:
+def _probed(run: Run) -> Tensor:
+    """Return the hidden states of two rows, by which a knot is judged."""
+    rows = [run.splits.train[row] for row in run.plan.batches(0)[0][:2]]
     with run.engine.plain():
-        return run.engine.hidden(batch).float()
+        return run.engine.hidden(run.engine.pack(rows)).float()
 
 
 def _add_first_gradients(run: Run) -> None:

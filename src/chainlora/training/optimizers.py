@@ -19,8 +19,7 @@ from chainlora.errors import ConfigError, nearest
 from chainlora.knots.moments import unknown_moments
 from chainlora.registry import entries
 from chainlora.training import optimizer_kinds
-from chainlora.training.optimizer_kinds import Factory as Factory
-from chainlora.training.optimizer_kinds import Groups as Groups
+from chainlora.training.optimizer_kinds import Factory, Groups
 
 # By the name in `train.optimizer`; one of your own can be added from outside.
 OPTIMIZERS: dict[str, Factory] = entries(optimizer_kinds, "OPTIMIZERS")

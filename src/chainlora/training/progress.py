@@ -69,6 +69,10 @@ class _Listener:
     def __init__(self) -> None:
         self.console = console_on_stderr()
         self.log_every: int | None = None
+        bars: Any = {
+            "console": console_of_bars(self.console),
+            "disable": not self.console.is_terminal,
+        }
         self.bar = Progress(
             TextColumn("link {task.fields[link]}"),
             BarColumn(bar_width=24),
@@ -77,17 +81,15 @@ class _Listener:
             TextColumn("lr {task.fields[rate]:.1e}"),
             TextColumn("{task.fields[speed]:.0f} tokens/s"),
             TextColumn("{task.fields[left]}"),
-            console=console_of_bars(self.console),
-            disable=not self.console.is_terminal,
+            **bars,
         )
         self.encoding = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
             TextColumn("{task.fields[rows]:,} rows"),
             TimeRemainingColumn(),
-            console=console_of_bars(self.console),
-            disable=not self.console.is_terminal,
             transient=True,
+            **bars,
         )
         self.splits: dict[str, Any] = {}
         self.task: Any = None
@@ -141,7 +143,6 @@ class _Listener:
         self.encoding.update(self.splits[name], completed=event.share, rows=event.rows)
 
     def _plan(self, event: Planned) -> None:
-        self.encoding.stop()
         self._forget()
         self.log_every = event.log_every
         self.total, self.evaluations = event.num_steps, event.evaluations
@@ -166,13 +167,15 @@ class _Listener:
         self.bar.start()
 
     def _forget(self) -> None:
-        """Forget the stage before: its losses and seconds say nothing of the next one."""
+        """Forget the stage before: its bars, losses and seconds say nothing of the next one."""
         self.loss = self.speed = None
         self.seconds.clear()
         self.evaluation_seconds.clear()
-        for task in self.splits.values():
-            self.encoding.remove_task(task)
         self.splits.clear()
+        for bar in (self.bar, self.encoding):
+            bar.stop()
+            for task in bar.task_ids:
+                bar.remove_task(task)
 
     def _step(self, event: StepDone) -> None:
         self.seconds.append(event.seconds)

@@ -20,36 +20,23 @@ from chainlora.config.schema import TrainConfig
 logger = logging.getLogger(__name__)
 
 
-def learning_rate_factor(
-    step: int,
-    lengths: Sequence[int],
-    kind: str,
-    warmup_steps: int = 0,
-    restart: bool = False,
-    restart_warmup_steps: int = 0,
-) -> float:
-    """Return the factor in [0, 1] for optimizer step ``step``, counted from 0 over the whole chain.
+def rate_factor(config: TrainConfig, lengths: Sequence[int], step: int) -> float:
+    """Return the share of `train.lr` at `step` of a chain of links of `lengths` steps.
 
-    Args:
-        lengths: steps of each link.
-        kind: "linear", "cosine" or "constant".
-        warmup_steps: rise from 0 at the start of the chain; step 0 of a warm-up has factor 0, as in
-            transformers.
-        restart: each link has the whole schedule for itself; later links warm up over
-            `restart_warmup_steps`.
-        restart_warmup_steps: without `restart`, the rise from 0 at each later link to where the
-            schedule of the whole chain stands when the rise ends (with "cosine", ReLoRA's jagged
-            cosine).
+    Steps count from 0 over the whole chain; step 0 of a warm-up has factor 0, as in transformers.
+    With `restart_schedule` each link has the whole schedule for itself. Otherwise later links rise
+    from 0, over `restart_warmup_steps`, to where the schedule of the whole chain stands when the
+    rise ends (with "cosine", ReLoRA's jagged cosine).
     """
+    kind, warmup, rise = config.schedule, config.warmup_steps, restart_warmup(config)
     ends = list(accumulate(lengths))
     link = min(bisect_right(ends, step), len(ends) - 1)  # past the end, the last link goes on
     within = step - (ends[link] - lengths[link])
-    if restart:
-        return _factor(within, lengths[link], kind, restart_warmup_steps if link else warmup_steps)
-    if link and within < restart_warmup_steps:
-        top = _factor(step - within + restart_warmup_steps, ends[-1], kind, warmup_steps)
-        return top * within / restart_warmup_steps
-    return _factor(step, ends[-1], kind, warmup_steps)
+    if config.restart_schedule:
+        return _factor(within, lengths[link], kind, rise if link else warmup)
+    if link and within < rise:
+        return _factor(step - within + rise, ends[-1], kind, warmup) * within / rise
+    return _factor(step, ends[-1], kind, warmup)
 
 
 def restart_warmup(config: TrainConfig) -> int:
@@ -72,18 +59,6 @@ def say_what_stays_low(config: TrainConfig, lengths: Sequence[int]) -> None:
                 f"lower train.{key}warmup_steps"
             )
             return
-
-
-def rate_factor(config: TrainConfig, lengths: Sequence[int], step: int) -> float:
-    """Return the share of `train.lr` at `step` of a chain of links of `lengths` steps."""
-    return learning_rate_factor(
-        step,
-        lengths,
-        config.schedule,
-        config.warmup_steps,
-        config.restart_schedule,
-        restart_warmup(config),
-    )
 
 
 def _factor(step: int, num_steps: int, kind: str, warmup_steps: int) -> float:

@@ -62,7 +62,8 @@ def prepare(
     share_model = wants_shards(config) is not None
     accelerator = make_accelerator(config)
     processes = find_processes(accelerator, share_model=share_model)
-    directory = _directory(config, processes)
+    kind = RunDirectory if processes.is_first else FollowedDirectory
+    directory = None if config.output is None else kind(config.output)
     try:
         with processes.together():
             return _prepare(
@@ -308,13 +309,6 @@ def _check_place_of(trackers: Sequence[str], output: str | None) -> None:
                 f"{name!r} in `trackers` and no output",
                 "give output, or remove it",
             )
-
-
-def _directory(config: RunConfig, processes: Processes) -> RunDirectory | None:
-    """Return the run directory, to be written by the first process alone."""
-    if config.output is None:
-        return None
-    return (RunDirectory if processes.is_first else FollowedDirectory)(config.output)
 
 
 def _check_share(config: RunConfig, processes: Processes) -> None:

@@ -18,7 +18,6 @@ from chainlora.engine.fast.plugin import FastPath
 from chainlora.engine.fast.projection import Projection, ProjectionFunction
 from chainlora.engine.patching import replacement
 from chainlora.engine.probes import Facts
-from chainlora.errors import ModelError
 
 
 class LoraLayers(FastPath):
@@ -35,16 +34,8 @@ class LoraLayers(FastPath):
         return None
 
     def adapt(self, layers: Sequence[nn.Module]) -> None:
-        """Give these layers the fused forward, in place.
-
-        Raises:
-            ModelError: a layer that holds no LoRA.
-        """
+        """Give these layers the fused forward, in place."""
         for layer in layers:
-            if not is_lora_layer(layer):
-                raise ModelError(
-                    f"only LoRA layers have a fused forward (got {type(layer).__name__})"
-                )
             self.patches.replace_forward(layer, _forward)
 
 

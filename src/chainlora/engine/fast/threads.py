@@ -45,7 +45,7 @@ class CoreThreads(FastPath):
 
     def __init__(self) -> None:
         super().__init__()
-        self._pools: dict[int, ThreadPoolExecutor] = {}
+        self._pool: ThreadPoolExecutor | None = None
         self._why_one: str | None = None
 
     def probe(self, model: nn.Module, facts: Facts) -> str | None:
@@ -63,9 +63,9 @@ class CoreThreads(FastPath):
 
     def undo(self) -> None:
         """End the threads."""
-        for pool in self._pools.values():
-            pool.shutdown(cancel_futures=True)
-        self._pools.clear()
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+        self._pool = None
 
     def note(self, reason: str | None) -> str | None:
         """Return how many threads train, and why not more."""
@@ -83,9 +83,8 @@ class CoreThreads(FastPath):
         count = self.num_threads if training else self.num_scoring_threads
         if count == 1:
             return None
-        if count not in self._pools:
-            self._pools[count] = make_pool(count)
-        return map_in_threads(self._pools[count], count, function, items)
+        self._pool = self._pool or make_pool(count)  # where several train, so many score
+        return map_in_threads(self._pool, count, function, items)
 
 
 def _why_one_thread(model: nn.Module, facts: Facts) -> str | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from chainlora.config.schema import TrainConfig
@@ -22,20 +24,14 @@ def schedule_free_adamw(groups: Groups, config: TrainConfig) -> torch.optim.Opti
     return optimizer
 
 
-def adamw_8bit(groups: Groups, config: TrainConfig) -> torch.optim.Optimizer:
+def adamw_8bit(name: str, groups: Groups, config: TrainConfig) -> torch.optim.Optimizer:
     """AdamW with moments of 8 bits (arXiv 2110.02861), of the package bitsandbytes."""
-    found = from_package("bitsandbytes.optim", "AdamW8bit", config)
-    return found(groups, config.lr, **adam_keys(config) | config.optimizer_options)
-
-
-def paged_adamw_8bit(groups: Groups, config: TrainConfig) -> torch.optim.Optimizer:
-    """The same, its moments in memory that a GPU pages out to the host."""
-    found = from_package("bitsandbytes.optim", "PagedAdamW8bit", config)
+    found = from_package("bitsandbytes.optim", name, config)
     return found(groups, config.lr, **adam_keys(config) | config.optimizer_options)
 
 
 OPTIMIZERS = {
     "schedule_free_adamw": schedule_free_adamw,
-    "adamw_8bit": adamw_8bit,
-    "paged_adamw_8bit": paged_adamw_8bit,
+    "adamw_8bit": partial(adamw_8bit, "AdamW8bit"),
+    "paged_adamw_8bit": partial(adamw_8bit, "PagedAdamW8bit"),  # a GPU pages moments to the host
 }

@@ -22,12 +22,10 @@ from torch import Tensor
 
 from chainlora.engine.packing import Segment, paths
 
-KEYS_MULTIPLE = (
-    16  # whole vector registers: a bfloat16 softmax over 85 keys takes longer than over 96
-)
-LONGEST_KEPT = (
-    384  # beyond, probabilities are made again in backward: kept, they would outweigh all else
-)
+# Whole vector registers: a bfloat16 softmax over 85 keys takes longer than over 96.
+KEYS_MULTIPLE = 16
+# Beyond, probabilities are made again in backward: kept, they would outweigh all else.
+LONGEST_KEPT = 384
 PIECE = 128  # queries of a piece of a sequence beyond that
 # Beyond this length SDPA's own blocks win: measured, one core, forward and backward, 9 heads of 64.
 # bfloat16 at 4,096 tokens: pieces 0.76 s, SDPA 0.99 s; float32 at 1,024: 0.085 and 0.108 s, at

@@ -185,10 +185,9 @@ def _inverse(rows: list[Tensor], size: int, padding: list[Tensor] | None) -> Ten
         offsets = [0]
         for part in rows:
             offsets.append(offsets[-1] + part.shape[0])
+        dropped = [part + offset for part, offset in zip(padding, offsets, strict=False)]
         real = torch.ones_like(flat, dtype=torch.bool)
-        real[torch.cat([part + offset for part, offset in zip(padding, offsets, strict=False)])] = (
-            False
-        )
+        real[torch.cat(dropped)] = False
         flat, place = flat[real], place[real]
     else:  # padded keys repeat a last token, whose first place is the real one: write it last
         flat, place = flat.flip(0), place.flip(0)
