@@ -86,7 +86,9 @@ def _prepare(
     processes: Processes,
 ) -> Run:
     _check_config(config, resume, processes)
-    if config.start is not None and start is NOTHING and not (directory and directory.exists):
+    # asked once: the first process may begin a run while others still read rows
+    begun = directory if directory is not None and directory.exists else None
+    if config.start is not None and start is NOTHING and begun is None:
         raise ConfigError(
             "`start` is read by `chainlora train`, `extend` and `chainlora.train`",
             f"{config.start!r} elsewhere",
@@ -94,11 +96,12 @@ def _prepare(
         )
     folder, files = _claim(config, resume, change, directory, processes)
     _, _, tokenizer = open_folder(config.model)
-    if (own := _own_tokenizer(start, directory)) is not None:
+    own = start.tokenizer if begun is None else begun.tokenizer(begun.manifest())
+    if own is not None:  # instead of the base's
         tokenizer = load_tokenizer(own)
     with processes.in_turn():  # a bad row is told before the model is loaded
-        earlier = _rows_of_earlier_stages(directory, start)
-        compare = processes.is_first and not (directory is not None and directory.exists)
+        earlier = start.kept if begun is None else _rows_of_earlier_stages(begun)
+        compare = processes.is_first and begun is None
         splits = _load_splits(config, tokenizer, listener, earlier, compare)
     model = _load_model(config, processes)
     check_vocabulary(model, tokenizer, own or folder)
@@ -160,7 +163,12 @@ def _check_config(config: RunConfig, resume: bool, processes: Processes) -> None
     if config.chain.knots is not None:
         check_policy(config.chain.knots)
     check_files(config.data, config.train.loss)
-    _check_share(config, processes)
+    if config.train.batch_size % processes.count:
+        raise ConfigError(
+            "`train.batch_size` is that of all processes together, and must be a multiple of their "
+            f"number (got {config.train.batch_size} for {processes.count} processes); start "
+            "another number of them, or change it"
+        )
 
 
 def _claim(
@@ -199,17 +207,8 @@ def _load_model(config: RunConfig, processes: Processes) -> Any:
     return model
 
 
-def _own_tokenizer(start: Start, directory: RunDirectory | None) -> Path | None:
-    """Return the folder of a tokenizer that the run has, or begins with, instead of the base's."""
-    if directory is not None and directory.exists:
-        return directory.tokenizer(directory.manifest())
-    return start.tokenizer
-
-
-def _rows_of_earlier_stages(directory: RunDirectory | None, start: Start) -> Mapping[str, Kept]:
-    """Return the rows that earlier stages kept; a run that is resumed has them itself."""
-    if directory is None or not directory.exists:
-        return start.kept
+def _rows_of_earlier_stages(directory: RunDirectory) -> Mapping[str, Kept]:
+    """Return the rows that earlier stages kept, of a run that is resumed: it has them itself."""
     own = directory.manifest().stage
     return {stage: kept for stage, kept in directory.kept().items() if stage != own}
 
@@ -309,15 +308,6 @@ def _check_place_of(trackers: Sequence[str], output: str | None) -> None:
                 f"{name!r} in `trackers` and no output",
                 "give output, or remove it",
             )
-
-
-def _check_share(config: RunConfig, processes: Processes) -> None:
-    if config.train.batch_size % processes.count:
-        raise ConfigError(
-            "`train.batch_size` is that of all processes together, and must be a multiple of their "
-            f"number (got {config.train.batch_size} for {processes.count} processes); start "
-            "another number of them, or change it"
-        )
 
 
 def _checkpoint_activations(model: Any) -> None:
