@@ -80,7 +80,7 @@ def test_no_run(chainlora, finished, task, tiny_folder, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--to adapter --rank 0", "--rank must be at least 1 (got 0)"),
+        ("--to adapter --rank 0", "--rank must be 1 to 16384 (got 0)"),
         ("--to adapter --tolerance 0", "a relative error between 0 and 1 (got 0.0)"),
         ("--to adapter --tolerance 2", "a relative error between 0 and 1 (got 2.0)"),
         ("--to adapter --tolerance nan", "a relative error between 0 and 1 (got nan)"),

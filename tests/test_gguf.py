@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from conftest import make_tiny_folder, write_rows
+from helpers import settings
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from chainlora import Chain, LinkConfig, extend, load_run, make_config, save_chain, train
@@ -246,6 +247,14 @@ def test_the_template_for_ollama_says_what_the_chat_template_does(tiny_folder, t
     assert go.count("{{ .Content }}") == 2
     assert ("{{ .System }}" in go) == (template != "alternating")
     assert go.count("{{ end }}") == go.count("{{ if") + go.count("{{ range")
+
+
+def test_a_card_says_that_every_weight_was_trained(tiny_folder, sentiment, tmp_path):
+    chain = {"tune": "full", "ranks": [2], "steps": [1]}
+    train(make_config(settings(tiny_folder, sentiment, tmp_path / "run", chain=chain)))
+    export_gguf(tmp_path / "run", tmp_path / "gguf")
+    said = "`tiny-llama` with every weight fine-tuned in GGUF (f32)."
+    assert said in (tmp_path / "gguf/README.md").read_text(encoding="utf-8")
 
 
 def test_what_ends_no_turn_stops_nothing(tmp_path):

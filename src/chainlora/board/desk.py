@@ -49,7 +49,9 @@ class Desk:
         self.reader = open_run(self.run)
         self.links: list[LinkEntry] = self.reader.manifest().loaded
         if not self.links:
-            raise RunError("there must be links to mix", f"none in {run}", "wait for a knot")
+            is_done = self.reader.is_finished(self.reader.manifest())
+            remedy = "choose another run" if is_done else "wait for a knot"
+            raise RunError("there must be links to mix", f"none in {run}", remedy)
         here = tuple(f"{link.directory}/" for link in self.links)
         sums = self.reader.manifest().files
         self.what = (self.run, {name: sums[name] for name in sums if name.startswith(here)})
@@ -78,9 +80,8 @@ class Desk:
     def prompts(self, count: int) -> list[str]:
         """Return the first prompts that the last stage kept; none of a run that keeps no rows."""
         kept = self.reader.kept().get(self.links[-1].stage)
-        rows = kept.scored[1] if kept is not None else []
-        some = [rows[place].prompt for place in range(min(count, len(rows)))]
-        texts = [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in some]
+        rows = kept.scored[1][:count] if kept is not None else []
+        texts = [self.tokenizer.decode(row.prompt, skip_special_tokens=True) for row in rows]
         return list(dict.fromkeys(text for text in texts if text))
 
     @cached_property

@@ -51,26 +51,21 @@ def summarise_matrix(
         stages: the name of each column, [T].
         metrics: what each column is scored by, [T]; numbers of different ones are never averaged.
     """
-    return [
-        _summary(scores, stages, metric, [j for j, own in enumerate(metrics) if own == metric])
-        for metric in dict.fromkeys(metrics)
-    ]
-
-
-def _summary(
-    scores: Sequence[Sequence[float]], stages: Sequence[str], metric: str, columns: Sequence[int]
-) -> MatrixSummary:
-    sign = 1 if is_higher_better(metric) else -1
-    last = len(scores) - 1
-    column = {j: [sign * row[j] for row in scores] for j in columns}
-    before = [j for j in columns if j + 1 < last]  # stage j is learned in state j + 1
-    transfers = [column[j][last] - column[j][j + 1] for j in before]
-    losses = [max(column[j][1:last]) - column[j][last] for j in before]
-    return MatrixSummary(
-        metric,
-        tuple(stages[j] for j in columns),
-        sign < 0,
-        fmean(column[j][last] for j in columns),
-        fmean(transfers) if before else None,
-        fmean(losses) if before else None,
-    )
+    found, last = [], len(scores) - 1
+    for metric in dict.fromkeys(metrics):
+        sign = 1 if is_higher_better(metric) else -1
+        own = [j for j, each in enumerate(metrics) if each == metric]
+        column = {j: [sign * row[j] for row in scores] for j in own}
+        before = [j for j in own if j + 1 < last]  # stage j is learned in state j + 1
+        transfers = [column[j][last] - column[j][j + 1] for j in before]
+        losses = [max(column[j][1:last]) - column[j][last] for j in before]
+        summary = MatrixSummary(
+            metric,
+            tuple(stages[j] for j in own),
+            sign < 0,
+            fmean(column[j][last] for j in own),
+            fmean(transfers) if before else None,
+            fmean(losses) if before else None,
+        )
+        found.append(summary)
+    return found

@@ -125,8 +125,7 @@ def _own_prompts(run: RunFacts, count: int, model: Any, tokenizer: Any) -> list[
         rows = getattr(splits, split)
         if len(rows):
             break
-    chosen = [rows[place] for place in range(min(count, len(rows)))]
-    found = [_prompt(row, tokenizer) for row in chosen if len(row.prompt) > 1]
+    found = [_prompt(row, tokenizer) for row in rows[:count] if len(row.prompt) > 1]
     if not found:
         raise DataError(f"the rows of {run.path} must have prompts (got plain text); {_ASK}")
     return found

@@ -175,10 +175,8 @@ def check_compression(rank: int | None, tolerance: float | None) -> None:
     """Raise ChainError unless an adapter can be compressed in this way."""
     if rank is not None and tolerance is not None:
         raise ChainError("give --rank or --tolerance, not both (got both)")
-    if rank is not None and rank < 1:
-        raise ChainError(f"--rank must be at least 1 (got {rank})")
-    if rank is not None and rank > _WIDEST:
-        raise ChainError(f"--rank must be at most {_WIDEST} (got {rank!s:.40}); lower it")
+    if rank is not None and not 0 < rank <= _WIDEST:
+        raise ChainError(f"--rank must be 1 to {_WIDEST} (got {rank!s:.40})")
     if tolerance is not None and not 0 < tolerance < 1:
         raise ChainError(f"--tolerance is a relative error between 0 and 1 (got {tolerance})")
 

@@ -71,10 +71,14 @@ def export_gguf(
     check_convertible(config, tokenizer)
     is_whole = is_whole_model(reader, manifest)
     links = [] if is_whole else switched_on(reader.links_of(manifest, num_links))
-    factors: dict[str, Factors] = {}
+    made_of = "every weight fine-tuned" if is_whole else f"a chain of {len(links)} LoRA link(s)"
+    wide: int | None = None
+    as_lora = ""
     if as_adapter:
         factors, error = adapter_factors(links, rank=rank, tolerance=tolerance)
         _check_factors(factors, {name for link in links for name in link.extra})
+        wide = max(pair.a.shape[0] for pair in factors.values())
+        as_lora = f", as a LoRA of rank {wide} (relative error {error:.2e})"
     name = naming.base or public_name(manifest.base.model)
     with files.replaced_folder(output) as made:
         merged = made / "merged"
@@ -92,25 +96,14 @@ def export_gguf(
         (made / "Modelfile").write_text(modelfile, encoding="utf-8")
         copy_licences(merged, made)
         files.remove(merged)
-        what = f"with a chain of {len(links)} LoRA link(s) in GGUF ({kind})"
-        what += (
-            f", as a LoRA of rank {_rank(factors)} (relative error {error:.2e})."
-            if as_adapter
-            else "."
-        )
+        what, base = f"with {made_of} in GGUF ({kind}){as_lora}.", manifest.base.model
         story = story_of(run)
-        wide = _rank(factors) if as_adapter else None
-        base = manifest.base.model
         write_card(made, Card(what, base, "gguf", links, wide, naming=naming, story=story))
     sizes = {path.name: path.stat().st_size for path in sorted(output.glob("*.gguf"))}
     done = {"output": str(output), "links": len(links), "type": kind, "bytes": sizes}
     if as_adapter:
-        return {"to": "gguf-adapter", **done, "rank": _rank(factors), "error": error}
+        return {"to": "gguf-adapter", **done, "rank": wide, "error": error}
     return {"to": "gguf", **done}
-
-
-def _rank(factors: Mapping[str, Factors]) -> int:
-    return next(iter(factors.values())).a.shape[0]
 
 
 def _check_factors(factors: Mapping[str, Factors], extra: set[str]) -> None:
