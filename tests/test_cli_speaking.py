@@ -168,9 +168,14 @@ def retold(tiny_folder, tmp_path):
 
 
 def test_a_system_message_reaches_the_template(chainlora, typed, retold):
-    strict = retold("{% if messages[0].role == 'system' %}{{ raise_exception('none') }}{% endif %}")
-    typed("good cat\n")
-    assert chainlora(f"chat {strict} --max-new-tokens 2").status == 0
+    strict = retold(
+        "{% if messages[0].role == 'system' %}{{ raise_exception('none') }}{% endif %}"
+        "{% if messages[2:] %}{{ raise_exception('one turn') }}{% endif %}"
+    )
+    typed("good cat\ngood cat\n")
+    outcome = chainlora(f"chat {strict} --max-new-tokens 2")
+    assert outcome.status == 0
+    assert outcome.err.endswith("chat template (got: one turn); begin a new one\n")
     typed("good cat\n")
     chainlora("chat", strict, "--system", "say red").refused(
         "must suit the model's chat template (got: none); leave --system out"

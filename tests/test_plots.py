@@ -146,6 +146,14 @@ def test_a_run_whose_answers_are_written_has_no_loss_before_its_first_step():
     ]
 
 
+def test_a_margin_is_no_share():
+    evals = [row for row in records(metrics=("accuracy", "margin")) if row["event"] == "eval"]
+    (scores,) = [each for each in training_pictures(evals) if "scores" in each.title]
+    assert "%</text>" not in scores.svg
+    (scores,) = [each for each in training_pictures(records()) if "scores" in each.title]
+    assert "%</text>" in scores.svg
+
+
 def test_nothing_to_draw(tmp_path):
     with pytest.raises(RunError, match="got none"):
         plot_training([], tmp_path / "x.png")

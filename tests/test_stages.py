@@ -634,6 +634,15 @@ def test_the_matrix_is_what_eval_says_and_is_kept(config, tmp_path):
     assert set(best) == {"facts", "style"}
 
 
+def test_a_run_without_links_has_nothing_to_compare(config, tmp_path):
+    config["stages"][0]["chain"] = {"ranks": [], "steps": []}
+    train(make_stages(one_stage(config))[0].config)
+    with pytest.raises(RunError, match=r"got no links in .*; tie a link first"):
+        stage_matrix(tmp_path / "run")
+    with pytest.raises(RunError, match="got no rows of links in"):
+        best_mix(tmp_path / "run")
+
+
 def test_scores_of_half_a_stage_are_not_kept(config, tmp_path):
     """The best point is a part of a link that was whole when the run was stopped."""
     facts = {"ranks": [4, 4], "steps": [9, 2]}

@@ -174,9 +174,9 @@ def stage_matrix(
     stages = [stage for stage in reader.manifest().stages if stage in kept]
     if compute and not stages:
         raise RunError(
-            "a matrix scores the rows that the stages of a run kept",
-            f"none in {folder}",
-            "train with data.keep_rows: true",
+            "a matrix scores the rows that stages with links kept",
+            f"no {'links' if kept else 'rows'} in {folder}",
+            "tie a link first" if kept else "train with data.keep_rows: true",
         )
     digests = {name: _digest(reader, strengths) for name, strengths in states.items()}
     missing = [

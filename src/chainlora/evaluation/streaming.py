@@ -94,9 +94,10 @@ class Speaker:
         chat = {"messages": messages, "add_generation_prompt": True, "tools": tools or None}
         (reply,) = render_chats(self.tokenizer, [chat])
         if reply.error:
+            remedy = "leave --system out" if messages[0]["role"] == "system" else "begin a new one"
             raise DataError(
                 f"the conversation must suit the model's chat template (got: {reply.error:.120}); "
-                "leave --system out"
+                f"{remedy}"
             )
         return list(self.tokenizer(reply.value[0], add_special_tokens=False)["input_ids"])
 
@@ -108,7 +109,10 @@ class Speaker:
                 f"the prompt must leave room in the context of {context} tokens "
                 f"(got {len(ids)}); shorten it"
             )
-        config = self._config(min(limit, room), ends)
+        config = greedy_config(self.model, self.tokenizer, min(limit, room), ends)
+        if self.decoding.temperature > 0:
+            config.do_sample, config.temperature = True, self.decoding.temperature
+            config.top_p, config.top_k = self.decoding.top_p, 0
         prompt = torch.tensor([ids], device=self.model.device)
         with torch.random.fork_rng():
             torch.manual_seed(int(torch.randint(2**31, (), generator=self._generator)))
@@ -123,14 +127,6 @@ class Speaker:
         is_cut = len(answer) >= min(limit, room) and answer[-1] not in (config.eos_token_id or [])
         self.cut_by = ("limit" if limit <= room else "context") if is_cut else None
         return str(self.tokenizer.decode(answer, skip_special_tokens=True))
-
-    def _config(self, max_new_tokens: int, ends: list[int]) -> Any:
-        config = greedy_config(self.model, self.tokenizer, max_new_tokens, ends)
-        if self.decoding.temperature > 0:
-            config.do_sample = True
-            config.temperature = self.decoding.temperature
-            config.top_p, config.top_k = self.decoding.top_p, 0
-        return config
 
 
 class _Pieces(TextStreamer):

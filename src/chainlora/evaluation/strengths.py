@@ -40,11 +40,11 @@ def best_mix(
     reader = open_run(folder)
     kept, entries = reader.kept(), reader.manifest().loaded
     stages = [stage for stage in reader.manifest().stages if stage in kept]
-    metrics = {each.metric for each in kept.values()}
-    if len(metrics) != 1 or not stages:
+    metrics = {kept[stage].metric for stage in stages}
+    if len(metrics) != 1:
         raise RunError(
             "a mix is searched by one metric of all stages",
-            ", ".join(sorted(metrics)) or "no rows kept",
+            ", ".join(sorted(metrics)) or f"no rows of links in {folder}",
             "name the strengths",
         )
     scorer = Scorer(reader, _to_choose_by(kept), progress=progress)

@@ -195,7 +195,7 @@ def _draw_scores(axes: Any, evals: Sequence[Record], names: Sequence[str]) -> No
         everything += [value for _, value in points]
         style = {"color": color, "marker": marker, "markersize": 5, "linewidth": 1.5}
         axes.plot(*zip(*points, strict=True), label=name, **style)
-    fractions = all(0 <= value <= 1 for value in everything)
+    fractions = "margin" not in names and all(0 <= value <= 1 for value in everything)
     if fractions:
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     if len(names) == 1:

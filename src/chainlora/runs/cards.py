@@ -85,11 +85,6 @@ class Card:
         """The name of the base, which tells nothing of this machine."""
         return self.naming.base or public_name(self.model) or "a base without a name"
 
-    @property
-    def name(self) -> str | None:
-        """Where others find the export: a Hub id; None for a folder."""
-        return self.naming.name
-
 
 def story_of(run: Address) -> Story | None:
     """Return the story of a run; None of a saved chain, which has none, and of a stage that is off.
@@ -124,7 +119,8 @@ def public_name(base: str) -> str:
 
 def write_card(folder: Path, card: Card) -> None:
     """Write a card as ``README.md``."""
-    title = _code(card.name.rpartition("/")[2]) if card.name else "Model card"
+    name = card.naming.name
+    title = _code(name.rpartition("/")[2]) if name else "Model card"
     parts = [_front_matter(card), f"# {title}", f"{_code(card.base)} {card.what}"]
     if card.links:
         parts += ["## The chain", _chain_table(card)]
@@ -150,7 +146,7 @@ def _code(text: object) -> str:
 def _front_matter(card: Card) -> str:
     keys: dict[str, Any] = {}
     is_named = card.naming.base or card.model
-    if is_hub_id(card.base) or (card.name is None and is_named):  # the Hub takes ids alone
+    if is_hub_id(card.base) or (card.naming.name is None and is_named):  # the Hub takes ids alone
         keys["base_model"] = card.base
     keys["library_name"] = card.library
     if card.naming.licence is not None:
@@ -231,8 +227,8 @@ def _templates(data: DataConfig) -> list[str]:
 
 
 def _loading(card: Card) -> list[str]:
-    where = card.name or "this folder"
-    served = shlex.quote(card.name) if card.name else "THIS_FOLDER"
+    name = card.naming.name
+    where, served = (name, shlex.quote(name)) if name else ("this folder", "THIS_FOLDER")
     if card.library == "gguf":
         files = "-m model.gguf" if card.rank is None else "-m base.gguf --lora adapter.gguf"
         return [
