@@ -142,11 +142,10 @@ class KnotConfig(Section):
     every: Count | None = None
     """Steps between soft knots; `null` is a twelfth of the time constant."""
     share: Share | None = None
-    """Share tied at each, from 0 (only balancing) to below 1; `null` is 1 − exp(−every / time
-    constant)."""
+    """Share tied at each, from 0 (only balancing) to below 1; `null` follows from the
+    other two."""
     time_constant: Annotated[float, Field(ge=1, le=1e9)] | None = None
-    """Steps after which 1 − 1/e of what a step has learned is tied; `null` is 1.4·n/√N
-    for a link of n steps that learns N tokens a trained parameter."""
+    """Steps after which 1 − 1/e of what a step has learned is tied; `null` is that of `auto`."""
     follow_rate: bool = False
     """Shares in proportion to the learning rate: late steps are tied less, and can still be
     corrected."""
