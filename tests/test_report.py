@@ -102,7 +102,7 @@ def test_answers_after_each_link_are_those_of_generate(chainlora, finished, tmp_
         keys = ("--prompts", tmp_path / name, "--max-new-tokens", "5")
         outcome = chainlora("report", finished, "--output", tmp_path / "page.html", *keys)
         assert outcome.status == 0, outcome.err
-        assert outcome.err.splitlines()[0] == "run: answers after 0 links"
+        assert outcome.err.splitlines()[0] == "run: answers before training"
         pages.append((tmp_path / "page.html").read_text(encoding="utf-8"))
     assert pages[0] == pages[1]
     assert "&lt;b&gt;two&lt;/b&gt; &amp; red\u2028birds" in pages[0]
@@ -114,6 +114,23 @@ def test_answers_after_each_link_are_those_of_generate(chainlora, finished, tmp_
             whole = chainlora("generate", finished, *keys).json["text"]
             assert (text if text != "(nothing)" else "") == whole.partition("\n")[0].strip()
     assert [len(texts) for texts in found] == [4, 4]
+
+
+def test_answers_after_full_fine_tuning_are_those_of_generate(
+    chainlora, tiny_folder, sentiment, tmp_path
+):
+    chain, keys = {"ranks": [1], "steps": [8], "tune": "full"}, {"dtype": "float32", "lr": 0.1}
+    run = tmp_path / "run"
+    train(make_config(settings(tiny_folder, sentiment, run, chain=chain, train=keys)))
+    (tmp_path / "asked.txt").write_text("the cat sat\n")
+    page = tmp_path / "page.html"
+    report_runs([run], page, prompts=str(tmp_path / "asked.txt"), max_new_tokens=5)
+    (texts,) = said(page.read_text(encoding="utf-8"))
+    keys = ("--prompt", "the cat sat", "--max-new-tokens", "5", "--json")
+    for model, text in zip((tiny_folder, run), texts, strict=True):
+        whole = chainlora("generate", model, *keys).json["text"]
+        assert (text if text != "(nothing)" else "") == whole.partition("\n")[0].strip()
+    assert texts[0] != texts[1]
 
 
 def test_answers_to_a_run_s_own_rows(finished, sentiment, tmp_path):

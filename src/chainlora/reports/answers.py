@@ -22,6 +22,7 @@ from chainlora.files import reported
 from chainlora.models.text_config import context_length
 from chainlora.reports.page import Answer
 from chainlora.reports.runs import RunFacts
+from chainlora.runs.opening import is_whole_model, load_run
 from chainlora.runs.reading import RunReader
 
 _ASK = "give a file: a prompt a line, or JSONL rows with a `prompt`"
@@ -64,31 +65,39 @@ def answers(
     """Answer prompts greedily with the chain as it was after 0, 1, … links.
 
     `wanted` is as `read_prompts` gives it. Own rows are those of the validation data, else of the
-    test or training data. The base is loaded once; links are added one by one. Raises DataError
-    where rows have no prompts.
+    test or training data. The base is loaded once; links are added one by one. After full
+    fine-tuning there are two states. Raises DataError where rows have no prompts.
     """
+    reader = RunReader(run.path)
     count = len(run.manifest.links) if run.config is not None else None  # of a chain the live one
-    links = RunReader(run.path).links_of(run.manifest, count)
-    chain, tokenizer = chain_on_base(RunReader(run.path))
+    links = reader.links_of(run.manifest, count)
+    chain, tokenizer = chain_on_base(reader)
     if isinstance(wanted, int):
         prompts = _own_prompts(run, wanted, chain.model, tokenizer)
     else:
         found = zip(TokenReader(tokenizer).ids(wanted), wanted, strict=True)
         prompts = [Prompt(tuple(ids), text) for ids, text in found]
     columns: list[tuple[str, list[str]]] = []
-    for count in range(len(links) + 1):
-        if count:
-            chain.add(links[count - 1])
+
+    def ask(model: Any, name: str) -> None:
         if progress is not None:
-            progress(f"{run.name}: answers after {count} link{'s' * (count != 1)}")
+            progress(f"{run.name}: answers {name}")
         texts = generate_greedy(
-            chain.model,
+            model,
             tokenizer,
             [prompt.ids for prompt in prompts],
             max_new_tokens=max_new_tokens,
             stop=_stop(run, tokenizer),
         )
-        columns.append(("before training" if count == 0 else f"after link {count - 1}", texts))
+        columns.append((name, texts))
+
+    ask(chain.model, "before training")
+    for link in links:
+        chain.add(link)
+        ask(chain.model, f"after link {link.index}")
+    if is_whole_model(reader, run.manifest):
+        del chain  # two models at once would need twice the memory
+        ask(load_run(reader.path)[0], "after training")
     return [
         Answer(prompt.text, prompt.expected, [(name, texts[row]) for name, texts in columns])
         for row, prompt in enumerate(prompts)

@@ -48,11 +48,11 @@ def load_run(
 ) -> tuple[CausalModel, PreTrainedTokenizerBase]:
     """Load a run's base, put its chain on, and return (plain transformers model, tokenizer).
 
-    The chain is the one the run selected, or the first `num_links` links; `dtype` defaults to the
-    run's own. The links of a quantised base are merged into it as it was before; with `as_trained`
-    they are left on the quantised one, in adapter layers. Raises RunError when a file of the run or
-    the base has changed, or the run was killed before it had anything; ConfigError for a dtype that
-    no weights have.
+    The chain is the one the run selected, or the first `num_links` links (0: the base); `dtype`
+    defaults to the run's own. The links of a quantised base are merged into it as it was before;
+    with `as_trained` they are left on the quantised one, in adapter layers. Raises RunError when a
+    file of the run or the base has changed, or the run was killed before it had anything;
+    ConfigError for a dtype that no weights have.
     """
     reader = open_run(run)
     manifest = reader.manifest()
@@ -63,10 +63,11 @@ def load_run(
             f"load_chain({str(run)!r}, model).detach()"
         )
     kind = dtype or manifest.base.dtype
-    if is_whole_model(reader, manifest):
+    if num_links != 0 and is_whole_model(reader, manifest):
         if num_links is not None:
             raise RunError(
-                f"--links needs a chain (got {run}, a run of full fine-tuning); leave --links out"
+                f"--links needs a chain (got {run}, a run of full fine-tuning); leave --links out, "
+                "or take the base by --links 0"
             )
         return load_model(reader / "model", kind)
     links = reader.links_of(manifest, num_links)  # first, since a missing one is found at once
