@@ -64,11 +64,10 @@ class DataConfig(Section):
     format: Literal[
         "auto", "completion", "chat", "text", "sharegpt", "alpaca", "conversational"
     ] = "auto"
-    """What a [row](rows.md) of your own file is: `completion` (`prompt` + `completion`, loss on the
-    completion), `chat` (`messages`, loss on the assistant's turns), `text` (loss on everything),
-    and of other tools `sharegpt`, `alpaca` and `conversational` (TRL: `prompt` and `completion` are
-    lists of messages). `auto` decides by the first row, and a run says which of these it
-    recognised."""
+    """What a [row](rows.md#formats) of your own file is: `completion` (loss on the completion), `chat`
+    (loss on the assistant's turns), `text` (loss on everything), and of other tools `sharegpt`,
+    `alpaca` and `conversational` (TRL). `auto` decides by the first row, and a run says which of
+    these it recognised."""
     fields: dict[str, str] = Field(default={})
     """Names that the file has for fields of its format, e.g. `{prompt: question, completion:
     answer}`; in every file of this section."""
@@ -92,9 +91,9 @@ class DataConfig(Section):
     max_length: Annotated[int, Field(ge=2, lt=LARGEST)] | None = None
     """Longest sequence in tokens; `null` is the model's context."""
     truncation: Literal["error", "left"] | None = None
-    """What happens to a longer row: `error` refuses it by file and line, `left` drops the oldest
-    tokens. `null` is the task's own choice; for files it is `error`, except that a long `text`
-    becomes several examples and loses nothing."""
+    """What happens to a [longer row](rows.md#what-is-too-long): `error` refuses it, `left` drops the
+    oldest tokens. `null` is the task's own choice; for files it is `error`, but for `text`, which
+    becomes several examples."""
     shots: Number = 0
     """Number of training rows of a task shown, with their answers, before each prompt. They are not
     trained on; if links are trained, some rows must be left."""
@@ -104,9 +103,9 @@ class DataConfig(Section):
     new_rows_only: bool = False
     """Leave out training rows that an earlier stage was trained on."""
     keep_rows: bool = True
-    """Keep up to 1,000 tokenised rows of each split and hashes of all of them in the run directory.
-    Later stages need them for `replay`, `new_rows_only`, held-out validation rows and scores on
-    this stage."""
+    """Keep [a sample of the rows](run-directory.md#what-is-in-it) and hashes of all in the run
+    directory. Later stages need them for `replay`, `new_rows_only`, held-out validation rows and
+    scores on this stage."""
 
     @field_validator("train", mode="before")
     @classmethod

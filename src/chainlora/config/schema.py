@@ -117,9 +117,8 @@ class TrainConfig(Section):
     """`auto` uses faster forwards, packed batches and threads where a probe shows that they compute
     the same; `off` runs the layers of PEFT and transformers on padded batches in one thread."""
     shard: Literal["fsdp2", "zero3"] | None = None
-    """`fsdp2`: the processes of a run share the model, each holding some rows of every weight;
-    `zero3`: the same by DeepSpeed's ZeRO-3, links carried; `null`: each holds all of it
-    ([scale](scale.md#a-model-larger-than-a-gpu))."""
+    """How the processes of a run share the model: `fsdp2`, or `zero3` of DeepSpeed, links carried
+    ([scale](scale.md#a-model-larger-than-a-gpu)); `null`: each holds all of it."""
     trackers: tuple[str, ...] = ()
     """Trackers of Accelerate by name, e.g. `[tensorboard]`; install them yourself."""
 
