@@ -64,10 +64,10 @@ class DataConfig(Section):
     format: Literal[
         "auto", "completion", "chat", "text", "sharegpt", "alpaca", "conversational"
     ] = "auto"
-    """What a [row](rows.md#formats) of your own file is: `completion` (loss on the completion), `chat`
-    (loss on the assistant's turns), `text` (loss on everything), and of other tools `sharegpt`,
-    `alpaca` and `conversational` (TRL). `auto` decides by the first row, and a run says which of
-    these it recognised."""
+    """What a [row](rows.md#formats) of your own file is: `completion` (loss on the completion),
+    `chat` (loss on the assistant's turns), `text` (loss on everything), and of other tools
+    `sharegpt`, `alpaca` and `conversational` (TRL). `auto` decides by the first row, and a run says
+    which of these it recognised."""
     fields: dict[str, str] = Field(default={})
     """Names that the file has for fields of its format, e.g. `{prompt: question, completion:
     answer}`; in every file of this section."""
@@ -91,9 +91,9 @@ class DataConfig(Section):
     max_length: Annotated[int, Field(ge=2, lt=LARGEST)] | None = None
     """Longest sequence in tokens; `null` is the model's context."""
     truncation: Literal["error", "left"] | None = None
-    """What happens to a [longer row](rows.md#what-is-too-long): `error` refuses it, `left` drops the
-    oldest tokens. `null` is the task's own choice; for files it is `error`, but for `text`, which
-    becomes several examples."""
+    """What happens to a [longer row](rows.md#what-is-too-long): `error` refuses it, `left` drops
+    the oldest tokens. `null` is the task's own choice; for files it is `error`, but for `text`,
+    which becomes several examples."""
     shots: Number = 0
     """Number of training rows of a task shown, with their answers, before each prompt. They are not
     trained on; if links are trained, some rows must be left."""
