@@ -39,7 +39,7 @@ check: test test-slow lint types
 site: $(VENV)/.docs
 	$(BIN)/python site/build.py build/site
 
-# The lists of keys in docs/config.md and docs/keys.md, from the code.
+# The list of keys in docs/config.md, from the code.
 pages: $(VENV)/.ready
 	$(BIN)/python site/pages.py
 
