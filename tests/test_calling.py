@@ -6,12 +6,20 @@ import builtins
 import io
 import json
 import os
+import random
+import signal
 import subprocess
 import sys
+import warnings
+from contextlib import nullcontext
 from typing import get_type_hints
 
+import numpy as np
 import pytest
+import torch
 import yaml
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from helpers import settings
 
 from chainlora import TrainResult, make_config, train
@@ -50,6 +58,37 @@ def test_progress_is_shown_unless_somebody_listens(tree, capsys):
     assert [event.name for event in seen].count("plan") == 2
     train(tree, progress=False)
     assert "training rows" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_a_script_is_after_train_what_it_was(tree, tmp_path, ends):
+    """Also one that switched gradients off, and where its listener fails."""
+
+    def state() -> list:
+        found = [torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].sum()]
+        found += [torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled()]
+        found += [
+            torch.is_inference_mode_enabled(),
+            signal.getsignal(signal.SIGINT),
+            warnings.filters,
+        ]
+        return [*found, dict(os.environ), dict(AcceleratorState._shared_state)]
+
+    def listener(event):
+        if not ends and isinstance(event, StepDone):
+            raise KeyboardInterrupt
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    torch.manual_seed(5)
+    with torch.inference_mode():
+        before = state()
+        with nullcontext() if ends else pytest.raises(KeyboardInterrupt):
+            train(tree, listener=listener)
+        assert state() == before
+    assert Accelerator(mixed_precision="bf16").mixed_precision == "bf16"
+    train(tree, progress=False)  # in a process that has one
+    assert AcceleratorState().mixed_precision == "bf16"
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 # --- a log file ---

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import logging
 import math
+import pickle
 
+import numpy as np
 import pytest
 import torch
 from conftest import tiny_model
@@ -48,9 +51,16 @@ def test_a_chain_and_its_parts_are_shown_in_a_line(chain):
     assert len(page) < 1000
 
 
+def on_meta() -> torch.nn.Module:
+    with torch.device("meta"):
+        return tiny_model("opt")
+
+
 # An argument of every public method that takes one, of a wrong type, and what is said.
 WRONG = [
     (lambda _: Chain("gpt2"), "`model` must be a loaded model (got 'gpt2'); load it first"),
+    (lambda c: Chain(on_meta()), "`model` must be a loaded model (got a OPTForCausalLM); load it"),
+    (lambda c: Chain(c.model), "without adapters (got a OPTForCausalLM); take them off: detach()"),
     (lambda c: Chain(c.model, seed="0"), "`seed` must be a whole number from 0 (got '0')"),
     (lambda c: Chain(c.model, hold=1), "`hold` must be tied or carried (got 1)"),
     (lambda c: Chain(c.model, checkpoint=1), "`checkpoint` must be the path of a folder (got 1)"),
@@ -144,6 +154,56 @@ def test_a_link_that_does_not_fit_is_not_added(hold, words):
     assert words in str(error.value)
     assert (len(chain), chain.next_id) == (1, 1)  # nor is the one before it
     assert torch.equal(logits(chain.model), before)
+
+
+INTERRUPTED = {
+    "extend": lambda chain: chain.extend(config("opt", init="pissa")),
+    "tie": lambda chain: (chain.extend(config("opt")), chain.tie()),
+    "drop": lambda chain: chain.drop(1),
+    "set_strengths": lambda chain: chain.set_strengths({0: 0.5}),
+    "add": lambda chain: chain.add(chain.links[1]),
+}
+
+
+@pytest.mark.parametrize("verb", INTERRUPTED)
+def test_after_an_interrupt_the_next_verb_finds_the_chain_whole(chain, verb, monkeypatch):
+    """A cell of a notebook is stopped while weights are written, and the next one goes on."""
+    left, write = iter(range(2)), chain.weights.write
+
+    def interrupted(parameter, value):
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        write(parameter, value)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(chain.weights, "write", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            INTERRUPTED[verb](chain)
+    assert chain.live is None
+    chain.extend(config("opt"))
+    other = Chain(tiny_model("opt"))
+    other.add(*chain.links)
+    assert torch.equal(logits(chain.model), logits(other.model))
+
+
+def test_a_chain_fits_into_a_script():
+    """Whatever torch mode it is in, however it counts, and what it does with links and model."""
+    model = tiny_model("opt")
+    model.lm_head.weight.requires_grad_(False)
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    with torch.inference_mode():
+        chain = Chain(model, seed=np.int64(3))
+        chain.extend(config("opt"))
+    chain.tune(range(2), plain_update(chain))
+    link = chain.tie()
+    link, again = pickle.loads(pickle.dumps(link)), copy.deepcopy(chain)
+    assert link not in chain.links
+    assert {chain.links[0]: 0.5}
+    again.extend(config("opt"))
+    assert (chain.live, len(again)) == (None, 1)
+    chain.drop(np.int64(1))
+    chain.detach()
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == trainable
 
 
 @pytest.mark.parametrize("hold", ["tied", "carried"])

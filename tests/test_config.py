@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -200,6 +201,8 @@ def test_every_problem_is_in_the_one_line():
     with pytest.raises(ConfigError) as raised:
         config(("zig", "1"), ("zag", "1"))
     assert str(raised.value).count("known: chain, data") == 1
+    with pytest.raises(ConfigError, match=r"^`data` must be given"):
+        RunConfig(model="m")
 
 
 @pytest.mark.parametrize(
@@ -243,6 +246,16 @@ def test_a_tilde_is_the_home_of_the_user(tmp_path, monkeypatch):
         read = found.data.model_dump_json(include=set(data))
         assert json.loads(read.replace(str(tmp_path), "~")) == data
     assert split_address("~/run@facts") == (tmp_path / "run", "facts")
+
+
+def test_a_path_is_as_good_as_its_text():
+    def made(kind):
+        files = [kind("a"), {"path": kind("b"), "weight": 2}]
+        own = {"train": files, "validation": kind("v")}
+        paths = {key: kind(key) for key in ("model", "start", "output")}
+        return [make_config(TREE | paths | {"data": data}) for data in (own, {"train": kind("t")})]
+
+    assert made(Path) == made(str)
 
 
 def test_one_value_where_a_list_is_due_is_a_list_of_one():

@@ -9,6 +9,7 @@ attention, tied embeddings).
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from chainlora import (
 )
 from chainlora.chain.adapters import LIVE
 from chainlora.chain.base_weights import BaseWeights
+from chainlora.chain.initialization import generator_for, random_factors
 
 DTYPES = (torch.float32, torch.bfloat16)
 TARGETS = {
@@ -310,6 +312,20 @@ def test_law_11_same_seed_same_bytes(architecture, dtype):
             assert not torch.equal(one.factors[name].a, three.factors[name].a)
     starts = [link.factors[next(iter(link.factors))].a for link in first.links]
     assert not torch.equal(*starts)  # every link draws anew
+
+
+@pytest.mark.parametrize("keys", [{}, {"init": "gaussian"}, {"train_factors": "A"}], ids=str)
+def test_law_11_whatever_the_defaults_of_torch_are(keys):
+    draw = partial(random_factors, config("opt", **keys), 6, 5)
+    plain, before = draw(generator_for(0, 0, "m")), torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            other = draw(generator_for(0, 0, "m"))
+    finally:
+        torch.set_default_dtype(before)
+    assert torch.equal(plain.a, other.a)
+    assert torch.equal(plain.b, other.b)
 
 
 @on_everything

@@ -6,12 +6,14 @@ import inspect
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
 
 import pytest
 import torch
+import yaml
 from conftest import make_tiny_folder
 from helpers import settings
 
@@ -142,6 +144,30 @@ def test_from_config_to_a_model_in_the_reader_s_hands(tiny_folder, sentiment, tm
     assert not any("lora" in name for name, _ in model.named_parameters())
     text = tokenizer("good cat it was", return_tensors="pt", return_token_type_ids=False)
     assert model.generate(**text, max_new_tokens=2).shape[1] == text["input_ids"].shape[1] + 2
+
+
+def test_a_tilde_is_home_in_every_path(tiny_folder, sentiment, tmp_path, monkeypatch):
+    """What a shell would have read as such: nothing is looked for, or written, beside it."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shutil.copytree(sentiment, tmp_path / "rows")
+    tree = settings(tiny_folder, sentiment, "~/run", chain={"ranks": [2], "steps": [1]})
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(tree))
+    chainlora.train("~/run.yaml", progress=False)
+    chainlora.mix_stages("~/run", {"main": 0.5})
+    asked = {"data": "~/rows/validation.jsonl", "predictions": "~/said.jsonl", "limit": 2}
+    assert chainlora.evaluate_task("~/run", "~/rows/task.yaml", **asked)["rows"] == 2
+    chainlora.report_runs("~/run", "~/page.html")
+    chainlora.export_merged(chainlora.open_run("~/run", "main"), "~/merged")
+    chain = chainlora.load_chain("~/run", chainlora.load_model(tiny_folder)[0])
+    chainlora.export_adapter(chain, "~/adapter")
+    chainlora.save_chain(chain, "~/saved")
+    assert len(chainlora.load_chain("~/saved", chainlora.load_model(tiny_folder)[0])) == 1
+    assert not [*(tmp_path / "here").iterdir()]
+    for wrong in (chainlora.load_run, chainlora.inspect_run, chainlora.evaluate_task):
+        with pytest.raises(chainlora.ChainLoRAError, match=r"named by its path \(got a Chain\)"):
+            wrong(chain)
 
 
 # --- what a notebook shows ---

@@ -22,7 +22,7 @@ knows nothing of earlier links.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
@@ -76,10 +76,10 @@ class Chain:
         hold: str = "tied",
         checkpoint: str | Path | None = None,
     ) -> None:
-        check(model=model, seed=seed, checkpoint=checkpoint)
         holding = holding_named(hold)
+        check(model=model, seed=seed, checkpoint=checkpoint, plain=model)
         self.model = model
-        self.seed = seed
+        self.seed = int(seed)
         self.hold = hold
         self.links: list[Link] = []
         self.next_id = 0  # of the live link, else of the next one; an id is never given twice
@@ -88,6 +88,7 @@ class Chain:
         self._holding = holding(model, self.weights)
         self._adapter: Adapter | None = None  # the LoRA layers on the model
         self._live: Live | None = None  # None between links: the layers then add nothing
+        self._is_settled = True  # False where an exception came while weights were written
 
     def __len__(self) -> int:
         return len(self.links)
@@ -122,11 +123,12 @@ class Chain:
         self._live = live = Live()
         try:
             live.start = initialize(adapter, self.seed, self.next_id, backward, self.links)
-        except Exception:
+            self._holding.take_out(live.start, config.scaling)
+            adapters.reset_magnitudes(adapter)
+        except BaseException:
             self._live = None
+            self._settle()
             raise
-        self._holding.take_out(live.start, config.scaling)
-        adapters.reset_magnitudes(adapter)
         return adapter
 
     def tune(self, steps: Iterable[Step], update: Callable[[Step], object]) -> int:
@@ -172,7 +174,7 @@ class Chain:
 
     def fit(
         self,
-        configs: Iterable[LinkConfig],
+        configs: Sequence[LinkConfig],
         steps: Callable[[int], Iterable[Step]],
         update: Callable[[int], Callable[[Step], object]],
         *,
@@ -280,7 +282,7 @@ class Chain:
             for link in links:
                 self._append(link)
             self._settle()
-        except Exception:
+        except BaseException:
             self.links, self.next_id = before
             self._settle()
             raise
@@ -329,7 +331,7 @@ class Chain:
     def detach(self) -> nn.Module:
         """Take the adapters off and return the plain model, holding ``W_k``.
 
-        A live link must be tied first.
+        A live link must be tied first. What was trainable before the first link is so again.
         """
         self._need_no_live("detach")
         self._holding.detach()  # refuses bases that cannot be merged into, before anything changes
@@ -361,12 +363,14 @@ class Chain:
 
     def _settle(self) -> None:
         """Make the model ``W_k`` for the links there are."""
+        self._is_settled = False
         if self._adapter is not None:
             adapters.zero(self._adapter)
         self._holding.settle(self.links, self._adapter)
         if self._adapter is not None:
             adapters.reset_magnitudes(self._adapter)
         adapters.set_extra(self.model, self._adapter, self._latest_extra())
+        self._is_settled = True
 
     def _adapter_for(self, config: LinkConfig) -> Adapter:
         """Return the layers on the model where they fit (compiled graphs survive), or new ones."""
@@ -380,12 +384,13 @@ class Chain:
         before = self._adapter
         self._take_off()
         try:
+            check(plain=self.model)
             self._holding.check_layers(self.model, config)
             adapted = {name for link in self.links for name in link.factors}
             whole = {path.rpartition(".")[0] for link in self.links for path in link.extra}
             check_apart(adapted, whole, self.model, config)
             self._adapter = adapter = adapters.attach(self.model, config)
-        except Exception:
+        except BaseException:
             if before is not None:
                 self._put_on(before.config)
                 self._settle()
@@ -427,3 +432,5 @@ class Chain:
     def _need_no_live(self, verb: str) -> None:
         if self._live is not None:
             raise ChainError(f"{verb} needs every link tied (got a live link); call tie or discard")
+        if not self._is_settled:
+            self._settle()

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from numbers import Real
+from numbers import Integral, Real
 from os import PathLike
 from typing import Any
 
@@ -33,8 +33,12 @@ def _or_none(holds: Holds) -> Holds:
     return lambda value: value is None or holds(value)
 
 
+def _is_loaded(value: Any) -> bool:
+    return isinstance(value, nn.Module) and not any(p.is_meta for p in value.parameters())
+
+
 def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 0
 
 
 def _is_number(value: Any) -> bool:
@@ -52,9 +56,14 @@ def _maps_to(holds: Holds) -> Holds:
 # Argument → when it is right, what it must be, and what to write instead.
 _RULES: dict[str, tuple[Holds, str, str]] = {
     "model": (
-        _is(nn.Module),
+        _is_loaded,
         "`model` must be a loaded model",
         "load it first: AutoModelForCausalLM.from_pretrained(…)",
+    ),
+    "plain": (
+        lambda model: not adapters.lora_layers(model),
+        "a chain needs a model without adapters",
+        "take them off: detach() of its chain, or merge_and_unload() of PEFT",
     ),
     "seed": (_is_count, "`seed` must be a whole number from 0", "e.g. seed=0"),
     "checkpoint": (

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,8 @@ makes no update."""
 # A row of PEFT's Kaiming-uniform A (bound 1/√in) has expected norm √(in · 1/(3·in)); a directed row
 # gets the same one, so that the learning rate means the same for every start.
 _ROW_NORM = 1 / math.sqrt(3)
+# Whatever torch's defaults are in a script, so that links are the same.
+_HOST: Any = {"dtype": torch.float32, "device": "cpu"}
 # Passes of subspace iteration; two fix the leading directions of a decaying spectrum.
 _SWEEPS = 2
 
@@ -56,14 +59,14 @@ def random_factors(
     draws_b = config.train_factors == "A" or (of_embedding and config.train_factors == "both")
     shape = (out_features, rank) if draws_b else (rank, in_features)
     if of_embedding:
-        drawn = torch.randn(shape, generator=generator)
+        drawn = torch.randn(shape, generator=generator, **_HOST)
     elif config.init == "gaussian":
-        drawn = torch.randn(shape, generator=generator) / rank
+        drawn = torch.randn(shape, generator=generator, **_HOST) / rank
     else:
-        drawn = (torch.rand(shape, generator=generator) * 2 - 1) / math.sqrt(shape[1])
+        drawn = (torch.rand(shape, generator=generator, **_HOST) * 2 - 1) / math.sqrt(shape[1])
     if draws_b:
-        return Factors(torch.zeros(rank, in_features), drawn)
-    return Factors(drawn, torch.zeros(out_features, rank))
+        return Factors(torch.zeros(rank, in_features, **_HOST), drawn)
+    return Factors(drawn, torch.zeros(out_features, rank, **_HOST))
 
 
 def principal_factors(config: LinkConfig, weight: Tensor, generator: torch.Generator) -> Factors:
@@ -152,15 +155,17 @@ def _point_along_gradient(adapter: Adapter, seed: int, link: int, backward: Back
     rank, layers = adapter.config.rank, adapter.layers
 
     def with_zero_a(name: str, b: Tensor) -> Factors:
-        return Factors(torch.zeros(rank, layers[name].in_features), b)
+        return Factors(torch.zeros(rank, layers[name].in_features, **_HOST), b)
 
     def with_zero_b(name: str, a: Tensor) -> Factors:
-        return Factors(a, torch.zeros(layers[name].out_features, rank))
+        return Factors(a, torch.zeros(layers[name].out_features, rank, **_HOST))
 
     left: dict[str, Tensor] = {}  # out × rank
     for name, layer in layers.items():
         generator = generator_for(seed, link, f"{name}/sketch")
-        left[name] = _orthonormal(torch.randn(layer.out_features, rank, generator=generator))
+        left[name] = _orthonormal(
+            torch.randn(layer.out_features, rank, generator=generator, **_HOST)
+        )
     right: dict[str, Tensor] = {}  # rank × in
     for sweep in range(_SWEEPS):
         start = {name: with_zero_a(name, b) for name, b in left.items()}

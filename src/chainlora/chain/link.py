@@ -14,7 +14,7 @@ from chainlora.config.schema import LinkConfig
 from chainlora.errors import ChainError
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Link:
     """One trained LoRA of the chain, immutable, on the CPU in float32.
 

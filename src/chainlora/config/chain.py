@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import re
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from chainlora.config.messages import problems
+from chainlora.config.messages import Called
 from chainlora.config.section import Count, Section, refuse_if
 from chainlora.errors import ConfigError
 
@@ -46,7 +46,7 @@ class LinkShape(Section):
     """`both`, or only one factor: `A`, `B` (RAC-LoRA, arXiv 2410.08305)."""
 
 
-class LinkConfig(LinkShape):
+class LinkConfig(Called, LinkShape):
     """One LoRA of the chain.
 
     The update is ``scaling · B · A`` with ``A`` (rank × in) and ``B`` (out × rank); ``scaling =
@@ -57,14 +57,6 @@ class LinkConfig(LinkShape):
     """Rank of A and B."""
     alpha: Alpha = 16.0
     """LoRA's alpha."""
-
-    if not TYPE_CHECKING:  # type checkers read the keys above
-
-        def __init__(self, **keys: Any) -> None:
-            try:
-                super().__init__(**keys)
-            except ValidationError as error:
-                raise ConfigError(problems(error, LinkConfig)) from None
 
     @property
     def scaling(self) -> float:

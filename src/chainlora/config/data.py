@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from os import PathLike
 from os.path import expanduser
 from typing import Annotated, Any, Literal
 
@@ -115,7 +116,7 @@ class DataConfig(Section):
         if not isinstance(files, list | tuple):
             return value
         refuse_if(not files, "`data.train` must name a file", "an empty list", "e.g. [my.jsonl]")
-        files = [{"path": each} if isinstance(each, str) else each for each in files]
+        files = [{"path": p} if isinstance(p, str | PathLike) else p for p in files]
         is_plain = len(files) == 1 and isinstance(files[0], Mapping) and files[0].keys() == {"path"}
         return files[0]["path"] if is_plain else files
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ValidationError
 
 from chainlora.config.foreign import foreign_hint, foreign_keys
-from chainlora.config.section import types_in
+from chainlora.config.section import Section, types_in
 from chainlora.config.yaml_text import one_value
-from chainlora.errors import nearest, sentence
+from chainlora.errors import ConfigError, nearest, sentence
 
 _RULES = {
     "list": "a list",
@@ -29,6 +29,18 @@ _RULES = {
     "less_than_equal": "at most {le}",
     "literal_error": "{expected}",
 }
+
+
+class Called(Section):
+    """A section that scripts make by keywords: what is wrong with them is a ConfigError."""
+
+    if not TYPE_CHECKING:  # type checkers read the keys
+
+        def __init__(self, **keys: Any) -> None:
+            try:
+                super().__init__(**keys)
+            except ValidationError as error:
+                raise ConfigError(problems(error, type(self))) from None
 
 
 def problems(error: ValidationError, root: type[BaseModel], prefix: str = "") -> str:

@@ -20,6 +20,7 @@ from chainlora.config.chain import PlateauConfig as PlateauConfig
 from chainlora.config.chain import Share
 from chainlora.config.data import DataConfig as DataConfig
 from chainlora.config.data import Home
+from chainlora.config.messages import Called
 from chainlora.config.section import Count, Number, Section, refuse_if
 
 PairLoss = Literal["dpo", "orpo"]
@@ -172,7 +173,7 @@ def with_flat_model(tree: Mapping[str, Any]) -> dict[str, Any]:
     return dict(tree) | {"model": section.pop("name")} | section
 
 
-class RunConfig(Section):
+class RunConfig(Called):
     """One run: model, data, chain, training, output."""
 
     model: str

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from os import PathLike, fspath
 from typing import Annotated, Any, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
@@ -40,7 +41,10 @@ class Section(Frozen):
     @field_validator("*", mode="before")
     @classmethod
     def _as_people_write_it(cls, value: Any, info: ValidationInfo) -> Any:
-        """Take ``ranks: 8`` for ``[8]``; refuse ``lr: true``, which pydantic takes for 1.0."""
+        """Take ``ranks: 8`` for ``[8]``, and a `Path` for its text; refuse ``lr: true``, which
+        pydantic takes for 1.0."""
+        if isinstance(value, PathLike):
+            value = fspath(value)
         field = cls.model_fields[str(info.field_name)]
         kinds = set(types_in(field.annotation))
         parts = value if isinstance(value, list | tuple) else [value]

@@ -157,6 +157,9 @@ def stage_folder(run: Path, name: str) -> Path:
 
 def split_address(address: str | PathLike[str]) -> tuple[Path, str | None]:
     """Return the run and the stage that ``RUN@STAGE`` names; a folder with an @ is itself."""
+    if not isinstance(address, str | PathLike):
+        got, remedy = f"a {type(address).__name__}", "save_chain writes a Chain"
+        raise ConfigError("a run, or a model, is named by its path", got, remedy)
     path = Path(expanduser(address))
     head, at, name = str(path).rpartition("@")
     if not at or path.exists() or not (Path(head) / "chain.json").is_file():

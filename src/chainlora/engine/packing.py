@@ -143,7 +143,9 @@ def pack(
         labels=torch.tensor(
             [-1 if example.label is None else example.label for example in examples]
         ),
-        reference=torch.tensor([score for example in examples for score in example.reference]),
+        reference=torch.tensor(
+            [score for example in examples for score in example.reference], dtype=torch.float32
+        ),
         max_sequences=max(counts),
         one_position=_one_position(counts, positions),
     )

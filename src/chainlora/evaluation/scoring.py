@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from os.path import expanduser
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from chainlora.chain.showing import Shown
 from chainlora.config.schema import DataConfig, RunConfig
@@ -32,13 +35,13 @@ Encode = Callable[[Any, int], tuple[Task | Splits, Sequence[Example]]]
 
 def evaluate_task(
     run_or_model: Address,
-    task: Task | None = None,
+    task: Task | str | Path | None = None,
     *,
-    data: str | None = None,
+    data: str | Path | None = None,
     split: str = "validation",
     limit: int | None = None,
     num_links: int | None = None,
-    dtype: str | None = None,
+    dtype: str | torch.dtype | None = None,
     predictions: str | Path | None = None,
     speedups: Speedups = "auto",
     progress: Callable[[int, int], None] | None = None,
@@ -47,8 +50,8 @@ def evaluate_task(
 
     Args:
         run_or_model: a run directory, or a model as `load_model` takes it.
-        task: what is asked. A run reads its own task as it did in training: length, truncation and
-            demonstrations. None: the run's own rows, read as in training.
+        task: what is asked, or its name or file. A run reads its own task as it did in training:
+            length, truncation and demonstrations. None: the run's own rows, read as in training.
         data: a folder or file of rows; None: the run's, or the Hub's. Without a task, rows of the
             run's task if it has one, else of its format; a model reads them by the default format.
         split: which rows of those.
@@ -59,8 +62,14 @@ def evaluate_task(
         speedups: ``off`` runs plain transformers: no packing, no faster forwards, one thread.
         progress: called as ``progress(rows_done, rows)``.
     """
+    if limit is not None and limit < 1:
+        raise ConfigError("`limit` must be at least 1", limit, "leave it out for all rows")
+    data = None if data is None else expanduser(data)
     if predictions is not None:
-        check_writable(Path(predictions).parent)  # before the work
+        predictions = Path(predictions).expanduser()
+        check_writable(predictions.parent)  # before the work
+    if isinstance(task, str | Path):
+        task = load_task(task)
     config = config_of(run_or_model)
     own = None if config is None else config.data
     own_task = load_task(own.task) if task is None and own is not None and own.task else None
@@ -110,7 +119,7 @@ def _reference(
     run: Address,
     config: RunConfig,
     rows: Sequence[Example],
-    dtype: str | None,
+    dtype: str | torch.dtype | None,
     speedups: Speedups,
     progress: Callable[[int, int], None] | None,
 ) -> list[list[float]]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -22,6 +22,13 @@ from chainlora.models.finding import resolve_model
 from chainlora.models.identity import has_tokenizer
 from chainlora.models.quantizing import quantization, settle_kernels
 
+if TYPE_CHECKING:
+    from transformers import GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
+
+    class CausalModel(PreTrainedModel, GenerationMixin):
+        """A causal language model of transformers, as type checkers see it: it can generate."""
+
+
 logger = logging.getLogger(__name__)
 
 _INTEGERS = ("BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64")
@@ -31,11 +38,11 @@ _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 def load_model(
     spec: str | Path,
-    dtype: torch.dtype | str,
+    dtype: torch.dtype | str = "float32",
     *,
     quantize: str | None = None,
     device: torch.device | str = "cpu",
-) -> tuple[Any, Any]:
+) -> tuple[CausalModel, PreTrainedTokenizerBase]:
     """Return ``(model, tokenizer)`` in eval mode, weights cast to a dtype of torch, or of its name.
 
     spec: Hub id, local folder, ``.gguf`` file, or ``pip:PACKAGE`` for a GGUF file in an installed

@@ -36,7 +36,7 @@ _NONE = "–"
 
 
 def report_runs(
-    runs: Sequence[str | Path],
+    runs: str | Path | Sequence[str | Path],
     output: str | Path | None = None,
     *,
     prompts: str | None = None,
@@ -49,9 +49,10 @@ def report_runs(
     `prompts` (a number of the run's own rows, or a file) has them answered after 0, 1, … links,
     which needs the base model. Raises ChainLoRAError subclasses.
     """
+    runs = [runs] if isinstance(runs, str | Path) else runs
     found = read_runs(runs)
     folder = split_address(runs[0])[0] if len(runs) == 1 else Path()
-    path = Path(output) if output is not None else folder / NAME
+    path = Path(output).expanduser() if output is not None else folder / NAME
     answered: dict[str, list[Answer]] = {}
     if prompts is not None:
         wanted = read_prompts(prompts, found)

@@ -234,7 +234,7 @@ def write_adapter_card(
 
 def empty_folder(output: str | Path) -> Path:
     """Return a folder to write into. Raises RunError unless it is new or empty."""
-    output = Path(output)
+    output = Path(output).expanduser()
     files.check_writable(output if output.is_dir() else output.parent)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         what = "which is not empty" if output.is_dir() else "a file"

@@ -90,7 +90,8 @@ def fitted(start: Start, chain: Chain, name: str | None = None) -> Start:
     if start.adapter is not None:
         _check_fit(start.adapter, chain.model)
         entries = link_entries(start.links, chain.base_fingerprint, stage=IMPORTED)
-        notes = _other_name(start.adapter, name or _name_of(chain.model))
+        own = str(getattr(getattr(chain.model, "config", None), "_name_or_path", "") or "")
+        notes = _other_name(start.adapter, name or hub_id_of(own) or own)
         return replace(start, entries=tuple(entries), notes=start.notes + notes)
     if start.base is not None and start.base.body != chain.fingerprint.without(start.extra):
         folder = folder_of(chain.model)
@@ -208,12 +209,6 @@ def _other_name(adapter: Imported, name: str) -> tuple[str, ...]:
     )
 
 
-def _name_of(model: nn.Module) -> str:
-    """Return what a model of transformers was loaded as: a Hub id, or a folder."""
-    name = str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
-    return hub_id_of(name) or name
-
-
 def with_start(tree: Mapping[str, Any]) -> dict[str, Any]:
     """Return a config with what is left out beside `start`: the base, and what the run has one of.
 
@@ -225,6 +220,8 @@ def with_start(tree: Mapping[str, Any]) -> dict[str, Any]:
         own, source = with_flat_model(tree), tree.get("start")
     except ValueError as error:
         raise ConfigError(str(error)) from None
+    if isinstance(source, Path):
+        source = own["start"] = str(source)
     if not isinstance(source, str):  # none, or what the config will refuse
         return own
     begun = RunReader(Path(str(own.get("output"))).expanduser())

@@ -21,10 +21,9 @@ from chainlora.runs.stages import open_run
 
 if TYPE_CHECKING:
     import torch
-    from transformers import GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
-    class CausalModel(PreTrainedModel, GenerationMixin):
-        """A causal language model of transformers, as type checkers see it: it can generate."""
+    from chainlora.models.loading import CausalModel
 
 
 def load_run_or_model(

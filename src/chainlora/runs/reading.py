@@ -266,7 +266,8 @@ def check_base(
     elif fingerprint is not None and fingerprint != before.fingerprint:
         wrong = f"fingerprint {fingerprint[:12]} for {before.fingerprint[:12]}"
     if wrong:
+        name = f", {before.model}" if before.model else ""
         raise RunError(
-            f"the base model must be the one {run} was trained on, {before.model} (got {wrong}); "
-            "restore it, or start over"
+            f"the base model must be the one {run} was trained on{name} (got {wrong}); restore it, "
+            "or start over"
         )

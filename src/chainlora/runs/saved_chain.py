@@ -79,7 +79,7 @@ def save_chain(chain: Chain, directory: str | Path) -> None:
 
     Raises RunError where something else than a saved chain lies.
     """
-    write_chain(chain, current_links(chain), Path(directory))
+    write_chain(chain, current_links(chain), Path(directory).expanduser())
 
 
 def write_chain(

@@ -75,7 +75,7 @@ class Stages(_Part):
 
 def open_run(
     address: Address,
-    stages: Sequence[str] | Mapping[str, float] | None = None,
+    stages: str | Sequence[str] | Mapping[str, float] | None = None,
 ) -> RunReader:
     """Return what reads a state: every function that takes a run takes it too.
 
@@ -95,7 +95,8 @@ def open_run(
     place = found.last if name is None else place_of(found, name, run)
     folder, strengths = folder_of(run, found, place), found.strengths if name is None else {}
     if stages is not None:
-        chosen = stages if isinstance(stages, Mapping) else dict.fromkeys(stages, 1.0)
+        named = [stages] if isinstance(stages, str) else stages
+        chosen = named if isinstance(named, Mapping) else dict.fromkeys(named, 1.0)
         strengths = dict.fromkeys(_names_in(folder, chosen, run), 0.0)
         strengths |= {each: float(value) for each, value in chosen.items()}
     return RunReader(folder, strengths)
@@ -265,7 +266,7 @@ def mix_stages(run: str | Path, strengths: Mapping[str, float]) -> None:
     Raises RunError: a stage that is not there, or that has no one strength, a strength that its
     links cannot have, a run that another process is training, or whose first stage has not ended.
     """
-    run = Path(run)
+    run = Path(run).expanduser()
     with alone_in(run):
         found = read_stages(run)
         if first_is_open(run):

@@ -24,7 +24,7 @@ from chainlora.chain.live import SOFT_LINK_TOLERANCE
 from chainlora.config.schema import RunConfig
 from chainlora.errors import DivergedError, StoppedError, TrainingError
 from chainlora.evaluation.acceptance import gain
-from chainlora.models.modes import in_mode
+from chainlora.models.modes import in_mode, kept_random_state
 from chainlora.runs.start import NOTHING, Start
 from chainlora.training.events import (
     AlreadyFinished,
@@ -43,6 +43,7 @@ from chainlora.training.optimizers import (
     prune_moments,
     state_tensors,
 )
+from chainlora.training.processes import own_accelerate
 from chainlora.training.result import TrainResult, finish, finished_result
 from chainlora.training.run import Run
 from chainlora.training.schedule import rate_factor
@@ -58,6 +59,8 @@ _KNOT_TOLERANCE = 1e-3
 _SOFT_KNOT_TOLERANCE = 10 * SOFT_LINK_TOLERANCE
 
 
+@torch.inference_mode(False)  # wherever it is called, gradients are recorded
+@own_accelerate()
 def train(
     config: RunConfig,
     *,
@@ -75,7 +78,8 @@ def train(
     if resume and (found := finished_result(config, change)) is not None:
         tell(AlreadyFinished(found["steps"], str(config.output)))
         return found
-    with prepare(config, resume, tell, change, start) as run, run.processes.exchanging():
+    prepared = prepare(config, resume, tell, change, start)
+    with prepared as run, run.processes.exchanging(), kept_random_state(run.chain.model):
         if run.progress.step == 0:
             evaluate_point(run, "start")
         if config.chain.tune == "full":

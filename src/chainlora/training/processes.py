@@ -237,6 +237,17 @@ class Processes:
         )
 
 
+@contextmanager
+def own_accelerate() -> Iterator[None]:
+    """Leave Accelerate as it was, which one process can set up once: a script may want another."""
+    is_new = not AcceleratorState._shared_state
+    try:
+        yield
+    finally:
+        if is_new and not distributed.is_initialized():
+            AcceleratorState._reset_state(reset_partial_state=True)
+
+
 def find_processes(
     accelerator: Accelerator | AcceleratorState, *, share_model: bool = False
 ) -> Processes:

@@ -192,6 +192,7 @@ def _claim(
 def _load_model(config: RunConfig, processes: Processes) -> Any:
     """Return the model, frozen. Links train their own factors."""
     dtype, device = getattr(torch, config.train.dtype), processes.device
+    model: Any
     if processes.shares_model:
         kind = wants_shards(config) or "fsdp2"
         model, _ = load_shards(config.model, dtype, processes.count, device, kind)

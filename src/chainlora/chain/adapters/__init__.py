@@ -32,6 +32,7 @@ from chainlora.chain.adapters.layers import (
     is_transposed,
     linked_layer,
     live_factors,
+    lora_layers,
     reset_magnitudes,
     same_shape,
     set_config,

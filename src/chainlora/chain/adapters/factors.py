@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Factors:
     """One module's share of a link, float32 on the CPU: ``A`` (rank × in), ``B`` (out × rank).
 

@@ -22,7 +22,6 @@ from chainlora.chain.adapters.layer_facts import is_linear
 from chainlora.chain.adapters.refusals import check_targets
 from chainlora.chain.adapters.targets import named_modules, peft_config, task_type
 from chainlora.config.schema import LinkConfig
-from chainlora.errors import ModelError
 
 LIVE = "default"  # the name that PEFT gives, and that its users and TRL expect
 
@@ -36,6 +35,7 @@ class Adapter:
     layers: dict[str, Any]  # PEFT's LoraLayer, whose attributes are untyped
     extra: dict[str, nn.Module] = field(default_factory=dict)
     branch: dict[str, Any] = field(default_factory=dict)  # layers with a frozen branch beside them
+    trainable: list[nn.Parameter] = field(default_factory=list)  # what was so without it
 
     def __repr__(self) -> str:
         return f"<Adapter: rank {self.config.rank} on {len(self.layers)} modules>"
@@ -96,6 +96,7 @@ def linked_layer(model: nn.Module, name: str) -> Any:
     return layer if is_linear(layer) or isinstance(layer, nn.Embedding) else None
 
 
+@torch.inference_mode(False)  # in which nothing is made that can be trained
 def attach(model: nn.Module, config: LinkConfig) -> Adapter:
     """Put a fresh LoRA on `model` in place: adapter weights in float32, the rest frozen.
 
@@ -103,11 +104,7 @@ def attach(model: nn.Module, config: LinkConfig) -> Adapter:
     when a matched layer is neither Linear, Conv1D nor Embedding, when a target shares its storage
     (tied head), or `lora_bias` finds no bias.
     """
-    if lora_layers(model):
-        raise ModelError(
-            "a chain needs a model without adapters (got one that already has LoRA layers); "
-            "merge or unload them first"
-        )
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     targets = sorted(check_targets(model, config))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -120,7 +117,7 @@ def attach(model: nn.Module, config: LinkConfig) -> Adapter:
         tuner = peft.LoraModel(model, peft_config(config, target_modules=targets, **whole), LIVE)
     whole_modules = trained_whole(model).items()
     copies = {name: wrapper.modules_to_save[LIVE] for name, wrapper in whole_modules}
-    adapter = Adapter(tuner, config, lora_layers(model), copies)
+    adapter = Adapter(tuner, config, lora_layers(model), copies, trainable=trainable)
     for layer in adapter.layers.values():
         for part in (layer.lora_A, layer.lora_B, layer.lora_embedding_A, layer.lora_embedding_B):
             part.float()
@@ -171,6 +168,8 @@ def detach(adapter: Adapter) -> None:
     for attribute in ("peft_config", "peft_type"):
         if attribute in vars(model):
             delattr(model, attribute)
+    for parameter in adapter.trainable:
+        parameter.requires_grad_(True)
     adapter.layers, adapter.extra, adapter.branch = {}, {}, {}
 
 
