@@ -64,6 +64,10 @@ WRONG = [
     (lambda c: Chain(c.model, seed="0"), "`seed` must be a whole number from 0 (got '0')"),
     (lambda c: Chain(c.model, hold=1), "`hold` must be tied or carried (got 1)"),
     (lambda c: Chain(c.model, checkpoint=1), "`checkpoint` must be the path of a folder (got 1)"),
+    (
+        lambda c: Chain(c.model, checkpoint="my/model"),
+        "must be the path of a folder (got 'my/model",
+    ),
     (lambda c: c.extend(8), "`config` must be a LinkConfig (got 8); write extend(LinkConfig("),
     (lambda c: c.extend({"rank": 8}), "`config` must be a LinkConfig (got a dict)"),
     (lambda c: c.extend(LinkConfig(), backward=1), "`backward` must be a function"),

@@ -27,6 +27,7 @@ NAMES = [
     "ChainLoRAError",
     "Link",
     "LinkConfig",
+    "Naming",
     "RunConfig",
     "TrainResult",
     "__version__",
@@ -160,7 +161,7 @@ def test_a_tilde_is_home_in_every_path(tiny_folder, sentiment, tmp_path, monkeyp
     assert chainlora.evaluate_task("~/run", "~/rows/task.yaml", **asked)["rows"] == 2
     chainlora.report_runs("~/run", "~/page.html")
     chainlora.export_merged(chainlora.open_run("~/run", "main"), "~/merged")
-    chain = chainlora.load_chain("~/run", chainlora.load_model(tiny_folder)[0])
+    chain = chainlora.load_chain("~/run", chainlora.load_model(tiny_folder)[0], checkpoint="~")
     chainlora.export_adapter(chain, "~/adapter")
     chainlora.save_chain(chain, "~/saved")
     assert len(chainlora.load_chain("~/saved", chainlora.load_model(tiny_folder)[0])) == 1
@@ -198,6 +199,7 @@ def shown(sentiment, tmp_path_factory):
         "ChainCallback": chainlora.ChainCallback(ranks=[8, 8]),
         "ChainLoRAError": chainlora.ChainLoRAError("a rule", "a value", "a remedy"),
         "LinkConfig": chainlora.LinkConfig(rank=4),
+        "Naming": chainlora.Naming("me/mine", base="you/yours", licence="mit"),
     }
     values["Chain"] = chain = chainlora.load_chain(
         run, chainlora.load_model(str(model), torch.float32)[0]

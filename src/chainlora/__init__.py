@@ -31,6 +31,7 @@ _WHERE = {
     "save_chain": "chainlora.runs.saved_chain",
     "load_chain": "chainlora.runs.loading_start",
     "load_run": "chainlora.runs.opening",
+    "Naming": "chainlora.runs.cards",
     "export_adapter": "chainlora.runs.export",
     "export_merged": "chainlora.runs.export",
     "inspect_run": "chainlora.runs.inspection",
@@ -60,6 +61,7 @@ if TYPE_CHECKING:
     from chainlora.knots.moments import carry_moments as carry_moments
     from chainlora.models.loading import load_model as load_model
     from chainlora.reports.run_report import report_runs as report_runs
+    from chainlora.runs.cards import Naming as Naming
     from chainlora.runs.export import export_adapter as export_adapter
     from chainlora.runs.export import export_merged as export_merged
     from chainlora.runs.inspection import inspect_run as inspect_run

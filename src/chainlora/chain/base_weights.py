@@ -37,7 +37,7 @@ class BaseWeights:
     """
 
     def __init__(self, checkpoint: str | Path | None = None) -> None:
-        self._checkpoint = Checkpoint(Path(checkpoint) if checkpoint else None)
+        self._checkpoint = Checkpoint(Path(checkpoint).expanduser() if checkpoint else None)
         self._stored: dict[str, Stored] = {}
         self._samples: dict[str, bytes] = {}  # of what is stored
         self._copies: dict[str, Tensor] = {}

@@ -55,7 +55,8 @@ Step = TypeVar("Step")
 class Chain:
     """A model and the links tuned on it so far.
 
-    The model stays the caller's object and is adapted in place.
+    The model stays the caller's object and is adapted in place. What cannot work raises ChainError,
+    or, for layers and files of the model, ModelError.
 
     Args:
         model: any module whose linear layers are to be adapted: a language model, an encoder, a

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from numbers import Integral, Real
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -67,7 +68,7 @@ _RULES: dict[str, tuple[Holds, str, str]] = {
     ),
     "seed": (_is_count, "`seed` must be a whole number from 0", "e.g. seed=0"),
     "checkpoint": (
-        _or_none(_is(str, PathLike)),
+        _or_none(lambda value: _is(str, PathLike)(value) and Path(value).expanduser().is_dir()),
         "`checkpoint` must be the path of a folder",
         "leave it out if the model has none",
     ),
@@ -130,7 +131,7 @@ def check(**arguments: Any) -> None:
 
 def shown(value: Any) -> str:
     """Return a plain value as it is written, and another one by its type."""
-    if value is None or isinstance(value, str | bytes | bool | int | float):
+    if value is None or isinstance(value, str | bytes | bool | int | float | Path):
         return f"{value!r:.60}"
     return f"a {type(value).__name__}"
 

@@ -58,7 +58,7 @@ class Link:
         return self.strength * self.config.scaling
 
     def delta_weight(self, module: str) -> Tensor:
-        """Return ``c·s·B·A`` (out × in), float32: what the link adds to the weight."""
+        """Return ``c·s·B·A`` (out × in), float32, of a module by path; KeyError for any other."""
         return self.scaling * (self.factors[module].b @ self.factors[module].a)
 
 

@@ -54,7 +54,11 @@ def export_merged(
     num_links: int | None = None,
     naming: Naming = UNNAMED,
 ) -> dict[str, Any]:
-    """Write the run's model, links merged, as a transformers checkpoint in the base's dtype."""
+    """Write the run's model, links merged, as a transformers checkpoint in the base's dtype.
+
+    Returns its folder, the number of links in it, and the dtype. Raises ChainLoRAError subclasses:
+    for a folder that is not empty before the work, for files that load as other weights after it.
+    """
     output = empty_folder(output)
     reader = open_run(run)
     manifest = reader.manifest()

@@ -32,15 +32,15 @@ class TrainResult(TypedDict):
     best: Best | None  # the best point, where points were compared
     links: list[dict[str, Any]]
     steps: int
-    tokens: int
-    scored_tokens: int
-    rows: int
+    tokens: int  # computed, prompts included
+    scored_tokens: int  # of those, what the loss is on
+    rows: int  # of training
     rows_digest: str
     data: dict[str, dict[str, Any]]  # by split: rows, tokens, what was cut or split, not read
     base_fingerprint: str
-    wall_s: float
-    peak_memory_mb: int | None
-    trainable_parameters: int
+    wall_s: float  # seconds, those before a resume included
+    peak_memory_mb: int | None  # MiB, of the GPU or of the process
+    trainable_parameters: int  # of the largest link
     versions: dict[str, str]
     hardware: dict[str, Any]
 
