@@ -35,12 +35,12 @@ from chainlora.experiments.report.comparisons import Facts  # noqa: E402
 from chainlora.experiments.report.report import Report  # noqa: E402
 from chainlora.experiments.report.sections import SECTIONS  # noqa: E402
 from chainlora.experiments.report.values import Summary, cells_of  # noqa: E402
-from chainlora.reports.charts import GOLD, line_style, whole_steps  # noqa: E402
+from chainlora.reports.charts import line_style, whole_steps  # noqa: E402
 from chainlora.reports.page import Numbers, Section, Text, section  # noqa: E402
 from chainlora.reports.tables import Table, big, number  # noqa: E402
 
 PRINTED: Mapping[str, Any] = parse_yaml((HERE / "printed/tables.yaml").read_text(encoding="utf-8"))
-_DIAMOND: dict[str, Any] = {"marker": "D", "color": GOLD, "markersize": 5, "fillstyle": "none"}
+_DIAMOND: dict[str, Any] = {"marker": "D", "color": "#BF8700", "markersize": 5, "fillstyle": "none"}
 
 
 def report(results: str | Path, out: str | Path | None = None) -> Report:
