@@ -71,6 +71,19 @@ def test_a_torn_cell_is_computed_again_and_the_others_stay(done, tmp_path, left)
     assert scores[0] == scores[1]
 
 
+@pytest.mark.parametrize("key", ["tasks", "seeds", "primary"])
+def test_a_head_by_which_pairs_are_miscounted_is_refused(done, tmp_path, key):
+    """As in files that were joined by hand: a task that is there twice doubled its pairs."""
+    first, *others = (done[1] / "results.jsonl").read_text().splitlines()
+    head = json.loads(first)
+    head[key] = ["lora", "chain3"] if key == "primary" else head[key] * 2
+    (tmp_path / "results.jsonl").write_text("\n".join([json.dumps(head), *others]) + "\n")
+    with pytest.raises(
+        RunError, match=rf"must have what reports read \(.*{key}.*results.jsonl line 1"
+    ):
+        report_experiment(tmp_path)
+
+
 @pytest.mark.parametrize("name", ["../../../x", "/x", "", "a/b", "ABCDEFABCDEF", 7])
 def test_a_cell_s_name_leads_nowhere_else(done, one, tmp_path, name):
     """``"cell": "../../../x"`` in a file to be reused wrote outside the output."""

@@ -16,6 +16,7 @@ from chainlora import Chain, LinkConfig, extend, load_run, make_config, save_cha
 from chainlora.config.chat_templates import NAMES, template_text
 from chainlora.errors import ModelError
 from chainlora.models.loading import load_model
+from chainlora.runs.export import export_merged
 from chainlora.runs.stages import mix_stages
 from chainlora.runs.to_gguf import cut_template, export_gguf
 
@@ -255,6 +256,10 @@ def test_a_card_says_that_every_weight_was_trained(tiny_folder, sentiment, tmp_p
     export_gguf(tmp_path / "run", tmp_path / "gguf")
     said = "`tiny-llama` with every weight fine-tuned in GGUF (f32)."
     assert said in (tmp_path / "gguf/README.md").read_text(encoding="utf-8")
+    for export in (export_gguf, export_merged):
+        export(tmp_path / "run", tmp_path / export.__name__, num_links=0)
+        card = (tmp_path / export.__name__ / "README.md").read_text(encoding="utf-8")
+        assert "every weight" not in card
 
 
 def test_what_ends_no_turn_stops_nothing(tmp_path):

@@ -225,6 +225,15 @@ class _Experiment(_Line):
     figures: list[_Name]
     paper: _Name | None
 
+    @model_validator(mode="after")
+    def _check(self) -> _Experiment:
+        for key in ("tasks", "seeds"):  # one that is there twice would count as more pairs
+            if len(set(getattr(self, key))) < len(getattr(self, key)):
+                raise ValueError(f"`{key}` must differ from each other")
+        if self.primary is not None and self.primary not in self.pairs:
+            raise ValueError(f"`primary` must be one of `pairs` (got {self.primary})")
+        return self
+
 
 class _Tried(_Line):
     point: dict[str, Any]

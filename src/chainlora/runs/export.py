@@ -65,7 +65,7 @@ def export_merged(
     base = _base_folder(manifest.base.model)
     model, tokenizer = load_run(run, num_links=num_links)
     _stop_at_turns(model.generation_config, tokenizer)
-    is_whole = is_whole_model(reader, manifest)
+    is_whole = num_links != 0 and is_whole_model(reader, manifest)
     links = [] if is_whole else switched_on(reader.links_of(manifest, num_links))
     done = f"a chain of {len(links)} LoRA link(s) merged into its weights"
     with files.replaced_folder(output) as scratch:

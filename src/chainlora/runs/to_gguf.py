@@ -69,7 +69,7 @@ def export_gguf(
     folder, config, _ = open_folder(manifest.base.model)
     tokenizer = tokenizer_of(reader, folder)
     check_convertible(config, tokenizer)
-    is_whole = is_whole_model(reader, manifest)
+    is_whole = num_links != 0 and is_whole_model(reader, manifest)
     links = [] if is_whole else switched_on(reader.links_of(manifest, num_links))
     made_of = "every weight fine-tuned" if is_whole else f"a chain of {len(links)} LoRA link(s)"
     wide: int | None = None
