@@ -105,8 +105,10 @@ def commands_page() -> str:
     return "\n".join(["# Commands\n", *_command(cli, "chainlora")])
 
 
-def _command(command: click.Command, name: str) -> Iterator[str]:
-    context = click.Context(command, info_name=name)
+def _command(
+    command: click.Command, name: str, parent: click.Context | None = None
+) -> Iterator[str]:
+    context = click.Context(command, parent, info_name=name, **command.context_settings)
     if name != "chainlora":
         yield f"{'##' if name.count(' ') == 1 else '###'} {name}\n"
     yield f"{_text(command.help or '')}\n"
@@ -116,7 +118,7 @@ def _command(command: click.Command, name: str) -> Iterator[str]:
     yield from (_option(each, context) for each in options)
     if isinstance(command, click.Group):
         for child in command.list_commands(context):
-            yield from _command(command.commands[child], f"{name} {child}")
+            yield from _command(command.commands[child], f"{name} {child}", context)
 
 
 def _option(option: click.Option, context: click.Context) -> str:

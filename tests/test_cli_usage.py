@@ -21,6 +21,7 @@ def test_help_and_version(chainlora):
     for verb in ("demo", "train", "eval", "generate", "chat", "inspect", "export", "tasks"):
         assert f"\n  {verb} " in shown.out
         assert chainlora(f"{verb} -h").out == chainlora(f"{verb} --help").out
+    assert "[default: 127.0.0.1]" in chainlora("board --help").out
     assert __version__ in chainlora("--version").out
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import peft
 import pytest
 import torch
-from helpers import as_row, settings, training_examples
+from helpers import as_row, settings, sign, training_examples
 from helpers_integrations import (
     LR,
     StopAt,
@@ -367,6 +367,20 @@ def test_a_killed_run_resumes_across_a_knot(tiny_folder, tokenizer, tmp_path, ki
     # to the same bits: state, batches and arithmetic are the same
     assert_links_agree(chain_of(resumed), chain_of(whole), atol=0.0)
     assert torch.equal(logits(resumed.model), logits(whole.model))
+
+
+def test_a_checkpoint_without_numbers_is_said_to_decide_its_soft_knots_anew(
+    tiny_folder, tokenizer, tmp_path, caplog
+):
+    keys = {"knots": {"every": 1, "share": 0.5}}
+    saving = {"save_strategy": "steps", "save_steps": 2, "max_steps": 3}
+    run(tiny_folder, tokenizer, tmp_path, ChainCallback(**keys), **saving)
+    sign(tmp_path / "checkpoint-2/chain", numbers=None)
+    model = peft_model(tiny_folder)
+    resumed = make_trainer(model, tokenizer, tmp_path, ChainCallback(**keys), **saving)
+    assert "that is decided now" not in caplog.text
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert "got one of version 0.2); that is decided now" in caplog.text
 
 
 def test_a_checkpoint_of_another_callback_is_resumed(tiny_folder, tokenizer, tmp_path):

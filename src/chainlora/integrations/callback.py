@@ -232,6 +232,11 @@ class ChainCallback(TrainerCallback):
         soft: Spacings = ()
         if state.global_step and wrapped.numbers is not None:
             soft = wrapped.numbers.knots  # of a resume
+        elif state.global_step and config.knots is not None:
+            logger.warning(
+                "the checkpoint does not say where its soft knots are (got one of version 0.2); "
+                "that is decided now"
+            )
         if config.knots is not None and len(soft) < len(lengths):
             learned = [math.nan] * len(lengths)
             if asks_for_tokens(config.knots):
