@@ -21,7 +21,7 @@ from chainlora.reports.tables import Table
 # Okabe–Ito: told apart by every kind of vision
 BLUE, VERMILION, GREEN = "#0072B2", "#D55E00", "#009E73"
 SKY, PURPLE, GREY = "#56B4E9", "#CC79A7", "#777777"
-GOLD, INK = "#BF8700", "#222222"
+INK = "#222222"
 COLOURS = (BLUE, VERMILION, GREEN, PURPLE, SKY, GREY)
 SMALL = 9  # points; the smallest text of a page's chart
 PAGE_SIZE = (4.0, 2.9)  # inches
@@ -69,7 +69,6 @@ _THEME = {
     "#009e73": "green",
     "#1a7f37": "green",
     "#cc79a7": "purple",
-    "#bf8700": "gold",
 }
 _ON_LIGHT, _ON_DARK = "#0A0A0A", "#F8F8F8"  # text in a cell, whatever the page's colours
 
