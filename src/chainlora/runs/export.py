@@ -225,10 +225,8 @@ def write_adapter_card(
     story: Story | None = None,
 ) -> None:
     """Write the model card of a chain as one adapter."""
-    what = (
-        f"with a chain of {len(links)} LoRA link(s) as one adapter of rank {rank} (relative error "
-        f"{error:.2e})."
-    )
+    kind = f"relative error {error:.2e}" if error else "exact"
+    what = f"with a chain of {len(links)} LoRA link(s) as one adapter of rank {rank} ({kind})."
     is_causal = base.task_type == CAUSAL
     card = Card(
         what, base.model, "peft", links, rank, naming=naming, story=story, is_causal=is_causal
