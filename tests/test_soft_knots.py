@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from conftest import ARCHITECTURES, tiny_model
@@ -206,6 +208,40 @@ def test_a_later_link_without_soft_knots_continues_to_the_same_bits(hold):
     other.extend(config("llama"))
     other.load_live_state(chain.live_state(), num_steps=2)
     assert torch.equal(logits(other.model), logits(chain.model))
+
+
+def moved(chain: Chain) -> Chain:
+    """As a model is that was on another device for a while."""
+    for parameter in chain.model.parameters():
+        parameter.data = parameter.data.clone()
+    return chain
+
+
+def narrowed(chain: Chain) -> Chain:
+    chain.model.bfloat16()
+    return chain
+
+
+@pytest.mark.parametrize(
+    ("dtype", "change", "atol"),
+    [
+        (torch.float32, moved, 1e-6),
+        (torch.float32, copy.deepcopy, 1e-6),
+        (torch.float32, narrowed, LOGITS[torch.bfloat16]),
+        (torch.bfloat16, lambda chain: (chain.model.float(), chain)[1], LOGITS[torch.bfloat16]),
+    ],
+    ids=["moved", "copied", "narrowed", "widened"],
+)
+def test_soft_knots_go_on_in_a_model_that_was_moved_or_copied(dtype, change, atol):
+    chain, _, _ = tuned("llama", dtype)
+    chain.tie_share(0.3)
+    chain = change(chain)
+    before = logits(chain.model)
+    for _ in range(3):
+        chain.tie_share(0.3)
+    torch.testing.assert_close(logits(chain.model), before, atol=atol, rtol=0)
+    chain.tie()
+    torch.testing.assert_close(logits(chain.model), before, atol=max(atol, 6e-3), rtol=0)
 
 
 def test_a_rejected_link_takes_its_deposits_with_it():

@@ -60,8 +60,7 @@ class Tied(Holding):
         """Add ``B·A`` to the exact weights, each rounded once into the model's dtype."""
         for name, factors in deposits.items():
             exact = self._exact_weight(name)
-            b, a = factors.b.to(exact.device), factors.a.to(exact.device)
-            self._out_by_in(name, exact).addmm_(b, a)
+            self._out_by_in(name, exact).addmm_(factors.b.to(exact), factors.a.to(exact))
             self._show(name)
 
     def deposited(self, module: str) -> Tensor | None:
@@ -106,10 +105,16 @@ class Tied(Holding):
         return self._exact[name]
 
     def _show(self, name: str) -> None:
-        """Round an exact weight into the parameter, unless it is the parameter."""
-        parameter = self.base_of(name).weight
-        if parameter.dtype != torch.float32:
-            self.weights.write(parameter, self._exact[name])
+        """Round an exact weight into the parameter, unless it is the parameter.
+
+        It no longer is after a move to another device or dtype, and in a copy of the chain.
+        """
+        parameter, exact = self.base_of(name).weight, self._exact[name]
+        if exact.data_ptr() == parameter.data_ptr():
+            return
+        self.weights.write(parameter, exact)
+        if parameter.dtype == torch.float32:
+            self._exact[name] = parameter.detach()
 
     def _settled(self, name: str) -> tuple[Tensor, Tensor | None]:
         """Return ``W_0 + Σ c·s·B·A`` and the bias of a module, float32: the rows at hand."""
