@@ -127,6 +127,16 @@ def test_a_live_link_continues_to_the_same_bits(init, soft, tmp_path):
     assert torch.equal(logits(chains[0].model, IDS), logits(chains[1].model, IDS))
 
 
+def test_a_chain_on_a_model_that_is_evaluated_has_no_dropout(tmp_path):
+    """A model of `from_pretrained` is in evaluation mode, and stays so."""
+    chain = make_chain(ranks=(2,))
+    chain.extend(LinkConfig(rank=3, target_modules=tuple(TARGETS["llama"]), dropout=0.5))
+    tune(chain, 2)
+    save_chain(chain, tmp_path / "chain")
+    model = load_chain(tmp_path / "chain", tiny_model("llama")).model
+    assert not any(module.training for module in model.modules())
+
+
 def test_saving_over_a_chain_replaces_it(tmp_path):
     chain = make_chain()
     save_chain(chain, tmp_path / "chain")

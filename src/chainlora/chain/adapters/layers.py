@@ -122,6 +122,7 @@ def attach(model: nn.Module, config: LinkConfig) -> Adapter:
         for part in (layer.lora_A, layer.lora_B, layer.lora_embedding_A, layer.lora_embedding_B):
             part.float()
         layer.lora_magnitude_vector.float()
+        layer.train(layer.get_base_layer().training)  # no dropout in a model that is evaluated
     for module in adapter.extra.values():
         _train_in_float32(module)
     train_only(adapter)
