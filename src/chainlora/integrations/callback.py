@@ -97,7 +97,7 @@ class ChainCallback(TrainerCallback):
         self.knots, self.policy, self.alpha_policy = knots, policy, alpha_policy
         self.optimizer_reset, self.seed = optimizer_reset, seed
         self.restart_schedule, self._start = restart_schedule, start
-        self._is_training = False
+        self._moves = False  # whether knots change the model without its live link
         self._wrapped: WrappedChain | None = None
         self._processes = Processes(0, 1, torch.device("cpu"))  # until a trainer says otherwise
         self._settings: dict[str, Any] = {}  # what the model's own LoRA said
@@ -125,7 +125,7 @@ class ChainCallback(TrainerCallback):
             self._begin(args, model)
         _check_same_model(self._need().model, model)
         self._plan(args, state, kwargs.get("train_dataloader"))
-        self._is_training = True
+        self._moves = bool(self.policy or self.knots or len(self._knots.links) > 1)
         self._check_place(state)
         self._take_over(args, optimizer, scheduler)
         with self._processes.together():
@@ -163,10 +163,6 @@ class ChainCallback(TrainerCallback):
             knot = self._knot(state, kwargs["optimizer"])
             if knot is not None and knot.ends_link:
                 control.should_training_stop = True
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Let the adapter be switched off again, by whoever wants to."""
-        self._is_training = False
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Say in every record of losses or scores which link it is of."""
@@ -315,13 +311,13 @@ class ChainCallback(TrainerCallback):
             restarts.check_schedule(scheduler, args, self._knots.num_steps)
 
     def _check_reference(self) -> None:
-        """Refuse a reference that is the model without its live link, where knots change that."""
-        moves = self._is_training and (self.policy or self.knots or len(self._knots.links) > 1)
-        if moves:
+        """Refuse the model without its live link for a reference, or a base, that knots change."""
+        if self._moves:
             raise ConfigError(
-                "the reference of a trainer must stay where training began",
-                "the model with its adapter off, which knots change",
-                "set precompute_ref_log_probs=True, or give ref_model (GRPO has neither: beta=0)",
+                "with its adapter off, a model must be what it was when training began",
+                "one with knots, which stay",
+                "set precompute_ref_log_probs=True, or give ref_model (GRPO has neither: beta=0); "
+                "name rows to score in eval_dataset; for the base, load it anew",
             )
 
     # --- knots ---
