@@ -310,6 +310,25 @@ def test_a_chain_of_one_link_goes_on_in_a_second_trainer(tiny_folder, tokenizer,
     assert {link.config.init for link in links} == {"gaussian"}
 
 
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"target_modules": "all-linear", "exclude_modules": ["gate_proj"]},
+        {"layers_to_transform": 0},
+        {"layers_to_transform": [1], "layers_pattern": "layers"},
+    ],
+    ids=str,
+)
+def test_a_link_is_on_the_layers_of_the_lora(keys, tiny_folder, tokenizer, tmp_path):
+    model = peft_model(tiny_folder, **keys)
+    layers = {name for name, _ in model.get_base_model().named_modules() if "lora_A" in name}
+    layers = {name.partition(".lora_A")[0] for name in layers}
+    callback = ChainCallback([4, 2], steps=[2, 2])
+    trainer = make_trainer(model, tokenizer, tmp_path, callback, max_steps=4)
+    trainer.train()
+    assert [set(link.factors) for link in chain_of(trainer).links] == [layers, layers]
+
+
 # --- saves ---
 
 

@@ -42,6 +42,8 @@ _READ = {
     "lora_bias",
     "target_modules",
     "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
     "init_lora_weights",
     "modules_to_save",
 }
@@ -59,8 +61,12 @@ def read_settings(model: nn.Module) -> dict[str, Any]:
     """
     tuned = _peft_model(model)
     config = tuned.peft_config[LIVE]
+    plain = tuned.get_base_model()
     _check_fields(config)
-    _check_trained(tuned.get_base_model())
+    _check_trained(plain)
+    targets = config.target_modules
+    if config.exclude_modules or config.layers_to_transform is not None:
+        targets = lora_layers(plain)  # PEFT lists all linear layers, also what is excluded
     return {
         "rank": config.r,
         "alpha": config.lora_alpha,
@@ -68,9 +74,8 @@ def read_settings(model: nn.Module) -> dict[str, Any]:
         "rslora": config.use_rslora,
         "lora_bias": config.lora_bias,
         "init": _INITS[config.init_lora_weights],
-        "target_modules": _named(config.target_modules),
-        "exclude_modules": _named(config.exclude_modules),
-        "extra_modules": tuple(trained_whole(tuned.get_base_model())),
+        "target_modules": targets if isinstance(targets, str) else tuple(sorted(targets)),
+        "extra_modules": tuple(trained_whole(plain)),
     }
 
 
@@ -154,10 +159,6 @@ def read_trained(model: Any) -> tuple[dict[str, Factors], dict[str, Tensor]] | N
     if not adds and all(torch.equal(before, now) for _, before, now in pairs):
         return None
     return factors, {path: host(now) for path, _, now in pairs}
-
-
-def _named(modules: Any) -> tuple[str, ...] | str | None:
-    return modules if modules is None or isinstance(modules, str) else tuple(sorted(modules))
 
 
 def take_off(model: Any) -> nn.Module:
