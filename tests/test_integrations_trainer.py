@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments, get_scheduler
 
 from chainlora import ChainCallback, load_chain, make_config, train
-from chainlora.errors import ConfigError
+from chainlora.errors import ConfigError, RunError
 from chainlora.integrations.restarts import restart_schedule
 from chainlora.runs.directory import RunDirectory
 from chainlora.runs.loading_start import load_start
@@ -308,6 +308,25 @@ def test_a_chain_of_one_link_goes_on_in_a_second_trainer(tiny_folder, tokenizer,
     links = chain_of(second).links
     assert [link.num_steps for link in links] == [11, 6, 5]
     assert {link.config.init for link in links} == {"gaussian"}
+
+
+def test_a_second_trainer_resumes_in_another_process(tiny_folder, tokenizer, tmp_path):
+    """With what the first one saved as `start`, since its model is gone."""
+    first = run(tiny_folder, tokenizer, tmp_path, ChainCallback(steps=6))
+    first.save_model(str(tmp_path / "first"))
+    output, keys = tmp_path / "second", {"save_strategy": "steps", "save_steps": 2}
+    make_trainer(first.model, tokenizer, output, ChainCallback(steps=6), **keys).train()
+    checkpoint = str(output / "checkpoint-8")
+
+    def resumed(start: Path | None) -> Trainer:
+        callback = ChainCallback(steps=6, start=start)
+        trainer = make_trainer(peft_model(tiny_folder), tokenizer, tmp_path / "third", callback)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        return trainer
+
+    assert torch.equal(logits(resumed(tmp_path / "first").model), logits(first.model))
+    with pytest.raises(RunError, match="of the checkpoint, and its `start`"):
+        resumed(None)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from torch import nn
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 
-from chainlora.chain.adapters import num_trained, read_settings
+from chainlora.chain.adapters import num_trained
 from chainlora.chain.chain import Chain
 from chainlora.config.messages import problems
 from chainlora.config.schema import ChainConfig, KnotConfig, LinkConfig
@@ -27,7 +27,7 @@ from chainlora.integrations import restarts
 from chainlora.integrations.launched import check_ranks, find_trainer_processes
 from chainlora.integrations.loaders import learned_a_step, steps_per_epoch
 from chainlora.integrations.plan import Epochs, Lengths, check_knots, link_lengths
-from chainlora.integrations.wrapped_chain import WrappedChain
+from chainlora.integrations.wrapped_chain import WrappedChain, settings_of
 from chainlora.knots.driver import Knots, check_policy
 from chainlora.knots.numbers import (
     Numbers,
@@ -186,7 +186,7 @@ class ChainCallback(TrainerCallback):
                 "a ChainCallback is for one trainer (got a second one); make a new callback"
             )
         self._processes = find_trainer_processes(args, model)
-        self._settings = read_settings(model)
+        self._settings = settings_of(model)
         if self.ranks is not None and self.ranks[0] != self._settings["rank"]:
             raise ConfigError(
                 "`ranks` must begin with the rank of the model's LoRA (got "
@@ -268,7 +268,6 @@ class ChainCallback(TrainerCallback):
                 "a trainer tunes a live link (got a chain whose links are all tied); begin with a "
                 "new model, callback and trainer"
             )
-        self._check_step(state)
         found = [*(link.config for link in chain.links), chain.live.config]
         planned = [*self._begun_on, *self._knots.links]
         if found != planned[: len(found)]:
@@ -276,8 +275,9 @@ class ChainCallback(TrainerCallback):
                 "a resumed chain must have the links it began with (got ranks "
                 f"{[config.rank for config in found]}, planned "
                 f"{[config.rank for config in planned]}, or other settings of the LoRA); use "
-                "the settings of the checkpoint"
+                "the settings of the checkpoint, and its `start`"
             )
+        self._check_step(state)
         ended = [link.num_steps for link in chain.links[self._need().first :]]
         lengths = list(self._knots.numbers.lengths)
         if self.policy is None and ended != lengths[: len(ended)]:

@@ -23,6 +23,7 @@ from chainlora import files
 from chainlora.chain.adapters import (
     get_dropouts,
     put_in,
+    read_settings,
     read_trained,
     redirect,
     set_dropouts,
@@ -94,8 +95,8 @@ class WrappedChain:
             self.chain = chain = (
                 _begun(model, seed, config) if earlier is None else _brought_to_an_end(earlier)
             )
+        chain.seed = seed
         if is_fresh:
-            chain.seed = seed
             for note in put_on(start, chain).notes:
                 logger.warning(note)
         if trained is not None:
@@ -176,6 +177,20 @@ class WrappedChain:
         if self.chain.adapter is not None:
             put_in(self.model, self.chain.adapter)
             set_dropouts(self.chain.adapter, self._dropouts)
+
+
+def settings_of(model: Any) -> dict[str, Any]:
+    """Return what a model's LoRA says of a link.
+
+    A chain of an earlier trainer has put on a LoRA by whole paths. Its links name the modules as
+    their owner did, and so does a resume in another process.
+    """
+    settings, earlier = read_settings(model), vars(model).get(_CHAIN)
+    if earlier is not None and earlier.adapter is not None:
+        config = earlier.adapter.config
+        settings["target_modules"] = config.target_modules
+        settings["exclude_modules"] = config.exclude_modules
+    return settings
 
 
 def _begun(model: Any, seed: int, config: LinkConfig) -> Chain:
