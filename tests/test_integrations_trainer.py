@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments, get_scheduler
 
 from chainlora import ChainCallback, load_chain, make_config, train
-from chainlora.errors import ConfigError, RunError
+from chainlora.errors import ChainError, ConfigError, RunError
 from chainlora.integrations.restarts import restart_schedule
 from chainlora.runs.directory import RunDirectory
 from chainlora.runs.loading_start import load_start
@@ -349,6 +349,18 @@ def test_a_link_is_on_the_layers_of_the_lora(keys, tiny_folder, tokenizer, tmp_p
 
 
 # --- saves ---
+
+
+def test_a_merged_link_with_soft_knots_is_not_saved_twice_over(tiny_folder, tokenizer, tmp_path):
+    trainer = run(tiny_folder, tokenizer, tmp_path, ChainCallback(knots={"every": 3, "share": 0.5}))
+    before = logits(trainer.model)
+    trainer.model.merge_adapter()
+    with pytest.raises(ChainError, match=r"merged into it, at .*call unmerge_adapter\(\)"):
+        trainer.save_model(str(tmp_path / "final"))
+    trainer.model.unmerge_adapter()
+    trainer.save_model(str(tmp_path / "final"))
+    assert_adapter_is_the_model(tiny_folder, tmp_path / "final", trainer.model, 5e-3)
+    torch.testing.assert_close(logits(trainer.model), before, atol=ROUNDING, rtol=0)
 
 
 def test_every_save_is_a_chain_and_an_adapter(tiny_folder, tokenizer, tmp_path):

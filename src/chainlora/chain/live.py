@@ -43,6 +43,12 @@ def factors_of(live: Live, adapter: Adapter, holding: Holding) -> tuple[dict[str
         found[name] = stacked(found[name], replace(first, b=-first.b))
     if not live.num_soft_knots:
         return found, 0.0
+    if merged := [name for name, layer in adapter.layers.items() if layer.merged]:
+        raise ChainError(
+            "a link with soft knots must be beside the base",
+            f"one that PEFT has merged into it, at {merged[0]}",
+            "call unmerge_adapter(), or save before merge_and_unload()",
+        )
 
     def whole(name: str) -> Tensor:
         product, tied = found[name].b @ found[name].a, holding.deposited(name)
