@@ -60,6 +60,8 @@ def on_meta() -> torch.nn.Module:
 WRONG = [
     (lambda _: Chain("gpt2"), "`model` must be a loaded model (got 'gpt2'); load it first"),
     (lambda c: Chain(on_meta()), "`model` must be a loaded model (got a OPTForCausalLM); load it"),
+    (lambda c: Chain(torch.compile(c.model)), "needs the model itself (got a OptimizedModule)"),
+    (lambda c: Chain(torch.nn.DataParallel(c.model)), "wrap it after chain.extend"),
     (lambda c: Chain(c.model), "without adapters (got a OPTForCausalLM); take them off: detach()"),
     (lambda c: Chain(c.model, seed="0"), "`seed` must be a whole number from 0 (got '0')"),
     (lambda c: Chain(c.model, hold=1), "`hold` must be tied or carried (got 1)"),

@@ -78,7 +78,7 @@ class Chain:
         checkpoint: str | Path | None = None,
     ) -> None:
         holding = holding_named(hold)
-        check(model=model, seed=seed, checkpoint=checkpoint, plain=model)
+        check(model=model, unwrapped=model, seed=seed, checkpoint=checkpoint, plain=model)
         self.model = model
         self.seed = int(seed)
         self.hold = hold

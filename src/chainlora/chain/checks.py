@@ -38,6 +38,12 @@ def _is_loaded(value: Any) -> bool:
     return isinstance(value, nn.Module) and not any(p.is_meta for p in value.parameters())
 
 
+def _wraps(model: nn.Module) -> bool:
+    """Say whether a model is another one under other names, by which nobody could load a link."""
+    parallel = nn.DataParallel | nn.parallel.DistributedDataParallel
+    return hasattr(model, "_orig_mod") or isinstance(model, parallel)
+
+
 def _is_count(value: Any) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 0
 
@@ -60,6 +66,11 @@ _RULES: dict[str, tuple[Holds, str, str]] = {
         _is_loaded,
         "`model` must be a loaded model",
         "load it first: AutoModelForCausalLM.from_pretrained(…)",
+    ),
+    "unwrapped": (
+        lambda model: not _wraps(model),
+        "a chain needs the model itself",
+        "wrap it after chain.extend, e.g. torch.compile(chain.model)",
     ),
     "plain": (
         lambda model: not adapters.lora_layers(model),
