@@ -107,6 +107,12 @@ def test_links_k_is_the_chain_after_k_links(tune, folders, tmp_path):
     assert torch.equal(logits(load(tmp_path / "m")), live(short))
     export_merged(long, tmp_path / "zero", num_links=0)
     assert torch.equal(logits(load(tmp_path / "zero")), logits(load(folders["llama"])))
+    said = {name: (tmp_path / name / "README.md").read_text() for name in ("a", "m", "zero")}
+    assert {name: "Trained on" in text for name, text in said.items()} == {
+        "a": True,
+        "m": True,
+        "zero": False,  # the base, of which the run's rows tell nothing
+    }
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -86,15 +86,17 @@ class Card:
         return self.naming.base or public_name(self.model) or "a base without a name"
 
 
-def story_of(run: Address) -> Story | None:
-    """Return the story of a run; None of a saved chain, which has none, and of a stage that is off.
+def story_of(run: Address, num_links: int | None = None) -> Story | None:
+    """Return the story of a run; None of a saved chain, which has none, and of a stage that is off
+    or has no links among the first `num_links`.
 
     What earlier stages were trained on is told by their own runs, and what a run scored only of the
     mix that it was trained as.
     """
     reader = open_run(run)
     manifest = reader.manifest()
-    if not manifest.has_run or manifest.is_off:
+    is_left_out = num_links is not None and num_links <= manifest.first
+    if not manifest.has_run or manifest.is_off or is_left_out:
         return None
     evaluations = of_event(reader.records() if reader.is_as_trained() else (), "eval")
     return Story(reader.config(), manifest.first, manifest.rows, evaluations, manifest.versions)

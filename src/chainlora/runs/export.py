@@ -73,7 +73,7 @@ def export_merged(
         if base is not None:
             copy_licences(base, scratch)
         what = f"with {'every weight fine-tuned' if is_whole else done}."
-        story = story_of(run)
+        story = story_of(run, num_links)
         card = Card(what, manifest.base.model, "transformers", links, naming=naming, story=story)
         write_card(scratch, card)
         digests, dtype = state_digests(model), model.dtype
@@ -126,7 +126,7 @@ def export_adapter(
         if folder is not None:
             copy_licences(folder, scratch)
             _save_tokenizer(run, folder, scratch)
-        story = None if isinstance(run, Chain) else story_of(run)
+        story = None if isinstance(run, Chain) else story_of(run, num_links)
         write_adapter_card(scratch, links, written, error, named, naming=naming, story=story)
     return {
         "to": "adapter",

@@ -71,7 +71,7 @@ def export_quantized(
             "transformers",
             links,
             naming=naming,
-            story=story_of(run),
+            story=story_of(run, num_links),
         )
         write_card(folder, card)
     return done | {"output": str(output), "quantize": kind, "lost": lost, "noise": noise}

@@ -97,7 +97,7 @@ def export_gguf(
         copy_licences(merged, made)
         files.remove(merged)
         what, base = f"with {made_of} in GGUF ({kind}){as_lora}.", manifest.base.model
-        story = story_of(run)
+        story = story_of(run, num_links)
         write_card(made, Card(what, base, "gguf", links, wide, naming=naming, story=story))
     sizes = {path.name: path.stat().st_size for path in sorted(output.glob("*.gguf"))}
     done = {"output": str(output), "links": len(links), "type": kind, "bytes": sizes}
