@@ -171,6 +171,51 @@ def test_a_stage_begins_on_what_the_mix_made(config, tmp_path):
     assert (manifest.first, manifest.first_id) == (5, 5)
 
 
+def test_in_place_a_stage_named_as_it_was_trained_is_no_mix(config, tmp_path):
+    """What the address names is not what the new links would be tuned on."""
+    run, law = tmp_path / "run", stage_of(config, "style") | {"name": "law"}
+    train_stages(make_stages(config), matrix=False)
+    mix_stages(run, {"style": 0.5})
+    with pytest.raises(RunError, match=r"as `mix` has made it \(got .*@style"):
+        extension(f"{run}@style", law)
+    assert extension(f"{run}@style", law | {"output": str(tmp_path / "fork")})
+    mix_stages(run, {"style": 1})
+    train_stages(extension(f"{run}@style", law), matrix=False)
+    mix_stages(run, {"style": 0.5})
+    assert train_stages(extension(f"{run}@style", law), matrix=False) == [None] * 3
+
+
+def test_a_stage_changes_in_its_run_alone(config, tmp_path, capsys):
+    """Its own directory knows nothing of the run: pruned there, it was missing in the run."""
+    train_stages(make_stages(config), matrix=False)
+    before, style = files_of(tmp_path / "run"), str(tmp_path / "run/stages/style")
+    keys = ["--name", "law", "--chain.ranks", "2", "--chain.steps", "1", "--data.train", "x"]
+    for words in (["mix", style, "style=0"], ["prune", style, "style"], ["extend", style, *keys]):
+        assert cli(words) == 1
+        assert f"a stage of one); name {tmp_path / 'run'}" in capsys.readouterr().err
+    with pytest.raises(RunError, match="in the run that they are of"):
+        prune_stage(Path(style), "style")
+    assert files_of(tmp_path / "run") == before
+
+
+def test_a_mix_that_cannot_be_scored_is_made_all_the_same(config, tmp_path, capsys):
+    config["model"] = str(shutil.copytree(config["model"], tmp_path / "base"))
+    train_stages(make_stages(config), matrix=False)
+    shutil.rmtree(tmp_path / "base")
+    assert cli(["mix", str(tmp_path / "run"), "style=0.5"]) == 0
+    shown = capsys.readouterr()
+    assert shown.out.split() == ["facts=1", "style=0.5"]
+    assert "the mix was not scored: `model` must be" in shown.err
+
+
+def test_stages_of_what_reads_a_run_can_be_chosen_too(config, tmp_path):
+    train_stages(make_stages(config), matrix=False)
+    mixed = open_run(tmp_path / "run", {"facts": 0.5, "style": 1})
+    strengths = [link.strength for link in open_run(mixed, "style").load_links()]
+    assert strengths == [0.0] * 3 + [1.0] * 2
+    assert open_run(mixed) is mixed
+
+
 def test_a_fork_of_a_mix_says_the_strengths_that_it_has(config, tmp_path, capsys):
     """Its own `stages.json`, which it has not, would say nothing of stages of its parent."""
     run, fork = tmp_path / "run", tmp_path / "fork"

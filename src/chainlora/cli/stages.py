@@ -19,7 +19,7 @@ from chainlora.cli.common import (
     whole_run,
     words_and_overrides,
 )
-from chainlora.errors import ConfigError
+from chainlora.errors import ChainLoRAError, ConfigError
 
 if TYPE_CHECKING:
     from chainlora.engine.engine import Speedups
@@ -86,7 +86,12 @@ def mix(run: str, strengths: tuple[str, ...], best: bool, no_scores: bool, as_js
         mix_stages(folder, chosen)
     found = strengths_of(folder)
     can_score = bool(chosen and open_run(folder).manifest().kept)
-    matrix = None if no_scores else scored_matrix(run, compute=can_score)
+    matrix = None
+    try:
+        if not no_scores:
+            matrix = scored_matrix(run, compute=can_score)
+    except ChainLoRAError as error:  # the run is this mix, whatever its scores are
+        to_stderr(f"chainlora: the mix was not scored: {error}")
     if as_json:
         print_json({"run": run, "strengths": found, "matrix": matrix and matrix.as_dict()})
         return

@@ -35,6 +35,7 @@ from chainlora.runs.stages import (
     first_is_open,
     folder_of,
     half_trained,
+    need_whole,
     open_run,
     read_stages,
     write_stages,
@@ -64,6 +65,7 @@ def plan_pruning(run: Path, name: str) -> Pruning:
     It may be a stage of a run that this one was forked from. Raises RunError for one that is not
     there, for the only one, and where a stage is half trained or is no sum without the links.
     """
+    need_whole(run)
     found = read_stages(run)
     folders = [folder_of(run, found, place) for place in range(len(found.names))]
     before = {folder: RunReader(folder).manifest() for folder in folders}

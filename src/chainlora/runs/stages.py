@@ -86,20 +86,24 @@ def open_run(
     Raises:
         RunError: a stage that is not there.
     """
-    if isinstance(address, RunReader):
-        return address
+    reader = address if isinstance(address, RunReader) else _at(address)
+    if stages is None:
+        return reader
+    named = [stages] if isinstance(stages, str) else stages
+    chosen = named if isinstance(named, Mapping) else dict.fromkeys(named, 1.0)
+    strengths = dict.fromkeys(_names_in(reader.path, chosen, address), 0.0)
+    return RunReader(
+        reader.path, strengths | {each: float(value) for each, value in chosen.items()}
+    )
+
+
+def _at(address: str | Path) -> RunReader:
     run, name = split_address(address)
     if not is_run(run):
         return RunReader(run)
     found = read_stages(run)
     place = found.last if name is None else place_of(found, name, run)
-    folder, strengths = folder_of(run, found, place), found.strengths if name is None else {}
-    if stages is not None:
-        named = [stages] if isinstance(stages, str) else stages
-        chosen = named if isinstance(named, Mapping) else dict.fromkeys(named, 1.0)
-        strengths = dict.fromkeys(_names_in(folder, chosen, run), 0.0)
-        strengths |= {each: float(value) for each, value in chosen.items()}
-    return RunReader(folder, strengths)
+    return RunReader(folder_of(run, found, place), found.strengths if name is None else {})
 
 
 def strengths_of(run: Path) -> dict[str, float]:
@@ -124,14 +128,21 @@ def run_around(folder: Path) -> Path:
     return around if is_stage else folder
 
 
-def _names_in(folder: Path, chosen: Iterable[str], run: Path) -> list[str]:
+def need_whole(run: Path) -> None:
+    """Raise RunError for a later stage's own directory: what changes a run must see all of it."""
+    folder = run.resolve()
+    if (around := run_around(folder)) != folder:
+        rule = "stages are added, mixed and pruned in the run that they are of"
+        raise RunError(rule, f"{run}, a stage of one", f"name {around}")
+
+
+def _names_in(folder: Path, chosen: Iterable[str], run: Address) -> list[str]:
     """Return the stages that a run has links of. Raises RunError for others among `chosen`."""
     names = RunReader(folder).manifest().stages
     for name in chosen:
         if name not in names:
-            raise RunError(
-                f"a stage must be one of {', '.join(names)}", f"{name!r} for {run}", "name one"
-            )
+            known = ", ".join(names) or "those that have links, and there is none"
+            raise RunError(f"a stage must be one of {known}", f"{name!r} for {run}", "name one")
     return names
 
 
@@ -199,8 +210,9 @@ def write_stages(run: Path, found: Stages) -> None:
 def alone_in(run: Path) -> Iterator[None]:
     """Keep other processes from changing the stages of a run.
 
-    Raises RunError where one is doing so.
+    Raises RunError where one is doing so, and for a stage's own directory.
     """
+    need_whole(run)
     lock = take_lock(run)
     try:
         with files.reported(run):

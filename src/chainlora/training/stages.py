@@ -30,7 +30,15 @@ from chainlora.evaluation.stages import stage_matrix
 from chainlora.evaluation.strengths import guard
 from chainlora.runs.loading_start import load_start
 from chainlora.runs.reading import RunReader
-from chainlora.runs.stages import alone_in, end_stage, folder_of, open_run, place_of, read_stages
+from chainlora.runs.stages import (
+    alone_in,
+    end_stage,
+    folder_of,
+    need_whole,
+    open_run,
+    place_of,
+    read_stages,
+)
 from chainlora.runs.start import NOTHING, Start, next_id_after
 from chainlora.training.events import Listener, StageBegins, StageGuarded
 from chainlora.training.interrupts import stop_requested
@@ -108,6 +116,8 @@ def extension(
     for key, value in overrides:
         set_key(own, key, value)
     output = own.pop("output", section.get("output"))
+    if output is None:
+        need_whole(run)
     name = check_name(own.get("name"))
     found = read_stages(run)
     before = found.names
@@ -121,6 +131,13 @@ def extension(
         raise RunError(
             f"a run goes on at its last stage, {(goes_on or before)[-1]} (got {address}); give "
             "--output for a fork that begins there"
+        )
+    is_new = output is None and name not in found.names
+    if is_new and open_run(run).manifest().state != open_run(address).manifest().state:
+        raise RunError(
+            "a run goes on as `mix` has made it",
+            f"{address}, which is the stage as it was trained",
+            f"name {run}, or give --output for a fork that begins there",
         )
     folders = [folder_of(run, found, place) for place in range(len(before))]
     stages = [
