@@ -25,7 +25,7 @@ from chainlora import (
 from chainlora.errors import RunError
 from chainlora.runs.loading_start import load_start, with_start
 from chainlora.runs.saved_chain import INSIDE
-from chainlora.runs.stages import mix_stages
+from chainlora.runs.stages import mix_stages, open_run
 from chainlora.training.stages import extension
 
 IDS = torch.randint(3, 131, (2, 12), generator=torch.Generator().manual_seed(0))
@@ -99,6 +99,9 @@ def test_a_chain_that_was_mixed_is_loaded_as_the_mix(live, tmp_path):
     save_chain(chain, place)
     with pytest.raises(RunError, match=r"one strength \(got 0.25, 0.5 in 'main'"):
         mix_stages(place, {"main": 1})  # which would not give it back
+    with pytest.raises(RunError, match=r"one strength \(got 0.25, 0.5 in 'main'"):
+        open_run(place, "main")  # nor is that what was saved
+    assert {link.strength for link in open_run(place, {"main": 0}).load_links()} == {0.0}
     assert torch.equal(
         logits(load_chain(place, tiny_model("llama")).model, IDS), logits(chain.model, IDS)
     )

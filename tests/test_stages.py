@@ -955,6 +955,7 @@ def test_names_and_ids_of_a_pruned_stage_are_not_used_again(three, tmp_path, cap
     for stage in ("law", "style"):
         prune_stage(run, stage)
     assert [link.id for link in open_run(run).load_links()] == [0, 1, 2]
+    assert train(three)["metrics"] == RunReader(run).result()["metrics"]
     with pytest.raises(RunError, match="'law', which was pruned"):
         train_stages(extension(run, style | {"name": "law"}))
     new = style | {"name": "new", "train": {}}

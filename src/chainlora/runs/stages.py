@@ -77,14 +77,14 @@ def open_run(
     address: Address,
     stages: str | Sequence[str] | Mapping[str, float] | None = None,
 ) -> RunReader:
-    """Return what reads a state: every function that takes a run takes it too.
+    """Return what reads a state: what loads, scores, inspects or exports a run takes it too.
 
     Args:
         address: a run, which is its last stage that has ended, or ``RUN@STAGE``.
         stages: the stages that are switched on, or the strength of each; the others are off.
 
     Raises:
-        RunError: a stage that is not there.
+        RunError: a stage that is not there, or that has no one strength.
     """
     reader = address if isinstance(address, RunReader) else _at(address)
     if stages is None:
@@ -92,9 +92,9 @@ def open_run(
     named = [stages] if isinstance(stages, str) else stages
     chosen = named if isinstance(named, Mapping) else dict.fromkeys(named, 1.0)
     strengths = dict.fromkeys(_names_in(reader.path, chosen, address), 0.0)
-    return RunReader(
-        reader.path, strengths | {each: float(value) for each, value in chosen.items()}
-    )
+    strengths |= {each: float(value) for each, value in chosen.items()}
+    _need_one_strength(reader.path, [name for name, value in chosen.items() if value])
+    return RunReader(reader.path, strengths)
 
 
 def _at(address: str | Path) -> RunReader:
