@@ -649,6 +649,7 @@ def test_the_matrix_is_what_eval_says_and_is_kept(config, tmp_path):
     run = tmp_path / "run"
     train_stages(make_stages(config))
     (run / "matrix.jsonl").unlink()
+    (tmp_path / "run@style").mkdir()  # an export named after the state: no state of the run
     with pytest.raises(Stop):  # what was scored until then is kept
         stage_matrix(run, progress=_stop_at("style: facts"))
     assert len((run / "matrix.jsonl").read_text().splitlines()) == 4

@@ -41,7 +41,9 @@ from chainlora.runs.opening import load_run
 from chainlora.runs.reading import RunReader
 from chainlora.runs.stages import (
     first_is_open,
+    folder_of,
     open_run,
+    place_of,
     read_stages,
     readers_of_stages,
     run_around,
@@ -292,11 +294,12 @@ class Scorer:
 def _states(run: Path, reader: RunReader) -> Iterator[tuple[str, Strengths]]:
     """Yield the states of a run by name: the base, the end of each stage, the mix it is now."""
     yield BASE, {}
-    ended, begun = read_stages(run).names, RunReader(run).manifest()
+    found, begun = read_stages(run), RunReader(run).manifest()
     last: Strengths = {}
     for name in reader.manifest().stages:
-        if name in ended:
-            last = _strengths(open_run(f"{run}@{name}").manifest().loaded)
+        if name in found.names:
+            folder = folder_of(run, found, place_of(found, name, run))
+            last = _strengths(RunReader(folder).manifest().loaded)
         else:
             last = _end_before_the_fork(begun, name)
         yield name, last
