@@ -181,6 +181,14 @@ def test_combinations_that_cannot_work_are_refused_before_a_link_begins(keys, me
     assert "; " in str(raised.value)
 
 
+@pytest.mark.parametrize(("key", "read"), [("on", "True"), ("8", "8"), ("null", "None")])
+def test_a_key_that_yaml_reads_as_no_text_is_unknown(tmp_path, key, read):
+    file = tmp_path / "run.yaml"
+    file.write_text(f"{yaml.safe_dump(TREE)}{key}: x\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match=f"^unknown key `{read}`; known: chain, data, "):
+        load_config(file)
+
+
 @pytest.mark.parametrize("key", ["data.validation", "data.test"])
 def test_rows_to_score_go_with_rows_to_train_on(key):
     drawn = ("data.task", "rte"), ("data.train", "null")

@@ -117,6 +117,8 @@ def make_config(tree: Mapping[str, Any]) -> RunConfig:
         raise ConfigError(
             "a config of one run must have no `stages`", "some", "give it to `chainlora train`"
         )
+    if isinstance(tree, Mapping):  # YAML reads `on:` and `8:` as keys that are no texts
+        tree = {str(key): value for key, value in tree.items()}
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
