@@ -111,12 +111,21 @@ def test_what_a_cut_takes_is_counted_and_told_once(tmp_path, caplog, format):
             [{"messages": [*TALK[:1], {**TALK[1], "weight": 1, "name": None}], "documents": ["a"]}],
             "'documents', 'messages[].weight'",
         ),
+        (  # the template knows `add_generation_prompt`, which is another word
+            [
+                {
+                    "messages": [TALK[0], {**TALK[1], "generation": "…"}],
+                    "chat_template_kwargs": {"think": True, "prompt": "x", "eos": None},
+                }
+            ],
+            "'chat_template_kwargs.prompt', 'chat_template_kwargs.think', 'messages[].generation'",
+        ),
         (
             [{"conversations": [{"from": "gpt", "value": "a", "train": False, "html": None}]}],
             "'conversations[].train'",
         ),
     ],
-    ids=["text", "completion", "chat", "sharegpt"],
+    ids=["text", "completion", "chat", "arguments", "sharegpt"],
 )
 def test_columns_that_nothing_reads_are_named_once(tmp_path, caplog, rows, unread):
     path = write_rows(tmp_path / "rows.jsonl", rows * 20)

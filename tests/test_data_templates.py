@@ -128,6 +128,12 @@ def test_arguments_are_defaults_of_the_template_that_a_row_may_change():
     assert happy.apply_chat_template(TALK[:1], tokenize=False) == "how many dogs?🙂"
 
 
+def test_a_template_may_lie_at_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine.jinja").write_text(CHAT, encoding="utf-8")
+    assert DataConfig(train="x", chat_template="~/mine.jinja").chat_template == CHAT
+
+
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
@@ -135,6 +141,10 @@ def test_arguments_are_defaults_of_the_template_that_a_row_may_change():
         (
             {"chat_template": CHAT, "template_arguments": {"loud": True}},
             r"must be read by the chat template \(got loud, which it does not mention\)",
+        ),
+        (
+            {"chat_template": CHAT, "template_arguments": {"generation": True}},
+            r"\(got generation, which it does not mention\)",
         ),
         ({"chat_template": "chatlm"}, r"'chatlm': no such file\); did you mean 'chatml'"),
         (

@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Mapping
 from importlib.resources import files
+from os.path import expanduser
 from pathlib import Path
 
 from chainlora.errors import nearest
@@ -32,8 +33,9 @@ def resolved_template(value: str) -> str:
     """Return a name as it is, and the text of a file or of a template. Raises ValueError."""
     if is_resolved(value):
         return value
+    path = Path(expanduser(value))
     try:
-        text = Path(value).read_text(encoding="utf-8") if Path(value).is_file() else None
+        text = path.read_text(encoding="utf-8") if path.is_file() else None
         reason = "no such file" if text is None else "a file without {{ or {%"
     except (OSError, ValueError) as error:
         text, reason = None, getattr(error, "strerror", None) or "not UTF-8 text"
@@ -47,6 +49,11 @@ def resolved_template(value: str) -> str:
 
 def _is_template(text: str) -> bool:
     return "{%" in text or "{{" in text
+
+
+def mentions(template: object, name: str) -> bool:
+    """Say whether a template, or one of several, has a name as a word of its own."""
+    return re.search(rf"\b{re.escape(name)}\b", str(template)) is not None
 
 
 def checked_arguments(arguments: dict[str, Argument]) -> dict[str, Argument]:

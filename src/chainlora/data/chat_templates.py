@@ -6,7 +6,7 @@ import logging
 
 from transformers import PreTrainedTokenizerBase
 
-from chainlora.config.chat_templates import ENDS, template_text, with_defaults
+from chainlora.config.chat_templates import ENDS, mentions, template_text, with_defaults
 from chainlora.config.schema import DataConfig
 from chainlora.data.templates import render_chats
 from chainlora.errors import ConfigError
@@ -54,7 +54,7 @@ def _check_read(template: object, data: DataConfig) -> None:
             "data.chat_template, or leave them out"
         )
     for name in data.template_arguments:
-        if name not in str(template):
+        if not mentions(template, name):
             raise ConfigError(
                 f"`data.template_arguments` must be read by the chat template (got {name:.40}, "
                 "which it does not mention); correct or remove it"

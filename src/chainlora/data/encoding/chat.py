@@ -10,6 +10,7 @@ from contextlib import suppress
 from functools import cached_property
 from typing import Any
 
+from chainlora.config.chat_templates import mentions
 from chainlora.config.data import ROW_FIELDS
 from chainlora.data.encoding.drafts import Draft, Ids, Span
 from chainlora.data.encoding.tokens import TokenReader, common_prefix
@@ -57,9 +58,13 @@ class ChatEncoder:
         return [chat.draft(*turn) for chat, turn in zip(chats, turns, strict=True)]
 
     def unread(self, row: Row) -> set[str]:
-        """Return the columns of a row, and the keys of its messages, that are not read."""
-        keys = {key for message in row["messages"] for key in message if message[key] is not None}
-        unread = {f"messages[].{key}" for key in keys if key not in self.source}
+        """Return the columns of a row, and the keys inside of them, that are not read."""
+        given = row.get("chat_template_kwargs") or {}
+        parts = {
+            f"messages[].{key}": key for m in row["messages"] for key in m if m[key] is not None
+        }
+        parts |= {f"chat_template_kwargs.{k}": k for k in given if given[k] is not None}
+        unread = {place for place, key in parts.items() if not mentions(self.source, key)}
         return (row.keys() - _COLUMNS) | unread
 
     # --- rendering ---
