@@ -117,6 +117,12 @@ def test_keys_of_all_stages_and_of_one():
     assert [(each.dpo_beta, each.log_every) for each in trains] == [(0.1, None), (0.3, 7)]
     with pytest.raises(ConfigError, match=r"`train.orpo_beta` needs loss: orpo .got no stage"):
         make_stages(tree | {"train": {"orpo_beta": 0.3}})
+    shared = {"every": 10}  # as an alias of YAML is
+    knots = [each | {"chain": chain | {"knots": shared}} for each in (first, second)]
+    key = "stages.first.chain.knots.every"
+    chains = [stage.config.chain for stage in make_stages(tree | {"stages": knots}, [(key, "5")])]
+    assert [each.knots.every for each in chains] == [5, 10]
+    assert shared == {"every": 10}
     for key, hidden in {"train.lr": "train.lr", "chain.steps": "chain.epochs"}.items():
         with pytest.raises(ConfigError, match=rf"got `stages.first.{hidden}` .* set stages.first"):
             make_stages(tree, [(key, "5")])

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from os import PathLike
 from os.path import expanduser
@@ -78,7 +79,7 @@ def make_stages(tree: Mapping[str, Any], overrides: Sequence[tuple[str, Any]] = 
     Raises:
         ConfigError: names that are no names or come twice, keys that a stage cannot have.
     """
-    shared = {key: _copied(value) for key, value in tree.items() if key != "stages"}
+    shared = {key: deepcopy(value) for key, value in tree.items() if key != "stages"}
     sections = list(_sections(tree["stages"])) if "stages" in tree else []
     for key, value in overrides:
         _override(shared, sections, key, value)
@@ -213,7 +214,7 @@ def _sections(stages: object) -> Iterator[dict[str, Any]]:
     for stage in stages:
         section = dict(stage) if isinstance(stage, Mapping) else {}
         names.append(check_name(section.get("name"), names))
-        yield {key: _copied(value) for key, value in section.items()}
+        yield {key: deepcopy(value) for key, value in section.items()}
 
 
 def _check_keys(section: Mapping[str, Any]) -> None:
@@ -257,7 +258,3 @@ def _refuse_hidden(sections: Sequence[dict[str, Any]], part: str, key: str) -> N
             name = f"stages.{section['name']}.{part}"
             rule = f"`{part}.{key}` must have an effect on all stages"
             raise ConfigError(rule, f"`{name}.{hidden[0]}` beside it", f"set {name}.{key}")
-
-
-def _copied(value: Any) -> Any:
-    return dict(value) if isinstance(value, Mapping) else value
