@@ -13,6 +13,7 @@ from chainlora import ChainLoRAError, make_config
 from chainlora.cli.main import run
 from chainlora.config.json_schema import config_page, config_schema
 from chainlora.config.loading import parse_yaml
+from chainlora.config.stages import make_stages
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = [ROOT / f"examples/{name}.yaml" for name in ("dates", "chat")]
@@ -71,6 +72,30 @@ def test_what_is_accepted_is_valid(validator, text):
     tree = LEAST | parse_yaml(text)
     make_config(tree)
     validator.validate(tree)
+
+
+STAGES = """
+name: first
+data: {train: a.jsonl, validation: 0.05}
+chain: {ranks: [8], steps: [9], knots: auto}
+"""
+
+
+@pytest.mark.parametrize("begin", [{"model": "m"}, {"start": "runs/mine@facts"}])
+def test_a_config_of_stages_is_valid(validator, begin):
+    stage = parse_yaml(STAGES)
+    whole = begin | {"output": "o", "train": {"lr": 1e-3}, "stages": [stage]}
+    assert len(make_stages({"model": "m"} | whole)) == 1
+    validator.validate(whole)
+    for wrong in (
+        whole | {"stages": []},
+        whole | {"stages": [stage | {"ouptut": "o"}]},
+        whole | {"stages": [stage | {"data": {"trian": "a.jsonl"}}]},
+        begin | {"output": "o"},
+        {"stages": [stage]},
+    ):
+        with pytest.raises(jsonschema.ValidationError):
+            validator.validate(wrong)
 
 
 @pytest.mark.parametrize("text", REFUSED)

@@ -32,6 +32,7 @@ def config_schema() -> dict[str, Any]:
             what["description"] = _plain(meant[key])
             _take_one_for_a_list(what)
     _take_short_forms(properties)
+    _take_stages(schema)
     return schema
 
 
@@ -127,6 +128,23 @@ def _take_short_forms(properties: Mapping[str, dict[str, Any]]) -> None:
         "additionalProperties": False,
     }
     top["model"] = {"anyOf": [name, section], "description": top["model"].get("description", "")}
+
+
+def _take_stages(schema: dict[str, Any]) -> None:
+    """Allow a list of stages in place of `data`, and `start` in place of `model`."""
+    top = schema["properties"]
+    sections = {key: top[key] for key in ("data", "chain", "train")}
+    stage = {
+        "type": "object",
+        "properties": {"name": {"type": "string"}} | sections,
+        "required": ["name"],
+        "additionalProperties": False,
+    }
+    what = "Stages of one chain, each with its own data; keys beside it are of all stages."
+    top["stages"] = {"type": "array", "items": stage, "minItems": 1, "description": what}
+    del schema["required"]
+    either = (("data", "stages"), ("model", "start"))
+    schema["allOf"] = [{"anyOf": [{"required": [key]} for key in pair]} for pair in either]
 
 
 def _plain(text: str) -> str:
