@@ -253,6 +253,13 @@ def test_a_converted_config_trains_what_the_tool_would_train(convert, tool):
         assert sum(line.startswith(f"# {key}: ") for line in notes) >= 1, key
 
 
+def test_a_warmup_of_the_tool_itself_is_named(convert):
+    """Axolotl warms up over 3 % of the steps where its file says nothing."""
+    assert "warmup_ratio" not in convert(AXOLOTL).out
+    silent = convert(AXOLOTL.replace("warmup_steps: 10\n", ""))
+    assert "\n# warmup_ratio: 0.03 (what Axolotl does without it) – give train.war" in silent.out
+
+
 def test_dpo_is_dpo(convert):
     text = LLAMA_FACTORY.replace("stage: sft", "stage: dpo\npref_beta: 0.3\npref_loss: sigmoid")
     config = make_config(parse_yaml(convert(text).out))

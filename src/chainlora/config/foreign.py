@@ -160,6 +160,8 @@ def _defaults(tool: str, given: Mapping[str, Any]) -> dict[str, Any]:
     if tool == "LLaMA-Factory":
         rank = given.get("lora_rank", found["lora_rank"])
         found["lora_alpha"] = 2 * rank if isinstance(rank, int) else rank
+    if given.get("warmup_steps") is not None:
+        found.pop("warmup_ratio", None)
     if "alpaca" in str(given.get("dataset._component_")):
         found["dataset.train_on_input"] = True
     asked = {
