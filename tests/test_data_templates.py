@@ -128,9 +128,10 @@ def test_arguments_are_defaults_of_the_template_that_a_row_may_change():
     assert happy.apply_chat_template(TALK[:1], tokenize=False) == "how many dogs?🙂"
 
 
-def test_a_template_may_lie_at_home(tmp_path, monkeypatch):
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])  # the second as Windows saves it
+def test_a_template_may_lie_at_home(tmp_path, monkeypatch, encoding):
     monkeypatch.setenv("HOME", str(tmp_path))
-    (tmp_path / "mine.jinja").write_text(CHAT, encoding="utf-8")
+    (tmp_path / "mine.jinja").write_text(CHAT, encoding=encoding)
     assert DataConfig(train="x", chat_template="~/mine.jinja").chat_template == CHAT
 
 

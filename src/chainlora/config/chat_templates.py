@@ -35,7 +35,7 @@ def resolved_template(value: str) -> str:
         return value
     path = Path(expanduser(value))
     try:
-        text = path.read_text(encoding="utf-8") if path.is_file() else None
+        text = path.read_text(encoding="utf-8-sig") if path.is_file() else None
         reason = "no such file" if text is None else "a file without {{ or {%"
     except (OSError, ValueError) as error:
         text, reason = None, getattr(error, "strerror", None) or "not UTF-8 text"
