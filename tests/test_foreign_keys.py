@@ -265,6 +265,9 @@ def test_dpo_is_dpo(convert):
     config = make_config(parse_yaml(convert(text).out))
     assert (config.train.loss, config.train.dpo_beta) == ("dpo", 0.3)
     convert(text.replace("sigmoid", "orpo")).refused("pref_loss: orpo – of pairs the loss is DPO's")
+    pairs = AXOLOTL.replace("    type: alpaca\n", "") + "rl: orpo\norpo_alpha: 0.3\n"
+    config = make_config(parse_yaml(convert(pairs).out))
+    assert (config.train.loss, config.train.orpo_beta) == ("orpo", 0.3)
 
 
 def test_columns_of_rows_have_fields(convert):
