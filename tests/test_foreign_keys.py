@@ -260,6 +260,13 @@ def test_a_warmup_of_the_tool_itself_is_named(convert):
     assert "\n# warmup_ratio: 0.03 (what Axolotl does without it) – give train.war" in silent.out
 
 
+def test_the_loss_of_trl_on_whole_chats_is_named(convert):
+    """TRL learns the user's turns of `messages` too, unless its file says otherwise."""
+    assert "# assistant_only_loss: false (what TRL does without it) – of chats" in convert(TRL).out
+    asked = convert(TRL + "assistant_only_loss: true\n")
+    assert asked.out.count("assistant_only_loss") == 1
+
+
 def test_dpo_is_dpo(convert):
     text = LLAMA_FACTORY.replace("stage: sft", "stage: dpo\npref_beta: 0.3\npref_loss: sigmoid")
     config = make_config(parse_yaml(convert(text).out))

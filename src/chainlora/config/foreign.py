@@ -223,6 +223,11 @@ def _finish(done: Conversion, processes: int) -> None:
     if "steps" in chain and "epochs" in chain:
         shown = _shown(chain.pop("epochs"))
         done.left.append(f"{done.made['chain.epochs']}: {shown} – the steps end it")
+    if done.tool == "TRL" and not any("assistant_only_loss" in each for each in done.left):
+        done.left.append(
+            "assistant_only_loss: false (what TRL does without it) – of chats, the loss is on the "
+            "assistant's turns here"
+        )
     train = done.tree.get("train", {})
     rows = train.get("batch_size")
     if rows is not None and done.tool != "litgpt":  # which counts those of all devices itself
