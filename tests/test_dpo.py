@@ -127,6 +127,20 @@ def test_what_is_no_pair_is_refused_as_any_row(name):
         assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("row", "got"),
+    [
+        ({"prompt": "a", "chosen": [says("b")], "rejected": [says("c")]}, "neither"),
+        ({"chosen": [user("a"), says("b")], "rejected": [user("c"), says("b")]}, "neither"),
+        ({"prompt": [user("a")], "chosen": [], "rejected": [says("c")]}, "an empty answer"),
+    ],
+)
+def test_a_pair_of_chats_without_a_prompt_is_refused_in_its_own_words(row, got):
+    rule = rf"a pair of chats must have messages as `prompt`, or begin with .*\(got {got} at row 0"
+    with pytest.raises(DataError, match=rule):
+        encode_examples([row], make_tokenizer("bos", CHAT), "auto", objective="dpo")
+
+
 def test_rows_without_a_pair_are_refused_before_the_model_is_loaded(settings, tmp_path):
     tree = settings("run") | {"model": "no/model"}
     tree["data"]["train"] = str(write_rows(tmp_path / "plain.jsonl", [PLAIN]))

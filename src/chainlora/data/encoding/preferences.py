@@ -68,6 +68,9 @@ class PairEncoder:
                 rule = f"a `prompt` must be of the kind of its answers, which are {name}"
                 raise bad_row(rule, f"{prompt!r:.60}", row.origin)
             prompt, chosen, rejected = _parts(prompt, chosen, rejected)
+            if kind is list and not (prompt and chosen and rejected):
+                rule = "a pair of chats must have messages as `prompt`, or begin with the same ones"
+                raise bad_row(rule, "an empty answer" if prompt else "neither", row.origin)
             plain = [found | {"prompt": prompt, "completion": each} for each in (chosen, rejected)]
         return [Row(each, row.index, row.origin) for each in plain]
 
