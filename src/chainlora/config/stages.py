@@ -224,7 +224,7 @@ def _check_keys(section: Mapping[str, Any]) -> None:
         raise ConfigError(
             "a stage must say its name, data, chain and train, and nothing of the whole run",
             f"`{unknown[0]}`",
-            "set it beside `stages`, for all of them",
+            "set it beside `stages`, for all of them; `extend` takes it from the run",
         )
     for part in _SECTIONS:
         if fixed := [key for key in RUN_WIDE[part] if key in section_of(section, part)]:
