@@ -57,11 +57,13 @@ UNNAMED = Naming()
 class Story:
     """What a run knows of its chain beside the links: its config, its rows, and what it scored.
 
-    `first` is the index of its first link.
+    `first` is the index of its first link; `is_told` says whether any of its training is in the
+    export.
     """
 
     config: RunConfig
     first: int
+    is_told: bool
     rows: str | None
     evaluations: Sequence[Mapping[str, Any]]
     versions: Mapping[str, str]
@@ -87,19 +89,20 @@ class Card:
 
 
 def story_of(run: Address, num_links: int | None = None) -> Story | None:
-    """Return the story of a run; None of a saved chain, which has none, and of a stage that is off
-    or has no links among the first `num_links`.
+    """Return the story of a run of which `num_links` are exported, by default all; None of a saved
+    chain, which has none, and of a stage that is off.
 
     What earlier stages were trained on is told by their own runs, and what a run scored only of the
     mix that it was trained as.
     """
     reader = open_run(run)
     manifest = reader.manifest()
-    is_left_out = num_links is not None and num_links <= manifest.first
-    if not manifest.has_run or manifest.is_off or is_left_out:
+    if not manifest.has_run or manifest.is_off:
         return None
-    evaluations = of_event(reader.records() if reader.is_as_trained() else (), "eval")
-    return Story(reader.config(), manifest.first, manifest.rows, evaluations, manifest.versions)
+    first, config = manifest.first, reader.config()
+    is_told = num_links is None or num_links > first
+    evaluations = of_event(reader.records() if is_told and reader.is_as_trained() else (), "eval")
+    return Story(config, first, is_told, manifest.rows, evaluations, manifest.versions)
 
 
 def is_hub_id(name: str) -> bool:
@@ -126,8 +129,8 @@ def write_card(folder: Path, card: Card) -> None:
     parts = [_front_matter(card), f"# {title}", f"{_code(card.base)} {card.what}"]
     if card.links:
         parts += ["## The chain", _chain_table(card)]
-    if card.story is not None:
-        parts.append(_training(card.story))
+    if card.story is not None and (said := _training(card.story)):
+        parts.append(said)
     parts += ["## Use", *_loading(card), "## Licence", _licence(folder, card)]
     parts.append(_SIGNED)
     with reported(folder / "README.md"):
@@ -197,6 +200,8 @@ def _scores(evaluation: Mapping[str, Any], names: Sequence[str]) -> list[str]:
 
 def _training(story: Story) -> str:
     config = story.config
+    if not story.is_told:
+        return " ".join(_templates(config.data))
     task = f"the task {_code(Path(config.data.task).stem)}" if config.data.task else "its own rows"
     targets = config.chain.target_modules
     named = [targets] if isinstance(targets, str) else targets
