@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import yaml
@@ -33,6 +34,20 @@ def test_any_key_can_be_set_in_any_order_and_either_spelling(chainlora, config, 
     resolved = yaml.safe_load((tmp_path / "other" / "config.yaml").read_text())
     assert (resolved["train"]["batch_size"], resolved["train"]["max_grad_norm"]) == (4, None)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_name_with_a_number_sign_is_taken_whole(chainlora, config, tmp_path):
+    shutil.copyfile(config, tmp_path / "config #2.yaml")
+    output = f"{tmp_path}/try #2"
+    assert chainlora("train", tmp_path / "config #2.yaml", "--output", output).status == 0
+    assert (tmp_path / "try #2/result.json").is_file()
+    assert not (tmp_path / "try").exists()
+    lengths = "[1] # a list, and why"
+    keys = ("--chain.ranks", lengths, "--chain.steps", lengths, "--output", "'quoted' # so")
+    refused = chainlora("train", config, *keys, "--model", f"{tmp_path}/base #1")
+    refused.refused(f"{tmp_path}/base #1")
+    announced = f"{config}: links of rank 1 on {tmp_path}/base #1, to quoted"
+    assert refused.err.splitlines()[0] == announced
 
 
 def test_a_chain_of_none_is_the_zero_shot_model(chainlora, config):

@@ -91,7 +91,7 @@ def read_tree(path: str | Path, what: str = "config file") -> dict[str, Any]:
 
 
 def set_key(tree: dict[str, Any], dotted: str, value: Any) -> None:
-    """Set ``tree["a"]["b"]`` from ``"a.b"``; a text is parsed as YAML."""
+    """Set ``tree["a"]["b"]`` from ``"a.b"``; a text is parsed as YAML, but without comments."""
     *parents, last = dotted.split(".")
     for part in parents:
         if tree.get(part) is None:
@@ -102,13 +102,16 @@ def set_key(tree: dict[str, Any], dotted: str, value: Any) -> None:
                 f"`{dotted}` must name a key inside a section (got {part!r}, which is a value)"
             )
     try:
-        tree[last] = parse_yaml(value) if isinstance(value, str) else value
+        found = parse_yaml(value) if isinstance(value, str) else value
     except yaml.YAMLError as error:
         raise ConfigError(
             f"the value of `{dotted}` must be YAML (got {value!r}: "
             f"{getattr(error, 'problem', error)}); "
             "quote lists in the shell, e.g. '[8, 8]'"
         ) from None
+    if isinstance(found, str) and value.partition(" #")[0].strip() == found:
+        found = value.strip()  # a name such as ``runs/try #2``
+    tree[last] = found
 
 
 def make_config(tree: Mapping[str, Any]) -> RunConfig:
