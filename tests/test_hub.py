@@ -162,6 +162,26 @@ def test_a_hub_out_of_reach_leaves_the_folder(chainlora, finished, tmp_path):
     assert "vllm serve me/chain" in card
 
 
+def test_a_base_named_by_a_relative_path_is_no_hub_id_elsewhere(
+    chainlora, config, tiny_folder, tmp_path, monkeypatch
+):
+    """From another directory, its path read as the id of somebody's repository."""
+    shutil.copytree(tiny_folder, tmp_path / "models/tiny")
+    (tmp_path / "runs/models/tiny").mkdir(parents=True)  # no model
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    model = ("--model", "models/tiny", "--output", "runs/a")
+    assert chainlora("train", config, *model).status == 0
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    ask = ("export", "../runs/a", "--output", "out", "--to")
+    chainlora(*ask, "adapter", "--push-to-hub", "me/chain").refused("a base that others can load")
+    assert chainlora(*ask, "adapter", "--json").json["base"] == "tiny"
+    assert (tmp_path / "elsewhere/out/tokenizer.json").is_file()
+    torch.testing.assert_close(
+        logits(load_run("../runs/a")[0]), logits(load_run(tmp_path / "runs/a")[0])
+    )
+
+
 def test_an_export_names_a_place_on_this_machine_only_if_asked(
     chainlora, finished, tiny_folder, tmp_path
 ):

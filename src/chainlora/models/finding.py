@@ -67,8 +67,21 @@ def _moved(path: Path) -> Path:
     around = os.environ.get("CHAINLORA_MODELS")
     if not around or path.exists():
         return path
-    there = Path(around).expanduser() / path.name
+    there = Path(os.path.expanduser(around)) / path.name
     return there if there.exists() else path
+
+
+def from_above(spec: str, run: Path) -> str:
+    """Return the place of a base that a run names relative to a folder above itself.
+
+    That is where the run was begun; where a command runs says nothing about it.
+    """
+    if not spec or os.path.exists(os.path.expanduser(spec)):
+        return spec
+    for place in (folder / spec for folder in run.resolve().parents):
+        if (place if place.suffix == ".gguf" else place / "config.json").is_file():
+            return str(place)
+    return spec
 
 
 def folder_of(model: Any) -> Path | None:

@@ -16,6 +16,7 @@ from chainlora.config.loading import make_config, read_tree
 from chainlora.config.schema import RunConfig
 from chainlora.data.kept import Kept, read_kept
 from chainlora.errors import RunError
+from chainlora.models.finding import from_above
 from chainlora.models.identity import changed_files
 from chainlora.runs.links import read_link
 from chainlora.runs.manifest import (
@@ -77,9 +78,11 @@ class RunReader:
         return (self / "chain.json").is_file()
 
     def manifest(self) -> Manifest:
-        """Read and check ``chain.json``."""
+        """Read and check ``chain.json``. The base is named as it is found from here."""
         try:
             manifest = decode_manifest((self / "chain.json").read_bytes(), self.path)
+            place = {"model": from_above(manifest.base.model, self.path)}
+            manifest = manifest.model_copy(update={"base": manifest.base.model_copy(update=place)})
             return manifest.at_strengths(self.strengths) if self.strengths else manifest
         except FileNotFoundError:
             raise RunError(
