@@ -168,7 +168,8 @@ def test_the_demo_undoes_its_second_stage(chainlora, tiny_folder, tmp_path, monk
     sizes = dict.fromkeys(("_NUM_TRAIN", "_NUM_VALIDATION", "_NUM_TIMES"), 8)
     for name, value in ({"_MODEL": str(tiny_folder), "_PROMPTS": "1"} | sizes).items():
         monkeypatch.setattr(f"chainlora.cli.demo.{name}", value)
-    shown = chainlora("demo", "--output", tmp_path / "run", "--json")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shown = chainlora("demo", "--output", "~/run", "--json")
     states = shown.json["matrix"]["states"]
     assert list(states) == ["base", "headlines", "times", "now"]
     assert states["now"] == states["headlines"] != states["times"]

@@ -47,15 +47,13 @@ loss: candidates
 """
 
 
-def run_demo(
-    output: str, echo: Callable[[str], object], listener_for: Callable[[], Any]
-) -> dict[str, Any]:
+def run_demo(output: str, echo: Callable[[str], object], listener: Any) -> dict[str, Any]:
     """Train two stages, switch the second off again, and write a report.
 
     Return the first stage's result with `zero_shot` and `after_links` accuracies, and the `matrix`.
     """
     _check_packages()
-    empty_folder(output)
+    output = str(empty_folder(output))
     rows = headlines()
     config = _config(rows, output)
     ranks = config.chain.ranks
@@ -64,7 +62,7 @@ def run_demo(
         f"headlines.\n{_NUM_TRAIN} rows, {len(ranks)} links of rank {ranks[0]}, scored on "
         f"{_NUM_VALIDATION} held-out headlines."
     )
-    result = train(config, listener=listener_for(), start=Start("headlines"))
+    result = train(config, listener=listener, start=Start("headlines"))
     records = read_records(Path(output) / "metrics.jsonl")
     plot_training(records, Path(output) / "training.png")
     scores = of_event(records, "eval")
@@ -72,7 +70,7 @@ def run_demo(
     after_links = [score["accuracy"] for score in scores if score["where"] == "knot"]
     echo(_summary(zero_shot, after_links, result["metrics"]["validation"]))
     echo(f"\nA second data set, {_NUM_TIMES} times of day, becomes a stage of the same chain.")
-    train_stages(extension(output, _second(rows)), listener=listener_for())
+    train_stages(extension(output, _second(rows)), listener=listener)
     mix_stages(Path(output), {"times": 0})
     matrix = stage_matrix(output)
     echo("What it did to the first one; now is after `chainlora mix`, which switched it off:\n")

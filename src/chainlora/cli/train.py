@@ -274,8 +274,6 @@ def demo(output: str, as_json: bool) -> None:
     from chainlora.training.progress import progress_listener
 
     with progress_listener() as listener:
-        result = run_demo(
-            output, echo=to_stderr if as_json else click.echo, listener_for=lambda: listener
-        )
+        result = run_demo(output, to_stderr if as_json else click.echo, listener)
     if as_json:
         print_json(result)
