@@ -125,6 +125,7 @@ VERBS = ("inspect", "report", "eval --task rte", "tasks", "convert-config", "exp
 VERBS += ("experiment run --output o", "experiment report", "compare --methods lora --output o")
 VERBS += ("export --to merged --output o", "export --to adapter --output o", "train", "eval")
 PATHS = ("", "nope", "/", "/dev/null", ".", "-", "~", "x" * 5000, "rows.jsonl", "bytes", "empty")
+PATHS += ("~nobody-here/a",)
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -137,6 +138,15 @@ def test_no_path_ends_unexpectedly(chainlora, verb, tmp_path, monkeypatch):
         outcome = chainlora(*verb.split(), path)
         assert outcome.status in (1, 2), path
         assert "unexpected " not in outcome.err.replace("unexpected argument", ""), path
+
+
+def test_a_home_of_nobody_is_a_name(chainlora, config, finished, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    chainlora(f"train {config} --model ~nobody-here/a").refused("~nobody-here/a")
+    chainlora(f"train {config} --start ~nobody-here/a").refused("~nobody-here/a")
+    assert chainlora(f"export {finished} --to adapter --output ~nobody-here/a").status == 0
+    assert chainlora(f"report {finished} --output ~nobody-here/a.html").status == 0
+    assert len(list((tmp_path / "~nobody-here").iterdir())) == 2
 
 
 def test_tasks_lists_and_shows(chainlora):

@@ -59,7 +59,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
 
 def read_tree(path: str | Path, what: str = "config file") -> dict[str, Any]:
     """Read a YAML file that holds a mapping. Raises ConfigError for any other, naming `what`."""
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))
     if path.suffix in (".jsonl", ".csv", ".parquet"):
         raise ConfigError(
             f"{what} must be YAML (got {path}, rows of data); name the rows there, as "

@@ -41,7 +41,7 @@ def resolve_model(spec: str | Path) -> Path:
     spec = str(spec)
     if spec.startswith("pip:"):
         return converted_folder(packaged_model(spec.removeprefix("pip:")))
-    path = _moved(Path(spec).expanduser())
+    path = _moved(Path(os.path.expanduser(spec)))
     if path.suffix.lower() == ".gguf":
         if not path.is_file():
             raise ModelError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ def report_runs(
     runs = [runs] if isinstance(runs, str | Path) else runs
     found = read_runs(runs)
     folder = split_address(runs[0])[0] if len(runs) == 1 else Path()
-    path = Path(output).expanduser() if output is not None else folder / NAME
+    path = Path(expanduser(output)) if output is not None else folder / NAME
     answered: dict[str, list[Answer]] = {}
     if prompts is not None:
         wanted = read_prompts(prompts, found)

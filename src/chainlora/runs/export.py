@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
@@ -236,7 +237,7 @@ def write_adapter_card(
 
 def empty_folder(output: str | Path) -> Path:
     """Return a folder to write into. Raises RunError unless it is new or empty."""
-    output = Path(output).expanduser()
+    output = Path(expanduser(output))
     files.check_writable(output if output.is_dir() else output.parent)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         what = "which is not empty" if output.is_dir() else "a file"

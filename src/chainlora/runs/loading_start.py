@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import replace
+from os.path import expanduser
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
@@ -61,7 +62,7 @@ def load_start(source: str | Path, stage: str = STAGE) -> Start:
                 "finish it by the command that began it",
             )
         return _of_chain(open_run(source), stage)
-    folder = Path(source).expanduser()
+    folder = Path(expanduser(source))
     folder = folder if folder.exists() else from_hub(str(source), "start")
     tokenizer = folder if has_tokenizer(folder) else None
     reader = open_run(chain_folder(folder))
@@ -125,9 +126,7 @@ def load_chain(
     folder or another base.
     """
     place = checkpoint or folder_of(model)
-    reader = open_run(
-        directory if is_run(directory) else chain_folder(Path(directory).expanduser())
-    )
+    reader = open_run(directory if is_run(directory) else chain_folder(Path(expanduser(directory))))
     manifest = reader.manifest() if reader.exists else None
     if manifest is None:
         chain = Chain(model, hold=hold_for(model), checkpoint=place)
@@ -224,7 +223,7 @@ def with_start(tree: Mapping[str, Any]) -> dict[str, Any]:
         source = own["start"] = str(source)
     if not isinstance(source, str):  # none, or what the config will refuse
         return own
-    begun = RunReader(Path(str(own.get("output"))).expanduser())
+    begun = RunReader(expanduser(str(own.get("output"))))
     if begun.exists and begun.manifest().has_run:
         before = begun.config().start or "the base"
         if source != before and Path(source).resolve() != Path(before).resolve():
