@@ -11,7 +11,7 @@ from typing import Any
 COMMANDS = {
     "python": "pass",
     "import chainlora": "import chainlora",
-    "chainlora --help": "from chainlora.cli import main; main(['--help'])",
+    "chainlora --help": "from chainlora.cli import run; run(['--help'])",
     "import torch": "import torch",
     "import peft": "import peft",
     "import trl.SFTTrainer": "from trl import SFTTrainer",

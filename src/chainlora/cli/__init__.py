@@ -1,5 +1,5 @@
 """The command line."""
 
-from chainlora.cli.main import cli, main, run
+from chainlora.cli.main import cli, run
 
-__all__ = ["cli", "main", "run"]
+__all__ = ["cli", "run"]

@@ -226,10 +226,10 @@ def _keys() -> dict[str, Any]:
 # Verbs of TRL, Axolotl, LLaMA-Factory and others, and what people look for first.
 _VERBS = {
     **dict.fromkeys(("sft", "finetune", "fine-tune", "lora", "fit", "run"), "train CONFIG"),
+    **dict.fromkeys(("dpo", "orpo", "preprocess"), "train CONFIG"),
     **dict.fromkeys(("merge", "merge-lora"), "export RUN --to merged --output DIR"),
     **dict.fromkeys(("inference", "infer", "predict", "sample"), "generate RUN --prompt TEXT"),
     **dict.fromkeys(("evaluate", "test"), "eval RUN"),
-    **dict.fromkeys(("dpo", "orpo"), "train CONFIG"),
     **dict.fromkeys(("kto", "grpo", "rlhf"), "train CONFIG`, or TRL with `ChainCallback"),
     **dict.fromkeys(("undo", "revert", "disable", "enable"), "mix RUN STAGE=0"),
     **dict.fromkeys(("rm", "remove", "delete", "clean"), "prune RUN STAGE"),
@@ -240,7 +240,6 @@ _VERBS = {
     "import": "train CONFIG --start ADAPTER",
     "serve": "export RUN --to merged --output DIR",
     "help": "COMMAND --help",
-    "preprocess": "train CONFIG",
     "env": "doctor",
 }
 

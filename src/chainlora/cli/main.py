@@ -11,7 +11,6 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Sequence
 
 import click
 
@@ -50,11 +49,6 @@ First steps:
   chainlora train CONFIG       your own; `chainlora schema --markdown` lists the keys
   chainlora COMMAND --help     what a command takes
 """
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line and exit with its status."""
-    sys.exit(run(list(sys.argv[1:] if arguments is None else arguments)))
 
 
 def run(arguments: list[str]) -> int:

@@ -51,7 +51,11 @@ class Checkpoint:
     """The tensors of a folder of safetensors; of None, none."""
 
     def __init__(self, folder: Path | None) -> None:
-        self._files = {} if folder is None else _index(folder)
+        self._files: dict[str, Path] = {}
+        for file in [] if folder is None else weight_files(folder):
+            if file.suffix == ".safetensors":
+                with safe_open(file, framework="pt") as reader:
+                    self._files |= dict.fromkeys(reader.keys(), file)
 
     def all(self) -> dict[str, Stored]:
         return {key: Stored(file, key) for key, file in self._files.items()}
@@ -64,15 +68,6 @@ class Checkpoint:
         for key in (path, tail, *prefixed):
             if key in self._files and (stored := Stored(self._files[key], key)).shape == shape:
                 yield stored
-
-
-def _index(folder: Path) -> dict[str, Path]:
-    found: dict[str, Path] = {}
-    for file in weight_files(folder):
-        if file.suffix == ".safetensors":
-            with safe_open(file, framework="pt") as reader:
-                found |= dict.fromkeys(reader.keys(), file)
-    return found
 
 
 def save_model(model: Any, tokenizer: Any, folder: Path) -> None:

@@ -78,8 +78,10 @@ def _find_tensors(
     model: Any, folder: Path, dtype: torch.dtype
 ) -> tuple[dict[str, Stored], str | None]:
     """Return the stored tensor of every parameter, or why the rows cannot be read one by one."""
-    if converters := _converters(model):
-        return {}, f"its weights are converted while they load ({converters[0]})"
+    for change in get_model_conversion_mapping(model):  # most change names alone
+        if isinstance(change, WeightConverter):
+            kind = type(change).__name__
+            return {}, f"its weights are converted while they load ({kind})"
     if dtype != torch.float32 and getattr(model, "_keep_in_fp32_modules_strict", None):
         return {}, "some of its weights stay in float32"
     checkpoint, found = Checkpoint(folder), {}
@@ -89,12 +91,6 @@ def _find_tensors(
             return {}, f"the checkpoint has no tensor of the name and shape of {name}"
         found[name] = match
     return found, None
-
-
-def _converters(model: Any) -> list[str]:
-    """Return the kinds of changes, other than names, that transformers makes to stored weights."""
-    found = get_model_conversion_mapping(model)
-    return [type(each).__name__ for each in found if isinstance(each, WeightConverter)]
 
 
 def _weights(model: Any) -> dict[str, Tensor]:
