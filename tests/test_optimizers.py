@@ -261,6 +261,18 @@ def test_lion_is_that_of_bitsandbytes():
             {"train": {"optimizer": "adafactor", "optimizer_options": {"nesterov": True}}},
             "must suit adafactor",
         ),
+        (
+            {"train": {"optimizer_options": {"betas": [0.9]}}},
+            r"must suit adamw on cpu \(got {'betas': \(0.9,\)}: .*out of range\)",
+        ),
+        (
+            {"train": {"optimizer_options": {"fused": False, "capturable": True}}},
+            "must suit adamw on cpu .*capturable",
+        ),
+        (  # read from the second step on
+            {"train": {"optimizer": "sgd", "optimizer_options": {"dampening": "none"}}},
+            "must suit sgd on cpu .*dampening",
+        ),
         ({"train": {"optimizer": "lyon"}}, r"did you mean 'lion'|nearest: lion|lion"),
         (
             {"train": {"optimizer": "schedule_free_adamw", "schedule": "linear"}},
@@ -274,6 +286,21 @@ def test_what_an_optimizer_cannot_do_is_refused_before_training(keys, message):
     tree["chain"] = {"ranks": [4], "steps": [1]} | keys.get("chain", {})
     with pytest.raises(ConfigError, match=message):
         check_optimizer(make_config(tree | {"train": keys["train"]}), CPU)
+
+
+class Remembering(torch.optim.SGD):
+    """One that keeps a list, which a checkpoint cannot hold."""
+
+    def step(self, closure=None):
+        for p in self.param_groups[0]["params"]:
+            self.state[p]["norms"] = [*self.state[p].get("norms", []), p.norm().item()]
+        return super().step(closure)
+
+
+def test_a_state_that_a_resume_could_not_read_is_refused_before_training(monkeypatch):
+    monkeypatch.setitem(OPTIMIZERS, "remembering", lambda groups, c: Remembering(groups, c.lr))
+    with pytest.raises(ConfigError, match=r"must suit remembering on cpu .*2 elements"):
+        check_optimizer(config_for("remembering"), CPU)
 
 
 @pytest.mark.parametrize("moments", ["carried", "new"])

@@ -62,13 +62,17 @@ def check_optimizer(config: RunConfig, device: torch.device) -> None:
 
 
 def _stepped(train: TrainConfig, device: torch.device) -> torch.optim.Optimizer:
-    """Return the optimizer of one matrix after a step, so that its state can be looked at."""
+    """Return the optimizer of one matrix after two steps, so that its state can be looked at."""
     matrix = nn.Parameter(torch.zeros(64, 64, device=device))
     try:
         optimizer = _make([{"params": [matrix], "ratio": 1.0}], train)
         matrix.grad = torch.ones_like(matrix)
-        optimizer.step()
-    except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+        for _ in range(2):  # some options count from the second one on
+            optimizer.step()
+        load_state(optimizer, state_tensors(optimizer))  # as a resume does
+    except ConfigError:
+        raise
+    except Exception as error:
         reason = " ".join(str(error).split())
         raise ConfigError(
             f"`train.optimizer_options` must suit {train.optimizer} on {device} (got "
