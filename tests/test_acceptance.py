@@ -13,6 +13,7 @@ from helpers import assert_same_links, settings
 
 from chainlora import load_run, make_config, train
 from chainlora.data.examples import Example
+from chainlora.errors import ConfigError
 from chainlora.evaluation.acceptance import gain
 from chainlora.evaluation.evaluate import Evaluation, evaluate
 from chainlora.evaluation.preferences import judge_pairs
@@ -127,8 +128,21 @@ def test_the_id_of_a_rejected_link_is_not_given_again(
         assert run.chain.next_id == 2
 
 
-def test_a_link_that_learns_nothing_is_dropped(tiny_folder, sentiment, tmp_path):
+def test_one_validation_row_is_refused_by_which_every_link_would_be_dropped(
+    tiny_folder, sentiment, tmp_path
+):
+    rows = (sentiment / "validation.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "one.jsonl").write_text(rows[0])
+    tree = config(tiny_folder, sentiment, tmp_path / "run").model_dump(mode="json")
+    tree["data"]["validation"] = str(tmp_path / "one.jsonl")
+    with pytest.raises(ConfigError, match=r"`accept_links: better` two or more \(got 1\); give"):
+        train(tree)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_link_that_learns_nothing_is_dropped(tiny_folder, sentiment, tmp_path, capsys):
     result = train(config(tiny_folder, sentiment, tmp_path / "run", lr=1e-12))
+    assert "step     8  link 0 dropped by accept_links: it lowered " in capsys.readouterr().err
     assert (result["links"], result["best"]) == ([], None)
     assert result["steps"] == 8
     model, _ = load_run(tmp_path / "run")  # which is the base then

@@ -20,6 +20,7 @@ from chainlora.training.events import (
     Evaluated,
     Event,
     KnotTied,
+    LinkRejected,
     Listener,
     Planned,
     ReferenceScored,
@@ -131,6 +132,11 @@ class _Listener:
                 self._say(
                     f"step {event.step:>5}  link {event.link} tied "
                     f"(rounding changed the function by {event.function_change:.1e})"
+                )
+            case LinkRejected():
+                self._say(
+                    f"step {event.step:>5}  link {event.link} dropped by accept_links: it lowered "
+                    f"the loss by {event.gain:.4f} (standard error {event.standard_error:.4f})"
                 )
         self.heard = time.monotonic()
 

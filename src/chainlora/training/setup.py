@@ -267,10 +267,11 @@ def check(config: RunConfig, model: nn.Module, splits: Splits) -> None:
         raise ConfigError(
             f"`select_metric` must be one of {', '.join(reported)} here (got {metric!r})"
         )
-    if config.train.compares and not splits.validation:
+    fewest = 2 if config.train.accept_links == "better" else 1  # one has no standard error
+    if config.train.compares and len(splits.validation) < fewest:
         raise ConfigError(
-            "`early_stop`, `keep_best` and `accept_links` need validation rows (got none); give "
-            "data.validation"
+            "`early_stop`, `keep_best` and `accept_links` need validation rows, `accept_links: "
+            f"better` two or more (got {len(splits.validation) or 'none'}); give data.validation"
         )
     if config.train.accept_links == "better" and "loss" not in reported:
         raise ConfigError(
