@@ -196,6 +196,7 @@ def _ready(layer: Any, hidden: Tensor) -> bool:
         all(_quiet(module) for module in bypassed)
         and not any(w.requires_grad or w.dtype != hidden.dtype for w in norms)
         and not torch.is_autocast_enabled(hidden.device.type)
+        and not (layer.training and getattr(layer.self_attn, "attention_dropout", 0.0))
     )
 
 
@@ -252,7 +253,7 @@ def _attention_half(
     attention, norm = layer.self_attn, layer.input_layernorm
     parts = attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj
     own = _projections(parts, x.dtype)
-    if own is None or _dropout(layer) or not layout.by_matmul:
+    if own is None or not layout.by_matmul:
         return None
     eps = norm.variance_epsilon
     return Attention(norm.weight, eps, own, attention.scaling, turn, layout, rows)
@@ -277,7 +278,7 @@ def _attention_by_parts(
         turn = Turn(*(table.index_select(0, rows.index) for table in turn))
         layout = rows.layout
     query = Rotary.apply(attention.q_proj(normed).unflatten(-1, (-1, size)), *turn)
-    mixed = attend(query, key, value, layout, attention.scaling, _dropout(layer))
+    mixed = attend(query, key, value, layout, attention.scaling)
     return x + attention.o_proj(mixed.flatten(-2))
 
 
@@ -285,10 +286,6 @@ def _mlp_by_parts(layer: Any, x: Tensor) -> Tensor:
     mlp, norm = layer.mlp, layer.post_attention_layernorm
     normed = RmsNorm.apply(x, norm.weight, norm.variance_epsilon)
     return x + mlp.down_proj(F.silu(mlp.gate_proj(normed)) * mlp.up_proj(normed))
-
-
-def _dropout(layer: Any) -> float:
-    return getattr(layer.self_attn, "attention_dropout", 0.0) if layer.training else 0.0
 
 
 def _projections(modules: Iterable[nn.Module], dtype: torch.dtype) -> list[Projection] | None:
