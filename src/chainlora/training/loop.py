@@ -120,8 +120,10 @@ def _begin_link(run: Run, moments: Moments | None) -> torch.optim.Optimizer:
     run.engine.adapt(adapter.layers.values())
     optimizer = make_optimizer(adapter, run.train)
     if run.knots.index and run.train.optimizer_reset == "prune":
-        kept = moments or _saved_moments(run)
-        load_state(optimizer, prune_moments(kept, run.train.prune_fraction))
+        if moments is None:
+            assert run.directory is not None
+            moments = run.directory.load_moments()
+        load_state(optimizer, prune_moments(moments, run.train.prune_fraction))
     saved = run.directory.load_checkpoint(run.progress) if run.directory else None
     if saved is not None:
         state, tensors = saved
@@ -251,11 +253,6 @@ def _add_first_gradients(run: Run) -> None:
     run.processes.sum_gradients(parameters)
     if run.progress.step == first:  # not again where a stopped run resumes inside the link
         run.record(GradientMeasured(first, len(run.chain), tokens))
-
-
-def _saved_moments(run: Run) -> Moments:
-    assert run.directory is not None
-    return run.directory.load_moments()
 
 
 # --- between steps ---

@@ -111,10 +111,10 @@ def _result(run: Run, metrics: dict[str, Any]) -> TrainResult:
         "data": run.splits.report(),
         "base_fingerprint": run.chain.base_fingerprint,
         "wall_s": round(progress.seconds, 2),
-        "peak_memory_mb": peak_memory_mb(run.device),
+        "peak_memory_mb": peak_memory_mb(run.processes.device),
         "trainable_parameters": _num_trained(run),
         "versions": versions(),
-        "hardware": hardware(run.device),
+        "hardware": hardware(run.processes.device),
     }
 
 

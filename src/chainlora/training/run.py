@@ -57,11 +57,6 @@ class Run:
         return self.config.train
 
     @property
-    def device(self) -> torch.device:
-        """Where the model lives."""
-        return self.accelerator.device
-
-    @property
     def own_links(self) -> list[Link]:
         """The links of this run, without those that it began on."""
         return self.chain.links[self.knots.first :]
