@@ -20,7 +20,7 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from helpers import settings
+from helpers import settings, stop_after
 
 from chainlora import TrainResult, make_config, train
 from chainlora.errors import ConfigError
@@ -89,6 +89,19 @@ def test_a_script_is_after_train_what_it_was(tree, tmp_path, ends):
     train(tree, progress=False)  # in a process that has one
     assert AcceleratorState().mixed_precision == "bf16"
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.parametrize("length", [{"steps": [3, 2]}, {"steps": None, "minutes": [1e-4, 1e-4]}])
+def test_random_state_is_kept_where_layers_are_put_on_before_the_first_step(tree, tmp_path, length):
+    """By a resume behind the first link, and to measure a step."""
+    tree["train"]["save_every"], tree["output"] = 1, str(tmp_path / "run")
+    tree["chain"] |= {"ranks": [2, 2]} | length
+    is_resumed = length["steps"] is not None
+    if is_resumed:
+        stop_after(make_config(tree), 4)
+    before = torch.get_rng_state()
+    train(tree, resume=is_resumed, progress=False)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 # --- a log file ---

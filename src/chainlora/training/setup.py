@@ -35,6 +35,7 @@ from chainlora.models.loading import (
     open_folder,
 )
 from chainlora.models.loading_shards import load_shards
+from chainlora.models.modes import kept_random_state
 from chainlora.models.quantizing import is_quantized_model
 from chainlora.models.text_config import context_length
 from chainlora.runs.directory import RunDirectory
@@ -100,7 +101,10 @@ def _prepare(
     if own is not None:  # instead of the base's
         tokenizer = load_tokenizer(own)
     with processes.in_turn():  # a bad row is told before the model is loaded
-        earlier = start.kept if begun is None else _rows_of_earlier_stages(begun)
+        earlier = start.kept
+        if begun is not None:  # a run that is resumed has them itself, beside its own
+            own_stage = begun.manifest().stage
+            earlier = {stage: kept for stage, kept in begun.kept().items() if stage != own_stage}
         compare = processes.is_first and begun is None
         splits = _load_splits(config, tokenizer, listener, earlier, compare)
     model = _load_model(config, processes)
@@ -140,10 +144,11 @@ def _prepare(
             listener=listener,
             stage=stage,
         )
-        _restore_links(run, start)
-        if splits.loss == "dpo":
-            take_reference(run)
-        decide(run, first)
+        with kept_random_state(model):  # PEFT draws in layers that it puts on
+            _restore_links(run, start)
+            if splits.loss == "dpo":
+                take_reference(run)
+            decide(run, first)
         _announce(run)
     except BaseException:
         engine.close()
@@ -206,12 +211,6 @@ def _load_model(config: RunConfig, processes: Processes) -> Any:
     if config.train.gradient_checkpointing:
         _checkpoint_activations(model)
     return model
-
-
-def _rows_of_earlier_stages(directory: RunDirectory) -> Mapping[str, Kept]:
-    """Return the rows that earlier stages kept, of a run that is resumed: it has them itself."""
-    own = directory.manifest().stage
-    return {stage: kept for stage, kept in directory.kept().items() if stage != own}
 
 
 def _load_splits(
