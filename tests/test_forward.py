@@ -11,8 +11,11 @@ from torch import Tensor, nn
 from transformers import (
     MistralConfig,
     MistralForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
 )
 
+from chainlora import Chain, LinkConfig
 from chainlora.data.examples import Example
 from chainlora.engine.engine import Engine
 from chainlora.engine.fast.packed import layout
@@ -106,6 +109,25 @@ def test_gradient_checkpointing(architecture: str) -> None:
         model, batch, Path.PADDED
     )  # the name stays set, and a plain call is still plain
     assert_close(plain, expected, torch.float64)
+
+
+def test_layers_are_probed_under_checkpointing_too() -> None:
+    """Where links are on the model it asks for the layer's own forward, which is no probe."""
+    config = SmolLM3Config(
+        vocab_size=131,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        no_rope_layers=[1, 0],  # the second one is not turned
+        pad_token_id=0,
+    )
+    model = SmolLM3ForCausalLM(config).requires_grad_(False)
+    Chain(model).extend(LinkConfig(rank=2, target_modules=("q_proj",)))
+    model.gradient_checkpointing_enable()
+    with Engine(model, training=True) as engine:
+        assert any("fast forward of layer 1 differs" in note for note in engine.notes)
 
 
 def test_a_sequence_beyond_the_window_takes_the_padded_path() -> None:

@@ -148,8 +148,11 @@ def _probe(layer: Any, hidden: Tensor, kwargs: dict[str, Any], training: bool) -
 
 
 def _fast_forward(layer: Any, hidden: Tensor, **kwargs: Any) -> Tensor:
-    out = _compute(layer, hidden[0], kwargs[LAYOUT], kwargs["position_embeddings"], None)
-    return type(layer).forward(layer, hidden, **kwargs) if out is None else out[None]
+    layout = kwargs[LAYOUT]
+    turn = _turn(layout, kwargs["position_embeddings"])
+    out = _compute(layer, hidden[0], layout, turn, None, again=False)
+    assert out is not None  # the layer's own forward would agree with itself
+    return out[None]
 
 
 def _layers(model: nn.Module) -> list[Any]:
@@ -218,7 +221,9 @@ def _faster(
     """Return the layer's output, by its own forward where something is not as the probe saw it."""
     layout, rotary, out = kwargs.get(LAYOUT), kwargs.get("position_embeddings"), None
     if not (layout is None or rotary is None or args) and _ready(layer, hidden):
-        out = _compute(layer, hidden[0], layout, rotary, layout.rows if last else None)
+        again = layer.training and getattr(layer, "gradient_checkpointing", False)
+        rows, turn = layout.rows if last else None, _turn(layout, rotary)
+        out = _compute(layer, hidden[0], layout, turn, rows, again=again)
     if out is None:
         own: Tensor = type(layer).forward(layer, hidden, *args, **kwargs)
         return own
@@ -228,15 +233,13 @@ def _faster(
 
 
 def _compute(
-    layer: Any, x: Tensor, layout: Layout, rotary: tuple[Tensor, Tensor], rows: Rows | None
+    layer: Any, x: Tensor, layout: Layout, turn: Turn, rows: Rows | None, *, again: bool
 ) -> Tensor | None:
     """Return the layer's output at `rows` (None: all), from x [T, d].
 
-    None where gradient checkpointing asks for what single parts cannot do: to keep nothing.
+    None where checkpointing (`again`) asks for what single parts cannot do: to keep nothing.
     """
-    turn = _turn(layout, rotary)
     attention, mlp = _attention_half(layer, x, layout, turn, rows), _mlp_half(layer, x)
-    again = layer.training and getattr(layer, "gradient_checkpointing", False)
     if again and (attention is None or mlp is None):
         return None
     if attention is None:
