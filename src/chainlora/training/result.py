@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, TypedDict, cast
 
+from chainlora.chain.link import Link
 from chainlora.config.schema import RunConfig
 from chainlora.data.rows import Rows
 from chainlora.errors import RunError
@@ -95,6 +96,7 @@ def _final_metrics(run: Run) -> dict[str, Any]:
 
 def _result(run: Run, metrics: dict[str, Any]) -> TrainResult:
     config, progress = run.config, run.progress
+    own = run.chain.links[run.knots.first :]  # without those that it began on
     return {
         "format": RESULT_FORMAT,
         "model": config.model,
@@ -102,7 +104,7 @@ def _result(run: Run, metrics: dict[str, Any]) -> TrainResult:
         "metrics": metrics,
         "best": progress.best,
         "stage": run.stage,
-        "links": [describe_link(link, stage=run.stage) for link in run.own_links],
+        "links": [describe_link(link, stage=run.stage) for link in own],
         "steps": progress.step,
         "tokens": progress.tokens,
         "scored_tokens": progress.scored_tokens,
@@ -112,16 +114,16 @@ def _result(run: Run, metrics: dict[str, Any]) -> TrainResult:
         "base_fingerprint": run.chain.base_fingerprint,
         "wall_s": round(progress.seconds, 2),
         "peak_memory_mb": peak_memory_mb(run.processes.device),
-        "trainable_parameters": _num_trained(run),
+        "trainable_parameters": _num_trained(run, own),
         "versions": versions(),
         "hardware": hardware(run.processes.device),
     }
 
 
-def _num_trained(run: Run) -> int:
+def _num_trained(run: Run, links: Sequence[Link]) -> int:
     if run.config.chain.tune == "full":
         return sum(parameter.numel() for parameter in run.chain.model.parameters())
-    return max((num_trained(link) for link in run.own_links), default=0)
+    return max(map(num_trained, links), default=0)
 
 
 def _write_selection(run: Run) -> None:

@@ -56,11 +56,6 @@ class Run:
         """The config's `train` section."""
         return self.config.train
 
-    @property
-    def own_links(self) -> list[Link]:
-        """The links of this run, without those that it began on."""
-        return self.chain.links[self.knots.first :]
-
     def record(self, event: Event) -> None:
         """Send an event to ``metrics.jsonl``, the listener and the trackers."""
         if self.directory is not None:
