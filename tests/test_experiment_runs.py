@@ -84,6 +84,22 @@ def test_results_without_their_cells_are_resumed_and_none_is_lost(
     assert run_cells(experiment, taken, backend="inline").num_run == 0
 
 
+def test_what_another_runner_ends_meanwhile_stays(done, tmp_path):
+    """Its results were deleted where they came between a look at what is done and the work."""
+    experiment, out, _ = done
+
+    def another(record):
+        if record["event"] == "plan" and not (tmp_path / "cells").exists():
+            shutil.copytree(out / "cells", tmp_path / "cells")
+
+    before = {path.parent.name: path.stat().st_mtime_ns for path in out.glob("cells/*/result.json")}
+    assert not run_cells(experiment, tmp_path, backend="inline", listener=another).failed
+    kept = {
+        path.parent.name: path.stat().st_mtime_ns for path in tmp_path.glob("cells/*/result.json")
+    }
+    assert kept == before
+
+
 def test_cells_of_other_rows_or_weights_are_not_put_into_one_table(
     tiny_folder, sentiment, tmp_path
 ):

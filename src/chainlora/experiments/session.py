@@ -170,6 +170,8 @@ class Session:
         assert self.out is not None
         directory = self.out / "cells" / cell.id
         make_folder(directory)
+        if self.is_done(cell):  # by another runner of this folder, meanwhile
+            return directory
         config = with_curve(cell.config, self.experiment.curve_points)
         if (directory / RUN).exists():  # with the evaluations that this run started with
             try:
