@@ -50,6 +50,27 @@ def test_a_plan_has_one_pair_a_task_of_two_methods_that_train_nothing(tmp_path):
     assert (power.task, power.num_measured, power.num_pairs) == ("all tasks", 2, 2)
 
 
+@pytest.mark.parametrize(
+    ("num_seeds", "methods", "said"),
+    [
+        (3, ["lora", "chain3"], "3 seeds cannot decide anything, "),
+        (6, ["lora", "chain3"], None),
+        (5, ["lora", "chain3", "chain2"], "5 seeds cannot decide anything, "),
+        (6, ["lora", "chain3", "chain2", "dora"], "anything beside the primary comparison, "),
+    ],
+)
+def test_a_plan_says_what_a_primary_comparison_needs(
+    tiny_folder, sentiment, tmp_path, num_seeds, methods, said
+):
+    """Nothing was said of a single one, as if three seeds could decide it."""
+    keys = {"methods": methods, "primary": ["chain3", "lora"], "tune": {}}
+    path = tmp_path / "experiment.yaml"
+    path.write_text(yaml.safe_dump(tree(tiny_folder, sentiment, seeds=[*range(num_seeds)], **keys)))
+    notes = plan_experiment(path).notes
+    assert len(notes) == (said is not None)
+    assert all(said in note for note in notes)
+
+
 def test_plan_and_run_from_the_command_line(done, tiny_folder, sentiment, tmp_path, chainlora):
     _, out, _ = done
     path, results = tmp_path / "experiment.yaml", out / "results.jsonl"
@@ -64,6 +85,7 @@ def test_plan_and_run_from_the_command_line(done, tiny_folder, sentiment, tmp_pa
     assert "| task | pair | sd measured | pairs planned | detectable | pairs needed |" in said
     found = chainlora(f"{plan} --output {out} --json").json
     assert (found["num_cells"], found["num_done"], len(found["power"])) == (6, 6, 1)
+    assert found["power"][0]["detectable"] is None  # JSON has no infinity
     assert not (tmp_path / "results.jsonl").exists()
     once = f"--output {tmp_path}/out --backend inline --reuse {results} --max-cells 1"
     outcome = chainlora(f"experiment run {path} {once} --seeds [0,1,2] --json")

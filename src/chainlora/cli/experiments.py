@@ -113,6 +113,7 @@ def plan(arguments: tuple[str, ...], output: str | None, as_json: bool, **option
     from dataclasses import asdict
 
     from chainlora.experiments import plan_experiment
+    from chainlora.experiments.report.values import finite
 
     file, keys = file_and_overrides(list(arguments), "FILE")
     quiet()
@@ -124,7 +125,8 @@ def plan(arguments: tuple[str, ...], output: str | None, as_json: bool, **option
         if found.power
         else "no spread is measured yet: run two seeds, then plan again with --output or --reuse",
     ]
-    show(asdict(found), "\n".join(lines), as_json)
+    power = [{key: finite(value) for key, value in asdict(each).items()} for each in found.power]
+    show(asdict(found) | {"power": power}, "\n".join(lines), as_json)
 
 
 @experiment.command(name="run", context_settings={"ignore_unknown_options": True})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 from chainlora.experiments.report.charts import CHARTS, Chart, asked_for, pictures, save_charts
 from chainlora.experiments.report.comparisons import Comparison, Facts
 from chainlora.experiments.report.sections import SECTIONS
-from chainlora.experiments.report.values import Summary
+from chainlora.experiments.report.values import Summary, finite
 from chainlora.experiments.report.verdicts import headline
 from chainlora.experiments.results import check_alike, read_results
 from chainlora.files import make_folder, write_text
@@ -34,7 +33,7 @@ class Report:
         return {
             "files": [str(path) for path in self.files],
             "differences": [
-                {key: _finite(value) for key, value in _flat_comparison(each).items()}
+                {key: finite(value) for key, value in _flat_comparison(each).items()}
                 for each in self.comparisons
             ],
         }
@@ -107,11 +106,6 @@ def _flat(summary: Summary) -> dict[str, Any]:
         "point": json.dumps(values["point"]),
         "ranks": " ".join(map(str, summary.ranks)),
     }
-
-
-def _finite(value: Any) -> Any:
-    """Return None for a number that JSON does not have."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _flat_comparison(comparison: Comparison) -> dict[str, Any]:

@@ -41,9 +41,9 @@ def held_out_loss(cell: Cell) -> float | None:
     return finite((cell.get(cell["score_split"]) or {}).get("loss"))
 
 
-def finite(loss: float | None) -> float | None:
-    """Return a loss; None for one that has no mean, an infinite one (a label of probability 0)."""
-    return float(loss) if loss is not None and math.isfinite(loss) else None
+def finite(value: Any) -> Any:
+    """Return a value; None for a number that means cannot take (the loss of a probability of 0)."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def cells_of(results: Results, task: str, method: str) -> list[dict[str, Any]]:
