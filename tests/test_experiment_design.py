@@ -48,6 +48,12 @@ WRONG = [
     ({"tune": {"seeds": []}}, "different seeds"),
     ({"primary": ["lora", "chain3"]}, "one of the pairs compared"),
     ({"curve_points": -1}, "at least 0"),
+    ({"methods": {"lora": None, "mine": {"preset": 5}}}, "unknown method '5'"),
+    (
+        {"methods": {"lora": None, "a\nb": {"preset": "lora"}}},
+        "`methods` must have names of one line",
+    ),
+    ({"tasks": ["t" * 201]}, "`tasks` must have names of one line and 1 to 200 characters"),
     ({"tasks": ["rtee"]}, "did you mean 'rte'"),
     ({"base": {"train": {"lrr": 1}}}, "did you mean 'lr'"),
 ]

@@ -39,6 +39,17 @@ def test_a_report_comes_from_the_results_file_alone(tmp_path):
     assert {file: file.read_bytes() for file in again.files} == before  # same results, same bytes
 
 
+def test_a_model_may_lie_in_a_long_path(tmp_path):
+    """Of a path above 200 characters, no results could be read: neither reported nor resumed."""
+    model = "/models" * 40
+    path = change(
+        tmp_path / "results.jsonl",
+        lambda c: c | {"config": c["config"] | {"model": model}},
+        model=model,
+    )
+    assert f"Model: {model}." in report_experiment(path, figures=False).markdown
+
+
 def test_a_choice_at_an_end_of_its_grid_is_marked(tmp_path):
     def choice(method, chosen, **point):
         tried = [

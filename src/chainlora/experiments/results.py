@@ -214,7 +214,7 @@ class _Line(BaseModel):
 class _Experiment(_Line):
     name: _Name
     description: str
-    model: _Name | None
+    model: str | None
     tasks: list[_Name] = Field(min_length=1)
     methods: dict[str, str] = Field(min_length=1)
     pairs: list[_Pair]
@@ -260,7 +260,7 @@ class _Choice(_Line):
 
 
 class _Config(_Line):
-    model: _Name | None = None
+    model: str | None = None
     data: dict[str, Any] = {}
     chain: dict[str, Any] = {}
     train: dict[str, Any] = {}

@@ -11,6 +11,7 @@ baseline: lora
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -58,7 +59,7 @@ class Tuning(Frozen):
 class Experiment(Frozen):
     """One experiment: task × method × grid × seed."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][\w.-]*$")
+    name: str = Field(pattern=r"^[A-Za-z0-9][\w.-]*$", max_length=200)
     description: str = ""
     base: dict[str, Any]
     tasks: dict[str, dict[str, Any]] = Field(min_length=1)
@@ -80,7 +81,7 @@ class Experiment(Frozen):
     @classmethod
     def _names(cls, value: Any, info: ValidationInfo) -> Any:
         if isinstance(value, list | tuple):
-            return {str(name): {} for name in value}
+            value = {str(name): None for name in value}
         if not isinstance(value, Mapping):
             return value
         for name, keys in value.items():
@@ -89,6 +90,9 @@ class Experiment(Frozen):
                     f"`{info.field_name}.{name}` must be a section of keys (got {keys!r:.60}); "
                     "leave it empty, or give some"
                 )
+            if not re.fullmatch(r".{1,200}", str(name)):  # results.jsonl has no others
+                rule = f"`{info.field_name}` must have names of one line and 1 to 200 characters"
+                raise ValueError(f"{rule} (got {name!r:.60})")
         return {str(name): dict(keys or {}) for name, keys in value.items()}
 
     @model_validator(mode="after")
@@ -130,7 +134,7 @@ class Experiment(Frozen):
         """
         given = dict(self.methods[name])
         given.pop("grid", None)
-        preset = load_method(given.pop("preset", name))
+        preset = load_method(str(given.pop("preset", name)))
         check_keys(f"methods.{name}", given)
         return merge_trees(preset.keys, given)
 

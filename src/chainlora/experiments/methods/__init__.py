@@ -48,7 +48,7 @@ def load_method(name: str) -> Method:
             "and call `chainlora experiment run`"
         )
     if name not in list_methods():
-        raise ConfigError(f"unknown method {name!r}{nearest(str(name), list_methods())}")
+        raise ConfigError(f"unknown method {name!r}{nearest(name, list_methods())}")
     tree = parse_yaml((files(__package__) / f"{name}.yaml").read_text(encoding="utf-8"))
     keys = {section: tree[section] for section in _SECTIONS if section in tree}
     return Method(name, tree["description"], tree["source"], keys)
