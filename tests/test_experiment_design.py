@@ -112,6 +112,10 @@ def test_the_choice_is_by_validation_then_loss_then_order():
     assert record["chosen"] == {"train.lr": 2}  # a rate that diverges under one seed is not chosen
     (record,) = choose([trial(1, 0.9, 1.0), trial(2, 0.1, 0.5)], metric="loss")
     assert record["chosen"] == {"train.lr": 2}
+    # means over seeds are equal whatever their order: the loss decides, and not a rounding
+    few = [trial(1, score, 0.9) for score in (0.1, 0.2, 0.3)]
+    (record,) = choose(few + [trial(2, score, 0.1) for score in (0.3, 0.2, 0.1)])
+    assert record["chosen"] == {"train.lr": 2}
     (record,) = choose([trial(1, None, 0.0)])
     assert record["chosen"] is None
 

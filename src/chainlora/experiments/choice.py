@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 from chainlora.evaluation.metrics import is_higher_better
@@ -65,10 +66,7 @@ def _choose_one(
 
 def _mean(trials: Sequence[Trial], name: str) -> float:
     worst = -math.inf if is_higher_better(name) else math.inf
-    values = [
-        worst if trial.metrics is None else trial.metrics.get(name, worst) for trial in trials
-    ]
-    return sum(values) / len(values)
+    return fmean((trial.metrics or {}).get(name, worst) for trial in trials)
 
 
 def extensions(

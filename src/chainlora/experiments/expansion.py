@@ -73,13 +73,12 @@ class Expansion:
 
     def tuning(self, added: Mapping[Pair, Sequence[Point]] | None = None) -> list[Cell]:
         """Return the cells that choose a point: of the grid, and of points `added` beyond it."""
-        grown = added or {}
         return _unique(
             replace(self._cell(*pair, seed, point), phase="tune")
             for seed in self.experiment.tuning_seeds
             for pair, points in self.points.items()
             if len(points) > 1
-            for point in [*points, *grown.get(pair, ())]
+            for point in [*points, *(added or {}).get(pair, ())]
         )
 
     def finals(self, chosen: Mapping[Pair, Sequence[Point]]) -> list[Cell]:
