@@ -185,7 +185,7 @@ def test_what_cannot_be_shown(chainlora, run, tiny_folder, sentiment, tmp_path, 
 # --- in a browser ---
 
 
-def test_a_run_that_goes_and_strengths_beyond_a_slider(run):
+def test_a_run_that_goes_and_strengths_beyond_a_slider(run, trained, tmp_path):
     gradio = pytest.importorskip("gradio", reason="no gradio: pip install 'chainlora[board]'")
     from chainlora.board import app
 
@@ -200,6 +200,13 @@ def test_a_run_that_goes_and_strengths_beyond_a_slider(run):
     choices, page = look(str(run))
     assert choices.preprocess(str(run)) == str(run)  # else Gradio refuses it, every few seconds
     assert "cannot be read" in page
+    for folder in ("a", "b"):
+        shutil.copytree(trained, tmp_path / folder / "run")
+    blocks = app.page_of([tmp_path / "a", tmp_path / "b"])
+    look = next(each.fn for each in blocks.fns.values() if each.name == "look")
+    shutil.rmtree(tmp_path / "a")
+    choices, _ = look(str(tmp_path / "a/run"))  # the one that is left has its name alone now
+    assert {value for _, value in choices.choices} == {str(tmp_path / f"{x}/run") for x in "ab"}
 
 
 def test_pages_that_were_closed_hold_no_model(run):

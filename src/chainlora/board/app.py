@@ -106,7 +106,7 @@ def page_of(places: Sequence[str | Path]) -> gr.Blocks:
 
     def look(shown: str) -> tuple[Any, str]:
         runs = find_runs(places)
-        gone = {} if Path(shown) in runs.values() else {Path(shown).name: Path(shown)}
+        gone = {} if Path(shown) in runs.values() else {shown: Path(shown)}
         there = gr.skip() if runs == before else gr.Dropdown(_choices(runs | gone), visible=True)
         return there, render_part(sections_of(runs, Path(shown)))
 
