@@ -30,16 +30,17 @@ WRITTEN |= {"metric": "em", "references": "gold"}
         ({"metric": "acuracy"}, r"`metric` must be 'accuracy', .* \(got 'acuracy'\)"),
         ({"labels": ["a"]}, r"at least two different words"),
         ({"labels": ["a", "a"]}, r"(two different words|differ from each other)"),
+        ({"labels": {"1": " a", "2": " b", "true": " c"}}, r"'1', which means ' a' and ' c'"),
         ({"labels": None}, r"one of `labels`, `candidates`, `completion` \(got none\)"),
         ({"completion": "x"}, r"got labels and completion"),
         ({"labels": None, "completion": "x"}, r"loss: completion and metric em"),
         (WRITTEN | {"references": None}, r"`references` \(got none\)"),
         *(
             (
-                WRITTEN | {"metric": metric},
+                WRITTEN | {"metric": metric, "stop": stop},
                 rf"`metric: {metric}` .*neither `stop` nor `add_eos`.; set add_eos: true, or a `st",
             )
-            for metric in ("em", "token_f1")
+            for metric, stop in (("em", None), ("token_f1", None), ("em", ""))
         ),
         ({"prompt": "{{ text"}, r"`prompt` must be a Jinja2 template"),
         ({"label": "a b"}, r"`label` must be a Jinja2 expression"),
@@ -58,11 +59,12 @@ def test_written_answers_are_compared_where_something_ends_them(tmp_path, end):
 
 
 @pytest.mark.parametrize(
-    "words", [[" True", " False"], [" 1", " 2"], [" true", " x"], [" a", " b", " 0"]]
+    "words",
+    [[" True", " False"], [" 1", " 2"], [" true", " x"], [" a", " b", " 0"], [" yes", "yes"]],
 )
 def test_a_list_of_labels_has_no_word_that_reads_as_another_position(tmp_path, words):
     with pytest.raises(
-        ConfigError, match=r"in the order of its positions \(got .*write a mapping from each value"
+        ConfigError, match=r"must mean one of `labels` \(got .*; write a mapping from each value"
     ):
         load_task(write_task(tmp_path, labels=words))
 

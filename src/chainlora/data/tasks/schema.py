@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Any, Literal
 
@@ -123,10 +123,9 @@ class TaskFile(Frozen):
             "`labels` must be at least two different words",
             list(words),
         )
-        if isinstance(self.labels, tuple):
-            wrong = len(words) < len(self.labels)
-            refuse_if(wrong, "`labels` must differ from each other", list(self.labels))
-            _refuse_words_that_are_positions(words)
+        wrong = isinstance(self.labels, tuple) and len(words) < len(self.labels)
+        refuse_if(wrong, "`labels` must differ from each other", list(self.labels or ()))
+        self._check_values()
         is_written = self.completion is not None and self.metric in WORD_METRICS
         refuse_if(
             is_written and self.references is None,
@@ -135,13 +134,23 @@ class TaskFile(Frozen):
             "name the field of gold answers",
         )
         refuse_if(
-            is_written and self.stop is None and not self.add_eos,
+            is_written and not (self.stop or self.add_eos),
             f"`metric: {self.metric}` has answers written, which must end somewhere",
             "neither `stop` nor `add_eos`",
             "set add_eos: true, or a `stop` that `completion` ends with",
         )
         self._check_templates()
         return self
+
+    def _check_values(self) -> None:
+        """Refuse a value of the row's label that means two words."""
+        named = self.labels if isinstance(self.labels, dict) else {}
+        pairs = named.items() or [(word.strip(), word) for word in self.label_words]
+        for value, word in pairs:
+            other = self.label_words[self._label_lookup[_label_key(value)]]
+            got = f"{value!r}, which means {word!r} and {other!r}"
+            remedy = "write a mapping from each value of the row's label to one word"
+            refuse_if(word != other, "a label must mean one of `labels`", got, remedy)
 
     def _check_templates(self) -> None:
         for keys, check, kind in (
@@ -180,18 +189,6 @@ class TaskFile(Frozen):
     def label_index(self, value: Any) -> int | None:
         """Return which candidate a row's label value means, or None."""
         return self._label_lookup.get(_label_key(value))
-
-
-def _refuse_words_that_are_positions(words: Sequence[str]) -> None:
-    for index, word in enumerate(words):
-        key, name = _label_key(word.strip()), word.strip()
-        refuse_if(
-            key != str(index) and key in map(str, range(len(words))),
-            "a list of `labels` is in the order of its positions",
-            f"{word!r} at position {index}, which a row means by {name} and by {index}",
-            "write a mapping from each value of the row's label to its word, e.g. "
-            f"{{{name.lower()}: {word!r}, …}}",
-        )
 
 
 def _label_key(value: Any) -> str:
