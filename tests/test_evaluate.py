@@ -16,6 +16,7 @@ from transformers import MptConfig, MptForCausalLM
 from chainlora.data.examples import Example
 from chainlora.engine.engine import Engine
 from chainlora.errors import ConfigError, DataError, ModelError
+from chainlora.evaluation.acceptance import values
 from chainlora.evaluation.evaluate import evaluate
 from chainlora.evaluation.generation import generate_greedy
 from chainlora.evaluation.metrics import token_f1
@@ -335,11 +336,13 @@ def test_a_candidate_is_compared_by_what_it_stands_for():
     rng = random.Random(10)
     names = ("New York", "New Jersey")
     rows = []
-    for i, references in enumerate((("Boston", "the New York"), ("Jersey",))):
+    golds = (("Boston", "the New York"), ("Jersey",))
+    for i, references in enumerate(golds):
         plain = classified(i, words(rng, 12), [words(rng, 4), words(rng, 4)])
         rows.append(Example(i, plain.sequences, plain.scored, 0, references, names))
     found = evaluate(tiny_model("llama"), rows, metrics=["em", "token_f1"])
     chosen = [names[p["prediction"]] for p in found.predictions]
     assert found.metrics["em"] == (chosen[0] == "New York") / 2
-    expected = token_f1(chosen[0], rows[0].references) + token_f1(chosen[1], rows[1].references)
-    assert found.metrics["token_f1"] == expected / 2
+    expected = [token_f1(*each) for each in zip(chosen, golds, strict=True)]
+    assert found.metrics["token_f1"] == sum(expected) / 2
+    assert values(found, "token_f1") == expected

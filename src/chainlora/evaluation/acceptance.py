@@ -53,9 +53,9 @@ def values(found: Evaluation, metric: str) -> list[float]:
         return [_share(row) for row in rows]
     if metric == "loss":
         return [_loss(row) for row in rows]
-    if metric in TEXT_METRICS and all("references" in row for row in rows):
+    if metric in TEXT_METRICS:
         judge = TEXT_METRICS[metric]
-        return [judge(row["prediction"], row["references"]) for row in rows]
+        return [judge(row.get("answer", row["prediction"]), row["references"]) for row in rows]
     return []
 
 

@@ -13,7 +13,6 @@ import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path as FilePath
 from statistics import fmean
 from typing import Any
@@ -44,7 +43,8 @@ class Evaluation:
     `predictions` has one dict a row, in the order of the examples: `row`, `label` (right candidate
     or None), `prediction` (chosen candidate, generated text, or None for language-model rows) and
     `scores` (mean log-probability per token of each sequence, natural logarithm); rows without
-    candidates also have `tokens`, how many are scored, generated ones `references`.
+    candidates also have `tokens`, how many are scored. Answers that are compared in words have
+    their `references`, and a chosen candidate its words as `answer`.
     """
 
     metrics: dict[str, float]
@@ -89,10 +89,18 @@ def evaluate(
     """
     names = check_metrics(metrics)
     examples = list(examples)
-    is_labelled = _are_labelled(examples)
+    if not examples:
+        remedy = "check the split and --limit"
+        raise DataError("an evaluation needs at least one example", "none", remedy)
+    is_labelled = examples[0].label is not None
     in_words = [name for name in names if name in TEXT_METRICS]
     _check_names(names, examples, is_labelled=is_labelled)
     is_written = bool(in_words) and not is_labelled
+    tell = progress or (lambda done, rows: None)
+
+    def scored(done: int, rows: int) -> None:
+        tell(0 if is_written else done, rows)  # answers are still to come
+
     found: dict[str, float] = {}
     losses: dict[str, float] = {}
     columns: dict[str, list[Any]] = {
@@ -103,10 +111,7 @@ def evaluate(
     }
     with nullcontext(engine) if engine else Engine(model, training=False) as runner:
         if not is_written or any(name in LOSS_METRICS for name in names):
-            told = progress
-            if is_written and progress is not None:  # its answer is still to come
-                told = partial(_none_done, progress)
-            columns["scores"] = runner.scores(examples, max_tokens=max_tokens, progress=told)
+            columns["scores"] = runner.scores(examples, max_tokens=max_tokens, progress=scored)
             losses = _losses(examples, columns["scores"], is_labelled=is_labelled)
             if not is_labelled:
                 columns["tokens"] = [example.num_learned for example in examples]
@@ -114,19 +119,21 @@ def evaluate(
             texts = columns["prediction"] = _answers(
                 runner,
                 examples,
-                progress,
+                tell,
                 tokenizer=_required(tokenizer),
                 max_tokens=max_tokens,
                 max_new_tokens=max_new_tokens,
                 stop=stop,
             )
-            columns["references"] = [list(example.references) for example in examples]
+    if in_words:
+        columns["references"] = [list(example.references) for example in examples]
     if is_labelled:
         chosen = columns["prediction"] = [_best(row) for row in columns["scores"]]
         found = {n: INDEX_METRICS[n](columns["label"], chosen) for n in names if n in INDEX_METRICS}
         if in_words:
             pairs = zip(examples, chosen, strict=True)
             texts = [_candidate_text(example, index, tokenizer) for example, index in pairs]
+            columns["answer"] = texts
     for name in in_words:
         answered = zip(texts, examples, strict=True)
         found[name] = fmean(TEXT_METRICS[name](text, each.references) for text, each in answered)
@@ -157,7 +164,7 @@ def _losses(
 
 
 def _answers(
-    engine: Engine, examples: Sequence[Example], progress: ScoringProgress | None, **options: Any
+    engine: Engine, examples: Sequence[Example], progress: ScoringProgress, **options: Any
 ) -> list[str]:
     """Let the model answer each prompt, with `options` of `generate_greedy`."""
     done = 0
@@ -165,8 +172,7 @@ def _answers(
     def advance(number: int) -> None:
         nonlocal done
         done += number
-        if progress is not None:
-            progress(done, len(examples))
+        progress(done, len(examples))
 
     def generate(prompts: Sequence[Any]) -> list[str]:
         with engine.plain() as model:
@@ -176,18 +182,6 @@ def _answers(
 
     texts: list[str] = engine.spread([example.prompt for example in examples], generate)
     return texts
-
-
-def _none_done(progress: ScoringProgress, done: int, rows: int) -> None:
-    progress(0, rows)
-
-
-def _are_labelled(examples: Sequence[Example]) -> bool:
-    if not examples:
-        raise DataError(
-            "an evaluation needs at least one example (got none); check the split and --limit"
-        )
-    return examples[0].label is not None
 
 
 def _check_names(names: Sequence[str], examples: Sequence[Example], *, is_labelled: bool) -> None:
