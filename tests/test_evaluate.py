@@ -10,10 +10,14 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import ARCHITECTURES, tiny_model
+from helpers_tasks import write_task
 from reference_scorer import reference_predictions, reference_scores, reference_scores_of_text
 from transformers import MptConfig, MptForCausalLM
 
 from chainlora.data.examples import Example
+from chainlora.data.sources import Row
+from chainlora.data.splits import encode_split
+from chainlora.data.tasks import load_task
 from chainlora.engine.engine import Engine
 from chainlora.errors import ConfigError, DataError, ModelError
 from chainlora.evaluation.acceptance import values
@@ -346,3 +350,12 @@ def test_a_candidate_is_compared_by_what_it_stands_for():
     expected = [token_f1(*each) for each in zip(chosen, golds, strict=True)]
     assert found.metrics["token_f1"] == sum(expected) / 2
     assert values(found, "token_f1") == expected
+
+
+def test_a_word_scored_by_its_first_token_is_compared_as_a_whole(tmp_path, tokenizer):
+    model = tiny_model("llama", vocab_size=len(tokenizer))
+    keys = {"labels": [" birds fly", " two cats"], "metric": "em", "scoring": "first_token"}
+    rows = [Row({"text": "red", "label": label}, label, "") for label in (0, 1)]
+    examples = encode_split(load_task(write_task(tmp_path, **keys)), rows, tokenizer, 128)
+    found = evaluate(model, examples, metrics=["em", "accuracy"], tokenizer=tokenizer)
+    assert found.metrics["em"] == found.metrics["accuracy"] == 0.5

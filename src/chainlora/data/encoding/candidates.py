@@ -12,7 +12,7 @@ from chainlora.data.encoding.drafts import Draft, Ids, Span
 from chainlora.data.encoding.tokens import TokenReader, check_start, refuse_nothing
 from chainlora.data.readers import bad_row
 from chainlora.data.sources import Row
-from chainlora.data.tasks import Rendered, Task
+from chainlora.data.tasks import WORD_METRICS, Rendered, Task
 
 
 class CandidatesEncoder:
@@ -47,7 +47,7 @@ class CandidatesEncoder:
             sequences = [ids[: start + 1] for ids in sequences]
         _check_different(shown.candidates, sequences, row.origin, first_token)
         scored: list[list[Span]] = [[(start, len(ids))] for ids in sequences]
-        names = shown.names if self.task.candidates else ()
+        names = shown.names if self.task.candidates or self.task.metric in WORD_METRICS else ()
         right = (shown.label, shown.references, names)
         return Draft(row.index, row.origin, list(shown), sequences, scored, *right, prompt=read)
 
