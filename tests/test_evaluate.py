@@ -359,3 +359,14 @@ def test_a_word_scored_by_its_first_token_is_compared_as_a_whole(tmp_path, token
     examples = encode_split(load_task(write_task(tmp_path, **keys)), rows, tokenizer, 128)
     found = evaluate(model, examples, metrics=["em", "accuracy"], tokenizer=tokenizer)
     assert found.metrics["em"] == found.metrics["accuracy"] == 0.5
+
+
+def test_an_answer_ends_where_the_tokenizer_ends_rows(tokenizer):
+    """Also if the model's own config names another end, as that of a base often does."""
+    model, prompt = tiny_model("llama", vocab_size=len(tokenizer)), [5, 6, 7]
+    asked = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+    new = model.generate(torch.tensor([prompt]), **asked)[0, 3:].tolist()
+    model.generation_config.eos_token_id = next(k for k in range(20) if k not in new)
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(new[4])
+    said = tokenizer.decode(new[: new.index(new[4]) + 1], skip_special_tokens=True).strip()
+    assert generate_greedy(model, tokenizer, [prompt], max_new_tokens=12, stop=None) == [said]

@@ -134,11 +134,10 @@ def greedy_config(
     max_new_tokens: int,
     more_ends: Sequence[int] = (),
 ) -> GenerationConfig:
-    """Return plain greedy search, with nothing of the model's own config but where it ends."""
+    """Return plain greedy search that ends where the model's own config says, and where rows do."""
     own = getattr(model, "generation_config", None)
     found = getattr(own, "eos_token_id", None)
-    found = tokenizer.eos_token_id if found is None else found
-    known = [*(found if isinstance(found, list) else [found]), *more_ends]
+    known = [*(found if isinstance(found, list) else [found]), tokenizer.eos_token_id, *more_ends]
     ends = [end for end in dict.fromkeys(known) if end is not None]
     pad = tokenizer.pad_token_id
     if pad is None:  # padding is masked, so that any id does
