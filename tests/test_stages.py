@@ -957,6 +957,19 @@ def _is_of(path: Path, stage: str) -> bool:
     return path.suffix == ".safetensors" and (is_link or path.stem == stage)
 
 
+def test_a_matrix_says_how_to_finish_a_pruning_that_was_stopped(three, tmp_path):
+    run, marked = tmp_path / "run", tmp_path / "marked"
+    shutil.copytree(run, marked)
+    prune_stage(marked, "style")
+    shutil.copy(marked / "stages.json", run)  # what is written first
+    with pytest.raises(
+        RunError, match=r"'style', half pruned.; call chainlora prune .*run style --yes again"
+    ):
+        stage_matrix(run)
+    prune_stage(run, "style")
+    assert stage_matrix(run).stages == ["facts", "law"]
+
+
 def test_names_and_ids_of_a_pruned_stage_are_not_used_again(three, tmp_path, capsys):
     run, style = tmp_path / "run", stage_of(three, "style")
     for stage in ("law", "style"):

@@ -43,7 +43,6 @@ from chainlora.runs.stages import (
     first_is_open,
     folder_of,
     open_run,
-    place_of,
     read_stages,
     readers_of_stages,
     run_around,
@@ -297,8 +296,11 @@ def _states(run: Path, reader: RunReader) -> Iterator[tuple[str, Strengths]]:
     found, begun = read_stages(run), RunReader(run).manifest()
     last: Strengths = {}
     for name in reader.manifest().stages:
+        if name in found.names and name not in found.here:
+            again = f"call chainlora prune {run} {name} --yes again"
+            raise RunError("a stage must be pruned to the end", f"{name!r}, half pruned", again)
         if name in found.names:
-            folder = folder_of(run, found, place_of(found, name, run))
+            folder = folder_of(run, found, found.names.index(name))
             last = _strengths(RunReader(folder).manifest().loaded)
         else:
             last = _end_before_the_fork(begun, name)
