@@ -63,6 +63,12 @@ def test_a_run_directory_that_is_incomplete(chainlora, finished, config, task, t
     assert not (tmp_path / "out").exists()
 
 
+def test_a_packaged_model_is_no_run_that_is_not_there(chainlora, finished, monkeypatch):
+    monkeypatch.chdir(finished.parent)
+    for verb in ("eval --task sst2", "generate --prompt a"):
+        chainlora(f"{verb} pip:no-such-package").refused("the package that holds the model must be")
+
+
 def test_no_run(chainlora, finished, task, tiny_folder, tmp_path):
     for verb, options in (("inspect", ""), ("export", f"--to merged --output {tmp_path}/o")):
         chainlora(f"{verb} {tmp_path}/none {options}").refused(

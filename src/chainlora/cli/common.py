@@ -305,7 +305,8 @@ def check_run_or_model(run_or_model: str, links: int | None, stages: str | None 
     """Raise RunError for half a run directory, for what can only be a run that is not there, or for
     links and stages of what is no run."""
     folder = Path(run_or_model)
-    if (folder / "links").is_dir() or (not folder.exists() and _runs_near(folder)):
+    is_there = folder.exists() or run_or_model.startswith("pip:")
+    if (folder / "links").is_dir() or (not is_there and _runs_near(folder)):
         need_run(run_or_model)
     if links is not None and stages is not None:
         raise click.UsageError("--links and --stages both choose links; leave one out")
