@@ -163,6 +163,15 @@ def test_a_task_over_own_files_holds_rows_out_as_they_are_scored(tiny_folder, se
     assert given["rows"] == 16
 
 
+def test_rows_that_are_scored_as_they_are_learned_are_tokenised_once(tokenizer, tmp_path, cache):
+    rows = [{"text": f"film {number}", "label": number % 2} for number in range(2001)]
+    file, task = write_rows(tmp_path / "a.jsonl", rows), write_task(tmp_path)
+    data = DataConfig(task=str(task), train=str(file), validation=0.1)
+    found = prepare_splits(data, tokenizer, 128)
+    assert len(found.train) + len(found.validation) == 2001
+    assert len([store for store in (cache / "rows").iterdir() if store.is_dir()]) == 1
+
+
 @pytest.mark.parametrize(
     ("validation", "message"),
     [(26, r"some \(got 26 of 26\); give another"), (0.001, r"some \(got 0.001 of 26\)")],

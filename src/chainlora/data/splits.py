@@ -132,8 +132,10 @@ def prepare_splits(
     if task is not None:
         before = _demonstrations(task, data, sources["train"])
         sources["train"] = _without_first(sources["train"], data.shots)
-        options = replace(options, reserve=_reserve(task), before=before)
-        learned = replace(options, objective=task.loss, reserve=0)
+        learned = replace(options, objective=task.loss, before=before)
+        options = replace(learned, reserve=_reserve(task))
+        if task.completion is None:
+            options = replace(options, objective="candidates")
         asked = {name: getattr(task, name) for name in _ASKED_OF_A_TASK}
 
     def encode(split: str, options: Options) -> list[Rows]:
