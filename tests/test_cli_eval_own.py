@@ -77,7 +77,8 @@ def test_other_rows_links_and_limits(chainlora, written, tiny_folder, texts, fin
     assert base["metrics"]["loss"] > found["metrics"]["loss"]
     assert chainlora(f"eval {tiny_folder} --data {file} --json").json == base
     found = chainlora(f"eval {finished} --data {sentiment}/train.jsonl --json").json
-    assert (found["task"], found["rows"]) == ("sentiment", 32)  # its task, on other rows
+    shown = (found["task"], found["split"], found["rows"])
+    assert shown == ("sentiment", f"{sentiment}/train.jsonl", 32)  # its task, on other rows
 
 
 def test_rows_that_are_not_there(chainlora, written, tiny_folder, texts):

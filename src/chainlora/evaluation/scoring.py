@@ -109,7 +109,7 @@ def evaluate_task(
     metrics = dict(found.metrics)
     if asked.metric in INDEX_METRICS:
         metrics["majority"] = majority_rate(rows, asked.metric)
-    is_file = task is None and data is not None and not Path(data).is_dir()
+    is_file = data is not None and not Path(data).is_dir()
     named = task or own_task
     shown = {"task": named and named.name, "split": data if is_file else split}
     return Shown(shown | {"rows": found.num_rows, "metrics": metrics})
