@@ -81,6 +81,14 @@ def test_other_rows_links_and_limits(chainlora, written, tiny_folder, texts, fin
     assert shown == ("sentiment", f"{sentiment}/train.jsonl", 32)  # its task, on other rows
 
 
+def test_a_limit_counts_no_rows_that_are_shown(chainlora, config, tmp_path):
+    chain = "--chain.ranks 2 --chain.steps 1"
+    assert chainlora(f"train {config} --data.shots 4 {chain}").status == 0
+    for limit, rows in ((2, 2), (6, 6), (99, 28)):
+        scored = f"eval {tmp_path}/run --split train --limit {limit} --json"
+        assert chainlora(scored).json["rows"] == rows
+
+
 def test_rows_that_are_not_there(chainlora, written, tiny_folder, texts):
     chainlora(f"eval {written} --split test").refused(
         "(got no data.test in the config of ", "name another --split, or a file as --data"

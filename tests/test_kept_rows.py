@@ -15,6 +15,7 @@ from helpers_tasks import write_rows, write_task
 
 from chainlora import evaluate_task, make_config, train
 from chainlora.config.schema import DataConfig
+from chainlora.config.stages import make_stages
 from chainlora.data.division import pick
 from chainlora.data.mixture import example_hashes, prompt_hashes
 from chainlora.data.rows import MemoryRows, joined
@@ -25,6 +26,7 @@ from chainlora.runs.loading_start import load_start
 from chainlora.runs.reading import RunReader
 from chainlora.training.loop import train as train_run
 from chainlora.training.plan import make_plan
+from chainlora.training.stages import train_stages
 
 SHORT = {"ranks": [2], "steps": [1]}
 
@@ -170,6 +172,22 @@ def test_rows_that_are_scored_as_they_are_learned_are_tokenised_once(tokenizer, 
     found = prepare_splits(data, tokenizer, 128)
     assert len(found.train) + len(found.validation) == 2001
     assert len([store for store in (cache / "rows").iterdir() if store.is_dir()]) == 1
+
+
+def test_training_rows_to_score_are_those_that_a_stage_is_trained_on(
+    tiny_folder, sentiment, tmp_path
+):
+    tree = settings(tiny_folder, sentiment, tmp_path / "run", chain=SHORT)
+    data = tree.pop("data")
+    first = {"name": "a", "data": data | {"validation": 0.25, "num_train": 20}}
+    tree["stages"] = [first, {"name": "b", "data": data | {"new_rows_only": True}}]
+    train_stages(make_stages(tree))
+    for stage, folder in (("a", "run"), ("b", "run/stages/b")):
+        told = RunReader(tmp_path / folder).result()["data"]["train"]
+        assert told["examples"] < told["rows"]
+        found = evaluate_task(f"{tmp_path}/run@{stage}", split="train")
+        assert found["rows"] == told["examples"]
+        assert evaluate_task(f"{tmp_path}/run@{stage}", split="train", limit=3)["rows"] == 3
 
 
 @pytest.mark.parametrize(

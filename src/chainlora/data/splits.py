@@ -118,8 +118,8 @@ def prepare_splits(
 
     The tokenizer gets the config's chat template, if it names one. `loss` is that of the config's
     `train` section, `earlier` are the rows that earlier stages kept, by stage; `bound` is what the
-    run to be scored held out by. `compare` looks for rows to score that are trained on, which
-    reads all rows.
+    run to be scored held out by. Training rows to score are those that are trained on. `compare`
+    looks for rows to score that are trained on, which reads all rows.
 
     Raises DataError or ConfigError before training.
     """
@@ -143,10 +143,11 @@ def prepare_splits(
         return [_encode(split, each, tokenizer, kind, options, progress) for each in sources[split]]
 
     parts: dict[str, list[Rows]] = {split: [] for split in SPLITS}
-    if to_score is None or (data.holds_out and to_score != "test"):
+    is_divided = (data.holds_out and to_score != "test") or (earlier and to_score == "train")
+    if to_score is None or is_divided:
         files = encode("train", learned)
         found = divide(files, data, list((earlier or {}).values()), bound)
-        scored = encode("train", options) if data.holds_out and options != learned else files
+        scored = encode("train", options) if is_divided and options != learned else files
         parts["train"] = list(map(pick, files if to_score is None else scored, found.train))
         if data.holds_out:
             parts["validation"] = list(map(pick, scored, found.validation))

@@ -13,6 +13,7 @@ import torch
 from chainlora.chain.showing import Shown
 from chainlora.config.schema import DataConfig, RunConfig
 from chainlora.data.examples import Example
+from chainlora.data.kept import Kept
 from chainlora.data.sources import Source, find_source
 from chainlora.data.splits import SPLITS, Splits, encode_split, prepare_splits, task_split_source
 from chainlora.data.tasks import Task, load_task
@@ -22,7 +23,7 @@ from chainlora.evaluation.evaluate import evaluate, write_predictions
 from chainlora.evaluation.metrics import INDEX_METRICS, majority_rate
 from chainlora.evaluation.preferences import judge_odds, judge_pairs
 from chainlora.evaluation.streaming import to_accelerator
-from chainlora.evaluation.training_rows import bound_of, config_of
+from chainlora.evaluation.training_rows import config_of, divided_by
 from chainlora.files import check_writable
 from chainlora.models.text_config import context_length
 from chainlora.runs.opening import load_run_or_model
@@ -160,16 +161,17 @@ def _own_rows(
         given = {"validation": None, split: data, f"num_{split}": limit}
         config = config.model_copy(update=given)
         find_source(data, split)  # before the model is loaded
-    elif from_files and not config.holds_out:
+    bound, earlier = None, dict[str, Kept]()
+    if data is None and (config.holds_out or split == "train"):
+        bound, earlier = divided_by(run)
+    if data is None and from_files and not (config.holds_out or earlier or config.shots):
         counts = [n for n in (getattr(config, f"num_{split}"), limit) if n is not None]
         config = config.model_copy(update={f"num_{split}": min(counts, default=None)})
-
-    bound = bound_of(run) if config.holds_out else None
 
     def encode(tokenizer: Any, context: int) -> tuple[Splits, Sequence[Example]]:
         try:
             splits = prepare_splits(
-                config, tokenizer, context, to_score=split, loss=loss, bound=bound
+                config, tokenizer, context, None, split, loss, earlier=earlier, bound=bound
             )
         except DataError as error:
             if data is None and open_run(run).manifest().kept:

@@ -12,6 +12,7 @@ from chainlora.config.schema import RunConfig
 from chainlora.config.stages import is_run
 from chainlora.data.encoding import Options
 from chainlora.data.examples import Example
+from chainlora.data.kept import Kept
 from chainlora.data.preparing import make_rows
 from chainlora.data.sources import find_source
 from chainlora.data.tasks import load_task
@@ -68,11 +69,12 @@ def config_of(run_or_model: Address) -> RunConfig | None:
     return reader.config() if reader.manifest().has_run else None
 
 
-def bound_of(run: Address) -> int | None:
-    """Return what a run held its validation rows out by; None where it keeps no rows."""
+def divided_by(run: Address) -> tuple[int | None, dict[str, Kept]]:
+    """Return what a run held rows out by, None if it keeps none, and what earlier stages kept."""
     reader = open_run(run)
-    own = reader.kept().get(reader.manifest().stage)
-    return None if own is None else own.bound
+    kept = reader.kept()
+    own = kept.pop(reader.manifest().stage, None)
+    return None if own is None else own.bound, kept
 
 
 def _first_rows(config: RunConfig, tokenizer: Any) -> list[Example]:

@@ -17,7 +17,7 @@ from chainlora.data.tasks import load_task
 from chainlora.errors import DataError
 from chainlora.evaluation.generation import generate_greedy
 from chainlora.evaluation.stages import chain_on_base
-from chainlora.evaluation.training_rows import bound_of
+from chainlora.evaluation.training_rows import divided_by
 from chainlora.files import reported
 from chainlora.models.text_config import context_length
 from chainlora.reports.page import Answer
@@ -129,7 +129,7 @@ def _own_prompts(run: RunFacts, count: int, model: Any, tokenizer: Any) -> list[
             context_length(model),
             to_score=split,
             loss=run.config.train.loss,
-            bound=bound_of(RunReader(run.path)),
+            bound=divided_by(RunReader(run.path))[0],
         )
         rows = getattr(splits, split)
         if len(rows):
