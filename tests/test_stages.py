@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import Stop, assert_same_links, links_of, settings, stop_after
+from helpers import Stop, assert_same_links, links_of, settings, signed, stop_after
 from helpers_data import pair_files
 from transformers import AutoModelForCausalLM
 
@@ -574,6 +574,20 @@ def test_every_byte_of_stages_json_counts(config, tmp_path):
             continue
         path.write_bytes(whole)
         assert found == read_stages(tmp_path / "run")  # a blank, or the case of an escape
+
+
+def test_a_stages_file_that_names_states_too_is_read(config, tmp_path):
+    """As it was written before 0.3 was released, and by nobody read."""
+    train_stages(make_stages(config))
+    path = tmp_path / "run/stages.json"
+    found, tree = read_stages(tmp_path / "run"), json.loads(path.read_text())
+    del tree["checksum"]
+    assert [set(entry) for entry in tree["stages"]] == [{"name", "pruned"}] * 2
+    for entry in tree["stages"]:
+        entry["state"] = "0123456789abcdef"
+    path.write_text(signed(tree))
+    assert read_stages(tmp_path / "run") == found
+    mix_stages(tmp_path / "run", {"style": 0})
 
 
 def test_the_command_line_goes_from_two_data_sets_to_one_adapter(config, tmp_path, capsys):

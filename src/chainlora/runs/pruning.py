@@ -102,10 +102,6 @@ def prune_stage(run: Path, name: str) -> Pruning:
                 files.remove_scratch(folder, "chain.json")
             files.write_json(folder / "chain.json", encode_manifest(manifest))
         _delete(plan.gone)
-        for place, entry in enumerate(stages):
-            state = RunReader(folder_of(run, found, place)).manifest().state
-            stages[place] = entry if entry.pruned else entry.model_copy(update={"state": state})
-        write_stages(run, found.model_copy(update={"stages": stages}))
     return plan
 
 

@@ -33,17 +33,16 @@ STAGES = "stages.json"
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(strict=True, frozen=True, extra="ignore", allow_inf_nan=False)
 
 
 class StageEntry(_Part):
-    """A stage that has ended: its name and the digest of the state at its end.
+    """A stage that has ended.
 
     Of one that was pruned (`runs.pruning`), the name and the ids of its links are taken for ever.
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z][\w-]{0,63}$")]
-    state: str
     pruned: bool = False
 
 
@@ -187,8 +186,7 @@ def read_stages(run: Path) -> Stages:
     """Read the stages of a run. One without the file has its own stage alone."""
     path = run / STAGES
     if not path.is_file():
-        manifest = RunReader(run).manifest()
-        return Stages(stages=[StageEntry(name=manifest.stage, state=manifest.state)])
+        return Stages(stages=[StageEntry(name=RunReader(run).manifest().stage)])
     try:
         tree = json.loads(path.read_bytes())
         known = tree.pop("checksum", None)
@@ -228,13 +226,9 @@ def end_stage(run: Path, name: str, strength: float = 1.0) -> None:
     found = read_stages(run)
     if name in found.names and (run / STAGES).is_file():
         return
-    entries, strengths = found.stages, found.strengths
-    if name not in found.names:
-        state = RunReader(stage_folder(run, name)).manifest().state
-        entries = [*entries, StageEntry(name=name, state=state)]
-    if strength != 1:
-        strengths = strengths | {name: strength}
-    write_stages(run, Stages(stages=entries, strengths=strengths))
+    entries = found.stages if name in found.names else [*found.stages, StageEntry(name=name)]
+    weakened = {name: strength} if strength != 1 else {}
+    write_stages(run, Stages(stages=entries, strengths=found.strengths | weakened))
 
 
 def _need_one_strength(folder: Path, names: Iterable[str]) -> None:
