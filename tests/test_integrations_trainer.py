@@ -433,6 +433,34 @@ def test_a_checkpoint_without_numbers_is_said_to_decide_its_soft_knots_anew(
     assert "got one of version 0.2); that is decided now" in caplog.text
 
 
+def test_a_checkpoint_of_0_2_with_modules_to_exclude_is_resumed(tiny_folder, tokenizer, tmp_path):
+    """Its links keep names, and those to exclude; now they keep whole paths."""
+    keys = {"save_strategy": "steps", "save_steps": 3, "max_steps": 6}
+    names = {
+        "target_modules": ["q_proj", "v_proj"],
+        "exclude_modules": ["layers.0.self_attn.v_proj"],
+    }
+
+    def resumed(checkpoint, **lora_keys):
+        callback = ChainCallback(ranks=[4, 4, 4], steps=[2, 2, 2])
+        model = peft_model(tiny_folder, **names | lora_keys)
+        trainer = make_trainer(model, tokenizer, tmp_path, callback, **keys)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        return trainer
+
+    whole, folder = resumed(None), tmp_path / "checkpoint-3"
+    tree = json.loads((folder / "chain/chain.json").read_text())
+    live = folder / "chain" / tree["checkpoint"]["directory"] / "link.json"
+    live.write_text(json.dumps(json.loads(live.read_text()) | names))
+    entries = [*tree["links"], tree["selected"]["partial"]]
+    for entry in entries:
+        entry["config"] |= names
+    sign(folder / "chain", links=tree["links"], selected=tree["selected"])
+    assert_links_agree(chain_of(resumed(str(folder))), chain_of(whole), atol=0.0)
+    with pytest.raises(RunError, match="must have the links it began with"):
+        resumed(str(folder), exclude_modules=["layers.1.self_attn.v_proj"])
+
+
 def test_a_checkpoint_of_another_callback_is_resumed(tiny_folder, tokenizer, tmp_path):
     """Trainer's own for SIGTERM (`enable_jit_checkpoint`) comes before all that users pass."""
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -270,7 +270,8 @@ class ChainCallback(TrainerCallback):
             )
         found = [*(link.config for link in chain.links), chain.live.config]
         planned = [*self._begun_on, *self._knots.links]
-        if found != planned[: len(found)]:
+        on: list[Iterable[str]] = [*(link.factors for link in chain.links), chain.live.layers]
+        if [*map(_by_paths, found, on)] != [*map(_by_paths, planned, on)]:
             raise RunError(
                 "a resumed chain must have the links it began with (got ranks "
                 f"{[config.rank for config in found]}, planned "
@@ -363,6 +364,14 @@ def _check_same_model(mine: nn.Module, model: nn.Module) -> None:
             "the trainer must train the model that it was made with (got another one, as "
             "model_init makes them); pass `model`"
         )
+
+
+def _by_paths(config: LinkConfig, modules: Iterable[str]) -> LinkConfig:
+    """Return a link's config by whole paths if it excludes modules, as links of 0.2 may."""
+    if config.exclude_modules is None:
+        return config
+    paths = {"target_modules": tuple(sorted(modules)), "exclude_modules": None}
+    return config.model_copy(update=paths)
 
 
 def _refuse_late(state: TrainerState) -> None:
