@@ -86,11 +86,14 @@ def test_no_run(chainlora, finished, task, tiny_folder, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--to adapter --rank 0", "--rank must be 1 to 16384 (got 0)"),
+        ("--to adapter --rank 0", "`rank` must be 1 to 16384 (got 0)"),
         ("--to adapter --tolerance 0", "a relative error between 0 and 1 (got 0.0)"),
         ("--to adapter --tolerance 2", "a relative error between 0 and 1 (got 2.0)"),
         ("--to adapter --tolerance nan", "a relative error between 0 and 1 (got nan)"),
-        ("--to adapter --rank 2 --tolerance 0.1", "give --rank or --tolerance, not both"),
+        (
+            "--to adapter --rank 2 --tolerance 0.1",
+            "an adapter has a `rank` or a `tolerance` (got both)",
+        ),
         ("--to adapter --links 4", "--links must be 0 to 3 for this run (got 4)"),
         ("--to merged --links 4", "--links must be 0 to 3 for this run (got 4)"),
         ("--to adapter --links 0", "an adapter needs at least one link (got a chain of none)"),

@@ -79,6 +79,6 @@ def test_full_fine_tuning_has_weights_in_place_of_links(chainlora, config, senti
     assert "every weight fine-tuned" in (tmp_path / "m" / "README.md").read_text()
     assert chainlora(f"eval {tmp_path}/m {task}").json == scored
     adapter = f"export {run} --to adapter --output {tmp_path}/a"
-    chainlora(adapter).refused("--to adapter needs a chain (got ")
+    chainlora(adapter).refused("an adapter is made of links (got ")
     chainlora(f"eval {run} {task} --links 1").refused("--links needs a chain (got ", "leave --link")
     assert "nothing to resume" in chainlora(f"{full} --resume").err

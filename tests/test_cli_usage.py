@@ -168,7 +168,7 @@ def test_the_demo_leaves_a_directory_in_use_alone(chainlora, smollm2_folder, tmp
     (tmp_path / "mine" / "file").write_text("mine")
     outcome = chainlora("demo", "--output", tmp_path / "mine", "--json")
     assert (outcome.status, outcome.out) == (1, "")
-    assert "--output must be a new or empty directory (got " in outcome.err.splitlines()[-1]
+    assert "`output` must be a new or empty directory (got " in outcome.err.splitlines()[-1]
 
 
 def test_the_demo_undoes_its_second_stage(chainlora, tiny_folder, tmp_path, monkeypatch):

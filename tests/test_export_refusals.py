@@ -51,7 +51,7 @@ def test_a_folder_in_use_is_not_written_into(runs, tmp_path):
     for target in (tmp_path, tmp_path / "file", runs["llama"]):
         for export in (export_adapter, export_merged):
             with pytest.raises(
-                ChainLoRAError, match=r"--output must be a new or empty directory \(got .*another"
+                ChainLoRAError, match=r"`output` must be a new or empty directory \(got .*another"
             ):
                 export(runs["llama"], target)
     assert (tmp_path / "file").read_text() == "mine"
@@ -93,3 +93,10 @@ def test_a_checkpoint_that_does_not_load_as_it_was_is_not_handed_out(runs, tmp_p
     with pytest.raises(ModelError, match=r"must load as it was \(got another model.norm.weight"):
         export_merged(runs["llama"], tmp_path / "m")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("keys", [{"rank": 0}, {"tolerance": 2}, {"rank": 1, "tolerance": 0.1}])
+def test_what_an_adapter_cannot_be_is_said_in_the_words_of_the_function(runs, tmp_path, keys):
+    with pytest.raises(ChainLoRAError, match=f"`{next(iter(keys))}`") as said:
+        export_adapter(runs["llama"], tmp_path / "a", **keys)
+    assert "--" not in str(said.value)

@@ -171,7 +171,7 @@ def _links_and_base(run: Address | Chain, num_links: int | None) -> tuple[Sequen
     manifest = reader.manifest()
     if is_whole_model(reader, manifest):
         raise RunError(
-            f"--to adapter needs a chain (got {run}, a run of full fine-tuning); use --to merged"
+            f"an adapter is made of links (got {run}, a run of full fine-tuning); export it merged"
         )
     return switched_on(reader.links_of(manifest, num_links)), manifest.base
 
@@ -179,11 +179,11 @@ def _links_and_base(run: Address | Chain, num_links: int | None) -> tuple[Sequen
 def check_compression(rank: int | None, tolerance: float | None) -> None:
     """Raise ChainError unless an adapter can be compressed in this way."""
     if rank is not None and tolerance is not None:
-        raise ChainError("give --rank or --tolerance, not both (got both)")
+        raise ChainError("an adapter has a `rank` or a `tolerance` (got both); leave one out")
     if rank is not None and not 0 < rank <= _WIDEST:
-        raise ChainError(f"--rank must be 1 to {_WIDEST} (got {rank!s:.40})")
+        raise ChainError(f"`rank` must be 1 to {_WIDEST} (got {rank!s:.40})")
     if tolerance is not None and not 0 < tolerance < 1:
-        raise ChainError(f"--tolerance is a relative error between 0 and 1 (got {tolerance})")
+        raise ChainError(f"`tolerance` is a relative error between 0 and 1 (got {tolerance})")
 
 
 def write_adapter(
@@ -242,6 +242,6 @@ def empty_folder(output: str | Path) -> Path:
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         what = "which is not empty" if output.is_dir() else "a file"
         raise RunError(
-            "--output must be a new or empty directory", f"{output}, {what}", "choose another"
+            "`output` must be a new or empty directory", f"{output}, {what}", "choose another"
         )
     return output
