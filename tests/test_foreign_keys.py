@@ -277,6 +277,30 @@ def test_dpo_is_dpo(convert):
     assert (config.train.loss, config.train.orpo_beta) == ("orpo", 0.3)
 
 
+TRL_DPO = TRL + "beta: 0.3\nlabel_smoothing: 0.1\nprecompute_ref_log_probs: true\n"
+
+
+@pytest.mark.parametrize("loss_type", ["sigmoid", "[sigmoid]"])
+def test_dpo_of_trl_is_dpo(convert, loss_type):
+    text = f"{TRL_DPO}loss_type: {loss_type}\n"
+    outcome = convert(text)
+    config = make_config(parse_yaml(outcome.out))
+    train = config.train
+    assert (train.loss, train.dpo_beta, train.dpo_label_smoothing) == ("dpo", 0.3, 0.1)
+    assert (train.lr, config.chain.dropout) == (1e-6, 0.0)  # of `trl dpo`, which has no dropout
+    assert "lora_dropout – TRL's DPO switches it off" in outcome.out
+    assert "assistant_only_loss" not in outcome.out
+    own = f"{text}lora_dropout: 0.1\nlearning_rate: 5.0e-6\n"
+    for said, dropout in (("", 0.0), ("disable_dropout: false\n", 0.1)):
+        config = make_config(parse_yaml(convert(own + said).out))
+        assert (config.train.lr, config.chain.dropout) == (5e-6, dropout)
+
+
+def test_of_supervised_training_trl_s_loss_type_asks_for_nothing(convert):
+    config = make_config(parse_yaml(convert(TRL + "loss_type: nll\n").out))
+    assert (config.train.loss, config.train.lr) == (None, 2e-5)
+
+
 def test_columns_of_rows_have_fields(convert):
     columns = "\n    field_instruction: ask\n    field_output: reply\n    field_messages: turns"
     config = make_config(parse_yaml(convert(AXOLOTL.replace(ROWS, ROWS + columns)).out))
@@ -313,6 +337,19 @@ REFUSED = {
     "preferences in LLaMA-Factory": (
         LLAMA_FACTORY.replace("sft", "kto"),
         "stage: kto – train.loss knows no such value",
+    ),
+    "another loss of pairs in TRL": (
+        TRL_DPO + "loss_type: ipo\n",
+        "loss_type: ipo – train.loss knows no such value; convertible: sigmoid",
+    ),
+    "several losses of pairs in TRL": (
+        TRL_DPO + "loss_type: [sigmoid, sft]\n",
+        'loss_type: ["sigmoid", "sft"] – train.loss knows no such value',
+    ),
+    "a beta that says not of what": (TRL_DPO, "beta – for DPO add loss_type: sigmoid"),
+    "another divergence": (
+        TRL_DPO + "loss_type: sigmoid\nf_divergence_type: js_divergence\n",
+        "f_divergence_type: js_divergence – of pairs",
     ),
     "a slice": (AXOLOTL.replace(ROWS, f"{ROWS}\n    split: train[:10%]"), "split: train[:10%] – "),
     "a shard": (AXOLOTL.replace(ROWS, f"{ROWS}\n    shards: 10"), "datasets.shards: 10 – give"),

@@ -160,6 +160,8 @@ def _defaults(tool: str, given: Mapping[str, Any]) -> dict[str, Any]:
     if tool == "LLaMA-Factory":
         rank = given.get("lora_rank", found["lora_rank"])
         found["lora_alpha"] = 2 * rank if isinstance(rank, int) else rank
+    if tool == "TRL" and given.get("loss_type") in ("sigmoid", ["sigmoid"]):
+        found["learning_rate"] = 1e-6  # of its DPO
     if given.get("warmup_steps") is not None:
         found.pop("warmup_ratio", None)
     if "alpaca" in str(given.get("dataset._component_")):
@@ -201,7 +203,8 @@ def _take(done: Conversion, entry: ForeignKey, key: str, value: Any) -> str:
     """Set our key, and return what became of theirs. Raises ValueError where there is none."""
     if entry.ours is None:
         raise ValueError(entry.say)
-    if entry.values and not isinstance(value, list):
+    if entry.values and not (isinstance(value, list) and entry.how == "names"):
+        value = value[0] if isinstance(value, list) and len(value) == 1 else value
         known = isinstance(value, bool | str) and value in entry.values
         if not known and entry.how != "names":
             asked = ", ".join(_shown(each) for each in entry.values)
@@ -223,12 +226,18 @@ def _finish(done: Conversion, processes: int) -> None:
     if "steps" in chain and "epochs" in chain:
         shown = _shown(chain.pop("epochs"))
         done.left.append(f"{done.made['chain.epochs']}: {shown} – the steps end it")
-    if done.tool == "TRL" and not any("assistant_only_loss" in each for each in done.left):
+    train = done.tree.get("train", {})
+    if done.tool == "TRL" and train.get("loss") == "dpo":
+        if not any(each.startswith("disable_dropout: false") for each in done.left):
+            chain["dropout"] = 0
+            done.left.append("lora_dropout – TRL's DPO switches it off (disable_dropout)")
+    elif done.tool == "TRL" and "dpo_beta" in train and not done.refused:
+        done.refused.append("beta – for DPO add loss_type: sigmoid; ORPO's is train.orpo_beta")
+    elif done.tool == "TRL" and not any("assistant_only_loss" in each for each in done.left):
         done.left.append(
             "assistant_only_loss: false (what TRL does without it) – of chats, the loss is on the "
             "assistant's turns here"
         )
-    train = done.tree.get("train", {})
     rows = train.get("batch_size")
     if rows is not None and done.tool != "litgpt":  # which counts those of all devices itself
         train["batch_size"] = rows * processes
