@@ -10,6 +10,7 @@ from helpers_tasks import write_rows
 
 from chainlora.config.schema import DataConfig
 from chainlora.data.splits import check_files, prepare_splits
+from chainlora.errors import DataError
 
 SHAREGPT = [
     {"from": "human", "value": "how many dogs?"},
@@ -35,6 +36,15 @@ def test_sharegpt_is_chat():
     same({"conversations": SHAREGPT, "system": "count"}, {"messages": [RULE, *TALK]})
     asked = {"from": "system", "value": "count"}
     same({"conversations": [asked, *SHAREGPT]}, {"messages": [RULE, *TALK]})
+
+
+@pytest.mark.parametrize("asked", [{"from": "system", "value": "count"}, RULE], ids=str)
+def test_a_system_column_and_a_system_turn_are_one_message(asked):
+    turns = [asked, *(TALK if "role" in asked else SHAREGPT)]
+    for system in ("count", "", None):
+        same({"conversations": turns, "system": system}, {"messages": [RULE, *TALK]})
+    with pytest.raises(DataError, match=r"must have one `system` text \(got .*'other', 'count'"):
+        same({"conversations": turns, "system": "other"}, {"messages": TALK})
 
 
 def test_alpaca_is_chat_where_there_is_a_template():

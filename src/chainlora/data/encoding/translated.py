@@ -105,7 +105,11 @@ def _message(turn: Mapping[str, Any], place: str) -> dict[str, Any]:
 
 def _with_system(row: Row, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     system = row.get("system")
-    return [{"role": "system", "content": system}, *messages] if system else messages
+    said = [turn.get("content") for turn in messages[:1] if turn.get("role") == "system"]
+    if system and said not in ([], [system]):
+        got = f"a column and a turn, {[system, *said]!r:.80}"
+        raise bad_row("a chat must have one `system` text", got, row.origin)
+    return [{"role": "system", "content": system}, *messages] if system and not said else messages
 
 
 def _with_tools(row: Row, messages: list[dict[str, Any]]) -> dict[str, Any]:
