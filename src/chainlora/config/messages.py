@@ -97,7 +97,7 @@ def _rule(item: Any) -> str:
 
 
 def _named(place: Sequence[int | str], root: type[BaseModel]) -> tuple[str, str]:
-    """Return a key's dotted name, and what it is if it is left out."""
+    """Return a key's dotted name, and its default in words."""
     model, keys, remedy = root, [], ""
     for part in place:
         field = model.model_fields.get(str(part))
@@ -107,7 +107,7 @@ def _named(place: Sequence[int | str], root: type[BaseModel]) -> tuple[str, str]
         model = next(_models(field.annotation), model)
         default = field.get_default(call_default_factory=True)
         is_plain = default is None or isinstance(default, int | float | str | tuple)
-        remedy = f"left out, it is {one_value(default)}" if is_plain else ""
+        remedy = f"its default is {one_value(default)}" if is_plain else ""
     return ".".join(keys), remedy
 
 
