@@ -597,6 +597,10 @@ def test_the_command_line_goes_from_two_data_sets_to_one_adapter(config, tmp_pat
     (tmp_path / "style.yaml").write_text(json.dumps(stages[1]))
     assert cli(["train", str(file), "--dry-run"]) == 0
     assert "facts: would train links of rank 4, 4, 2" in capsys.readouterr().out
+    rows = [str(stages[0]["data"]["train"]), str(tmp_path / "more.jsonl")]
+    several = json.dumps([rows[0], {"path": rows[1], "weight": 2}])
+    assert cli(["train", str(file), "--dry-run", "--stages.facts.data.train", several]) == 0
+    assert capsys.readouterr().out.endswith(f" rank 4, 4, 2 on {', '.join(rows)}\n")
     assert not run.exists()
     assert cli(["train", str(file)]) == 0
     assert cli(["extend", str(run), str(tmp_path / "style.yaml")]) == 0

@@ -185,7 +185,8 @@ def _show_plan(stages: Sequence[Stage], as_json: bool) -> None:
         return
     for stage, where in zip(stages, found, strict=True):
         ranks = ", ".join(map(str, stage.config.chain.ranks))
-        rows = stage.config.data.train or stage.config.data.task
+        data = stage.config.data
+        rows = ", ".join(each.path for each in data.train_files) or data.task
         does = {
             "finished": "finished, nothing to do",
             "pruned": "pruned, nothing to do",
