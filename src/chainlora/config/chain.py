@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Annotated, Any, Literal
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -15,6 +16,10 @@ from chainlora.errors import ConfigError
 # How long a link can be said to be; the keys of `ChainConfig`, of which a config gives one.
 LENGTHS = ("epochs", "steps", "tokens", "minutes")
 
+if TYPE_CHECKING:
+    Names = Sequence[str]  # what scripts may give
+else:
+    Names = tuple[str, ...]  # what it becomes
 Share = Annotated[float, Field(ge=0, lt=1)]
 # Outside of it, products in float32 overflow or vanish.
 Alpha = Annotated[float, Field(ge=1e-6, le=1e6)]
@@ -35,12 +40,12 @@ class LinkShape(Section):
     """A trained bias on B, merged into the layer's bias; refused for layers without a bias."""
     dora: bool = False
     """DoRA (arXiv 2402.09353); such a chain can only be exported as a merged checkpoint."""
-    target_modules: tuple[str, ...] | str = "all-linear"
+    target_modules: Names | str = "all-linear"
     """List of module names, one name, one regular expression, or `all-linear`; Linear, Conv1D and
     (by name) Embedding layers."""
-    exclude_modules: tuple[str, ...] | str | None = None
+    exclude_modules: Names | str | None = None
     """Names or a regular expression to leave out."""
-    extra_modules: tuple[str, ...] = ()
+    extra_modules: Names = ()
     """Modules whose own weights are trained beside LoRA; they continue over knots."""
     train_factors: Literal["both", "A", "B"] = "both"
     """`both`, or only one factor: `A`, `B` (RAC-LoRA, arXiv 2410.08305)."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Sequence
 from typing import Any
 from weakref import WeakSet
 
@@ -53,9 +54,9 @@ def peft_config(config: LinkConfig, **overrides: Any) -> peft.LoraConfig:
     return peft.LoraConfig(**keys | overrides)
 
 
-def listed(value: tuple[str, ...] | str | None) -> list[str] | str | None:
+def listed(value: Sequence[str] | str | None) -> list[str] | str | None:
     """Return the names of a config's key as PEFT takes them and messages show them."""
-    return list(value) if isinstance(value, tuple) else value
+    return value if value is None or isinstance(value, str) else list(value)
 
 
 def task_type(model: nn.Module) -> str | None:
@@ -147,7 +148,7 @@ def _say(model: nn.Module, left_out: set[str]) -> None:
         log.warning("all-linear leaves out stacked parameters: %s", ", ".join(sorted(stacked)))
 
 
-def named_modules(model: nn.Module, names: tuple[str, ...]) -> list[tuple[str, nn.Module]]:
+def named_modules(model: nn.Module, names: Sequence[str]) -> list[tuple[str, nn.Module]]:
     """Return (path, module) of all modules whose path is, or ends in, one of `names`."""
     return [
         (path, module)
@@ -176,7 +177,7 @@ def is_extra(path: str, config: LinkConfig) -> bool:
     return any(is_named(module, name) for name in config.extra_modules)
 
 
-def inside(model: nn.Module, names: tuple[str, ...]) -> set[str]:
+def inside(model: nn.Module, names: Sequence[str]) -> set[str]:
     """Return the paths of the modules that `named_modules` finds, and of all within them."""
     return {
         f"{path}.{below}".rstrip(".")
