@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -15,7 +14,6 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from chainlora.reports.tables import number
-from chainlora.runs.inspection import inspect_run
 from chainlora.training.progress import console_of_bars, console_on_stderr
 
 _COLUMNS = (
@@ -46,11 +44,6 @@ def evaluation_progress() -> Iterator[Callable[..., None]]:
     task = bar.add_task("rows", total=None)
     with bar:
         yield lambda *told: bar.update(task, completed=told[-2], total=told[-1])
-
-
-def show_links(run: str | Path) -> None:
-    """Print the table of a run's links."""
-    show_inspection(inspect_run(run))
 
 
 def show_inspection(found: Mapping[str, Any]) -> None:

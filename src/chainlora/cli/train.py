@@ -110,9 +110,10 @@ def train(arguments: tuple[str, ...], resume: bool, dry_run: bool, as_json: bool
     if as_json:
         print_json(result)
     else:
-        from chainlora.cli.progress import show_links
+        from chainlora.cli.progress import show_inspection
+        from chainlora.runs.inspection import inspect_run
 
-        show_links(settings.output)
+        show_inspection(inspect_run(settings.output))
         _show_scores(result)
         click.echo(f"run directory {settings.output}")
 
@@ -161,13 +162,14 @@ def train_and_show(
 
 
 def _show_stages(run: Path, results: Sequence[TrainResult | None]) -> None:
-    from chainlora.cli.progress import show_links
+    from chainlora.cli.progress import show_inspection
     from chainlora.cli.stages import scored_matrix, show_matrix
+    from chainlora.runs.inspection import inspect_run
 
     if not any(results):
         click.echo(f"nothing new: every stage of {run} has ended")
         return
-    show_links(run)
+    show_inspection(inspect_run(run))
     for result in filter(None, results):
         _show_scores(result, f"{result['stage']}: ")
     show_matrix(scored_matrix(str(run), compute=False))

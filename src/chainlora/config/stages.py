@@ -128,13 +128,9 @@ def what_stages_share(before: RunConfig) -> dict[str, Any]:
     tree = before.model_dump(mode="json", exclude={"output": True, "start": True, "train": choice})
     kept = (*RUN_WIDE["data"], "max_length", "truncation", "keep_rows")
     tree["data"] = {key: tree["data"][key] for key in kept}
-    of_links = ("ranks", *LENGTHS, *(k for k, v in tree["chain"].items() if _is_per_link(v)))
+    of_links = {"ranks", *LENGTHS} | ({"alpha"} if isinstance(before.chain.alpha, tuple) else set())
     tree["chain"] = {k: v for k, v in tree["chain"].items() if k not in of_links}
     return tree
-
-
-def _is_per_link(value: Any) -> bool:
-    return isinstance(value, list) and any(isinstance(each, int | float) for each in value)
 
 
 def check_name(name: object, taken: Sequence[str] = ()) -> str:

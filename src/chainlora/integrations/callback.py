@@ -15,7 +15,6 @@ from typing import Any, Literal
 
 import torch
 from pydantic import ValidationError
-from torch import nn
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from chainlora.chain.adapters import num_trained
@@ -123,7 +122,11 @@ class ChainCallback(TrainerCallback):
         if self._wrapped is None:
             _refuse_late(state)
             self._begin(args, model)
-        _check_same_model(self._need().model, model)
+        if self._need().model is not model:
+            raise ConfigError(
+                "the trainer must train the model that it was made with (got another one, as "
+                "model_init makes them); pass `model`"
+            )
         self._plan(args, state, kwargs.get("train_dataloader"))
         self._moves = bool(self.policy or self.knots or len(self._knots.links) > 1)
         self._check_place(state)
@@ -356,14 +359,6 @@ class ChainCallback(TrainerCallback):
                 "there is no chain before there is a trainer (got none); pass the callback to one"
             )
         return self._wrapped
-
-
-def _check_same_model(mine: nn.Module, model: nn.Module) -> None:
-    if model is not mine:
-        raise ConfigError(
-            "the trainer must train the model that it was made with (got another one, as "
-            "model_init makes them); pass `model`"
-        )
 
 
 def _by_paths(config: LinkConfig, modules: Iterable[str]) -> LinkConfig:

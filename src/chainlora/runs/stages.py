@@ -37,10 +37,7 @@ class _Part(BaseModel):
 
 
 class StageEntry(_Part):
-    """A stage that has ended.
-
-    Of one that was pruned (`runs.pruning`), the name and the ids of its links are taken for ever.
-    """
+    """A stage that has ended; pruned (`runs.pruning`), its name and its links' ids stay taken."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z][\w-]{0,63}$")]
     pruned: bool = False

@@ -107,8 +107,7 @@ def _with_system(row: Row, messages: list[dict[str, Any]]) -> list[dict[str, Any
     system = row.get("system")
     said = [turn.get("content") for turn in messages[:1] if turn.get("role") == "system"]
     if system and said not in ([], [system]):
-        got = f"a column and a turn, {[system, *said]!r:.80}"
-        raise bad_row("a chat must have one `system` text", got, row.origin)
+        raise bad_row("a chat must have one `system` text", f"{[system, *said]!r:.80}", row.origin)
     return [{"role": "system", "content": system}, *messages] if system and not said else messages
 
 
