@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from architectures import tiny
 from conftest import tiny_model
 from forwards import patched_modules
 from torch import Tensor, nn
@@ -127,6 +128,19 @@ def test_calls_without_a_layout_are_plain_transformers(implementation: str) -> N
         assert torch.equal(model(input_ids=ids, attention_mask=mask).logits, before)
         assert model.generate(ids[:1], max_new_tokens=3, do_sample=False).shape == (1, 10)
     assert model.config._attn_implementation == implementation
+
+
+def test_keys_that_a_model_picks_are_picked_in_rows_of_more() -> None:
+    """DeepSeek V3.2 picks by a mask only where its attention is eager or SDPA, by name."""
+    model = tiny.tiny_model(
+        "deepseek_v32", index_topk=1024, max_position_embeddings=2048, num_hidden_layers=1
+    )
+    row = tuple(torch.randint(3, 256, (1200,)).tolist())
+    example = Example(0, (row,), (((1100, 1200),),))
+    with Engine(model, speedups="off", training=False) as engine:
+        plain = engine.scores([example])
+    with Engine(model, training=False) as engine:
+        assert engine.scores([example])[0] == pytest.approx(plain[0], abs=1e-5)
 
 
 def test_a_forward_that_another_library_replaced_is_left_alone() -> None:

@@ -30,8 +30,9 @@ from chainlora.engine.matmul import is_slow
 
 NAME = "chainlora_packed"
 LAYOUT = "packed_layout"
-# What an architecture adds to attention by these arguments cannot be left out silently.
-_UNSUPPORTED = ("softcap", "s_aux", "position_bias")
+# What an architecture adds to attention by these arguments cannot be left out silently. Where it is
+# neither eager nor SDPA, `indices` stand for the mask of the keys that DeepSeek V3.2 picks.
+_UNSUPPORTED = ("softcap", "s_aux", "position_bias", "indices", "block_indices")
 
 
 class CannotPackError(Exception):
