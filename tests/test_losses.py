@@ -6,6 +6,7 @@ from __future__ import annotations
 import peft
 import pytest
 import torch
+from architectures import tiny
 from conftest import ARCHITECTURES, tiny_model
 from forwards import Path, hidden_states
 from torch import Tensor, nn
@@ -199,6 +200,22 @@ def test_no_full_logits(dtype: torch.dtype) -> None:
         chainlora.engine.head.CHUNK_ELEMENTS = before
     largest_other = max(hidden.numel(), 131 * 32)
     assert max(seen) <= max(131 * 10, largest_other) < 131 * len(batch.rows)
+
+
+@torch.no_grad()
+def test_a_softcap_is_found_in_small_logits() -> None:
+    """In bfloat16 their rounding hides it; where they have grown it changes the loss."""
+    for seed in range(3):
+        model = tiny.tiny_model("gemma2", seed=seed, enlarged=False, num_hidden_layers=1)
+        model = model.to(torch.bfloat16)
+        model.lm_head.weight.mul_(3)
+        batch = pack([Example(0, (tuple(range(3, 12)),), (((1, 9),),))])
+        completion_loss(model, hidden_states(model, batch, path=Path.PADDED), batch)
+        model.lm_head.weight.mul_(200)
+        loss, _ = completion_loss(model, hidden_states(model, batch, path=Path.PADDED), batch)
+        logits = model(batch.input_ids[None]).logits[0].float()
+        expected = F.cross_entropy(logits, batch.token_target, reduction="sum")
+        torch.testing.assert_close(loss, expected, rtol=2e-2, atol=0)
 
 
 def test_unknown_logits_are_refused() -> None:

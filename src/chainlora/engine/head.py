@@ -139,9 +139,9 @@ def _probe_head(model: nn.Module) -> tuple[FindHead, Transform | None]:
     best: tuple[FindHead, Transform | None] = (_enclosing_head, None)
     error = math.inf
     for find, logits in ours:
-        for transform in (None, *_known_transforms(config)):
+        for transform in _known_transforms(config):
             found = _difference(logits, theirs, transform)
-            if found < error:
+            if found < error / 2:  # a softcap is stated, and rounding hides it in small logits
                 best, error = (find, transform), found
     # a scale may be applied before or after a two-byte rounding
     if error <= (1e-5 if hidden.dtype in (torch.float32, torch.float64) else 2e-2):
@@ -160,12 +160,13 @@ def _difference(ours: Any, theirs: Any, transform: Transform | None) -> float:
     return 0.0 if difference == 0 else (difference / theirs.norm()).item()
 
 
-def _known_transforms(config: Any) -> list[Transform]:
-    """Return what the config's fields may mean: a softcap (Gemma 2), a factor, a divisor."""
-    known: list[Transform] = []
+def _known_transforms(config: Any) -> list[Transform | None]:
+    """Return what the config may mean: a softcap (Gemma 2), nothing, a factor, a divisor."""
+    known: list[Transform | None] = []
     for name in ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap"):
         if cap := _number(config, name):
             known.append(partial(_softcap, cap=cap))
+    known.append(None)
     for name in ("logit_scale", "lm_head_multiplier"):
         if scale := _number(config, name):
             known.append(partial(torch.mul, other=scale))
