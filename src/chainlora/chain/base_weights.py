@@ -57,12 +57,12 @@ class BaseWeights:
         self._copies[path] = held.to("cpu", copy=True)
 
     def read(self, path: str) -> Tensor:
-        """Return the pristine parameter, or its rows at hand, as a float32 copy on the CPU.
+        """Return a copy of the pristine parameter, or its rows at hand, wide and on the CPU.
 
         Raises ModelError where the checkpoint was overwritten or deleted since.
         """
         found = self._read_stored(path) if path in self._stored else self._copies[path]
-        return found.to(torch.float32, copy=True)
+        return found.to(torch.promote_types(found.dtype, torch.float32), copy=True)
 
     def _read_stored(self, path: str) -> Tensor:
         stored = self._stored[path]

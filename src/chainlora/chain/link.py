@@ -125,15 +125,15 @@ def _check_summable(name: str, terms: Sequence[Factors]) -> None:
 
 
 def merge_(weight: Tensor, bias: Tensor | None, factors: Factors, scaling: float) -> None:
-    """Add ``s·B·A`` to a float32 `weight` (out × in), and LoRA's bias to `bias`, in place.
+    """Add ``s·B·A`` to a wide `weight` (out × in), and LoRA's bias to `bias`, in place.
 
     The update of a row needs only that row of B, so a shard of rows is merged without the others.
     A DoRA link (arXiv 2402.09353, eq. 5) is not a sum: it rescales the rows of ``W + s·B·A`` to
     its magnitude.
     """
-    weight.addmm_(factors.b.to(weight.device), factors.a.to(weight.device), alpha=scaling)
+    weight.addmm_(factors.b.to(weight), factors.a.to(weight), alpha=scaling)
     if factors.magnitude is not None:
         norms = torch.linalg.norm(weight, dim=1)
-        weight.mul_((factors.magnitude.to(weight.device) / norms).unsqueeze(1))
+        weight.mul_((factors.magnitude.to(weight) / norms).unsqueeze(1))
     if factors.bias is not None and bias is not None:
-        bias.add_(factors.bias.to(weight.device), alpha=scaling)
+        bias.add_(factors.bias.to(weight), alpha=scaling)

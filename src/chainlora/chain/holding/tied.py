@@ -117,7 +117,7 @@ class Tied(Holding):
             self._exact[name] = parameter.detach()
 
     def _settled(self, name: str) -> tuple[Tensor, Tensor | None]:
-        """Return ``W_0 + Σ c·s·B·A`` and the bias of a module, float32: the rows at hand."""
+        """Return ``W_0 + Σ c·s·B·A`` and the bias of a module, wide: the rows at hand."""
         weight, bias = self.weights.read(f"{name}.weight"), None
         if self._has_bias(name):
             bias = self.weights.read(f"{name}.bias")
