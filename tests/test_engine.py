@@ -158,6 +158,29 @@ def test_a_forward_that_another_library_replaced_is_left_alone() -> None:
     assert layer.forward is hooked
 
 
+@pytest.mark.parametrize(
+    "place", ["model.layers.1.mlp", "model.layers.1.mlp.up_proj", "lm_head", "a LoRA's base"]
+)
+def test_a_replaced_forward_inside_a_layer_is_not_bypassed(place: str) -> None:
+    """Of three layers alike, in the one that no probe runs."""
+    model = tiny_model("llama", num_hidden_layers=3).requires_grad_(False)
+    layers = []
+    if place == "a LoRA's base":
+        chain = Chain(model)
+        layers = list(chain.extend(LinkConfig(target_modules=("up_proj",))).layers.values())
+        place = "model.layers.1.mlp.up_proj.base_layer"
+    inner = model.get_submodule(place)
+    inner.forward = lambda x: 2 * type(inner).forward(inner, x)
+    ids = torch.tensor([completions(1)[0].sequences[0]])
+    logits = model(ids).logits[0].log_softmax(-1)
+    example = Example(0, (tuple(ids[0].tolist()),), (((1, ids.shape[1]),),))
+    expected = -logits[range(ids.shape[1] - 1), ids[0, 1:]].sum()
+    with Engine(model, training=True) as engine:
+        engine.adapt(layers)
+        loss, _ = engine.loss(engine.pack([example]), "completion")
+        torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+
+
 def test_two_engines_on_one_model_do_not_undo_each_other() -> None:
     model = tiny_model("llama").requires_grad_(False)
     before = state_of(model)

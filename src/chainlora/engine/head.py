@@ -28,6 +28,7 @@ from torch.utils.checkpoint import checkpoint
 
 from chainlora.engine.matmul import linear, product, widened
 from chainlora.engine.packing import PackedBatch
+from chainlora.engine.patching import is_foreign
 from chainlora.engine.probes import probing
 from chainlora.errors import ModelError
 from chainlora.models.shards import num_hooks, plain_type, whole_shape
@@ -232,7 +233,7 @@ def _is_frozen_linear(head: Any) -> bool:
     """Say whether the head is exactly ``x @ W.T + b`` with a frozen W: no subclass, no adapter, no
     hook but those that gather its weight, which is whole here."""
     found = len(head._forward_hooks) + len(head._forward_pre_hooks)
-    is_linear = plain_type(head) is nn.Linear and found == num_hooks(head)
+    is_linear = plain_type(head) is nn.Linear and found == num_hooks(head) and not is_foreign(head)
     return is_linear and not head.weight.requires_grad
 
 

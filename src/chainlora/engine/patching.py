@@ -32,6 +32,11 @@ def installed(module: nn.Module) -> Forward | None:
     return getattr(forward, "__func__", None) if getattr(forward, _MARK, False) else None
 
 
+def is_foreign(module: nn.Module) -> bool:
+    """Say whether somebody else has replaced the module's forward."""
+    return "forward" in vars(module) and installed(module) is None
+
+
 class Patches:
     """Changes to models that are taken back together."""
 

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from chainlora.engine.fast.plugin import FastPath
 from chainlora.engine.fast.projection import Projection, ProjectionFunction
-from chainlora.engine.patching import replacement
+from chainlora.engine.patching import is_foreign, replacement
 from chainlora.engine.probes import Facts
 
 
@@ -64,7 +64,7 @@ def active_adapter(layer: Any) -> str | None:
         and (type(dropout) is nn.Identity or not layer.training)
         and name not in layer.lora_magnitude_vector
         and name not in getattr(layer, "lora_variant", ())
-        and not any(m._forward_hooks or m._forward_pre_hooks for m in (base, a, b))
+        and not any(m._forward_hooks or m._forward_pre_hooks or is_foreign(m) for m in (base, a, b))
     )
     if not plain or not _whole(base.weight, a.weight, b.weight):
         return None

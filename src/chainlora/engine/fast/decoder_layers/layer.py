@@ -31,7 +31,7 @@ from chainlora.engine.fast.packed.layout import Layout, Rows
 from chainlora.engine.fast.plugin import PACKED, FastPath
 from chainlora.engine.fast.projection import Projection
 from chainlora.engine.float32 import widened
-from chainlora.engine.patching import installed, replacement
+from chainlora.engine.patching import installed, is_foreign, replacement
 from chainlora.engine.probes import Facts, first_line, probing, relative_difference
 from chainlora.models.modes import in_mode
 from chainlora.models.shards import whole
@@ -175,10 +175,11 @@ def _has_shape(layer: Any) -> bool:
 
 
 def _quiet(module: nn.Module) -> bool:
-    """Say whether no hook waits for this module to be called, nor for one that PEFT trains whole in
-    its place."""
+    """Say whether nobody waits for this module to be called, by a hook or in its place, nor for one
+    that PEFT trains whole."""
     return not (
         hasattr(module, "modules_to_save")
+        or is_foreign(module)
         or module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks

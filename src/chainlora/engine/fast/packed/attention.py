@@ -24,7 +24,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from chainlora.engine.fast.packed.layout import Group, Layout
+from chainlora.engine.fast.packed.layout import Layout
 from chainlora.engine.fast.packed.matmul_attention import MatmulAttention, make_plan
 from chainlora.engine.matmul import is_slow
 
@@ -128,17 +128,14 @@ def _sdpa(
         repeats = query.shape[1] // key.shape[1]
         if repeats > 1:
             k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
-        mask = None if group.causal else _whole_mask(group)
+        mask = None
+        if not group.causal:  # which keys each query sees, [B or 1, 1, Tq, Tk]
+            mask = F.pad(group.visible(), (group.first, 0), value=True)[:, None]
         out = scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=group.causal, scale=scaling, dropout_p=dropout
         )
         parts.append(out.transpose(1, 2).flatten(0, 1))
     return torch.cat(parts)[make_plan(layout, 1, 1, query.dtype).back]
-
-
-def _whole_mask(group: Group) -> Tensor:
-    """Return which keys each query sees, bool [B or 1, 1, Tq, Tk]."""
-    return F.pad(group.visible(), (group.first, 0), value=True)[:, None]
 
 
 AttentionInterface.register(NAME, packed_attention)
