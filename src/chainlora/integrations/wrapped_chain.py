@@ -92,9 +92,9 @@ class WrappedChain:
                 "leave `start` out, or load the base anew",
             )
         with kept_random_state(model):
-            self.chain = chain = (
-                _begun(model, seed, config) if earlier is None else _brought_to_an_end(earlier)
-            )
+            self.chain = chain = _begun(model, seed, config) if earlier is None else earlier
+            if chain.live is not None:  # of an earlier trainer
+                chain.tie() if chain.live_steps else chain.discard()
         chain.seed = seed
         if is_fresh:
             for note in put_on(start, chain).notes:
@@ -220,13 +220,6 @@ def _warn_of_vocabulary(model: Any, folder: Path, config: LinkConfig) -> None:
             "chain holds them; save the resized model by save_pretrained, and begin on that",
             *(now, before, folder),
         )
-
-
-def _brought_to_an_end(chain: Chain) -> Chain:
-    """Return the chain of an earlier trainer, its last link tied."""
-    if chain.live is not None:
-        chain.tie() if chain.live_steps else chain.discard()
-    return chain
 
 
 def _with_drawn_factors(link: Link) -> Link:
