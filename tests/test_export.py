@@ -299,3 +299,14 @@ def test_the_generation_config_is_the_base_s(folders, sentiment, tmp_path, store
     found = GenerationConfig.from_pretrained(tmp_path / "m").to_dict()
     assert {key: found[key] for key in stored} == stored
     assert json.loads((tmp_path / "m" / "config.json").read_text())["use_cache"] is False
+
+
+def test_a_merged_checkpoint_stops_where_its_rows_end(folders, sentiment, tmp_path):
+    """At the tokenizer's end of sequence, which answers were trained to end with."""
+    base = tmp_path / "base"
+    shutil.copytree(folders["llama"], base)
+    (base / "generation_config.json").write_text(json.dumps({"eos_token_id": 7}))
+    chain = {"target_modules": ["q_proj"], "ranks": [2], "steps": [1]}
+    export_merged(fit(base, sentiment, tmp_path / "run", chain=chain), tmp_path / "m")
+    found = GenerationConfig.from_pretrained(tmp_path / "m").eos_token_id
+    assert found == [7, AutoTokenizer.from_pretrained(base).eos_token_id]

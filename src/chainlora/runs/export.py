@@ -85,11 +85,13 @@ def export_merged(
 
 
 def _stop_at_turns(generation: Any, tokenizer: Any) -> None:
-    """Let a model stop where the chat template of its rows ends a turn, too."""
+    """Let a model stop where its rows end, too: at the tokenizer's end of sequence, or a turn's."""
     own = generation.eos_token_id
-    own = own if isinstance(own, list) else [own] if own is not None else []
-    if more := [end for end in ends_of_turn(tokenizer) if end not in own]:
-        generation.eos_token_id = own + more
+    own = own if isinstance(own, list) else [own]
+    known = dict.fromkeys([*own, tokenizer.eos_token_id, *ends_of_turn(tokenizer)])
+    ends = [end for end in known if end is not None]
+    if ends != own:
+        generation.eos_token_id = ends or None
 
 
 def export_adapter(
