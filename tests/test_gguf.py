@@ -159,6 +159,13 @@ def test_a_kind_rounds_as_it_says_and_is_as_large(tmp_path, kind, bits):
     assert error <= {"f32": 0, "bf16": 2**-8}.get(kind, 2**-11)
 
 
+def test_float64_becomes_float32(tmp_path):
+    base = make_base(tmp_path / "base", "llama")
+    AutoModelForCausalLM.from_pretrained(base).double().save_pretrained(base)
+    run = make_chain(tmp_path / "run", base)
+    assert export_gguf(run, tmp_path / "out")["type"] == "f32"
+
+
 def test_a_tokenizer_of_sentencepiece_is_the_same(tmp_path, shared_models):
     run = make_chain(tmp_path / "chain", shared_models / "stories260k", ["v_proj"])
     export_gguf(run, tmp_path / "out")  # which compares them

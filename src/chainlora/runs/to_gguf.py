@@ -57,7 +57,8 @@ def export_gguf(
 
     With `as_adapter`, its base as ``base.gguf`` and the links as a LoRA, ``adapter.gguf``, of which
     `rank` and `tolerance` are those of `export_adapter`. `kind` is what weights are stored as, one
-    of `gguf_writing.KINDS`; by default nothing is rounded. Each file is loaded back and compared.
+    of `gguf_writing.KINDS`; by default nothing is rounded but float64. Each file is loaded back and
+    compared.
 
     Raises ModelError for models that are not written as GGUF here, and for what a LoRA of llama.cpp
     cannot hold.
@@ -83,7 +84,7 @@ def export_gguf(
     with files.replaced_folder(output) as made:
         merged = made / "merged"
         done = export_merged(run, merged, num_links=0 if as_adapter else num_links)
-        kind = kind or {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}[done["dtype"]]
+        kind = kind or {"float16": "f16", "bfloat16": "bf16"}.get(done["dtype"], "f32")
         model = made / ("base.gguf" if as_adapter else "model.gguf")
         ends = [end for end in ends_of_turn(tokenizer) if end != tokenizer.eos_token_id]
         write_gguf(merged, tokenizer, model, kind, name, ends)
