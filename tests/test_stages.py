@@ -1036,6 +1036,19 @@ def test_a_fork_is_pruned_of_its_parents_stage(three, tmp_path):
     assert files_of(run) == before
 
 
+def test_a_pruning_from_elsewhere_leaves_the_relative_name_of_the_base(
+    config, tiny_folder, tmp_path, monkeypatch
+):
+    """So that a run that is moved together with its base still finds it."""
+    shutil.copytree(tiny_folder, tmp_path / "base")
+    monkeypatch.chdir(tmp_path)
+    train_stages(make_stages(config | {"model": "base"}), matrix=False)
+    monkeypatch.chdir("/")
+    prune_stage(tmp_path / "run", "style")
+    for folder in (tmp_path / "run", tmp_path / "run/stages/style"):
+        assert json.loads((folder / "chain.json").read_text())["base"]["model"] == "base"
+
+
 def test_what_cannot_be_pruned_is_refused_and_the_command_asks_first(three, tmp_path, capsys):
     run = tmp_path / "run"
     before = files_of(run)

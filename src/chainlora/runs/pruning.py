@@ -68,7 +68,7 @@ def plan_pruning(run: Path, name: str) -> Pruning:
     need_whole(run)
     found = read_stages(run)
     folders = [folder_of(run, found, place) for place in range(len(found.names))]
-    before = {folder: RunReader(folder).manifest() for folder in folders}
+    before = {folder: RunReader(folder).manifest(as_written=True) for folder in folders}
     after = {folder: _without(manifest, name) for folder, manifest in before.items()}
     gone = [path for folder in folders for path in _unnamed(folder, after[folder], name)]
     place = found.names.index(name) if name in found.names else -1

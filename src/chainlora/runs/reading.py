@@ -77,10 +77,13 @@ class RunReader:
         """Whether there is a run here."""
         return (self / "chain.json").is_file()
 
-    def manifest(self) -> Manifest:
-        """Read and check ``chain.json``. The base is named as it is found from here."""
+    def manifest(self, *, as_written: bool = False) -> Manifest:
+        """Read and check ``chain.json``. The base is named as it is found from here, or, to write
+        it again, `as_written`."""
         try:
             manifest = decode_manifest((self / "chain.json").read_bytes(), self.path)
+            if as_written:
+                return manifest
             place = {"model": from_above(manifest.base.model, self.path)}
             manifest = manifest.model_copy(update={"base": manifest.base.model_copy(update=place)})
             return manifest.at_strengths(self.strengths) if self.strengths else manifest
