@@ -74,6 +74,30 @@ def test_the_adapter_says_its_task_and_holds_its_head(tmp_path):
     assert "base_model.model.classifier.out_proj.weight" in stored
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "LlamaForSequenceClassification",
+        "RobertaForTokenClassification",
+        "BertForQuestionAnswering",
+    ],
+)
+@pytest.mark.parametrize("targets", ["all-linear", ".*(query|q_proj)"])
+def test_an_adapter_needs_no_head_that_is_trained_whole(name, targets, tmp_path):
+    """PEFT would look for one, if the adapter said its task."""
+    folder = save_base(name, tmp_path / "base")
+    chain = Chain(load(name, folder, seed=1), checkpoint=folder)
+    chain.extend(LinkConfig(rank=2, target_modules=targets))
+    with torch.no_grad():
+        for parameter in chain.parameters():
+            parameter.normal_(std=0.1)
+    export_adapter(chain, tmp_path / "adapter")
+    found = peft.PeftModel.from_pretrained(load(name, folder, seed=1), tmp_path / "adapter")
+    batch = KINDS[name].batch()
+    expected = outputs(chain.model, batch)
+    torch.testing.assert_close(outputs(found, batch), expected, atol=1e-5, rtol=1e-5)
+
+
 @pytest.fixture
 def saved(tmp_path):
     """Return a function that saves a tuned chain of a class; it returns the class's base."""

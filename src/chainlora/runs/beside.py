@@ -33,18 +33,12 @@ def check_own_files(base: Path) -> None:
     """
     licences = [path for path in base.iterdir() if is_licence(path.name)]
     configs = [base / name for name in _CONFIGS]
+    blobs = [base.parent.parent / "blobs"] if base.parent.name == "snapshots" else []
+    homes = [home.resolve() for home in (base, *blobs)]
     for path in sorted([*licences, *configs, *tokenizer_files(base)]):
         is_link = path.is_symlink() or path.parent.is_symlink()
-        if is_link and not any(
-            path.resolve().is_relative_to(home.resolve()) for home in _homes(base)
-        ):
+        if is_link and not any(map(path.resolve().is_relative_to, homes)):
             raise ModelError(
                 f"what an export copies must lie in the base's folder (got {path.name} in {base}, "
                 f"a link to {path.resolve()}); put a copy in its place"
             )
-
-
-def _homes(base: Path) -> list[Path]:
-    """Return the folders that a base's files may lie in."""
-    in_cache = base.parent.name == "snapshots"
-    return [base, base.parent.parent / "blobs"] if in_cache else [base]

@@ -27,6 +27,7 @@ _WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _OF_LINEAR = ("lora_A.weight", "lora_B.weight")
 _OF_EMBEDDING = ("lora_embedding_A", "lora_embedding_B")
+_HEADS = {"classifier", "score", "qa_outputs"}  # that PEFT wants whole, by the task
 
 
 def save_adapter(
@@ -50,8 +51,12 @@ def save_adapter(
         alpha: of the stored factors.
         extra: weights of trained extra modules by parameter path.
         fan_in_fan_out: whether the adapted layers store their weights (in × out), as GPT-2 does.
-        task_type: PEFT's name of what the model is for.
+        task_type: PEFT's name of what the model is for; left out where PEFT would miss the head of
+            a classifier, which was not trained whole.
     """
+    heads = [path for path in extra or {} if _HEADS.intersection(path.split("."))]
+    if task_type in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS") and not heads:
+        task_type = None
     tensors: dict[str, Tensor] = {}
     for name, share in factors.items():
         a, b = _names(share)
