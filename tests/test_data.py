@@ -10,6 +10,9 @@ from helpers_data import CHAT, FORGETS, MARKED, TALK, encode_examples, make_toke
 from helpers_tasks import write_task
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.processors import TemplateProcessing
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from chainlora.config.chat_templates import template_text
@@ -217,6 +220,23 @@ def test_special_tokens_that_a_text_has_are_not_there_twice(special):
     ):
         plain, written = encode_examples(rows, tokenizer, "auto")
         assert (written.sequences, written.scored) == (plain.sequences, plain.scored)
+
+
+@pytest.mark.parametrize("unknown", [None, "<s>"])
+@pytest.mark.parametrize("added", ["<s> $A", "<s> $A </s>", "$A </s>"])
+def test_a_vocabulary_of_digits_loses_no_token(added, unknown):
+    special = [("<s>", 0), ("</s>", 1)]
+    signs = {sign: place for place, sign in enumerate(["<s>", "</s>", *"0123456789+="])}
+    backend = Tokenizer(BPE(signs, [], unk_token=unknown))
+    backend.add_special_tokens(["<s>", "</s>"])
+    backend.post_processor = TemplateProcessing(single=added, special_tokens=special)
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": unknown}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **names)
+    (example,) = encode_examples([{"prompt": "9+8=", "completion": "17"}], tokenizer, "auto")
+    front = added.partition("$")[0].split()
+    ids = [*front, *"9+8=17", "</s>"]
+    assert tokenizer.convert_ids_to_tokens(example.sequences[0]) == ids
+    assert example.scored == (((len(ids) - 3, len(ids)),),)
 
 
 def test_an_answer_that_ends_in_one_token_with_what_follows_is_learnt_whole():

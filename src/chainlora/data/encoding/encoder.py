@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -82,9 +82,10 @@ class RowEncoder:
         drafts = self.encoder(rows)
         digests = b"".join(map(_digest, drafts))
         for draft in drafts:  # before a cut, whose length is that of the answer too
-            prompt = draft.prompt if len(draft.prompt) > self.fit.num_front else draft.sequences
+            prompt = draft.prompt if len(draft.prompt) > len(self.fit.front) else draft.sequences
             draft.prompt_hash = hash_of(json.dumps(prompt).encode())
-        counts = Counts(unread=_unread(self.encoder, rows))
+        unread = set().union(*map(self.encoder.unread, rows))
+        counts = Counts(unread=sorted(map(str, unread)))
         examples = [draft.example() for draft in self.fit(drafts, counts)]
         return Encoded(examples, counts, digests)
 
@@ -99,7 +100,7 @@ def make_row_encoder(
         options.max_length,
         options.truncation or encoder.truncation,
         encoder.keeps_targets,
-        reader.num_front,
+        reader.front,
         options.reserve,
     )
     refuse = refuse_plain if options.objective in PAIR_LOSSES else refuse_preferences
@@ -155,7 +156,3 @@ def detect_format(rows: Sequence[Mapping[str, Any]], objective: str | None = Non
 def _digest(draft: Draft) -> bytes:
     content = json.dumps(draft.content, sort_keys=True, default=str)  # ASCII: any text encodes
     return hashlib.sha256(content.encode()).digest()
-
-
-def _unread(encoder: Encoder, rows: Iterable[Row]) -> list[str]:
-    return sorted(map(str, set().union(*map(encoder.unread, rows))))

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-from chainlora.data.encoding.drafts import Draft, Span
+from chainlora.data.encoding.drafts import Draft, Ids, Span
 from chainlora.data.readers import bad_row
 from chainlora.errors import DataError
 
@@ -60,7 +60,7 @@ class Fit:
     max_length: int | None
     truncation: str  # error, left or split
     keeps_targets: bool
-    num_front: int  # special tokens in front, which stay whatever is cut
+    front: Ids  # special tokens in front, which stay whatever is cut
     reserve: int = 0  # tokens to keep free after the prompt, for generation
 
     def __call__(self, drafts: Iterable[Draft], counts: Counts) -> list[Draft]:
@@ -93,7 +93,7 @@ class Fit:
 
     def _cut(self, draft: Draft, length: int, max_length: int) -> Draft:
         """Cut the oldest tokens after the special ones, the same number in every sequence."""
-        excess, front = length - max_length, self.num_front
+        excess, front = length - max_length, len(self.front)
         first = max(front, 1)
         room = min(spans[0][0] for spans in draft.scored) - first
         if self.keeps_targets and excess > room:
@@ -113,7 +113,7 @@ class Fit:
         Each block but the first begins with the special tokens in front and the last token of the
         block before, from which its own first token is predicted.
         """
-        (ids,), front = draft.sequences, self.num_front
+        (ids,), front = draft.sequences, len(self.front)
         step = max_length - front - 1
         if step < 1:
             rule = f"a block of text must hold two tokens beside the {front} special ones"

@@ -19,7 +19,7 @@ class TextEncoder:
 
     def __call__(self, rows: Sequence[Row]) -> list[Draft]:
         texts = [text_of(row, "text") for row in rows]
-        first = self.reader.num_front
+        first = len(self.reader.front)
         drafts = []
         for row, text, read in zip(rows, texts, self.reader.ids(texts), strict=True):
             ids = with_end(read, self.end)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import takewhile
+from operator import eq
 from typing import Any, NoReturn
 
 from transformers import PreTrainedTokenizerBase
@@ -18,21 +20,22 @@ class TokenReader:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
-        whole = list(tokenizer("a")["input_ids"])  # this also ends any truncation or padding
+        tokenizer("a")  # this also ends any truncation or padding
         self._backend = _backend(tokenizer)
-        plain = self.bare(["a"])[0]
-        starts = [
-            at for at in range(len(whole) - len(plain) + 1) if whole[at : at + len(plain)] == plain
-        ]
-        self.num_front = starts[0] if starts else 0  # special tokens in front, such as BOS
-        self._front = whole[: self.num_front]
-        self._num_back = len(whole) - len(plain) - self.num_front if starts else 0
+        # a vocabulary of digits, or of another script, has no "a"
+        texts = ["a"] if self._is_read("a") else tokenizer.get_vocab()
+        text = next(filter(self._is_read, texts), "a")
+        (whole,), (plain,) = self._encode([text], special=True), self.bare([text])
+        size = len(plain)
+        starts = [at for at in range(len(whole) - size + 1) if whole[at : at + size] == plain]
+        self.front = whole[: starts[0]] if starts else []  # special tokens, such as BOS
+        self._num_back = len(whole) - size - len(self.front) if starts else 0
 
     def ids(self, texts: Sequence[str]) -> list[Ids]:
         """Tokenise with the special tokens in front, once if a text has them too, none behind."""
-        found, front = self._encode(texts, special=True), self.num_front
+        found, front = self._encode(texts, special=True), len(self.front)
         if front:
-            found = [ids[front:] if ids[: 2 * front] == self._front * 2 else ids for ids in found]
+            found = [ids[front:] if ids[: 2 * front] == self.front * 2 else ids for ids in found]
         return [ids[: -self._num_back] for ids in found] if self._num_back else found
 
     def bare(self, texts: Sequence[str]) -> list[Ids]:
@@ -47,6 +50,11 @@ class TokenReader:
                 "name one as eos_token in its tokenizer_config.json"
             )
         return [self.tokenizer.eos_token_id]
+
+    def _is_read(self, text: str) -> bool:
+        """Say whether a text is tokens of its own, none of them special."""
+        (ids,) = self.bare([text])
+        return bool(ids) and not {*ids} & {*self.tokenizer.all_special_ids}
 
     def _encode(self, texts: Sequence[str], *, special: bool) -> list[Ids]:
         if self._backend is not None:
@@ -73,11 +81,7 @@ def with_end(ids: Ids, end: Ids) -> Ids:
 
 def common_prefix(first: Ids, second: Ids) -> int:
     """Return the length of the common prefix."""
-    if second[: len(first)] == first:
-        return len(first)
-    pairs = enumerate(zip(first, second, strict=False))
-    unlike = (index for index, (one, other) in pairs if one != other)
-    return next(unlike, min(len(first), len(second)))
+    return sum(takewhile(bool, map(eq, first, second)))
 
 
 def refuse_nothing(text: str, prompt: str, place: str) -> NoReturn:
