@@ -94,6 +94,8 @@ class Fit:
     def _cut(self, draft: Draft, length: int, max_length: int) -> Draft:
         """Cut the oldest tokens after the special ones, the same number in every sequence."""
         excess, front = length - max_length, len(self.front)
+        if draft.sequences[0][:front] != self.front:  # a chat template may write none
+            front = 0
         first = max(front, 1)
         room = min(spans[0][0] for spans in draft.scored) - first
         if self.keeps_targets and excess > room:
