@@ -13,6 +13,7 @@ import torch
 from helpers import Stop, assert_same_links, sign, stop_after
 from helpers_data import (
     CHAT,
+    MARKED,
     encode_examples,
     make_tokenizer,
     pair_files,
@@ -139,6 +140,17 @@ def test_a_pair_of_chats_without_a_prompt_is_refused_in_its_own_words(row, got):
     rule = rf"a pair of chats must have messages as `prompt`, or begin with .*\(got {got} at row 0"
     with pytest.raises(DataError, match=rule):
         encode_examples([row], make_tokenizer("bos", CHAT), "auto", objective="dpo")
+
+
+@pytest.mark.parametrize("template", [CHAT, MARKED])
+@pytest.mark.parametrize("beside", [{}, {"prompt": [user("a")]}])
+@pytest.mark.parametrize("other", [[user("quite another")], []])
+def test_answers_to_different_turns_are_refused(template, beside, other):
+    row = {"chosen": [user("b"), says("c")], "rejected": [*other, says("d")]} | beside
+    if not beside:
+        row = {side: [user("a"), *turns] for side, turns in row.items()}
+    with pytest.raises(DataError, match=r"must follow the same turns .*at row 0\); begin"):
+        encode_examples([row], make_tokenizer("", template), "auto", objective="dpo")
 
 
 def test_rows_without_a_pair_are_refused_before_the_model_is_loaded(settings, tmp_path):

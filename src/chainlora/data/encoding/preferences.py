@@ -102,6 +102,11 @@ def _pair(chosen: Draft, rejected: Draft) -> Draft:
     """Return two answers as one draft; both begin at the first token in which they may differ."""
     answers = (*chosen.scored, *rejected.scored)
     first = min(spans[0][0] for spans in answers)
+    read = [each.sequences[0][:first] for each in (chosen, rejected)]
+    if chosen.prompt != rejected.prompt and read[0] != read[1]:
+        rule, got = "both answers of a pair must follow the same turns", "other turns before one"
+        remedy = "begin `chosen` and `rejected` with the assistant's turn"
+        raise bad_row(rule, got, chosen.place, remedy)
     return replace(
         chosen,
         content=[chosen.content, rejected.content],
