@@ -49,10 +49,8 @@ class Mixture:
     @property
     def is_even(self) -> bool:
         """Say whether every epoch reads the same rows."""
-        copies = map(_per_epoch, self.counts, self.weights)
-        return all(
-            each % max(count, 1) == 0 for each, count in zip(copies, self.counts, strict=True)
-        )
+        files = zip(self.counts, self.weights, strict=True)
+        return all(_per_epoch(count, weight) % max(count, 1) == 0 for count, weight in files)
 
     def epoch(self, seed: int, epoch: int) -> NDArray[np.int64]:
         """Return the rows of an epoch.

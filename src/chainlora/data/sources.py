@@ -240,7 +240,11 @@ def find_source(source: str | Path, split: str = "train", limit: int | None = No
     """
     path = Path(source)
     if path.is_dir():
-        path = find_file(path, [split]) or _missing(path, split)
+        if (found := find_file(path, [split])) is None:
+            names = ", ".join(f"{split}{suffix}" for suffix in SUFFIXES)
+            rule = f"a data folder must hold the split {split!r} as one of {names}"
+            raise DataError(rule, f"{path} without", "name the file itself or rename it")
+        path = found
     if path.is_file():
         return FileSource(path, limit=limit)
     match = _HUB_ID.match(str(source))
@@ -271,14 +275,6 @@ def find_file(folder: Path, stems: Sequence[str]) -> Path | None:
         if found:
             return found[0]
     return None
-
-
-def _missing(folder: Path, split: str) -> Path:
-    names = ", ".join(f"{split}{suffix}" for suffix in SUFFIXES)
-    raise DataError(
-        f"a data folder must hold the split {split!r} as one of {names} (got {folder} without); "
-        "name the file itself or rename it"
-    )
 
 
 def _row(record: Record, index: int, place: str, fields: Mapping[str, str]) -> Row:

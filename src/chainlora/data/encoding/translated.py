@@ -122,12 +122,8 @@ def _conversational(row: Row) -> dict[str, Any]:
         rule = "`prompt` and `completion` must both be lists of messages, as in the first row"
         raise bad_row(rule, "others", row.origin)
     joined = [*row["prompt"], *row["completion"]]
-    before = sum(_is_answer(message) for message in row["prompt"])
-    return _with_tools(row, joined) | {"turns_before": before}
-
-
-def _is_answer(message: Any) -> bool:
-    return isinstance(message, Mapping) and message.get("role") == "assistant"
+    roles = [message.get("role") for message in row["prompt"] if isinstance(message, Mapping)]
+    return _with_tools(row, joined) | {"turns_before": roles.count("assistant")}
 
 
 def _alpaca_chat(row: Row) -> dict[str, Any]:
