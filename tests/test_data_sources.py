@@ -136,7 +136,8 @@ def test_eval_with_a_limit_reads_no_more_than_its_rows(tiny_folder, sentiment, t
     (tmp_path / "folder").mkdir()
     path.rename(tmp_path / "folder" / "validation.jsonl")
     again = evaluate_task(str(tiny_folder), task, data=str(tmp_path / "folder"), limit=4)
-    assert found["split"] == str(path) and again == {**found, "split": "validation"}
+    assert found["split"] == str(path)
+    assert again == {**found, "split": "validation"}
 
 
 def test_values_of_parquet_that_are_nothing_here_are_named(tmp_path):
