@@ -89,12 +89,9 @@ def evaluate(
     """
     names = check_metrics(metrics)
     examples = list(examples)
-    if not examples:
-        remedy = "check the split and --limit"
-        raise DataError("an evaluation needs at least one example", "none", remedy)
-    is_labelled = examples[0].label is not None
+    is_labelled = bool(examples) and examples[0].label is not None
     in_words = [name for name in names if name in TEXT_METRICS]
-    _check_names(names, examples, is_labelled=is_labelled)
+    _check_rows(names, examples, is_labelled=is_labelled)
     is_written = bool(in_words) and not is_labelled
     tell = progress or (lambda done, rows: None)
 
@@ -184,8 +181,12 @@ def _answers(
     return texts
 
 
-def _check_names(names: Sequence[str], examples: Sequence[Example], *, is_labelled: bool) -> None:
-    """Raise for a metric that rows with (or without) a label or gold answers cannot give."""
+def _check_rows(names: Sequence[str], examples: Sequence[Example], *, is_labelled: bool) -> None:
+    """Raise for no rows, and for a metric that rows with (or without) a label or gold answers cannot
+    give."""
+    if not examples:
+        remedy = "check the split and --limit"
+        raise DataError("an evaluation needs at least one example", "none", remedy)
     unfit = ["perplexity"] if is_labelled else list(INDEX_METRICS)
     needed, given = "rows with a right candidate", "rows without"
     if is_labelled:
