@@ -182,8 +182,7 @@ def _answers(
 
 
 def _check_rows(names: Sequence[str], examples: Sequence[Example], *, is_labelled: bool) -> None:
-    """Raise for no rows, and for a metric that rows with (or without) a label or gold answers cannot
-    give."""
+    """Raise for no rows, and for a metric that they cannot give: by label, or by gold answers."""
     if not examples:
         remedy = "check the split and --limit"
         raise DataError("an evaluation needs at least one example", "none", remedy)
