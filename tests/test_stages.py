@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+from contextlib import suppress
 from itertools import product
 from pathlib import Path
 
@@ -703,6 +704,18 @@ def test_the_matrix_is_what_eval_says_and_is_kept(config, tmp_path):
     best, after, now = best_mix(run)
     assert after >= now
     assert set(best) == {"facts", "style"}
+
+
+def test_every_byte_of_a_matrix_counts(config, tmp_path):
+    train_stages(make_stages(config))
+    path = tmp_path / "run/matrix.jsonl"
+    whole, grid = path.read_bytes(), stage_matrix(tmp_path / "run", compute=False).grid
+    for place in range(0, len(whole), 5):
+        changed = bytearray(whole)
+        changed[place] ^= 1
+        path.write_bytes(changed)
+        with suppress(RunError):
+            assert stage_matrix(tmp_path / "run", compute=False).grid == grid
 
 
 def test_a_run_without_links_has_nothing_to_compare(config, tmp_path):

@@ -36,7 +36,7 @@ from chainlora.evaluation.metrics import is_higher_better
 from chainlora.evaluation.preferences import judge_odds, judge_pairs
 from chainlora.evaluation.streaming import to_accelerator
 from chainlora.models.finding import resolve_model
-from chainlora.runs.manifest import LinkEntry, Manifest, state_digest
+from chainlora.runs.manifest import LinkEntry, Manifest, checksum, state_digest
 from chainlora.runs.opening import load_run
 from chainlora.runs.reading import RunReader
 from chainlora.runs.stages import (
@@ -349,19 +349,27 @@ def _digest(reader: RunReader, strengths: Strengths) -> str:
 def _read(run: Path) -> list[Cell]:
     try:
         lines = (run / MATRIX).read_text(encoding="utf-8").splitlines()
-        return [Cell(**json.loads(line)) for line in lines]
+        return [_checked(json.loads(line)) for line in lines]
     except FileNotFoundError:
         return []
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
         raise RunError(
             f"{MATRIX} must be as it was written", f"{error} in {run}", "delete it: it is made anew"
         ) from None
 
 
+def _checked(tree: dict[str, Any]) -> Cell:
+    if tree.pop("checksum", None) != checksum(tree):
+        raise ValueError("another checksum")
+    return Cell(**tree)
+
+
 def _write(run: Path, cells: Sequence[Cell]) -> None:
     """Keep the cells; numbers of a run that cannot be written are numbers too."""
+    trees = list(map(asdict, cells))
+    lines = [json.dumps(tree | {"checksum": checksum(tree)}) + "\n" for tree in trees]
     try:
         files.remove_scratch(run, MATRIX)
-        files.write_text(run / MATRIX, "".join(json.dumps(asdict(cell)) + "\n" for cell in cells))
+        files.write_text(run / MATRIX, "".join(lines))
     except FileError as error:
         logger.warning("the scores are not kept: %s", error)
