@@ -110,6 +110,9 @@ def test_rows_of_one_prompt_have_one_hash_whatever_is_answered(kind, tmp_path):
     assert len(np.unique(hashes)) == len(PROMPTS)
     if kind not in ("candidates", "right one"):  # of which a prompt keeps as many tokens
         assert len({e.sequences[0][: e.scored[0][0][0]] for e in found}) > len(PROMPTS)  # some melt
+    if kind in ("candidates", "right one"):  # other demonstrations, of another file
+        shown = encode_examples(rows, tokenizer, task, before="no dogs? 4\n", **options)
+        assert prompt_hashes(shown).tolist() == hashes.ravel().tolist()
     if kind == "completion":  # a cut leaves more of the prompt of a shorter answer
         cut = encode_examples(rows, tokenizer, task, max_length=9, truncation="left")
         assert cut != found

@@ -32,7 +32,11 @@ class CandidatesEncoder:
         texts = [prompt + text for prompt, each in pairs for text in each.candidates]
         wholes = iter(self.reader.ids(texts))
         sequences = [[next(wholes) for _ in each.candidates] for each in shown]
-        return list(map(self._draft, rows, shown, prompts, reads, sequences))
+        drafts = list(map(self._draft, rows, shown, prompts, reads, sequences))
+        if self.before:
+            for draft, ids in zip(drafts, self.reader.ids([s.prompt for s in shown]), strict=True):
+                draft.prompt = ids
+        return drafts
 
     def _draft(
         self, row: Row, shown: Rendered, prompt: str, read: Ids, sequences: list[Ids]

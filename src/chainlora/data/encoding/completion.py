@@ -55,7 +55,11 @@ class CompletionEncoder:
         prompts = [self.before + pair.prompt for pair in pairs]
         texts = [prompt + pair.completion for prompt, pair in zip(prompts, pairs, strict=True)]
         reads, wholes = self.reader.ids(prompts), self.reader.ids(texts)
-        return list(map(self._draft, rows, pairs, prompts, reads, wholes))
+        drafts = list(map(self._draft, rows, pairs, prompts, reads, wholes))
+        if self.before:
+            for draft, ids in zip(drafts, self.reader.ids([p.prompt for p in pairs]), strict=True):
+                draft.prompt = ids
+        return drafts
 
     def _draft(self, row: Row, pair: Pair, prompt: str, read: Ids, whole: Ids) -> Draft:
         start = len(read) if self.exact else common_prefix(read, whole)

@@ -19,7 +19,8 @@ class Draft:
 
     `content` is what was read of the row, as JSON takes it: the digest of the rows is taken of it,
     before anything is cut. `scored` holds, per sequence, the spans ``[start, end)`` of its targets,
-    `prompt` the tokens of the prompt read alone, whose last may melt into an answer's first.
+    `prompt` the tokens of the prompt read alone, without demonstrations before it, whose last may
+    melt into an answer's first.
     """
 
     index: int
