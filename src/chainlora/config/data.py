@@ -102,7 +102,8 @@ class DataConfig(Section):
     """Rows of earlier stages added to every batch, as a share of it: 0.1 adds one row to a batch of
     10. They come from the rows that those stages kept; lengths count the stage's own rows."""
     new_rows_only: bool = False
-    """Leave out training rows that an earlier stage was trained on."""
+    """Leave out training rows that an earlier stage was trained on. They are known by all their
+    tokens: those that another `max_length` cuts, or other `shots` precede, are new."""
     keep_rows: bool = True
     """Keep [a sample of the rows](run-directory.md#what-is-in-it) and hashes of all in the run
     directory. Later stages need them for `replay`, `new_rows_only`, held-out validation rows and
