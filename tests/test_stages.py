@@ -706,6 +706,15 @@ def test_the_matrix_is_what_eval_says_and_is_kept(config, tmp_path):
     assert set(best) == {"facts", "style"}
 
 
+def test_a_rank_that_no_launcher_has_set_is_none(config, tmp_path, capsys, monkeypatch):
+    """Some shells have a RANK; only beside WORLD_SIZE it says that another process shows things."""
+    monkeypatch.setenv("RANK", "1")
+    (tmp_path / "mine.yaml").write_text(json.dumps(config))
+    assert cli(["train", str(tmp_path / "mine.yaml"), "--json"]) == 0
+    assert list(json.loads(capsys.readouterr().out)["stages"]) == ["facts", "style"]
+    assert read_stages(tmp_path / "run").here == ["facts", "style"]
+
+
 def test_every_byte_of_a_matrix_counts(config, tmp_path):
     train_stages(make_stages(config))
     path = tmp_path / "run/matrix.jsonl"

@@ -107,7 +107,7 @@ def quiet() -> None:
 
 def is_first_process() -> bool:
     """Say whether this is the process that prints, of those that a launcher started."""
-    return os.environ.get("RANK", "0") == "0"
+    return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
 
 
 def file_and_overrides(

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainingArguments
 
 from chainlora.errors import ConfigError
-from chainlora.training.processes import Processes, find_processes, num_launched
+from chainlora.training.processes import Processes, find_processes
 
 
 def find_trainer_processes(args: TrainingArguments, model: nn.Module) -> Processes:
@@ -39,11 +39,6 @@ def find_trainer_processes(args: TrainingArguments, model: nn.Module) -> Process
         raise ConfigError(
             f"with ChainCallback a process has one GPU (got {args.n_gpu}); launch one for each by "
             f"torchrun --nproc-per-node {args.n_gpu}, or show one by CUDA_VISIBLE_DEVICES"
-        )
-    if state.num_processes != num_launched():
-        raise ConfigError(
-            f"all processes must find each other (got {num_launched()} by WORLD_SIZE and "
-            f"{state.num_processes} by the trainer); on CPUs, set use_cpu=True"
         )
     return find_processes(state)
 

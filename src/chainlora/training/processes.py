@@ -262,7 +262,8 @@ def find_processes(
     if accelerator.num_processes != num_launched():
         raise ConfigError(
             f"all processes must find each other (got {num_launched()} by WORLD_SIZE and "
-            f"{accelerator.num_processes} by Accelerate); unset WORLD_SIZE, or launch with torchrun"
+            f"{accelerator.num_processes} by Accelerate); unset WORLD_SIZE, or launch with "
+            "torchrun; a trainer on CPUs needs use_cpu=True"
         )
     return Processes(
         accelerator.process_index,
@@ -296,4 +297,4 @@ def num_launched() -> int:
 
 def is_first_launched() -> bool:
     """Say whether this is the process that shows things, of those that a launcher has started."""
-    return os.environ.get("RANK", "0") == "0"
+    return num_launched() < 2 or os.environ.get("RANK", "0") == "0"
