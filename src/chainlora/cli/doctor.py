@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import textwrap
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -73,13 +72,12 @@ def _section(title: str, values: dict[str, Any]) -> str:
 
 def _extras() -> dict[str, str]:
     """Return the version of each optional package, or what it is for and how to install it."""
-    found = {}
-    for name, (purpose, extra) in _OPTIONAL.items():
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = f"not installed; pip install 'chainlora[{extra}]' for {purpose}"
-    return found
+    from chainlora.runs.costs import version_of
+
+    return {
+        name: version_of(name) or f"not installed; pip install 'chainlora[{extra}]' for {purpose}"
+        for name, (purpose, extra) in _OPTIONAL.items()
+    }
 
 
 def _machine() -> dict[str, Any]:

@@ -55,8 +55,13 @@ def versions() -> dict[str, str]:
     """Versions of Python and of the packages whose numerics matter."""
     found = {"python": platform.python_version(), "chainlora": __version__}
     for package in ("torch", "transformers", "peft", "accelerate"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "unknown"
+        found[package] = version_of(package) or "unknown"
     return found
+
+
+def version_of(package: str) -> str | None:
+    """Return the version of a package, None where it is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
