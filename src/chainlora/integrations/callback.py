@@ -330,7 +330,8 @@ class ChainCallback(TrainerCallback):
         """Return the knot that is due after the live link's last step."""
         if not self.chain.live_steps:
             return None
-        return self._knots.after_step(_newest_loss(state), restarts.rate_factor(optimizer))
+        logged = (float(each["loss"]) for each in reversed(state.log_history) if "loss" in each)
+        return self._knots.after_step(next(logged, math.nan), restarts.rate_factor(optimizer))
 
     def _next_link(self, state: TrainerState, optimizer: torch.optim.Optimizer) -> None:
         self._processes.check_same(self.chain.parameters())
@@ -377,11 +378,3 @@ def _refuse_late(state: TrainerState) -> None:
             f"{why}, a trainer needs ChainCallback when it is made (got it by add_callback); pass "
             "it in `callbacks`"
         )
-
-
-def _newest_loss(state: TrainerState) -> float:
-    """Return the loss that was logged last; nan before there is one."""
-    for record in reversed(state.log_history):
-        if "loss" in record:
-            return float(record["loss"])
-    return math.nan

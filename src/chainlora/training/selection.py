@@ -10,7 +10,6 @@ from chainlora.chain.link import Link
 from chainlora.data.examples import Example
 from chainlora.evaluation.evaluate import Evaluation
 from chainlora.evaluation.metrics import is_higher_better
-from chainlora.runs.manifest import Best
 from chainlora.training.events import Evaluated
 from chainlora.training.run import Run
 
@@ -29,8 +28,10 @@ def evaluate_point(run: Run, where: Literal["start", "step", "knot"]) -> None:
     if where == "start":
         return
     name = run.train.select_metric or run.splits.metric
-    if _is_better(name, evaluation.metrics[name], run.progress.best):
-        _keep_point(run, name, evaluation.metrics[name])
+    value, best = evaluation.metrics[name], run.progress.best
+    sign = 1 if is_higher_better(name) else -1
+    if best is None or sign * value > sign * best["value"]:
+        _keep_point(run, name, value)
     else:
         run.progress.evaluations_without_gain += 1
         patience = run.train.early_stop
@@ -92,11 +93,6 @@ def leave_dropped_link(run: Run) -> None:
             "metric": best["metric"],
             "value": run.accepted.metrics[best["metric"]],
         }
-
-
-def _is_better(metric: str, value: float, best: Best | None) -> bool:
-    sign = 1 if is_higher_better(metric) else -1
-    return best is None or sign * value > sign * best["value"]
 
 
 def _keep_point(run: Run, metric: str, value: float) -> None:

@@ -9,12 +9,10 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import nn
 
 from chainlora.chain.adapters import check_targets, inside, matched_modules
 from chainlora.chain.checks import check_apart, check_strengths
 from chainlora.chain.link import Link
-from chainlora.config.schema import LinkConfig
 from chainlora.config.stages import Stage
 from chainlora.data.division import can_read_again
 from chainlora.data.kept import Kept
@@ -164,18 +162,13 @@ def need_model(stages: Sequence[Stage], found: Sequence[StageState], ahead: int 
             if stage.config.chain.knots is not None:
                 check_policy(stage.config.chain.knots)
             length_limit(stage.config.data, context_length(model))
+            others = dict.fromkeys(below)
+            adapted = {name for other in others for name in matched_modules(model, other)}
+            whole = {name for other in others for name in inside(model, other.extra_modules)}
             for link in dict.fromkeys(stage.config.chain.links()):
                 check_targets(model, link)
-                _need_apart(model, below, link)
+                check_apart(adapted, whole, model, link)
         below += stage.config.chain.links()
-
-
-def _need_apart(model: nn.Module, below: Sequence[LinkConfig], link: LinkConfig) -> None:
-    """Refuse a link that trains whole what others adapt, or the other way round."""
-    others = dict.fromkeys(below)
-    adapted = {name for other in others for name in matched_modules(model, other)}
-    whole = {name for other in others for name in inside(model, other.extra_modules)}
-    check_apart(adapted, whole, model, link)
 
 
 def need_no_other(stage: Stage, stages: Sequence[Stage]) -> None:
