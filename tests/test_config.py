@@ -70,6 +70,7 @@ WRONG = [
     ("chain.knots", "bogus", "`chain.knots` must be auto, null or a section of keys (got 'bogus')"),
     ("chain.knots", "true", "`chain.knots` must be auto, null or a section of keys (got True)"),
     ("chain.knots.time_constant", "1e-300", "`chain.knots.time_constant` must be at least 1 (got"),
+    ("train.eps", "1e-300", "`train.eps` must be at least 1e-30 (got 1e-300)"),  # 0 in float32
     ("chain.knots", "{every: 99, time_constant: 1}", "`knots.time_constant` must leave a part of"),
     ("chain", "5", "`chain` must be a section of keys (got 5)"),
     ("model.name", "m", "`model.name` must name a key inside a section (got 'model', which is a"),

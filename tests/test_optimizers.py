@@ -265,6 +265,10 @@ def test_lion_is_that_of_bitsandbytes():
             {"train": {"optimizer_options": {"betas": [0.9]}}},
             r"must suit adamw on cpu \(got {'betas': \(0.9,\)}: .*out of range\)",
         ),
+        (  # 0 / 0 while B is 0
+            {"train": {"optimizer_options": {"eps": 0}}},
+            "must suit adamw on cpu .*not finite where gradients are 0",
+        ),
         (
             {"train": {"optimizer_options": {"fused": False, "capturable": True}}},
             "must suit adamw on cpu .*capturable",

@@ -82,7 +82,7 @@ class TrainConfig(Section):
     """Weight decay of the optimizer."""
     betas: tuple[Share, Share] = (0.9, 0.999)
     """Averaging factors of AdamW and its kin."""
-    eps: Annotated[float, Field(gt=0, le=1)] = 1e-8
+    eps: Annotated[float, Field(ge=1e-30, le=1)] = 1e-8
     """Epsilon of AdamW and its kin."""
     max_grad_norm: Annotated[float, Field(ge=1e-12, le=1e12)] | None = 1.0
     """Clip the gradient to this norm; `null` is off."""

@@ -66,9 +66,11 @@ def _stepped(train: TrainConfig, device: torch.device) -> torch.optim.Optimizer:
     matrix = nn.Parameter(torch.zeros(64, 64, device=device))
     try:
         optimizer = _make([{"params": [matrix], "ratio": 1.0}], train)
-        matrix.grad = torch.ones_like(matrix)
+        matrix.grad = torch.ones_like(matrix).tril()  # with zeros, as that of A has at first
         for _ in range(2):  # some options count from the second one on
             optimizer.step()
+        if not matrix.isfinite().all():
+            raise ValueError("weights that are not finite where gradients are 0, as by eps: 0")
         load_state(optimizer, state_tensors(optimizer))  # as a resume does
     except ConfigError:
         raise
