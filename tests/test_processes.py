@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import yaml
@@ -142,6 +143,15 @@ def test_other_ways_to_share_a_model_are_refused(kind):
     accelerator = SimpleNamespace(distributed_type=DistributedType[kind])
     with pytest.raises(ChainLoRAError, match=rf"\(got an Accelerate config for {kind}\); launch"):
         find_processes(accelerator)
+
+
+@pytest.mark.parametrize("variable", ["LOCAL_RANK", "WORLD_SIZE"])
+def test_a_variable_that_a_launcher_has_left_is_named(variable, config, chainlora):
+    with patch.dict(os.environ, {variable: "2"}):  # Accelerate sets others
+        chainlora("train", config).refused(
+            "Accelerate must find the processes that the environment names",
+            "launch with torchrun, or unset LOCAL_RANK and WORLD_SIZE",
+        )
 
 
 LEAVING = """

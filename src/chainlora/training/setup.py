@@ -285,12 +285,19 @@ def make_accelerator(config: RunConfig) -> Accelerator:
     missing = [name for name in wanted if name not in LOGGER_TYPE_TO_CLASS]
     if not missing:
         _check_place_of(wanted, config.output)
-        accelerator = Accelerator(
-            cpu=num_launched() > 1 and not torch.accelerator.is_available(),
-            log_with=wanted or None,
-            project_dir=config.output,
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
-        )
+        try:
+            accelerator = Accelerator(
+                cpu=num_launched() > 1 and not torch.accelerator.is_available(),
+                log_with=wanted or None,
+                project_dir=config.output,
+                kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+            )
+        except ValueError as error:  # of some of a launcher's variables without the others
+            raise ConfigError(
+                "Accelerate must find the processes that the environment names",
+                error,
+                "launch with torchrun, or unset LOCAL_RANK and WORLD_SIZE",
+            ) from error
         known = [str(getattr(tracker, "value", tracker)) for tracker in accelerator.log_with]
         missing = [name for name in wanted if name not in known]
     if missing:
