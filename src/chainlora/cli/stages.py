@@ -86,6 +86,8 @@ def mix(run: str, strengths: tuple[str, ...], best: bool, no_scores: bool, as_js
         mix_stages(folder, chosen)
     found = strengths_of(folder)
     can_score = bool(chosen and open_run(folder).manifest().kept)
+    if can_score and not no_scores:  # said first: a kill while it scores undoes no mix
+        to_stderr(f"{run} is this mix now; next, what it scores")
     matrix = None
     try:
         if not no_scores:
