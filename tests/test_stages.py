@@ -746,6 +746,9 @@ def test_scores_of_half_a_stage_are_not_kept(config, tmp_path):
     stop_after(stage.config, 9)
     whole = stage_matrix(tmp_path / "run").grid[-1][0]
     assert not (tmp_path / "run/matrix.jsonl").exists()
+    (run / "matrix.jsonl").unlink()
+    assert stage_matrix(f"{run}@facts").states == ["base", "facts"]  # as that stage ended
+    assert stage_matrix(f"{run}@facts").grid == [row[:1] for row in again[:2]]
     train(stage.config, resume=True)
     selected = open_run(tmp_path / "run").manifest().selected
     assert selected.num_links == 0

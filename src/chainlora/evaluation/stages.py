@@ -166,10 +166,12 @@ def stage_matrix(
 ) -> StageMatrix:
     """Return the matrix of a run; cells that were never scored are, if `compute`, and are kept.
 
+    That of ``RUN@STAGE`` ends with that stage.
+
     Raises RunError for a run that kept no rows, and what loading it raises.
     """
     folder, _ = split_address(run)
-    reader = open_run(folder)
+    reader = open_run(run)
     kept, states = reader.kept(), dict(_states(folder, reader))
     known = {(cell.state, cell.stage): cell for cell in _read(folder)}
     stages = [stage for stage in reader.manifest().stages if stage in kept]
@@ -303,18 +305,12 @@ def _states(run: Path, reader: RunReader) -> Iterator[tuple[str, Strengths]]:
             folder = folder_of(run, found, found.names.index(name))
             last = _strengths(RunReader(folder).manifest().loaded)
         else:
-            last = _end_before_the_fork(begun, name)
+            own = [entry.id for entry in begun.links if entry.stage == name]
+            last = _tuned_on(begun, name) | dict.fromkeys(own, 1.0)  # where it was forked from
         yield name, last
     now = _strengths(reader.manifest().loaded)
     if now != last:
         yield NOW, now
-
-
-def _end_before_the_fork(begun: Manifest, stage: str) -> Strengths:
-    """Return the state at the end of a stage of the run that a run was forked from: the stage at
-    full strength, on what it was tuned on."""
-    own = [entry.id for entry in begun.links if entry.stage == stage]
-    return _tuned_on(begun, stage) | dict.fromkeys(own, 1.0)
 
 
 def _tuned_on(begun: Manifest, stage: str) -> dict[int, float]:
