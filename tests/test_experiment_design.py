@@ -54,6 +54,7 @@ WRONG = [
         "`methods` must have names of one line",
     ),
     ({"tasks": ["t" * 201]}, "`tasks` must have names of one line and 1 to 200 characters"),
+    ({"tasks": ["rte", "all tasks"]}, "differ from what a report calls them together"),
     ({"tasks": ["rtee"]}, "did you mean 'rte'"),
     ({"base": {"train": {"lrr": 1}}}, "did you mean 'lr'"),
 ]

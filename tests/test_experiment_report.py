@@ -97,6 +97,27 @@ def test_over_all_tasks_each_task_weighs_alike(tmp_path):
     assert whole.num_pairs == 4
 
 
+def test_a_name_that_begins_with_an_underscore_is_in_the_legend(tmp_path):
+    def named(cell):
+        cell = with_curve(cell)
+        return cell | {"method": "_lora"} if cell["method"] == "lora" else cell
+
+    head = {"methods": {"_lora": "One.", "chain3": "Three."}, "pairs": [["chain3", "_lora"]]}
+    path = change(tmp_path / "results.jsonl", named, **head, figures=["curves"])
+    files = report_experiment(path).files
+    assert any("_lora (n=6)" in file.read_text() for file in files if file.suffix == ".svg")
+
+
+@pytest.mark.parametrize(("metric", "is_pooled"), [("loss", True), ("perplexity", False)])
+def test_losses_are_not_pooled_with_perplexities(tmp_path, metric, is_pooled):
+    def measured(cell):
+        return cell | {"metric": "loss" if cell["task"] == "wsc" else metric}
+
+    path = change(tmp_path / "results.jsonl", measured)
+    report = report_experiment(path, figures=False)
+    assert ("all tasks" in {each.task for each in report.comparisons}) == is_pooled
+
+
 def test_a_pair_that_lacks_a_task_is_judged_on_the_others(tmp_path):
     def lacking(cell):
         return None if (cell["task"], cell["method"]) == ("cb", "chain3") else cell

@@ -13,9 +13,9 @@ from pathlib import Path
 
 from chainlora.errors import ConfigError
 from chainlora.experiments.report.comparisons import compare_all
-from chainlora.experiments.report.values import OVERALL, digits
+from chainlora.experiments.report.values import digits
 from chainlora.experiments.results import Results
-from chainlora.experiments.schema import Experiment, load_experiment
+from chainlora.experiments.schema import OVERALL, Experiment, load_experiment
 from chainlora.experiments.session import Session
 from chainlora.experiments.statistics.power import LEVEL, POWER, detectable, pairs_needed
 from chainlora.experiments.statistics.sign_flip import least_pairs

@@ -25,6 +25,7 @@ from chainlora.errors import ConfigError, nearest
 from chainlora.experiments.methods import load_method, merge_trees
 
 TREE_KEYS = ("model", "quantize", "recipe", "data", "chain", "train")
+OVERALL = "all tasks"  # the row of all of them in a report
 Figure = Literal["scores", "differences", "curves", "chain_length", "rank_step_down"]
 
 
@@ -93,13 +94,18 @@ class Experiment(Frozen):
             if not re.fullmatch(r".{1,200}", str(name)):  # results.jsonl has no others
                 rule = f"`{info.field_name}` must have names of one line and 1 to 200 characters"
                 raise ValueError(f"{rule} (got {name!r:.60})")
+            if name == OVERALL and info.field_name == "tasks":
+                rule = "`tasks` must differ from what a report calls them together"
+                raise ValueError(f"{rule} (got {name!r}); give that task another name")
         return {str(name): dict(keys or {}) for name, keys in value.items()}
 
     @model_validator(mode="after")
     def _check(self) -> Experiment:
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"`seeds` must differ from each other (got {list(self.seeds)})")
-        for key, name in self._named_methods():
+        named = [("baseline", self.baseline)] if self.baseline else []
+        named += [("comparisons", name) for pair in self.comparisons for name in pair]
+        for key, name in [*named, *(("primary", name) for name in self.primary or ())]:
             if name not in self.methods:
                 hint = nearest(str(name), self.methods)
                 raise ValueError(f"`{key}` must name methods of this file (got {name!r}){hint}")
@@ -109,11 +115,6 @@ class Experiment(Frozen):
                 "add it to `comparisons`"
             )
         return self
-
-    def _named_methods(self) -> list[tuple[str, str]]:
-        named = [("baseline", self.baseline)] if self.baseline else []
-        named += [("comparisons", name) for pair in self.comparisons for name in pair]
-        return named + [("primary", name) for name in self.primary or ()]
 
     @property
     def pairs(self) -> tuple[tuple[str, str], ...]:

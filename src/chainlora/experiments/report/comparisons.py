@@ -8,7 +8,6 @@ from functools import cached_property
 
 from chainlora.evaluation.metrics import better_sign, is_higher_better
 from chainlora.experiments.report.values import (
-    OVERALL,
     Summary,
     Value,
     by_seed,
@@ -19,6 +18,7 @@ from chainlora.experiments.report.values import (
     summarise_all,
 )
 from chainlora.experiments.results import Results
+from chainlora.experiments.schema import OVERALL
 from chainlora.experiments.statistics.pairs import Difference, compare_pairs
 
 Key = tuple[str, str, str]  # task, method, rival
@@ -60,8 +60,9 @@ def compare_all(results: Results) -> list[Comparison]:
     """Return every pair's difference by score on every task, then over all tasks.
 
     A pair over all tasks pools its (task, seed) differences, of the seeds that all tasks have, so
-    that tasks weigh alike; scores and losses are not pooled. Tasks one by one are one Holm family,
-    all tasks together another; the primary comparison is tested alone.
+    that tasks weigh alike; scores, losses and perplexities are not pooled with each other. Tasks
+    one by one are one Holm family, all tasks together another; the primary comparison is tested
+    alone.
     """
     return _compare(results, "score", shown_score, results.experiment["tasks"])
 
@@ -109,7 +110,8 @@ def _families(results: Results, value: Value, tasks: Sequence[str]) -> list[tupl
     }
     single = {key: list(found.values()) for key, found in by_task.items()}
     metrics, pooled = _metrics(results), Family()
-    is_alike = len({is_higher_better(metrics[task]) for task in tasks if task in metrics}) == 1
+    known = [metrics[task] for task in tasks if task in metrics]
+    is_alike = len({"score" if is_higher_better(each) else each for each in known}) == 1
     if len(tasks) > 1 and is_alike:
         for method, rival in pairs:
             own = [by_task[task, method, rival] for task in tasks]

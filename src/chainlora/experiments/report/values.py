@@ -18,7 +18,6 @@ from chainlora.experiments.statistics.intervals import mean_sd
 
 Cell = Mapping[str, Any]
 Value = Callable[[Cell], float | None]
-OVERALL = "all tasks"
 
 
 def scale(metric: str) -> float:

@@ -6,7 +6,8 @@ from collections import Counter
 from collections.abc import Sequence
 
 from chainlora.experiments.report.comparisons import Comparison
-from chainlora.experiments.report.values import OVERALL, digits
+from chainlora.experiments.report.values import digits
+from chainlora.experiments.schema import OVERALL
 from chainlora.experiments.statistics.pairs import VERDICTS
 from chainlora.reports.tables import Table, number, table_of
 
