@@ -123,15 +123,16 @@ def test_cells_of_other_rows_or_weights_are_not_put_into_one_table(
         assert [plan["todo"] for plan in plans if plan["event"] == "plan"] == to_run
 
 
+@pytest.mark.parametrize(("method", "steps"), [("lora", 6), ("full", 2)])  # in its last step
 def test_a_final_run_that_diverged_is_a_failure_however_often_it_is_asked_for(
-    tiny_folder, sentiment, tmp_path
+    tiny_folder, sentiment, tmp_path, method, steps
 ):
-    wild = tree(tiny_folder, sentiment, methods=["lora"], tune={})
-    wild["base"] = wild["base"] | {"train": WILD}
+    wild = tree(tiny_folder, sentiment, methods=[method], tune={})
+    wild["base"] |= {"train": WILD, "recipe": wild["base"]["recipe"] | {"steps": steps}}
     for num_run in (2, 0):
         outcome = run_cells(make_experiment(wild), tmp_path, backend="inline")
         assert outcome.num_run == num_run
-        assert set(outcome.failed) == {"mood lora seed=0", "mood lora seed=1"}
+        assert set(outcome.failed) == {f"mood {method} seed=0", f"mood {method} seed=1"}
     text = report_experiment(tmp_path, figures=False).markdown
     assert "**Diverged** (2)" in text
     assert "Not there yet" not in text

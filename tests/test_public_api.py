@@ -117,6 +117,7 @@ def test_every_error_on_purpose_is_of_one_tree():
         "ConfigError",
         "DataError",
         "ModelError",
+        "ScoreError",
         "ChainError",
         "FileError",
         "RunError",

@@ -4,6 +4,7 @@
     ├── ConfigError             a key, value or combination that cannot work
     ├── DataError               rows that cannot be read, rendered or fit
     ├── ModelError              a model that cannot be loaded, adapted or matched
+    │   └── ScoreError          a model whose scores are not numbers
     ├── ChainError              a chain asked to do what its state does not allow
     ├── FileError               a file or folder that cannot be read or written
     ├── RunError                a run directory that is missing, incomplete, damaged or in use
@@ -42,6 +43,10 @@ class DataError(ChainLoRAError):
 
 class ModelError(ChainLoRAError):
     """A model that cannot be loaded, adapted or matched to its fingerprint."""
+
+
+class ScoreError(ModelError):
+    """A model whose scores are not numbers."""
 
 
 class ChainError(ChainLoRAError):

@@ -31,7 +31,7 @@ from chainlora.engine.packing import PackedBatch, input_sequences, pack
 from chainlora.engine.padded import padded_hidden
 from chainlora.engine.probes import Facts, examine, forget_lengths
 from chainlora.engine.score_batches import evaluation_batches, pack_size
-from chainlora.errors import DataError, ModelError
+from chainlora.errors import DataError, ScoreError
 from chainlora.models.modes import in_mode
 from chainlora.models.shards import at_head, by_module, in_forward, is_sharded, whole_shape
 from chainlora.models.text_config import base_model, causal_model, text_config
@@ -262,7 +262,7 @@ class Engine:
     ) -> list[list[float]]:
         """Return, per example, the mean log-probability per token of each of its sequences.
 
-        `max_tokens` bounds what is computed at once, in all threads together. Raises ModelError
+        `max_tokens` bounds what is computed at once, in all threads together. Raises ScoreError
         when a score is not a number.
         """
         return self.spread(examples, lambda part: self._scores(part, max_tokens, progress))
@@ -381,7 +381,7 @@ def _one_by_one(examples: Iterable[Example]) -> Iterator[Example]:
 
 def _check_scores(scores: Sequence[float], row: int) -> None:
     if any(map(math.isnan, scores)):
-        raise ModelError(
+        raise ScoreError(
             f"scores must be numbers (got nan at row {row}); the model's weights or its dtype are "
             "at fault, try float32"
         )

@@ -8,6 +8,7 @@ from typing import Literal
 
 from chainlora.chain.link import Link
 from chainlora.data.examples import Example
+from chainlora.errors import DivergedError, ScoreError
 from chainlora.evaluation.evaluate import Evaluation
 from chainlora.evaluation.metrics import is_higher_better
 from chainlora.training.events import Evaluated
@@ -52,15 +53,20 @@ def score(run: Run, examples: Sequence[Example]) -> Evaluation:
 
     if run.is_resumable:
         run.stop_if_requested()
-    return run.objective.evaluate(
-        run.engine,
-        examples,
-        metrics=run.splits.metrics,
-        tokenizer=run.tokenizer,
-        stop=run.splits.stop,
-        max_new_tokens=run.splits.max_new_tokens,
-        progress=between_batches,
-    )
+    try:
+        return run.objective.evaluate(
+            run.engine,
+            examples,
+            metrics=run.splits.metrics,
+            tokenizer=run.tokenizer,
+            stop=run.splits.stop,
+            max_new_tokens=run.splits.max_new_tokens,
+            progress=between_batches,
+        )
+    except ScoreError as error:
+        if run.progress.step == 0:
+            raise
+        raise DivergedError(f"{error}, or lower train.lr") from None
 
 
 def select_best(run: Run) -> None:
