@@ -102,6 +102,22 @@ def test_what_a_cut_takes_is_counted_and_told_once(tmp_path, caplog, format):
     assert f"; {lost} tokens were cut" in record.message
 
 
+@pytest.mark.parametrize("template", [CHAT, "{{ bos_token }}" + CHAT])
+def test_a_cut_chat_keeps_the_start_that_its_template_writes(template):
+    """Whatever the tokenizer would add itself; where nothing was written, nothing is put."""
+    talk = [{"role": "user", "content": "dogs " * 60}, *TALK[1:]]
+    for special in ("", "bos"):
+        tokenizer = make_tokenizer(special, template)
+        (whole,), (cut,) = (
+            encode_examples([{"messages": talk}], tokenizer, "chat", **keys)[0].sequences
+            for keys in ({}, {"max_length": 24, "truncation": "left"})
+        )
+        begun = int(template != CHAT)
+        assert whole[:1] == cut[:1] or not begun
+        assert cut[begun:] == whole[begun - 24 :]
+        assert (cut[0] == tokenizer.bos_token_id) == begun
+
+
 @pytest.mark.parametrize(
     ("rows", "unread"),
     [

@@ -102,6 +102,7 @@ def make_row_encoder(
         encoder.keeps_targets,
         reader.front,
         options.reserve,
+        tokenizer.bos_token_id,
     )
     refuse = refuse_plain if options.objective in PAIR_LOSSES else refuse_preferences
     return RowEncoder(encoder, fit, None if isinstance(task, Task) else refuse)

@@ -62,6 +62,7 @@ class Fit:
     keeps_targets: bool
     front: Ids  # special tokens in front, which stay whatever is cut
     reserve: int = 0  # tokens to keep free after the prompt, for generation
+    bos: int | None = None  # stays too, where a chat template writes it and the tokenizer does not
 
     def __call__(self, drafts: Iterable[Draft], counts: Counts) -> list[Draft]:
         """Return drafts that fit, and count those that did not."""
@@ -96,6 +97,7 @@ class Fit:
         excess, front = length - max_length, len(self.front)
         if draft.sequences[0][:front] != self.front:  # a chat template may write none
             front = 0
+        front = front or int(draft.sequences[0][0] == self.bos)
         first = max(front, 1)
         room = min(spans[0][0] for spans in draft.scored) - first
         if self.keeps_targets and excess > room:
