@@ -6,8 +6,10 @@ import pytest
 import torch
 from helpers_export import dense_adapter, dense_sum, fit, live, on_fresh_base, relative_error
 from safetensors.torch import load_file
+from test_saved_chain import make_chain, tune
 
 from chainlora import export_adapter
+from chainlora.config.schema import LinkConfig
 
 
 @pytest.mark.parametrize("rank", [1, 6, 10])
@@ -38,6 +40,24 @@ def test_a_tolerance_is_met_with_the_smallest_rank(runs, tmp_path, tolerance):
             export_adapter(runs["llama"], tmp_path / "b", rank=done["rank"] - 1)["error"]
             > tolerance
         )
+
+
+def test_an_adapter_of_a_live_link_with_soft_knots_says_what_it_was_stored_to(tmp_path):
+    """It was "exact" while its function was that of the live link to 5e-4."""
+    chain = make_chain()
+    chain.extend(LinkConfig(rank=2, target_modules=("q_proj",)))
+    for _ in range(8):
+        tune(chain, 1)
+        chain.tie_share(0.9)
+    tune(chain, 1)
+    error = chain.live_link().error
+    assert error > 0
+    done = export_adapter(chain, tmp_path / "live")
+    assert (done["exact"], done["error"]) == (False, error)
+    assert f"(relative error {error:.2e})" in (tmp_path / "live/README.md").read_text()
+    chain.tie()  # which makes the model what is stored
+    assert export_adapter(chain, tmp_path / "tied")["exact"]
+    assert "(exact)" in (tmp_path / "tied/README.md").read_text()
 
 
 def test_modules_of_unlike_rank_get_one_rank(folders, sentiment, tmp_path):

@@ -151,7 +151,7 @@ class WrappedChain:
         files.make_folder(folder)
         links = current_links(self.chain)
         write_chain(self.chain, links, folder / INSIDE, self.numbers)
-        _write_adapter(folder, links, describe_base(self.chain))
+        _write_adapter(folder, links, describe_base(self.chain), len(self.chain))
 
     def load(self, folder: Path) -> None:
         """Make the chain what a save holds, whatever it is now."""
@@ -235,13 +235,14 @@ def _with_drawn_factors(link: Link) -> Link:
     return replace(link, factors=factors)
 
 
-def _write_adapter(folder: Path, links: Sequence[Link], base: Base) -> None:
+def _write_adapter(folder: Path, links: Sequence[Link], base: Base, tied: int) -> None:
     """Write a chain as one adapter; each file replaces an earlier one whole."""
     factors, _ = adapter_factors(links)
     with files.reported(folder), tempfile.TemporaryDirectory(dir=folder) as scratch:
         rank, _ = write_adapter(Path(scratch), links, factors, base)
         if not is_of_another(folder):  # the trainer's own card stays
-            write_adapter_card(Path(scratch), links, rank, 0.0, base)
+            error = sum(link.error for link in links[tied:])  # of the live one
+            write_adapter_card(Path(scratch), links, rank, error, base)
         for file in sorted(Path(scratch).iterdir()):
             files.sync_file(file)
             file.replace(folder / file.name)

@@ -111,7 +111,7 @@ def export_adapter(
     written as it is now. Beside the adapter lie the tokenizer of its rows, chat template included,
     and the base's licence, if the base is at hand. A base known by its place on this machine is
     named by the last part of that, unless `naming` says how. Returns rank and error; the error is
-    ``√(Σ‖ΔW−ΔŴ‖² / Σ‖ΔW‖²)`` over all modules.
+    ``√(Σ‖ΔW−ΔŴ‖² / Σ‖ΔW‖²)`` over all modules, at least that of a live link with soft knots.
     """
     check_compression(rank, tolerance)
     output = empty_folder(output)
@@ -123,6 +123,8 @@ def export_adapter(
         update = {"fan_in_fan_out": stores_transposed(skeleton, links)}
         named = named.model_copy(update=update)
     factors, error = adapter_factors(links, rank=rank, tolerance=tolerance)
+    if isinstance(run, Chain):
+        error = max([error, *(link.error for link in links if link.index == len(run))])
     with files.replaced_folder(output) as scratch:
         written, extra = write_adapter(scratch, links, factors, named)
         check_adapter(scratch, skeleton, factors, extra)
