@@ -166,6 +166,29 @@ def test_switched_off_and_on_a_stage_gives_the_states_back(config, tmp_path):
     assert torch.equal(logits(f"{run}@style"), ends["style"])
 
 
+def test_a_base_beside_the_run_is_found_from_another_folder(config, tmp_path, monkeypatch):
+    """To add a stage, in place or as a fork, and to finish one; `load_run` found it already."""
+    shutil.copytree(config["model"], tmp_path / "base")
+    config |= {"model": "base", "output": "run"}
+    monkeypatch.chdir(tmp_path)
+    first, law = one_stage(config), stage_of(config, "style")
+
+    def stop(event):
+        if event.name == "step" and event.step > 3:
+            raise Stop
+
+    with pytest.raises(Stop):
+        train_stages(make_stages(first), listener=stop)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    train_stages(make_stages(first | {"output": "../run"}), matrix=False)
+    train_stages(extension("../run", law | {"name": "fork", "output": "fork"}), matrix=False)
+    train_stages(extension("../run", law), matrix=False)
+    monkeypatch.chdir(tmp_path)
+    assert [where.state for where in survey(make_stages(config))] == ["finished"] * 2
+    assert_same_links(tmp_path / "run/stages/style", tmp_path / "elsewhere/fork")
+
+
 def test_a_stage_begins_on_what_the_mix_made(config, tmp_path):
     run = tmp_path / "run"
     train_stages(make_stages(config))
@@ -702,6 +725,9 @@ def test_the_matrix_is_what_eval_says_and_is_kept(config, tmp_path):
         Path(config["stages"][0]["data"][data]).unlink()
     (run / "matrix.jsonl").unlink()
     assert stage_matrix(run).grid == again
+    (run / "matrix.jsonl").unlink()
+    assert stage_matrix(f"{run}@facts").states == ["base", "facts"]  # as that stage ended
+    assert stage_matrix(f"{run}@facts").grid == [row[:1] for row in again[:2]]
     best, after, now = best_mix(run)
     assert after >= now
     assert set(best) == {"facts", "style"}
@@ -746,9 +772,6 @@ def test_scores_of_half_a_stage_are_not_kept(config, tmp_path):
     stop_after(stage.config, 9)
     whole = stage_matrix(tmp_path / "run").grid[-1][0]
     assert not (tmp_path / "run/matrix.jsonl").exists()
-    (run / "matrix.jsonl").unlink()
-    assert stage_matrix(f"{run}@facts").states == ["base", "facts"]  # as that stage ended
-    assert stage_matrix(f"{run}@facts").grid == [row[:1] for row in again[:2]]
     train(stage.config, resume=True)
     selected = open_run(tmp_path / "run").manifest().selected
     assert selected.num_links == 0

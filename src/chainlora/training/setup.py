@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Mapping, Sequence
 from itertools import accumulate
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ from chainlora.data.splits import Splits, check_files, prepare_splits
 from chainlora.engine.engine import Engine
 from chainlora.errors import ConfigError, RunError
 from chainlora.knots.driver import check_policy
-from chainlora.models.finding import resolve_model
+from chainlora.models.finding import from_above, resolve_model
 from chainlora.models.identity import base_files
 from chainlora.models.loading import (
     check_vocabulary,
@@ -95,8 +94,17 @@ def _prepare(
             f"{config.start!r} elsewhere",
             "leave it out",
         )
-    folder, files = _claim(config, resume, change, directory, processes)
-    _, _, tokenizer = open_folder(config.model)
+    here = config  # as its base is found from here
+    if directory is not None and (begun is not None or start is not NOTHING):
+        here = config.model_copy(update={"model": from_above(config.model, directory.path)})
+    with processes.in_turn():
+        if directory is not None:
+            directory.open(config, resume=resume, change=change)
+        folder = resolve_model(here.model)
+        files = base_files(folder)
+    if directory is not None:
+        directory.check_base_files(files)  # before they are loaded
+    _, _, tokenizer = open_folder(here.model)
     own = start.tokenizer if begun is None else begun.tokenizer(begun.manifest())
     if own is not None:  # instead of the base's
         tokenizer = load_tokenizer(own)
@@ -106,8 +114,8 @@ def _prepare(
             own_stage = begun.manifest().stage
             earlier = {stage: kept for stage, kept in begun.kept().items() if stage != own_stage}
         compare = processes.is_first and begun is None
-        splits = _load_splits(config, tokenizer, listener, earlier, compare)
-    model = _load_model(config, processes)
+        splits = _load_splits(here, tokenizer, listener, earlier, compare)
+    model = _load_model(here, processes)
     check_vocabulary(model, tokenizer, own or folder)
     plan = make_plan(config, splits.train, splits.mixture)
     check(config, model, splits)
@@ -174,24 +182,6 @@ def _check_config(config: RunConfig, resume: bool, processes: Processes) -> None
             f"number (got {config.train.batch_size} for {processes.count} processes); start "
             "another number of them, or change it"
         )
-
-
-def _claim(
-    config: RunConfig,
-    resume: bool,
-    change: Collection[str],
-    directory: RunDirectory | None,
-    processes: Processes,
-) -> tuple[Path, dict[str, str]]:
-    """Claim the output directory; return the base model's folder and its files' checksums."""
-    with processes.in_turn():
-        if directory is not None:
-            directory.open(config, resume=resume, change=change)
-        folder = resolve_model(config.model)
-        files = base_files(folder)
-    if directory is not None:
-        directory.check_base_files(files)  # before they are loaded
-    return folder, files
 
 
 def _load_model(config: RunConfig, processes: Processes) -> Any:

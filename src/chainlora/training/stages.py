@@ -28,6 +28,7 @@ from chainlora.config.stages import (
 from chainlora.errors import RunError, StoppedError
 from chainlora.evaluation.stages import stage_matrix
 from chainlora.evaluation.strengths import guard
+from chainlora.models.finding import from_above
 from chainlora.runs.loading_start import load_start
 from chainlora.runs.reading import RunReader
 from chainlora.runs.stages import (
@@ -146,7 +147,8 @@ def extension(
     ]
     shared = what_stages_share(stages[before.index(last)].config)
     if output is not None:
-        tree = shared | {"start": str(address), "output": str(output)}
+        base = from_above(shared["model"], run)
+        tree = shared | {"model": base, "start": str(address), "output": str(output)}
         return [make_stage(tree, own, 0)]
     tree = shared | {"output": str(run)}
     return [*stages, make_stage(tree, own, len(stages))]

@@ -19,6 +19,7 @@ from chainlora.data.kept import Kept
 from chainlora.data.splits import check_files, learned_by, length_limit
 from chainlora.errors import ChainError, ChainLoRAError, RunError
 from chainlora.knots.driver import check_policy
+from chainlora.models.finding import from_above
 from chainlora.models.loading import load_skeleton
 from chainlora.models.text_config import context_length
 from chainlora.runs.loading_start import IMPORTED, load_start
@@ -148,7 +149,8 @@ def need_model(stages: Sequence[Stage], found: Sequence[StageState], ahead: int 
     later = stages[first:]
     if not later:
         return
-    model = load_skeleton(stages[0].config.model)
+    base = stages[0].config.model
+    model = load_skeleton(base if found[0].state == "new" else from_above(base, run_of(stages)))
     has_one, cpu = torch.accelerator.is_available(), torch.device("cpu")
     device = (torch.accelerator.current_accelerator() if has_one else None) or cpu
     below = [
