@@ -23,6 +23,7 @@ from chainlora import (
     save_chain,
 )
 from chainlora.errors import RunError
+from chainlora.evaluation.strengths import best_mix
 from chainlora.runs.loading_start import load_start, with_start
 from chainlora.runs.saved_chain import INSIDE
 from chainlora.runs.stages import mix_stages, open_run
@@ -99,6 +100,8 @@ def test_a_chain_that_was_mixed_is_loaded_as_the_mix(live, tmp_path):
     save_chain(chain, place)
     with pytest.raises(RunError, match=r"one strength \(got 0.25, 0.5 in 'main'"):
         mix_stages(place, {"main": 1})  # which would not give it back
+    with pytest.raises(RunError, match=r"one strength \(got 0.25, 0.5 in 'main'"):
+        best_mix(place)  # nor would what it finds, after its work
     with pytest.raises(RunError, match=r"one strength \(got 0.25, 0.5 in 'main'"):
         open_run(place, "main")  # nor is that what was saved
     assert {link.strength for link in open_run(place, {"main": 0}).load_links()} == {0.0}

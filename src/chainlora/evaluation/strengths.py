@@ -20,7 +20,7 @@ from chainlora.evaluation.acceptance import Gain, gain
 from chainlora.evaluation.metrics import is_higher_better
 from chainlora.evaluation.stages import Progress, Scorer
 from chainlora.runs.reading import RunReader
-from chainlora.runs.stages import open_run
+from chainlora.runs.stages import need_one_strength, open_run
 
 _TRIED = (1.0, 0.75, 0.5, 0.25, 0.0)  # an equal one is not taken: the first wins
 
@@ -34,12 +34,14 @@ def best_mix(
     less the better. Strengths 0, ¼, ½, ¾ and 1 are tried stage by stage, the last stage first,
     until none changes. Nothing of the run is changed.
 
-    Raises RunError where stages are judged by different metrics, which have no average.
+    Raises RunError where stages are judged by different metrics, which have no average, or where
+    the links of one have several strengths.
     """
     folder, _ = split_address(run)
     reader = open_run(folder)
     kept, entries = reader.kept(), reader.manifest().loaded
     stages = [stage for stage in reader.manifest().stages if stage in kept]
+    need_one_strength(reader.path, reader.manifest().stages)
     metrics = {kept[stage].metric for stage in stages}
     if len(metrics) != 1:
         raise RunError(

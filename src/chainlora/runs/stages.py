@@ -89,7 +89,7 @@ def open_run(
     chosen = named if isinstance(named, Mapping) else dict.fromkeys(named, 1.0)
     strengths = dict.fromkeys(_names_in(reader.path, chosen, address), 0.0)
     strengths |= {each: float(value) for each, value in chosen.items()}
-    _need_one_strength(reader.path, [name for name, value in chosen.items() if value])
+    need_one_strength(reader.path, [name for name, value in chosen.items() if value])
     return RunReader(reader.path, strengths)
 
 
@@ -228,7 +228,7 @@ def end_stage(run: Path, name: str, strength: float = 1.0) -> None:
     write_stages(run, Stages(stages=entries, strengths=found.strengths | weakened))
 
 
-def _need_one_strength(folder: Path, names: Iterable[str]) -> None:
+def need_one_strength(folder: Path, names: Iterable[str]) -> None:
     """Raise RunError for a stage to which 1 would not give back what was: a chain that was saved
     with links of several strengths."""
     for name in names:
@@ -277,7 +277,7 @@ def mix_stages(run: str | Path, strengths: Mapping[str, float]) -> None:
             raise RunError(rule, run, "finish it by the command that began it")
         folder = folder_of(run, found, found.last)
         _names_in(folder, strengths, run)
-        _need_one_strength(folder, strengths)
+        need_one_strength(folder, strengths)
         merged = found.strengths | {name: float(value) for name, value in strengths.items()}
         RunReader(folder, merged).load_links()  # refuses what is not a sum
         for begun in half_trained(run, found):
