@@ -290,6 +290,8 @@ def test_dpo_of_trl_is_dpo(convert, loss_type):
     assert (train.lr, config.chain.dropout) == (1e-6, 0.0)  # of `trl dpo`, which has no dropout
     assert "lora_dropout – TRL's DPO switches it off" in outcome.out
     assert "assistant_only_loss" not in outcome.out
+    assert "loss_type – read as DPO's; CPO's, without a reference, is not here" in outcome.out
+    convert(f"{text}cpo_alpha: 1.0\n").refused("cpo_alpha")
     own = f"{text}lora_dropout: 0.1\nlearning_rate: 5.0e-6\n"
     for said, dropout in (("", 0.0), ("disable_dropout: false\n", 0.1)):
         config = make_config(parse_yaml(convert(own + said).out))

@@ -231,6 +231,7 @@ def _finish(done: Conversion, processes: int) -> None:
         if not any(each.startswith("disable_dropout: false") for each in done.left):
             chain["dropout"] = 0
             done.left.append("lora_dropout – TRL's DPO switches it off (disable_dropout)")
+        done.left.append("loss_type – read as DPO's; CPO's, without a reference, is not here")
     elif done.tool == "TRL" and "dpo_beta" in train and not done.refused:
         done.refused.append("beta – for DPO add loss_type: sigmoid; ORPO's is train.orpo_beta")
     elif done.tool == "TRL" and not any("assistant_only_loss" in each for each in done.left):
