@@ -12,6 +12,7 @@ import pytest
 
 from chainlora import files
 from chainlora.errors import FileError
+from chainlora.runs.export import empty_folder
 
 
 def test_an_empty_folder_that_keeps_its_name_is_filled(tmp_path, monkeypatch):
@@ -84,6 +85,13 @@ def test_a_folder_without_permission_is_refused_beforehand(tmp_path):
     (tmp_path / "closed").mkdir(mode=0o500)
     with pytest.raises(FileError, match="must be writable"):
         files.check_writable(tmp_path / "closed" / "run")
+
+
+def test_what_a_killed_export_left_goes_with_the_next_one(tmp_path):
+    for name in ("out.12-3.new", "out.b.12-3.new"):  # the other one may be at work
+        (tmp_path / name).mkdir()
+    empty_folder(tmp_path / "out")
+    assert [each.name for each in tmp_path.iterdir()] == ["out.b.12-3.new"]
 
 
 def test_what_a_killed_process_of_the_same_number_left_is_no_obstacle(tmp_path, monkeypatch):

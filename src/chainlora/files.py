@@ -232,7 +232,7 @@ def remove_scratch(folder: Path, name: str = "") -> None:
     With `name`, what writes of that file left, which nobody else writes now.
     """
     for entry in list(folder.iterdir()) if folder.is_dir() else ():
-        if is_scratch(entry.name) and entry.name.startswith(name):
+        if is_scratch(entry.name) and name in ("", _SCRATCH.sub("", entry.name)):
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
 

@@ -71,7 +71,7 @@ def converted_folder(file: Path) -> Path:
     with reported(folder.parent), FileLock(folder.parent / f".{name}.lock"):
         if folder.is_dir():
             return folder
-        remove_scratch(folder.parent, f"{name}.")  # of a killed conversion; the lock makes it ours
+        remove_scratch(folder.parent, name)  # of a killed conversion; the lock makes it ours
         with replaced_folder(folder) as scratch:
             _convert(file, scratch, digest)
     return folder

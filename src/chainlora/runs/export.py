@@ -248,4 +248,6 @@ def empty_folder(output: str | Path) -> Path:
         raise RunError(
             "`output` must be a new or empty directory", f"{output}, {what}", "choose another"
         )
+    with files.reported(output):
+        files.remove_scratch(output.parent, output.name)  # of an export that was killed
     return output
