@@ -239,13 +239,9 @@ def _for_page(svg: str) -> str:
     rest = re.sub(r"<metadata>.*?</metadata>", "", rest, flags=re.DOTALL)
     rest = re.sub(r"<!--.*?-->\s*", "", rest, flags=re.DOTALL)
     rest = re.sub(r"'DejaVu Sans'[^;\"]*", "system-ui, sans-serif", rest)
-    rest = re.sub(r"(?<=: )#[0-9a-f]{6}\b", _variable, rest)
+    for color, name in _THEME.items():
+        rest = re.sub(rf"(?<=: ){color}\b", f"var(--{name})", rest)
     return f'<svg {box} aria-hidden="true" focusable="false">{_own_ids(rest)}'
-
-
-def _variable(found: re.Match[str]) -> str:
-    name = _THEME.get(found[0])
-    return f"var(--{name})" if name else found[0]
 
 
 def _own_ids(svg: str) -> str:

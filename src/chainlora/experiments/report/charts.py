@@ -208,7 +208,8 @@ def _curve_chart(name: str, title: str, note: str, curves: Curves, label: str) -
         for curve in curves(facts.results, task):
             style, steps = line_style(methods.index(curve.method)), list(curve.points)
             means, lows, highs = zip(*curve.points.values(), strict=True)
-            said = f"{curve.name} (n={curve.num_seeds})"
+            hidden = curve.name.startswith("_")  # as matplotlib hides such a label
+            said = " " * hidden + f"{curve.name} (n={curve.num_seeds})"
             axes.plot(steps, means, linewidth=1.4, label=said, **style)
             if all(map(math.isfinite, lows)):
                 band = {"color": style["color"], "alpha": 0.15, "linewidth": 0}
