@@ -148,3 +148,12 @@ def test_an_untrained_link_has_no_size(tiny_folder, sentiment, tmp_path):
     )
     row = inspect_run(tmp_path / "run")["links"][0]
     assert (row["delta_norm"], row["effective_rank"], row["stable_rank"]) == (0.0, 0.0, 0.0)
+
+
+def test_a_narrow_terminal_cuts_no_number(chainlora, run, monkeypatch):
+    wide = chainlora("inspect", run).out
+    for name, value in {"COLUMNS": "40", "FORCE_COLOR": "1", "NO_COLOR": "1"}.items():
+        monkeypatch.setenv(name, value)
+    narrow = chainlora("inspect", run).out
+    assert "…" not in narrow
+    assert all(word in narrow for word in wide.split() if "." in word and word[0].isdigit())

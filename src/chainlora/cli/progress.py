@@ -49,8 +49,8 @@ def evaluation_progress() -> Iterator[Callable[..., None]]:
 def show_inspection(found: Mapping[str, Any]) -> None:
     """Print what `inspect_run` found: a row a link, and the chain as a whole."""
     console = Console()
-    if not console.is_terminal:
-        console = Console(width=140)
+    # what is narrower would cut numbers; a terminal wraps them
+    console = Console(width=max(80, console.width) if console.is_terminal else 140)
     if found["links"]:
         console.print(_table(found), highlight=False)
     else:
