@@ -94,8 +94,8 @@ def test_no_run(chainlora, finished, task, tiny_folder, tmp_path):
             "--to adapter --rank 2 --tolerance 0.1",
             "an adapter has a `rank` or a `tolerance` (got both)",
         ),
-        ("--to adapter --links 4", "--links must be 0 to 3 for this run (got 4)"),
-        ("--to merged --links 4", "--links must be 0 to 3 for this run (got 4)"),
+        ("--to adapter --links 4", "the number of links must be 0 to 3 for this run (got 4)"),
+        ("--to merged --links 4", "the number of links must be 0 to 3 for this run (got 4)"),
         ("--to adapter --links 0", "an adapter needs at least one link (got a chain of none)"),
     ],
 )

@@ -343,7 +343,9 @@ def test_what_cannot_be_said(chainlora, tiny_folder, finished, typed, retold):
     chainlora(*asked, "").refused("the prompt must have tokens (got an empty one)")
     chainlora(*asked, "red birds fly " * 99).refused("must leave room in the context of 128 tokens")
     chainlora(*asked, "a", "--links", 1).refused("--links needs a run directory")
-    chainlora(f"generate {finished} --links 9 --prompt a").refused("--links must be 0 to 3")
+    chainlora(f"generate {finished} --links 9 --prompt a").refused(
+        "the number of links must be 0 to 3"
+    )
     chainlora(*asked, "a", "--seed", 10**20).refused("`seed` must be at least 0 and below 2**63")
     outcome = chainlora(*asked, "a", "--top-p", 0.5)
     assert outcome.status == 2

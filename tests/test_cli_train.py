@@ -80,5 +80,7 @@ def test_full_fine_tuning_has_weights_in_place_of_links(chainlora, config, senti
     assert chainlora(f"eval {tmp_path}/m {task}").json == scored
     adapter = f"export {run} --to adapter --output {tmp_path}/a"
     chainlora(adapter).refused("an adapter is made of links (got ")
-    chainlora(f"eval {run} {task} --links 1").refused("--links needs a chain (got ", "leave --link")
+    chainlora(f"eval {run} {task} --links 1").refused(
+        "a number of links needs a chain (got ", "leave it out"
+    )
     assert "nothing to resume" in chainlora(f"{full} --resume").err

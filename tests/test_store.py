@@ -225,7 +225,9 @@ def test_an_absurd_place_in_a_manifest_of_0_2_is_refused_and_takes_no_memory(run
 def test_what_is_wrong_with_the_links_is_said_before_the_base_is_loaded(run_copy):
     base = json.loads((run_copy / "chain.json").read_text())["base"]
     sign(run_copy, base=base | {"model": "/nowhere"})
-    with pytest.raises(RunError, match=r"--links must be 0 to 3 for this run \(got 4\)"):
+    with pytest.raises(
+        RunError, match=r"^the number of links must be 0 to 3 for this run \(got 4\)"
+    ):
         load_run(run_copy, num_links=4)
     shutil.rmtree(run_copy / "links" / "002")
     with pytest.raises(RunError, match=r"links/002.*incomplete"):

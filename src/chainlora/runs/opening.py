@@ -65,8 +65,8 @@ def load_run(
     if num_links != 0 and is_whole_model(reader, manifest):
         if num_links is not None:
             raise RunError(
-                f"--links needs a chain (got {run}, a run of full fine-tuning); leave --links out, "
-                "or take the base by --links 0"
+                f"a number of links needs a chain (got {run}, a run of full fine-tuning); leave it "
+                "out, or take the base by 0"
             )
         return load_model(reader / "model", kind)
     links = reader.links_of(manifest, num_links)  # first, since a missing one is found at once
@@ -122,8 +122,7 @@ def _refuse_unfinished(reader: RunReader) -> None:
     """Refuse a run that was to train something and has not yet: the base would pass for it."""
     if not reader.manifest().has_run:
         raise RunError(
-            f"a saved chain must have a link (got none in {reader.path}); take the base by --links "
-            "0"
+            f"a saved chain must have a link (got none in {reader.path}); take the base by 0 links"
         )
     chain = reader.config().chain
     if chain.tune == "full":

@@ -169,9 +169,8 @@ class RunReader:
     def links_of(self, manifest: Manifest, num_links: int | None = None) -> list[Link]:
         """Read the links that a manifest names, each checked."""
         if num_links is not None and not 0 <= num_links <= len(manifest.links):
-            raise RunError(
-                f"--links must be 0 to {len(manifest.links)} for this run (got {num_links})"
-            )
+            rule = f"the number of links must be 0 to {len(manifest.links)} for this run"
+            raise RunError(f"{rule} (got {num_links})")
         entries = manifest.loaded if num_links is None else manifest.links[:num_links]
         for entry in entries:
             self.check_files(manifest, entry.directory)
