@@ -125,7 +125,7 @@ def evaluate(
     if in_words:
         columns["references"] = [list(example.references) for example in examples]
     if is_labelled:
-        chosen = columns["prediction"] = [_best(row) for row in columns["scores"]]
+        chosen = columns["prediction"] = [row.index(max(row)) for row in columns["scores"]]
         found = {n: INDEX_METRICS[n](columns["label"], chosen) for n in names if n in INDEX_METRICS}
         if in_words:
             pairs = zip(examples, chosen, strict=True)
@@ -214,8 +214,3 @@ def _candidate_text(example: Example, index: int, tokenizer: PreTrainedTokenizer
         t for start, end in example.scored[index] for t in example.sequences[index][start:end]
     ]
     return str(_required(tokenizer).decode(tokens, skip_special_tokens=True)).strip()
-
-
-def _best(scores: Sequence[float]) -> int:
-    """Return the index of the largest score, the lowest among equals."""
-    return max(range(len(scores)), key=lambda i: (scores[i], -i))
