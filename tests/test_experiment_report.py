@@ -102,7 +102,7 @@ def test_a_name_that_begins_with_an_underscore_is_in_the_legend(tmp_path):
         cell = with_curve(cell)
         return cell | {"method": "_lora"} if cell["method"] == "lora" else cell
 
-    head = {"methods": {"_lora": "One.", "chain3": "Three."}, "pairs": [["chain3", "_lora"]]}
+    head = {"methods": {"_lora": "One.", "chain3": "Three."}, "pairs": [["_lora", "chain3"]]}
     path = change(tmp_path / "results.jsonl", named, **head, figures=["curves"])
     files = report_experiment(path).files
     assert any("_lora (n=6)" in file.read_text() for file in files if file.suffix == ".svg")
