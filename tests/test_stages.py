@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 from contextlib import suppress
+from copy import deepcopy
 from itertools import product
 from pathlib import Path
 
@@ -37,23 +38,62 @@ from chainlora.training.stages import extension, train_stages
 from chainlora.training.survey import survey
 
 
-@pytest.fixture
-def config(tiny_folder, sentiment, tmp_path):
+def two_stages(tiny_folder: Path, sentiment: Path, folder: Path) -> dict:
     """Return a config of two stages: three links on all rows, two on rows of another order."""
-    sentiment = shutil.copytree(sentiment, tmp_path / "rows")
+    sentiment = shutil.copytree(sentiment, folder / "rows")
     rows = (sentiment / "train.jsonl").read_text().splitlines()
-    (tmp_path / "more.jsonl").write_text("\n".join(rows[::-1][:12]) + "\n")
-    shared = settings(tiny_folder, sentiment, tmp_path / "run")
+    (folder / "more.jsonl").write_text("\n".join(rows[::-1][:12]) + "\n")
+    shared = settings(tiny_folder, sentiment, folder / "run")
     facts = {"ranks": [4, 4, 2], "steps": [2, 2, 2]}
     style = {"ranks": [2, 2], "steps": [2, 3]}
     shared["chain"] = {"alpha": 8, "target_modules": ["q_proj", "v_proj"]}
     data = shared.pop("data")
-    more = data | {"train": str(tmp_path / "more.jsonl")}
+    more = data | {"train": str(folder / "more.jsonl")}
     shared["stages"] = [
         {"name": "facts", "chain": facts, "data": data},
         {"name": "style", "chain": style, "data": more},
     ]
     return shared
+
+
+@pytest.fixture
+def config(tiny_folder, sentiment, tmp_path) -> dict:
+    """A config of two stages, whose run will be tmp_path/run."""
+    return two_stages(tiny_folder, sentiment, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def trained_once(tiny_folder, sentiment, tmp_path_factory) -> dict[str, dict]:
+    """The config of two stages, and of three: facts (links 0 to 2), style (3, 4), law (5, 6); the
+    runs are trained."""
+    configs = {}
+    for name in ("two", "three"):
+        config = two_stages(tiny_folder, sentiment, tmp_path_factory.mktemp(name))
+        if name == "three":
+            law = stage_of(config, "style") | {"name": "law"}
+            law["data"] = stage_of(config, "facts")["data"] | {"num_train": 20}
+            config["stages"].append(law)
+            config["stages"][1]["train"] = {"eval_every": 1, "keep_best": True}
+        train_stages(make_stages(config))
+        configs[name] = config
+    return configs
+
+
+@pytest.fixture
+def two(trained_once, tmp_path) -> dict:
+    """The config of two stages and, in tmp_path/run, a copy of its trained run."""
+    return copied(trained_once["two"], tmp_path)
+
+
+@pytest.fixture
+def three(trained_once, tmp_path) -> dict:
+    """The config of three stages and, in tmp_path/run, a copy of its trained run."""
+    return copied(trained_once["three"], tmp_path)
+
+
+def copied(config: dict, folder: Path) -> dict:
+    shutil.copytree(config["output"], folder / "run")
+    return deepcopy(config) | {"output": str(folder / "run")}
 
 
 def stage_of(config: dict, name: str) -> dict:
@@ -129,17 +169,16 @@ def test_keys_of_all_stages_and_of_one():
             make_stages(tree, [(key, "5")])
 
 
-def test_a_fork_leaves_its_parent_alone(config, tmp_path):
-    train_stages(make_stages(config))
+def test_a_fork_leaves_its_parent_alone(two, tmp_path):
     before, parent = files_of(tmp_path / "run"), tmp_path / "run"
-    own = stage_of(config, "style") | {"name": "law", "output": str(tmp_path / "fork")}
+    own = stage_of(two, "style") | {"name": "law", "output": str(tmp_path / "fork")}
     for _ in range(2):  # the second time, nothing is new
         train_stages(extension(f"{parent}@facts", own))
     assert files_of(parent) == before
     fork = open_run(tmp_path / "fork").load_links()
     assert [link.id for link in fork] == [0, 1, 2, 3, 4]
     shutil.rmtree(parent)
-    train_stages(make_stages(_only(tmp_path / "fork", config, own)))
+    train_stages(make_stages(_only(tmp_path / "fork", two, own)))
     assert not torch.equal(logits(tmp_path / "fork"), logits(tmp_path / "fork", num_links=3))
 
 
@@ -149,9 +188,8 @@ def _only(fork: Path, config: dict, own: dict) -> dict:
     return shared | {"output": str(fork), "stages": [stage]}
 
 
-def test_switched_off_and_on_a_stage_gives_the_states_back(config, tmp_path):
+def test_switched_off_and_on_a_stage_gives_the_states_back(two, tmp_path):
     run = tmp_path / "run"
-    train_stages(make_stages(config))
     ends = {name: logits(f"{run}@{name}") for name in ("facts", "style")}
     assert torch.equal(logits(run), ends["style"])
     mix_stages(run, {"style": 0})
@@ -189,11 +227,10 @@ def test_a_base_beside_the_run_is_found_from_another_folder(config, tmp_path, mo
     assert_same_links(tmp_path / "run/stages/style", tmp_path / "elsewhere/fork")
 
 
-def test_a_stage_begins_on_what_the_mix_made(config, tmp_path):
+def test_a_stage_begins_on_what_the_mix_made(two, tmp_path):
     run = tmp_path / "run"
-    train_stages(make_stages(config))
     mix_stages(run, {"facts": 0.5})
-    train_stages(extension(run, stage_of(config, "style") | {"name": "law"}))
+    train_stages(extension(run, stage_of(two, "style") | {"name": "law"}))
     strengths = [link.strength for link in open_run(run).load_links()]
     assert strengths == [0.5] * 3 + [1.0] * 4
     manifest = open_run(f"{run}@law").manifest()
@@ -201,10 +238,9 @@ def test_a_stage_begins_on_what_the_mix_made(config, tmp_path):
     assert (manifest.first, manifest.first_id) == (5, 5)
 
 
-def test_in_place_a_stage_named_as_it_was_trained_is_no_mix(config, tmp_path):
+def test_in_place_a_stage_named_as_it_was_trained_is_no_mix(two, tmp_path):
     """What the address names is not what the new links would be tuned on."""
-    run, law = tmp_path / "run", stage_of(config, "style") | {"name": "law"}
-    train_stages(make_stages(config), matrix=False)
+    run, law = tmp_path / "run", stage_of(two, "style") | {"name": "law"}
     mix_stages(run, {"style": 0.5})
     with pytest.raises(RunError, match=r"as `mix` has made it \(got .*@style"):
         extension(f"{run}@style", law)
@@ -215,9 +251,8 @@ def test_in_place_a_stage_named_as_it_was_trained_is_no_mix(config, tmp_path):
     assert train_stages(extension(f"{run}@style", law), matrix=False) == [None] * 3
 
 
-def test_a_stage_changes_in_its_run_alone(config, tmp_path, capsys):
+def test_a_stage_changes_in_its_run_alone(two, tmp_path, capsys):
     """Its own directory knows nothing of the run: pruned there, it was missing in the run."""
-    train_stages(make_stages(config), matrix=False)
     before, style = files_of(tmp_path / "run"), str(tmp_path / "run/stages/style")
     keys = ["--name", "law", "--chain.ranks", "2", "--chain.steps", "1", "--data.train", "x"]
     for words in (["mix", style, "style=0"], ["prune", style, "style"], ["extend", style, *keys]):
@@ -239,8 +274,7 @@ def test_a_mix_that_cannot_be_scored_is_made_all_the_same(config, tmp_path, caps
     assert "the mix was not scored: `model` must be" in shown.err.partition(said)[2]
 
 
-def test_stages_of_what_reads_a_run_can_be_chosen_too(config, tmp_path):
-    train_stages(make_stages(config), matrix=False)
+def test_stages_of_what_reads_a_run_can_be_chosen_too(two, tmp_path):
     mixed = open_run(tmp_path / "run", {"facts": 0.5, "style": 1})
     strengths = [link.strength for link in open_run(mixed, "style").load_links()]
     assert strengths == [0.0] * 3 + [1.0] * 2
@@ -428,9 +462,8 @@ def test_a_key_of_all_stages_of_another_kind_is_refused(config, key):
         train(config | {key: 5})
 
 
-def test_run_wide_keys_of_an_extension_and_stages_that_are_not_there_are_refused(config, tmp_path):
-    train_stages(make_stages(config))
-    run, style = tmp_path / "run", stage_of(config, "style")
+def test_run_wide_keys_of_an_extension_and_stages_that_are_not_there_are_refused(two, tmp_path):
+    run, style = tmp_path / "run", stage_of(two, "style")
     cases = [
         (run, {"model": "m"}, "nothing of the whole run"),
         (run, {"train": {"seed": 1}}, "`train.seed`"),
@@ -502,7 +535,7 @@ def test_a_config_that_begins_on_a_stage_is_the_fork(config, tmp_path, capsys):
         message = "name and quantize" if "nme" in name else "`model` must be that of the run"
         assert not status or message in capsys.readouterr().err
     other = own | {"model": config["model"], "output": str(tmp_path / "other")}
-    train(make_config(other))
+    train(other)
     assert_same_links(tmp_path / "fork", tmp_path / "other")
     for output in ("new", "fresh"):  # that of the run, or of the one that is begun on
         assert cli([*words, "--train.seed", "1", "--output", str(tmp_path / output)]) == 1
@@ -567,11 +600,8 @@ CHOICES = {
 
 
 @pytest.mark.slow
-def test_every_verb_takes_every_state_or_refuses_it_in_a_line(
-    config, tmp_path, capsys, monkeypatch
-):
+def test_every_verb_takes_every_state_or_refuses_it_in_a_line(two, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO())
-    train_stages(make_stages(config))
     run = str(tmp_path / "run")
     for number, (verb, stage, choice) in enumerate(
         product(VERBS, ("", "@facts", "@nope"), CHOICES)
@@ -586,8 +616,7 @@ def test_every_verb_takes_every_state_or_refuses_it_in_a_line(
         assert status != 1 or "a stage must be one of facts" in said.splitlines()[-1]
 
 
-def test_every_byte_of_stages_json_counts(config, tmp_path):
-    train_stages(make_stages(config))
+def test_every_byte_of_stages_json_counts(two, tmp_path):
     path = tmp_path / "run/stages.json"
     whole = path.read_bytes()
     for place in range(0, len(whole), 7):
@@ -602,9 +631,8 @@ def test_every_byte_of_stages_json_counts(config, tmp_path):
         assert found == read_stages(tmp_path / "run")  # a blank, or the case of an escape
 
 
-def test_a_stages_file_that_names_states_too_is_read(config, tmp_path):
+def test_a_stages_file_that_names_states_too_is_read(two, tmp_path):
     """As it was written before 0.3 was released, and by nobody read."""
-    train_stages(make_stages(config))
     path = tmp_path / "run/stages.json"
     found, tree = read_stages(tmp_path / "run"), json.loads(path.read_text())
     del tree["checksum"]
@@ -978,17 +1006,6 @@ def test_one_row_is_no_excuse(harmful, tmp_path):
 # --- prune ---
 
 
-@pytest.fixture
-def three(config, tmp_path) -> dict:
-    """Return a config of three stages, trained: facts (links 0 to 2), style (3, 4), law (5, 6)."""
-    law = stage_of(config, "style") | {"name": "law"}
-    law["data"] = stage_of(config, "facts")["data"] | {"num_train": 20}
-    config["stages"].append(law)
-    config["stages"][1]["train"] = {"eval_every": 1, "keep_best": True}
-    train_stages(make_stages(config))
-    return config
-
-
 def test_a_pruned_stage_is_nowhere_and_later_ones_are_what_they_were_without(three, tmp_path):
     run = tmp_path / "run"
     without = {name: logits(open_run(run, name.split(","))) for name in ("facts,law", "law")}
@@ -1050,7 +1067,8 @@ def test_names_and_ids_of_a_pruned_stage_are_not_used_again(three, tmp_path, cap
     assert extension(run, new)[-1].config.train.eval_every is None  # as facts, not as style was
     train_stages(extension(run, new))
     assert [link.id for link in open_run(run).load_links()][:4] == [0, 1, 2, 7]
-    assert cli(["train", str(run / "stages/law/config.yaml"), "--resume"]) == 1
+    law = ["train", str(run / "stages/law/config.yaml"), "--output", str(run / "stages/law")]
+    assert cli([*law, "--resume"]) == 1
     assert "was pruned stays so" in capsys.readouterr().err
     three["stages"] = [three["stages"][0], new]
     assert train_stages(make_stages(three)) == [None] * 2  # left out of the config
