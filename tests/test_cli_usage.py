@@ -81,17 +81,17 @@ def test_a_traceback_only_with_debug(chainlora, tmp_path):
     assert loud.err.endswith(quiet.err)
 
 
-def test_a_process_of_its_own(finished, sentiment, tmp_path):
-    """Status, one JSON object, one line of error: without pytest's hands on the streams."""
+def test_a_process_of_its_own(finished, tmp_path):
+    """Status, one JSON object, one line of error: without pytest's hands on the streams. One that
+    loads a model: test_cli_speaking.py."""
 
     def call(words: str) -> subprocess.CompletedProcess:
         command = [sys.executable, "-m", "chainlora", *words.split()]
         return subprocess.run(command, capture_output=True, text=True)
 
-    task = f"--task {sentiment}/task.yaml --data {sentiment}"
-    found = call(f"eval {finished} {task} --limit 2 --json")
+    found = call(f"inspect {finished} --json")
     assert (found.returncode, found.stderr) == (0, "")
-    assert json.loads(found.stdout)["rows"] == 2
+    assert json.loads(found.stdout)["finished"]
     assert found.stdout.count("\n") == 1
     wrong = call(f"inspect {tmp_path}")
     assert (wrong.returncode, wrong.stdout, wrong.stderr.count("\n")) == (1, "", 1)

@@ -33,42 +33,24 @@ from peft import AutoPeftModelForCausalLM
 model = AutoPeftModelForCausalLM.from_pretrained("me/chain")
 with torch.no_grad():
     print(json.dumps(model.eval()(torch.tensor(json.loads(probe))).logits.tolist()))
-"""
-
-
-FETCH = """
-import json
 from chainlora.models.finding import resolve_model
 from chainlora.models.loading import load_tokenizer
-folder = resolve_model("tiny/llama")
+folder = resolve_model("tools/llama")
 print(json.dumps([load_tokenizer(folder).chat_template, (folder / "LICENSE").read_text()]))
 """
 
 
-def test_every_chat_template_of_a_model_and_its_licence_are_fetched(tiny_folder, tmp_path):
-    """Those of tools and the like lie in a folder below."""
-    folder = shutil.copytree(tiny_folder, tmp_path / "model")
-    (folder / "LICENSE").write_text("Do as you like.")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+def test_an_adapter_is_pushed_and_a_base_is_fetched(finished, tiny_folder, tmp_path):
+    """With every chat template, of which those of tools lie in a folder below, and its licence."""
+    tools = shutil.copytree(tiny_folder, tmp_path / "model")
+    (tools / "LICENSE").write_text("Do as you like.")
+    tokenizer = AutoTokenizer.from_pretrained(tools)
     tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
-    tokenizer.save_pretrained(folder)
-    with local_hub() as hub:
-        hub.publish("tiny/llama", folder)
-        keys = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home")}
-        done = subprocess.run(
-            [sys.executable, "-c", FETCH],
-            capture_output=True,
-            text=True,
-            timeout=240,
-            env=os.environ | keys | {"HF_HUB_DISABLE_XET": "1"},
-        )
-    assert json.loads(done.stdout) == [tokenizer.chat_template, "Do as you like."]
-
-
-def test_an_adapter_on_the_hub(finished, tiny_folder, tmp_path):
+    tokenizer.save_pretrained(tools)
     (tiny_folder / "LICENSE").write_text("Do as you like.")
     with local_hub() as hub:
         hub.publish("tiny/llama", tiny_folder)
+        hub.publish("tools/llama", tools)
         to = ["--to", "adapter", "--output", str(tmp_path / "out"), "--push-to-hub", "me/chain"]
         names = ["--base-name", "tiny/llama", "--license", "apache-2.0", "--private", "--json"]
         command = ["export", str(finished), *to, *names]
@@ -83,7 +65,8 @@ def test_an_adapter_on_the_hub(finished, tiny_folder, tmp_path):
         )
     (tiny_folder / "LICENSE").unlink()
     assert done.returncode == 0, done.stderr
-    said, found = (json.loads(line) for line in done.stdout.splitlines()[-2:])
+    said, found, fetched = (json.loads(line) for line in done.stdout.splitlines()[-3:])
+    assert fetched == [tokenizer.chat_template, "Do as you like."]
     assert said["commit"].endswith(f"/me/chain/commit/{COMMIT}")
     (asked,) = hub.created
     assert (asked["name"], asked["organization"], asked["visibility"]) == ("chain", "me", "private")

@@ -8,8 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).resolve().parents[1]
 PYPROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 
@@ -24,29 +22,19 @@ def test_data_files_of_the_package_are_installed():
     assert files - installed == set()
 
 
-def completed(words: str) -> set[str]:
-    """What a shell offers for the last word; nothing but "file" where it is to offer files."""
-    asked = {
-        "_CHAINLORA_COMPLETE": "bash_complete",
-        "COMP_WORDS": words,
-        "COMP_CWORD": str(len(words.split(" ")) - 1),
-    }
-    code = (
-        "import sys; sys.argv = ['chainlora']; from chainlora.__main__ import main\n"
-        "try: main()\n"
-        "finally: assert 'torch' not in sys.modules  # a shell waits for the answer\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env=os.environ | asked,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    kinds, _, values = zip(*(line.partition(",") for line in done.stdout.splitlines()), strict=True)
-    return set(values if "file" not in kinds else kinds)
+ASK = """
+import os, sys
+from chainlora.__main__ import main
 
-
+sys.argv[1:], asked = [], sys.argv[1:]
+for words in asked:
+    os.environ |= {"COMP_WORDS": words, "COMP_CWORD": str(len(words.split(" ")) - 1)}
+    try:
+        main()
+    except SystemExit as end:
+        print(end.code, flush=True)
+    assert "torch" not in sys.modules  # a shell waits for the answer
+"""
 COMPLETED = {
     "ex": {"experiment", "export", "extend"},
     "export --r": {"--rank"},
@@ -66,6 +54,17 @@ COMPLETED = {
 }
 
 
-@pytest.mark.parametrize("words", COMPLETED)
-def test_a_shell_completes(words):
-    assert completed(f"chainlora {words}") == COMPLETED[words]
+def test_a_shell_completes():
+    """What is offered for the last word; nothing but "file" where files are to be offered."""
+    done = subprocess.run(
+        [sys.executable, "-c", ASK, *(f"chainlora {words}" for words in COMPLETED)],
+        env=os.environ | {"_CHAINLORA_COMPLETE": "bash_complete"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    *answers, rest = done.stdout.split("0\n")
+    assert rest == ""
+    for answer, expected in zip(answers, COMPLETED.values(), strict=True):
+        kinds, _, values = zip(*(line.partition(",") for line in answer.splitlines()), strict=True)
+        assert set(values if "file" not in kinds else kinds) == expected
