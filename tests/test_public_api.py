@@ -1,4 +1,5 @@
-"""The public names, locked: adding one is a choice, losing one is a break."""
+"""The public names and their signatures; the list of names is the table of docs/python.md, to
+which test_docs.py holds them."""
 
 from __future__ import annotations
 
@@ -21,37 +22,6 @@ import chainlora
 from chainlora.chain.showing import Shown
 from chainlora.evaluation.stages import Cell, StageMatrix
 
-NAMES = [
-    "Chain",
-    "ChainCallback",
-    "ChainLoRAError",
-    "Link",
-    "LinkConfig",
-    "Naming",
-    "RunConfig",
-    "TrainResult",
-    "__version__",
-    "carry_moments",
-    "evaluate_task",
-    "extend",
-    "mix_stages",
-    "open_run",
-    "stage_matrix",
-    "export_adapter",
-    "export_merged",
-    "inspect_run",
-    "list_tasks",
-    "load_chain",
-    "load_config",
-    "load_model",
-    "load_run",
-    "load_task",
-    "make_config",
-    "report_runs",
-    "save_chain",
-    "stack_links",
-    "train",
-]
 SIGNATURES = {
     "train": "(config, *, resume, listener, change, progress)",
     "extend": "(run, stage, *, listener, progress)",
@@ -71,14 +41,13 @@ SIGNATURES = {
 }
 
 
-def test_the_public_names_are_these():
-    assert sorted(chainlora.__all__) == sorted(NAMES)
-    assert sorted(dir(chainlora)) == sorted(NAMES)
+def test_no_other_names_are_shown():
+    assert sorted(dir(chainlora)) == sorted(chainlora.__all__)
     with pytest.raises(AttributeError, match="has no attribute 'trian'"):
         chainlora.trian  # noqa: B018
 
 
-@pytest.mark.parametrize("name", sorted(set(NAMES) - {"__version__"}))
+@pytest.mark.parametrize("name", sorted(set(chainlora.__all__) - {"__version__"}))
 def test_every_name_is_there_and_says_what_it_is(name):
     thing = getattr(chainlora, name)
     assert inspect.getdoc(thing)
@@ -112,40 +81,9 @@ def test_every_error_on_purpose_is_of_one_tree():
         for _, kind in inspect.getmembers(errors, inspect.isclass)
         if issubclass(kind, Exception)
     ]
-    assert {kind.__name__ for kind in kinds} == {
-        "ChainLoRAError",
-        "ConfigError",
-        "DataError",
-        "ModelError",
-        "ScoreError",
-        "ChainError",
-        "FileError",
-        "RunError",
-        "TrainingError",
-        "DivergedError",
-        "StoppedError",
-        "ToldError",
-    }
     assert all(issubclass(kind, chainlora.ChainLoRAError) for kind in kinds)
-    assert all(kind.__name__ in (errors.__doc__ or "") for kind in kinds)  # the tree is drawn there
-
-
-def test_from_config_to_a_model_in_the_reader_s_hands(tiny_folder, sentiment, tmp_path):
-    """The whole library way: train, look, load, score, undo."""
-    config = chainlora.make_config(settings(tiny_folder, sentiment, tmp_path / "run"))
-    result = chainlora.train(config)
-    assert [row["rank"] for row in chainlora.inspect_run(tmp_path / "run")["links"]] == [4, 4, 2]
-    task = chainlora.load_task(sentiment / "task.yaml")
-    found = chainlora.evaluate_task(tmp_path / "run", task, data=str(sentiment))
-    assert found["metrics"]["accuracy"] == result["metrics"]["validation"]["accuracy"]
-    assert found["metrics"]["loss"] == pytest.approx(
-        result["metrics"]["validation"]["loss"], abs=1e-5
-    )
-    model, tokenizer = chainlora.load_run(tmp_path / "run")
-    assert type(model).__name__ == "LlamaForCausalLM"  # plain: nothing of ours or of PEFT on it
-    assert not any("lora" in name for name, _ in model.named_parameters())
-    text = tokenizer("good cat it was", return_tensors="pt", return_token_type_ids=False)
-    assert model.generate(**text, max_new_tokens=2).shape[1] == text["input_ids"].shape[1] + 2
+    drawn = set(re.findall(r"\b\w+Error\b", errors.__doc__))  # the tree, in its docstring
+    assert {kind.__name__ for kind in kinds} == drawn
 
 
 def test_a_tilde_is_home_in_every_path(tiny_folder, sentiment, tmp_path, monkeypatch):
