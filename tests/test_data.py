@@ -33,21 +33,6 @@ def colour(tmp_path):
 # --- tasks ---
 
 
-@pytest.mark.parametrize("special", ["", "bos", "bos eos"])
-def test_candidates_are_the_tokens_after_the_prompt(colour, special):
-    tokenizer = make_tokenizer(special)
-    (example,) = encode_examples([{"text": "the film", "label": 1}], tokenizer, colour())
-    front = [0] if special else []
-    for ids, word in zip(example.sequences, (" terrible", " great"), strict=True):
-        assert (
-            list(ids)
-            == front + tokenizer("the film It was" + word, add_special_tokens=False)["input_ids"]
-        )
-    assert scored(example, tokenizer) == [[" terrible"], [" great"]]
-    assert (example.row, example.label, example.references) == (0, 1, ("great",))
-    assert tokenizer.decode(example.prompt, skip_special_tokens=True) == "the film It was"
-
-
 def test_teacher_forcing_keeps_the_right_candidate_alone(colour):
     tokenizer = make_tokenizer("bos")
     rows = [{"text": "the film", "label": 1}]
@@ -201,14 +186,6 @@ def test_prompt_and_completion_learns_the_completion_and_its_end(special):
     without = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
     with pytest.raises(DataError, match=r"end-of-sequence token .* name one as eos_token"):
         encode_examples(rows, without, "completion")
-
-
-def test_text_learns_all_there_is_to_predict():
-    for special, expected in (("bos", "two dogs</s>"), ("", "o dogs</s>")):
-        tokenizer = make_tokenizer(special)
-        (example,) = encode_examples([{"text": "two dogs"}], tokenizer, "auto")
-        assert example.scored == (((1, len(example.sequences[0])),),)
-        assert scored(example, tokenizer)[0][0].endswith(expected[-8:])
 
 
 @pytest.mark.parametrize("special", ["bos", "bos eos"])

@@ -69,17 +69,14 @@ def test_an_experiment_on_a_full_disk_says_so_and_goes_on_later(tiny_folder, sen
     assert run_cells(one, tmp_path / "out", backend="inline").failed == {}
 
 
-@pytest.mark.parametrize("name", ["file/out", "gone", "x" * 300])
 def test_an_output_that_cannot_be_made_is_refused_before_a_cell_runs(
-    name, tiny_folder, sentiment, tmp_path
+    tiny_folder, sentiment, tmp_path
 ):
-    (tmp_path / "file").write_text("mine")
-    (tmp_path / "gone").symlink_to(tmp_path / "nothing")
-    before = sorted(tmp_path.iterdir())
+    """All that cannot be made: test_files.py."""
     one = make_experiment(tree(tiny_folder, sentiment, methods=["lora"], seeds=[0], tune={}))
     with pytest.raises(FileError, match="got "):
-        run_cells(one, tmp_path / name, backend="inline")
-    assert sorted(tmp_path.iterdir()) == before
+        run_cells(one, tmp_path / ("x" * 300), backend="inline")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_predictions_that_cannot_be_written_are_refused_before_the_model_loads(

@@ -50,10 +50,18 @@ def run(tiny_folder, tokenizer, output: Path, callback: ChainCallback, **keys) -
 # --- the same links ---
 
 
-@pytest.mark.parametrize("restart", [False, True], ids=["one schedule", "a schedule a link"])
-def test_the_same_batches_give_the_same_links(tiny_folder, tokenizer, tmp_path, restart):
+@pytest.mark.parametrize(
+    ("restart", "is_added"),
+    [(False, False), (True, True)],
+    ids=["one schedule", "a schedule a link, added after the trainer was made"],
+)
+def test_the_same_batches_give_the_same_links(tiny_folder, tokenizer, tmp_path, restart, is_added):
     callback = ChainCallback(ranks=[4, 4, 2], steps=[4, 4, 3], restart_schedule=restart)
-    trainer = run(tiny_folder, tokenizer, tmp_path, callback)
+    given = None if is_added else callback
+    trainer = make_trainer(peft_model(tiny_folder), tokenizer, tmp_path, given)
+    if is_added:
+        trainer.add_callback(callback)
+    trainer.train()
     batches = trainer.data_collator.batches[:11]
     loss = trainer_loss(trainer)
     own = own_loop(tiny_folder, batches, (4, 4, 2), (4, 4, 3), loss=loss, restart=restart)
@@ -549,16 +557,6 @@ def test_embeddings_that_no_save_would_hold_are_warned_of(tiny_folder, tokenizer
         model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["q_proj"]))
         make_trainer(model, tokenizer, tmp_path, ChainCallback([4, 4]))
         assert ("embeddings were resized after loading" in caplog.text) == bool(more)
-
-
-def test_added_after_the_trainer_was_made(tiny_folder, tokenizer, tmp_path):
-    trainer = make_trainer(peft_model(tiny_folder), tokenizer, tmp_path, None)
-    callback = ChainCallback([4, 4, 2], steps=[4, 4, 3])
-    trainer.add_callback(callback)
-    trainer.train()
-    batches, loss = trainer.data_collator.batches[:11], trainer_loss(trainer)
-    own = own_loop(tiny_folder, batches, (4, 4, 2), (4, 4, 3), loss=loss)
-    assert_links_agree(chain_of(trainer), own, atol=1e-5)
 
 
 def test_a_bfloat16_base_with_checkpointing(tiny_folder, tokenizer, tmp_path):

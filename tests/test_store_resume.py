@@ -19,11 +19,9 @@ from chainlora.runs.reading import RunReader
 # --- the start
 
 
-@pytest.mark.parametrize("name", ["file/run", "gone", "x" * 300])
-def test_output_that_cannot_be_made_is_refused_before_the_model_loads(name, sentiment, tmp_path):
-    (tmp_path / "file").write_text("mine")
-    (tmp_path / "gone").symlink_to(tmp_path / "nothing")
-    config = make_config(settings("/no/such/model", sentiment, tmp_path / name))
+def test_output_that_cannot_be_made_is_refused_before_the_model_loads(sentiment, tmp_path):
+    """All that cannot be made: test_files.py."""
+    config = make_config(settings("/no/such/model", sentiment, tmp_path / ("x" * 300)))
     with pytest.raises(FileError, match="got "):
         train(config)
 
@@ -68,16 +66,6 @@ def fail_at_once(event) -> None:
 # --- what changes between a run and its resume
 
 
-def test_a_resume_finds_what_is_incomplete(tiny_folder, sentiment, run_copy):
-    config = make_config(settings(tiny_folder, sentiment, run_copy, chain={"rslora": True}))
-    (run_copy / "config.yaml").unlink()
-    with pytest.raises(RunError, match=r"must hold config.yaml \(got none in .*\).* incomplete"):
-        train(config, resume=True)
-    (run_copy / "chain.json").unlink()
-    with pytest.raises(RunError, match=r"must hold chain.json \(got none in .*is this the output"):
-        train(config, resume=True)
-
-
 def change_a_weight(base: Path) -> None:
     content = (base / "model.safetensors").read_bytes()
     (base / "model.safetensors").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
@@ -111,12 +99,12 @@ def test_a_run_goes_on_where_its_base_and_rows_lie_now(
     stop_after(make_config(before), 5)
     (tmp_path / "here").rename(tmp_path / "there")
     with pytest.raises(DataError, match="check the path"):
-        train(make_config(before), resume=True)
+        train(before, resume=True)
     base, data = tmp_path / "there/base", tmp_path / "there/data"
     now = make_config(settings(base, data, tmp_path / "run", data=task))
     train(now, resume=True)
     assert train(now, resume=True)["steps"] == 11  # nothing to resume
-    train(make_config(settings(tiny_folder, sentiment, tmp_path / "whole")))
+    train(settings(tiny_folder, sentiment, tmp_path / "whole"))
     assert_same_links(tmp_path / "run", tmp_path / "whole")
     load_run(tmp_path / "run")
 

@@ -27,7 +27,7 @@ from chainlora.training.plan import make_plan
 def test_a_run_from_config_to_result(tiny_folder, sentiment, tmp_path):
     run = tmp_path / "run"
     seen = []
-    result = train(make_config(settings(tiny_folder, sentiment, run)), listener=seen.append)
+    result = train(settings(tiny_folder, sentiment, run), listener=seen.append)
     assert result["steps"] == 11
     assert result["metrics"]["validation"]["accuracy"] > 0.9  # the word is in the sentence
     assert json.loads((run / "result.json").read_text()) == result
@@ -48,18 +48,18 @@ def test_a_run_from_config_to_result(tiny_folder, sentiment, tmp_path):
     assert make_config(yaml.safe_load((run / "config.yaml").read_text())) == make_config(
         settings(tiny_folder, sentiment, run)
     )
+    model, _ = load_run(run)  # plain: nothing of ours or of PEFT is on it
+    assert type(model).__name__ == "LlamaForCausalLM"
+    assert not any("lora" in name for name, _ in model.named_parameters())
 
 
-def test_every_link_is_an_adapter_that_peft_loads(tiny_folder, sentiment, tmp_path):
-    run = tmp_path / "run"
-    train(make_config(settings(tiny_folder, sentiment, run)))
+def test_every_link_is_an_adapter_that_peft_loads(tiny_folder, stored_run):
+    """Merged one after the other, they are the chain."""
     ids = torch.tensor([[5, 9, 30, 7]])
     base = AutoModelForCausalLM.from_pretrained(tiny_folder)
-    for folder in sorted(
-        (run / "links").iterdir()
-    ):  # merged one after the other, they are the chain
+    for folder in sorted((stored_run / "links").iterdir()):
         base = peft.PeftModel.from_pretrained(base, folder).merge_and_unload()
-    model, _ = load_run(run)
+    model, _ = load_run(stored_run)
     # float32 sums in another order
     torch.testing.assert_close(base(ids).logits, model(ids).logits, atol=1e-5, rtol=0)
 
@@ -131,7 +131,7 @@ def test_the_best_point_over_the_whole_chain_is_kept(tiny_folder, sentiment, tmp
             "select_metric": "loss",
         },
     )
-    result = train(make_config(tree))
+    result = train(tree)
     evals = [r for r in records_of(run) if r["event"] == "eval"]
     best = min((r for r in evals if r["where"] != "start"), key=lambda r: r["loss"])
     assert result["best"]["step"] == best["step"]
@@ -172,44 +172,13 @@ def test_a_chain_is_the_loop_written_out_in_float64(tiny_folder, tmp_path, knots
     torch.testing.assert_close(found, model(ids).logits, atol=1e-3 if knots else 1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("rows", ["completion", "chat", "text"])
-def test_own_files_in_every_format(tiny_folder, tmp_path, rows):
-    made = {
-        "completion": [{"prompt": "the cat", "completion": " sat on a mat"}],
-        "chat": [
-            {
-                "messages": [
-                    {"role": "user", "content": "the cat"},
-                    {"role": "assistant", "content": "sat"},
-                ]
-            }
-        ],
-        "text": [{"text": "the cat sat on a mat"}],
-    }[rows] * 8
-    path = write_rows(tmp_path / "rows.jsonl", made)
-    config = make_config(
-        {
-            "model": str(tiny_folder),
-            "data": {"train": str(path), "validation": str(path)},
-            "chain": {"ranks": [4, 4], "target_modules": "all-linear", "epochs": [5, 5]},
-            "train": {"lr": 2e-2, "batch_size": 4, "gradient_checkpointing": True},
-        }
-    )
-    seen = []
-    result = train(config, listener=seen.append)
-    before = next(r for r in seen if r.get("where") == "start")["loss"]
-    assert (
-        result["metrics"]["validation"]["loss"] < before - 0.3
-    )  # far more than rounding; it is a tiny random model
-
-
 def test_full_fine_tuning_is_evaluated_at_its_end_which_may_be_its_best_point(
     tiny_folder, sentiment, tmp_path
 ):
     run = tmp_path / "run"
     chain = {"tune": "full", "ranks": [1, 1], "steps": [4, 4]}
     keys = {"lr": 1e-3, "eval_every": 2, "select_metric": "loss"}
-    result = train(make_config(settings(tiny_folder, sentiment, run, chain=chain, train=keys)))
+    result = train(settings(tiny_folder, sentiment, run, chain=chain, train=keys))
     records = records_of(run)
     losses = {r["step"]: r["loss"] for r in records if r["event"] == "eval"}
     assert [r["step"] for r in records if r["event"] == "eval"] == [0, 2, 4, 6, 8]
@@ -263,25 +232,6 @@ def test_demonstrations_that_are_not_there_or_leave_nothing_to_train_on_are_refu
     )  # nothing to train
 
 
-@pytest.mark.parametrize(
-    "keys",
-    [
-        {"chain": {"target_modules": ["nothing"]}},
-        {"chain": {"lora_bias": True}},
-        {"train": {"select_metric": "bogus"}},
-        {"train": {"trackers": ["wandb"]}},
-        {"train": {"keep_best": True}, "data": {"validation": None}},
-    ],
-    ids=str,
-)
-def test_what_cannot_work_is_refused_before_the_output_is_claimed(
-    tiny_folder, sentiment, tmp_path, keys
-):
-    with pytest.raises(ChainLoRAError):
-        train(make_config(settings(tiny_folder, sentiment, tmp_path / "run", **keys)))
-    assert not (tmp_path / "run").exists()
-
-
 def test_a_tracker_without_a_place_is_told_apart_from_one_that_is_missing(tiny_folder, sentiment):
     tree = settings(tiny_folder, sentiment) | {"output": None}
     for names, rule in (
@@ -289,7 +239,7 @@ def test_a_tracker_without_a_place_is_told_apart_from_one_that_is_missing(tiny_f
         (["tensorboard", "notebook"], r"that are installed \(got 'notebook'\)"),
     ):
         with pytest.raises(ChainLoRAError, match=rule):
-            train(make_config(tree | {"train": tree["train"] | {"trackers": names}}))
+            train(tree | {"train": tree["train"] | {"trackers": names}})
 
 
 def test_epochs_split_steps_at_the_knots(tiny_folder, sentiment):
@@ -321,7 +271,7 @@ def test_a_link_after_a_pruned_reset_starts_with_steps_of_bounded_size(
         chain={"steps": [8, 3], "ranks": [4, 4]},
         train={"optimizer_reset": "prune", "prune_fraction": 0.5, "lr": 1e-2},
     )
-    train(make_config(tree))
+    train(tree)
     _, link = RunDirectory(tmp_path / "run").load_links()
     for factors in link.factors.values():
         # drawn within 1/√32, then three steps of at most lr · 0.1/√0.001 (AdamW's largest, after
@@ -332,7 +282,7 @@ def test_a_link_after_a_pruned_reset_starts_with_steps_of_bounded_size(
 def test_a_run_with_soft_knots(tiny_folder, sentiment, tmp_path):
     soft = {"time_constant": 14}  # a twelfth of it is a knot every step but the last of a link
     run, keys = tmp_path / "run", {"chain": {"knots": soft, "ranks": [4, 2], "steps": [8, 6]}}
-    result = train(make_config(settings(tiny_folder, sentiment, run, **keys)))
+    result = train(settings(tiny_folder, sentiment, run, **keys))
     records = records_of(run)
     knots = [record for record in records if record["event"] == "soft_knot"]
     assert [record["step"] for record in knots] == [*range(1, 8), *range(9, 14)]
