@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from conftest import make_tiny_folder, write_rows
 from helpers import settings
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from chainlora import Chain, LinkConfig, extend, load_run, make_config, save_chain, train
+from chainlora import Chain, LinkConfig, extend, load_run, save_chain, train
 from chainlora.config.chat_templates import NAMES, template_text
 from chainlora.errors import ModelError
 from chainlora.models.loading import load_model
@@ -93,21 +94,17 @@ def tensors_of(file: Path) -> dict[str, np.ndarray]:
     return {tensor.name: gguf.dequantize(tensor.data, tensor.tensor_type) for tensor in found}
 
 
-@pytest.fixture(params=MODELS)
-def exported(request, tmp_path, cache) -> tuple[str, Path, list[int], torch.Tensor]:
-    """A chain as merged/model.gguf and lora/*.gguf: (name, folder, tokens, their logits)."""
-    base = make_base(tmp_path / "base", request.param)
-    run = make_chain(tmp_path / "chain", base)
-    done = export_gguf(run, tmp_path / "merged", kind="f32")
+@pytest.mark.parametrize("name", MODELS)
+def test_gguf_is_the_model(name, tmp_path, cache):
+    """Merged, and as a LoRA on its base: the same function, to float32's rounding; as transformers
+    reads it, and as llama.cpp does where it is installed."""
+    folder, base = tmp_path, make_base(tmp_path / "base", name)
+    run = make_chain(folder / "chain", base)
+    done = export_gguf(run, folder / "merged", kind="f32")
     assert (done["to"], done["type"], done["links"]) == ("gguf", "f32", 2)
-    export_gguf(run, tmp_path / "lora", as_adapter=True)
+    export_gguf(run, folder / "lora", as_adapter=True)
     ids = ids_of(base)
-    return request.param, tmp_path, ids, logits(load_run(run)[0], ids)
-
-
-def test_gguf_is_the_model(exported):
-    """Merged, and as a LoRA on its base: the same function, to float32's rounding."""
-    name, folder, ids, wanted = exported
+    wanted = logits(load_run(run)[0], ids)
     merged, plain = (tensors_of(folder / file) for file in ("merged/model.gguf", "lora/base.gguf"))
     fields = gguf.GGUFReader(folder / "merged" / "model.gguf").fields
     (context,) = (field.contents() for key, field in fields.items() if "context_length" in key)
@@ -124,13 +121,15 @@ def test_gguf_is_the_model(exported):
         assert torch.allclose(logits(read, ids), wanted, atol=1e-4)
         was = load_model(folder / "base", "float32")[0].config.rope_parameters
         assert read.config.rope_parameters == was
+    if find_spec("llama_cpp"):
+        assert_llama_cpp_computes(wanted, folder, ids)
 
 
-def test_llama_cpp_computes_the_model(exported):
-    llama_cpp = pytest.importorskip("llama_cpp")
-    _, folder, ids, wanted = exported
+def assert_llama_cpp_computes(wanted: torch.Tensor, folder: Path, ids: list[int]) -> None:
+    from llama_cpp import Llama
+
     for file, adapter in [("merged/model.gguf", None), ("lora/base.gguf", "lora/adapter.gguf")]:
-        llama = llama_cpp.Llama(
+        llama = Llama(
             str(folder / file),
             lora_path=adapter and str(folder / adapter),
             n_ctx=64,
@@ -259,7 +258,7 @@ def test_the_template_for_ollama_says_what_the_chat_template_does(tiny_folder, t
 
 def test_a_card_says_that_every_weight_was_trained(tiny_folder, sentiment, tmp_path):
     chain = {"tune": "full", "ranks": [2], "steps": [1]}
-    train(make_config(settings(tiny_folder, sentiment, tmp_path / "run", chain=chain)))
+    train(settings(tiny_folder, sentiment, tmp_path / "run", chain=chain))
     export_gguf(tmp_path / "run", tmp_path / "gguf")
     said = "`tiny-llama` with every weight fine-tuned in GGUF (f32)."
     assert said in (tmp_path / "gguf/README.md").read_text(encoding="utf-8")
@@ -285,7 +284,7 @@ def test_the_modelfile_is_for_the_rows(chainlora, tiny_folder, sentiment, tmp_pa
     task = {"task": str(sentiment / "task.yaml"), "train": str(sentiment / "train.jsonl")}
     for name, data in [("chats", {"train": str(chats), "chat_template": "chatml"}), ("task", task)]:
         tree = {"model": str(tiny_folder), "data": data, "output": str(tmp_path / name)}
-        train(make_config(tree | {"chain": {"ranks": [2], "steps": [1]}}))
+        train(tree | {"chain": {"ranks": [2], "steps": [1]}})
     chat = chainlora(
         "export", tmp_path / "chats", "--to", "gguf-adapter", "--output", tmp_path / "a"
     )

@@ -12,7 +12,7 @@ import peft
 import pytest
 import torch
 from conftest import WORDS, tiny_model, write_rows
-from helpers import settings, sign
+from helpers import settings
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -27,7 +27,6 @@ from chainlora import (
 )
 from chainlora.models.loading import load_tokenizer
 from chainlora.runs.loading_start import load_start, put_on
-from chainlora.runs.manifest import RESULT
 from chainlora.runs.reading import RunReader
 from chainlora.runs.saved_chain import save_chain
 from chainlora.runs.start import NOTHING, Start
@@ -312,10 +311,3 @@ def test_another_base_is_refused(model, rule, tmp_path):
     folder = save_lora(tmp_path / "made")
     with pytest.raises(ChainLoRAError, match=rule):
         load_chain(folder, model())
-
-
-def test_an_unfinished_run_is_no_start(run_copy):
-    known = RunReader(run_copy).manifest().files
-    sign(run_copy, files={name: digest for name, digest in known.items() if name != RESULT})
-    with pytest.raises(ChainLoRAError, match=r"a finished run.*finish it"):
-        load_start(run_copy)
