@@ -8,12 +8,13 @@ from enum import StrEnum
 import torch
 from torch import Tensor, nn
 
+from chainlora.data.examples import Example
 from chainlora.engine.fast.bfloat16_linears import Bfloat16Linears
 from chainlora.engine.fast.decoder_layers.layer import DecoderLayers
 from chainlora.engine.fast.lora_layers import LoraLayers, active_adapter, is_lora_layer
 from chainlora.engine.fast.packed.path import PackedSequences, packed_hidden
 from chainlora.engine.fast.plugin import PACKED
-from chainlora.engine.packing import PackedBatch
+from chainlora.engine.packing import PackedBatch, pack
 from chainlora.engine.padded import padded_hidden
 from chainlora.engine.patching import installed
 from chainlora.engine.probes import examine
@@ -103,3 +104,47 @@ def restore(model: nn.Module) -> int:
     for module in patched:
         del module.forward
     return len(patched)
+
+
+# --- what is run
+
+SHAPE = {
+    "vocab_size": 131,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "pad_token_id": 0,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+}
+
+
+def example(row: int, *sequences: tuple[int, ...], first: int = -1) -> Example:
+    spans = tuple(((len(s) + first if first < 0 else first, len(s)),) for s in sequences)
+    return Example(row, sequences, spans, 0)
+
+
+def flat_batch() -> PackedBatch:
+    return pack(
+        [example(i, tuple(range(i, i + size))) for i, size in enumerate((2, 5, 17, 9, 9, 3))]
+    )
+
+
+def tree_batch() -> PackedBatch:
+    """Trees of depth three, a lone sequence, one inside another, every token scored."""
+    root = tuple(range(3, 15))
+    branch = (*root, 21, 22, 23)
+    examples = [
+        example(0, (*branch, 31, 32), (*branch, 41, 42, 43), first=1),
+        example(1, (*root, 51, 52, 53, 54), root, first=1),
+        example(2, (7, 8, 9), first=1),
+    ]
+    return pack(examples, min_shared=2)
+
+
+def text_batch() -> PackedBatch:
+    return pack([Example(i, (tuple(range(i, i + n)),), (((1, n),),)) for i, n in enumerate((4, 9))])
+
+
+BATCHES = {"flat": flat_batch, "tree": tree_batch, "text": text_batch}

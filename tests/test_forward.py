@@ -6,7 +6,16 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import ARCHITECTURES, tiny_model
-from forwards import Path, choose_path, gradients, hidden_states
+from forwards import (
+    BATCHES,
+    SHAPE,
+    Path,
+    choose_path,
+    example,
+    gradients,
+    hidden_states,
+    tree_batch,
+)
 from torch import Tensor, nn
 from transformers import (
     MistralConfig,
@@ -16,7 +25,6 @@ from transformers import (
 )
 
 from chainlora import Chain, LinkConfig
-from chainlora.data.examples import Example
 from chainlora.engine.engine import Engine
 from chainlora.engine.fast.packed import layout
 from chainlora.engine.packing import PackedBatch, pack
@@ -25,32 +33,6 @@ from chainlora.engine.packing import PackedBatch, pack
 # angles are float32 in a float64 model too. bfloat16: 2⁻⁸ a rounding, and a bias's gradient is a
 # running sum over 30 rows.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-5, torch.bfloat16: 2**-4}
-
-
-def example(row: int, *sequences: tuple[int, ...], first: int = -1) -> Example:
-    spans = tuple(((len(s) + first if first < 0 else first, len(s)),) for s in sequences)
-    return Example(row, sequences, spans, 0)
-
-
-def flat_batch() -> PackedBatch:
-    return pack(
-        [example(i, tuple(range(i, i + size))) for i, size in enumerate((2, 5, 17, 9, 9, 3))]
-    )
-
-
-def tree_batch() -> PackedBatch:
-    """Trees of depth three, a lone sequence, one inside another, every token scored."""
-    root = tuple(range(3, 15))
-    branch = (*root, 21, 22, 23)
-    examples = [
-        example(0, (*branch, 31, 32), (*branch, 41, 42, 43), first=1),
-        example(1, (*root, 51, 52, 53, 54), root, first=1),
-        example(2, (7, 8, 9), first=1),
-    ]
-    return pack(examples, min_shared=2)
-
-
-BATCHES = {"flat": flat_batch, "tree": tree_batch}
 
 
 def assert_close(
@@ -113,16 +95,7 @@ def test_gradient_checkpointing(architecture: str) -> None:
 
 def test_layers_are_probed_under_checkpointing_too() -> None:
     """Where links are on the model it asks for the layer's own forward, which is no probe."""
-    config = SmolLM3Config(
-        vocab_size=131,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        no_rope_layers=[1, 0],  # the second one is not turned
-        pad_token_id=0,
-    )
+    config = SmolLM3Config(**SHAPE, no_rope_layers=[1, 0])  # the second one is not turned
     model = SmolLM3ForCausalLM(config).requires_grad_(False)
     Chain(model).extend(LinkConfig(rank=2, target_modules=("q_proj",)))
     model.gradient_checkpointing_enable()
@@ -131,16 +104,8 @@ def test_layers_are_probed_under_checkpointing_too() -> None:
 
 
 def test_a_sequence_beyond_the_window_takes_the_padded_path() -> None:
-    config = MistralConfig(
-        vocab_size=131,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        sliding_window=12,
-        use_sliding_window=False,  # Qwen2's word, which Mistral does not read
-    )
+    # use_sliding_window is Qwen2's word, which Mistral does not read
+    config = MistralConfig(**SHAPE, sliding_window=12, use_sliding_window=False)
     torch.manual_seed(0)
     model = MistralForCausalLM(config).double().eval()
     assert choose_path(model) is Path.PACKED

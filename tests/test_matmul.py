@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import ARCHITECTURES, tiny_model
 from forwards import (
+    BATCHES,
     Path,
     accelerate_linears,
     accelerate_lora,
@@ -16,7 +17,6 @@ from forwards import (
     hidden_states,
     restore,
 )
-from test_speedups import BATCHES
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -74,7 +74,7 @@ def trained(model: nn.Module, chain: Chain) -> tuple[list[Tensor], list[Tensor]]
     """Hidden states before, and the losses of three steps on rows of candidates and of text, and
     after the knot."""
     optimizer = torch.optim.AdamW(chain.parameters(), lr=1e-3)
-    batches = [BATCHES["tree"](), BATCHES["every token"]()]
+    batches = [BATCHES["tree"](), BATCHES["text"]()]
     hidden = [hidden_states(model, batch, path=Path.PACKED).detach() for batch in batches]
 
     def loss() -> Tensor:

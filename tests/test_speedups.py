@@ -9,54 +9,27 @@ import peft
 import pytest
 import torch
 from conftest import tiny_model
-from forwards import Path, accelerate_lora, accelerate_model, gradients, hidden_states, restore
+from forwards import (
+    BATCHES,
+    SHAPE,
+    Path,
+    accelerate_lora,
+    accelerate_model,
+    flat_batch,
+    gradients,
+    hidden_states,
+    restore,
+    tree_batch,
+)
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
-from transformers import (
-    SmolLM3Config,
-    SmolLM3ForCausalLM,
-)
+from transformers import SmolLM3Config, SmolLM3ForCausalLM
 
-from chainlora.data.examples import Example
-from chainlora.engine.packing import PackedBatch, pack
+from chainlora.engine.packing import PackedBatch
 
 # float32: the same sums in another order, two layers deep; Llama's norm and rotary angles are
 # float32 in a float64 model too. bfloat16: 2⁻⁸ a rounding, some twenty of them.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-5, torch.bfloat16: 2**-4}
-SHAPE = {
-    "vocab_size": 131,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "pad_token_id": 0,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-}
-
-
-def flat_batch() -> PackedBatch:
-    sizes = (2, 5, 17, 9, 9, 3)
-    return pack(
-        [Example(i, (tuple(range(i, i + n)),), (((n - 1, n),),), 0) for i, n in enumerate(sizes)]
-    )
-
-
-def tree_batch() -> PackedBatch:
-    root = tuple(range(3, 15))
-    sequences = ((*root, 21, 22, 31, 32), (*root, 21, 22, 41, 42, 43), (*root, 51, 52, 53))
-    examples = [
-        Example(0, sequences, tuple(((len(s) - 2, len(s)),) for s in sequences), 0),
-        Example(1, ((7, 8, 9),), (((1, 3),),), 0),
-    ]
-    return pack(examples, min_shared=2)
-
-
-def every_token_batch() -> PackedBatch:
-    return pack([Example(i, (tuple(range(i, i + n)),), (((1, n),),)) for i, n in enumerate((4, 9))])
-
-
-BATCHES = {"flat": flat_batch, "tree": tree_batch, "every token": every_token_batch}
 
 
 def with_lora(model: nn.Module, dtype: torch.dtype, targets: list[str]) -> nn.Module:
