@@ -81,7 +81,7 @@ def test_a_traceback_only_with_debug(chainlora, tmp_path):
     assert loud.err.endswith(quiet.err)
 
 
-def test_a_process_of_its_own(finished, tmp_path):
+def test_a_process_of_its_own(finished):
     """Status, one JSON object, one line of error: without pytest's hands on the streams. One that
     loads a model: test_cli_speaking.py."""
 
@@ -93,7 +93,7 @@ def test_a_process_of_its_own(finished, tmp_path):
     assert (found.returncode, found.stderr) == (0, "")
     assert json.loads(found.stdout)["finished"]
     assert found.stdout.count("\n") == 1
-    wrong = call(f"inspect {tmp_path}")
+    wrong = call("tasks wscc")
     assert (wrong.returncode, wrong.stdout, wrong.stderr.count("\n")) == (1, "", 1)
 
 

@@ -21,7 +21,8 @@ from chainlora.runs.reading import RunReader
 
 def test_output_that_cannot_be_made_is_refused_before_the_model_loads(sentiment, tmp_path):
     """All that cannot be made: test_files.py."""
-    config = make_config(settings("/no/such/model", sentiment, tmp_path / ("x" * 300)))
+    (tmp_path / "run").symlink_to(tmp_path / "nothing")
+    config = make_config(settings("/no/such/model", sentiment, tmp_path / "run"))
     with pytest.raises(FileError, match="got "):
         train(config)
 
