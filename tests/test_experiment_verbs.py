@@ -130,22 +130,28 @@ def endless(tiny_folder, sentiment, tmp_path):
     return words
 
 
-def wait_for_steps(out: Path) -> None:
+def wait_for_steps(out: Path, has_ended: threading.Event) -> None:
     deadline = time.monotonic() + 300
     while not list(out.glob("cells/*/run/metrics.jsonl")) and time.monotonic() < deadline:
-        time.sleep(0.05)
+        if has_ended.wait(0.05):
+            return
 
 
 @pytest.mark.parametrize("verb", ["experiment", "compare"])
 def test_ctrl_c_says_that_the_same_command_resumes(endless, tmp_path, chainlora, verb):
     """`train --resume`, which was the advice, is for a run and not for an experiment."""
+    has_ended = threading.Event()
 
     def interrupt() -> None:
-        wait_for_steps(tmp_path / "out")
-        os.kill(os.getpid(), signal.SIGINT)
+        wait_for_steps(tmp_path / "out", has_ended)
+        if not has_ended.is_set():
+            os.kill(os.getpid(), signal.SIGINT)
 
-    threading.Thread(target=interrupt).start()
+    watch = threading.Thread(target=interrupt)
+    watch.start()
     outcome = chainlora(*endless(verb), "--backend", "inline")
+    has_ended.set()
+    watch.join()
     assert outcome.status == 130, outcome.err
     assert "the same command resumes" in outcome.err.splitlines()[-1]
     assert "--resume" not in outcome.err
@@ -162,7 +168,7 @@ def test_ctrl_c_ends_the_workers_too(endless, tmp_path):
         start_new_session=True,
     )
     try:
-        wait_for_steps(tmp_path / "out")
+        wait_for_steps(tmp_path / "out", threading.Event())
         os.killpg(process.pid, signal.SIGINT)  # as a terminal sends it: to the workers too
         _, said = process.communicate(timeout=60)
     finally:
