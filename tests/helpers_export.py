@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from chainlora import load_run, make_config, train
+from chainlora import load_run, train
 from chainlora.runs.directory import RunDirectory
 
 TARGETS = {
@@ -35,7 +35,7 @@ def fit(folder: Path, sentiment: Path, output: Path, **sections) -> Path:
         "train": {"lr": 1e-2, "batch_size": 8} | sections.get("train", {}),
         "output": str(output),
     }
-    train(make_config(tree))
+    train(tree)
     return output
 
 

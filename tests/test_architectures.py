@@ -15,7 +15,7 @@ import torch
 from architectures.checks import cases, check, example_config
 from architectures.tiny import IMPOSSIBLE, model_types, tiny_model
 
-from chainlora import make_config, train
+from chainlora import train
 from chainlora.data.examples import Example
 from chainlora.engine.engine import Engine
 from chainlora.errors import ConfigError, ModelError
@@ -152,7 +152,7 @@ def test_gradient_checkpointing_is_refused_where_a_class_has_none(tmp_path: Path
     keys = example_config(tiny_model("ctrl"), tmp_path).model_dump()
     keys["train"]["gradient_checkpointing"] = True
     with pytest.raises(ConfigError, match=r"checkpointing.*\(got CTRLLMHeadModel\); leave it out"):
-        train(make_config(keys))
+        train(keys)
     assert not (tmp_path / "run").exists()
 
 

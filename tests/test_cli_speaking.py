@@ -18,7 +18,7 @@ from helpers import settings
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from chainlora import load_run, make_config, train
+from chainlora import load_run, train
 from chainlora.evaluation.streaming import message_of
 
 PROMPT = "the cat sat on"
@@ -38,7 +38,7 @@ def spoken(tiny_folder, sentiment, tmp_path_factory) -> Path:
     rows = [{"prompt": f"the cat sat on {n}", "completion": " red birds fly"} for n in range(32)]
     data = {"train": str(write_rows(folder / "rows.jsonl", rows))}
     tree = settings(tiny_folder, sentiment, folder / "run", train={"lr": 3e-2})
-    train(make_config(tree | {"data": data}))
+    train(tree | {"data": data})
     return folder / "run"
 
 
@@ -82,7 +82,7 @@ def test_without_a_limit_the_rows_of_a_run_give_one_and_say_how_prompts_end(
     rows = [{"prompt": f"cat {n} sat on a", "completion": " red birds fly"} for n in range(9)]
     data = {"train": str(write_rows(tmp_path / "rows.jsonl", rows))}
     tree = settings(tiny_folder, sentiment, tmp_path / "run", chain={"ranks": [2], "steps": [1]})
-    train(make_config(tree | {"data": data}))
+    train(tree | {"data": data})
     asked = ("generate", tmp_path / "run", "--prompt")
     right = chainlora(*asked, "cat 3 sat on a")
     assert right.err == (  # a link of one step knows no end
@@ -238,7 +238,7 @@ def caller(tiny_folder, sentiment, tmp_path_factory) -> Path:
         chain={"ranks": [16], "alpha": 32, "steps": [60], "target_modules": None},
         train={"lr": 1e-2, "batch_size": 1},
     )
-    train(make_config(tree | {"data": data}))
+    train(tree | {"data": data})
     (folder / "tools.json").write_text(json.dumps([TOOL]))
     return folder
 
@@ -359,6 +359,7 @@ def test_a_program_of_its_own_streams_and_survives_a_reader_that_goes(tiny_folde
     )
     assert (done.returncode, done.stderr) == (0, b"")
     assert done.stdout.endswith(b"\n")
+    assert len(done.stdout) < 60  # four tokens, and nothing of any library
     shell = f"(printf 'a\\nb\\n' | {' '.join(call)}; echo status $? >&2) | true"
     gone = subprocess.run(shell, shell=True, capture_output=True, text=True)
     assert gone.stderr in ("status 0\n", "status 1\n")  # nothing else: no error of ours

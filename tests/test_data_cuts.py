@@ -13,7 +13,7 @@ from helpers_tasks import write_rows, write_task
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chainlora import make_config, train
+from chainlora import train
 from chainlora.config.schema import DataConfig
 from chainlora.data import preparing
 from chainlora.data.splits import prepare_splits
@@ -68,7 +68,7 @@ def test_a_run_on_a_long_text_trains_on_all_of_it_and_says_so(tiny_folder, tmp_p
     tree["data"] = {"train": str(path)}
     tree["chain"] = {"ranks": [2], "epochs": [1]}
     seen = []
-    result = train(make_config(tree), listener=seen.append, progress=True)
+    result = train(tree, listener=seen.append, progress=True)
     assert "blocks, no token lost\n" in capsys.readouterr().err
     assert result["scored_tokens"] == 400 * 6 + 1  # words and the end of the text, its start not
     data = {"train": {"rows": 1, "examples": result["rows"], "rows_split": 1}}

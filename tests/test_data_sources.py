@@ -11,7 +11,7 @@ import pyarrow.parquet
 import pytest
 from helpers_tasks import write_as, write_rows, write_task
 
-from chainlora import evaluate_task, make_config, train
+from chainlora import evaluate_task, train
 from chainlora.data.sources import FileSource, find_source
 from chainlora.data.tasks import load_task, split_source
 from chainlora.errors import DataError
@@ -80,7 +80,7 @@ def test_a_bad_row_is_named_before_the_model_is_loaded(tiny_folder, tmp_path):
     keys = {"model": str(model), "chain": {"ranks": [2], "steps": [1]}}
     path = write_rows(tmp_path / "rows.jsonl", [{"text": "a"}] * 2 + [{"text": 3}])
     with pytest.raises(DataError, match=r"`text` must be a text \(got 3 at .*rows.jsonl line 3"):
-        train(make_config(keys | {"data": {"train": str(path)}}))
+        train(keys | {"data": {"train": str(path)}})
 
 
 def test_a_folder_with_one_split_in_two_files_is_refused(tmp_path):

@@ -24,7 +24,6 @@ from chainlora import (
     export_adapter,
     export_merged,
     load_chain,
-    make_config,
     save_chain,
     train,
 )
@@ -101,7 +100,7 @@ def test_a_chain_with_an_embedding(untied, tmp_path, hold, share):
 def test_a_run_and_its_exports(untied, sentiment, tmp_path, speedups):
     keys = {"target_modules": ["embed_tokens", "q_proj"], "ranks": [4, 2], "steps": [4, 3]}
     tree = settings(untied, sentiment, tmp_path / "run", chain=keys, train={"speedups": speedups})
-    result = train(make_config(tree))
+    result = train(tree)
     assert result["steps"] == 7
     export_merged(tmp_path / "run", tmp_path / "merged")
     export_adapter(tmp_path / "run", tmp_path / "adapter")
@@ -155,7 +154,7 @@ def test_a_tied_model_is_tied_once_and_stays_tied(tiny_folder, sentiment, tmp_pa
     assert torch.equal(model.lm_head.weight, load(tiny_folder).lm_head.weight)
 
     keys = {"target_modules": "all-linear"}
-    train(make_config(settings(tiny_folder, sentiment, tmp_path / "run", chain=keys)))
+    train(settings(tiny_folder, sentiment, tmp_path / "run", chain=keys))
     export_merged(tmp_path / "run", tmp_path / "merged")
     merged = load(tmp_path / "merged")
     assert merged.lm_head.weight is merged.model.embed_tokens.weight

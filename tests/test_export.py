@@ -16,7 +16,7 @@ from helpers_export import FINAL_NORM, IDS, TARGETS, fit, live, logits, on_fresh
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from chainlora import Chain, LinkConfig, export_adapter, export_merged, load_run, make_config, train
+from chainlora import Chain, LinkConfig, export_adapter, export_merged, load_run, train
 from chainlora.errors import ChainError
 from chainlora.runs.to_gguf import export_gguf
 
@@ -176,7 +176,7 @@ def test_a_merged_chat_model_stops_where_its_template_ends_turns(tmp_path):
             "chat_template": template,
         }
         run = {"model": str(base), "data": data, "output": str(tmp_path / name)}
-        train(make_config(run | {"chain": {"ranks": [2], "steps": [1]}}))
+        train(run | {"chain": {"ranks": [2], "steps": [1]}})
         export_merged(tmp_path / name, tmp_path / f"{name}-merged")
         found = GenerationConfig.from_pretrained(tmp_path / f"{name}-merged")
         end = tokenizer.convert_tokens_to_ids("<|im_end|>")
@@ -250,7 +250,7 @@ def test_what_is_exported_is_the_best_point_where_the_run_kept_it(folders, senti
     base, run = folders["llama"], tmp_path / "run"
     chain = {"ranks": [4, 4], "steps": [1, 9], "target_modules": TARGETS["llama"]}
     best = {"schedule": "constant", "keep_best": True, "eval_every": 1}
-    result = train(make_config(settings(base, sentiment, run, chain=chain, train=best)))
+    result = train(settings(base, sentiment, run, chain=chain, train=best))
     found = result["best"]
     # every row is right long before the last step
     assert (found["num_links"], found["partial"]) == (1, True)

@@ -95,7 +95,7 @@ def pristine(tiny_folder, sentiment, tmp_path_factory) -> dict[int, Path]:
     """A finished run with a best point inside a link, as it is and as version 0.2 wrote it."""
     first = tmp_path_factory.mktemp("fuzz") / "run"
     keys = {"keep_best": True, "eval_every": 1, "select_metric": "accuracy"}
-    train(make_config(settings(tiny_folder, sentiment, first, train=keys)))
+    train(settings(tiny_folder, sentiment, first, train=keys))
     old = Path(shutil.copytree(first, first.with_name("old")))
     as_format_2(old)
     return {2: old, 3: first}

@@ -12,7 +12,7 @@ from helpers import records_of, settings
 from helpers_export import dense_adapter
 from safetensors.numpy import load_file
 
-from chainlora import inspect_run, make_config, train
+from chainlora import inspect_run, train
 from chainlora.errors import RunError
 from chainlora.runs.records import read_records
 
@@ -26,7 +26,7 @@ def run(tiny_folder, sentiment, tmp_path_factory) -> Path:
         "alpha": [8, 3],
         "target_modules": ["q_proj", "v_proj", "up_proj"],
     }
-    train(make_config(settings(tiny_folder, sentiment, output, chain=chain)))
+    train(settings(tiny_folder, sentiment, output, chain=chain))
     return output
 
 
@@ -126,12 +126,12 @@ def test_a_killed_run_can_be_inspected(run, tmp_path):
 
 def test_a_chain_without_links_and_one_that_is_no_low_rank_sum(tiny_folder, sentiment, tmp_path):
     keys = {"target_modules": ["q_proj"], "ranks": [], "steps": []}
-    train(make_config(settings(tiny_folder, sentiment, tmp_path / "none", chain=keys)))
+    train(settings(tiny_folder, sentiment, tmp_path / "none", chain=keys))
     found = inspect_run(tmp_path / "none")
     assert found["links"] == []
     assert found["chain"] == {"links": 0, "rank": 0}
     keys = {"target_modules": ["q_proj"], "ranks": [2, 2], "steps": [1, 1], "dora": True}
-    train(make_config(settings(tiny_folder, sentiment, tmp_path / "dora", chain=keys)))
+    train(settings(tiny_folder, sentiment, tmp_path / "dora", chain=keys))
     found = inspect_run(tmp_path / "dora")
     assert [row["rank"] for row in found["links"]] == [2, 2]
     assert all("delta_norm" not in row for row in [*found["links"], found["chain"]])
@@ -139,13 +139,7 @@ def test_a_chain_without_links_and_one_that_is_no_low_rank_sum(tiny_folder, sent
 
 def test_an_untrained_link_has_no_size(tiny_folder, sentiment, tmp_path):
     keys = {"target_modules": ["q_proj"], "ranks": [2], "steps": [1]}
-    train(
-        make_config(
-            settings(
-                tiny_folder, sentiment, tmp_path / "run", chain=keys, train={"warmup_steps": 1}
-            )
-        )
-    )
+    train(settings(tiny_folder, sentiment, tmp_path / "run", chain=keys, train={"warmup_steps": 1}))
     row = inspect_run(tmp_path / "run")["links"][0]
     assert (row["delta_norm"], row["effective_rank"], row["stable_rank"]) == (0.0, 0.0, 0.0)
 

@@ -18,7 +18,7 @@ from markdown_it import MarkdownIt
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from chainlora import Chain, LinkConfig, export_adapter, export_merged, make_config, train
+from chainlora import Chain, LinkConfig, export_adapter, export_merged, train
 from chainlora.config.chat_templates import template_text
 from chainlora.errors import ModelError, RunError
 from chainlora.models.gguf import build_tokenizer, read_metadata
@@ -51,7 +51,7 @@ def chat_run(tmp_path_factory) -> Path:
         "train": {"lr": 1e-2, "batch_size": 4},
         "output": str(folder / "run"),
     }
-    train(make_config(tree))
+    train(tree)
     versions = RunReader(folder / "run").manifest().versions
     sign(folder / "run", versions=versions | {"torch": MARKUP})
     return folder / "run"

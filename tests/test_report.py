@@ -121,7 +121,7 @@ def test_answers_after_full_fine_tuning_are_those_of_generate(
 ):
     chain, keys = {"ranks": [1], "steps": [8], "tune": "full"}, {"dtype": "float32", "lr": 0.1}
     run = tmp_path / "run"
-    train(make_config(settings(tiny_folder, sentiment, run, chain=chain, train=keys)))
+    train(settings(tiny_folder, sentiment, run, chain=chain, train=keys))
     (tmp_path / "asked.txt").write_text("the cat sat\n")
     page = tmp_path / "page.html"
     report_runs([run], page, prompts=str(tmp_path / "asked.txt"), max_new_tokens=5)
@@ -199,7 +199,7 @@ def test_answers_end_as_the_task_of_a_run_says(tiny_folder, answers, tmp_path):
     config = settings(
         tiny_folder, task.parent, tmp_path / "run", chain={"ranks": [2], "steps": [1]}
     )
-    train(make_config(config))
+    train(config)
 
     def answered():
         report_runs([tmp_path / "run"], tmp_path / "page.html", prompts="1", max_new_tokens=5)
@@ -250,7 +250,7 @@ def test_every_kind_of_run_has_a_page(tiny_folder, sentiment, tmp_path):
     for name, chain in kinds.items():
         keys = {key: value for key, value in chain.items() if value is not None}
         runs.append(tmp_path / name)
-        train(make_config(settings(tiny_folder, sentiment, runs[-1], chain=keys)))
+        train(settings(tiny_folder, sentiment, runs[-1], chain=keys))
     save_chain(own_chain(tiny_folder), tmp_path / "saved")
     runs.append(tmp_path / "saved")
     for run in runs[2:]:

@@ -21,7 +21,7 @@ from helpers_export import TARGETS
 from helpers_processes import assert_close_links, assert_close_updates, launch, outcome
 from safetensors.torch import load_file
 
-from chainlora import export_adapter, make_config, stage_matrix, train
+from chainlora import export_adapter, stage_matrix, train
 from chainlora.config.stages import make_stages
 from chainlora.runs.directory import RunDirectory
 from chainlora.training.stages import train_stages
@@ -90,7 +90,7 @@ def launched(way, folders, answers, sentiment, tmp_path_factory) -> Path:
         return tree | {"chain": chain, "stages": both}
 
     for name in JOBS:
-        train(make_config(tree_of(name, folder / f"{name}-1")))
+        train(tree_of(name, folder / f"{name}-1"))
     train_stages(make_stages(stages("stages-1")))
     stopped = {name: f"{name}-stopped" for name in ("soft", "uneven")}
     two = [job(name, f"{name}-2", shared) for name in JOBS]
@@ -113,7 +113,7 @@ def launched(way, folders, answers, sentiment, tmp_path_factory) -> Path:
     done = launch(2, folder, two)
     assert (folder / "killed.json.0").is_file(), done.stderr[-3000:]  # all before it were done
     (folder / "stderr").write_text(done.stderr)
-    train(make_config(tree_of("uneven", folder / stopped["uneven"])), resume=True)
+    train(tree_of("uneven", folder / stopped["uneven"]), resume=True)
     return folder
 
 

@@ -79,7 +79,7 @@ def test_a_run_killed_between_its_early_stop_and_the_knot_still_ties_the_link(
 ):
     keys = {"lr": 1e-9, "early_stop": 2, "eval_every": 1, "save_every": 1}
     keys = {"train": keys, "chain": {"init": init}}
-    train(make_config(settings(tiny_folder, sentiment, tmp_path / "whole", **keys)))
+    train(settings(tiny_folder, sentiment, tmp_path / "whole", **keys))
     config = make_config(settings(tiny_folder, sentiment, tmp_path / "killed", **keys))
 
     def die(record) -> None:
@@ -113,7 +113,7 @@ def test_a_non_finite_loss_stops_and_keeps_the_last_good_state(
     with pytest.raises(
         TrainingError, match=r"must be finite \(got .* at step \d+, link \d\).*is kept in"
     ):
-        train(make_config(tree))
+        train(tree)
     if good is None:  # the first step broke the weights: the run starts over
         assert not (run / "checkpoints").exists()
         return
@@ -134,7 +134,7 @@ def test_an_interrupted_run_leaves_nothing_running(tiny_folder, sentiment, tmp_p
 
     with pytest.raises(KeyboardInterrupt):
         train(
-            make_config(settings(tiny_folder, sentiment, tmp_path / "run")),
+            settings(tiny_folder, sentiment, tmp_path / "run"),
             listener=interrupt,
         )
     assert set(threading.enumerate()) == before
@@ -166,5 +166,5 @@ def test_a_link_may_end_early_and_the_last_one_makes_up_for_it(
     assert [link["num_steps"] for link in result["links"]] == [2, 4, 5]
     assert result["steps"] == 11
     whole = settings(tiny_folder, sentiment, tmp_path / "planned", chain={"steps": [2, 4, 5]})
-    train(make_config(whole))
+    train(whole)
     assert_same_links(tmp_path / "run", tmp_path / "planned")  # rates and rows too
