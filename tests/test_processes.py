@@ -15,6 +15,7 @@ from unittest.mock import patch
 
 import pytest
 import yaml
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from helpers import records_of, settings
 from helpers_data import pair_files
@@ -147,11 +148,13 @@ def test_other_ways_to_share_a_model_are_refused(kind):
 
 @pytest.mark.parametrize("variable", ["LOCAL_RANK", "WORLD_SIZE"])
 def test_a_variable_that_a_launcher_has_left_is_named(variable, config, chainlora):
+    AcceleratorState._reset_state(reset_partial_state=True)  # as in a new process
     with patch.dict(os.environ, {variable: "2"}):  # Accelerate sets others
         chainlora("train", config).refused(
             "Accelerate must find the processes that the environment names",
             "launch with torchrun, or unset LOCAL_RANK and WORLD_SIZE",
         )
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 LEAVING = """

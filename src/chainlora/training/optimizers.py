@@ -64,13 +64,14 @@ def check_optimizer(config: RunConfig, device: torch.device) -> None:
 def _stepped(train: TrainConfig, device: torch.device) -> torch.optim.Optimizer:
     """Return the optimizer of one matrix after two steps, so that its state can be looked at."""
     matrix = nn.Parameter(torch.zeros(64, 64, device=device))
+    low = train.model_copy(update={"lr": min(train.lr, 1.0)})  # it is not to overflow by its rate
     try:
-        optimizer = _make([{"params": [matrix], "ratio": 1.0}], train)
+        optimizer = _make([{"params": [matrix], "ratio": 1.0}], low)
         matrix.grad = torch.ones_like(matrix).tril()  # with zeros, as that of A has at first
-        for _ in range(2):  # some options count from the second one on
-            optimizer.step()
+        optimizer.step()
         if not matrix.isfinite().all():
             raise ValueError("weights that are not finite where gradients are 0, as by eps: 0")
+        optimizer.step()  # some options count from the second one on
         load_state(optimizer, state_tensors(optimizer))  # as a resume does
     except ConfigError:
         raise
