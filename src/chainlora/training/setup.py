@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Mapping, Sequence
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -97,22 +98,15 @@ def _prepare(
     here = config  # as its base is found from here
     if directory is not None and (begun is not None or start is not NOTHING):
         here = config.model_copy(update={"model": from_above(config.model, directory.path)})
-    with processes.in_turn():
-        if directory is not None:
-            directory.open(config, resume=resume, change=change)
-        folder = resolve_model(here.model)
-        files = base_files(folder)
-    if directory is not None:
-        directory.check_base_files(files)  # before they are loaded
+    folder, files = _claim(config, here.model, resume, change, directory, processes)
     _, _, tokenizer = open_folder(here.model)
     own = start.tokenizer if begun is None else begun.tokenizer(begun.manifest())
     if own is not None:  # instead of the base's
         tokenizer = load_tokenizer(own)
     with processes.in_turn():  # a bad row is told before the model is loaded
-        earlier = start.kept
-        if begun is not None:  # a run that is resumed has them itself, beside its own
-            own_stage = begun.manifest().stage
-            earlier = {stage: kept for stage, kept in begun.kept().items() if stage != own_stage}
+        earlier = dict(start.kept if begun is None else begun.kept())
+        if begun is not None:  # a run that is resumed has its own beside them
+            earlier.pop(begun.manifest().stage, None)
         compare = processes.is_first and begun is None
         splits = _load_splits(here, tokenizer, listener, earlier, compare)
     model = _load_model(here, processes)
@@ -182,6 +176,25 @@ def _check_config(config: RunConfig, resume: bool, processes: Processes) -> None
             f"number (got {config.train.batch_size} for {processes.count} processes); start "
             "another number of them, or change it"
         )
+
+
+def _claim(
+    config: RunConfig,
+    model: str,
+    resume: bool,
+    change: Collection[str],
+    directory: RunDirectory | None,
+    processes: Processes,
+) -> tuple[Path, dict[str, str]]:
+    """Claim the output directory; return the folder of the base `model`, its files' checksums."""
+    with processes.in_turn():
+        if directory is not None:
+            directory.open(config, resume=resume, change=change)
+        folder = resolve_model(model)
+        files = base_files(folder)
+    if directory is not None:
+        directory.check_base_files(files)  # before they are loaded
+    return folder, files
 
 
 def _load_model(config: RunConfig, processes: Processes) -> Any:
