@@ -77,35 +77,12 @@ def test_every_key_is_here():
     assert set(VALUES) | GIVEN == set(keys(RunConfig))
 
 
-# Keys that are set in one run; each of the others has a run of its own.
-TOGETHER = [
-    [key for key in VALUES if key.startswith("data.")],
-    [f"chain.plateau.{key}" for key in ("of", "patience", "min_change")],
-    [f"chain.knots.{key}" for key in ("every", "share", "follow_rate", "moments", "policy")],
-    [f"train.{key}" for key in ("optimizer_reset", "prune_fraction")],
-    [f"train.{key}" for key in ("eval_every", "keep_best", "early_stop")],
-]
-TOGETHER[0] += [
-    f"chain.{key}" for key in ("ranks", "alpha", "steps", "rslora", "dropout", "exclude_modules")
-]
-TOGETHER[0] += [
-    f"train.{key}"
-    for key in ("lr", "lora_plus_ratio", "schedule", "restart_schedule", "warmup_steps",
-                "restart_warmup_steps", "batch_size", "gradient_accumulation", "group_by_length",
-                "dtype", "seed", "weight_decay", "betas", "eps", "max_grad_norm", "select_metric",
-                "save_every", "log_every", "gradient_checkpointing")
-]  # fmt: skip
-ALONE = [[key] for key in VALUES if not any(key in group for group in TOGETHER)]
-
-
-@pytest.mark.parametrize("group", [*TOGETHER, *ALONE], ids=lambda group: group[0])
-def test_every_key_by_the_command_line(group, chainlora, tiny_folder, sentiment, tmp_path):
+@pytest.mark.parametrize("key", VALUES)
+def test_every_key_by_the_command_line(key, chainlora, tiny_folder, sentiment, tmp_path):
     tree = settings(tiny_folder, sentiment, tmp_path / "run")
     tree["chain"] |= {"ranks": [4, 4], "steps": [2, 2]}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
-    said = {key: VALUES[key] for key in group}
-    for key in group:
-        said |= BESIDE.get(key, {})
+    said = {key: VALUES[key]} | BESIDE.get(key, {})
     words = [f"--{name}={one_value(value)}" for name, value in said.items()]
     result = chainlora("train", tmp_path / "config.yaml", *words, "--json").json
     assert result["metrics"]["validation"]["loss"] > 0

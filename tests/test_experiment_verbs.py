@@ -6,10 +6,8 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from contextlib import suppress
-from pathlib import Path
 
 import pytest
 import yaml
@@ -111,64 +109,31 @@ def test_compare_extends_its_rates(tiny_folder, sentiment, tmp_path, chainlora):
     assert "lr 0.0001 (highest tried)" in outcome.out
 
 
-@pytest.fixture
-def endless(tiny_folder, sentiment, tmp_path):
-    """Return a function that gives the words of a command of very many steps, to tmp_path/out."""
-
-    def words(verb: str) -> list[str]:
-        told = tree(tiny_folder, sentiment, methods=["lora"], seeds=[0], tune={})
-        told["base"]["recipe"]["steps"] = 100_000
-        path = tmp_path / "file.yaml"
-        command = ["experiment", "run", str(path)]
-        if verb == "compare":
-            chain = {"ranks": [2], "steps": [100_000], "target_modules": ["q_proj"]}
-            told = {key: told["base"][key] for key in ("model", "data", "train")} | {"chain": chain}
-            command = ["compare", str(path), "--methods", "lora,chain2"]
-        path.write_text(yaml.safe_dump(told))
-        return [*command, "--output", str(tmp_path / "out")]
-
-    return words
-
-
-def wait_for_steps(out: Path, has_ended: threading.Event) -> None:
-    deadline = time.monotonic() + 300
-    while not list(out.glob("cells/*/run/metrics.jsonl")) and time.monotonic() < deadline:
-        if has_ended.wait(0.05):
-            return
-
-
-@pytest.mark.parametrize("verb", ["experiment", "compare"])
-def test_ctrl_c_says_that_the_same_command_resumes(endless, tmp_path, chainlora, verb):
+@pytest.mark.parametrize("verb", [pytest.param("experiment", marks=pytest.mark.slow), "compare"])
+def test_ctrl_c_says_that_the_same_command_resumes(tiny_folder, sentiment, tmp_path, verb):
     """`train --resume`, which was the advice, is for a run and not for an experiment."""
-    has_ended = threading.Event()
-
-    def interrupt() -> None:
-        wait_for_steps(tmp_path / "out", has_ended)
-        if not has_ended.is_set():
-            os.kill(os.getpid(), signal.SIGINT)
-
-    watch = threading.Thread(target=interrupt)
-    watch.start()
-    outcome = chainlora(*endless(verb), "--backend", "inline")
-    has_ended.set()
-    watch.join()
-    assert outcome.status == 130, outcome.err
-    assert "the same command resumes" in outcome.err.splitlines()[-1]
-    assert "--resume" not in outcome.err
-
-
-@pytest.mark.slow
-def test_ctrl_c_ends_the_workers_too(endless, tmp_path):
+    base = tree(tiny_folder, sentiment, methods=["lora"], seeds=[0], tune={})
+    base["base"]["recipe"]["steps"] = 100_000
+    out, path = tmp_path / "out", tmp_path / "file.yaml"
+    command = ["experiment", "run", str(path)]
+    if verb == "compare":
+        chain = {"ranks": [2], "steps": [100_000], "target_modules": ["q_proj"]}
+        base = {key: base["base"][key] for key in ("model", "data", "train")} | {"chain": chain}
+        command = ["compare", str(path), "--methods", "lora,chain2"]
+    path.write_text(yaml.safe_dump(base))
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
-        [sys.executable, "-m", "chainlora", *endless("experiment")],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
+        [sys.executable, "-m", "chainlora", *command, "--output", str(out)],
+        env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
     )
     try:
-        wait_for_steps(tmp_path / "out", threading.Event())
+        deadline = time.monotonic() + 300
+        while not list(out.glob("cells/*/run/metrics.jsonl")) and time.monotonic() < deadline:
+            time.sleep(0.05)
         os.killpg(process.pid, signal.SIGINT)  # as a terminal sends it: to the workers too
         _, said = process.communicate(timeout=60)
     finally:
@@ -176,4 +141,5 @@ def test_ctrl_c_ends_the_workers_too(endless, tmp_path):
             os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 130, said
     assert "the same command resumes" in said.splitlines()[-1]
+    assert "--resume" not in said
     assert "Traceback" not in said
