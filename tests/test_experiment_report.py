@@ -276,11 +276,12 @@ def test_the_primary_comparison_is_tested_alone(tmp_path):
         (
             0.1,
             6,
-            "**Rank 1 binds on wsc**: rank 4 is 0.100 ahead. With 88.0 learned tokens a trained "
-            "parameter soft knots (`chain.knots: auto`) may win 39% of that; they break even at 11",
+            "**Rank 1 is the bottleneck on wsc**: rank 4 is 0.100 ahead. Raise the rank if you "
+            "can. If you cannot, soft knots (`chain.knots: auto`) may win up to 39% of that with 88.0 "
+            "learned tokens per trained parameter. They break even near 11",
         ),
-        (0.0, 6, "Rank 1 was not found to bind on wsc"),
-        (0.1, 3, "Too few pairs to say whether rank 1 binds on wsc."),
+        (0.0, 6, "Rank 1 was not found to be the bottleneck on wsc"),
+        (0.1, 3, "Too few pairs to say whether rank 1 is the bottleneck on wsc."),
     ],
 )
 def test_a_report_says_whether_rank_binds_and_what_soft_knots_may_then_win(
@@ -309,7 +310,7 @@ def test_a_report_says_where_automatic_knots_tied_none(tmp_path):
         return cell | {"config": {"chain": chain}, "soft_knots": 2 * (cell["task"] == "cb")}
 
     found = report_experiment(change(tmp_path / "results.jsonl", soft), figures=False).markdown
-    assert "**chain3 tied no soft knot on wsc**: `knots: auto` ties none in a link" in found
+    assert "**chain3 tied no soft knot on wsc**: `knots: auto` turns them off in a link" in found
     assert "soft knot on cb" not in found
 
 

@@ -73,7 +73,7 @@ def table(rows: list[str]) -> str:
         "is the largest difference, as a share of what it may be); undo, save and load, and the "
         "merged checkpoint in transformers give the same bits; the adapter in PEFT, on a base "
         "whose new head is another one, gives the same outputs to rounding. In the Trainer: resume "
-        "across a knot gives the same bits.",
+        "across a knot gives the same bits. Only this page is kept, no raw results.",
         "",
         "| class | head | loop of one's own | `Trainer` with `ChainCallback` |",
         "|---|---|---|---|",
