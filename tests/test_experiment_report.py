@@ -277,7 +277,7 @@ def test_the_primary_comparison_is_tested_alone(tmp_path):
             0.1,
             6,
             "**Rank 1 is the bottleneck on wsc**: rank 4 is 0.100 ahead. Raise the rank if you "
-            "can. If you cannot, soft knots (`chain.knots: auto`) may win up to 39% of that with "
+            "can. If you cannot, soft knots (`chain.knots: auto`) may win about 39% of that with "
             "88.0 learned tokens per trained parameter. They break even near 11",
         ),
         (0.0, 6, "Rank 1 was not found to be the bottleneck on wsc"),

@@ -34,7 +34,7 @@ def does_rank_bind(facts: Facts) -> Iterator[str]:
         yield (
             f"**Rank {rank} is the bottleneck on {each.task}**: rank {4 * rank} is "
             f"{-each.difference.mean:.3f} ahead. Raise the rank if you can. If you cannot, soft "
-            f"knots (`chain.knots: auto`) may win up to {share:.0%} of that with "
+            f"knots (`chain.knots: auto`) may win about {share:.0%} of that with "
             f"{number(tokens, 1)} learned tokens per trained parameter. They break even near "
             f"{BREAK_EVEN:.0f} (a rule measured on a tiny model; at ranks 4 and 8 they won less)."
         )
