@@ -130,10 +130,10 @@ def test_an_ended_run_is_known_by_content_wherever_things_lie(
         file.write('{"text": "one more", "label": 0}\n')
     shutil.copy("may.jsonl", "rows/train.jsonl")
     assert "nothing left" in again().out
-    again(train="may.jsonl").refused("data.train is may.jsonl, was rows/train.jsonl, with other")
+    again(train="may.jsonl").refused("data.train is may.jsonl, was rows/train.jsonl, compared by")
     (here / "mine.yaml").write_text((here / "mine.yaml").read_text().replace("it was", "it is"))
-    again(task="mine.yaml").refused("data.task is mine.yaml, was rows/task.yaml, with other cont")
-    again(validation=8, train="may.jsonl").refused("data.validation is 8, was rows/validation")
+    again(task="mine.yaml").refused("data.task is mine.yaml, was rows/task.yaml, compared by con")
+    again(validation=8).refused("data.validation is 8, was rows/validation")
     shutil.rmtree("rows")
     assert "nothing left" in again().out
     assert "nothing left" in again(train=here / "rows/train.jsonl").out

@@ -160,20 +160,20 @@ def test_an_ended_stage_is_known_by_content_wherever_things_lie(two, tmp_path, m
         ("renamed.jsonl", ""),
         (
             "grown.jsonl",
-            r"stage 'style': data.train is grown.jsonl, .* other content\); .*new name",
+            r"stage 'style': data.train is grown.jsonl, .* by content\); .*new name",
         ),
     ):
         stage_of(two, "style")["data"]["train"] = name
         with pytest.raises(RunError, match=message) if message else nullcontext():
             assert train_stages(make_stages(two | {"output": "run"})) == [None, None]
     law = stage_of(two, "style") | {"name": "law"}
-    law["data"] |= {"train": str(more)}
+    law |= {"data": law["data"] | {"train": str(more)}, "train": {"lr": 0.01, "save_every": 1}}
     fork = {"start": f"{run}@facts", "output": "fork", "stages": [law]}
     with pytest.raises(Stop):
-        train(fork | {"train": {"save_every": 1}}, listener=_stop_after(1))
-    law["train"] = {"lr": 1e-3}
+        train(fork, listener=_stop_after(1))
+    law["train"]["lr"] = 1e-3
     train(fork, change=["train.lr"])
-    for rate in (5e-5, 1e-3):  # the default, which it began with
+    for rate in (0.01, 1e-3):
         law["train"]["lr"] = rate
         train(fork)
     (tmp_path / "runs").mkdir()

@@ -146,7 +146,7 @@ def _other_config(
 ) -> RunError:
     differs = f"{key} is {one_value(new):.60}, was {one_value(old):.60}"
     if key in run.manifest().sources and has_ended:
-        differs += ", with other content"
+        differs += ", compared by content"
     if stage is not None:
         rule, got = "a stage keeps the config it began with", f"stage {stage!r}: {differs}"
         remedy = "give what you want to train now a new name"
