@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import write_rows
 from helpers import Stop, assert_same_links, links_of, settings, signed, stop_after
 from helpers_data import pair_files
 from transformers import AutoModelForCausalLM
@@ -876,13 +877,15 @@ def test_an_extension_inherits_how_earlier_rows_are_read_and_says_what_it_does_n
 ):
     run, style = tmp_path / "run", stage_of(two, "style")
     both = style | {"name": "both", "train": {"keep_best": True, "eval_every": 1}}
-    both["data"] = style["data"] | {"replay": 0.25, "new_rows_only": False}
+    rows = [{"text": f"good good {word}", "label": 1} for word in ("cat", "mat", "hill", "two")]
+    more = str(write_rows(tmp_path / "new.jsonl", rows))
+    both["data"] = style["data"] | {"train": more, "replay": 0.25, "new_rows_only": True}
     both["chain"] = style["chain"] | {"alpha": [8, 4]}
     train_stages(extension(run, both), matrix=False)
     assert "stage both does not inherit" not in caplog.text  # it gives all that style had set
     own = {"name": "law", "chain": {"ranks": [2], "epochs": [1]}, "data": {"train": "x.jsonl"}}
     data = extension(run, own)[-1].config.data
-    assert (data.replay, data.new_rows_only) == (0.25, False)
+    assert (data.replay, data.new_rows_only) == (0.25, True)
     said = (
         "stage law does not inherit data.task, data.validation, chain.alpha, train.keep_best from"
     )
@@ -895,9 +898,8 @@ def test_a_fork_inside_a_run_is_refused(two, tmp_path, capsys):
     """Its parent took it for a stage of its own."""
     run, before = tmp_path / "run", files_of(tmp_path / "run")
     keys = ["--name", "z", "--chain.ranks", "2", "--chain.steps", "1", "--data.train", "x"]
-    for words in (["extend", f"{run}@facts", *keys, "--output", str(run / "stages/z")],):
-        assert cli(words) == 1
-        assert f"must lie outside other runs (got {run / 'stages/z'}, " in capsys.readouterr().err
+    assert cli(["extend", f"{run}@facts", *keys, "--output", str(run / "stages/z")]) == 1
+    assert f"must lie outside other runs (got {run / 'stages/z'}, " in capsys.readouterr().err
     with pytest.raises(ConfigError, match="must lie outside other runs"):
         train(two | {"output": str(run / "sub/run")})
     assert files_of(run) == before

@@ -151,7 +151,7 @@ def what_stages_share(before: RunConfig) -> dict[str, Any]:
 def not_inherited(before: RunConfig, own: Mapping[str, Any]) -> list[str]:
     """Return the keys that a stage has set, and that neither one after it inherits nor its `own`
     section sets."""
-    found = []
+    found: list[str] = []
     for part in _SECTIONS:
         section, given = getattr(before, part), section_of(own, part)
         if any(key in given for key in LENGTHS):
