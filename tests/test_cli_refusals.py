@@ -8,7 +8,9 @@ import os
 import shutil
 
 import pytest
+from conftest import tiny_model
 from helpers import records_of, stop_after
+from helpers_cli import Outcome
 
 from chainlora import load_config
 
@@ -62,8 +64,7 @@ def test_a_dry_run_refuses_what_the_model_and_the_output_tell(chainlora, config,
     dry = f"train {config} --dry-run"
     for keys in ("--model no/body", "--data.max_length 200", "--chain.target_modules [query]"):
         chainlora(f"{dry} {keys}").refused(WRONG[keys])
-    chainlora(f"{dry} --resume").refused("--resume needs a run directory (got ")
-    assert chainlora(dry).status == 0
+    assert chainlora(f"{dry} --resume").status == chainlora(dry).status == 0
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "notes.txt").write_text("mine")
     chainlora(dry).refused("`output` must be a new or empty directory (got ")
@@ -80,31 +81,80 @@ def test_output_in_use(chainlora, config, tmp_path):
     shutil.rmtree(tmp_path / "run")
     assert chainlora("train", config).status == 0
     before = (tmp_path / "run" / "chain.json").read_bytes()
-    chainlora("train", config).refused("holds a run); pass --resume to resume it, or choose anoth")
-    as_file = f"train {tmp_path}/run/config.yaml --resume"
+    as_file = f"train {tmp_path}/run/config.yaml"
     chainlora("train", tmp_path / "run").refused(f"that of a run: chainlora {as_file}")
     copy = shutil.copytree(tmp_path / "run", tmp_path / "copy")  # it would resume the other one
-    chainlora(f"train {copy}/config.yaml --resume").refused(f"; add --output {copy}")
-    chainlora(f"train {config} --resume --train.seed 1").refused(
-        "--resume needs the config the run began with (got other values under train: train.seed is "
-        "1, was 0); use "
+    chainlora(f"train {copy}/config.yaml").refused(f"; add --output {copy}")
+    chainlora(f"train {config} --train.seed 1").refused(
+        f"a run that has ended keeps its config (got train.seed is 1, was 0 in {tmp_path}/run); "
+        f"choose another output, or train on top of it: chainlora extend {tmp_path}/run --name NAME"
     )
     assert (tmp_path / "run" / "chain.json").read_bytes() == before
     (tmp_path / "file").write_text("mine")
     chainlora(f"train {config} --output {tmp_path}/file").refused("a directory (got the file ")
+    for words in ("--output {0}/stages/z", "--output {0}/z --dry-run"):
+        inside = chainlora(f"train {config} {words.format(tmp_path / 'run')}")
+        inside.refused("`output` must lie outside other runs", f"inside {tmp_path}/run); choose")
+    assert (tmp_path / "run" / "chain.json").read_bytes() == before
+    assert not (tmp_path / "run" / "stages").exists()
 
 
-def test_resume_of_an_output_that_is_not_there(chainlora, config, tmp_path):
-    """A mistyped output trained anew."""
-    outcome = chainlora(f"train {config} --resume --output {tmp_path}/rnu")
-    outcome.refused("--resume needs a run directory (got ", "rnu, which does not exist); check")
-    assert not (tmp_path / "rnu").exists()
+def test_an_ended_run_is_known_by_content_wherever_things_lie(
+    chainlora, config, tiny_folder, sentiment, tmp_path, monkeypatch
+):
+    """Its data may also grow, or be gone, at their place."""
+    here = tmp_path / "here"
+    shutil.copytree(tiny_folder, here / "base")
+    shutil.copytree(sentiment, here / "rows")
+    monkeypatch.chdir(here)
+    data = {"task": "rows/task.yaml", "train": "rows/train.jsonl"}
+    data["validation"] = "rows/validation.jsonl"
+
+    def again(model: str = "base", output: object = "../run", **names: object) -> Outcome:
+        keys = [f"--data.{key} {value}" for key, value in (data | names).items()]
+        return chainlora(f"train {config} --model {model} --output {output} {' '.join(keys)}")
+
+    assert "next:" in again().out
+    before = (tmp_path / "run" / "chain.json").read_bytes()
+    shutil.copy("rows/train.jsonl", "may.jsonl")
+    shutil.copy("rows/task.yaml", "mine.yaml")
+    shutil.copytree("base", "moved")
+    for names in (
+        {"train": here / "rows/train.jsonl"},
+        {"train": "may.jsonl", "task": here / "mine.yaml"},
+        {"train": "[may.jsonl]"},
+    ):
+        assert "nothing left" in again(**names).out
+    assert "nothing left" in again(f"{here}/moved").out
+    with open("may.jsonl", "a") as file:
+        file.write('{"text": "one more", "label": 0}\n')
+    shutil.copy("may.jsonl", "rows/train.jsonl")
+    assert "nothing left" in again().out
+    again(train="may.jsonl").refused("data.train is may.jsonl, was rows/train.jsonl, compared by")
+    (here / "mine.yaml").write_text((here / "mine.yaml").read_text().replace("it was", "it is"))
+    again(task="mine.yaml").refused("data.task is mine.yaml, was rows/task.yaml, compared by con")
+    again(validation=8).refused("data.validation is 8, was rows/validation")
+    shutil.rmtree("rows")
+    assert "nothing left" in again().out
+    assert "nothing left" in again(train=here / "rows/train.jsonl").out
+    shutil.rmtree(here / "base")
+    assert "nothing left" in again().out
+    monkeypatch.chdir(tmp_path)
+    assert "nothing left" in again(output="run").out
+    tiny_model("llama", vocab_size=131, seed=9).save_pretrained(here / "base")
+    again("here/base", "run").refused("the base model must be the one")
+    monkeypatch.chdir(here)
+    again().refused("the base model must be the one")
+    assert (tmp_path / "run" / "chain.json").read_bytes() == before
 
 
 def test_a_lower_rate_is_named_to_continue_with_it(chainlora, config, tmp_path):
     stop_after(load_config(config), 6)
     lower = f"train {config} --resume --train.lr 1e-3"
-    chainlora(f"{lower} --train.seed 1").refused("train.seed is 1")
+    chainlora(f"{lower} --train.seed 1").refused("resumes with the config", "seed is 1, was 0")
+    rate = config.parent / "rate.yaml"
+    rate.write_text(config.read_text().replace("0.01", "0.001"))
+    chainlora("train", rate).refused("to resume with another value, pass --train.lr VALUE;")
     assert chainlora(f"{lower} --json").json["steps"] == 11
     changes = json.loads((tmp_path / "run" / "chain.json").read_text())["changes"]
     found = [(each["key"], each["before"], each["after"], each["step"]) for each in changes]
@@ -113,9 +163,8 @@ def test_a_lower_rate_is_named_to_continue_with_it(chainlora, config, tmp_path):
     rates = {r["step"]: r["learning_rate"] for r in records if r["event"] == "step"}
     assert rates[5] < rates[4] / 5
     assert chainlora(f"{lower} --json").json["steps"] == 11  # it is the run's own rate now
-    chainlora(f"train {config} --resume").refused(
-        "train.lr is 0.01, was 0.001", "pass --resume --train.lr VALUE"
-    )
+    assert chainlora(f"train {config} --json").json["steps"] == 11  # so is the one it began with
+    chainlora(f"train {config} --train.lr 1e-4").refused("train.lr is 0.0001, was 0.001 in ")
 
 
 @pytest.mark.parametrize("error", [errno.ENOSPC, errno.EACCES])

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 
 import pytest
 import yaml
+from helpers import assert_same_links, stop_after
+
+from chainlora import load_config, train
+from chainlora.files import checksums
 
 
 def test_train_writes_a_run_directory_and_shows_its_links(chainlora, config, tmp_path):
@@ -78,4 +83,42 @@ def test_full_fine_tuning_has_weights_in_place_of_links(chainlora, config, senti
     chainlora(f"eval {run} {task} --links 1").refused(
         "a number of links needs a chain (got ", "leave it out"
     )
-    assert "nothing to resume" in chainlora(f"{full} --resume").err
+    again = chainlora(full.removesuffix(" --json"))
+    assert (again.status, again.out) == (0, f"nothing left to do: {run} has ended\n")
+    assert "chainlora extend" not in chainlora(f"{full} --output {run}2".replace("--json", "")).out
+
+
+def test_the_same_command_does_what_is_left(chainlora, config, tmp_path):
+    """It begins, resumes what was killed, and has nothing to do at the end: a job of CI."""
+    whole = tmp_path / "the whole"
+    done = chainlora("train", config, "--resume", "--output", whole)
+    told = done.out.partition("next:\n")[2].splitlines()
+    assert [shlex.split(line)[1] for line in told] == ["generate", "eval", "extend", "export"]
+    for words in told[1].split("; "):
+        assert chainlora(*shlex.split(words)[1:]).status == 0
+    stop_after(load_config(config), 6)
+    assert "resuming after step 4" in chainlora("train", config).err
+    assert_same_links(tmp_path / "run", whole)
+    before = checksums(tmp_path / "run")
+    for words in (config, f"{config} --resume", tmp_path / "run/config.yaml"):
+        again = chainlora(f"train {words}")
+        assert (again.status, again.out) == (0, f"nothing left to do: {tmp_path}/run has ended\n")
+    assert chainlora(f"train {config} --json").json["steps"] == 11
+    planned = chainlora(f"train {config} --dry-run").out
+    assert planned == "main: finished, nothing to do\n"
+    assert checksums(tmp_path / "run") == before
+
+
+def test_full_fine_tuning_that_was_killed_is_no_run_to_resume(chainlora, config, tmp_path):
+    full = {"chain.tune": "full", "chain.ranks": [1], "chain.steps": [9]}
+    stop_after(load_config(config, full), 3)
+    words = " ".join(f"--{key} {value}" for key, value in full.items())
+    chainlora(f"train {config} {words}").refused("full fine-tuning cannot resume", "delete that")
+
+
+def test_a_batch_of_more_rows_than_there_are_is_said(config, caplog):
+    for batch, chain in ((32, {"chain.steps": [1]}), (33, {"chain.epochs": [1]})):
+        keys = {"chain.ranks": [1], "chain.steps": None, "output": None} | chain
+        train(load_config(config, keys | {"train.batch_size": batch}))
+        said = "up to 33 rows (train.batch_size), and an epoch has 32: an epoch is one step"
+        assert (said in caplog.text) == (batch == 33)

@@ -22,7 +22,7 @@ from chainlora.errors import ChainLoRAError, ModelError, RunError
         ),
         (
             {"ranks": [4], "steps": [4]},
-            r"must have tied its first link \(got none in .*--resume, or take the base",
+            r"must have tied its first link \(got none in .*resume it, or take the base",
         ),
     ],
     ids=["full", "chain"],

@@ -51,7 +51,7 @@ def test_the_first_signal_finishes_the_step_and_saves(
     told: list[int] = []
     with interruptible(told.append) as interrupts:
         listener = listening(interrupts, lambda: kill(number), step)
-        with pytest.raises(StoppedError, match=rf"after step {step} of 11 .*--resume") as raised:
+        with pytest.raises(StoppedError, match=rf"step {step} of 11 .*command resumes") as raised:
             train(config, listener=listener)
         assert raised.value.signal == number
         assert RunDirectory(tmp_path / "run").manifest().position.step == step
@@ -159,11 +159,10 @@ def test_the_command_line_stops_with_the_status_that_shells_expect(
     assert "chainlora: the run stopped after step 5 of 11" in err
     assert "Traceback" not in err
     assert command(["inspect", str(tmp_path / "run")]) == 0
-    assert (
-        "unfinished: 1 of 3 link(s) tied; `chainlora train CONFIG --resume` resumes from step 5"
-        in (capfd.readouterr().out.replace("\n", ""))
+    assert "unfinished: 1 of 3 link(s) tied; `chainlora train CONFIG` resumes from step 5" in (
+        capfd.readouterr().out.replace("\n", "")
     )
-    assert command(["train", str(path), "--resume"]) == 0
+    assert command(["train", str(path)]) == 0
     assert "resuming after step 5" in capfd.readouterr().err
     assert command(["inspect", str(tmp_path / "run")]) == 0
     assert "unfinished" not in capfd.readouterr().out

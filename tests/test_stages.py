@@ -7,13 +7,14 @@ import json
 import os
 import shutil
 import signal
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from copy import deepcopy
 from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import write_rows
 from helpers import Stop, assert_same_links, links_of, settings, signed, stop_after
 from helpers_data import pair_files
 from transformers import AutoModelForCausalLM
@@ -140,11 +141,47 @@ def test_the_same_call_again_trains_what_is_new(config, tmp_path):
 def test_a_stage_stays_what_it_was(config):
     train_stages(make_stages(one_stage(config)))
     config["stages"][0]["chain"]["steps"] = [2, 2, 3]
-    with pytest.raises(RunError, match=r"stage 'facts'.*chain.steps.*a name of its own"):
+    with pytest.raises(RunError, match=r"stage 'facts': chain.steps.*a new name"):
         train_stages(make_stages(config))
     config["stages"][0] = config["stages"][0] | {"name": "other"}
     with pytest.raises(RunError, match="in their order"):
         train_stages(make_stages(config))
+
+
+def test_an_ended_stage_is_known_by_content_wherever_things_lie(two, tmp_path, monkeypatch):
+    """Its rows, and the state that its run began on; of two rates that it had, each is its own."""
+    run, more = tmp_path / "run", Path(stage_of(two, "style")["data"]["train"])
+    shutil.copy(more, tmp_path / "renamed.jsonl")
+    shutil.copy(more, tmp_path / "grown.jsonl")
+    with open(tmp_path / "grown.jsonl", "a") as file:
+        file.write('{"text": "one more", "label": 0}\n')
+    monkeypatch.chdir(tmp_path)
+    for name, message in (
+        (os.path.relpath(more), ""),
+        ("renamed.jsonl", ""),
+        (
+            "grown.jsonl",
+            r"stage 'style': data.train is grown.jsonl, .* by content\); .*new name",
+        ),
+    ):
+        stage_of(two, "style")["data"]["train"] = name
+        with pytest.raises(RunError, match=message) if message else nullcontext():
+            assert train_stages(make_stages(two | {"output": "run"})) == [None, None]
+    law = stage_of(two, "style") | {"name": "law"}
+    law |= {"data": law["data"] | {"train": str(more)}, "train": {"lr": 0.01, "save_every": 1}}
+    fork = {"start": f"{run}@facts", "output": "fork", "stages": [law]}
+    with pytest.raises(Stop):
+        train(fork, listener=_stop_after(1))
+    law["train"]["lr"] = 1e-3
+    train(fork, change=["train.lr"])
+    for rate in (0.01, 1e-3):
+        law["train"]["lr"] = rate
+        train(fork)
+    (tmp_path / "runs").mkdir()
+    run.rename(tmp_path / "runs/moved")
+    train(fork | {"start": "runs/moved@facts"})
+    with pytest.raises(ConfigError, match=r"must be what the run began on \(got runs/moved@style"):
+        train(fork | {"start": "runs/moved@style"})
 
 
 def test_keys_of_all_stages_and_of_one():
@@ -469,7 +506,11 @@ def test_run_wide_keys_of_an_extension_and_stages_that_are_not_there_are_refused
         (run, {"train": {"seed": 1}}, "`train.seed`"),
         (run, {"name": "facts"}, "the first"),
         (run, {"chain": {"ranks": [4]}, "name": "style"}, "stage 'style'"),
-        (run, {"chain": {"ranks": [4], "steps": [1]}}, r"begun as \(got stage 'style', where"),
+        (
+            run,
+            {"chain": {"ranks": [4], "steps": [1]}},
+            r"it began with \(got stage 'style': chain.ranks",
+        ),
         (f"{run}@facts", {"name": "law"}, "--output for a fork"),
         (f"{run}@nope", {"name": "law", "output": str(tmp_path / "x")}, "one of facts, style"),
     ]
@@ -661,7 +702,7 @@ def test_the_command_line_goes_from_two_data_sets_to_one_adapter(config, tmp_pat
     capsys.readouterr()
     for command in (["extend", str(run), str(tmp_path / "style.yaml")], ["train", str(file)]):
         assert cli(command) == 0
-        assert "nothing new" in capsys.readouterr().out
+        assert "nothing left to do" in capsys.readouterr().out
     assert cli(["mix", str(run), "style=0"]) == 0
     assert cli(["mix", str(run), "--json"]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["strengths"]["style"] == 0
@@ -828,6 +869,42 @@ def test_rows_that_are_not_kept_are_missing_from_the_matrix(config, tmp_path):
     assert found.summaries() == []
 
 
+# --- extend ---
+
+
+def test_an_extension_inherits_how_earlier_rows_are_read_and_says_what_it_does_not(
+    two, tmp_path, caplog
+):
+    run, style = tmp_path / "run", stage_of(two, "style")
+    both = style | {"name": "both", "train": {"keep_best": True, "eval_every": 1}}
+    rows = [{"text": f"good good {word}", "label": 1} for word in ("cat", "mat", "hill", "two")]
+    more = str(write_rows(tmp_path / "new.jsonl", rows))
+    both["data"] = style["data"] | {"train": more, "replay": 0.25, "new_rows_only": True}
+    both["chain"] = style["chain"] | {"alpha": [8, 4]}
+    train_stages(extension(run, both), matrix=False)
+    assert "stage both does not inherit" not in caplog.text  # it gives all that style had set
+    own = {"name": "law", "chain": {"ranks": [2], "epochs": [1]}, "data": {"train": "x.jsonl"}}
+    data = extension(run, own)[-1].config.data
+    assert (data.replay, data.new_rows_only) == (0.25, True)
+    said = (
+        "stage law does not inherit data.task, data.validation, chain.alpha, train.keep_best from"
+    )
+    assert [f"{said} both"] == [record.getMessage() for record in caplog.records]
+    off = own | {"data": own["data"] | {"replay": None}}
+    assert extension(run, off)[-1].config.data.replay is None
+
+
+def test_a_fork_inside_a_run_is_refused(two, tmp_path, capsys):
+    """Its parent took it for a stage of its own."""
+    run, before = tmp_path / "run", files_of(tmp_path / "run")
+    keys = ["--name", "z", "--chain.ranks", "2", "--chain.steps", "1", "--data.train", "x"]
+    assert cli(["extend", f"{run}@facts", *keys, "--output", str(run / "stages/z")]) == 1
+    assert f"must lie outside other runs (got {run / 'stages/z'}, " in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="must lie outside other runs"):
+        train(two | {"output": str(run / "sub/run")})
+    assert files_of(run) == before
+
+
 # --- accept_links: a number ---
 
 
@@ -940,9 +1017,9 @@ def test_what_a_tolerance_needs_is_asked_for_before_any_training(harmful, tmp_pa
         train_stages(make_stages(harmful))
     assert not (tmp_path / "run").exists()
     del harmful["stages"][1]["train"]["accept_links"]
-    for key, value in (("replay", 0.1), ("new_rows_only", True)):
+    for key, value, off in (("replay", 0.1, "null"), ("new_rows_only", True, "false")):
         harmful["stages"][1]["data"][key] = value
-        with pytest.raises(RunError, match=rf"data.{key}.*none of facts.*leave data.{key} out"):
+        with pytest.raises(RunError, match=rf"data.{key}.*none of facts.*set data.{key}: {off}"):
             train_stages(make_stages(harmful))
     harmful["stages"][1]["train"]["accept_links"] = 0.0
     harmful["stages"][1]["chain"]["dora"] = True

@@ -297,8 +297,8 @@ def test_stages_in_two_processes_are_those_of_one(world, tmp_path):
     for name in ("one", "two"):
         write_json(tmp_path / f"{name}.yaml", tree | {"output": str(tmp_path / name)})
     assert command(["train", str(tmp_path / "one.yaml")]) == 0
-    jobs = [{"command": ["train", str(tmp_path / "two.yaml")]}] * 2  # again: nothing new
+    jobs = [{"command": ["train", str(tmp_path / "two.yaml")]}] * 2  # again: nothing is left
     done = launch(2, tmp_path, jobs)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("nothing new") == 1
+    assert done.stdout.count("nothing left to do") == 1
     assert_close_links(tmp_path / "one/stages/taste", tmp_path / "two/stages/taste")

@@ -235,7 +235,7 @@ _VERBS = {
     **dict.fromkeys(("rm", "remove", "delete", "clean"), "prune RUN STAGE"),
     **dict.fromkeys(("show", "info", "status", "ls", "list", "stages"), "inspect RUN"),
     **dict.fromkeys(("check", "validate", "verify"), "train CONFIG --dry-run"),
-    "resume": "train CONFIG --resume",
+    "resume": "train CONFIG",
     "matrix": "eval RUN --matrix",
     "import": "train CONFIG --start ADAPTER",
     "serve": "export RUN --to merged --output DIR",

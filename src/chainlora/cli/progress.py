@@ -59,7 +59,7 @@ def show_inspection(found: Mapping[str, Any]) -> None:
         position = found["position"]
         console.print(
             f"unfinished: {position['links']} of {position['planned_links']} link(s) tied; "
-            f"`chainlora train CONFIG --resume` resumes from step {position['step']}",
+            f"`chainlora train CONFIG` resumes from step {position['step']}",
             highlight=False,
         )
     planned = {name: each for name, each in found["numbers"].items() if each["lengths"]}

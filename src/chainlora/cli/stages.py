@@ -28,16 +28,17 @@ if TYPE_CHECKING:
 
 @click.command(cls=WithKeys)
 @keys_argument("RUN[@STAGE] [STAGE.yaml] --name NAME")
-@click.option("--resume", is_flag=True, hidden=True, help="As `train` has it: it always goes on.")
+@click.option("--resume", is_flag=True, hidden=True, help="Accepted, and not needed.")
 @click.option("--dry-run", is_flag=True, help="Say what would be trained, and train nothing.")
 @json_option
 def extend(arguments: tuple[str, ...], resume: bool, dry_run: bool, as_json: bool) -> None:
     """Train one more stage on top of RUN: new data, fresh links, the same chain.
 
-    What is not said is as in the stage before; say at least the name, the rows, the ranks and how
-    long: --name law --data.train law.jsonl --chain.ranks 8 --chain.epochs 1. STAGE.yaml may hold
-    the same. With --output FOLDER the stage becomes a fork, which begins on RUN or RUN@STAGE and
-    leaves it as it is. The same command again goes on where it was stopped, or does nothing.
+    Options that you leave out are as in the stage before. Give at least the name, the rows, the
+    ranks and the length: --name law --data.train law.jsonl --chain.ranks 8 --chain.epochs 1.
+    STAGE.yaml may hold the same. With --output FOLDER the stage becomes a fork, which begins on RUN
+    or RUN@STAGE and leaves it as it is. The same command again resumes a stage that was stopped or
+    killed, or does nothing.
     """
     from chainlora.config.loading import read_tree
 

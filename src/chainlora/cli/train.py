@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
@@ -30,7 +31,7 @@ from chainlora.errors import ConfigError
 if TYPE_CHECKING:
     from chainlora.config.schema import RunConfig
     from chainlora.config.stages import Stage
-    from chainlora.training.events import Listener
+    from chainlora.training.events import Event, Listener
     from chainlora.training.result import TrainResult
 
 Result = TypeVar("Result")
@@ -41,8 +42,7 @@ Result = TypeVar("Result")
 @click.option(
     "--resume",
     is_flag=True,
-    help="Resume a run that was stopped or killed, to the same bits. A config of stages needs no "
-    "--resume: it always goes on.",
+    help="Accepted, and not needed: a run that was stopped or killed always resumes.",
 )
 @click.option("--dry-run", is_flag=True, help="Say what would be trained, and train nothing.")
 @json_option
@@ -52,8 +52,10 @@ def train(arguments: tuple[str, ...], resume: bool, dry_run: bool, as_json: bool
     Any key of the config can be set on the command line: --train.lr 5e-4 --chain.ranks "[8, 8]"
     --output runs/a. Ctrl-C once finishes the step, saves and stops; twice stops at once.
 
-    A config of `stages` trains those that are new: the same command does nothing where all have
-    ended. The exit status is 3 where `train.accept_links` switched a new stage off.
+    The same command again resumes a run that was stopped or killed, to the same bits, and does
+    nothing where it has ended; another config, other rows or another base are refused. Of a config
+    of `stages`, those that are new are trained. The exit status is 3 where `train.accept_links`
+    switched a new stage off.
 
     The smallest config; `chainlora schema --markdown` has all keys:
 
@@ -77,6 +79,7 @@ def train(arguments: tuple[str, ...], resume: bool, dry_run: bool, as_json: bool
         stages = make_stages(with_start(tree), overrides)
         train_and_show(stages, overrides, dry_run, as_json)
         return
+    named = [key for key, _ in overrides]
     settings = check_alone(load_config(file, overrides))
     if settings.output is None:
         raise ConfigError(
@@ -85,7 +88,8 @@ def train(arguments: tuple[str, ...], resume: bool, dry_run: bool, as_json: bool
         )
     own = Path(file).parent
     is_elsewhere = own.resolve() != Path(settings.output).resolve()
-    if resume and is_elsewhere and is_run(own) and "output" not in dict(overrides):
+    is_of_a_run = Path(file).name == "config.yaml" and is_run(own)
+    if is_of_a_run and is_elsewhere and "output" not in dict(overrides):
         rule = "a run that was moved or copied must be told where it is"
         raise ConfigError(rule, f"output: {settings.output} in {file}", f"add --output {own}")
     if is_first_process():
@@ -93,29 +97,32 @@ def train(arguments: tuple[str, ...], resume: bool, dry_run: bool, as_json: bool
     quiet()
     if dry_run:
         from chainlora.runs.reading import RunReader
-        from chainlora.runs.resuming import refuse_if_nothing, refuse_if_taken
 
-        (refuse_if_nothing if resume else refuse_if_taken)(RunReader(settings.output))
-        _show_plan([Stage("main", settings)], as_json)
+        begun = RunReader(settings.output)
+        name = begun.manifest().stage if begun.exists else "main"
+        _show_plan([Stage(name, settings)], named, as_json)
         return
     from chainlora.training.loop import train as run_training
 
-    named = [key for key, _ in overrides]
+    ended: list[Event] = []
+
+    def watched(tell: Listener) -> Listener:
+        return lambda event: (ended.append if event.name == "finished" else tell)(event)
+
     result = _with_progress(
-        settings, lambda tell: run_training(settings, resume=resume, listener=tell, change=named)
+        settings,
+        lambda tell: run_training(settings, resume=True, listener=watched(tell), change=named),
     )
     if not is_first_process():
         return
-    _plot(settings)
+    if not ended:
+        _plot(settings)
     if as_json:
         print_json(result)
+    elif ended:
+        _show_nothing_left(settings.output)
     else:
-        from chainlora.cli.progress import show_inspection
-        from chainlora.runs.inspection import inspect_run
-
-        show_inspection(inspect_run(settings.output))
-        _show_scores(result)
-        click.echo(f"run directory {settings.output}")
+        _show_run(settings.output, [result])
 
 
 def train_and_show(
@@ -123,10 +130,11 @@ def train_and_show(
 ) -> None:
     """Train what is new of a chain's stages, and show what each came to."""
     quiet()
+    named = [key.split(".", 2)[-1] if key.startswith("stages.") else key for key, _ in overrides]
     if dry_run:
-        _show_plan(stages, as_json)
+        _show_plan(stages, named, as_json)
         return
-    from chainlora.training.events import Event, StageGuarded
+    from chainlora.training.events import StageGuarded
     from chainlora.training.stages import train_stages
 
     off: list[str] = []
@@ -139,7 +147,6 @@ def train_and_show(
 
         return listener
 
-    named = [key.split(".", 2)[-1] if key.startswith("stages.") else key for key, _ in overrides]
     results = _with_progress(
         stages[0].config, lambda tell: train_stages(stages, listener=watched(tell), change=named)
     )
@@ -155,32 +162,54 @@ def train_and_show(
         strengths = strengths_of(Path(stages[0].config.output or ""))
         print_json({"stages": found, "strengths": strengths})
     else:
-        _show_stages(Path(stages[0].config.output or ""), results)
+        run, new = stages[0].config.output or "", list(filter(None, results))
+        if new:
+            _show_run(run, new, are_stages=True)
+        else:
+            _show_nothing_left(run)
     if off:
         click.echo(f"chainlora: switched off by accept_links: {', '.join(off)}", err=True)
         raise click.exceptions.Exit(GUARDED)
 
 
-def _show_stages(run: Path, results: Sequence[TrainResult | None]) -> None:
+def _show_run(run: str, results: Sequence[TrainResult], are_stages: bool = False) -> None:
+    """Print the links of a run that has ended, the scores of its new stages, and what is next."""
     from chainlora.cli.progress import show_inspection
     from chainlora.cli.stages import scored_matrix, show_matrix
     from chainlora.runs.inspection import inspect_run
 
-    if not any(results):
-        click.echo(f"nothing new: every stage of {run} has ended")
-        return
     show_inspection(inspect_run(run))
-    for result in filter(None, results):
-        _show_scores(result, f"{result['stage']}: ")
-    show_matrix(scored_matrix(str(run), compute=False))
+    for result in results:
+        _show_scores(result, f"{result['stage']}: " if are_stages else "")
+    if are_stages:
+        show_matrix(scored_matrix(run, compute=False))
     click.echo(f"run directory {run}")
+    _show_next(shlex.quote(run), results[-1])
 
 
-def _show_plan(stages: Sequence[Stage], as_json: bool) -> None:
+def _show_nothing_left(run: str) -> None:
+    click.echo(f"nothing left to do: {run} has ended")
+
+
+def _show_next(run: str, result: TrainResult) -> None:
+    """Print commands to go on with."""
+    has_links, report = bool(result["links"]), f"chainlora report {run}"
+    extend = "--name NAME --data.train FILE --chain.ranks 8 --chain.epochs 1"
+    kind = "adapter" if has_links else "merged"
+    commands = [
+        f"chainlora generate {run} --prompt TEXT",
+        f"chainlora eval {run}; {report}" if result["metrics"] else report,
+        *([f"chainlora extend {run} {extend}"] if has_links else []),
+        f"chainlora export {run} --to {kind} --output FOLDER",
+    ]
+    click.echo("\n  ".join(["next:", *commands]))
+
+
+def _show_plan(stages: Sequence[Stage], change: Sequence[str], as_json: bool) -> None:
     """Say of each stage whether it has ended, goes on or is new, if the model can bear it."""
     from chainlora.training.survey import need_model, survey
 
-    found = survey(stages)
+    found = survey(stages, change)
     need_model(stages, found, ahead=0)
     if as_json:
         print_json({"stages": [{"name": f.name, "state": f.state, "step": f.step} for f in found]})
@@ -218,7 +247,7 @@ def _announcement(file: str, settings: RunConfig) -> str:
 
 def _with_progress(settings: RunConfig, work: Callable[[Listener], Result]) -> Result:
     """Train with a progress bar. A signal stops the run after its step, once there is one."""
-    from chainlora.training.events import Event, Planned
+    from chainlora.training.events import Planned
     from chainlora.training.interrupts import interruptible
     from chainlora.training.progress import progress_listener
 
@@ -234,7 +263,7 @@ def _with_progress(settings: RunConfig, work: Callable[[Listener], Result]) -> R
             return work(listener)
         except KeyboardInterrupt:
             is_saved = (Path(settings.output or "") / "chain.json").is_file()
-            hint = "; --resume continues from what was saved last" if is_saved else ""
+            hint = "; the same command continues from what was saved last" if is_saved else ""
             click.echo(f"chainlora: interrupted{hint}", err=True)
             raise click.exceptions.Exit(SIGNALLED + (interrupts.last or signal.SIGINT)) from None
 

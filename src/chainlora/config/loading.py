@@ -74,7 +74,7 @@ def read_tree(path: str | Path, what: str = "config file") -> dict[str, Any]:
     except (OSError, ValueError) as error:  # a ValueError: a NUL or half a surrogate in the path
         remedy = "check the path"
         if os.path.isfile(path / "config.yaml"):
-            remedy = f"that of a run: chainlora train {path / 'config.yaml'} --resume"
+            remedy = f"that of a run: chainlora train {path / 'config.yaml'}"
         got = f"{path}: {getattr(error, 'strerror', error)}"
         raise ConfigError(f"{what} must be readable", got, remedy) from None
     except yaml.YAMLError as error:

@@ -195,8 +195,8 @@ class RunConfig(Called):
     train: TrainConfig = TrainConfig()
     """How links are tuned."""
     output: Annotated[str | None, Home] = None
-    """[Run directory](run-directory.md); must be new or empty, except with `--resume`. The command
-    line needs it; from Python, `null` writes nothing."""
+    """[Run directory](run-directory.md): new or empty, or with this run in it, which resumes. The
+    command line needs it; from Python, `null` writes nothing."""
 
     @model_validator(mode="before")
     @classmethod

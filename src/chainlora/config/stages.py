@@ -54,8 +54,23 @@ class Stage:
         return None if isinstance(found, str) else found
 
 
+def need_apart(output: str | PathLike[str]) -> None:
+    """Raise ConfigError for a new run inside another one, which would take it for its own."""
+    folder = Path(expanduser(output)).resolve()
+    around = next((each for each in folder.parents if (each / "chain.json").is_file()), None)
+    if around is not None and not (folder / "chain.json").is_file():
+        raise ConfigError(
+            "`output` must lie outside other runs",
+            f"{output}, inside {around}",
+            f"choose another folder; to add a stage to that run: chainlora extend {around}",
+        )
+
+
 def check_alone(config: RunConfig) -> RunConfig:
-    """Return the config of a run without stages. Raises ConfigError for what needs earlier ones."""
+    """Return the config of a run without stages. Raises ConfigError for what needs earlier ones,
+    and for an output inside another run."""
+    if config.output is not None:
+        need_apart(config.output)
     tolerance = Stage("main", config).tolerance
     if tolerance is not None:
         raise ConfigError(
@@ -126,11 +141,26 @@ def what_stages_share(before: RunConfig) -> dict[str, Any]:
     """Return what a stage has from one before it: not its rows, its links' sizes, its choice."""
     choice = {"keep_best", "early_stop", "accept_links", "select_metric"}
     tree = before.model_dump(mode="json", exclude={"output": True, "start": True, "train": choice})
-    kept = (*RUN_WIDE["data"], "max_length", "truncation", "keep_rows")
+    kept = (*RUN_WIDE["data"], "max_length", "truncation", "keep_rows", "replay", "new_rows_only")
     tree["data"] = {key: tree["data"][key] for key in kept}
     of_links = {"ranks", *LENGTHS} | ({"alpha"} if isinstance(before.chain.alpha, tuple) else set())
     tree["chain"] = {k: v for k, v in tree["chain"].items() if k not in of_links}
     return tree
+
+
+def not_inherited(before: RunConfig, own: Mapping[str, Any]) -> list[str]:
+    """Return the keys that a stage has set, and that neither one after it inherits nor its `own`
+    section sets."""
+    found: list[str] = []
+    for part in _SECTIONS:
+        section, given = getattr(before, part), section_of(own, part)
+        if any(key in given for key in LENGTHS):
+            given |= dict.fromkeys(LENGTHS)
+        shared = section_of(what_stages_share(before), part).keys() | given.keys()
+        default = type(section).model_construct()
+        keys = [key for key in type(section).model_fields if key not in shared]
+        found += [f"{part}.{k}" for k in keys if getattr(section, k) != getattr(default, k)]
+    return found
 
 
 def check_name(name: object, taken: Sequence[str] = ()) -> str:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from chainlora.config.data import TrainFile
 from chainlora.config.schema import DataConfig, PairLoss
 from chainlora.data.chat_templates import set_chat_template
 from chainlora.data.division import divide, pick, rows_again, rows_in_both
@@ -181,6 +182,21 @@ def _mixture(data: DataConfig, files: Sequence[Rows]) -> Mixture | None:
 def learned_by(data: DataConfig, loss: PairLoss | None) -> str:
     """Return what the rows of a config are learned by (`Splits.loss`)."""
     return loss or ("completion" if data.task is None else load_task(data.task).loss)
+
+
+def named_sources(data: DataConfig) -> dict[str, list[TrainFile]]:
+    """Return what the keys of a config name: the task and the files of rows, with their weights."""
+    found = {f"data.{key}": getattr(data, key) for key in ("task", "validation", "test")}
+    named = {key: [TrainFile(path=path)] for key, path in found.items() if isinstance(path, str)}
+    return named | ({"data.train": data.train_files} if data.train_files else {})
+
+
+def source_digest(key: str, path: str, data: DataConfig) -> str:
+    """Return what names the content of a task or of a file of rows, wherever it lies."""
+    if key == "data.task":
+        return hashlib.sha256(load_task(path).model_dump_json().encode()).hexdigest()
+    split = key.removeprefix("data.")
+    return find_source(path, split, getattr(data, f"num_{split}")).identity()
 
 
 def check_files(data: DataConfig, loss: str | None) -> None:

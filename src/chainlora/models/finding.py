@@ -84,6 +84,14 @@ def from_above(spec: str, run: Path) -> str:
     return spec
 
 
+def is_same_place(before: str, now: str, run: Path) -> bool:
+    """Say whether two names are of one place; `before` is one that a run names (`from_above`)."""
+    around = [*run.resolve().parents, Path.cwd()]
+    there = [folder / os.path.expanduser(before) for folder in around]
+    found = [place for place in there if place.exists()][:1] or there
+    return Path(os.path.expanduser(now)).resolve() in [place.resolve() for place in found]
+
+
 def folder_of(model: Any) -> Path | None:
     """Return the folder that a model in memory was loaded from, None where it is not at hand.
 

@@ -36,6 +36,7 @@ from chainlora.chain.link import Link
 from chainlora.config.loading import dump_config
 from chainlora.config.schema import RunConfig
 from chainlora.data.kept import Kept, write_kept
+from chainlora.data.splits import named_sources, source_digest
 from chainlora.errors import RunError
 from chainlora.knots.numbers import Numbers
 from chainlora.models.checkpoint import save_model
@@ -62,10 +63,10 @@ from chainlora.runs.manifest import (
 from chainlora.runs.records import RecordLog, resumed_log
 from chainlora.runs.resuming import (
     LOCK,
-    changes,
     check_rows,
+    compare,
     compare_versions,
-    refuse_if_nothing,
+    refuse_if_other,
     refuse_if_taken,
     take_lock,
 )
@@ -95,21 +96,23 @@ class RunDirectory(RunInProgress):
     def open(self, config: RunConfig, *, resume: bool, change: Collection[str] = ()) -> None:
         """Refuse what can be refused before anything is loaded; lock a run that is to be resumed.
 
-        `change` names config keys that a resume may change.
+        `resume` resumes a run that is here, and begins one where nothing is. `change` names config
+        keys that a resume may change.
         """
         files.check_writable(self.path)
         if not resume:
             refuse_if_taken(self)
             return
-        refuse_if_nothing(self)
+        refuse_if_other(self)
+        if not self.path.is_dir():
+            return
         self._take_lock()
         if not self.exists:
             return
         manifest = self.verify()
         if manifest.is_pruned:
             raise RunError("a stage that was pruned stays so", self.path, "choose another output")
-        step, is_read = manifest.position.step, manifest.rows is not None
-        new = changes(self.config(), config, change, step, may_move=is_read)
+        new = compare(self, manifest, config, change)
         self._is_changed = bool(new)
         self._current = manifest.model_copy(update={"changes": [*manifest.changes, *new]})
         self._hashes = {k: v for k, v in manifest.files.items() if k != RESULT}
@@ -119,7 +122,6 @@ class RunDirectory(RunInProgress):
         config: RunConfig,
         base: Base,
         *,
-        resume: bool,
         rows: str,
         start: Start,
         keep: Callable[[], Kept] | None,
@@ -131,14 +133,14 @@ class RunDirectory(RunInProgress):
             start: the state that the run begins on. Its links and kept rows are written here too.
             keep: makes the rows that a run keeps which begins. None keeps none.
 
-        Raises RunError: non-empty without `resume`; other rows; in use by another process.
+        Raises RunError: not empty; other rows; in use by another process.
         """
         if self._current is not None:
             return self._resume(self._current, base, rows)
         files.make_folder(self.path)
-        self._take_lock()
-        if not resume:
-            refuse_if_taken(self)  # another process may have begun in the meantime
+        if self._lock is None:  # another process may have begun in the meantime
+            self._take_lock()
+            refuse_if_taken(self)
         self._is_new = True
         self._remove_scratch()  # of a run that was killed before its manifest
         files.write_text(self / "config.yaml", dump_config(config))
@@ -156,6 +158,10 @@ class RunDirectory(RunInProgress):
             seed=config.train.seed,
             hold=config.chain.hold,
             rows=rows,
+            sources={
+                key: [source_digest(key, each.path, config.data) for each in found]
+                for key, found in named_sources(config.data).items()
+            },
             links=link_entries(start.links, base.fingerprint, start.entries, start.stage),
             next_id=start.next_id,
             stage=start.stage,

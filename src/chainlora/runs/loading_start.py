@@ -29,8 +29,8 @@ from chainlora.config.stages import (
     split_address,
     what_stages_share,
 )
-from chainlora.errors import ConfigError, ModelError, RunError
-from chainlora.models.finding import folder_of, from_hub, hub_id_of
+from chainlora.errors import ChainLoRAError, ConfigError, ModelError, RunError
+from chainlora.models.finding import folder_of, from_hub, hub_id_of, is_same_place
 from chainlora.models.identity import base_files, has_tokenizer
 from chainlora.runs.cards import is_hub_id
 from chainlora.runs.manifest import STAGE, link_entries
@@ -226,7 +226,7 @@ def with_start(tree: Mapping[str, Any]) -> dict[str, Any]:
     begun = RunReader(expanduser(str(own.get("output"))))
     if begun.exists and begun.manifest().has_run:
         before = begun.config().start or "the base"
-        if source != before and Path(source).resolve() != Path(before).resolve():
+        if source != before and not _is_same_start(before, source, begun):
             raise ConfigError(
                 "`start` must be what the run began on",
                 f"{source}, and {before} for {begun}",
@@ -254,6 +254,34 @@ def with_start(tree: Mapping[str, Any]) -> dict[str, Any]:
         for key in keys:
             _agree(own[section], key, shared[section][key], f"{section}.{key}")
     return own
+
+
+def _is_same_start(before: str, now: str, begun: RunReader) -> bool:
+    """Say whether a run began on what `now` names: at the same place, or of the same links."""
+    if is_same_place(before, now, begun.path):
+        return True
+    try:
+        links = load_start(now).links
+    except ChainLoRAError:
+        return False
+    manifest = begun.manifest()
+    own = begun.links_of(manifest, manifest.first)
+    return len(own) == len(links) and all(map(_is_same_link, own, links))
+
+
+def _is_same_link(one: Link, two: Link) -> bool:
+    first, second = _tensors(one), _tensors(two)
+    is_alike = (one.strength, one.scaling) == (two.strength, two.scaling)
+    is_alike &= first.keys() == second.keys()
+    return is_alike and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def _tensors(link: Link) -> dict[tuple[str, str], Tensor]:
+    found = {(name, ""): tensor for name, tensor in link.extra.items()}
+    for name, factors in link.factors.items():
+        parts = {part: getattr(factors, part) for part in ("a", "b", "bias", "magnitude")}
+        found |= {(name, part): tensor for part, tensor in parts.items() if tensor is not None}
+    return found
 
 
 def _agree(own: dict[str, Any], key: str, value: Any, name: str) -> None:

@@ -158,7 +158,9 @@ class Manifest(_Part):
     that of the next link. `files` maps paths in the run directory to SHA-256.
 
     A run that is a later `stage` begins on the `first` links, of earlier ones; the ids of its own
-    begin at `first_id`. `kept` are the stages of which rows are kept, in their order.
+    begin at `first_id`. `kept` are the stages of which rows are kept, in their order. `sources` are
+    digests of the task and the files of rows, by the keys that name them
+    (`data.splits.source_digest`).
     """
 
     format: int
@@ -166,6 +168,7 @@ class Manifest(_Part):
     seed: int = 0
     hold: str
     rows: str | None = None
+    sources: dict[str, list[str]] = {}
     links: list[LinkEntry]
     next_id: Count = 0
     stage: str = STAGE

@@ -132,6 +132,6 @@ def _refuse_unfinished(reader: RunReader) -> None:
         )
     if chain.ranks and not reader.is_finished(reader.manifest()):  # all may have been rejected
         raise RunError(
-            f"a run must have tied its first link (got none in {reader.path}); continue it with "
-            "--resume, or take the base by --links 0"
+            f"a run must have tied its first link (got none in {reader.path}); train it again to "
+            "resume it, or take the base by --links 0"
         )

@@ -1,11 +1,11 @@
-"""Whether a folder can become a run's, and what a resume needs: the run for itself, the config and
-the rows that it began with."""
+"""Whether a folder can become a run's, whether a run is the one that a config describes, and what a
+resume needs: the run for itself, the config and the rows that it began with."""
 
 from __future__ import annotations
 
 import errno
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -14,9 +14,12 @@ from filelock import FileLock, Timeout
 from chainlora import files
 from chainlora.config.schema import RunConfig
 from chainlora.config.yaml_text import one_value
+from chainlora.data.splits import named_sources, source_digest
 from chainlora.errors import FileError, RunError
-from chainlora.runs.manifest import REFERENCE, TOKENIZER, Change
-from chainlora.runs.reading import RunReader
+from chainlora.models.finding import from_above, is_same_place, resolve_model
+from chainlora.models.identity import base_files
+from chainlora.runs.manifest import REFERENCE, TOKENIZER, Change, Manifest
+from chainlora.runs.reading import RunReader, check_base
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +43,7 @@ def refuse_if_taken(run: RunReader) -> None:
     if entries <= {LOCK}:
         return
     what, remedy = (
-        ("holds a run", "pass --resume to resume it, or ")
+        ("holds a run", "pass resume=True to resume it, or ")
         if run.exists
         else ("is not empty and not a whole run", "")
     )
@@ -50,20 +53,16 @@ def refuse_if_taken(run: RunReader) -> None:
     )
 
 
-def refuse_if_nothing(run: RunReader) -> None:
-    """Raise RunError where there is nothing to resume.
+def refuse_if_other(run: RunReader) -> None:
+    """Raise RunError where something is that is neither a run nor the place for a new one.
 
     A run that was killed before it had a manifest starts over: nothing in it is worth keeping. It
     has a lock; without one, files of the same names are somebody's own.
     """
-    if not run.path.is_dir():
-        raise RunError(
-            f"--resume needs a run directory (got {run.path}, which does not exist); check "
-            "`output`, or leave --resume out to start"
-        )
+    if run.exists or not run.path.is_dir():
+        return
     names = {entry.name for entry in run.path.iterdir() if not files.is_scratch(entry.name)}
-    is_killed_run = LOCK in names and names <= _BEFORE_THE_MANIFEST
-    if not run.exists and not is_killed_run:
+    if LOCK not in names or not names <= _BEFORE_THE_MANIFEST:
         refuse_if_taken(run)
 
 
@@ -104,41 +103,91 @@ def is_in_use(run: Path) -> bool:
     return False
 
 
-def changes(
-    before: RunConfig,
+def compare(
+    run: RunReader,
+    manifest: Manifest,
     now: RunConfig,
-    named: Collection[str],
-    step: int = 0,
-    *,
+    change: Collection[str] = (),
     stage: str | None = None,
-    may_move: bool = False,
 ) -> list[Change]:
-    """Return the keys that a resume changes: `named` by the user, or places, if base and rows
-    `may_move`.
+    """Return the keys that a resume changes: of `change`, or places. None where a run has ended.
 
-    Raises RunError where the config is not the one that the run, or its `stage`, has.
+    Where something lies is no part of what a run, or its `stage`, is: what lies there is. Of a run
+    that resumes, base and rows are compared later. One that has ended is compared here: what lies
+    in another place than before, and a base in a folder. Its files of rows may grow or be gone.
+
+    Raises RunError for another config, or other content.
     """
+    before = run.config()
     old, new = _science(before), _science(now)
     differing = [key for key in {**old, **new} if old.get(key) != new.get(key)]
-    allowed = set(named).intersection(CHANGEABLE)
-    if may_move:
-        allowed |= {key for key in _PLACES if _without_place(old[key]) == _without_place(new[key])}
-    refused = [key for key in differing if key not in allowed]
-    if refused:
-        first, sections = refused[0], dict.fromkeys(key.partition(".")[0] for key in refused)
-        differs = f"{first} is {one_value(new[first]):.40}, was {one_value(old[first]):.40}"
-        if stage is not None:
-            raise RunError(
-                "a stage must stay what it was begun as",
-                f"stage {stage!r}, where {differs}",
-                "give another one a name of its own",
-            )
-        raise RunError(
-            "--resume needs the config the run began with",
-            f"other values under {', '.join(sections)}: {differs}",
-            f"use the run's config.yaml or a new output{_how_to_change(refused)}",
-        )
+    has_ended = run.is_finished(manifest)
+    allowed = {key for key in differing if _is_same_content(key, run, manifest, before, now)}
+    if has_ended:
+        was = [(each.key, each.before) for each in manifest.changes]  # before it was resumed
+        allowed |= {key for key in differing if (key, new[key]) in was}
+    else:
+        allowed |= set(change).intersection(CHANGEABLE)
+        if manifest.rows is not None:
+            places = set(_PLACES).intersection(differing)
+            allowed |= {k for k in places if _without_place(old[k]) == _without_place(new[k])}
+    for key in differing:
+        if key not in allowed:
+            raise _other_config(run, key, old[key], new[key], stage, has_ended)
+    if has_ended:
+        _check_model(run, manifest, before.model, now.model)
+        return []
+    step = manifest.position.step
     return [Change(key=key, before=old[key], after=new[key], step=step) for key in differing]
+
+
+def _other_config(
+    run: RunReader, key: str, old: Any, new: Any, stage: str | None, has_ended: bool
+) -> RunError:
+    differs = f"{key} is {one_value(new):.60}, was {one_value(old):.60}"
+    if key in run.manifest().sources and has_ended:
+        differs += ", compared by content"
+    if stage is not None:
+        rule, got = "a stage keeps the config it began with", f"stage {stage!r}: {differs}"
+        remedy = "give what you want to train now a new name"
+    elif has_ended:
+        rule, got = "a run that has ended keeps its config", f"{differs} in {run}"
+        remedy = f"choose another output, or train on top of it: chainlora extend {run} --name NAME"
+    else:
+        rule, got = "a run resumes with the config it began with", f"{differs} in {run}"
+        remedy = f"use {run / 'config.yaml'}, or choose another output"
+    if key in CHANGEABLE and not has_ended:
+        remedy = f"to resume with another value, pass --{key} VALUE; else {remedy}"
+    return RunError(rule, got, remedy)
+
+
+def _is_same_content(
+    key: str, run: RunReader, manifest: Manifest, before: RunConfig, now: RunConfig
+) -> bool:
+    """Say whether a key names what it named when the run began, by another name or elsewhere."""
+    if key == "model":
+        return run.is_finished(manifest)  # compared by `_check_model`
+    old, new = (named_sources(config.data).get(key, []) for config in (before, now))
+    known: Sequence[str | None] = manifest.sources.get(key) or [None] * len(old)
+    return (
+        bool(old)
+        and len(old) == len(new) == len(known)
+        and all(
+            was.weight == each.weight
+            and (
+                is_same_place(was.path, each.path, run.path)
+                or source_digest(key, each.path, now.data) == digest
+            )
+            for was, each, digest in zip(old, new, known, strict=True)
+        )
+    )
+
+
+def _check_model(run: RunReader, manifest: Manifest, before: str, now: str) -> None:
+    """Raise RunError for another base. One that is where it was is read only in a folder."""
+    place = from_above(now, run.path)
+    if now != before or Path(place).is_dir():
+        check_base(manifest.base, run.path, files=base_files(resolve_model(place)))
 
 
 def _without_place(value: Any) -> Any:
@@ -169,9 +218,9 @@ def check_rows(before: str | None, rows: str | None) -> None:
     """Raise RunError unless the rows are those that the run began with."""
     if rows is not None and before is not None and before != rows:
         raise RunError(
-            "--resume needs the rows the run began with, in their order",
+            "a run resumes with the rows it began with, in their order",
             f"digest {rows}, was {before}",
-            "restore the data files, or start over",
+            "restore the data files, or choose another output",
         )
 
 
@@ -188,14 +237,3 @@ def _science(config: RunConfig) -> dict[str, Any]:
     for section, keys in tree.items():
         flat |= {f"{section}.{key}": value for key, value in keys.items()}
     return flat
-
-
-def _how_to_change(refused: list[str]) -> str:
-    if any(key.startswith(("data.", "chain.")) for key in refused):
-        return (
-            "; to train other rows or further links on top of it: chainlora extend RUN --name NAME"
-        )
-    if not all(key in CHANGEABLE for key in refused):
-        return ""
-    words = " ".join(f"--{key} VALUE" for key in refused)
-    return f"; to continue with another value, pass --resume {words}"

@@ -36,7 +36,9 @@ def train(
     Args:
         config: a config, the path of a YAML file, or a mapping of its keys. One with `stages`
             trains those that are new, and gives the result of the last one.
-        resume: continue a run that was stopped or killed, to the same bits; stages always do.
+        resume: resume a run in `output` that was stopped or killed, to the same bits, and return
+            the result of one that has ended; where no run is, begin. Without, a run in `output` is
+            refused. Stages always resume.
         listener: gets every event (`training.events`): `Planned` before the first step, and before
             it `RowsEncoded` while a large data set is tokenised.
         change: keys that a resume may change (`runs.resuming.CHANGEABLE`).
@@ -68,7 +70,8 @@ def extend(
     """Train one more stage on top of a run, and return what its ``result.json`` holds.
 
     `stage` has a `name`, and the sections data, chain and train; what it leaves open is as in the
-    stage before, but for rows, ranks and lengths. With `output` it becomes a fork that begins on
+    stage before, but for rows, ranks, lengths and how the end is chosen: a warning names those keys
+    of the stage before. With `output` it becomes a fork that begins on
     `run`, which may then be ``RUN@STAGE``. The same call again goes on where it was stopped.
     """
     return _of_stages(extension(run, stage), listener, (), progress)

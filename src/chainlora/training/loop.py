@@ -72,10 +72,11 @@ def train(
     """Run a config from data to result and return what ``result.json`` holds.
 
     What `chainlora.train` (`training.calling`) is made of, which shows progress too; this prints
-    nothing. The run begins on the state `start`, by default on the base.
+    nothing. The run begins on the state `start`, by default on the base. With `resume`, one that is
+    in `output` goes on, or if it has ended gives its result.
     """
     tell = listener or (lambda event: None)
-    if resume and (found := finished_result(config, change)) is not None:
+    if resume and (found := finished_result(config)) is not None:
         tell(AlreadyFinished(found["steps"], str(config.output)))
         return found
     prepared = prepare(config, resume, tell, change, start)

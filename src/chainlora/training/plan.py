@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -17,6 +18,8 @@ from chainlora.data.order import EpochOrder, epoch_order
 from chainlora.data.rows import Rows
 from chainlora.errors import ConfigError
 from chainlora.knots.numbers import between
+
+logger = logging.getLogger(__name__)
 
 # Epochs whose order is kept: the one in progress, the next one (steps are packed ahead) and the
 # first one (whose first batch is the probe of every knot).
@@ -101,6 +104,13 @@ def make_plan(config: RunConfig, examples: Rows, mixture: Mixture | None = None)
         )
     num_batches = math.ceil(mixture.per_epoch / train.batch_size)
     per_epoch = math.ceil(num_batches / train.gradient_accumulation)
+    size = train.batch_size * train.gradient_accumulation
+    if chain.ranks and size > mixture.per_epoch:
+        logger.warning(
+            "a step reads up to %d rows (train.batch_size), and an epoch has %d: an epoch is one "
+            "step; for more steps, lower train.batch_size",
+            *(size, mixture.per_epoch),
+        )
     plan = Plan((1,) * len(chain.ranks), per_epoch, examples.lengths, train, mixture)
     if chain.minutes is not None:
         return plan

@@ -127,7 +127,7 @@ class _Listener:
                     f"strength earlier stages change by {gains} (below 0 is worse)"
                 )
             case AlreadyFinished():
-                self._say(f"{event.run} was finished after step {event.step}: nothing to resume")
+                self._say(f"{event.run} was finished after step {event.step}: nothing left to do")
             case KnotTied():
                 self._say(
                     f"step {event.step:>5}  link {event.link} tied "

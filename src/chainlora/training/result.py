@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any, TypedDict, cast
 
 from chainlora.chain.link import Link
 from chainlora.config.schema import RunConfig
 from chainlora.data.rows import Rows
-from chainlora.errors import RunError
 from chainlora.evaluation.metrics import INDEX_METRICS, majority_rate
 from chainlora.runs.costs import hardware, num_trained, peak_memory_mb, versions
-from chainlora.runs.manifest import RESULT, Best, describe_link
+from chainlora.runs.manifest import Best, describe_link
 from chainlora.runs.reading import RunReader
-from chainlora.runs.resuming import changes
+from chainlora.runs.resuming import compare
+from chainlora.runs.stages import STAGES, open_run
 from chainlora.training.events import Scored
 from chainlora.training.run import Run
 from chainlora.training.selection import score
@@ -46,23 +45,20 @@ class TrainResult(TypedDict):
     hardware: dict[str, Any]
 
 
-def finished_result(config: RunConfig, change: Collection[str] = ()) -> TrainResult | None:
+def finished_result(config: RunConfig) -> TrainResult | None:
     """Return the result of a run that is finished, its files checked; None where it is not.
 
-    Raises RunError for another config than the run's.
+    Raises RunError for another config, other rows or another base than the run's.
     """
-    if config.output is None or not (Path(config.output) / RESULT).is_file():
+    if config.output is None or not (reader := RunReader(config.output)).exists:
         return None
-    reader = RunReader(config.output)
-    step, result = reader.verify().position.step, reader.result()
-    if result is None:  # killed before the manifest named it: the resume writes it again
+    manifest = reader.manifest()
+    if manifest.is_pruned and (reader / STAGES).is_file():  # later stages are what is left
+        return cast(TrainResult, open_run(reader.path).result())
+    if not reader.is_finished(manifest):
         return None
-    if new := changes(reader.config(), config, change, step):
-        raise RunError(
-            f"a finished run has no steps left to change (got {new[0].key} for {config.output}); "
-            "choose a new output"
-        )
-    return cast(TrainResult, result)
+    compare(reader, reader.verify(), config)
+    return cast(TrainResult, reader.result())
 
 
 def finish(run: Run) -> TrainResult:

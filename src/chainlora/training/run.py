@@ -77,7 +77,7 @@ class Run:
         number = self.processes.stop_requested()
         if number is None:
             return
-        remedy = "--resume continues from there" if self.is_resumable else "it cannot be resumed"
+        remedy = "the same command resumes it" if self.is_resumable else "it cannot be resumed"
         raise StoppedError(
             f"the run stopped after step {self.progress.step} of {self.plan.num_steps} (got "
             f"{signal.Signals(number).name}); {remedy}",

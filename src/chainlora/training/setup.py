@@ -86,9 +86,15 @@ def _prepare(
     accelerator: Accelerator,
     processes: Processes,
 ) -> Run:
-    _check_config(config, resume, processes)
+    _check_config(config, processes)
     # asked once: the first process may begin a run while others still read rows
     begun = directory if directory is not None and directory.exists else None
+    if begun is not None and config.chain.tune == "full" and resume:
+        raise ConfigError(
+            "full fine-tuning cannot resume, since its optimizer state is not saved",
+            begun,
+            "delete that folder, or choose another output",
+        )
     if config.start is not None and start is NOTHING and begun is None:
         raise ConfigError(
             "`start` is read by `chainlora train`, `extend` and `chainlora.train`",
@@ -125,7 +131,6 @@ def _prepare(
                 progress = directory.begin(
                     config,
                     base,
-                    resume=resume,
                     rows=splits.digest,
                     start=start,
                     keep=splits.kept if config.data.keep_rows else None,
@@ -158,12 +163,8 @@ def _prepare(
     return run
 
 
-def _check_config(config: RunConfig, resume: bool, processes: Processes) -> None:
+def _check_config(config: RunConfig, processes: Processes) -> None:
     """Refuse what the config and the processes alone tell, before anything is loaded."""
-    if config.chain.tune == "full" and resume:
-        raise ConfigError(
-            "full fine-tuning cannot resume (its optimizer state is not saved); start over"
-        )
     if processes.shares_model:
         check_shards(config)
     check_optimizer(config, processes.device)

@@ -7,10 +7,12 @@ The same call again goes on where the last one was stopped, and does nothing whe
 
 from __future__ import annotations
 
+import logging
 import signal
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +23,11 @@ from chainlora.config.loading import set_key
 from chainlora.config.stages import (
     Stage,
     check_name,
+    is_run,
     make_stage,
+    not_inherited,
     split_address,
+    stage_folder,
     what_stages_share,
 )
 from chainlora.errors import RunError, StoppedError
@@ -58,6 +63,8 @@ from chainlora.training.survey import (
     survey,
     what_is_below,
 )
+
+logger = logging.getLogger(__name__)
 
 
 def train_stages(
@@ -99,8 +106,9 @@ def extension(
     """Return the stages of a run with one more, which `section` and `overrides` describe.
 
     What they leave open is as in the stage before: not its rows, and neither the number of its
-    links nor their lengths. With `output` it is a fork: that run alone, which begins on the state
-    that `address` names, whose files stay as they are.
+    links nor their lengths; a warning names what it had set and they do not. With `output` it is a
+    fork: that run alone, which begins on the state that `address` names, whose files stay as they
+    are.
 
     Raises:
         ConfigError: a stage without a name, or with keys that a stage cannot have.
@@ -145,7 +153,11 @@ def extension(
         Stage(each, RunReader(folder).config().model_copy(update={"output": str(folder)}))
         for each, folder in zip(before, folders, strict=True)
     ]
-    shared = what_stages_share(stages[before.index(last)].config)
+    below = stages[before.index(last)].config
+    begun = Path(expanduser(output)) if output is not None else stage_folder(run, name)
+    if (left_out := not_inherited(below, own)) and not is_run(begun):
+        logger.warning("stage %s does not inherit %s from %s", name, ", ".join(left_out), last)
+    shared = what_stages_share(below)
     if output is not None:
         base = from_above(shared["model"], run)
         tree = shared | {"model": base, "start": str(address), "output": str(output)}
@@ -172,8 +184,7 @@ def _train(
                 start = _start(stage, run, is_first)
                 need_name(stage, what_is_below(start))
                 need_rows(stage, what_is_below(start))
-            resume = where.state == "stopped" or Path(stage.config.output or "").exists()
-            result = train(stage.config, resume=resume, listener=tell, change=change, start=start)
+            result = train(stage.config, resume=True, listener=tell, change=change, start=start)
         if is_first_launched():
             _end(stage, run, is_first, tell)
     return result

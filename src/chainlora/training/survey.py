@@ -13,7 +13,7 @@ import torch
 from chainlora.chain.adapters import check_targets, inside, matched_modules
 from chainlora.chain.checks import check_apart, check_strengths
 from chainlora.chain.link import Link
-from chainlora.config.stages import Stage
+from chainlora.config.stages import Stage, need_apart
 from chainlora.data.division import can_read_again
 from chainlora.data.kept import Kept
 from chainlora.data.splits import check_files, learned_by, length_limit
@@ -24,8 +24,14 @@ from chainlora.models.loading import load_skeleton
 from chainlora.models.text_config import context_length
 from chainlora.runs.loading_start import IMPORTED, load_start
 from chainlora.runs.reading import RunReader
-from chainlora.runs.resuming import changes
-from chainlora.runs.stages import STAGES, first_is_open, half_trained, open_run, read_stages
+from chainlora.runs.resuming import compare, refuse_if_other
+from chainlora.runs.stages import (
+    STAGES,
+    first_is_open,
+    half_trained,
+    open_run,
+    read_stages,
+)
 from chainlora.runs.start import Start
 from chainlora.training.optimizers import check_optimizer
 
@@ -46,6 +52,8 @@ def survey(stages: Sequence[Stage], change: Collection[str] = ()) -> list[StageS
     DataError where a new one has no rows.
     """
     run = run_of(stages)
+    need_apart(run)
+    refuse_if_other(RunReader(run))
     if not (run / "chain.json").is_file() and not (run / STAGES).is_file():
         found = [_new(stage) for stage in stages]
     else:
@@ -133,9 +141,8 @@ def _state_of(stage: Stage, has_ended: bool, change: Collection[str]) -> StageSt
     if not has_ended and not reader.exists:
         return _new(stage)
     manifest = reader.verify()
+    compare(reader, manifest, stage.config, change, stage.name)
     is_finished = has_ended and reader.is_finished(manifest)
-    named = () if is_finished else change
-    changes(reader.config(), stage.config, named, stage=stage.name, may_move=not is_finished)
     state: Literal["finished", "stopped"] = "finished" if is_finished else "stopped"
     return StageState(stage.name, state, manifest.position.step)
 
@@ -209,11 +216,12 @@ def need_rows(stage: Stage, below: Mapping[str, str | None]) -> None:
         "data.replay": without if data.replay and len(without) == len(below) else [],
     }
     for key, names in missing.items():
+        off = {"train.accept_links": "all", "data.new_rows_only": "false"}.get(key, "null")
         if names:
             raise RunError(
                 f"`{key}` of stage {stage.name!r} needs rows that earlier stages kept",
                 f"none of {', '.join(names)}",
-                f"train those with data.keep_rows: true, or leave {key} out",
+                f"train those with data.keep_rows: true, or set {key}: {off}",
             )
     losses = {name: loss for name, loss in below.items() if loss is not None}
     own = learned_by(data, stage.config.train.loss)
@@ -221,7 +229,7 @@ def need_rows(stage: Stage, below: Mapping[str, str | None]) -> None:
         raise RunError(
             f"`data.replay` of stage {stage.name!r} needs earlier rows that are learned by {own}",
             ", ".join(f"{name}: {loss}" for name, loss in losses.items()) or "no earlier stage",
-            "leave it out of that stage",
+            "set data.replay: null in that stage",
         )
 
 
