@@ -5,9 +5,9 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import shutil
 import signal
-from contextlib import suppress
 from copy import deepcopy
 from itertools import product
 from pathlib import Path
@@ -770,16 +770,30 @@ def test_a_rank_that_no_launcher_has_set_is_none(config, tmp_path, capsys, monke
     assert read_stages(tmp_path / "run").here == ["facts", "style"]
 
 
-def test_every_byte_of_a_matrix_counts(config, tmp_path):
-    train_stages(make_stages(config))
-    path = tmp_path / "run/matrix.jsonl"
-    whole, grid = path.read_bytes(), stage_matrix(tmp_path / "run", compute=False).grid
-    for place in range(0, len(whole), 5):
-        changed = bytearray(whole)
-        changed[place] ^= 1
-        path.write_bytes(changed)
-        with suppress(RunError):
-            assert stage_matrix(tmp_path / "run", compute=False).grid == grid
+@pytest.mark.parametrize(
+    "damage",
+    [b"", b"no JSON", b"[" * 50000, b"\xff\xfe", b'{"state": 1}', b"null", '"value": "high"'],
+)
+def test_a_damaged_line_of_a_matrix_is_scored_again(two, tmp_path, capsys, damage):
+    run, path = tmp_path / "run", tmp_path / "run/matrix.jsonl"
+    grid, whole = stage_matrix(run, compute=False).grid, path.read_bytes()
+    lines = whole.splitlines()
+    if isinstance(damage, str):
+        damage = re.sub(rb'"value": [^,]+', damage.encode(), lines[2])
+    path.write_bytes(b"\n".join([*lines[:2], damage, *lines[3:]]))
+    assert sum(cell is None for row in stage_matrix(run, compute=False).grid for cell in row) == 1
+    assert cli(["extend", str(run), "--name", "style", *_same_as(two, "style")]) == 0
+    assert stage_matrix(run, compute=False).grid == grid
+    assert sorted(path.read_bytes().splitlines()) == sorted(lines)
+
+
+def _same_as(config: dict, name: str) -> list[str]:
+    """Return the options that give `extend` a stage of a config."""
+    stage = stage_of(config, name)
+    keys = {
+        f"--{part}.{key}": value for part in ("data", "chain") for key, value in stage[part].items()
+    }
+    return [word for key, value in keys.items() for word in (key, json.dumps(value))]
 
 
 def test_a_run_without_links_has_nothing_to_compare(config, tmp_path):
@@ -1079,6 +1093,19 @@ def test_a_pruned_stage_of_pairs_names_nothing_that_is_deleted(config, tmp_path)
     train_stages(make_stages(config), matrix=False)
     prune_stage(tmp_path / "run", "style")
     assert RunReader(tmp_path / "run/stages/style").verify().is_pruned
+
+
+def test_scores_of_pairs_are_scored_again_on_another_reference(config, tmp_path):
+    """Where the stage that preferences began on is pruned, the state `base` has the same digest."""
+    config["stages"][0] |= {"chain": {"ranks": [4], "steps": [8]}, "train": {"lr": 1e-2}}
+    config["stages"][1] |= {"data": pair_files(tmp_path), "train": {"loss": "dpo", "lr": 1e-2}}
+    run, path = tmp_path / "run", tmp_path / "run/matrix.jsonl"
+    train_stages(make_stages(config))
+    prune_stage(run, "facts")
+    found = stage_matrix(run).grid
+    assert found[0][0].value == 0.5  # of the base, which is its own reference now
+    path.unlink()
+    assert stage_matrix(run).grid == found
 
 
 def test_a_stage_that_others_need_goes_after_them(config, tmp_path):
