@@ -904,7 +904,7 @@ def test_a_stage_that_no_strength_makes_harmless_is_off_and_the_exit_status_says
 
 
 @pytest.mark.parametrize("is_fork", [False, True])
-def test_a_signal_between_training_and_judging_loses_neither(harmful, tmp_path, is_fork):
+def test_a_signal_between_training_and_judging_loses_neither(harmful, tmp_path, is_fork, capsys):
     train_stages(make_stages(one_stage(harmful)))
     section = stage_of(harmful, "style") | ({"output": str(tmp_path / "fork")} if is_fork else {})
     run = tmp_path / ("fork" if is_fork else "run")
@@ -919,17 +919,35 @@ def test_a_signal_between_training_and_judging_loses_neither(harmful, tmp_path, 
             StoppedError, match=r"SIGINT.*before: facts\); the same command goes on"
         ):
             train_stages(extension(tmp_path / "run", section), listener=listener)
+    not_judged = (
+        r"^Cannot use .*: stage 'style' is trained but not yet judged by accept_links\. Run"
+    )
+    for words in _verbs_on(run if is_fork else run / "stages/style", tmp_path):
+        assert cli(words) == 1, words
+        assert re.search(not_judged, capsys.readouterr().err.removeprefix("chainlora: error: "))
+    trained = run if is_fork else run / "stages/style"
+    for verb in ("inspect", "report"):
+        assert cli([verb, str(trained)]) == 0
+    assert "not judged: stage style" in capsys.readouterr().out
+    assert "is not judged yet" in (trained / "report.html").read_text()
     if is_fork:  # it would pass for judged
         for start in (run, f"{run}@style"):
-            with pytest.raises(RunError, match=r"judged where it says `accept_links`.*finish it"):
+            with pytest.raises(RunError, match=not_judged):
                 survey(extension(start, section | {"name": "law", "output": str(tmp_path / "x")}))
-        with pytest.raises(RunError, match="mixed when its first stage has ended"):
-            mix_stages(run, {"facts": 0.5})
         with pytest.raises(RunError, match="pruned when none is half trained"):
             prune_stage(run, "facts")
     train_stages(extension(tmp_path / "run", section))
     assert open_run(run).strengths["style"] < 1
     assert train_stages(extension(tmp_path / "run", section))[-1] is None
+
+
+def _verbs_on(run: Path, tmp_path: Path) -> list[list[str]]:
+    """Return each command that uses a run."""
+    to = ["--output", str(tmp_path / "out")]
+    verbs = {"generate": ["--prompt", "a"], "eval": [], "export": ["--to", "adapter", *to]}
+    found = [[verb, str(run), *words] for verb, words in verbs.items()]
+    alone = [["chat", str(run)], ["eval", str(run), "--matrix"]]
+    return found + alone + ([["mix", str(run), "style=1"]] if run.parent == tmp_path else [])
 
 
 def test_what_needs_earlier_stages_is_refused_without(config, tmp_path, capsys):

@@ -40,7 +40,7 @@ def inspect(run: str, as_json: bool) -> None:
     found = inspect_run(run)
     if found["links"]:
         with picture_if_possible():
-            plot_chain(found, open_run(run) / "chain.png")
+            plot_chain(found, open_run(run, even_unjudged=True) / "chain.png")
     if as_json:
         print_json(found)
     else:

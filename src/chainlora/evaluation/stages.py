@@ -179,7 +179,7 @@ def stage_matrix(
     Raises RunError for a run that kept no rows, and what loading it raises.
     """
     folder, _ = split_address(run)
-    reader = open_run(run)
+    reader = open_run(run, even_unjudged=not compute)
     kept, states = reader.kept(), dict(_states(folder, reader))
     known = {_key(cell): cell for cell in _read(folder)}
     stages = [stage for stage in reader.manifest().stages if stage in kept]

@@ -58,7 +58,7 @@ def read_runs(runs: Sequence[str | Path]) -> list[RunFacts]:
 
 def _read(run: str | Path, name: str) -> RunFacts:
     inspection = inspect_run(run)
-    reader = open_run(run)
+    reader = open_run(run, even_unjudged=True)
     manifest = reader.manifest()
     return RunFacts(
         name=name,

@@ -31,6 +31,7 @@ FORMAT = 3
 CAUSAL = "CAUSAL_LM"  # PEFT's name of the task of causal language models
 READABLE = (2, 3)
 STAGE = "main"  # of links where no stage was named
+START = "start"  # what a run began on: the stage of an imported adapter, and rows given for it
 RESULT = "result.json"
 TOKENIZER = "tokenizer"  # folder of a tokenizer that is not the base's
 REFERENCE = "reference.safetensors"
@@ -206,6 +207,11 @@ class Manifest(_Part):
     def stages(self) -> list[str]:
         """Return the names of the stages that links are of, in their order."""
         return list(dict.fromkeys(link.stage for link in self.loaded))
+
+    @property
+    def columns(self) -> list[str]:
+        """Return what a matrix scores: the rows given for the start, and those of each stage."""
+        return list(dict.fromkeys([*([START] if START in self.kept else []), *self.stages]))
 
     @property
     def is_off(self) -> bool:

@@ -72,17 +72,26 @@ class Stages(_Part):
 def open_run(
     address: Address,
     stages: str | Sequence[str] | Mapping[str, float] | None = None,
+    *,
+    even_unjudged: bool = False,
 ) -> RunReader:
     """Return what reads a state: what loads, scores, inspects or exports a run takes it too.
 
     Args:
         address: a run, which is its last stage that has ended, or ``RUN@STAGE``.
         stages: the stages that are switched on, or the strength of each; the others are off.
+        even_unjudged: open a stage too that `accept_links` has not judged yet.
 
     Raises:
-        RunError: a stage that is not there, or that has no one strength.
+        RunError: a stage that is not there, that has no one strength, or that is not judged yet.
     """
     reader = address if isinstance(address, RunReader) else _at(address)
+    may_be = even_unjudged or isinstance(address, RunReader)
+    if not may_be and (name := unjudged_stage(reader)) is not None:
+        raise RunError(
+            f"Cannot use {address}: stage {name!r} is trained but not yet judged by accept_links. "
+            "Run the command that trained it again."
+        )
     if stages is None:
         return reader
     named = [stages] if isinstance(stages, str) else stages
@@ -164,16 +173,24 @@ def half_trained(run: Path, found: Stages) -> list[Path]:
 
 
 def first_is_open(run: Path) -> bool:
-    """Say whether the first stage of a run has not ended: is half trained, or, on stages that it
-    must not harm (`accept_links`), not judged yet. A later one is judged in the run around it."""
+    """Say whether the first stage of a run has not ended: is half trained, or not judged yet."""
     first = RunReader(run)
     manifest = first.manifest()
     if (run / STAGES).is_file() or not manifest.has_run:
         return False
-    if not first.is_finished(manifest):
-        return True
-    is_guarded = isinstance(first.config().train.accept_links, float) and len(manifest.stages) > 1
-    return is_guarded and run_around(run) == run
+    return not first.is_finished(manifest) or unjudged_stage(first) is not None
+
+
+def unjudged_stage(reader: RunReader) -> str | None:
+    """Return the stage of a run directory that is trained, and that `accept_links` has not judged
+    yet by the rows of earlier ones; None where there is none. ``stages.json`` names judged ones."""
+    manifest, folder = reader.manifest(), reader.path.resolve()
+    if len(manifest.columns) < 2 or not (manifest.has_run and reader.is_finished(manifest)):
+        return None
+    around = run_around(folder)
+    if (around / STAGES).is_file() and manifest.stage in read_stages(around).names:
+        return None
+    return manifest.stage if isinstance(reader.config().train.accept_links, float) else None
 
 
 # --- the file ---
@@ -272,6 +289,7 @@ def mix_stages(run: str | Path, strengths: Mapping[str, float]) -> None:
     run = Path(run).expanduser()
     with alone_in(run):
         found = read_stages(run)
+        open_run(run)  # refuses a stage that is not judged
         if first_is_open(run):
             rule = "a run can be mixed when its first stage has ended"
             raise RunError(rule, run, "finish it by the command that began it")

@@ -134,7 +134,8 @@ def extension(
             "--output for a fork that begins there"
         )
     is_new = output is None and name not in found.names
-    if is_new and open_run(run).manifest().state != open_run(address).manifest().state:
+    ends = [open_run(each, even_unjudged=True).manifest().state for each in (run, address)]
+    if is_new and ends[0] != ends[1]:
         raise RunError(
             "a run goes on as `mix` has made it",
             f"{address}, which is the stage as it was trained",

@@ -22,7 +22,8 @@ from chainlora.knots.driver import check_policy
 from chainlora.models.finding import from_above
 from chainlora.models.loading import load_skeleton
 from chainlora.models.text_config import context_length
-from chainlora.runs.loading_start import IMPORTED, load_start
+from chainlora.runs.loading_start import load_start
+from chainlora.runs.manifest import START
 from chainlora.runs.reading import RunReader
 from chainlora.runs.resuming import changes
 from chainlora.runs.stages import STAGES, first_is_open, half_trained, open_run, read_stages
@@ -87,7 +88,8 @@ def _begun_on(stages: Sequence[Stage]) -> tuple[dict[str, str | None], list[Link
     if reader.exists:
         manifest = reader.manifest()
         below = _losses((e.stage for e in manifest.links[: manifest.first]), reader.kept())
-        return below, [entry.outline() for entry in open_run(reader.path).manifest().loaded]
+        loaded = open_run(reader.path, even_unjudged=True).manifest().loaded
+        return below, [entry.outline() for entry in loaded]
     if first.start is None:
         return {}, []
     start = load_start(first.start, stages[0].name)
@@ -96,7 +98,7 @@ def _begun_on(stages: Sequence[Stage]) -> tuple[dict[str, str | None], list[Link
 
 def what_is_below(start: Start) -> dict[str, str | None]:
     """Return the stages below one that begins there, and what their kept rows are learned by."""
-    names = [IMPORTED] if start.adapter is not None else [entry.stage for entry in start.entries]
+    names = [START] if start.adapter is not None else [entry.stage for entry in start.entries]
     return _losses(names, start.kept)
 
 
@@ -205,7 +207,7 @@ def need_rows(stage: Stage, below: Mapping[str, str | None]) -> None:
     data, without = stage.config.data, [name for name, loss in below.items() if loss is None]
     missing = {
         "train.accept_links": without if stage.tolerance is not None else [],
-        "data.new_rows_only": [n for n in without if data.new_rows_only and n != IMPORTED],
+        "data.new_rows_only": [n for n in without if data.new_rows_only and n != START],
         "data.replay": without if data.replay and len(without) == len(below) else [],
     }
     for key, names in missing.items():
