@@ -423,8 +423,8 @@ def _stop_after(total: int):
         ({"name": "9"}, "must have a `name`"),
         ({"name": "x²"}, "must have a `name`"),
         ({"name": None}, "must have a `name`"),
-        ({"name": "base"}, "not base or now"),
-        ({"name": "now"}, "not base or now"),
+        ({"name": "base"}, "not base, start or now"),
+        ({"name": "now"}, "not base, start or now"),
         ({"model": "m"}, "nothing of the whole run .*`model`"),
         ({"data": {"chat_template": "chatml"}}, "`data.chat_template` must be the same"),
         ({"data": {"template_arguments": {}}}, "`data.template_arguments` must be the same"),
@@ -1017,8 +1017,11 @@ def test_what_a_chain_begins_on_is_asked_for_before_any_training(harmful, tmp_pa
     export_adapter(tmp_path / "run", tmp_path / "adapter")
     begun = harmful | {"start": str(tmp_path / "adapter"), "output": str(tmp_path / "begun")}
     law = style | {"name": "law", "train": {"accept_links": 0.1}}
-    for last, message in ((law, "none of start"), (style | {"name": "start"}, "name of its own")):
-        with pytest.raises(RunError, match=message):
+    for last, message in (
+        (law, "none of start"),
+        (style | {"name": "start"}, "not base, start or now"),
+    ):
+        with pytest.raises(ChainLoRAError, match=message):
             train_stages(make_stages(begun | {"stages": [style, last]}))
     assert not (tmp_path / "begun").exists()
     with pytest.raises(RunError, match="none of facts"):

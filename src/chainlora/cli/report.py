@@ -38,9 +38,10 @@ def inspect(run: str, as_json: bool) -> None:
     from chainlora.runs.stages import open_run
 
     found = inspect_run(run)
-    if found["links"]:
+    reader = open_run(run, even_unjudged=True)
+    if found["links"] and reader.num_links is None:
         with picture_if_possible():
-            plot_chain(found, open_run(run, even_unjudged=True) / "chain.png")
+            plot_chain(found, reader / "chain.png")
     if as_json:
         print_json(found)
     else:

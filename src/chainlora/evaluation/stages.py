@@ -39,7 +39,7 @@ from chainlora.evaluation.metrics import is_higher_better
 from chainlora.evaluation.preferences import judge_odds, judge_pairs
 from chainlora.evaluation.streaming import to_accelerator
 from chainlora.models.finding import resolve_model
-from chainlora.runs.manifest import LinkEntry, Manifest, kept_rows, state_digest
+from chainlora.runs.manifest import BASE, START, LinkEntry, Manifest, kept_rows, state_digest
 from chainlora.runs.opening import load_run
 from chainlora.runs.reading import RunReader
 from chainlora.runs.stages import (
@@ -54,7 +54,10 @@ from chainlora.runs.stages import (
 logger = logging.getLogger(__name__)
 
 MATRIX = "matrix.jsonl"
-BASE, NOW = "base", "now"
+NOW = "now"
+_GIVE_ROWS = (
+    "to see what start loses, give rows for it: chainlora eval RUN --matrix --start-rows FILE"
+)
 
 Progress = Callable[[str, int, int], None]
 """Told (state and stage, rows done, rows) as cells are scored."""
@@ -89,6 +92,7 @@ class StageMatrix:
 
     `states` are the base, the ends of stages, and ``now`` where the run is another mix than the
     last end; `grid` has a row for each, and a column for each stage, None where it kept no rows.
+    The first column is ``start`` where there are rows for what the run began on.
     """
 
     stages: list[str]
@@ -127,17 +131,20 @@ class StageMatrix:
     def notes(self) -> list[str]:
         """Return the summaries in words. They are of the last end, also where the run is a mix."""
         of = f"after {self.states[-2]}, " if self.states[-1:] == [NOW] else ""
-        return [f"{of}{summary}" for summary in self.summaries()]
+        found = [f"{of}{summary}" for summary in self.summaries()]
+        is_scored = {START} & {cell.stage for cell in self.cells}
+        return found + [_GIVE_ROWS] * (START in self.stages and bool(self.cells) and not is_scored)
 
     def summaries(self) -> list[MatrixSummary]:
         """Return average, backward transfer and forgetting; none where cells are missing."""
         ends = [row for state, row in zip(self.states, self.grid, strict=True) if state != NOW]
         whole = [[cell for cell in row if cell is not None] for row in ends]
-        is_whole = all(len(row) == len(self.stages) for row in whole)
-        if not self.stages or len(ends) != len(self.stages) + 1 or not is_whole:
+        if not self.stages or any(len(row) < len(self.stages) for row in whole):
             return []
         values = [[cell.value for cell in row] for row in whole]
-        return summarise_matrix(values, self.stages, [cell.metric for cell in whole[0]])
+        learned = [self.states.index(s) if s in self.states else 0 for s in self.stages]
+        metrics = [cell.metric for cell in whole[0]]
+        return summarise_matrix(values, self.stages, metrics, learned)
 
     def as_dict(self) -> dict[str, Any]:
         cells = [[cell and asdict(cell) for cell in row] for row in self.grid]
@@ -182,7 +189,8 @@ def stage_matrix(
     reader = open_run(run, even_unjudged=not compute)
     kept, states = reader.kept(), dict(_states(folder, reader))
     known = {_key(cell): cell for cell in _read(folder)}
-    stages = [stage for stage in reader.manifest().stages if stage in kept]
+    names = reader.manifest().columns
+    stages = [stage for stage in names if stage in kept]
     if compute and not stages:
         raise RunError(
             "a matrix scores the rows that stages with links kept",
@@ -207,7 +215,6 @@ def stage_matrix(
         finally:  # a signal loses one cell at most
             if not first_is_open(folder):  # its best point may be a part of a link of the same id
                 _write(folder, list(known.values()))
-    names = reader.manifest().stages
     grid = [
         [known.get((digest, stage, rows.get(stage, ""))) for stage in names]
         for digest in digests.values()

@@ -78,7 +78,7 @@ def _has_stages(run: str | Path, manifest: Manifest) -> bool:
     if not manifest.has_run:
         return False
     ended = read_stages(split_address(run)[0]).names
-    return len({*ended, *manifest.stages}) > 1
+    return len({*ended, *manifest.columns}) > 1
 
 
 def run_names(runs: Sequence[str | Path]) -> list[str]:

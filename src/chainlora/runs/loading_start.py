@@ -54,7 +54,7 @@ def load_start(source: str | Path, stage: str = STAGE) -> Start:
     """
     if is_run(source):
         run, reader = split_address(source)[0], open_run(source)
-        if first_is_open(run):
+        if reader.num_links is None and first_is_open(run):
             rule = "a chain starts from a finished run"
             raise RunError(rule, run, "finish it by the command that began it")
         return _of_chain(reader, stage)
@@ -139,7 +139,10 @@ def load_chain(
 def _of_chain(reader: RunReader, stage: str) -> Start:
     """Return the links that a run is loaded as, the best point if it was kept."""
     manifest = reader.manifest()
-    if is_whole_model(reader, manifest):
+    kept = reader.kept()
+    if reader.num_links is not None:  # what it was before its own rows
+        kept = {name: rows for name, rows in kept.items() if name in manifest.columns}
+    elif is_whole_model(reader, manifest):
         raise RunError(
             "a chain starts from links",
             f"a run of full fine-tuning, {reader.path}",
@@ -153,7 +156,7 @@ def _of_chain(reader: RunReader, stage: str) -> Start:
         next_id_after(reader),
         manifest.base,
         tokenizer=reader.tokenizer(manifest),
-        kept=reader.kept(),
+        kept=kept,
     )
     if manifest.has_run:
         return start
