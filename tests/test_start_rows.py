@@ -65,7 +65,9 @@ def test_rows_for_an_adapter_are_given_to_a_run_and_count_from_then_on(
 ):
     run = made / "mine"
     assert cli(["eval", str(run), "--matrix"]) == 0
-    assert "give rows for it: chainlora eval RUN --matrix --start-rows" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert f"give rows for it: chainlora eval {run} --matrix --start-rows FILE\n" in said.err
+    assert "start (no rows kept)" in said.out
     assert cli(["mix", str(run), "--best", "--no-scores"]) == 0
     said = capsys.readouterr().err
     assert "the average is over the rows of mine\n" in said
@@ -85,9 +87,7 @@ def test_rows_for_an_adapter_are_given_to_a_run_and_count_from_then_on(
     assert "over the rows of start, mine\n" in said
     assert "has no rows" not in said
     law = {"name": "law", "data": settings("", sentiment)["data"] | {"replay": 0.5}, "chain": SHORT}
-    with pytest.raises(
-        ChainLoRAError, match="`data.replay` needs rows"
-    ):  # of `start` there are no training rows
+    with pytest.raises(ChainLoRAError, match="replay` needs rows"):  # `start` has none to train on
         train_stages(extension(f"{run}@start", law | {"output": str(tmp_path / "none")}))
     law["data"].pop("replay")
     train_stages(extension(run, law))

@@ -149,9 +149,14 @@ def _score_matrix(run: str, as_json: bool, speedups: Speedups, **others: Any) ->
     need_run(run)
     quiet()
     from chainlora.cli.stages import scored_matrix, show_matrix
+    from chainlora.config.stages import split_address
+    from chainlora.runs.manifest import START
 
     found = scored_matrix(run, speedups)
     if as_json:
         print_json(found.as_dict())
-    else:
-        show_matrix(found)
+        return
+    show_matrix(found)
+    if START in found.stages and START not in {cell.stage for cell in found.cells}:
+        file = f"chainlora eval {split_address(run)[0]} --matrix --start-rows FILE"
+        to_stderr(f"chainlora: to see what {START} loses, give rows for it: {file}")

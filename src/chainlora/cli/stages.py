@@ -108,12 +108,13 @@ def mix(run: str, strengths: tuple[str, ...], best: bool, no_scores: bool, as_js
 def _say_what_is_averaged(run: Path) -> None:
     """Name the columns that the best mix is searched by, and those before the run without rows."""
     from chainlora.runs.manifest import START
+    from chainlora.runs.reading import RunReader
     from chainlora.runs.stages import open_run
 
-    manifest = open_run(run).manifest()
+    first, manifest = RunReader(run).manifest(), open_run(run).manifest()
     rows = ", ".join(name for name in manifest.columns if name in manifest.kept)
     to_stderr(f"the average is over the rows of {rows or 'no stage'}")
-    before = open_run(f"{run}@{START}").manifest().stages or [START]
+    before = first.until(first.start_links).stages or [START]
     if without := [name for name in before if name not in manifest.kept]:
         to_stderr(
             f"chainlora: what {run} began on has no rows ({', '.join(without)}), so the best mix "

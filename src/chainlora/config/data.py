@@ -100,8 +100,9 @@ class DataConfig(Section):
     """Number of training rows of a task shown, with their answers, before each prompt. They are not
     trained on; if links are trained, some rows must be left."""
     replay: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Rows of earlier stages added to every batch, as a share of it: 0.1 adds one row to a batch of
-    10. They come from the rows that those stages kept; lengths count the stage's own rows."""
+    """Rows of earlier stages and of `start_data` added to every batch, as a share of it: 0.1 adds
+    one row to a batch of 10. They come from the rows that the run kept; lengths count the stage's
+    own rows."""
     new_rows_only: bool = False
     """Leave out training rows that an earlier stage was trained on. They are known by all their
     tokens: those that another `max_length` cuts, or other `shots` precede, are new."""
@@ -231,6 +232,12 @@ class StartData(Section):
             "`start_data` must name rows",
             "none",
             "e.g. start_data: {validation: general.jsonl}",
+        )
+        refuse_if(
+            isinstance(self.validation, int | float) and self.train is None,
+            "`start_data.validation` of a share or number is held out of start_data.train",
+            f"{self.validation} without it",
+            "give start_data.train, or name a file",
         )
         try:
             self.as_data()

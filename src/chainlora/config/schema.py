@@ -106,8 +106,8 @@ class TrainConfig(Section):
     accept_links: Literal["all", "better"] | Annotated[float, Field(ge=0, le=1e6)] = "all"
     """`all` keeps every link; `better`: a link that does not lower the loss of the validation rows
     by more than its standard error (of the differences row by row) is dropped, and the chain ends
-    there. Not with `keep_best`. A number, for a later stage: what an earlier one may [lose of its
-    metric](stages.md#rules)."""
+    there. Not with `keep_best`. A number, for a later stage or beside `start_data`: what earlier
+    rows may [lose of their metric](stages.md#rules)."""
     save_every: Count | None = 100
     """Steps between checkpoints; `null` saves at knots only."""
     log_every: Count | None = None

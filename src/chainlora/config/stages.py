@@ -62,10 +62,13 @@ def check_alone(config: RunConfig) -> RunConfig:
         raise ConfigError(
             "a number as `train.accept_links` is what earlier stages may lose",
             f"{tolerance:g} in a run without any",
-            "use all or better, or give it to a later stage",
+            "use all or better, give it to a later stage, or add start_data",
         )
     if config.data.replay is not None:
-        got, remedy = f"{config.data.replay:g} in a run without any", "give it to a later stage"
+        got, remedy = (
+            f"{config.data.replay:g} in a run without any",
+            "give it to a later stage, or add start_data",
+        )
         raise ConfigError("`data.replay` reads rows of earlier stages again", got, remedy)
     return config
 

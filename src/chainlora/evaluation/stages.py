@@ -39,7 +39,7 @@ from chainlora.evaluation.metrics import is_higher_better
 from chainlora.evaluation.preferences import judge_odds, judge_pairs
 from chainlora.evaluation.streaming import to_accelerator
 from chainlora.models.finding import resolve_model
-from chainlora.runs.manifest import BASE, START, LinkEntry, Manifest, kept_rows, state_digest
+from chainlora.runs.manifest import BASE, LinkEntry, Manifest, kept_rows, state_digest
 from chainlora.runs.opening import load_run
 from chainlora.runs.reading import RunReader
 from chainlora.runs.stages import (
@@ -55,9 +55,6 @@ logger = logging.getLogger(__name__)
 
 MATRIX = "matrix.jsonl"
 NOW = "now"
-_GIVE_ROWS = (
-    "to see what start loses, give rows for it: chainlora eval RUN --matrix --start-rows FILE"
-)
 
 Progress = Callable[[str, int, int], None]
 """Told (state and stage, rows done, rows) as cells are scored."""
@@ -131,9 +128,7 @@ class StageMatrix:
     def notes(self) -> list[str]:
         """Return the summaries in words. They are of the last end, also where the run is a mix."""
         of = f"after {self.states[-2]}, " if self.states[-1:] == [NOW] else ""
-        found = [f"{of}{summary}" for summary in self.summaries()]
-        is_scored = {START} & {cell.stage for cell in self.cells}
-        return found + [_GIVE_ROWS] * (START in self.stages and bool(self.cells) and not is_scored)
+        return [f"{of}{summary}" for summary in self.summaries()]
 
     def summaries(self) -> list[MatrixSummary]:
         """Return average, backward transfer and forgetting; none where cells are missing."""

@@ -22,6 +22,7 @@ from chainlora.runs.opening import tokenizer_of
 from chainlora.runs.reading import RunReader
 from chainlora.runs.stages import (
     alone_in,
+    end_stage,
     first_is_open,
     folder_of,
     half_trained,
@@ -57,6 +58,7 @@ def keep_start_rows(run: str | Path, rows: StartData) -> None:
         base = resolve_model(reader.manifest().base.model)
         tokenizer, context = tokenizer_of(reader, base), context_length(load_skeleton(base))
         kept = rows_of_start(rows, reader.config().data, tokenizer, context)
+        end_stage(run, found.names[0])  # so that it is not judged by rows that come later
         for place in range(len(found.names)):
             _keep(RunReader(folder_of(run, found, place)), kept)
 
