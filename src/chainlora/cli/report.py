@@ -35,10 +35,10 @@ def inspect(run: str, as_json: bool) -> None:
     from chainlora.cli.progress import show_inspection
     from chainlora.reports.chain_charts import plot_chain
     from chainlora.runs.inspection import inspect_run
-    from chainlora.runs.stages import open_run
+    from chainlora.runs.stages import reader_of
 
     found = inspect_run(run)
-    reader = open_run(run, even_unjudged=True)
+    reader = reader_of(run)
     if found["links"] and reader.num_links is None:
         with picture_if_possible():
             plot_chain(found, reader / "chain.png")

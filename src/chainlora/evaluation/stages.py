@@ -47,6 +47,7 @@ from chainlora.runs.stages import (
     folder_of,
     open_run,
     read_stages,
+    reader_of,
     readers_of_stages,
     run_around,
 )
@@ -181,7 +182,7 @@ def stage_matrix(
     Raises RunError for a run that kept no rows, and what loading it raises.
     """
     folder, _ = split_address(run)
-    reader = open_run(run, even_unjudged=not compute)
+    reader = open_run(run) if compute else reader_of(run)
     kept, states = reader.kept(), dict(_states(folder, reader))
     known = {_key(cell): cell for cell in _read(folder)}
     names = reader.manifest().columns

@@ -21,7 +21,7 @@ from chainlora.chain.low_rank import (
 from chainlora.chain.showing import Shown
 from chainlora.runs.reading import Address
 from chainlora.runs.records import Record, last_loss, of_event
-from chainlora.runs.stages import open_run, readers_of_stages, unjudged_stage
+from chainlora.runs.stages import reader_of, readers_of_stages, unjudged_stage
 
 
 def inspect_run(run: Address) -> dict[str, Any]:
@@ -39,7 +39,7 @@ def inspect_run(run: Address) -> dict[str, Any]:
 
     Every file of the run is checked first. Raises RunError for one that is missing or has changed.
     """
-    reader = open_run(run, even_unjudged=True)
+    reader = reader_of(run)
     manifest = reader.verify()
     # a saved chain has a live link where a run has a checkpoint
     links = reader.links_of(manifest, len(manifest.links) if manifest.has_run else None)

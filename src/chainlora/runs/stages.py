@@ -73,8 +73,6 @@ class Stages(_Part):
 def open_run(
     address: Address,
     stages: str | Sequence[str] | Mapping[str, float] | None = None,
-    *,
-    even_unjudged: bool = False,
 ) -> RunReader:
     """Return what reads a state: what loads, scores, inspects or exports a run takes it too.
 
@@ -82,14 +80,12 @@ def open_run(
         address: a run, which is its last stage that has ended, ``RUN@STAGE``, or ``RUN@start`` or
             ``RUN@base``, before its first stage.
         stages: the stages that are switched on, or the strength of each; the others are off.
-        even_unjudged: open a stage too that `accept_links` has not judged yet.
 
     Raises:
         RunError: a stage that is not there, that has no one strength, or that is not judged yet.
     """
-    reader = address if isinstance(address, RunReader) else _at(address)
-    may_be = even_unjudged or isinstance(address, RunReader) or not reader.exists
-    if not may_be and (name := unjudged_stage(reader)) is not None:
+    reader, is_open = reader_of(address), isinstance(address, RunReader)
+    if not is_open and reader.exists and (name := unjudged_stage(reader)) is not None:
         raise RunError(
             f"Cannot use {address}: stage {name!r} is trained but not yet judged by accept_links. "
             "Run the command that trained it again."
@@ -104,7 +100,10 @@ def open_run(
     return RunReader(reader.path, strengths, reader.num_links)
 
 
-def _at(address: str | Path) -> RunReader:
+def reader_of(address: Address) -> RunReader:
+    """Return what reads a state as `open_run` does, even where it is not judged yet."""
+    if isinstance(address, RunReader):
+        return address
     run, name = split_address(address)
     if not is_run(run):
         return RunReader(run)

@@ -40,6 +40,7 @@ from chainlora.runs.stages import (
     open_run,
     place_of,
     read_stages,
+    reader_of,
 )
 from chainlora.runs.start import NOTHING, Start, next_id_after
 from chainlora.training.events import Listener, StageBegins, StageGuarded
@@ -135,7 +136,7 @@ def extension(
             "--output for a fork that begins there"
         )
     is_new = output is None and name not in found.names
-    ends = [open_run(each, even_unjudged=True).manifest().state for each in (run, address)]
+    ends = [reader_of(each).manifest().state for each in (run, address)]
     if is_new and ends[0] != ends[1]:
         raise RunError(
             "a run goes on as `mix` has made it",

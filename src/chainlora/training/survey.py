@@ -27,7 +27,7 @@ from chainlora.runs.loading_start import load_start
 from chainlora.runs.manifest import START
 from chainlora.runs.reading import RunReader
 from chainlora.runs.resuming import changes
-from chainlora.runs.stages import STAGES, first_is_open, half_trained, open_run, read_stages
+from chainlora.runs.stages import STAGES, first_is_open, half_trained, read_stages, reader_of
 from chainlora.runs.start import NOTHING, Start
 from chainlora.training.optimizers import check_optimizer
 
@@ -91,7 +91,7 @@ def _begun_on(stages: Sequence[Stage]) -> tuple[dict[str, str | None], list[Link
     if reader.exists:
         manifest = reader.manifest()
         below = _losses((e.stage for e in manifest.links[: manifest.first]), reader.kept())
-        loaded = open_run(reader.path, even_unjudged=True).manifest().loaded
+        loaded = reader_of(reader.path).manifest().loaded
         return below, [entry.outline() for entry in loaded]
     start = NOTHING if first.start is None else load_start(first.start, stages[0].name)
     return what_is_below(start, first), list(start.links)
