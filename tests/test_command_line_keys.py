@@ -11,7 +11,7 @@ import yaml
 from helpers import settings
 from pydantic import BaseModel
 
-from chainlora.config.schema import RunConfig
+from chainlora.config.schema import RunConfig, StartData
 from chainlora.config.yaml_text import one_value, parse_yaml
 
 # A value of every key that is not its default.
@@ -55,10 +55,11 @@ BESIDE = {
 GIVEN = {"model", "output", "train.trackers", "data.task", "data.dir", "data.format"}
 GIVEN |= {"data.train", "data.validation", "data.test", "data.num_test"}
 # test_data_templates.py, test_dpo.py, test_kept_rows.py, test_tasks_splits.py, test_row_formats.py,
-# test_quantized.py, where its packages are, and test_stages.py
+# test_quantized.py, where its packages are, test_stages.py and test_start_rows.py
 GIVEN |= {"data.chat_template", "data.template_arguments", "train.loss", "train.dpo_beta"}
 GIVEN |= {"train.dpo_label_smoothing", "train.orpo_beta", "data.replay", "data.sampling"}
-GIVEN |= {"data.fields", "quantize", "start"}
+GIVEN |= {"data.fields", "quantize", "start", "start_data"}
+GIVEN |= {f"start_data.{key}" for key in StartData.model_fields}
 
 
 def keys(model: type[BaseModel], prefix: str = "") -> list[str]:

@@ -44,7 +44,8 @@ DECIDED = {
 }
 # Optional keys for which None means off, or which decide nothing that a step sees.
 OFF = {
-    "output", "quantize", "start",
+    "output", "quantize", "start", "start_data", "start_data.task", "start_data.dir",
+    "start_data.train", "start_data.validation", "start_data.test", "start_data.format",
     "data.task", "data.dir", "data.train", "data.validation", "data.test",
     "data.replay", "data.num_train", "data.num_validation", "data.num_test",
     "chain.exclude_modules", "chain.plateau",

@@ -191,7 +191,7 @@ def test_results_are_still_dictionaries(shown):
 
 def test_a_matrix_is_a_heat_map_where_better_is_darker():
     def column(stage: str, metric: str, *values: float | None) -> list:
-        return [v and Cell("", stage, "test", metric, v, 0.0, 8, 8) for v in values]
+        return [v and Cell("", stage, "", "test", metric, v, 0.0, 8, 8) for v in values]
 
     columns = [column("a", "loss", 4.0, 1.0, 2.0), column("b", "accuracy", None, 0.5, 0.9)]
     columns.append(column("c", "loss", math.inf, math.nan, 3.0))

@@ -5,9 +5,10 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import shutil
 import signal
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from copy import deepcopy
 from itertools import product
 from pathlib import Path
@@ -460,8 +461,8 @@ def _stop_after(total: int):
         ({"name": "9"}, "must have a `name`"),
         ({"name": "x²"}, "must have a `name`"),
         ({"name": None}, "must have a `name`"),
-        ({"name": "base"}, "not base or now"),
-        ({"name": "now"}, "not base or now"),
+        ({"name": "base"}, "not base, start or now"),
+        ({"name": "now"}, "not base, start or now"),
         ({"model": "m"}, "nothing of the whole run .*`model`"),
         ({"data": {"chat_template": "chatml"}}, "`data.chat_template` must be the same"),
         ({"data": {"template_arguments": {}}}, "`data.template_arguments` must be the same"),
@@ -811,16 +812,30 @@ def test_a_rank_that_no_launcher_has_set_is_none(config, tmp_path, capsys, monke
     assert read_stages(tmp_path / "run").here == ["facts", "style"]
 
 
-def test_every_byte_of_a_matrix_counts(config, tmp_path):
-    train_stages(make_stages(config))
-    path = tmp_path / "run/matrix.jsonl"
-    whole, grid = path.read_bytes(), stage_matrix(tmp_path / "run", compute=False).grid
-    for place in range(0, len(whole), 5):
-        changed = bytearray(whole)
-        changed[place] ^= 1
-        path.write_bytes(changed)
-        with suppress(RunError):
-            assert stage_matrix(tmp_path / "run", compute=False).grid == grid
+@pytest.mark.parametrize(
+    "damage",
+    [b"", b"no JSON", b"[" * 50000, b"\xff\xfe", b'{"state": 1}', b"null", '"value": "high"'],
+)
+def test_a_damaged_line_of_a_matrix_is_scored_again(two, tmp_path, capsys, damage):
+    run, path = tmp_path / "run", tmp_path / "run/matrix.jsonl"
+    grid, whole = stage_matrix(run, compute=False).grid, path.read_bytes()
+    lines = whole.splitlines()
+    if isinstance(damage, str):
+        damage = re.sub(rb'"value": [^,]+', damage.encode(), lines[2])
+    path.write_bytes(b"\n".join([*lines[:2], damage, *lines[3:]]))
+    assert sum(cell is None for row in stage_matrix(run, compute=False).grid for cell in row) == 1
+    assert cli(["extend", str(run), "--name", "style", *_same_as(two, "style")]) == 0
+    assert stage_matrix(run, compute=False).grid == grid
+    assert sorted(path.read_bytes().splitlines()) == sorted(lines)
+
+
+def _same_as(config: dict, name: str) -> list[str]:
+    """Return the options that give `extend` a stage of a config."""
+    stage = stage_of(config, name)
+    keys = {
+        f"--{part}.{key}": value for part in ("data", "chain") for key, value in stage[part].items()
+    }
+    return [word for key, value in keys.items() for word in (key, json.dumps(value))]
 
 
 def test_a_run_without_links_has_nothing_to_compare(config, tmp_path):
@@ -967,7 +982,7 @@ def test_a_stage_that_no_strength_makes_harmless_is_off_and_the_exit_status_says
 
 
 @pytest.mark.parametrize("is_fork", [False, True])
-def test_a_signal_between_training_and_judging_loses_neither(harmful, tmp_path, is_fork):
+def test_a_signal_between_training_and_judging_loses_neither(harmful, tmp_path, is_fork, capsys):
     train_stages(make_stages(one_stage(harmful)))
     section = stage_of(harmful, "style") | ({"output": str(tmp_path / "fork")} if is_fork else {})
     run = tmp_path / ("fork" if is_fork else "run")
@@ -982,17 +997,35 @@ def test_a_signal_between_training_and_judging_loses_neither(harmful, tmp_path, 
             StoppedError, match=r"SIGINT.*before: facts\); the same command goes on"
         ):
             train_stages(extension(tmp_path / "run", section), listener=listener)
+    not_judged = (
+        r"^Cannot use .*: stage 'style' is trained but not yet judged by accept_links\. Run"
+    )
+    for words in _verbs_on(run if is_fork else run / "stages/style", tmp_path):
+        assert cli(words) == 1, words
+        assert re.search(not_judged, capsys.readouterr().err.removeprefix("chainlora: error: "))
+    trained = run if is_fork else run / "stages/style"
+    for verb in ("inspect", "report"):
+        assert cli([verb, str(trained)]) == 0
+    assert "not judged: stage style" in capsys.readouterr().out
+    assert "is not judged yet" in (trained / "report.html").read_text()
     if is_fork:  # it would pass for judged
         for start in (run, f"{run}@style"):
-            with pytest.raises(RunError, match=r"judged where it says `accept_links`.*finish it"):
+            with pytest.raises(RunError, match=not_judged):
                 survey(extension(start, section | {"name": "law", "output": str(tmp_path / "x")}))
-        with pytest.raises(RunError, match="mixed when its first stage has ended"):
-            mix_stages(run, {"facts": 0.5})
         with pytest.raises(RunError, match="pruned when none is half trained"):
             prune_stage(run, "facts")
     train_stages(extension(tmp_path / "run", section))
     assert open_run(run).strengths["style"] < 1
     assert train_stages(extension(tmp_path / "run", section))[-1] is None
+
+
+def _verbs_on(run: Path, tmp_path: Path) -> list[list[str]]:
+    """Return each command that uses a run."""
+    to = ["--output", str(tmp_path / "out")]
+    verbs = {"generate": ["--prompt", "a"], "eval": [], "export": ["--to", "adapter", *to]}
+    found = [[verb, str(run), *words] for verb, words in verbs.items()]
+    alone = [["chat", str(run)], ["eval", str(run), "--matrix"]]
+    return found + alone + ([["mix", str(run), "style=1"]] if run.parent == tmp_path else [])
 
 
 def test_what_needs_earlier_stages_is_refused_without(config, tmp_path, capsys):
@@ -1062,8 +1095,11 @@ def test_what_a_chain_begins_on_is_asked_for_before_any_training(harmful, tmp_pa
     export_adapter(tmp_path / "run", tmp_path / "adapter")
     begun = harmful | {"start": str(tmp_path / "adapter"), "output": str(tmp_path / "begun")}
     law = style | {"name": "law", "train": {"accept_links": 0.1}}
-    for last, message in ((law, "none of start"), (style | {"name": "start"}, "name of its own")):
-        with pytest.raises(RunError, match=message):
+    for last, message in (
+        (law, "none of start"),
+        (style | {"name": "start"}, "not base, start or now"),
+    ):
+        with pytest.raises(ChainLoRAError, match=message):
             train_stages(make_stages(begun | {"stages": [style, last]}))
     assert not (tmp_path / "begun").exists()
     with pytest.raises(RunError, match="none of facts"):
@@ -1156,6 +1192,19 @@ def test_a_pruned_stage_of_pairs_names_nothing_that_is_deleted(config, tmp_path)
     train_stages(make_stages(config), matrix=False)
     prune_stage(tmp_path / "run", "style")
     assert RunReader(tmp_path / "run/stages/style").verify().is_pruned
+
+
+def test_scores_of_pairs_are_scored_again_on_another_reference(config, tmp_path):
+    """Where the stage that preferences began on is pruned, the state `base` has the same digest."""
+    config["stages"][0] |= {"chain": {"ranks": [4], "steps": [8]}, "train": {"lr": 1e-2}}
+    config["stages"][1] |= {"data": pair_files(tmp_path), "train": {"loss": "dpo", "lr": 1e-2}}
+    run, path = tmp_path / "run", tmp_path / "run/matrix.jsonl"
+    train_stages(make_stages(config))
+    prune_stage(run, "facts")
+    found = stage_matrix(run).grid
+    assert found[0][0].value == 0.5  # of the base, which is its own reference now
+    path.unlink()
+    assert stage_matrix(run).grid == found
 
 
 def test_a_stage_that_others_need_goes_after_them(config, tmp_path):

@@ -124,7 +124,7 @@ class Desk:
         """
         with self._one_at_a_time:
             scorer = self._scorer
-            stages = [stage for stage in self.reader.manifest().stages if stage in scorer.kept]
+            stages = [stage for stage in self.reader.manifest().columns if stage in scorer.kept]
             if not stages:
                 rule = "a mix is scored on the rows that stages kept"
                 raise RunError(rule, f"none in {self.run}", "train with data.keep_rows: true")

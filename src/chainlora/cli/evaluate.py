@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -20,6 +21,8 @@ from chainlora.cli.common import (
     quiet,
     show,
     stages_option,
+    to_stderr,
+    whole_run,
 )
 
 if TYPE_CHECKING:
@@ -60,6 +63,12 @@ if TYPE_CHECKING:
     help="Score the rows that each stage of a run kept, after each stage. What was scored before "
     "is not scored again.",
 )
+@click.option(
+    "--start-rows",
+    type=click.Path(),
+    help="With --matrix: a file of rows for what RUN began on, its base or an adapter. RUN keeps "
+    "them as the column `start`; --task says how they are read.",
+)
 @json_option
 def evaluate(
     run_or_model: str,
@@ -68,6 +77,7 @@ def evaluate(
     links: int | None,
     stages: str | None,
     matrix: bool,
+    start_rows: str | None,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -76,9 +86,15 @@ def evaluate(
     A run without --task and --data is scored on the rows that it was configured with.
     """
     if matrix:
-        others: dict[str, Any] = {"task": task, "split": split, "links": links, "stages": stages}
-        _score_matrix(run_or_model, as_json, **others, **options)
+        others: dict[str, Any] = {"split": split, "links": links, "stages": stages} | options
+        if start_rows is None:
+            others["task"] = task
+        else:
+            _keep_start_rows(run_or_model, start_rows, task, others)
+        _score_matrix(run_or_model, as_json, **others)
         return
+    if start_rows is not None:
+        raise click.UsageError("--start-rows is for the matrix of a run; use it with --matrix")
     from chainlora.data.tasks import load_task
 
     check_run_or_model(run_or_model, links, stages)
@@ -107,18 +123,40 @@ def evaluate(
     show(result, f"{name}: {shown} ({result['rows']} rows)", as_json)
 
 
-def _score_matrix(run: str, as_json: bool, speedups: Speedups, **others: Any) -> None:
-    """Score the kept rows in all states and show the matrix; no other option goes with that."""
-    if given := [name for name, value in others.items() if value is not None]:
+def _keep_start_rows(run: str, file: str, task: str | None, others: Mapping[str, Any]) -> None:
+    """Let a run keep the rows of a file for what it began on."""
+    _refuse_beside_matrix(others)
+    folder = whole_run(run)
+    quiet()
+    from chainlora.config.schema import StartData
+    from chainlora.runs.start_rows import keep_start_rows
+
+    keep_start_rows(folder, StartData(validation=file, task=task))
+    to_stderr(f"{run} keeps these rows: from now on they are the column start of its matrix")
+
+
+def _refuse_beside_matrix(others: Mapping[str, Any]) -> None:
+    given = [name for name, value in others.items() if value is not None and name != "speedups"]
+    if given:
         raise click.UsageError(
             f"--matrix scores the kept rows in all states; leave --{given[0]} out"
         )
+
+
+def _score_matrix(run: str, as_json: bool, speedups: Speedups, **others: Any) -> None:
+    """Score the kept rows in all states and show the matrix; no other option goes with that."""
+    _refuse_beside_matrix(others)
     need_run(run)
     quiet()
     from chainlora.cli.stages import scored_matrix, show_matrix
+    from chainlora.config.stages import split_address
+    from chainlora.runs.manifest import START
 
     found = scored_matrix(run, speedups)
     if as_json:
         print_json(found.as_dict())
-    else:
-        show_matrix(found)
+        return
+    show_matrix(found)
+    if START in found.stages and START not in {cell.stage for cell in found.cells}:
+        file = f"chainlora eval {split_address(run)[0]} --matrix --start-rows FILE"
+        to_stderr(f"chainlora: to see what {START} loses, give rows for it: {file}")

@@ -62,6 +62,12 @@ def show_inspection(found: Mapping[str, Any]) -> None:
             f"`chainlora train CONFIG` resumes from step {position['step']}",
             highlight=False,
         )
+    if found["unjudged"] is not None:
+        console.print(
+            f"not judged: stage {escape(found['unjudged'])} is trained but not yet judged by "
+            "accept_links; run the command that trained it again",
+            highlight=False,
+        )
     planned = {name: each for name, each in found["numbers"].items() if each["lengths"]}
     for stage, numbers in planned.items():
         name = f" of {stage}" if len(found["numbers"]) > 1 else ""

@@ -35,12 +35,13 @@ def inspect(run: str, as_json: bool) -> None:
     from chainlora.cli.progress import show_inspection
     from chainlora.reports.chain_charts import plot_chain
     from chainlora.runs.inspection import inspect_run
-    from chainlora.runs.stages import open_run
+    from chainlora.runs.stages import reader_of
 
     found = inspect_run(run)
-    if found["links"]:
+    reader = reader_of(run)
+    if found["links"] and reader.num_links is None:
         with picture_if_possible():
-            plot_chain(found, open_run(run) / "chain.png")
+            plot_chain(found, reader / "chain.png")
     if as_json:
         print_json(found)
     else:

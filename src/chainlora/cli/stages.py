@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -80,6 +81,7 @@ def mix(run: str, strengths: tuple[str, ...], best: bool, no_scores: bool, as_js
         from chainlora.evaluation.strengths import best_mix
 
         mix_stages(folder, {})  # refuses what would refuse the mix that is found
+        _say_what_is_averaged(folder)
         with evaluation_progress() as progress:
             chosen, after, before = best_mix(folder, progress=progress)
         to_stderr(f"mean of the row {before:.4f} before, {after:.4f} with the best strengths")
@@ -102,6 +104,23 @@ def mix(run: str, strengths: tuple[str, ...], best: bool, no_scores: bool, as_js
         show_matrix(matrix)
     for name, strength in found.items():
         click.echo(f"{name}={strength:g}")
+
+
+def _say_what_is_averaged(run: Path) -> None:
+    """Name the columns that the best mix is searched by, and those before the run without rows."""
+    from chainlora.runs.manifest import START
+    from chainlora.runs.reading import RunReader
+    from chainlora.runs.stages import open_run
+
+    first, manifest = RunReader(run).manifest(), open_run(run).manifest()
+    rows = ", ".join(name for name in manifest.columns if name in manifest.kept)
+    to_stderr(f"the average is over the rows of {rows or 'no stage'}")
+    before = first.until(first.start_links).stages or [START]
+    if without := [name for name in before if name not in manifest.kept]:
+        to_stderr(
+            f"chainlora: what {run} began on has no rows ({', '.join(without)}), so the best mix "
+            f"may lose it; give some: chainlora eval {run} --matrix --start-rows FILE"
+        )
 
 
 def scored_matrix(run: str, speedups: Speedups = "auto", *, compute: bool = True) -> StageMatrix:

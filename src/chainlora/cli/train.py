@@ -66,14 +66,14 @@ def train(arguments: tuple[str, ...], resume: bool, dry_run: bool, as_json: bool
       output: runs/mine
     """
     from chainlora.config.loading import load_config, read_config, set_key
-    from chainlora.config.stages import Stage, check_alone, make_stages
+    from chainlora.config.stages import Stage, check_alone, has_stages, make_stages
 
     file, overrides = file_and_overrides(list(arguments))
     tree = read_config(file)
     for key, value in overrides:
         if not key.startswith("stages."):
             set_key(tree, key, value)
-    if "stages" in tree or tree.get("start") is not None:
+    if has_stages(tree):
         from chainlora.runs.loading_start import with_start
 
         stages = make_stages(with_start(tree), overrides)

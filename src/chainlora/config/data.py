@@ -7,7 +7,7 @@ from os import PathLike
 from os.path import expanduser
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
 
 from chainlora.config.chat_templates import Argument, checked_arguments, resolved_template
 from chainlora.config.section import LARGEST, Count, Number, Section, refuse_if
@@ -41,6 +41,9 @@ class TrainFile(Section):
     """Copies an epoch."""
 
 
+Format = Literal["auto", "completion", "chat", "text", "sharegpt", "alpaca", "conversational"]
+
+
 class DataConfig(Section):
     """Where the rows come from.
 
@@ -62,9 +65,7 @@ class DataConfig(Section):
     same prompt go together, and rows that are added change nobody's side."""
     test: Annotated[str | None, Home] = None
     """File with the rows to report on; only beside `data.train`."""
-    format: Literal[
-        "auto", "completion", "chat", "text", "sharegpt", "alpaca", "conversational"
-    ] = "auto"
+    format: Format = "auto"
     """What a [row](rows.md#formats) of your own file is: `completion` (loss on the completion),
     `chat` (loss on the assistant's turns), `text` (loss on everything), and of other tools
     `sharegpt`, `alpaca` and `conversational` (TRL). `auto` decides by the first row, and a run says
@@ -99,8 +100,9 @@ class DataConfig(Section):
     """Number of training rows of a task shown, with their answers, before each prompt. They are not
     trained on; if links are trained, some rows must be left."""
     replay: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Rows of earlier stages added to every batch, as a share of it: 0.1 adds one row to a batch of
-    10. They come from the rows that those stages kept; lengths count the stage's own rows."""
+    """Rows of earlier stages and of `start_data` added to every batch, as a share of it: 0.1 adds
+    one row to a batch of 10. They come from the rows that the run kept; lengths count the stage's
+    own rows."""
     new_rows_only: bool = False
     """Leave out training rows that an earlier stage was trained on. They are known by all their
     tokens: those that another `max_length` cuts, or other `shots` precede, are new."""
@@ -198,6 +200,61 @@ class DataConfig(Section):
     def holds_out(self) -> bool:
         """Say whether validation rows are held out of the training files."""
         return isinstance(self.validation, int | float)
+
+
+class StartData(Section):
+    """Rows that show what the model could do before its first stage.
+
+    They are treated as the rows of an earlier stage named `start`. Keys are as in `data`, whose
+    `max_length`, `truncation` and chat template they share.
+    """
+
+    task: Annotated[str | None, Home] = None
+    """Name or path of a task."""
+    dir: Annotated[str | None, Home] = None
+    """Folder with the task's rows; `null` fetches them from the Hub."""
+    train: Annotated[str | list[str] | None, Home] = None
+    """File, or files, of rows that `data.replay` can add to batches."""
+    validation: Annotated[str | Count | Annotated[float, Field(gt=0, lt=1)] | None, Home] = None
+    """Rows to score: a file, or a share or number of the prompts in `start_data.train`. They are
+    left out of all training."""
+    test: Annotated[str | None, Home] = None
+    """File with the rows to report on."""
+    format: Format = "auto"
+    """What a row is."""
+    fields: dict[str, str] = Field(default={})
+    """Names that the files have for fields of the format."""
+
+    @model_validator(mode="after")
+    def _check(self) -> StartData:
+        refuse_if(
+            not (self.task or self.train or isinstance(self.validation, str) or self.test),
+            "`start_data` must name rows",
+            "none",
+            "e.g. start_data: {validation: general.jsonl}",
+        )
+        refuse_if(
+            isinstance(self.validation, int | float) and self.train is None,
+            "`start_data.validation` of a share or number is held out of start_data.train",
+            f"{self.validation} without it",
+            "give start_data.train, or name a file",
+        )
+        try:
+            self.as_data()
+        except ValidationError as error:
+            (first, *_) = error.errors()
+            text = str(first.get("ctx", {}).get("error", first["msg"]))
+            raise ValueError(text.replace("data.", "start_data.")) from None
+        return self
+
+    def as_data(self, own: DataConfig | None = None) -> DataConfig:
+        """Return the section that reads these rows, beside the rows of the run's `own` section."""
+        tree = self.model_dump()
+        if self.train is None and not (self.task and not self.validation and not self.test):
+            tree["train"] = ""  # no file
+        shared = ("chat_template", "template_arguments", "max_length", "truncation", "data_seed")
+        update = {} if own is None else {key: getattr(own, key) for key in shared}
+        return DataConfig(**tree).model_copy(update=update)
 
 
 def check_fields(fields: Iterable[str], kind: str) -> None:

@@ -20,6 +20,7 @@ from chainlora.config.chain import PlateauConfig as PlateauConfig
 from chainlora.config.chain import Share
 from chainlora.config.data import DataConfig as DataConfig
 from chainlora.config.data import Home
+from chainlora.config.data import StartData as StartData
 from chainlora.config.messages import Called
 from chainlora.config.section import Count, Number, Section, refuse_if
 
@@ -105,8 +106,8 @@ class TrainConfig(Section):
     accept_links: Literal["all", "better"] | Annotated[float, Field(ge=0, le=1e6)] = "all"
     """`all` keeps every link; `better`: a link that does not lower the loss of the validation rows
     by more than its standard error (of the differences row by row) is dropped, and the chain ends
-    there. Not with `keep_best`. A number, for a later stage: what an earlier one may [lose of its
-    metric](stages.md#rules)."""
+    there. Not with `keep_best`. A number, for a later stage or beside `start_data`: what earlier
+    rows may [lose of their metric](stages.md#rules)."""
     save_every: Count | None = 100
     """Steps between checkpoints; `null` saves at knots only."""
     log_every: Count | None = None
@@ -188,6 +189,9 @@ class RunConfig(Called):
     """State to begin on instead of the bare base: a run, a stage of one as `RUN@STAGE`, or the
     folder or Hub id of a PEFT adapter ([stages](stages.md)). Left out beside it, `model` and what
     belongs to the whole run are those of that run."""
+    start_data: StartData | None = None
+    """Rows for what the run begins on, `start` or the bare base: they become the column `start` of
+    the [matrix](stages.md#what-was-there-before)."""
     data: DataConfig
     """Which rows, and how they are read."""
     chain: ChainConfig = ChainConfig()

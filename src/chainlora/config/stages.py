@@ -35,9 +35,10 @@ RUN_WIDE = {
     "chain": ("hold",),
     "train": ("dtype", "seed", "shard"),
 }
+OF_START = ("start", "start_data")  # read by the first stage alone
 _SECTIONS = ("data", "chain", "train")
-# `base` and `now` are states of the matrix that are no stages.
-_NAME = re.compile(r"(?!(?:base|now)\Z)[A-Za-z][\w-]{0,63}", re.ASCII)
+# `base`, `start` and `now` are states of the matrix that are no stages.
+_NAME = re.compile(r"(?!(?:base|start|now)\Z)[A-Za-z][\w-]{0,63}", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -76,12 +77,20 @@ def check_alone(config: RunConfig) -> RunConfig:
         raise ConfigError(
             "a number as `train.accept_links` is what earlier stages may lose",
             f"{tolerance:g} in a run without any",
-            "use all or better, or give it to a later stage",
+            "use all or better, give it to a later stage, or add start_data",
         )
     if config.data.replay is not None:
-        got, remedy = f"{config.data.replay:g} in a run without any", "give it to a later stage"
+        got, remedy = (
+            f"{config.data.replay:g} in a run without any",
+            "give it to a later stage, or add start_data",
+        )
         raise ConfigError("`data.replay` reads rows of earlier stages again", got, remedy)
     return config
+
+
+def has_stages(tree: Mapping[str, Any]) -> bool:
+    """Say whether a config has stages, or rows or links before its only one."""
+    return "stages" in tree or any(tree.get(key) is not None for key in OF_START)
 
 
 def make_stages(tree: Mapping[str, Any], overrides: Sequence[tuple[str, Any]] = ()) -> list[Stage]:
@@ -113,7 +122,7 @@ def make_stages(tree: Mapping[str, Any], overrides: Sequence[tuple[str, Any]] = 
 def make_stage(shared: Mapping[str, Any], section: Mapping[str, Any], place: int) -> Stage:
     """Return the stage of a section; `shared` says what is the same in all of them."""
     name = section["name"]
-    tree = {key: value for key, value in shared.items() if place == 0 or key != "start"}
+    tree = {key: value for key, value in shared.items() if place == 0 or key not in OF_START}
     if place:
         tree["output"] = str(stage_folder(Path(shared["output"]), name))
     try:
@@ -140,7 +149,8 @@ def section_of(tree: Mapping[str, Any], name: str) -> dict[str, Any]:
 def what_stages_share(before: RunConfig) -> dict[str, Any]:
     """Return what a stage has from one before it: not its rows, its links' sizes, its choice."""
     choice = {"keep_best", "early_stop", "accept_links", "select_metric"}
-    tree = before.model_dump(mode="json", exclude={"output": True, "start": True, "train": choice})
+    other: dict[str, Any] = dict.fromkeys(("output", *OF_START), True)
+    tree = before.model_dump(mode="json", exclude=other | {"train": choice})
     kept = (*RUN_WIDE["data"], "max_length", "truncation", "keep_rows", "replay", "new_rows_only")
     tree["data"] = {key: tree["data"][key] for key in kept}
     of_links = {"ranks", *LENGTHS} | ({"alpha"} if isinstance(before.chain.alpha, tuple) else set())
@@ -168,7 +178,7 @@ def check_name(name: object, taken: Sequence[str] = ()) -> str:
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise ConfigError(
             "a stage must have a `name` of at most 64 letters a to z, digits, - and _, a letter "
-            "first, and not base or now",
+            "first, and not base, start or now",
             f"{name!r:.40}" if name is not None else "none",
             "e.g. name: facts",
         )

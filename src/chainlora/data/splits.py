@@ -220,7 +220,7 @@ def check_files(data: DataConfig, loss: str | None) -> None:
                 kinds.setdefault(split, set()).add(detect_format([first], loss))
     trained = kinds.pop("train", set())
     for split, found in kinds.items():
-        if {kind == "text" for kind in found} - {kind == "text" for kind in trained}:
+        if trained and {kind == "text" for kind in found} - {kind == "text" for kind in trained}:
             _log.warning(
                 "%s: rows are %s, and those trained on %s: of text all tokens are scored, else "
                 "the answers alone; to read all files as one format, set data.format",

@@ -6,6 +6,8 @@ stages (Lopez-Paz & Ranzato, arXiv 1706.08840; Chaudhry et al., arXiv 1801.10112
     average             mean over j of R[T, j]
     backward transfer   mean over j < T of R[T, j] − R[j, j]
     forgetting          mean over j < T of max over 0 < i < T of R[i, j], less R[T, j]
+
+Rows of what was there before the first stage are a column of their own, learned in row 0.
 """
 
 from __future__ import annotations
@@ -42,23 +44,28 @@ class MatrixSummary:
 
 
 def summarise_matrix(
-    scores: Sequence[Sequence[float]], stages: Sequence[str], metrics: Sequence[str]
+    scores: Sequence[Sequence[float]],
+    stages: Sequence[str],
+    metrics: Sequence[str],
+    learned: Sequence[int] | None = None,
 ) -> list[MatrixSummary]:
     """Return a summary for each metric, in the order in which metrics occur.
 
     Args:
-        scores: R, [T + 1][T].
-        stages: the name of each column, [T].
-        metrics: what each column is scored by, [T]; numbers of different ones are never averaged.
+        scores: R, [T + 1][columns].
+        stages: the name of each column.
+        metrics: what each column is scored by; numbers of different ones are never averaged.
+        learned: the row in which each column is learned; by default 1, 2, …, T.
     """
     found, last = [], len(scores) - 1
+    rows = range(1, last + 1) if learned is None else learned
     for metric in dict.fromkeys(metrics):
         sign = 1 if is_higher_better(metric) else -1
         own = [j for j, each in enumerate(metrics) if each == metric]
         column = {j: [sign * row[j] for row in scores] for j in own}
-        before = [j for j in own if j + 1 < last]  # stage j is learned in state j + 1
-        transfers = [column[j][last] - column[j][j + 1] for j in before]
-        losses = [max(column[j][1:last]) - column[j][last] for j in before]
+        before = [j for j in own if rows[j] < last]
+        transfers = [column[j][last] - column[j][rows[j]] for j in before]
+        losses = [max(column[j][min(rows[j], 1) : last]) - column[j][last] for j in before]
         summary = MatrixSummary(
             metric,
             tuple(stages[j] for j in own),

@@ -1,24 +1,27 @@
 """The matrix of a run: the rows of every stage scored in every state that the run has been in.
 
-    RUN/matrix.jsonl    a JSON object a cell: digest of the state, stage, split, metric, value, rows
+    RUN/matrix.jsonl    a JSON object a cell: digests of state and rows, stage, metric, value, …
 
-A state is the base, the end of a stage, or the mix that the run is now; a cell is found by the
-digest of its state, so that after a stage was switched off nothing passes for the end of the last
-one. The rows are those that the run kept, so that the data files may have changed or gone; a number
-is computed once. What matrices say in one number is in `evaluation.matrix`.
+A state is the base, the end of a stage, or the mix that the run is now. The rows are those that the
+run kept, so that the data files may have changed or gone. The file is a cache: a cell is found by
+the digests of all that its value depends on, and a line that cannot be read is scored again. What
+matrices say in one number is in `evaluation.matrix`.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
+from pydantic import TypeAdapter, ValidationError
 
 from chainlora import files
 from chainlora.chain.chain import Chain
@@ -36,7 +39,7 @@ from chainlora.evaluation.metrics import is_higher_better
 from chainlora.evaluation.preferences import judge_odds, judge_pairs
 from chainlora.evaluation.streaming import to_accelerator
 from chainlora.models.finding import resolve_model
-from chainlora.runs.manifest import LinkEntry, Manifest, checksum, state_digest
+from chainlora.runs.manifest import BASE, LinkEntry, Manifest, kept_rows, state_digest
 from chainlora.runs.opening import load_run
 from chainlora.runs.reading import RunReader
 from chainlora.runs.stages import (
@@ -44,6 +47,7 @@ from chainlora.runs.stages import (
     folder_of,
     open_run,
     read_stages,
+    reader_of,
     readers_of_stages,
     run_around,
 )
@@ -51,7 +55,7 @@ from chainlora.runs.stages import (
 logger = logging.getLogger(__name__)
 
 MATRIX = "matrix.jsonl"
-BASE, NOW = "base", "now"
+NOW = "now"
 
 Progress = Callable[[str, int, int], None]
 """Told (state and stage, rows done, rows) as cells are scored."""
@@ -62,11 +66,13 @@ Strengths = Mapping[int, float]  # by link id
 class Cell:
     """The score of a stage's rows in a state: `rows` of the `of` that there were.
 
-    `error` is the standard error over the rows, 0 where a metric has none.
+    `error` is the standard error over the rows, 0 where a metric has none. `state` is the digest of
+    the state, `scored_on` that of the kept rows and, for DPO, of the state of their reference.
     """
 
     state: str
     stage: str
+    scored_on: str
     split: str
     metric: str
     value: float
@@ -75,12 +81,16 @@ class Cell:
     of: int
 
 
+_CELL = TypeAdapter(Cell)
+
+
 @dataclass(frozen=True)
 class StageMatrix:
     """Scores by state and stage.
 
     `states` are the base, the ends of stages, and ``now`` where the run is another mix than the
     last end; `grid` has a row for each, and a column for each stage, None where it kept no rows.
+    The first column is ``start`` where there are rows for what the run began on.
     """
 
     stages: list[str]
@@ -125,11 +135,12 @@ class StageMatrix:
         """Return average, backward transfer and forgetting; none where cells are missing."""
         ends = [row for state, row in zip(self.states, self.grid, strict=True) if state != NOW]
         whole = [[cell for cell in row if cell is not None] for row in ends]
-        is_whole = all(len(row) == len(self.stages) for row in whole)
-        if not self.stages or len(ends) != len(self.stages) + 1 or not is_whole:
+        if not self.stages or any(len(row) < len(self.stages) for row in whole):
             return []
         values = [[cell.value for cell in row] for row in whole]
-        return summarise_matrix(values, self.stages, [cell.metric for cell in whole[0]])
+        learned = [self.states.index(s) if s in self.states else 0 for s in self.stages]
+        metrics = [cell.metric for cell in whole[0]]
+        return summarise_matrix(values, self.stages, metrics, learned)
 
     def as_dict(self) -> dict[str, Any]:
         cells = [[cell and asdict(cell) for cell in row] for row in self.grid]
@@ -171,10 +182,11 @@ def stage_matrix(
     Raises RunError for a run that kept no rows, and what loading it raises.
     """
     folder, _ = split_address(run)
-    reader = open_run(run)
+    reader = open_run(run) if compute else reader_of(run)
     kept, states = reader.kept(), dict(_states(folder, reader))
-    known = {(cell.state, cell.stage): cell for cell in _read(folder)}
-    stages = [stage for stage in reader.manifest().stages if stage in kept]
+    known = {_key(cell): cell for cell in _read(folder)}
+    names = reader.manifest().columns
+    stages = [stage for stage in names if stage in kept]
     if compute and not stages:
         raise RunError(
             "a matrix scores the rows that stages with links kept",
@@ -182,11 +194,12 @@ def stage_matrix(
             "tie a link first" if kept else "train with data.keep_rows: true",
         )
     digests = {name: _digest(reader, strengths) for name, strengths in states.items()}
+    rows = {stage: _scored_on(reader, stage, kept[stage]) for stage in stages}
     missing = [
         (name, stage)
         for name, digest in digests.items()
         for stage in stages
-        if (digest, stage) not in known
+        if (digest, stage, rows[stage]) not in known
     ]
     if compute and missing:
         scorer = Scorer(reader, kept, speedups, progress)
@@ -194,12 +207,14 @@ def stage_matrix(
             for name in dict.fromkeys(name for name, _ in missing):
                 wanted = [stage for state, stage in missing if state == name]
                 for cell in scorer.score(name, states[name], wanted):
-                    known[cell.state, cell.stage] = cell
+                    known[_key(cell)] = cell
         finally:  # a signal loses one cell at most
             if not first_is_open(folder):  # its best point may be a part of a link of the same id
                 _write(folder, list(known.values()))
-    names = reader.manifest().stages
-    grid = [[known.get((digest, stage)) for stage in names] for digest in digests.values()]
+    grid = [
+        [known.get((digest, stage, rows.get(stage, ""))) for stage in names]
+        for digest in digests.values()
+    ]
     return StageMatrix(names, list(digests), grid)
 
 
@@ -239,7 +254,8 @@ class Scorer:
             each, weights = values(found, metric), weights_of(found, metric)
             error = standard_error(each, weights) if len(each) > 1 else 0.0
             counts = len(found.predictions), kept.counts[split]
-            yield Cell(state, stage, split, metric, found.metrics[metric], error, *counts)
+            on = _scored_on(self.reader, stage, kept)
+            yield Cell(state, stage, on, split, metric, found.metrics[metric], error, *counts)
 
     def evaluations(
         self, name: str, strengths: Strengths, stages: Sequence[str]
@@ -285,11 +301,23 @@ class Scorer:
 
     def _reference(self, stage: str) -> list[list[float]]:
         """Return what pairs score in the state that their stage began on."""
-        run = run_around(self.reader.path)
-        own = readers_of_stages(run).get(stage) or RunReader(run)
         rows: Rows = self.kept[stage].scored[1]
-        with self._engine(_tuned_on(own.manifest(), stage)) as engine:
+        with self._engine(_reference_of(self.reader, stage)) as engine:
             return engine.scores(rows[:])
+
+
+def _reference_of(reader: RunReader, stage: str) -> Strengths:
+    """Return the state that the pairs of a stage are compared to: the one that it began on."""
+    run = run_around(reader.path)
+    own = readers_of_stages(run).get(stage) or RunReader(run)
+    return _tuned_on(own.manifest(), stage)
+
+
+def _scored_on(reader: RunReader, stage: str, kept: Kept) -> str:
+    """Return the digest of what a score of a stage depends on beside the state that is scored."""
+    rows = reader.manifest().files[kept_rows(stage)]
+    reference = _digest(reader, _reference_of(reader, stage)) if kept.loss == "dpo" else ""
+    return hashlib.sha256(f"{rows} {reference}".encode()).hexdigest()[:16]
 
 
 def _states(run: Path, reader: RunReader) -> Iterator[tuple[str, Strengths]]:
@@ -342,30 +370,25 @@ def _digest(reader: RunReader, strengths: Strengths) -> str:
     return state_digest(manifest.base.fingerprint, entries)
 
 
-def _read(run: Path) -> list[Cell]:
+def _key(cell: Cell) -> tuple[str, str, str]:
+    return cell.state, cell.stage, cell.scored_on
+
+
+def _read(run: Path) -> Iterator[Cell]:
+    """Yield the cells that were kept, but for lines that are damaged or of another version."""
     try:
-        lines = (run / MATRIX).read_text(encoding="utf-8").splitlines()
-        return [_checked(json.loads(line)) for line in lines]
-    except FileNotFoundError:
-        return []
-    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
-        raise RunError(
-            f"{MATRIX} must be as it was written", f"{error} in {run}", "delete it: it is made anew"
-        ) from None
-
-
-def _checked(tree: dict[str, Any]) -> Cell:
-    if tree.pop("checksum", None) != checksum(tree):
-        raise ValueError("another checksum")
-    return Cell(**tree)
+        lines = (run / MATRIX).read_bytes().splitlines()
+    except OSError:  # there is none, or it cannot be read
+        return
+    for line in lines:
+        with suppress(ValidationError):
+            yield _CELL.validate_json(line, strict=True)
 
 
 def _write(run: Path, cells: Sequence[Cell]) -> None:
     """Keep the cells; numbers of a run that cannot be written are numbers too."""
-    trees = list(map(asdict, cells))
-    lines = [json.dumps(tree | {"checksum": checksum(tree)}) + "\n" for tree in trees]
     try:
         files.remove_scratch(run, MATRIX)
-        files.write_text(run / MATRIX, "".join(lines))
+        files.write_text(run / MATRIX, "".join(f"{json.dumps(asdict(cell))}\n" for cell in cells))
     except FileError as error:
         logger.warning("the scores are not kept: %s", error)

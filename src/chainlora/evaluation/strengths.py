@@ -30,9 +30,9 @@ def best_mix(
 ) -> tuple[dict[str, float], float, float]:
     """Return the strengths of stages with the best average, that average, and the one there is now.
 
-    The average is that of the matrix, over the rows of all stages that kept some; of a loss, the
-    less the better. Strengths 0, ¼, ½, ¾ and 1 are tried stage by stage, the last stage first,
-    until none changes. Nothing of the run is changed.
+    The average is that of the matrix, over all its columns that have rows (`Manifest.columns`); of
+    a loss, the less the better. Strengths 0, ¼, ½, ¾ and 1 are tried stage by stage, the last stage
+    first, until none changes. Nothing of the run is changed.
 
     Raises RunError where stages are judged by different metrics, which have no average, or where
     the links of one have several strengths.
@@ -40,15 +40,13 @@ def best_mix(
     folder, _ = split_address(run)
     reader = open_run(folder)
     kept, entries = reader.kept(), reader.manifest().loaded
-    stages = [stage for stage in reader.manifest().stages if stage in kept]
+    stages = [stage for stage in reader.manifest().columns if stage in kept]
     need_one_strength(reader.path, reader.manifest().stages)
     metrics = {kept[stage].metric for stage in stages}
     if len(metrics) != 1:
-        raise RunError(
-            "a mix is searched by one metric of all stages",
-            ", ".join(sorted(metrics)) or f"no rows of links in {folder}",
-            "name the strengths",
-        )
+        each = ", ".join(f"{stage}: {kept[stage].metric}" for stage in stages)
+        got = each or f"no rows of links in {folder}"
+        raise RunError("a mix is searched by one metric of all stages", got, "name the strengths")
     scorer = Scorer(reader, _to_choose_by(kept), progress=progress)
     sign = 1 if is_higher_better(metrics.pop()) else -1
 
@@ -86,7 +84,7 @@ def guard(
     manifest, kept = reader.manifest(), reader.kept()
     own = {entry.id for entry in manifest.loaded if entry.stage == manifest.stage}
     below = {e.id: e.strength for e in manifest.loaded if e.id not in own}
-    earlier = [stage for stage in manifest.stages if stage in kept and stage != manifest.stage]
+    earlier = [stage for stage in manifest.columns if stage in kept and stage != manifest.stage]
     scorer = Scorer(reader, _to_choose_by(kept), progress=progress)
     before = dict(scorer.evaluations("before", below, earlier))
     gains: dict[str, Gain] = {}

@@ -36,11 +36,14 @@ class RowFacts(NamedTuple):
 def training_rows(run_or_model: Address, tokenizer: Any) -> RowFacts | None:
     """Return what a run's training rows have in common.
 
-    None for a model, for rows without prompts, for those of a stage that is off, and where the rows
-    are not on this machine.
+    None for a model, for rows without prompts, for those of a stage that is off or comes later, and
+    where the rows are not on this machine.
     """
     config = config_of(run_or_model)
-    if config is None or open_run(run_or_model).manifest().is_off:
+    if config is None:
+        return None
+    reader = open_run(run_or_model)
+    if reader.manifest().is_off or reader.num_links is not None:
         return None
     try:
         rows = [row for row in _first_rows(config, tokenizer) if len(row.prompt) > 1]

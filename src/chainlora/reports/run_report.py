@@ -180,6 +180,11 @@ def _remarks(run: RunFacts) -> list[Block]:
             f"**{name} is not finished**: {position['links']} of {position['planned_links']} "
             f"links are tied, {position['step']} steps done."
         )
+    if (stage := run.inspection["unjudged"]) is not None:
+        found.append(
+            f"**{name} is not judged yet**: stage {as_text(stage)} is trained, and accept_links "
+            "has not chosen its strength."
+        )
     if (selected := run.manifest.selected) is not None:
         part = " and a part of the next" if selected.partial else ""
         found.append(

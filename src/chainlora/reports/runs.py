@@ -12,7 +12,7 @@ from chainlora.evaluation.stages import StageMatrix, stage_matrix
 from chainlora.runs.inspection import inspect_run
 from chainlora.runs.manifest import Manifest
 from chainlora.runs.records import Record, of_event, score_names
-from chainlora.runs.stages import open_run, read_stages
+from chainlora.runs.stages import read_stages, reader_of
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def read_runs(runs: Sequence[str | Path]) -> list[RunFacts]:
 
 def _read(run: str | Path, name: str) -> RunFacts:
     inspection = inspect_run(run)
-    reader = open_run(run)
+    reader = reader_of(run)
     manifest = reader.manifest()
     return RunFacts(
         name=name,
@@ -78,7 +78,7 @@ def _has_stages(run: str | Path, manifest: Manifest) -> bool:
     if not manifest.has_run:
         return False
     ended = read_stages(split_address(run)[0]).names
-    return len({*ended, *manifest.stages}) > 1
+    return len({*ended, *manifest.columns}) > 1
 
 
 def run_names(runs: Sequence[str | Path]) -> list[str]:

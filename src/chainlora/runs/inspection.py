@@ -21,7 +21,7 @@ from chainlora.chain.low_rank import (
 from chainlora.chain.showing import Shown
 from chainlora.runs.reading import Address
 from chainlora.runs.records import Record, last_loss, of_event
-from chainlora.runs.stages import open_run, readers_of_stages
+from chainlora.runs.stages import reader_of, readers_of_stages, unjudged_stage
 
 
 def inspect_run(run: Address) -> dict[str, Any]:
@@ -34,11 +34,12 @@ def inspect_run(run: Address) -> dict[str, Any]:
     of the principal angles, averaged over modules; 1 is the same input subspace), ``spectrum`` (its
     singular values, their mean over modules), and ``modules`` (‖ΔW‖_F of each). ``numbers`` is what
     was decided when each stage began. ``finished`` and ``position`` say where the run is: the step
-    and the number of whole links that a resume would start from.
+    and the number of whole links that a resume would start from. ``unjudged`` is the stage that
+    `accept_links` has not judged yet.
 
     Every file of the run is checked first. Raises RunError for one that is missing or has changed.
     """
-    reader = open_run(run)
+    reader = reader_of(run)
     manifest = reader.verify()
     # a saved chain has a live link where a run has a checkpoint
     links = reader.links_of(manifest, len(manifest.links) if manifest.has_run else None)
@@ -63,6 +64,7 @@ def inspect_run(run: Address) -> dict[str, Any]:
         "base": manifest.base.model,
         "hold": manifest.hold,
         "finished": reader.is_finished(manifest) or not manifest.has_run,
+        "unjudged": unjudged_stage(reader),
         "position": {
             "step": manifest.position.step,
             "links": len(links),

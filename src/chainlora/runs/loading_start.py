@@ -33,7 +33,7 @@ from chainlora.errors import ChainLoRAError, ConfigError, ModelError, RunError
 from chainlora.models.finding import folder_of, from_hub, hub_id_of, is_same_place
 from chainlora.models.identity import base_files, has_tokenizer
 from chainlora.runs.cards import is_hub_id
-from chainlora.runs.manifest import STAGE, link_entries
+from chainlora.runs.manifest import STAGE, START, link_entries
 from chainlora.runs.opening import is_whole_model
 from chainlora.runs.reading import RunReader, check_base
 from chainlora.runs.saved_chain import chain_folder, read_chain, restore_chain
@@ -42,7 +42,6 @@ from chainlora.runs.start import Start, next_id_after
 
 logger = logging.getLogger(__name__)
 
-IMPORTED = "start"  # the stage of a link that was made elsewhere
 _MERGE = "merge it with PEFT, and take the result as the model"
 
 
@@ -54,14 +53,11 @@ def load_start(source: str | Path, stage: str = STAGE) -> Start:
     or cannot become links.
     """
     if is_run(source):
-        run, _ = split_address(source)
-        if first_is_open(run):
-            raise RunError(
-                "a chain starts from a finished run, judged where it says `accept_links`",
-                run,
-                "finish it by the command that began it",
-            )
-        return _of_chain(open_run(source), stage)
+        run, reader = split_address(source)[0], open_run(source)
+        if reader.num_links is None and first_is_open(run):
+            rule = "a chain starts from a finished run"
+            raise RunError(rule, run, "finish it by the command that began it")
+        return _of_chain(reader, stage)
     folder = Path(expanduser(source))
     folder = folder if folder.exists() else from_hub(str(source), "start")
     tokenizer = folder if has_tokenizer(folder) else None
@@ -90,7 +86,7 @@ def fitted(start: Start, chain: Chain, name: str | None = None) -> Start:
     """
     if start.adapter is not None:
         _check_fit(start.adapter, chain.model)
-        entries = link_entries(start.links, chain.base_fingerprint, stage=IMPORTED)
+        entries = link_entries(start.links, chain.base_fingerprint, stage=START)
         own = str(getattr(getattr(chain.model, "config", None), "_name_or_path", "") or "")
         notes = _other_name(start.adapter, name or hub_id_of(own) or own)
         return replace(start, entries=tuple(entries), notes=start.notes + notes)
@@ -143,7 +139,10 @@ def load_chain(
 def _of_chain(reader: RunReader, stage: str) -> Start:
     """Return the links that a run is loaded as, the best point if it was kept."""
     manifest = reader.manifest()
-    if is_whole_model(reader, manifest):
+    kept = reader.kept()
+    if reader.num_links is not None:  # what it was before its own rows
+        kept = {name: rows for name, rows in kept.items() if name in manifest.columns}
+    elif is_whole_model(reader, manifest):
         raise RunError(
             "a chain starts from links",
             f"a run of full fine-tuning, {reader.path}",
@@ -157,7 +156,7 @@ def _of_chain(reader: RunReader, stage: str) -> Start:
         next_id_after(reader),
         manifest.base,
         tokenizer=reader.tokenizer(manifest),
-        kept=reader.kept(),
+        kept=kept,
     )
     if manifest.has_run:
         return start

@@ -31,6 +31,8 @@ FORMAT = 3
 CAUSAL = "CAUSAL_LM"  # PEFT's name of the task of causal language models
 READABLE = (2, 3)
 STAGE = "main"  # of links where no stage was named
+START = "start"  # what a run began on: the stage of an imported adapter, and rows given for it
+BASE = "base"  # the state of no links
 RESULT = "result.json"
 TOKENIZER = "tokenizer"  # folder of a tokenizer that is not the base's
 REFERENCE = "reference.safetensors"
@@ -209,6 +211,21 @@ class Manifest(_Part):
     def stages(self) -> list[str]:
         """Return the names of the stages that links are of, in their order."""
         return list(dict.fromkeys(link.stage for link in self.loaded))
+
+    @property
+    def columns(self) -> list[str]:
+        """Return what a matrix scores: the rows given for the start, and those of each stage."""
+        return list(dict.fromkeys([*([START] if START in self.kept else []), *self.stages]))
+
+    @property
+    def start_links(self) -> int:
+        """Return how many links a run began on: of an imported adapter, or those of another run."""
+        return sum(link.stage == START for link in self.links) or self.first
+
+    def until(self, count: int) -> Manifest:
+        """Return this as it began, with its first links alone."""
+        first = {"links": self.links[:count], "first": min(self.first, count)}
+        return self.model_copy(update=first | {"next_id": self.first_id, "selected": None})
 
     @property
     def is_off(self) -> bool:

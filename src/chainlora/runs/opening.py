@@ -62,7 +62,7 @@ def load_run(
             f"load_chain({str(run)!r}, model).detach()"
         )
     kind = dtype or manifest.base.dtype
-    if num_links != 0 and is_whole_model(reader, manifest):
+    if num_links != 0 and reader.num_links is None and is_whole_model(reader, manifest):
         if num_links is not None:
             raise RunError(
                 f"a number of links needs a chain (got {run}, a run of full fine-tuning); leave it "
@@ -70,7 +70,7 @@ def load_run(
             )
         return load_model(reader / "model", kind)
     links = reader.links_of(manifest, num_links)  # first, since a missing one is found at once
-    if not links and num_links is None:
+    if not links and num_links is None and reader.num_links is None:
         _refuse_unfinished(reader)
     folder = resolve_model(manifest.base.model)
     if manifest.base.files is not None:

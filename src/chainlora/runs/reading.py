@@ -38,11 +38,17 @@ logger = logging.getLogger(__name__)
 class RunReader:
     """One run on disk, to be read.
 
-    `strengths` of stages stand in for those that the links of these stages had in the run.
+    `strengths` of stages stand in for those that the links of these stages had in the run. With
+    `num_links`, it is the state of the first links, before those of its own stage.
     """
 
-    def __init__(self, path: str | Path, strengths: Mapping[str, float] | None = None) -> None:
-        self.path, self.strengths = Path(path), strengths or {}
+    def __init__(
+        self,
+        path: str | Path,
+        strengths: Mapping[str, float] | None = None,
+        num_links: int | None = None,
+    ) -> None:
+        self.path, self.strengths, self.num_links = Path(path), strengths or {}, num_links
         with files.reported(path, "read"):
             is_file = self.path.is_file()
         if is_file:
@@ -86,6 +92,8 @@ class RunReader:
                 return manifest
             place = {"model": from_above(manifest.base.model, self.path)}
             manifest = manifest.model_copy(update={"base": manifest.base.model_copy(update=place)})
+            if self.num_links is not None:
+                manifest = manifest.until(self.num_links)
             return manifest.at_strengths(self.strengths) if self.strengths else manifest
         except FileNotFoundError:
             raise RunError(

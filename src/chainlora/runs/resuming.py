@@ -13,6 +13,7 @@ from filelock import FileLock, Timeout
 
 from chainlora import files
 from chainlora.config.schema import RunConfig
+from chainlora.config.stages import OF_START
 from chainlora.config.yaml_text import one_value
 from chainlora.data.splits import named_sources, source_digest
 from chainlora.errors import FileError, RunError
@@ -227,10 +228,11 @@ def check_rows(before: str | None, rows: str | None) -> None:
 def _science(config: RunConfig) -> dict[str, Any]:
     """Return the keys of a config that decide the weights.
 
-    Not where it is written, what it begins on (its links tell), where rows of a task lie, who
-    watches, which process holds what.
+    Not where it is written, what it begins on (its links and kept rows tell), where rows of a task
+    lie, who watches, which process holds what.
     """
-    tree = config.model_dump(exclude={"output": True, "start": True, "data": {"dir"}})
+    other: dict[str, Any] = dict.fromkeys(("output", *OF_START), True)
+    tree = config.model_dump(exclude=other | {"data": {"dir"}})
     for key in ("trackers", "save_every", "log_every", "shard"):
         tree["train"].pop(key)
     flat = {key: tree.pop(key) for key in ("model", "quantize")}

@@ -4,8 +4,9 @@
     RUN/stages.json       the order of stages, and their strengths
     RUN/stages/style/     the second stage: a run directory that begins on the first one's links
 
-``RUN@STAGE`` names the state at the end of a stage, as it was then; ``RUN`` that of the last stage
-that has ended, each stage at the strength that ``stages.json`` gives it. That file is replaced as a
+``RUN@STAGE`` names the state at the end of a stage, as it was then, ``RUN@start`` the one that the
+first stage began on, and ``RUN@base`` the model without links; ``RUN`` that of the last stage that
+has ended, each stage at the strength that ``stages.json`` gives it. That file is replaced as a
 whole when a stage ends or a strength changes, so that readers never meet half a stage. A run of one
 stage has none until then.
 """
@@ -25,7 +26,7 @@ from chainlora.chain.checks import check_strengths
 from chainlora.chain.link import Link
 from chainlora.config.stages import is_run, split_address, stage_folder
 from chainlora.errors import ChainError, RunError
-from chainlora.runs.manifest import DAMAGED, checksum
+from chainlora.runs.manifest import BASE, DAMAGED, START, checksum
 from chainlora.runs.reading import Address, RunReader
 from chainlora.runs.resuming import take_lock
 
@@ -76,29 +77,40 @@ def open_run(
     """Return what reads a state: what loads, scores, inspects or exports a run takes it too.
 
     Args:
-        address: a run, which is its last stage that has ended, or ``RUN@STAGE``.
+        address: a run, which is its last stage that has ended, ``RUN@STAGE``, or ``RUN@start`` or
+            ``RUN@base``, before its first stage.
         stages: the stages that are switched on, or the strength of each; the others are off.
 
     Raises:
-        RunError: a stage that is not there, or that has no one strength.
+        RunError: a stage that is not there, that has no one strength, or that is not judged yet.
     """
-    reader = address if isinstance(address, RunReader) else _at(address)
+    reader, is_open = reader_of(address), isinstance(address, RunReader)
+    if not is_open and reader.exists and (name := unjudged_stage(reader)) is not None:
+        raise RunError(
+            f"Cannot use {address}: stage {name!r} is trained but not yet judged by accept_links. "
+            "Run the command that trained it again."
+        )
     if stages is None:
         return reader
     named = [stages] if isinstance(stages, str) else stages
     chosen = named if isinstance(named, Mapping) else dict.fromkeys(named, 1.0)
-    strengths = dict.fromkeys(_names_in(reader.path, chosen, address), 0.0)
+    strengths = dict.fromkeys(_names_in(reader, chosen, address), 0.0)
     strengths |= {each: float(value) for each, value in chosen.items()}
     need_one_strength(reader.path, [name for name, value in chosen.items() if value])
-    return RunReader(reader.path, strengths)
+    return RunReader(reader.path, strengths, reader.num_links)
 
 
-def _at(address: str | Path) -> RunReader:
+def reader_of(address: Address) -> RunReader:
+    """Return what reads a state as `open_run` does, even where it is not judged yet."""
+    if isinstance(address, RunReader):
+        return address
     run, name = split_address(address)
     if not is_run(run):
         return RunReader(run)
     found = read_stages(run)
     place = found.last if name is None else place_of(found, name, run)
+    if name in (START, BASE) and name not in found.names:
+        return RunReader(run, num_links=RunReader(run).manifest().start_links * (name == START))
     return RunReader(folder_of(run, found, place), found.strengths if name is None else {})
 
 
@@ -132,9 +144,9 @@ def need_whole(run: Path) -> None:
         raise RunError(rule, f"{run}, a stage of one", f"name {around}")
 
 
-def _names_in(folder: Path, chosen: Iterable[str], run: Address) -> list[str]:
+def _names_in(reader: RunReader, chosen: Iterable[str], run: Address) -> list[str]:
     """Return the stages that a run has links of. Raises RunError for others among `chosen`."""
-    names = RunReader(folder).manifest().stages
+    names = reader.manifest().stages
     for name in chosen:
         if name not in names:
             known = ", ".join(names) or "those that have links, and there is none"
@@ -143,7 +155,12 @@ def _names_in(folder: Path, chosen: Iterable[str], run: Address) -> list[str]:
 
 
 def place_of(found: Stages, name: str, run: Path) -> int:
-    """Return the place of a stage. Raises RunError for one that has not ended, or was pruned."""
+    """Return the place of a stage; of what was before the first one, that of the first one.
+
+    Raises RunError for one that has not ended, or was pruned.
+    """
+    if name in (START, BASE) and name not in found.names:
+        return 0
     if name not in found.here:
         is_begun = stage_folder(run, name) in half_trained(run, found)
         why = "was pruned" if name in found.names else "has not ended" if is_begun else ""
@@ -164,16 +181,25 @@ def half_trained(run: Path, found: Stages) -> list[Path]:
 
 
 def first_is_open(run: Path) -> bool:
-    """Say whether the first stage of a run has not ended: is half trained, or, on stages that it
-    must not harm (`accept_links`), not judged yet. A later one is judged in the run around it."""
+    """Say whether the first stage of a run has not ended: is half trained, or not judged yet."""
     first = RunReader(run)
     manifest = first.manifest()
     if (run / STAGES).is_file() or not manifest.has_run:
         return False
-    if not first.is_finished(manifest):
-        return True
-    is_guarded = isinstance(first.config().train.accept_links, float) and len(manifest.stages) > 1
-    return is_guarded and run_around(run) == run
+    return not first.is_finished(manifest) or unjudged_stage(first) is not None
+
+
+def unjudged_stage(reader: RunReader) -> str | None:
+    """Return the stage of a run directory that is trained, and that `accept_links` has not judged
+    yet by the rows of earlier ones; None where there is none. ``stages.json`` names judged ones."""
+    manifest, folder = reader.manifest(), reader.path.resolve()
+    is_trained = manifest.has_run and reader.is_finished(manifest) and reader.num_links is None
+    if len(manifest.columns) < 2 or not is_trained:
+        return None
+    around = run_around(folder)
+    if (around / STAGES).is_file() and manifest.stage in read_stages(around).names:
+        return None
+    return manifest.stage if isinstance(reader.config().train.accept_links, float) else None
 
 
 # --- the file ---
@@ -272,11 +298,12 @@ def mix_stages(run: str | Path, strengths: Mapping[str, float]) -> None:
     run = Path(run).expanduser()
     with alone_in(run):
         found = read_stages(run)
+        open_run(run)  # refuses a stage that is not judged
         if first_is_open(run):
             rule = "a run can be mixed when its first stage has ended"
             raise RunError(rule, run, "finish it by the command that began it")
         folder = folder_of(run, found, found.last)
-        _names_in(folder, strengths, run)
+        _names_in(RunReader(folder), strengths, run)
         need_one_strength(folder, strengths)
         merged = found.strengths | {name: float(value) for name, value in strengths.items()}
         RunReader(folder, merged).load_links()  # refuses what is not a sum

@@ -47,5 +47,6 @@ def next_id_after(reader: RunReader) -> int:
     It goes on after those that the run had planned, whether all of its links were made or not.
     """
     manifest = reader.manifest()
-    planned = len(reader.config().chain.ranks) if manifest.has_run else 0
+    is_run = manifest.has_run and reader.num_links is None
+    planned = len(reader.config().chain.ranks) if is_run else 0
     return max(manifest.next_id, manifest.first_id + planned)

@@ -10,7 +10,7 @@ from typing import Any, cast
 from chainlora.chain.showing import Shown
 from chainlora.config.loading import make_config, read_config
 from chainlora.config.schema import RunConfig
-from chainlora.config.stages import Stage, check_alone, make_stages
+from chainlora.config.stages import Stage, check_alone, has_stages, make_stages
 from chainlora.runs.loading_start import with_start
 from chainlora.runs.reading import RunReader
 from chainlora.runs.stages import open_run
@@ -49,9 +49,9 @@ def train(
     """
     if isinstance(config, str | Path):
         config = read_config(config)
-    if isinstance(config, RunConfig) and config.start is not None:
+    if isinstance(config, RunConfig) and has_stages(dict(config)):
         config = config.model_dump(mode="json")
-    if isinstance(config, Mapping) and ("stages" in config or config.get("start") is not None):
+    if isinstance(config, Mapping) and has_stages(config):
         stages = make_stages(with_start(config))
         return _of_stages(stages, listener, change, progress)
     checked = check_alone(config if isinstance(config, RunConfig) else make_config(config))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from chainlora.chain.holding import holding_named
 from chainlora.chain.link import Link
 from chainlora.config.loading import flatten
 from chainlora.config.schema import RunConfig
+from chainlora.config.stages import OF_START
 from chainlora.data.kept import Kept
 from chainlora.data.splits import Splits, check_files, prepare_splits
 from chainlora.engine.engine import Engine
@@ -41,8 +43,9 @@ from chainlora.models.text_config import context_length
 from chainlora.runs.directory import RunDirectory
 from chainlora.runs.following import FollowedDirectory
 from chainlora.runs.loading_start import fitted
-from chainlora.runs.manifest import Base, Progress
+from chainlora.runs.manifest import START, Base, Progress
 from chainlora.runs.start import NOTHING, Start
+from chainlora.runs.start_rows import rows_of_start
 from chainlora.training.deciding import decide
 from chainlora.training.events import Listener, Planned, RowsEncoded
 from chainlora.training.objectives import make_objective
@@ -95,10 +98,11 @@ def _prepare(
             begun,
             "delete that folder, or choose another output",
         )
-    if config.start is not None and start is NOTHING and begun is None:
+    given = [key for key in OF_START if getattr(config, key) is not None]
+    if given and start is NOTHING and begun is None:
         raise ConfigError(
-            "`start` is read by `chainlora train`, `extend` and `chainlora.train`",
-            f"{config.start!r} elsewhere",
+            f"`{given[0]}` is read by `chainlora train`, `extend` and `chainlora.train`",
+            f"{getattr(config, given[0])!r} elsewhere",
             "leave it out",
         )
     here = config  # as its base is found from here
@@ -110,6 +114,10 @@ def _prepare(
     if own is not None:  # instead of the base's
         tokenizer = load_tokenizer(own)
     with processes.in_turn():  # a bad row is told before the model is loaded
+        if begun is None and config.start_data is not None:
+            context = context_length(load_skeleton(here.model))
+            rows = rows_of_start(config.start_data, config.data, tokenizer, context)
+            start = replace(start, kept={START: rows, **start.kept})
         earlier = dict(start.kept if begun is None else begun.kept())
         if begun is not None:  # a run that is resumed has its own beside them
             earlier.pop(begun.manifest().stage, None)

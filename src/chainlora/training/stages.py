@@ -35,6 +35,7 @@ from chainlora.evaluation.stages import stage_matrix
 from chainlora.evaluation.strengths import guard
 from chainlora.models.finding import from_above
 from chainlora.runs.loading_start import load_start
+from chainlora.runs.manifest import BASE, START
 from chainlora.runs.reading import RunReader
 from chainlora.runs.stages import (
     alone_in,
@@ -44,6 +45,7 @@ from chainlora.runs.stages import (
     open_run,
     place_of,
     read_stages,
+    reader_of,
 )
 from chainlora.runs.start import NOTHING, Start, next_id_after
 from chainlora.training.events import Listener, StageBegins, StageGuarded
@@ -136,13 +138,14 @@ def extension(
         raise RunError("an extension must come after a stage", f"{name!r}, the first", "rename it")
     goes_on = [each for each in before if each in found.here][-1:]
     last = (goes_on or before)[-1] if named is None else found.names[place_of(found, named, run)]
-    if output is None and last not in (before[-1], *goes_on):
+    if output is None and (named in (START, BASE) or last not in (before[-1], *goes_on)):
         raise RunError(
             f"a run goes on at its last stage, {(goes_on or before)[-1]} (got {address}); give "
             "--output for a fork that begins there"
         )
     is_new = output is None and name not in found.names
-    if is_new and open_run(run).manifest().state != open_run(address).manifest().state:
+    ends = [reader_of(each).manifest().state for each in (run, address)]
+    if is_new and ends[0] != ends[1]:
         raise RunError(
             "a run goes on as `mix` has made it",
             f"{address}, which is the stage as it was trained",
@@ -182,8 +185,9 @@ def _train(
             start = NOTHING
             if where.state == "new":
                 start = _start(stage, run, is_first)
-                need_name(stage, what_is_below(start))
-                need_rows(stage, what_is_below(start))
+                below = what_is_below(start, stage.config)
+                need_name(stage, below)
+                need_rows(stage, below)
             result = train(stage.config, resume=True, listener=tell, change=change, start=start)
         if is_first_launched():
             _end(stage, run, is_first, tell)
@@ -193,7 +197,7 @@ def _train(
 def _end(stage: Stage, run: Path, is_first: bool, tell: Listener) -> None:
     """Name a stage as ended, at full strength or, with a tolerance, at what earlier ones bear."""
     folder = Path(stage.config.output or "")
-    is_judged = stage.tolerance is not None and len(RunReader(folder).manifest().stages) > 1
+    is_judged = stage.tolerance is not None and len(RunReader(folder).manifest().columns) > 1
     strength = 1.0
     if stage.tolerance is not None and is_judged:
         strength, gains = guard(folder, stage.tolerance, progress=_stop_if_requested)
@@ -214,7 +218,7 @@ def _wait_for_all() -> None:
 def _score(run: Path) -> None:
     """Score all stages in all states, where there are several and they kept rows."""
     manifest = open_run(run).manifest()
-    if len(manifest.stages) > 1 and manifest.kept:
+    if len(manifest.columns) > 1 and manifest.kept:
         stage_matrix(run, progress=_stop_if_requested)
 
 

@@ -13,6 +13,7 @@ import torch
 from chainlora.chain.adapters import check_targets, inside, matched_modules
 from chainlora.chain.checks import check_apart, check_strengths
 from chainlora.chain.link import Link
+from chainlora.config.schema import RunConfig
 from chainlora.config.stages import Stage, need_apart
 from chainlora.data.division import can_read_again
 from chainlora.data.kept import Kept
@@ -22,18 +23,15 @@ from chainlora.knots.driver import check_policy
 from chainlora.models.finding import from_above
 from chainlora.models.loading import load_skeleton
 from chainlora.models.text_config import context_length
-from chainlora.runs.loading_start import IMPORTED, load_start
+from chainlora.runs.loading_start import load_start
+from chainlora.runs.manifest import START
 from chainlora.runs.reading import RunReader
 from chainlora.runs.resuming import compare, refuse_if_other
-from chainlora.runs.stages import (
-    STAGES,
-    first_is_open,
-    half_trained,
-    open_run,
-    read_stages,
-)
-from chainlora.runs.start import Start
+from chainlora.runs.stages import STAGES, first_is_open, half_trained, read_stages, reader_of
+from chainlora.runs.start import NOTHING, Start
 from chainlora.training.optimizers import check_optimizer
+
+_GIVE_ROWS = "give some as `start_data`, or to a run by eval --matrix --start-rows FILE"
 
 
 @dataclass(frozen=True)
@@ -95,20 +93,29 @@ def _begun_on(stages: Sequence[Stage]) -> tuple[dict[str, str | None], list[Link
     if reader.exists:
         manifest = reader.manifest()
         below = _losses((e.stage for e in manifest.links[: manifest.first]), reader.kept())
-        return below, [entry.outline() for entry in open_run(reader.path).manifest().loaded]
-    if first.start is None:
-        return {}, []
-    start = load_start(first.start, stages[0].name)
-    return what_is_below(start), list(start.links)
+        loaded = reader_of(reader.path).manifest().loaded
+        return below, [entry.outline() for entry in loaded]
+    start = NOTHING if first.start is None else load_start(first.start, stages[0].name)
+    return what_is_below(start, first), list(start.links)
 
 
-def what_is_below(start: Start) -> dict[str, str | None]:
-    """Return the stages below one that begins there, and what their kept rows are learned by."""
-    names = [IMPORTED] if start.adapter is not None else [entry.stage for entry in start.entries]
-    return _losses(names, start.kept)
+def what_is_below(start: Start, config: RunConfig) -> dict[str, str | None]:
+    """Return the stages below one that begins there, and what their kept rows are learned by.
+
+    Raises RunError where the config brings rows for the start to those that are there.
+    """
+    names = [START] if start.adapter is not None else [entry.stage for entry in start.entries]
+    below = _losses(names, start.kept)
+    if config.start_data is None:
+        return below
+    if START in start.kept:
+        rule = "`start_data` is for a start without such rows"
+        raise RunError(rule, f"{config.start}, which has some", "leave it out")
+    return below | {START: learned_by(config.start_data.as_data(), None)}
 
 
 def _losses(names: Iterable[str], kept: Mapping[str, Kept]) -> dict[str, str | None]:
+    names = [*names, *([START] if START in kept else [])]
     return {name: kept[name].loss if name in kept else None for name in names}
 
 
@@ -133,6 +140,8 @@ def _new(stage: Stage) -> StageState:
     """Refuse what the files of a stage tell, before hours of the stages before it."""
     with naming(stage):
         check_files(stage.config.data, stage.config.train.loss)
+        if stage.config.start_data is not None:
+            check_files(stage.config.start_data.as_data(stage.config.data), None)
     return StageState(stage.name, "new")
 
 
@@ -141,6 +150,12 @@ def _state_of(stage: Stage, has_ended: bool, change: Collection[str]) -> StageSt
     if not has_ended and not reader.exists:
         return _new(stage)
     manifest = reader.verify()
+    if stage.config.start_data is not None and START not in manifest.kept:
+        raise RunError(
+            "`start_data` is read when a run begins",
+            f"some for {reader}, which has begun without",
+            f"leave it out, and call chainlora eval {reader} --matrix --start-rows FILE",
+        )
     compare(reader, manifest, stage.config, change, stage.name)
     is_finished = has_ended and reader.is_finished(manifest)
     state: Literal["finished", "stopped"] = "finished" if is_finished else "stopped"
@@ -212,7 +227,7 @@ def need_rows(stage: Stage, below: Mapping[str, str | None]) -> None:
     data, without = stage.config.data, [name for name, loss in below.items() if loss is None]
     missing = {
         "train.accept_links": without if stage.tolerance is not None else [],
-        "data.new_rows_only": [n for n in without if data.new_rows_only and n != IMPORTED],
+        "data.new_rows_only": [n for n in without if data.new_rows_only and n != START],
         "data.replay": without if data.replay and len(without) == len(below) else [],
     }
     for key, names in missing.items():
@@ -221,7 +236,8 @@ def need_rows(stage: Stage, below: Mapping[str, str | None]) -> None:
             raise RunError(
                 f"`{key}` of stage {stage.name!r} needs rows that earlier stages kept",
                 f"none of {', '.join(names)}",
-                f"train those with data.keep_rows: true, or set {key}: {off}",
+                (_GIVE_ROWS if names == [START] else "train those with data.keep_rows: true")
+                + f", or set {key}: {off}",
             )
     losses = {name: loss for name, loss in below.items() if loss is not None}
     own = learned_by(data, stage.config.train.loss)

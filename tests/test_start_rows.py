@@ -1,0 +1,192 @@
+"""Rows for what a run began on: a column for the matrix, the best mix, the guard and replay."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import write_rows
+from helpers import Stop, assert_same_links, settings
+
+from chainlora import evaluate_task, export_adapter, load_run, train
+from chainlora.cli.main import run as cli
+from chainlora.config.stages import make_stages
+from chainlora.errors import ChainLoRAError, ConfigError, RunError
+from chainlora.evaluation.stages import stage_matrix
+from chainlora.evaluation.strengths import best_mix
+from chainlora.files import checksums
+from chainlora.runs.pruning import prune_stage
+from chainlora.runs.stages import open_run
+from chainlora.training.stages import extension, train_stages
+
+SHORT = {"ranks": [4], "steps": [2]}
+
+
+def flipped(sentiment: Path, file: Path) -> Path:
+    """Write rows whose answers are the opposite."""
+    rows = map(json.loads, (sentiment / "train.jsonl").read_text().splitlines())
+    write_rows(file, [row | {"label": 1 - row["label"]} for row in rows])
+    return file
+
+
+def logits(run) -> torch.Tensor:
+    model, tokenizer = load_run(run)
+    return model(**tokenizer("a fine film", return_tensors="pt")).logits.detach()
+
+
+def general(sentiment: Path, *splits: str) -> dict:
+    """Return rows for the start: those of the task, of some splits."""
+    rows = {split: str(sentiment / f"{split}.jsonl") for split in splits}
+    return {"task": str(sentiment / "task.yaml")} | rows
+
+
+@pytest.fixture(scope="module")
+def trained_once(tiny_folder, sentiment, tmp_path_factory) -> Path:
+    """A run on an adapter: links 0 (the adapter's) and 1 of stage `mine`; `start` has no rows."""
+    folder = tmp_path_factory.mktemp("made")
+    first = settings(tiny_folder, sentiment, folder / "first", chain=SHORT | {"steps": [20]})
+    train(first)
+    export_adapter(folder / "first", folder / "adapter")
+    train(first | {"start": str(folder / "adapter"), "output": str(folder / "mine")})
+    return folder
+
+
+@pytest.fixture
+def made(trained_once, tmp_path) -> Path:
+    """The folder of a copy of that run, its adapter and the run that this is of."""
+    return shutil.copytree(trained_once, tmp_path / "made")
+
+
+def test_rows_for_an_adapter_are_given_to_a_run_and_count_from_then_on(
+    made, tiny_folder, sentiment, tmp_path, capsys
+):
+    run = made / "mine"
+    assert cli(["eval", str(run), "--matrix"]) == 0
+    said = capsys.readouterr()
+    assert f"give rows for it: chainlora eval {run} --matrix --start-rows FILE\n" in said.err
+    assert "start (no rows kept)" in said.out
+    assert cli(["mix", str(run), "--best", "--no-scores"]) == 0
+    said = capsys.readouterr().err
+    assert "the average is over the rows of mine\n" in said
+    assert f"what {run} began on has no rows (start)" in said
+    rows = [str(sentiment / "validation.jsonl"), "--task", str(sentiment / "task.yaml")]
+    assert cli(["eval", str(run), "--matrix", "--start-rows", *rows]) == 0
+    assert "start (accuracy, 16 validation rows)" in capsys.readouterr().out
+    found = stage_matrix(run)
+    assert (found.stages, found.states) == (["start", "mine"], ["base", "start", "mine"])
+    for state, row in zip(found.states, found.grid, strict=True):
+        score = evaluate_task(f"{run}@{state}")["metrics"]["accuracy"]
+        assert [cell.value for cell in row] == [score, score]
+    (summary,) = found.summaries()
+    assert summary.backward_transfer == found.grid[2][0].value - found.grid[1][0].value
+    assert cli(["mix", str(run), "--best", "--no-scores"]) == 0
+    said = capsys.readouterr().err
+    assert "over the rows of start, mine\n" in said
+    assert "has no rows" not in said
+    law = {"name": "law", "data": settings("", sentiment)["data"] | {"replay": 0.5}, "chain": SHORT}
+    with pytest.raises(ChainLoRAError, match="replay` needs rows"):  # `start` has none to train on
+        train_stages(extension(f"{run}@start", law | {"output": str(tmp_path / "none")}))
+    law["data"].pop("replay")
+    train_stages(extension(run, law))
+    train_stages(extension(run, law | {"name": "fork", "output": str(tmp_path / "fork")}))
+    prune_stage(run, "mine")
+    assert stage_matrix(run).stages == ["start", "law"]
+    assert stage_matrix(tmp_path / "fork").stages == ["start", "mine", "law", "fork"]
+    again = stage_matrix(tmp_path / "fork").grid[0][0]
+    assert cli(["eval", str(run), "--matrix", "--start-rows", rows[0]]) == 0  # other rows: as text
+    assert stage_matrix(run).grid[0][0].metric == "loss"
+    assert stage_matrix(tmp_path / "fork").grid[0][0] == again
+
+
+def test_what_was_before_a_run_is_an_address(made, tiny_folder, sentiment, tmp_path, capsys):
+    run, first = made / "mine", made / "first"
+    base = logits(f"{first}@base")
+    assert torch.equal(logits(f"{first}@start"), base)
+    assert torch.equal(logits(f"{run}@base"), base)
+    torch.testing.assert_close(logits(f"{run}@start"), logits(first), atol=1e-5, rtol=0)
+    assert not torch.equal(logits(f"{run}@start"), base)
+    to = ["--to", "adapter", "--output"]
+    assert cli(["export", f"{run}@start", *to, str(tmp_path / "out")]) == 0
+    assert cli(["export", f"{first}@start", *to, str(tmp_path / "none")]) == 1
+    for verb in (["inspect"], ["report"], ["generate", "--prompt", "a"]):
+        assert cli([verb[0], f"{run}@start", *verb[1:]]) == 0
+    again = {"name": "again", "data": settings("", sentiment)["data"], "chain": SHORT}
+    with pytest.raises(RunError, match=r"goes on at its last stage, mine \(got .*@start"):
+        extension(f"{run}@start", again)
+    mine = open_run(run).manifest().links[-1]
+    again["chain"] = again["chain"] | {"steps": [20]}
+    train_stages(extension(f"{run}@start", again | {"output": str(tmp_path / "fork")}))
+    fork = open_run(tmp_path / "fork")
+    assert [(e.id, e.tuned_on) for e in fork.manifest().links][-1] == (mine.id, mine.tuned_on)
+    assert list(fork.kept()) == ["again"]
+    assert_same_links(run, tmp_path / "fork")
+
+
+def test_the_plain_model_is_guarded_and_its_rows_are_replayed(
+    tiny_folder, sentiment, tmp_path, capsys
+):
+    """A first stage on top of the model alone: what the model could do is what an earlier stage is
+    elsewhere. Killed and resumed, without the files of these rows, it ends in the same bits."""
+    rows = flipped(sentiment, tmp_path / "flipped.jsonl")
+    tree = settings(tiny_folder, sentiment, tmp_path / "run", chain=SHORT | {"steps": [30]})
+    tree["data"] |= {"train": str(rows), "replay": 0.125}
+    own = shutil.copytree(sentiment, tmp_path / "own")
+    tree |= {"start_data": general(own, "train", "validation")}
+    tree["train"] |= {"accept_links": 0.0, "save_every": 1}
+    stages = make_stages(tree | {"output": str(tmp_path / "killed")})
+
+    def stop(event):
+        if event.name == "step" and event.step > 3:
+            raise Stop
+
+    with pytest.raises(Stop):
+        train_stages(stages, listener=stop)
+    (tmp_path / "mine.yaml").write_text(json.dumps(tree))
+    assert cli(["train", str(tmp_path / "mine.yaml"), "--json"]) in (0, 3)
+    (own / "validation.jsonl").unlink()
+    train_stages(stages)
+    assert_same_links(tmp_path / "run", tmp_path / "killed")
+    result = json.loads((tmp_path / "run/result.json").read_text())
+    assert result["data"]["train"]["replayed"] == 32
+    (one,), (other,) = (open_run(tmp_path / n).strengths.values() for n in ("run", "killed"))
+    assert one == other < 1
+    found = stage_matrix(tmp_path / "run")
+    assert found.stages == ["start", "run"]
+    assert found.states[:2] == ["base", "run"]
+    _, after, now = best_mix(tmp_path / "run")
+    assert after >= now
+    assert train_stages(stages) == [None]
+
+
+def test_what_cannot_be_taken_for_rows_of_the_start_is_refused(
+    made, trained_once, sentiment, capsys
+):
+    run, before = made / "mine", checksums(made / "mine")
+    file = str(sentiment / "validation.jsonl")
+    tree = settings(made / "none", sentiment, run, chain=SHORT | {"steps": [20]})
+    tree |= {"start": str(trained_once / "adapter"), "start_data": {"validation": file}}
+    del tree["model"]
+    with pytest.raises(RunError, match=r"has begun without.*eval .*mine --matrix --start-rows"):
+        train(tree)
+    for rows, got in (
+        ({}, "must name rows"),
+        ({"validation": 0.5}, "must name rows"),
+        ({"task": "rte", "validation": 0.5}, "`start_data.validation`"),
+        ({"train": "a", "validation": "b", "fields": {"no": "x"}}, "`start_data.fields`"),
+    ):
+        with pytest.raises(ConfigError, match=got):
+            train(tree | {"start_data": rows})
+    with pytest.raises(ConfigError, match="not base, start or now"):
+        make_stages({"output": "o", "stages": [{"name": "start"}]})
+    for words, status, got in (
+        ([file, "--start-rows", file], 2, "use it with --matrix"),
+        ([str(run), "--matrix", "--start-rows", file, "--links", "1"], 2, "leave --links out"),
+        ([f"{run}@mine", "--matrix", "--start-rows", file], 2, "leave @mine out"),
+        ([str(run), "--matrix", "--start-rows", "none.jsonl"], 1, "none.jsonl"),
+    ):
+        assert cli(["eval", *words]) == status
+        assert got in capsys.readouterr().err
+    assert checksums(run) == before
