@@ -27,7 +27,7 @@ from chainlora.config.stages import is_run, split_address, stage_folder
 from chainlora.errors import ChainError, RunError
 from chainlora.runs.manifest import DAMAGED, checksum
 from chainlora.runs.reading import Address, RunReader
-from chainlora.runs.resuming import take_lock
+from chainlora.runs.resuming import refuse_link, refuse_links, take_lock
 
 STAGES = "stages.json"
 
@@ -125,11 +125,13 @@ def run_around(folder: Path) -> Path:
 
 
 def need_whole(run: Path) -> None:
-    """Raise RunError for a later stage's own directory: what changes a run must see all of it."""
+    """Raise RunError for a later stage's own directory, and for symbolic links in a run: a change
+    must see the whole run, and nothing else."""
     folder = run.resolve()
     if (around := run_around(folder)) != folder:
         rule = "stages are added, mixed and pruned in the run that they are of"
         raise RunError(rule, f"{run}, a stage of one", f"name {around}")
+    refuse_links(run)
 
 
 def _names_in(folder: Path, chosen: Iterable[str], run: Address) -> list[str]:
@@ -153,8 +155,13 @@ def place_of(found: Stages, name: str, run: Path) -> int:
 
 
 def folder_of(run: Path, found: Stages, place: int) -> Path:
-    """Return the run directory of a stage."""
-    return run if place == 0 else stage_folder(run, found.names[place])
+    """Return the run directory of a stage. Raises RunError for one that lies elsewhere."""
+    if place == 0:
+        return run
+    folder = stage_folder(run, found.names[place])
+    for path in (folder.parent, folder):
+        refuse_link(path)
+    return folder
 
 
 def half_trained(run: Path, found: Stages) -> list[Path]:
