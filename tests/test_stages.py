@@ -632,6 +632,27 @@ def test_every_byte_of_stages_json_counts(two, tmp_path):
         assert found == read_stages(tmp_path / "run")  # a blank, or the case of an escape
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tree: tree.update(stages=[]), "no stage that was not pruned"),
+        (lambda tree: [each.update(pruned=True) for each in tree["stages"]], "no stage that was"),
+        (lambda tree: [each.update(name="style") for each in tree["stages"]], "a stage twice"),
+        (lambda tree: tree["stages"][0].update(name="\x1b[31m"), "should match pattern"),
+        (lambda tree: tree.update(strengths={"\x1b[31m": 0.5}), "should match pattern"),
+    ],
+    ids=["empty", "all pruned", "twice", "name", "strength"],
+)
+def test_a_received_stages_file_is_refused_in_a_line(two, tmp_path, chainlora, change, message):
+    path = tmp_path / "run/stages.json"
+    tree = json.loads(path.read_text())
+    del tree["checksum"]
+    change(tree)
+    path.write_text(signed(tree))
+    for verb in ("inspect", "mix"):
+        chainlora(f"{verb} {tmp_path / 'run'}").refused("must be as it was written", message)
+
+
 def test_a_stages_file_that_names_states_too_is_read(two, tmp_path):
     """As it was written before 0.3 was released, and by nobody read."""
     path = tmp_path / "run/stages.json"

@@ -16,16 +16,16 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from chainlora import files
 from chainlora.chain.checks import check_strengths
 from chainlora.chain.link import Link
 from chainlora.config.stages import is_run, split_address, stage_folder
 from chainlora.errors import ChainError, RunError
-from chainlora.runs.manifest import DAMAGED, checksum
+from chainlora.runs.manifest import DAMAGED, StageName, checksum
 from chainlora.runs.reading import Address, RunReader
 from chainlora.runs.resuming import refuse_link, refuse_links, take_lock
 
@@ -39,7 +39,7 @@ class _Part(BaseModel):
 class StageEntry(_Part):
     """A stage that has ended; pruned (`runs.pruning`), its name and its links' ids stay taken."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z][\w-]{0,63}$")]
+    name: StageName
     pruned: bool = False
 
 
@@ -48,7 +48,15 @@ class Stages(_Part):
 
     format: int = 1
     stages: list[StageEntry]
-    strengths: dict[str, float] = {}
+    strengths: dict[StageName, float] = {}
+
+    @model_validator(mode="after")
+    def _check(self) -> Stages:
+        if not self.here:
+            raise ValueError("no stage that was not pruned")
+        if len(set(self.names)) < len(self.names):
+            raise ValueError("a stage twice")
+        return self
 
     @property
     def names(self) -> list[str]:
