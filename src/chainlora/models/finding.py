@@ -62,6 +62,12 @@ def resolve_model(spec: str | Path) -> Path:
     return from_hub(spec)
 
 
+def names_a_file(spec: str) -> bool:
+    """Say whether a name is that of a package or a GGUF file, or of what is on this machine."""
+    is_pip_or_gguf = spec.startswith("pip:") or spec.lower().endswith(".gguf")
+    return is_pip_or_gguf or _moved(Path(os.path.expanduser(spec))).exists()
+
+
 def _moved(path: Path) -> Path:
     """Return a path, or where the same name lies in ``$CHAINLORA_MODELS`` if it lies only there.
 
@@ -132,30 +138,29 @@ def packaged_model(package: str) -> Path:
     )
 
 
-def from_hub(spec: str, key: str = "model") -> Path:
+def from_hub(spec: str) -> Path:
     """Return the folder of a repository on the Hub, downloaded or found in its cache.
 
-    `key` is what messages call it. Raises ModelError if nothing is found.
+    Raises ModelError if nothing is found.
     """
-    file = " or a .gguf file" if key == "model" else ""
-    moved = ", or set CHAINLORA_MODELS to the folder that holds it now" if key == "model" else ""
+    moved = ", or set CHAINLORA_MODELS to the folder that holds it now"
     try:
         return Path(snapshot_download(spec, allow_patterns=_WANTED, ignore_patterns=_UNWANTED))
     except HFValidationError as error:
         raise ModelError(
-            f"`{key}` must be a Hub id, an existing folder{file} (got {spec!r}); check the "
-            f"path{moved}"
+            f"`model` must be a Hub id, an existing folder or a .gguf file (got {spec!r}); check "
+            f"the path{moved}"
         ) from error
     except RepositoryNotFoundError as error:
         raise ModelError(
-            f"`{key}` must exist as a folder or on the Hub (got {spec!r}, found in neither); "
+            f"`model` must exist as a folder or on the Hub (got {spec!r}, found in neither); "
             f"check the spelling, or log in with `hf auth login` if it is private{moved}"
         ) from error
     except (LocalEntryNotFoundError, OSError) as error:
         raise ModelError(
-            f"`{key}` must be an existing folder or a Hub id within reach (got {spec!r}: no "
-            f"such folder, not in the Hub cache, no download possible); give a local folder{file}, "
-            f"or connect and unset HF_HUB_OFFLINE{moved}"
+            f"`model` must be an existing folder or a Hub id within reach (got {spec!r}: no "
+            f"such folder, not in the Hub cache, no download possible); give a local folder or a "
+            f".gguf file, or connect and unset HF_HUB_OFFLINE{moved}"
         ) from error
 
 
