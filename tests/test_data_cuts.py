@@ -151,9 +151,9 @@ def test_rows_that_are_too_long_are_left_out_counted_and_told(
 @pytest.mark.parametrize("loss", ["completion", "candidates"])
 def test_a_row_that_leaves_no_room_to_be_scored_is_not_held_out(tmp_path, loss):
     """A row may fit as it is trained on, and not with room for an answer, or all candidates."""
-    answer = {"labels": [" two", " a dog" * 8]} if loss == "candidates" else {
+    answer = {"labels": [" two", " a dog" * 10]} if loss == "candidates" else {
         "completion": "{{ completion }}", "references": "completion", "metric": "em",
-        "max_new_tokens": 20, "add_eos": True, "labels": None,
+        "max_new_tokens": 45, "add_eos": True, "labels": None,
     }  # fmt: skip
     task = write_task(tmp_path, prompt="{{ prompt }}", loss="completion", **answer)
     path = write_rows(tmp_path / "train.jsonl", answers(*range(1, 30)))
