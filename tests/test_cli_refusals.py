@@ -40,6 +40,19 @@ def test_what_a_run_cannot_do_is_refused_before_it_begins(chainlora, config, tmp
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("name", ["runs/none", "runs/none@facts", "no/such/run"])
+def test_a_run_that_is_not_there_is_told_with_what_was_looked_for(
+    chainlora, tiny_folder, tmp_path, monkeypatch, task, name
+):
+    monkeypatch.chdir(tmp_path)
+    looked = f"(got {name}: no {name.partition('@')[0]}/chain.json, no such "
+    for words in (f"generate {name} --prompt hi", f"eval {name} {task}", f"chat {name}"):
+        chainlora(words).refused("a run or model must be there", f"{looked}model on this machine")
+    keys = f"--start {name} --chain.ranks 2 --chain.steps 1 --output out --data.train no.jsonl"
+    (tmp_path / "config.yaml").write_text("{}")
+    chainlora(f"train config.yaml {keys}").refused("a run or adapter must be there", looked)
+
+
 @pytest.mark.parametrize(
     ("keys", "message"),
     [

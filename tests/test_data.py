@@ -63,7 +63,7 @@ def test_demonstrations_go_before_the_prompt_and_are_cut_first(colour):
     rows = [{"text": "the film", "label": 1}]
     (example,) = encode_examples(rows, tokenizer, task, before=before)
     assert tokenizer.decode(example.prompt, skip_special_tokens=True) == before + "the film It was"
-    (cut,) = encode_examples(rows, tokenizer, task, before=before, max_length=14, truncation="left")
+    (cut,) = encode_examples(rows, tokenizer, task, before=before, max_length=14, truncation="cut")
     assert cut.prompt == (0, *example.prompt[len(example.prompt) - len(cut.prompt) + 1 :])
 
 
@@ -136,7 +136,7 @@ def test_boundary_and_truncation_hold_for_any_text(prompt, words, special, limit
         assert spans == ((len(read), len(ids)),)  # MeZO: the last len(whole) - len(prompt) tokens
     longest = max(map(len, wholes))
     try:
-        (cut,) = encode_examples([row], tokenizer, CHOICE, max_length=limit, truncation="left")
+        (cut,) = encode_examples([row], tokenizer, CHOICE, max_length=limit, truncation="cut")
     except DataError:
         assert longest - len(read) + 1 > limit
         return
@@ -154,18 +154,19 @@ def test_a_row_too_long_is_named_with_length_limit_and_remedy(colour, tmp_path):
     path.write_text('{"text": "a", "label": 0}\n{"text": "%s", "label": 0}\n' % ("the film " * 50))
     rows, tokenizer = list(find_source(path)), make_tokenizer()
     with pytest.raises(
-        DataError, match=r"got \d+ tokens for at most 30 at .*long.jsonl line 2.*truncation: left"
+        DataError,
+        match=r"got \d+ tokens for at most 30 at .*long.jsonl line 2.*truncation: cut or drop$",
     ):
         encode_examples(rows, tokenizer, colour(), max_length=30)
-    with pytest.raises(DataError, match=r"scored must fit the context .*for at most 2 at"):
+    with pytest.raises(DataError, match=r"scored must fit the context .*for at most 2 at .*: drop"):
         encode_examples(
             rows,
             tokenizer,
             colour(labels=[" the rain and the plot", " x"]),
             max_length=2,
-            truncation="left",
+            truncation="cut",
         )
-    free = encode_examples(rows, tokenizer, colour(), max_length=30, truncation="left", reserve=12)
+    free = encode_examples(rows, tokenizer, colour(), max_length=30, truncation="cut", reserve=12)
     assert len(free[1].prompt) == 18
 
 
@@ -255,10 +256,10 @@ def test_a_long_chat_loses_its_oldest_turns_when_asked_to(special):
     tokenizer = make_tokenizer(special, CHAT)
     rows = [{"messages": TALK}]
     (whole,) = encode_examples(rows, tokenizer, "chat")
-    (cut,) = encode_examples(rows, tokenizer, "chat", max_length=20, truncation="left")
+    (cut,) = encode_examples(rows, tokenizer, "chat", max_length=20, truncation="cut")
     assert cut.sequences[0] == whole.sequences[0][-20:]
     assert scored(cut, tokenizer) == [["three</s>"]]
-    with pytest.raises(DataError, match="truncation: left"):
+    with pytest.raises(DataError, match="truncation: cut or drop"):
         encode_examples(rows, tokenizer, "chat", max_length=20)
 
 

@@ -89,7 +89,7 @@ def test_what_a_cut_takes_is_counted_and_told_once(tmp_path, caplog, format):
     tokenizer = make_tokenizer("bos", CHAT)
     whole = encode_examples(rows, tokenizer, format)
     path = write_rows(tmp_path / "rows.jsonl", rows)
-    data = DataConfig(train=str(path), max_length=24, truncation="left")
+    data = DataConfig(train=str(path), max_length=24, truncation="cut")
     with caplog.at_level(logging.WARNING, logger="chainlora"):
         splits = prepare_splits(data, tokenizer, 128)
     lost = sum(max(0, len(example.sequences[0]) - 24) for example in whole)
@@ -100,6 +100,84 @@ def test_what_a_cut_takes_is_counted_and_told_once(tmp_path, caplog, format):
     (record,) = caplog.records
     assert record.message.startswith(f"train: {summary.rows_cut} of 3 rows were longer")
     assert f"; {lost} tokens were cut" in record.message
+
+
+def answers(*lengths: int) -> list[dict]:
+    return [{"prompt": f"{n}" + " dogs" * n, "completion": " two", "label": 0} for n in lengths]
+
+
+def pairs(*lengths: int) -> list[dict]:
+    return [{"prompt": r["prompt"], "chosen": " two", "rejected": " no"} for r in answers(*lengths)]
+
+
+LONG = {
+    "text": (lambda *ns: [{"text": "dogs " * n} for n in ns], None),
+    "completion": (answers, None),
+    "chat": (lambda *ns: [{"messages": [TALK[0] | {"content": "dogs " * n}, TALK[1]]} for n in ns],
+             None),
+    "pairs": (pairs, "dpo"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("in_memory", [True, False], ids=["memory", "store"])
+@pytest.mark.parametrize("kind", LONG)
+def test_rows_that_are_too_long_are_left_out_counted_and_told(
+    tmp_path, cache, caplog, monkeypatch, kind, in_memory
+):
+    if not in_memory:
+        monkeypatch.setattr(preparing, "IN_MEMORY", 0)
+    rows, loss = LONG[kind]
+    train = write_rows(tmp_path / "train.jsonl", rows(1, 90, 2, 80, 3))
+    test = write_rows(tmp_path / "test.jsonl", rows(4, 70))
+    data = {"train": str(train), "test": str(test), "max_length": 60, "truncation": "drop"}
+    tokenizer = make_tokenizer("bos", CHAT)
+    with caplog.at_level(logging.WARNING, logger="chainlora"):
+        splits = prepare_splits(DataConfig(**data), tokenizer, 128, loss=loss)
+    assert [example.row for example in splits.train] == [0, 2, 4]
+    assert [example.row for example in splits.test] == [0]
+    report = splits.report()
+    counts = [[report[split][key] for key in ("rows", "rows_dropped", "examples")]
+              for split in ("train", "test")]  # fmt: skip
+    assert counts == [[5, 2, 3], [2, 1, 1]]
+    told = [record.message for record in caplog.records]
+    assert told[0].startswith("train: 2 of 5 rows were longer than data.max_length")
+    assert told[1].startswith("test: 1 of 2 rows were longer")
+    assert told[1].endswith("are left out (truncation: drop)")
+    write_rows(train, rows(90, 80))
+    with pytest.raises(DataError, match=r"some row must fit .*got 2 longer ones, up to \d+ tokens"):
+        prepare_splits(DataConfig(**data), tokenizer, 128, loss=loss)
+
+
+@pytest.mark.parametrize("loss", ["completion", "candidates"])
+def test_a_row_that_leaves_no_room_to_be_scored_is_not_held_out(tmp_path, loss):
+    """A row may fit as it is trained on, and not with room for an answer, or all candidates."""
+    answer = {"labels": [" two", " a dog" * 10]} if loss == "candidates" else {
+        "completion": "{{ completion }}", "references": "completion", "metric": "em",
+        "max_new_tokens": 45, "add_eos": True, "labels": None,
+    }  # fmt: skip
+    task = write_task(tmp_path, prompt="{{ prompt }}", loss="completion", **answer)
+    path = write_rows(tmp_path / "train.jsonl", answers(*range(1, 30)))
+    data = {"task": str(task), "train": str(path), "validation": 0.5, "max_length": 60}
+    data = DataConfig(**data, truncation="drop")
+    splits = prepare_splits(data, make_tokenizer("bos"), 128)
+    held_out = {example.row for example in splits.validation}
+    trained = {example.row for example in splits.train}
+    assert held_out
+    assert not held_out & trained
+    assert max(held_out) < max(trained)
+    again = prepare_splits(data, make_tokenizer("bos"), 128, to_score="train", bound=splits.bound)
+    assert {example.row for example in again.train} < trained
+
+
+def test_left_is_an_earlier_name_of_cut(tmp_path):
+    path = write_rows(tmp_path / "rows.jsonl", answers(9, 30))
+    cut, left = (
+        prepare_splits(
+            DataConfig(train=str(path), max_length=24, truncation=name), make_tokenizer("bos"), 128
+        ).train[:]
+        for name in ("cut", "left")
+    )
+    assert cut == left
 
 
 @pytest.mark.parametrize("template", [CHAT, "{{ bos_token }}" + CHAT])

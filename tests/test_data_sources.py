@@ -42,6 +42,24 @@ UNREADABLE = [
     ("bad.jsonl", b"\n \n", r"at least one row .*bad.jsonl"),
     ("bad.jsonl", b'[\n {"a": 1}\n]\n', r"line 1 column .*; a file of one JSON value must end in"),
     ("bad.jsonl", FIRST + b'{"text": "\xff"}\n', r"must be UTF-8 .*bad.jsonl line 2"),
+    (
+        "bad.jsonl",
+        b'{"text": "caf\xe9"}\n',
+        r"probably Latin-1 or Windows-1252, .*caf\xe9.* line 1\); convert it: iconv -f WINDOWS",
+    ),
+    ("bad.json", '[{"text": "a"}]'.encode("utf-16"), r"got UTF-16 at .*iconv -f UTF-16 -t UTF-8"),
+    (
+        "bad.csv",
+        b"text\nok\ncaf\xe9\n",
+        r"Latin-1 or Windows-1252, '.*caf\xe9.* at .*bad.csv after line 0\); convert it",
+    ),
+    ("bad.csv", "text,label\na,1\n".encode("utf-16"), r"got UTF-16 at .*bad.csv after line 0"),
+    (
+        "bad.csv",
+        b"text;label\na,b;1\n",
+        r"separate fields by commas \(got semicolons in the header of .*bad.csv.*sep=';'\)",
+    ),
+    ("bad.csv", b"text\tlabel\na\t1\n", r"got tabs in the header of .*bad.csv.*sep='\\t'\)"),
     ("bad.jsonl", FIRST + b'{"a": "b", "a": "c"}\n', r"'a' twice in an object at .*line 2"),
     ("bad.jsonl", b'{"a": [{"b": 1, "b": 2}]}\n', r"'b' twice in an object at .*line 1"),
     (

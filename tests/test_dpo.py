@@ -173,7 +173,7 @@ def test_a_cut_takes_as_much_of_both_prompts_and_nothing_of_the_answers():
     row = {"prompt": "one two three four five", "chosen": " a cat sat", "rejected": " no"}
     (whole,) = encode_examples([row], tokenizer, "auto", objective="dpo")
     limit = len(whole.sequences[0]) - 3
-    keys = {"objective": "dpo", "max_length": limit, "truncation": "left"}
+    keys = {"objective": "dpo", "max_length": limit, "truncation": "cut"}
     (cut,) = encode_examples([row], tokenizer, "auto", **keys)
     assert scored(cut, tokenizer) == scored(whole, tokenizer)
     assert [len(a) - len(b) for a, b in zip(whole.sequences, cut.sequences, strict=True)] == [3, 3]

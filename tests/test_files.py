@@ -107,5 +107,7 @@ def test_what_is_named_as_backups_are_is_no_scratch(tmp_path):
     own = {"chain.json.old", "config.yaml.new", "links.old", "v1-2.old"}
     for name in (*own, "chain.json.12-3.new", "links.12-0.old"):
         (tmp_path / name).mkdir()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "links.12-1.old").symlink_to(tmp_path / "mine")
     files.remove_scratch(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == own
+    assert {path.name for path in tmp_path.iterdir()} == {*own, "mine"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 import transformers
 from conftest import make_tiny_folder, write_rows
 from helpers import settings
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from chainlora import Chain, LinkConfig, extend, load_run, save_chain, train
@@ -49,13 +51,13 @@ def make_base(folder: Path, name: str, **more: object) -> Path:
     kind, keys = MODELS[name]
     tokenizer = AutoTokenizer.from_pretrained(make_tiny_folder(folder))
     config = getattr(transformers, f"{kind}Config")(
-        vocab_size=len(tokenizer) + 3,  # as many have rows to spare
         hidden_size=32,
         num_hidden_layers=7 if kind == "Gemma3Text" else 2,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=64,
-        **{"intermediate_size": 64} | keys | more,
+        # the embedding has rows to spare, as many have
+        **{"intermediate_size": 64, "vocab_size": len(tokenizer) + 3} | keys | more,
     )
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
@@ -171,6 +173,65 @@ def test_a_tokenizer_of_sentencepiece_is_the_same(tmp_path, shared_models):
     kinds = gguf.GGUFReader(tmp_path / "out" / "model.gguf").fields
     assert kinds["tokenizer.ggml.model"].contents() == "llama"
     assert kinds["tokenizer.ggml.add_bos_token"].contents()
+
+
+def with_gemmas_tokenizer(base: Path, model: str) -> Path:
+    """Give a tiny model a tokenizer as Gemma's: sentencepiece's BPE, without a blank in front."""
+    core = Tokenizer(models.BPE(byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
+    core.normalizer = normalizers.Replace(" ", "▁")
+    core.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    special = ["<pad>", "<eos>", "<bos>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=special, show_progress=False)
+    core.train_from_iterator([TEXT] * 2, trainer)
+    tree = json.loads(core.to_str())["model"]
+    tokenizer = transformers.GemmaTokenizer(tree["vocab"], list(map(tuple, tree["merges"])))
+    make_base(base, model, vocab_size=len(tokenizer))
+    (base / "tokenizer.json").unlink()
+    tokenizer.save_pretrained(base)
+    return base
+
+
+@pytest.mark.parametrize("model", ["gemma", "gemma2"])
+def test_a_tokenizer_of_gemma_is_the_same(tmp_path, model):
+    base = with_gemmas_tokenizer(tmp_path / "base", model)
+    export_gguf(make_chain(tmp_path / "chain", base, ["v_proj"]), tmp_path / "out")
+    fields = gguf.GGUFReader(tmp_path / "out" / "model.gguf").fields
+    assert fields["general.architecture"].contents() == model
+    assert fields["tokenizer.ggml.model"].contents() == "llama"
+
+
+def test_a_tokenizer_of_another_kind_is_refused_before_weights_are_read(tmp_path):
+    base = with_gemmas_tokenizer(tmp_path / "base", "llama")
+    run = make_chain(tmp_path / "chain", base, ["v_proj"])
+    (base / "model.safetensors").write_bytes(b"no weights")
+    with pytest.raises(ModelError, match="must hold its tokenizer"):
+        export_gguf(run, tmp_path / "out")
+
+
+PHI3 = {"</s>": True, "<|end|>": True, "<s>": False, "<|endoftext|>": False, "<unk>": False}
+
+
+@pytest.mark.parametrize(
+    ("model", "folder", "tokens", "name"),
+    [
+        ("llama", "my-PHI3-notes", {}, "my-Phi 3-notes"),
+        ("llama", "phi-3", {"<|end|>": True}, "Phi 3"),
+        ("llama", "notes", {}, "notes"),
+        ("phi3", "notes", PHI3, "Phi-3 notes"),
+        ("phi3", "Phi-3-mini", PHI3, "Phi-3-mini"),
+    ],
+)
+def test_a_folders_name_does_not_change_what_llama_cpp_does(tmp_path, model, folder, tokens, name):
+    """llama.cpp strips blanks after special tokens where the model's name contains phi3."""
+    base = make_base(tmp_path / folder, model)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    added = [AddedToken(token, rstrip=strips, special=True) for token, strips in tokens.items()]
+    tokenizer.add_tokens(added)
+    tokenizer.save_pretrained(base)
+    export_gguf(make_chain(tmp_path / "chain", base, ["o_proj"]), tmp_path / "out", as_adapter=True)
+    for file in ("base.gguf", "adapter.gguf"):
+        fields = gguf.GGUFReader(tmp_path / "out" / file).fields
+        assert fields["general.name"].contents() == name
 
 
 def test_chat_templates_for_chats_and_tools_are_kept(tmp_path):

@@ -28,6 +28,7 @@ from chainlora.errors import ChainLoRAError, ConfigError, RunError, StoppedError
 from chainlora.evaluation.stages import stage_matrix
 from chainlora.evaluation.strengths import best_mix
 from chainlora.files import checksums, sha256
+from chainlora.runs.directory import RunDirectory
 from chainlora.runs.inspection import inspect_run
 from chainlora.runs.loading_start import load_start
 from chainlora.runs.pruning import prune_stage
@@ -618,7 +619,9 @@ def test_a_run_that_has_begun_does_not_need_what_it_began_on(config, tmp_path, c
     assert open_run(fork).manifest().stages == ["facts", "style"]
     with pytest.raises(ConfigError, match=r"`start` must be what the run began on .*run@other"):
         train(own | {"start": f"{tmp_path / 'run'}@other"})
-    with pytest.raises(ChainLoRAError, match=r"`start` must be .*run@facts"):
+    with pytest.raises(
+        ChainLoRAError, match=r"a run or adapter must be there .*run@facts: no .*run/chain.json"
+    ):
         train(own | {"output": str(tmp_path / "third")})
 
 
@@ -671,6 +674,27 @@ def test_every_byte_of_stages_json_counts(two, tmp_path):
             continue
         path.write_bytes(whole)
         assert found == read_stages(tmp_path / "run")  # a blank, or the case of an escape
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tree: tree.update(stages=[]), "no stage that was not pruned"),
+        (lambda tree: [each.update(pruned=True) for each in tree["stages"]], "no stage that was"),
+        (lambda tree: [each.update(name="style") for each in tree["stages"]], "a stage twice"),
+        (lambda tree: tree["stages"][0].update(name="\x1b[31m"), "should match pattern"),
+        (lambda tree: tree.update(strengths={"\x1b[31m": 0.5}), "should match pattern"),
+    ],
+    ids=["empty", "all pruned", "twice", "name", "strength"],
+)
+def test_a_received_stages_file_is_refused_in_a_line(two, tmp_path, chainlora, change, message):
+    path = tmp_path / "run/stages.json"
+    tree = json.loads(path.read_text())
+    del tree["checksum"]
+    change(tree)
+    path.write_text(signed(tree))
+    for verb in ("inspect", "mix"):
+        chainlora(f"{verb} {tmp_path / 'run'}").refused("must be as it was written", message)
 
 
 def test_a_stages_file_that_names_states_too_is_read(two, tmp_path):
@@ -1241,6 +1265,43 @@ def test_a_pruning_from_elsewhere_leaves_the_relative_name_of_the_base(
     prune_stage(tmp_path / "run", "style")
     for folder in (tmp_path / "run", tmp_path / "run/stages/style"):
         assert json.loads((folder / "chain.json").read_text())["base"]["model"] == "base"
+
+
+LINKED = ("checkpoints", "best", "links", "rows", "stages", "stages/style", "stages/style/links")
+LINKED_FILES = (".lock", "metrics.jsonl", "chain.png")
+
+
+@pytest.mark.parametrize("name", [*LINKED, *LINKED_FILES])
+def test_a_received_run_changes_nothing_outside_itself(two, tmp_path, chainlora, name):
+    """Every verb that changes a run refuses a symbolic link in it; `inspect` draws a picture, and
+    follows none."""
+    run, outside, config = tmp_path / "run", tmp_path / "outside", tmp_path / "config.yaml"
+    if (run / name).exists():
+        (run / name).rename(outside)
+    elif name in LINKED_FILES:
+        outside.write_text("mine")
+    else:
+        (outside / "00000001.1-2.new").mkdir(parents=True)
+        (outside / "00000001").write_text("mine")
+    (run / name).symlink_to(outside)
+    before = sha256(outside) if outside.is_file() else sorted(outside.rglob("*"))
+    law = stage_of(two, "style") | {"name": "law"}
+    config.write_text(json.dumps(two | {"stages": [*two["stages"], law]}))
+    (tmp_path / "law.yaml").write_text(json.dumps(law))
+    for words in (
+        f"prune {run} style",
+        f"prune {run} style --yes",
+        f"mix {run} style=0",
+        f"extend {run} {tmp_path / 'law.yaml'}",
+        f"train {config}",
+    ):
+        done = chainlora(words)
+        assert done.status == 1
+        assert f"a run must hold no symbolic links (got {run / name} ->" in done.err
+    with pytest.raises(RunError, match="must hold no symbolic links"):
+        RunDirectory(run).open(make_stages(two)[0].config, resume=True)
+    assert chainlora(f"inspect {run}").status == int(name in ("stages", "stages/style"))
+    assert before == (sha256(outside) if outside.is_file() else sorted(outside.rglob("*")))
 
 
 def test_what_cannot_be_pruned_is_refused_and_the_command_asks_first(three, tmp_path, capsys):

@@ -272,7 +272,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
 }
 FILES: dict[str, tuple[Any, str]] = {
     "pickle": (without_weights, "must be safetensors.*only adapter_model.bin"),
-    "no folder": (shutil.rmtree, "`start` must be"),
+    "no folder": (shutil.rmtree, "a run or adapter must be there"),
     "nothing": (lambda f: (f / "adapter_config.json").unlink(), "starts from a run, a saved chain"),
     "more tokens": (with_rows(135), "vocabulary.*135 rows for 131"),
     "fewer tokens": (with_rows(100), "vocabulary.*100 rows for 131"),

@@ -214,6 +214,35 @@ def test_a_run_of_version_0_2_loads_exports_and_resumes(rich_config, tmp_path, c
     export_adapter(tmp_path / "run", tmp_path / "adapter")
 
 
+ESCAPE = "\x1b[31mred"
+PRINTED = {
+    "base.model": lambda tree: tree["base"].update(model=ESCAPE),
+    "base.task_type": lambda tree: tree["base"].update(task_type=ESCAPE),
+    "hold": lambda tree: tree.update(hold=ESCAPE),
+    "stage": lambda tree: tree.update(stage="../main"),
+    "kept.0": lambda tree: tree.update(kept=["a b"]),
+    "versions.torch": lambda tree: tree["versions"].update(torch=ESCAPE),
+    "links.0.tuned_on": lambda tree: tree["links"][0].update(tuned_on=ESCAPE),
+    "links.1.stage": lambda tree: tree["links"][1].update(stage=ESCAPE),
+    "links.2.stage": lambda tree: tree["links"][2].update(stage="x" * 65),
+}
+
+
+@pytest.mark.parametrize("place", PRINTED)
+def test_names_of_a_received_run_are_names_and_no_terminal_escapes(run_copy, chainlora, place):
+    tree = json.loads((run_copy / "chain.json").read_text())
+    del tree["checksum"]
+    PRINTED[place](tree)
+    sign(run_copy, **tree)
+    chainlora(f"inspect {run_copy}").refused("chain.json must hold valid values", f"`{place}`")
+
+
+def test_a_score_of_a_received_run_is_no_terminal_escape(run_copy, chainlora):
+    edit(run_copy / "metrics.jsonl", '"accuracy"', json.dumps(ESCAPE))
+    sign(run_copy, records=None)
+    chainlora(f"inspect {run_copy}").refused("metrics.jsonl", "a key with control characters")
+
+
 def test_an_absurd_place_in_a_manifest_of_0_2_is_refused_and_takes_no_memory(run_copy):
     as_format_2(run_copy)
     links = json.loads((run_copy / "chain.json").read_text())["links"]

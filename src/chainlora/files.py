@@ -233,7 +233,8 @@ def remove_scratch(folder: Path, name: str = "") -> None:
     """
     for entry in list(folder.iterdir()) if folder.is_dir() else ():
         if is_scratch(entry.name) and name in ("", _SCRATCH.sub("", entry.name)):
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+            is_folder = entry.is_dir() and not entry.is_symlink()
+            shutil.rmtree(entry) if is_folder else entry.unlink()
 
 
 def is_scratch(name: str) -> bool:

@@ -92,10 +92,11 @@ class DataConfig(Section):
     rows to train on."""
     max_length: Annotated[int, Field(ge=2, lt=LARGEST)] | None = None
     """Longest sequence in tokens; `null` is the model's context."""
-    truncation: Literal["error", "left"] | None = None
-    """What happens to a [longer row](rows.md#what-is-too-long): `error` refuses it, `left` drops
-    the oldest tokens. `null` is the task's own choice; for files it is `error`, but for `text`,
-    which becomes several examples."""
+    truncation: Literal["drop", "cut", "error", "left"] | None = None
+    """What happens to a [longer row](rows.md#what-is-too-long): `drop` leaves it out, `cut` (or
+    `left`, its earlier name) removes the oldest tokens of the prompt, `error` refuses it. `null` is
+    the task's own choice; for files it is `error`, but for `text`, which becomes several examples.
+    Validation and test rows have the same rule."""
     shots: Number = 0
     """Number of training rows of a task shown, with their answers, before each prompt. They are not
     trained on; if links are trained, some rows must be left."""

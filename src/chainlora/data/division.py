@@ -149,6 +149,17 @@ def pick(rows: Rows, mask: NDArray[np.bool_]) -> Rows:
     return rows if mask.all() else PickedRows(rows, np.flatnonzero(mask))
 
 
+def aligned(scored: Rows, files: Rows, mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Return a mask of rows of a file for the same rows, encoded to be scored.
+
+    These may be fewer: with room for an answer, more of them are too long, and are dropped.
+    """
+    if len(scored) == len(files):
+        return mask
+    chosen = {files[int(place)].row for place in np.flatnonzero(mask)}
+    return np.array([each.row in chosen for each in scored], bool)
+
+
 def _joined(hashes: Iterable[NDArray[np.int64]]) -> NDArray[np.int64]:
     return np.concatenate([np.empty(0, np.int64), *hashes])
 

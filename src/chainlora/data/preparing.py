@@ -29,7 +29,7 @@ from chainlora.data.encoding.fitting import Counts
 from chainlora.data.encoding.translated import FIELDS as TRANSLATED
 from chainlora.data.examples import Example
 from chainlora.data.parallel import map_in_processes, num_workers
-from chainlora.data.rows import MemoryRows, Rows, RowsSummary
+from chainlora.data.rows import COUNTED, MemoryRows, Rows, RowsSummary
 from chainlora.data.sources import Chunk, Source
 from chainlora.data.store import (
     Arrays,
@@ -140,8 +140,7 @@ def _built(
 
 
 def _summary(counts: Counts, examples: int, tokens: int, digest: str) -> RowsSummary:
-    names = ("rows", "rows_split", "rows_cut", "tokens_cut")
-    found = {name: getattr(counts, name) for name in names}
+    found = {name: getattr(counts, name) for name in COUNTED}
     unread = tuple(counts.unread)
     return RowsSummary(examples=examples, tokens=tokens, unread=unread, digest=digest, **found)
 

@@ -14,6 +14,7 @@ from typing import Any, BinaryIO, NamedTuple
 from chainlora.errors import DataError
 
 _CORRECT = "correct or remove the row"
+_SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars"}
 _BATCH = 256  # rows of a Parquet file decoded at a time
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # half of a character, when it stands alone
 
@@ -21,6 +22,17 @@ _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # half of a character, when it s
 def bad_row(rule: str, got: object, place: str, remedy: str = _CORRECT) -> DataError:
     """Return what is wrong with a row, which is named by file and line."""
     return DataError(rule, f"{got} at {place}", remedy)
+
+
+def not_utf8(error: UnicodeDecodeError, place: str) -> DataError:
+    """Return what a text that is not UTF-8 probably is, and how to convert it."""
+    name, got = "WINDOWS-1252", "probably Latin-1 or Windows-1252"
+    if error.object.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        name = got = "UTF-16"
+    else:
+        near = error.object[max(0, error.start - 10) : error.start + 10]
+        got += f", {near.decode('cp1252', 'replace')!r},"
+    return bad_row("data must be UTF-8", got, place, f"convert it: iconv -f {name} -t UTF-8")
 
 
 class Record(NamedTuple):
@@ -58,6 +70,7 @@ def _read_csv(file: BinaryIO, path: Path) -> Iterator[Record]:
         reader, line = csv.reader(text, strict=True), 0  # the last line read, of a row of several
         try:
             names = next(reader, [])
+            _check_separator(names, path)
             _check_names(names, path)
             line = reader.line_num
             for values in reader:
@@ -68,12 +81,22 @@ def _read_csv(file: BinaryIO, path: Path) -> Iterator[Record]:
                     rule = f"a CSV row must have the header's {len(names)} fields"
                     raise bad_row(rule, len(values), f"{path} line {first}")
                 yield Record(first, dict(zip(names, values, strict=True)), file.tell() / size)
-        except UnicodeDecodeError:
-            got = f"other bytes in {path} after line {reader.line_num}"
-            raise DataError("data must be UTF-8", got, "convert the file") from None
+        except UnicodeDecodeError as error:
+            raise not_utf8(error, f"{path} after line {reader.line_num}") from None
         except csv.Error as error:
             place, remedy = f"{path} line {line + 1}", "correct it, or write JSON lines"
             raise bad_row("data must be CSV", error, place, remedy) from None
+
+
+def _check_separator(names: Sequence[str], path: Path) -> None:
+    """Raise DataError for a header of one field that other separators cut."""
+    for mark, name in _SEPARATORS.items():
+        if len(names) == 1 and mark in names[0]:
+            raise DataError(
+                "a CSV file must separate fields by commas",
+                f"{name} in the header of {path}",
+                f"save it with commas: pandas.read_csv(OLD, sep={mark!r}).to_csv(NEW, index=False)",
+            )
 
 
 def _read_parquet(file: BinaryIO, path: Path) -> Iterator[Record]:
@@ -163,8 +186,8 @@ def parse_json(content: bytes, origin: str, second: str = _CORRECT) -> Any:
         if _SURROGATE.search(content):
             json.dumps(values, ensure_ascii=False).encode("utf-8")
         return values
-    except UnicodeDecodeError:
-        raise bad_row("data must be UTF-8", "other bytes", origin, "convert the file") from None
+    except UnicodeDecodeError as error:
+        raise not_utf8(error, origin) from None
     except UnicodeEncodeError as error:
         got = f"half of one, {error.object[error.start]!a},"
         raise bad_row("a text must be whole characters", got, origin) from None

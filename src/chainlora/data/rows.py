@@ -18,6 +18,9 @@ from numpy.typing import NDArray
 
 from chainlora.data.examples import Example
 
+COUNTED = ("rows", "rows_split", "rows_cut", "rows_dropped", "tokens_cut")
+"""What is counted while rows are encoded."""
+
 
 @dataclass(frozen=True)
 class RowsSummary:
@@ -28,6 +31,7 @@ class RowsSummary:
     tokens: int = 0  # over all sequences, after cuts
     rows_split: int = 0
     rows_cut: int = 0
+    rows_dropped: int = 0  # longer than the context (data.truncation: drop)
     tokens_cut: int = 0
     unread: tuple[str, ...] = ()  # columns that nothing reads
     digest: str = ""
@@ -153,7 +157,7 @@ def joined(parts: Sequence[Rows]) -> Rows:
 
 
 def _joined_summary(parts: Sequence[RowsSummary]) -> RowsSummary:
-    counts = ("rows", "examples", "tokens", "rows_split", "rows_cut", "tokens_cut")
+    counts = ("examples", "tokens", *COUNTED)
     return RowsSummary(
         **{name: sum(getattr(part, name) for part in parts) for name in counts},
         unread=tuple(dict.fromkeys(chain.from_iterable(part.unread for part in parts))),

@@ -17,12 +17,12 @@ from transformers import PreTrainedTokenizerBase
 from chainlora.config.data import TrainFile
 from chainlora.config.schema import DataConfig, PairLoss
 from chainlora.data.chat_templates import set_chat_template
-from chainlora.data.division import divide, pick, rows_again, rows_in_both
+from chainlora.data.division import aligned, divide, pick, rows_again, rows_in_both
 from chainlora.data.encoding import Options, detect_format
 from chainlora.data.kept import ASKED, SAMPLE, Kept
 from chainlora.data.mixture import Mixture, example_hashes, prompt_hashes
 from chainlora.data.preparing import make_rows
-from chainlora.data.rows import MemoryRows, Rows, joined
+from chainlora.data.rows import COUNTED, MemoryRows, Rows, joined
 from chainlora.data.sources import ListSource, Row, Source, find_source, where
 from chainlora.data.tasks import (
     REPORTED_OF_TEXT,
@@ -92,7 +92,7 @@ class Splits:
     def report(self) -> dict[str, dict[str, Any]]:
         """Return what became of the rows of each split: rows, tokens, cuts, columns not read."""
         found = {name: getattr(self, name).summary.as_dict() for name in SPLITS}
-        told = ("rows", "rows_split", "rows_cut", "tokens_cut", "recognised")  # of whole files
+        told = (*COUNTED, "recognised")  # of whole files
         for name, summary in found.items():
             held_out = name == "validation" and self.bound is not None
             for key in ("digest", *(told if held_out else ())):
@@ -149,9 +149,11 @@ def prepare_splits(
         files = encode("train", learned)
         found = divide(files, data, list((earlier or {}).values()), bound)
         scored = encode("train", options) if is_divided and options != learned else files
-        parts["train"] = list(map(pick, files if to_score is None else scored, found.train))
+        train = found.train if to_score is None else list(map(aligned, scored, files, found.train))
+        validation = list(map(aligned, scored, files, found.validation))
+        parts["train"] = list(map(pick, files if to_score is None else scored, train))
         if data.holds_out:
-            parts["validation"] = list(map(pick, scored, found.validation))
+            parts["validation"] = list(map(pick, scored, validation))
         asked |= {"mixture": _mixture(data, parts["train"])}
         asked |= {"bound": found.bound, "moved": found.counts}
     for split in SPLITS if to_score is None else (to_score,):
@@ -266,7 +268,12 @@ def _encode(
         _log.warning(
             f"{split}: {found.rows_cut} of {found.rows} rows were longer than data.max_length or "
             f"the context; {found.tokens_cut} tokens were cut from their beginnings (truncation: "
-            "left)"
+            "cut)"
+        )
+    if found.rows_dropped:
+        _log.warning(
+            f"{split}: {found.rows_dropped} of {found.rows} rows were longer than data.max_length "
+            "or the context, and are left out (truncation: drop)"
         )
     return rows
 

@@ -28,6 +28,7 @@ _WANTED += ["LICEN[CS]E*", "NOTICE*", "USE_POLICY*"]  # exports have them beside
 # The same weights again, in other layouts; of folders only templates are wanted.
 _UNWANTED = ["consolidated*", "original*"]
 _UNWANTED += [f"*/{each}" for each in _WANTED if each != "*.jinja"]
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
 def resolve_model(spec: str | Path) -> Path:
@@ -39,6 +40,8 @@ def resolve_model(spec: str | Path) -> Path:
     Raises ModelError if nothing is found.
     """
     spec = str(spec)
+    if _CONTROL.search(spec):  # no run could name it
+        raise ModelError("`model` must hold no control characters", repr(spec), "rename the folder")
     if spec.startswith("pip:"):
         return converted_folder(packaged_model(spec.removeprefix("pip:")))
     path = _moved(Path(os.path.expanduser(spec)))
@@ -57,6 +60,12 @@ def resolve_model(spec: str | Path) -> Path:
             f"name the folder it lies in"
         )
     return from_hub(spec)
+
+
+def names_a_file(spec: str) -> bool:
+    """Say whether a name is that of a package or a GGUF file, or of what is on this machine."""
+    is_pip_or_gguf = spec.startswith("pip:") or spec.lower().endswith(".gguf")
+    return is_pip_or_gguf or _moved(Path(os.path.expanduser(spec))).exists()
 
 
 def _moved(path: Path) -> Path:
@@ -137,30 +146,29 @@ def packaged_model(package: str) -> Path:
     )
 
 
-def from_hub(spec: str, key: str = "model") -> Path:
+def from_hub(spec: str) -> Path:
     """Return the folder of a repository on the Hub, downloaded or found in its cache.
 
-    `key` is what messages call it. Raises ModelError if nothing is found.
+    Raises ModelError if nothing is found.
     """
-    file = " or a .gguf file" if key == "model" else ""
-    moved = ", or set CHAINLORA_MODELS to the folder that holds it now" if key == "model" else ""
+    moved = ", or set CHAINLORA_MODELS to the folder that holds it now"
     try:
         return Path(snapshot_download(spec, allow_patterns=_WANTED, ignore_patterns=_UNWANTED))
     except HFValidationError as error:
         raise ModelError(
-            f"`{key}` must be a Hub id, an existing folder{file} (got {spec!r}); check the "
-            f"path{moved}"
+            f"`model` must be a Hub id, an existing folder or a .gguf file (got {spec!r}); check "
+            f"the path{moved}"
         ) from error
     except RepositoryNotFoundError as error:
         raise ModelError(
-            f"`{key}` must exist as a folder or on the Hub (got {spec!r}, found in neither); "
+            f"`model` must exist as a folder or on the Hub (got {spec!r}, found in neither); "
             f"check the spelling, or log in with `hf auth login` if it is private{moved}"
         ) from error
     except (LocalEntryNotFoundError, OSError) as error:
         raise ModelError(
-            f"`{key}` must be an existing folder or a Hub id within reach (got {spec!r}: no "
-            f"such folder, not in the Hub cache, no download possible); give a local folder{file}, "
-            f"or connect and unset HF_HUB_OFFLINE{moved}"
+            f"`model` must be an existing folder or a Hub id within reach (got {spec!r}: no "
+            f"such folder, not in the Hub cache, no download possible); give a local folder or a "
+            f".gguf file, or connect and unset HF_HUB_OFFLINE{moved}"
         ) from error
 
 

@@ -269,7 +269,10 @@ def build_tokenizer(file: Path, metadata: dict[str, Any]) -> Any:
         plain = [token for token, kind in zip(tokens, kinds, strict=True) if kind == _USER_DEFINED]
         tokenizer = _byte_level_tokenizer(file, metadata, control, plain)
     else:
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        # transformers knows the tokenizer of Gemma 1 in GGUF, and not its config
+        is_gemma = metadata.get("general.architecture") == "gemma"
+        reader: Any = PreTrainedTokenizerFast if is_gemma else AutoTokenizer
+        tokenizer = reader.from_pretrained(file.parent, gguf_file=file.name)
         tokenizer.add_tokens(_added(control, special=True))
     tokenizer.chat_template = _chat_template(metadata) or tokenizer.chat_template
     for token in control:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,10 @@ _BLOCK = 32  # values that share a scale in Q8_0
 _ROUNDING = {"f32": 0.0, "f16": 2**-11, "bf16": 2**-8, "q8_0": 0.5 / 127 + 2**-11}
 _ABSOLUTE = 2.0**-24  # the smallest value of float16
 
+_PHI3 = re.compile("phi-?3", re.IGNORECASE)
+# Special tokens of Phi-3, and whether they take the blanks behind them.
+_PHI3_TOKENS = {"</s>": True, "<|end|>": True, "<s>": False, "<|endoftext|>": False, "<unk>": False}
+
 # Texts that tell tokenizers apart: how digits, contractions, cases, line breaks, blanks, marks and
 # letters beyond ASCII are cut. In NFC, since llama.cpp does not normalise as Qwen's tokenizer does.
 _PROBES = (
@@ -59,11 +64,20 @@ _PROBES = (
 
 
 def check_convertible(config: Any, tokenizer: Any) -> None:
-    """Raise ModelError for a model, or a tokenizer, that is not written as GGUF here."""
-    import_gguf()
+    """Raise ModelError for a model that is not written as GGUF here, or a tokenizer that a GGUF
+    file without weights does not give back."""
+    gguf = import_gguf()
     for rule, got in _misfits(config):
         raise ModelError(f"a model in GGUF must {rule}", got, _OTHER)
-    _tokenizer_kind(tokenizer)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "vocabulary.gguf")
+        writer = gguf.GGUFWriter(file, _ARCHITECTURES[config.model_type])
+        _add_config(writer, config)
+        _add_tokenizer(writer, tokenizer, config.vocab_size)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.close()
+        _check_tokenizer(file, tokenizer)
 
 
 def _misfits(config: Any) -> list[tuple[str, str]]:
@@ -107,6 +121,22 @@ def _gemma_misfits(config: Any) -> list[tuple[str, str]]:
     return found
 
 
+def name_for(name: str, tokenizer: Any) -> str:
+    """Return a model's name without a meaning for llama.cpp, or with the one that it must have.
+
+    llama.cpp (``llama-vocab.cpp``) looks for "phi3" or "phi-3" in the name. Special tokens then
+    take the blanks behind them, as Phi-3's do, and a vocabulary without Phi-3's tokens is refused.
+    """
+    added = tokenizer.added_tokens_decoder.values()
+    is_phi3 = all(
+        any(token.content == text and token.rstrip == strips for token in added)
+        for text, strips in _PHI3_TOKENS.items()
+    )
+    if is_phi3:
+        return name if _PHI3.search(name) else f"Phi-3 {name}"
+    return _PHI3.sub("Phi 3", name)
+
+
 # --- a model ---
 
 
@@ -118,11 +148,11 @@ def write_gguf(
     `ends` is the token that ends a turn of a chat, if that is not the end of sequence.
     Rows that Q8_0's blocks of 32 do not fit are float16; weights of one dimension are float32, as
     llama.cpp has them. One weight at a time is in memory. The file is loaded back and compared;
-    ModelError is raised unless it is the same model, to the kind's rounding, and tokenizer.
+    ModelError is raised unless it is the same model, to the kind's rounding. `check_convertible`
+    comes before.
     """
     gguf = import_gguf()
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    check_convertible(config, tokenizer)
     stored = Checkpoint(folder).all()
     if config.tie_word_embeddings:
         stored.pop("lm_head.weight", None)
@@ -156,7 +186,6 @@ def write_gguf(
         writer.write_tensor_data(gguf.quants.quantize(values, as_kind).view(np.uint8))
     writer.close()
     _check_model(file, {key: (found, kinds[key]) for key, found in stored.items()}, names)
-    _check_tokenizer(file, tokenizer)
 
 
 def _kind_of(shape: tuple[int, ...], kind: str) -> str:
@@ -345,7 +374,13 @@ def _check_model(file: Path, written: Mapping[str, tuple[Stored, str]], names: _
 
 def _check_tokenizer(file: Path, tokenizer: Any) -> None:
     """Raise ModelError unless a GGUF file holds the tokenizer, by what it makes of texts."""
-    found = build_tokenizer(file, read_metadata(file))
+    try:
+        found = build_tokenizer(file, read_metadata(file))
+    except ModelError:
+        raise
+    except Exception as error:  # transformers raises many kinds for what it cannot read
+        rule = "a tokenizer in GGUF must be one that transformers reads back"
+        raise ModelError(rule, f"{type(error).__name__}: {error!s:.200}", _OTHER) from error
     for text in _PROBES:
         if found(text)["input_ids"] != tokenizer(text)["input_ids"]:
             raise ModelError("a GGUF file must hold its tokenizer", f"another for {text!r}", _OTHER)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from chainlora.files import reported
+from chainlora.files import write_bytes
 from chainlora.reports.tables import Table
 
 # Okabe–Ito: told apart by every kind of vision
@@ -118,11 +118,12 @@ def save(fill: Fill, size: tuple[float, float], path: str | Path) -> Path:
     """Draw into a PNG or SVG file, without dates: the same chart gives the same file."""
     from matplotlib import rc_context
 
-    path = Path(path)
+    path, out = Path(path), io.BytesIO()
     figure = drawn(fill, size)
     metadata = {"Date": None} if path.suffix == ".svg" else {"Software": None}
-    with rc_context(STYLE), reported(path):
-        figure.savefig(path, metadata=metadata)
+    with rc_context(STYLE):
+        figure.savefig(out, format=path.suffix[1:] or "png", metadata=metadata)
+    write_bytes(path, out.getvalue())
     return path
 
 

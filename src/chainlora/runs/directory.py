@@ -68,6 +68,7 @@ from chainlora.runs.resuming import (
     compare_versions,
     refuse_if_other,
     refuse_if_taken,
+    refuse_links,
     take_lock,
 )
 from chainlora.runs.start import Start
@@ -211,6 +212,7 @@ class RunDirectory(RunInProgress):
 
     def _take_lock(self) -> None:
         if self._lock is None:
+            refuse_links(self.path)
             self._lock = take_lock(self.path)
 
     # --- writing a state: its files, and then the manifest that names them ---

@@ -35,7 +35,7 @@ from chainlora.models.identity import base_files, has_tokenizer
 from chainlora.runs.cards import is_hub_id
 from chainlora.runs.manifest import STAGE, START, link_entries
 from chainlora.runs.opening import is_whole_model
-from chainlora.runs.reading import RunReader, check_base
+from chainlora.runs.reading import RunReader, check_base, nothing_at
 from chainlora.runs.saved_chain import chain_folder, read_chain, restore_chain
 from chainlora.runs.stages import first_is_open, open_run
 from chainlora.runs.start import Start, next_id_after
@@ -59,7 +59,11 @@ def load_start(source: str | Path, stage: str = STAGE) -> Start:
             raise RunError(rule, run, "finish it by the command that began it")
         return _of_chain(reader, stage)
     folder = Path(expanduser(source))
-    folder = folder if folder.exists() else from_hub(str(source), "start")
+    if not folder.exists():
+        try:
+            folder = from_hub(str(source))
+        except ModelError as error:
+            raise nothing_at(source, "adapter") from error
     tokenizer = folder if has_tokenizer(folder) else None
     reader = open_run(chain_folder(folder))
     if reader.exists:

@@ -40,6 +40,9 @@ INCOMPLETE = "the run directory is incomplete: copy it whole, or start over"
 DAMAGED = "the run directory is damaged: restore the file from a copy, or start over"
 
 Count = Annotated[int, Field(ge=0)]
+StageName = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_-]{0,63}$")]
+# What is printed must hold no control characters: a terminal would obey them.
+Text = Annotated[str, Field(pattern=r"^\P{Cc}*$")]
 
 
 class Best(TypedDict):
@@ -81,9 +84,9 @@ class LinkEntry(_Part):
     """What the manifest says of a link: enough, with its adapter, to read it back."""
 
     id: Count
-    stage: str
+    stage: StageName
     strength: float
-    tuned_on: str
+    tuned_on: Text
     index: Count
     directory: Annotated[str, Field(pattern=r"^(links/\d{3,}|best/\d{8,})$")]
     rank: Count
@@ -112,14 +115,14 @@ class Base(_Part):
     others where it is loaded: a new head.
     """
 
-    model: str
-    fingerprint: str
-    body: str | None = None
-    task_type: str | None = CAUSAL
+    model: Text
+    fingerprint: Text
+    body: Text | None = None
+    task_type: Text | None = CAUSAL
     dtype: Annotated[str, Field(pattern=r"^b?float(16|32|64)$")] = "float32"
     files: dict[str, str] | None = None
     fan_in_fan_out: bool = False
-    quantize: str | None = None
+    quantize: Text | None = None
 
 
 class Checkpoint(_Part):
@@ -168,12 +171,12 @@ class Manifest(_Part):
     format: int
     base: Base
     seed: int = 0
-    hold: str
-    rows: str | None = None
+    hold: Text
+    rows: Text | None = None
     sources: dict[str, list[str]] = {}
     links: list[LinkEntry]
     next_id: Count = 0
-    stage: str = STAGE
+    stage: StageName = STAGE
     first: Count = 0
     first_id: Count = 0
     pruned: Count = 0  # links of earlier stages that were deleted since
@@ -183,11 +186,11 @@ class Manifest(_Part):
     selected: Selection | None
     progress: Progress
     numbers: Numbers | None = None  # decided when the run began; None before version 0.3
-    kept: list[Annotated[str, Field(pattern=r"^[\w-]+$")]] = []
+    kept: list[StageName] = []
     records: Records | None = None
     changes: list[Change] = []
     files: dict[str, str] = {}
-    versions: dict[str, str] = {}
+    versions: dict[Text, Text] = {}
 
     @property
     def position(self) -> Progress:

@@ -10,13 +10,13 @@ from chainlora.chain.chain import Chain
 from chainlora.chain.holding import hold_for
 from chainlora.config.stages import is_run
 from chainlora.data.chat_templates import set_chat_template
-from chainlora.errors import RunError
-from chainlora.models.finding import resolve_model
+from chainlora.errors import ModelError, RunError
+from chainlora.models.finding import names_a_file, resolve_model
 from chainlora.models.identity import base_files
 from chainlora.models.loading import load_model, load_tokenizer
 from chainlora.models.quantizing import is_quantized_model
 from chainlora.runs.manifest import CAUSAL, Manifest
-from chainlora.runs.reading import Address, RunReader, check_base
+from chainlora.runs.reading import Address, RunReader, check_base, nothing_at
 from chainlora.runs.stages import open_run
 
 if TYPE_CHECKING:
@@ -35,7 +35,13 @@ def load_run_or_model(
     """
     if is_run(run_or_model):
         return load_run(run_or_model, num_links=num_links, dtype=dtype, as_trained=True)
-    return load_model(str(run_or_model), dtype or "float32")
+    try:
+        folder = resolve_model(str(run_or_model))
+    except ModelError as error:
+        if names_a_file(str(run_or_model)):
+            raise
+        raise nothing_at(run_or_model, "model") from error
+    return load_model(folder, dtype or "float32")
 
 
 def load_run(

@@ -234,6 +234,18 @@ class RunReader:
         return manifest
 
 
+def nothing_at(address: object, what: str) -> RunError:
+    """Return the error for a name that is neither a run nor `what`, on this machine or the Hub."""
+    run, _, stage = str(address).rpartition("@")
+    run = run or stage
+    return RunError(
+        f"a run or {what} must be there",
+        f"{address}: no {run}/chain.json, no such {what} on this machine, and none on the Hub "
+        "or in its cache",
+        "check the path, or for the Hub the connection, HF_HUB_OFFLINE and `hf auth login`",
+    )
+
+
 Address = str | Path | RunReader
 """What names a run: a folder, ``RUN@STAGE`` (`runs.stages`), or what reads it."""
 

@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from typing_extensions import TypedDict
 
 from chainlora.errors import RunError
 from chainlora.files import reported, sync_file, write_bytes
-from chainlora.runs.manifest import DAMAGED, Records
+from chainlora.runs.manifest import DAMAGED, Records, Text
 
 logger = logging.getLogger(__name__)
 
@@ -111,6 +112,8 @@ def read_records(path: Path) -> list[Record]:
         records = [json.loads(line) for line in lines]
         if not all(isinstance(record, dict) and "event" in record for record in records):
             raise ValueError("a line without an event")
+        if not all(map(str.isprintable, chain.from_iterable(records))):
+            raise ValueError("a key with control characters")
     except (ValueError, RecursionError) as error:
         raise RunError(
             f"metrics.jsonl must hold one JSON object a line (got {path}: {error}); "
@@ -153,11 +156,11 @@ def _lines(content: bytes) -> list[bytes]:
 class _Result(TypedDict):
     """The keys that reports show."""
 
-    metrics: dict[str, dict[str, float]]
+    metrics: dict[Text, dict[Text, float]]
     trainable_parameters: int
     peak_memory_mb: int | None
     hardware: dict[str, Any]
-    versions: dict[str, str]
+    versions: dict[Text, Text]
 
 
 def read_result(path: Path) -> dict[str, Any]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 from collections.abc import Collection, Mapping, Sequence
+from itertools import chain
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -67,6 +69,23 @@ def refuse_if_other(run: RunReader) -> None:
         refuse_if_taken(run)
 
 
+def refuse_links(run: Path) -> None:
+    """Raise RunError for a symbolic link below a run: what changes a run must not leave it."""
+    for folder, *names in os.walk(run):
+        for name in chain(*names):
+            refuse_link(Path(folder, name))
+
+
+def refuse_link(path: Path) -> None:
+    """Raise RunError where a folder or file of a run is a symbolic link."""
+    if path.is_symlink():
+        raise RunError(
+            "a run must hold no symbolic links",
+            f"{path} -> {os.readlink(path)}",
+            "delete the link, or put a copy in its place",
+        )
+
+
 def take_lock(run: Path, wait: float = 0.2) -> FileLock | None:
     """Lock a run directory for this process; the system unlocks it when the process ends.
 
@@ -91,7 +110,7 @@ def take_lock(run: Path, wait: float = 0.2) -> FileLock | None:
 
 def is_in_use(run: Path) -> bool:
     """Say whether another process is training in a run directory, or changing its stages."""
-    if not (run / LOCK).is_file():
+    if not (run / LOCK).is_file() or (run / LOCK).is_symlink():
         return False
     try:
         lock = take_lock(run, wait=0)

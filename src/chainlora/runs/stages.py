@@ -17,18 +17,18 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from chainlora import files
 from chainlora.chain.checks import check_strengths
 from chainlora.chain.link import Link
 from chainlora.config.stages import is_run, split_address, stage_folder
 from chainlora.errors import ChainError, RunError
-from chainlora.runs.manifest import BASE, DAMAGED, START, checksum
+from chainlora.runs.manifest import BASE, DAMAGED, START, StageName, checksum
 from chainlora.runs.reading import Address, RunReader
-from chainlora.runs.resuming import take_lock
+from chainlora.runs.resuming import refuse_link, refuse_links, take_lock
 
 STAGES = "stages.json"
 
@@ -40,7 +40,7 @@ class _Part(BaseModel):
 class StageEntry(_Part):
     """A stage that has ended; pruned (`runs.pruning`), its name and its links' ids stay taken."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z][\w-]{0,63}$")]
+    name: StageName
     pruned: bool = False
 
 
@@ -49,7 +49,15 @@ class Stages(_Part):
 
     format: int = 1
     stages: list[StageEntry]
-    strengths: dict[str, float] = {}
+    strengths: dict[StageName, float] = {}
+
+    @model_validator(mode="after")
+    def _check(self) -> Stages:
+        if not self.here:
+            raise ValueError("no stage that was not pruned")
+        if len(set(self.names)) < len(self.names):
+            raise ValueError("a stage twice")
+        return self
 
     @property
     def names(self) -> list[str]:
@@ -137,11 +145,13 @@ def run_around(folder: Path) -> Path:
 
 
 def need_whole(run: Path) -> None:
-    """Raise RunError for a later stage's own directory: what changes a run must see all of it."""
+    """Raise RunError for a later stage's own directory, and for symbolic links in a run: a change
+    must see the whole run, and nothing else."""
     folder = run.resolve()
     if (around := run_around(folder)) != folder:
         rule = "stages are added, mixed and pruned in the run that they are of"
         raise RunError(rule, f"{run}, a stage of one", f"name {around}")
+    refuse_links(run)
 
 
 def _names_in(reader: RunReader, chosen: Iterable[str], run: Address) -> list[str]:
@@ -170,8 +180,13 @@ def place_of(found: Stages, name: str, run: Path) -> int:
 
 
 def folder_of(run: Path, found: Stages, place: int) -> Path:
-    """Return the run directory of a stage."""
-    return run if place == 0 else stage_folder(run, found.names[place])
+    """Return the run directory of a stage. Raises RunError for one that lies elsewhere."""
+    if place == 0:
+        return run
+    folder = stage_folder(run, found.names[place])
+    for path in (folder.parent, folder):
+        refuse_link(path)
+    return folder
 
 
 def half_trained(run: Path, found: Stages) -> list[Path]:

@@ -25,6 +25,7 @@ from chainlora.errors import ModelError
 from chainlora.models.gguf_writing import (
     check_convertible,
     context_of,
+    name_for,
     write_gguf,
     write_lora_gguf,
 )
@@ -80,7 +81,7 @@ def export_gguf(
         _check_factors(factors, {name for link in links for name in link.extra})
         wide = max(pair.a.shape[0] for pair in factors.values())
         as_lora = f", as a LoRA of rank {wide} (relative error {error:.2e})"
-    name = naming.base or public_name(manifest.base.model)
+    name = name_for(naming.base or public_name(manifest.base.model), tokenizer)
     with files.replaced_folder(output) as made:
         merged = made / "merged"
         done = export_merged(run, merged, num_links=0 if as_adapter else num_links)

@@ -53,7 +53,7 @@ class Encoder(Protocol):
     """
 
     truncation: str
-    """What happens to a row that is too long unless the user says otherwise: error, left, split."""
+    """What happens to a row that is too long unless the user says otherwise (`Fit.truncation`)."""
     keeps_targets: bool
     """Whether a cut may take tokens of the prompt only."""
 

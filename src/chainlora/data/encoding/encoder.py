@@ -42,9 +42,10 @@ class Options:
 
     Attributes:
         max_length: most tokens in a sequence; None is no limit.
-        truncation: "left" cuts the oldest tokens of the prompt, by the same number for all
-            candidates of a row and never the candidate; "error" refuses. None is the task's own;
-            for formats "error", and for plain text the splitting into blocks.
+        truncation: "cut" (or "left", its earlier name) removes the oldest tokens of the prompt, by
+            the same number for all candidates of a row and never the candidate; "drop" leaves the
+            row out; "error" refuses it. None is the task's own; for formats "error", and for plain
+            text the splitting into blocks.
         objective: "candidates" gives every candidate, "completion" the right one alone (teacher
             forcing), that of a pair its two answers. None is "candidates" where the task has some.
         reserve: tokens to keep free after the prompt (for generation).
@@ -52,7 +53,7 @@ class Options:
     """
 
     max_length: int | None = None
-    truncation: Literal["error", "left"] | None = None
+    truncation: Literal["drop", "cut", "error", "left"] | None = None
     objective: Literal["candidates", "completion"] | PairLoss | None = None
     reserve: int = 0
     before: str = ""

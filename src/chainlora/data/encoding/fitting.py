@@ -1,4 +1,4 @@
-"""What does not fit the context is refused, cut or split, and counted."""
+"""What does not fit the context is refused, cut, split or left out, and counted."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ from typing import NamedTuple
 
 from chainlora.data.encoding.drafts import Draft, Ids, Span
 from chainlora.data.readers import bad_row
+from chainlora.data.rows import COUNTED
 from chainlora.errors import DataError
 
 _SHORTEN = "shorten it or raise data.max_length"
+_OR_DROP = f"{_SHORTEN}, or set data.truncation: drop"
 
 
 class TooLong(NamedTuple):
-    """A row that is longer than the context where nothing may be cut."""
+    """A row that is longer than the context where nothing is cut."""
 
     tokens: int
     place: str
@@ -27,6 +29,7 @@ class Counts:
     rows: int = 0
     rows_split: int = 0
     rows_cut: int = 0
+    rows_dropped: int = 0
     tokens_cut: int = 0
     rows_too_long: int = 0
     longest: int = 0
@@ -35,7 +38,7 @@ class Counts:
 
     def add(self, other: Counts) -> None:
         """Add the counts of the rows that come next."""
-        for name in ("rows", "rows_split", "rows_cut", "tokens_cut", "rows_too_long"):
+        for name in (*COUNTED, "rows_too_long"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.longest = max(self.longest, other.longest)
         self.first_too_long = self.first_too_long or other.first_too_long
@@ -46,10 +49,19 @@ class Counts:
         if self.first_too_long is None:
             return
         length, place = self.first_too_long
+        if self.rows_dropped:
+            if self.rows_dropped < self.rows:
+                return
+            got = f"{self.rows} longer ones, up to {self.longest} tokens for at most {max_length},"
+            remedy = "raise data.max_length, or set data.truncation: cut"
+            raise bad_row("some row must fit the context", got, f"{place} and after it", remedy)
         if self.rows_too_long > 1:
             count = f"{self.rows_too_long} of {self.rows}"
             place += f"; {count} rows are longer, up to {self.longest} tokens"
-        got, remedy = f"{length} tokens for at most {max_length}", "or set data.truncation: left"
+        got, remedy = (
+            f"{length} tokens for at most {max_length}",
+            "or set data.truncation: cut or drop",
+        )
         raise bad_row("a row must fit the context", got, place, f"{_SHORTEN}, {remedy}")
 
 
@@ -58,7 +70,7 @@ class Fit:
     """The rule for rows that are longer than `max_length`."""
 
     max_length: int | None
-    truncation: str  # error, left or split
+    truncation: str  # drop, cut (or left, its earlier name), error or split
     keeps_targets: bool
     front: Ids  # special tokens in front, which stay whatever is cut
     reserve: int = 0  # tokens to keep free after the prompt, for generation
@@ -72,7 +84,7 @@ class Fit:
             length = self._length(draft)
             if self.max_length is None or length <= self.max_length:
                 fitting.append(draft)
-            elif self.truncation == "left":
+            elif self.truncation in ("cut", "left"):
                 counts.rows_cut += 1
                 counts.tokens_cut += length - self.max_length
                 fitting.append(self._cut(draft, length, self.max_length))
@@ -80,7 +92,9 @@ class Fit:
                 counts.rows_split += 1
                 fitting += self._split(draft, self.max_length)
             else:
-                counts.rows_too_long += 1
+                is_dropped = self.truncation == "drop"
+                counts.rows_dropped += is_dropped
+                counts.rows_too_long += not is_dropped
                 counts.longest = max(counts.longest, length)
                 counts.first_too_long = counts.first_too_long or TooLong(length, draft.place)
         return fitting
@@ -103,11 +117,11 @@ class Fit:
         if self.keeps_targets and excess > room:
             rule = "what is scored must fit the context beside one token of prompt"
             got = f"{length - room} tokens for at most {max_length}"
-            raise bad_row(rule, got, draft.place, _SHORTEN)
+            raise bad_row(rule, got, draft.place, _OR_DROP)
         scored = [_move(spans, excess, first) for spans in draft.scored]
         if not all(scored):
             got = f"only unscored tokens in the last {max_length}"
-            raise bad_row("a cut row must keep something to learn", got, draft.place, _SHORTEN)
+            raise bad_row("a cut row must keep something to learn", got, draft.place, _OR_DROP)
         sequences = [ids[:front] + ids[front + excess :] for ids in draft.sequences]
         return replace(draft, sequences=sequences, scored=scored)
 

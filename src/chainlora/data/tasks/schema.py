@@ -65,7 +65,7 @@ class TaskFile(Frozen):
     metric: Metric
     loss: Literal["candidates", "completion"]
     scoring: Literal["mean", "first_token"] = "mean"
-    truncation: Literal["left", "error"] = "error"
+    truncation: Literal["drop", "cut", "error", "left"] = "error"
     add_eos: bool = False
     stop: str | None = None
     max_new_tokens: int = Field(default=50, ge=1)
