@@ -181,6 +181,7 @@ class Manifest(_Part):
     kept: list[Annotated[str, Field(pattern=r"^[\w-]+$")]] = []
     records: Records | None = None
     changes: list[Change] = []
+    plugins: dict[str, str] = {}  # SHA-256 of each when the run began
     files: dict[str, str] = {}
     versions: dict[str, str] = {}
 

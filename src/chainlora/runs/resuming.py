@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import errno
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -15,6 +15,7 @@ from chainlora import files
 from chainlora.config.schema import RunConfig
 from chainlora.config.yaml_text import one_value
 from chainlora.errors import FileError, RunError
+from chainlora.registry import plugin_digest
 from chainlora.runs.manifest import REFERENCE, TOKENIZER, Change
 from chainlora.runs.reading import RunReader
 
@@ -165,6 +166,31 @@ def compare_versions(before: Mapping[str, str], now: Mapping[str, str]) -> None:
         )
 
 
+def check_plugins(run: RunReader, config: RunConfig) -> None:
+    """Raise RunError unless the config names the plug-ins that a run was begun with.
+
+    A run says which code it needs, and never runs it by itself: a run may come from somebody else.
+    Warns of a plug-in that has changed since.
+    """
+    before, now = run.manifest().plugins, {name: plugin_digest(name) for name in config.plugins}
+    known = set(now.values())
+    if missing := [name for name in before if name not in now and before[name] not in known]:
+        raise RunError(not_named(f"resume {run}", missing))
+    if changed := [name for name in before if name in now and before[name] != now[name]]:
+        logger.warning(
+            "the run was begun with another content of %s; later steps use the new one",
+            ", ".join(changed),
+        )
+
+
+def not_named(what: str, plugins: Sequence[str]) -> str:
+    """Say what cannot be done without plug-ins that only a run names."""
+    return (
+        f"Cannot {what}: it was begun with the plug-in {', '.join(plugins)}, code that would run "
+        f"here. Add --plugins {','.join(plugins)} if you trust it"
+    )
+
+
 def check_rows(before: str | None, rows: str | None) -> None:
     """Raise RunError unless the rows are those that the run began with."""
     if rows is not None and before is not None and before != rows:
@@ -178,10 +204,11 @@ def check_rows(before: str | None, rows: str | None) -> None:
 def _science(config: RunConfig) -> dict[str, Any]:
     """Return the keys of a config that decide the weights.
 
-    Not where it is written, what it begins on (its links tell), where rows of a task lie, who
-    watches, which process holds what.
+    Not where it is written, what it begins on (its links tell), where rows of a task and plug-ins
+    lie (`check_plugins`), who watches, which process holds what.
     """
-    tree = config.model_dump(exclude={"output": True, "start": True, "data": {"dir"}})
+    elsewhere = {"output": True, "start": True, "plugins": True, "data": {"dir"}}
+    tree = config.model_dump(exclude=elsewhere)
     for key in ("trackers", "save_every", "log_every", "shard"):
         tree["train"].pop(key)
     flat = {key: tree.pop(key) for key in ("model", "quantize")}

@@ -24,7 +24,6 @@ from chainlora.data.kept import Kept
 from chainlora.data.splits import Splits, check_files, prepare_splits
 from chainlora.engine.engine import Engine
 from chainlora.errors import ConfigError, RunError
-from chainlora.knots.driver import check_policy
 from chainlora.models.finding import from_above, resolve_model
 from chainlora.models.identity import base_files
 from chainlora.models.loading import (
@@ -42,10 +41,11 @@ from chainlora.runs.directory import RunDirectory
 from chainlora.runs.following import FollowedDirectory
 from chainlora.runs.loading_start import fitted
 from chainlora.runs.manifest import Base, Progress
+from chainlora.runs.resuming import check_plugins
 from chainlora.runs.start import NOTHING, Start
 from chainlora.training.deciding import decide
 from chainlora.training.events import Listener, Planned, RowsEncoded
-from chainlora.training.objectives import make_objective
+from chainlora.training.objectives import check_names, make_objective
 from chainlora.training.optimizers import check_optimizer
 from chainlora.training.plan import make_plan
 from chainlora.training.processes import PATIENCE, Processes, find_processes, num_launched
@@ -86,6 +86,8 @@ def _prepare(
     accelerator: Accelerator,
     processes: Processes,
 ) -> Run:
+    if resume and directory is not None and directory.exists:
+        check_plugins(directory, config)
     _check_config(config, resume, processes)
     # asked once: the first process may begin a run while others still read rows
     begun = directory if directory is not None and directory.exists else None
@@ -166,9 +168,8 @@ def _check_config(config: RunConfig, resume: bool, processes: Processes) -> None
         )
     if processes.shares_model:
         check_shards(config)
+    check_names(config)
     check_optimizer(config, processes.device)
-    if config.chain.knots is not None:
-        check_policy(config.chain.knots)
     check_files(config.data, config.train.loss)
     if config.train.batch_size % processes.count:
         raise ConfigError(

@@ -31,6 +31,7 @@ from chainlora.evaluation.strengths import guard
 from chainlora.models.finding import from_above
 from chainlora.runs.loading_start import load_start
 from chainlora.runs.reading import RunReader
+from chainlora.runs.resuming import not_named
 from chainlora.runs.stages import (
     alone_in,
     end_stage,
@@ -117,6 +118,7 @@ def extension(
     for key, value in overrides:
         set_key(own, key, value)
     output = own.pop("output", section.get("output"))
+    plugins = own.pop("plugins", None)
     if output is None:
         need_whole(run)
     name = check_name(own.get("name"))
@@ -145,7 +147,10 @@ def extension(
         Stage(each, RunReader(folder).config().model_copy(update={"output": str(folder)}))
         for each, folder in zip(before, folders, strict=True)
     ]
-    shared = what_stages_share(stages[before.index(last)].config)
+    begun_with = stages[before.index(last)].config.plugins
+    if plugins is None and begun_with:
+        raise RunError(not_named(f"extend {address}", begun_with) + ", or --plugins [] without it")
+    shared = what_stages_share(stages[before.index(last)].config) | {"plugins": plugins or ()}
     if output is not None:
         base = from_above(shared["model"], run)
         tree = shared | {"model": base, "start": str(address), "output": str(output)}
