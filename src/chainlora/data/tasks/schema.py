@@ -190,7 +190,10 @@ class TaskFile(Frozen):
         words = self.label_words
         if isinstance(self.labels, dict):
             return {_label_key(value): words.index(word) for value, word in self.labels.items()}
-        lookup = {_label_key(word.strip()): index for index, word in enumerate(words)}
+        written = [
+            (text, index) for index, word in enumerate(words) for text in (word, word.strip())
+        ]
+        lookup = {_label_key(text): index for text, index in written}
         return lookup | {_label_key(index): index for index in range(len(words))}
 
     def label_index(self, value: Any) -> int | None:
