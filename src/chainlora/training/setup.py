@@ -51,7 +51,7 @@ from chainlora.training.plan import make_plan
 from chainlora.training.processes import PATIENCE, Processes, find_processes, num_launched
 from chainlora.training.reference import take_reference
 from chainlora.training.run import Run
-from chainlora.training.sharing import check_shards, wants_shards
+from chainlora.training.sharing import check_shards, refuse_one_process, wants_shards
 
 logger = logging.getLogger(__name__)
 
@@ -168,6 +168,8 @@ def _check_config(config: RunConfig, resume: bool, processes: Processes) -> None
         )
     if processes.shares_model:
         check_shards(config)
+    else:
+        refuse_one_process(config)
     check_names(config)
     check_optimizer(config, processes.device)
     check_files(config.data, config.train.loss)
