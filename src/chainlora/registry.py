@@ -19,7 +19,7 @@ from pkgutil import iter_modules
 from types import ModuleType
 from typing import Any, TypeVar
 
-from chainlora.errors import ConfigError, FileError, nearest
+from chainlora.errors import ConfigError, nearest
 from chainlora.files import sha256
 
 logger = logging.getLogger(__name__)
@@ -72,7 +72,7 @@ def plugin_digest(plugin: str) -> str:
     path = _file_of(plugin)
     try:
         return "" if path is None else sha256(path)
-    except FileError as error:
+    except OSError as error:
         raise _unloadable(plugin, error) from None
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -242,9 +242,17 @@ def compare(
     quiet()
     config = load_config(file, keys)
     output = output or f"{config.output or Path('runs', Path(file).stem)}-compare"
-    to_stderr(f"cells and report in {output}")
+    said = [f"cells and report in {output}"]
     if seeds is None:
-        seeds = _fewest_seeds(len(named) - 1)
+        seeds, why = _fewest_seeds(len(named) - 1)
+        said.append(why)
+    show_progress = experiment_progress()
+
+    def listener(record: Mapping[str, Any]) -> None:
+        while record["event"] == "plan" and said:  # nothing is refused any more
+            to_stderr(said.pop(0))
+        show_progress(record)
+
     with _resumable(output):
         made = run_compare(
             config,
@@ -253,7 +261,7 @@ def compare(
             Path(output),
             learning_rates=rates,
             extend=extend,
-            listener=experiment_progress(),
+            listener=listener,
             **options,
         )
     _show_report(made, as_json)
@@ -276,19 +284,17 @@ def _methods(
     return named, [(key, value) for key, value in given if not key.startswith("methods.")]
 
 
-def _fewest_seeds(num_comparisons: int) -> int:
-    """Return how many seeds a verdict needs, and say why so many."""
+def _fewest_seeds(num_comparisons: int) -> tuple[int, str]:
+    """Return how many seeds a verdict needs, and why so many."""
     from chainlora.experiments.statistics.power import LEVEL
     from chainlora.experiments.statistics.sign_flip import least_pairs, smallest_p
 
     comparisons = max(1, num_comparisons)
     seeds = least_pairs(comparisons, LEVEL)
-    held = f"{comparisons} comparisons, by Holm" if comparisons > 1 else "one comparison"
-    to_stderr(
-        f"{seeds} seeds, the fewest that can decide {held}: the exact test then reaches p = "
-        f"{comparisons * smallest_p(seeds):.2g}, below {LEVEL:g}"
-    )
-    return seeds
+    what = f"{comparisons} comparisons (Holm)" if comparisons > 1 else "one comparison"
+    p = f"{comparisons * smallest_p(seeds):.2g}"
+    why = f"{seeds} seeds: the fewest with which the exact test of {what} can reach p ≤ {LEVEL:g}"
+    return seeds, f"{why} (it reaches {p})"
 
 
 def _rates(text: str) -> list[float]:

@@ -156,7 +156,10 @@ def extension(
         tree = shared | {"model": base, "start": str(address), "output": str(output)}
         return [make_stage(tree, own, 0)]
     tree = shared | {"output": str(run)}
-    return [*stages, make_stage(tree, own, len(stages))]
+    new = make_stage(tree, own, len(stages))
+    named = {"plugins": new.config.plugins}  # and not those that the run records
+    earlier = [replace(each, config=each.config.model_copy(update=named)) for each in stages]
+    return [*earlier, new]
 
 
 def _train(
