@@ -207,8 +207,8 @@ def _science(config: RunConfig) -> dict[str, Any]:
     Not where it is written, what it begins on (its links tell), where rows of a task and plug-ins
     lie (`check_plugins`), who watches, which process holds what.
     """
-    elsewhere = {"output": True, "start": True, "plugins": True, "data": {"dir"}}
-    tree = config.model_dump(exclude=elsewhere)
+    of_run = {"output": True, "start": True, "plugins": True}
+    tree = config.model_dump(exclude={**of_run, "data": {"dir"}})
     for key in ("trackers", "save_every", "log_every", "shard"):
         tree["train"].pop(key)
     flat = {key: tree.pop(key) for key in ("model", "quantize")}

@@ -157,8 +157,8 @@ def extension(
         return [make_stage(tree, own, 0)]
     tree = shared | {"output": str(run)}
     new = make_stage(tree, own, len(stages))
-    named = {"plugins": new.config.plugins}  # and not those that the run records
-    earlier = [replace(each, config=each.config.model_copy(update=named)) for each in stages]
+    trusted = {"plugins": new.config.plugins}  # and not those that the run records
+    earlier = [replace(each, config=each.config.model_copy(update=trusted)) for each in stages]
     return [*earlier, new]
 
 
