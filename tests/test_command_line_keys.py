@@ -32,7 +32,7 @@ train:
   dtype: bfloat16, seed: 7, optimizer: sgd, weight_decay: 0.1, betas: [0.8, 0.99], eps: 1e-6,
   max_grad_norm: null, optimizer_reset: prune, prune_fraction: 0.5, eval_every: 1,
   eval_at_knots: false, select_metric: loss, keep_best: true, early_stop: 1, accept_links: better,
-  save_every: 1, log_every: 1, shard: fsdp2, gradient_checkpointing: true, speedups: "off"}
+  save_every: 1, log_every: 1, gradient_checkpointing: true, speedups: "off"}
 """)
 VALUES = {"chain.knots": "auto", "chain.plateau": {"patience": 2}}
 VALUES |= {"train.optimizer_options": {"amsgrad": True}}
@@ -60,6 +60,7 @@ GIVEN |= {"data.chat_template", "data.template_arguments", "train.loss", "train.
 GIVEN |= {"train.dpo_label_smoothing", "train.orpo_beta", "data.replay", "data.sampling"}
 GIVEN |= {"data.fields", "quantize", "start", "start_data"}
 GIVEN |= {f"start_data.{key}" for key in StartData.model_fields}
+GIVEN |= {"train.shard", "plugins"}  # test_sharing.py, test_extension_points.py
 
 
 def keys(model: type[BaseModel], prefix: str = "") -> list[str]:

@@ -8,9 +8,11 @@ import pytest
 from conftest import write_rows
 from experiment_cases import tree
 
+from chainlora.cli.experiments import _fewest_seeds
 from chainlora.config.loading import make_config
 from chainlora.errors import ConfigError
 from chainlora.experiments import compare, comparison, expand, make_experiment, run_cells
+from chainlora.experiments.plan import undecidable
 
 
 @pytest.mark.parametrize("held_out", [False, True])
@@ -68,6 +70,19 @@ def test_a_method_is_what_its_preset_says_whatever_the_config_sets(tiny_folder, 
     assert found == [(False, 1), (True, 1), (False, 16), (False, 1)]
     shared = {(c.train.accept_links, c.train.schedule, c.chain.dropout) for c in configs}
     assert shared == {("all", "cosine", 0.1)}
+
+
+@pytest.mark.parametrize("num_methods", range(2, 7))
+def test_the_seeds_of_a_comparison_can_decide_by_default(num_methods, tiny_folder, sentiment):
+    """Six for any number of methods were called too few by the report itself."""
+    base = tree(tiny_folder, sentiment)["base"]
+    chain = {"ranks": [2], "steps": [3]}
+    config = make_config({"model": base["model"], "data": base["data"], "chain": chain})
+    methods = ["lora", "lora_wide", "chain2", "chain3", "soft", "relora"][:num_methods]
+    seeds, why = _fewest_seeds(num_methods - 1)
+    assert why.startswith(f"{seeds} seeds: the fewest with which the exact test of ")
+    assert undecidable(comparison(config, methods, range(seeds))) is None
+    assert undecidable(comparison(config, methods, range(seeds - 1))) is not None
 
 
 def test_without_scipy_compare_stops_before_it_runs_and_an_experiment_runs(

@@ -35,7 +35,7 @@ WRONG = [
     ("model", "{a: x, 0: y}", "`model` must be a name, or a section of name and quantize (got"),
     ("lr", "1e-3", "unknown key `lr`; did you mean 'train.lr'?"),
     ("rank", "8", "unknown key `rank`; did you mean 'chain.ranks'?"),
-    ("8", "x", "unknown key `8`; known: chain, data, model, output, quantize, start, train"),
+    ("8", "x", "unknown key `8`; known: chain, data, model, output, plugins, quantize, start,"),
     ("chain.ranks", "x", "`chain.ranks` must be a list (got 'x')"),
     ("chain.ranks", "{a: 8}", "`chain.ranks` must be a list (got {'a': 8})"),
     ("train.betas", "0.9", "`train.betas` must be a list (got 0.9)"),  # of two
@@ -78,7 +78,7 @@ WRONG = [
     ("train.lr", "0", "`train.lr` must be above 0 (got 0); its default is 0.001"),
     ("train.lr", "high", "`train.lr` must be a number (got 'high'); its default is 0.001"),
     ("train.lr", "true", "`train.lr` must be a number (got True); its default is 0.001"),
-    ("train.loss", "nll", "`train.loss` must be 'dpo' or 'orpo' (got 'nll'); its default is null"),
+    ("train.loss", "[nll]", "`train.loss` must be a text (got ['nll']); its default is null"),
     ("train.schedule", "lin", "`train.schedule` must be 'linear', 'cosine' or 'constant' (got 'li"),
     ("train.seed", "-1", "`train.seed` must be at least 0 (got -1); its default is 0"),
     ("train.betas", "[true, 0.9]", "`train.betas` must be a number (got [True, 0.9]); its"),

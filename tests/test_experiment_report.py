@@ -236,6 +236,20 @@ def test_scores_of_the_rows_that_chose_are_marked(tmp_path, train):
     )
 
 
+@pytest.mark.parametrize(("rise", "is_said"), [(10, True), (9, False)])
+def test_links_that_end_within_their_warm_up_are_said_under_the_scores(tmp_path, rise, is_said):
+    train = {"restart_warmup_steps": rise}
+
+    def short(cell):
+        ends = {"link_steps": [12, 11, 10] if cell["ranks"][1:] else []}
+        return cell | ends | {"config": cell["config"] | {"train": train}}
+
+    text = report_experiment(change(tmp_path / "results.jsonl", short), figures=False).markdown
+    said = "**chain3 on cb is no fair rival**: links of 10 steps end within the warm-up of 10 after"
+    assert (said in text) == is_said
+    assert text.count("no fair rival") == 2 * is_said  # chain3 on both tasks
+
+
 def test_a_method_that_diverged_wherever_it_was_tried_is_not_one_to_come(tmp_path):
     path = change(tmp_path / "results.jsonl", lambda c: c if c["method"] == "lora" else None)
     tried = [{"point": {"train.lr": 1.0}, "mean": None, "runs": 1}]

@@ -1,18 +1,21 @@
-"""docs/layout.md: the packages there are, and its recipes, run in both loops."""
+"""docs/layout.md: its recipes, run in both loops, and as plug-ins from the command line."""
 
 from __future__ import annotations
 
 import re
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from helpers import settings
 from helpers_integrations import make_trainer, peft_model
 from transformers import AutoTokenizer
 
 import chainlora
-from chainlora import ChainCallback
+from chainlora import ChainCallback, registry
 from chainlora.knots import driver
 from chainlora.training import objectives, optimizers
 from chainlora.training.events import Event, KnotTied, ShareTied, StepDone
@@ -28,9 +31,44 @@ def run_recipe(word: str) -> None:
     exec(compile(found[0], word, "exec", dont_inherit=True), {"__name__": f"recipe_{word}"})
 
 
-def events_of(config: dict[str, Any]) -> list[Event]:
+@pytest.fixture
+def mine(monkeypatch, tmp_path):
+    """A file with all three recipes, in the working directory; what it registers ends with the
+    test."""
+    tables = driver.POLICIES, objectives.OBJECTIVES, optimizers.OPTIMIZERS
+    before = [dict(table) for table in tables]
+    blocks = re.findall(r"```python\n(.*?)```", LAYOUT, re.DOTALL)
+    (tmp_path / "mine.py").write_text("\n\n".join(blocks))
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path / "mine.py"
+    for table, kept in zip(tables, before, strict=True):
+        table.clear()
+        table.update(kept)
+    registry._load.cache_clear()
+    registry._load_installed.cache_clear()
+
+
+@pytest.fixture
+def config(mine, tiny_folder, sentiment):
+    """A config file of the command line."""
+    steps = {"ranks": [2], "steps": [5]}
+    tree = settings(tiny_folder, sentiment, "run", chain=steps, train={"save_every": 2})
+    mine.with_name("run.yaml").write_text(yaml.safe_dump(tree))
+    return tree
+
+
+OWN = ("--train.optimizer", "signum", "--train.loss", "margin")
+OWN += ("--chain.knots", "{policy: doubling, every: 2, share: 0.5}")
+
+
+def events_of(config: dict[str, Any], *listeners: Callable[[Event], None]) -> list[Event]:
     events: list[Event] = []
-    chainlora.train(chainlora.make_config(config), listener=events.append)
+
+    def tell(event: Event) -> None:
+        for each in (events.append, *listeners):
+            each(event)
+
+    chainlora.train(chainlora.make_config(config), listener=tell)
     return events
 
 
@@ -89,3 +127,89 @@ def test_an_objective_of_ones_own(tiny_folder, sentiment, monkeypatch):
     losses = losses_of(events)
     assert losses[0] == pytest.approx(1.0, abs=0.1)  # nothing is learned yet: about the margin
     assert sum(losses[-4:]) < sum(losses[:4])
+
+
+# --- from the command line ---
+
+
+def test_a_file_of_ones_own_is_named_by_plugins(config, chainlora, caplog):
+    chainlora("train", "run.yaml", *OWN).refused("`train.loss` must be one of", "in `plugins`")
+    for key, value in zip(OWN[2::2], OWN[3::2], strict=True):
+        chainlora("train", "run.yaml", key, value).refused(f"`{key[2:8]}", "got '", "in `plugins`")
+    done = chainlora("train", "run.yaml", *OWN, "--plugins", "mine.py")
+    assert done.status == 0, done.err
+    assert "loaded plug-in mine.py" in caplog.messages
+    assert Path("run/metrics.jsonl").read_text().count('"soft_knot"') == 2  # steps 2 and 4
+    assert yaml.safe_load(Path("run/config.yaml").read_text())["plugins"] == ["mine.py"]
+    assert chainlora("eval", "run").status == 0  # by the metrics of its task
+
+
+def test_a_run_names_its_plugins_and_never_runs_them(config, mine, chainlora, caplog):
+    def stopped(event: Event) -> None:
+        if isinstance(event, StepDone) and event.step == 3:
+            raise RuntimeError("stopped")
+
+    train = config["train"] | {"optimizer": "signum"}
+    with pytest.raises(RuntimeError, match="stopped"):
+        events_of(config | {"plugins": ["mine.py"], "train": train}, stopped)
+    registry._load.cache_clear()
+    del optimizers.OPTIMIZERS["signum"]
+    resume = ("train", "run/config.yaml", "--resume")
+    chainlora(*resume).refused("Cannot resume run", "Add --plugins mine.py if you trust it")
+    assert "signum" not in optimizers.OPTIMIZERS
+    more = ("extend", "run", "--name", "more", "--chain.ranks", "2", "--chain.steps", "1")
+    more += ("--data.task", config["data"]["task"], "--data.train", config["data"]["train"])
+    chainlora(*more).refused("Cannot extend run", "Add --plugins mine.py if you trust it")
+    plain = (*more, "--train.optimizer", "adamw", "--plugins", "[]")
+    assert "Cannot resume run" in chainlora(*plain).err  # its first stage is half trained
+    assert "signum" not in optimizers.OPTIMIZERS
+    mine.write_text(mine.read_text() + "\n")
+    done = chainlora(*resume, "--plugins", str(mine))  # it has moved, and changed
+    done.refused("Cannot resume run")
+    done = chainlora(*resume, "--plugins", "mine.py")
+    assert done.status == 0, done.err
+    assert "another content of mine.py" in caplog.text
+    assert chainlora(*more, "--plugins", "mine.py").status == 0
+
+
+def test_a_comparison_has_methods_of_ones_own(config, chainlora):
+    methods = "--methods.margin.train.loss", "margin", "--methods.signum.train.optimizer", "signum"
+    words = ("compare", "run.yaml", "--chain.steps", "2", "--seeds", "1", "--backend", "inline")
+    words += ("--methods", "lora,margin,signum", *methods)
+    chainlora(*words).refused("`train.loss` must be one of")
+    done = chainlora(*words, "--plugins", "mine.py")
+    assert done.status == 0, done.err
+    assert "cells and report in run-compare\n" in done.err
+    assert Path("run-compare/report.html").is_file()
+    for method in ("lora", "margin", "signum"):
+        assert re.search(rf"^\| {method} \| [\d.]+ \(1\) \|$", done.out, re.MULTILINE)
+
+
+def test_installed_plugins_are_found(config, mine, chainlora, monkeypatch, caplog):
+    said = mine.with_name("mine-1.dist-info")
+    said.mkdir()
+    (said / "METADATA").write_text("Metadata-Version: 2.1\nName: mine\nVersion: 1\n")
+    (said / "entry_points.txt").write_text("[chainlora.plugins]\nmine = installed\n")
+    mine.rename(mine.with_name("installed.py"))
+    monkeypatch.syspath_prepend(mine.parent)
+    done = chainlora("train", "run.yaml", *OWN)
+    assert done.status == 0, done.err
+    assert "loaded plug-in installed" in caplog.messages
+    sys.modules.pop("installed")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "says"),
+    [
+        ("none.py", None, "Cannot load the plug-in none.py (FileNotFoundError: "),
+        ("mine.py", "import nothing_here", "(ModuleNotFoundError: No module named 'nothing_here')"),
+        ("mine.py", "x = (", "(SyntaxError: '(' was never closed"),
+        ("no_such.module", None, "(ModuleNotFoundError: No module named 'no_such'); correct it"),
+        ("no_such", None, "there is no such module; a file is named with its .py); correct it"),
+    ],
+)
+def test_a_plugin_that_cannot_be_loaded_is_named(name, text, says, config, mine, chainlora):
+    if text is not None:
+        mine.write_text(text)
+    chainlora("train", "run.yaml", "--plugins", name).refused(says)
+    assert not Path("run").exists()

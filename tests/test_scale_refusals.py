@@ -38,6 +38,15 @@ class Refusal(NamedTuple):
 REFUSALS = [
     Refusal("train run.yaml", "set fsdp_version: 2, or launch with torchrun", variables=BY_FSDP),
     Refusal(
+        "train run.yaml --train.shard fsdp2",
+        "between several processes (got one process); launch with torchrun --nproc-per-node 2",
+    ),
+    Refusal(
+        "train run.yaml --train.shard zero3 --chain.hold carried",
+        "(got one process); pip install 'chainlora[deepspeed]', launch with torchrun",
+        missing="deepspeed",
+    ),
+    Refusal(
         "train run.yaml --train.optimizer schedule_free_adamw --train.schedule constant",
         "pip install 'chainlora[schedulefree]'",
         missing="schedulefree",

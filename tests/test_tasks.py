@@ -6,7 +6,7 @@ import pytest
 from helpers_data import encode_examples
 from helpers_tasks import HUB_ROWS, PROMPTS, write_rows
 
-from chainlora.data.tasks import load_task, split_source
+from chainlora.data.tasks import Task, load_task, split_source
 from chainlora.errors import DataError
 
 
@@ -47,6 +47,13 @@ def test_hub_rows_and_original_rows_render_the_same(name):
 def test_labels_are_found_however_the_file_writes_them(value):
     task = load_task("wic")
     assert task.label_index(value) == (None if value == "Yes" else 1)
+
+
+@pytest.mark.parametrize(("value", "place"), [(" sport", 1), ("sport", 1), ("  sport", None)])
+def test_a_label_may_be_written_as_the_task_declares_it(value, place):
+    keys = {"prompt": "p", "labels": [" business", " sport"], "metric": "accuracy"}
+    task = Task(name="t", description="d", loss="candidates", **keys)
+    assert task.label_index(value) == place
 
 
 # --- nested rows

@@ -1,11 +1,32 @@
-"""Extension points that are folders: a new file in one of them is a new entry, without an edit."""
+"""Extension points: tables of names, filled by folders of this package and by plug-ins.
+
+A new file in one of the folders is a new entry, without an edit. A plug-in is a user's own module
+that adds entries to the tables: a file or module that `plugins` of a config names, or an installed
+package with an entry point in the group `chainlora.plugins`.
+"""
 
 from __future__ import annotations
 
+import logging
+import sys
+from collections.abc import Iterable, Mapping
+from functools import cache
 from importlib import import_module
+from importlib.metadata import entry_points
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from pathlib import Path
 from pkgutil import iter_modules
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
+
+from chainlora.errors import ConfigError, nearest
+from chainlora.files import sha256
+
+logger = logging.getLogger(__name__)
+
+Entry = TypeVar("Entry")
+
+GROUP = "chainlora.plugins"
 
 
 def entries(package: ModuleType, table: str) -> dict[str, Any]:
@@ -14,3 +35,106 @@ def entries(package: ModuleType, table: str) -> dict[str, Any]:
     for module in iter_modules(package.__path__):
         found |= getattr(import_module(f"{package.__name__}.{module.name}"), table, {})
     return found
+
+
+def entry(table: Mapping[str, Entry], key: str, name: str) -> Entry:
+    """Return the entry that the config key `key` names.
+
+    Installed plug-ins are imported only where the table has no such entry. Raises ConfigError if
+    they have none either.
+    """
+    if name not in table:
+        _load_installed()
+    if name not in table:
+        hint = nearest(name, table)
+        raise ConfigError(
+            f"`{key}` must be one of {', '.join(sorted(table))} (got {name!r}"
+            f"{hint if 'did you mean' in hint else ''}); if a file of yours registers it, name "
+            "that file in `plugins`"
+        )
+    return table[name]
+
+
+# --- plug-ins ---
+
+
+def load_plugins(plugins: Iterable[str]) -> None:
+    """Import files (``my.py``) and modules (``package.module``), each once in a process.
+
+    Raises ConfigError for one that cannot be imported.
+    """
+    for name in plugins:
+        _load(name, plugin_digest(name))
+
+
+def plugin_digest(plugin: str) -> str:
+    """Return the SHA-256 of a plug-in's file; empty where a module has none."""
+    path = _file_of(plugin)
+    try:
+        return "" if path is None else sha256(path)
+    except OSError as error:
+        raise _unloadable(plugin, error) from None
+
+
+def _file_of(plugin: str) -> Path | None:
+    if _is_file(plugin):
+        return Path(plugin).expanduser()
+    try:
+        spec = find_spec(plugin)
+    except Exception as error:  # the parent packages are imported
+        raise _unloadable(plugin, error) from error
+    if spec is None:
+        got = ModuleNotFoundError("there is no such module; a file is named with its .py")
+        raise _unloadable(plugin, got)
+    return Path(spec.origin) if spec.has_location and spec.origin else None
+
+
+def _is_file(plugin: str) -> bool:
+    return plugin.endswith(".py") or "/" in plugin or "\\" in plugin
+
+
+@cache
+def _load(plugin: str, digest: str) -> None:
+    """Import a plug-in; a file that has changed since, once more."""
+    try:
+        if _is_file(plugin):
+            _run(Path(plugin).expanduser().resolve(), f"chainlora_plugin_{digest[:16]}")
+        else:
+            import_module(plugin)
+    except Exception as error:
+        raise _unloadable(plugin, error) from error
+    logger.warning("loaded plug-in %s", plugin)
+
+
+def _run(path: Path, name: str) -> None:
+    """Import a file as a module of this name (the documented way, as of importlib)."""
+    spec = spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise ImportError("it is not a Python file")
+    module = sys.modules[name] = module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+
+
+@cache
+def _load_installed() -> None:
+    """Import what installed packages offer; an entry point of a function is called."""
+    for point in entry_points(group=GROUP):
+        try:
+            found = point.load()
+            if not isinstance(found, ModuleType):
+                found()
+        except Exception as error:
+            raise _unloadable(point.value, error) from error
+        logger.warning("loaded plug-in %s", point.value)
+
+
+def _unloadable(plugin: str, error: Exception) -> ConfigError:
+    reason = " ".join(str(getattr(error, "strerror", None) or error).split())
+    return ConfigError(
+        f"Cannot load the plug-in {plugin} ({type(error).__name__}: {reason:.200}); correct it, or "
+        "leave it out of `plugins`"
+    )

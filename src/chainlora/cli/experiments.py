@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -187,13 +187,14 @@ def report(results: str, output: str | None, as_json: bool) -> None:
     "--methods",
     required=True,
     shell_complete=complete_presets("experiments/methods"),
-    help=f"Comma-separated; the first is the baseline. One of {', '.join(_PRESETS)}.",
+    help=f"Comma-separated; the first is the baseline. Of {', '.join(_PRESETS)}; or names of your "
+    "own, which are lora with other keys: --methods.mine.train.optimizer lion",
 )
 @click.option(
     "--seeds",
     type=click.IntRange(min=1),
-    default=6,
-    help="Number of paired seeds: six can decide one comparison, seven two or three.",
+    show_default="the fewest that can decide: 6 for two methods, 7 for three, 8 for four or five",
+    help="Number of paired seeds.",
 )
 @click.option(
     "--learning-rates", help="Comma-separated; chosen on validation rows for each method."
@@ -204,17 +205,22 @@ def report(results: str, output: str | None, as_json: bool) -> None:
     default=0,
     help="Rates added beyond each end of --learning-rates while the best is that end.",
 )
-@_OUTPUT
+@click.option(
+    "--output",
+    show_default="the config's output, or its file's name in runs/, with -compare behind it",
+    type=click.Path(file_okay=False),
+    help="Folder for cells (single trainings) and results.",
+)
 @_WORKERS
 @_BACKEND
 @json_option
 def compare(
     arguments: tuple[str, ...],
     methods: str,
-    seeds: int,
+    seeds: int | None,
     learning_rates: str | None,
     extend: int,
-    output: str,
+    output: str | None,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -228,23 +234,67 @@ def compare(
     from chainlora.experiments import compare as run_compare
     from chainlora.experiments import experiment_progress
 
-    file, keys = file_and_overrides(list(arguments))
+    file, given = file_and_overrides(list(arguments))
+    named, keys = _methods(methods, given)
     rates = _rates(learning_rates or "")
     if extend and not rates:
         raise click.UsageError("--extend goes with --learning-rates (got none)")
     quiet()
+    config = load_config(file, keys)
+    output = output or f"{config.output or Path('runs', Path(file).stem)}-compare"
+    said = [f"cells and report in {output}"]
+    if seeds is None:
+        seeds, why = _fewest_seeds(len(named) - 1)
+        said.append(why)
+    show_progress = experiment_progress()
+
+    def listener(record: Mapping[str, Any]) -> None:
+        while record["event"] == "plan" and said:  # nothing is refused any more
+            to_stderr(said.pop(0))
+        show_progress(record)
+
     with _resumable(output):
         made = run_compare(
-            load_config(file, keys),
-            [name.strip() for name in methods.split(",")],
+            config,
+            named,
             range(seeds),
             Path(output),
             learning_rates=rates,
             extend=extend,
-            listener=experiment_progress(),
+            listener=listener,
             **options,
         )
     _show_report(made, as_json)
+
+
+def _methods(
+    names: str, given: list[tuple[str, str]]
+) -> tuple[dict[str, dict[str, Any]], list[tuple[str, str]]]:
+    """Return the methods with their own keys (``methods.NAME.KEY``), and the keys of the config."""
+    from chainlora.config.loading import set_key
+
+    named: dict[str, dict[str, Any]] = {name.strip(): {} for name in names.split(",")}
+    own = [(key.split(".", 2), value) for key, value in given if key.startswith("methods.")]
+    for (_, name, *rest), value in own:
+        if name not in named or not rest:
+            raise click.UsageError(
+                f"--methods.NAME.KEY must name one of --methods {names} (got {name!r})"
+            )
+        set_key(named[name], rest[0], value)
+    return named, [(key, value) for key, value in given if not key.startswith("methods.")]
+
+
+def _fewest_seeds(num_comparisons: int) -> tuple[int, str]:
+    """Return how many seeds a verdict needs, and why so many."""
+    from chainlora.experiments.statistics.power import LEVEL
+    from chainlora.experiments.statistics.sign_flip import least_pairs, smallest_p
+
+    comparisons = max(1, num_comparisons)
+    seeds = least_pairs(comparisons, LEVEL)
+    what = f"{comparisons} comparisons (Holm)" if comparisons > 1 else "one comparison"
+    p = f"{comparisons * smallest_p(seeds):.2g}"
+    why = f"{seeds} seeds: the fewest with which the exact test of {what} can reach p ≤ {LEVEL:g}"
+    return seeds, f"{why} (it reaches {p})"
 
 
 def _rates(text: str) -> list[float]:

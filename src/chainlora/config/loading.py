@@ -54,6 +54,8 @@ def read_config(path: str | Path) -> dict[str, Any]:
             f"config file must have chainlora's keys (got {path} with {foreign}); rewrite it: "
             f"chainlora convert-config {path} > chainlora.yaml"
         )
+    if (Path(path).expanduser().parent / "chain.json").is_file():
+        tree.pop("plugins", None)  # a run may come from somebody else: its code is named anew
     return tree
 
 

@@ -8,7 +8,7 @@ imports no tensor library, so that the command line can check a file in millisec
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -24,8 +24,7 @@ from chainlora.config.data import StartData as StartData
 from chainlora.config.messages import Called
 from chainlora.config.section import Count, Number, Section, refuse_if
 
-PairLoss = Literal["dpo", "orpo"]
-PAIR_LOSSES: tuple[str, ...] = get_args(PairLoss)
+PAIR_LOSSES = ("dpo", "orpo")
 """Those of `train.loss` whose rows are preferences."""
 
 
@@ -37,11 +36,12 @@ def _auto_or_off(value: Any) -> Any:
 class TrainConfig(Section):
     """How a link is tuned. Defaults follow the paper: AdamW, linear decay, batches of 8."""
 
-    loss: PairLoss | None = None
+    loss: str | None = None
     """`null` is the loss of the task, or the likelihood of what a row's format scores. `dpo`: rows
     are preferences, and a pair's loss is that of DPO (the sigmoid loss, arXiv 2305.18290) against
     the model as the run begins, whose scores are computed once. `orpo`: that of ORPO (arXiv
-    2403.07691), without a reference."""
+    2403.07691), without a reference. `completion`, `candidates`, or an objective of a
+    [plug-in](layout.md#plug-ins): instead of the loss of the task."""
     dpo_beta: Annotated[float, Field(ge=1e-6, le=1e3)] = 0.1
     """How strongly DPO holds the model to where the run began."""
     dpo_label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
@@ -74,7 +74,7 @@ class TrainConfig(Section):
     """Seed of the order of rows, of every link's initialization, and of dropout."""
     optimizer: str = "adamw"
     """Optimizer of each link: `adamw`, `sgd`, `adafactor`, `lion`, `muon`, `schedule_free_adamw`,
-    `adamw_8bit`, `paged_adamw_8bit` ([optimizers](optimizers.md))."""
+    `adamw_8bit`, `paged_adamw_8bit` ([optimizers](optimizers.md)), or that of a plug-in."""
     optimizer_options: dict[str, bool | int | float | str | tuple[float | None, ...] | None] = (
         Field(default={})
     )
@@ -198,6 +198,9 @@ class RunConfig(Called):
     """How many links, how wide, how long each is tuned."""
     train: TrainConfig = TrainConfig()
     """How links are tuned."""
+    plugins: tuple[Annotated[str, Home], ...] = ()
+    """Python files (`mine.py`) or modules (`package.module`) that register optimizers, objectives
+    or knot policies. They run as your own code ([plug-ins](layout.md#plug-ins))."""
     output: Annotated[str | None, Home] = None
     """[Run directory](run-directory.md): new or empty, or with this run in it, which resumes. The
     command line needs it; from Python, `null` writes nothing."""
@@ -242,7 +245,7 @@ class RunConfig(Called):
     def _check_rows(self) -> RunConfig:
         data, remedy = self.data, "give files of preferences as data.train, and no task or format"
         rule = f"`train.loss: {self.train.loss}` learns from pairs of answers"
-        is_pairs = self.train.loss is not None
+        is_pairs = self.train.loss in PAIR_LOSSES
         refuse_if(is_pairs and data.task is not None, rule, f"task: {data.task}", remedy)
         is_plain = data.format in ("chat", "text")
         refuse_if(is_pairs and is_plain, rule, f"format: {data.format}", remedy)

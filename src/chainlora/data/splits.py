@@ -9,13 +9,13 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from chainlora.config.data import TrainFile
-from chainlora.config.schema import DataConfig, PairLoss
+from chainlora.config.schema import PAIR_LOSSES, DataConfig
 from chainlora.data.chat_templates import set_chat_template
 from chainlora.data.division import aligned, divide, pick, rows_again, rows_in_both
 from chainlora.data.encoding import Options, detect_format
@@ -60,7 +60,7 @@ class Splits:
     train: Rows
     validation: Rows
     test: Rows
-    loss: Literal["candidates", "completion"] | PairLoss = "completion"
+    loss: str = "completion"
     metrics: tuple[str, ...] = ("loss",)
     reported: tuple[str, ...] = REPORTED_OF_TEXT
     metric: str = "loss"
@@ -109,7 +109,7 @@ def prepare_splits(
     context: int,
     progress: SplitProgress | None = None,
     to_score: str | None = None,
-    loss: PairLoss | None = None,
+    loss: str | None = None,
     *,
     earlier: Mapping[str, Kept] | None = None,
     bound: int | None = None,
@@ -128,16 +128,18 @@ def prepare_splits(
     set_chat_template(tokenizer, data)
     task = None if data.task is None else load_task(data.task)
     sources = _file_sources(data) if task is None else _task_sources(task, data)
-    asked: dict[str, Any] = {"loss": loss, "reported": _REPORTED_OF_PAIRS} if loss else {}
+    asked: dict[str, Any] = {} if loss is None else {"loss": loss}
+    if loss in PAIR_LOSSES:
+        asked["reported"] = _REPORTED_OF_PAIRS
     learned = options
     if task is not None:
         before = _demonstrations(task, data, sources["train"])
         sources["train"] = _without_first(sources["train"], data.shots)
-        learned = replace(options, objective=task.loss, before=before)
+        learned = replace(options, objective=loss or task.loss, before=before)
         options = replace(learned, reserve=_reserve(task))
         if task.completion is None:
             options = replace(options, objective="candidates")
-        asked = {name: getattr(task, name) for name in _ASKED_OF_A_TASK}
+        asked = {name: getattr(task, name) for name in _ASKED_OF_A_TASK} | asked
 
     def encode(split: str, options: Options) -> list[Rows]:
         kind = task or data.format
@@ -181,7 +183,7 @@ def _mixture(data: DataConfig, files: Sequence[Rows]) -> Mixture | None:
     return Mixture(tuple(map(len, files)), tuple(weights)) if files else None
 
 
-def learned_by(data: DataConfig, loss: PairLoss | None) -> str:
+def learned_by(data: DataConfig, loss: str | None) -> str:
     """Return what the rows of a config are learned by (`Splits.loss`)."""
     return loss or ("completion" if data.task is None else load_task(data.task).loss)
 
@@ -218,7 +220,7 @@ def check_files(data: DataConfig, loss: str | None) -> None:
         for source in sources:
             source.check_fields()
             first = next(iter(source))
-            if task is None and (loss is not None or data.format == "auto"):
+            if task is None and (loss in PAIR_LOSSES or data.format == "auto"):
                 kinds.setdefault(split, set()).add(detect_format([first], loss))
     trained = kinds.pop("train", set())
     for split, found in kinds.items():

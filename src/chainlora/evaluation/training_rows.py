@@ -8,7 +8,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from chainlora.config.schema import RunConfig
+from chainlora.config.schema import PAIR_LOSSES, RunConfig
 from chainlora.config.stages import is_run
 from chainlora.data.encoding import Options
 from chainlora.data.examples import Example
@@ -87,7 +87,8 @@ def _first_rows(config: RunConfig, tokenizer: Any) -> list[Example]:
         return []
     source = replace(find_source(place, "train", _ROWS), fields=data.fields)
     kind = data.format if data.task is None else load_task(data.task)
-    options = Options(objective=config.train.loss or "completion")
+    loss = config.train.loss
+    options = Options(objective=loss if loss in PAIR_LOSSES else "completion")
     return list(make_rows(source, tokenizer, kind, options))
 
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from chainlora.config.schema import RunConfig
 from chainlora.errors import ConfigError
-from chainlora.experiments.methods import load_method
+from chainlora.experiments.methods import list_methods, load_method
 from chainlora.experiments.report.report import Report, report_experiment
 from chainlora.experiments.runner import run_cells
 from chainlora.experiments.schema import Experiment, make_experiment
 from chainlora.experiments.statistics.intervals import scipy_stats
+
+Methods = Sequence[str] | Mapping[str, Mapping[str, Any] | None]
 
 # Keys that make a method what it is, or let it choose among its points: never the config's.
 _OF_METHODS = {
@@ -26,7 +28,7 @@ _SHARED = {"schedule", "warmup_steps"}
 
 def compare(
     config: RunConfig,
-    methods: Sequence[str],
+    methods: Methods,
     seeds: Sequence[int],
     out: str | Path,
     *,
@@ -46,7 +48,9 @@ def compare(
 
     Args:
         config: the run config; `output` is not used.
-        methods: names of presets; the first is the baseline.
+        methods: names of presets, or a mapping as `methods` of an experiment file: a name of your
+            own to the `preset` (`lora` if it is left out) and the keys that it changes. The first
+            is the baseline.
         seeds: training seeds, paired over methods.
         out: folder for cells, results and report; one that holds some of them is resumed.
         learning_rates: tried for each method on validation rows; none: all run with the config's.
@@ -69,7 +73,7 @@ def compare(
 
 def comparison(
     config: RunConfig,
-    methods: Sequence[str],
+    methods: Methods,
     seeds: Sequence[int],
     *,
     learning_rates: Sequence[float] = (),
@@ -84,7 +88,9 @@ def comparison(
     data = config.model_dump(mode="json", exclude_defaults=True)["data"]
     name = Path(config.data.task).stem if config.data.task else "data"
     unit = "epochs" if config.chain.epochs else "steps"
-    base, left_out = _base(config, unit, methods)
+    named = {name: _method(name, methods) for name in methods}
+    presets = [str(keys.get("preset", name)) for name, keys in named.items()]
+    base, left_out = _base(config, unit, presets)
     said = f"{', '.join(methods)} at equal {unit}, each scored at its end"
     said += f"; of the config left out: {', '.join(left_out)}" * bool(left_out)
     experiment = make_experiment(
@@ -93,7 +99,7 @@ def comparison(
             "description": f"{said}.",
             "base": base,
             "tasks": {name: {"data": {key: data[key] for key in ("task", "train") if key in data}}},
-            "methods": list(methods),
+            "methods": named,
             "seeds": list(seeds),
             "tune": tune,
         }
@@ -101,6 +107,12 @@ def comparison(
     if len(experiment.methods) < 2 and not learning_rates:
         raise ConfigError("`compare` needs two methods", ", ".join(methods), "name a rival")
     return experiment
+
+
+def _method(name: str, methods: Methods) -> dict[str, Any]:
+    """Return the keys of a method; one of the user's own is LoRA unless it names its preset."""
+    keys = dict(methods[name] or {}) if isinstance(methods, Mapping) else {}
+    return {"preset": "lora"} | keys if keys and name not in list_methods() else keys
 
 
 def _check_rows(config: RunConfig) -> None:

@@ -23,6 +23,7 @@ from chainlora.errors import ConfigError
 from chainlora.experiments.methods import apply_recipe, merge_trees
 from chainlora.experiments.schema import Experiment
 from chainlora.models.hashing import hash_file
+from chainlora.registry import plugin_digest
 
 Pair = tuple[str, str]  # task, method
 Point = tuple[tuple[str, Any], ...]  # the grid's keys and their values, in its order
@@ -193,8 +194,8 @@ def config_id(config: RunConfig) -> str:
     """Return twelve hex digits that name what a config computes.
 
     Hashed are its values other than the defaults, so that a new key with a default renames no cell;
-    places and watchers are left out. A file named by the config (rows, a task of the user's own)
-    counts by its content. Of a shipped task only the name counts.
+    places and watchers are left out. A file named by the config (rows, a task of the user's own, a
+    plug-in) counts by its content. Of a shipped task only the name counts.
     """
     tree = compact_config(config)
     files = [(tree["data"], key) for key in ("task", "train", "validation", "test")]
@@ -204,6 +205,8 @@ def config_id(config: RunConfig) -> str:
         path = Path(section.get(key) if isinstance(section.get(key), str) else "")
         if path.is_file():
             section[key] = hash_file(path)[:16]
+    if "plugins" in tree:
+        tree["plugins"] = [plugin_digest(name)[:16] or name for name in config.plugins]
     for key in ("save_every", "log_every", "trackers"):
         tree.get("train", {}).pop(key, None)
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:12]

@@ -25,6 +25,7 @@ from chainlora.experiments.session import Listener, Session
 from chainlora.experiments.worker import run_inline, run_processes
 from chainlora.files import check_writable, make_folder, write_text
 from chainlora.models.finding import resolve_model
+from chainlora.training.objectives import check_names
 
 
 @dataclass(frozen=True)
@@ -144,9 +145,10 @@ def _rounds(session: Session, max_cells: int | None, notes: Sequence[str]) -> It
 
 
 def _check_at_hand(cells: Iterable[Cell]) -> None:
-    """Raise unless the model and the files of every cell are there, before any of them runs."""
+    """Raise unless model, files and plug-ins of every cell are there, before any of them runs."""
     checked: set[tuple[str, str]] = set()
     for cell in cells:
+        check_names(cell.config)
         data = cell.config.data
         named = {"validation": data.validation, "test": data.test, "model": cell.config.model}
         wanted = {(kind, spec) for kind, spec in named.items() if isinstance(spec, str)}

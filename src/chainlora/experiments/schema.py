@@ -24,7 +24,12 @@ from chainlora.config.section import Frozen
 from chainlora.errors import ConfigError, nearest
 from chainlora.experiments.methods import load_method, merge_trees
 
-TREE_KEYS = ("model", "quantize", "recipe", "data", "chain", "train")
+TREE_KEYS = ("model", "quantize", "plugins", "recipe", "data", "chain", "train")
+_KINDS: dict[str, tuple[Any, str]] = {
+    "model": (str, "a name"),
+    "quantize": (str, "a name"),
+    "plugins": ((str, list), "a list of files or modules"),
+}  # of the keys that are no sections
 OVERALL = "all tasks"  # the row of all of them in a report
 Figure = Literal["scores", "differences", "curves", "chain_length", "rank_step_down"]
 
@@ -155,9 +160,8 @@ def check_keys(where: str, tree: Mapping[str, Any]) -> None:
     for key, value in tree.items():
         if key not in TREE_KEYS:
             raise ConfigError(f"unknown key `{where}.{key}`{nearest(str(key), TREE_KEYS)}")
-        kind = str if key in ("model", "quantize") else Mapping
+        kind, what = _KINDS.get(key, (Mapping, "a section of keys"))
         if value is not None and not isinstance(value, kind):
-            what = "a name" if kind is str else "a section of keys"
             raise ConfigError(f"`{where}.{key}` must be {what}", f"{value!r:.60}", "give one")
 
 

@@ -14,13 +14,12 @@ import torch
 
 from chainlora.chain.chain import Chain
 from chainlora.config.schema import ChainConfig, KnotConfig, LinkConfig
-from chainlora.errors import ConfigError, nearest
 from chainlora.knots import policies
 from chainlora.knots.moments import carry_moments, check_known
 from chainlora.knots.numbers import Numbers, Spacing
 from chainlora.knots.policies.plateau import PlateauKnots
 from chainlora.knots.policy import WHOLE, Knot, KnotPolicy, Position
-from chainlora.registry import entries
+from chainlora.registry import entries, entry
 
 # By the name in `chain.knots.policy`. A factory gets that section, its `every` and `share` set.
 POLICIES: dict[str, Callable[[KnotConfig], KnotPolicy]] = entries(policies, "POLICIES")
@@ -120,16 +119,12 @@ def make_policy(chain: ChainConfig, spacing: Spacing | None) -> KnotPolicy | Non
     """Return what decides inside a link with these numbers; None where nothing does."""
     found: KnotPolicy | None = None
     if chain.knots is not None and spacing is not None:
-        check_policy(chain.knots)
         keys = {"every": spacing.every, "share": spacing.share, "time_constant": None}
-        found = POLICIES[chain.knots.policy](chain.knots.model_copy(update=keys))
+        make = entry(POLICIES, "chain.knots.policy", chain.knots.policy)
+        found = make(chain.knots.model_copy(update=keys))
     return found if chain.plateau is None else PlateauKnots(chain.plateau, found)
 
 
 def check_policy(soft: KnotConfig) -> None:
     """Raise ConfigError for a policy that is not known."""
-    if soft.policy not in POLICIES:
-        raise ConfigError(
-            f"`chain.knots.policy` must be one of {', '.join(sorted(POLICIES))} (got "
-            f"{soft.policy!r}{nearest(soft.policy, POLICIES)})"
-        )
+    entry(POLICIES, "chain.knots.policy", soft.policy)

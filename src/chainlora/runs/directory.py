@@ -41,6 +41,7 @@ from chainlora.errors import RunError
 from chainlora.knots.numbers import Numbers
 from chainlora.models.checkpoint import save_model
 from chainlora.models.identity import tokenizer_files
+from chainlora.registry import plugin_digest
 from chainlora.runs.costs import versions
 from chainlora.runs.in_progress import RunInProgress, begun_on
 from chainlora.runs.links import write_checkpoint, write_link
@@ -171,6 +172,7 @@ class RunDirectory(RunInProgress):
             selected=None,
             progress=Progress(link=len(start.links)),
             kept=list(kept),
+            plugins={name: plugin_digest(name) for name in config.plugins},
         )
         self._replace()
         return deepcopy(self.current.progress)

@@ -189,6 +189,7 @@ class Manifest(_Part):
     kept: list[StageName] = []
     records: Records | None = None
     changes: list[Change] = []
+    plugins: dict[str, str] = {}  # SHA-256 of each when the run began
     files: dict[str, str] = {}
     versions: dict[Text, Text] = {}
 

@@ -21,6 +21,7 @@ from chainlora.data.splits import named_sources, source_digest
 from chainlora.errors import FileError, RunError
 from chainlora.models.finding import from_above, is_same_place, resolve_model
 from chainlora.models.identity import base_files
+from chainlora.registry import plugin_digest
 from chainlora.runs.manifest import REFERENCE, TOKENIZER, Change, Manifest
 from chainlora.runs.reading import RunReader, check_base
 
@@ -234,6 +235,31 @@ def compare_versions(before: Mapping[str, str], now: Mapping[str, str]) -> None:
         )
 
 
+def check_plugins(run: RunReader, config: RunConfig) -> None:
+    """Raise RunError unless the config names the plug-ins that a run was begun with.
+
+    A run says which code it needs, and never runs it by itself: a run may come from somebody else.
+    Warns of a plug-in that has changed since.
+    """
+    before, now = run.manifest().plugins, {name: plugin_digest(name) for name in config.plugins}
+    known = set(now.values())
+    if missing := [name for name in before if name not in now and before[name] not in known]:
+        raise RunError(not_named(f"resume {run}", missing))
+    if changed := [name for name in before if name in now and before[name] != now[name]]:
+        logger.warning(
+            "the run was begun with another content of %s; later steps use the new one",
+            ", ".join(changed),
+        )
+
+
+def not_named(what: str, plugins: Sequence[str]) -> str:
+    """Say what cannot be done without plug-ins that only a run names."""
+    return (
+        f"Cannot {what}: it was begun with the plug-in {', '.join(plugins)}, code that would run "
+        f"here. Add --plugins {','.join(plugins)} if you trust it"
+    )
+
+
 def check_rows(before: str | None, rows: str | None) -> None:
     """Raise RunError unless the rows are those that the run began with."""
     if rows is not None and before is not None and before != rows:
@@ -248,9 +274,9 @@ def _science(config: RunConfig) -> dict[str, Any]:
     """Return the keys of a config that decide the weights.
 
     Not where it is written, what it begins on (its links and kept rows tell), where rows of a task
-    lie, who watches, which process holds what.
+    and plug-ins lie (`check_plugins`), who watches, which process holds what.
     """
-    other: dict[str, Any] = dict.fromkeys(("output", *OF_START), True)
+    other: dict[str, Any] = dict.fromkeys(("output", "plugins", *OF_START), True)
     tree = config.model_dump(exclude=other | {"data": {"dir"}})
     for key in ("trackers", "save_every", "log_every", "shard"):
         tree["train"].pop(key)

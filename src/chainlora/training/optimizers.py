@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from chainlora.chain.adapters import Adapter
 from chainlora.config.schema import RunConfig, TrainConfig
-from chainlora.errors import ConfigError, nearest
+from chainlora.errors import ConfigError
 from chainlora.knots.moments import unknown_moments
-from chainlora.registry import entries
+from chainlora.registry import entries, entry
 from chainlora.training import optimizer_kinds
 from chainlora.training.optimizer_kinds import Factory, Groups
 
-# By the name in `train.optimizer`; one of your own can be added from outside.
+# By the name in `train.optimizer`; one of your own is added by a plug-in (`registry`).
 OPTIMIZERS: dict[str, Factory] = entries(optimizer_kinds, "OPTIMIZERS")
 
 _SET_BY_THE_LOOP = ("lr", "ratio")  # of a parameter group
@@ -33,11 +33,6 @@ _SET_BY_THE_LOOP = ("lr", "ratio")  # of a parameter group
 def check_optimizer(config: RunConfig, device: torch.device) -> None:
     """Raise ConfigError unless the optimizer is known and can do what the config asks of it."""
     train, chain = config.train, config.chain
-    if train.optimizer not in OPTIMIZERS:
-        raise ConfigError(
-            f"`train.optimizer` must be one of {', '.join(sorted(OPTIMIZERS))} "
-            f"(got {train.optimizer!r}{nearest(train.optimizer, OPTIMIZERS)})"
-        )
     optimizer = _stepped(train, device)
     if chain.dora or chain.lora_bias or chain.extra_modules or chain.tune == "full":
         _check_vectors(train, device)
@@ -122,7 +117,7 @@ def full_optimizer(
 
 
 def _make(groups: Groups, config: TrainConfig) -> torch.optim.Optimizer:
-    return OPTIMIZERS[config.optimizer](groups, config)
+    return entry(OPTIMIZERS, "train.optimizer", config.optimizer)(groups, config)
 
 
 # --- its state, on disk and over knots ---

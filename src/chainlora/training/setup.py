@@ -26,7 +26,6 @@ from chainlora.data.kept import Kept
 from chainlora.data.splits import Splits, check_files, prepare_splits
 from chainlora.engine.engine import Engine
 from chainlora.errors import ConfigError, RunError
-from chainlora.knots.driver import check_policy
 from chainlora.models.finding import from_above, resolve_model
 from chainlora.models.identity import base_files
 from chainlora.models.loading import (
@@ -44,17 +43,18 @@ from chainlora.runs.directory import RunDirectory
 from chainlora.runs.following import FollowedDirectory
 from chainlora.runs.loading_start import fitted
 from chainlora.runs.manifest import START, Base, Progress
+from chainlora.runs.resuming import check_plugins
 from chainlora.runs.start import NOTHING, Start
 from chainlora.runs.start_rows import rows_of_start
 from chainlora.training.deciding import decide
 from chainlora.training.events import Listener, Planned, RowsEncoded
-from chainlora.training.objectives import make_objective
+from chainlora.training.objectives import check_names, make_objective
 from chainlora.training.optimizers import check_optimizer
 from chainlora.training.plan import make_plan
 from chainlora.training.processes import PATIENCE, Processes, find_processes, num_launched
 from chainlora.training.reference import take_reference
 from chainlora.training.run import Run
-from chainlora.training.sharing import check_shards, wants_shards
+from chainlora.training.sharing import check_shards, refuse_one_process, wants_shards
 
 logger = logging.getLogger(__name__)
 
@@ -89,6 +89,8 @@ def _prepare(
     accelerator: Accelerator,
     processes: Processes,
 ) -> Run:
+    if resume and directory is not None and directory.exists:
+        check_plugins(directory, config)
     _check_config(config, processes)
     # asked once: the first process may begin a run while others still read rows
     begun = directory if directory is not None and directory.exists else None
@@ -175,9 +177,10 @@ def _check_config(config: RunConfig, processes: Processes) -> None:
     """Refuse what the config and the processes alone tell, before anything is loaded."""
     if processes.shares_model:
         check_shards(config)
+    else:
+        refuse_one_process(config)
+    check_names(config)
     check_optimizer(config, processes.device)
-    if config.chain.knots is not None:
-        check_policy(config.chain.knots)
     check_files(config.data, config.train.loss)
     if config.train.batch_size % processes.count:
         raise ConfigError(

@@ -44,6 +44,21 @@ def _is_set(variable: str) -> bool:
     return os.environ.get(variable, "false").lower() == "true"
 
 
+def refuse_one_process(config: RunConfig) -> None:
+    """Raise ConfigError where one process alone is to share the model."""
+    shard = config.train.shard
+    if shard is None:
+        return
+    is_missing = shard == "zero3" and find_spec("deepspeed") is None
+    install = "pip install 'chainlora[deepspeed]', " if is_missing else ""
+    raise ConfigError(
+        f"`train.shard: {shard}` shares the model between several processes",
+        "one process",
+        f"{install}launch with torchrun --nproc-per-node 2 -m chainlora train CONFIG, or set "
+        "train.shard: null",
+    )
+
+
 def check_shards(config: RunConfig) -> None:
     """Raise ConfigError for what a shared model cannot do."""
     chain = config.chain

@@ -37,6 +37,7 @@ from chainlora.models.finding import from_above
 from chainlora.runs.loading_start import load_start
 from chainlora.runs.manifest import BASE, START
 from chainlora.runs.reading import RunReader
+from chainlora.runs.resuming import not_named
 from chainlora.runs.stages import (
     alone_in,
     end_stage,
@@ -127,6 +128,7 @@ def extension(
     for key, value in overrides:
         set_key(own, key, value)
     output = own.pop("output", section.get("output"))
+    plugins = own.pop("plugins", None)
     if output is None:
         need_whole(run)
     name = check_name(own.get("name"))
@@ -160,13 +162,18 @@ def extension(
     begun = Path(expanduser(output)) if output is not None else stage_folder(run, name)
     if (left_out := not_inherited(below, own)) and not is_run(begun):
         logger.warning("stage %s does not inherit %s from %s", name, ", ".join(left_out), last)
-    shared = what_stages_share(below)
+    if plugins is None and below.plugins:
+        raise RunError(not_named(f"extend {address}", below.plugins) + ", or --plugins [] without")
+    shared = what_stages_share(below) | {"plugins": plugins or ()}
     if output is not None:
         base = from_above(shared["model"], run)
         tree = shared | {"model": base, "start": str(address), "output": str(output)}
         return [make_stage(tree, own, 0)]
     tree = shared | {"output": str(run)}
-    return [*stages, make_stage(tree, own, len(stages))]
+    new = make_stage(tree, own, len(stages))
+    trusted = {"plugins": new.config.plugins}  # and not those that the run records
+    earlier = [replace(each, config=each.config.model_copy(update=trusted)) for each in stages]
+    return [*earlier, new]
 
 
 def _train(

@@ -19,7 +19,6 @@ from chainlora.data.division import can_read_again
 from chainlora.data.kept import Kept
 from chainlora.data.splits import check_files, learned_by, length_limit
 from chainlora.errors import ChainError, ChainLoRAError, RunError
-from chainlora.knots.driver import check_policy
 from chainlora.models.finding import from_above
 from chainlora.models.loading import load_skeleton
 from chainlora.models.text_config import context_length
@@ -29,6 +28,7 @@ from chainlora.runs.reading import RunReader
 from chainlora.runs.resuming import compare, refuse_if_other
 from chainlora.runs.stages import STAGES, first_is_open, half_trained, read_stages, reader_of
 from chainlora.runs.start import NOTHING, Start
+from chainlora.training.objectives import check_names
 from chainlora.training.optimizers import check_optimizer
 
 _GIVE_ROWS = "give some as `start_data`, or to a run by eval --matrix --start-rows FILE"
@@ -182,9 +182,8 @@ def need_model(stages: Sequence[Stage], found: Sequence[StageState], ahead: int 
     ]
     for stage in later:
         with naming(stage):
+            check_names(stage.config)
             check_optimizer(stage.config, device)
-            if stage.config.chain.knots is not None:
-                check_policy(stage.config.chain.knots)
             length_limit(stage.config.data, context_length(model))
             others = dict.fromkeys(below)
             adapted = {name for other in others for name in matched_modules(model, other)}

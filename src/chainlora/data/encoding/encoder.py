@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from chainlora.config.schema import PAIR_LOSSES, PairLoss
+from chainlora.config.schema import PAIR_LOSSES
 from chainlora.data.encoding import translated
 from chainlora.data.encoding.candidates import CandidatesEncoder
 from chainlora.data.encoding.chat import ChatEncoder
@@ -46,15 +46,15 @@ class Options:
             the same number for all candidates of a row and never the candidate; "drop" leaves the
             row out; "error" refuses it. None is the task's own; for formats "error", and for plain
             text the splitting into blocks.
-        objective: "candidates" gives every candidate, "completion" the right one alone (teacher
-            forcing), that of a pair its two answers. None is "candidates" where the task has some.
+        objective: "completion" gives the right candidate alone (teacher forcing), that of a pair
+            its two answers. Any other, and None, gives every candidate where the task has some.
         reserve: tokens to keep free after the prompt (for generation).
         before: text in front of every prompt, such as `Task.demonstrations`.
     """
 
     max_length: int | None = None
     truncation: Literal["drop", "cut", "error", "left"] | None = None
-    objective: Literal["candidates", "completion"] | PairLoss | None = None
+    objective: str | None = None
     reserve: int = 0
     before: str = ""
 

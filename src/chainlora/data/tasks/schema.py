@@ -9,6 +9,7 @@ from typing import Any, Literal
 import jinja2
 from pydantic import Field, field_validator, model_validator
 
+from chainlora.config.schema import PAIR_LOSSES
 from chainlora.config.section import Frozen, refuse_if
 from chainlora.data.templates import check_expression, check_template
 
@@ -63,7 +64,7 @@ class TaskFile(Frozen):
     completion: str | None = None
     references: str | None = None
     metric: Metric
-    loss: Literal["candidates", "completion"]
+    loss: str  # an objective: checked when training begins
     scoring: Literal["mean", "first_token"] = "mean"
     truncation: Literal["drop", "cut", "error", "left"] = "error"
     add_eos: bool = False
@@ -104,6 +105,12 @@ class TaskFile(Frozen):
 
     @model_validator(mode="after")
     def _check(self) -> TaskFile:
+        refuse_if(
+            self.loss in PAIR_LOSSES,
+            "`loss` of a task learns from its completions or candidates",
+            self.loss,
+            "give files of preferences as data.train, and set train.loss",
+        )
         kinds = ("labels", "candidates", "completion")
         given = [key for key in kinds if getattr(self, key) is not None]
         refuse_if(
@@ -183,7 +190,10 @@ class TaskFile(Frozen):
         words = self.label_words
         if isinstance(self.labels, dict):
             return {_label_key(value): words.index(word) for value, word in self.labels.items()}
-        lookup = {_label_key(word.strip()): index for index, word in enumerate(words)}
+        written = [
+            (text, index) for index, word in enumerate(words) for text in (word, word.strip())
+        ]
+        lookup = {_label_key(text): index for text, index in written}
         return lookup | {_label_key(index): index for index in range(len(words))}
 
     def label_index(self, value: Any) -> int | None:

@@ -5,15 +5,17 @@ A table with a `name` is written as LaTeX too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from chainlora.config.schema import TrainConfig
 from chainlora.evaluation.metrics import is_higher_better
 from chainlora.experiments.report.comparisons import Facts
 from chainlora.experiments.report.origin import base_note, methods_table, mixed_origins, provenance
 from chainlora.experiments.report.soft_knots import does_rank_bind, tied_none
 from chainlora.experiments.report.values import (
     Summary,
+    cells_of,
     digits,
     diverged_finals,
     missing_cells,
@@ -23,6 +25,7 @@ from chainlora.experiments.report.verdicts import differences_table, verdicts
 from chainlora.experiments.results import Results
 from chainlora.reports.page import Numbers, Section, Text, section
 from chainlora.reports.tables import Table, big, number, table_of
+from chainlora.training.schedule import restart_warmup
 
 # --- question ---
 
@@ -125,7 +128,21 @@ def _scores_table(facts: Facts) -> Table:
         else f"A seed sets {' and '.join(keys)}."
     )
     note = f"Mean ± standard deviation over seeds (number of seeds). {varied}"
-    return Table("Scores", heads, tuple(rows), note)
+    return Table("Scores", heads, tuple(rows), " ".join([note, *_never_warm(facts)]))
+
+
+def _never_warm(facts: Facts) -> Iterator[str]:
+    """Return which methods have links no longer than the warm-up after a knot."""
+    for each in facts.summaries:
+        for cell in cells_of(facts.results, each.task, each.method)[:1]:
+            train = TrainConfig.model_construct(**cell["config"].get("train", {}))
+            rise, shortest = restart_warmup(train), min(cell.get("link_steps", [])[1:], default=0)
+            if 0 < shortest <= rise:
+                yield (
+                    f"**{each.method} on {each.task} is no fair rival**: links of {shortest} steps "
+                    f"end within the warm-up of {rise} after each knot; train longer, or lower "
+                    "train.restart_warmup_steps."
+                )
 
 
 def _metric(summary: Summary) -> str:
