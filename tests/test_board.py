@@ -8,7 +8,7 @@ import sys
 import urllib.error
 import urllib.request
 from pathlib import Path
-from threading import Timer
+from threading import Thread, Timer
 
 import pytest
 from conftest import write_rows
@@ -230,7 +230,7 @@ def test_pages_that_were_closed_hold_no_model(run):
 @pytest.fixture
 def served(run):
     pytest.importorskip("gradio", reason="no gradio: pip install 'chainlora[board]'")
-    from chainlora.board.app import serve
+    from chainlora.board.app import server_of
 
     away = []
 
@@ -239,9 +239,12 @@ def served(run):
             away.append(arguments)
 
     sys.addaudithook(watch)
-    blocks, address = serve([run], "127.0.0.1", None)
+    server, listening, address = server_of([run], "127.0.0.1", None)
+    serving = Thread(target=server.run, args=[[listening]])
+    serving.start()
     yield address
-    blocks.close()
+    server.should_exit = True
+    serving.join()
     assert away == []
 
 
@@ -300,7 +303,9 @@ def test_a_person_watches_mixes_talks_and_saves(browser, served, run, width):
 
 def test_no_other_site_may_call_it_and_it_may_call_none(served, run, chainlora):
     with urllib.request.urlopen(served) as answer:
-        assert "default-src 'self'" in answer.headers["Content-Security-Policy"]
+        policy = answer.headers["Content-Security-Policy"]
+        assert "default-src 'self'" in policy
+        assert "frame-ancestors 'none'" in policy
     for header in ({"Origin": "https://example.com"}, {"Host": "example.com:80"}):
         with pytest.raises(urllib.error.HTTPError, match="403"):
             urllib.request.urlopen(urllib.request.Request(served, headers=header))

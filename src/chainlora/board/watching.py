@@ -79,7 +79,7 @@ def standing_of(run: Path) -> dict[str, str]:
 def _standing(last: Path, *stamps: int) -> tuple[bool, str, str, str, str, str]:
     """Return whether the run of a stage is done, and what there is to say of it."""
     reader = RunReader(last)
-    facts = RunFacts("", last, reader.manifest(), None, {}, reader.records(), {})
+    facts = RunFacts("", reader, reader.manifest(), None, {}, reader.records(), {})
     manifest, steps, metric = facts.manifest, facts.steps, facts.score
     is_done = reader.is_finished(manifest) or not manifest.has_run
     step = steps[-1]["step"] if steps else manifest.position.step

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-import socket
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -98,17 +98,16 @@ def board(runs: tuple[str, ...], host: str, port: int | None) -> None:
             need_run(run)
     quiet()
     try:
-        from chainlora.board.app import serve
+        from chainlora.board.app import server_of
     except ModuleNotFoundError as error:
         if error.name != "gradio":
             raise
         rule, remedy = "`board` needs Gradio", "pip install 'chainlora[board]'"
         raise ConfigError(rule, "none installed", remedy) from None
     try:
-        socket.create_server((host, port or 0)).close()  # Gradio tries a wrong host for ever
-        blocks, address = serve(runs, host, port)
+        server, listening, address = server_of(runs, host, port)
     except (OSError, UnicodeError) as error:
-        if getattr(error, "errno", 0) in (None, errno.EADDRINUSE, errno.EACCES):
+        if getattr(error, "errno", 0) in (errno.EADDRINUSE, errno.EACCES):
             got = port or "none of 7860 to 7959"
             raise ConfigError(
                 "--port must be free", got, "leave it out, or take another"
@@ -116,4 +115,5 @@ def board(runs: tuple[str, ...], host: str, port: int | None) -> None:
         rule = "--host must be a name or an IPv4 address of this machine"
         raise ConfigError(rule, host, "leave it out, or take 0.0.0.0 for all") from error
     click.echo(f"{address}  (Ctrl-C ends it)")
-    blocks.block_thread()
+    with suppress(KeyboardInterrupt):
+        server.run([listening])
