@@ -186,7 +186,7 @@ def test_the_demo_undoes_its_second_stage(chainlora, tiny_folder, tmp_path, monk
     assert states["now"] == states["headlines"] != states["times"]
     page = (tmp_path / "run/report.html").read_text(encoding="utf-8")
     (lead,) = re.findall(r'<p class="lead">(.*?)</p>', page)
-    assert lead.count("on examples that it had not seen, answered right ") == 2
+    assert lead.count(" after, on examples that it had not seen.") == 2
     assert lead.endswith(
         "times is switched off now, and the model is exactly as it was after headlines."
     )

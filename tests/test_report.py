@@ -260,7 +260,13 @@ def test_every_kind_of_run_has_a_page(tiny_folder, sentiment, tmp_path):
     assert "What each layer received" not in pages["dora"]
     assert "Rank of each link" in pages["dora"]
     assert "<i>named" not in pages["<i>named"]
-    assert "Overlap of the links" in pages["saved"]
+    assert "Overlap of the links" not in pages["saved"]  # one number, which the table has
+    overlaps = [
+        row[table(pages["saved"], "Each link")[0].index("overlap with earlier links")]
+        for row in table(pages["saved"], "Each link")[1:]
+    ]
+    assert overlaps[0] == "–"
+    assert 0 <= float(overlaps[1]) <= 1
     assert ">Training</h2>" not in pages["saved"]
     report_runs(runs, tmp_path / "all.html")
     together = (tmp_path / "all.html").read_text(encoding="utf-8")

@@ -57,8 +57,9 @@ def inspect(run: str, as_json: bool) -> None:
 @click.option(
     "--prompts",
     metavar="N|FILE",
-    help="Show answers after 0, 1, ... links: to the first N rows of the run's own data, or to a "
-    "file's prompts (one a line, or JSONL rows with a `prompt`). Loads the model.",
+    help="Show answers after 0, 1, ... links, or after each stage: to the first N rows of each of "
+    "the run's data sets, or to a file's prompts (one a line, or JSONL rows with a `prompt`). "
+    "Loads the model.",
 )
 @click.option(
     "--max-new-tokens", type=click.IntRange(min=1), default=32, help="Most tokens of an answer."

@@ -137,7 +137,6 @@ def _matrix_picture(matrix: StageMatrix) -> Picture:
             [math.nan if math.isnan(value) else shade for value, shade in zip(*rows, strict=True)]
             for rows in zip(values, shades, strict=True)
         ]
-        keys["columns"] = [f"{name}, {metrics.get(name, '–')}" for name in matrix.stages]
         keys["texts"] = [[f"{value:.2f}" for value in row] for row in values]
         keys["label"] = "worst to best of each column"
 

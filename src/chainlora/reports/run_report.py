@@ -175,10 +175,12 @@ def _gain(run: RunFacts) -> str:
     if run.score is None:
         return ""
     before, after = _score(run, run.score)
-    right = "answered right" if run.score in ("accuracy", "em") else run.score
-    better = "" if is_higher_better(run.score) else " (lower is better)"
-    first = f"{before} before, " if before != _NONE and run.steps else ""
-    return f": on examples that it had not seen, {right} {first}{after} after{better}"
+    shown = f"{before} before, {after} after" if before != _NONE and run.steps else after
+    where = "on examples that it had not seen"
+    if run.score in ("accuracy", "em"):
+        return f": {shown.replace(' before', ' right before', 1)}, {where}"
+    better = "" if is_higher_better(run.score) else "; lower is better"
+    return f": {run.score} {where} {shown}{better}"
 
 
 def _score(run: RunFacts, name: str) -> tuple[str, str]:
@@ -191,7 +193,7 @@ def _score(run: RunFacts, name: str) -> tuple[str, str]:
 
 def score_text(name: str, value: float) -> str:
     """Return the value of a metric, a share as per cent."""
-    return f"{100 * value:.1f} %" if is_share(name, value) else f"{value:.4g}"
+    return _together(f"{100 * value:.1f} %") if is_share(name, value) else f"{value:.4g}"
 
 
 def _overview(runs: Sequence[RunFacts]) -> Section:
@@ -227,8 +229,7 @@ def _figures(run: RunFacts) -> list[tuple[str, str]]:
     if name is not None:
         before, after = _score(run, name)
         found += [(f"{name} before", before), (f"{name} after", after)]
-    majority = result.get("metrics", {}).get("validation", {}).get("majority")
-    if majority is not None:
+    if (majority := _majority(run)) is not None:
         found.append(("commonest answer", score_text("accuracy", majority)))
     chain = run.inspection["chain"]
     return [
@@ -239,6 +240,11 @@ def _figures(run: RunFacts) -> list[tuple[str, str]]:
         ("peak memory", _memory(result)),
         ("‖ΔW‖ of the chain", number(chain.get("delta_norm"), 3)),
     ]
+
+
+def _majority(run: RunFacts) -> float | None:
+    """Return the accuracy of giving the most frequent answer always, where it was measured."""
+    return run.result.get("metrics", {}).get("validation", {}).get("majority")
 
 
 def _remarks(run: RunFacts, is_alone: bool) -> list[Block]:
@@ -255,6 +261,12 @@ def _remarks(run: RunFacts, is_alone: bool) -> list[Block]:
             f"{name} is loaded as its best point: step {selected.step}, after "
             f"{selected.num_links} link{'s' * (selected.num_links != 1)}{part}."
         )
+    for part in run.parts if is_alone else ():
+        if (majority := _majority(part)) is not None:
+            share = score_text("accuracy", majority)
+            found.append(
+                f"{as_text(part.name)}: the most frequent answer alone would be right on {share}."
+            )
     if run.matrix is not None and not (is_alone and run.stages):
         found.append(
             f"Score, steps, time, memory and cost of {name} are those of stage "
@@ -318,7 +330,10 @@ def _modules_table(links: Sequence[Record]) -> list[Block]:
 def stage_blocks(run: RunFacts) -> list[Block]:
     """Return the matrix of a run of several stages, and what it comes to."""
     notes = run.matrix.notes() if run.matrix else []
-    return [*stage_pictures(run), *(Text(f"{note}.") for note in notes)]
+    return [
+        *stage_pictures(run),
+        *([Text(" ".join(f"{note}." for note in notes))] if notes else []),
+    ]
 
 
 def _answers(found: Sequence[Answer]) -> list[Block]:

@@ -87,10 +87,10 @@ def _read(run: str | Path, name: str) -> RunFacts:
 
 
 def _stages(run: str | Path, manifest: Manifest) -> list[RunFacts]:
-    """Return the stages that a state has been trained on; nothing for a run of one."""
+    """Return the stages that a state has been trained on; nothing for one stage."""
     readers = readers_of_stages(run) if manifest.has_run else {}
-    names = list(readers)[: list(readers).index(manifest.stage) + 1] if len(readers) > 1 else []
-    return [_part(name, readers[name]) for name in names]
+    names = list(readers)[: list(readers).index(manifest.stage) + 1] if readers else []
+    return [_part(name, readers[name]) for name in names] if len(names) > 1 else []
 
 
 def _part(name: str, reader: RunReader) -> RunFacts:
