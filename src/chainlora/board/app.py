@@ -6,6 +6,8 @@ It is served to this machine alone unless another host is named, and loads nothi
 
 from __future__ import annotations
 
+import errno
+import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +15,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import gradio as gr
+import uvicorn
+from fastapi import FastAPI
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse
@@ -22,51 +26,72 @@ from chainlora.board.watching import find_runs, sections_of
 from chainlora.errors import ChainLoRAError
 from chainlora.evaluation.streaming import Decoding
 from chainlora.evaluation.training_rows import answer_limit
-from chainlora.reports.page import Numbers, part_style, render_part, section
+from chainlora.reports.page import Numbers, as_text, part_style, render_part, section
 from chainlora.reports.tables import number, table_of
 from chainlora.runs.stages import strengths_of
 
 _SECONDS = 4  # between two looks at the files; what has not changed is not drawn again
 _SIDES = ("A", "B")
 _MODEL: Any = {"concurrency_id": "model", "concurrency_limit": 1}  # there is one
+_PORTS = range(7860, 7960)
 _LOCAL = ("127.0.0.1", "localhost")
 _POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; "
     "style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; font-src 'self' data:; "
-    "worker-src 'self' blob:"
+    "worker-src 'self' blob:; frame-ancestors 'none'"
 )
 _STYLE = """
 .gradio-container { max-width: 84rem !important; }
 footer { display: none !important; }
+gradio-app:not(:has(.gradio-container))::before { content: "Loading…"; padding: 2rem; }
 .chainlora { background: none !important; }
 .chainlora section:first-child h2 { margin-top: 0; }
 """
 _FONTS: Any = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
 
 
-def serve(places: Sequence[str | Path], host: str, port: int | None) -> tuple[gr.Blocks, str]:
-    """Serve the page from threads of this process; return it and its address.
+def server_of(
+    places: Sequence[str | Path], host: str, port: int | None
+) -> tuple[uvicorn.Server, socket.socket, str]:
+    """Return a server of the page, the socket that it listens on, and the address of the page.
 
-    `port` None takes the first free one from 7860 on. Raises OSError where none is free.
+    ``server.run([socket])`` serves it. Gradio's own `launch` gives up where it does not answer
+    itself within seconds, as on a busy machine. `port` None takes the first free one from 7860 on.
+    Raises OSError or UnicodeError where none is free, or the host is not one of this machine.
     """
-    blocks = page_of(places)
-    _, address, _ = blocks.launch(
+    listening = _listening(host, range(port, port + 1) if port else _PORTS)
+    number = listening.getsockname()[1]
+    guard = Middleware(Guard, is_local=host in _LOCAL)
+    app = gr.mount_gradio_app(
+        FastAPI(middleware=[guard], openapi_url=None),
+        page_of(places),
+        path="/",
         server_name=host,
-        server_port=port,
-        share=False,
-        quiet=True,
-        prevent_thread_lock=True,
+        server_port=number,
+        show_error=False,
         ssr_mode=False,
         footer_links=[],
         theme=gr.themes.Default(primary_hue="blue", **_FONTS),
         head=f"<style>{_STYLE}{part_style()}</style>",
-        app_kwargs={"middleware": [Middleware(Guard, is_local=host in _LOCAL)]},
     )
-    return blocks, address
+    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)
+    name = "localhost" if host == "0.0.0.0" else host
+    return uvicorn.Server(config), listening, f"http://{name}:{number}/"
+
+
+def _listening(host: str, ports: range) -> socket.socket:
+    """Return a socket at the first free port. Raises OSError where there is none."""
+    for port in ports:
+        try:
+            return socket.create_server((host, port))
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE or port == ports[-1]:
+                raise
+    raise AssertionError("ports has one or more")
 
 
 class Guard:
-    """ASGI: no page of another site may call this one, and this one may load nothing from there."""
+    """ASGI: no other site may call or frame this page, and the page loads nothing from there."""
 
     def __init__(self, app: Any, is_local: bool) -> None:
         self.app, self.is_local = app, is_local
@@ -114,7 +139,7 @@ def page_of(places: Sequence[str | Path]) -> gr.Blocks:
         several = len(before) > 1
         run = gr.Dropdown(_choices(before), label="Run", visible=several, elem_id="run")
         with gr.Tab("Watch"):
-            view = gr.HTML(apply_default_css=False)
+            view = gr.HTML("<p>Reading the run…</p>", apply_default_css=False)
         with gr.Tab("Mix and talk"):
 
             @gr.render(run)
@@ -141,12 +166,18 @@ def _choices(runs: Mapping[str, Path]) -> list[tuple[str, str]]:
 def _mixing(desk: Desk) -> None:
     """Put two mixes on the page, and what can be done with them."""
     now = strengths_of(desk.run)
-    last = list(desk.stages)[-1]
+    gr.Markdown(f"## {as_text(desk.run.resolve().name)}")
     with gr.Row():
-        a, b = _sliders(desk, "A", now), _sliders(desk, "B", now | {last: 0.0})
+        a, b = _sliders(desk, "A", now), _sliders(desk, "B", _other_than(now))
     _talking(desk, [*a, *b])
     _scoring(desk, [*a, *b])
     _keeping(desk, [*a, *b])
+
+
+def _other_than(now: Mapping[str, float]) -> dict[str, float]:
+    """Return the mix to compare with: without the last stage that is on; of the base, with all."""
+    on = [stage for stage, strength in now.items() if strength]
+    return {**now, on[-1]: 0.0} if on else dict.fromkeys(now, 1.0)
 
 
 def _sliders(desk: Desk, side: str, strengths: Mapping[str, float]) -> list[Any]:

@@ -79,7 +79,7 @@ def standing_of(run: Path) -> dict[str, str]:
 def _standing(last: Path, *stamps: int) -> tuple[bool, str, str, str, str, str]:
     """Return whether the run of a stage is done, and what there is to say of it."""
     reader = RunReader(last)
-    facts = RunFacts("", last, reader.manifest(), None, {}, reader.records(), {})
+    facts = RunFacts("", reader, reader.manifest(), None, {}, reader.records(), {})
     manifest, steps, metric = facts.manifest, facts.steps, facts.score
     is_done = reader.is_finished(manifest) or not manifest.has_run
     step = steps[-1]["step"] if steps else manifest.position.step
@@ -99,8 +99,13 @@ def _standing(last: Path, *stamps: int) -> tuple[bool, str, str, str, str, str]:
 def _details(run: Path) -> list[Section]:
     folders = _folders(run)
     last = list(folders.values())[-1]
+    off = _off(run)
+    heads = {name: f"{name} (off)" if name in off else name for name in folders}
     curves = [
-        Column(name if len(folders) > 1 else "", _curves(folder, _stamp(folder / "metrics.jsonl")))
+        Column(
+            heads[name] if len(folders) > 1 else "",
+            _curves(folder, _stamp(folder / "metrics.jsonl")),
+        )
         for name, folder in reversed(folders.items())
     ]
     # the config is written once: another one is another run
@@ -112,11 +117,18 @@ def _details(run: Path) -> list[Section]:
 
 
 def _folders(run: Path) -> dict[str, Path]:
-    """Return the run directory of each stage, one that has begun and not ended last."""
-    found = read_stages(run)
-    folders = {name: folder_of(run, found, found.names.index(name)) for name in found.here}
+    """Return the run directory of each stage: those that are off first, and last one that has
+    begun and not ended."""
+    found, off = read_stages(run), _off(run)
+    names = sorted(found.here, key=lambda name: name not in off)
+    folders = {name: folder_of(run, found, found.names.index(name)) for name in names}
     begun = [path for path in half_trained(run, found) if RunReader(path).exists]
     return folders | {folder.name: folder for folder in begun}
+
+
+def _off(run: Path) -> set[str]:
+    """Return the stages that `mix` has switched off."""
+    return {name for name, strength in read_stages(run).strengths.items() if not strength}
 
 
 def _stamp(path: Path) -> int:

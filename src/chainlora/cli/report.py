@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-import socket
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +58,9 @@ def inspect(run: str, as_json: bool) -> None:
 @click.option(
     "--prompts",
     metavar="N|FILE",
-    help="Show answers after 0, 1, ... links: to the first N rows of the run's own data, or to a "
-    "file's prompts (one a line, or JSONL rows with a `prompt`). Loads the model.",
+    help="Show answers after 0, 1, ... links, or after each stage: to the first N rows of each of "
+    "the run's data sets, or to a file's prompts (one a line, or JSONL rows with a `prompt`). "
+    "Loads the model.",
 )
 @click.option(
     "--max-new-tokens", type=click.IntRange(min=1), default=32, help="Most tokens of an answer."
@@ -99,17 +100,16 @@ def board(runs: tuple[str, ...], host: str, port: int | None) -> None:
             need_run(run)
     quiet()
     try:
-        from chainlora.board.app import serve
+        from chainlora.board.app import server_of
     except ModuleNotFoundError as error:
         if error.name != "gradio":
             raise
         rule, remedy = "`board` needs Gradio", "pip install 'chainlora[board]'"
         raise ConfigError(rule, "none installed", remedy) from None
     try:
-        socket.create_server((host, port or 0)).close()  # Gradio tries a wrong host for ever
-        blocks, address = serve(runs, host, port)
+        server, listening, address = server_of(runs, host, port)
     except (OSError, UnicodeError) as error:
-        if getattr(error, "errno", 0) in (None, errno.EADDRINUSE, errno.EACCES):
+        if getattr(error, "errno", 0) in (errno.EADDRINUSE, errno.EACCES):
             got = port or "none of 7860 to 7959"
             raise ConfigError(
                 "--port must be free", got, "leave it out, or take another"
@@ -117,4 +117,5 @@ def board(runs: tuple[str, ...], host: str, port: int | None) -> None:
         rule = "--host must be a name or an IPv4 address of this machine"
         raise ConfigError(rule, host, "leave it out, or take 0.0.0.0 for all") from error
     click.echo(f"{address}  (Ctrl-C ends it)")
-    blocks.block_thread()
+    with suppress(KeyboardInterrupt):
+        server.run([listening])

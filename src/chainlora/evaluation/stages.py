@@ -107,7 +107,7 @@ class StageMatrix:
         return "\n".join([*texts, *self.notes()])
 
     def _repr_html_(self) -> str:
-        columns = [_shades(column) for column in zip(*self.grid, strict=True)]
+        columns = [shades_of(column) for column in zip(*self.grid, strict=True)]
         shades = [[0.0, *row] for row in zip(*columns, strict=True)]
         notes = [Markup("<p>{}</p>").format(each) for each in self.notes()]
         return Markup("").join([table(self._heads(), self._lines(), shades=shades), *notes])
@@ -152,7 +152,7 @@ class StageMatrix:
         }
 
 
-def _shades(column: Sequence[Cell | None]) -> list[float]:
+def shades_of(column: Sequence[Cell | None]) -> list[float]:
     """Return how dark each cell of a stage is shown: from 0 for its worst score to a half."""
     known = [cell for cell in column if cell is not None and math.isfinite(cell.value)]
     values = [cell.value for cell in known]
@@ -183,7 +183,7 @@ def stage_matrix(
     """
     folder, _ = split_address(run)
     reader = open_run(run) if compute else reader_of(run)
-    kept, states = reader.kept(), dict(_states(folder, reader))
+    kept, states = reader.kept(), dict(states_of(folder, reader))
     known = {_key(cell): cell for cell in _read(folder)}
     names = reader.manifest().columns
     stages = [stage for stage in names if stage in kept]
@@ -320,7 +320,7 @@ def _scored_on(reader: RunReader, stage: str, kept: Kept) -> str:
     return hashlib.sha256(f"{rows} {reference}".encode()).hexdigest()[:16]
 
 
-def _states(run: Path, reader: RunReader) -> Iterator[tuple[str, Strengths]]:
+def states_of(run: Path, reader: RunReader) -> Iterator[tuple[str, Strengths]]:
     """Yield the states of a run by name: the base, the end of each stage, the mix it is now."""
     yield BASE, {}
     found, begun = read_stages(run), RunReader(run).manifest()

@@ -1,8 +1,12 @@
-"""The same prompts answered after 0, 1, … links: what each link changed."""
+"""The same prompts answered after 0, 1, … links, or after each stage: what each one changed.
+
+Rows with candidates are answered as they are scored: by the candidate of the highest probability.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,25 +19,32 @@ from chainlora.data.sources import find_source
 from chainlora.data.splits import prepare_splits
 from chainlora.data.tasks import load_task
 from chainlora.errors import DataError
+from chainlora.evaluation.evaluate import evaluate
 from chainlora.evaluation.generation import generate_greedy
-from chainlora.evaluation.stages import chain_on_base
+from chainlora.evaluation.metrics import cross_entropy, exact_match
+from chainlora.evaluation.stages import chain_on_base, states_of
 from chainlora.evaluation.training_rows import divided_by
 from chainlora.files import reported
 from chainlora.models.text_config import context_length
-from chainlora.reports.page import Answer
-from chainlora.reports.runs import RunFacts
+from chainlora.reports.page import Answer, Said
+from chainlora.reports.runs import RunFacts, state_names
 from chainlora.runs.opening import is_whole_model, load_run
 from chainlora.runs.reading import RunReader
+from chainlora.runs.stages import run_around
 
 _ASK = "give a file: a prompt a line, or JSONL rows with a `prompt`"
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """Tokens to continue, their text, and what was expected if a row says so."""
+    """Tokens to continue, their text, and the row that they are of, if any: of which stage, what is
+    right there, and which text ends an answer."""
 
     ids: tuple[int, ...]
     text: str
+    stop: str | None
+    row: Example | None = None
+    stage: str = ""
     expected: str | None = None
 
 
@@ -65,43 +76,71 @@ def answers(
     """Answer prompts greedily with the chain as it was after 0, 1, … links.
 
     `wanted` is as `read_prompts` gives it. Own rows are those of the validation data, else of the
-    test or training data. The base is loaded once; links are added one by one. After full
-    fine-tuning there are two states. Raises DataError where rows have no prompts.
+    test or training data. Of a run of several stages, as many are asked of each stage, after each
+    stage, and in the mix that the run is now. The base is loaded once; links are added one by one.
+    After full fine-tuning there are two states. Raises DataError where rows have no prompts.
     """
-    reader = RunReader(run.path)
-    count = len(run.manifest.links) if run.config is not None else None  # of a chain the live one
-    links = reader.links_of(run.manifest, count)
-    chain, tokenizer = chain_on_base(reader)
-    if isinstance(wanted, int):
-        prompts = _own_prompts(run, wanted, chain.model, tokenizer)
-    else:
-        found = zip(TokenReader(tokenizer).ids(wanted), wanted, strict=True)
-        prompts = [Prompt(tuple(ids), text) for ids, text in found]
-    columns: list[tuple[str, list[str]]] = []
-
-    def ask(model: Any, name: str) -> None:
+    columns: list[list[Said]] = []
+    prompts: list[Prompt] = []
+    for when, model, tokenizer in _states(run):
         if progress is not None:
-            progress(f"{run.name}: answers {name}")
-        texts = generate_greedy(
-            model,
-            tokenizer,
-            [prompt.ids for prompt in prompts],
-            max_new_tokens=max_new_tokens,
-            stop=_stop(run, tokenizer),
-        )
-        columns.append((name, texts))
+            progress(f"{run.name}: answers {when}")
+        prompts = prompts or _prompts(run, wanted, model, tokenizer)
+        columns.append([Said(when)] * len(prompts))
+        for stop in dict.fromkeys(prompt.stop for prompt in prompts):
+            asked = [place for place, prompt in enumerate(prompts) if prompt.stop == stop]
+            keys = {"stop": stop, "max_new_tokens": max_new_tokens}
+            said = _said(when, model, tokenizer, [prompts[place] for place in asked], **keys)
+            for place, each in zip(asked, said, strict=True):
+                columns[-1][place] = each
+    return [
+        Answer(prompt.text, prompt.expected, said, prompt.stage)
+        for prompt, *said in zip(prompts, *columns, strict=True)
+    ]
 
-    ask(chain.model, "before training")
-    for link in links:
+
+def _states(run: RunFacts) -> Iterator[tuple[str, Any, Any]]:
+    """Yield what to ask: when, the model as it was then, and its tokenizer."""
+    reader = RunReader(run.path)
+    chain, tokenizer = chain_on_base(reader)
+    if run.stages:
+        chain.add(*reader.load_links())
+        for name, strengths in states_of(run_around(run.path), run.reader):
+            chain.set_strengths({id: strengths.get(id, 0.0) for id in chain.strengths})
+            yield state_names([name])[0], chain.model, tokenizer
+        return
+    yield "before training", chain.model, tokenizer
+    count = len(run.manifest.links) if run.config is not None else None  # of a chain the live one
+    for link in reader.links_of(run.manifest, count):
         chain.add(link)
-        ask(chain.model, f"after link {link.index}")
+        yield f"after link {link.index}", chain.model, tokenizer
     if is_whole_model(reader, run.manifest):
         del chain  # two models at once would need twice the memory
-        ask(load_run(reader.path)[0], "after training")
-    return [
-        Answer(prompt.text, prompt.expected, [(name, texts[row]) for name, texts in columns])
-        for row, prompt in enumerate(prompts)
-    ]
+        yield "after training", load_run(reader.path)[0], tokenizer
+
+
+def _said(
+    when: str, model: Any, tokenizer: Any, prompts: Sequence[Prompt], **keys: Any
+) -> Iterator[Said]:
+    """Yield the answer to each prompt: where candidates are ranked, the one of the highest
+    probability."""
+    free = [prompt for prompt in prompts if prompt.row is None or prompt.row.label is None]
+    ids = [prompt.ids for prompt in free]
+    texts = iter(generate_greedy(model, tokenizer, ids, **keys) if free else [])
+    ranked = [prompt.row for prompt in prompts if prompt.row and prompt.row.label is not None]
+    found = evaluate(model, ranked, metrics=["accuracy"]).predictions if ranked else []
+    choices = iter(found)
+    for prompt in prompts:
+        if prompt.row is None or prompt.row.label is None:
+            text = next(texts)
+            known = prompt.row.references if prompt.row else ()
+            yield Said(when, text, "", exact_match(text, known) == 1 if known else None)
+        else:
+            choice = next(choices)
+            chosen = choice["prediction"]
+            share = math.exp(-cross_entropy(choice["scores"], chosen))
+            text = _candidate(prompt.row, chosen, tokenizer)
+            yield Said(when, text, f"{share:.0%}", chosen == prompt.row.label)
 
 
 def _texts(path: Path) -> list[str]:
@@ -119,7 +158,30 @@ def _texts(path: Path) -> list[str]:
     return [line for line in lines if line.strip()]
 
 
-def _own_prompts(run: RunFacts, count: int, model: Any, tokenizer: Any) -> list[Prompt]:
+def _prompts(
+    run: RunFacts, wanted: int | Sequence[str], model: Any, tokenizer: Any
+) -> list[Prompt]:
+    if not isinstance(wanted, int):
+        stop = _stop(run, tokenizer)
+        found = zip(TokenReader(tokenizer).ids(wanted), wanted, strict=True)
+        return [Prompt(tuple(ids), text, stop) for ids, text in found]
+    kept = run.reader.kept() if run.stages else {}
+    if kept:
+        rows = [(stage, each.scored[1], each.asked["stop"]) for stage, each in kept.items()]
+    else:
+        rows = [("", _own_rows(run, model, tokenizer), _stop(run, tokenizer))]
+    own = [
+        _prompt(row, stage, stop, tokenizer)
+        for stage, found, stop in rows
+        for row in found[:wanted]
+        if len(row.prompt) > 1
+    ]
+    if not own:
+        raise DataError(f"the rows of {run.path} must have prompts (got plain text); {_ASK}")
+    return own
+
+
+def _own_rows(run: RunFacts, model: Any, tokenizer: Any) -> Rows:
     assert run.config is not None
     rows: Rows = MemoryRows()
     for split in ("validation", "test", "train"):
@@ -134,18 +196,20 @@ def _own_prompts(run: RunFacts, count: int, model: Any, tokenizer: Any) -> list[
         rows = getattr(splits, split)
         if len(rows):
             break
-    found = [_prompt(row, tokenizer) for row in rows[:count] if len(row.prompt) > 1]
-    if not found:
-        raise DataError(f"the rows of {run.path} must have prompts (got plain text); {_ASK}")
-    return found
+    return rows
 
 
-def _prompt(row: Example, tokenizer: Any) -> Prompt:
+def _prompt(row: Example, stage: str, stop: str | None, tokenizer: Any) -> Prompt:
     text = str(tokenizer.decode(row.prompt, skip_special_tokens=True))
-    if row.references and row.label is None:
-        return Prompt(row.prompt, text, " / ".join(row.references))
-    right = row.sequences[row.label or 0][len(row.prompt) :]
-    return Prompt(row.prompt, text, tokenizer.decode(right, skip_special_tokens=True).strip())
+    is_free = row.references and row.label is None
+    right = " / ".join(row.references) if is_free else _candidate(row, row.label or 0, tokenizer)
+    return Prompt(row.prompt, text, stop, row, stage, right)
+
+
+def _candidate(row: Example, index: int, tokenizer: Any) -> str:
+    """Return a candidate, or the completion, in words."""
+    tokens = row.sequences[index][len(row.prompt) :]
+    return str(tokenizer.decode(tokens, skip_special_tokens=True)).strip()
 
 
 def _stop(run: RunFacts, tokenizer: Any) -> str | None:
@@ -157,6 +221,6 @@ def _stop(run: RunFacts, tokenizer: Any) -> str | None:
 
 
 def changes(found: Sequence[Answer]) -> list[int]:
-    """Return how many answers each link changed."""
+    """Return how many answers each link or stage changed."""
     links = range(1, max((len(each.answers) for each in found), default=1))
-    return [sum(a.answers[k][1] != a.answers[k - 1][1] for a in found) for k in links]
+    return [sum(a.answers[k].text != a.answers[k - 1].text for a in found) for k in links]

@@ -10,7 +10,7 @@ from typing import Any
 
 from chainlora.errors import RunError
 from chainlora.evaluation.metrics import is_higher_better
-from chainlora.evaluation.stages import StageMatrix
+from chainlora.evaluation.stages import StageMatrix, shades_of
 from chainlora.reports.charts import (
     BLUE,
     GREEN,
@@ -21,12 +21,15 @@ from chainlora.reports.charts import (
     Picture,
     grid_table,
     heat_map,
+    legend_above,
     line_style,
+    name_places,
     picture,
     save,
     whole_steps,
 )
-from chainlora.reports.runs import RunFacts
+from chainlora.reports.runs import RunFacts, is_share, state_names
+from chainlora.reports.tables import Table
 from chainlora.runs.records import Record
 
 
@@ -69,32 +72,85 @@ def chain_pictures(run: RunFacts) -> list[Picture]:
 
 
 def stage_pictures(run: RunFacts) -> list[Picture]:
-    """Return how the rows of every stage score in every state, a picture for each metric."""
-    if run.matrix is None:
+    """Return how the rows of every stage score in every state: as curves, where all scores are
+    shares, and as a matrix."""
+    if run.matrix is None or not run.matrix.cells:
         return []
-    metrics = {cell.stage: cell.metric for row in run.matrix.grid for cell in row if cell}
-    return [_matrix_picture(run.matrix, metrics, m) for m in dict.fromkeys(metrics.values())]
+    is_shares = all(is_share(cell.metric, cell.value) for cell in run.matrix.cells)
+    return [*([_shares_picture(run.matrix)] if is_shares else []), _matrix_picture(run.matrix)]
 
 
-def _matrix_picture(matrix: StageMatrix, metrics: Mapping[str, str], metric: str) -> Picture:
-    """Return the columns of one metric. Cells that were not scored are empty."""
-    places = [place for place, name in enumerate(matrix.stages) if metrics.get(name) == metric]
-    columns = [matrix.stages[place] for place in places]
-    rows = [[row[place] for place in places] for row in matrix.grid]
-    grid = [[math.nan if cell is None else cell.value for cell in row] for row in rows]
+def _shares_picture(matrix: StageMatrix) -> Picture:
+    """Return a line for each stage: its score before training, after each stage, and now."""
+    from matplotlib.ticker import PercentFormatter
+
+    states = state_names(matrix.states)
 
     def draw(axes: Any) -> None:
-        better = "higher" if is_higher_better(metric) else "lower"
-        names: Any = {"rows": matrix.states, "columns": columns}
-        heat_map(axes, grid, **names, label=f"{metric}, {better} is better")
+        for place, (stage, column) in enumerate(
+            zip(matrix.stages, zip(*matrix.grid, strict=True), strict=True)
+        ):
+            known = [(at, cell.value) for at, cell in enumerate(column) if cell is not None]
+            style = line_style(place) | {"marker": "o", "linewidth": 1.8}
+            axes.plot(*zip(*known, strict=True), label=stage, **style)
+            for at, value in known if len(matrix.stages) <= 2 else ():
+                axes.annotate(
+                    f"{value:.0%}",
+                    (at, value),
+                    (0, 7),
+                    textcoords="offset points",
+                    ha="center",
+                    fontsize=SMALL,
+                )
+        name_places(axes.xaxis, states)
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        axes.set_ylim(-0.04, 1.12)
+        axes.set_xlim(-0.3, len(states) - 0.7)
+        legend_above(axes)
+
+    metrics = dict.fromkeys(cell.metric for cell in matrix.cells)
+    note = f"{', '.join(metrics)} on held-out rows, before training and after each stage"
+    table = _matrix_table("How well each stage does", matrix)
+    return picture("How well each stage does", note, draw, table=table)
+
+
+def _matrix_table(title: str, matrix: StageMatrix) -> Table:
+    values = [[math.nan if cell is None else cell.value for cell in row] for row in matrix.grid]
+    return grid_table(title, matrix.states, matrix.stages, values, "after")
+
+
+def _matrix_picture(matrix: StageMatrix) -> Picture:
+    """Return the matrix. Cells that were not scored are empty; of several metrics, the colours of a
+    column go from its worst score to its best."""
+    metrics = {cell.stage: cell.metric for cell in matrix.cells}
+    kinds = list(dict.fromkeys(metrics.values()))
+    values = [[math.nan if cell is None else cell.value for cell in row] for row in matrix.grid]
+    keys: Any = {"rows": matrix.states, "columns": matrix.stages}
+    if len(kinds) == 1:
+        better = "higher" if is_higher_better(kinds[0]) else "lower"
+        keys["label"] = f"{kinds[0]}, {better} is better"
+        grid = values
+    else:
+        columns = [shades_of(column) for column in zip(*matrix.grid, strict=True)]
+        shades = list(zip(*columns, strict=True))
+        grid = [
+            [math.nan if math.isnan(value) else shade for value, shade in zip(*rows, strict=True)]
+            for rows in zip(values, shades, strict=True)
+        ]
+        keys["texts"] = [[f"{value:.2f}" for value in row] for row in values]
+        keys["label"] = "worst to best of each column"
+
+    def draw(axes: Any) -> None:
+        heat_map(axes, grid, **keys)
         axes.set_xlabel("rows of stage")
         axes.set_ylabel("after")
 
-    title = f"What each stage did to the {metric} of every stage"
-    note = "on the rows that the run kept; now: the mix that the run is"
-    return picture(
-        title, note, draw, table=grid_table(title, matrix.states, columns, grid, "after")
+    of = f"the {kinds[0]} of every stage" if len(kinds) == 1 else "every stage"
+    title, note = (
+        f"What each stage did to {of}",
+        "on the rows that the run kept; now: the current mix",
     )
+    return picture(title, note, draw, table=_matrix_table(title, matrix))
 
 
 # --- links ---
@@ -168,8 +224,8 @@ def _draw_spectra(axes: Any, links: Sequence[Record]) -> None:
 def _overlap(links: Sequence[Record]) -> list[Panel]:
     """Return the overlap of each link but the first (rows) with each earlier one (columns): the
     lower triangle of a matrix."""
-    if len(links) < 2 or not any(link.get("overlap") for link in links):
-        return []
+    if len(links) < 3 or not any(link.get("overlap") for link in links):
+        return []  # of two links it is one number, which the table has
     empty, names = [math.nan] * len(links), [str(link["link"]) for link in links]
     grid = [[*link.get("overlap", ()), *empty][: len(links) - 1] for link in links[1:]]
 
@@ -192,11 +248,11 @@ def _overlap(links: Sequence[Record]) -> list[Panel]:
 def _received(
     title: str, links: Sequence[Record], part_of: Callable[[str], str], axis: str
 ) -> list[Panel]:
-    """Return ‖ΔW‖ that each part of the model received from each link; nothing for one part."""
+    """Return ‖ΔW‖ that each part of the model received from each link; nothing for few numbers."""
     parts: dict[str, list[str]] = {}
     for name in dict.fromkeys(name for link in links for name in link["modules"]):
         parts.setdefault(part_of(name), []).append(name)
-    if len(parts) < 2:
+    if len(parts) < 2 or len(parts) * len(links) < 4:
         return []
     parts = dict(sorted(parts.items(), key=_numbers_first))
     grid = [

@@ -193,11 +193,13 @@ def heat_map(
     columns: Sequence[str],
     label: str,
     least: float = 0.0,
+    texts: Sequence[Sequence[str]] | None = None,
 ) -> None:
     """Draw a matrix of numbers as colours, the first row above, and as text where it fits.
 
     `rows` and `columns` name them; of many, some are shown, and of long names the beginning. NaN
-    cells stay empty. The scale goes to the largest number, or to `least` if that is more.
+    cells stay empty. The scale goes to the largest number, or to `least` if that is more; it has no
+    numbers where `texts` stand in the cells instead.
     """
     top = max([least, *(value for line in grid for value in line if math.isfinite(value))]) or 1.0
     form = "{:.2f}" if top < 10 else "{:.3g}"
@@ -207,22 +209,30 @@ def heat_map(
     )  # edges of the cells' own colour: without them the page shines through in between
     axes.invert_yaxis()
     axes.grid(visible=False)
-    turned: Any = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"}
-    for axis, names in ((axes.xaxis, columns), (axes.yaxis, rows)):
-        every = -(-len(names) // MOST_LABELS)
-        shown = [_cut(name) for name in names[::every]]
-        is_wide = axis is axes.xaxis and sum(map(len, shown)) > _WIDEST
-        axis.set_ticks(range(0, len(names), every), shown, **(turned if is_wide else {}))
+    name_places(axes.xaxis, columns)
+    name_places(axes.yaxis, rows)
     if len(rows) <= MOST_LABELS and len(columns) <= _MOST_NUMBERS:
         for row, line in enumerate(grid):
             for column, value in enumerate(line):
                 if not math.isnan(value):
                     ink = _ON_LIGHT if value > 0.6 * top else _ON_DARK
                     where = {"ha": "center", "va": "center", "fontsize": SMALL, "color": ink}
-                    axes.text(column, row, form.format(value), **where)
+                    text = texts[row][column] if texts else form.format(value)
+                    axes.text(column, row, text, **where)
     bar = axes.figure.colorbar(image, ax=axes, shrink=0.85)
     bar.set_label(label)
+    if texts:
+        bar.set_ticks([])
     bar.outline.set_visible(False)
+
+
+def name_places(axis: Any, names: Sequence[str]) -> None:
+    """Name the places 0, 1, … of an axis; of many names some, turned where they need the room."""
+    every = -(-len(names) // MOST_LABELS)
+    shown = [_cut(name) for name in names[::every]]
+    is_wide = axis.axis_name == "x" and sum(map(len, shown)) > _WIDEST
+    turned: Any = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"}
+    axis.set_ticks(range(0, len(names), every), shown, **(turned if is_wide else {}))
 
 
 def _cut(name: str) -> str:

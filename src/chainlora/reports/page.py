@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
 from markupsafe import Markup
@@ -55,13 +55,23 @@ class Listing:
     text: str
 
 
+class Said(NamedTuple):
+    """An answer: when it was given, a note such as its probability, and whether it is right."""
+
+    when: str
+    text: str = ""
+    note: str = ""
+    is_right: bool | None = None
+
+
 @dataclass(frozen=True)
 class Answer:
-    """What was asked, what was expected if that is known, and what was answered when."""
+    """What was asked, of which stage, what was expected if that is known, and what was answered."""
 
     prompt: str
     expected: str | None
-    answers: Sequence[tuple[str, str]]
+    answers: Sequence[Said]
+    stage: str = ""
 
 
 Block = Text | Tiles | Numbers | Listing | Answer | Picture

@@ -10,6 +10,9 @@ from typing import Any
 from chainlora.config.loading import flatten
 from chainlora.config.stages import split_address
 from chainlora.config.yaml_text import dump_yaml
+from chainlora.data.tasks import load_task
+from chainlora.errors import ChainLoRAError
+from chainlora.evaluation.metrics import is_higher_better
 from chainlora.files import make_folder, write_text
 from chainlora.reports.answers import answers, changes, read_prompts
 from chainlora.reports.chain_charts import chain_pictures, stage_pictures
@@ -28,8 +31,10 @@ from chainlora.reports.page import (
     section,
 )
 from chainlora.reports.run_charts import comparing_pictures, training_pictures
-from chainlora.reports.runs import RunFacts, read_runs
+from chainlora.reports.runs import RunFacts, is_share, read_runs
 from chainlora.reports.tables import Table, number, table_of
+from chainlora.runs.cards import public_name
+from chainlora.runs.manifest import STAGE
 from chainlora.runs.records import Record, of_event
 
 NAME = "report.html"
@@ -74,15 +79,16 @@ def run_page(runs: Sequence[RunFacts], answered: Mapping[str, Sequence[Answer]])
     A section is an entry of this list.
     """
     known = {run.name: _versions(run) for run in runs}
-    costs = {run.name: _costs(run) for run in runs}
+    parts = runs[0].parts if len(runs) == 1 else runs
+    costs = {part.name: _costs(part) for part in parts}
     sections = [
         _overview(runs),
-        _each("Training", runs, lambda run: training_pictures(run.records)),
-        _each("Links", runs, lambda run: [*chain_pictures(run), *links_table(run)]),
         _each("Stages", runs, stage_blocks),
         _each("Answers", runs, lambda run: _answers(answered.get(run.name, ()))),
-        section("Cost", Numbers(_side_by_side("What it cost", costs)), *_link_costs(runs)),
-        section("Config", *_configs(runs)),
+        _each("Training", parts, lambda part: training_pictures(part.records)),
+        _each("Links", runs, lambda run: [*chain_pictures(run), *links_table(run)]),
+        section("Cost", Numbers(_side_by_side("What it cost", costs)), *_link_costs(parts)),
+        section("Config", *_configs(parts)),
         section("Versions", Numbers(_side_by_side("Versions", known))),
     ]
     return Page(" · ".join(run.name for run in runs), _lead(runs), sections)
@@ -100,9 +106,55 @@ def _each(
 
 
 def _lead(runs: Sequence[RunFacts]) -> str:
-    if len(runs) == 1:
-        return f"{_what(runs[0])} on {runs[0].manifest.base.model}{_gain(runs[0])}."
-    return "; ".join(f"{run.name}: {_what(run).lower()}{_gain(run)}" for run in runs) + "."
+    """Return what happened, for readers from outside the field."""
+    if len(runs) > 1:
+        return "; ".join(f"{run.name}: {_what(run).lower()}{_gain(run)}" for run in runs) + "."
+    run = runs[0]
+    model = public_name(run.manifest.base.model) or "a model without a name"
+    parts = [f"{_task(part)}{_gain(part)}." for part in run.parts]
+    return " ".join(
+        [
+            f"A language model ({model}) was trained on {parts[0]}",
+            *(f"Then it was trained on {part}" for part in parts[1:]),
+            *_switched_off(run),
+        ]
+    )
+
+
+def _task(part: RunFacts) -> str:
+    """Return the name of what a run or stage was trained on, and what is asked there if known."""
+    name = part.manifest.stage
+    if part.config is None:
+        return "data that it does not name"
+    data = part.config.data
+    if data.task is not None:
+        try:
+            task = load_task(data.task)
+        except ChainLoRAError:  # its file was moved or deleted
+            return name
+        name = task.name if name == STAGE else name
+        return f"{name} ({task.description.strip().rstrip('.')})"
+    files = [Path(file.path).name for file in data.train_files]
+    return " and ".join(files) if name == STAGE and files else name
+
+
+def _switched_off(run: RunFacts) -> list[str]:
+    """Return what the mix that the run is leaves of its stages, and which state it is exactly."""
+    strengths = {link.stage: link.strength for link in run.manifest.loaded}
+    off = [stage for stage, strength in strengths.items() if not strength]
+    if not off:
+        return []
+    now = _on(run)
+    same = [part.name for part in run.stages if _on(part) == now]
+    states = ["before training", *(f"after {name}" for name in same)]
+    as_was = ""
+    if same or not now:
+        as_was = f", and the model is exactly as it was {states[-1] if now else states[0]}"
+    return [f"{', '.join(off)} {'is' if len(off) == 1 else 'are'} switched off now{as_was}."]
+
+
+def _on(run: RunFacts) -> list[tuple[int, float]]:
+    return [(link.id, link.strength) for link in run.manifest.loaded if link.strength]
 
 
 def _what(run: RunFacts) -> str:
@@ -123,9 +175,12 @@ def _gain(run: RunFacts) -> str:
     if run.score is None:
         return ""
     before, after = _score(run, run.score)
-    text = f"from {before} to {after}" if before != _NONE and run.steps else after
-    of = f" of stage {run.manifest.stage}" if run.matrix is not None else ""
-    return f": validation {run.score} {text}, in {run.manifest.position.step:,} steps{of}"
+    shown = f"{before} before, {after} after" if before != _NONE and run.steps else after
+    where = "on examples that it had not seen"
+    if run.score in ("accuracy", "em"):
+        return f": {shown.replace(' before', ' right before', 1)}, {where}"
+    better = "" if is_higher_better(run.score) else "; lower is better"
+    return f": {run.score} {where} {shown}{better}"
 
 
 def _score(run: RunFacts, name: str) -> tuple[str, str]:
@@ -138,28 +193,43 @@ def _score(run: RunFacts, name: str) -> tuple[str, str]:
 
 def score_text(name: str, value: float) -> str:
     """Return the value of a metric, a share as per cent."""
-    is_share = name not in ("loss", "perplexity", "margin") and 0 <= value <= 1
-    return f"{100 * value:.1f} %" if is_share else f"{value:.4g}"
+    return _together(f"{100 * value:.1f} %") if is_share(name, value) else f"{value:.4g}"
 
 
 def _overview(runs: Sequence[RunFacts]) -> Section:
     """Return what to see first: of one run its numbers, of several a table and their curves."""
     if len(runs) == 1:
-        values = [(name, value) for name, value in _tiles(runs[0]) if value != _NONE]
-        return section("Overview", Tiles(values), *_remarks(runs[0]))
-    table = _side_by_side("The runs", {run.name: dict(_tiles(run)) for run in runs})
-    remarks = [remark for run in runs for remark in _remarks(run)]
+        return section("Overview", Tiles(_tiles(runs[0])), *_remarks(runs[0], True))
+    table = _side_by_side("The runs", {run.name: dict(_figures(run)) for run in runs})
+    remarks = [remark for run in runs for remark in _remarks(run, False)]
     return section("Overview", Numbers(table), *remarks, *comparing_pictures(runs))
 
 
 def _tiles(run: RunFacts) -> list[tuple[str, str]]:
+    """Return the few numbers of one run to see first; the others are among its costs and links."""
+    found = []
+    for part in run.parts:
+        if part.score is not None:
+            before, after = _score(part, part.score)
+            of = f"{part.name}: " if run.stages else ""
+            change = f"{before} → {after}" if before != _NONE and part.steps else after
+            found.append((f"{of}{part.score}", change))
+    positions = [part.manifest.position for part in run.parts]
+    return [
+        *found,
+        ("ranks", ", ".join(str(link["rank"]) for link in run.links) or "no links"),
+        ("steps", f"{sum(position.step for position in positions):,}"),
+        ("time", duration(sum(position.seconds for position in positions))),
+    ]
+
+
+def _figures(run: RunFacts) -> list[tuple[str, str]]:
     name, result = run.score, run.result
     found = [("ranks", ", ".join(str(link["rank"]) for link in run.links) or _NONE)]
     if name is not None:
         before, after = _score(run, name)
         found += [(f"{name} before", before), (f"{name} after", after)]
-    majority = result.get("metrics", {}).get("validation", {}).get("majority")
-    if majority is not None:
+    if (majority := _majority(run)) is not None:
         found.append(("commonest answer", score_text("accuracy", majority)))
     chain = run.inspection["chain"]
     return [
@@ -172,7 +242,12 @@ def _tiles(run: RunFacts) -> list[tuple[str, str]]:
     ]
 
 
-def _remarks(run: RunFacts) -> list[Block]:
+def _majority(run: RunFacts) -> float | None:
+    """Return the accuracy of giving the most frequent answer always, where it was measured."""
+    return run.result.get("metrics", {}).get("validation", {}).get("majority")
+
+
+def _remarks(run: RunFacts, is_alone: bool) -> list[Block]:
     """Return what a reader must know: a run that is not finished, links that are left out."""
     found, position, name = [], run.inspection["position"], as_text(run.name)
     if not run.inspection["finished"]:
@@ -191,7 +266,13 @@ def _remarks(run: RunFacts) -> list[Block]:
             f"{name} is loaded as its best point: step {selected.step}, after "
             f"{selected.num_links} link{'s' * (selected.num_links != 1)}{part}."
         )
-    if run.matrix is not None:
+    for part in run.parts if is_alone else ():
+        if (majority := _majority(part)) is not None:
+            share = score_text("accuracy", majority)
+            found.append(
+                f"{as_text(part.name)}: the most frequent answer alone would be right on {share}."
+            )
+    if run.matrix is not None and not (is_alone and run.stages):
         found.append(
             f"Score, steps, time, memory and cost of {name} are those of stage "
             f"{run.manifest.stage} alone; RUN@STAGE reports on another one."
@@ -228,6 +309,8 @@ def links_table(run: RunFacts) -> list[Block]:
         | {f"validation {name}": number(link["scores"].get(name), 4) for name in names}
         | {
             "‖ΔW‖": number(link.get("delta_norm"), 4),
+            "overlap with earlier links": ", ".join(number(x) for x in link.get("overlap", ()))
+            or _NONE,
             "effective rank": number(link.get("effective_rank")),
             "stable rank": number(link.get("stable_rank")),
         }
@@ -252,17 +335,27 @@ def _modules_table(links: Sequence[Record]) -> list[Block]:
 def stage_blocks(run: RunFacts) -> list[Block]:
     """Return the matrix of a run of several stages, and what it comes to."""
     notes = run.matrix.notes() if run.matrix else []
-    return [*stage_pictures(run), *(Text(f"{note}.") for note in notes)]
+    return [
+        *stage_pictures(run),
+        *([Text(" ".join(f"{note}." for note in notes))] if notes else []),
+    ]
 
 
 def _answers(found: Sequence[Answer]) -> list[Block]:
     if not found:
         return []
-    said = [
-        f"link {link} changed {count} of {len(found)}" for link, count in enumerate(changes(found))
+    names = [said.when.removeprefix("after ") for said in found[0].answers[1:]]
+    counts = [
+        f"{as_text(name)} changed {count} of {len(found)}"
+        for name, count in zip(names, changes(found), strict=True)
     ]
-    text = "Greedy answers to the same prompts" + (f": {', '.join(said)}." if said else ".")
-    return [Text(text), *found]
+    kinds = []
+    if any(said.note for answer in found for said in answer.answers):
+        kinds.append("the candidate of the highest probability, as it is scored")
+    if any(not said.note for answer in found for said in answer.answers):
+        kinds.append("the most probable words")
+    text = f"Answers to the same prompts ({'; '.join(kinds)})"
+    return [Text(text + (f": {', '.join(counts)}." if counts else ".")), *found]
 
 
 # --- cost, config, versions ---

@@ -8,22 +8,24 @@ from pathlib import Path
 
 from chainlora.config.schema import RunConfig
 from chainlora.config.stages import split_address
-from chainlora.evaluation.stages import StageMatrix, stage_matrix
+from chainlora.evaluation.stages import BASE, NOW, StageMatrix, stage_matrix
 from chainlora.runs.inspection import inspect_run
 from chainlora.runs.manifest import Manifest
+from chainlora.runs.reading import RunReader
 from chainlora.runs.records import Record, of_event, score_names
-from chainlora.runs.stages import read_stages, reader_of
+from chainlora.runs.stages import read_stages, reader_of, readers_of_stages
 
 
 @dataclass(frozen=True)
 class RunFacts:
     """A run, or a saved chain: then without a config, a result and records.
 
-    `matrix` is that of a run of several stages, as far as it has been scored.
+    Of a run of several stages these are those of its last one; `stages` has the same of each, as it
+    was trained, and `matrix` their scores, as far as there are any.
     """
 
     name: str
-    path: Path
+    reader: RunReader
     manifest: Manifest
     config: RunConfig | None
     result: Record
@@ -31,6 +33,16 @@ class RunFacts:
     inspection: Record
     matrix: StageMatrix | None = None
     is_as_trained: bool = True  # what its records scored is what it is loaded as
+    stages: Sequence[RunFacts] = ()
+
+    @property
+    def path(self) -> Path:
+        return self.reader.path
+
+    @property
+    def parts(self) -> Sequence[RunFacts]:
+        """Return what was trained on one data set each: the stages, or the run itself."""
+        return self.stages or [self]
 
     @property
     def steps(self) -> list[Record]:
@@ -62,7 +74,7 @@ def _read(run: str | Path, name: str) -> RunFacts:
     manifest = reader.manifest()
     return RunFacts(
         name=name,
-        path=reader.path,
+        reader=reader,
         manifest=manifest,
         config=reader.config() if manifest.has_run else None,
         result=reader.result() or {},
@@ -70,7 +82,20 @@ def _read(run: str | Path, name: str) -> RunFacts:
         inspection=inspection,
         matrix=stage_matrix(run, compute=False) if _has_stages(run, manifest) else None,
         is_as_trained=reader.is_as_trained(),
+        stages=_stages(run, manifest),
     )
+
+
+def _stages(run: str | Path, manifest: Manifest) -> list[RunFacts]:
+    """Return the stages that a state has been trained on; nothing for one stage."""
+    readers = readers_of_stages(run) if manifest.has_run else {}
+    names = list(readers)[: list(readers).index(manifest.stage) + 1] if readers else []
+    return [_part(name, readers[name]) for name in names] if len(names) > 1 else []
+
+
+def _part(name: str, reader: RunReader) -> RunFacts:
+    config, result = reader.config(), reader.result() or {}
+    return RunFacts(name, reader, reader.manifest(), config, result, reader.records(), {})
 
 
 def _has_stages(run: str | Path, manifest: Manifest) -> bool:
@@ -92,3 +117,14 @@ def run_names(runs: Sequence[str | Path]) -> list[str]:
         if len(set(names)) == len(names) and not any(name.startswith("_") for name in names):
             return names
     return [f"({place}) {each[-1]}" for place, each in enumerate(parts, 1)]
+
+
+def state_names(states: Sequence[str]) -> list[str]:
+    """Return states of a run in words: before training, after each stage, now."""
+    words = {BASE: "before training", NOW: "now"}
+    return [words.get(state, f"after {state}") for state in states]
+
+
+def is_share(metric: str, value: float) -> bool:
+    """Say whether the value of a metric is a share of rows, to be shown as per cent."""
+    return metric not in ("loss", "perplexity", "margin") and 0 <= value <= 1
