@@ -121,7 +121,7 @@ def test_words_that_are_no_text(chainlora, word):
 
 
 # Verbs that need no model, each with every kind of path that is none.
-VERBS = ("inspect", "report", "eval --task rte", "tasks", "convert-config", "experiment plan")
+VERBS = ("inspect", "report", "eval --task rte", "tasks", "experiment plan")
 VERBS += ("experiment run --output o", "experiment report", "compare --methods lora --output o")
 VERBS += ("export --to merged --output o", "export --to adapter --output o", "train", "eval")
 PATHS = ("", "nope", "/", "/dev/null", ".", "-", "~", "x" * 5000, "rows.jsonl", "bytes", "empty")
