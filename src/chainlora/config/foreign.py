@@ -1,4 +1,4 @@
-"""Keys of other tools (Axolotl, LLaMA-Factory, TRL, PEFT, torchtune, litgpt) and their names here."""
+"""Keys of other tools (Axolotl, LLaMA-Factory, TRL, PEFT, torchtune, litgpt), and ours."""
 
 from __future__ import annotations
 
