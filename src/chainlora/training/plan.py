@@ -89,8 +89,7 @@ def make_plan(config: RunConfig, examples: Rows, mixture: Mixture | None = None)
     """Turn what the config says of each link's length into steps.
 
     `mixture` says which of the examples an epoch reads; by default all, once.
-    Fractional epochs and tokens round at the knots, the total exactly. For `minutes`, which
-    `training.deciding` measures, links have one step each until then.
+    Fractional epochs and tokens round at the knots, the total exactly.
     """
     chain, train = config.chain, config.train
     mixture = mixture or Mixture((len(examples),), (1.0,))
@@ -102,8 +101,6 @@ def make_plan(config: RunConfig, examples: Rows, mixture: Mixture | None = None)
     num_batches = math.ceil(mixture.per_epoch / train.batch_size)
     per_epoch = math.ceil(num_batches / train.gradient_accumulation)
     plan = Plan((1,) * len(chain.ranks), per_epoch, examples.lengths, train, mixture)
-    if chain.minutes is not None:
-        return plan
     if chain.steps is not None:
         lengths, said = chain.steps, "steps"
     elif chain.tokens is not None:
