@@ -1,4 +1,4 @@
-"""How long links are: tokens, minutes, and links that end when they have stopped to learn."""
+"""How long links are: tokens, and links that end when they have stopped to learn."""
 
 from __future__ import annotations
 
@@ -43,28 +43,6 @@ def test_tokens_are_read_by_whole_steps(planned, tmp_path):
     assert steps("whole", tokens=[epoch, epoch]) == [3, 3]
     assert steps("more", tokens=[epoch + 1, 2 * epoch - 1]) == [4, 5]
     assert_same_links(tmp_path / "more", tmp_path / "steps")
-
-
-def test_minutes_become_steps_that_are_kept(planned, tmp_path, monkeypatch):
-    """The lengths are fixed once: a run that is resumed keeps them, however fast it is now."""
-    config = planned("run", train={"save_every": 1}, minutes=[0.002, 0.001])
-    lengths: list[list[int]] = []
-
-    def stop(event) -> None:
-        if event["event"] == "plan":
-            lengths.append(event["lengths"])
-        if event["event"] == "step" and event["step"] == 1:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        train(config, listener=stop)
-    monkeypatch.setattr("chainlora.training.deciding.measure_step", lambda run: 1e-9)
-    result = train(config, resume=True, listener=lambda event: None)
-    assert steps_of(result) == lengths[0]
-    assert lengths[0][0] >= lengths[0][1] >= 1
-    # Nothing of the measuring is left: the same steps asked for by number give the same links.
-    train(planned("steps", steps=lengths[0]))
-    assert_same_links(tmp_path / "run", tmp_path / "steps")
 
 
 @pytest.mark.parametrize(("of", "dies_at"), [("norm", 3), ("loss", 5)])

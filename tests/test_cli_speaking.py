@@ -4,7 +4,6 @@ says."""
 from __future__ import annotations
 
 import io
-import json
 import os
 import shutil
 import subprocess
@@ -19,7 +18,6 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from chainlora import load_run, train
-from chainlora.evaluation.streaming import message_of
 
 PROMPT = "the cat sat on"
 
@@ -194,144 +192,6 @@ def test_a_turn_that_is_too_long_does_not_end_what_was_said_before(chainlora, lo
     assert outcome.status == 0
     assert outcome.out == "".join(f"{said}\n" for said in chatted(loud, ["good cat", "bad mat"]))
     assert "leave room in the context of 128 tokens" in outcome.err
-
-
-# --- tools ---
-
-TOOL = {"type": "function", "function": {"name": "count", "parameters": {"type": "object"}}}
-CALL = '{"name": "count", "arguments": {"what": "birds"}}'
-# As models that use tools render them: their descriptions first, a call as JSON.
-TEMPLATE = (
-    "{% for tool in tools or [] %}<s>{{ tool.function.name }}{% endfor %}"
-    "{% for m in messages %}<s>{{ m.role }}\n{{ m.content }}{% for call in m.tool_calls or [] %}"
-    "{{ call.function | tojson }}{% endfor %}</s>\n{% endfor %}"
-    "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
-)
-
-
-def called(number: int = 0) -> dict:
-    function = {"name": "count", "arguments": {"what": "birds"}}
-    return {"id": f"call{number:05}", "type": "function", "function": function}
-
-
-ASKED = [
-    {"role": "user", "content": "red birds"},
-    {"role": "assistant", "content": "", "tool_calls": [called()]},
-    {"role": "tool", "tool_call_id": "call00000", "name": "count", "content": "two"},
-    {"role": "assistant", "content": "two red birds"},
-]
-
-
-@pytest.fixture(scope="module")
-def caller(tiny_folder, sentiment, tmp_path_factory) -> Path:
-    """A run that has learned by heart to call a tool, and what to say of its result."""
-    folder = tmp_path_factory.mktemp("caller")
-    shutil.copytree(tiny_folder, folder / "model")
-    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(folder / "model")
-    data = {"train": str(write_rows(folder / "rows.jsonl", [{"messages": ASKED, "tools": [TOOL]}]))}
-    tree = settings(
-        folder / "model",
-        sentiment,
-        folder / "run",
-        chain={"ranks": [16], "alpha": 32, "steps": [60], "target_modules": None},
-        train={"lr": 1e-2, "batch_size": 1},
-    )
-    train(tree | {"data": data})
-    (folder / "tools.json").write_text(json.dumps([TOOL]))
-    return folder
-
-
-def test_calls_are_shown_results_are_typed_and_the_conversation_is_a_row(
-    chainlora, caller, typed, tmp_path
-):
-    chats = tmp_path / "more" / "chats.jsonl"
-    asked = ("chat", caller / "run", "--tools", caller / "tools.json", "--save", chats)
-    typed("red birds\ntwo\n/clear\n/clear\nred birds\n")
-    outcome = chainlora(*asked)
-    assert outcome.status == 0, outcome.err
-    assert outcome.out == f"{CALL}\ntwo red birds\n{CALL}\n"
-    assert outcome.err == 'call: count {"what": "birds"}; the next line is its result\n' * 2
-    rows = [{"messages": ASKED, "tools": [TOOL]}, {"messages": ASKED[:2], "tools": [TOOL]}]
-    assert list(map(json.loads, chats.read_text().splitlines())) == rows
-    typed("red birds\ntwo\n" * 3)  # what no longer fits is left out from question to question
-    assert chainlora(*asked[:4]).out == f"{CALL}\ntwo red birds\n" * 3
-    chats.write_text(json.dumps(rows[0]))  # no end of line
-    typed("red birds\n")
-    assert chainlora(*asked).status == 0
-    assert list(map(json.loads, chats.read_text().splitlines())) == rows
-    again = {"model": str(caller / "model"), "data": {"train": str(chats)}}
-    result = train(again | {"chain": {"ranks": [2], "steps": [1]}}, progress=False)
-    assert result["data"]["train"]["rows"] == 2
-
-
-def test_an_interrupted_chat_is_saved_up_to_its_last_answer(
-    chainlora, tiny_folder, tmp_path, monkeypatch
-):
-    class Interrupted(io.TextIOWrapper):
-        def readline(self, size: int = -1) -> str:
-            if line := super().readline(size):
-                return line
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(sys, "stdin", Interrupted(io.BytesIO(b"good cat\n")))
-    asked = ("chat", tiny_folder, "--max-new-tokens", 4, "--system", "é", "--save")
-    outcome = chainlora(*asked, tmp_path / "chats.jsonl")
-    assert outcome.status == 130
-    (row,) = map(json.loads, (tmp_path / "chats.jsonl").read_text(encoding="utf-8").splitlines())
-    assert [message["content"] for message in row["messages"][:2]] == ["é", "good cat"]
-    assert row.keys() == {"messages"}
-    assert [message["role"] for message in row["messages"]] == ["system", "user", "assistant"]
-
-
-@pytest.mark.parametrize(
-    ("text", "content", "calls"),
-    [
-        (f"<tool_call>\n{CALL}\n</tool_call>", "", 1),  # Hermes, Qwen, SmolLM3
-        (CALL.replace("arguments", "parameters"), "", 1),  # Llama
-        (f"[TOOL_CALLS] [{CALL}, {CALL}]", "", 2),  # Mistral
-        (f"[{CALL}]", "", 1),
-        (f'{{"type": "function", "function": {CALL}}}', "", 1),
-        (f"I look.\n\n<tool_call>{CALL}</tool_call>", "I look.", 1),
-        (CALL.replace("count", "delete"), CALL.replace("count", "delete"), 0),  # no such tool
-        ('an {"open brace', 'an {"open brace', 0),
-        ("{" * 5000, "{" * 5000, 0),
-        (CALL.replace("{", r'{"x": "\ud800", '), CALL.replace("{", r'{"x": "\ud800", '), 0),
-        (CALL.replace("{", '{"x": NaN, '), CALL.replace("{", '{"x": NaN, '), 0),  # in no JSON file
-    ],
-)
-def test_calls_are_found_as_models_write_them(text, content, calls):
-    message = message_of(text, [TOOL], num_calls=3)
-    assert message["content"] == content
-    assert message.get("tool_calls", []) == [called(3 + place) for place in range(calls)]
-    assert "tool_calls" not in message_of(text, [])
-
-
-def test_tools_and_files_that_cannot_be_used_are_refused_before_the_chat(
-    chainlora, caller, tiny_folder, typed, tmp_path
-):
-    bad = tmp_path / "tools.json"
-    typed("never read\n")
-    for text, message in (
-        (
-            "[{]",
-            f"data must be JSON (got Expecting property name enclosed in double quotes at {bad}",
-        ),
-        ("{}", "tools must be a list (got dict in"),
-        ("[]", "tools must be a list of JSON schemas of functions, each with a name (got [] at"),
-        ('[{"type": "function"}]', "each with a name"),
-        ("[5]", "each with a name"),
-    ):
-        bad.write_text(text)
-        chainlora("chat", caller / "run", "--tools", bad).refused(message)
-    chainlora("chat", caller / "run", "--tools", tmp_path / "none.json").refused("must be read")
-    chainlora("chat", tiny_folder, "--tools", caller / "tools.json").refused(
-        "the model's chat template must show `tools` (got one that ignores them at"
-    )
-    for path in (tmp_path / "chats.txt", bad / "chats.jsonl", tmp_path / "dir.jsonl"):
-        (tmp_path / "dir.jsonl").mkdir(exist_ok=True)
-        chainlora("chat", tiny_folder, "--save", path).refused(str(tmp_path))
 
 
 def test_what_cannot_be_said(chainlora, tiny_folder, finished, typed, retold):

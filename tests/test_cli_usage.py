@@ -27,18 +27,11 @@ def test_help_and_version(chainlora):
 
 
 USAGE = {
-    "trian": "No such command 'trian'; here it is `chainlora train`",
+    "trian": "No such command 'trian'; did you mean `chainlora train`?",
     "train": "Missing argument 'CONFIG', a YAML file",
     # what people who come from other tools type
     "train --config c.yaml": "write the file without --config: c.yaml",
     "train c.yaml --bf16": "--bf16 needs a value; here it is `train.dtype`",
-    "sft c.yaml": "here it is `chainlora train CONFIG`",
-    "kto c.yaml": "or TRL with `ChainCallback`",
-    "undo run": "here it is `chainlora mix RUN STAGE=0`",
-    "matrix run": "here it is `chainlora eval RUN --matrix`",
-    "help": "here it is `chainlora COMMAND --help`",
-    "import adapter": "here it is `chainlora train CONFIG --start ADAPTER`",
-    "merge-lora out": "here it is `chainlora export RUN --to merged --output DIR`",
     "train c.yaml d.yaml": "unexpected argument 'd.yaml'; config keys are set with --key.sub VALUE",
     "train c.yaml --chain.ranks 8 8": "unexpected argument '8'",
     "train c.yaml d --train.lr 1 --train.lr 2": "of --train.lr the last one counts, and no other",
@@ -122,7 +115,7 @@ def test_words_that_are_no_text(chainlora, word):
 
 
 # Verbs that need no model, each with every kind of path that is none.
-VERBS = ("inspect", "report", "eval --task rte", "tasks", "convert-config", "experiment plan")
+VERBS = ("inspect", "report", "eval --task rte", "tasks", "experiment plan")
 VERBS += ("experiment run --output o", "experiment report", "compare --methods lora --output o")
 VERBS += ("export --to merged --output o", "export --to adapter --output o", "train", "eval")
 PATHS = ("", "nope", "/", "/dev/null", ".", "-", "~", "x" * 5000, "rows.jsonl", "bytes", "empty")

@@ -20,7 +20,7 @@ chain:
   {ranks: [3, 2], alpha: [4, 2], alpha_policy: fixed, rslora: true, dropout: 0.1, init: gradient,
   init_batches: 1, lora_bias: false, dora: true, target_modules: all-linear, train_factors: B,
   exclude_modules: [v_proj], extra_modules: [norm], hold: carried, tune: full, epochs: [0.5, 0.25],
-  steps: [1, 2], tokens: [500, 300], minutes: [0.001, 0.001],
+  steps: [1, 2], tokens: [500, 300],
   plateau: {of: loss, patience: 1, min_change: 0.5},
   knots: {every: 1, share: 0.5, time_constant: 3, follow_rate: true, moments: new, policy: spaced}}
 data:
@@ -42,7 +42,7 @@ for name, section in OTHERS.items():
         VALUES |= {f"{name}.{key}.{part}".rstrip("."): each for part, each in inner.items()}
 # What must be said beside some of them.
 BESIDE = {
-    **{f"chain.{key}": {"chain.steps": None} for key in ("epochs", "tokens", "minutes")},
+    **{f"chain.{key}": {"chain.steps": None} for key in ("epochs", "tokens")},
     **{f"chain.knots.{key}": {"chain.knots.every": 1} for key in ("share", "follow_rate")},
     **{f"chain.knots.{key}": {"chain.knots.every": 1} for key in ("moments", "policy")},
     "chain.alpha_policy": {"chain.ranks": [4, 2]},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -257,3 +258,20 @@ def test_calls_without_content_name_the_template_that_shows_them(smollm2_tokeniz
     shows = DEFAULT_SYSTEM.replace("+ '</s>'", "+ (m.tool_calls | tojson if m.tool_calls else '')")
     (found,) = encode_examples([row], make_tokenizer("bos", shows), "chat")
     assert '"what": "dogs"' in scored(found, make_tokenizer("bos", shows))[0][0]
+
+
+@pytest.mark.parametrize(
+    "template", ["{% macro f(n) %}{{ f(n) }}{% endmacro %}{{ f(1) }}", r"{{ '\ud800' }}"]
+)
+def test_a_template_that_fails_is_one_line(template):
+    with pytest.raises(DataError, match=r"must suit the model's chat template \(got ") as error:
+        encode_examples([{"messages": TALK[:2]}], make_tokenizer("bos", template), "chat")
+    assert "\n" not in str(error.value)
+
+
+def test_rendering_leaves_the_clock_of_the_program_alone():
+    tokenizer = make_tokenizer("bos", "{{ strftime_now('%Y') }}" + CHAT)
+    (example,) = encode_examples([{"messages": TALK[:2]}], tokenizer, "chat")
+    assert tokenizer.decode(example.sequences[0]).startswith("2024")
+    shown = tokenizer.apply_chat_template(TALK[:1], tokenize=False)
+    assert shown.startswith(str(datetime.now().year))

@@ -33,7 +33,6 @@ DECIDED = {
     "chain.epochs": "numbers.lengths",
     "chain.steps": "numbers.lengths",
     "chain.tokens": "numbers.lengths",
-    "chain.minutes": "numbers.lengths",
     "train.restart_warmup_steps": "numbers.restart_warmup_steps",
     "train.select_metric": "numbers.select_metric",
     "train.speedups": "numbers.path",

@@ -24,7 +24,6 @@ from chainlora.errors import ModelError, RunError
 from chainlora.models.gguf import build_tokenizer, read_metadata
 from chainlora.runs.cards import Naming
 from chainlora.runs.reading import RunReader
-from chainlora.runs.requantizing import export_quantized
 from chainlora.runs.to_gguf import export_gguf
 
 TOOLS = [{"type": "function", "function": {"name": "hill", "parameters": {"type": "object"}}}]
@@ -57,11 +56,6 @@ def chat_run(tmp_path_factory) -> Path:
     return folder / "run"
 
 
-def _quantized(run: Path, out: Path, **keys: object) -> None:
-    pytest.importorskip("bitsandbytes")
-    export_quantized(run, out, "nf4", **keys)
-
-
 def _gguf(run: Path, out: Path, **keys: object) -> None:
     pytest.importorskip("gguf")
     export_gguf(run, out, **keys)
@@ -74,12 +68,10 @@ EXPORTS: dict[str, Callable[[Path, Path], object]] = {
     "after one link": lambda run, out: export_adapter(run, out, num_links=1),
     "merged": export_merged,
     "merged after no link": lambda run, out: export_merged(run, out, num_links=0),
-    "quantised": _quantized,
     "adapter for the Hub": lambda run, out: export_adapter(run, out, naming=PUSHED),
     "merged for the Hub": lambda run, out: export_merged(run, out, naming=Naming("me/chain")),
     "gguf": lambda run, out: _gguf(run, out, kind="q8_0"),
     "gguf adapter for the Hub": lambda run, out: _gguf(run, out, as_adapter=True, naming=PUSHED),
-    "quantised for the Hub": lambda run, out: _quantized(run, out, naming=Naming("me/chain")),
 }
 
 

@@ -22,7 +22,7 @@ from helpers import (
 )
 from helpers_integrations import arguments, collator, lora
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 from chainlora import (
@@ -36,7 +36,6 @@ from chainlora import (
     stage_matrix,
     train,
 )
-from chainlora.chain.adapters import dequantized
 from chainlora.cli.main import run as command
 from chainlora.config.schema import LinkConfig
 from chainlora.models.loading import load_model
@@ -210,38 +209,6 @@ def test_evaluation_is_of_the_trained_function_and_merging_of_the_whole_base(
     assert loss_of(merged) == pytest.approx(last.metrics["loss"], abs=0.1)
 
 
-@needs_nf4
-def test_merged_weights_are_quantised_by_name_and_the_loss_is_said(
-    finished, tiny_folder, tmp_path, capsys
-):
-    run, out = finished("nf4")[0], tmp_path / "new/nf4"
-    whole = ["export", str(run), "--to", "merged", "--output"]
-    assert command([*whole, str(tmp_path / "merged")]) == 0
-    capsys.readouterr()
-    assert command([*whole, str(out), "--quantize", "nf4", "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    model = AutoModelForCausalLM.from_pretrained(out)
-    before, _ = load_model(tiny_folder, torch.float32, quantize="nf4")
-    pairs = (dict(m.named_modules()) for m in (model, before))
-    (base, merged), (now, then) = map(weights_of, (tiny_folder, tmp_path / "merged")), pairs
-    arrived = wrong = whole_update = 0.0
-    for name, module in now.items():
-        if is_quantized(module):
-            delta = merged[f"{name}.weight"] - base[f"{name}.weight"]
-            found = dequantized(module) - dequantized(then[name])
-            arrived += float((found * delta).sum())
-            wrong += float((found - delta).square().sum())
-            whole_update += float(delta.square().sum())
-    assert told["lost"] == pytest.approx(1 - arrived / whole_update, abs=1e-3)
-    assert told["noise"] == pytest.approx((wrong / whole_update) ** 0.5, rel=1e-3)
-    assert told["noise"] > 0.05  # an update of some percent, of weights with 16 levels
-    assert f"{told['lost']:.0%} of the update is lost" in (out / "README.md").read_text()
-
-
-def weights_of(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "model.safetensors")
-
-
 # --- the preparation of PEFT
 
 
@@ -370,13 +337,6 @@ def test_a_checkpoint_without_a_weight(kind, tiny_folder, quantised_folder, tmp_
         save_file(kept, copy / "model.safetensors", metadata=metadata)
         with pytest.raises(ChainLoRAError, match=f"every weight .* first model.{name}"):
             load_model(copy, torch.float32, quantize=quantize)
-
-
-def test_an_adapter_is_not_quantised(tmp_path, capsys):
-    out = ["--output", str(tmp_path / "out"), "--quantize", "nf4"]
-    (tmp_path / "chain.json").touch()
-    assert command(["export", str(tmp_path), "--to", "adapter", *out]) == 2
-    assert "use it with --to merged" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", PACKAGES)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 from helpers_tasks import PROMPTS, write_rows, write_task
 
@@ -157,9 +159,11 @@ def test_templates_run_in_a_sandbox(tmp_path):
 def test_a_template_that_draws_gives_a_row_the_same_text_always(tmp_path):
     task = load_task(write_task(tmp_path, prompt="{{ text }}{{ range(99999)|random }}"))
     rows = [{"text": "", "id": each, "label": 0} for each in (1, 2)]
+    before = random.getstate()
     one, other = task.render_all(rows)
     assert [one, other] == task.render_all(rows)
     assert one.prompt != other.prompt
+    assert random.getstate() == before  # of the user's program
 
 
 @pytest.mark.parametrize(

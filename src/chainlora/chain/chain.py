@@ -33,10 +33,12 @@ from chainlora.chain import adapters, showing
 from chainlora.chain.adapters import Adapter
 from chainlora.chain.base_weights import BaseWeights, fingerprints
 from chainlora.chain.checks import (
-    check,
     check_apart,
+    check_config,
     check_deposits,
     check_link,
+    check_model,
+    check_plain,
     check_strengths,
     check_values,
     with_strengths,
@@ -78,7 +80,7 @@ class Chain:
         checkpoint: str | Path | None = None,
     ) -> None:
         holding = holding_named(hold)
-        check(model=model, unwrapped=model, seed=seed, checkpoint=checkpoint, plain=model)
+        check_model(model, checkpoint)
         self.model = model
         self.seed = int(seed)
         self.hold = hold
@@ -114,7 +116,7 @@ class Chain:
         `backward`, a callable that runs forward and backward over a few batches. Trained extra
         modules continue from where the last link left them.
         """
-        check(config=config, backward=backward)
+        check_config(config)
         self._need_no_live("extend")
         self._holding.check_config(config)
         fresh = Link(len(self.links), config, {}, id=self.next_id)
@@ -134,7 +136,6 @@ class Chain:
 
     def tune(self, steps: Iterable[Step], update: Callable[[Step], object]) -> int:
         """Run `update` (forward, backward, optimizer step) on each of `steps`; return how many."""
-        check(steps=steps, update=update)
         live = self._need_live("tune")
         before = live.num_steps
         for step in steps:
@@ -165,7 +166,8 @@ class Chain:
         The function is unchanged to rounding. Returns the scales by module: multiply the
         optimizer's moments by them (`soft_knot`), or make a new optimizer.
         """
-        check(share=share)
+        if not 0 <= share < 1:
+            raise ChainError("`share` must be in [0, 1)", share, "tie() ties all of the link")
         live, adapter = self._need_live("tie_share"), self._layers()
         check_soft_knots(adapter.config)
         scales, tied = share_out(adapter, share)
@@ -185,7 +187,6 @@ class Chain:
 
         ``update(link)`` is called once a link, after it was extended: make the optimizer there.
         """
-        check(configs=configs, steps_of=steps, update_of=update, backward=backward)
         tied = []
         for config in configs:
             index = len(self)
@@ -252,7 +253,6 @@ class Chain:
 
         `num_soft_knots` is `live_soft_knots` as it was then.
         """
-        check(tensors=state, num_steps=num_steps, num_soft_knots=num_soft_knots)
         live = self._need_live("load_live_state")
         check_deposits(state, num_soft_knots)
         load_state(self._layers(), self._holding, state)
@@ -274,8 +274,6 @@ class Chain:
         A link keeps its id, unless one of the chain has the same. Weights are rebuilt once, after
         the last of them. Where one is refused, none is added.
         """
-        for link in links:
-            check(link=link)
         self._need_no_live("add")
         before = self.links, self.next_id
         self.links = [*self.links]
@@ -304,10 +302,9 @@ class Chain:
 
     def drop(self, num_links: int = 1) -> list[Link]:
         """Undo: drop the last links and return them; the weights are exactly the earlier ones."""
-        check(num_links=num_links)
         self._need_no_live("drop")
         keep = len(self.links) - num_links
-        if keep < 0:
+        if not 0 <= keep <= len(self):
             raise ChainError(f"drop can drop 0 to {len(self)} links (got {num_links}); drop fewer")
         self.links, dropped = self.links[:keep], self.links[keep:]
         self._settle()
@@ -324,7 +321,6 @@ class Chain:
         The weights are rebuilt as ``cast(W_0 + Σ c·s·B·A)``. Nothing of a link changes, so that the
         same strengths always give the same bits.
         """
-        check(strengths=strengths)
         self._need_no_live("set_strengths")
         self.links = with_strengths(self.links, strengths)
         self._settle()
@@ -352,7 +348,6 @@ class Chain:
 
     def set_start_of_extra(self, start: Mapping[str, Tensor]) -> None:
         """Take other values as what extra modules were before the first link."""
-        check(tensors=start)
         self._need_no_live("set_start_of_extra")
         check_values(self.model, start)
         for path, value in start.items():
@@ -385,7 +380,7 @@ class Chain:
         before = self._adapter
         self._take_off()
         try:
-            check(plain=self.model)
+            check_plain(self.model)
             self._holding.check_layers(self.model, config)
             adapted = {name for link in self.links for name in link.factors}
             whole = {path.rpartition(".")[0] for link in self.links for path in link.extra}

@@ -1,12 +1,9 @@
-"""What a chain refuses: arguments of another type, links that do not fit, strengths of what is no
-sum. Each in one sentence, before anything changes."""
+"""Errors of a chain, raised before anything changes: models, links, strengths that do not fit."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from numbers import Integral, Real
-from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -23,121 +20,45 @@ from chainlora.errors import ChainError
 _LARGEST_STRENGTH = 1e6
 
 
-Holds = Callable[[Any], bool]
-
-
-def _is(*kinds: type) -> Holds:
-    return lambda value: isinstance(value, kinds)
-
-
-def _or_none(holds: Holds) -> Holds:
-    return lambda value: value is None or holds(value)
-
-
-def _is_loaded(value: Any) -> bool:
-    return isinstance(value, nn.Module) and not any(p.is_meta for p in value.parameters())
-
-
-def _wraps(model: nn.Module) -> bool:
-    """Say whether a model is another one under other names, by which nobody could load a link."""
+def check_model(model: Any, checkpoint: str | Path | None) -> None:
+    """Raise ChainError for a model that no chain can be put on, or a folder that is not there."""
+    if not isinstance(model, nn.Module) or any(p.is_meta for p in model.parameters()):
+        raise ChainError(
+            "`model` must be a loaded model",
+            shown(model),
+            "load it first: AutoModelForCausalLM.from_pretrained(…)",
+        )
     parallel = nn.DataParallel | nn.parallel.DistributedDataParallel
-    return hasattr(model, "_orig_mod") or isinstance(model, parallel)
+    if hasattr(model, "_orig_mod") or isinstance(model, parallel):  # other names of its parameters
+        raise ChainError(
+            "a chain needs the model itself",
+            shown(model),
+            "wrap it after chain.extend, e.g. torch.compile(chain.model)",
+        )
+    if checkpoint is not None and not Path(checkpoint).expanduser().is_dir():
+        raise ChainError(
+            "`checkpoint` must be the path of a folder",
+            shown(checkpoint),
+            "leave it out if the model has none",
+        )
+    check_plain(model)
 
 
-def _is_count(value: Any) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 0
+def check_plain(model: nn.Module) -> None:
+    """Raise ChainError for a model that has LoRA layers already."""
+    if adapters.lora_layers(model):
+        raise ChainError(
+            "a chain needs a model without adapters",
+            shown(model),
+            "take them off: detach() of its chain, or merge_and_unload() of PEFT",
+        )
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
-
-
-def _is_list(value: Any) -> bool:
-    return isinstance(value, Iterable) and not isinstance(value, str | bytes | LinkConfig)
-
-
-def _maps_to(holds: Holds) -> Holds:
-    return lambda value: isinstance(value, Mapping) and all(map(holds, value.values()))
-
-
-# Argument → when it is right, what it must be, and what to write instead.
-_RULES: dict[str, tuple[Holds, str, str]] = {
-    "model": (
-        _is_loaded,
-        "`model` must be a loaded model",
-        "load it first: AutoModelForCausalLM.from_pretrained(…)",
-    ),
-    "unwrapped": (
-        lambda model: not _wraps(model),
-        "a chain needs the model itself",
-        "wrap it after chain.extend, e.g. torch.compile(chain.model)",
-    ),
-    "plain": (
-        lambda model: not adapters.lora_layers(model),
-        "a chain needs a model without adapters",
-        "take them off: detach() of its chain, or merge_and_unload() of PEFT",
-    ),
-    "seed": (_is_count, "`seed` must be a whole number from 0", "e.g. seed=0"),
-    "checkpoint": (
-        _or_none(lambda value: _is(str, PathLike)(value) and Path(value).expanduser().is_dir()),
-        "`checkpoint` must be the path of a folder",
-        "leave it out if the model has none",
-    ),
-    "config": (
-        _is(LinkConfig),
-        "`config` must be a LinkConfig",
-        "write extend(LinkConfig(rank=8))",
-    ),
-    "configs": (
-        lambda value: isinstance(value, list | tuple) and all(map(_is(LinkConfig), value)),
-        "`configs` must be a list of LinkConfig",
-        "write [LinkConfig(rank=8)] * 3",
-    ),
-    "backward": (
-        _or_none(callable),
-        "`backward` must be a function of no arguments",
-        "let it run the loss of a few batches, and their backward()",
-    ),
-    "steps": (_is_list, "`steps` must be iterable", "write range(100), or a list of batches"),
-    "steps_of": (
-        callable,
-        "`steps` must be a function of the link's number",
-        "write lambda link: batches",
-    ),
-    "update": (callable, "`update` must be a function of a step", "let it make an optimizer step"),
-    "update_of": (
-        callable,
-        "`update` must be a function of the link's number",
-        "let it make an optimizer, and return the function that makes a step",
-    ),
-    "share": (
-        lambda value: _is_number(value) and 0 <= value < 1,
-        "`share` must be in [0, 1)",
-        "tie() ties all of the link",
-    ),
-    "link": (_is(Link), "`link` must be a Link", "take it from tie(), drop() or chain.links"),
-    "num_links": (_is_count, "`num_links` must be a whole number from 0", "write drop(1)"),
-    "num_steps": (_is_count, "`num_steps` must be a whole number from 0", "e.g. 0"),
-    "num_soft_knots": (_is_count, "`num_soft_knots` must be a whole number from 0", "e.g. 0"),
-    "tensors": (
-        _maps_to(_is(Tensor)),
-        "a state must map names to tensors",
-        "take it from the chain that was saved",
-    ),
-    "strengths": (
-        _maps_to(_is_number),
-        "`strengths` must map ids of links to numbers",
-        "write {chain.links[0].id: 0.5}; 0 switches a link off",
-    ),
-}
-
-
-def check(**arguments: Any) -> None:
-    """Raise ChainError, with what to write instead, for an argument that breaks its rule."""
-    for key, value in arguments.items():
-        holds, rule, remedy = _RULES[key]
-        if not holds(value):
-            raise ChainError(rule, shown(value), remedy)
+def check_config(config: Any) -> None:
+    """Raise ChainError for what is no config of a link, such as a dict."""
+    if not isinstance(config, LinkConfig):
+        rule, remedy = "`config` must be a LinkConfig", "write extend(LinkConfig(rank=8))"
+        raise ChainError(rule, shown(config), remedy)
 
 
 def shown(value: Any) -> str:

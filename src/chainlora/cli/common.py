@@ -133,17 +133,16 @@ def file_and_overrides(
 
 
 class Verbs(click.Group):
-    """A group that says what an unknown verb is called here."""
+    """A group that names the nearest verb for an unknown one."""
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Find the verb. Raises UsageError that names the one that was meant."""
+        """Find the verb. Raises UsageError for an unknown one."""
         if args and not args[0].startswith("-") and self.get_command(ctx, args[0]) is None:
             name = args[0].replace("_", "-")
             close = difflib.get_close_matches(name, self.list_commands(ctx), n=1, cutoff=0.7)
-            meant = _VERBS.get(name, close[0] if close else None)
-            hint = f"; here it is `chainlora {meant}`" if meant else ""
+            hint = f"; did you mean `chainlora {close[0]}`?" if close else ""
             raise click.UsageError(f"No such command {args[0]!r}{hint}", ctx)
         return super().resolve_command(ctx, args)
 
@@ -221,27 +220,6 @@ def _keys() -> dict[str, Any]:
         for prefix, section in config_sections().items()
         for key, field in section.model_fields.items()
     }
-
-
-# Verbs of TRL, Axolotl, LLaMA-Factory and others, and what people look for first.
-_VERBS = {
-    **dict.fromkeys(("sft", "finetune", "fine-tune", "lora", "fit", "run"), "train CONFIG"),
-    **dict.fromkeys(("dpo", "orpo", "preprocess"), "train CONFIG"),
-    **dict.fromkeys(("merge", "merge-lora"), "export RUN --to merged --output DIR"),
-    **dict.fromkeys(("inference", "infer", "predict", "sample"), "generate RUN --prompt TEXT"),
-    **dict.fromkeys(("evaluate", "test"), "eval RUN"),
-    **dict.fromkeys(("kto", "grpo", "rlhf"), "train CONFIG`, or TRL with `ChainCallback"),
-    **dict.fromkeys(("undo", "revert", "disable", "enable"), "mix RUN STAGE=0"),
-    **dict.fromkeys(("rm", "remove", "delete", "clean"), "prune RUN STAGE"),
-    **dict.fromkeys(("show", "info", "status", "ls", "list", "stages"), "inspect RUN"),
-    **dict.fromkeys(("check", "validate", "verify"), "train CONFIG --dry-run"),
-    "resume": "train CONFIG",
-    "matrix": "eval RUN --matrix",
-    "import": "train CONFIG --start ADAPTER",
-    "serve": "export RUN --to merged --output DIR",
-    "help": "COMMAND --help",
-    "env": "doctor",
-}
 
 
 def words_and_overrides(arguments: list[str]) -> tuple[list[str], list[tuple[str, str]]]:

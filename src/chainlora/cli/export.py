@@ -37,11 +37,6 @@ from chainlora.cli.common import (
 )
 @click.option("--tolerance", type=float, help="Compress the adapter to this relative error.")
 @click.option(
-    "--quantize",
-    type=click.Choice(["nf4"]),
-    help="Quantise the merged weights, and say what of the update that loses.",
-)
-@click.option(
     "--gguf-type",
     type=click.Choice(["f32", "f16", "bf16", "q8_0"]),
     help="What weights in a GGUF file are stored as. Default: as the run has them.",
@@ -73,7 +68,6 @@ def export(
     output: str,
     rank: int | None,
     tolerance: float | None,
-    quantize: str | None,
     gguf_type: str | None,
     links: int | None,
     stages: str | None,
@@ -94,8 +88,6 @@ def export(
         raise click.UsageError(
             "--rank and --tolerance compress an adapter; use them with --to adapter"
         )
-    if target != "merged" and quantize is not None:
-        raise click.UsageError("--quantize is for merged weights; use it with --to merged")
     if not target.startswith("gguf") and gguf_type is not None:
         raise click.UsageError("--gguf-type is for GGUF files; use it with --to gguf")
     if private and repository is None:
@@ -104,7 +96,6 @@ def export(
     from chainlora.runs.cards import Naming
     from chainlora.runs.export import export_adapter, export_merged
     from chainlora.runs.hub import check_push, push_folder
-    from chainlora.runs.requantizing import export_quantized
     from chainlora.runs.to_gguf import export_gguf
 
     state = chosen_state(run, stages)
@@ -114,12 +105,9 @@ def export(
     keys: dict[str, Any] = {"num_links": links, "naming": naming}
     if target.endswith("adapter"):
         keys |= {"rank": rank, "tolerance": tolerance}
-    if quantize is not None:
-        done = export_quantized(state, output, quantize, **keys)
-        text = _merged_text(done, quantize)
-    elif target == "merged":
+    if target == "merged":
         done = export_merged(state, output, **keys)
-        text = _merged_text(done, quantize)
+        text = f"merged checkpoint ({done['dtype']}) of {done['links']} link(s) in {done['output']}"
     elif target == "adapter":
         done = export_adapter(state, output, **keys)
         text = _adapter_text(done)
@@ -139,12 +127,6 @@ def _adapter_text(done: Mapping[str, Any]) -> str:
     made = f"adapter of rank {rank} ({kind}) from {links} link(s) in {output}"
     base = "" if "/" in done["base"] else "; --base-name lets PEFT find the base by itself"
     return f"{made}, for the base {done['base']}{base}"
-
-
-def _merged_text(done: Mapping[str, Any], quantize: str | None) -> str:
-    lost = "" if quantize is None else f", {done['lost']:.0%} of the update lost"
-    kind = done["dtype"] if quantize is None else quantize
-    return f"merged checkpoint ({kind}{lost}) of {done['links']} link(s) in {done['output']}"
 
 
 def _gguf_text(done: Mapping[str, Any]) -> str:

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import io
-import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
-from chainlora import files
 from chainlora.cli.common import (
     check_run_or_model,
     chosen_state,
@@ -23,12 +20,11 @@ from chainlora.cli.common import (
     stages_option,
     to_stderr,
 )
-from chainlora.errors import DataError, FileError
+from chainlora.errors import DataError
 
 if TYPE_CHECKING:
-    from chainlora.evaluation.streaming import Message, Speaker, Tools
+    from chainlora.evaluation.streaming import Message, Speaker
     from chainlora.evaluation.training_rows import RowFacts
-
 
 _MOST = 256  # tokens of an answer: `MOST_TOKENS`, without what it imports
 
@@ -105,114 +101,35 @@ def generate(run_or_model: str, prompt: str | None, as_json: bool, **keys: Any) 
 @click.command
 @_speaking_options
 @click.option("--system", help="A system message before the conversation.")
-@click.option(
-    "--tools", "tools_file", type=click.Path(), help="JSON file: a list of schemas of functions."
-)
-@click.option(
-    "--save",
-    type=click.Path(),
-    help="JSONL file: the conversation becomes one more row to train on.",
-)
-def chat(
-    run_or_model: str, system: str | None, tools_file: str | None, save: str | None, **keys: Any
-) -> None:
+def chat(run_or_model: str, system: str | None, **keys: Any) -> None:
     """Talk with a run or a model by its chat template.
 
-    A line is a turn. /clear forgets the conversation; /exit or Ctrl-D ends it. With --tools, a call
-    that the model makes is shown and not executed: the next line is its result.
+    A line is a turn. /clear forgets the conversation; /exit or Ctrl-D ends it.
     """
     check_run_or_model(run_or_model, keys["links"], keys["stages"])
-    tools = [] if tools_file is None else _read_tools(Path(tools_file))
-    if save is not None:
-        _check_appendable(Path(save))
     speaker, _ = _speaker(
         run_or_model, **keys | {"max_new_tokens": keys["max_new_tokens"] or _MOST}
     )
-    from chainlora.evaluation.streaming import check_chat, check_tools
+    from chainlora.evaluation.streaming import check_chat
 
     check_chat(speaker.tokenizer, run_or_model)
-    if tools_file is not None:
-        check_tools(speaker.tokenizer, tools, tools_file)
     start = [{"role": "system", "content": system}] if system else []
-    lines = _turns()
-    is_cleared = True
-    while is_cleared:
-        messages: list[Message] = list(start)
-        try:
-            is_cleared = _talk(speaker, messages, tools, lines)
-        finally:
-            if save is not None:
-                _append(Path(save), messages, tools)
-
-
-def _talk(speaker: Speaker, messages: list[Message], tools: Tools, lines: Iterator[str]) -> bool:
-    """Hold one conversation, its turns appended to `messages`; say whether /clear ended it."""
-    from chainlora.evaluation.streaming import message_of
-
-    num_calls = 0
-    waiting: list[Any] = []  # calls whose results are to be typed
-    for line in lines:
+    messages: list[Message] = list(start)
+    for line in _turns():
         if line == "/clear":
-            return True
-        if waiting:
-            call = waiting.pop(0)
-            told = {"tool_call_id": call["id"], "name": call["function"]["name"]}
-            messages.append({"role": "tool", **told, "content": line})
-        else:
-            messages.append({"role": "user", "content": line})
-        if not waiting:
-            try:
-                text = speaker.answer(messages, _write, tools)
-            except DataError as error:  # too long a turn must not end what was said before it
-                if not any(each["role"] == "assistant" for each in messages):
-                    raise
-                to_stderr(f"chainlora: {error}")
-                if messages.pop()["role"] == "tool":
-                    waiting.insert(0, call)
-                continue
-            click.echo()
-            messages.append(message_of(text, tools, num_calls))
-            waiting = list(messages[-1].get("tool_calls", ()))
-            num_calls += len(waiting)
-        if waiting:
-            function = waiting[0]["function"]
-            arguments = json.dumps(function["arguments"], ensure_ascii=False)
-            to_stderr(f"call: {function['name']} {arguments}; the next line is its result")
-    return False
-
-
-def _read_tools(path: Path) -> list[Any]:
-    """Read a list of schemas. Raises ChainLoRAError subclasses."""
-    from chainlora.data.readers import parse_json
-
-    with files.reported(path, "read"):
-        found = parse_json(path.read_bytes(), str(path))
-    if not isinstance(found, list):
-        raise DataError("tools must be a list", f"{type(found).__name__} in {path}", "write [...]")
-    return found
-
-
-def _check_appendable(path: Path) -> None:
-    """Raise FileError for a file that no row could be appended to, or that is no data file."""
-    if path.suffix != ".jsonl":
-        raise FileError("--save must be a .jsonl file", path, "e.g. chats.jsonl")
-    files.check_writable(path.parent)
-    if path.exists():
-        with files.reported(path), path.open("ab"):
-            pass
-
-
-def _append(path: Path, messages: Sequence[Message], tools: Tools) -> None:
-    """Append a conversation as a row, up to the last answer; nothing where there is none."""
-    answers = [at for at, each in enumerate(messages) if each["role"] == "assistant"]
-    if not answers:
-        return
-    row = {"messages": messages[: answers[-1] + 1]} | ({"tools": tools} if tools else {})
-    files.make_folder(path.parent)
-    with files.reported(path), path.open("ab+") as file:
-        file.seek(max(file.seek(0, io.SEEK_END) - 1, 0))
-        start = "" if file.read() in (b"", b"\n") else "\n"  # a last row without an end of line
-        file.write(f"{start}{json.dumps(row, ensure_ascii=False)}\n".encode())
+            messages = list(start)
+            continue
+        messages.append({"role": "user", "content": line})
+        try:
+            text = speaker.answer(messages, _write)
+        except DataError as error:  # a turn that is too long must not end the conversation
+            if len(messages) == len(start) + 1:
+                raise
+            to_stderr(f"chainlora: {error}")
+            messages.pop()
+            continue
+        click.echo()
+        messages.append({"role": "assistant", "content": text})
 
 
 def _speaker(

@@ -16,7 +16,7 @@ import click
 
 from chainlora import __version__
 from chainlora.cli.common import SIGNALLED, Verbs, is_first_process, prepare_streams
-from chainlora.cli.configs import convert_config, schema, tasks
+from chainlora.cli.configs import schema, tasks
 from chainlora.cli.doctor import doctor
 from chainlora.cli.evaluate import evaluate
 from chainlora.cli.experiments import compare, experiment
@@ -141,5 +141,5 @@ def cli(context: click.Context, debug: bool) -> None:
 
 for _verb in (demo, train, extend, mix, prune, evaluate, generate, chat, inspect):
     cli.add_command(_verb)
-for _verb in (report, board, export, tasks, experiment, compare, convert_config, doctor, schema):
+for _verb in (report, board, export, tasks, experiment, compare, doctor, schema):
     cli.add_command(_verb)

@@ -14,7 +14,7 @@ from chainlora.config.section import Count, Section, refuse_if
 from chainlora.errors import ConfigError
 
 # How long a link can be said to be; the keys of `ChainConfig`, of which a config gives one.
-LENGTHS = ("epochs", "steps", "tokens", "minutes")
+LENGTHS = ("epochs", "steps", "tokens")
 
 if TYPE_CHECKING:
     Names = Sequence[str]  # what scripts may give
@@ -189,7 +189,7 @@ class PlateauConfig(Section):
 class ChainConfig(LinkShape):
     """The chain: how many links, how wide, how long each is tuned.
 
-    Give one of `epochs`, `steps`, `tokens` and `minutes`, with one entry for each link.
+    Give one of `epochs`, `steps` and `tokens`, with one entry for each link.
     """
 
     ranks: tuple[Count, ...] = (8, 8)
@@ -213,9 +213,6 @@ class ChainConfig(LinkShape):
     """Optimizer steps of each link instead."""
     tokens: tuple[Annotated[float, Field(gt=0, le=1e15)], ...] | None = None
     """Tokens that each link reads, prompts included, instead: whole steps, until they are read."""
-    minutes: tuple[Annotated[float, Field(gt=0, le=1e6)], ...] | None = None
-    """Minutes of steps of each link instead. A step is measured before training, and the lengths
-    are then fixed and recorded; loading, evaluations and checkpoints come on top."""
     hold: Literal["tied", "carried"] = "tied"
     """Where earlier links are held: `tied` in the base weights, `carried` beside an untouched
     base."""
@@ -240,7 +237,7 @@ class ChainConfig(LinkShape):
         given = [key for key in LENGTHS if getattr(self, key) is not None]
         refuse_if(
             len(given) > 1,
-            "give one of `epochs`, `steps`, `tokens` and `minutes`",
+            "give one of `epochs`, `steps` and `tokens`",
             " and ".join(given),
             "set the others to null",
         )
@@ -281,7 +278,7 @@ class ChainConfig(LinkShape):
             "knots too",
             "use plateau.of: loss",
         )
-        of_links = {"plateau": "ends", "knots": "tie", "minutes": "time steps of"}
+        of_links = {"plateau": "ends", "knots": "tie"}
         for key, verb in of_links.items():
             refuse_if(
                 getattr(self, key) is not None and self.tune == "full",

@@ -51,8 +51,9 @@ def read_config(path: str | Path) -> dict[str, Any]:
     foreign = foreign_file(tree, RunConfig.model_fields) if unknown else None
     if foreign is not None:
         raise ConfigError(
-            f"config file must have chainlora's keys (got {path} with {foreign}); rewrite it: "
-            f"chainlora convert-config {path} > chainlora.yaml"
+            "config file must have chainlora's keys",
+            f"{path} with {foreign}",
+            "write these keys in a config of chainlora; docs/keys.md lists them",
         )
     if (Path(path).expanduser().parent / "chain.json").is_file():
         tree.pop("plugins", None)  # a run may come from somebody else: its code is named anew

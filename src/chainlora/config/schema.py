@@ -224,7 +224,7 @@ class RunConfig(Called):
         refuse_if(
             chain.ranks and all(getattr(chain, key) is None for key in LENGTHS),
             "`chain` must say how long each link is tuned",
-            "no epochs, steps, tokens or minutes",
+            "no epochs, steps or tokens",
             f"e.g. epochs: {[1] * len(chain.ranks[:9])}",
         )
         refuse_if(

@@ -1,4 +1,4 @@
-"""YAML as chainlora reads it: numbers as people write them, no key twice, no bombs.
+"""YAML as chainlora reads it: numbers as people write them, and no key twice.
 
 Everything that a text can do wrong ends as `yaml.YAMLError`: PyYAML's own constructors raise
 ValueError, KeyError, AttributeError and more for values such as ``2020-13-45``.
@@ -11,34 +11,11 @@ from typing import Any
 
 import yaml
 
-# More than any file that a person writes; a parser in Python takes a moment for as many.
-_MOST_NODES = 100_000  # aliases count as what they stand for
-_MOST_LEVELS = 50
+_LARGEST = 2**20  # letters: far more than a person writes, and read in seconds
 
 
 class _Loader(yaml.SafeLoader):
     """YAML 1.1 reads ``1e-3`` as a string; this loader reads it as the number everybody means."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__(text)
-        self._level = self._count = 0
-        self._sizes: dict[int, int] = {}  # of nodes that are whole
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        """Refuse bombs and circles: an alias counts as all that it stands for."""
-        mark, is_alias = self.peek_event().start_mark, self.check_event(yaml.AliasEvent)
-        before, self._level = self._count, self._level + 1
-        if self._level > _MOST_LEVELS:
-            raise _problem(f"more than {_MOST_LEVELS} levels", mark)
-        node = super().compose_node(parent, index)
-        if is_alias and id(node) not in self._sizes:
-            raise _problem("an alias that stands for itself", mark)
-        self._count += self._sizes[id(node)] if is_alias else 1
-        if self._count > _MOST_NODES:
-            raise _problem(f"more than {_MOST_NODES} values, aliases written out", mark)
-        self._sizes.setdefault(id(node), self._count - before)
-        self._level -= 1
-        return node
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         """Refuse a key that is there twice: YAML would silently drop the first."""
@@ -94,11 +71,13 @@ def one_value(value: Any) -> str:
 
 def parse_yaml(text: str) -> Any:
     """Return what a YAML text says. Raises yaml.YAMLError for all that is wrong with it."""
+    if len(text) > _LARGEST:
+        raise _problem(f"more than {_LARGEST} characters", None)
     try:
         return yaml.load(text, _Loader)
     except yaml.YAMLError:
         raise
-    except Exception as error:  # of PyYAML's constructors, by the dozen
+    except Exception as error:  # of PyYAML's constructors; RecursionError for too many levels
         reason = " ".join(str(error).split()) or type(error).__name__
         raise _problem(f"a value that YAML cannot read: {reason}", None) from None
 

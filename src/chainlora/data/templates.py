@@ -1,26 +1,28 @@
-"""Templates that end: they are evaluated in a process of their own, which can be killed.
+"""Templates of tasks and chats, in Jinja2's sandbox.
 
-A template comes from somebody else (a task file, a model's folder), and nested loops, recursion or
-``'x' * 10**10`` would keep a run busy for ever or fill the memory. No limit inside a process stops
-code in C, so another process evaluates them (`template_worker`), in Jinja2's sandbox. It is started
-when the first template is needed and kept.
+A program is one of
+
+    {"texts": {key: template}, "values": {key: expression}, "each": [key, list, template]}
+        of a task's row; `each` renders a template for every item of a list
+    {"chat": {"": template, "tools": template}}
+        of a conversation, with and without tools
+
+The sandbox keeps templates of other people from running code and from changing a row. It does not
+limit time and memory.
 """
 
 from __future__ import annotations
 
-import atexit
 import json
-import os
-import subprocess
-import sys
+import random
 import threading
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import datetime, tzinfo
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jinja2
-import psutil
 from jinja2 import nodes
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -30,13 +32,19 @@ from chainlora.errors import DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-SECONDS = 20.0
-"""For one row; the longest chats take some hundredths of a second."""
-MEMORY = 2 << 30
-"""Bytes that the process may take; it needs 60 MB."""
-_GROUP = 128  # items evaluated at a time: a message costs as much as an item or two
-_SCRIPT = Path(__file__).with_name("template_worker.py")
-_SYNTAX = ImmutableSandboxedEnvironment()
+_clock = threading.Lock()
+
+
+class _SameDay(datetime):
+    """A clock that shows the day that Llama 3's templates take where there is none.
+
+    With the real date, rows would be other tokens every day, and the hashes of their tokens would
+    hold out other rows.
+    """
+
+    @classmethod
+    def now(cls, tz: tzinfo | None = None) -> _SameDay:
+        return cls(2024, 7, 26)
 
 
 class Reply(NamedTuple):
@@ -48,24 +56,11 @@ class Reply(NamedTuple):
 
 
 def evaluate(program: Mapping[str, Any], items: Sequence[Any]) -> list[Reply]:
-    """Evaluate the templates of a program for every item (`template_worker` has the forms).
+    """Evaluate the templates of a program for every item.
 
-    An item that takes more than `SECONDS` or `MEMORY` gets an error, and so do those behind it.
     Raises DataError for values that are no JSON.
     """
-    replies: list[Reply] = []
-    for first in range(0, len(items), _GROUP):
-        group = items[first : first + _GROUP]
-        found = _ask(program, group)
-        # Which item it was shows when each is asked for alone; and that the clock was not to blame,
-        # which goes on while a process is stopped.
-        parts = [found] if found else (_ask(program, [item]) for item in group)
-        for part in parts:
-            if not part:
-                reason = f"no end within {SECONDS:g} s and {MEMORY >> 30} GiB of memory"
-                return replies + [Reply(error=reason)] * (len(items) - len(replies))
-            replies += part
-    return replies
+    return [_reply(program, _as_json(item)) for item in items]
 
 
 def render_chats(
@@ -93,14 +88,125 @@ def render_chats(
     return evaluate({"chat": templates}, items)
 
 
+# --- evaluating ---
+
+
+def _as_json(item: Any) -> Any:
+    """Return an item as a JSON file would hold it, so that all readers give a template the same."""
+    try:
+        return json.loads(json.dumps(item, default=_plain))
+    except (TypeError, ValueError, RecursionError) as error:
+        rule = "a row must hold texts, numbers, lists and objects"
+        raise DataError(rule, error, "correct the row") from None
+
+
+def _plain(value: Any) -> Any:
+    """Return the number of an array's scalar, nothing for bytes, and the text of other objects."""
+    if isinstance(value, bytes):
+        return None
+    return value.item() if hasattr(value, "item") else str(value)
+
+
+def _reply(program: Mapping[str, Any], item: Any) -> Reply:
+    at = {"key": ""}
+    try:
+        with _seeded(item):
+            value = _chat(program["chat"], item) if "chat" in program else _row(program, item, at)
+        text = json.dumps(value, ensure_ascii=False, default=str)
+        text.encode()
+        return Reply(json.loads(text))
+    except UnicodeEncodeError as error:
+        return Reply(error=f"half of a character, {error.object[error.start]!a}")
+    except Exception as error:  # whatever the values make the template do
+        reason = str(error) or type(error).__name__
+        return Reply(error=" ".join(reason.split())[:1000], key=at["key"])
+
+
+@contextmanager
+def _seeded(item: Any) -> Iterator[None]:
+    """Let the filter `random` give an item the same text whenever it is rendered."""
+    state = random.getstate()
+    random.seed(repr(item))
+    try:
+        yield
+    finally:
+        random.setstate(state)
+
+
+def _chat(templates: Mapping[str, str], item: Mapping[str, Any]) -> Any:
+    from transformers.utils import chat_template_utils
+
+    template, names = templates["tools" if item.get("tools") else ""], vars(chat_template_utils)
+    with _clock:  # `strftime_now` reads this name, and takes no other clock
+        names["datetime"], before = _SameDay, names["datetime"]
+        try:
+            rendered: Any = chat_template_utils.render_jinja_template(
+                **item, chat_template=template
+            )
+        finally:
+            names["datetime"] = before
+    (text,), spans = rendered
+    return [text, spans[0] if spans else []]
+
+
+def _row(program: Mapping[str, Any], row: Mapping[str, Any], at: dict[str, str]) -> dict[str, Any]:
+    """Return what a row gives under each key; `at` names the key that is rendered."""
+    context = {**row, "row": row}
+    found: dict[str, Any] = {}
+    for key, source in program["texts"].items():
+        at["key"] = key
+        found[key] = _template(source).render(context)
+    for key, source in program["values"].items():
+        at["key"] = key
+        found[key] = _expression(source)(context)
+        if isinstance(found[key], jinja2.Undefined):
+            str(found[key])  # raises, with a message that names what is missing
+    if "each" in program:
+        key, items, source = program["each"]
+        at["key"] = key
+        each = _template(source)
+        values = found[items] if isinstance(found[items], list | tuple) else ()
+        found[key] = [each.render({**context, "item": value}) for value in values]
+    return found
+
+
+def _refuse_no_text(value: Any) -> Any:
+    if value is None:
+        raise jinja2.UndefinedError("a null, or bytes that are no text")
+    if isinstance(value, list | tuple | dict):
+        raise jinja2.UndefinedError(f"{value!r:.60}, which is no text")
+    return value
+
+
+_ENVIRONMENT = ImmutableSandboxedEnvironment(
+    undefined=jinja2.StrictUndefined,
+    keep_trailing_newline=True,
+    autoescape=False,
+    finalize=_refuse_no_text,
+)
+
+
+@lru_cache(maxsize=1024)
+def _template(source: str) -> jinja2.Template:
+    return _ENVIRONMENT.from_string(source)
+
+
+@lru_cache(maxsize=1024)
+def _expression(source: str) -> Callable[..., Any]:
+    return _ENVIRONMENT.compile_expression(source, undefined_to_none=False)
+
+
+# --- checking a source before there are rows ---
+
+
 def check_template(source: str) -> None:
     """Parse a template. Raises jinja2.TemplateError."""
-    _check_names(_SYNTAX.parse(source))
+    _check_names(_ENVIRONMENT.parse(source))
 
 
 def check_expression(source: str) -> None:
     """Parse an expression. Raises jinja2.TemplateError."""
-    parser = Parser(_SYNTAX, source, state="variable")
+    parser = Parser(_ENVIRONMENT, source, state="variable")
     found = parser.parse_expression()
     if not parser.stream.eos:
         raise jinja2.TemplateSyntaxError("chunk after expression", parser.stream.current.lineno)
@@ -108,98 +214,8 @@ def check_expression(source: str) -> None:
 
 
 def _check_names(tree: nodes.Template) -> None:
-    """Refuse filters and tests that do not exist; nothing is compiled, as that evaluates parts."""
+    """Refuse unknown filters and tests; nothing is compiled, since that evaluates parts."""
     for node in tree.find_all((nodes.Filter, nodes.Test)):
-        known = _SYNTAX.filters if isinstance(node, nodes.Filter) else _SYNTAX.tests
+        known = _ENVIRONMENT.filters if isinstance(node, nodes.Filter) else _ENVIRONMENT.tests
         if node.name not in known:
             raise jinja2.TemplateAssertionError(f"no filter or test {node.name!r}", node.lineno)
-
-
-# --- the process ---
-
-
-class _Worker:
-    def __init__(self) -> None:
-        self._process: Any = subprocess.Popen(
-            [sys.executable, "-P", str(_SCRIPT)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,  # a Ctrl-C is not for it
-        )
-
-    def ask(self, line: bytes) -> bytes:
-        """Return the line that answers, empty or cut where the process ended."""
-        done = threading.Event()
-        watcher = threading.Thread(target=self._limit_memory, args=(done,), daemon=True)
-        watcher.start()
-        try:
-            self._process.stdin.write(line)
-            self._process.stdin.flush()
-            answer: bytes = self._process.stdout.readline()
-            return answer
-        except OSError:  # it has ended
-            return b""
-        finally:
-            done.set()
-            watcher.join()
-
-    def _limit_memory(self, done: threading.Event) -> None:
-        with suppress(psutil.Error):  # it has ended
-            process = psutil.Process(self._process.pid)
-            while not done.wait(0.05):
-                if process.memory_info().rss > MEMORY:
-                    self._process.kill()
-
-    def end(self) -> None:
-        self._process.kill()
-        self._process.communicate()
-
-
-_lock = threading.Lock()
-_worker: _Worker | None = None
-
-
-def _ask(program: Mapping[str, Any], items: Sequence[Any]) -> list[Reply]:
-    """Return what the process replies; nothing where it did not live to reply."""
-    global _worker
-    message = {"seconds": SECONDS, "program": program, "items": items}
-    try:
-        line = json.dumps(message, default=_plain).encode() + b"\n"
-    except (TypeError, ValueError, RecursionError) as error:
-        rule = "a row must hold texts, numbers, lists and objects"
-        raise DataError(rule, error, "correct the row") from None
-    with _lock:
-        _worker = _worker or _Worker()
-        answer = b""
-        try:
-            answer = _worker.ask(line)
-        finally:
-            if not answer.endswith(b"\n"):  # it ended, or this was interrupted half-way
-                _worker.end()
-                _worker = None
-    return [Reply(**each) for each in json.loads(answer)] if answer.endswith(b"\n") else []
-
-
-def _plain(value: Any) -> Any:
-    """Return the number of an array's scalar, nothing for bytes, and the text of whatever else is
-    no JSON."""
-    if isinstance(value, bytes):
-        return None
-    return value.item() if hasattr(value, "item") else str(value)
-
-
-def _forget() -> None:
-    """Leave the process to the parent after a fork."""
-    global _lock, _worker
-    _lock, _worker = threading.Lock(), None
-
-
-def _end() -> None:
-    if _worker is not None:
-        _worker.end()
-
-
-atexit.register(_end)
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget)

@@ -1,14 +1,12 @@
 """One answer at a time, given out piece by piece: continuations of a text, turns of a chat.
 
 A chat goes through the model's own chat template. The oldest turns are left out when a conversation
-no longer fits the context. Calls of tools are found in what the model says; nothing is executed.
+no longer fits the context.
 """
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,18 +14,13 @@ import torch
 from transformers import TextStreamer
 
 from chainlora.data.chat_templates import ends_of_turn
-from chainlora.data.encoding.chat import ChatEncoder
 from chainlora.data.encoding.tokens import TokenReader
-from chainlora.data.sources import Row
 from chainlora.data.templates import render_chats
 from chainlora.errors import ConfigError, DataError, ModelError
 from chainlora.evaluation.generation import greedy_config, run_generate
 from chainlora.models.text_config import context_length
 
 Message = dict[str, Any]
-Tools = Sequence[Mapping[str, Any]]
-"""JSON schemas of functions, as chat templates take them."""
-_MARKS = re.compile(r"(\s|<[^<>]*>|\[\w*\]?)*\Z")  # what models write before a call
 
 
 @dataclass(frozen=True)
@@ -74,24 +67,22 @@ class Speaker:
             raise DataError("the prompt must have tokens (got an empty one); give some text")
         return self._speak(ids, write, [])
 
-    def answer(
-        self, messages: Sequence[Message], write: Callable[[str], None], tools: Tools = ()
-    ) -> str:
+    def answer(self, messages: Sequence[Message], write: Callable[[str], None]) -> str:
         """Answer a conversation by the chat template, without its oldest turns if it must be."""
         system = [each for each in messages if each["role"] == "system"]
         turns = [each for each in messages if each["role"] != "system"]
         context = context_length(self.model)
         room = context - min(self.decoding.max_new_tokens, context // 2)
         questions = [at for at, each in enumerate(turns) if each["role"] == "user"]
-        ids = self._chat_ids([*system, *turns], tools)
+        ids = self._chat_ids([*system, *turns])
         for question in questions[1:]:
             if len(ids) <= room:
                 break
-            ids = self._chat_ids([*system, *turns[question:]], tools)
+            ids = self._chat_ids([*system, *turns[question:]])
         return self._speak(ids, write, ends_of_turn(self.tokenizer))
 
-    def _chat_ids(self, messages: Sequence[Message], tools: Tools) -> list[int]:
-        chat = {"messages": messages, "add_generation_prompt": True, "tools": tools or None}
+    def _chat_ids(self, messages: Sequence[Message]) -> list[int]:
+        chat = {"messages": messages, "add_generation_prompt": True, "tools": None}
         (reply,) = render_chats(self.tokenizer, [chat])
         if reply.error:
             remedy = "leave --system out" if messages[0]["role"] == "system" else "begin a new one"
@@ -147,69 +138,6 @@ def check_chat(tokenizer: Any, name: str) -> None:
             f"a model to chat with must have a chat template (got {name}, which has none); use "
             "`chainlora generate` instead"
         )
-
-
-def check_tools(tokenizer: Any, tools: Tools, place: str) -> None:
-    """Raise DataError for tools, or a template, that rows to train on could not have either."""
-    names = _names_of(tools)
-    if not names or None in names:
-        rule = "tools must be a list of JSON schemas of functions, each with a name"
-        raise DataError(rule, f"{json.dumps(tools):.80} at {place}", "correct the file")
-    call = _call(names[0], {}, 0)
-    messages = [
-        {"role": "user", "content": "x"},
-        {"role": "assistant", "content": "", "tool_calls": [call]},
-        {"role": "tool", "content": "x", "name": names[0], "tool_call_id": call["id"]},
-        {"role": "assistant", "content": "x"},
-    ]
-    row = Row({"messages": messages, "tools": tools}, 0, place)
-    ChatEncoder(TokenReader(tokenizer)).rendered([row])
-
-
-def message_of(text: str, tools: Tools, num_calls: int = 0) -> Message:
-    """Return an answer as a message.
-
-    JSON objects in it that have the name of a tool are its `tool_calls`, and what stands before the
-    first one its content. `num_calls` of the conversation have ids already.
-    """
-    names, before, at = _names_of(tools), text, text.find("{")
-    calls: list[dict[str, Any]] = []
-    while at >= 0:
-        found, end = _object_at(text, at)
-        found = found.get("function", found)
-        if isinstance(found, Mapping) and found.get("name") in names:
-            before = before if calls else _MARKS.sub("", text[:at])
-            arguments = found.get("arguments", found.get("parameters", {}))
-            calls.append(_call(found["name"], arguments, num_calls + len(calls)))
-            at = end - 1
-        at = text.find("{", at + 1)
-    message: Message = {"role": "assistant", "content": before}
-    return message | ({"tool_calls": calls} if calls else {})
-
-
-def _object_at(text: str, start: int) -> tuple[dict[str, Any], int]:
-    """Return the JSON object that begins at a brace and where it ends; an empty one for none.
-
-    What no row to train on could hold, NaN or half a surrogate pair, is none.
-    """
-    try:
-        found, end = json.JSONDecoder().raw_decode(text, start)
-        json.dumps(found, ensure_ascii=False, allow_nan=False).encode()
-        return found, end
-    except (ValueError, RecursionError):
-        return {}, start
-
-
-def _call(name: str, arguments: Any, number: int) -> dict[str, Any]:
-    """Return a call as OpenAI writes it; some templates want an id of nine letters and digits."""
-    function = {"name": name, "arguments": arguments}
-    return {"id": f"call{number:05}", "type": "function", "function": function}
-
-
-def _names_of(tools: Tools) -> list[Any]:
-    """Return the name of each tool, None for what has none."""
-    inner = [tool.get("function", tool) if isinstance(tool, Mapping) else tool for tool in tools]
-    return [each.get("name") if isinstance(each, Mapping) else None for each in inner]
 
 
 def to_accelerator(model: Any) -> Any:

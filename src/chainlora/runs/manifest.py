@@ -71,7 +71,6 @@ class Progress:
     evaluations_without_gain: Count = 0
     stopped: bool = False
     soft_knots: Count = 0  # in the live link so far
-    planned: list[Count] = field(default_factory=list)  # steps of links, of 0.2 and by minutes
     memory: dict[str, float] = field(default_factory=dict)  # of the knot policy (`Position`)
     evaluation_due: bool = False  # a signal stopped the evaluation here: it is made on resume
 

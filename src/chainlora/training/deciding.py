@@ -1,31 +1,22 @@
 """What a run decides at its start because its config leaves it open (`knots.numbers`).
 
-Steps of links that are given minutes are measured once, before the first step. So what a step sees
-stays a pure function of its number, and a run that is resumed, perhaps on another machine or by
-another version, goes on with the numbers that it began with. The minutes are those of steps:
-loading, evaluations and checkpoints come on top.
+A run that is resumed, perhaps on another machine or by another version, continues with the numbers
+that it began with.
 """
 
 from __future__ import annotations
 
 import logging
-import statistics
-import time
-from contextlib import closing
 from dataclasses import replace
 
 from chainlora.chain.adapters.layer_facts import num_trained
 from chainlora.chain.adapters.targets import matched_modules
 from chainlora.knots.driver import Knots
 from chainlora.knots.numbers import Numbers, Spacings, say_what_to_expect, some_of, spacings
-from chainlora.training.optimizers import make_optimizer
 from chainlora.training.run import Run
 from chainlora.training.schedule import restart_warmup, say_what_stays_low
-from chainlora.training.step import add_gradients, steps_ahead
 
 logger = logging.getLogger(__name__)
-
-_WARM_UP, _TIMED = 2, 6  # steps
 
 
 def decide(run: Run, first: int) -> None:
@@ -57,10 +48,7 @@ def decide(run: Run, first: int) -> None:
 
 def _new_numbers(run: Run) -> Numbers:
     chain, train = run.config.chain, run.train
-    lengths = tuple(run.progress.planned) or run.plan.lengths
-    if chain.minutes and not run.progress.planned:
-        seconds = measure_step(run)
-        lengths = tuple(max(1, round(60 * each / seconds)) for each in chain.minutes)
+    lengths = run.plan.lengths
     say_what_stays_low(train, lengths)
     soft: Spacings = ()
     if chain.knots is not None and lengths:
@@ -97,27 +85,3 @@ def _take(run: Run, numbers: Numbers, first: int) -> None:
     run.config = run.config.model_copy(update={"train": train})
     run.plan = replace(run.plan, lengths=numbers.lengths)
     run.knots = Knots(run.chain, run.config.chain, numbers, memory=run.progress.memory, first=first)
-
-
-def measure_step(run: Run) -> float:
-    """Return the median seconds of an optimizer step, on a link that is discarded."""
-    next_id = run.chain.next_id
-    first = run.config.chain.links()[0]
-    plain = first.model_copy(update={"init": "kaiming"})  # no start costs a step more
-    adapter = run.chain.extend(plain)
-    run.engine.adapt(adapter.layers.values())
-    run.chain.model.train()
-    optimizer, parameters = make_optimizer(adapter, run.train), list(run.chain.parameters())
-    seconds = []
-    with closing(steps_ahead(run, 0, _WARM_UP + _TIMED)) as steps:
-        for work in steps:
-            started = time.perf_counter()
-            loss = add_gradients(run, work, parameters).loss
-            run.processes.sum_gradients(parameters, loss)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            seconds.append(time.perf_counter() - started)
-    run.chain.discard()
-    run.chain.next_id = next_id  # it was no link of the run, whose first one is drawn as ever
-    median = statistics.median(seconds[_WARM_UP:])
-    return run.processes.sum([median])[0] / run.processes.count

@@ -92,8 +92,7 @@ def make_plan(config: RunConfig, examples: Rows, mixture: Mixture | None = None)
     """Turn what the config says of each link's length into steps.
 
     `mixture` says which of the examples an epoch reads; by default all, once.
-    Fractional epochs and tokens round at the knots, the total exactly. For `minutes`, which
-    `training.deciding` measures, links have one step each until then.
+    Fractional epochs and tokens round at the knots, the total exactly.
     """
     chain, train = config.chain, config.train
     mixture = mixture or Mixture((len(examples),), (1.0,))
@@ -112,8 +111,6 @@ def make_plan(config: RunConfig, examples: Rows, mixture: Mixture | None = None)
             *(size, mixture.per_epoch),
         )
     plan = Plan((1,) * len(chain.ranks), per_epoch, examples.lengths, train, mixture)
-    if chain.minutes is not None:
-        return plan
     if chain.steps is not None:
         lengths, said = chain.steps, "steps"
     elif chain.tokens is not None:

@@ -1,7 +1,7 @@
 """A row and a task's templates give a prompt with candidates, or a prompt with a completion.
 
-Templates are Jinja2 in a sandbox, in a process that can be killed. A field that a row lacks, or
-holds as null, is an error, never an empty string; every space and line break of a template is kept.
+Templates are Jinja2 in a sandbox. A field that a row lacks, or holds as null, is an error, never an
+empty string; every space and line break of a template is kept.
 """
 
 from __future__ import annotations
