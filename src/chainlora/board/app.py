@@ -43,10 +43,14 @@ _POLICY = (
 _STYLE = """
 .gradio-container { max-width: 84rem !important; }
 footer { display: none !important; }
-gradio-app:not(:has(.gradio-container))::before { content: "Loading…"; padding: 2rem; }
 .chainlora { background: none !important; }
 .chainlora section:first-child h2 { margin-top: 0; }
 """
+# Gradio's page is empty until its scripts have run, and its `head` is put there by them.
+_WAITING = (
+    '<style>gradio-app:not(:has(.gradio-container))::before { content: "Loading…"; padding: 2rem; '
+    "font: 1.2rem system-ui, sans-serif; }</style></head>"
+)
 _FONTS: Any = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
 
 
@@ -108,9 +112,20 @@ class Guard:
             await PlainTextResponse("not from here", 403)(scope, receive, send)
             return
 
+        is_page = scope["path"] == "/"
+        if is_page:  # a compressed one could not be added to
+            plain = [header for header in scope["headers"] if header[0] != b"accept-encoding"]
+            scope = scope | {"headers": plain}
+
         async def answer(message: Any) -> None:
             if message["type"] == "http.response.start":
-                MutableHeaders(scope=message)["Content-Security-Policy"] = _POLICY
+                own = MutableHeaders(scope=message)
+                own["Content-Security-Policy"] = _POLICY
+                if is_page:
+                    del own["Content-Length"]
+            elif is_page and "body" in message:
+                body = message["body"].replace(b"</head>", _WAITING.encode(), 1)
+                message = message | {"body": body}
             await send(message)
 
         await self.app(scope, receive, answer)

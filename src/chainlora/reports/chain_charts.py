@@ -87,12 +87,11 @@ def _shares_picture(matrix: StageMatrix) -> Picture:
     states = state_names(matrix.states)
 
     def draw(axes: Any) -> None:
-        for place, (stage, column) in enumerate(
-            zip(matrix.stages, zip(*matrix.grid, strict=True), strict=True)
-        ):
+        columns = zip(matrix.stages, zip(*matrix.grid, strict=True), strict=True)
+        for place, (stage, column) in enumerate(columns):
             known = [(at, cell.value) for at, cell in enumerate(column) if cell is not None]
             style = line_style(place) | {"marker": "o", "linewidth": 1.8}
-            axes.plot(*zip(*known, strict=True), label=stage, **style)
+            axes.plot([at for at, _ in known], [value for _, value in known], label=stage, **style)
             for at, value in known if len(matrix.stages) <= 2 else ():
                 axes.annotate(
                     f"{value:.0%}",

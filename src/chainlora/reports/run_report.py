@@ -146,10 +146,8 @@ def _switched_off(run: RunFacts) -> list[str]:
         return []
     now = _on(run)
     same = [part.name for part in run.stages if _on(part) == now]
-    states = ["before training", *(f"after {name}" for name in same)]
-    as_was = ""
-    if same or not now:
-        as_was = f", and the model is exactly as it was {states[-1] if now else states[0]}"
+    when = f"after {same[-1]}" if same else "" if now else "before training"
+    as_was = f", and the model is exactly as it was {when}" if when else ""
     return [f"{', '.join(off)} {'is' if len(off) == 1 else 'are'} switched off now{as_was}."]
 
 
@@ -199,7 +197,8 @@ def score_text(name: str, value: float) -> str:
 def _overview(runs: Sequence[RunFacts]) -> Section:
     """Return what to see first: of one run its numbers, of several a table and their curves."""
     if len(runs) == 1:
-        return section("Overview", Tiles(_tiles(runs[0])), *_remarks(runs[0], True))
+        what = Text(f"{_what(runs[0])}.")
+        return section("Overview", Tiles(_tiles(runs[0])), what, *_remarks(runs[0], True))
     table = _side_by_side("The runs", {run.name: dict(_figures(run)) for run in runs})
     remarks = [remark for run in runs for remark in _remarks(run, False)]
     return section("Overview", Numbers(table), *remarks, *comparing_pictures(runs))
