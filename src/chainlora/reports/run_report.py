@@ -260,10 +260,10 @@ def _remarks(run: RunFacts, is_alone: bool) -> list[Block]:
             "has not chosen its strength."
         )
     if (selected := run.manifest.selected) is not None:
-        part = " and a part of the next" if selected.partial else ""
+        rest = " and a part of the next" if selected.partial else ""
         found.append(
             f"{name} is loaded as its best point: step {selected.step}, after "
-            f"{selected.num_links} link{'s' * (selected.num_links != 1)}{part}."
+            f"{selected.num_links} link{'s' * (selected.num_links != 1)}{rest}."
         )
     for part in run.parts if is_alone else ():
         if (majority := _majority(part)) is not None:
