@@ -144,11 +144,11 @@ def _matrix_picture(matrix: StageMatrix) -> Picture:
         axes.set_xlabel("rows of stage")
         axes.set_ylabel("after")
 
-    of = f"the {kinds[0]} of every stage" if len(kinds) == 1 else "every stage"
-    title, note = (
-        f"What each stage did to {of}",
-        "on the rows that the run kept; now: the current mix",
-    )
+    title = f"What each stage did to the {kinds[0]} of every stage"
+    note = "on the rows that the run kept; now: its mix"
+    if len(kinds) > 1:
+        title = "What each stage did to every stage"
+        note = f"{', '.join(f'{name} by {metric}' for name, metric in metrics.items())}, {note}"
     return picture(title, note, draw, table=_matrix_table(title, matrix))
 
 
