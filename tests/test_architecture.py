@@ -29,7 +29,6 @@ ROOMS = [
     "board",
     "training",
     "integrations",
-    "experiments",
     "cli",
     "__main__",
 ]

@@ -14,15 +14,15 @@ from dataclasses import asdict
 import pytest
 import torch
 from conftest import tiny_model
-from experiment_cases import tree
+from lab.cases import tree
 from test_models import TOKENS, write_gguf
 
 from chainlora.cli.main import run as command
 from chainlora.errors import FileError
 from chainlora.evaluation.stages import Cell, stage_matrix
-from chainlora.experiments import make_experiment, run_cells
 from chainlora.models.loading import load_model
 from chainlora.runs.manifest import checksum
+from chainlora_lab import make_experiment, run_cells
 
 
 @contextmanager

@@ -14,15 +14,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_tiny_folder, write_rows
-from experiment_cases import change, with_curve, write_lines
 from helpers import records_of, settings, stop_after
+from lab.cases import change, with_curve, write_lines
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from chainlora import Chain, LinkConfig, make_config, report_runs, save_chain, train
 from chainlora.config.stages import make_stages
 from chainlora.evaluation.stages import stage_matrix
-from chainlora.experiments import report_experiment
 from chainlora.reports.charts import short
 from chainlora.reports.page import render
 from chainlora.reports.run_charts import training_pictures
@@ -30,6 +29,7 @@ from chainlora.reports.run_report import run_page
 from chainlora.reports.runs import read_runs
 from chainlora.runs.stages import mix_stages
 from chainlora.training.stages import train_stages
+from chainlora_lab import report_experiment
 
 
 def table(page: str, title: str) -> list[list[str]]:

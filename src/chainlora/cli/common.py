@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ from chainlora.errors import ConfigError, FileError, RunError
 if TYPE_CHECKING:
     from chainlora.runs.reading import Address
 
+_OF_THE_LAB = ("compare", "experiment")
 GUARDED = 3  # a new stage was switched off for what earlier ones would lose
 SIGNALLED = 128  # and the signal's number: the exit status, as shells have it
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -133,7 +135,17 @@ def file_and_overrides(
 
 
 class Verbs(click.Group):
-    """A group that says what an unknown verb is called here."""
+    """A group that finds the lab's verbs by name, and says what an unknown verb is called here."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the names of all verbs."""
+        return sorted({*super().list_commands(ctx), *_OF_THE_LAB})
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        """Return a verb. Those of the lab are imported here: this package uses none of its code."""
+        if name in _OF_THE_LAB and name not in self.commands:
+            self.add_command(getattr(import_module("chainlora_lab.cli"), name))
+        return super().get_command(ctx, name)
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]

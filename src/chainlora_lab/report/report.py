@@ -1,0 +1,114 @@
+"""A report from a results file alone: Markdown, HTML, CSV and LaTeX tables, PNG and SVG charts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from chainlora.files import make_folder, write_text
+from chainlora.reports.page import Column, Numbers, Page, Section, markdown, render
+from chainlora.reports.tables import to_csv
+from chainlora_lab.report.charts import CHARTS, Chart, asked_for, pictures, save_charts
+from chainlora_lab.report.comparisons import Comparison, Facts
+from chainlora_lab.report.sections import SECTIONS
+from chainlora_lab.report.values import Summary, finite
+from chainlora_lab.report.verdicts import headline
+from chainlora_lab.results import check_alike, read_results
+
+
+@dataclass(frozen=True)
+class Report:
+    """A report: its Markdown text, the files written, and what they were made from."""
+
+    markdown: str
+    files: list[Path]
+    summaries: list[Summary]
+    comparisons: list[Comparison]
+
+    def json(self) -> dict[str, Any]:
+        """Return the files written and every difference, with which side of 0 is better."""
+        return {
+            "files": [str(path) for path in self.files],
+            "differences": [
+                {key: finite(value) for key, value in _flat_comparison(each).items()}
+                for each in self.comparisons
+            ],
+        }
+
+
+def report_experiment(
+    results: str | Path,
+    out: str | Path | None = None,
+    *,
+    figures: bool = True,
+    sections: Sequence[Callable[[Facts], Section]] = SECTIONS,
+    charts: Sequence[Chart] = CHARTS,
+) -> Report:
+    """Make the report of a results file (or of the folder that holds ``results.jsonl``).
+
+    Writes ``report.md``, ``report.html``, ``scores.csv``, ``differences.csv``, LaTeX of the same
+    tables, held-out losses and costs, and the figures into `out`; None is the results' own folder.
+    Without `figures` there is no ``report.html`` either. `sections` and `charts` are what it
+    consists of: those of `sections.py` and `charts.py`, with some of your own.
+
+    Raises:
+        RunError: no such file, one that is damaged or of another format version, or cells that do
+            not go together.
+        ConfigError: scipy is not installed.
+    """
+    found = read_results(results)
+    check_alike(found.cells)
+    facts = Facts(found)
+    path = Path(results)
+    folder = Path(out) if out is not None else (path if path.is_dir() else path.parent)
+    title = f"{found.experiment['name']}: {', '.join(found.experiment['tasks'])}"
+    page = Page(title, headline(facts.comparisons), [make(facts) for make in sections])
+    make_folder(folder)
+    drawn = dict[str, str]()
+    texts = dict[str, str]()
+    if figures:
+        wanted = asked_for(facts, charts)
+        drawn = save_charts(facts, wanted, folder)
+        on_page = [_with(s, pictures(facts, wanted, s.title)) for s in page.sections]
+        texts["report.html"] = render(replace(page, sections=on_page))
+    texts |= {
+        "report.md": markdown(page, drawn),
+        "scores.csv": to_csv([_flat(summary) for summary in facts.summaries]),
+        "differences.csv": to_csv(
+            [_flat_comparison(each) for each in [*facts.comparisons, *facts.losses]]
+        ),
+    }
+    for section in page.sections:
+        for block in section.blocks:
+            if isinstance(block, Numbers) and block.name:
+                texts[f"{block.name}.tex"] = block.table.latex()
+    for name, content in texts.items():
+        write_text(folder / name, content)
+    images = [folder / Path(name).with_suffix(s) for name in drawn for s in (".png", ".svg")]
+    files = [folder / name for name in texts] + images
+    return Report(texts["report.md"], files, facts.summaries, facts.comparisons)
+
+
+def _with(section: Section, blocks: Sequence[Any]) -> Section:
+    """Return a section with charts: after its text, before its tables."""
+    own = section.blocks
+    tables = [block for block in own if isinstance(block, Numbers)]
+    rest = [block for block in own if not isinstance(block, Numbers)]
+    return Section(section.title, [Column("", [*rest, *blocks, *tables])])
+
+
+def _flat(summary: Summary) -> dict[str, Any]:
+    values = asdict(summary)
+    return values | {
+        "point": json.dumps(values["point"]),
+        "ranks": " ".join(map(str, summary.ranks)),
+    }
+
+
+def _flat_comparison(comparison: Comparison) -> dict[str, Any]:
+    values = asdict(comparison)
+    values |= {"better": comparison.better} | values.pop("difference")
+    return values
