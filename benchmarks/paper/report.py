@@ -19,13 +19,20 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE))
 
+import yaml  # noqa: E402
 from flops import cell_costs  # noqa: E402
 
-from chainlora.config.loading import parse_yaml  # noqa: E402
 from chainlora.errors import ConfigError, nearest  # noqa: E402
-from chainlora.reports.charts import line_style, whole_steps  # noqa: E402
-from chainlora.reports.page import Numbers, Section, Text, section  # noqa: E402
-from chainlora.reports.tables import Table, big, number  # noqa: E402
+from chainlora.reports import (  # noqa: E402
+    Numbers,
+    Section,
+    Table,
+    Text,
+    line_style,
+    number,
+    section,
+    whole_steps,
+)
 from chainlora_lab import report_experiment  # noqa: E402
 from chainlora_lab.report.charts import (  # noqa: E402
     CHARTS,
@@ -37,9 +44,12 @@ from chainlora_lab.report.charts import (  # noqa: E402
 from chainlora_lab.report.comparisons import Facts  # noqa: E402
 from chainlora_lab.report.report import Report  # noqa: E402
 from chainlora_lab.report.sections import SECTIONS  # noqa: E402
+from chainlora_lab.report.tables import big  # noqa: E402
 from chainlora_lab.report.values import Summary, cells_of  # noqa: E402
 
-PRINTED: Mapping[str, Any] = parse_yaml((HERE / "printed/tables.yaml").read_text(encoding="utf-8"))
+PRINTED: Mapping[str, Any] = yaml.safe_load(
+    (HERE / "printed/tables.yaml").read_text(encoding="utf-8")
+)
 _DIAMOND: dict[str, Any] = {"marker": "D", "color": "#BF8700", "markersize": 5, "fillstyle": "none"}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,16 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.shell_completion import CompletionItem
 
-from chainlora.cli.common import (
-    SIGNALLED,
-    WithKeys,
-    file_and_overrides,
-    json_option,
-    keys_argument,
-    quiet,
-    show,
-    to_stderr,
-)
+from chainlora.cli.common import WithKeys, file_and_overrides, keys_argument, quiet
 
 if TYPE_CHECKING:
     from chainlora_lab.report.report import Report
@@ -28,6 +20,9 @@ if TYPE_CHECKING:
 _FILE = "FILE [--KEY.SUB VALUE]..."
 _PRESETS = sorted(path.stem for path in Path(__file__).with_name("methods").glob("*.yaml"))
 
+json_option = click.option(
+    "--json", "as_json", is_flag=True, help="Print exactly one JSON object on stdout."
+)
 _WORKERS = click.option(
     "--workers",
     metavar="N",
@@ -76,7 +71,7 @@ def _resumable(output: str) -> Iterator[None]:
             f"running one continues from its last checkpoint in {output}",
             err=True,
         )
-        raise click.exceptions.Exit(SIGNALLED + signal.SIGINT) from None
+        raise click.exceptions.Exit(128 + signal.SIGINT) from None
 
 
 @click.group()
@@ -134,7 +129,7 @@ def plan(arguments: tuple[str, ...], output: str | None, as_json: bool, **option
         else "no spread is measured yet: run two seeds, then plan again with --output or --reuse",
     ]
     power = [{key: finite(value) for key, value in asdict(each).items()} for each in found.power]
-    show(asdict(found) | {"power": power}, "\n".join(lines), as_json)
+    _show(asdict(found) | {"power": power}, "\n".join(lines), as_json)
 
 
 @experiment.command(name="run", context_settings={"ignore_unknown_options": True})
@@ -162,7 +157,7 @@ def run(arguments: tuple[str, ...], output: str, as_json: bool, **options: Any) 
         )
     left = done.num_cells - done.num_done
     counts = {"cells": done.num_cells, "run": done.num_run, "done": done.num_done, "left": left}
-    show(
+    _show(
         {"output": str(done.out), "results": str(done.results)} | counts,
         f"cells: {done.num_run} run, {done.num_done} of {done.num_cells} done"
         + (f", {left} left: call again" if left else "")
@@ -232,7 +227,7 @@ def compare(
     methods get the same rows, steps and seeds. The report, Markdown and HTML, has intervals and
     exact paired tests.
     """
-    from chainlora.config.loading import load_config
+    from chainlora import load_config
     from chainlora_lab import compare as run_compare
     from chainlora_lab import experiment_progress
 
@@ -265,5 +260,11 @@ def _rates(text: str) -> list[float]:
 
 
 def _show_report(made: Report, as_json: bool) -> None:
-    show(made.json(), made.markdown, as_json)
-    to_stderr(f"report: {next(path for path in made.files if path.name == 'report.html')}")
+    _show(made.json(), made.markdown, as_json)
+    page = next(path for path in made.files if path.name == "report.html")
+    click.echo(f"report: {page}", err=True)
+
+
+def _show(value: Any, text: str, as_json: bool) -> None:
+    """Print a result: one JSON object, or what it is in words."""
+    click.echo(json.dumps(value) if as_json else text)

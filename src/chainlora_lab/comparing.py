@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from chainlora.config.schema import RunConfig
+from chainlora import RunConfig
 from chainlora.errors import ConfigError
 from chainlora_lab.methods import load_method
 from chainlora_lab.report.report import Report, report_experiment

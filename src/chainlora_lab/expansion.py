@@ -16,13 +16,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from chainlora.config.loading import make_config
-from chainlora.config.schema import RunConfig
-from chainlora.data.tasks import REPORTED_OF_TEXT, check_split_files, load_task
+from chainlora import RunConfig, load_task, make_config
+from chainlora.data.splits import check_files
 from chainlora.errors import ConfigError
-from chainlora.models.hashing import hash_file
-from chainlora_lab.methods import merge_trees
-from chainlora_lab.methods.recipe import apply_recipe
+from chainlora_lab.methods import apply_recipe, merge_trees
 from chainlora_lab.schema import Experiment
 
 Pair = tuple[str, str]  # task, method
@@ -71,6 +68,7 @@ class Expansion:
             for task, method in itertools.product(experiment.tasks, experiment.methods)
         }
         self._cells: dict[tuple[str, str, int, str], Cell] = {}
+        self._reported: dict[tuple[str, str | None], tuple[str, ...]] = {}  # of task and folder
 
     def tuning(self, added: Mapping[Pair, Sequence[Point]] | None = None) -> list[Cell]:
         """Return the cells that choose a point: of the grid, and of points `added` beyond it."""
@@ -99,11 +97,31 @@ class Expansion:
         key = (task, method, seed, repr(point))
         if key not in self._cells:
             config = _config(self.experiment, task, method, seed, point)
-            _check_rows(task, config)
-            if len(self.points[task, method]) > 1:
-                _check_choice(task, config, self.experiment.tune.metric)
+            self._check(task, config, chooses=len(self.points[task, method]) > 1)
             self._cells[key] = Cell(task, method, seed, point, config, config_id(config))
         return self._cells[key]
+
+    def _check(self, task: str, config: RunConfig, *, chooses: bool) -> None:
+        """Refuse rows that are not there, none to score or to choose on, and an unknown metric."""
+        data, metric = config.data, self.experiment.tune.metric
+        rule, got, remedy = "", "none", ""
+        if data.train is not None and not (data.validation or data.test):
+            rule = "methods are compared on rows they do not train on"
+            remedy = "give data.test or data.validation"
+        elif chooses and data.train is not None and not data.validation:
+            rule = "hyper-parameters are chosen on validation rows"
+            remedy = "give data.validation, or leave `tune` out"
+        reported: tuple[str, ...] = ("loss", "perplexity")
+        if data.task is not None:
+            if (data.task, data.dir) not in self._reported:
+                if data.dir is not None:
+                    check_files(data, config.train.loss)
+                self._reported[data.task, data.dir] = load_task(data.task).reported
+            reported = self._reported[data.task, data.dir]
+        if not rule and chooses and metric is not None and metric not in reported:
+            rule, got = f"`tune.metric` must be one of {', '.join(reported)}", repr(metric)
+        if rule:
+            raise ConfigError(f"task {task}: {rule}", got, remedy)
 
 
 def _points(experiment: Experiment, method: str) -> list[Point]:
@@ -134,57 +152,15 @@ def _config(experiment: Experiment, task: str, method: str, seed: int, point: Po
     own = experiment.tasks[task]
     named = own.get("data") or {}
     data = {} if "task" in named or "train" in named else {"data": {"task": task}}
-    set_keys = [_nest(key, value) for key, value in point]
-    set_keys += [_nest(key, seed) for key in experiment.seed_keys]
-    trees = (experiment.base, data, own, experiment.method_tree(method), *set_keys)
+    tree = merge_trees(experiment.base, data, own, experiment.method_tree(method))
+    for key, value in [*point, *((key, seed) for key in experiment.seed_keys)]:
+        for part in reversed(key.split(".")):
+            value = {part: value}
+        tree = merge_trees(tree, value)
     try:
-        return make_config(apply_recipe(merge_trees(*trees)))
+        return make_config(apply_recipe(tree))
     except ConfigError as error:
         raise ConfigError(f"task {task}, method {method}: {error}") from None
-
-
-def _nest(dotted: str, value: Any) -> dict[str, Any]:
-    for part in reversed(dotted.split(".")):
-        value = {part: value}
-    return value
-
-
-def _check_rows(task: str, config: RunConfig) -> None:
-    """Refuse rows that are not there, and none to score."""
-    data = config.data
-    if data.task:
-        _reported(data.task, data.dir)
-    if data.train is not None and not (data.validation or data.test):
-        raise ConfigError(
-            f"task {task}: methods are compared on rows they do not train on",
-            "none",
-            "give data.test or data.validation",
-        )
-
-
-def _check_choice(task: str, config: RunConfig, metric: str | None) -> None:
-    """Refuse to choose on no rows, and by a `metric` that there is not."""
-    data = config.data
-    if data.train is not None and not data.validation:
-        raise ConfigError(
-            f"task {task}: hyper-parameters are chosen on validation rows",
-            "none",
-            "give data.validation, or leave `tune` out",
-        )
-    reported = _reported(data.task, data.dir) if data.task else REPORTED_OF_TEXT
-    if metric is not None and metric not in reported:
-        raise ConfigError(
-            f"task {task}: `tune.metric` must be one of {', '.join(reported)}", repr(metric)
-        )
-
-
-@lru_cache(maxsize=64)
-def _reported(name: str, dir: str | None) -> tuple[str, ...]:
-    """Return the metrics of a task whose rows are there."""
-    task = load_task(name)
-    if dir is not None:
-        check_split_files(task, dir)
-    return task.reported
 
 
 # --- names of cells ---
@@ -204,10 +180,16 @@ def config_id(config: RunConfig) -> str:
     for section, key in files:
         path = Path(section.get(key) if isinstance(section.get(key), str) else "")
         if path.is_file():
-            section[key] = hash_file(path)[:16]
+            section[key] = _content(path, path.stat().st_mtime_ns)
     for key in ("save_every", "log_every", "trackers"):
         tree.get("train", {}).pop(key, None)
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:12]
+
+
+@lru_cache(maxsize=64)
+def _content(path: Path, changed: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def compact_config(config: RunConfig) -> dict[str, Any]:

@@ -5,33 +5,34 @@ from __future__ import annotations
 import json
 import math
 import subprocess
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from functools import cache
-from importlib.metadata import PackageNotFoundError, distribution
 from operator import mul
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import chainlora
-from chainlora.config.schema import RunConfig
-from chainlora.data.tasks import load_task
+from chainlora import RunConfig, load_task
 from chainlora.errors import ModelError
 from chainlora.models.finding import resolve_model
-from chainlora.runs.records import last_loss, of_event, read_records
 from chainlora_lab.expansion import compact_config
 from chainlora_lab.results import FORMAT
 
-_PACKAGE = Path(chainlora.__file__).parent
+_SOURCES = Path(__file__).parents[1]
 _DIGITS = 12  # of a digest
 
 
 def summarise(config: RunConfig, result: Mapping[str, Any], run: Path) -> dict[str, Any]:
     """Return the fields of a cell (see `results.py`) from what `train` returned and wrote."""
-    records = read_records(run / "metrics.jsonl")
-    steps = of_event(records, "step")
-    started = _by_link(of_event(records, "gradient"), config)
+    found: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    if (run / "metrics.jsonl").is_file():  # docs/run-directory.md
+        for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+            record = json.loads(line)
+            found[record["event"]].append(record)
+    steps, started = found["step"], _by_link(found["gradient"], config)
+    tail = steps[-max(1, len(steps) // 10) :]
     metrics = result["metrics"]
     split = "test" if "test" in metrics else "validation"
     metric = task_metric(config)
@@ -42,7 +43,7 @@ def summarise(config: RunConfig, result: Mapping[str, Any], run: Path) -> dict[s
         "validation": metrics.get("validation"),
         "test": metrics.get("test"),
         "majority": metrics.get(split, {}).get("majority"),
-        "train_loss": last_loss(steps),
+        "train_loss": sum(step["loss"] for step in tail) / len(tail) if tail else None,
         "steps": result["steps"],
         "tokens": result["tokens"] + sum(started),
         "start_tokens": sum(started),
@@ -55,10 +56,10 @@ def summarise(config: RunConfig, result: Mapping[str, Any], run: Path) -> dict[s
             sum(step["link"] == link for step in steps) for link in range(len(config.chain.ranks))
         ],
         "link_tokens": [a + b for a, b in zip(_by_link(steps, config), started, strict=True)],
-        "soft_knots": len(of_event(records, "soft_knot")),
+        "soft_knots": len(found["soft_knot"]),
         "curve": [
             {key: value for key, value in each.items() if key not in ("event", "seconds")}
-            for each in of_event(records, "eval")
+            for each in found["eval"]
         ],
         "rows_digest": _digest(result["rows_digest"]),
         "base_fingerprint": _digest(result["base_fingerprint"]),
@@ -151,33 +152,22 @@ def _count_lines(path: Path) -> int:
 
 @cache
 def commit() -> str | None:
-    """Return the commit of this package, with a + if its files differ from it; None if unknown.
+    """Return the commit of the checkout that this runs from, with a + if its files differ from it;
+    None if there is none."""
 
-    It is that of the checkout the package runs from, or of the repository pip installed it from.
-    """
-    if _git("ls-files", "--error-unmatch", "__init__.py") is None:
-        return _installed_commit()
-    head = _git("rev-parse", "--short=12", "HEAD")
-    return f"{head}+" if head and _git("status", "--porcelain", "--", ".") else head
+    def git(*arguments: str) -> str | None:
+        command = ["git", *arguments]
+        try:
+            done = subprocess.run(command, cwd=_SOURCES, capture_output=True, text=True, timeout=30)
+        except (OSError, subprocess.SubprocessError):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
 
-
-def _git(*arguments: str) -> str | None:
-    try:
-        done = subprocess.run(
-            ["git", *arguments], cwd=_PACKAGE, capture_output=True, text=True, timeout=30
-        )
-    except (OSError, subprocess.SubprocessError):
+    packages = ("chainlora", "chainlora_lab")
+    if git("ls-files", "--error-unmatch", *packages) is None:
         return None
-    return done.stdout.strip() if done.returncode == 0 else None
-
-
-def _installed_commit() -> str | None:
-    try:
-        text = distribution("chainlora").read_text("direct_url.json")  # PEP 610
-    except PackageNotFoundError:
-        return None
-    found = json.loads(text).get("vcs_info", {}).get("commit_id") if text else None
-    return found[:_DIGITS] if found else None
+    head = git("rev-parse", "--short=12", "HEAD")
+    return f"{head}+" if head and git("status", "--porcelain", "--", *packages) else head
 
 
 def _accelerator(device: str) -> dict[str, str]:

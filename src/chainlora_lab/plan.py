@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from chainlora.errors import ConfigError
-from chainlora.reports.tables import Table, number, table_of
+from chainlora.reports import Table, number, table_of
 from chainlora_lab.report.comparisons import compare_all
 from chainlora_lab.report.values import digits
 from chainlora_lab.results import Results

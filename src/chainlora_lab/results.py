@@ -32,10 +32,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
 
-from chainlora.config.messages import problems
 from chainlora.errors import RunError
-from chainlora.files import write_text
 from chainlora_lab.expansion import Cell
+from chainlora_lab.files import write_whole, wrong
 from chainlora_lab.schema import Experiment
 
 logger = logging.getLogger(__name__)
@@ -99,7 +98,7 @@ def write_results(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
     text = "".join(
         json.dumps(line, ensure_ascii=False, separators=(",", ":")) + "\n" for line in lines
     )
-    write_text(path, text)
+    write_whole(path, text)
 
 
 # --- reading ---
@@ -183,10 +182,8 @@ def _checked(where: str, line: dict[str, Any]) -> dict[str, Any]:
     try:
         model.model_validate(line)
     except ValidationError as error:
-        wrong = problems(error, model)
-        raise RunError(
-            f"a line of results must have what reports read ({wrong}; got {where})", "", _REBUILD
-        ) from None
+        rule = f"a line of results must have what reports read ({wrong(error, model)}; got {where})"
+        raise RunError(rule, "", _REBUILD) from None
     return line
 
 

@@ -15,11 +15,11 @@ from typing import Any
 
 import yaml
 
-from chainlora.data.sources import find_source
+from chainlora.data.splits import check_files
 from chainlora.errors import ConfigError, DataError, ModelError, RunError
-from chainlora.files import check_writable, make_folder, write_text
 from chainlora.models.finding import resolve_model
 from chainlora_lab.expansion import Cell, expand
+from chainlora_lab.files import write_whole
 from chainlora_lab.plan import run_notes
 from chainlora_lab.results import FILE
 from chainlora_lab.schema import Experiment, load_experiment
@@ -107,11 +107,9 @@ def run_cells(
         raise ConfigError("`backend` must be local or inline", repr(backend))
     run = run_inline if backend == "inline" else partial(run_processes, workers=workers)
     expand(experiment)  # refuses what cannot work before anything runs
-    check_writable(out)
     session = Session(experiment, out, reuse, listener)
-    make_folder(out)
     asked = yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False)
-    write_text(out / "experiment.yaml", asked)
+    write_whole(out / "experiment.yaml", asked)
     try:
         session.gather()  # results must go together before more are computed
         _check_at_hand(cell for cell in session.all_cells() if not session.is_done(cell))
@@ -144,17 +142,16 @@ def _rounds(session: Session, max_cells: int | None, notes: Sequence[str]) -> It
 
 
 def _check_at_hand(cells: Iterable[Cell]) -> None:
-    """Raise unless the model and the files of every cell are there, before any of them runs."""
+    """Raise unless the model and the rows of every cell are there, before any of them runs."""
     checked: set[tuple[str, str]] = set()
     for cell in cells:
-        data = cell.config.data
-        named = {"validation": data.validation, "test": data.test, "model": cell.config.model}
-        wanted = {(kind, spec) for kind, spec in named.items() if isinstance(spec, str)}
-        wanted |= {("train", file.path) for file in data.train_files}
-        for kind, spec in sorted(wanted - checked):
-            try:
-                _ = resolve_model(spec) if kind == "model" else find_source(spec, kind)
-            except (DataError, ModelError) as error:
-                problem = f"task {cell.task}, method {cell.method}: {error}"
-                raise type(error)(problem) from None
-        checked |= wanted
+        config = cell.config
+        try:
+            if ("model", config.model) not in checked:
+                resolve_model(config.model)
+            if ("data", repr(config.data)) not in checked:
+                check_files(config.data, config.train.loss)
+        except (DataError, ModelError) as error:
+            what = f"task {cell.task}, method {cell.method}: {error}"
+            raise type(error)(what) from None
+        checked |= {("model", config.model), ("data", repr(config.data))}

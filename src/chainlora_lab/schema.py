@@ -16,12 +16,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from chainlora.config.loading import read_tree, set_key
-from chainlora.config.messages import problems
-from chainlora.config.section import Frozen
 from chainlora.errors import ConfigError, nearest
+from chainlora_lab.files import Keys, checked
 from chainlora_lab.methods import load_method, merge_trees
 
 TREE_KEYS = ("model", "quantize", "recipe", "data", "chain", "train")
@@ -29,7 +28,7 @@ OVERALL = "all tasks"  # the row of all of them in a report
 Figure = Literal["scores", "differences", "curves", "chain_length", "rank_step_down"]
 
 
-class Tuning(Frozen):
+class Tuning(Keys):
     """How hyper-parameters are chosen: on validation rows only, for each task and method apart."""
 
     grid: dict[str, tuple[Any, ...]] = Field(default={})
@@ -57,7 +56,7 @@ class Tuning(Frozen):
         return self
 
 
-class Experiment(Frozen):
+class Experiment(Keys):
     """One experiment: task × method × grid × seed."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][\w.-]*$", max_length=200)
@@ -147,7 +146,9 @@ class Experiment(Frozen):
     def grid(self, method: str) -> dict[str, tuple[Any, ...]]:
         """Return the grid of a method: its own where it gives one, else the experiment's."""
         own = self.methods[method].get("grid")
-        return Tuning(grid=own).grid if own is not None else self.tune.grid
+        if own is None:
+            return self.tune.grid
+        return checked(Tuning, {"grid": own}, f"methods.{method}.").grid
 
 
 def check_keys(where: str, tree: Mapping[str, Any]) -> None:
@@ -217,12 +218,7 @@ def make_experiment(tree: Mapping[str, Any]) -> Experiment:
 
     Raises ConfigError with every problem in one line.
     """
-    if "gap" in tree and tree["gap"] is None:  # as 0.2 wrote into OUT/experiment.yaml
-        tree = {key: value for key, value in tree.items() if key != "gap"}
-    try:
-        experiment = Experiment.model_validate(tree)
-    except ValidationError as error:
-        raise ConfigError(problems(error, Experiment)) from None
+    experiment = checked(Experiment, tree)
     check_keys("base", experiment.base)
     for name, keys in experiment.tasks.items():
         check_keys(f"tasks.{name}", keys)
@@ -233,10 +229,7 @@ def make_experiment(tree: Mapping[str, Any]) -> Experiment:
 
 
 def _check_grid(experiment: Experiment, method: str) -> None:
-    try:
-        grid = experiment.grid(method)
-    except ValidationError as error:
-        raise ConfigError(problems(error, Tuning, f"methods.{method}.")) from None
+    grid = experiment.grid(method)
     for key in experiment.tune.extend:
         if not any(key in experiment.grid(name) for name in experiment.methods):
             raise ConfigError("`tune.extend` must name keys of `tune.grid`", repr(key))

@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from chainlora.config.loading import dump_config, load_config
+from chainlora import load_config
 from chainlora.errors import ConfigError
-from chainlora.files import make_folder, write_text
 from chainlora_lab.choice import Trial, choose, extensions
 from chainlora_lab.expansion import Cell, Expansion, Pair, Point
+from chainlora_lab.files import write_whole
 from chainlora_lab.measure import with_curve
 from chainlora_lab.results import (
     FILE,
@@ -31,7 +31,7 @@ from chainlora_lab.results import (
     write_results,
 )
 from chainlora_lab.schema import Experiment
-from chainlora_lab.worker import CONFIG, ERROR, RESULT, RUN, write_result
+from chainlora_lab.worker import CONFIG, ERROR, RESULT, RUN, dumped
 
 logger = logging.getLogger(__name__)
 
@@ -169,7 +169,7 @@ class Session:
         """Write the cell's config into its folder and return the folder."""
         assert self.out is not None
         directory = self.out / "cells" / cell.id
-        make_folder(directory)
+        directory.mkdir(parents=True, exist_ok=True)
         if self.is_done(cell):  # by another runner of this folder, meanwhile
             return directory
         config = with_curve(cell.config, self.experiment.curve_points)
@@ -180,7 +180,7 @@ class Session:
                 config = config.model_copy(update={"train": train})
             except ConfigError:  # of another version: the cell says so, and the others run
                 logger.warning("%s cannot be read and is written again", directory / CONFIG)
-        write_text(directory / CONFIG, dump_config(config))
+        write_whole(directory / CONFIG, dumped(config.model_dump(mode="json")))
         for name in (ERROR, RESULT):  # a result that is not whole
             (directory / name).unlink(missing_ok=True)
         return directory
@@ -223,7 +223,7 @@ class Session:
         assert self.out is not None
         for name, result in self._gathered.items():
             if not (self.out / "cells" / name / RESULT).is_file():
-                write_result(self.out / "cells" / name, result)
+                write_whole(self.out / "cells" / name / RESULT, dumped(result))
         self._gathered = {}
         found = self.results()
         check_alike(found.cells)

@@ -27,12 +27,11 @@ from typing import Any
 
 from filelock import FileLock
 
-from chainlora.config.loading import load_config
-from chainlora.config.schema import RunConfig
-from chainlora.data.parallel import num_cores
+from chainlora import RunConfig, load_config, train
 from chainlora.errors import ChainLoRAError, DivergedError
-from chainlora.files import make_folder, reported, write_text
 from chainlora_lab.expansion import Cell
+from chainlora_lab.files import write_whole
+from chainlora_lab.measure import described, summarise
 
 logger = logging.getLogger(__name__)
 
@@ -49,39 +48,36 @@ Ended = Iterator[tuple[Cell, str | None]]
 
 def work_on(directory: Path) -> int:
     """Compute the cell in `directory` unless it is done; return 0 if it has its result, else 1."""
-    with reported(directory / "lock"), FileLock(directory / "lock"):
+    with FileLock(directory / "lock"):
         if (directory / RESULT).is_file():
             return 0
         try:
-            write_result(directory, _compute(load_config(directory / CONFIG), directory / RUN))
+            found = _compute(load_config(directory / CONFIG), directory / RUN)
+            write_whole(directory / RESULT, dumped(found))  # from now on the cell is done
         except Exception as error:
             expected = isinstance(error, ChainLoRAError)
             if not expected:
                 logger.exception("cell %s", directory.name)
             kind = "" if expected else f"unexpected {type(error).__name__}: "
-            write_text(directory / ERROR, kind + " ".join(str(error).split())[:2000] + "\n")
+            write_whole(directory / ERROR, kind + " ".join(str(error).split())[:2000] + "\n")
             return 1
         (directory / ERROR).unlink(missing_ok=True)
     return 0
 
 
-def write_result(directory: Path, result: Mapping[str, Any]) -> None:
-    """Write a cell's result: from now on the cell is done."""
-    make_folder(directory)
-    write_text(directory / RESULT, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+def dumped(tree: Mapping[str, Any]) -> str:
+    """Return JSON for people to read, which is YAML too: a text such as 1e5 stays a text."""
+    return json.dumps(tree, indent=1, ensure_ascii=False) + "\n"
 
 
 def _compute(config: RunConfig, run: Path) -> dict[str, Any]:
     """Train a config in `run`, resuming a run that is there, and return the cell's fields."""
-    from chainlora.training.loop import train
-    from chainlora_lab.measure import described, summarise
-
     if run.exists() and config.chain.tune == "full":
         logger.warning("full fine-tuning cannot resume: %s starts over", run)
         shutil.rmtree(run)
     config = config.model_copy(update={"output": str(run)})
     try:
-        result = train(config, resume=run.exists())
+        result = train(config, resume=run.exists(), progress=False)
     except DivergedError as error:
         return described(config, "diverged") | {"message": str(error)}
     found = summarise(config, result, run)
@@ -142,9 +138,15 @@ def _error(directory: Path, status: int) -> str | None:
         return f"its process ended with status {status} and no result; see {directory / 'log.txt'}"
 
 
+def _num_cores() -> int:
+    """Return how many cores this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
 def worker_environment(slot: int, workers: int, environment: Mapping[str, str]) -> dict[str, str]:
     """Return what a worker's environment adds: its share of the threads, and of the GPUs listed."""
-    threads = environment.get("OMP_NUM_THREADS") or str(max(1, num_cores() // workers))
+    threads = environment.get("OMP_NUM_THREADS") or str(max(1, _num_cores() // workers))
     added = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), threads)
     added["TOKENIZERS_PARALLELISM"] = "false"
     listed = environment.get("CUDA_VISIBLE_DEVICES", "").split(",")

@@ -42,12 +42,12 @@ WRONG = [
     ({"tune": {"grid": {"lr": [1]}}}, "config keys such as train.lr"),
     ({"tune": {"grid": {"train.lr": []}}}, "at least one value"),
     ({"figures": ["pie"]}, "figures"),
-    ({"tune": {"grid": {"train.lr": [1, 2]}, "extend": {"train.lr": -1}}}, "at least 0"),
+    ({"tune": {"grid": {"train.lr": [1, 2]}, "extend": {"train.lr": -1}}}, "or equal to 0"),
     ({"tune": {"grid": {"train.lr": [1, 2]}, "extend": {"chain.x": 1}}}, "keys of `tune.grid`"),
     ({"tune": {"grid": {"chain.init": ["a", "b"]}, "extend": {"chain.init": 1}}}, "positive"),
     ({"tune": {"seeds": []}}, "different seeds"),
     ({"primary": ["lora", "chain3"]}, "one of the pairs compared"),
-    ({"curve_points": -1}, "at least 0"),
+    ({"curve_points": -1}, "must be greater than or equal to 0"),
     ({"methods": {"lora": None, "mine": {"preset": 5}}}, "unknown method '5'"),
     (
         {"methods": {"lora": None, "a\nb": {"preset": "lora"}}},
@@ -73,7 +73,7 @@ def test_what_an_experiment_file_cannot_say(tiny_folder, sentiment, keys, words)
 def test_a_file_is_read_with_overrides(tiny_folder, sentiment, tmp_path):
     with pytest.raises(ConfigError, match="must be readable"):
         load_experiment(tmp_path / "none.yaml")
-    (tmp_path / "a.yaml").write_text(yaml.safe_dump(tree(tiny_folder, sentiment, gap=None)))
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump(tree(tiny_folder, sentiment)))
     changed = load_experiment(tmp_path / "a.yaml", [("base.train.batch_size", "4")])
     assert changed.base["train"]["batch_size"] == 4
 

@@ -371,3 +371,10 @@ def test_a_difference_is_this_less_that_and_says_which_sign_is_better(chainlora,
     assert "below 0 is better; 95 % intervals" in page
     (curve,) = difference_curves(read_results(path), "wsc")
     assert curve.points[10][0] < 0  # this curve's losses fall faster for chain3
+
+
+def test_the_report_breaks_even_where_the_package_ties_no_soft_knot():
+    from chainlora.knots import numbers
+    from chainlora_lab.report import verdicts
+
+    assert verdicts.BREAK_EVEN == numbers.BREAK_EVEN

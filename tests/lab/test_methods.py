@@ -13,8 +13,13 @@ from hypothesis import strategies as st
 from chainlora.config.loading import make_config
 from chainlora.errors import ConfigError
 from chainlora.training.loop import make_optimizer, train
-from chainlora_lab.methods import list_methods, load_method, merge_trees
-from chainlora_lab.methods.recipe import apply_recipe, split_total
+from chainlora_lab.methods import (
+    apply_recipe,
+    list_methods,
+    load_method,
+    merge_trees,
+    split_total,
+)
 
 BASE = {"model": "m", "data": {"task": "rte"}, "recipe": {"rank": 8, "epochs": 5}}
 

@@ -78,17 +78,6 @@ def some_of(rows: Sequence[Row]) -> list[Row]:
     return [rows[i] for i in range(0, len(rows), math.ceil(len(rows) / 64))]
 
 
-def share_of_gap(learned: float) -> float:
-    """Return what share of LoRA's gap to four times the rank soft knots close.
-
-    Args:
-        learned: tokens of the whole run a trained parameter.
-
-    A rule of the same lab, fitted there: 0 where they break even, an eighth for every doubling.
-    """
-    return max(0.0, 0.13 * math.log2(learned / BREAK_EVEN))
-
-
 def say_what_to_expect(soft: KnotConfig, learned: float) -> None:
     """Warn of a first link that learns too few tokens a trained parameter for soft knots."""
     if learned < BREAK_EVEN:

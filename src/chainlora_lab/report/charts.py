@@ -14,20 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from chainlora.evaluation.metrics import is_higher_better
-from chainlora.reports.charts import (
-    BLUE,
-    GREY,
-    INK,
-    PAGE_SIZE,
-    SMALL,
+from chainlora.reports import (
     Picture,
+    Table,
     legend_above,
     line_style,
+    number,
     picture,
     save,
     whole_steps,
 )
-from chainlora.reports.tables import Table, number
 from chainlora_lab.report.comparisons import Facts
 from chainlora_lab.report.curves import Curve, difference_curves, loss_curves
 from chainlora_lab.report.values import Summary, by_seed, digits
@@ -35,6 +31,8 @@ from chainlora_lab.results import Results
 from chainlora_lab.statistics.pairs import VERDICTS
 
 Curves = Callable[[Results, str], list[Curve]]
+PAGE_SIZE, SMALL = (4.0, 2.9), 9  # of a chart: inches, and points of its smallest text
+BLUE, GREY, INK = "#0072B2", "#777777", "#222222"  # which have their own value on a dark page
 _COLOURS = dict(zip(VERDICTS, ("#1A7F37", "#CF222E", "#57606A", GREY), strict=True))
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from chainlora.evaluation.metrics import better_sign, is_higher_better
+from chainlora.evaluation.metrics import is_higher_better
 from chainlora_lab.report.values import (
     Summary,
     Value,
@@ -48,7 +48,7 @@ class Comparison:
     @property
     def better(self) -> str:
         """Which side of 0 is the better one: ``below 0 is better``, or above."""
-        return better_sign(self.metric)
+        return f"{'above' if is_higher_better(self.metric) else 'below'} 0 is better"
 
     @property
     def is_ahead(self) -> bool:

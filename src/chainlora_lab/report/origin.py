@@ -7,7 +7,7 @@ from functools import partial
 from itertools import product
 from typing import Any
 
-from chainlora.reports.tables import Table, table_of
+from chainlora.reports import Table, table_of
 from chainlora_lab.report.values import Cell, cells_of
 from chainlora_lab.results import Results
 

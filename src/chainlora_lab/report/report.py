@@ -8,12 +8,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from chainlora.files import make_folder, write_text
-from chainlora.reports.page import Column, Numbers, Page, Section, markdown, render
-from chainlora.reports.tables import to_csv
+from chainlora.reports import Column, Numbers, Page, Section, markdown, render
+from chainlora_lab.files import write_whole
 from chainlora_lab.report.charts import CHARTS, Chart, asked_for, pictures, save_charts
 from chainlora_lab.report.comparisons import Comparison, Facts
 from chainlora_lab.report.sections import SECTIONS
+from chainlora_lab.report.tables import latex, to_csv
 from chainlora_lab.report.values import Summary, finite
 from chainlora_lab.report.verdicts import headline
 from chainlora_lab.results import check_alike, read_results
@@ -66,7 +66,7 @@ def report_experiment(
     folder = Path(out) if out is not None else (path if path.is_dir() else path.parent)
     title = f"{found.experiment['name']}: {', '.join(found.experiment['tasks'])}"
     page = Page(title, headline(facts.comparisons), [make(facts) for make in sections])
-    make_folder(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     drawn = dict[str, str]()
     texts = dict[str, str]()
     if figures:
@@ -84,9 +84,9 @@ def report_experiment(
     for section in page.sections:
         for block in section.blocks:
             if isinstance(block, Numbers) and block.name:
-                texts[f"{block.name}.tex"] = block.table.latex()
+                texts[f"{block.name}.tex"] = latex(block.table)
     for name, content in texts.items():
-        write_text(folder / name, content)
+        write_whole(folder / name, content)
     images = [folder / Path(name).with_suffix(s) for name in drawn for s in (".png", ".svg")]
     files = [folder / name for name in texts] + images
     return Report(texts["report.md"], files, facts.summaries, facts.comparisons)

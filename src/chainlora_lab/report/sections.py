@@ -9,11 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from chainlora.evaluation.metrics import is_higher_better
-from chainlora.reports.page import Numbers, Section, Text, section
-from chainlora.reports.tables import Table, big, number, table_of
+from chainlora.reports import Numbers, Section, Table, Text, number, section, table_of
 from chainlora_lab.report.comparisons import Facts
 from chainlora_lab.report.origin import base_note, methods_table, mixed_origins, provenance
-from chainlora_lab.report.soft_knots import does_rank_bind, tied_none
+from chainlora_lab.report.tables import big
 from chainlora_lab.report.values import (
     Summary,
     digits,
@@ -21,7 +20,7 @@ from chainlora_lab.report.values import (
     missing_cells,
     nothing_chosen,
 )
-from chainlora_lab.report.verdicts import differences_table, verdicts
+from chainlora_lab.report.verdicts import differences_table, does_rank_bind, tied_none, verdicts
 from chainlora_lab.results import Results
 
 # --- question ---

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from statistics import fmean, median
 from typing import Any
 
-from chainlora.data.tasks import WORD_METRICS
 from chainlora.evaluation.metrics import is_higher_better
 from chainlora_lab.results import Results
 from chainlora_lab.statistics.intervals import mean_sd
@@ -183,7 +182,7 @@ def _other_metrics(cells: Sequence[Cell], metric: str) -> dict[str, float]:
     scored = [cell.get(cell["score_split"]) or {} for cell in cells]
     return {
         name: 100 * fmean(values[name] for values in scored)
-        for name in WORD_METRICS
+        for name in ("em", "token_f1")
         if name != metric and all(name in values for values in scored)
     }
 
