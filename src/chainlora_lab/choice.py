@@ -41,27 +41,22 @@ def choose(trials: Iterable[Trial], metric: str | None = None) -> list[dict[str,
     groups: dict[tuple[str, str], dict[Point, list[Trial]]] = {}
     for trial in trials:
         groups.setdefault((trial.task, trial.method), {}).setdefault(trial.point, []).append(trial)
-    return [
-        _choose_one(task, method, by_point, metric) for (task, method), by_point in groups.items()
-    ]
-
-
-def _choose_one(
-    task: str, method: str, by_point: Mapping[Point, Sequence[Trial]], metric: str | None
-) -> dict[str, Any]:
-    name = metric or next(iter(by_point.values()))[0].metric
-    tried, best = list[dict[str, Any]](), None
-    for point, trials in by_point.items():
-        score, loss = _mean(trials, name), _mean(trials, "loss")
-        key = (-score if is_higher_better(name) else score, loss)
-        if math.isfinite(score) and (best is None or key < best[0]):
-            best = (key, point)
-        mean = score if math.isfinite(score) else None
-        tried.append({"point": dict(point), "mean": mean, "runs": len(trials)})
-        if len(trials) > 1:
-            tried[-1]["values"] = [(trial.metrics or {}).get(name) for trial in trials]
-    chosen = None if best is None else dict(best[1])
-    return {"task": task, "method": method, "metric": name, "chosen": chosen, "tried": tried}
+    records = []
+    for (task, method), by_point in groups.items():
+        name = metric or next(iter(by_point.values()))[0].metric
+        tried, best = list[dict[str, Any]](), None
+        for point, own in by_point.items():
+            score, loss = _mean(own, name), _mean(own, "loss")
+            key = (-score if is_higher_better(name) else score, loss)
+            if math.isfinite(score) and (best is None or key < best[0]):
+                best = (key, dict(point))
+            mean = score if math.isfinite(score) else None
+            tried.append({"point": dict(point), "mean": mean, "runs": len(own)})
+            if len(own) > 1:
+                tried[-1]["values"] = [(trial.metrics or {}).get(name) for trial in own]
+        record = {"task": task, "method": method, "metric": name, "chosen": best and best[1]}
+        records.append(record | {"tried": tried})
+    return records
 
 
 def _mean(trials: Sequence[Trial], name: str) -> float:

@@ -89,7 +89,10 @@ class Expansion:
             self._cell(*pair, seed, point)
             for seed in self.experiment.seeds
             for pair in self.points
-            if _uses_seed(self.experiment, pair[1], seed)
+            # under other training seeds, a model that is not trained scores the same
+            if seed == self.experiment.seeds[0]
+            or self.experiment.seed_keys != ("train.seed",)
+            or _trains(self.experiment, pair[1])
             for point in chosen.get(pair, ())
         )
 
@@ -140,12 +143,6 @@ def _unique(cells: Iterable[Cell]) -> list[Cell]:
 def _trains(experiment: Experiment, method: str) -> bool:
     recipe = merge_trees(experiment.base, experiment.method_tree(method)).get("recipe")
     return recipe is None or recipe.get("links", 1) != 0
-
-
-def _uses_seed(experiment: Experiment, method: str, seed: int) -> bool:
-    """A model that is not trained scores the same under every training seed: one is enough."""
-    alike = experiment.seed_keys == ("train.seed",) and not _trains(experiment, method)
-    return not alike or seed == experiment.seeds[0]
 
 
 def _config(experiment: Experiment, task: str, method: str, seed: int, point: Point) -> RunConfig:

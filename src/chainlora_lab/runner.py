@@ -29,15 +29,8 @@ from chainlora_lab.worker import run_inline, run_processes
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of an experiment.
-
-    Attributes:
-        out: its folder.
-        num_cells: cells that it consists of, as far as is known.
-        num_done: those that are done by now.
-        num_run: those that this call ran.
-        failed: a cell's words → its one-line error.
-    """
+    """What became of an experiment: of `num_cells` that are known, `num_done` are done by now, and
+    `num_run` were run by this call; `failed` has the errors by the words of cells."""
 
     out: Path
     num_cells: int

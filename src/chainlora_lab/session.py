@@ -99,7 +99,13 @@ class Session:
         added: dict[Pair, list[Point]] = {}
         while True:
             cells = self.expansion.tuning(added)
-            records = self._choose(cells)
+            waiting = {(cell.task, cell.method) for cell in cells if not self.is_done(cell)}
+            trials = [
+                Trial(cell.task, cell.method, cell.point, found.get("validation"), found["metric"])
+                for cell, found in self._done(cells)
+                if (cell.task, cell.method) not in waiting
+            ]
+            records = choose(trials, self.experiment.tune.metric)
             grown = False
             for record in records:
                 grid = self.experiment.grid(record["method"])
@@ -108,15 +114,6 @@ class Session:
                 grown = grown or bool(new)
             if not grown:
                 return cells, records
-
-    def _choose(self, cells: Sequence[Cell]) -> list[dict[str, Any]]:
-        waiting = {(cell.task, cell.method) for cell in cells if not self.is_done(cell)}
-        trials = [
-            Trial(cell.task, cell.method, cell.point, result.get("validation"), result["metric"])
-            for cell, result in self._done(cells)
-            if (cell.task, cell.method) not in waiting
-        ]
-        return choose(trials, self.experiment.tune.metric)
 
     def _chosen(self) -> dict[Pair, list[Point]]:
         """Return the point of each (task, method) that is known; without a grid there is one."""

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_full_disk import files_up_to
 
-from chainlora.errors import RunError
+from chainlora.errors import FileError, RunError
 from chainlora_lab import make_experiment, read_results, report_experiment, run_cells
 from lab.cases import tree
 
@@ -117,3 +118,29 @@ def test_a_torn_last_line_is_left_out_with_a_word(done, tmp_path, caplog, has_ce
     (tmp_path / "results.jsonl").write_text(whole.replace("{", "", 1))
     with pytest.raises(RunError, match=r"line 1: .*remove the line"):
         report_experiment(tmp_path)
+
+
+# --- a full disk ---
+
+
+def test_an_experiment_on_a_full_disk_says_so_and_goes_on_later(tiny_folder, sentiment, tmp_path):
+    one = make_experiment(tree(tiny_folder, sentiment, methods=["lora"], seeds=[0], tune={}))
+    with files_up_to(100), pytest.raises(FileError, match=r"must be written \(got File too large"):
+        run_cells(one, tmp_path / "out", backend="inline")
+    with files_up_to(2_000):  # enough for the plan, not for what a run writes
+        outcome = run_cells(one, tmp_path / "out", backend="inline")
+    (error,) = outcome.failed.values()
+    assert "a file must be written (got " in error
+    assert "unexpected" not in error
+    assert run_cells(one, tmp_path / "out", backend="inline").failed == {}
+
+
+def test_an_output_that_cannot_be_made_is_refused_before_a_cell_runs(
+    tiny_folder, sentiment, tmp_path
+):
+    """All that cannot be made: test_files.py."""
+    (tmp_path / "out").symlink_to(tmp_path / "nothing")
+    one = make_experiment(tree(tiny_folder, sentiment, methods=["lora"], seeds=[0], tune={}))
+    with pytest.raises(FileError, match="got "):
+        run_cells(one, tmp_path / "out", backend="inline")
+    assert not (tmp_path / "nothing").exists()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -115,7 +115,8 @@ def _families(results: Results, value: Value, tasks: Sequence[str]) -> list[tupl
     if len(tasks) > 1 and is_alike:
         for method, rival in pairs:
             own = [by_task[task, method, rival] for task in tasks]
-            pooled[OVERALL, method, rival] = _pool(own)
+            shared = sorted(set.intersection(*map(set, own)))  # seeds that all tasks have
+            pooled[OVERALL, method, rival] = [each[seed] for each in own for seed in shared]
     primary = tuple(results.experiment.get("primary") or ()) if value is shown_score else ()
     last = pooled or single
     alone = {key: last.pop(key) for key in list(last) if key[1:] == primary}
@@ -142,12 +143,6 @@ def _planned(results: Results, key: Key, tasks: Sequence[str]) -> tuple[int, int
         if cell["task"] in own and cell["method"] in methods
     }
     return sum(num_planned(results, task, *methods) for task in own), len(diverged)
-
-
-def _pool(by_task: Sequence[Mapping[int, float]]) -> list[float]:
-    """Return the differences of all tasks, over the seeds that all of them have."""
-    shared = set.intersection(*map(set, by_task))
-    return [found[seed] for found in by_task for seed in sorted(shared)]
 
 
 def _differences(

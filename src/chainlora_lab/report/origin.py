@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
 from itertools import product
 from typing import Any
@@ -38,7 +38,11 @@ def methods_table(results: Results) -> Table:
         if key in _LINKS or len({each.get(key) for each in first}) > 1
     ]
     rows = [
-        {"method": method} | {key: _values(configs, key) for key in keys}
+        {"method": method}
+        | {
+            key: " or ".join(dict.fromkeys(config.get(key, "–") for config in configs))
+            for key in keys  # several values where tasks give different ones
+        }
         for method, configs in found.items()
         if configs
     ]
@@ -52,11 +56,6 @@ def _flat(config: Mapping[str, Any]) -> dict[str, str]:
         for section in ("chain", "train", "data")
         for key, value in config.get(section, {}).items()
     }
-
-
-def _values(configs: Iterable[Mapping[str, str]], key: str) -> str:
-    """Return the values of a key; several where tasks give different ones."""
-    return " or ".join(dict.fromkeys(config.get(key, "–") for config in configs))
 
 
 def _plain(value: Any) -> str:
@@ -95,22 +94,17 @@ def mixed_origins(results: Results) -> Iterator[str]:
         ("versions", partial(_code, but=alike), "One config may compute something else in each"),
     )
     for what, of, why in kinds:
-        if mixed := _apart(results, of):
+        mixed = []  # in what the cells of methods that are compared are not alike
+        for task, pair in product(results.experiment["tasks"], results.experiment["pairs"]):
+            on = [{of(cell) for cell in cells_of(results, task, name)} for name in pair]
+            own, other = (" and ".join(sorted(each)) for each in on)
+            if own and other and own != other:
+                mixed.append(f"{task}: {pair[0]} on {own}, {pair[1]} on {other}")
+        if mixed:
             yield (
                 f"**Compared across {what}**: {'; '.join(mixed)}. {why}, and a difference of the "
                 f"methods cannot be told from one of the {what}."
             )
-
-
-def _apart(results: Results, of: Callable[[Cell], str]) -> list[str]:
-    """Return in what the cells of methods that are compared are not alike."""
-    found = []
-    for task, (method, rival) in product(results.experiment["tasks"], results.experiment["pairs"]):
-        on = [{of(cell) for cell in cells_of(results, task, name)} for name in (method, rival)]
-        own, other = (" and ".join(sorted(each)) for each in on)
-        if own and other and own != other:
-            found.append(f"{task}: {method} on {own}, {rival} on {other}")
-    return found
 
 
 def provenance(results: Results) -> str:

@@ -72,11 +72,20 @@ def report_experiment(
     if figures:
         wanted = asked_for(facts, charts)
         drawn = save_charts(facts, wanted, folder)
-        on_page = [_with(s, pictures(facts, wanted, s.title)) for s in page.sections]
+        on_page = []
+        for each in page.sections:  # charts stand after its text, before its tables
+            blocks = [*each.blocks, *pictures(facts, wanted, each.title)]
+            blocks.sort(key=lambda block: isinstance(block, Numbers))
+            on_page.append(Section(each.title, [Column("", blocks)]))
         texts["report.html"] = render(replace(page, sections=on_page))
     texts |= {
         "report.md": markdown(page, drawn),
-        "scores.csv": to_csv([_flat(summary) for summary in facts.summaries]),
+        "scores.csv": to_csv(
+            [
+                asdict(s) | {"point": json.dumps(s.point), "ranks": " ".join(map(str, s.ranks))}
+                for s in facts.summaries
+            ]
+        ),
         "differences.csv": to_csv(
             [_flat_comparison(each) for each in [*facts.comparisons, *facts.losses]]
         ),
@@ -90,22 +99,6 @@ def report_experiment(
     images = [folder / Path(name).with_suffix(s) for name in drawn for s in (".png", ".svg")]
     files = [folder / name for name in texts] + images
     return Report(texts["report.md"], files, facts.summaries, facts.comparisons)
-
-
-def _with(section: Section, blocks: Sequence[Any]) -> Section:
-    """Return a section with charts: after its text, before its tables."""
-    own = section.blocks
-    tables = [block for block in own if isinstance(block, Numbers)]
-    rest = [block for block in own if not isinstance(block, Numbers)]
-    return Section(section.title, [Column("", [*rest, *blocks, *tables])])
-
-
-def _flat(summary: Summary) -> dict[str, Any]:
-    values = asdict(summary)
-    return values | {
-        "point": json.dumps(values["point"]),
-        "ranks": " ".join(map(str, summary.ranks)),
-    }
 
 
 def _flat_comparison(comparison: Comparison) -> dict[str, Any]:
