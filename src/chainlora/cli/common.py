@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 _OF_THE_LAB = ("compare", "experiment")
 GUARDED = 3  # a new stage was switched off for what earlier ones would lose
 SIGNALLED = 128  # and the signal's number: the exit status, as shells have it
-_PACKAGE = Path(__file__).resolve().parents[1]
+_TASKS = Path(__file__).resolve().parents[1] / "data/tasks"
 
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print exactly one JSON object on stdout."
@@ -182,7 +182,7 @@ def complete_values(
     words = ctx.params.get(param.name or "")
     key = words[-1] if words else ""
     if key == "--data.task":
-        return complete_presets("data/tasks")(ctx, param, incomplete)
+        return complete_tasks(ctx, param, incomplete)
     found = set(types_in(_keys()[key].annotation)) if key in _keys() else set()
     values = sorted(kind for kind in found if isinstance(kind, str))
     return _offered(values + (["true", "false"] if bool in found else []), incomplete)
@@ -199,23 +199,11 @@ def keys_argument(metavar: str) -> Callable[[Any], Any]:
     )
 
 
-def presets(folder: str) -> list[str]:
-    """Return the names of a folder's YAML files."""
-    return sorted(path.stem for path in (_PACKAGE / folder).glob("*.yaml"))
-
-
-def complete_presets(
-    folder: str,
-) -> Callable[[click.Context, click.Parameter, str], list[CompletionItem]]:
-    """Return what offers the names of a folder's YAML files, at the end of a list too, or files."""
-
-    def complete(
-        ctx: click.Context, param: click.Parameter, incomplete: str
-    ) -> list[CompletionItem]:
-        before, comma, _ = incomplete.rpartition(",")
-        return _offered([before + comma + name for name in presets(folder)], incomplete)
-
-    return complete
+def complete_tasks(
+    ctx: click.Context, param: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
+    """Offer the names of the shipped tasks, or files."""
+    return _offered(sorted(path.stem for path in _TASKS.glob("*.yaml")), incomplete)
 
 
 def _offered(values: Sequence[str], incomplete: str) -> list[CompletionItem]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from chainlora.cli.common import complete_presets, json_option, show, to_stderr
+from chainlora.cli.common import complete_tasks, json_option, show, to_stderr
 from chainlora.errors import ConfigError
 
 
@@ -62,7 +62,7 @@ def convert_config(file: str | None, processes: int, keys: bool) -> None:
 
 
 @click.command
-@click.argument("name", required=False, shell_complete=complete_presets("data/tasks"))
+@click.argument("name", required=False, shell_complete=complete_tasks)
 @json_option
 def tasks(name: str | None, as_json: bool) -> None:
     """List the tasks, or show one: prompt, labels, source.
