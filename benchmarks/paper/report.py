@@ -44,8 +44,7 @@ from chainlora_lab.report.charts import (  # noqa: E402
 from chainlora_lab.report.comparisons import Facts  # noqa: E402
 from chainlora_lab.report.report import Report  # noqa: E402
 from chainlora_lab.report.sections import SECTIONS  # noqa: E402
-from chainlora_lab.report.tables import big  # noqa: E402
-from chainlora_lab.report.values import Summary, cells_of  # noqa: E402
+from chainlora_lab.report.values import Summary, big, cells_of  # noqa: E402
 
 PRINTED: Mapping[str, Any] = yaml.safe_load(
     (HERE / "printed/tables.yaml").read_text(encoding="utf-8")

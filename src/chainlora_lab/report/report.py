@@ -2,21 +2,35 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from chainlora.reports import Column, Numbers, Page, Section, markdown, render
+from chainlora.reports import Column, Numbers, Page, Section, Table, markdown, render
 from chainlora_lab.files import write_whole
 from chainlora_lab.report.charts import CHARTS, Chart, asked_for, pictures, save_charts
 from chainlora_lab.report.comparisons import Comparison, Facts
 from chainlora_lab.report.sections import SECTIONS
-from chainlora_lab.report.tables import latex, to_csv
 from chainlora_lab.report.values import Summary, finite
 from chainlora_lab.report.verdicts import headline
 from chainlora_lab.results import check_alike, read_results
+
+_LATEX = {each: f"\\{each}" for each in "&%_#${}"} | {
+    "\\": r"\textbackslash{}",
+    "^": r"\textasciicircum{}",
+    "~": r"\textasciitilde{}",
+    "±": r"$\pm$",
+    "−": "$-$",
+    "×": r"$\times$",
+    "·": r"$\cdot$",
+    "≤": r"$\leq$",
+    "∞": r"$\infty$",
+    "–": "--",
+}
 
 
 @dataclass(frozen=True)
@@ -105,3 +119,26 @@ def _flat_comparison(comparison: Comparison) -> dict[str, Any]:
     values = asdict(comparison)
     values |= {"better": comparison.better} | values.pop("difference")
     return values
+
+
+def latex(table: Table) -> str:
+    """Return a table as a LaTeX `table` with booktabs rules."""
+    escapes = str.maketrans(_LATEX)
+    rows = [
+        " & ".join(cell.translate(escapes) for cell in row) for row in (table.heads, *table.rows)
+    ]
+    lines = [rf"{row} \\" for row in rows]
+    columns = "r" * (len(table.heads) - 1)
+    begin = [r"\begin{table}", r"\centering", rf"\caption{{{table.title.translate(escapes)}}}"]
+    begin += [rf"\begin{{tabular}}{{l{columns}}}", r"\toprule", lines[0], r"\midrule"]
+    end = [r"\bottomrule", r"\end{tabular}", r"\end{table}", ""]
+    return "\n".join([*begin, *lines[1:], *end])
+
+
+def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return records with equal keys as CSV, numbers in full precision."""
+    out = io.StringIO()
+    writer = csv.DictWriter(out, list(rows[0]) if rows else [], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return out.getvalue()

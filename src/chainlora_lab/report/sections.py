@@ -12,9 +12,9 @@ from chainlora.evaluation.metrics import is_higher_better
 from chainlora.reports import Numbers, Section, Table, Text, number, section, table_of
 from chainlora_lab.report.comparisons import Facts
 from chainlora_lab.report.origin import base_note, methods_table, mixed_origins, provenance
-from chainlora_lab.report.tables import big
 from chainlora_lab.report.values import (
     Summary,
+    big,
     digits,
     diverged_finals,
     missing_cells,

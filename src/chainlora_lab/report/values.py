@@ -44,6 +44,11 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def big(value: float) -> str:
+    """Return a large count with three digits, such as 1.23e+09."""
+    return f"{value:.3g}" if value < 1e5 else f"{value:.2e}"
+
+
 def cells_of(results: Results, task: str, method: str) -> list[dict[str, Any]]:
     return [cell for cell in results.finals if cell["task"] == task and cell["method"] == method]
 
