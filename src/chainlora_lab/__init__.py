@@ -10,7 +10,7 @@
     report/        tables, figures and text from a results file alone
     cli.py         the verbs `compare` and `experiment`
 
-It uses public names of chainlora alone, and chainlora never imports it (tests/test_architecture.py).
+It uses public names of chainlora alone, which never imports it (tests/test_architecture.py).
 See docs/experiments.md. Files to run are in examples/experiments, results in benchmarks/paper.
 """
 
