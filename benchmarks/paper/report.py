@@ -19,9 +19,9 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE))
 
-import yaml  # noqa: E402
 from flops import cell_costs  # noqa: E402
 
+from chainlora.config.loading import read_tree  # noqa: E402
 from chainlora.errors import ConfigError, nearest  # noqa: E402
 from chainlora.reports import (  # noqa: E402
     Numbers,
@@ -46,9 +46,7 @@ from chainlora_lab.report.report import Report  # noqa: E402
 from chainlora_lab.report.sections import SECTIONS  # noqa: E402
 from chainlora_lab.report.values import Summary, big, cells_of  # noqa: E402
 
-PRINTED: Mapping[str, Any] = yaml.safe_load(
-    (HERE / "printed/tables.yaml").read_text(encoding="utf-8")
-)
+PRINTED: Mapping[str, Any] = read_tree(HERE / "printed/tables.yaml", "tables")
 _DIAMOND: dict[str, Any] = {"marker": "D", "color": "#BF8700", "markersize": 5, "fillstyle": "none"}
 
 

@@ -177,7 +177,8 @@ class Session:
                 config = config.model_copy(update={"train": train})
             except ConfigError:  # of another version: the cell says so, and the others run
                 logger.warning("%s cannot be read and is written again", directory / CONFIG)
-        write_whole(directory / CONFIG, dumped(config.model_dump(mode="json")))
+        told = config.model_dump(mode="json", exclude_defaults=True)
+        write_whole(directory / CONFIG, dumped(told))
         for name in (ERROR, RESULT):  # a result that is not whole
             (directory / name).unlink(missing_ok=True)
         return directory
