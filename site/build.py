@@ -118,7 +118,8 @@ def _command(
     yield from (_option(each, context) for each in options)
     if isinstance(command, click.Group):
         for child in command.list_commands(context):
-            yield from _command(command.commands[child], f"{name} {child}", context)
+            if (found := command.get_command(context, child)) is not None:
+                yield from _command(found, f"{name} {child}", context)
 
 
 def _option(option: click.Option, context: click.Context) -> str:

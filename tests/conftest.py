@@ -204,18 +204,6 @@ def make_sentiment(folder: Path) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
-def done(tiny_folder, sentiment, tmp_path_factory):
-    """The small experiment of experiment_cases, run: (experiment, folder, outcome)."""
-    from experiment_cases import tree
-
-    from chainlora.experiments import make_experiment, run_cells
-
-    out = tmp_path_factory.mktemp("experiment")
-    experiment = make_experiment(tree(tiny_folder, sentiment))
-    return experiment, out, run_cells(experiment, out, backend="inline")
-
-
 @pytest.fixture
 def chainlora(capfd) -> Callable[..., Outcome]:
     from chainlora.cli.main import run as command

@@ -1,4 +1,4 @@
-"""The structure, held: rooms, which way dependencies run, and who may import what."""
+"""The structure, held: rooms, which way dependencies run, what is public, who may import what."""
 
 from __future__ import annotations
 
@@ -9,8 +9,24 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import chainlora
+from chainlora import errors, reports
 
 PACKAGE = Path(chainlora.__file__).parent
+LAB = PACKAGE.with_name("chainlora_lab")
+
+# Public beside the names of `chainlora` itself, and all that the lab uses (docs/python.md).
+PUBLIC = {
+    "chainlora": set(chainlora.__all__),
+    "chainlora.errors": {name for name in vars(errors) if name.endswith("Error")} | {"nearest"},
+    "chainlora.reports": set(reports.__all__),
+    "chainlora.config.loading": {"read_tree", "set_key"},
+    "chainlora.cli.common": {"WithKeys", "file_and_overrides", "keys_argument", "quiet"},
+    "chainlora.data.splits": {"check_files"},
+    "chainlora.models.finding": {"resolve_model"},
+    "chainlora.evaluation.metrics": {"is_higher_better"},
+    "chainlora.training.objectives": {"check_names"},
+    "chainlora.registry": {"plugin_digest"},
+}
 
 # From the bottom up. A room imports from itself and from rooms before it, never from one behind it.
 ROOMS = [
@@ -29,7 +45,6 @@ ROOMS = [
     "board",
     "training",
     "integrations",
-    "experiments",
     "cli",
     "__main__",
 ]
@@ -61,6 +76,21 @@ def test_dependencies_run_one_way():
     assert upwards == []
 
 
+def test_the_lab_uses_public_names_alone_and_is_used_by_none():
+    inside = []
+    for path in LAB.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                inside += [
+                    alias.name for alias in node.names if alias.name.startswith("chainlora.")
+                ]
+            elif isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "chainlora":
+                known = PUBLIC.get(node.module, set())
+                inside += [f"{node.module}.{n.name}" for n in node.names if n.name not in known]
+    assert inside == []
+    assert [file for file, _, module in imports() if module.startswith("chainlora_lab")] == []
+
+
 def test_every_file_lives_in_a_room_and_the_root_is_small():
     tops = [
         path.stem
@@ -80,7 +110,7 @@ def test_only_adapters_imports_peft():
 
 def test_nothing_pickles_or_runs_remote_code():
     assert not [file for file, _, module in imports() if module.split(".")[0] == "pickle"]
-    for path in PACKAGE.rglob("*.py"):
+    for path in [*PACKAGE.rglob("*.py"), *LAB.rglob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
                 assert (node.value.id, node.attr) not in (("torch", "load"), ("torch", "save")), (
@@ -93,7 +123,7 @@ def test_nothing_pickles_or_runs_remote_code():
 
 def test_help_needs_no_tensor_library():
     code = (
-        "import sys; from chainlora.cli import run; run(['--help']); run(['train', '--help']);"
+        "import sys; from chainlora.cli import run; run(['--help']); run(['compare', '--help']);"
         "heavy = ('torch', 'transformers', 'peft', 'matplotlib', 'numpy', 'datasets');"
         "sys.exit(any(m in sys.modules for m in heavy))"
     )

@@ -21,7 +21,7 @@ from chainlora.cli.main import cli
 from chainlora.config.loading import parse_yaml
 from chainlora.config.stages import make_stages
 from chainlora.data.tasks.task import Task
-from chainlora.experiments.schema import make_experiment
+from chainlora_lab.schema import make_experiment
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -70,8 +70,9 @@ def check_command(words: list[str]) -> None:
     rest = words[1:]
     while isinstance(command, click.Group):
         name, *rest = rest
-        assert name in command.commands, name
-        command = command.commands[name]
+        found = command.get_command(context, name)
+        assert found is not None, name
+        command = found
         settings = command.context_settings
         context = click.Context(command, info_name=name, parent=context, **settings)
     command.make_parser(context).parse_args(list(rest))

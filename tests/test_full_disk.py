@@ -14,13 +14,11 @@ from dataclasses import asdict
 import pytest
 import torch
 from conftest import tiny_model
-from experiment_cases import tree
 from test_models import TOKENS, write_gguf
 
 from chainlora.cli.main import run as command
 from chainlora.errors import FileError
 from chainlora.evaluation.stages import Cell, stage_matrix
-from chainlora.experiments import make_experiment, run_cells
 from chainlora.models.loading import load_model
 
 
@@ -55,29 +53,6 @@ def test_what_is_only_looked_at_is_shown(chainlora, run_copy, caplog):
     assert f"chainlora: a file must be written (got File too large for {run_copy}" in shown.err
     assert len(scored.cells) == 2
     assert "the scores are not kept: a file must be written" in caplog.text
-
-
-def test_an_experiment_on_a_full_disk_says_so_and_goes_on_later(tiny_folder, sentiment, tmp_path):
-    one = make_experiment(tree(tiny_folder, sentiment, methods=["lora"], seeds=[0], tune={}))
-    with files_up_to(100), pytest.raises(FileError, match=r"must be written \(got File too large"):
-        run_cells(one, tmp_path / "out", backend="inline")
-    with files_up_to(2_000):  # enough for the plan, not for what a run writes
-        outcome = run_cells(one, tmp_path / "out", backend="inline")
-    (error,) = outcome.failed.values()
-    assert "a file must be written (got " in error
-    assert "unexpected" not in error
-    assert run_cells(one, tmp_path / "out", backend="inline").failed == {}
-
-
-def test_an_output_that_cannot_be_made_is_refused_before_a_cell_runs(
-    tiny_folder, sentiment, tmp_path
-):
-    """All that cannot be made: test_files.py."""
-    (tmp_path / "out").symlink_to(tmp_path / "nothing")
-    one = make_experiment(tree(tiny_folder, sentiment, methods=["lora"], seeds=[0], tune={}))
-    with pytest.raises(FileError, match="got "):
-        run_cells(one, tmp_path / "out", backend="inline")
-    assert not (tmp_path / "nothing").exists()
 
 
 def test_predictions_that_cannot_be_written_are_refused_before_the_model_loads(

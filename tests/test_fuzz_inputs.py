@@ -14,19 +14,19 @@ import pytest
 import torch
 import yaml
 from conftest import tiny_model
-from experiment_cases import lines, tree
 from fuzzing import JSON, VALUES, WORDS, altered, check_error, damaged, fuzz, guarded, refusals
 from hypothesis import given
 from hypothesis import strategies as st
+from lab.cases import lines, tree
 from test_models import TOKENS, write_gguf
 
 from chainlora import load_task, make_config
 from chainlora.config.yaml_text import parse_yaml
 from chainlora.data.splits import prepare_splits
 from chainlora.errors import ChainLoRAError, ConfigError, DataError, ModelError
-from chainlora.experiments import load_experiment, make_experiment, report_experiment
-from chainlora.experiments.expansion import expand
 from chainlora.models.loading import load_model
+from chainlora_lab import load_experiment, make_experiment, report_experiment
+from chainlora_lab.expansion import expand
 
 # --- rows
 

@@ -15,14 +15,14 @@ ROOT = Path(__file__).resolve().parents[1]
 PYPROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 
 
-def test_data_files_of_the_package_are_installed():
+def test_data_files_of_the_packages_are_installed():
     section = PYPROJECT.partition("package-data]\n")[2].partition("\n\n")[0]
-    patterns = re.findall(r'"([^"]+)"', section)
-    package = ROOT / "src/chainlora"
-    installed = {path for pattern in patterns for path in package.glob(pattern)}
-    kinds = {".py", ".pyc"}
-    files = {path for path in package.rglob("*") if path.is_file() and path.suffix not in kinds}
-    assert files - installed == set()
+    patterns = dict(line.split(" = ") for line in section.splitlines())
+    for package in (ROOT / "src").glob("chainlora*"):
+        listed = re.findall(r'"([^"]+)"', patterns[package.name])
+        installed = {path for pattern in listed for path in package.glob(pattern)}
+        files = {path for path in package.rglob("*") if path.is_file()}
+        assert {path for path in files if path.suffix not in (".py", ".pyc")} - installed == set()
 
 
 def test_ci_runs_the_two_commands_of_the_readme_in_its_order():

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_tiny_folder, write_rows
-from experiment_cases import change, with_curve, write_lines
 from helpers import records_of, settings, stop_after
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -22,7 +21,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from chainlora import Chain, LinkConfig, make_config, report_runs, save_chain, train
 from chainlora.config.stages import make_stages
 from chainlora.evaluation.stages import stage_matrix
-from chainlora.experiments import report_experiment
 from chainlora.reports.charts import short
 from chainlora.reports.page import render
 from chainlora.reports.run_charts import training_pictures
@@ -334,39 +332,6 @@ def test_long_runs_stay_small(finished, tmp_path):
     assert float(rows[0][1]) == pytest.approx(3 - 74.5 / 30_000, rel=1e-3)  # of the first 150
 
 
-def test_the_page_of_an_experiment(tmp_path):
-    figures = ["scores", "differences", "curves"]
-    results = change(tmp_path / "results.jsonl", with_curve, figures=figures)
-    report = report_experiment(results)
-    assert tmp_path / "report.html" in report.files
-    page = (tmp_path / "report.html").read_text(encoding="utf-8")
-    lead = re.findall(r'<p class="lead">(.*?)</p>', page)
-    assert lead[0].startswith(
-        "chain3 is better than lora over all tasks: score +2.05 (above 0 is better; 95 % "
-    )
-    assert len(page.encode()) < 3e6
-    heads, *rows = table(page, "Scores: wsc")
-    assert heads == ["method", "seeds", "mean"]
-    assert rows[0][:2] == ["lora", "60.00, 61.00, 62.00, 63.00, 64.00, 65.00"]
-    heads, *rows = table(page, "Means, with 95 % intervals where seeds allow one")
-    assert heads == ["step", "lora (n=6)", "chain3 (n=6)"]
-    assert [row[0] for row in rows] == ["0", "2", "4", "6", "8", "10"]
-    assert re.fullmatch(r"2\.0250 \(2\.0\d+ to 2\.0\d+\)", rows[0][1])
-    for text in ("Paired differences: all tasks", ">wins</text>", "points</text>"):
-        assert text in page
-    for title in ("Scores", "Paired differences in score", "Cost"):
-        assert table(page, title), title
-
-
-def test_an_experiment_of_many_comparisons_is_summed_up(tmp_path):
-    pairs = [["chain3", "lora"], ["lora", "chain3"]]
-    report_experiment(write_lines(tmp_path / "results.jsonl", pairs=pairs, figures=["differences"]))
-    page = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert re.findall(r'<p class="lead">(.*?)</p>', page) == [
-        "2 comparisons over all tasks: wins in 1, loses in 1."
-    ]
-
-
 def test_names_are_text_whatever_is_in_them(finished, tmp_path):
     """matplotlib took `$…$` for mathematics and failed, and has no legend of `_…`; `#222222` was a
     colour."""
@@ -378,9 +343,3 @@ def test_names_are_text_whatever_is_in_them(finished, tmp_path):
     names = [f"{tmp_path.name}/{run.name}" for run in runs]
     assert table(page, "Training loss of each run")[0] == ["step", *names]
     assert all(page.count(f">{name}</text>") == 3 for name in names)
-    methods = {"lora": "One.", "chain3": "Three.", "zero_shot": "$\\frac$", "$\\x$": "New."}
-    results = change(tmp_path / "results.jsonl", with_curve, methods=methods, tasks=["wsc"])
-    text = results.read_text().replace('"zero_shot"', '"$\\\\frac$"')
-    results.write_text(text)
-    report_experiment(results)
-    assert r"\$\textbackslash{}frac\$ & 50.00 (1) \\" in (tmp_path / "scores.tex").read_text()

@@ -10,7 +10,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
-from chainlora.experiments.statistics.intervals import t_interval
+from chainlora_lab.statistics.intervals import t_interval
 
 Curves = dict[int, list[list[float]]]  # by seed: [step, loss]
 

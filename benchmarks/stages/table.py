@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 
-from chainlora.experiments.statistics.intervals import t_interval
-from chainlora.experiments.statistics.sign_flip import sign_flip_test
+from chainlora_lab.statistics.intervals import t_interval
+from chainlora_lab.statistics.sign_flip import sign_flip_test
 
 HERE = Path(__file__).parent
 PRIMARY, BASELINE = "chain", "one LoRA"  # the others were to be given without a verdict

@@ -17,8 +17,8 @@ from lives import End, fresh, live, run, run_with_signals
 
 from chainlora import train
 from chainlora.config.schema import RunConfig
-from chainlora.experiments import make_experiment, run_cells
 from chainlora.runs.reading import RunReader
+from chainlora_lab import make_experiment, run_cells
 
 # --- numbers that are no numbers
 

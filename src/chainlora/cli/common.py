@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,9 +27,10 @@ from chainlora.errors import ConfigError, FileError, RunError
 if TYPE_CHECKING:
     from chainlora.runs.reading import Address
 
+_OF_THE_LAB = ("compare", "experiment")
 GUARDED = 3  # a new stage was switched off for what earlier ones would lose
 SIGNALLED = 128  # and the signal's number: the exit status, as shells have it
-_PACKAGE = Path(__file__).resolve().parents[1]
+_TASKS = Path(__file__).resolve().parents[1] / "data/tasks"
 
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print exactly one JSON object on stdout."
@@ -133,7 +135,17 @@ def file_and_overrides(
 
 
 class Verbs(click.Group):
-    """A group that names the nearest verb for an unknown one."""
+    """A group that finds the lab's verbs by name, and names the nearest verb for an unknown one."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the names of all verbs."""
+        return sorted({*super().list_commands(ctx), *_OF_THE_LAB})
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        """Return a verb. Those of the lab are imported here: this package uses none of its code."""
+        if name in _OF_THE_LAB and name not in self.commands:
+            self.add_command(getattr(import_module("chainlora_lab.cli"), name))
+        return super().get_command(ctx, name)
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -169,7 +181,7 @@ def complete_values(
     words = ctx.params.get(param.name or "")
     key = words[-1] if words else ""
     if key == "--data.task":
-        return complete_presets("data/tasks")(ctx, param, incomplete)
+        return complete_tasks(ctx, param, incomplete)
     found = set(types_in(_keys()[key].annotation)) if key in _keys() else set()
     values = sorted(kind for kind in found if isinstance(kind, str))
     return _offered(values + (["true", "false"] if bool in found else []), incomplete)
@@ -186,23 +198,11 @@ def keys_argument(metavar: str) -> Callable[[Any], Any]:
     )
 
 
-def presets(folder: str) -> list[str]:
-    """Return the names of a folder's YAML files."""
-    return sorted(path.stem for path in (_PACKAGE / folder).glob("*.yaml"))
-
-
-def complete_presets(
-    folder: str,
-) -> Callable[[click.Context, click.Parameter, str], list[CompletionItem]]:
-    """Return what offers the names of a folder's YAML files, at the end of a list too, or files."""
-
-    def complete(
-        ctx: click.Context, param: click.Parameter, incomplete: str
-    ) -> list[CompletionItem]:
-        before, comma, _ = incomplete.rpartition(",")
-        return _offered([before + comma + name for name in presets(folder)], incomplete)
-
-    return complete
+def complete_tasks(
+    ctx: click.Context, param: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
+    """Offer the names of the shipped tasks, or files."""
+    return _offered(sorted(path.stem for path in _TASKS.glob("*.yaml")), incomplete)
 
 
 def _offered(values: Sequence[str], incomplete: str) -> list[CompletionItem]:

@@ -6,7 +6,7 @@ import json
 
 import click
 
-from chainlora.cli.common import complete_presets, json_option, show
+from chainlora.cli.common import complete_tasks, json_option, show
 
 
 @click.command
@@ -26,7 +26,7 @@ def schema(markdown: bool) -> None:
 
 
 @click.command
-@click.argument("name", required=False, shell_complete=complete_presets("data/tasks"))
+@click.argument("name", required=False, shell_complete=complete_tasks)
 @json_option
 def tasks(name: str | None, as_json: bool) -> None:
     """List the tasks, or show one: prompt, labels, source.

@@ -19,7 +19,6 @@ from chainlora.cli.common import SIGNALLED, Verbs, is_first_process, prepare_str
 from chainlora.cli.configs import schema, tasks
 from chainlora.cli.doctor import doctor
 from chainlora.cli.evaluate import evaluate
-from chainlora.cli.experiments import compare, experiment
 from chainlora.cli.export import export
 from chainlora.cli.generate import chat, generate
 from chainlora.cli.report import board, inspect, report
@@ -141,5 +140,5 @@ def cli(context: click.Context, debug: bool) -> None:
 
 for _verb in (demo, train, extend, mix, prune, evaluate, generate, chat, inspect):
     cli.add_command(_verb)
-for _verb in (report, board, export, tasks, experiment, compare, doctor, schema):
+for _verb in (report, board, export, tasks, doctor, schema):
     cli.add_command(_verb)

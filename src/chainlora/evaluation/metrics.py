@@ -112,15 +112,9 @@ def check_metrics(metrics: Sequence[str] | str) -> tuple[str, ...]:
 def is_higher_better(metric: str | None) -> bool:
     """Say whether a larger value of this metric is the better one: of every metric but a loss.
 
-    The one place that knows. A difference of two values is this less that, in the metric's own
-    unit, and whoever shows it says `better_sign`.
+    The one place that knows.
     """
     return metric not in LOSS_METRICS
-
-
-def better_sign(metric: str | None) -> str:
-    """Return what a reader of a difference must know: ``above 0 is better``, or below."""
-    return f"{'above' if is_higher_better(metric) else 'below'} 0 is better"
 
 
 def majority_rate(examples: Iterable[Example], metric: str) -> float:

@@ -79,18 +79,6 @@ def some_of(rows: Sequence[Row]) -> list[Row]:
     return [rows[i] for i in range(0, len(rows), math.ceil(len(rows) / 64))]
 
 
-def share_of_gap(learned: float) -> float:
-    """Return what share of LoRA's gap to four times the rank soft knots may close.
-
-    Args:
-        learned: tokens of the whole run per trained parameter.
-
-    A rule fitted in the same lab: 0 at the break-even, an eighth for every doubling. At ranks 4 and
-    8 soft knots closed an eighth to four fifths of what it says.
-    """
-    return max(0.0, 0.13 * math.log2(learned / BREAK_EVEN))
-
-
 def say_what_to_expect(soft: KnotConfig, learned: float) -> None:
     """Warn of a first link that learns too few tokens for soft knots to break even."""
     if learned < BREAK_EVEN:

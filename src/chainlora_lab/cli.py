@@ -1,0 +1,320 @@
+"""The verbs that measure: ``experiment plan|run|report`` and ``compare``. Parse, call, print."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from click.shell_completion import CompletionItem
+
+from chainlora.cli.common import WithKeys, file_and_overrides, keys_argument, quiet
+
+if TYPE_CHECKING:
+    from chainlora_lab.report.report import Report
+
+_FILE = "FILE [--KEY.SUB VALUE]..."
+_PRESETS = sorted(path.stem for path in Path(__file__).with_name("methods").glob("*.yaml"))
+
+json_option = click.option(
+    "--json", "as_json", is_flag=True, help="Print exactly one JSON object on stdout."
+)
+_WORKERS = click.option(
+    "--workers",
+    metavar="N",
+    type=click.IntRange(min=1),
+    default=1,
+    help="Cells at a time, each a process; threads are divided among them.",
+)
+_BACKEND = click.option(
+    "--backend",
+    type=click.Choice(["local", "inline"]),
+    default="local",
+    help="local: a process a cell; inline: all in this process.",
+)
+_OUTPUT = click.option(
+    "--output",
+    required=True,
+    type=click.Path(file_okay=False),
+    help="Folder for cells (single trainings) and results.",
+)
+_REUSE = click.option(
+    "--reuse",
+    type=click.Path(),
+    multiple=True,
+    help="A results.jsonl whose cells count as done, from another folder or machine. "
+    "May be repeated.",
+)
+
+
+def _complete_presets(
+    ctx: click.Context, param: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
+    """Offer the names of presets, at the end of a list too."""
+    before, comma, _ = incomplete.rpartition(",")
+    names = [before + comma + name for name in _PRESETS]
+    return [CompletionItem(name) for name in names if name.startswith(incomplete)]
+
+
+@contextmanager
+def _resumable(output: str) -> Iterator[None]:
+    """Say how to resume where Ctrl-C stops the work: by the same command."""
+    try:
+        yield
+    except (KeyboardInterrupt, click.exceptions.Abort):
+        click.echo(
+            "chainlora: interrupted; the same command resumes: cells that are done stay done, a "
+            f"running one continues from its last checkpoint in {output}",
+            err=True,
+        )
+        raise click.exceptions.Exit(128 + signal.SIGINT) from None
+
+
+@click.group()
+def experiment() -> None:
+    """Compare methods over tasks and seeds.
+
+    A report has intervals and exact paired tests. `chainlora compare --help` lists the methods;
+    `compare` needs no FILE, but the config of a run. FILE is YAML such as:
+
+    \b
+      name: mine
+      base:
+        model: HuggingFaceTB/SmolLM2-135M
+        recipe: {rank: 8, steps: 150}
+      tasks:
+        support: {data: {train: support.jsonl, test: support_test.jsonl}}
+      methods: [lora, chain3]
+      seeds: [0, 1, 2, 3, 4, 5]
+    """
+
+
+@experiment.command(name="plan", context_settings={"ignore_unknown_options": True})
+@click.argument("arguments", metavar=_FILE, nargs=-1, type=click.Path())
+@click.option(
+    "--output",
+    type=click.Path(file_okay=False),
+    help="Folder of an earlier run, whose results count as measured.",
+)
+@_REUSE
+@click.option(
+    "--difference",
+    type=float,
+    help="A difference to find (points, or a loss): how many pairs that needs.",
+)
+@json_option
+def plan(arguments: tuple[str, ...], output: str | None, as_json: bool, **options: Any) -> None:
+    """Say what a run of FILE would do; nothing is run.
+
+    Also which differences it could find, by the spread of results that are there already: --output
+    or --reuse.
+    """
+    from dataclasses import asdict
+
+    from chainlora_lab import plan_experiment
+    from chainlora_lab.report.values import finite
+
+    file, keys = file_and_overrides(list(arguments), "FILE")
+    quiet()
+    found = plan_experiment(file, output, overrides=keys, **options)
+    lines = [
+        f"{found.num_cells} cells, {found.num_done} of them done",
+        *(f"note: {note}" for note in found.notes),
+        found.table().markdown()
+        if found.power
+        else "no spread is measured yet: run two seeds, then plan again with --output or --reuse",
+    ]
+    power = [{key: finite(value) for key, value in asdict(each).items()} for each in found.power]
+    _show(asdict(found) | {"power": power}, "\n".join(lines), as_json)
+
+
+@experiment.command(name="run", context_settings={"ignore_unknown_options": True})
+@click.argument("arguments", metavar=_FILE, nargs=-1, type=click.Path())
+@_OUTPUT
+@_WORKERS
+@_BACKEND
+@click.option("--max-cells", type=click.IntRange(min=1), help="Stop after so many cells.")
+@_REUSE
+@json_option
+def run(arguments: tuple[str, ...], output: str, as_json: bool, **options: Any) -> None:
+    """Run FILE: every task, method, setting and seed.
+
+    What is done is skipped, so the same command resumes.
+
+    Any key of the file can be set: --base.data.dir path/to/rows --seeds "[0, 1]"
+    """
+    from chainlora_lab import experiment_progress, run_experiment
+
+    file, keys = file_and_overrides(list(arguments), "FILE")
+    quiet()
+    with _resumable(output):
+        done = run_experiment(
+            file, output, overrides=keys, listener=experiment_progress(), **options
+        )
+    left = done.num_cells - done.num_done
+    counts = {"cells": done.num_cells, "run": done.num_run, "done": done.num_done, "left": left}
+    _show(
+        {"output": str(done.out), "results": str(done.results)} | counts,
+        f"cells: {done.num_run} run, {done.num_done} of {done.num_cells} done"
+        + (f", {left} left: call again" if left else "")
+        + f"; results in {done.results}\nnext: chainlora experiment report {done.out}",
+        as_json,
+    )
+
+
+@experiment.command(name="report")
+@click.argument("results", type=click.Path())
+@click.option(
+    "--output", type=click.Path(file_okay=False), help="Default: the results' own folder."
+)
+@json_option
+def report(results: str, output: str | None, as_json: bool) -> None:
+    """Make tables, figures and a page from RESULTS.
+
+    RESULTS is the folder of `experiment run`, or its results.jsonl. Tables are Markdown, which is
+    printed too, CSV and LaTeX; the page is report.html.
+    """
+    from chainlora_lab import report_experiment
+
+    quiet()
+    _show_report(report_experiment(results, output), as_json)
+
+
+@click.command(cls=WithKeys)
+@keys_argument("CONFIG")
+@click.option(
+    "--methods",
+    required=True,
+    shell_complete=_complete_presets,
+    help=f"Comma-separated; the first is the baseline. Of {', '.join(_PRESETS)}; or names of your "
+    "own, which are lora with other keys: --methods.mine.train.optimizer lion",
+)
+@click.option(
+    "--seeds",
+    type=click.IntRange(min=1),
+    show_default="the fewest that can decide: 6 for two methods, 7 for three, 8 for four or five",
+    help="Number of paired seeds.",
+)
+@click.option(
+    "--learning-rates", help="Comma-separated; chosen on validation rows for each method."
+)
+@click.option(
+    "--extend",
+    type=click.IntRange(min=0),
+    default=0,
+    help="Rates added beyond each end of --learning-rates while the best is that end.",
+)
+@click.option(
+    "--output",
+    show_default="the config's output, or its file's name in runs/, with -compare behind it",
+    type=click.Path(file_okay=False),
+    help="Folder for cells (single trainings) and results.",
+)
+@_WORKERS
+@_BACKEND
+@json_option
+def compare(
+    arguments: tuple[str, ...],
+    methods: str,
+    seeds: int | None,
+    learning_rates: str | None,
+    extend: int,
+    output: str | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Compare methods on CONFIG's model and data.
+
+    CONFIG is one for `chainlora train`, and its keys can be set as there: --train.lr 5e-4. All
+    methods get the same rows, steps and seeds. The report, Markdown and HTML, has intervals and
+    exact paired tests.
+    """
+    from chainlora import load_config
+    from chainlora_lab import compare as run_compare
+    from chainlora_lab import experiment_progress
+
+    file, given = file_and_overrides(list(arguments))
+    named, keys = _methods(methods, given)
+    rates = _rates(learning_rates or "")
+    if extend and not rates:
+        raise click.UsageError("--extend goes with --learning-rates (got none)")
+    quiet()
+    config = load_config(file, keys)
+    output = output or f"{config.output or Path('runs', Path(file).stem)}-compare"
+    said = [f"cells and report in {output}"]
+    if seeds is None:
+        seeds, why = _fewest_seeds(len(named) - 1)
+        said.append(why)
+    show_progress = experiment_progress()
+
+    def listener(record: Mapping[str, Any]) -> None:
+        while record["event"] == "plan" and said:  # nothing is refused any more
+            click.echo(said.pop(0), err=True)
+        show_progress(record)
+
+    with _resumable(output):
+        made = run_compare(
+            config,
+            named,
+            range(seeds),
+            Path(output),
+            learning_rates=rates,
+            extend=extend,
+            listener=listener,
+            **options,
+        )
+    _show_report(made, as_json)
+
+
+def _methods(
+    names: str, given: list[tuple[str, str]]
+) -> tuple[dict[str, dict[str, Any]], list[tuple[str, str]]]:
+    """Return the methods with their own keys (``methods.NAME.KEY``), and the keys of the config."""
+    from chainlora.config.loading import set_key
+
+    named: dict[str, dict[str, Any]] = {name.strip(): {} for name in names.split(",")}
+    own = [(key.split(".", 2), value) for key, value in given if key.startswith("methods.")]
+    for (_, name, *rest), value in own:
+        if name not in named or not rest:
+            raise click.UsageError(
+                f"--methods.NAME.KEY must name one of --methods {names} (got {name!r})"
+            )
+        set_key(named[name], rest[0], value)
+    return named, [(key, value) for key, value in given if not key.startswith("methods.")]
+
+
+def _fewest_seeds(num_comparisons: int) -> tuple[int, str]:
+    """Return how many seeds a verdict needs, and why so many."""
+    from chainlora_lab.statistics.power import LEVEL
+    from chainlora_lab.statistics.sign_flip import least_pairs, smallest_p
+
+    comparisons = max(1, num_comparisons)
+    seeds = least_pairs(comparisons, LEVEL)
+    what = f"{comparisons} comparisons (Holm)" if comparisons > 1 else "one comparison"
+    p = f"{comparisons * smallest_p(seeds):.2g}"
+    why = f"{seeds} seeds: the fewest with which the exact test of {what} can reach p ≤ {LEVEL:g}"
+    return seeds, f"{why} (it reaches {p})"
+
+
+def _rates(text: str) -> list[float]:
+    try:
+        return [float(rate) for rate in text.split(",") if rate]
+    except ValueError:
+        raise click.UsageError(
+            f"--learning-rates must be numbers with commas between (got {text!r})"
+        ) from None
+
+
+def _show_report(made: Report, as_json: bool) -> None:
+    _show(made.json(), made.markdown, as_json)
+    page = next(path for path in made.files if path.name == "report.html")
+    click.echo(f"report: {page}", err=True)
+
+
+def _show(value: Any, text: str, as_json: bool) -> None:
+    """Print a result: one JSON object, or what it is in words."""
+    click.echo(json.dumps(value) if as_json else text)

@@ -1,0 +1,152 @@
+"""`compare`: several methods on a user's own config and data, by the same cells and statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from chainlora import RunConfig
+from chainlora.errors import ConfigError
+from chainlora_lab.methods import list_methods, load_method
+from chainlora_lab.report.report import Report, report_experiment
+from chainlora_lab.runner import run_cells
+from chainlora_lab.schema import Experiment, make_experiment
+from chainlora_lab.statistics.intervals import scipy_stats
+
+Methods = Sequence[str] | Mapping[str, Mapping[str, Any] | None]
+
+# Keys that make a method what it is, or let it choose among its points: never the config's.
+_OF_METHODS = {
+    "data": (),
+    "chain": ("knots", "tune"),
+    "train": ("keep_best", "early_stop", "select_metric", "accept_links"),
+}
+# Keys that some presets set, and that all other methods take from the config.
+_SHARED = {"schedule", "warmup_steps"}
+
+
+def compare(
+    config: RunConfig,
+    methods: Methods,
+    seeds: Sequence[int],
+    out: str | Path,
+    *,
+    learning_rates: Sequence[float] = (),
+    extend: int = 0,
+    **options: Any,
+) -> Report:
+    """Run `methods` on a config's model and data at equal epochs or steps, and report.
+
+    The config's `chain` says what the comparison fixes: its first rank is r, the sum of its epochs
+    or steps the budget of every method; what else it sets (targets, dropout, …) all methods share.
+    Left out are soft knots and what else a preset of `methods` sets, so that each is what its
+    preset says: under `knots: auto`, `lora` and `soft` would be one method.
+
+    Every method is scored at its end: `keep_best`, `early_stop` and `accept_links` are left out, as
+    they would let a method with more points to look at choose among more.
+
+    Args:
+        config: the run config; `output` is not used.
+        methods: names of presets, or a mapping as `methods` of an experiment file: a name of your
+            own to the `preset` (`lora` if it is left out) and the keys that it changes. The first
+            is the baseline.
+        seeds: training seeds, paired over methods.
+        out: folder for cells, results and report; one that holds some of them is resumed.
+        learning_rates: tried for each method on validation rows; none: all run with the config's.
+        extend: rates added beyond each end of `learning_rates` while the best is that end.
+        options: workers, backend and listener, as for `run_cells`.
+
+    Raises:
+        ConfigError: unknown method, one alone and no rates to choose, no rows to score, a rate to
+            choose without validation rows or without other rows to score, a chain that trains
+            nothing, scipy not installed.
+        RunError: cells failed (the report of the others is written first).
+    """
+    experiment = comparison(config, methods, seeds, learning_rates=learning_rates, extend=extend)
+    scipy_stats()  # the report needs it: say so before hours are spent
+    outcome = run_cells(experiment, Path(out), **options)
+    report = report_experiment(outcome.results)
+    outcome.check()
+    return report
+
+
+def comparison(
+    config: RunConfig,
+    methods: Methods,
+    seeds: Sequence[int],
+    *,
+    learning_rates: Sequence[float] = (),
+    extend: int = 0,
+) -> Experiment:
+    """Return the experiment that `compare` runs."""
+    tune: dict[str, Any] = {}
+    if learning_rates:
+        _check_rows(config)
+        grown = {"train.lr": extend} if extend else {}
+        tune = {"grid": {"train.lr": list(learning_rates)}, "extend": grown}
+    data = config.model_dump(mode="json", exclude_defaults=True)["data"]
+    name = Path(config.data.task).stem if config.data.task else "data"
+    unit = "epochs" if config.chain.epochs else "steps"
+    named = {name: _method(name, methods) for name in methods}
+    presets = [str(keys.get("preset", name)) for name, keys in named.items()]
+    base, left_out = _base(config, unit, presets)
+    said = f"{', '.join(methods)} at equal {unit}, each scored at its end"
+    said += f"; of the config left out: {', '.join(left_out)}" * bool(left_out)
+    experiment = make_experiment(
+        {
+            "name": "compare",
+            "description": f"{said}.",
+            "base": base,
+            "tasks": {name: {"data": {key: data[key] for key in ("task", "train") if key in data}}},
+            "methods": named,
+            "seeds": list(seeds),
+            "tune": tune,
+        }
+    )
+    if len(experiment.methods) < 2 and not learning_rates:
+        raise ConfigError("`compare` needs two methods", ", ".join(methods), "name a rival")
+    return experiment
+
+
+def _method(name: str, methods: Methods) -> dict[str, Any]:
+    """Return the keys of a method; one of the user's own is LoRA unless it names its preset."""
+    keys = dict(methods[name] or {}) if isinstance(methods, Mapping) else {}
+    return {"preset": "lora"} | keys if keys and name not in list_methods() else keys
+
+
+def _check_rows(config: RunConfig) -> None:
+    """Refuse to choose rates on the rows that methods are scored on."""
+    data = config.data
+    if data.train is not None and not (data.validation and data.test):
+        missing = "validation" if not data.validation else "test"
+        raise ConfigError(
+            "learning rates are chosen on validation rows, and methods then scored on others "
+            f"(got no data.{missing}); give data.validation and data.test"
+        )
+
+
+def _base(config: RunConfig, unit: str, methods: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """Return what all methods share, and the keys of the config that methods decide instead."""
+    lengths = getattr(config.chain, unit)
+    if lengths is None:
+        raise ConfigError(
+            "`compare` needs a chain that trains",
+            "no epochs or steps",
+            "e.g. chain: {ranks: [8], epochs: [3]}",
+        )
+    tree = config.model_dump(mode="json", exclude_defaults=True)
+    presets = [load_method(name).keys for name in methods]
+    left_out = list[str]()
+    for section, keys in _OF_METHODS.items():
+        set_by_presets = {key for preset in presets for key in preset.get(section, {})} - _SHARED
+        decided = set_by_presets.union(keys).intersection(tree.get(section, {}))
+        left_out += sorted(f"{section}.{key}" for key in decided)
+        tree[section] = {k: v for k, v in tree.get(section, {}).items() if k not in decided}
+    for key in ("ranks", unit):
+        tree["chain"].pop(key, None)
+    alpha = config.chain.alpha
+    tree["chain"]["alpha"] = alpha if isinstance(alpha, float) else alpha[0]
+    tree["recipe"] = {"rank": config.chain.ranks[0], unit: sum(lengths)}
+    tree.pop("output", None)
+    return tree, left_out

@@ -1,0 +1,200 @@
+"""From an experiment to its cells: task × method × hyper-parameters × seed, one run config each.
+
+A cell's config is base ← task ← method ← grid point ← seed, merged key by key. Its id is a hash of
+that config (`config_id`), so a cell that was done once is never done again, under whatever
+experiment or folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from chainlora import RunConfig, load_task, make_config
+from chainlora.data.splits import check_files
+from chainlora.errors import ConfigError
+from chainlora.registry import plugin_digest
+from chainlora_lab.methods import apply_recipe, merge_trees
+from chainlora_lab.schema import Experiment
+
+Pair = tuple[str, str]  # task, method
+Point = tuple[tuple[str, Any], ...]  # the grid's keys and their values, in its order
+_OF_TRAINING = ("train", "chain", "recipe")  # sections that mean nothing where nothing is trained
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of an experiment; its `id` is the hash of its config."""
+
+    task: str
+    method: str
+    seed: int
+    point: Point
+    config: RunConfig
+    id: str
+    phase: str = "final"
+
+    def __str__(self) -> str:
+        point = "".join(f" {key.rpartition('.')[2]}={value}" for key, value in self.point)
+        return f"{self.task} {self.method} seed={self.seed}{point}"
+
+
+def expand(experiment: Experiment) -> list[Cell]:
+    """Return every cell that an experiment could ask for, those that choose a point first.
+
+    Raises ConfigError for a cell that could not run.
+    """
+    expansion = Expansion(experiment)
+    tuning = expansion.tuning()
+    tuned = {cell.id for cell in tuning}
+    return tuning + [cell for cell in expansion.finals(expansion.points) if cell.id not in tuned]
+
+
+class Expansion:
+    """The cells of one experiment, each built once: a config takes milliseconds to check.
+
+    `points` are those of the grid, by task and method; one empty point where nothing is tuned.
+    """
+
+    def __init__(self, experiment: Experiment) -> None:
+        self.experiment = experiment
+        self.points: dict[Pair, list[Point]] = {
+            (task, method): _points(experiment, method)
+            for task, method in itertools.product(experiment.tasks, experiment.methods)
+        }
+        self._cells: dict[tuple[str, str, int, str], Cell] = {}
+        self._reported: dict[tuple[str, str | None], tuple[str, ...]] = {}  # of task and folder
+
+    def tuning(self, added: Mapping[Pair, Sequence[Point]] | None = None) -> list[Cell]:
+        """Return the cells that choose a point: of the grid, and of points `added` beyond it."""
+        return _unique(
+            replace(self._cell(*pair, seed, point), phase="tune")
+            for seed in self.experiment.tuning_seeds
+            for pair, points in self.points.items()
+            if len(points) > 1
+            for point in [*points, *(added or {}).get(pair, ())]
+        )
+
+    def finals(self, chosen: Mapping[Pair, Sequence[Point]]) -> list[Cell]:
+        """Return the final cells at these points, none of a (task, method) that has none here.
+
+        All methods of a seed come before the next seed: a run that is interrupted is balanced.
+        """
+        return _unique(
+            self._cell(*pair, seed, point)
+            for seed in self.experiment.seeds
+            for pair in self.points
+            # under other training seeds, a model that is not trained scores the same
+            if seed == self.experiment.seeds[0]
+            or self.experiment.seed_keys != ("train.seed",)
+            or _trains(self.experiment, pair[1])
+            for point in chosen.get(pair, ())
+        )
+
+    def _cell(self, task: str, method: str, seed: int, point: Point) -> Cell:
+        key = (task, method, seed, repr(point))
+        if key not in self._cells:
+            config = _config(self.experiment, task, method, seed, point)
+            self._check(task, config, chooses=len(self.points[task, method]) > 1)
+            self._cells[key] = Cell(task, method, seed, point, config, config_id(config))
+        return self._cells[key]
+
+    def _check(self, task: str, config: RunConfig, *, chooses: bool) -> None:
+        """Refuse rows that are not there, none to score or to choose on, and an unknown metric."""
+        data, metric = config.data, self.experiment.tune.metric
+        rule, got, remedy = "", "none", ""
+        if data.train is not None and not (data.validation or data.test):
+            rule = "methods are compared on rows they do not train on"
+            remedy = "give data.test or data.validation"
+        elif chooses and data.train is not None and not data.validation:
+            rule = "hyper-parameters are chosen on validation rows"
+            remedy = "give data.validation, or leave `tune` out"
+        reported: tuple[str, ...] = ("loss", "perplexity")
+        if data.task is not None:
+            if (data.task, data.dir) not in self._reported:
+                if data.dir is not None:
+                    check_files(data, config.train.loss)
+                self._reported[data.task, data.dir] = load_task(data.task).reported
+            reported = self._reported[data.task, data.dir]
+        if not rule and chooses and metric is not None and metric not in reported:
+            rule, got = f"`tune.metric` must be one of {', '.join(reported)}", repr(metric)
+        if rule:
+            raise ConfigError(f"task {task}: {rule}", got, remedy)
+
+
+def _points(experiment: Experiment, method: str) -> list[Point]:
+    grid = {
+        key: values
+        for key, values in experiment.grid(method).items()
+        if _trains(experiment, method) or key.split(".")[0] not in _OF_TRAINING
+    }
+    return [tuple(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+
+
+def _unique(cells: Iterable[Cell]) -> list[Cell]:
+    return list({(cell.task, cell.method, cell.seed, cell.id): cell for cell in cells}.values())
+
+
+def _trains(experiment: Experiment, method: str) -> bool:
+    recipe = merge_trees(experiment.base, experiment.method_tree(method)).get("recipe")
+    return recipe is None or recipe.get("links", 1) != 0
+
+
+def _config(experiment: Experiment, task: str, method: str, seed: int, point: Point) -> RunConfig:
+    own = experiment.tasks[task]
+    named = own.get("data") or {}
+    data = {} if "task" in named or "train" in named else {"data": {"task": task}}
+    tree = merge_trees(experiment.base, data, own, experiment.method_tree(method))
+    for key, value in [*point, *((key, seed) for key in experiment.seed_keys)]:
+        for part in reversed(key.split(".")):
+            value = {part: value}
+        tree = merge_trees(tree, value)
+    try:
+        return make_config(apply_recipe(tree))
+    except ConfigError as error:
+        raise ConfigError(f"task {task}, method {method}: {error}") from None
+
+
+# --- names of cells ---
+
+
+def config_id(config: RunConfig) -> str:
+    """Return twelve hex digits that name what a config computes.
+
+    Hashed are its values other than the defaults, so that a new key with a default renames no cell;
+    places and watchers are left out. A file named by the config (rows, a task of the user's own, a
+    plug-in) counts by its content. Of a shipped task only the name counts.
+    """
+    tree = compact_config(config)
+    files = [(tree["data"], key) for key in ("task", "train", "validation", "test")]
+    train = tree["data"].get("train")
+    files += [(each, "path") for each in train] if isinstance(train, list) else []
+    for section, key in files:
+        path = Path(section.get(key) if isinstance(section.get(key), str) else "")
+        if path.is_file():
+            section[key] = _content(path, path.stat().st_mtime_ns)
+    if "plugins" in tree:
+        tree["plugins"] = [plugin_digest(name)[:16] or name for name in config.plugins]
+    for key in ("save_every", "log_every", "trackers"):
+        tree.get("train", {}).pop(key, None)
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:12]
+
+
+@lru_cache(maxsize=64)
+def _content(path: Path, changed: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def compact_config(config: RunConfig) -> dict[str, Any]:
+    """Return the config's values other than the defaults, without the places of this machine."""
+    tree = config.model_dump(mode="json", exclude_defaults=True)
+    tree.pop("output", None)
+    tree["data"].pop("dir", None)
+    return tree

@@ -1,0 +1,70 @@
+"""The lab's files: what they may say, checked in one line of words, and how they are written."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from chainlora.errors import ConfigError, FileError, nearest
+
+
+class Keys(BaseModel):
+    """What a file says: frozen, and strict about keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+Kind = TypeVar("Kind", bound=Keys)
+
+
+def checked(kind: type[Kind], tree: Any, prefix: str = "") -> Kind:
+    """Return what a mapping says; `prefix` goes before its keys. Raises ConfigError: all wrong."""
+    try:
+        return kind.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(wrong(error, kind, prefix)) from None
+
+
+def wrong(error: ValidationError, kind: type[BaseModel], prefix: str = "") -> str:
+    """Return everything that is wrong, in one line."""
+    said = []
+    for item in error.errors():
+        key, within = prefix + ".".join(map(str, item["loc"])), kind
+        if item["type"] == "extra_forbidden":
+            for part in map(str, item["loc"][:-1]):
+                within = getattr(within.model_fields.get(part), "annotation", None) or within
+            hint = nearest(str(item["loc"][-1]), within.model_fields)
+            said.append(f"unknown key `{key}`{hint}")
+        elif item["type"] == "value_error":
+            said.append(str(item["ctx"]["error"]))
+        elif item["type"] == "missing":
+            said.append(f"`{key}` must be given")
+        else:
+            rule = item["msg"].replace("Input should", "must")
+            said.append(f"`{key}` {rule} (got {item['input']!r:.60})")
+    return "; ".join(said)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Replace a text file, and make its folder: a kill leaves the old file or the new one.
+
+    Raises FileError: it cannot be written.
+    """
+    new = path.with_name(f"{path.name}.{os.getpid()}.new")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with new.open("wb") as file:
+            file.write(text.encode("utf-8"))
+            file.flush()
+            os.fsync(file.fileno())
+        new.replace(path)
+    except OSError as error:
+        if new.is_file():
+            new.unlink()
+        got = f"{error.strerror} for {path}"
+        raise FileError(
+            "a file must be written", got, "free some space, or choose a place"
+        ) from None

@@ -1,0 +1,16 @@
+"""A finished experiment for the tests of the lab."""
+
+from __future__ import annotations
+
+import pytest
+
+from chainlora_lab import make_experiment, run_cells
+from lab.cases import tree
+
+
+@pytest.fixture(scope="session")
+def done(tiny_folder, sentiment, tmp_path_factory):
+    """The small experiment of `cases.tree`, run: (experiment, folder, outcome)."""
+    out = tmp_path_factory.mktemp("experiment")
+    experiment = make_experiment(tree(tiny_folder, sentiment))
+    return experiment, out, run_cells(experiment, out, backend="inline")

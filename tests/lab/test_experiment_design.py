@@ -1,0 +1,158 @@
+"""What an experiment asks: its file, its cells, the choice of hyper-parameters."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+
+from chainlora.errors import ConfigError
+from chainlora_lab import expand, load_experiment, make_experiment
+from chainlora_lab.choice import Trial, choose
+from chainlora_lab.expansion import Expansion
+from lab.cases import tree
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_cells_are_task_by_method_by_grid_by_seed_with_stable_ids(tiny_folder, sentiment):
+    experiment = make_experiment(
+        tree(tiny_folder, sentiment, methods=["lora", "chain3", "zero_shot"])
+    )
+    assert (
+        len(Expansion(experiment).tuning()) == 2 * 2
+    )  # two methods that train, two rates, one seed
+    everything = expand(experiment)
+    # what trains nothing needs neither rate nor second seed
+    assert len(everything) == 2 * 2 * 2 + 1
+    assert [cell.id for cell in everything] == [cell.id for cell in expand(experiment)]
+    assert len({cell.id for cell in everything}) == len(everything)
+    chain = next(cell for cell in everything if cell.method == "chain3").config.chain
+    assert (chain.ranks, chain.steps, chain.alpha) == ((2, 2, 2), (2, 2, 2), 4)
+
+
+WRONG = [
+    ({"method": []}, "unknown key `method`; did you mean 'methods'"),
+    ({"methods": ["lorra"]}, "did you mean 'lora'"),
+    ({"methods": {"lora": {"recipes": {}}}}, "key `methods.lora.recipes`; did you mean 'recipe'"),
+    ({"baseline": "dora"}, "`baseline` must name methods of this file"),
+    ({"seeds": [1, 1]}, "must differ"),
+    ({"tune": {"grid": {"lr": [1]}}}, "config keys such as train.lr"),
+    ({"tune": {"grid": {"train.lr": []}}}, "at least one value"),
+    ({"figures": ["pie"]}, "figures"),
+    ({"tune": {"grid": {"train.lr": [1, 2]}, "extend": {"train.lr": -1}}}, "or equal to 0"),
+    ({"tune": {"grid": {"train.lr": [1, 2]}, "extend": {"chain.x": 1}}}, "keys of `tune.grid`"),
+    ({"tune": {"grid": {"chain.init": ["a", "b"]}, "extend": {"chain.init": 1}}}, "positive"),
+    ({"tune": {"seeds": []}}, "different seeds"),
+    ({"primary": ["lora", "chain3"]}, "one of the pairs compared"),
+    ({"curve_points": -1}, "must be greater than or equal to 0"),
+    ({"methods": {"lora": None, "mine": {"preset": 5}}}, "unknown method '5'"),
+    (
+        {"methods": {"lora": None, "a\nb": {"preset": "lora"}}},
+        "`methods` must have names of one line",
+    ),
+    ({"tasks": ["t" * 201]}, "`tasks` must have names of one line and 1 to 200 characters"),
+    ({"tasks": ["rte", "all tasks"]}, "differ from what a report calls them together"),
+    ({"tasks": ["rtee"]}, "did you mean 'rte'"),
+    ({"base": {"train": {"lrr": 1}}}, "did you mean 'lr'"),
+]
+
+
+@pytest.mark.parametrize(("keys", "words"), WRONG)
+def test_what_an_experiment_file_cannot_say(tiny_folder, sentiment, keys, words):
+    good = tree(tiny_folder, sentiment)
+    if "base" in keys:
+        keys = {"base": good["base"] | keys["base"]}
+    with pytest.raises(ConfigError, match=words) as error:
+        expand(make_experiment(good | keys))
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_is_read_with_overrides(tiny_folder, sentiment, tmp_path):
+    with pytest.raises(ConfigError, match="must be readable"):
+        load_experiment(tmp_path / "none.yaml")
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump(tree(tiny_folder, sentiment)))
+    changed = load_experiment(tmp_path / "a.yaml", [("base.train.batch_size", "4")])
+    assert changed.base["train"]["batch_size"] == 4
+
+
+@pytest.mark.slow  # some have hundreds of cells
+@pytest.mark.parametrize(
+    "path",
+    [*ROOT.glob("examples/experiments/*.yaml"), *ROOT.glob("benchmarks/[ps][am]*/*.yaml")],
+    ids=lambda path: path.stem,
+)
+def test_every_shipped_experiment_expands_without_data_or_model(path, monkeypatch, tmp_path, cache):
+    monkeypatch.chdir(tmp_path)
+    experiment = load_experiment(path)
+    cells = expand(experiment)
+    assert {cell.task for cell in cells} == set(experiment.tasks)
+    budgets = {cell.task: set() for cell in cells}
+    for cell in cells:
+        chain = cell.config.chain
+        budgets[cell.task].add(sum(chain.epochs or chain.steps or ()))
+    for spent in budgets.values():  # equal epochs or steps for all that train
+        assert len(spent - {0}) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_choice_is_by_validation_then_loss_then_order():
+    def trial(rate, accuracy, loss, method="lora"):
+        metrics = None if accuracy is None else {"accuracy": accuracy, "loss": loss}
+        return Trial("t", method, (("train.lr", rate),), metrics, "accuracy")
+
+    (record,) = choose(
+        [trial(1, 0.5, 1.0), trial(2, 0.7, 0.9), trial(3, 0.7, 0.8), trial(4, 0.7, 0.8)]
+    )
+    assert record["chosen"] == {"train.lr": 3}
+    (record,) = choose(
+        [trial(1, 0.9, 1.0), trial(1, None, 0.0), trial(2, 0.1, 1.0), trial(2, 0.1, 1.0)]
+    )
+    assert record["chosen"] == {"train.lr": 2}  # a rate that diverges under one seed is not chosen
+    (record,) = choose([trial(1, 0.9, 1.0), trial(2, 0.1, 0.5)], metric="loss")
+    assert record["chosen"] == {"train.lr": 2}
+    # means over seeds are equal whatever their order: the loss decides, and not a rounding
+    few = [trial(1, score, 0.9) for score in (0.1, 0.2, 0.3)]
+    (record,) = choose(few + [trial(2, score, 0.1) for score in (0.3, 0.2, 0.1)])
+    assert record["chosen"] == {"train.lr": 2}
+    (record,) = choose([trial(1, None, 0.0)])
+    assert record["chosen"] is None
+
+
+def test_a_list_of_names_keeps_what_the_file_says_of_them(tiny_folder, sentiment, tmp_path):
+    own = {"lora": {"train": {"lr": 3e-4}}, "three": {"preset": "chain3"}, "pissa": None}
+    path = tmp_path / "experiment.yaml"
+    pairs = [["three", "lora"], ["pissa", "lora"]]
+    path.write_text(yaml.safe_dump(tree(tiny_folder, sentiment, methods=own, comparisons=pairs)))
+    few = load_experiment(path, [("methods", "[lora, three]")])
+    assert few.methods == {"lora": {"train": {"lr": 3e-4}}, "three": {"preset": "chain3"}}
+    assert few.pairs == (("three", "lora"),)
+    other = load_experiment(path, [("methods", "[lora, dora]"), ("comparisons", "[[dora, lora]]")])
+    assert (list(other.methods), other.pairs) == (["lora", "dora"], (("dora", "lora"),))
+    with pytest.raises(
+        ConfigError, match=r"must keep a pair that the file compares \(got three, pissa\)"
+    ):
+        load_experiment(path, [("methods", "[three, pissa]")])
+    with pytest.raises(ConfigError, match=r"unknown method 'chian3'.*'chain3'"):
+        load_experiment(path, [("methods", "[lora, three, chian3]")])
+
+
+def test_what_is_in_a_file_decides_what_is_done_and_not_where_it_lies(
+    tiny_folder, sentiment, tmp_path
+):
+    """An edited prompt is another experiment; a moved file is the same one."""
+
+    def ids(folder):
+        tasks = {"mood": {"data": {"task": str(folder / "task.yaml")}}}
+        cells = expand(make_experiment(tree(tiny_folder, sentiment, tasks=tasks)))
+        return [cell.id for cell in cells]
+
+    for name in ("moved", "edited"):
+        shutil.copytree(sentiment, tmp_path / name)
+    text = (sentiment / "task.yaml").read_text()
+    (tmp_path / "edited" / "task.yaml").write_text(text.replace('prompt: "', 'prompt: "Well: '))
+    assert (tmp_path / "edited" / "task.yaml").read_text() != text
+    assert ids(tmp_path / "moved") == ids(sentiment)
+    assert not set(ids(tmp_path / "edited")) & set(ids(sentiment))

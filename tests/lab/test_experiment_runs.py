@@ -1,0 +1,288 @@
+"""Running the cells of an experiment: what is chosen, what is resumed, what fails."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+from helpers import records_of
+
+from chainlora.errors import ChainLoRAError, ConfigError, RunError
+from chainlora_lab import (
+    experiment_progress,
+    load_experiment,
+    make_experiment,
+    read_results,
+    report_experiment,
+    run_cells,
+)
+from lab.cases import tree
+
+# a decay of 1e6 a step: weights overflow
+WILD = {"batch_size": 8, "lr": 1e3, "weight_decay": 1e3, "max_grad_norm": None}
+
+
+def test_a_run_tunes_chooses_and_gathers(done):
+    _, _, outcome = done
+    assert not outcome.failed
+    results = read_results(outcome.results)
+    assert len(results.finals) == 4
+    assert len([cell for cell in results.cells if cell["phase"] == "tune"]) == 4
+    for choice in results.choices:
+        best = max(tried["mean"] for tried in choice["tried"])
+        chosen = next(tried for tried in choice["tried"] if tried["point"] == choice["chosen"])
+        assert chosen["mean"] == best
+    cell = results.finals[0]
+    assert cell["score"] == cell["test"]["accuracy"]
+    assert cell["steps"] == sum(cell["link_steps"]) == 6
+    assert cell["config"]["train"]["lr"] == cell["point"]["train.lr"]
+    assert sum(cell["link_tokens"]) == cell["tokens"] > 0
+    assert {"torch", "python"} <= cell["versions"].keys()
+    assert (
+        len({c["trainable_parameters"] for c in results.finals}) == 1
+    )  # memory of one LoRA, chain or not
+
+
+@pytest.mark.parametrize("what", ["rows", "model"])
+def test_what_a_later_cell_lacks_is_missed_before_the_first_runs(
+    tiny_folder, sentiment, tmp_path, what
+):
+    gone = str(tmp_path / ("gone.jsonl" if what == "rows" else "gone.gguf"))
+    keys = {"data": {"train": gone}} if what == "rows" else {"model": gone}
+    mood = {"data": {"task": str(sentiment / "task.yaml")}}
+    tasks = {"mood": mood, "later": mood | keys | {"data": mood["data"] | keys.get("data", {})}}
+    with pytest.raises(ChainLoRAError, match=r"task later, method \w+: .*\(got .*gone\."):
+        run_cells(
+            make_experiment(tree(tiny_folder, sentiment, tasks=tasks)),
+            tmp_path / "out",
+            backend="inline",
+        )
+    assert not list((tmp_path / "out").glob("cells/*/result.json"))
+
+
+def test_results_without_their_cells_are_resumed_and_none_is_lost(
+    done, tiny_folder, sentiment, tmp_path
+):
+    """Committed results come without the cells behind them; so do cells that were once taken from
+    elsewhere."""
+    experiment, _, outcome = done
+    (tmp_path / "results.jsonl").write_text(outcome.results.read_text())
+    fewer = make_experiment(tree(tiny_folder, sentiment, methods=["lora"]))
+    assert run_cells(fewer, tmp_path, backend="inline", max_cells=1).num_run == 0
+    assert run_cells(experiment, tmp_path, backend="inline").num_run == 0
+    shutil.rmtree(next((tmp_path / "cells").iterdir()))  # as if killed meanwhile
+    assert run_cells(experiment, tmp_path, backend="inline").num_run == 0
+    assert (tmp_path / "results.jsonl").read_text() == outcome.results.read_text()
+    taken = tmp_path / "taken"
+    run_cells(experiment, taken, backend="inline", reuse=[outcome.results])
+    assert run_cells(experiment, taken, backend="inline").num_run == 0
+
+
+def test_what_another_runner_ends_meanwhile_stays(done, tmp_path):
+    """Its results were deleted where they came between a look at what is done and the work."""
+    experiment, out, _ = done
+
+    def another(record):
+        if record["event"] == "plan" and not (tmp_path / "cells").exists():
+            shutil.copytree(out / "cells", tmp_path / "cells")
+
+    before = {path.parent.name: path.stat().st_mtime_ns for path in out.glob("cells/*/result.json")}
+    assert not run_cells(experiment, tmp_path, backend="inline", listener=another).failed
+    kept = {
+        path.parent.name: path.stat().st_mtime_ns for path in tmp_path.glob("cells/*/result.json")
+    }
+    assert kept == before
+
+
+def test_cells_of_other_rows_or_weights_are_not_put_into_one_table(
+    tiny_folder, sentiment, tmp_path
+):
+    folder = tmp_path / "rows" / "mood"
+    shutil.copytree(sentiment, folder)
+    data = dict.fromkeys(("train", "validation", "test"))
+    data |= {"task": str(sentiment / "task.yaml"), "dir": str(folder)}
+    data |= {"num_validation": 10, "num_train": 20}
+    keys = {"tasks": {"mood": {"data": data}}, "tune": {}, "methods": ["lora"]}
+    one = make_experiment(tree(tiny_folder, sentiment, **keys))
+    run_cells(one, tmp_path / "out", backend="inline")
+    rows = (folder / "train.jsonl").read_text().splitlines()
+    (folder / "train.jsonl").write_text("\n".join(rows[::2]) + "\n")
+    message = r"must be of the same rows \(got \d:\w+ in mood lora seed 0, .*new output"
+    # the third seed shows it; once it is there, nothing more is computed
+    for seeds, to_run in ((3, [["mood lora seed=2"]]), (4, [])):
+        plans = []
+        more = one.model_copy(update={"seeds": tuple(range(seeds))})
+        with pytest.raises(RunError, match=message):
+            run_cells(more, tmp_path / "out", backend="inline", listener=plans.append)
+        assert [plan["todo"] for plan in plans if plan["event"] == "plan"] == to_run
+
+
+@pytest.mark.parametrize(("method", "steps"), [("lora", 6), ("full", 2)])  # in its last step
+def test_a_final_run_that_diverged_is_a_failure_however_often_it_is_asked_for(
+    tiny_folder, sentiment, tmp_path, method, steps
+):
+    wild = tree(tiny_folder, sentiment, methods=[method], tune={})
+    wild["base"] |= {"train": WILD, "recipe": wild["base"]["recipe"] | {"steps": steps}}
+    for num_run in (2, 0):
+        outcome = run_cells(make_experiment(wild), tmp_path, backend="inline")
+        assert outcome.num_run == num_run
+        assert set(outcome.failed) == {f"mood {method} seed=0", f"mood {method} seed=1"}
+    text = report_experiment(tmp_path, figures=False).markdown
+    assert "**Diverged** (2)" in text
+    assert "Not there yet" not in text
+
+
+def test_a_tuning_cell_that_failed_leaves_nothing_chosen(tiny_folder, sentiment, tmp_path):
+    """One rate was never measured: a choice among the others would pass for a choice among all."""
+    tune = {"grid": {"data.shots": [0, 10**6]}}  # so many demonstrations leave no rows
+    keys = {"methods": ["lora"], "seeds": [0], "tune": tune}
+    experiment = make_experiment(tree(tiny_folder, sentiment, **keys))
+    outcome = run_cells(experiment, tmp_path, backend="inline")
+    assert len(outcome.failed) == 1
+    assert read_results(tmp_path).choices == []
+    assert "mood lora: seeds 0" in report_experiment(tmp_path, figures=False).markdown
+
+
+def test_what_cannot_be_chosen_or_scored_is_refused_before_anything_runs(
+    tiny_folder, sentiment, tmp_path
+):
+    tune = {"grid": {"train.lr": [1e-3, 1e-2]}, "metric": "acuracy"}
+    base = tree(tiny_folder, sentiment)["base"]
+    base["data"] = {"train": base["data"]["train"]}
+    scored = base | {"data": base["data"] | {"test": base["data"]["train"]}}
+    for keys, message in (
+        ({"base": scored}, r"task mood: hyper-parameters are chosen on validation rows \(got none"),
+        ({"tune": tune}, r"`tune.metric` must be one of accuracy, loss \(got 'acuracy'\)"),
+        ({"base": base}, "compared on rows they do not train on"),
+    ):
+        wrong = make_experiment(tree(tiny_folder, sentiment, **keys))
+        with pytest.raises(ConfigError, match=message):
+            run_cells(wrong, tmp_path / "out", backend="inline")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_rate_that_diverges_is_not_chosen_and_not_a_failure(tiny_folder, sentiment, tmp_path):
+    base = tree(tiny_folder, sentiment)["base"] | {"train": WILD}
+    tune = {"grid": {"train.lr": [1e3, 1e-3]}}
+    keys = {"base": base, "methods": ["lora"], "seeds": [0], "tune": tune}
+    experiment = make_experiment(tree(tiny_folder, sentiment, **keys))
+    assert not run_cells(experiment, tmp_path, backend="inline").failed
+    (choice,) = read_results(tmp_path).choices
+    assert choice["chosen"] == {"train.lr": 1e-3}
+    assert [tried["mean"] is None for tried in choice["tried"]] == [True, False]
+
+
+@pytest.mark.slow  # a minute: processes that train until they are killed
+def test_killed_and_run_again_by_processes(tiny_folder, sentiment, tmp_path):
+    """SIGKILL to the runner: its workers end too, and the next run resumes the unfinished cells."""
+    base = tree(tiny_folder, sentiment, methods=["chain3"], seeds=[0, 1], tune={})
+    base["base"]["recipe"]["steps"] = 300
+    base["base"]["train"] |= {"save_every": 20}
+    path, out = tmp_path / "experiment.yaml", tmp_path / "out"
+    path.write_text(yaml.safe_dump(base))
+    code = (
+        "import sys; from chainlora_lab import run_experiment;"
+        "run_experiment(sys.argv[1], sys.argv[2], workers=2)"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    runner = subprocess.Popen([sys.executable, "-c", code, str(path), str(out)], env=environment)
+    deadline = time.monotonic() + 300
+    while not list(out.glob("cells/*/run/checkpoints/*")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    runner.send_signal(signal.SIGKILL)
+    runner.wait()
+    half = [run.parent for run in out.glob("cells/*/run/checkpoints")]
+    assert half
+    assert not list(out.glob("cells/*/result.json"))
+    outcome = run_cells(load_experiment(path), out, backend="inline")
+    assert outcome.num_run == 2
+    assert not outcome.failed
+    records = records_of(half[0])
+    steps = [record["step"] for record in records if record["event"] == "step"]
+    assert steps == list(range(1, 301))  # no step lost, none twice
+
+
+@pytest.mark.slow
+def test_a_grid_is_extended_while_its_end_is_the_best_up_to_the_limit(
+    tiny_folder, sentiment, tmp_path
+):
+    """Far too small rates: the higher, the better, so every value beyond the top is asked for."""
+    tune = {"grid": {"train.lr": [1e-5, 1e-4]}, "extend": {"train.lr": 2}, "metric": "loss"}
+    keys = {"methods": ["lora"], "seeds": [0], "tune": tune}
+    plans = []
+    experiment = make_experiment(tree(tiny_folder, sentiment, **keys))
+    first = run_cells(experiment, tmp_path, backend="inline", max_cells=3)
+    assert (first.num_run, first.num_done) == (3, 3)  # the grid, and one value beyond it
+    outcome = run_cells(experiment, tmp_path, backend="inline", listener=plans.append)
+    (choice,) = read_results(tmp_path).choices
+    assert [each["point"]["train.lr"] for each in choice["tried"]] == [1e-5, 1e-4, 1e-3, 1e-2]
+    assert choice["chosen"] == {"train.lr": 1e-2}  # the limit: no third value beyond the grid
+    assert outcome.num_done == outcome.num_cells == 4  # the final cell is the one that was chosen
+    assert [plan["todo"] for plan in plans if plan["event"] == "plan"] == [
+        ["mood lora seed=0 lr=0.01"],
+        [],
+    ]
+    assert run_cells(experiment, tmp_path, backend="inline").num_run == 0
+
+
+@pytest.mark.slow
+def test_several_seeds_choose_apart_from_those_compared(tiny_folder, sentiment, tmp_path):
+    tune = {"grid": {"train.lr": [1e-3, 1e-2]}, "seeds": [10, 11]}
+    experiment = make_experiment(
+        tree(tiny_folder, sentiment, methods=["lora"], seeds=[0], tune=tune)
+    )
+    assert run_cells(experiment, tmp_path, backend="inline").num_run == 5
+    results = read_results(tmp_path)
+    (choice,) = results.choices
+    assert [each["runs"] for each in choice["tried"]] == [2, 2]
+    for each in choice["tried"]:
+        assert each["mean"] == pytest.approx(sum(each["values"]) / 2)
+    text = report_experiment(tmp_path, figures=False).markdown
+    assert "of 2 seeds |" in text
+    assert "Compared seeds that also chose" not in text
+
+
+def test_tuning_shows_validation_scores_and_never_those_of_the_test_rows(
+    tiny_folder, sentiment, tmp_path, capsys
+):
+    base = tree(tiny_folder, sentiment)["base"]
+    base["data"] = base["data"] | {"num_test": 5}  # another number: other accuracies
+    experiment = make_experiment(tree(tiny_folder, sentiment, base=base))
+    records = []
+    run_cells(experiment, tmp_path, backend="inline", listener=records.append)
+    shown = {each["cell"]: each for each in records if each["event"] == "cell"}
+    for line in read_results(tmp_path).cells:
+        name = f"{line['task']} {line['method']} seed={line['seed']} lr={line['point']['train.lr']}"
+        if line["phase"] == "tune":
+            assert shown[name]["split"] == "validation"
+            assert shown[name]["score"] == line["validation"]["accuracy"]
+        elif name in shown and shown[name]["split"] == "test":
+            assert shown[name]["score"] == line["test"]["accuracy"]
+    progress = experiment_progress()
+    for record in records:
+        progress(record)
+    said = capsys.readouterr().err
+    assert "tune: 4 cells, 0 done before, 4 to run" in said
+    assert said.count("validation accuracy") == 4
+
+
+def test_a_gradient_start_is_paid_for(tiny_folder, sentiment, tmp_path):
+    """Its sweeps read batches that no step counts: three a link, over `init_batches` batches
+    each."""
+    methods = {"chain3": {}, "chain3_fw": {"chain": {"init_batches": 2}}}
+    experiment = make_experiment(tree(tiny_folder, sentiment, methods=methods, seeds=[0], tune={}))
+    run_cells(experiment, tmp_path, backend="inline")
+    plain, directed = read_results(tmp_path).finals
+    assert plain["start_tokens"] == 0
+    assert directed["start_tokens"] == directed["tokens"] - plain["tokens"] > 0
+    records = records_of(tmp_path / "cells" / directed["cell"] / "run")
+    steps = [record["tokens"] for record in records if record["event"] == "step"]
+    # links of two steps: each reads its own batches three times
+    assert directed["start_tokens"] == 3 * sum(steps)
+    assert sum(directed["link_tokens"]) == directed["tokens"]

@@ -1,0 +1,145 @@
+"""`experiment plan`, `experiment run` and `compare` as verbs: what they say and how they stop."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+
+import pytest
+import yaml
+
+from chainlora_lab import plan_experiment, read_results, report_experiment
+from chainlora_lab.plan import measured_power
+from lab.cases import change, tree
+
+
+def test_a_plan_says_what_could_be_found_and_how_many_pairs_a_difference_needs(
+    done, tiny_folder, sentiment, tmp_path
+):
+    _, out, _ = done
+    path = tmp_path / "experiment.yaml"
+    path.write_text(yaml.safe_dump(tree(tiny_folder, sentiment, seeds=list(range(8)))))
+    before = sorted(tmp_path.rglob("*"))
+    plan = plan_experiment(path, reuse=[out / "results.jsonl"], difference=5.0)
+    assert sorted(tmp_path.rglob("*")) == before  # nothing is run or written
+    assert (plan.num_cells, plan.num_done) == (18, 6)
+    (power,) = plan.power
+    report = report_experiment(out, tmp_path / "report", figures=False)
+    assert "\n6 cells, " in report.markdown  # two of them have two lines: they tuned as well
+    difference = report.comparisons[0].difference
+    assert (power.sd, power.num_measured, power.num_pairs) == (difference.sd, 2, 8)
+    assert power.needed is None or power.needed >= 6
+    assert plan.notes == [
+        "hyper-parameters are chosen by seeds that are compared too (0); `tune.seeds` of their own "
+        "keep the comparison free of that choice"
+    ]
+    fresh = plan_experiment(path)
+    assert (fresh.num_done, fresh.power) == (0, [])
+
+
+def test_a_plan_has_one_pair_a_task_of_two_methods_that_train_nothing(tmp_path):
+    def untrained(cell):
+        return cell | {"ranks": []} if cell["seed"] == 0 else None
+
+    path = change(tmp_path / "results.jsonl", untrained, pairs=[["chain3", "zero_shot"]])
+    (power,) = measured_power(read_results(path))
+    assert (power.task, power.num_measured, power.num_pairs) == ("all tasks", 2, 2)
+
+
+@pytest.mark.parametrize(
+    ("num_seeds", "methods", "said"),
+    [
+        (3, ["lora", "chain3"], "3 seeds cannot decide anything, "),
+        (6, ["lora", "chain3"], None),
+        (5, ["lora", "chain3", "chain2"], "5 seeds cannot decide anything, "),
+        (6, ["lora", "chain3", "chain2", "dora"], "anything beside the primary comparison, "),
+    ],
+)
+def test_a_plan_says_what_a_primary_comparison_needs(
+    tiny_folder, sentiment, tmp_path, num_seeds, methods, said
+):
+    """Nothing was said of a single one, as if three seeds could decide it."""
+    keys = {"methods": methods, "primary": ["chain3", "lora"], "tune": {}}
+    path = tmp_path / "experiment.yaml"
+    path.write_text(yaml.safe_dump(tree(tiny_folder, sentiment, seeds=[*range(num_seeds)], **keys)))
+    notes = plan_experiment(path).notes
+    assert len(notes) == (said is not None)
+    assert all(said in note for note in notes)
+
+
+def test_plan_and_run_from_the_command_line(done, tiny_folder, sentiment, tmp_path, chainlora):
+    _, out, _ = done
+    path, results = tmp_path / "experiment.yaml", out / "results.jsonl"
+    path.write_text(yaml.safe_dump(tree(tiny_folder, sentiment)))
+    plan = f"experiment plan {path}"
+    said = chainlora(f"{plan} --seeds [0,1,2,3,4,5]").out
+    assert "14 cells, 0 of them done" in said
+    assert "no spread is measured yet" in said
+    said = chainlora(f"{plan} --reuse {results} --difference 2").out
+    assert "6 cells, 6 of them done" in said
+    assert "note: 2 seeds cannot decide anything" in said
+    assert "| task | pair | sd measured | pairs planned | detectable | pairs needed |" in said
+    found = chainlora(f"{plan} --output {out} --json").json
+    assert (found["num_cells"], found["num_done"], len(found["power"])) == (6, 6, 1)
+    assert found["power"][0]["detectable"] is None  # JSON has no infinity
+    assert not (tmp_path / "results.jsonl").exists()
+    once = f"--output {tmp_path}/out --backend inline --reuse {results} --max-cells 1"
+    outcome = chainlora(f"experiment run {path} {once} --seeds [0,1,2] --json")
+    counts = {key: outcome.json[key] for key in ("cells", "run", "done", "left")}
+    assert counts == {"cells": 8, "run": 1, "done": 7, "left": 1}
+    # the spread of the two seeds that are there is spoken of at once
+    assert "note: chain3 − lora on mood: 3 pairs cannot decide it" in outcome.err
+
+
+def test_compare_extends_its_rates(tiny_folder, sentiment, tmp_path, chainlora):
+    base = tree(tiny_folder, sentiment)["base"]
+    chain = {"ranks": [2], "steps": [6], "target_modules": ["q_proj", "v_proj"]}
+    data = base["data"] | {"task": str(sentiment / "task.yaml")}
+    keys = {"model": base["model"], "train": base["train"], "data": data, "chain": chain}
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(keys))
+    command = f"compare {path} --methods lora --seeds 1 --backend inline --output {tmp_path}/out"
+    assert chainlora(f"{command} --extend 1").status == 2  # nothing to extend
+    outcome = chainlora(f"{command} --learning-rates 1e-6,1e-5 --extend 1")
+    assert outcome.status == 0
+    assert "lr 0.0001 (highest tried)" in outcome.out
+
+
+@pytest.mark.parametrize("verb", [pytest.param("experiment", marks=pytest.mark.slow), "compare"])
+def test_ctrl_c_says_that_the_same_command_resumes(tiny_folder, sentiment, tmp_path, verb):
+    """`train --resume`, which was the advice, is for a run and not for an experiment."""
+    base = tree(tiny_folder, sentiment, methods=["lora"], seeds=[0], tune={})
+    base["base"]["recipe"]["steps"] = 100_000
+    out, path = tmp_path / "out", tmp_path / "file.yaml"
+    command = ["experiment", "run", str(path)]
+    if verb == "compare":
+        chain = {"ranks": [2], "steps": [100_000], "target_modules": ["q_proj"]}
+        base = {key: base["base"][key] for key in ("model", "data", "train")} | {"chain": chain}
+        command = ["compare", str(path), "--methods", "lora,chain2"]
+    path.write_text(yaml.safe_dump(base))
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "chainlora", *command, "--output", str(out)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        deadline = time.monotonic() + 300
+        while not list(out.glob("cells/*/run/metrics.jsonl")) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal sends it: to the workers too
+        _, said = process.communicate(timeout=60)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 130, said
+    assert "the same command resumes" in said.splitlines()[-1]
+    assert "--resume" not in said
+    assert "Traceback" not in said
