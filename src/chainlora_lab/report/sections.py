@@ -132,11 +132,8 @@ def _never_warm(facts: Facts) -> Iterator[str]:
     """Return which methods have links no longer than the warm-up after a knot."""
     for each in facts.summaries:
         for cell in cells_of(facts.results, each.task, each.method)[:1]:
-            train, shortest = (
-                cell["config"].get("train", {}),
-                min(cell["link_steps"][1:], default=0),
-            )
-            rise = train.get("restart_warmup_steps")
+            train, later = cell["config"].get("train", {}), cell.get("link_steps", [])[1:]
+            rise, shortest = train.get("restart_warmup_steps"), min(later, default=0)
             if rise is None:
                 rise = train.get("warmup_steps", 0) if train.get("restart_schedule") else 0
             if 0 < shortest <= rise:
