@@ -26,26 +26,35 @@ Grams = Mapping[str, Tensor]  # by module, [in, in]
 def gram_matrices(model: Any, names: Iterable[str], rows: Sequence[Sequence[int]]) -> Grams:
     """Return the mean of x xᵀ over the inputs of modules, for token rows, one row at a time."""
     inputs: dict[str, list[Tensor]] = {name: [] for name in names}
+    sums: dict[str, Tensor] = {}
 
     def keep(name: str) -> Any:
         return lambda module, args: inputs[name].append(args[0].detach()[0])
 
     hooks = [model.get_submodule(name).register_forward_pre_hook(keep(name)) for name in inputs]
     try:
-        with torch.no_grad():
-            for row in rows:
-                model(input_ids=torch.tensor([list(row)]), use_cache=False)
+        for start in range(0, len(rows), 32):
+            with torch.no_grad():
+                for row in rows[start : start + 32]:
+                    model(input_ids=torch.tensor([list(row)]), use_cache=False)
+            _add(sums, inputs, sum(map(len, rows)))
     finally:
         for hook in hooks:
             hook.remove()
-    grams, known = {}, dict[int, Tensor]()  # layers that read the same tensor have one Gram
+    return sums
+
+
+def _add(sums: dict[str, Tensor], inputs: Mapping[str, list[Tensor]], count: int) -> None:
+    """Add what inputs give to the mean, and forget them; what layers share is computed once."""
+    known: dict[int, Tensor] = {}
     for name, parts in inputs.items():
         place = parts[0].data_ptr()
         if place not in known:
             x = torch.cat(parts).double()
-            known[place] = x.T @ x / len(x)
-        grams[name] = known[place]
-    return grams
+            known[place] = x.T @ x / count
+        sums[name] = sums[name] + known[place] if name in sums else known[place]
+    for parts in inputs.values():
+        parts.clear()
 
 
 def combine(states: Sequence[Sequence[Link]], grams: Sequence[Grams], ridge: float) -> Link:
