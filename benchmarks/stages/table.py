@@ -1,4 +1,4 @@
-"""Print results.jsonl as the tables of README.md: python benchmarks/stages/table.py"""
+"""Print cells as the tables of README.md: python benchmarks/stages/table.py results.jsonl"""
 
 from __future__ import annotations
 
@@ -7,87 +7,99 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
+from typing import Any
+
+import yaml
 
 from chainlora_lab.statistics.intervals import t_interval
-from chainlora_lab.statistics.sign_flip import sign_flip_test
 
 HERE = Path(__file__).parent
-PRIMARY, BASELINE = "chain", "one LoRA"  # the others were to be given without a verdict
-Order = tuple[str, ...]
-Scores = dict[str, float]
+COMPARISONS = [
+    ("primary", "combined rehearsed", "on top rehearsed"),
+    ("second", "on top rehearsed", "replay"),
+]
+Cell = dict[str, Any]
 
 
 def main() -> None:
-    """Read, and print the gate, what is without an order, and the arms."""
+    """Read, and print the gate, what was chosen, the studies and the comparisons."""
     path = Path(sys.argv[1]) if sys.argv[1:] else HERE / "results.jsonl"
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    found: dict[str, dict[Order, Scores]] = {}
-    for line in lines:
-        found.setdefault(line["arm"], {})[tuple(line["order"])] = line["right"]
-    majority = {line["order"][0]: line["majority"] for line in lines if line["arm"] == "gate"}
-    print("| task | alone | most frequent answer |\n|---|---|---|")
-    for (task,), right in found.pop("gate").items():
-        print(f"| {task} | {right[task]:.2f} | {majority[task]:.2f} |")
-    alone = found.pop("alone", {})
-    if alone:
-        mean = fmean(right[task] for (task,), right in alone.items())
-        print(f"\nEach alone {mean:.3f}", end="")
-    for right in found.pop("together", {}).values():
-        print(f", all at once {fmean(right.values()):.3f}", end="")
-    heads = ["arm", "orders", "average", "backward transfer", "forgetting", "less one LoRA", "p"]
-    print(f"\n\n| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
-    arms = {name: summaries(scores, alone, found) for name, scores in found.items()}
-    for name, summary in arms.items():
-        show(name, summary, arms.get(BASELINE, {}))
+    cells = [json.loads(line) for line in path.read_text().splitlines()]
+    plan = yaml.safe_load((HERE / "plan.yaml").read_text())
+    print("| task alone, tuning seed | right | most frequent answer |\n|---|---|---|")
+    for cell in cells:
+        for task, right in cell["right"].items() if "majority" in cell else ():
+            print(f"| {task} | {right:.2f} | {cell['majority']:.2f} |")
+    for study in plan["studies"]:
+        mine = plan["defaults"] | study.get("change", {})
+        found = {arm: of_arm(cells, study, mine, arm) for arm in study["arms"]}
+        if any(found.values()):
+            show(study, found)
 
 
-def summaries(
-    scores: Mapping[Order, Scores],
-    alone: Mapping[Order, Scores],
-    found: Mapping[str, Mapping[Order, Scores]],
-) -> dict[Order, tuple[float, float, float]]:
-    """Return average, backward transfer and forgetting of each whole order."""
-    summary = {}
-    for order, last in scores.items():
-        if len(order) < 3:
+def of_arm(
+    cells: Sequence[Cell], study: Mapping[str, Any], settings: Mapping[str, Any], arm: str
+) -> dict[int, Cell]:
+    """Return the test cells of an arm in a study, by seed."""
+    return {
+        cell["seed"]: cell
+        for cell in cells
+        if (cell["arm"], cell["prompt"], cell["split"]) == (arm, study["prompt"], "test")
+        and cell["seed"] in study["seeds"]
+        and settings.items() <= cell["settings"].items()
+    }
+
+
+def show(study: Mapping[str, Any], found: Mapping[str, Mapping[int, Cell]]) -> None:
+    """Print a study's arms, then its paired differences."""
+    change = ", ".join(f"{key} {value}" for key, value in study.get("change", {}).items())
+    print(f"\n**{study['name']}** ({study['prompt']} question{', ' + change if change else ''})\n")
+    heads = "arm | seeds | average | forgetting | steps | old rows | CPU seconds | rates"
+    print(f"| {heads} |\n|{'---|' * 8}")
+    for arm, by_seed in found.items():
+        if not (cells := [*by_seed.values()]):
             continue
-        chain = scores if order[:2] in scores else found["chain"]  # strengths: of what was mixed
-        states = [(chain if order[:1] in chain else alone)[order[:1]], chain[order[:2]]]
-        before = [[s[task] for s in states if task in s] for task in order[:2]]
-        learned = [values[0] for values in before]
-        most = [max(values) for values in before]
-        now = [last[task] for task in order[:2]]
-        summary[order] = (
-            fmean(last.values()),
-            fmean(b - a for a, b in zip(learned, now, strict=True)),
-            fmean(a - b for a, b in zip(most, now, strict=True)),
-        )
-    return summary
+        averages = [average(cell) for cell in cells]
+        lost = [forgetting(cell) for cell in cells if cell["learned"]]
+        chosen = cells[0]["settings"]
+        row = [
+            arm,
+            str(len(cells)),
+            interval(averages),
+            interval(lost) if lost else "",
+            *(
+                f"{fmean(c[key] for c in cells):.0f}"
+                for key in ("steps", "old_rows", "cpu_seconds")
+            ),
+            " ".join(f"{k} {chosen[k]:g}" for k in ("rate", "again", "scale") if k in chosen),
+        ]
+        print(f"| {' | '.join(row)} |")
+    for name, arm, other in COMPARISONS:
+        ours, theirs = found.get(arm, {}), found.get(other, {})
+        both = sorted(ours.keys() & theirs.keys())
+        if both:
+            less = [average(ours[seed]) - average(theirs[seed]) for seed in both]
+            each = ", ".join(f"{value:+.3f}" for value in less)
+            print(f"\n{name}: {arm} less {other}: {interval(less, '+')} (by seed {each})")
 
 
-def show(
-    name: str,
-    summary: Mapping[Order, Sequence[float]],
-    baseline: Mapping[Order, Sequence[float]],
-) -> None:
-    """Print an arm's line."""
-    columns = list(zip(*summary.values(), strict=True))
-    cells = [name, str(len(summary)), *map(interval, columns)]
-    both = [order for order in summary if order in baseline]
-    if name != BASELINE and both:
-        less = [summary[order][0] - baseline[order][0] for order in both]
-        cells += [interval(less), f"{sign_flip_test(less):.3f}" if name == PRIMARY else ""]
-    else:
-        cells += ["", ""]
-    print(f"| {' | '.join(cells)} |")
+def average(cell: Cell) -> float:
+    """Return the mean over tasks at the end."""
+    return fmean(cell["right"].values())
 
 
-def interval(values: Sequence[float]) -> str:
-    """Return a mean and, of two values or more, its 95 % interval over orders."""
-    if len(values) < 2:
-        return f"{fmean(values):.3f}"
+def forgetting(cell: Cell) -> float:
+    """Return the mean over tasks of right after its own stage less at the end."""
+    return fmean(cell["learned"][task] - cell["right"][task] for task in cell["learned"])
+
+
+def interval(values: Sequence[float], sign: str = "") -> str:
+    """Return a mean and, of six seeds, its 95 % t interval over seeds."""
+    mean = f"{fmean(values):{sign}.3f}"
+    if len(values) < 6:
+        return mean
     low, high = t_interval(values)
-    return f"{fmean(values):.3f} ({low:.3f} to {high:.3f})"
+    return f"{mean} ({low:{sign}.3f} to {high:{sign}.3f})"
 
 
 if __name__ == "__main__":
