@@ -283,8 +283,8 @@ class Runner:
         """Each task alone: is it learned, beyond the answer that most rows have?"""
         gate = self.plan["gate"]
         settings = self.plan["defaults"] | {"rate": gate["rate"]}
-        case = self._case(gate["seed"], gate["prompt"], settings)
         for task in self.plan["tasks"]:
+            case = self._case(gate["seed"], gate["prompt"], settings)
             rows = case.rows[task]["validation"]
             answers = [row.references[0] for row in rows]
             most = max(map(answers.count, answers)) / len(answers)
