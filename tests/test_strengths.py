@@ -105,7 +105,6 @@ DORA, NORM = {"dora": True}, {"extra_modules": ("final_layer_norm",)}
         ([{}], {0: float("nan")}, "must be within ±1e+06 (got nan for link 0)"),
         ([{}], {0: 1e300}, "must be within ±1e+06 (got 1e+300 for link 0)"),
         ([{}], {7: 1}, "strengths are of the links' ids, [0] (got 7)"),
-        ([{}], {0: "half"}, "`strengths` must map ids of links to numbers"),
     ],
 )
 def test_what_is_no_sum_is_refused(links, strengths, words):

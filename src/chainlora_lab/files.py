@@ -41,7 +41,7 @@ def wrong(error: ValidationError, kind: type[BaseModel], prefix: str = "") -> st
         elif item["type"] == "value_error":
             said.append(str(item["ctx"]["error"]))
         elif item["type"] == "missing":
-            said.append(f"`{key}` must be given")
+            said.append(f"`{key}` must be given (got none)")
         else:
             rule = item["msg"].replace("Input should", "must")
             said.append(f"`{key}` {rule} (got {item['input']!r:.60})")
