@@ -12,7 +12,8 @@ demo: $(VENV)/.product
 	@rm -rf demo-run
 	$(BIN)/chainlora demo --output demo-run
 
-PYTEST := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --dist worksteal
+# By file: a run that the tests of a file share is trained once.
+PYTEST := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --dist loadfile
 
 test: $(VENV)/.ready
 	$(PYTEST) -n auto --maxprocesses 4 -m 'not slow'
