@@ -181,7 +181,7 @@ def test_the_demo_undoes_its_second_stage(chainlora, tiny_folder, tmp_path, monk
     (lead,) = re.findall(r'<p class="lead">(.*?)</p>', page)
     assert lead.count(" after, on examples that it had not seen.") == 2
     assert lead.endswith(
-        "times is switched off now, and the model is exactly as it was after headlines."
+        "Now stage times is switched off: the model is exactly what it was after headlines."
     )
     for title in ("How well each stage does", "What each stage did to every stage"):
         assert f"<strong>{title}</strong>" in page

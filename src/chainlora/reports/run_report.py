@@ -147,8 +147,9 @@ def _switched_off(run: RunFacts) -> list[str]:
     now = _on(run)
     same = [part.name for part in run.stages if _on(part) == now]
     when = f"after {same[-1]}" if same else "" if now else "before training"
-    as_was = f", and the model is exactly as it was {when}" if when else ""
-    return [f"{', '.join(off)} {'is' if len(off) == 1 else 'are'} switched off now{as_was}."]
+    as_was = f": the model is exactly what it was {when}" if when else ""
+    those = f"stage {off[0]} is" if len(off) == 1 else f"stages {', '.join(off)} are"
+    return [f"Now {those} switched off{as_was}."]
 
 
 def _on(run: RunFacts) -> list[tuple[int, float]]:
