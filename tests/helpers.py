@@ -10,6 +10,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -268,6 +269,10 @@ def as_format_2(run: Path) -> None:
         for key in ("id", "stage", "strength", "tuned_on"):
             del link[key]
     tree["files"].pop("result.json", None)
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["chain"]["minutes"] = None
+    (run / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    tree["files"]["config.yaml"] = sha256(run / "config.yaml")
     (run / "chain.json").write_text(signed(tree | {"format": 2}))
 
 

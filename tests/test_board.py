@@ -329,7 +329,7 @@ def test_no_other_site_may_call_it_and_it_may_call_none(served, run, chainlora):
         policy = answer.headers["Content-Security-Policy"]
         assert "default-src 'self'" in policy
         assert "frame-ancestors 'none'" in policy
-    for header in ({"Origin": "https://example.com"}, {"Host": "example.com:80"}):
+    for header in ({"Origin": "https://example.com"}, {"Host": "example.com:80"}, {"Host": "["}):
         with pytest.raises(urllib.error.HTTPError, match="403"):
             direct.open(urllib.request.Request(served, headers=header))
     port = served.rstrip("/").rpartition(":")[2]

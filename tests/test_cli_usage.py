@@ -179,7 +179,7 @@ def test_the_demo_undoes_its_second_stage(chainlora, tiny_folder, tmp_path, monk
     assert states["now"] == states["headlines"] != states["times"]
     page = (tmp_path / "run/report.html").read_text(encoding="utf-8")
     (lead,) = re.findall(r'<p class="lead">(.*?)</p>', page)
-    assert lead.count(" after, on examples that it had not seen.") == 2
+    assert lead.count(" after, answered right on examples that it had not seen.") == 2
     assert lead.endswith(
         "Now stage times is switched off: the model is exactly what it was after headlines."
     )

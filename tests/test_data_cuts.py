@@ -273,3 +273,27 @@ def test_rows_to_score_that_are_trained_on_are_named(
     assert splits.validation
     assert "too good" not in caplog.text
     assert "data.num_test takes rows of data.test, which names none" in caplog.text
+
+
+def test_rows_held_out_are_the_same_rows_where_each_encoding_drops_others(tmp_path):
+    """As it is learned one row is too long for its end, as it is scored another for a label."""
+    labels = {"labels": [" a", " two dogs and three cats"], "metric": "accuracy"}
+    task = write_task(tmp_path, prompt="{{ prompt }}", loss="completion", add_eos=True, **labels)
+    rows = answers(20, *range(1, 13), 21)
+    rows[0]["label"] = 1  # of the two long ones, the shorter has the longer answer
+    data = {"task": str(task), "train": str(write_rows(tmp_path / "train.jsonl", rows))}
+    for limit in range(25, 45):
+        keys = data | {"validation": 0.5, "max_length": limit, "truncation": "drop"}
+        splits = prepare_splits(DataConfig(**keys), make_tokenizer("bos"), 128)
+        trained = {example.row for example in splits.train}
+        assert not trained & {example.row for example in splits.validation}
+
+
+def test_rows_held_out_of_which_none_can_be_scored_are_an_error(tmp_path):
+    keys = {"completion": "{{ completion }}", "references": "completion", "metric": "em"}
+    keys |= {"max_new_tokens": 50, "labels": None, "add_eos": True}
+    task = write_task(tmp_path, prompt="{{ prompt }}", loss="completion", **keys)
+    path = write_rows(tmp_path / "train.jsonl", answers(1, *range(14, 40)))
+    data = {"task": str(task), "train": str(path), "validation": 4, "max_length": 60}
+    with pytest.raises(DataError, match="rows held out must fit the context with room for an"):
+        prepare_splits(DataConfig(**data, truncation="drop"), make_tokenizer("bos"), 128)

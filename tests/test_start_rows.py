@@ -169,7 +169,7 @@ def test_what_cannot_be_taken_for_rows_of_the_start_is_refused(
     tree = settings(made / "none", sentiment, run, chain=SHORT | {"steps": [20]})
     tree |= {"start": str(trained_once / "adapter"), "start_data": {"validation": file}}
     del tree["model"]
-    with pytest.raises(RunError, match=r"has begun without.*eval .*mine --matrix --start-rows"):
+    with pytest.raises(RunError, match=r"keeps none.*eval .*mine --matrix --start-rows"):
         train(tree)
     for rows, got in (
         ({}, "must name rows"),
@@ -190,3 +190,41 @@ def test_what_cannot_be_taken_for_rows_of_the_start_is_refused(
         assert cli(["eval", *words]) == status
         assert got in capsys.readouterr().err
     assert checksums(run) == before
+
+
+def test_a_run_is_known_by_what_it_began_on_and_by_the_rows_for_it(
+    made, sentiment, tmp_path, chainlora
+):
+    run, rows = tmp_path / "kept", general(sentiment, "validation")
+    tree = settings(made / "first", sentiment, run, chain=SHORT) | {"start_data": rows}
+    tree["model"] = json.loads((made / "first/chain.json").read_text())["base"]["model"]
+    config = tmp_path / "config.yaml"
+    config.write_text(json.dumps(tree))
+    assert chainlora("train", config).status == 0
+    copy = shutil.copytree(run, tmp_path / "copy")
+    assert "nothing left to do" in chainlora("train", config, "--output", copy).out
+    moved = shutil.copy(sentiment / "validation.jsonl", tmp_path / "renamed.jsonl")
+    same = ("--start_data.validation", moved)
+    assert "nothing left to do" in chainlora("train", config, *same).out
+    other = ("--start_data.validation", flipped(sentiment, tmp_path / "other.jsonl"))
+    chainlora("train", config, *other).refused("`start_data` is read when a run begins")
+    chainlora("train", copy / "config.yaml").refused("must be told where it is")
+    on_adapter = settings(made / "first", sentiment, made / "mine", chain=SHORT | {"steps": [20]})
+    config.write_text(json.dumps(on_adapter | {"model": tree["model"]}))
+    chainlora("train", config).refused("`start` must be what the run began on (got none, and ")
+
+
+def test_what_was_before_a_first_stage_that_was_pruned(made, sentiment, chainlora, tmp_path):
+    run, rows = made / "first", general(sentiment, "train")
+    train_stages(extension(run, {"name": "more", "data": rows, "chain": SHORT}))
+    prune_stage(run, "main")
+    report = chainlora(f"report {run}@start --output {tmp_path}/page.html")
+    assert report.status == 0
+    assert "as it was before this run" in (tmp_path / "page.html").read_text()
+    assert "unfinished" not in chainlora(f"inspect {run}@base").out
+    config = tmp_path / "config.yaml"
+    tree = settings(made, sentiment, run, chain=SHORT | {"steps": [20]})
+    tree["model"] = json.loads((run / "chain.json").read_text())["base"]["model"]
+    config.write_text(json.dumps(tree))
+    assert "nothing left to do" in chainlora("train", config).out
+    chainlora("train", config, "--chain.ranks", "[2]").refused("keeps its config (got chain.ranks")

@@ -12,6 +12,7 @@ from chainlora.config.yaml_text import dump_yaml, parse_yaml
 from chainlora.errors import ConfigError
 
 WRONG = {
+    "a circle": "a: &a {b: *a}",
     "a long file": "a: " + "x" * 2**20,
     "deep lists": "a: " + "[" * 100_000,
     "deep mappings": "a: " + "{a: " * 10_000,

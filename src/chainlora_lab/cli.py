@@ -278,6 +278,8 @@ def _methods(
 
     named: dict[str, dict[str, Any]] = {name.strip(): {} for name in names.split(",")}
     own = [(key.split(".", 2), value) for key, value in given if key.startswith("methods.")]
+    if own and (dotted := next((name for name in named if "." in name), None)):
+        raise click.UsageError(f"a method with keys must have no dot in its name (got {dotted!r})")
     for (_, name, *rest), value in own:
         if name not in named or not rest:
             raise click.UsageError(

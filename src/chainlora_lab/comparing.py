@@ -80,6 +80,10 @@ def comparison(
     extend: int = 0,
 ) -> Experiment:
     """Return the experiment that `compare` runs."""
+    begun_on: dict[str, Any] = {"start": config.start, "start_data": config.start_data}
+    begun_on["data.replay"] = config.data.replay
+    if given := [key for key, value in begun_on.items() if value is not None]:
+        raise ConfigError("`compare` trains from the bare base", ", ".join(given), "leave it out")
     tune: dict[str, Any] = {}
     if learning_rates:
         _check_rows(config)

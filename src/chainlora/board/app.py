@@ -7,6 +7,7 @@ It is served to this machine alone unless another host is named, and loads nothi
 from __future__ import annotations
 
 import errno
+import logging
 import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -80,7 +81,7 @@ def server_of(
     )
     config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)
     name = "localhost" if host == "0.0.0.0" else host
-    return uvicorn.Server(config), listening, f"http://{name}:{number}/"
+    return _Server(config), listening, f"http://{name}:{number}/"
 
 
 def _listening(host: str, ports: range) -> socket.socket:
@@ -94,6 +95,15 @@ def _listening(host: str, ports: range) -> socket.socket:
     raise AssertionError("ports has one or more")
 
 
+class _Server(uvicorn.Server):
+    """Cuts pages that are still open off without a traceback for each."""
+
+    async def shutdown(self, sockets: Any = None) -> None:
+        """Stop serving."""
+        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
+        await super().shutdown(sockets)
+
+
 class Guard:
     """ASGI: no other site may call or frame this page, and the page loads nothing from there."""
 
@@ -105,10 +115,7 @@ class Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        headers = Headers(scope=scope)
-        host, origin = headers.get("host", ""), headers.get("origin")
-        is_foreign = origin is not None and urlsplit(origin).netloc != host
-        if is_foreign or (self.is_local and urlsplit(f"//{host}").hostname not in _LOCAL):
+        if not self._may_come(Headers(scope=scope)):
             await PlainTextResponse("not from here", 403)(scope, receive, send)
             return
 
@@ -129,6 +136,14 @@ class Guard:
             await send(message)
 
         await self.app(scope, receive, answer)
+
+    def _may_come(self, headers: Headers) -> bool:
+        host, origin = headers.get("host", ""), headers.get("origin")
+        try:
+            is_own = origin is None or urlsplit(origin).netloc == host
+            return is_own and (not self.is_local or urlsplit(f"//{host}").hostname in _LOCAL)
+        except ValueError:  # a malformed address
+            return False
 
 
 def page_of(places: Sequence[str | Path]) -> gr.Blocks:

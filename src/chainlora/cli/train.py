@@ -53,9 +53,9 @@ def train(arguments: tuple[str, ...], resume: bool, dry_run: bool, as_json: bool
     --output runs/a. Ctrl-C once finishes the step, saves and stops; twice stops at once.
 
     The same command again resumes a run that was stopped or killed, to the same bits, and does
-    nothing where it has ended; another config, other rows or another base are refused. Of a config
-    of `stages`, those that are new are trained. The exit status is 3 where `train.accept_links`
-    switched a new stage off.
+    nothing where it has ended. Another config, another base or rows from another file are refused;
+    the files of a run that has ended are not read again. Of a config of `stages`, those that are
+    new are trained. The exit status is 3 where `train.accept_links` switched a new stage off.
 
     The smallest config; `chainlora schema --markdown` has all keys:
 
@@ -73,6 +73,12 @@ def train(arguments: tuple[str, ...], resume: bool, dry_run: bool, as_json: bool
     for key, value in overrides:
         if not key.startswith("stages."):
             set_key(tree, key, value)
+    own, output = Path(file).parent, tree.get("output")
+    is_of_a_run = Path(file).name == "config.yaml" and is_run(own)
+    is_elsewhere = isinstance(output, str) and own.resolve() != Path(output).expanduser().resolve()
+    if is_of_a_run and is_elsewhere and "output" not in dict(overrides):
+        rule = "a run that was moved or copied must be told where it is"
+        raise ConfigError(rule, f"output: {output} in {file}", f"add --output {own}")
     if has_stages(tree):
         from chainlora.runs.loading_start import with_start
 
@@ -86,12 +92,6 @@ def train(arguments: tuple[str, ...], resume: bool, dry_run: bool, as_json: bool
             "`output` must name a directory for the run (got none); add it to the config or pass "
             "--output"
         )
-    own = Path(file).parent
-    is_elsewhere = own.resolve() != Path(settings.output).resolve()
-    is_of_a_run = Path(file).name == "config.yaml" and is_run(own)
-    if is_of_a_run and is_elsewhere and "output" not in dict(overrides):
-        rule = "a run that was moved or copied must be told where it is"
-        raise ConfigError(rule, f"output: {settings.output} in {file}", f"add --output {own}")
     if is_first_process():
         to_stderr(_announcement(file, settings))  # before seconds of imports
     quiet()
@@ -122,7 +122,7 @@ def train(arguments: tuple[str, ...], resume: bool, dry_run: bool, as_json: bool
     elif ended:
         _show_nothing_left(settings.output)
     else:
-        _show_run(settings.output, [result])
+        _show_run(settings, [result])
 
 
 def train_and_show(
@@ -164,7 +164,8 @@ def train_and_show(
     else:
         run, new = stages[0].config.output or "", list(filter(None, results))
         if new:
-            _show_run(run, new, are_stages=True)
+            config = stages[-1].config.model_copy(update={"output": run})
+            _show_run(config, new, are_stages=True)
         else:
             _show_nothing_left(run)
     if off:
@@ -172,33 +173,37 @@ def train_and_show(
         raise click.exceptions.Exit(GUARDED)
 
 
-def _show_run(run: str, results: Sequence[TrainResult], are_stages: bool = False) -> None:
+def _show_run(config: RunConfig, results: Sequence[TrainResult], are_stages: bool = False) -> None:
     """Print the links of a run that has ended, the scores of its new stages, and what is next."""
     from chainlora.cli.progress import show_inspection
     from chainlora.cli.stages import scored_matrix, show_matrix
     from chainlora.runs.inspection import inspect_run
 
+    run = config.output or ""
     show_inspection(inspect_run(run))
     for result in results:
         _show_scores(result, f"{result['stage']}: " if are_stages else "")
     if are_stages:
         show_matrix(scored_matrix(run, compute=False))
     click.echo(f"run directory {run}")
-    _show_next(shlex.quote(run), results[-1])
+    _show_next(shlex.quote(run), results[-1], config)
 
 
 def _show_nothing_left(run: str) -> None:
     click.echo(f"nothing left to do: {run} has ended")
 
 
-def _show_next(run: str, result: TrainResult) -> None:
+def _show_next(run: str, result: TrainResult, config: RunConfig) -> None:
     """Print commands to go on with."""
-    has_links, report = bool(result["links"]), f"chainlora report {run}"
+    has_links, report, scored = bool(result["links"]), f"chainlora report {run}", result["metrics"]
     extend = "--name NAME --data.train FILE --chain.ranks 8 --chain.epochs 1"
-    kind = "adapter" if has_links else "merged"
+    if config.plugins:
+        extend += f" --plugins {shlex.quote(str([*config.plugins]))}"
+    kind = "adapter" if has_links and not config.chain.dora else "merged"
+    split = "" if "validation" in scored else " --split test"
     commands = [
         f"chainlora generate {run} --prompt TEXT",
-        f"chainlora eval {run}; {report}" if result["metrics"] else report,
+        f"chainlora eval {run}{split}; {report}" if scored else report,
         *([f"chainlora extend {run} {extend}"] if has_links else []),
         f"chainlora export {run} --to {kind} --output FOLDER",
     ]

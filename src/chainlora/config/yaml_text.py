@@ -17,6 +17,10 @@ _LARGEST = 2**20  # letters: far more than a person writes, and read in seconds
 class _Loader(yaml.SafeLoader):
     """YAML 1.1 reads ``1e-3`` as a string; this loader reads it as the number everybody means."""
 
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.deep_construct = True  # an alias that stands for itself is then an error
+
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         """Refuse a key that is there twice: YAML would silently drop the first."""
         seen = set()

@@ -152,9 +152,10 @@ def pick(rows: Rows, mask: NDArray[np.bool_]) -> Rows:
 def aligned(scored: Rows, files: Rows, mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """Return a mask of rows of a file for the same rows, encoded to be scored.
 
-    These may be fewer: with room for an answer, more of them are too long, and are dropped.
+    Either may lack rows that are too long and were dropped: one has candidates or keeps room for an
+    answer, the other may have an end of sequence.
     """
-    if len(scored) == len(files):
+    if not (scored.summary.rows_dropped or files.summary.rows_dropped):
         return mask
     chosen = {files[int(place)].row for place in np.flatnonzero(mask)}
     return np.array([each.row in chosen for each in scored], bool)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from chainlora.config.data import TrainFile
@@ -35,7 +36,7 @@ from chainlora.data.tasks import (
     unseen_source,
 )
 from chainlora.data.tasks.nested import flat
-from chainlora.errors import ConfigError
+from chainlora.errors import ConfigError, DataError
 
 _log = logging.getLogger(__name__)
 
@@ -141,18 +142,24 @@ def prepare_splits(
             options = replace(options, objective="candidates")
         asked = {name: getattr(task, name) for name in _ASKED_OF_A_TASK} | asked
 
-    def encode(split: str, options: Options) -> list[Rows]:
+    def encode(split: str, options: Options, *, say_lost: bool = True) -> list[Rows]:
         kind = task or data.format
-        return [_encode(split, each, tokenizer, kind, options, progress) for each in sources[split]]
+        return [
+            _encode(split, each, tokenizer, kind, options, progress, say_lost=say_lost)
+            for each in sources[split]
+        ]
 
     parts: dict[str, list[Rows]] = {split: [] for split in SPLITS}
     is_divided = (data.holds_out and to_score != "test") or (earlier and to_score == "train")
     if to_score is None or is_divided:
         files = encode("train", learned)
         found = divide(files, data, list((earlier or {}).values()), bound)
-        scored = encode("train", options) if is_divided and options != learned else files
+        is_scored_alike = not is_divided or options == learned
+        scored = files if is_scored_alike else encode("train", options, say_lost=False)
         train = found.train if to_score is None else list(map(aligned, scored, files, found.train))
         validation = list(map(aligned, scored, files, found.validation))
+        if data.holds_out:
+            _say_what_cannot_be_scored(found.validation, validation)
         parts["train"] = list(map(pick, files if to_score is None else scored, train))
         if data.holds_out:
             parts["validation"] = list(map(pick, scored, validation))
@@ -175,6 +182,26 @@ def prepare_splits(
         _log_trained_on(rows, earlier)
     asked |= {"digest": _digest(rows, options.before)}
     return Splits(rows["train"], rows["validation"], rows["test"], **asked)
+
+
+def _say_what_cannot_be_scored(
+    held_out: Sequence[NDArray[np.bool_]], scored: Sequence[NDArray[np.bool_]]
+) -> None:
+    """Warn of rows held out that do not fit when they are scored; raise DataError for all."""
+    count, left = (sum(int(mask.sum()) for mask in masks) for masks in (held_out, scored))
+    if count and not left:
+        raise DataError(
+            "rows held out must fit the context with room for an answer",
+            f"none of {count} that do",
+            "raise data.max_length, hold out more rows, or set data.truncation: cut",
+        )
+    if left < count:
+        _log.warning(
+            "validation: %d of %d rows held out leave no room for an answer in the context, and "
+            "are left out (truncation: drop)",
+            count - left,
+            count,
+        )
 
 
 def _mixture(data: DataConfig, files: Sequence[Rows]) -> Mixture | None:
@@ -261,18 +288,20 @@ def _encode(
     task: Task | str,
     options: Options,
     progress: SplitProgress | None,
+    *,
+    say_lost: bool = True,
 ) -> Rows:
-    """Encode rows, and say what was cut."""
+    """Encode rows, and say what was cut and left out."""
     tell = None if progress is None else partial(progress, split)
     rows = make_rows(source, tokenizer, task, options, progress=tell)
     found = rows.summary
-    if found.rows_cut:
+    if found.rows_cut and say_lost:
         _log.warning(
             f"{split}: {found.rows_cut} of {found.rows} rows were longer than data.max_length or "
             f"the context; {found.tokens_cut} tokens were cut from their beginnings (truncation: "
             "cut)"
         )
-    if found.rows_dropped:
+    if found.rows_dropped and say_lost:
         _log.warning(
             f"{split}: {found.rows_dropped} of {found.rows} rows were longer than data.max_length "
             "or the context, and are left out (truncation: drop)"

@@ -14,6 +14,7 @@ limit time and memory.
 from __future__ import annotations
 
 import json
+import os
 import random
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,7 +33,11 @@ from chainlora.errors import DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_clock = threading.Lock()
+_clock = threading.Lock()  # clock and random state are the program's: one row at a time has them
+if hasattr(os, "register_at_fork"):  # a worker is not forked while another thread holds it
+    os.register_at_fork(
+        before=_clock.acquire, after_in_parent=_clock.release, after_in_child=_clock.release
+    )
 
 
 class _SameDay(datetime):
@@ -110,7 +115,7 @@ def _plain(value: Any) -> Any:
 def _reply(program: Mapping[str, Any], item: Any) -> Reply:
     at = {"key": ""}
     try:
-        with _seeded(item):
+        with _clock, _seeded(item):
             value = _chat(program["chat"], item) if "chat" in program else _row(program, item, at)
         text = json.dumps(value, ensure_ascii=False, default=str)
         text.encode()
@@ -137,14 +142,11 @@ def _chat(templates: Mapping[str, str], item: Mapping[str, Any]) -> Any:
     from transformers.utils import chat_template_utils
 
     template, names = templates["tools" if item.get("tools") else ""], vars(chat_template_utils)
-    with _clock:  # `strftime_now` reads this name, and takes no other clock
-        names["datetime"], before = _SameDay, names["datetime"]
-        try:
-            rendered: Any = chat_template_utils.render_jinja_template(
-                **item, chat_template=template
-            )
-        finally:
-            names["datetime"] = before
+    names["datetime"], before = _SameDay, names["datetime"]  # `strftime_now` takes no other clock
+    try:
+        rendered: Any = chat_template_utils.render_jinja_template(**item, chat_template=template)
+    finally:
+        names["datetime"] = before
     (text,), spans = rendered
     return [text, spans[0] if spans else []]
 

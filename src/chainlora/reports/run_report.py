@@ -34,8 +34,9 @@ from chainlora.reports.run_charts import comparing_pictures, training_pictures
 from chainlora.reports.runs import RunFacts, is_share, read_runs
 from chainlora.reports.tables import Table, number, table_of
 from chainlora.runs.cards import public_name
-from chainlora.runs.manifest import STAGE
+from chainlora.runs.manifest import STAGE, START, Manifest
 from chainlora.runs.records import Record, of_event
+from chainlora.runs.stages import reader_of, run_around
 
 NAME = "report.html"
 _NONE = "–"
@@ -108,9 +109,13 @@ def _each(
 def _lead(runs: Sequence[RunFacts]) -> str:
     """Return what happened, for readers from outside the field."""
     if len(runs) > 1:
-        return "; ".join(f"{run.name}: {_what(run).lower()}{_gain(run)}" for run in runs) + "."
+        said = (what[0].lower() + what[1:] for what in map(_what, runs))
+        each = zip(runs, said, strict=True)
+        return "; ".join(f"{run.name}: {what}{_gain(run)}" for run, what in each) + "."
     run = runs[0]
     model = public_name(run.manifest.base.model) or "a model without a name"
+    if not _was_trained(run):
+        return f"A language model ({model}) as it was before this run's training."
     parts = [f"{_task(part)}{_gain(part)}." for part in run.parts]
     return " ".join(
         [
@@ -119,6 +124,12 @@ def _lead(runs: Sequence[RunFacts]) -> str:
             *_switched_off(run),
         ]
     )
+
+
+def _was_trained(run: RunFacts) -> bool:
+    """Say whether any training of the run is in the state that is reported on."""
+    is_full = run.config is not None and run.config.chain.tune == "full"
+    return is_full or len(run.manifest.loaded) > run.manifest.start_links
 
 
 def _task(part: RunFacts) -> str:
@@ -144,16 +155,16 @@ def _switched_off(run: RunFacts) -> list[str]:
     off = [stage for stage, strength in strengths.items() if not strength]
     if not off:
         return []
-    now = _on(run)
-    same = [part.name for part in run.stages if _on(part) == now]
-    when = f"after {same[-1]}" if same else "" if now else "before training"
+    now, begun = _on(run.manifest), reader_of(f"{run_around(run.path)}@{START}").manifest()
+    same = [part.name for part in run.stages if _on(part.manifest) == now]
+    when = f"after {same[-1]}" if same else "before training" if now == _on(begun) else ""
     as_was = f": the model is exactly what it was {when}" if when else ""
     those = f"stage {off[0]} is" if len(off) == 1 else f"stages {', '.join(off)} are"
     return [f"Now {those} switched off{as_was}."]
 
 
-def _on(run: RunFacts) -> list[tuple[int, float]]:
-    return [(link.id, link.strength) for link in run.manifest.loaded if link.strength]
+def _on(manifest: Manifest) -> list[tuple[int, float]]:
+    return [(link.id, link.strength) for link in manifest.loaded if link.strength]
 
 
 def _what(run: RunFacts) -> str:
@@ -177,7 +188,7 @@ def _gain(run: RunFacts) -> str:
     shown = f"{before} before, {after} after" if before != _NONE and run.steps else after
     where = "on examples that it had not seen"
     if run.score in ("accuracy", "em"):
-        return f": {shown.replace(' before', ' right before', 1)}, {where}"
+        return f": {shown}, answered right {where}"
     better = "" if is_higher_better(run.score) else "; lower is better"
     return f": {run.score} {where} {shown}{better}"
 
@@ -208,7 +219,7 @@ def _overview(runs: Sequence[RunFacts]) -> Section:
 def _tiles(run: RunFacts) -> list[tuple[str, str]]:
     """Return the few numbers of one run to see first; the others are among its costs and links."""
     found = []
-    for part in run.parts:
+    for part in run.parts if _was_trained(run) else ():
         if part.score is not None:
             before, after = _score(part, part.score)
             of = f"{part.name}: " if run.stages else ""
@@ -272,12 +283,12 @@ def _remarks(run: RunFacts, is_alone: bool) -> list[Block]:
             found.append(
                 f"{as_text(part.name)}: the most frequent answer alone would be right on {share}."
             )
-    if run.matrix is not None and not (is_alone and run.stages):
+    if run.matrix is not None and _was_trained(run) and not (is_alone and run.stages):
         found.append(
             f"Score, steps, time, memory and cost of {name} are those of stage "
             f"{run.manifest.stage} alone; RUN@STAGE reports on another one."
         )
-    if not run.is_as_trained:
+    if not run.is_as_trained and _was_trained(run):
         found.append(
             f"{name} was mixed or pruned since: the scores of its training are not those of "
             "what it is now."

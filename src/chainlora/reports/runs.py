@@ -89,7 +89,9 @@ def _read(run: str | Path, name: str) -> RunFacts:
 def _stages(run: str | Path, manifest: Manifest) -> list[RunFacts]:
     """Return the stages that a state has been trained on; nothing for one stage."""
     readers = readers_of_stages(run) if manifest.has_run else {}
-    names = list(readers)[: list(readers).index(manifest.stage) + 1] if readers else []
+    if manifest.stage not in readers:  # before the first stage, which was pruned
+        return []
+    names = list(readers)[: list(readers).index(manifest.stage) + 1]
     return [_part(name, readers[name]) for name in names] if len(names) > 1 else []
 
 

@@ -70,6 +70,7 @@ from chainlora.runs.resuming import (
     refuse_if_other,
     refuse_if_taken,
     refuse_links,
+    start_digests,
     take_lock,
 )
 from chainlora.runs.start import Start
@@ -163,7 +164,8 @@ class RunDirectory(RunInProgress):
             sources={
                 key: [source_digest(key, each.path, config.data) for each in found]
                 for key, found in named_sources(config.data).items()
-            },
+            }
+            | start_digests(config),
             links=link_entries(start.links, base.fingerprint, start.entries, start.stage),
             next_id=start.next_id,
             stage=start.stage,

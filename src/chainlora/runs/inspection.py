@@ -63,7 +63,10 @@ def inspect_run(run: Address) -> dict[str, Any]:
         "run": str(run),
         "base": manifest.base.model,
         "hold": manifest.hold,
-        "finished": reader.is_finished(manifest) or not manifest.has_run,
+        "finished": reader.is_finished(manifest)
+        or manifest.is_pruned
+        or reader.num_links is not None
+        or not manifest.has_run,
         "unjudged": unjudged_stage(reader),
         "position": {
             "step": manifest.position.step,

@@ -224,9 +224,11 @@ def with_start(tree: Mapping[str, Any]) -> dict[str, Any]:
         raise ConfigError(str(error)) from None
     if isinstance(source, Path):
         source = own["start"] = str(source)
-    if not isinstance(source, str):  # none, or what the config will refuse
-        return own
     begun = RunReader(expanduser(str(own.get("output"))))
+    if not isinstance(source, str):  # none, or what the config will refuse
+        if source is None and begun.exists and begun.manifest().has_run:
+            own.setdefault("stages", [{"name": begun.manifest().stage}])
+        return own
     if begun.exists and begun.manifest().has_run:
         before = begun.config().start or "the base"
         if source != before and not _is_same_start(before, source, begun):

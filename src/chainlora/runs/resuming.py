@@ -140,9 +140,13 @@ def compare(
     Raises RunError for another config, or other content.
     """
     before = run.config()
+    if before.start is not None and now.start is None:
+        rule, got = "`start` must be what the run began on", f"none, and {before.start} for {run}"
+        raise RunError(rule, got, f"add start: {before.start}, or choose another output")
+    _compare_start_rows(run, manifest, before, now)
     old, new = _science(before), _science(now)
     differing = [key for key in {**old, **new} if old.get(key) != new.get(key)]
-    has_ended = run.is_finished(manifest)
+    has_ended = _has_ended(run, manifest)
     allowed = {key for key in differing if _is_same_content(key, run, manifest, before, now)}
     if has_ended:
         was = [(each.key, each.before) for each in manifest.changes]  # before it was resumed
@@ -160,6 +164,40 @@ def compare(
         return []
     step = manifest.position.step
     return [Change(key=key, before=old[key], after=new[key], step=step) for key in differing]
+
+
+def _has_ended(run: RunReader, manifest: Manifest) -> bool:
+    return run.is_finished(manifest) or manifest.is_pruned
+
+
+def _compare_start_rows(
+    run: RunReader, manifest: Manifest, before: RunConfig, now: RunConfig
+) -> None:
+    """Raise RunError for other rows of the start than those that the run keeps."""
+    if now.start_data is None or before.start_data in (None, now.start_data):
+        return
+    was, rows = before.start_data.model_dump(), now.start_data.model_dump()
+    for key in (key for key in rows if rows[key] != was[key]):
+        digest = manifest.sources.get(f"start_{key}")
+        if digest is None or digest != start_digests(now).get(f"start_{key}"):
+            raise RunError(
+                "`start_data` is read when a run begins",
+                f"another start_data.{key}, {rows[key]!r:.60}, for {run}",
+                "leave it as it was, or replace the rows: "
+                f"chainlora eval {run} --matrix --start-rows FILE",
+            )
+
+
+def start_digests(config: RunConfig) -> dict[str, list[str]]:
+    """Return what names the content of each source of `start_data`, by ``start_KEY``."""
+    if config.start_data is None:
+        return {}
+    rows = config.start_data.as_data(config.data)
+    return {
+        key.replace("data.", "start_", 1): [source_digest(key, each.path, rows) for each in found]
+        for key, found in named_sources(rows).items()
+        if all(each.path for each in found)
+    }
 
 
 def _other_config(
@@ -187,7 +225,7 @@ def _is_same_content(
 ) -> bool:
     """Say whether a key names what it named when the run began, by another name or elsewhere."""
     if key == "model":
-        return run.is_finished(manifest)  # compared by `_check_model`
+        return _has_ended(run, manifest)  # compared by `_check_model`
     old, new = (named_sources(config.data).get(key, []) for config in (before, now))
     known: Sequence[str | None] = manifest.sources.get(key) or [None] * len(old)
     return (
@@ -280,6 +318,8 @@ def _science(config: RunConfig) -> dict[str, Any]:
     tree = config.model_dump(exclude=other | {"data": {"dir"}})
     for key in ("trackers", "save_every", "log_every", "shard"):
         tree["train"].pop(key)
+    if tree["data"]["truncation"] == "left":  # the earlier name
+        tree["data"]["truncation"] = "cut"
     flat = {key: tree.pop(key) for key in ("model", "quantize")}
     for section, keys in tree.items():
         flat |= {f"{section}.{key}": value for key, value in keys.items()}

@@ -54,6 +54,7 @@ def finished_result(config: RunConfig) -> TrainResult | None:
         return None
     manifest = reader.manifest()
     if manifest.is_pruned and (reader / STAGES).is_file():  # later stages are what is left
+        compare(reader, manifest, config)
         return cast(TrainResult, open_run(reader.path).result())
     if not reader.is_finished(manifest):
         return None

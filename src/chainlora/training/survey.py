@@ -57,7 +57,7 @@ def survey(stages: Sequence[Stage], change: Collection[str] = ()) -> list[StageS
     else:
         known, here = ended_stages(run, stages), read_stages(run).here
         found = [
-            StageState(stage.name, "pruned")
+            _pruned(stage)
             if stage.name in known and stage.name not in here
             else _state_of(stage, stage.name in known and not first_is_open(run), change)
             for stage in stages
@@ -136,6 +136,12 @@ def ended_stages(run: Path, stages: Sequence[Stage]) -> list[str]:
     return known
 
 
+def _pruned(stage: Stage) -> StageState:
+    reader = RunReader(stage.config.output or "")
+    compare(reader, reader.manifest(), stage.config, stage=stage.name)
+    return StageState(stage.name, "pruned")
+
+
 def _new(stage: Stage) -> StageState:
     """Refuse what the files of a stage tell, before hours of the stages before it."""
     with naming(stage):
@@ -153,7 +159,7 @@ def _state_of(stage: Stage, has_ended: bool, change: Collection[str]) -> StageSt
     if stage.config.start_data is not None and START not in manifest.kept:
         raise RunError(
             "`start_data` is read when a run begins",
-            f"some for {reader}, which has begun without",
+            f"some for {reader}, which keeps none",
             f"leave it out, and call chainlora eval {reader} --matrix --start-rows FILE",
         )
     compare(reader, manifest, stage.config, change, stage.name)
