@@ -66,7 +66,7 @@ def check_yaml(body: str) -> None:
 def check_command(words: list[str]) -> None:
     """Parse a command as the command line does, and run nothing."""
     command: click.Command = cli
-    context = click.Context(cli, info_name="chainlora")
+    context = click.Context(cli, info_name="chainlora", **cli.context_settings)  # click keeps them
     rest = words[1:]
     while isinstance(command, click.Group):
         name, *rest = rest
