@@ -122,3 +122,13 @@ def test_a_batch_of_more_rows_than_there_are_is_said(config, caplog):
         train(load_config(config, keys | {"train.batch_size": batch}))
         said = "up to 33 rows (train.batch_size), and an epoch has 32: an epoch is one step"
         assert (said in caplog.text) == (batch == 33)
+
+
+def test_next_commands_fit_the_run(chainlora, config, tmp_path):
+    """No adapter holds DoRA, and `left` is the earlier name of `cut` to a run that has ended."""
+    run = f"train {config} --output {tmp_path}/dora --chain.dora true --chain.ranks [2]"
+    run += " --chain.steps [1] --data.truncation"
+    told = chainlora(f"{run} left").out.partition("next:\n")[2]
+    assert "--to merged" in told
+    assert "--to adapter" not in told
+    assert "nothing left to do" in chainlora(f"{run} cut").out

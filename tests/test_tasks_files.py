@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from helpers_tasks import PROMPTS, write_rows, write_task
@@ -164,6 +166,20 @@ def test_a_template_that_draws_gives_a_row_the_same_text_always(tmp_path):
     assert [one, other] == task.render_all(rows)
     assert one.prompt != other.prompt
     assert random.getstate() == before  # of the user's program
+
+
+def test_a_template_that_draws_gives_the_same_text_in_threads(tmp_path):
+    task = load_task(write_task(tmp_path, prompt="{{ text }}{{ range(99999)|random }}"))
+    rows = [{"text": "", "id": each, "label": 0} for each in range(40)]
+    alone, before = task.render_all(rows), random.getstate()
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)  # threads take turns inside a row
+    try:
+        with ThreadPoolExecutor(6) as pool:
+            assert list(pool.map(task.render_all, [rows] * 12)) == [alone] * 12
+    finally:
+        sys.setswitchinterval(interval)
+    assert random.getstate() == before
 
 
 @pytest.mark.parametrize(

@@ -106,3 +106,13 @@ def test_without_scipy_compare_stops_before_it_runs_and_an_experiment_runs(
         assert not outcome.failed
     notes = [note for plan in plans if plan["event"] == "plan" for note in plan["notes"]]
     assert any("need scipy" in note for note in notes)
+
+
+@pytest.mark.parametrize("key", ["start", "data.replay"])
+def test_keys_of_earlier_work_are_refused_before_any_cell(tmp_path, key):
+    rows = str(write_rows(tmp_path / "rows.jsonl", [{"prompt": "a", "completion": " b"}] * 4))
+    data = {"train": rows, "test": rows} | ({"replay": 0.5} if key == "data.replay" else {})
+    own = {"start": "runs/other"} if key == "start" else {}
+    config = {"model": "m", "data": data, "chain": {"ranks": [2], "steps": [1]}} | own
+    with pytest.raises(ConfigError, match=rf"trains from the bare base \(got {key}\)"):
+        comparison(make_config(config), ["lora", "chain2"], range(6))
